@@ -1,0 +1,30 @@
+"""CLIP ViT-B/32 at 224 px: InfoNCE, the baseline that `diht_vitb32` is compared with.
+
+Everything but the loss equals `diht_vitb32`. Method: CLIP, arXiv 2103.00020.
+
+Run, after `data_prep.filter` has written its shards to DATA:
+
+    python -m diht_jax.train --config configs/clip_vitb32.py --config.data.train=DATA --workdir DIR
+
+Expected: below `diht_vitb32` on the same pairs. This recipe has not been run at full length here.
+"""
+
+import ml_collections
+
+from configs import common
+from diht_jax.config import default_config
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The recipe; `arg` is "debug=True" or empty."""
+    config = default_config()
+    config.model.name = "diht_vitb32_224px"
+    config.total_examples = 32_000_000_000
+    config.loss.alpha = 1.0
+    config.loss.beta = 0.0
+    config.optimizer.learning_rate = 1e-3
+    config.data.batch_size = 65536
+    config.evaluation.every_steps = 10_000
+    config.evaluation.tasks = "imagenet"
+    config.checkpoint.best_metric = "imagenet/top1"
+    return common.shrink(config) if common.parse_debug(arg) else config

@@ -1,0 +1,37 @@
+"""Demo: a tiny CLIP on the synthetic noisy web, in minutes on a laptop.
+
+HN-NCE on the pairs that the caption filter kept. `run_demo.sh` trains it twice for the same number
+of samples seen: raw pairs with InfoNCE, then filtered pairs with HN-NCE.
+
+Run, as a part of `bash run_demo.sh`, or alone:
+
+    python -m data_prep.synthetic --output demo_output/web
+    python -m data_prep.filter --config configs/prep/cat.py \\
+        --config.input='demo_output/web/train-*.tar' --config.output=demo_output/filtered
+    python -m diht_jax.train --config configs/demo.py \\
+        --config.data.train=demo_output/filtered --workdir demo_output/filtered_hn_nce
+
+Expected: TBD
+"""
+
+import ml_collections
+
+from configs import common
+from diht_jax.config import default_config
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The recipe; `arg` is "debug=True" or empty."""
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    config.total_examples = 51_200
+    config.loss.alpha = 1.0
+    config.loss.beta = 0.25
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 20
+    config.data.batch_size = 128
+    config.data.num_workers = 0
+    config.log_every_steps = 10
+    config.checkpoint.every_steps = 200
+    return common.shrink(config) if common.parse_debug(arg) else config

@@ -1,0 +1,40 @@
+"""Emoji: a small CLIP trained on one artist's emoji, to find another artist's by their names.
+
+HN-NCE on 3,786 pairs (Noto Emoji); retrieval is measured on the same captions drawn anew
+(Twemoji). The drawings are small pictures with few colours, so crops may be harder than for photos.
+
+Run, with the tars of emoji-datasource that the README names:
+
+    python -m data_prep.filter --config configs/prep/convert.py \\
+        --config.input=emoji_google.tar --config.output=runs/emoji_records
+    python -m diht_jax.train --config configs/emoji.py \\
+        --config.data.train=runs/emoji_records --workdir runs/emoji
+    python -m diht_jax.evaluate --model runs/emoji \\
+        --tasks 'retrieval:emoji_twitter.tar?caption_template={caption}' --output runs/emoji.json
+
+Expected: TBD
+"""
+
+import ml_collections
+
+from configs import common
+from diht_jax.config import default_config
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The recipe; `arg` is "debug=True" or empty."""
+    config = default_config()
+    config.model.name = "small_64px"
+    config.model.dtype = "float32"
+    config.total_epochs = 40.0
+    config.loss.alpha = 0.999
+    config.loss.beta = 0.25
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.weight_decay = 0.2
+    config.data.batch_size = 256
+    config.data.num_workers = 0
+    config.data.crop_scale = (0.5, 1.0)
+    config.log_every_steps = 10
+    config.checkpoint.every_steps = 200
+    return common.shrink(config) if common.parse_debug(arg) else config

@@ -1,0 +1,25 @@
+"""CAT filtering, the caption part: keep a pair whose caption has C >= 1 and an action.
+
+Method: DiHT, arXiv 2301.02280. Reads webdataset tars, jsonl/csv/tsv with an image folder, TFDS and
+our own shards; docs/data.md has the forms.
+
+Run:
+
+    python -m data_prep.filter --config configs/prep/cat.py \\
+        --config.input='/data/raw/*.tar' --config.output=/data/kept
+
+Expected: TFRecord shards with their statistics in the output folder, and the funnel on the screen.
+"""
+
+import ml_collections
+
+from data_prep.cat import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults of `data_prep.cat` are this recipe; the switches stand here to be seen."""
+    config = default_config()
+    config.complexity = True
+    config.min_complexity = 1
+    config.action = True
+    return config

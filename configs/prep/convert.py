@@ -1,0 +1,23 @@
+"""No caption filter: any source of pairs into TFRecord shards, for names, labels and clean sets.
+
+Images are still checked: empty, unreadable and oversized ones are counted and left out.
+
+Run:
+
+    python -m data_prep.filter --config configs/prep/convert.py \\
+        --config.input=emoji_google.tar --config.output=/data/emoji
+
+Expected: as many records as there are readable pairs (3,786 for the emoji).
+"""
+
+import ml_collections
+
+from data_prep.cat import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """C and A are off, so that spaCy is not needed."""
+    config = default_config()
+    config.complexity = False
+    config.action = False
+    return config

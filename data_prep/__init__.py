@@ -1,0 +1,1 @@
+"""Offline preparation of image-text pairs: filtering, labelling, and the synthetic web."""

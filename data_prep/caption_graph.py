@@ -1,0 +1,163 @@
+"""The graph of one caption, the decision that CAT takes from it, and its printed form.
+
+`data_prep.captions` fills these classes, `data_prep.filter` and `data_prep.label` read them. Plain
+data: no spaCy object may come in here, so that graphs pickle small and travel between processes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+GATE_REASONS = ("empty", "file_name", "url", "not_english")
+CAT_REASONS = ("complexity", "no_action")
+
+
+class Edge(NamedTuple):
+    """A directed edge between two objects, named as in `CaptionGraph.objects`.
+
+    An action may lack one end (an intransitive verb has no object, "riding a horse" no subject);
+    a relation always has both.
+    """
+
+    subject: str | None
+    predicate: str
+    object: str | None
+
+
+class ObjectNode(NamedTuple):
+    """One object: its attributes in the order of the text, and its complexity.
+
+    Ours, after CAT (DiHT, arXiv 2301.02280): the complexity is the number of attributes plus the
+    number of edges that touch the object.
+    """
+
+    attributes: tuple[str, ...]
+    complexity: int
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionGraph:
+    """What a caption says: objects with attributes, actions and other relations.
+
+    Ours: objects with the same name are one node (a caption seldom tells two of them apart), and an
+    edge counts once.
+
+    Attributes:
+      objects: name -> node, in the order of the text.
+      actions: edges named by verbs.
+      relations: edges that are no actions (prepositions, "is", verbs of state).
+      drop_reason: one of GATE_REASONS when the caption was refused before the parse (the graph is
+        then empty), else None.
+    """
+
+    objects: dict[str, ObjectNode] = field(default_factory=dict)
+    actions: list[Edge] = field(default_factory=list)
+    relations: list[Edge] = field(default_factory=list)
+    drop_reason: str | None = None
+
+    @property
+    def complexity(self) -> int:
+        """Complexity of the caption: the maximum over its objects, 0 without objects."""
+        return max((node.complexity for node in self.objects.values()), default=0)
+
+    @property
+    def has_action(self) -> bool:
+        return bool(self.actions)
+
+
+def assemble_graph(
+    attributes: Mapping[str, Sequence[str]], actions: Iterable[Edge], relations: Iterable[Edge]
+) -> CaptionGraph:
+    """Builds a graph from named objects and edges, dropping repeated edges and attributes.
+
+    Args:
+      attributes: object name -> its attributes; every end of an edge must be a key.
+      actions: action edges.
+      relations: relation edges.
+
+    Returns:
+      The graph, with the complexity of each object counted.
+    """
+    actions = list(dict.fromkeys(actions))
+    relations = list(dict.fromkeys(relations))
+    degree = dict.fromkeys(attributes, 0)
+    for edge in (*actions, *relations):
+        for name in {edge.subject, edge.object} - {None}:
+            degree[name] += 1
+    objects = {}
+    for name, words in attributes.items():
+        unique = tuple(dict.fromkeys(words))
+        objects[name] = ObjectNode(unique, len(unique) + degree[name])
+    return CaptionGraph(objects, actions, relations)
+
+
+def cat_reason(
+    graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
+) -> str | None:
+    """Says why the caption part of CAT drops a caption.
+
+    Args:
+      graph: a parsed caption.
+      min_complexity: least complexity of a kept caption (DiHT keeps C >= 1).
+      require_action: whether a kept caption must hold an action.
+
+    Returns:
+      None when the caption is kept; else the gate's reason, "complexity" or "no_action", whichever
+      comes first in this order. The strings are keys of the filter's statistics.
+    """
+    if graph.drop_reason is not None:
+        return graph.drop_reason
+    if graph.complexity < min_complexity:
+        return "complexity"
+    if require_action and not graph.has_action:
+        return "no_action"
+    return None
+
+
+def format_graph(
+    graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
+) -> str:
+    """Renders a graph for people: objects[attributes]:complexity, edges, C, and the decision.
+
+    Args:
+      graph: a parsed caption.
+      min_complexity: as in `cat_reason`.
+      require_action: as in `cat_reason`.
+
+    Returns:
+      Five lines without a final newline.
+    """
+    reason = cat_reason(graph, min_complexity=min_complexity, require_action=require_action)
+    decision = "keep" if reason is None else f"drop ({reason})"
+    return "\n".join(
+        (
+            f"objects:    {format_objects(graph)}",
+            f"actions:    {format_edges(graph.actions)}",
+            f"relations:  {format_edges(graph.relations)}",
+            f"complexity: {graph.complexity}",
+            f"decision:   {decision}",
+        )
+    )
+
+
+def format_objects(graph: CaptionGraph) -> str:
+    """Renders the objects as "cat[black]:2; bird[small,brown]:3", or "-" when there are none."""
+    return "; ".join(map(_format_object, graph.objects.items())) or "-"
+
+
+def format_edges(edges: Sequence[Edge]) -> str:
+    """Renders edges as "chase(cat,bird); sleep(dog)"; a missing subject is written "_"."""
+    return "; ".join(map(_format_edge, edges)) or "-"
+
+
+def _format_object(item: tuple[str, ObjectNode]) -> str:
+    name, node = item
+    attributes = f"[{','.join(node.attributes)}]" if node.attributes else ""
+    return f"{name}{attributes}:{node.complexity}"
+
+
+def _format_edge(edge: Edge) -> str:
+    ends = [edge.subject or "_"]
+    if edge.object is not None:
+        ends.append(edge.object)
+    return f"{edge.predicate}({','.join(ends)})"

@@ -1,0 +1,215 @@
+"""The closed word lists behind the caption rules: one name per class of words, each with its use.
+
+The other caption modules read them. All lists are ours. Only words come in here, no logic, and no
+sentence of a test: a word stands in a list for what it means.
+"""
+
+
+def word_set(text: str) -> frozenset[str]:
+    """The words of a text with blanks between them."""
+    return frozenset(text.split())
+
+
+# Nouns that name the picture; before "of" they stand for what the picture shows.
+PICTURE_NOUNS = word_set("""
+    animation art artwork background capture cartoon clip clipart close-up closeup concept
+    depiction detail doodle drawing engraving footage frame graphic icon illustration image
+    infographic landscape macro painting panorama photo photograph photography pic picture
+    portrait print profile render rendering scene screenshot selfie series shot silhouette sketch
+    snap snapshot stock vector video view wallpaper watercolor watercolour
+""")
+
+# Nouns, numerals and determiners that count; before "of" they stand for what they count.
+COUNTING_WORDS = word_set("""
+    all array assortment both bunch collection couple crowd dozen dozens each few flock group herd
+    hundred hundreds kind kinds lot lots majority many million millions most none number one pair
+    pairs plenty range row rows selection set sets several some sort sorts swarm thousand
+    thousands three trio two type types variety
+""")
+
+# Nouns of place inside a compound preposition: "in front of", "on top of", "in the middle of".
+PLACE_NOUNS = word_set("""
+    back bottom center centre edge end front left middle midst rear right side top
+""")
+PLACE_PREPOSITIONS = word_set("""
+    above across against along among around at before behind below beneath beside between by in
+    inside near next on opposite outside over through under underneath
+""")
+
+# Prepositions that tie clauses or comparisons together, not things.
+NO_RELATION = word_set("according because concerning despite due except per regarding than versus")
+
+# Adjectives that make one predicate with their preposition: "full of", "close to".
+RELATIONAL_ADJECTIVES = word_set("adjacent close full next opposite similar")
+
+# Words tagged as adjectives that count, order or point instead of describing.
+NO_ATTRIBUTES = word_set("""
+    about all another any certain different double each eighth enough entire every few fewer fifth
+    first former fourth further half individual last latter least less many more most much
+    multiple next ninth numerous other overall own past previous same second seventh several
+    single sixth such tenth third total triple twice various whole
+""")
+
+# Nouns that describe the noun behind them.
+DESCRIBING_NOUNS = word_set("""
+    antique beige black blue bronze brown crimson cyan gold gray green grey indigo ivory khaki
+    lavender luxury magenta maroon navy orange pink premium purple red retro silver tan teal
+    turquoise vintage violet white yellow
+""")
+
+# Adjectives behind which an infinitive is as good as done: "about to land".
+IMMINENT_ADJECTIVES = word_set("about able ready")
+
+# Nouns without content.
+VAGUE_NOUNS = word_set("""
+    aka anyone anything etc everything none nothing one ones something
+""")
+
+# Nouns that an -ing form before them tells the purpose of: "dining area", "sewing machine".
+PURPOSE_NOUNS = word_set("""
+    area arena bag block board boat book boot business car card center centre class club company
+    competition court day device dress equipment event festival field game gear ground guard guide
+    gym hall idea instruction kit lane lesson line machine magazine match material page paper park
+    party path place pole pool product race rack range ring rink rod room school season service
+    set ship shoe sign site space stadium station stick studio suit system table team tip tool
+    tour track trail trip truck van vehicle website
+""")
+
+# Nouns in -ing for things and occupations; behind a living thing they are still nouns.
+NOMINAL_GERUNDS = word_set("""
+    breeding building carving ceiling clothing crossing drawing ending engraving evening fishing
+    greeting grooming housing hunting landing lighting listing marking meeting morning offering
+    opening painting parking racing setting showing training watching wedding writing
+""")
+
+# Calendar words: no things, and no adverbs of place either.
+CALENDAR = word_set("""
+    april august century decade december february friday hour january july june monday month
+    november october saturday september sunday thursday today tomorrow tonight tuesday wednesday
+    week year yesterday
+""")
+
+PERSON_PRONOUNS = word_set("""
+    anybody anyone everybody everyone he her him i me she somebody someone them they us we you
+""")
+PRONOUNS = PERSON_PRONOUNS | word_set("""
+    's hers herself himself his it itself mine myself one ours ourselves theirs themselves yours
+    yourself yourselves
+""")
+RELATIVE_PRONOUNS = word_set("who whom which that")
+
+# Nouns of living things: they act, so that "girl with a hat smiling" is a girl that smiles.
+ANIMATE_NOUNS = word_set("""
+    acrobat activist actor actress admiral adult agent alligator alpaca ambassador angel angler
+    animal ant anteater antelope ape archer architect armadillo army artist athlete attendant
+    audience aunt author baby babysitter badger baker ballerina band barber barista bartender
+    bassist bat batsman batter bear beaver bee beetle biker bird bishop bison blackbird blacksmith
+    bluebird boar bobcat boss bowler boxer boy bride bridesmaid brother buffalo builder bull
+    bumblebee bunny businessman businesswoman busker butcher butterfly cadet calf camel cameraman
+    captain caribou carp carpenter cat caterpillar celebrity cellist centipede chameleon
+    cheerleader cheetah chef chicken child chimpanzee chipmunk choir cicada citizen clerk client
+    climber clown clownfish coach cockatoo colonel comedian comic commuter competitor conductor
+    contestant cook cop cormorant cougar couple cousin cow cowboy cowgirl coyote crab craftsman
+    crane creature crew cricket crocodile crow crowd customer cyclist dad dancer daughter deer
+    defender demonstrator dentist designer detective devotee dinosaur director diver doctor dog
+    dolphin donkey dove dragon dragonfly driver drummer duck duckling eagle editor eel elderly
+    electrician elephant elk emperor employee emu engineer entrepreneur executive fairy falcon
+    family fan farmer father fellow female ferret fielder figure finch firefighter fireman fish
+    fisherman flamingo flock fly foal folk footballer fox friend frog gardener gazelle gecko
+    gentleman gerbil giraffe girl gladiator goalkeeper goat goldfish golfer goose gorilla governor
+    graduate grandfather grandma grandmother grandpa granny grasshopper groom groundhog group
+    guard guest guitarist gull guy gymnast hairdresser hamster hand hare hawk hedgehog hen herd
+    hero heron hiker hippo hippopotamus hog honeybee hornet horse human hummingbird hunter husband
+    hyena iguana infant infantry inmate instructor jackal jaguar jellyfish jockey jogger
+    journalist judge juggler kangaroo kayaker kid king kingfisher kitten kiwi knight koala koi lad
+    lady ladybird ladybug lamb lawyer leader lemur leopard lieutenant lion lioness lizard llama
+    lobster lynx macaw magician magpie male man manager manatee mantis marcher mare marmot mayor
+    mechanic medic meerkat member merchant midfielder miner minister model mole mom monarch
+    mongoose monk monkey monster moose mosquito moth mother motorcyclist mourner mouse mule mum
+    musician nanny native newborn ninja nun nurse octopus officer opossum orangutan orca orchestra
+    osprey ostrich otter owl owner ox paddler painter panda panther parakeet paramedic parent
+    parrot participant passenger patient peacock peasant pedestrian pelican penguin people
+    performer person pet pheasant photographer pianist pig pigeon piglet pilgrim pilot pirate
+    pitcher player plumber police policeman politician pony pope porcupine possum postman potter
+    preschooler president priest prince princess prisoner producer professor protester puffin puma
+    pupil puppeteer puppy quail quarterback queen rabbit raccoon racer ranger rapper rat raven
+    receptionist referee refugee reindeer reporter rescuer resident rhino rhinoceros rider robin
+    robot rooster rower runner sailor salesman salmon samurai sandpiper santa saxophonist
+    schoolboy schoolgirl scientist scorpion sculptor seagull seahorse seal secretary seller
+    senator sergeant shark sheep shepherd sheriff shopkeeper shopper sibling singer sister
+    skateboarder skater skier skunk skydiver sloth slug snail snake snowboarder snowman soldier
+    son sparrow spectator spider sprinter spy squad squid squirrel staff stallion starling steward
+    stewardess stingray stork striker student stylist superhero supporter surfer surgeon survivor
+    swan swimmer tailor tapir tarantula teacher team technician teen teenager therapist thief
+    tiger toad toddler tortoise toucan tourist trader trainee trainer traveler traveller troop
+    trout trumpeter turkey turtle twin umpire uncle vampire vendor veteran victim villager villain
+    violinist visitor vulture waiter waitress walker wallaby walrus warrior warthog wasp weasel
+    weaver welder whale wife wildebeest winner witch wizard wolf woman wombat woodpecker worker
+    worm worshipper wren wrestler writer yak youngster youth zebra zombie
+""")
+
+# Verbs that a thing does as well as a person: "girl with hair blowing" is hair that blows.
+THING_VERBS = word_set("""
+    bloom blow burn dangle drip fall flap float flow flutter fly glow grow hang rise shine sparkle
+    stand stick stretch swirl wave
+""")
+
+# Verbs without an object: before a bare noun their -ing form describes it ("sleeping cats").
+INTRANSITIVE_VERBS = word_set("""
+    bark bloom crawl cry dance fall float flow fly gallop glow grin grow hover jump kneel laugh
+    leap lie melt rise set shine sit sleep smile sparkle stand stroll swim twinkle walk weep
+""")
+
+# Verbs of posture and motion that any thing may do: "a square resting on a circle".
+POSTURE_VERBS = word_set("""
+    bounce drift drop fall float fly hide hover lean lie rest roll sit slide spin stand swing
+    tumble
+""")
+
+# Verbs of state: they relate two objects, but nobody acts. Ours: wearing is an action.
+STATE_VERBS = word_set("""
+    adjoin appear await be become believe belong boast comprise concern consist contain cost
+    depend deserve doubt equal exist expect forget hate have hope include involve know lack like
+    live love matter mean need overlook own possess prefer relate remain remember represent
+    require resemble seem signify span suggest suppose surround symbolise symbolize tend think
+    understand want wish
+""")
+
+# Verbs of showing. Active with a picture as subject, or passive, they speak of the picture.
+SHOWING_VERBS = word_set("""
+    capture demonstrate depict display feature illustrate indicate photograph picture portray
+    present see show spot view
+""")
+
+# Ways of making pictures: "photo taken by", "portrait painted by".
+PICTURE_MAKING_VERBS = word_set("""
+    capture create design draw edit generate illustrate make paint photograph post print produce
+    publish render shoot sketch snap take
+""")
+
+# Participles of place and kind: passive, they leave only their preposition as a relation.
+PLACING_VERBS = word_set("base find isolate locate position set situate stage")
+
+# Participles of condition: passive and without an agent who acts, they relate and do not act.
+CONDITION_VERBS = word_set("""
+    adorn associate attach call coat compose connect consider cover crowd decorate dedicate deem
+    describe dress entitle fill garnish inspire know line litter load make name pack relate shape
+    strew stuff surround title top trim use
+""")
+
+# Verbs that hand their subject on to the verb behind them and are no deeds of their own.
+PHASE_VERBS = word_set("""
+    appear attempt begin continue decide go have hope keep like love manage need plan prefer seem
+    start stop tend try use want
+""")
+
+# Verbs whose object does what the next verb says: "watch a man ride".
+CONTROL_VERBS = word_set("""
+    allow ask catch cause encourage feel find force get have hear help invite keep leave let make
+    order see send show spot teach tell want watch
+""")
+
+# Verbs that join an adjective to their subject, as "be" does.
+LINKING_VERBS = word_set("""
+    appear become feel get keep look remain seem smell sound stay taste turn
+""")

@@ -1,0 +1,147 @@
+"""One source shard in, one TFRecord shard and its statistics out: atomic, and done only once.
+
+The commands of `data_prep` plan tasks here, run them with `engine.py`, and merge the statistics.
+A shard counts as done when its statistics file exists, which is written last, and when that file
+names the same config, the same input and an output of the size that lies there. What is done to
+a pair belongs to the callers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from diht_jax.data import dataset_info
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.readers import SourceShard
+from diht_jax.data.tfrecord import TFRecordWriter, is_shard
+
+STATS_SUFFIX = ".stats.json"
+MERGED_STATS = "stats.json"
+
+Process = Callable[[SourceShard, TFRecordWriter], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTask:
+    """One unit of offline work.
+
+    Attributes:
+        source: what is read.
+        output: path of the shard that is written.
+        config_hash: of everything that decides what is written.
+    """
+
+    source: SourceShard
+    output: str
+    config_hash: str
+
+    @property
+    def stats_path(self) -> pathlib.Path:
+        """Where the statistics lie."""
+        return pathlib.Path(self.output + STATS_SUFFIX)
+
+
+def hash_config(config: dict[str, Any]) -> str:
+    """A short fingerprint of JSON-able settings; the order of keys does not matter."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan_tasks(
+    sources: Sequence[SourceShard], folder: str, *, dataset: str, split: str, config_hash: str
+) -> list[ShardTask]:
+    """Gives every source shard its output shard, and makes the folder.
+
+    Args:
+        sources: in order; the order decides the names.
+        folder: of the output.
+        dataset: first part of the names.
+        split: second part of the names.
+        config_hash: see `hash_config`.
+
+    Raises:
+        ValueError: the folder holds shards that this plan would not replace, and that a training
+            run on the folder would read.
+    """
+    os.makedirs(folder, exist_ok=True)
+    names = [dataset_info.shard_name(dataset, split, i, len(sources)) for i in range(len(sources))]
+    present = {entry.name for entry in os.scandir(folder) if is_shard(entry.path)}
+    foreign = sorted(present - set(names))
+    if foreign:
+        raise ValueError(
+            f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
+            f"'{foreign[0]}'; choose an empty folder, or delete them"
+        )
+    return [
+        ShardTask(source, os.path.join(folder, name), config_hash)
+        for source, name in zip(sources, names, strict=True)
+    ]
+
+
+def run_task(task: ShardTask, process: Process) -> dict[str, Any]:
+    """Does one task; nothing of it is visible until it is complete.
+
+    Args:
+        task: what to do.
+        process: reads the source, writes records, returns JSON-able counts.
+
+    Returns:
+        The statistics, as they lie in the file.
+
+    Raises:
+        ValueError: the source is damaged.
+    """
+    task.stats_path.unlink(missing_ok=True)
+    identity = task.source.identity()
+    with TFRecordWriter(task.output) as writer:
+        counts = process(task.source, writer)
+    stats = {
+        "config_hash": task.config_hash,
+        "input": identity,
+        "output": {
+            "file": os.path.basename(task.output),
+            "records": len(writer),
+            "bytes": os.path.getsize(task.output),
+        },
+        "counts": counts,
+    }
+    write_json(task.stats_path, stats)
+    return stats
+
+
+def load_finished(task: ShardTask) -> dict[str, Any] | None:
+    """The statistics of a task that was done before, by the same config on the same input.
+
+    Args:
+        task: what would be done.
+
+    Returns:
+        None where it has to be done (again).
+    """
+    try:
+        stats = json.loads(task.stats_path.read_bytes())
+        is_same = (
+            stats["config_hash"] == task.config_hash
+            and stats["input"] == json.loads(json.dumps(task.source.identity()))
+            and stats["output"]["bytes"] == os.path.getsize(task.output)
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return stats if is_same else None
+
+
+def remove_merged(folder: str) -> None:
+    """Removes what describes the whole folder, before a shard of it changes."""
+    for name in (MERGED_STATS, *dataset_info.FILES):
+        (pathlib.Path(folder) / name).unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+    """Writes JSON for people and programs, atomically."""
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode())

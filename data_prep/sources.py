@@ -1,0 +1,94 @@
+"""From the `input` of a preparation config to units of work.
+
+The readers themselves live in `diht_jax.data.readers`, where the evaluation finds them too; this
+module holds what only offline jobs need: the config section, and the share of one job.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from diht_jax.data import tables
+from diht_jax.data.readers import SourceShard, list_shards
+
+_Task = TypeVar("_Task")
+
+
+def default_source() -> ml_collections.ConfigDict:
+    """The config section `source`: how to read what `input` names."""
+    table = tables.TableOptions()
+    c = ml_collections.ConfigDict()
+    # Tables (jsonl, csv, tsv).
+    c.image_column = table.image_column  # path of the image, relative to image_root
+    c.caption_column = table.caption_column  # in jsonl also a list of captions
+    c.key_column = placeholder(str)  # None: keys are made of table name and row number
+    c.image_root = placeholder(str)  # None: the folder of the table
+    c.rows_per_shard = table.rows_per_shard  # rows that make one output shard
+    # TensorFlow Datasets.
+    c.data_dir = placeholder(str)  # None: TFDS's own default
+    c.image_feature = placeholder(str)  # None: found by type
+    c.caption_feature = placeholder(str)  # None: found by name and type
+    return c
+
+
+def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
+    """Divides the input into units of work, in a fixed order.
+
+    Args:
+        pairs: `config.input`: any source of `diht_jax.data.readers`, or several with commas
+            between them.
+        source: the section of `default_source`.
+
+    Raises:
+        ValueError: no input is set or found.
+    """
+    if not pairs:
+        raise ValueError(
+            "config.input is not set: expected tars, tables, a folder, TFRecord shards or "
+            "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
+        )
+    texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
+    return list_shards([text.strip() for text in texts], **source.to_dict())
+
+
+def check_output(output: str | os.PathLike[str] | None, sources: Sequence[SourceShard]) -> str:
+    """The output folder, once it is sure that writing there destroys no input.
+
+    Args:
+        output: `config.output`.
+        sources: what will be read.
+
+    Raises:
+        ValueError: it is not set, or it is a folder that is being read.
+    """
+    if not output:
+        raise ValueError("config.output is not set: expected a folder, which is made if missing")
+    folder = os.path.realpath(output)
+    for source in sources:
+        if os.path.dirname(os.path.realpath(source.path)) == folder:
+            raise ValueError(f"config.output='{output}' is the folder of the input '{source.path}'")
+    return os.fspath(output)
+
+
+def take_share(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> list[_Task]:
+    """The tasks of one job of a job array: every `num_tasks`-th.
+
+    Args:
+        tasks: of all jobs together.
+        task_index: number of this job, from 0.
+        num_tasks: jobs in the array.
+
+    Raises:
+        ValueError: the number is not in [0, num_tasks).
+    """
+    if not 0 <= task_index < num_tasks:
+        raise ValueError(
+            f"--task_index={task_index} with --num_tasks={num_tasks}; expected an index from 0 to "
+            f"{num_tasks - 1}"
+        )
+    return list(tasks[task_index::num_tasks])

@@ -1,0 +1,22 @@
+"""diht_jax: filter data for, train, evaluate and use CLIP-style models the DiHT way, in JAX.
+
+`diht_jax.load_model` is the entry for people who use a model; the commands are
+`python -m diht_jax.train` and `python -m diht_jax.evaluate`.
+"""
+
+from typing import Any
+
+__all__ = ["LoadedModel", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that tools which read records only do not pay for the import of JAX and Orbax.
+    if name == "load_model":
+        from diht_jax.loading import load_model
+
+        return load_model
+    if name == "LoadedModel":
+        from diht_jax.inference import LoadedModel
+
+        return LoadedModel
+    raise AttributeError(f"module 'diht_jax' has no attribute '{name}'")

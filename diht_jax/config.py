@@ -1,0 +1,207 @@
+"""Configs: the full set of training keys with their defaults, validation, and durations.
+
+Recipes in `configs/` start from `default_config()`; commands call `validate_config` before
+they do anything else. Nothing here imports JAX, so that a mistyped key fails in a second.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+DURATION_UNITS = ("steps", "examples", "epochs")
+
+ARCHITECTURE_FIELDS = (
+    "image_size",
+    "patch_size",
+    "vision_layers",
+    "vision_width",
+    "vision_heads",
+    "text_layers",
+    "text_width",
+    "text_heads",
+    "embed_dim",
+    "context_length",
+    "vocab_size",
+)
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key of a training recipe, with its default; None means "not set"."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0
+    # Exactly one of the three says how long to train.
+    c.total_steps = placeholder(int)
+    c.total_examples = placeholder(int)
+    c.total_epochs = placeholder(float)
+
+    c.model = ml_collections.ConfigDict()
+    c.model.name = "diht_vitb32_224px"  # a name of diht_jax.models.zoo
+    c.model.dtype = "bfloat16"  # compute; softmax, LayerNorm statistics and losses stay float32
+    c.model.param_dtype = "float32"
+    c.model.patch_dropout = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794)
+    # Work directory whose parameters a new run starts from; image positions are resized to fit.
+    c.model.init_from = placeholder(str)
+    # Fields of models.zoo.Architecture to replace.
+    c.model.overrides = ml_collections.ConfigDict(
+        {field: placeholder(int) for field in ARCHITECTURE_FIELDS}
+    )
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.impl = "dense"
+    c.loss.alpha = 1.0  # weight of the positive in the denominator
+    c.loss.beta = 0.0  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
+    c.loss.stop_weight_gradient = False
+
+    c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.learning_rate = 1e-3  # peak
+    c.optimizer.warmup_steps = 2000
+    c.optimizer.final_learning_rate = 0.0
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.98
+    c.optimizer.eps = 1e-6
+    c.optimizer.weight_decay = 0.1  # on matrices only
+    c.optimizer.clip_global_norm = 1.0
+    c.optimizer.max_logit_scale = 100.0
+
+    c.mesh = ml_collections.ConfigDict()
+    c.mesh.data = -1  # devices along the axis; -1 takes what is left
+    c.mesh.fsdp = 1
+
+    c.data = ml_collections.ConfigDict()
+    c.data.train = placeholder(str)  # directory or glob of TFRecord shards; must be set
+    c.data.batch_size = 65536  # global
+    c.data.num_workers = 8  # decoding processes per host; 0 decodes in threads of this process
+    c.data.prefetch_batches = 2  # decoded ahead, by each worker
+    c.data.crop_scale = (0.9, 1.0)  # area of RandomResizedCrop
+    c.data.text_template = "{caption}"
+
+    c.log_every_steps = 50
+    c.checkpoint = ml_collections.ConfigDict()
+    c.checkpoint.every_steps = 1000
+    c.checkpoint.keep_last = 3
+    c.checkpoint.best_metric = placeholder(str)  # such as "cifar10/top1"; None keeps the last ones only
+    c.evaluation = ml_collections.ConfigDict()
+    c.evaluation.every_steps = placeholder(int)  # None: at the end only
+    c.evaluation.tasks = ""  # comma-separated, as --tasks of diht_jax.evaluate
+    c.evaluation.batch_size = 512
+    return c
+
+
+def load_recipe(path: str | pathlib.Path, arg: str = "") -> ml_collections.ConfigDict:
+    """The config that a recipe file's `get_config(arg)` returns.
+
+    Args:
+        path: a Python file such as `configs/emoji.py`.
+        arg: what follows the colon on a command line, such as "debug=True".
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such config file; expected a path such as configs/emoji.py")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{path}: a config file must define get_config(); it does not")
+    return module.get_config(arg) if arg else module.get_config()
+
+
+def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict) -> None:
+    """Checks names and types of every key of `config` against `defaults`.
+
+    Args:
+        config: what the recipe and the command line gave.
+        defaults: all known keys. None is accepted everywhere, and an int where a float stands;
+            a default of None without a type accepts everything.
+
+    Raises:
+        ValueError: an unknown key (names the nearest known one) or a value of another type.
+    """
+    known = dict(_walk(defaults))
+    for name, (value, _) in _walk(config).items():
+        if name not in known:
+            raise ValueError(_unknown_key_message(name, list(known)))
+        default, expected = known[name]
+        if not _type_matches(value, expected):
+            such_as = f" (such as {default!r})" if default is not None else ""
+            raise ValueError(
+                f"config key '{name}': expected {expected.__name__}{such_as}, "
+                f"got {type(value).__name__} {value!r}"
+            )
+
+
+def duration_in_steps(
+    config: ml_collections.ConfigDict, prefix: str, *, batch_size: int, num_examples: int
+) -> int:
+    """The duration `prefix` ("total") in optimiser steps, whichever unit the config sets.
+
+    Args:
+        config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
+        prefix: first part of the three names.
+        batch_size: global batch, in examples.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: none or several of the three are set, or the result is not positive.
+    """
+    values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
+    given = {unit: value for unit, value in values.items() if value is not None}
+    names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
+    if len(given) != 1:
+        raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
+    unit, value = next(iter(given.items()))
+    examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
+    steps = round(value * examples_per_unit / batch_size)
+    if steps < 1:
+        raise ValueError(
+            f"config.{prefix}_{unit}={value} is {steps} steps at batch size {batch_size}; "
+            "expected at least one step"
+        )
+    return steps
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None when nothing is alike."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def _walk(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple[Any, type]]:
+    """Dotted name -> (value, type); the type of an unset key is that of its placeholder."""
+    found = {}
+    for key in sorted(config.keys()):
+        value, name = config[key], f"{prefix}{key}"
+        found[name] = (value, config.get_type(key))
+        if isinstance(value, ml_collections.ConfigDict):
+            found.update(_walk(value, f"{name}."))
+    return found
+
+
+def _unknown_key_message(name: str, known: list[str]) -> str:
+    section, _, last = name.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    # A right name in a wrong section is a common slip: config.beta for config.loss.beta.
+    anywhere = {k.rpartition(".")[2]: k for k in known}
+    for candidates in (siblings, anywhere):
+        nearest = nearest_name(last, candidates)
+        if nearest:
+            return f"unknown config key '{name}'; did you mean '{candidates[nearest]}'?"
+    return f"unknown config key '{name}'; known keys: {', '.join(sorted(siblings.values()))}"
+
+
+def _type_matches(value: Any, expected: type) -> bool:
+    if value is None or expected is type(None):
+        return True
+    if bool in (expected, type(value)):
+        return isinstance(value, bool) and expected is bool
+    if expected is float:
+        return isinstance(value, int | float)
+    if expected in (list, tuple):
+        return isinstance(value, list | tuple)
+    return isinstance(value, expected)

@@ -1,0 +1,175 @@
+"""The training input: TFRecord shards -> shuffled, decoded, tokenized uint8 batches (grain).
+
+Called by the training loop. The order of examples is a function of (seed, position) alone: it
+does not depend on workers, hosts or devices, so that a run can be continued anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from diht_jax.data import images, schema, tokenizer, transforms
+from diht_jax.data.tfrecord import TFRecordSource
+
+
+class DecodeExample(grain.transforms.RandomMap):
+    """One serialised record -> one training example: random crop and token ids."""
+
+    def __init__(
+        self,
+        image_size: int,
+        context_length: int,
+        crop_scale: tuple[float, float],
+        text_template: str,
+    ):
+        self._image_size = image_size
+        self._context_length = context_length
+        self._crop_scale = tuple(crop_scale)
+        self._text_template = text_template
+
+    def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Decodes one record.
+
+        Args:
+            element: a serialised `tf.train.Example`.
+            rng: decides the crop.
+
+        Returns:
+            `images` uint8 [size, size, 3] and `tokens` int32 [t].
+
+        Raises:
+            ValueError: the image cannot be decoded; names the record's key.
+        """
+        record = schema.decode_record(element)
+        try:
+            image = images.decode_rgb(record.image)
+        except images.ImageError as error:
+            raise ValueError(
+                f"record '{record.key}': {error}; training expects readable images, which "
+                "`python -m data_prep.filter` makes sure of"
+            ) from error
+        text = self._text_template.format(caption=record.caption)
+        return {
+            "images": transforms.train_transform(
+                image, self._image_size, rng, scale=self._crop_scale
+            ),
+            "tokens": tokenizer.tokenize(text, self._context_length)[0],
+        }
+
+
+class TrainIterator:
+    """Endless batches of this process's share of the global batch.
+
+    Batch i of the run holds the examples [i * N, (i + 1) * N) of one endless global order, which
+    is a new permutation of the data set every epoch; process p of P takes every P-th of them.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[bytes],
+        decode: DecodeExample,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        prefetch_batches: int = 2,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Builds the graph; reading starts with the first batch.
+
+        Args:
+            source: random-access records, such as `TFRecordSource`.
+            decode: makes an example of a record.
+            batch_size: global, over all processes.
+            seed: of shuffling and cropping.
+            num_workers: decoding processes; 0 decodes in threads of this process.
+            prefetch_batches: batches decoded ahead, by each worker where there are some.
+            process_index, process_count: this host's number, and how many there are.
+        """
+        if batch_size % process_count:
+            raise ValueError(
+                f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
+                "processes; choose a multiple"
+            )
+        if not len(source):
+            raise ValueError(f"config.data.train: {source!r} holds no record")
+        self._examples = (
+            grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(decode)
+        )
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._prefetch_batches = prefetch_batches
+        self._process_index = process_index
+        self._process_count = process_count
+        self._next_example = 0
+        self._batches: Any = None
+
+    def __iter__(self) -> TrainIterator:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process."""
+        if self._batches is None:
+            self._batches = self._start()
+        batch = next(self._batches)
+        self._next_example += self._batch_size
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The place in the global order, as a JSON-able dict."""
+        return {"next_example": self._next_example}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues at a place that `get_state` gave, maybe on other hosts."""
+        self.close()
+        self._next_example = int(state["next_example"])
+
+    def close(self) -> None:
+        """Ends the workers; the next batch starts them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _start(self) -> Any:
+        local_batch_size = self._batch_size // self._process_count
+        mine = slice(self._next_example + self._process_index, None, self._process_count)
+        # Batches are formed before workers or threads share the work, so that their number does not
+        # change which examples make a batch.
+        num_threads = 1 if self._num_workers else min(16, os.cpu_count() or 1)
+        dataset = (
+            self._examples[mine]
+            .batch(local_batch_size, drop_remainder=True)
+            .to_iter_dataset(
+                grain.ReadOptions(
+                    num_threads=num_threads,
+                    prefetch_buffer_size=max(num_threads, self._prefetch_batches),
+                )
+            )
+        )
+        if self._num_workers:
+            # grain hands absl's flags on to its workers, also where no command has parsed any.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._num_workers, per_worker_buffer_size=self._prefetch_batches
+                )
+            )
+        return iter(dataset)
+
+
+def open_records(train: str | Sequence[str] | None) -> TFRecordSource:
+    """The records of `config.data.train`: a directory, a glob, or a list of shards."""
+    if not train:
+        raise ValueError(
+            "config.data.train is not set: expected a directory, a glob or a list of TFRecord "
+            "shards, such as --config.data.train=/data/kept (written by data_prep.filter)"
+        )
+    return TFRecordSource(train)

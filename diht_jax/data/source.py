@@ -1,0 +1,153 @@
+"""What all readers of pairs share: the unit of work, what is passed over, and cleaned input.
+
+The readers (`webdataset.py`, `tables.py`, `image_folder.py`, `tfds_records.py`) build on it;
+`readers.py` is the way in for everybody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
+MAX_IMAGE_BYTES = 2**28
+
+# Why a reader passes over a pair, in the order of a funnel. "too_large" is the image's reason.
+SOURCE_REASONS = (
+    "bad_row",
+    "bad_json",
+    "refused_path",
+    "no_image",
+    "duplicate",
+    "no_caption",
+    "too_large",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """An entry of a source that is no pair.
+
+    Attributes:
+        key: names the entry, as well as it can be named.
+        reason: one of `SOURCE_REASONS`.
+        detail: what was found, for a person.
+    """
+
+    key: str
+    reason: str
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceShard:
+    """One unit of work: a tar, a part of a table, one class, or a range of a record file.
+
+    Attributes:
+        kind: which reader: "webdataset", "table", "folder", "tfds" or "tfrecord".
+        path: of the file or folder.
+        start: where the part begins: a byte of a table, a record of a TFDS file.
+        stop: where it ends (exclusive); None for the end of the file.
+        options: what else its reader needs, JSON-able.
+    """
+
+    kind: str
+    path: str
+    start: int = 0
+    stop: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        part = "" if self.stop is None else f"[{self.start}:{self.stop}]"
+        return f"{self.path}{part}"
+
+    def identity(self) -> dict[str, Any]:
+        """What tells whether this is still the same input: path, part, size and time of change.
+
+        Returns:
+            A JSON-able dict. For a folder, size and time are those of the files in it together.
+        """
+        if os.path.isdir(self.path):
+            files = [entry.stat() for entry in _walk_files(self.path)]
+        else:
+            files = [os.stat(self.path)]
+        return {
+            "kind": self.kind,
+            "path": os.path.abspath(self.path),
+            "start": self.start,
+            "stop": self.stop,
+            "options": dict(self.options),
+            "files": len(files),
+            "size_bytes": sum(file.st_size for file in files),
+            "changed_ns": max((file.st_mtime_ns for file in files), default=0),
+        }
+
+
+def clean_text(text: str) -> str:
+    """Strips a text, and replaces lone surrogates, which no UTF-8 file can hold, by U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+
+
+def pick_captions(value: Any) -> list[str]:
+    """The captions in a text, a list of texts, or anything else (none).
+
+    Args:
+        value: as it stands in a row or a json file.
+
+    Returns:
+        Cleaned captions that are not empty, in order, without repetitions.
+    """
+    values = value if isinstance(value, list | tuple) else [value]
+    cleaned = (clean_text(item) for item in values if isinstance(item, str))
+    return list(dict.fromkeys(filter(None, cleaned)))
+
+
+def merge_captions(metadata: Mapping[str, Any], captions: list[str]) -> dict[str, Any]:
+    """Metadata with "captions" where there are several, without it where there is one."""
+    merged = {name: value for name, value in metadata.items() if name != "captions"}
+    if len(captions) > 1:
+        merged["captions"] = captions
+    return merged
+
+
+def parse_json_object(data: bytes | str) -> dict[str, Any]:
+    """Reads one JSON object; numbers that JSON cannot hold (NaN, infinity) become None.
+
+    Raises:
+        ValueError: no JSON, or no object.
+    """
+    try:
+        value = json.loads(data, parse_constant=lambda _: None, parse_float=_finite_or_none)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def image_files(folder: str) -> list[str]:
+    """Paths of the images in a folder and below it, sorted; hidden ones are left out."""
+    suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+    return [entry.path for entry in _walk_files(folder) if entry.name.lower().endswith(suffixes)]
+
+
+def _walk_files(folder: str) -> Iterable[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        children = sorted(entries, key=lambda entry: entry.name)
+    for entry in children:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk_files(entry.path)
+        elif entry.is_file():
+            yield entry
+
+
+def _finite_or_none(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None

@@ -1,0 +1,235 @@
+"""Image-caption data sets of TensorFlow Datasets, by name or by folder.
+
+Called through `readers.py`. `tensorflow_datasets` is imported inside the functions, and TensorFlow
+never: the files are read here, and TFDS only finds them and explains their features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from diht_jax.data.schema import Pair
+from diht_jax.data.source import Skipped, SourceShard, merge_captions, pick_captions
+from diht_jax.data.tfrecord import read_records
+
+PREFIX = "tfds:"
+
+_CAPTION_NAMES = ("caption", "captions", "text", "title", "description")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsOptions:
+    """Where a TFDS data set lies, and which of its features make a pair.
+
+    Attributes:
+        data_dir: of TFDS; its default (~/tensorflow_datasets) where it is None.
+        image_feature: name of an image feature; found by type where it is None.
+        caption_feature: name of a text feature, with slashes for nested ones
+            ("captions/text"); found by name and type where it is None. Of a class label, the
+            class name is the caption.
+    """
+
+    data_dir: str | None = None
+    image_feature: str | None = None
+    caption_feature: str | None = None
+
+
+def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
+    """One shard per file of the split.
+
+    Args:
+        spec: "tfds:NAME[/CONFIG][:VERSION]:SPLIT" or "tfds:FOLDER:SPLIT", where SPLIT may be a
+            part such as "train[:10%]".
+        options: of the data set.
+
+    Raises:
+        ValueError: the spec is no such text, the data set is not prepared, the split does not
+            exist, or the features that make a pair cannot be told.
+    """
+    name, split = _parse_spec(spec)
+    builder = _open_builder(spec, name, options)
+    try:
+        instructions = builder.info.splits[split].file_instructions
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"'{spec}': no split '{split}'; there are {', '.join(sorted(builder.info.splits))}"
+        ) from error
+    image, caption = _pick_features(spec, builder.info.features, options)
+    shared = {
+        "folder": str(builder.data_path),
+        "format": builder.info.file_format.file_suffix,
+        "image_feature": image,
+        "caption_feature": caption,
+        "split": split,
+    }
+    if shared["format"] not in ("tfrecord", "array_record"):
+        raise ValueError(
+            f"'{spec}': files of format '{shared['format']}'; expected tfrecord or array_record"
+        )
+    return [
+        SourceShard("tfds", os.fspath(file.filename), file.skip, file.skip + file.take, shared)
+        for file in instructions
+        if file.take
+    ]
+
+
+def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Yields the pairs of one file; images keep their encoded bytes.
+
+    Args:
+        shard: as `list_tfds_shards` gives.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    import tensorflow_datasets as tfds
+
+    options = shard.options
+    features = tfds.builder_from_directory(options["folder"]).info.features
+    image_feature, caption_feature = options["image_feature"], options["caption_feature"]
+    partial = {image_feature: tfds.decode.SkipDecoding()}
+    labels = _find_features(features, tfds.features.ClassLabel)
+    stem = os.path.basename(shard.path)
+    for number, data in enumerate(_read_range(shard), start=shard.start):
+        key = f"{stem}-{number:08d}"
+        example = features.deserialize_example_np(data, decoders=partial)
+        image = bytes(example[image_feature])
+        if not image:
+            yield Skipped(key, "no_image", f"feature '{image_feature}' is empty")
+            continue
+        metadata = _label_metadata(example, labels)
+        captions = _read_captions(example, caption_feature, labels)
+        if captions:
+            yield Pair(key, image, captions[0], merge_captions(metadata, captions))
+        else:
+            yield Skipped(key, "no_caption", f"feature '{caption_feature}' is empty")
+
+
+def _parse_spec(spec: str) -> tuple[str, str]:
+    # The last colon outside of brackets; a split may be "train[:10%]".
+    match = re.fullmatch(r"tfds:(.+):([^:\[\]/]+(?:\[[^\[\]]*\])?)", spec)
+    if not match or _VERSION.fullmatch(match[2]):
+        raise ValueError(
+            f"'{spec}': expected tfds:NAME:SPLIT, such as tfds:coco_captions:val or "
+            "tfds:coco_captions/2014:1.1.0:val[:1000]"
+        )
+    return match[1], match[2]
+
+
+def _open_builder(spec: str, name: str, options: TfdsOptions) -> Any:
+    import tensorflow_datasets as tfds
+
+    if os.path.isfile(os.path.join(name, "dataset_info.json")):
+        return tfds.builder_from_directory(name)
+    if name.startswith((os.sep, ".")):
+        raise ValueError(f"'{spec}': there is no dataset_info.json in '{name}'")
+    try:
+        builder = tfds.builder(name, data_dir=options.data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ValueError(f"'{spec}': TFDS knows no such data set ({first_line})") from error
+    if not builder.info.splits:
+        raise ValueError(
+            f"'{spec}': the data set is not prepared in '{builder.data_dir}'; run "
+            f"`tfds build {name}` first, or set data_dir"
+        )
+    return builder
+
+
+def _find_features(features: Any, kind: type, *, nested: bool = False) -> dict[str, Any]:
+    """Features of a kind by name; `nested`: those in sequences and dictionaries, by path, too."""
+    import tensorflow_datasets as tfds
+
+    found = {}
+    for name, feature in features.items():
+        inner = feature
+        if nested and isinstance(feature, tfds.features.Sequence):
+            inner = feature.feature
+        if isinstance(inner, kind):
+            found[name] = inner
+        elif nested and isinstance(inner, tfds.features.FeaturesDict):
+            children = _find_features(inner, kind, nested=True)
+            found |= {f"{name}/{child}": value for child, value in children.items()}
+    return found
+
+
+def _pick_features(spec: str, features: Mapping[str, Any], options: TfdsOptions) -> tuple[str, str]:
+    import tensorflow_datasets as tfds
+
+    images = list(_find_features(features, tfds.features.Image))
+    texts = list(_find_features(features, tfds.features.Text, nested=True))
+    labels = list(_find_features(features, tfds.features.ClassLabel))
+    named = [n for n in texts if n.rsplit("/", 1)[-1] in _CAPTION_NAMES]
+    image = _pick_one(spec, "image_feature", options.image_feature, [images])
+    caption = _pick_one(spec, "caption_feature", options.caption_feature, [named, texts, labels])
+    return image, caption
+
+
+def _pick_one(spec: str, option: str, wanted: str | None, candidates: list[list[str]]) -> str:
+    everything = list(dict.fromkeys(itertools.chain(*candidates)))
+    if wanted is not None:
+        if wanted in everything:
+            return wanted
+        raise ValueError(
+            f"'{spec}': {option}='{wanted}' is none of {', '.join(everything) or 'no features'}"
+        )
+    first = next(filter(None, candidates), [])
+    if len(first) != 1:
+        raise ValueError(
+            f"'{spec}': cannot tell the {option}; set it to one of "
+            f"{', '.join(everything) or '(the data set has none)'}"
+        )
+    return first[0]
+
+
+def _read_range(shard: SourceShard) -> Iterator[bytes]:
+    if shard.options["format"] == "tfrecord":
+        yield from itertools.islice(read_records(shard.path), shard.start, shard.stop)
+        return
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    with ArrayRecordDataSource(shard.path) as source:
+        for number in range(shard.start, shard.stop):
+            yield source[number]
+
+
+def _read_captions(
+    example: Mapping[str, Any], caption_feature: str, labels: Mapping[str, Any]
+) -> list[str]:
+    value = _look_up(example, caption_feature)
+    if caption_feature in labels:
+        if value < 0:  # marks an example without a label
+            return []
+        return [labels[caption_feature].int2str(int(value)).replace("_", " ")]
+    values = [value] if isinstance(value, bytes | str) else list(value)
+    return pick_captions(
+        [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in values]
+    )
+
+
+def _look_up(example: Mapping[str, Any], path: str) -> Any:
+    # A name may hold slashes itself ("image/filename"), hence the longest name first.
+    parts = path.split("/")
+    for end in range(len(parts), 0, -1):
+        name = "/".join(parts[:end])
+        if name in example:
+            rest = "/".join(parts[end:])
+            return _look_up(example[name], rest) if rest else example[name]
+    raise KeyError(path)
+
+
+def _label_metadata(example: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
+    """`label` and `class_name` of the only class label, where there is one."""
+    if len(labels) != 1:
+        return {}
+    name, feature = next(iter(labels.items()))
+    label = int(example[name])
+    if label < 0:
+        return {}
+    return {"label": label, "class_name": feature.int2str(label)}

@@ -1,0 +1,243 @@
+"""The bytes of a TFRecord shard and of its index: framing, checksums, and what errors say.
+
+`tfrecord.py` builds the writer and the random-access source on it. The framing is TensorFlow's,
+little-endian::
+
+    uint64 length | uint32 masked CRC32C of length | bytes | uint32 masked CRC32C of bytes
+
+The index `SHARD.idx` is ours; its header ties it to one shard::
+
+    8 bytes "DIHTIDX1" | uint64 shard size | uint64 n | n x uint64 offset
+
+It needs no checksum: every read compares a record's frame with both of its offsets.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import struct
+from collections.abc import Iterator
+
+import google_crc32c
+import numpy as np
+
+from diht_jax.data.atomic_file import write_atomically
+
+INDEX_SUFFIX = ".idx"
+
+_LENGTH = struct.Struct("<QI")
+_CRC = struct.Struct("<I")
+FRAME_BYTES = _LENGTH.size + _CRC.size
+_INDEX_MAGIC = b"DIHTIDX1"
+_INDEX_HEADER = struct.Struct("<8sQQ")
+_MASK_DELTA = 0xA282EAD8
+
+
+class TFRecordError(ValueError):
+    """A shard or its index cannot be trusted; the message names file and record."""
+
+
+def masked_crc(data: bytes) -> int:
+    """CRC32C of the data, masked as the TFRecord format wants it."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15) | (crc << 17)) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def frame_header(length: int) -> bytes:
+    """The 12 bytes before a record of `length` bytes."""
+    packed = struct.pack("<Q", length)
+    return packed + _CRC.pack(masked_crc(packed))
+
+
+def frame_footer(data: bytes) -> bytes:
+    """The 4 bytes after a record."""
+    return _CRC.pack(masked_crc(data))
+
+
+def unframe(frame: bytes, path: str, record: int) -> bytes | None:
+    """The record within a complete frame.
+
+    Args:
+        frame: header, record and footer, nothing else.
+        path: of the shard, for the message.
+        record: number within the shard, for the message.
+
+    Returns:
+        The record's bytes; None where `frame` is not one whole frame, so that whoever cut it out
+        was wrong about the place.
+
+    Raises:
+        TFRecordError: the frame is whole but its contents are damaged.
+    """
+    if len(frame) < FRAME_BYTES:
+        return None
+    length, length_crc = _LENGTH.unpack_from(frame)
+    if masked_crc(frame[:8]) != length_crc or length != len(frame) - FRAME_BYTES:
+        return None
+    data = frame[_LENGTH.size : -_CRC.size]
+    _check_contents(path, record, data, frame[-_CRC.size :])
+    return data
+
+
+def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
+    """Walks through a shard from length to length; contents are not read.
+
+    Args:
+        path: of the shard.
+
+    Returns:
+        uint64 [n], where each record's frame starts.
+
+    Raises:
+        TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
+    """
+    name, offsets, position = os.fspath(path), [], 0
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        while position < size:
+            header = os.pread(file.fileno(), _LENGTH.size, position)
+            end = position + FRAME_BYTES + _check_header(name, len(offsets), header)
+            if end > size:
+                raise _truncated(name, len(offsets), end - size)
+            offsets.append(position)
+            position = end
+    return np.array(offsets, np.uint64)
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
+    """Yields the records of one shard in order, checksums checked; needs no index.
+
+    Args:
+        path: of the shard.
+
+    Raises:
+        TFRecordError: as `scan_offsets`, and for a record whose checksum differs.
+    """
+    name, record, position = os.fspath(path), 0, 0
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while header := file.read(_LENGTH.size):
+            length = _check_header(name, record, header)
+            position += FRAME_BYTES + length
+            if position > size:
+                raise _truncated(name, record, position - size)
+            data = file.read(length)
+            _check_contents(name, record, data, file.read(_CRC.size))
+            yield data
+            record += 1
+
+
+def index_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Where the index of a shard lies."""
+    return pathlib.Path(os.fspath(path) + INDEX_SUFFIX)
+
+
+def write_index(path: str | os.PathLike[str], offsets: np.ndarray, shard_bytes: int) -> None:
+    """Writes the index of a shard beside it.
+
+    Args:
+        path: of the shard.
+        offsets: uint64 [n], as `scan_offsets` gives.
+        shard_bytes: size of the shard that the offsets belong to.
+    """
+    body = offsets.astype("<u8").tobytes()
+    header = _INDEX_HEADER.pack(_INDEX_MAGIC, shard_bytes, len(offsets))
+    write_atomically(index_path(path), header + body)
+
+
+def read_index_count(path: str, shard_bytes: int) -> int | None:
+    """The number of records according to the index; None where there is none.
+
+    Args:
+        path: of the shard.
+        shard_bytes: its size, which the index must confirm.
+
+    Raises:
+        TFRecordError: the index is damaged or another shard's, or the shard is cut off.
+    """
+    try:
+        with open(index_path(path), "rb") as file:
+            data = file.read(_INDEX_HEADER.size)
+            index_bytes = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return None
+    if len(data) < _INDEX_HEADER.size or not data.startswith(_INDEX_MAGIC):
+        raise wrong_index(path, "it has no valid header")
+    _, expected_bytes, count = _INDEX_HEADER.unpack(data)
+    if index_bytes != _INDEX_HEADER.size + 8 * count:
+        raise wrong_index(path, f"its size is not that of an index of {count} records")
+    if expected_bytes != shard_bytes:
+        # A shard that was cut off has the right index: the scan finds that and says so.
+        scan_offsets(path)
+        raise wrong_index(
+            path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
+        )
+    return count
+
+
+def load_offsets(path: str, shard_bytes: int) -> np.ndarray | None:
+    """The offsets, memory-mapped: processes that read the same shards share the pages.
+
+    Args:
+        path: of the shard.
+        shard_bytes: its size, which the index must confirm.
+
+    Returns:
+        uint64 [n]; None where there is no index.
+
+    Raises:
+        TFRecordError: the index is damaged or another shard's, or the shard is cut off.
+    """
+    count = read_index_count(path, shard_bytes)
+    if count is None:
+        return None
+    if not count:
+        return np.zeros(0, np.uint64)
+    offsets = np.memmap(
+        index_path(path), dtype="<u8", mode="r", offset=_INDEX_HEADER.size, shape=(count,)
+    )
+    if offsets[0] != 0:
+        raise wrong_index(path, "the first record does not begin the shard")
+    return offsets
+
+
+def wrong_index(path: str, detail: str) -> TFRecordError:
+    """The error for an index that does not describe its shard."""
+    return TFRecordError(
+        f"{index_path(path)} does not belong to {path} ({detail}); delete the index, it is built "
+        "again on the next use"
+    )
+
+
+def _check_header(path: str, record: int, header: bytes) -> int:
+    """The length that a frame header states."""
+    if len(header) == _LENGTH.size:
+        length, crc = _LENGTH.unpack(header)
+        if masked_crc(header[:8]) == crc:
+            return length
+    if record == 0:
+        kind = "compressed with gzip" if header.startswith(b"\x1f\x8b") else "not a TFRecord file"
+        raise TFRecordError(
+            f"{path}: record 0: the file is {kind}; expected an uncompressed TFRecord shard"
+        )
+    if len(header) < _LENGTH.size:
+        raise _truncated(path, record, _LENGTH.size - len(header))
+    raise TFRecordError(
+        f"{path}: record {record}: its length is damaged (the checksum differs), so that nothing "
+        "after it can be found; write the shard again"
+    )
+
+
+def _check_contents(path: str, record: int, data: bytes, footer: bytes) -> None:
+    if frame_footer(data) != footer:
+        raise TFRecordError(
+            f"{path}: record {record} is damaged (its checksum differs); write the shard again"
+        )
+
+
+def _truncated(path: str, record: int, missing_bytes: int) -> TFRecordError:
+    return TFRecordError(
+        f"{path}: record {record} is truncated ({missing_bytes} bytes are missing at the end of "
+        "the file); write or copy the shard again"
+    )

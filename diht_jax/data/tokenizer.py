@@ -1,0 +1,185 @@
+"""CLIP's text tokenizer: captions to int32 ids, and back.
+
+Called by the input pipeline, the evaluation and `LoadedModel`. The byte-pair encoding runs in
+the Rust library `tokenizers`; the merges are CLIP's own (see bpe_simple_vocab_16e6.md). No model
+and no image code may come in here.
+
+Safe in threads and in forked workers: texts are encoded one by one, which never starts the
+library's thread pool, so there is nothing that a fork could leave locked.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import html
+import importlib.resources
+from collections.abc import Iterable, Sequence
+
+import ftfy
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+CONTEXT_LENGTH = 77
+VOCAB_SIZE = 49_408
+START_OF_TEXT_ID = 49_406
+END_OF_TEXT_ID = 49_407
+
+_MERGES_FILE = "bpe_simple_vocab_16e6.txt.gz"
+_START_OF_TEXT, _END_OF_TEXT = "<start_of_text>", "<end_of_text>"
+_SPECIAL_IDS = {_START_OF_TEXT: START_OF_TEXT_ID, _END_OF_TEXT: END_OF_TEXT_ID}
+_END_OF_WORD = "</w>"
+
+# Words are: the two markers, contractions, runs of letters, single digits, runs of anything else.
+# CLIP's pattern ignores case; on lower-cased text this matters for two characters only: the long s
+# passes for an s, and U+0345 (whose upper case is a letter) falls out of every class. Characters
+# newer than the Unicode tables of `tokenizers` are symbols here whatever they are.
+_WORD_PATTERN = (
+    r"<[sſ]tart_of_text>|<end_of_text>|'[sſ]|'t|'re|'ve|'m|'ll|'d"
+    r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+)
+
+
+def tokenize(texts: str | Sequence[str], context_length: int = CONTEXT_LENGTH) -> np.ndarray:
+    """Token ids as CLIP makes them: start, text, end, zeros.
+
+    Args:
+        texts: one text or a sequence of texts; cleaned here (broken Unicode and HTML entities
+            repaired, whitespace collapsed, lower-cased).
+        context_length: t, at least 2. A longer text is cut, and its last id is the end marker.
+
+    Returns:
+        int32 [b, t]; b is 1 for a single string.
+
+    Raises:
+        ValueError: an element is no string, or `context_length` is too small.
+
+    Source: the tokenizer of CLIP (arXiv 2103.00020), as open_clip has it.
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    if not isinstance(context_length, int | np.integer):
+        raise ValueError(f"context_length: expected an integer, got {context_length!r}")
+    if context_length < 2:
+        raise ValueError(
+            f"context_length: expected at least 2 (start and end of text), got {context_length}"
+        )
+    ids = np.zeros((len(texts), context_length), np.int32)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"texts[{row}]: expected a str, got {type(text).__name__} {str(text)[:80]!r}; "
+                "decode bytes and fill missing captions before tokenizing"
+            )
+        words = _encode_words(clean_text(text))[: context_length - 2]
+        ids[row, : len(words) + 2] = [START_OF_TEXT_ID, *words, END_OF_TEXT_ID]
+    return ids
+
+
+def decode(ids: Iterable[int]) -> str:
+    """The cleaned text that a row of ids stands for.
+
+    Args:
+        ids: integers [t]: a row of `tokenize`, or a part of one. Start markers are left out, and
+            what follows the first end marker (padding) is ignored.
+
+    Returns:
+        The text with one space after each word, where CLIP's vocabulary keeps no trace of the
+        original spacing ("it's" comes back as "it 's"). Bytes that a cut left incomplete become
+        U+FFFD.
+
+    Raises:
+        ValueError: not one row, or an id outside of the vocabulary.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
+        raise ValueError(
+            f"ids: expected one row of integers [t], got shape {ids.shape} of {ids.dtype}"
+        )
+    pieces, to_byte = _pieces(), _byte_of_character()
+    text = bytearray()
+    for token_id in ids.tolist():
+        if not 0 <= token_id < VOCAB_SIZE:
+            raise ValueError(f"ids: expected 0 <= id < {VOCAB_SIZE}, got {token_id}")
+        if token_id == END_OF_TEXT_ID:
+            break
+        if token_id == START_OF_TEXT_ID:
+            continue
+        piece = pieces[token_id]
+        text.extend(to_byte[character] for character in piece.removesuffix(_END_OF_WORD))
+        if piece.endswith(_END_OF_WORD):
+            text.extend(b" ")
+    return text.decode("utf-8", errors="replace").strip()
+
+
+def clean_text(text: str) -> str:
+    """CLIP's cleaning: `ftfy`, HTML unescaped twice, whitespace collapsed, lower-cased."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+def _encode_words(text: str) -> list[int]:
+    """Ids of a cleaned text, without the markers at its ends."""
+    tokenizer = _tokenizer()
+    if _START_OF_TEXT not in text and _END_OF_TEXT not in text:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    # A caption that spells a marker out gets the marker's id, as in CLIP, but only where the
+    # pattern sees it as a word; the library's own special tokens would match anywhere.
+    ids = []
+    for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text):
+        if word in _SPECIAL_IDS:
+            ids.append(_SPECIAL_IDS[word])
+        else:
+            ids.extend(token.id for token in tokenizer.model.tokenize(word))
+    return ids
+
+
+@functools.cache
+def _tokenizer() -> tokenizers.Tokenizer:
+    vocabulary = {piece: token_id for token_id, piece in enumerate(_pieces())}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=_merges(), end_of_word_suffix=_END_OF_WORD)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORD_PATTERN), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+@functools.cache
+def _pieces() -> list[str]:
+    """The vocabulary by id: bytes, bytes that end a word, merges, markers."""
+    characters = list(_byte_of_character())
+    return [
+        *characters,
+        *(character + _END_OF_WORD for character in characters),
+        *("".join(merge) for merge in _merges()),
+        _START_OF_TEXT,
+        _END_OF_TEXT,
+    ]
+
+
+@functools.cache
+def _merges() -> list[tuple[str, str]]:
+    """The merges that CLIP uses: those after the header that fill its vocabulary."""
+    num_merges = VOCAB_SIZE - 2 * 256 - 2
+    packed = importlib.resources.files("diht_jax.data").joinpath(_MERGES_FILE).read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")
+    return [tuple(line.split(" ")) for line in lines[1 : num_merges + 1]]
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """The printable character that stands for each byte, in the vocabulary's order.
+
+    Visible Latin-1 characters stand for themselves; the other bytes, in order, for the
+    characters from U+0100 on.
+    """
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(visible)]
+    return {chr(byte): byte for byte in visible} | {
+        chr(0x100 + place): byte for place, byte in enumerate(hidden)
+    }

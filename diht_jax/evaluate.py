@@ -1,0 +1,144 @@
+"""Command: evaluate a model on zero-shot tasks, or compare two results.
+
+    python -m diht_jax.evaluate --model DIR --tasks cifar10,coco_retrieval --output results.json
+    python -m diht_jax.evaluate --model DIR --tasks retrieval:/data/emoji_twitter.tar \
+        --caption_template "{caption}" --output results.json
+    python -m diht_jax.evaluate --compare a.json b.json
+
+`docs/evaluation.md` describes tasks, protocols and the results file.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+import re
+import sys
+from typing import Any
+
+from absl import flags, logging
+
+from diht_jax import command_line
+from diht_jax.evaluation.report import (
+    format_comparison,
+    format_results,
+    read_results,
+    write_results,
+)
+
+_MODEL = flags.DEFINE_string("model", None, "Work directory of diht_jax.train.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the latest by default.")
+_TASKS = flags.DEFINE_list(
+    "tasks",
+    [],
+    "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
+    "classification:SOURCE, retrieval:SOURCE, NAME=KIND:SOURCE; options after '?'.",
+)
+_OUTPUT = flags.DEFINE_string("output", None, "Results file (JSON) to write.")
+_CLASS_NAMES = flags.DEFINE_string(
+    "class_names", None, "File with one class name a line, in label order."
+)
+_TEMPLATES = flags.DEFINE_string(
+    "templates", None, "'a photo of a {}.;a drawing of a {}.', @FILE, cifar10 or imagenet."
+)
+_CAPTION_TEMPLATE = flags.DEFINE_string(
+    "caption_template",
+    None,
+    "Retrieval prompt, 'a photo of {caption}.' by default; '{caption}' for none.",
+)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images a batch, over all devices.")
+_NUM_THREADS = flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many pairs of each task.")
+_PAGES = flags.DEFINE_bool("pages", True, "Write a PNG page per task beside the output.")
+_COMPARE = flags.DEFINE_list("compare", None, "Two results files, A B or A,B.")
+
+
+def main() -> None:
+    """Compares two results, or evaluates a model."""
+    if _COMPARE.value is not None:
+        if len(_COMPARE.value) != 2:
+            raise ValueError(
+                f"--compare: expected two results files, got {' '.join(_COMPARE.value) or 'none'}"
+            )
+        print(format_comparison(*map(read_results, _COMPARE.value)))
+        return
+    for flag in (_MODEL, _TASKS, _OUTPUT):
+        if not flag.value:
+            raise ValueError(f"--{flag.name} is required (or --compare A.json B.json)")
+    print(format_results(evaluate()))
+
+
+def evaluate() -> dict[str, Any]:
+    """Runs the tasks of the flags; the results file is complete after every task."""
+    from diht_jax.evaluation.task_specs import check_source, parse_tasks
+
+    tasks = parse_tasks(_TASKS.value, **_task_defaults())
+    for task in tasks:
+        check_source(task)  # a missing file should not have to wait for the model
+    import jax
+
+    from diht_jax.evaluation.tasks import evaluate_task
+    from diht_jax.loading import load_model
+
+    model = load_model(_MODEL.value, step=_STEP.value, batch_size=_BATCH_SIZE.value)
+    output = pathlib.Path(_OUTPUT.value)
+    results = {
+        "model": _MODEL.value,
+        "step": model.step,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "devices": jax.local_device_count(),
+        "device_kind": jax.local_devices()[0].device_kind,
+        "results": [],
+    }
+    for task in tasks:
+        page = output.with_name(f"{output.stem}.{task.name}.png") if _PAGES.value else None
+        result = evaluate_task(
+            model,
+            task,
+            batch_size=_BATCH_SIZE.value,
+            num_threads=_NUM_THREADS.value,
+            limit=_LIMIT.value,
+            page=page,
+            progress=True,
+        )
+        results["results"].append(result)
+        write_results(output, results)
+        logging.info(
+            "task '%s': %d images in %.1f s, %.0f images/s",
+            task.name,
+            result["counts"]["images"],
+            result["seconds"],
+            result["images_per_sec"],
+        )
+    return results
+
+
+def _task_defaults() -> dict[str, Any]:
+    from diht_jax.evaluation.prompts import parse_templates, read_class_names
+
+    defaults = {}
+    if _CLASS_NAMES.value is not None:
+        defaults["class_names"] = read_class_names(_CLASS_NAMES.value)
+    if _TEMPLATES.value is not None:
+        defaults["templates"] = parse_templates(_TEMPLATES.value)
+    if _CAPTION_TEMPLATE.value is not None:
+        defaults["caption_template"] = _CAPTION_TEMPLATE.value
+    return defaults
+
+
+def _join_compared_files(arguments: list[str]) -> list[str]:
+    """`--compare A B` -> `--compare=A,B`: absl takes one value per flag."""
+    joined = list(arguments)
+    for i, argument in enumerate(arguments[:-1]):
+        if re.fullmatch("--?compare", argument):
+            end = next(
+                (j for j in range(i + 1, len(joined)) if joined[j].startswith("-")), len(joined)
+            )
+            joined[i:end] = [f"--compare={','.join(joined[i + 1 : end])}"]
+            break
+    return joined
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = _join_compared_files(sys.argv[1:])
+    command_line.run(main)

@@ -1,0 +1,1 @@
+"""Zero-shot evaluation: tasks and their protocols, results and pages of pictures."""

@@ -1,0 +1,150 @@
+"""Class names and prompt templates, and where to read them.
+
+Called by `classification`, `retrieval`, `tasks` and the command. Words only: no model, no image.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import pathlib
+from collections.abc import Sequence
+
+CLASS_SLOT = "{}"
+CAPTION_SLOT = "{caption}"
+
+PLAIN_TEMPLATES = ("a photo of a {}.",)
+# The retrieval prompt of the official DiHT inference code.
+CAPTION_TEMPLATE = "a photo of {caption}."
+
+CIFAR10_CLASSES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
+
+# The 18 prompts that CLIP (arXiv 2103.00020) uses for CIFAR.
+CIFAR10_TEMPLATES = tuple(
+    f"a {adjective}photo of {article} {CLASS_SLOT}."
+    for article in ("a", "the")
+    for adjective in (
+        "",
+        "blurry ",
+        "black and white ",
+        "low contrast ",
+        "high contrast ",
+        "bad ",
+        "good ",
+    )
+) + tuple(
+    f"a photo of {article} {size} {CLASS_SLOT}."
+    for article in ("a", "the")
+    for size in ("small", "big")
+)
+
+
+def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """The templates as a tuple; none at all, or one without exactly one "{}", is a ValueError."""
+    if isinstance(templates, str) or not templates:
+        raise ValueError(f"templates: expected a list of at least one template, got {templates!r}")
+    for template in templates:
+        if template.count(CLASS_SLOT) != 1:
+            raise ValueError(
+                f"template {template!r}: expected '{CLASS_SLOT}' once, where the class name goes, "
+                "such as 'a photo of a {}.'"
+            )
+    return tuple(templates)
+
+
+def fill_template(template: str, class_name: str) -> str:
+    """The template with the class name in place of "{}"; braces in the name stay."""
+    return template.replace(CLASS_SLOT, class_name)
+
+
+def fill_caption_template(template: str, caption: str) -> str:
+    """The template with the caption in place of "{caption}"; braces in the caption stay.
+
+    The caption goes in as it is (a full stop at its end is kept), as in the official code.
+
+    Raises:
+        ValueError: the template does not hold "{caption}" exactly once.
+    """
+    if template.count(CAPTION_SLOT) != 1:
+        raise ValueError(
+            f"caption template {template!r}: expected '{CAPTION_SLOT}' once, such as "
+            f"'{CAPTION_TEMPLATE}', or '{CAPTION_SLOT}' alone for the plain caption"
+        )
+    return template.replace(CAPTION_SLOT, caption)
+
+
+def parse_templates(text: str) -> tuple[str, ...]:
+    """Templates from a command line.
+
+    Args:
+        text: "cifar10" or "imagenet" for the sets of CLIP, "@FILE" for a file with one template a
+            line, else templates with ";" between them.
+    """
+    if text == "cifar10":
+        return CIFAR10_TEMPLATES
+    if text == "imagenet":
+        return imagenet_prompts()[1]
+    parts = _read_lines(text[1:]) if text.startswith("@") else text.split(";")
+    return check_templates([part.strip() for part in parts if part.strip()])
+
+
+def read_class_names(path: str | pathlib.Path) -> tuple[str, ...]:
+    """Class names from a text file, one a line; the line number (from 0) is the integer label."""
+    names = tuple(_read_lines(path))
+    blank = [number for number, name in enumerate(names, start=1) if not name]
+    if not names or blank:
+        raise ValueError(
+            f"{path}: expected one class name a line, "
+            + (f"line {blank[0]} is blank" if blank else "the file is empty")
+        )
+    return names
+
+
+@functools.cache
+def imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The 1,000 class names of ImageNet in label order and the 80 templates, both CLIP's.
+
+    They are read from the data file of an installed open_clip, which alone is executed: neither
+    open_clip nor torch is imported.
+
+    Raises:
+        ValueError: open_clip is not installed, or its file is not as expected.
+    """
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            "the class names of ImageNet come with open_clip, which is not installed; run "
+            "`pip install open_clip_torch`, or pass --class_names FILE and --templates"
+        )
+    path = pathlib.Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    try:
+        spec = importlib.util.spec_from_file_location("_open_clip_zero_shot_metadata", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        names = tuple(module.IMAGENET_CLASSNAMES)
+        templates = tuple(make(CLASS_SLOT) for make in module.OPENAI_IMAGENET_TEMPLATES)
+    except (OSError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected IMAGENET_CLASSNAMES and OPENAI_IMAGENET_TEMPLATES of open_clip 2 "
+            f"or 3 ({error}); pass --class_names FILE and --templates instead"
+        ) from error
+    return names, check_templates(templates)
+
+
+def _read_lines(path: str | pathlib.Path) -> list[str]:
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
+    return [line.strip() for line in text.rstrip().splitlines()]

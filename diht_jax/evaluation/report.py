@@ -1,0 +1,140 @@
+"""The results file and the tables on the terminal.
+
+Called by the command `diht_jax.evaluate`.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from diht_jax.data.atomic_file import write_atomically
+
+_METRIC_NAMES = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+    **{
+        f"{direction}_r{k}": f"{arrow} R@{k}"
+        for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))
+        for k in (1, 5, 10)
+    },
+    "t2i_median_rank": "text to image median rank",
+    "i2t_median_rank": "image to text median rank",
+}
+
+
+def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
+    """Writes the results of a run as JSON; the folder is made when missing."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_results(path: str | pathlib.Path) -> dict[str, Any]:
+    """Reads what `write_results` wrote.
+
+    Raises:
+        ValueError: no such file, or not such a file.
+    """
+    try:
+        results = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        for result in results["results"]:
+            result["task"], result["metrics"].items(), result["counts"]["images"]  # noqa: B018
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: expected a results file of `python -m diht_jax.evaluate --output` "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    return results
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """A table of all tasks and metrics, in percent."""
+    rows = []
+    for result in results["results"]:
+        first = True
+        for name, value in result["metrics"].items():
+            counts = result["counts"]
+            dropped = sum(counts["dropped"].values())
+            about = f"{counts['images']:,} images" + (f", {dropped:,} dropped" if dropped else "")
+            rows.append(
+                (
+                    result["task"] if first else "",
+                    _METRIC_NAMES.get(name, name),
+                    _format_value(name, value),
+                    about if first else "",
+                )
+            )
+            first = False
+    return f"{_describe(results)}\n{_format_table(('task', 'metric', 'result', ''), rows, 'llrl')}"
+
+
+def format_comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """A table of two results and their difference, second minus first, for the tasks of both.
+
+    Tasks and metrics that only one of them has are shown with a dash; a task that was not measured
+    in the same way in both (other prompts, other number of images) is named below the table.
+    """
+    results_of = [
+        {result["task"]: result for result in results["results"]} for results in (first, second)
+    ]
+    rows, notes = [], []
+    for task in dict.fromkeys([*results_of[0], *results_of[1]]):
+        a, b = (results.get(task, {}) for results in results_of)
+        rows += _compare_metrics(task, a.get("metrics", {}), b.get("metrics", {}))
+        for field in ("protocol", "counts") if a and b else ():
+            for key in a[field]:
+                if a[field][key] != b[field].get(key):
+                    notes.append(
+                        f"note: '{task}' differs in {key}: {_abridge(a[field][key])} and "
+                        f"{_abridge(b[field].get(key))}"
+                    )
+    letters = [f"{letter}: {_describe(r)}" for letter, r in zip("AB", (first, second), strict=True)]
+    table = _format_table(("task", "metric", "A", "B", "B - A"), rows, "llrrr")
+    return "\n".join([*letters, table, *notes])
+
+
+def _compare_metrics(
+    task: str, a: dict[str, float], b: dict[str, float]
+) -> list[tuple[str, str, str, str, str]]:
+    rows = []
+    for name in dict.fromkeys([*a, *b]):
+        values = [_format_value(name, x[name]) if name in x else "-" for x in (a, b)]
+        difference = _format_difference(name, b[name] - a[name]) if name in a and name in b else "-"
+        rows.append(("" if rows else task, _METRIC_NAMES.get(name, name), *values, difference))
+    return rows
+
+
+def _abridge(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _describe(results: dict[str, Any]) -> str:
+    step = results.get("step")
+    return f"{results['model']}" + ("" if step is None else f", step {step:,}")
+
+
+def _format_value(name: str, value: float) -> str:
+    return f"{value:,.1f}" if name.endswith("rank") else f"{100 * value:.2f}%"
+
+
+def _format_difference(name: str, value: float) -> str:
+    return f"{value:+,.1f}" if name.endswith("rank") else f"{100 * value:+.2f}"
+
+
+def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def format_row(row: Sequence[str]) -> str:
+        cells = [
+            cell.rjust(width) if side == "r" else cell.ljust(width)
+            for cell, width, side in zip(row, widths, align, strict=True)
+        ]
+        return "  ".join(cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([format_row(header), rule, *(format_row(row) for row in rows)])

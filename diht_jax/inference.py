@@ -1,0 +1,166 @@
+"""A model ready to embed images and texts, on all devices of its mesh.
+
+Made by `diht_jax.load_model` from files, and by the training loop from live parameters;
+evaluation works on it. Nothing here reads files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from PIL import Image
+
+from diht_jax import sharding
+from diht_jax.data import tokenizer, transforms
+from diht_jax.models.parameters import merge_model
+
+
+class LoadedModel:
+    """Encodes images and texts into the shared, L2-normalised space.
+
+    Attributes:
+        config: the training config that the model came with.
+        image_size: side of the images it takes, in pixels.
+        context_length: length of the texts it takes, in tokens.
+        step: optimiser step of the parameters, or None.
+    """
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: dict[str, Any],
+        *,
+        mesh: Mesh,
+        config: ml_collections.ConfigDict,
+        image_size: int,
+        context_length: int,
+        batch_size: int = 256,
+        step: int | None = None,
+    ):
+        """Wraps parameters that lie on `mesh`.
+
+        Args:
+            graphdef, params: of `models.parameters`.
+            mesh: axes `data` and `fsdp`.
+            config: kept for the reader.
+            image_size: in pixels.
+            context_length: in tokens.
+            batch_size: most examples embedded at once, over all devices.
+            step: optimiser step of the parameters, where known.
+        """
+        self.config = config
+        self.image_size = image_size
+        self.context_length = context_length
+        self.step = step
+        self._params = params
+        self._batch_sharding = sharding.batch_sharding(mesh)
+        num_devices = mesh.size
+        self._batch_size = math.ceil(batch_size / num_devices) * num_devices
+        self._num_devices = num_devices
+        dtype = jnp.dtype(config.model.dtype)
+        whole = sharding.replicated(mesh)
+
+        def encode_image(params, images):
+            return merge_model(graphdef, params).encode_image(transforms.normalize(images, dtype))
+
+        def encode_text(params, tokens):
+            return merge_model(graphdef, params).encode_text(tokens)
+
+        self._encode_image = jax.jit(encode_image, out_shardings=whole)
+        self._encode_text = jax.jit(encode_text, out_shardings=whole)
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosine similarities, after exp."""
+        return float(np.exp(np.asarray(self._params["log_logit_scale"], np.float64)))
+
+    @property
+    def embed_dim(self) -> int:
+        """Size `d` of the embeddings."""
+        return self._params["text"]["projection"]["kernel"].shape[1]
+
+    def update(self, params: dict[str, Any], step: int) -> None:
+        """Takes the parameters of another step; same shapes, so nothing is compiled again."""
+        self._params = params
+        self.step = step
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """PIL image of any size -> uint8 [size, size, 3]: short side resized, centre cropped."""
+        return transforms.eval_transform(image.convert("RGB"), self.image_size)
+
+    def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Texts -> int32 [b, context_length]."""
+        return tokenizer.tokenize(texts, self.context_length)
+
+    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+        """Embeds images.
+
+        Args:
+            images: uint8 [b, size, size, 3], or PIL images of any size.
+
+        Returns:
+            float32 [b, d], rows of unit length.
+
+        Raises:
+            ValueError: an array of another dtype or shape.
+        """
+        if not isinstance(images, np.ndarray | jax.Array):
+            images = [self.preprocess(image) for image in images]
+            images = np.stack(images) if images else self._no_images()
+        expected = (self.image_size, self.image_size, 3)
+        if images.dtype != np.uint8 or images.shape[1:] != expected:
+            raise ValueError(
+                f"images: expected uint8 [b, {', '.join(map(str, expected))}], got {images.dtype} "
+                f"{list(images.shape)}; `preprocess` makes such an array of a PIL image"
+            )
+        return self._in_batches(self._encode_image, np.asarray(images))
+
+    def encode_text(self, texts: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+            texts: strings, or int32 [b, context_length] of `tokenize`.
+
+        Returns:
+            float32 [b, d], rows of unit length.
+
+        Raises:
+            ValueError: an array of another dtype or shape.
+        """
+        tokens = texts
+        if not isinstance(texts, np.ndarray | jax.Array):
+            tokens = self.tokenize(list(texts))
+        if tokens.ndim != 2 or tokens.dtype != np.int32 or tokens.shape[1] != self.context_length:
+            raise ValueError(
+                f"texts: expected strings or int32 [b, {self.context_length}], got {tokens.dtype} "
+                f"{list(tokens.shape)}; `tokenize` makes such an array of strings"
+            )
+        return self._in_batches(self._encode_text, np.asarray(tokens))
+
+    def _no_images(self) -> np.ndarray:
+        return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+
+    def _in_batches(self, encode: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
+        outputs = [np.zeros((0, self.embed_dim), np.float32)]
+        for start in range(0, len(inputs), self._batch_size):
+            chunk = inputs[start : start + self._batch_size]
+            padding = self._padded_size(len(chunk)) - len(chunk)
+            widths = [(0, padding)] + [(0, 0)] * (chunk.ndim - 1)
+            batch = sharding.put_batch({"x": np.pad(chunk, widths)}, self._batch_sharding)["x"]
+            outputs.append(np.asarray(encode(self._params, batch))[: len(chunk)])
+        return np.concatenate(outputs)
+
+    def _padded_size(self, size: int) -> int:
+        """The next power-of-two multiple of the devices: few shapes, so few compilations."""
+        padded = self._num_devices
+        while padded < size:
+            padded *= 2
+        return min(padded, self._batch_size)

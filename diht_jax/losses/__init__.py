@@ -1,0 +1,9 @@
+"""The training losses, as pure functions of embeddings.
+
+Called by the training step. No models, no optimisers and no input pipeline may come in here.
+"""
+
+from diht_jax.losses.contrastive import contrastive_loss
+from diht_jax.losses.total import contrastive_metrics, contrastive_objective
+
+__all__ = ["contrastive_loss", "contrastive_metrics", "contrastive_objective"]

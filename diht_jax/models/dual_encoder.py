@@ -1,0 +1,62 @@
+"""The dual encoder: an image tower, a text tower and the logit scale.
+
+Called by the training step and by `diht_jax.load_model`. Losses do not live here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from diht_jax.models.text import TextTransformer
+from diht_jax.models.vit import VisionTransformer
+from diht_jax.models.zoo import Architecture
+
+INITIAL_LOG_LOGIT_SCALE = math.log(1 / 0.07)
+
+
+class DualEncoder(nnx.Module):
+    """CLIP's dual encoder with exact GELU (DiHT, arXiv 2301.02280, official code)."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Builds both towers with CLIP's initialisation.
+
+        Args:
+            arch: sizes.
+            dtype: of the computation. Softmax, LayerNorm statistics and embeddings are float32.
+            param_dtype: of the stored parameters.
+            rngs: needs the stream `params`.
+        """
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.vision = VisionTransformer(arch, **dtypes)
+        self.text = TextTransformer(arch, **dtypes)
+        self.log_logit_scale = nnx.Param(jnp.asarray(INITIAL_LOG_LOGIT_SCALE, jnp.float32))
+
+    def encode_image(
+        self, images: jax.Array, *, patch_dropout: float = 0.0, key: jax.Array | None = None
+    ) -> jax.Array:
+        """float [b, size, size, 3], normalised -> float32 [b, d], L2-normalised."""
+        return l2_normalize(self.vision(images, patch_dropout=patch_dropout, key=key))
+
+    def encode_text(self, tokens: jax.Array) -> jax.Array:
+        """int32 [b, t] -> float32 [b, d], L2-normalised."""
+        return l2_normalize(self.text(tokens))
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """[b, d] of any float dtype -> float32 [b, d] of unit length; zero vectors stay zero."""
+    x = x.astype(jnp.float32)
+    # The floor keeps the gradient of an all-zero vector finite.
+    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))

@@ -1,0 +1,135 @@
+"""The device mesh, the partition rules, and the placement of batches.
+
+Axis names are `data` (replicas) and `fsdp` (parameters and optimiser state are split over it);
+a batch is split over both. Called by the training and loading code.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ("data", "fsdp")
+
+# The first pattern found in a parameter's path decides. Optimiser moments have the path of their
+# parameter inside their own, so the same rules place them. Matrices are split along their larger
+# side where CLIP's shapes allow it; vectors and scalars are too small to be worth a split.
+PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"token_embedding/embedding$", PartitionSpec("fsdp", None)),
+    (r"patch_embedding/kernel$", PartitionSpec(None, None, None, "fsdp")),
+    (r"(in_proj|fc_in)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"(out_proj|fc_out|projection)/kernel$", PartitionSpec("fsdp", None)),
+)
+
+
+def create_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes (`data`, `fsdp`).
+
+    Args:
+        data: devices along `data`; -1 takes what `fsdp` leaves.
+        fsdp: devices along `fsdp`; -1 takes what `data` leaves.
+        devices: the devices to use; all of the job by default.
+
+    Raises:
+        ValueError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp}
+    free = [name for name, size in sizes.items() if size == -1]
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if any(size == 0 or size < -1 for size in sizes.values()) or len(free) > 1:
+        raise ValueError(f"config.mesh: expected positive sizes and at most one -1, got {sizes}")
+    if free:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"config.mesh: {sizes} makes {math.prod(sizes.values())} devices, but there are "
+            f"{len(devices)}; change config.mesh.data or config.mesh.fsdp"
+        )
+    shape = (sizes["data"], sizes["fsdp"])
+    if jax.devices()[0].platform == "tpu" and len(devices) == jax.device_count():
+        # Knows the torus. Auto: placements are the compiler's to work out from the constraints.
+        return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.asarray(devices).reshape(shape), BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the first axis of an array over all devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Where the array `path` of shape `shape` goes, by `PARTITION_RULES`.
+
+    An axis that the mesh axis does not divide stays whole.
+    """
+    for pattern, spec in PARTITION_RULES:
+        if re.search(pattern, path):
+            if len(spec) != len(shape):
+                raise ValueError(
+                    f"partition rule '{pattern}' has {len(spec)} axes, but '{path}' has shape "
+                    f"{tuple(shape)}"
+                )
+            return PartitionSpec(
+                *(
+                    name if name and size % mesh.shape[name] == 0 else None
+                    for name, size in zip(spec, shape, strict=True)
+                )
+            )
+    return PartitionSpec()
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+    """A tree of `NamedSharding` like `tree` (arrays or shape structs), by the rules."""
+
+    def place(path, leaf):
+        name = path_name(path)
+        return NamedSharding(mesh, partition_spec(name, np.shape(leaf), mesh))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """A JAX key path as `a/b/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def log_placement(tree: Any, mesh: Mesh) -> None:
+    """Logs how many bytes of the parameters are split over `fsdp`, and the largest that are not."""
+    if mesh.shape["fsdp"] == 1:
+        return
+    split_bytes, whole = 0, []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        num_bytes = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if any(partition_spec(path_name(path), leaf.shape, mesh)):
+            split_bytes += num_bytes
+        else:
+            whole.append((num_bytes, path_name(path)))
+    whole.sort(reverse=True)
+    logging.info(
+        "fsdp=%d: %.1f MB of parameters split, %.1f MB whole on every device (largest: %s)",
+        mesh.shape["fsdp"],
+        split_bytes / 1e6,
+        sum(num_bytes for num_bytes, _ in whole) / 1e6,
+        ", ".join(f"{name} {num_bytes / 1e6:.2f} MB" for num_bytes, name in whole[:3]),
+    )
+
+
+def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Makes global arrays of the local parts of a batch (first axis: this process's examples)."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, value)
+        for name, value in batch.items()
+    }

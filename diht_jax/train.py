@@ -1,0 +1,36 @@
+"""Command: train a model.
+
+    python -m diht_jax.train --config configs/emoji.py --config.data.train=DIR --workdir DIR
+
+The same command again goes on where the run stopped.
+"""
+
+from __future__ import annotations
+
+import os
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from diht_jax import command_line
+from diht_jax.config import default_config, validate_config
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    """Validates the config, then trains."""
+    config = _CONFIG.value
+    validate_config(config, default_config())
+
+    # After the validation: a mistyped key should not have to wait for JAX.
+    from diht_jax.training.loop import train
+
+    train(config, _WORKDIR.value)
+    logging.info("finished; results in %s", os.path.abspath(_WORKDIR.value))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# The whole path on an embedded data set: noisy pairs -> filter -> two trainings -> zero-shot
+# results side by side. Makes .venv where it is missing. Everything goes to demo_output/; a stopped
+# demo goes on where it was. Starting anew: rm -r demo_output
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source .ci/environment.sh
+out=demo_output
+mkdir -p "$out/logs"
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+
+# step NAME COMMAND...: says what happens; shows the command's own output when it fails, and its
+# progress bars while it runs on a terminal.
+step() {
+  local name=$1 log="$out/logs/$2.log" start=$SECONDS
+  shift 2
+  printf '%-58s' "$name" >&2
+  if [ -t 2 ]; then printf '\n' >&2; fi
+  if [ -t 2 ]; then
+    "$python" -m "$@" > "$log" || { cat "$log" >&2; exit 1; }
+  else
+    "$python" -m "$@" > "$log" 2>&1 || { printf '\n' >&2; tail -n 30 "$log" >&2; exit 1; }
+  fi
+  printf '%5d s\n' "$((SECONDS - start))" >&2
+}
+
+train() { # NAME SHOWN_NAME RECORDS FLAGS...
+  step "Training: $2" "train_$1" diht_jax.train --config configs/demo.py \
+    --config.data.train="$out/$3" --workdir "$out/$1" "${@:4}"
+}
+
+evaluate() { # NAME SHOWN_NAME
+  local templates='a {};a picture of a {};a small {} floating in the air;a large {} standing on the ground'
+  local tasks="shape=classification:$out/web/val_shape.tar?templates=$templates"
+  tasks+=",color=classification:$out/web/val_color.tar?templates=${templates//\{\}/\{\} shape}"
+  tasks+=",scenes=retrieval:$out/web/val_retrieval.tar?caption_template={caption}"
+  step "Evaluating: $2" "evaluate_$1" diht_jax.evaluate --model "$out/$1" --tasks "$tasks" \
+    --output "$out/$1.json"
+}
+
+step "Generating 4,000 noisy pairs and clean evaluation sets" generate \
+  data_prep.synthetic --output "$out/web" --num_pairs 4000
+step "Filtering: complexity and action" filter \
+  data_prep.filter --config configs/prep/cat.py \
+  --config.input="$out/web/train-*.tar" --config.output="$out/filtered"
+step "Converting the raw pairs, unfiltered" convert \
+  data_prep.filter --config configs/prep/convert.py \
+  --config.input="$out/web/train-*.tar" --config.output="$out/raw"
+train raw_infonce "raw pairs, InfoNCE" raw --config.loss.beta=0.0
+train filtered_hn_nce "filtered pairs, HN-NCE" filtered
+evaluate raw_infonce "raw pairs, InfoNCE"
+evaluate filtered_hn_nce "filtered pairs, HN-NCE"
+
+echo
+cat "$out/logs/filter.log" | grep -v '^$' | grep -vE '^[0-9:]+ |shard/s' || true
+echo
+"$python" -m diht_jax.evaluate --compare "$out/raw_infonce.json,$out/filtered_hn_nce.json"
+echo
+echo "Pictures: $(ls "$out"/*.png "$out"/*/curves.png | tr '\n' ' ')"

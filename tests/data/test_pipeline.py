@@ -1,0 +1,129 @@
+"""The training input: exact epochs, one order on any number of hosts and workers, exact resume."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.schema import Record, encode_record
+from diht_jax.data.tokenizer import tokenize
+
+
+class Numbered:
+    """Twenty-three records whose images are one flat grey of the record's number."""
+
+    def __init__(self, size=23):
+        import io
+
+        from PIL import Image
+
+        self._records = []
+        for number in range(size):
+            buffer = io.BytesIO()
+            Image.new("RGB", (9, 7), (number, number, number)).save(buffer, "PNG")
+            self._records.append(
+                encode_record(
+                    Record(key=str(number), image=buffer.getvalue(), caption=f"number {number}")
+                )
+            )
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        return self._records[index]
+
+    def __repr__(self):
+        return f"Numbered({len(self)})"
+
+
+DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
+
+
+def iterator(**options):
+    settings = {"batch_size": 4, "seed": 0, "num_workers": 0, **options}
+    return TrainIterator(Numbered(), DECODE, **settings)
+
+
+def numbers(batches):
+    return [int(image[0, 0, 0]) for batch in batches for image in batch["images"]]
+
+
+def take(batches, count):
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def test_every_epoch_holds_each_record_once_in_a_new_order():
+    order = numbers(take(iterator(), 23))
+    epochs = [order[start : start + 23] for start in range(0, 92, 23)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(23))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_images_and_tokens_belong_together():
+    for batch in take(iterator(), 3):
+        assert batch["images"].dtype == np.uint8 and batch["images"].shape == (4, 8, 8, 3)
+        assert batch["tokens"].dtype == np.int32 and batch["tokens"].shape == (4, 16)
+        texts = [f"the number {image[0, 0, 0]}" for image in batch["images"]]
+        np.testing.assert_array_equal(batch["tokens"], tokenize(texts, 16))
+
+
+def test_the_seed_decides_the_order():
+    assert numbers(take(iterator(), 6)) == numbers(take(iterator(), 6))
+    assert numbers(take(iterator(), 6)) != numbers(take(iterator(seed=1), 6))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_hosts_share_each_global_batch(process_count):
+    whole = take(iterator(), 8)
+    parts = [
+        take(iterator(process_index=index, process_count=process_count), 8)
+        for index in range(process_count)
+    ]
+    for step, batch in enumerate(whole):
+        shared = [number for part in parts for number in numbers([part[step]])]
+        assert collections.Counter(shared) == collections.Counter(numbers([batch]))
+        assert len(parts[0][step]["tokens"]) == 4 // process_count
+
+
+def test_worker_processes_change_nothing():
+    for a, b in zip(take(iterator(), 7), take(iterator(num_workers=2), 7), strict=True):
+        np.testing.assert_array_equal(a["images"], b["images"])
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_resume_is_exact_on_any_number_of_hosts(process_count):
+    first = iterator()
+    before = take(first, 5)
+    state = first.get_state()
+    assert state == {"next_example": 20}
+    resumed = []
+    for index in range(process_count):
+        part = iterator(process_index=index, process_count=process_count)
+        part.set_state(state)
+        resumed.append(take(part, 6))
+    whole = numbers(take(iterator(), 11))
+    assert numbers(before) == whole[:20]
+    for step in range(6):
+        shared = sorted(number for part in resumed for number in numbers([part[step]]))
+        assert shared == sorted(whole[20 + 4 * step : 24 + 4 * step])
+
+
+def test_an_unreadable_image_names_its_record():
+    bad = encode_record(Record(key="broken_7", image=b"\x89PNG nothing", caption="x"))
+    with pytest.raises(ValueError, match="record 'broken_7'"):
+        DECODE.random_map(bad, np.random.default_rng(0))
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="no multiple of the 3 processes"):
+        iterator(process_count=3)
+    with pytest.raises(ValueError, match="holds no record"):
+        TrainIterator([], DECODE, batch_size=4, seed=0, num_workers=0)
+    with pytest.raises(ValueError, match="config.data.train is not set"):
+        open_records(None)

@@ -1,0 +1,202 @@
+"""The tokenizer against open_clip's, which is CLIP's own code."""
+
+import itertools
+import subprocess
+import sys
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from diht_jax.data import tokenizer
+
+HARD_TEXTS = [
+    "",
+    "   \t\n ",
+    "a",
+    "A Photo   of\ta\n\nCAT.",
+    "it's he'll we've you're I'm they'd can't 'S 'LL '' ''s 's's",
+    "ROCK'N'ROLL o'clock 'tis d'artagnan x'ſ 'ſ",
+    "snake_case __init__ a_b_c ___",
+    "1 22 333 4,444.55 3rd 10x 2½ ² ⅷ ٣",
+    "Tom &amp; Jerry &amp;amp; &lt;b&gt;bold&lt;/b&gt; &quot;q&quot;",
+    "&#39;x&#39; &nbsp;&copy; &#x1F600;",
+    "&amp;amp;lt; &notanentity; &#xD800; &#28; &#0; 5 < 6 & 7 > 3",
+    "“curly” ‘quotes’ it’s l’été « guillemets » ‚low‘",
+    "ﬁne ﬂow oﬃce ﬀ ﬆone ĳ ǆ Ⅷ",
+    "😀 👩‍👩‍👧‍👦 🏳️‍🌈 🇫🇷 ❤️ ☃ 👍🏽",
+    "猫が好き 中文字幕 한국어 테스트 ภาษาไทย नमस्ते العربية עברית Ελληνικά кириллица",
+    "e\u0301 e\u0308\u0301 Z\u0351\u036b\u0343a\u030algo \u0301 a\u0345 !!\u0345!!",
+    "bell\x07 nul\x00 esc\x1b[31mred\x1b[0m del\x7f nel\x85 unit\x1f sep\x1c bom\ufeff zwsp\u200b",
+    "wide\u3000space no-break\u00a0space thin\u2009space line\u2028sep",
+    "rtl\u202emark soft\u00adhyphen",
+    "schÃ¶n â€œmojibakeâ€\x9d Ã© doesnâ€™t",
+    "lone \ud83d surrogate \udc00 and pair \ud83d\ude00",
+    "ＦＵＬＬ　ｗｉｄｔｈ ℌ𝔢𝔩𝔩𝔬 ＜start_of_text＞",
+    "İstanbul ISPARTA ß ẞ Ǆ Σίσυφος ΌΣΟΣ K Å",
+    "<start_of_text>",
+    "<end_of_text> after",
+    "a<start_of_text>b <START_OF_TEXT> <<start_of_text>> !<end_of_text> <ſtart_of_text>",
+    "&lt;start_of_text&gt; <start_of_text",
+    "</w> a</w>b <|endoftext|> <br/> <b>bold</b>",
+    "http://example.com/a_b?c=d&e=f#g IMG_0001.JPG me@example.com #tag @user 100% $5 €5 £5",
+    "a" * 2000,
+    "ab" * 1000,
+    "long caption " * 154,
+    "!" * 2000,
+    "9" * 2000,
+    "é" * 2000,
+    "猫" * 2000,
+    "word " * 74 + "last",
+    "word " * 75 + "last",
+    "word " * 76 + "last",
+]
+
+
+@pytest.fixture(scope="module")
+def open_clip_tokenizer():
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
+
+
+def differing(texts, open_clip_tokenizer, context_length=77):
+    ours = tokenizer.tokenize(texts, context_length)
+    theirs = open_clip_tokenizer(texts, context_length=context_length).numpy()
+    assert ours.dtype == np.int32 and ours.shape == (len(texts), context_length)
+    return [
+        text
+        for text, row, expected in zip(texts, ours, theirs, strict=True)
+        if not np.array_equal(row, expected)
+    ]
+
+
+def test_equals_open_clip_on_web_captions(shared_data, open_clip_tokenizer):
+    captions = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
+    assert len(captions) == 5000
+    assert differing(captions, open_clip_tokenizer) == []
+
+
+@pytest.mark.parametrize("context_length", [2, 3, 77, 300])
+def test_equals_open_clip_on_hard_texts(open_clip_tokenizer, context_length):
+    assert differing(HARD_TEXTS, open_clip_tokenizer, context_length) == []
+
+
+def test_equals_open_clip_on_every_assigned_character(open_clip_tokenizer):
+    """Alone, and beside letters, digits, apostrophes and its neighbours in the code chart."""
+    code_points = itertools.chain(range(1, 0x3400), range(0xA000, 0xAC00), range(0xF900, 0x1FB00))
+    characters = [
+        chr(code) for code in code_points if unicodedata.category(chr(code)) not in ("Cn", "Cs")
+    ]
+    assert len(characters) > 35_000
+    texts = [
+        "a{0}b {0}1{1} {2}{3} '{0}s {1}!{2}".format(*characters[first : first + 4])
+        for first in range(0, len(characters) - 3, 4)
+    ]
+    assert differing(texts, open_clip_tokenizer, context_length=96) == []
+
+
+def test_default_tokenizer_of_open_clip_is_the_one_compared_with(open_clip_tokenizer):
+    import open_clip
+
+    texts = ["a photo of a cat", "It’s <b>5</b>&amp;"]
+    default = open_clip.get_tokenizer("ViT-B-32")(texts).numpy()
+    np.testing.assert_array_equal(tokenizer.tokenize(texts), default)
+    assert open_clip_tokenizer.vocab_size == tokenizer.VOCAB_SIZE
+    assert open_clip_tokenizer.sot_token_id == tokenizer.START_OF_TEXT_ID
+    assert open_clip_tokenizer.eot_token_id == tokenizer.END_OF_TEXT_ID
+
+
+def test_known_ids():
+    """The example of CLIP's README, and the arg-max id is the end marker."""
+    ids = tokenizer.tokenize("a diagram")
+    assert ids.shape == (1, 77) and ids.dtype == np.int32
+    assert ids[0, :5].tolist() == [49406, 320, 22697, 49407, 0]
+    assert not ids[0, 4:].any()
+
+
+def test_truncation_keeps_the_end_marker_in_the_last_place():
+    ids = tokenizer.tokenize(["word " * 75, "word " * 76, "word " * 500])
+    assert (ids[:, -1] == tokenizer.END_OF_TEXT_ID).all()
+    np.testing.assert_array_equal(ids[0], ids[2])
+
+
+def test_decode_equals_open_clip(shared_data, open_clip_tokenizer):
+    captions = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()[:500]
+    texts = [*captions, *(text for text in HARD_TEXTS if "_of_text" not in text)]
+    for text, row in zip(texts, tokenizer.tokenize(texts), strict=True):
+        end = row.tolist().index(tokenizer.END_OF_TEXT_ID)
+        expected = open_clip_tokenizer.decode(row[1:end].tolist()).strip()
+        assert tokenizer.decode(row) == expected, text
+
+
+def test_decode_by_hand():
+    assert tokenizer.decode(tokenizer.tokenize("A  Black cat's 10 😀, été!")[0]) == (
+        "a black cat 's 1 0 😀, été !"
+    )
+    assert tokenizer.decode([320, 22697]) == "a diagram"
+    assert tokenizer.decode([]) == ""
+
+
+def test_sequence_types_and_empty_list():
+    expected = tokenizer.tokenize(["a cat", "a dog"])
+    np.testing.assert_array_equal(tokenizer.tokenize(("a cat", "a dog")), expected)
+    np.testing.assert_array_equal(tokenizer.tokenize(np.array(["a cat", "a dog"])), expected)
+    assert tokenizer.tokenize([]).shape == (0, 77)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((["ok", b"bytes"],), r"texts\[1\]: expected a str, got bytes"),
+        (([None],), r"texts\[0\]: expected a str, got NoneType"),
+        (("a", 1), "context_length: expected at least 2"),
+        (("a", 7.5), "context_length: expected an integer, got 7.5"),
+    ],
+)
+def test_wrong_arguments_of_tokenize(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.tokenize(*arguments)
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        ([[320, 321]], r"expected one row of integers \[t\], got shape \(1, 2\)"),
+        ([0.5], "integers"),
+        ([49408], "expected 0 <= id < 49408, got 49408"),
+        ([-1], "got -1"),
+    ],
+)
+def test_wrong_arguments_of_decode(ids, message):
+    with pytest.raises(ValueError, match=message):
+        tokenizer.decode(ids)
+
+
+def test_threads_agree_with_one_thread():
+    texts = [f"{text} {number}" for text in HARD_TEXTS for number in range(10)]
+    expected = tokenizer.tokenize(texts)
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda text: tokenizer.tokenize(text)[0], texts))
+    np.testing.assert_array_equal(np.stack(rows), expected)
+
+
+FORKED_WORKERS = """
+import multiprocessing
+from diht_jax.data import tokenizer
+
+texts = [f"a photo of number {n} <start_of_text>" for n in range(200)]
+expected = tokenizer.tokenize(texts)
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    rows = pool.map(tokenizer.tokenize, texts)
+assert all((row[0] == one).all() for row, one in zip(rows, expected, strict=True))
+print("same")
+"""
+
+
+def test_forked_workers_agree_and_nothing_warns():
+    result = subprocess.run(
+        [sys.executable, "-c", FORKED_WORKERS], capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "same\n", "")

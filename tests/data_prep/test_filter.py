@@ -1,0 +1,352 @@
+"""The filter command: decisions, counts, resume, equal bytes, job arrays, and what it refuses."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import cat
+from data_prep.filter import explain, run_filter
+from diht_jax.config import load_recipe, validate_config
+from diht_jax.data.images import decode_rgb
+from diht_jax.data.schema import decode_record
+from diht_jax.data.tfrecord import TFRecordSource
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _encode(image: Image.Image, name: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+_RED = Image.new("RGB", (40, 20), "red")
+_PNG = _encode(_RED, "PNG")
+
+# Caption -> the reason of its drop. Written by hand from the rules of the method.
+_CAPTIONS = {
+    "A black cat is chasing a small brown bird": None,
+    "a man riding a horse on the beach": None,
+    "a red car": "no_action",
+    "blue sky over the green hills": "no_action",
+    "sunset": "complexity",
+    "IMG_2041.JPG": "file_name",
+    "https://example.com/cat.jpg": "url",
+    "ein kleiner Hund spielt mit einem Ball im Garten": "not_english",
+    "!!!": "empty",
+}
+
+
+def _write_table(folder: pathlib.Path, rows: list[dict]) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "t.jsonl")
+
+
+def _write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for i in range(pairs_per_tar):
+                for extension, data in (("png", _PNG), ("txt", f"name {number} {i}".encode())):
+                    info = tarfile.TarInfo(f"{number}-{i}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return str(folder / "*.tar")
+
+
+def _config(source: str, output: pathlib.Path, recipe: str = "convert", **changes):
+    config = load_recipe(_REPOSITORY / "configs" / "prep" / f"{recipe}.py")
+    config.num_workers = 0
+    config.update({"input": source, "output": str(output)})
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (config[section] if section else config)[key] = value
+    validate_config(config, cat.default_config())
+    cat.check_config(config)
+    return config
+
+
+def _records(output: pathlib.Path):
+    return [decode_record(data) for data in TFRecordSource(output)]
+
+
+def _counts(output: pathlib.Path) -> dict:
+    return json.loads((output / "stats.json").read_text())["counts"]
+
+
+def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory) -> pathlib.Path:
+    """A table with every kind of caption, and the output of both filters on it."""
+    folder = tmp_path_factory.mktemp("captioned")
+    rows = [{"image": "i.png", "caption": caption, "n": n} for n, caption in enumerate(_CAPTIONS)]
+    rows.append({"image": "i.png", "caption": ["a red car", "a dog runs", "a cat sleeps"]})
+    rows.append({"image": "i.png", "caption": ["a dog runs", "a red car"]})
+    source = _write_table(folder, rows)
+    (folder / "i.png").write_bytes(_PNG)
+    run_filter(_config(source, folder / "cat", "cat", batch_size=4))
+    run_filter(_config(source, folder / "action", "cat", complexity=False))
+    run_filter(_config(source, folder / "complexity", "cat", action=False, min_complexity=2))
+    return folder
+
+
+def test_captions_are_dropped_by_reason(captioned):
+    counts = _counts(captioned / "cat")
+    reasons = [reason for reason in _CAPTIONS.values() if reason]
+    assert counts["read"] == len(_CAPTIONS) + 2
+    assert counts["dropped"] == {
+        "source": {},
+        "caption": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+        "image": {},
+    }
+    kept = [caption for caption, reason in _CAPTIONS.items() if reason is None]
+    assert [r.caption for r in _records(captioned / "cat")] == [*kept, "a dog runs", "a dog runs"]
+    assert counts["kept"] == len(kept) + 2
+    samples = counts["samples"]["caption/complexity"]
+    assert [(key, text) for _, key, text in samples] == [("t-00000004", "sunset")]
+
+
+def test_bad_captions_of_a_good_pair_are_gone(captioned):
+    several, one = _records(captioned / "cat")[-2:]
+    assert several.metadata == {"captions": ["a dog runs", "a cat sleeps"]}
+    assert one.metadata == {}
+
+
+def test_c_and_a_can_be_switched(captioned):
+    assert "complexity" not in _counts(captioned / "action")["dropped"]["caption"]
+    complexity = _counts(captioned / "complexity")
+    assert "no_action" not in complexity["dropped"]["caption"]
+    captions = [record.caption for record in _records(captioned / "complexity")]
+    assert "blue sky over the green hills" in captions  # hills: green, over sky
+    assert "a red car" not in captions[:-2]
+
+
+def test_record_keeps_image_and_metadata(captioned):
+    record = _records(captioned / "cat")[0]
+    assert (record.key, record.image, record.metadata) == ("t-00000000", _PNG, {"n": 0})
+
+
+def test_images_are_dropped_by_reason(tmp_path):
+    rgba = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
+    grey16 = Image.fromarray(np.full((20, 40), 51400, np.uint16))
+    files = {
+        "good.png": _PNG,
+        "clear.png": _encode(rgba, "PNG"),
+        "grey16.png": _encode(grey16, "PNG"),
+        "big.jpg": _encode(Image.new("RGB", (300, 200), (0, 0, 250)), "JPEG"),
+        "empty.png": b"",
+        "cut.png": _PNG[:60],
+        "page.png": b"<html>",
+        "bomb.png": _encode(Image.new("1", (500, 500)), "PNG"),
+        "thin.png": _encode(Image.new("RGB", (40, 3)), "PNG"),
+    }
+    source = _write_table(
+        tmp_path / "in",
+        [{"image": name, "caption": name, "exif": "long", "url": "u"} for name in files]
+        + [{"image": "absent.png", "caption": "x"}, {"image": "good.png", "caption": ""}],
+    )
+    for name, data in files.items():
+        (tmp_path / "in" / name).write_bytes(data)
+    limits = {"image__max_pixels": 100_000, "image__min_side": 4}
+    assert run_filter(_config(source, tmp_path / "out", **limits)) == {}
+    assert _counts(tmp_path / "out")["dropped"] == {
+        "source": {"no_caption": 1, "no_image": 1},
+        "caption": {},
+        "image": {"empty": 1, "too_large": 1, "too_small": 1, "unreadable": 2},
+    }
+    assert _counts(tmp_path / "out")["image_formats"] == {"JPEG": 1, "PNG": 3}
+    records = _records(tmp_path / "out")
+    assert [(r.caption, r.image) for r in records] == list(files.items())[:4]
+    assert records[0].metadata == {"url": "u"}
+    greys = [np.asarray(decode_rgb(r.image)).mean(axis=(0, 1)).round().tolist() for r in records]
+    assert greys[:3] == [[255, 0, 0], [255, 255, 255], [200, 200, 200]]
+
+    run_filter(_config(source, tmp_path / "small", image__max_side=100, **limits))
+    small = _records(tmp_path / "small")
+    assert [r.image for r in small[:3]] == [r.image for r in records[:3]]  # they were small before
+    shrunk = Image.open(io.BytesIO(small[3].image))
+    assert (shrunk.format, shrunk.size) == ("JPEG", (100, 67))
+    assert np.abs(np.asarray(shrunk).mean(axis=(0, 1)) - [0, 0, 250]).max() < 3
+
+
+def test_same_bytes_with_any_number_of_workers(tmp_path):
+    source = _write_tars(tmp_path / "in", 3)
+    for workers in (0, 2):
+        config = _config(source, tmp_path / f"out{workers}", num_workers=workers)
+        assert run_filter(config) == {}
+    assert _snapshot(tmp_path / "out0") == _snapshot(tmp_path / "out2")
+    assert len(_records(tmp_path / "out0")) == 15
+
+
+def test_run_again_does_only_what_is_missing(tmp_path):
+    source = _write_tars(tmp_path / "in", 3)
+    config = _config(source, tmp_path / "out")
+    run_filter(config)
+    before = _snapshot(tmp_path / "out")
+    shard = [tmp_path / "out" / f"pairs-train-{i:05d}.tfrecord" for i in range(3)]
+    times = [path.stat().st_mtime_ns for path in shard]
+    (tmp_path / "out" / "pairs-train-00001.tfrecord.stats.json").unlink()
+    (tmp_path / "out" / "dataset_info.json").unlink()
+    run_filter(config)
+    assert _snapshot(tmp_path / "out") == before
+    assert [path.stat().st_mtime_ns == t for path, t in zip(shard, times, strict=True)] == [
+        True, False, True
+    ]  # fmt: skip
+    config.image.min_side = 2
+    run_filter(config)
+    assert all(path.stat().st_mtime_ns > t for path, t in zip(shard, times, strict=True))
+
+
+def test_jobs_of_an_array_make_the_same_folder(tmp_path, capsys):
+    source = _write_tars(tmp_path / "in", 3)
+    run_filter(_config(source, tmp_path / "one"))
+    config = _config(source, tmp_path / "array")
+    run_filter(config, 0, 2)
+    assert "2 of 3 shards are done" in capsys.readouterr().out
+    assert not (tmp_path / "array" / "dataset_info.json").exists()
+    run_filter(config, 1, 2)
+    assert _snapshot(tmp_path / "array") == _snapshot(tmp_path / "one")
+
+
+def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
+    source = _write_tars(tmp_path / "in", 3)
+    broken = tmp_path / "in" / "00001.tar"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:3000])
+    config = _config(source, tmp_path / "out")
+    failures = run_filter(config)
+    assert list(failures) == [str(broken)]
+    assert "cannot be read to its end" in failures[str(broken)]
+    assert f"failed: {broken}" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "stats.json").exists()
+    assert len(_records(tmp_path / "out")) == 10
+    broken.write_bytes(whole)
+    assert run_filter(config) == {}
+    assert _counts(tmp_path / "out")["kept"] == 15
+
+
+def test_nothing_kept_is_an_error(tmp_path, capsys):
+    source = _write_table(tmp_path / "in", [{"image": "absent.png", "caption": "x"}] * 3)
+    with pytest.raises(ValueError, match=r"none of the 3 pairs of .*t\.jsonl' was kept"):
+        run_filter(_config(source, tmp_path / "out"))
+    assert "no_image" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "dataset_info.json").exists()
+
+
+def test_wrong_inputs_and_outputs(tmp_path):
+    source = _write_tars(tmp_path / "in", 1)
+    with pytest.raises(ValueError, match="config.input is not set"):
+        run_filter(_config("", tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"nothing at .*\.jsonl"):
+        run_filter(_config(str(tmp_path / "*.jsonl"), tmp_path / "out"))
+    with pytest.raises(ValueError, match="is the folder of the input"):
+        run_filter(_config(source, tmp_path / "in"))
+    config = _config(source, tmp_path / "out")
+    config.output = ""
+    with pytest.raises(ValueError, match="config.output is not set"):
+        run_filter(config)
+    for name, value in (("image__jpeg_quality", 0), ("image__max_side", 0), ("batch_size", 0)):
+        with pytest.raises(ValueError, match=name.replace("__", r"\.")):
+            _config(source, tmp_path / "out", **{name: value})
+
+
+def test_several_inputs(tmp_path):
+    first, second = _write_tars(tmp_path / "a", 1), _write_tars(tmp_path / "b", 1, 2)
+    run_filter(_config(f"{first}, {second}", tmp_path / "out"))
+    assert len(_records(tmp_path / "out")) == 7
+
+
+def test_own_output_is_a_source(tmp_path):
+    run_filter(_config(_write_tars(tmp_path / "in", 2), tmp_path / "one"))
+    run_filter(_config(str(tmp_path / "one"), tmp_path / "two"))
+    assert [r.key for r in _records(tmp_path / "two")] == [
+        r.key for r in _records(tmp_path / "one")
+    ]
+
+
+def test_hash_covers_what_decides_and_nothing_else(tmp_path):
+    config = _config("a", tmp_path)
+    before = cat.hash_config(config)
+    for name, value in (("num_workers", 7), ("batch_size", 3), ("output", "x"), ("input", "y")):
+        setattr(config, name, value)
+        assert cat.hash_config(config) == before
+    for name, value in (("min_complexity", 2), ("seed", 1), ("action", True)):
+        setattr(config, name, value)
+        assert cat.hash_config(config) != before
+        before = cat.hash_config(config)
+
+
+def test_explain_shows_graph_and_decision():
+    text = explain("A black cat is chasing a small brown bird", cat.default_config())
+    assert "cat[black]:2; bird[small,brown]:3" in text
+    assert "chase(cat,bird)" in text
+    assert "keep" in text
+    assert "drop (no_action)" in explain("a red car", cat.default_config())
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "data_prep.filter", *arguments],
+        cwd=_REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_command(tmp_path):
+    recipe = "--config=configs/prep/convert.py"
+    source, output = _write_tars(tmp_path / "in", 2), tmp_path / "out"
+    arguments = (recipe, f"--config.input={source}", f"--config.output={output}")
+    done = _run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "kept         10  100.0%" in done.stdout
+    assert len(_records(output)) == 10
+
+    mistyped = _run(recipe, f"--config.input={source}", "--config.image.min_sid=3")
+    assert mistyped.returncode != 0
+    assert "min_side" in mistyped.stderr and "Traceback" not in mistyped.stderr
+
+    (tmp_path / "in" / "00001.tar").write_bytes(b"no tar")
+    failed = _run(*arguments, "--config.num_workers=0")
+    assert failed.returncode == 1
+    assert f"failed: {tmp_path}/in/00001.tar: " in failed.stderr
+
+
+def test_conversion_needs_no_spacy(tmp_path):
+    source = _write_tars(tmp_path / "in", 1)
+    code = f"""
+import sys
+from diht_jax.config import load_recipe
+from data_prep.filter import run_filter
+config = load_recipe("configs/prep/convert.py")
+config.update({{"input": {source!r}, "output": {str(tmp_path / "out")!r}, "num_workers": 0}})
+assert run_filter(config) == {{}}
+assert not {{"spacy", "tensorflow", "torch", "jax"}} & set(sys.modules)
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=_REPOSITORY, stderr=subprocess.DEVNULL
+    )
+
+
+def test_real_emoji(shared_data, tmp_path):
+    config = _config(str(shared_data / "emoji_google.tar"), tmp_path / "out")
+    assert run_filter(config) == {}
+    records = _records(tmp_path / "out")
+    assert len(records) == _counts(tmp_path / "out")["kept"] == 3786
+    with tarfile.open(shared_data / "emoji_google.tar") as tar:
+        for record in records[::500]:
+            assert tar.extractfile(f"{record.key}.png").read() == record.image
+            assert tar.extractfile(f"{record.key}.txt").read().decode().strip() == record.caption
+    assert os.path.getsize(tmp_path / "out" / "pairs-train-00000.tfrecord") > 10**7

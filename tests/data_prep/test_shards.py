@@ -1,0 +1,204 @@
+"""Shard tasks: whole or absent, done once, redone when anything changed; and the engine."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from data_prep import shards
+from data_prep.engine import run_tasks
+from data_prep.funnel import Funnel
+from data_prep.sources import take_share
+from diht_jax.data.readers import SourceShard, read_pairs
+from diht_jax.data.schema import Pair, encode_record
+from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _make_source(folder: pathlib.Path, name: str, count: int) -> SourceShard:
+    path = folder / f"{name}.tfrecord"
+    with TFRecordWriter(path) as writer:
+        for i in range(count):
+            writer.write(encode_record(Pair(f"{name}/{i}", b"image", f"caption {i}")))
+    return SourceShard("tfrecord", str(path))
+
+
+def _copy(source: SourceShard, writer: TFRecordWriter) -> dict:
+    for pair in read_pairs(source):
+        writer.write(encode_record(pair))
+    return {"copied": len(writer)}
+
+
+def _plan(tmp_path: pathlib.Path, counts=(2, 0, 3), config_hash="c0") -> list[shards.ShardTask]:
+    (tmp_path / "in").mkdir(exist_ok=True)
+    sources = [_make_source(tmp_path / "in", f"s{i}", count) for i, count in enumerate(counts)]
+    return shards.plan_tasks(
+        sources, str(tmp_path / "out"), dataset="pairs", split="train", config_hash=config_hash
+    )
+
+
+def test_a_task_writes_shard_index_and_statistics(tmp_path):
+    tasks = _plan(tmp_path)
+    assert [os.path.basename(task.output) for task in tasks] == [
+        f"pairs-train-{i:05d}.tfrecord" for i in range(3)
+    ]
+    stats = [shards.run_task(task, _copy) for task in tasks]
+    assert [s["counts"] for s in stats] == [{"copied": 2}, {"copied": 0}, {"copied": 3}]
+    assert len(TFRecordSource(tmp_path / "out")) == 5
+    for task, expected in zip(tasks, stats, strict=True):
+        on_disk = json.loads(task.stats_path.read_text())
+        assert on_disk == expected
+        assert on_disk["output"]["bytes"] == os.path.getsize(task.output)
+        assert on_disk["input"]["path"] == task.source.path
+        assert shards.load_finished(task) == on_disk
+
+
+def test_a_failed_task_leaves_nothing(tmp_path):
+    task = _plan(tmp_path, [2])[0]
+
+    def fail(source, writer):
+        _copy(source, writer)
+        raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        shards.run_task(task, fail)
+    assert os.listdir(tmp_path / "out") == []
+    # Nor may the statistics of an earlier success survive a failure.
+    shards.run_task(task, _copy)
+    with pytest.raises(ValueError, match="half-way"):
+        shards.run_task(task, fail)
+    assert shards.load_finished(task) is None
+
+
+@pytest.mark.parametrize("change", ["config", "input", "output", "no output", "broken statistics"])
+def test_a_change_means_it_is_not_done(tmp_path, change):
+    task = _plan(tmp_path, [2])[0]
+    shards.run_task(task, _copy)
+    assert shards.load_finished(task) is not None
+    if change == "config":
+        task = _plan(tmp_path, [2], config_hash="c1")[0]
+    elif change == "input":
+        _make_source(tmp_path / "in", "s0", 3)
+    elif change == "output":
+        pathlib.Path(task.output).write_bytes(b"cut off")
+    elif change == "no output":
+        os.remove(task.output)
+    else:
+        task.stats_path.write_text('{"config_hash": ')
+    assert shards.load_finished(task) is None
+
+
+def test_shards_of_another_run_are_refused(tmp_path):
+    for task in _plan(tmp_path):
+        shards.run_task(task, _copy)
+    with pytest.raises(ValueError, match="1 shards that do not belong.*pairs-train-00002"):
+        _plan(tmp_path, (2, 0))
+    assert len(_plan(tmp_path, (2, 0, 3, 1))) == 4  # more input only adds shards
+
+
+def test_hash_ignores_order_and_nothing_else():
+    assert shards.hash_config({"a": 1, "b": [2]}) == shards.hash_config({"b": [2], "a": 1})
+    assert shards.hash_config({"a": 1}) != shards.hash_config({"a": 2})
+
+
+def test_jobs_of_an_array_share_all_tasks():
+    parts = [take_share(range(11), i, 4) for i in range(4)]
+    assert sorted(sum(parts, [])) == list(range(11))
+    for index in (-1, 4):
+        with pytest.raises(ValueError, match="expected an index from 0 to 3"):
+            take_share(range(11), index, 4)
+
+
+def _square(task: int, report) -> int:
+    report(1)
+    if task == 3:
+        raise ValueError("three is not allowed")
+    if task == 4:
+        raise RuntimeError("a defect")
+    return task * task
+
+
+def test_engine_isolates_failures():
+    outcomes = {o.task: o for o in run_tasks(_square, range(6), num_workers=0, label="test")}
+    assert {t: o.result for t, o in outcomes.items()} == {
+        0: 0, 1: 1, 2: 4, 3: None, 4: None, 5: 25
+    }  # fmt: skip
+    assert outcomes[3].error == "three is not allowed"
+    assert "Traceback" in outcomes[4].error and "RuntimeError: a defect" in outcomes[4].error
+
+
+_ENGINE_SCRIPT = """
+import os, sys
+from data_prep.engine import run_tasks
+
+def square(task, report):
+    report(1)
+    if task == 5:
+        raise ValueError("five is not allowed")
+    if task == 2:
+        os._exit(9)  # as the kernel ends a process that takes too much memory
+    return task * task
+
+if __name__ == "__main__":
+    for outcome in run_tasks(square, range(8), num_workers=2, label="test"):
+        print(outcome.task, outcome.result, outcome.error)
+"""
+
+
+def test_engine_survives_the_death_of_a_worker(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(_ENGINE_SCRIPT)
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": str(_REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    lines = sorted(run.stdout.splitlines())
+    expected = [f"{i} {i * i} None" for i in (0, 1, 3, 4, 6, 7)] + ["5 None five is not allowed"]
+    assert [line for line in lines if not line.startswith("2 ")] == sorted(expected)
+    assert [line for line in lines if line.startswith("2 ")] == [
+        "2 None the worker process died, most likely for want of memory; fewer workers may help"
+    ]
+
+
+def _fill(funnel: Funnel, numbers) -> Funnel:
+    for i in numbers:
+        if i % 3:
+            funnel.keep(f"k{i}", f"caption {i}", "PNG")
+        else:
+            funnel.drop("caption", "no_action", f"k{i}", f"caption {i}")
+    return funnel
+
+
+def test_funnel_of_parts_is_that_of_the_whole():
+    whole = _fill(Funnel(5, seed=1), range(100)).to_json()
+    merged = Funnel(5, seed=1)
+    for part in (range(70, 100), range(3), range(3, 70)):
+        stored = json.loads(json.dumps(_fill(Funnel(5, seed=1), part).to_json()))
+        merged.merge(Funnel.from_json(stored, 5, 1))
+    assert json.loads(json.dumps(merged.to_json())) == json.loads(json.dumps(whole))
+    assert (whole["read"], whole["kept"]) == (100, 66)
+    assert whole["dropped"]["caption"] == {"no_action": 34}
+    assert [len(samples) for samples in whole["samples"].values()] == [5, 5]
+    assert whole["samples"] != _fill(Funnel(5, seed=2), range(100)).to_json()["samples"]
+
+
+def test_funnel_table():
+    funnel = Funnel()
+    for i in range(1200):
+        funnel.drop("image", "unreadable", str(i), "")
+    funnel.drop("caption", "url", "u", "")
+    funnel.keep("k", "", "JPEG")
+    assert funnel.format_table().splitlines() == [
+        "stage    reason     pairs   share",
+        "read                1,202  100.0%",
+        "caption  url            1    0.1%",
+        "image    unreadable 1,200   99.8%",
+        "kept                    1    0.1%",
+    ]

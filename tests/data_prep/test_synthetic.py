@@ -1,0 +1,369 @@
+"""The synthetic web: same bytes by seed, true captions, labelled noise, held-out sets."""
+
+import collections
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import captions, synthetic, synthetic_captions, synthetic_drawing
+from data_prep import synthetic_sampling as sampling
+from data_prep.synthetic_scenes import COLORS, PAIR_RELATIONS
+from data_prep.synthetic_shapes import SHAPES
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+SMALL = synthetic.Settings(
+    num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24
+)
+
+# What a phrase says: the relation, and whether the object told first is the subject.
+PHRASES = {
+    r"(sits|sitting|rests|resting) on an?|(stands|standing) on top of": ("on", True),
+    r"(carries|carrying|supports|supporting|lifts|lifting)": ("on", False),
+    r"(carried|supported|lifted) by": ("on", True),
+    r"(hovering|floating) above|flying over": ("above", True),
+    r"waiting below|(stands|standing) under": ("above", False),
+    r"(stands|standing|rests|resting) next to|(sits|sitting) beside|waiting near": (
+        "beside",
+        None,
+    ),
+    r"(leaning|presses|pressing) (against|on)": ("against", True),
+    r"(props|propping) up": ("against", False),
+    r"propped up by": ("against", True),
+    r"(hides|hiding|sits|sitting|peeking out from) behind": ("behind", True),
+    r"(covers|covering|blocks|blocking)": ("behind", False),
+    r"blocked by": ("behind", True),
+    r"(sits|sitting|rests|resting|hides|hiding) inside": ("inside", True),
+    r"(encloses|enclosing)": ("inside", False),
+    r"enclosed by": ("inside", True),
+    r"(chasing|pursues|pursuing)|running after": ("chasing", True),
+    r"fleeing from|running away from": ("chasing", False),
+    r"(chased|pursued) by": ("chasing", False),
+    r"(falls|falling|drops|dropping|tumbling) onto": ("dropping", True),
+    r"(catches|catching)": ("dropping", False),
+    r"(hangs|hanging|dangling|swinging) from": ("hanging", True),
+    r"(pulls|pulling) up|(tows|towing)": ("hanging", False),
+    r"pulled up by|towed by": ("hanging", True),
+    r"(floating|hovering) in the air|(drifts|drifting|flying) through the air": ("floating", True),
+    r"(stands|standing|sits|sitting) on the ground|(rests|resting|waiting) on the floor": (
+        "standing",
+        True,
+    ),
+    r"(falls|falling|drops|dropping|tumbling) (to|from) the (ground|floor|sky)": ("falling", True),
+}
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, list[synthetic.SyntheticPair]]:
+    """The first 400 pairs of the default settings, by kind."""
+    found = collections.defaultdict(list)
+    for index in range(400):
+        pair = synthetic.make_pair(synthetic.Settings(), "train", index)
+        found[pair.metadata["noise"]].append(pair)
+    return found
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> pathlib.Path:
+    """A small set, written in this process."""
+    output = tmp_path_factory.mktemp("web")
+    synthetic.write_dataset(SMALL, output, workers=1)
+    return output
+
+
+def read_tar(path: pathlib.Path) -> dict[str, dict[str, bytes]]:
+    samples = collections.defaultdict(dict)
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            samples[key][extension] = tar.extractfile(member).read()
+    return samples
+
+
+def hashes(directory: pathlib.Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def decode(pair: synthetic.SyntheticPair) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(pair.image)).convert("RGB")).astype(int)
+
+
+# --- files -----------------------------------------------------------------------------------
+
+
+def test_command_with_two_workers_writes_the_same_bytes(written, tmp_path):
+    command = [sys.executable, "-m", "data_prep.synthetic", f"--output={tmp_path}", "--workers=2"]
+    for field in dataclasses.fields(SMALL):
+        if field.name != "noise":
+            command.append(f"--{field.name}={getattr(SMALL, field.name)}")
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert hashes(tmp_path) == hashes(written)
+    assert re.search(r"^clean +\d+", result.stdout, re.MULTILINE)
+
+
+def test_pairs_do_not_depend_on_how_they_are_put_into_tars(written, tmp_path):
+    other = dataclasses.replace(SMALL, pairs_per_tar=7, num_retrieval=0, num_classification=0)
+    synthetic.write_dataset(other, tmp_path, workers=1)
+    merged = {}
+    for path in sorted(tmp_path.glob("*.tar")):
+        merged |= read_tar(path)
+    expected = {}
+    for path in sorted(written.glob("train-*.tar")):
+        expected |= read_tar(path)
+    assert len(expected) == SMALL.num_pairs
+    assert merged == expected
+
+
+def test_another_seed_gives_other_pairs():
+    first = synthetic.make_pair(SMALL, "train", 0)
+    second = synthetic.make_pair(dataclasses.replace(SMALL, seed=4), "train", 0)
+    assert first.image != second.image
+
+
+def test_layout_of_the_tars(written):
+    names = {p.name for p in written.glob("*.tar")}
+    held_out = {"val_retrieval.tar", "val_shape.tar", "val_color.tar"}
+    assert names == {f"train-0000{i}.tar" for i in range(3)} | held_out
+    for name in names:
+        for key, sample in read_tar(written / name).items():
+            (extension,) = set(sample) - {"txt", "json"}
+            metadata = json.loads(sample["json"])
+            picture = Image.open(io.BytesIO(sample[extension]))
+            assert picture.format == {"jpg": "JPEG", "png": "PNG"}[extension]
+            assert picture.size == (metadata["width"], metadata["height"]) == (128, 128)
+            assert metadata["key"] == key
+            assert metadata["caption"] == sample["txt"].decode()
+            assert metadata["sha256"] == hashlib.sha256(sample[extension]).hexdigest()
+    manifest = json.loads((written / synthetic.MANIFEST_NAME).read_text())
+    counted = collections.Counter(
+        json.loads(sample["json"])["noise"]
+        for path in written.glob("train-*.tar")
+        for sample in read_tar(path).values()
+    )
+    assert {kind: n for kind, n in manifest["counts"].items() if n} == counted
+
+
+@pytest.mark.parametrize("target", ["shape", "color"])
+def test_labels_of_the_classification_sets(written, target):
+    manifest = json.loads((written / synthetic.MANIFEST_NAME).read_text())
+    classes = manifest[f"{target}_classes"]
+    labels = []
+    for sample in read_tar(written / f"val_{target}.tar").values():
+        metadata = json.loads(sample["json"])
+        (item,) = metadata["scene"]["objects"]
+        assert metadata["class_name"] == item[target] == classes[metadata["label"]]
+        assert metadata["class_name"] in sample["txt"].decode()
+        labels.append(metadata["label"])
+    counts = collections.Counter(labels)
+    assert len(counts) == len(classes)
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert all(template.count("{}") == 1 for template in manifest[f"{target}_templates"])
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+    settings = dataclasses.replace(SMALL, num_pairs=6, pairs_per_tar=3, num_classification=0)
+    synthetic.write_dataset(settings, tmp_path, workers=1)
+    before = hashes(tmp_path)
+    kept = tmp_path / "train-00000.tar"
+    time_of_kept = kept.stat().st_mtime_ns
+    (tmp_path / "train-00001.tar").rename(tmp_path / "train-00001.tar.tmp")
+    (tmp_path / "train-00001.tar.tmp").write_bytes(b"half a tar")
+    synthetic.write_dataset(settings, tmp_path, workers=1)
+    assert hashes(tmp_path) == before
+    assert kept.stat().st_mtime_ns == time_of_kept
+
+
+def test_directories_with_other_content_are_refused(written, tmp_path):
+    with pytest.raises(ValueError, match=f"{written}.*other settings.*--output"):
+        synthetic.write_dataset(dataclasses.replace(SMALL, seed=9), written, workers=1)
+    (tmp_path / "mine.tar").touch()
+    with pytest.raises(ValueError, match=r"mine\.tar.*--output"):
+        synthetic.write_dataset(SMALL, tmp_path, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise": {"blurred": 0.1}}, "unknown kind of noise 'blurred'; known: product_title"),
+        ({"noise": {"mismatched": 1.5}}, r"mismatched must lie in \[0, 1\], got 1.5"),
+        ({"noise": {"mismatched": 0.7, "uninformative": 0.4}}, "sum to 1.1, above 1"),
+        ({"num_pairs": -1}, "num_pairs must be at least 0, got -1"),
+        ({"pairs_per_tar": 0}, "pairs_per_tar must be at least 1, got 0"),
+        ({"image_size": 32}, "image_size must be at least 128"),
+    ],
+)
+def test_wrong_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        synthetic.Settings(**changes)
+
+
+def test_too_many_retrieval_scenes_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_retrieval is 10000000, but only"):
+        synthetic.write_dataset(synthetic.Settings(num_retrieval=10_000_000), tmp_path)
+
+
+# --- noise -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "noise", [synthetic.DEFAULT_NOISE, {"mismatched": 1.0}, {"rendered_text": 0.4}, {}]
+)
+def test_shares_of_the_kinds(noise):
+    settings = synthetic.Settings(noise=noise)
+    total = 4000
+    counts = collections.Counter(synthetic.noise_kind(settings, i) for i in range(total))
+    expected = dict(noise) | {"clean": 1.0 - sum(noise.values())}
+    for kind in ("clean", *synthetic.NOISE_KINDS):
+        share = expected.get(kind, 0.0)
+        # Four standard deviations of a binomial share.
+        assert abs(counts[kind] / total - share) <= 4 * np.sqrt(share * (1 - share) / total) + 1e-9
+
+
+def test_clean_captions_name_what_is_in_the_picture(pairs):
+    for pair in pairs["clean"]:
+        for item in pair.metadata["scene"]["objects"]:
+            assert f"{item['color']} {item['shape']}" in pair.caption.lower()
+
+
+def test_mismatched_captions_name_nothing_that_is_in_the_picture(pairs):
+    assert pairs["mismatched"]
+    for pair in pairs["mismatched"]:
+        for item in pair.metadata["scene"]["objects"]:
+            assert f"{item['color']} {item['shape']}" not in pair.caption.lower()
+        for item in pair.metadata["caption_scene"]["objects"]:
+            assert f"{item['color']} {item['shape']}" in pair.caption.lower()
+
+
+def test_titles_and_fillers_name_no_shape(pairs):
+    for kind in ("product_title", "uninformative"):
+        assert pairs[kind]
+        for pair in pairs[kind]:
+            assert not set(pair.caption.lower().split()) & set(SHAPES)
+            assert pair.metadata["scene"]["objects"]
+
+
+def test_rendered_text_shows_letters_of_two_tones_and_nothing_else(pairs):
+    """All pixels lie on the line between paper and ink, and the ink is thin."""
+    assert pairs["rendered_text"]
+    for pair in pairs["rendered_text"]:
+        assert pair.metadata["scene"] is None
+        pixels = decode(pair).reshape(-1, 3)
+        paper = np.median(pixels, axis=0)
+        distance = np.abs(pixels - paper).sum(axis=1)
+        ink = np.median(pixels[distance > 0.8 * distance.max()], axis=0)
+        assert np.abs(ink - paper).mean() > 80
+        direction = (ink - paper) / np.linalg.norm(ink - paper)
+        offsets = pixels - paper
+        residual = offsets - np.outer(offsets @ direction, direction)
+        assert np.percentile(np.linalg.norm(residual, axis=1), 99) < 40
+        covered = (distance > 0.5 * distance.max()).mean()
+        letters = len(pair.caption.replace(" ", ""))
+        assert 0.0003 * letters < covered < 0.35
+
+
+def test_text_too_long_to_be_shown_whole_is_refused():
+    with pytest.raises(ValueError, match="does not fit on 96 x 96"):
+        synthetic_drawing.render_text(np.random.default_rng(0), "a long word " * 40, 96)
+
+
+# --- captions --------------------------------------------------------------------------------
+
+
+def test_captions_tell_the_relation_from_the_right_side():
+    rng = np.random.default_rng(11)
+    seen = collections.Counter()
+    for _ in range(1500):
+        scene = sampling.sample_scene(rng)
+        caption = synthetic_captions.tell_scene(rng, scene).lower()
+        matches = [p for p in PHRASES if re.search(rf"\b({p})\b", caption)]
+        assert len(matches) == 1, (caption, matches)
+        relation, subject_first = PHRASES[matches[0]]
+        assert relation == scene.relation, caption
+        seen[matches[0]] += 1
+        if len(scene.objects) == 2 and subject_first is not None:
+            places = [caption.index(f"{o.color} {o.shape}") for o in scene.objects]
+            assert (places[0] < places[1]) == subject_first, caption
+    assert set(seen) == set(PHRASES)
+
+
+def test_captions_name_sizes_and_textures_truly():
+    rng = np.random.default_rng(12)
+    small, large = ("small", "little", "tiny"), ("large", "big", "huge")
+    words = {"striped": "striped", "dotted": "dotted|spotted", "checkered": "checkered"}
+    for _ in range(400):
+        scene = sampling.sample_scene(rng)
+        complete = bool(rng.random() < 0.5)
+        caption = synthetic_captions.tell_scene(rng, scene, complete=complete).lower()
+        for item in scene.objects:
+            name = f"{item.color} {item.shape}"
+            adjectives = re.search(rf"\ban? ((?:[a-z]+ )*?){name}\b", caption).group(1).split(" a ")
+            adjectives = adjectives[-1].split()[-2:]
+            sizes = [w for w in adjectives if w in small + large]
+            textures = [w for w in adjectives if re.fullmatch("|".join(words.values()), w)]
+            assert all(w in (small if item.size == "small" else large) for w in sizes)
+            assert all(re.fullmatch(words.get(item.texture, "none"), w) for w in textures)
+            if complete:
+                assert sizes and bool(textures) == (item.texture != "plain"), caption
+
+
+def test_articles():
+    rng = np.random.default_rng(13)
+    told = " ".join(
+        synthetic_captions.tell_scene(rng, sampling.sample_scene(rng)).lower() for _ in range(500)
+    )
+    assert re.search(r"\ban orange\b", told)
+    assert not re.search(r"\ba [aeio]", told)
+    assert not re.search(r"\ban [^aeio]", told)
+
+
+def test_retrieval_captions_are_unique_and_their_scenes_held_out():
+    settings = synthetic.Settings()
+    rng = np.random.default_rng(0)
+    scenes = [sampling.sample_held_out(rng, settings.seed, i) for i in range(600)]
+    told = [synthetic_captions.tell_scene(rng, scene, complete=True) for scene in scenes]
+    assert len(set(told)) == len(told)
+    names = {sampling.signature(s.relation, sampling.kinds(s)) for s in scenes}
+    assert len(names) == len(scenes)
+    assert {s.relation for s in scenes} == set(PAIR_RELATIONS)
+    trained = [sampling.sample_scene(rng) for _ in range(3000)]
+    trained_names = {sampling.signature(s.relation, sampling.kinds(s)) for s in trained}
+    assert not trained_names & names
+    assert {s.relation for s in trained} > set(PAIR_RELATIONS)
+    assert {o.shape for s in trained for o in s.objects} == set(SHAPES)
+    assert {o.color for s in trained for o in s.objects} == set(COLORS)
+
+
+def test_evaluation_pictures_never_occur_in_training(pairs):
+    trained = {p.metadata["sha256"] for kind in pairs.values() for p in kind}
+    settings = synthetic.Settings()
+    for split in ("val_shape", "val_color"):
+        for index in range(12):
+            held_out = synthetic.make_pair(settings, split, index)
+            assert held_out.metadata["noise"] == "clean"
+            assert held_out.metadata["sha256"] not in trained
+
+
+def kept_share(texts: list[str]) -> float:
+    graphs = captions.parse_captions(texts)
+    return np.mean([g.complexity >= 1 and g.has_action and not g.drop_reason for g in graphs])
+
+
+def test_cat_keeps_clean_captions_and_drops_titles_and_fillers():
+    rng = np.random.default_rng(21)
+    scenes = [sampling.sample_scene(rng) for _ in range(300)]
+    clean = [synthetic_captions.tell_scene(rng, scene) for scene in scenes]
+    assert kept_share(clean) >= 0.98
+    titles = [synthetic_captions.write_product_title(rng) for _ in range(200)]
+    assert kept_share(titles) <= 0.1
+    fillers = [synthetic_captions.write_uninformative(rng) for _ in range(200)]
+    assert kept_share(fillers) <= 0.1

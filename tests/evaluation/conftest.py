@@ -1,0 +1,31 @@
+"""A real model of the smallest architecture, with its initial weights."""
+
+import jax
+import pytest
+
+from diht_jax import sharding
+from diht_jax.config import default_config
+from diht_jax.inference import LoadedModel
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import get_architecture
+
+
+@pytest.fixture(scope="package")
+def tiny_model() -> LoadedModel:
+    """`tiny_32px` on all eight devices."""
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    arch = get_architecture(config.model.name)
+    graphdef, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    mesh = sharding.create_mesh(data=-1, fsdp=1)
+    assert mesh.size == 8
+    return LoadedModel(
+        graphdef,
+        jax.device_put(jax.jit(init_params)(jax.random.key(0)), sharding.replicated(mesh)),
+        mesh=mesh,
+        config=config,
+        image_size=arch.image_size,
+        context_length=arch.context_length,
+        batch_size=64,
+    )

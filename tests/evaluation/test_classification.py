@@ -1,0 +1,104 @@
+"""Zero-shot classification: the classifier and its metrics against float64 formulas and tables."""
+
+import numpy as np
+import pytest
+
+from diht_jax.evaluation import classification
+from diht_jax.evaluation.classification import (
+    classification_metrics,
+    rank_labels,
+    zero_shot_classifier,
+)
+
+
+def _unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class _TextTable:
+    """Embeds each text as a fixed random vector, of a random length too."""
+
+    def __init__(self, dim=16):
+        self.dim = dim
+        self.batch_sizes = []
+
+    def vector(self, text):
+        rng = np.random.default_rng(list(text.encode()))
+        return rng.normal(size=self.dim) * rng.uniform(0.1, 10)
+
+    def __call__(self, texts):
+        self.batch_sizes.append(len(texts))
+        return np.stack([self.vector(text) for text in texts])
+
+
+def test_classifier_is_the_normalised_mean_of_normalised_embeddings():
+    names = [f"class {i} {{x}}" for i in range(7)]
+    templates = ["a photo of a {}.", "the {}", "{} in the wild"]
+    encode_text = _TextTable()
+    classifier = zero_shot_classifier(encode_text, names, templates, batch_size=4)
+    expected = [
+        _unit(np.mean([_unit(encode_text.vector(t.replace("{}", n))) for t in templates], axis=0))
+        for n in names
+    ]
+    assert classifier.dtype == np.float32
+    np.testing.assert_allclose(classifier, expected, atol=1e-6)
+    # 21 prompts in batches of 4: the last one is filled up, so one shape is compiled.
+    assert encode_text.batch_sizes == [4] * 6
+
+
+def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):
+    monkeypatch.setattr(classification, "_IMAGE_BLOCK", 64)
+    rng = np.random.default_rng(0)
+    num_classes = 23
+    classifier = _unit(rng.normal(size=(num_classes, 12)))
+    # Unbalanced, and class 5 has no image.
+    labels = rng.choice(np.delete(np.arange(num_classes), 5), 301, p=_unit_sum(np.arange(1, 23)))
+    image_emb = _unit(classifier[labels] + 0.4 * rng.normal(size=(301, 12)))
+    order = np.argsort(-(image_emb @ classifier.T), axis=1)
+    hits = order[:, 0] == labels
+    per_class = [hits[labels == c].mean() for c in range(num_classes) if (labels == c).any()]
+    metrics = classification_metrics(image_emb, labels, classifier)
+    assert metrics == pytest.approx(
+        {
+            "top1": hits.mean(),
+            "top5": np.mean([label in row[:5] for label, row in zip(labels, order, strict=True)]),
+            "mean_per_class": np.mean(per_class),
+        }
+    )
+    assert 0.2 < metrics["top1"] < metrics["top5"] < 1
+    assert abs(metrics["top1"] - metrics["mean_per_class"]) > 1e-3
+    predictions, _ = rank_labels(image_emb, labels, classifier)
+    np.testing.assert_array_equal(predictions, order[:, 0])
+
+
+def _unit_sum(x):
+    return x / x.sum()
+
+
+def test_top5_needs_more_than_five_classes():
+    assert "top5" not in classification_metrics(np.eye(5), np.arange(5), np.eye(5))
+    assert classification_metrics(np.eye(6), np.arange(6), np.eye(6))["top5"] == 1.0
+
+
+def test_the_first_of_equal_classes_wins_whichever_is_right():
+    classifier = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
+    image_emb = np.array([[1.0, 0.0]] * 3)
+    predictions, ranks = rank_labels(image_emb, np.array([0, 1, 2]), classifier)
+    assert predictions.tolist() == [1, 1, 1]
+    assert ranks.tolist() == [2, 0, 1]
+
+
+def test_a_model_that_gives_everything_one_embedding_is_at_chance():
+    ones = _unit(np.ones((10, 4)))
+    metrics = classification_metrics(ones, np.arange(10), ones)
+    assert metrics["top1"] == pytest.approx(0.1)
+    assert metrics["top5"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([0, 1], r"expected one per image, shape \(3,\)"), ([0, 1, 3], "expected 0 to 2.*0 to 3")],
+)
+def test_wrong_labels_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        rank_labels(np.eye(3), np.array(labels), np.eye(3))

@@ -1,0 +1,118 @@
+"""Encoding: every image once, in order, in batches of one shape, with the unusable ones counted."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.data.schema import Pair
+from diht_jax.evaluation.encoding import UnusablePair, encode_images, encode_texts
+
+
+class _MeanColor:
+    """Embeds an image as its mean colour; enough to tell the images of these tests apart."""
+
+    logit_scale = 1.0
+
+    def __init__(self):
+        self.shapes = []
+
+    def preprocess(self, image):
+        return np.asarray(image.resize((4, 4)))
+
+    def encode_image(self, images):
+        assert images.dtype == np.uint8
+        self.shapes.append(images.shape)
+        return images.reshape(len(images), -1, 3).mean(axis=1).astype(np.float32)
+
+
+def _pair(number, data=None):
+    if data is None:
+        buffer = io.BytesIO()
+        Image.new("RGB", (9, 7), (number, 255 - number, 0)).save(buffer, format="PNG")
+        data = buffer.getvalue()
+    return Pair(key=f"k{number}", image=data, caption=f"c{number}")
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 21])
+def test_each_image_counts_once_and_in_order(count):
+    model = _MeanColor()
+    pairs = map(_pair, range(count))
+    encoded = encode_images(model, pairs, lambda pair: pair.caption, batch_size=8, num_threads=3)
+    expected = [[i, 255 - i, 0] for i in range(count)]
+    np.testing.assert_array_equal(encoded.image_emb, expected)
+    assert encoded.notes == [f"c{i}" for i in range(count)]
+    assert encoded.positions == list(range(count))
+    # One shape, so that a jitted encoder compiles once; no filling where one batch is enough.
+    assert set(model.shapes) == {(min(count, 8), 4, 4, 3)}
+    assert len(model.shapes) == -(-count // 8)
+
+
+def test_unusable_pairs_are_counted_with_their_reason():
+    def describe(pair):
+        if pair.key == "k4":
+            raise UnusablePair("no_caption")
+        return pair.key
+
+    whole = _pair(0).image
+    broken = {1: b"", 2: b"no picture", 5: whole[: len(whole) // 2]}
+    pairs = [_pair(i, broken.get(i)) for i in range(7)]
+    encoded = encode_images(_MeanColor(), pairs, describe, batch_size=2)
+    assert encoded.notes == ["k0", "k3", "k6"]
+    assert encoded.positions == [0, 3, 6]
+    assert encoded.image_emb[:, 0].tolist() == [0, 3, 6]
+    assert encoded.dropped == {"image_empty": 1, "image_unreadable": 2, "no_caption": 1}
+    assert encoded.dropped_keys == ["k1", "k2", "k4", "k5"]
+
+
+def test_reading_stays_a_few_batches_ahead_of_the_device():
+    read = []
+
+    def pairs():
+        for i in range(200):
+            read.append(i)
+            yield _pair(i)
+
+    class Watching(_MeanColor):
+        ahead = []
+
+        def encode_image(self, images):
+            encoded_before = sum(shape[0] for shape in self.shapes)
+            self.ahead.append(len(read) - encoded_before)
+            return super().encode_image(images)
+
+    model = Watching()
+    encode_images(model, pairs(), lambda pair: None, batch_size=8)
+    assert max(model.ahead) <= 8 * 4
+    # Beyond the batch that is encoded, a whole one is in work meanwhile.
+    assert min(model.ahead[:-3]) >= 8 * 2
+
+
+def test_a_source_without_any_usable_image_is_refused():
+    with pytest.raises(ValueError, match=r"no usable pair.*1 entries.*image_empty"):
+        encode_images(_MeanColor(), [_pair(0, b"")], lambda pair: None, batch_size=8)
+    with pytest.raises(ValueError, match="no usable pair.*0 entries"):
+        encode_images(_MeanColor(), [], lambda pair: None, batch_size=8)
+
+
+def test_a_diverged_model_is_refused():
+    class Diverged(_MeanColor):
+        def encode_image(self, images):
+            return super().encode_image(images) * np.nan
+
+    with pytest.raises(ValueError, match="image embeddings: 3 of 3 rows are not finite"):
+        encode_images(Diverged(), map(_pair, range(3)), lambda pair: None, batch_size=2)
+
+
+def test_texts_come_back_in_order_from_calls_of_one_size():
+    sizes = []
+
+    def encode_text(texts):
+        sizes.append(len(texts))
+        return np.array([[len(text), 1] for text in texts], np.float32)
+
+    texts = ["x" * i for i in range(1, 12)]
+    batches = list(encode_texts(encode_text, texts, batch_size=4))
+    assert np.concatenate(batches)[:, 0].tolist() == list(range(1, 12))
+    assert sizes == [4, 4, 4]

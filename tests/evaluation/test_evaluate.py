@@ -1,0 +1,112 @@
+"""The command, as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import orbax.checkpoint as ocp
+import pytest
+
+from diht_jax.config import default_config
+from diht_jax.evaluation.report import write_results
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import get_architecture
+from diht_jax.training.checkpoint import write_config
+
+
+def _run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "diht_jax.evaluate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A work directory with the initial weights as its checkpoint of step 7."""
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    arch = get_architecture(config.model.name)
+    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    write_config(tmp_path, config)
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = {"params": jax.jit(init_params)(jax.random.key(0))}
+        checkpointer.save(tmp_path / "checkpoints" / "7" / "state", state)
+    return tmp_path
+
+
+def test_two_tasks_of_a_work_directory(workdir, shared_data, tmp_path):
+    output = tmp_path / "new" / "results.json"
+    tasks = f"cifar10={shared_data}/cifar10_test.tar,emoji=retrieval:{shared_data}/emoji_google.tar"
+    done = _run(
+        "--model",
+        workdir,
+        "--tasks",
+        tasks,
+        "--output",
+        output,
+        "--limit",
+        40,
+        "--caption_template",
+        "{caption}",
+        "--batch_size",
+        32,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert (results["model"], results["step"], results["devices"]) == (str(workdir), 7, 2)
+    cifar, emoji = results["results"]
+    assert cifar["counts"]["images"] == emoji["counts"]["images"] == 40
+    assert emoji["protocol"]["caption_template"] == "{caption}"
+    assert len(cifar["protocol"]["templates"]) == 18
+    table = done.stdout.splitlines()
+    assert table[0] == f"{workdir}, step 7"
+    row = next(line.split() for line in table if line.startswith("cifar10"))
+    assert row[:3] == ["cifar10", "top-1", f"{100 * cifar['metrics']['top1']:.2f}%"]
+    for result in (cifar, emoji):
+        assert (output.parent / f"results.{result['task']}.png").stat().st_size > 10_000
+
+
+def test_compare_needs_no_model(tmp_path):
+    for name, top1 in (("a", 0.25), ("b", 0.5)):
+        result = {
+            "task": "shapes",
+            "metrics": {"top1": top1},
+            "counts": {"images": 4, "dropped": {}},
+            "protocol": {},
+        }
+        write_results(tmp_path / f"{name}.json", {"model": name, "step": 1, "results": [result]})
+    for files in (
+        [tmp_path / "a.json", tmp_path / "b.json"],
+        [f"{tmp_path}/a.json,{tmp_path}/b.json"],
+    ):
+        done = _run("--compare", *files)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1].split() == [
+            "shapes",
+            "top-1",
+            "25.00%",
+            "50.00%",
+            "+25.00",
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--compare", "a.json"], "expected two results files, got a.json"),
+        (["--tasks", "cifar10"], "--model is required"),
+        (["--model", "m", "--tasks", "cifar01", "--output", "o.json"], "did you mean 'cifar10'"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message):
+    done = _run(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

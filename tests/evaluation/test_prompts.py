@@ -1,0 +1,76 @@
+"""Prompts: templates, files of class names, and ImageNet's words without torch."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from diht_jax.evaluation import prompts
+
+
+def test_braces_in_names_and_captions_stay():
+    assert prompts.fill_template("a photo of a {}.", "{0} {} {x}") == "a photo of a {0} {} {x}."
+    assert prompts.fill_caption_template("a photo of {caption}.", "{} {caption}.") == (
+        "a photo of {} {caption}.."
+    )
+
+
+def test_cifar_has_its_ten_classes_and_eighteen_different_prompts():
+    assert len(set(prompts.CIFAR10_CLASSES)) == 10
+    assert len(set(prompts.check_templates(prompts.CIFAR10_TEMPLATES))) == 18
+    assert "a photo of the big {}." in prompts.CIFAR10_TEMPLATES
+    assert "a black and white photo of a {}." in prompts.CIFAR10_TEMPLATES
+
+
+def test_templates_of_a_command_line(tmp_path):
+    assert prompts.parse_templates("a {}.; the {} ;") == ("a {}.", "the {}")
+    (tmp_path / "t.txt").write_text("one {}\n\ntwo {}\n")
+    assert prompts.parse_templates(f"@{tmp_path}/t.txt") == ("one {}", "two {}")
+    assert prompts.parse_templates("cifar10") is prompts.CIFAR10_TEMPLATES
+
+
+@pytest.mark.parametrize("text", ["", "a photo", "{} and {}", "a {c}"])
+def test_bad_templates_are_refused(text):
+    with pytest.raises(ValueError, match="template"):
+        prompts.parse_templates(text)
+
+
+@pytest.mark.parametrize("template", ["a photo of {}.", "{caption} {caption}", ""])
+def test_bad_caption_templates_are_refused(template):
+    with pytest.raises(ValueError, match="expected '{caption}' once"):
+        prompts.fill_caption_template(template, "x")
+
+
+def test_class_names_of_a_file(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_text("hot dog\n café \n\n", encoding="utf-8")
+    assert prompts.read_class_names(path) == ("hot dog", "café")
+    path.write_text("a\n\nb\n")
+    with pytest.raises(ValueError, match=r"names.txt.*line 2 is blank"):
+        prompts.read_class_names(path)
+    with pytest.raises(ValueError, match=r"missing.txt: cannot be read"):
+        prompts.read_class_names(tmp_path / "missing.txt")
+
+
+def test_imagenet_words_come_without_torch():
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip, which has the words, is absent")
+    program = (
+        "import json, sys\n"
+        "from diht_jax.evaluation.prompts import imagenet_prompts\n"
+        "names, templates = imagenet_prompts()\n"
+        "print(json.dumps([len(names), len(templates), names[0], names[999], templates[0],"
+        " 'torch' in sys.modules or 'open_clip' in sys.modules]))"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout
+    assert json.loads(output) == [1000, 80, "tench", "toilet paper", "a bad photo of a {}.", False]
+
+
+def test_imagenet_words_without_open_clip(monkeypatch):
+    monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install open_clip_torch"):
+        prompts.imagenet_prompts.__wrapped__()

@@ -1,0 +1,125 @@
+"""Retrieval: ranks and recalls against a sort in float64, a hand-made table, and ties."""
+
+import numpy as np
+import pytest
+
+from diht_jax.evaluation import retrieval
+from diht_jax.evaluation.retrieval import closest_items, retrieval_metrics, retrieval_ranks
+
+
+def _unit(x):
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def _random_problem(num_images, rng, captions_per_image=(1, 2, 5)):
+    image_emb = _unit(rng.normal(size=(num_images, 24)))
+    counts = rng.choice(captions_per_image, num_images)
+    image_of_text = rng.permutation(np.repeat(np.arange(num_images), counts))
+    # Close enough to its image that recalls are neither 0 nor 1.
+    text_emb = _unit(image_emb[image_of_text] + 0.45 * rng.normal(size=(counts.sum(), 24)))
+    return image_emb, text_emb, image_of_text
+
+
+def _metrics_by_sorting(image_emb, text_emb, image_of_text):
+    """The protocol with whole rankings, query by query, in float64."""
+    similarities = text_emb.astype(np.float64) @ image_emb.astype(np.float64).T
+    t2i = [
+        list(np.argsort(-row)).index(own)
+        for row, own in zip(similarities, image_of_text, strict=True)
+    ]
+    i2t = []
+    for image, column in enumerate(similarities.T):
+        order = np.argsort(-column)
+        i2t.append(min(place for place, text in enumerate(order) if image_of_text[text] == image))
+    expected = {}
+    for direction, ranks in (("t2i", t2i), ("i2t", i2t)):
+        for k in (1, 5, 10):
+            expected[f"{direction}_r{k}"] = sum(rank < k for rank in ranks) / len(ranks)
+        expected[f"{direction}_median_rank"] = float(np.median(ranks)) + 1
+    return expected
+
+
+@pytest.mark.parametrize("num_images", [3, 97, 700])
+def test_metrics_equal_sorting_in_float64_across_blocks(num_images, monkeypatch):
+    # 700 images with some 1,900 texts span several blocks of both kinds, with rests.
+    monkeypatch.setattr(retrieval, "_QUERY_BLOCK", 192)
+    monkeypatch.setattr(retrieval, "_GALLERY_BLOCK", 256)
+    problem = _random_problem(num_images, np.random.default_rng(num_images))
+    assert retrieval_metrics(*problem) == pytest.approx(_metrics_by_sorting(*problem), abs=1e-12)
+
+
+def test_hand_made_table():
+    # Angles in degrees; the similarity of two items falls with the difference of their angles.
+    images = np.radians([0, 40, 90])
+    texts = np.radians([5, 31, 50, 88, 24])
+    image_of_text = [0, 0, 1, 2, 2]
+    # Text 1 (31) is nearer to image 1 than to its own image 0; text 4 (24) has image 1 (16 away)
+    # and image 0 (24 away) before its own (66 away).
+    # Image 1 (40) has the text 1 of image 0 (9 away) before its own (10 away).
+    embeddings = [np.stack([np.cos(a), np.sin(a)], axis=1) for a in (images, texts)]
+    t2i, i2t = retrieval_ranks(*embeddings, image_of_text)
+    assert t2i.tolist() == [0, 1, 0, 0, 2]
+    assert i2t.tolist() == [0, 1, 0]
+    metrics = retrieval_metrics(*embeddings, image_of_text)
+    assert metrics["t2i_r1"] == pytest.approx(3 / 5)
+    assert metrics["t2i_r5"] == 1.0
+    assert metrics["t2i_median_rank"] == 1.0
+
+
+def test_any_caption_of_the_image_counts():
+    image_emb = np.eye(2, 3, dtype=np.float32)
+    text_emb = _unit(np.array([[0, 0, 1], [1, 0, 0.1], [0, 1, 0], [0, 0.1, 1]], np.float64))
+    _, i2t = retrieval_ranks(image_emb, text_emb, [0, 0, 1, 1])
+    assert i2t.tolist() == [0, 0]
+
+
+def test_a_model_that_gives_everything_one_embedding_scores_zero():
+    image_emb = np.tile(_unit(np.ones((1, 8))), (40, 1))
+    metrics = retrieval_metrics(image_emb, image_emb, np.arange(40))
+    assert {metrics[f"{d}_r{k}"] for d in ("t2i", "i2t") for k in (1, 5, 10)} == {0.0}
+    assert metrics["t2i_median_rank"] == 40
+
+
+def test_equal_captions_of_two_images_tie_wherever_they_lie(monkeypatch):
+    monkeypatch.setattr(retrieval, "_GALLERY_BLOCK", 128)
+    rng = np.random.default_rng(0)
+    image_emb = _unit(rng.normal(size=(500, 512)))
+    text_emb = image_emb.copy()  # a perfect model
+    pairs = [(3, 411), (77, 78), (130, 499)]
+    for first, second in pairs:
+        text_emb[first] = text_emb[second]
+    _, i2t = retrieval_ranks(image_emb, text_emb, np.arange(500))
+    tied = [second for _, second in pairs]
+    assert i2t[tied].tolist() == [1, 1, 1]
+    untouched = np.setdiff1d(np.arange(500), np.ravel(pairs))
+    assert not i2t[untouched].any()
+
+
+def test_closest_items_agree_with_the_ranks():
+    image_emb, text_emb, image_of_text = _random_problem(60, np.random.default_rng(1))
+    image_emb[10] = image_emb[20]  # ties, which the right one must lose
+    t2i, _ = retrieval_ranks(image_emb, text_emb, image_of_text)
+    order, similarities = closest_items(text_emb, image_of_text, image_emb, np.arange(60), 60)
+    places = [list(row).index(own) for row, own in zip(order, image_of_text, strict=True)]
+    assert places == t2i.tolist()
+    assert (np.diff(similarities, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("image_of_text", "message"),
+    [
+        ([0, 1], r"expected shape \(3,\)"),
+        ([0, 0, 1], "1 of 3 images have no text.*2"),
+        ([0, 1, 3], "expected indices of the 3 images, got 0 to 3"),
+    ],
+)
+def test_wrong_owners_are_refused(image_of_text, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_ranks(np.eye(3), np.eye(3), image_of_text)
+
+
+def test_embeddings_that_are_not_finite_are_refused():
+    broken = np.eye(3)
+    broken[1, 0] = np.nan
+    with pytest.raises(ValueError, match=r"text embeddings: 1 of 3 rows are not finite.*at 1"):
+        retrieval_ranks(np.eye(3), broken, np.arange(3))

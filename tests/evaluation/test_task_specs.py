@@ -1,0 +1,120 @@
+"""The text form of tasks."""
+
+import importlib.util
+
+import pytest
+
+from diht_jax.evaluation import prompts
+from diht_jax.evaluation.task_specs import Task, built_in_tasks, check_source, parse_tasks
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "cifar10",
+            Task(
+                "cifar10",
+                "classification",
+                "tfds:cifar10:test",
+                class_names=prompts.CIFAR10_CLASSES,
+                templates=prompts.CIFAR10_TEMPLATES,
+            ),
+        ),
+        (
+            "cifar10=/d/x.tar?templates=a {}.;the {}, & more",
+            Task(
+                "cifar10",
+                "classification",
+                "/d/x.tar",
+                class_names=prompts.CIFAR10_CLASSES,
+                templates=("a {}.", "the {}, & more"),
+            ),
+        ),
+        ("retrieval:/d/emoji.twitter.tar", Task("emoji", "retrieval", "/d/emoji.twitter.tar")),
+        (
+            "retrieval:tfds:coco_captions:val[:10%]?caption_feature=captions/text&data_dir=/t",
+            Task(
+                "coco_captions_val_10",
+                "retrieval",
+                "tfds:coco_captions:val[:10%]",
+                source_options={"caption_feature": "captions/text", "data_dir": "/t"},
+            ),
+        ),
+        # A "?" of a glob starts no options, and a "=" in a path no name.
+        (
+            "shape=classification:/d=1/0?-*.tar?label=shape&templates={}",
+            Task(
+                "shape", "classification", "/d=1/0?-*.tar", templates=("{}",), label_field="shape"
+            ),
+        ),
+        (
+            "flickr30k_retrieval=/f.tar?caption_template={caption}",
+            Task("flickr30k_retrieval", "retrieval", "/f.tar", caption_template="{caption}"),
+        ),
+    ],
+)
+def test_text_form(text, expected):
+    assert parse_tasks([text]) == [expected]
+    assert parse_tasks(text) == [expected]
+
+
+def test_defaults_reach_the_tasks_they_belong_to():
+    tasks = parse_tasks(
+        ["cifar10", "retrieval:/a.tar", "retrieval:/b.tar?caption_template=x {caption}"],
+        templates=("the {}",),
+        caption_template="{caption}",
+        class_names=("a", "b"),
+    )
+    assert tasks[0].templates == ("the {}",)
+    assert tasks[0].class_names == ("a", "b")
+    assert [task.caption_template for task in tasks[1:]] == ["{caption}", "x {caption}"]
+
+
+def test_class_names_of_a_file(tmp_path):
+    (tmp_path / "n.txt").write_text("ant\nbee\n")
+    (task,) = parse_tasks([f"classification:/a.tar?class_names={tmp_path}/n.txt"])
+    assert task.class_names == ("ant", "bee")
+
+
+def test_imagenet_has_its_names_and_templates():
+    if importlib.util.find_spec("open_clip") is None:
+        pytest.skip("open_clip, which has the words, is absent")
+    (task,) = parse_tasks(["imagenet"])
+    assert (len(task.class_names), len(task.templates)) == (1000, 80)
+    assert task.source == "tfds:imagenet2012:validation"
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["cifar01"], "unknown task 'cifar01'; did you mean 'cifar10'"),
+        (["nothing_like_it"], "built in: cifar10, imagenet, coco_retrieval, flickr30k_retrieval"),
+        (["x=clasification:/a.tar"], "unknown task 'x=clasification:/a.tar'"),
+        (["retrieval:"], "expected a source after 'retrieval:'"),
+        (["flickr30k_retrieval"], "'flickr30k_retrieval=/data/"),
+        (["retrieval:/a.tar?caption_templat=x"], "did you mean 'caption_template'"),
+        (["retrieval:/a.tar", "retrieval:/b/a.tar"], "two tasks are called 'a'"),
+        (["retrieval:/a.tar?caption_template=x"], "expected '{caption}' once"),
+        (["classification:/a.tar?templates=x"], "expected '{}' once"),
+    ],
+)
+def test_mistakes_are_explained(texts, message):
+    with pytest.raises(ValueError) as raised:
+        parse_tasks(texts)
+    assert message in str(raised.value)
+
+
+def test_one_file_of_names_for_several_tasks_is_refused():
+    with pytest.raises(ValueError, match=r"one file of class names for 2 tasks"):
+        parse_tasks(["cifar10", "classification:/a.tar"], class_names=("a", "b"))
+
+
+def test_a_missing_source_is_found_before_any_work(tmp_path):
+    (task,) = parse_tasks([f"retrieval:{tmp_path}/missing.tar"])
+    with pytest.raises(ValueError, match=r"missing\.tar"):
+        check_source(task)
+
+
+def test_built_in_names():
+    assert set(built_in_tasks()) >= {"cifar10", "imagenet", "coco_retrieval", "flickr30k_retrieval"}

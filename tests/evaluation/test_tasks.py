@@ -1,0 +1,143 @@
+"""Whole evaluations of a real model on real data, on eight devices."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.data.images import decode_rgb
+from diht_jax.data.readers import open_source
+from diht_jax.evaluation.canvas import GREEN, RED
+from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
+
+
+def _write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def _png(seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (20, 30, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _colours(path):
+    """Colours of a page and how often each occurs."""
+    with Image.open(path) as page:
+        return {colour: count for count, colour in page.getcolors(page.width * page.height)}
+
+
+def test_classification_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp_path):
+    source = str(shared_data / "cifar10_test.tar")
+    (task,) = parse_tasks([f"cifar10={source}"])
+    page = tmp_path / "page.png"
+    result = evaluate_task(tiny_model, task, batch_size=64, limit=128, page=page)
+
+    pairs = [pair for pair, _ in zip(open_source(source), range(128), strict=False)]
+    labels = np.array([task.class_names.index(pair.metadata["label"]) for pair in pairs])
+    image_emb = tiny_model.encode_image([decode_rgb(pair.image) for pair in pairs])
+    text_emb = tiny_model.encode_text(
+        [template.format(name) for name in task.class_names for template in task.templates]
+    )
+    means = text_emb.astype(np.float64).reshape(10, 18, -1).mean(axis=1)
+    order = np.argsort(-(image_emb @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T))
+    hits = order[:, 0] == labels
+    assert result["metrics"]["top1"] == pytest.approx(hits.mean())
+    assert result["metrics"]["top5"] == pytest.approx((order[:, :5] == labels[:, None]).sum() / 128)
+    assert result["counts"] == {
+        "images": 128,
+        "classes": 10,
+        "classes_without_images": 0,
+        "texts": 180,
+        "limit": 128,
+        "dropped": {},
+    }
+    confusion = np.array(result["confusion"])
+    np.testing.assert_array_equal(confusion.sum(axis=1), np.bincount(labels, minlength=10))
+    assert np.trace(confusion) == hits.sum()
+    bird = next(entry for entry in result["per_class"] if entry["class"] == "bird")
+    assert bird["accuracy"] == pytest.approx(hits[labels == 2].mean())
+    assert json.loads(json.dumps(result)) == result
+    colours = _colours(page)
+    assert colours[GREEN] > 1000
+    assert colours[RED] > 1000
+
+
+def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp_path):
+    source = str(shared_data / "emoji_twitter.tar")
+    (task,) = parse_tasks([f"retrieval:{source}"])
+    page = tmp_path / "new" / "page.png"
+    result = evaluate_task(tiny_model, task, batch_size=64, limit=128, page=page)
+
+    pairs = [pair for pair, _ in zip(open_source(source), range(128), strict=False)]
+    image_emb = tiny_model.encode_image([decode_rgb(pair.image) for pair in pairs])
+    text_emb = tiny_model.encode_text([f"a photo of {pair.caption}." for pair in pairs])
+    similarities = text_emb @ image_emb.T
+    for direction, matrix in (("t2i", similarities), ("i2t", similarities.T)):
+        ranks = [list(np.argsort(-row)).index(own) for own, row in enumerate(matrix)]
+        for k in (1, 5, 10):
+            expected = np.mean([rank < k for rank in ranks])
+            assert result["metrics"][f"{direction}_r{k}"] == pytest.approx(expected)
+    assert result["counts"]["images"] == result["counts"]["texts"] == 128
+    assert result["protocol"]["caption_template"] == "a photo of {caption}."
+    assert result["images_per_sec"] > 0
+    assert json.loads(json.dumps(result)) == result
+    assert _colours(page)[RED] > 1000
+
+
+def test_several_captions_and_broken_images(tiny_model, tmp_path):
+    def sidecar(*captions):
+        return json.dumps({"captions": list(captions)}).encode()
+
+    path = tmp_path / "x.tar"
+    _write_tar(
+        path,
+        [
+            ("a.png", _png(0)),
+            ("a.json", sidecar("one", "two", "three")),
+            ("b.png", _png(1)[:60]),
+            ("b.json", sidecar("four", "five")),
+            ("c.txt", b"no image"),
+            ("d.png", _png(2)),
+            ("d.json", sidecar("two", "six")),
+        ],
+    )
+    page = tmp_path / "x.png"
+    task = Task("x", "retrieval", str(path), caption_template="{caption}")
+    result = evaluate_task(tiny_model, task, page=page)
+    assert result["counts"] == {
+        "images": 2,
+        "texts": 5,
+        "different_texts": 4,
+        "limit": None,
+        "dropped": {"image_unreadable": 1, "no_image": 1},
+    }
+    assert result["metrics"]["t2i_r5"] == 1.0
+    assert page.exists()
+
+
+def test_a_class_folder_names_its_classes(tiny_model, tmp_path):
+    for number, name in enumerate(["sea_lion", "ant", "sea_lion"]):
+        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name / f"{number}.png").write_bytes(_png(number))
+    result = evaluate_task(tiny_model, Task("x", "classification", str(tmp_path / "data")))
+    assert [(e["class"], e["images"]) for e in result["per_class"]] == [("ant", 1), ("sea lion", 2)]
+    assert result["protocol"]["class_names_from"] == "class_name of the data"
+
+
+def test_an_error_names_task_source_and_record(tiny_model, tmp_path):
+    path = tmp_path / "x.tar"
+    _write_tar(path, [("a.png", _png(0)), ("a.txt", b"t"), ("a.json", b'{"label": 12}')])
+    (task,) = parse_tasks([f"cifar10={path}"])
+    with pytest.raises(
+        ValueError, match=r"task 'cifar10' .*x\.tar.*record 'a': label 12 is outside"
+    ):
+        evaluate_task(tiny_model, task)

@@ -1,0 +1,143 @@
+"""The truth of the loss tests: the defining formula in float64, and one checker for all.
+
+The same `find_errors` accepts the real losses (test_contrastive.py) and has to reject the known
+wrong ones (test_wrong_versions.py).
+"""
+
+import functools
+import itertools
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+ALPHAS = (1.0, 0.999, 0.5)
+BETAS = (0.0, 0.25, 0.5, 1.0)
+SCALES = (1 / 0.07, 100.0, 200.0)
+KINDS = ("aligned", "random", "adversarial", "collapsed", "opposed")
+CASES = tuple(itertools.product(KINDS, SCALES, ALPHAS, BETAS))
+NUM_PAIRS, WIDTH = 16, 8
+
+# Of the value, and of the gradient relative to its largest entry.
+TOLERANCES = {np.float32: (2e-5, 2e-4), np.float64: (1e-11, 1e-10)}
+
+
+def defining_loss(image_emb, text_emb, scale, alpha, beta, weight_logits=None):
+    """DiHT's formula as it is printed, with its weights and its ratio, not the identity.
+
+    Leading axes are batched, and inputs may be complex. `weight_logits` replaces the logits that
+    the weights are made of (for weights that are constants).
+    """
+    logits = np.asarray(scale)[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
+    weight_logits = logits if weight_logits is None else weight_logits
+    num_pairs = logits.shape[-1]
+    negative = ~np.eye(num_pairs, dtype=bool)
+
+    def direction(s, s_of_weights):
+        tilt = np.exp(beta * s_of_weights) * negative
+        weights = (num_pairs - 1) * tilt / tilt.sum(-1, keepdims=True)
+        positives = np.exp(np.diagonal(s, axis1=-2, axis2=-1))
+        denominators = alpha * positives + (weights * np.exp(s) * negative).sum(-1)
+        return -np.log(positives / denominators)
+
+    transposed = (np.swapaxes(m, -1, -2) for m in (logits, weight_logits))
+    return (direction(logits, weight_logits) + direction(*transposed)).mean(-1) / 2
+
+
+@functools.cache
+def embeddings(kind):
+    """float64 pairs [N, d] that are exact in float32; neither file order nor kind is special."""
+    rng = np.random.default_rng(7)
+
+    def unit(rows):
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+    image_emb = unit(rng.normal(size=(NUM_PAIRS, WIDTH)))
+    if kind == "aligned":  # near-orthogonal classes: positives near 1, negatives near 0 and -1
+        axes = np.concatenate([np.eye(WIDTH), -np.eye(WIDTH)])
+        image_emb = unit(axes + 0.05 * rng.normal(size=axes.shape))
+        text_emb = unit(axes + 0.05 * rng.normal(size=axes.shape))
+    elif kind == "random":
+        text_emb = unit(rng.normal(size=(NUM_PAIRS, WIDTH)))
+    elif kind == "adversarial":  # the neighbour is a perfect match, the own partner is opposite
+        text_emb = np.roll(image_emb, 1, axis=0)
+        text_emb[::2] = -image_emb[::2]
+    else:  # all images nearly one point, all texts nearly the same ("opposed": its antipode)
+        image_emb = unit(image_emb[:1] + 1e-3 * rng.normal(size=image_emb.shape))
+        text_emb = unit(image_emb[:1] + 1e-3 * rng.normal(size=image_emb.shape))
+        text_emb *= -1 if kind == "opposed" else 1
+    return image_emb.astype(np.float64), text_emb.astype(np.float64)
+
+
+@functools.cache
+def truth(kind, scale, alpha, beta, constant_weights=False):
+    """Value, and gradients by the complex step (exact to rounding; no autodiff involved)."""
+    image_emb, text_emb = embeddings(kind)
+    size = image_emb.size
+    step = 1e-30
+    directions = np.eye(2 * size + 1) * 1j * step
+    images = image_emb + directions[:, :size].reshape(-1, *image_emb.shape)
+    texts = text_emb + directions[:, size : 2 * size].reshape(-1, *text_emb.shape)
+    weight_logits = scale * (image_emb @ text_emb.T) if constant_weights else None
+    slopes = (
+        defining_loss(images, texts, scale + directions[:, -1], alpha, beta, weight_logits).imag
+        / step
+    )
+    grads = (
+        slopes[:size].reshape(image_emb.shape),
+        slopes[size:-1].reshape(text_emb.shape),
+        slopes[-1],
+    )
+    return defining_loss(image_emb, text_emb, scale, alpha, beta), grads
+
+
+def is_rejected(value_and_grads):
+    """Whether a test over all cases would fail."""
+    return any(find_errors(value_and_grads, [case]) for case in CASES)
+
+
+def find_errors(value_and_grads, cases=CASES, dtype=np.float32, constant_weights=False):
+    """The cases that `value_and_grads(image_emb, text_emb, scale, alpha, beta)` gets wrong."""
+    value_tolerance, grad_tolerance = TOLERANCES[dtype]
+    errors = []
+    for case in cases:
+        kind, scale, alpha, beta = case
+        # Rounding a logit near `scale` moves a gradient made of terms of size scale/N by this
+        # much; it matters where these terms cancel (collapsed embeddings).
+        floor = np.finfo(dtype).eps * scale * scale / NUM_PAIRS
+        arrays = (*embeddings(kind), scale, alpha, beta)
+        value, grads = value_and_grads(*(np.asarray(array, dtype) for array in arrays))
+        true_value, true_grads = truth(*case, constant_weights)
+        if not abs(float(value) - true_value) <= value_tolerance * (1 + abs(true_value)):
+            errors.append(f"{case}: value {float(value)}, expected {true_value}")
+        for name, grad, expected in zip(("image", "text", "scale"), grads, true_grads, strict=True):
+            largest = np.max(np.abs(expected))
+            error = np.max(np.abs(np.asarray(grad, np.float64) - expected))
+            if not error <= grad_tolerance * largest + floor:
+                errors.append(f"{case}: {name} gradient off by {error}, largest {largest}")
+    return errors
+
+
+def mesh_of(num_devices):
+    return Mesh(np.asarray(jax.devices()[:num_devices]), ("data",))
+
+
+def differentiate_on_mesh(local_loss, mesh, axis_name="data", check_vma=True):
+    """Value and gradients, from outside of shard_map, of `local_loss(x, t, scale, alpha, beta)`."""
+    rows, whole = PartitionSpec(axis_name), PartitionSpec()
+    mapped = jax.shard_map(
+        local_loss,
+        mesh=mesh,
+        in_specs=(rows, rows, whole, whole, whole),
+        out_specs=whole,
+        check_vma=check_vma,
+    )
+    return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2)))
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """This module, for the test files beside it (which pytest imports without a package)."""
+    return sys.modules[__name__]

@@ -1,0 +1,221 @@
+"""The contrastive loss against its defining formula, on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from diht_jax.losses import contrastive_loss
+
+WHOLE = PartitionSpec()
+SOME_WEIGHTINGS = [(1.0, 0.0), (0.5, 0.0), (0.999, 0.25), (1.0, 1.0)]
+
+
+def loss_over(axis_name, **fixed):
+    """`contrastive_loss` with positional (maybe traced) alpha and beta."""
+
+    def loss(image_emb, text_emb, scale, alpha, beta):
+        return contrastive_loss(
+            image_emb, text_emb, scale, alpha=alpha, beta=beta, axis_name=axis_name, **fixed
+        )
+
+    return loss
+
+
+def random_case(weighting):
+    return ("random", 100.0, *weighting)
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_value_and_gradients_equal_the_defining_formula(reference, num_devices, dtype):
+    with jax.enable_x64(dtype is np.float64):
+        mesh = reference.mesh_of(num_devices)
+        value_and_grads = reference.differentiate_on_mesh(loss_over("data"), mesh)
+        assert reference.find_errors(value_and_grads, dtype=dtype) == []
+
+
+def test_whole_batch_without_a_mesh_equals_the_defining_formula(reference):
+    value_and_grads = jax.jit(jax.value_and_grad(loss_over(None), argnums=(0, 1, 2)))
+    assert reference.find_errors(value_and_grads) == []
+
+
+@pytest.mark.parametrize("alpha, beta", SOME_WEIGHTINGS)
+def test_weighting_known_at_trace_time_equals_the_defining_formula(reference, alpha, beta):
+    def loss(image_emb, text_emb, scale):
+        return contrastive_loss(image_emb, text_emb, scale, alpha=alpha, beta=beta)
+
+    jitted = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+    cases = [case for case in reference.CASES if case[2:] == (alpha, beta)]
+    assert len(cases) == 15
+    errors = reference.find_errors(lambda x, t, s, a, b: jitted(x, t, s), cases)
+    assert errors == []
+
+
+@pytest.mark.parametrize("order", [("data", "fsdp"), ("fsdp", "data")])
+def test_batch_split_over_two_axes_in_either_order(reference, order):
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    value_and_grads = reference.differentiate_on_mesh(loss_over(order), mesh, order)
+    cases = [random_case(weighting) for weighting in SOME_WEIGHTINGS]
+    assert reference.find_errors(value_and_grads, cases) == []
+
+
+def test_alpha_1_beta_0_is_infonce(reference):
+    image_emb, text_emb = reference.embeddings("random")
+    logits = 100.0 * jnp.asarray(image_emb @ text_emb.T, jnp.float32)
+    labels = jnp.arange(len(logits))
+    infonce = (
+        optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        + optax.softmax_cross_entropy_with_integer_labels(logits.T, labels).mean()
+    ) / 2
+    arrays = [np.float32(emb) for emb in (image_emb, text_emb)]
+    np.testing.assert_allclose(jax.jit(contrastive_loss)(*arrays, 100.0), infonce, rtol=1e-6)
+
+
+def test_two_pairs_by_hand():
+    # One negative per row, so its weight is 1. Logits: [[3, 1], [0, 2]].
+    image_emb = np.float32([[1, 0], [0, 1]])
+    text_emb = np.float32([[3, 0], [1, 2]])
+    by_hand = np.mean(
+        [np.log(0.5 + np.exp(difference)) for difference in (1 - 3, 0 - 2, 0 - 3, 1 - 2)]
+    )
+    loss = contrastive_loss(image_emb, text_emb, 1.0, alpha=0.5, beta=0.7)
+    np.testing.assert_allclose(loss, by_hand, rtol=1e-6)
+
+
+def test_gradient_from_outside_does_not_depend_on_check_vma(reference):
+    value_and_grads = reference.differentiate_on_mesh(
+        loss_over("data"), reference.mesh_of(8), check_vma=False
+    )
+    cases = [random_case(weighting) for weighting in SOME_WEIGHTINGS]
+    assert reference.find_errors(value_and_grads, cases) == []
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_gradient_taken_inside_of_shard_map(reference, check_vma):
+    """The contract of the module docstring: exact, or pmean / division without check_vma."""
+    mesh = reference.mesh_of(8)
+    rows = PartitionSpec("data")
+
+    def local(*arrays):
+        value, grads = jax.value_and_grad(loss_over("data"), argnums=(0, 1, 2))(*arrays)
+        if not check_vma:
+            num_devices = jax.lax.axis_size("data")
+            grads = (
+                grads[0] / num_devices,
+                grads[1] / num_devices,
+                jax.lax.pmean(grads[2], "data"),
+            )
+        return value, grads
+
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(rows, rows, WHOLE, WHOLE, WHOLE),
+        out_specs=(WHOLE, (rows, rows, WHOLE)),
+        check_vma=check_vma,
+    )
+    cases = [random_case(weighting) for weighting in SOME_WEIGHTINGS]
+    assert reference.find_errors(jax.jit(mapped), cases) == []
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_replicated_parameters_inside_of_shard_map(reference, check_vma):
+    """A tower inside of shard_map: its gradient is the full batch's, by the same contract."""
+    image_emb, text_emb = (np.float32(emb) for emb in reference.embeddings("random"))
+    tower = np.float32(np.random.default_rng(3).normal(size=(8, 8)))
+    rows = PartitionSpec("data")
+
+    def loss(tower, images, texts, axis_name=None):
+        embedded = images @ tower
+        embedded /= jnp.linalg.norm(embedded, axis=1, keepdims=True)
+        return contrastive_loss(embedded, texts, 10.0, beta=0.5, axis_name=axis_name)
+
+    def local(tower, images, texts):
+        grad = jax.grad(loss)(tower, images, texts, "data")
+        return grad if check_vma else jax.lax.pmean(grad, "data")
+
+    mapped = jax.shard_map(
+        local,
+        mesh=reference.mesh_of(8),
+        in_specs=(WHOLE, rows, rows),
+        out_specs=WHOLE,
+        check_vma=check_vma,
+    )
+    full_batch = jax.jit(jax.grad(loss))(tower, image_emb, text_emb)
+    np.testing.assert_allclose(
+        jax.jit(mapped)(tower, image_emb, text_emb), full_batch, rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("num_devices", [1, 8])
+def test_constant_weights(reference, num_devices):
+    mesh = reference.mesh_of(num_devices)
+    constant = reference.differentiate_on_mesh(loss_over("data", stop_weight_gradient=True), mesh)
+    cases = [case for case in reference.CASES if case[0] in ("random", "aligned")]
+    assert reference.find_errors(constant, cases, constant_weights=True) == []
+    hard = [random_case((1.0, 0.5))]
+    assert reference.find_errors(constant, hard, constant_weights=False)
+
+
+def test_bfloat16_embeddings_are_multiplied_and_summed_in_float32(reference):
+    rounded = [jnp.asarray(emb, jnp.bfloat16) for emb in reference.embeddings("random")]
+    truth = reference.defining_loss(*(np.float64(emb) for emb in rounded), 100.0, 1.0, 0.25)
+    value, grads = reference.differentiate_on_mesh(loss_over("data"), reference.mesh_of(8))(
+        *rounded, 100.0, 1.0, 0.25
+    )
+    assert value.dtype == jnp.float32 and grads[0].dtype == jnp.bfloat16
+    np.testing.assert_allclose(value, truth, rtol=1e-5)
+
+
+def test_alpha_0_has_finite_gradients(reference):
+    image_emb, text_emb = reference.embeddings("random")
+    value, grads = jax.jit(jax.value_and_grad(loss_over(None), argnums=(0, 1, 2)))(
+        np.float32(image_emb), np.float32(text_emb), 100.0, 0.0, 0.5
+    )
+    truth = reference.defining_loss(image_emb, text_emb, 100.0, 0.0, 0.5)
+    np.testing.assert_allclose(value, truth, rtol=1e-5)
+    assert all(np.isfinite(grad).all() for grad in grads)
+
+
+def test_one_pair_has_the_loss_log_alpha():
+    pair = np.float32([[1.0, 0.0]])
+    value, grad = jax.value_and_grad(loss_over(None))(pair, pair, 100.0, 0.5, 0.0)
+    np.testing.assert_allclose(value, np.log(0.5), rtol=1e-6)
+    np.testing.assert_array_equal(grad, np.zeros_like(pair))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"impl": "steaming"}, "impl: expected one of dense.*'steaming'"),
+        ({"alpha": 1.5}, r"alpha: expected a number in \[0, 1\], got 1.5"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"beta": -0.1}, "beta: expected a finite number >= 0, got -0.1"),
+        ({"beta": float("inf")}, "beta"),
+        ({"logit_scale": np.ones(2)}, r"logit_scale: expected a scalar, got shape \(2,\)"),
+        ({"text_emb": np.ones((3, 5), np.float32)}, r"\(3, 4\) and \(3, 5\)"),
+        ({"text_emb": np.ones((2, 4), np.float32)}, r"\(3, 4\) and \(2, 4\)"),
+        ({"image_emb": np.ones(4, np.float32)}, r"\[b, d\]"),
+        ({"text_emb": np.ones((3, 4), np.float16)}, "same floating-point dtype"),
+        (
+            {"image_emb": np.ones((3, 4), int), "text_emb": np.ones((3, 4), int)},
+            "floating-point dtype",
+        ),
+        (
+            {
+                "image_emb": np.ones((1, 4), np.float32),
+                "text_emb": np.ones((1, 4), np.float32),
+                "beta": 0.5,
+            },
+            "at least 2 pairs",
+        ),
+    ],
+)
+def test_wrong_arguments(change, message):
+    rows = np.ones((3, 4), np.float32)
+    arguments = {"image_emb": rows, "text_emb": rows, "logit_scale": 1.0} | change
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(**arguments)

@@ -1,0 +1,148 @@
+"""The objective on a mesh: placement, gradients through sharded towers, and metrics."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diht_jax.losses import contrastive_metrics, contrastive_objective
+from diht_jax.losses.contrastive import contrastive_loss
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+
+
+def unit_rows(seed, shape):
+    rows = np.random.default_rng(seed).normal(size=shape)
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def jit_objective(mesh, **settings):
+    return jax.jit(functools.partial(contrastive_objective, mesh=mesh, **settings))
+
+
+def test_jitted_step_with_fsdp_tower_has_the_full_batch_gradient(mesh):
+    """Towers in jit on sharded arrays, loss in shard_map, differentiated from outside."""
+    inputs, texts = unit_rows(0, (24, 16)), unit_rows(1, (24, 8))
+    params = {"tower": unit_rows(2, (16, 8)), "log_logit_scale": np.float32(np.log(20.0))}
+
+    def embed(params, inputs):
+        projected = inputs @ params["tower"]
+        return projected / jnp.linalg.norm(projected, axis=1, keepdims=True)
+
+    def sharded_loss(params, inputs, texts):
+        return contrastive_objective(
+            embed(params, inputs),
+            texts,
+            jnp.exp(params["log_logit_scale"]),
+            mesh=mesh,
+            alpha=0.999,
+            beta=0.5,
+        )
+
+    def full_loss(params):
+        scale = jnp.exp(params["log_logit_scale"])
+        return contrastive_loss(embed(params, inputs), texts, scale, alpha=0.999, beta=0.5)
+
+    by_example = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    placed = {
+        "tower": jax.device_put(params["tower"], NamedSharding(mesh, PartitionSpec("fsdp"))),
+        "log_logit_scale": jax.device_put(
+            params["log_logit_scale"], NamedSharding(mesh, PartitionSpec())
+        ),
+    }
+    batch = [jax.device_put(rows, by_example) for rows in (inputs, texts)]
+    step = jax.jit(jax.value_and_grad(sharded_loss, has_aux=True))
+    (loss, metrics), grads = step(placed, *batch)
+    expected_loss, expected_grads = jax.jit(jax.value_and_grad(full_loss))(params)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], expected_loss, rtol=1e-5)
+    for name in params:
+        np.testing.assert_allclose(grads[name], expected_grads[name], rtol=1e-4, atol=1e-6)
+
+
+def test_metrics_of_the_global_batch_equal_a_table_made_with_numpy(mesh):
+    image_emb, text_emb = unit_rows(3, (32, 8)), unit_rows(4, (32, 8))
+    text_emb[::3] = image_emb[::3]
+    similarities = np.float64(image_emb) @ np.float64(text_emb).T
+    negatives = similarities - 9 * np.eye(32)
+    expected = {
+        "loss": contrastive_loss(image_emb, text_emb, 10.0, beta=0.25),
+        "i2t_accuracy": np.mean(similarities.argmax(1) == np.arange(32)),
+        "t2i_accuracy": np.mean(similarities.argmax(0) == np.arange(32)),
+        "positive_similarity": np.diagonal(similarities).mean(),
+        "hardest_negative_similarity": (negatives.max(0).mean() + negatives.max(1).mean()) / 2,
+    }
+    assert 0.2 < expected["i2t_accuracy"] < 0.8
+    loss, metrics = jit_objective(mesh, beta=0.25)(image_emb, text_emb, 10.0)
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+        assert metrics[name].dtype == jnp.float32 and metrics[name].shape == ()
+    np.testing.assert_array_equal(loss, metrics["loss"])
+
+
+def test_ties_count_as_a_fair_draw():
+    image_emb = np.float32([[1, 0], [1, 0], [0, 1]])
+    text_emb = np.float32([[1, 0], [1, 0], [-1, 0]])
+    # Rows 0 and 1 tie with each other; the last image is 0 from all texts; the last text is
+    # closest to the last image.
+    metrics = contrastive_metrics(image_emb, text_emb)
+    np.testing.assert_allclose(metrics["i2t_accuracy"], (1 / 2 + 1 / 2 + 1 / 3) / 3, rtol=1e-6)
+    np.testing.assert_allclose(metrics["t2i_accuracy"], (1 / 2 + 1 / 2 + 1) / 3, rtol=1e-6)
+
+
+def test_collapsed_embeddings_score_at_chance(mesh):
+    same = np.tile(unit_rows(5, (1, 8)), (16, 1))
+    _, metrics = jit_objective(mesh)(same, same, 100.0)
+    np.testing.assert_allclose(metrics["i2t_accuracy"], 1 / 16, rtol=1e-6)
+    np.testing.assert_allclose(metrics["t2i_accuracy"], 1 / 16, rtol=1e-6)
+
+
+def test_metrics_carry_no_gradient(mesh):
+    image_emb, text_emb = unit_rows(6, (8, 4)), unit_rows(7, (8, 4))
+
+    def all_metrics(image_emb):
+        return sum(jit_objective(mesh)(image_emb, text_emb, 10.0)[1].values())
+
+    np.testing.assert_array_equal(jax.grad(all_metrics)(image_emb), np.zeros_like(image_emb))
+
+
+def test_axes_that_do_not_split_the_batch_hold_copies():
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
+    image_emb, text_emb = unit_rows(8, (8, 4)), unit_rows(9, (8, 4))
+
+    objective = jit_objective(mesh, axis_names=("data",), beta=0.5)
+    differentiated = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    (value, _), grad = differentiated(image_emb, text_emb, 10.0)
+    whole_batch = jax.value_and_grad(functools.partial(contrastive_loss, beta=0.5))
+    expected = jax.jit(whole_batch)(image_emb, text_emb, 10.0)
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(grad, expected[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "num_pairs, change, message",
+    [
+        (12, {}, "12 pairs cannot be split over the 8 devices .* multiple of 8"),
+        (8, {"axis_names": ("data", "tensor")}, "expected axes of the mesh"),
+        (8, {"axis_names": ()}, "expected axes of the mesh"),
+        (8, {"beta": -1.0}, "beta"),
+        (8, {"impl": "fast"}, "impl"),
+    ],
+)
+def test_wrong_arguments(mesh, num_pairs, change, message):
+    rows = unit_rows(0, (num_pairs, 4))
+    with pytest.raises(ValueError, match=message):
+        contrastive_objective(rows, rows, 1.0, mesh=mesh, **change)
+
+
+def test_metrics_need_two_pairs():
+    pair = unit_rows(0, (1, 4))
+    with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
+        contrastive_metrics(pair, pair)

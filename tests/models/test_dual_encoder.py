@@ -1,0 +1,244 @@
+"""The dual encoder against open_clip's: sizes, initialisation, and outputs on equal weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from diht_jax.config import ARCHITECTURE_FIELDS
+from diht_jax.models import Architecture, DualEncoder, get_architecture
+from diht_jax.models.parameters import merge_model, model_definition, model_parameters
+from diht_jax.models.zoo import ARCHITECTURES
+
+OPEN_CLIP_NAMES = {
+    "diht_vitb32_224px": "ViT-B-32",
+    "diht_vitb16_224px": "ViT-B-16",
+    "diht_vitl14_224px": "ViT-L-14",
+    "diht_vitl14_336px": "ViT-L-14-336",
+}
+SMALL = Architecture(
+    image_size=32,
+    patch_size=8,
+    vision_layers=2,
+    vision_width=128,
+    vision_heads=2,
+    text_layers=2,
+    text_width=64,
+    text_heads=4,
+    embed_dim=48,
+    context_length=12,
+    vocab_size=512,
+)
+
+
+def open_clip_model(arch: Architecture):
+    open_clip = pytest.importorskip("open_clip")
+    import torch
+
+    torch.manual_seed(0)
+    return open_clip.model.CLIP(
+        embed_dim=arch.embed_dim,
+        vision_cfg={
+            "image_size": arch.image_size,
+            "patch_size": arch.patch_size,
+            "layers": arch.vision_layers,
+            "width": arch.vision_width,
+            "head_width": arch.vision_width // arch.vision_heads,
+        },
+        text_cfg={
+            "context_length": arch.context_length,
+            "vocab_size": arch.vocab_size,
+            "width": arch.text_width,
+            "heads": arch.text_heads,
+            "layers": arch.text_layers,
+        },
+    ).eval()
+
+
+def from_open_clip(state: dict[str, np.ndarray], arch: Architecture) -> dict:
+    """open_clip's parameters in our layout: kernels are transposed, convolutions are HWIO."""
+
+    def norm(name):
+        return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
+
+    def linear(name):
+        return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
+
+    def block(name):
+        return {
+            "attention_norm": norm(f"{name}.ln_1"),
+            "attention": {
+                "in_proj": {
+                    "kernel": state[f"{name}.attn.in_proj_weight"].T,
+                    "bias": state[f"{name}.attn.in_proj_bias"],
+                },
+                "out_proj": linear(f"{name}.attn.out_proj"),
+            },
+            "mlp_norm": norm(f"{name}.ln_2"),
+            "mlp": {
+                "fc_in": linear(f"{name}.mlp.c_fc"),
+                "fc_out": linear(f"{name}.mlp.c_proj"),
+            },
+        }
+
+    def blocks(prefix, layers):
+        return {str(i): block(f"{prefix}transformer.resblocks.{i}") for i in range(layers)}
+
+    return {
+        "vision": {
+            "patch_embedding": {"kernel": state["visual.conv1.weight"].transpose(2, 3, 1, 0)},
+            "class_embedding": state["visual.class_embedding"],
+            "positional_embedding": state["visual.positional_embedding"],
+            "pre_norm": norm("visual.ln_pre"),
+            "blocks": blocks("visual.", arch.vision_layers),
+            "post_norm": norm("visual.ln_post"),
+            "projection": {"kernel": state["visual.proj"]},
+        },
+        "text": {
+            "token_embedding": {"embedding": state["token_embedding.weight"]},
+            "positional_embedding": state["positional_embedding"],
+            "blocks": blocks("", arch.text_layers),
+            "final_norm": norm("ln_final"),
+            "projection": {"kernel": state["text_projection"]},
+        },
+        "log_logit_scale": state["logit_scale"],
+    }
+
+
+def numpy_state(model) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", sorted(OPEN_CLIP_NAMES))
+def test_parameter_counts_are_those_of_open_clip(name):
+    open_clip = pytest.importorskip("open_clip")
+    import torch
+
+    with torch.device("meta"):
+        reference = open_clip.model.CLIP(**open_clip.get_model_config(OPEN_CLIP_NAMES[name]))
+    abstract = nnx.eval_shape(lambda: DualEncoder(get_architecture(name), rngs=nnx.Rngs(0)))
+    count = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(model_parameters(abstract)))
+    assert count == sum(p.numel() for p in reference.parameters())
+    if name == "diht_vitb32_224px":
+        assert count == 151_277_313
+
+
+def test_embeddings_equal_open_clip_on_equal_weights():
+    import torch
+
+    reference = open_clip_model(SMALL)
+    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    params = from_open_clip(numpy_state(reference), SMALL)
+    expected_shapes = jax.tree.map(jnp.shape, jax.eval_shape(init, jax.random.key(0)))
+    assert jax.tree.map(np.shape, params) == expected_shapes
+
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((5, 32, 32, 3)).astype(np.float32)
+    tokens = rng.integers(1, 500, (5, 12)).astype(np.int32)
+    tokens[np.arange(5), [2, 5, 8, 11, 3]] = 511  # end of text: the largest id
+    with torch.no_grad():
+        image_emb = reference.encode_image(
+            torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), normalize=True
+        )
+        text_emb = reference.encode_text(torch.from_numpy(tokens), normalize=True)
+    model = merge_model(graphdef, params)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_allclose(model.encode_image(images), image_emb.numpy(), atol=2e-6)
+        np.testing.assert_allclose(model.encode_text(tokens), text_emb.numpy(), atol=2e-6)
+
+
+def test_initialisation_has_the_spread_of_open_clips():
+    # Wide enough that a standard deviation is known to a few percent.
+    arch = dataclasses.replace(SMALL, vision_layers=3, text_layers=3)
+    ours = jax.jit(model_definition(arch, jnp.float32, jnp.float32)[1])(jax.random.key(1))
+    theirs = from_open_clip(numpy_state(open_clip_model(arch)), arch)
+    flat = {
+        jax.tree_util.keystr(path): (np.asarray(a), np.asarray(b))
+        for (path, a), b in zip(
+            jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True
+        )
+    }
+    for name, (a, b) in flat.items():
+        if b.std() == 0:
+            np.testing.assert_allclose(a, b, rtol=1e-6, err_msg=name)
+            continue
+        # Sampling error of a standard deviation: about 1 / sqrt(2 n) each.
+        tolerance = 5 / np.sqrt(b.size) + 0.01
+        np.testing.assert_allclose(a.std(), b.std(), rtol=tolerance, err_msg=name)
+        assert abs(a.mean()) < 6 * b.std() / np.sqrt(b.size), name
+
+
+def test_compute_dtype_is_apart_from_parameter_dtype():
+    graphdef, init = model_definition(SMALL, jnp.bfloat16, jnp.float32)
+    params = init(jax.random.key(0))
+    assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
+    half = merge_model(graphdef, params)
+    full = merge_model(model_definition(SMALL, jnp.float32, jnp.float32)[0], params)
+    assert half.vision(images).dtype == jnp.bfloat16
+    assert half.encode_image(images).dtype == jnp.float32
+    difference = np.abs(half.encode_image(images) - full.encode_image(images)).max()
+    assert 0 < difference < 0.02
+
+
+def test_text_after_the_end_of_text_token_has_no_influence():
+    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    model = merge_model(graphdef, init(jax.random.key(0)))
+    tokens = np.full((1, 12), 7, np.int32)
+    tokens[0, 5] = 511
+    changed = tokens.copy()
+    changed[0, 6:] = 9
+    np.testing.assert_allclose(model.encode_text(tokens), model.encode_text(changed), atol=1e-6)
+    changed[0, 2] = 9
+    assert np.abs(model.encode_text(tokens) - model.encode_text(changed)).max() > 1e-3
+    # Shorter padding is the same text.
+    np.testing.assert_allclose(
+        model.encode_text(tokens), model.encode_text(tokens[:, :6]), atol=1e-6
+    )
+
+
+def test_patch_dropout_keeps_a_random_subset_of_each_image():
+    from diht_jax.models.vit import drop_patches
+
+    patches = jnp.arange(3 * 16.0).reshape(3, 16, 1)
+    kept = np.asarray(drop_patches(patches, 0.5, jax.random.key(0)))[..., 0]
+    assert kept.shape == (3, 8)
+    for i, row in enumerate(kept):
+        assert len(set(row)) == 8 and set(row) <= set(range(16 * i, 16 * i + 16))
+    assert len({tuple(sorted(row - 16 * i)) for i, row in enumerate(kept)}) > 1
+    with pytest.raises(ValueError, match="random key"):
+        drop_patches(patches, 0.5, None)
+
+
+def test_wrong_image_shape_is_named():
+    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    model = merge_model(graphdef, init(jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"got \(2, 16, 32, 3\)"):
+        model.encode_image(jnp.zeros((2, 16, 32, 3)))
+
+
+def test_config_knows_the_fields_of_an_architecture():
+    fields = tuple(field.name for field in dataclasses.fields(Architecture))
+    assert fields == ARCHITECTURE_FIELDS
+
+
+@pytest.mark.parametrize(
+    "name, overrides, message",
+    [
+        ("diht_vitb_32", {}, "did you mean 'diht_vitb32_224px'"),
+        ("small_64px", {"text_layer": 3}, "did you mean 'text_layers'"),
+        ("small_64px", {"text_layers": 0}, "positive int"),
+        ("small_64px", {"patch_size": 7}, "no multiple of patch_size 7"),
+        ("small_64px", {"vision_heads": 5}, "no multiple of vision_heads 5"),
+    ],
+)
+def test_wrong_architectures_are_refused(name, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        get_architecture(name, overrides)
+
+
+def test_overrides_of_none_leave_the_architecture_alone():
+    assert get_architecture("small_64px", {"text_layers": None}) == ARCHITECTURES["small_64px"]

@@ -1,0 +1,91 @@
+"""A loaded model embeds any number of images and texts, on any number of devices, alike."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax import sharding
+from diht_jax.config import default_config
+from diht_jax.inference import LoadedModel
+from diht_jax.models import get_architecture
+from diht_jax.models.parameters import merge_model, model_definition
+
+ARCH = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
+GRAPHDEF, INIT = model_definition(ARCH, jnp.float32, jnp.float32)
+
+
+def loaded(num_devices, batch_size=16):
+    config = default_config()
+    config.model.dtype = "float32"
+    mesh = sharding.create_mesh(-1, 1, jax.devices()[:num_devices])
+    params = jax.device_put(INIT(jax.random.key(0)), sharding.replicated(mesh))
+    return LoadedModel(
+        GRAPHDEF,
+        params,
+        mesh=mesh,
+        config=config,
+        image_size=ARCH.image_size,
+        context_length=ARCH.context_length,
+        batch_size=batch_size,
+        step=7,
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loaded(8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (37, 32, 32, 3)).astype(np.uint8)
+
+
+def test_embeddings_equal_the_plain_model_on_every_batch_size(model, images):
+    plain = merge_model(GRAPHDEF, INIT(jax.random.key(0)))
+    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+    std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+    expected = np.asarray(plain.encode_image((images / np.float32(255) - mean) / std))
+    for count in (0, 1, 16, 37):
+        found = model.encode_image(images[:count])
+        assert found.dtype == np.float32 and found.shape == (count, ARCH.embed_dim)
+        np.testing.assert_allclose(found, expected[:count], atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(loaded(1).encode_image(images[:5]), expected[:5], atol=2e-6)
+
+
+def test_texts_as_strings_and_as_tokens(model):
+    texts = [f"a picture of {i} cats" for i in range(19)]
+    by_text = model.encode_text(texts)
+    np.testing.assert_array_equal(by_text, model.encode_text(model.tokenize(texts)))
+    assert by_text.shape == (19, ARCH.embed_dim)
+    assert np.abs(by_text[0] - by_text[1]).max() > 1e-3
+
+
+def test_pil_images_of_any_size_and_mode(model):
+    pictures = [Image.new("RGB", (50, 40), "red"), Image.new("L", (32, 99), 80)]
+    arrays = np.stack([model.preprocess(picture) for picture in pictures])
+    assert arrays.shape == (2, 32, 32, 3) and arrays.dtype == np.uint8
+    np.testing.assert_array_equal(model.encode_image(pictures), model.encode_image(arrays))
+    assert model.encode_image([]).shape == (0, ARCH.embed_dim)
+
+
+def test_properties(model):
+    assert model.logit_scale == pytest.approx(1 / 0.07, rel=1e-6)
+    assert model.embed_dim == ARCH.embed_dim and model.step == 7
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.encode_image(np.zeros((2, 32, 32, 3))), "got float64"),
+        (lambda m: m.encode_image(np.zeros((2, 16, 16, 3), np.uint8)), r"\[2, 16, 16, 3\]"),
+        (lambda m: m.encode_text(np.zeros((2, 77), np.int32)), r"\[b, 32\], got int32 \[2, 77\]"),
+        (lambda m: m.encode_text(np.zeros((2, 32), np.int64)), "got int64"),
+    ],
+)
+def test_wrong_inputs_are_refused(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)

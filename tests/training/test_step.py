@@ -1,0 +1,75 @@
+"""The step: clipped scale, donated state, one trace, and its random key."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diht_jax import sharding
+from diht_jax.models import get_architecture
+from diht_jax.models.parameters import model_definition
+from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from diht_jax.training.state import create_state
+from diht_jax.training.step import TrainStep
+
+
+@pytest.fixture
+def build(config):
+    config.mesh.update(data=4, fsdp=2)
+
+    def build_run():
+        mesh = sharding.create_mesh(4, 2)
+        arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+        graphdef, init = model_definition(arch, jnp.float32, jnp.float32)
+        schedule = learning_rate_schedule(config.optimizer, config.total_steps)
+        optimizer = create_optimizer(config.optimizer, schedule)
+        state = create_state(init, optimizer, mesh, config.seed)
+        return TrainStep(graphdef, optimizer, schedule, mesh, config, state), state, mesh
+
+    return build_run
+
+
+def random_batch(mesh, size=16, seed=0):
+    rng = np.random.default_rng(seed)
+    batch = {
+        "images": rng.integers(0, 256, (size, 16, 16, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 49408, (size, 24)).astype(np.int32),
+    }
+    return sharding.put_batch(batch, sharding.batch_sharding(mesh))
+
+
+def with_scale(state, scale):
+    params = {**state.params, "log_logit_scale": jnp.log(jnp.asarray(scale, jnp.float32))}
+    place = state.params["log_logit_scale"].sharding
+    params["log_logit_scale"] = jax.device_put(params["log_logit_scale"], place)
+    return state.replace(params=params)
+
+
+def test_step(build, config):
+    """One compiled step serves all checks: compiling is what takes the time."""
+    step, state, mesh = build()
+    batch = random_batch(mesh)
+    key_data = np.asarray(state.key_data)
+    old_kernel = state.params["text"]["projection"]["kernel"]
+    assert old_kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", None)
+
+    # Same state and batch, another step number: another key, so other patches are dropped. The
+    # learning rate of step 0 is 0, so parameters stay.
+    state, first = step(state, batch)
+    assert old_kernel.is_deleted(), "the old state was not donated"
+    state, second = step(state, batch)
+    assert float(first["loss"]) != float(second["loss"])
+    assert float(first["learning_rate"]) == 0.0
+    np.testing.assert_array_equal(state.key_data, key_data)
+    assert int(state.step) == 2
+    assert state.params["text"]["projection"]["kernel"].sharding == old_kernel.sharding
+
+    for scale in (99.9999, 250.0):
+        state, metrics = step(with_scale(state, scale), batch)
+        assert float(metrics["logit_scale"]) == pytest.approx(scale, rel=1e-5)
+        assert np.exp(float(state.params["log_logit_scale"])) <= 100.0 * (1 + 1e-6)
+    assert np.exp(float(state.params["log_logit_scale"])) == pytest.approx(100.0, rel=1e-5)
+    assert step.trace_count == 1
+
+    step(state, random_batch(mesh, size=8))
+    assert step.trace_count == 2, "a batch of another shape must show as a second trace"
