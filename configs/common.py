@@ -1,6 +1,6 @@
 """What all recipes share: the argument after the colon, and the shrunken `debug` form.
 
-    --config configs/diht_vitb32.py:debug=True
+--config configs/diht_vitb32.py:debug=True
 """
 
 import ml_collections

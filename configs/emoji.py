@@ -26,6 +26,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = default_config()
     config.model.name = "small_64px"
     config.model.dtype = "float32"
+    config.model.patch_dropout = 0.5
     config.total_epochs = 40.0
     config.loss.alpha = 0.999
     config.loss.beta = 0.25

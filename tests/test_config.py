@@ -12,9 +12,7 @@ from diht_jax.config import default_config, duration_in_steps, load_recipe, vali
 from diht_jax.models import get_architecture
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-RECIPES = sorted(
-    path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common"
-)
+RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
 
 
 @pytest.fixture(autouse=True)

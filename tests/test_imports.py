@@ -95,9 +95,7 @@ def test_layer_check_sees_a_wrong_arrow(tmp_path):
 
 def test_core_imports_without_heavy_packages():
     modules = [
-        module_name(path)
-        for path in SOURCES
-        if path.is_relative_to(REPOSITORY / "diht_jax")
+        module_name(path) for path in SOURCES if path.is_relative_to(REPOSITORY / "diht_jax")
     ]
     lines = [
         "import importlib, sys",

@@ -82,8 +82,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "tiny_32px": Architecture(
         image_size=32,
-        patch_size=4,
-        vision_layers=3,
+        patch_size=8,
+        vision_layers=4,
         vision_width=128,
         vision_heads=2,
         text_layers=2,

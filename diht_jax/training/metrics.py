@@ -115,9 +115,7 @@ def plot_curves(workdir: str | epath.Path) -> None:
     if shown:
         panels.append(("evaluation", shown))
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    for axes, (title, names) in zip(
-        np.ravel(figure.subplots(1, len(panels))), panels, strict=True
-    ):
+    for axes, (title, names) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if name in row]
             axes.plot(*zip(*points, strict=True) if points else ([], []), label=name)

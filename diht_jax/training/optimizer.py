@@ -12,9 +12,7 @@ import ml_collections
 import optax
 
 
-def learning_rate_schedule(
-    config: ml_collections.ConfigDict, total_steps: int
-) -> optax.Schedule:
+def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then half a cosine down to the final value.
 
     Args:

@@ -87,4 +87,3 @@ def state_initializer(
         )
 
     return init
-

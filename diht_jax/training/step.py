@@ -106,9 +106,7 @@ def train_step(
         params = jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
         model = merge_model(graphdef, params)
         images = normalize(batch["images"], jnp.dtype(config.model.dtype))
-        image_emb = model.encode_image(
-            images, patch_dropout=config.model.patch_dropout, key=key
-        )
+        image_emb = model.encode_image(images, patch_dropout=config.model.patch_dropout, key=key)
         text_emb = model.encode_text(batch["tokens"])
         return contrastive_objective(
             jax.lax.with_sharding_constraint(image_emb, by_example),
