@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped, SourceShard, merge_captions, pick_captions
 from diht_jax.data.tfrecord import read_records
@@ -151,12 +153,20 @@ def _find_features(features: Any, kind: type, *, nested: bool = False) -> dict[s
         inner = feature
         if nested and isinstance(feature, tfds.features.Sequence):
             inner = feature.feature
-        if isinstance(inner, kind):
+        if isinstance(inner, kind) or (kind is tfds.features.Text and _is_plain_string(inner)):
             found[name] = inner
         elif nested and isinstance(inner, tfds.features.FeaturesDict):
             children = _find_features(inner, kind, nested=True)
             found |= {f"{name}/{child}": value for child, value in children.items()}
     return found
+
+
+def _is_plain_string(feature: Any) -> bool:
+    """Whether a text is declared as a bare string tensor, as in COCO's captions."""
+    import tensorflow_datasets as tfds
+
+    is_scalar = type(feature) in (tfds.features.Tensor, tfds.features.Scalar)
+    return is_scalar and feature.shape == () and np.dtype(feature.np_dtype).kind in "OSU"
 
 
 def _pick_features(spec: str, features: Mapping[str, Any], options: TfdsOptions) -> tuple[str, str]:
