@@ -1,0 +1,27 @@
+"""Every recipe of `configs/`, in its debug form, trains end to end."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from diht_jax.config import load_recipe
+from diht_jax.training.loop import train
+from diht_jax.training.metrics import read_metrics
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_debug_form_trains(path, squares, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    recipe = load_recipe(path)
+    config = load_recipe(path, "debug=True")
+    assert config.loss == recipe.loss and config.mesh == recipe.mesh
+    config.data.train = str(squares)
+    state = train(config, tmp_path)
+    assert int(state.step) == 4
+    losses = [row["loss"] for row in read_metrics(tmp_path)]
+    assert len(losses) == 4 and np.isfinite(losses).all()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "4"]
