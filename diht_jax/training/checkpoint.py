@@ -52,7 +52,7 @@ class Checkpointer:
                 )
             )
         self._manager = ocp.CheckpointManager(
-            epath.Path(workdir) / CHECKPOINT_DIRECTORY,
+            checkpoint_root(workdir),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
                 # The loop decides when to save.
@@ -154,7 +154,7 @@ def restore_model(
     validate_config(config, default_config())
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
-    root = epath.Path(workdir) / CHECKPOINT_DIRECTORY
+    root = checkpoint_root(workdir)
     steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
     if not steps or (step is not None and step not in steps):
         wanted = "no finished checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -171,6 +171,11 @@ def restore_model(
             ),
         )
     return TrainedModel(config=config, arch=arch, params=restored["params"], step=step)
+
+
+def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
+    """Where a run's checkpoints lie; absolute, as Orbax wants it."""
+    return epath.Path(workdir).absolute() / CHECKPOINT_DIRECTORY
 
 
 def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -> None:

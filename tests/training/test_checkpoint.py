@@ -61,6 +61,14 @@ def test_state_and_place_come_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state_of(3, value=1.5))
 
 
+def test_a_relative_work_directory_is_fine(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpointer = Checkpointer("run", keep_last=1, best_metric=None)
+    checkpointer.save(state_of(2), Place(5))
+    checkpointer.close()
+    assert steps_in(tmp_path / "run") == [2]
+
+
 def test_an_unknown_best_metric_names_the_known_ones(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric="val/top1")
     with pytest.raises(ValueError, match="'val/top1' is not among .*: cifar10/top1"):
