@@ -1,6 +1,8 @@
 """What all recipes share: the argument after the colon, and the shrunken `debug` form.
 
---config configs/diht_vitb32.py:debug=True
+The form is asked for on the command line:
+
+    --config configs/diht_vitb32.py:debug=True
 """
 
 import ml_collections

@@ -86,9 +86,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep_last = 3
-    c.checkpoint.best_metric = placeholder(
-        str
-    )  # such as "cifar10/top1"; None keeps the last ones only
+    # Such as "cifar10/top1"; None keeps the last ones only.
+    c.checkpoint.best_metric = placeholder(str)
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.every_steps = placeholder(int)  # None: at the end only
     c.evaluation.tasks = ""  # comma-separated, as --tasks of diht_jax.evaluate
