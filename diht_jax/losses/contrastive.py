@@ -1,7 +1,8 @@
-"""InfoNCE and the hard-negative contrastive loss (HN-NCE) over the global batch.
+"""The losses over pairs of the global batch: InfoNCE, HN-NCE and the sigmoid loss.
 
 Called by `diht_jax.losses.total` and by users with embeddings of their own. Everything here is a
-pure function of embeddings: no parameters, no mesh, no metrics.
+pure function of embeddings: no parameters, no mesh, no metrics. What is computed how is in
+`streaming.py` and `dense.py`.
 
 How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`:
 
@@ -24,9 +25,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-AxisName = str | tuple[str, ...] | None
+from diht_jax.losses.dense import AxisName, dense_loss
+from diht_jax.losses.objectives import Objective, Sigmoid, Softmax
+from diht_jax.losses.statistics import PairStatistics
+from diht_jax.losses.streaming import streaming_loss
 
-IMPLS = ("dense",)
+IMPLS = ("streaming", "dense")
 
 
 def contrastive_loss(
@@ -37,7 +41,7 @@ def contrastive_loss(
     alpha: jax.Array | float = 1.0,
     beta: jax.Array | float = 0.0,
     axis_name: AxisName = None,
-    impl: str = "dense",
+    impl: str = "streaming",
     stop_weight_gradient: bool = False,
 ) -> jax.Array:
     """Hard-negative contrastive loss (HN-NCE), the mean of both directions over the global batch.
@@ -61,7 +65,8 @@ def contrastive_loss(
             be checked, and always take the general path.
         axis_name: mesh axes that the batch is split over (a name or a tuple, in the order of the
             batch's PartitionSpec); None when the arrays hold the whole batch.
-        impl: "dense": every device gathers all embeddings and holds two [b, N] blocks of logits.
+        impl: "streaming": texts travel round the ring of devices, memory O(b d). "dense": every
+            device gathers all embeddings and holds two [b, N] blocks of logits.
         stop_weight_gradient: treat `w_ij` as constants. Ours.
 
     Returns:
@@ -72,51 +77,102 @@ def contrastive_loss(
             negatives to weigh.
 
     Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; computed by the identity of
-    `_loss_of_rows` rather than as a ratio of exponentials.
+    `objectives.Softmax` rather than as a ratio of exponentials.
     """
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    return contrastive_loss_and_statistics(
+        image_emb,
+        text_emb,
+        logit_scale,
+        alpha=alpha,
+        beta=beta,
+        axis_name=axis_name,
+        impl=impl,
+        stop_weight_gradient=stop_weight_gradient,
+    )[0]
+
+
+def contrastive_loss_and_statistics(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    logit_scale: jax.Array | float,
+    *,
+    alpha: jax.Array | float = 1.0,
+    beta: jax.Array | float = 0.0,
+    axis_name: AxisName = None,
+    impl: str = "streaming",
+    stop_weight_gradient: bool = False,
+) -> tuple[jax.Array, PairStatistics]:
+    """`contrastive_loss`, and what it has learnt about the pairs on its way."""
     check_embeddings(image_emb, text_emb)
-    _check_weighting(logit_scale, alpha, beta)
-    i2t, t2i, is_positive = similarity_blocks(image_emb, text_emb, axis_name)
-    num_pairs = i2t.shape[1]
-    if num_pairs == 1 and not (_is_known_zero(beta) and not _is_known_zero(alpha)):
+    _check_scalars(logit_scale=logit_scale, alpha=alpha, beta=beta)
+    _check_range("alpha", alpha, "a number in [0, 1]", lambda value: 0 <= value <= 1)
+    _check_range("beta", beta, "a finite number >= 0", lambda value: 0 <= value < math.inf)
+    objective = Softmax(
+        weighted=not _is_known_zero(beta),
+        stop_weight_gradient=stop_weight_gradient,
+        differentiate_beta=isinstance(beta, jax.core.Tracer),
+    )
+    num_pairs = _num_pairs(image_emb, axis_name)
+    if num_pairs == 1 and (objective.weighted or _is_known_zero(alpha)):
         raise ValueError(
             "a global batch of 1 pair has no negatives: expected at least 2 pairs, or beta=0 "
             f"with alpha > 0, got alpha={alpha}, beta={beta}"
         )
-    scale = jnp.asarray(logit_scale, i2t.dtype)
-    row_losses = [
-        _loss_of_rows(scale * block, is_positive, alpha, beta, stop_weight_gradient)
-        for block in (i2t, t2i)
-    ]
-    total = jnp.sum(row_losses[0]) + jnp.sum(row_losses[1])
-    return _sum_over_devices(total, axis_name) / (2 * num_pairs)
+    total, statistics = _sum_of_losses(
+        image_emb, text_emb, logit_scale, (alpha, beta), objective, axis_name, impl
+    )
+    return total / (2 * num_pairs), statistics
 
 
-def similarity_blocks(
-    image_emb: jax.Array, text_emb: jax.Array, axis_name: AxisName = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Similarities of the local rows with the global batch.
+def sigmoid_loss(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    logit_scale: jax.Array | float,
+    logit_bias: jax.Array | float,
+    *,
+    axis_name: AxisName = None,
+    impl: str = "streaming",
+) -> jax.Array:
+    """SigLIP's loss: every image with every text is a yes-no question.
+
+        -1/N sum_ij log sigmoid(z_ij (logit_scale <image_i, text_j> + logit_bias)),
+
+    with z = 1 for pairs and -1 for the others.
 
     Args:
-        image_emb: float [b, d], local.
-        text_emb: float [b, d], local.
-        axis_name: as for `contrastive_loss`.
+        image_emb, text_emb, logit_scale, axis_name, impl: see `contrastive_loss`.
+        logit_bias: scalar; SigLIP starts at -10, with a scale of 10.
 
     Returns:
-        image-to-text [b, N] and text-to-image [b, N], at least float32; and bool [b, N], true
-        where the column is the row's own pair.
+        Scalar, the same on every device: float32, or float64 for float64 embeddings.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or impl.
+
+    Source: Zhai et al., arXiv 2303.15343.
     """
-    all_images, all_texts = image_emb, text_emb
-    first_row = 0
-    if axis_name:
-        all_images = jax.lax.all_gather(image_emb, axis_name, tiled=True)
-        all_texts = jax.lax.all_gather(text_emb, axis_name, tiled=True)
-        first_row = jax.lax.axis_index(axis_name) * image_emb.shape[0]
-    own_column = first_row + jnp.arange(image_emb.shape[0])
-    is_positive = own_column[:, None] == jnp.arange(all_texts.shape[0])[None, :]
-    return _inner_products(image_emb, all_texts), _inner_products(text_emb, all_images), is_positive
+    return sigmoid_loss_and_statistics(
+        image_emb, text_emb, logit_scale, logit_bias, axis_name=axis_name, impl=impl
+    )[0]
+
+
+def sigmoid_loss_and_statistics(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    logit_scale: jax.Array | float,
+    logit_bias: jax.Array | float,
+    *,
+    axis_name: AxisName = None,
+    impl: str = "streaming",
+) -> tuple[jax.Array, PairStatistics]:
+    """`sigmoid_loss`, and what it has learnt about the pairs on its way."""
+    check_embeddings(image_emb, text_emb)
+    _check_scalars(logit_scale=logit_scale, logit_bias=logit_bias)
+    total, statistics = _sum_of_losses(
+        image_emb, text_emb, logit_scale, (logit_bias,), Sigmoid(), axis_name, impl
+    )
+    # Both directions ask the same questions.
+    return total / (2 * _num_pairs(image_emb, axis_name)), statistics
 
 
 def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
@@ -135,67 +191,40 @@ def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
         )
 
 
-def _loss_of_rows(
-    logits: jax.Array,
-    is_positive: jax.Array,
-    alpha: jax.Array | float,
-    beta: jax.Array | float,
-    stop_weight_gradient: bool,
-) -> jax.Array:
-    """One direction of the loss for each row of logits [b, N] -> [b].
-
-    Uses, with LSE the log-sum-exp over the negatives of row i,
-
-        L_i = logaddexp(log alpha, log(N-1) + LSE((1+beta) s_ij) - LSE(beta s_ij) - s_ii)
-
-    which needs no exponential of a logit: nothing overflows, nothing underflows to 0/0, and a
-    loss near zero keeps its digits because s_ii is taken off before the logaddexp.
-    """
-    positives = jnp.sum(logits, axis=1, where=is_positive)
-    log_alpha = jnp.log(jnp.asarray(alpha, logits.dtype))
-    if logits.shape[1] == 1:
-        return log_alpha + jnp.zeros_like(positives)
-    if _is_known_zero(beta):
-        negatives = jax.nn.logsumexp(logits, axis=1, where=~is_positive)
-    else:
-        tilt = jnp.asarray(beta, logits.dtype) * logits
-        if stop_weight_gradient:
-            tilt = jax.lax.stop_gradient(tilt)
-        negatives = (
-            math.log(logits.shape[1] - 1)
-            + jax.nn.logsumexp(logits + tilt, axis=1, where=~is_positive)
-            - jax.nn.logsumexp(tilt, axis=1, where=~is_positive)
-        )
-    return jnp.logaddexp(log_alpha, negatives - positives)
-
-
-def _inner_products(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """`rows @ columns.T`, [b, d] x [N, d] -> [b, N], accumulated in at least float32.
-
-    At scale 100 a product rounded to bfloat16 would be wrong by whole units of the logit, hence
-    the highest precision (it costs nothing for bfloat16 inputs, whose products are exact).
-    """
-    return jax.lax.dot_general(
-        rows,
-        columns,
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(rows.dtype, jnp.float32),
+def _sum_of_losses(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    logit_scale: jax.Array | float,
+    parameters: tuple[jax.Array | float, ...],
+    objective: Objective,
+    axis_name: AxisName,
+    impl: str,
+) -> tuple[jax.Array, PairStatistics]:
+    """Over all rows and columns of the global batch."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    # A single pair has no negative to stream.
+    streams = impl == "streaming" and _num_pairs(image_emb, axis_name) > 1
+    total, statistics = (streaming_loss if streams else dense_loss)(
+        image_emb, text_emb, logit_scale, parameters, objective=objective, axis_name=axis_name
     )
+    return (jax.lax.psum(total, axis_name) if axis_name else total), statistics
 
 
-def _sum_over_devices(value: jax.Array, axis_name: AxisName) -> jax.Array:
-    return jax.lax.psum(value, axis_name) if axis_name else value
+def _num_pairs(image_emb: jax.Array, axis_name: AxisName) -> int:
+    num_devices = jax.lax.axis_size(axis_name) if axis_name else 1
+    return num_devices * jnp.shape(image_emb)[0]
 
 
-def _check_weighting(logit_scale: Any, alpha: Any, beta: Any) -> None:
-    for name, value in (("logit_scale", logit_scale), ("alpha", alpha), ("beta", beta)):
+def _check_scalars(**values: Any) -> None:
+    for name, value in values.items():
         if jnp.shape(value) != ():
             raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(value)}")
-    if not isinstance(alpha, jax.core.Tracer) and not 0 <= float(alpha) <= 1:
-        raise ValueError(f"alpha: expected a number in [0, 1], got {alpha}")
-    if not isinstance(beta, jax.core.Tracer) and not 0 <= float(beta) < math.inf:
-        raise ValueError(f"beta: expected a finite number >= 0, got {beta}")
+
+
+def _check_range(name: str, value: Any, expected: str, is_right: Any) -> None:
+    if not isinstance(value, jax.core.Tracer) and not is_right(float(value)):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
 def _is_known_zero(value: jax.Array | float) -> bool:

@@ -13,6 +13,11 @@ WHOLE = PartitionSpec()
 SOME_WEIGHTINGS = [(1.0, 0.0), (0.5, 0.0), (0.999, 0.25), (1.0, 1.0)]
 
 
+@pytest.fixture(params=["streaming", "dense"])
+def impl(request):
+    return request.param
+
+
 def loss_over(axis_name, **fixed):
     """`contrastive_loss` with positional (maybe traced) alpha and beta."""
 
@@ -30,22 +35,22 @@ def random_case(weighting):
 
 @pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_value_and_gradients_equal_the_defining_formula(reference, num_devices, dtype):
+def test_value_and_gradients_equal_the_defining_formula(impl, reference, num_devices, dtype):
     with jax.enable_x64(dtype is np.float64):
         mesh = reference.mesh_of(num_devices)
-        value_and_grads = reference.differentiate_on_mesh(loss_over("data"), mesh)
+        value_and_grads = reference.differentiate_on_mesh(loss_over("data", impl=impl), mesh)
         assert reference.find_errors(value_and_grads, dtype=dtype) == []
 
 
-def test_whole_batch_without_a_mesh_equals_the_defining_formula(reference):
-    value_and_grads = jax.jit(jax.value_and_grad(loss_over(None), argnums=(0, 1, 2)))
+def test_whole_batch_without_a_mesh_equals_the_defining_formula(impl, reference):
+    value_and_grads = jax.jit(jax.value_and_grad(loss_over(None, impl=impl), argnums=(0, 1, 2)))
     assert reference.find_errors(value_and_grads) == []
 
 
 @pytest.mark.parametrize("alpha, beta", SOME_WEIGHTINGS)
-def test_weighting_known_at_trace_time_equals_the_defining_formula(reference, alpha, beta):
+def test_weighting_known_at_trace_time_equals_the_defining_formula(impl, reference, alpha, beta):
     def loss(image_emb, text_emb, scale):
-        return contrastive_loss(image_emb, text_emb, scale, alpha=alpha, beta=beta)
+        return contrastive_loss(image_emb, text_emb, scale, alpha=alpha, beta=beta, impl=impl)
 
     jitted = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
     cases = [case for case in reference.CASES if case[2:] == (alpha, beta)]
@@ -55,9 +60,9 @@ def test_weighting_known_at_trace_time_equals_the_defining_formula(reference, al
 
 
 @pytest.mark.parametrize("order", [("data", "fsdp"), ("fsdp", "data")])
-def test_batch_split_over_two_axes_in_either_order(reference, order):
+def test_batch_split_over_two_axes_in_either_order(impl, reference, order):
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
-    value_and_grads = reference.differentiate_on_mesh(loss_over(order), mesh, order)
+    value_and_grads = reference.differentiate_on_mesh(loss_over(order, impl=impl), mesh, order)
     cases = [random_case(weighting) for weighting in SOME_WEIGHTINGS]
     assert reference.find_errors(value_and_grads, cases) == []
 
@@ -85,22 +90,22 @@ def test_two_pairs_by_hand():
     np.testing.assert_allclose(loss, by_hand, rtol=1e-6)
 
 
-def test_gradient_from_outside_does_not_depend_on_check_vma(reference):
+def test_gradient_from_outside_does_not_depend_on_check_vma(impl, reference):
     value_and_grads = reference.differentiate_on_mesh(
-        loss_over("data"), reference.mesh_of(8), check_vma=False
+        loss_over("data", impl=impl), reference.mesh_of(8), check_vma=False
     )
     cases = [random_case(weighting) for weighting in SOME_WEIGHTINGS]
     assert reference.find_errors(value_and_grads, cases) == []
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_gradient_taken_inside_of_shard_map(reference, check_vma):
+def test_gradient_taken_inside_of_shard_map(impl, reference, check_vma):
     """The contract of the module docstring: exact, or pmean / division without check_vma."""
     mesh = reference.mesh_of(8)
     rows = PartitionSpec("data")
 
     def local(*arrays):
-        value, grads = jax.value_and_grad(loss_over("data"), argnums=(0, 1, 2))(*arrays)
+        value, grads = jax.value_and_grad(loss_over("data", impl=impl), argnums=(0, 1, 2))(*arrays)
         if not check_vma:
             num_devices = jax.lax.axis_size("data")
             grads = (
@@ -122,7 +127,7 @@ def test_gradient_taken_inside_of_shard_map(reference, check_vma):
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_replicated_parameters_inside_of_shard_map(reference, check_vma):
+def test_replicated_parameters_inside_of_shard_map(impl, reference, check_vma):
     """A tower inside of shard_map: its gradient is the full batch's, by the same contract."""
     image_emb, text_emb = (np.float32(emb) for emb in reference.embeddings("random"))
     tower = np.float32(np.random.default_rng(3).normal(size=(8, 8)))
@@ -131,7 +136,7 @@ def test_replicated_parameters_inside_of_shard_map(reference, check_vma):
     def loss(tower, images, texts, axis_name=None):
         embedded = images @ tower
         embedded /= jnp.linalg.norm(embedded, axis=1, keepdims=True)
-        return contrastive_loss(embedded, texts, 10.0, beta=0.5, axis_name=axis_name)
+        return contrastive_loss(embedded, texts, 10.0, beta=0.5, axis_name=axis_name, impl=impl)
 
     def local(tower, images, texts):
         grad = jax.grad(loss)(tower, images, texts, "data")
@@ -151,28 +156,30 @@ def test_replicated_parameters_inside_of_shard_map(reference, check_vma):
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])
-def test_constant_weights(reference, num_devices):
+def test_constant_weights(impl, reference, num_devices):
     mesh = reference.mesh_of(num_devices)
-    constant = reference.differentiate_on_mesh(loss_over("data", stop_weight_gradient=True), mesh)
+    constant = reference.differentiate_on_mesh(
+        loss_over("data", stop_weight_gradient=True, impl=impl), mesh
+    )
     cases = [case for case in reference.CASES if case[0] in ("random", "aligned")]
     assert reference.find_errors(constant, cases, constant_weights=True) == []
     hard = [random_case((1.0, 0.5))]
     assert reference.find_errors(constant, hard, constant_weights=False)
 
 
-def test_bfloat16_embeddings_are_multiplied_and_summed_in_float32(reference):
+def test_bfloat16_embeddings_are_multiplied_and_summed_in_float32(impl, reference):
     rounded = [jnp.asarray(emb, jnp.bfloat16) for emb in reference.embeddings("random")]
     truth = reference.defining_loss(*(np.float64(emb) for emb in rounded), 100.0, 1.0, 0.25)
-    value, grads = reference.differentiate_on_mesh(loss_over("data"), reference.mesh_of(8))(
-        *rounded, 100.0, 1.0, 0.25
-    )
+    value, grads = reference.differentiate_on_mesh(
+        loss_over("data", impl=impl), reference.mesh_of(8)
+    )(*rounded, 100.0, 1.0, 0.25)
     assert value.dtype == jnp.float32 and grads[0].dtype == jnp.bfloat16
     np.testing.assert_allclose(value, truth, rtol=1e-5)
 
 
-def test_alpha_0_has_finite_gradients(reference):
+def test_alpha_0_has_finite_gradients(impl, reference):
     image_emb, text_emb = reference.embeddings("random")
-    value, grads = jax.jit(jax.value_and_grad(loss_over(None), argnums=(0, 1, 2)))(
+    value, grads = jax.jit(jax.value_and_grad(loss_over(None, impl=impl), argnums=(0, 1, 2)))(
         np.float32(image_emb), np.float32(text_emb), 100.0, 0.0, 0.5
     )
     truth = reference.defining_loss(image_emb, text_emb, 100.0, 0.0, 0.5)
@@ -180,9 +187,9 @@ def test_alpha_0_has_finite_gradients(reference):
     assert all(np.isfinite(grad).all() for grad in grads)
 
 
-def test_one_pair_has_the_loss_log_alpha():
+def test_one_pair_has_the_loss_log_alpha(impl):
     pair = np.float32([[1.0, 0.0]])
-    value, grad = jax.value_and_grad(loss_over(None))(pair, pair, 100.0, 0.5, 0.0)
+    value, grad = jax.value_and_grad(loss_over(None, impl=impl))(pair, pair, 100.0, 0.5, 0.0)
     np.testing.assert_allclose(value, np.log(0.5), rtol=1e-6)
     np.testing.assert_array_equal(grad, np.zeros_like(pair))
 
@@ -190,7 +197,7 @@ def test_one_pair_has_the_loss_log_alpha():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"impl": "steaming"}, "impl: expected one of dense.*'steaming'"),
+        ({"impl": "steaming"}, "impl: expected one of streaming, dense.*'steaming'"),
         ({"alpha": 1.5}, r"alpha: expected a number in \[0, 1\], got 1.5"),
         ({"alpha": float("nan")}, "alpha"),
         ({"beta": -0.1}, "beta: expected a finite number >= 0, got -0.1"),

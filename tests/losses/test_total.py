@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diht_jax.losses import contrastive_metrics, contrastive_objective
+from diht_jax.losses import contrastive_objective
 from diht_jax.losses.contrastive import contrastive_loss
 
 
@@ -87,19 +87,22 @@ def test_metrics_of_the_global_batch_equal_a_table_made_with_numpy(mesh):
     np.testing.assert_array_equal(loss, metrics["loss"])
 
 
-def test_ties_count_as_a_fair_draw():
+@pytest.mark.parametrize("impl", ["streaming", "dense"])
+def test_ties_count_as_a_fair_draw(impl):
     image_emb = np.float32([[1, 0], [1, 0], [0, 1]])
     text_emb = np.float32([[1, 0], [1, 0], [-1, 0]])
     # Rows 0 and 1 tie with each other; the last image is 0 from all texts; the last text is
     # closest to the last image.
-    metrics = contrastive_metrics(image_emb, text_emb)
+    one_device = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    _, metrics = jit_objective(one_device, axis_names="data", impl=impl)(image_emb, text_emb, 10.0)
     np.testing.assert_allclose(metrics["i2t_accuracy"], (1 / 2 + 1 / 2 + 1 / 3) / 3, rtol=1e-6)
     np.testing.assert_allclose(metrics["t2i_accuracy"], (1 / 2 + 1 / 2 + 1) / 3, rtol=1e-6)
 
 
-def test_collapsed_embeddings_score_at_chance(mesh):
+@pytest.mark.parametrize("impl", ["streaming", "dense"])
+def test_collapsed_embeddings_score_at_chance(mesh, impl):
     same = np.tile(unit_rows(5, (1, 8)), (16, 1))
-    _, metrics = jit_objective(mesh)(same, same, 100.0)
+    _, metrics = jit_objective(mesh, impl=impl)(same, same, 100.0)
     np.testing.assert_allclose(metrics["i2t_accuracy"], 1 / 16, rtol=1e-6)
     np.testing.assert_allclose(metrics["t2i_accuracy"], 1 / 16, rtol=1e-6)
 
@@ -142,7 +145,8 @@ def test_wrong_arguments(mesh, num_pairs, change, message):
         contrastive_objective(rows, rows, 1.0, mesh=mesh, **change)
 
 
-def test_metrics_need_two_pairs():
+def test_one_pair_has_no_negatives():
     pair = unit_rows(0, (1, 4))
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
     with pytest.raises(ValueError, match="at least 2 pairs, got 1"):
-        contrastive_metrics(pair, pair)
+        contrastive_objective(pair, pair, 1.0, mesh=mesh, axis_names="data")

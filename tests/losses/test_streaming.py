@@ -1,0 +1,218 @@
+"""The streaming loss against the dense reference: tiles, dtypes, meshes, memory, communication."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
+from diht_jax.losses.dense import dense_loss
+from diht_jax.losses.objectives import Sigmoid, Softmax
+from diht_jax.losses.streaming import streaming_loss
+from diht_jax.training.work import count_work
+
+ALPHAS, BETAS = (1.0, 0.999, 0.5), (0.0, 0.25, 1.0)
+MESHES = {"1": (1, 1), "2": (2, 1), "8": (8, 1), "2x4": (2, 4)}
+
+
+def pairs(num_pairs, width=16, dtype=np.float32):
+    """Noisy pairs, every eighth text a copy of a wrong one: losses large and small, no ties."""
+    rng = np.random.default_rng(0)
+    image_emb = rng.normal(size=(num_pairs, width))
+    text_emb = image_emb + 0.1 * rng.normal(size=(num_pairs, width))
+    text_emb[::8] = np.roll(text_emb, 3, axis=0)[::8]
+    return tuple(
+        jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), dtype)
+        for rows in (image_emb, text_emb)
+    )
+
+
+def differentiate(loss_fn, objective, mesh_shape):
+    """Value and all gradients of a loss of this device, summed over the mesh."""
+    devices = np.asarray(jax.devices()[: np.prod(mesh_shape)]).reshape(mesh_shape)
+    mesh = Mesh(devices, ("data", "fsdp"))
+    rows, whole = PartitionSpec(("data", "fsdp")), PartitionSpec()
+
+    def local(image_emb, text_emb, scale, parameters):
+        loss, _ = loss_fn(
+            image_emb,
+            text_emb,
+            scale,
+            parameters,
+            objective=objective,
+            axis_name=("data", "fsdp"),
+        )
+        return jax.lax.psum(loss, ("data", "fsdp"))
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows, whole, whole), out_specs=whole)
+    return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2, 3)))
+
+
+def assert_same(found, expected, rtol, num_compared=4):
+    """Values and the first gradients of two results, relative to the largest entry."""
+    names = ("value", "image", "text", "scale", "parameters")[: 1 + num_compared]
+    both = ((value, *grads) for value, grads in (found, expected))
+    for name, one, other in zip(names, *both, strict=False):
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.max(np.abs(b)), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_softmax_equals_the_dense_form_at_scale_200(mesh, dtype):
+    """24 rows a device; the tile of 7 does not divide them."""
+    # Bfloat16 gradients are rounded to bfloat16 by both forms. The derivative by beta is a small
+    # difference of large sums, so it is compared in float64 only.
+    rtol, num_compared = {"float64": (1e-10, 4), "float32": (2e-4, 3), "bfloat16": (8e-3, 3)}[dtype]
+    num_devices = np.prod(MESHES[mesh])
+    objective = Softmax(weighted=True, differentiate_beta=True)
+    tiled = functools.partial(streaming_loss, tile=7)
+    with jax.enable_x64(dtype == "float64"):
+        arrays = pairs(24 * num_devices, dtype=dtype)
+        streaming, dense = (
+            differentiate(loss_fn, objective, MESHES[mesh]) for loss_fn in (tiled, dense_loss)
+        )
+        for alpha, beta in itertools.product(ALPHAS, BETAS):
+            found, expected = (loss(*arrays, 200.0, (alpha, beta)) for loss in (streaming, dense))
+            assert_same(found, expected, rtol, num_compared)
+
+
+@pytest.mark.parametrize("mesh", ["1", "2x4"])
+@pytest.mark.parametrize(
+    "objective",
+    [Softmax(weighted=False), Softmax(weighted=True, stop_weight_gradient=True), Sigmoid()],
+    ids=["infonce", "constant_weights", "sigmoid"],
+)
+def test_other_members_equal_their_dense_form(objective, mesh):
+    arrays = pairs(16 * np.prod(MESHES[mesh]))
+    parameters = (-5.0,) if isinstance(objective, Sigmoid) else (0.9, 0.5)
+    found, expected = (
+        differentiate(loss_fn, objective, MESHES[mesh])(*arrays, 20.0, parameters)
+        for loss_fn in (functools.partial(streaming_loss, tile=5), dense_loss)
+    )
+    assert_same(found, expected, 2e-5)
+
+
+@pytest.mark.parametrize("tile", [1, 5, 12, 13, 512])
+def test_the_tile_does_not_matter(tile):
+    arrays = pairs(13)
+    found, expected = (
+        differentiate(loss_fn, Softmax(weighted=True), (1, 1))(*arrays, 100.0, (1.0, 0.25))
+        for loss_fn in (functools.partial(streaming_loss, tile=tile), dense_loss)
+    )
+    assert_same(found, expected, 1e-5, num_compared=3)
+
+
+@pytest.mark.parametrize("impl", ["streaming", "dense"])
+def test_sigmoid_loss_equals_its_formula_in_float64(impl):
+    image_emb, text_emb = pairs(32)
+    x, t = np.float64(image_emb), np.float64(text_emb)
+    scale, bias = 10.0, -3.0
+    signs = 2 * np.eye(32) - 1
+    margins = signs * (scale * x @ t.T + bias)
+    expected = np.log1p(np.exp(-margins)).sum() / 32
+    by_margin = -signs / (1 + np.exp(margins)) / 32
+    expected_grads = (
+        scale * by_margin @ t,
+        scale * by_margin.T @ x,
+        np.sum(by_margin * (x @ t.T)),
+        by_margin.sum(),
+    )
+    value, grads = jax.jit(
+        jax.value_and_grad(functools.partial(sigmoid_loss, impl=impl), argnums=(0, 1, 2, 3))
+    )(image_emb, text_emb, scale, bias)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6)
+
+
+def compiled(impl, num_pairs, width, objective=contrastive_objective, **settings):
+    """The compiled value-and-gradient of the objective on eight devices."""
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    by_example = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    rows = jax.ShapeDtypeStruct((num_pairs, width), np.float32, sharding=by_example)
+    step = jax.value_and_grad(
+        functools.partial(objective, mesh=mesh, impl=impl, **settings),
+        argnums=(0, 1, 2),
+        has_aux=True,
+    )
+    return step, (rows, rows, jax.ShapeDtypeStruct((), np.float32))
+
+
+def test_memory_grows_with_the_local_batch_and_not_with_the_global_one():
+    temporaries = {}
+    for impl, num_pairs in itertools.product(("streaming", "dense"), (8192, 16384)):
+        step, arguments = compiled(impl, num_pairs, 64, beta=0.25)
+        memory = jax.jit(step).lower(*arguments).compile().memory_analysis()
+        temporaries[impl, num_pairs] = memory.temp_size_in_bytes
+    # Doubling the batch doubles [b, d] and quadruples [b, N].
+    assert temporaries["dense", 16384] > 3 * temporaries["dense", 8192]
+    assert temporaries["streaming", 16384] < 2.5 * temporaries["streaming", 8192]
+    assert temporaries["streaming", 16384] < temporaries["dense", 16384] / 4
+
+
+def test_nothing_is_gathered():
+    step, arguments = compiled("streaming", 256, 32, beta=0.25)
+    program = jax.jit(step).lower(*arguments).compile().as_text()
+    assert "all-gather" not in program and "collective-permute" in program
+    step, arguments = compiled("dense", 256, 32, beta=0.25)
+    assert "all-gather" in jax.jit(step).lower(*arguments).compile().as_text()
+
+
+def test_work_is_at_most_four_fifths_of_the_dense_form():
+    work = {}
+    for impl in ("streaming", "dense"):
+        step, arguments = compiled(impl, 512, 768, beta=0.25)
+        work[impl] = count_work(step, *arguments)
+    # Four products of N x N x d against six.
+    product = 2 * 512 * 512 * 768
+    assert work["streaming"].matmul_flops == pytest.approx(4 * product)
+    assert work["dense"].matmul_flops == pytest.approx(6 * product)
+    assert work["streaming"].flops <= 0.8 * work["dense"].flops
+
+
+def test_metrics_are_those_of_the_dense_form():
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    arrays = pairs(64)
+    found, expected = (
+        jax.jit(functools.partial(contrastive_objective, mesh=mesh, beta=0.25, impl=impl))(
+            *arrays, 50.0
+        )[1]
+        for impl in ("streaming", "dense")
+    )
+    assert 0.2 < expected["i2t_accuracy"] < 1
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_the_objective_with_a_bias_is_the_sigmoid_loss():
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    arrays = pairs(64)
+    loss, metrics = jax.jit(functools.partial(contrastive_objective, mesh=mesh))(
+        *arrays, 10.0, -8.0
+    )
+    np.testing.assert_allclose(loss, sigmoid_loss(*arrays, 10.0, -8.0, impl="dense"), rtol=1e-5)
+    assert metrics["loss"] == loss
+
+
+def test_embeddings_that_vary_over_one_axis_of_two():
+    """Copies along the other axis give the same loss on each."""
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "model"))
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    arrays = pairs(32)
+    mapped = jax.shard_map(
+        functools.partial(contrastive_loss, axis_name="data", beta=0.5),
+        mesh=mesh,
+        in_specs=(rows, rows, whole),
+        out_specs=whole,
+    )
+    np.testing.assert_allclose(
+        jax.jit(mapped)(*arrays, 20.0),
+        contrastive_loss(*arrays, 20.0, beta=0.5, impl="dense"),
+        rtol=1e-5,
+    )
