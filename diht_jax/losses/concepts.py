@@ -1,0 +1,107 @@
+"""The concept-distillation loss: a student's concept logits against a teacher's few labels.
+
+Called by `diht_jax.training.step`, once for objects and once for attributes, and by users with
+logits of their own. No heads, no vocabularies and no weights between losses may come in here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def concept_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
+    """Soft-target cross-entropy, the mean over the labelled rows.
+
+    Args:
+        logits: float [b, v].
+        ids: int [b, k], concepts in [0, v); what stands at a probability of 0 does not matter.
+        probs: float [b, k], of a row that sums to 1, or all 0: an unlabelled row.
+
+    Returns:
+        Scalar, at least float32; 0 if no row is labelled.
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Source: DiHT, arXiv 2301.02280, "Concept distillation".
+    """
+    losses, is_labelled = concept_losses(logits, ids, probs)
+    return mean_over_labelled(losses, is_labelled)
+
+
+def concept_losses(
+    logits: jax.Array, ids: jax.Array, probs: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The loss of every row by itself; arguments as for `concept_loss`.
+
+    `-sum_k p_k log softmax(z)_{id_k} = logsumexp(z) - sum_k p_k z_{id_k}`: the targets never
+    become an array [b, v].
+
+    Returns:
+        Losses [b], at least float32, 0 for unlabelled rows; and bool [b], true for labelled ones.
+    """
+    if logits.ndim != 2 or ids.ndim != 2 or ids.shape != probs.shape or len(ids) != len(logits):
+        raise ValueError(
+            "expected logits [b, v], ids [b, k] and probs [b, k], got "
+            f"{logits.shape}, {ids.shape} and {probs.shape}"
+        )
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    probs = probs.astype(logits.dtype)
+    total = jnp.sum(probs, axis=1)
+    chosen = jnp.take_along_axis(logits, jnp.where(probs > 0, ids, 0), axis=1)
+    # The total is 1 up to the rounding of stored probabilities; with it, the gradient of a row's
+    # logits sums to 0 exactly.
+    losses = total * jax.nn.logsumexp(logits, axis=1) - jnp.sum(probs * chosen, axis=1)
+    return losses, total > 0
+
+
+def concept_losses_in_chunks(
+    features: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    ids: jax.Array,
+    probs: jax.Array,
+    *,
+    chunk_rows: int,
+) -> tuple[jax.Array, jax.Array]:
+    """`concept_losses` of a linear head, which holds the logits of `chunk_rows` rows at a time.
+
+    The backward pass makes the logits of a chunk again.
+
+    Args:
+        features: float [b, width].
+        kernel: float [width, v].
+        bias: float [v].
+        ids, probs: see `concept_loss`.
+        chunk_rows: at most; the largest divisor of b up to it is taken.
+
+    Returns:
+        As `concept_losses`.
+    """
+    num_rows = features.shape[0]
+    chunk_rows = max(
+        size for size in range(1, min(chunk_rows, num_rows) + 1) if num_rows % size == 0
+    )
+
+    @jax.checkpoint
+    def of_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        features, ids, probs = chunk
+        logits = jax.lax.dot_general(
+            features,
+            kernel.astype(features.dtype),
+            (((1,), (0,)), ((), ())),
+            preferred_element_type=jnp.float32,
+        )
+        return concept_losses(logits + bias, ids, probs)
+
+    if chunk_rows == num_rows:
+        return of_chunk((features, ids, probs))
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_rows, *x.shape[1:]), (features, ids, probs))
+    losses, is_labelled = jax.lax.map(of_chunk, chunks)
+    return losses.reshape(num_rows), is_labelled.reshape(num_rows)
+
+
+def mean_over_labelled(losses: jax.Array, is_labelled: jax.Array) -> jax.Array:
+    """[b], [b] -> scalar: the mean over labelled rows, 0 if there are none."""
+    return jnp.sum(losses) / jnp.maximum(jnp.sum(is_labelled), 1)
