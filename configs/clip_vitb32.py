@@ -6,6 +6,10 @@ Run, after `data_prep.filter` has written its shards to DATA:
 
     python -m diht_jax.train --config configs/clip_vitb32.py --config.data.train=DATA --workdir DIR
 
+Meant for v5e:16x16, where it is compiled and fits (`config.topology`, docs/scaling.md):
+
+    python -m diht_jax.compile --config configs/clip_vitb32.py
+
 Expected: below `diht_vitb32` on the same pairs. This recipe has not been run at full length here.
 """
 
@@ -19,11 +23,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The recipe; `arg` is "debug=True" or empty."""
     config = default_config()
     config.model.name = "diht_vitb32_224px"
+    config.model.scan_layers = True
+    config.model.remat = "none"
     config.total_examples = 32_000_000_000
     config.loss.alpha = 1.0
     config.loss.beta = 0.0
     config.optimizer.learning_rate = 1e-3
     config.data.batch_size = 65536
+    config.topology = "v5e:16x16"
     config.evaluation.every_steps = 10_000
     config.evaluation.tasks = "imagenet"
     config.checkpoint.best_metric = "imagenet/top1"

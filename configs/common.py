@@ -40,6 +40,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     )
     config.optimizer.warmup_steps = 2
     config.data.batch_size = 16
+    config.micro_batch = 8 if config.micro_batch else None
+    config.topology = "local"
     config.data.num_workers = 0
     config.log_every_steps = 1
     config.checkpoint.every_steps = 2

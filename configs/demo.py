@@ -11,6 +11,8 @@ Run, as a part of `bash run_demo.sh`, or alone:
     python -m diht_jax.train --config configs/demo.py \\
         --config.data.train=demo_output/filtered --workdir demo_output/filtered_hn_nce
 
+Meant for the machine at hand, a laptop will do (`config.topology`: local).
+
 Expected: the table of the README, in about three and a half minutes of training.
 """
 
@@ -31,6 +33,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     config.data.batch_size = 256
+    config.topology = "local"
     config.data.num_workers = 0
     config.log_every_steps = 10
     config.checkpoint.every_steps = 200

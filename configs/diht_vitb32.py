@@ -7,6 +7,10 @@ Run, after `data_prep.filter` has written its shards to DATA:
 
     python -m diht_jax.train --config configs/diht_vitb32.py --config.data.train=DATA --workdir DIR
 
+Meant for v5e:16x16, where it is compiled and fits (`config.topology`, docs/scaling.md):
+
+    python -m diht_jax.compile --config configs/diht_vitb32.py
+
 Expected: with the released DiHT weights of this architecture the official code reports 68.0%
 zero-shot top-1 on ImageNet. This recipe has not been run at full length here.
 """
@@ -21,11 +25,14 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The recipe; `arg` is "debug=True" or empty."""
     config = default_config()
     config.model.name = "diht_vitb32_224px"
+    config.model.scan_layers = True
+    config.model.remat = "none"
     config.total_examples = 32_000_000_000
     config.loss.alpha = 1.0
     config.loss.beta = 0.25
     config.optimizer.learning_rate = 1e-3
     config.data.batch_size = 65536
+    config.topology = "v5e:16x16"
     config.evaluation.every_steps = 10_000
     config.evaluation.tasks = "imagenet"
     config.checkpoint.best_metric = "imagenet/top1"

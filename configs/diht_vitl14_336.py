@@ -7,6 +7,10 @@ Run, with the work directory L14 that `diht_vitl14` has left:
     python -m diht_jax.train --config configs/diht_vitl14_336.py --config.model.init_from=L14 \\
         --config.data.train=DATA --workdir DIR
 
+Meant for v5e:16x16, where it is compiled and fits (`config.topology`, docs/scaling.md):
+
+    python -m diht_jax.compile --config configs/diht_vitl14_336.py
+
 Expected: with the released DiHT weights of this architecture the official code reports 77.9%
 zero-shot top-1 on ImageNet. This recipe has not been run at full length here.
 """
@@ -21,12 +25,16 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The recipe; `arg` is "debug=True" or empty."""
     config = default_config()
     config.model.name = "diht_vitl14_336px"
+    config.model.scan_layers = True
+    config.model.remat = "full"
     config.total_examples = 400_000_000
     config.loss.alpha = 1.0
     config.loss.beta = 0.25
     config.optimizer.learning_rate = 4e-5
     config.optimizer.warmup_steps = 500
     config.data.batch_size = 65536
+    config.micro_batch = 32768
+    config.topology = "v5e:16x16"
     config.mesh.fsdp = 8
     config.evaluation.every_steps = 1000
     config.evaluation.tasks = "imagenet"

@@ -17,19 +17,25 @@ from ml_collections.config_dict import placeholder
 
 DURATION_UNITS = ("steps", "examples", "epochs")
 
-ARCHITECTURE_FIELDS = (
-    "image_size",
-    "patch_size",
-    "vision_layers",
-    "vision_width",
-    "vision_heads",
-    "text_layers",
-    "text_width",
-    "text_heads",
-    "embed_dim",
-    "context_length",
-    "vocab_size",
-)
+# Fields of models.zoo.Architecture and their types.
+ARCHITECTURE_FIELDS = {
+    "image_size": int,
+    "patch_size": int,
+    "vision_layers": int,
+    "vision_width": int,
+    "vision_heads": int,
+    "text_layers": int,
+    "text_width": int,
+    "text_heads": int,
+    "embed_dim": int,
+    "context_length": int,
+    "vocab_size": int,
+    "activation": str,
+    "layer_norm_epsilon": float,
+    "vision_mlp_width": int,
+    "text_mlp_width": int,
+    "end_of_text_id": int,
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -40,21 +46,31 @@ def default_config() -> ml_collections.ConfigDict:
     c.total_steps = placeholder(int)
     c.total_examples = placeholder(int)
     c.total_epochs = placeholder(float)
+    # At most one of the three: the last part of the run, trained without patch dropout.
+    c.unmasked_steps = placeholder(int)
+    c.unmasked_examples = placeholder(int)
+    c.unmasked_epochs = placeholder(float)
+    # Examples (global) embedded and back-propagated at once, with the exact gradient of the whole
+    # batch (GradCache); None takes the whole batch at once.
+    c.micro_batch = placeholder(int)
 
     c.model = ml_collections.ConfigDict()
     c.model.name = "diht_vitb32_224px"  # a name of diht_jax.models.zoo
     c.model.dtype = "bfloat16"  # compute; softmax, LayerNorm statistics and losses stay float32
     c.model.param_dtype = "float32"
     c.model.patch_dropout = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794)
+    c.model.scan_layers = False  # one compiled block for all layers; parameters stay per layer
+    c.model.remat = "none"  # what a block computes again in the backward pass: see docs/training.md
+    c.model.attention = "auto"  # "cudnn" where the device has it, else "xla"
     # Work directory whose parameters a new run starts from; image positions are resized to fit.
     c.model.init_from = placeholder(str)
     # Fields of models.zoo.Architecture to replace.
     c.model.overrides = ml_collections.ConfigDict(
-        {field: placeholder(int) for field in ARCHITECTURE_FIELDS}
+        {field: placeholder(kind) for field, kind in ARCHITECTURE_FIELDS.items()}
     )
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.impl = "dense"
+    c.loss.impl = "streaming"  # or "dense": memory [b, N], for reference
     c.loss.alpha = 1.0  # weight of the positive in the denominator
     c.loss.beta = 0.0  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
     c.loss.stop_weight_gradient = False
@@ -69,10 +85,21 @@ def default_config() -> ml_collections.ConfigDict:
     c.optimizer.weight_decay = 0.1  # on matrices only
     c.optimizer.clip_global_norm = 1.0
     c.optimizer.max_logit_scale = 100.0
+    # Patterns (regular expressions) of parameters that stay as they are: ("^vision/",) is LiT.
+    c.optimizer.frozen = ()
+    # (pattern, learning-rate factor, weight-decay factor); the first found in a name counts.
+    c.optimizer.multipliers = ()
+    # Learning rate of a block relative to the one above it, in both towers; None: all the same.
+    c.optimizer.layer_decay = placeholder(float)
+
+    c.ema = ml_collections.ConfigDict()
+    c.ema.decay = placeholder(float)  # of the parameters' moving average; None keeps none
 
     c.mesh = ml_collections.ConfigDict()
     c.mesh.data = -1  # devices along the axis; -1 takes what is left
     c.mesh.fsdp = 1
+    # What the recipe is meant for, as --topology of diht_jax.compile: "v5e:16x16", "local".
+    c.topology = placeholder(str)
 
     c.data = ml_collections.ConfigDict()
     c.data.train = placeholder(str)  # directory or glob of TFRecord shards; must be set
@@ -80,9 +107,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.num_workers = 8  # decoding processes per host; 0 decodes in threads of this process
     c.data.prefetch_batches = 2  # decoded ahead, by each worker
     c.data.crop_scale = (0.9, 1.0)  # area of RandomResizedCrop
+    c.data.fast_decode = True  # reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly
     c.data.text_template = "{caption}"
 
     c.log_every_steps = 50
+    c.profile = ml_collections.ConfigDict()
+    c.profile.start_step = placeholder(int)  # profiles these steps, both included
+    c.profile.stop_step = placeholder(int)
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep_last = 3
@@ -92,6 +123,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.evaluation.every_steps = placeholder(int)  # None: at the end only
     c.evaluation.tasks = ""  # comma-separated, as --tasks of diht_jax.evaluate
     c.evaluation.batch_size = 512
+    c.evaluation.use_ema = False  # evaluates the moving average of the parameters
     return c
 
 
@@ -165,6 +197,63 @@ def duration_in_steps(
             "expected at least one step"
         )
     return steps
+
+
+def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
+    """Fields of an architecture from a command line.
+
+    Args:
+        settings: such as "activation=quick_gelu" and "vision_heads=16".
+
+    Returns:
+        Names and values, of the types of `ARCHITECTURE_FIELDS`.
+
+    Raises:
+        ValueError: not of this form.
+    """
+    fields = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        try:
+            fields[name] = ARCHITECTURE_FIELDS.get(name, str)(text)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(
+                f"--architecture: expected a pair like activation=quick_gelu, got '{setting}'"
+            )
+    return fields
+
+
+def masked_steps(config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int) -> int:
+    """How many steps of a run, from its start, drop patches; the rest of it does not.
+
+    Args:
+        config: the whole training config.
+        total_steps: length of the run.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: several of `unmasked_steps`, `unmasked_examples` and `unmasked_epochs` are
+            set, there is nothing to unmask, or it would be the whole run.
+    """
+    if all(config.get(f"unmasked_{unit}") is None for unit in DURATION_UNITS):
+        return total_steps
+    if not config.model.patch_dropout:
+        raise ValueError(
+            "config.unmasked_* says how long a run with config.model.patch_dropout ends without "
+            f"it, but config.model.patch_dropout={config.model.patch_dropout}; set a share of "
+            "patches to drop, or leave config.unmasked_* at None"
+        )
+    unmasked = duration_in_steps(
+        config, "unmasked", batch_size=config.data.batch_size, num_examples=num_examples
+    )
+    if unmasked >= total_steps:
+        raise ValueError(
+            f"config.unmasked_*: {unmasked} steps without patch dropout are not less than the "
+            f"{total_steps} steps of the run; shorten them or set config.model.patch_dropout=0"
+        )
+    return total_steps - unmasked
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -28,6 +28,7 @@ from diht_jax.evaluation.report import (
 
 _MODEL = flags.DEFINE_string("model", None, "Work directory of diht_jax.train.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the latest by default.")
+_EMA = flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
 _TASKS = flags.DEFINE_list(
     "tasks",
     [],
@@ -80,11 +81,14 @@ def evaluate() -> dict[str, Any]:
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
 
-    model = load_model(_MODEL.value, step=_STEP.value, batch_size=_BATCH_SIZE.value)
+    model = load_model(
+        _MODEL.value, step=_STEP.value, ema=_EMA.value, batch_size=_BATCH_SIZE.value
+    )
     output = pathlib.Path(_OUTPUT.value)
     results = {
         "model": _MODEL.value,
         "step": model.step,
+        "ema": _EMA.value,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": jax.local_device_count(),
         "device_kind": jax.local_devices()[0].device_kind,

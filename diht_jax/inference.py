@@ -6,6 +6,7 @@ evaluation works on it. Nothing here reads files.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -44,6 +45,8 @@ class LoadedModel:
         context_length: int,
         batch_size: int = 256,
         step: int | None = None,
+        mean: Sequence[float] = transforms.CLIP_MEAN,
+        std: Sequence[float] = transforms.CLIP_STD,
     ):
         """Wraps parameters that lie on `mesh`.
 
@@ -55,6 +58,7 @@ class LoadedModel:
             context_length: in tokens.
             batch_size: most examples embedded at once, over all devices.
             step: optimiser step of the parameters, where known.
+            mean, std: of the pictures, per channel, for values in [0, 1].
         """
         self.config = config
         self.image_size = image_size
@@ -69,7 +73,8 @@ class LoadedModel:
         whole = sharding.replicated(mesh)
 
         def encode_image(params, images):
-            return merge_model(graphdef, params).encode_image(transforms.normalize(images, dtype))
+            pixels = transforms.normalize(images, dtype, mean=mean, std=std)
+            return merge_model(graphdef, params).encode_image(pixels)
 
         def encode_text(params, tokens):
             return merge_model(graphdef, params).encode_text(tokens)
@@ -92,12 +97,29 @@ class LoadedModel:
         self._params = params
         self.step = step
 
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and float32 values of all parameters, in hex.
+
+        Equal for the same parameters whatever file, format or placement they came from.
+        """
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self._params):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            digest.update(f"{name} {tuple(leaf.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).data)
+        return digest.hexdigest()
+
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """PIL image of any size -> uint8 [size, size, 3]: short side resized, centre cropped."""
         return transforms.eval_transform(image.convert("RGB"), self.image_size)
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts -> int32 [b, context_length]."""
+        if self._vocab_size < tokenizer.VOCAB_SIZE:
+            raise ValueError(
+                f"this model's vocabulary of {self._vocab_size} entries is not CLIP's; tokenize "
+                "its texts elsewhere and give `encode_text` the ids"
+            )
         return tokenizer.tokenize(texts, self.context_length)
 
     def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
@@ -133,7 +155,7 @@ class LoadedModel:
             float32 [b, d], rows of unit length.
 
         Raises:
-            ValueError: an array of another dtype or shape.
+            ValueError: an array of another dtype or shape, or an id outside of the vocabulary.
         """
         tokens = texts
         if not isinstance(texts, np.ndarray | jax.Array):
@@ -143,7 +165,16 @@ class LoadedModel:
                 f"texts: expected strings or int32 [b, {self.context_length}], got {tokens.dtype} "
                 f"{list(tokens.shape)}; `tokenize` makes such an array of strings"
             )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            raise ValueError(
+                f"texts: expected ids from 0 to {self._vocab_size - 1}, got {tokens.min()} to "
+                f"{tokens.max()}"
+            )
         return self._in_batches(self._encode_text, np.asarray(tokens))
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._params["text"]["token_embedding"]["embedding"].shape[0]
 
     def _no_images(self) -> np.ndarray:
         return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)

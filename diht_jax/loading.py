@@ -1,58 +1,226 @@
-"""`load_model`: from a work directory of `diht_jax.train` to a `LoadedModel`."""
+"""`load_model`: from a name, a work directory or a weight file to a `LoadedModel`.
+
+`read_model` is the same without the devices; `diht_jax.export` works on it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import ml_collections
+import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from diht_jax import sharding
+from diht_jax.config import ARCHITECTURE_FIELDS, default_config, nearest_name
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import model_definition
-from diht_jax.training.checkpoint import restore_model
+from diht_jax.models.positions import fit_positions
+from diht_jax.models.zoo import ARCHITECTURES, Architecture
+from diht_jax.training.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE, restore_model
+from diht_jax.weights.releases import RELEASES, WEIGHTS_VARIABLE, fetch_release
+from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import list_weight_files, read_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model as it lies in files, with where it came from.
+
+    Attributes:
+        arch: sizes, activation and the like.
+        params: nested dict of arrays of `models.parameters`.
+        heads: concept heads that the source holds beside the dual encoder, by name.
+        config: the training config; for others' weights the defaults with their architecture.
+        preprocessing: mean and deviation of the pictures.
+        path: work directory, or weight file.
+        is_run: whether `path` is a work directory of `diht_jax.train`.
+        step: optimiser step, of a work directory.
+        sha256: of the weight file, in hex.
+        ema: whether these are the moving average of the parameters.
+    """
+
+    arch: Architecture
+    params: dict[str, Any]
+    heads: dict[str, np.ndarray]
+    config: ml_collections.ConfigDict
+    preprocessing: Preprocessing
+    path: str
+    is_run: bool
+    step: int | None = None
+    sha256: str | None = None
+    ema: bool = False
 
 
 def load_model(
     name_or_path: str | os.PathLike,
     *,
     step: int | None = None,
+    ema: bool = False,
+    image_size: int | None = None,
+    architecture: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     batch_size: int = 256,
 ) -> LoadedModel:
-    """Loads a trained model onto all local devices.
+    """Loads a model onto all local devices.
 
     Args:
-        name_or_path: work directory of `diht_jax.train`.
-        step: which checkpoint; the latest by default.
-        dtype: of the computation, "float32" or "bfloat16"; as trained by default.
+        name_or_path: one of
+            - a released DiHT model, such as "diht_vitb32_224px": downloaded once and checked, or
+              taken from the environment variable DIHT_JAX_WEIGHTS (`weights.releases`);
+            - a work directory of `diht_jax.train`;
+            - a weight file in CLIP's layout (OpenAI, open_clip, DiHT): .safetensors, .pt, .ckpt,
+              .bin; nothing in it is executed;
+            - a directory of transformers' CLIPModel, of open_clip, or of `diht_jax.export`.
+        step: which checkpoint of a work directory; the latest by default.
+        ema: load the moving average of the parameters (`config.ema.decay` of the run).
+        image_size: pixels; position embeddings are resized to it. None keeps the model's.
+        architecture: fields of `models.Architecture` that a bare weight file does not tell, such
+            as `{"activation": "quick_gelu"}`.
+        dtype: of the computation, "float32" or "bfloat16"; as trained by default, and float32 for
+            weights of others.
         batch_size: most examples embedded at once, over all devices.
 
     Returns:
         The model; its `config` is the training config, its `step` the checkpoint's.
 
     Raises:
-        ValueError: no such directory or checkpoint.
+        ValueError: nothing there, a damaged or dangerous file, or parameters that do not fit.
     """
-    workdir = epath.Path(name_or_path)
-    if not workdir.exists():
-        raise ValueError(
-            f"{name_or_path}: no such work directory; expected one that diht_jax.train wrote"
-        )
     mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-    trained = restore_model(workdir, mesh, step=step)
+    model = read_model(
+        name_or_path,
+        step=step,
+        ema=ema,
+        image_size=image_size,
+        architecture=architecture,
+        mesh=mesh,
+    )
     if dtype is not None:
-        trained.config.model.dtype = dtype
+        model.config.model.dtype = dtype
     graphdef, _ = model_definition(
-        trained.arch, trained.config.model.dtype, trained.config.model.param_dtype
+        model.arch, model.config.model.dtype, model.config.model.param_dtype
     )
     return LoadedModel(
         graphdef,
-        trained.params,
+        jax.device_put(model.params, sharding.tree_shardings(model.params, mesh)),
         mesh=mesh,
-        config=trained.config,
-        image_size=trained.arch.image_size,
-        context_length=trained.arch.context_length,
+        config=model.config,
+        image_size=model.arch.image_size,
+        context_length=model.arch.context_length,
         batch_size=batch_size,
+        step=model.step,
+        mean=model.preprocessing.mean,
+        std=model.preprocessing.std,
+    )
+
+
+def read_model(
+    name_or_path: str | os.PathLike,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    image_size: int | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> ModelFiles:
+    """Reads what `load_model` loads.
+
+    Args:
+        name_or_path, step, ema, image_size, architecture: of `load_model`.
+        mesh: where the parameters of a work directory go; one device by default.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    name = os.fspath(name_or_path)
+    if _is_run(name):
+        if architecture:
+            raise ValueError(f"{name}: a work directory knows its architecture; give none")
+        mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
+        return _read_run(name, mesh, step=step, ema=ema, image_size=image_size)
+    if step is not None or ema:
+        raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
+    path = _locate(name)
+    weights = read_weights(path, architecture=architecture, image_size=image_size)
+    if name in RELEASES:
+        native = dataclasses.replace(weights.arch, image_size=ARCHITECTURES[name].image_size)
+        if native != ARCHITECTURES[name]:
+            raise ValueError(
+                f"{path}: expected the architecture of '{name}', {ARCHITECTURES[name]}; got "
+                f"{weights.arch}"
+            )
+    return ModelFiles(
+        arch=weights.arch,
+        params=weights.params,
+        heads=weights.heads,
+        config=config_of(weights.arch),
+        preprocessing=weights.preprocessing,
+        path=str(weights.path),
+        is_run=False,
+        sha256=weights.sha256,
+    )
+
+
+def config_of(arch: Architecture) -> ml_collections.ConfigDict:
+    """The default training config with this architecture, computing in float32."""
+    config = default_config()
+    config.model.dtype = "float32"
+    same = [name for name, known in ARCHITECTURES.items() if known == arch]
+    if same:
+        config.model.name = same[0]
+        return config
+    base = ARCHITECTURES[config.model.name]
+    for field in ARCHITECTURE_FIELDS:
+        if getattr(arch, field) != getattr(base, field):
+            config.model.overrides[field] = getattr(arch, field)
+    return config
+
+
+def _is_run(name: str) -> bool:
+    path = epath.Path(name)
+    if not (path / CONFIG_FILE).exists():
+        return False
+    # transformers' directories have a config.json as well, beside the weights.
+    return (path / CHECKPOINT_DIRECTORY).exists() or not list_weight_files(path)
+
+
+def _read_run(
+    name: str, mesh: Mesh, *, step: int | None, ema: bool, image_size: int | None
+) -> ModelFiles:
+    trained = restore_model(name, mesh, step=step, ema=ema)
+    arch, params, config = trained.arch, trained.params, trained.config
+    if image_size is not None and image_size != arch.image_size:
+        arch = dataclasses.replace(arch, image_size=image_size)
+        params = fit_positions(params, (image_size // arch.patch_size) ** 2)
+        config.model.overrides.image_size = image_size
+    return ModelFiles(
+        arch=arch,
+        params=params,
+        heads={},
+        config=config,
+        preprocessing=Preprocessing(),
+        path=name,
+        is_run=True,
         step=trained.step,
+        ema=ema,
+    )
+
+
+def _locate(name: str) -> pathlib.Path:
+    if os.path.exists(name):
+        return pathlib.Path(name)
+    if name in RELEASES:
+        return fetch_release(name)
+    nearest = nearest_name(name, RELEASES)
+    hint = f"; did you mean '{nearest}'?" if nearest else ""
+    raise ValueError(
+        f"'{name}': no such work directory or weight file, and no released model{hint} (released: "
+        f"{', '.join(RELEASES)}; {WEIGHTS_VARIABLE} names local files of them)"
     )

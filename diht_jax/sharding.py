@@ -54,9 +54,9 @@ def create_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = Non
             f"{len(devices)}; change config.mesh.data or config.mesh.fsdp"
         )
     shape = (sizes["data"], sizes["fsdp"])
-    if jax.devices()[0].platform == "tpu" and len(devices) == jax.device_count():
+    if devices[0].platform == "tpu" and len(devices) == devices[0].client.device_count():
         # Knows the torus. Auto: placements are the compiler's to work out from the constraints.
-        return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+        return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
     return Mesh(np.asarray(devices).reshape(shape), BATCH_AXES)
 
 

@@ -2,7 +2,8 @@
 
     python -m diht_jax.train --config configs/emoji.py --config.data.train=DIR --workdir DIR
 
-The same command again goes on where the run stopped.
+The same command again goes on where the run stopped. On a cluster the same command runs on every
+host; see `diht_jax.distributed`.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import os
 from absl import flags, logging
 from ml_collections import config_flags
 
-from diht_jax import command_line
+from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+distributed.define_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -25,6 +27,7 @@ def main() -> None:
     config = _CONFIG.value
     validate_config(config, default_config())
 
+    distributed.start_from_flags()
     # After the validation: a mistyped key should not have to wait for JAX.
     from diht_jax.training.loop import train
 

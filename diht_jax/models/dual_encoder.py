@@ -13,6 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from diht_jax.models.text import TextTransformer
+from diht_jax.models.transformer import Execution, Gather
 from diht_jax.models.vit import VisionTransformer
 from diht_jax.models.zoo import Architecture
 
@@ -20,7 +21,7 @@ INITIAL_LOG_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class DualEncoder(nnx.Module):
-    """CLIP's dual encoder with exact GELU (DiHT, arXiv 2301.02280, official code)."""
+    """CLIP's dual encoder, as DiHT has it (arXiv 2301.02280, official code)."""
 
     def __init__(
         self,
@@ -28,6 +29,7 @@ class DualEncoder(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        execution: Execution | None = None,
         rngs: nnx.Rngs,
     ):
         """Builds both towers with CLIP's initialisation.
@@ -36,22 +38,30 @@ class DualEncoder(nnx.Module):
             arch: sizes.
             dtype: of the computation. Softmax, LayerNorm statistics and embeddings are float32.
             param_dtype: of the stored parameters.
+            execution: how to compute; layer by layer, nothing computed again, by default.
             rngs: needs the stream `params`.
         """
-        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.vision = VisionTransformer(arch, **dtypes)
-        self.text = TextTransformer(arch, **dtypes)
+        common = {
+            "execution": execution or Execution(),
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "rngs": rngs,
+        }
+        self.vision = VisionTransformer(arch, **common)
+        self.text = TextTransformer(arch, **common)
         self.log_logit_scale = nnx.Param(jnp.asarray(INITIAL_LOG_LOGIT_SCALE, jnp.float32))
 
-    def encode_image(
-        self, images: jax.Array, *, patch_dropout: float = 0.0, key: jax.Array | None = None
-    ) -> jax.Array:
+    def encode_image(self, images: jax.Array) -> jax.Array:
         """float [b, size, size, 3], normalised -> float32 [b, d], L2-normalised."""
-        return l2_normalize(self.vision(images, patch_dropout=patch_dropout, key=key))
+        return self.embed_features(self.vision.features(images))
 
-    def encode_text(self, tokens: jax.Array) -> jax.Array:
+    def embed_features(self, features: jax.Array) -> jax.Array:
+        """[b, width], of `vision.features` -> float32 [b, d], L2-normalised."""
+        return l2_normalize(self.vision.projection(features))
+
+    def encode_text(self, tokens: jax.Array, *, gather: Gather | None = None) -> jax.Array:
         """int32 [b, t] -> float32 [b, d], L2-normalised."""
-        return l2_normalize(self.text(tokens))
+        return l2_normalize(self.text(tokens, gather=gather))
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

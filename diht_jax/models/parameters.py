@@ -1,19 +1,77 @@
 """NNX models and their parameters as plain nested dicts, which checkpoints and steps work on.
 
 Used wherever a model meets jitted code: the training state and `diht_jax.inference`.
+
+Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), whatever way the model is
+run: names, optimiser rules and checkpoints know nothing of scanned layers. A model that scans takes
+the blocks of a tower stacked along a new first axis (`vision/blocks/mlp/fc_in/kernel`);
+`stack_blocks` makes that form when a step begins.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from diht_jax.models.dual_encoder import DualEncoder
+from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import Architecture
+
+TOWERS = ("vision", "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDefinition:
+    """All of a model but its parameters.
+
+    Attributes:
+        arch: sizes.
+        dtype: of the computation.
+        param_dtype: of the stored parameters.
+        execution: how to compute.
+    """
+
+    arch: Architecture
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    execution: Execution = Execution()
+
+    @functools.cached_property
+    def graphdef(self) -> nnx.GraphDef:
+        """The static half of the NNX model."""
+        abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0), self.execution))
+        return nnx.split(abstract, nnx.Param)[0]
+
+    def init_params(self, key: jax.Array) -> dict[str, Any]:
+        """Draws the parameters, layer by layer; the same under every `execution`."""
+        return model_parameters(self._build(key, Execution()))
+
+    def _build(self, key: jax.Array, execution: Execution) -> DualEncoder:
+        return DualEncoder(
+            self.arch,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            execution=execution,
+            rngs=nnx.Rngs(params=key),
+        )
+
+
+def model_definition(
+    arch: Architecture,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    execution: Execution | None = None,
+) -> tuple[ModelDefinition, Callable[[jax.Array], dict[str, Any]]]:
+    """All of a model but its parameters, and a function that draws these from a key."""
+    definition = ModelDefinition(arch, dtype, param_dtype, execution or Execution())
+    return definition, definition.init_params
 
 
 def model_parameters(model: DualEncoder) -> dict[str, Any]:
@@ -21,22 +79,32 @@ def model_parameters(model: DualEncoder) -> dict[str, Any]:
     return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
-def model_definition(
-    arch: Architecture, dtype: DTypeLike, param_dtype: DTypeLike
-) -> tuple[nnx.GraphDef, Callable[[jax.Array], dict[str, Any]]]:
-    """The static half of the model, and a function that draws its parameters from a key."""
-
-    def build(key: jax.Array) -> DualEncoder:
-        return DualEncoder(arch, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(params=key))
-
-    abstract = nnx.eval_shape(lambda: build(jax.random.key(0)))
-    graphdef, _ = nnx.split(abstract, nnx.Param)
-    return graphdef, lambda key: model_parameters(build(key))
+def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEncoder:
+    """The NNX model with these parameters, which may be stacked if the model scans its layers."""
+    if definition.execution.scan_layers:
+        params = stack_blocks(params)
+    return nnx.merge(definition.graphdef, nnx.restore_int_paths(params))
 
 
-def merge_model(graphdef: nnx.GraphDef, params: dict[str, Any]) -> DualEncoder:
-    """The NNX model with these parameters; the inverse of `model_parameters`."""
-    return nnx.merge(graphdef, nnx.restore_int_paths(params))
+def stack_blocks(
+    params: dict[str, Any], combine: Callable[..., Any] = lambda *layers: jnp.stack(layers)
+) -> dict[str, Any]:
+    """Parameters with the blocks of each tower stacked; stacked ones stay as they are.
+
+    Args:
+        params: nested dict; layer `i` of a tower at `params[tower]["blocks"][str(i)]`.
+        combine: makes one leaf of those of all layers, given as arguments.
+
+    Returns:
+        The same with leaves [layers, ...] at `params[tower]["blocks"]`.
+    """
+    stacked = dict(params)
+    for tower in TOWERS:
+        blocks = params[tower]["blocks"]
+        if "0" in blocks:
+            layers = [blocks[str(i)] for i in range(len(blocks))]
+            stacked[tower] = {**params[tower], "blocks": jax.tree.map(combine, *layers)}
+    return stacked
 
 
 def parameter_shapes(params: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -1,20 +1,48 @@
-"""The pre-LayerNorm transformer block that both towers are built of.
+"""The pre-LayerNorm transformer block that both towers are built of, and how a tower runs it.
 
 Used by `vit.py` and `text.py` only. Layout and initialisation follow CLIP (Radford et al. 2021,
-arXiv 2103.00020, and its released code) with exact GELU, as DiHT's official code has it.
+arXiv 2103.00020, and its released code); the activation is the architecture's: exact GELU in
+DiHT's official code, QuickGELU in OpenAI's weights.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-# torch's LayerNorm default, which released CLIP weights were trained with.
-LAYER_NORM_EPSILON = 1e-5
+from diht_jax.models.activations import activate
+from diht_jax.models.attention import attention_implementation, check_attention
+from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
+
+Gather = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a model computes, with the same results whatever is chosen.
+
+    Attributes:
+        scan_layers: keep the parameters of a tower's blocks stacked, and compile one block.
+        remat: what the backward pass computes again, a name of `remat.POLICIES`.
+        attention: one of `attention.IMPLEMENTATIONS`.
+    """
+
+    scan_layers: bool = False
+    remat: str = "none"
+    attention: str = "auto"
+
+    def __post_init__(self):
+        check_remat(self.remat)
+        check_attention(self.attention)
 
 
 def uniform_init(bound: float) -> nnx.Initializer:
@@ -32,11 +60,13 @@ def normal_init(stddev: float) -> nnx.Initializer:
     return nnx.initializers.normal(stddev)
 
 
-def layer_norm(width: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+def layer_norm(
+    width: int, epsilon: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+):
     """LayerNorm over the last axis; statistics in float32 whatever `dtype` is."""
     return nnx.LayerNorm(
         width,
-        epsilon=LAYER_NORM_EPSILON,
+        epsilon=epsilon,
         use_fast_variance=False,
         dtype=dtype,
         param_dtype=param_dtype,
@@ -72,13 +102,13 @@ class BlockInit:
         )
 
     @classmethod
-    def torch_default(cls, width: int) -> BlockInit:
+    def torch_default(cls, width: int, mlp_width: int) -> BlockInit:
         """CLIP's image tower: torch's defaults for attention (Xavier) and linear layers."""
         return cls(
             attention_in=uniform_init(math.sqrt(6 / (width + 3 * width))),
             attention_out=uniform_init(width**-0.5),
             mlp_in=uniform_init(width**-0.5),
-            mlp_out=uniform_init((4 * width) ** -0.5),
+            mlp_out=uniform_init(mlp_width**-0.5),
         )
 
 
@@ -92,12 +122,14 @@ class Attention(nnx.Module):
         init: BlockInit,
         *,
         causal: bool,
+        implementation: str,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         self.heads = heads
         self.causal = causal
+        self.implementation = implementation
         linear = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.in_proj = nnx.Linear(width, 3 * width, kernel_init=init.attention_in, **linear)
         self.out_proj = nnx.Linear(width, width, kernel_init=init.attention_out, **linear)
@@ -105,43 +137,50 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, t, width] -> [b, t, width]; softmax in float32."""
         b, t, width = x.shape
-        qkv = self.in_proj(x).reshape(b, t, 3, self.heads, width // self.heads)
+        head_dim = width // self.heads
+        qkv = checkpoint_name(self.in_proj(x), QKV).reshape(b, t, 3, self.heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(out.reshape(b, t, width))
+        implementation = attention_implementation(self.implementation, qkv.dtype, head_dim)
+        out = jax.nn.dot_product_attention(
+            q, k, v, is_causal=self.causal, implementation=implementation
+        )
+        return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
 
 
 class Mlp(nnx.Module):
-    """Two linear layers, four times wider inside, exact GELU between."""
+    """Two linear layers, wider inside, the activation between."""
 
     def __init__(
         self,
         width: int,
+        inner_width: int,
         init: BlockInit,
         *,
+        activation: str,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         linear = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.activation = activation
         self.fc_in = nnx.Linear(
             width,
-            4 * width,
+            inner_width,
             kernel_init=init.mlp_in,
             bias_init=uniform_init(width**-0.5),
             **linear,
         )
         self.fc_out = nnx.Linear(
-            4 * width,
+            inner_width,
             width,
             kernel_init=init.mlp_out,
-            bias_init=uniform_init((4 * width) ** -0.5),
+            bias_init=uniform_init(inner_width**-0.5),
             **linear,
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, t, width] -> [b, t, width]."""
-        return self.fc_out(jax.nn.gelu(self.fc_in(x), approximate=False))
+        return self.fc_out(activate(self.activation, self.fc_in(x)))
 
 
 class Block(nnx.Module):
@@ -151,20 +190,81 @@ class Block(nnx.Module):
         self,
         width: int,
         heads: int,
+        mlp_width: int,
         init: BlockInit,
         *,
         causal: bool,
+        activation: str,
+        epsilon: float,
+        attention: str = "auto",
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,
     ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.attention_norm = layer_norm(width, **dtypes)
-        self.attention = Attention(width, heads, init, causal=causal, **dtypes)
-        self.mlp_norm = layer_norm(width, **dtypes)
-        self.mlp = Mlp(width, init, **dtypes)
+        self.attention_norm = layer_norm(width, epsilon, **dtypes)
+        self.attention = Attention(
+            width, heads, init, causal=causal, implementation=attention, **dtypes
+        )
+        self.mlp_norm = layer_norm(width, epsilon, **dtypes)
+        self.mlp = Mlp(width, mlp_width, init, activation=activation, **dtypes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, t, width] -> [b, t, width]."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
+
+
+def build_blocks(blocks: Sequence[Block], *, scan_layers: bool) -> nnx.List | Block:
+    """The blocks of a tower as `run_blocks` takes them.
+
+    Args:
+        blocks: the layers, equal but for the values of their parameters.
+        scan_layers: make one block of them, its parameters stacked along a new first axis.
+    """
+    if not scan_layers:
+        return nnx.List(blocks)
+    graphdef = nnx.split(blocks[0], nnx.Param)[0]
+    states = [nnx.state(block, nnx.Param) for block in blocks]
+    return nnx.merge(graphdef, jax.tree.map(lambda *layers: jnp.stack(layers), *states))
+
+
+def run_blocks(
+    blocks: nnx.List | Block,
+    x: jax.Array,
+    *,
+    remat: str = "none",
+    gather: Gather | None = None,
+) -> jax.Array:
+    """The blocks of a tower, one after the other.
+
+    Args:
+        blocks: of `build_blocks`: the layers, run by an unrolled loop; or one block whose
+            parameters have a leading axis of layers, which `jax.lax.scan` runs.
+        x: [b, t, width].
+        remat: which intermediate values the backward pass computes again.
+        gather: makes a block's parameters, as a nested dict, whole before use. Called inside of
+            the block's backward pass as well, so that no more than one layer is whole at a time.
+
+    Returns:
+        [b, t, width].
+    """
+    scanned = isinstance(blocks, Block)
+
+    def apply(graphdef: nnx.GraphDef, params: dict[str, Any], x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, gather(params) if gather else params)(x)
+
+    def layer(block: Block):
+        graphdef, params = nnx.split(block, nnx.Param)
+        run = functools.partial(apply, graphdef)
+        if remat != "none" or scanned or gather:
+            run = checkpointed(run, remat, scanned=scanned)
+        return run, nnx.to_pure_dict(params)
+
+    if scanned:
+        run, stacked = layer(blocks)
+        return jax.lax.scan(lambda x, params: (run(params, x), None), x, stacked)[0]
+    for block in blocks:
+        run, params = layer(block)
+        x = run(params, x)
+    return x

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from diht_jax.models.transformer import Block, BlockInit, layer_norm, normal_init, uniform_init
+from diht_jax.models.transformer import (
+    Block,
+    BlockInit,
+    Execution,
+    Gather,
+    build_blocks,
+    layer_norm,
+    normal_init,
+    run_blocks,
+    uniform_init,
+)
 from diht_jax.models.zoo import Architecture
 
 
@@ -20,13 +30,22 @@ class VisionTransformer(nnx.Module):
     """Patches, class token, positions, blocks; class-token pooling and projection."""
 
     def __init__(
-        self, arch: Architecture, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        arch: Architecture,
+        *,
+        execution: Execution,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
     ):
         width, patch = arch.vision_width, arch.patch_size
         num_patches = (arch.image_size // patch) ** 2
+        mlp_width = arch.vision_mlp_width or 4 * width
+        epsilon = arch.layer_norm_epsilon
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         scaled_normal = normal_init(width**-0.5)
         self.dtype = dtype
+        self.remat = execution.remat
         self.image_size = arch.image_size
         self.patch_embedding = nnx.Conv(
             3,
@@ -42,36 +61,49 @@ class VisionTransformer(nnx.Module):
         self.positional_embedding = nnx.Param(
             scaled_normal(rngs.params(), (num_patches + 1, width), param_dtype)
         )
-        self.pre_norm = layer_norm(width, **dtypes)
-        init = BlockInit.torch_default(width)
-        self.blocks = nnx.List(
-            [
-                Block(width, arch.vision_heads, init, causal=False, **dtypes)
-                for _ in range(arch.vision_layers)
-            ]
-        )
-        self.post_norm = layer_norm(width, **dtypes)
+        self.pre_norm = layer_norm(width, epsilon, **dtypes)
+        init = BlockInit.torch_default(width, mlp_width)
+        blocks = [
+            Block(
+                width,
+                arch.vision_heads,
+                mlp_width,
+                init,
+                causal=False,
+                activation=arch.activation,
+                epsilon=epsilon,
+                attention=execution.attention,
+                **dtypes,
+            )
+            for _ in range(arch.vision_layers)
+        ]
+        self.blocks = build_blocks(blocks, scan_layers=execution.scan_layers)
+        self.post_norm = layer_norm(width, epsilon, **dtypes)
         self.projection = nnx.Linear(
             width, arch.embed_dim, use_bias=False, kernel_init=scaled_normal, **dtypes
         )
 
-    def __call__(
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """float [b, size, size, 3], normalised -> [b, d] in the compute dtype, not normalised."""
+        return self.projection(self.features(images))
+
+    def features(
         self,
         images: jax.Array,
         *,
-        patch_dropout: float = 0.0,
-        key: jax.Array | None = None,
+        kept_patches: jax.Array | None = None,
+        gather: Gather | None = None,
     ) -> jax.Array:
-        """Embeds images.
+        """The pooled feature of images, before the projection.
 
         Args:
             images: float [b, size, size, 3], normalised with CLIP's mean and std.
-            patch_dropout: share of the patches left out, chosen anew for every image
-                (FLIP, arXiv 2212.00794); the class token always stays.
-            key: random key; needed when `patch_dropout` is positive.
+            kept_patches: int32 [b, k], of `choose_patches`: which patches of each image to look
+                at (FLIP, arXiv 2212.00794); all by default. The class token always stays.
+            gather: see `run_blocks`.
 
         Returns:
-            [b, d] in the compute dtype, not normalised.
+            [b, width] in the compute dtype.
         """
         expected = (self.image_size, self.image_size, 3)
         if images.shape[1:] != expected:
@@ -81,30 +113,29 @@ class VisionTransformer(nnx.Module):
         patches = patches.reshape(b, -1, patches.shape[-1])
         positions = self.positional_embedding[...].astype(self.dtype)
         patches = patches + positions[1:]
-        if patch_dropout > 0.0:
-            patches = drop_patches(patches, patch_dropout, key)
+        if kept_patches is not None:
+            patches = jnp.take_along_axis(patches, kept_patches[:, :, None], axis=1)
         class_token = self.class_embedding[...].astype(self.dtype) + positions[0]
         class_tokens = jnp.broadcast_to(class_token, (b, 1, class_token.shape[-1]))
         x = self.pre_norm(jnp.concatenate([class_tokens, patches], axis=1))
-        for block in self.blocks:
-            x = block(x)
-        return self.projection(self.post_norm(x[:, 0]))
+        x = run_blocks(self.blocks, x, remat=self.remat, gather=gather)
+        return self.post_norm(x[:, 0])
 
 
-def drop_patches(patches: jax.Array, share: float, key: jax.Array | None) -> jax.Array:
-    """Keeps a random subset of the patches of every image, each its own.
+def choose_patches(
+    key: jax.Array, batch_size: int, num_patches: int, dropped_share: float
+) -> jax.Array:
+    """A random subset of the patches of every image, each its own.
 
     Args:
-        patches: [b, t, width].
-        share: in (0, 1), part of the t patches left out; at least one patch is kept.
         key: random key.
+        batch_size: images b; drawn for a whole batch, rows are the same however it is split.
+        num_patches: patches t of an image.
+        dropped_share: in [0, 1), part of the t patches left out; at least one patch is kept.
 
     Returns:
-        [b, max(1, floor(t * (1 - share))), width].
+        int32 [b, max(1, floor(t * (1 - dropped_share)))], distinct indices of patches.
     """
-    if key is None:
-        raise ValueError("patch_dropout is positive, so a random key is needed; got none")
-    b, t, _ = patches.shape
-    kept = max(1, math.floor(t * (1.0 - share)))
-    order = jnp.argsort(jax.random.uniform(key, (b, t)), axis=1)[:, :kept]
-    return jnp.take_along_axis(patches, order[:, :, None], axis=1)
+    num_kept = max(1, math.floor(num_patches * (1.0 - dropped_share)))
+    order = jnp.argsort(jax.random.uniform(key, (batch_size, num_patches)), axis=1)
+    return order[:, :num_kept].astype(jnp.int32)

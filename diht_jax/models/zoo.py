@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from diht_jax.config import nearest_name
+from diht_jax.config import ARCHITECTURE_FIELDS, nearest_name
+
+ACTIVATIONS = ("gelu", "quick_gelu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,12 @@ class Architecture:
         embed_dim: size `d` of the shared embedding.
         context_length: text length, in tokens.
         vocab_size: entries of the BPE vocabulary.
+        activation: of the MLPs: "gelu" (exact, DiHT's and open_clip's) or "quick_gelu" (OpenAI's
+            x * sigmoid(1.702 x)).
+        layer_norm_epsilon: torch's default, which released CLIP weights were trained with.
+        vision_mlp_width, text_mlp_width: inner width of the MLPs; None is four times the width.
+        end_of_text_id: a text is pooled at the first token with this id; None pools at the largest
+            id, which is the same for CLIP's vocabulary.
     """
 
     image_size: int
@@ -36,6 +44,11 @@ class Architecture:
     embed_dim: int
     context_length: int = 77
     vocab_size: int = 49408
+    activation: str = "gelu"
+    layer_norm_epsilon: float = 1e-5
+    vision_mlp_width: int | None = None
+    text_mlp_width: int | None = None
+    end_of_text_id: int | None = None
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
@@ -46,6 +59,8 @@ class Architecture:
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
                 raise ValueError(f"{tower}_width {width} is no multiple of {tower}_heads {heads}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation '{self.activation}': expected {' or '.join(ACTIVATIONS)}")
 
 
 def _diht(image_size, patch_size, vision_layers, vision_width, text_width, embed_dim):
@@ -120,8 +135,12 @@ def get_architecture(name: str, overrides: dict[str, Any] | None = None) -> Arch
             raise ValueError(
                 f"config.model.overrides has no field '{field}'; {hint}known: {', '.join(fields)}"
             )
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        kind = ARCHITECTURE_FIELDS[field]
+        allowed = (int, float) if kind is float else kind
+        is_number = kind is not str
+        if not isinstance(value, allowed) or isinstance(value, bool) or (is_number and value <= 0):
             raise ValueError(
-                f"config.model.overrides.{field}: expected a positive int, got {value!r}"
+                f"config.model.overrides.{field}: expected a {'positive ' * is_number}"
+                f"{kind.__name__}, got {value!r}"
             )
     return dataclasses.replace(ARCHITECTURES[name], **replaced)

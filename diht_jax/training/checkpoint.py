@@ -127,7 +127,8 @@ class TrainedModel:
     Attributes:
         config: the training config.
         arch: sizes.
-        params: nested dict of arrays, placed by the partition rules.
+        params: nested dict of arrays, placed by the partition rules; their moving average where
+            that was asked for.
         step: optimiser step of the checkpoint.
     """
 
@@ -138,7 +139,7 @@ class TrainedModel:
 
 
 def restore_model(
-    workdir: str | epath.Path, mesh: Mesh, *, step: int | None = None
+    workdir: str | epath.Path, mesh: Mesh, *, step: int | None = None, ema: bool = False
 ) -> TrainedModel:
     """Reads config and parameters, and nothing else, of a run.
 
@@ -146,12 +147,18 @@ def restore_model(
         workdir: of the run.
         mesh: the devices to place the parameters on.
         step: which checkpoint; the latest by default.
+        ema: read the parameters' moving average instead of the parameters.
 
     Raises:
-        ValueError: `workdir` is no work directory, or has no such checkpoint.
+        ValueError: `workdir` is no work directory, or has no such checkpoint or no average.
     """
     config = read_config(workdir)
     validate_config(config, default_config())
+    if ema and config.ema.decay is None:
+        raise ValueError(
+            f"{workdir}: this run kept no moving average of its parameters; train with "
+            "config.ema.decay, or load the parameters themselves"
+        )
     arch = get_architecture(config.model.name, config.model.overrides.to_dict())
     _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
     root = checkpoint_root(workdir)
@@ -160,7 +167,8 @@ def restore_model(
         wanted = "no finished checkpoint" if step is None else f"no checkpoint of step {step}"
         raise ValueError(f"{root}: {wanted}; steps found: {steps or 'none'}")
     step = steps[-1] if step is None else step
-    target = {"params": abstract_parameters(init_params, mesh)}
+    name = "ema_params" if ema else "params"
+    target = {name: abstract_parameters(init_params, mesh, ema=ema)}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
             root / str(step) / _STATE,
@@ -170,7 +178,7 @@ def restore_model(
                 partial_restore=True,
             ),
         )
-    return TrainedModel(config=config, arch=arch, params=restored["params"], step=step)
+    return TrainedModel(config=config, arch=arch, params=restored[name], step=step)
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
@@ -186,7 +194,10 @@ def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -
 
 
 def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
-    """The config that `write_config` left.
+    """The config that `write_config` left, with the defaults of keys that it lacks.
+
+    Keys are missing where an older version of the code wrote the file; their defaults are what
+    that version did.
 
     Raises:
         ValueError: the file is missing or is no JSON.
@@ -195,9 +206,21 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     if not path.exists():
         raise ValueError(f"{path} is missing: {workdir} is no work directory of diht_jax.train")
     try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
+        written = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(written, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(written).__name__}")
+    defaults = json.loads(default_config().to_json_best_effort())
+    return ml_collections.ConfigDict(_completed(written, defaults))
+
+
+def _completed(written: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    filled = {**defaults, **written}
+    for key, value in filled.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            filled[key] = _completed(value, defaults[key])
+    return filled
 
 
 def changed_keys(

@@ -6,8 +6,7 @@ Called by `diht_jax.train`, by the benchmarks and by the tests.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,22 +17,31 @@ from etils import epath
 from tqdm import tqdm
 
 from diht_jax import sharding
-from diht_jax.config import default_config, duration_in_steps, validate_config
+from diht_jax.config import default_config, duration_in_steps, masked_steps, validate_config
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.inference import LoadedModel
-from diht_jax.models.parameters import model_definition, parameter_shapes
+from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
-from diht_jax.models.zoo import get_architecture
 from diht_jax.training import checkpoint
-from diht_jax.training.metrics import MetricWriter, flatten_results, mean_scalars, plot_curves
-from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from diht_jax.training.state import TrainState, abstract_state, create_state
+from diht_jax.training.metrics import MetricWriter, flatten_results, plot_curves
+from diht_jax.training.profile import StepProfiler
+from diht_jax.training.program import TrainProgram, without_patch_dropout
+from diht_jax.training.speed import Window, log_work, model_flops
+from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 
 # A run that goes on under other values of these is no continuation of the same run.
-_FIXED_IN_A_RUN = ("model", "loss", "optimizer", "data", "seed", "total_")
-_FREE_IN_A_RUN = ("data.train", "data.num_workers", "data.prefetch_batches")
+_FIXED_IN_A_RUN = ("model", "loss", "optimizer", "ema", "data", "seed", "total_", "unmasked_")
+_FREE_IN_A_RUN = (
+    "data.train",
+    "data.num_workers",
+    "data.prefetch_batches",
+    # Other ways to compute the same.
+    "model.scan_layers",
+    "model.remat",
+    "model.attention",
+)
 
 
 def train(
@@ -97,22 +105,14 @@ class Run:
     ):
         self.config = config
         self.workdir = workdir
-        self.mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, devices)
-        if config.data.batch_size % self.mesh.size:
-            raise ValueError(
-                f"config.data.batch_size={config.data.batch_size} is no multiple of the "
-                f"{self.mesh.size} devices"
-            )
-        self.arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+        self.profiler = StepProfiler(config.profile, workdir)
         source = open_records(config.data.train)
         self.total_steps = duration_in_steps(
             config, "total", batch_size=config.data.batch_size, num_examples=len(source)
         )
-        schedule = learning_rate_schedule(config.optimizer, self.total_steps)
-        optimizer = create_optimizer(config.optimizer, schedule)
-        self.graphdef, init_params = model_definition(
-            self.arch, config.model.dtype, config.model.param_dtype
-        )
+        self.masked_steps = masked_steps(config, self.total_steps, num_examples=len(source))
+        self.program = TrainProgram(config, self.total_steps, devices)
+        self.mesh, self.arch = self.program.mesh, self.program.arch
         self.iterator = TrainIterator(
             source,
             DecodeExample(
@@ -120,6 +120,7 @@ class Run:
                 self.arch.context_length,
                 config.data.crop_scale,
                 config.data.text_template,
+                fast_decode=config.data.fast_decode,
             ),
             batch_size=config.data.batch_size,
             seed=config.seed,
@@ -135,14 +136,14 @@ class Run:
             best_metric=config.checkpoint.best_metric,
         )
         if self.checkpointer.latest_step is None:
-            self.state = create_state(init_params, optimizer, self.mesh, config.seed)
+            self.state = self.program.create_state()
             if config.model.init_from:
-                self.state = self.state.replace(params=self.initial_parameters())
+                params = self.initial_parameters()
+                average = initial_average(params) if self.program.keeps_ema else None
+                self.state = self.state.replace(params=params, ema_params=average)
         else:
-            target = abstract_state(init_params, optimizer, self.mesh)
-            self.state = self.checkpointer.restore(target, self.iterator)
+            self.state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
         self.start_step = int(self.state.step)
-        self.step = TrainStep(self.graphdef, optimizer, schedule, self.mesh, config, self.state)
         self.writer = MetricWriter(workdir, self.start_step)
         self._model: LoadedModel | None = None
         self._log_start(len(source))
@@ -167,7 +168,6 @@ class Run:
         """Trains up to the end of the run, or up to `stop_after_steps`."""
         config = self.config
         last_step = min(self.total_steps, stop_after_steps or self.total_steps)
-        window = Window(config.data.batch_size)
         progress = tqdm(
             total=self.total_steps,
             initial=self.start_step,
@@ -177,15 +177,22 @@ class Run:
         )
         in_flight = None
         for step in range(self.start_step + 1, last_step + 1):
+            if step in (self.start_step + 1, self.masked_steps + 1):
+                train_step, window = self.start_phase(unmasked=step > self.masked_steps)
             batch = window.timed(self.next_batch)
-            self.state, metrics = self.step(self.state, batch)
+            with self.profiler.step(step):
+                self.state, metrics = train_step(self.state, batch)
+            if train_step.trace_count > 1:
+                raise AssertionError(f"the step was traced {train_step.trace_count} times")
             window.add(metrics)
             # Two steps in flight keep the device busy; more would only make the bar lie.
             jax.block_until_ready(in_flight)
             in_flight = metrics
+            if self.profiler.ends_at(step):
+                window.excluded(self.profiler.close)
             progress.update()
             at_end = step == last_step
-            if step % config.log_every_steps == 0 or at_end:
+            if step % config.log_every_steps == 0 or at_end or step == self.masked_steps:
                 scalars = window.summary()
                 progress.set_postfix_str(_progress_text(scalars))
                 self.writer.write(step, scalars)
@@ -196,10 +203,18 @@ class Run:
             if step % config.checkpoint.every_steps == 0 or at_end:
                 self.checkpointer.save(self.state, self.iterator, measured)
         progress.close()
-        if self.step.trace_count > 1:
-            raise AssertionError(f"the step was traced {self.step.trace_count} times, not once")
         plot_curves(self.workdir)
         return self.state
+
+    def start_phase(self, *, unmasked: bool) -> tuple[TrainStep, Window]:
+        """The step of this part of the run, and the measurements that begin with it."""
+        config = without_patch_dropout(self.config) if unmasked else self.config
+        if unmasked:
+            logging.info("no patches are dropped from step %d on", self.masked_steps + 1)
+        flops_per_step = model_flops(config, self.mesh.devices.flatten())
+        log_work(flops_per_step, config.data.batch_size, self.mesh)
+        window = Window(config.data.batch_size, flops_per_step, self.mesh)
+        return self.program.step(self.state, unmasked=unmasked), window
 
     def next_batch(self) -> dict[str, jax.Array]:
         """The next global batch, on the devices."""
@@ -207,17 +222,19 @@ class Run:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Runs the config's tasks on the current parameters and writes their results."""
+        use_ema = self.config.evaluation.use_ema
+        params = self.state.ema_params if use_ema else self.state.params
         if self._model is None:
             self._model = LoadedModel(
-                self.graphdef,
-                self.state.params,
+                self.program.graphdef,
+                params,
                 mesh=self.mesh,
                 config=self.config,
                 image_size=self.arch.image_size,
                 context_length=self.arch.context_length,
                 batch_size=self.config.evaluation.batch_size,
             )
-        self._model.update(self.state.params, step)
+        self._model.update(params, step)
         measured = flatten_results(
             {
                 task.name: evaluate_task(
@@ -232,6 +249,7 @@ class Run:
 
     def close(self) -> None:
         """Finishes the checkpoints and ends the workers."""
+        self.profiler.close()
         self.iterator.close()
         self.checkpointer.close()
         self.writer.close()
@@ -250,48 +268,6 @@ class Run:
             dict(self.mesh.shape),
         )
         sharding.log_placement(self.state.params, self.mesh)
-
-
-class Window:
-    """Measurements since the last line of the log: means, speed, waiting time."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._reset()
-
-    def timed(self, get_batch: Callable[[], Any]) -> Any:
-        """Calls `get_batch` and counts its time as waiting for data."""
-        start = time.perf_counter()
-        batch = get_batch()
-        self._data_wait_secs += time.perf_counter() - start
-        return batch
-
-    def excluded(self, work: Callable[[], Any]) -> Any:
-        """Calls `work` without counting its time against the training speed."""
-        # Steps still running on the device belong to training, not to the excluded work.
-        jax.block_until_ready(self._measured)
-        start = time.perf_counter()
-        result = work()
-        self._start += time.perf_counter() - start
-        return result
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Keeps one step's metrics, without waiting for them."""
-        self._measured.append(metrics)
-
-    def summary(self) -> dict[str, float]:
-        """Means over the window, `images_per_sec`, `data_wait_secs`; starts the next window."""
-        scalars = mean_scalars(self._measured)
-        elapsed_secs = time.perf_counter() - self._start
-        scalars["images_per_sec"] = len(self._measured) * self._batch_size / elapsed_secs
-        scalars["data_wait_secs"] = self._data_wait_secs
-        self._reset()
-        return scalars
-
-    def _reset(self) -> None:
-        self._measured: list[dict[str, jax.Array]] = []
-        self._data_wait_secs = 0.0
-        self._start = time.perf_counter()
 
 
 def _results_text(measured: dict[str, float]) -> str:

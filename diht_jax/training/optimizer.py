@@ -1,6 +1,7 @@
 """The optimiser of a recipe: clipped AdamW with warm-up and cosine decay.
 
-Built once by the training loop from the config section `optimizer` (paper note sec. 6).
+Built once by the training loop from the config section `optimizer` (paper note sec. 6). Which
+parameters it trains, and with which factors, is the table of `update_rules`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from typing import Any
 import jax
 import ml_collections
 import optax
+
+from diht_jax.sharding import path_name
+from diht_jax.training.update_rules import UpdateRule, split_parameters, update_rules
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -36,26 +40,46 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
     )
 
 
-def decay_mask(params: Any) -> Any:
-    """True for matrices and higher; biases, LayerNorm, class token and scale are not decayed.
-
-    Positional embeddings are matrices by shape and are decayed, as in open_clip.
-    """
-    return jax.tree.map(lambda p: p.ndim >= 2, params)
-
-
 def create_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with decoupled decay on matrices only."""
-    return optax.chain(
+    """Global-norm clip, then AdamW with the factors of `update_rules.update_rules`.
+
+    `init(params)` takes all parameters and makes moments for the trained ones only.
+    `update(grads, state, params)` takes gradients of the trained ones
+    (`update_rules.split_parameters`) and all parameters, and returns updates of the trained ones.
+
+    Args:
+        config: the section `optimizer`.
+        schedule: the learning rate by step.
+    """
+    inner = optax.chain(
         optax.clip_by_global_norm(config.clip_global_norm),
-        optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        _decay_and_scale(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
     )
+
+    def init(params: dict[str, Any]) -> optax.OptState:
+        return inner.init(split_parameters(config, params)[0])
+
+    def update(grads: dict[str, Any], state: optax.OptState, params: dict[str, Any]):
+        rules = update_rules(config, params)
+        return inner.update(grads, state, split_parameters(config, params)[0], rules=rules)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraArgs:
+    """`factor * (update + weight_decay * parameter)` with each parameter's own two factors."""
+
+    def update(updates, state, params, *, rules: dict[str, UpdateRule]):
+        def apply(path, update, param):
+            rule = rules[path_name(path)]
+            if decay := weight_decay * rule.weight_decay:
+                update = update + decay * param
+            return rule.learning_rate * update
+
+        return jax.tree_util.tree_map_with_path(apply, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)

@@ -19,19 +19,22 @@ from diht_jax import sharding
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters, optimiser state, step and random key.
+    """Parameters, optimiser state, step, random key and the parameters' moving average.
 
     Attributes:
         step: int32 scalar, optimiser steps done.
         params: nested dict of arrays, keys are strings.
         opt_state: optax state.
         key_data: uint32 data of the run's random key; a step folds its number into it.
+        ema_params: moving average of all parameters, like `params` in at least float32; None
+            where `config.ema.decay` is not set.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     key_data: jax.Array
+    ema_params: Any = None
 
 
 def create_state(
@@ -39,9 +42,19 @@ def create_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     seed: int,
+    *,
+    ema: bool = False,
 ) -> TrainState:
-    """Initialises the state on the mesh; no device ever holds more than its part."""
-    init = state_initializer(init_params, optimizer)
+    """Initialises the state on the mesh; no device ever holds more than its part.
+
+    Args:
+        init_params: draws the parameters from a key.
+        optimizer: makes its state from the parameters.
+        mesh: axes `data` and `fsdp`.
+        seed: of the run.
+        ema: keep a moving average of the parameters.
+    """
+    init = state_initializer(init_params, optimizer, ema=ema)
     shardings = sharding.tree_shardings(jax.eval_shape(init, seed), mesh)
     return jax.jit(init, out_shardings=shardings)(seed)
 
@@ -50,16 +63,48 @@ def abstract_state(
     init_params: Callable[[jax.Array], dict[str, Any]],
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
+    *,
+    ema: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state, without any array."""
-    return _with_shardings(jax.eval_shape(state_initializer(init_params, optimizer), 0), mesh)
+    init = state_initializer(init_params, optimizer, ema=ema)
+    return _with_shardings(jax.eval_shape(init, 0), mesh)
 
 
 def abstract_parameters(
-    init_params: Callable[[jax.Array], dict[str, Any]], mesh: Mesh
+    init_params: Callable[[jax.Array], dict[str, Any]], mesh: Mesh, *, ema: bool = False
 ) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of the parameters, without any array."""
-    return _with_shardings(jax.eval_shape(init_params, jax.random.key(0)), mesh)
+    """Shapes, dtypes and shardings of the parameters (or of their average), without any array."""
+    shapes = jax.eval_shape(init_params, jax.random.key(0))
+    if ema:
+        shapes = jax.eval_shape(initial_average, shapes)
+    return _with_shardings(shapes, mesh)
+
+
+def initial_average(params: dict[str, Any]) -> dict[str, Any]:
+    """The moving average before the first step: the parameters, in at least float32.
+
+    In bfloat16 an average would stand still: its step is below the format's resolution.
+    """
+    return jax.tree.map(lambda p: jnp.array(p, jnp.promote_types(p.dtype, jnp.float32)), params)
+
+
+def update_average(
+    average: dict[str, Any], params: dict[str, Any], decay: float, step: jax.Array
+) -> dict[str, Any]:
+    """`average + (1 - d) (params - average)` with `d = min(decay, (1 + step) / (10 + step))`.
+
+    The rising `d`, that of TensorFlow's `ExponentialMovingAverage`, lets the average forget the
+    random initialisation within the first steps instead of after `1 / (1 - decay)`.
+
+    Args:
+        average: as in `TrainState.ema_params`.
+        params: after the step.
+        decay: in [0, 1).
+        step: int32 scalar, optimiser steps done before this one.
+    """
+    weight = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a + weight * (p.astype(a.dtype) - a), average, params)
 
 
 def _with_shardings(shapes: Any, mesh: Mesh) -> Any:
@@ -73,6 +118,8 @@ def _with_shardings(shapes: Any, mesh: Mesh) -> Any:
 def state_initializer(
     init_params: Callable[[jax.Array], dict[str, Any]],
     optimizer: optax.GradientTransformation,
+    *,
+    ema: bool = False,
 ) -> Callable[[jax.Array], TrainState]:
     """The function from a seed to a state."""
 
@@ -84,6 +131,7 @@ def state_initializer(
             params=params,
             opt_state=optimizer.init(params),
             key_data=jax.random.key_data(run_key),
+            ema_params=initial_average(params) if ema else None,
         )
 
     return init

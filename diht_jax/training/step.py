@@ -6,6 +6,7 @@ writing them is the loop's work.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,14 +15,18 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.data.transforms import normalize
 from diht_jax.losses.total import contrastive_objective
-from diht_jax.models.parameters import merge_model
-from diht_jax.training.state import TrainState
+from diht_jax.models.parameters import ModelDefinition, merge_model
+from diht_jax.models.transformer import Execution
+from diht_jax.models.vit import choose_patches
+from diht_jax.models.zoo import Architecture
+from diht_jax.training.gradients import ParameterGather, check_micro_batch, encode_on_mesh
+from diht_jax.training.state import TrainState, update_average
+from diht_jax.training.update_rules import merge_parameters, split_parameters
 
 Metrics = dict[str, jax.Array]
 
@@ -30,12 +35,12 @@ class TrainStep:
     """`step(state, batch) -> (state, metrics)`; the old state is donated.
 
     Attributes:
-        trace_count: how often the function was traced; more than once in a run is a defect.
+        trace_count: how often the function was traced; more than once is a defect.
     """
 
     def __init__(
         self,
-        graphdef: nnx.GraphDef,
+        definition: ModelDefinition,
         optimizer: optax.GradientTransformation,
         schedule: optax.Schedule,
         mesh: Mesh,
@@ -45,18 +50,27 @@ class TrainStep:
         """Prepares the jitted step.
 
         Args:
-            graphdef: static half of the model, of `models.parameters.model_definition`.
+            definition: of the model; how it computes is the config's to say.
             optimizer: as used to create `state`.
             schedule: the learning rate by step, for the metrics.
             mesh: axes `data` and `fsdp`.
             config: the whole training config.
             state: any state (or shapes with shardings) of the run.
+
+        Raises:
+            ValueError: a wrong `config.micro_batch` or `config.model` value.
         """
+        check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
+        if not 0.0 <= config.model.patch_dropout < 1.0:
+            raise ValueError(
+                f"config.model.patch_dropout={config.model.patch_dropout}: expected a share of at "
+                "least 0 and less than 1"
+            )
         self.trace_count = 0
         placement = jax.tree.map(lambda leaf: leaf.sharding, state)
         update = functools.partial(
             train_step,
-            graphdef=graphdef,
+            definition=_for_training(definition, config.model, mesh),
             optimizer=optimizer,
             schedule=schedule,
             mesh=mesh,
@@ -85,44 +99,30 @@ class TrainStep:
         """
         return self._jitted(state, batch)
 
+    def trace(self, state: TrainState, batch: dict[str, Any]) -> jax.stages.Traced:
+        """The traced step, to be lowered, compiled or counted without being run.
+
+        Args:
+            state, batch: as for a call, or `jax.ShapeDtypeStruct`s with shardings.
+        """
+        return self._jitted.trace(state, batch)
+
 
 def train_step(
     state: TrainState,
     batch: dict[str, jax.Array],
     *,
-    graphdef: nnx.GraphDef,
+    definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
     config: ml_collections.ConfigDict,
 ) -> tuple[TrainState, Metrics]:
     """The pure step; see `TrainStep`."""
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
-    by_example = sharding.batch_sharding(mesh)
-
-    def loss_fn(params: Any) -> tuple[jax.Array, Metrics]:
-        # fsdp: parameters are stored in parts and gathered for use. Left to itself the compiler
-        # would split the products instead and move activations around.
-        params = jax.lax.with_sharding_constraint(params, sharding.replicated(mesh))
-        model = merge_model(graphdef, params)
-        images = normalize(batch["images"], jnp.dtype(config.model.dtype))
-        image_emb = model.encode_image(images, patch_dropout=config.model.patch_dropout, key=key)
-        text_emb = model.encode_text(batch["tokens"])
-        return contrastive_objective(
-            jax.lax.with_sharding_constraint(image_emb, by_example),
-            jax.lax.with_sharding_constraint(text_emb, by_example),
-            jnp.exp(params["log_logit_scale"]),
-            mesh=mesh,
-            axis_names=sharding.BATCH_AXES,
-            alpha=config.loss.alpha,
-            beta=config.loss.beta,
-            impl=config.loss.impl,
-            stop_weight_gradient=config.loss.stop_weight_gradient,
-        )
-
-    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    grads, metrics = loss_gradients(state, batch, definition=definition, mesh=mesh, config=config)
+    trained, frozen = split_parameters(config.optimizer, state.params)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params = merge_parameters(optax.apply_updates(trained, updates), frozen)
     params["log_logit_scale"] = jnp.minimum(
         params["log_logit_scale"], math.log(config.optimizer.max_logit_scale)
     )
@@ -133,7 +133,124 @@ def train_step(
         "param_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = update_average(ema_params, params, config.ema.decay, state.step)
     new_state = TrainState(
-        step=state.step + 1, params=params, opt_state=opt_state, key_data=state.key_data
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        key_data=state.key_data,
+        ema_params=ema_params,
     )
     return new_state, metrics
+
+
+def loss_gradients(
+    state: TrainState,
+    batch: dict[str, jax.Array],
+    *,
+    definition: ModelDefinition,
+    mesh: Mesh,
+    config: ml_collections.ConfigDict,
+) -> tuple[dict[str, Any], Metrics]:
+    """The gradient of the global batch's loss by the trained parameters, and metrics.
+
+    Args:
+        state, batch: see `TrainStep`.
+        definition: of the model, with the execution of the step.
+        mesh: axes `data` and `fsdp`.
+        config: the whole training config.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
+    examples = _with_kept_patches(batch, key, definition.arch, config.model.patch_dropout, mesh)
+    encode = functools.partial(
+        encode_examples,
+        definition=definition,
+        gather=ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
+    )
+    # Differentiating by the trained parameters alone spares a locked tower its backward pass.
+    trained, frozen = split_parameters(config.optimizer, state.params)
+
+    def loss_fn(trained: Any) -> tuple[jax.Array, Metrics]:
+        encoded = encode_on_mesh(
+            encode,
+            trained,
+            frozen,
+            examples,
+            mesh=mesh,
+            micro_batch=config.micro_batch,
+            scan_layers=definition.execution.scan_layers,
+        )
+        return contrastive_objective(
+            encoded["image_emb"],
+            encoded["text_emb"],
+            jnp.exp(merge_parameters(trained, frozen)["log_logit_scale"]),
+            mesh=mesh,
+            axis_names=sharding.BATCH_AXES,
+            alpha=config.loss.alpha,
+            beta=config.loss.beta,
+            impl=config.loss.impl,
+            stop_weight_gradient=config.loss.stop_weight_gradient,
+        )
+
+    (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+    return grads, metrics
+
+
+def encode_examples(
+    params: dict[str, Any],
+    examples: dict[str, jax.Array],
+    *,
+    definition: ModelDefinition,
+    gather: ParameterGather,
+) -> dict[str, jax.Array]:
+    """Embeds examples on one device, from its part of the parameters.
+
+    Args:
+        params: this device's part of every parameter.
+        examples: `images` uint8 [b, h, w, 3], `tokens` int32 [b, t], and `kept_patches` int32
+            [b, k] where patches are dropped.
+        definition: of the model.
+        gather: makes parameters whole.
+
+    Returns:
+        `image_emb` and `text_emb`, float32 [b, d], L2-normalised.
+    """
+    model = merge_model(definition, gather.outside_blocks(params))
+    features = model.vision.features(
+        normalize(examples["images"], jnp.dtype(definition.dtype)),
+        kept_patches=examples.get("kept_patches"),
+        gather=gather.block("vision"),
+    )
+    return {
+        "image_emb": model.embed_features(features),
+        "text_emb": model.encode_text(examples["tokens"], gather=gather.block("text")),
+    }
+
+
+def _with_kept_patches(
+    batch: dict[str, jax.Array], key: jax.Array, arch: Architecture, share: float, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """The batch and, where patches are dropped, which of each image stay.
+
+    Drawn for the global batch, so that neither the mesh nor the micro-batches have a say.
+    """
+    if share <= 0.0:
+        return batch
+    num_patches = (arch.image_size // arch.patch_size) ** 2
+    kept = choose_patches(key, batch["images"].shape[0], num_patches, share)
+    by_example = sharding.batch_sharding(mesh)
+    return {**batch, "kept_patches": jax.lax.with_sharding_constraint(kept, by_example)}
+
+
+def _for_training(
+    definition: ModelDefinition, config: ml_collections.ConfigDict, mesh: Mesh
+) -> ModelDefinition:
+    """The model, computing as the config section `model` says on the devices of the mesh."""
+    attention = config.attention
+    if attention == "auto" and mesh.devices.flat[0].platform != "gpu":
+        # The mesh may be of another machine than this one; see `diht_jax.compile`.
+        attention = "xla"
+    execution = Execution(scan_layers=config.scan_layers, remat=config.remat, attention=attention)
+    return dataclasses.replace(definition, execution=execution)

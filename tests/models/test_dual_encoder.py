@@ -11,7 +11,9 @@ from flax import nnx
 from diht_jax.config import ARCHITECTURE_FIELDS
 from diht_jax.models import Architecture, DualEncoder, get_architecture
 from diht_jax.models.parameters import merge_model, model_definition, model_parameters
+from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import ARCHITECTURES
+from diht_jax.weights.clip_layout import from_clip
 
 OPEN_CLIP_NAMES = {
     "diht_vitb32_224px": "ViT-B-32",
@@ -58,56 +60,6 @@ def open_clip_model(arch: Architecture):
     ).eval()
 
 
-def from_open_clip(state: dict[str, np.ndarray], arch: Architecture) -> dict:
-    """open_clip's parameters in our layout: kernels are transposed, convolutions are HWIO."""
-
-    def norm(name):
-        return {"scale": state[f"{name}.weight"], "bias": state[f"{name}.bias"]}
-
-    def linear(name):
-        return {"kernel": state[f"{name}.weight"].T, "bias": state[f"{name}.bias"]}
-
-    def block(name):
-        return {
-            "attention_norm": norm(f"{name}.ln_1"),
-            "attention": {
-                "in_proj": {
-                    "kernel": state[f"{name}.attn.in_proj_weight"].T,
-                    "bias": state[f"{name}.attn.in_proj_bias"],
-                },
-                "out_proj": linear(f"{name}.attn.out_proj"),
-            },
-            "mlp_norm": norm(f"{name}.ln_2"),
-            "mlp": {
-                "fc_in": linear(f"{name}.mlp.c_fc"),
-                "fc_out": linear(f"{name}.mlp.c_proj"),
-            },
-        }
-
-    def blocks(prefix, layers):
-        return {str(i): block(f"{prefix}transformer.resblocks.{i}") for i in range(layers)}
-
-    return {
-        "vision": {
-            "patch_embedding": {"kernel": state["visual.conv1.weight"].transpose(2, 3, 1, 0)},
-            "class_embedding": state["visual.class_embedding"],
-            "positional_embedding": state["visual.positional_embedding"],
-            "pre_norm": norm("visual.ln_pre"),
-            "blocks": blocks("visual.", arch.vision_layers),
-            "post_norm": norm("visual.ln_post"),
-            "projection": {"kernel": state["visual.proj"]},
-        },
-        "text": {
-            "token_embedding": {"embedding": state["token_embedding.weight"]},
-            "positional_embedding": state["positional_embedding"],
-            "blocks": blocks("", arch.text_layers),
-            "final_norm": norm("ln_final"),
-            "projection": {"kernel": state["text_projection"]},
-        },
-        "log_logit_scale": state["logit_scale"],
-    }
-
-
 def numpy_state(model) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in model.state_dict().items()}
 
@@ -131,7 +83,7 @@ def test_embeddings_equal_open_clip_on_equal_weights():
 
     reference = open_clip_model(SMALL)
     graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
-    params = from_open_clip(numpy_state(reference), SMALL)
+    params = from_clip(numpy_state(reference), SMALL)
     expected_shapes = jax.tree.map(jnp.shape, jax.eval_shape(init, jax.random.key(0)))
     assert jax.tree.map(np.shape, params) == expected_shapes
 
@@ -154,7 +106,7 @@ def test_initialisation_has_the_spread_of_open_clips():
     # Wide enough that a standard deviation is known to a few percent.
     arch = dataclasses.replace(SMALL, vision_layers=3, text_layers=3)
     ours = jax.jit(model_definition(arch, jnp.float32, jnp.float32)[1])(jax.random.key(1))
-    theirs = from_open_clip(numpy_state(open_clip_model(arch)), arch)
+    theirs = from_clip(numpy_state(open_clip_model(arch)), arch)
     flat = {
         jax.tree_util.keystr(path): (np.asarray(a), np.asarray(b))
         for (path, a), b in zip(
@@ -201,16 +153,29 @@ def test_text_after_the_end_of_text_token_has_no_influence():
 
 
 def test_patch_dropout_keeps_a_random_subset_of_each_image():
-    from diht_jax.models.vit import drop_patches
+    kept = np.asarray(choose_patches(jax.random.key(0), 3, 16, 0.5))
+    assert kept.shape == (3, 8) and kept.dtype == np.int32
+    for row in kept:
+        assert len(set(row)) == 8 and set(row) <= set(range(16))
+    assert len({tuple(sorted(row)) for row in kept}) > 1
+    assert choose_patches(jax.random.key(0), 2, 16, 0.99).shape == (2, 1)
 
-    patches = jnp.arange(3 * 16.0).reshape(3, 16, 1)
-    kept = np.asarray(drop_patches(patches, 0.5, jax.random.key(0)))[..., 0]
-    assert kept.shape == (3, 8)
+    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    model = merge_model(graphdef, init(jax.random.key(0)))
+    images = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
+    features = model.vision.features(images, kept_patches=jnp.asarray(kept))
+    # Attention has no order of its own, and what is not looked at has no influence.
+    backwards = model.vision.features(images, kept_patches=jnp.asarray(kept[:, ::-1]))
+    np.testing.assert_allclose(features, backwards, atol=1e-5)
+    blanked = images.reshape(3, 4, 8, 4, 8, 3).copy()
     for i, row in enumerate(kept):
-        assert len(set(row)) == 8 and set(row) <= set(range(16 * i, 16 * i + 16))
-    assert len({tuple(sorted(row - 16 * i)) for i, row in enumerate(kept)}) > 1
-    with pytest.raises(ValueError, match="random key"):
-        drop_patches(patches, 0.5, None)
+        for patch in set(range(16)) - set(row):
+            blanked[i, patch // 4, :, patch % 4] = 7.0
+    blanked = blanked.reshape(images.shape)
+    np.testing.assert_allclose(
+        features, model.vision.features(blanked, kept_patches=jnp.asarray(kept)), atol=1e-5
+    )
+    assert np.abs(features - model.vision.features(blanked)).max() > 1e-2
 
 
 def test_wrong_image_shape_is_named():
@@ -222,7 +187,7 @@ def test_wrong_image_shape_is_named():
 
 def test_config_knows_the_fields_of_an_architecture():
     fields = tuple(field.name for field in dataclasses.fields(Architecture))
-    assert fields == ARCHITECTURE_FIELDS
+    assert fields == tuple(ARCHITECTURE_FIELDS)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +196,8 @@ def test_config_knows_the_fields_of_an_architecture():
         ("diht_vitb_32", {}, "did you mean 'diht_vitb32_224px'"),
         ("small_64px", {"text_layer": 3}, "did you mean 'text_layers'"),
         ("small_64px", {"text_layers": 0}, "positive int"),
+        ("small_64px", {"activation": "relu"}, "gelu or quick_gelu"),
+        ("small_64px", {"activation": 1}, "expected a str"),
         ("small_64px", {"patch_size": 7}, "no multiple of patch_size 7"),
         ("small_64px", {"vision_heads": 5}, "no multiple of vision_heads 5"),
     ],

@@ -42,6 +42,8 @@ def test_one_device_data_parallel_and_fsdp_give_the_same_losses(config, tmp_path
 
 def test_stop_and_resume_is_bit_identical_to_going_straight(config, tmp_path):
     config.mesh.update(data=2, fsdp=4)
+    config.ema.decay = 0.9
+    config.optimizer.layer_decay = 0.8
     straight = train(config, tmp_path / "straight")
     train(config, tmp_path / "stopped", stop_after_steps=10)
     assert len(series(tmp_path / "stopped", "loss")) == 10
@@ -66,6 +68,7 @@ def test_the_loop_leaves_what_people_look_at(config, tmp_path):
     config.total_steps = 6
     config.checkpoint.every_steps = 2
     config.checkpoint.keep_last = 2
+    config.profile.update(start_step=3, stop_step=4)
     state = train(config, tmp_path)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
@@ -77,6 +80,8 @@ def test_the_loop_leaves_what_people_look_at(config, tmp_path):
         "learning_rate",
         "images_per_sec",
         "data_wait_secs",
+        "data_wait_share",
+        "model_flops_per_sec",
     }
     assert row.keys() >= expected
     assert row["step"] == 6 and all(np.isfinite(value) for value in row.values())
@@ -92,6 +97,16 @@ def test_the_loop_leaves_what_people_look_at(config, tmp_path):
     ]
     losses = series(tmp_path, "loss")
     assert logged == [(i + 1, np.float32(loss)) for i, loss in enumerate(losses)]
+
+    (trace,) = (tmp_path / "profile").glob("**/*.xplane.pb")
+    profiled = [
+        dict(event.stats)["step_num"]
+        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    ]
+    assert sorted(profiled) == [3, 4]
 
     model = diht_jax.load_model(tmp_path)
     assert model.step == 6
@@ -140,6 +155,11 @@ def test_a_new_run_can_start_from_another_at_a_larger_image_size(config, tmp_pat
         ({"mesh.fsdp": 3}, "makes 6 devices, but there are 8"),
         ({"optimizer.warmup_steps": 20}, "expected less than the 20 steps"),
         ({"total_epochs": 1.0}, "set exactly one of"),
+        ({"evaluation.use_ema": True}, "use_ema needs config.ema.decay"),
+        ({"ema.decay": 1.0}, "ema.decay=1.0: expected at least 0 and less than 1"),
+        ({"profile.start_step": 3}, "expected 1 <= start_step <= stop_step, or neither"),
+        ({"profile.start_step": 3, "profile.stop_step": 2}, "got start_step=3, stop_step=2"),
+        ({"optimizer.frozen": ("^visoin/",)}, "'.visoin/' is found in no parameter's name"),
     ],
 )
 def test_wrong_settings_are_refused_before_training(config, tmp_path, changes, message):

@@ -1,0 +1,135 @@
+"""Benchmark records: what was measured, on which machine, with which versions, and when.
+
+Every benchmark ends with `write_result`; the JSON files are kept in the repository and quoted by
+`docs/scaling.md`. How something is measured does not belong here.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import re
+import sys
+from typing import Any
+
+from diht_jax.data.atomic_file import write_atomically
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+
+# Module -> its package. Recorded where the benchmark has imported the module.
+_PACKAGES = {
+    "jax": "jax",
+    "jaxlib": "jaxlib",
+    "flax": "flax",
+    "optax": "optax",
+    "numpy": "numpy",
+    "libtpu": "libtpu",
+    "grain": "grain",
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "open_clip": "open_clip_torch",
+    "webdataset": "webdataset",
+}
+
+
+def write_result(
+    name: str, payload: dict[str, Any], directory: str | os.PathLike[str] = RESULTS
+) -> pathlib.Path:
+    """Writes `directory/NAME.json`; a file of that name is replaced.
+
+    Args:
+        name: of the benchmark, lower-case letters, digits and `_`.
+        payload: what was measured, ready for JSON. Keys carry their units (`_secs`, `_bytes`).
+        directory: `benchmarks/results` by default.
+
+    Returns:
+        The path of the file, which holds the payload's keys and `benchmark`, `command`,
+        `machine`, `versions` and `date_utc`.
+
+    Raises:
+        ValueError: a name that is no plain file name, a payload that uses a reserved key, or one
+            that is not finite or not JSON.
+    """
+    if not re.fullmatch(r"[a-z0-9_]+", name):
+        raise ValueError(f"name: expected lower-case letters, digits and '_', got {name!r}")
+    head = {
+        "benchmark": name,
+        "command": _command(),
+        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": describe_machine(),
+        "versions": package_versions(),
+    }
+    reserved = sorted(head.keys() & payload.keys())
+    if reserved:
+        raise ValueError(f"payload: the keys {', '.join(reserved)} are written by write_result")
+    try:
+        text = json.dumps({**head, **payload}, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"payload of '{name}' is no plain, finite JSON: {error}") from error
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}.json"
+    write_atomically(path, f"{text}\n".encode())
+    return path
+
+
+def describe_machine() -> dict[str, Any]:
+    """`cpu`, `cores`, `memory_gb`, and `accelerator` (None on a machine without).
+
+    The accelerator is looked for only with the libraries that are imported already.
+    """
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "memory_gb": round(memory_bytes / 1e9, 1),
+        "accelerator": _accelerator(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that are imported at this moment."""
+    versions = {"python": platform.python_version()}
+    for module, package in _PACKAGES.items():
+        if module in sys.modules:
+            try:
+                versions[package] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                versions[package] = getattr(sys.modules[module], "__version__", "unknown")
+    return versions
+
+
+def _command() -> str:
+    """How this process was started, as one would type it in the repository's root."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name}" if spec else pathlib.Path(sys.argv[0]).name
+    return " ".join(["python", program, *sys.argv[1:]])
+
+
+def _cpu_model() -> str:
+    info = pathlib.Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def _accelerator() -> str | None:
+    if "jax" in sys.modules:
+        import jax
+
+        device = jax.devices()[0]
+        if device.platform != "cpu":
+            return f"{jax.device_count()} x {device.device_kind}"
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return None

@@ -1,0 +1,75 @@
+"""Command: compile the training step of a recipe for a machine that is not here.
+
+    python -m diht_jax.compile --config configs/diht_vitl14.py --topology v5e:16x16
+
+Prints, for one device and one step, memory, floating-point work, traffic, communication and a
+roofline estimate. Exits with 1 when the step does not fit, after having looked for settings of
+`config.micro_batch` and `config.model.remat` that do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from diht_jax import command_line
+from diht_jax.config import default_config, validate_config
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology",
+    None,
+    "What to compile for, such as v5e:16x16, v4:4x4x8, h100:8, or local; the recipe's own "
+    "(config.topology) by default.",
+)
+_GLOBAL_BATCH = flags.DEFINE_integer(
+    "global_batch", None, "Replaces config.data.batch_size, in examples."
+)
+_SEARCH = flags.DEFINE_bool("search", True, "Look for settings that fit when the recipe's do not.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    """Compiles, prints the report, and exits with the verdict."""
+    config = _CONFIG.value
+    validate_config(config, default_config())
+    name = _TOPOLOGY.value or config.topology
+    if not name:
+        raise ValueError(
+            "the recipe names no config.topology; say what to compile for: --topology v5e:16x16"
+        )
+    if _GLOBAL_BATCH.value is not None:
+        config.data.batch_size = _GLOBAL_BATCH.value
+    if name != "local":
+        # Read when JAX is imported: the machine's own devices are of no use here.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+    from diht_jax.training.compilation import compile_step, settings_that_fit
+    from diht_jax.training.report import describe_settings, describe_step
+    from diht_jax.training.topologies import get_topology
+
+    topology = get_topology(name)
+    logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
+    report = compile_step(config, topology)
+    print(describe_step(report))
+    if report.fits:
+        return
+    if _SEARCH.value:
+        print("\nlooking for settings that fit:")
+        found = settings_that_fit(config, topology, report, on_try=_print_try)
+        print(describe_settings(found))
+    sys.exit(1)
+
+
+def _print_try(report: Any) -> None:
+    from diht_jax.training.report import describe_try
+
+    print(describe_try(report), flush=True)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,109 @@
+"""Start-up of a job of several processes: TPU pods, Slurm, Open MPI, or by hand.
+
+Called by the commands before anything asks JAX for devices. Meshes and batches are `sharding.py`'s.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+
+import jax
+from absl import flags, logging
+
+# A process that has not been heard of for so long ends the job; the others say which one it was.
+HEARTBEAT_TIMEOUT_SECS = 100
+
+
+def define_flags() -> None:
+    """The flags that `start_from_flags` reads."""
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "HOST:PORT of the first process, for clusters that JAX cannot ask (it can ask TPU pods, "
+        "Slurm and Open MPI). Needs --num_processes and --process_id.",
+    )
+    flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+
+
+def start_from_flags() -> None:
+    """`start`, with what the command line says."""
+    values = flags.FLAGS
+    start(values.coordinator_address, values.num_processes, values.process_id)
+
+
+def start(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+) -> None:
+    """Joins the other processes of the job, if there are any.
+
+    Args:
+        coordinator_address: HOST:PORT of the first process; None asks the cluster.
+        num_processes: of the job; with an address.
+        process_id: of this process, from 0; with an address.
+
+    Raises:
+        ValueError: some of the three and not all, or numbers that do not fit.
+    """
+    given = {
+        "--coordinator_address": coordinator_address,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        cluster = find_cluster()
+        if cluster is None:
+            return
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECS)
+    else:
+        if missing:
+            raise ValueError(
+                f"{', '.join(missing)}: expected together with the others of {', '.join(given)}"
+            )
+        if not 0 <= process_id < num_processes:
+            raise ValueError(
+                f"--process_id={process_id}: expected at least 0 and less than "
+                f"--num_processes={num_processes}"
+            )
+        cluster = coordinator_address
+        jax.distributed.initialize(
+            coordinator_address,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECS,
+        )
+    logging.info(
+        "process %d of %d (%s), %d of %d devices",
+        jax.process_index(),
+        jax.process_count(),
+        cluster,
+        jax.local_device_count(),
+        jax.device_count(),
+    )
+    if jax.process_index() != 0:
+        # One log is enough; what goes wrong is still told by everyone.
+        logging.set_verbosity(logging.WARNING)
+
+
+def find_cluster() -> str | None:
+    """The kind of job that this process is one of several of, or None.
+
+    Looks at the environment only: nothing is asked over the network.
+    """
+    env = os.environ
+    if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
+        return "Slurm"
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "Open MPI"
+    wants_tpu = env.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+    has_tpu = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
+        pathlib.Path("/dev/vfio").glob("[0-9]*")
+    )
+    if wants_tpu and has_tpu and importlib.util.find_spec("libtpu"):
+        return "TPU"
+    return None

@@ -1,0 +1,88 @@
+"""Which intermediate values of a block are kept for the backward pass, by name.
+
+Used by `transformer.run_blocks`. The policies, with what a block keeps for each token (w is its
+width, t the number of tokens) and what the backward pass computes again:
+
+    none     everything that costs arithmetic worth the name, attention weights included
+             (17 w + t heads): nothing but cheap element-wise operations again
+    dots     the outputs of the four linear layers (9 w): attention, LayerNorm and GELU again
+    minimal  queries, keys, values and the attention's output (5 w): of the linear layers
+             also the MLP's first again, a third of a block's
+    full     the block's input only (1 w): the whole block again but the MLP's last layer
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+POLICIES = ("none", "full", "dots", "minimal")
+
+# Names that the blocks give to values with `checkpoint_name`.
+QKV = "qkv"
+ATTENTION_OUT = "attention_out"
+
+# Element-wise, so computed again in less time than a read from memory takes: XLA fuses them into
+# whatever needs them. The gather of a split parameter is the exception: it costs communication,
+# and keeping its result would keep every layer whole.
+_COMPUTED_AGAIN = frozenset(
+    {
+        "add",
+        "add_any",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "integer_pow",
+        "square",
+        "select_n",
+        "copy",
+        "convert_element_type",
+        "broadcast_in_dim",
+        "reshape",
+        "transpose",
+        "squeeze",
+        "slice",
+        "all_gather",
+    }
+)
+
+
+def check_remat(name: str) -> None:
+    """Raises ValueError unless `name` is one of `POLICIES`."""
+    if name not in POLICIES:
+        raise ValueError(f"config.model.remat='{name}': expected one of {', '.join(POLICIES)}")
+
+
+def checkpointed(
+    run: Callable[..., jax.Array], name: str, *, scanned: bool
+) -> Callable[..., jax.Array]:
+    """`run` with the policy `name` for its backward pass.
+
+    Args:
+        run: one block, a function of its parameters and its input.
+        name: of the policy.
+        scanned: `run` is the body of a scan, where the compiler has no chance to merge the second
+            computation with the first.
+    """
+    return jax.checkpoint(run, policy=_policy(name), prevent_cse=not scanned)
+
+
+def _policy(name: str) -> Callable[..., Any]:
+    check_remat(name)
+    policies = jax.checkpoint_policies
+    return {
+        "none": _save_what_costs,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "minimal": policies.save_only_these_names(QKV, ATTENTION_OUT),
+        "full": policies.nothing_saveable,
+    }[name]
+
+
+def _save_what_costs(primitive: Any, *_, **params) -> bool:
+    if primitive.name == "custom_vjp_call":
+        equations = params["call_jaxpr"].jaxpr.eqns
+        return all(eqn.primitive.name != "all_gather" for eqn in equations)
+    return primitive.name not in _COMPUTED_AGAIN

@@ -1,0 +1,85 @@
+"""What accelerators can do: peak rates and memory, one row per device.
+
+Read by the training loop (MFU) and by `diht_jax.compile` (roofline, memory). Numbers only, all
+public:
+
+  * TPU: Google Cloud's TPU documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and
+    "TPU7x" (https://docs.cloud.google.com/tpu/docs/v5e and so on): "Peak compute per chip (bf16)",
+    "HBM capacity", "HBM bandwidth", and half of the "bidirectional inter-chip interconnect (ICI)
+    bandwidth per chip". For v4, whose page has no ICI figure, 6 links of 50 GB/s (Jouppi et al.,
+    arXiv 2304.01433). Capacities are binary: the compiler's own limits show it.
+  * GPU: NVIDIA's data sheets; dense bfloat16 tensor-core rate (float16 where a chip has no
+    bfloat16), never the one with sparsity; half of NVLink's two-way figure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device as JAX sees it: a whole chip, but one of the two cores of a TPU7x.
+
+    Attributes:
+        name: short name, such as "v5e".
+        kind: regular expression for JAX's `device_kind`.
+        peak_flops: bfloat16 multiply-adds times 2, per second.
+        hbm_bytes: memory.
+        hbm_bytes_per_sec: its bandwidth.
+        link_bytes_per_sec: out of the chip over all its links (ICI, NVLink), one direction; 0
+            where there are none.
+        num_links: of the torus, 2 per axis; 0 where every chip reaches every other one alike.
+    """
+
+    name: str
+    kind: str
+    peak_flops: float
+    hbm_bytes: int
+    hbm_bytes_per_sec: float
+    link_bytes_per_sec: float
+    num_links: int = 0
+
+
+CHIPS: tuple[Chip, ...] = (
+    Chip("v4", r"TPU v4", 275e12, 32 * GIB, 1200e9, 300e9, 6),
+    Chip("v5e", r"TPU v5 ?(lite|e)", 197e12, 16 * GIB, 819e9, 200e9, 4),
+    Chip("v5p", r"TPU v5p?", 459e12, 95 * GIB, 2765e9, 600e9, 6),
+    Chip("v6e", r"TPU v6 ?(lite|e)", 918e12, 32 * GIB, 1638e9, 400e9, 4),
+    Chip("tpu7x", r"TPU ?v?7x?", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2, 6),
+    Chip("v100", r".*V100.*", 125e12, 32 * GIB, 900e9, 150e9),
+    Chip("t4", r".*\bT4\b.*", 65e12, 16 * GIB, 300e9, 0.0),
+    Chip("a100_80gb", r".*A100.*80GB.*", 312e12, 80 * GIB, 2039e9, 300e9),
+    Chip("a100", r".*A100.*", 312e12, 40 * GIB, 1555e9, 300e9),
+    Chip("a10g", r".*A10G.*", 70e12, 24 * GIB, 600e9, 0.0),
+    Chip("l4", r".*\bL4\b.*", 121e12, 24 * GIB, 300e9, 0.0),
+    Chip("l40s", r".*L40S.*", 362e12, 48 * GIB, 864e9, 0.0),
+    Chip("rtx4090", r".*RTX 4090.*", 165e12, 24 * GIB, 1008e9, 0.0),
+    Chip("h100_pcie", r".*H100.*PCIe.*", 756e12, 80 * GIB, 2000e9, 300e9),
+    Chip("h100_nvl", r".*H100.*NVL.*", 835e12, 94 * GIB, 3900e9, 300e9),
+    Chip("h100", r".*H100.*", 989e12, 80 * GIB, 3350e9, 450e9),
+    Chip("gh200", r".*GH200.*", 989e12, 96 * 10**9, 4000e9, 450e9),
+    Chip("h200", r".*H200.*", 989e12, 141 * 10**9, 4800e9, 450e9),
+    Chip("b200", r".*B200.*", 2250e12, 180 * 10**9, 8000e9, 900e9),
+)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The row for a `jax.Device.device_kind` (or a short name of the table), or None."""
+    for chip in CHIPS:
+        if device_kind == chip.name or re.fullmatch(chip.kind, device_kind):
+            return chip
+    return None
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 peak of one device, in operations per second; None for an unknown kind.
+
+    Args:
+        device_kind: of a `jax.Device`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
+    """
+    chip = find_chip(device_kind)
+    return chip.peak_flops if chip else None

@@ -1,0 +1,241 @@
+"""How examples are encoded on the mesh, and how gradients come back: fsdp and micro-batches.
+
+Used by the training step, which puts the loss on top and differentiates through it. Inside of
+`jax.shard_map` each device encodes its own rows: nothing but parameters is ever sent. No losses
+and no optimiser may come in here.
+
+A function that encodes takes (params, examples), nested dicts of the parameters and of arrays
+[b, ...], and returns a nested dict of arrays [b, ...] of which row i depends on example i alone.
+That is all it takes to go micro-batch by micro-batch, so whatever is computed of one example (the
+losses of concept heads, say) can be returned beside the embeddings.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
+
+from diht_jax import sharding
+from diht_jax.models.parameters import TOWERS, stack_blocks
+from diht_jax.models.transformer import Gather
+from diht_jax.training.update_rules import merge_parameters
+
+Tree = Any
+Encode = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]
+
+_FSDP = "fsdp"
+# Read and summed in the dtype they are stored in; see `models.text`.
+_NOT_CAST = ("token_embedding", "positional_embedding")
+
+
+def check_micro_batch(micro_batch: int | None, batch_size: int, num_devices: int) -> None:
+    """Raises ValueError unless every device can split its rows into equal micro-batches.
+
+    Args:
+        micro_batch: `config.micro_batch`, in examples over all devices, or None.
+        batch_size: global.
+        num_devices: of the mesh.
+    """
+    if micro_batch is None:
+        return
+    if micro_batch < 1 or batch_size % micro_batch or micro_batch % num_devices:
+        raise ValueError(
+            f"config.micro_batch={micro_batch}: expected a multiple of the {num_devices} devices "
+            f"that divides config.data.batch_size={batch_size}"
+        )
+
+
+def encode_on_mesh(
+    encode: Encode,
+    trained: dict[str, Any],
+    frozen: dict[str, Any],
+    examples: dict[str, jax.Array],
+    *,
+    mesh: Mesh,
+    micro_batch: int | None = None,
+    scan_layers: bool = False,
+) -> dict[str, jax.Array]:
+    """Encodes the global batch, each device its own rows.
+
+    Differentiable with respect to `trained`, whose gradient is summed over all devices and lies as
+    the parameters do.
+
+    Args:
+        encode: gets this device's part of every parameter, to be made whole with
+            `ParameterGather`.
+        trained, frozen: nested dicts of parameters, placed by the partition rules, layer by layer.
+        examples: arrays [N, ...], split over the mesh by rows.
+        mesh: axes `data` and `fsdp`.
+        micro_batch: examples, over all devices, to encode at once; see `in_micro_batches`.
+        scan_layers: `encode` wants the blocks stacked.
+
+    Returns:
+        What `encode` returns, [N, ...], split over the mesh by rows.
+    """
+    specs = functools.partial(_partition_specs, mesh=mesh)
+    rows = PartitionSpec(sharding.BATCH_AXES)
+    batch_size = next(iter(examples.values())).shape[0]
+    count = batch_size // (micro_batch or batch_size)
+    is_trained = merge_parameters(
+        jax.tree.map(lambda _: True, trained), jax.tree.map(lambda _: False, frozen)
+    )
+    if scan_layers:
+        is_trained = stack_blocks(is_trained, lambda *layers: any(layers))
+
+    def encode_rows(trained, frozen, examples):
+        params = merge_parameters(trained, frozen)
+        # Once for all micro-batches.
+        params = stack_blocks(params) if scan_layers else params
+        if count == 1:
+            return encode(params, examples)
+        return in_micro_batches(encode, count, is_trained)(params, examples)
+
+    # Sums over devices are those of the transposed `shard_map`: one for each parameter, after the
+    # last micro-batch, in the parameter's dtype.
+    return jax.shard_map(
+        encode_rows,
+        mesh=mesh,
+        in_specs=(specs(trained), specs(frozen), rows),
+        out_specs=rows,
+        check_vma=False,
+    )(trained, frozen, examples)
+
+
+def in_micro_batches(encode: Encode, count: int, is_trained: Tree) -> Encode:
+    """`encode` with memory for one of `count` micro-batches at a time, and the same gradient.
+
+    The forward pass keeps only its results. The backward pass gets their cotangents, which a loss
+    over the whole batch has made, and encodes each micro-batch again to propagate its part back.
+    Results are exact where `encode` treats every example apart; randomness must come with the
+    examples. Source: GradCache (Gao et al. 2021, arXiv 2101.06983).
+
+    Args:
+        encode: from parameters and `b / count` examples.
+        count: of micro-batches; divides b.
+        is_trained: like the parameters, false where no gradient is wanted.
+    """
+
+    def embed(params: Tree, examples: Tree) -> Tree:
+        parts = jax.lax.map(lambda part: encode(params, part), _split_rows(examples, count))
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+
+    @jax.custom_vjp
+    def embed_leaves(trained: list[jax.Array], frozen: list[jax.Array], examples: Tree) -> Tree:
+        return embed(merge(trained, frozen), examples)
+
+    def forward(trained, frozen, examples):
+        return embed_leaves(trained, frozen, examples), (trained, frozen, examples)
+
+    def backward(kept, cotangents):
+        trained, frozen, examples = kept
+
+        def add(sums, part):
+            part_examples, part_cotangents = part
+            _, pull_back = jax.vjp(lambda t: encode(merge(t, frozen), part_examples), trained)
+            (grads,) = pull_back(part_cotangents)
+            return [s + g.astype(s.dtype) for s, g in zip(sums, grads, strict=True)], None
+
+        # At least float32, whatever the parameters are stored in: this is a long sum.
+        zeros = [jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)) for p in trained]
+        parts = (_split_rows(examples, count), _split_rows(cotangents, count))
+        sums, _ = jax.lax.scan(add, zeros, parts)
+        return [s.astype(p.dtype) for s, p in zip(sums, trained, strict=True)], None, None
+
+    embed_leaves.defvjp(forward, backward)
+    flags, structure = jax.tree.flatten(is_trained)
+
+    def merge(trained: list[jax.Array], frozen: list[jax.Array]) -> Tree:
+        trained, frozen = iter(trained), iter(frozen)
+        return structure.unflatten([next(trained if flag else frozen) for flag in flags])
+
+    def encode_all(params: Tree, examples: Tree) -> Tree:
+        leaves = list(zip(structure.flatten_up_to(params), flags, strict=True))
+        trained = [leaf for leaf, flag in leaves if flag]
+        return embed_leaves(trained, [leaf for leaf, flag in leaves if not flag], examples)
+
+    return encode_all
+
+
+class ParameterGather:
+    """Makes split parameters whole where they are used, inside of `jax.shard_map`.
+
+    What a device needs is cast to the dtype of the computation before it is sent; what comes back,
+    the gradient, is summed in the dtype of the parameter and arrives split again.
+    """
+
+    def __init__(self, params: dict[str, Any], mesh: Mesh, dtype: DTypeLike):
+        """Notes where each parameter is split.
+
+        Args:
+            params: nested dict of all parameters (global shapes), layer by layer.
+            mesh: axes `data` and `fsdp`.
+            dtype: of the computation.
+        """
+        self._dtype = dtype
+        is_split = mesh.shape[_FSDP] > 1
+        self._axes = {
+            sharding.path_name(path): spec.index(_FSDP) if _FSDP in spec and is_split else None
+            for path, spec in jax.tree_util.tree_leaves_with_path(
+                _partition_specs(params, mesh), is_leaf=lambda x: isinstance(x, PartitionSpec)
+            )
+        }
+
+    def block(self, tower: str) -> Gather | None:
+        """For one block of a tower, whose layers are split alike; None if they are whole."""
+        prefix = f"{tower}/blocks/0/"
+        split = [name for name, axis in self._axes.items() if axis is not None]
+        if not any(name.startswith(prefix) for name in split):
+            return None
+        return functools.partial(self._gather, prefix=prefix)
+
+    def outside_blocks(self, params: dict[str, Any]) -> dict[str, Any]:
+        """All parameters, with those that belong to no block made whole."""
+        blocks = {tower: {"blocks": params[tower]["blocks"]} for tower in TOWERS}
+        others = {
+            name: {k: v for k, v in value.items() if k != "blocks"} if name in TOWERS else value
+            for name, value in params.items()
+        }
+        return merge_parameters(self._gather(others, prefix=""), blocks)
+
+    def _gather(self, tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+        def gather(path, shard):
+            name = prefix + sharding.path_name(path)
+            axis = self._axes[name]
+            if axis is None:
+                return shard
+            dtype = shard.dtype if any(part in name for part in _NOT_CAST) else self._dtype
+            return _gather_axis(shard, axis, jnp.dtype(dtype))
+
+        return jax.tree_util.tree_map_with_path(gather, tree)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather_axis(shard: jax.Array, axis: int, dtype: jnp.dtype) -> jax.Array:
+    return jax.lax.all_gather(shard.astype(dtype), _FSDP, axis=axis, tiled=True)
+
+
+def _gather_axis_forward(shard, axis, dtype):
+    # The empty array carries the dtype of the parameter to the backward pass.
+    return _gather_axis(shard, axis, dtype), jnp.zeros((0,), shard.dtype)
+
+
+def _gather_axis_backward(axis, dtype, kept, cotangent):
+    cotangent = cotangent.astype(kept.dtype)
+    return (jax.lax.psum_scatter(cotangent, _FSDP, scatter_dimension=axis, tiled=True),)
+
+
+_gather_axis.defvjp(_gather_axis_forward, _gather_axis_backward)
+
+
+def _partition_specs(params: dict[str, Any], mesh: Mesh) -> Any:
+    return jax.tree.map(lambda place: place.spec, sharding.tree_shardings(params, mesh))
+
+
+def _split_rows(tree: Tree, count: int) -> Tree:
+    return jax.tree.map(lambda x: x.reshape(count, x.shape[0] // count, *x.shape[1:]), tree)

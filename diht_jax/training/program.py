@@ -1,0 +1,118 @@
+"""What a config makes on a mesh before there is any array: the one definition of a training step.
+
+The training loop runs it and `diht_jax.compile` compiles it, so that what was compiled for a pod
+is what will run there. No data, no checkpoints and no measuring here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from diht_jax import sharding
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import get_architecture
+from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
+from diht_jax.training.state import TrainState, abstract_state, create_state
+from diht_jax.training.step import TrainStep
+
+
+class TrainProgram:
+    """Mesh, model, optimiser and step of a config.
+
+    Attributes:
+        config: the whole training config.
+        mesh: axes `data` and `fsdp`.
+        arch: sizes of the model.
+        graphdef: static half of the model.
+        init_params: draws the parameters from a key.
+        schedule: learning rate by step.
+        optimizer: as configured.
+        keeps_ema: whether the state has a moving average of the parameters.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        total_steps: int,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Defines everything; makes no array.
+
+        Args:
+            config: the whole training config.
+            total_steps: length of the schedule.
+            devices: to train on; all of the job by default.
+
+        Raises:
+            ValueError: the mesh or the batch does not fit the devices, or a wrong config value.
+        """
+        self.config = config
+        self.mesh = sharding.create_mesh(config.mesh.data, config.mesh.fsdp, devices)
+        if config.data.batch_size % self.mesh.size:
+            raise ValueError(
+                f"config.data.batch_size={config.data.batch_size} is no multiple of the "
+                f"{self.mesh.size} devices"
+            )
+        self.keeps_ema = _check_ema(config)
+        self.arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+        self.schedule = learning_rate_schedule(config.optimizer, total_steps)
+        self.optimizer = create_optimizer(config.optimizer, self.schedule)
+        self.graphdef, self.init_params = model_definition(
+            self.arch, config.model.dtype, config.model.param_dtype
+        )
+
+    def create_state(self) -> TrainState:
+        """The state before the first step, on the devices."""
+        return create_state(
+            self.init_params, self.optimizer, self.mesh, self.config.seed, ema=self.keeps_ema
+        )
+
+    def abstract_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.init_params, self.optimizer, self.mesh, ema=self.keeps_ema)
+
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes, dtypes and shardings of the batch that the input pipeline makes."""
+        size, side = self.config.data.batch_size, self.arch.image_size
+        by_example = sharding.batch_sharding(self.mesh)
+        return {
+            "images": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=by_example),
+            "tokens": jax.ShapeDtypeStruct(
+                (size, self.arch.context_length), jnp.int32, sharding=by_example
+            ),
+        }
+
+    def step(self, state: TrainState, *, unmasked: bool = False) -> TrainStep:
+        """The jitted step for states like `state` (arrays, or shapes with shardings).
+
+        Args:
+            state: of the run.
+            unmasked: the step of the run's last part, which drops no patches.
+        """
+        config = without_patch_dropout(self.config) if unmasked else self.config
+        return TrainStep(self.graphdef, self.optimizer, self.schedule, self.mesh, config, state)
+
+
+def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of a run's last part, `config.unmasked_*`."""
+    config = config.copy_and_resolve_references()
+    config.model.patch_dropout = 0.0
+    return config
+
+
+def _check_ema(config: ml_collections.ConfigDict) -> bool:
+    """Whether the run keeps a moving average of its parameters.
+
+    Raises:
+        ValueError: the decay is no share, or an average is to be evaluated that is not kept.
+    """
+    decay = config.ema.decay
+    if decay is None and config.evaluation.use_ema:
+        raise ValueError("config.evaluation.use_ema needs config.ema.decay, such as 0.9999")
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(f"config.ema.decay={decay}: expected at least 0 and less than 1")
+    return decay is not None

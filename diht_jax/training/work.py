@@ -1,0 +1,299 @@
+"""How much arithmetic a function does, counted from its jaxpr.
+
+Called by the training loop (MFU), by `diht_jax.compile` and by the benchmarks. XLA's own cost
+analysis counts the body of a loop once, whatever the trip count, and so flatters scanned layers
+and ring losses; here every body counts as often as it runs. Nothing is compiled or executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.interpreters import partial_eval
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a function costs, summed over all devices of the mesh.
+
+    Attributes:
+        flops: floating-point operations: `matmul_flops`, and one for each element that an
+            element-wise operation makes or a reduction reads. Selecting, converting, moving and
+            communicating count nothing.
+        matmul_flops: of matrix products and convolutions, a multiply-add being two.
+        matmul_bytes: operands and results of the same; what a program with everything else fused
+            must at least move.
+    """
+
+    flops: int = 0
+    matmul_flops: int = 0
+    matmul_bytes: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.flops + other.flops,
+            self.matmul_flops + other.matmul_flops,
+            self.matmul_bytes + other.matmul_bytes,
+        )
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.flops * times, self.matmul_flops * times, self.matmul_bytes * times)
+
+
+def count_work(fn: Callable[..., Any], *args: Any) -> Work:
+    """Counts the work of `fn(*args)`.
+
+    A scan counts as often as it is long, a while loop by its trip count, a branch as its most
+    expensive case, the body of a `shard_map` once for each device of its mesh axes. Values that
+    no result depends on count nothing, as in a compiled program. Recomputation (`jax.checkpoint`)
+    counts again. What is replicated outside of `shard_map` counts once.
+
+    Args:
+        fn: what to count; need not be jitted.
+        *args: arrays or `jax.ShapeDtypeStruct`s, in any tree.
+
+    Raises:
+        ValueError: a while loop whose trip count the jaxpr does not tell, or a foreign kernel.
+    """
+    return jaxpr_work(jax.make_jaxpr(fn)(*args).jaxpr)
+
+
+def jaxpr_work(jaxpr: Jaxpr) -> Work:
+    """Counts the work of a jaxpr; see `count_work`."""
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
+    return _sum_work(live)
+
+
+def _sum_work(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
+    if isinstance(jaxpr, ClosedJaxpr):
+        jaxpr = jaxpr.jaxpr
+    return sum((_equation_work(eqn) for eqn in jaxpr.eqns), Work())
+
+
+def _equation_work(eqn: JaxprEqn) -> Work:
+    name = eqn.primitive.name
+    if name in _RULES:
+        return _RULES[name](eqn)
+    if name in _FOREIGN:
+        raise ValueError(
+            f"count_work: '{name}' is a foreign kernel whose work the jaxpr does not tell; count "
+            "the function with an implementation written in JAX"
+        )
+    if name in _MOVES or not _is_floating(eqn):
+        inner = _inner_jaxprs(eqn)
+        return sum((_sum_work(jaxpr) for jaxpr in inner), Work())
+    if name.startswith(_READERS):
+        return Work(flops=eqn.invars[0].aval.size)
+    inner = _inner_jaxprs(eqn)
+    if inner:
+        return sum((_sum_work(jaxpr) for jaxpr in inner), Work())
+    return Work(flops=sum(var.aval.size for var in eqn.outvars))
+
+
+def _is_floating(eqn: JaxprEqn) -> bool:
+    dtypes = [getattr(var.aval, "dtype", None) for var in (*eqn.invars, *eqn.outvars)]
+    return any(dtype is not None and jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)
+
+
+def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
+    """The functions that jit, checkpoint, custom derivatives and the like call."""
+    return [value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
+
+
+def _dot_general(eqn: JaxprEqn) -> Work:
+    left = eqn.invars[0].aval
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    depth = math.prod(left.shape[axis] for axis in contracted)
+    return _product(eqn, 2 * eqn.outvars[0].aval.size * depth)
+
+
+def _convolution(eqn: JaxprEqn) -> Work:
+    """Every output element sums over the window and its group's input channels.
+
+    A convolution's gradients are convolutions over padded or dilated inputs; the zeros put in
+    there are no work, so the smallest of the three equivalent counts is the true one: output,
+    input or kernel elements, each times what it meets.
+    """
+    image, kernel, out = (var.aval for var in (*eqn.invars[:2], *eqn.outvars))
+    spec = eqn.params["dimension_numbers"]
+    window = math.prod(kernel.shape[axis] for axis in spec.rhs_spec[2:])
+    channels_in, channels_out = kernel.shape[spec.rhs_spec[1]], kernel.shape[spec.rhs_spec[0]]
+    positions_in = math.prod(image.shape[axis] for axis in spec.lhs_spec[2:])
+    positions_out = math.prod(out.shape[axis] for axis in spec.out_spec[2:])
+    examples = out.shape[spec.out_spec[0]]
+    pairs = min(positions_out * window, positions_in * window, positions_in * positions_out)
+    return _product(eqn, 2 * examples * channels_in * channels_out * pairs)
+
+
+def _product(eqn: JaxprEqn, flops: int) -> Work:
+    variables = (*eqn.invars, *eqn.outvars)
+    num_bytes = sum(var.aval.size * var.aval.dtype.itemsize for var in variables)
+    return Work(flops, flops, num_bytes)
+
+
+def _scan(eqn: JaxprEqn) -> Work:
+    return _sum_work(eqn.params["jaxpr"]) * eqn.params["length"]
+
+
+def _while(eqn: JaxprEqn) -> Work:
+    trips = _trip_count(eqn)
+    body, condition = (_sum_work(eqn.params[name]) for name in ("body_jaxpr", "cond_jaxpr"))
+    return body * trips + condition * (trips + 1)
+
+
+def _cond(eqn: JaxprEqn) -> Work:
+    return max((_sum_work(branch) for branch in eqn.params["branches"]), key=lambda w: w.flops)
+
+
+def _shard_map(eqn: JaxprEqn) -> Work:
+    sizes = dict(eqn.params["mesh"].shape)
+    num_devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
+    return _sum_work(eqn.params["jaxpr"]) * num_devices
+
+
+def _pallas_call(eqn: JaxprEqn) -> Work:
+    return _sum_work(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
+
+
+def _cudnn_attention(num_products: int) -> Callable[[JaxprEqn], Work]:
+    """cuDNN attention [b, t, h, d], [b, s, h, d]: so many products of 2 b h t s d each."""
+
+    def rule(eqn: JaxprEqn) -> Work:
+        (batch, queries, heads, depth), (_, keys, _, _) = (v.aval.shape for v in eqn.invars[:2])
+        return _product(eqn, num_products * 2 * batch * heads * queries * keys * depth)
+
+    return rule
+
+
+def _trip_count(eqn: JaxprEqn) -> int:
+    """Of a loop that counts a carried integer by a constant step from and to constants."""
+    condition, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    num_consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    first_carry = sum(num_consts)
+    outer_values = [_literal(var) for var in eqn.invars]
+    known = dict(zip(condition.jaxpr.constvars, condition.consts, strict=True))
+    known.update(
+        zip(
+            condition.jaxpr.invars,
+            outer_values[: num_consts[0]] + outer_values[first_carry:],
+            strict=True,
+        )
+    )
+    test = condition.jaxpr.eqns[-1]
+    if len(condition.jaxpr.eqns) == 1 and test.primitive.name in ("lt", "le"):
+        counter, limit = test.invars
+        position = condition.jaxpr.invars.index(counter) - num_consts[0]
+        start = known[counter]
+        end = _literal(limit) if isinstance(limit, Literal) else known.get(limit)
+        step = _counter_step(body, num_consts[1] + position, position)
+        limit_is_fixed = isinstance(limit, Literal) or (
+            limit not in condition.jaxpr.invars[num_consts[0] :]
+        )
+        if None not in (start, end, step) and limit_is_fixed:
+            end = int(end) + (test.primitive.name == "le")
+            return max(0, math.ceil((end - int(start)) / step))
+    raise ValueError(
+        "count_work: a while loop whose trip count the jaxpr does not tell; loop with "
+        "jax.lax.scan or with jax.lax.fori_loop over Python integers"
+    )
+
+
+def _counter_step(body: ClosedJaxpr, place_in: int, place_out: int) -> int | None:
+    """What one trip adds to the carried value; None unless it is a positive constant."""
+    counter, result = body.jaxpr.invars[place_in], body.jaxpr.outvars[place_out]
+    for eqn in body.jaxpr.eqns:
+        if eqn.outvars[0] is result and eqn.primitive.name == "add" and counter in eqn.invars[:1]:
+            step = _literal(eqn.invars[1])
+            return int(step) if step is not None and step > 0 else None
+    return None
+
+
+def _literal(var: Any) -> Any:
+    return var.val if isinstance(var, Literal) else None
+
+
+_RULES: dict[str, Callable[[JaxprEqn], Work]] = {
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "shard_map": _shard_map,
+    "pallas_call": _pallas_call,
+    "dot_product_attention_fwd_wrapper": _cudnn_attention(2),
+    "dot_product_attention_bwd_wrapper": _cudnn_attention(5),
+}
+
+# One operation for each element read, not made.
+_READERS = ("reduce", "arg", "cum", "scatter_add", "scatter-add", "sort", "top_k")
+
+# No arithmetic: they place, select, convert or communicate.
+_MOVES = frozenset(
+    [
+        "all_gather",
+        "all_gather_invariant",
+        "all_to_all",
+        "axis_index",
+        "bitcast_convert_type",
+        "broadcast_in_dim",
+        "broadcast",
+        "concatenate",
+        "convert_element_type",
+        "copy",
+        "copy_p",
+        "device_put",
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "expand_dims",
+        "gather",
+        "get",
+        "iota",
+        "name",
+        "optimization_barrier",
+        "pad",
+        "pbroadcast",
+        "pcast",
+        "pmax",
+        "pmin",
+        "ppermute",
+        "psum",
+        "psum2",
+        "psum_invariant",
+        "pvary",
+        "reduce_precision",
+        "reduce_scatter",
+        "reshape",
+        "reshard",
+        "rev",
+        "scatter",
+        "select_n",
+        "sharding_constraint",
+        "slice",
+        "split",
+        "squeeze",
+        "stop_gradient",
+        "swap",
+        "transpose",
+    ]
+)
+
+_FOREIGN = frozenset(
+    [
+        "custom_call",
+        "ffi_call",
+        "tpu_custom_call",
+        "triton_kernel_call",
+        "mosaic_gpu",
+        "pure_callback",
+        "io_callback",
+        "dot_product_attention_fp8_fwd_wrapper",
+        "dot_product_attention_fp8_bwd_wrapper",
+        "cudnn_fusion",
+    ]
+)

@@ -1,0 +1,270 @@
+"""Compiling for machines that are not here: reports, verdicts, errors, and the recipes' claims."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from diht_jax.config import load_recipe
+from diht_jax.training.compilation import (
+    StepReport,
+    compile_step,
+    link_bandwidth,
+    roofline,
+    settings_that_fit,
+)
+from diht_jax.training.devices import find_chip
+from diht_jax.training.hlo import Collective, Traffic
+from diht_jax.training.program import TrainProgram
+from diht_jax.training.report import describe_settings, describe_step, describe_try
+from diht_jax.training.topologies import Topology, get_topology
+from diht_jax.training.work import Work
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
+GIB = 1 << 30
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is absent: pip install 'jax[tpu]'",
+)
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+
+    def load(name, **changes):
+        config = load_recipe(REPOSITORY / "configs" / f"{name}.py", "debug=True")
+        config.model.overrides.vision_layers = config.model.overrides.text_layers = 1
+        config.update_from_flattened_dict(changes)
+        return config
+
+    return load
+
+
+def run_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "diht_jax.compile", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@needs_libtpu
+def test_debug_recipe_compiles_for_a_slice(recipe):
+    config = recipe("diht_vitl14")
+    report = compile_step(config, get_topology("v5e:2x4"))
+    assert report.mesh == {"data": 1, "fsdp": 8} and report.fits
+    # The compiler of a v5e, and not of this machine, has seen it.
+    assert report.topology.devices[0].device_kind == "TPU v5 lite"
+    assert 0 < report.argument_bytes < report.peak_bytes < report.memory_limit_bytes == 16 * GIB
+    kinds = {row.kind: row for row in report.traffic.collectives}
+    # fsdp: parameters are gathered, gradients come back as parts; each at least once.
+    embedding = 49408 * 32 * 4
+    assert kinds["all-gather"].group_size == kinds["reduce-scatter"].group_size == 8
+    assert kinds["all-gather"].payload_bytes > embedding
+    assert kinds["reduce-scatter"].payload_bytes > embedding
+    estimate = roofline(report)
+    assert 0 < estimate.mfu < 1 and estimate.step_secs < estimate.serial_secs
+    text = describe_step(report)
+    assert "v5e:2x4: 8 x TPU v5 lite, mesh data=1 fsdp=8" in text
+    assert "fits, with" in text and "all-gather, 8 devices" in text and "MFU <=" in text
+
+
+@needs_libtpu
+def test_the_tpu_compiler_s_out_of_memory_is_a_verdict(recipe):
+    config = recipe("diht_vitb32", **{"data.batch_size": 1 << 20, "model.dtype": "bfloat16"})
+    report = compile_step(config, get_topology("v5e:1x1"))
+    assert not report.fits and report.allocated_bytes > 16 * GIB
+    assert 15 * GIB < report.memory_limit_bytes <= 16 * GIB
+    assert report.temporary_bytes is None and report.traffic is None and roofline(report) is None
+    assert "OUT OF MEMORY: needs" in describe_step(report)
+
+
+def test_arguments_are_the_state_and_the_batch(recipe):
+    """Replicated state of parameters and two moments, and an eighth of the batch."""
+    config = recipe("diht_vitb32")
+    report = compile_step(config, get_topology("local"))
+    program = TrainProgram(config, total_steps=10)
+    shapes = jax.eval_shape(program.init_params, jax.random.key(0))
+    num_params = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    batch = 2 * (32 * 32 * 3 + 77 * 4)
+    assert report.argument_bytes == pytest.approx(3 * 4 * num_params + batch, rel=1e-3)
+    assert report.batch_size == 16 and report.mesh == {"data": 8, "fsdp": 1}
+
+
+def test_work_is_that_of_the_model(recipe):
+    """The matrix products of both towers by hand, three times for the gradients."""
+    config = recipe("diht_vitb32")
+    report = compile_step(config, get_topology("local"))
+
+    def tower(tokens, width=32, layers=1):
+        linear = tokens * 2 * (4 + 8) * width**2
+        return layers * (linear + 2 * 2 * tokens**2 * width)
+
+    vision = tower(17) + 2 * 16 * (8 * 8 * 3) * 32 + 2 * 32 * 32
+    text = tower(77) + 2 * 32 * 32
+    by_hand = 2 * 3 * (vision + text)  # 2 examples on each device
+    # The pixels need no gradient; the loss over 16 pairs comes on top.
+    assert report.model_flops == pytest.approx(by_hand, rel=0.05)
+    assert report.work.matmul_flops == pytest.approx(by_hand, rel=0.05)
+    full = recipe("diht_vitb32", **{"model.remat": "full", "model.scan_layers": True})
+    again = compile_step(full, get_topology("local"))
+    assert again.model_flops == report.model_flops
+    assert 1.2 < again.work.matmul_flops / report.work.matmul_flops < 1.34
+
+
+def test_command_finds_settings_that_fit_and_exits_with_one(recipe):
+    """More than this machine's memory, which is never touched."""
+    done = run_command(
+        f"--config={REPOSITORY}/configs/diht_vitb32.py:debug=True",
+        "--topology=local",
+        "--global_batch=4194304",
+        "--config.model.overrides.vision_layers=1",
+        "--config.model.overrides.text_layers=1",
+        "--config.loss.impl=streaming",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "global batch 4,194,304" in done.stdout and "OUT OF MEMORY: needs" in done.stdout
+    assert "the nearest settings that fit: --config.model.remat=" in done.stdout
+    assert "too large" in done.stdout and ": fits" in done.stdout
+
+
+def test_search_takes_the_cheapest_settings(recipe):
+    config = recipe("diht_vitb32", **{"data.batch_size": 4096, "loss.impl": "streaming"})
+    topology = get_topology("local")
+    whole = compile_step(config, topology)
+    tight = dataclasses.replace(topology, memory_limit_bytes=int(0.7 * whole.allocated_bytes))
+    too_large = compile_step(config, tight)
+    assert not too_large.fits
+    tried = []
+    found = settings_that_fit(config, tight, too_large, on_try=tried.append)
+    assert found.fits and found.allocated_bytes <= tight.memory_limit_bytes
+    assert tried[-1] is found and not any(report.fits for report in tried[:-1])
+    assert all(r.work.matmul_flops <= found.work.matmul_flops for r in tried)
+    assert f"remat={found.remat}" in describe_settings(found)
+    assert ": fits" in describe_try(found) and "no setting" in describe_settings(None)
+
+
+def test_command_lists_known_topologies():
+    done = run_command(
+        f"--config={REPOSITORY}/configs/diht_vitb32.py:debug=True", "--topology=v7e:4x4"
+    )
+    assert done.returncode == 1
+    for name in ("unknown topology 'v7e:4x4'", "v4:", "v5e:16x16", "v5p:", "v6e:", "h100:8"):
+        assert name in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "unknown topology 'v5e'; known"),
+        ("v5f:2x2", "did you mean 'v5"),
+        ("v5e:3x5", "v5e slices are 1x1, 2x2"),
+        ("v5e:32x32", "unknown topology 'v5e:32x32'"),
+        ("v4:4x4", "multiples of 4 up to 16x16x16"),
+        ("v5p:4x4x6", "multiples of 4"),
+        ("h100:2x2x2", "hosts x GPUs"),
+        ("h100:0", "hosts x GPUs"),
+    ],
+)
+def test_wrong_topologies_are_errors(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_topology(name)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("v4:4x4x4", "TPU v4", 64),
+        ("v5e:16x16", "TPU v5 lite", 256),
+        ("v5e:1x1", "TPU v5 lite", 1),
+        ("v5p:2x2x2", "TPU v5", 8),
+        ("v6e:2x4", "TPU v6 lite", 8),
+    ],
+)
+def test_slices_have_their_devices(name, kind, count):
+    topology = get_topology(name)
+    assert len(topology.devices) == count
+    assert topology.devices[0].device_kind == kind
+    assert topology.chip is find_chip(kind) and topology.chip.name == name.partition(":")[0]
+
+
+def test_missing_compilers_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]'"):
+        get_topology("v5e:2x2")
+    if importlib.util.find_spec("jax_plugins") is None:
+        with pytest.raises(ValueError, match=r"pip install 'jax\[cuda12\]'"):
+            get_topology("h100:8")
+
+
+def report_with(traffic, topology):
+    return StepReport(
+        topology=topology,
+        mesh={"data": 256, "fsdp": 1},
+        batch_size=65536,
+        micro_batch=None,
+        remat="none",
+        memory_limit_bytes=16 * GIB,
+        argument_bytes=GIB,
+        temporary_bytes=GIB,
+        peak_bytes=2 * GIB,
+        allocated_bytes=2 * GIB,
+        fits=True,
+        work=Work(flops=300 * 10**12, matmul_flops=197 * 10**12),
+        model_flops=98_500_000_000_000,
+        traffic=traffic,
+        trace_secs=1.0,
+        compile_secs=1.0,
+    )
+
+
+def test_roofline_by_hand():
+    topology = Topology("v5e:16x16", find_chip("v5e"), (16, 16), (None,) * 256, 16 * GIB)
+    collectives = (
+        Collective("all-reduce", 256, 1, 0, 200 * 10**9),  # all 4 links: 1 s
+        Collective("all-gather", 8, 1, 0, 50 * 10**9),  # 2 links: 0.5 s
+        Collective("collective-permute", 2, 1, 0, 5 * 10**9),  # 1 link: 0.1 s
+    )
+    report = report_with(Traffic(409_500_000_000, collectives, 0), topology)
+    estimate = roofline(report)
+    assert estimate.compute_secs == pytest.approx(1.0)
+    assert estimate.memory_secs == pytest.approx(0.5)
+    assert estimate.network_secs == pytest.approx(1.6)
+    assert estimate.step_secs == pytest.approx(1.6)
+    assert estimate.serial_secs == pytest.approx(3.1)
+    assert estimate.mfu == pytest.approx(0.5 / 1.6)
+    assert estimate.serial_mfu == pytest.approx(0.5 / 3.1)
+
+
+def test_links_of_a_torus_and_of_a_switch():
+    torus = report_with(None, Topology("v5p:4x4x4", find_chip("v5p"), (4, 4, 4), (None,) * 64, 0))
+    assert link_bandwidth(find_chip("v5p"), "all-reduce", 64, torus) == 600e9
+    assert link_bandwidth(find_chip("v5p"), "all-gather", 4, torus) == 200e9
+    assert link_bandwidth(find_chip("v5p"), "collective-permute", 2, torus) == 100e9
+    switch = report_with(None, Topology("h100:8", find_chip("h100"), (8,), (None,) * 8, 0))
+    assert link_bandwidth(find_chip("h100"), "collective-permute", 2, switch) == 450e9
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_name_a_topology_that_they_divide(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    config = load_recipe(path)
+    assert config.topology, f"{path.name} names no config.topology"
+    assert config.topology in path.read_text().split('"""')[1], "the header does not say it"
+    if config.topology == "local":
+        return
+    num_devices = int(np.prod([int(n) for n in config.topology.partition(":")[2].split("x")]))
+    assert num_devices % config.mesh.fsdp == 0
+    assert (config.micro_batch or config.data.batch_size) % num_devices == 0
+    assert config.data.batch_size == 65536

@@ -1,0 +1,50 @@
+"""The JSON that benchmarks leave behind."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+
+import jax
+import pytest
+
+from benchmarks import record
+
+
+def test_file_says_what_where_when_and_with_what(tmp_path):
+    path = record.write_result("ring_loss", {"peak_bytes": 5, "rows": [{"n": 8}]}, tmp_path)
+    assert path == tmp_path / "ring_loss.json"
+    result = json.loads(path.read_text())
+    assert (result["benchmark"], result["peak_bytes"], result["rows"]) == (
+        "ring_loss",
+        5,
+        [{"n": 8}],
+    )
+    machine = result["machine"]
+    with open("/proc/meminfo") as file:
+        memory_gb = int(file.readline().split()[1]) * 1024 / 1e9
+    assert machine["memory_gb"] == pytest.approx(memory_gb, rel=0.05)
+    assert machine["cores"] == os.cpu_count() and machine["cpu"] and machine["accelerator"] is None
+    versions = result["versions"]
+    assert versions["python"] == platform.python_version()
+    assert versions["jax"] == jax.__version__
+    assert versions["numpy"] == importlib.metadata.version("numpy")
+    written = datetime.datetime.fromisoformat(result["date_utc"])
+    assert abs(datetime.datetime.now(datetime.UTC) - written) < datetime.timedelta(minutes=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["ring_loss.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "payload", "message"),
+    [
+        ("../escape", {}, "lower-case"),
+        ("a", {"machine": 1}, "machine"),
+        ("a", {"loss": float("nan")}, "finite"),
+        ("a", {"value": object()}, "JSON"),
+    ],
+)
+def test_wrong_records_are_refused(name, payload, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        record.write_result(name, payload, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,308 @@
+"""Gradients of the global batch: the same however layers, micro-batches and devices split it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from diht_jax import sharding
+from diht_jax.config import default_config
+from diht_jax.data.transforms import normalize
+from diht_jax.losses import contrastive_loss
+from diht_jax.models.dual_encoder import l2_normalize
+from diht_jax.models.parameters import merge_model
+from diht_jax.models.vit import choose_patches
+from diht_jax.training.gradients import check_micro_batch, in_micro_batches
+from diht_jax.training.program import TrainProgram
+from diht_jax.training.state import TrainState
+from diht_jax.training.step import _for_training, loss_gradients
+from diht_jax.training.update_rules import split_parameters
+
+BATCH_SIZE = 32
+# Most of the time of these tests would go into optimising programs that run for milliseconds.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def tiny_config(**changes) -> ml_collections.ConfigDict:
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    config.model.patch_dropout = 0.25
+    config.model.scan_layers = True
+    config.model.overrides.update(
+        image_size=16,
+        patch_size=4,
+        vision_layers=2,
+        vision_width=32,
+        text_layers=2,
+        text_width=16,
+        embed_dim=16,
+        context_length=8,
+        vocab_size=64,
+    )
+    config.loss.impl = "dense"
+    config.loss.beta = 0.25
+    config.data.batch_size = BATCH_SIZE
+    config.optimizer.warmup_steps = 0
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def make_batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 64, (BATCH_SIZE, 8)).astype(np.int32),
+    }
+
+
+@functools.cache
+def make_params() -> dict:
+    """Parameters of the right size, drawn without compiling anything."""
+    program = program_of(tiny_config(), 1, 1)
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        name = sharding.path_name(path)
+        if name == "log_logit_scale":
+            return np.float32(np.log(10.0))
+        stddev = leaf.shape[-2] ** -0.5 if name.endswith("kernel") else 0.1
+        return (stddev * rng.standard_normal(leaf.shape) + name.endswith("scale")).astype("f4")
+
+    shapes = jax.eval_shape(program.init_params, jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def make_state(mesh) -> TrainState:
+    params = make_params()
+    return TrainState(
+        step=jnp.int32(3),
+        params=jax.device_put(params, sharding.tree_shardings(params, mesh)),
+        opt_state=(),
+        key_data=jax.random.key_data(jax.random.key(5)),
+    )
+
+
+def program_of(config, data, fsdp) -> TrainProgram:
+    config.mesh.update(data=data, fsdp=fsdp)
+    return TrainProgram(config, 10, jax.devices()[: data * fsdp])
+
+
+def gradient_function(program):
+    config, mesh = program.config, program.mesh
+    definition = _for_training(program.graphdef, config.model, mesh)
+    return jax.jit(
+        functools.partial(loss_gradients, definition=definition, mesh=mesh, config=config),
+        compiler_options=QUICK_COMPILE,
+    )
+
+
+def gradients(config, data, fsdp):
+    program = program_of(config, data, fsdp)
+    batch = sharding.put_batch(make_batch(), sharding.batch_sharding(program.mesh))
+    return gradient_function(program)(make_state(program.mesh), batch)
+
+
+@functools.cache
+def reference():
+    """Loss and gradient on one device, without any of what is tested here."""
+    config = tiny_config(**{"model.scan_layers": False})
+    program = program_of(config, 1, 1)
+    batch = make_batch()
+    key = jax.random.fold_in(jax.random.key(5), 3)
+    kept = choose_patches(key, BATCH_SIZE, 16, 0.25)
+
+    def loss_fn(params):
+        model = merge_model(program.graphdef, params)
+        features = model.vision.features(normalize(batch["images"], jnp.float32), kept_patches=kept)
+        return contrastive_loss(
+            l2_normalize(model.vision.projection(features)),
+            model.encode_text(batch["tokens"]),
+            jnp.exp(params["log_logit_scale"]),
+            beta=0.25,
+            impl="dense",
+        )
+
+    compiled = jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICK_COMPILE)
+    return jax.device_get(compiled(make_params()))
+
+
+def relative_error(found, expected):
+    found, expected = jax.device_get((found, expected))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    difference = jax.tree.map(np.subtract, found, expected)
+    norms = [sum(np.sum(x**2) for x in jax.tree.leaves(t)) for t in (difference, expected)]
+    return np.sqrt(norms[0] / norms[1])
+
+
+@pytest.mark.parametrize(
+    "data, fsdp, scan_layers, remat, micro_batch",
+    [
+        (1, 1, True, "dots", 8),
+        (8, 1, True, "none", 16),
+        (1, 8, True, "full", 8),
+        (2, 4, True, "minimal", 16),
+        (2, 4, False, "none", None),
+    ],
+)
+def test_gradients_do_not_depend_on_how_the_batch_is_split(
+    data, fsdp, scan_layers, remat, micro_batch
+):
+    config = tiny_config(
+        **{"model.scan_layers": scan_layers, "model.remat": remat, "micro_batch": micro_batch}
+    )
+    grads, metrics = gradients(config, data, fsdp)
+    loss, expected = reference()
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert relative_error(grads, expected) < 2e-6
+    for part in ("vision", "text", "log_logit_scale"):
+        assert relative_error(grads[part], expected[part]) < 5e-6, part
+    kernel = grads["vision"]["blocks"]["1"]["mlp"]["fc_in"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (32, 128 // fsdp)
+
+
+def test_frozen_parameters_get_no_gradient_and_change_nothing_else():
+    frozen = ("vision/blocks/0/", "^text/", "log_logit_scale")
+    config = tiny_config(**{"micro_batch": 16})
+    config.optimizer.frozen = frozen
+    grads, _ = gradients(config, 4, 2)
+    expected, _ = split_parameters(config.optimizer, reference()[1])
+    assert "text" not in grads and "0" not in grads["vision"]["blocks"]
+    assert relative_error(grads, expected) < 2e-6
+
+
+def test_what_is_computed_of_one_example_can_come_beside_the_embeddings():
+    """A stand-in for concept heads: a loss for each example, of the feature below the embedding."""
+    rng = np.random.default_rng(0)
+    params = {
+        "trunk": jnp.asarray(rng.standard_normal((6, 5)), jnp.float32),
+        "head": jnp.asarray(rng.standard_normal((5, 3)), jnp.float32),
+        "fixed": jnp.asarray(rng.standard_normal(5), jnp.float32),
+    }
+    examples = {
+        "x": jnp.asarray(rng.standard_normal((12, 6)), jnp.float32),
+        "label": jnp.asarray(rng.integers(0, 3, 12)),
+    }
+
+    def encode(params, examples):
+        feature = jnp.tanh(examples["x"] @ params["trunk"]) * params["fixed"]
+        log_probs = jax.nn.log_softmax(feature @ params["head"])
+        loss = -jnp.take_along_axis(log_probs, examples["label"][:, None], axis=1)[:, 0]
+        return {"emb": feature, "losses": {"concepts": loss}}
+
+    def total(params, encode):
+        encoded = encode(params, examples)
+        pairs = encoded["emb"] @ encoded["emb"].T
+        return jax.nn.logsumexp(pairs) + encoded["losses"]["concepts"].mean()
+
+    is_trained = {"trunk": True, "head": True, "fixed": False}
+    expected = jax.grad(total)(params, encode)
+    grads = jax.grad(total)(params, in_micro_batches(encode, 4, is_trained))
+    for name in ("trunk", "head"):
+        np.testing.assert_allclose(grads[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert not np.any(grads["fixed"])
+
+
+def temporary_bytes(config, data=1, fsdp=1):
+    program = program_of(config, data, fsdp)
+    lowered = gradient_function(program).lower(program.abstract_state(), program.abstract_batch())
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_grows_with_the_micro_batch_only():
+    def measure(batch_size, micro_batch):
+        return temporary_bytes(
+            tiny_config(**{"data.batch_size": batch_size, "micro_batch": micro_batch})
+        )
+
+    small, twice_the_batch = measure(128, 32), measure(256, 32)
+    assert twice_the_batch < 1.1 * small
+    assert measure(128, 64) > 1.6 * small
+
+
+def test_no_more_than_one_layer_is_whole_at_a_time():
+    def measure(layers):
+        config = tiny_config(**{"data.batch_size": 8})
+        config.model.overrides.update(vision_layers=layers, vision_width=128)
+        return temporary_bytes(config, fsdp=8)
+
+    layer_bytes = 4 * 12 * 128**2
+    # A layer's part on the device is an eighth of it, held stacked and as its gradient.
+    assert (measure(8) - measure(4)) / 4 < 0.5 * layer_bytes
+
+
+@pytest.mark.parametrize("micro_batch", [0, -8, 12, 24, 64])
+def test_micro_batches_that_do_not_fit_are_refused(micro_batch):
+    with pytest.raises(ValueError, match=f"config.micro_batch={micro_batch}: expected a multiple"):
+        check_micro_batch(micro_batch, 32, 8)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"micro_batch": 24}, "divides config.data.batch_size=32"),
+        ({"model.remat": "some"}, "config.model.remat='some': expected one of none, full"),
+        ({"model.attention": "flash"}, "config.model.attention='flash': expected one of auto"),
+        ({"model.patch_dropout": 1.0}, "config.model.patch_dropout=1.0"),
+    ],
+)
+def test_wrong_settings_are_named(changes, message):
+    program = program_of(tiny_config(**changes), 1, 1)
+    with pytest.raises(ValueError, match=message):
+        program.step(program.abstract_state())
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def test_softmax_norm_statistics_and_loss_are_float32_under_bfloat16():
+    config = tiny_config(**{"model.dtype": "bfloat16"})
+    program = program_of(config, 1, 1)
+    definition = _for_training(program.graphdef, config.model, program.mesh)
+    state, batch = program.abstract_state(), program.abstract_batch()
+
+    def forward(params, images, tokens):
+        model = merge_model(definition, params)
+        image_emb = model.encode_image(normalize(images, jnp.bfloat16))
+        return contrastive_loss(
+            image_emb, model.encode_text(tokens), jnp.exp(params["log_logit_scale"]), beta=0.25
+        )
+
+    found = list(equations(jax.make_jaxpr(forward)(state.params, *batch.values()).jaxpr))
+    dtypes = {}
+    for eqn in (eqn for eqn in found if eqn.invars):
+        dtypes.setdefault(eqn.primitive.name, []).append(eqn.invars[0].aval.dtype)
+    # Exponentials and maxima: softmax and the loss. Reciprocal roots: LayerNorm and L2 norms.
+    for name in ("exp", "log", "rsqrt", "reduce_sum", "reduce_max"):
+        assert jnp.float32 in dtypes[name] and jnp.bfloat16 not in dtypes[name], name
+    # Each tower: four linear layers and two products of attention; two projections. The rest is
+    # the loss.
+    assert sum(dtype == jnp.bfloat16 for dtype in dtypes["dot_general"]) == 2 * 6 + 2
+    assert jnp.dtype("float32") in dtypes["dot_general"]
+    # Tokens are looked up, and their gradients summed, in the parameters' dtype.
+    assert all(dtype == jnp.float32 for dtype in dtypes["gather"][:1])
+
+
+def test_the_step_takes_its_execution_from_the_config():
+    def scan_lengths(**changes):
+        program = program_of(tiny_config(**changes), 1, 1)
+        step = program.step(program.abstract_state())
+        traced = step.trace(program.abstract_state(), program.abstract_batch())
+        found = equations(traced.jaxpr.jaxpr)
+        return {eqn.params["length"] for eqn in found if eqn.primitive.name == "scan"}
+
+    # Two layers a tower; four micro-batches.
+    assert scan_lengths(micro_batch=8) == {2, 4}
+    assert scan_lengths(**{"model.scan_layers": False}) == set()

@@ -1,0 +1,61 @@
+"""The last part of a run with patch dropout, trained on whole images."""
+
+import jax
+import pytest
+
+from diht_jax.config import default_config, masked_steps
+from diht_jax.training.loop import train
+from diht_jax.training.metrics import read_metrics
+
+
+def test_a_run_ends_unmasked_and_is_resumed_unmasked(config, tmp_path):
+    config.total_steps = 5
+    config.unmasked_steps = 2
+    config.model.patch_dropout = 0.5
+    config.optimizer.warmup_steps = 1
+    config.log_every_steps = 100
+    config.mesh.update(data=2, fsdp=1)
+    devices = jax.devices()[:2]
+    train(config, tmp_path, stop_after_steps=4, devices=devices)
+    assert int(train(config, tmp_path, devices=devices).step) == 5
+    # A line is written where the parts meet, so that none averages over both.
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [3, 4, 5]
+    costs = [row["model_flops_per_sec"] / row["images_per_sec"] for row in rows]
+    assert costs[1] == pytest.approx(costs[2])
+    # Of 16 patches, 8 are left; the text tower costs what it did.
+    assert 1.2 < costs[1] / costs[0] < 2.0
+
+
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({}, 100),
+        ({"unmasked_steps": 30}, 70),
+        ({"unmasked_examples": 640}, 90),
+        ({"unmasked_epochs": 1.5}, 76),
+    ],
+)
+def test_the_last_part_in_any_unit(changes, expected):
+    config = default_config()
+    config.model.patch_dropout = 0.5
+    config.data.batch_size = 64
+    config.update(changes)
+    assert masked_steps(config, 100, num_examples=1024) == expected
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"unmasked_steps": 5, "unmasked_epochs": 1.0}, "set exactly one of config.unmasked_steps"),
+        ({"unmasked_steps": 100}, "100 steps without patch dropout are not less than the 100"),
+        ({"unmasked_steps": 5, "model": {"patch_dropout": 0.0}}, "patch_dropout=0.0; set a share"),
+    ],
+)
+def test_wrong_last_parts_are_refused(changes, message):
+    config = default_config()
+    config.model.patch_dropout = 0.5
+    config.data.batch_size = 64
+    config.update(changes)
+    with pytest.raises(ValueError, match=message):
+        masked_steps(config, 100, num_examples=1024)
