@@ -78,6 +78,7 @@ def encode_images(
     *,
     batch_size: int,
     num_threads: int | None = None,
+    allow_empty: bool = False,
 ) -> EncodedImages:
     """Embeds the image of every pair; a pair that cannot be used is counted with its reason.
 
@@ -91,9 +92,11 @@ def encode_images(
             Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
         batch_size: images a batch, over all devices.
         num_threads: decoding threads; None is one per core, 16 at most.
+        allow_empty: without any usable pair, return embeddings of shape [0, 0].
 
     Raises:
-        ValueError: no usable pair at all, or an embedding that is not finite.
+        ValueError: no usable pair at all, unless `allow_empty`; or an embedding that is not
+            finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -124,11 +127,11 @@ def encode_images(
             encode_waiting()
     if waiting:
         encode_waiting()
-    if not embeddings:
+    if not embeddings and not allow_empty:
         raise ValueError(
             f"no usable pair in the source: {dropped.total()} entries, left out for {dict(dropped)}"
         )
-    image_emb = np.concatenate(embeddings)
+    image_emb = np.concatenate(embeddings or [np.zeros((0, 0), np.float32)])
     check_finite(image_emb, "image embeddings")
     return EncodedImages(
         image_emb=image_emb,

@@ -115,7 +115,8 @@ def _abridge(value: Any) -> str:
 
 def _describe(results: dict[str, Any]) -> str:
     step = results.get("step")
-    return f"{results['model']}" + ("" if step is None else f", step {step:,}")
+    average = ", moving average" if results.get("ema") else ""
+    return f"{results['model']}" + ("" if step is None else f", step {step:,}") + average
 
 
 def _format_value(name: str, value: float) -> str:

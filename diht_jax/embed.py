@@ -1,0 +1,73 @@
+"""Command: write the embeddings of a data set to files that other tools read.
+
+    python -m diht_jax.embed --model runs/b32 --input 'photos/*.tar' --output embedded
+
+`--input` is any source of `diht_jax.data.readers` (tars, tables, folders, TFRecords, TFDS), or a
+folder of pictures without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
+beside a `.json` that says what went into it; the same command again goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from absl import flags
+
+from diht_jax import command_line
+from diht_jax.config import parse_fields
+from diht_jax.evaluation.embedding_files import (
+    MODALITIES,
+    EmbedOptions,
+    embed_source,
+    list_inputs,
+)
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
+    flags.DEFINE_list("input", None, "Source of pairs, or several; or a folder of pictures.")
+    flags.DEFINE_string("output", None, "Directory of the embeddings.")
+    flags.DEFINE_string("format", "npz", "npz or parquet.")
+    flags.DEFINE_list("modalities", list(MODALITIES), "image, text or both.")
+    flags.DEFINE_string("dtype", "float32", "Of the embeddings in the files; or float16.")
+    flags.DEFINE_string("caption_template", "{caption}", "Text that is embedded for a caption.")
+    flags.DEFINE_integer("shard_size", 10_000, "Entries of the source a file, at most.")
+    flags.DEFINE_integer("batch_size", 256, "Examples embedded at once, over all devices.")
+    flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
+    flags.DEFINE_integer("task_index", 0, "Which part of the source's shards this process takes.")
+    flags.DEFINE_integer("num_tasks", 1, "Into how many parts the shards are divided.")
+    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
+    flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
+    flags.DEFINE_integer("image_size", None, "Resize the image positions to this size.")
+    flags.DEFINE_list(
+        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
+    )
+
+
+def main() -> None:
+    """Embeds the source of the flags."""
+    given = flags.FLAGS
+    for name in ("model", "input", "output"):
+        if not given[name].value:
+            raise ValueError(f"--{name} is required")
+    fields = [field.name for field in dataclasses.fields(EmbedOptions)]
+    options = EmbedOptions(**{name: given[name].value for name in fields})
+    source = given.input[0] if len(given.input) == 1 else given.input
+    list_inputs(source)  # a missing file should not have to wait for the model
+    from diht_jax.loading import load_model
+
+    model = load_model(
+        given.model,
+        step=given.step,
+        ema=given.ema,
+        image_size=given.image_size,
+        architecture=parse_fields(given.architecture),
+        batch_size=given.batch_size,
+    )
+    embed_source(model, source, given.output, options)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,148 @@
+"""Command: write a model for other programs.
+
+    python -m diht_jax.export --model runs/b32 --format open_clip --output exported/b32
+
+`--model` is whatever `diht_jax.load_model` takes. `docs/weights.md` describes the formats.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+from absl import flags, logging
+
+from diht_jax import command_line
+from diht_jax.config import parse_fields
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
+    flags.DEFINE_string("format", None, "clip, open_clip, huggingface or safetensors.")
+    flags.DEFINE_string("output", None, "Directory to make.")
+    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
+    flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
+    flags.DEFINE_integer("image_size", None, "Resize the image positions to this size.")
+    flags.DEFINE_list(
+        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
+    )
+    flags.DEFINE_string("dtype", "float32", "Of the stored parameters; bfloat16, float16.")
+    flags.DEFINE_bool("keep_heads", False, "Keep concept heads (clip, safetensors).")
+    flags.DEFINE_list("results", [], "Results files of diht_jax.evaluate, for the card.")
+    flags.DEFINE_string("license", None, "Licence of the weights, for the card.")
+
+
+def main() -> None:
+    """Exports the model of the flags."""
+    given = flags.FLAGS
+    for name in ("model", "format", "output"):
+        if not given[name].value:
+            raise ValueError(f"--{name} is required")
+    export_model(
+        given.model,
+        given.format,
+        given.output,
+        step=given.step,
+        ema=given.ema,
+        image_size=given.image_size,
+        architecture=parse_fields(given.architecture),
+        dtype=given.dtype,
+        keep_heads=given.keep_heads,
+        results=given.results,
+        license=given.license,
+    )
+
+
+def export_model(
+    model: str,
+    format: str,
+    output: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    image_size: int | None = None,
+    architecture: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    keep_heads: bool = False,
+    results: list[str] | None = None,
+    license: str | None = None,
+) -> None:
+    """Writes a model directory with its card.
+
+    Args:
+        model: released name, work directory or weight file, as `load_model` takes it.
+        format: "clip", "open_clip", "huggingface" or "safetensors".
+        output: directory to make; must be empty where it exists.
+        step, ema, image_size, architecture: of `load_model`.
+        dtype: of the stored parameters.
+        keep_heads: keep the concept heads that the model has.
+        results: files of `diht_jax.evaluate` for the card.
+        license: of the weights, for the card.
+
+    Raises:
+        ValueError: the model cannot be read, or not be written in this format.
+    """
+    import jax
+    import numpy as np
+
+    from diht_jax.evaluation.report import read_results
+    from diht_jax.loading import read_model
+    from diht_jax.weights.export import check_target, write_model
+    from diht_jax.weights.model_card import (
+        Origin,
+        model_card,
+        read_data_statistics,
+        read_run_results,
+    )
+
+    check_target(pathlib.Path(output), format, dtype)
+    measured = [_as_row(path, read_results(path)) for path in results or []]
+    source = read_model(model, step=step, ema=ema, image_size=image_size, architecture=architecture)
+    if source.is_run:
+        measured = [*read_run_results(pathlib.Path(source.path), source.step), *measured]
+    heads = source.heads if keep_heads else {}
+    if keep_heads and not heads:
+        logging.warning("%s: there are no concept heads to keep", model)
+    params = jax.tree.map(np.asarray, source.params)
+    config = json.loads(source.config.to_json_best_effort()) if source.is_run else None
+    write_model(
+        pathlib.Path(output),
+        format,
+        arch=source.arch,
+        params=params,
+        preprocessing=source.preprocessing,
+        heads=heads,
+        dtype=dtype,
+        card=model_card(
+            format,
+            arch=source.arch,
+            num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+            origin=Origin(model, source.step, source.ema, source.sha256),
+            config=config,
+            data=read_data_statistics(config["data"]["train"]) if config else None,
+            results=measured,
+            heads=sorted(heads),
+            license=license,
+        ),
+    )
+    logging.info("wrote %s (%s)", output, ", ".join(sorted(p.name for p in _files(output))))
+
+
+def _as_row(path: str, results: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    metrics = {
+        f"{result['task']}/{name}": value
+        for result in results["results"]
+        for name, value in result["metrics"].items()
+    }
+    return pathlib.Path(path).name, metrics
+
+
+def _files(folder: str | pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in pathlib.Path(folder).iterdir() if path.is_file()]
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,171 @@
+"""Directories that other programs load a model from.
+
+Called by the command `diht_jax.export`; `source.py` reads back what is written here, bit for bit.
+The text of the model card comes from `model_card.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from diht_jax.data import tokenizer
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.models.zoo import Architecture
+from diht_jax.weights import clip_layout, huggingface, settings
+from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import (
+    HUGGINGFACE_CONFIG,
+    HUGGINGFACE_PREPROCESSOR,
+    OPEN_CLIP_CONFIG,
+    OWN_CONFIG,
+)
+from diht_jax.weights.tensor_files import write_safetensors, write_torch
+
+FORMATS = ("clip", "open_clip", "huggingface", "safetensors")
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CARD_FILE = "README.md"
+
+# open_clip and transformers refuse parameters that they do not know.
+_FORMATS_WITH_HEADS = ("clip", "safetensors")
+# transformers' names of CLIP's two markers.
+_HF_START, _HF_END = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_model(
+    output: pathlib.Path,
+    format: str,
+    *,
+    arch: Architecture,
+    params: Mapping[str, Any],
+    preprocessing: Preprocessing,
+    heads: Mapping[str, np.ndarray],
+    card: str,
+    dtype: str = "float32",
+) -> None:
+    """Writes a model directory.
+
+    Args:
+        output: of the files; is made, and must be empty.
+        format: one of `FORMATS`: "clip" (`model.pt`, a plain torch state dict as OpenAI's, DiHT's
+            and open_clip's code loads it), "safetensors" (the same names in
+            `model.safetensors`), "open_clip" or "huggingface" (what their loaders expect).
+        arch: sizes.
+        params: nested dict of arrays of `models.parameters`, layer by layer.
+        preprocessing: mean and deviation of the pictures.
+        heads: concept heads to keep, by their names in the file; empty leaves them out.
+        card: text of the model card.
+        dtype: of the stored parameters, a key of `DTYPES`. The logit scale stays float32 in memory
+            of every reader, and is stored like the rest.
+
+    Raises:
+        ValueError: unknown format or dtype, heads that the format cannot hold, files in the way.
+    """
+    check_target(output, format, dtype)
+    if heads and format not in _FORMATS_WITH_HEADS:
+        raise ValueError(
+            f"format '{format}' cannot hold concept heads, since its loader refuses what it does "
+            f"not know; leave them out, or take {' or '.join(_FORMATS_WITH_HEADS)}"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    tensors = {**clip_layout.to_clip(params, arch), **heads}
+    tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
+    write_atomically(output / CARD_FILE, card.encode())
+    if format == "huggingface":
+        _write_huggingface(output, tensors, arch, preprocessing, dtype)
+    elif format == "open_clip":
+        config = settings.open_clip_config(arch, preprocessing)
+        _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": _tokenizer_settings(arch)})
+        write_safetensors(output / "open_clip_model.safetensors", tensors, {"format": "pt"})
+    else:
+        config = {
+            "architecture": dataclasses.asdict(arch),
+            "preprocessing": settings.open_clip_config(arch, preprocessing)["preprocess_cfg"],
+            "tokenizer": _tokenizer_settings(arch),
+        }
+        _write_json(output / OWN_CONFIG, config)
+        if format == "clip":
+            write_torch(output / "model.pt", tensors)
+        else:
+            write_safetensors(output / "model.safetensors", tensors, {"format": "pt"})
+
+
+def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
+    """Whether `write_model` could write there and so.
+
+    Raises:
+        ValueError: unknown format or dtype, or files in the way.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format '{format}': expected one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype '{dtype}': expected one of {', '.join(DTYPES)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output}: exists and is not an empty directory; name another one")
+
+
+def _write_huggingface(
+    output: pathlib.Path,
+    tensors: Mapping[str, np.ndarray],
+    arch: Architecture,
+    preprocessing: Preprocessing,
+    dtype: str,
+) -> None:
+    _write_json(output / HUGGINGFACE_CONFIG, settings.huggingface_config(arch, dtype))
+    preprocessor = settings.huggingface_preprocessor(arch, preprocessing)
+    _write_json(output / HUGGINGFACE_PREPROCESSOR, preprocessor)
+    # A text tower with another vocabulary has another tokenizer, which we do not know.
+    if arch.vocab_size == tokenizer.VOCAB_SIZE:
+        _write_huggingface_tokenizer(output, arch.context_length)
+    write_safetensors(
+        output / "model.safetensors",
+        huggingface.to_huggingface(tensors, arch),
+        # transformers asks for this entry.
+        {"format": "pt"},
+    )
+
+
+def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> None:
+    pieces = [*tokenizer.vocabulary()[: tokenizer.START_OF_TEXT_ID], _HF_START, _HF_END]
+    _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges())]
+    write_atomically(output / "merges.txt", ("\n".join(lines) + "\n").encode())
+    markers = {
+        "bos_token": _HF_START,
+        "eos_token": _HF_END,
+        "unk_token": _HF_END,
+        "pad_token": _HF_END,
+    }
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": context_length,
+        "do_lower_case": True,
+        "errors": "replace",
+        **markers,
+    }
+    _write_json(output / "tokenizer_config.json", config)
+    _write_json(output / "special_tokens_map.json", markers)
+
+
+def _tokenizer_settings(arch: Architecture) -> dict[str, Any]:
+    """For the reader; the formats that carry them have no tokenizer files of their own."""
+    if arch.vocab_size != tokenizer.VOCAB_SIZE:
+        return {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
+    return {
+        "kind": "CLIP byte-pair encoding (bpe_simple_vocab_16e6), lower case",
+        "context_length": arch.context_length,
+        "vocab_size": arch.vocab_size,
+        "start_of_text_id": tokenizer.START_OF_TEXT_ID,
+        "end_of_text_id": tokenizer.END_OF_TEXT_ID,
+        "padding_id": 0,
+    }
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,205 @@
+"""The released DiHT weights: names, addresses, hashes, and how they come onto this machine.
+
+Called by `diht_jax.loading`. Addresses and SHA-256 sums are those of DiHT's official code
+(facebookresearch/diht). What the files hold is read by `source.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import http.client
+import os
+import pathlib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from absl import logging
+from tqdm import tqdm
+
+CACHE_VARIABLE = "DIHT_JAX_CACHE"
+WEIGHTS_VARIABLE = "DIHT_JAX_WEIGHTS"
+
+_ADDRESS = "https://dl.fbaipublicfiles.com/diht"
+_LOCAL_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth", ".bin")
+_CHUNK_BYTES = 2**20
+_TIMEOUT_SECS = 60
+_MOST_ATTEMPTS = 3
+_BROKEN_OFF = (OSError, http.client.HTTPException)
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A published weight file.
+
+    Attributes:
+        url: where it is.
+        sha256: of its bytes, in hex.
+    """
+
+    url: str
+    sha256: str
+
+
+def _diht(name: str, sha256: str) -> Release:
+    return Release(f"{_ADDRESS}/{name}_{sha256}.ckpt", sha256)
+
+
+RELEASES: dict[str, Release] = {
+    name: _diht(name, sha256)
+    for name, sha256 in {
+        "diht_vitb32_224px": "0cee3cbdf80edc3a9b3add0a913eb0f293839d807423ae1eb6dfe57be3550586",
+        "diht_vitb16_224px": "d2f68609e5d0469c824cd16353375cf7c47b468666fdfcd8baecf06705e4a6f0",
+        "diht_vitl14_224px": "eaf1e498d0a40aef206329a2d5753f3d479f550d72631e26f89f67878d06afa8",
+        "diht_vitl14_336px": "4864afccc0f28d5bbc24444672789cfe23320ada5980b730c915defcebe52e4c",
+    }.items()
+}
+
+
+def fetch_release(name: str) -> pathlib.Path:
+    """A local file or directory with the weights of the release `name`.
+
+    The environment variable DIHT_JAX_WEIGHTS comes first: a weight file or model directory, or a
+    directory that holds `NAME.ckpt`, `NAME.safetensors` and the like, `NAME_SHA256.ckpt` as it is
+    published, or a model directory `NAME`. Otherwise the file is downloaded, once, into
+    DIHT_JAX_CACHE (by default `~/.cache/diht_jax`).
+
+    Args:
+        name: a key of `RELEASES`.
+
+    Raises:
+        ValueError: nothing there, no connection, or a file with another hash.
+    """
+    release = RELEASES[name]
+    given = os.environ.get(WEIGHTS_VARIABLE)
+    if given:
+        return _find_local(pathlib.Path(given), name, release)
+    folder = pathlib.Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/diht_jax").expanduser()
+    path = folder / release.url.rpartition("/")[2]
+    download(release.url, path, release.sha256)
+    return path
+
+
+def download(url: str, path: pathlib.Path, sha256: str) -> None:
+    """Downloads `url` to `path`, unless it is there with the right hash.
+
+    An interrupted download goes on where it was, in this call (a few attempts) or a later one:
+    what has come stays in `path` with `.part` appended. Only a file with the right hash ever gets
+    the name `path`. Processes that want the same file wait for each other.
+
+    Args:
+        url: http or https.
+        path: of the file to make; folders are made.
+        sha256: expected, in hex.
+
+    Raises:
+        ValueError: the connection failed or broke off, or the hash is another one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    with _locked(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            if hash_file(path) == sha256:
+                return
+            logging.warning("%s: SHA-256 is not %s; downloading it again", path, sha256)
+            path.unlink()
+        logging.info("downloading %s to %s", url, path)
+        _download_part(url, part)
+        found = hash_file(part)
+        if found != sha256:
+            part.unlink()
+            raise ValueError(
+                f"{url}: expected SHA-256 {sha256}, got {found}; the download was damaged or the "
+                "file is another one, and it was deleted. Try again, or give a file of your own "
+                f"in {WEIGHTS_VARIABLE}"
+            )
+        os.replace(part, path)
+
+
+def hash_file(path: pathlib.Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_local(given: pathlib.Path, name: str, release: Release) -> pathlib.Path:
+    given = given.expanduser()
+    if not given.exists():
+        raise ValueError(f"{WEIGHTS_VARIABLE}={given}: no such file or directory")
+    published = given / release.url.rpartition("/")[2]
+    if published.is_file():
+        if hash_file(published) != release.sha256:
+            raise ValueError(f"{published}: its SHA-256 is not the one in its name; get it again")
+        return published
+    candidates = [given / name, *(given / f"{name}{suffix}" for suffix in _LOCAL_SUFFIXES)]
+    if given.is_dir():
+        for candidate in candidates:
+            if candidate.exists():
+                return candidate
+        # Any other directory is taken for one of a model; `source.py` says if it is none.
+        if any(other in entry.name for entry in given.iterdir() for other in RELEASES):
+            raise ValueError(
+                f"{WEIGHTS_VARIABLE}={given}: holds no '{name}'; expected {published.name} or "
+                f"{', '.join(candidate.name for candidate in candidates)}"
+            )
+    return given
+
+
+def _download_part(url: str, part: pathlib.Path) -> None:
+    """Fills `part` up to the end, a few times over if the connection breaks off."""
+    for attempt in range(1, _MOST_ATTEMPTS + 1):
+        have_bytes = part.stat().st_size if part.exists() else 0
+        try:
+            if _transfer(url, part, have_bytes):
+                return
+            problem = "the connection was closed early"
+        except urllib.error.HTTPError as error:
+            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+                # Nothing is left to send: the part is whole, or is not a part of this file.
+                return
+            raise ValueError(f"{url}: the server answered {error.code} {error.reason}") from error
+        except _BROKEN_OFF as error:
+            problem = str(error) or type(error).__name__
+        if attempt < _MOST_ATTEMPTS:
+            logging.warning("%s: %s; attempt %d of %d", url, problem, attempt + 1, _MOST_ATTEMPTS)
+    have_bytes = part.stat().st_size if part.exists() else 0
+    raise ValueError(
+        f"{url}: {problem}. {have_bytes} bytes are kept in {part} and the next call goes on from "
+        f"there; without a network, download the file elsewhere and name it in {WEIGHTS_VARIABLE}"
+    )
+
+
+def _transfer(url: str, part: pathlib.Path, have_bytes: int) -> bool:
+    """Appends what is missing; returns whether everything has come."""
+    headers = {"Range": f"bytes={have_bytes}-"} if have_bytes else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=_TIMEOUT_SECS) as response:
+        if response.status != http.client.PARTIAL_CONTENT:
+            have_bytes = 0  # the server sends everything
+        length = response.headers.get("Content-Length")
+        total_bytes = have_bytes + int(length) if length is not None else None
+        with (
+            open(part, "ab" if have_bytes else "wb") as file,
+            tqdm(
+                total=total_bytes,
+                initial=have_bytes,
+                desc=url.rpartition("/")[2][:40],
+                unit="B",
+                unit_scale=True,
+                dynamic_ncols=True,
+            ) as progress,
+        ):
+            while chunk := response.read(_CHUNK_BYTES):
+                file.write(chunk)
+                progress.update(len(chunk))
+    return total_bytes is None or part.stat().st_size >= total_bytes
+
+
+@contextlib.contextmanager
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,241 @@
+"""Weights of any CLIP, from a file or directory: found, read, checked, in our parameter tree.
+
+`read_weights` is called by `diht_jax.loading` and by tools of `data_prep`. What lies at a path is
+told by the files in it:
+
+    open_clip_config.json            open_clip, as its hub and our export have it
+    config.json, "model_type": clip  transformers' CLIPModel
+    diht_jax_config.json             our export, in CLIP's layout
+    one weight file                  CLIP's layout (OpenAI, open_clip, DiHT)
+
+For a weight file by itself, a config beside it counts in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from diht_jax.config import ARCHITECTURE_FIELDS, nearest_name
+from diht_jax.models.positions import fit_positions
+from diht_jax.models.zoo import Architecture
+from diht_jax.weights import clip_layout, huggingface, settings
+from diht_jax.weights.releases import hash_file
+from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+HUGGINGFACE_CONFIG = "config.json"
+HUGGINGFACE_PREPROCESSOR = "preprocessor_config.json"
+OWN_CONFIG = "diht_jax_config.json"
+
+# Where a directory holds several weight files, the first of these is taken.
+_PREFERRED = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "model.pt",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model as a weight file has it.
+
+    Attributes:
+        arch: sizes, activation and the like.
+        params: nested dict of float32 NumPy arrays, one entry per block.
+        heads: concept heads under their names in the file; empty where there are none.
+        preprocessing: mean and deviation of the pictures.
+        path: of the weight file.
+        sha256: of that file, in hex; None for one in shards.
+        layout: "clip" or "huggingface".
+    """
+
+    arch: Architecture
+    params: dict[str, Any]
+    heads: dict[str, np.ndarray]
+    preprocessing: Preprocessing
+    path: pathlib.Path
+    sha256: str | None
+    layout: str
+
+
+def read_weights(
+    path: str | os.PathLike[str],
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+) -> Weights:
+    """Reads the weights of a CLIP.
+
+    Args:
+        path: of a weight file or a model directory, see above.
+        architecture: fields of `Architecture` that neither shapes nor a config beside the file
+            tell, such as `{"activation": "quick_gelu", "vision_heads": 16}`.
+        image_size: pixels; image positions are resized to it. None keeps the file's.
+
+    Raises:
+        ValueError: nothing to read, a file that is damaged or could run code, parameters that are
+            missing, unknown or of another shape (all are listed), settings our model lacks.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such weight file or model directory")
+    file = find_weight_file(path) if path.is_dir() else path
+    tensors = read_tensors(file).tensors
+    is_huggingface = "vision_model.embeddings.class_embedding" in tensors
+    arch, preprocessing = _read_settings(file.parent, is_huggingface)
+    if arch is None:
+        if is_huggingface:
+            raise ValueError(
+                f"{file}: names are those of transformers' CLIPModel, whose {HUGGINGFACE_CONFIG} "
+                "must lie beside the file; it does not"
+            )
+        arch = _infer_architecture(tensors, str(file), "activation" in (architecture or {}))
+    arch = _replace_fields(arch, architecture or {})
+    parameters, heads = clip_layout.split_heads(tensors)
+    params = _arrange(parameters, arch, is_huggingface, str(file))
+    if image_size is not None and image_size != arch.image_size:
+        resized = dataclasses.replace(arch, image_size=image_size)
+        params = fit_positions(params, (image_size // arch.patch_size) ** 2)
+        params = jax.tree.map(np.asarray, params)
+        arch = resized
+    return Weights(
+        arch=arch,
+        params=params,
+        heads=heads,
+        preprocessing=preprocessing,
+        path=file,
+        sha256=None if file.name.endswith(INDEX_SUFFIX) else hash_file(file),
+        layout="huggingface" if is_huggingface else "clip",
+    )
+
+
+def _infer_architecture(
+    tensors: Mapping[str, np.ndarray], where: str, activation_given: bool
+) -> Architecture:
+    """The architecture of a state dict in CLIP's layout without any config."""
+    arch = clip_layout.infer_architecture(clip_layout.normalize_names(tensors), where)
+    if clip_layout.is_openai_release(tensors):
+        return dataclasses.replace(arch, activation="quick_gelu")
+    if not activation_given:
+        logging.info(
+            "%s: no config tells the activation; taken for exact GELU, as in DiHT's and most of "
+            "open_clip's weights (say architecture.activation=quick_gelu for others)",
+            where,
+        )
+    return arch
+
+
+def _arrange(
+    tensors: Mapping[str, np.ndarray], arch: Architecture, is_huggingface: bool, where: str
+) -> dict[str, Any]:
+    """Checks names and shapes; returns our parameter tree."""
+    expected = clip_layout.expected_shapes(arch)
+    if is_huggingface:
+        found = huggingface.drop_buffers(tensors)
+        expected = huggingface.expected_shapes(expected, arch)
+    else:
+        found = clip_layout.normalize_names(tensors)
+    # A scale of shape [1] is the same as one of shape [].
+    if "logit_scale" in found and found["logit_scale"].shape == (1,):
+        found["logit_scale"] = found["logit_scale"].reshape(())
+    shapes = {name: value.shape for name, value in found.items()}
+    clip_layout.check_parameters(shapes, expected, where)
+    if is_huggingface:
+        found = huggingface.from_huggingface(found, arch)
+    return clip_layout.from_clip(found, arch)
+
+
+def find_weight_file(folder: pathlib.Path) -> pathlib.Path:
+    """The weight file of a model directory.
+
+    Raises:
+        ValueError: none, or several of which none has a usual name.
+    """
+    names = list_weight_files(epath.Path(folder))
+    for name in _PREFERRED:
+        if name in names:
+            return folder / name
+    if len(names) == 1:
+        return folder / names[0]
+    raise ValueError(
+        f"{folder}: neither a work directory of diht_jax.train (config.json is missing) nor a "
+        f"directory with one weight file ({', '.join(WEIGHT_SUFFIXES)}); weight files found: "
+        + (f"{', '.join(names)}; name one of them" if names else "none")
+    )
+
+
+def list_weight_files(folder: epath.Path) -> list[str]:
+    """Names of the weight files and indices of shards in a directory, sorted."""
+    suffixes = (*WEIGHT_SUFFIXES, INDEX_SUFFIX)
+    return sorted(p.name for p in folder.iterdir() if p.name.endswith(suffixes) and p.is_file())
+
+
+def _read_settings(
+    folder: pathlib.Path, is_huggingface: bool
+) -> tuple[Architecture | None, Preprocessing]:
+    """What the configs in the file's directory say; no architecture where there are none."""
+    own, open_clip = folder / OWN_CONFIG, folder / OPEN_CLIP_CONFIG
+    if is_huggingface:
+        config, preprocessor = folder / HUGGINGFACE_CONFIG, folder / HUGGINGFACE_PREPROCESSOR
+        arch, preprocessing = None, Preprocessing()
+        if config.is_file():
+            arch = settings.architecture_from_huggingface(_read_json(config), str(config))
+        if preprocessor.is_file():
+            preprocessing = settings.preprocessing_from_huggingface(
+                _read_json(preprocessor), str(preprocessor)
+            )
+        return arch, preprocessing
+    if own.is_file():
+        content = _read_json(own)
+        try:
+            arch = _replace_fields(Architecture(**content["architecture"]), {})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{own}: expected the fields of an architecture ({error})") from error
+        return arch, settings.preprocessing_from_open_clip(content["preprocessing"], str(own))
+    if open_clip.is_file():
+        content = _read_json(open_clip)
+        return (
+            settings.architecture_from_open_clip(content.get("model_cfg", content), str(open_clip)),
+            settings.preprocessing_from_open_clip(
+                content.get("preprocess_cfg", {}), str(open_clip)
+            ),
+        )
+    return None, Preprocessing()
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _replace_fields(arch: Architecture, fields: Mapping[str, Any]) -> Architecture:
+    for name, value in fields.items():
+        if name not in ARCHITECTURE_FIELDS:
+            nearest = nearest_name(name, ARCHITECTURE_FIELDS)
+            hint = f"; did you mean '{nearest}'?" if nearest else ""
+            raise ValueError(f"an architecture has no field '{name}'{hint}")
+        if not isinstance(value, ARCHITECTURE_FIELDS[name] | None):
+            raise ValueError(
+                f"architecture.{name}: expected {ARCHITECTURE_FIELDS[name].__name__}, got {value!r}"
+            )
+    return dataclasses.replace(arch, **fields)

@@ -1,0 +1,204 @@
+"""Files of named arrays: safetensors and torch's, read without executing what is in them.
+
+Called by `source.py` and `export.py`. Names are taken as they stand in the file; what they mean
+belongs in `clip_layout.py` and `huggingface.py`. torch is imported only inside the functions that
+read or write its format.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from diht_jax.data.atomic_file import temporary_path
+from diht_jax.weights.torchscript import is_torchscript, read_torchscript
+
+SAFETENSORS_SUFFIX = ".safetensors"
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
+INDEX_SUFFIX = ".index.json"
+WEIGHT_SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
+
+# Where training programs keep the model's part of a checkpoint.
+_STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")
+# What wrappers (data parallelism, torch.compile) put before every name.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFile:
+    """What a weight file holds.
+
+    Attributes:
+        tensors: name -> array, in the file's dtype.
+        metadata: strings that came with them (safetensors only).
+    """
+
+    tensors: dict[str, np.ndarray]
+    metadata: dict[str, str]
+
+
+def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
+    """Reads a weight file, or the shards of an index file.
+
+    Args:
+        path: `.safetensors`; `.pt`, `.pth`, `.ckpt` or `.bin` of torch (a state dict, a training
+            checkpoint with one inside, or a TorchScript archive); or Hugging Face's
+            `*.index.json`, which names its shards.
+
+    Raises:
+        ValueError: another kind of file, a damaged one, or one whose pickle holds anything but
+            tensors and plain containers.
+    """
+    path = pathlib.Path(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_index(path)
+    if path.suffix == SAFETENSORS_SUFFIX:
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        tensors = read_torchscript(path) if is_torchscript(path) else _read_torch(path)
+        return TensorFile(_strip_wrappers(tensors), {})
+    raise ValueError(
+        f"{path}: not a weight file; expected a name ending in {', '.join(WEIGHT_SUFFIXES)}"
+    )
+
+
+def write_safetensors(
+    path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes arrays of any memory order; the file appears whole or not at all."""
+    # Not `ascontiguousarray`, which makes vectors of scalars.
+    contiguous = {name: np.array(value, order="C") for name, value in tensors.items()}
+    temporary = temporary_path(path)
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
+        # The library lets only the owner read its files.
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a plain torch state dict; the file appears whole or not at all."""
+    torch = _import_torch(path)
+    state = {name: _to_torch(torch, value) for name, value in tensors.items()}
+    temporary = temporary_path(path)
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_safetensors(path: pathlib.Path) -> TensorFile:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return TensorFile(tensors, dict(file.metadata() or {}))
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a whole safetensors file ({error}); download or write it again"
+        ) from error
+
+
+def _read_index(path: pathlib.Path) -> TensorFile:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a JSON object with 'weight_map' ({error})") from error
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        # A name with folders in it could lead out of the model's own directory.
+        if pathlib.PurePath(name).name != name:
+            raise ValueError(f"{path}: shard '{name}' is no plain file name")
+        if not (path.parent / name).is_file():
+            raise ValueError(f"{path}: shard '{name}' is missing; download it as well")
+        tensors |= read_tensors(path.parent / name).tensors
+    return TensorFile(tensors, {})
+
+
+def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    torch = _import_torch(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused: its pickle holds more than tensors and plain containers, and could "
+            "run code of whoever made it. Take a .safetensors version, or save a plain state "
+            f"dict with a torch that trusts the file ({_first_line(error)})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: not a whole torch file ({_first_line(error)}); download or write it again"
+        ) from error
+    return {
+        str(name): _to_numpy(torch, value)
+        for name, value in _find_state_dict(torch, path, loaded).items()
+    }
+
+
+def _find_state_dict(torch: Any, path: pathlib.Path, loaded: Any) -> Mapping[str, Any]:
+    if isinstance(loaded, Mapping):
+        for key in _STATE_DICT_KEYS:
+            if isinstance(loaded.get(key), Mapping):
+                return _find_state_dict(torch, path, loaded[key])
+        others = [str(key) for key, value in loaded.items() if not torch.is_tensor(value)]
+        if loaded and not others:
+            return loaded
+        found = f"a dict with {', '.join(others[:5]) or 'nothing'} in it"
+    else:
+        found = type(loaded).__name__
+    raise ValueError(
+        f"{path}: expected a state dict (name -> tensor), by itself or under "
+        f"{', '.join(_STATE_DICT_KEYS)}; got {found}"
+    )
+
+
+def _strip_wrappers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for prefix in _WRAPPER_PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _strip_wrappers({name[len(prefix) :]: v for name, v in tensors.items()})
+    return tensors
+
+
+def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _to_torch(torch: Any, array: np.ndarray) -> Any:
+    array = np.array(array, order="C")
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _import_torch(path: pathlib.Path) -> Any:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: torch is needed for this format and is not installed; `pip install torch`, "
+            "or use the safetensors format"
+        ) from error
+    return torch
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"

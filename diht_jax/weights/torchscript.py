@@ -1,0 +1,158 @@
+"""The parameters of a TorchScript archive, such as OpenAI's CLIP files, without running it.
+
+Called by `tensor_files.py`. `torch.load(weights_only=True)` refuses these archives and
+`torch.jit.load` runs the code in them. Their pickle is read here by an unpickler that knows
+tensors and nothing else: every class of the archive becomes an inert `_Module`, and any other
+name is refused. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import pathlib
+import pickle
+import zipfile
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+
+# What a damaged or hostile pickle or archive may raise.
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+)
+
+
+def is_torchscript(path: pathlib.Path) -> bool:
+    """Whether the file is a zip archive with TorchScript constants in it."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Dotted name -> array of every parameter and buffer.
+
+    Raises:
+        ValueError: the archive is damaged, or its pickle names anything but tensors and modules.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            if len(pickles) != 1:
+                raise ValueError(f"expected one data.pkl, found {len(pickles)}")
+            root = pickles[0].removesuffix("data.pkl")
+            with archive.open(pickles[0]) as file:
+                module = _TensorUnpickler(file, archive, root).load()
+    except _UNREADABLE as error:
+        raise ValueError(f"{path}: the TorchScript archive cannot be read: {error}") from error
+    tensors: dict[str, np.ndarray] = {}
+    _collect("", module, tensors)
+    return tensors
+
+
+class _Module:
+    """Stands for any class of the archive; holds what its pickle set and can do nothing."""
+
+    attributes: dict[str, Any] = {}
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state if isinstance(state, dict) else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _StorageType:
+    dtype: Any
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str):
+        super().__init__(file, encoding="utf-8")
+        self._archive = archive
+        self._root = root
+        self._storages: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "__torch__" or module.startswith("__torch__."):
+            return _Module
+        if module == "torch" and name in _DTYPES:
+            return _StorageType(_DTYPES[name])
+        known = {
+            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+            ("collections", "OrderedDict"): collections.OrderedDict,
+        }
+        if module == "torch.jit._pickle":
+            return _as_list
+        if (module, name) in known:
+            return known[module, name]
+        raise pickle.UnpicklingError(
+            f"refused: its pickle asks for '{module}.{name}', which is neither a tensor nor a "
+            "module, and could run code of whoever made it"
+        )
+
+    def persistent_load(self, pid: Any) -> np.ndarray:
+        kind, storage_type, key, _, _ = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise pickle.UnpicklingError(f"refused: unknown kind of storage {kind!r}")
+        if key not in self._storages:
+            data = self._archive.read(f"{self._root}data/{key}")
+            self._storages[key] = np.frombuffer(data, storage_type.dtype)
+        return self._storages[key]
+
+
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
+) -> np.ndarray:
+    """A copy of a strided view, which must lie inside of its storage."""
+    if any(size < 0 for size in shape) or any(stride < 0 for stride in strides) or offset < 0:
+        raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
+    last = offset + sum((s - 1) * stride for s, stride in zip(shape, strides, strict=True))
+    num_elements = math.prod(shape)
+    if num_elements and (last >= storage.size or num_elements > storage.size):
+        raise ValueError(f"tensor of shape {shape} reaches beyond its {storage.size} elements")
+    strides_bytes = [stride * storage.itemsize for stride in strides]
+    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, strides_bytes)
+    return np.array(view)
+
+
+def _rebuild_parameter(data: np.ndarray, *_: Any) -> np.ndarray:
+    return data
+
+
+def _as_list(*args: Any) -> Any:
+    return args[0] if args else []
+
+
+def _collect(prefix: str, module: Any, tensors: dict[str, np.ndarray]) -> None:
+    if not isinstance(module, _Module):
+        raise ValueError(f"expected a module, got {type(module).__name__}")
+    for name, value in module.attributes.items():
+        if isinstance(value, np.ndarray):
+            tensors[f"{prefix}{name}"] = value
+        elif isinstance(value, _Module):
+            _collect(f"{prefix}{name}.", value, tensors)

@@ -1,0 +1,268 @@
+"""Embeddings in files are those of the model, row by row, however often the work was stopped."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+import diht_jax.evaluation.embedding_files as embedding_files
+from diht_jax import load_model
+from diht_jax.data.schema import Pair, encode_record
+from diht_jax.data.tfrecord import TFRecordWriter
+from diht_jax.evaluation.embedding_files import EmbedOptions, embed_source
+from diht_jax.models import Architecture
+from diht_jax.weights import clip_layout
+from diht_jax.weights.tensor_files import write_safetensors
+
+ARCH = Architecture(
+    image_size=16,
+    patch_size=8,
+    vision_layers=1,
+    vision_width=64,
+    vision_heads=1,
+    text_layers=1,
+    text_width=64,
+    text_heads=1,
+    embed_dim=24,
+    context_length=8,
+)
+OPTIONS = EmbedOptions(shard_size=4, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
+    rng = np.random.default_rng(0)
+    shapes = clip_layout.expected_shapes(ARCH)
+    write_safetensors(
+        path, {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}, {}
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return load_model(weights, batch_size=8)
+
+
+def picture(i):
+    rng = np.random.default_rng(i)
+    return Image.fromarray(rng.integers(0, 256, (20 + i, 16, 3)).astype(np.uint8))
+
+
+def png(i):
+    file = io.BytesIO()
+    picture(i).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, numbers, broken=(), silent=()):
+    with tarfile.open(path, "w") as tar:
+        for i in numbers:
+            image = b"no image" if i in broken else png(i)
+            members = [(f"{i:03d}.png", image)]
+            members += [] if i in silent else [(f"{i:03d}.txt", f"caption {i}".encode())]
+            for name, data in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def read_all(folder):
+    rows = {}
+    for path in sorted(folder.glob("*.npz")):
+        part = np.load(path)
+        for key, image_emb, text_emb in zip(
+            part["key"], part["image_emb"], part["text_emb"], strict=True
+        ):
+            assert key not in rows
+            rows[str(key)] = (image_emb, text_emb)
+    return rows
+
+
+def check_rows(model, rows, numbers):
+    assert list(rows) == [f"{i:03d}" for i in numbers]
+    image_emb, text_emb = (np.stack(column) for column in zip(*rows.values(), strict=True))
+    assert image_emb.dtype == np.float32
+    expected = model.encode_image([picture(i) for i in numbers])
+    np.testing.assert_allclose(image_emb, expected, atol=1e-5)
+    expected = model.encode_text([f"caption {i}" for i in numbers])
+    np.testing.assert_allclose(text_emb, expected, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(image_emb, axis=1), 1, atol=1e-5)
+
+
+def test_tars_with_unusable_entries(model, tmp_path):
+    write_tar(tmp_path / "a.tar", range(11), broken=(4, 5, 6, 7), silent=(9,))
+    write_tar(tmp_path / "b.tar", range(20, 24))
+    out = tmp_path / "out"
+    done = embed_source(model, str(tmp_path / "*.tar"), out, OPTIONS)
+    assert done == {"pairs": 10, "dropped": {"image_unreadable": 4, "no_caption": 1}, "files": 4}
+    check_rows(model, read_all(out), [0, 1, 2, 3, 8, 10, 20, 21, 22, 23])
+    stats = json.loads((out / "embeddings-00000-00001.json").read_text())
+    assert stats["pairs"] == 0 and stats["dropped_keys"] == ["004", "005", "006", "007"]
+    assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3])
+def test_interrupted_work_goes_on(model, tmp_path, monkeypatch, stop_after):
+    write_tar(tmp_path / "a.tar", range(9))
+    write_tar(tmp_path / "b.tar", range(9, 14))
+    source, out = [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], tmp_path / "out"
+    calls = []
+    real = embedding_files.encode_images
+
+    def count(*args, **options):
+        if len(calls) == stop_after:
+            raise KeyboardInterrupt
+        encoded = real(*args, **options)
+        calls.append([key for key, _ in encoded.notes])
+        return encoded
+
+    monkeypatch.setattr(embedding_files, "encode_images", count)
+    with pytest.raises(KeyboardInterrupt):
+        embed_source(model, source, out, OPTIONS)
+    before = {path.name: path.read_bytes() for path in out.glob("*.npz")}
+    assert len(before) == stop_after
+    stop_after = None
+    assert embed_source(model, source, out, OPTIONS)["pairs"] == 14
+    # No image was embedded twice, and what was finished was not written again.
+    keys = [key for batch in calls for key in batch]
+    assert sorted(keys) == [f"{i:03d}" for i in range(14)]
+    for name, data in before.items():
+        assert (out / name).read_bytes() == data
+    check_rows(model, read_all(out), range(14))
+    assert embed_source(model, source, out, OPTIONS)["files"] == 5
+    assert len(calls) == 5
+
+
+def test_progress_over_all_pairs(model, tmp_path, capsys):
+    write_tar(tmp_path / "a.tar", range(6))
+    write_tar(tmp_path / "b.tar", range(6, 11))
+    for _ in range(2):  # the second time everything is there
+        embed_source(model, str(tmp_path / "*.tar"), tmp_path / "out", OPTIONS)
+        shown = capsys.readouterr().err
+        assert "0/" in shown and "11/11" in shown and "pair/s" in shown
+
+
+def test_other_work_in_the_directory_is_refused(model, weights, tmp_path):
+    write_tar(tmp_path / "a.tar", range(3))
+    out = tmp_path / "out"
+    embed_source(model, str(tmp_path / "a.tar"), out, OPTIONS)
+    other = EmbedOptions(shard_size=5, batch_size=8, dtype="float16")
+    with pytest.raises(ValueError, match="other settings; changed: dtype, shard_size"):
+        embed_source(model, str(tmp_path / "a.tar"), out, other)
+    write_tar(tmp_path / "a.tar", range(4))
+    with pytest.raises(ValueError, match="changed: source"):
+        embed_source(model, str(tmp_path / "a.tar"), out, OPTIONS)
+    write_tar(tmp_path / "a.tar", range(3))
+    quick = load_model(weights, architecture={"activation": "quick_gelu"}, batch_size=8)
+    assert quick.fingerprint() == model.fingerprint()
+    changed = load_model(weights, image_size=32, batch_size=8)
+    assert changed.fingerprint() != model.fingerprint()
+
+
+def test_parquet_of_half_precision_and_a_template(model, tmp_path):
+    write_tar(tmp_path / "a.tar", range(6))
+    options = EmbedOptions(
+        format="parquet",
+        dtype="float16",
+        caption_template="a photo of {caption}.",
+        modalities=("text",),
+        shard_size=4,
+        batch_size=4,
+    )
+    embed_source(model, str(tmp_path / "a.tar"), tmp_path / "out", options)
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "embeddings-00000-00001.parquet")
+    assert table.column_names == ["key", "caption", "text_emb"]
+    assert table["caption"].to_pylist() == ["caption 4", "caption 5"]
+    assert str(table.schema.field("text_emb").type) == "fixed_size_list<element: halffloat>[24]"
+    found = np.stack(table["text_emb"].to_numpy(zero_copy_only=False))
+    expected = model.encode_text(["a photo of caption 4.", "a photo of caption 5."])
+    np.testing.assert_allclose(found.astype(np.float32), expected, atol=1e-3)
+
+
+def test_folder_of_pictures_classes_and_records(model, tmp_path):
+    flat, classes = tmp_path / "flat", tmp_path / "classes"
+    (classes / "red_car").mkdir(parents=True)
+    flat.mkdir()
+    for i in range(5):
+        (flat / f"{i}.png").write_bytes(png(i))
+        (classes / "red_car" / f"{i}.png").write_bytes(png(i))
+    with TFRecordWriter(tmp_path / "r.tfrecord") as writer:
+        for i in range(5):
+            writer.write(encode_record(Pair(f"{i}.png", png(i), "red car")))
+    with pytest.raises(ValueError, match="pictures without captions; take --modalities image"):
+        embed_source(model, str(flat), tmp_path / "x", OPTIONS)
+    assert not (tmp_path / "x").exists()
+    image_only = EmbedOptions(modalities=("image",), batch_size=8)
+    expected = model.encode_image([picture(i) for i in range(5)])
+    for source, options in (
+        (flat, image_only),
+        (classes, OPTIONS),
+        (tmp_path / "r.tfrecord", OPTIONS),
+    ):
+        out = tmp_path / f"out_{source.name}"
+        assert embed_source(model, str(source), out, options)["pairs"] == 5
+        parts = [np.load(path) for path in sorted(out.glob("*.npz"))]
+        keys = [key for part in parts for key in part["key"]]
+        assert [key.rpartition("/")[2] for key in keys] == [f"{i}.png" for i in range(5)]
+        found = np.concatenate([part["image_emb"] for part in parts])
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        if options is OPTIONS:
+            text_emb = np.concatenate([part["text_emb"] for part in parts])
+            np.testing.assert_allclose(text_emb, model.encode_text(["red car"] * 5), atol=1e-5)
+
+
+def test_tasks_divide_the_shards(model, tmp_path):
+    for name, numbers in (("a", range(3)), ("b", range(3, 5)), ("c", range(5, 6))):
+        write_tar(tmp_path / f"{name}.tar", numbers)
+    pairs = []
+    for task in range(2):
+        options = EmbedOptions(shard_size=4, batch_size=8, task_index=task, num_tasks=2)
+        source = str(tmp_path / "*.tar")
+        pairs.append(embed_source(model, source, tmp_path / "out", options)["pairs"])
+    assert pairs == [4, 2]
+    check_rows(model, read_all(tmp_path / "out"), range(6))
+
+
+def test_tfds(model, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")  # noqa: F841
+    from diht_jax.data.dataset_info import shard_name, write_dataset_info
+
+    name = shard_name("few", "train", 0, 1)
+    with TFRecordWriter(tmp_path / name) as writer:
+        for i in range(5):
+            writer.write(encode_record(Pair(f"{i}", png(i), f"caption {i}")))
+    write_dataset_info(
+        tmp_path,
+        dataset="few",
+        split="train",
+        shard_lengths=[5],
+        num_bytes=(tmp_path / name).stat().st_size,
+        image_formats=["PNG"],
+    )
+    done = embed_source(model, f"tfds:{tmp_path}:train", tmp_path / "out", OPTIONS)
+    assert done == {"pairs": 5, "dropped": {}, "files": 2}
+    found = np.concatenate([row[0][None] for row in read_all(tmp_path / "out").values()])
+    expected = model.encode_image([picture(i) for i in range(5)])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"format": "csv"}, "format 'csv': expected one of npz, parquet"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"modalities": ("sound",)}, r"got \('sound',\)"),
+        ({"caption_template": "a photo"}, "lacks {caption}"),
+        ({"shard_size": 0}, "must be at least 1"),
+        ({"task_index": 2, "num_tasks": 2}, "task_index 2: expected 0 to 1"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        EmbedOptions(**options)

@@ -1,0 +1,331 @@
+"""Exports load in other libraries with the same embeddings, and come back bit for bit."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import optax
+import pytest
+import torch
+from PIL import Image
+
+from diht_jax import load_model, sharding
+from diht_jax.config import default_config, parse_fields
+from diht_jax.export import export_model
+from diht_jax.models import Architecture, get_architecture
+from diht_jax.models.parameters import model_definition
+from diht_jax.training import checkpoint
+from diht_jax.training.state import create_state
+from diht_jax.weights import clip_layout
+from diht_jax.weights.source import read_weights
+from diht_jax.weights.tensor_files import read_tensors, write_safetensors
+
+ARCH = Architecture(
+    image_size=32,
+    patch_size=8,
+    vision_layers=2,
+    vision_width=64,
+    vision_heads=1,
+    text_layers=2,
+    text_width=64,
+    text_heads=1,
+    embed_dim=40,
+    context_length=16,
+)
+FORMATS = ("clip", "open_clip", "huggingface", "safetensors")
+TEXTS = [
+    "a red heart",
+    "Two men aren't  playing chess in the park's café at 19:45 &amp; drinking",
+    "x" * 300,
+    "☃️ naïve, 東京 — über!",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Models on one device: that eight give the same is the matter of tests/test_inference.py."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+def random_tensors(arch, seed=0):
+    """Every parameter drawn at random, in CLIP's layout."""
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in clip_layout.expected_shapes(arch).items():
+        value = rng.standard_normal(shape) * (0.05 if len(shape) > 1 else 0.1)
+        tensors[name] = (value + ("ln_" in name and name.endswith("weight"))).astype(np.float32)
+    tensors["logit_scale"] = np.float32(3.1).reshape(())
+    return tensors
+
+
+@pytest.fixture(scope="module", params=["gelu", "quick_gelu"])
+def source(request, tmp_path_factory):
+    """A weight file of ours beside its config, in both activations."""
+    arch = dataclasses.replace(ARCH, activation=request.param)
+    folder = tmp_path_factory.mktemp("source")
+    write_safetensors(folder / "a.safetensors", random_tensors(arch), {})
+    config = {"activation": request.param}
+    return folder / "a.safetensors", arch, config
+
+
+@pytest.fixture(scope="module")
+def exported(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    path, _, fields = source
+    for format in FORMATS:
+        export_model(str(path), format, folder / format, architecture=fields)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(1)
+    return [
+        Image.fromarray(rng.integers(0, 256, (h, w, 3)).astype(np.uint8))
+        for h, w in ((32, 32), (40, 70), (90, 50))
+    ]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_round_trip_is_bit_for_bit(source, exported, format):
+    path, arch, fields = source
+    before = read_weights(path, architecture=fields)
+    after = read_weights(exported / format)
+    assert after.arch == arch == before.arch
+    expected = dict(jax.tree_util.tree_leaves_with_path(before.params))
+    found = dict(jax.tree_util.tree_leaves_with_path(after.params))
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert found[key].dtype == value.dtype and found[key].tobytes() == value.tobytes(), key
+    # And on to the next format: no chain of exports loses anything.
+    tensors = clip_layout.to_clip(after.params, arch)
+    for name, value in random_tensors(arch).items():
+        assert tensors[name].tobytes() == value.tobytes(), name
+
+
+def test_clip_format_is_the_official_state_dict(source, exported):
+    state = torch.load(exported / "clip" / "model.pt", weights_only=True)
+    assert {name: tuple(v.shape) for name, v in state.items()} == clip_layout.expected_shapes(
+        source[1]
+    )
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+def test_open_clip_loads_it_and_agrees(exported, pictures, source):
+    open_clip = pytest.importorskip("open_clip")
+    name = f"local-dir:{exported / 'open_clip'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokens = open_clip.get_tokenizer(name)(TEXTS)
+    ours = load_model(exported / "open_clip")
+    np.testing.assert_array_equal(ours.tokenize(TEXTS), tokens.numpy())
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(picture) for picture in pictures])
+        image_emb = model.eval().encode_image(pixels, normalize=True).numpy()
+        text_emb = model.encode_text(tokens, normalize=True).numpy()
+    np.testing.assert_allclose(ours.encode_image(pictures), image_emb, atol=1e-5)
+    np.testing.assert_allclose(ours.encode_text(TEXTS), text_emb, atol=1e-5)
+    assert ours.logit_scale == pytest.approx(model.logit_scale.exp().item(), rel=1e-6)
+    assert np.abs(image_emb[0] - image_emb[1]).max() > 1e-3
+
+
+def test_transformers_loads_it_and_agrees(exported, pictures):
+    transformers = pytest.importorskip("transformers")
+    folder = exported / "huggingface"
+    model, info = transformers.CLIPModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # The torchvision version of the processor, its default, rounds resized pixels differently.
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(folder)
+    tokenizer = transformers.CLIPProcessor.from_pretrained(folder).tokenizer
+    tokens = tokenizer(
+        TEXTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt"
+    )["input_ids"]
+    ours = load_model(folder)
+    for own, other in zip(ours.tokenize(TEXTS), tokens.numpy(), strict=True):
+        end = list(own).index(49407)
+        np.testing.assert_array_equal(own[: end + 1], other[: end + 1])
+        # It pads with the end marker, we with zeros: nothing after the first one counts.
+        assert not own[end + 1 :].any() and (other[end:] == 49407).all()
+    with torch.no_grad():
+        out = model.eval()(**processor(pictures, return_tensors="pt"), input_ids=tokens)
+    np.testing.assert_allclose(ours.encode_image(pictures), out.image_embeds, atol=1e-5)
+    np.testing.assert_allclose(ours.encode_text(TEXTS), out.text_embeds, atol=1e-5)
+
+
+def test_other_parts_of_an_architecture_reach_the_configs(tmp_path):
+    arch = dataclasses.replace(
+        ARCH,
+        vision_heads=2,
+        text_heads=4,
+        layer_norm_epsilon=1e-4,
+        vision_mlp_width=100,
+        text_mlp_width=90,
+        vocab_size=600,
+        end_of_text_id=511,
+    )
+    write_safetensors(tmp_path / "a.safetensors", random_tensors(arch), {})
+    fields = {
+        "vision_heads": 2,
+        "text_heads": 4,
+        "layer_norm_epsilon": 1e-4,
+        "end_of_text_id": 511,
+    }
+    for format in FORMATS:
+        output = tmp_path / format
+        export_model(str(tmp_path / "a.safetensors"), format, output, architecture=fields)
+        assert read_weights(output).arch == arch, format
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("format", ["clip", "huggingface"])
+def test_half_precision_on_demand(source, tmp_path, format, dtype):
+    path, _, fields = source
+    export_model(str(path), format, tmp_path / "out", architecture=fields, dtype=dtype)
+    file = tmp_path / "out" / ("model.pt" if format == "clip" else "model.safetensors")
+    assert {str(v.dtype) for v in read_tensors(file).tensors.values()} == {dtype}
+    exact = read_weights(path, architecture=fields).params["vision"]["projection"]["kernel"]
+    half = read_weights(tmp_path / "out").params["vision"]["projection"]["kernel"]
+    assert 0 < np.abs(exact - half).max() < (1e-4 if dtype == "float16" else 1e-3)
+
+
+def test_concept_heads_are_left_out_or_kept(tmp_path):
+    arch = dataclasses.replace(ARCH, vocab_size=600)
+    heads = clip_layout.heads_to_clip(
+        {"objects": {"kernel": np.ones((64, 7), np.float32), "bias": np.arange(7.0)}}
+    )
+    assert heads["concept_heads.objects.weight"].shape == (7, 64)
+    path = str(tmp_path / "a.safetensors")
+    write_safetensors(tmp_path / "a.safetensors", {**random_tensors(arch), **heads}, {})
+    for format in ("clip", "safetensors"):
+        for keep in (False, True):
+            output = tmp_path / f"{format}_{keep}"
+            export_model(path, format, output, keep_heads=keep)
+            found = read_weights(output).heads
+            assert found.keys() == (heads.keys() if keep else set())
+            card = (output / "README.md").read_text()
+            assert ("concept_heads.objects.bias" in card) == keep
+    np.testing.assert_array_equal(found["concept_heads.objects.bias"], np.arange(7))
+    with pytest.raises(ValueError, match="'open_clip' cannot hold concept heads"):
+        export_model(path, "open_clip", tmp_path / "x", keep_heads=True)
+    export_model(path, "open_clip", tmp_path / "x")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A work directory as the training loop leaves it, with results of an evaluation."""
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.overrides.update(vision_layers=1, text_layers=1)
+    config.model.dtype = "float32"
+    config.ema.decay = 0.5
+    config.data.train = str(tmp_path / "records")
+    config.total_steps = 10
+    (tmp_path / "records").mkdir()
+    counts = {"read": 30, "kept": 20, "dropped": {"caption": {"no_action": 10}}}
+    (tmp_path / "records" / "stats.json").write_text(json.dumps({"counts": counts}))
+    mesh = sharding.create_mesh(1, 1, jax.devices()[:1])
+    arch = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
+    _, init = model_definition(arch, "float32", "float32")
+    state = create_state(init, optax.sgd(0.1), mesh, seed=0, ema=True)
+    state = state.replace(
+        step=state.step + 7, ema_params=jax.tree.map(lambda p: p + 1, state.ema_params)
+    )
+
+    class Place:
+        def get_state(self):
+            return {"position": 0}
+
+    run = tmp_path / "run"
+    run.mkdir()
+    checkpoint.write_config(run, config)
+    saver = checkpoint.Checkpointer(run, keep_last=1, best_metric=None)
+    saver.save(state, Place())
+    saver.close()
+    rows = [
+        {"step": 5, "loss": 1.0, "evaluation/cifar10/top1": 0.25},
+        {"step": 7, "evaluation/cifar10/top1": 0.375},
+        {"step": 9, "evaluation/cifar10/top1": 0.999},
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run, state
+
+
+def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
+    run, state = workdir
+    results = {
+        "results": [{"task": "emoji", "metrics": {"t2i_r1": 0.106}, "counts": {"images": 3786}}]
+    }
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    for ema, params in ((False, state.params), (True, state.ema_params)):
+        output = tmp_path / f"out_{ema}"
+        export_model(
+            str(run),
+            "safetensors",
+            output,
+            ema=ema,
+            results=[str(tmp_path / "results.json")],
+            license="cc-by-4.0",
+        )
+        found = read_weights(output)
+        expected = jax.tree_util.tree_leaves_with_path(params)
+        for (key, a), (_, b) in zip(
+            expected, jax.tree_util.tree_leaves_with_path(found.params), strict=True
+        ):
+            np.testing.assert_array_equal(np.asarray(a), b, err_msg=str(key))
+        images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3)).astype(np.uint8)
+        np.testing.assert_allclose(
+            load_model(output).encode_image(images),
+            load_model(run, ema=ema).encode_image(images),
+            atol=1e-6,
+        )
+    card = (output / "README.md").read_text()
+    for line in (
+        "license: cc-by-4.0",
+        "| checkpoint | moving average of the parameters at step 7 |",
+        "| loss.beta | 0.0 |",
+        "| optimizer.learning_rate | 0.001 |",
+        "| total_steps | 10 |",
+        "| pairs kept | 20 |",
+        "| dropped, caption: no_action | 10 |",
+        "| in training, at step 7 | cifar10/top1 | 0.375 |",
+        "| results.json | emoji/t2i_r1 | 0.106 |",
+        "| concept heads | left out |",
+    ):
+        assert line in card, card
+    assert "0.999" not in card
+
+
+def test_card_of_foreign_weights_says_what_is_not_known(source, exported):
+    card = (exported / "huggingface" / "README.md").read_text()
+    sha256 = read_weights(source[0], architecture=source[2]).sha256
+    assert f"SHA-256 `{sha256}`" in card and "Not trained by `diht_jax`" in card
+    assert "None were given to the export" in card
+    num_parameters = sum(value.size for value in random_tensors(source[1]).values())
+    assert f"| parameters | {num_parameters:,} |" in card
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"format": "onnx"}, "format 'onnx': expected one of clip, open_clip"),
+        ({"dtype": "int8"}, "dtype 'int8': expected one of float32"),
+        ({"step": 3}, "only work directories of diht_jax.train have steps"),
+        ({"ema": True}, "only work directories of diht_jax.train have steps"),
+        ({"results": ["nothing.json"]}, "nothing.json: expected a results file"),
+        ({"output": "."}, "is not an empty directory"),
+    ],
+)
+def test_wrong_requests(source, tmp_path, changed, message):
+    arguments = {"format": "clip", "output": tmp_path / "out", **changed}
+    format, output = arguments.pop("format"), arguments.pop("output")
+    with pytest.raises(ValueError, match=message):
+        export_model(str(source[0]), format, output, architecture=source[2], **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_architecture_on_the_command_line():
+    fields = parse_fields(["activation=quick_gelu", "vision_heads=16", "layer_norm_epsilon=1e-6"])
+    assert fields == {"activation": "quick_gelu", "vision_heads": 16, "layer_norm_epsilon": 1e-6}
+    for wrong in ("activation", "vision_heads=many"):
+        with pytest.raises(ValueError, match=f"--architecture: expected a pair.*'{wrong}'"):
+            parse_fields([wrong])

@@ -1,0 +1,121 @@
+"""Small CLIPs of other libraries, with random weights in every parameter, and their inputs."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from diht_jax.models import Architecture
+
+# From the paper of CLIP (arXiv 2103.00020), released code.
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
+STD = np.array([0.26862954, 0.26130258, 0.27577711])
+
+SMALL = Architecture(
+    image_size=32,
+    patch_size=8,
+    vision_layers=2,
+    vision_width=128,
+    vision_heads=2,
+    text_layers=3,
+    text_width=64,
+    text_heads=1,
+    embed_dim=48,
+    context_length=12,
+    vocab_size=49408,
+)
+
+
+def open_clip_config(arch, **vision):
+    return {
+        "embed_dim": arch.embed_dim,
+        "quick_gelu": arch.activation == "quick_gelu",
+        "vision_cfg": {
+            "image_size": arch.image_size,
+            "patch_size": arch.patch_size,
+            "layers": arch.vision_layers,
+            "width": arch.vision_width,
+            "head_width": arch.vision_width // arch.vision_heads,
+            **vision,
+        },
+        "text_cfg": {
+            "context_length": arch.context_length,
+            "vocab_size": arch.vocab_size,
+            "width": arch.text_width,
+            "heads": arch.text_heads,
+            "layers": arch.text_layers,
+        },
+    }
+
+
+def randomize(model, seed=0):
+    """Moves every parameter off its initial value: zeros and ones would hide a swap."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.1 if parameter.ndim <= 1 else 0.02)
+    return model.eval()
+
+
+def open_clip_model(arch, **vision):
+    import torch
+
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    return randomize(open_clip.model.CLIP(**open_clip_config(arch, **vision)))
+
+
+def inputs(arch, count=5):
+    """uint8 images; int32 tokens whose largest id, the end of text, stands at various places."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, arch.image_size, arch.image_size, 3)).astype(np.uint8)
+    t, end = arch.context_length, arch.vocab_size - 1
+    tokens = rng.integers(1, end - 1, (count, t)).astype(np.int32)
+    for row, length in enumerate(rng.integers(2, t, count)):
+        tokens[row, length] = end
+        tokens[row, length + 1 :] = 0
+    return images, tokens
+
+
+def pixel_values(images, mean=MEAN, std=STD):
+    """float32 [b, 3, h, w], normalised in float64."""
+    import torch
+
+    values = (images.astype(np.float64) / 255 - mean) / std
+    return torch.from_numpy(values.transpose(0, 3, 1, 2).astype(np.float32).copy())
+
+
+def open_clip_embeddings(model, images, tokens):
+    import torch
+
+    with torch.no_grad():
+        return (
+            model.encode_image(pixel_values(images), normalize=True).numpy(),
+            model.encode_text(torch.from_numpy(tokens), normalize=True).numpy(),
+        )
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Models on one device: that eight give the same is the matter of tests/test_inference.py."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The functions above, for tests in several files."""
+    return types.SimpleNamespace(
+        SMALL=SMALL,
+        MEAN=MEAN,
+        STD=STD,
+        randomize=randomize,
+        open_clip_config=open_clip_config,
+        open_clip_model=open_clip_model,
+        inputs=inputs,
+        pixel_values=pixel_values,
+        open_clip_embeddings=open_clip_embeddings,
+    )

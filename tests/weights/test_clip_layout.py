@@ -1,0 +1,306 @@
+"""State dicts in CLIP's layout give the embeddings of the model that they come from."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diht_jax import load_model
+from diht_jax.models.parameters import parameter_shapes
+from diht_jax.weights import clip_layout
+from diht_jax.weights.source import read_weights
+
+
+def check_same_embeddings(model, reference, arch, expected):
+    images, tokens = reference.inputs(arch)
+    np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(tokens), expected[1], atol=1e-5)
+    # An image of its own is nearer than any other by far more than the tolerance.
+    assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
+    assert np.abs(expected[1][0] - expected[1][1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_open_clip_state_dict_and_config(reference, tmp_path, activation):
+    arch = dataclasses.replace(reference.SMALL, activation=activation)
+    other = reference.open_clip_model(arch)
+    torch.save(other.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    config = {"model_cfg": reference.open_clip_config(arch), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model = load_model(tmp_path)
+    assert model.config.model.overrides.activation == (
+        None if activation == "gelu" else "quick_gelu"
+    )
+    expected = reference.open_clip_embeddings(other, *reference.inputs(arch))
+    check_same_embeddings(model, reference, arch, expected)
+    assert model.logit_scale == pytest.approx(other.logit_scale.exp().item(), rel=1e-6)
+
+
+def test_the_two_activations_differ(reference, tmp_path):
+    other = reference.open_clip_model(reference.SMALL)
+    torch.save(other.state_dict(), tmp_path / "a.pt")
+    images, _ = reference.inputs(reference.SMALL)
+    exact = load_model(tmp_path / "a.pt").encode_image(images)
+    quick = load_model(tmp_path / "a.pt", architecture={"activation": "quick_gelu"})
+    assert np.abs(exact - quick.encode_image(images)).max() > 1e-4
+
+
+def test_heads_mlp_widths_and_epsilon_of_a_config(reference, tmp_path):
+    arch = dataclasses.replace(
+        reference.SMALL, vision_heads=4, vision_mlp_width=300, layer_norm_epsilon=1e-3
+    )
+    other = reference.open_clip_model(arch, mlp_ratio=300 / 128, norm_kwargs={"eps": 1e-3})
+    config = reference.open_clip_config(arch, mlp_ratio=300 / 128, norm_kwargs={"eps": 1e-3})
+    config["text_cfg"]["norm_kwargs"] = {"eps": 1e-3}
+    for module in other.transformer.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.eps = 1e-3
+    other.ln_final.eps = 1e-3
+    torch.save(other.state_dict(), tmp_path / "model.pt")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    assert read_weights(tmp_path).arch == arch
+    expected = reference.open_clip_embeddings(other, *reference.inputs(arch))
+    check_same_embeddings(load_model(tmp_path), reference, arch, expected)
+
+
+class DiHTBlock(nn.Module):
+    """A block under the names of DiHT's official state dict, computed step by step."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(width, heads)
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        layers = [("c_fc", nn.Linear(width, 4 * width)), ("c_proj", nn.Linear(4 * width, width))]
+        self.mlp = nn.ModuleDict(dict(layers))
+
+    def forward(self, x, mask):
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        hidden = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)))
+
+
+class DiHTTower(nn.Module):
+    def __init__(self, width, heads, layers):
+        super().__init__()
+        self.resblocks = nn.ModuleList(DiHTBlock(width, heads) for _ in range(layers))
+
+    def forward(self, x, mask=None):
+        x = x.transpose(0, 1)
+        for block in self.resblocks:
+            x = block(x, mask)
+        return x.transpose(0, 1)
+
+
+class DiHT(nn.Module):
+    """The official model's parameters and mathematics (paper note sec. 5)."""
+
+    def __init__(self, a):
+        super().__init__()
+        v, t = a.vision_width, a.text_width
+        self.visual = nn.Module()
+        self.visual.conv1 = nn.Conv2d(3, v, a.patch_size, a.patch_size, bias=False)
+        self.visual.class_embedding = nn.Parameter(torch.zeros(v))
+        num_patches = (a.image_size // a.patch_size) ** 2
+        self.visual.positional_embedding = nn.Parameter(torch.zeros(num_patches + 1, v))
+        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(v), nn.LayerNorm(v)
+        self.visual.transformer = DiHTTower(v, a.vision_heads, a.vision_layers)
+        self.visual.proj = nn.Parameter(torch.zeros(v, a.embed_dim))
+        self.transformer = DiHTTower(t, a.text_heads, a.text_layers)
+        self.token_embedding = nn.Embedding(a.vocab_size, t)
+        self.positional_embedding = nn.Parameter(torch.zeros(a.context_length, t))
+        self.ln_final = nn.LayerNorm(t)
+        self.text_projection = nn.Parameter(torch.zeros(t, a.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(2.6592))
+
+    def encode_image(self, images, normalize=True):
+        visual = self.visual
+        patches = visual.conv1(images).flatten(2).transpose(1, 2)
+        class_token = visual.class_embedding.expand(len(images), 1, -1)
+        x = torch.cat([class_token, patches], 1) + visual.positional_embedding
+        x = visual.ln_post(visual.transformer(visual.ln_pre(x))[:, 0]) @ visual.proj
+        return nn.functional.normalize(x, dim=-1)
+
+    def encode_text(self, tokens, normalize=True):
+        t = tokens.shape[1]
+        mask = torch.full((t, t), -torch.inf).triu(1)
+        x = self.token_embedding(tokens) + self.positional_embedding
+        x = self.ln_final(self.transformer(x, mask))
+        x = x[torch.arange(len(tokens)), tokens.argmax(-1)] @ self.text_projection
+        return nn.functional.normalize(x, dim=-1)
+
+
+def diht_model(reference):
+    torch.manual_seed(1)
+    return reference.randomize(DiHT(reference.SMALL))
+
+
+def test_official_diht_state_dict(reference, tmp_path):
+    other = diht_model(reference)
+    torch.save(other.state_dict(), tmp_path / "diht_vitb32_224px_0cee.ckpt")
+    model = load_model(tmp_path / "diht_vitb32_224px_0cee.ckpt")
+    expected = reference.open_clip_embeddings(other, *reference.inputs(reference.SMALL))
+    check_same_embeddings(model, reference, reference.SMALL, expected)
+
+
+def test_names_are_those_of_open_clip_and_shapes_those_of_our_model(reference):
+    arch = reference.SMALL
+    state = reference.open_clip_model(arch).state_dict()
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    assert clip_layout.expected_shapes(arch) == shapes
+    tensors = {name: value.numpy() for name, value in state.items()}
+    assert clip_layout.infer_architecture(tensors, "file") == arch
+    params = clip_layout.from_clip(tensors, arch)
+    assert parameter_shapes(params) == parameter_shapes(clip_layout._abstract_parameters(arch))
+    back = clip_layout.to_clip(params, arch)
+    assert back.keys() == tensors.keys()
+    for name, value in back.items():
+        np.testing.assert_array_equal(value, tensors[name])
+
+
+def test_custom_text_prefix_and_data_parallel_prefix_and_training_checkpoint(reference, tmp_path):
+    state = reference.open_clip_model(reference.SMALL).state_dict()
+    torch.save(state, tmp_path / "plain.pt")
+    text = ("positional_embedding", "token_embedding", "transformer", "ln_final", "text_projection")
+    renamed = {f"module.{'text.' * n.startswith(text)}{n}": v for n, v in state.items()}
+    checkpoint = {"epoch": 3, "name": "run", "state_dict": renamed, "optimizer": {"state": {}}}
+    torch.save(checkpoint, tmp_path / "epoch_3.pt")
+    plain, wrapped = (read_weights(tmp_path / name) for name in ("plain.pt", "epoch_3.pt"))
+    for (_, a), (_, b) in zip(_leaves(plain.params), _leaves(wrapped.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _leaves(params):
+    import jax
+
+    return jax.tree_util.tree_leaves_with_path(params)
+
+
+def test_half_precision_files_give_their_exact_values(reference, tmp_path):
+    state = reference.open_clip_model(reference.SMALL).state_dict()
+    for dtype in (torch.float16, torch.bfloat16):
+        half = {name: value.to(dtype) for name, value in state.items()}
+        torch.save(half, tmp_path / "half.pt")
+        params = read_weights(tmp_path / "half.pt").params
+        kernel = params["vision"]["blocks"]["1"]["mlp"]["fc_in"]["kernel"]
+        expected = half["visual.transformer.resblocks.1.mlp.c_fc.weight"].float().numpy().T
+        assert kernel.dtype == np.float32
+        np.testing.assert_array_equal(kernel, expected)
+
+
+def test_wrong_parameters_are_listed(reference, tmp_path):
+    state = dict(reference.open_clip_model(reference.SMALL).state_dict())
+    del state["visual.ln_pre.bias"]
+    del state["transformer.resblocks.1.ln_2.weight"]
+    state["logit_bias"] = torch.zeros(())
+    state["visual.proj2"] = torch.zeros(3)
+    state["text_projection"] = state["text_projection"][:, :40]
+    torch.save(state, tmp_path / "wrong.pt")
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path / "wrong.pt")
+    message = str(error.value)
+    assert "2 missing: transformer.resblocks.1.ln_2.weight, visual.ln_pre.bias" in message
+    assert "2 unknown: logit_bias, visual.proj2" in message
+    assert "1 of another shape: text_projection [64, 40] (expected [64, 48])" in message
+    assert "wrong.pt" in message
+
+
+def test_a_state_dict_of_something_else_is_refused(reference, tmp_path):
+    torch.save(nn.Linear(3, 4).state_dict(), tmp_path / "linear.pt")
+    with pytest.raises(ValueError, match=r"not a CLIP.*lacks visual.conv1.weight.*found bias, wei"):
+        load_model(tmp_path / "linear.pt")
+    state = reference.open_clip_model(reference.SMALL).state_dict()
+    state["visual.positional_embedding"] = state["visual.positional_embedding"][:-1]
+    torch.save(state, tmp_path / "grid.pt")
+    with pytest.raises(ValueError, match="15 image positions, which are no square grid"):
+        load_model(tmp_path / "grid.pt")
+
+
+@pytest.mark.parametrize(
+    "architecture, message",
+    [
+        ({"activaton": "gelu"}, "did you mean 'activation'"),
+        ({"activation": 3}, "expected str, got 3"),
+        ({"vision_heads": 5}, "no multiple of vision_heads 5"),
+        ({"vision_layers": 3}, r"12 missing: visual.transformer.resblocks.2"),
+    ],
+)
+def test_wrong_architecture_fields(reference, tmp_path, architecture, message):
+    torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "a.pt", architecture=architecture)
+
+
+def test_image_positions_are_resized_on_request_as_open_clip_does(reference, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    other = reference.open_clip_model(reference.SMALL)
+    torch.save(other.state_dict(), tmp_path / "a.pt")
+    bigger = dataclasses.replace(reference.SMALL, image_size=48)
+    resized = open_clip.model.CLIP(**reference.open_clip_config(bigger)).eval()
+    open_clip.factory.load_checkpoint(resized, str(tmp_path / "a.pt"))
+    model = load_model(tmp_path / "a.pt", image_size=48)
+    assert model.image_size == 48 == model.config.model.overrides.image_size
+    images, tokens = reference.inputs(bigger)
+    expected = reference.open_clip_embeddings(resized, images, tokens)
+    # torch's bicubic kernel differs from ours in the last digits of a weight.
+    np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-4)
+    with pytest.raises(ValueError, match="no multiple of patch_size"):
+        load_model(tmp_path / "a.pt", image_size=50)
+
+
+def test_preprocessing_of_a_config_is_kept_or_refused(reference, tmp_path):
+    other = reference.open_clip_model(reference.SMALL)
+    torch.save(other.state_dict(), tmp_path / "model.pt")
+    config = {
+        "model_cfg": reference.open_clip_config(reference.SMALL),
+        "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.6, 0.7]},
+    }
+    path = tmp_path / "open_clip_config.json"
+    path.write_text(json.dumps(config))
+    images, _ = reference.inputs(reference.SMALL)
+    with torch.no_grad():
+        pixels = reference.pixel_values(
+            images, np.array([0.5, 0.4, 0.3]), np.array([0.5, 0.6, 0.7])
+        )
+        expected = other.encode_image(pixels, normalize=True).numpy()
+    np.testing.assert_allclose(load_model(tmp_path).encode_image(images), expected, atol=1e-5)
+    config["preprocess_cfg"]["resize_mode"] = "squash"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="resize_mode='squash'; our preprocessing has 'shortest'"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "section, field, value",
+    [
+        ("vision_cfg", "timm_model_name", "vit_base"),
+        ("vision_cfg", "ls_init_value", 0.1),
+        ("vision_cfg", "layers", [3, 4, 6, 3]),
+        ("vision_cfg", "pool_type", "avg"),
+        ("text_cfg", "no_causal_mask", True),
+        ("text_cfg", "pool_type", "last"),
+        ("text_cfg", "hf_model_name", "roberta-base"),
+    ],
+)
+def test_settings_that_our_model_lacks_are_refused(reference, tmp_path, section, field, value):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model.pt")
+    config = reference.open_clip_config(reference.SMALL)
+    config[section][field] = value
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    with pytest.raises(ValueError, match=rf"open_clip_config.json: {section}"):
+        load_model(tmp_path)
+
+
+def test_texts_of_a_foreign_vocabulary_need_ids(reference, tmp_path):
+    arch = dataclasses.replace(reference.SMALL, vocab_size=512)
+    torch.save(reference.open_clip_model(arch).state_dict(), tmp_path / "a.pt")
+    model = load_model(tmp_path / "a.pt")
+    _, tokens = reference.inputs(arch)
+    assert model.encode_text(tokens).shape == (5, arch.embed_dim)
+    with pytest.raises(ValueError, match="vocabulary of 512 entries is not CLIP's"):
+        model.encode_text(["a cat"])
+    with pytest.raises(ValueError, match="expected ids from 0 to 511, got"):
+        model.encode_text(tokens + 1)

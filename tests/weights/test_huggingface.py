@@ -1,0 +1,184 @@
+"""Directories of transformers' CLIPModel, old and new, give that model's embeddings."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diht_jax import load_model
+from diht_jax.weights import settings
+from diht_jax.weights.source import read_weights
+
+transformers = pytest.importorskip("transformers")
+
+
+def clip_config(arch, *, eos=None, **text):
+    common = {"hidden_act": arch.activation, "layer_norm_eps": arch.layer_norm_epsilon}
+    return transformers.CLIPConfig(
+        projection_dim=arch.embed_dim,
+        text_config={
+            "vocab_size": arch.vocab_size,
+            "hidden_size": arch.text_width,
+            "intermediate_size": arch.text_mlp_width or 4 * arch.text_width,
+            "num_hidden_layers": arch.text_layers,
+            "num_attention_heads": arch.text_heads,
+            "max_position_embeddings": arch.context_length,
+            "eos_token_id": arch.vocab_size - 1 if eos is None else eos,
+            **common,
+            **text,
+        },
+        vision_config={
+            "hidden_size": arch.vision_width,
+            "intermediate_size": arch.vision_mlp_width or 4 * arch.vision_width,
+            "num_hidden_layers": arch.vision_layers,
+            "num_attention_heads": arch.vision_heads,
+            "image_size": arch.image_size,
+            "patch_size": arch.patch_size,
+            **common,
+        },
+    )
+
+
+def clip_model(reference, arch, **options):
+    torch.manual_seed(0)
+    return reference.randomize(transformers.CLIPModel(clip_config(arch, **options)))
+
+
+def embeddings(model, pixels, tokens):
+    with torch.no_grad():
+        out = model(pixel_values=pixels, input_ids=torch.from_numpy(tokens).long())
+    return out.image_embeds.numpy(), out.text_embeds.numpy()
+
+
+def check(reference, folder, other, arch, images, tokens):
+    model = load_model(folder)
+    expected = embeddings(other, reference.pixel_values(images), tokens)
+    np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-5)
+    np.testing.assert_allclose(model.encode_text(tokens), expected[1], atol=1e-5)
+    assert np.abs(expected[0][0] - expected[0][1]).max() > 1e-3
+    assert np.abs(expected[1][0] - expected[1][1]).max() > 1e-3
+    assert model.logit_scale == pytest.approx(other.logit_scale.exp().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_saved_model(reference, tmp_path, activation):
+    arch = dataclasses.replace(
+        reference.SMALL,
+        activation=activation,
+        vision_heads=4,
+        text_heads=2,
+        layer_norm_epsilon=1e-3,
+        text_mlp_width=100,
+    )
+    other = clip_model(reference, arch)
+    other.save_pretrained(tmp_path)
+    assert read_weights(tmp_path).arch == arch
+    check(reference, tmp_path, other, arch, *reference.inputs(arch))
+
+
+def test_sharded_model(reference, tmp_path):
+    other = clip_model(reference, reference.SMALL)
+    other.save_pretrained(tmp_path, max_shard_size="1MB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    images, tokens = reference.inputs(reference.SMALL)
+    check(reference, tmp_path, other, reference.SMALL, images, tokens)
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(ValueError, match="shard 'model-00002-of-.*' is missing"):
+        load_model(tmp_path)
+
+
+def test_legacy_end_of_text_is_the_largest_id(reference, tmp_path):
+    other = clip_model(reference, reference.SMALL, eos=2)
+    other.save_pretrained(tmp_path)
+    images, tokens = reference.inputs(reference.SMALL)
+    tokens[:, 1] = 2  # would be taken for the end of text
+    assert read_weights(tmp_path).arch.end_of_text_id is None
+    check(reference, tmp_path, other, reference.SMALL, images, tokens)
+
+
+def test_end_of_text_below_added_tokens(reference, tmp_path):
+    arch = dataclasses.replace(reference.SMALL, vocab_size=600, end_of_text_id=511)
+    other = clip_model(reference, arch, eos=511)
+    other.save_pretrained(tmp_path)
+    assert read_weights(tmp_path).arch == arch
+    images, _ = reference.inputs(arch)
+    tokens = np.random.default_rng(0).integers(1, 500, (5, 12)).astype(np.int32)
+    tokens[np.arange(5), [3, 5, 8, 11, 4]] = 511
+    tokens[:, 2] = 599  # an added token, larger than the end of text
+    tokens[0, 6] = 511  # only the first one counts
+    check(reference, tmp_path, other, arch, images, tokens)
+
+
+def test_old_directory_with_a_torch_file_and_index_buffers(reference, tmp_path):
+    """As `openai/clip-vit-base-patch32` is: pytorch_model.bin, position_ids, *_config_dict."""
+    other = clip_model(reference, reference.SMALL)
+    state = other.state_dict()
+    state["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = other.config.to_dict()
+    old = {
+        "model_type": "clip",
+        "projection_dim": 48,
+        "text_config": {"eos_token_id": 2},
+        "text_config_dict": {k: v for k, v in config["text_config"].items() if k != "eos_token_id"},
+        "vision_config": {},
+        "vision_config_dict": config["vision_config"],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    images, tokens = reference.inputs(reference.SMALL)
+    check(reference, tmp_path, other, reference.SMALL, images, tokens)
+
+
+def test_defaults_are_those_of_transformers():
+    arch = settings.architecture_from_huggingface({"model_type": "clip"}, "config.json")
+    assert arch == settings.architecture_from_huggingface(
+        transformers.CLIPConfig().to_dict(), "config.json"
+    )
+    assert arch.activation == "quick_gelu" and arch.vision_width == 768
+
+
+def test_wrong_parameters_are_listed_by_their_names_there(reference, tmp_path):
+    other = clip_model(reference, reference.SMALL)
+    state = dict(other.state_dict())
+    del state["text_model.encoder.layers.2.self_attn.k_proj.bias"]
+    state["classifier.weight"] = torch.zeros(3)
+    state["visual_projection.weight"] = state["visual_projection.weight"][:9]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="whose config.json must lie beside the file"):
+        load_model(tmp_path)
+    other.config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    message = str(error.value)
+    assert "1 missing: text_model.encoder.layers.2.self_attn.k_proj.bias" in message
+    assert "1 unknown: classifier.weight" in message
+    assert "visual_projection.weight [9, 128] (expected [48, 128])" in message
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"model_type": "siglip"}, "expected model_type 'clip'.*got 'siglip'"),
+        ({"text_config": {"hidden_act": "gelu"}}, "several activations"),
+        (
+            {
+                "text_config": {"hidden_act": "gelu_new"},
+                "vision_config": {"hidden_act": "gelu_new"},
+            },
+            "hidden_act 'gelu_new'",
+        ),
+        ({"vision_config": {"num_channels": 1}}, "1 image channels"),
+    ],
+)
+def test_settings_that_our_model_lacks_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        settings.architecture_from_huggingface({"model_type": "clip", **changed}, "config.json")
+
+
+def test_preprocessor_of_another_kind_is_refused():
+    config = {"do_resize": True, "resample": 2, "image_mean": [0.5, 0.5, 0.5]}
+    with pytest.raises(ValueError, match="resample=2; our preprocessing has 3 only"):
+        settings.preprocessing_from_huggingface(config, "preprocessor_config.json")

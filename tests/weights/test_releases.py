@@ -1,0 +1,207 @@
+"""Released weights come over HTTP once, whole and with the right hash, or not at all."""
+
+import hashlib
+import http.server
+import re
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import diht_jax.weights.releases as releases
+from diht_jax import load_model
+from diht_jax.models.zoo import ARCHITECTURES
+from diht_jax.weights.releases import RELEASES, Release, download
+
+CONTENT = np.random.default_rng(0).bytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves bytes at any address; breaks the first `breaks` connections off half-way."""
+
+    content = CONTENT
+    breaks = 0
+    ranges = True
+    status = 200
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests = []
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/model.ckpt"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server = self.server
+        asked = self.headers.get("Range")
+        server.requests.append(asked)
+        if server.status != 200:
+            self.send_error(server.status)
+            return
+        start = 0
+        if asked and server.ranges:
+            start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1])
+            if start >= len(server.content):
+                self.send_error(416)
+                return
+        body = server.content[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if server.breaks:
+            server.breaks -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_downloads_once_with_progress(server, tmp_path, capsys):
+    path = tmp_path / "cache" / "model.ckpt"
+    for _ in range(2):
+        download(server.url, path, SHA256)
+    assert path.read_bytes() == CONTENT
+    assert server.requests == [None]
+    assert "model.ckpt" in capsys.readouterr().err
+    assert [p.name for p in path.parent.iterdir() if not p.name.startswith(".")] == ["model.ckpt"]
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_interrupted_download_goes_on(server, tmp_path, ranges):
+    server.breaks, server.ranges = 1, ranges
+    download(server.url, tmp_path / "model.ckpt", SHA256)
+    assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
+    assert server.requests == [None, f"bytes={len(CONTENT) // 2}-"]
+
+
+def test_a_later_call_goes_on_where_an_interrupted_one_was(server, tmp_path):
+    server.breaks = 3
+    with pytest.raises(ValueError, match=r"bytes are kept in .*\.part and the next call goes on"):
+        download(server.url, tmp_path / "model.ckpt", SHA256)
+    assert not (tmp_path / "model.ckpt").exists()
+    assert 0 < (tmp_path / "model.ckpt.part").stat().st_size < len(CONTENT)
+    download(server.url, tmp_path / "model.ckpt", SHA256)
+    assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
+    assert len(server.requests) == 4 and server.requests[-1] != "bytes=0-"
+    assert not (tmp_path / "model.ckpt.part").exists()
+
+
+def test_wrong_hash_leaves_nothing(server, tmp_path):
+    with pytest.raises(ValueError, match=f"expected SHA-256 {'0' * 64}, got {SHA256}"):
+        download(server.url, tmp_path / "model.ckpt", "0" * 64)
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == []
+
+
+def test_damaged_cache_is_replaced(server, tmp_path):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(CONTENT[:-1] + b"x")
+    download(server.url, path, SHA256)
+    assert path.read_bytes() == CONTENT
+
+
+def test_a_part_of_another_file_is_no_part(server, tmp_path):
+    part = tmp_path / "model.ckpt.part"
+    part.write_bytes(b"x" * 2 * len(CONTENT))
+    with pytest.raises(ValueError, match="expected SHA-256"):
+        download(server.url, tmp_path / "model.ckpt", SHA256)
+    download(server.url, tmp_path / "model.ckpt", SHA256)
+    assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
+
+
+def test_missing_file_and_dead_server(server, tmp_path):
+    server.status = 404
+    with pytest.raises(ValueError, match="the server answered 404"):
+        download(server.url, tmp_path / "model.ckpt", SHA256)
+    with pytest.raises(ValueError, match="refused.*DIHT_JAX_WEIGHTS"):
+        download("http://127.0.0.1:9/model.ckpt", tmp_path / "model.ckpt", SHA256)
+
+
+def test_released_names_are_those_of_the_architectures():
+    assert {name for name in ARCHITECTURES if name.startswith("diht_")} == set(RELEASES)
+    for name, release in RELEASES.items():
+        assert len(release.sha256) == 64
+        assert release.url.endswith(f"/diht/{name}_{release.sha256}.ckpt")
+
+
+@pytest.fixture
+def small_release(reference, server, tmp_path, monkeypatch):
+    """'diht_vitb32_224px' as a small model that the local server publishes."""
+    name = "diht_vitb32_224px"
+    torch.save(reference.open_clip_model(reference.SMALL).state_dict(), tmp_path / "state.ckpt")
+    server.content = (tmp_path / "state.ckpt").read_bytes()
+    sha256 = hashlib.sha256(server.content).hexdigest()
+    monkeypatch.setitem(RELEASES, name, Release(f"{server.url[:-5]}_{sha256}.ckpt", sha256))
+    monkeypatch.setitem(ARCHITECTURES, name, reference.SMALL)
+    monkeypatch.setenv(releases.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.delenv(releases.WEIGHTS_VARIABLE, raising=False)
+    return name
+
+
+def test_load_model_by_name_downloads_once(reference, small_release, server):
+    images, tokens = reference.inputs(reference.SMALL)
+    expected = reference.open_clip_embeddings(
+        reference.open_clip_model(reference.SMALL), images, tokens
+    )
+    for _ in range(2):
+        model = load_model(small_release)
+        np.testing.assert_allclose(model.encode_image(images), expected[0], atol=1e-5)
+    assert server.requests == [None]
+    assert model.config.model.name == small_release
+
+
+@pytest.mark.parametrize("place", ["file", "published", "named", "model_directory", "cased"])
+def test_environment_variable_names_a_local_copy(
+    small_release, server, tmp_path, monkeypatch, place
+):
+    release = RELEASES[small_release]
+    folder = tmp_path / "local"
+    path = {
+        "file": folder / "anything.pt",
+        "published": folder / release.url.rpartition("/")[2],
+        "named": folder / f"{small_release}.ckpt",
+        "model_directory": folder / "model.pt",
+        "cased": folder / small_release / "model.pt",
+    }[place]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(server.content)
+    monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(path if place == "file" else folder))
+    assert load_model(small_release).image_size == 32
+    assert server.requests == []
+
+
+def test_environment_variable_with_a_wrong_place_or_model(
+    reference, small_release, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere: no such file or directory"):
+        load_model(small_release)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diht_vitl14_224px.ckpt").write_bytes(b"")
+    monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="holds no 'diht_vitb32_224px'; expected model_"):
+        load_model(small_release)
+    published = tmp_path / "other" / RELEASES[small_release].url.rpartition("/")[2]
+    published.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="its SHA-256 is not the one in its name"):
+        load_model(small_release)
+    monkeypatch.setitem(ARCHITECTURES, small_release, ARCHITECTURES["diht_vitb16_224px"])
+    monkeypatch.setenv(releases.WEIGHTS_VARIABLE, str(tmp_path / "state.ckpt"))
+    with pytest.raises(ValueError, match="expected the architecture of 'diht_vitb32_224px'"):
+        load_model(small_release)

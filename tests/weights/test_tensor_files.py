@@ -1,0 +1,205 @@
+"""Weight files are read as data: what could run code is refused, what is damaged is named."""
+
+import collections
+import dataclasses
+import os
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diht_jax import load_model
+from diht_jax.weights.tensor_files import (
+    is_torchscript,
+    read_tensors,
+    write_safetensors,
+    write_torch,
+)
+
+
+class Malicious:
+    """Makes whoever unpickles it create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def replace_pickle(source, target, data, member="data.pkl"):
+    """A copy of a zip archive with other bytes in its pickle."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, data if name.endswith(f"/{member}") else old.read(name))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".pth"])
+@pytest.mark.parametrize("form", ["bare", "zip", "torch", "torchscript"])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, form, suffix):
+    marker, path = tmp_path / "marker", tmp_path / f"model{suffix}"
+    payload = {"visual.proj": Malicious(marker)}
+    if form == "bare":
+        path.write_bytes(pickle.dumps(payload))
+    elif form == "torch":
+        torch.save(payload, path)
+    elif form == "zip":
+        torch.save({"a": torch.zeros(2)}, tmp_path / "good")
+        replace_pickle(tmp_path / "good", path, pickle.dumps(payload, protocol=2))
+    else:
+        torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "good")
+        replace_pickle(tmp_path / "good", path, pickle.dumps(payload, protocol=2))
+        assert is_torchscript(path)
+    with pytest.raises(ValueError, match=rf"model{suffix}.*refused.*could run code"):
+        load_model(path)
+    assert not marker.exists()
+    # The payload does what it says: the marker would have shown it.
+    if form == "bare":
+        with open(path, "rb") as file:
+            pickle.load(file)
+        assert marker.exists()
+
+
+def test_pickle_under_a_safetensors_name_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(pickle.dumps(Malicious(tmp_path / "marker")))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_model(path)
+    assert not (tmp_path / "marker").exists()
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+        self.inner[0].weight.data = torch.randn(4, 6)[:, ::2]  # strided in its storage
+        self.register_buffer("input_resolution", torch.tensor(224))
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, torch.ones(1, 3))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_torchscript_archive_is_read_as_torch_reads_it(tmp_path, make, dtype):
+    torch.manual_seed(0)
+    module = make(Attention().eval()).to(dtype)
+    module.save(tmp_path / "module.pt")
+    expected = torch.jit.load(tmp_path / "module.pt").state_dict()
+    found = read_tensors(tmp_path / "module.pt").tensors
+    assert found.keys() == expected.keys() and len(found) == 5
+    for name, value in expected.items():
+        assert found[name].shape == tuple(value.shape)
+        np.testing.assert_array_equal(
+            found[name].astype(np.float64), value.to(torch.float64).numpy()
+        )
+
+
+def test_openai_archives_have_quick_gelu(reference, tmp_path):
+    """TorchScript, half precision and the three scalars, as OpenAI publishes its models."""
+    model = reference.open_clip_model(reference.SMALL)
+    for name, value in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 49408)):
+        if hasattr(model, name):
+            delattr(model, name)
+        model.register_buffer(name, torch.tensor(value))
+    images, tokens = reference.inputs(reference.SMALL)
+    example = (reference.pixel_values(images[:1]), torch.from_numpy(tokens[:1]))
+    torch.jit.trace(model.half().float(), example, check_trace=False).half().save(tmp_path / "a.pt")
+    loaded = load_model(tmp_path / "a.pt")
+    assert loaded.config.model.overrides.activation == "quick_gelu"
+    quick = reference.open_clip_model(dataclasses.replace(reference.SMALL, activation="quick_gelu"))
+    quick = quick.half().float()
+    expected = reference.open_clip_embeddings(quick, images, tokens)
+    np.testing.assert_allclose(loaded.encode_image(images), expected[0], atol=1e-5)
+    np.testing.assert_allclose(loaded.encode_text(tokens), expected[1], atol=1e-5)
+
+
+def test_torchscript_tensor_beyond_its_storage_is_refused(tmp_path):
+    """A forged shape must not read the memory behind the file's bytes."""
+    module = torch.jit.script(nn.Linear(2, 3))
+    module.save(tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as archive:
+        name = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+        data = archive.read(name)
+    # The weight's shape (3, 2): a mark, two one-byte integers, a tuple.
+    assert data.count(b"(K\x03K\x02t") == 1
+    forged = data.replace(b"(K\x03K\x02t", b"(K\xf0K\x02t")
+    replace_pickle(tmp_path / "good.pt", tmp_path / "bad.pt", forged)
+    with pytest.raises(ValueError, match=r"tensor of shape \(240, 2\) reaches beyond its 6 el"):
+        read_tensors(tmp_path / "bad.pt")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_written_arrays_come_back_bit_for_bit(tmp_path, suffix, dtype):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a.transposed": rng.standard_normal((5, 3)).astype(dtype).T,
+        "b.scalar": np.array(4.6, dtype),
+    }
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        write_torch(path, tensors)
+    else:
+        write_safetensors(path, tensors, {"format": "pt"})
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    found = read_tensors(path).tensors
+    assert found.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert found[name].dtype == value.dtype and found[name].shape == value.shape
+        assert found[name].tobytes() == value.tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.95])
+def test_cut_off_files_are_named(tmp_path, suffix, share):
+    path = tmp_path / f"model{suffix}"
+    tensors = {"a": np.zeros((100, 100), np.float32)}
+    if suffix == ".pt":
+        write_torch(path, tensors)
+    else:
+        write_safetensors(path, tensors, {})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=rf"model{suffix}: (not a whole|refused)"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        ([torch.zeros(2)], "got list"),
+        ({"epoch": 3, "args": {"lr": 0.1}}, "got a dict with epoch, args in it"),
+        ({}, "got a dict with nothing in it"),
+    ],
+)
+def test_torch_files_without_a_state_dict(tmp_path, content, found):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=found):
+        read_tensors(tmp_path / "a.pt")
+
+
+def test_ordered_dicts_and_nested_state_dicts(tmp_path):
+    inner = collections.OrderedDict(a=torch.ones(2))
+    for content in (inner, {"model": inner}, {"state_dict": {"_orig_mod.module.a": torch.ones(2)}}):
+        torch.save(content, tmp_path / "a.pt")
+        np.testing.assert_array_equal(read_tensors(tmp_path / "a.pt").tensors["a"], np.ones(2))
+
+
+def test_other_names_and_missing_files(tmp_path):
+    (tmp_path / "a.h5").write_bytes(b"x")
+    with pytest.raises(ValueError, match="not a weight file; expected a name ending in .safetens"):
+        load_model(tmp_path / "a.h5")
+    with pytest.raises(ValueError, match="weight files found: none"):
+        load_model(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        write_torch(tmp_path / name, {"a": np.zeros(1, np.float32)})
+    with pytest.raises(ValueError, match="weight files found: a.pt, b.pt; name one of them"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match="no released model; did you mean 'diht_vitb32_224px'"):
+        load_model("diht_vitb32_224")
