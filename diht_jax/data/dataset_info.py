@@ -16,6 +16,8 @@ from diht_jax.data import schema
 from diht_jax.data.atomic_file import write_atomically
 
 FILES = ("dataset_info.json", "features.json")
+# Beside each shard that `data_prep` writes: what went into it and what came out.
+STATS_SUFFIX = ".stats.json"
 
 # What TFDS can decode; a folder with any other format is declared to hold encoded bytes.
 _TFDS_IMAGE_FORMATS = frozenset(("JPEG", "PNG"))
@@ -63,7 +65,7 @@ def write_dataset_info(
         num_bytes: size of all shards.
         image_formats: formats that occur. TFDS decodes JPEG and PNG only: where anything else
             occurs, the feature `image` is declared as encoded bytes.
-        with_concepts: whether the records have the concept fields.
+        with_concepts: whether every record has the field `concepts`, declared as bytes.
         description: a text for people.
     """
     import tensorflow_datasets as tfds
@@ -102,7 +104,6 @@ def write_dataset_info(
 
 
 def _make_features(image_formats: Collection[str], with_concepts: bool):
-    import numpy as np
     import tensorflow_datasets as tfds
 
     decodable = set(image_formats) <= _TFDS_IMAGE_FORMATS
@@ -114,7 +115,5 @@ def _make_features(image_formats: Collection[str], with_concepts: bool):
         schema.METADATA: tfds.features.Text(),
     }
     if with_concepts:
-        for ids, probs in schema.CONCEPT_FIELDS:
-            features[ids] = tfds.features.Tensor(shape=(None,), dtype=np.int64)
-            features[probs] = tfds.features.Tensor(shape=(None,), dtype=np.float32)
+        features[schema.CONCEPTS] = tfds.features.Text()
     return tfds.features.FeaturesDict(features)

@@ -60,7 +60,48 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ImageError: reason "empty" (no bytes), "too_large" (more than `max_pixels`) or
             "unreadable" (no known format, truncated, corrupt, or pixels without a fixed range).
     """
-    image = _open(data, max_pixels)
+    return load_rgb(open_image(data, max_pixels=max_pixels))
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the header only: format, mode, size and EXIF; no pixel is decoded yet.
+
+    Args:
+        data: an encoded image.
+        max_pixels: as for `decode_rgb`.
+
+    Returns:
+        A picture for `load_rgb`.
+
+    Raises:
+        ImageError: reason "empty", "too_large" or "unreadable", as `decode_rgb`.
+    """
+    if not data:
+        raise ImageError("empty", "the image has no bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_KNOWN_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("too_large", str(error)) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise nearly any type on hostile bytes.
+        raise ImageError(
+            "unreadable", f"no picture in {len(data)} bytes ({_describe(error)})"
+        ) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError(
+            "too_large", f"{width} x {height} pixels; at most {max_pixels} are decoded"
+        )
+    return image
+
+
+def load_rgb(image: Image.Image) -> Image.Image:
+    """The pixels of what `open_image` opened, as `decode_rgb` gives them.
+
+    Raises:
+        ImageError: reason "unreadable".
+    """
     _load_pixels(image)
     return _to_rgb(image)
 
@@ -82,7 +123,7 @@ def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, i
     Raises:
         ImageError: where `decode_rgb` would.
     """
-    image = _open(data, max_pixels)
+    image = open_image(data, max_pixels=max_pixels)
     name = "JPEG" if image.format == "MPO" else image.format
     width, height = image.size
     if name == "JPEG":
@@ -91,27 +132,6 @@ def check_readable(data: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[str, i
     if image.mode not in _PLAIN_MODES:
         _to_rgb(image)
     return name, width, height
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    if not data:
-        raise ImageError("empty", "the image has no bytes")
-    try:
-        image = Image.open(io.BytesIO(data), formats=_KNOWN_FORMATS)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", str(error)) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plug-ins raise nearly any type on hostile bytes.
-        raise ImageError(
-            "unreadable", f"no picture in {len(data)} bytes ({_describe(error)})"
-        ) from error
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageError(
-            "too_large", f"{width} x {height} pixels; at most {max_pixels} are decoded"
-        )
-    return image
 
 
 def _load_pixels(image: Image.Image) -> None:

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from diht_jax.data import images, schema, tokenizer, transforms
+from diht_jax.data import fast_crops, images, schema, tokenizer, transforms
 from diht_jax.data.tfrecord import TFRecordSource
 
 
@@ -27,11 +27,22 @@ class DecodeExample(grain.transforms.RandomMap):
         context_length: int,
         crop_scale: tuple[float, float],
         text_template: str,
+        fast_decode: bool = True,
     ):
+        """Settings, as in `config.data`.
+
+        Args:
+            image_size: pixels, of both sides.
+            context_length: t, token ids per text.
+            crop_scale: range of the crop's share of the picture's area.
+            text_template: with `{caption}` in it.
+            fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
+        """
         self._image_size = image_size
         self._context_length = context_length
         self._crop_scale = tuple(crop_scale)
         self._text_template = text_template
+        self._fast_decode = fast_decode
 
     def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Decodes one record.
@@ -48,19 +59,20 @@ class DecodeExample(grain.transforms.RandomMap):
         """
         record = schema.decode_record(element)
         try:
-            image = images.decode_rgb(record.image)
+            pixels = self._crop(record.image, rng)
         except images.ImageError as error:
             raise ValueError(
                 f"record '{record.key}': {error}; training expects readable images, which "
                 "`python -m data_prep.filter` makes sure of"
             ) from error
         text = self._text_template.format(caption=record.caption)
-        return {
-            "images": transforms.train_transform(
-                image, self._image_size, rng, scale=self._crop_scale
-            ),
-            "tokens": tokenizer.tokenize(text, self._context_length)[0],
-        }
+        return {"images": pixels, "tokens": tokenizer.tokenize(text, self._context_length)[0]}
+
+    def _crop(self, data: bytes, rng: np.random.Generator) -> np.ndarray:
+        if self._fast_decode:
+            return fast_crops.decode_random_crop(data, self._image_size, rng, self._crop_scale)
+        image = images.decode_rgb(data)
+        return transforms.train_transform(image, self._image_size, rng, self._crop_scale)
 
 
 class TrainIterator:

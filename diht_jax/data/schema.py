@@ -4,6 +4,14 @@ The only contract between `data_prep` (writes) and `diht_jax` (reads). A record 
 `tf.train.Example`, so TensorFlow and TFDS read it too. Files belong in `tfrecord.py`, pixels in
 `images.py`.
 
+The concepts of a labelled record are packed into one field, `concepts`, of 102 bytes for ten
+objects and ten attributes (four lists would take over 200); first objects, then attributes::
+
+    uint8 k | k x uint24 id | k x float16 probability        (little-endian)
+
+Whoever writes records with other tools may give the four lists `object_ids`, `object_probs`,
+`attribute_ids` and `attribute_probs` (int64 and float) in its place; they are read as well.
+
 The message classes are built here from a descriptor of TensorFlow's published `example.proto`
 (same field numbers, hence the same bytes). The copy that TFDS ships is the same, but importing it
 runs all of `tensorflow_datasets`, in the training process and in each of its workers; this one
@@ -25,12 +33,15 @@ KEY = "key"
 IMAGE = "image"
 CAPTION = "caption"
 METADATA = "metadata"
+CONCEPTS = "concepts"
 OBJECT_IDS = "object_ids"
 OBJECT_PROBS = "object_probs"
 ATTRIBUTE_IDS = "attribute_ids"
 ATTRIBUTE_PROBS = "attribute_probs"
 
 CONCEPT_FIELDS = ((OBJECT_IDS, OBJECT_PROBS), (ATTRIBUTE_IDS, ATTRIBUTE_PROBS))
+MAX_CONCEPT_ID = 2**24 - 1
+MAX_CONCEPTS = 255  # of one kind, in one record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +67,9 @@ class Record(Pair):
     """A pair with its distillation targets (DiHT, arXiv 2301.02280, "Concept Distillation").
 
     Attributes:
-        object_ids: int32 [k], the teacher's likeliest objects; None before labelling.
-        object_probs: float32 [k], their probabilities.
+        object_ids: int32 [k], the teacher's likeliest objects, likeliest first; None before
+            labelling, empty where the teacher had nothing to say.
+        object_probs: float32 [k], their probabilities; a shard keeps 11 bits of each.
         attribute_ids: int32 [k], the same for attributes.
         attribute_probs: float32 [k].
     """
@@ -72,8 +84,8 @@ def encode_record(record: Pair) -> bytes:
     """Serialises a pair or a record; equal records give equal bytes.
 
     Args:
-        record: what to write. Concept fields are left out where they are None; metadata is
-            written as one JSON object.
+        record: what to write. Without any concept field, `concepts` is left out; where one kind
+            is None, it is written as empty. Metadata is written as one JSON object.
 
     Returns:
         A serialised `tf.train.Example`.
@@ -93,13 +105,10 @@ def encode_record(record: Pair) -> bytes:
     feature[CAPTION].bytes_list.value.append(_encode_text(record, CAPTION, record.caption))
     feature[METADATA].bytes_list.value.append(_encode_metadata(record))
     if isinstance(record, Record):
-        for ids_name, probs_name in CONCEPT_FIELDS:
-            ids, probs = getattr(record, ids_name), getattr(record, probs_name)
-            if ids is None and probs is None:
-                continue
-            _check_concepts(record.key, ids_name, ids, probs_name, probs)
-            feature[ids_name].int64_list.value.extend(np.asarray(ids).tolist())
-            feature[probs_name].float_list.value.extend(np.asarray(probs).tolist())
+        concepts = [_pack_concepts(record, *names) for names in CONCEPT_FIELDS]
+        if concepts != [None, None]:
+            packed = b"".join(part or b"\0" for part in concepts)
+            feature[CONCEPTS].bytes_list.value.append(packed)
     return example.SerializeToString(deterministic=True)
 
 
@@ -123,15 +132,19 @@ def decode_record(data: bytes) -> Record:
     metadata: dict[str, Any] = {}
     if METADATA in fields:
         metadata = _decode_metadata(key, _decode_bytes(fields, METADATA, key))
+    if CONCEPTS in fields:
+        concepts = _unpack_concepts(key, _decode_bytes(fields, CONCEPTS, key))
+    else:
+        concepts = {
+            **{ids: _decode_ids(fields, ids) for ids, _ in CONCEPT_FIELDS},
+            **{probs: _decode_probs(fields, probs) for _, probs in CONCEPT_FIELDS},
+        }
     return Record(
         key=key,
         image=_decode_bytes(fields, IMAGE, key),
         caption=_decode_bytes(fields, CAPTION, key).decode("utf-8", "replace"),
         metadata=metadata,
-        object_ids=_decode_ids(fields, OBJECT_IDS),
-        object_probs=_decode_probs(fields, OBJECT_PROBS),
-        attribute_ids=_decode_ids(fields, ATTRIBUTE_IDS),
-        attribute_probs=_decode_probs(fields, ATTRIBUTE_PROBS),
+        **concepts,
     )
 
 
@@ -155,6 +168,16 @@ def _encode_metadata(record: Pair) -> bytes:
         ) from error
 
 
+def _pack_concepts(record: Record, ids_name: str, probs_name: str) -> bytes | None:
+    ids, probs = getattr(record, ids_name), getattr(record, probs_name)
+    if ids is None and probs is None:
+        return None
+    _check_concepts(record.key, ids_name, ids, probs_name, probs)
+    wide = np.asarray(ids).astype("<u4")
+    id_bytes = wide.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
+    return bytes([wide.size]) + id_bytes + np.asarray(probs).astype("<f2").tobytes()
+
+
 def _check_concepts(key: str, ids_name: str, ids: Any, probs_name: str, probs: Any) -> None:
     if ids is None or probs is None:
         missing = ids_name if ids is None else probs_name
@@ -165,12 +188,38 @@ def _check_concepts(key: str, ids_name: str, ids: Any, probs_name: str, probs: A
             f"record '{key}': expected {ids_name} integer [k] and {probs_name} float [k], got "
             f"{ids.dtype} {list(ids.shape)} and {probs.dtype} {list(probs.shape)}"
         )
-    if ids.size and (ids.min() < 0 or ids.max() > np.iinfo(np.int32).max):
-        raise ValueError(f"record '{key}': {ids_name} outside of [0, 2**31): {ids.tolist()}")
-    if not np.all(np.isfinite(probs)) or np.any(probs < 0):
+    if ids.size > MAX_CONCEPTS:
         raise ValueError(
-            f"record '{key}': {probs_name} must be finite and not negative: {probs.tolist()}"
+            f"record '{key}': {ids.size} entries in {ids_name}; at most {MAX_CONCEPTS} can be kept"
         )
+    if ids.size and (ids.min() < 0 or ids.max() > MAX_CONCEPT_ID):
+        raise ValueError(f"record '{key}': {ids_name} outside of [0, 2**24): {ids.tolist()}")
+    if not np.all(np.isfinite(probs)) or np.any(probs < 0) or np.any(probs > 1.001):
+        raise ValueError(
+            f"record '{key}': {probs_name} must be finite, not negative and at most 1: "
+            f"{probs.tolist()}"
+        )
+
+
+def _unpack_concepts(key: str, data: bytes) -> dict[str, np.ndarray]:
+    concepts, rest = {}, data
+    for ids_name, probs_name in CONCEPT_FIELDS:
+        size = rest[0] if rest else 1
+        part, rest = rest[1 : 1 + 5 * size], rest[1 + 5 * size :]
+        if len(part) < 5 * size:
+            raise ValueError(
+                f"record '{key}': field '{CONCEPTS}' of {len(data)} bytes is cut off within "
+                f"{ids_name}; label the data again"
+            )
+        digits = np.frombuffer(part, np.uint8, 3 * size).reshape(size, 3).astype(np.int32)
+        concepts[ids_name] = digits @ np.array([1, 2**8, 2**16], np.int32)
+        concepts[probs_name] = np.frombuffer(part, "<f2", size, 3 * size).astype(np.float32)
+    if rest:
+        raise ValueError(
+            f"record '{key}': field '{CONCEPTS}' has {len(rest)} bytes too many; label the data "
+            "again"
+        )
+    return concepts
 
 
 def _decode_bytes(fields: Any, name: str, key: str) -> bytes:

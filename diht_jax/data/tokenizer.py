@@ -97,7 +97,7 @@ def decode(ids: Iterable[int]) -> str:
         raise ValueError(
             f"ids: expected one row of integers [t], got shape {ids.shape} of {ids.dtype}"
         )
-    pieces, to_byte = _pieces(), _byte_of_character()
+    pieces, to_byte = vocabulary(), _byte_of_character()
     text = bytearray()
     for token_id in ids.tolist():
         if not 0 <= token_id < VOCAB_SIZE:
@@ -136,9 +136,9 @@ def _encode_words(text: str) -> list[int]:
 
 @functools.cache
 def _tokenizer() -> tokenizers.Tokenizer:
-    vocabulary = {piece: token_id for token_id, piece in enumerate(_pieces())}
+    ids = {piece: token_id for token_id, piece in enumerate(vocabulary())}
     tokenizer = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=_merges(), end_of_word_suffix=_END_OF_WORD)
+        models.BPE(vocab=ids, merges=merges(), end_of_word_suffix=_END_OF_WORD)
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -150,20 +150,20 @@ def _tokenizer() -> tokenizers.Tokenizer:
 
 
 @functools.cache
-def _pieces() -> list[str]:
+def vocabulary() -> list[str]:
     """The vocabulary by id: bytes, bytes that end a word, merges, markers."""
     characters = list(_byte_of_character())
     return [
         *characters,
         *(character + _END_OF_WORD for character in characters),
-        *("".join(merge) for merge in _merges()),
+        *("".join(merge) for merge in merges()),
         _START_OF_TEXT,
         _END_OF_TEXT,
     ]
 
 
 @functools.cache
-def _merges() -> list[tuple[str, str]]:
+def merges() -> list[tuple[str, str]]:
     """The merges that CLIP uses: those after the header that fill its vocabulary."""
     num_merges = VOCAB_SIZE - 2 * 256 - 2
     packed = importlib.resources.files("diht_jax.data").joinpath(_MERGES_FILE).read_bytes()

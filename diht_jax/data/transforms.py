@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,22 @@ def train_transform(
         ValueError: not an RGB picture, no positive size, or a range that is none.
     """
     size = _check_input(image, size)
-    box = sample_crop_box(*image.size, rng, scale, ratio)
+    return crop_to_square(image, sample_crop_box(*image.size, rng, scale, ratio), size)
+
+
+def crop_to_square(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """A part of a picture, scaled to a square (bicubic, antialiased).
+
+    Equal to torchvision's `resized_crop` on Pillow images.
+
+    Args:
+        image: mode "RGB".
+        box: left, top, right, bottom in pixels, inside of the picture.
+        size: pixels, of both sides of the result.
+
+    Returns:
+        uint8 [size, size, 3], writable.
+    """
     return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -130,12 +146,19 @@ def sample_crop_box(
     return left, top, left + crop_width, top + crop_height
 
 
-def normalize(images: Any, dtype: Any = np.float32) -> Any:
+def normalize(
+    images: Any,
+    dtype: Any = np.float32,
+    *,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Any:
     """CLIP's normalisation of a uint8 batch; a jitted function on the device calls it.
 
     Args:
         images: uint8 [..., 3], a JAX array (traced or not) or a NumPy array.
         dtype: of the result; the arithmetic is in float32.
+        mean, std: per channel, for values in [0, 1]; others' models may have their own.
 
     Returns:
         [..., 3], of the kind of array that came: (images / 255 - mean) / std.
@@ -148,9 +171,9 @@ def normalize(images: Any, dtype: Any = np.float32) -> Any:
             "images: expected uint8 [..., 3] as the transforms give it, got "
             f"{images.dtype} {tuple(images.shape)}"
         )
-    std = np.asarray(CLIP_STD, np.float64)
-    factor = (1 / (255 * std)).astype(np.float32)
-    offset = (np.asarray(CLIP_MEAN, np.float64) / std).astype(np.float32)
+    deviation = np.asarray(std, np.float64)
+    factor = (1 / (255 * deviation)).astype(np.float32)
+    offset = (np.asarray(mean, np.float64) / deviation).astype(np.float32)
     return (images.astype(np.float32) * factor - offset).astype(dtype)
 
 

@@ -1,12 +1,15 @@
 """The training input: exact epochs, one order on any number of hosts and workers, exact resume."""
 
 import collections
+import io
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from diht_jax.data import fast_crops, images, transforms
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
-from diht_jax.data.schema import Record, encode_record
+from diht_jax.data.schema import Record, decode_record, encode_record
 from diht_jax.data.tokenizer import tokenize
 
 
@@ -14,10 +17,6 @@ class Numbered:
     """Twenty-three records whose images are one flat grey of the record's number."""
 
     def __init__(self, size=23):
-        import io
-
-        from PIL import Image
-
         self._records = []
         for number in range(size):
             buffer = io.BytesIO()
@@ -36,6 +35,27 @@ class Numbered:
 
     def __repr__(self):
         return f"Numbered({len(self)})"
+
+
+class Textured:
+    """Nine JPEG records of noise, so that a crop shows where it was taken."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self._records = []
+        for number in range(9):
+            buffer = io.BytesIO()
+            noise = rng.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((100, 80)).save(buffer, "JPEG")
+            self._records.append(
+                encode_record(Record(key=str(number), image=buffer.getvalue(), caption="noise"))
+            )
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        return self._records[index]
 
 
 DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
@@ -91,7 +111,10 @@ def test_hosts_share_each_global_batch(process_count):
 
 
 def test_worker_processes_change_nothing():
-    for a, b in zip(take(iterator(), 7), take(iterator(num_workers=2), 7), strict=True):
+    def batches(num_workers):
+        return TrainIterator(Textured(), DECODE, batch_size=4, seed=0, num_workers=num_workers)
+
+    for a, b in zip(take(batches(0), 7), take(batches(2), 7), strict=True):
         np.testing.assert_array_equal(a["images"], b["images"])
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
 
@@ -112,6 +135,22 @@ def test_resume_is_exact_on_any_number_of_hosts(process_count):
     for step in range(6):
         shared = sorted(number for part in resumed for number in numbers([part[step]]))
         assert shared == sorted(whole[20 + 4 * step : 24 + 4 * step])
+
+
+@pytest.mark.parametrize("fast_decode", [True, False])
+def test_fast_decoding_can_be_switched_off(fast_decode):
+    """The same crop of the same picture; Pillow's own pixels where it is off."""
+    decode = DecodeExample(48, 16, (0.3, 0.9), "{caption}", fast_decode=fast_decode)
+    for seed in range(4):
+        example = decode.random_map(Textured()[seed], np.random.default_rng(seed))
+        data = decode_record(Textured()[seed]).image
+        exact = transforms.train_transform(
+            images.decode_rgb(data), 48, np.random.default_rng(seed), (0.3, 0.9)
+        )
+        fast = fast_crops.decode_random_crop(data, 48, np.random.default_rng(seed), (0.3, 0.9))
+        assert (fast != exact).any()
+        np.testing.assert_array_equal(example["images"], fast if fast_decode else exact)
+        assert np.abs(fast.astype(float) - exact).mean() < 2
 
 
 def test_an_unreadable_image_names_its_record():

@@ -20,7 +20,7 @@ def _make_record() -> Record:
         image=_IMAGE,
         caption="un café noir ☕",
         metadata={"label": 3, "captions": ["a", "b"], "nested": {"x": None, "y": 0.5}},
-        object_ids=np.array([7, 0, 2**31 - 1], np.int32),
+        object_ids=np.array([7, 0, 2**24 - 1], np.int32),
         object_probs=np.array([0.5, 0.25, 0.25], np.float32),
         attribute_ids=np.array([1], np.int64),
         attribute_probs=np.array([1.0], np.float32),
@@ -33,11 +33,11 @@ def test_bytes_are_those_of_tensorflows_message():
     assert feature["key"].bytes_list.value == [b"00012"]
     assert feature["image"].bytes_list.value == [_IMAGE]
     assert feature["caption"].bytes_list.value == ["un café noir ☕".encode()]
-    assert feature["object_ids"].int64_list.value == [7, 0, 2**31 - 1]
-    assert feature["object_probs"].float_list.value == [0.5, 0.25, 0.25]
-    assert feature["attribute_ids"].int64_list.value == [1]
-    concepts = {"object_ids", "object_probs", "attribute_ids", "attribute_probs"}
-    assert set(feature) == {"key", "image", "caption", "metadata"} | concepts
+    # By hand: 3 objects, ids of three bytes, halves of two (0.5 is 0x3800); then 1 attribute.
+    ids = "070000000000ffffff"
+    probs = "003800340034"
+    assert feature["concepts"].bytes_list.value[0].hex() == f"03{ids}{probs}01010000003c"
+    assert set(feature) == {"key", "image", "caption", "metadata", "concepts"}
     # The other class writes the very same bytes: field numbers and packing agree.
     assert example.SerializeToString(deterministic=True) == encode_record(_make_record())
 
@@ -50,6 +50,48 @@ def test_decode_gives_back_what_was_encoded():
     np.testing.assert_array_equal(decoded.object_probs, record.object_probs)
     assert decoded.object_ids.dtype == np.int32
     assert decoded.object_probs.dtype == np.float32
+
+
+def test_twenty_concepts_cost_at_most_130_bytes():
+    rng = np.random.default_rng(0)
+    probs = np.sort(rng.dirichlet(np.ones(10), 2).astype(np.float32))[:, ::-1]
+    labels = {
+        "object_ids": rng.integers(0, 10_000, 10),
+        "object_probs": probs[0],
+        "attribute_ids": rng.integers(0, 2_000, 10),
+        "attribute_probs": probs[1],
+    }
+    for image in (b"i", b"i" * 20_000):
+        plain, labelled = (
+            encode_record(Record("k", image, "a caption", {"n": 1}, **fields))
+            for fields in ({}, labels)
+        )
+        assert 100 < len(labelled) - len(plain) <= 130
+    decoded = decode_record(labelled)
+    for name, value in labels.items():
+        # Half precision: 11 significant bits.
+        tolerance = 2**-11 if name.endswith("probs") else 0
+        np.testing.assert_allclose(getattr(decoded, name), value, rtol=tolerance)
+        assert getattr(decoded, name).dtype == (np.float32 if tolerance else np.int32)
+
+
+def test_one_kind_alone_is_empty_in_the_other():
+    record = Record("k", b"i", "c", attribute_ids=np.array([4]), attribute_probs=np.array([1.0]))
+    decoded = decode_record(encode_record(record))
+    assert decoded.object_ids.shape == decoded.object_probs.shape == (0,)
+    assert decoded.attribute_ids.tolist() == [4]
+
+
+def test_reads_the_four_lists_of_other_writers():
+    example = tf_example_pb2.Example()
+    for name, value in {"key": b"k", "image": b"i", "caption": b"c"}.items():
+        example.features.feature[name].bytes_list.value.append(value)
+    for kind in ("object", "attribute"):
+        example.features.feature[f"{kind}_ids"].int64_list.value.extend([3, 2**31 - 1])
+        example.features.feature[f"{kind}_probs"].float_list.value.extend([0.75, 0.1])
+    record = decode_record(example.SerializeToString())
+    assert record.object_ids.tolist() == record.attribute_ids.tolist() == [3, 2**31 - 1]
+    assert record.object_probs.tolist() == [0.75, np.float32(0.1)]
 
 
 def test_pair_has_no_concepts():
@@ -87,9 +129,14 @@ def test_equal_records_give_equal_bytes():
         ({"object_ids": np.array([1, 2])}, "expected object_ids integer"),
         ({"object_ids": np.array([1.0, 2.0, 3.0])}, "expected object_ids integer"),
         ({"object_ids": np.array([1, 2, -1])}, "outside of"),
-        ({"object_ids": np.array([1, 2, 2**31])}, "outside of"),
+        ({"object_ids": np.array([1, 2, 2**24])}, "outside of"),
+        (
+            {"object_ids": np.zeros(256, int), "object_probs": np.zeros(256)},
+            "256 entries in object_ids; at most 255",
+        ),
         ({"object_probs": np.array([0.5, np.nan, 0.0])}, "finite"),
         ({"object_probs": np.array([0.5, -0.1, 0.0])}, "not negative"),
+        ({"object_probs": np.array([0.5, 1.1, 0.0])}, "at most 1"),
     ],
 )
 def test_refuses_to_encode(changes, message):
@@ -119,6 +166,10 @@ def _serialize(**features) -> bytes:
         (_serialize(key=b"k7", image=3, caption=b"c"), "record 'k7'.*'image', got 0"),
         (_serialize(key=b"k7", image=b"i", caption=b"c", metadata=b"{"), "'k7'.*'metadata' is no"),
         (_serialize(key=b"k7", image=b"i", caption=b"c", metadata=b"[]"), "expected an object"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b""), "cut off within object"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\0"), "cut off within attrib"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\1abcd\0"), "'k7'.*cut off"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\0\0\0"), "1 bytes too many"),
     ],
 )
 def test_refuses_to_decode(data, message):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import sources
 from diht_jax.data import dataset_info
 from diht_jax.data.images import decode_rgb
 from diht_jax.data.readers import Skipped, list_shards, open_source, read_pairs
@@ -39,22 +40,25 @@ def encode_png(value):
 
 # 1. Our shards by tf.data.
 spec = {
-    name: tf.io.FixedLenFeature([], tf.string) for name in ("key", "image", "caption", "metadata")
-} | {
-    "object_ids": tf.io.VarLenFeature(tf.int64),
-    "object_probs": tf.io.VarLenFeature(tf.float32),
+    name: tf.io.FixedLenFeature([], tf.string)
+    for name in ("key", "image", "caption", "metadata", "concepts")
 }
 files = sorted(map(str, (work / "ours").glob("*.tfrecord")))
 result["parsed"] = []
 for data in tf.data.TFRecordDataset(files):
     example = tf.io.parse_single_example(data, spec)
     pixels = tf.io.decode_image(example["image"], channels=3).numpy()
+    packed = example["concepts"]
+    k = int(tf.io.decode_raw(tf.strings.substr(packed, 0, 1), tf.uint8)[0])
+    digits = tf.io.decode_raw(tf.strings.substr(packed, 1, 3 * k), tf.uint8)
+    ids = tf.cast(tf.reshape(digits, [k, 3]), tf.int32) @ tf.constant([[1], [2**8], [2**16]])
+    probs = tf.io.decode_raw(tf.strings.substr(packed, 1 + 3 * k, 2 * k), tf.float16)
     result["parsed"].append({
         "key": example["key"].numpy().decode(),
         "caption": example["caption"].numpy().decode(),
         "metadata": json.loads(example["metadata"].numpy()),
-        "object_ids": tf.sparse.to_dense(example["object_ids"]).numpy().tolist(),
-        "object_probs": tf.sparse.to_dense(example["object_probs"]).numpy().tolist(),
+        "object_ids": ids[:, 0].numpy().tolist(),
+        "object_probs": probs.numpy().tolist(),
         "pixel_sum": int(pixels.sum()),
     })
 
@@ -70,7 +74,7 @@ for name in ("ours", "webp"):
             [int(row["image"].sum()), list(row["image"].shape)]
             if isinstance(row["image"], np.ndarray) else row["image"].hex() for row in rows
         ],
-        "object_ids": [row["object_ids"].tolist() for row in rows if "object_ids" in row],
+        "num_objects": [row["concepts"][0] for row in rows if "concepts" in row],
     }
 
 # 3. A shard by TensorFlow's writer.
@@ -136,6 +140,28 @@ class Mnist(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": np.full((28, 28, 1), 20 * i, np.uint8), "label": label}
 
 Mnist(data_dir=work / "labels").download_and_prepare()
+
+# 5. Random data made by tfds.testing: with one caption, with several, and with a label.
+class DummyCaptions(tfds.testing.DummyDataset):
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(encoding_format="png"),
+            "title": tfds.features.Text(),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+        }))
+
+    def _generate_examples(self):
+        yield from enumerate(examples)
+
+builder = DummyCaptions(data_dir=work / "testing")
+with tfds.testing.mock_data(num_examples=5):
+    examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
+builder.download_and_prepare()
+tfds.testing.DummyMnist(data_dir=work / "testing").download_and_prepare()
+result["testing"] = [
+    {"image": e["image"].tolist(), "title": [e["title"].decode()],
+     "captions": [text.decode() for text in e["captions"]]} for e in examples
+]
 (work / "result.json").write_text(json.dumps(result))
 '''
 
@@ -228,7 +254,7 @@ def test_tfds_opens_our_folder(result):
     assert (ours["name"], ours["count"]) == ("pairs", 5)
     assert ours["keys"] == [f"k{i}" for i in range(5)]
     assert ours["images"] == [[_pixel_sum(i), [3, 4 + i, 3]] for i in range(5)]
-    assert ours["object_ids"] == [list(range(i)) for i in range(5)]
+    assert ours["num_objects"] == list(range(5))
 
 
 def test_tfds_gives_bytes_where_it_cannot_decode(result):
@@ -294,6 +320,29 @@ def test_features_can_be_named(work):
     assert sorted(pair.caption for pair in pairs) == ["0.png", "1.png", "2.png"]
     with pytest.raises(ValueError, match="caption_feature='title' is none of captions/text"):
         open_source("tfds:tiny_captions:val", **options | {"caption_feature": "title"})
+
+
+@pytest.mark.parametrize("caption_feature", ["title", "captions"])
+def test_we_read_what_tfds_testing_makes(work, result, caption_feature):
+    options = {"data_dir": str(work / "testing"), "caption_feature": caption_feature}
+    pairs = {p.caption: p for p in open_source("tfds:dummy_captions:train", **options)}
+    assert len(pairs) == len(result["testing"]) == 5
+    for example in result["testing"]:
+        texts = [text.strip() for text in example[caption_feature]]
+        pair = pairs[texts[0]]
+        assert pair.metadata == ({"captions": texts} if len(texts) > 1 else {})
+        assert np.asarray(decode_rgb(pair.image)).tolist() == example["image"]
+
+
+def test_filter_sources_reach_tfds_testing_data(work):
+    settings = sources.default_source()
+    settings.data_dir = str(work / "testing")
+    names = "tfds:dummy_mnist:3.0.1:train[5:],tfds:dummy_mnist:test"
+    shards = sources.list_sources(names, settings)
+    pairs = [pair for shard in shards for pair in read_pairs(shard)]
+    assert len(pairs) == 15 + 20
+    assert {pair.caption for pair in pairs} == set("0123456789")
+    assert all((np.asarray(decode_rgb(pair.image)) == 1).all() for pair in pairs)
 
 
 @pytest.mark.parametrize(

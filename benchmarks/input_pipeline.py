@@ -1,0 +1,275 @@
+"""Images per second and core: our input pipeline, open_clip's, and the bare JPEG decoders.
+
+    python -m benchmarks.input_pipeline --photos ../shared/data/photos.tar
+
+The same JPEG files and captions reach both sides: as webdataset tars through open_clip's own
+`get_wds_dataset` (webdataset, `image_transform(is_train=True)`, its tokenizer, collated float32
+batches), and as TFRecord shards, which `data_prep.filter` makes of these tars, through
+`TrainIterator` (uint8 batches; the device normalises). One process on one core measures them in
+turn, round by round; every round starts an iterator anew, leaves out its first batches and then
+times a fixed number of them. The decoders only turn the bytes into full-size RGB pixels.
+
+The figures are images per second of processor time, of all threads of the process: on an idle core
+these are seconds of the clock (recorded too), and they hold where others use the core as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import itertools
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+import open_clip
+import simplejpeg
+import torch
+import tqdm
+from open_clip_train.data import get_wds_dataset
+from PIL import Image
+
+from benchmarks.record import write_result
+from diht_jax.data import schema
+from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+OURS, EXACT, OPEN_CLIP = "diht_jax", "diht_jax_exact", "open_clip"
+AIM_RATIO = 2.0
+
+
+def decode_with_pillow(data: bytes) -> Image.Image:
+    """Bytes to RGB pixels, as webdataset decodes them."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+DECODERS = {"simplejpeg": simplejpeg.decode_jpeg, "pillow": decode_with_pillow}
+
+
+def main() -> None:
+    """Measures, prints a table and writes `benchmarks/results/input_pipeline.json`."""
+    args = parse_arguments()
+    jax.config.update("jax_platforms", "cpu")  # what is recorded of the machine needs no more
+    cores = os.sched_getaffinity(0)
+    with tempfile.TemporaryDirectory() as folder:
+        tars, records = prepare_data(args.photos, args.copies, pathlib.Path(folder))
+        os.sched_setaffinity(0, {max(cores)})
+        torch.set_num_threads(1)
+        sides = make_sides(args, tars, records)
+        rounds = measure(sides, args)
+        os.sched_setaffinity(0, cores)
+    payload = summarize(rounds, args)
+    print_table(payload)
+    print("written:", write_result("input_pipeline", payload))
+    if payload["ratio_to_open_clip"] < AIM_RATIO:
+        sys.exit(f"below the aim of {AIM_RATIO} x open_clip")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", default=str(REPOSITORY.parent / "shared/data/photos.tar"))
+    parser.add_argument("--copies", type=int, default=10, help="of the tar: shards on both sides")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=8, help="timed in a round")
+    parser.add_argument("--warmup_batches", type=int, default=3, help="left out in a round")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--crop_scale", type=float, nargs=2, default=(0.9, 1.0))
+    args = parser.parse_args()
+    if not pathlib.Path(args.photos).is_file():
+        parser.error(f"--photos: no such file: {args.photos}; expected a webdataset tar of JPEGs")
+    return args
+
+
+def prepare_data(photos: str, copies: int, folder: pathlib.Path) -> tuple[str, str]:
+    """Lays the tar out as shards, and filters them into TFRecords as a user would.
+
+    Several copies, so that shards and epochs are no smaller than shuffling expects.
+
+    Returns:
+        The tars as a brace pattern, and the folder of the TFRecords.
+    """
+    for number in range(copies):
+        (folder / f"{number:05d}.tar").symlink_to(pathlib.Path(photos).resolve())
+    records = folder / "records"
+    command = [
+        *(sys.executable, "-m", "data_prep.filter"),
+        f"--config={REPOSITORY / 'configs/prep/convert.py'}",
+        f"--config.input={folder}/*.tar",
+        f"--config.output={records}",
+    ]
+    subprocess.run(command, cwd=REPOSITORY, check=True, stdout=sys.stderr)
+    return f"{folder}/{{00000..{copies - 1:05d}}}.tar", str(records)
+
+
+def make_sides(
+    args: argparse.Namespace, tars: str, records: str
+) -> dict[str, Callable[[], Iterator[int]]]:
+    """What is measured: name -> a function that starts an iterator over image counts."""
+    source = open_records(records)
+    files = [schema.decode_record(source[index]).image for index in range(len(source))]
+    sides = {
+        OURS: lambda: iterate_ours(args, source, fast_decode=True),
+        OPEN_CLIP: lambda: iterate_open_clip(args, tars, len(source)),
+        EXACT: lambda: iterate_ours(args, source, fast_decode=False),
+    }
+    for name, decode in DECODERS.items():
+        sides[name] = functools.partial(iterate_decoder, decode, files, args.batch_size)
+    return sides
+
+
+def iterate_ours(args: argparse.Namespace, source: Any, *, fast_decode: bool) -> Iterator[int]:
+    """Batches of `TrainIterator`, decoded in threads of this process."""
+    decode = DecodeExample(
+        args.image_size, 77, tuple(args.crop_scale), "{caption}", fast_decode=fast_decode
+    )
+    batches = TrainIterator(source, decode, batch_size=args.batch_size, seed=0, num_workers=0)
+    try:
+        for batch in batches:
+            assert batch["images"].shape[1:] == (args.image_size, args.image_size, 3)
+            assert batch["images"].dtype == np.uint8 and batch["tokens"].shape[1] == 77
+            yield len(batch["images"])
+    finally:
+        batches.close()
+
+
+def iterate_open_clip(args: argparse.Namespace, tars: str, num_samples: int) -> Iterator[int]:
+    """Batches of open_clip's training data, loaded in this process."""
+    settings = argparse.Namespace(
+        train_data=tars,
+        train_num_samples=num_samples,
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        seed=0,
+        batch_size=args.batch_size,
+        workers=0,
+        world_size=1,
+    )
+    transform = open_clip.image_transform(
+        args.image_size, is_train=True, aug_cfg={"scale": tuple(args.crop_scale)}
+    )
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    data = get_wds_dataset(settings, transform, is_train=True, tokenizer=tokenizer)
+    for images, texts in data.dataloader:
+        assert images.shape[1:] == (3, args.image_size, args.image_size)
+        assert images.dtype == torch.float32 and texts.shape[1] == 77
+        yield len(images)
+
+
+def iterate_decoder(
+    decode: Callable[[bytes], Any], files: list[bytes], batch_size: int
+) -> Iterator[int]:
+    """Full-size RGB pixels of one file after the other, counted in batches."""
+    endless = itertools.cycle(files)
+    while True:
+        for data in itertools.islice(endless, batch_size):
+            decode(data)
+        yield batch_size
+
+
+def measure(
+    sides: dict[str, Callable[[], Iterator[int]]], args: argparse.Namespace
+) -> dict[str, list[dict[str, float]]]:
+    """Times all sides in turn, the order turned by one place in each round.
+
+    Returns:
+        For each side one dict a round: images per second of the wall clock and of the processor.
+    """
+    names = list(sides)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for number in tqdm.trange(args.rounds, desc="rounds", unit="round"):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            rounds[name].append(time_batches(sides[name](), args.warmup_batches, args.batches))
+    return rounds
+
+
+def time_batches(batches: Iterator[int], warmup: int, count: int) -> dict[str, float]:
+    """Images per second of `count` batches after `warmup` others.
+
+    Buffers are full when the processor's time begins to count, and when it ends: what was decoded
+    ahead before is made up for by what is decoded ahead after.
+    """
+    for _ in range(warmup):
+        next(batches)
+    wait_until_idle()
+    wall, processor = time.perf_counter(), time.process_time()
+    images = sum(itertools.islice(batches, count))
+    wall = time.perf_counter() - wall
+    wait_until_idle()
+    processor = time.process_time() - processor
+    batches.close()
+    wait_until_idle()
+    return {"wall": images / wall, "processor": images / processor}
+
+
+def wait_until_idle() -> None:
+    """Returns when no other thread of this process has had work for a while."""
+    idle = 0
+    while idle < 4:
+        time.sleep(0.02)
+        idle = 0 if any(map(is_running, pathlib.Path("/proc/self/task").iterdir())) else idle + 1
+
+
+def is_running(task: pathlib.Path) -> bool:
+    """Whether a thread, a folder of /proc/self/task, runs or waits for the processor."""
+    try:
+        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:  # it ended meanwhile
+        return False
+    return state == "R" and int(task.name) != threading.get_native_id()
+
+
+def summarize(
+    rounds: dict[str, list[dict[str, float]]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Medians, and the ratios of interest."""
+
+    def median(name: str, clock: str) -> float:
+        return statistics.median(figures[clock] for figures in rounds[name])
+
+    def ratio(other: str, clock: str) -> float:
+        return round(median(OURS, clock) / median(other, clock), 3)
+
+    best_decoder = max(DECODERS, key=lambda name: median(name, "processor"))
+    return {
+        "settings": vars(args) | {"photos": pathlib.Path(args.photos).name},
+        "load_average": os.getloadavg(),
+        "simplejpeg": metadata.version("simplejpeg"),
+        "images_per_sec_and_core": {name: round(median(name, "processor"), 1) for name in rounds},
+        "images_per_wall_sec": {name: round(median(name, "wall"), 1) for name in rounds},
+        "ratio_to_open_clip": ratio(OPEN_CLIP, "processor"),
+        "ratio_to_open_clip_wall": ratio(OPEN_CLIP, "wall"),
+        "decode_limit": best_decoder,
+        "share_of_decode_limit": ratio(best_decoder, "processor"),
+        "share_of_pillow_limit": ratio("pillow", "processor"),
+        "rounds": rounds,
+    }
+
+
+def print_table(payload: dict[str, Any]) -> None:
+    """The result for a reader."""
+    print(f"{'':16s}{'images/s and core':>18s}{'by the clock':>14s}")
+    for name, speed in payload["images_per_sec_and_core"].items():
+        print(f"{name:16s}{speed:18,.0f}{payload['images_per_wall_sec'][name]:14,.0f}")
+    print(
+        f"{payload['ratio_to_open_clip']:.2f} x open_clip; "
+        f"{payload['share_of_decode_limit']:.0%} of the bare decode limit "
+        f"({payload['decode_limit']})"
+    )
+
+
+if __name__ == "__main__":
+    main()
