@@ -1,0 +1,134 @@
+"""Memory and work of the contrastive loss at pod scale, by compiling it for a TPU topology.
+
+    python -m benchmarks.contrastive_loss --topology v5e:16x16
+
+Value and gradient of HN-NCE for global batches of 8k to 1M float32 embeddings, in three forms:
+
+  * dense: the [N, N] matrix under `jit`, split by the compiler (as big_vision writes it);
+  * gathered: every device gathers all embeddings (as open_clip's --local-loss
+    --gather-with-grad); here `impl="dense"`;
+  * streaming: `impl="streaming"`.
+
+Peak memory is the compiler's, arguments and results included. Work is counted from the jaxpr,
+since XLA's own analysis counts the body of a loop once. A form that does not fit is an entry too.
+Needs the TPU compiler (`pip install libtpu`), not a TPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from benchmarks.record import write_result
+from diht_jax.losses import contrastive_loss
+from diht_jax.training.topologies import get_topology
+from diht_jax.training.work import count_work
+
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Name of a TPU topology.")
+_WIDTH = flags.DEFINE_integer("width", 768, "Embedding size d.")
+_BATCHES = flags.DEFINE_list(
+    "batches", [str(2**power) for power in range(13, 21)], "Global batch sizes N."
+)
+
+AXES = ("data", "fsdp")
+FORMS = ("dense", "gathered", "streaming")
+
+
+def dense_loss_and_grads(mesh: Mesh):
+    """HN-NCE on the whole matrix, which the compiler is free to split."""
+
+    def loss(image_emb, text_emb, scale):
+        return contrastive_loss(image_emb, text_emb, scale, beta=0.25, impl="dense")
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2))
+
+
+def mapped_loss_and_grads(mesh: Mesh, impl: str):
+    """HN-NCE on the rows of every device."""
+    rows, whole = PartitionSpec(AXES), PartitionSpec()
+    loss = functools.partial(contrastive_loss, axis_name=AXES, beta=0.25, impl=impl)
+    mapped = jax.shard_map(loss, mesh=mesh, in_specs=(rows, rows, whole), out_specs=whole)
+    return jax.value_and_grad(mapped, argnums=(0, 1, 2))
+
+
+def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
+    """Peak bytes and operations per device of one form at one batch size."""
+    by_example = NamedSharding(mesh, PartitionSpec(AXES))
+    whole = NamedSharding(mesh, PartitionSpec())
+    rows = jax.ShapeDtypeStruct((num_pairs, width), jnp.float32, sharding=by_example)
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    fn = {
+        "dense": functools.partial(dense_loss_and_grads),
+        "gathered": functools.partial(mapped_loss_and_grads, impl="dense"),
+        "streaming": functools.partial(mapped_loss_and_grads, impl="streaming"),
+    }[form](mesh)
+    work = count_work(fn, rows, rows, scale)
+    entry = {
+        "form": form,
+        "global_batch": num_pairs,
+        "flops_per_device": work.flops / mesh.size,
+        "matmul_flops_per_device": work.matmul_flops / mesh.size,
+    }
+    start = time.perf_counter()
+    jitted = jax.jit(fn, out_shardings=(whole, (by_example, by_example, whole)))
+    try:
+        compiled = jitted.lower(rows, rows, scale).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return entry | {"fits": False, "compiler": str(error).splitlines()[0][:200]}
+    return entry | {
+        "fits": True,
+        "peak_bytes_per_device": compiled.memory_analysis().peak_memory_in_bytes,
+        "gathers_embeddings": "all-gather" in compiled.as_text(),
+        "compile_secs": round(time.perf_counter() - start, 1),
+    }
+
+
+def table(entries: list[dict]) -> str:
+    """One line per batch size: peak MB of the forms, and work against the gathered form."""
+    lines = [f"{'N':>9}  " + "  ".join(f"{form + ' MB':>12}" for form in FORMS) + "   work ratio"]
+    for num_pairs in sorted({entry["global_batch"] for entry in entries}):
+        by_form = {e["form"]: e for e in entries if e["global_batch"] == num_pairs}
+        peaks = [
+            f"{by_form[form]['peak_bytes_per_device'] / 1e6:12.1f}"
+            if by_form[form]["fits"]
+            else f"{'does not fit':>12}"
+            for form in FORMS
+        ]
+        ratio = by_form["streaming"]["flops_per_device"] / by_form["gathered"]["flops_per_device"]
+        lines.append(f"{num_pairs:>9}  " + "  ".join(peaks) + f"   {ratio:10.3f}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Compiles all forms and writes `results/contrastive_loss.json`."""
+    del argv
+    devices = get_topology(_TOPOLOGY.value).devices
+    mesh = Mesh(np.asarray(devices).reshape(-1, 1), AXES)
+    cases = [(form, int(size)) for size in _BATCHES.value for form in FORMS]
+    entries = [
+        measure(form, size, _WIDTH.value, mesh) for form, size in tqdm(cases, unit="program")
+    ]
+    path = write_result(
+        "contrastive_loss",
+        {
+            "topology": _TOPOLOGY.value,
+            "devices": len(devices),
+            "width": _WIDTH.value,
+            "entries": entries,
+        },
+    )
+    print(table(entries))
+    print(path)
+
+
+if __name__ == "__main__":
+    app.run(main)

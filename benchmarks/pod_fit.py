@@ -1,0 +1,240 @@
+"""Do the recipes fit the pods that they name, and what grows from 8 to 4,096 chips?
+
+    python -m benchmarks.pod_fit
+
+Compiles, with the real compiler and without any pod, (1) every recipe of `configs/` that names a
+TPU slice, and (2) one recipe, with the same number of examples on each chip, on slices of v5p,
+whose slices span the whole range. Sizes between the compiled ones come from the formula in
+`extrapolate`, which the table checks against every row that was compiled. Writes
+`benchmarks/results/pod_fit.json` after each row and prints the tables of `docs/scaling.md`; the
+same command again goes on with the rows that are missing. A row takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+# The machine's own devices are of no use here; read when JAX is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from absl import app, flags, logging
+
+from benchmarks.record import RESULTS, write_result
+from diht_jax.config import load_recipe
+from diht_jax.models.zoo import get_architecture
+from diht_jax.training.compilation import StepReport, compile_step, roofline
+from diht_jax.training.topologies import LOCAL, get_topology
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
+NAME = "pod_fit"
+
+# Chips -> slice of v5p, the family whose slices span the whole range.
+SLICES = {
+    8: "v5p:2x2x2",
+    16: "v5p:2x2x4",
+    32: "v5p:2x4x4",
+    64: "v5p:4x4x4",
+    128: "v5p:4x4x8",
+    256: "v5p:4x8x8",
+    512: "v5p:8x8x8",
+    1024: "v5p:8x8x16",
+    2048: "v5p:8x16x16",
+    4096: "v5p:16x16x16",
+}
+
+_RECIPE = flags.DEFINE_string("recipe", "diht_vitb16", "Recipe of the second table.")
+_ONLY = flags.DEFINE_list("only", [], "Recipes of the first table to compile now; all by default.")
+_EXAMPLES = flags.DEFINE_integer("examples_per_chip", 256, "Local batch of the second table.")
+_COMPILED = flags.DEFINE_list("compiled", ["8", "4096"], "Chips to compile for.")
+_PARTS = flags.DEFINE_list("parts", ["recipes", "growth"], "What to measure.")
+_FRESH = flags.DEFINE_bool("fresh", False, "Measure again what the results file has.")
+
+
+def main(_: list[str]) -> None:
+    """Measures what is missing, writes after every row, prints both tables."""
+    logging.set_verbosity(logging.INFO)
+    results = _earlier_results()
+    if "recipes" in _PARTS.value:
+        for path in recipes_for_pods(_ONLY.value):
+            _measure(results["recipes"], path.stem, lambda path=path: measure_recipe(path))
+            write_result(NAME, results)
+    if "growth" in _PARTS.value:
+        for chips in sorted(int(text) for text in _COMPILED.value):
+            row_name = f"{_RECIPE.value}, {chips} chips"
+            _measure(results["growth"], row_name, lambda chips=chips: measure_growth(chips))
+            write_result(NAME, results)
+    print(recipe_table(results["recipes"]))
+    print()
+    print(growth_table(results))
+
+
+def recipes_for_pods(only: list[str]) -> list[pathlib.Path]:
+    """The recipes that name a slice, or those of them that are asked for."""
+    paths = sorted(path for path in CONFIGS.glob("*.py") if path.stem != "common")
+    named = [path for path in paths if load_recipe(path).topology not in (None, LOCAL)]
+    unknown = sorted(set(only) - {path.stem for path in named})
+    if unknown:
+        raise ValueError(f"--only: no recipe for a slice is called {', '.join(unknown)}")
+    return [path for path in named if not only or path.stem in only]
+
+
+def measure_recipe(path: pathlib.Path) -> dict[str, Any]:
+    """Compiles a recipe for the topology it names."""
+    config = load_recipe(path)
+    return as_row(compile_step(config, get_topology(config.topology)))
+
+
+def measure_growth(chips: int) -> dict[str, Any]:
+    """Compiles the recipe of the second table for so many chips."""
+    config = load_recipe(CONFIGS / f"{_RECIPE.value}.py")
+    config.data.batch_size = chips * _EXAMPLES.value
+    config.micro_batch = None
+    return as_row(compile_step(config, get_topology(SLICES[chips])))
+
+
+def as_row(report: StepReport) -> dict[str, Any]:
+    """A report as JSON."""
+    estimate = roofline(report)
+    return {
+        "topology": report.topology.name,
+        "chips": len(report.topology.devices),
+        "mesh": report.mesh,
+        "batch_size": report.batch_size,
+        "micro_batch": report.micro_batch,
+        "remat": report.remat,
+        "fits": report.fits,
+        "memory_limit_bytes": report.memory_limit_bytes,
+        "argument_bytes": report.argument_bytes,
+        "temporary_bytes": report.temporary_bytes,
+        "peak_bytes": report.peak_bytes,
+        "allocated_bytes": report.allocated_bytes,
+        "flops": report.work.flops,
+        "matmul_flops": report.work.matmul_flops,
+        "model_flops": report.model_flops,
+        "memory_traffic_bytes": report.traffic and report.traffic.memory_bytes,
+        "sent_bytes": report.traffic and report.traffic.sent_bytes,
+        "ring_bytes": report.traffic and _sent(report, "collective-permute"),
+        "reduced_bytes": report.traffic and _sent(report, "all-reduce"),
+        "step_secs": estimate and estimate.step_secs,
+        "serial_secs": estimate and estimate.serial_secs,
+        "mfu_bound": estimate and estimate.mfu,
+        "trace_secs": round(report.trace_secs, 1),
+        "compile_secs": round(report.compile_secs, 1),
+    }
+
+
+def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, float]:
+    """What a chip needs in a mesh of `chips`, from a compiled row with the same local batch.
+
+    With P chips, n examples on each and embeddings of size d, the towers do the same work whatever
+    P is. Each chip's n images meet P blocks of n texts, in four products (the logits twice, two
+    gradients), and every block passes every chip:
+
+        work(P) = towers + P 8 n^2 d          ring(P) = P round
+        sums(P) = 2 (P - 1)/P gradients       memory(P) = constant
+
+    Args:
+        base: a row of `as_row`.
+        chips: P.
+        embed_dim: d.
+
+    Returns:
+        `matmul_flops`, `ring_bytes`, `reduced_bytes` and `peak_bytes` of one chip.
+    """
+    local_batch = base["batch_size"] // base["chips"]
+    block_flops = 8 * local_batch**2 * embed_dim
+    gradient_bytes = base["reduced_bytes"] / (2 * (1 - 1 / base["chips"]))
+    return {
+        "matmul_flops": base["matmul_flops"] + block_flops * (chips - base["chips"]),
+        "ring_bytes": base["ring_bytes"] / base["chips"] * chips,
+        "reduced_bytes": 2 * (1 - 1 / chips) * gradient_bytes,
+        "peak_bytes": base["peak_bytes"],
+    }
+
+
+def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one recipe a line."""
+    lines = [
+        "| recipe | for | global batch | micro-batch | remat | state and batch | temporaries | "
+        "peak | allocated of HBM | work (of the model) | sent | step, at least | MFU, at most |",
+        "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, row in sorted(rows.items()):
+        micro_batch = f"{row['micro_batch']:,}" if row["micro_batch"] else "-"
+        memory = f"{_gib(row['allocated_bytes'])} of {_gib(row['memory_limit_bytes'])}"
+        cells = [name, row["topology"], f"{row['batch_size']:,}", micro_batch, row["remat"]]
+        if row["fits"]:
+            cells += [
+                _gib(row["argument_bytes"]),
+                _gib(row["temporary_bytes"]),
+                _gib(row["peak_bytes"]),
+                memory,
+                f"{row['matmul_flops'] / 1e12:.1f} ({row['model_flops'] / 1e12:.1f}) TFLOP",
+                f"{row['sent_bytes'] / 1e9:.2f} GB",
+                f"{1e3 * row['step_secs']:.0f} ms",
+                f"{row['mfu_bound']:.0%}",
+            ]
+        else:
+            cells += [_gib(row["argument_bytes"]), "-", "-", f"{memory}: too large"] + ["-"] * 4
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def growth_table(results: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one size a line; formula where nothing was compiled, and its error where it was."""
+    compiled = {row["chips"]: row for row in results["growth"].values()}
+    recipe = results["recipes"].get(_RECIPE.value)
+    if recipe and recipe["batch_size"] == recipe["chips"] * _EXAMPLES.value:
+        compiled.setdefault(recipe["chips"], recipe)
+    if not compiled:
+        return f"growth: nothing compiled yet for {_RECIPE.value}"
+    base = compiled[max(compiled, key=lambda chips: (chips == 256, -chips))]
+    arch = get_architecture(load_recipe(CONFIGS / f"{_RECIPE.value}.py").model.name)
+    lines = [
+        "| chips | global batch | from | peak | work | sent round the ring | sent for sums | "
+        "formula off by |",
+        "|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for chips in SLICES:
+        formula = extrapolate(base, chips, arch.embed_dim)
+        row, source, error = formula, "formula", ""
+        if chips in compiled:
+            row, source = compiled[chips], compiled[chips]["topology"]
+            parts = ("matmul_flops", "ring_bytes", "reduced_bytes")
+            error = f"{max(abs(formula[key] / row[key] - 1) for key in parts):.2%}"
+        lines.append(
+            f"| {chips:,} | {chips * _EXAMPLES.value:,} | {source} | {_gib(row['peak_bytes'])} | "
+            f"{row['matmul_flops'] / 1e12:.2f} TFLOP | {row['ring_bytes'] / 1e9:.3f} GB | "
+            f"{row['reduced_bytes'] / 1e9:.3f} GB | {error if row is not base else 'base'} |"
+        )
+    return "\n".join(lines)
+
+
+def _measure(rows: dict[str, Any], name: str, measure: Any) -> None:
+    if name in rows and not _FRESH.value:
+        logging.info("%s: in the results file already", name)
+        return
+    logging.info("%s: compiling", name)
+    rows[name] = measure()
+    logging.info("%s: %s", name, json.dumps(rows[name]))
+
+
+def _earlier_results() -> dict[str, dict[str, Any]]:
+    path = RESULTS / f"{NAME}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    return {part: earlier.get(part, {}) for part in ("recipes", "growth")}
+
+
+def _sent(report: StepReport, kind: str) -> int:
+    return sum(row.sent_bytes for row in report.traffic.collectives if row.kind == kind)
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"
+
+
+if __name__ == "__main__":
+    app.run(main)
