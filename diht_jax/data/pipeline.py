@@ -7,15 +7,21 @@ does not depend on workers, hosts or devices, so that a run can be continued any
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from diht_jax.data import fast_crops, images, schema, tokenizer, transforms
 from diht_jax.data.tfrecord import TFRecordSource
+
+# How grain reports a worker process that is gone.
+_WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")
+# Deaths of decoding workers, without a batch between them, that a run survives.
+MAX_RESTARTS = 3
 
 
 class DecodeExample(grain.transforms.RandomMap):
@@ -127,12 +133,40 @@ class TrainIterator:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process."""
-        if self._batches is None:
-            self._batches = self._start()
-        batch = next(self._batches)
-        self._next_example += self._batch_size
-        return batch
+        """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process.
+
+        Decoding workers that died (a crash in a codec, the kernel's out-of-memory killer) are
+        started again at the batch that they owed.
+
+        Raises:
+            RuntimeError: they die again and again at the same place; says which.
+        """
+        for _ in range(MAX_RESTARTS + 1):
+            if self._batches is None:
+                self._batches = self._start()
+            try:
+                batch = next(self._batches)
+            except RuntimeError as error:
+                if not _WORKER_DIED.search(str(error)):
+                    raise
+                death = error
+                logging.warning(
+                    "examples %d to %d: %s; the workers are started again",
+                    self._next_example,
+                    self._next_example + self._batch_size - 1,
+                    error,
+                )
+                self.close()
+                continue
+            self._next_example += self._batch_size
+            return batch
+        raise RuntimeError(
+            f"decoding workers died {MAX_RESTARTS + 1} times in a row at examples "
+            f"{self._next_example} to {self._next_example + self._batch_size - 1} of the run's "
+            "order; if memory is short, lower config.data.num_workers or "
+            "config.data.prefetch_batches, and config.data.num_workers=0 shows a picture that "
+            "crashes its decoder"
+        ) from death
 
     def get_state(self) -> dict[str, int]:
         """The place in the global order, as a JSON-able dict."""

@@ -2,6 +2,8 @@
 
 import collections
 import io
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -166,3 +168,43 @@ def test_wrong_settings_are_refused():
         TrainIterator([], DECODE, batch_size=4, seed=0, num_workers=0)
     with pytest.raises(ValueError, match="config.data.train is not set"):
         open_records(None)
+
+
+class Deadly(DecodeExample):
+    """Kills its own process at picture 5, as often as there are files to take away."""
+
+    def __init__(self, lives):
+        super().__init__(8, 8, (1.0, 1.0), "{caption}", fast_decode=False)
+        self._lives = str(lives)
+
+    def random_map(self, element, rng):
+        if decode_record(element).key == "5" and os.listdir(self._lives):
+            os.unlink(os.path.join(self._lives, os.listdir(self._lives)[0]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().random_map(element, rng)
+
+
+def deadly_batches(directory, deaths, count):
+    for number in range(deaths):
+        (directory / str(number)).touch()
+    iterator = TrainIterator(
+        Numbered(), Deadly(directory), batch_size=4, seed=3, num_workers=1, prefetch_batches=1
+    )
+    try:
+        return [next(iterator)["images"] for _ in range(count)]
+    finally:
+        iterator.close()
+
+
+def test_a_worker_that_dies_costs_no_example(tmp_path):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "two").mkdir()
+    undisturbed = deadly_batches(tmp_path / "none", 0, 6)
+    disturbed = deadly_batches(tmp_path / "two", 2, 6)
+    assert not list((tmp_path / "two").iterdir())
+    np.testing.assert_array_equal(disturbed, undisturbed)
+
+
+def test_workers_that_always_die_are_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="died 4 times in a row at examples"):
+        deadly_batches(tmp_path, 100, 6)
