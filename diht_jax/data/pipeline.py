@@ -34,6 +34,7 @@ class DecodeExample(grain.transforms.RandomMap):
         crop_scale: tuple[float, float],
         text_template: str,
         fast_decode: bool = True,
+        num_concepts: int = 0,
     ):
         """Settings, as in `config.data`.
 
@@ -43,12 +44,14 @@ class DecodeExample(grain.transforms.RandomMap):
             crop_scale: range of the crop's share of the picture's area.
             text_template: with `{caption}` in it.
             fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
+            num_concepts: k, the teacher's labels to take of each kind; 0 for none.
         """
         self._image_size = image_size
         self._context_length = context_length
         self._crop_scale = tuple(crop_scale)
         self._text_template = text_template
         self._fast_decode = fast_decode
+        self._num_concepts = num_concepts
 
     def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Decodes one record.
@@ -58,7 +61,10 @@ class DecodeExample(grain.transforms.RandomMap):
             rng: decides the crop.
 
         Returns:
-            `images` uint8 [size, size, 3] and `tokens` int32 [t].
+            `images` uint8 [size, size, 3] and `tokens` int32 [t]; with concepts also
+            `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
+            `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
+            where it has none.
 
         Raises:
             ValueError: the image cannot be decoded; names the record's key.
@@ -72,7 +78,25 @@ class DecodeExample(grain.transforms.RandomMap):
                 "`python -m data_prep.filter` makes sure of"
             ) from error
         text = self._text_template.format(caption=record.caption)
-        return {"images": pixels, "tokens": tokenizer.tokenize(text, self._context_length)[0]}
+        example = {"images": pixels, "tokens": tokenizer.tokenize(text, self._context_length)[0]}
+        if self._num_concepts:
+            for names in schema.CONCEPT_FIELDS:
+                example.update(self._concepts(record, *names))
+        return example
+
+    def _concepts(
+        self, record: schema.Record, ids_name: str, probs_name: str
+    ) -> dict[str, np.ndarray]:
+        """The first k labels of one kind, their probabilities summing to 1 again."""
+        ids = np.zeros(self._num_concepts, np.int32)
+        probs = np.zeros(self._num_concepts, np.float32)
+        found = getattr(record, ids_name)
+        if found is not None and len(found):
+            count = min(len(found), self._num_concepts)
+            ids[:count] = found[:count]
+            probs[:count] = getattr(record, probs_name)[:count]
+            probs /= probs.sum()
+        return {ids_name: ids, probs_name: probs}
 
     def _crop(self, data: bytes, rng: np.random.Generator) -> np.ndarray:
         if self._fast_decode:

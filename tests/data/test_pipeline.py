@@ -1,6 +1,7 @@
 """The training input: exact epochs, one order on any number of hosts and workers, exact resume."""
 
 import collections
+import dataclasses
 import io
 import os
 import signal
@@ -208,3 +209,27 @@ def test_a_worker_that_dies_costs_no_example(tmp_path):
 def test_workers_that_always_die_are_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="died 4 times in a row at examples"):
         deadly_batches(tmp_path, 100, 6)
+
+
+def test_concepts_are_cut_to_k_renormalised_and_padded():
+    record = Record(
+        key="a",
+        image=decode_record(Numbered()[0]).image,
+        caption="a cat",
+        object_ids=np.int32([7, 3, 5]),
+        object_probs=np.float32([0.5, 0.25, 0.25]),
+    )
+    bare = dataclasses.replace(record, object_ids=None, object_probs=None)
+
+    def example(record, num_concepts):
+        decode = DecodeExample(8, 8, (1.0, 1.0), "{caption}", num_concepts=num_concepts)
+        return decode.random_map(encode_record(record), np.random.default_rng(0))
+
+    two, five = example(record, 2), example(record, 5)
+    np.testing.assert_array_equal(two["object_ids"], [7, 3])
+    np.testing.assert_allclose(two["object_probs"], [2 / 3, 1 / 3], rtol=1e-3)
+    np.testing.assert_array_equal(five["object_ids"], [7, 3, 5, 0, 0])
+    np.testing.assert_allclose(five["object_probs"], [0.5, 0.25, 0.25, 0, 0], rtol=1e-3)
+    assert not five["attribute_probs"].any() and not example(bare, 5)["object_probs"].any()
+    assert five["object_ids"].dtype == np.int32 and five["object_probs"].dtype == np.float32
+    assert example(record, 0).keys() == {"images", "tokens"}
