@@ -30,10 +30,10 @@ train() { # NAME SHOWN_NAME RECORDS FLAGS...
 }
 
 evaluate() { # NAME SHOWN_NAME
-  local templates='a {};a picture of a {};a small {} floating in the air;a large {} standing on the ground'
-  local tasks="shape=classification:$out/web/val_shape.tar?templates=$templates"
-  tasks+=",color=classification:$out/web/val_color.tar?templates=${templates//\{\}/\{\} shape}"
-  tasks+=",scenes=retrieval:$out/web/val_retrieval.tar?caption_template={caption}"
+  local web="$out/web"
+  local tasks="shape=classification:$web/val_shape.tar?templates=@$web/val_shape.templates.txt"
+  tasks+=",color=classification:$web/val_color.tar?templates=@$web/val_color.templates.txt"
+  tasks+=",scenes=retrieval:$web/val_retrieval.tar?caption_template={caption}"
   step "Evaluating: $2" "evaluate_$1" diht_jax.evaluate --model "$out/$1" --tasks "$tasks" \
     --output "$out/$1.json"
 }

@@ -9,7 +9,8 @@ img2dataset's layout (KEY.jpg or KEY.png, KEY.txt, KEY.json):
     val_retrieval.tar     clean scenes whose relation, shapes and colours never occur in training
     val_shape.tar         one object; "label" and "class_name" are its shape
     val_color.tar         one object; "label" and "class_name" are its colour
-    synthetic.json        settings, class names, prompt templates, pairs of each kind
+    val_*.templates.txt   prompts of the two, as `diht_jax.evaluate` takes them
+    synthetic.json        settings, class names, pairs of each kind
 
 Every pair is a function of (seed, set, index): the number of workers and of pairs per tar never
 changes it. Called by the demo and by tests. Choice, layout, drawing and words live in the modules
@@ -43,6 +44,7 @@ from data_prep import synthetic_sampling as sampling
 from data_prep.synthetic_scenes import COLORS
 from data_prep.synthetic_shapes import SHAPES
 from diht_jax import command_line
+from diht_jax.data.atomic_file import write_atomically
 
 CLEAN = "clean"
 NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")
@@ -55,10 +57,14 @@ DEFAULT_NOISE = {
 SHAPE_CLASSES: tuple[str, ...] = SHAPES
 COLOR_CLASSES: tuple[str, ...] = tuple(COLORS)
 MANIFEST_NAME = "synthetic.json"
+TEMPLATES_SUFFIX = ".templates.txt"
 
+# Raised whenever equal settings come to mean other pairs.
+_VERSION = 1
 _TRAIN, _RETRIEVAL, _SHAPE, _COLOR = "train", "val_retrieval", "val_shape", "val_color"
 _PNG_SHARE = 0.1
 _CHUNK = 32  # Pairs that a worker makes at a time.
+_TEMPLATES = {_SHAPE: captions.SHAPE_TEMPLATES, _COLOR: captions.COLOR_TEMPLATES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,14 +201,11 @@ def _make_evaluation(stream, settings: Settings, split: str, index: int):
     if split == _RETRIEVAL:
         scene = sampling.sample_held_out(stream("scene"), settings.seed, index)
         label = {}
-    elif split == _SHAPE:
-        number = index % len(SHAPE_CLASSES)
-        scene = sampling.sample_single(stream("scene"), shape=SHAPE_CLASSES[number])
-        label = {"label": number, "class_name": SHAPE_CLASSES[number]}
     else:
-        number = index % len(COLOR_CLASSES)
-        scene = sampling.sample_single(stream("scene"), color=COLOR_CLASSES[number])
-        label = {"label": number, "class_name": COLOR_CLASSES[number]}
+        name, classes = ("shape", SHAPE_CLASSES) if split == _SHAPE else ("color", COLOR_CLASSES)
+        number = index % len(classes)
+        scene = sampling.sample_single(stream("scene"), **{name: classes[number]})
+        label = {"label": number, "class_name": classes[number]}
     image = drawing.render_scene(stream("drawing"), scene, settings.image_size)
     caption = captions.tell_scene(stream("caption"), scene, complete=True)
     return image, caption, {"scene": scene.describe(), **label}
@@ -263,14 +266,16 @@ def write_dataset(
     output.mkdir(parents=True, exist_ok=True)
     counts = collections.Counter(noise_kind(settings, i) for i in range(settings.num_pairs))
     manifest = {
+        "version": _VERSION,
         "settings": dataclasses.asdict(settings),
         "counts": {kind: counts[kind] for kind in (CLEAN, *NOISE_KINDS)},
         "shape_classes": SHAPE_CLASSES,
-        "shape_templates": captions.SHAPE_TEMPLATES,
         "color_classes": COLOR_CLASSES,
-        "color_templates": captions.COLOR_TEMPLATES,
     }
     _claim_directory(output, manifest)
+    for split, templates in _TEMPLATES.items():
+        text = "".join(f"{template}\n" for template in templates)
+        write_atomically(output / f"{split}{TEMPLATES_SUFFIX}", text.encode())
     plan = {k: v for k, v in planned_tars(settings).items() if not (output / k).exists()}
     total = sum(len(indices) for _, indices in plan.values())
     # One stream over all tars keeps the workers busy across the borders of tars.
@@ -298,9 +303,7 @@ def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
             f"{output} holds {strangers[0]} but no {MANIFEST_NAME}, so the tars are of unknown "
             "origin; give another --output"
         )
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
+    write_atomically(path, text.encode())
 
 
 def _make_all(

@@ -377,10 +377,7 @@ assert "tensorflow" not in sys.modules
 
 
 def test_metadata_bytes_depend_on_the_data_only(work):
-    def read():
-        return [(work / "ours" / name).read_bytes() for name in dataset_info.FILES]
-
-    before = read()
+    before = [(work / "ours" / name).read_bytes() for name in dataset_info.FILES]
     (work / "ours_again").mkdir()
     for path in (work / "ours").glob("*.tfrecord"):
         (work / "ours_again" / path.name).symlink_to(path)

@@ -1,4 +1,7 @@
-"""The caption parser against hand-made graphs, and the properties that hold on every caption."""
+"""The caption parser against hand-made graphs, and the properties that hold on every caption.
+
+What happens to a caption before it is parsed is in `test_caption_gates.py`.
+"""
 
 import pathlib
 import pickle
@@ -9,7 +12,6 @@ import tomllib
 import pytest
 
 from data_prep import captions as caption_module
-from data_prep.caption_gates import fold_case, gate_caption
 from data_prep.caption_graph import format_edges, format_objects
 from data_prep.captions import (
     CAT_REASONS,
@@ -32,26 +34,10 @@ PARTS = ("objects", "actions", "relations", "decision")
 
 
 @pytest.fixture(scope="module")
-def parser():
-    return load_parser()
-
-
-@pytest.fixture(scope="module")
-def lemmatizer(parser):
-    return parser.get_pipe("caption_lemmatizer")
-
-
-@pytest.fixture(scope="module")
 def graphs(parser):
     """Graph of each example by its id."""
     parsed = parse_captions([example["caption"] for example in EXAMPLES], nlp=parser)
     return {example["id"]: graph for example, graph in zip(EXAMPLES, parsed, strict=True)}
-
-
-@pytest.fixture(scope="module")
-def web_captions(shared_data):
-    lines = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
-    return random.Random(0).sample(lines, 400)
 
 
 def _split(text: str) -> set[str]:
@@ -135,150 +121,6 @@ def test_example_of_the_paper_to_the_last_edge(graphs):
     )
     assert graphs["spec-1"].complexity == 3
     assert graphs["spec-1"].has_action
-
-
-# Gates
-
-
-@pytest.mark.parametrize(
-    ("caption", "reason"),
-    [
-        ("", "empty"),
-        (" \n\t", "empty"),
-        ("!!! ... ???", "empty"),
-        ("2019", "empty"),
-        ("😀", "empty"),
-        ("IMG_1234", "file_name"),
-        ("DSC01234", "file_name"),
-        ("P1010023.JPG", "file_name"),
-        ("Screenshot 2019-01-01 at 10.22.33.png", "file_name"),
-        ("black-dog-running-on-the-grass", "file_name"),
-        ("9e107d9d372bb6826bd81d3542a419d6", "file_name"),
-        ("image 12", "file_name"),
-        ("https://example.com/a_b.html", "url"),
-        ("www.example.com", "url"),
-        ("example.co.uk/shop", "url"),
-        ("see: http://a.example/b", None),
-        ("photo 2 women running", None),
-        ("state-of-the-art", None),
-        ("A man reading a .jpg file", None),
-        ("Untitled", None),
-    ],
-)
-def test_gates(caption, reason, lemmatizer):
-    assert gate_caption(caption, lemmatizer.lexicon)[1] == reason
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "Schwarzer Hund spielt im Garten",
-        "Junge Frau liest ein Buch",
-        "Frau mit rotem Hut am Strand",
-        "Mujer con sombrero rojo",
-        "Gato durmiendo",
-        "Femme avec un chapeau rouge",
-        "Maison à vendre dans le centre ville",
-        "Un cane nero corre sulla spiaggia",
-        "Mulher com chapéu vermelho",
-        "Een zwarte hond rent over het gras",
-        "Kvinna med röd hatt",
-        "Czarny pies biegnie po trawie",
-        "Siyah köpek çimenlerin üzerinde koşuyor",
-        "Wanita dengan topi merah",
-        "Musta koira juoksee nurmikolla",
-        "Con chó đen chạy trên cỏ",
-        "Черная собака бежит по траве",
-        "黑色的狗在草地上奔跑",
-        "검은 개가 잔디 위를 달리고 있다",
-        "كلب أسود يركض على العشب",
-        "कुत्ता घास पर दौड़ रहा है",
-    ],
-)
-def test_other_languages_are_refused(caption, lemmatizer):
-    assert gate_caption(caption, lemmatizer.lexicon) == ("", "not_english")
-
-
-@pytest.mark.parametrize(
-    "caption",
-    [
-        "red car",
-        "sunset",
-        "dogs playing",
-        "boy naps",
-        "van parked on street",
-        "man in hat",
-        "die cast toy car",
-        "Rio de Janeiro carnival dancers",
-        "Café de Flore in Paris",
-        "a café table with crème brûlée",
-        "Leonardo da Vinci portrait",
-        "Lamborghini Huracan Spyder",
-        "Cristiano Ronaldo celebrates",
-        "La La Land poster",
-        "sushi chef",
-        "Salsa dancers perform",
-        "Schnauzer puppy running",
-        "Machu Picchu llama standing",
-    ],
-)
-def test_short_english_captions_pass(caption, lemmatizer):
-    assert gate_caption(caption, lemmatizer.lexicon)[1] is None
-
-
-def test_all_of_an_english_corpus_passes(web_captions, lemmatizer):
-    refused = [text for text in web_captions if gate_caption(text, lemmatizer.lexicon)[1]]
-    assert not refused
-
-
-# Cleaning: two ways to write a caption have one graph
-
-
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("It 's a dog , and he 's riding a bike", "It's a dog, and he's riding a bike"),
-        ("a child 's hand", "a child's hand"),
-        ("A MAN IN A BLUE SHIRT IS COOKING", "a man in a blue shirt is cooking"),
-        ("Young Woman Doing Yoga On The Beach", "young woman doing yoga on the beach"),
-        ("<PERSON> riding a horse &amp; smiling", "person riding a horse & smiling"),
-        ("a dog running <b>fast</b> on grass", "a dog running fast on grass"),
-        ("a dog’s tail", "a dog's tail"),
-        ("dog running on grass https://t.example/abc", "dog running on grass"),
-        ("dog running on grass  |  Getty Images", "dog running on grass"),
-        ("dog running on grass - stock photo", "dog running on grass"),
-        ("Image may contain: dog running on grass", "dog running on grass"),
-        ("a snow - covered hill", "a snow-covered hill"),
-        ("1. a dog running", "a dog running"),
-        ("#dog running on #grass", "dog running on grass"),
-        ("\ud800a dog running", "a dog running"),
-        ("House for sale in Boise, ID 83702", "House for sale in Boise"),
-    ],
-)
-def test_cleaning(written, meant, parser):
-    written_graph, meant_graph = parse_captions([written, meant], nlp=parser)
-    assert written_graph == meant_graph
-    assert meant_graph.objects
-
-
-def test_dash_between_clauses_is_no_hyphen(parser):
-    (graph,) = parse_captions(["Leather Wallet - Brown - Gift for Men"], nlp=parser)
-    assert not any("-" in name for name in graph.objects)
-
-
-@pytest.mark.parametrize(
-    ("text", "folded"),
-    [
-        ("BLACK DOG", "black dog"),
-        ("A man in Paris", "A man in Paris"),
-        ("Woman Running On The Beach", "woman running on the beach"),
-        ("a dog", "a dog"),
-        ("A", "A"),
-        ("", ""),
-    ],
-)
-def test_fold_case(text, folded):
-    assert fold_case(text) == folded
 
 
 # Properties of every graph

@@ -1,15 +1,12 @@
-"""Shard tasks: whole or absent, done once, redone when anything changed; and the engine."""
+"""Shard tasks: whole or absent, done once, redone when anything changed."""
 
 import json
 import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from data_prep import shards
-from data_prep.engine import run_tasks
 from data_prep.funnel import Funnel
 from data_prep.sources import take_share
 from diht_jax.data.readers import SourceShard, read_pairs
@@ -111,60 +108,6 @@ def test_jobs_of_an_array_share_all_tasks():
     for index in (-1, 4):
         with pytest.raises(ValueError, match="expected an index from 0 to 3"):
             take_share(range(11), index, 4)
-
-
-def _square(task: int, report) -> int:
-    report(1)
-    if task == 3:
-        raise ValueError("three is not allowed")
-    if task == 4:
-        raise RuntimeError("a defect")
-    return task * task
-
-
-def test_engine_isolates_failures():
-    outcomes = {o.task: o for o in run_tasks(_square, range(6), num_workers=0, label="test")}
-    assert {t: o.result for t, o in outcomes.items()} == {
-        0: 0, 1: 1, 2: 4, 3: None, 4: None, 5: 25
-    }  # fmt: skip
-    assert outcomes[3].error == "three is not allowed"
-    assert "Traceback" in outcomes[4].error and "RuntimeError: a defect" in outcomes[4].error
-
-
-_ENGINE_SCRIPT = """
-import os, sys
-from data_prep.engine import run_tasks
-
-def square(task, report):
-    report(1)
-    if task == 5:
-        raise ValueError("five is not allowed")
-    if task == 2:
-        os._exit(9)  # as the kernel ends a process that takes too much memory
-    return task * task
-
-if __name__ == "__main__":
-    for outcome in run_tasks(square, range(8), num_workers=2, label="test"):
-        print(outcome.task, outcome.result, outcome.error)
-"""
-
-
-def test_engine_survives_the_death_of_a_worker(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(_ENGINE_SCRIPT)
-    run = subprocess.run(
-        [sys.executable, str(script)],
-        env=os.environ | {"PYTHONPATH": str(_REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = sorted(run.stdout.splitlines())
-    expected = [f"{i} {i * i} None" for i in (0, 1, 3, 4, 6, 7)] + ["5 None five is not allowed"]
-    assert [line for line in lines if not line.startswith("2 ")] == sorted(expected)
-    assert [line for line in lines if line.startswith("2 ")] == [
-        "2 None the worker process died, most likely for want of memory; fewer workers may help"
-    ]
 
 
 def _fill(funnel: Funnel, numbers) -> Funnel:

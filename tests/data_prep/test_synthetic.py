@@ -19,6 +19,7 @@ from data_prep import captions, synthetic, synthetic_captions, synthetic_drawing
 from data_prep import synthetic_sampling as sampling
 from data_prep.synthetic_scenes import COLORS, PAIR_RELATIONS
 from data_prep.synthetic_shapes import SHAPES
+from diht_jax.evaluation.prompts import parse_templates
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SMALL = synthetic.Settings(
@@ -167,7 +168,11 @@ def test_labels_of_the_classification_sets(written, target):
     counts = collections.Counter(labels)
     assert len(counts) == len(classes)
     assert max(counts.values()) - min(counts.values()) <= 1
-    assert all(template.count("{}") == 1 for template in manifest[f"{target}_templates"])
+    path = written / f"val_{target}.templates.txt"
+    assert parse_templates(f"@{path}")[:2] == {
+        "shape": ("a {}", "a picture of a {}"),
+        "color": ("a {} shape", "a picture of a {} shape"),
+    }[target]  # fmt: skip
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):

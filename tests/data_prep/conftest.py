@@ -1,0 +1,26 @@
+"""The parser and the captions that several tests of the caption rules use; loaded once."""
+
+import random
+
+import pytest
+
+from data_prep.captions import load_parser
+
+
+@pytest.fixture(scope="session")
+def parser():
+    """The spaCy pipeline with our lemmatizer."""
+    return load_parser()
+
+
+@pytest.fixture(scope="session")
+def lemmatizer(parser):
+    """The lemmatizer of the pipeline."""
+    return parser.get_pipe("caption_lemmatizer")
+
+
+@pytest.fixture(scope="session")
+def web_captions(shared_data) -> list[str]:
+    """400 captions of the web, always the same ones."""
+    lines = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
+    return random.Random(0).sample(lines, 400)

@@ -1,0 +1,186 @@
+"""The engine: a failure stays with its task, a death is told truly, and nothing waits for ever.
+
+Workers import the main module, so each test runs a script of its own.
+"""
+
+import ast
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from data_prep.engine import run_tasks
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_LONGEST_SECS = 60  # of a script; a failure here means that it waits for ever
+
+_FRAME = """
+import os, pathlib, signal, sys, time
+from data_prep import engine
+
+folder = pathlib.Path(__file__).parent
+{body}
+if __name__ == "__main__":
+    for outcome in engine.run_tasks(work, range(8), num_workers={num_workers}, label="test"):
+        print(repr((outcome.task, outcome.result, outcome.error)), flush=True)
+"""
+
+
+def _start(folder: pathlib.Path, body: str, num_workers: int = 2) -> subprocess.Popen:
+    script = folder / "script.py"
+    script.write_text(_FRAME.format(body=body, num_workers=num_workers))
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        env=os.environ | {"PYTHONPATH": str(_REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _run(folder: pathlib.Path, body: str, num_workers: int = 2) -> tuple[dict, str]:
+    """Result and error by task, and what stood on stderr."""
+    process = _start(folder, body, num_workers)
+    try:
+        output, errors = process.communicate(timeout=_LONGEST_SECS)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    outcomes = [ast.literal_eval(line) for line in output.splitlines()]
+    assert sorted(task for task, _, _ in outcomes) == list(range(8))
+    return {task: (result, error) for task, result, error in outcomes}, errors
+
+
+def _square(task: int, report) -> int:
+    report(1)
+    if task == 3:
+        raise ValueError("three is not allowed")
+    if task == 4:
+        raise RuntimeError("a defect")
+    return task * task
+
+
+def test_failures_are_isolated_in_this_process():
+    outcomes = {o.task: o for o in run_tasks(_square, range(6), num_workers=0, label="test")}
+    assert {t: o.result for t, o in outcomes.items()} == {
+        0: 0, 1: 1, 2: 4, 3: None, 4: None, 5: 25
+    }  # fmt: skip
+    assert outcomes[3].error == "three is not allowed"
+    assert "Traceback" in outcomes[4].error and "RuntimeError: a defect" in outcomes[4].error
+
+
+def test_failures_and_deaths_are_isolated_in_workers(tmp_path):
+    body = """
+class Odd(Exception):
+    def __init__(self, first, second):  # cannot be unpickled
+        super().__init__(f"{first} {second}")
+
+def work(task, report):
+    report(10)
+    if task == 1:
+        raise ValueError("one is not allowed")
+    if task == 2:
+        os._exit(9)
+    if task == 3:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does when memory runs out
+    if task == 4:
+        return lambda: None  # cannot be pickled
+    if task == 5:
+        raise Odd("an odd", "exception")
+    if task == 6 and not (folder / "six").exists():
+        (folder / "six").touch()
+        os._exit(1)
+    return task * task
+"""
+    outcomes, errors = _run(tmp_path, body)
+    assert {t: outcomes[t] for t in (0, 6, 7)} == {t: (t * t, None) for t in (0, 6, 7)}
+    assert outcomes[1] == (None, "one is not allowed")
+    for task, end in ((2, "exit code 9"), (3, "signal 9, SIGKILL")):
+        assert f"died at work ({end}): either memory ran out" in outcomes[task][1]
+        assert "or a library crashed" in outcomes[task][1]
+    assert "pickle" in outcomes[4][1]
+    assert "Odd: an odd exception" in outcomes[5][1]
+    assert errors.count("its task will run again, alone") == 3
+    # Six tasks live to tell what they reported.
+    assert "8/8" in errors and int(errors.rpartition(" pairs,")[0].rpartition(", ")[2]) >= 60
+
+
+def test_workers_that_cannot_import_say_so(tmp_path):
+    body = """
+if __name__ != "__main__":
+    import no_such_module
+def work(task, report):
+    return task
+"""
+    outcomes, errors = _run(tmp_path, body)
+    for result, error in outcomes.values():
+        assert result is None
+        assert "no worker process could start (exit code 1): either a module cannot" in error
+        assert "or memory ran out" in error
+    assert "No module named 'no_such_module'" in errors
+
+
+def test_function_that_workers_cannot_import(tmp_path):
+    (tmp_path / "job.py").write_text("def work(task, report):\n    return task\n")
+    body = """
+if __name__ == "__main__":
+    from job import work
+    (folder / "job.py").write_text("def work(task,\\n")  # as when somebody edits it meanwhile
+"""
+    outcomes, _ = _run(tmp_path, body)
+    for _, error in outcomes.values():
+        assert "job.py" in error and "SyntaxError" in error
+
+
+def test_one_worker_that_does_not_start_holds_nobody_up(tmp_path):
+    """The pool of concurrent.futures waits for ever when this falls into the start of the next."""
+    body = """
+if __name__ != "__main__":
+    try:
+        (folder / "started").touch(exist_ok=False)
+    except FileExistsError:
+        time.sleep(0.3)
+    else:
+        raise ImportError("half a module")
+def work(task, report):
+    return task
+"""
+    outcomes, errors = _run(tmp_path, body)
+    assert outcomes == {task: (task, None) for task in range(8)}
+    assert "ImportError: half a module" in errors
+
+
+def test_silence_is_told(tmp_path):
+    body = """
+engine._STALL_SECS = 0.5
+def work(task, report):
+    time.sleep(2.0 if task == 7 else 0.0)
+    return task
+"""
+    outcomes, errors = _run(tmp_path, body)
+    assert outcomes[7] == (7, None)
+    assert "no sign of life from any worker for 0 s: process" in errors and "is at work" in errors
+
+
+def test_interruption_ends_workers_and_lets_them_clean_up(tmp_path):
+    body = """
+def work(task, report):
+    try:
+        (folder / f"{os.getpid()}.began").touch()
+        time.sleep(600)
+    finally:
+        (folder / f"{os.getpid()}.ended").touch()
+"""
+    process = _start(tmp_path, body)
+    start_secs = time.monotonic()
+    while len(list(tmp_path.glob("*.began"))) < 2:
+        assert time.monotonic() - start_secs < _LONGEST_SECS
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=_LONGEST_SECS)
+    assert "KeyboardInterrupt" in errors
+    began = {path.stem for path in tmp_path.glob("*.began")}
+    assert {path.stem for path in tmp_path.glob("*.ended")} == began
+    assert not any(pathlib.Path(f"/proc/{pid}").exists() for pid in began)
