@@ -1,9 +1,9 @@
-"""DiHT ViT-L/14 at 224 px: hard-negative contrastive training on CAT-filtered pairs.
+"""DiHT ViT-L/14 at 224 px: hard negatives and concept distillation on CAT-filtered pairs.
 
 Method: DiHT, arXiv 2301.02280. Batch, learning rate, decay and length are ours, after OpenCLIP's
 published runs on data of the same kind.
 
-Run, after `data_prep.filter` has written its shards to DATA:
+Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA:
 
     python -m diht_jax.train --config configs/diht_vitl14.py --config.data.train=DATA --workdir DIR
 
@@ -30,6 +30,8 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.total_examples = 16_000_000_000
     config.loss.alpha = 1.0
     config.loss.beta = 0.25
+    config.concepts.object_weight = 1.0
+    config.concepts.attribute_weight = 1.0
     config.optimizer.learning_rate = 5e-4
     config.data.batch_size = 65536
     config.topology = "v5e:16x16"

@@ -70,10 +70,27 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     c.loss = ml_collections.ConfigDict()
+    c.loss.kind = "softmax"  # InfoNCE and HN-NCE; "sigmoid" is SigLIP's, without alpha and beta
     c.loss.impl = "streaming"  # or "dense": memory [b, N], for reference
     c.loss.alpha = 1.0  # weight of the positive in the denominator
     c.loss.beta = 0.0  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
     c.loss.stop_weight_gradient = False
+
+    # Concept distillation; a weight of 0 leaves the head out. The data must be labelled
+    # (data_prep.label) with vocabularies that the heads have room for.
+    c.concepts = ml_collections.ConfigDict()
+    c.concepts.object_weight = 0.0
+    c.concepts.attribute_weight = 0.0
+    c.concepts.num_objects = 10_000
+    c.concepts.num_attributes = 2_000
+    c.concepts.top_k = 10  # labels of each kind that are taken from a record
+    c.concepts.feature = "pooled"  # or "projected": of the image tower, before or after projection
+    c.concepts.learning_rate_multiplier = 10.0  # of the heads
+    c.concepts.weight_decay_multiplier = 0.01
+    c.concepts.chunk_rows = 512  # examples of a device whose logits are held at once
+    # Of the vocabularies in the data; training fills them in.
+    c.concepts.object_hash = placeholder(str)
+    c.concepts.attribute_hash = placeholder(str)
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.learning_rate = 1e-3  # peak

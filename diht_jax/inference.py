@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.data import tokenizer, transforms
-from diht_jax.models.parameters import merge_model
+from diht_jax.models.parameters import ModelDefinition, merge_model
 
 
 class LoadedModel:
@@ -36,7 +35,7 @@ class LoadedModel:
 
     def __init__(
         self,
-        graphdef: nnx.GraphDef,
+        definition: ModelDefinition,
         params: dict[str, Any],
         *,
         mesh: Mesh,
@@ -51,7 +50,7 @@ class LoadedModel:
         """Wraps parameters that lie on `mesh`.
 
         Args:
-            graphdef, params: of `models.parameters`.
+            definition, params: of `models.parameters`.
             mesh: axes `data` and `fsdp`.
             config: kept for the reader.
             image_size: in pixels.
@@ -74,10 +73,10 @@ class LoadedModel:
 
         def encode_image(params, images):
             pixels = transforms.normalize(images, dtype, mean=mean, std=std)
-            return merge_model(graphdef, params).encode_image(pixels)
+            return merge_model(definition, params).encode_image(pixels)
 
         def encode_text(params, tokens):
-            return merge_model(graphdef, params).encode_text(tokens)
+            return merge_model(definition, params).encode_text(tokens)
 
         self._encode_image = jax.jit(encode_image, out_shardings=whole)
         self._encode_text = jax.jit(encode_text, out_shardings=whole)

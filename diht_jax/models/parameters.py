@@ -80,7 +80,11 @@ def model_parameters(model: DualEncoder) -> dict[str, Any]:
 
 
 def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEncoder:
-    """The NNX model with these parameters, which may be stacked if the model scans its layers."""
+    """The NNX model with these parameters, which may be stacked if the model scans its layers.
+
+    What is no parameter of the model (of the training objective, say) is left out.
+    """
+    params = {name: params[name] for name in (*TOWERS, "log_logit_scale")}
     if definition.execution.scan_layers:
         params = stack_blocks(params)
     return nnx.merge(definition.graphdef, nnx.restore_int_paths(params))

@@ -4,11 +4,12 @@ Used by `transformer.run_blocks`. The policies, with what a block keeps for each
 width, t the number of tokens) and what the backward pass computes again:
 
     none     everything that costs arithmetic worth the name, attention weights included
-             (17 w + t heads): nothing but cheap element-wise operations again
-    dots     the outputs of the four linear layers (9 w): attention, LayerNorm and GELU again
-    minimal  queries, keys, values and the attention's output (5 w): of the linear layers
-             also the MLP's first again, a third of a block's
-    full     the block's input only (1 w): the whole block again but the MLP's last layer
+             (18 w + t heads): nothing but cheap element-wise operations again
+    dots     the input and the outputs of the linear layers that are needed (9 w): attention,
+             LayerNorm and GELU again
+    minimal  the input, queries, keys, values and what attention adds (5 w): also the MLP's first
+             linear layer again, a third of a block's
+    full     the input (1 w): the whole block again but the MLP's last linear layer
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import jax
 POLICIES = ("none", "full", "dots", "minimal")
 
 # Names that the blocks give to values with `checkpoint_name`.
+LINEAR_OUT = "linear_out"
 QKV = "qkv"
 ATTENTION_OUT = "attention_out"
 
@@ -75,7 +77,8 @@ def _policy(name: str) -> Callable[..., Any]:
     policies = jax.checkpoint_policies
     return {
         "none": _save_what_costs,
-        "dots": policies.dots_with_no_batch_dims_saveable,
+        # By name: a policy does not see into the linear layers' own differentiation rule.
+        "dots": policies.save_only_these_names(LINEAR_OUT),
         "minimal": policies.save_only_these_names(QKV, ATTENTION_OUT),
         "full": policies.nothing_saveable,
     }[name]

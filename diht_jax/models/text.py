@@ -92,10 +92,13 @@ class TextTransformer(nnx.Module):
                 f"expected at most {self.context_length} tokens a text, got shape {tokens.shape}"
             )
         x = self.token_embedding(tokens) + self.positional_embedding[:t]
-        x = run_blocks(self.blocks, x.astype(self.dtype), remat=self.remat, gather=gather)
-        # Causal attention: nothing after the end-of-text token reaches it, so it can be picked
-        # before the last LayerNorm.
         is_end = tokens if self.end_of_text_id is None else tokens == self.end_of_text_id
         end_of_text = jnp.argmax(is_end, axis=-1)
-        pooled = jnp.take_along_axis(x, end_of_text[:, None, None], axis=1)[:, 0]
+        pooled = run_blocks(
+            self.blocks,
+            x.astype(self.dtype),
+            pooled=end_of_text,
+            remat=self.remat,
+            gather=gather,
+        )
         return self.projection(self.final_norm(pooled))

@@ -118,8 +118,10 @@ class VisionTransformer(nnx.Module):
         class_token = self.class_embedding[...].astype(self.dtype) + positions[0]
         class_tokens = jnp.broadcast_to(class_token, (b, 1, class_token.shape[-1]))
         x = self.pre_norm(jnp.concatenate([class_tokens, patches], axis=1))
-        x = run_blocks(self.blocks, x, remat=self.remat, gather=gather)
-        return self.post_norm(x[:, 0])
+        class_places = jnp.zeros((b,), jnp.int32)
+        return self.post_norm(
+            run_blocks(self.blocks, x, pooled=class_places, remat=self.remat, gather=gather)
+        )
 
 
 def choose_patches(

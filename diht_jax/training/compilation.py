@@ -39,8 +39,9 @@ class StepReport:
         argument_bytes: state and batch; the state is donated, so it is the result's place too.
         temporary_bytes: set aside for intermediate values; None where the compiler gave up.
         peak_bytes: of all values that are alive at once, the program included.
-        allocated_bytes: arguments, results, temporaries and the program. More than the peak where
-            the places of the temporaries leave gaps; it is this that must fit.
+        needed_bytes: what must fit. On a TPU the peak, which is what its compiler's own limit
+            follows (its size of the temporaries counts more than is ever held); elsewhere, where
+            the peak leaves temporaries out, arguments, results, temporaries and the program.
         fits: whether it runs within the memory.
         work: floating-point operations, recomputation included.
         model_flops: operations of the model's matrix products without recomputation, which MFU is
@@ -58,7 +59,7 @@ class StepReport:
     argument_bytes: int
     temporary_bytes: int | None
     peak_bytes: int
-    allocated_bytes: int
+    needed_bytes: int
     fits: bool
     work: Work
     model_flops: int
@@ -98,7 +99,8 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
         topology: of `topologies.get_topology`.
 
     Raises:
-        ValueError: the config does not fit the topology's devices, or is wrong.
+        ValueError: the config does not fit the topology's devices, or is wrong, or the compiler
+            fails for another reason than memory.
     """
     program = TrainProgram(config, _total_steps(config), topology.devices)
     start = time.perf_counter()
@@ -107,10 +109,10 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
     lowered = traced.lower()
     traced_at = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         arguments = _local_bytes((program.abstract_state(), program.abstract_batch()))
-        memory = _out_of_memory(error, arguments)
+        memory = _out_of_memory(error, arguments, topology)
         traffic = None
     else:
         memory = _memory(compiled, topology)
@@ -223,7 +225,7 @@ def _halvings(
     """The candidate with ever smaller micro-batches, from the first with a chance to fit."""
     num_devices = len(too_large.topology.devices)
     examples_before = too_large.micro_batch or too_large.batch_size
-    excess_bytes = too_large.allocated_bytes - too_large.argument_bytes
+    excess_bytes = too_large.needed_bytes - too_large.argument_bytes
     while True:
         share = candidate.micro_batch / examples_before
         # Intermediate values shrink with the micro-batch; another policy may halve them again.
@@ -266,35 +268,52 @@ def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]
     """The fields of `StepReport` about memory."""
     memory, limit = compiled.memory_analysis(), topology.memory_limit_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.peak_memory_in_bytes
     allocated = (
         memory.argument_size_in_bytes
         + results
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
     )
+    if topology.devices[0].platform != "tpu":
+        needed = max(needed, allocated)
     return {
         "memory_limit_bytes": limit,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "peak_bytes": memory.peak_memory_in_bytes,
-        "allocated_bytes": allocated,
-        "fits": limit is None or max(allocated, memory.peak_memory_in_bytes) <= limit,
+        "needed_bytes": needed,
+        "fits": limit is None or needed <= limit,
     }
 
 
-def _out_of_memory(error: jax.errors.JaxRuntimeError, argument_bytes: int) -> dict[str, Any]:
-    """The same from the TPU compiler's complaint; any other error is raised again."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))
+def _out_of_memory(
+    error: jax.errors.JaxRuntimeError, argument_bytes: int, topology: Topology
+) -> dict[str, Any]:
+    """The same from the TPU compiler's complaint; any other error is no verdict on memory."""
+    size = r"([\d.]+[KMGT]?)"
+    whole = re.search(rf"Used {size} of {size} hbm", str(error))
+    temporaries = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", str(error))
+    found = whole or temporaries
     if not found:
-        raise error
-    needed, needed_unit, available, available_unit = found.groups()
-    unit = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-    needed_bytes = round(float(needed) * unit[needed_unit])
+        raise ValueError(
+            f"the compiler for {topology.name} gave up, for another reason than memory: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    needed_bytes, limit_bytes = (_parse_size(text) for text in found.groups())
+    if not whole:
+        needed_bytes += argument_bytes
     return {
-        "memory_limit_bytes": round(float(available) * unit[available_unit]),
+        "memory_limit_bytes": limit_bytes,
         "argument_bytes": argument_bytes,
         "temporary_bytes": None,
         "peak_bytes": needed_bytes,
-        "allocated_bytes": needed_bytes,
+        "needed_bytes": needed_bytes,
         "fits": False,
     }
+
+
+def _parse_size(text: str) -> int:
+    """ "15.75G" -> bytes."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    return round(float(text.rstrip("KMGT")) * units.get(text[-1], 1))

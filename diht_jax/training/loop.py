@@ -24,7 +24,9 @@ from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
 from diht_jax.training import checkpoint
+from diht_jax.training.labels import with_vocabulary
 from diht_jax.training.metrics import MetricWriter, flatten_results, plot_curves
+from diht_jax.training.objective import active_kinds
 from diht_jax.training.profile import StepProfiler
 from diht_jax.training.program import TrainProgram, without_patch_dropout
 from diht_jax.training.speed import Window, log_work, model_flops
@@ -32,7 +34,17 @@ from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 
 # A run that goes on under other values of these is no continuation of the same run.
-_FIXED_IN_A_RUN = ("model", "loss", "optimizer", "ema", "data", "seed", "total_", "unmasked_")
+_FIXED_IN_A_RUN = (
+    "model",
+    "loss",
+    "concepts",
+    "optimizer",
+    "ema",
+    "data",
+    "seed",
+    "total_",
+    "unmasked_",
+)
 _FREE_IN_A_RUN = (
     "data.train",
     "data.num_workers",
@@ -67,6 +79,7 @@ def train(
         ValueError: the config is wrong, or is not that of the run in `workdir`.
     """
     validate_config(config, default_config())
+    config = with_vocabulary(config)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     check_same_run(config, workdir)
@@ -121,6 +134,7 @@ class Run:
                 config.data.crop_scale,
                 config.data.text_template,
                 fast_decode=config.data.fast_decode,
+                num_concepts=config.concepts.top_k if active_kinds(config.concepts) else 0,
             ),
             batch_size=config.data.batch_size,
             seed=config.seed,
@@ -153,6 +167,8 @@ class Run:
         trained = checkpoint.restore_model(self.config.model.init_from, self.mesh)
         num_patches = (self.arch.image_size // self.arch.patch_size) ** 2
         params = fit_positions(trained.params, num_patches)
+        # Heads and bias of the training objective start anew.
+        params = {**self.state.params, **params}
         found, expected = parameter_shapes(params), parameter_shapes(self.state.params)
         names = found.keys() | expected.keys()
         wrong = sorted(name for name in names if found.get(name) != expected.get(name))
@@ -226,7 +242,7 @@ class Run:
         params = self.state.ema_params if use_ema else self.state.params
         if self._model is None:
             self._model = LoadedModel(
-                self.program.graphdef,
+                self.program.definition,
                 params,
                 mesh=self.mesh,
                 config=self.config,

@@ -15,6 +15,12 @@ import ml_collections
 from diht_jax import sharding
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
+from diht_jax.training.objective import (
+    CONCEPT_KINDS,
+    active_kinds,
+    optimizer_config,
+    with_objective_parameters,
+)
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from diht_jax.training.state import TrainState, abstract_state, create_state
 from diht_jax.training.step import TrainStep
@@ -27,7 +33,7 @@ class TrainProgram:
         config: the whole training config.
         mesh: axes `data` and `fsdp`.
         arch: sizes of the model.
-        graphdef: static half of the model.
+        definition: of the model; the step and evaluation decide how it computes.
         init_params: draws the parameters from a key.
         schedule: learning rate by step.
         optimizer: as configured.
@@ -60,10 +66,11 @@ class TrainProgram:
         self.keeps_ema = _check_ema(config)
         self.arch = get_architecture(config.model.name, config.model.overrides.to_dict())
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
-        self.optimizer = create_optimizer(config.optimizer, self.schedule)
-        self.graphdef, self.init_params = model_definition(
+        self.optimizer = create_optimizer(optimizer_config(config), self.schedule)
+        self.definition, init_params = model_definition(
             self.arch, config.model.dtype, config.model.param_dtype
         )
+        self.init_params = with_objective_parameters(init_params, config, self.arch)
 
     def create_state(self) -> TrainState:
         """The state before the first step, on the devices."""
@@ -79,11 +86,17 @@ class TrainProgram:
         """Shapes, dtypes and shardings of the batch that the input pipeline makes."""
         size, side = self.config.data.batch_size, self.arch.image_size
         by_example = sharding.batch_sharding(self.mesh)
+        fields = {
+            "images": ((side, side, 3), jnp.uint8),
+            "tokens": ((self.arch.context_length,), jnp.int32),
+        }
+        if active_kinds(self.config.concepts):
+            for kind in CONCEPT_KINDS:
+                fields[kind.ids] = (self.config.concepts.top_k,), jnp.int32
+                fields[kind.probs] = (self.config.concepts.top_k,), jnp.float32
         return {
-            "images": jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8, sharding=by_example),
-            "tokens": jax.ShapeDtypeStruct(
-                (size, self.arch.context_length), jnp.int32, sharding=by_example
-            ),
+            name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=by_example)
+            for name, (shape, dtype) in fields.items()
         }
 
     def step(self, state: TrainState, *, unmasked: bool = False) -> TrainStep:
@@ -94,7 +107,7 @@ class TrainProgram:
             unmasked: the step of the run's last part, which drops no patches.
         """
         config = without_patch_dropout(self.config) if unmasked else self.config
-        return TrainStep(self.graphdef, self.optimizer, self.schedule, self.mesh, config, state)
+        return TrainStep(self.definition, self.optimizer, self.schedule, self.mesh, config, state)
 
 
 def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

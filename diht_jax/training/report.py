@@ -33,7 +33,7 @@ def describe_try(report: StepReport) -> str:
     outcome = "fits" if report.fits else "too large"
     return (
         f"  config.model.remat={report.remat} config.micro_batch={report.micro_batch}: "
-        f"{_gib(report.allocated_bytes)}, {report.work.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
+        f"{_gib(report.needed_bytes)}, {report.work.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
     )
 
 
@@ -57,12 +57,12 @@ def _memory_lines(report: StepReport) -> list[str]:
 
     lines = [_row("arguments (state and batch)", _gib(report.argument_bytes))]
     if report.temporary_bytes is None:
-        return [*lines, _row("needed", of_limit(report.allocated_bytes))]
+        return [*lines, _row("needed", of_limit(report.needed_bytes))]
     return [
         *lines,
         _row("temporaries", _gib(report.temporary_bytes)),
-        _row("peak, of what is alive", of_limit(report.peak_bytes)),
-        _row("allocated, with the program", of_limit(report.allocated_bytes)),
+        _row("peak", _gib(report.peak_bytes)),
+        _row("needed", of_limit(report.needed_bytes)),
     ]
 
 
@@ -129,7 +129,7 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
 
 
 def _verdict(report: StepReport) -> str:
-    needed, limit = report.allocated_bytes, report.memory_limit_bytes
+    needed, limit = report.needed_bytes, report.memory_limit_bytes
     if limit is None:
         return f"needs {_gib(needed)}; the memory of this kind is not known"
     if report.fits:

@@ -19,12 +19,13 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.data.transforms import normalize
-from diht_jax.losses.total import contrastive_objective
+from diht_jax.models.dual_encoder import l2_normalize
 from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
 from diht_jax.training.gradients import ParameterGather, check_micro_batch, encode_on_mesh
+from diht_jax.training.objective import concept_losses, total_loss
 from diht_jax.training.state import TrainState, update_average
 from diht_jax.training.update_rules import merge_parameters, split_parameters
 
@@ -167,6 +168,7 @@ def loss_gradients(
     encode = functools.partial(
         encode_examples,
         definition=definition,
+        config=config.concepts,
         gather=ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
     )
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
@@ -182,17 +184,8 @@ def loss_gradients(
             micro_batch=config.micro_batch,
             scan_layers=definition.execution.scan_layers,
         )
-        return contrastive_objective(
-            encoded["image_emb"],
-            encoded["text_emb"],
-            jnp.exp(merge_parameters(trained, frozen)["log_logit_scale"]),
-            mesh=mesh,
-            axis_names=sharding.BATCH_AXES,
-            alpha=config.loss.alpha,
-            beta=config.loss.beta,
-            impl=config.loss.impl,
-            stop_weight_gradient=config.loss.stop_weight_gradient,
-        )
+        params = merge_parameters(trained, frozen)
+        return total_loss(encoded, params, examples, mesh=mesh, config=config)
 
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     return grads, metrics
@@ -203,6 +196,7 @@ def encode_examples(
     examples: dict[str, jax.Array],
     *,
     definition: ModelDefinition,
+    config: ml_collections.ConfigDict,
     gather: ParameterGather,
 ) -> dict[str, jax.Array]:
     """Embeds examples on one device, from its part of the parameters.
@@ -210,22 +204,26 @@ def encode_examples(
     Args:
         params: this device's part of every parameter.
         examples: `images` uint8 [b, h, w, 3], `tokens` int32 [b, t], and `kept_patches` int32
-            [b, k] where patches are dropped.
+            [b, k] where patches are dropped; labels where concept losses count.
         definition: of the model.
+        config: the section `concepts`.
         gather: makes parameters whole.
 
     Returns:
-        `image_emb` and `text_emb`, float32 [b, d], L2-normalised.
+        `image_emb` and `text_emb`, float32 [b, d], L2-normalised; concept losses, float32 [b].
     """
-    model = merge_model(definition, gather.outside_blocks(params))
+    params = gather.outside_blocks(params)
+    model = merge_model(definition, params)
     features = model.vision.features(
         normalize(examples["images"], jnp.dtype(definition.dtype)),
         kept_patches=examples.get("kept_patches"),
         gather=gather.block("vision"),
     )
+    projected = model.vision.projection(features)
     return {
-        "image_emb": model.embed_features(features),
+        "image_emb": l2_normalize(projected),
         "text_emb": model.encode_text(examples["tokens"], gather=gather.block("text")),
+        **concept_losses(params, features, projected, examples, config),
     }
 
 

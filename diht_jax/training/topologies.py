@@ -32,6 +32,7 @@ class Topology:
         shape: of the torus, or (hosts, GPUs of a host).
         devices: in the compiler's order.
         memory_limit_bytes: what a program may use on one device; None where not known.
+        compiler_options: for `jax.stages.Lowered.compile`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Topology:
     shape: tuple[int, ...]
     devices: tuple[jax.Device, ...]
     memory_limit_bytes: int | None
+    compiler_options: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +103,14 @@ def get_topology(name: str) -> Topology:
         hint = f" did you mean '{nearest}:...'?" if nearest and nearest != family else ""
         raise ValueError(f"unknown topology '{name}';{hint} known: {known_topologies()}")
     shape = tuple(int(size) for size in match.group(2).split("x"))
-    devices = _tpu_devices(family, shape) if family in _TPUS else _gpu_devices(family, shape)
     chip = find_chip(family)
-    return Topology(name, chip, shape, devices, _memory_limit(devices, chip))
+    if family in _TPUS:
+        devices, options = _tpu_devices(family, shape), {}
+    else:
+        devices = _gpu_devices(family, shape)
+        # Triton's products are chosen by running them, which takes a GPU; cuBLAS's are not.
+        options = {"xla_gpu_enable_triton_gemm": False}
+    return Topology(name, chip, shape, devices, _memory_limit(devices, chip), options)
 
 
 def _memory_limit(devices: tuple[jax.Device, ...], chip: Chip | None) -> int | None:

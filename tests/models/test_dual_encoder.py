@@ -82,7 +82,7 @@ def test_embeddings_equal_open_clip_on_equal_weights():
     import torch
 
     reference = open_clip_model(SMALL)
-    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    definition, init = model_definition(SMALL, jnp.float32, jnp.float32)
     params = from_clip(numpy_state(reference), SMALL)
     expected_shapes = jax.tree.map(jnp.shape, jax.eval_shape(init, jax.random.key(0)))
     assert jax.tree.map(np.shape, params) == expected_shapes
@@ -96,7 +96,7 @@ def test_embeddings_equal_open_clip_on_equal_weights():
             torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), normalize=True
         )
         text_emb = reference.encode_text(torch.from_numpy(tokens), normalize=True)
-    model = merge_model(graphdef, params)
+    model = merge_model(definition, params)
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(model.encode_image(images), image_emb.numpy(), atol=2e-6)
         np.testing.assert_allclose(model.encode_text(tokens), text_emb.numpy(), atol=2e-6)
@@ -124,11 +124,11 @@ def test_initialisation_has_the_spread_of_open_clips():
 
 
 def test_compute_dtype_is_apart_from_parameter_dtype():
-    graphdef, init = model_definition(SMALL, jnp.bfloat16, jnp.float32)
+    definition, init = model_definition(SMALL, jnp.bfloat16, jnp.float32)
     params = init(jax.random.key(0))
     assert {p.dtype for p in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = jax.random.normal(jax.random.key(1), (4, 32, 32, 3))
-    half = merge_model(graphdef, params)
+    half = merge_model(definition, params)
     full = merge_model(model_definition(SMALL, jnp.float32, jnp.float32)[0], params)
     assert half.vision(images).dtype == jnp.bfloat16
     assert half.encode_image(images).dtype == jnp.float32
@@ -137,8 +137,8 @@ def test_compute_dtype_is_apart_from_parameter_dtype():
 
 
 def test_text_after_the_end_of_text_token_has_no_influence():
-    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
-    model = merge_model(graphdef, init(jax.random.key(0)))
+    definition, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    model = merge_model(definition, init(jax.random.key(0)))
     tokens = np.full((1, 12), 7, np.int32)
     tokens[0, 5] = 511
     changed = tokens.copy()
@@ -160,8 +160,8 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
     assert len({tuple(sorted(row)) for row in kept}) > 1
     assert choose_patches(jax.random.key(0), 2, 16, 0.99).shape == (2, 1)
 
-    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
-    model = merge_model(graphdef, init(jax.random.key(0)))
+    definition, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    model = merge_model(definition, init(jax.random.key(0)))
     images = np.random.default_rng(0).standard_normal((3, 32, 32, 3)).astype(np.float32)
     features = model.vision.features(images, kept_patches=jnp.asarray(kept))
     # Attention has no order of its own, and what is not looked at has no influence.
@@ -179,8 +179,8 @@ def test_patch_dropout_keeps_a_random_subset_of_each_image():
 
 
 def test_wrong_image_shape_is_named():
-    graphdef, init = model_definition(SMALL, jnp.float32, jnp.float32)
-    model = merge_model(graphdef, init(jax.random.key(0)))
+    definition, init = model_definition(SMALL, jnp.float32, jnp.float32)
+    model = merge_model(definition, init(jax.random.key(0)))
     with pytest.raises(ValueError, match=r"got \(2, 16, 32, 3\)"):
         model.encode_image(jnp.zeros((2, 16, 32, 3)))
 

@@ -1,6 +1,8 @@
 """A small data set of coloured squares, and a config that trains on it in seconds."""
 
+import dataclasses
 import io
+import json
 import pathlib
 
 import ml_collections
@@ -9,8 +11,10 @@ import pytest
 from PIL import Image
 
 from diht_jax.config import default_config
+from diht_jax.data.dataset_info import STATS_SUFFIX
 from diht_jax.data.schema import Record, encode_record
 from diht_jax.data.tfrecord import TFRecordWriter
+from diht_jax.data.vocabulary import ConceptList, Vocabulary, write_vocabulary
 
 NUM_RECORDS = 52
 
@@ -33,6 +37,50 @@ def squares(tmp_path_factory) -> pathlib.Path:
             for index in indices:
                 writer.write(encode_record(colored_square(index)))
     return directory
+
+
+def labelled_square(index: int) -> Record:
+    """The square with its shade as the object; every fourth is not labelled."""
+    record = colored_square(index)
+    if index % 4 == 0:
+        return record
+    color = np.random.default_rng(index).integers(0, 256, 3)
+    shade = min(2, int(color.sum()) // 256)
+    return dataclasses.replace(
+        record,
+        object_ids=np.int32([shade, (shade + 1) % 3]),
+        object_probs=np.float32([0.75, 0.25]),
+        attribute_ids=np.int32([int(shade < 2)]),
+        attribute_probs=np.float32([1.0]),
+    )
+
+
+@pytest.fixture(scope="session")
+def write_labelled():
+    """Writes the labelled squares into a new folder, as data_prep.label does."""
+
+    def write(folder: pathlib.Path, names=("dark", "medium", "light")) -> pathlib.Path:
+        folder.mkdir()
+        vocabulary = Vocabulary(
+            ConceptList("objects", tuple(names), (1,) * len(names)),
+            ConceptList("attributes", ("bright", "dull"), (1, 1)),
+        )
+        path = folder / "squares-0.tfrecord"
+        with TFRecordWriter(path) as writer:
+            for index in range(NUM_RECORDS):
+                writer.write(encode_record(labelled_square(index)))
+        stats = {"counts": {"vocabulary": vocabulary.describe()}}
+        (folder / f"{path.name}{STATS_SUFFIX}").write_text(json.dumps(stats))
+        write_vocabulary(folder, vocabulary)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def labelled(write_labelled, tmp_path_factory) -> pathlib.Path:
+    """One shard of labelled records."""
+    return write_labelled(tmp_path_factory.mktemp("labelled") / "squares")
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_debug_form_trains(path, squares, tmp_path, monkeypatch):
+def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     recipe = load_recipe(path)
     config = load_recipe(path, "debug=True")
     assert config.loss == recipe.loss and config.mesh == recipe.mesh
-    config.data.train = str(squares)
+    config.data.train = str(labelled)
     state = train(config, tmp_path)
     assert int(state.step) == 4
     losses = [row["loss"] for row in read_metrics(tmp_path)]

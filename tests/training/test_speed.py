@@ -11,16 +11,22 @@ from diht_jax.training.speed import Window, mesh_peak_flops, model_flops
 
 
 def tower_flops(tokens, width, layers):
-    """One example's forward matrix work: projections, MLP and attention of every block."""
-    return layers * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
+    """One example's forward matrix work: projections, MLP and attention of every block.
+
+    The last block computes keys and values of all tokens, and everything else of one.
+    """
+    block = 2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width
+    last = 2 * (2 * tokens + 10) * width**2 + 2 * 2 * tokens * width
+    return (layers - 1) * block + last
 
 
 def test_model_flops_are_three_times_the_forward_pass(config):
     config.model.patch_dropout = 0.0
+    config.model.overrides.update(vision_layers=2, text_layers=3)
     batch, width, d = 16, 32, 16
-    vision = tower_flops(17, width, 1) + 2 * width * d
+    vision = tower_flops(17, width, 2) + 2 * width * d
     patches = 2 * 16 * (4 * 4 * 3) * width
-    text = tower_flops(24, width, 1) + 2 * width * d
+    text = tower_flops(24, width, 3) + 2 * width * d
     # The gradient of the patches' kernel is needed, that of the pixels is not.
     expected = batch * (3 * (vision + text) + 2 * patches)
     # Beside the towers there is the loss, a few percent at this size.

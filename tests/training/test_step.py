@@ -20,11 +20,11 @@ def build(config):
     def build_run():
         mesh = sharding.create_mesh(4, 2)
         arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-        graphdef, init = model_definition(arch, jnp.float32, jnp.float32)
+        definition, init = model_definition(arch, jnp.float32, jnp.float32)
         schedule = learning_rate_schedule(config.optimizer, config.total_steps)
         optimizer = create_optimizer(config.optimizer, schedule)
         state = create_state(init, optimizer, mesh, config.seed)
-        return TrainStep(graphdef, optimizer, schedule, mesh, config, state), state, mesh
+        return TrainStep(definition, optimizer, schedule, mesh, config, state), state, mesh
 
     return build_run
 

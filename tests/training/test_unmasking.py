@@ -11,6 +11,7 @@ from diht_jax.training.metrics import read_metrics
 def test_a_run_ends_unmasked_and_is_resumed_unmasked(config, tmp_path):
     config.total_steps = 5
     config.unmasked_steps = 2
+    config.model.overrides.vision_layers = 2
     config.model.patch_dropout = 0.5
     config.optimizer.warmup_steps = 1
     config.log_every_steps = 100

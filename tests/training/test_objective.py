@@ -1,0 +1,117 @@
+"""Concept heads and the sigmoid loss in real runs: on any mesh, in micro-batches, when resumed."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import diht_jax
+from diht_jax.config import load_recipe
+from diht_jax.training.loop import train
+from diht_jax.training.metrics import read_metrics
+from diht_jax.training.program import TrainProgram
+from diht_jax.training.work import count_work
+
+LOSSES = ("loss", "contrastive_loss", "object_loss", "attribute_loss")
+
+
+@pytest.fixture
+def concept_config(config, labelled):
+    config.data.train = str(labelled)
+    config.total_steps = 8
+    config.concepts.update(
+        object_weight=1.0, attribute_weight=0.5, num_objects=8, num_attributes=8, chunk_rows=1
+    )
+    return config
+
+
+def series(workdir, name):
+    return np.array([row[name] for row in read_metrics(workdir) if name in row])
+
+
+def test_concept_losses_are_the_same_on_any_mesh_and_in_micro_batches(concept_config, tmp_path):
+    train(concept_config, tmp_path / "one", devices=jax.devices()[:1])
+    concept_config.mesh.update(data=2, fsdp=4)
+    concept_config.micro_batch = 8
+    concept_config.model.scan_layers = True
+    train(concept_config, tmp_path / "eight")
+    for name in LOSSES:
+        expected = series(tmp_path / "one", name)
+        assert len(expected) == 8
+        np.testing.assert_allclose(
+            series(tmp_path / "eight", name), expected, rtol=2e-4, atol=1e-5, err_msg=name
+        )
+    parts = [series(tmp_path / "one", name) for name in LOSSES[1:]]
+    np.testing.assert_allclose(
+        series(tmp_path / "one", "loss"), parts[0] + parts[1] + 0.5 * parts[2], rtol=1e-5
+    )
+    # Zero heads predict all places of the head alike.
+    np.testing.assert_allclose([parts[1][0], parts[2][0]], math.log(8), rtol=1e-5)
+    assert parts[1][-1] < 0.8 * parts[1][0] and parts[2][-1] < 0.8 * parts[2][0]
+
+
+def test_heads_are_dropped_when_the_model_is_loaded(concept_config, tmp_path):
+    concept_config.total_steps = 5
+    state = train(concept_config, tmp_path / "run")
+    assert state.params["concept_heads"]["objects"]["kernel"].shape == (32, 8)
+    assert np.asarray(state.params["concept_heads"]["objects"]["kernel"]).any()
+    model = diht_jax.load_model(str(tmp_path / "run"))
+    assert model.encode_text(["a square"]).shape == (1, 16)
+
+
+def test_data_without_labels_is_refused(config, tmp_path):
+    config.concepts.object_weight = 1.0
+    with pytest.raises(ValueError, match="carry no concept labels.*data_prep.label"):
+        train(config, tmp_path)
+
+
+def test_vocabularies_without_room_or_with_other_meanings_are_refused(
+    concept_config, write_labelled, tmp_path
+):
+    train(concept_config, tmp_path / "run", stop_after_steps=5)
+    other = write_labelled(tmp_path / "other", names=("light", "medium", "dark"))
+    concept_config.data.train = str(other)
+    with pytest.raises(ValueError, match="another config; changed: concepts.object_hash"):
+        train(concept_config, tmp_path / "run")
+    concept_config.concepts.num_objects = 2
+    with pytest.raises(ValueError, match="num_objects=2: the data's vocabulary has 3 objects"):
+        train(concept_config, tmp_path / "fresh")
+
+
+def test_heads_cost_at_most_1_percent_of_the_step():
+    def step_flops(weight):
+        config = load_recipe("configs/diht_vitb16.py")
+        config.concepts.update(object_weight=weight, attribute_weight=weight)
+        program = TrainProgram(config, total_steps=10_000)
+        state = program.abstract_state()
+        return count_work(program.step(state), state, program.abstract_batch()).flops
+
+    assert step_flops(0.0) < step_flops(1.0) <= 1.01 * step_flops(0.0)
+
+
+def test_sigmoid_loss_trains_and_is_the_same_on_any_mesh(config, tmp_path):
+    config.loss.kind = "sigmoid"
+    config.total_steps = 8
+    config.optimizer.learning_rate = 3e-3
+    state = train(config, tmp_path / "one", devices=jax.devices()[:1])
+    assert float(state.params["logit_bias"]) != -10
+    train(config, tmp_path / "eight")
+    losses = series(tmp_path / "one", "loss")
+    np.testing.assert_allclose(series(tmp_path / "eight", "loss"), losses, rtol=2e-4)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("loss.kind", "triplet", "config.loss.kind='triplet': expected 'softmax'"),
+        ("concepts.object_weight", -1.0, "config.concepts.object_weight=-1.0"),
+        ("concepts.num_objects", 0, "config.concepts.num_objects=0"),
+        ("concepts.feature", "hidden", "config.concepts.feature='hidden'"),
+    ],
+)
+def test_wrong_values(config, key, value, message):
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        TrainProgram(config, total_steps=10)
