@@ -110,7 +110,7 @@ def as_row(report: StepReport) -> dict[str, Any]:
         "argument_bytes": report.argument_bytes,
         "temporary_bytes": report.temporary_bytes,
         "peak_bytes": report.peak_bytes,
-        "allocated_bytes": report.allocated_bytes,
+        "needed_bytes": report.needed_bytes,
         "flops": report.work.flops,
         "matmul_flops": report.work.matmul_flops,
         "model_flops": report.model_flops,
@@ -159,18 +159,17 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: one recipe a line."""
     lines = [
         "| recipe | for | global batch | micro-batch | remat | state and batch | temporaries | "
-        "peak | allocated of HBM | work (of the model) | sent | step, at least | MFU, at most |",
-        "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "needed of HBM | work (of the model) | sent | step, at least | MFU, at most |",
+        "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in sorted(rows.items()):
         micro_batch = f"{row['micro_batch']:,}" if row["micro_batch"] else "-"
-        memory = f"{_gib(row['allocated_bytes'])} of {_gib(row['memory_limit_bytes'])}"
+        memory = f"{_gib(row['needed_bytes'])} of {_gib(row['memory_limit_bytes'])}"
         cells = [name, row["topology"], f"{row['batch_size']:,}", micro_batch, row["remat"]]
         if row["fits"]:
             cells += [
                 _gib(row["argument_bytes"]),
                 _gib(row["temporary_bytes"]),
-                _gib(row["peak_bytes"]),
                 memory,
                 f"{row['matmul_flops'] / 1e12:.1f} ({row['model_flops'] / 1e12:.1f}) TFLOP",
                 f"{row['sent_bytes'] / 1e9:.2f} GB",
@@ -178,7 +177,7 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
                 f"{row['mfu_bound']:.0%}",
             ]
         else:
-            cells += [_gib(row["argument_bytes"]), "-", "-", f"{memory}: too large"] + ["-"] * 4
+            cells += [_gib(row["argument_bytes"]), "-", f"{memory}: too large"] + ["-"] * 4
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -14,17 +14,22 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     """Parses the command line, then calls `main()`; exits with its outcome.
+
+    With `takes_arguments`, what is no flag is given to `main` as a list; else it is a mistake.
 
     A wrong flag or config key exits with 2, a `ValueError` or missing file (bad input) with 1,
     both with their message on stderr. `--verbosity=1` adds the traceback and what the libraries
     log.
     """
-    app.run(lambda _: _call(main), flags_parser=_parse_flags)
+    app.run(
+        lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main()),
+        flags_parser=lambda argv: _parse_flags(argv, takes_arguments),
+    )
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
+def _parse_flags(argv: Sequence[str], takes_arguments: bool) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
     except (AttributeError, KeyError) as error:
@@ -34,7 +39,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         _fail(f"unknown config key {'; '.join(text.splitlines())}", status=2)
     except (flags.Error, TypeError, ValueError) as error:
         _fail(f"{error} (--help lists the flags)", status=2)
-    if len(rest) > 1:
+    if len(rest) > 1 and not takes_arguments:
         _fail(f"unexpected arguments: {' '.join(rest[1:])} (--help lists the flags)", status=2)
     return rest
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from diht_jax.training.hlo import Collective, Traffic
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.report import describe_settings, describe_step, describe_try
 from diht_jax.training.topologies import Topology, get_topology
-from diht_jax.training.work import Work
+from diht_jax.training.work import Work, count_work
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
@@ -35,17 +36,25 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY))
+def recipe(name, **changes):
+    config = load_recipe(REPOSITORY / "configs" / f"{name}.py", "debug=True")
+    config.model.overrides.vision_layers = config.model.overrides.text_layers = 1
+    config.update_from_flattened_dict(changes)
+    return config
 
-    def load(name, **changes):
-        config = load_recipe(REPOSITORY / "configs" / f"{name}.py", "debug=True")
-        config.model.overrides.vision_layers = config.model.overrides.text_layers = 1
-        config.update_from_flattened_dict(changes)
-        return config
 
-    return load
+@pytest.fixture(autouse=True, scope="module")
+def recipes_can_be_imported():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY))
+        yield
+
+
+@pytest.fixture(scope="module")
+def local():
+    """A recipe compiled for the eight CPU devices: its config and its report."""
+    config = recipe("diht_vitb32", **{"data.batch_size": 4096})
+    return config, compile_step(config, get_topology("local"))
 
 
 def run_command(*arguments):
@@ -59,13 +68,14 @@ def run_command(*arguments):
 
 
 @needs_libtpu
-def test_debug_recipe_compiles_for_a_slice(recipe):
+def test_debug_recipe_compiles_for_a_slice():
     config = recipe("diht_vitl14")
     report = compile_step(config, get_topology("v5e:2x4"))
     assert report.mesh == {"data": 1, "fsdp": 8} and report.fits
     # The compiler of a v5e, and not of this machine, has seen it.
     assert report.topology.devices[0].device_kind == "TPU v5 lite"
     assert 0 < report.argument_bytes < report.peak_bytes < report.memory_limit_bytes == 16 * GIB
+    assert report.needed_bytes == report.peak_bytes  # as the TPU compiler counts
     kinds = {row.kind: row for row in report.traffic.collectives}
     # fsdp: parameters are gathered, gradients come back as parts; each at least once.
     embedding = 49408 * 32 * 4
@@ -80,78 +90,83 @@ def test_debug_recipe_compiles_for_a_slice(recipe):
 
 
 @needs_libtpu
-def test_the_tpu_compiler_s_out_of_memory_is_a_verdict(recipe):
+def test_the_tpu_compiler_s_out_of_memory_is_a_verdict():
     config = recipe("diht_vitb32", **{"data.batch_size": 1 << 20, "model.dtype": "bfloat16"})
     report = compile_step(config, get_topology("v5e:1x1"))
-    assert not report.fits and report.allocated_bytes > 16 * GIB
+    assert not report.fits and report.needed_bytes > 16 * GIB
     assert 15 * GIB < report.memory_limit_bytes <= 16 * GIB
     assert report.temporary_bytes is None and report.traffic is None and roofline(report) is None
     assert "OUT OF MEMORY: needs" in describe_step(report)
 
 
-def test_arguments_are_the_state_and_the_batch(recipe):
-    """Replicated state of parameters and two moments, and an eighth of the batch."""
-    config = recipe("diht_vitb32")
-    report = compile_step(config, get_topology("local"))
+def test_arguments_are_the_state_and_the_batch(local):
+    """Replicated parameters and their two moments, and an eighth of the batch."""
+    config, report = local
     program = TrainProgram(config, total_steps=10)
     shapes = jax.eval_shape(program.init_params, jax.random.key(0))
     num_params = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
-    batch = 2 * (32 * 32 * 3 + 77 * 4)
+    batch = 512 * (32 * 32 * 3 + 77 * 4)
     assert report.argument_bytes == pytest.approx(3 * 4 * num_params + batch, rel=1e-3)
-    assert report.batch_size == 16 and report.mesh == {"data": 8, "fsdp": 1}
+    assert report.batch_size == 4096 and report.mesh == {"data": 8, "fsdp": 1}
+    assert report.peak_bytes > report.argument_bytes
+    assert report.needed_bytes >= report.argument_bytes + report.temporary_bytes
 
 
-def test_work_is_that_of_the_model(recipe):
-    """The matrix products of both towers by hand, three times for the gradients."""
-    config = recipe("diht_vitb32")
-    report = compile_step(config, get_topology("local"))
+def test_work_is_that_of_the_model(local):
+    """The matrix products of towers and loss by hand."""
+    config, report = local
+    width = 32
 
-    def tower(tokens, width=32, layers=1):
-        linear = tokens * 2 * (4 + 8) * width**2
-        return layers * (linear + 2 * 2 * tokens**2 * width)
+    def tower(tokens):
+        return tokens * 2 * (4 + 8) * width**2 + 2 * 2 * tokens**2 * width + 2 * width**2
 
-    vision = tower(17) + 2 * 16 * (8 * 8 * 3) * 32 + 2 * 32 * 32
-    text = tower(77) + 2 * 32 * 32
-    by_hand = 2 * 3 * (vision + text)  # 2 examples on each device
-    # The pixels need no gradient; the loss over 16 pairs comes on top.
-    assert report.model_flops == pytest.approx(by_hand, rel=0.05)
-    assert report.work.matmul_flops == pytest.approx(by_hand, rel=0.05)
-    full = recipe("diht_vitb32", **{"model.remat": "full", "model.scan_layers": True})
-    again = compile_step(full, get_topology("local"))
-    assert again.model_flops == report.model_flops
-    assert 1.2 < again.work.matmul_flops / report.work.matmul_flops < 1.34
+    patches = 2 * 16 * (8 * 8 * 3) * width
+    # Three times for the gradients; the pixels need none. Four products for the loss.
+    towers = 512 * (3 * (tower(17) + tower(77)) + 2 * patches)
+    loss = 4 * 2 * 512 * 4096 * width
+    assert report.model_flops == pytest.approx(towers + loss, rel=0.01)
+    assert report.work.matmul_flops == report.model_flops < report.work.flops
+    config = config.copy_and_resolve_references()
+    config.model.remat = "full"
+    program = TrainProgram(config, total_steps=10)
+    state = program.abstract_state()
+    again = count_work(program.step(state), state, program.abstract_batch()).matmul_flops // 8
+    # The blocks again, without the MLP's last layer, a third of their linear layers.
+    blocks = sum(tokens * 2 * 8 * width**2 + 4 * tokens**2 * width for tokens in (17, 77))
+    assert again - report.model_flops == pytest.approx(512 * blocks, rel=0.02)
 
 
-def test_command_finds_settings_that_fit_and_exits_with_one(recipe):
-    """More than this machine's memory, which is never touched."""
+def test_search_takes_the_cheapest_settings(local):
+    config, whole = local
+    topology = dataclasses.replace(whole.topology, memory_limit_bytes=int(0.7 * whole.needed_bytes))
+    too_large = dataclasses.replace(
+        whole, fits=False, memory_limit_bytes=topology.memory_limit_bytes
+    )
+    tried = []
+    found = settings_that_fit(config, topology, too_large, on_try=tried.append)
+    assert found.fits and found.needed_bytes <= topology.memory_limit_bytes
+    assert tried[-1] is found and not any(report.fits for report in tried[:-1])
+    assert all(report.work.matmul_flops <= found.work.matmul_flops for report in tried)
+    text = describe_settings(found)
+    assert text.startswith("the nearest settings that fit: --config.model.remat=")
+    assert ": fits" in describe_try(found) and "no setting" in describe_settings(None)
+
+
+def test_command_says_out_of_memory_and_exits_with_one():
+    """More than this machine's memory, none of which is touched."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    batch_size = 8 << (memory_bytes // 8 // 300_000).bit_length()
     done = run_command(
         f"--config={REPOSITORY}/configs/diht_vitb32.py:debug=True",
         "--topology=local",
-        "--global_batch=4194304",
+        f"--global_batch={batch_size}",
+        "--search=false",
         "--config.model.overrides.vision_layers=1",
         "--config.model.overrides.text_layers=1",
-        "--config.loss.impl=streaming",
     )
     assert done.returncode == 1, done.stderr
-    assert "global batch 4,194,304" in done.stdout and "OUT OF MEMORY: needs" in done.stdout
-    assert "the nearest settings that fit: --config.model.remat=" in done.stdout
-    assert "too large" in done.stdout and ": fits" in done.stdout
-
-
-def test_search_takes_the_cheapest_settings(recipe):
-    config = recipe("diht_vitb32", **{"data.batch_size": 4096, "loss.impl": "streaming"})
-    topology = get_topology("local")
-    whole = compile_step(config, topology)
-    tight = dataclasses.replace(topology, memory_limit_bytes=int(0.7 * whole.allocated_bytes))
-    too_large = compile_step(config, tight)
-    assert not too_large.fits
-    tried = []
-    found = settings_that_fit(config, tight, too_large, on_try=tried.append)
-    assert found.fits and found.allocated_bytes <= tight.memory_limit_bytes
-    assert tried[-1] is found and not any(report.fits for report in tried[:-1])
-    assert all(r.work.matmul_flops <= found.work.matmul_flops for r in tried)
-    assert f"remat={found.remat}" in describe_settings(found)
-    assert ": fits" in describe_try(found) and "no setting" in describe_settings(None)
+    assert f"global batch {batch_size:,}" in done.stdout
+    assert "OUT OF MEMORY: needs" in done.stdout
 
 
 def test_command_lists_known_topologies():
@@ -219,7 +234,7 @@ def report_with(traffic, topology):
         argument_bytes=GIB,
         temporary_bytes=GIB,
         peak_bytes=2 * GIB,
-        allocated_bytes=2 * GIB,
+        needed_bytes=2 * GIB,
         fits=True,
         work=Work(flops=300 * 10**12, matmul_flops=197 * 10**12),
         model_flops=98_500_000_000_000,
