@@ -12,7 +12,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-STAGES = ("source", "caption", "image")
+from data_prep.text_spotting_stage import describe_counts
+
+STAGES = ("source", "caption", "image", "text")
 KEPT = "kept"
 
 _MAX_SAMPLE_CHARS = 500
@@ -28,8 +30,9 @@ class Funnel:
         read: pairs that came in.
         kept: pairs that were written.
         dropped: stage -> reason -> pairs. A pair is counted once, at the first stage that drops
-            it: source, then caption, then image.
+            it: source, then caption, then image, then text.
         image_formats: format -> kept pairs.
+        text_spotting: what was done to find text, of `text_spotting_stage.count_verdicts`.
     """
 
     samples_per_outcome: int = 0
@@ -40,6 +43,7 @@ class Funnel:
         default_factory=lambda: {stage: collections.Counter() for stage in STAGES}
     )
     image_formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    text_spotting: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     _samples: dict[str, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
 
     def keep(self, key: str, text: str, image_format: str) -> None:
@@ -69,6 +73,7 @@ class Funnel:
         for stage in STAGES:
             self.dropped[stage].update(other.dropped[stage])
         self.image_formats.update(other.image_formats)
+        self.text_spotting.update(other.text_spotting)
         for outcome, samples in other._samples.items():
             self._add_samples(outcome, samples)
 
@@ -79,6 +84,7 @@ class Funnel:
             "kept": self.kept,
             "dropped": {stage: dict(sorted(self.dropped[stage].items())) for stage in STAGES},
             "image_formats": dict(sorted(self.image_formats.items())),
+            "text_spotting": dict(sorted(self.text_spotting.items())),
             "samples": {
                 outcome: [list(sample) for sample in self._smallest(samples)]
                 for outcome, samples in sorted(self._samples.items())
@@ -95,11 +101,12 @@ class Funnel:
             data["kept"],
             {stage: collections.Counter(data["dropped"][stage]) for stage in STAGES},
             collections.Counter(data["image_formats"]),
+            collections.Counter(data["text_spotting"]),
             {outcome: [tuple(s) for s in samples] for outcome, samples in data["samples"].items()},
         )
 
     def format_table(self) -> str:
-        """The funnel as a table of counts and shares of what came in."""
+        """The funnel as a table of counts and shares of what came in, and how text was found."""
         rows = [("read", "", self.read)]
         for stage in STAGES:
             rows += [(stage, reason, count) for reason, count in self.dropped[stage].most_common()]
@@ -112,6 +119,8 @@ class Funnel:
             lines.append(
                 f"{stage:8} {reason:{reason_width}} {count:>{count_width},}  {share:5.1f}%"
             )
+        if self.text_spotting:
+            lines.append(describe_counts(self.text_spotting))
         return "\n".join(lines)
 
     def _make_sample(self, key: str, text: str) -> tuple[str, str, str]:

@@ -21,7 +21,7 @@ from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers import SourceShard
 from diht_jax.data.tfrecord import TFRecordWriter, is_shard
 
-STATS_SUFFIX = ".stats.json"
+STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
 
 Process = Callable[[SourceShard, TFRecordWriter], dict[str, Any]]
@@ -83,12 +83,13 @@ def plan_tasks(
     ]
 
 
-def run_task(task: ShardTask, process: Process) -> dict[str, Any]:
+def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> dict[str, Any]:
     """Does one task; nothing of it is visible until it is complete.
 
     Args:
         task: what to do.
         process: reads the source, writes records, returns JSON-able counts.
+        beside: endings of further files that `process` writes, such as ".more" for OUTPUT.more.
 
     Returns:
         The statistics, as they lie in the file.
@@ -107,6 +108,7 @@ def run_task(task: ShardTask, process: Process) -> dict[str, Any]:
             "file": os.path.basename(task.output),
             "records": len(writer),
             "bytes": os.path.getsize(task.output),
+            "beside": {suffix: os.path.getsize(task.output + suffix) for suffix in beside},
         },
         "counts": counts,
     }
@@ -129,6 +131,10 @@ def load_finished(task: ShardTask) -> dict[str, Any] | None:
             stats["config_hash"] == task.config_hash
             and stats["input"] == json.loads(json.dumps(task.source.identity()))
             and stats["output"]["bytes"] == os.path.getsize(task.output)
+            and all(
+                size == os.path.getsize(task.output + suffix)
+                for suffix, size in stats["output"]["beside"].items()
+            )
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -139,6 +145,11 @@ def remove_merged(folder: str) -> None:
     """Removes what describes the whole folder, before a shard of it changes."""
     for name in (MERGED_STATS, *dataset_info.FILES):
         (pathlib.Path(folder) / name).unlink(missing_ok=True)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_bytes())
 
 
 def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

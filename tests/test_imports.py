@@ -18,12 +18,18 @@ LAYERS = {
     "diht_jax.losses": 1,
     "diht_jax.data": 2,
     "diht_jax.inference": 3,
+    "diht_jax.weights": 3,
     "diht_jax.evaluation": 4,
     "diht_jax.training": 5,
     "diht_jax.loading": 6,
     "diht_jax.command_line": 7,
     "diht_jax.train": 7,
+    "diht_jax.compile": 7,
     "diht_jax.evaluate": 7,
+    "diht_jax.export": 7,
+    "diht_jax.embed": 7,
+    "diht_jax.fewshot": 7,
+    "diht_jax.search": 7,
     "data_prep": 8,
 }
 # What data_prep may use of diht_jax (and the way commands start).

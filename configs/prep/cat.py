@@ -1,4 +1,4 @@
-"""CAT filtering, the caption part: keep a pair whose caption has C >= 1 and an action.
+"""CAT filtering: keep a pair whose caption has C >= 1 and an action, and is not in the picture.
 
 Method: DiHT, arXiv 2301.02280. Reads webdataset tars, jsonl/csv/tsv with an image folder, TFDS and
 our own shards; docs/data.md has the forms.
@@ -22,4 +22,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.complexity = True
     config.min_complexity = 1
     config.action = True
+    config.text_spotting = True
     return config

@@ -16,8 +16,13 @@ from data_prep.cat import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """C and A are off, so that spaCy is not needed."""
+    """Nothing is parsed or spotted: neither spaCy nor EasyOCR is needed.
+
+    `concepts=True` is for data_prep.label.
+    """
     config = default_config()
     config.complexity = False
     config.action = False
+    config.text_spotting = False
+    config.concepts = False
     return config

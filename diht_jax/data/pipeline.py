@@ -142,9 +142,8 @@ class TrainIterator:
             )
         if not len(source):
             raise ValueError(f"config.data.train: {source!r} holds no record")
-        self._examples = (
-            grain.MapDataset.source(source).seed(seed).shuffle().repeat().random_map(decode)
-        )
+        self._records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        self._examples = self._records.random_map(decode)
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._prefetch_batches = prefetch_batches
@@ -191,6 +190,15 @@ class TrainIterator:
             "config.data.prefetch_batches, and config.data.num_workers=0 shows a picture that "
             "crashes its decoder"
         ) from death
+
+    def keys(self, first_example: int) -> list[str]:
+        """Keys of this process's records in the batch that begins at a place of the order."""
+        places = range(
+            first_example + self._process_index,
+            first_example + self._batch_size,
+            self._process_count,
+        )
+        return [schema.decode_record(self._records[place]).key for place in places]
 
     def get_state(self) -> dict[str, int]:
         """The place in the global order, as a JSON-able dict."""

@@ -105,7 +105,7 @@ def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
         if not image:
             yield Skipped(key, "no_image", f"feature '{image_feature}' is empty")
             continue
-        metadata = _label_metadata(example, labels)
+        metadata = _label_metadata(example, labels, caption_feature)
         captions = _read_captions(example, caption_feature, labels)
         if captions:
             yield Pair(key, image, captions[0], merge_captions(metadata, captions))
@@ -234,12 +234,17 @@ def _look_up(example: Mapping[str, Any], path: str) -> Any:
     raise KeyError(path)
 
 
-def _label_metadata(example: Mapping[str, Any], labels: Mapping[str, Any]) -> dict[str, Any]:
-    """`label` and `class_name` of the only class label, where there is one."""
-    if len(labels) != 1:
+def _label_metadata(
+    example: Mapping[str, Any], labels: Mapping[str, Any], caption_feature: str
+) -> dict[str, Any]:
+    """`label` and `class_name` of the class label that is the caption, or of the only one."""
+    if caption_feature in labels:
+        name = caption_feature
+    elif len(labels) == 1:
+        (name,) = labels
+    else:
         return {}
-    name, feature = next(iter(labels.items()))
-    label = int(example[name])
+    feature, label = labels[name], int(example[name])
     if label < 0:
         return {}
     return {"label": label, "class_name": feature.int2str(label)}

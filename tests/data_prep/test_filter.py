@@ -66,6 +66,7 @@ def _write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str
 def _config(source: str, output: pathlib.Path, recipe: str = "convert", **changes):
     config = load_recipe(_REPOSITORY / "configs" / "prep" / f"{recipe}.py")
     config.num_workers = 0
+    config.text_spotting = False  # test_text_spotting.py has it
     config.update({"input": source, "output": str(output)})
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
@@ -110,6 +111,7 @@ def test_captions_are_dropped_by_reason(captioned):
         "source": {},
         "caption": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
         "image": {},
+        "text": {},
     }
     kept = [caption for caption, reason in _CAPTIONS.items() if reason is None]
     assert [r.caption for r in _records(captioned / "cat")] == [*kept, "a dog runs", "a dog runs"]
@@ -165,6 +167,7 @@ def test_images_are_dropped_by_reason(tmp_path):
         "source": {"no_caption": 1, "no_image": 1},
         "caption": {},
         "image": {"empty": 1, "too_large": 1, "too_small": 1, "unreadable": 2},
+        "text": {},
     }
     assert _counts(tmp_path / "out")["image_formats"] == {"JPEG": 1, "PNG": 3}
     records = _records(tmp_path / "out")

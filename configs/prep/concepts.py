@@ -1,0 +1,24 @@
+"""Concept labels: what a frozen teacher sees in each image, as 10 objects and 10 attributes.
+
+Method: DiHT, arXiv 2301.02280, "Concept Distillation"; docs/data.md has the chapter. The input is a
+folder that data_prep.filter wrote. The default teacher is the paper's, SWAG ViT-H/14: set
+config.teacher.swag.weights to torchvision's vit_h_14_lc_swag-c1eb923e.pth. The licence of those
+weights is CC-BY-NC 4.0: they and the labels made with them are for non-commercial use only.
+
+Run:
+
+    python -m data_prep.label --config configs/prep/concepts.py \\
+        --config.input=/data/kept --config.output=/data/labelled \\
+        --config.teacher.swag.weights=vit_h_14_lc_swag-c1eb923e.pth
+
+Expected: labelled shards with the same pairs, the two vocabularies, and report.html to look at.
+"""
+
+import ml_collections
+
+from data_prep.label_config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The defaults of `data_prep.label_config` are this recipe."""
+    return default_config()

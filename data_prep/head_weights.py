@@ -1,0 +1,94 @@
+"""Trained heads as they are applied and kept: NumPy only, so that labelling workers start fast.
+
+`labels.py` applies them; `heads.py` trains them and `head_files.py` decides when.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import pathlib
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+from diht_jax.data.atomic_file import write_atomically
+
+WEIGHTS = "heads.npz"
+
+_ROWS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """A linear classifier.
+
+    Attributes:
+        kernel: float32 [d, v].
+        bias: float32 [v].
+    """
+
+    kernel: np.ndarray
+    bias: np.ndarray
+
+    def predict(self, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest concepts.
+
+        Args:
+            embeddings: float [n, d].
+            top_k: how many; all where there are fewer.
+
+        Returns:
+            ids: int32 [n, k], likeliest first.
+            probs: float32 [n, k], softmax probabilities, renormalised over the k.
+        """
+        k = min(top_k, len(self.bias))
+        ids = np.zeros((len(embeddings), k), np.int32)
+        probs = np.zeros((len(embeddings), k), np.float32)
+        for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            logits = embeddings[part].astype(np.float32) @ self.kernel + self.bias
+            best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+            best.sort(axis=1)  # so that equal logits stand in the order of their ids
+            values = np.take_along_axis(logits, best, axis=1)
+            order = np.argsort(-values, axis=1, kind="stable")
+            values = np.take_along_axis(values, order, axis=1)
+            weights = np.exp(values - values[:, :1])
+            ids[part] = np.take_along_axis(best, order, axis=1)
+            probs[part] = weights / weights.sum(axis=1, keepdims=True)
+        return ids, probs
+
+
+def write_heads(folder: str, heads: Mapping[str, Head]) -> None:
+    """Writes the heads of a folder, by kind; equal heads give equal bytes."""
+    arrays = {}
+    for kind, head in sorted(heads.items()):
+        arrays |= {f"{kind}_kernel": head.kernel, f"{kind}_bias": head.bias}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(pathlib.Path(folder) / WEIGHTS, buffer.getvalue())
+
+
+def load_heads(folder: str) -> dict[str, Head]:
+    """The heads of a labelled folder: kind -> head; none for an empty vocabulary.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    path = pathlib.Path(folder) / WEIGHTS
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            kinds = sorted({name.rpartition("_")[0] for name in file.files})
+            return {kind: Head(file[f"{kind}_kernel"], file[f"{kind}_bias"]) for kind in kinds}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: no heads of data_prep.label ({error}); expected the output folder of a run"
+        ) from error
+
+
+def hash_heads(folder: str) -> str | None:
+    """The fingerprint of what `write_heads` wrote; None where there is no file."""
+    path = pathlib.Path(folder) / WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None

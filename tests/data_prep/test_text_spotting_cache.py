@@ -1,0 +1,84 @@
+"""The cache of readings: what comes back, and what a killed run leaves."""
+
+import json
+import os
+
+from data_prep.text_spotting_cache import Reading, SpotCache, hash_image, name_shard
+
+_READING = Reading(
+    {128: 0.25},
+    [(1, 20, 3, 30), (0.5, 1.0, 9.25, 2.0, 9.0, 8.0, 1.0, 7.5)],
+    [("Grüße €", 0.75), None],
+)
+
+
+def test_readings_come_back(tmp_path):
+    cache = SpotCache(tmp_path, {"canvas_size": 256}, "00000.tar")
+    assert cache.get("a") == Reading()
+    cache.put("a", _READING)
+    cache.put("b", Reading({96: 0.0}))
+    assert len(SpotCache(tmp_path, {"canvas_size": 256}, "00000.tar")) == 0  # not flushed yet
+    cache.flush()
+    again = SpotCache(tmp_path, {"canvas_size": 256}, "00000.tar")
+    assert len(again) == 2
+    assert again.get("a") == _READING
+    assert again.get("b") == Reading({96: 0.0})
+
+
+def test_settings_and_shards_do_not_mix(tmp_path):
+    cache = SpotCache(tmp_path, {"canvas_size": 256}, "00000.tar")
+    cache.put("a", _READING)
+    cache.flush()
+    assert len(SpotCache(tmp_path, {"canvas_size": 320}, "00000.tar")) == 0
+    assert len(SpotCache(tmp_path, {"canvas_size": 256}, "00001.tar")) == 0
+    settings = json.loads((cache.path.parent / "settings.json").read_text())
+    assert settings == {"canvas_size": 256}
+
+
+def test_what_is_got_can_be_changed_without_harm(tmp_path):
+    cache = SpotCache(tmp_path, {}, "s")
+    cache.put("a", _READING)
+    mine = cache.get("a")
+    mine.texts[1] = ("more", 0.5)
+    mine.gates[96] = 0.5
+    assert cache.get("a") == _READING
+    cache.put("a", mine)
+    cache.flush()
+    assert SpotCache(tmp_path, {}, "s").get("a") == mine
+
+
+def test_nothing_new_writes_nothing(tmp_path):
+    cache = SpotCache(tmp_path, {}, "s")
+    cache.put("a", _READING)
+    cache.flush()
+    size = os.path.getsize(cache.path)
+    again = SpotCache(tmp_path, {}, "s")
+    again.put("a", again.get("a"))
+    again.flush()
+    assert os.path.getsize(cache.path) == size
+
+
+def test_a_killed_run_loses_only_its_last_line(tmp_path):
+    cache = SpotCache(tmp_path, {}, "s")
+    for name in "abc":
+        cache.put(name, _READING)
+    cache.flush()
+    data = cache.path.read_bytes()
+    cache.path.write_bytes(data[:-20])
+    again = SpotCache(tmp_path, {}, "s")
+    assert len(again) == 2
+    again.put("d", _READING)
+    again.flush()
+    assert {name: SpotCache(tmp_path, {}, "s").get(name) == _READING for name in "abcd"} == {
+        "a": True,
+        "b": True,
+        "c": False,
+        "d": True,
+    }
+
+
+def test_names():
+    assert hash_image(b"x") != hash_image(b"y") and len(hash_image(b"")) == 32
+    assert name_shard("/a/00000.tar", 0, None) == name_shard("/b/00000.tar", 0, None)
+    parts = [name_shard("/a/t.jsonl", start, start + 5) for start in (0, 5)]
+    assert parts[0] != parts[1] and all(part.startswith("t.jsonl-") for part in parts)

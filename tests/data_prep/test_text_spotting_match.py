@@ -1,0 +1,99 @@
+"""The match decision: a hand-made table, and a search over all substrings as independent truth."""
+
+import random
+
+import pytest
+
+from data_prep.text_spotting import caption_matches
+from data_prep.text_spotting_match import can_match
+
+# Spotted texts, caption, whether five characters in a row are shared. Written by hand.
+_TABLE = [
+    (["happy birthday"], "A cake that says Happy Birthday", True),
+    (["HAPPY"], "happy dog", True),
+    (["happ"], "happy dog", False),  # four characters
+    (["hap", "py dog"], "happy dog", True),  # "pydog"
+    (["hap", "py"], "happy dog", False),  # a run lies within one box
+    (["h a p p y"], "happy dog", True),  # white space does not count, on either side
+    (["redca"], "a red car", True),
+    (["ﬁne art"], "fine art prints", True),  # the ligature is a compatibility form
+    (["ＳＡＬＥＳ"], "summer sales", True),  # full width
+    (["STRASSE"], "Straße in Wien", True),  # full case folding
+    (["hapqy birqhday"], "happy birthday", False),
+    (["50% off"], "now 50% off", True),
+    ([], "anything", False),
+    ([""], "anything", False),
+    (["anything"], "", False),
+    (["something else", "sunset beach"], "Beach at sunset", True),
+]
+
+
+@pytest.mark.parametrize(("spotted", "caption", "expected"), _TABLE)
+def test_matches_of_the_table(spotted, caption, expected):
+    assert caption_matches(spotted, caption) is expected
+
+
+def test_length_of_the_run():
+    assert caption_matches(["happ"], "happy dog", min_chars=4)
+    assert not caption_matches(["happy"], "happy dog", min_chars=6)
+    assert caption_matches(["happyd"], "happy dog", 6)
+    for wrong in ({"min_chars": 0}, {"misread_min_chars": 0}):
+        with pytest.raises(ValueError, match="expected at least 1"):
+            caption_matches(["x"], "x", **wrong)
+
+
+@pytest.mark.parametrize(
+    ("spotted", "expected"),
+    [
+        ("hapqybir", True),  # one character replaced
+        ("xhapqybirx", True),
+        ("qappybir", True),  # at an end
+        ("hapqyqir", False),  # two
+        ("hapqybi", False),  # only seven characters
+        ("hapybir", False),  # one left out is no replacement
+    ],
+)
+def test_a_run_with_one_misread_character(spotted, expected):
+    # No five characters in a row are right where the outcome depends on the misread run.
+    assert (
+        caption_matches([spotted], "Happy birthday", min_chars=9, misread_min_chars=8) is expected
+    )
+
+
+def _search(spotted: str, caption: str, length: int, errors: int) -> bool:
+    """All pairs of substrings of the length, compared character by character."""
+    return any(
+        sum(a != b for a, b in zip(spotted[i : i + length], caption[j : j + length], strict=True))
+        <= errors
+        for i in range(len(spotted) - length + 1)
+        for j in range(len(caption) - length + 1)
+    )
+
+
+def test_against_a_search_over_all_substrings():
+    rng = random.Random(0)
+    outcomes = set()
+    for _ in range(2000):
+        spotted, caption = ("".join(rng.choices("abc", k=rng.randint(0, 14))) for _ in range(2))
+        exact, misread = rng.randint(1, 8), rng.randint(1, 9)
+        expected = (
+            _search(spotted, caption, exact, 0),
+            _search(spotted, caption, misread, 1),
+        )
+        assert caption_matches([spotted], caption, exact) is expected[0]
+        assert caption_matches([spotted], caption, exact, misread_min_chars=misread) is any(
+            expected
+        )
+        outcomes.add(expected)
+    assert len(outcomes) == 4
+
+
+def test_captions_that_no_spotter_could_read():
+    assert can_match("abcde")
+    assert can_match("a b c d e")
+    assert can_match("Straße") and can_match("ＳＡＬＥＳ")
+    assert not can_match("abcd")
+    assert not can_match("東京タワーの夜景")
+    assert not can_match("ab東cd京ef")  # no five in a row
+    assert not can_match("")
+    assert can_match("abc", min_chars=3)
