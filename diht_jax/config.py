@@ -128,6 +128,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.text_template = "{caption}"
 
     c.log_every_steps = 50
+    # So many updates in a row with numbers that are not finite end the run.
+    c.max_skipped_steps = 10
     c.profile = ml_collections.ConfigDict()
     c.profile.start_step = placeholder(int)  # profiles these steps, both included
     c.profile.stop_step = placeholder(int)

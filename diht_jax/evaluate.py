@@ -19,6 +19,8 @@ from typing import Any
 from absl import flags, logging
 
 from diht_jax import command_line
+from diht_jax.evaluation.comparison_page import draw_comparison
+from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.report import (
     format_comparison,
     format_results,
@@ -26,16 +28,19 @@ from diht_jax.evaluation.report import (
     write_results,
 )
 
-_MODEL = flags.DEFINE_string("model", None, "Work directory of diht_jax.train.")
+_MODEL = flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the latest by default.")
 _EMA = flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
 _TASKS = flags.DEFINE_list(
     "tasks",
     [],
     "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
-    "classification:SOURCE, retrieval:SOURCE, NAME=KIND:SOURCE; options after '?'.",
+    "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options after "
+    "'?'. docs/evaluation.md lists them.",
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Results file (JSON) to write.")
+_OUTPUT = flags.DEFINE_string(
+    "output", None, "Results file (JSON) to write; of --compare: the chart."
+)
 _CLASS_NAMES = flags.DEFINE_string(
     "class_names", None, "File with one class name a line, in label order."
 )
@@ -50,23 +55,43 @@ _CAPTION_TEMPLATE = flags.DEFINE_string(
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images a batch, over all devices.")
 _NUM_THREADS = flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many pairs of each task.")
-_PAGES = flags.DEFINE_bool("pages", True, "Write a PNG page per task beside the output.")
+_BOOTSTRAP = flags.DEFINE_integer(
+    "bootstrap", 1000, "Resamples for the confidence intervals; 0 for none."
+)
+_PAGES = flags.DEFINE_bool("pages", True, "Write PNG pages: one a task, or the chart.")
 _COMPARE = flags.DEFINE_list("compare", None, "Two results files, A B or A,B.")
 
 
 def main() -> None:
     """Compares two results, or evaluates a model."""
     if _COMPARE.value is not None:
-        if len(_COMPARE.value) != 2:
-            raise ValueError(
-                f"--compare: expected two results files, got {' '.join(_COMPARE.value) or 'none'}"
-            )
-        print(format_comparison(*map(read_results, _COMPARE.value)))
+        compare()
         return
     for flag in (_MODEL, _TASKS, _OUTPUT):
         if not flag.value:
             raise ValueError(f"--{flag.name} is required (or --compare A.json B.json)")
-    print(format_results(evaluate()))
+    results = evaluate()
+    print(format_results(results))
+    published = published_results(_MODEL.value)
+    if published is not None:
+        print(f"\n{format_comparison(published, results)}")
+
+
+def compare() -> None:
+    """Prints two results side by side, and draws them as bars."""
+    if len(_COMPARE.value) != 2:
+        raise ValueError(
+            f"--compare: expected two results files, got {' '.join(_COMPARE.value) or 'none'}"
+        )
+    first, second = map(read_results, _COMPARE.value)
+    print(format_comparison(first, second))
+    if _PAGES.value:
+        second_file = pathlib.Path(_COMPARE.value[1])
+        chart = pathlib.Path(
+            _OUTPUT.value or second_file.with_name(f"{second_file.stem}.compared.png")
+        )
+        draw_comparison(first, second, chart)
+        logging.info("chart: %s", chart)
 
 
 def evaluate() -> dict[str, Any]:
@@ -81,14 +106,13 @@ def evaluate() -> dict[str, Any]:
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
 
-    model = load_model(
-        _MODEL.value, step=_STEP.value, ema=_EMA.value, batch_size=_BATCH_SIZE.value
-    )
+    model = load_model(_MODEL.value, step=_STEP.value, ema=_EMA.value, batch_size=_BATCH_SIZE.value)
     output = pathlib.Path(_OUTPUT.value)
     results = {
         "model": _MODEL.value,
         "step": model.step,
         "ema": _EMA.value,
+        "fingerprint": model.fingerprint(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": jax.local_device_count(),
         "device_kind": jax.local_devices()[0].device_kind,
@@ -103,6 +127,7 @@ def evaluate() -> dict[str, Any]:
             num_threads=_NUM_THREADS.value,
             limit=_LIMIT.value,
             page=page,
+            num_resamples=_BOOTSTRAP.value,
             progress=True,
         )
         results["results"].append(result)

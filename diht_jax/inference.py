@@ -20,6 +20,7 @@ from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.data import tokenizer, transforms
+from diht_jax.data.images import load_rgb
 from diht_jax.models.parameters import ModelDefinition, merge_model
 
 
@@ -109,8 +110,11 @@ class LoadedModel:
         return digest.hexdigest()
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """PIL image of any size -> uint8 [size, size, 3]: short side resized, centre cropped."""
-        return transforms.eval_transform(image.convert("RGB"), self.image_size)
+        """PIL image of any size and mode -> uint8 [size, size, 3].
+
+        Transparency is composed on white, as in training; short side resized, centre cropped.
+        """
+        return transforms.eval_transform(load_rgb(image), self.image_size)
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts -> int32 [b, context_length]."""

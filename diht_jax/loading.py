@@ -104,11 +104,11 @@ def load_model(
     )
     if dtype is not None:
         model.config.model.dtype = dtype
-    graphdef, _ = model_definition(
+    definition, _ = model_definition(
         model.arch, model.config.model.dtype, model.config.model.param_dtype
     )
     return LoadedModel(
-        graphdef,
+        definition,
         jax.device_put(model.params, sharding.tree_shardings(model.params, mesh)),
         mesh=mesh,
         config=model.config,

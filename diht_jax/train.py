@@ -2,13 +2,15 @@
 
     python -m diht_jax.train --config configs/emoji.py --config.data.train=DIR --workdir DIR
 
-The same command again goes on where the run stopped. On a cluster the same command runs on every
+The same command again goes on where the run stopped. A run that SIGTERM or ^C has stopped has
+saved its state and exits with 75. On a cluster the same command runs on every
 host; see `diht_jax.distributed`.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -30,8 +32,13 @@ def main() -> None:
     distributed.start_from_flags()
     # After the validation: a mistyped key should not have to wait for JAX.
     from diht_jax.training.loop import train
+    from diht_jax.training.stopping import EXIT_CODE, Stopped
 
-    train(config, _WORKDIR.value)
+    try:
+        train(config, _WORKDIR.value)
+    except Stopped as stopped:
+        logging.warning("%s; the same command goes on from there", stopped)
+        sys.exit(EXIT_CODE)
     logging.info("finished; results in %s", os.path.abspath(_WORKDIR.value))
 
 

@@ -75,6 +75,17 @@ class ClassificationResult:
             for name, total, hit in zip(self.classes.names, totals, hits.tolist(), strict=True)
         ]
 
+    @property
+    def num_items(self) -> int:
+        """Independent items: the images."""
+        return len(self.ranks)
+
+    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
+        """The metrics if image i had been there `counts[i]` times; int [n]."""
+        return _metrics_of_ranks(
+            self.ranks, self.classes.labels, len(self.classes.names), weights=counts
+        )
+
     def confusion(self) -> np.ndarray:
         """int [C, C]: images of the class of the row that were taken for that of the column."""
         counts = np.zeros((len(self.classes.names),) * 2, np.int64)
@@ -245,13 +256,16 @@ def _rank_block(
     return jnp.argmax(logits, axis=1).astype(jnp.int32), before.sum(axis=1, dtype=jnp.int32)
 
 
-def _metrics_of_ranks(ranks: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
-    hits = np.bincount(labels, ranks == 0, num_classes)
-    totals = np.bincount(labels, minlength=num_classes)
+def _metrics_of_ranks(
+    ranks: np.ndarray, labels: np.ndarray, num_classes: int, *, weights: np.ndarray | None = None
+) -> dict[str, float]:
+    weights = np.ones(len(ranks), np.int64) if weights is None else weights
+    hits = np.bincount(labels, weights * (ranks == 0), num_classes)
+    totals = np.bincount(labels, weights, num_classes)
     seen = totals > 0
-    metrics = {"top1": float(np.mean(ranks == 0))}
+    metrics = {"top1": float(hits.sum() / totals.sum())}
     if num_classes > TOP_K:
-        metrics["top5"] = float(np.mean(ranks < TOP_K))
+        metrics["top5"] = float((weights * (ranks < TOP_K)).sum() / totals.sum())
     metrics["mean_per_class"] = float(np.mean(hits[seen] / totals[seen]))
     return metrics
 

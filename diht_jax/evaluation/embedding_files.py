@@ -134,13 +134,19 @@ def embed_source(
 
 
 def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[SourceShard]:
-    """The shards of a source; a folder of nothing but pictures is one."""
-    if isinstance(source, str) and os.path.isdir(source):
-        names = [e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()]
-        pictures = {os.path.basename(path) for path in image_files(source)}
-        if names and set(names) <= pictures:
+    """The shards of a source; a folder of pictures, alone or beside other files, is one."""
+    if not isinstance(source, str) or not os.path.isdir(source):
+        return readers.list_shards(source, **source_options)
+    names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
+    pictures = {os.path.basename(path) for path in image_files(source)}
+    if names and names <= pictures:
+        return [SourceShard(_PICTURES, source)]
+    try:
+        return readers.list_shards(source, **source_options)
+    except ValueError:
+        if names & pictures:
             return [SourceShard(_PICTURES, source)]
-    return readers.list_shards(source, **source_options)
+        raise
 
 
 def _embed_shard(
@@ -161,7 +167,7 @@ def _embed_shard(
             progress.update(stats["entries"])
         else:
             if entries is None:
-                entries = _Peekable(_read_entries(shard))
+                entries = _Peekable(read_inputs(shard))
             start = part * options.shard_size
             # Entries of finished parts; images are not decoded.
             collections.deque(itertools.islice(entries, start - read), maxlen=0)
@@ -261,7 +267,8 @@ def _write_parquet(
         temporary.unlink(missing_ok=True)
 
 
-def _read_entries(shard: SourceShard) -> Iterator[Pair | Skipped]:
+def read_inputs(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Reads one shard of `list_inputs`; a picture of a folder has its path in it as key."""
     if shard.kind != _PICTURES:
         yield from readers.read_pairs(shard)
         return

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import pathlib
 from collections.abc import Sequence
 
 CLASS_SLOT = "{}"
 CAPTION_SLOT = "{caption}"
+
+_BENCHMARK_PREFIX = "clip_benchmark:"
 
 PLAIN_TEMPLATES = ("a photo of a {}.",)
 # The retrieval prompt of the official DiHT inference code.
@@ -88,20 +91,35 @@ def parse_templates(text: str) -> tuple[str, ...]:
     """Templates from a command line.
 
     Args:
-        text: "cifar10" or "imagenet" for the sets of CLIP, "@FILE" for a file with one template a
-            line, else templates with ";" between them.
+        text: "cifar10" or "imagenet" for the sets of CLIP, "clip_benchmark:NAME" for one of that
+            package, "@FILE" for a file with one template a line, else templates with ";" between
+            them.
     """
+    if text.startswith(_BENCHMARK_PREFIX):
+        return benchmark_templates(text.removeprefix(_BENCHMARK_PREFIX))
     if text == "cifar10":
         return CIFAR10_TEMPLATES
     if text == "imagenet":
         return imagenet_prompts()[1]
-    parts = _read_lines(text[1:]) if text.startswith("@") else text.split(";")
+    parts = read_lines(text[1:]) if text.startswith("@") else text.split(";")
     return check_templates([part.strip() for part in parts if part.strip()])
 
 
 def read_class_names(path: str | pathlib.Path) -> tuple[str, ...]:
-    """Class names from a text file, one a line; the line number (from 0) is the integer label."""
-    names = tuple(_read_lines(path))
+    """Class names from a text file, one a line; the line number (from 0) is the integer label.
+
+    Args:
+        path: of the file, or of a `.json` list; or "clip_benchmark:NAME" for those of that package.
+
+    Raises:
+        ValueError: no such file, a blank line, or no names.
+    """
+    text = str(path)
+    if text.startswith(_BENCHMARK_PREFIX):
+        return benchmark_class_names(text.removeprefix(_BENCHMARK_PREFIX))
+    if text.endswith(".json"):
+        return _read_json_names(pathlib.Path(path))
+    names = tuple(read_lines(path))
     blank = [number for number, name in enumerate(names, start=1) if not name]
     if not names or blank:
         raise ValueError(
@@ -109,6 +127,25 @@ def read_class_names(path: str | pathlib.Path) -> tuple[str, ...]:
             + (f"line {blank[0]} is blank" if blank else "the file is empty")
         )
     return names
+
+
+def benchmark_class_names(name: str) -> tuple[str, ...]:
+    """Class names of the installed package clip_benchmark, in label order.
+
+    Raises:
+        ValueError: it is not installed, or has no such names.
+    """
+    return tuple(_read_benchmark("en_classnames.json", name))
+
+
+def benchmark_templates(name: str) -> tuple[str, ...]:
+    """Templates of the installed package clip_benchmark, with its "{c}" as "{}".
+
+    Raises:
+        ValueError: it is not installed, or has no such templates.
+    """
+    lines = _read_benchmark("en_zeroshot_classification_templates.json", name)
+    return check_templates([line.replace("{c}", CLASS_SLOT) for line in lines])
 
 
 @functools.cache
@@ -142,7 +179,36 @@ def imagenet_prompts() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return names, check_templates(templates)
 
 
-def _read_lines(path: str | pathlib.Path) -> list[str]:
+def _read_benchmark(file: str, name: str) -> list[str]:
+    """One entry of a data file of clip_benchmark; the package itself is not imported."""
+    package = importlib.util.find_spec("clip_benchmark")
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            f"the words of '{name}' come with clip-benchmark, which is not installed; run "
+            "`pip install clip-benchmark`, or give class_names=FILE and templates=..."
+        )
+    path = pathlib.Path(package.submodule_search_locations[0]) / "datasets" / file
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: expected a data file of clip-benchmark 1.6 ({error})") from error
+    if name not in entries:
+        raise ValueError(f"{path} has no '{name}'; it has {', '.join(sorted(entries))}")
+    return entries[name]
+
+
+def _read_json_names(path: pathlib.Path) -> tuple[str, ...]:
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{path}: expected a JSON list of names")
+    return tuple(names)
+
+
+def read_lines(path: str | pathlib.Path) -> list[str]:
+    """Lines of a UTF-8 text file without white space around them; a ValueError names the file."""
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -16,6 +16,12 @@ _METRIC_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "mean per class",
+    "mean_average_precision": "mean average precision",
+    "auroc": "AUROC",
+    "text": "text score",
+    "image": "image score",
+    "group": "group score",
+    "accuracy": "accuracy",
     **{
         f"{direction}_r{k}": f"{arrow} R@{k}"
         for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))
@@ -24,6 +30,11 @@ _METRIC_NAMES = {
     "t2i_median_rank": "text to image median rank",
     "i2t_median_rank": "image to text median rank",
 }
+
+
+def metric_label(name: str) -> str:
+    """A metric as people call it."""
+    return _METRIC_NAMES.get(name, name)
 
 
 def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
@@ -56,6 +67,7 @@ def format_results(results: dict[str, Any]) -> str:
     rows = []
     for result in results["results"]:
         first = True
+        intervals = result.get("intervals", {})
         for name, value in result["metrics"].items():
             counts = result["counts"]
             dropped = sum(counts["dropped"].values())
@@ -63,13 +75,15 @@ def format_results(results: dict[str, Any]) -> str:
             rows.append(
                 (
                     result["task"] if first else "",
-                    _METRIC_NAMES.get(name, name),
+                    metric_label(name),
                     _format_value(name, value),
+                    _format_interval(name, intervals[name]) if name in intervals else "",
                     about if first else "",
                 )
             )
             first = False
-    return f"{_describe(results)}\n{_format_table(('task', 'metric', 'result', ''), rows, 'llrl')}"
+    header = ("task", "metric", "result", "95% interval" if any(row[3] for row in rows) else "", "")
+    return f"{describe_model(results)}\n{_format_table(header, rows, 'llrll')}"
 
 
 def format_comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
@@ -92,7 +106,9 @@ def format_comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
                         f"note: '{task}' differs in {key}: {_abridge(a[field][key])} and "
                         f"{_abridge(b[field].get(key))}"
                     )
-    letters = [f"{letter}: {_describe(r)}" for letter, r in zip("AB", (first, second), strict=True)]
+    letters = [
+        f"{letter}: {describe_model(r)}" for letter, r in zip("AB", (first, second), strict=True)
+    ]
     table = _format_table(("task", "metric", "A", "B", "B - A"), rows, "llrrr")
     return "\n".join([*letters, table, *notes])
 
@@ -104,7 +120,7 @@ def _compare_metrics(
     for name in dict.fromkeys([*a, *b]):
         values = [_format_value(name, x[name]) if name in x else "-" for x in (a, b)]
         difference = _format_difference(name, b[name] - a[name]) if name in a and name in b else "-"
-        rows.append(("" if rows else task, _METRIC_NAMES.get(name, name), *values, difference))
+        rows.append(("" if rows else task, metric_label(name), *values, difference))
     return rows
 
 
@@ -113,7 +129,8 @@ def _abridge(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _describe(results: dict[str, Any]) -> str:
+def describe_model(results: dict[str, Any]) -> str:
+    """Model, step and whether the average was taken, in a line."""
     step = results.get("step")
     average = ", moving average" if results.get("ema") else ""
     return f"{results['model']}" + ("" if step is None else f", step {step:,}") + average
@@ -121,6 +138,11 @@ def _describe(results: dict[str, Any]) -> str:
 
 def _format_value(name: str, value: float) -> str:
     return f"{value:,.1f}" if name.endswith("rank") else f"{100 * value:.2f}%"
+
+
+def _format_interval(name: str, interval: Sequence[float]) -> str:
+    low, high = (_format_value(name, value).removesuffix("%") for value in interval)
+    return f"{low} to {high}"
 
 
 def _format_difference(name: str, value: float) -> str:

@@ -66,6 +66,18 @@ class RetrievalResult:
     i2t_ranks: np.ndarray
     num_unique_texts: int
 
+    @property
+    def num_items(self) -> int:
+        """Independent items: the images."""
+        return len(self.i2t_ranks)
+
+    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
+        """The metrics if image i and its captions had been asked `counts[i]` times; int [n]."""
+        return _metrics_of_ranks(
+            np.repeat(self.t2i_ranks, counts[self.image_of_text]),
+            np.repeat(self.i2t_ranks, counts),
+        )
+
 
 def retrieve(
     model: EmbeddingModel,

@@ -10,15 +10,25 @@ import dataclasses
 import difflib
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diht_jax.data.readers import list_shards
-from diht_jax.evaluation import prompts
+from diht_jax.evaluation import benchmark_folder, prompts, sources
+from diht_jax.evaluation.answers import ANSWER_TEMPLATE, ENTAILMENT_PROMPTS, check_answer_template
+from diht_jax.evaluation.suite import (
+    BINARY,
+    CLASSIFICATION,
+    ENTAILMENT,
+    MULTILABEL,
+    NO_SOURCE,
+    RETRIEVAL,
+    SUITE,
+    VQA,
+    WINOGROUND,
+    SuiteEntry,
+)
 
-CLASSIFICATION = "classification"
-RETRIEVAL = "retrieval"
-KINDS = (CLASSIFICATION, RETRIEVAL)
+KINDS = (CLASSIFICATION, RETRIEVAL, MULTILABEL, BINARY, WINOGROUND, ENTAILMENT, VQA)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +37,16 @@ class Task:
 
     Attributes:
         name: names the results; unique within a run.
-        kind: "classification" or "retrieval".
-        source: what `diht_jax.data.readers.open_source` takes.
+        kind: of `KINDS`.
+        source: what `sources.read_source` takes.
         source_options: its options, such as {"data_dir": ..., "image_column": ...}.
-        class_names: classification: one per integer label; None finds them in the data.
-        templates: classification: prompts, each with one "{}".
-        label_field: classification: metadata field of the label, where it is not "label".
-        caption_template: retrieval: prompt with "{caption}".
+        class_names: one per integer label; None finds them in the data of a classification. For
+            "vqa" the candidate answers.
+        templates: prompts, each with one "{}" for the class name; for "entailment" one for each
+            relation, with "{}" for the hypothesis.
+        label_field: metadata field of the label, where it is not "label".
+        caption_template: retrieval and Winoground: prompt with "{caption}".
+        answer_template: "vqa": prompt with "{question}" and "{answer}".
     """
 
     name: str
@@ -44,50 +57,30 @@ class Task:
     templates: tuple[str, ...] = prompts.PLAIN_TEMPLATES
     label_field: str | None = None
     caption_template: str = prompts.CAPTION_TEMPLATE
+    answer_template: str = ANSWER_TEMPLATE
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(
-                f"task '{self.name}': kind '{self.kind}' is neither '{CLASSIFICATION}' nor "
-                f"'{RETRIEVAL}'"
+                f"task '{self.name}': kind '{self.kind}' is none of {', '.join(KINDS)}"
             )
         prompts.check_templates(self.templates)
         prompts.fill_caption_template(self.caption_template, "")
+        check_answer_template(self.answer_template)
+        if self.kind in (MULTILABEL, BINARY, VQA) and not self.class_names:
+            what = "candidate answers" if self.kind == VQA else "class names"
+            raise ValueError(
+                f"task '{self.name}': a '{self.kind}' task needs {what}; add "
+                "'?class_names=FILE' (or '&class_names=FILE' behind another option)"
+            )
+        if self.kind == ENTAILMENT and len(self.templates) != len(ENTAILMENT_PROMPTS):
+            raise ValueError(
+                f"task '{self.name}': expected {len(ENTAILMENT_PROMPTS)} templates, for "
+                f"{', '.join(ENTAILMENT_PROMPTS)}; got {list(self.templates)}"
+            )
 
 
-def _imagenet() -> Task:
-    names, templates = prompts.imagenet_prompts()
-    return Task(
-        "imagenet",
-        CLASSIFICATION,
-        "tfds:imagenet2012:validation",
-        class_names=names,
-        templates=templates,
-    )
-
-
-# TFDS has no Flickr30k, so that task needs a source ("flickr30k_retrieval=PATH").
-_NO_SOURCE = ""
-_BUILT_IN: dict[str, Callable[[], Task]] = {
-    "cifar10": lambda: Task(
-        "cifar10",
-        CLASSIFICATION,
-        "tfds:cifar10:test",
-        class_names=prompts.CIFAR10_CLASSES,
-        templates=prompts.CIFAR10_TEMPLATES,
-    ),
-    "imagenet": _imagenet,
-    # The 5,000 images of Karpathy and Li's test split.
-    "coco_retrieval": lambda: Task(
-        "coco_retrieval",
-        RETRIEVAL,
-        "tfds:coco_captions:test",
-        source_options={"caption_feature": "captions/text"},
-    ),
-    "flickr30k_retrieval": lambda: Task("flickr30k_retrieval", RETRIEVAL, _NO_SOURCE),
-}
-
-_OPTIONS = ("class_names", "templates", "label", "caption_template")
+_OPTIONS = ("class_names", "templates", "label", "caption_template", "answer_template")
 _SOURCE_OPTIONS = (
     "data_dir",
     "image_feature",
@@ -96,12 +89,29 @@ _SOURCE_OPTIONS = (
     "caption_column",
     "key_column",
     "image_root",
+    "image_name",
 )
+_KIND_OF_FOLDER = {
+    benchmark_folder.CLASSIFICATION: CLASSIFICATION,
+    benchmark_folder.MULTILABEL: MULTILABEL,
+    benchmark_folder.RETRIEVAL: RETRIEVAL,
+}
+# Which of the prompts a kind has; others are not passed on to it.
+_WORDS = ("class_names", "templates", "caption_template", "answer_template")
+_WORDS_OF_KIND = {
+    CLASSIFICATION: ("class_names", "templates"),
+    MULTILABEL: ("class_names", "templates"),
+    BINARY: ("class_names", "templates"),
+    RETRIEVAL: ("caption_template",),
+    WINOGROUND: ("caption_template",),
+    ENTAILMENT: ("templates",),
+    VQA: ("class_names", "answer_template"),
+}
 
 
 def built_in_tasks() -> tuple[str, ...]:
     """Names that `parse_tasks` knows."""
-    return tuple(_BUILT_IN)
+    return tuple(SUITE)
 
 
 def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
@@ -114,6 +124,8 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             NAME=SOURCE         the same on another source, such as "cifar10=/data/test.tar"
             KIND:SOURCE         "retrieval:/data/a.tar", "classification:tfds:food101:validation"
             NAME=KIND:SOURCE    the same under a name of one's own
+            clip_benchmark:DIR[:SPLIT], NAME=clip_benchmark:DIR
+                                kind, class names and templates of a folder in that layout
 
             and after each of them options: "?templates=a {};the {}", "?class_names=FILE",
             "?label=FIELD", "?caption_template={caption}", or one of the source, such as
@@ -149,7 +161,7 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
 
 def check_source(task: Task) -> None:
     """Raises ValueError when there is nothing to read for a task; reads no image."""
-    list_shards(task.source, **task.source_options)
+    sources.check_source(task.source, task.source_options)
 
 
 def _parse_task(text: str, defaults: dict[str, Any]) -> Task:
@@ -158,35 +170,81 @@ def _parse_task(text: str, defaults: dict[str, Any]) -> Task:
     named = re.match(r"([\w.-]+)=(.*)", body)
     name, body = named.groups() if named else (None, body)
     kind, _, source = body.partition(":")
+    fields: dict[str, Any] = {"source": body}
     if kind in KINDS:
         if not source:
             raise ValueError(f"task '{text}': expected a source after '{kind}:'")
-        task = Task(name or _name_of_source(source), kind, source)
-    elif name in _BUILT_IN:
-        task = dataclasses.replace(_BUILT_IN[name](), source=body, source_options={})
-    elif name is None and body in _BUILT_IN:
-        task = _BUILT_IN[body]()
+        fields = {"name": name or _name_of_source(source), "kind": kind, "source": source}
+        if kind == ENTAILMENT:
+            fields["templates"] = tuple(ENTAILMENT_PROMPTS.values())
+    elif name in SUITE:
+        fields.update(name=name, **_fields_of_entry(SUITE[name], body))
+    elif kind == sources.BENCHMARK:
+        fields.update(name=name or _name_of_source(source), **_fields_of_folder(body))
+    elif name is None and body in SUITE:
+        fields.update(name=body, **_fields_of_entry(SUITE[body], SUITE[body].source))
     else:
         raise ValueError(_unknown_task_message(text, name or body))
-    if not task.source:
+    if not fields["source"]:
         raise ValueError(
-            f"task '{task.name}' has no source of its own (TFDS lacks it); give one, such as "
-            f"'{task.name}=/data/{task.name}.tar'"
+            f"task '{fields['name']}' has no source of its own (TFDS lacks it); give one, such as "
+            f"'{fields['name']}=/data/{fields['name']}.tar' ({SUITE[fields['name']].form})"
         )
-    changes = dict(defaults)
-    source_options = dict(task.source_options)
+    words = {key: value for key, value in defaults.items() if key in _WORDS}
+    source_options = dict(fields.get("source_options", {}))
     for option in re.split(r"&(?=\w+=)", options[0]) if options else ():
         key, value = option.split("=", 1)
         if key in _SOURCE_OPTIONS:
             source_options[key] = value
         else:
-            changes.update(_parse_option(text, key, value))
-    changes["source_options"] = source_options
-    irrelevant = (
-        {"caption_template"} if task.kind == CLASSIFICATION else {"class_names", "templates"}
-    )
-    changes = {key: value for key, value in changes.items() if key not in irrelevant}
-    return dataclasses.replace(task, **changes)
+            words.update(_parse_option(text, key, value))
+    fields["source"] = _complete_source(fields["kind"], fields["source"], source_options)
+    ignored = set(_WORDS) - set(_WORDS_OF_KIND[fields["kind"]])
+    fields.update({key: value for key, value in words.items() if key not in ignored})
+    return Task(**{**fields, "source_options": source_options})
+
+
+def _fields_of_entry(entry: SuiteEntry, source: str) -> dict[str, Any]:
+    """Of a task by name; class names that it lacks are those of a CLIP_benchmark folder."""
+    fields: dict[str, Any] = {"kind": entry.kind, "source": source}
+    is_annotations = entry.source == NO_SOURCE and source.endswith((".json", ".jsonl"))
+    if source == entry.source or is_annotations:
+        fields["source_options"] = entry.source_options
+    if source.startswith(f"{sources.BENCHMARK}:"):
+        folder = _fields_of_folder(source)
+        if folder["kind"] != entry.kind:
+            raise ValueError(f"{source} is a '{folder['kind']}' set, not a '{entry.kind}' one")
+        fields.update(folder, source_options={})
+    if entry.class_names is not None:
+        fields["class_names"] = entry.class_names()
+    if entry.templates is not None:
+        word = "answer_template" if entry.kind == VQA else "templates"
+        fields[word] = entry.templates()[0] if entry.kind == VQA else entry.templates()
+    return fields
+
+
+def _complete_source(kind: str, source: str, options: Mapping[str, str]) -> str:
+    """Names the reader of an annotation file, where kind or options leave no choice."""
+    prefix = source.partition(":")[0]
+    if kind == WINOGROUND and prefix != sources.WINOGROUND:
+        return f"{sources.WINOGROUND}:{source}"
+    is_list = source.endswith(".json") or (source.endswith(".jsonl") and "image_name" in options)
+    if is_list and prefix not in (sources.WINOGROUND, sources.ANNOTATIONS):
+        return f"{sources.ANNOTATIONS}:{source}"
+    return source
+
+
+def _fields_of_folder(source: str) -> dict[str, Any]:
+    """Kind and words of a CLIP_benchmark folder."""
+    folder = sources.find_benchmark_folder(source)
+    fields: dict[str, Any] = {"kind": _KIND_OF_FOLDER[folder.type]}
+    if folder.type == benchmark_folder.RETRIEVAL:
+        return fields
+    if folder.class_names is not None:
+        fields["class_names"] = folder.class_names
+    if folder.templates is not None:
+        fields["templates"] = folder.templates
+    return fields
 
 
 def _parse_option(text: str, key: str, value: str) -> dict[str, Any]:
@@ -196,8 +254,8 @@ def _parse_option(text: str, key: str, value: str) -> dict[str, Any]:
         return {"templates": prompts.parse_templates(value)}
     if key == "label":
         return {"label_field": value}
-    if key == "caption_template":
-        return {"caption_template": value}
+    if key in ("caption_template", "answer_template"):
+        return {key: value}
     known = _OPTIONS + _SOURCE_OPTIONS
     nearest = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
@@ -205,11 +263,12 @@ def _parse_option(text: str, key: str, value: str) -> dict[str, Any]:
 
 
 def _unknown_task_message(text: str, name: str) -> str:
-    nearest = difflib.get_close_matches(name, _BUILT_IN, n=1, cutoff=0.5)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"built in: {', '.join(_BUILT_IN)}"
+    nearest = difflib.get_close_matches(name, SUITE, n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"built in: {', '.join(SUITE)}"
     return (
         f"unknown task '{text}'; {hint} For data of your own write 'classification:SOURCE' or "
-        "'retrieval:SOURCE'"
+        "'retrieval:SOURCE', or another kind of task: "
+        f"{', '.join(kind for kind in KINDS if kind not in (CLASSIFICATION, RETRIEVAL))}"
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -17,14 +17,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from diht_jax.data.images import decode_rgb
-from diht_jax.data.readers import Skipped, list_shards, read_pairs
 from diht_jax.data.schema import Pair
+from diht_jax.data.source import Skipped
 from diht_jax.evaluation import classification, prompts, retrieval
+from diht_jax.evaluation.bootstrap import bootstrap_intervals, describe_bootstrap
 from diht_jax.evaluation.classification_page import draw_classification_page
-from diht_jax.evaluation.encoding import EmbeddingModel, EncodedImages
+from diht_jax.evaluation.encoding import EmbeddingModel
+from diht_jax.evaluation.other_tasks import OTHER_KINDS, Measured
 from diht_jax.evaluation.page import ImageLoader
 from diht_jax.evaluation.retrieval_page import draw_retrieval_page
-from diht_jax.evaluation.task_specs import RETRIEVAL, Task, parse_tasks
+from diht_jax.evaluation.sources import read_source
+from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL
+from diht_jax.evaluation.task_specs import Task, parse_tasks
 
 __all__ = ["Task", "evaluate_task", "parse_tasks"]
 
@@ -40,6 +44,7 @@ def evaluate_task(
     num_threads: int | None = None,
     limit: int | None = None,
     page: str | pathlib.Path | None = None,
+    num_resamples: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Evaluates a model on a task.
@@ -50,33 +55,41 @@ def evaluate_task(
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         limit: only the first so many entries of the source; None is all.
-        page: PNG to write with examples; None writes nothing.
+        page: PNG to write with examples of a classification or retrieval; None writes nothing.
+        num_resamples: for bootstrap intervals; 0 leaves them out.
         progress: show a bar on stderr.
 
     Returns:
         JSON-able: `task`, `kind`, `source`, `protocol` (prompts, ties), `metrics` (fractions of
-        1), `counts` (images, texts, dropped pairs by reason), `seconds` (wall time of all,
-        compilation included), `images_per_sec` (reading, decoding and encoding of the images),
-        `page`; for a classification also `per_class` and, up to 50 classes, `confusion`.
+        1), `intervals` (metric -> [low, high], with `num_resamples`), `counts` (images, texts,
+        dropped pairs by reason), `seconds` (wall time of all, compilation included),
+        `images_per_sec` (reading, decoding and encoding of the images), `page`; for a
+        classification also `per_class` and, up to 50 classes, `confusion`.
 
     Raises:
         ValueError: the source cannot be read, or does not hold what the task needs.
     """
     start = time.perf_counter()
     entries = tqdm(
-        itertools.islice(_read_entries(task), limit),
+        itertools.islice(read_entries(task), limit),
         desc=task.name,
         unit=" images",
         disable=not progress,
         total=limit,
     )
-    evaluate = _evaluate_retrieval if task.kind == RETRIEVAL else _evaluate_classification
+    evaluate = _EVALUATORS[task.kind]
     try:
-        encoded, measured, draw = evaluate(model, task, entries, batch_size, num_threads)
+        result, measured, draw = evaluate(model, task, entries, batch_size, num_threads)
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
     finally:
         entries.close()
+    encoded = result.encoded
+    if num_resamples:
+        measured["protocol"]["intervals"] = describe_bootstrap(num_resamples)
+        measured["intervals"] = bootstrap_intervals(
+            result.resampled_metrics, result.num_items, num_resamples=num_resamples
+        )
     if encoded.dropped:
         logging.warning(
             "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
@@ -86,7 +99,7 @@ def evaluate_task(
             encoded.dropped,
             ", ".join(encoded.dropped_keys),
         )
-    if page is not None:
+    if page is not None and draw is not None:
         draw(pathlib.Path(page))
     measured["counts"]["limit"] = limit
     measured["counts"]["dropped"] = encoded.dropped
@@ -97,7 +110,7 @@ def evaluate_task(
         **measured,
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.positions) / encoded.seconds,
-        "page": None if page is None else str(page),
+        "page": None if page is None or draw is None else str(page),
     }
 
 
@@ -107,7 +120,7 @@ def _evaluate_retrieval(
     entries: Iterable[Pair | Skipped],
     batch_size: int,
     num_threads: int | None,
-) -> tuple[EncodedImages, dict[str, Any], Callable[[pathlib.Path], None]]:
+) -> Measured:
     result = retrieval.retrieve(
         model, entries, task.caption_template, batch_size=batch_size, num_threads=num_threads
     )
@@ -137,7 +150,7 @@ def _evaluate_retrieval(
         title = f"Retrieval: {task.name}"
         draw_retrieval_page(result, _image_loader(task), path, title=title, note=note)
 
-    return result.encoded, measured, draw
+    return result, measured, draw
 
 
 def _evaluate_classification(
@@ -146,7 +159,7 @@ def _evaluate_classification(
     entries: Iterable[Pair | Skipped],
     batch_size: int,
     num_threads: int | None,
-) -> tuple[EncodedImages, dict[str, Any], Callable[[pathlib.Path], None]]:
+) -> Measured:
     result = classification.classify(
         model,
         entries,
@@ -192,12 +205,12 @@ def _evaluate_classification(
             ),
         )
 
-    return result.encoded, measured, draw
+    return result, measured, draw
 
 
-def _read_entries(task: Task) -> Iterator[Pair | Skipped]:
-    for shard in list_shards(task.source, **task.source_options):
-        yield from read_pairs(shard)
+def read_entries(task: Task) -> Iterator[Pair | Skipped]:
+    """The pairs of a task's source, and in their place what is none, with its reason."""
+    return read_source(task.source, task.source_options)
 
 
 def _image_loader(task: Task) -> ImageLoader:
@@ -205,7 +218,7 @@ def _image_loader(task: Task) -> ImageLoader:
 
     def load_images(positions: Sequence[int]) -> dict[int, Image.Image]:
         wanted = set(positions)
-        entries = itertools.islice(_read_entries(task), max(wanted) + 1)
+        entries = itertools.islice(read_entries(task), max(wanted) + 1)
         return {i: decode_rgb(entry.image) for i, entry in enumerate(entries) if i in wanted}
 
     return load_images
@@ -213,3 +226,10 @@ def _image_loader(task: Task) -> ImageLoader:
 
 def _short(source: str) -> str:
     return source if source.startswith("tfds:") else pathlib.PurePath(source).name
+
+
+_EVALUATORS = {
+    CLASSIFICATION: _evaluate_classification,
+    RETRIEVAL: _evaluate_retrieval,
+    **OTHER_KINDS,
+}

@@ -24,6 +24,7 @@ from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
 from diht_jax.training import checkpoint
+from diht_jax.training.alarms import Alarms
 from diht_jax.training.labels import with_vocabulary
 from diht_jax.training.metrics import MetricWriter, flatten_results, plot_curves
 from diht_jax.training.objective import active_kinds
@@ -32,6 +33,7 @@ from diht_jax.training.program import TrainProgram, without_patch_dropout
 from diht_jax.training.speed import Window, log_work, model_flops
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
+from diht_jax.training.stopping import Stopped, StopRequest
 
 # A run that goes on under other values of these is no continuation of the same run.
 _FIXED_IN_A_RUN = (
@@ -77,6 +79,8 @@ def train(
 
     Raises:
         ValueError: the config is wrong, or is not that of the run in `workdir`.
+        DivergedError: too many updates in a row were not finite.
+        Stopped: a signal came, and the state is saved.
     """
     validate_config(config, default_config())
     config = with_vocabulary(config)
@@ -86,7 +90,8 @@ def train(
     checkpoint.write_config(workdir, config)
     run = Run(config, workdir, devices)
     try:
-        return run.loop(stop_after_steps)
+        with run.stop_request:
+            return run.loop(stop_after_steps)
     finally:
         run.close()
 
@@ -159,6 +164,7 @@ class Run:
             self.state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
         self.start_step = int(self.state.step)
         self.writer = MetricWriter(workdir, self.start_step)
+        self.stop_request = StopRequest()
         self._model: LoadedModel | None = None
         self._log_start(len(source))
 
@@ -192,6 +198,7 @@ class Run:
             dynamic_ncols=True,
         )
         in_flight = None
+        alarms = Alarms(config, self.keys_of_step)
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.masked_steps + 1):
                 train_step, window = self.start_phase(unmasked=step > self.masked_steps)
@@ -202,25 +209,37 @@ class Run:
                 raise AssertionError(f"the step was traced {train_step.trace_count} times")
             window.add(metrics)
             # Two steps in flight keep the device busy; more would only make the bar lie.
-            jax.block_until_ready(in_flight)
+            if in_flight is not None:
+                alarms.check_step(step - 1, in_flight)
             in_flight = metrics
             if self.profiler.ends_at(step):
                 window.excluded(self.profiler.close)
             progress.update()
             at_end = step == last_step
-            if step % config.log_every_steps == 0 or at_end or step == self.masked_steps:
+            is_told = self.stop_request.is_due(step)
+            if step % config.log_every_steps == 0 or at_end or is_told or step == self.masked_steps:
                 scalars = window.summary()
+                alarms.check_window(step, scalars)
                 progress.set_postfix_str(_progress_text(scalars))
                 self.writer.write(step, scalars)
             every = config.evaluation.every_steps
             measured = None
             if self.tasks and ((every and step % every == 0) or step == self.total_steps):
                 measured = window.excluded(lambda step=step: self.evaluate(step))
-            if step % config.checkpoint.every_steps == 0 or at_end:
+            if step % config.checkpoint.every_steps == 0 or at_end or is_told:
                 self.checkpointer.save(self.state, self.iterator, measured)
+            if is_told and not at_end:
+                progress.close()
+                raise Stopped(f"stopped after step {step} of {self.total_steps}")
+        if in_flight is not None:
+            alarms.check_step(last_step, in_flight)
         progress.close()
         plot_curves(self.workdir)
         return self.state
+
+    def keys_of_step(self, step: int) -> list[str]:
+        """Keys of this process's records in the batch of a step."""
+        return self.iterator.keys(first_example=(step - 1) * self.config.data.batch_size)
 
     def start_phase(self, *, unmasked: bool) -> tuple[TrainStep, Window]:
         """The step of this part of the run, and the measurements that begin with it."""

@@ -122,6 +122,7 @@ def train_step(
     """The pure step; see `TrainStep`."""
     grads, metrics = loss_gradients(state, batch, definition=definition, mesh=mesh, config=config)
     trained, frozen = split_parameters(config.optimizer, state.params)
+    grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = merge_parameters(optax.apply_updates(trained, updates), frozen)
     params["log_logit_scale"] = jnp.minimum(
@@ -130,13 +131,21 @@ def train_step(
     metrics = {
         **metrics,
         "logit_scale": jnp.exp(state.params["log_logit_scale"]),
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
         "param_norm": optax.tree.norm(params),
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
     }
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = update_average(ema_params, params, config.ema.decay, state.step)
+    # One bad batch must not undo weeks: without finite numbers everything stays as it was.
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+    params, opt_state, ema_params = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        (params, opt_state, ema_params),
+        (state.params, state.opt_state, state.ema_params),
+    )
+    metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
     new_state = TrainState(
         step=state.step + 1,
         params=params,

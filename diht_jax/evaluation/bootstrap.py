@@ -1,0 +1,54 @@
+"""Confidence intervals by resampling what was measured.
+
+Called by `tasks.evaluate_task`. It knows numbers only: how a metric follows from how often each
+item was drawn is known to the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+LEVEL = 0.95
+NUM_RESAMPLES = 1000
+
+
+def bootstrap_intervals(
+    measure: Callable[[np.ndarray], dict[str, float]],
+    num_items: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    level: float = LEVEL,
+    seed: int = 0,
+) -> dict[str, list[float]]:
+    """The percentile bootstrap of Efron (1979): `num_items` draws with replacement, many times.
+
+    Args:
+        measure: metrics from int [num_items], how often each item was drawn.
+        num_items: independent items: images, for all protocols here.
+        num_resamples: how many times.
+        level: share of the resamples inside the interval.
+        seed: of the draws.
+
+    Returns:
+        Metric -> [low, high].
+    """
+    rng = np.random.default_rng(seed)
+    measured = [
+        measure(np.bincount(rng.integers(0, num_items, num_items), minlength=num_items))
+        for _ in range(num_resamples)
+    ]
+    tail = 50 * (1 - level)
+    return {
+        name: np.percentile([values[name] for values in measured], [tail, 100 - tail]).tolist()
+        for name in measured[0]
+    }
+
+
+def describe_bootstrap(num_resamples: int) -> str:
+    """For the results file."""
+    return (
+        f"{LEVEL:.0%}, percentiles of {num_resamples:,} bootstrap resamples of the images with "
+        "all that belongs to them; the classes and the gallery stay as they are"
+    )

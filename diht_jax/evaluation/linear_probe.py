@@ -1,0 +1,279 @@
+"""Linear classifiers on embeddings: many settings fitted at once, on the devices.
+
+Called by `fewshot`. The problem is convex and so is the set the classifier may move in, so nothing
+has to be tuned but the settings themselves: the step follows from the data. Sampling, files and
+tasks do not live here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diht_jax import sharding
+
+# Logits that exist at once on one device, over all draws and settings of a call: 128 MiB.
+_LOGITS_AT_ONCE = 2**25
+_MOST_EXAMPLES_A_BLOCK = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeSettings:
+    """How far a classifier may go, or what going costs.
+
+    Attributes:
+        radius: most that the Euclidean norm of W (all entries) may be; infinity for no limit.
+        bias_radius: the same of b.
+        weight_decay: factor `c` of the penalty `c / 2 * ||W||^2` beside the mean loss.
+    """
+
+    radius: float = math.inf
+    bias_radius: float = math.inf
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledEmbeddings:
+    """Embeddings with their labels.
+
+    Attributes:
+        image_emb: float32 [n, d].
+        labels: int32 [n].
+    """
+
+    image_emb: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> LabelledEmbeddings:
+        """The examples at `indices`."""
+        return LabelledEmbeddings(self.image_emb[indices], self.labels[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedProbes:
+    """The best setting of every draw; D draws.
+
+    Attributes:
+        accuracy: float64 [D, G], on the validation split, of every setting.
+        chosen: int [D], the setting with the largest; among equals the first.
+        weights: float32 [D, d, C], of the chosen setting, start included.
+        bias: float32 [D, C].
+    """
+
+    accuracy: np.ndarray
+    chosen: np.ndarray
+    weights: np.ndarray
+    bias: np.ndarray
+
+
+def project_onto_ball(x: jax.Array, radius: jax.Array | float) -> jax.Array:
+    """The point of the ball `||x||_2 <= radius` nearest to `x`; the norm is over all entries."""
+    norm = jnp.linalg.norm(x.ravel())
+    return jnp.where(norm > radius, x * (radius / jnp.maximum(norm, 1e-30)), x)
+
+
+def fit_probes(
+    draws: Sequence[LabelledEmbeddings],
+    validation: LabelledEmbeddings,
+    start: np.ndarray,
+    settings: Sequence[ProbeSettings],
+    *,
+    num_steps: int = 500,
+) -> FittedProbes:
+    """Fits every setting to every draw, and keeps per draw what does best on `validation`.
+
+    Solves, as DiHT (arXiv 2301.02280, section "Few-shot linear probing") states it, with
+    `radius` for its delta,
+
+        min_{||W||_2 <= radius, ||b||_2 <= bias_radius}
+            mean_i CE(y_i, x_i^T (W + start) + b) + weight_decay / 2 * ||W||_2^2
+
+    by projected gradient descent. Ours: the norm of W is over all entries; the loss is a mean; all
+    examples in every step, of size 1 / L with L a bound on the curvature, extrapolated as in
+    Beck and Teboulle, "A Fast Iterative Shrinkage-Thresholding Algorithm" (2009), and restarted
+    where the extrapolation points uphill (O'Donoghue and Candes, arXiv 1204.3982).
+
+    Args:
+        draws: training examples, the same number n in each.
+        validation: examples the settings are compared on.
+        start: float [d, C], the classifier to start from; zeros for a probe from scratch.
+        settings: G of them, the most cautious first.
+        num_steps: gradient steps.
+
+    Raises:
+        ValueError: draws of different sizes, or none.
+    """
+    sizes = sorted({len(draw) for draw in draws})
+    if len(sizes) != 1 or not settings or not len(validation) or not sizes[0]:
+        raise ValueError(
+            "expected draws of one size, a validation split and a setting; got draws of sizes "
+            f"{sizes}, {len(validation)} validation examples, {len(settings)} settings"
+        )
+    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    whole = sharding.replicated(mesh)
+    num_classes = start.shape[1]
+    train, block = _stack_blocks(draws, num_classes)
+    held_out, held_out_block = _stack_blocks([validation], num_classes)
+    put = functools.partial(jax.device_put, device=whole)
+    train, held_out, start = put(train), put(held_out), put(np.asarray(start, np.float32))
+    per_setting = len(draws) * num_classes * max(block, held_out_block)
+    chunk = mesh.size * max(1, min(_LOGITS_AT_ONCE // per_setting, -(-len(settings) // mesh.size)))
+    best_accuracy = np.full(len(draws), -1.0)
+    best: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(draws)
+    accuracy = []
+    table = np.array([dataclasses.astuple(setting) for setting in settings], np.float32)
+    for first in range(0, len(table), chunk):
+        part = table[first : first + chunk]
+        # Filled up to one shape, with copies of the last; they are cut off again.
+        padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), axis=0)])
+        hits, weights, bias = _fit_chunk(
+            train,
+            held_out,
+            start,
+            jax.device_put(padded, sharding.batch_sharding(mesh)),
+            num_steps=num_steps,
+        )
+        part_accuracy = np.asarray(hits, np.float64)[: len(part)].T / len(validation)
+        accuracy.append(part_accuracy)
+        for draw, values in enumerate(part_accuracy):
+            place = int(values.argmax())
+            if values[place] > best_accuracy[draw]:
+                best_accuracy[draw] = values[place]
+                best[draw] = (np.asarray(weights[place, draw]), np.asarray(bias[place, draw]))
+    accuracies = np.concatenate(accuracy, axis=1)
+    return FittedProbes(
+        accuracy=accuracies,
+        chosen=accuracies.argmax(axis=1),
+        weights=np.stack([weights for weights, _ in best]),
+        bias=np.stack([bias for _, bias in best]),
+    )
+
+
+def probe_accuracy(examples: LabelledEmbeddings, weights: np.ndarray, bias: np.ndarray) -> float:
+    """Share of the examples whose class has the largest logit; the first among equals.
+
+    Args:
+        examples: n of them.
+        weights: float [d, C].
+        bias: float [C].
+    """
+    blocks, _ = _stack_blocks([examples], weights.shape[1])
+    image_emb, labels, mask = (x[0] for x in blocks)
+    return int(_count_hits(image_emb, labels, mask, weights, bias)) / len(examples)
+
+
+def _stack_blocks(
+    draws: Sequence[LabelledEmbeddings], num_classes: int
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+    """[D, blocks, block, d] embeddings, [D, blocks, block] labels and mask; and the block size."""
+    size = len(draws[0])
+    most = max(1, _LOGITS_AT_ONCE // (8 * num_classes * len(draws)))
+    count = -(-size // min(most, _MOST_EXAMPLES_A_BLOCK))
+    block = -(-size // count)
+    padding = count * block - size
+
+    def stack(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+        stacked = np.stack(arrays).astype(dtype)
+        filled = np.pad(stacked, [(0, 0), (0, padding)] + [(0, 0)] * (stacked.ndim - 2))
+        return filled.reshape(len(draws), count, block, *stacked.shape[2:])
+
+    return (
+        stack([draw.image_emb for draw in draws], np.float32),
+        stack([draw.labels for draw in draws], np.int32),
+        stack([np.ones(size) for _ in draws], np.float32),
+    ), block
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def _fit_chunk(train, held_out, start, settings, *, num_steps):
+    """Hits [G, D], weights [G, D, d, C] and bias [G, D, C] of settings [G, 3]."""
+    held_out = jax.tree.map(lambda x: x[0], held_out)
+
+    def fit(setting, image_emb, labels, mask):
+        moved, bias = _fit_one(image_emb, labels, mask, start, setting, num_steps)
+        weights = start + moved
+        return _count_hits(*held_out, weights, bias), weights, bias
+
+    over_draws = jax.vmap(fit, in_axes=(None, 0, 0, 0))
+    return jax.vmap(over_draws, in_axes=(0, None, None, None))(settings, *train)
+
+
+def _fit_one(image_emb, labels, mask, start, setting, num_steps):
+    """The moved part W [d, C] and the bias [C]; examples in blocks, see `_stack_blocks`."""
+    radius, bias_radius, weight_decay = setting
+    step_size = 1.0 / (_curvature(image_emb, mask) + weight_decay)
+    num_examples = mask.sum()
+
+    def gradient(weights, bias):
+        def add_block(total, block):
+            x, y, valid = block
+            logits = jnp.matmul(x, start + weights, precision="highest") + bias
+            error = jax.nn.softmax(logits) - jax.nn.one_hot(y, logits.shape[-1])
+            error = error * (valid / num_examples)[:, None]
+            return (
+                total[0] + jnp.matmul(x.T, error, precision="highest"),
+                total[1] + error.sum(axis=0),
+            ), None
+
+        nothing = (jnp.zeros_like(weights), jnp.zeros_like(bias))
+        (d_weights, d_bias), _ = jax.lax.scan(add_block, nothing, (image_emb, labels, mask))
+        return d_weights + weight_decay * weights, d_bias
+
+    def step(_, carry):
+        now, ahead, momentum = carry
+        slope = gradient(*ahead)
+        new = (
+            project_onto_ball(ahead[0] - step_size * slope[0], radius),
+            project_onto_ball(ahead[1] - step_size * slope[1], bias_radius),
+        )
+        uphill = sum(jnp.vdot(a - n, n - old) for a, n, old in zip(ahead, new, now, strict=True))
+        momentum = jnp.where(uphill > 0, 1.0, momentum)
+        next_momentum = (1 + jnp.sqrt(1 + 4 * momentum**2)) / 2
+        push = jnp.where(uphill > 0, 0.0, (momentum - 1) / next_momentum)
+        ahead = tuple(n + push * (n - old) for n, old in zip(new, now, strict=True))
+        return new, ahead, next_momentum
+
+    zero = (jnp.zeros_like(start), jnp.zeros(start.shape[1], start.dtype))
+    (weights, bias), _, _ = jax.lax.fori_loop(0, num_steps, step, (zero, zero, jnp.float32(1)))
+    return weights, bias
+
+
+def _curvature(image_emb: jax.Array, mask: jax.Array) -> jax.Array:
+    """A bound on the largest curvature of the mean loss in (W, b).
+
+    The Hessian of cross-entropy in the logits is at most 1/2 (Böhning 1992), so the bound is half
+    of the largest eigenvalue of the mean of [x, 1] [x, 1]^T; the power iteration that finds it
+    errs downwards, hence the margin. The trace is a bound too.
+    """
+    x = image_emb.reshape(-1, image_emb.shape[-1])
+    valid = mask.reshape(-1)
+    x = jnp.concatenate([x, jnp.ones((len(x), 1), x.dtype)], axis=1) * valid[:, None]
+    gram = jnp.matmul(x.T, x, precision="highest") / valid.sum()
+
+    def iterate(_, vector):
+        vector = gram @ vector
+        return vector / jnp.linalg.norm(vector)
+
+    # The bias makes the largest eigenvector have a part along the mean of [x, 1].
+    vector = jax.lax.fori_loop(0, 30, iterate, gram[-1] / jnp.linalg.norm(gram[-1]))
+    largest = jnp.linalg.norm(gram @ vector)
+    return 0.5 * jnp.minimum(1.1 * largest, jnp.trace(gram))
+
+
+@jax.jit
+def _count_hits(image_emb, labels, mask, weights, bias):
+    def add_block(hits, block):
+        x, y, valid = block
+        logits = jnp.matmul(x, weights, precision="highest") + bias
+        return hits + ((jnp.argmax(logits, axis=-1) == y) * valid).sum(), None
+
+    return jax.lax.scan(add_block, jnp.float32(0), (image_emb, labels, mask))[0]

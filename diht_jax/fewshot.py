@@ -1,0 +1,127 @@
+"""Command: few-shot linear probing from the prompts, beside a probe from scratch.
+
+    python -m diht_jax.fewshot --model runs/b32 --task cifar10 \
+        --train cifar10_train.tar --test cifar10_test.tar --output fewshot.json
+
+Writes the JSON file and, beside it, a plot. `docs/evaluation.md` describes the protocol.
+"""
+
+from __future__ import annotations
+
+import datetime
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from diht_jax import command_line
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
+    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
+    flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
+    flags.DEFINE_string("train", None, "Source the shots are drawn from; options after '?'.")
+    flags.DEFINE_string("test", None, "Source the accuracy is measured on; options after '?'.")
+    flags.DEFINE_string(
+        "validation", None, "Source the settings are chosen on; by default a part of --train."
+    )
+    flags.DEFINE_string("output", None, "Results file (JSON) to write; the plot goes beside it.")
+    flags.DEFINE_string("task", None, "Built-in task whose class names and templates to take.")
+    flags.DEFINE_string("class_names", None, "File with one class name a line, in label order.")
+    flags.DEFINE_string(
+        "templates", None, "'a photo of a {}.;a drawing of a {}.', @FILE, cifar10 or imagenet."
+    )
+    flags.DEFINE_list("shots", ["1", "2", "4", "8", "16", "all"], "Training images a class.")
+    flags.DEFINE_integer("draws", 5, "How often the shots are drawn.")
+    flags.DEFINE_integer("seed", 0, "Of the draws and of the validation split.")
+    flags.DEFINE_float("validation_fraction", 0.2, "Of --train, held out class by class.")
+    flags.DEFINE_integer("validation_per_class", None, "Hold out at most so many a class.")
+    flags.DEFINE_integer("fit_steps", 500, "Gradient steps of a fit.")
+    flags.DEFINE_integer("batch_size", 256, "Images a batch, over all devices.")
+    flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
+
+
+def main() -> None:
+    """Measures few-shot accuracy with the flags, and prints a table."""
+    from diht_jax.evaluation.task_specs import check_source
+
+    given = flags.FLAGS
+    for name in ("model", "train", "test", "output"):
+        if not given[name].value:
+            raise ValueError(f"--{name} is required")
+    options = _options()
+    tasks = _tasks()
+    for task in tasks.values():
+        check_source(task)  # a missing file should not have to wait for the model
+    from diht_jax.evaluation.fewshot import evaluate_few_shot, format_few_shot
+    from diht_jax.evaluation.fewshot_page import draw_few_shot
+    from diht_jax.evaluation.report import write_results
+    from diht_jax.loading import load_model
+
+    model = load_model(given.model, step=given.step, ema=given.ema, batch_size=given.batch_size)
+    result = {
+        "model": given.model,
+        "step": model.step,
+        "ema": given.ema,
+        "fingerprint": model.fingerprint(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **evaluate_few_shot(
+            model,
+            **tasks,
+            options=options,
+            batch_size=given.batch_size,
+            num_threads=given.num_threads,
+            progress=True,
+        ),
+    }
+    output = pathlib.Path(given.output)
+    write_results(output, result)
+    draw_few_shot(result, output.with_suffix(".png"))
+    print(format_few_shot(result))
+
+
+def _options():
+    from diht_jax.evaluation.fewshot import ALL, FewShotOptions
+
+    given = flags.FLAGS
+    shots = []
+    for text in given.shots:
+        if text != ALL and not text.isdecimal():
+            raise ValueError(f"--shots: expected numbers or '{ALL}', got '{text}'")
+        shots.append(text if text == ALL else int(text))
+    return FewShotOptions(
+        shots=tuple(shots),
+        num_draws=given.draws,
+        seed=given.seed,
+        validation_fraction=given.validation_fraction,
+        validation_per_class=given.validation_per_class,
+        num_steps=given.fit_steps,
+    )
+
+
+def _tasks() -> dict[str, Any]:
+    """The splits that are given, as classification tasks with the same prompts."""
+    from diht_jax.evaluation.prompts import parse_templates, read_class_names
+    from diht_jax.evaluation.task_specs import CLASSIFICATION, parse_tasks
+
+    given = flags.FLAGS
+    defaults = {}
+    if given.class_names is not None:
+        defaults["class_names"] = read_class_names(given.class_names)
+    if given.templates is not None:
+        defaults["templates"] = parse_templates(given.templates)
+    tasks = {}
+    for name in ("train", "validation", "test"):
+        if given[name].value is not None:
+            kind = f"{given.task}=" if given.task else f"{CLASSIFICATION}:"
+            (tasks[name],) = parse_tasks([f"{kind}{given[name].value}"], **defaults)
+            if tasks[name].kind != CLASSIFICATION:
+                raise ValueError(f"--task {given.task}: expected a classification task")
+    return tasks
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,102 @@
+"""What a run says when its numbers go wrong: skipped updates, loss spikes, a saturated scale.
+
+Called by the training loop. Skipping itself happens inside the jitted step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import ml_collections
+from absl import logging
+
+# A window's mean loss this far above the lowest one so far is called a spike.
+SPIKE_FACTOR, SPIKE_MARGIN = 1.5, 0.5
+_SHOWN_KEYS = 8
+
+
+class DivergedError(ValueError):
+    """The run stopped itself; its last checkpoint is intact."""
+
+
+class Alarms:
+    """Watches a run's metrics.
+
+    Attributes:
+        num_skipped: updates skipped since the run was started or resumed.
+    """
+
+    def __init__(
+        self, config: ml_collections.ConfigDict, keys_of_step: Callable[[int], Sequence[str]]
+    ):
+        """Starts to watch.
+
+        Args:
+            config: the whole training config.
+            keys_of_step: the keys of this process's records in the batch of a step.
+        """
+        self._max_in_a_row = config.max_skipped_steps
+        self._max_logit_scale = config.optimizer.max_logit_scale
+        self._keys_of_step = keys_of_step
+        self._in_a_row = 0
+        self._lowest_loss = math.inf
+        self._scale_is_capped = False
+        self.num_skipped = 0
+
+    def check_step(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Reports a skipped update.
+
+        Args:
+            step: number of the step, from 1.
+            metrics: of that step, finished.
+
+        Raises:
+            DivergedError: `config.max_skipped_steps` in a row.
+        """
+        if not float(metrics["skipped"]):
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        self.num_skipped += 1
+        keys = self._keys_of_step(step)
+        logging.warning(
+            "step %d: update skipped, loss %.4g and gradient norm %.4g are not both finite; "
+            "the batch's records: %s%s",
+            step,
+            float(metrics["loss"]),
+            float(metrics["grad_norm"]),
+            ", ".join(keys[:_SHOWN_KEYS]),
+            f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else "",
+        )
+        if self._in_a_row >= self._max_in_a_row:
+            raise DivergedError(
+                f"{self._in_a_row} updates in a row were skipped, up to step {step}, because loss "
+                "or gradients were not finite; the parameters and the last checkpoint are as "
+                "before them. Look at the records above, at config.optimizer.learning_rate and "
+                "warmup_steps, at config.model.dtype, and at where it begins with JAX_DEBUG_NANS=1"
+            )
+
+    def check_window(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Warns of a loss spike, and once of a logit scale that has reached its cap.
+
+        Args:
+            step: last of the window.
+            scalars: means over the window.
+        """
+        loss = scalars["loss"]
+        if loss > SPIKE_FACTOR * self._lowest_loss + SPIKE_MARGIN:
+            logging.warning(
+                "step %d: loss %.4g, while it has been down to %.4g", step, loss, self._lowest_loss
+            )
+        if math.isfinite(loss):
+            self._lowest_loss = min(self._lowest_loss, loss)
+        is_capped = scalars["logit_scale"] >= 0.999 * self._max_logit_scale
+        if is_capped and not self._scale_is_capped:
+            logging.warning(
+                "step %d: the logit scale has reached config.optimizer.max_logit_scale=%g",
+                step,
+                self._max_logit_scale,
+            )
+        self._scale_is_capped = is_capped

@@ -1,0 +1,62 @@
+"""Stopping a run when it is told to, so that the same command goes on where it was.
+
+SIGTERM (what Slurm, Kubernetes and the clouds send before they take a machine away) and the first
+SIGINT let the step at hand finish; the loop then saves, and the command exits with
+`EXIT_CODE`. A second SIGINT aborts at once. In a job of several processes JAX's coordination
+service passes a SIGTERM on, so that all stop after the same step.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+# EX_TEMPFAIL of sysexits.h: try the same again.
+EXIT_CODE = 75
+
+
+class Stopped(Exception):
+    """The run was told to stop, and has saved its state."""
+
+
+class StopRequest:
+    """Knows whether to stop; a context that takes over the signals."""
+
+    def __init__(self):
+        self._signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        # Only a main thread may; elsewhere (in a notebook's thread) signals stay as they are.
+        if threading.current_thread() is threading.main_thread():
+            # JAX's own handler of SIGTERM tells the other processes.
+            handled = (
+                [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+            )
+            for number in handled:
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save and stop after this step; the same answer in all processes."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._signal is not None
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        logging.warning(
+            "%s: stopping after this step; the same command goes on from there",
+            signal.Signals(number).name,
+        )
