@@ -40,7 +40,7 @@ evaluate() { # NAME SHOWN_NAME
 
 step "Generating 4,000 noisy pairs and clean evaluation sets" generate \
   data_prep.synthetic --output "$out/web" --num_pairs 4000
-step "Filtering: complexity and action" filter \
+step "Filtering: complexity, action, text in the picture" filter \
   data_prep.filter --config configs/prep/cat.py \
   --config.input="$out/web/train-*.tar" --config.output="$out/filtered"
 step "Converting the raw pairs, unfiltered" convert \

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv where it is missing, then runs the tests. Arguments go to pytest:
+# Makes .venv where it is missing, then runs the tests, in two processes. Arguments go to pytest:
 #   bash run_tests.sh -k contrastive
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/environment.sh
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --quiet --check .
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 --dist loadfile "$@"
