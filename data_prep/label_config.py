@@ -77,6 +77,11 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"config.{name}={value!r}; expected at least {minimum}")
     if config.top_k > MAX_CONCEPTS:
         raise ValueError(f"config.top_k={config.top_k}; a record keeps at most {MAX_CONCEPTS}")
+    if heads.prior_logit_std <= 0:
+        raise ValueError(
+            f"config.heads.prior_logit_std={heads.prior_logit_std}; expected a positive number, a "
+            "large one for no penalty"
+        )
     for name, value in (
         ("heads.held_out", heads.held_out),
         ("heads.repeat_threshold", heads.repeat_threshold),

@@ -19,31 +19,33 @@ from ml_collections import config_flags
 from diht_jax import command_line
 from diht_jax.config import default_config, validate_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology",
-    None,
-    "What to compile for, such as v5e:16x16, v4:4x4x8, h100:8, or local; the recipe's own "
-    "(config.topology) by default.",
-)
-_GLOBAL_BATCH = flags.DEFINE_integer(
-    "global_batch", None, "Replaces config.data.batch_size, in examples."
-)
-_SEARCH = flags.DEFINE_bool("search", True, "Look for settings that fit when the recipe's do not.")
-flags.mark_flag_as_required("config")
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
+    flags.DEFINE_string(
+        "topology",
+        None,
+        "What to compile for, such as v5e:16x16, v4:4x4x8, h100:8, or local; the recipe's own "
+        "(config.topology) by default.",
+    )
+    flags.DEFINE_integer("global_batch", None, "Replaces config.data.batch_size, in examples.")
+    flags.DEFINE_bool("search", True, "Look for settings that fit when the recipe's do not.")
+    flags.mark_flag_as_required("config")
 
 
 def main() -> None:
     """Compiles, prints the report, and exits with the verdict."""
-    config = _CONFIG.value
+    values = flags.FLAGS
+    config = values.config
     validate_config(config, default_config())
-    name = _TOPOLOGY.value or config.topology
+    name = values.topology or config.topology
     if not name:
         raise ValueError(
             "the recipe names no config.topology; say what to compile for: --topology v5e:16x16"
         )
-    if _GLOBAL_BATCH.value is not None:
-        config.data.batch_size = _GLOBAL_BATCH.value
+    if values.global_batch is not None:
+        config.data.batch_size = values.global_batch
     if name != "local":
         # Read when JAX is imported: the machine's own devices are of no use here.
         os.environ["JAX_PLATFORMS"] = "cpu"
@@ -58,7 +60,7 @@ def main() -> None:
     print(describe_step(report))
     if report.fits:
         return
-    if _SEARCH.value:
+    if values.search:
         print("\nlooking for settings that fit:")
         found = settings_that_fit(config, topology, report, on_try=_print_try)
         print(describe_settings(found))
@@ -72,4 +74,5 @@ def _print_try(report: Any) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -18,15 +18,18 @@ from ml_collections import config_flags
 from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-distributed.define_flags()
-flags.mark_flags_as_required(["config", "workdir"])
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
+    flags.DEFINE_string("workdir", None, "Directory of the run.")
+    distributed.define_flags()
+    flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
     """Validates the config, then trains."""
-    config = _CONFIG.value
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     validate_config(config, default_config())
 
     distributed.start_from_flags()
@@ -35,12 +38,13 @@ def main() -> None:
     from diht_jax.training.stopping import EXIT_CODE, Stopped
 
     try:
-        train(config, _WORKDIR.value)
+        train(config, workdir)
     except Stopped as stopped:
         logging.warning("%s; the same command goes on from there", stopped)
         sys.exit(EXIT_CODE)
-    logging.info("finished; results in %s", os.path.abspath(_WORKDIR.value))
+    logging.info("finished; results in %s", os.path.abspath(workdir))
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

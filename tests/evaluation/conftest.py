@@ -1,13 +1,19 @@
 """A real model of the smallest architecture, with its initial weights."""
 
+import io
+
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.config import default_config
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
+from diht_jax.training.checkpoint import write_config
 
 
 @pytest.fixture(scope="package")
@@ -17,11 +23,11 @@ def tiny_model() -> LoadedModel:
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
     arch = get_architecture(config.model.name)
-    graphdef, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    definition, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
     mesh = sharding.create_mesh(data=-1, fsdp=1)
     assert mesh.size == 8
     return LoadedModel(
-        graphdef,
+        definition,
         jax.device_put(jax.jit(init_params)(jax.random.key(0)), sharding.replicated(mesh)),
         mesh=mesh,
         config=config,
@@ -29,3 +35,30 @@ def tiny_model() -> LoadedModel:
         context_length=arch.context_length,
         batch_size=64,
     )
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A work directory with the initial weights as its checkpoint of step 7."""
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    arch = get_architecture(config.model.name)
+    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    write_config(tmp_path, config)
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = {"params": jax.jit(init_params)(jax.random.key(0))}
+        checkpointer.save(tmp_path / "checkpoints" / "7" / "state", state)
+    return tmp_path
+
+
+@pytest.fixture(scope="package")
+def photos() -> list[bytes]:
+    """Five different pictures, encoded."""
+    encoded = []
+    for seed in range(5):
+        pixels = np.random.default_rng(seed).integers(0, 255, (24, 30, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        encoded.append(buffer.getvalue())
+    return encoded

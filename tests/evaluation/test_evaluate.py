@@ -5,15 +5,9 @@ import os
 import subprocess
 import sys
 
-import jax
-import orbax.checkpoint as ocp
 import pytest
 
-from diht_jax.config import default_config
 from diht_jax.evaluation.report import write_results
-from diht_jax.models.parameters import model_definition
-from diht_jax.models.zoo import get_architecture
-from diht_jax.training.checkpoint import write_config
 
 
 def _run(*arguments):
@@ -24,21 +18,6 @@ def _run(*arguments):
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
         timeout=300,
     )
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    """A work directory with the initial weights as its checkpoint of step 7."""
-    config = default_config()
-    config.model.name = "tiny_32px"
-    config.model.dtype = "float32"
-    arch = get_architecture(config.model.name)
-    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
-    write_config(tmp_path, config)
-    with ocp.StandardCheckpointer() as checkpointer:
-        state = {"params": jax.jit(init_params)(jax.random.key(0))}
-        checkpointer.save(tmp_path / "checkpoints" / "7" / "state", state)
-    return tmp_path
 
 
 def test_two_tasks_of_a_work_directory(workdir, shared_data, tmp_path):

@@ -1,7 +1,10 @@
 """The results file and its tables."""
 
 import pytest
+from PIL import Image
 
+from diht_jax.evaluation.comparison_page import draw_comparison
+from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.report import (
     format_comparison,
     format_results,
@@ -62,3 +65,39 @@ def test_other_files_are_refused(content, tmp_path):
         path.write_text(content)
     with pytest.raises(ValueError, match=r"x\.json: expected a results file"):
         read_results(path)
+
+
+def test_intervals_and_chart(tmp_path):
+    first, second = _results("a", 0.5, 0.25), _results("b", 0.625, 0.2)
+    second["results"][0]["intervals"] = {"top1": [0.59, 0.66]}
+    row = next(line for line in format_results(second).splitlines() if line.startswith("shapes"))
+    assert row.split("  ")[:2] == ["shapes", "top-1"]
+    assert "62.50%  59.00 to 66.00  1,000 images" in row
+    draw_comparison(first, second, tmp_path / "new" / "chart.png")
+    with Image.open(tmp_path / "new" / "chart.png") as chart:
+        colours = {colour[:3]: n for n, colour in chart.getcolors(chart.width * chart.height)}
+    # Two tasks with one fraction each: B's bars are 62.5 + 20 long, A's 50 + 25.
+    assert colours[(9, 105, 218)] / colours[(140, 149, 159)] == pytest.approx(82.5 / 75, rel=0.05)
+    with pytest.raises(ValueError, match="no task in common"):
+        draw_comparison(first, {**second, "results": []}, tmp_path / "none.png")
+
+
+def test_released_weights_stand_beside_the_published_numbers():
+    metrics = {"t2i_r1": 0.402, "i2t_r1": 0.6, "t2i_median_rank": 2.0}
+    measured = {
+        "model": "diht_vitb32_224px",
+        "results": [
+            {
+                "task": "coco_retrieval",
+                "metrics": metrics,
+                "counts": {"images": 5000, "dropped": {}},
+                "protocol": {"ties": "x"},
+            }
+        ],
+    }
+    lines = format_comparison(published_results("diht_vitb32_224px"), measured).splitlines()
+    rows = [line.split() for line in lines]
+    assert ["imagenet", "top-1", "68.00%", "-", "-"] in rows
+    assert ["coco_retrieval", "text", "to", "image", "R@1", "40.60%", "40.20%", "-0.40"] in rows
+    assert not any("note" in line for line in lines)
+    assert published_results("runs/a") is None

@@ -89,7 +89,7 @@ def test_imagenet_has_its_names_and_templates():
     ("texts", "message"),
     [
         (["cifar01"], "unknown task 'cifar01'; did you mean 'cifar10'"),
-        (["nothing_like_it"], "built in: cifar10, imagenet, coco_retrieval, flickr30k_retrieval"),
+        (["nothing_like_it"], "built in: birdsnap, cifar10, cifar100"),
         (["x=clasification:/a.tar"], "unknown task 'x=clasification:/a.tar'"),
         (["retrieval:"], "expected a source after 'retrieval:'"),
         (["flickr30k_retrieval"], "'flickr30k_retrieval=/data/"),

@@ -1,0 +1,143 @@
+"""CLIP_benchmark's layout: read by us, and by CLIP_benchmark itself with the same numbers."""
+
+import io
+import json
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+
+from diht_jax.data.images import decode_rgb
+from diht_jax.evaluation import prompts
+from diht_jax.evaluation.sources import check_source, read_source
+from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+
+
+def _npy(values):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(values))
+    return buffer.getvalue()
+
+
+def _write(root, notes, photos, *, files=None, split="test"):
+    """Two shards; `notes` are (extension, bytes), one a picture."""
+    (root / split).mkdir(parents=True)
+    (root / split / "nshards.txt").write_text("2\n")
+    for shard in (0, 1):
+        with tarfile.open(root / split / f"{shard}.tar", "w") as tar:
+            for i in range(shard, len(notes), 2):
+                extension, note = notes[i]
+                for name, data in ((f"s/{i}.png", photos[i]), (f"s/{i}.{extension}", note)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    for name, text in (files or {}).items():
+        (root / name).write_text(text)
+    return f"clip_benchmark:{root}"
+
+
+_WORDS = {
+    "classnames.txt": "ant\nhot dog\n",
+    "zeroshot_classification_templates.txt": "a {c}.\nthe {c}.\n",
+}
+
+
+def test_classification(tiny_model, tmp_path, photos):
+    notes = [("cls", str(label).encode()) for label in (1, 0, 1, 1, 0)]
+    source = _write(tmp_path / "insects", notes, photos, files=_WORDS)
+    (task,) = parse_tasks([source])
+    assert (task.name, task.kind) == ("insects", "classification")
+    assert task.class_names == ("ant", "hot dog")
+    assert task.templates == ("a {}.", "the {}.")
+    check_source(source, {})
+    pairs = list(read_source(source, {}))
+    assert [(pair.key, pair.metadata["label"]) for pair in pairs] == [
+        ("s/0", 1),
+        ("s/2", 1),
+        ("s/4", 0),
+        ("s/1", 0),
+        ("s/3", 1),
+    ]
+    result = evaluate_task(tiny_model, task, batch_size=8)
+    images = tiny_model.encode_image([decode_rgb(photos[i]) for i in (0, 2, 4, 1, 3)])
+    text_emb = tiny_model.encode_text(["a ant.", "the ant.", "a hot dog.", "the hot dog."])
+    classifier = text_emb.reshape(2, 2, -1).mean(axis=1)
+    classifier /= np.linalg.norm(classifier, axis=1, keepdims=True)
+    hits = (images @ classifier.T).argmax(axis=1) == [1, 1, 0, 0, 1]
+    assert result["metrics"]["top1"] == pytest.approx(hits.mean())
+
+
+def test_several_labels(tiny_model, tmp_path, photos):
+    notes = [("npy", _npy(labels)) for labels in ([1, 0], [1, 1], [0, 0], [0, 1], [1, 0])]
+    files = {**_WORDS, "dataset_type.txt": "multilabel\n"}
+    source = _write(tmp_path / "x", notes, photos, files=files)
+    labels = {pair.key: pair.metadata["labels"] for pair in read_source(source, {})}
+    assert labels == {"s/0": [0], "s/1": [0, 1], "s/2": [], "s/3": [1], "s/4": [0]}
+    (task,) = parse_tasks([f"voc2007={source}?templates={{}}"])
+    assert (task.kind, task.class_names) == ("multilabel", ("ant", "hot dog"))
+    result = evaluate_task(tiny_model, task, batch_size=8)
+    assert 0 < result["metrics"]["mean_average_precision"] <= 1
+    assert result["counts"]["positives"] == 5
+
+
+def test_retrieval(tiny_model, tmp_path, photos):
+    notes = [("txt", f"one {i}\n\ntwo {i}\n".encode()) for i in range(5)]
+    source = _write(tmp_path / "x", notes, photos, files={"dataset_type.txt": "retrieval"})
+    (task,) = parse_tasks([f"emoji={source}:test"])
+    result = evaluate_task(tiny_model, task, batch_size=8)
+    assert result["kind"] == "retrieval"
+    assert (result["counts"]["images"], result["counts"]["texts"]) == (5, 10)
+
+
+def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
+    notes = [("cls", b"1"), ("cls", b"first"), ("txt", b"a dog"), ("cls", b"0")]
+    source = _write(tmp_path / "x", notes, photos, files=_WORDS)
+    entries = list(read_source(source, {}))
+    reasons = {entry.key: getattr(entry, "reason", None) for entry in entries}
+    assert reasons == {"s/0": None, "s/1": "bad_row", "s/2": "bad_row", "s/3": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test/nshards.txt": None}, "there is no test/nshards.txt"),
+        ({"test/nshards.txt": "many"}, "expected the number of shards, got 'many'"),
+        ({"test/nshards.txt": "3"}, "1 of 3 shards are missing: 2.tar"),
+        ({"dataset_type.txt": "video"}, "expected one of classification, multilabel, retrieval"),
+        ({"zeroshot_classification_templates.txt": "a photo."}, "expected '{}' once"),
+    ],
+)
+def test_broken_folders_are_explained(tmp_path, photos, change, message):
+    source = _write(tmp_path / "x", [("cls", b"1"), ("cls", b"0")], photos, files=_WORDS)
+    for name, text in change.items():
+        path = tmp_path / "x" / name
+        path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        check_source(source, {})
+    assert message in str(raised.value)
+    with pytest.raises(ValueError, match="no option 'data_dir'; it has none"):
+        check_source(source, {"data_dir": "/x"})
+
+
+def test_words_of_the_package():
+    pytest.importorskip("clip_benchmark")
+    program = (
+        "import json, sys\n"
+        "from diht_jax.evaluation.prompts import parse_templates, read_class_names\n"
+        "print(json.dumps([len(read_class_names('clip_benchmark:country211')),"
+        " parse_templates('clip_benchmark:food101'),"
+        " 'torch' in sys.modules or 'clip_benchmark' in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert json.loads(done.stdout) == [211, ["a photo of {}, a type of food."], False]
+    with pytest.raises(ValueError, match=r"has no 'x'; it has babel|has no 'x'; it has c"):
+        prompts.benchmark_class_names("x")
+
+
+def test_words_without_the_package(monkeypatch):
+    monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install clip-benchmark"):
+        prompts.benchmark_templates("dtd")

@@ -1,0 +1,196 @@
+"""The few-shot protocol on synthetic embeddings, and whole on real pictures."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.evaluation.fewshot import (
+    FewShotData,
+    FewShotOptions,
+    draw_shots,
+    evaluate_few_shot,
+    format_few_shot,
+    measure_few_shot,
+    split_by_class,
+)
+from diht_jax.evaluation.linear_probe import LabelledEmbeddings
+from diht_jax.evaluation.task_specs import parse_tasks
+
+
+def _numbered(counts):
+    """Examples whose embedding is their own number, so that they can be recognised."""
+    labels = np.repeat(np.arange(len(counts)), counts)
+    numbers = np.arange(len(labels), dtype=np.float32)[:, None]
+    order = np.random.default_rng(0).permutation(len(labels))
+    return LabelledEmbeddings(numbers[order], labels[order].astype(np.int32))
+
+
+def _numbers(examples):
+    return examples.image_emb[:, 0].astype(int).tolist()
+
+
+def test_split_takes_its_share_of_every_class():
+    examples = _numbered([10, 2, 51])
+    kept, held_out = split_by_class(examples, FewShotOptions(validation_fraction=0.3))
+    assert np.bincount(held_out.labels).tolist() == [3, 1, 15]
+    assert sorted(_numbers(kept) + _numbers(held_out)) == list(range(63))
+    few = FewShotOptions(validation_fraction=0.3, validation_per_class=2)
+    assert np.bincount(split_by_class(examples, few)[1].labels).tolist() == [2, 1, 2]
+    other = split_by_class(examples, FewShotOptions(validation_fraction=0.3, seed=1))[1]
+    assert _numbers(other) != _numbers(held_out)
+    with pytest.raises(ValueError, match="class 1 has a single training image"):
+        split_by_class(_numbered([3, 1]), FewShotOptions())
+
+
+def test_draws_are_nested_balanced_and_different():
+    examples = _numbered([20, 3, 20])
+    options = FewShotOptions(num_draws=3)
+    four, eight = (draw_shots(examples, shots, options) for shots in (4, 8))
+    assert [np.bincount(draw.labels).tolist() for draw in four] == [[4, 3, 4]] * 3
+    for small, large in zip(four, eight, strict=True):
+        assert set(_numbers(small)) < set(_numbers(large))
+        by_number = np.repeat([0, 1, 2], [20, 3, 20])
+        np.testing.assert_array_equal(by_number[_numbers(small)], small.labels)
+    assert len({tuple(sorted(_numbers(draw))) for draw in four}) == 3
+    (everything,) = draw_shots(examples, "all", options)
+    assert sorted(_numbers(everything)) == list(range(43))
+
+
+def _clustered(rng, centres, n):
+    labels = np.arange(n) % len(centres)
+    x = centres[labels] + 1.2 * rng.normal(size=(n, centres.shape[1]))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return LabelledEmbeddings(x.astype(np.float32), labels.astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """Prompts that are right but for some noise, as those of a good model are."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(5, 16))
+    prompts = centres + 0.9 * rng.normal(size=centres.shape)
+    prompts /= np.linalg.norm(prompts, axis=1, keepdims=True)
+    train, validation, test = (_clustered(rng, centres, n) for n in (300, 200, 500))
+    data = FewShotData(train, validation, test, (20 * prompts.T).astype(np.float32))
+    options = FewShotOptions(
+        shots=(1, "all"),
+        num_draws=4,
+        num_steps=100,
+        radii=(0.02, 0.1, 0.5, 2.0),
+        bias_radii=(0.0, 1.0),
+        weight_decays=(1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+    )
+    return data, measure_few_shot(data, options)
+
+
+def test_zero_shot_is_the_start(measured):
+    data, result = measured
+    for name, examples in (("test", data.test), ("validation", data.validation)):
+        hits = (examples.image_emb @ data.zero_shot).argmax(axis=1) == examples.labels
+        assert result["zero_shot"][name] == pytest.approx(hits.mean())
+
+
+def test_prompts_are_never_worse_on_validation_and_better_with_one_shot(measured):
+    data, result = measured
+    one, everything = result["results"]
+    assert [one["shots"], one["examples"], one["draws"]] == [1, 5, 4]
+    assert [everything["shots"], everything["examples"], everything["draws"]] == ["all", 300, 1]
+    for row in (one, everything):
+        assert min(row["prompt_init"]["validation"]) >= result["zero_shot"]["validation"]
+    # What DiHT's section shows: no gap below zero-shot, and far above the probe from scratch.
+    spread = one["prompt_init"]["test_std"]
+    assert one["prompt_init"]["test_mean"] >= result["zero_shot"]["test"] - spread
+    assert one["prompt_init"]["test_mean"] > one["scratch"]["test_mean"] + 0.05
+    assert everything["prompt_init"]["test_mean"] > result["zero_shot"]["test"] + 0.05
+    assert everything["prompt_init"]["test_mean"] > everything["scratch"]["test_mean"] - 0.03
+
+
+def test_mean_and_spread_are_those_of_the_draws(measured):
+    _, result = measured
+    one, everything = result["results"]
+    for method in ("prompt_init", "scratch"):
+        assert len(set(one[method]["test"])) > 1
+        assert one[method]["test_mean"] == pytest.approx(np.mean(one[method]["test"]))
+        assert one[method]["test_std"] == pytest.approx(np.std(one[method]["test"], ddof=1))
+        assert everything[method]["test_std"] is None
+    assert set(one["scratch"]["chosen"][0]) == {"weight_decay"}
+    table = format_few_shot(result).splitlines()
+    mean, spread = one["scratch"]["test_mean"], one["scratch"]["test_std"]
+    assert table[2].endswith(f"{100 * mean:.2f}% ± {100 * spread:.2f}")
+
+
+def test_sources_share_one_pass_and_one_set_of_classes(tiny_model, shared_data, tmp_path):
+    path = tmp_path / "some.tar"
+    with tarfile.open(shared_data / "cifar10_test.tar") as whole, tarfile.open(path, "w") as some:
+        for member in itertools.islice(whole, 3 * 100):
+            some.addfile(member, whole.extractfile(member))
+    (task,) = parse_tasks([f"cifar10={path}"])
+    options = FewShotOptions(shots=(2,), num_draws=2, num_steps=5, radii=(1.0,), weight_decays=(1,))
+    result = evaluate_few_shot(tiny_model, task, task, task, options, batch_size=64)
+    assert result["counts"] == {
+        "classes": 10,
+        "train": 100,
+        "validation": 100,
+        "test": 100,
+        "dropped": {},
+    }
+    # The same images stand in all three splits, so their accuracies are the same.
+    assert result["zero_shot"]["test"] == result["zero_shot"]["validation"]
+    for method in ("prompt_init", "scratch"):
+        assert result["results"][0][method]["test"] == result["results"][0][method]["validation"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("test", 2)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 255, (32, 32, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    output = tmp_path / "out" / "few.json"
+    arguments = {
+        "model": workdir,
+        "train": tmp_path / "train",
+        "test": tmp_path / "test",
+        "output": output,
+        "shots": "1,all",
+        "draws": 2,
+        "fit_steps": 5,
+    }
+    command = [sys.executable, "-m", "diht_jax.fewshot"]
+    command += [f"--{name}={value}" for name, value in arguments.items()]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    assert [row["shots"] for row in result["results"]] == [1, "all"]
+    assert result["counts"]["validation"] == 2
+    assert len(result["fingerprint"]) == 64
+    assert "zero-shot" in done.stdout
+    with Image.open(tmp_path / "out" / "few.png") as plot:
+        assert plot.width > 800
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shots": (0,)}, "shots: expected numbers from 1"),
+        ({"num_draws": 0}, "expected shots, a draw"),
+        ({"validation_fraction": 1.0}, "between 0 and 1"),
+        ({"radii": (-1.0,)}, "radii: expected numbers from 0"),
+    ],
+)
+def test_bad_options_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FewShotOptions(**changes)

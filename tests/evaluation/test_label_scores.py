@@ -1,0 +1,104 @@
+"""Average precision and the area under the ROC curve, against definitions and other libraries."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from diht_jax.data.schema import Pair
+from diht_jax.evaluation.label_scores import area_under_roc, average_precision, score_labels
+
+
+def _scores(seed, n=40):
+    """Few different scores, so that there are ties between right and wrong."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 9, n) / 8, rng.random(n) < 0.3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_auroc_is_the_share_of_pairs_in_order(seed):
+    scores, targets = _scores(seed)
+    pairs = list(itertools.product(scores[targets], scores[~targets]))
+    expected = np.mean([(a > b) + (a == b) / 2 for a, b in pairs])
+    assert area_under_roc(scores, targets) == pytest.approx(expected)
+    statistic = scipy.stats.mannwhitneyu(scores[targets], scores[~targets]).statistic
+    assert area_under_roc(scores, targets) == pytest.approx(statistic / len(pairs))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_average_precision_by_its_definition(seed):
+    scores, targets = _scores(seed)
+    total, recall_before = 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        found = scores >= threshold
+        recall = targets[found].sum() / targets.sum()
+        total += (recall - recall_before) * targets[found].mean()
+        recall_before = recall
+    assert average_precision(scores, targets) == pytest.approx(total)
+
+
+def test_equal_to_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    for seed in range(10):
+        scores, targets = _scores(seed, 200)
+        expected = metrics.roc_auc_score(targets, scores)
+        assert area_under_roc(scores, targets) == pytest.approx(expected)
+        expected = metrics.average_precision_score(targets, scores)
+        assert average_precision(scores, targets) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("measure", [area_under_roc, average_precision])
+def test_weights_are_repetitions(measure):
+    scores, targets = _scores(3)
+    weights = np.random.default_rng(4).integers(0, 4, len(scores))
+    repeated = measure(np.repeat(scores, weights), np.repeat(targets, weights))
+    assert measure(scores, targets, weights) == pytest.approx(repeated)
+
+
+def test_one_kind_only_has_no_number():
+    assert np.isnan(average_precision(np.arange(3.0), np.zeros(3, bool)))
+    assert np.isnan(area_under_roc(np.arange(3.0), np.ones(3, bool)))
+
+
+def _pairs(photos, labels, field):
+    return [
+        Pair(f"{i}", photo, "", {field: label})
+        for i, (photo, label) in enumerate(zip(photos, labels, strict=True))
+    ]
+
+
+def test_several_labels(tiny_model, photos):
+    labels = [[0], ["red_car", 0], [2], [], ["bird"]]
+    result = score_labels(
+        tiny_model,
+        _pairs(photos, labels, "labels"),
+        ("dog", "red car", "bird"),
+        ("a {}.", "the {}."),
+        binary=False,
+    )
+    expected = [[1, 0, 0], [1, 1, 0], [0, 0, 1], [0, 0, 0], [0, 0, 1]]
+    np.testing.assert_array_equal(result.targets, np.array(expected, bool))
+    text_emb = tiny_model.encode_text(["a bird.", "the bird."]).mean(axis=0)
+    cosines = result.encoded.image_emb @ (text_emb / np.linalg.norm(text_emb))
+    np.testing.assert_allclose(result.scores[:, 2], cosines, atol=1e-6)
+    values = [average_precision(result.scores[:, c], result.targets[:, c]) for c in range(3)]
+    assert result.metrics == {"mean_average_precision": pytest.approx(np.mean(values))}
+    json.dumps(result.metrics)
+
+
+def test_yes_and_no(tiny_model, photos):
+    pairs = _pairs(photos, [0, 1, 1, "hateful meme", 0], "label")
+    result = score_labels(
+        tiny_model, pairs, ("meme", "hateful meme"), ("a {}.",), binary=True, batch_size=8
+    )
+    no, yes = tiny_model.encode_text(["a meme.", "a hateful meme."])
+    scores = result.encoded.image_emb @ (yes - no)
+    np.testing.assert_allclose(result.scores[:, 0], scores, atol=1e-6)
+    expected = area_under_roc(scores, np.array([0, 1, 1, 1, 0], bool))
+    assert result.metrics == {"auroc": pytest.approx(expected)}
+    with pytest.raises(ValueError, match="every image has the same label"):
+        score_labels(
+            tiny_model, pairs[1:3], ("meme", "hateful meme"), ("a {}.",), binary=True, batch_size=8
+        )

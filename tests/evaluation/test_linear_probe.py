@@ -1,0 +1,130 @@
+"""The projected solver, against closed forms and against scipy."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+
+from diht_jax.evaluation.linear_probe import (
+    LabelledEmbeddings,
+    ProbeSettings,
+    fit_probes,
+    probe_accuracy,
+    project_onto_ball,
+)
+
+
+def _examples(seed, n, d=6, classes=3):
+    """Overlapping clusters of unit vectors, so that no classifier is perfect."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % classes
+    centres = np.random.default_rng(99).normal(size=(classes, d))
+    x = centres[labels] + 1.5 * rng.normal(size=(n, d))
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return LabelledEmbeddings(x.astype(np.float32), labels.astype(np.int32))
+
+
+def _objective(flat, examples, start, weight_decay=0.0):
+    """The loss and its gradient in float64, W before b."""
+    x, y = examples.image_emb.astype(np.float64), examples.labels
+    d, c = start.shape
+    moved, bias = flat[: d * c].reshape(d, c), flat[d * c :]
+    logits = x @ (start + moved) + bias
+    logits -= logits.max(axis=1, keepdims=True)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    error = (np.exp(log_probs) - np.eye(c)[y]) / len(y)
+    loss = -log_probs[np.arange(len(y)), y].mean() + weight_decay / 2 * (moved**2).sum()
+    gradient = np.concatenate([(x.T @ error + weight_decay * moved).ravel(), error.sum(axis=0)])
+    return loss, gradient
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.5, 3.0, 100.0, np.inf])
+def test_projection_is_the_nearest_point(radius):
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    projected = np.asarray(project_onto_ball(x, radius))
+    norm = np.linalg.norm(x)
+    np.testing.assert_allclose(projected, x if norm <= radius else x * (radius / norm), rtol=1e-6)
+    assert np.linalg.norm(projected) <= radius * (1 + 1e-6)
+
+
+def test_weight_decay_alone_equals_scipy():
+    train, start = _examples(0, 30), np.zeros((6, 3))
+    fitted = fit_probes([train], train, start, [ProbeSettings(weight_decay=0.02)], num_steps=500)
+    best = scipy.optimize.minimize(
+        _objective, np.zeros(21), (train, start, 0.02), jac=True, method="BFGS", tol=1e-10
+    )
+    np.testing.assert_allclose(fitted.weights[0], best.x[:18].reshape(6, 3), atol=2e-4)
+    # Equal shifts of all logits change nothing, so biases are compared without their mean.
+    bias = best.x[18:] - best.x[18:].mean()
+    np.testing.assert_allclose(fitted.bias[0] - fitted.bias[0].mean(), bias, atol=2e-4)
+
+
+def test_inside_both_balls_equals_scipy():
+    train = _examples(1, 30)
+    start = np.random.default_rng(2).normal(size=(6, 3))
+    radius, bias_radius = 0.7, 0.1
+    fitted = fit_probes([train], train, start, [ProbeSettings(radius, bias_radius)])
+    moved, bias = fitted.weights[0] - start, fitted.bias[0]
+    best = scipy.optimize.minimize(
+        _objective,
+        np.zeros(21),
+        (train, start),
+        jac=True,
+        method="SLSQP",
+        constraints=[
+            {"type": "ineq", "fun": lambda v: radius**2 - (v[:18] ** 2).sum()},
+            {"type": "ineq", "fun": lambda v: bias_radius**2 - (v[18:] ** 2).sum()},
+        ],
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    assert best.success
+    assert np.linalg.norm(moved) <= radius * (1 + 1e-5)
+    assert np.linalg.norm(bias) <= bias_radius * (1 + 1e-5)
+    loss = _objective(np.concatenate([moved.ravel(), bias]).astype(np.float64), train, start)[0]
+    assert loss == pytest.approx(best.fun, abs=1e-6)
+    np.testing.assert_allclose(moved, best.x[:18].reshape(6, 3), atol=1e-3)
+
+
+def test_a_tiny_ball_moves_straight_down_the_slope():
+    train = _examples(3, 24)
+    start = np.random.default_rng(4).normal(size=(6, 3)).astype(np.float32)
+    fitted = fit_probes([train], train, start, [ProbeSettings(1e-2, 0.0)])
+    slope = _objective(np.zeros(21), train, start.astype(np.float64))[1][:18].reshape(6, 3)
+    expected = -1e-2 * slope / np.linalg.norm(slope)
+    np.testing.assert_allclose(fitted.weights[0] - start, expected, atol=3e-4)
+    np.testing.assert_array_equal(fitted.bias[0], 0.0)
+
+
+def test_settings_and_draws_together_equal_one_by_one():
+    draws, validation = [_examples(5, 15), _examples(6, 15)], _examples(7, 60)
+    start = np.random.default_rng(8).normal(size=(6, 3)).astype(np.float32)
+    # More settings than the eight devices, and no multiple of them.
+    settings = [ProbeSettings(r, b) for r in (0.0, 0.5, 8.0) for b in (0.0, 0.3, 1.0)]
+    together = fit_probes(draws, validation, start, settings, num_steps=50)
+    for d, draw in enumerate(draws):
+        alone = [fit_probes([draw], validation, start, [s], num_steps=50) for s in settings]
+        accuracies = []
+        for fitted in alone:
+            logits = validation.image_emb @ fitted.weights[0] + fitted.bias[0]
+            accuracies.append((logits.argmax(axis=1) == validation.labels).mean())
+            assert fitted.accuracy[0, 0] == pytest.approx(accuracies[-1])
+        assert together.accuracy[d] == pytest.approx(accuracies)
+        best = int(np.argmax(accuracies))
+        assert together.chosen[d] == best
+        np.testing.assert_allclose(together.weights[d], alone[best].weights[0], atol=1e-4)
+
+
+def test_blocks_change_nothing(monkeypatch):
+    train, start = _examples(9, 37), np.zeros((6, 3), np.float32)
+    whole = fit_probes([train], train, start, [ProbeSettings(3.0, 1.0)], num_steps=60)
+    monkeypatch.setattr("diht_jax.evaluation.linear_probe._MOST_EXAMPLES_A_BLOCK", 8)
+    blocks = fit_probes([train], train, start, [ProbeSettings(3.0, 1.0)], num_steps=60)
+    np.testing.assert_allclose(blocks.weights, whole.weights, atol=1e-5)
+    assert blocks.accuracy == whole.accuracy
+    assert probe_accuracy(train, whole.weights[0], whole.bias[0]) == whole.accuracy[0, 0]
+
+
+def test_draws_of_different_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"draws of sizes \[6, 9\]"):
+        fit_probes(
+            [_examples(0, 6), _examples(0, 9)], _examples(1, 9), np.zeros((6, 3)), [ProbeSettings()]
+        )

@@ -1,0 +1,96 @@
+"""Searching real pictures by text."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.evaluation.embedding_files import list_inputs
+from diht_jax.evaluation.search import format_matches, load_pictures, search_pictures
+from diht_jax.evaluation.search_page import draw_search_page
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six pictures, one of them damaged."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "pictures"
+    path.mkdir()
+    for i in range(6):
+        pixels = rng.integers(0, 255, (20 + i, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(path / f"{i}.png")
+    (path / "2.png").write_bytes((path / "2.png").read_bytes()[:50])
+    return path
+
+
+def test_matches_are_the_closest_pictures(tiny_model, folder):
+    shards = list_inputs(str(folder))
+    queries = ["a dog", "red car", "a dog"]
+    result = search_pictures(tiny_model, shards, queries, count=3, template="see {caption}")
+    names = [f"{i}.png" for i in (0, 1, 3, 4, 5)]
+    pictures = [Image.open(folder / name).convert("RGB") for name in names]
+    cosines = tiny_model.encode_text(["see a dog", "see red car"]) @ (
+        tiny_model.encode_image(pictures).T
+    )
+    assert list(result.matches) == ["a dog", "red car"]
+    for matches, row in zip(result.matches.values(), cosines, strict=True):
+        assert [match.key for match in matches] == [names[i] for i in np.argsort(-row)[:3]]
+        assert [match.similarity for match in matches] == pytest.approx(-np.sort(-row)[:3])
+    assert result.encoded.dropped == {"image_unreadable": 1}
+    first = result.matches["a dog"][0]
+    assert f"   1  {first.similarity:6.3f}  {first.key}" in format_matches(result).splitlines()
+    loaded = load_pictures(shards, {first.position})
+    expected = np.asarray(Image.open(folder / first.key))
+    np.testing.assert_array_equal(np.asarray(loaded[first.position]), expected)
+
+
+def test_page_has_a_row_for_every_eight(tiny_model, folder, tmp_path):
+    shards = list_inputs(str(folder))
+    heights = []
+    for queries in (["a dog"], ["a dog", "a cat"]):
+        result = search_pictures(tiny_model, shards, queries)
+        assert len(result.matches["a dog"]) == 5
+        pictures = load_pictures(shards, {match.position for match in result.matches["a dog"]})
+        page = tmp_path / "out" / f"{len(queries)}.png"
+        draw_search_page(result, pictures, page, title="Search", note="note")
+        with Image.open(page) as image:
+            heights.append(image.height)
+            # Noise is far from white on average; the page behind it is not.
+            assert np.asarray(image.convert("L")).mean() < 254
+    assert heights[1] > heights[0] + 200
+
+
+def test_pictures_beside_other_files_are_found(folder):
+    (folder / "notes.md").write_text("no picture")
+    (shard,) = list_inputs(str(folder))
+    assert shard.path == str(folder)
+    (folder / "labels.tsv").write_text("image\tcaption\n0.png\ta dog\n")
+    assert [shard.kind for shard in list_inputs(str(folder))] == ["table"]
+
+
+@pytest.mark.parametrize("queries", [[], [" "]])
+def test_no_words_are_refused(tiny_model, folder, queries):
+    with pytest.raises(ValueError, match="at least one query"):
+        search_pictures(tiny_model, list_inputs(str(folder)), queries)
+
+
+def test_the_command(workdir, shared_data, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "diht_jax.search", *map(str, arguments)]
+        environment = {**os.environ, "XLA_FLAGS": ""}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    page = tmp_path / "page.png"
+    flags = ["--model", workdir, "--images", shared_data / "photos.tar", "--output", page]
+    done = run(*flags, "--count", 2, "a dog", "a red car")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [lines[0], lines[3]] == ["a dog", "a red car"]
+    assert len(lines) == 6
+    assert page.stat().st_size > 10_000
+    done = run(*flags)
+    assert done.returncode == 1
+    assert "expected at least one query" in done.stderr

@@ -1,0 +1,54 @@
+"""The 29 zero-shot numbers of DiHT by name."""
+
+import importlib.util
+
+import pytest
+
+from diht_jax.evaluation.suite import NO_SOURCE, SUITE
+from diht_jax.evaluation.task_specs import KINDS, parse_tasks
+
+_KINDS_OF_CLASSIFICATION = ("classification", "multilabel", "binary")
+
+
+def test_seventeen_ten_and_two():
+    def numbers(*kinds):
+        return sum(entry.numbers for entry in SUITE.values() if entry.kind in kinds)
+
+    assert numbers(*_KINDS_OF_CLASSIFICATION) == 17
+    assert numbers("retrieval", "winoground") == 10
+    assert numbers("entailment", "vqa") == 2
+    assert numbers(*KINDS) == 29
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_every_task_can_be_named(name, tmp_path):
+    if importlib.util.find_spec("clip_benchmark") is None:
+        pytest.skip("clip-benchmark, which has the words, is absent")
+    entry = SUITE[name]
+    words = tmp_path / "names.txt"
+    words.write_text("yes\nno\n")
+    text = name if entry.source != NO_SOURCE else f"{name}=/data/{name}.json"
+    if entry.kind in ("multilabel", "vqa"):
+        text += f"?class_names={words}"
+    (task,) = parse_tasks([text])
+    assert (task.name, task.kind) == (name, entry.kind)
+    if entry.source == NO_SOURCE:
+        assert entry.form
+        prefix = "winoground" if entry.kind == "winoground" else "annotations"
+        assert task.source == f"{prefix}:/data/{name}.json"
+    else:
+        assert task.source == entry.source
+    if entry.kind in _KINDS_OF_CLASSIFICATION:
+        assert all(template.count("{}") == 1 for template in task.templates)
+    if name == "dtd":
+        assert len(task.templates) == 8
+    if name == "country211":
+        assert len(task.class_names) == 211
+
+
+def test_kinds_that_need_names_say_so():
+    for text in ("vqav2=/data/vqa_val.json", "multilabel:/data/x.tar", "binary:/data/x.tar"):
+        with pytest.raises(ValueError, match="class_names=FILE"):
+            parse_tasks([text])
+    with pytest.raises(ValueError, match="expected 3 templates, for entailment, neutral"):
+        parse_tasks(["snli_ve=/data/ve.json?templates={}"])

@@ -1,0 +1,238 @@
+"""Winoground, entailment and questions: readers and protocols, against tables made by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diht_jax.data.source import Skipped
+from diht_jax.evaluation.annotations import read_annotations, read_rows, read_winoground
+from diht_jax.evaluation.answers import (
+    answer_entailment,
+    answer_questions,
+    plain,
+    vqa_credit,
+)
+from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.evaluation.winoground import evaluate_winoground
+
+
+@pytest.fixture
+def folder(tmp_path, photos):
+    """ALBEF's layout: annotation files, and a folder of images named by number."""
+    (tmp_path / "images").mkdir()
+    for number, photo in enumerate(photos):
+        (tmp_path / "images" / f"{number}.png").write_bytes(photo)
+    return tmp_path
+
+
+class _Oracle:
+    """Embeds the model's images, and texts as told: similarities by hand."""
+
+    logit_scale = 1.0
+
+    def __init__(self, image_of, text_emb):
+        self._image_of, self._text_emb = image_of, text_emb
+
+    def preprocess(self, image):
+        return np.asarray(image.resize((2, 2)))
+
+    def encode_image(self, images):
+        return np.stack([self._image_of[image.tobytes()] for image in images])
+
+    def encode_text(self, texts):
+        blank = np.zeros(len(next(iter(self._text_emb.values()))))
+        return np.stack([self._text_emb.get(text, blank) for text in texts])
+
+
+def _oracle(photos, text_emb):
+    """The i-th picture is the i-th unit vector, so that a text's entries are its similarities."""
+    from diht_jax.data.images import decode_rgb
+
+    keys = [np.asarray(decode_rgb(photo).resize((2, 2))).tobytes() for photo in photos]
+    # Pictures that fill up a batch are black.
+    image_of = {bytes(12): np.zeros(len(photos))}
+    image_of |= {key: np.eye(len(photos))[i] for i, key in enumerate(keys)}
+    return _Oracle(image_of, {text: np.array(row, float) for text, row in text_emb.items()})
+
+
+def _write(path, rows):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def _winoground(folder):
+    rows = [
+        {"id": 7, "caption_0": "a", "caption_1": "b", "image_0": "0", "image_1": "1"},
+        {"id": 8, "caption_0": "c", "caption_1": "d", "image_0": "2", "image_1": "3"},
+        {"id": 9, "caption_0": "e", "caption_1": "f", "image_0": "4", "image_1": "none"},
+    ]
+    return _write(folder / "examples.jsonl", rows)
+
+
+def test_winoground_scores(folder, photos):
+    # Example 7: image 0 prefers its own a (.9 > .5), image 1 its own b (.8 > .6): text is right.
+    #            a prefers image 0 (.9 > .6), b image 1 (.8 > .5): image is right.
+    # Example 8: image 2 has c .5 > d .4, image 3 has d .9 > c .7: text is right;
+    #            c prefers the wrong image 3 (.7 > .5): image is wrong.
+    model = _oracle(
+        photos,
+        {
+            "a": [0.9, 0.6, 0, 0, 0],
+            "b": [0.5, 0.8, 0, 0, 0],
+            "c": [0, 0, 0.5, 0.7, 0],
+            "d": [0, 0, 0.4, 0.9, 0],
+            "e": [0, 0, 0, 0, 1],
+        },
+    )
+    result = evaluate_winoground(model, read_winoground(_winoground(folder)), "{caption}")
+    assert result.metrics == {"text": 1.0, "image": 0.5, "group": 0.5}
+    assert result.incomplete == 1
+    assert result.encoded.dropped == {"no_image": 1}
+    assert result.resampled_metrics(np.array([0, 2])) == {"text": 1.0, "image": 0.0, "group": 0.0}
+
+
+def test_equal_similarities_are_wrong(folder, photos):
+    same = dict.fromkeys("abcde", [1.0] * 5)
+    result = evaluate_winoground(
+        _oracle(photos, same), read_winoground(_winoground(folder)), "{caption}"
+    )
+    assert set(result.metrics.values()) == {0.0}
+
+
+def test_rows_of_one_image_are_one_pair(folder):
+    rows = [
+        {"image": "0", "caption": ["one", "two"]},
+        {"image": "3", "caption": "three"},
+        {"image": "0", "caption": "four"},
+        {"image": "../x", "caption": "out"},
+        {"image": "9", "caption": "gone"},
+    ]
+    path = _write(folder / "a.json", rows)
+    root = str(folder / "images")
+    pairs = list(read_annotations(path, image_root=root, image_name="{}.png"))
+    assert [pair.metadata["rows"] for pair in pairs[:2]] == [[rows[0], rows[2]], [rows[1]]]
+    assert pairs[0].metadata["captions"] == ["one", "two", "four"]
+    assert pairs[1].caption == "three"
+    assert [(entry.key, entry.reason) for entry in pairs[2:]] == [
+        ("../x.png", "refused_path"),
+        ("9.png", "no_image"),
+    ]
+    assert all(isinstance(entry, Skipped) for entry in pairs[2:])
+
+
+def test_entailment(folder, photos):
+    rows = [
+        {"image": 0, "sentence": "a dog", "label": "entailment"},
+        {"image": 1, "sentence": "a dog", "label": "contradiction"},
+        {"image": 2, "sentence": "a cat", "label": "neutral"},
+        {"image": 2, "sentence": "a dog", "label": "neutral"},
+    ]
+    path = _write(folder / "ve.json", rows)
+    pairs = read_annotations(path, image_root=str(folder / "images"), image_name="{}.png")
+    model = _oracle(
+        photos,
+        {
+            "a dog": [0.9, 0.2, 0.9, 0, 0],
+            "maybe a dog": [0.1, 0.1, 0.3, 0, 0],
+            "it is not true that a dog": [0.3, 0.6, 0.1, 0, 0],
+            "maybe a cat": [0, 0, 0.4, 0, 0],
+        },
+    )
+    result = answer_entailment(model, pairs, batch_size=8)
+    assert result.answers == ["entailment", "contradiction", "neutral", "entailment"]
+    assert result.metrics == {"accuracy": 0.75}
+    assert result.num_texts == 6
+    # The third image with its two questions three times, the first once.
+    assert result.resampled_metrics(np.array([1, 0, 3]))["accuracy"] == pytest.approx(4 / 7)
+
+
+def test_questions(folder, photos):
+    rows = [
+        {"image": 0, "question": "what?", "answer": ["dog"] * 4 + ["cat"] * 6},
+        {"image": 1, "question": "what?", "answer": ["Two!"] * 2 + ["bird"] * 8},
+        {"image": 1, "question": "unanswered?"},
+        {"image": 4, "question": "unanswered?"},
+    ]
+    path = _write(folder / "vqa.json", rows)
+    pairs = read_annotations(path, image_root=str(folder / "images"), image_name="{}.png")
+    model = _oracle(photos, {"what? dog": [0.8, 0.1, 0, 0, 0], "what? 2": [0.5, 0.9, 0, 0, 0]})
+    result = answer_questions(model, pairs, ["dog", "2"], "{question} {answer}", batch_size=8)
+    assert result.answers == ["dog", "2"]
+    # Two of ten: those two have one other who agrees (1/3), the eight have two (2/3).
+    np.testing.assert_allclose(result.credits, [1.0, (2 / 3 + 8 * 2 / 3) / 10])
+    assert result.encoded.dropped == {"no_answer": 1}
+
+
+@pytest.mark.parametrize(("agree", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0)])
+def test_credit_is_that_of_vqa_v2(agree, expected):
+    assert vqa_credit("yes", ["yes"] * agree + ["no"] * (10 - agree)) == pytest.approx(expected)
+
+
+def test_answers_are_compared_in_plain_words():
+    assert plain("The  Red-Car.") == "red car"
+    assert plain("Two dogs") == "2 dogs"
+
+
+def test_tasks_from_the_command_line(folder, tiny_model):
+    rows = [{"image": i, "sentence": "a dog", "label": "neutral"} for i in range(3)]
+    ve = _write(folder / "ve.json", rows)
+    vqa = _write(
+        folder / "vqa.json", [{"image": i, "question": "how?", "answer": ["so"]} for i in range(3)]
+    )
+    answers = _write(folder / "answers.json", ["so", "not so"])
+    rows = [{"image": i, "caption": ["a dog", f"number {i}"]} for i in range(5)]
+    captions = _write(folder / "captions.json", rows)
+    images = f"image_root={folder}/images&image_name={{}}.png"
+    tasks = parse_tasks(
+        [
+            f"winoground={_winoground(folder)}",
+            f"snli_ve={ve}?{images}",
+            f"vqav2={vqa}?{images}&class_names={answers}",
+            f"flickr30k_retrieval={captions}?{images}",
+        ]
+    )
+    found = [evaluate_task(tiny_model, task, batch_size=8, num_resamples=20) for task in tasks]
+    for result in found:
+        json.dumps(result, allow_nan=False)
+        for name, (low, high) in result["intervals"].items():
+            if not name.endswith("rank"):
+                assert 0 <= low <= result["metrics"][name] <= high <= 1
+    assert [sorted(result["metrics"])[0] for result in found] == [
+        "group",
+        "accuracy",
+        "accuracy",
+        "i2t_median_rank",
+    ]
+    assert found[0]["counts"]["incomplete_examples"] == 1
+    assert found[2]["protocol"]["candidates"] == 2
+    assert found[3]["counts"]["texts"] == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "{}", "expected a JSON list of objects"),
+        ("a.json", "[1]", "expected a JSON list of objects"),
+        ("a.json", "[", "expected a JSON list"),
+        ("a.jsonl", '{"a": 1}\n[]', "line 2"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        read_rows(str(tmp_path / name))
+    assert name in str(raised.value)
+
+
+def test_a_missing_field_is_named(folder):
+    path = _write(folder / "a.json", [{"img": "0.png"}])
+    with pytest.raises(ValueError, match=r"row 0 has no field 'image'; it has img"):
+        list(read_annotations(path))
+    path = _write(folder / "w.jsonl", [{"image_0": "0"}])
+    with pytest.raises(ValueError, match="expected texts as image_1, caption_0, caption_1"):
+        list(read_winoground(path))
