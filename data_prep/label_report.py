@@ -11,6 +11,7 @@ import html
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ _THUMBNAIL = 192  # px
 _SHOWN = 6  # concepts of a kind under an image
 _LISTED = 40  # concepts at the head and at the tail of a vocabulary
 _MAX_TRIES = 20  # records looked at for each image of the page, until enough are held out
+
+_WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 
 _STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #1f2328; max-width: 1180px;
@@ -220,7 +223,8 @@ def _choose_records(folder: str, config: dict[str, Any]) -> list[Record]:
 
 
 def _card(record: Record, vocabulary: Vocabulary) -> str:
-    words = set(record.caption.lower().replace(",", " ").replace(".", " ").split())
+    # Words between spaces, so that a concept of several words is found as well.
+    words = f" {' '.join(_WORD.findall(record.caption.lower()))} "
     tables = "".join(
         _concept_table(part, ids, probs, words)
         for part, ids, probs in (
@@ -235,14 +239,14 @@ def _card(record: Record, vocabulary: Vocabulary) -> str:
     )
 
 
-def _concept_table(part: ConceptList, ids: np.ndarray, probs: np.ndarray, words: set[str]) -> str:
+def _concept_table(part: ConceptList, ids: np.ndarray, probs: np.ndarray, words: str) -> str:
     rows = ""
     for concept, prob in zip(ids[:_SHOWN].tolist(), probs[:_SHOWN].tolist(), strict=True):
         name = part.names[concept]
-        css = ' class="own"' if name in words else ""
+        css = ' class="own"' if f" {name} " in words else ""
         rows += (
             f"<tr><td{css}>{html.escape(name)}</td><td class=n>{100 * prob:.0f}%</td>"
-            f'<td><span class="bar" style="width:{30 * prob:.0f}px"></span></td></tr>'
+            f'<td><span class="bar" style="width:{24 * prob:.0f}px"></span></td></tr>'
         )
     return f"<table>{rows}</table>"
 

@@ -154,7 +154,8 @@ def _serialize(**features) -> bytes:
             example.features.feature[name].bytes_list.value.append(value)
         else:
             example.features.feature[name].int64_list.value.append(value)
-    return example.SerializeToString()
+    # Deterministic, since the bytes become the names of tests.
+    return example.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,12 @@ from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.readers import list_shards
 from diht_jax.data.schema import Record, decode_record, encode_record
 from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.data.vocabulary import find_vocabulary, read_vocabulary
+from diht_jax.data.vocabulary import (
+    ConceptList,
+    Vocabulary,
+    find_vocabulary,
+    read_vocabulary,
+)
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
@@ -335,6 +340,19 @@ def test_report_shows_what_a_person_needs(work):
         assert result["metrics"][name] > result["baseline"][name] + 0.1
         steps = [entry["step"] for entry in result["curve"]]
         assert steps[0] == 0 and len(steps) > 5 and max(steps) <= 150
+
+
+def test_page_marks_what_the_caption_names(work):
+    vocabulary = Vocabulary(
+        ConceptList("objects", ("skin tone", "man", "t-shirt"), (3, 2, 1)),
+        ConceptList("attributes", ("red",), (1,)),
+    )
+    ids, probs = np.arange(3), np.array([0.5, 0.3, 0.2])
+    caption = "Woman, red t-shirt; dark skin tone."
+    record = Record("k", b"i", caption, {}, ids, probs, ids[:1], np.array([1.0]))
+    card = label_report._card(record, vocabulary)
+    for name, own in (("skin tone", True), ("man", False), ("t-shirt", True), ("red", True)):
+        assert (f'<td class="own">{name}</td>' in card) == own
 
 
 def test_page_escapes_what_others_wrote(work):
