@@ -41,7 +41,7 @@ AXES = ("data", "fsdp")
 FORMS = ("dense", "gathered", "streaming")
 
 
-def dense_loss_and_grads(mesh: Mesh):
+def dense_loss_and_grads():
     """HN-NCE on the whole matrix, which the compiler is free to split."""
 
     def loss(image_emb, text_emb, scale):
@@ -64,11 +64,10 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
     whole = NamedSharding(mesh, PartitionSpec())
     rows = jax.ShapeDtypeStruct((num_pairs, width), jnp.float32, sharding=by_example)
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    fn = {
-        "dense": functools.partial(dense_loss_and_grads),
-        "gathered": functools.partial(mapped_loss_and_grads, impl="dense"),
-        "streaming": functools.partial(mapped_loss_and_grads, impl="streaming"),
-    }[form](mesh)
+    if form == "dense":
+        fn = dense_loss_and_grads()
+    else:
+        fn = mapped_loss_and_grads(mesh, "dense" if form == "gathered" else "streaming")
     work = count_work(fn, rows, rows, scale)
     entry = {
         "form": form,

@@ -67,7 +67,7 @@ def concept_losses_in_chunks(
 ) -> tuple[jax.Array, jax.Array]:
     """`concept_losses` of a linear head, which holds the logits of `chunk_rows` rows at a time.
 
-    The backward pass makes the logits of a chunk again.
+    The backward pass makes the logits of a chunk again; a single chunk keeps them.
 
     Args:
         features: float [b, width].
@@ -84,7 +84,6 @@ def concept_losses_in_chunks(
         size for size in range(1, min(chunk_rows, num_rows) + 1) if num_rows % size == 0
     )
 
-    @jax.checkpoint
     def of_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         features, ids, probs = chunk
         logits = jax.lax.dot_general(
@@ -98,7 +97,7 @@ def concept_losses_in_chunks(
     if chunk_rows == num_rows:
         return of_chunk((features, ids, probs))
     chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_rows, *x.shape[1:]), (features, ids, probs))
-    losses, is_labelled = jax.lax.map(of_chunk, chunks)
+    losses, is_labelled = jax.lax.map(jax.checkpoint(of_chunk), chunks)
     return losses.reshape(num_rows), is_labelled.reshape(num_rows)
 
 

@@ -36,6 +36,7 @@ def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     plain.micro_batch = None
     plain.model.remat = "none"
     plain.model.attention = "xla"
+    plain.concepts.chunk_rows = plain.data.batch_size
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
     state = program.abstract_state()
     return count_work(program.step(state), state, program.abstract_batch()).matmul_flops
