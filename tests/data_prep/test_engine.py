@@ -37,6 +37,8 @@ def _start(folder: pathlib.Path, body: str, num_workers: int = 2) -> subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A shell's background job, which the tests may be, ignores ^C and hands that on.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
