@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config = default_config()
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
+    config.model.overrides.context_length = 24  # the longest caption has 24 tokens
     config.total_examples = 71_680
     config.loss.alpha = 1.0
     config.loss.beta = 0.25
