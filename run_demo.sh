@@ -41,7 +41,7 @@ evaluate() { # NAME SHOWN_NAME
 step "Generating 4,000 noisy pairs and clean evaluation sets" generate \
   data_prep.synthetic --output "$out/web" --num_pairs 4000
 step "Filtering: complexity, action, text in the picture" filter \
-  data_prep.filter --config configs/prep/cat.py \
+  data_prep.filter --config configs/prep/cat.py --config.label_field=noise \
   --config.input="$out/web/train-*.tar" --config.output="$out/filtered"
 step "Converting the raw pairs, unfiltered" convert \
   data_prep.filter --config configs/prep/convert.py \
@@ -56,4 +56,4 @@ cat "$out/logs/filter.log" | grep -v '^$' | grep -vE '^[0-9:]+ |shard/s' || true
 echo
 "$python" -m diht_jax.evaluate --compare "$out/raw_infonce.json,$out/filtered_hn_nce.json"
 echo
-echo "Pictures: $(ls "$out"/*.png "$out"/*/curves.png | tr '\n' ' ')"
+echo "Pictures: $(ls "$out"/*.png "$out"/*/curves.png "$out"/filtered/report.html | tr '\n' ' ')"

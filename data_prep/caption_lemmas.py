@@ -7,6 +7,8 @@ captions comes in here.
 
 import re
 
+import numpy as np
+from spacy.attrs import LEMMA, ORTH, TAG
 from spacy.language import Language
 from spacy.lookups import Lookups
 from spacy.tokens import Doc
@@ -90,19 +92,20 @@ class CaptionLemmatizer:
         }
         self.nouns, self.verbs, self.adjectives = map(self._index.get, ("noun", "verb", "adj"))
         self.lexicon = self.nouns | self.verbs | self.adjectives
-        self._cache: dict[tuple[str, str], str] = {}
+        self._cache: dict[tuple[int, int], str] = {}
 
     def __call__(self, doc: Doc) -> Doc:
         cache = self._cache
         if len(cache) > _CACHE_SIZE:
             cache.clear()
-        for token in doc:
-            key = (token.text, token.tag_)
-            lemma = cache.get(key)
-            if lemma is None:
-                lemma = cache[key] = self.lemmatize(*key)
-            token.lemma_ = lemma
-        return doc
+        # By the hashes of words and tags, which are the same in every vocabulary: to make token
+        # objects would take longer than all the rest.
+        keys = list(map(tuple, doc.to_array([ORTH, TAG]).tolist()))
+        strings = doc.vocab.strings
+        for word, tag in set(keys).difference(cache):
+            cache[word, tag] = self.lemmatize(strings[word], strings[tag])
+        lemmas = [strings.add(cache[key]) for key in keys]
+        return doc.from_array([LEMMA], np.array(lemmas, np.uint64))
 
     def lemmatize(self, word: str, tag: str) -> str:
         """Returns the dictionary form of a word.

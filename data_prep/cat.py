@@ -1,51 +1,37 @@
 """CAT filtering of one shard: complexity and action of the caption, the image, the text in it.
 
 Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". The command
-`data_prep.filter` and `configs/prep/` use it. How captions are parsed belongs in `captions.py`,
-how text is spotted in `text_spotting.py`, files in `shards.py`, what concept distillation needs of
-the graphs in `concept_files.py`.
+`data_prep.filter` uses it. How captions are parsed belongs in `captions.py`, how text is spotted in
+`text_spotting.py`, files in `shards.py`, what is recorded in `shard_log.py`, the config in
+`cat_config.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import io
 import itertools
-import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
-from data_prep import shards, text_spotting_stage
-from data_prep.caption_graph import CaptionGraph
-from data_prep.concept_files import (
-    CONCEPTS_SUFFIX,
-    ConceptLog,
-    concept_path,
-    find_mentions,
-)
+from data_prep import cat_config, img2dataset, shards, text_spotting_stage
+from data_prep.caption_graph import CaptionGraph, cat_reason
+from data_prep.caption_memo import CaptionMemo
+from data_prep.concept_files import CONCEPTS_SUFFIX
 from data_prep.engine import Report
-from data_prep.funnel import Funnel
-from data_prep.sources import default_source
-from data_prep.text_spotting import TextSpotter
-from data_prep.text_spotting_weights import easyocr_version
+from data_prep.kept_keys import KEPT_SUFFIX
+from data_prep.shard_log import ShardLog
+from data_prep.sources import read_pairs
+from data_prep.text_spotting import Spot, TextSpotter
 from diht_jax.data import images, schema
-from diht_jax.data.readers import Skipped, SourceShard, read_pairs
+from diht_jax.data.readers import Skipped, SourceShard
 from diht_jax.data.schema import Pair
 from diht_jax.data.tfrecord import TFRecordWriter
 
 _Entry = TypeVar("_Entry")
-
-# Raised whenever the same config comes to mean other records.
-_FORMAT_VERSION = 2
-# Of the config, what says where and how fast, but not what is written.
-_NOT_HASHED = ("input", "output", "num_workers", "batch_size")
-_CAPTION_MODULES = ("caption*.py",)
-_SPOTTING_MODULES = ("text_spotting.py", "text_spotting_match.py", "text_spotting_ocr.py")
 
 
 class _Candidate(NamedTuple):
@@ -55,113 +41,45 @@ class _Candidate(NamedTuple):
         pair: as it came.
         captions: those that are still good.
         graphs: of these captions; none where captions are not parsed.
+        first_graph: of the first caption of all; None where captions are not parsed.
         header: format, width and height of the image once it was checked.
+        spots: what was spotted in the image.
     """
 
     pair: Pair
     captions: list[str]
     graphs: list[CaptionGraph]
+    first_graph: CaptionGraph | None = None
     header: tuple[str, int, int] | None = None
+    spots: tuple[Spot, ...] = ()
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """Every key of a filter config, with its default."""
-    c = ml_collections.ConfigDict()
-    c.input = placeholder(str)  # any source of docs/data.md; several are separated by commas
-    c.output = placeholder(str)  # folder of the shards
-    c.source = default_source()
-    c.dataset_name = "pairs"  # with the split it makes the names of the shards
-    c.split = "train"
+def process_shard(
+    source: SourceShard,
+    output: str,
+    *,
+    config: ml_collections.ConfigDict,
+    report: Report = lambda pairs: None,
+) -> dict[str, Any]:
+    """One source shard in, one TFRecord shard out, with its index and statistics.
 
-    c.complexity = True  # C of CAT: drop captions of a complexity under min_complexity
-    c.min_complexity = 1
-    c.action = True  # A of CAT: drop captions without an action
-    c.text_spotting = True  # T of CAT: drop captions that their picture shows as text
-    c.spotter = text_spotting_stage.default_spotter()
-    c.concepts = True  # count and keep objects and attributes of the captions, for data_prep.label
+    Nothing of the output is visible until it is complete, and what is complete already is not done
+    again.
 
-    c.image = ml_collections.ConfigDict()
-    c.image.max_pixels = images.MAX_PIXELS  # width times height; larger ones are not decoded
-    c.image.min_side = 1  # px; smaller ones are dropped
-    c.image.max_side = placeholder(
-        int
-    )  # px; larger ones are shrunk and written as JPEG; None keeps all bytes
-    c.image.jpeg_quality = 90  # of those that are shrunk
+    Args:
+        source: of `sources.list_sources`.
+        output: path of the shard; files with the same name and further endings lie beside it.
+        config: of `cat_config.default_config`.
+        report: told how many pairs are done, now and then.
 
-    c.drop_metadata = ("exif",)  # fields that are not worth their bytes
-    c.samples_per_outcome = 50  # examples in the statistics, to look at
-    c.seed = 0  # of the choice of examples
-    c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    c.batch_size = 256  # pairs whose captions are parsed together
-    return c
-
-
-def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks what types cannot tell.
+    Returns:
+        The shard's statistics, as they lie in OUTPUT.stats.json.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: the source is damaged.
     """
-    least = {
-        "min_complexity": (config.min_complexity, 0),
-        "image.max_pixels": (config.image.max_pixels, 1),
-        "image.min_side": (config.image.min_side, 1),
-        "image.max_side": (config.image.max_side, 1),
-        "samples_per_outcome": (config.samples_per_outcome, 0),
-        "batch_size": (config.batch_size, 1),
-    }
-    for name, (value, minimum) in least.items():
-        if value is not None and (not isinstance(value, int) or value < minimum):
-            raise ValueError(f"config.{name}={value!r}; expected an integer of at least {minimum}")
-    text_spotting_stage.check_spotter(config.spotter)
-    if not 1 <= config.image.jpeg_quality <= 95:
-        raise ValueError(f"config.image.jpeg_quality={config.image.jpeg_quality}; expected 1 to 95")
-
-
-def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """The part of the config that decides what is written, as plain JSON-able values."""
-    settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_HASHED}
-    spotter = settings.pop("spotter")
-    if config.text_spotting:
-        not_hashed = text_spotting_stage.NOT_HASHED
-        settings["spotter"] = {k: v for k, v in spotter.items() if k not in not_hashed}
-    return settings
-
-
-def hash_config(config: ml_collections.ConfigDict) -> str:
-    """The fingerprint of all that decides what is written, the rules included.
-
-    Raises:
-        ValueError: text-spotting is asked for, and EasyOCR is not installed.
-    """
-    settings = record_settings(config)
-    settings["format_version"] = _FORMAT_VERSION
-    if parses_captions(config):
-        settings["caption_rules"] = _hash_modules(_CAPTION_MODULES)
-    if config.text_spotting:
-        settings["spotting_rules"] = _hash_modules(_SPOTTING_MODULES)
-        settings["easyocr"] = easyocr_version()
-    return shards.hash_config(settings)
-
-
-def _hash_modules(patterns: Sequence[str]) -> str:
-    # Otherwise a run after a change of the rules would take the shards of before for its own.
-    folder = pathlib.Path(__file__).parent
-    rules = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in rules)).hexdigest()
-
-
-def parses_captions(config: ml_collections.ConfigDict) -> bool:
-    """Whether the captions matter; otherwise the parser is not even loaded."""
-    return _drops_captions(config) or config.concepts
-
-
-def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """C and A as arguments of `captions.cat_reason`."""
-    return {
-        "min_complexity": config.min_complexity if config.complexity else 0,
-        "require_action": config.action,
-    }
+    task = shards.ShardTask(source, output, cat_config.hash_config(config))
+    return shards.load_finished(task) or filter_shard(task, report, config=config)
 
 
 def filter_shard(
@@ -172,7 +90,7 @@ def filter_shard(
     Args:
         task: source and output.
         report: told how many pairs are done.
-        config: of `default_config`.
+        config: of `cat_config.default_config`.
 
     Returns:
         The shard's statistics.
@@ -183,7 +101,7 @@ def filter_shard(
     return shards.run_task(
         task,
         functools.partial(_process, config=config, report=report),
-        beside=(CONCEPTS_SUFFIX,) if config.concepts else (),
+        beside=(KEPT_SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
     )
 
 
@@ -194,60 +112,84 @@ def _process(
     config: ml_collections.ConfigDict,
     report: Report,
 ) -> dict[str, Any]:
-    funnel = Funnel(config.samples_per_outcome, config.seed)
-    concepts = ConceptLog()
+    log = ShardLog(config)
+    log.download = img2dataset.read_download_stats(source)
+    memo = CaptionMemo()
+    if cat_config.parses_captions(config):
+        with log.clock("loading"):
+            memo.parse([])
     spotter = None
     if config.text_spotting:
         spotter = text_spotting_stage.open_spotter(config.spotter, config.image.max_pixels, source)
-    for chunk in _chunks(read_pairs(source), config.batch_size):
+    chunks = _chunks(_with_sidecar(source), config.batch_size)
+    while chunk := _next_chunk(chunks, log):
         pairs = []
         for entry in chunk:
             if isinstance(entry, Skipped):
-                funnel.drop("source", entry.reason, entry.key, entry.detail)
+                log.skip(entry)
             else:
                 pairs.append(entry)
-        candidates = list(_check_images(_filter_captions(pairs, config, funnel), config, funnel))
+        with log.clock("captions"):
+            parsed = list(_filter_captions(pairs, memo, config, log))
+        with log.clock("images"):
+            candidates = list(_check_images(parsed, config, log))
         report(len(chunk) - len(candidates))
         # In smaller groups from here on: text-spotting takes its time.
         for group in _chunks(iter(candidates), config.spotter.batch_size):
-            good = group if spotter is None else _spot_text(group, spotter, funnel)
-            for candidate in good:
-                if _write(candidate, writer, config, funnel) and config.concepts:
-                    concepts.add(find_mentions(candidate.graphs))
+            with log.clock("text"):
+                good = group if spotter is None else list(_spot_text(group, spotter, log))
+            with log.clock("writing"):
+                for candidate in good:
+                    _write(candidate, writer, config, log)
             report(len(group))
-    if not config.concepts:
-        return funnel.to_json()
-    concepts.write(concept_path(writer.path))
-    return funnel.to_json() | {"concepts": concepts.counts()}
+    return log.write(writer.path)
+
+
+def _next_chunk(chunks: Iterator[list[_Entry]], log: ShardLog) -> list[_Entry] | None:
+    with log.clock("reading"):
+        return next(chunks, None)
+
+
+def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:
+    """The pairs; those without metadata take it from img2dataset's parquet file, if there is one.
+
+    The tars of img2dataset have the same in their json members, unless somebody left those out.
+    """
+    sidecar: dict[str, dict[str, Any]] | None = None
+    for entry in read_pairs(source):
+        if isinstance(entry, Pair) and not entry.metadata and source.kind == "webdataset":
+            if sidecar is None:
+                sidecar = img2dataset.read_sidecar(source)
+            entry = dataclasses.replace(entry, metadata=sidecar.get(entry.key, {}))
+        yield entry
 
 
 def _filter_captions(
-    pairs: Sequence[Pair], config: ml_collections.ConfigDict, funnel: Funnel
+    pairs: Sequence[Pair], memo: CaptionMemo, config: ml_collections.ConfigDict, log: ShardLog
 ) -> Iterator[_Candidate]:
     """Pairs with at least one good caption."""
     captions = [_all_captions(pair) for pair in pairs]
-    if not parses_captions(config):
+    if not cat_config.parses_captions(config):
         for pair, texts in zip(pairs, captions, strict=True):
             yield _Candidate(pair, texts, [])
         return
-    from data_prep.captions import cat_reason, parse_captions
-
-    limits = caption_limits(config)
-    parsed = iter(parse_captions(list(itertools.chain(*captions))))
+    limits = cat_config.caption_limits(config)
+    parsed = iter(memo.parse(list(itertools.chain(*captions))))
     for pair, texts in zip(pairs, captions, strict=True):
         graphs = list(itertools.islice(parsed, len(texts)))
         reasons = [cat_reason(graph, **limits) for graph in graphs]
-        if not _drops_captions(config):
+        if not cat_config.drops_captions(config):
             reasons = [None] * len(texts)
-        good = _choose(_Candidate(pair, texts, graphs), [reason is None for reason in reasons])
+        candidate = _Candidate(pair, texts, graphs, graphs[0])
+        good = _choose(candidate, [reason is None for reason in reasons])
         if good.captions:
             yield good
         else:
-            funnel.drop("caption", reasons[0], pair.key, pair.caption)
+            log.drop("caption", reasons[0], pair, graphs[0])
 
 
 def _check_images(
-    candidates: Iterable[_Candidate], config: ml_collections.ConfigDict, funnel: Funnel
+    candidates: Iterable[_Candidate], config: ml_collections.ConfigDict, log: ShardLog
 ) -> Iterator[_Candidate]:
     """Those whose image can be decoded and is large enough."""
     limits = config.image
@@ -256,30 +198,36 @@ def _check_images(
         try:
             header = images.check_readable(pair.image, max_pixels=limits.max_pixels)
         except images.ImageError as error:
-            funnel.drop("image", error.reason, pair.key, pair.caption)
+            log.drop("image", error.reason, pair, candidate.first_graph)
             continue
         if min(header[1:]) < limits.min_side:
-            funnel.drop("image", "too_small", pair.key, pair.caption)
+            log.drop("image", "too_small", pair, candidate.first_graph, size=header[1:])
         else:
             yield candidate._replace(header=header)
 
 
 def _spot_text(
-    candidates: Sequence[_Candidate], spotter: TextSpotter, funnel: Funnel
+    candidates: Sequence[_Candidate], spotter: TextSpotter, log: ShardLog
 ) -> Iterator[_Candidate]:
     """Those of whose captions at least one does not stand in the picture."""
     verdicts = spotter.judge([c.pair.image for c in candidates], [c.captions for c in candidates])
-    funnel.text_spotting.update(text_spotting_stage.count_verdicts(verdicts))
+    log.funnel.text_spotting.update(text_spotting_stage.count_verdicts(verdicts))
     for candidate, verdict in zip(candidates, verdicts, strict=True):
-        pair = candidate.pair
+        pair, graph = candidate.pair, candidate.first_graph
         good = _choose(candidate, [match is None for match in verdict.matches])
         if verdict.error is not None:
-            funnel.drop("image", verdict.error.reason, pair.key, pair.caption)
+            log.drop("image", verdict.error.reason, pair, graph)
         elif good.captions:
-            yield good
+            yield good._replace(spots=verdict.spots)
         else:
-            funnel.drop(
-                text_spotting_stage.STAGE, text_spotting_stage.REASON, pair.key, pair.caption
+            log.drop(
+                text_spotting_stage.STAGE,
+                text_spotting_stage.REASON,
+                pair,
+                graph,
+                size=candidate.header[1:],
+                spots=verdict.spots,
+                match=verdict.matches[0],
             )
 
 
@@ -296,30 +244,26 @@ def _all_captions(pair: Pair) -> list[str]:
     return [pair.caption, *(text for text in several if text != pair.caption)]
 
 
-def _drops_captions(config: ml_collections.ConfigDict) -> bool:
-    return config.complexity or config.action
-
-
 def _write(
     candidate: _Candidate,
     writer: TFRecordWriter,
     config: ml_collections.ConfigDict,
-    funnel: Funnel,
-) -> bool:
-    """Whether the pair was written."""
+    log: ShardLog,
+) -> None:
+    """Writes the pair, unless it turns out that its image cannot be shrunk."""
     pair = _narrow(candidate)
     name, *size = candidate.header
+    original = pair
     if config.image.max_side is not None and max(size) > config.image.max_side:
         try:
             name, data = "JPEG", _shrink(pair.image, config)
         except images.ImageError as error:
-            funnel.drop("image", error.reason, pair.key, pair.caption)
-            return False
+            log.drop("image", error.reason, pair, candidate.first_graph)
+            return
         pair = dataclasses.replace(pair, image=data)
     metadata = {k: v for k, v in pair.metadata.items() if k not in config.drop_metadata}
     writer.write(schema.encode_record(dataclasses.replace(pair, metadata=metadata)))
-    funnel.keep(pair.key, pair.caption, name)
-    return True
+    log.keep(original, candidate.graphs, name, tuple(size), candidate.spots)
 
 
 def _narrow(candidate: _Candidate) -> Pair:

@@ -46,11 +46,12 @@ class Funnel:
     text_spotting: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     _samples: dict[str, list[tuple[str, str, str]]] = dataclasses.field(default_factory=dict)
 
-    def keep(self, key: str, text: str, image_format: str) -> None:
-        """Counts a pair that was written."""
+    def keep(self, key: str, text: str, image_format: str | None) -> None:
+        """Counts a pair that was written; without a format where there is no image."""
         self.read += 1
         self.kept += 1
-        self.image_formats[image_format] += 1
+        if image_format is not None:
+            self.image_formats[image_format] += 1
         self._add_samples(KEPT, [self._make_sample(key, text)])
 
     def drop(self, stage: str, reason: str, key: str, text: str) -> None:
@@ -105,12 +106,18 @@ class Funnel:
             {outcome: [tuple(s) for s in samples] for outcome, samples in data["samples"].items()},
         )
 
-    def format_table(self) -> str:
-        """The funnel as a table of counts and shares of what came in, and how text was found."""
+    def rows(self) -> list[tuple[str, str, int]]:
+        """Stage, reason and pairs: what was read, every reason in the order of the stages, kept."""
         rows = [("read", "", self.read)]
         for stage in STAGES:
-            rows += [(stage, reason, count) for reason, count in self.dropped[stage].most_common()]
-        rows.append((KEPT, "", self.kept))
+            # Equal counts by name, so that the order of merging does not show.
+            found = sorted(self.dropped[stage].items(), key=lambda item: (-item[1], item[0]))
+            rows += [(stage, reason, count) for reason, count in found]
+        return [*rows, (KEPT, "", self.kept)]
+
+    def format_table(self) -> str:
+        """The funnel as a table of counts and shares of what came in, and how text was found."""
+        rows = self.rows()
         reason_width = max(len(reason) for _, reason, _ in rows)
         count_width = max(len("pairs"), len(f"{self.read:,}"))
         lines = [f"{'stage':8} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]
@@ -123,11 +130,17 @@ class Funnel:
             lines.append(describe_counts(self.text_spotting))
         return "\n".join(lines)
 
+    def rank(self, key: str, text: str) -> str:
+        """A random rank that belongs to the pair.
+
+        The lowest ranks of all shards together are a fair sample, whatever the order and the number
+        of shards.
+        """
+        data = f"{self.seed}\n{key}\n{text}".encode("utf-8", "replace")
+        return hashlib.blake2b(data, digest_size=8).hexdigest()
+
     def _make_sample(self, key: str, text: str) -> tuple[str, str, str]:
-        # A random rank that belongs to the pair: the lowest ranks of all shards together are a
-        # fair sample, whatever the order and the number of shards.
-        rank = hashlib.blake2b(f"{self.seed}\n{key}\n{text}".encode(), digest_size=8).hexdigest()
-        return rank, key, text[:_MAX_SAMPLE_CHARS]
+        return self.rank(key, text), key, text[:_MAX_SAMPLE_CHARS]
 
     def _add_samples(self, outcome: str, samples: Iterable[tuple[str, str, str]]) -> None:
         kept = self._samples.setdefault(outcome, [])

@@ -6,7 +6,6 @@ from `heads.json`, images from the labelled shards.
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import os
@@ -19,6 +18,7 @@ import numpy as np
 
 from data_prep.embeddings import hash_key
 from data_prep.head_files import is_held_out
+from data_prep.html_page import data_uri, render_bar, render_page
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.images import ImageError, decode_rgb
 from diht_jax.data.schema import Record, decode_record
@@ -36,20 +36,9 @@ _MAX_TRIES = 20  # records looked at for each image of the page, until enough ar
 _WORD = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 
 _STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; color: #1f2328; max-width: 1180px;
-       margin: 24px auto; padding: 0 20px; }
-h1 { font-size: 24px; } h2 { font-size: 18px; margin-top: 32px; }
-table { border-collapse: collapse; } td, th { padding: 3px 12px 3px 0; text-align: left; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-th { border-bottom: 1px solid #d0d7de; font-weight: 600; }
-.note { color: #656d76; } .licence { background: #fff8c5; padding: 8px 12px; }
-.columns { display: flex; flex-wrap: wrap; gap: 12px 48px; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 14px; }
-.card { border: 1px solid #d0d7de; border-radius: 6px; padding: 10px; }
+.licence { background: #fff8c5; padding: 8px 12px; }
 .card img { display: block; height: 150px; max-width: 100%; object-fit: contain; }
-.card p { margin: 6px 0; font-size: 13px; } .card table { font-size: 12px; }
 .card td { padding-right: 6px; } .concepts { display: flex; gap: 8px; }
-.bar { display: inline-block; height: 8px; background: #0969da; border-radius: 2px; }
 .own { font-weight: 600; color: #1a7f37; }
 ol, ul { columns: 220px; padding-left: 22px; font-size: 13px; }
 """
@@ -75,7 +64,7 @@ def write_report(
         f"<h1>Concept labels</h1><p>{_describe_run(folder, summary)}</p>",
         _licence(summary["licence"]),
         f"<h2>{_describe_heads(heads)}</h2>{_metrics_table(heads)}",
-        f'<p><img src="{_data_uri(curves, "png")}" width="1000" alt="training curves"></p>'
+        f'<p><img src="{data_uri(curves, "png")}" width="1000" alt="training curves"></p>'
         if curves
         else "",
         "<h2>Images</h2><p class=note>Random images that no head was trained on, where there are "
@@ -85,10 +74,7 @@ def write_report(
         *(_vocabulary_section(part) for part in vocabulary if len(part)),
         *(_ranking_section(kind, result) for kind, result in _results(heads)),
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Concept labels</title>'
-        f"<style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
+    page = render_page("Concept labels", parts, _STYLE)
     write_atomically(pathlib.Path(folder) / PAGE, page.encode())
 
 
@@ -246,7 +232,7 @@ def _concept_table(part: ConceptList, ids: np.ndarray, probs: np.ndarray, words:
         css = ' class="own"' if f" {name} " in words else ""
         rows += (
             f"<tr><td{css}>{html.escape(name)}</td><td class=n>{100 * prob:.0f}%</td>"
-            f'<td><span class="bar" style="width:{24 * prob:.0f}px"></span></td></tr>'
+            f"<td>{render_bar(prob, 24)}</td></tr>"
         )
     return f"<table>{rows}</table>"
 
@@ -259,7 +245,7 @@ def _thumbnail(record: Record) -> str:
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
-    return f'<img src="{_data_uri(buffer.getvalue(), "jpeg")}" alt="{html.escape(record.key)}">'
+    return f'<img src="{data_uri(buffer.getvalue(), "jpeg")}" alt="{html.escape(record.key)}">'
 
 
 def _vocabulary_section(part: ConceptList) -> str:
@@ -296,7 +282,3 @@ def _ranking_table(entries: Sequence[dict[str, Any]]) -> str:
     )
     header = "<tr><th>concept</th><th class=n>recall</th><th class=n>images</th></tr>"
     return f"<table>{header}{rows}</table>"
-
-
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

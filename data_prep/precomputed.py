@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import glob
 import os
-import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import ml_collections
 import numpy as np
 
 from data_prep.image_teacher import Embedded, Teacher, TeacherInfo, chunks
+from diht_jax.data.array_files import read_npz_array
 from diht_jax.data.schema import Record
 
 SUFFIXES = (".npz", ".parquet")
@@ -42,8 +42,13 @@ class EmbeddingTable:
         self._places: dict[str, tuple[int, int]] = {}
         self._open: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._dim: int | None = None
+        self._lengths: list[int] = []
         for number, path in enumerate(self._paths):
-            for row, key in enumerate(_read_keys(path, key_field)):
+            keys = _read_keys(path, key_field)
+            self._lengths.append(len(keys))
+            if not keys:
+                self._load(path, 0)  # empty as well, or else nobody would ever look at it
+            for row, key in enumerate(keys):
                 if key in self._places:
                     first = self._paths[self._places[key][0]]
                     raise ValueError(
@@ -66,27 +71,33 @@ class EmbeddingTable:
             return None
         number, row = place
         if number not in self._open:
-            self._open[number] = self._load(self._paths[number])
+            self._open[number] = self._load(self._paths[number], self._lengths[number])
             if len(self._open) > _OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(number)
         return self._open[number][row]
 
-    def _load(self, path: str) -> np.ndarray:
+    def _load(self, path: str, num_keys: int) -> np.ndarray:
         values = _read_embeddings(path, self._fields[1])
-        if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+        if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or not values.shape[1]:
             raise ValueError(
                 f"{path}: '{self._fields[1]}' is {values.dtype} {list(values.shape)}; expected "
                 "floating-point [n, d]"
             )
+        if len(values) != num_keys:
+            raise ValueError(f"{path}: {num_keys} keys, but {len(values)} embeddings")
+        if not num_keys:
+            return values
         if self._dim not in (None, values.shape[1]):
             raise ValueError(
                 f"{path}: embeddings of size {values.shape[1]}, of other files {self._dim}"
             )
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
         if not np.isfinite(values).all():
-            raise ValueError(f"{path}: some embeddings are not finite")
+            raise ValueError(f"{path}: some embeddings are not finite in float32")
         self._dim = values.shape[1]
-        return values.astype(np.float32)
+        return values
 
 
 class PrecomputedTeacher(Teacher):
@@ -153,31 +164,58 @@ def _find_files(files: str | None) -> list[str]:
 
 def _read_keys(path: str, field: str) -> list[str]:
     values = _read_field(path, field)
-    keys = values.to_pylist() if hasattr(values, "to_pylist") else values.tolist()
-    return [key.decode() if isinstance(key, bytes) else str(key) for key in keys]
+    if getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"{path}: '{field}' has the shape {list(values.shape)}; expected [n]")
+    keys = values.tolist() if isinstance(values, np.ndarray) else values.to_pylist()
+    for row, key in enumerate(keys):
+        if isinstance(key, bytes):
+            try:
+                keys[row] = key.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: '{field}' of row {row} is no UTF-8 ({error})") from error
+        elif isinstance(key, int) and not isinstance(key, bool):
+            keys[row] = str(key)
+        elif not isinstance(key, str):
+            raise ValueError(f"{path}: '{field}' of row {row} is {key!r:.80}; expected a text")
+    return keys
 
 
 def _read_embeddings(path: str, field: str) -> np.ndarray:
     values = _read_field(path, field)
     if isinstance(values, np.ndarray):
         return values
-    lengths = {len(row) for row in values.to_pylist()} if len(values) else set()
+    import pyarrow.types
+
+    kind = values.type
+    is_list = any(
+        check(kind)
+        for check in (
+            *(pyarrow.types.is_list, pyarrow.types.is_large_list),
+            pyarrow.types.is_fixed_size_list,
+        )
+    )
+    if not is_list or not pyarrow.types.is_floating(kind.value_type):
+        raise ValueError(f"{path}: '{field}' is {kind}; expected lists of floating-point numbers")
+    if values.null_count:
+        raise ValueError(f"{path}: '{field}' is empty (null) in {values.null_count} rows")
+    lengths = {len(row) for row in values.to_pylist()}
     if len(lengths) > 1:
         raise ValueError(f"{path}: '{field}' has rows of several lengths: {sorted(lengths)[:5]}")
-    flat = np.concatenate([chunk.flatten().to_numpy(False) for chunk in values.chunks])
-    return flat.reshape(len(values), -1)
+    # A number that is missing becomes NaN here, which the caller refuses.
+    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in values.chunks]
+    return np.concatenate(flat).reshape(len(values), -1) if lengths else np.zeros((0, 1), "f4")
 
 
 def _read_field(path: str, field: str) -> Any:
     """A NumPy array of an npz, or a chunked array of a parquet file."""
-    try:
-        if path.endswith(".npz"):
-            with np.load(path, allow_pickle=False) as file:
-                return file[field]
-        import pyarrow.parquet
+    if path.endswith(".npz"):
+        return read_npz_array(path, field)
+    import pyarrow
+    import pyarrow.parquet
 
+    try:
         return pyarrow.parquet.read_table(path, columns=[field])[field]
     except KeyError as error:
         raise ValueError(f"{path}: no field '{field}' ({error})") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: cannot be read as {path.rpartition('.')[2]}: {error}") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error

@@ -1,4 +1,4 @@
-"""One source shard in, one TFRecord shard and its statistics out: atomic, and done only once.
+"""One source shard in, one output and its statistics out: atomic, and done only once.
 
 The commands of `data_prep` plan tasks here, run them with `engine.py`, and merge the statistics.
 A shard counts as done when its statistics file exists, which is written last, and when that file
@@ -13,7 +13,8 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from diht_jax.data import dataset_info
@@ -25,6 +26,13 @@ STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
 
 Process = Callable[[SourceShard, TFRecordWriter], dict[str, Any]]
+
+# The fingerprint of an input is of so many blocks of so many bytes.
+_BLOCKS, _BLOCK_BYTES = 32, 2**16
+# Of `SourceShard.identity`, what does not tell one content from another.
+_PLACE = ("path", "changed_ns")
+# The names of `atomic_file.temporary_path`.
+_TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +106,34 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
         ValueError: the source is damaged.
     """
     task.stats_path.unlink(missing_ok=True)
-    identity = task.source.identity()
+    identity = describe_input(task.source)
     with TFRecordWriter(task.output) as writer:
         counts = process(task.source, writer)
+    return finish_task(task, identity, counts, len(writer), beside)
+
+
+def finish_task(
+    task: ShardTask,
+    identity: dict[str, Any],
+    counts: dict[str, Any],
+    records: int,
+    beside: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Writes the statistics, which makes the task done.
+
+    Args:
+        task: whose output lies there.
+        identity: of `describe_input`, taken before the input was read.
+        counts: what happened to the records.
+        records: in the output.
+        beside: endings of further files that belong to the output.
+    """
     stats = {
         "config_hash": task.config_hash,
         "input": identity,
         "output": {
             "file": os.path.basename(task.output),
-            "records": len(writer),
+            "records": records,
             "bytes": os.path.getsize(task.output),
             "beside": {suffix: os.path.getsize(task.output + suffix) for suffix in beside},
         },
@@ -114,6 +141,62 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
     }
     write_json(task.stats_path, stats)
     return stats
+
+
+def describe_input(source: SourceShard) -> dict[str, Any]:
+    """What tells whether a source is still the same: its identity and a hash of its contents.
+
+    Ours: the hash is of the size and of 64 kB at 32 places, so that it costs nothing beside the
+    filter; it tells a file that was copied or touched from one that was changed.
+
+    Args:
+        source: what is read.
+    """
+    identity = json.loads(json.dumps(source.identity()))
+    return identity | {"fingerprint": _fingerprint(source)}
+
+
+def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
+    """What has changed since a task was done: the config, the input, or nothing (None).
+
+    Args:
+        task: what would be done.
+        stats: the statistics that lie there.
+    """
+    if stats.get("config_hash") != task.config_hash:
+        return f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
+    before = stats.get("input") or {}
+    try:
+        now = json.loads(json.dumps(task.source.identity()))
+    except FileNotFoundError:
+        return f"the input '{task.source}', which is gone"
+    if all(before.get(name) == value for name, value in now.items()):
+        return None
+    same_shape = all(before.get(name) == value for name, value in now.items() if name not in _PLACE)
+    if same_shape and before.get("fingerprint") == _fingerprint(task.source) is not None:
+        return None
+    return f"the input '{task.source}'"
+
+
+def read_stats(task: ShardTask) -> dict[str, Any] | None:
+    """The statistics that lie there, whatever they belong to; None where there are none."""
+    try:
+        stats = json.loads(task.stats_path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return stats if isinstance(stats, dict) else None
+
+
+def has_output(task: ShardTask, stats: dict[str, Any]) -> bool:
+    """Whether the output and what lies beside it have the sizes that the statistics name."""
+    try:
+        output = stats["output"]
+        return output["bytes"] == os.path.getsize(task.output) and all(
+            size == os.path.getsize(task.output + suffix)
+            for suffix, size in output["beside"].items()
+        )
+    except (OSError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def load_finished(task: ShardTask) -> dict[str, Any] | None:
@@ -125,20 +208,26 @@ def load_finished(task: ShardTask) -> dict[str, Any] | None:
     Returns:
         None where it has to be done (again).
     """
-    try:
-        stats = json.loads(task.stats_path.read_bytes())
-        is_same = (
-            stats["config_hash"] == task.config_hash
-            and stats["input"] == json.loads(json.dumps(task.source.identity()))
-            and stats["output"]["bytes"] == os.path.getsize(task.output)
-            and all(
-                size == os.path.getsize(task.output + suffix)
-                for suffix, size in stats["output"]["beside"].items()
-            )
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    stats = read_stats(task)
+    if stats is None or explain_change(task, stats) or not has_output(task, stats):
         return None
-    return stats if is_same else None
+    return stats
+
+
+def remove_litter(folder: str, names: Collection[str]) -> None:
+    """Removes the unfinished files that a killed run has left.
+
+    Args:
+        folder: where they lie.
+        names: outputs that no other process is writing now; their half-written versions, and those
+            of files whose names begin with them, are removed.
+    """
+    names = frozenset(names)
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match and not names.isdisjoint(_prefixes(match[1])):
+                pathlib.Path(entry.path).unlink(missing_ok=True)
 
 
 def remove_merged(folder: str) -> None:
@@ -156,3 +245,27 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     """Writes JSON for people and programs, atomically."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
     write_atomically(path, f"{text}\n".encode())
+
+
+def _prefixes(name: str) -> list[str]:
+    """The name without its last parts: "a.b.c", "a.b", "a"."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _fingerprint(source: SourceShard) -> str | None:
+    """Of the bytes of a file, or of its part; None for a folder."""
+    if not os.path.isfile(source.path):
+        return None
+    size = os.path.getsize(source.path)
+    # A part of a table has its place in bytes; other parts are numbered, and stand for the file.
+    start, stop = (source.start, source.stop) if source.kind == "table" else (0, size)
+    stop = size if stop is None else min(stop, size)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    last = max(start, stop - _BLOCK_BYTES)
+    places = {start + (last - start) * i // (_BLOCKS - 1) for i in range(_BLOCKS)}
+    with open(source.path, "rb") as file:
+        for place in sorted(places):
+            file.seek(place)
+            digest.update(file.read(min(_BLOCK_BYTES, stop - place)))
+    return digest.hexdigest()

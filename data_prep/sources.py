@@ -1,20 +1,25 @@
 """From the `input` of a preparation config to units of work.
 
 The readers themselves live in `diht_jax.data.readers`, where the evaluation finds them too; this
-module holds what only offline jobs need: the config section, and the share of one job.
+module holds what only offline jobs need: the config section, img2dataset's parquet files with
+images, and the share of one job.
 """
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from diht_jax.data import tables
+from data_prep import img2dataset
+from diht_jax.data import readers, tables
 from diht_jax.data.readers import SourceShard, list_shards
+from diht_jax.data.schema import Pair
+from diht_jax.data.source import Skipped
 
 _Task = TypeVar("_Task")
 
@@ -53,7 +58,53 @@ def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[S
             "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
         )
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
-    return list_shards([text.strip() for text in texts], **source.to_dict())
+    shards = []
+    for text in map(str.strip, texts):
+        parquet = find_parquet(text)
+        shards += [SourceShard(img2dataset.KIND, path) for path in parquet] or list_shards(
+            text, **source.to_dict()
+        )
+    return shards
+
+
+def find_parquet(text: str) -> list[str]:
+    """The parquet files that a path or a glob names, or that a folder holds without any tar.
+
+    Args:
+        text: of the input.
+
+    Returns:
+        Sorted paths; none where the text names something else.
+    """
+    suffix = img2dataset.PARQUET_SUFFIX
+    if os.path.isdir(text):
+        names = sorted(os.listdir(text))
+        # Beside tars they hold metadata only.
+        if any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in names):
+            return []
+        return [os.path.join(text, name) for name in names if _is_visible(name, suffix)]
+    if not text.endswith(suffix):
+        return []
+    paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
+    return [path for path in paths if _is_visible(os.path.basename(path), suffix)]
+
+
+def _is_visible(name: str, suffix: str) -> bool:
+    return name.endswith(suffix) and not name.startswith(".")
+
+
+def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Reads one unit of work; as `diht_jax.data.readers.read_pairs`, and parquet files too.
+
+    Args:
+        shard: of `list_sources`.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    if shard.kind == img2dataset.KIND:
+        return img2dataset.read_parquet(shard)
+    return readers.read_pairs(shard)
 
 
 def check_output(output: str | os.PathLike[str] | None, sources: Sequence[SourceShard]) -> str:

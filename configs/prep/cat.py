@@ -13,11 +13,11 @@ Expected: TFRecord shards with their statistics in the output folder, and the fu
 
 import ml_collections
 
-from data_prep.cat import default_config
+from data_prep.cat_config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The defaults of `data_prep.cat` are this recipe; the switches stand here to be seen."""
+    """The defaults of `cat_config` are this recipe; the switches stand here to be seen."""
     config = default_config()
     config.complexity = True
     config.min_complexity = 1

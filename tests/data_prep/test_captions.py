@@ -86,13 +86,28 @@ def test_known_deviation_is_as_noted(example, graphs):
     assert _describe(graphs[example["id"]]) == _expect(example, "got_")
 
 
-def test_every_decision_is_right(graphs):
+def test_decisions_are_right(graphs):
     wrong = [
         example["caption"]
         for example in EXAMPLES
         if (cat_reason(graphs[example["id"]]) or "keep") != example["decision"]
     ]
-    assert not wrong
+    noted = [example["caption"] for example in DEVIATIONS if "got_decision" in example]
+    assert wrong == noted
+    assert len(wrong) <= 0.02 * len(EXAMPLES)
+
+
+def test_agreement_on_captions_that_no_rule_was_made_for(graphs):
+    fresh = [example for example in EXAMPLES if example["id"].startswith("fresh-")]
+    agree = {
+        "graph": [_describe(graphs[e["id"]]) == _expect(e) for e in fresh],
+        "complexity": [graphs[e["id"]].complexity == _expected_complexity(e) for e in fresh],
+        "decision": [(cat_reason(graphs[e["id"]]) or "keep") == e["decision"] for e in fresh],
+    }
+    assert len(fresh) == 71
+    assert {name: sum(right) for name, right in agree.items()} == {
+        "graph": 53, "complexity": 63, "decision": 69
+    }  # fmt: skip
 
 
 def test_agreement_with_the_specification(graphs):
@@ -160,10 +175,15 @@ def test_batches_order_and_duplicates_do_not_matter(web_captions, parser):
     assert alone == one[:5]
 
 
-def test_calls_do_not_fill_the_vocabulary(parser):
+def test_vocabulary_grows_up_to_its_limit_only(parser, monkeypatch):
+    captions = [f"a zorgle{i} eating a blimfot{i}" for i in range(50)]
+    monkeypatch.setattr(caption_module, "_MAX_LEXEMES", len(parser.vocab))
     strings = len(parser.vocab.strings)
-    parse_captions([f"a zorgle{i} eating a blimfot{i}" for i in range(50)], nlp=parser)
+    full = parse_captions(captions, nlp=parser)
     assert len(parser.vocab.strings) == strings
+    monkeypatch.setattr(caption_module, "_MAX_LEXEMES", len(parser.vocab) + 1)
+    assert parse_captions(captions, nlp=parser) == full
+    assert len(parser.vocab.strings) > strings  # the last call before the limit may pass it
 
 
 def test_no_captions():

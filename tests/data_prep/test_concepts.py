@@ -49,6 +49,7 @@ def filtered(tmp_path_factory) -> pathlib.Path:
         config.update({"input": str(folder / "t.jsonl"), "output": str(folder / recipe)})
         config.update({"num_workers": 0, "concepts": True, "text_spotting": False})
         config.source.rows_per_shard = 2
+        config.examples_per_shard = 2
         assert run_filter(config) == {}
     return folder
 
@@ -182,5 +183,6 @@ def test_filter_writes_a_lost_concept_file_again(filtered):
     config.update({"input": str(filtered / "t.jsonl"), "output": str(filtered / "cat")})
     config.update({"num_workers": 0, "text_spotting": False})
     config.source.rows_per_shard = 2
+    config.examples_per_shard = 2
     assert run_filter(config) == {}
     assert path.read_bytes() == before

@@ -4,12 +4,15 @@ Workers import the main module, so each test runs a script of its own.
 """
 
 import ast
+import collections
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+
+import pytest
 
 from data_prep.engine import run_tasks
 
@@ -18,7 +21,7 @@ _LONGEST_SECS = 60  # of a script; a failure here means that it waits for ever
 
 _FRAME = """
 import os, pathlib, signal, sys, time
-from data_prep import engine
+from data_prep import engine, engine_local
 
 folder = pathlib.Path(__file__).parent
 {body}
@@ -71,6 +74,29 @@ def test_failures_are_isolated_in_this_process():
     }  # fmt: skip
     assert outcomes[3].error == "three is not allowed"
     assert "Traceback" in outcomes[4].error and "RuntimeError: a defect" in outcomes[4].error
+
+
+def test_what_may_pass_is_tried_again():
+    tries = collections.Counter()
+
+    def work(task: int, report) -> int:
+        tries[task] += 1
+        if tries[task] <= task:
+            raise OSError("the disk is not there") if task < 4 else ValueError("damaged")
+        return task
+
+    outcomes = {o.task: o for o in run_tasks(work, range(6), num_workers=0, label="t", retries=2)}
+    assert {task: (o.result, o.error) for task, o in outcomes.items()} == {
+        0: (0, None),
+        1: (1, None),
+        2: (2, None),
+        3: (None, "the disk is not there"),
+        4: (None, "damaged"),
+        5: (None, "damaged"),
+    }
+    assert tries == {0: 1, 1: 2, 2: 3, 3: 3, 4: 1, 5: 1}
+    with pytest.raises(ValueError, match="config.retries=-1; expected at least 0"):
+        list(run_tasks(work, range(2), num_workers=0, label="t", retries=-1))
 
 
 def test_failures_and_deaths_are_isolated_in_workers(tmp_path):
@@ -156,7 +182,7 @@ def work(task, report):
 
 def test_silence_is_told(tmp_path):
     body = """
-engine._STALL_SECS = 0.5
+engine_local._STALL_SECS = 0.5
 def work(task, report):
     time.sleep(2.0 if task == 7 else 0.0)
     return task

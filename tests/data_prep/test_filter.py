@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import cat
+from data_prep import cat_config
+from data_prep.cat import process_shard
 from data_prep.filter import explain, run_filter
+from data_prep.sources import list_sources
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.images import decode_rgb
 from diht_jax.data.schema import decode_record
@@ -71,8 +73,8 @@ def _config(source: str, output: pathlib.Path, recipe: str = "convert", **change
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
         (config[section] if section else config)[key] = value
-    validate_config(config, cat.default_config())
-    cat.check_config(config)
+    validate_config(config, cat_config.default_config())
+    cat_config.check_config(config)
     return config
 
 
@@ -85,7 +87,12 @@ def _counts(output: pathlib.Path) -> dict:
 
 
 def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files but those that tell how long it took."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith("report.") and ".seconds." not in path.name
+    }
 
 
 @pytest.fixture(scope="module")
@@ -195,21 +202,81 @@ def test_same_bytes_with_any_number_of_workers(tmp_path):
 
 def test_run_again_does_only_what_is_missing(tmp_path):
     source = _write_tars(tmp_path / "in", 3)
-    config = _config(source, tmp_path / "out")
+    config = _config(source, tmp_path / "out", keep_parts=True, examples_per_shard=5)
     run_filter(config)
     before = _snapshot(tmp_path / "out")
-    shard = [tmp_path / "out" / f"pairs-train-{i:05d}.tfrecord" for i in range(3)]
-    times = [path.stat().st_mtime_ns for path in shard]
-    (tmp_path / "out" / "pairs-train-00001.tfrecord.stats.json").unlink()
-    (tmp_path / "out" / "dataset_info.json").unlink()
+    names = [f"{folder}pairs-train-{i:05d}.tfrecord" for folder in ("parts/", "") for i in range(3)]
+    times = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
+    for name in ("parts/pairs-train-00001.tfrecord.stats.json", "dataset_info.json", names[5]):
+        (tmp_path / "out" / name).unlink()
     run_filter(config)
     assert _snapshot(tmp_path / "out") == before
-    assert [path.stat().st_mtime_ns == t for path, t in zip(shard, times, strict=True)] == [
-        True, False, True
-    ]  # fmt: skip
-    config.image.min_side = 2
+    now = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
+    same = [time == new for time, new in zip(times, now, strict=True)]
+    assert same == [True, False, True, True, True, False]
+
+
+def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path, caplog):
+    source = _write_tars(tmp_path / "in", 3)
+    config = _config(source, tmp_path / "out", examples_per_shard=5)
     run_filter(config)
-    assert all(path.stat().st_mtime_ns > t for path, t in zip(shard, times, strict=True))
+    before = _snapshot(tmp_path / "out")
+    assert not list((tmp_path / "out" / "parts").glob("*.tfrecord"))
+    damaged = tmp_path / "out" / "pairs-train-00001.tfrecord"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    stats = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/parts").glob("*.stats.json"))]
+    run_filter(config)
+    assert _snapshot(tmp_path / "out") == before
+    now = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/parts").glob("*.stats.json"))]
+    assert [a == b for a, b in zip(stats, now, strict=True)] == [True, False, True]
+
+
+def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
+    source = _write_tars(tmp_path / "in", 3)
+    run_filter(_config(source, tmp_path / "out"))
+    before = _snapshot(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"image\.min_side 1 -> 2.*--overwrite"):
+        run_filter(_config(source, tmp_path / "out", image__min_side=2))
+    with pytest.raises(ValueError, match=r"examples_per_shard was 10000 and is 4.*3 input shards"):
+        run_filter(_config(source, tmp_path / "out", examples_per_shard=4))
+    # Touched, but with the same contents: nothing has changed.
+    os.utime(tmp_path / "in" / "00000.tar", ns=(1, 1))
+    run_filter(_config(source, tmp_path / "out"))
+    assert _snapshot(tmp_path / "out") == before
+    # As many bytes, but others.
+    path = tmp_path / "in" / "00001.tar"
+    path.write_bytes(path.read_bytes().replace(b"name 1 4", b"NAME 1 4"))
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match=r"1 shards .* changed: the input '.*00001\.tar'"):
+        run_filter(_config(source, tmp_path / "out"))
+    assert _snapshot(tmp_path / "out") == before
+    run_filter(_config(source, tmp_path / "out"), overwrite=True)
+    assert [r.caption for r in _records(tmp_path / "out")][9] == "NAME 1 4"
+    _write_tars(tmp_path / "in", 4)
+    with pytest.raises(ValueError, match="--overwrite"):
+        run_filter(_config(source, tmp_path / "out"))
+    (tmp_path / "in" / "00003.tar").unlink()
+    (tmp_path / "in" / "00002.tar").unlink()
+    run_filter(_config(source, tmp_path / "out", examples_per_shard=3), overwrite=True)
+    assert [len(TFRecordSource(p)) for p in sorted((tmp_path / "out").glob("*.tfrecord"))] == [
+        2, 3, 2, 3
+    ]  # fmt: skip
+
+
+def test_one_shard_by_itself(tmp_path):
+    _write_tars(tmp_path / "in", 1)
+    config = _config(str(tmp_path / "in"), tmp_path / "out")
+    source = list_sources(config.input, config.source)[0]
+    output, done = str(tmp_path / "one.tfrecord"), []
+    stats = process_shard(source, output, config=config, report=done.append)
+    assert (stats["output"]["records"], sum(done)) == (5, 5)
+    assert stats == json.loads(pathlib.Path(f"{output}.stats.json").read_text())
+    assert process_shard(source, output, config=config, report=done.append) == stats
+    assert sum(done) == 5  # not read again
+    assert run_filter(config) == {}
+    assert [r.key for r in _records(tmp_path / "out")] == [
+        decode_record(data).key for data in TFRecordSource(output)
+    ]
 
 
 def test_jobs_of_an_array_make_the_same_folder(tmp_path, capsys):
@@ -234,7 +301,7 @@ def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
     assert "cannot be read to its end" in failures[str(broken)]
     assert f"failed: {broken}" in capsys.readouterr().err
     assert not (tmp_path / "out" / "stats.json").exists()
-    assert len(_records(tmp_path / "out")) == 10
+    assert len(list((tmp_path / "out" / "parts").glob("*.tfrecord"))) == 2
     broken.write_bytes(whole)
     assert run_filter(config) == {}
     assert _counts(tmp_path / "out")["kept"] == 15
@@ -281,22 +348,22 @@ def test_own_output_is_a_source(tmp_path):
 
 def test_hash_covers_what_decides_and_nothing_else(tmp_path):
     config = _config("a", tmp_path)
-    before = cat.hash_config(config)
+    before = cat_config.hash_config(config)
     for name, value in (("num_workers", 7), ("batch_size", 3), ("output", "x"), ("input", "y")):
         setattr(config, name, value)
-        assert cat.hash_config(config) == before
+        assert cat_config.hash_config(config) == before
     for name, value in (("min_complexity", 2), ("seed", 1), ("action", True)):
         setattr(config, name, value)
-        assert cat.hash_config(config) != before
-        before = cat.hash_config(config)
+        assert cat_config.hash_config(config) != before
+        before = cat_config.hash_config(config)
 
 
 def test_explain_shows_graph_and_decision():
-    text = explain("A black cat is chasing a small brown bird", cat.default_config())
+    text = explain("A black cat is chasing a small brown bird", cat_config.default_config())
     assert "cat[black]:2; bird[small,brown]:3" in text
     assert "chase(cat,bird)" in text
     assert "keep" in text
-    assert "drop (no_action)" in explain("a red car", cat.default_config())
+    assert "drop (no_action)" in explain("a red car", cat_config.default_config())
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:
@@ -322,7 +389,10 @@ def test_command(tmp_path):
     assert "min_side" in mistyped.stderr and "Traceback" not in mistyped.stderr
 
     (tmp_path / "in" / "00001.tar").write_bytes(b"no tar")
-    failed = _run(*arguments, "--config.num_workers=0")
+    refused = _run(*arguments)
+    assert refused.returncode == 1
+    assert "changed: the input" in refused.stderr and "--overwrite" in refused.stderr
+    failed = _run(*arguments, "--config.num_workers=0", "--overwrite")
     assert failed.returncode == 1
     assert f"failed: {tmp_path}/in/00001.tar: " in failed.stderr
 

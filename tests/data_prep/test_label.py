@@ -100,6 +100,7 @@ def work(tmp_path_factory):
     config.update({"input": str(folder / "t.jsonl"), "output": str(folder / "kept")})
     config.update({"num_workers": 0, "concepts": True})
     config.source.rows_per_shard = 32
+    config.examples_per_shard = 32
     assert run_filter(config) == {}
     sys.path.insert(0, str(folder))
     assert run_label(_config(folder / "kept", folder / "labelled", num_workers=1)) == {}

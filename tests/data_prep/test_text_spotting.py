@@ -13,7 +13,7 @@ easyocr = pytest.importorskip("easyocr")
 
 import torch  # noqa: E402
 
-from data_prep import cat, text_spotting, text_spotting_ocr, text_spotting_weights  # noqa: E402
+from data_prep import cat_config, text_spotting, text_spotting_ocr, text_spotting_weights  # noqa: E402
 from data_prep.filter import run_filter  # noqa: E402
 from data_prep.text_spotting import Settings, TextSpotter, caption_matches  # noqa: E402
 from data_prep.text_spotting_cache import SpotCache  # noqa: E402
@@ -356,21 +356,21 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
 
 
 def test_hash_covers_what_decides_and_nothing_else():
-    config = cat.default_config()
-    before = cat.hash_config(config)
+    config = cat_config.default_config()
+    before = cat_config.hash_config(config)
     config.spotter.update({"cache": "x", "device": "cpu", "batch_size": 3, "stop_at_match": False})
-    assert cat.hash_config(config) == before
+    assert cat_config.hash_config(config) == before
     for name, value in (("min_confidence", 0.9), ("gate_score", 0.9), ("canvas_size", 999)):
         config.spotter[name] = value
-        assert cat.hash_config(config) != before
-        before = cat.hash_config(config)
+        assert cat_config.hash_config(config) != before
+        before = cat_config.hash_config(config)
     config.text_spotting = False
-    before = cat.hash_config(config)
+    before = cat_config.hash_config(config)
     config.spotter.min_confidence = 0.1
-    assert cat.hash_config(config) == before
+    assert cat_config.hash_config(config) == before
     wrong_values = {"min_chars": 0, "gate_score": 1.5, "precision": "int4", "gate_size": 999}
     for name, value in wrong_values.items():
-        wrong = cat.default_config()
+        wrong = cat_config.default_config()
         wrong.spotter[name] = value
         with pytest.raises(ValueError, match=rf"config\.spotter\.{name}"):
-            cat.check_config(wrong)
+            cat_config.check_config(wrong)

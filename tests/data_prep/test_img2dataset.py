@@ -1,0 +1,129 @@
+"""What img2dataset writes: tars, parquet with and without images, statistics."""
+
+import io
+import json
+import pathlib
+import tarfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data_prep import img2dataset, sources
+from data_prep.filter import run_filter
+from data_prep.report import read_report
+from diht_jax.config import load_recipe
+from diht_jax.data.schema import decode_record
+from diht_jax.data.source import Skipped, SourceShard
+from diht_jax.data.tfrecord import TFRecordSource
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_BUFFER = io.BytesIO()
+Image.new("RGB", (60, 40), "red").save(_BUFFER, "JPEG")
+_JPEG = _BUFFER.getvalue()
+
+# The columns of img2dataset's schema, and a column that a user asked for.
+_ROWS = [
+    {
+        "key": f"00000000{i}",
+        "caption": f"a dog number {i} runs",
+        "url": f"http://x/{i}.jpg",
+        "status": "failed_to_download" if i == 2 else "success",
+        "error_message": "HTTP Error 404: Not Found" if i == 2 else None,
+        "width": None if i == 2 else 60,
+        "height": None if i == 2 else 40,
+        "similarity": 0.25 + i,
+        "uid": f"{i:032x}",
+    }
+    for i in range(4)
+]
+_STATS = {
+    "count": 4,
+    "successes": 3,
+    "failed_to_download": 1,
+    "failed_to_resize": 0,
+    "duration": 1.5,
+    "status_dict": {"success": 3, "HTTP Error 404: Not Found": 1},
+}
+
+
+def _write_tar(folder: pathlib.Path, with_json: bool) -> None:
+    """One shard of the output format "webdataset"."""
+    folder.mkdir()
+    with tarfile.open(folder / "00000.tar", "w") as tar:
+        for row in _ROWS:
+            members = {"jpg": _JPEG, "txt": row["caption"].encode()}
+            if with_json:
+                members["json"] = json.dumps(row).encode()
+            for extension, data in members.items() if row["status"] == "success" else ():
+                info = tarfile.TarInfo(f"{row['key']}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(_ROWS), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text(json.dumps(_STATS))
+
+
+def _write_parquet(folder: pathlib.Path) -> None:
+    """One shard of the output format "parquet"."""
+    folder.mkdir()
+    rows = [
+        row | {"jpg": _JPEG if row["status"] == "success" else None, "txt": row["caption"]}
+        for row in _ROWS
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text(json.dumps(_STATS))
+
+
+def _run(source: str, output: pathlib.Path) -> list:
+    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
+    config.update({"input": source, "output": str(output), "num_workers": 0})
+    assert run_filter(config) == {}
+    return [decode_record(data) for data in TFRecordSource(output)]
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_tars_with_statistics_and_metadata(tmp_path, capsys, with_json):
+    _write_tar(tmp_path / "in", with_json)
+    records = _run(str(tmp_path / "in"), tmp_path / "out")
+    assert [r.key for r in records] == ["000000000", "000000001", "000000003"]
+    assert [r.image for r in records] == [_JPEG] * 3
+    # Without json members the metadata is the parquet file's.
+    assert records[1].metadata["url"] == "http://x/1.jpg"
+    assert records[1].metadata["similarity"] == 1.25
+    assert read_report(tmp_path / "out").download == {
+        k: v for k, v in _STATS.items() if k != "duration"
+    }
+    assert (
+        "img2dataset: 4 rows, 3 downloaded, 1 failed to download, 0 to" in capsys.readouterr().out
+    )
+    assert (tmp_path / "out" / "kept_uids.npy").exists()
+
+
+def test_parquet_with_images(tmp_path):
+    _write_parquet(tmp_path / "in")
+    records = _run(str(tmp_path / "in"), tmp_path / "out")
+    assert [r.key for r in records] == ["000000000", "000000001", "000000003"]
+    assert [r.image for r in records] == [_JPEG] * 3
+    assert records[0].caption == "a dog number 0 runs"
+    assert (records[2].metadata["width"], "jpg" in records[2].metadata) == (60, False)
+    report = read_report(tmp_path / "out")
+    assert report.funnel.dropped["source"] == {"no_image": 1}
+    assert report.download["successes"] == 3
+    entries = list(sources.read_pairs(SourceShard("parquet", str(tmp_path / "in/00000.parquet"))))
+    assert entries[2] == Skipped("000000002", "no_image", "HTTP Error 404: Not Found")
+
+
+def test_what_is_no_such_file(tmp_path):
+    table = pyarrow.Table.from_pylist([{"url": "u", "caption": "c"}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column of images.*found url, caption.*metadata.py"):
+        list(sources.read_pairs(SourceShard("parquet", str(tmp_path / "a.parquet"))))
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="b.parquet: cannot be read as parquet"):
+        list(sources.read_pairs(SourceShard("parquet", str(tmp_path / "b.parquet"))))
+    (tmp_path / "c_stats.json").write_text('{"count": 3}')
+    with pytest.raises(ValueError, match="c_stats.json: not the statistics of img2dataset"):
+        img2dataset.read_download_stats(SourceShard("webdataset", str(tmp_path / "c.tar")))
+    absent = SourceShard("webdataset", str(tmp_path / "d.tar"))
+    assert img2dataset.read_download_stats(absent) is None

@@ -1,0 +1,178 @@
+"""Jobs that are killed, or lose a node of their cluster: the same bytes in the end, nothing twice.
+
+The images are large, so that a shard takes long enough to be interrupted.
+"""
+
+import io
+import json
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+from diht_jax.data.schema import decode_record
+from diht_jax.data.tfrecord import TFRecordSource
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_NUM_TARS, _PAIRS = 9, 6
+_LONGEST_SECS = 180  # of a command; a failure here means that it waits for ever
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> pathlib.Path:
+    """`in`: tars of large images; `undisturbed`: what a run in this process makes of them."""
+    folder = tmp_path_factory.mktemp("interruptions")
+    (folder / "in").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (900, 1400, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=60)
+    for number in range(_NUM_TARS):
+        with tarfile.open(folder / "in" / f"{number:05d}.tar", "w") as tar:
+            for i in range(_PAIRS):
+                caption = f"picture {i} of {number}".encode()
+                for extension, data in (("jpg", buffer.getvalue()), ("txt", caption)):
+                    info = tarfile.TarInfo(f"{number}-{i}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    assert run_filter(_config(folder, "undisturbed")) == {}
+    return folder
+
+
+def _config(folder: pathlib.Path, output: str):
+    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
+    config.update({"input": f"{folder}/in/*.tar", "output": str(folder / output)})
+    config.update({"num_workers": 0, "examples_per_shard": 20})
+    return config
+
+
+def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    """All files but those that tell how long it took."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.startswith("report.") and ".seconds." not in path.name
+    }
+
+
+def _finished(folder: pathlib.Path) -> dict[str, int]:
+    """When the statistics of each finished part were written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("parts/*.stats.json")}
+
+
+def test_killed_at_any_moment_and_run_again(work):
+    command = [sys.executable, "-m", "data_prep.filter", "--config=configs/prep/convert.py"]
+    command += [f"--config.input={work}/in/*.tar", f"--config.output={work}/killed"]
+    command += ["--config.num_workers=2", "--config.examples_per_shard=20"]
+    rng = random.Random(time.time_ns())
+    log = (work / "killed.log").open("w")
+    kills = 0
+    for wanted in (1, 3, 6):  # parts that are done when the kill comes
+        process = subprocess.Popen(command, cwd=_REPOSITORY, stderr=log, stdout=log)
+        start_secs = time.monotonic()
+        while len(_finished(work / "killed")) < wanted and process.poll() is None:
+            assert time.monotonic() - start_secs < _LONGEST_SECS
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))
+        kills += process.poll() is None
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
+    assert kills >= 2
+    time.sleep(0.7)  # until the orphaned workers have noticed
+    before = _finished(work / "killed")
+    assert 1 <= len(before) <= _NUM_TARS
+    assert subprocess.run(command, cwd=_REPOSITORY, stderr=log, stdout=log).returncode == 0
+    log.close()
+    now = _finished(work / "killed")
+    assert {name: now[name] for name in before} == before  # nothing finished was done again
+    # An orphan may have finished one more after the look.
+    told = re.findall(rf"{_NUM_TARS} shards, (\d+) of them", (work / "killed.log").read_text())
+    assert len(before) <= int(told[-1]) <= _NUM_TARS
+    assert _snapshot(work / "killed") == _snapshot(work / "undisturbed")
+
+
+_CLUSTER = """
+import glob, json, pathlib, sys, threading, time
+import ray
+from absl import logging
+from ray.cluster_utils import Cluster
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+
+def main(folder):
+    config = load_recipe("configs/prep/convert.py")
+    config.update({"input": f"{folder}/in/*.tar,{folder}/damaged.tar"})
+    config.update({"output": f"{folder}/cluster", "examples_per_shard": 20})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    config.ray.address = cluster.address
+
+    def lose_the_second_node():
+        # The head has room for one worker: two of them mean that the second node is at work.
+        workers = set()
+        while len(workers) < 2:
+            time.sleep(0.01)
+            for path in glob.glob(f"{folder}/cluster/parts/*.seconds.json"):
+                workers.add(json.loads(pathlib.Path(path).read_bytes())["worker"])
+        cluster.remove_node(second, allow_graceful=False)
+        print("lost a node", flush=True)
+
+    thread = threading.Thread(target=lose_the_second_node, daemon=True)
+    thread.start()
+    failures = run_filter(config, engine="ray")
+    thread.join()
+    print("failures", json.dumps(failures), flush=True)
+    cluster.shutdown()
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    main(sys.argv[1])
+"""
+
+
+def test_cluster_loses_a_node(work):
+    pytest.importorskip("ray")
+    script = work / "cluster.py"
+    script.write_text(_CLUSTER)
+    whole = (work / "in" / "00000.tar").read_bytes()
+    (work / "damaged.tar").write_bytes(whole[:3000])
+    environment = os.environ | {"PYTHONPATH": str(_REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(work)],
+        cwd=_REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_LONGEST_SECS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "lost a node" in done.stdout
+    assert "its node was lost" in done.stderr and "its task will run again" in done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("failures"))
+    failures = json.loads(line.partition(" ")[2])
+    assert list(failures) == [f"{work}/damaged.tar"]  # and the others are complete
+    assert len(_finished(work / "cluster")) == _NUM_TARS
+    # Another engine finishes it, and the bytes are those of an undisturbed run.
+    before = _finished(work / "cluster")
+    (work / "damaged.tar").write_bytes(whole)
+    for output in ("cluster", "reference"):
+        config = _config(work, output)
+        config.input += f",{work}/damaged.tar"
+        assert run_filter(config) == {}
+    now = _finished(work / "cluster")
+    assert {name: now[name] for name in before} == before
+    assert _snapshot(work / "cluster") == _snapshot(work / "reference")
+    records = [decode_record(data) for data in TFRecordSource(work / "cluster")]
+    assert len(records) == (_NUM_TARS + 1) * _PAIRS
+    assert records[7].caption == "picture 1 of 1"

@@ -1,0 +1,164 @@
+"""The caption stage on tables without images: the same rows as the parser says, untouched."""
+
+import json
+import pathlib
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep import caption_memo
+from data_prep.caption_memo import CaptionMemo
+from data_prep.captions import cat_reason, parse_captions
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_CAPTIONS = [
+    "a man riding a horse",
+    "a red car",
+    None,
+    "sunset",
+    "Dog wearing sunglasses",
+    "",
+    "a man riding a horse",
+    "ein kleiner Hund spielt mit einem Ball im Garten",
+]
+_KEPT = (0, 4, 6)
+
+
+def _config(source: str, output: pathlib.Path, **changes):
+    config = load_recipe(_REPOSITORY / "configs" / "prep" / "metadata.py")
+    config.update({"input": source, "output": str(output), "num_workers": 0})
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (config[section] if section else config)[key] = value
+    return config
+
+
+def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if not path.name.startswith("report.") and ".seconds." not in path.name
+    }
+
+
+@pytest.fixture
+def table() -> pyarrow.Table:
+    """Rows as LAION and DataComp have them, with columns of many types."""
+    count = len(_CAPTIONS)
+    return pyarrow.table(
+        {
+            "uid": [f"{i:032x}" for i in range(count)],
+            "TEXT": _CAPTIONS,
+            "URL": [f"http://x/{i}" for i in range(count)],
+            "similarity": pyarrow.array(np.linspace(0, 1, count), pyarrow.float32()),
+            "boxes": [[[1, 2]] * i for i in range(count)],
+        }
+    ).replace_schema_metadata({"made by": "a test"})
+
+
+def test_parquet_rows_are_kept_as_they_came(tmp_path, table):
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "part-0.parquet"
+    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=3)
+    table = pyarrow.parquet.read_table(path)
+    config = _config(str(tmp_path / "in"), tmp_path / "out", source__caption_column="TEXT")
+    assert run_filter(config) == {}
+    kept = pyarrow.parquet.read_table(tmp_path / "out" / "part-0.parquet")
+    assert kept.schema.equals(table.schema, check_metadata=True)
+    assert kept.equals(table.take(list(_KEPT)))
+    column = pyarrow.parquet.ParquetFile(tmp_path / "out" / "part-0.parquet").metadata
+    assert column.row_group(0).column(0).compression == "ZSTD"
+    counts = json.loads((tmp_path / "out" / "stats.json").read_text())["counts"]
+    assert (counts["read"], counts["kept"]) == (8, 3)
+    assert counts["dropped"] == {
+        "source": {"no_caption": 2},
+        "caption": {"complexity": 1, "no_action": 1, "not_english": 1},
+        "image": {},
+        "text": {},
+    }
+    uids = np.load(tmp_path / "out" / "kept_uids.npy")
+    assert [tuple(map(int, uid)) for uid in uids] == [(0, i) for i in _KEPT]
+    assert (tmp_path / "out" / "kept_keys.txt").read_text().split() == [f"{i:032x}" for i in _KEPT]
+    assert (tmp_path / "out" / "report.html").exists()
+
+    # In units of a row group, by two jobs and two processes: the same rows.
+    config = _config(str(path), tmp_path / "units", source__caption_column="TEXT")
+    config.source.rows_per_shard = 3
+    run_filter(config, 0, 2)
+    assert not (tmp_path / "units" / "stats.json").exists()
+    config.num_workers = 2
+    run_filter(config, 1, 2)
+    units = sorted((tmp_path / "units").glob("*.parquet"))
+    assert [unit.name for unit in units] == [f"part-0-{i:05d}.parquet" for i in range(3)]
+    assert pyarrow.concat_tables(map(pyarrow.parquet.read_table, units)).equals(kept)
+    before = _snapshot(tmp_path / "units")
+    times = [unit.stat().st_mtime_ns for unit in units]
+    units[1].unlink()
+    run_filter(config)
+    assert _snapshot(tmp_path / "units") == before
+    again = [unit.stat().st_mtime_ns == t for unit, t in zip(units, times, strict=True)]
+    assert again == [True, False, True]
+    config.min_complexity = 2
+    with pytest.raises(ValueError, match="min_complexity 1 -> 2.*--overwrite"):
+        run_filter(config)
+
+
+def test_lines_are_kept_byte_for_byte(tmp_path):
+    lines = [
+        '{"caption":  "a man riding a horse", "n": 1e5, "e": "\\u00e9"}',
+        "no json",
+        '{"caption": ["a red car", "a dog runs"], "uid": "ABCDEF0123456789abcdef0123456789"}',
+        '{"caption": "sunset"}',
+        "",
+        '{"url": "u"}',
+        '{"caption": "Dog wearing sunglasses"}',
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))  # without a line break at the end
+    assert run_filter(_config(str(tmp_path / "t.jsonl"), tmp_path / "out")) == {}
+    kept = (tmp_path / "out" / "t.jsonl").read_text().splitlines()
+    assert kept == [lines[0], lines[2], lines[6]]
+    counts = json.loads((tmp_path / "out" / "stats.json").read_text())["counts"]
+    assert counts["dropped"]["source"] == {"bad_row": 1, "no_caption": 1}
+    keys = (tmp_path / "out" / "kept_keys.txt").read_text().split()
+    assert keys == ["t-00000000", "ABCDEF0123456789abcdef0123456789", "t-00000005"]
+    config = _config(str(tmp_path / "t.jsonl"), tmp_path / "units")
+    config.source.rows_per_shard = 2
+    run_filter(config)
+    units = sorted((tmp_path / "units").glob("*.jsonl"))
+    assert len(units) == 3
+    assert "".join(unit.read_text() for unit in units).splitlines() == kept
+
+
+def test_wrong_tables(tmp_path, table):
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column 'caption'; found uid, TEXT"):
+        run_filter(_config(str(tmp_path / "a.parquet"), tmp_path / "out"))
+    (tmp_path / "b.csv").write_text("image,caption\nx,y\n")
+    with pytest.raises(ValueError, match="expected .parquet or .jsonl"):
+        run_filter(_config(str(tmp_path / "b.csv"), tmp_path / "out"))
+    config = _config(str(tmp_path / "a.parquet"), tmp_path / "out", text_spotting=True)
+    with pytest.raises(ValueError, match="text_spotting=False"):
+        run_filter(config)
+
+
+def test_equal_captions_are_parsed_once_in_a_shard(monkeypatch):
+    captions = ["a dog runs", "a red car", "a dog runs", "a cat sleeps"]
+    asked = []
+
+    def counted(texts):
+        asked.extend(texts)
+        return parse_captions(texts)
+
+    monkeypatch.setattr("data_prep.captions.parse_captions", counted)
+    memo = CaptionMemo()
+    graphs = [*memo.parse(captions), *memo.parse(captions[::-1]), *memo.parse(["a bird sings"])]
+    assert sorted(asked) == sorted({*captions, "a bird sings"})
+    assert (memo.seen, memo.parsed) == (9, 4)
+    assert graphs == parse_captions([*captions, *captions[::-1], "a bird sings"])
+    small = CaptionMemo(max_entries=1)
+    assert [cat_reason(g) for g in small.parse(captions)] == [None, "no_action", None, None]
+    assert len(small._graphs) == 1 and caption_memo._MAX_ENTRIES > 10_000
