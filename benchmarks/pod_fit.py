@@ -92,6 +92,7 @@ def measure_growth(chips: int) -> dict[str, Any]:
     config = load_recipe(CONFIGS / f"{_RECIPE.value}.py")
     config.data.batch_size = chips * _EXAMPLES.value
     config.micro_batch = None
+    config.mesh.fsdp = 1  # so that every array of the state is on every chip, whatever their number
     return as_row(compile_step(config, get_topology(SLICES[chips])))
 
 

@@ -32,6 +32,7 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
+from diht_jax.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from diht_jax.models import Architecture
@@ -312,6 +313,7 @@ def _prepare_process(device: str, threads: int | None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"
+        keep_freed_memory()  # as `diht_jax.train` does; the other sides gain by it as well
     # Both share one GPU: JAX must not take it all at the start.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return len(cores)

@@ -35,6 +35,7 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.data.batch_size = 65536
     config.topology = "v5e:16x16"
+    config.mesh.fsdp = 8
     config.evaluation.every_steps = 10_000
     config.evaluation.tasks = "imagenet"
     config.checkpoint.best_metric = "imagenet/top1"

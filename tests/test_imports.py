@@ -13,6 +13,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 LAYERS = {
     "diht_jax.config": 0,
     "diht_jax.data.schema": 0,
+    "diht_jax.host_memory": 0,
     "diht_jax.sharding": 1,
     "diht_jax.models": 1,
     "diht_jax.losses": 1,

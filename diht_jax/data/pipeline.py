@@ -16,12 +16,17 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax.data import fast_crops, images, schema, tokenizer, transforms
+from diht_jax.data.bad_records import PASSED_OVER, CheckedExamples
 from diht_jax.data.tfrecord import TFRecordSource
 
 # How grain reports a worker process that is gone.
 _WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")
 # Deaths of decoding workers, without a batch between them, that a run survives.
 MAX_RESTARTS = 3
+# Bad records that are named in the log; further ones are only counted.
+_MAX_NAMED = 100
+# What a caption takes the place of.
+_CAPTION = "{caption}"
 
 
 class DecodeExample(grain.transforms.RandomMap):
@@ -45,7 +50,12 @@ class DecodeExample(grain.transforms.RandomMap):
             text_template: with `{caption}` in it.
             fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
             num_concepts: k, the teacher's labels to take of each kind; 0 for none.
+
+        Raises:
+            ValueError: a template without a caption.
         """
+        if _CAPTION not in text_template:
+            raise ValueError(f"config.data.text_template='{text_template}': lacks {_CAPTION}")
         self._image_size = image_size
         self._context_length = context_length
         self._crop_scale = tuple(crop_scale)
@@ -77,7 +87,7 @@ class DecodeExample(grain.transforms.RandomMap):
                 f"record '{record.key}': {error}; training expects readable images, which "
                 "`python -m data_prep.filter` makes sure of"
             ) from error
-        text = self._text_template.format(caption=record.caption)
+        text = self._text_template.replace(_CAPTION, record.caption)
         example = {"images": pixels, "tokens": tokenizer.tokenize(text, self._context_length)[0]}
         if self._num_concepts:
             for names in schema.CONCEPT_FIELDS:
@@ -95,7 +105,8 @@ class DecodeExample(grain.transforms.RandomMap):
             count = min(len(found), self._num_concepts)
             ids[:count] = found[:count]
             probs[:count] = getattr(record, probs_name)[:count]
-            probs /= probs.sum()
+            if probs.any():
+                probs /= probs.sum()
         return {ids_name: ids, probs_name: probs}
 
     def _crop(self, data: bytes, rng: np.random.Generator) -> np.ndarray:
@@ -110,6 +121,9 @@ class TrainIterator:
 
     Batch i of the run holds the examples [i * N, (i + 1) * N) of one endless global order, which
     is a new permutation of the data set every epoch; process p of P takes every P-th of them.
+
+    Attributes:
+        passed_over: bad records of this process's share so far, each replaced by another one.
     """
 
     def __init__(
@@ -123,6 +137,7 @@ class TrainIterator:
         prefetch_batches: int = 2,
         process_index: int = 0,
         process_count: int = 1,
+        on_bad_record: str = "error",
     ):
         """Builds the graph; reading starts with the first batch.
 
@@ -134,6 +149,8 @@ class TrainIterator:
             num_workers: decoding processes; 0 decodes in threads of this process.
             prefetch_batches: batches decoded ahead, by each worker where there are some.
             process_index, process_count: this host's number, and how many there are.
+            on_bad_record: "error", or "skip" to put another record in its place, see
+                `bad_records.py`.
         """
         if batch_size % process_count:
             raise ValueError(
@@ -143,7 +160,14 @@ class TrainIterator:
         if not len(source):
             raise ValueError(f"config.data.train: {source!r} holds no record")
         self._records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        self._examples = self._records.random_map(decode)
+        self._checked = CheckedExamples(
+            self._records.random_map(decode),
+            _Locator(source, seed),
+            mode=on_bad_record,
+            stride=batch_size,
+        )
+        self._examples = grain.MapDataset.source(self._checked)
+        self.passed_over = 0
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._prefetch_batches = prefetch_batches
@@ -181,6 +205,7 @@ class TrainIterator:
                 )
                 self.close()
                 continue
+            self._count_bad_records(batch.pop(PASSED_OVER, ()))
             self._next_example += self._batch_size
             return batch
         raise RuntimeError(
@@ -192,13 +217,17 @@ class TrainIterator:
         ) from death
 
     def keys(self, first_example: int) -> list[str]:
-        """Keys of this process's records in the batch that begins at a place of the order."""
+        """Keys of this process's records in the batch that begins at a place of the order.
+
+        Where bad records are replaced, the keys are those of what was put in their places.
+        """
         places = range(
             first_example + self._process_index,
             first_example + self._batch_size,
             self._process_count,
         )
-        return [schema.decode_record(self._records[place]).key for place in places]
+        used = map(self._checked.place_used, places)
+        return [schema.decode_record(self._records[place]).key for place in used]
 
     def get_state(self) -> dict[str, int]:
         """The place in the global order, as a JSON-able dict."""
@@ -214,6 +243,19 @@ class TrainIterator:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+    def _count_bad_records(self, passed_over: Sequence[int]) -> None:
+        """Counts and names what a batch's places passed over."""
+        for row in np.flatnonzero(passed_over):
+            place = self._next_example + self._process_index + int(row) * self._process_count
+            for bad in self._checked.places_of(place, int(passed_over[row])):
+                self.passed_over += 1
+                if self.passed_over <= _MAX_NAMED:
+                    logging.warning(
+                        "passed over (%d so far): %s", self.passed_over, self._checked.explain(bad)
+                    )
+        if np.any(passed_over) and self.passed_over > _MAX_NAMED:
+            logging.warning("%d bad records passed over so far", self.passed_over)
 
     def _start(self) -> Any:
         local_batch_size = self._batch_size // self._process_count
@@ -241,6 +283,21 @@ class TrainIterator:
                 )
             )
         return iter(dataset)
+
+
+class _Locator:
+    """Where the record at a place of the order lies, as far as its source knows."""
+
+    def __init__(self, source: Sequence[bytes], seed: int):
+        self._source = source
+        # The same length and seed as the records have, hence the same order.
+        self._indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+
+    def __call__(self, place: int) -> str:
+        if not hasattr(self._source, "locate"):
+            return ""
+        path, record = self._source.locate(self._indices[place])
+        return f"{path}: record {record}"
 
 
 def open_records(train: str | Sequence[str] | None) -> TFRecordSource:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,7 +120,8 @@ def decode_record(data: bytes) -> Record:
         data: a serialised `tf.train.Example` with at least `key`, `image` and `caption`.
 
     Raises:
-        ValueError: not a `tf.train.Example`, or a field is missing or of another type.
+        ValueError: not a `tf.train.Example`; a field is missing, of another type or no JSON; or
+            concept ids and probabilities that do not belong together.
     """
     try:
         fields = Example.FromString(data).features.feature
@@ -135,10 +137,12 @@ def decode_record(data: bytes) -> Record:
     if CONCEPTS in fields:
         concepts = _unpack_concepts(key, _decode_bytes(fields, CONCEPTS, key))
     else:
-        concepts = {
-            **{ids: _decode_ids(fields, ids) for ids, _ in CONCEPT_FIELDS},
-            **{probs: _decode_probs(fields, probs) for _, probs in CONCEPT_FIELDS},
-        }
+        concepts = _decode_lists(fields)
+    for names in CONCEPT_FIELDS:
+        ids, probs = (concepts[name] for name in names)
+        if ids is not None or probs is not None:
+            _check_concepts(key, names[0], ids, names[1], probs, max_id=2**31 - 1)
+            concepts[names[0]] = ids.astype(np.int32)
     return Record(
         key=key,
         image=_decode_bytes(fields, IMAGE, key),
@@ -178,7 +182,9 @@ def _pack_concepts(record: Record, ids_name: str, probs_name: str) -> bytes | No
     return bytes([wide.size]) + id_bytes + np.asarray(probs).astype("<f2").tobytes()
 
 
-def _check_concepts(key: str, ids_name: str, ids: Any, probs_name: str, probs: Any) -> None:
+def _check_concepts(
+    key: str, ids_name: str, ids: Any, probs_name: str, probs: Any, max_id: int = MAX_CONCEPT_ID
+) -> None:
     if ids is None or probs is None:
         missing = ids_name if ids is None else probs_name
         raise ValueError(f"record '{key}': {missing} is missing; ids and probabilities go together")
@@ -192,8 +198,8 @@ def _check_concepts(key: str, ids_name: str, ids: Any, probs_name: str, probs: A
         raise ValueError(
             f"record '{key}': {ids.size} entries in {ids_name}; at most {MAX_CONCEPTS} can be kept"
         )
-    if ids.size and (ids.min() < 0 or ids.max() > MAX_CONCEPT_ID):
-        raise ValueError(f"record '{key}': {ids_name} outside of [0, 2**24): {ids.tolist()}")
+    if ids.size and (ids.min() < 0 or ids.max() > max_id):
+        raise ValueError(f"record '{key}': {ids_name} outside of [0, {max_id}]: {ids.tolist()}")
     if not np.all(np.isfinite(probs)) or np.any(probs < 0) or np.any(probs > 1.001):
         raise ValueError(
             f"record '{key}': {probs_name} must be finite, not negative and at most 1: "
@@ -233,25 +239,50 @@ def _decode_bytes(fields: Any, name: str, key: str) -> bytes:
     return values[0]
 
 
+def parse_json_object(data: bytes | str) -> dict[str, Any]:
+    """Reads one JSON object; numbers that JSON cannot hold (NaN, infinity) become None.
+
+    Raises:
+        ValueError: no JSON, or no object.
+    """
+    if isinstance(data, bytes):
+        data = data.decode(json.detect_encoding(data), "surrogatepass")
+    try:
+        value = _JSON.decode(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
+    return value
+
+
+def _finite_or_none(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+_JSON = json.JSONDecoder(parse_constant=lambda _: None, parse_float=_finite_or_none)
+
+
 def _decode_metadata(key: str, data: bytes) -> dict[str, Any]:
     try:
-        metadata = json.loads(data) if data else {}
+        return parse_json_object(data) if data else {}
     except ValueError as error:
-        raise ValueError(f"record '{key}': field '{METADATA}' is no JSON ({error})") from error
-    if not isinstance(metadata, dict):
         raise ValueError(
-            f"record '{key}': field '{METADATA}' is a JSON {type(metadata).__name__}; expected "
-            "an object"
-        )
-    return metadata
+            f"record '{key}': field '{METADATA}' is no JSON object ({error})"
+        ) from error
 
 
-def _decode_ids(fields: Any, name: str) -> np.ndarray | None:
-    return np.array(fields[name].int64_list.value, np.int32) if name in fields else None
-
-
-def _decode_probs(fields: Any, name: str) -> np.ndarray | None:
-    return np.array(fields[name].float_list.value, np.float32) if name in fields else None
+def _decode_lists(fields: Any) -> dict[str, np.ndarray | None]:
+    """The concepts of other writers; None where a field is absent."""
+    found: dict[str, np.ndarray | None] = {}
+    for ids, probs in CONCEPT_FIELDS:
+        found[ids] = found[probs] = None
+        if ids in fields:
+            found[ids] = np.array(fields[ids].int64_list.value, np.int64)
+        if probs in fields:
+            found[probs] = np.array(fields[probs].float_list.value, np.float32)
+    return found
 
 
 def _build_example_class() -> type:

@@ -7,11 +7,14 @@ The readers (`webdataset.py`, `tables.py`, `image_folder.py`, `tfds_records.py`)
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import os
+import pathlib
+import stat
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+# The readers parse as strictly as records are read.
+from diht_jax.data.schema import parse_json_object as parse_json_object
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
@@ -115,39 +118,57 @@ def merge_captions(metadata: Mapping[str, Any], captions: list[str]) -> dict[str
     return merged
 
 
-def parse_json_object(data: bytes | str) -> dict[str, Any]:
-    """Reads one JSON object; numbers that JSON cannot hold (NaN, infinity) become None.
+def read_image(root: str, name: str, key: str) -> bytes | Skipped:
+    """The bytes of an image below a folder, or why there are none.
 
-    Raises:
-        ValueError: no JSON, or no object.
+    Args:
+        root: the folder, a real path. What leads out of it, by ".." or a link, is refused.
+        name: path of the image, relative to `root` or absolute.
+        key: of the pair.
     """
     try:
-        value = json.loads(data, parse_constant=lambda _: None, parse_float=_finite_or_none)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON {type(value).__name__}; expected an object")
-    return value
+        # Resolved first, so that neither ".." nor a link leads out of the folder.
+        path = os.path.realpath(os.path.join(root, name))
+    except ValueError as error:
+        return Skipped(key, "refused_path", f"{_shortened(name)} can name no file ({error})")
+    if os.path.commonpath([root, path]) != root:
+        return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            return Skipped(key, "no_image", f"{_shortened(name)} is no ordinary file")
+        if status.st_size > MAX_IMAGE_BYTES:
+            detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
+            return Skipped(key, "too_large", detail)
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        return Skipped(key, "no_image", f"{_shortened(name)}: {error.strerror}")
 
 
 def image_files(folder: str) -> list[str]:
-    """Paths of the images in a folder and below it, sorted; hidden ones are left out."""
+    """Paths of the images in a folder and below it, sorted; hidden ones are left out.
+
+    Raises:
+        ValueError: a link makes a folder hold itself.
+    """
     suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     return [entry.path for entry in _walk_files(folder) if entry.name.lower().endswith(suffixes)]
 
 
-def _walk_files(folder: str) -> Iterable[os.DirEntry[str]]:
+def _walk_files(folder: str, above: tuple[str, ...] = ()) -> Iterable[os.DirEntry[str]]:
+    real_path = os.path.realpath(folder)
+    if real_path in above:
+        raise ValueError(f"'{folder}' leads back to '{real_path}', which holds it; remove the link")
     with os.scandir(folder) as entries:
         children = sorted(entries, key=lambda entry: entry.name)
     for entry in children:
         if entry.name.startswith("."):
             continue
         if entry.is_dir():
-            yield from _walk_files(entry.path)
+            yield from _walk_files(entry.path, (*above, real_path))
         elif entry.is_file():
             yield entry
 
 
-def _finite_or_none(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:200]}...")

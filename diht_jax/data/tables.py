@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import (
-    MAX_IMAGE_BYTES,
     Skipped,
     SourceShard,
     clean_text,
     merge_captions,
     parse_json_object,
     pick_captions,
+    read_image,
 )
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
@@ -110,35 +110,20 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
 def _make_pair(
     row: dict[str, Any], options: TableOptions, root: str, default_key: str
 ) -> Pair | Skipped:
-    key = clean_text(str(row.get(options.key_column, ""))) or default_key
+    own_key = row.get(options.key_column)
+    key = ("" if own_key is None else clean_text(str(own_key))) or default_key
     relative = row.get(options.image_column)
     if not isinstance(relative, str) or not relative.strip():
         return Skipped(key, "no_image", f"nothing in column '{options.image_column}'")
     captions = pick_captions(row.get(options.caption_column))
     if not captions:
         return Skipped(key, "no_caption", f"nothing in column '{options.caption_column}'")
-    image = _read_image(key, root, relative.strip())
+    image = read_image(root, relative.strip(), key)
     if isinstance(image, Skipped):
         return image
     used = (options.image_column, options.caption_column, options.key_column)
     metadata = {name: value for name, value in row.items() if name not in used}
     return Pair(key, image, captions[0], merge_captions(metadata, captions))
-
-
-def _read_image(key: str, root: str, relative: str) -> bytes | Skipped:
-    if "\0" in relative:
-        return Skipped(key, "refused_path", "a NUL character in the path")
-    # Resolved first, so that neither ".." nor a link leads out of the folder.
-    path = os.path.realpath(os.path.join(root, relative))
-    if os.path.commonpath([root, path]) != root:
-        return Skipped(key, "refused_path", f"'{relative}' leads out of '{root}'")
-    try:
-        if os.path.getsize(path) > MAX_IMAGE_BYTES:
-            return Skipped(key, "too_large", f"'{relative}' has over {MAX_IMAGE_BYTES} bytes")
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        return Skipped(key, "no_image", f"'{relative}': {error.strerror}")
 
 
 def _read_rows(shard: SourceShard, header: list[str] | None) -> Iterator[dict[str, Any] | str]:

@@ -58,9 +58,10 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
     builder = _open_builder(spec, name, options)
     try:
         instructions = builder.info.splits[split].file_instructions
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"'{spec}': no split '{split}'; there are {', '.join(sorted(builder.info.splits))}"
+            f"'{spec}': no split '{split}'; there are "
+            f"{', '.join(sorted(builder.info.splits)) or 'none'}"
         ) from error
     image, caption = _pick_features(spec, builder.info.features, options)
     shared = {
@@ -92,25 +93,66 @@ def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """
     import tensorflow_datasets as tfds
 
-    options = shard.options
-    features = tfds.builder_from_directory(options["folder"]).info.features
-    image_feature, caption_feature = options["image_feature"], options["caption_feature"]
-    partial = {image_feature: tfds.decode.SkipDecoding()}
+    features = _builder_of_folder(shard.options["folder"]).info.features
     labels = _find_features(features, tfds.features.ClassLabel)
     stem = os.path.basename(shard.path)
+    count = 0
     for number, data in enumerate(_read_range(shard), start=shard.start):
-        key = f"{stem}-{number:08d}"
-        example = features.deserialize_example_np(data, decoders=partial)
-        image = bytes(example[image_feature])
-        if not image:
-            yield Skipped(key, "no_image", f"feature '{image_feature}' is empty")
-            continue
-        metadata = _label_metadata(example, labels, caption_feature)
-        captions = _read_captions(example, caption_feature, labels)
-        if captions:
-            yield Pair(key, image, captions[0], merge_captions(metadata, captions))
-        else:
-            yield Skipped(key, "no_caption", f"feature '{caption_feature}' is empty")
+        count += 1
+        try:
+            entry = _read_example(f"{stem}-{number:08d}", data, features, labels, shard.options)
+        except Exception as error:  # TFDS raises nearly any type on what is no such example
+            raise ValueError(
+                f"{shard.path}: record {number}: no example with the features in the data set's "
+                f"description ({_first_line(error)})"
+            ) from error
+        yield entry
+    if shard.start + count < shard.stop:
+        raise ValueError(
+            f"{shard.path}: {shard.start + count} records, while the data set's description says "
+            f"that there are {shard.stop} at least; prepare or copy it again"
+        )
+
+
+def _read_example(
+    key: str, data: bytes, features: Any, labels: Mapping[str, Any], options: Mapping[str, Any]
+) -> Pair | Skipped:
+    import tensorflow_datasets as tfds
+
+    image_feature, caption_feature = options["image_feature"], options["caption_feature"]
+    partial = {image_feature: tfds.decode.SkipDecoding()}
+    example = features.deserialize_example_np(data, decoders=partial)
+    image = bytes(example[image_feature])
+    if not image:
+        return Skipped(key, "no_image", f"feature '{image_feature}' is empty")
+    metadata = _label_metadata(example, labels, caption_feature)
+    captions = _read_captions(example, caption_feature, labels)
+    if not captions:
+        return Skipped(key, "no_caption", f"feature '{caption_feature}' is empty")
+    return Pair(key, image, captions[0], merge_captions(metadata, captions))
+
+
+def _builder_of_folder(folder: str) -> Any:
+    """The data set in a folder with `dataset_info.json` and `features.json`."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+        splits = builder.info.splits.values()
+        broken = [split.name for split in splits if min(split.shard_lengths, default=0) < 0]
+    except Exception as error:  # TFDS raises nearly any type on damaged files
+        raise ValueError(
+            f"'{folder}': its dataset_info.json or features.json cannot be read "
+            f"({_first_line(error)}); prepare or copy the data set again"
+        ) from error
+    if broken:
+        raise ValueError(f"'{folder}': dataset_info.json has negative lengths in {broken}")
+    return builder
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
 
 
 def _parse_spec(spec: str) -> tuple[str, str]:
@@ -128,7 +170,7 @@ def _open_builder(spec: str, name: str, options: TfdsOptions) -> Any:
     import tensorflow_datasets as tfds
 
     if os.path.isfile(os.path.join(name, "dataset_info.json")):
-        return tfds.builder_from_directory(name)
+        return _builder_of_folder(name)
     if name.startswith((os.sep, ".")):
         raise ValueError(f"'{spec}': there is no dataset_info.json in '{name}'")
     try:
@@ -205,7 +247,7 @@ def _read_range(shard: SourceShard) -> Iterator[bytes]:
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     with ArrayRecordDataSource(shard.path) as source:
-        for number in range(shard.start, shard.stop):
+        for number in range(shard.start, min(shard.stop, len(source))):
             yield source[number]
 
 

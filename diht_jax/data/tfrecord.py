@@ -20,10 +20,14 @@ from concurrent import futures
 import numpy as np
 
 from diht_jax.data.atomic_file import temporary_path
+from diht_jax.data.remote import RemoteShard, count_records, is_remote, list_files
 from diht_jax.data.tfrecord_format import (
+    FRAME_BYTES,
+    DamagedRecordError,
     TFRecordError,
     frame_footer,
     frame_header,
+    framed_length,
     index_path,
     load_offsets,
     read_index_count,
@@ -35,6 +39,7 @@ from diht_jax.data.tfrecord_format import (
 )
 
 __all__ = [
+    "DamagedRecordError",
     "TFRecordError",
     "TFRecordSource",
     "TFRecordWriter",
@@ -43,7 +48,9 @@ __all__ = [
     "read_records",
 ]
 
-_MAX_OPEN_SHARDS = 128  # two descriptors each: well under the usual limit of 1024 for a process
+_MAX_OPEN_SHARDS = (
+    128  # two descriptors each, of local ones: well under the usual limit of 1024 for a process
+)
 _OPENING_THREADS = 16  # counting the records of many shards waits for the file system
 
 # Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
@@ -131,7 +138,8 @@ class TFRecordSource(Sequence[bytes]):
         """Finds the shards and counts their records.
 
         Args:
-            paths: a shard, a folder of shards, a glob, or a list of any of them.
+            paths: a shard, a folder of shards, a glob, or a list of any of them; also their URLs
+                in an object store.
 
         Raises:
             ValueError: nothing is found, or (`TFRecordError`) a shard or an index is broken.
@@ -166,6 +174,22 @@ class TFRecordSource(Sequence[bytes]):
         number, record = self._find(index)
         return self._open_shard(number).read(record)
 
+    def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
+        """What tells one shard from another without reading all of it.
+
+        Args:
+            number: of the shard, from 0.
+            end_bytes: how much to read at either end of it.
+
+        Returns:
+            Size in bytes; uint64 [n], where its records begin; its first and its last bytes.
+        """
+        # Not through the cache: a look at all shards would throw out those that are being read.
+        shard = _open_shard(self.paths, self._offsets_in_memory, number)
+        tail_start = max(0, shard.size - end_bytes)
+        head, tail = shard.read_range(0, end_bytes), shard.read_range(tail_start, shard.size)
+        return shard.size, shard.offsets, head, tail
+
     def locate(self, index: int) -> tuple[str, int]:
         """Shard path and number within the shard of a record, for messages.
 
@@ -199,10 +223,18 @@ class TFRecordSource(Sequence[bytes]):
     def _reset_open_shards(self) -> None:
         # The cache locks in C, under the interpreter's lock: there is no lock of ours that a fork
         # could inherit locked. A shard that falls out is closed when its last reader is done.
-        paths, in_memory = self.paths, self._offsets_in_memory
+        # It must not refer to this object: as a cycle, it would keep files open for long.
         self._open_shard = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(
-            lambda number: _Shard(paths[number], in_memory.get(number))
+            functools.partial(_open_shard, self.paths, self._offsets_in_memory)
         )
+
+
+def _open_shard(
+    paths: list[str], in_memory: dict[int, np.ndarray], number: int
+) -> _Shard | RemoteShard:
+    return (RemoteShard if is_remote(paths[number]) else _Shard)(
+        paths[number], in_memory.get(number)
+    )
 
 
 class _Shard:
@@ -211,30 +243,49 @@ class _Shard:
     def __init__(self, path: str, offsets: np.ndarray | None):
         self._path = path
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the object
-        self._size = os.fstat(self._file.fileno()).st_size
+        self.size = os.fstat(self._file.fileno()).st_size
         if offsets is None:
-            offsets = load_offsets(path, self._size)
-        self._offsets = scan_offsets(path) if offsets is None else offsets
+            offsets = load_offsets(path, self.size)
+        self.offsets = scan_offsets(path) if offsets is None else offsets
 
     def read(self, record: int) -> bytes:
-        if record >= len(self._offsets):
+        if record >= len(self.offsets):
             raise wrong_index(self._path, f"record {record}: the shard or its index was replaced")
-        start = int(self._offsets[record])
-        is_last = record + 1 == len(self._offsets)
-        end = self._size if is_last else int(self._offsets[record + 1])
-        frame = os.pread(self._file.fileno(), max(0, end - start), start)
-        data = unframe(frame, self._path, record)
+        data = unframe(self.read_range(*self._extent(record)), self._path, record)
         if data is None:
             raise self._explain(record)
         return data
 
+    def read_range(self, start: int, end: int) -> bytes:
+        return os.pread(self._file.fileno(), max(0, end - start), start)
+
+    def _extent(self, record: int) -> tuple[int, int]:
+        is_last = record + 1 == len(self.offsets)
+        return int(self.offsets[record]), self.size if is_last else int(self.offsets[record + 1])
+
     def _explain(self, record: int) -> TFRecordError:
-        """Tells a broken shard from an index that belongs to another one."""
+        """Tells a damaged length from a broken shard and from an index of another one."""
+        beside = [n for n in (record - 1, record + 1) if 0 <= n < len(self.offsets)]
+        # A frame of another length where the index has one: then it is the index that is wrong.
+        is_damaged = self._framed_length(record) is None
+        if is_damaged and beside and all(map(self._has_frame, beside)):
+            return DamagedRecordError(
+                f"{self._path}: record {record}: its length is damaged (the checksum differs); "
+                "write the shard again"
+            )
         try:
             scan_offsets(self._path)
         except TFRecordError as error:
             return error
         return wrong_index(self._path, f"record {record} is not where the index says")
+
+    def _has_frame(self, record: int) -> bool:
+        start, end = self._extent(record)
+        return self._framed_length(record) == end - start
+
+    def _framed_length(self, record: int) -> int | None:
+        start, _ = self._extent(record)
+        return framed_length(self.read_range(start, min(self.size, start + FRAME_BYTES)))
 
 
 def find_shards(
@@ -244,6 +295,7 @@ def find_shards(
 
     Args:
         paths: what to look for. A folder stands for its `*.tfrecord` and `*.tfrecord-*` files.
+            URLs such as `gs://bucket/folder` are looked for in their object store.
 
     Returns:
         Paths, sorted within each folder or glob, in the order of the list.
@@ -257,7 +309,9 @@ def find_shards(
         if os.path.isfile(entry):
             found.append(entry)
             continue
-        if os.path.isdir(entry):
+        if is_remote(entry):
+            candidates = list_files(entry)
+        elif os.path.isdir(entry):
             candidates = [os.path.join(entry, name) for name in os.listdir(entry)]
         else:
             candidates = glob.glob(entry, recursive=True)
@@ -274,12 +328,16 @@ def find_shards(
 
 
 def is_shard(path: str) -> bool:
-    """Whether a path is a file with the name of a TFRecord shard."""
-    return bool(_SHARD_NAME.fullmatch(os.path.basename(path))) and os.path.isfile(path)
+    """Whether a path is a file with the name of a TFRecord shard; a URL is taken at its name."""
+    if not _SHARD_NAME.fullmatch(os.path.basename(path)):
+        return False
+    return is_remote(path) or os.path.isfile(path)
 
 
 def _count_records(path: str) -> tuple[int, int, np.ndarray | None]:
     """Record count, size in bytes, and the offsets where they could not be written to disk."""
+    if is_remote(path):
+        return count_records(path)
     size = os.stat(path).st_size
     count = read_index_count(path, size)
     if count is not None:

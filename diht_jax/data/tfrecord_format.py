@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import pathlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import google_crc32c
 import numpy as np
@@ -36,6 +36,10 @@ _MASK_DELTA = 0xA282EAD8
 
 class TFRecordError(ValueError):
     """A shard or its index cannot be trusted; the message names file and record."""
+
+
+class DamagedRecordError(TFRecordError):
+    """One record is damaged; those around it can be read."""
 
 
 def masked_crc(data: bytes) -> int:
@@ -80,6 +84,14 @@ def unframe(frame: bytes, path: str, record: int) -> bytes | None:
     return data
 
 
+def framed_length(header: bytes) -> int | None:
+    """Bytes of the frame that begins with `header`; None where its checksum says it is none."""
+    if len(header) < _LENGTH.size:
+        return None
+    length, crc = _LENGTH.unpack_from(header)
+    return length + FRAME_BYTES if masked_crc(header[:8]) == crc else None
+
+
 def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
     """Walks through a shard from length to length; contents are not read.
 
@@ -92,16 +104,30 @@ def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
     """
-    name, offsets, position = os.fspath(path), [], 0
     with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        while position < size:
-            header = os.pread(file.fileno(), _LENGTH.size, position)
-            end = position + FRAME_BYTES + _check_header(name, len(offsets), header)
-            if end > size:
-                raise _truncated(name, len(offsets), end - size)
-            offsets.append(position)
-            position = end
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+        return walk_offsets(
+            os.fspath(path), size, lambda position, length: os.pread(descriptor, length, position)
+        )
+
+
+def walk_offsets(path: str, size: int, read_at: Callable[[int, int], bytes]) -> np.ndarray:
+    """`scan_offsets` of a shard that is read in another way than as a local file.
+
+    Args:
+        path: of the shard, for messages.
+        size: of the shard, in bytes.
+        read_at: position and length -> bytes, fewer at the end of the shard.
+    """
+    offsets, position = [], 0
+    while position < size:
+        header = read_at(position, _LENGTH.size)
+        end = position + FRAME_BYTES + _check_header(path, len(offsets), header)
+        if end > size:
+            raise _truncated(path, len(offsets), end - size)
+        offsets.append(position)
+        position = end
     return np.array(offsets, np.uint64)
 
 
@@ -141,9 +167,33 @@ def write_index(path: str | os.PathLike[str], offsets: np.ndarray, shard_bytes: 
         offsets: uint64 [n], as `scan_offsets` gives.
         shard_bytes: size of the shard that the offsets belong to.
     """
-    body = offsets.astype("<u8").tobytes()
+    write_atomically(index_path(path), encode_index(offsets, shard_bytes))
+
+
+def encode_index(offsets: np.ndarray, shard_bytes: int) -> bytes:
+    """The contents of an index; see `write_index`."""
     header = _INDEX_HEADER.pack(_INDEX_MAGIC, shard_bytes, len(offsets))
-    write_atomically(index_path(path), header + body)
+    return header + offsets.astype("<u8").tobytes()
+
+
+def decode_index(path: str, data: bytes, shard_bytes: int) -> np.ndarray:
+    """The offsets of an index that has been read whole.
+
+    Args:
+        path: of the shard, for messages.
+        data: contents of the index.
+        shard_bytes: size of the shard, which the index must confirm.
+
+    Raises:
+        TFRecordError: the index is damaged or another shard's.
+    """
+    count, expected_bytes = _check_index_header(path, data[: _INDEX_HEADER.size], len(data))
+    if expected_bytes != shard_bytes:
+        raise wrong_index(
+            path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
+        )
+    offsets = np.frombuffer(data, "<u8", count, _INDEX_HEADER.size)
+    return _check_offsets(path, offsets, shard_bytes)
 
 
 def read_index_count(path: str, shard_bytes: int) -> int | None:
@@ -162,11 +212,7 @@ def read_index_count(path: str, shard_bytes: int) -> int | None:
             index_bytes = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         return None
-    if len(data) < _INDEX_HEADER.size or not data.startswith(_INDEX_MAGIC):
-        raise wrong_index(path, "it has no valid header")
-    _, expected_bytes, count = _INDEX_HEADER.unpack(data)
-    if index_bytes != _INDEX_HEADER.size + 8 * count:
-        raise wrong_index(path, f"its size is not that of an index of {count} records")
+    count, expected_bytes = _check_index_header(path, data, index_bytes)
     if expected_bytes != shard_bytes:
         # A shard that was cut off has the right index: the scan finds that and says so.
         scan_offsets(path)
@@ -197,17 +243,41 @@ def load_offsets(path: str, shard_bytes: int) -> np.ndarray | None:
     offsets = np.memmap(
         index_path(path), dtype="<u8", mode="r", offset=_INDEX_HEADER.size, shape=(count,)
     )
-    if offsets[0] != 0:
-        raise wrong_index(path, "the first record does not begin the shard")
-    return offsets
+    return _check_offsets(path, offsets, shard_bytes)
 
 
 def wrong_index(path: str, detail: str) -> TFRecordError:
     """The error for an index that does not describe its shard."""
     return TFRecordError(
-        f"{index_path(path)} does not belong to {path} ({detail}); delete the index, it is built "
+        f"{path}{INDEX_SUFFIX} does not belong to {path} ({detail}); delete the index, it is built "
         "again on the next use"
     )
+
+
+def _check_index_header(path: str, header: bytes, index_bytes: int) -> tuple[int, int]:
+    """Number of records and size of the shard that an index states."""
+    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
+        raise wrong_index(path, "it has no valid header")
+    _, shard_bytes, count = _INDEX_HEADER.unpack(header)
+    if index_bytes != _INDEX_HEADER.size + 8 * count:
+        raise wrong_index(path, f"its size is not that of an index of {count} records")
+    if bool(count) != bool(shard_bytes):
+        raise wrong_index(path, f"it has {count} records for {shard_bytes} bytes")
+    return count, shard_bytes
+
+
+def _check_offsets(path: str, offsets: np.ndarray, shard_bytes: int) -> np.ndarray:
+    """Refuses places at which no records can lie: a read there could ask for any size."""
+    if not len(offsets):
+        return offsets
+    if offsets[0] != 0:
+        raise wrong_index(path, "the first record does not begin the shard")
+    ends = np.append(offsets[1:], np.uint64(shard_bytes))
+    # Compared without a difference, which would wrap around.
+    if (ends < FRAME_BYTES).any() or (offsets > ends - np.uint64(FRAME_BYTES)).any():
+        number = int(np.argmax((ends < FRAME_BYTES) | (offsets > ends - np.uint64(FRAME_BYTES))))
+        raise wrong_index(path, f"record {number} would be at byte {offsets[number]}")
+    return offsets
 
 
 def _check_header(path: str, record: int, header: bytes) -> int:
@@ -231,7 +301,7 @@ def _check_header(path: str, record: int, header: bytes) -> int:
 
 def _check_contents(path: str, record: int, data: bytes, footer: bytes) -> None:
     if frame_footer(data) != footer:
-        raise TFRecordError(
+        raise DamagedRecordError(
             f"{path}: record {record} is damaged (its checksum differs); write the shard again"
         )
 

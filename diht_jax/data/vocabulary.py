@@ -200,17 +200,30 @@ def _read_label(shard: str) -> Mapping[str, Mapping[str, Any]] | None:
     """What the statistics of a shard say of its vocabulary; None where they say nothing."""
     try:
         with open(shard + STATS_SUFFIX, "rb") as file:
-            return json.load(file)["counts"].get(STATS_KEY)
+            label = json.load(file)["counts"].get(STATS_KEY)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{shard}{STATS_SUFFIX}: not the statistics of a shard") from error
+    if label is not None and not _is_description(label):
+        raise ValueError(
+            f"{shard}{STATS_SUFFIX}: '{STATS_KEY}' is {label!r:.200}; expected size and hash of "
+            f"{' and '.join(KINDS)}"
+        )
+    return label
+
+
+def _is_description(label: Any) -> bool:
+    """Whether a value has the form of `Vocabulary.describe`."""
+    parts = [label.get(kind) for kind in KINDS] if isinstance(label, dict) else [None]
+    return all(isinstance(part, dict) and {"size", "hash"} <= part.keys() for part in parts)
 
 
 def _read_concepts(path: pathlib.Path, kind: str) -> ConceptList:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
         _, found_kind, expected_hash, *_ = lines[0].split(" ")
+        columns = lines[1]
         rows = [line.split("\t") for line in lines[2:] if line]
         in_order = [int(row[0]) for row in rows] == list(range(len(rows)))
         names = tuple(name for _, name, _ in rows)
@@ -222,10 +235,10 @@ def _read_concepts(path: pathlib.Path, kind: str) -> ConceptList:
     except (ValueError, IndexError) as error:
         raise ValueError(f"{path}: not a vocabulary of `python -m data_prep.label`") from error
     found = ConceptList(kind, names, counts)
-    if found_kind != kind or lines[1] != _COLUMNS or not in_order or found.hash != expected_hash:
+    if found_kind != kind or columns != _COLUMNS or not in_order or found.hash != expected_hash:
         raise ValueError(
             f"{path}: {len(found)} {kind} with hash {found.hash}, while its first line says "
-            f"{lines[0]!r}; the file was changed after it was written. Take the original: the "
+            f"{lines[0]!r:.200}; the file was changed after it was written. Take the original: the "
             "records' ids mean places in it"
         )
     return found

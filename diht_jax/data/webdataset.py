@@ -1,13 +1,10 @@
 """Webdataset tars, as img2dataset writes them: `KEY.jpg`, `KEY.txt` and `KEY.json` in a row.
 
-Called through `readers.py`. The archive is read from front to back; nothing in it is ever written
-to disk, so that no path in it can do harm.
+Called through `readers.py`. How archives are read, damaged ones too, is `tar_files.py`'s matter.
 """
 
 from __future__ import annotations
 
-import tarfile
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +18,7 @@ from diht_jax.data.source import (
     parse_json_object,
     pick_captions,
 )
+from diht_jax.data.tar_files import read_members
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -28,7 +26,6 @@ _TEXT_EXTENSIONS = ("txt", "json")
 _SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
     _TEXT_EXTENSIONS, 2**24
 )
-_BROKEN = (tarfile.TarError, EOFError, OSError, zlib.error)
 
 
 def read_tar(path: str) -> Iterator[Pair | Skipped]:
@@ -42,7 +39,7 @@ def read_tar(path: str) -> Iterator[Pair | Skipped]:
         path: of the archive, plain or compressed with gzip.
 
     Raises:
-        ValueError: the archive is damaged or cut off.
+        ValueError: the archive is damaged, cut off, or several in one file.
     """
     seen: set[str] = set()
     for key, members in _read_groups(path):
@@ -79,55 +76,34 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]]) -> Pair | Skip
 
 
 def _read_groups(path: str) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
-    """Yields (key, [(extension, contents, or None where too large)])."""
-    key, members = None, []
-    for name, extension, data in _read_members(path):
-        if name != key:
+    """Yields (key, [(extension, contents)]).
+
+    Contents are None where they are too large or not needed: of a second image or text of a key,
+    and where the extension has several parts ("KEY.mask.png"), which makes it another kind of
+    member but still one to be named.
+    """
+    key, members, has_image = None, [], False
+    for name, data in read_members(path, _size_limit):
+        stem, extension = _split_name(name)
+        if stem != key:
             if members:
                 yield key, members
-            key, members = name, []
+            key, members, has_image = stem, [], False
+        is_image = extension in IMAGE_EXTENSIONS
+        if (is_image and has_image) or extension in dict(members):
+            data = None
+        has_image |= is_image
         members.append((extension, data))
     if members:
         yield key, members
 
 
-def _read_members(path: str) -> Iterator[tuple[str, str, bytes | None]]:
-    """Yields (key, extension, contents) of images and texts.
-
-    Contents are None where they are too large, or where the extension has several parts
-    ("KEY.mask.png"), which makes it another kind of member but still one to be named.
-    """
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # kept for random access, which nobody needs here
-                key, extension = _split_name(member.name)
-                last_extension = extension.rpartition(".")[2]
-                if not key or last_extension not in _SIZE_LIMITS:
-                    continue
-                if not member.isreg():
-                    continue
-                # The size is checked first: a sparse member may claim terabytes of zeros.
-                is_wanted = member.size <= _SIZE_LIMITS.get(extension, 0)
-                yield key, extension, tar.extractfile(member).read() if is_wanted else None
-            _check_end(tar)
-    except FileNotFoundError:
-        raise
-    except _BROKEN as error:
-        raise ValueError(
-            f"{path}: the tar archive cannot be read to its end ({type(error).__name__}: {error}); "
-            "download or write it again"
-        ) from error
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    # tarfile takes a damaged header, or none at all, for the end; only a block of zeros is one.
-    tar.fileobj.seek(tar.offset)
-    block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        raise tarfile.ReadError(f"cut off at byte {tar.offset}, where an end marker should be")
-    if any(block):
-        raise tarfile.ReadError(f"damaged member header at byte {tar.offset}")
+def _size_limit(name: str) -> int | None:
+    """Bytes of a member that are worth reading; None for one that is none of ours."""
+    stem, extension = _split_name(name)
+    if not stem or extension.rpartition(".")[2] not in _SIZE_LIMITS:
+        return None
+    return _SIZE_LIMITS.get(extension, 0)
 
 
 def _split_name(name: str) -> tuple[str, str]:

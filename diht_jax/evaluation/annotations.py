@@ -15,11 +15,11 @@ from typing import Any
 
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import (
-    MAX_IMAGE_BYTES,
     Skipped,
     merge_captions,
     parse_json_object,
     pick_captions,
+    read_image,
 )
 
 CAPTION_FIELDS = ("caption", "sentence", "question")
@@ -32,12 +32,13 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         ValueError: no such file, not JSON, or a row that is no object; names file and row.
     """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
     if path.endswith(".jsonl"):
         rows = []
-        for number, line in enumerate(text.splitlines(), start=1):
+        # Not `splitlines`: JSON texts may hold other characters that it takes for line breaks.
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 try:
                     rows.append(parse_json_object(line))
@@ -46,7 +47,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
         return rows
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON list ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a JSON list of objects")
@@ -79,15 +80,21 @@ def read_annotations(
     """
     by_image: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(read_rows(path)):
-        if row.get(image_column) in (None, ""):
+        value = row.get(image_column)
+        if value in (None, ""):
             raise ValueError(
                 f"{path}: row {number} has no field '{image_column}'; it has "
-                f"{', '.join(row) or 'none'} (option image_column names another)"
+                f"{', '.join(list(row)[:20])[:500] or 'none'} (option image_column names another)"
             )
-        by_image.setdefault(image_name.format(row[image_column]), []).append(row)
+        if not isinstance(value, str | int):
+            raise ValueError(
+                f"{path}: row {number}: field '{image_column}' is {value!r:.80}; expected a name "
+                "or a number"
+            )
+        by_image.setdefault(image_name.format(value), []).append(row)
     root = os.path.realpath(image_root or os.path.dirname(path) or ".")
     for name, rows in by_image.items():
-        image = read_image(root, name)
+        image = read_image(root, name, name)
         if isinstance(image, Skipped):
             yield image
             continue
@@ -118,28 +125,13 @@ def read_winoground(
         if missing:
             raise ValueError(f"{path}: row {number}: expected texts as {', '.join(missing)}")
         for side in (0, 1):
-            image = read_image(root, image_name.format(row[f"image_{side}"]))
+            name = image_name.format(row[f"image_{side}"])
+            image = read_image(root, name, name)
             if isinstance(image, Skipped):
                 yield image
                 continue
             metadata = {"example": str(row.get("id", number)), "side": side}
             yield Pair(f"{number}_{side}", image, row[f"caption_{side}"], metadata)
-
-
-def read_image(root: str, name: str) -> bytes | Skipped:
-    """The bytes of an image below `root`, which is a real path; or why there are none."""
-    if "\0" in name:
-        return Skipped(name, "refused_path", "a NUL character in the path")
-    # Resolved first, so that neither ".." nor a link leads out of the folder.
-    path = os.path.realpath(os.path.join(root, name))
-    if os.path.commonpath([root, path]) != root:
-        return Skipped(name, "refused_path", f"'{name}' leads out of '{root}'")
-    try:
-        if os.path.getsize(path) > MAX_IMAGE_BYTES:
-            return Skipped(name, "too_large", f"'{name}' has over {MAX_IMAGE_BYTES} bytes")
-        return pathlib.Path(path).read_bytes()
-    except OSError as error:
-        return Skipped(name, "no_image", f"'{name}': {error.strerror}")
 
 
 def _captions(row: Mapping[str, Any]) -> list[str]:

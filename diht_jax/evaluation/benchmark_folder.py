@@ -13,28 +13,32 @@ Called by `sources` and `task_specs`. The layout is that of CLIP_benchmark 1.6,
 from __future__ import annotations
 
 import dataclasses
-import io
 import pathlib
-import tarfile
 from collections.abc import Iterator
 
 import numpy as np
 
+from diht_jax.data.array_files import parse_npy
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     Skipped,
+    clean_text,
     merge_captions,
     pick_captions,
 )
+from diht_jax.data.tar_files import read_members
 from diht_jax.evaluation.prompts import CLASS_SLOT, check_templates, read_class_names, read_lines
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
 DEFAULT_SPLIT = "test"
 
 _NOTE_OF_TYPE = {CLASSIFICATION: "cls", MULTILABEL: "npy", RETRIEVAL: "txt"}
+_NOTE_EXTENSIONS = tuple(_NOTE_OF_TYPE.values())
 _LARGEST_NOTE_BYTES = 2**24
+# Of shards of a data set; more would take for ever to look for.
+_MOST_SHARDS = 10**6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +70,9 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
         raise ValueError(
             f"{folder}: expected CLIP_benchmark's layout, but there is no {split}/nshards.txt"
         )
-    count = count_file.read_text().strip()
-    if not count.isdecimal() or count == "0":
-        raise ValueError(f"{count_file}: expected the number of shards, got '{count}'")
+    count = "".join(read_lines(count_file))
+    if not (count.isdecimal() and count.isascii() and 0 < int(count[:99]) <= _MOST_SHARDS):
+        raise ValueError(f"{count_file}: expected the number of shards, got '{count[:99]}'")
     paths = [root / split / f"{number}.tar" for number in range(int(count))]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
@@ -77,9 +81,12 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
             f"{', '.join(missing[:5])}"
         )
     type_file = root / "dataset_type.txt"
-    kind = type_file.read_text().strip().lower() if type_file.is_file() else CLASSIFICATION
+    kind = CLASSIFICATION
+    if type_file.is_file():
+        kind = "".join(read_lines(type_file)).lower()
     if kind not in _NOTE_OF_TYPE:
-        raise ValueError(f"{type_file}: expected one of {', '.join(_NOTE_OF_TYPE)}, got '{kind}'")
+        known = ", ".join(_NOTE_OF_TYPE)
+        raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
     names, templates = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
     return BenchmarkFolder(
         type=kind,
@@ -99,8 +106,13 @@ def read_benchmark_folder(folder: BenchmarkFolder) -> Iterator[Pair | Skipped]:
         ValueError: a damaged archive.
     """
     for path in folder.paths:
+        seen: set[str] = set()
         for key, members in _read_groups(path):
-            yield _make_pair(key, members, folder.type)
+            if key in seen:
+                yield Skipped(key, "duplicate", "the key was there before")
+            else:
+                seen.add(key)
+                yield _make_pair(key, members, folder.type)
 
 
 def _read_templates(path: pathlib.Path) -> tuple[str, ...]:
@@ -108,55 +120,70 @@ def _read_templates(path: pathlib.Path) -> tuple[str, ...]:
     try:
         return check_templates(lines)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {str(error)[:500]}") from error
 
 
-def _make_pair(key: str, members: dict[str, bytes | None], kind: str) -> Pair | Skipped:
-    images = [data for extension, data in members.items() if extension in IMAGE_EXTENSIONS]
-    if len(images) != 1:
+def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> Pair | Skipped:
+    names = [extension for extension, _ in members]
+    images = [data for extension, data in members if extension in IMAGE_EXTENSIONS]
+    note_name = _NOTE_OF_TYPE[kind]
+    if len(images) != 1 or names.count(note_name) > 1:
         reason = "duplicate" if images else "no_image"
-        return Skipped(key, reason, f"found {', '.join(members)}")
+        return Skipped(key, reason, f"found {', '.join(names)}")
     if images[0] is None:
         return Skipped(key, "too_large", f"an image file of over {MAX_IMAGE_BYTES} bytes")
-    note = members.get(_NOTE_OF_TYPE[kind])
+    note = dict(members).get(note_name)
     if note is None:
         reason = "no_caption" if kind == RETRIEVAL else "bad_row"
-        return Skipped(key, reason, f"no {_NOTE_OF_TYPE[kind]} among {', '.join(members)}")
+        return Skipped(key, reason, f"no {note_name} to be read among {', '.join(names)}")
     if kind == RETRIEVAL:
         captions = pick_captions(note.decode("utf-8-sig", "replace").splitlines())
         if not captions:
             return Skipped(key, "no_caption", "the txt is blank")
         return Pair(key, images[0], captions[0], merge_captions({}, captions))
     try:
-        if kind == CLASSIFICATION:
-            return Pair(key, images[0], "", {"label": int(note)})
-        labels = np.load(io.BytesIO(note), allow_pickle=False)
-        return Pair(key, images[0], "", {"labels": np.flatnonzero(labels).tolist()})
+        metadata = {"label": int(note)} if kind == CLASSIFICATION else _read_labels(note)
     except ValueError as error:
-        return Skipped(key, "bad_row", f"{_NOTE_OF_TYPE[kind]}: {error}")
+        return Skipped(key, "bad_row", f"{note_name}: {error}")
+    return Pair(key, images[0], "", metadata)
 
 
-def _read_groups(path: str) -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    """Yields the key and the members by extension of every entry; too large ones are None."""
-    key, members = None, {}
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            for member in tar:
-                name, _, extension = member.name.rpartition("/")[2].partition(".")
-                name = member.name.removesuffix(f".{extension}") if extension else ""
-                if not member.isreg() or not name:
-                    continue
-                if name != key:
-                    if members:
-                        yield key, members
-                    key, members = name, {}
-                extension = extension.lower()
-                is_image = extension in IMAGE_EXTENSIONS
-                small = member.size <= (MAX_IMAGE_BYTES if is_image else _LARGEST_NOTE_BYTES)
-                members[extension] = tar.extractfile(member).read() if small else None
+def _read_labels(note: bytes) -> dict[str, list[int]]:
+    flags = parse_npy(note)
+    if flags.ndim != 1 or flags.dtype.kind not in "biuf" or not np.isin(flags, (0, 1)).all():
+        raise ValueError(f"expected 0 or 1 for each class, got {flags.dtype} {list(flags.shape)}")
+    return {"labels": np.flatnonzero(flags).tolist()}
+
+
+def _read_groups(path: str) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
+    """Yields (key, [(extension, contents)]); contents are None where too large or there before."""
+    key, members, has_image = None, [], False
+    for name, data in read_members(path, _size_limit):
+        stem, extension = _split_name(name)
+        if stem != key:
             if members:
                 yield key, members
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(
-            f"{path}: the tar archive cannot be read to its end ({type(error).__name__}: {error})"
-        ) from error
+            key, members, has_image = stem, [], False
+        is_image = extension in IMAGE_EXTENSIONS
+        if (is_image and has_image) or extension in dict(members):
+            data = None
+        has_image |= is_image
+        members.append((extension, data))
+    if members:
+        yield key, members
+
+
+def _size_limit(name: str) -> int | None:
+    stem, extension = _split_name(name)
+    if not stem:
+        return None
+    if extension in IMAGE_EXTENSIONS:
+        return MAX_IMAGE_BYTES
+    return _LARGEST_NOTE_BYTES if extension in _NOTE_EXTENSIONS else 0
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and extension; no key where one of them is missing."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (clean_text(f"{folder}{slash}{stem}") if stem and extension else ""), extension.lower()

@@ -12,32 +12,33 @@ import itertools
 import json
 import os
 import pathlib
-import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from diht_jax.data import readers
 from diht_jax.data.atomic_file import temporary_path, write_atomically
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import (
-    IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     Skipped,
     SourceShard,
     image_files,
+    parse_json_object,
 )
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.evaluation.embedding_progress import EmbeddingProgress
 from diht_jax.evaluation.encoding import encode_images, encode_texts
 
 FORMATS = ("npz", "parquet")
 MODALITIES = ("image", "text")
 DTYPES = ("float32", "float16")
 SETTINGS_FILE = "embeddings.json"
+
+# What a part's statistics must hold for a run to go on after it.
+_STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_last": bool}
 
 # A folder that holds pictures and nothing else; it has no captions to train on, so it is no
 # source of `readers`.
@@ -117,11 +118,11 @@ def embed_source(
     shards = list_inputs(source, **source_options)
     if "text" in options.modalities and shards[0].kind == _PICTURES:
         raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
-    _claim(output, _settings(model, shards, options))
+    claim(output, _settings(model, shards, options))
     mine = list(enumerate(shards))[options.task_index :: options.num_tasks]
     total: collections.Counter[str] = collections.Counter()
     pairs, files = 0, 0
-    with _Progress([shard for _, shard in mine]) as progress:
+    with EmbeddingProgress([shard for _, shard in mine]) as progress:
         for index, shard in mine:
             for stats in _embed_shard(model, index, shard, output, options, progress):
                 pairs, files = pairs + stats["pairs"], files + 1
@@ -155,14 +156,14 @@ def _embed_shard(
     shard: SourceShard,
     output: pathlib.Path,
     options: EmbedOptions,
-    progress: _Progress,
+    progress: EmbeddingProgress,
 ) -> Iterator[dict[str, Any]]:
     """Yields the statistics of each part of a shard; makes the parts that are missing."""
     entries: Iterator[Pair | Skipped] | None = None
     read = 0  # entries taken from `entries`
     for part in itertools.count():
         stem = output / f"embeddings-{index:05d}-{part:05d}"
-        stats = _read_stats(stem.with_suffix(".json"))
+        stats = read_stats(stem.with_suffix(".json"))
         if stats is not None:
             progress.update(stats["entries"])
         else:
@@ -188,7 +189,7 @@ def _embed_part(
     entries: _Peekable,
     stem: pathlib.Path,
     options: EmbedOptions,
-    progress: _Progress,
+    progress: EmbeddingProgress,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     taken = _Counted(itertools.islice(entries, options.shard_size), progress)
@@ -296,24 +297,54 @@ def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> d
     }
 
 
-def _claim(output: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Writes the settings, or compares them with those that are there."""
+def claim(output: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes the settings, or compares them with those that are there.
+
+    Args:
+        output: directory; is made.
+        settings: what must be the same for the directory to be gone on with, JSON-able.
+
+    Raises:
+        ValueError: it holds embeddings made with others, or a damaged file.
+    """
     output.mkdir(parents=True, exist_ok=True)
     path = output / SETTINGS_FILE
     if not path.exists():
         write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = _read_object(path)
     changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
     if changed:
+        shown = ", ".join(changed[:20])[:500]
         raise ValueError(
-            f"{output} holds embeddings made with other settings; changed: {', '.join(changed)}. "
+            f"{output} holds embeddings made with other settings; changed: {shown}. "
             "Take the same to go on with it, or another --output"
         )
 
 
-def _read_stats(path: pathlib.Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_stats(path: pathlib.Path) -> dict[str, Any] | None:
+    """The statistics of a finished part; None where it is not finished.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    stats = _read_object(path)
+    for name, kind in _STATS_TYPES.items():
+        if type(stats.get(name)) is not kind:
+            raise ValueError(
+                f"{path}: '{name}' is {stats.get(name)!r:.80}; expected {kind.__name__}. Delete "
+                "the file to have its part made again"
+            )
+    return stats
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return parse_json_object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object ({error}); delete it") from error
 
 
 class _Peekable(Iterator[Pair | Skipped]):
@@ -335,7 +366,7 @@ class _Peekable(Iterator[Pair | Skipped]):
 class _Counted(Iterator[Pair | Skipped]):
     """Counts what is taken from it, and shows it."""
 
-    def __init__(self, entries: Iterator[Pair | Skipped], progress: _Progress):
+    def __init__(self, entries: Iterator[Pair | Skipped], progress: EmbeddingProgress):
         self._entries = entries
         self._progress = progress
         self.count = 0
@@ -345,62 +376,3 @@ class _Counted(Iterator[Pair | Skipped]):
         self.count += 1
         self._progress.update(1)
         return entry
-
-
-class _Progress:
-    """A bar over entries; lengths that shards do not tell are estimated from those that are known,
-    by bytes."""
-
-    def __init__(self, shards: list[SourceShard]):
-        self._lengths = [_length(shard) for shard in shards]
-        if shards and not any(self._lengths) and shards[0].path.endswith(".tar"):
-            self._lengths[0] = _count_pictures(shards[0].path)
-        self._sizes = [shard.identity()["size_bytes"] for shard in shards]
-        self._place = 0
-        self._entries = 0
-        self._bar = tqdm(unit="pair", dynamic_ncols=True, total=self._total())
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
-
-    def update(self, num_entries: int) -> None:
-        self._entries += num_entries
-        self._bar.update(num_entries)
-
-    def finish_shard(self) -> None:
-        self._lengths[self._place] = self._entries
-        self._place, self._entries = self._place + 1, 0
-        self._bar.total = self._total()
-        self._bar.refresh()
-
-    def _total(self) -> int | None:
-        known = [(n, b) for n, b in zip(self._lengths, self._sizes, strict=True) if n is not None]
-        if not known:
-            return None
-        per_byte = sum(n for n, _ in known) / max(1, sum(b for _, b in known))
-        pairs = zip(self._lengths, self._sizes, strict=True)
-        return round(sum(size * per_byte if n is None else n for n, size in pairs))
-
-
-def _length(shard: SourceShard) -> int | None:
-    """Entries of a shard, where they can be told without reading it."""
-    if shard.kind == "tfds":
-        return shard.stop - shard.start
-    if shard.kind == "tfrecord":
-        return len(TFRecordSource([shard.path]))
-    if shard.kind in ("folder", _PICTURES):
-        return len(image_files(shard.path))
-    return None
-
-
-def _count_pictures(path: str) -> int | None:
-    """Image members of a plain tar, by their headers; None where these cannot be read."""
-    suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-    try:
-        with tarfile.open(path, "r:") as tar:
-            return sum(member.name.lower().endswith(suffixes) for member in tar)
-    except (tarfile.TarError, OSError):
-        return None

@@ -16,8 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
+from jax.experimental import multihost_utils
 
-from diht_jax.data.images import ImageError, decode_rgb
+from diht_jax.data.images import REASONS, ImageError, decode_rgb
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped
 
@@ -101,24 +102,25 @@ def encode_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     start = time.perf_counter()
+    share = _Share.of(model, batch_size)
     embeddings, notes, positions = [], [], []
-    dropped: collections.Counter[str] = collections.Counter()
-    dropped_keys: list[str] = []
+    left_out: list[tuple[int, str, str]] = []
     waiting: list[np.ndarray] = []
 
     def encode_waiting() -> None:
-        embeddings.append(_encode_padded(model.encode_image, waiting, batch_size, bool(embeddings)))
+        fill = bool(embeddings) or share is not None
+        embeddings.append(_encode_padded(model.encode_image, waiting, batch_size, fill))
         waiting.clear()
 
     decoded = _decode_ahead(
-        entries, describe, model.preprocess, batch_size * _BATCHES_AHEAD, num_threads
+        entries, describe, model.preprocess, batch_size * _BATCHES_AHEAD, num_threads, share
     )
     for position, (key, note, outcome) in enumerate(decoded):
+        if share is not None and not isinstance(outcome, UnusablePair | Skipped):
+            outcome = share.take(key, outcome)
         if isinstance(outcome, ImageError | UnusablePair | Skipped):
             prefix = "image_" if isinstance(outcome, ImageError) else ""
-            dropped[f"{prefix}{outcome.reason}"] += 1
-            if len(dropped_keys) < _DROPPED_KEYS_KEPT:
-                dropped_keys.append(key)
+            left_out.append((position, key, f"{prefix}{outcome.reason}"))
             continue
         waiting.append(outcome)
         notes.append(note)
@@ -127,18 +129,24 @@ def encode_images(
             encode_waiting()
     if waiting:
         encode_waiting()
-    if not embeddings and not allow_empty:
-        raise ValueError(
-            f"no usable pair in the source: {dropped.total()} entries, left out for {dict(dropped)}"
-        )
     image_emb = np.concatenate(embeddings or [np.zeros((0, 0), np.float32)])
+    if share is not None:
+        for slot, reason in share.failures_of_all():
+            left_out.append((positions[slot], share.keys[slot], f"image_{reason}"))
+        image_emb, notes, positions = share.usable(image_emb, notes, positions)
+    left_out.sort()
+    dropped = dict(collections.Counter(reason for _, _, reason in left_out))
+    if not len(image_emb) and not allow_empty:
+        raise ValueError(
+            f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
+        )
     check_finite(image_emb, "image embeddings")
     return EncodedImages(
         image_emb=image_emb,
         notes=notes,
         positions=positions,
-        dropped=dict(dropped),
-        dropped_keys=dropped_keys,
+        dropped=dropped,
+        dropped_keys=[key for _, key, _ in left_out[:_DROPPED_KEYS_KEPT]],
         seconds=time.perf_counter() - start,
     )
 
@@ -181,15 +189,73 @@ def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:
     return embeddings
 
 
+class _Share:
+    """This process's share of the decoding, where the model lies on several processes.
+
+    All processes read all entries, which costs little, and know from them which pairs there are.
+    Each decodes the pictures of the rows that its devices embed; rows of others, and pictures that
+    could not be decoded, are blank. What failed is exchanged once, at the end.
+
+    Attributes:
+        keys: of the pairs so far, by slot: the place among the pairs that take up a row.
+    """
+
+    def __init__(self, own_rows: np.ndarray, blank: np.ndarray):
+        self.keys: list[str] = []
+        self._own_rows = own_rows
+        self._blank = blank
+        self._failed: dict[int, str] = {}
+        self._failed_anywhere = np.zeros(0, np.int8)
+
+    @classmethod
+    def of(cls, model: EmbeddingModel, batch_size: int) -> _Share | None:
+        """None where this process has all rows."""
+        find_rows = getattr(model, "own_rows", None)
+        own_rows = None if find_rows is None else find_rows(batch_size)
+        if own_rows is None:
+            return None
+        size = model.image_size
+        return cls(own_rows, np.zeros((size, size, 3), np.uint8))
+
+    def has(self, slot: int) -> bool:
+        """Whether this process decodes the pair of a slot."""
+        return bool(self._own_rows[slot % len(self._own_rows)])
+
+    def take(self, key: str, outcome: np.ndarray | ImageError | None) -> np.ndarray:
+        """The row of the next slot; notes where it could not be decoded."""
+        slot = len(self.keys)
+        self.keys.append(key)
+        if isinstance(outcome, ImageError):
+            self._failed[slot] = outcome.reason
+        return outcome if isinstance(outcome, np.ndarray) else self._blank
+
+    def failures_of_all(self) -> list[tuple[int, str]]:
+        """Slots and reasons of what no process could decode. All processes must call."""
+        codes = np.zeros(len(self.keys), np.int8)
+        for slot, reason in self._failed.items():
+            codes[slot] = 1 + REASONS.index(reason)
+        if len(codes):
+            codes = np.asarray(multihost_utils.process_allgather(codes)).max(axis=0)
+        self._failed_anywhere = codes
+        return [(int(slot), REASONS[codes[slot] - 1]) for slot in np.flatnonzero(codes)]
+
+    def usable(
+        self, image_emb: np.ndarray, notes: list[Any], positions: list[int]
+    ) -> tuple[np.ndarray, list[Any], list[int]]:
+        """What is left of them without the failures."""
+        kept = np.flatnonzero(self._failed_anywhere == 0)
+        return image_emb[kept], [notes[i] for i in kept], [positions[i] for i in kept]
+
+
 def _encode_padded(
     encode: Callable[[np.ndarray], np.ndarray],
     images: list[np.ndarray],
     batch_size: int,
-    full_batch_seen: bool,
+    fill_up: bool,
 ) -> np.ndarray:
     batch = np.stack(images)
     # A source smaller than one batch needs no filling: nothing has been compiled for it yet.
-    if full_batch_seen and len(batch) < batch_size:
+    if fill_up and len(batch) < batch_size:
         fill = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
         batch = np.concatenate([batch, fill])
     return np.asarray(encode(batch), np.float32)[: len(images)]
@@ -201,8 +267,12 @@ def _decode_ahead(
     preprocess: Callable[[PIL.Image.Image], np.ndarray],
     window: int,
     num_threads: int | None,
-) -> Iterator[tuple[str, Any, np.ndarray | ImageError | UnusablePair | Skipped]]:
-    """Yields (key, note, pixels or why there are none) in order, up to `window` images in work."""
+    share: _Share | None,
+) -> Iterator[tuple[str, Any, np.ndarray | ImageError | UnusablePair | Skipped | None]]:
+    """Yields (key, note, pixels or why there are none) in order, up to `window` images in work.
+
+    None stands for the pixels that another process decodes.
+    """
 
     def decode(data: bytes) -> np.ndarray | ImageError:
         try:
@@ -217,6 +287,7 @@ def _decode_ahead(
         key, note, outcome = queue.popleft()
         return key, note, outcome.result() if isinstance(outcome, futures.Future) else outcome
 
+    slot = 0
     try:
         for entry in entries:
             if isinstance(entry, Skipped):
@@ -224,7 +295,10 @@ def _decode_ahead(
             else:
                 try:
                     note = describe(entry)
-                    queue.append((entry.key, note, pool.submit(decode, entry.image)))
+                    is_ours = share is None or share.has(slot)
+                    work = pool.submit(decode, entry.image) if is_ours else None
+                    queue.append((entry.key, note, work))
+                    slot += 1
                 except UnusablePair as unusable:
                     queue.append((entry.key, None, unusable))
             if len(queue) > window:

@@ -199,8 +199,8 @@ def _read_benchmark(file: str, name: str) -> list[str]:
 
 def _read_json_names(path: pathlib.Path) -> tuple[str, ...]:
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        names = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ValueError(f"{path}: expected a JSON list of names")
@@ -208,9 +208,12 @@ def _read_json_names(path: pathlib.Path) -> tuple[str, ...]:
 
 
 def read_lines(path: str | pathlib.Path) -> list[str]:
-    """Lines of a UTF-8 text file without white space around them; a ValueError names the file."""
+    """Lines of a UTF-8 text file without white space around them; a ValueError names the file.
+
+    A byte order mark, which some editors leave, is no part of the first line.
+    """
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
     return [line.strip() for line in text.rstrip().splitlines()]

@@ -11,6 +11,9 @@ from typing import Any
 from diht_jax.config import ARCHITECTURE_FIELDS, nearest_name
 
 ACTIVATIONS = ("gelu", "quick_gelu")
+# Far above any model's, and small enough that looking at the parameters' shapes ends.
+_MOST_LAYERS = 1000
+_LARGEST_SIZE = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Architecture:
     end_of_text_id: int | None = None
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, least = getattr(self, field.name), 0 if field.name == "end_of_text_id" else 1
+            most = _MOST_LAYERS if field.name.endswith("_layers") else _LARGEST_SIZE
+            is_size = field.name not in ("activation", "layer_norm_epsilon")
+            if is_size and value is not None and not least <= value <= most:
+                raise ValueError(f"{field.name} {value}: expected {least} to {most}")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}"

@@ -23,7 +23,7 @@ from diht_jax.models.parameters import model_definition, parameter_shapes
 from diht_jax.models.zoo import Architecture
 
 # Scalars that OpenAI's archives carry beside the parameters.
-_OPENAI_EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
+EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
 # Not parameters: the causal mask that some versions of CLIP save.
 _BUFFERS = frozenset(("attn_mask",))
 # open_clip's CustomTextCLIP keeps the text tower in a module of its own.
@@ -42,18 +42,21 @@ HEADS_PREFIX = "concept_heads."
 def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """One layout out of its variants: extras and buffers dropped, `text.` prefix taken off."""
     kept = {
-        name: value
-        for name, value in tensors.items()
-        if name not in _OPENAI_EXTRAS and name.rpartition(".")[2] not in _BUFFERS
+        name: value for name, value in tensors.items() if name not in EXTRAS and not is_buffer(name)
     }
     if f"{_TEXT_PREFIX}positional_embedding" in kept:
         return {name.removeprefix(_TEXT_PREFIX): value for name, value in kept.items()}
     return kept
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a name is that of a mask, which is no parameter."""
+    return name.rpartition(".")[2] in _BUFFERS
+
+
 def is_openai_release(tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether the names are those of OpenAI's own archives, whose models have QuickGELU."""
-    return tensors.keys() >= _OPENAI_EXTRAS
+    return tensors.keys() >= EXTRAS
 
 
 def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architecture:
@@ -76,7 +79,11 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
         "token_embedding.weight": 2,
         "positional_embedding": 2,
     }
-    missing = [n for n, rank in needed.items() if n not in tensors or tensors[n].ndim != rank]
+    missing = [
+        name
+        for name, rank in needed.items()
+        if name not in tensors or tensors[name].ndim != rank or not tensors[name].size
+    ]
     if missing:
         raise ValueError(
             f"{path}: not a CLIP with a vision transformer and CLIP's own text tower: lacks "
@@ -88,22 +95,25 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
     if side**2 != num_patches:
         raise ValueError(f"{path}: {num_patches} image positions, which are no square grid")
     vocab_size, text_width = tensors["token_embedding.weight"].shape
-    return Architecture(
-        image_size=side * patch_size,
-        patch_size=patch_size,
-        vision_layers=_count_blocks(tensors, f"visual.{_BLOCK}"),
-        vision_width=vision_width,
-        vision_heads=_usual_heads(vision_width),
-        text_layers=_count_blocks(tensors, _BLOCK),
-        text_width=text_width,
-        # The text towers of the same models have heads 64 wide.
-        text_heads=max(1, text_width // _HEAD_WIDTH),
-        embed_dim=tensors["visual.proj"].shape[1],
-        context_length=tensors["positional_embedding"].shape[0],
-        vocab_size=vocab_size,
-        vision_mlp_width=_mlp_width(tensors, f"visual.{_BLOCK}", vision_width),
-        text_mlp_width=_mlp_width(tensors, _BLOCK, text_width),
-    )
+    try:
+        return Architecture(
+            image_size=side * patch_size,
+            patch_size=patch_size,
+            vision_layers=_count_blocks(tensors, f"visual.{_BLOCK}"),
+            vision_width=vision_width,
+            vision_heads=_usual_heads(vision_width),
+            text_layers=_count_blocks(tensors, _BLOCK),
+            text_width=text_width,
+            # The text towers of the same models have heads 64 wide.
+            text_heads=max(1, text_width // _HEAD_WIDTH),
+            embed_dim=tensors["visual.proj"].shape[1],
+            context_length=tensors["positional_embedding"].shape[0],
+            vocab_size=vocab_size,
+            vision_mlp_width=_mlp_width(tensors, f"visual.{_BLOCK}", vision_width),
+            text_mlp_width=_mlp_width(tensors, _BLOCK, text_width),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: its shapes are those of no model: {error}") from error
 
 
 def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
@@ -255,7 +265,7 @@ def _abstract_parameters(arch: Architecture) -> dict[str, Any]:
 
 
 def _count_blocks(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
-    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+    pattern = re.compile(rf"{re.escape(prefix)}\.(\d{{1,9}})\.")
     indices = [int(match[1]) for name in tensors if (match := pattern.match(name))]
     return max(indices, default=-1) + 1
 

@@ -14,7 +14,7 @@ import numpy as np
 from diht_jax.models.zoo import Architecture
 
 # Index vectors that versions before 4.31 saved.
-_BUFFERS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+BUFFERS = frozenset(("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
 
 _WHOLE = {
     "logit_scale": "logit_scale",
@@ -46,7 +46,7 @@ _IN_PROJ = ("q_proj", "k_proj", "v_proj")
 
 def drop_buffers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The parameters alone."""
-    return {name: value for name, value in tensors.items() if name not in _BUFFERS}
+    return {name: value for name, value in tensors.items() if name not in BUFFERS}
 
 
 def to_huggingface(tensors: Mapping[str, np.ndarray], arch: Architecture) -> dict[str, np.ndarray]:

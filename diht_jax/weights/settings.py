@@ -12,8 +12,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from diht_jax.config import ARCHITECTURE_FIELDS
 from diht_jax.data.transforms import CLIP_MEAN, CLIP_STD
 from diht_jax.models.zoo import Architecture
+from diht_jax.weights.config_section import ConfigSection, is_number
 
 # Fields of open_clip's configs that leave the computation alone, or are read below.
 _OPEN_CLIP_VISION = {"image_size", "patch_size", "layers", "width", "head_width", "mlp_ratio"}
@@ -84,31 +86,68 @@ def architecture_from_open_clip(config: Mapping[str, Any], path: str) -> Archite
     Raises:
         ValueError: a field is missing, or asks for something that our model does not have.
     """
-    try:
-        vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
-        _refuse_open_clip_extras(vision, text, path)
-        epsilons = {(tower.get("norm_kwargs") or {}).get("eps", 1e-5) for tower in (vision, text)}
-        vision_width, text_width = vision["width"], text.get("width", 512)
-        return Architecture(
-            image_size=_square(vision.get("image_size", 224), path),
-            patch_size=_square(vision.get("patch_size", 16), path),
-            vision_layers=vision["layers"],
-            vision_width=vision_width,
-            vision_heads=vision_width // vision.get("head_width", 64),
-            text_layers=text.get("layers", 12),
-            text_width=text_width,
-            text_heads=text.get("heads", 8),
-            embed_dim=config["embed_dim"],
-            context_length=text.get("context_length", 77),
-            vocab_size=text.get("vocab_size", 49408),
-            activation="quick_gelu" if config.get("quick_gelu") else "gelu",
-            layer_norm_epsilon=_one_value(epsilons, "LayerNorm epsilons", path),
-            vision_mlp_width=_mlp_width(vision_width, vision.get("mlp_ratio", 4.0)),
-            text_mlp_width=_mlp_width(text_width, text.get("mlp_ratio", 4.0)),
-            end_of_text_id=text["eos_id"] if text.get("pool_type") == "eos" else None,
-        )
-    except KeyError as error:
-        raise ValueError(f"{path}: the model config lacks {error}") from error
+    _require_fields(config, ("vision_cfg", "text_cfg", "embed_dim"), path)
+    vision, text = (
+        ConfigSection(config, "vision_cfg", path),
+        ConfigSection(config, "text_cfg", path),
+    )
+    _require_fields(vision.values, ("width", "layers"), f"{path}: vision_cfg")
+    _refuse_open_clip_extras(vision.values, text.values, path)
+    epsilons = {
+        ConfigSection(tower.values, "norm_kwargs", path).number("eps", 1e-5)
+        for tower in (vision, text)
+    }
+    vision_width, text_width = vision.integer("width"), text.integer("width", 512)
+    end_of_text = text.integer("eos_id") if text.values.get("pool_type") == "eos" else None
+    return _make_architecture(
+        path,
+        image_size=vision.side("image_size", 224),
+        patch_size=vision.side("patch_size", 16),
+        vision_layers=vision.integer("layers"),
+        vision_width=vision_width,
+        vision_heads=vision_width // vision.integer("head_width", 64),
+        text_layers=text.integer("layers", 12),
+        text_width=text_width,
+        text_heads=text.integer("heads", 8),
+        embed_dim=ConfigSection({"": config}, "", path).integer("embed_dim"),
+        context_length=text.integer("context_length", 77),
+        vocab_size=text.integer("vocab_size", 49408),
+        activation="quick_gelu" if config.get("quick_gelu") else "gelu",
+        layer_norm_epsilon=_one_value(epsilons, "LayerNorm epsilons", path),
+        vision_mlp_width=_mlp_width(vision_width, vision.number("mlp_ratio", 4.0)),
+        text_mlp_width=_mlp_width(text_width, text.number("mlp_ratio", 4.0)),
+        end_of_text_id=end_of_text,
+    )
+
+
+def architecture_from_own(config: Any, path: str) -> Architecture:
+    """The architecture in a config that `diht_jax.export` wrote.
+
+    Args:
+        config: "architecture" of `diht_jax_config.json`.
+        path: for messages.
+
+    Raises:
+        ValueError: fields are missing, unknown or of another type.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path}: architecture is {config!r:.80}; expected an object")
+    fields = {field.name: field for field in dataclasses.fields(Architecture)}
+    unknown = sorted(config.keys() - fields.keys())
+    if unknown:
+        raise ValueError(f"{path}: an architecture has no field {', '.join(unknown)!s:.200}")
+    needed = [n for n, field in fields.items() if field.default is dataclasses.MISSING]
+    _require_fields(config, tuple(needed), path)
+    section, values = ConfigSection({"": config}, "", path), {}
+    for name, value in config.items():
+        kind = ARCHITECTURE_FIELDS[name]
+        if value is None and fields[name].default is None:
+            values[name] = None
+        elif kind is int:
+            values[name] = section.integer(name, least=0 if name == "end_of_text_id" else 1)
+        else:
+            values[name] = section.number(name) if kind is float else str(value)[:80]
+    return _make_architecture(path, **values)
 
 
 def open_clip_config(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -164,37 +203,37 @@ def architecture_from_huggingface(config: Mapping[str, Any], path: str) -> Archi
             f"{path}: expected model_type 'clip' (transformers' CLIPModel), got "
             f"{config.get('model_type')!r}"
         )
-    # Older files keep the values that count in *_config_dict.
-    text, vision = (
-        {**defaults, **_given(config, f"{tower}_config"), **_given(config, f"{tower}_config_dict")}
-        for tower, defaults in (("text", _HF_TEXT_DEFAULTS), ("vision", _HF_VISION_DEFAULTS))
-    )
-    act = _one_value({text["hidden_act"], vision["hidden_act"]}, "activations", path)
+    text = _huggingface_tower(config, "text", _HF_TEXT_DEFAULTS, path)
+    vision = _huggingface_tower(config, "vision", _HF_VISION_DEFAULTS, path)
+    acts = {str(tower.values["hidden_act"]) for tower in (text, vision)}
+    act = _one_value(acts, "activations", path)
     if act not in ("gelu", "quick_gelu"):
-        raise ValueError(f"{path}: hidden_act '{act}'; our model has gelu and quick_gelu")
-    if vision["num_channels"] != 3:
-        raise ValueError(f"{path}: {vision['num_channels']} image channels; our model takes 3")
-    end_of_text = text["eos_token_id"]
+        raise ValueError(f"{path}: hidden_act '{act:.80}'; our model has gelu and quick_gelu")
+    if vision.integer("num_channels") != 3:
+        raise ValueError(f"{path}: {vision.values['num_channels']} image channels; ours takes 3")
+    end_of_text = text.integer("eos_token_id", least=0)
     # At the largest id there is, the first place of the id and the largest id are one.
-    is_largest = end_of_text in (_HF_LEGACY_EOS, text["vocab_size"] - 1)
-    return Architecture(
-        image_size=_square(vision["image_size"], path),
-        patch_size=_square(vision["patch_size"], path),
-        vision_layers=vision["num_hidden_layers"],
-        vision_width=vision["hidden_size"],
-        vision_heads=vision["num_attention_heads"],
-        text_layers=text["num_hidden_layers"],
-        text_width=text["hidden_size"],
-        text_heads=text["num_attention_heads"],
-        embed_dim=config.get("projection_dim", 512),
-        context_length=text["max_position_embeddings"],
-        vocab_size=text["vocab_size"],
+    is_largest = end_of_text in (_HF_LEGACY_EOS, text.integer("vocab_size") - 1)
+    vision_width, text_width = vision.integer("hidden_size"), text.integer("hidden_size")
+    return _make_architecture(
+        path,
+        image_size=vision.side("image_size"),
+        patch_size=vision.side("patch_size"),
+        vision_layers=vision.integer("num_hidden_layers"),
+        vision_width=vision_width,
+        vision_heads=vision.integer("num_attention_heads"),
+        text_layers=text.integer("num_hidden_layers"),
+        text_width=text_width,
+        text_heads=text.integer("num_attention_heads"),
+        embed_dim=ConfigSection({"": config}, "", path).integer("projection_dim", 512),
+        context_length=text.integer("max_position_embeddings"),
+        vocab_size=text.integer("vocab_size"),
         activation=act,
         layer_norm_epsilon=_one_value(
-            {text["layer_norm_eps"], vision["layer_norm_eps"]}, "LayerNorm epsilons", path
+            {tower.number("layer_norm_eps") for tower in (text, vision)}, "LayerNorm epsilons", path
         ),
-        vision_mlp_width=_unless_usual(vision["intermediate_size"], vision["hidden_size"]),
-        text_mlp_width=_unless_usual(text["intermediate_size"], text["hidden_size"]),
+        vision_mlp_width=_unless_usual(vision.integer("intermediate_size"), vision_width),
+        text_mlp_width=_unless_usual(text.integer("intermediate_size"), text_width),
         end_of_text_id=None if is_largest else end_of_text,
     )
 
@@ -238,12 +277,14 @@ def huggingface_config(arch: Architecture, dtype: str) -> dict[str, Any]:
     }
 
 
-def preprocessing_from_open_clip(config: Mapping[str, Any], path: str) -> Preprocessing:
+def preprocessing_from_open_clip(config: Any, path: str) -> Preprocessing:
     """Of "preprocess_cfg" in `open_clip_config.json`; CLIP's where a field is missing.
 
     Raises:
-        ValueError: pictures are squashed or padded, or resized by another filter.
+        ValueError: pictures are squashed or padded, or resized by another filter; or no object.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path}: preprocessing is {config!r:.80}; expected an object")
     _require(config, {"interpolation": "bicubic", "resize_mode": "shortest", "mode": "RGB"}, path)
     return _preprocessing(config.get("mean"), config.get("std"), path)
 
@@ -288,43 +329,67 @@ def _refuse_open_clip_extras(vision: dict, text: dict, path: str) -> None:
         for name, value in values.items():
             if name in known | _OPEN_CLIP_HARMLESS or not value:
                 continue
-            if name == "norm_kwargs" and value.keys() == {"eps"}:
+            if name == "norm_kwargs" and isinstance(value, dict) and value.keys() == {"eps"}:
                 continue
             if _OPEN_CLIP_NEUTRAL.get(name) != value:
-                raise ValueError(f"{path}: {tower}.{name}={value!r}; our model does not have this")
-    if vision.get("pool_type", "tok") != "tok":
-        raise ValueError(f"{path}: vision_cfg.pool_type={vision['pool_type']!r}; expected 'tok'")
-    if text.get("pool_type", "argmax") not in ("argmax", "eos"):
-        raise ValueError(f"{path}: text_cfg.pool_type={text['pool_type']!r}; expected 'argmax'")
+                raise ValueError(
+                    f"{path}: {tower}.{name[:80]}={value!r:.80}; our model does not have this"
+                )
+    pools = ((vision, "vision_cfg", ("tok",)), (text, "text_cfg", ("argmax", "eos")))
+    for values, tower, known in pools:
+        pool = values.get("pool_type", known[0])
+        if pool not in known:
+            raise ValueError(f"{path}: {tower}.pool_type={pool!r:.80}; expected '{known[0]}'")
 
 
 def _require(config: Mapping[str, Any], wanted: Mapping[str, Any], path: str) -> None:
     for name, value in wanted.items():
         if config.get(name, value) != value:
             raise ValueError(
-                f"{path}: {name}={config[name]!r}; our preprocessing has {value!r} only"
+                f"{path}: {name}={config[name]!r:.80}; our preprocessing has {value!r} only"
             )
 
 
 def _preprocessing(mean: Any, std: Any, path: str) -> Preprocessing:
-    mean, std = tuple(mean or CLIP_MEAN), tuple(std or CLIP_STD)
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise ValueError(f"{path}: expected three means and positive deviations, got {mean}, {std}")
-    return Preprocessing(mean, std)
+    mean, std = CLIP_MEAN if mean is None else mean, CLIP_STD if std is None else std
+    for values in (mean, std):
+        is_triple = isinstance(values, list | tuple) and len(values) == 3
+        if not is_triple or not all(is_number(value) for value in values):
+            raise ValueError(f"{path}: expected three means and deviations, got {values!r:.80}")
+    if min(std) <= 0:
+        raise ValueError(f"{path}: expected positive deviations, got {std}")
+    return Preprocessing(tuple(mean), tuple(std))
 
 
-def _given(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in (config.get(name) or {}).items() if value is not None}
+def _huggingface_tower(
+    config: Mapping[str, Any], tower: str, defaults: Mapping[str, Any], path: str
+) -> ConfigSection:
+    """The values of one tower; older files keep those that count in *_config_dict."""
+    name = f"{tower}_config"
+    given = [ConfigSection(config, n, path).values for n in (name, f"{name}_dict")]
+    values = [{k: v for k, v in part.items() if v is not None} for part in given]
+    return ConfigSection({name: {**defaults, **values[0], **values[1]}}, name, path)
 
 
-def _square(size: Any, path: str) -> int:
-    sizes = set(size) if isinstance(size, list | tuple) else {size}
-    return int(_one_value(sizes, "sides of a picture or patch", path))
+def _make_architecture(path: str, **fields: Any) -> Architecture:
+    fields["vision_heads"] = max(1, fields["vision_heads"])
+    try:
+        return Architecture(**fields)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _require_fields(config: Any, names: tuple[str, ...], path: str) -> None:
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{path}: the model config is {config!r:.80}; expected an object")
+    missing = [name for name in names if name not in config]
+    if missing:
+        raise ValueError(f"{path}: the model config lacks {', '.join(map(repr, missing))}")
 
 
 def _one_value(values: set[Any], what: str, path: str) -> Any:
     if len(values) != 1:
-        raise ValueError(f"{path}: several {what}, {sorted(values)}; our model has one")
+        raise ValueError(f"{path}: several {what}, {sorted(values)!s:.200}; our model has one")
     return next(iter(values))
 
 

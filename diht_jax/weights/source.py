@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 from absl import logging
 from etils import epath
@@ -92,10 +93,11 @@ def read_weights(
             missing, unknown or of another shape (all are listed), settings our model lacks.
     """
     path = pathlib.Path(path)
-    if not path.exists():
+    if not _exists(path):
         raise ValueError(f"{path}: no such weight file or model directory")
     file = find_weight_file(path) if path.is_dir() else path
     tensors = read_tensors(file).tensors
+    _check_types(tensors, str(file))
     is_huggingface = "vision_model.embeddings.class_embedding" in tensors
     arch, preprocessing = _read_settings(file.parent, is_huggingface)
     if arch is None:
@@ -106,6 +108,10 @@ def read_weights(
             )
         arch = _infer_architecture(tensors, str(file), "activation" in (architecture or {}))
     arch = _replace_fields(arch, architecture or {})
+    # A config may claim any number of layers; each would be looked for by its names.
+    most_layers = max(arch.vision_layers, arch.text_layers)
+    if most_layers > len(tensors):
+        raise ValueError(f"{file}: {len(tensors)} parameters for a model of {most_layers} layers")
     parameters, heads = clip_layout.split_heads(tensors)
     params = _arrange(parameters, arch, is_huggingface, str(file))
     if image_size is not None and image_size != arch.image_size:
@@ -122,6 +128,24 @@ def read_weights(
         sha256=None if file.name.endswith(INDEX_SUFFIX) else hash_file(file),
         layout="huggingface" if is_huggingface else "clip",
     )
+
+
+def _exists(path: pathlib.Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long, or has a NUL
+        return False
+
+
+def _check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
+    """Refuses parameters that are no floating-point numbers; masks and the like may be."""
+    beside = clip_layout.EXTRAS | huggingface.BUFFERS
+    for name, value in tensors.items():
+        is_number = np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
+        if not is_number and name not in beside and not clip_layout.is_buffer(name):
+            raise ValueError(
+                f"{where}: parameter '{name[:200]}' is {value.dtype}; expected floating point"
+            )
 
 
 def _infer_architecture(
@@ -202,15 +226,14 @@ def _read_settings(
         return arch, preprocessing
     if own.is_file():
         content = _read_json(own)
-        try:
-            arch = _replace_fields(Architecture(**content["architecture"]), {})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{own}: expected the fields of an architecture ({error})") from error
-        return arch, settings.preprocessing_from_open_clip(content["preprocessing"], str(own))
+        arch = settings.architecture_from_own(content.get("architecture"), str(own))
+        preprocessing = content.get("preprocessing", {})
+        return arch, settings.preprocessing_from_open_clip(preprocessing, str(own))
     if open_clip.is_file():
         content = _read_json(open_clip)
+        model = content.get("model_cfg", content)
         return (
-            settings.architecture_from_open_clip(content.get("model_cfg", content), str(open_clip)),
+            settings.architecture_from_open_clip(model, str(open_clip)),
             settings.preprocessing_from_open_clip(
                 content.get("preprocess_cfg", {}), str(open_clip)
             ),
@@ -221,8 +244,8 @@ def _read_settings(
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from diht_jax.data.atomic_file import temporary_path
-from diht_jax.weights.torchscript import is_torchscript, read_torchscript
+from diht_jax.weights.torchscript import check_archive, is_torchscript, read_torchscript
 
 SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -66,6 +66,8 @@ def read_tensors(path: str | os.PathLike[str]) -> TensorFile:
     if path.suffix == SAFETENSORS_SUFFIX:
         return _read_safetensors(path)
     if path.suffix in TORCH_SUFFIXES:
+        if _is_zip(path):
+            check_archive(path)
         tensors = read_torchscript(path) if is_torchscript(path) else _read_torch(path)
         return TensorFile(_strip_wrappers(tensors), {})
     raise ValueError(
@@ -103,14 +105,23 @@ def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _is_zip(path: pathlib.Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+
+
 def _read_safetensors(path: pathlib.Path) -> TensorFile:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return TensorFile(tensors, dict(file.metadata() or {}))
-    except safetensors.SafetensorError as error:
+    # The library meets number formats that NumPy does not have with errors of its own kinds.
+    except (safetensors.SafetensorError, OSError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
-            f"{path}: not a whole safetensors file ({error}); download or write it again"
+            f"{path}: not a whole safetensors file that NumPy can hold ({_first_line(error)}); "
+            "download or write it again"
         ) from error
 
 
@@ -118,15 +129,19 @@ def _read_index(path: pathlib.Path) -> TensorFile:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: expected a JSON object with 'weight_map' ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a JSON object with 'weight_map' ({_first_line(error)})"
+        ) from error
     tensors: dict[str, np.ndarray] = {}
     for name in names:
-        # A name with folders in it could lead out of the model's own directory.
-        if pathlib.PurePath(name).name != name:
-            raise ValueError(f"{path}: shard '{name}' is no plain file name")
-        if not (path.parent / name).is_file():
-            raise ValueError(f"{path}: shard '{name}' is missing; download it as well")
+        # A name with folders in it could lead out of the model's own directory, and an index
+        # that names an index could go round in circles.
+        is_plain = isinstance(name, str) and pathlib.PurePath(name).name == name
+        if not is_plain or not name.endswith(WEIGHT_SUFFIXES) or "\0" in name:
+            raise ValueError(f"{path}: shard {name!r:.200} is no plain name of a weight file")
+        if not os.path.isfile(path.parent / name):
+            raise ValueError(f"{path}: shard {name!r:.200} is missing; download it as well")
         tensors |= read_tensors(path.parent / name).tensors
     return TensorFile(tensors, {})
 
@@ -141,12 +156,12 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
             "run code of whoever made it. Take a .safetensors version, or save a plain state "
             f"dict with a torch that trusts the file ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # On damaged bytes torch raises nearly any type.
         raise ValueError(
             f"{path}: not a whole torch file ({_first_line(error)}); download or write it again"
         ) from error
     return {
-        str(name): _to_numpy(torch, value)
+        str(name): _to_numpy(torch, path, str(name), value)
         for name, value in _find_state_dict(torch, path, loaded).items()
     }
 
@@ -156,7 +171,7 @@ def _find_state_dict(torch: Any, path: pathlib.Path, loaded: Any) -> Mapping[str
         for key in _STATE_DICT_KEYS:
             if isinstance(loaded.get(key), Mapping):
                 return _find_state_dict(torch, path, loaded[key])
-        others = [str(key) for key, value in loaded.items() if not torch.is_tensor(value)]
+        others = [f"{key!s:.80}" for key, value in loaded.items() if not torch.is_tensor(value)]
         if loaded and not others:
             return loaded
         found = f"a dict with {', '.join(others[:5]) or 'nothing'} in it"
@@ -175,11 +190,17 @@ def _strip_wrappers(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _to_numpy(torch: Any, tensor: Any) -> np.ndarray:
+def _to_numpy(torch: Any, path: pathlib.Path, name: str, tensor: Any) -> np.ndarray:
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
+    try:
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: '{name[:200]}' is a tensor of {tensor.dtype}, {tensor.layout} on "
+            f"{tensor.device}, which NumPy cannot hold; save it dense, as floating point"
+        ) from error
 
 
 def _to_torch(torch: Any, array: np.ndarray) -> Any:
@@ -201,4 +222,5 @@ def _import_torch(path: pathlib.Path) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300] if lines else ''}"

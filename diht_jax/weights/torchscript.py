@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import math
 import pathlib
 import pickle
+import pickletools
 import zipfile
+import zlib
 from typing import Any
 
 import ml_dtypes
@@ -43,7 +46,41 @@ _UNREADABLE = (
     TypeError,
     AttributeError,
     IndexError,
+    OverflowError,
+    RecursionError,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
 )
+# Names and sizes of a model's parameters, or its code.
+_LARGEST_TEXT_BYTES = 2**26
+_MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
+
+
+def check_archive(path: pathlib.Path) -> None:
+    """Looks at the checksums of a zip archive, which torch does not, and at what it unpacks to.
+
+    Raises:
+        ValueError: damaged, or members that unpack to far more than they take.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                is_stored = info.compress_type == zipfile.ZIP_STORED
+                if not is_stored and (
+                    "/data/" in info.filename or info.file_size > _LARGEST_TEXT_BYTES
+                ):
+                    raise ValueError(f"'{info.filename[:200]}' is compressed, which torch does not")
+            damaged = archive.testzip()
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{path}: not a whole torch file ({error!s:.200}); download or write it again"
+        ) from error
+    if damaged is not None:
+        raise ValueError(
+            f"{path}: the checksum of '{damaged[:200]}' differs, so that the file is damaged; "
+            "download or write it again"
+        )
 
 
 def is_torchscript(path: pathlib.Path) -> bool:
@@ -66,12 +103,15 @@ def read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
             if len(pickles) != 1:
                 raise ValueError(f"expected one data.pkl, found {len(pickles)}")
             root = pickles[0].removesuffix("data.pkl")
-            with archive.open(pickles[0]) as file:
-                module = _TensorUnpickler(file, archive, root).load()
+            data = archive.read(pickles[0])
+            _check_memo(data)
+            module = _TensorUnpickler(io.BytesIO(data), archive, root).load()
+        tensors: dict[str, np.ndarray] = {}
+        _collect("", module, tensors)
     except _UNREADABLE as error:
-        raise ValueError(f"{path}: the TorchScript archive cannot be read: {error}") from error
-    tensors: dict[str, np.ndarray] = {}
-    _collect("", module, tensors)
+        raise ValueError(
+            f"{path}: the TorchScript archive cannot be read: {error!s:.300}"
+        ) from error
     return tensors
 
 
@@ -123,6 +163,17 @@ class _TensorUnpickler(pickle.Unpickler):
             data = self._archive.read(f"{self._root}data/{key}")
             self._storages[key] = np.frombuffer(data, storage_type.dtype)
         return self._storages[key]
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuses places in the memo that no pickle of this size needs.
+
+    Python's unpickler makes room for all places up to the highest, of which a few bytes can name
+    billions. Reading the opcodes first also finds texts that reach beyond the end.
+    """
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name in _MEMO_OPCODES and argument > len(data):
+            raise pickle.UnpicklingError(f"its pickle has {argument} objects in {len(data)} bytes")
 
 
 def _rebuild_tensor(

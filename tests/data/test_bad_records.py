@@ -1,0 +1,113 @@
+"""Bad records in the training input: passed over, counted, named; the same with workers."""
+
+import io
+import pathlib
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from diht_jax.config import default_config
+from diht_jax.data.bad_records import MAX_IN_A_ROW, CheckedExamples
+from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.schema import Record, encode_record
+from diht_jax.data.tfrecord import TFRecordError, TFRecordWriter
+
+DECODE = DecodeExample(4, 8, (0.9, 1.0), "{caption}")
+BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> pathlib.Path:
+    """24 records whose picture number i has the grey value i; three are bad, each in its way."""
+    path = tmp_path_factory.mktemp("records") / "pairs-train-00000.tfrecord"
+    with TFRecordWriter(path) as writer:
+        for number in range(24):
+            buffer = io.BytesIO()
+            Image.new("RGB", (6, 5), (number,) * 3).save(buffer, "PNG")
+            image = BAD.get(number, buffer.getvalue())
+            record = Record(key=f"key{number}", image=image, caption="text")
+            writer.write(encode_record(record) if image else b"no record")
+    return path
+
+
+def read(shard, mode, num_workers=0):
+    iterator = TrainIterator(
+        open_records(str(shard)),
+        DECODE,
+        batch_size=8,
+        seed=1,
+        num_workers=num_workers,
+        on_bad_record=mode,
+    )
+    try:
+        batches = [next(iterator) for _ in range(3)]
+    finally:
+        iterator.close()
+    return np.array([batch["images"][:, 0, 0, 0] for batch in batches]), iterator.passed_over
+
+
+def test_skipping_is_counted_and_the_same_with_worker_processes(shard, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    values, passed_over = read(shard, "skip")
+    assert values.shape == (3, 8)
+    assert set(values.flatten().tolist()) == set(range(24)) - BAD.keys()
+    assert passed_over >= len(BAD)
+    for number in BAD:
+        assert any(f"{shard}: record {number}: " in text for text in said)
+    assert any("'key3'" in text for text in said)
+    in_workers, counted = read(shard, "skip", num_workers=2)
+    np.testing.assert_array_equal(in_workers, values)
+    assert counted == passed_over
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_by_default_a_bad_record_is_an_error_that_names_it(shard, num_workers):
+    assert default_config().data.on_bad_record == "error"
+    with pytest.raises(ValueError, match=rf"{shard}: record (3|11|17): "):
+        read(shard, "error", num_workers)
+
+
+def test_another_mode_is_refused(shard):
+    with pytest.raises(ValueError, match="config.data.on_bad_record='ignore': expected 'error' or"):
+        read(shard, "ignore")
+
+
+class Places:
+    """An order whose example at place p is p; some places are bad."""
+
+    def __init__(self, errors):
+        self._errors = errors
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, place):
+        if place in self._errors:
+            raise self._errors[place]
+        return {"place": np.int32(place)}
+
+
+def checked(errors, stride=10):
+    return CheckedExamples(Places(errors), lambda place: f"p{place}", mode="skip", stride=stride)
+
+
+def test_a_stand_in_comes_from_a_later_batch():
+    examples = checked({4: ValueError("a"), 14: ValueError("b"), 25: ValueError("c")})
+    assert [examples[4]["place"], examples[4]["passed_over"]] == [24, 2]
+    assert [examples[5]["place"], examples[5]["passed_over"]] == [5, 0]
+    assert list(examples.places_of(4, 2)) == [4, 14]
+    assert examples.place_used(4) == 24 and examples.explain(14) == "p14: b"
+
+
+def test_a_broken_shard_is_never_skipped():
+    with pytest.raises(TFRecordError, match="index"):
+        checked({4: TFRecordError("the index is another's")})[4]
+
+
+def test_the_search_for_a_good_record_ends():
+    errors = {4 + 10 * n: ValueError(f"bad {n}") for n in range(MAX_IN_A_ROW)}
+    with pytest.raises(ValueError, match=f"{MAX_IN_A_ROW} records in a row are bad.*bad 99"):
+        checked(errors)[4]

@@ -1,0 +1,110 @@
+"""Records in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
+
+import os
+
+import fsspec
+import numpy as np
+import pytest
+
+from diht_jax.data import remote
+from diht_jax.data.fingerprint import fingerprint_records
+from diht_jax.data.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+
+RECORDS = [bytes([i]) * (1 + 700 * i) for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("local")
+    for shard in range(2):
+        with TFRecordWriter(folder / f"part-{shard}.tfrecord") as writer:
+            for record in RECORDS[shard * 10 : shard * 10 + 10]:
+                writer.write(record)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """An S3 server with a bucket; its URL."""
+    server_module = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+    values = ("testing", "testing", f"http://{host}:{port}", "us-east-1")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(zip(names, values, strict=True))
+    remote._file_system.cache_clear()
+    fsspec.filesystem("s3").mkdir("bucket")
+    yield "s3://bucket/records"
+    server.stop()
+    remote._file_system.cache_clear()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@pytest.fixture(params=["memory", "s3"])
+def folder(request, local):
+    url = "memory:///records" if request.param == "memory" else request.getfixturevalue("s3")
+    system = fsspec.filesystem(request.param)
+    for path in local.iterdir():
+        system.pipe_file(f"{url}/{path.name}", path.read_bytes())
+    yield url
+    system.rm(url, recursive=True)
+
+
+def test_records_are_those_of_the_local_shards(folder, local):
+    for paths in (
+        folder,
+        f"{folder}/part-*.tfrecord",
+        [f"{folder}/part-{i}.tfrecord" for i in (0, 1)],
+    ):
+        source = TFRecordSource(paths)
+        assert [source[i] for i in range(len(source))] == RECORDS
+    assert repr(source) == repr(TFRecordSource(local))
+    assert fingerprint_records(source) == fingerprint_records(TFRecordSource(local))
+    assert source.locate(13) == (f"{folder}/part-1.tfrecord", 3)
+
+
+def test_a_missing_index_is_made_and_kept(folder, local):
+    system = fsspec.filesystem(folder.split(":")[0])
+    system.rm_file(f"{folder}/part-1.tfrecord.idx")
+    source = TFRecordSource(folder)
+    assert source[19] == RECORDS[19]
+    kept = system.cat_file(f"{folder}/part-1.tfrecord.idx")
+    assert kept == (local / "part-1.tfrecord.idx").read_bytes()
+
+
+def test_damage_is_told(folder):
+    system = fsspec.filesystem(folder.split(":")[0])
+    path = f"{folder}/part-0.tfrecord"
+    data = bytearray(system.cat_file(path))
+    data[-20] ^= 1
+    system.pipe_file(path, bytes(data))
+    source = TFRecordSource(folder)
+    assert source[8] == RECORDS[8]
+    with pytest.raises(TFRecordError, match=f"{path}: record 9 is damaged"):
+        source[9]
+    system.pipe_file(f"{path}.idx", system.cat_file(f"{path}.idx")[:-8])
+    with pytest.raises(TFRecordError, match=f"{path}.idx does not belong to {path}"):
+        TFRecordSource(folder)
+
+
+def test_what_is_not_there_is_told():
+    with pytest.raises(ValueError, match="no TFRecord shard at 'memory://nothing'"):
+        TFRecordSource("memory://nothing")
+    with pytest.raises(ValueError, match="nosuch:// cannot be read"):
+        TFRecordSource("nosuch://bucket/records")
+
+
+def test_training_reads_them(local):
+    """Grain's worker processes take the source by pickle."""
+    import pickle
+
+    system = fsspec.filesystem("memory")
+    for path in local.iterdir():
+        system.pipe_file(f"memory:///pickled/{path.name}", path.read_bytes())
+    source = pickle.loads(pickle.dumps(TFRecordSource("memory:///pickled")))
+    order = np.random.default_rng(0).permutation(len(source))
+    assert [source[i] for i in order] == [RECORDS[i] for i in order]
