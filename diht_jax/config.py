@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import math
 import pathlib
 from collections.abc import Iterable
 from typing import Any
@@ -126,10 +127,16 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.crop_scale = (0.9, 1.0)  # area of RandomResizedCrop
     c.data.fast_decode = True  # reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly
     c.data.text_template = "{caption}"
+    # A record that cannot be read: "error", or "skip" for another one in its place, counted.
+    c.data.on_bad_record = "error"
+    # Go on although the shards are others than when the checkpoint was saved.
+    c.data.allow_changed = False
 
     c.log_every_steps = 50
     # So many updates in a row with numbers that are not finite end the run.
     c.max_skipped_steps = 10
+    # The first update with such numbers ends the run, and the error names where they begin.
+    c.debug_nans = False
     c.profile = ml_collections.ConfigDict()
     c.profile.start_step = placeholder(int)  # profiles these steps, both included
     c.profile.stop_step = placeholder(int)
@@ -152,16 +159,26 @@ def load_recipe(path: str | pathlib.Path, arg: str = "") -> ml_collections.Confi
     Args:
         path: a Python file such as `configs/emoji.py`.
         arg: what follows the colon on a command line, such as "debug=True".
+
+    Raises:
+        ValueError: no such file, or it gives no config.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not path.is_file() or path.suffix != ".py":
         raise ValueError(f"{path}: no such config file; expected a path such as configs/emoji.py")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
         raise ValueError(f"{path}: a config file must define get_config(); it does not")
-    return module.get_config(arg) if arg else module.get_config()
+    config = get_config(arg) if arg else get_config()
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ValueError(
+            f"{path}: get_config() must return an ml_collections.ConfigDict, such as that of "
+            f"diht_jax.config.default_config(); got {type(config).__name__}"
+        )
+    return config
 
 
 def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict) -> None:
@@ -169,8 +186,10 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
 
     Args:
         config: what the recipe and the command line gave.
-        defaults: all known keys. None is accepted everywhere, and an int where a float stands;
-            a default of None without a type accepts everything.
+        defaults: all known keys. None is accepted for every key but a section, and an int where a
+            float stands; a default of None without a type accepts everything. The elements of a
+            tuple must be of the type of those in the default, where it has any. NaN is no value of
+            anything.
 
     Raises:
         ValueError: an unknown key (names the nearest known one) or a value of another type.
@@ -180,11 +199,11 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
         if name not in known:
             raise ValueError(_unknown_key_message(name, list(known)))
         default, expected = known[name]
-        if not _type_matches(value, expected):
+        if not _type_matches(value, expected) or not _elements_match(value, default):
             such_as = f" (such as {default!r})" if default is not None else ""
             raise ValueError(
-                f"config key '{name}': expected {expected.__name__}{such_as}, "
-                f"got {type(value).__name__} {value!r}"
+                f"config key '{name}': expected {expected.__name__}{such_as:.200}, "
+                f"got {type(value).__name__} {value!r:.200}"
             )
 
 
@@ -208,6 +227,8 @@ def duration_in_steps(
     if len(given) != 1:
         raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
     unit, value = next(iter(given.items()))
+    if not math.isfinite(value):
+        raise ValueError(f"config.{prefix}_{unit}={value}: expected a finite duration")
     examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
     steps = round(value * examples_per_unit / batch_size)
     if steps < 1:
@@ -225,7 +246,8 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
         settings: such as "activation=quick_gelu" and "vision_heads=16".
 
     Returns:
-        Names and values, of the types of `ARCHITECTURE_FIELDS`.
+        Names and values, of the types of `ARCHITECTURE_FIELDS`; what is none of these fields
+        stays a text.
 
     Raises:
         ValueError: not of this form.
@@ -234,13 +256,14 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
     for setting in settings:
         name, equals, text = setting.partition("=")
         try:
-            fields[name] = ARCHITECTURE_FIELDS.get(name, str)(text)
+            value = ARCHITECTURE_FIELDS.get(name, str)(text)
         except ValueError:
             equals = ""
-        if not equals:
+        if not name or not equals or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(
-                f"--architecture: expected a pair like activation=quick_gelu, got '{setting}'"
+                f"--architecture: expected a pair like activation=quick_gelu, got '{setting[:200]}'"
             )
+        fields[name] = value
     return fields
 
 
@@ -298,14 +321,27 @@ def _unknown_key_message(name: str, known: list[str]) -> str:
     # A right name in a wrong section is a common slip: config.beta for config.loss.beta.
     anywhere = {k.rpartition(".")[2]: k for k in known}
     for candidates in (siblings, anywhere):
-        nearest = nearest_name(last, candidates)
+        nearest = nearest_name(last[:200], candidates)
         if nearest:
-            return f"unknown config key '{name}'; did you mean '{candidates[nearest]}'?"
-    return f"unknown config key '{name}'; known keys: {', '.join(sorted(siblings.values()))}"
+            return f"unknown config key '{name[:200]}'; did you mean '{candidates[nearest]}'?"
+    return f"unknown config key '{name[:200]}'; known keys: {', '.join(sorted(siblings.values()))}"
+
+
+def _elements_match(value: Any, default: Any) -> bool:
+    if not isinstance(value, list | tuple) or not isinstance(default, list | tuple) or not default:
+        return True
+    kinds = {type(element) for element in default}
+    return len(kinds) > 1 or all(
+        element is not None and _type_matches(element, *kinds) for element in value
+    )
 
 
 def _type_matches(value: Any, expected: type) -> bool:
-    if value is None or expected is type(None):
+    if isinstance(value, float) and math.isnan(value):
+        return False
+    if value is None:
+        return not issubclass(expected, ml_collections.ConfigDict)
+    if expected is type(None):
         return True
     if bool in (expected, type(value)):
         return isinstance(value, bool) and expected is bool

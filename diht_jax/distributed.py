@@ -8,12 +8,16 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import sys
+import traceback
 
 import jax
 from absl import flags, logging
 
 # A process that has not been heard of for so long ends the job; the others say which one it was.
 HEARTBEAT_TIMEOUT_SECS = 100
+# At the end of a process, the wait for the others, which may be gone.
+SHUTDOWN_TIMEOUT_SECS = 60
 
 
 def define_flags() -> None:
@@ -26,18 +30,31 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("num_processes", None, "Number of processes of the job.")
     flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    flags.DEFINE_integer(
+        "heartbeat_timeout_secs",
+        HEARTBEAT_TIMEOUT_SECS,
+        "A process of the job that has not been heard of for so long ends the others.",
+        lower_bound=1,
+    )
 
 
 def start_from_flags() -> None:
     """`start`, with what the command line says."""
     values = flags.FLAGS
-    start(values.coordinator_address, values.num_processes, values.process_id)
+    start(
+        values.coordinator_address,
+        values.num_processes,
+        values.process_id,
+        heartbeat_timeout_secs=values.heartbeat_timeout_secs,
+    )
 
 
 def start(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    *,
+    heartbeat_timeout_secs: int = HEARTBEAT_TIMEOUT_SECS,
 ) -> None:
     """Joins the other processes of the job, if there are any.
 
@@ -45,6 +62,7 @@ def start(
         coordinator_address: HOST:PORT of the first process; None asks the cluster.
         num_processes: of the job; with an address.
         process_id: of this process, from 0; with an address.
+        heartbeat_timeout_secs: a process that has not been heard of for so long ends the job.
 
     Raises:
         ValueError: some of the three and not all, or numbers that do not fit.
@@ -54,12 +72,16 @@ def start(
         "--num_processes": num_processes,
         "--process_id": process_id,
     }
+    timeouts = {
+        "heartbeat_timeout_seconds": heartbeat_timeout_secs,
+        "shutdown_timeout_seconds": SHUTDOWN_TIMEOUT_SECS,
+    }
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         cluster = find_cluster()
         if cluster is None:
             return
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECS)
+        jax.distributed.initialize(**timeouts)
     else:
         if missing:
             raise ValueError(
@@ -71,12 +93,7 @@ def start(
                 f"--num_processes={num_processes}"
             )
         cluster = coordinator_address
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECS,
-        )
+        jax.distributed.initialize(coordinator_address, num_processes, process_id, **timeouts)
     logging.info(
         "process %d of %d (%s), %d of %d devices",
         jax.process_index(),
@@ -88,6 +105,30 @@ def start(
     if jax.process_index() != 0:
         # One log is enough; what goes wrong is still told by everyone.
         logging.set_verbosity(logging.WARNING)
+
+
+def end_job(error: Exception) -> None:
+    """Says what went wrong, and ends this process at once, if it is one of several.
+
+    Not by `sys.exit`: on that way out JAX, Orbax and the decoding workers would wait for processes
+    that may be no more. The others notice that this one is gone.
+
+    Args:
+        error: being handled.
+    """
+    if jax.process_count() == 1:
+        return
+    lines = [f"error: process {jax.process_index()} of {jax.process_count()}: {error}"]
+    if not isinstance(error, ValueError):
+        traceback.print_exc()
+        lines.append(
+            "If a connection was lost or a process could not be reached, that process has ended, "
+            "and its own log says why. Start the same command on all hosts again: it goes on from "
+            "the last checkpoint"
+        )
+    # A line of its own, behind the progress bar.
+    print("", *lines, sep="\n", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def find_cluster() -> str | None:

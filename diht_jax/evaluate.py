@@ -5,7 +5,8 @@
         --caption_template "{caption}" --output results.json
     python -m diht_jax.evaluate --compare a.json b.json
 
-`docs/evaluation.md` describes tasks, protocols and the results file.
+`docs/evaluation.md` describes tasks, protocols and the results file. On several hosts the same
+command runs on each of them (see `diht_jax.distributed`), and the first one writes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from diht_jax import command_line
+from diht_jax import command_line, distributed
 from diht_jax.evaluation.comparison_page import draw_comparison
 from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.report import (
@@ -71,6 +72,8 @@ def main() -> None:
         if not flag.value:
             raise ValueError(f"--{flag.name} is required (or --compare A.json B.json)")
     results = evaluate()
+    if not _writes():
+        return
     print(format_results(results))
     published = published_results(_MODEL.value)
     if published is not None:
@@ -101,12 +104,19 @@ def evaluate() -> dict[str, Any]:
     tasks = parse_tasks(_TASKS.value, **_task_defaults())
     for task in tasks:
         check_source(task)  # a missing file should not have to wait for the model
+    distributed.start_from_flags()
     import jax
 
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
 
-    model = load_model(_MODEL.value, step=_STEP.value, ema=_EMA.value, batch_size=_BATCH_SIZE.value)
+    model = load_model(
+        _MODEL.value,
+        step=_STEP.value,
+        ema=_EMA.value,
+        batch_size=_BATCH_SIZE.value,
+        devices=jax.devices(),
+    )
     output = pathlib.Path(_OUTPUT.value)
     results = {
         "model": _MODEL.value,
@@ -114,24 +124,25 @@ def evaluate() -> dict[str, Any]:
         "ema": _EMA.value,
         "fingerprint": model.fingerprint(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "devices": jax.local_device_count(),
+        "devices": jax.device_count(),
         "device_kind": jax.local_devices()[0].device_kind,
         "results": [],
     }
     for task in tasks:
-        page = output.with_name(f"{output.stem}.{task.name}.png") if _PAGES.value else None
+        page = output.with_name(f"{output.stem}.{task.name}.png")
         result = evaluate_task(
             model,
             task,
             batch_size=_BATCH_SIZE.value,
             num_threads=_NUM_THREADS.value,
             limit=_LIMIT.value,
-            page=page,
+            page=page if _PAGES.value and _writes() else None,
             num_resamples=_BOOTSTRAP.value,
-            progress=True,
+            progress=_writes(),
         )
         results["results"].append(result)
-        write_results(output, results)
+        if _writes():
+            write_results(output, results)
         logging.info(
             "task '%s': %d images in %.1f s, %.0f images/s",
             task.name,
@@ -140,6 +151,13 @@ def evaluate() -> dict[str, Any]:
             result["images_per_sec"],
         )
     return results
+
+
+def _writes() -> bool:
+    """Whether this process writes and prints; one of a job is enough."""
+    import jax
+
+    return jax.process_index() == 0
 
 
 def _task_defaults() -> dict[str, Any]:
@@ -169,5 +187,6 @@ def _join_compared_files(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    distributed.define_flags()
     sys.argv[1:] = _join_compared_files(sys.argv[1:])
     command_line.run(main)

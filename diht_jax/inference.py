@@ -97,6 +97,27 @@ class LoadedModel:
         self._params = params
         self.step = step
 
+    def own_rows(self, size: int) -> np.ndarray | None:
+        """Which rows of a batch this process embeds, in a job of several processes.
+
+        Of the other rows it does not look at the values, so they need not be decoded here.
+
+        Args:
+            size: rows of the batch given to `encode_image`; a multiple of `batch_size`, or less.
+
+        Returns:
+            bool [size]; None where this process has all devices of the mesh, and so all rows.
+        """
+        if self._batch_sharding.is_fully_addressable:
+            return None
+        own = np.zeros(size, bool)
+        for start in range(0, size, self._batch_size):
+            padded = self._padded_size(min(size - start, self._batch_size))
+            places = self._batch_sharding.addressable_devices_indices_map((padded,))
+            for (rows,) in places.values():
+                own[start:][rows] = True
+        return own
+
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes and float32 values of all parameters, in hex.
 
@@ -132,7 +153,9 @@ class LoadedModel:
             images: uint8 [b, size, size, 3], or PIL images of any size.
 
         Returns:
-            float32 [b, d], rows of unit length.
+            float32 [b, d], rows of unit length. Where the model lies on several processes, all
+            call with as many rows, each row is taken from the process that `own_rows` says, and
+            all get the whole result.
 
         Raises:
             ValueError: an array of another dtype or shape.
@@ -188,7 +211,11 @@ class LoadedModel:
             chunk = inputs[start : start + self._batch_size]
             padding = self._padded_size(len(chunk)) - len(chunk)
             widths = [(0, padding)] + [(0, 0)] * (chunk.ndim - 1)
-            batch = sharding.put_batch({"x": np.pad(chunk, widths)}, self._batch_sharding)["x"]
+            padded = np.pad(chunk, widths)
+            # By global index: with several processes each puts the rows of its own devices.
+            batch = jax.make_array_from_callback(
+                padded.shape, self._batch_sharding, lambda index, rows=padded: rows[index]
+            )
             outputs.append(np.asarray(encode(self._params, batch))[: len(chunk)])
         return np.concatenate(outputs)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from diht_jax.models.parameters import model_definition
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE, restore_model
+from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.releases import RELEASES, WEIGHTS_VARIABLE, fetch_release
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import list_weight_files, read_weights
@@ -67,6 +68,7 @@ def load_model(
     architecture: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     batch_size: int = 256,
+    devices: Sequence[jax.Device] | None = None,
 ) -> LoadedModel:
     """Loads a model onto all local devices.
 
@@ -86,6 +88,8 @@ def load_model(
         dtype: of the computation, "float32" or "bfloat16"; as trained by default, and float32 for
             weights of others.
         batch_size: most examples embedded at once, over all devices.
+        devices: other devices than the local ones, such as `jax.devices()` in a job of several
+            processes; all of them must then make the same calls.
 
     Returns:
         The model; its `config` is the training config, its `step` the checkpoint's.
@@ -93,7 +97,7 @@ def load_model(
     Raises:
         ValueError: nothing there, a damaged or dangerous file, or parameters that do not fit.
     """
-    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=devices or jax.local_devices())
     model = read_model(
         name_or_path,
         step=step,
@@ -203,7 +207,7 @@ def _read_run(
     return ModelFiles(
         arch=arch,
         params=params,
-        heads={},
+        heads=heads_to_clip(trained.heads),
         config=config,
         preprocessing=Preprocessing(),
         path=name,

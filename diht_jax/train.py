@@ -3,8 +3,8 @@
     python -m diht_jax.train --config configs/emoji.py --config.data.train=DIR --workdir DIR
 
 The same command again goes on where the run stopped. A run that SIGTERM or ^C has stopped has
-saved its state and exits with 75. On a cluster the same command runs on every
-host; see `diht_jax.distributed`.
+saved its state and exits with 75. On a cluster the same command runs on every host; see
+`diht_jax.distributed`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
+from diht_jax.host_memory import computes_on_cpu, keep_freed_memory
 
 
 def define_flags() -> None:
@@ -32,6 +33,8 @@ def main() -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     validate_config(config, default_config())
 
+    if computes_on_cpu():
+        keep_freed_memory()
     distributed.start_from_flags()
     # After the validation: a mistyped key should not have to wait for JAX.
     from diht_jax.training.loop import train
@@ -42,6 +45,9 @@ def main() -> None:
     except Stopped as stopped:
         logging.warning("%s; the same command goes on from there", stopped)
         sys.exit(EXIT_CODE)
+    except Exception as error:
+        distributed.end_job(error)
+        raise
     logging.info("finished; results in %s", os.path.abspath(workdir))
 
 

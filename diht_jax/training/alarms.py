@@ -29,19 +29,24 @@ class Alarms:
     """
 
     def __init__(
-        self, config: ml_collections.ConfigDict, keys_of_step: Callable[[int], Sequence[str]]
+        self,
+        config: ml_collections.ConfigDict,
+        keys_of_step: Callable[[int], Sequence[str]],
+        *,
+        lowest_loss: float = math.inf,
     ):
         """Starts to watch.
 
         Args:
             config: the whole training config.
             keys_of_step: the keys of this process's records in the batch of a step.
+            lowest_loss: of the windows before a run that goes on.
         """
         self._max_in_a_row = config.max_skipped_steps
         self._max_logit_scale = config.optimizer.max_logit_scale
         self._keys_of_step = keys_of_step
         self._in_a_row = 0
-        self._lowest_loss = math.inf
+        self._lowest_loss = lowest_loss
         self._scale_is_capped = False
         self.num_skipped = 0
 
@@ -60,22 +65,20 @@ class Alarms:
             return
         self._in_a_row += 1
         self.num_skipped += 1
-        keys = self._keys_of_step(step)
         logging.warning(
             "step %d: update skipped, loss %.4g and gradient norm %.4g are not both finite; "
-            "the batch's records: %s%s",
+            "the batch's records: %s",
             step,
             float(metrics["loss"]),
             float(metrics["grad_norm"]),
-            ", ".join(keys[:_SHOWN_KEYS]),
-            f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else "",
+            shown_keys(self._keys_of_step(step)),
         )
         if self._in_a_row >= self._max_in_a_row:
             raise DivergedError(
                 f"{self._in_a_row} updates in a row were skipped, up to step {step}, because loss "
                 "or gradients were not finite; the parameters and the last checkpoint are as "
                 "before them. Look at the records above, at config.optimizer.learning_rate and "
-                "warmup_steps, at config.model.dtype, and at where it begins with JAX_DEBUG_NANS=1"
+                "warmup_steps, at config.model.dtype, and at where it begins with config.debug_nans"
             )
 
     def check_window(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -100,3 +103,9 @@ class Alarms:
                 self._max_logit_scale,
             )
         self._scale_is_capped = is_capped
+
+
+def shown_keys(keys: Sequence[str]) -> str:
+    """The first few keys of a batch, for a message."""
+    rest = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return f"{', '.join(keys[:_SHOWN_KEYS])}{rest}"

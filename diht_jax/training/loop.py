@@ -6,6 +6,8 @@ Called by `diht_jax.train`, by the benchmarks and by the tests.
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,44 +20,28 @@ from tqdm import tqdm
 
 from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, masked_steps, validate_config
+from diht_jax.data.fingerprint import fingerprint_records
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
 from diht_jax.training import checkpoint
-from diht_jax.training.alarms import Alarms
+from diht_jax.training.agreement import check_together
+from diht_jax.training.alarms import Alarms, shown_keys
+from diht_jax.training.dataset import check_hosts_agree, check_same_data
 from diht_jax.training.labels import with_vocabulary
-from diht_jax.training.metrics import MetricWriter, flatten_results, plot_curves
+from diht_jax.training.lock import check_storage, lock_directory
+from diht_jax.training.metrics import MetricWriter, flatten_results, plot_curves, read_metrics
+from diht_jax.training.nonfinite import NonFiniteError, explain_nonfinite
 from diht_jax.training.objective import active_kinds
 from diht_jax.training.profile import StepProfiler
 from diht_jax.training.program import TrainProgram, without_patch_dropout
+from diht_jax.training.same_run import check_same_run
 from diht_jax.training.speed import Window, log_work, model_flops
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest
-
-# A run that goes on under other values of these is no continuation of the same run.
-_FIXED_IN_A_RUN = (
-    "model",
-    "loss",
-    "concepts",
-    "optimizer",
-    "ema",
-    "data",
-    "seed",
-    "total_",
-    "unmasked_",
-)
-_FREE_IN_A_RUN = (
-    "data.train",
-    "data.num_workers",
-    "data.prefetch_batches",
-    # Other ways to compute the same.
-    "model.scan_layers",
-    "model.remat",
-    "model.attention",
-)
 
 
 def train(
@@ -78,38 +64,29 @@ def train(
         The last state.
 
     Raises:
-        ValueError: the config is wrong, or is not that of the run in `workdir`.
+        ValueError: the config is wrong, or is not that of the run in `workdir`; another run works
+            there, or it cannot be written; the data have changed; a checkpoint cannot be read, or
+            the last one could not be written.
         DivergedError: too many updates in a row were not finite.
         Stopped: a signal came, and the state is saved.
     """
     validate_config(config, default_config())
+    check_storage(workdir)
     config = with_vocabulary(config)
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    check_same_run(config, workdir)
-    checkpoint.write_config(workdir, config)
-    run = Run(config, workdir, devices)
-    try:
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> None:
+            if jax.process_index() == 0:
+                stack.enter_context(lock_directory(workdir))
+            check_same_run(config, workdir)
+
+        check_together(prepare)
+        checkpoint.write_config(workdir, config)
+        run = Run(config, workdir, devices)
+        stack.push(run.close_after)
         with run.stop_request:
             return run.loop(stop_after_steps)
-    finally:
-        run.close()
-
-
-def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses to mix two runs in one directory; names the keys that differ."""
-    if not (workdir / checkpoint.CONFIG_FILE).exists():
-        return
-    changed = checkpoint.changed_keys(
-        checkpoint.read_config(workdir),
-        config,
-        lambda name: name.startswith(_FIXED_IN_A_RUN) and name not in _FREE_IN_A_RUN,
-    )
-    if changed and (workdir / checkpoint.CHECKPOINT_DIRECTORY).exists():
-        raise ValueError(
-            f"{workdir} holds a run with another config; changed: {', '.join(changed)}. "
-            "Take the same values to resume it, or another --workdir to start anew"
-        )
 
 
 class Run:
@@ -147,13 +124,17 @@ class Run:
             prefetch_batches=config.data.prefetch_batches,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            on_bad_record=config.data.on_bad_record,
         )
         self.tasks = parse_tasks(config.evaluation.tasks.split(","))
+        self.fingerprint = fingerprint_records(source)
         self.checkpointer = checkpoint.Checkpointer(
             workdir,
             keep_last=config.checkpoint.keep_last,
             best_metric=config.checkpoint.best_metric,
+            dataset=self.fingerprint.pack(),
         )
+        check_hosts_agree(config.data.train, self.fingerprint)
         if self.checkpointer.latest_step is None:
             self.state = self.program.create_state()
             if config.model.init_from:
@@ -162,6 +143,7 @@ class Run:
                 self.state = self.state.replace(params=params, ema_params=average)
         else:
             self.state = self.checkpointer.restore(self.program.abstract_state(), self.iterator)
+            check_same_data(config.data, self.checkpointer.restored_dataset, self.fingerprint)
         self.start_step = int(self.state.step)
         self.writer = MetricWriter(workdir, self.start_step)
         self.stop_request = StopRequest()
@@ -198,7 +180,7 @@ class Run:
             dynamic_ncols=True,
         )
         in_flight = None
-        alarms = Alarms(config, self.keys_of_step)
+        alarms = Alarms(config, self.keys_of_step, lowest_loss=self.lowest_loss())
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.masked_steps + 1):
                 train_step, window = self.start_phase(unmasked=step > self.masked_steps)
@@ -208,6 +190,8 @@ class Run:
             if train_step.trace_count > 1:
                 raise AssertionError(f"the step was traced {train_step.trace_count} times")
             window.add(metrics)
+            if config.debug_nans and float(metrics["skipped"]):
+                self.explain_skipped(step, batch)
             # Two steps in flight keep the device busy; more would only make the bar lie.
             if in_flight is not None:
                 alarms.check_step(step - 1, in_flight)
@@ -217,7 +201,9 @@ class Run:
             progress.update()
             at_end = step == last_step
             is_told = self.stop_request.is_due(step)
-            if step % config.log_every_steps == 0 or at_end or is_told or step == self.masked_steps:
+            saves = step % config.checkpoint.every_steps == 0 or at_end or is_told
+            # A line where a checkpoint is, so that a run that goes on from it has the same lines.
+            if step % config.log_every_steps == 0 or saves or step == self.masked_steps:
                 scalars = window.summary()
                 alarms.check_window(step, scalars)
                 progress.set_postfix_str(_progress_text(scalars))
@@ -226,7 +212,8 @@ class Run:
             measured = None
             if self.tasks and ((every and step % every == 0) or step == self.total_steps):
                 measured = window.excluded(lambda step=step: self.evaluate(step))
-            if step % config.checkpoint.every_steps == 0 or at_end or is_told:
+            if saves:
+                self.writer.sync()
                 self.checkpointer.save(self.state, self.iterator, measured)
             if is_told and not at_end:
                 progress.close()
@@ -240,6 +227,27 @@ class Run:
     def keys_of_step(self, step: int) -> list[str]:
         """Keys of this process's records in the batch of a step."""
         return self.iterator.keys(first_example=(step - 1) * self.config.data.batch_size)
+
+    def lowest_loss(self) -> float:
+        """The lowest loss in the metrics of the steps before."""
+        rows = read_metrics(self.workdir) if self.start_step else []
+        losses = (row["loss"] for row in rows if row["step"] <= self.start_step and "loss" in row)
+        return min(filter(math.isfinite, losses), default=math.inf)
+
+    def explain_skipped(self, step: int, batch: dict[str, jax.Array]) -> None:
+        """Ends the run with where the numbers of a step went wrong.
+
+        Raises:
+            NonFiniteError: always.
+        """
+        unmasked = step > self.masked_steps
+        config = without_patch_dropout(self.config) if unmasked else self.config
+        place = explain_nonfinite(self.program, config, self.state, batch)
+        raise NonFiniteError(
+            f"step {step}: loss or gradients are not finite; {place}. The batch's records: "
+            f"{shown_keys(self.keys_of_step(step))}. Parameters and the last checkpoint are as "
+            "before this step (config.debug_nans)"
+        )
 
     def start_phase(self, *, unmasked: bool) -> tuple[TrainStep, Window]:
         """The step of this part of the run, and the measurements that begin with it."""
@@ -282,12 +290,19 @@ class Run:
         self.writer.write(step, {f"evaluation/{name}": v for name, v in measured.items()})
         return measured
 
+    def close_after(self, error_type: type[BaseException] | None, *_: object) -> None:
+        """Closes, but not after an error in a job of several processes.
+
+        The error may be that another process is gone: to wait for it would take minutes.
+        """
+        if jax.process_count() == 1 or error_type in (None, Stopped):
+            self.close()
+
     def close(self) -> None:
         """Finishes the checkpoints and ends the workers."""
-        self.profiler.close()
-        self.iterator.close()
-        self.checkpointer.close()
-        self.writer.close()
+        with contextlib.ExitStack() as stack:  # one that fails does not keep the others open
+            for part in (self.writer, self.checkpointer, self.iterator, self.profiler):
+                stack.callback(part.close)
 
     def _log_start(self, num_examples: int) -> None:
         num_params = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(self.state.params))

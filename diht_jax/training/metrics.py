@@ -5,8 +5,13 @@ Used by the training loop, on the first process only.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import json
 import numbers
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -14,7 +19,11 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.training.tensorboard import EventWriter
+
 METRICS_FILE = "metrics.jsonl"
+_KEPT_LINE = "%s: a line is kept for later, it cannot be written: %s"
 
 
 class MetricWriter:
@@ -23,60 +32,123 @@ class MetricWriter:
     def __init__(self, workdir: str | epath.Path, start_step: int):
         """Opens the files of a run that starts or goes on after `start_step` steps.
 
-        Lines of later steps, which a killed run has left, are dropped: those steps will be
-        trained again.
+        Lines of later steps, and half a line, both left by a killed run, are dropped: those steps
+        will be trained again.
         """
-        self._file = self._tensorboard = None
+        self._lines = self._tensorboard = None
         if jax.process_index() != 0:
             return
-        # Not at the top: tensorboardX imports torch where it finds it.
-        from tensorboardX import SummaryWriter
-
-        path = epath.Path(workdir) / METRICS_FILE
+        workdir = epath.Path(workdir)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(
-            str(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
-        )
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        remote = "://" in os.fspath(workdir)
+        self._lines = (_RemoteLines if remote else _LocalLines)(workdir / METRICS_FILE, text)
+        self._tensorboard = EventWriter(workdir, start_step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line and the same scalars to TensorBoard.
+
+        A line for which there is no room is kept, and written before the next one.
 
         Args:
             step: optimiser steps done.
             scalars: by name; names with a slash are grouped by TensorBoard.
         """
-        if self._file is None:
+        if self._lines is None:
             return
         row = {"step": step, **{name: float(value) for name, value in scalars.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in scalars.items():
-            self._tensorboard.add_scalar(name, float(value), step)
-        self._tensorboard.flush()
+        self._lines.append(json.dumps(row) + "\n")
+        self._tensorboard.write(step, scalars)
+
+    def sync(self) -> None:
+        """Makes the lines so far outlive a crash of the machine; called before a checkpoint."""
+        if self._lines is not None:
+            self._lines.sync()
 
     def close(self) -> None:
         """Closes the files."""
-        if self._file is not None:
-            self._file.close()
+        if self._lines is not None:
+            self._lines.close()
             self._tensorboard.close()
+
+
+class _LocalLines:
+    """A file that grows by whole lines, also when the disk is full in the middle of one."""
+
+    def __init__(self, path: epath.Path, text: str):
+        # Replaced at once: a kill here must not cost the lines of weeks.
+        write_atomically(pathlib.Path(path), text.encode())
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close
+        self._waiting = b""
+
+    def append(self, line: str) -> None:
+        self._waiting += line.encode()
+        end = self._file.tell()
+        try:
+            # May write a part only, without an error.
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)
+            logging.warning(
+                "%s: a line is kept for later, it cannot be written: %s", self._path, error
+            )
+            return
+        self._waiting = b""
+
+    def sync(self) -> None:
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._waiting:
+            logging.warning("%s lacks its last lines, they could not be written", self._path)
+        self._file.close()
+
+
+class _RemoteLines:
+    """The same in an object store, which knows no appending: the object is written anew."""
+
+    def __init__(self, path: epath.Path, text: str):
+        self._path, self._text = path, text
+        path.write_text(text)
+
+    def append(self, line: str) -> None:
+        self._text += line
+        try:
+            self._path.write_text(self._text)
+        except OSError as error:
+            logging.warning(
+                "%s: a line is kept for later, it cannot be written: %s", self._path, error
+            )
+
+    def sync(self) -> None:
+        """Every write is complete when it returns."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
     """The rows of a run's `metrics.jsonl`; empty where there is none.
 
-    A half-written last line, which a killed run may leave, is passed over with a warning.
+    A half-written last line, which a killed run may leave, is passed over with a warning, and so
+    is a line that is no row of numbers with a step.
     """
     path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            logging.warning("%s: line %d is no JSON and is passed over", path, number)
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), numbers.Real):
+            rows.append(row)
+        else:
+            logging.warning("%s: line %d is no JSON row and is passed over", path, number)
     return rows
 
 
@@ -123,7 +195,13 @@ def plot_curves(workdir: str | epath.Path) -> None:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(fontsize=7)
-    figure.savefig(str(epath.Path(workdir) / "curves.png"), dpi=110)
+    path = epath.Path(workdir) / "curves.png"
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    try:
+        path.write_bytes(picture.getvalue())
+    except OSError as error:
+        logging.warning("%s cannot be written: %s", path, error)
 
 
 _SHOWN_RESULTS = ("top1", "t2i_r1", "i2t_r1")

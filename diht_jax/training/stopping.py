@@ -3,11 +3,12 @@
 SIGTERM (what Slurm, Kubernetes and the clouds send before they take a machine away) and the first
 SIGINT let the step at hand finish; the loop then saves, and the command exits with
 `EXIT_CODE`. A second SIGINT aborts at once. In a job of several processes JAX's coordination
-service passes a SIGTERM on, so that all stop after the same step.
+service passes either on, so that all stop after the same step, whichever of them was told.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -56,6 +57,9 @@ class StopRequest:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
             raise KeyboardInterrupt
         self._signal = number
+        if number == signal.SIGINT and jax.process_count() > 1:
+            # Only SIGTERM is known to the coordination service.
+            os.kill(os.getpid(), signal.SIGTERM)
         logging.warning(
             "%s: stopping after this step; the same command goes on from there",
             signal.Signals(number).name,

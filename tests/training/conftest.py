@@ -1,13 +1,17 @@
 """A small data set of coloured squares, and a config that trains on it in seconds."""
 
 import dataclasses
+import importlib.util
 import io
 import json
 import pathlib
+import sys
 
+import jax
 import ml_collections
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from diht_jax.config import default_config
@@ -17,6 +21,34 @@ from diht_jax.data.tfrecord import TFRecordWriter
 from diht_jax.data.vocabulary import ConceptList, Vocabulary, write_vocabulary
 
 NUM_RECORDS = 52
+
+# For tests that start processes: programs compiled once are kept for the others.
+CACHE_EVERYTHING = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compile_cache(tmp_path_factory) -> pathlib.Path:
+    """Compiling fast: most of the time here goes into compiling, and most of it the same programs.
+
+    Programs are kept for the other tests, and XLA leaves out what only makes them faster.
+    """
+    directory = tmp_path_factory.mktemp("compiled")
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_disable_most_optimizations": True,
+        **{name.lower(): int(value) for name, value in CACHE_EVERYTHING.items()},
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # whatever was compiled before has decided not to use it
+    yield directory
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def colored_square(index: int) -> Record:
@@ -83,29 +115,53 @@ def labelled(write_labelled, tmp_path_factory) -> pathlib.Path:
     return write_labelled(tmp_path_factory.mktemp("labelled") / "squares")
 
 
+@pytest.fixture(scope="session")
+def make_config(squares):
+    """Makes the config of a run of 20 steps of 16 examples.
+
+    Patch dropout makes the step depend on its random key.
+    """
+
+    def make() -> ml_collections.ConfigDict:
+        config = default_config()
+        config.total_steps = 20
+        config.model.name = "tiny_32px"
+        config.model.dtype = "float32"
+        config.model.patch_dropout = 0.25
+        config.model.overrides.update(
+            image_size=16,
+            patch_size=4,
+            vision_layers=1,
+            vision_width=32,
+            text_layers=1,
+            text_width=32,
+            embed_dim=16,
+            context_length=24,
+        )
+        config.loss.beta = 0.25
+        config.optimizer.warmup_steps = 4
+        config.data.train = str(squares)
+        config.data.batch_size = 16
+        config.data.num_workers = 0
+        config.log_every_steps = 1
+        config.checkpoint.every_steps = 5
+        return config
+
+    return make
+
+
 @pytest.fixture
-def config(squares) -> ml_collections.ConfigDict:
-    """A run of 20 steps of 16 examples; patch dropout makes the step depend on its random key."""
-    config = default_config()
-    config.total_steps = 20
-    config.model.name = "tiny_32px"
-    config.model.dtype = "float32"
-    config.model.patch_dropout = 0.25
-    config.model.overrides.update(
-        image_size=16,
-        patch_size=4,
-        vision_layers=1,
-        vision_width=32,
-        text_layers=1,
-        text_width=32,
-        embed_dim=16,
-        context_length=24,
-    )
-    config.loss.beta = 0.25
-    config.optimizer.warmup_steps = 4
-    config.data.train = str(squares)
-    config.data.batch_size = 16
-    config.data.num_workers = 0
-    config.log_every_steps = 1
-    config.checkpoint.every_steps = 5
-    return config
+def config(make_config) -> ml_collections.ConfigDict:
+    """Of `make_config`, for one test."""
+    return make_config()
+
+
+@pytest.fixture(scope="session")
+def kill_trial():
+    """The module `kill_trial.py`: the names of test modules are not importable."""
+    path = pathlib.Path(__file__).with_name("kill_trial.py")
+    spec = importlib.util.spec_from_file_location("kill_trial", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module

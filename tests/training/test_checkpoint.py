@@ -1,4 +1,9 @@
-"""Which checkpoints stay, and what is said when there is none."""
+"""Which checkpoints stay, what happens to damaged ones and on a full disk, and what is said."""
+
+import pathlib
+import shutil
+import subprocess
+import time
 
 import jax
 import numpy as np
@@ -6,7 +11,14 @@ import pytest
 
 from diht_jax import sharding
 from diht_jax.loading import load_model
-from diht_jax.training.checkpoint import Checkpointer
+from diht_jax.training.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    restore_model,
+    write_config,
+)
+from diht_jax.training.checksums import tree_checksums
+from diht_jax.training.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
 
 
@@ -23,11 +35,12 @@ class Place:
         self.next_example = state["next_example"]
 
 
-def state_of(step, value=0.0):
+def state_of(step, value=0.0, size=64):
     place = sharding.replicated(sharding.create_mesh(8, 1))
+    rng = np.random.default_rng(step)
     tree = TrainState(
         step=np.int32(step),
-        params={"w": np.full((4, 2), value, np.float32)},
+        params={"w": value + rng.standard_normal((size, 64)).astype(np.float32)},
         opt_state={"mu": np.zeros(3, np.float32)},
         key_data=np.array([1, 2], np.uint32),
     )
@@ -36,6 +49,20 @@ def state_of(step, value=0.0):
 
 def steps_in(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def save_steps(workdir, *steps, **settings):
+    checkpointer = Checkpointer(workdir, **{"keep_last": 5, "best_metric": None, **settings})
+    for step in steps:
+        checkpointer.save(state_of(step), Place(step * 10))
+    checkpointer.close()
+
+
+def restore(workdir):
+    checkpointer = Checkpointer(workdir, keep_last=5, best_metric=None)
+    place = Place(0)
+    state = checkpointer.restore(state_of(0), place)
+    return checkpointer, state, place
 
 
 def test_the_last_ones_and_the_best_one_stay(tmp_path):
@@ -48,25 +75,160 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path):
     assert steps_in(tmp_path) == [2, 5, 6]
 
 
-def test_state_and_place_come_back(tmp_path):
-    checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric=None)
+def test_state_place_and_data_set_come_back(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric=None, dataset={"digest": "a"})
     assert checkpointer.latest_step is None
     checkpointer.save(state_of(3, value=1.5), Place(77))
     checkpointer.close()
-    checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric=None)
-    place = Place(0)
-    restored = checkpointer.restore(state_of(0), place)
+    checkpointer, restored, place = restore(tmp_path)
     checkpointer.close()
-    assert place.next_example == 77
+    assert place.next_example == 77 and checkpointer.restored_dataset == {"digest": "a"}
     jax.tree.map(np.testing.assert_array_equal, restored, state_of(3, value=1.5))
 
 
 def test_a_relative_work_directory_is_fine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    checkpointer = Checkpointer("run", keep_last=1, best_metric=None)
-    checkpointer.save(state_of(2), Place(5))
-    checkpointer.close()
+    save_steps("run", 2)
     assert steps_in(tmp_path / "run") == [2]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_steps")
+    save_steps(folder, 1, 2)
+    return folder
+
+
+def array_file(checkpoint):
+    """The file with the values of `w`: random numbers do not compress."""
+    return max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "find, damage, cause",
+    [
+        (array_file, truncate, '"params.w'),
+        # Orbax reads it without a word.
+        (array_file, flip_a_bit, "values differ from what was saved in params/w"),
+        (array_file, pathlib.Path.unlink, '"params.w'),
+        (lambda folder: folder / "state" / "manifest.ocdbt", flip_a_bit, "manifest.ocdbt"),
+        (lambda folder: folder / "state", shutil.rmtree, "2/state"),
+        (lambda folder: folder / "data" / "metadata", truncate, "2/data: Unterminated string"),
+        (
+            lambda folder: folder / "data" / "metadata",
+            lambda path: path.write_text('{"next_example":90}'),
+            "2/data: its contents are not what was saved",
+        ),
+        (lambda folder: folder / "checks" / "metadata", flip_a_bit, "2/checks"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    two_steps, tmp_path, caplog, find, damage, cause
+):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    damage(find(tmp_path / "checkpoints" / "2"))
+    checkpointer, state, place = restore(tmp_path)
+    assert int(state.step) == 1 and place.next_example == 10
+    assert "the checkpoint of step 2 is damaged" in caplog.text and cause in caplog.text
+    assert steps_in(tmp_path) == [1] and (tmp_path / "corrupt_checkpoints" / "2-0").is_dir()
+    checkpointer.save(state_of(2), Place(20))
+    checkpointer.close()
+    checkpointer, state, _ = restore(tmp_path)
+    checkpointer.close()
+    assert int(state.step) == 2
+
+
+def test_without_any_whole_checkpoint_the_error_says_why_for_each(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    for step in (1, 2):
+        truncate(tmp_path / "checkpoints" / str(step) / "data" / "metadata")
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be read \(step 2: .*step 1: "):
+        restore(tmp_path)
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_checkpoints_of_the_version_without_checksums_are_read(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "checkpoints" / "2" / "checks")
+    checkpointer, state, _ = restore(tmp_path)
+    checkpointer.close()
+    assert int(state.step) == 2
+
+
+def test_checksums_are_those_of_the_definition_on_any_mesh():
+    values = np.random.default_rng(0).standard_normal((16, 6)).astype(np.float32)
+    expected = sum(int(bits) * (2 * i + 1) for i, bits in enumerate(values.view(np.uint32).ravel()))
+    for data, fsdp in ((8, 1), (2, 4)):
+        mesh = sharding.create_mesh(data, fsdp)
+        array = jax.device_put(values, sharding.batch_sharding(mesh))
+        assert tree_checksums({"a": {"b": array}}) == {"a/b": expected % 2**32}
+    assert tree_checksums({"n": np.int32(-1)}) == {"n": 2**32 - 1}
+    flipped = values.copy()
+    flipped.view(np.uint32)[3, 2] ^= 1 << 31
+    assert tree_checksums([flipped]) != tree_checksums([values])
+    assert tree_checksums([values[::-1].copy()]) != tree_checksums([values])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(small_disk, caplog):
+    size = 2000  # 0.5 MB a state
+    checkpointer = Checkpointer(small_disk / "run", keep_last=1, best_metric=None)
+    checkpointer.save(state_of(1, size=size), Place(10))
+    checkpointer._finish_saving()
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1_200_000))
+    writer = MetricWriter(small_disk / "run", 0)
+    checkpointer.save(state_of(2, size=size), Place(20))
+    checkpointer.save(state_of(3, size=size), Place(30))
+    assert "the checkpoint of step 2 could not be written, that of step 1 is intact" in caplog.text
+    assert "No space left" in caplog.text or "RESOURCE_EXHAUSTED" in caplog.text
+    with pytest.raises(CheckpointError, match="step 3 could not be written, that of step 1 is"):
+        checkpointer.close()
+    checkpointer = Checkpointer(small_disk / "run", keep_last=1, best_metric=None)
+    place = Place(0)
+    restored = checkpointer.restore(state_of(0, size=size), place)
+    assert int(restored.step) == 1 and place.next_example == 10
+
+    deadline = time.monotonic() + 20
+    while list((small_disk / "run" / "checkpoints").glob("*tmp*")):  # removed in the background
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with open(small_disk / "rest", "wb", buffering=0) as rest:
+        while True:
+            try:
+                rest.write(bytes(4096))
+            except OSError:
+                break
+    writer.write(1, {f"name_{i}": i for i in range(1000)})
+    assert "a line is kept for later" in caplog.text and read_metrics(small_disk / "run") == []
+    ballast.unlink()
+    writer.write(2, {"loss": 2.0})
+    writer.close()
+    assert [row["step"] for row in read_metrics(small_disk / "run")] == [1, 2]
+    checkpointer.save(state_of(4, size=size), Place(40))
+    checkpointer.close()
+    assert steps_in(small_disk / "run") == [4]
 
 
 def test_an_unknown_best_metric_names_the_known_ones(tmp_path):
@@ -74,6 +236,14 @@ def test_an_unknown_best_metric_names_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="'val/top1' is not among .*: cifar10/top1"):
         checkpointer.save(state_of(1), Place(0), {"cifar10/top1": 0.5})
     checkpointer.close()
+
+
+def test_reading_the_parameters_of_a_damaged_checkpoint_is_told(config, tmp_path):
+    save_steps(tmp_path, 1)
+    write_config(tmp_path, config)
+    truncate(tmp_path / "checkpoints" / "1" / "state" / "_METADATA")
+    with pytest.raises(ValueError, match="checkpoints/1/state cannot be read: "):
+        restore_model(tmp_path, sharding.create_mesh(8, 1))
 
 
 def test_load_model_says_what_is_missing(tmp_path):

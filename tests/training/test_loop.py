@@ -1,15 +1,21 @@
 """The loop end to end: equal on any mesh, bit-identical after a stop, careful with directories."""
 
+import collections
+import shutil
+
 import jax
 import numpy as np
 import pytest
 
 import diht_jax
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.data.pipeline import TrainIterator
+from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.training.lock import lock_directory
 from diht_jax.training.loop import train
 from diht_jax.training.metrics import read_metrics
 
 COMPARED = ("loss", "grad_norm", "param_norm", "logit_scale", "i2t_accuracy")
+NUM_RECORDS = 52
 
 
 def series(workdir, name):
@@ -20,59 +26,87 @@ def assert_bitwise_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def test_one_device_data_parallel_and_fsdp_give_the_same_losses(config, tmp_path):
-    meshes = {"one": (1, 1), "data": (8, 1), "fsdp": (1, 8), "both": (2, 4)}
+@pytest.fixture
+def seen(monkeypatch):
+    """The texts of all examples that the loop takes, in their order."""
+    texts = []
+    take = TrainIterator.__next__
+
+    def recording(iterator):
+        batch = take(iterator)
+        texts.extend(row.tobytes() for row in batch["tokens"])
+        return batch
+
+    monkeypatch.setattr(TrainIterator, "__next__", recording)
+    return texts
+
+
+def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_path, seen):
     config.model.patch_dropout = 0.0
-    for name, (data, fsdp) in meshes.items():
-        run_config = config.copy_and_resolve_references()
-        run_config.mesh.update(data=data, fsdp=fsdp)
-        train(run_config, tmp_path / name, devices=jax.devices()[: data * fsdp])
+    config.total_steps = 13  # of 16: four epochs of 52
+    config.checkpoint.every_steps = 100
+    config.mesh.update(data=1, fsdp=1)
+    train(config, tmp_path / "one", devices=jax.devices()[:1])
+    straight = seen.copy()
+    seen.clear()
+    for stop, data, fsdp in ((4, 8, 1), (8, 2, 4), (13, 1, 2)):
+        config.mesh.update(data=data, fsdp=fsdp)
+        devices = jax.devices()[: data * fsdp]
+        train(config, tmp_path / "many", stop_after_steps=stop, devices=devices)
+
+    assert seen == straight
+    for epoch in range(4):
+        counts = collections.Counter(seen[epoch * NUM_RECORDS : (epoch + 1) * NUM_RECORDS])
+        assert len(counts) == NUM_RECORDS and set(counts.values()) == {1}
     losses = series(tmp_path / "one", "loss")
-    assert len(losses) == 20 and losses[-1] < losses[0]
-    for name in meshes:
-        for metric in COMPARED:
-            np.testing.assert_allclose(
-                series(tmp_path / name, metric),
-                series(tmp_path / "one", metric),
-                rtol=2e-4,
-                atol=1e-5,
-                err_msg=f"{name} {metric}",
-            )
+    assert len(losses) == 13 and losses[-1] < losses[0]
+    for metric in COMPARED:
+        np.testing.assert_allclose(
+            series(tmp_path / "many", metric),
+            series(tmp_path / "one", metric),
+            rtol=2e-4,
+            atol=1e-5,
+            err_msg=metric,
+        )
 
 
 def test_stop_and_resume_is_bit_identical_to_going_straight(config, tmp_path):
+    config.total_steps = 6
     config.mesh.update(data=2, fsdp=4)
     config.ema.decay = 0.9
     config.optimizer.layer_decay = 0.8
+    config.log_every_steps = 2  # a line is written at the checkpoint of step 3, too
+    config.checkpoint.every_steps = 3
     straight = train(config, tmp_path / "straight")
-    train(config, tmp_path / "stopped", stop_after_steps=10)
-    assert len(series(tmp_path / "stopped", "loss")) == 10
+    train(config, tmp_path / "stopped", stop_after_steps=3)
     resumed = train(config, tmp_path / "stopped")
-    assert int(resumed.step) == 20
+    assert int(resumed.step) == 6
     assert_bitwise_equal(straight, resumed)
+    assert series(tmp_path / "stopped", "step").tolist() == [2, 3, 4, 6]
     for metric in COMPARED:
         np.testing.assert_array_equal(
             series(tmp_path / "straight", metric), series(tmp_path / "stopped", metric)
         )
 
 
-def test_a_finished_run_is_left_as_it_is(config, tmp_path):
-    config.total_steps = 6
-    first = train(config, tmp_path)
-    lines = (tmp_path / "metrics.jsonl").read_bytes()
-    assert_bitwise_equal(first, train(config, tmp_path))
-    assert (tmp_path / "metrics.jsonl").read_bytes() == lines
-
-
-def test_the_loop_leaves_what_people_look_at(config, tmp_path):
+@pytest.fixture(scope="module")
+def finished(make_config, squares, tmp_path_factory):
+    """A run of 6 steps with a profile; its config, work directory and last state."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = make_config()
+    config.data.train = str(shutil.copytree(squares, folder / "squares"))
     config.total_steps = 6
     config.checkpoint.every_steps = 2
     config.checkpoint.keep_last = 2
     config.profile.update(start_step=3, stop_step=4)
-    state = train(config, tmp_path)
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
-    row = read_metrics(tmp_path)[-1]
+    return config, folder / "run", train(config, folder / "run")
+
+
+def test_the_loop_leaves_what_people_look_at(finished):
+    config, run, state = finished
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["4", "6"]
+    row = read_metrics(run)[-1]
     expected = {
         *COMPARED,
         "step",
@@ -88,17 +122,20 @@ def test_the_loop_leaves_what_people_look_at(config, tmp_path):
     # TensorBoard's event files are TFRecords of protobuf events.
     from tensorboardX.proto.event_pb2 import Event
 
-    (events,) = (tmp_path / "tensorboard").iterdir()
+    (events,) = (run / "tensorboard").iterdir()
+    read = list(map(Event.FromString, TFRecordSource([events])))
+    assert read[0].file_version == "brain.Event:2"
+    assert (read[1].step, read[1].session_log.status) == (1, read[1].session_log.START)
     logged = [
         (event.step, value.simple_value)
-        for event in map(Event.FromString, TFRecordSource([events]))
+        for event in read
         for value in event.summary.value
         if value.tag == "loss"
     ]
-    losses = series(tmp_path, "loss")
+    losses = series(run, "loss")
     assert logged == [(i + 1, np.float32(loss)) for i, loss in enumerate(losses)]
 
-    (trace,) = (tmp_path / "profile").glob("**/*.xplane.pb")
+    (trace,) = (run / "profile").glob("**/*.xplane.pb")
     profiled = [
         dict(event.stats)["step_num"]
         for plane in jax.profiler.ProfileData.from_file(str(trace)).planes
@@ -108,30 +145,67 @@ def test_the_loop_leaves_what_people_look_at(config, tmp_path):
     ]
     assert sorted(profiled) == [3, 4]
 
-    model = diht_jax.load_model(tmp_path)
+    model = diht_jax.load_model(run)
     assert model.step == 6
     assert_bitwise_equal(model._params, state.params)
 
 
-def test_another_config_in_the_same_directory_is_refused(config, tmp_path):
-    config.total_steps = 5
-    train(config, tmp_path)
-    config.loss.beta = 0.5
-    config.optimizer.learning_rate = 1.0
+def test_a_finished_run_is_left_as_it_is(finished):
+    config, run, state = finished
+    lines = (run / "metrics.jsonl").read_bytes()
+    assert_bitwise_equal(state, train(config, run))
+    assert (run / "metrics.jsonl").read_bytes() == lines
+
+
+def test_another_config_in_the_same_directory_is_refused(finished):
+    config, run, _ = finished
+    other = config.copy_and_resolve_references()
+    other.loss.beta = 0.5
+    other.optimizer.learning_rate = 1.0
     with pytest.raises(ValueError, match="changed: loss.beta, optimizer.learning_rate"):
-        train(config, tmp_path)
-    config.loss.beta = 0.25
-    config.optimizer.learning_rate = 1e-3
-    config.log_every_steps = 2
-    config.data.num_workers = 0
-    train(config, tmp_path)
+        train(other, run)
+    other = config.copy_and_resolve_references()
+    other.log_every_steps = 2
+    train(other, run)
 
 
-def test_a_new_run_can_start_from_another_at_a_larger_image_size(config, tmp_path):
-    config.total_steps = 5
+def test_a_second_run_in_the_same_directory_is_refused(finished):
+    config, run, _ = finished
+    with (
+        lock_directory(run),
+        pytest.raises(ValueError, match=r"another run works in .*: process \d+ on "),
+    ):
+        train(config, run)
+    train(config, run)
+
+
+def test_changed_shards_are_named_and_refused(finished, caplog):
+    config, run, state = finished
+    config = config.copy_and_resolve_references()
+    folder = run.parent / "changed"
+    shutil.copytree(config.data.train, folder)
+    config.data.train = str(folder)
+    train(config, run)  # the place of the folder does not matter
+    records = list(TFRecordSource(folder / "squares-0.tfrecord"))
+    with TFRecordWriter(folder / "squares-0.tfrecord") as writer:
+        for record in reversed(records):
+            writer.write(record)
+    with TFRecordWriter(folder / "new.tfrecord") as writer:
+        writer.write(records[0])
+    (folder / "squares-1.tfrecord").unlink()
+    message = "missing: squares-1.tfrecord; added: new.tfrecord; changed: squares-0.tfrecord"
+    with pytest.raises(ValueError, match=message):
+        train(config, run)
+    config.data.allow_changed = True
+    assert_bitwise_equal(state, train(config, run))
+    assert message in caplog.text and "the run goes on" in caplog.text
+
+
+def test_a_new_run_can_start_from_another_at_a_larger_image_size(config, finished, tmp_path):
+    _, small, trained = finished
+    config.total_steps = 2
     config.model.patch_dropout = 0.0
-    trained = train(config, tmp_path / "small")
-    config.model.init_from = str(tmp_path / "small")
+    config.model.init_from = str(small)
     config.model.overrides.image_size = 24
     config.optimizer.learning_rate = 0.0
     config.optimizer.warmup_steps = 0

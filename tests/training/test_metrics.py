@@ -46,3 +46,17 @@ def test_means_and_flattening():
 def test_curves_of_a_run_without_lines_are_empty_panels(tmp_path):
     plot_curves(tmp_path)
     assert (tmp_path / "curves.png").exists()
+
+
+def test_a_run_goes_on_without_an_unwritable_tensorboard(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("in the way")
+    write_steps(tmp_path, 0, [1, 2])
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+    assert caplog.text.count("the run goes on without TensorBoard") == 1
+
+
+def test_lines_that_are_no_rows_are_passed_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(
+        b'{"step": 1}\n[2]\n\xff\xfe\n{"loss": 3}\n{"step": 4}\n'
+    )
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 4}]

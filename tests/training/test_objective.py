@@ -8,6 +8,7 @@ import pytest
 
 import diht_jax
 from diht_jax.config import load_recipe
+from diht_jax.loading import read_model
 from diht_jax.training.loop import train
 from diht_jax.training.metrics import read_metrics
 from diht_jax.training.program import TrainProgram
@@ -51,11 +52,16 @@ def test_concept_losses_are_the_same_on_any_mesh_and_in_micro_batches(concept_co
     assert parts[1][-1] < 0.8 * parts[1][0] and parts[2][-1] < 0.8 * parts[2][0]
 
 
-def test_heads_are_dropped_when_the_model_is_loaded(concept_config, tmp_path):
+def test_heads_are_for_export_only(concept_config, tmp_path):
     concept_config.total_steps = 5
     state = train(concept_config, tmp_path / "run")
     assert state.params["concept_heads"]["objects"]["kernel"].shape == (32, 8)
     assert np.asarray(state.params["concept_heads"]["objects"]["kernel"]).any()
+    heads = read_model(tmp_path / "run").heads
+    for name, leaves in state.params["concept_heads"].items():
+        np.testing.assert_array_equal(heads[f"concept_heads.{name}.weight"].T, leaves["kernel"])
+        np.testing.assert_array_equal(heads[f"concept_heads.{name}.bias"], leaves["bias"])
+    assert len(heads) == 4
     model = diht_jax.load_model(str(tmp_path / "run"))
     assert model.encode_text(["a square"]).shape == (1, 16)
 

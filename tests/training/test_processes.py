@@ -1,73 +1,181 @@
 """Jobs of several processes, each with devices of its own, started as a user starts them."""
 
+import json
 import os
+import pathlib
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from diht_jax import distributed
 from diht_jax.config import load_recipe
 from diht_jax.training.loop import train
 from diht_jax.training.metrics import read_metrics
+from diht_jax.training.stopping import EXIT_CODE
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
+TOTAL_STEPS = 16
+SMALLER = {"model.overrides.vision_layers": 1, "model.overrides.text_layers": 1}
+HEARTBEAT_SECS = 10
+# Beyond the heartbeats: for the processes to notice, and for a busy machine.
+GRACE_SECS = 50
 
 
-@pytest.fixture
-def start_job(squares):
-    """Starts `diht_jax.train` in two processes; kills what is left of them at the end."""
-    processes = []
+class Job:
+    """Commands in two processes of two CPU devices each."""
 
-    def start(workdir, *flags):
+    def __init__(self, cache: pathlib.Path):
+        self._cache = cache
+        self.processes: list[subprocess.Popen] = []
+
+    def start(self, *command: str) -> list[subprocess.Popen]:
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         env = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_EACH}",
+            "JAX_COMPILATION_CACHE_DIR": str(self._cache),
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
-        for process_id in range(NUM_PROCESSES):
-            command = [
-                *(sys.executable, "-m", "diht_jax.train"),
-                *("--config", "configs/demo.py:debug=True", f"--config.data.train={squares}"),
-                *("--workdir", str(workdir), f"--coordinator_address=localhost:{port}"),
-                *(f"--num_processes={NUM_PROCESSES}", f"--process_id={process_id}", *flags),
-            ]
-            processes.append(
-                subprocess.Popen(
-                    command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-                )
+        self.processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", *command, f"--coordinator_address=localhost:{port}"),
+                    *(f"--num_processes={NUM_PROCESSES}", f"--process_id={process_id}"),
+                    f"--heartbeat_timeout_secs={HEARTBEAT_SECS}",
+                ],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
-        return processes
+            for process_id in range(NUM_PROCESSES)
+        ]
+        return self.processes
 
-    yield start
-    for process in processes:
+    def outputs(self) -> list[str]:
+        return [process.communicate(timeout=240)[0] for process in self.processes]
+
+    def run(self, *command: str) -> list[str]:
+        """To a good end; what the processes said."""
+        self.start(*command)
+        outputs = self.outputs()
+        assert [process.returncode for process in self.processes] == [0, 0], outputs
+        return outputs
+
+    def wait_for_lines(self, workdir: pathlib.Path, more: int) -> None:
+        wanted = len(read_metrics(workdir)) + more
+        deadline = time.monotonic() + 200
+        while len(read_metrics(workdir)) < wanted:
+            ended = [process.poll() for process in self.processes]
+            assert ended == [None, None] and time.monotonic() < deadline, self.outputs()
+            time.sleep(0.05)
+
+
+@pytest.fixture
+def job(compile_cache):
+    job = Job(compile_cache)
+    yield job
+    for process in job.processes:
         process.kill()
         process.wait()
 
 
-def losses(workdir):
-    return np.array([row["loss"] for row in read_metrics(workdir) if "loss" in row])
+@pytest.fixture(scope="module")
+def shades(tmp_path_factory):
+    """Pictures in a folder for each class, and one that is none."""
+    folder = tmp_path_factory.mktemp("shades")
+    for label, level in enumerate((20, 120, 230)):
+        (folder / f"shade {label}").mkdir()
+        for index in range(4):
+            color = (level, level + 3 * index, level)
+            Image.new("RGB", (20, 16), color).save(folder / f"shade {label}" / f"{index}.png")
+    (folder / "shade 1" / "2.png").write_bytes(b"no picture")
+    return folder
 
 
-def test_two_processes_of_two_devices_have_the_losses_of_one_with_four(
-    squares, start_job, tmp_path
+def checkpoints(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
+    squares, shades, job, tmp_path
 ):
-    processes = start_job(tmp_path / "two", "--config.mesh.fsdp=2")
+    run = tmp_path / "two"
+    retrieval = f"retrieval:{squares}?caption_template={{caption}}"
+    tasks = f"classification:{shades},{retrieval}"
+    command = (
+        *("diht_jax.train", "--config", "configs/demo.py:debug=True"),
+        *(f"--config.data.train={squares}", "--workdir", str(run), "--config.mesh.fsdp=2"),
+        *(f"--config.total_steps={TOTAL_STEPS}", f"--config.evaluation.tasks={tasks}"),
+        *("--config.evaluation.batch_size=8", *(f"--config.{k}={v}" for k, v in SMALLER.items())),
+    )
+    # One of the processes is told to stop, and both do.
+    processes = job.start(*command)
+    job.wait_for_lines(run, 1)
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = job.outputs()
+    assert [process.returncode for process in processes] == [EXIT_CODE] * 2, outputs
+    stopped = checkpoints(run)[-1]
+    assert 1 <= stopped < TOTAL_STEPS and f"stopped after step {stopped}" in outputs[0]
+    # The second one says no more than that.
+    assert "resumed" not in outputs[1] and "loss" not in outputs[1] and "step/s" not in outputs[1]
+
+    # One is killed, and the other one ends.
+    processes = job.start(*command)
+    job.wait_for_lines(run, 2)
+    processes[1].kill()
+    start = time.monotonic()
+    outputs = job.outputs()
+    assert time.monotonic() - start < HEARTBEAT_SECS + GRACE_SECS
+    assert processes[0].returncode not in (0, EXIT_CODE)
+    # A collective notices the broken connection, or JAX's service the missing heartbeats.
+    assert re.search("Start the same command|another task died", outputs[0]), outputs[0]
+
+    job.run(*command)
     config = load_recipe("configs/demo.py", "debug=True")
     config.data.train = str(squares)
     config.mesh.fsdp = 2
+    config.total_steps = TOTAL_STEPS
+    config.evaluation.tasks = tasks
+    config.evaluation.batch_size = 8
+    config.update_from_flattened_dict(SMALLER)
     train(config, tmp_path / "one", devices=jax.devices()[:4])
-    for process in processes:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-    expected = losses(tmp_path / "one")
-    assert len(expected) == 4
-    np.testing.assert_allclose(losses(tmp_path / "two"), expected, rtol=1e-5)
+    one, two = read_metrics(tmp_path / "one"), read_metrics(run)
+    assert [row["step"] for row in two] == [row["step"] for row in one]
+    np.testing.assert_allclose(
+        [row["loss"] for row in two if "loss" in row],
+        [row["loss"] for row in one if "loss" in row],
+        rtol=1e-4,
+    )
+    assert two[-1].keys() == one[-1].keys() and len(one[-1]) > 10
+    assert two[-1] == pytest.approx(one[-1])
+
+    # The command on two processes finds what training found at its end.
+    evaluate = ("diht_jax.evaluate", "--model", str(run), "--tasks", tasks, "--batch_size=8")
+    results = tmp_path / "two.json"
+    outputs = job.run(*evaluate, "--bootstrap=0", "--nopages", "--output", str(results))
+    assert "text R@5" in outputs[0] and "text R@5" not in outputs[1]
+    found = json.loads(results.read_text())["results"]
+    measured = {
+        f"evaluation/{task['task']}/{name}": value
+        for task in found
+        for name, value in task["metrics"].items()
+    }
+    assert measured == pytest.approx({k: v for k, v in two[-1].items() if k != "step"})
+    counts = found[0]["counts"]
+    assert (counts["images"], counts["dropped"]) == (11, {"image_unreadable": 1})
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,7 @@
-"""Runs that are told to stop, and runs whose numbers go wrong."""
+"""Runs that are killed or told to stop, and runs whose numbers go wrong."""
 
 import logging
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -12,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diht_jax.sharding import create_mesh
 from diht_jax.training.alarms import Alarms, DivergedError
-from diht_jax.training.checkpoint import restore_model
-from diht_jax.training.loop import Run, train
-from diht_jax.training.metrics import read_metrics
+from diht_jax.training.loop import Run
+from diht_jax.training.nonfinite import NonFiniteError
+from diht_jax.training.speed import Window
 from diht_jax.training.stopping import EXIT_CODE
 
 
@@ -24,50 +20,43 @@ def assert_bitwise_equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def test_a_terminated_run_saves_exits_with_75_and_goes_on_bit_identically(squares, tmp_path):
-    def start(name):
-        command = [
-            *(sys.executable, "-m", "diht_jax.train", "--config", "configs/demo.py:debug=True"),
-            *(f"--config.data.train={squares}", "--workdir", str(tmp_path / name)),
-            *("--config.total_steps=300", "--config.checkpoint.every_steps=1000"),
-        ]
-        env = {**os.environ, "XLA_FLAGS": ""}
-        return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
-
-    process = start("stopped")
-    deadline = time.monotonic() + 200
-    while not read_metrics(tmp_path / "stopped"):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+def test_a_killed_and_a_terminated_run_end_bit_identically(kill_trial, tmp_path):
+    squares = kill_trial.write_squares(tmp_path / "squares")
+    trial = kill_trial.Trial(squares, tmp_path, total_steps=24)
+    trial.finish("undisturbed")
+    # At a moment of its own, whatever the machine's speed: some lines after the first.
+    for lines, secs in ((3, 0.07), (6, 0.0)):
+        process = trial.start("killed")
+        trial.wait_for_line("killed", process, lines)
+        assert trial.kill_at("killed", process, time.monotonic() + secs, secs)
+    process = trial.start("killed")
+    trial.wait_for_line("killed", process)
     process.send_signal(signal.SIGTERM)
-    _, messages = process.communicate(timeout=100)
-    assert process.returncode == EXIT_CODE, messages
-    assert "the same command goes on from there" in messages
-    (saved,) = (int(p.name) for p in (tmp_path / "stopped" / "checkpoints").iterdir())
-    assert 1 <= saved < 300
-    mesh = create_mesh(1, 1, jax.devices()[:1])
-    finished = []
-    for name in ("stopped", "straight"):
-        process = start(name)
-        _, messages = process.communicate(timeout=200)
-        assert process.returncode == 0, messages
-        finished.append(restore_model(tmp_path / name, mesh))
-    assert [model.step for model in finished] == [300, 300]
-    assert_bitwise_equal(*(model.params for model in finished))
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == EXIT_CODE, log
+    assert "the same command goes on from there" in log
+    last_steps = [kill.last_step for kill in trial.kills]
+    assert 0 < last_steps[0] < last_steps[1] < 24
+    trial.finish("killed")
+    assert kill_trial.compare(tmp_path / "undisturbed", tmp_path / "killed") == []
 
 
-def test_an_update_with_numbers_that_are_not_finite_is_skipped(config, tmp_path):
+@pytest.fixture
+def run(config, tmp_path):
     config.ema.decay = 0.9
+    config.debug_nans = True
     run = Run(config, tmp_path, jax.devices()[:1])
-    try:
-        step = run.program.step(run.state)
-        state, metrics = step(run.state, run.next_batch())
-        assert metrics["skipped"] == 0
-        params = {**state.params, "log_logit_scale": jnp.float32(np.nan)}
-        broken = jax.tree.map(np.asarray, state.replace(params=params))
-        after, metrics = step(jax.tree.map(jnp.asarray, broken), run.next_batch())
-    finally:
-        run.close()
+    yield run
+    run.close()
+
+
+def test_an_update_with_numbers_that_are_not_finite_is_skipped(run):
+    step = run.program.step(run.state)
+    state, metrics = step(run.state, run.next_batch())
+    assert metrics["skipped"] == 0
+    params = {**state.params, "log_logit_scale": jnp.float32(np.nan)}
+    broken = jax.tree.map(np.asarray, state.replace(params=params))
+    after, metrics = step(jax.tree.map(jnp.asarray, broken), run.next_batch())
     assert metrics["skipped"] == 1 and np.isnan(metrics["loss"])
     assert int(after.step) == 2
     assert_bitwise_equal(
@@ -76,16 +65,57 @@ def test_an_update_with_numbers_that_are_not_finite_is_skipped(config, tmp_path)
     )
 
 
-def test_a_diverged_run_stops_names_its_records_and_keeps_its_checkpoint(config, tmp_path, caplog):
-    config.max_skipped_steps = 3
-    config.checkpoint.every_steps = 1
-    config.optimizer.warmup_steps = 0
-    config.optimizer.learning_rate = 1e38  # overflows the parameters in the first step
+def planted(state, path, value):
+    """The state with one number of one parameter replaced."""
+    *parents, name = path.split("/")
+    params = jax.tree.map(lambda leaf: leaf, state.params)
+    inner = params
+    for parent in parents:
+        inner = inner[parent]
+    inner[name] = inner[name].ravel().at[-1].set(value).reshape(inner[name].shape)
+    return state.replace(params=params)
+
+
+def test_debug_nans_names_where_the_numbers_go_wrong(run):
+    healthy = jax.tree.map(np.asarray, run.state)
+    cases = [
+        (
+            "text/blocks/0/mlp/fc_in/kernel",
+            np.nan,
+            "step 1: loss or gradients are not finite; the first value that is not finite is the "
+            "output of text/blocks/0/mlp/fc_in; parameters that are not finite: "
+            "text/blocks/0/mlp/fc_in/kernel. The batch's records: square_0",
+        ),
+        (
+            "vision/blocks/0/attention/in_proj/bias",
+            np.inf,
+            "is what goes into vision/blocks/0/attention/out_proj; parameters that are not finite: "
+            "vision/blocks/0/attention/in_proj/bias. ",
+        ),
+        # Finite, but not what comes of it.
+        ("log_logit_scale", 200.0, "is the loss itself; the embeddings are finite. "),
+    ]
+    for path, value, message in cases:
+        state = jax.tree.map(jnp.asarray, healthy)
+        run.state = planted(state, path, value)
+        run.iterator.set_state({"next_example": 0})
+        with pytest.raises(NonFiniteError) as raised:
+            run.loop(1)
+        assert message in str(raised.value)
+    assert isinstance(raised.value, DivergedError)
+
+
+def test_a_diverged_run_stops_and_names_its_records(run, caplog):
+    run.config.debug_nans = False
+    run.config.max_skipped_steps = 3
+    run.config.checkpoint.every_steps = 100
+    run.state = planted(run.state, "text/projection/kernel", np.inf)
+    before = jax.tree.map(np.asarray, run.state.params)
     with caplog.at_level(logging.WARNING), pytest.raises(DivergedError, match="3 updates in a row"):
-        train(config, tmp_path)
+        run.loop(None)
     assert caplog.text.count("update skipped") == 3 and "square_0" in caplog.text
-    steps = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
-    assert steps and steps[-1] <= 5
+    assert_bitwise_equal(run.state.params, before)
+    assert run.checkpointer.latest_step is None
 
 
 def test_alarms_count_in_a_row_and_in_all(config):
@@ -109,3 +139,18 @@ def test_spikes_and_a_capped_scale_are_told(config, caplog):
         assert caplog.text.count("logit scale has reached") == 1 and "down to" not in caplog.text
         alarms.check_window(4, {"loss": 3.6, "logit_scale": 50.0})
     assert "step 4: loss 3.6, while it has been down to 2" in caplog.text
+    resumed = Alarms(config, list, lowest_loss=2.0)
+    resumed.check_window(5, {"loss": 3.7, "logit_scale": 50.0})
+    assert "step 5: loss 3.7, while it has been down to 2" in caplog.text
+
+
+def test_a_jump_of_the_clock_does_not_touch_the_speeds(run, monkeypatch):
+    clock = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    window = Window(16, 10, run.mesh)
+    window.timed(lambda: time.sleep(0.02))
+    window.excluded(lambda: time.sleep(0.01))
+    window.add({"loss": jnp.float32(1)})
+    scalars = window.summary()
+    assert 0 < scalars["images_per_sec"] < 16 / 0.02
+    assert 0.02 <= scalars["data_wait_secs"] < 10 and 0 < scalars["data_wait_share"] <= 1

@@ -1,0 +1,56 @@
+"""What the processes of a job tell each other, so that all of them go on or all of them stop.
+
+Used by the training loop and by `checkpoint`. Start-up is `diht_jax.distributed`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_LONGEST_TEXT_BYTES = 4096
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts of all processes, in their order, on each of them. All must call.
+
+    Args:
+        text: of this process; what is longer than 4 KiB is cut off.
+    """
+    if jax.process_count() == 1:
+        return [text]
+    data = text.encode()[:_LONGEST_TEXT_BYTES]
+    padded = np.zeros(_LONGEST_TEXT_BYTES, np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def first_text(text: str | None) -> str | None:
+    """The first text that any process has, the same on all of them. All must call."""
+    return next(filter(None, gather_texts(text or "")), None)
+
+
+def check_together(check: Callable[[], None]) -> None:
+    """Runs a check in every process; where it fails in one of them, all of them raise.
+
+    Raises:
+        ValueError: with the text of the first one's.
+    """
+    problem, cause = None, None
+    try:
+        check()
+    except ValueError as error:
+        problem, cause = str(error), error
+    problem = first_text(problem)
+    if problem is not None:
+        raise cause if jax.process_count() == 1 else ValueError(problem) from cause
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes have called it."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

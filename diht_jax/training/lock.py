@@ -1,0 +1,116 @@
+"""One run at a time in a work directory.
+
+Used by the training loop. The lock is the operating system's (`flock`), so it ends with the process
+that holds it, however that ends: nothing stale is left after `kill -9`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import socket
+from collections.abc import Iterator
+
+from absl import logging
+from etils import epath
+
+LOCK_FILE = "run.lock"
+
+# Where a file system knows no locks, a run goes on without.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def lock_directory(workdir: epath.Path) -> Iterator[None]:
+    """Makes the work directory where it is missing, and holds its lock.
+
+    The file says who holds it: host, process and since when. It stays behind; what counts is the
+    lock on it. Within one host, and between hosts on NFS, a second run is refused; object stores
+    (`gs://`, `s3://`) have no locks.
+
+    Args:
+        workdir: of the run.
+
+    Raises:
+        ValueError: another run holds the lock, or nothing can be written there.
+    """
+    path = workdir / LOCK_FILE
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if "://" in os.fspath(workdir):
+            path.write_text(_holder())
+            file = None
+        else:
+            file = open(path, "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir} cannot be written: {error}. Expected a directory that can be "
+            "made or written by this user, on a file system that is not read-only"
+        ) from error
+    if file is None:
+        yield
+        return
+    with file:
+        _take(file, workdir)
+        yield
+
+
+def check_storage(workdir: str | os.PathLike[str]) -> None:
+    """Refuses places that checkpoints cannot be written to.
+
+    Raises:
+        ValueError: a URL other than `gs://`: Orbax writes arrays to files and to Google's store.
+    """
+    path = os.fspath(workdir)
+    if "://" in path and not path.startswith("gs://"):
+        raise ValueError(
+            f"--workdir={path}: checkpoints can be written to a local or mounted directory or to "
+            f"gs://, not to {path.split('://')[0]}://. Mount the bucket, or copy checkpoints there"
+        )
+
+
+def _take(file, workdir: epath.Path) -> None:
+    # Not at the top: only Unix has it.
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        raise ValueError(
+            f"another run works in {workdir}: {_describe(file.read())}. Wait for its end or stop "
+            "it, or take another --workdir"
+        ) from error
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logging.warning(
+            "%s: this file system has no locks (%s); nothing prevents a second run here",
+            workdir,
+            error,
+        )
+    with contextlib.suppress(OSError):  # a full disk must not prevent a run from going on
+        file.truncate(0)
+        file.write(_holder())
+        file.flush()
+
+
+def _holder() -> str:
+    return json.dumps(
+        {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+    )
+
+
+def _describe(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):
+        return "its lock file does not say which"

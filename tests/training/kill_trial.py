@@ -1,0 +1,261 @@
+"""Trial: kill a run at random moments, start it again, and compare its end with an undisturbed run.
+
+    python tests/training/kill_trial.py --kills 20
+
+Every start is the same command, `python -m diht_jax.train` with one small config that saves every
+second step, so that many of the kills hit a save. At the end all arrays of the last checkpoint
+(parameters, optimiser, step, random key), the place in the data and every line of
+`metrics.jsonl` (but its speeds) must be bit-identical. Tests run it with few kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+TOTAL_STEPS = 60
+# Of a metrics line, what is measured with a clock.
+TIMED = (
+    "images_per_sec",
+    "data_wait_secs",
+    "data_wait_share",
+    "model_flops_per_sec",
+    "mfu",
+)
+_LONGEST_START_SECS = 200
+
+
+@dataclasses.dataclass
+class Kill:
+    """One kill: after how many seconds, at which step, and whether a save was under way."""
+
+    secs: float
+    last_step: int
+    during_save: bool
+
+
+def command(data: pathlib.Path, workdir: pathlib.Path, total_steps: int = TOTAL_STEPS) -> list[str]:
+    """The one command that starts the run and goes on with it."""
+    return [
+        *(sys.executable, "-m", "diht_jax.train", "--config", "configs/demo.py:debug=True"),
+        *(f"--config.data.train={data}", "--workdir", str(workdir)),
+        *(f"--config.total_steps={total_steps}", "--config.checkpoint.every_steps=2"),
+        *("--config.log_every_steps=1", "--config.checkpoint.keep_last=2"),
+        # Most of a start goes into tracing and compiling.
+        *("--config.model.overrides.vision_layers=1", "--config.model.overrides.text_layers=1"),
+    ]
+
+
+def environment(cache: pathlib.Path) -> dict[str, str]:
+    """One device, and compiled programs kept between starts."""
+    return {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+class Trial:
+    """Runs in a folder, all with one command and one cache."""
+
+    def __init__(self, data: pathlib.Path, folder: pathlib.Path, total_steps: int = TOTAL_STEPS):
+        self.data, self.folder, self.total_steps = data, folder, total_steps
+        self.kills: list[Kill] = []
+        self.start_secs = self.run_secs = 0.0
+
+    def start(self, name: str) -> subprocess.Popen:
+        """Starts the run, or goes on with it."""
+        return subprocess.Popen(
+            command(self.data, self.folder / name, self.total_steps),
+            cwd=REPOSITORY,
+            env=environment(self.folder / "cache"),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, name: str) -> str:
+        """Runs to the end; returns the log."""
+        process = self.start(name)
+        _, log = process.communicate(timeout=_LONGEST_START_SECS)
+        if process.returncode:
+            raise RuntimeError(f"{name} ended with {process.returncode}:\n{log}")
+        return log
+
+    def measure(self, name: str) -> None:
+        """Runs to the end undisturbed, with programs in the cache: when steps begin and end."""
+        begin = time.monotonic()
+        process = self.start(name)
+        self.wait_for_line(name, process)
+        self.start_secs = time.monotonic() - begin
+        process.communicate(timeout=_LONGEST_START_SECS)
+        self.run_secs = time.monotonic() - begin - self.start_secs
+
+    def wait_for_line(self, name: str, process: subprocess.Popen, lines: int = 1) -> None:
+        """Waits until `metrics.jsonl` has so many lines more than now, or the run has ended."""
+        wanted = len(self.lines(name)) + lines
+        deadline = time.monotonic() + _LONGEST_START_SECS
+        while len(self.lines(name)) < wanted and process.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{name}: no line in {_LONGEST_START_SECS} s")
+            time.sleep(0.01)
+
+    def kill_after(self, name: str, secs: float) -> bool:
+        """Starts, and kills after so many seconds; false where the run was over before."""
+        process = self.start(name)
+        return self.kill_at(name, process, time.monotonic() + secs, secs)
+
+    def kill_at(self, name: str, process: subprocess.Popen, moment: float, secs: float) -> bool:
+        """Sends SIGKILL at a moment of the monotonic clock."""
+        while time.monotonic() < moment and process.poll() is None:
+            time.sleep(0.002)
+        if process.poll() is not None:
+            process.communicate()
+            return False
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        half_written = list((self.folder / name / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        lines = self.lines(name)
+        last = json.loads(lines[-1])["step"] if lines and lines[-1].endswith(b"}") else 0
+        self.kills.append(Kill(secs, last, bool(half_written)))
+        return True
+
+    def lines(self, name: str) -> list[bytes]:
+        """Of the run's metrics file."""
+        path = self.folder / name / "metrics.jsonl"
+        return path.read_bytes().splitlines() if path.exists() else []
+
+
+def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
+    """What differs between two finished runs; empty where they are bit-identical."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    differences = []
+    steps = [_last_step(run) for run in (one, other)]
+    if steps[0] != steps[1]:
+        return [f"last steps {steps}"]
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        states = [
+            checkpointer.restore(run / "checkpoints" / str(steps[0]) / "state")
+            for run in (one, other)
+        ]
+    leaves = [jax.tree_util.tree_leaves_with_path(state) for state in states]
+    if [path for path, _ in leaves[0]] != [path for path, _ in leaves[1]]:
+        differences.append("names of arrays")
+    for (path, a), (_, b) in zip(*leaves, strict=False):
+        if np.asarray(a).tobytes() != np.asarray(b).tobytes():
+            differences.append(jax.tree_util.keystr(path))
+    places = [
+        (run / "checkpoints" / str(steps[0]) / "data" / "metadata").read_bytes()
+        for run in (one, other)
+    ]
+    if places[0] != places[1]:
+        differences.append(f"place in the data: {places}")
+    rows = [_untimed_rows(run) for run in (one, other)]
+    if rows[0] != rows[1]:
+        differences.append(f"metrics.jsonl: {len(rows[0])} and {len(rows[1])} lines")
+    for run in (one, other):
+        names = sorted(path.name for path in (run / "checkpoints").iterdir())
+        if not all(name.isdigit() for name in names) or len(names) > 2:
+            differences.append(f"left in {run.name}/checkpoints: {names}")
+        if (run / "corrupt_checkpoints").exists():
+            differences.append(f"{run.name}/corrupt_checkpoints exists")
+    return differences
+
+
+def _last_step(run: pathlib.Path) -> int:
+    return max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def _untimed_rows(run: pathlib.Path) -> list[dict[str, float]]:
+    """Every line must be whole, and there is one a step."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
+
+
+def write_squares(folder: pathlib.Path, num_records: int = 64) -> pathlib.Path:
+    """Two shards of coloured squares that say their colour."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from diht_jax.data.schema import Record, encode_record
+    from diht_jax.data.tfrecord import TFRecordWriter
+
+    folder.mkdir()
+    for shard in range(2):
+        with TFRecordWriter(folder / f"squares-{shard}.tfrecord") as writer:
+            for index in range(shard, num_records, 2):
+                color = tuple(np.random.default_rng(index).integers(0, 256, 3).tolist())
+                buffer = io.BytesIO()
+                Image.new("RGB", (20, 16), color).save(buffer, "PNG")
+                caption = "red {}, green {}, blue {}".format(*color)
+                record = Record(key=f"square_{index}", image=buffer.getvalue(), caption=caption)
+                writer.write(encode_record(record))
+    return folder
+
+
+def _fast_folder() -> str | None:
+    """Memory, where there is such a folder: every save waits for the disk."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+def main() -> None:
+    """Kills, goes on, compares; prints one line a kill and the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=TOTAL_STEPS)
+    parser.add_argument(
+        "--folder", type=pathlib.Path, help="keeps the runs; a temporary one if not given"
+    )
+    args = parser.parse_args()
+    sys.path.insert(0, str(REPOSITORY))
+    folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder()))
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = Trial(write_squares(folder / "squares"), folder, args.steps)
+    trial.finish("compile")  # fills the cache
+    trial.measure("undisturbed")
+    print(f"undisturbed: start {trial.start_secs:.1f} s, {args.steps} steps {trial.run_secs:.1f} s")
+    moments = random.Random(args.seed)
+    rounds = 0
+    while len(trial.kills) < args.kills:
+        name = f"killed_{rounds}"
+        while len(trial.kills) < args.kills:
+            secs = moments.uniform(0.7 * trial.start_secs, trial.start_secs + 0.4 * trial.run_secs)
+            if not trial.kill_after(name, secs):
+                break
+            kill = trial.kills[-1]
+            print(
+                f"kill {len(trial.kills):2d} after {kill.secs:5.2f} s, last line: step "
+                f"{kill.last_step:3d}{', during a save' if kill.during_save else ''}",
+                flush=True,
+            )
+        trial.finish(name)
+        differences = compare(folder / "undisturbed", folder / name)
+        print(f"{name}: {'; '.join(differences) or 'bit-identical to the undisturbed run'}")
+        if differences:
+            sys.exit(1)
+        rounds += 1
+    saves = sum(kill.during_save for kill in trial.kills)
+    print(f"{len(trial.kills)} kills, {saves} of them during a save, {rounds} finished runs")
+
+
+if __name__ == "__main__":
+    main()

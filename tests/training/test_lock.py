@@ -1,0 +1,63 @@
+"""The work directory: one run at a time, and what is said where nothing can be written."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+from etils import epath
+
+from diht_jax.training.lock import lock_directory
+from diht_jax.training.loop import train
+
+HOLD = """
+import sys, time
+from etils import epath
+from diht_jax.training.lock import lock_directory
+with lock_directory(epath.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_holder_leaves_nothing_behind(tmp_path):
+    run = epath.Path(tmp_path / "run")
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    with (
+        pytest.raises(ValueError, match=f"another run works in {run}: process {process.pid} on "),
+        lock_directory(run),
+    ):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with lock_directory(run):
+        pass
+    with lock_directory(run):  # and so does one that ends
+        pass
+
+
+def test_a_file_in_the_way_is_told(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/run cannot be written: .*Not a directory"):
+        train(config, tmp_path / "file" / "run")
+
+
+def test_a_read_only_file_system_is_told(config, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        for workdir in (tmp_path, tmp_path / "run"):
+            with pytest.raises(ValueError, match="cannot be written: .*Read-only file system"):
+                train(config, workdir)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run"])
+def test_stores_without_checkpoints_are_refused(config, url):
+    with pytest.raises(ValueError, match=f"--workdir={url}: checkpoints can be written to a local"):
+        train(config, url)
