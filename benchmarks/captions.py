@@ -112,9 +112,8 @@ def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
         run(captions[-_WARM_UP:])
     errors = 0
     seconds: dict[str, list[float]] = {kind: [] for kind in runs}
-    for number in tqdm(range(rounds), desc="rounds"):
-        # Theirs takes most of the time; once is enough.
-        kinds = [kind for kind in runs if number == 0 or kind != "scene_graph_parser"]
+    for _ in tqdm(range(rounds), desc="rounds"):
+        kinds = list(runs)
         totals = dict.fromkeys(kinds, 0.0)
         for i, start in enumerate(range(0, len(captions), _CHUNK)):
             chunk = captions[start : start + _CHUNK]

@@ -23,7 +23,7 @@ from data_prep.caption_memo import CaptionMemo
 from data_prep.concept_files import CONCEPTS_SUFFIX
 from data_prep.engine import Report
 from data_prep.kept_keys import KEPT_SUFFIX
-from data_prep.shard_log import ShardLog
+from data_prep.shard_log import DROPPED_SUFFIX, ShardLog
 from data_prep.sources import read_pairs
 from data_prep.text_spotting import Spot, TextSpotter
 from diht_jax.data import images, schema
@@ -101,7 +101,7 @@ def filter_shard(
     return shards.run_task(
         task,
         functools.partial(_process, config=config, report=report),
-        beside=(KEPT_SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
+        beside=(KEPT_SUFFIX, DROPPED_SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
     )
 
 

@@ -10,6 +10,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 STYLE = """
+:root { --unit: 1px; }
 body { font: 14px/1.45 system-ui, sans-serif; color: #1f2328; max-width: 1180px;
        margin: 24px auto; padding: 0 20px; }
 h1 { font-size: 24px; } h2 { font-size: 18px; margin-top: 32px; } h3 { font-size: 15px; }
@@ -24,6 +25,13 @@ th { border-bottom: 1px solid #d0d7de; font-weight: 600; }
 .card table { font-size: 12px; }
 .bar { display: inline-block; height: 8px; background: #0969da; border-radius: 2px; }
 .wide { overflow-x: auto; }
+@media (max-width: 600px) {
+  :root { --unit: .5px; }
+  body { padding: 0 12px; }
+  .wide table { font-size: 11px; }
+  .wide td, .wide th { padding-right: 6px; vertical-align: bottom; }
+  .wide th { font-size: 9px; hyphens: auto; overflow-wrap: anywhere; }
+}
 """
 
 
@@ -66,8 +74,8 @@ def render_table(
 
 
 def render_bar(share: float, width: int, css: str = "") -> str:
-    """A bar of `share` (0 to 1) of so many px."""
-    return f'<span class="bar {css}" style="width:{width * share:.0f}px"></span>'
+    """A bar of `share` (0 to 1) of so many px; of half as many on a narrow screen."""
+    return f'<span class="bar {css}" style="width:calc({width * share:.1f} * var(--unit))"></span>'
 
 
 def data_uri(data: bytes, kind: str) -> str:

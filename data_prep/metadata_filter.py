@@ -21,7 +21,7 @@ from data_prep.caption_graph import cat_reason
 from data_prep.caption_memo import CaptionMemo
 from data_prep.engine import Report
 from data_prep.kept_keys import KEPT_SUFFIX
-from data_prep.shard_log import ShardLog
+from data_prep.shard_log import DROPPED_SUFFIX, ShardLog
 from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.readers import list_shards
 from diht_jax.data.schema import Pair
@@ -115,7 +115,9 @@ def filter_rows(
     finally:
         temporary.unlink(missing_ok=True)
     counts = log.write(output)
-    return shards.finish_task(task, identity, counts, log.funnel.kept, (KEPT_SUFFIX,))
+    return shards.finish_task(
+        task, identity, counts, log.funnel.kept, (KEPT_SUFFIX, DROPPED_SUFFIX)
+    )
 
 
 class _Judge:

@@ -26,10 +26,12 @@ from data_prep.kept_keys import KeptLog, kept_path
 from data_prep.measures import DROPPED, Measures
 from data_prep.samples import SAMPLES_SUFFIX, SampleLog
 from data_prep.text_spotting import Spot
+from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped
 
 SECONDS_SUFFIX = ".seconds.json"
+DROPPED_SUFFIX = ".dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
 
 
 class ShardLog:
@@ -52,6 +54,7 @@ class ShardLog:
         self.download: dict[str, Any] | None = None
         self._samples = SampleLog(config.report_samples, config.image.max_pixels)
         self._kept = KeptLog()
+        self._dropped: list[str] = []
         self._concepts = ConceptLog() if config.concepts else None
         self._label_field = config.label_field
         self._cpu_secs: collections.Counter[str] = collections.Counter()
@@ -70,6 +73,7 @@ class ShardLog:
         """Counts an entry of the source that is no pair."""
         self.funnel.drop("source", entry.reason, entry.key, entry.detail)
         outcome = f"source/{entry.reason}"
+        self._list_dropped(entry.key, outcome)
         rank = self.funnel.rank(entry.key, entry.detail)
         if self._samples.wants(outcome, rank):
             self._samples.add(outcome, rank, key=entry.key, caption=entry.detail)
@@ -97,6 +101,7 @@ class ShardLog:
             match: the spotted text that repeats the caption.
         """
         self.funnel.drop(stage, reason, pair.key, pair.caption)
+        self._list_dropped(pair.key, f"{stage}/{reason}")
         self._measure(DROPPED, f"{stage}/{reason}", pair, graph, size, spots, match)
 
     def keep(
@@ -134,6 +139,7 @@ class ShardLog:
         counts = self.funnel.to_json() | {"measures": self.measures.to_json()}
         counts["download"] = self.download
         self._kept.write(kept_path(output))
+        write_atomically(pathlib.Path(f"{output}{DROPPED_SUFFIX}"), "".join(self._dropped).encode())
         self._samples.write(pathlib.Path(f"{output}{SAMPLES_SUFFIX}"))
         if self._concepts is not None:
             self._concepts.write(concept_path(output))
@@ -154,6 +160,10 @@ class ShardLog:
         }
         shards.write_json(pathlib.Path(f"{output}{SECONDS_SUFFIX}"), seconds)
         return counts
+
+    def _list_dropped(self, key: str, outcome: str) -> None:
+        # A tab or a line break in a key would make it two.
+        self._dropped.append(f"{' '.join(key.split())}\t{outcome}\n")
 
     def _measure(
         self,

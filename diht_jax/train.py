@@ -9,7 +9,6 @@ saved its state and exits with 75. On a cluster the same command runs on every h
 
 from __future__ import annotations
 
-import os
 import sys
 
 from absl import flags, logging
@@ -48,7 +47,7 @@ def main() -> None:
     except Exception as error:
         distributed.end_job(error)
         raise
-    logging.info("finished; results in %s", os.path.abspath(workdir))
+    logging.info("finished; results in %s", workdir)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Checkpointer:
                 as well. None keeps the latest ones only.
             dataset: what the data look like, JSON-able; kept in every checkpoint.
         """
-        self._workdir = epath.Path(workdir).absolute()
+        self._workdir = absolute_path(workdir)
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
         self._best_metric = best_metric
@@ -350,7 +350,13 @@ def restore_model(
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
     """Where a run's checkpoints lie; absolute, as Orbax wants it."""
-    return epath.Path(workdir).absolute() / CHECKPOINT_DIRECTORY
+    return absolute_path(workdir) / CHECKPOINT_DIRECTORY
+
+
+def absolute_path(workdir: str | epath.Path) -> epath.Path:
+    """The path from the root of its file system; URLs are so already."""
+    path = epath.Path(workdir)
+    return path if "://" in os.fspath(path) else path.absolute()
 
 
 def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -> None:

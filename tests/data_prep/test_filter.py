@@ -125,6 +125,10 @@ def test_captions_are_dropped_by_reason(captioned):
     assert counts["kept"] == len(kept) + 2
     samples = counts["samples"]["caption/complexity"]
     assert [(key, text) for _, key, text in samples] == [("t-00000004", "sunset")]
+    (dropped,) = (captioned / "cat" / "parts").glob("*.dropped.tsv")
+    assert dropped.read_text().splitlines() == [
+        f"t-{n:08d}\tcaption/{reason}" for n, reason in enumerate(_CAPTIONS.values()) if reason
+    ]
 
 
 def test_bad_captions_of_a_good_pair_are_gone(captioned):
@@ -191,13 +195,21 @@ def test_images_are_dropped_by_reason(tmp_path):
     assert np.abs(np.asarray(shrunk).mean(axis=(0, 1)) - [0, 0, 250]).max() < 3
 
 
-def test_same_bytes_with_any_number_of_workers(tmp_path):
-    source = _write_tars(tmp_path / "in", 3)
+def test_same_bytes_with_any_number_of_workers(captioned, tmp_path):
+    tables = []
+    for number in range(2):
+        folder = tmp_path / f"in{number}"
+        folder.mkdir()
+        for name in ("t.jsonl", "i.png"):
+            (folder / name).write_bytes((captioned / name).read_bytes())
+        tables.append(str(folder / "t.jsonl"))
     for workers in (0, 2):
-        config = _config(source, tmp_path / f"out{workers}", num_workers=workers)
+        config = _config(
+            ",".join(tables), tmp_path / f"out{workers}", "cat", num_workers=workers, batch_size=4
+        )
         assert run_filter(config) == {}
     assert _snapshot(tmp_path / "out0") == _snapshot(tmp_path / "out2")
-    assert len(_records(tmp_path / "out0")) == 15
+    assert len(_records(tmp_path / "out0")) == 2 * len(_records(captioned / "cat"))
 
 
 def test_run_again_does_only_what_is_missing(tmp_path):
