@@ -31,7 +31,7 @@ _CAPTIONS = flags.DEFINE_string(
     "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
 )
 _LIMIT = flags.DEFINE_integer("limit", 5000, "Captions that are read.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds of ours and bare; of all the best one counts.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Rounds; of each kind the best one counts.")
 
 _CHUNK = 1000
 _WARM_UP = 200

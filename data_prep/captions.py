@@ -13,6 +13,7 @@ import spacy
 from spacy.language import Language
 from spacy.util import is_package
 
+from data_prep.caption_blas import use_numpy_blas
 from data_prep.caption_gates import gate_caption
 from data_prep.caption_graph import (
     CAT_REASONS,
@@ -63,6 +64,7 @@ def load_parser() -> Language:
     nlp = spacy.load(name, exclude=_UNUSED_COMPONENTS)
     nlp.add_pipe("caption_lemmatizer")
     nlp.remove_pipe("lemmatizer")
+    use_numpy_blas(nlp)
     return nlp
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags, logging
 
 from diht_jax import command_line, distributed
+from diht_jax.config import parse_fields
 from diht_jax.evaluation.comparison_page import draw_comparison
 from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.report import (
@@ -32,6 +33,9 @@ from diht_jax.evaluation.report import (
 _MODEL = flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the latest by default.")
 _EMA = flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
+_ARCHITECTURE = flags.DEFINE_list(
+    "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
+)
 _TASKS = flags.DEFINE_list(
     "tasks",
     [],
@@ -114,6 +118,7 @@ def evaluate() -> dict[str, Any]:
         _MODEL.value,
         step=_STEP.value,
         ema=_EMA.value,
+        architecture=parse_fields(_ARCHITECTURE.value),
         batch_size=_BATCH_SIZE.value,
         devices=jax.devices(),
     )

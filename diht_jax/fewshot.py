@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from diht_jax import command_line
+from diht_jax.config import parse_fields
 
 
 def define_flags() -> None:
@@ -22,6 +23,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
     flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
     flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
+    flags.DEFINE_list(
+        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
+    )
     flags.DEFINE_string("train", None, "Source the shots are drawn from; options after '?'.")
     flags.DEFINE_string("test", None, "Source the accuracy is measured on; options after '?'.")
     flags.DEFINE_string(
@@ -60,7 +64,13 @@ def main() -> None:
     from diht_jax.evaluation.report import write_results
     from diht_jax.loading import load_model
 
-    model = load_model(given.model, step=given.step, ema=given.ema, batch_size=given.batch_size)
+    model = load_model(
+        given.model,
+        step=given.step,
+        ema=given.ema,
+        architecture=parse_fields(given.architecture),
+        batch_size=given.batch_size,
+    )
     result = {
         "model": given.model,
         "step": model.step,

@@ -13,6 +13,7 @@ import pathlib
 from absl import flags, logging
 
 from diht_jax import command_line
+from diht_jax.config import parse_fields
 
 
 def define_flags() -> None:
@@ -20,6 +21,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
     flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
     flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
+    flags.DEFINE_list(
+        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
+    )
     flags.DEFINE_string("images", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_string("output", "search.png", "Page (PNG) to write.")
     flags.DEFINE_integer("count", 8, "Pictures a query.")
@@ -43,7 +47,13 @@ def main(queries: list[str]) -> None:
     shards = list_inputs(given.images)  # a missing folder should not have to wait for the model
     from diht_jax.loading import load_model
 
-    model = load_model(given.model, step=given.step, ema=given.ema, batch_size=given.batch_size)
+    model = load_model(
+        given.model,
+        step=given.step,
+        ema=given.ema,
+        architecture=parse_fields(given.architecture),
+        batch_size=given.batch_size,
+    )
     result = search_pictures(
         model,
         shards,

@@ -53,7 +53,7 @@ def recipes_can_be_imported():
 @pytest.fixture(scope="module")
 def local():
     """A recipe compiled for the eight CPU devices: its config and its report."""
-    config = recipe("clip_vitb32", **{"data.batch_size": 4096})
+    config = recipe("clip_vitb32", **{"data.batch_size": 4096, "mesh.fsdp": 1})
     return config, compile_step(config, get_topology("local"))
 
 

@@ -179,9 +179,11 @@ def _open_builder(spec: str, name: str, options: TfdsOptions) -> Any:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"'{spec}': TFDS knows no such data set ({first_line})") from error
     if not builder.info.splits:
+        by_hand = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
         raise ValueError(
             f"'{spec}': the data set is not prepared in '{builder.data_dir}'; run "
             f"`tfds build {name}` first, or set data_dir"
+            + (f". It needs a manual download, of which TFDS says: {by_hand}" if by_hand else "")
         )
     return builder
 

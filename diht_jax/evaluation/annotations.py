@@ -22,6 +22,7 @@ from diht_jax.data.source import (
     read_image,
 )
 
+IMAGE_COLUMN = "image"
 CAPTION_FIELDS = ("caption", "sentence", "question")
 
 
@@ -58,7 +59,7 @@ def read_annotations(
     path: str,
     *,
     image_root: str | None = None,
-    image_column: str = "image",
+    image_column: str = IMAGE_COLUMN,
     image_name: str = "{}",
 ) -> Iterator[Pair | Skipped]:
     """Yields one pair per image, in the order in which the images first occur.

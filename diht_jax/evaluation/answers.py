@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped
@@ -100,7 +101,7 @@ def answer_entailment(
         model: see `EmbeddingModel`.
         pairs: of `annotations.read_annotations`, consumed once.
         prompts: relation -> prompt with "{}" for the hypothesis; `ENTAILMENT_PROMPTS` by default.
-        **batching: `batch_size` and `num_threads` of `encode_images`.
+        **batching: `batch_size`, `num_threads` and `progress`, as `retrieval.retrieve` has them.
 
     Raises:
         ValueError: a row lacks a field or has another label; no usable row.
@@ -139,7 +140,7 @@ def answer_questions(
             a row without it (a test split) is left out.
         candidates: answers to choose from, the same for all questions.
         template: with "{question}" and "{answer}".
-        **batching: `batch_size` and `num_threads` of `encode_images`.
+        **batching: `batch_size`, `num_threads` and `progress`, as `retrieval.retrieve` has them.
 
     Raises:
         ValueError: a bad template, no candidate, no usable row.
@@ -196,6 +197,7 @@ def _answer(
     *,
     batch_size: int = 256,
     num_threads: int | None = None,
+    progress: bool = False,
 ) -> AnswersResult:
     def describe(pair: Pair) -> list[dict[str, Any]]:
         rows = pair.metadata.get("rows")
@@ -218,7 +220,9 @@ def _answer(
     answers: list[str] = [""] * len(rows)
     texts = list(by_text)
     at_once = max(1, batch_size // len(choices))
-    for start in range(0, len(texts), at_once):
+    starts = range(0, len(texts), at_once)
+    hidden = not progress or len(starts) < 2
+    for start in tqdm(starts, "questions", unit=" batches", disable=hidden):
         part = texts[start : start + at_once]
         prompts = [fill(text, choice) for text in part for choice in choices]
         prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once

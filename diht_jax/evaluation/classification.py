@@ -102,6 +102,7 @@ def classify(
     label_field: str | None = None,
     batch_size: int = 256,
     num_threads: int | None = None,
+    progress: bool = False,
 ) -> ClassificationResult:
     """Embeds all images of `pairs`, and measures how well their classes are found.
 
@@ -113,6 +114,7 @@ def classify(
         label_field: metadata field of the label, where it is not "label".
         batch_size: images, and prompts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
+        progress: show a bar for the prompts on stderr; `pairs` may be one itself.
 
     Raises:
         ValueError: a bad template, a label that cannot be resolved, no usable pair.
@@ -133,7 +135,7 @@ def classify(
     else:
         classes = Classes(names, np.array(encoded.notes, np.int32), "names given")
     classifier = zero_shot_classifier(
-        model.encode_text, classes.names, templates, batch_size=batch_size
+        model.encode_text, classes.names, templates, batch_size=batch_size, progress=progress
     )
     predictions, ranks = rank_labels(encoded.image_emb, classes.labels, classifier)
     return ClassificationResult(
@@ -153,6 +155,7 @@ def zero_shot_classifier(
     templates: Sequence[str],
     *,
     batch_size: int = 256,
+    progress: bool = False,
 ) -> np.ndarray:
     """One embedding per class: the normalised mean of the normalised embeddings of its prompts.
 
@@ -162,6 +165,7 @@ def zero_shot_classifier(
         class_names: C names.
         templates: T templates, each with one "{}".
         batch_size: prompts a call.
+        progress: show a bar on stderr.
 
     Returns:
         float32 [C, d], L2-normalised. The mean is taken in float64.
@@ -169,9 +173,9 @@ def zero_shot_classifier(
     templates = check_templates(templates)
     if not len(class_names):
         raise ValueError("class_names: expected at least one class name, got none")
-    prompts = (fill_template(template, name) for name in class_names for template in templates)
+    prompts = [fill_template(template, name) for name in class_names for template in templates]
     sums, start = None, 0
-    for text_emb in encode_texts(encode_text, prompts, batch_size=batch_size):
+    for text_emb in encode_texts(encode_text, prompts, batch_size=batch_size, progress=progress):
         if sums is None:
             sums = np.zeros((len(class_names), text_emb.shape[-1]), np.float64)
         class_of_prompt = np.arange(start, start + len(text_emb)) // len(templates)

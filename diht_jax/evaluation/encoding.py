@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from diht_jax.data.images import REASONS, ImageError, decode_rgb
 from diht_jax.data.schema import Pair
@@ -153,26 +155,25 @@ def encode_images(
 
 def encode_texts(
     encode_text: Callable[[Sequence[str]], np.ndarray],
-    texts: Iterable[str],
+    texts: Collection[str],
     *,
     batch_size: int,
+    progress: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yields [up to batch_size, d] embeddings of the texts, in order.
 
     Every call of `encode_text` gets the same number of texts (the last batch is filled up with
-    empty ones), so a jitted encoder compiles once.
+    empty ones), so a jitted encoder compiles once. `progress` shows a bar on stderr, where there
+    is more than one batch.
     """
-    batch: list[str] = []
-    full_batch_seen = False
-    for text in texts:
-        batch.append(text)
-        if len(batch) == batch_size:
-            yield check_finite(np.asarray(encode_text(batch), np.float32), "text embeddings")
-            batch, full_batch_seen = [], True
-    if batch:
-        fill = [""] * (batch_size - len(batch)) if full_batch_seen else []
-        last = np.asarray(encode_text(batch + fill), np.float32)[: len(batch)]
-        yield check_finite(last, "text embeddings")
+    remaining = iter(texts)
+    hidden = not progress or len(texts) <= batch_size
+    with tqdm(total=len(texts), desc="texts", unit=" texts", disable=hidden) as bar:
+        while batch := list(itertools.islice(remaining, batch_size)):
+            fill = [""] * (batch_size - len(batch)) if len(texts) > batch_size else []
+            embedded = np.asarray(encode_text(batch + fill), np.float32)[: len(batch)]
+            bar.update(len(batch))
+            yield check_finite(embedded, "text embeddings")
 
 
 def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:

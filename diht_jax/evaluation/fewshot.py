@@ -29,6 +29,7 @@ from diht_jax.evaluation.linear_probe import (
     fit_probes,
     probe_accuracy,
 )
+from diht_jax.evaluation.sources import count_source
 from diht_jax.evaluation.task_specs import Task
 from diht_jax.evaluation.tasks import read_entries
 
@@ -319,7 +320,9 @@ def _embed(
 
     def entries() -> Iterator[Pair | Skipped]:
         for number, task in enumerate(tasks):
-            bar = tqdm(read_entries(task), task.source, unit=" images", disable=not progress)
+            total = count_source(task.source, task.source_options) if progress else None
+            entries = read_entries(task)
+            bar = tqdm(entries, task.source, total, unit=" images", disable=not progress)
             for entry in bar:
                 lengths[number] += 1
                 yield entry
@@ -334,6 +337,7 @@ def _embed(
             label_field=prompts.label_field,
             batch_size=batch_size,
             num_threads=num_threads,
+            progress=progress,
         )
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error

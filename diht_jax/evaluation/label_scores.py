@@ -71,6 +71,7 @@ def score_labels(
     label_field: str | None = None,
     batch_size: int = 256,
     num_threads: int | None = None,
+    progress: bool = False,
 ) -> LabelScores:
     """Embeds all images of `pairs` and scores every class.
 
@@ -86,6 +87,7 @@ def score_labels(
         label_field: metadata field, where it is not "label" or "labels".
         batch_size: images, and prompts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
+        progress: show a bar for the prompts on stderr; `pairs` may be one itself.
 
     Raises:
         ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
@@ -109,7 +111,9 @@ def score_labels(
         ]
 
     encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
-    classifier = zero_shot_classifier(model.encode_text, names, templates, batch_size=batch_size)
+    classifier = zero_shot_classifier(
+        model.encode_text, names, templates, batch_size=batch_size, progress=progress
+    )
     scores = np.concatenate(
         [
             encoded.image_emb[start : start + _SCORES_AT_ONCE] @ classifier.T

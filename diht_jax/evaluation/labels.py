@@ -7,6 +7,7 @@ give the class names. What cannot be resolved without guessing is an error that 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -219,8 +220,10 @@ def _plain(name: str) -> str:
 
 
 def _spaced(name: str) -> str:
-    """Names of folders and of TFDS have "_" where a prompt needs a space."""
-    return name.replace("_", " ")
+    """Names of folders and of TFDS have "_" where a prompt needs a space; those of SUN397 are
+    paths: "/a/apse/indoor" is "apse indoor"."""
+    place = re.fullmatch("/[a-z]/(.+)", name)
+    return (place[1].replace("/", " ") if place else name).replace("_", " ")
 
 
 def _describe(raw: RawLabel) -> str:

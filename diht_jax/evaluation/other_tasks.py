@@ -41,8 +41,7 @@ def _evaluate_label_scores(
     model: EmbeddingModel,
     task: Task,
     entries: Iterable[Pair | Skipped],
-    batch_size: int,
-    num_threads: int | None,
+    **batching: Any,
 ) -> Measured:
     binary = task.kind == BINARY
     result = score_labels(
@@ -52,8 +51,7 @@ def _evaluate_label_scores(
         task.templates,
         binary=binary,
         label_field=task.label_field,
-        batch_size=batch_size,
-        num_threads=num_threads,
+        **batching,
     )
     measured = {
         "protocol": {
@@ -80,12 +78,9 @@ def _evaluate_winoground(
     model: EmbeddingModel,
     task: Task,
     entries: Iterable[Pair | Skipped],
-    batch_size: int,
-    num_threads: int | None,
+    **batching: Any,
 ) -> Measured:
-    result = evaluate_winoground(
-        model, entries, task.caption_template, batch_size=batch_size, num_threads=num_threads
-    )
+    result = evaluate_winoground(model, entries, task.caption_template, **batching)
     measured = {
         "protocol": {
             "caption_template": task.caption_template,
@@ -107,10 +102,8 @@ def _evaluate_answers(
     model: EmbeddingModel,
     task: Task,
     entries: Iterable[Pair | Skipped],
-    batch_size: int,
-    num_threads: int | None,
+    **batching: Any,
 ) -> Measured:
-    batching = {"batch_size": batch_size, "num_threads": num_threads}
     if task.kind == ENTAILMENT:
         prompts = dict(zip(ENTAILMENT_PROMPTS, task.templates, strict=True))
         result = answer_entailment(model, entries, prompts, **batching)

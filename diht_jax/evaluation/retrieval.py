@@ -86,6 +86,7 @@ def retrieve(
     *,
     batch_size: int = 256,
     num_threads: int | None = None,
+    progress: bool = False,
 ) -> RetrievalResult:
     """Embeds all images and captions of `pairs` and measures retrieval both ways.
 
@@ -96,6 +97,7 @@ def retrieve(
         template: put around each caption, such as "a photo of {caption}."; "{caption}" for none.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
+        progress: show a bar for the texts on stderr; `pairs` may be one itself.
 
     Raises:
         ValueError: a template without "{caption}", or no usable pair.
@@ -112,7 +114,9 @@ def retrieve(
     # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
     index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
     unique_emb = np.concatenate(
-        list(encode_texts(model.encode_text, index_of_text, batch_size=batch_size))
+        list(
+            encode_texts(model.encode_text, index_of_text, batch_size=batch_size, progress=progress)
+        )
     )
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
     t2i_ranks, i2t_ranks = retrieval_ranks(encoded.image_emb, text_emb, image_of_text)

@@ -17,6 +17,7 @@ from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped, SourceShard
 from diht_jax.evaluation.embedding_files import read_inputs
 from diht_jax.evaluation.encoding import EmbeddingModel, EncodedImages, check_finite, encode_images
+from diht_jax.evaluation.entry_counts import count_entries
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 
 
@@ -90,7 +91,13 @@ def search_pictures(
         )
     queries = list(dict.fromkeys(queries))
     texts = [fill_caption_template(template, query) for query in queries]
-    entries = tqdm(_read_all(shards), "pictures", unit=" images", disable=not progress)
+    entries = tqdm(
+        _read_all(shards),
+        "pictures",
+        unit=" images",
+        disable=not progress,
+        total=count_entries(shards) if progress else None,
+    )
     encoded = encode_images(
         model,
         entries,

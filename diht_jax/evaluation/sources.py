@@ -18,7 +18,7 @@ from typing import Any
 from diht_jax.data import readers
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped
-from diht_jax.evaluation import annotations
+from diht_jax.evaluation import annotations, entry_counts
 from diht_jax.evaluation.benchmark_folder import (
     DEFAULT_SPLIT,
     BenchmarkFolder,
@@ -70,6 +70,19 @@ def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skip
     else:
         for shard in readers.list_shards(source, **options):
             yield from readers.read_pairs(shard)
+
+
+def count_source(source: str, options: Mapping[str, Any]) -> int | None:
+    """Entries of a source for a progress bar, estimated for tars; None where that takes reading."""
+    kind, _, rest = source.partition(":")
+    if kind == BENCHMARK:
+        return entry_counts.count_tars(find_benchmark_folder(source).paths)
+    if kind == WINOGROUND:
+        return 2 * len(annotations.read_rows(rest))
+    if kind == ANNOTATIONS:
+        column = options.get("image_column", annotations.IMAGE_COLUMN)
+        return len({str(row.get(column)) for row in annotations.read_rows(rest)})
+    return entry_counts.count_entries(readers.list_shards(source, **options))
 
 
 def find_benchmark_folder(source: str) -> BenchmarkFolder:

@@ -2,9 +2,9 @@
 
 Called by `task_specs`. The list is the one of DiHT, arXiv 2301.02280, section "Evaluation", as far
 as it is known to us: 17 classifications, retrieval both ways on 5 sets (10 numbers) and 2 on
-questions. Sources are TFDS where it has the set, else `NO_SOURCE`: then the user gives one, and
-`form` says how it is given. Class names that are not given here come with the data. Templates
-are CLIP's, read from installed packages (`prompts`).
+questions. Sources are TFDS where it has the images and labels that the task needs, else
+`NO_SOURCE`: then the user gives one, and `form` says how it is given. Class names that are not
+given here come with the data. Templates are CLIP's, read from installed packages (`prompts`).
 
 Ours: the templates of the sets that clip-benchmark lacks (Birdsnap, UCF-101, Hateful Memes, Open
 Images), and mean average precision over all points for the sets with several labels.
@@ -40,6 +40,7 @@ class SuiteEntry:
         metrics: the first is the one that DiHT reports.
         templates: makes the templates; the kind's own where None.
         class_names: makes the class names; they come with the data where None.
+        tfds_class_names: makes better ones for a TFDS source, in the order of its labels.
         source_options: of the source.
         form: how a source of one's own is given, where there is none.
     """
@@ -50,6 +51,7 @@ class SuiteEntry:
     numbers: int = 1
     templates: Callable[[], tuple[str, ...]] | None = None
     class_names: Callable[[], tuple[str, ...]] | None = None
+    tfds_class_names: Callable[[], tuple[str, ...]] | None = None
     source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
     form: str = ""
 
@@ -93,6 +95,7 @@ SUITE: dict[str, SuiteEntry] = {
         "tfds:caltech101:test",
         ("mean_per_class", "top1"),
         templates=_templates("caltech101"),
+        tfds_class_names=_names("caltech101_vtab"),
     ),
     "country211": SuiteEntry(
         CLASSIFICATION,
@@ -108,6 +111,7 @@ SUITE: dict[str, SuiteEntry] = {
         "tfds:oxford_flowers102:test",
         ("mean_per_class", "top1"),
         templates=_templates("flowers"),
+        tfds_class_names=_names("flowers"),
     ),
     "food101": SuiteEntry(
         CLASSIFICATION, "tfds:food101:validation", _TOP1, templates=_templates("food101")

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diht_jax.data import tfds_records
 from diht_jax.evaluation import benchmark_folder, prompts, sources
 from diht_jax.evaluation.answers import ANSWER_TEMPLATE, ENTAILMENT_PROMPTS, check_answer_template
 from diht_jax.evaluation.suite import (
@@ -186,9 +187,10 @@ def _parse_task(text: str, defaults: dict[str, Any]) -> Task:
     else:
         raise ValueError(_unknown_task_message(text, name or body))
     if not fields["source"]:
+        name = fields["name"]
         raise ValueError(
-            f"task '{fields['name']}' has no source of its own (TFDS lacks it); give one, such as "
-            f"'{fields['name']}=/data/{fields['name']}.tar' ({SUITE[fields['name']].form})"
+            f"task '{name}' has no source of its own (it is not read from TFDS here); give one, "
+            f"such as '{name}=/data/{name}.tar' ({SUITE[name].form})"
         )
     words = {key: value for key, value in defaults.items() if key in _WORDS}
     source_options = dict(fields.get("source_options", {}))
@@ -217,6 +219,8 @@ def _fields_of_entry(entry: SuiteEntry, source: str) -> dict[str, Any]:
         fields.update(folder, source_options={})
     if entry.class_names is not None:
         fields["class_names"] = entry.class_names()
+    elif entry.tfds_class_names is not None and source.startswith(tfds_records.PREFIX):
+        fields["class_names"] = entry.tfds_class_names()
     if entry.templates is not None:
         word = "answer_template" if entry.kind == VQA else "templates"
         fields[word] = entry.templates()[0] if entry.kind == VQA else entry.templates()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -26,8 +26,8 @@ from diht_jax.evaluation.encoding import EmbeddingModel
 from diht_jax.evaluation.other_tasks import OTHER_KINDS, Measured
 from diht_jax.evaluation.page import ImageLoader
 from diht_jax.evaluation.retrieval_page import draw_retrieval_page
-from diht_jax.evaluation.sources import read_source
-from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL
+from diht_jax.evaluation.sources import count_source, read_source
+from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL, SUITE
 from diht_jax.evaluation.task_specs import Task, parse_tasks
 
 __all__ = ["Task", "evaluate_task", "parse_tasks"]
@@ -57,12 +57,13 @@ def evaluate_task(
         limit: only the first so many entries of the source; None is all.
         page: PNG to write with examples of a classification or retrieval; None writes nothing.
         num_resamples: for bootstrap intervals; 0 leaves them out.
-        progress: show a bar on stderr.
+        progress: show bars on stderr.
 
     Returns:
         JSON-able: `task`, `kind`, `source`, `protocol` (prompts, ties), `metrics` (fractions of
         1), `intervals` (metric -> [low, high], with `num_resamples`), `counts` (images, texts,
-        dropped pairs by reason), `seconds` (wall time of all, compilation included),
+        dropped pairs by reason), `reported` (of a task by name: which of the metrics DiHT
+        reports), `seconds` (wall time of all, compilation included),
         `images_per_sec` (reading, decoding and encoding of the images), `page`; for a
         classification also `per_class` and, up to 50 classes, `confusion`.
 
@@ -70,20 +71,25 @@ def evaluate_task(
         ValueError: the source cannot be read, or does not hold what the task needs.
     """
     start = time.perf_counter()
-    entries = tqdm(
-        itertools.islice(read_entries(task), limit),
-        desc=task.name,
-        unit=" images",
-        disable=not progress,
-        total=limit,
-    )
     evaluate = _EVALUATORS[task.kind]
     try:
-        result, measured, draw = evaluate(model, task, entries, batch_size, num_threads)
+        with tqdm(
+            itertools.islice(read_entries(task), limit),
+            desc=task.name,
+            unit=" images",
+            disable=not progress,
+            total=_count_entries(task, limit) if progress else None,
+        ) as entries:
+            result, measured, draw = evaluate(
+                model,
+                task,
+                entries,
+                batch_size=batch_size,
+                num_threads=num_threads,
+                progress=progress,
+            )
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
-    finally:
-        entries.close()
     encoded = result.encoded
     if num_resamples:
         measured["protocol"]["intervals"] = describe_bootstrap(num_resamples)
@@ -108,6 +114,7 @@ def evaluate_task(
         "kind": task.kind,
         "source": task.source,
         **measured,
+        **_reported(task, measured["metrics"]),
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.positions) / encoded.seconds,
         "page": None if page is None or draw is None else str(page),
@@ -118,12 +125,9 @@ def _evaluate_retrieval(
     model: EmbeddingModel,
     task: Task,
     entries: Iterable[Pair | Skipped],
-    batch_size: int,
-    num_threads: int | None,
+    **batching: Any,
 ) -> Measured:
-    result = retrieval.retrieve(
-        model, entries, task.caption_template, batch_size=batch_size, num_threads=num_threads
-    )
+    result = retrieval.retrieve(model, entries, task.caption_template, **batching)
     num_images, num_texts = len(result.i2t_ranks), len(result.t2i_ranks)
     measured = {
         "protocol": {
@@ -157,8 +161,7 @@ def _evaluate_classification(
     model: EmbeddingModel,
     task: Task,
     entries: Iterable[Pair | Skipped],
-    batch_size: int,
-    num_threads: int | None,
+    **batching: Any,
 ) -> Measured:
     result = classification.classify(
         model,
@@ -166,8 +169,7 @@ def _evaluate_classification(
         task.class_names,
         task.templates,
         label_field=task.label_field,
-        batch_size=batch_size,
-        num_threads=num_threads,
+        **batching,
     )
     names, per_class = result.classes.names, result.per_class()
     measured = {
@@ -211,6 +213,19 @@ def _evaluate_classification(
 def read_entries(task: Task) -> Iterator[Pair | Skipped]:
     """The pairs of a task's source, and in their place what is none, with its reason."""
     return read_source(task.source, task.source_options)
+
+
+def _count_entries(task: Task, limit: int | None) -> int | None:
+    """What the bar goes to."""
+    known = [n for n in (count_source(task.source, task.source_options), limit) if n is not None]
+    return min(known, default=None)
+
+
+def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:
+    """Which metrics of a task by name are the ones to report."""
+    if task.name not in SUITE or task.kind != SUITE[task.name].kind:
+        return {}
+    return {"reported": [name for name in SUITE[task.name].metrics if name in metrics]}
 
 
 def _image_loader(task: Task) -> ImageLoader:

@@ -62,6 +62,7 @@ def evaluate_winoground(
     *,
     batch_size: int = 256,
     num_threads: int | None = None,
+    progress: bool = False,
 ) -> WinogroundResult:
     """Embeds all images and captions, and compares the two of each example.
 
@@ -71,6 +72,7 @@ def evaluate_winoground(
         template: put around each caption.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
+        progress: show a bar for the texts on stderr; `pairs` may be one itself.
 
     Raises:
         ValueError: a bad template, pairs of another source, no complete example.
@@ -90,7 +92,9 @@ def evaluate_winoground(
     if not complete:
         raise ValueError("no example has two usable images")
     texts = [text for _, _, text in encoded.notes]
-    text_emb = np.concatenate(list(encode_texts(model.encode_text, texts, batch_size=batch_size)))
+    text_emb = np.concatenate(
+        list(encode_texts(model.encode_text, texts, batch_size=batch_size, progress=progress))
+    )
     rows = np.array(complete)
     similarities = np.einsum("eid,ejd->eij", encoded.image_emb[rows], text_emb[rows])
     own = np.diagonal(similarities, axis1=1, axis2=2)

@@ -35,6 +35,9 @@ _BLOCK = "transformer.resblocks"
 _UNUSUAL_HEADS = {1280: 16, 1408: 16, 1664: 16}
 _HEAD_WIDTH = 64
 
+# Of the names in a file that is no CLIP at all.
+_MOST_LISTED = 12
+
 # Ours: name prefix of concept heads in the formats that can keep them.
 HEADS_PREFIX = "concept_heads."
 
@@ -144,7 +147,7 @@ def check_parameters(
         if tuple(found[name]) != tuple(expected[name])
     ]
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
-    lines = [f"{len(v)} {kind}: {_listing(v)}" for kind, v in problems.items() if v]
+    lines = [f"{len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v]
     if lines:
         raise ValueError(f"{path}: the parameters do not fit the architecture; " + "; ".join(lines))
 
@@ -280,6 +283,7 @@ def _usual_heads(width: int) -> int:
     return _UNUSUAL_HEADS.get(width, max(1, width // _HEAD_WIDTH))
 
 
-def _listing(names: list[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "nothing"
+def _listing(names: list[str]) -> str:
+    """The first names of a file that may be anything."""
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more if names else "nothing"

@@ -37,19 +37,20 @@ def tiny_model() -> LoadedModel:
     )
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    """A work directory with the initial weights as its checkpoint of step 7."""
+@pytest.fixture(scope="package")
+def workdir(tmp_path_factory):
+    """A work directory with the initial weights as its checkpoint of step 7; to be read only."""
+    folder = tmp_path_factory.mktemp("workdir")
     config = default_config()
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
     arch = get_architecture(config.model.name)
     _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
-    write_config(tmp_path, config)
+    write_config(folder, config)
     with ocp.StandardCheckpointer() as checkpointer:
         state = {"params": jax.jit(init_params)(jax.random.key(0))}
-        checkpointer.save(tmp_path / "checkpoints" / "7" / "state", state)
-    return tmp_path
+        checkpointer.save(folder / "checkpoints" / "7" / "state", state)
+    return folder
 
 
 @pytest.fixture(scope="package")

@@ -79,6 +79,7 @@ def test_several_labels(tiny_model, tmp_path, photos):
     (task,) = parse_tasks([f"voc2007={source}?templates={{}}"])
     assert (task.kind, task.class_names) == ("multilabel", ("ant", "hot dog"))
     result = evaluate_task(tiny_model, task, batch_size=8)
+    assert result["reported"] == ["mean_average_precision"]
     assert 0 < result["metrics"]["mean_average_precision"] <= 1
     assert result["counts"]["positives"] == 5
 

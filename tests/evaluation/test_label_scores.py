@@ -9,6 +9,7 @@ import scipy.stats
 
 from diht_jax.data.schema import Pair
 from diht_jax.evaluation.label_scores import area_under_roc, average_precision, score_labels
+from diht_jax.evaluation.suite import SUITE
 
 
 def _scores(seed, n=40):
@@ -98,6 +99,7 @@ def test_yes_and_no(tiny_model, photos):
     np.testing.assert_allclose(result.scores[:, 0], scores, atol=1e-6)
     expected = area_under_roc(scores, np.array([0, 1, 1, 1, 0], bool))
     assert result.metrics == {"auroc": pytest.approx(expected)}
+    assert SUITE["hateful_memes"].metrics == ("auroc",)
     with pytest.raises(ValueError, match="every image has the same label"):
         score_labels(
             tiny_model, pairs[1:3], ("meme", "hateful meme"), ("a {}.",), binary=True, batch_size=8

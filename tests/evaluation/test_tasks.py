@@ -51,6 +51,7 @@ def test_classification_equals_the_protocol_done_by_hand(tiny_model, shared_data
     order = np.argsort(-(image_emb @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T))
     hits = order[:, 0] == labels
     assert result["metrics"]["top1"] == pytest.approx(hits.mean())
+    assert result["reported"] == ["top1", "top5", "mean_per_class"]
     assert result["metrics"]["top5"] == pytest.approx((order[:, :5] == labels[:, None]).sum() / 128)
     assert result["counts"] == {
         "images": 128,

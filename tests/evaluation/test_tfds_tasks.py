@@ -1,10 +1,12 @@
-"""Tasks on TFDS names: data laid out as TFDS has COCO captions and CIFAR-10."""
+"""Tasks on TFDS names: data laid out as TFDS has COCO captions and CIFAR-10; names
+of classes as TFDS has them."""
 
 import numpy as np
 import pytest
 
 from diht_jax.data.tfrecord import TFRecordWriter
-from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.evaluation.labels import RawLabel, derive_classes
+from diht_jax.evaluation.task_specs import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -71,3 +73,63 @@ def test_cifar10(tiny_model, tmp_path):
     result = evaluate_task(tiny_model, task)
     assert [entry["images"] for entry in result["per_class"]][:4] == [0, 3, 2, 0]
     assert result["counts"]["classes_without_images"] == 8
+
+
+def _label_names(name, tmp_path):
+    return tfds.builder(name, data_dir=tmp_path).info.features["label"].names
+
+
+# What clip-benchmark calls otherwise than TFDS; each line is one class.
+_RENAMED = {
+    "caltech101": {
+        "airplanes": "airplane",
+        "background_google": "background",
+        "car_side": "side of a car",
+        "cougar_body": "body of a cougar cat",
+        "cougar_face": "face of a cougar cat",
+        "crocodile_head": "head of a  crocodile",
+        "faces": "off-center face",
+        "faces_easy": "centered face",
+        "flamingo_head": "head of a flamingo",
+        "leopards": "leopard",
+        "motorbikes": "motorbike",
+        "snoopy": "snoopy (cartoon beagle)",
+        "yin_yang": "yin and yang symbol",
+    },
+    "flowers102": {
+        "globe-flower": "globe flower",
+        "pink-yellow dahlia?": "pink and yellow dahlia",
+        "ball moss": "air plant",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "builder"), [("caltech101", "caltech101"), ("flowers102", "oxford_flowers102")]
+)
+def test_names_of_clip_benchmark_have_the_order_of_tfds(task, builder, tmp_path):
+    pytest.importorskip("clip_benchmark")
+    names = _label_names(builder, tmp_path)
+    expected = [_RENAMED[task].get(name, name.replace("_", " ")) for name in names]
+    assert list(parse_tasks(task)[0].class_names) == expected
+    # Another source numbers its labels as it likes.
+    assert parse_tasks(f"{task}=/data/folder")[0].class_names is None
+
+
+def test_names_of_places_are_words(tmp_path):
+    names = _label_names("sun397", tmp_path)
+    raws = [RawLabel(str(i), i, name, "") for i, name in enumerate(names)]
+    classes = derive_classes(raws, ("a photo of a {}.",))
+    assert classes.names[0] == "abbey"
+    assert "apartment building outdoor" in classes.names
+    assert len(set(classes.names)) == 397
+    assert all("/" not in name and "_" not in name for name in classes.names)
+
+
+def test_a_manual_download_is_explained(tmp_path):
+    (task,) = parse_tasks(f"classification:tfds:imagenet2012:validation?data_dir={tmp_path}")
+    with pytest.raises(ValueError, match="not prepared.*manual download.*ILSVRC2012_img_val.tar"):
+        check_source(task)
+    (task,) = parse_tasks(f"classification:tfds:cifar10:test?data_dir={tmp_path}")
+    with pytest.raises(ValueError, match="or set data_dir$"):
+        check_source(task)

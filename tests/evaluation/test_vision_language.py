@@ -13,6 +13,7 @@ from diht_jax.evaluation.answers import (
     plain,
     vqa_credit,
 )
+from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_specs import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.evaluation.winoground import evaluate_winoground
@@ -199,6 +200,7 @@ def test_tasks_from_the_command_line(folder, tiny_model):
     found = [evaluate_task(tiny_model, task, batch_size=8, num_resamples=20) for task in tasks]
     for result in found:
         json.dumps(result, allow_nan=False)
+        assert result["reported"] == list(SUITE[result["task"]].metrics)
         for name, (low, high) in result["intervals"].items():
             if not name.endswith("rank"):
                 assert 0 <= low <= result["metrics"][name] <= high <= 1

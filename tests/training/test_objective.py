@@ -8,11 +8,13 @@ import pytest
 
 import diht_jax
 from diht_jax.config import load_recipe
+from diht_jax.export import export_model
 from diht_jax.loading import read_model
 from diht_jax.training.loop import train
 from diht_jax.training.metrics import read_metrics
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.work import count_work
+from diht_jax.weights.tensor_files import read_tensors
 
 LOSSES = ("loss", "contrastive_loss", "object_loss", "attribute_loss")
 
@@ -62,6 +64,9 @@ def test_heads_are_for_export_only(concept_config, tmp_path):
         np.testing.assert_array_equal(heads[f"concept_heads.{name}.weight"].T, leaves["kernel"])
         np.testing.assert_array_equal(heads[f"concept_heads.{name}.bias"], leaves["bias"])
     assert len(heads) == 4
+    export_model(str(tmp_path / "run"), "clip", tmp_path / "kept", keep_heads=True)
+    kept = read_tensors(tmp_path / "kept" / "model.pt").tensors
+    assert all(kept[name].tobytes() == np.asarray(heads[name]).tobytes() for name in heads)
     model = diht_jax.load_model(str(tmp_path / "run"))
     assert model.encode_text(["a square"]).shape == (1, 16)
 
