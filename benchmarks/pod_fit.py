@@ -186,12 +186,9 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
 def growth_table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: one size a line; formula where nothing was compiled, and its error where it was."""
     compiled = {row["chips"]: row for row in results["growth"].values()}
-    recipe = results["recipes"].get(_RECIPE.value)
-    if recipe and recipe["batch_size"] == recipe["chips"] * _EXAMPLES.value:
-        compiled.setdefault(recipe["chips"], recipe)
     if not compiled:
         return f"growth: nothing compiled yet for {_RECIPE.value}"
-    base = compiled[max(compiled, key=lambda chips: (chips == 256, -chips))]
+    base = compiled[min(compiled)]
     arch = get_architecture(load_recipe(CONFIGS / f"{_RECIPE.value}.py").model.name)
     lines = [
         "| chips | global batch | from | peak | work | sent round the ring | sent for sums | "
