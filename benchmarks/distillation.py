@@ -7,8 +7,8 @@ where the colours of the photo are added ("a dark brown dog on a green backgroun
 labelled by `data_prep.label` with EfficientNet-Lite0, and the student of `configs/demo.py` is
 trained on it for the same number of samples seen with and without the two concept losses, with
 every seed. Measured is zero-shot top-1 on the 1,000 test photos. Prints mean and spread, writes
-`benchmarks/results/distillation.json`; started again, it goes on where it was. Half an hour on two
-cores.
+`benchmarks/results/distillation.json`; started again, it goes on where it
+was. It has not been run to its end yet.
 """
 
 from __future__ import annotations

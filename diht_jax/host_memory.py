@@ -17,7 +17,7 @@ def computes_on_cpu() -> bool:
     return os.environ.get("JAX_PLATFORMS") == "cpu"
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees, for its next allocation.
 
     XLA allocates the temporaries of a step as one block and frees it at the step's end. glibc maps
@@ -28,12 +28,11 @@ def keep_freed_memory() -> bool:
     All threads share one arena, since others cannot hold such blocks; so this is not for programs
     whose own threads allocate a lot beside an accelerator.
 
-    Returns:
-        Whether the C library has done it; only glibc can.
+    Nothing happens where the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return False
-    settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
-    return all([mallopt(name, value) for name, value in settings.items()])
+        return
+    for name, value in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)):
+        mallopt(name, value)

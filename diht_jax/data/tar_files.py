@@ -1,6 +1,6 @@
 """The members of a tar, read from front to back, with nothing lost in silence and nothing trusted.
 
-`webdataset.py` and the evaluation's `benchmark_folder.py` build on it. Nothing is ever written to
+`webdataset.py` builds on it. Nothing is ever written to
 disk, so that no path in an archive can do harm. What the members mean belongs to the callers.
 
 Python's `tarfile` believes what headers say: it reserves whatever size an extended header claims,

@@ -1,11 +1,12 @@
 """Webdataset tars, as img2dataset writes them: `KEY.jpg`, `KEY.txt` and `KEY.json` in a row.
 
-Called through `readers.py`. How archives are read, damaged ones too, is `tar_files.py`'s matter.
+Called through `readers.py`; the evaluation's `benchmark_folder.py` groups members alike. How
+archives are read, damaged ones too, is `tar_files.py`'s matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from diht_jax.data.schema import Pair
@@ -42,7 +43,7 @@ def read_tar(path: str) -> Iterator[Pair | Skipped]:
         ValueError: the archive is damaged, cut off, or several in one file.
     """
     seen: set[str] = set()
-    for key, members in _read_groups(path):
+    for key, members in read_groups(path, _limit_of):
         if key in seen:
             yield Skipped(key, "duplicate", "the key was there before")
             continue
@@ -75,15 +76,27 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]]) -> Pair | Skip
     return Pair(key, images[0], captions[0], merge_captions(metadata, captions))
 
 
-def _read_groups(path: str) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
-    """Yields (key, [(extension, contents)]).
+def read_groups(
+    path: str, limit_of: Callable[[str], int | None]
+) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
+    """Yields the entries of a tar, (key, [(extension, contents)]), as webdataset groups members.
 
-    Contents are None where they are too large or not needed: of a second image or text of a key,
-    and where the extension has several parts ("KEY.mask.png"), which makes it another kind of
-    member but still one to be named.
+    Args:
+        path: of the archive.
+        limit_of: of an extension (lower case, maybe empty or of several parts), the bytes up to
+            which such members are worth reading, 0 to be named only; None passes them over.
+
+    Returns:
+        Contents are None where they are over the limit, and of a second image or a second member
+        with the same extension of a key.
     """
+
+    def size_limit(name: str) -> int | None:
+        stem, extension = _split_name(name)
+        return limit_of(extension) if stem else None
+
     key, members, has_image = None, [], False
-    for name, data in read_members(path, _size_limit):
+    for name, data in read_members(path, size_limit):
         stem, extension = _split_name(name)
         if stem != key:
             if members:
@@ -98,10 +111,10 @@ def _read_groups(path: str) -> Iterator[tuple[str, list[tuple[str, bytes | None]
         yield key, members
 
 
-def _size_limit(name: str) -> int | None:
-    """Bytes of a member that are worth reading; None for one that is none of ours."""
-    stem, extension = _split_name(name)
-    if not stem or extension.rpartition(".")[2] not in _SIZE_LIMITS:
+def _limit_of(extension: str) -> int | None:
+    # An extension of several parts ("mask.png") makes it another kind of member, but still one to
+    # be named.
+    if extension.rpartition(".")[2] not in _SIZE_LIMITS:
         return None
     return _SIZE_LIMITS.get(extension, 0)
 

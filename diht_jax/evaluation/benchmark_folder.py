@@ -24,11 +24,10 @@ from diht_jax.data.source import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     Skipped,
-    clean_text,
     merge_captions,
     pick_captions,
 )
-from diht_jax.data.tar_files import read_members
+from diht_jax.data.webdataset import read_groups
 from diht_jax.evaluation.prompts import CLASS_SLOT, check_templates, read_class_names, read_lines
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -107,7 +106,7 @@ def read_benchmark_folder(folder: BenchmarkFolder) -> Iterator[Pair | Skipped]:
     """
     for path in folder.paths:
         seen: set[str] = set()
-        for key, members in _read_groups(path):
+        for key, members in read_groups(path, _limit_of):
             if key in seen:
                 yield Skipped(key, "duplicate", "the key was there before")
             else:
@@ -155,35 +154,9 @@ def _read_labels(note: bytes) -> dict[str, list[int]]:
     return {"labels": np.flatnonzero(flags).tolist()}
 
 
-def _read_groups(path: str) -> Iterator[tuple[str, list[tuple[str, bytes | None]]]]:
-    """Yields (key, [(extension, contents)]); contents are None where too large or there before."""
-    key, members, has_image = None, [], False
-    for name, data in read_members(path, _size_limit):
-        stem, extension = _split_name(name)
-        if stem != key:
-            if members:
-                yield key, members
-            key, members, has_image = stem, [], False
-        is_image = extension in IMAGE_EXTENSIONS
-        if (is_image and has_image) or extension in dict(members):
-            data = None
-        has_image |= is_image
-        members.append((extension, data))
-    if members:
-        yield key, members
-
-
-def _size_limit(name: str) -> int | None:
-    stem, extension = _split_name(name)
-    if not stem:
+def _limit_of(extension: str) -> int | None:
+    if not extension:
         return None
     if extension in IMAGE_EXTENSIONS:
         return MAX_IMAGE_BYTES
     return _LARGEST_NOTE_BYTES if extension in _NOTE_EXTENSIONS else 0
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension; no key where one of them is missing."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (clean_text(f"{folder}{slash}{stem}") if stem and extension else ""), extension.lower()

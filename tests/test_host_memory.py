@@ -1,0 +1,34 @@
+"""Freed memory that is kept is not mapped anew: counted in page faults of a process of its own."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+_PROGRAM = """
+import ctypes, resource, sys
+from diht_jax.host_memory import keep_freed_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block = libc.malloc(1 << 28)
+    ctypes.memset(block, 1, 1 << 28)
+    libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
+def test_a_freed_block_is_used_again():
+    faults = {
+        mode: int(subprocess.check_output([sys.executable, "-c", _PROGRAM, mode], text=True))
+        for mode in ("keep", "plain")
+    }
+    # 2^28 bytes are 2^16 pages, or 2^7 where the kernel takes large ones.
+    assert faults["plain"] >= 100 and faults["keep"] < faults["plain"] / 10, faults
