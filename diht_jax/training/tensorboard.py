@@ -3,34 +3,24 @@
 Used by `metrics.MetricWriter` only. `metrics.jsonl` holds the same numbers: where events cannot be
 written, the run says so once and goes on without them.
 
-An event file is a TFRecord file of `Event` messages (tensorflow/core/util/event.proto). Three kinds
-of them are needed, and their few fields are encoded here: the packages that could do it import
-torch where they find it, which costs every start of a run two seconds.
+An event file is a TFRecord file of `Event` messages, whose classes are tensorboardX's. Its writer
+is not used: it writes in a thread that dies with the first error, and then blocks the run.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-import struct
 import time
 from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
 from absl import logging
 from etils import epath
 
 from diht_jax.data.tfrecord_format import frame_footer, frame_header
 
 TENSORBOARD_DIRECTORY = "tensorboard"
-
-# Fields of Event, Summary, Summary.Value and SessionLog, with their wire types: 0 is a varint, 1 a
-# double, 2 bytes with their length, 5 a float.
-_WALL_TIME, _STEP, _FILE_VERSION, _SUMMARY, _SESSION_LOG = (1, 1), (2, 0), (3, 2), (5, 2), (7, 2)
-_VALUE = (1, 2)
-_TAG, _SIMPLE_VALUE = (1, 2), (2, 5)
-_STATUS = (1, 0)
-_SESSION_START = 1
 
 
 class EventWriter:
@@ -43,6 +33,10 @@ class EventWriter:
             workdir: of the run; the files go into `tensorboard/`.
             start_step: TensorBoard hides what earlier files hold of later steps.
         """
+        # Not at the top: tensorboardX imports torch where it finds it.
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._directory = workdir / TENSORBOARD_DIRECTORY
         self._file = None
         try:
@@ -50,9 +44,9 @@ class EventWriter:
             # Seconds alone would let a quick restart overwrite the file.
             name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
             self._file = (self._directory / f"{name}.{os.getpid()}").open("wb")
-            self._write(_field(_FILE_VERSION, b"brain.Event:2"))
-            session = _field(_STATUS, _SESSION_START)
-            self._write(_field(_STEP, start_step + 1) + _field(_SESSION_LOG, session))
+            self._write(file_version="brain.Event:2")
+            start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._write(step=start_step + 1, session_log=start)
             self._file.flush()
         except OSError as error:
             self._give_up(error)
@@ -61,12 +55,12 @@ class EventWriter:
         """Writes the scalars of one step and flushes them."""
         if self._file is None:
             return
-        values = b"".join(
-            _field(_VALUE, _field(_TAG, name.encode()) + _field(_SIMPLE_VALUE, float(value)))
+        values = [
+            self._summary.Value(tag=name, simple_value=float(value))
             for name, value in scalars.items()
-        )
+        ]
         try:
-            self._write(_field(_STEP, step) + _field(_SUMMARY, values))
+            self._write(step=step, summary=self._summary(value=values))
             self._file.flush()
         except OSError as error:
             self._give_up(error)
@@ -80,8 +74,8 @@ class EventWriter:
         except OSError as error:
             self._give_up(error)
 
-    def _write(self, event: bytes) -> None:
-        data = _field(_WALL_TIME, time.time()) + event
+    def _write(self, **fields: Any) -> None:
+        data = self._event(wall_time=time.time(), **fields).SerializeToString()
         self._file.write(frame_header(len(data)) + data + frame_footer(data))
 
     def _give_up(self, error: OSError) -> None:
@@ -92,25 +86,3 @@ class EventWriter:
             self._directory,
             error,
         )
-
-
-def _field(kind: tuple[int, int], value: int | float | bytes) -> bytes:
-    """One field of a protocol buffer message; see the wire types above."""
-    number, wire_type = kind
-    key = bytes([number << 3 | wire_type])
-    if wire_type == 1:
-        return key + struct.pack("<d", value)
-    if wire_type == 5:
-        return key + struct.pack("<f", np.float32(value))  # what is too large becomes infinite
-    if wire_type == 2:
-        return key + _varint(len(value)) + value
-    return key + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
