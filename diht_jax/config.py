@@ -143,6 +143,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.checkpoint = ml_collections.ConfigDict()
     c.checkpoint.every_steps = 1000
     c.checkpoint.keep_last = 3
+    # Where a run in s3:// and the like works on disk; None: ~/.cache/diht_jax/staging. Hosts of one
+    # job must share it. With a folder given, gs:// goes by way of it as well.
+    c.checkpoint.staging = placeholder(str)
     # Such as "cifar10/top1"; None keeps the last ones only.
     c.checkpoint.best_metric = placeholder(str)
     c.evaluation = ml_collections.ConfigDict()

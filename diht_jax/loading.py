@@ -24,6 +24,7 @@ from diht_jax.models.parameters import model_definition
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE, restore_model
+from diht_jax.training.stored_run import local_run
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.releases import RELEASES, WEIGHTS_VARIABLE, fetch_release
 from diht_jax.weights.settings import Preprocessing
@@ -76,7 +77,7 @@ def load_model(
         name_or_path: one of
             - a released DiHT model, such as "diht_vitb32_224px": downloaded once and checked, or
               taken from the environment variable DIHT_JAX_WEIGHTS (`weights.releases`);
-            - a work directory of `diht_jax.train`;
+            - a work directory of `diht_jax.train`, also in an object store (`s3://bucket/run`);
             - a weight file in CLIP's layout (OpenAI, open_clip, DiHT): .safetensors, .pt, .ckpt,
               .bin; nothing in it is executed;
             - a directory of transformers' CLIPModel, of open_clip, or of `diht_jax.export`.
@@ -144,11 +145,13 @@ def read_model(
         ValueError: as `load_model`.
     """
     name = os.fspath(name_or_path)
-    if _is_run(name):
+    folder = local_run(name, step)
+    if _is_run(folder):
         if architecture:
             raise ValueError(f"{name}: a work directory knows its architecture; give none")
         mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
-        return _read_run(name, mesh, step=step, ema=ema, image_size=image_size)
+        run = _read_run(folder, mesh, step=step, ema=ema, image_size=image_size)
+        return dataclasses.replace(run, path=name)
     if step is not None or ema:
         raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
     path = _locate(name)

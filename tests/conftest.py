@@ -21,3 +21,22 @@ def shared_data() -> pathlib.Path:
     if not directory.is_dir():
         pytest.skip(f"{directory} is absent")
     return directory
+
+
+@pytest.fixture(scope="session")
+def s3_bucket():
+    """An S3 server in this process (moto), found through the environment; its bucket's URL."""
+    server_module = pytest.importorskip("moto.server")
+    s3fs = pytest.importorskip("s3fs")
+    server = server_module.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+    values = ("testing", "testing", f"http://{host}:{port}", "us-east-1")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(zip(names, values, strict=True))
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.update({name: value})

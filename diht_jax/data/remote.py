@@ -1,12 +1,14 @@
 """TFRecord shards in an object store (`gs://`, `s3://`, `memory://`, anything fsspec knows).
 
-Used by `tfrecord.py`. Local files do not come here: they are read without fsspec.
+Used by `tfrecord.py`; `vocabulary.py` reads whole files here, and `training.staging` opens stores.
+Local files are read without fsspec.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ def list_files(pattern: str) -> list[str]:
     Raises:
         ValueError: nothing installed knows such URLs.
     """
-    system, path = _open_system(pattern)
+    system, path = open_system(pattern)
     if system.isfile(path):
         found = [path]
     elif any(letter in path for letter in "*?["):
@@ -46,6 +48,27 @@ def list_files(pattern: str) -> list[str]:
     return [system.unstrip_protocol(name) for name in found]
 
 
+def exists(path: str) -> bool:
+    """Whether there is a file or folder, local or in a store."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    system, name = open_system(path)
+    return system.exists(name)
+
+
+def read_bytes(path: str) -> bytes:
+    """A whole file, local or in a store.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(path):
+        with open(path, "rb") as file:
+            return file.read()
+    system, name = open_system(path)
+    return system.cat_file(name)
+
+
 def count_records(path: str) -> tuple[int, int, np.ndarray | None]:
     """Record count, size in bytes, and the offsets where no index could be written."""
     size = _size(path)
@@ -53,7 +76,7 @@ def count_records(path: str) -> tuple[int, int, np.ndarray | None]:
     if offsets is not None:
         return len(offsets), size, None
     offsets = _scan(path, size)
-    system, _ = _open_system(path)
+    system, _ = open_system(path)
     with contextlib.suppress(OSError):
         system.pipe_file(path + INDEX_SUFFIX, encode_index(offsets, size))
         return len(offsets), size, None
@@ -92,12 +115,12 @@ class RemoteShard:
 
     def read_range(self, start: int, end: int) -> bytes:
         """Some bytes of the shard."""
-        system, path = _open_system(self.path)
+        system, path = open_system(self.path)
         return system.cat_file(path, start=start, end=max(start, end))
 
 
 def _read_index(path: str, size: int) -> np.ndarray | None:
-    system, _ = _open_system(path)
+    system, _ = open_system(path)
     try:
         data = system.cat_file(path + INDEX_SUFFIX)
     except FileNotFoundError:
@@ -106,7 +129,7 @@ def _read_index(path: str, size: int) -> np.ndarray | None:
 
 
 def _scan(path: str, size: int) -> np.ndarray:
-    system, name = _open_system(path)
+    system, name = open_system(path)
     with system.open(name, "rb", block_size=_SCAN_BLOCK_BYTES) as file:
 
         def read_at(position: int, length: int) -> bytes:
@@ -117,11 +140,16 @@ def _scan(path: str, size: int) -> np.ndarray:
 
 
 def _size(path: str) -> int:
-    system, name = _open_system(path)
+    system, name = open_system(path)
     return int(system.size(name))
 
 
-def _open_system(url: str) -> tuple[Any, str]:
+def open_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system that a URL belongs to, and its path there.
+
+    Raises:
+        ValueError: nothing installed knows such URLs.
+    """
     system = _file_system(url.split("://", 1)[0])
     return system, system._strip_protocol(url)
 

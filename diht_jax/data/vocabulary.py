@@ -26,6 +26,7 @@ from typing import Any
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.dataset_info import STATS_SUFFIX
+from diht_jax.data.remote import exists, read_bytes
 from diht_jax.data.tfrecord import find_shards
 
 KINDS = ("objects", "attributes")
@@ -75,9 +76,9 @@ class Vocabulary:
         return {part.kind: {"size": len(part), "hash": part.hash} for part in self}
 
 
-def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> pathlib.Path:
-    """Where the vocabulary of a labelled folder lies."""
-    return pathlib.Path(folder) / f"vocabulary_{kind}.tsv"
+def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> str:
+    """Where the vocabulary of a labelled folder lies; the folder may be a URL."""
+    return os.path.join(folder, f"vocabulary_{kind}.tsv")
 
 
 def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
@@ -93,7 +94,7 @@ def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> 
         rows = zip(part.names, part.counts, strict=True)
         lines = [f"# {part.kind} {part.hash} {len(part)} concepts", _COLUMNS]
         lines += [f"{i}\t{name}\t{count}" for i, (name, count) in enumerate(rows)]
-        path = vocabulary_path(folder, part.kind)
+        path = pathlib.Path(vocabulary_path(folder, part.kind))
         write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -174,7 +175,7 @@ def _describe(part: Mapping[str, Any] | None) -> str:
 
 
 def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
-    present = [vocabulary_path(folder, kind).exists() for kind in KINDS]
+    present = [exists(vocabulary_path(folder, kind)) for kind in KINDS]
     if not any(present):
         # One shard tells: a folder is labelled by one run.
         if _read_label(shards[0]):
@@ -199,8 +200,7 @@ def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
 def _read_label(shard: str) -> Mapping[str, Mapping[str, Any]] | None:
     """What the statistics of a shard say of its vocabulary; None where they say nothing."""
     try:
-        with open(shard + STATS_SUFFIX, "rb") as file:
-            label = json.load(file)["counts"].get(STATS_KEY)
+        label = json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -219,9 +219,9 @@ def _is_description(label: Any) -> bool:
     return all(isinstance(part, dict) and {"size", "hash"} <= part.keys() for part in parts)
 
 
-def _read_concepts(path: pathlib.Path, kind: str) -> ConceptList:
+def _read_concepts(path: str, kind: str) -> ConceptList:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_bytes(path).decode("utf-8").split("\n")
         _, found_kind, expected_hash, *_ = lines[0].split(" ")
         columns = lines[1]
         rows = [line.split("\t") for line in lines[2:] if line]

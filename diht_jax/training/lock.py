@@ -29,7 +29,7 @@ def lock_directory(workdir: epath.Path) -> Iterator[None]:
 
     The file says who holds it: host, process and since when. It stays behind; what counts is the
     lock on it. Within one host, and between hosts on NFS, a second run is refused; object stores
-    (`gs://`, `s3://`) have no locks.
+    have no locks.
 
     Args:
         workdir: of the run.
@@ -56,20 +56,6 @@ def lock_directory(workdir: epath.Path) -> Iterator[None]:
     with file:
         _take(file, workdir)
         yield
-
-
-def check_storage(workdir: str | os.PathLike[str]) -> None:
-    """Refuses places that checkpoints cannot be written to.
-
-    Raises:
-        ValueError: a URL other than `gs://`: Orbax writes arrays to files and to Google's store.
-    """
-    path = os.fspath(workdir)
-    if "://" in path and not path.startswith("gs://"):
-        raise ValueError(
-            f"--workdir={path}: checkpoints can be written to a local or mounted directory or to "
-            f"gs://, not to {path.split('://')[0]}://. Mount the bucket, or copy checkpoints there"
-        )
 
 
 def _take(file, workdir: epath.Path) -> None:

@@ -31,7 +31,6 @@ from diht_jax.training.agreement import check_together
 from diht_jax.training.alarms import Alarms, shown_keys
 from diht_jax.training.dataset import check_hosts_agree, check_same_data
 from diht_jax.training.labels import with_vocabulary
-from diht_jax.training.lock import check_storage, lock_directory
 from diht_jax.training.metrics import MetricWriter, flatten_results, plot_curves, read_metrics
 from diht_jax.training.nonfinite import NonFiniteError, explain_nonfinite
 from diht_jax.training.objective import active_kinds
@@ -42,6 +41,8 @@ from diht_jax.training.speed import Window, log_work, model_flops
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest
+from diht_jax.training.stored_run import local_run
+from diht_jax.training.workdir import open_workdir
 
 
 def train(
@@ -55,7 +56,7 @@ def train(
 
     Args:
         config: a full training config (`diht_jax.config.default_config`).
-        workdir: receives checkpoints, config, metrics and curves.
+        workdir: receives checkpoints, config, metrics and curves; a path, or a URL of a store.
         stop_after_steps: ends early, saved, as if interrupted there; the schedule is still that
             of the whole run.
         devices: to train on; all of the job by default.
@@ -71,17 +72,10 @@ def train(
         Stopped: a signal came, and the state is saved.
     """
     validate_config(config, default_config())
-    check_storage(workdir)
     config = with_vocabulary(config)
-    workdir = epath.Path(workdir)
     with contextlib.ExitStack() as stack:
-
-        def prepare() -> None:
-            if jax.process_index() == 0:
-                stack.enter_context(lock_directory(workdir))
-            check_same_run(config, workdir)
-
-        check_together(prepare)
+        workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))
+        check_together(lambda: check_same_run(config, workdir))
         checkpoint.write_config(workdir, config)
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
@@ -152,7 +146,7 @@ class Run:
 
     def initial_parameters(self) -> dict[str, Any]:
         """Those of `config.model.init_from`, with image positions resized to this run's size."""
-        trained = checkpoint.restore_model(self.config.model.init_from, self.mesh)
+        trained = checkpoint.restore_model(local_run(self.config.model.init_from), self.mesh)
         num_patches = (self.arch.image_size // self.arch.patch_size) ** 2
         params = fit_positions(trained.params, num_patches)
         # Heads and bias of the training objective start anew.

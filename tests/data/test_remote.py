@@ -1,14 +1,14 @@
 """Records in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
-import os
+import json
 
 import fsspec
 import numpy as np
 import pytest
 
-from diht_jax.data import remote
 from diht_jax.data.fingerprint import fingerprint_records
 from diht_jax.data.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.data.vocabulary import ConceptList, Vocabulary, find_vocabulary, write_vocabulary
 
 RECORDS = [bytes([i]) * (1 + 700 * i) for i in range(20)]
 
@@ -23,30 +23,13 @@ def local(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """An S3 server with a bucket; its URL."""
-    server_module = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    server = server_module.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
-    values = ("testing", "testing", f"http://{host}:{port}", "us-east-1")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(zip(names, values, strict=True))
-    remote._file_system.cache_clear()
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield "s3://bucket/records"
-    server.stop()
-    remote._file_system.cache_clear()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
 @pytest.fixture(params=["memory", "s3"])
 def folder(request, local):
-    url = "memory:///records" if request.param == "memory" else request.getfixturevalue("s3")
+    url = (
+        "memory:///records"
+        if request.param == "memory"
+        else f"{request.getfixturevalue('s3_bucket')}/records"
+    )
     system = fsspec.filesystem(request.param)
     for path in local.iterdir():
         system.pipe_file(f"{url}/{path.name}", path.read_bytes())
@@ -108,3 +91,23 @@ def test_training_reads_them(local):
     source = pickle.loads(pickle.dumps(TFRecordSource("memory:///pickled")))
     order = np.random.default_rng(0).permutation(len(source))
     assert [source[i] for i in order] == [RECORDS[i] for i in order]
+
+
+def test_the_vocabulary_of_a_labelled_folder_is_read_there(folder, tmp_path):
+    parts = [
+        ConceptList(kind, (f"a {kind}", "other"), (5, 4)) for kind in ("objects", "attributes")
+    ]
+    vocabulary = Vocabulary(*parts)
+    write_vocabulary(tmp_path, vocabulary)
+    system = fsspec.filesystem(folder.split(":")[0])
+    for path in tmp_path.iterdir():
+        system.put_file(str(path), f"{folder}/{path.name}")
+    with pytest.raises(ValueError, match=r"part-0\.tfrecord\.stats\.json: names no vocabulary"):
+        find_vocabulary(folder)
+    stats = {"counts": {"vocabulary": vocabulary.describe()}}
+    for shard in range(2):
+        system.pipe_file(f"{folder}/part-{shard}.tfrecord.stats.json", json.dumps(stats).encode())
+    assert find_vocabulary(f"{folder}/part-*.tfrecord") == vocabulary
+    system.rm_file(f"{folder}/vocabulary_objects.tsv")
+    with pytest.raises(ValueError, match=f"{folder}/vocabulary_objects.tsv is missing"):
+        find_vocabulary(folder)

@@ -33,7 +33,7 @@ class Labelled:
 
     def path(self, kind: str) -> pathlib.Path:
         """Of the file of one kind."""
-        return vocabulary.vocabulary_path(self.folder, kind)
+        return pathlib.Path(vocabulary.vocabulary_path(self.folder, kind))
 
     def write_stats(self, described: Any) -> None:
         """What the shard's statistics say of its vocabulary."""
@@ -103,7 +103,9 @@ def _swapped_vocabularies(draw: Draw, folder: pathlib.Path) -> str:
         names = Labelled(draw, other).vocabulary.objects.names
         if names == data.vocabulary.objects.names:
             return SUCCESS
-        first.write_bytes(vocabulary.vocabulary_path(other, vocabulary.KINDS[0]).read_bytes())
+        first.write_bytes(
+            pathlib.Path(vocabulary.vocabulary_path(other, vocabulary.KINDS[0])).read_bytes()
+        )
     return data.judge(must_fail=True)
 
 

@@ -1,11 +1,14 @@
 """Trial: kill a run at random moments, start it again, and compare its end with an undisturbed run.
 
     python tests/training/kill_trial.py --kills 20
+    python tests/training/kill_trial.py --kills 20 --s3
 
 Every start is the same command, `python -m diht_jax.train` with one small config that saves every
 second step, so that many of the kills hit a save. At the end all arrays of the last checkpoint
 (parameters, optimiser, step, random key), the place in the data and every line of
-`metrics.jsonl` (but its speeds) must be bit-identical. Tests run it with few kills.
+`metrics.jsonl` (but its speeds) must be bit-identical. Tests run it with few kills. With `--s3` the
+killed runs are in a bucket of a local S3 server (moto), and after every second kill the folder on
+disk is lost as well.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +48,9 @@ class Kill:
     during_save: bool
 
 
-def command(data: pathlib.Path, workdir: pathlib.Path, total_steps: int = TOTAL_STEPS) -> list[str]:
+def command(
+    data: pathlib.Path, workdir: pathlib.Path | str, total_steps: int = TOTAL_STEPS
+) -> list[str]:
     """The one command that starts the run and goes on with it."""
     return [
         *(sys.executable, "-m", "diht_jax.train", "--config", "configs/demo.py:debug=True"),
@@ -72,20 +78,43 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
 class Trial:
     """Runs in a folder, all with one command and one cache."""
 
-    def __init__(self, data: pathlib.Path, folder: pathlib.Path, total_steps: int = TOTAL_STEPS):
+    def __init__(
+        self,
+        data: pathlib.Path,
+        folder: pathlib.Path,
+        total_steps: int = TOTAL_STEPS,
+        store: str | None = None,
+    ):
         self.data, self.folder, self.total_steps = data, folder, total_steps
+        self.store = store  # URL where killed runs are kept; None keeps them in `folder`
         self.kills: list[Kill] = []
         self.start_secs = self.run_secs = 0.0
 
     def start(self, name: str) -> subprocess.Popen:
         """Starts the run, or goes on with it."""
+        workdir = f"{self.store}/{name}" if self.is_stored(name) else self.folder / name
+        arguments = command(self.data, workdir, self.total_steps)
+        if self.is_stored(name):
+            arguments.append(f"--config.checkpoint.staging={self.folder / 'staging'}")
         return subprocess.Popen(
-            command(self.data, self.folder / name, self.total_steps),
+            arguments,
             cwd=REPOSITORY,
             env=environment(self.folder / "cache"),
             stderr=subprocess.PIPE,
             text=True,
         )
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the run's work directory is a URL."""
+        return self.store is not None and name.startswith("killed")
+
+    def place(self, name: str) -> pathlib.Path:
+        """Where the run works on disk."""
+        from diht_jax.training.staging import StagedDirectory
+
+        if not self.is_stored(name):
+            return self.folder / name
+        return StagedDirectory(f"{self.store}/{name}", str(self.folder / "staging")).folder
 
     def finish(self, name: str) -> str:
         """Runs to the end; returns the log."""
@@ -127,7 +156,7 @@ class Trial:
             return False
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        half_written = list((self.folder / name / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+        half_written = list((self.place(name) / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
         lines = self.lines(name)
         last = json.loads(lines[-1])["step"] if lines and lines[-1].endswith(b"}") else 0
         self.kills.append(Kill(secs, last, bool(half_written)))
@@ -135,8 +164,29 @@ class Trial:
 
     def lines(self, name: str) -> list[bytes]:
         """Of the run's metrics file."""
-        path = self.folder / name / "metrics.jsonl"
+        path = self.place(name) / "metrics.jsonl"
         return path.read_bytes().splitlines() if path.exists() else []
+
+
+def start_s3() -> str:
+    """A bucket of an S3 server in this process, found through the environment."""
+    import logging
+
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ.update(
+        AWS_ACCESS_KEY_ID="trial",
+        AWS_SECRET_ACCESS_KEY="trial",
+        AWS_DEFAULT_REGION="us-east-1",
+        AWS_ENDPOINT_URL=f"http://{host}:{port}",
+    )
+    s3fs.S3FileSystem().mkdir("bucket")
+    return "s3://bucket"
 
 
 def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
@@ -222,14 +272,18 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=TOTAL_STEPS)
+    parser.add_argument("--s3", action="store_true", help="keeps the killed runs in a bucket")
     parser.add_argument(
         "--folder", type=pathlib.Path, help="keeps the runs; a temporary one if not given"
     )
     args = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY))
+    from diht_jax.training.staging import StagedDirectory
+
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder()))
     folder.mkdir(parents=True, exist_ok=True)
-    trial = Trial(write_squares(folder / "squares"), folder, args.steps)
+    store = start_s3() if args.s3 else None
+    trial = Trial(write_squares(folder / "squares"), folder, args.steps, store)
     trial.finish("compile")  # fills the cache
     trial.measure("undisturbed")
     print(f"undisturbed: start {trial.start_secs:.1f} s, {args.steps} steps {trial.run_secs:.1f} s")
@@ -247,8 +301,13 @@ def main() -> None:
                 f"{kill.last_step:3d}{', during a save' if kill.during_save else ''}",
                 flush=True,
             )
+            if args.s3 and len(trial.kills) % 2 == 0:
+                shutil.rmtree(folder / "staging", ignore_errors=True)
         trial.finish(name)
-        differences = compare(folder / "undisturbed", folder / name)
+        if args.s3:  # only what is in the bucket counts
+            shutil.rmtree(folder / "staging")
+            StagedDirectory(f"{store}/{name}", str(folder / "staging")).fetch()
+        differences = compare(folder / "undisturbed", trial.place(name))
         print(f"{name}: {'; '.join(differences) or 'bit-identical to the undisturbed run'}")
         if differences:
             sys.exit(1)

@@ -17,9 +17,11 @@ from PIL import Image
 
 from diht_jax import distributed
 from diht_jax.config import load_recipe
+from diht_jax.data.remote import open_system
 from diht_jax.training.loop import train
 from diht_jax.training.metrics import read_metrics
 from diht_jax.training.stopping import EXIT_CODE
+from diht_jax.training.stored_run import read_manifests
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
 TOTAL_STEPS = 16
@@ -34,6 +36,7 @@ class Job:
 
     def __init__(self, cache: pathlib.Path):
         self._cache = cache
+        self.homes = [os.environ.get("HOME", "/")] * NUM_PROCESSES
         self.processes: list[subprocess.Popen] = []
 
     def start(self, *command: str) -> list[subprocess.Popen]:
@@ -55,7 +58,7 @@ class Job:
                     *(f"--num_processes={NUM_PROCESSES}", f"--process_id={process_id}"),
                     f"--heartbeat_timeout_secs={HEARTBEAT_SECS}",
                 ],
-                env=env,
+                env={**env, "HOME": str(self.homes[process_id])},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -176,6 +179,33 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
     assert measured == pytest.approx({k: v for k, v in two[-1].items() if k != "step"})
     counts = found[0]["counts"]
     assert (counts["images"], counts["dropped"]) == (11, {"image_unreadable": 1})
+
+
+def test_a_job_keeps_its_run_in_a_store(squares, job, tmp_path, s3_bucket, caplog):
+    run = f"{s3_bucket}/job"
+    command = (
+        *("diht_jax.train", "--config", "configs/demo.py:debug=True"),
+        *(f"--config.data.train={squares}", "--workdir", run, "--config.mesh.fsdp=2"),
+        *("--config.total_steps=3", *(f"--config.{k}={v}" for k, v in SMALLER.items())),
+    )
+    job.homes = [tmp_path / "host_0", tmp_path / "host_1"]
+    processes = job.start(*command)
+    outputs = job.outputs()
+    assert 0 not in [process.returncode for process in processes]
+    assert all("process 1 does not see" in output for output in outputs), outputs
+    assert "Set config.checkpoint.staging to a folder that all hosts share" in outputs[1]
+
+    job.run(*command, f"--config.checkpoint.staging={tmp_path / 'shared'}")
+    assert max(read_manifests(*open_system(run))) == 3
+    # Whole in the store: reading it checks the sums of the state of both.
+    config = load_recipe("configs/demo.py", "debug=True")
+    config.data.train = str(squares)
+    config.mesh.fsdp = 2
+    config.update_from_flattened_dict({"total_steps": 3, **SMALLER})
+    config.checkpoint.staging = str(tmp_path / "one process")
+    caplog.set_level("INFO")
+    assert int(train(config, run, devices=jax.devices()[:4]).step) == 3
+    assert "resumed at step 3" in caplog.text and "damaged" not in caplog.text
 
 
 @pytest.mark.parametrize(

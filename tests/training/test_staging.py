@@ -1,0 +1,213 @@
+"""Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
+
+import shutil
+import subprocess
+import time
+
+import fsspec
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from diht_jax.loading import read_model
+from diht_jax.training.checkpoint import CheckpointError
+from diht_jax.training.lock import lock_directory
+from diht_jax.training.loop import train
+from diht_jax.training.metrics import read_metrics
+from diht_jax.training.staging import StagedDirectory
+from diht_jax.training.stored_run import local_run, make_manifest, read_manifests
+
+
+def assert_bitwise_equal(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.fixture(params=["memory", "s3"])
+def url(request, monkeypatch, tmp_path):
+    """Where a run can be; copies for reading go to the test's folder."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    if request.param == "s3":
+        root = f"{request.getfixturevalue('s3_bucket')}/{tmp_path.name}"
+    else:
+        root = f"memory://{tmp_path.name}"
+    return f"{root}/run"
+
+
+def stored_files(url):
+    system, root = fsspec.core.url_to_fs(url)
+    system.invalidate_cache()
+    return [path.removeprefix(f"{root}/") for path in system.find(root)]
+
+
+@pytest.mark.parametrize("url", ["s3"], indirect=True)
+def test_a_run_that_loses_its_machine_is_the_undisturbed_one(config, tmp_path, url):
+    config.total_steps = 6
+    config.checkpoint.every_steps = 2
+    config.checkpoint.keep_last = 2
+    config.mesh.update(data=1, fsdp=1)
+    device = jax.devices()[:1]
+    undisturbed = train(config, tmp_path / "undisturbed", devices=device)
+
+    for stop in (3, None):
+        config.checkpoint.staging = str(tmp_path / f"machine_{stop}")
+        last = train(config, url, stop_after_steps=stop, devices=device)
+        shutil.rmtree(config.checkpoint.staging)
+    assert_bitwise_equal(last, undisturbed)
+
+    files = stored_files(url)
+    steps = {name.split("/")[1] for name in files if name.startswith("checkpoints/")}
+    assert steps == {"4", "6"}
+    assert {"manifests/4.json", "manifests/6.json", "metrics.jsonl", "config.json"} <= set(files)
+    fetched = StagedDirectory(url, str(tmp_path / "reader"))
+    fetched.fetch()
+    losses = [
+        [row["loss"] for row in read_metrics(d)] for d in (fetched.folder, tmp_path / "undisturbed")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+
+    for step in (None, 4):
+        ours, theirs = (read_model(d, step=step) for d in (url, tmp_path / "undisturbed"))
+        assert ours.step == theirs.step
+        assert_bitwise_equal(ours.params, theirs.params)
+    with pytest.raises(ValueError, match=r"run: no checkpoint of step 2; steps found: \[4, 6\]"):
+        read_model(url, step=2)
+
+
+def put_checkpoint(folder, step):
+    """As Orbax leaves it: some files, then the name."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        state = {"step": np.full(1000, step)}
+        checkpointer.save(folder / "checkpoints" / str(step), args=ocp.args.StandardSave(state))
+
+
+def steps_in(folder):
+    return sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+
+
+def steps_stored(url):
+    return sorted(read_manifests(*fsspec.core.url_to_fs(url)))
+
+
+@pytest.fixture
+def staged(url, tmp_path):
+    """Checkpoints 2, 4, 6 in folder and store."""
+    staged = StagedDirectory(url, str(tmp_path / "machine"))
+    staged.fetch()
+    for step in (2, 4, 6):
+        put_checkpoint(staged.folder, step)
+    (staged.folder / "metrics.jsonl").write_text('{"step": 6}\n')
+    staged.send()
+    assert steps_stored(url) == [2, 4, 6]
+    return staged
+
+
+@pytest.mark.parametrize("damage", ["flip", "remove", "unfinished"])
+def test_a_damaged_or_unfinished_checkpoint_of_the_store_does_not_count(
+    staged, url, tmp_path, damage, caplog
+):
+    system, root = fsspec.core.url_to_fs(url)
+    victim = max(system.find(f"{root}/checkpoints/6"), key=system.size)
+    if damage == "flip":
+        data = bytearray(system.cat_file(victim))
+        data[len(data) // 2] ^= 1
+        system.pipe_file(victim, bytes(data))
+    else:
+        system.rm_file(victim if damage == "remove" else f"{root}/manifests/6.json")
+    if damage != "unfinished":
+        with pytest.raises(ValueError, match="the checkpoint of step 6 is damaged"):
+            local_run(url)
+    other = StagedDirectory(url, str(tmp_path / "another machine"))
+    other.fetch()
+    assert steps_in(other.folder) == steps_stored(url) == [2, 4]
+    assert ("step 6 is damaged" in caplog.text) == (damage != "unfinished")
+    assert not any("/6/" in name for name in stored_files(url))
+
+
+def test_the_store_is_what_counts(staged, url, tmp_path):
+    """Whatever a machine still has: gone on elsewhere, taken back, or begun anew."""
+    another = StagedDirectory(url, str(tmp_path / "another machine"))
+    another.fetch()
+    assert steps_in(another.folder) == [2, 4, 6]
+    put_checkpoint(another.folder, 8)
+    shutil.rmtree(another.folder / "checkpoints" / "2")
+    another.send()
+    put_checkpoint(staged.folder, 7)  # what the first machine had saved and never sent
+    staged.fetch()
+    assert steps_in(staged.folder) == steps_stored(url) == [4, 6, 8]
+
+    # A folder that lost a file gets it back, rather than take it from the store.
+    next(
+        path for path in (staged.folder / "checkpoints" / "8").rglob("*") if path.is_file()
+    ).unlink()
+    shutil.rmtree(staged.folder / "checkpoints" / "6")
+    staged.fetch()
+    staged.send()
+    assert steps_in(staged.folder) == steps_stored(url) == [4, 6, 8]
+    assert (
+        make_manifest(staged.folder / "checkpoints" / "8")
+        == read_manifests(*fsspec.core.url_to_fs(url))[8]
+    )
+
+    system, root = fsspec.core.url_to_fs(url)
+    system.rm_file(f"{root}/manifests/8.json")
+    staged.fetch()
+    assert steps_in(staged.folder) == [4, 6]
+
+    system.rm(root, recursive=True)
+    (staged.folder / "old").write_text("old")
+    staged.fetch()
+    assert steps_in(staged.folder) == [] and not (staged.folder / "old").exists()
+    assert not (staged.folder / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def small_store(tmp_path):
+    """A store of 200 kB on a file system of its own."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_what_the_store_did_not_take_is_kept_and_sent_later(small_store, tmp_path, caplog):
+    url = f"file://{small_store}/run"
+    staged = StagedDirectory(url, str(tmp_path / "machine"))
+    staged.fetch()
+    staged.start()
+    put_checkpoint(staged.folder, 2)
+    deadline = time.monotonic() + 30
+    while steps_stored(url) != [2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ballast = small_store / "ballast"
+    ballast.write_bytes(
+        bytes(200_000 - sum(p.stat().st_size + 4096 for p in small_store.rglob("*")))
+    )
+    put_checkpoint(staged.folder, 4)
+    with pytest.raises(CheckpointError, match=f"{url} cannot be written: .*No space left"):
+        staged.close_after(None)
+    staged.close_after(KeyError)  # the error that is under way is what the user must see
+    assert "cannot be written" in caplog.text and steps_stored(url) == [2]
+
+    ballast.unlink()
+    again = StagedDirectory(url, str(tmp_path / "machine"))
+    again.fetch()
+    assert steps_in(again.folder) == [2, 4]
+    again.close_after(None)
+    assert steps_stored(url) == [2, 4]
+
+
+def test_what_cannot_be_is_told(config, tmp_path):
+    with pytest.raises(ValueError, match="nosuch:// cannot be read"):
+        train(config, "nosuch://bucket/run")
+    config.checkpoint.staging = str(tmp_path)
+    staged = StagedDirectory("memory://locked/run", str(tmp_path))
+    with (
+        lock_directory(staged.folder),
+        pytest.raises(ValueError, match=f"another run works in {staged.folder}"),
+    ):
+        train(config, "memory://locked/run")
