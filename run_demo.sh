@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on an embedded data set: noisy pairs -> filter -> two trainings -> zero-shot
-# results side by side. Makes .venv where it is missing. Everything goes to demo_output/; a stopped
+# The whole path on an embedded data set: noisy pairs -> filter -> concept labels -> three trainings
+# -> zero-shot results side by side. Makes .venv where it is missing. Everything goes to demo_output/; a stopped
 # demo goes on where it was. Starting anew: rm -r demo_output
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -46,14 +46,25 @@ step "Filtering: complexity, action, text in the picture" filter \
 step "Converting the raw pairs, unfiltered" convert \
   data_prep.filter --config configs/prep/convert.py \
   --config.input="$out/web/train-*.tar" --config.output="$out/raw"
+step "Training a teacher on clean scenes, frozen after that" teacher \
+  data_prep.synthetic_teacher --images "$out/web/train-*.tar" --output "$out/teacher.npz"
+step "Labelling the filtered pairs with its concepts" label \
+  data_prep.label --config configs/prep/concepts.py \
+  --config.input="$out/filtered" --config.output="$out/labelled" \
+  --config.teacher.kind=precomputed --config.teacher.precomputed.files="$out/teacher.npz"
 train raw_infonce "raw pairs, InfoNCE" raw --config.loss.beta=0.0
 train filtered_hn_nce "filtered pairs, HN-NCE" filtered
+train filtered_concepts "filtered pairs, HN-NCE and concepts" labelled \
+  --config.concepts.object_weight=1.0 --config.concepts.attribute_weight=1.0 \
+  --config.concepts.num_objects=32 --config.concepts.num_attributes=32
 evaluate raw_infonce "raw pairs, InfoNCE"
 evaluate filtered_hn_nce "filtered pairs, HN-NCE"
+evaluate filtered_concepts "filtered pairs, HN-NCE and concepts"
 
 echo
 cat "$out/logs/filter.log" | grep -v '^$' | grep -vE '^[0-9:]+ |shard/s' || true
 echo
-"$python" -m diht_jax.evaluate --compare "$out/raw_infonce.json,$out/filtered_hn_nce.json"
+"$python" -m diht_jax.evaluate \
+  --compare "$out/raw_infonce.json,$out/filtered_hn_nce.json,$out/filtered_concepts.json"
 echo
-echo "Pictures: $(ls "$out"/*.png "$out"/*/curves.png "$out"/filtered/report.html | tr '\n' ' ')"
+echo "Pictures: $(ls "$out"/*.png "$out"/*/curves.png "$out"/{filtered,labelled}/report.html | tr '\n' ' ')"

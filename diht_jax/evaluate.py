@@ -1,4 +1,4 @@
-"""Command: evaluate a model on zero-shot tasks, or compare two results.
+"""Command: evaluate a model on zero-shot tasks, or compare results.
 
     python -m diht_jax.evaluate --model DIR --tasks cifar10,coco_retrieval --output results.json
     python -m diht_jax.evaluate --model DIR --tasks retrieval:/data/emoji_twitter.tar \
@@ -24,6 +24,7 @@ from diht_jax.config import parse_fields
 from diht_jax.evaluation.comparison_page import draw_comparison
 from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.report import (
+    LETTERS,
     format_comparison,
     format_results,
     read_results,
@@ -33,6 +34,9 @@ from diht_jax.evaluation.report import (
 _MODEL = flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the latest by default.")
 _EMA = flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
+_IMAGE_SIZE = flags.DEFINE_integer(
+    "image_size", None, "Resize the image positions to this size; the model's own by default."
+)
 _ARCHITECTURE = flags.DEFINE_list(
     "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
 )
@@ -64,11 +68,13 @@ _BOOTSTRAP = flags.DEFINE_integer(
     "bootstrap", 1000, "Resamples for the confidence intervals; 0 for none."
 )
 _PAGES = flags.DEFINE_bool("pages", True, "Write PNG pages: one a task, or the chart.")
-_COMPARE = flags.DEFINE_list("compare", None, "Two results files, A B or A,B.")
+_COMPARE = flags.DEFINE_list(
+    "compare", None, "Results files, A B ... or A,B,...: the others beside the first."
+)
 
 
 def main() -> None:
-    """Compares two results, or evaluates a model."""
+    """Compares results, or evaluates a model."""
     if _COMPARE.value is not None:
         compare()
         return
@@ -85,19 +91,19 @@ def main() -> None:
 
 
 def compare() -> None:
-    """Prints two results side by side, and draws them as bars."""
-    if len(_COMPARE.value) != 2:
+    """Prints results side by side, and draws them as bars."""
+    files = _COMPARE.value
+    if not 2 <= len(files) <= len(LETTERS):
         raise ValueError(
-            f"--compare: expected two results files, got {' '.join(_COMPARE.value) or 'none'}"
+            f"--compare: expected two to {len(LETTERS)} results files, got "
+            f"{' '.join(files) or 'none'}"
         )
-    first, second = map(read_results, _COMPARE.value)
-    print(format_comparison(first, second))
+    results = [read_results(file) for file in files]
+    print(format_comparison(*results))
     if _PAGES.value:
-        second_file = pathlib.Path(_COMPARE.value[1])
-        chart = pathlib.Path(
-            _OUTPUT.value or second_file.with_name(f"{second_file.stem}.compared.png")
-        )
-        draw_comparison(first, second, chart)
+        last = pathlib.Path(files[-1])
+        chart = pathlib.Path(_OUTPUT.value or last.with_name(f"{last.stem}.compared.png"))
+        draw_comparison(results, chart)
         logging.info("chart: %s", chart)
 
 
@@ -118,6 +124,7 @@ def evaluate() -> dict[str, Any]:
         _MODEL.value,
         step=_STEP.value,
         ema=_EMA.value,
+        image_size=_IMAGE_SIZE.value,
         architecture=parse_fields(_ARCHITECTURE.value),
         batch_size=_BATCH_SIZE.value,
         devices=jax.devices(),
@@ -128,6 +135,7 @@ def evaluate() -> dict[str, Any]:
         "step": model.step,
         "ema": _EMA.value,
         "fingerprint": model.fingerprint(),
+        "image_size": model.image_size,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": jax.device_count(),
         "device_kind": jax.local_devices()[0].device_kind,

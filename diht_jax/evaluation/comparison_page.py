@@ -1,4 +1,4 @@
-"""The bar chart of two results.
+"""The bar chart of two or more results.
 
 Called by `python -m diht_jax.evaluate --compare`. Drawing only; what is printed is known to
 `report`.
@@ -8,57 +8,55 @@ from __future__ import annotations
 
 import io
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from diht_jax.data.atomic_file import write_atomically
-from diht_jax.evaluation.report import describe_model, metric_label
+from diht_jax.evaluation.report import LETTERS, describe_model, metric_label
 
-_COLORS = ("#8c959f", "#0969da")
-_BAR = 0.38
+_COLORS = ("#8c959f", "#0969da", "#1a7f37", "#bf3989", "#9a6700")
+_ROOM = 0.76  # of the bars of one metric, the distance of metrics being 1
 
 
-def draw_comparison(
-    first: dict[str, Any], second: dict[str, Any], path: str | pathlib.Path
-) -> None:
-    """Writes a PNG with two bars, and their intervals, for every metric that both have.
+def draw_comparison(results: Sequence[dict[str, Any]], path: str | pathlib.Path) -> None:
+    """Writes a PNG with a bar for each result, and its interval, for every metric that all have.
 
     Median ranks are left out: they are no fractions, and less is better.
 
     Args:
-        first, second: of `report.read_results`.
+        results: of `report.read_results`.
         path: of the file; its folder is made when missing.
 
     Raises:
-        ValueError: the two have no task with a common metric.
+        ValueError: they have no task with a common metric.
     """
-    pairs = [
-        (result, others[result["task"]])
-        for others in [{result["task"]: result for result in second["results"]}]
-        for result in first["results"]
-        if result["task"] in others
-    ]
+    first, *others = [{result["task"]: result for result in r["results"]} for r in results]
     rows = [
-        (f"{a['task']}  {metric_label(name)}", name, (a, b))
-        for a, b in pairs
-        for name in a["metrics"]
-        if name in b["metrics"] and not name.endswith("rank")
+        (f"{task}  {metric_label(name)}", name, [tasks[task] for tasks in (first, *others)])
+        for task, result in first.items()
+        if all(task in tasks for tasks in others)
+        for name in result["metrics"]
+        if all(name in tasks[task]["metrics"] for tasks in others) and not name.endswith("rank")
     ]
     if not rows:
-        raise ValueError("the two results have no task in common, so there is nothing to draw")
+        raise ValueError("the results have no task in common, so there is nothing to draw")
     # On a figure of its own: pyplot would keep it, and choose a window system.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 1.6 + 0.5 * len(rows)), layout="constrained")
+    bar = _ROOM / len(results)
+    height = 1.2 + 0.25 * len(results) * (1 + len(rows))
+    figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for side, results in enumerate((first, second)):
-        offset = (side - 0.5) * _BAR
-        for place, (_, name, both) in enumerate(rows):
-            result = both[side]
+    for side, (letter, described) in enumerate(zip(LETTERS, results, strict=False)):
+        offset = (side - (len(results) - 1) / 2) * bar
+        color = _COLORS[side % len(_COLORS)]
+        for place, (_, name, measured) in enumerate(rows):
+            result = measured[side]
             value = 100 * result["metrics"][name]
-            label = f"{'AB'[side]}: {describe_model(results)}" if place == 0 else None
-            axes.barh(place + offset, value, _BAR, color=_COLORS[side], label=label)
+            label = f"{letter}: {describe_model(described)}" if place == 0 else None
+            axes.barh(place + offset, value, bar, color=color, label=label)
             end = value
             if name in result.get("intervals", {}):
                 low, high = (100 * bound for bound in result["intervals"][name])

@@ -12,6 +12,9 @@ from typing import Any
 
 from diht_jax.data.atomic_file import write_atomically
 
+# What the results of a comparison are called; as many as a table has room for.
+LETTERS = "ABCDEFGH"
+
 _METRIC_NAMES = {
     "top1": "top-1",
     "top5": "top-5",
@@ -86,42 +89,51 @@ def format_results(results: dict[str, Any]) -> str:
     return f"{describe_model(results)}\n{_format_table(header, rows, 'llrll')}"
 
 
-def format_comparison(first: dict[str, Any], second: dict[str, Any]) -> str:
-    """A table of two results and their difference, second minus first, for the tasks of both.
+def format_comparison(*results: dict[str, Any]) -> str:
+    """A table of two or more results, and how the others differ from the first.
 
-    Tasks and metrics that only one of them has are shown with a dash; a task that was not measured
-    in the same way in both (other prompts, other number of images) is named below the table.
+    Tasks and metrics that only some of them have are shown with a dash; a task that was not
+    measured in the same way in all (other prompts, other number of images) is named below the
+    table.
     """
-    results_of = [
-        {result["task"]: result for result in results["results"]} for results in (first, second)
-    ]
+    letters = LETTERS[: len(results)]
+    by_task = [{result["task"]: result for result in r["results"]} for r in results]
     rows, notes = [], []
-    for task in dict.fromkeys([*results_of[0], *results_of[1]]):
-        a, b = (results.get(task, {}) for results in results_of)
-        rows += _compare_metrics(task, a.get("metrics", {}), b.get("metrics", {}))
-        for field in ("protocol", "counts") if a and b else ():
-            for key in a[field]:
-                if a[field][key] != b[field].get(key):
-                    notes.append(
-                        f"note: '{task}' differs in {key}: {_abridge(a[field][key])} and "
-                        f"{_abridge(b[field].get(key))}"
-                    )
-    letters = [
-        f"{letter}: {describe_model(r)}" for letter, r in zip("AB", (first, second), strict=True)
-    ]
-    table = _format_table(("task", "metric", "A", "B", "B - A"), rows, "llrrr")
-    return "\n".join([*letters, table, *notes])
+    for task in dict.fromkeys(name for tasks in by_task for name in tasks):
+        rows += _compare_metrics(
+            task, [tasks.get(task, {}).get("metrics", {}) for tasks in by_task]
+        )
+        notes += _differing_protocols(task, [tasks[task] for tasks in by_task if task in tasks])
+    names = [f"{letter}: {describe_model(r)}" for letter, r in zip(letters, results, strict=True)]
+    differences = [f"{letter} - {letters[0]}" for letter in letters[1:]]
+    header = ("task", "metric", *letters, *differences)
+    table = _format_table(header, rows, "ll" + "r" * (len(header) - 2))
+    return "\n".join([*names, table, *notes])
 
 
-def _compare_metrics(
-    task: str, a: dict[str, float], b: dict[str, float]
-) -> list[tuple[str, str, str, str, str]]:
+def _compare_metrics(task: str, measured: Sequence[dict[str, float]]) -> list[tuple[str, ...]]:
     rows = []
-    for name in dict.fromkeys([*a, *b]):
-        values = [_format_value(name, x[name]) if name in x else "-" for x in (a, b)]
-        difference = _format_difference(name, b[name] - a[name]) if name in a and name in b else "-"
-        rows.append(("" if rows else task, metric_label(name), *values, difference))
+    first = measured[0]
+    for name in dict.fromkeys(name for metrics in measured for name in metrics):
+        values = [_format_value(name, x[name]) if name in x else "-" for x in measured]
+        differences = [
+            _format_difference(name, x[name] - first[name]) if name in x and name in first else "-"
+            for x in measured[1:]
+        ]
+        rows.append(("" if rows else task, metric_label(name), *values, *differences))
     return rows
+
+
+def _differing_protocols(task: str, results: Sequence[dict[str, Any]]) -> list[str]:
+    first, *others = results
+    return [
+        f"note: '{task}' differs in {key}: {_abridge(first[field][key])} and "
+        f"{_abridge(other[field].get(key))}"
+        for other in others
+        for field in ("protocol", "counts")
+        for key in first[field]
+        if first[field][key] != other[field].get(key)
+    ]
 
 
 def _abridge(value: Any) -> str:
@@ -146,7 +158,9 @@ def _format_interval(name: str, interval: Sequence[float]) -> str:
 
 
 def _format_difference(name: str, value: float) -> str:
-    return f"{value:+,.1f}" if name.endswith("rank") else f"{100 * value:+.2f}"
+    value, digits = (value, 1) if name.endswith("rank") else (100 * value, 2)
+    # Adding 0.0 turns a -0.0 that rounding left into 0.0.
+    return f"{round(value, digits) + 0.0:+,.{digits}f}"
 
 
 def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:

@@ -79,7 +79,7 @@ def test_compare_needs_no_model(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--compare", "a.json"], "expected two results files, got a.json"),
+        (["--compare", "a.json"], "expected two to 8 results files, got a.json"),
         (["--tasks", "cifar10"], "--model is required"),
         (["--model", "m", "--tasks", "cifar01", "--output", "o.json"], "did you mean 'cifar10'"),
     ],

@@ -56,6 +56,16 @@ def test_comparison_is_second_minus_first_in_points(tmp_path):
     assert ["new", "top-1", "-", "30.00%", "-"] in rows
     assert "note: 'emoji' differs in images: 1000 and 900" in text
     assert "differs in ties" not in text
+    equal = format_comparison(_results("a", 0.5, 0.25), _results("b", 0.5 - 1e-9, 0.25))
+    assert "+0.00" in equal and "-0.00" not in equal
+
+    third = _results("c", 0.25, 0.3)
+    text = format_comparison(first, second, third)
+    rows = [line.split() for line in text.splitlines()]
+    assert rows[3] == ["task", "metric", "A", "B", "C", "B", "-", "A", "C", "-", "A"]
+    assert ["shapes", "top-1", "50.00%", "62.50%", "25.00%", "+12.50", "-25.00"] in rows
+    assert ["new", "top-1", "-", "30.00%", "-", "-", "-"] in rows
+    assert text.count("note: 'emoji' differs in images") == 1
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"results": [{}]}', "[]"])
@@ -73,13 +83,17 @@ def test_intervals_and_chart(tmp_path):
     row = next(line for line in format_results(second).splitlines() if line.startswith("shapes"))
     assert row.split("  ")[:2] == ["shapes", "top-1"]
     assert "62.50%  59.00 to 66.00  1,000 images" in row
-    draw_comparison(first, second, tmp_path / "new" / "chart.png")
+    draw_comparison([first, second], tmp_path / "new" / "chart.png")
     with Image.open(tmp_path / "new" / "chart.png") as chart:
         colours = {colour[:3]: n for n, colour in chart.getcolors(chart.width * chart.height)}
     # Two tasks with one fraction each: B's bars are 62.5 + 20 long, A's 50 + 25.
     assert colours[(9, 105, 218)] / colours[(140, 149, 159)] == pytest.approx(82.5 / 75, rel=0.05)
+    draw_comparison([first, second, _results("c", 0.5, 0.25)], tmp_path / "three.png")
+    with Image.open(tmp_path / "three.png") as chart:
+        colours = {colour[:3]: n for n, colour in chart.getcolors(chart.width * chart.height)}
+    assert colours[(26, 127, 55)] == pytest.approx(colours[(140, 149, 159)], rel=0.05)
     with pytest.raises(ValueError, match="no task in common"):
-        draw_comparison(first, {**second, "results": []}, tmp_path / "none.png")
+        draw_comparison([first, {**second, "results": []}], tmp_path / "none.png")
 
 
 def test_released_weights_stand_beside_the_published_numbers():

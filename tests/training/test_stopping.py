@@ -105,6 +105,28 @@ def test_debug_nans_names_where_the_numbers_go_wrong(run):
     assert isinstance(raised.value, DivergedError)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "norm_scale", "message"),
+    [
+        # An embedding is x W with x the scale of the norm before it; once it is normalised, the
+        # gradient of W goes as 1 / W.
+        (1e-35, 1e24, "the gradient of text/projection/kernel (first in the order of"),
+        (1e-23, 1e20, "the norm of the gradients: each of them is finite, but the sum of squares"),
+    ],
+)
+def test_debug_nans_names_gradients_where_all_before_is_finite(run, kernel, norm_scale, message):
+    params = jax.tree.map(lambda leaf: leaf, run.state.params)
+    params["text"]["projection"]["kernel"] *= kernel
+    params["text"]["final_norm"]["scale"] = jnp.full_like(
+        params["text"]["final_norm"]["scale"], norm_scale
+    )
+    params["log_logit_scale"] = jnp.float32(np.log(1e6))
+    run.state = run.state.replace(params=params)
+    with pytest.raises(NonFiniteError) as raised:
+        run.loop(1)
+    assert message in str(raised.value)
+
+
 def test_a_diverged_run_stops_and_names_its_records(run, caplog):
     run.config.debug_nans = False
     run.config.max_skipped_steps = 3
