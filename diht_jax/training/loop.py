@@ -142,6 +142,7 @@ class Run:
         self.writer = MetricWriter(workdir, self.start_step)
         self.stop_request = StopRequest()
         self._model: LoadedModel | None = None
+        self._passed_over = 0
         self._log_start(len(source))
 
     def initial_parameters(self) -> dict[str, Any]:
@@ -198,7 +199,7 @@ class Run:
             saves = step % config.checkpoint.every_steps == 0 or at_end or is_told
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
             if step % config.log_every_steps == 0 or saves or step == self.masked_steps:
-                scalars = window.summary()
+                scalars = {**window.summary(), **self.bad_records()}
                 alarms.check_window(step, scalars)
                 progress.set_postfix_str(_progress_text(scalars))
                 self.writer.write(step, scalars)
@@ -256,6 +257,13 @@ class Run:
     def next_batch(self) -> dict[str, jax.Array]:
         """The next global batch, on the devices."""
         return sharding.put_batch(next(self.iterator), sharding.batch_sharding(self.mesh))
+
+    def bad_records(self) -> dict[str, float]:
+        """How many were passed over since the last call; nothing where they end the run instead."""
+        if self.config.data.on_bad_record != "skip":
+            return {}
+        before, self._passed_over = self._passed_over, self.iterator.passed_over
+        return {"passed_over": float(self._passed_over - before)}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Runs the config's tasks on the current parameters and writes their results."""

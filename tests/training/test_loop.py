@@ -1,6 +1,7 @@
 """The loop end to end: equal on any mesh, bit-identical after a stop, careful with directories."""
 
 import collections
+import dataclasses
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import diht_jax
 from diht_jax.data.pipeline import TrainIterator
+from diht_jax.data.schema import decode_record, encode_record
 from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.training.lock import lock_directory
 from diht_jax.training.loop import train
@@ -148,6 +150,26 @@ def test_the_loop_leaves_what_people_look_at(finished):
     model = diht_jax.load_model(run)
     assert model.step == 6
     assert_bitwise_equal(model._params, state.params)
+
+
+def test_records_that_are_passed_over_are_counted(config, squares, tmp_path):
+    records = [decode_record(data) for data in TFRecordSource(squares)]
+    broken = {5, 30}
+    with TFRecordWriter(tmp_path / "broken.tfrecord") as writer:
+        for index, record in enumerate(records):
+            image = b"no picture" if index in broken else record.image
+            writer.write(encode_record(dataclasses.replace(record, image=image)))
+    config.data.train = str(tmp_path)
+    config.data.on_bad_record = "skip"
+    config.total_steps = 5  # 80 examples: each of the 52 records once, some of them twice
+    config.mesh.update(data=1, fsdp=1)
+    device = jax.devices()[:1]
+    train(config, tmp_path / "straight", devices=device)
+    for stop in (2, None):
+        train(config, tmp_path / "stopped", devices=device, stop_after_steps=stop)
+    counts = series(tmp_path / "straight", "passed_over")
+    assert len(counts) == 5 and len(broken) <= counts.sum() <= 2 * len(broken)
+    np.testing.assert_array_equal(series(tmp_path / "stopped", "passed_over"), counts)
 
 
 def test_a_finished_run_is_left_as_it_is(finished):
