@@ -181,13 +181,24 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
     assert (counts["images"], counts["dropped"]) == (11, {"image_unreadable": 1})
 
 
-def test_a_job_keeps_its_run_in_a_store(squares, job, tmp_path, s3_bucket, caplog):
+def test_a_run_in_a_store_goes_on_with_another_number_of_processes(
+    squares, job, tmp_path, s3_bucket, caplog
+):
     run = f"{s3_bucket}/job"
     command = (
         *("diht_jax.train", "--config", "configs/demo.py:debug=True"),
         *(f"--config.data.train={squares}", "--workdir", run, "--config.mesh.fsdp=2"),
-        *("--config.total_steps=3", *(f"--config.{k}={v}" for k, v in SMALLER.items())),
+        *("--config.total_steps=6", *(f"--config.{k}={v}" for k, v in SMALLER.items())),
     )
+    config = load_recipe("configs/demo.py", "debug=True")
+    config.data.train = str(squares)
+    config.mesh.fsdp = 2
+    config.update_from_flattened_dict({"total_steps": 6, **SMALLER})
+    devices = jax.devices()[:4]
+    straight = train(config, tmp_path / "straight", devices=devices)
+    config.checkpoint.staging = str(tmp_path / "one process")
+    train(config, run, devices=devices, stop_after_steps=3)
+
     job.homes = [tmp_path / "host_0", tmp_path / "host_1"]
     processes = job.start(*command)
     outputs = job.outputs()
@@ -196,16 +207,13 @@ def test_a_job_keeps_its_run_in_a_store(squares, job, tmp_path, s3_bucket, caplo
     assert "Set config.checkpoint.staging to a folder that all hosts share" in outputs[1]
 
     job.run(*command, f"--config.checkpoint.staging={tmp_path / 'shared'}")
-    assert max(read_manifests(*open_system(run))) == 3
-    # Whole in the store: reading it checks the sums of the state of both.
-    config = load_recipe("configs/demo.py", "debug=True")
-    config.data.train = str(squares)
-    config.mesh.fsdp = 2
-    config.update_from_flattened_dict({"total_steps": 3, **SMALLER})
-    config.checkpoint.staging = str(tmp_path / "one process")
+    assert max(read_manifests(*open_system(run))) == 6
+    # Reading it checks the sums of the whole state, of which each process wrote its part.
     caplog.set_level("INFO")
-    assert int(train(config, run, devices=jax.devices()[:4]).step) == 3
-    assert "resumed at step 3" in caplog.text and "damaged" not in caplog.text
+    state = train(config, run, devices=devices)
+    assert "resumed at step 6" in caplog.text and "damaged" not in caplog.text
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(straight), strict=True):
+        np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(
