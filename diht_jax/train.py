@@ -22,7 +22,7 @@ from diht_jax.host_memory import computes_on_cpu, keep_freed_memory
 def define_flags() -> None:
     """The command line of `main`."""
     config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/emoji.py.")
-    flags.DEFINE_string("workdir", None, "Directory of the run.")
+    flags.DEFINE_string("workdir", None, "Directory of the run, or its URL in an object store.")
     distributed.define_flags()
     flags.mark_flags_as_required(["config", "workdir"])
 

@@ -40,18 +40,27 @@ def local_run(workdir: str | os.PathLike[str], step: int | None = None) -> str:
 
     Returns:
         `workdir`, unless it is a URL with manifests; else the copy, in `~/.cache/diht_jax/runs`.
+        Orbax reads `gs://` runs without manifests itself.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is damaged; nothing installed knows such
-            URLs.
+        ValueError: there is no run or no such checkpoint, or it is damaged; the store cannot be
+            read; nothing installed knows such URLs.
     """
     url = os.fspath(workdir)
     if not is_remote(url):
         return url
     system, root = open_system(url.rstrip("/"))
-    stored = read_manifests(system, root)
-    if not stored:
+    try:
+        stored = read_manifests(system, root)
+    except Exception as error:  # what it is depends on the store
+        raise ValueError(f"{url} cannot be read: {error}") from error
+    if not stored and url.startswith("gs://"):
         return url
+    if not stored:
+        raise ValueError(
+            f"{url}: no run of diht_jax.train with a finished checkpoint (it would have "
+            f"{MANIFEST_DIRECTORY}/STEP.json)"
+        )
     step = max(stored) if step is None else step
     if step not in stored:
         raise ValueError(f"{url}: no checkpoint of step {step}; steps found: {sorted(stored)}")

@@ -202,6 +202,8 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(small_store, tmp_pat
 
 
 def test_what_cannot_be_is_told(config, tmp_path):
+    with pytest.raises(ValueError, match="memory://nothing: no run of diht_jax.train with a"):
+        read_model("memory://nothing")
     with pytest.raises(ValueError, match="nosuch:// cannot be read"):
         train(config, "nosuch://bucket/run")
     config.checkpoint.staging = str(tmp_path)
