@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -154,6 +155,25 @@ def make_config(squares):
 def config(make_config) -> ml_collections.ConfigDict:
     """Of `make_config`, for one test."""
     return make_config()
+
+
+@pytest.fixture
+def mount_tmpfs(tmp_path):
+    """Mounts a file system of its own, with options such as "size=2m"; returns its folder."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = []
+
+    def mount(options: str) -> pathlib.Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("file systems cannot be mounted here")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import pathlib
 import shutil
-import subprocess
 import time
 
 import jax
@@ -180,15 +179,9 @@ def test_checksums_are_those_of_the_definition_on_any_mesh():
 
 
 @pytest.fixture
-def small_disk(tmp_path):
+def small_disk(mount_tmpfs):
     """A file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    return mount_tmpfs("size=2m")
 
 
 def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(small_disk, caplog):

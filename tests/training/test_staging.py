@@ -1,7 +1,6 @@
 """Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
 import shutil
-import subprocess
 import time
 
 import fsspec
@@ -161,19 +160,8 @@ def test_the_store_is_what_counts(staged, url, tmp_path):
     assert not (staged.folder / "metrics.jsonl").exists()
 
 
-@pytest.fixture
-def small_store(tmp_path):
-    """A store of 200 kB on a file system of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def test_what_the_store_did_not_take_is_kept_and_sent_later(small_store, tmp_path, caplog):
+def test_what_the_store_did_not_take_is_kept_and_sent_later(mount_tmpfs, tmp_path, caplog):
+    small_store = mount_tmpfs("size=200k")
     url = f"file://{small_store}/run"
     staged = StagedDirectory(url, str(tmp_path / "machine"))
     staged.fetch()
