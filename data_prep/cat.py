@@ -211,7 +211,10 @@ def _spot_text(
 ) -> Iterator[_Candidate]:
     """Those of whose captions at least one does not stand in the picture."""
     verdicts = spotter.judge([c.pair.image for c in candidates], [c.captions for c in candidates])
-    log.funnel.text_spotting.update(text_spotting_stage.count_verdicts(verdicts))
+    counts = text_spotting_stage.count_verdicts(verdicts)
+    log.funnel.text_spotting.update(counts)
+    if log.spotter is None and (counts["gated"] or counts["read"]):
+        log.spotter = text_spotting_stage.describe_machine(spotter.settings)
     for candidate, verdict in zip(candidates, verdicts, strict=True):
         pair, graph = candidate.pair, candidate.first_graph
         good = _choose(candidate, [match is None for match in verdict.matches])

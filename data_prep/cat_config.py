@@ -21,7 +21,7 @@ from data_prep.text_spotting_weights import easyocr_version
 from diht_jax.data import images
 
 # Raised whenever the same config comes to mean other records.
-_FORMAT_VERSION = 3
+_FORMAT_VERSION = 4
 # Of the config, what says where, how fast and in which portions, but not what is written of a pair.
 _NOT_HASHED = (
     "input",

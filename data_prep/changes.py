@@ -60,7 +60,8 @@ def settle_changes(
     for path, reason in changed:
         logging.warning("%s: made again, since this changed: %s", path, reason)
         remove_output(path)
-    shards.write_json(folder / SETTINGS, settings)
+    if _read_settings(folder) != json.loads(json.dumps(settings)):
+        shards.write_json(folder / SETTINGS, settings)
     return bool(changed)
 
 

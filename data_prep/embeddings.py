@@ -22,7 +22,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from data_prep import shards
+from data_prep import input_files, shards
 from data_prep.engine import Report
 from data_prep.teachers import load_teacher
 from diht_jax.data import tfrecord
@@ -105,7 +105,7 @@ def embed_shard(
             float16 cannot hold.
     """
     task.stats_path.unlink(missing_ok=True)
-    identity = task.source.identity()
+    described = input_files.describe(task.source)
     key_hashes: list[int] = []
 
     def read_hashing_keys() -> Iterator[Record]:
@@ -133,19 +133,8 @@ def embed_shard(
     arrays = {"rows": np.array(rows, np.int32), "key_hashes": np.array(key_hashes, np.uint64)}
     np.savez(buffer, embeddings=embeddings, **arrays)
     write_atomically(pathlib.Path(task.output), buffer.getvalue())
-    stats = {
-        "config_hash": task.config_hash,
-        "input": identity,
-        "output": {
-            "file": os.path.basename(task.output),
-            "records": len(key_hashes),
-            "bytes": os.path.getsize(task.output),
-            "beside": {},
-        },
-        "counts": {"embedded": len(rows), "missing": dict(sorted(missing.items()))},
-    }
-    shards.write_json(task.stats_path, stats)
-    return stats
+    counts = {"embedded": len(rows), "missing": dict(sorted(missing.items()))}
+    return shards.finish_task(task, described, counts, len(key_hashes))
 
 
 def load_embeddings(path: str) -> ShardEmbeddings:

@@ -31,6 +31,11 @@ from diht_jax.data import dataset_info
 
 Part = tuple[shards.ShardTask, dict[str, Any]]
 
+# What describes the whole output.
+MERGED_FILES = (
+    *(shards.MERGED_STATS, *dataset_info.FILES),
+    *(kept_keys.KEYS_FILE, kept_keys.UIDS_FILE, REPORT, PAGE),
+)
 _KEPT_STATS = ("config_hash", "input", "output")
 
 
@@ -147,6 +152,8 @@ def print_funnel(report: Report) -> None:
             f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
         )
     print(report.funnel.format_table())
+    for warning in report.warnings():
+        logging.warning("%s", warning)
     if report.measures.labels:
         print()
         print(format_noise_table(report.measures.labels, report.clean_label))
@@ -196,8 +203,7 @@ def _plan_parts(
 
 def forget_output(folder: str) -> None:
     """Removes what describes the whole output, before a part of it changes."""
-    shards.remove_merged(folder)
-    for name in (kept_keys.KEYS_FILE, kept_keys.UIDS_FILE, REPORT, PAGE):
+    for name in MERGED_FILES:
         (pathlib.Path(folder) / name).unlink(missing_ok=True)
 
 
@@ -315,8 +321,8 @@ def _write_output(
     shards.remove_merged(folder)
     resharding.remove_strangers(folder, planned)
     names = [os.path.basename(shard.output) for shard in planned]
-    whole = (shards.MERGED_STATS, REPORT, PAGE, kept_keys.KEYS_FILE, kept_keys.UIDS_FILE)
-    shards.remove_litter(folder, [*names, *whole, *dataset_info.FILES])
+    shards.remove_litter(folder, [*names, *MERGED_FILES])
+    shards.remove_litter(os.path.join(folder, resharding.PARTS), [changes.SETTINGS])
     unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
     failures = run_pending(resharding.write_shard, unwritten, config, engine, "re-shard")
     if failures:

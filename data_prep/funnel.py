@@ -12,12 +12,34 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from data_prep.text_spotting_stage import describe_counts
+from data_prep.caption_graph import CAT_REASONS, GATE_REASONS
+from data_prep.text_spotting_stage import REASON, describe_counts
+from diht_jax.data.source import SOURCE_REASONS
 
-STAGES = ("source", "caption", "image", "text")
+# Stage -> its reasons, both in the order in which a pair meets them.
+REASONS: dict[str, tuple[str, ...]] = {
+    "source": SOURCE_REASONS,
+    "caption": (*GATE_REASONS, *CAT_REASONS),
+    "image": ("empty", "unreadable", "too_large", "too_small"),
+    "text": (REASON,),
+}
+STAGES = tuple(REASONS)
 KEPT = "kept"
 
 _MAX_SAMPLE_CHARS = 500
+# What would say too little as it is.
+_SPELLED = {
+    ("caption", "empty"): "no words",
+    ("caption", "complexity"): "C: complexity",
+    ("caption", "no_action"): "A: no action",
+    ("image", "empty"): "no bytes",
+    ("text", REASON): "T: shows its caption",
+}
+
+
+def spell_reason(stage: str, reason: str) -> str:
+    """A reason for people: "no words" for the caption stage's "empty"."""
+    return _SPELLED.get((stage, reason), reason.replace("_", " "))
 
 
 @dataclasses.dataclass
@@ -107,17 +129,17 @@ class Funnel:
         )
 
     def rows(self) -> list[tuple[str, str, int]]:
-        """Stage, reason and pairs: what was read, every reason in the order of the stages, kept."""
+        """Stage, reason, pairs: what was read, the reasons as a pair meets them, what was kept."""
         rows = [("read", "", self.read)]
-        for stage in STAGES:
-            # Equal counts by name, so that the order of merging does not show.
-            found = sorted(self.dropped[stage].items(), key=lambda item: (-item[1], item[0]))
-            rows += [(stage, reason, count) for reason, count in found]
+        for stage, known in REASONS.items():
+            found = self.dropped[stage]
+            order = [*(name for name in known if name in found), *sorted(found.keys() - set(known))]
+            rows += [(stage, reason, found[reason]) for reason in order]
         return [*rows, (KEPT, "", self.kept)]
 
     def format_table(self) -> str:
         """The funnel as a table of counts and shares of what came in, and how text was found."""
-        rows = self.rows()
+        rows = [(stage, spell_reason(stage, reason), pairs) for stage, reason, pairs in self.rows()]
         reason_width = max(len(reason) for _, reason, _ in rows)
         count_width = max(len("pairs"), len(f"{self.read:,}"))
         lines = [f"{'stage':8} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Mapping
 from typing import Any
@@ -31,8 +32,10 @@ TITLES = {
 }
 NAMES = ("actions", "objects")
 
-# Names that a shard hands on; what is rarer in every shard is not among the most frequent of all.
+# Names that a shard, or a report, hands on.
 _MAX_NAMES = 1000
+# Names that are held while shards are merged, so that memory does not grow with their number.
+_MAX_MERGED = 20_000
 
 _Counters = dict[str, dict[str, collections.Counter]]
 
@@ -49,12 +52,18 @@ class Measures:
         histograms: name of `BINS` -> "kept" or "dropped" -> lower end of the bin -> pairs. A pair
             counts where it was measured: a caption that a gate refused has no complexity, an image
             that nobody opened has no size.
-        names: "actions" or "objects" -> "kept" or "dropped" -> name -> pairs that have it.
+        names: "actions" or "objects" -> "kept" or "dropped" -> name -> pairs that have it. Only
+            the most frequent are handed on, so that a count may be too low.
+        missed: "actions" or "objects" -> "kept" or "dropped" -> by how many pairs at most the count
+            of any name is too low; 0 where all counts are exact.
         labels: outcome, as in `Funnel` -> label -> pairs, where the config names a label.
     """
 
     histograms: _Counters = dataclasses.field(default_factory=lambda: _counters(tuple(BINS)))
     names: _Counters = dataclasses.field(default_factory=lambda: _counters(NAMES))
+    missed: _Counters = dataclasses.field(
+        default_factory=lambda: {kind: collections.Counter({KEPT: 0, DROPPED: 0}) for kind in NAMES}
+    )
     labels: dict[str, collections.Counter] = dataclasses.field(default_factory=dict)
 
     def add_caption(self, outcome: str, caption: str, graph: CaptionGraph | None) -> None:
@@ -82,20 +91,34 @@ class Measures:
         self.labels.setdefault(outcome, collections.Counter())[str(label)] += 1
 
     def merge(self, other: Measures) -> None:
-        """Adds those of another shard."""
+        """Adds those of another shard; the result depends on their order only where names do.
+
+        Of more names than are held the rarest are let go, and `missed` grows by the largest count
+        among them: no count can be too low by more.
+        """
         for mine, theirs in ((self.histograms, other.histograms), (self.names, other.names)):
             for name, outcome in itertools.product(mine, (KEPT, DROPPED)):
                 mine[name][outcome].update(theirs[name][outcome])
+        for kind, outcome in itertools.product(NAMES, (KEPT, DROPPED)):
+            self.missed[kind][outcome] += other.missed[kind][outcome]
+            if len(self.names[kind][outcome]) > _MAX_MERGED:
+                kept, rarer = self._cut(kind, outcome, _MAX_MERGED // 2)
+                self.names[kind][outcome] = collections.Counter(kept)
+                self.missed[kind][outcome] += rarer
         for outcome, counts in other.labels.items():
             self.labels.setdefault(outcome, collections.Counter()).update(counts)
 
     def most_common(self, kind: str, outcome: str, count: int) -> list[tuple[str, int]]:
         """The most frequent names, those of equal frequency in alphabetical order."""
         found = self.names[kind][outcome].items()
-        return sorted(found, key=lambda item: (-item[1], item[0]))[:count]
+        return heapq.nsmallest(count, found, key=lambda item: (-item[1], item[0]))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-able dict, the same for the same pairs in whatever order."""
+        cuts = {
+            kind: {outcome: self._cut(kind, outcome, _MAX_NAMES) for outcome in outcomes}
+            for kind, outcomes in self.names.items()
+        }
         return {
             "histograms": {
                 name: {
@@ -105,11 +128,15 @@ class Measures:
                 for name, outcomes in self.histograms.items()
             },
             "names": {
+                kind: {outcome: dict(sorted(kept.items())) for outcome, (kept, _) in found.items()}
+                for kind, found in cuts.items()
+            },
+            "missed": {
                 kind: {
-                    outcome: dict(sorted(self.most_common(kind, outcome, _MAX_NAMES)))
-                    for outcome in outcomes
+                    outcome: self.missed[kind][outcome] + rarer
+                    for outcome, (_, rarer) in found.items()
                 }
-                for kind, outcomes in self.names.items()
+                for kind, found in cuts.items()
             },
             "labels": {key: dict(sorted(found.items())) for key, found in self.labels.items()},
         }
@@ -125,9 +152,15 @@ class Measures:
         for kind, outcomes in data["names"].items():
             for outcome, counts in outcomes.items():
                 result.names[kind][outcome].update(counts)
+                result.missed[kind][outcome] = data["missed"][kind][outcome]
         for outcome, counts in data["labels"].items():
             result.labels[outcome] = collections.Counter(counts)
         return result
+
+    def _cut(self, kind: str, outcome: str, count: int) -> tuple[dict[str, int], int]:
+        """The most frequent names, and the largest count of those that are not among them."""
+        found = self.most_common(kind, outcome, count + 1)
+        return dict(found[:count]), found[count][1] if len(found) > count else 0
 
     def _measure(self, name: str, outcome: str, value: int) -> None:
         start = BINS[name][bisect.bisect_right(BINS[name], value) - 1]

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import ml_collections
 
-from data_prep import cat_config, img2dataset, shards, sources
+from data_prep import cat_config, img2dataset, input_files, shards, sources
 from data_prep.caption_graph import cat_reason
 from data_prep.caption_memo import CaptionMemo
 from data_prep.engine import Report
@@ -104,7 +104,7 @@ def filter_rows(
         ValueError: the input is damaged.
     """
     task.stats_path.unlink(missing_ok=True)
-    identity = shards.describe_input(task.source)
+    described = input_files.describe(task.source)
     output = pathlib.Path(task.output)
     temporary = temporary_path(output)
     log = ShardLog(config)
@@ -116,7 +116,7 @@ def filter_rows(
         temporary.unlink(missing_ok=True)
     counts = log.write(output)
     return shards.finish_task(
-        task, identity, counts, log.funnel.kept, (KEPT_SUFFIX, DROPPED_SUFFIX)
+        task, described, counts, log.funnel.kept, (KEPT_SUFFIX, DROPPED_SUFFIX)
     )
 
 

@@ -70,6 +70,7 @@ def _finish(config: ml_collections.ConfigDict, tasks: list[shards.ShardTask], fo
         return
     merged_path = pathlib.Path(folder) / shards.MERGED_STATS
     if not merged_path.exists():
+        shards.remove_litter(folder, [*filter_job.MERGED_FILES, changes.SETTINGS])
         kept_keys.write_lists(folder, [kept_keys.kept_path(task.output) for task in tasks])
         write_report(folder, report)
         counts = report.funnel.to_json() | {"measures": report.measures.to_json()}

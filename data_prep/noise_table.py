@@ -10,14 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from data_prep.funnel import KEPT, STAGES
-
-# The letters of CAT, and what else drops pairs.
-_FILTERS = {
-    "caption/complexity": "C: complexity",
-    "caption/no_action": "A: no action",
-    "text/shows_caption": "T: shows its caption",
-}
+from data_prep.funnel import KEPT, REASONS, STAGES, spell_reason
 
 _RECALL = "recall: "
 
@@ -64,8 +57,7 @@ def score_filters(
     for outcome in sorted(labels, key=_order):
         if outcome == KEPT:
             continue
-        name = _FILTERS.get(outcome, outcome.replace("/", ": ").replace("_", " "))
-        scores.append(_score(name, labels[outcome], arrived, kinds, clean_label))
+        scores.append(_score(_spell(outcome), labels[outcome], arrived, kinds, clean_label))
         arrived.subtract(labels[outcome])
     dropped = total.copy()
     dropped.subtract(labels.get(KEPT, {}))
@@ -117,12 +109,19 @@ def _score(
     return FilterScore(name, drops, noise / drops if drops else 0.0, recall, share(clean_label))
 
 
+def _spell(outcome: str) -> str:
+    """C, A and T by their letters, what else drops pairs by its stage."""
+    stage, _, reason = outcome.partition("/")
+    spelled = spell_reason(stage, reason)
+    return spelled if spelled[:2] in ("C:", "A:", "T:") else f"{stage}: {spelled}"
+
+
 def _order(outcome: str) -> tuple[int, int, str]:
-    stage = outcome.partition("/")[0]
+    """As they are asked: the gates before the parse, then C, then A."""
+    stage, _, reason = outcome.partition("/")
+    known = REASONS.get(stage, ())
     place = STAGES.index(stage) if stage in STAGES else len(STAGES)
-    # As they are asked: the gates before the parse, then C, then A.
-    known = list(_FILTERS)
-    return place, known.index(outcome) if outcome in known else -1, outcome
+    return place, known.index(reason) if reason in known else len(known), outcome
 
 
 def _words(label: str) -> str:

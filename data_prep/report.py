@@ -16,7 +16,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from data_prep import shards
 from data_prep.funnel import Funnel
@@ -24,13 +24,14 @@ from data_prep.img2dataset import merge_download_stats
 from data_prep.measures import Measures
 from data_prep.samples import SAMPLES_SUFFIX, choose_samples, read_samples
 from data_prep.shard_log import SECONDS_SUFFIX
+from data_prep.text_spotting_stage import name_machine, warn_of_machines
 from diht_jax import command_line
 from diht_jax.data.atomic_file import write_atomically
 
 REPORT = "report.json"
 PAGE = "report.html"
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass
@@ -42,6 +43,7 @@ class Report:
         funnel: counts, and examples as text.
         measures: histograms, frequent names and labels.
         download: what img2dataset counted; empty where it was not at work.
+        spotters: where text was looked for, of `text_spotting_stage.name_machine` -> shards.
         seconds: "pairs", "wall_secs", "cpu_secs" of all workers, and "stage/NAME" of each stage.
         samples: of `samples.choose_samples`.
         samples_per_outcome: at most so many of them.
@@ -52,6 +54,7 @@ class Report:
     funnel: Funnel
     measures: Measures = dataclasses.field(default_factory=Measures)
     download: dict[str, Any] = dataclasses.field(default_factory=dict)
+    spotters: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     seconds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     samples_per_outcome: int = 0
@@ -69,6 +72,8 @@ class Report:
         self.funnel.merge(Funnel.from_json(counts, per_outcome, seed))
         self.measures.merge(Measures.from_json(counts["measures"]))
         merge_download_stats(self.download, counts["download"])
+        if counts["spotter"] is not None:
+            self.spotters[name_machine(counts["spotter"])] += 1
         path = pathlib.Path(output + SECONDS_SUFFIX)
         if path.exists():
             self.add_seconds(json.loads(path.read_bytes()))
@@ -87,6 +92,7 @@ class Report:
         self.measures.merge(other.measures)
         if other.download:
             merge_download_stats(self.download, other.download)
+        self.spotters.update(other.spotters)
         self.seconds.update(other.seconds)
         self.samples = choose_samples(
             [*self.samples, *other.samples], max(self.samples_per_outcome, 1)
@@ -105,6 +111,8 @@ class Report:
             "counts": self.funnel.to_json(),
             "measures": self.measures.to_json(),
             "download": self.download,
+            "spotters": dict(sorted(self.spotters.items())),
+            "warnings": self.warnings(),
             "seconds": {k: round(v, 4) for k, v in sorted(self.seconds.items())},
             "samples": self.samples,
             "samples_per_outcome": self.samples_per_outcome,
@@ -120,11 +128,16 @@ class Report:
             Funnel.from_json(data["counts"], data["texts_per_outcome"], 0),
             Measures.from_json(data["measures"]),
             dict(data["download"]),
+            collections.Counter(data["spotters"]),
             collections.Counter(data["seconds"]),
             list(data["samples"]),
             data["samples_per_outcome"],
             data["clean_label"],
         )
+
+    def warnings(self) -> list[str]:
+        """What a person should know before the pairs are used."""
+        return list(filter(None, [warn_of_machines(self.spotters)]))
 
     def share(self, pairs: int) -> float:
         """Of all pairs that came in."""
@@ -227,6 +240,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder, report)
     print(report.funnel.format_table())
+    for warning in report.warnings():
+        logging.warning("%s", warning)
     print(f"look at {folder / PAGE}")
 
 

@@ -12,13 +12,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.funnel import KEPT
+from data_prep.funnel import KEPT, spell_reason
 from data_prep.html_page import render_bar, render_page, render_table
 from data_prep.measures import BINS, DROPPED, NAMES, TITLES
 from data_prep.noise_table import table_rows
 from data_prep.report import Report
 from data_prep.text_spotting_stage import describe_counts
 
+_WORK = ("reading", "captions", "images", "text", "writing")  # stages that are timed, in order
 _LISTED = 25  # names of each list
 _SHOWN_SPOTS = 6  # texts under a picture
 _PLOT = (400, 120)  # px of a histogram's bars
@@ -38,7 +39,8 @@ figcaption { font-weight: 600; margin-bottom: 4px; }
 .picture polygon { fill: none; stroke: #bf8700; stroke-width: 1.5; }
 .picture polygon.m { stroke: #cf222e; stroke-width: 2.5; }
 .graph { font: 12px/1.4 ui-monospace, monospace; } .m { color: #cf222e; font-weight: 600; }
-.card .note { font-size: 12px; }
+p, summary { overflow-wrap: anywhere; }
+.card .note { font-size: 12px; } .warning { color: #cf222e; }
 pre { font-size: 12px; overflow-x: auto; background: #f6f8fa; padding: 10px; }
 details { margin-top: 24px; } summary { cursor: pointer; }
 """
@@ -55,7 +57,8 @@ def render_report(report: Report) -> str:
     funnel = report.funnel
     parts = [
         f"<h1>What the filter kept</h1><p>{funnel.kept:,} of {funnel.read:,} pairs "
-        f"({100 * report.share(funnel.kept):.1f}%) of {shards:,} input shards: {inputs}.</p>",
+        f"({100 * report.share(funnel.kept):.1f}%) of {shards:,} input "
+        f"{'shard' if shards == 1 else 'shards'}: {inputs}.</p>",
         f"<h2>Funnel</h2>{_funnel(report)}",
         _noise(report),
         f"<h2>Throughput</h2>{_throughput(report)}",
@@ -75,7 +78,7 @@ def _funnel(report: Report) -> str:
         rows.append(
             [
                 stage,
-                reason.replace("_", " "),
+                html.escape(spell_reason(stage, reason)),
                 f"{pairs:,}",
                 f"{100 * share:.1f}%",
                 render_bar(share, 160, css),
@@ -94,6 +97,7 @@ def _funnel(report: Report) -> str:
             f"({statuses})"
         )
     text = "".join(f"<p class=note>{html.escape(note)}.</p>" for note in notes)
+    text += "".join(f"<p class=warning>{html.escape(note)}.</p>" for note in report.warnings())
     return f'<div class="wide">{table}</div>{text}'
 
 
@@ -118,16 +122,22 @@ def _throughput(report: Report) -> str:
     seconds = report.seconds
     total = rates.pop("cpu_secs", 0.0)
     rows = [
-        [name, f"{rate:,.0f}", f"{seconds[f'stage/{name}']:,.1f}"] for name, rate in rates.items()
+        [name, _rate(rates[name]), f"{seconds[f'stage/{name}']:,.1f}"]
+        for name in _WORK
+        if name in rates
     ]
-    rows.append(["all", f"{total:,.0f}", f"{seconds['cpu_secs']:,.1f}"])
+    rows.append(["all", _rate(total), f"{seconds['cpu_secs']:,.1f}"])
     table = render_table(["stage", "pairs/s of a core", "core seconds"], rows)
     wall = seconds["wall_secs"]
+    rate = _rate(seconds["pairs"] / max(wall, 1e-9))
     return (
         f"{table}<p class=note>Each stage by the pairs that came to it. The workers were at work "
-        f"for {wall:,.1f} s together, {report.seconds['pairs'] / max(wall, 1e-9):,.0f} pairs/s of "
-        "a worker.</p>"
+        f"for {wall:,.1f} s together, {rate} pairs/s of a worker.</p>"
     )
+
+
+def _rate(per_sec: float) -> str:
+    return f"{per_sec:,.0f}" if per_sec >= 100 else f"{per_sec:.1f}"
 
 
 def _histograms(report: Report) -> str:
@@ -164,11 +174,13 @@ def _plot(title: str, starts: Sequence[int], outcomes: Mapping[str, Mapping[int,
                 f'<rect class="{css}" x="{x:.1f}" y="{base:.1f}" width="{step - 2:.1f}" '
                 f'height="{tall:.1f}">{hover}</rect>'
             )
-        text = f"{start}+" if i + 1 == len(starts) else start
-        if len(starts) <= _LABELS or i % 2 == 0 or i + 1 == len(starts):
+        is_last = i + 1 == len(starts)
+        # The last one ends with its bar, since the widest would stick out beyond it.
+        at, anchor = (width - 1, "end") if is_last else (x + step / 2 - 1, "middle")
+        if len(starts) <= _LABELS or i % 2 == 0 or is_last:
+            text = f"{start}+" if is_last else start
             marks.append(
-                f'<text x="{x + step / 2 - 1:.1f}" y="{height + 30}" text-anchor="middle">{text}'
-                "</text>"
+                f'<text x="{at:.1f}" y="{height + 30}" text-anchor="{anchor}">{text}</text>'
             )
     return (
         f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {width} {height + 36}">'
@@ -186,9 +198,10 @@ def _bin_label(starts: Sequence[int], i: int) -> str:
 
 
 def _names(report: Report) -> str:
-    lists = []
+    lists, missed = [], 0
     for kind, outcome in itertools.product(NAMES, (KEPT, DROPPED)):
         found = report.measures.most_common(kind, outcome, _LISTED)
+        missed = max(missed, report.measures.missed[kind][outcome])
         if found:
             css = "k" if outcome == KEPT else "d"
             rows = [
@@ -198,9 +211,10 @@ def _names(report: Report) -> str:
             lists.append(f"<div><h3>{kind}, {outcome}</h3>{render_table([], rows, bars=1)}</div>")
     if not lists:
         return ""
+    error = f" Counts may be too low, by {missed:,} at most." if missed else ""
     return (
         "<h2>Most frequent actions and objects</h2><p class=note>Pairs whose first caption names "
-        f'them.</p><div class="columns">{"".join(lists)}</div>'
+        f'them.{error}</p><div class="columns">{"".join(lists)}</div>'
     )
 
 
@@ -225,7 +239,8 @@ def _samples(report: Report) -> str:
 
 
 def _spell(outcome: str) -> str:
-    return outcome.replace("/", ": ").replace("_", " ")
+    stage, _, reason = outcome.partition("/")
+    return f"{stage}: {spell_reason(stage, reason)}"
 
 
 def _card(sample: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from data_prep.concept_files import (
     read_mentions,
 )
 from data_prep.engine import Report
+from data_prep.input_files import PLACE_SUFFIX
 from data_prep.kept_keys import KEPT_SUFFIX, kept_path, read_kept
 from diht_jax.data.dataset_info import shard_name
 from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter, is_shard
@@ -217,7 +218,7 @@ def find_foreign(folder: str) -> list[str]:
 
 def remove_output(path: str) -> None:
     """Removes a shard with its index, lists and statistics; the statistics first."""
-    for suffix in (shards.STATS_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX):
+    for suffix in (shards.STATS_SUFFIX, PLACE_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX):
         pathlib.Path(path + suffix).unlink(missing_ok=True)
     index_path(path).unlink(missing_ok=True)
     pathlib.Path(path).unlink(missing_ok=True)
@@ -233,10 +234,11 @@ def remove_records(task: shards.ShardTask) -> None:
 
 def _identify(stats: dict[str, Any]) -> dict[str, Any]:
     """What the records of a part follow from; not where they lay."""
-    read = {k: v for k, v in stats["input"].items() if k not in ("path", "changed_ns")}
-    # Where a fingerprint is missing (a folder), place and time must do.
-    read = read if read.get("fingerprint") else stats["input"]
-    return {"config": stats["config_hash"], "input": read, "records": stats["output"]["records"]}
+    return {
+        "config": stats["config_hash"],
+        "input": stats["input"],
+        "records": stats["output"]["records"],
+    }
 
 
 def _read_mentions(piece: Slice) -> Iterator[Mentions]:

@@ -41,6 +41,7 @@ class ShardLog:
         funnel: how many pairs ended how.
         measures: what they look like.
         download: what img2dataset counted, where it did.
+        spotter: where text was looked for, of `text_spotting_stage.describe_machine`.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -52,6 +53,7 @@ class ShardLog:
         self.funnel = Funnel(config.samples_per_outcome, config.seed)
         self.measures = Measures()
         self.download: dict[str, Any] | None = None
+        self.spotter: dict[str, str] | None = None
         self._samples = SampleLog(config.report_samples, config.image.max_pixels)
         self._kept = KeptLog()
         self._dropped: list[str] = []
@@ -138,6 +140,7 @@ class ShardLog:
         """
         counts = self.funnel.to_json() | {"measures": self.measures.to_json()}
         counts["download"] = self.download
+        counts["spotter"] = self.spotter
         self._kept.write(kept_path(output))
         write_atomically(pathlib.Path(f"{output}{DROPPED_SUFFIX}"), "".join(self._dropped).encode())
         self._samples.write(pathlib.Path(f"{output}{SAMPLES_SUFFIX}"))

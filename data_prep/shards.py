@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from data_prep import input_files
 from diht_jax.data import dataset_info
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers import SourceShard
@@ -27,10 +28,6 @@ MERGED_STATS = "stats.json"
 
 Process = Callable[[SourceShard, TFRecordWriter], dict[str, Any]]
 
-# The fingerprint of an input is of so many blocks of so many bytes.
-_BLOCKS, _BLOCK_BYTES = 32, 2**16
-# Of `SourceShard.identity`, what does not tell one content from another.
-_PLACE = ("path", "changed_ns")
 # The names of `atomic_file.temporary_path`.
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
@@ -53,6 +50,11 @@ class ShardTask:
     def stats_path(self) -> pathlib.Path:
         """Where the statistics lie."""
         return pathlib.Path(self.output + STATS_SUFFIX)
+
+    @property
+    def place_path(self) -> pathlib.Path:
+        """Where it is noted which file the input was."""
+        return pathlib.Path(self.output + input_files.PLACE_SUFFIX)
 
 
 def hash_config(config: dict[str, Any]) -> str:
@@ -106,15 +108,15 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
         ValueError: the source is damaged.
     """
     task.stats_path.unlink(missing_ok=True)
-    identity = describe_input(task.source)
+    described = input_files.describe(task.source)
     with TFRecordWriter(task.output) as writer:
         counts = process(task.source, writer)
-    return finish_task(task, identity, counts, len(writer), beside)
+    return finish_task(task, described, counts, len(writer), beside)
 
 
 def finish_task(
     task: ShardTask,
-    identity: dict[str, Any],
+    described: input_files.Description,
     counts: dict[str, Any],
     records: int,
     beside: Sequence[str] = (),
@@ -123,14 +125,14 @@ def finish_task(
 
     Args:
         task: whose output lies there.
-        identity: of `describe_input`, taken before the input was read.
+        described: the input, before it was read.
         counts: what happened to the records.
         records: in the output.
         beside: endings of further files that belong to the output.
     """
     stats = {
         "config_hash": task.config_hash,
-        "input": identity,
+        "input": described.contents,
         "output": {
             "file": os.path.basename(task.output),
             "records": records,
@@ -139,21 +141,9 @@ def finish_task(
         },
         "counts": counts,
     }
+    input_files.write_place(task.place_path, described.place)
     write_json(task.stats_path, stats)
     return stats
-
-
-def describe_input(source: SourceShard) -> dict[str, Any]:
-    """What tells whether a source is still the same: its identity and a hash of its contents.
-
-    Ours: the hash is of the size and of 64 kB at 32 places, so that it costs nothing beside the
-    filter; it tells a file that was copied or touched from one that was changed.
-
-    Args:
-        source: what is read.
-    """
-    identity = json.loads(json.dumps(source.identity()))
-    return identity | {"fingerprint": _fingerprint(source)}
 
 
 def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
@@ -165,16 +155,11 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
     """
     if stats.get("config_hash") != task.config_hash:
         return f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
-    before = stats.get("input") or {}
     try:
-        now = json.loads(json.dumps(task.source.identity()))
+        if input_files.is_same(task.source, stats.get("input") or {}, task.place_path):
+            return None
     except FileNotFoundError:
         return f"the input '{task.source}', which is gone"
-    if all(before.get(name) == value for name, value in now.items()):
-        return None
-    same_shape = all(before.get(name) == value for name, value in now.items() if name not in _PLACE)
-    if same_shape and before.get("fingerprint") == _fingerprint(task.source) is not None:
-        return None
     return f"the input '{task.source}'"
 
 
@@ -251,21 +236,3 @@ def _prefixes(name: str) -> list[str]:
     """The name without its last parts: "a.b.c", "a.b", "a"."""
     parts = name.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def _fingerprint(source: SourceShard) -> str | None:
-    """Of the bytes of a file, or of its part; None for a folder."""
-    if not os.path.isfile(source.path):
-        return None
-    size = os.path.getsize(source.path)
-    # A part of a table has its place in bytes; other parts are numbered, and stand for the file.
-    start, stop = (source.start, source.stop) if source.kind == "table" else (0, size)
-    stop = size if stop is None else min(stop, size)
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    last = max(start, stop - _BLOCK_BYTES)
-    places = {start + (last - start) * i // (_BLOCKS - 1) for i in range(_BLOCKS)}
-    with open(source.path, "rb") as file:
-        for place in sorted(places):
-            file.seek(place)
-            digest.update(file.read(min(_BLOCK_BYTES, stop - place)))
-    return digest.hexdigest()

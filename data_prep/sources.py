@@ -2,7 +2,7 @@
 
 The readers themselves live in `diht_jax.data.readers`, where the evaluation finds them too; this
 module holds what only offline jobs need: the config section, img2dataset's parquet files with
-images, and the share of one job.
+images, TFRecord shards in an object store, and the share of one job.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from data_prep import img2dataset
-from diht_jax.data import readers, tables
+from diht_jax.data import readers, remote, schema, tables, tfds_records
 from diht_jax.data.readers import SourceShard, list_shards
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped
+from diht_jax.data.tfrecord import TFRecordSource, is_shard
 
 _Task = TypeVar("_Task")
 
@@ -45,8 +46,8 @@ def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[S
     """Divides the input into units of work, in a fixed order.
 
     Args:
-        pairs: `config.input`: any source of `diht_jax.data.readers`, or several with commas
-            between them.
+        pairs: `config.input`: any source of `diht_jax.data.readers`, TFRecord shards by their URL,
+            or several with commas between them.
         source: the section of `default_source`.
 
     Raises:
@@ -60,11 +61,24 @@ def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[S
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
     shards = []
     for text in map(str.strip, texts):
+        if remote.is_remote(text) and not text.startswith(tfds_records.PREFIX):
+            shards += _list_remote(text)
+            continue
         parquet = find_parquet(text)
         shards += [SourceShard(img2dataset.KIND, path) for path in parquet] or list_shards(
             text, **source.to_dict()
         )
     return shards
+
+
+def _list_remote(url: str) -> list[SourceShard]:
+    urls = sorted(name for name in remote.list_files(url) if is_shard(name))
+    if not urls:
+        raise ValueError(
+            f"no TFRecord shards at '{url}'; of an object store only these are read, tars and "
+            "tables must be copied or mounted"
+        )
+    return [SourceShard("tfrecord", name) for name in urls]
 
 
 def find_parquet(text: str) -> list[str]:
@@ -104,7 +118,18 @@ def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """
     if shard.kind == img2dataset.KIND:
         return img2dataset.read_parquet(shard)
+    if remote.is_remote(shard.path):
+        return _read_remote(shard.path)
     return readers.read_pairs(shard)
+
+
+def _read_remote(url: str) -> Iterator[Pair]:
+    records = TFRecordSource(url)
+    for number in range(len(records)):
+        try:
+            yield schema.decode_record(records[number])
+        except ValueError as error:
+            raise ValueError(f"{url}: record {number}: {error}") from error
 
 
 def check_output(output: str | os.PathLike[str] | None, sources: Sequence[SourceShard]) -> str:

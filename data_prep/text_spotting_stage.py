@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.text_spotting import Settings, TextSpotter, Verdict
 from data_prep.text_spotting_cache import SpotCache, name_shard
-from data_prep.text_spotting_ocr import PRECISIONS, OcrSettings
+from data_prep.text_spotting_ocr import PRECISIONS, OcrSettings, resolve
 from diht_jax.data.source import SourceShard
 
 STAGE = "text"
@@ -111,6 +111,42 @@ def open_spotter(
         return TextSpotter(settings)
     shard = name_shard(source.path, source.start, source.stop)
     return TextSpotter(settings, SpotCache(config.cache, settings.describe_readings(), shard))
+
+
+def describe_machine(settings: Settings) -> dict[str, str]:
+    """What "auto" means where this runs: precision and kind of device, on which readings depend.
+
+    Args:
+        settings: of the spotter.
+
+    Raises:
+        ValueError: a setting cannot be met on this machine.
+    """
+    resolved = resolve(settings.ocr)
+    return {"precision": resolved.precision, "device": resolved.device.partition(":")[0]}
+
+
+def name_machine(described: Mapping[str, str]) -> str:
+    """What `describe_machine` gave, for people: "bfloat16 on cpu"."""
+    return f"{described['precision']} on {described['device']}"
+
+
+def warn_of_machines(machines: Mapping[str, int]) -> str | None:
+    """What to say when shards of one job were read on machines that round differently.
+
+    Args:
+        machines: of `name_machine` -> shards.
+
+    Returns:
+        None where all of them were alike.
+    """
+    if len(machines) < 2:
+        return None
+    counts = ", ".join(f"{name} ({count:,} shards)" for name, count in sorted(machines.items()))
+    return (
+        f"text was read with different rounding, {counts}: another run, on other machines, may "
+        "decide differently about a few pairs; name config.spotter.precision and device to avoid it"
+    )
 
 
 def count_verdicts(verdicts: Sequence[Verdict]) -> collections.Counter[str]:

@@ -94,7 +94,7 @@ def test_decisions_are_right(graphs):
     ]
     noted = [example["caption"] for example in DEVIATIONS if "got_decision" in example]
     assert wrong == noted
-    assert len(wrong) <= 0.02 * len(EXAMPLES)
+    assert len(wrong) <= 0.03 * len(EXAMPLES)
 
 
 def test_agreement_on_captions_that_no_rule_was_made_for(graphs):
@@ -104,10 +104,17 @@ def test_agreement_on_captions_that_no_rule_was_made_for(graphs):
         "complexity": [graphs[e["id"]].complexity == _expected_complexity(e) for e in fresh],
         "decision": [(cat_reason(graphs[e["id"]]) or "keep") == e["decision"] for e in fresh],
     }
-    assert len(fresh) == 71
+    assert len(fresh) == 104
     assert {name: sum(right) for name, right in agree.items()} == {
-        "graph": 53, "complexity": 63, "decision": 69
+        "graph": 68, "complexity": 89, "decision": 98
     }  # fmt: skip
+
+
+def test_fresh_captions_are_mostly_of_the_web(shared_data):
+    lines = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
+    fresh = [example["caption"] for example in EXAMPLES if example["id"].startswith("fresh-")]
+    assert len(set(fresh)) == len(fresh)
+    assert len({line.strip() for line in lines} & set(fresh)) == 68
 
 
 def test_agreement_with_the_specification(graphs):

@@ -26,7 +26,7 @@ from diht_jax.data.tfrecord import TFRecordSource
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _NUM_TARS, _PAIRS = 9, 6
-_LONGEST_SECS = 180  # of a command; a failure here means that it waits for ever
+_LONGEST_SECS = 240  # of a command; a failure here means that it waits for ever
 
 
 @pytest.fixture(scope="module")
@@ -57,17 +57,33 @@ def _config(folder: pathlib.Path, output: str):
 
 
 def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files but those that tell how long it took."""
+    """All files but those that tell how long it took, and where the input lay."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and not path.name.startswith("report.") and ".seconds." not in path.name
+        if path.is_file() and not re.search(r"^report\.|\.(seconds|place)\.json$", path.name)
     }
 
 
 def _finished(folder: pathlib.Path) -> dict[str, int]:
-    """When the statistics of each finished part were written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("parts/*.stats.json")}
+    """When the statistics of each finished part, and of each output shard, were written."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns
+        for path in folder.glob("**/*.tfrecord.stats.json")
+    }
+
+
+def _read_report(folder: pathlib.Path) -> tuple[dict, str]:
+    """report.json and report.html without where the output lies, and how long it took."""
+    report = json.loads((folder / "report.json").read_bytes())
+    for name in ("seconds", "throughput"):
+        assert report.pop(name)
+    for job in report["jobs"]:
+        del job["output"]
+    page = (folder / "report.html").read_text()
+    page, count = re.subn(r"<h2>Throughput</h2>.*?(?=<h2>)", "", page, flags=re.DOTALL)
+    assert count == 1
+    return report, page
 
 
 def test_killed_at_any_moment_and_run_again(work):
@@ -77,7 +93,8 @@ def test_killed_at_any_moment_and_run_again(work):
     rng = random.Random(time.time_ns())
     log = (work / "killed.log").open("w")
     kills = 0
-    for wanted in (1, 3, 6):  # parts that are done when the kill comes
+    # Parts that are done when the kill comes; the last one comes in the re-sharding.
+    for wanted in (1, 5, _NUM_TARS + 1):
         process = subprocess.Popen(command, cwd=_REPOSITORY, stderr=log, stdout=log)
         start_secs = time.monotonic()
         while len(_finished(work / "killed")) < wanted and process.poll() is None:
@@ -90,15 +107,16 @@ def test_killed_at_any_moment_and_run_again(work):
     assert kills >= 2
     time.sleep(0.7)  # until the orphaned workers have noticed
     before = _finished(work / "killed")
-    assert 1 <= len(before) <= _NUM_TARS
+    assert len(before) >= 1
     assert subprocess.run(command, cwd=_REPOSITORY, stderr=log, stdout=log).returncode == 0
     log.close()
     now = _finished(work / "killed")
     assert {name: now[name] for name in before} == before  # nothing finished was done again
     # An orphan may have finished one more after the look.
     told = re.findall(rf"{_NUM_TARS} shards, (\d+) of them", (work / "killed.log").read_text())
-    assert len(before) <= int(told[-1]) <= _NUM_TARS
+    assert sum(name.startswith("parts/") for name in before) <= int(told[-1]) <= _NUM_TARS
     assert _snapshot(work / "killed") == _snapshot(work / "undisturbed")
+    assert _read_report(work / "killed") == _read_report(work / "undisturbed")
 
 
 _CLUSTER = """
@@ -110,6 +128,7 @@ from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
 
 def main(folder):
+    folder = pathlib.Path(folder)
     config = load_recipe("configs/prep/convert.py")
     config.update({"input": f"{folder}/in/*.tar,{folder}/damaged.tar"})
     config.update({"output": f"{folder}/cluster", "examples_per_shard": 20})
@@ -130,9 +149,14 @@ def main(folder):
 
     thread = threading.Thread(target=lose_the_second_node, daemon=True)
     thread.start()
-    failures = run_filter(config, engine="ray")
+    print("failures", json.dumps(run_filter(config, engine="ray")), flush=True)
     thread.join()
-    print("failures", json.dumps(failures), flush=True)
+    stats = sorted(folder.glob("cluster/**/*.tfrecord.stats.json"))
+    print("finished", json.dumps([[path.name, path.stat().st_mtime_ns] for path in stats]))
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    (folder / "damaged.tar").write_bytes((folder / "in" / "00000.tar").read_bytes())
+    print("then", json.dumps(run_filter(config, engine="ray")), flush=True)
     cluster.shutdown()
 
 if __name__ == "__main__":
@@ -145,8 +169,7 @@ def test_cluster_loses_a_node(work):
     pytest.importorskip("ray")
     script = work / "cluster.py"
     script.write_text(_CLUSTER)
-    whole = (work / "in" / "00000.tar").read_bytes()
-    (work / "damaged.tar").write_bytes(whole[:3000])
+    (work / "damaged.tar").write_bytes((work / "in" / "00000.tar").read_bytes()[:3000])
     environment = os.environ | {"PYTHONPATH": str(_REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [sys.executable, str(script), str(work)],
@@ -159,20 +182,30 @@ def test_cluster_loses_a_node(work):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "lost a node" in done.stdout
     assert "its node was lost" in done.stderr and "its task will run again" in done.stderr
-    line = next(line for line in done.stdout.splitlines() if line.startswith("failures"))
-    failures = json.loads(line.partition(" ")[2])
-    assert list(failures) == [f"{work}/damaged.tar"]  # and the others are complete
-    assert len(_finished(work / "cluster")) == _NUM_TARS
-    # Another engine finishes it, and the bytes are those of an undisturbed run.
-    before = _finished(work / "cluster")
-    (work / "damaged.tar").write_bytes(whole)
-    for output in ("cluster", "reference"):
-        config = _config(work, output)
-        config.input += f",{work}/damaged.tar"
-        assert run_filter(config) == {}
-    now = _finished(work / "cluster")
-    assert {name: now[name] for name in before} == before
-    assert _snapshot(work / "cluster") == _snapshot(work / "reference")
+    told = {
+        name: json.loads(text)
+        for name, _, text in (line.partition(" ") for line in done.stdout.splitlines())
+        if name in ("failures", "finished", "then")
+    }
+    assert list(told["failures"]) == [f"{work}/damaged.tar"]  # and the others are complete
+    assert len(told["finished"]) == _NUM_TARS
+    # When the tar is whole, the cluster does the rest, the re-sharding too; the local engine
+    # makes the same bytes of the same input.
+    assert told["then"] == {}
+    config = _config(work, "reference")
+    config.input += f",{work}/damaged.tar"
+    assert run_filter(config) == {}
+    now = {
+        pathlib.Path(name).name: time_ns
+        for name, time_ns in _finished(work / "cluster").items()
+        if name.startswith("parts/")
+    }
+    assert {name: now[name] for name, _ in told["finished"]} == dict(map(tuple, told["finished"]))
+    found = _snapshot(work / "cluster")
+    assert found == _snapshot(work / "reference")
+    shards = {f"pairs-train-{i:05d}.tfrecord{suffix}" for i in range(3) for suffix in ("", ".idx")}
+    assert shards | {"kept_keys.txt", "stats.json", "dataset_info.json"} <= found.keys()
+    assert _read_report(work / "cluster") == _read_report(work / "reference")
     records = [decode_record(data) for data in TFRecordSource(work / "cluster")]
     assert len(records) == (_NUM_TARS + 1) * _PAIRS
     assert records[7].caption == "picture 1 of 1"

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import pyarrow
@@ -41,7 +42,7 @@ def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
     return {
         path.name: path.read_bytes()
         for path in folder.iterdir()
-        if not path.name.startswith("report.") and ".seconds." not in path.name
+        if not re.search(r"^report\.|\.(seconds|place)\.json$", path.name)
     }
 
 

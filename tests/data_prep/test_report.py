@@ -1,5 +1,6 @@
 """The report: numbers against a hand-made table, parts against the whole, and the page itself."""
 
+import collections
 import html.parser
 import io
 import json
@@ -8,13 +9,15 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import report_page
+from data_prep import measures, report_page
 from data_prep.caption_graph import CaptionGraph, Edge, ObjectNode
 from data_prep.filter import run_filter
-from data_prep.funnel import Funnel
+from data_prep.filter_job import print_funnel
+from data_prep.funnel import Funnel, spell_reason
 from data_prep.measures import BINS, Measures
 from data_prep.noise_table import score_filters, table_rows
 from data_prep.report import Report, merge_reports, read_report
@@ -61,7 +64,7 @@ def test_numbers_are_those_of_the_pairs(work):
         {"stage": "read", "reason": "", "pairs": 6, "share": 1.0},
         *(
             {"stage": "caption", "reason": reason, "pairs": 1, "share": 1 / 6}
-            for reason in ("complexity", "file_name", "no_action")
+            for reason in ("file_name", "complexity", "no_action")
         ),
         {"stage": "kept", "reason": "", "pairs": 3, "share": 0.5},
     ]
@@ -144,7 +147,18 @@ def test_page_is_whole_and_needs_nothing_else(work):
     pictures = [attrs for tag, attrs in tags.found if tag == "img"]
     assert len(pictures) == 6 and all(p["src"].startswith("data:image/jpeg") for p in pictures)
     assert "a red car <b>& more</b>" in tags.text  # as text, not as markup
-    for shown in ("chase(cat,bird)", "Dropped, caption: no action", "cat[black]:2", "recall: bad"):
+    labels = re.findall(r'<text x="([\d.]+)" y="150" text-anchor="(\w+)">([\d+]+)<', text)
+    assert "2048+" in {label for _, _, label in labels}
+    for x, anchor, label in labels:
+        width = 7 * len(label)  # px; no digit of 11 px is wider
+        right = float(x) + {"end": 0, "middle": width / 2}[anchor]
+        assert right - width >= 0 and right <= 400, label
+    for shown in (
+        "chase(cat,bird)",
+        "Dropped, caption: A: no action",
+        "cat[black]:2",
+        "recall: bad",
+    ):
         assert shown in tags.text
 
 
@@ -210,6 +224,84 @@ def test_measures_of_shards_add_up():
     assert found["histograms"]["caption_words"] == {"kept": {"2": 2}, "dropped": {"0": 2}}
     assert found["names"]["actions"]["kept"] == {"run": 2}
     assert found["labels"] == {"kept": {"None": 2}}
+
+
+def test_counts_of_many_names_are_bounded_and_say_so(monkeypatch):
+    monkeypatch.setattr(measures, "_MAX_NAMES", 20)
+    monkeypatch.setattr(measures, "_MAX_MERGED", 60)
+    rng = np.random.default_rng(0)
+    exact: collections.Counter[str] = collections.Counter()
+    merged, most = Measures(), 0
+    for _ in range(100):
+        part = Measures()
+        for _ in range(10):
+            names = {f"n{i}" for i in rng.zipf(1.6, 20) if i < 10**6}
+            graph = CaptionGraph({name: ObjectNode((), 0) for name in names})
+            part.add_caption("kept", "", graph)
+            exact.update(names)
+        merged.merge(Measures.from_json(json.loads(json.dumps(part.to_json()))))
+        most = max(most, len(merged.names["objects"]["kept"]))
+    assert len(exact) > 600 and most <= 60
+    data = merged.to_json()
+    counts, missed = data["names"]["objects"]["kept"], data["missed"]["objects"]["kept"]
+    assert len(counts) == 20 and missed > 0
+    for name, count in exact.items():
+        assert count - missed <= counts.get(name, 0) <= count
+    # What is frequent beyond that error is found, in its order.
+    first, second, third = exact.most_common(3)
+    assert missed < third[1] / 2
+    assert list(merged.most_common("objects", "kept", 2)) == [first, second]
+    assert data["missed"]["actions"] == {"kept": 0, "dropped": 0}
+    page = report_page.render_report(Report([], Funnel(), merged))
+    missed = merged.missed["objects"]["kept"]
+    assert f"Counts may be too low, by {missed} at most." in page
+
+
+def test_shards_of_unlike_machines_are_told(caplog):
+    def make(precision: str) -> Report:
+        counts = Funnel().to_json() | {"measures": Measures().to_json(), "download": None}
+        report = Report([], Funnel())
+        for spotter in ({"precision": precision, "device": "cpu"}, None):
+            report.add_shard({"counts": counts | {"spotter": spotter}}, "nowhere")
+        return report
+
+    report = make("float32")
+    report.merge(make("float32"))
+    assert report.spotters == {"float32 on cpu": 2} and report.warnings() == []
+    report.merge(make("bfloat16"))
+    data = json.loads(json.dumps(report.to_json()))
+    assert data["spotters"] == {"bfloat16 on cpu": 1, "float32 on cpu": 2}
+    (warning,) = data["warnings"]
+    assert "bfloat16 on cpu (1 shards), float32 on cpu (2 shards)" in warning
+    assert Report.from_json(data).warnings() == [warning]
+    tags = _Tags(report_page.render_report(report))
+    assert ("p", {"class": "warning"}) in tags.found and warning in tags.text
+    print_funnel(report)
+    assert warning in caplog.text
+
+
+def test_reasons_stand_in_the_order_of_the_work():
+    funnel = Funnel()
+    for stage, reason, count in (
+        ("text", "shows_caption", 9),
+        ("image", "unreadable", 1),
+        ("caption", "no_action", 7),
+        ("caption", "odd", 1),
+        ("caption", "complexity", 3),
+        ("caption", "empty", 5),
+        ("source", "no_caption", 1),
+    ):
+        for i in range(count):
+            funnel.drop(stage, reason, str(i), "")
+    expected = [
+        ("read", ""), ("source", "no caption"), ("caption", "no words"),
+        ("caption", "C: complexity"), ("caption", "A: no action"), ("caption", "odd"),
+        ("image", "unreadable"), ("text", "T: shows its caption"), ("kept", ""),
+    ]  # fmt: skip
+    assert [(stage, spell_reason(stage, reason)) for stage, reason, _ in funnel.rows()] == expected
+    tags = _Tags(report_page.render_report(Report([], funnel)))
+    places = [tags.text.index(reason) for _, reason in expected if reason]
+    assert places == sorted(places)
 
 
 def test_filters_are_scored_against_the_labels():

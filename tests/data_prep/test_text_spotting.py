@@ -345,6 +345,12 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
         "text": {"shows_caption": 1},
     }
     assert counts["text_spotting"] == {"gated": 1, "no_run": 1, "read": 2}
+    (part,) = (output / "parts").glob("*.stats.json")
+    spotter = json.loads(part.read_text())["counts"]["spotter"]
+    assert spotter == {
+        "precision": "float32",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+    }
     assert [key for _, key, _ in counts["samples"]["text/shows_caption"]] == ["t-00000000"]
     records = [decode_record(data) for data in TFRecordSource(output)]
     assert [(r.key, r.caption) for r in records] == [

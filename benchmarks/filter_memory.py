@@ -1,0 +1,116 @@
+"""Memory of the filter: few shards against many, of the same size and of the same rows.
+
+    python -m benchmarks.filter_memory
+
+Three data sets of web captions as metadata (`configs/prep/metadata.py`, captions parsed), and three
+of pairs with images (`configs/prep/convert.py`, with re-sharding): 8 shards, 256 shards of the same
+size, and 256 shards with the rows of the first together. Each job runs by itself with one worker;
+reported is the peak of the resident memory of the main process and of the worker. If the memory is
+that of a shard, the second needs as much as the first.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from benchmarks.record import write_result
+
+_CAPTIONS = flags.DEFINE_string(
+    "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
+)
+_FEW, _MANY = 8, 256  # shards
+_ROWS = {"metadata": 64, "pairs": 32}  # of a shard
+
+_JOB = """
+import json, resource, sys
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+
+if __name__ == "__main__":
+    config = load_recipe(sys.argv[1])
+    config.update({"input": sys.argv[2], "output": sys.argv[3], "num_workers": 1})
+    config.examples_per_shard = 1000
+    assert run_filter(config) == {}
+    kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    print(json.dumps([resource.getrusage(kind).ru_maxrss / 1024 for kind in kinds]))
+"""
+
+
+def main(_: Sequence[str]) -> None:
+    """Measures and writes `benchmarks/results/filter_memory.json`."""
+    path = pathlib.Path(_CAPTIONS.value)
+    if not path.is_file():
+        raise ValueError(f"--captions='{path}': no such file; expected one caption a line")
+    captions = path.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = []
+    for kind, size in _ROWS.items():
+        for shards, per_shard in ((_FEW, size), (_MANY, size), (_MANY, size * _FEW // _MANY)):
+            with tempfile.TemporaryDirectory() as folder:
+                row = _measure(kind, shards, per_shard, captions, pathlib.Path(folder))
+            print(row, flush=True)
+            rows.append(row)
+    print(write_result("filter_memory", {"jobs": rows}))
+
+
+def _measure(
+    kind: str, shards: int, per_shard: int, captions: Sequence[str], folder: pathlib.Path
+) -> dict[str, Any]:
+    (folder / "in").mkdir()
+    write = _write_table if kind == "metadata" else _write_tar
+    for number in range(shards):
+        first = number * per_shard
+        write(
+            folder / "in" / f"{number:05d}",
+            [(f"{first + i:09d}", captions[(first + i) % len(captions)]) for i in range(per_shard)],
+        )
+    recipe = "metadata" if kind == "metadata" else "convert"
+    script = folder / "job.py"
+    script.write_text(_JOB)
+    done = subprocess.run(
+        [sys.executable, script, f"configs/prep/{recipe}.py", f"{folder}/in/*", f"{folder}/out"],
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={"PYTHONPATH": str(pathlib.Path.cwd()), "PATH": "/usr/bin:/bin"},
+    )
+    main_mb, worker_mb = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "job": kind,
+        "shards": shards,
+        "rows_per_shard": per_shard,
+        "main_peak_mb": round(main_mb, 1),
+        "worker_peak_mb": round(worker_mb, 1),
+    }
+
+
+def _write_table(path: pathlib.Path, rows: Sequence[tuple[str, str]]) -> None:
+    lines = (json.dumps({"key": key, "caption": caption}) + "\n" for key, caption in rows)
+    path.with_suffix(".jsonl").write_text("".join(lines))
+
+
+def _write_tar(path: pathlib.Path, rows: Sequence[tuple[str, str]]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (160, 160, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    with tarfile.open(path.with_suffix(".tar"), "w") as tar:
+        for key, caption in rows:
+            for extension, data in (("jpg", buffer.getvalue()), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,159 @@
+"""A filter job that is killed before one of its changes to the output folder, then run again.
+
+    python -m tests.data_prep.kill_points FOLDER RECIPE SETTINGS
+
+`test_kill_points.py` runs it. FOLDER holds the input, `in`; SETTINGS is JSON for the config. Before
+every change of an undisturbed run (a file opened for writing, a rename, a removal, a new folder) a
+forked child kills itself, and a second child runs to the end. Changes that differ in a number only,
+such as those of the first shard and of the second, are tried at one of them. Prints JSON: the
+changes that were tried, and the problems that were found.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import time
+from typing import Any
+
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+
+# Where the input lay, and what tells how long it took.
+_NOT_COMPARED = re.compile(r"^report\.|\.(seconds|place)\.json$")
+
+
+class _Watch:
+    """Sees what this process does to files, just before it happens, and may kill it then."""
+
+    def __init__(self, folder: pathlib.Path, output: pathlib.Path, kill_at: int):
+        self._input, self._output = f"{folder}/in/", str(output)
+        self._kill_at = kill_at
+        self.changes: list[str] = []
+        self.read: list[str] = []
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if event not in ("open", "os.rename", "os.remove", "os.mkdir"):
+            return
+        if not isinstance(args[0], str | os.PathLike):
+            return
+        path = os.fspath(args[0])
+        changes = event != "open" or bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and path.startswith(self._output):
+            if len(self.changes) == self._kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.changes.append(f"{event} {path.removeprefix(self._output)}")
+        elif path.startswith(self._input) and path.endswith(".tar"):
+            self.read.append(path)  # a table is opened in any case, to be divided into units
+
+
+class _Job:
+    """The filter job of the command line."""
+
+    def __init__(self, folder: pathlib.Path, recipe: str, settings: dict[str, Any]):
+        self.folder = folder
+        self._recipe, self._settings = recipe, settings
+
+    def run(self, output: pathlib.Path, kill_at: int = -1) -> _Watch:
+        """Runs it in this process."""
+        config = load_recipe(self._recipe)
+        config.update({"input": f"{self.folder}/in/*", "output": str(output), "num_workers": 0})
+        config.update(self._settings)
+        watch = _Watch(self.folder, output, kill_at)
+        sys.addaudithook(watch)
+        assert run_filter(config) == {}
+        return watch
+
+    def run_in_child(
+        self, output: pathlib.Path, kill_at: int = -1
+    ) -> tuple[int, list[str], list[str]]:
+        """Status of the child, and what it changed and read."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if not child:
+            with open(os.devnull, "w") as null, contextlib.suppress(Exception):
+                sys.stdout = sys.stderr = null
+                watch = self.run(output, kill_at)
+                os.write(writer, json.dumps([watch.changes, watch.read]).encode())
+                os._exit(0)
+            os._exit(1)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as pipe:
+            seen = json.loads(pipe.read() or "[[], []]")
+        return os.waitpid(child, 0)[1], *seen
+
+    def kill_and_repeat(self, kill_at: int, wanted: dict[str, bytes]) -> list[str]:
+        """What is wrong with the output of a run after a run that was killed."""
+        output = self.folder / "killed"
+        status, _, _ = self.run_in_child(output, kill_at)
+        if not os.WIFSIGNALED(status):
+            return [f"not killed: {status}"]
+        done = _when_finished(output)
+        names = (output / name.replace(".stats.json", ".place.json") for name in done)
+        inputs = {json.loads(path.read_bytes())["path"] for path in names if path.exists()}
+        status, _, read = self.run_in_child(output)
+        found, now = _snapshot(output), _when_finished(output)
+        shutil.rmtree(output)
+        if status:
+            return ["the second run failed"]
+        differs = {n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n)}
+        again = {name for name, time_ns in done.items() if now.get(name) != time_ns}
+        problems = [f"differs: {name}" for name in sorted(differs)]
+        problems += [f"was finished, and was made again: {name}" for name in sorted(again)]
+        return problems + [f"was finished, and was read: {path}" for path in inputs & set(read)]
+
+
+def _snapshot(output: pathlib.Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and not _NOT_COMPARED.search(path.name)
+    }
+
+
+def _when_finished(output: pathlib.Path) -> dict[str, int]:
+    """Of every shard that is done, when that was noted."""
+    return {
+        str(path.relative_to(output)): path.stat().st_mtime_ns
+        for path in output.rglob("?*.stats.json")
+    }
+
+
+def _choose(changes: list[str]) -> list[int]:
+    """Of the changes that differ in numbers only, by turns the first and the last."""
+    alike: dict[str, list[int]] = collections.defaultdict(list)
+    for i, change in enumerate(changes):
+        # Names of temporary files end with a process and a random number.
+        alike[re.sub(r"\d+-[0-9a-f]{8}\.tmp|\d", "#", change)].append(i)
+    return sorted(found[-(number % 2)] for number, found in enumerate(alike.values()))
+
+
+def main() -> None:
+    """Tries all of it."""
+    folder, recipe, settings = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    os.fsync = lambda _: None  # of use when the power goes; nearly all of the time otherwise
+    job = _Job(folder, recipe, settings)
+    with contextlib.redirect_stdout(sys.stderr):
+        job.run(folder / "warm")  # what is loaded once is loaded before the forks
+    status, changes, _ = job.run_in_child(folder / "whole")
+    assert status == 0
+    wanted = _snapshot(folder / "whole")
+    chosen, problems = _choose(changes), []
+    start_secs = time.perf_counter()
+    for kill_at in chosen:
+        found = job.kill_and_repeat(kill_at, wanted)
+        problems += [f"killed before {changes[kill_at]}: {problem}" for problem in found]
+    result = {"tried": [changes[i] for i in chosen], "all": changes, "problems": problems}
+    result["secs"] = round(time.perf_counter() - start_secs, 1)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

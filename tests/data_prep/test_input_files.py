@@ -1,0 +1,171 @@
+"""What counts as the same input: a copy and a touched file do, an edit of equal size does not."""
+
+import io
+import json
+import os
+import pathlib
+import shutil
+
+import fsspec
+import pytest
+from PIL import Image
+
+from data_prep import input_files
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+from diht_jax.data.readers import SourceShard
+from diht_jax.data.schema import Pair, encode_record
+from diht_jax.data.tfrecord import TFRecordWriter
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_BIG = 5 * 2**20  # bytes; 32 samples of 64 kB see two fifths of it
+
+
+class _Input:
+    """An input with its description from before, and a count of the bytes that are read."""
+
+    def __init__(self, source: SourceShard, folder: pathlib.Path):
+        self.source, self.place_path = source, folder / "place.json"
+        self.described = input_files.describe(source)
+        input_files.write_place(self.place_path, self.described.place)
+
+    def is_same(self, source: SourceShard | None = None) -> bool:
+        return input_files.is_same(source or self.source, self.described.contents, self.place_path)
+
+
+@pytest.fixture
+def big(tmp_path) -> _Input:
+    path = tmp_path / "big.tar"
+    path.write_bytes(os.urandom(_BIG))
+    return _Input(SourceShard("webdataset", str(path)), tmp_path)
+
+
+def _edit(path: str, place: int) -> None:
+    """Changes one byte; the time of change goes on, the size stays."""
+    changed_ns = os.stat(path).st_mtime_ns
+    with open(path, "r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(changed_ns + 1, changed_ns + 1))
+
+
+def _gap(size: int) -> int:
+    """The middle of the bytes that the quick hash does not see."""
+    return (size - 2**16) // 31 // 2 + 2**15
+
+
+def test_an_edit_between_the_samples_is_noticed(big):
+    place = _gap(_BIG)
+    before = input_files._hash_places(big.source)
+    _edit(big.source.path, place)
+    assert input_files._hash_places(big.source) == before  # the samples do not see it
+    assert not big.is_same()
+    _edit(big.source.path, place)  # and back again
+    assert big.is_same()
+
+
+def test_an_unchanged_file_is_not_read_again(big, monkeypatch):
+    def fail(path):
+        raise AssertionError(f"{path} was read")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(input_files, "_open", fail)
+        assert big.is_same()
+        os.utime(big.source.path, ns=(5, 5))
+        with pytest.raises(AssertionError, match=r"big\.tar was read"):
+            big.is_same()
+    assert big.is_same()  # touched: read once, and remembered
+    monkeypatch.setattr(input_files, "_open", fail)
+    assert big.is_same()
+
+
+def test_a_copy_elsewhere_is_the_same(big, tmp_path):
+    copy = shutil.copy(big.source.path, tmp_path / "copy.tar")
+    os.utime(copy, ns=(7, 7))
+    moved = SourceShard("webdataset", str(copy))
+    assert big.is_same(moved)
+    assert json.loads(big.place_path.read_text())["path"] == str(copy)
+    assert input_files.describe(moved).contents == big.described.contents
+    big.place_path.unlink()  # as when only the statistics were copied
+    assert big.is_same(moved)
+    _edit(str(copy), _gap(_BIG))
+    assert not big.is_same(moved)
+    os.truncate(copy, _BIG - 1)
+    assert not big.is_same(moved)
+    os.unlink(copy)
+    with pytest.raises(FileNotFoundError):
+        big.is_same(moved)
+
+
+def test_a_part_of_a_table_stands_for_itself(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_bytes(os.urandom(_BIG))
+    first, second = (
+        SourceShard("table", str(path), start, start + _BIG // 2) for start in (0, _BIG // 2)
+    )
+    parts = []
+    for name, source in (("a", first), ("b", second)):
+        (tmp_path / name).mkdir()
+        parts.append(_Input(source, tmp_path / name))
+    _edit(str(path), _gap(_BIG // 2))
+    assert [part.is_same() for part in parts] == [False, True]
+    assert not parts[0].is_same(second)
+
+
+def test_a_folder_is_its_files(tmp_path):
+    folder = tmp_path / "class"
+    (folder / "deep").mkdir(parents=True)
+    for name in ("a.jpg", "deep/b.jpg", ".hidden"):
+        (folder / name).write_bytes(b"x" * 100)
+    described = _Input(SourceShard("folder", str(folder)), tmp_path)
+    assert described.described.contents["files"] == 2
+    os.utime(folder / "a.jpg", ns=(9, 9))
+    os.utime(folder / "deep" / "b.jpg", ns=(9, 9))
+    assert described.is_same()
+    (folder / "deep" / "b.jpg").write_bytes(b"x" * 99 + b"y")
+    assert not described.is_same()
+    (folder / "deep" / "b.jpg").write_bytes(b"x" * 100)
+    assert described.is_same()
+    (folder / "a.jpg").rename(folder / "c.jpg")
+    os.utime(folder / "c.jpg")
+    assert not described.is_same()
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """Two TFRecord shards in an object store; the URL of the folder."""
+    system, url = fsspec.filesystem("memory"), "memory://pairs"
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
+    for shard in range(2):
+        with TFRecordWriter(tmp_path / "shard") as writer:
+            for i in range(3):
+                writer.write(encode_record(Pair(f"{shard}-{i}", buffer.getvalue(), f"name {i}")))
+        data = (tmp_path / "shard").read_bytes()
+        system.pipe_file(f"{url}/p-{shard:05d}.tfrecord", data)
+    yield url
+    system.rm(url, recursive=True)
+
+
+def test_shards_of_an_object_store(remote, tmp_path):
+    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
+    config.update({"input": f"{remote}/*.tfrecord", "output": str(tmp_path / "out")})
+    config.num_workers = 0
+    assert run_filter(config) == {}
+    keys = (tmp_path / "out" / "kept_keys.txt").read_text().split()
+    assert keys == [f"{shard}-{i}" for shard in range(2) for i in range(3)]
+    system, second = fsspec.filesystem("memory"), f"{remote}/p-00001.tfrecord"
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/parts").glob("*.stats.json")}
+    data = system.cat_file(second)
+    system.pipe_file(second, data)  # written again: another time, the same bytes
+    assert run_filter(config) == {}
+    now = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out/parts").glob("*.stats.json")}
+    assert now == before
+    system.pipe_file(second, data.replace(b"name 1", b"NAME 1"))
+    with pytest.raises(ValueError, match=r"changed: the input 'memory://.*p-00001\.tfrecord'"):
+        run_filter(config)
+    config.input = f"{remote}/*.tar"
+    with pytest.raises(ValueError, match=r"no TFRecord shards at 'memory://pairs/\*\.tar'"):
+        run_filter(config)
