@@ -23,6 +23,7 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
     flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
     flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
+    flags.DEFINE_integer("image_size", None, "Resize the image positions to this size.")
     flags.DEFINE_list(
         "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
     )
@@ -68,6 +69,7 @@ def main() -> None:
         given.model,
         step=given.step,
         ema=given.ema,
+        image_size=given.image_size,
         architecture=parse_fields(given.architecture),
         batch_size=given.batch_size,
     )
@@ -76,6 +78,7 @@ def main() -> None:
         "step": model.step,
         "ema": given.ema,
         "fingerprint": model.fingerprint(),
+        "image_size": model.image_size,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **evaluate_few_shot(
             model,

@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from tqdm import tqdm
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
+
+_MOMENT_SECS = 2.0
 
 
 def bootstrap_intervals(
@@ -21,6 +24,7 @@ def bootstrap_intervals(
     num_resamples: int = NUM_RESAMPLES,
     level: float = LEVEL,
     seed: int = 0,
+    progress: bool = False,
 ) -> dict[str, list[float]]:
     """The percentile bootstrap of Efron (1979): `num_items` draws with replacement, many times.
 
@@ -30,6 +34,7 @@ def bootstrap_intervals(
         num_resamples: how many times.
         level: share of the resamples inside the interval.
         seed: of the draws.
+        progress: show a bar on stderr, where it takes more than a moment.
 
     Returns:
         Metric -> [low, high].
@@ -37,7 +42,13 @@ def bootstrap_intervals(
     rng = np.random.default_rng(seed)
     measured = [
         measure(np.bincount(rng.integers(0, num_items, num_items), minlength=num_items))
-        for _ in range(num_resamples)
+        for _ in tqdm(
+            range(num_resamples),
+            "bootstrap",
+            unit=" resamples",
+            disable=not progress,
+            delay=_MOMENT_SECS,
+        )
     ]
     tail = 50 * (1 - level)
     return {

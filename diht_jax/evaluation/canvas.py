@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import io
 import pathlib
+import re
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -123,7 +124,7 @@ def wrap(
 ) -> list[str]:
     """Breaks text into lines no wider than `width`; what does not fit ends in an ellipsis.
 
-    Words too long for a line are broken inside.
+    Words too long for a line are broken inside, names of files after one of "_-/".
     """
     words = [part for word in text.split() for part in _pieces(word, width, size=size, bold=bold)]
     lines: list[str] = []
@@ -157,6 +158,10 @@ def _pieces(word: str, width: float, *, size: int, bold: bool) -> list[str]:
         length = len(word) - 1
         while length > 1 and text_width(word[:length], size=size, bold=bold) > width:
             length -= 1
+        parts = re.match(".*[_/-]", word[:length])
+        # A break that leaves most of the line empty would not be worth it.
+        if parts and parts.end() > length // 2:
+            length = parts.end()
         pieces.append(word[:length])
         word = word[length:]
     return [*pieces, word]

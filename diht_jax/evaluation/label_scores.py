@@ -11,12 +11,14 @@ classes that have an image; PASCAL VOC's own of 2007 interpolates 11 points.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from diht_jax.data.schema import Pair
 from diht_jax.data.source import Skipped
+from diht_jax.evaluation.average_precision import Ranking, rank_items
 from diht_jax.evaluation.classification import zero_shot_classifier
 from diht_jax.evaluation.encoding import EmbeddingModel, EncodedImages, UnusablePair, encode_images
 from diht_jax.evaluation.labels import RawLabel, name_index, raw_label, resolve_label
@@ -54,11 +56,15 @@ class LabelScores:
         """The metrics if image i had been there `counts[i]` times; int [n]."""
         if self.binary:
             return {"auroc": area_under_roc(self.scores[:, 0], self.targets[:, 0], counts)}
-        values = [
-            average_precision(scores, targets, counts)
+        values = [ranking.average_precision(counts) for ranking in self._rankings]
+        return {"mean_average_precision": float(np.nanmean(values))}
+
+    @functools.cached_property
+    def _rankings(self) -> list[Ranking]:
+        return [
+            rank_items(scores, targets)
             for scores, targets in zip(self.scores.T, self.targets.T, strict=True)
         ]
-        return {"mean_average_precision": float(np.nanmean(values))}
 
 
 def score_labels(
@@ -130,32 +136,6 @@ def score_labels(
             "every image has the same label, so there is no order to measure; expected both kinds"
         )
     return LabelScores(encoded, scores, targets, binary)
-
-
-def average_precision(
-    scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
-) -> float:
-    """Area under the precision-recall steps.
-
-    Args:
-        scores: float [n]; items of equal score enter together.
-        targets: bool [n].
-        weights: how often each item counts; once by default.
-
-    Returns:
-        A fraction, or NaN without any positive.
-    """
-    weights = np.ones(len(scores)) if weights is None else weights.astype(np.float64)
-    order = np.argsort(-scores, kind="stable")
-    positives = np.cumsum((weights * targets)[order])
-    everything = np.cumsum(weights[order])
-    if not positives[-1]:
-        return float("nan")
-    last_of_score = np.append(np.diff(scores[order]) != 0, True)
-    positives, everything = positives[last_of_score], everything[last_of_score]
-    steps = np.diff(positives, prepend=0.0)
-    # Items that count zero times may come first: there is no precision yet, and no step.
-    return float((steps * positives / np.maximum(everything, 1e-30)).sum() / positives[-1])
 
 
 def area_under_roc(

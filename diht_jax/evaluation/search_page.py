@@ -18,6 +18,7 @@ _PITCH = 132
 _A_ROW = 8
 _ROW_HEIGHT = TILE + 52
 _HEADING_HEIGHT = 34
+_GAP = 14
 _TOP = 92
 
 
@@ -38,7 +39,8 @@ def draw_search_page(
         title, note: the first two lines.
     """
     rows = [-(-len(matches) // _A_ROW) for matches in result.matches.values()]
-    height = _TOP + sum(_HEADING_HEIGHT + count * _ROW_HEIGHT for count in rows) + MARGIN // 2
+    sections = sum(_HEADING_HEIGHT + count * _ROW_HEIGHT + _GAP for count in rows)
+    height = _TOP + sections + MARGIN // 2
     canvas = Canvas(WIDTH, height)
     room = WIDTH - 2 * MARGIN
     canvas.text(MARGIN, 24, shorten(title, room, size=22, bold=True), size=22, bold=True)
@@ -52,7 +54,7 @@ def draw_search_page(
             x = MARGIN + (place % _A_ROW) * _PITCH
             y = top + (place // _A_ROW) * _ROW_HEIGHT
             _draw_match(canvas, x, y, place, match, pictures[match.position])
-        top += count * _ROW_HEIGHT
+        top += count * _ROW_HEIGHT + _GAP
     canvas.save(pathlib.Path(path))
 
 

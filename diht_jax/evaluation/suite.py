@@ -3,11 +3,13 @@
 Called by `task_specs`. The list is the one of DiHT, arXiv 2301.02280, section "Evaluation", as far
 as it is known to us: 17 classifications, retrieval both ways on 5 sets (10 numbers) and 2 on
 questions. Sources are TFDS where it has the images and labels that the task needs, else
-`NO_SOURCE`: then the user gives one, and `form` says how it is given. Class names that are not
-given here come with the data. Templates are CLIP's, read from installed packages (`prompts`).
+`NO_SOURCE`: then the user gives one, `split` says what of the data set belongs in it, and `form`
+how it is given. Class names that are not given here come with the data.
 
-Ours: the templates of the sets that clip-benchmark lacks (Birdsnap, UCF-101, Hateful Memes, Open
-Images), and mean average precision over all points for the sets with several labels.
+Templates are CLIP's (arXiv 2103.00020), read from installed packages (`prompts`). No package has
+those of Birdsnap and of Hateful Memes, which stand here: they are in the file `data/prompts.md` of
+CLIP's repository. Ours: the templates of UCF-101 and Open Images, mean average precision over all
+points for the sets with several labels, and the split where `split` says so.
 """
 
 from __future__ import annotations
@@ -36,18 +38,20 @@ class SuiteEntry:
     Attributes:
         kind: of `task_specs.KINDS`.
         source: of `sources`, or `NO_SOURCE`.
-        numbers: how many of the 29 it gives.
         metrics: the first is the one that DiHT reports.
+        split: what of the data set is evaluated.
+        numbers: how many of the 29 it gives.
         templates: makes the templates; the kind's own where None.
         class_names: makes the class names; they come with the data where None.
         tfds_class_names: makes better ones for a TFDS source, in the order of its labels.
         source_options: of the source.
-        form: how a source of one's own is given, where there is none.
+        form: how a source of one's own is given, what follows `NAME=`, where there is none.
     """
 
     kind: str
     source: str
     metrics: tuple[str, ...]
+    split: str
     numbers: int = 1
     templates: Callable[[], tuple[str, ...]] | None = None
     class_names: Callable[[], tuple[str, ...]] | None = None
@@ -64,7 +68,11 @@ def _names(name: str) -> Callable[[], tuple[str, ...]]:
     return lambda: prompts.benchmark_class_names(name)
 
 
-_FOLDER = "clip_benchmark:DIR, or a folder of classes"
+_FOLDER = "DIR, a folder with one sub-folder per class, or clip_benchmark:DIR"
+_MULTILABEL_FOLDER = (
+    "clip_benchmark:DIR, with dataset_type.txt 'multilabel', classnames.txt and KEY.npy beside "
+    "each image"
+)
 _TOP1 = ("top1", "top5", "mean_per_class")
 _BOTH_WAYS = ("t2i_r1", "i2t_r1")
 
@@ -73,6 +81,7 @@ SUITE: dict[str, SuiteEntry] = {
         CLASSIFICATION,
         NO_SOURCE,
         _TOP1,
+        split="its test split (test_images.txt)",
         templates=lambda: ("a photo of a {}, a type of bird.",),
         form=_FOLDER,
     ),
@@ -80,13 +89,15 @@ SUITE: dict[str, SuiteEntry] = {
         CLASSIFICATION,
         "tfds:cifar10:test",
         _TOP1,
-        templates=lambda: prompts.CIFAR10_TEMPLATES,
+        split="test",
+        templates=_templates("cifar10"),
         class_names=lambda: prompts.CIFAR10_CLASSES,
     ),
     "cifar100": SuiteEntry(
         CLASSIFICATION,
         "tfds:cifar100:test",
         _TOP1,
+        split="test",
         templates=_templates("cifar100"),
         source_options={"caption_feature": "label"},
     ),
@@ -94,6 +105,7 @@ SUITE: dict[str, SuiteEntry] = {
         CLASSIFICATION,
         "tfds:caltech101:test",
         ("mean_per_class", "top1"),
+        split="test of TFDS (30 images a class are its training split)",
         templates=_templates("caltech101"),
         tfds_class_names=_names("caltech101_vtab"),
     ),
@@ -101,25 +113,38 @@ SUITE: dict[str, SuiteEntry] = {
         CLASSIFICATION,
         NO_SOURCE,
         _TOP1,
+        split="its test split (the folder `test` of CLIP's country211.tgz, 100 images a country)",
         templates=_templates("country211"),
         class_names=_names("country211"),
         form=_FOLDER,
     ),
-    "dtd": SuiteEntry(CLASSIFICATION, "tfds:dtd:test", _TOP1, templates=_templates("dtd")),
+    "dtd": SuiteEntry(
+        CLASSIFICATION,
+        "tfds:dtd:test",
+        _TOP1,
+        split="test of the first of its ten divisions",
+        templates=_templates("dtd"),
+    ),
     "flowers102": SuiteEntry(
         CLASSIFICATION,
         "tfds:oxford_flowers102:test",
         ("mean_per_class", "top1"),
+        split="test",
         templates=_templates("flowers"),
         tfds_class_names=_names("flowers"),
     ),
     "food101": SuiteEntry(
-        CLASSIFICATION, "tfds:food101:validation", _TOP1, templates=_templates("food101")
+        CLASSIFICATION,
+        "tfds:food101:validation",
+        _TOP1,
+        split="test, which TFDS calls validation",
+        templates=_templates("food101"),
     ),
     "imagenet": SuiteEntry(
         CLASSIFICATION,
         "tfds:imagenet2012:validation",
         _TOP1,
+        split="validation",
         templates=lambda: prompts.imagenet_prompts()[1],
         class_names=lambda: prompts.imagenet_prompts()[0],
     ),
@@ -127,49 +152,66 @@ SUITE: dict[str, SuiteEntry] = {
         CLASSIFICATION,
         "tfds:oxford_iiit_pet:test",
         ("mean_per_class", "top1"),
+        split="test",
         templates=_templates("pets"),
+        tfds_class_names=_names("pets"),
         source_options={"image_feature": "image", "caption_feature": "label"},
     ),
-    "stl10": SuiteEntry(CLASSIFICATION, "tfds:stl10:test", _TOP1, templates=_templates("stl10")),
-    "sun397": SuiteEntry(CLASSIFICATION, "tfds:sun397:test", _TOP1, templates=_templates("sun397")),
+    "stl10": SuiteEntry(
+        CLASSIFICATION, "tfds:stl10:test", _TOP1, split="test", templates=_templates("stl10")
+    ),
+    "sun397": SuiteEntry(
+        CLASSIFICATION,
+        "tfds:sun397:test",
+        _TOP1,
+        split="test of TFDS's own division",
+        templates=_templates("sun397"),
+    ),
     "stanford_cars": SuiteEntry(
-        CLASSIFICATION, "tfds:cars196:test", _TOP1, templates=_templates("cars")
+        CLASSIFICATION, "tfds:cars196:test", _TOP1, split="test", templates=_templates("cars")
     ),
     "ucf101": SuiteEntry(
         CLASSIFICATION,
         NO_SOURCE,
         _TOP1,
+        split="the middle frame of every clip of testlist01.txt (ours: the first of three lists)",
         templates=lambda: ("a photo of a person doing {}.",),
-        form=f"{_FOLDER}, with the middle frame of every clip",
+        form=_FOLDER,
     ),
     "hateful_memes": SuiteEntry(
         BINARY,
         NO_SOURCE,
         ("auroc",),
+        split="the 500 memes of dev_seen.jsonl",
         templates=lambda: ("a {}.",),
-        class_names=lambda: ("meme", "hateful meme"),
+        class_names=lambda: ("meme", "hatespeech meme"),
         source_options={"image_column": "img", "caption_column": "text"},
-        form="its dev_seen.jsonl",
+        form="DIR/dev_seen.jsonl, with DIR/img beside it",
     ),
     "voc2007": SuiteEntry(
         MULTILABEL,
         NO_SOURCE,
         ("mean_average_precision",),
+        split="test (4,952 images, 20 classes)",
         templates=_templates("voc2007_multilabel"),
-        form="clip_benchmark:DIR with dataset_type multilabel",
+        form=_MULTILABEL_FOLDER,
     ),
     "open_images": SuiteEntry(
         MULTILABEL,
         NO_SOURCE,
         ("mean_average_precision",),
+        split=(
+            "validation (ours: the verified image-level labels of the 601 boxable classes on its "
+            "41,620 images)"
+        ),
         templates=lambda: prompts.PLAIN_TEMPLATES,
-        form="clip_benchmark:DIR with dataset_type multilabel",
+        form=_MULTILABEL_FOLDER,
     ),
-    # The 5,000 images of Karpathy and Li's test split.
     "coco_retrieval": SuiteEntry(
         RETRIEVAL,
         "tfds:coco_captions:test",
         _BOTH_WAYS,
+        split="Karpathy and Li's test split (5,000 images)",
         numbers=2,
         source_options={"caption_feature": "captions/text"},
     ),
@@ -177,45 +219,54 @@ SUITE: dict[str, SuiteEntry] = {
         RETRIEVAL,
         NO_SOURCE,
         _BOTH_WAYS,
+        split="Karpathy and Li's test split (1,000 images with 5 captions each)",
         numbers=2,
-        form="annotations:flickr30k_test.json?image_root=DIR (ALBEF's)",
+        form="flickr30k_test.json?image_root=DIR, ALBEF's file and Flickr30K's images",
     ),
     "localized_narratives_coco": SuiteEntry(
         RETRIEVAL,
         NO_SOURCE,
         _BOTH_WAYS,
+        split="the narratives on COCO's val2017",
         numbers=2,
         source_options={"image_column": "image_id", "image_name": "{:0>12}.jpg"},
-        form="annotations:coco_val_localized_narratives.jsonl?image_root=DIR",
+        form="coco_val_localized_narratives.jsonl?image_root=DIR, with COCO's val2017 in DIR",
     ),
     "localized_narratives_flickr": SuiteEntry(
         RETRIEVAL,
         NO_SOURCE,
         _BOTH_WAYS,
+        split="the narratives on Flickr30K's test split",
         numbers=2,
         source_options={"image_column": "image_id", "image_name": "{}.jpg"},
-        form="annotations:flickr30k_test_localized_narratives.jsonl?image_root=DIR",
+        form="flickr30k_test_localized_narratives.jsonl?image_root=DIR, with Flickr30K's images",
     ),
     "winoground": SuiteEntry(
         WINOGROUND,
         NO_SOURCE,
         ("image", "text", "group"),
+        split="all 400 examples",
         numbers=2,
-        form="winoground:examples.jsonl",
+        form="DIR/examples.jsonl, with DIR/images beside it",
     ),
     "snli_ve": SuiteEntry(
         ENTAILMENT,
         NO_SOURCE,
         ("accuracy",),
+        split="test",
         templates=lambda: tuple(ENTAILMENT_PROMPTS.values()),
         source_options={"image_name": "{}.jpg"},
-        form="annotations:ve_test.json?image_root=DIR (ALBEF's)",
+        form="ve_test.json?image_root=DIR, ALBEF's file and Flickr30K's images",
     ),
     "vqav2": SuiteEntry(
         VQA,
         NO_SOURCE,
         ("accuracy",),
+        split="validation, since the answers of its test splits are not public",
         templates=lambda: (ANSWER_TEMPLATE,),
-        form="annotations:vqa_val.json?image_root=DIR&class_names=answer_list.json (ALBEF's)",
+        form=(
+            "vqa_val.json?image_root=DIR&class_names=answer_list.json, ALBEF's files and COCO's "
+            "images with val2014 in DIR"
+        ),
     ),
 }

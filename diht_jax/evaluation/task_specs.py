@@ -168,46 +168,56 @@ def check_source(task: Task) -> None:
 def _parse_task(text: str, defaults: dict[str, Any]) -> Task:
     # A "?" also stands in globs, so only "?word=" starts the options.
     body, *options = re.split(r"\?(?=\w+=)", text, maxsplit=1)
-    named = re.match(r"([\w.-]+)=(.*)", body)
-    name, body = named.groups() if named else (None, body)
-    kind, _, source = body.partition(":")
-    fields: dict[str, Any] = {"source": body}
-    if kind in KINDS:
-        if not source:
-            raise ValueError(f"task '{text}': expected a source after '{kind}:'")
-        fields = {"name": name or _name_of_source(source), "kind": kind, "source": source}
-        if kind == ENTAILMENT:
-            fields["templates"] = tuple(ENTAILMENT_PROMPTS.values())
-    elif name in SUITE:
-        fields.update(name=name, **_fields_of_entry(SUITE[name], body))
-    elif kind == sources.BENCHMARK:
-        fields.update(name=name or _name_of_source(source), **_fields_of_folder(body))
-    elif name is None and body in SUITE:
-        fields.update(name=body, **_fields_of_entry(SUITE[body], SUITE[body].source))
-    else:
-        raise ValueError(_unknown_task_message(text, name or body))
-    if not fields["source"]:
-        name = fields["name"]
-        raise ValueError(
-            f"task '{name}' has no source of its own (it is not read from TFDS here); give one, "
-            f"such as '{name}=/data/{name}.tar' ({SUITE[name].form})"
-        )
     words = {key: value for key, value in defaults.items() if key in _WORDS}
-    source_options = dict(fields.get("source_options", {}))
+    given_source_options = {}
     for option in re.split(r"&(?=\w+=)", options[0]) if options else ():
         key, value = option.split("=", 1)
         if key in _SOURCE_OPTIONS:
-            source_options[key] = value
+            given_source_options[key] = value
         else:
             words.update(_parse_option(text, key, value))
+    fields = _fields_of_body(text, body, words)
+    if not fields["source"]:
+        name = fields["name"]
+        raise ValueError(
+            f"task '{name}' has no source of its own, since it is not read from TFDS; it is "
+            f"measured on {SUITE[name].split}. Give that as '{name}={SUITE[name].form}'"
+        )
+    source_options = {**fields.get("source_options", {}), **given_source_options}
     fields["source"] = _complete_source(fields["kind"], fields["source"], source_options)
     ignored = set(_WORDS) - set(_WORDS_OF_KIND[fields["kind"]])
     fields.update({key: value for key, value in words.items() if key not in ignored})
     return Task(**{**fields, "source_options": source_options})
 
 
-def _fields_of_entry(entry: SuiteEntry, source: str) -> dict[str, Any]:
-    """Of a task by name; class names that it lacks are those of a CLIP_benchmark folder."""
+def _fields_of_body(text: str, body: str, words: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a task without its options."""
+    named = re.match(r"([\w.-]+)=(.*)", body)
+    name, body = named.groups() if named else (None, body)
+    kind, _, source = body.partition(":")
+    # "winoground" is a task as well as a kind.
+    if kind in KINDS and body not in SUITE:
+        if not source:
+            raise ValueError(f"task '{text}': expected a source after '{kind}:'")
+        fields = {"name": name or _name_of_source(source), "kind": kind, "source": source}
+        if kind == ENTAILMENT:
+            fields["templates"] = tuple(ENTAILMENT_PROMPTS.values())
+        return fields
+    if name in SUITE:
+        return {"name": name, **_fields_of_entry(SUITE[name], body, words)}
+    if kind == sources.BENCHMARK:
+        name = name or _name_of_source(source)
+        return {"name": name, "source": body, **_fields_of_folder(body)}
+    if name is None and body in SUITE:
+        return {"name": body, **_fields_of_entry(SUITE[body], SUITE[body].source, words)}
+    raise ValueError(_unknown_task_message(text, name or body))
+
+
+def _fields_of_entry(entry: SuiteEntry, source: str, words: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a task by name; class names that it lacks are those of a CLIP_benchmark folder.
+
+    What the user gives in `words` is not made: it may come with a package that is absent.
+    """
     fields: dict[str, Any] = {"kind": entry.kind, "source": source}
     is_annotations = entry.source == NO_SOURCE and source.endswith((".json", ".jsonl"))
     if source == entry.source or is_annotations:
@@ -217,12 +227,13 @@ def _fields_of_entry(entry: SuiteEntry, source: str) -> dict[str, Any]:
         if folder["kind"] != entry.kind:
             raise ValueError(f"{source} is a '{folder['kind']}' set, not a '{entry.kind}' one")
         fields.update(folder, source_options={})
-    if entry.class_names is not None:
-        fields["class_names"] = entry.class_names()
-    elif entry.tfds_class_names is not None and source.startswith(tfds_records.PREFIX):
-        fields["class_names"] = entry.tfds_class_names()
-    if entry.templates is not None:
-        word = "answer_template" if entry.kind == VQA else "templates"
+    make_class_names = entry.class_names
+    if make_class_names is None and source.startswith(tfds_records.PREFIX):
+        make_class_names = entry.tfds_class_names
+    if make_class_names is not None and "class_names" not in words:
+        fields["class_names"] = make_class_names()
+    word = "answer_template" if entry.kind == VQA else "templates"
+    if entry.templates is not None and word not in words:
         fields[word] = entry.templates()[0] if entry.kind == VQA else entry.templates()
     return fields
 

@@ -94,7 +94,10 @@ def evaluate_task(
     if num_resamples:
         measured["protocol"]["intervals"] = describe_bootstrap(num_resamples)
         measured["intervals"] = bootstrap_intervals(
-            result.resampled_metrics, result.num_items, num_resamples=num_resamples
+            result.resampled_metrics,
+            result.num_items,
+            num_resamples=num_resamples,
+            progress=progress,
         )
     if encoded.dropped:
         logging.warning(

@@ -21,6 +21,12 @@ def test_wrapped_lines_fit(width, max_lines):
         assert shown == TEXT.replace(" ", "")
 
 
+def test_names_of_files_are_broken_between_their_words():
+    name = "n03376595_folding_chair.jpg"
+    width = text_width("n03376595_folding_chai", size=9)
+    assert wrap(name, width, size=9) == ["n03376595_folding_", "chair.jpg"]
+
+
 def test_an_ellipsis_only_where_something_is_left_out():
     assert wrap(TEXT, 2000, max_lines=1) == [TEXT]
     assert wrap(TEXT, 90, max_lines=1)[0].endswith("…")

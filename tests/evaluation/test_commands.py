@@ -67,8 +67,26 @@ def test_export_writes_what_loads_to_the_same_model(workdir, tmp_path):
     assert str(output) in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["evaluate", "fewshot", "search"])
-def test_the_architecture_reaches_the_loading(command, workdir, pictures, tmp_path):
+@pytest.mark.parametrize(
+    ("command", "flag", "message"),
+    [
+        (
+            "evaluate",
+            ("--architecture", "activation=gelu"),
+            "a work directory knows its architecture",
+        ),
+        (
+            "fewshot",
+            ("--architecture", "activation=gelu"),
+            "a work directory knows its architecture",
+        ),
+        ("fewshot", ("--image_size", 33), "image_size 33 is no multiple of patch_size"),
+        ("search", ("--image_size", 33), "image_size 33 is no multiple of patch_size"),
+    ],
+)
+def test_what_the_model_does_not_tell_reaches_the_loading(
+    command, flag, message, workdir, pictures, tmp_path
+):
     rows = [{"image": f"{i}.png", "caption": "x", "label": i % 2} for i in range(4)]
     (pictures / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     table = pictures / "a.jsonl"
@@ -77,6 +95,6 @@ def test_the_architecture_reaches_the_loading(command, workdir, pictures, tmp_pa
         "fewshot": ["--train", table, "--test", table, "--output", tmp_path / "o.json"],
         "search": ["--images", pictures, "a dog"],
     }[command]
-    done = _run(command, "--model", workdir, "--architecture", "activation=gelu", *arguments)
+    done = _run(command, "--model", workdir, *flag, *arguments)
     assert done.returncode == 1
-    assert "a work directory knows its architecture" in done.stderr
+    assert message in done.stderr

@@ -8,7 +8,9 @@ import pytest
 import scipy.stats
 
 from diht_jax.data.schema import Pair
-from diht_jax.evaluation.label_scores import area_under_roc, average_precision, score_labels
+from diht_jax.evaluation.average_precision import rank_items
+from diht_jax.evaluation.encoding import EncodedImages
+from diht_jax.evaluation.label_scores import LabelScores, area_under_roc, score_labels
 from diht_jax.evaluation.suite import SUITE
 
 
@@ -16,6 +18,11 @@ def _scores(seed, n=40):
     """Few different scores, so that there are ties between right and wrong."""
     rng = np.random.default_rng(seed)
     return rng.integers(0, 9, n) / 8, rng.random(n) < 0.3
+
+
+def average_precision(scores, targets, counts=None):
+    counts = np.ones(len(scores), int) if counts is None else counts
+    return rank_items(scores, targets).average_precision(counts)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -56,6 +63,26 @@ def test_weights_are_repetitions(measure):
     weights = np.random.default_rng(4).integers(0, 4, len(scores))
     repeated = measure(np.repeat(scores, weights), np.repeat(targets, weights))
     assert measure(scores, targets, weights) == pytest.approx(repeated)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_resampled_is_what_scikit_learn_says_of_the_drawn_rows(seed):
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(seed)
+    n, num_classes = 120, 7
+    scores = rng.integers(0, 25, (n, num_classes)).astype(np.float32) / 8
+    targets = rng.random((n, num_classes)) < [0.02, 0.05, 0.1, 0.2, 0.5, 0.9, 0.0]
+    targets[0] = [True] * (num_classes - 1) + [False]
+    encoded = EncodedImages(np.zeros((n, 1)), [], list(range(n)), {}, [], 1.0)
+    result = LabelScores(encoded, scores, targets, binary=False)
+    for _ in range(20):
+        drawn = rng.integers(0, n, n)
+        present = np.flatnonzero(targets[drawn].any(axis=0))
+        expected = metrics.average_precision_score(
+            targets[drawn][:, present], scores[drawn][:, present], average="macro"
+        )
+        found = result.resampled_metrics(np.bincount(drawn, minlength=n))
+        assert found["mean_average_precision"] == pytest.approx(expected, rel=1e-12)
 
 
 def test_one_kind_only_has_no_number():

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from diht_jax.evaluation import prompts
+from diht_jax.evaluation.task_specs import parse_tasks
 
 
 def test_braces_in_names_and_captions_stay():
@@ -18,17 +19,18 @@ def test_braces_in_names_and_captions_stay():
 
 
 def test_cifar_has_its_ten_classes_and_eighteen_different_prompts():
+    pytest.importorskip("clip_benchmark")
     assert len(set(prompts.CIFAR10_CLASSES)) == 10
-    assert len(set(prompts.check_templates(prompts.CIFAR10_TEMPLATES))) == 18
-    assert "a photo of the big {}." in prompts.CIFAR10_TEMPLATES
-    assert "a black and white photo of a {}." in prompts.CIFAR10_TEMPLATES
+    templates = prompts.parse_templates("cifar10")
+    assert len(set(prompts.check_templates(templates))) == 18
+    assert "a photo of the big {}." in templates
+    assert "a black and white photo of a {}." in templates
 
 
 def test_templates_of_a_command_line(tmp_path):
     assert prompts.parse_templates("a {}.; the {} ;") == ("a {}.", "the {}")
     (tmp_path / "t.txt").write_text("one {}\n\ntwo {}\n")
     assert prompts.parse_templates(f"@{tmp_path}/t.txt") == ("one {}", "two {}")
-    assert prompts.parse_templates("cifar10") is prompts.CIFAR10_TEMPLATES
 
 
 @pytest.mark.parametrize("text", ["", "a photo", "{} and {}", "a {c}"])
@@ -74,3 +76,14 @@ def test_imagenet_words_without_open_clip(monkeypatch):
     monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install open_clip_torch"):
         prompts.imagenet_prompts.__wrapped__()
+
+
+def test_words_that_are_given_need_no_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install clip-benchmark.*or give class_names=FILE"):
+        parse_tasks(["country211=/data/x"])
+    (tmp_path / "names.txt").write_text("Andorra\nAustria\n")
+    (task,) = parse_tasks(
+        [f"country211=/data/x?class_names={tmp_path}/names.txt&templates=in {{}}"]
+    )
+    assert (task.class_names, task.templates) == (("Andorra", "Austria"), ("in {}",))

@@ -1,5 +1,6 @@
 """Retrieval: ranks and recalls against a sort in float64, a hand-made table, and ties."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -123,3 +124,15 @@ def test_embeddings_that_are_not_finite_are_refused():
     broken[1, 0] = np.nan
     with pytest.raises(ValueError, match=r"text embeddings: 1 of 3 rows are not finite.*at 1"):
         retrieval_ranks(np.eye(3), broken, np.arange(3))
+
+
+def test_memory_of_a_block_does_not_grow_with_the_gallery():
+    def temporaries(blocks):
+        shapes = [((1024, 64), "float32"), ((1024,), "int32")]
+        shapes += [((blocks, 4096, 64), "float32"), ((blocks, 4096), "int32")]
+        arguments = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+        program = retrieval._rank_block.lower(*arguments).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    # Two blocks of similarities, [1024, 4096] float32 each, and what is small beside them.
+    assert temporaries(2) == temporaries(50) < 2.1 * 1024 * 4096 * 4

@@ -1,12 +1,15 @@
 """The 29 zero-shot numbers of DiHT by name."""
 
 import importlib.util
+import pathlib
+import re
 
 import pytest
 
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
 from diht_jax.evaluation.task_specs import KINDS, parse_tasks
 
+_DOCS = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
 _KINDS_OF_CLASSIFICATION = ("classification", "multilabel", "binary")
 
 
@@ -44,6 +47,38 @@ def test_every_task_can_be_named(name, tmp_path):
         assert len(task.templates) == 8
     if name == "country211":
         assert len(task.class_names) == 211
+
+
+_WITHOUT_SOURCE = [name for name, entry in SUITE.items() if entry.source == NO_SOURCE]
+
+
+def test_twelve_need_a_source_of_their_own():
+    assert len(_WITHOUT_SOURCE) == 12
+    assert all(entry.split for entry in SUITE.values())
+
+
+@pytest.mark.parametrize("name", _WITHOUT_SOURCE)
+def test_what_the_message_asks_for_can_be_given(name, tmp_path, monkeypatch):
+    pytest.importorskip("clip_benchmark")
+    with pytest.raises(ValueError) as raised:
+        parse_tasks([name])
+    message = str(raised.value)
+    assert f"'{name}' has no source of its own" in message
+    assert SUITE[name].split in message
+    # The message ends with what to type and, behind a comma, what lies there.
+    typed = re.search(f"Give that as '({name}=[^,]+)", message)[1]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "answer_list.json").write_text('["yes", "no"]')
+    (tmp_path / "DIR" / "test").mkdir(parents=True)
+    (tmp_path / "DIR" / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "DIR" / "test" / "0.tar").touch()
+    (tmp_path / "DIR" / "dataset_type.txt").write_text("multilabel")
+    (tmp_path / "DIR" / "classnames.txt").write_text("dog\ncat\n")
+    (task,) = parse_tasks([typed])
+    assert (task.name, task.kind) == (name, SUITE[name].kind)
+    with open(_DOCS, encoding="utf-8") as docs:
+        rows = [line for line in docs if line.startswith("|") and f"`{name}`" in line]
+    assert any(SUITE[name].split in row for row in rows), f"{name}: its split is not in {_DOCS}"
 
 
 def test_kinds_that_need_names_say_so():

@@ -12,13 +12,13 @@ from diht_jax.evaluation.task_specs import Task, built_in_tasks, check_source, p
     ("text", "expected"),
     [
         (
-            "cifar10",
+            "cifar10?templates={}",
             Task(
                 "cifar10",
                 "classification",
                 "tfds:cifar10:test",
                 class_names=prompts.CIFAR10_CLASSES,
-                templates=prompts.CIFAR10_TEMPLATES,
+                templates=("{}",),
             ),
         ),
         (
@@ -92,7 +92,7 @@ def test_imagenet_has_its_names_and_templates():
         (["nothing_like_it"], "built in: birdsnap, cifar10, cifar100"),
         (["x=clasification:/a.tar"], "unknown task 'x=clasification:/a.tar'"),
         (["retrieval:"], "expected a source after 'retrieval:'"),
-        (["flickr30k_retrieval"], "not read from TFDS here); give one, such as 'flickr30k_retr"),
+        (["flickr30k_retrieval"], "no source of its own, since it is not read from TFDS; it is"),
         (["retrieval:/a.tar?caption_templat=x"], "did you mean 'caption_template'"),
         (["retrieval:/a.tar", "retrieval:/b/a.tar"], "two tasks are called 'a'"),
         (["retrieval:/a.tar?caption_template=x"], "expected '{caption}' once"),

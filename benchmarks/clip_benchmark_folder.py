@@ -1,0 +1,145 @@
+"""Writing a task's data in CLIP_benchmark's layout.
+
+Called by `benchmarks.clip_benchmark` and by tests. The layout is described, and read, in
+`diht_jax.evaluation.benchmark_folder`. What both programs would count differently by their rules
+for ties, and by how they show transparency, is kept out here and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pathlib
+import tarfile
+from collections import Counter
+
+from PIL import Image
+
+from diht_jax.data.images import ImageError, decode_rgb
+from diht_jax.data.schema import Pair
+from diht_jax.data.source import Skipped
+from diht_jax.evaluation.benchmark_folder import DEFAULT_SPLIT
+from diht_jax.evaluation.encoding import UnusablePair
+from diht_jax.evaluation.labels import name_index, raw_label, resolve_label
+from diht_jax.evaluation.prompts import CLASS_SLOT, fill_caption_template
+from diht_jax.evaluation.retrieval import captions_of
+from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL
+from diht_jax.evaluation.task_specs import Task
+from diht_jax.evaluation.tasks import read_entries
+
+_EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def write_folder(task: Task, folder: pathlib.Path, *, limit: int | None = None) -> Counter[str]:
+    """Writes the data of a task as one shard of the split "test".
+
+    Captions are written with the task's template around them, since CLIP_benchmark has none for
+    retrieval. Of pictures with the same pixels, or with a caption that was there before, the first
+    stays: between the others there is a tie, which CLIP_benchmark leaves to chance.
+
+    Args:
+        task: a classification with class names, or a retrieval.
+        folder: to make; must not exist.
+        limit: at most so many pictures.
+
+    Returns:
+        "images" written, and how many entries were left out for what reason.
+
+    Raises:
+        ValueError: another kind of task, no class names, no usable picture, or the folder exists.
+    """
+    if task.kind not in (CLASSIFICATION, RETRIEVAL):
+        raise ValueError(
+            f"task '{task.name}': a '{task.kind}' task has no such folder; expected "
+            f"'{CLASSIFICATION}' or '{RETRIEVAL}'"
+        )
+    if task.kind == CLASSIFICATION and not task.class_names:
+        raise ValueError(
+            f"task '{task.name}': expected class names; add '?class_names=FILE' to the task"
+        )
+    if folder.exists():
+        raise ValueError(f"{folder} is there already; remove it, or name another")
+    (folder / DEFAULT_SPLIT).mkdir(parents=True)
+    counts: Counter[str] = Counter(images=0)
+    notes = _Notes(task)
+    with tarfile.open(folder / DEFAULT_SPLIT / "0.tar", "w") as tar:
+        for entry in read_entries(task):
+            if counts["images"] == limit:
+                break
+            try:
+                members = _members(entry, notes)
+            except UnusablePair as unusable:
+                counts[unusable.reason] += 1
+                continue
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"{counts['images']:06d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            counts["images"] += 1
+    if not counts["images"]:
+        raise ValueError(f"task '{task.name}' ({task.source}): no usable picture ({dict(counts)})")
+    texts = {f"{DEFAULT_SPLIT}/nshards.txt": "1", "dataset_type.txt": task.kind}
+    if task.kind == CLASSIFICATION:
+        texts["classnames.txt"] = "\n".join(task.class_names)
+        texts["zeroshot_classification_templates.txt"] = "\n".join(
+            template.replace(CLASS_SLOT, "{c}") for template in task.templates
+        )
+    for name, text in texts.items():
+        (folder / name).write_text(f"{text}\n", encoding="utf-8")
+    return counts
+
+
+class _Notes:
+    """What stands beside a picture, and what was there before."""
+
+    def __init__(self, task: Task):
+        self._task = task
+        self._index = name_index(task.class_names or ())
+        self._seen: set[str] = set()
+
+    def note_of(self, pair: Pair) -> tuple[str, str]:
+        """Extension and text."""
+        if self._task.kind == CLASSIFICATION:
+            raw = raw_label(pair, self._task.label_field)
+            return "cls", str(resolve_label(raw, self._task.class_names, self._index))
+        captions = [
+            " ".join(fill_caption_template(self._task.caption_template, caption).split())
+            for caption in captions_of(pair)
+        ]
+        # CLIP's texts have no case.
+        self._refuse_repeated([caption.casefold() for caption in captions], "caption_seen_before")
+        return "txt", "\n".join(captions)
+
+    def check_pixels(self, image: Image.Image) -> None:
+        """Raises `UnusablePair` for pixels that came before, where that makes a tie."""
+        if self._task.kind == RETRIEVAL:
+            digest = hashlib.sha256(image.tobytes()).hexdigest()
+            self._refuse_repeated([f"{image.size} {digest}"], "picture_seen_before")
+
+    def _refuse_repeated(self, things: list[str], reason: str) -> None:
+        if not self._seen.isdisjoint(things):
+            raise UnusablePair(reason)
+        self._seen.update(things)
+
+
+def _members(entry: Pair | Skipped, notes: _Notes) -> dict[str, bytes]:
+    """The files of one picture: extension -> content."""
+    if isinstance(entry, Skipped):
+        raise UnusablePair(entry.reason)
+    try:
+        image = decode_rgb(entry.image)
+    except ImageError as error:
+        raise UnusablePair(f"image_{error.reason}") from error
+    notes.check_pixels(image)
+    extension, note = notes.note_of(entry)
+    with Image.open(io.BytesIO(entry.image)) as stored:
+        is_plain = stored.mode == "RGB" and stored.format in _EXTENSION_OF
+        name = _EXTENSION_OF.get(stored.format, "png")
+        # A colour key or a turned photo: CLIP_benchmark would show other pixels than we do.
+        is_plain = is_plain and "transparency" not in stored.info and not stored.getexif()
+    data = entry.image
+    if not is_plain:
+        name, buffer = "png", io.BytesIO()
+        image.save(buffer, format="PNG")
+        data = buffer.getvalue()
+    return {name: data, extension: note.encode()}
