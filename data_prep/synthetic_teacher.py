@@ -214,7 +214,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("images", None, "Pictures to embed, as config.input of the filter.")
     flags.DEFINE_string("output", None, "The npz file.")
     flags.DEFINE_integer("num_scenes", 6000, "Scenes that the teacher is trained on.")
-    flags.DEFINE_integer("epochs", 8, "Over these scenes.")
+    flags.DEFINE_integer("epochs", 5, "Over these scenes.")
     flags.DEFINE_integer("seed", 1, "Of scenes, parameters and order.")
     flags.mark_flags_as_required(["images", "output"])
 
