@@ -36,6 +36,8 @@ from diht_jax.data.schema import Pair
 CAPTIONS = ("given", "noisy", "described")
 ARMS = ("contrastive", "distilled")  # without and with the concept losses
 
+LABELLED = "labelled"
+
 # What does the work, in processes of its own.
 _PACKAGES = ("jax", "flax", "optax", "torch", "efficientnet_lite_pytorch")
 
@@ -71,17 +73,24 @@ def main() -> None:
     data, workdir = pathlib.Path(values.data), pathlib.Path(values.workdir)
     rows = []
     for captions in values.captions:
-        labelled = prepare(captions, data / "cifar10_train.tar", workdir / captions)
+        folder = workdir / captions
+        runs = {arm: [folder / f"{arm}_{seed}" for seed in range(values.seeds)] for arm in ARMS}
+        if not all(results_of(run).exists() for run in (*runs[ARMS[0]], *runs[ARMS[1]])):
+            prepare(captions, data / "cifar10_train.tar", folder)
         for arm in ARMS:
+            weight = values.weight if arm == "distilled" else 0.0
             scores = []
-            for seed in range(values.seeds):
-                run = workdir / captions / f"{arm}_{seed}"
-                weight = values.weight if arm == "distilled" else 0.0
-                scores.append(
+            for seed, run in enumerate(runs[arm]):
+                if not results_of(run).exists():
                     train_and_evaluate(
-                        run, labelled, data / "cifar10_test.tar", seed, weight, values.examples
+                        run,
+                        folder / LABELLED,
+                        data / "cifar10_test.tar",
+                        seed,
+                        weight,
+                        values.examples,
                     )
-                )
+                scores.append(read_top1(run))
                 logging.info("%s, %s, seed %d: top-1 %.3f", captions, arm, seed, scores[-1])
             rows.append(as_row(captions, arm, scores))
     differences = compare_seeds(rows)
@@ -96,8 +105,8 @@ def main() -> None:
     logging.info("written to %s", write_result("distillation", payload))
 
 
-def prepare(captions: str, source: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
-    """The labelled shards of one set of captions."""
+def prepare(captions: str, source: pathlib.Path, folder: pathlib.Path) -> None:
+    """Writes the labelled shards of one set of captions."""
     folder.mkdir(parents=True, exist_ok=True)
     tar = folder / "pairs.tar"
     if not tar.exists():
@@ -113,9 +122,8 @@ def prepare(captions: str, source: pathlib.Path, folder: pathlib.Path) -> pathli
         "data_prep.label",
         "--config=configs/prep/concepts_efficientnet.py",
         f"--config.input={folder / 'records'}",
-        f"--config.output={folder / 'labelled'}",
+        f"--config.output={folder / LABELLED}",
     )
-    return folder / "labelled"
 
 
 def relabel(pairs: list[Pair], captions: str) -> Iterator[tuple[Pair, str]]:
@@ -166,32 +174,39 @@ def train_and_evaluate(
     seed: int,
     weight: float,
     examples: int,
-) -> float:
+) -> None:
+    """One run and its results."""
+    run_command(
+        "diht_jax.train",
+        "--config=configs/demo.py",
+        f"--config.seed={seed}",
+        f"--config.data.train={labelled}",
+        f"--config.total_examples={examples}",
+        "--config.data.batch_size=128",
+        "--config.data.crop_scale=(0.5, 1.0)",
+        f"--config.concepts.object_weight={weight}",
+        f"--config.concepts.attribute_weight={weight}",
+        "--config.concepts.num_objects=64",
+        "--config.concepts.num_attributes=64",
+        f"--workdir={run}",
+    )
+    run_command(
+        "diht_jax.evaluate",
+        f"--model={run}",
+        f"--tasks=cifar10=classification:{test}?templates=a photo of a {{}}.",
+        f"--output={results_of(run)}",
+        "--nopages",
+    )
+
+
+def results_of(run: pathlib.Path) -> pathlib.Path:
+    """The file with the results of a run."""
+    return run.with_suffix(".json")
+
+
+def read_top1(run: pathlib.Path) -> float:
     """Zero-shot top-1 of one run."""
-    results = run.with_suffix(".json")
-    if not results.exists():
-        run_command(
-            "diht_jax.train",
-            "--config=configs/demo.py",
-            f"--config.seed={seed}",
-            f"--config.data.train={labelled}",
-            f"--config.total_examples={examples}",
-            "--config.data.batch_size=128",
-            "--config.data.crop_scale=(0.5, 1.0)",
-            f"--config.concepts.object_weight={weight}",
-            f"--config.concepts.attribute_weight={weight}",
-            "--config.concepts.num_objects=64",
-            "--config.concepts.num_attributes=64",
-            f"--workdir={run}",
-        )
-        run_command(
-            "diht_jax.evaluate",
-            f"--model={run}",
-            f"--tasks=cifar10=classification:{test}?templates=a photo of a {{}}.",
-            f"--output={results}",
-            "--nopages",
-        )
-    return json.loads(results.read_text())["results"][0]["metrics"]["top1"]
+    return json.loads(results_of(run).read_text())["results"][0]["metrics"]["top1"]
 
 
 def run_command(module: str, *arguments: str) -> None:

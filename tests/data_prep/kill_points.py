@@ -25,9 +25,7 @@ from typing import Any
 
 from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
-
-# Where the input lay, and what tells how long it took.
-_NOT_COMPARED = re.compile(r"^report\.|\.(seconds|place)\.json$")
+from tests.data_prep.jobs import snapshot
 
 
 class _Watch:
@@ -99,7 +97,7 @@ class _Job:
         names = (output / name.replace(".stats.json", ".place.json") for name in done)
         inputs = {json.loads(path.read_bytes())["path"] for path in names if path.exists()}
         status, _, read = self.run_in_child(output)
-        found, now = _snapshot(output), _when_finished(output)
+        found, now = snapshot(output), _when_finished(output)
         shutil.rmtree(output)
         if status:
             return ["the second run failed"]
@@ -108,14 +106,6 @@ class _Job:
         problems = [f"differs: {name}" for name in sorted(differs)]
         problems += [f"was finished, and was made again: {name}" for name in sorted(again)]
         return problems + [f"was finished, and was read: {path}" for path in inputs & set(read)]
-
-
-def _snapshot(output: pathlib.Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(output)): path.read_bytes()
-        for path in output.rglob("*")
-        if path.is_file() and not _NOT_COMPARED.search(path.name)
-    }
 
 
 def _when_finished(output: pathlib.Path) -> dict[str, int]:
@@ -144,7 +134,7 @@ def main() -> None:
         job.run(folder / "warm")  # what is loaded once is loaded before the forks
     status, changes, _ = job.run_in_child(folder / "whole")
     assert status == 0
-    wanted = _snapshot(folder / "whole")
+    wanted = snapshot(folder / "whole")
     chosen, problems = _choose(changes), []
     start_secs = time.perf_counter()
     for kill_at in chosen:

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tarfile
@@ -17,10 +16,10 @@ from data_prep import cat_config
 from data_prep.cat import process_shard
 from data_prep.filter import explain, run_filter
 from data_prep.sources import list_sources
-from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.images import decode_rgb
 from diht_jax.data.schema import decode_record
 from diht_jax.data.tfrecord import TFRecordSource
+from tests.data_prep.jobs import job_config, snapshot
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -66,34 +65,12 @@ def _write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str
     return str(folder / "*.tar")
 
 
-def _config(source: str, output: pathlib.Path, recipe: str = "convert", **changes):
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / f"{recipe}.py")
-    config.num_workers = 0
-    config.text_spotting = False  # test_text_spotting.py has it
-    config.update({"input": source, "output": str(output)})
-    for name, value in changes.items():
-        section, _, key = name.rpartition("__")
-        (config[section] if section else config)[key] = value
-    validate_config(config, cat_config.default_config())
-    cat_config.check_config(config)
-    return config
-
-
 def _records(output: pathlib.Path):
     return [decode_record(data) for data in TFRecordSource(output)]
 
 
 def _counts(output: pathlib.Path) -> dict:
     return json.loads((output / "stats.json").read_text())["counts"]
-
-
-def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files but those that tell how long it took, and where the input lay."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not re.search(r"^report\.|\.(seconds|place)\.json$", path.name)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +82,9 @@ def captioned(tmp_path_factory) -> pathlib.Path:
     rows.append({"image": "i.png", "caption": ["a dog runs", "a red car"]})
     source = _write_table(folder, rows)
     (folder / "i.png").write_bytes(_PNG)
-    run_filter(_config(source, folder / "cat", "cat", batch_size=4))
-    run_filter(_config(source, folder / "action", "cat", complexity=False))
-    run_filter(_config(source, folder / "complexity", "cat", action=False, min_complexity=2))
+    run_filter(job_config(source, folder / "cat", "cat", batch_size=4))
+    run_filter(job_config(source, folder / "action", "cat", complexity=False))
+    run_filter(job_config(source, folder / "complexity", "cat", action=False, min_complexity=2))
     return folder
 
 
@@ -174,7 +151,7 @@ def test_images_are_dropped_by_reason(tmp_path):
     for name, data in files.items():
         (tmp_path / "in" / name).write_bytes(data)
     limits = {"image__max_pixels": 100_000, "image__min_side": 4}
-    assert run_filter(_config(source, tmp_path / "out", **limits)) == {}
+    assert run_filter(job_config(source, tmp_path / "out", **limits)) == {}
     assert _counts(tmp_path / "out")["dropped"] == {
         "source": {"no_caption": 1, "no_image": 1},
         "caption": {},
@@ -188,7 +165,7 @@ def test_images_are_dropped_by_reason(tmp_path):
     greys = [np.asarray(decode_rgb(r.image)).mean(axis=(0, 1)).round().tolist() for r in records]
     assert greys[:3] == [[255, 0, 0], [255, 255, 255], [200, 200, 200]]
 
-    run_filter(_config(source, tmp_path / "small", image__max_side=100, **limits))
+    run_filter(job_config(source, tmp_path / "small", image__max_side=100, **limits))
     small = _records(tmp_path / "small")
     assert [r.image for r in small[:3]] == [r.image for r in records[:3]]  # they were small before
     shrunk = Image.open(io.BytesIO(small[3].image))
@@ -205,17 +182,17 @@ def test_same_bytes_with_any_number_of_workers(captioned, tmp_path):
             (folder / name).write_bytes((captioned / name).read_bytes())
         tables.append(str(folder / "t.jsonl"))
     for workers in (0, 2):
-        config = _config(
+        config = job_config(
             ",".join(tables), tmp_path / f"out{workers}", "cat", num_workers=workers, batch_size=4
         )
         assert run_filter(config) == {}
-    assert _snapshot(tmp_path / "out0") == _snapshot(tmp_path / "out2")
+    assert snapshot(tmp_path / "out0") == snapshot(tmp_path / "out2")
     assert len(_records(tmp_path / "out0")) == 2 * len(_records(captioned / "cat"))
 
 
 def test_one_shard_by_itself(tmp_path):
     _write_tars(tmp_path / "in", 1)
-    config = _config(str(tmp_path / "in"), tmp_path / "out")
+    config = job_config(str(tmp_path / "in"), tmp_path / "out")
     source = list_sources(config.input, config.source)[0]
     output, done = str(tmp_path / "one.tfrecord"), []
     stats = process_shard(source, output, config=config, report=done.append)
@@ -232,7 +209,7 @@ def test_one_shard_by_itself(tmp_path):
 def test_nothing_kept_is_an_error(tmp_path, capsys):
     source = _write_table(tmp_path / "in", [{"image": "absent.png", "caption": "x"}] * 3)
     with pytest.raises(ValueError, match=r"none of the 3 pairs of .*t\.jsonl' was kept"):
-        run_filter(_config(source, tmp_path / "out"))
+        run_filter(job_config(source, tmp_path / "out"))
     assert "no image" in capsys.readouterr().out
     assert not (tmp_path / "out" / "dataset_info.json").exists()
 
@@ -240,36 +217,36 @@ def test_nothing_kept_is_an_error(tmp_path, capsys):
 def test_wrong_inputs_and_outputs(tmp_path):
     source = _write_tars(tmp_path / "in", 1)
     with pytest.raises(ValueError, match="config.input is not set"):
-        run_filter(_config("", tmp_path / "out"))
+        run_filter(job_config("", tmp_path / "out"))
     with pytest.raises(ValueError, match=r"nothing at .*\.jsonl"):
-        run_filter(_config(str(tmp_path / "*.jsonl"), tmp_path / "out"))
+        run_filter(job_config(str(tmp_path / "*.jsonl"), tmp_path / "out"))
     with pytest.raises(ValueError, match="is the folder of the input"):
-        run_filter(_config(source, tmp_path / "in"))
-    config = _config(source, tmp_path / "out")
+        run_filter(job_config(source, tmp_path / "in"))
+    config = job_config(source, tmp_path / "out")
     config.output = ""
     with pytest.raises(ValueError, match="config.output is not set"):
         run_filter(config)
     for name, value in (("image__jpeg_quality", 0), ("image__max_side", 0), ("batch_size", 0)):
         with pytest.raises(ValueError, match=name.replace("__", r"\.")):
-            _config(source, tmp_path / "out", **{name: value})
+            job_config(source, tmp_path / "out", **{name: value})
 
 
 def test_several_inputs(tmp_path):
     first, second = _write_tars(tmp_path / "a", 1), _write_tars(tmp_path / "b", 1, 2)
-    run_filter(_config(f"{first}, {second}", tmp_path / "out"))
+    run_filter(job_config(f"{first}, {second}", tmp_path / "out"))
     assert len(_records(tmp_path / "out")) == 7
 
 
 def test_own_output_is_a_source(tmp_path):
-    run_filter(_config(_write_tars(tmp_path / "in", 2), tmp_path / "one"))
-    run_filter(_config(str(tmp_path / "one"), tmp_path / "two"))
+    run_filter(job_config(_write_tars(tmp_path / "in", 2), tmp_path / "one"))
+    run_filter(job_config(str(tmp_path / "one"), tmp_path / "two"))
     assert [r.key for r in _records(tmp_path / "two")] == [
         r.key for r in _records(tmp_path / "one")
     ]
 
 
 def test_hash_covers_what_decides_and_nothing_else(tmp_path):
-    config = _config("a", tmp_path)
+    config = job_config("a", tmp_path)
     before = cat_config.hash_config(config)
     for name, value in (("num_workers", 7), ("batch_size", 3), ("output", "x"), ("input", "y")):
         setattr(config, name, value)
@@ -336,7 +313,7 @@ assert not {{"spacy", "tensorflow", "torch", "jax"}} & set(sys.modules)
 
 
 def test_real_emoji(shared_data, tmp_path):
-    config = _config(str(shared_data / "emoji_google.tar"), tmp_path / "out")
+    config = job_config(str(shared_data / "emoji_google.tar"), tmp_path / "out")
     assert run_filter(config) == {}
     records = _records(tmp_path / "out")
     assert len(records) == _counts(tmp_path / "out")["kept"] == 3786

@@ -7,16 +7,15 @@ import io
 import json
 import os
 import pathlib
-import re
 import tarfile
 
 import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.config import load_recipe
 from diht_jax.data.schema import decode_record
 from diht_jax.data.tfrecord import TFRecordSource
+from tests.data_prep.jobs import job_config, snapshot
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -37,24 +36,6 @@ def _write_tars(folder: pathlib.Path, count: int) -> str:
     return str(folder / "*.tar")
 
 
-def _config(source: str, output: pathlib.Path, **changes):
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
-    config.update({"input": source, "output": str(output), "num_workers": 0})
-    for name, value in changes.items():
-        section, _, key = name.rpartition("__")
-        (config[section] if section else config)[key] = value
-    return config
-
-
-def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files but those that tell how long it took, and where the input lay."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not re.search(r"^report\.|\.(seconds|place)\.json$", path.name)
-    }
-
-
 def _records(output: pathlib.Path):
     return [decode_record(data) for data in TFRecordSource(output)]
 
@@ -65,15 +46,15 @@ def _counts(output: pathlib.Path) -> dict:
 
 def test_run_again_does_only_what_is_missing(tmp_path):
     source = _write_tars(tmp_path / "in", 3)
-    config = _config(source, tmp_path / "out", keep_parts=True, examples_per_shard=5)
+    config = job_config(source, tmp_path / "out", keep_parts=True, examples_per_shard=5)
     run_filter(config)
-    before = _snapshot(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     names = [f"{folder}pairs-train-{i:05d}.tfrecord" for folder in ("parts/", "") for i in range(3)]
     times = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
     for name in ("parts/pairs-train-00001.tfrecord.stats.json", "dataset_info.json", names[5]):
         (tmp_path / "out" / name).unlink()
     run_filter(config)
-    assert _snapshot(tmp_path / "out") == before
+    assert snapshot(tmp_path / "out") == before
     now = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
     same = [time == new for time, new in zip(times, now, strict=True)]
     assert same == [True, False, True, True, True, False]
@@ -81,48 +62,48 @@ def test_run_again_does_only_what_is_missing(tmp_path):
 
 def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path, caplog):
     source = _write_tars(tmp_path / "in", 3)
-    config = _config(source, tmp_path / "out", examples_per_shard=5)
+    config = job_config(source, tmp_path / "out", examples_per_shard=5)
     run_filter(config)
-    before = _snapshot(tmp_path / "out")
+    before = snapshot(tmp_path / "out")
     assert not list((tmp_path / "out" / "parts").glob("*.tfrecord"))
     damaged = tmp_path / "out" / "pairs-train-00001.tfrecord"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     stats = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/parts").glob("*.stats.json"))]
     run_filter(config)
-    assert _snapshot(tmp_path / "out") == before
+    assert snapshot(tmp_path / "out") == before
     now = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/parts").glob("*.stats.json"))]
     assert [a == b for a, b in zip(stats, now, strict=True)] == [True, False, True]
 
 
 def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
     source = _write_tars(tmp_path / "in", 3)
-    run_filter(_config(source, tmp_path / "out"))
-    before = _snapshot(tmp_path / "out")
+    run_filter(job_config(source, tmp_path / "out"))
+    before = snapshot(tmp_path / "out")
     with pytest.raises(ValueError, match=r"image\.min_side 1 -> 2.*--overwrite"):
-        run_filter(_config(source, tmp_path / "out", image__min_side=2))
+        run_filter(job_config(source, tmp_path / "out", image__min_side=2))
     with pytest.raises(ValueError, match=r"examples_per_shard was 10000 and is 4.*3 input shards"):
-        run_filter(_config(source, tmp_path / "out", examples_per_shard=4))
+        run_filter(job_config(source, tmp_path / "out", examples_per_shard=4))
     # Touched, but with the same contents: nothing has changed.
     os.utime(tmp_path / "in" / "00000.tar", ns=(1, 1))
-    run_filter(_config(source, tmp_path / "out"))
-    assert _snapshot(tmp_path / "out") == before
-    run_filter(_config(source, tmp_path / "later"))
-    assert _snapshot(tmp_path / "later") == before  # no time of change in any of it
+    run_filter(job_config(source, tmp_path / "out"))
+    assert snapshot(tmp_path / "out") == before
+    run_filter(job_config(source, tmp_path / "later"))
+    assert snapshot(tmp_path / "later") == before  # no time of change in any of it
     # As many bytes, but others.
     path = tmp_path / "in" / "00001.tar"
     path.write_bytes(path.read_bytes().replace(b"name 1 4", b"NAME 1 4"))
     os.utime(path, ns=(1, 1))
     with pytest.raises(ValueError, match=r"1 shards .* changed: the input '.*00001\.tar'"):
-        run_filter(_config(source, tmp_path / "out"))
-    assert _snapshot(tmp_path / "out") == before
-    run_filter(_config(source, tmp_path / "out"), overwrite=True)
+        run_filter(job_config(source, tmp_path / "out"))
+    assert snapshot(tmp_path / "out") == before
+    run_filter(job_config(source, tmp_path / "out"), overwrite=True)
     assert [r.caption for r in _records(tmp_path / "out")][9] == "NAME 1 4"
     _write_tars(tmp_path / "in", 4)
     with pytest.raises(ValueError, match="--overwrite"):
-        run_filter(_config(source, tmp_path / "out"))
+        run_filter(job_config(source, tmp_path / "out"))
     (tmp_path / "in" / "00003.tar").unlink()
     (tmp_path / "in" / "00002.tar").unlink()
-    run_filter(_config(source, tmp_path / "out", examples_per_shard=3), overwrite=True)
+    run_filter(job_config(source, tmp_path / "out", examples_per_shard=3), overwrite=True)
     assert [len(TFRecordSource(p)) for p in sorted((tmp_path / "out").glob("*.tfrecord"))] == [
         2, 3, 2, 3
     ]  # fmt: skip
@@ -130,13 +111,13 @@ def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
 
 def test_jobs_of_an_array_make_the_same_folder(tmp_path, capsys):
     source = _write_tars(tmp_path / "in", 3)
-    run_filter(_config(source, tmp_path / "one"))
-    config = _config(source, tmp_path / "array")
+    run_filter(job_config(source, tmp_path / "one"))
+    config = job_config(source, tmp_path / "array")
     run_filter(config, 0, 2)
     assert "2 of 3 shards are done" in capsys.readouterr().out
     assert not (tmp_path / "array" / "dataset_info.json").exists()
     run_filter(config, 1, 2)
-    assert _snapshot(tmp_path / "array") == _snapshot(tmp_path / "one")
+    assert snapshot(tmp_path / "array") == snapshot(tmp_path / "one")
 
 
 def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
@@ -144,7 +125,7 @@ def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
     broken = tmp_path / "in" / "00001.tar"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:3000])
-    config = _config(source, tmp_path / "out")
+    config = job_config(source, tmp_path / "out")
     failures = run_filter(config)
     assert list(failures) == [str(broken)]
     assert "cannot be read to its end" in failures[str(broken)]

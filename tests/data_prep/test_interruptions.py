@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.config import load_recipe
 from diht_jax.data.schema import decode_record
 from diht_jax.data.tfrecord import TFRecordSource
+from tests.data_prep.jobs import job_config, snapshot
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _NUM_TARS, _PAIRS = 9, 6
@@ -50,19 +50,7 @@ def work(tmp_path_factory) -> pathlib.Path:
 
 
 def _config(folder: pathlib.Path, output: str):
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
-    config.update({"input": f"{folder}/in/*.tar", "output": str(folder / output)})
-    config.update({"num_workers": 0, "examples_per_shard": 20})
-    return config
-
-
-def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files but those that tell how long it took, and where the input lay."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and not re.search(r"^report\.|\.(seconds|place)\.json$", path.name)
-    }
+    return job_config(f"{folder}/in/*.tar", folder / output, examples_per_shard=20)
 
 
 def _finished(folder: pathlib.Path) -> dict[str, int]:
@@ -115,7 +103,7 @@ def test_killed_at_any_moment_and_run_again(work):
     # An orphan may have finished one more after the look.
     told = re.findall(rf"{_NUM_TARS} shards, (\d+) of them", (work / "killed.log").read_text())
     assert sum(name.startswith("parts/") for name in before) <= int(told[-1]) <= _NUM_TARS
-    assert _snapshot(work / "killed") == _snapshot(work / "undisturbed")
+    assert snapshot(work / "killed") == snapshot(work / "undisturbed")
     assert _read_report(work / "killed") == _read_report(work / "undisturbed")
 
 
@@ -201,8 +189,8 @@ def test_cluster_loses_a_node(work):
         if name.startswith("parts/")
     }
     assert {name: now[name] for name, _ in told["finished"]} == dict(map(tuple, told["finished"]))
-    found = _snapshot(work / "cluster")
-    assert found == _snapshot(work / "reference")
+    found = snapshot(work / "cluster")
+    assert found == snapshot(work / "reference")
     shards = {f"pairs-train-{i:05d}.tfrecord{suffix}" for i in range(3) for suffix in ("", ".idx")}
     assert shards | {"kept_keys.txt", "stats.json", "dataset_info.json"} <= found.keys()
     assert _read_report(work / "cluster") == _read_report(work / "reference")

@@ -1,8 +1,8 @@
 """The caption stage on tables without images: the same rows as the parser says, untouched."""
 
+import functools
 import json
 import pathlib
-import re
 
 import numpy as np
 import pyarrow
@@ -13,7 +13,7 @@ from data_prep import caption_memo
 from data_prep.caption_memo import CaptionMemo
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.filter import run_filter
-from diht_jax.config import load_recipe
+from tests.data_prep.jobs import job_config, snapshot
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _CAPTIONS = [
@@ -28,22 +28,7 @@ _CAPTIONS = [
 ]
 _KEPT = (0, 4, 6)
 
-
-def _config(source: str, output: pathlib.Path, **changes):
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "metadata.py")
-    config.update({"input": source, "output": str(output), "num_workers": 0})
-    for name, value in changes.items():
-        section, _, key = name.rpartition("__")
-        (config[section] if section else config)[key] = value
-    return config
-
-
-def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if not re.search(r"^report\.|\.(seconds|place)\.json$", path.name)
-    }
+_config = functools.partial(job_config, recipe="metadata")
 
 
 @pytest.fixture
@@ -96,11 +81,11 @@ def test_parquet_rows_are_kept_as_they_came(tmp_path, table):
     units = sorted((tmp_path / "units").glob("*.parquet"))
     assert [unit.name for unit in units] == [f"part-0-{i:05d}.parquet" for i in range(3)]
     assert pyarrow.concat_tables(map(pyarrow.parquet.read_table, units)).equals(kept)
-    before = _snapshot(tmp_path / "units")
+    before = snapshot(tmp_path / "units")
     times = [unit.stat().st_mtime_ns for unit in units]
     units[1].unlink()
     run_filter(config)
-    assert _snapshot(tmp_path / "units") == before
+    assert snapshot(tmp_path / "units") == before
     again = [unit.stat().st_mtime_ns == t for unit, t in zip(units, times, strict=True)]
     assert again == [True, False, True]
     config.min_complexity = 2
