@@ -55,7 +55,7 @@ step "Labelling the filtered pairs with its concepts" label \
 train raw_infonce "raw pairs, InfoNCE" raw --config.loss.beta=0.0
 train filtered_hn_nce "filtered pairs, HN-NCE" filtered
 train filtered_concepts "filtered pairs, HN-NCE and concepts" labelled \
-  --config.concepts.object_weight=1.0 --config.concepts.attribute_weight=1.0 \
+  --config.concepts.object_weight=0.3 --config.concepts.attribute_weight=0.3 \
   --config.concepts.num_objects=32 --config.concepts.num_attributes=32
 evaluate raw_infonce "raw pairs, InfoNCE"
 evaluate filtered_hn_nce "filtered pairs, HN-NCE"
