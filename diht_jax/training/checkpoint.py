@@ -35,6 +35,7 @@ from diht_jax.training.saved_run import (
     STATE_ITEM,
     explain_error,
     find_difference,
+    find_difference_in,
     json_checksum,
     read_checkpoint,
 )
@@ -338,10 +339,11 @@ def restore_model(
                     partial_restore=True,
                 ),
             )
+        problem = find_difference_in(root / str(step), {name: restored[name]})
     except Exception as error:  # whatever a damaged file leads to
-        raise ValueError(
-            f"{directory} cannot be read: {explain_error(error)}; steps found: {steps}"
-        ) from error
+        problem = explain_error(error)
+    if problem is not None:
+        raise ValueError(f"{directory} cannot be read: {problem}; steps found: {steps}")
     params = restored[name]
     heads = params.pop(HEADS, {})
     params.pop(LOGIT_BIAS, None)

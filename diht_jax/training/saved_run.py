@@ -67,7 +67,24 @@ def find_difference(saved: SavedRun) -> str | None:
     """Which values are not those that were saved; None where all are. All processes must call."""
     if "state" not in saved.checks:
         return None
-    wrong = differing_arrays(saved.checks["state"], tree_checksums(saved.state))
+    return _name_differences(saved.checks["state"], saved.state)
+
+
+def find_difference_in(directory: epath.Path, part: dict[str, Any]) -> str | None:
+    """The same of a part of the state, `{"params": ...}`, read from a checkpoint.
+
+    None as well where it has no checksums. All processes must call.
+    """
+    item = directory / CHECKS_ITEM
+    if not item.exists():
+        return None
+    saved = ocp.JsonCheckpointHandler().restore(item)["state"]
+    saved = {path: number for path, number in saved.items() if path.split("/")[0] in part}
+    return _name_differences(saved, part)
+
+
+def _name_differences(saved: dict[str, int], found: Any) -> str | None:
+    wrong = differing_arrays(saved, tree_checksums(found))
     return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None
 
 

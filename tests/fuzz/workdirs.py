@@ -17,6 +17,8 @@ from diht_jax.loading import read_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE, write_config
+from diht_jax.training.checksums import tree_checksums
+from diht_jax.training.saved_run import CHECKS_ITEM, STATE_ITEM
 from tests.fuzz.cases import DEEP_JSON, ERROR, NOT_UTF8, SUCCESS, Draw, Refused, attempt, require
 
 _FIELDS = {
@@ -49,10 +51,16 @@ def prepare(base: pathlib.Path) -> None:
     folder.mkdir()
     write_config(folder, config)
     params = jax.jit(init_params)(jax.random.key(0))
-    with ocp.StandardCheckpointer() as checkpointer:
+    with (
+        ocp.StandardCheckpointer() as states,
+        ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checks,
+    ):
         for step in _STEPS:
+            place = folder / CHECKPOINT_DIRECTORY / str(step)
             state = {"params": jax.tree.map(lambda x, step=step: x + step, params)}
-            checkpointer.save(folder / CHECKPOINT_DIRECTORY / str(step) / "state", state)
+            states.save(place / STATE_ITEM, state)
+            sums = {"state": tree_checksums(state)}
+            checks.save(place / CHECKS_ITEM, args=ocp.args.JsonSave(sums))
     _whole.update(folder=folder, params=jax.tree.map(np.asarray, params))
     require(judge(folder) == SUCCESS, "the undamaged run")
 

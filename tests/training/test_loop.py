@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -177,6 +178,23 @@ def test_a_finished_run_is_left_as_it_is(finished):
     lines = (run / "metrics.jsonl").read_bytes()
     assert_bitwise_equal(state, train(config, run))
     assert (run / "metrics.jsonl").read_bytes() == lines
+
+
+def test_a_model_with_other_values_than_were_saved_is_not_loaded(finished, tmp_path):
+    _, workdir, _ = finished
+    run = shutil.copytree(workdir, tmp_path / "run")
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir())
+    checks = run / "checkpoints" / str(step) / "checks" / "metadata"
+    kept = json.loads(checks.read_text())
+    name = "params/vision/projection/kernel"
+    kept["state"][name] ^= 1
+    kept["state"]["opt_state/no/matter"] = 1  # of what is not read
+    checks.write_text(json.dumps(kept))
+    with pytest.raises(ValueError, match=f"/{step}/state cannot be read: values differ .* {name};"):
+        diht_jax.load_model(run)
+    kept["state"][name] ^= 1
+    checks.write_text(json.dumps(kept))
+    assert diht_jax.load_model(run).step == step
 
 
 def test_another_config_in_the_same_directory_is_refused(finished):
