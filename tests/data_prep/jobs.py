@@ -1,15 +1,21 @@
-"""What the tests of filter jobs share: configs, and the bytes of an output."""
+"""What the tests of filter jobs share: inputs, configs, and what is read of an output."""
 
 from __future__ import annotations
 
+import io
+import json
 import pathlib
 import re
+import tarfile
 from typing import Any
 
 import ml_collections
+from PIL import Image
 
 from data_prep import cat_config
 from diht_jax.config import load_recipe, validate_config
+from diht_jax.data.schema import Record, decode_record
+from diht_jax.data.tfrecord import TFRecordSource
 
 _RECIPES = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep"
 # Where the input lay, and what tells how long it took.
@@ -39,3 +45,29 @@ def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file() and not _NOT_COMPARED.search(path.name)
     }
+
+
+def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
+    """Webdataset tars with one picture and captions "name TAR PAIR"; the pattern of their names."""
+    folder.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
+    for number in range(count):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for i in range(pairs_per_tar):
+                caption = f"name {number} {i}".encode()
+                for extension, data in (("png", buffer.getvalue()), ("txt", caption)):
+                    info = tarfile.TarInfo(f"{number}-{i}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    return str(folder / "*.tar")
+
+
+def read_records(output: pathlib.Path) -> list[Record]:
+    """All records of an output, in their order."""
+    return [decode_record(data) for data in TFRecordSource(output)]
+
+
+def read_counts(output: pathlib.Path) -> dict[str, Any]:
+    """The counts of the merged statistics."""
+    return json.loads((output / "stats.json").read_text())["counts"]

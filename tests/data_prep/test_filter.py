@@ -19,7 +19,7 @@ from data_prep.sources import list_sources
 from diht_jax.data.images import decode_rgb
 from diht_jax.data.schema import decode_record
 from diht_jax.data.tfrecord import TFRecordSource
-from tests.data_prep.jobs import job_config, snapshot
+from tests.data_prep.jobs import job_config, read_counts, read_records, snapshot, write_tars
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -53,26 +53,6 @@ def _write_table(folder: pathlib.Path, rows: list[dict]) -> str:
     return str(folder / "t.jsonl")
 
 
-def _write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
-    folder.mkdir(exist_ok=True)
-    for number in range(count):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for i in range(pairs_per_tar):
-                for extension, data in (("png", _PNG), ("txt", f"name {number} {i}".encode())):
-                    info = tarfile.TarInfo(f"{number}-{i}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return str(folder / "*.tar")
-
-
-def _records(output: pathlib.Path):
-    return [decode_record(data) for data in TFRecordSource(output)]
-
-
-def _counts(output: pathlib.Path) -> dict:
-    return json.loads((output / "stats.json").read_text())["counts"]
-
-
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory) -> pathlib.Path:
     """A table with every kind of caption, and the output of both filters on it."""
@@ -89,7 +69,7 @@ def captioned(tmp_path_factory) -> pathlib.Path:
 
 
 def test_captions_are_dropped_by_reason(captioned):
-    counts = _counts(captioned / "cat")
+    counts = read_counts(captioned / "cat")
     reasons = [reason for reason in _CAPTIONS.values() if reason]
     assert counts["read"] == len(_CAPTIONS) + 2
     assert counts["dropped"] == {
@@ -99,7 +79,11 @@ def test_captions_are_dropped_by_reason(captioned):
         "text": {},
     }
     kept = [caption for caption, reason in _CAPTIONS.items() if reason is None]
-    assert [r.caption for r in _records(captioned / "cat")] == [*kept, "a dog runs", "a dog runs"]
+    assert [r.caption for r in read_records(captioned / "cat")] == [
+        *kept,
+        "a dog runs",
+        "a dog runs",
+    ]
     assert counts["kept"] == len(kept) + 2
     samples = counts["samples"]["caption/complexity"]
     assert [(key, text) for _, key, text in samples] == [("t-00000004", "sunset")]
@@ -110,22 +94,22 @@ def test_captions_are_dropped_by_reason(captioned):
 
 
 def test_bad_captions_of_a_good_pair_are_gone(captioned):
-    several, one = _records(captioned / "cat")[-2:]
+    several, one = read_records(captioned / "cat")[-2:]
     assert several.metadata == {"captions": ["a dog runs", "a cat sleeps"]}
     assert one.metadata == {}
 
 
 def test_c_and_a_can_be_switched(captioned):
-    assert "complexity" not in _counts(captioned / "action")["dropped"]["caption"]
-    complexity = _counts(captioned / "complexity")
+    assert "complexity" not in read_counts(captioned / "action")["dropped"]["caption"]
+    complexity = read_counts(captioned / "complexity")
     assert "no_action" not in complexity["dropped"]["caption"]
-    captions = [record.caption for record in _records(captioned / "complexity")]
+    captions = [record.caption for record in read_records(captioned / "complexity")]
     assert "blue sky over the green hills" in captions  # hills: green, over sky
     assert "a red car" not in captions[:-2]
 
 
 def test_record_keeps_image_and_metadata(captioned):
-    record = _records(captioned / "cat")[0]
+    record = read_records(captioned / "cat")[0]
     assert (record.key, record.image, record.metadata) == ("t-00000000", _PNG, {"n": 0})
 
 
@@ -152,21 +136,21 @@ def test_images_are_dropped_by_reason(tmp_path):
         (tmp_path / "in" / name).write_bytes(data)
     limits = {"image__max_pixels": 100_000, "image__min_side": 4}
     assert run_filter(job_config(source, tmp_path / "out", **limits)) == {}
-    assert _counts(tmp_path / "out")["dropped"] == {
+    assert read_counts(tmp_path / "out")["dropped"] == {
         "source": {"no_caption": 1, "no_image": 1},
         "caption": {},
         "image": {"empty": 1, "too_large": 1, "too_small": 1, "unreadable": 2},
         "text": {},
     }
-    assert _counts(tmp_path / "out")["image_formats"] == {"JPEG": 1, "PNG": 3}
-    records = _records(tmp_path / "out")
+    assert read_counts(tmp_path / "out")["image_formats"] == {"JPEG": 1, "PNG": 3}
+    records = read_records(tmp_path / "out")
     assert [(r.caption, r.image) for r in records] == list(files.items())[:4]
     assert records[0].metadata == {"url": "u"}
     greys = [np.asarray(decode_rgb(r.image)).mean(axis=(0, 1)).round().tolist() for r in records]
     assert greys[:3] == [[255, 0, 0], [255, 255, 255], [200, 200, 200]]
 
     run_filter(job_config(source, tmp_path / "small", image__max_side=100, **limits))
-    small = _records(tmp_path / "small")
+    small = read_records(tmp_path / "small")
     assert [r.image for r in small[:3]] == [r.image for r in records[:3]]  # they were small before
     shrunk = Image.open(io.BytesIO(small[3].image))
     assert (shrunk.format, shrunk.size) == ("JPEG", (100, 67))
@@ -187,11 +171,11 @@ def test_same_bytes_with_any_number_of_workers(captioned, tmp_path):
         )
         assert run_filter(config) == {}
     assert snapshot(tmp_path / "out0") == snapshot(tmp_path / "out2")
-    assert len(_records(tmp_path / "out0")) == 2 * len(_records(captioned / "cat"))
+    assert len(read_records(tmp_path / "out0")) == 2 * len(read_records(captioned / "cat"))
 
 
 def test_one_shard_by_itself(tmp_path):
-    _write_tars(tmp_path / "in", 1)
+    write_tars(tmp_path / "in", 1)
     config = job_config(str(tmp_path / "in"), tmp_path / "out")
     source = list_sources(config.input, config.source)[0]
     output, done = str(tmp_path / "one.tfrecord"), []
@@ -201,7 +185,7 @@ def test_one_shard_by_itself(tmp_path):
     assert process_shard(source, output, config=config, report=done.append) == stats
     assert sum(done) == 5  # not read again
     assert run_filter(config) == {}
-    assert [r.key for r in _records(tmp_path / "out")] == [
+    assert [r.key for r in read_records(tmp_path / "out")] == [
         decode_record(data).key for data in TFRecordSource(output)
     ]
 
@@ -215,7 +199,7 @@ def test_nothing_kept_is_an_error(tmp_path, capsys):
 
 
 def test_wrong_inputs_and_outputs(tmp_path):
-    source = _write_tars(tmp_path / "in", 1)
+    source = write_tars(tmp_path / "in", 1)
     with pytest.raises(ValueError, match="config.input is not set"):
         run_filter(job_config("", tmp_path / "out"))
     with pytest.raises(ValueError, match=r"nothing at .*\.jsonl"):
@@ -232,16 +216,16 @@ def test_wrong_inputs_and_outputs(tmp_path):
 
 
 def test_several_inputs(tmp_path):
-    first, second = _write_tars(tmp_path / "a", 1), _write_tars(tmp_path / "b", 1, 2)
+    first, second = write_tars(tmp_path / "a", 1), write_tars(tmp_path / "b", 1, 2)
     run_filter(job_config(f"{first}, {second}", tmp_path / "out"))
-    assert len(_records(tmp_path / "out")) == 7
+    assert len(read_records(tmp_path / "out")) == 7
 
 
 def test_own_output_is_a_source(tmp_path):
-    run_filter(job_config(_write_tars(tmp_path / "in", 2), tmp_path / "one"))
+    run_filter(job_config(write_tars(tmp_path / "in", 2), tmp_path / "one"))
     run_filter(job_config(str(tmp_path / "one"), tmp_path / "two"))
-    assert [r.key for r in _records(tmp_path / "two")] == [
-        r.key for r in _records(tmp_path / "one")
+    assert [r.key for r in read_records(tmp_path / "two")] == [
+        r.key for r in read_records(tmp_path / "one")
     ]
 
 
@@ -276,12 +260,12 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_command(tmp_path):
     recipe = "--config=configs/prep/convert.py"
-    source, output = _write_tars(tmp_path / "in", 2), tmp_path / "out"
+    source, output = write_tars(tmp_path / "in", 2), tmp_path / "out"
     arguments = (recipe, f"--config.input={source}", f"--config.output={output}")
     done = _run(*arguments)
     assert done.returncode == 0, done.stderr
     assert "kept         10  100.0%" in done.stdout
-    assert len(_records(output)) == 10
+    assert len(read_records(output)) == 10
 
     mistyped = _run(recipe, f"--config.input={source}", "--config.image.min_sid=3")
     assert mistyped.returncode != 0
@@ -297,7 +281,7 @@ def test_command(tmp_path):
 
 
 def test_conversion_needs_no_spacy(tmp_path):
-    source = _write_tars(tmp_path / "in", 1)
+    source = write_tars(tmp_path / "in", 1)
     code = f"""
 import sys
 from diht_jax.config import load_recipe
@@ -315,8 +299,8 @@ assert not {{"spacy", "tensorflow", "torch", "jax"}} & set(sys.modules)
 def test_real_emoji(shared_data, tmp_path):
     config = job_config(str(shared_data / "emoji_google.tar"), tmp_path / "out")
     assert run_filter(config) == {}
-    records = _records(tmp_path / "out")
-    assert len(records) == _counts(tmp_path / "out")["kept"] == 3786
+    records = read_records(tmp_path / "out")
+    assert len(records) == read_counts(tmp_path / "out")["kept"] == 3786
     with tarfile.open(shared_data / "emoji_google.tar") as tar:
         for record in records[::500]:
             assert tar.extractfile(f"{record.key}.png").read() == record.image

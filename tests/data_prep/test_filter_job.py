@@ -3,49 +3,17 @@
 What is decided about a pair is in `test_filter.py`; kills are in `test_kill_points.py`.
 """
 
-import io
-import json
 import os
-import pathlib
-import tarfile
 
 import pytest
-from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.data.schema import decode_record
 from diht_jax.data.tfrecord import TFRecordSource
-from tests.data_prep.jobs import job_config, snapshot
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-
-
-def _write_tars(folder: pathlib.Path, count: int) -> str:
-    """Tars of five pairs each."""
-    folder.mkdir(exist_ok=True)
-    buffer = io.BytesIO()
-    Image.new("RGB", (40, 20), "red").save(buffer, "PNG")
-    for number in range(count):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for i in range(5):
-                caption = f"name {number} {i}".encode()
-                for extension, data in (("png", buffer.getvalue()), ("txt", caption)):
-                    info = tarfile.TarInfo(f"{number}-{i}.{extension}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-    return str(folder / "*.tar")
-
-
-def _records(output: pathlib.Path):
-    return [decode_record(data) for data in TFRecordSource(output)]
-
-
-def _counts(output: pathlib.Path) -> dict:
-    return json.loads((output / "stats.json").read_text())["counts"]
+from tests.data_prep.jobs import job_config, read_counts, read_records, snapshot, write_tars
 
 
 def test_run_again_does_only_what_is_missing(tmp_path):
-    source = _write_tars(tmp_path / "in", 3)
+    source = write_tars(tmp_path / "in", 3)
     config = job_config(source, tmp_path / "out", keep_parts=True, examples_per_shard=5)
     run_filter(config)
     before = snapshot(tmp_path / "out")
@@ -61,7 +29,7 @@ def test_run_again_does_only_what_is_missing(tmp_path):
 
 
 def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path, caplog):
-    source = _write_tars(tmp_path / "in", 3)
+    source = write_tars(tmp_path / "in", 3)
     config = job_config(source, tmp_path / "out", examples_per_shard=5)
     run_filter(config)
     before = snapshot(tmp_path / "out")
@@ -76,7 +44,7 @@ def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path, c
 
 
 def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
-    source = _write_tars(tmp_path / "in", 3)
+    source = write_tars(tmp_path / "in", 3)
     run_filter(job_config(source, tmp_path / "out"))
     before = snapshot(tmp_path / "out")
     with pytest.raises(ValueError, match=r"image\.min_side 1 -> 2.*--overwrite"):
@@ -97,8 +65,8 @@ def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
         run_filter(job_config(source, tmp_path / "out"))
     assert snapshot(tmp_path / "out") == before
     run_filter(job_config(source, tmp_path / "out"), overwrite=True)
-    assert [r.caption for r in _records(tmp_path / "out")][9] == "NAME 1 4"
-    _write_tars(tmp_path / "in", 4)
+    assert [r.caption for r in read_records(tmp_path / "out")][9] == "NAME 1 4"
+    write_tars(tmp_path / "in", 4)
     with pytest.raises(ValueError, match="--overwrite"):
         run_filter(job_config(source, tmp_path / "out"))
     (tmp_path / "in" / "00003.tar").unlink()
@@ -110,7 +78,7 @@ def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
 
 
 def test_jobs_of_an_array_make_the_same_folder(tmp_path, capsys):
-    source = _write_tars(tmp_path / "in", 3)
+    source = write_tars(tmp_path / "in", 3)
     run_filter(job_config(source, tmp_path / "one"))
     config = job_config(source, tmp_path / "array")
     run_filter(config, 0, 2)
@@ -121,7 +89,7 @@ def test_jobs_of_an_array_make_the_same_folder(tmp_path, capsys):
 
 
 def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
-    source = _write_tars(tmp_path / "in", 3)
+    source = write_tars(tmp_path / "in", 3)
     broken = tmp_path / "in" / "00001.tar"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:3000])
@@ -134,4 +102,4 @@ def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
     assert len(list((tmp_path / "out" / "parts").glob("*.tfrecord"))) == 2
     broken.write_bytes(whole)
     assert run_filter(config) == {}
-    assert _counts(tmp_path / "out")["kept"] == 15
+    assert read_counts(tmp_path / "out")["kept"] == 15

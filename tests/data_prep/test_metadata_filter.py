@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pathlib
 
 import numpy as np
 import pyarrow
@@ -15,7 +14,6 @@ from data_prep.captions import cat_reason, parse_captions
 from data_prep.filter import run_filter
 from tests.data_prep.jobs import job_config, snapshot
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _CAPTIONS = [
     "a man riding a horse",
     "a red car",

@@ -13,8 +13,6 @@ from diht_jax.data.readers import SourceShard, read_pairs
 from diht_jax.data.schema import Pair, encode_record
 from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-
 
 def _make_source(folder: pathlib.Path, name: str, count: int) -> SourceShard:
     path = folder / f"{name}.tfrecord"
