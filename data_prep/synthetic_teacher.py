@@ -38,9 +38,10 @@ from diht_jax.data.readers import open_source
 
 CONCEPTS: tuple[str, ...] = (*SHAPES, *COLORS, *SIZES, *TEXTURES)
 
+BATCH = 64  # scenes of a step
+
 _SIDE = 64  # of the pictures it sees, px
 _DRAWN_SIDE = 128
-_BATCH = 64
 _LEARNING_RATE = 2e-3
 _CHUNK = 64
 _WIDTHS = (32, 64, 128, 128)
@@ -87,14 +88,14 @@ def train_teacher(num_scenes: int, epochs: int, seed: int, workers: int = 0) -> 
     """
     pictures, targets = draw_scenes(num_scenes, seed, workers)
     network = Network(nnx.Rngs(seed))
-    steps = epochs * (num_scenes // _BATCH)
+    steps = epochs * (num_scenes // BATCH)
     schedule = optax.cosine_onecycle_schedule(max(1, steps), _LEARNING_RATE)
     optimizer = nnx.Optimizer(network, optax.adam(schedule), wrt=nnx.Param)
     order = np.random.default_rng(seed)
     with tqdm(total=steps, unit="step", desc="teacher") as progress:
         for _ in range(epochs):
-            places = order.permutation(num_scenes)[: num_scenes // _BATCH * _BATCH]
-            for batch in places.reshape(-1, _BATCH):
+            places = order.permutation(num_scenes)[: num_scenes // BATCH * BATCH]
+            for batch in places.reshape(-1, BATCH):
                 loss = _update(network, optimizer, pictures[batch], targets[batch])
                 progress.update()
                 if progress.n % 20 == 0:
@@ -117,7 +118,7 @@ def embed(network: Network, pictures: np.ndarray) -> np.ndarray:
     """float32 [n, d] of uint8 [n, s, s, 3]."""
     apply = nnx.jit(Network.features)
     return np.concatenate(
-        [np.asarray(apply(network, part)) for part in _split(pictures, 8 * _BATCH)]
+        [np.asarray(apply(network, part)) for part in _split(pictures, 8 * BATCH)]
     )
 
 

@@ -14,6 +14,8 @@ import traceback
 import jax
 from absl import flags, logging
 
+flags.disclaim_key_flags()  # they are the command's own, and its --help lists them
+
 # A process that has not been heard of for so long ends the job; the others say which one it was.
 HEARTBEAT_TIMEOUT_SECS = 100
 # At the end of a process, the wait for the others, which may be gone.

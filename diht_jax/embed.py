@@ -13,8 +13,7 @@ import dataclasses
 
 from absl import flags
 
-from diht_jax import command_line
-from diht_jax.config import parse_fields
+from diht_jax import command_line, model_flags
 from diht_jax.evaluation.embedding_files import (
     MODALITIES,
     EmbedOptions,
@@ -25,7 +24,7 @@ from diht_jax.evaluation.embedding_files import (
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
+    model_flags.define_flags()
     flags.DEFINE_list("input", None, "Source of pairs, or several; or a folder of pictures.")
     flags.DEFINE_string("output", None, "Directory of the embeddings.")
     flags.DEFINE_string("format", "npz", "npz or parquet.")
@@ -37,12 +36,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
     flags.DEFINE_integer("task_index", 0, "Which part of the source's shards this process takes.")
     flags.DEFINE_integer("num_tasks", 1, "Into how many parts the shards are divided.")
-    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
-    flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
-    flags.DEFINE_integer("image_size", None, "Resize the image positions to this size.")
-    flags.DEFINE_list(
-        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
-    )
 
 
 def main() -> None:
@@ -59,10 +52,7 @@ def main() -> None:
 
     model = load_model(
         given.model,
-        step=given.step,
-        ema=given.ema,
-        image_size=given.image_size,
-        architecture=parse_fields(given.architecture),
+        **model_flags.model_options(),
         batch_size=given.batch_size,
     )
     embed_source(model, source, given.output, options)

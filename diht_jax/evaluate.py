@@ -19,8 +19,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from diht_jax import command_line, distributed
-from diht_jax.config import parse_fields
+from diht_jax import command_line, distributed, model_flags
 from diht_jax.evaluation.comparison_page import draw_comparison
 from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.report import (
@@ -31,15 +30,7 @@ from diht_jax.evaluation.report import (
     write_results,
 )
 
-_MODEL = flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to load; the latest by default.")
-_EMA = flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
-_IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "Resize the image positions to this size; the model's own by default."
-)
-_ARCHITECTURE = flags.DEFINE_list(
-    "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
-)
+model_flags.define_flags()
 _TASKS = flags.DEFINE_list(
     "tasks",
     [],
@@ -78,14 +69,14 @@ def main() -> None:
     if _COMPARE.value is not None:
         compare()
         return
-    for flag in (_MODEL, _TASKS, _OUTPUT):
-        if not flag.value:
-            raise ValueError(f"--{flag.name} is required (or --compare A.json B.json)")
+    for name in ("model", "tasks", "output"):
+        if not flags.FLAGS[name].value:
+            raise ValueError(f"--{name} is required (or --compare A.json B.json)")
     results = evaluate()
     if not _writes():
         return
     print(format_results(results))
-    published = published_results(_MODEL.value)
+    published = published_results(flags.FLAGS.model)
     if published is not None:
         print(f"\n{format_comparison(published, results)}")
 
@@ -121,19 +112,16 @@ def evaluate() -> dict[str, Any]:
     from diht_jax.loading import load_model
 
     model = load_model(
-        _MODEL.value,
-        step=_STEP.value,
-        ema=_EMA.value,
-        image_size=_IMAGE_SIZE.value,
-        architecture=parse_fields(_ARCHITECTURE.value),
+        flags.FLAGS.model,
+        **model_flags.model_options(),
         batch_size=_BATCH_SIZE.value,
         devices=jax.devices(),
     )
     output = pathlib.Path(_OUTPUT.value)
     results = {
-        "model": _MODEL.value,
+        "model": flags.FLAGS.model,
         "step": model.step,
-        "ema": _EMA.value,
+        "ema": flags.FLAGS.ema,
         "fingerprint": model.fingerprint(),
         "image_size": model.image_size,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -13,21 +13,14 @@ from typing import Any
 
 from absl import flags, logging
 
-from diht_jax import command_line
-from diht_jax.config import parse_fields
+from diht_jax import command_line, model_flags
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
+    model_flags.define_flags()
     flags.DEFINE_string("format", None, "clip, open_clip, huggingface or safetensors.")
     flags.DEFINE_string("output", None, "Directory to make.")
-    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
-    flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
-    flags.DEFINE_integer("image_size", None, "Resize the image positions to this size.")
-    flags.DEFINE_list(
-        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
-    )
     flags.DEFINE_string("dtype", "float32", "Of the stored parameters; bfloat16, float16.")
     flags.DEFINE_bool("keep_heads", False, "Keep concept heads (clip, safetensors).")
     flags.DEFINE_list("results", [], "Results files of diht_jax.evaluate, for the card.")
@@ -44,10 +37,7 @@ def main() -> None:
         given.model,
         given.format,
         given.output,
-        step=given.step,
-        ema=given.ema,
-        image_size=given.image_size,
-        architecture=parse_fields(given.architecture),
+        **model_flags.model_options(),
         dtype=given.dtype,
         keep_heads=given.keep_heads,
         results=given.results,

@@ -14,19 +14,12 @@ from typing import Any
 
 from absl import flags
 
-from diht_jax import command_line
-from diht_jax.config import parse_fields
+from diht_jax import command_line, model_flags
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
-    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
-    flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
-    flags.DEFINE_integer("image_size", None, "Resize the image positions to this size.")
-    flags.DEFINE_list(
-        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
-    )
+    model_flags.define_flags()
     flags.DEFINE_string("train", None, "Source the shots are drawn from; options after '?'.")
     flags.DEFINE_string("test", None, "Source the accuracy is measured on; options after '?'.")
     flags.DEFINE_string(
@@ -67,10 +60,7 @@ def main() -> None:
 
     model = load_model(
         given.model,
-        step=given.step,
-        ema=given.ema,
-        image_size=given.image_size,
-        architecture=parse_fields(given.architecture),
+        **model_flags.model_options(),
         batch_size=given.batch_size,
     )
     result = {

@@ -12,19 +12,12 @@ import pathlib
 
 from absl import flags, logging
 
-from diht_jax import command_line
-from diht_jax.config import parse_fields
+from diht_jax import command_line, model_flags
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
-    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
-    flags.DEFINE_bool("ema", False, "Load the moving average of the parameters.")
-    flags.DEFINE_integer("image_size", None, "Resize the image positions to this size.")
-    flags.DEFINE_list(
-        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
-    )
+    model_flags.define_flags()
     flags.DEFINE_string("images", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_string("output", "search.png", "Page (PNG) to write.")
     flags.DEFINE_integer("count", 8, "Pictures a query.")
@@ -50,10 +43,7 @@ def main(queries: list[str]) -> None:
 
     model = load_model(
         given.model,
-        step=given.step,
-        ema=given.ema,
-        image_size=given.image_size,
-        architecture=parse_fields(given.architecture),
+        **model_flags.model_options(),
         batch_size=given.batch_size,
     )
     result = search_pictures(

@@ -25,6 +25,7 @@ LAYERS = {
     "diht_jax.loading": 6,
     "diht_jax.command_line": 7,
     "diht_jax.distributed": 7,
+    "diht_jax.model_flags": 7,
     "diht_jax.train": 7,
     "diht_jax.compile": 7,
     "diht_jax.evaluate": 7,

@@ -7,6 +7,7 @@ from data_prep import synthetic_sampling as sampling
 from data_prep.precomputed import EmbeddingTable
 from data_prep.synthetic_scenes import COLORS
 from data_prep.synthetic_shapes import SHAPES
+from diht_jax.data import images
 from diht_jax.data.readers import open_source
 
 
@@ -32,21 +33,42 @@ def test_scenes_depend_on_seed_and_number_only():
     assert {int(row[: len(SHAPES)].sum()) for row in one[1][1::2]} == {1}
 
 
-def test_embeddings_tell_colours_and_stand_under_their_keys(tmp_path):
+def test_the_network_learns_colours_of_scenes_that_it_has_not_seen():
+    pictures, targets = synthetic_teacher.draw_scenes(200, seed=9, workers=1)
+    single = slice(1, None, 2)
+    names = slice(len(SHAPES), len(SHAPES) + len(COLORS))
+
+    def accuracy(network):
+        logits = np.asarray(network(pictures[single]))[:, names]
+        return (logits.argmax(1) == targets[single][:, names].argmax(1)).mean()
+
+    untrained = synthetic_teacher.train_teacher(synthetic_teacher.BATCH, 0, seed=1)
+    trained = synthetic_teacher.train_teacher(640, 8, seed=1)
+    assert accuracy(untrained) < 0.3 and accuracy(trained) > 0.5
+
+
+def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path):
     synthetic.write_dataset(
         synthetic.Settings(num_pairs=0, num_retrieval=0, num_classification=60),
         tmp_path / "web",
         workers=1,
     )
-    pattern = str(tmp_path / "web" / "val_color.tar")
-    output = tmp_path / "teacher.npz"
-    synthetic_teacher.write_embeddings(pattern, output, num_scenes=640, epochs=4, seed=1)
+    source = str(tmp_path / "web" / "val_color.tar")
+    output = tmp_path / "new" / "teacher.npz"
+    settings = {"num_scenes": synthetic_teacher.BATCH, "epochs": 1, "seed": 1}
+    assert synthetic_teacher.write_embeddings(source, output, **settings) == 60
     table = EmbeddingTable(str(output), "key", "image_emb")
-    pairs = list(open_source(pattern))
-    assert len(table) == len(pairs) == 60
+    network = synthetic_teacher.train_teacher(*settings.values())
+    pairs = list(open_source(source))
+    assert len(table) == 60
+    for pair in pairs:
+        seen = synthetic_teacher.shrink(images.decode_rgb(pair.image))
+        found = table.get(pair.key)
+        wanted = np.asarray(network.features(seen[None]))[0]
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    # The nearest other picture has the same colour far more often than one in ten times.
     embeddings = np.stack([table.get(pair.key) for pair in pairs])
     labels = np.array([pair.metadata["label"] for pair in pairs])
-    # The nearest other picture has the same colour far more often than one in ten times.
     distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=-1)
     np.fill_diagonal(distances, np.inf)
     assert (labels[distances.argmin(1)] == labels).mean() > 3 / len(COLORS)

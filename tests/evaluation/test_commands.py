@@ -32,6 +32,14 @@ def pictures(tmp_path, photos):
     return folder
 
 
+def test_help_lists_the_flags_that_commands_share():
+    for command in ("export", "embed"):
+        listed = _run(command, "--help").stdout
+        for flag in ("model", "step", "[no]ema", "image_size", "architecture", "output"):
+            assert f"--{flag}" in listed, (command, flag)
+    assert "--coordinator_address" in _run("train", "--help").stdout
+
+
 def test_embed_writes_what_the_model_embeds(workdir, pictures, tmp_path):
     tar = tmp_path / "a.tar"
     with tarfile.open(tar, "w") as file:
