@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers import SourceShard
-from diht_jax.data.remote import is_remote, open_system
+from diht_jax.data.remote import file_size, is_remote, open_system
 
 PLACE_SUFFIX = ".place.json"
 
@@ -137,7 +137,7 @@ def _hash_places(source: SourceShard) -> str | None:
     """Of 64 kB at 32 places of a file, or of its part; None for a folder."""
     if os.path.isdir(source.path):
         return None
-    size = _size(source.path)
+    size = file_size(source.path)
     start, stop = _range(source, size)
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     last = max(start, stop - _BLOCK_BYTES)
@@ -153,7 +153,7 @@ def _hash_all(source: SourceShard) -> str:
     """Of every byte of a file, of its part, or of the files in a folder with their names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, path in _list_files(source.path):
-        size = _size(path)
+        size = file_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
         version = _describe_place(SourceShard(source.kind, path))["changed"]
         digest.update(_hash_range(path, *_range(source, size), version))
@@ -191,13 +191,6 @@ def _list_files(path: str) -> Iterator[tuple[str, str]]:
             whole = os.path.join(folder, name)
             if not name.startswith(".") and os.path.isfile(whole):
                 yield os.path.relpath(whole, path), whole
-
-
-def _size(path: str) -> int:
-    if not is_remote(path):
-        return os.path.getsize(path)
-    system, name = open_system(path)
-    return int(system.size(name))
 
 
 def _open(path: str) -> Any:

@@ -71,7 +71,7 @@ def read_bytes(path: str) -> bytes:
 
 def count_records(path: str) -> tuple[int, int, np.ndarray | None]:
     """Record count, size in bytes, and the offsets where no index could be written."""
-    size = _size(path)
+    size = file_size(path)
     offsets = _read_index(path, size)
     if offsets is not None:
         return len(offsets), size, None
@@ -88,7 +88,7 @@ class RemoteShard:
 
     def __init__(self, path: str, offsets: np.ndarray | None):
         self.path = path
-        self.size = _size(path)
+        self.size = file_size(path)
         if offsets is None:
             offsets = _read_index(path, self.size)
         self.offsets = _scan(path, self.size) if offsets is None else offsets
@@ -139,7 +139,14 @@ def _scan(path: str, size: int) -> np.ndarray:
         return walk_offsets(path, size, read_at)
 
 
-def _size(path: str) -> int:
+def file_size(path: str) -> int:
+    """Bytes of a file, local or in a store.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(path):
+        return os.path.getsize(path)
     system, name = open_system(path)
     return int(system.size(name))
 

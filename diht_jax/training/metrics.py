@@ -91,9 +91,7 @@ class _LocalLines:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             os.ftruncate(self._file.fileno(), end)
-            logging.warning(
-                "%s: a line is kept for later, it cannot be written: %s", self._path, error
-            )
+            logging.warning(_KEPT_LINE, self._path, error)
             return
         self._waiting = b""
 
@@ -119,9 +117,7 @@ class _RemoteLines:
         try:
             self._path.write_text(self._text)
         except OSError as error:
-            logging.warning(
-                "%s: a line is kept for later, it cannot be written: %s", self._path, error
-            )
+            logging.warning(_KEPT_LINE, self._path, error)
 
     def sync(self) -> None:
         """Every write is complete when it returns."""

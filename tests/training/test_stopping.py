@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training.alarms import Alarms, DivergedError
-from diht_jax.training.loop import Run
+from diht_jax.training.loop import Run, train
 from diht_jax.training.nonfinite import NonFiniteError
 from diht_jax.training.speed import Window
-from diht_jax.training.stopping import EXIT_CODE
+from diht_jax.training.stopping import EXIT_CODE, Stopped
 
 
 def assert_bitwise_equal(a, b):
@@ -39,6 +40,33 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(kill_trial, tmp_path)
     assert 0 < last_steps[0] < last_steps[1] < 24
     trial.finish("killed")
     assert kill_trial.compare(tmp_path / "undisturbed", tmp_path / "killed") == []
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypatch, signals):
+    config.total_steps = 6
+    config.mesh.update(data=1, fsdp=1)
+    device, take, taken = jax.devices()[:1], TrainIterator.__next__, []
+
+    def interrupted(iterator):
+        taken.append(take(iterator))
+        if len(taken) == 3:
+            for _ in range(signals):
+                signal.raise_signal(signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(TrainIterator, "__next__", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped if signals == 1 else KeyboardInterrupt) as raised:
+        train(config, tmp_path, devices=device)
+    assert signal.getsignal(signal.SIGINT) is before
+    saved = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    if signals == 1:
+        assert str(raised.value) == "stopped after step 3 of 6" and saved == ["3"]
+    else:
+        assert saved == []
+    assert int(train(config, tmp_path, devices=device).step) == 6
+    assert len(taken) == (6 if signals == 1 else 9)
 
 
 @pytest.fixture
