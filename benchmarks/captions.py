@@ -80,7 +80,7 @@ def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
     import sng_parser
     import spacy
 
-    from data_prep.captions import load_parser, parse_captions
+    from data_prep.captions.parse import load_parser, parse_captions
 
     nlp = load_parser()
     name = f"{nlp.meta['lang']}_{nlp.meta['name']}"
@@ -146,7 +146,7 @@ def _measure_processes(captions: list[str], count: int) -> float:
 
 
 def _parse_share(captions: list[str], barrier: Barrier, answers: Any) -> None:
-    from data_prep.captions import parse_captions
+    from data_prep.captions.parse import parse_captions
 
     parse_captions(captions[-_WARM_UP:])
     barrier.wait()

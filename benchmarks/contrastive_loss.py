@@ -27,9 +27,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from benchmarks.record import write_result
+from diht_jax.cost_model.flops import count_work
+from diht_jax.cost_model.topologies import get_topology
 from diht_jax.losses import contrastive_loss
-from diht_jax.training.topologies import get_topology
-from diht_jax.training.work import count_work
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Name of a TPU topology.")
 _WIDTH = flags.DEFINE_integer("width", 768, "Embedding size d.")

@@ -29,9 +29,9 @@ from absl import flags, logging
 
 from benchmarks.record import write_result
 from diht_jax import command_line
-from diht_jax.data import images
-from diht_jax.data.readers import open_source
-from diht_jax.data.schema import Pair
+from diht_jax.data.images import decode
+from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.schema import Pair
 
 CAPTIONS = ("given", "noisy", "described")
 ARMS = ("contrastive", "distilled")  # without and with the concept losses
@@ -140,7 +140,7 @@ def relabel(pairs: list[Pair], captions: str) -> Iterator[tuple[Pair, str]]:
 
 def describe(pair: Pair) -> str:
     """A caption with the class, and the colours of the middle and of the border of the photo."""
-    pixels = np.asarray(images.decode_rgb(pair.image), np.float64)
+    pixels = np.asarray(decode.decode_rgb(pair.image), np.float64)
     margin = pixels.shape[0] // 8
     middle = pixels[2 * margin : -2 * margin, 2 * margin : -2 * margin].reshape(-1, 3)
     border = np.concatenate([pixels[:margin].reshape(-1, 3), pixels[-margin:].reshape(-1, 3)])

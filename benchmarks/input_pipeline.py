@@ -41,8 +41,8 @@ from open_clip_train.data import get_wds_dataset
 from PIL import Image
 
 from benchmarks.record import write_result
-from diht_jax.data import schema
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.records import schema
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 OURS, EXACT, OPEN_CLIP = "diht_jax", "diht_jax_exact", "open_clip"

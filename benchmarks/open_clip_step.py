@@ -13,7 +13,7 @@ import numpy as np
 import open_clip
 import torch
 
-from diht_jax.data.transforms import CLIP_MEAN, CLIP_STD
+from diht_jax.data.images.transforms import CLIP_MEAN, CLIP_STD
 from diht_jax.models import Architecture
 
 

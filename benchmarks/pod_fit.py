@@ -24,9 +24,9 @@ from absl import app, flags, logging
 
 from benchmarks.record import RESULTS, write_result
 from diht_jax.config import load_recipe
+from diht_jax.cost_model.aot_compile import StepReport, compile_step, roofline
+from diht_jax.cost_model.topologies import LOCAL, get_topology
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.compilation import StepReport, compile_step, roofline
-from diht_jax.training.topologies import LOCAL, get_topology
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 NAME = "pod_fit"

@@ -3,7 +3,7 @@
     python -m benchmarks.text_spotting --photos ../shared/data/photos.tar \\
         --captions ../shared/data/captions_web.txt
 
-480 pictures with known text (`data_prep.text_spotting_testset`). On one half of them every setting
+480 pictures with known text (`benchmarks.text_spotting_testset`). On one half of them every setting
 is tried: the curves from which the defaults of `data_prep.text_spotting.Settings` were chosen. On
 the other half the defaults are reported: recall and false drops by kind, how many decisions are
 those of `Reader.readtext` at the same settings, and images per second of one core beside
@@ -48,11 +48,11 @@ from benchmarks.text_spotting_scores import (
     score,
     wrong_drops,
 )
-from data_prep.text_spotting import Settings, TextSpotter, Verdict, caption_matches
-from data_prep.text_spotting_cache import SpotCache, hash_image
-from data_prep.text_spotting_testset import TestPicture, make_test_set, split_halves
-from data_prep.text_spotting_weights import find_weights
-from diht_jax.data.images import decode_rgb
+from benchmarks.text_spotting_testset import TestPicture, make_test_set, split_halves
+from data_prep.text_spotting.cache import SpotCache, hash_image
+from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict, caption_matches
+from data_prep.text_spotting.weights import find_weights
+from diht_jax.data.images.decode import decode_rgb
 
 AIMS = {"band": 0.95, "picture": 0.70, "false_drops": 0.01, "agreement": 0.99, "speed": 4.0}
 CANVAS_SIZES = (192, 256, 320)

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.text_spotting import caption_matches
-from data_prep.text_spotting_testset import KINDS, TestPicture
+from benchmarks.text_spotting_testset import KINDS, TestPicture
+from data_prep.text_spotting.spotter import caption_matches
 
 FOREIGN_CAPTIONS = 40  # per picture
 

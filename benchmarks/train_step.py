@@ -15,7 +15,7 @@ computes in bfloat16; parameters and optimiser are float32 on both sides.
 
 Rounds are interleaved in one process, on the same cores and threads, so that whatever else the
 machine does hits all alike. Speeds are medians over rounds; MFU is the counted matrix work
-(`diht_jax.training.speed.model_flops`, the same number for both) over the device's peak.
+(`throughput.model_flops`, the same number for both) over the device's peak.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ def compare(model: str, *, device: str, batch_size: int, rounds: int, steps: int
     """
     import jax
 
+    from diht_jax.cost_model.chips import peak_flops
     from diht_jax.models import get_architecture
-    from diht_jax.training.devices import peak_flops
-    from diht_jax.training.speed import model_flops
+    from diht_jax.training.monitoring.throughput import model_flops
 
     load_before = os.getloadavg()[0]
     arch = get_architecture(MODELS[model])

@@ -18,8 +18,10 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from data_prep import cat_config, filter_job, metadata_job
-from data_prep.engine import ENGINES
+from data_prep.filtering import config as filter_config
+from data_prep.filtering import job as filter_job
+from data_prep.filtering import metadata_job
+from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
 from diht_jax.config import validate_config
 
@@ -33,9 +35,9 @@ _NUM_TASKS = flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
 
 def main() -> None:
     """Runs what the flags ask for."""
-    config = _CONFIG.value if _CONFIG.value is not None else cat_config.default_config()
-    validate_config(config, cat_config.default_config())
-    cat_config.check_config(config)
+    config = _CONFIG.value if _CONFIG.value is not None else filter_config.default_config()
+    validate_config(config, filter_config.default_config())
+    filter_config.check_config(config)
     if _EXPLAIN.value is not None:
         print(explain(_EXPLAIN.value, config))
         return
@@ -59,9 +61,9 @@ def explain(caption: str, config: ml_collections.ConfigDict) -> str:
         caption: any text.
         config: its C and A decide.
     """
-    from data_prep.captions import format_graph, parse_captions
+    from data_prep.captions.parse import format_graph, parse_captions
 
-    return format_graph(parse_captions([caption])[0], **cat_config.caption_limits(config))
+    return format_graph(parse_captions([caption])[0], **filter_config.caption_limits(config))
 
 
 def run_filter(

@@ -22,17 +22,23 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from data_prep import concepts, embeddings, head_files, label_report, labels, shards, sources
-from data_prep.engine import run_tasks
-from data_prep.image_teacher import TeacherInfo
-from data_prep.label_config import check_config, default_config
-from data_prep.teachers import describe_teacher, load_teacher
+from data_prep.jobs import shards
+from data_prep.jobs.engine import run_tasks
+from data_prep.labelling import embeddings
+from data_prep.labelling import heads as head_files
+from data_prep.labelling import report as label_report
+from data_prep.labelling import shard as label_shard_module
+from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling.config import check_config, default_config
+from data_prep.sources import list as source_list
+from data_prep.teachers.base import TeacherInfo
+from data_prep.teachers.registry import describe_teacher, load_teacher
 from diht_jax import command_line
 from diht_jax.config import validate_config
-from diht_jax.data.dataset_info import write_dataset_info
-from diht_jax.data.readers import SourceShard
-from diht_jax.data.tfrecord import find_shards
-from diht_jax.data.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.records.dataset_info import write_dataset_info
+from diht_jax.data.records.tfrecord import find_shards
+from diht_jax.data.records.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 
 _FORMAT_VERSION = 1
 
@@ -72,7 +78,7 @@ def run_label(
     validate_config(config, default_config())
     check_config(config)
     inputs = _find_inputs(config.input)
-    folder = sources.check_output(config.output, inputs)
+    folder = source_list.check_output(config.output, inputs)
     os.makedirs(folder, exist_ok=True)
     vocabulary = _make_vocabulary(config, [source.path for source in inputs])
     teacher = describe_teacher(config.teacher)
@@ -80,7 +86,7 @@ def run_label(
         inputs, folder, dataset=config.dataset_name, split=config.split, config_hash=""
     )
     embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
-    share = functools.partial(sources.take_share, task_index=task_index, num_tasks=num_tasks)
+    share = functools.partial(source_list.take_share, task_index=task_index, num_tasks=num_tasks)
     if teacher.in_this_process and _pending(share(embedding_tasks)):
         load_teacher(config.teacher)  # so that what is wrong with it is said once, not per shard
     embed = functools.partial(
@@ -94,7 +100,7 @@ def run_label(
     heads = head_files.obtain_heads(config, folder, vocabulary, embedding_tasks, teacher.identity)
     tasks = _plan_labels(config, inputs, folder, heads, embedding_tasks[0].config_hash)
     label = functools.partial(
-        labels.label_shard,
+        label_shard_module.label_shard,
         heads_folder=folder,
         top_k=config.top_k,
         described=vocabulary.describe(),
@@ -121,8 +127,8 @@ def _make_vocabulary(config: ml_collections.ConfigDict, paths: Sequence[str]) ->
     if config.heads.load:
         return read_vocabulary(config.heads.load)
     settings = config.vocabulary
-    vocabulary = concepts.build_vocabulary(
-        concepts.merge_counts(paths),
+    vocabulary = concept_vocabulary.build_vocabulary(
+        concept_vocabulary.merge_counts(paths),
         min_count=settings.min_count,
         stop={"objects": settings.stop_objects, "attributes": settings.stop_attributes},
         max_size={"objects": settings.max_objects, "attributes": settings.max_attributes},

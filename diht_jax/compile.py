@@ -50,9 +50,9 @@ def main() -> None:
         # Read when JAX is imported: the machine's own devices are of no use here.
         os.environ["JAX_PLATFORMS"] = "cpu"
 
-    from diht_jax.training.compilation import compile_step, settings_that_fit
-    from diht_jax.training.report import describe_settings, describe_step
-    from diht_jax.training.topologies import get_topology
+    from diht_jax.cost_model.aot_compile import compile_step, settings_that_fit
+    from diht_jax.cost_model.report import describe_settings, describe_step
+    from diht_jax.cost_model.topologies import get_topology
 
     topology = get_topology(name)
     logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _print_try(report: Any) -> None:
-    from diht_jax.training.report import describe_try
+    from diht_jax.cost_model.report import describe_try
 
     print(describe_try(report), flush=True)
 

@@ -14,12 +14,7 @@ import dataclasses
 from absl import flags
 
 from diht_jax import command_line, model_flags
-from diht_jax.evaluation.embedding_files import (
-    MODALITIES,
-    EmbedOptions,
-    embed_source,
-    list_inputs,
-)
+from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source, list_inputs
 
 
 def define_flags() -> None:

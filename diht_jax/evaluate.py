@@ -20,9 +20,9 @@ from typing import Any
 from absl import flags, logging
 
 from diht_jax import command_line, distributed, model_flags
-from diht_jax.evaluation.comparison_page import draw_comparison
+from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.published import published_results
-from diht_jax.evaluation.report import (
+from diht_jax.evaluation.results import (
     LETTERS,
     format_comparison,
     format_results,
@@ -100,7 +100,7 @@ def compare() -> None:
 
 def evaluate() -> dict[str, Any]:
     """Runs the tasks of the flags; the results file is complete after every task."""
-    from diht_jax.evaluation.task_specs import check_source, parse_tasks
+    from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 
     tasks = parse_tasks(_TASKS.value, **_task_defaults())
     for task in tasks:

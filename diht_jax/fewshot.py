@@ -43,7 +43,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Measures few-shot accuracy with the flags, and prints a table."""
-    from diht_jax.evaluation.task_specs import check_source
+    from diht_jax.evaluation.task_parsing import check_source
 
     given = flags.FLAGS
     for name in ("model", "train", "test", "output"):
@@ -53,9 +53,9 @@ def main() -> None:
     tasks = _tasks()
     for task in tasks.values():
         check_source(task)  # a missing file should not have to wait for the model
-    from diht_jax.evaluation.fewshot import evaluate_few_shot, format_few_shot
-    from diht_jax.evaluation.fewshot_page import draw_few_shot
-    from diht_jax.evaluation.report import write_results
+    from diht_jax.evaluation.fewshot.grid import evaluate_few_shot, format_few_shot
+    from diht_jax.evaluation.fewshot.page import draw_few_shot
+    from diht_jax.evaluation.results import write_results
     from diht_jax.loading import load_model
 
     model = load_model(
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _options():
-    from diht_jax.evaluation.fewshot import ALL, FewShotOptions
+    from diht_jax.evaluation.fewshot.grid import ALL, FewShotOptions
 
     given = flags.FLAGS
     shots = []
@@ -107,7 +107,7 @@ def _options():
 def _tasks() -> dict[str, Any]:
     """The splits that are given, as classification tasks with the same prompts."""
     from diht_jax.evaluation.prompts import parse_templates, read_class_names
-    from diht_jax.evaluation.task_specs import CLASSIFICATION, parse_tasks
+    from diht_jax.evaluation.task_parsing import CLASSIFICATION, parse_tasks
 
     given = flags.FLAGS
     defaults = {}

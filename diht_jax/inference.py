@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from diht_jax import sharding
-from diht_jax.data import tokenizer, transforms
-from diht_jax.data.images import load_rgb
+from diht_jax.data import tokenizer
+from diht_jax.data.images import transforms
+from diht_jax.data.images.decode import load_rgb
 from diht_jax.models.parameters import ModelDefinition, merge_model
 
 

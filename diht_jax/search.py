@@ -3,7 +3,7 @@
     python -m diht_jax.search --model runs/b32 --images photos "a red car" "two dogs on a beach"
 
 Prints the best matches of every query, and draws them on a page (`--output`). `--images` is a
-folder of pictures, or any source of `diht_jax.data.readers`.
+folder of pictures, or any source of `diht_jax.data.readers.registry`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def define_flags() -> None:
 
 def main(queries: list[str]) -> None:
     """Searches for the queries that stand on the command line."""
-    from diht_jax.evaluation.embedding_files import list_inputs
-    from diht_jax.evaluation.search import format_matches, load_pictures, search_pictures
-    from diht_jax.evaluation.search_page import draw_search_page
+    from diht_jax.evaluation.embedding.files import list_inputs
+    from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
+    from diht_jax.evaluation.pages.search import draw_search_page
 
     given = flags.FLAGS
     for name in ("model", "images", "output"):

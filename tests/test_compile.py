@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 
 from diht_jax.config import load_recipe
-from diht_jax.training.compilation import (
+from diht_jax.cost_model.aot_compile import (
     StepReport,
     compile_step,
     link_bandwidth,
     roofline,
     settings_that_fit,
 )
-from diht_jax.training.devices import find_chip
-from diht_jax.training.hlo import Collective, Traffic
+from diht_jax.cost_model.chips import find_chip
+from diht_jax.cost_model.flops import Work, count_work
+from diht_jax.cost_model.hlo_traffic import Collective, Traffic
+from diht_jax.cost_model.report import describe_settings, describe_step, describe_try
+from diht_jax.cost_model.topologies import Topology, get_topology
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.report import describe_settings, describe_step, describe_try
-from diht_jax.training.topologies import Topology, get_topology
-from diht_jax.training.work import Work, count_work
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")

@@ -9,11 +9,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-import diht_jax.evaluation.embedding_files as embedding_files
+import diht_jax.evaluation.embedding.files as embedding_files
 from diht_jax import load_model
-from diht_jax.data.schema import Pair, encode_record
-from diht_jax.data.tfrecord import TFRecordWriter
-from diht_jax.evaluation.embedding_files import EmbedOptions, embed_source
+from diht_jax.data.records.schema import Pair, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
+from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.models import Architecture
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
@@ -231,7 +231,7 @@ def test_tasks_divide_the_shards(model, tmp_path):
 
 def test_tfds(model, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")  # noqa: F841
-    from diht_jax.data.dataset_info import shard_name, write_dataset_info
+    from diht_jax.data.records.dataset_info import shard_name, write_dataset_info
 
     name = shard_name("few", "train", 0, 1)
     with TFRecordWriter(tmp_path / name) as writer:

@@ -15,8 +15,8 @@ from diht_jax.config import default_config, parse_fields
 from diht_jax.export import export_model
 from diht_jax.models import Architecture, get_architecture
 from diht_jax.models.parameters import model_definition
-from diht_jax.training import checkpoint
 from diht_jax.training.state import create_state
+from diht_jax.training.workdir import checkpoint
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import read_tensors, write_safetensors

@@ -9,11 +9,14 @@ import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
-# A module may import modules of its own layer and of lower ones.
+# A module may import modules of its own layer and of lower ones; the longest name counts.
 LAYERS = {
     "diht_jax.config": 0,
-    "diht_jax.data.schema": 0,
-    "diht_jax.host_memory": 0,
+    "diht_jax.data.atomic_file": 0,
+    "diht_jax.data.records": 0,
+    "diht_jax.data.tfrecord": 0,
+    "diht_jax.cost_model.flops": 0,
+    "diht_jax.cost_model.chips": 0,
     "diht_jax.sharding": 1,
     "diht_jax.models": 1,
     "diht_jax.losses": 1,
@@ -22,18 +25,31 @@ LAYERS = {
     "diht_jax.weights": 3,
     "diht_jax.evaluation": 4,
     "diht_jax.training": 5,
+    "diht_jax.cost_model": 6,
     "diht_jax.loading": 6,
+    "diht_jax.host_memory": 7,
     "diht_jax.command_line": 7,
     "diht_jax.distributed": 7,
     "diht_jax.model_flags": 7,
-    "diht_jax.train": 7,
-    "diht_jax.compile": 7,
-    "diht_jax.evaluate": 7,
-    "diht_jax.export": 7,
-    "diht_jax.embed": 7,
-    "diht_jax.fewshot": 7,
-    "diht_jax.search": 7,
-    "data_prep": 8,
+    "diht_jax.train": 8,
+    "diht_jax.compile": 8,
+    "diht_jax.evaluate": 8,
+    "diht_jax.export": 8,
+    "diht_jax.embed": 8,
+    "diht_jax.fewshot": 8,
+    "diht_jax.search": 8,
+    "data_prep.jobs": 10,
+    "data_prep.sources": 11,
+    "data_prep.captions": 11,
+    "data_prep.text_spotting": 11,
+    "data_prep.teachers": 11,
+    "data_prep.synthetic": 11,
+    "data_prep.reports": 12,
+    "data_prep.filtering": 13,
+    "data_prep.labelling": 13,
+    "data_prep.filter": 14,
+    "data_prep.label": 14,
+    "data_prep": 14,
 }
 # What data_prep may use of diht_jax (and the way commands start).
 DATA_PREP_MAY_IMPORT = (
@@ -92,7 +108,7 @@ def test_imports_point_one_way(path):
             continue
         assert layer_of(imported) is not None, f"{module} imports {imported}, of no layer"
         assert layer_of(imported) <= own, f"{module} imports {imported}, a higher layer"
-        if own == LAYERS["data_prep"] and imported.startswith("diht_jax"):
+        if module.startswith("data_prep") and imported.startswith("diht_jax"):
             assert imported.startswith(DATA_PREP_MAY_IMPORT), f"{module} imports {imported}"
 
 

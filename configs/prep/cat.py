@@ -13,7 +13,7 @@ Expected: TFRecord shards with their statistics in the output folder, and the fu
 
 import ml_collections
 
-from data_prep.cat_config import default_config
+from data_prep.filtering.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -16,9 +16,9 @@ Expected: labelled shards with the same pairs, the two vocabularies, and report.
 
 import ml_collections
 
-from data_prep.label_config import default_config
+from data_prep.labelling.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The defaults of `data_prep.label_config` are this recipe."""
+    """The defaults of `data_prep.labelling.config` are this recipe."""
     return default_config()

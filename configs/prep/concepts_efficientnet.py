@@ -13,7 +13,7 @@ Expected: as configs/prep/concepts.py.
 
 import ml_collections
 
-from data_prep.label_config import default_config
+from data_prep.labelling.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.teacher.kind = "torch"
     config.teacher.batch_size = 8  # what fits a core's cache: twice as fast as 64
-    config.teacher.torch.function = "data_prep.efficientnet_lite:build"
+    config.teacher.torch.function = "data_prep.teachers.efficientnet_lite:build"
     config.teacher.torch.image_size = 224
     config.teacher.torch.mean = (127 / 255, 127 / 255, 127 / 255)
     config.teacher.torch.std = (128 / 255, 128 / 255, 128 / 255)

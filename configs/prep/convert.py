@@ -12,7 +12,7 @@ Expected: as many records as there are readable pairs (3,786 for the emoji).
 
 import ml_collections
 
-from data_prep.cat_config import default_config
+from data_prep.filtering.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

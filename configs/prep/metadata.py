@@ -14,7 +14,7 @@ Expected: about half of the rows; report.html says why the others are gone.
 
 import ml_collections
 
-from data_prep.cat_config import default_config
+from data_prep.filtering.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:

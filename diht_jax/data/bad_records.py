@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.tfrecord import DamagedRecordError, TFRecordError
+from diht_jax.data.records.tfrecord import DamagedRecordError, TFRecordError
 
 MODES = ("error", "skip")
 # In an example and its batch, when bad records are skipped: how many were, to find this one.

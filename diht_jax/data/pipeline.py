@@ -15,9 +15,12 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from diht_jax.data import fast_crops, images, schema, tokenizer, transforms
+from diht_jax.data import tokenizer
 from diht_jax.data.bad_records import PASSED_OVER, CheckedExamples
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.data.images import decode as images
+from diht_jax.data.images import fast_crops, transforms
+from diht_jax.data.records import schema
+from diht_jax.data.records.tfrecord import TFRecordSource
 
 # How grain reports a worker process that is gone.
 _WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.answers import ANSWER_TEMPLATE, ENTAILMENT_PROMPTS
+from diht_jax.evaluation.protocols.answers import ANSWER_TEMPLATE, ENTAILMENT_PROMPTS
 
 CLASSIFICATION = "classification"
 MULTILABEL = "multilabel"

@@ -16,19 +16,20 @@ from absl import logging
 from PIL import Image
 from tqdm import tqdm
 
-from diht_jax.data.images import decode_rgb
-from diht_jax.data.schema import Pair
-from diht_jax.data.source import Skipped
-from diht_jax.evaluation import classification, prompts, retrieval
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation import prompts
 from diht_jax.evaluation.bootstrap import bootstrap_intervals, describe_bootstrap
-from diht_jax.evaluation.classification_page import draw_classification_page
-from diht_jax.evaluation.encoding import EmbeddingModel
-from diht_jax.evaluation.other_tasks import OTHER_KINDS, Measured
-from diht_jax.evaluation.page import ImageLoader
-from diht_jax.evaluation.retrieval_page import draw_retrieval_page
-from diht_jax.evaluation.sources import count_source, read_source
+from diht_jax.evaluation.embedding.encoding import EmbeddingModel
+from diht_jax.evaluation.pages.classification import draw_classification_page
+from diht_jax.evaluation.pages.page import ImageLoader
+from diht_jax.evaluation.pages.retrieval import draw_retrieval_page
+from diht_jax.evaluation.protocols import classification, retrieval
+from diht_jax.evaluation.protocols.others import OTHER_KINDS, Measured
+from diht_jax.evaluation.sources.registry import count_source, read_source
 from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL, SUITE
-from diht_jax.evaluation.task_specs import Task, parse_tasks
+from diht_jax.evaluation.task_parsing import Task, parse_tasks
 
 __all__ = ["Task", "evaluate_task", "parse_tasks"]
 

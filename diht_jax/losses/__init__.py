@@ -5,6 +5,6 @@ Called by the training step. No models, no optimisers and no input pipeline may 
 
 from diht_jax.losses.concepts import concept_loss
 from diht_jax.losses.contrastive import contrastive_loss, sigmoid_loss
-from diht_jax.losses.total import contrastive_objective
+from diht_jax.losses.sharded import contrastive_objective
 
 __all__ = ["concept_loss", "contrastive_loss", "contrastive_objective", "sigmoid_loss"]

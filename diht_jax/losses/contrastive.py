@@ -1,6 +1,6 @@
 """The losses over pairs of the global batch: InfoNCE, HN-NCE and the sigmoid loss.
 
-Called by `diht_jax.losses.total` and by users with embeddings of their own. Everything here is a
+Called by `diht_jax.losses.sharded` and by users with embeddings of their own. Everything here is a
 pure function of embeddings: no parameters, no mesh, no metrics. What is computed how is in
 `streaming.py` and `dense.py`.
 
@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, dense_loss
-from diht_jax.losses.objectives import Objective, Sigmoid, Softmax
+from diht_jax.losses.objective import Objective, Sigmoid, Softmax
 from diht_jax.losses.statistics import PairStatistics
 from diht_jax.losses.streaming import streaming_loss
 

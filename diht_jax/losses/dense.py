@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from diht_jax.losses.objectives import Objective, Sigmoid
+from diht_jax.losses.objective import Objective, Sigmoid
 from diht_jax.losses.statistics import PairStatistics
 
 AxisName = str | tuple[str, ...] | None

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, inner_products
-from diht_jax.losses.objectives import Objective, RowSlopes, RowStatistics
+from diht_jax.losses.objective import Objective, RowSlopes, RowStatistics
 from diht_jax.losses.statistics import PairStatistics
 
 # Side of a tile, at most. Its logits and their exponentials are what is held beside [b, d].

@@ -20,29 +20,34 @@ from tqdm import tqdm
 
 from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, masked_steps, validate_config
-from diht_jax.data.fingerprint import fingerprint_records
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
-from diht_jax.training import checkpoint
-from diht_jax.training.agreement import check_together
-from diht_jax.training.alarms import Alarms, shown_keys
-from diht_jax.training.dataset import check_hosts_agree, check_same_data
-from diht_jax.training.labels import with_vocabulary
-from diht_jax.training.metrics import MetricWriter, flatten_results, plot_curves, read_metrics
-from diht_jax.training.nonfinite import NonFiniteError, explain_nonfinite
+from diht_jax.training.monitoring.anomalies import Alarms, shown_keys
+from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
+from diht_jax.training.monitoring.metrics import (
+    MetricWriter,
+    flatten_results,
+    plot_curves,
+    read_metrics,
+)
+from diht_jax.training.monitoring.profiler import StepProfiler
+from diht_jax.training.monitoring.throughput import Window, log_work, model_flops
+from diht_jax.training.multihost import check_together
 from diht_jax.training.objective import active_kinds
-from diht_jax.training.profile import StepProfiler
+from diht_jax.training.objectives.concept_labels import with_vocabulary
 from diht_jax.training.program import TrainProgram, without_patch_dropout
-from diht_jax.training.same_run import check_same_run
-from diht_jax.training.speed import Window, log_work, model_flops
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest
-from diht_jax.training.stored_run import local_run
-from diht_jax.training.workdir import open_workdir
+from diht_jax.training.workdir import checkpoint
+from diht_jax.training.workdir.dataset import check_hosts_agree, check_same_data
+from diht_jax.training.workdir.folder import open_workdir
+from diht_jax.training.workdir.resume_checks import check_same_run
+from diht_jax.training.workdir.stored_run import local_run
 
 
 def train(

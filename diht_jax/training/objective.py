@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 
 from diht_jax import sharding
 from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
-from diht_jax.losses.total import contrastive_objective
+from diht_jax.losses.sharded import contrastive_objective
 from diht_jax.models.zoo import Architecture
 
 Metrics = dict[str, jax.Array]

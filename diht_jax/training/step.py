@@ -18,14 +18,14 @@ import optax
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.data.transforms import normalize
+from diht_jax.data.images.transforms import normalize
 from diht_jax.models.dual_encoder import l2_normalize
 from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
-from diht_jax.training.gradients import ParameterGather, check_micro_batch, encode_on_mesh
 from diht_jax.training.objective import concept_losses, total_loss
+from diht_jax.training.sharded_encode import ParameterGather, check_micro_batch, encode_on_mesh
 from diht_jax.training.state import TrainState, update_average
 from diht_jax.training.update_rules import merge_parameters, split_parameters
 

@@ -11,8 +11,8 @@ from PIL import Image
 from diht_jax.config import default_config
 from diht_jax.data.bad_records import MAX_IN_A_ROW, CheckedExamples
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
-from diht_jax.data.schema import Record, encode_record
-from diht_jax.data.tfrecord import TFRecordError, TFRecordWriter
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordError, TFRecordWriter
 
 DECODE = DecodeExample(4, 8, (0.9, 1.0), "{caption}")
 BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data import fast_crops, images, transforms
-from diht_jax.data.images import ImageError
+from diht_jax.data.images import decode, fast_crops, transforms
+from diht_jax.data.images.decode import ImageError
 
 RATIO = (3 / 4, 4 / 3)
 
@@ -35,7 +35,7 @@ def textured(width, height, seed=0):
 
 def exact_crop(data, size, seed, scale=(0.9, 1.0)):
     return transforms.train_transform(
-        images.decode_rgb(data), size, np.random.default_rng(seed), scale
+        decode.decode_rgb(data), size, np.random.default_rng(seed), scale
     )
 
 
@@ -63,7 +63,7 @@ def compare_with_exact(photos, size, resampling=None):
     """
     qualities, differences, reductions = [], [], set()
     for seed, data in enumerate(photos):
-        whole = images.decode_rgb(data)
+        whole = decode.decode_rgb(data)
         rng = np.random.default_rng(seed)
         box = transforms.sample_crop_box(*whole.size, rng, (0.9, 1.0), RATIO)
         reduction = fast_crops.choose_reduction(box, size)
@@ -111,7 +111,7 @@ def test_fidelity_on_a_picture_larger_than_the_decoder_can_reduce():
     box = transforms.sample_crop_box(1000, 900, np.random.default_rng(3), (0.9, 1.0), RATIO)
     assert fast_crops.choose_reduction(box, 20) == 8
     box = fast_crops.reduce_box(box, (1000, 900), 8)
-    exact = transforms.crop_to_square(images.decode_rgb(data), box, 20)
+    exact = transforms.crop_to_square(decode.decode_rgb(data), box, 20)
     assert psnr(fast_crop(data, 20, 3), exact) > 36
 
 
@@ -172,12 +172,12 @@ def test_reduced_boxes_stay_inside_and_near():
 def test_ordinary_jpegs_are_decoded_fast_and_look_the_same(make, size, monkeypatch):
     data = make()
     exact = exact_crop(data, size, 1, (0.3, 0.5) if size == 64 else (0.9, 1.0))
-    monkeypatch.setattr(images, "load_rgb", None)  # the exact way would stop here
+    monkeypatch.setattr(decode, "load_rgb", None)  # the exact way would stop here
     ours = fast_crop(data, size, 1, (0.3, 0.5) if size == 64 else (0.9, 1.0))
     assert ours.dtype == np.uint8 and ours.shape == (size, size, 3)
     assert ours.flags.writeable and ours.flags.c_contiguous
     assert psnr(ours, exact) > 36
-    if images.open_image(data).mode == "L":
+    if decode.open_image(data).mode == "L":
         assert (ours[..., 0] == ours[..., 1]).all()
 
 
@@ -228,7 +228,7 @@ def test_orientation_in_xmp_is_seen():
         b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
     )
     data = encode(textured(90, 60), xmp=xmp)
-    assert images.decode_rgb(data).size == (60, 90)
+    assert decode.decode_rgb(data).size == (60, 90)
     np.testing.assert_array_equal(fast_crop(data, 32, 0), exact_crop(data, 32, 0))
 
 
@@ -254,7 +254,7 @@ def bomb():
 )
 def test_refusals_are_those_of_exact_decoding(data, reason):
     with pytest.raises(ImageError) as exact:
-        images.decode_rgb(data)
+        decode.decode_rgb(data)
     with pytest.raises(ImageError) as ours:
         fast_crop(data, 32, 0)
     assert ours.value.reason == exact.value.reason == reason

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 
-from diht_jax.data.fingerprint import Fingerprint, describe_changes, fingerprint_records
-from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.data.records.fingerprint import Fingerprint, describe_changes, fingerprint_records
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 
 
 def write(path, sizes, fill=b"a"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.images import MAX_PIXELS, ImageError, check_readable, decode_rgb
+from diht_jax.data.images.decode import MAX_PIXELS, ImageError, check_readable, decode_rgb
 
 
 def _encode(image: Image.Image, name: str, **options) -> bytes:

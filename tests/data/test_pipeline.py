@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data import fast_crops, images, transforms
+from diht_jax.data.images import decode as images
+from diht_jax.data.images import fast_crops, transforms
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
-from diht_jax.data.schema import Record, decode_record, encode_record
+from diht_jax.data.records.schema import Record, decode_record, encode_record
 from diht_jax.data.tokenizer import tokenize
 
 

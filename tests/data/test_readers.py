@@ -11,10 +11,10 @@ import tarfile
 import pytest
 from PIL import Image
 
-from diht_jax.data.readers import Skipped, list_shards, open_source, read_pairs
-from diht_jax.data.schema import Pair, encode_record
-from diht_jax.data.source import SOURCE_REASONS, clean_text, pick_captions
-from diht_jax.data.tfrecord import TFRecordWriter
+from diht_jax.data.readers.base import SOURCE_REASONS, clean_text, pick_captions
+from diht_jax.data.readers.registry import Skipped, list_shards, open_source, read_pairs
+from diht_jax.data.records.schema import Pair, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
 
 
 def _image(name: str = "PNG") -> bytes:

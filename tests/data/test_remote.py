@@ -6,9 +6,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from diht_jax.data.fingerprint import fingerprint_records
-from diht_jax.data.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
-from diht_jax.data.vocabulary import ConceptList, Vocabulary, find_vocabulary, write_vocabulary
+from diht_jax.data.records.fingerprint import fingerprint_records
+from diht_jax.data.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.data.records.vocabulary import (
+    ConceptList,
+    Vocabulary,
+    find_vocabulary,
+    write_vocabulary,
+)
 
 RECORDS = [bytes([i]) * (1 + 700 * i) for i in range(20)]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from diht_jax.data.schema import Example, Pair, Record, decode_record, encode_record
+from diht_jax.data.records.schema import Example, Pair, Record, decode_record, encode_record
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _IMAGE = bytes(range(256)) * 3
@@ -180,8 +180,9 @@ def test_refuses_to_decode(data, message):
 
 def test_reading_records_imports_neither_tfds_nor_jax():
     code = (
-        "import sys, diht_jax.data.schema, diht_jax.data.tfrecord, diht_jax.data.images, "
-        "diht_jax.data.readers\n"
+        "import sys, diht_jax.data.records.schema, diht_jax.data.tfrecord\n"
+        "import diht_jax.data.images.decode, "
+        "diht_jax.data.readers.registry\n"
         "heavy = {'tensorflow', 'tensorflow_datasets', 'jax', 'torch', 'spacy'}\n"
         "heavy &= set(sys.modules)\n"
         "assert not heavy, heavy"

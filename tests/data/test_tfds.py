@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import sources
-from diht_jax.data import dataset_info
-from diht_jax.data.images import decode_rgb
-from diht_jax.data.readers import Skipped, list_shards, open_source, read_pairs
-from diht_jax.data.schema import Record, decode_record, encode_record
-from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
+from data_prep.sources import list as source_list
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.registry import Skipped, list_shards, open_source, read_pairs
+from diht_jax.data.records import dataset_info
+from diht_jax.data.records.schema import Record, decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -335,10 +335,10 @@ def test_we_read_what_tfds_testing_makes(work, result, caption_feature):
 
 
 def test_filter_sources_reach_tfds_testing_data(work):
-    settings = sources.default_source()
+    settings = source_list.default_source()
     settings.data_dir = str(work / "testing")
     names = "tfds:dummy_mnist:3.0.1:train[5:],tfds:dummy_mnist:test"
-    shards = sources.list_sources(names, settings)
+    shards = source_list.list_sources(names, settings)
     pairs = [pair for shard in shards for pair in read_pairs(shard)]
     assert len(pairs) == 15 + 20
     assert {pair.caption for pair in pairs} == set("0123456789")

@@ -14,8 +14,13 @@ import grain
 import numpy as np
 import pytest
 
-from diht_jax.data import tfrecord
-from diht_jax.data.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter, read_records
+from diht_jax.data.records import tfrecord
+from diht_jax.data.records.tfrecord import (
+    TFRecordError,
+    TFRecordSource,
+    TFRecordWriter,
+    read_records,
+)
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from diht_jax.data import transforms
+from diht_jax.data.images import transforms
 
 SIZES = [
     (640, 480),
@@ -187,7 +187,7 @@ def test_constants_are_those_of_open_clip():
 
 def test_workers_that_only_transform_load_no_framework():
     code = (
-        "import sys, diht_jax.data.transforms\n"
+        "import sys, diht_jax.data.images.transforms\n"
         "print([name for name in ('torch', 'torchvision', 'tensorflow') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from diht_jax.data.schema import Pair, encode_record
-from diht_jax.data.tfrecord import TFRecordWriter
-from diht_jax.data.vocabulary import (
+from diht_jax.data.records.schema import Pair, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
+from diht_jax.data.records.vocabulary import (
     ConceptList,
     Vocabulary,
     check_vocabulary,

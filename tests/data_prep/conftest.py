@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from data_prep.captions import load_parser
+from data_prep.captions.parse import load_parser
 
 
 @pytest.fixture(scope="session")

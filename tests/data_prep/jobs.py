@@ -12,10 +12,10 @@ from typing import Any
 import ml_collections
 from PIL import Image
 
-from data_prep import cat_config
+from data_prep.filtering import config as filter_config
 from diht_jax.config import load_recipe, validate_config
-from diht_jax.data.schema import Record, decode_record
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.data.records.schema import Record, decode_record
+from diht_jax.data.records.tfrecord import TFRecordSource
 
 _RECIPES = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep"
 # Where the input lay, and what tells how long it took.
@@ -33,8 +33,8 @@ def job_config(
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
         (config[section] if section else config)[key] = value
-    validate_config(config, cat_config.default_config())
-    cat_config.check_config(config)
+    validate_config(config, filter_config.default_config())
+    filter_config.check_config(config)
     return config
 
 

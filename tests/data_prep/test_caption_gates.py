@@ -2,8 +2,8 @@
 
 import pytest
 
-from data_prep.caption_gates import fold_case, gate_caption
-from data_prep.captions import parse_captions
+from data_prep.captions.gates import fold_case, gate_caption
+from data_prep.captions.parse import parse_captions
 
 # Gates
 

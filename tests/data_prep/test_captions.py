@@ -11,9 +11,9 @@ import tomllib
 
 import pytest
 
-from data_prep import captions as caption_module
-from data_prep.caption_graph import format_edges, format_objects
-from data_prep.captions import (
+from data_prep.captions import parse as caption_module
+from data_prep.captions.graph import format_edges, format_objects
+from data_prep.captions.parse import (
     CAT_REASONS,
     GATE_REASONS,
     CaptionGraph,

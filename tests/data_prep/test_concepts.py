@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import concept_files, concepts
-from data_prep.captions import parse_captions
-from data_prep.concepts import Targets
+from data_prep.captions import mentions
+from data_prep.captions.parse import parse_captions
 from data_prep.filter import run_filter
+from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling.vocabulary import Targets
 from diht_jax.config import load_recipe
-from diht_jax.data.tfrecord import find_shards
-from diht_jax.data.vocabulary import ConceptList
+from diht_jax.data.records.tfrecord import find_shards
+from diht_jax.data.records.vocabulary import ConceptList
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -56,7 +57,7 @@ def filtered(tmp_path_factory) -> pathlib.Path:
 
 def test_filter_counts_what_kept_captions_name(filtered):
     for recipe, rows in (("convert", _IMAGES), ("cat", _IMAGES[:3])):
-        counts = concepts.merge_counts(find_shards(filtered / recipe))
+        counts = concept_vocabulary.merge_counts(find_shards(filtered / recipe))
         assert counts == {"objects": _count(1, rows), "attributes": _count(2, rows)}
     stats = json.loads((filtered / "cat" / "stats.json").read_text())["counts"]
     assert (stats["kept"], stats["dropped"]["image"]) == (3, {"unreadable": 1})
@@ -66,28 +67,30 @@ def test_filter_keeps_what_each_record_names(filtered):
     shards = find_shards(filtered / "convert")
     assert len(shards) == 3
     names = ("dog", "cat", "black", "sofa")  # an attribute is no object
-    objects = concepts.read_targets(shards, ConceptList("objects", names, (1,) * 4))
+    objects = concept_vocabulary.read_targets(shards, ConceptList("objects", names, (1,) * 4))
     expected = [sorted(names.index(n) for n in row[1] if n in names) for row in _IMAGES]
     assert objects.lengths.tolist() == [len(row) for row in expected]
     split = np.split(objects.ids, np.cumsum(objects.lengths)[:-1])
     assert [sorted(ids.tolist()) for ids in split] == expected
-    attributes = concepts.read_targets(shards, ConceptList("attributes", ("red", "black"), (1, 1)))
+    attributes = concept_vocabulary.read_targets(
+        shards, ConceptList("attributes", ("red", "black"), (1, 1))
+    )
     assert attributes.counts(2).tolist() == [1, 2]
 
 
 def test_mentions_of_real_captions_agree_with_their_graphs(web_captions, tmp_path):
     graphs = parse_captions(web_captions[:150])
-    log = concept_files.ConceptLog()
+    log = mentions.ConceptLog()
     for graph in graphs:
-        log.add(concept_files.find_mentions([graph]))
-    log.write(tmp_path / f"shard{concept_files.CONCEPTS_SUFFIX}")
-    names, lengths, ids = concept_files.read_mentions(tmp_path / "shard", "objects")
+        log.add(mentions.find_mentions([graph]))
+    log.write(tmp_path / f"shard{mentions.CONCEPTS_SUFFIX}")
+    names, lengths, ids = mentions.read_mentions(tmp_path / "shard", "objects")
     found = [sorted(names[i] for i in row) for row in np.split(ids, np.cumsum(lengths)[:-1])]
     assert found == [sorted({" ".join(name.split()) for name in g.objects}) for g in graphs]
     assert sum(lengths) > 150
-    first = (tmp_path / f"shard{concept_files.CONCEPTS_SUFFIX}").read_bytes()
-    log.write(tmp_path / f"again{concept_files.CONCEPTS_SUFFIX}")
-    assert (tmp_path / f"again{concept_files.CONCEPTS_SUFFIX}").read_bytes() == first
+    first = (tmp_path / f"shard{mentions.CONCEPTS_SUFFIX}").read_bytes()
+    log.write(tmp_path / f"again{mentions.CONCEPTS_SUFFIX}")
+    assert (tmp_path / f"again{mentions.CONCEPTS_SUFFIX}").read_bytes() == first
 
 
 def _build(counts, *, attributes=None, **changes):
@@ -96,7 +99,7 @@ def _build(counts, *, attributes=None, **changes):
         "stop": {"objects": (), "attributes": ()},
         "max_size": {"objects": None, "attributes": None},
     }
-    return concepts.build_vocabulary(
+    return concept_vocabulary.build_vocabulary(
         {"objects": counts, "attributes": attributes or {}}, **(settings | changes)
     )
 
@@ -138,8 +141,8 @@ def test_targets_against_lists():
         taken = targets.take(np.array(chosen, bool if chosen[:1] == [True] else int))
         assert lists(taken)[: len(wanted)] == [rows[i] for i in wanted]
         assert len(taken) == len(wanted)
-    assert lists(concepts.concatenate([targets, make(rows[:2])])) == rows + rows[:2]
-    assert len(concepts.concatenate([])) == 0
+    assert lists(concept_vocabulary.concatenate([targets, make(rows[:2])])) == rows + rows[:2]
+    assert len(concept_vocabulary.concatenate([])) == 0
     counts = collections.Counter(sum(rows, []))
     assert targets.counts(9).tolist() == [counts[i] for i in range(9)]
 
@@ -148,12 +151,18 @@ def test_repeat_factors_by_hand():
     # Of 16 records, 16 have concept 0, 4 have concept 1 as well, one has concept 2.
     rows = [[0]] * 11 + [[0, 1]] * 4 + [[2, 0]]
     targets = Targets(np.array([len(row) for row in rows]), np.array(sum(rows, [])))
-    factors = concepts.concept_factors(targets.counts(3), 16, 1.0)
+    factors = concept_vocabulary.concept_factors(targets.counts(3), 16, 1.0)
     assert factors.tolist() == [1.0, 2.0, 4.0]
-    assert concepts.repeat_factors(targets, factors).tolist() == [1.0] * 11 + [2.0] * 4 + [4.0]
-    assert concepts.concept_factors(targets.counts(3), 16, 0.25).tolist() == [1.0, 1.0, 2.0]
+    repeated = concept_vocabulary.repeat_factors(targets, factors)
+    assert repeated.tolist() == [1.0] * 11 + [2.0] * 4 + [4.0]
+    factors = concept_vocabulary.concept_factors(targets.counts(3), 16, 0.25)
+    assert factors.tolist() == [
+        1.0,
+        1.0,
+        2.0,
+    ]
     none = Targets(np.array([0, 1]), np.array([1]))
-    assert concepts.repeat_factors(none, factors).tolist() == [0.0, 2.0]
+    assert concept_vocabulary.repeat_factors(none, factors).tolist() == [0.0, 2.0]
 
 
 def test_shards_without_concepts(filtered, tmp_path):
@@ -161,22 +170,22 @@ def test_shards_without_concepts(filtered, tmp_path):
     copy = tmp_path / "pairs-train-00000.tfrecord"
     copy.write_bytes(pathlib.Path(shard).read_bytes())
     with pytest.raises(ValueError, match=r"stats\.json is missing"):
-        concepts.merge_counts([str(copy)])
+        concept_vocabulary.merge_counts([str(copy)])
     stats = json.loads(pathlib.Path(f"{shard}.stats.json").read_text())
     del stats["counts"]["concepts"]
     pathlib.Path(f"{copy}.stats.json").write_text(json.dumps(stats))
     with pytest.raises(ValueError, match=r"no counts of concepts.*concepts=True"):
-        concepts.merge_counts([str(copy)])
+        concept_vocabulary.merge_counts([str(copy)])
     nothing = ConceptList("objects", (), ())
     with pytest.raises(ValueError, match=r"concepts\.npz is missing.*concepts=True"):
-        concepts.read_targets([str(copy)], nothing)
-    concept_files.concept_path(copy).write_bytes(b"PK no zip")
+        concept_vocabulary.read_targets([str(copy)], nothing)
+    mentions.concept_path(copy).write_bytes(b"PK no zip")
     with pytest.raises(ValueError, match="not a whole concept file"):
-        concepts.read_targets([str(copy)], nothing)
+        concept_vocabulary.read_targets([str(copy)], nothing)
 
 
 def test_filter_writes_a_lost_concept_file_again(filtered):
-    path = concept_files.concept_path(find_shards(filtered / "cat")[0])
+    path = mentions.concept_path(find_shards(filtered / "cat")[0])
     before = path.read_bytes()
     path.unlink()
     config = load_recipe(_REPOSITORY / "configs" / "prep" / "cat.py")

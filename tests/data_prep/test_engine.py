@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from data_prep.engine import run_tasks
+from data_prep.jobs.engine import run_tasks
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _LONGEST_SECS = 60  # of a script; a failure here means that it waits for ever

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import cat_config
-from data_prep.cat import process_shard
 from data_prep.filter import explain, run_filter
-from data_prep.sources import list_sources
-from diht_jax.data.images import decode_rgb
-from diht_jax.data.schema import decode_record
-from diht_jax.data.tfrecord import TFRecordSource
+from data_prep.filtering import config as filter_config
+from data_prep.filtering.shard import process_shard
+from data_prep.sources.list import list_sources
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.records.schema import decode_record
+from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data_prep.jobs import job_config, read_counts, read_records, snapshot, write_tars
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -231,22 +231,22 @@ def test_own_output_is_a_source(tmp_path):
 
 def test_hash_covers_what_decides_and_nothing_else(tmp_path):
     config = job_config("a", tmp_path)
-    before = cat_config.hash_config(config)
+    before = filter_config.hash_config(config)
     for name, value in (("num_workers", 7), ("batch_size", 3), ("output", "x"), ("input", "y")):
         setattr(config, name, value)
-        assert cat_config.hash_config(config) == before
+        assert filter_config.hash_config(config) == before
     for name, value in (("min_complexity", 2), ("seed", 1), ("action", True)):
         setattr(config, name, value)
-        assert cat_config.hash_config(config) != before
-        before = cat_config.hash_config(config)
+        assert filter_config.hash_config(config) != before
+        before = filter_config.hash_config(config)
 
 
 def test_explain_shows_graph_and_decision():
-    text = explain("A black cat is chasing a small brown bird", cat_config.default_config())
+    text = explain("A black cat is chasing a small brown bird", filter_config.default_config())
     assert "cat[black]:2; bird[small,brown]:3" in text
     assert "chase(cat,bird)" in text
     assert "keep" in text
-    assert "drop (no_action)" in explain("a red car", cat_config.default_config())
+    assert "drop (no_action)" in explain("a red car", filter_config.default_config())
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess:

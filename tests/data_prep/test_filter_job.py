@@ -8,7 +8,7 @@ import os
 import pytest
 
 from data_prep.filter import run_filter
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data_prep.jobs import job_config, read_counts, read_records, snapshot, write_tars
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from data_prep.concept_metrics import Predictions, frequency_baseline, summarize
-from data_prep.concepts import Targets
-from data_prep.head_weights import Head, hash_heads, load_heads, write_heads
-from data_prep.heads import Split, default_heads, soft_target_loss, train_head
+from data_prep.labelling.head_weights import Head, hash_heads, load_heads, write_heads
+from data_prep.labelling.metrics import Predictions, frequency_baseline, summarize
+from data_prep.labelling.train_heads import Split, default_heads, soft_target_loss, train_head
+from data_prep.labelling.vocabulary import Targets
 
 
 def _targets(rows: list[list[int]]) -> Targets:

@@ -10,12 +10,12 @@ import fsspec
 import pytest
 from PIL import Image
 
-from data_prep import input_files
 from data_prep.filter import run_filter
+from data_prep.jobs import fingerprint
 from diht_jax.config import load_recipe
-from diht_jax.data.readers import SourceShard
-from diht_jax.data.schema import Pair, encode_record
-from diht_jax.data.tfrecord import TFRecordWriter
+from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.records.schema import Pair, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _BIG = 5 * 2**20  # bytes; 32 samples of 64 kB see two fifths of it
@@ -26,11 +26,11 @@ class _Input:
 
     def __init__(self, source: SourceShard, folder: pathlib.Path):
         self.source, self.place_path = source, folder / "place.json"
-        self.described = input_files.describe(source)
-        input_files.write_place(self.place_path, self.described.place)
+        self.described = fingerprint.describe(source)
+        fingerprint.write_place(self.place_path, self.described.place)
 
     def is_same(self, source: SourceShard | None = None) -> bool:
-        return input_files.is_same(source or self.source, self.described.contents, self.place_path)
+        return fingerprint.is_same(source or self.source, self.described.contents, self.place_path)
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def _gap(size: int) -> int:
 
 def test_an_edit_between_the_samples_is_noticed(big):
     place = _gap(_BIG)
-    before = input_files._hash_places(big.source)
+    before = fingerprint._hash_places(big.source)
     _edit(big.source.path, place)
-    assert input_files._hash_places(big.source) == before  # the samples do not see it
+    assert fingerprint._hash_places(big.source) == before  # the samples do not see it
     assert not big.is_same()
     _edit(big.source.path, place)  # and back again
     assert big.is_same()
@@ -71,13 +71,13 @@ def test_an_unchanged_file_is_not_read_again(big, monkeypatch):
         raise AssertionError(f"{path} was read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(input_files, "_open", fail)
+        patch.setattr(fingerprint, "_open", fail)
         assert big.is_same()
         os.utime(big.source.path, ns=(5, 5))
         with pytest.raises(AssertionError, match=r"big\.tar was read"):
             big.is_same()
     assert big.is_same()  # touched: read once, and remembered
-    monkeypatch.setattr(input_files, "_open", fail)
+    monkeypatch.setattr(fingerprint, "_open", fail)
     assert big.is_same()
 
 
@@ -87,7 +87,7 @@ def test_a_copy_elsewhere_is_the_same(big, tmp_path):
     moved = SourceShard("webdataset", str(copy))
     assert big.is_same(moved)
     assert json.loads(big.place_path.read_text())["path"] == str(copy)
-    assert input_files.describe(moved).contents == big.described.contents
+    assert fingerprint.describe(moved).contents == big.described.contents
     big.place_path.unlink()  # as when only the statistics were copied
     assert big.is_same(moved)
     _edit(str(copy), _gap(_BIG))

@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.data.schema import decode_record
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.data.records.schema import decode_record
+from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data_prep.jobs import job_config, snapshot
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

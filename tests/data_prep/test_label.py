@@ -14,17 +14,20 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_prep import embeddings, label_config, label_report, shards
-from data_prep.embeddings import key_ranks
 from data_prep.filter import run_filter
-from data_prep.head_files import gather_examples, is_held_out
+from data_prep.jobs import shards
 from data_prep.label import run_label
-from data_prep.teachers import describe_teacher
+from data_prep.labelling import config as label_config
+from data_prep.labelling import embeddings
+from data_prep.labelling import report as label_report
+from data_prep.labelling.embeddings import key_ranks
+from data_prep.labelling.heads import gather_examples, is_held_out
+from data_prep.teachers.registry import describe_teacher
 from diht_jax.config import load_recipe, validate_config
-from diht_jax.data.readers import list_shards
-from diht_jax.data.schema import Record, decode_record, encode_record
-from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.data.vocabulary import (
+from diht_jax.data.readers.registry import list_shards
+from diht_jax.data.records.schema import Record, decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.data.records.vocabulary import (
     ConceptList,
     Vocabulary,
     find_vocabulary,

@@ -8,9 +8,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep import caption_memo
-from data_prep.caption_memo import CaptionMemo
-from data_prep.captions import cat_reason, parse_captions
+from data_prep.captions import cache
+from data_prep.captions.cache import CaptionMemo
+from data_prep.captions.parse import cat_reason, parse_captions
 from data_prep.filter import run_filter
 from tests.data_prep.jobs import job_config, snapshot
 
@@ -137,7 +137,7 @@ def test_equal_captions_are_parsed_once_in_a_shard(monkeypatch):
         asked.extend(texts)
         return parse_captions(texts)
 
-    monkeypatch.setattr("data_prep.captions.parse_captions", counted)
+    monkeypatch.setattr("data_prep.captions.parse.parse_captions", counted)
     memo = CaptionMemo()
     graphs = [*memo.parse(captions), *memo.parse(captions[::-1]), *memo.parse(["a bird sings"])]
     assert sorted(asked) == sorted({*captions, "a bird sings"})
@@ -145,4 +145,4 @@ def test_equal_captions_are_parsed_once_in_a_shard(monkeypatch):
     assert graphs == parse_captions([*captions, *captions[::-1], "a bird sings"])
     small = CaptionMemo(max_entries=1)
     assert [cat_reason(g) for g in small.parse(captions)] == [None, "no_action", None, None]
-    assert len(small._graphs) == 1 and caption_memo._MAX_ENTRIES > 10_000
+    assert len(small._graphs) == 1 and cache._MAX_ENTRIES > 10_000

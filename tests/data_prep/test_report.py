@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import measures, report_page
-from data_prep.caption_graph import CaptionGraph, Edge, ObjectNode
+from data_prep.captions.graph import CaptionGraph, Edge, ObjectNode
 from data_prep.filter import run_filter
-from data_prep.filter_job import print_funnel
-from data_prep.funnel import Funnel, spell_reason
-from data_prep.measures import BINS, Measures
-from data_prep.noise_table import score_filters, table_rows
-from data_prep.report import Report, merge_reports, read_report
-from data_prep.samples import SampleLog, choose_samples, read_samples
-from data_prep.text_spotting import Spot
+from data_prep.filtering.job import print_funnel
+from data_prep.reports import page as report_page
+from data_prep.reports import statistics
+from data_prep.reports.funnel import Funnel, spell_reason
+from data_prep.reports.noise_scores import score_filters, table_rows
+from data_prep.reports.report import Report, merge_reports, read_report
+from data_prep.reports.samples import SampleLog, choose_samples, read_samples
+from data_prep.reports.statistics import BINS, Measures
+from data_prep.text_spotting.spotter import Spot
 from diht_jax.config import load_recipe
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -98,7 +99,7 @@ def test_parts_make_the_whole(work):
     assert [[s["outcome"], s["key"], s["graph"], s["image"]] for s in parts["samples"]] == samples
     assert len(samples) == 6
     # Jobs merge as shards do; the command is the way to it.
-    command = [sys.executable, "-m", "data_prep.report", f"--output={work}/both"]
+    command = [sys.executable, "-m", "data_prep.reports.report", f"--output={work}/both"]
     command += [f"--inputs={work}/whole,{work}/parts"]
     done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -227,8 +228,8 @@ def test_measures_of_shards_add_up():
 
 
 def test_counts_of_many_names_are_bounded_and_say_so(monkeypatch):
-    monkeypatch.setattr(measures, "_MAX_NAMES", 20)
-    monkeypatch.setattr(measures, "_MAX_MERGED", 60)
+    monkeypatch.setattr(statistics, "_MAX_NAMES", 20)
+    monkeypatch.setattr(statistics, "_MAX_MERGED", 60)
     rng = np.random.default_rng(0)
     exact: collections.Counter[str] = collections.Counter()
     merged, most = Measures(), 0

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from data_prep import kept_keys, resharding, shards
-from data_prep.concept_files import ConceptLog, concept_path, read_mentions
-from data_prep.kept_keys import KeptLog, kept_path
-from diht_jax.data.dataset_info import write_dataset_info
-from diht_jax.data.readers import SourceShard
-from diht_jax.data.schema import Pair, decode_record, encode_record
-from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
+from data_prep.captions.mentions import ConceptLog, concept_path, read_mentions
+from data_prep.filtering import kept as kept_keys
+from data_prep.filtering import resharding
+from data_prep.filtering.kept import KeptLog, kept_path
+from data_prep.jobs import shards
+from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.records.dataset_info import write_dataset_info
+from diht_jax.data.records.schema import Pair, decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 
 _UIDS = ["ffffffffffffffff0000000000000001", "00000000000000020000000000000003"]
 

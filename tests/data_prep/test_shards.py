@@ -6,12 +6,12 @@ import pathlib
 
 import pytest
 
-from data_prep import shards
-from data_prep.funnel import Funnel
-from data_prep.sources import take_share
-from diht_jax.data.readers import SourceShard, read_pairs
-from diht_jax.data.schema import Pair, encode_record
-from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
+from data_prep.jobs import shards
+from data_prep.reports.funnel import Funnel
+from data_prep.sources.list import take_share
+from diht_jax.data.readers.registry import SourceShard, read_pairs
+from diht_jax.data.records.schema import Pair, encode_record
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 
 
 def _make_source(folder: pathlib.Path, name: str, count: int) -> SourceShard:

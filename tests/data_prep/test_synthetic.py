@@ -15,16 +15,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import captions, synthetic, synthetic_captions, synthetic_drawing
-from data_prep import synthetic_sampling as sampling
-from data_prep.synthetic_scenes import COLORS, PAIR_RELATIONS
-from data_prep.synthetic_shapes import SHAPES
+from data_prep.captions import parse
+from data_prep.synthetic import captions as synthetic_captions
+from data_prep.synthetic import drawing, sampling, web
+from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS
+from data_prep.synthetic.shapes import SHAPES
 from diht_jax.evaluation.prompts import parse_templates
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-SMALL = synthetic.Settings(
-    num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24
-)
+SMALL = web.Settings(num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24)
 
 # What a phrase says: the relation, and whether the object told first is the subject.
 PHRASES = {
@@ -64,11 +63,11 @@ PHRASES = {
 
 
 @pytest.fixture(scope="module")
-def pairs() -> dict[str, list[synthetic.SyntheticPair]]:
+def pairs() -> dict[str, list[web.SyntheticPair]]:
     """The first 400 pairs of the default settings, by kind."""
     found = collections.defaultdict(list)
     for index in range(400):
-        pair = synthetic.make_pair(synthetic.Settings(), "train", index)
+        pair = web.make_pair(web.Settings(), "train", index)
         found[pair.metadata["noise"]].append(pair)
     return found
 
@@ -77,7 +76,7 @@ def pairs() -> dict[str, list[synthetic.SyntheticPair]]:
 def written(tmp_path_factory) -> pathlib.Path:
     """A small set, written in this process."""
     output = tmp_path_factory.mktemp("web")
-    synthetic.write_dataset(SMALL, output, workers=1)
+    web.write_dataset(SMALL, output, workers=1)
     return output
 
 
@@ -94,7 +93,7 @@ def hashes(directory: pathlib.Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
 
 
-def decode(pair: synthetic.SyntheticPair) -> np.ndarray:
+def decode(pair: web.SyntheticPair) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(pair.image)).convert("RGB")).astype(int)
 
 
@@ -114,7 +113,7 @@ def test_command_with_two_workers_writes_the_same_bytes(written, tmp_path):
 
 def test_pairs_do_not_depend_on_how_they_are_put_into_tars(written, tmp_path):
     other = dataclasses.replace(SMALL, pairs_per_tar=7, num_retrieval=0, num_classification=0)
-    synthetic.write_dataset(other, tmp_path, workers=1)
+    web.write_dataset(other, tmp_path, workers=1)
     merged = {}
     for path in sorted(tmp_path.glob("*.tar")):
         merged |= read_tar(path)
@@ -126,8 +125,8 @@ def test_pairs_do_not_depend_on_how_they_are_put_into_tars(written, tmp_path):
 
 
 def test_another_seed_gives_other_pairs():
-    first = synthetic.make_pair(SMALL, "train", 0)
-    second = synthetic.make_pair(dataclasses.replace(SMALL, seed=4), "train", 0)
+    first = web.make_pair(SMALL, "train", 0)
+    second = web.make_pair(dataclasses.replace(SMALL, seed=4), "train", 0)
     assert first.image != second.image
 
 
@@ -145,7 +144,7 @@ def test_layout_of_the_tars(written):
             assert metadata["key"] == key
             assert metadata["caption"] == sample["txt"].decode()
             assert metadata["sha256"] == hashlib.sha256(sample[extension]).hexdigest()
-    manifest = json.loads((written / synthetic.MANIFEST_NAME).read_text())
+    manifest = json.loads((written / web.MANIFEST_NAME).read_text())
     counted = collections.Counter(
         json.loads(sample["json"])["noise"]
         for path in written.glob("train-*.tar")
@@ -156,7 +155,7 @@ def test_layout_of_the_tars(written):
 
 @pytest.mark.parametrize("target", ["shape", "color"])
 def test_labels_of_the_classification_sets(written, target):
-    manifest = json.loads((written / synthetic.MANIFEST_NAME).read_text())
+    manifest = json.loads((written / web.MANIFEST_NAME).read_text())
     classes = manifest[f"{target}_classes"]
     labels = []
     for sample in read_tar(written / f"val_{target}.tar").values():
@@ -177,23 +176,23 @@ def test_labels_of_the_classification_sets(written, target):
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     settings = dataclasses.replace(SMALL, num_pairs=6, pairs_per_tar=3, num_classification=0)
-    synthetic.write_dataset(settings, tmp_path, workers=1)
+    web.write_dataset(settings, tmp_path, workers=1)
     before = hashes(tmp_path)
     kept = tmp_path / "train-00000.tar"
     time_of_kept = kept.stat().st_mtime_ns
     (tmp_path / "train-00001.tar").rename(tmp_path / "train-00001.tar.tmp")
     (tmp_path / "train-00001.tar.tmp").write_bytes(b"half a tar")
-    synthetic.write_dataset(settings, tmp_path, workers=1)
+    web.write_dataset(settings, tmp_path, workers=1)
     assert hashes(tmp_path) == before
     assert kept.stat().st_mtime_ns == time_of_kept
 
 
 def test_directories_with_other_content_are_refused(written, tmp_path):
     with pytest.raises(ValueError, match=f"{written}.*other settings.*--output"):
-        synthetic.write_dataset(dataclasses.replace(SMALL, seed=9), written, workers=1)
+        web.write_dataset(dataclasses.replace(SMALL, seed=9), written, workers=1)
     (tmp_path / "mine.tar").touch()
     with pytest.raises(ValueError, match=r"mine\.tar.*--output"):
-        synthetic.write_dataset(SMALL, tmp_path, workers=1)
+        web.write_dataset(SMALL, tmp_path, workers=1)
 
 
 @pytest.mark.parametrize(
@@ -209,26 +208,26 @@ def test_directories_with_other_content_are_refused(written, tmp_path):
 )
 def test_wrong_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        synthetic.Settings(**changes)
+        web.Settings(**changes)
 
 
 def test_too_many_retrieval_scenes_are_refused(tmp_path):
     with pytest.raises(ValueError, match="num_retrieval is 10000000, but only"):
-        synthetic.write_dataset(synthetic.Settings(num_retrieval=10_000_000), tmp_path)
+        web.write_dataset(web.Settings(num_retrieval=10_000_000), tmp_path)
 
 
 # --- noise -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "noise", [synthetic.DEFAULT_NOISE, {"mismatched": 1.0}, {"rendered_text": 0.4}, {}]
+    "noise", [web.DEFAULT_NOISE, {"mismatched": 1.0}, {"rendered_text": 0.4}, {}]
 )
 def test_shares_of_the_kinds(noise):
-    settings = synthetic.Settings(noise=noise)
+    settings = web.Settings(noise=noise)
     total = 4000
-    counts = collections.Counter(synthetic.noise_kind(settings, i) for i in range(total))
+    counts = collections.Counter(web.noise_kind(settings, i) for i in range(total))
     expected = dict(noise) | {"clean": 1.0 - sum(noise.values())}
-    for kind in ("clean", *synthetic.NOISE_KINDS):
+    for kind in ("clean", *web.NOISE_KINDS):
         share = expected.get(kind, 0.0)
         # Four standard deviations of a binomial share.
         assert abs(counts[kind] / total - share) <= 4 * np.sqrt(share * (1 - share) / total) + 1e-9
@@ -278,7 +277,7 @@ def test_rendered_text_shows_letters_of_two_tones_and_nothing_else(pairs):
 
 def test_text_too_long_to_be_shown_whole_is_refused():
     with pytest.raises(ValueError, match="does not fit on 96 x 96"):
-        synthetic_drawing.render_text(np.random.default_rng(0), "a long word " * 40, 96)
+        drawing.render_text(np.random.default_rng(0), "a long word " * 40, 96)
 
 
 # --- captions --------------------------------------------------------------------------------
@@ -332,7 +331,7 @@ def test_articles():
 
 
 def test_retrieval_captions_are_unique_and_their_scenes_held_out():
-    settings = synthetic.Settings()
+    settings = web.Settings()
     rng = np.random.default_rng(0)
     scenes = [sampling.sample_held_out(rng, settings.seed, i) for i in range(600)]
     told = [synthetic_captions.tell_scene(rng, scene, complete=True) for scene in scenes]
@@ -350,16 +349,16 @@ def test_retrieval_captions_are_unique_and_their_scenes_held_out():
 
 def test_evaluation_pictures_never_occur_in_training(pairs):
     trained = {p.metadata["sha256"] for kind in pairs.values() for p in kind}
-    settings = synthetic.Settings()
+    settings = web.Settings()
     for split in ("val_shape", "val_color"):
         for index in range(12):
-            held_out = synthetic.make_pair(settings, split, index)
+            held_out = web.make_pair(settings, split, index)
             assert held_out.metadata["noise"] == "clean"
             assert held_out.metadata["sha256"] not in trained
 
 
 def kept_share(texts: list[str]) -> float:
-    graphs = captions.parse_captions(texts)
+    graphs = parse.parse_captions(texts)
     return np.mean([g.complexity >= 1 and g.has_action and not g.drop_reason for g in graphs])
 
 

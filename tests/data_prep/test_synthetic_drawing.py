@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data_prep import synthetic_drawing
-from data_prep import synthetic_sampling as sampling
-from data_prep.synthetic_scenes import COLORS, PAIR_RELATIONS, SceneObject, lay_out
-from data_prep.synthetic_shapes import SHAPES
+from data_prep.synthetic import drawing, sampling
+from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS, SceneObject, lay_out
+from data_prep.synthetic.shapes import SHAPES
 
 
 def covered_pixels(outline: np.ndarray, side: int = 128) -> np.ndarray:
@@ -33,7 +32,7 @@ def test_shapes_and_colors_are_drawn_as_named(shape):
         item = SceneObject(shape, color, "large", "plain")
         scene = lay_out(rng, "floating", (item,))
         (item,) = scene.objects
-        pixels = np.asarray(synthetic_drawing.render_scene(rng, scene, 128)).astype(float)
+        pixels = np.asarray(drawing.render_scene(rng, scene, 128)).astype(float)
         inside = covered_pixels(item.outline())
         if shape == "ring":
             inside &= ~covered_pixels(item.hole())
@@ -66,7 +65,7 @@ def test_textures_are_visible_and_keep_the_color(texture, size):
     for color in COLORS:
         scene = lay_out(rng, "floating", (SceneObject("square", color, size, texture),))
         (item,) = scene.objects
-        picture = synthetic_drawing.render_scene(rng, scene, 128).reduce(2)
+        picture = drawing.render_scene(rng, scene, 128).reduce(2)
         half = item.radius * 0.6 * 64
         x, y = item.x * 64, item.y * 64
         region = np.asarray(
@@ -92,7 +91,7 @@ def relation_masks(relation: str, seed: int) -> tuple[np.ndarray, np.ndarray, np
     plain = tuple(dataclasses.replace(o, texture="plain") for o in scene.objects)
     scene = dataclasses.replace(scene, objects=plain)
     red, green, blue = np.moveaxis(
-        np.asarray(synthetic_drawing.render_scene(rng, scene, 128)).astype(int), -1, 0
+        np.asarray(drawing.render_scene(rng, scene, 128)).astype(int), -1, 0
     )
     strokes = (np.maximum(np.maximum(red, green), blue) < 140) & (abs(red - blue) < 40)
     return (

@@ -2,30 +2,29 @@
 
 import numpy as np
 
-from data_prep import synthetic, synthetic_teacher
-from data_prep import synthetic_sampling as sampling
-from data_prep.precomputed import EmbeddingTable
-from data_prep.synthetic_scenes import COLORS
-from data_prep.synthetic_shapes import SHAPES
-from diht_jax.data import images
-from diht_jax.data.readers import open_source
+from data_prep.synthetic import sampling, teacher, web
+from data_prep.synthetic.scenes import COLORS
+from data_prep.synthetic.shapes import SHAPES
+from data_prep.teachers.precomputed import EmbeddingTable
+from diht_jax.data.images import decode
+from diht_jax.data.readers.registry import open_source
 
 
 def names_in(targets):
-    return {name for name, there in zip(synthetic_teacher.CONCEPTS, targets, strict=True) if there}
+    return {name for name, there in zip(teacher.CONCEPTS, targets, strict=True) if there}
 
 
 def test_targets_are_what_the_scene_says():
     scene = sampling.sample_single(np.random.default_rng(0), shape="star", color="green")
     item = scene.objects[0]
-    found = names_in(synthetic_teacher.concepts_in(scene))
+    found = names_in(teacher.concepts_in(scene))
     assert found == {"star", "green", item.size, item.texture}
-    assert len(synthetic_teacher.CONCEPTS) == len(set(synthetic_teacher.CONCEPTS))
+    assert len(teacher.CONCEPTS) == len(set(teacher.CONCEPTS))
 
 
 def test_scenes_depend_on_seed_and_number_only():
-    one = synthetic_teacher.draw_scenes(70, seed=3, workers=1)
-    two = synthetic_teacher.draw_scenes(80, seed=3, workers=2)
+    one = teacher.draw_scenes(70, seed=3, workers=1)
+    two = teacher.draw_scenes(80, seed=3, workers=2)
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a, b[:70])
     assert one[0].shape == (70, 64, 64, 3) and one[0].dtype == np.uint8
@@ -34,7 +33,7 @@ def test_scenes_depend_on_seed_and_number_only():
 
 
 def test_the_network_learns_colours_of_scenes_that_it_has_not_seen():
-    pictures, targets = synthetic_teacher.draw_scenes(200, seed=9, workers=1)
+    pictures, targets = teacher.draw_scenes(200, seed=9, workers=1)
     single = slice(1, None, 2)
     names = slice(len(SHAPES), len(SHAPES) + len(COLORS))
 
@@ -42,27 +41,27 @@ def test_the_network_learns_colours_of_scenes_that_it_has_not_seen():
         logits = np.asarray(network(pictures[single]))[:, names]
         return (logits.argmax(1) == targets[single][:, names].argmax(1)).mean()
 
-    untrained = synthetic_teacher.train_teacher(synthetic_teacher.BATCH, 0, seed=1)
-    trained = synthetic_teacher.train_teacher(640, 8, seed=1)
+    untrained = teacher.train_teacher(teacher.BATCH, 0, seed=1)
+    trained = teacher.train_teacher(640, 8, seed=1)
     assert accuracy(untrained) < 0.3 and accuracy(trained) > 0.5
 
 
 def test_embeddings_stand_under_the_keys_of_their_pictures(tmp_path):
-    synthetic.write_dataset(
-        synthetic.Settings(num_pairs=0, num_retrieval=0, num_classification=60),
+    web.write_dataset(
+        web.Settings(num_pairs=0, num_retrieval=0, num_classification=60),
         tmp_path / "web",
         workers=1,
     )
     source = str(tmp_path / "web" / "val_color.tar")
     output = tmp_path / "new" / "teacher.npz"
-    settings = {"num_scenes": synthetic_teacher.BATCH, "epochs": 1, "seed": 1}
-    assert synthetic_teacher.write_embeddings(source, output, **settings) == 60
+    settings = {"num_scenes": teacher.BATCH, "epochs": 1, "seed": 1}
+    assert teacher.write_embeddings(source, output, **settings) == 60
     table = EmbeddingTable(str(output), "key", "image_emb")
-    network = synthetic_teacher.train_teacher(*settings.values())
+    network = teacher.train_teacher(*settings.values())
     pairs = list(open_source(source))
     assert len(table) == 60
     for pair in pairs:
-        seen = synthetic_teacher.shrink(images.decode_rgb(pair.image))
+        seen = teacher.shrink(decode.decode_rgb(pair.image))
         found = table.get(pair.key)
         wanted = np.asarray(network.features(seen[None]))[0]
         np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)

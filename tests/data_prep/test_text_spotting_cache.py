@@ -3,7 +3,7 @@
 import json
 import os
 
-from data_prep.text_spotting_cache import Reading, SpotCache, hash_image, name_shard
+from data_prep.text_spotting.cache import Reading, SpotCache, hash_image, name_shard
 
 _READING = Reading(
     {128: 0.25},

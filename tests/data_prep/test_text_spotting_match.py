@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from data_prep.text_spotting import caption_matches
-from data_prep.text_spotting_match import can_match
+from data_prep.text_spotting.match import can_match
+from data_prep.text_spotting.spotter import caption_matches
 
 # Spotted texts, caption, whether five characters in a row are shared. Written by hand.
 _TABLE = [

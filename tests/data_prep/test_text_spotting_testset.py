@@ -6,8 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from data_prep.text_spotting import caption_matches
-from data_prep.text_spotting_testset import KINDS, make_test_set, split_halves
+from benchmarks.text_spotting_testset import KINDS, make_test_set, split_halves
+from data_prep.text_spotting.spotter import caption_matches
 
 
 def test_kinds_and_sizes():

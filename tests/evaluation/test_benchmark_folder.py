@@ -9,10 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from diht_jax.data.images import decode_rgb
+from diht_jax.data.images.decode import decode_rgb
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.sources import check_source, read_source
-from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.evaluation.sources.registry import check_source, read_source
+from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 
 

@@ -4,10 +4,17 @@ import numpy as np
 import pytest
 
 from diht_jax.evaluation.bootstrap import bootstrap_intervals
-from diht_jax.evaluation.classification import ClassificationResult, classification_metrics
-from diht_jax.evaluation.encoding import EncodedImages
-from diht_jax.evaluation.labels import Classes
-from diht_jax.evaluation.retrieval import RetrievalResult, retrieval_metrics, retrieval_ranks
+from diht_jax.evaluation.embedding.encoding import EncodedImages
+from diht_jax.evaluation.protocols.class_names import Classes
+from diht_jax.evaluation.protocols.classification import (
+    ClassificationResult,
+    classification_metrics,
+)
+from diht_jax.evaluation.protocols.retrieval import (
+    RetrievalResult,
+    retrieval_metrics,
+    retrieval_ranks,
+)
 
 
 def test_interval_of_a_share_is_that_of_the_binomial():

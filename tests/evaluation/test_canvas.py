@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.canvas import GREEN, SCALE, Canvas, text_width, wrap
+from diht_jax.evaluation.pages.canvas import GREEN, SCALE, Canvas, text_width, wrap
 
 TEXT = "a photo of two small dogs on a sofa, Donaudampfschifffahrtsgesellschaftskapitänsmütze"
 

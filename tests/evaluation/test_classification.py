@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diht_jax.evaluation import classification
-from diht_jax.evaluation.classification import (
+from diht_jax.evaluation.protocols import classification
+from diht_jax.evaluation.protocols.classification import (
     classification_metrics,
     rank_labels,
     zero_shot_classifier,

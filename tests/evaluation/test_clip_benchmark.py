@@ -12,10 +12,10 @@ from PIL import Image
 from benchmarks.clip_benchmark import compare_numbers
 from benchmarks.clip_benchmark_folder import write_folder
 from diht_jax import load_model
-from diht_jax.data.images import decode_rgb
+from diht_jax.data.images.decode import decode_rgb
 from diht_jax.evaluation.prompts import CIFAR10_CLASSES
-from diht_jax.evaluation.sources import read_source
-from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.export import export_model
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.schema import Pair
-from diht_jax.evaluation.encoding import UnusablePair, encode_images, encode_texts
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images, encode_texts
 
 
 class _MeanColor:

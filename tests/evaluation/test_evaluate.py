@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from diht_jax.evaluation.report import write_results
+from diht_jax.evaluation.results import write_results
 
 
 def _run(*arguments):

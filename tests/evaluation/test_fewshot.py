@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.fewshot import (
+from diht_jax.evaluation.fewshot.grid import (
     FewShotData,
     FewShotOptions,
     draw_shots,
@@ -20,8 +20,8 @@ from diht_jax.evaluation.fewshot import (
     measure_few_shot,
     split_by_class,
 )
-from diht_jax.evaluation.linear_probe import LabelledEmbeddings
-from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.evaluation.fewshot.linear_probe import LabelledEmbeddings
+from diht_jax.evaluation.task_parsing import parse_tasks
 
 
 def _numbered(counts):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.evaluation.task_parsing import parse_tasks
 
 
 def test_braces_in_names_and_captions_stay():

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from diht_jax import load_model
-from diht_jax.data.images import decode_rgb
-from diht_jax.evaluation.task_specs import parse_tasks
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import read_entries
 
 _SIZE = 48

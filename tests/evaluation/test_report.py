@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.comparison_page import draw_comparison
+from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.published import published_results
-from diht_jax.evaluation.report import (
+from diht_jax.evaluation.results import (
     format_comparison,
     format_results,
     read_results,

@@ -4,8 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from diht_jax.evaluation import retrieval
-from diht_jax.evaluation.retrieval import closest_items, retrieval_metrics, retrieval_ranks
+from diht_jax.evaluation.protocols import retrieval
+from diht_jax.evaluation.protocols.retrieval import (
+    closest_items,
+    retrieval_metrics,
+    retrieval_ranks,
+)
 
 
 def _unit(x):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.embedding_files import list_inputs
-from diht_jax.evaluation.search import format_matches, load_pictures, search_pictures
-from diht_jax.evaluation.search_page import draw_search_page
+from diht_jax.evaluation.embedding.files import list_inputs
+from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
+from diht_jax.evaluation.pages.search import draw_search_page
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
-from diht_jax.evaluation.task_specs import KINDS, parse_tasks
+from diht_jax.evaluation.task_parsing import KINDS, parse_tasks
 
 _DOCS = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
 _KINDS_OF_CLASSIFICATION = ("classification", "multilabel", "binary")

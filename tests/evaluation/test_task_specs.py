@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.task_specs import Task, built_in_tasks, check_source, parse_tasks
+from diht_jax.evaluation.task_parsing import Task, built_in_tasks, check_source, parse_tasks
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.images import decode_rgb
-from diht_jax.data.readers import open_source
-from diht_jax.evaluation.canvas import GREEN, RED
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.registry import open_source
+from diht_jax.evaluation.pages.canvas import GREEN, RED
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.schema import Pair
-from diht_jax.evaluation import embedding_files
-from diht_jax.evaluation.sources import check_source, read_source
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding import files
+from diht_jax.evaluation.sources.registry import check_source, read_source
 from tests.fuzz.cases import (
     DEEP_JSON,
     ERROR,
@@ -311,14 +311,14 @@ def _winoground(draw: Draw, folder: pathlib.Path) -> str:
 def _embedding_state(draw: Draw, folder: pathlib.Path) -> str:
     """`embeddings.json` and the parts' statistics, with which an embedding run goes on."""
     settings = {"model_sha256": "0" * 64, "format": "npz", "shard_size": 9, "source": []}
-    embedding_files.claim(folder, settings)
-    embedding_files.claim(folder, settings)  # the same again is fine
-    path = folder / embedding_files.SETTINGS_FILE
+    files.claim(folder, settings)
+    files.claim(folder, settings)  # the same again is fine
+    path = folder / files.SETTINGS_FILE
     contents = path.read_bytes()
     choices = [draw.damage(contents), DEEP_JSON, b"[]", b"3", b"null", *NOT_UTF8, b"{}"]
     damaged = draw.choice(choices)
     path.write_bytes(damaged)
-    result = attempt(lambda: embedding_files.claim(folder, settings), folder)
+    result = attempt(lambda: files.claim(folder, settings), folder)
     require(
         isinstance(result, Refused) or json.loads(damaged) == settings,
         "other settings were taken for the same",
@@ -327,7 +327,7 @@ def _embedding_state(draw: Draw, folder: pathlib.Path) -> str:
     stats = {"file": "a.npz", "pairs": 3, "entries": 4, "dropped": {}, "is_last": True}
     contents = json.dumps(stats).encode()
     part.write_bytes(draw.choice([draw.damage(contents), DEEP_JSON, b"[]", b"{}", b"null"]))
-    found = attempt(lambda: embedding_files.read_stats(part), part)
+    found = attempt(lambda: files.read_stats(part), part)
     if not isinstance(found, Refused):
         require(found.keys() >= stats.keys(), f"statistics of a part: {found}")
         return SUCCESS

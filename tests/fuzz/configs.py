@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from data_prep import label_config
+from data_prep.labelling import config as label_config
 from diht_jax import config as configs
 from tests.fuzz.cases import ERROR, SUCCESS, Draw, Refused, attempt, require
 

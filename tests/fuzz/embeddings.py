@@ -1,4 +1,4 @@
-"""Embeddings in parquet and npz files of any schema, through `data_prep.precomputed`.
+"""Embeddings in parquet and npz files of any schema, through `data_prep.teachers.precomputed`.
 
 The training set's own formats are `records.py`; this is the one place where tables of numbers of
 others are read.
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.precomputed import EmbeddingTable
+from data_prep.teachers.precomputed import EmbeddingTable
 from tests.fuzz.cases import ERROR, NOT_UTF8, SUCCESS, Draw, Refused, attempt, require
 
 _DIM = 4

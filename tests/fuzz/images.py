@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from diht_jax.data import fast_crops, images
+from diht_jax.data.images import decode, fast_crops
 from tests.fuzz.cases import ERROR, SUCCESS, Draw, Refused, attempt, require
 
 _CROP = 16
@@ -71,8 +71,8 @@ def judge(data: bytes, must: str | None = None) -> str:
         data: maybe an image.
         must: the reason for which it must be refused.
     """
-    decoded = attempt(lambda: images.decode_rgb(data), "")
-    readable = attempt(lambda: images.check_readable(data), "")
+    decoded = attempt(lambda: decode.decode_rgb(data), "")
+    readable = attempt(lambda: decode.check_readable(data), "")
     rng = np.random.default_rng(0)
     crop = attempt(lambda: fast_crops.decode_random_crop(data, _CROP, rng), "")
     refused = isinstance(decoded, Refused)
@@ -81,15 +81,15 @@ def judge(data: bytes, must: str | None = None) -> str:
     if refused:
         error = None
         try:
-            images.decode_rgb(data)
-        except images.ImageError as caught:
+            decode.decode_rgb(data)
+        except decode.ImageError as caught:
             error = caught
-        require(error is not None and error.reason in images.REASONS, f"no reason: {error!r}")
+        require(error is not None and error.reason in decode.REASONS, f"no reason: {error!r}")
         require(must in (None, error.reason), f"expected '{must}', got '{error.reason}': {error}")
         return ERROR
     require(must is None, f"a picture of {decoded.size}, where '{must}' was expected")
     require(decoded.mode == "RGB", f"mode {decoded.mode}")
-    require(decoded.width * decoded.height <= images.MAX_PIXELS, f"size {decoded.size}")
+    require(decoded.width * decoded.height <= decode.MAX_PIXELS, f"size {decoded.size}")
     require(set(readable[1:]) == set(decoded.size), f"sizes {readable} and {decoded.size}")
     require(crop.shape == (_CROP, _CROP, 3) and crop.dtype == np.uint8, f"crop {crop.shape}")
     return SUCCESS
@@ -101,7 +101,7 @@ def _undisturbed(draw: Draw, folder: pathlib.Path) -> str:
     outcome = judge(data)
     require(outcome == SUCCESS, f"a good {name} was refused")
     if name in _LOSSLESS:
-        same = np.array_equal(np.asarray(images.decode_rgb(data)), array)
+        same = np.array_equal(np.asarray(decode.decode_rgb(data)), array)
         require(same, f"the pixels of a {name} have changed")
     return outcome
 

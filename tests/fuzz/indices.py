@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import struct
 
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.fuzz.cases import ERROR, SUCCESS, Draw, Refused, attempt, require
 from tests.fuzz.framing import frame, index
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from diht_jax.data import readers, schema
-from diht_jax.data.tfrecord import TFRecordSource
+from diht_jax.data.readers import registry
+from diht_jax.data.records import schema
+from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.fuzz.cases import (
     DEEP_JSON,
     ERROR,
@@ -113,8 +114,8 @@ def _read_in_order(path: pathlib.Path, examples: Sequence[bytes], bad: int) -> s
     found: list[str] = []
 
     def read():
-        for shard in readers.list_shards(str(path)):
-            for pair in readers.read_pairs(shard):
+        for shard in registry.list_shards(str(path)):
+            for pair in registry.read_pairs(shard):
                 found.append(pair.key)
 
     result = attempt(read, path)
@@ -194,7 +195,7 @@ def _check_bad_payload(draw: Draw, folder: pathlib.Path, data: bytes, key: str) 
     if isinstance(decoded, Refused):
         return _read_in_order(path, examples, bad)
     _require_usable(decoded)
-    pairs = [p for s in readers.list_shards(str(path)) for p in readers.read_pairs(s)]
+    pairs = [p for s in registry.list_shards(str(path)) for p in registry.read_pairs(s)]
     require(len(pairs) == len(examples), "a record is lost")
     return SUCCESS
 

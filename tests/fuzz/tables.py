@@ -9,7 +9,7 @@ import os
 import pathlib
 from typing import Any
 
-from diht_jax.data import readers
+from diht_jax.data.readers import registry
 from tests.fuzz.cases import (
     DEEP_JSON,
     ERROR,
@@ -69,7 +69,7 @@ class Table:
         """Pairs as (key, value), and counts; or `Refused`."""
 
         def read_all():
-            source = readers.open_source(
+            source = registry.open_source(
                 str(self.path), key_column="id", rows_per_shard=draw.randint(1, 4)
             )
             return [(p.key, (p.image, p.caption)) for p in source], source.skipped
@@ -258,7 +258,7 @@ def _class_folder(draw: Draw, folder: pathlib.Path) -> str:
         (odd / "round").symlink_to(root)  # a folder that holds itself
 
     def read():
-        source = readers.open_source(str(root))
+        source = registry.open_source(str(root))
         return [(p.key, p.image) for p in source], source.skipped
 
     result = attempt(read, root)

@@ -11,7 +11,7 @@ import pathlib
 import tarfile
 from collections.abc import Sequence
 
-from diht_jax.data import readers
+from diht_jax.data.readers import registry
 from tests.fuzz.cases import (
     DEEP_JSON,
     ERROR,
@@ -44,7 +44,7 @@ def entries(draw: Draw) -> list[Entry]:
 
 def read(path: pathlib.Path):
     """Pairs as (key, value), and the counts of what is none."""
-    source = readers.open_source(str(path))
+    source = registry.open_source(str(path))
     found = [(p.key, (p.image, p.caption, dict(p.metadata))) for p in source]
     return found, source.skipped
 

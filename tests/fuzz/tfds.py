@@ -7,8 +7,8 @@ import pathlib
 
 from absl import logging
 
-from diht_jax.data import readers
-from diht_jax.data.dataset_info import FILES, shard_name, write_dataset_info
+from diht_jax.data.readers import registry
+from diht_jax.data.records.dataset_info import FILES, shard_name, write_dataset_info
 from tests.fuzz.cases import (
     DEEP_JSON,
     ERROR,
@@ -56,7 +56,7 @@ def judge(folder: pathlib.Path, good: list[int], *touched: str) -> str:
     """The good pairs, or an error that names a file of the folder."""
 
     def read():
-        source = readers.open_source(f"tfds:{folder}:train")
+        source = registry.open_source(f"tfds:{folder}:train")
         return [(p.key, (p.image, p.caption)) for p in source], source.skipped
 
     result = attempt(read, folder)
@@ -94,7 +94,7 @@ def _bad_description(draw: Draw, folder: pathlib.Path) -> str:
 
 def _judge_loosely(folder: pathlib.Path) -> str:
     result = attempt(
-        lambda: list(readers.open_source(f"tfds:{folder}:train")), folder, f"tfds:{folder}"
+        lambda: list(registry.open_source(f"tfds:{folder}:train")), folder, f"tfds:{folder}"
     )
     return ERROR if isinstance(result, Refused) else SUCCESS
 
@@ -107,7 +107,7 @@ def _other_lengths(draw: Draw, folder: pathlib.Path) -> str:
     count = draw.choice([0, 1, 2, 4, 10**9, -1])
     info["splits"][0]["shardLengths"] = [str(count)]
     path.write_text(json.dumps(info))
-    result = attempt(lambda: len(list(readers.open_source(f"tfds:{folder}:train"))), folder)
+    result = attempt(lambda: len(list(registry.open_source(f"tfds:{folder}:train"))), folder)
     require(isinstance(result, Refused) or result == count, f"{result} of {count} records")
     return ERROR if isinstance(result, Refused) else SUCCESS
 

@@ -6,9 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-from diht_jax.data import vocabulary
-from diht_jax.data.tfrecord import TFRecordWriter
-from diht_jax.data.vocabulary import ConceptList, Vocabulary
+from diht_jax.data.records import vocabulary
+from diht_jax.data.records.tfrecord import TFRecordWriter
+from diht_jax.data.records.vocabulary import ConceptList, Vocabulary
 from diht_jax.evaluation import prompts
 from tests.fuzz.cases import DEEP_JSON, ERROR, NOT_UTF8, SUCCESS, Draw, Refused, attempt, require
 

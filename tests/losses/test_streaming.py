@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diht_jax.cost_model.flops import count_work
 from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
 from diht_jax.losses.dense import dense_loss
-from diht_jax.losses.objectives import Sigmoid, Softmax
+from diht_jax.losses.objective import Sigmoid, Softmax
 from diht_jax.losses.streaming import streaming_loss
-from diht_jax.training.work import count_work
 
 ALPHAS, BETAS = (1.0, 0.999, 0.5), (0.0, 0.25, 1.0)
 MESHES = {"1": (1, 1), "2": (2, 1), "8": (8, 1), "2x4": (2, 4)}

@@ -16,10 +16,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from diht_jax.config import default_config
-from diht_jax.data.dataset_info import STATS_SUFFIX
-from diht_jax.data.schema import Record, encode_record
-from diht_jax.data.tfrecord import TFRecordWriter
-from diht_jax.data.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from diht_jax.data.records.dataset_info import STATS_SUFFIX
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
+from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
 
 NUM_RECORDS = 52
 

@@ -110,7 +110,7 @@ class Trial:
 
     def place(self, name: str) -> pathlib.Path:
         """Where the run works on disk."""
-        from diht_jax.training.staging import StagedDirectory
+        from diht_jax.training.workdir.remote import StagedDirectory
 
         if not self.is_stored(name):
             return self.folder / name
@@ -245,8 +245,8 @@ def write_squares(folder: pathlib.Path, num_records: int = 64) -> pathlib.Path:
     import numpy as np
     from PIL import Image
 
-    from diht_jax.data.schema import Record, encode_record
-    from diht_jax.data.tfrecord import TFRecordWriter
+    from diht_jax.data.records.schema import Record, encode_record
+    from diht_jax.data.records.tfrecord import TFRecordWriter
 
     folder.mkdir()
     for shard in range(2):
@@ -278,7 +278,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY))
-    from diht_jax.training.staging import StagedDirectory
+    from diht_jax.training.workdir.remote import StagedDirectory
 
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder()))
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,15 +10,15 @@ import pytest
 
 from diht_jax import sharding
 from diht_jax.loading import load_model
-from diht_jax.training.checkpoint import (
+from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
+from diht_jax.training.state import TrainState
+from diht_jax.training.workdir.checkpoint import (
     Checkpointer,
     CheckpointError,
     restore_model,
     write_config,
 )
-from diht_jax.training.checksums import tree_checksums
-from diht_jax.training.metrics import MetricWriter, read_metrics
-from diht_jax.training.state import TrainState
+from diht_jax.training.workdir.checksums import tree_checksums
 
 
 class Place:

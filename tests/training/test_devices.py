@@ -2,7 +2,7 @@
 
 import pytest
 
-from diht_jax.training.devices import CHIPS, find_chip, peak_flops
+from diht_jax.cost_model.chips import CHIPS, find_chip, peak_flops
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from diht_jax.training.hlo import Collective, count_traffic
+from diht_jax.cost_model.hlo_traffic import Collective, count_traffic
 
 # A ring of 3 trips round 4 devices around a sum over all, and a gather over pairs.
 RING = """\

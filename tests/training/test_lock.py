@@ -7,8 +7,8 @@ import sys
 import pytest
 from etils import epath
 
-from diht_jax.training.lock import lock_directory
 from diht_jax.training.loop import train
+from diht_jax.training.workdir.lock import lock_directory
 
 HOLD = """
 import sys, time

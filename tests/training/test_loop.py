@@ -11,11 +11,11 @@ import pytest
 
 import diht_jax
 from diht_jax.data.pipeline import TrainIterator
-from diht_jax.data.schema import decode_record, encode_record
-from diht_jax.data.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.training.lock import lock_directory
+from diht_jax.data.records.schema import decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.training.loop import train
-from diht_jax.training.metrics import read_metrics
+from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.workdir.lock import lock_directory
 
 COMPARED = ("loss", "grad_norm", "param_norm", "logit_scale", "i2t_accuracy")
 NUM_RECORDS = 52

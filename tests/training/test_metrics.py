@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from diht_jax.training.metrics import (
+from diht_jax.training.monitoring.metrics import (
     MetricWriter,
     flatten_results,
     mean_scalars,

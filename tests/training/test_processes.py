@@ -17,11 +17,11 @@ from PIL import Image
 
 from diht_jax import distributed
 from diht_jax.config import load_recipe
-from diht_jax.data.remote import open_system
+from diht_jax.data.records.remote import open_system
 from diht_jax.training.loop import train
-from diht_jax.training.metrics import read_metrics
+from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.stopping import EXIT_CODE
-from diht_jax.training.stored_run import read_manifests
+from diht_jax.training.workdir.stored_run import read_manifests
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
 TOTAL_STEPS = 16

@@ -7,7 +7,7 @@ import pytest
 
 from diht_jax.config import load_recipe
 from diht_jax.training.loop import train
-from diht_jax.training.metrics import read_metrics
+from diht_jax.training.monitoring.metrics import read_metrics
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")

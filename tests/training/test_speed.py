@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diht_jax import sharding
-from diht_jax.training.speed import Window, mesh_peak_flops, model_flops
+from diht_jax.training.monitoring.throughput import Window, mesh_peak_flops, model_flops
 
 
 def tower_flops(tokens, width, layers):

@@ -10,12 +10,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 from diht_jax.loading import read_model
-from diht_jax.training.checkpoint import CheckpointError
-from diht_jax.training.lock import lock_directory
 from diht_jax.training.loop import train
-from diht_jax.training.metrics import read_metrics
-from diht_jax.training.staging import StagedDirectory
-from diht_jax.training.stored_run import local_run, make_manifest, read_manifests
+from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.workdir.checkpoint import CheckpointError
+from diht_jax.training.workdir.lock import lock_directory
+from diht_jax.training.workdir.remote import StagedDirectory
+from diht_jax.training.workdir.stored_run import local_run, make_manifest, read_manifests
 
 
 def assert_bitwise_equal(a, b):

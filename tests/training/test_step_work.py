@@ -3,8 +3,8 @@
 import pytest
 
 from diht_jax.config import load_recipe
+from diht_jax.cost_model.flops import count_work
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.work import count_work
 
 
 def recipe(**loss):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from diht_jax.data.pipeline import TrainIterator
-from diht_jax.training.alarms import Alarms, DivergedError
 from diht_jax.training.loop import Run, train
-from diht_jax.training.nonfinite import NonFiniteError
-from diht_jax.training.speed import Window
+from diht_jax.training.monitoring.anomalies import Alarms, DivergedError
+from diht_jax.training.monitoring.debug_nans import NonFiniteError
+from diht_jax.training.monitoring.throughput import Window
 from diht_jax.training.stopping import EXIT_CODE, Stopped
 
 

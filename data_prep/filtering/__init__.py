@@ -1,0 +1,1 @@
+"""CAT filtering: a shard, a whole job, metadata alone, and the output shards."""

@@ -1,0 +1,272 @@
+"""The caption stage alone, on metadata: rows of parquet or jsonl in, the kept rows out.
+
+`filter.py` calls it where `config.metadata_only` is set: C and A need no images, so that a list of
+URLs can be filtered before anybody downloads them (DiHT, arXiv 2301.02280, "Complexity, Action, and
+Text-spotting"; the order is ours). Rows are written as they came: the same columns and types in
+parquet, the same bytes in jsonl. How captions are parsed belongs in `captions.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import ml_collections
+
+from data_prep.captions.cache import CaptionMemo
+from data_prep.captions.graph import cat_reason
+from data_prep.filtering import config as filter_config
+from data_prep.filtering.kept import KEPT_SUFFIX
+from data_prep.filtering.shard_log import DROPPED_SUFFIX, ShardLog
+from data_prep.jobs import fingerprint, shards
+from data_prep.jobs.engine import Report
+from data_prep.sources import img2dataset
+from data_prep.sources import list as source_list
+from diht_jax.data.atomic_file import temporary_path
+from diht_jax.data.readers.base import (
+    Skipped,
+    SourceShard,
+    clean_text,
+    parse_json_object,
+    pick_captions,
+)
+from diht_jax.data.readers.registry import list_shards
+from diht_jax.data.records.schema import Pair
+
+JSONL_SUFFIX = ".jsonl"
+
+_Row = TypeVar("_Row")
+_BATCH_ROWS = 2048
+_WRITTEN_ROWS = 2**16  # of a row group
+
+
+def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
+    """Divides tables into units of about `rows_per_shard` rows.
+
+    Args:
+        pairs: `config.input`: parquet and jsonl files, globs or folders of them.
+        source: config section of `sources.default_source`.
+
+    Returns:
+        Units of a jsonl file are ranges of its bytes, those of a parquet file of its row groups.
+
+    Raises:
+        ValueError: nothing is found, another kind of file is named, or the column of captions is
+            missing.
+    """
+    if not pairs:
+        raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
+    texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
+    units = []
+    for text in map(str.strip, texts):
+        parquet = source_list.find_parquet(text)
+        if parquet:
+            units += [unit for path in parquet for unit in _list_row_groups(path, source)]
+            continue
+        found = list_shards(text, **source.to_dict())
+        for unit in found:
+            if unit.kind != "table" or not unit.path.endswith(JSONL_SUFFIX):
+                raise ValueError(
+                    f"{unit}: config.metadata_only filters tables of captions; expected .parquet "
+                    "or .jsonl files"
+                )
+        units += found
+    return units
+
+
+def name_outputs(units: Sequence[SourceShard]) -> list[str]:
+    """File names of the outputs: those of the inputs, with a number for each of several units."""
+    of_path = collections.Counter(unit.path for unit in units)
+    number_of: collections.Counter[str] = collections.Counter()
+    names = []
+    for unit in units:
+        stem, suffix = os.path.splitext(os.path.basename(unit.path))
+        number = f"-{number_of[unit.path]:05d}" if of_path[unit.path] > 1 else ""
+        number_of[unit.path] += 1
+        names.append(f"{stem}{number}{suffix}")
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{len(repeated)} names occur in several input folders, such as '{repeated[0]}'; "
+            "filter one folder at a time"
+        )
+    return names
+
+
+def filter_rows(
+    task: shards.ShardTask, report: Report, *, config: ml_collections.ConfigDict
+) -> dict[str, Any]:
+    """Does one task: the function that `engine.run_tasks` calls.
+
+    Args:
+        task: a unit of `list_units`, and the file that its kept rows go to.
+        report: told how many rows are done.
+        config: of `cat_config.default_config`.
+
+    Returns:
+        The statistics of the unit.
+
+    Raises:
+        ValueError: the input is damaged.
+    """
+    task.stats_path.unlink(missing_ok=True)
+    described = fingerprint.describe(task.source)
+    output = pathlib.Path(task.output)
+    temporary = temporary_path(output)
+    log = ShardLog(config)
+    work = _filter_parquet if task.source.kind == img2dataset.KIND else _filter_jsonl
+    try:
+        work(task.source, temporary, _Judge(task.source, config, log), report)
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    counts = log.write(output)
+    return shards.finish_task(
+        task, described, counts, log.funnel.kept, (KEPT_SUFFIX, DROPPED_SUFFIX)
+    )
+
+
+class _Judge:
+    """Decides about the rows of a unit, and records it."""
+
+    def __init__(self, source: SourceShard, config: ml_collections.ConfigDict, log: ShardLog):
+        self._stem = clean_text(pathlib.Path(source.path).stem)
+        self._number = source.options.get("first_row", 0)
+        self._columns = config.source
+        self._limits = filter_config.caption_limits(config)
+        self._drops = filter_config.drops_captions(config)
+        self._memo = CaptionMemo()
+        self._log = log
+        with log.clock("loading"):
+            self._memo.parse([])
+        self.fields = [config.source.caption_column, config.source.key_column, "key", "uid"]
+        self.fields += [config.label_field]
+
+    def judge(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
+        """Whether each row is kept.
+
+        Args:
+            rows: in order; a text says what is wrong with a row that could not be read.
+        """
+        entries = [self._make_pair(row) for row in rows]
+        texts = [e.metadata["captions"] if isinstance(e, Pair) else [] for e in entries]
+        with self._log.clock("captions"):
+            graphs = iter(self._memo.parse([text for found in texts for text in found]))
+        kept = []
+        for entry, found in zip(entries, texts, strict=True):
+            if isinstance(entry, Skipped):
+                self._log.skip(entry)
+                kept.append(False)
+                continue
+            parsed = [next(graphs) for _ in found]
+            reasons = [cat_reason(graph, **self._limits) for graph in parsed]
+            good = [g for g, r in zip(parsed, reasons, strict=True) if r is None or not self._drops]
+            if good:
+                self._log.keep(entry, good, None)
+            else:
+                self._log.drop("caption", reasons[0], entry, parsed[0])
+            kept.append(bool(good))
+        return kept
+
+    def _make_pair(self, row: dict[str, Any] | str) -> Pair | Skipped:
+        default_key = f"{self._stem}-{self._number:08d}"
+        self._number += 1
+        if isinstance(row, str):
+            return Skipped(default_key, "bad_row", row)
+        names = (self._columns.key_column, "key", "uid")
+        values = (row.get(name) for name in names if name is not None)
+        key = next((clean_text(str(v)) for v in values if v not in (None, "")), "") or default_key
+        captions = pick_captions(row.get(self._columns.caption_column))
+        if not captions:
+            return Skipped(key, "no_caption", "")
+        return Pair(key, b"", captions[0], {**row, "captions": captions})
+
+
+def _filter_parquet(source: SourceShard, path: pathlib.Path, judge: _Judge, report: Report) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = img2dataset.open_parquet(source.path)
+    schema = file.schema_arrow
+    wanted = [name for name in schema.names if name in judge.fields]
+    compression = _compression(file)
+    with pyarrow.parquet.ParquetWriter(path, schema, compression=compression) as writer:
+        waiting: list[Any] = []
+        try:
+            for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):
+                kept = judge.judge(batch.select(wanted).to_pylist())
+                waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
+                if sum(part.num_rows for part in waiting) >= _WRITTEN_ROWS:
+                    writer.write_table(pyarrow.Table.from_batches(waiting, schema))
+                    waiting = []
+                report(batch.num_rows)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{source.path}: damaged ({error})") from error
+        if waiting:
+            writer.write_table(pyarrow.Table.from_batches(waiting, schema))
+
+
+def _compression(file: Any) -> str:
+    """That of the first column; parquet allows one for each, but writers hardly use that."""
+    metadata = file.metadata
+    if not metadata.num_row_groups or not metadata.num_columns:
+        return "snappy"
+    name = metadata.row_group(0).column(0).compression.lower()
+    return "none" if name == "uncompressed" else name
+
+
+def _filter_jsonl(source: SourceShard, path: pathlib.Path, judge: _Judge, report: Report) -> None:
+    with open(path, "xb") as output:
+        for lines in _batches(_read_lines(source)):
+            kept = judge.judge([_parse_line(line) for line in lines])
+            output.writelines(line for line, is_kept in zip(lines, kept, strict=True) if is_kept)
+            report(len(lines))
+
+
+def _read_lines(source: SourceShard) -> Iterator[bytes]:
+    """The lines of a range that are not blank, each with a line break."""
+    with open(source.path, "rb") as file:
+        file.seek(source.start)
+        while file.tell() < source.stop and (line := file.readline()):
+            if line.strip():
+                yield line if line.endswith(b"\n") else line + b"\n"
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | str:
+    try:
+        return parse_json_object(line.decode("utf-8-sig"))
+    except ValueError as error:
+        return str(error)
+
+
+def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    batch = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == _BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:
+    file = img2dataset.open_parquet(path)
+    names = file.schema_arrow.names
+    for column in (source.caption_column, source.key_column):
+        if column is not None and column not in names:
+            raise ValueError(
+                f"{path}: no column '{column}'; found {', '.join(names)}; set "
+                "config.source.caption_column or key_column"
+            )
+    start, rows, first_row = 0, 0, 0
+    for number in range(file.metadata.num_row_groups):
+        rows += file.metadata.row_group(number).num_rows
+        is_last = number + 1 == file.metadata.num_row_groups
+        if rows >= source.rows_per_shard or is_last:
+            options = {"first_row": first_row}
+            yield SourceShard(img2dataset.KIND, path, start, number + 1, options)
+            start, rows, first_row = number + 1, 0, first_row + rows

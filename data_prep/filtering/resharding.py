@@ -1,0 +1,255 @@
+"""From the parts, one per input shard, to output shards of equal size.
+
+`filter.py` plans it when all parts are done, and runs it with `engine.py`, one task per output
+shard. The order of the records is that of the input, and sizes differ by one record at most. A task
+reads a run of consecutive records from one or several parts and holds one record at a time; what is
+done already, from the same parts, is not done again. What happens to a pair belongs in `cat.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.captions.mentions import (
+    CONCEPTS_SUFFIX,
+    ConceptLog,
+    Mentions,
+    concept_path,
+    read_mentions,
+)
+from data_prep.filtering.kept import KEPT_SUFFIX, kept_path, read_kept
+from data_prep.jobs import shards
+from data_prep.jobs.engine import Report
+from data_prep.jobs.fingerprint import PLACE_SUFFIX
+from diht_jax.data.records.dataset_info import shard_name
+from diht_jax.data.records.format import index_path
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter, is_shard
+from diht_jax.data.records.vocabulary import KINDS
+
+PARTS = "parts"
+
+_REPORT_EVERY = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Consecutive records of a part: those from `start` on, before `stop`."""
+
+    path: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class BalancedShard:
+    """One output shard.
+
+    Attributes:
+        output: its path.
+        slices: what it is made of, in order; parts of which it takes nothing are left out.
+        plan_hash: of the parts' contents and of the slices.
+        with_concepts: whether the parts have files of concepts.
+    """
+
+    output: str
+    slices: tuple[Slice, ...]
+    plan_hash: str
+    with_concepts: bool
+
+    @property
+    def source(self) -> str:
+        """What it is made from, for messages."""
+        return f"records for {os.path.basename(self.output)}"
+
+    @property
+    def stats_path(self) -> pathlib.Path:
+        """Where its statistics lie."""
+        return pathlib.Path(self.output + shards.STATS_SUFFIX)
+
+
+def plan_shards(
+    parts: Sequence[tuple[shards.ShardTask, dict[str, Any]]],
+    folder: str,
+    *,
+    dataset: str,
+    split: str,
+    examples_per_shard: int,
+) -> list[BalancedShard]:
+    """Divides the records of all parts among output shards.
+
+    Args:
+        parts: tasks with their statistics, in order.
+        folder: of the output.
+        dataset: first part of the names.
+        split: second part of the names.
+        examples_per_shard: the target; the number of shards is that of all records divided by it,
+            rounded up.
+
+    Returns:
+        One shard at least.
+    """
+    records = [stats["output"]["records"] for _, stats in parts]
+    ends = np.cumsum(records, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    count = max(1, -(-total // examples_per_shard))
+    with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["beside"] for _, stats in parts)
+    planned = []
+    for number in range(count):
+        first, last = total * number // count, total * (number + 1) // count
+        begin, end = np.searchsorted(ends, [first, last - 1], side="right") if total else (0, -1)
+        slices, identities = [], []
+        for i in range(int(begin), int(end) + 1):
+            task, stats = parts[i]
+            offset = int(ends[i]) - records[i]
+            start, stop = max(first - offset, 0), min(last - offset, records[i])
+            if start < stop:
+                slices.append(Slice(task.output, start, stop))
+                identities.append([_identify(stats), start, stop])
+        planned.append(
+            BalancedShard(
+                os.path.join(folder, shard_name(dataset, split, number, count)),
+                tuple(slices),
+                shards.hash_config({"slices": identities, "with_concepts": with_concepts}),
+                with_concepts,
+            )
+        )
+    return planned
+
+
+def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
+    """Writes one output shard; the function that `engine.run_tasks` calls.
+
+    Args:
+        shard: of `plan_shards`.
+        report: told how many records are done.
+
+    Returns:
+        Its statistics, as they lie beside it.
+
+    Raises:
+        ValueError: a part is damaged or gone.
+    """
+    shard.stats_path.unlink(missing_ok=True)
+    formats: collections.Counter[str] = collections.Counter()
+    concepts = ConceptLog()
+    with TFRecordWriter(shard.output) as writer:
+        for piece in shard.slices:
+            source = TFRecordSource(piece.path)
+            for first in range(piece.start, piece.stop, _REPORT_EVERY):
+                numbers = range(first, min(first + _REPORT_EVERY, piece.stop))
+                for number in numbers:
+                    writer.write(source[number])
+                report(len(numbers))
+            kept = itertools.islice(read_kept(kept_path(piece.path)), piece.start, piece.stop)
+            formats.update(image_format for _, _, image_format in kept)
+            if shard.with_concepts:
+                for mentions in _read_mentions(piece):
+                    concepts.add(mentions)
+        counts: dict[str, Any] = {"image_formats": dict(sorted(formats.items()))}
+        if shard.with_concepts:
+            concepts.write(concept_path(shard.output))
+            counts["concepts"] = concepts.counts()
+    suffixes = (CONCEPTS_SUFFIX,) if shard.with_concepts else ()
+    stats = {
+        "config_hash": shard.plan_hash,
+        "input": {
+            "parts": [[os.path.basename(s.path), s.start, s.stop] for s in shard.slices],
+        },
+        "output": {
+            "file": os.path.basename(shard.output),
+            "records": len(writer),
+            "bytes": os.path.getsize(shard.output),
+            "beside": {s: os.path.getsize(shard.output + s) for s in suffixes},
+        },
+        "counts": counts,
+    }
+    shards.write_json(shard.stats_path, stats)
+    return stats
+
+
+def load_written(shard: BalancedShard) -> dict[str, Any] | None:
+    """The statistics of an output shard that was written from the same parts; else None."""
+    try:
+        stats = json.loads(shard.stats_path.read_bytes())
+        is_same = stats["config_hash"] == shard.plan_hash and shards.has_output(shard, stats)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    return stats if is_same else None
+
+
+def remove_strangers(folder: str, planned: Sequence[BalancedShard]) -> None:
+    """Removes output shards of an earlier plan that this one does not replace.
+
+    Args:
+        folder: of the output.
+        planned: of `plan_shards`.
+    """
+    wanted = {os.path.basename(shard.output) for shard in planned}
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_shard(entry.path) and entry.name not in wanted:
+            remove_output(entry.path)
+
+
+def find_foreign(folder: str) -> list[str]:
+    """Names of the shards in a folder that re-sharding has not written."""
+    foreign = []
+    for entry in os.scandir(folder):
+        if is_shard(entry.path):
+            try:
+                stats = json.loads(pathlib.Path(entry.path + shards.STATS_SUFFIX).read_bytes())
+                stats["input"]["parts"]  # noqa: B018
+            except FileNotFoundError:
+                # Ours too, if it was killed between the shard and its statistics.
+                if not os.path.isdir(os.path.join(folder, PARTS)):
+                    foreign.append(entry.name)
+            except (ValueError, KeyError, TypeError):
+                foreign.append(entry.name)
+    return sorted(foreign)
+
+
+def remove_output(path: str) -> None:
+    """Removes a shard with its index, lists and statistics; the statistics first."""
+    for suffix in (shards.STATS_SUFFIX, PLACE_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX):
+        pathlib.Path(path + suffix).unlink(missing_ok=True)
+    index_path(path).unlink(missing_ok=True)
+    pathlib.Path(path).unlink(missing_ok=True)
+
+
+def remove_records(task: shards.ShardTask) -> None:
+    """Removes the records of a part; what says that it was done, and how, stays."""
+    for suffix in (KEPT_SUFFIX, CONCEPTS_SUFFIX):
+        pathlib.Path(task.output + suffix).unlink(missing_ok=True)
+    index_path(task.output).unlink(missing_ok=True)
+    pathlib.Path(task.output).unlink(missing_ok=True)
+
+
+def _identify(stats: dict[str, Any]) -> dict[str, Any]:
+    """What the records of a part follow from; not where they lay."""
+    return {
+        "config": stats["config_hash"],
+        "input": stats["input"],
+        "records": stats["output"]["records"],
+    }
+
+
+def _read_mentions(piece: Slice) -> Iterator[Mentions]:
+    """What the captions of the records name, record by record."""
+    rows = {}
+    for kind in KINDS:
+        names, lengths, ids = read_mentions(piece.path, kind)
+        ends = np.cumsum(lengths)
+        rows[kind] = [
+            frozenset(names[i] for i in ids[ends[number] - lengths[number] : ends[number]])
+            for number in range(piece.start, piece.stop)
+        ]
+    for mentions in zip(*rows.values(), strict=True):
+        yield dict(zip(rows, mentions, strict=True))

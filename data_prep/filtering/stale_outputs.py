@@ -1,0 +1,98 @@
+"""What is done when the command finds an output of another config or of another input.
+
+`filter.py` calls it before anything is read. Nothing that was made with other settings is replaced
+without being asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from data_prep.filtering.resharding import remove_output
+from data_prep.jobs import shards
+
+SETTINGS = "settings.json"
+
+_SHOWN = 4
+
+
+def settle_changes(
+    tasks: Sequence[shards.ShardTask],
+    folder: str,
+    settings: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> bool:
+    """Refuses what was made by another config or from another input, or removes it.
+
+    Args:
+        tasks: of this run.
+        folder: of their outputs.
+        settings: what the config means; kept in the folder, so that differences can be named.
+        overwrite: remove it.
+
+    Returns:
+        Whether anything was removed.
+
+    Raises:
+        ValueError: something has changed, and `overwrite` is not set.
+    """
+    folder = pathlib.Path(folder)
+    changed = []
+    for task in tasks:
+        stats = shards.read_stats(task)
+        reason = shards.explain_change(task, stats) if stats is not None else None
+        if reason is not None:
+            changed.append((task.output, reason))
+    names = {os.path.basename(task.output) for task in tasks}
+    for path in sorted(folder.glob(f"*{shards.STATS_SUFFIX}")):
+        name = path.name.removesuffix(shards.STATS_SUFFIX)
+        if name not in names:
+            changed.append((str(folder / name), "the input, which has fewer shards now"))
+    if changed and not overwrite:
+        raise ValueError(_describe(folder, changed, settings))
+    for path, reason in changed:
+        logging.warning("%s: made again, since this changed: %s", path, reason)
+        remove_output(path)
+    if _read_settings(folder) != json.loads(json.dumps(settings)):
+        shards.write_json(folder / SETTINGS, settings)
+    return bool(changed)
+
+
+def _describe(
+    folder: pathlib.Path, changed: Sequence[tuple[str, str]], settings: dict[str, Any]
+) -> str:
+    reasons = list(dict.fromkeys(reason for _, reason in changed))
+    text = f"'{folder}' holds {len(changed)} shards that were made before this changed: "
+    text += "; ".join(reasons[:_SHOWN])
+    if len(reasons) > _SHOWN:
+        text += f"; and {len(reasons) - _SHOWN} more"
+    differences = list(_compare(_read_settings(folder), json.loads(json.dumps(settings))))
+    if differences:
+        text += f". In the config: {', '.join(differences[:_SHOWN])}"
+    return f"{text}. Choose another output, or make them again with --overwrite"
+
+
+def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / SETTINGS).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _compare(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What differs, as "image.min_side 1 -> 2"."""
+    if not before:
+        return
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _compare(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} {old} -> {new}"

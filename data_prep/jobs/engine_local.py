@@ -1,0 +1,266 @@
+"""Runs shard tasks in local processes, one task at a time in each.
+
+`engine.py` calls it. Workers are spawned, not forked: the parent may have threads. Each has a pipe
+of its own, and no lock or queue is shared, so that the death of a worker, at whatever moment, makes
+nobody wait. The pool of `concurrent.futures` does not promise that: it loses tasks that are
+submitted, and workers that start, while it cleans up after a death.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from absl import logging
+
+from data_prep.jobs.progress import POLL_SECS, Function, Outcome, Progress, describe_error
+
+_STALL_SECS = 300.0
+_STOP_SECS = 5.0
+_MAX_FAILED_STARTS = 3  # in a row
+# The libraries under spaCy and NumPy would start a thread per core in every worker.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+_READY, _PAIRS, _END = "ready", "pairs", "end"  # what a worker tells
+_STARTING, _IDLE, _BUSY = "starting", "idle", "at work"  # what it does
+
+
+@dataclasses.dataclass(eq=False)
+class _Worker:
+    """A process as the parent sees it; `task` is of a busy one."""
+
+    process: BaseProcess
+    pipe: connection.Connection
+    state: str = _STARTING
+    task: Any = None
+
+    @property
+    def is_busy(self) -> bool:
+        return self.state == _BUSY
+
+    def receive(self) -> tuple[str, Any, str | None, bool] | None:
+        """The next message, or None at the end of the worker; blocks."""
+        try:
+            data = self.pipe.recv_bytes()
+        except (EOFError, OSError):
+            return None
+        try:
+            return pickle.loads(data)
+        except Exception as error:
+            return _END, None, f"the result cannot be unpickled: {describe_error(error)}", False
+
+    def describe_end(self) -> str:
+        """How the process ended: "exit code 1" or "signal 9, SIGKILL"."""
+        self.process.join(_STOP_SECS)
+        code = self.process.exitcode
+        if code is None or code >= 0:
+            return "it closed its pipe" if code is None else f"exit code {code}"
+        with contextlib.suppress(ValueError):
+            return f"signal {-code}, {signal.Signals(-code).name}"
+        return f"signal {-code}"
+
+
+class Crew:
+    """The workers of one run; every one of them has ended when `run` has."""
+
+    def __init__(
+        self, function: Function, tasks: Sequence[Any], num_workers: int, progress: Progress
+    ):
+        self._function = function
+        self._pending = collections.deque(tasks)
+        self._num_workers = num_workers
+        self._progress = progress
+        self._workers: list[_Worker] = []
+        self._failed_starts = 0
+        self._last_word_secs = time.monotonic()
+
+    def run(self) -> Iterator[Outcome[Any, Any]]:
+        """Yields the outcomes, in the order in which they come."""
+        try:
+            while self._pending or self._num_busy():
+                wanted = min(self._num_workers, len(self._pending) + self._num_busy())
+                while len(self._workers) < wanted:
+                    self._workers.append(_start_worker())
+                connection.wait([worker.pipe for worker in self._workers], POLL_SECS)
+                self._progress.refresh()
+                for worker in list(self._workers):
+                    yield from self._attend(worker)
+                self._warn_of_stall()
+        finally:
+            _stop(self._workers)
+
+    def _num_busy(self) -> int:
+        return sum(worker.is_busy for worker in self._workers)
+
+    def _attend(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+        """Takes one message of a worker, or notices its end."""
+        # In this order: all that an ended process has sent is in the pipe.
+        has_ended = worker.process.exitcode is not None
+        if not worker.pipe.poll():
+            if has_ended:
+                yield from self._bury(worker)
+            return
+        message = worker.receive()
+        self._last_word_secs = time.monotonic()
+        if message is None:
+            yield from self._bury(worker)
+            return
+        kind, value, error, may_pass = message
+        if kind == _PAIRS:
+            self._progress.add(value)
+            return
+        worker.state = _IDLE
+        if kind == _END:
+            self._failed_starts = 0
+            yield Outcome(worker.task, value, error, may_pass)
+        yield from self._give_task(worker)
+
+    def _give_task(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+        """Sends the next task that can be sent."""
+        while self._pending and not worker.is_busy:
+            task = self._pending.popleft()
+            try:
+                data = pickle.dumps((self._function, task))
+            except Exception as error:
+                yield Outcome(task, error=f"the task cannot be pickled: {describe_error(error)}")
+                continue
+            worker.task, worker.state = task, _BUSY
+            # A worker that has just died is noticed at its pipe.
+            with contextlib.suppress(OSError):
+                worker.pipe.send_bytes(data)
+
+    def _bury(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+        """Accounts for a worker that has ended by itself."""
+        end = worker.describe_end()
+        self._workers.remove(worker)
+        _stop([worker])
+        if worker.is_busy:
+            yield Outcome(
+                worker.task,
+                error=f"the worker process died at work ({end}): either memory ran out, and fewer "
+                "workers (num_workers) may help, or a library crashed; see what it printed above",
+                may_pass=True,
+            )
+            return
+        self._failed_starts += 1
+        if self._failed_starts < _MAX_FAILED_STARTS:
+            return
+        error = (
+            f"no worker process could start ({end}): either a module cannot be imported, and its "
+            "traceback is above, or memory ran out, and fewer workers (num_workers) may help"
+        )
+        while self._pending:
+            yield Outcome(self._pending.popleft(), error=error)
+
+    def _warn_of_stall(self) -> None:
+        if time.monotonic() - self._last_word_secs < _STALL_SECS:
+            return
+        self._last_word_secs = time.monotonic()
+        logging.warning(
+            "no sign of life from any worker for %.0f s: %s",
+            _STALL_SECS,
+            ", ".join(
+                f"process {worker.process.pid} is {worker.state}" for worker in self._workers
+            ),
+        )
+
+
+def _start_worker() -> _Worker:
+    pipe, pipe_of_worker = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(pipe_of_worker,), daemon=True
+    )
+    with _environment(_ONE_THREAD):
+        process.start()
+    pipe_of_worker.close()  # so that the end of the worker is the end of the pipe
+    return _Worker(process, pipe)
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    """Idle workers end with their pipe, the others are told to; whoever does not is killed."""
+    for worker in workers:
+        worker.pipe.close()
+        if worker.state != _IDLE:
+            worker.process.terminate()
+    for worker in workers:
+        worker.process.join(_STOP_SECS)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        worker.process.close()
+
+
+def _serve(pipe: connection.Connection) -> None:
+    """The life of a worker process: does what comes through the pipe until that is closed."""
+    # Ctrl-C reaches all processes of a terminal; the parent decides. As an exception SIGTERM lets
+    # half-written files be removed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        pipe.send_bytes(pickle.dumps((_READY, None, None, False)))
+        while True:
+            pipe.send_bytes(_work(pipe.recv_bytes(), _Reporter(pipe)))
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ends this process when the parent was killed: another run may begin, and nobody listens."""
+    while os.getppid() == parent:
+        time.sleep(POLL_SECS)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_STOP_SECS)
+    os._exit(1)
+
+
+def _work(data: bytes, reporter: _Reporter) -> bytes:
+    try:
+        function, task = pickle.loads(data)
+        reply = pickle.dumps((_END, function(task, reporter.add), None, False))
+    except Exception as error:
+        reply = pickle.dumps((_END, None, describe_error(error), isinstance(error, OSError)))
+    reporter.flush()
+    return reply
+
+
+class _Reporter:
+    """Tells the parent how many pairs are done, but not too often."""
+
+    def __init__(self, pipe: connection.Connection):
+        self._pipe = pipe
+        self._pairs = 0
+        self._last_secs = time.monotonic()
+
+    def add(self, pairs: int) -> None:
+        self._pairs += pairs
+        if time.monotonic() - self._last_secs >= POLL_SECS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._pairs:
+            self._pipe.send_bytes(pickle.dumps((_PAIRS, self._pairs, None, False)))
+        self._pairs = 0
+        self._last_secs = time.monotonic()
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets variables that are not set, for processes started meanwhile."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]

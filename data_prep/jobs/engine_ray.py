@@ -1,0 +1,239 @@
+"""Runs shard tasks on a Ray cluster, in actors that keep the models they have loaded.
+
+`engine.py` calls it. Ray is imported here only, and only when it is asked for. An actor dies with
+its node or its process; its task is then reported as one that may pass at another try, a new actor
+takes its place as soon as the cluster has room, and the other actors go on.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging as python_logging
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from data_prep.jobs.progress import POLL_SECS, Function, Outcome, Progress, describe_error
+
+_MAX_FAILED_STARTS = 3  # in a row
+_WAITING_SECS = 60.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RaySettings:
+    """Which cluster, and what a worker takes of it.
+
+    Attributes:
+        address: "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this
+            machine for the time of the job, else HOST:PORT.
+        cpus_per_worker: cores that a worker reserves.
+        gpus_per_worker: GPUs, or a part of one, that a worker reserves and sees.
+    """
+
+    address: str = "auto"
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+
+
+def run_on_ray(
+    function: Function,
+    tasks: Sequence[Any],
+    settings: RaySettings,
+    num_workers: int | None,
+    progress: Progress,
+) -> Iterator[Outcome[Any, Any]]:
+    """Calls `function(task, report)` for every task on the cluster.
+
+    The nodes must see the same paths, and have the same packages and this repository installed or
+    at the same place.
+
+    Args:
+        function: importable by its name, or picklable.
+        tasks: picklable.
+        settings: of the cluster.
+        num_workers: actors at most; None fills the cluster.
+        progress: told of the pairs when a task ends.
+
+    Raises:
+        ValueError: Ray is not installed, or there is no such cluster.
+    """
+    with _connect(settings):
+        crew = _Crew(function, tasks, settings, num_workers, progress)
+        try:
+            yield from crew.run()
+        finally:
+            crew.stop()
+
+
+@contextlib.contextmanager
+def _connect(settings: RaySettings) -> Iterator[None]:
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--engine=ray needs Ray; run: pip install ray") from error
+    if ray.is_initialized():  # by the program that calls us; it is theirs to end
+        yield
+        return
+    # So that the workers find this very code, where it is not installed as a package.
+    paths = [str(pathlib.Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    options: dict[str, Any] = {"include_dashboard": False} if settings.address == "local" else {}
+    try:
+        ray.init(
+            address=settings.address,
+            runtime_env={"env_vars": environment},
+            logging_level=python_logging.WARNING,
+            **options,
+        )
+    except ConnectionError as error:
+        raise ValueError(
+            f"config.ray.address='{settings.address}': no Ray cluster there ({error}); start one "
+            "with `ray start --head`, or set config.ray.address='local'"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class _Actor:
+    """A worker; one object lives in one process of the cluster."""
+
+    def is_ready(self) -> bool:
+        return True
+
+    def work(self, function: Function, task: Any) -> tuple[Any, int, str | None, bool]:
+        """Result, pairs, error, and whether another try may pass."""
+        pairs: list[int] = []
+        try:
+            return function(task, pairs.append), sum(pairs), None, False
+        except Exception as error:
+            return None, sum(pairs), describe_error(error), isinstance(error, OSError)
+
+
+@dataclasses.dataclass(eq=False)
+class _Worker:
+    """An actor as the driver sees it; `task` is None until it has started."""
+
+    actor: Any
+    task: Any = None
+    has_started: bool = False
+
+
+class _Crew:
+    """The actors of one run."""
+
+    def __init__(
+        self,
+        function: Function,
+        tasks: Sequence[Any],
+        settings: RaySettings,
+        num_workers: int | None,
+        progress: Progress,
+    ):
+        import ray
+
+        self._ray = ray
+        self._function = ray.put(function)
+        self._pending = collections.deque(tasks)
+        self._settings = settings
+        self._num_workers = num_workers or self._count_places()
+        self._progress = progress
+        self._waits: dict[Any, _Worker] = {}  # what every worker is waited for
+        self._failed_starts = 0
+        self._last_word_secs = time.monotonic()
+
+    def run(self) -> Iterator[Outcome[Any, Any]]:
+        """Yields the outcomes, in the order in which they come."""
+        while self._pending or self._num_busy():
+            wanted = min(self._num_workers, len(self._pending) + self._num_busy())
+            while len(self._waits) < wanted:
+                self._start_worker()
+            ready, _ = self._ray.wait(list(self._waits), timeout=POLL_SECS)
+            self._progress.refresh()
+            for reference in ready:
+                yield from self._attend(reference, self._waits.pop(reference))
+            self._tell_of_waiting()
+
+    def stop(self) -> None:
+        """Ends the actors that are still there."""
+        for worker in self._waits.values():
+            self._ray.kill(worker.actor)
+
+    def _num_busy(self) -> int:
+        return sum(worker.has_started for worker in self._waits.values())
+
+    def _count_places(self) -> int:
+        has, s = self._ray.cluster_resources(), self._settings
+        places = [
+            has.get(name, 0) / needed
+            for name, needed in (("CPU", s.cpus_per_worker), ("GPU", s.gpus_per_worker))
+            if needed
+        ]
+        return max(1, int(min(places, default=1)))
+
+    def _start_worker(self) -> None:
+        s = self._settings
+        actor_class = self._ray.remote(
+            num_cpus=s.cpus_per_worker, num_gpus=s.gpus_per_worker, max_restarts=0
+        )(_Actor)
+        worker = _Worker(actor_class.remote())
+        self._waits[worker.actor.is_ready.remote()] = worker
+
+    def _attend(self, reference: Any, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+        """Takes the answer of a worker, or notices its end, and gives it the next task."""
+        self._last_word_secs = time.monotonic()
+        try:
+            answer = self._ray.get(reference)
+        except self._ray.exceptions.RayTaskError as error:
+            # The function's own errors come as answers: this one is in packing or unpacking.
+            answer = None, 0, describe_error(error), False
+        except self._ray.exceptions.RayError as error:
+            yield from self._bury(worker, error)
+            return
+        if worker.has_started:
+            result, pairs, error, may_pass = answer
+            self._progress.add(pairs)
+            yield Outcome(worker.task, result, error, may_pass)
+        worker.has_started, self._failed_starts = True, 0
+        if self._pending:
+            worker.task = self._pending.popleft()
+            self._waits[worker.actor.work.remote(self._function, worker.task)] = worker
+        else:
+            self._ray.kill(worker.actor)
+
+    def _bury(self, worker: _Worker, error: Exception) -> Iterator[Outcome[Any, Any]]:
+        with contextlib.suppress(Exception):  # it has most likely ended
+            self._ray.kill(worker.actor)
+        reason = " ".join(str(error).split())
+        if worker.has_started:
+            yield Outcome(
+                worker.task,
+                error=f"the Ray worker died at work, or its node was lost: {reason}",
+                may_pass=True,
+            )
+            return
+        self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS and not self._num_busy():
+            while self._pending:
+                yield Outcome(self._pending.popleft(), error=f"no Ray worker could start: {reason}")
+
+    def _tell_of_waiting(self) -> None:
+        if self._num_busy() or time.monotonic() - self._last_word_secs < _WAITING_SECS:
+            return
+        self._last_word_secs = time.monotonic()
+        s = self._settings
+        logging.warning(
+            "no Ray worker has started for %.0f s; each asks for %g CPUs and %g GPUs, and the "
+            "cluster has free: %s",
+            _WAITING_SECS,
+            s.cpus_per_worker,
+            s.gpus_per_worker,
+            self._ray.available_resources(),
+        )

@@ -1,0 +1,200 @@
+"""Whether an input is still the one that an output was made of.
+
+`shards.py` asks. Of every input two things are kept beside the output: its contents, as size and
+hashes, in the statistics; and where it lay and when it was last changed, in a file of its own,
+since that differs from one machine to the next. How inputs are read belongs in the readers.
+
+Ours: where place, size and time are the same, so is the input. Where the time differs (a copy, a
+touched file, a restored backup), 64 kB at 32 places tell most edits at once, and a hash of every
+byte tells the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.records.remote import file_size, is_remote, open_system
+
+PLACE_SUFFIX = ".place.json"
+
+# The quick hash is of so many blocks of so many bytes.
+_BLOCKS, _BLOCK_BYTES = 32, 2**16
+_READ_BYTES = 2**22
+# What object stores call the version of a file, the most telling name first.
+_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+
+
+class Description(NamedTuple):
+    """What is kept of an input.
+
+    Attributes:
+        contents: what it holds, wherever it lies: part, options, size, the quick hash, and the hash
+            of every byte. JSON-able.
+        place: path, size and time of change. JSON-able.
+    """
+
+    contents: dict[str, Any]
+    place: dict[str, Any]
+
+
+def describe(source: SourceShard) -> Description:
+    """Describes an input; reads it once.
+
+    Args:
+        source: a file, a part of one, or a folder.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    place = _describe_place(source)
+    files = list(_list_files(source.path))
+    contents = {
+        "kind": source.kind,
+        "start": source.start,
+        "stop": source.stop,
+        "options": dict(source.options),
+        "files": len(files),
+        "size_bytes": place["size_bytes"],
+        "fingerprint": _hash_places(source),
+        "digest": _hash_all(source),
+    }
+    return Description(_plain(contents), place)
+
+
+def is_same(source: SourceShard, contents: Mapping[str, Any], place_path: pathlib.Path) -> bool:
+    """Whether an input is the one that was described before.
+
+    An input that lies elsewhere now, or was touched, is compared by its bytes; if they are the
+    same, its new place is written down, so that the next run need not read it.
+
+    Args:
+        source: the input now.
+        contents: of `describe`, before.
+        place_path: file of `write_place`, before; it may be missing.
+
+    Raises:
+        FileNotFoundError: the input is gone.
+    """
+    now = _describe_place(source)
+    part = {"kind": source.kind, "start": source.start, "stop": source.stop}
+    part |= {"options": dict(source.options), "size_bytes": now["size_bytes"]}
+    if any(contents.get(name) != value for name, value in _plain(part).items()):
+        return False
+    if _read_place(place_path) == now and now["changed"] is not None:
+        return True
+    if contents.get("fingerprint") != _hash_places(source):
+        return False
+    if contents.get("digest") != _hash_all(source):
+        return False
+    write_place(place_path, now)
+    return True
+
+
+def write_place(path: pathlib.Path, place: Mapping[str, Any]) -> None:
+    """Writes the place that `describe` gave."""
+    text = json.dumps(place, indent=1, sort_keys=True, ensure_ascii=False)
+    write_atomically(path, f"{text}\n".encode())
+
+
+def _describe_place(source: SourceShard) -> dict[str, Any]:
+    if is_remote(source.path):
+        system, name = open_system(source.path)
+        info = system.info(name)
+        return {
+            "path": source.path,
+            "size_bytes": int(info["size"]),
+            "changed": next((str(info[key]) for key in _VERSIONS if info.get(key)), None),
+        }
+    identity = source.identity()
+    return {
+        "path": identity["path"],
+        "size_bytes": identity["size_bytes"],
+        "changed": identity["changed_ns"],
+    }
+
+
+def _read_place(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """As it comes back from JSON."""
+    return json.loads(json.dumps(value))
+
+
+def _hash_places(source: SourceShard) -> str | None:
+    """Of 64 kB at 32 places of a file, or of its part; None for a folder."""
+    if os.path.isdir(source.path):
+        return None
+    size = file_size(source.path)
+    start, stop = _range(source, size)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    last = max(start, stop - _BLOCK_BYTES)
+    places = {start + (last - start) * i // (_BLOCKS - 1) for i in range(_BLOCKS)}
+    with _open(source.path) as file:
+        for place in sorted(places):
+            file.seek(place)
+            digest.update(file.read(min(_BLOCK_BYTES, stop - place)))
+    return digest.hexdigest()
+
+
+def _hash_all(source: SourceShard) -> str:
+    """Of every byte of a file, of its part, or of the files in a folder with their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, path in _list_files(source.path):
+        size = file_size(path)
+        digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
+        version = _describe_place(SourceShard(source.kind, path))["changed"]
+        digest.update(_hash_range(path, *_range(source, size), version))
+    return digest.hexdigest()
+
+
+# Several parts of a parquet file stand for the whole, which is then read once in a process.
+@functools.lru_cache(maxsize=1024)
+def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> bytes:
+    """Hash of a range of bytes; the version makes the calls before and after a change differ."""
+    digest = hashlib.blake2b(digest_size=16)
+    with _open(path) as file:
+        file.seek(start)
+        while start < stop and (data := file.read(min(_READ_BYTES, stop - start))):
+            digest.update(data)
+            start += len(data)
+    return digest.digest()
+
+
+def _range(source: SourceShard, size: int) -> tuple[int, int]:
+    # A part of a table has its place in bytes; other parts are numbered, and stand for the file.
+    if source.kind != "table":
+        return 0, size
+    return source.start, size if source.stop is None else min(source.stop, size)
+
+
+def _list_files(path: str) -> Iterator[tuple[str, str]]:
+    """Name and path of every file of an input: of itself, or of those in a folder, in order."""
+    if is_remote(path) or not os.path.isdir(path):
+        yield "", path
+        return
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            whole = os.path.join(folder, name)
+            if not name.startswith(".") and os.path.isfile(whole):
+                yield os.path.relpath(whole, path), whole
+
+
+def _open(path: str) -> Any:
+    if not is_remote(path):
+        return open(path, "rb")
+    system, name = open_system(path)
+    return system.open(name, "rb")

@@ -1,0 +1,89 @@
+"""What every engine of `data_prep.jobs.engine` shares: how a task ended, and the progress bar.
+
+How tasks are run belongs in `engine_local.py` and `engine_ray.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from tqdm import tqdm
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+Report = Callable[[int], None]
+Function = Callable[[Any, Report], Any]
+
+POLL_SECS = 0.5
+_LOG_SECS = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome(Generic[_Task, _Result]):
+    """How one task ended.
+
+    Attributes:
+        task: the task.
+        result: what the function returned; None after an error.
+        error: what went wrong; None after success.
+        may_pass: whether the same task may well succeed when it is tried again, since its worker
+            died, or the operating system refused something.
+    """
+
+    task: _Task
+    result: _Result | None = None
+    error: str | None = None
+    may_pass: bool = False
+
+
+class Progress:
+    """The bar; `refresh` is called now and then while tasks run."""
+
+    def __init__(self, num_tasks: int, label: str):
+        self._pairs = 0
+        self._bar = tqdm(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
+        # A log file gets a line now and then, a terminal a lively bar.
+        self._interval_secs = POLL_SECS if sys.stderr.isatty() else _LOG_SECS
+        self._start_secs = self._last_secs = time.monotonic()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._describe_rate()
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Counts a task that has ended."""
+        self._describe_rate()
+        self._bar.update(1)
+
+    def add(self, pairs: int) -> None:
+        """Counts pairs that are done."""
+        self._pairs += pairs
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draws the bar, if it was not drawn for some time."""
+        if time.monotonic() - self._last_secs >= self._interval_secs:
+            self._describe_rate()
+            self._bar.refresh()
+
+    def _describe_rate(self) -> None:
+        self._last_secs = time.monotonic()
+        rate = self._pairs / max(self._last_secs - self._start_secs, 1e-9)
+        self._bar.set_postfix_str(f"{self._pairs:,} pairs, {rate:,.0f} pairs/s", refresh=False)
+
+
+def describe_error(error: Exception) -> str:
+    """The error for the person who reads the log."""
+    # These are written for people; anything else is a defect, and its place is needed.
+    if isinstance(error, ValueError | OSError):
+        return str(error)
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,1 @@
+"""Concept labels: vocabularies, embeddings, heads trained on them, labelled shards."""

@@ -1,0 +1,90 @@
+"""The config of `data_prep.label`: every key with its default, and what types cannot tell.
+
+`configs/prep/concepts.py` and the command use it. The sections of the teacher and of the heads
+stand beside their code.
+"""
+
+from __future__ import annotations
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from data_prep.labelling.train_heads import default_heads
+from data_prep.teachers.registry import default_teacher
+from diht_jax.data.records.schema import MAX_CONCEPTS
+
+# Ours: what captions speak of, but no picture shows, or every picture does.
+_STOP_OBJECTS = (
+    "background", "bit", "close-up", "collection", "copy", "credit", "day", "detail", "example",
+    "file", "illustration", "image", "item", "kind", "lot", "one", "part", "photo", "photograph",
+    "picture", "piece", "place", "set", "shot", "sort", "stock", "thing", "time", "type", "version",
+    "view", "way",
+)  # fmt: skip
+_STOP_ATTRIBUTES = (
+    "available", "best", "certain", "different", "digital", "favorite", "free", "good", "great",
+    "high", "last", "more", "new", "next", "official", "original", "other", "own", "possible",
+    "same", "similar", "special", "such", "top", "unidentified", "various",
+)  # fmt: skip
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key of a labelling config, with its default."""
+    c = ml_collections.ConfigDict()
+    c.input = placeholder(str)  # folder (or several, with commas) of data_prep.filter
+    c.output = placeholder(str)  # folder of the labelled shards
+    c.dataset_name = "pairs"  # with the split it makes the names of the shards
+    c.split = "train"
+
+    c.vocabulary = ml_collections.ConfigDict()
+    c.vocabulary.min_count = 10  # pairs that must mention a concept
+    c.vocabulary.max_objects = 10_000  # the most frequent ones
+    c.vocabulary.max_attributes = 2_000
+    c.vocabulary.stop_objects = _STOP_OBJECTS  # never concepts
+    c.vocabulary.stop_attributes = _STOP_ATTRIBUTES
+
+    c.teacher = default_teacher()
+    c.embedding_dtype = "float16"  # of the kept embeddings; or "float32"
+    c.heads = default_heads()
+    c.top_k = 10  # objects, and attributes, that are kept of each image
+
+    c.report_images = 36  # in report.html
+    c.seed = 0  # of the held-out images, the order of training and the report's images
+    c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
+    return c
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Checks what types cannot tell.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    heads = config.heads
+    least = {
+        "vocabulary.min_count": (config.vocabulary.min_count, 1),
+        "vocabulary.max_objects": (config.vocabulary.max_objects, 0),
+        "vocabulary.max_attributes": (config.vocabulary.max_attributes, 0),
+        "heads.steps": (heads.steps, 1),
+        "heads.batch_size": (heads.batch_size, 1),
+        "heads.max_examples": (heads.max_examples, 1),
+        "heads.max_held_out": (heads.max_held_out, 1),
+        "teacher.batch_size": (config.teacher.batch_size, 1),
+        "top_k": (config.top_k, 1),
+        "report_images": (config.report_images, 0),
+    }
+    for name, (value, minimum) in least.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"config.{name}={value!r}; expected at least {minimum}")
+    if config.top_k > MAX_CONCEPTS:
+        raise ValueError(f"config.top_k={config.top_k}; a record keeps at most {MAX_CONCEPTS}")
+    if heads.prior_logit_std <= 0:
+        raise ValueError(
+            f"config.heads.prior_logit_std={heads.prior_logit_std}; expected a positive number, a "
+            "large one for no penalty"
+        )
+    for name, value in (
+        ("heads.held_out", heads.held_out),
+        ("heads.repeat_threshold", heads.repeat_threshold),
+    ):
+        if not 0 < value <= 1 or (name == "heads.held_out" and value == 1):
+            raise ValueError(f"config.{name}={value}; expected a share of the images, such as 0.1")

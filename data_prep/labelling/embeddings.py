@@ -1,0 +1,187 @@
+"""A teacher's embeddings of shards: one npz per shard, kept, so that they are computed only once.
+
+`data_prep.label` runs `embed_shard` with an engine, then trains heads on the files and applies
+them. Models belong in `teachers.py`. A file holds
+
+    embeddings  float16 or float32 [m, d], of the m records that have one
+    rows        int32 [m], their places in the shard, ascending
+    key_hashes  uint64 [n], of all n records; they divide the records into training and held-out
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import pathlib
+import zipfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from data_prep.jobs import fingerprint, shards
+from data_prep.jobs.engine import Report
+from data_prep.teachers.registry import load_teacher
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.records import tfrecord
+from diht_jax.data.records.schema import Record, decode_record
+
+FOLDER = "embeddings"
+DTYPES = ("float16", "float32")
+
+_FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardEmbeddings:
+    """What a file holds.
+
+    Attributes:
+        embeddings: [m, d].
+        rows: int64 [m].
+        key_hashes: uint64 [n].
+    """
+
+    embeddings: np.ndarray
+    rows: np.ndarray
+    key_hashes: np.ndarray
+
+
+def plan_embeddings(
+    label_tasks: Sequence[shards.ShardTask], identity: dict[str, Any], dtype: str
+) -> list[shards.ShardTask]:
+    """The embedding task of every labelling task, in the folder `embeddings` of its output.
+
+    Args:
+        label_tasks: shards in, labelled shards out.
+        identity: of the teacher.
+        dtype: of the files, one of `DTYPES`.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"config.embedding_dtype='{dtype}'; expected {' or '.join(DTYPES)}")
+    settings = {
+        "format_version": _FORMAT_VERSION,
+        "teacher": identity,
+        "dtype": dtype,
+    }
+    config_hash = shards.hash_config(settings)
+    for folder in {os.path.dirname(task.output) for task in label_tasks}:
+        os.makedirs(os.path.join(folder, FOLDER), exist_ok=True)
+    return [
+        shards.ShardTask(task.source, embedding_path(task.output), config_hash)
+        for task in label_tasks
+    ]
+
+
+def embedding_path(labelled_shard: str) -> str:
+    """Where the embeddings of a labelled shard lie."""
+    folder, name = os.path.split(labelled_shard)
+    return os.path.join(folder, FOLDER, f"{name}.npz")
+
+
+def embed_shard(
+    task: shards.ShardTask, report: Report, *, teacher: ml_collections.ConfigDict, dtype: str
+) -> dict[str, Any]:
+    """Does one task; the function that `engine.run_tasks` calls.
+
+    Args:
+        task: of `plan_embeddings`.
+        report: told how many records are done.
+        teacher: config section of `teachers.default_teacher`.
+        dtype: of the file.
+
+    Returns:
+        The statistics, as they lie beside the file.
+
+    Raises:
+        ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
+            float16 cannot hold.
+    """
+    task.stats_path.unlink(missing_ok=True)
+    described = fingerprint.describe(task.source)
+    key_hashes: list[int] = []
+
+    def read_hashing_keys() -> Iterator[Record]:
+        for record in read_shard(task.source):
+            key_hashes.append(hash_key(record.key))
+            yield record
+
+    vectors, rows, missing, place = [], [], {}, 0
+    for results in load_teacher(teacher).embed(read_hashing_keys()):
+        for result in results:
+            if isinstance(result, str):
+                missing[result] = missing.get(result, 0) + 1
+            else:
+                vectors.append(result.astype(dtype))
+                rows.append(place)
+            place += 1
+        report(len(results))
+    embeddings = np.stack(vectors) if vectors else np.zeros((0, 0), dtype)
+    if not np.isfinite(embeddings).all():
+        raise ValueError(
+            f"{task.source}: an embedding is too large for {dtype}; set "
+            "config.embedding_dtype='float32'"
+        )
+    buffer = io.BytesIO()
+    arrays = {"rows": np.array(rows, np.int32), "key_hashes": np.array(key_hashes, np.uint64)}
+    np.savez(buffer, embeddings=embeddings, **arrays)
+    write_atomically(pathlib.Path(task.output), buffer.getvalue())
+    counts = {"embedded": len(rows), "missing": dict(sorted(missing.items()))}
+    return shards.finish_task(task, described, counts, len(key_hashes))
+
+
+def load_embeddings(path: str) -> ShardEmbeddings:
+    """Reads one file.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return ShardEmbeddings(
+                file["embeddings"], file["rows"].astype(np.int64), file["key_hashes"]
+            )
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: not a whole file of embeddings ({error}); delete it and run data_prep.label "
+            "again"
+        ) from error
+
+
+def read_shard(source: SourceShard) -> Iterator[Record]:
+    """The records of a shard.
+
+    Raises:
+        ValueError: a damaged shard or record; names it.
+    """
+    for number, data in enumerate(tfrecord.read_records(source.path)):
+        try:
+            yield decode_record(data)
+        except ValueError as error:
+            raise ValueError(f"{source}: record {number}: {error}") from error
+
+
+def hash_key(key: str) -> int:
+    """64 bits that belong to a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def key_ranks(key_hashes: np.ndarray, seed: int) -> np.ndarray:
+    """A number in [0, 1) for each key: the same in any shard, order and run.
+
+    Args:
+        key_hashes: uint64 [n].
+        seed: another one gives independent numbers.
+    """
+    # The finaliser of splitmix64 (Steele et al. 2014).
+    x = key_hashes + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53

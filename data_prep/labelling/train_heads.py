@@ -1,0 +1,246 @@
+"""Linear concept classifiers on a teacher's embeddings: training, metrics, predictions.
+
+Method: DiHT, arXiv 2301.02280, "Concept Distillation". `data_prep.label` trains one head for
+objects and one for attributes. Arrays in, arrays out: files belong in `head_files.py`, images in
+`teachers.py`.
+
+Ours: embeddings are standardised for the training (and the head folded back afterwards), so that
+one learning rate and one penalty fit any teacher; the parameters with the lowest held-out loss are
+kept, and training ends when that has not fallen for a quarter of the steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from data_prep.labelling.head_weights import Head
+from data_prep.labelling.metrics import Predictions
+from data_prep.labelling.vocabulary import Targets, concept_factors, repeat_factors
+
+_NUM_EVALUATIONS = 20
+_PATIENCE = 5  # evaluations
+_ROWS_AT_ONCE = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Examples of training, or held out.
+
+    Attributes:
+        embeddings: float [n, d].
+        targets: of the n images; those without any concept must not be among them.
+    """
+
+    embeddings: np.ndarray
+    targets: Targets
+
+
+def default_heads() -> ml_collections.ConfigDict:
+    """The config section `heads`."""
+    c = ml_collections.ConfigDict()
+    c.load = ml_collections.config_dict.placeholder(str)  # folder whose heads are taken over
+    c.steps = 2000  # at most
+    c.batch_size = 1024  # images drawn for each step
+    c.learning_rate = 1e-3  # peak; falls to zero by a cosine
+    # An L2 penalty, as a prior: the deviation of logits that is expected before any image is seen.
+    # It matters where images are few; for 1,280 dimensions 2.5 was the best of those tried.
+    c.prior_logit_std = 2.5
+    # Share of the images above which a concept is not up-sampled; 1: all are, by 1 / sqrt(share).
+    c.repeat_threshold = 1.0
+    c.held_out = 0.1  # share of the images, chosen by their keys
+    c.max_examples = 2_000_000  # images that are trained on; more are sampled
+    c.max_held_out = 20_000  # images that metrics are measured on
+    return c
+
+
+def soft_target_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
+    """Softmax cross-entropy with sparse soft targets, one value per row.
+
+    `logsumexp(z) - sum_k p_k z_{id_k}`; targets are never made dense.
+
+    Args:
+        logits: float32 [b, v].
+        ids: int32 [b, k]; padding may have any id of the vocabulary.
+        probs: float32 [b, k], rows sum to 1; 0 for padding.
+
+    Returns:
+        float32 [b].
+    """
+    chosen = jnp.take_along_axis(logits, ids, axis=1)
+    return jax.nn.logsumexp(logits, axis=1) - jnp.sum(probs * chosen, axis=1)
+
+
+def train_head(
+    train: Split, held_out: Split, num_concepts: int, config: ml_collections.ConfigDict, seed: int
+) -> tuple[Head, list[dict[str, float]]]:
+    """Trains one head.
+
+    Args:
+        train, held_out: images with at least one concept each.
+        num_concepts: v.
+        config: of `default_heads`.
+        seed: of the order of examples.
+
+    Returns:
+        The head, and its curve: `step`, `train_loss` (of the batches since the entry before),
+        `held_out_loss` (both with rare concepts up-sampled) and `recall_at_10`.
+
+    Raises:
+        ValueError: one of the two has no image.
+    """
+    for name, part in (("training", train), ("held-out", held_out)):
+        if not len(part.targets):
+            raise ValueError(
+                f"no {name} image has a concept of the vocabulary; there are "
+                f"{len(train.targets)} for training and {len(held_out.targets)} held out: change "
+                "config.heads.held_out, or lower config.vocabulary.min_count"
+            )
+    mean, scale = _standardisation(train.embeddings)
+    factors = concept_factors(
+        train.targets.counts(num_concepts), len(train.targets), config.repeat_threshold
+    )
+    draws = np.cumsum(repeat_factors(train.targets, factors))
+    ids, probs = _pad(train.targets)
+    params = _initial_params(train, num_concepts)
+    classify = _make_classifier(mean, scale)
+    # Of d standardised dimensions, whose weights have the deviation std / sqrt(d).
+    precision = train.embeddings.shape[1] / config.prior_logit_std**2
+    step, init = _make_step(classify, config, penalty=0.5 * precision / len(train.targets))
+    state = init(params)
+    rng = np.random.default_rng(seed)
+    evaluate = _Evaluation(classify, held_out, factors)
+    curve, losses, best = [], [], params
+    marks = set(np.linspace(0, config.steps, _NUM_EVALUATIONS + 1).round().astype(int).tolist())
+    interval_secs = 0.5 if sys.stderr.isatty() else 30.0
+    for number in tqdm(range(config.steps + 1), "head", unit="step", mininterval=interval_secs):
+        if number in marks:
+            entry = {"step": number, **evaluate(params)}
+            if losses:
+                entry["train_loss"] = float(np.mean(jax.device_get(losses)))
+            curve.append(entry)
+            losses = []
+            history = [entry["held_out_loss"] for entry in curve]
+            if history[-1] == min(history):
+                best = params
+            elif len(history) - int(np.argmin(history)) > _PATIENCE:
+                break
+        if number < config.steps:
+            chosen = np.searchsorted(draws, rng.random(config.batch_size) * draws[-1], "right")
+            batch = train.embeddings[chosen], ids[chosen], probs[chosen]
+            params, state, loss = step(params, state, *batch)
+            losses.append(loss)
+    return _fold(jax.device_get(best), mean, scale), curve
+
+
+def _standardisation(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and inverse deviation of each dimension; 0 for one that never changes."""
+    n, d = embeddings.shape
+    total, squares = np.zeros(d), np.zeros(d)
+    for start in range(0, n, _ROWS_AT_ONCE):
+        part = embeddings[start : start + _ROWS_AT_ONCE].astype(np.float64)
+        total += part.sum(axis=0)
+        squares += (part**2).sum(axis=0)
+    mean = total / n
+    deviation = np.sqrt(np.maximum(squares / n - mean**2, 0))
+    floor = 1e-6 * max(float(np.abs(mean).max()), float(deviation.max()), 1e-30)
+    scale = np.where(deviation > floor, 1 / np.maximum(deviation, floor), 0)
+    return mean.astype(np.float32), scale.astype(np.float32)
+
+
+def _pad(targets: Targets) -> tuple[np.ndarray, np.ndarray]:
+    """int32 [n, m] and float32 [n, m]: ids, and a uniform distribution over each row's own."""
+    n, width = len(targets), int(targets.lengths.max())
+    starts = np.cumsum(targets.lengths) - targets.lengths
+    columns = np.arange(len(targets.ids)) - np.repeat(starts, targets.lengths)
+    ids, probs = np.zeros((n, width), np.int32), np.zeros((n, width), np.float32)
+    ids[targets.rows(), columns] = targets.ids
+    probs[targets.rows(), columns] = np.repeat(1 / targets.lengths, targets.lengths)
+    return ids, probs
+
+
+def _initial_params(train: Split, num_concepts: int) -> dict[str, jax.Array]:
+    """No opinion about the image: the logarithm of each concept's frequency."""
+    frequency = train.targets.counts(num_concepts) + 1.0
+    bias = np.log(frequency / frequency.sum())
+    kernel = jnp.zeros((train.embeddings.shape[1], num_concepts), jnp.float32)
+    return {"kernel": kernel, "bias": jnp.asarray(bias, jnp.float32)}
+
+
+def _make_classifier(mean: np.ndarray, scale: np.ndarray):
+    """A function: parameters, embeddings [b, d] of any floating dtype -> float32 [b, v]."""
+
+    def classify(params: dict[str, jax.Array], embeddings: jax.Array) -> jax.Array:
+        x = (embeddings.astype(jnp.float32) - mean) * scale
+        return x @ params["kernel"] + params["bias"]
+
+    return classify
+
+
+def _make_step(classify: Any, config: ml_collections.ConfigDict, penalty: float):
+    schedule = optax.cosine_decay_schedule(config.learning_rate, max(1, config.steps))
+    optimizer = optax.adam(schedule)
+
+    def loss_fn(params, embeddings, ids, probs):
+        loss = jnp.mean(soft_target_loss(classify(params, embeddings), ids, probs))
+        return loss + penalty * jnp.sum(params["kernel"] ** 2), loss
+
+    @jax.jit
+    def step(params, state, embeddings, ids, probs):
+        gradient, loss = jax.grad(loss_fn, has_aux=True)(params, embeddings, ids, probs)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step, optimizer.init
+
+
+class _Evaluation:
+    """Held-out loss and recall@10 of parameters that are still being trained.
+
+    The loss is weighted as the training examples are drawn: otherwise the best parameters would be
+    those of the first steps, which know nothing but what is frequent.
+    """
+
+    def __init__(self, classify: Any, held_out: Split, factors: np.ndarray):
+        self._held_out = held_out
+        self._weights = repeat_factors(held_out.targets, factors)
+        self._ids, self._probs = _pad(held_out.targets)
+
+        @jax.jit
+        def measure(params, embeddings, ids, probs):
+            logits = classify(params, embeddings)
+            best = jax.lax.top_k(logits, min(10, logits.shape[1]))[1]
+            return soft_target_loss(logits, ids, probs), best
+
+        self._measure = measure
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        losses, best = [], []
+        n = len(self._ids)
+        for start in range(0, n, _ROWS_AT_ONCE):
+            # The last rows once more, where it takes them to fill a batch: one shape, one compile.
+            rows = np.minimum(np.arange(start, start + _ROWS_AT_ONCE), n - 1)
+            embeddings = self._held_out.embeddings[rows]
+            loss, ids = self._measure(params, embeddings, self._ids[rows], self._probs[rows])
+            losses.append(np.asarray(loss)[: n - start])
+            best.append(np.asarray(ids)[: n - start])
+        predictions = Predictions(np.concatenate(best), self._held_out.targets)
+        return {
+            "held_out_loss": float(np.average(np.concatenate(losses), weights=self._weights)),
+            "recall_at_10": predictions.recall(10),
+        }
+
+
+def _fold(params: dict[str, np.ndarray], mean: np.ndarray, scale: np.ndarray) -> Head:
+    """The head for embeddings as they come."""
+    kernel = params["kernel"].astype(np.float64) * scale[:, None].astype(np.float64)
+    bias = params["bias"] - mean.astype(np.float64) @ kernel
+    return Head(kernel.astype(np.float32), bias.astype(np.float32))

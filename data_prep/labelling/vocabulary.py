@@ -1,0 +1,195 @@
+"""Which concepts a data set has: vocabularies from counts, targets of its records, repeat factors.
+
+Method: DiHT, arXiv 2301.02280, "Concept Distillation". `data_prep.label` calls it on what the
+filter left beside its shards; no caption is parsed here. Files of vocabularies belong in
+`diht_jax.data.records.vocabulary`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from data_prep.captions import mentions
+from diht_jax.data.records.schema import MAX_CONCEPT_ID
+from diht_jax.data.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """The concepts of records, of one kind, as ids of a vocabulary.
+
+    Attributes:
+        lengths: int64 [n], concepts of each record.
+        ids: int64 [sum of lengths].
+    """
+
+    lengths: np.ndarray
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def rows(self) -> np.ndarray:
+        """int64 [sum of lengths], the record that each id belongs to."""
+        return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+    def take(self, records: np.ndarray) -> Targets:
+        """Those of some records.
+
+        Args:
+            records: int [m], which; or bool [n].
+        """
+        records = np.arange(len(self))[records]
+        lengths = self.lengths[records]
+        ends = np.cumsum(self.lengths)[records]
+        # Position within each record, counted from its last concept backwards.
+        behind = np.cumsum(lengths).repeat(lengths) - np.arange(lengths.sum())
+        return Targets(lengths, self.ids[ends.repeat(lengths) - behind])
+
+    def counts(self, num_concepts: int) -> np.ndarray:
+        """int64 [num_concepts], records that have each."""
+        return np.bincount(self.ids, minlength=num_concepts)
+
+
+def concatenate(parts: Sequence[Targets]) -> Targets:
+    """The targets of several shards as one."""
+    empty = np.zeros(0, np.int64)
+    return Targets(
+        np.concatenate([empty, *(part.lengths for part in parts)]),
+        np.concatenate([empty, *(part.ids for part in parts)]),
+    )
+
+
+def merge_counts(shards: Sequence[str]) -> dict[str, collections.Counter[str]]:
+    """Adds up what the filter counted.
+
+    Args:
+        shards: paths of TFRecord shards, each with its statistics beside it.
+
+    Returns:
+        Kind -> concept -> pairs that mention it.
+
+    Raises:
+        ValueError: a shard without statistics, or one whose captions were not parsed.
+    """
+    counts = {kind: collections.Counter() for kind in KINDS}
+    for shard in shards:
+        path = shard + STATS_SUFFIX
+        try:
+            with open(path, "rb") as file:
+                found = json.load(file)["counts"]["concepts"]
+            for kind in KINDS:
+                counts[kind].update(found[kind])
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{path} is missing; expected a folder of `python -m data_prep.filter`"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: no counts of concepts; write the shards again with `python -m "
+                "data_prep.filter` and config.concepts=True"
+            ) from error
+    return counts
+
+
+def build_vocabulary(
+    counts: Mapping[str, Mapping[str, int]],
+    *,
+    min_count: int,
+    stop: Mapping[str, Collection[str]],
+    max_size: Mapping[str, int | None],
+) -> Vocabulary:
+    """Chooses concepts and gives them ids, the most frequent first.
+
+    Args:
+        counts: of `merge_counts`.
+        min_count: pairs that must mention a concept.
+        stop: kind -> concepts that are left out.
+        max_size: kind -> most concepts; None for no limit.
+
+    Returns:
+        Both vocabularies; equal counts are ordered by name. One of them may be empty.
+
+    Raises:
+        ValueError: both are empty, or one has more concepts than a record's ids can tell apart.
+    """
+    parts = []
+    for kind in KINDS:
+        kept = [
+            (-count, name)
+            for name, count in counts[kind].items()
+            if count >= min_count and name not in stop[kind]
+        ]
+        kept = sorted(kept)[: max_size[kind]]
+        if len(kept) > MAX_CONCEPT_ID + 1:
+            raise ValueError(f"{len(kept)} {kind}: more than {MAX_CONCEPT_ID + 1}; raise min_count")
+        names, negative = tuple(name for _, name in kept), (count for count, _ in kept)
+        parts.append(ConceptList(kind, names, tuple(-count for count in negative)))
+    if not any(parts):
+        best = max((max(c.values(), default=0) for c in counts.values()), default=0)
+        raise ValueError(
+            f"config.vocabulary.min_count={min_count} leaves no concept; the most frequent one "
+            f"occurs in {best} pairs"
+        )
+    return Vocabulary(*parts)
+
+
+def read_targets(shards: Sequence[str], concepts: ConceptList) -> Targets:
+    """The concepts of a vocabulary that the captions of each record name.
+
+    Args:
+        shards: paths, in order.
+        concepts: one kind of the vocabulary; what it lacks is left out.
+
+    Raises:
+        ValueError: a shard's concept file is missing or damaged.
+    """
+    known = {name: i for i, name in enumerate(concepts.names)}
+    parts = []
+    for shard in shards:
+        names, lengths, ids = mentions.read_mentions(shard, concepts.kind)
+        to_vocabulary = np.array([known.get(name, -1) for name in names], np.int64)
+        mapped = to_vocabulary[ids]
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        kept = mapped >= 0
+        parts.append(Targets(np.bincount(rows[kept], minlength=len(lengths)), mapped[kept]))
+    return concatenate(parts)
+
+
+def concept_factors(counts: np.ndarray, num_records: int, threshold: float) -> np.ndarray:
+    """How much more often than its share each concept should be seen.
+
+    A concept in a share f of the records has the factor max(1, sqrt(threshold / f)), the square
+    root of its inverse frequency (DiHT, arXiv 2301.02280, "Concept Distillation"; the form with a
+    threshold is that of Mahajan et al. 2018, arXiv 1805.00932).
+
+    Args:
+        counts: int [v], records that have each; a concept that none has counts as one of one.
+        num_records: that were counted.
+        threshold: share of the records above which a concept is not rare; 1 repeats all of them.
+
+    Returns:
+        float64 [v].
+    """
+    frequency = np.maximum(counts, 1) / max(1, num_records)
+    return np.maximum(1.0, np.sqrt(threshold / frequency))
+
+
+def repeat_factors(targets: Targets, factors: np.ndarray) -> np.ndarray:
+    """How often each record should be seen: the largest factor of its concepts.
+
+    Args:
+        targets: of the records.
+        factors: float [v], of `concept_factors`.
+
+    Returns:
+        float64 [n]; 0 for records without any concept.
+    """
+    result = np.zeros(len(targets))
+    np.maximum.at(result, targets.rows(), factors[targets.ids])
+    return result

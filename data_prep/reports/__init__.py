@@ -1,0 +1,1 @@
+"""What filtering and labelling report: counts, samples, and the HTML page."""

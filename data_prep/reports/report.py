@@ -1,0 +1,251 @@
+"""The report of a filter job: `report.json` and `report.html`; and a command that merges reports.
+
+    python -m data_prep.reports.report --inputs=/data/kept_a,/data/kept_b --output=/data/both
+
+`filter.py` gathers a report from what lies beside the parts of its job. Everything in it can be
+merged: counts add up, samples are those of the lowest random rank. How the page looks belongs in
+`report_page.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from data_prep.jobs import shards
+from data_prep.reports.funnel import Funnel
+from data_prep.reports.samples import SAMPLES_SUFFIX, choose_samples, read_samples
+from data_prep.reports.statistics import Measures
+from data_prep.sources.img2dataset import merge_download_stats
+from data_prep.text_spotting.config import name_machine, warn_of_machines
+from diht_jax import command_line
+from diht_jax.data.atomic_file import write_atomically
+
+REPORT = "report.json"
+PAGE = "report.html"
+SECONDS_SUFFIX = ".seconds.json"
+
+_VERSION = 2
+
+
+@dataclasses.dataclass
+class Report:
+    """What is known of one job, or of several.
+
+    Attributes:
+        jobs: of every job its "input", "settings", "config_hash" and number of "shards".
+        funnel: counts, and examples as text.
+        measures: histograms, frequent names and labels.
+        download: what img2dataset counted; empty where it was not at work.
+        spotters: where text was looked for, of `text_spotting_stage.name_machine` -> shards.
+        seconds: "pairs", "wall_secs", "cpu_secs" of all workers, and "stage/NAME" of each stage.
+        samples: of `samples.choose_samples`.
+        samples_per_outcome: at most so many of them.
+        clean_label: of `label_field`, see `cat_config`.
+    """
+
+    jobs: list[dict[str, Any]]
+    funnel: Funnel
+    measures: Measures = dataclasses.field(default_factory=Measures)
+    download: dict[str, Any] = dataclasses.field(default_factory=dict)
+    spotters: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    seconds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    samples_per_outcome: int = 0
+    clean_label: str = "clean"
+
+    def add_shard(self, stats: Mapping[str, Any], output: str) -> None:
+        """Adds what lies beside one filtered part, but for its samples.
+
+        Args:
+            stats: its statistics.
+            output: its path.
+        """
+        counts = stats["counts"]
+        per_outcome, seed = self.funnel.samples_per_outcome, self.funnel.seed
+        self.funnel.merge(Funnel.from_json(counts, per_outcome, seed))
+        self.measures.merge(Measures.from_json(counts["measures"]))
+        merge_download_stats(self.download, counts["download"])
+        if counts["spotter"] is not None:
+            self.spotters[name_machine(counts["spotter"])] += 1
+        path = pathlib.Path(output + SECONDS_SUFFIX)
+        if path.exists():
+            self.add_seconds(json.loads(path.read_bytes()))
+
+    def add_seconds(self, seconds: Mapping[str, Any]) -> None:
+        """Adds the time of one shard, as `shard_log.py` wrote it."""
+        for name in ("pairs", "wall_secs", "cpu_secs"):
+            self.seconds[name] += seconds[name]
+        for stage, value in seconds["cpu_secs_of_stages"].items():
+            self.seconds[f"stage/{stage}"] += value
+
+    def merge(self, other: Report) -> None:
+        """Adds another job."""
+        self.jobs += other.jobs
+        self.funnel.merge(other.funnel)
+        self.measures.merge(other.measures)
+        if other.download:
+            merge_download_stats(self.download, other.download)
+        self.spotters.update(other.spotters)
+        self.seconds.update(other.seconds)
+        self.samples = choose_samples(
+            [*self.samples, *other.samples], max(self.samples_per_outcome, 1)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with the funnel as rows of counts and shares for people."""
+        return {
+            "version": _VERSION,
+            "jobs": self.jobs,
+            "funnel": [
+                {"stage": stage, "reason": reason, "pairs": pairs, "share": self.share(pairs)}
+                for stage, reason, pairs in self.funnel.rows()
+            ],
+            "throughput": self.throughput(),
+            "counts": self.funnel.to_json(),
+            "measures": self.measures.to_json(),
+            "download": self.download,
+            "spotters": dict(sorted(self.spotters.items())),
+            "warnings": self.warnings(),
+            "seconds": {k: round(v, 4) for k, v in sorted(self.seconds.items())},
+            "samples": self.samples,
+            "samples_per_outcome": self.samples_per_outcome,
+            "texts_per_outcome": self.funnel.samples_per_outcome,
+            "clean_label": self.clean_label,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Report:
+        """What `to_json` gave."""
+        return cls(
+            list(data["jobs"]),
+            Funnel.from_json(data["counts"], data["texts_per_outcome"], 0),
+            Measures.from_json(data["measures"]),
+            dict(data["download"]),
+            collections.Counter(data["spotters"]),
+            collections.Counter(data["seconds"]),
+            list(data["samples"]),
+            data["samples_per_outcome"],
+            data["clean_label"],
+        )
+
+    def warnings(self) -> list[str]:
+        """What a person should know before the pairs are used."""
+        return list(filter(None, [warn_of_machines(self.spotters)]))
+
+    def share(self, pairs: int) -> float:
+        """Of all pairs that came in."""
+        return pairs / self.funnel.read if self.funnel.read else 0.0
+
+    def throughput(self) -> dict[str, float]:
+        """Pairs per second of processor time, in all and by stage; stages count what they did."""
+        found = {}
+        for name, secs in sorted(self.seconds.items()):
+            is_stage = name.startswith("stage/") and name != "stage/loading"  # once in a process
+            if name == "cpu_secs" or is_stage:
+                pairs = self._pairs_of(name.removeprefix("stage/"))
+                if secs > 0 and pairs:
+                    found[name.removeprefix("stage/")] = round(pairs / secs, 2)
+        return found
+
+    def _pairs_of(self, stage: str) -> int:
+        """Pairs that came to a stage."""
+        dropped = {name: sum(found.values()) for name, found in self.funnel.dropped.items()}
+        after_source = self.funnel.read - dropped["source"]
+        after_captions = after_source - dropped["caption"]
+        after_images = after_captions - dropped["image"]
+        pairs = {"captions": after_source, "images": after_captions, "text": after_images}
+        return pairs.get(stage, self.funnel.kept if stage == "writing" else self.funnel.read)
+
+
+def gather_report(
+    tasks: Sequence[shards.ShardTask],
+    *,
+    job: dict[str, Any],
+    samples_per_outcome: int,
+    report_samples: int,
+    seed: int,
+    clean_label: str,
+) -> Report:
+    """Merges what lies beside the parts of a job, one part at a time.
+
+    Args:
+        tasks: those that are done.
+        job: its "input", "settings" and "config_hash".
+        samples_per_outcome: examples as text.
+        report_samples: examples with pictures.
+        seed: of the choice.
+        clean_label: the label of good pairs.
+    """
+    report = Report(
+        [], Funnel(samples_per_outcome, seed), samples_per_outcome=report_samples,
+        clean_label=clean_label,
+    )  # fmt: skip
+    for task in tasks:
+        report.add_shard(shards.read_json(task.stats_path), task.output)
+    report.jobs = [job | {"shards": len(tasks)}]
+    if report_samples:
+        files = (read_samples(pathlib.Path(task.output + SAMPLES_SUFFIX)) for task in tasks)
+        report.samples = choose_samples((s for file in files for s in file), report_samples)
+    return report
+
+
+def write_report(folder: str | pathlib.Path, report: Report) -> None:
+    """Writes `report.json` and `report.html` into a folder."""
+    from data_prep.reports.page import render_report
+
+    folder = pathlib.Path(folder)
+    shards.write_json(folder / REPORT, report.to_json())
+    write_atomically(folder / PAGE, render_report(report).encode("utf-8", "replace"))
+
+
+def read_report(folder: str | pathlib.Path) -> Report:
+    """Reads `report.json` of a folder.
+
+    Raises:
+        ValueError: there is none, or another version's.
+    """
+    path = pathlib.Path(folder) / REPORT
+    try:
+        data = json.loads(path.read_bytes())
+        if data["version"] != _VERSION:
+            raise ValueError(f"version {data['version']}")
+        return Report.from_json(data)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no report of `python -m data_prep.filter` ({type(error).__name__}: {error}); "
+            "run that command on the folder's input once more"
+        ) from error
+
+
+def merge_reports(folders: Sequence[str]) -> Report:
+    """Reads the reports of several folders as one."""
+    report, *others = map(read_report, folders)
+    for other in others:
+        report.merge(other)
+    return report
+
+
+def main() -> None:
+    """Merges the reports that the flags name."""
+    given = flags.FLAGS
+    report = merge_reports(given.inputs)
+    folder = pathlib.Path(given.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_report(folder, report)
+    print(report.funnel.format_table())
+    for warning in report.warnings():
+        logging.warning("%s", warning)
+    print(f"look at {folder / PAGE}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("inputs", None, "Folders with a report.json each.", required=True)
+    flags.DEFINE_string("output", None, "Folder for the merged report.", required=True)
+    command_line.run(main)

@@ -1,0 +1,1 @@
+"""From the input of a command to units of work."""

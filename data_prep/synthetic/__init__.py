@@ -1,0 +1,1 @@
+"""The synthetic web of the demo: scenes, captions, noise, and a teacher for it."""

@@ -1,0 +1,224 @@
+"""The demo's image teacher: a small convolutional network that has seen clean scenes only.
+
+    python -m data_prep.synthetic.teacher --images '/tmp/web/train-*.tar' --output /tmp/teacher.npz
+
+It is trained on freshly drawn scenes to tell which shapes, colours, sizes and textures are in the
+picture (the generator knows), then frozen; its features of the given pictures are written as
+`key` and `image_emb`, what `data_prep.label` takes as precomputed embeddings. Captions are never
+seen. Ours: it stands for the paper's SWAG teacher where everything has to run in minutes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import io
+import multiprocessing
+import os
+import pathlib
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags, logging
+from flax import nnx
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.synthetic import drawing, sampling
+from data_prep.synthetic.scenes import COLORS, SIZES, TEXTURES, Scene
+from data_prep.synthetic.shapes import SHAPES
+from diht_jax import command_line
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.images import decode
+from diht_jax.data.readers.registry import open_source
+
+CONCEPTS: tuple[str, ...] = (*SHAPES, *COLORS, *SIZES, *TEXTURES)
+
+BATCH = 64  # scenes of a step
+
+_SIDE = 64  # of the pictures it sees, px
+_DRAWN_SIDE = 128
+_LEARNING_RATE = 2e-3
+_CHUNK = 64
+_WIDTHS = (32, 64, 128, 128)
+
+
+class Network(nnx.Module):
+    """Strided convolutions, the largest value over places, and logits per concept on top.
+
+    The largest, not the mean: a shape is seen at one place, and a mean over the picture knows its
+    colour only.
+    """
+
+    def __init__(self, rngs: nnx.Rngs):
+        widths = (3, *_WIDTHS)
+        self.convolutions = nnx.List(
+            [
+                nnx.Conv(n, m, (3, 3), strides=2, rngs=rngs)
+                for n, m in zip(widths, widths[1:], strict=False)
+            ]
+        )
+        self.norms = nnx.List([nnx.GroupNorm(m, num_groups=8, rngs=rngs) for m in _WIDTHS])
+        self.head = nnx.Linear(_WIDTHS[-1], len(CONCEPTS), rngs=rngs)
+
+    def features(self, pictures: jax.Array) -> jax.Array:
+        """uint8 [b, s, s, 3] to float32 [b, d]."""
+        x = pictures.astype(jnp.float32) / 127.5 - 1.0
+        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            x = nnx.relu(norm(convolution(x)))
+        return x.max((1, 2))
+
+    def __call__(self, pictures: jax.Array) -> jax.Array:
+        """Logits [b, concepts]."""
+        return self.head(self.features(pictures))
+
+
+def train_teacher(num_scenes: int, epochs: int, seed: int, workers: int = 0) -> Network:
+    """A network trained on scenes of its own.
+
+    Args:
+        num_scenes: drawn, half of them of a single object.
+        epochs: over them.
+        seed: of scenes, parameters and order.
+        workers: processes that draw; 0 for one per core.
+    """
+    pictures, targets = draw_scenes(num_scenes, seed, workers)
+    network = Network(nnx.Rngs(seed))
+    steps = epochs * (num_scenes // BATCH)
+    schedule = optax.cosine_onecycle_schedule(max(1, steps), _LEARNING_RATE)
+    optimizer = nnx.Optimizer(network, optax.adam(schedule), wrt=nnx.Param)
+    order = np.random.default_rng(seed)
+    with tqdm(total=steps, unit="step", desc="teacher") as progress:
+        for _ in range(epochs):
+            places = order.permutation(num_scenes)[: num_scenes // BATCH * BATCH]
+            for batch in places.reshape(-1, BATCH):
+                loss = _update(network, optimizer, pictures[batch], targets[batch])
+                progress.update()
+                if progress.n % 20 == 0:
+                    progress.set_postfix_str(f"loss {float(loss):.3f}")
+    return network
+
+
+@nnx.jit
+def _update(network, optimizer, pictures, targets):
+    def loss_of(network):
+        logits = network(pictures)
+        return optax.sigmoid_binary_cross_entropy(logits, targets).sum(1).mean()
+
+    loss, gradients = nnx.value_and_grad(loss_of)(network)
+    optimizer.update(network, gradients)
+    return loss
+
+
+def embed(network: Network, pictures: np.ndarray) -> np.ndarray:
+    """float32 [n, d] of uint8 [n, s, s, 3]."""
+    apply = nnx.jit(Network.features)
+    return np.concatenate(
+        [np.asarray(apply(network, part)) for part in _split(pictures, 8 * BATCH)]
+    )
+
+
+def draw_scenes(num_scenes: int, seed: int, workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8 [n, s, s, 3], and which concepts are in them, float32 [n, concepts]."""
+    chunks = [range(i, min(i + _CHUNK, num_scenes)) for i in range(0, num_scenes, _CHUNK)]
+    # Spawned, not forked: JAX holds threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        workers or os.cpu_count() or 1, mp_context=context
+    ) as executor:
+        parts = list(
+            tqdm(
+                executor.map(functools.partial(_draw_chunk, seed), chunks),
+                total=len(chunks),
+                desc="scenes",
+                unit="chunk",
+            )
+        )
+    pictures, targets = zip(*parts, strict=True)
+    return np.concatenate(pictures), np.concatenate(targets)
+
+
+def _draw_chunk(seed: int, indices: range) -> tuple[np.ndarray, np.ndarray]:
+    scenes, pictures = [], []
+    for index in indices:
+        rng = np.random.default_rng([seed, zlib.crc32(b"teacher"), index])
+        scene = sampling.sample_single(rng) if index % 2 else sampling.sample_scene(rng)
+        scenes.append(scene)
+        pictures.append(shrink(drawing.render_scene(rng, scene, _DRAWN_SIDE)))
+    return np.stack(pictures), np.stack([concepts_in(scene) for scene in scenes])
+
+
+def concepts_in(scene: Scene) -> np.ndarray:
+    """Which of `CONCEPTS` a scene shows, float32 zeros and ones."""
+    shown = {
+        name for item in scene.objects for name in (item.shape, item.color, item.size, item.texture)
+    }
+    return np.array([name in shown for name in CONCEPTS], np.float32)
+
+
+def shrink(picture: Image.Image) -> np.ndarray:
+    """What the network sees of a picture."""
+    return np.asarray(picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX))
+
+
+def _split(array: np.ndarray, size: int) -> list[np.ndarray]:
+    return [array[i : i + size] for i in range(0, len(array), size)]
+
+
+def write_embeddings(
+    source: str, output: str | os.PathLike[str], *, num_scenes: int, epochs: int, seed: int
+) -> int:
+    """Trains a teacher and writes its embeddings of all pictures of a source.
+
+    Args:
+        source: of `diht_jax.data.readers.registry.open_source`.
+        output: npz file with `key` [n] and `image_emb` float32 [n, d].
+        num_scenes, epochs, seed: of `train_teacher`.
+
+    Returns:
+        The number of pictures.
+    """
+    network = train_teacher(num_scenes, epochs, seed)
+    keys, pictures = [], []
+    for pair in tqdm(open_source(source), unit="image", desc="embedding"):
+        keys.append(pair.key)
+        pictures.append(shrink(decode.decode_rgb(pair.image)))
+    buffer = io.BytesIO()
+    np.savez(buffer, key=np.array(keys), image_emb=embed(network, np.stack(pictures)))
+    output = pathlib.Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(output, buffer.getvalue())
+    return len(keys)
+
+
+def main() -> None:
+    """Writes what the flags ask for, unless it is there."""
+    given = flags.FLAGS
+    if pathlib.Path(given.output).exists():
+        logging.info("%s is there; delete it to have it made again", given.output)
+        return
+    number = write_embeddings(
+        given.images,
+        given.output,
+        num_scenes=given.num_scenes,
+        epochs=given.epochs,
+        seed=given.seed,
+    )
+    logging.info("%d embeddings in %s", number, given.output)
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("images", None, "Pictures to embed, as config.input of the filter.")
+    flags.DEFINE_string("output", None, "The npz file.")
+    flags.DEFINE_integer("num_scenes", 6000, "Scenes that the teacher is trained on.")
+    flags.DEFINE_integer("epochs", 5, "Over these scenes.")
+    flags.DEFINE_integer("seed", 1, "Of scenes, parameters and order.")
+    flags.mark_flags_as_required(["images", "output"])
+
+
+if __name__ == "__main__":
+    _define_flags()
+    command_line.run(main)

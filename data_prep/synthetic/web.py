@@ -1,0 +1,398 @@
+"""The embedded noisy web: image-text pairs made on the spot, with the noise of each pair labelled.
+
+Run as a command it writes a training set and three held-out sets as webdataset tars in
+img2dataset's layout (KEY.jpg or KEY.png, KEY.txt, KEY.json):
+
+    python -m data_prep.synthetic --output /tmp/web --num_pairs 4000 --seed 0
+
+    train-00000.tar ...   clean scenes and four kinds of noise; the json says which ("noise")
+    val_retrieval.tar     clean scenes whose relation, shapes and colours never occur in training
+    val_shape.tar         one object; "label" and "class_name" are its shape
+    val_color.tar         one object; "label" and "class_name" are its colour
+    val_*.templates.txt   prompts of the two, as `diht_jax.evaluate` takes them
+    synthetic.json        settings, class names, pairs of each kind
+
+Every pair is a function of (seed, set, index): the number of workers and of pairs per tar never
+changes it. Called by the demo and by tests. Choice, layout, drawing and words live in the modules
+`synthetic_sampling`, `synthetic_scenes`, `synthetic_drawing` and `synthetic_captions`. Ours, all of
+it: the paper has no synthetic data.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+from absl import flags, logging
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.synthetic import captions, drawing, sampling
+from data_prep.synthetic.scenes import COLORS
+from data_prep.synthetic.shapes import SHAPES
+from diht_jax import command_line
+from diht_jax.data.atomic_file import write_atomically
+
+CLEAN = "clean"
+NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")
+DEFAULT_NOISE = {
+    "product_title": 0.2,
+    "uninformative": 0.15,
+    "rendered_text": 0.1,
+    "mismatched": 0.05,
+}
+SHAPE_CLASSES: tuple[str, ...] = SHAPES
+COLOR_CLASSES: tuple[str, ...] = tuple(COLORS)
+MANIFEST_NAME = "synthetic.json"
+TEMPLATES_SUFFIX = ".templates.txt"
+
+# Raised whenever equal settings come to mean other pairs.
+_VERSION = 1
+_TRAIN, _RETRIEVAL, _SHAPE, _COLOR = "train", "val_retrieval", "val_shape", "val_color"
+_PNG_SHARE = 0.1
+_CHUNK = 32  # Pairs that a worker makes at a time.
+_TEMPLATES = {_SHAPE: captions.SHAPE_TEMPLATES, _COLOR: captions.COLOR_TEMPLATES}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is written; equal settings give equal bytes.
+
+    `noise` holds the share of each kind of `NOISE_KINDS` among the training pairs; kinds left out
+    do not occur, and the rest of the pairs is clean.
+    """
+
+    num_pairs: int = 4000
+    seed: int = 0
+    image_size: int = 128
+    noise: Mapping[str, float] = dataclasses.field(default_factory=lambda: dict(DEFAULT_NOISE))
+    pairs_per_tar: int = 500
+    num_retrieval: int = 500
+    num_classification: int = 480
+
+    def __post_init__(self):
+        for name in ("num_pairs", "num_retrieval", "num_classification", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.pairs_per_tar < 1:
+            raise ValueError(f"pairs_per_tar must be at least 1, got {self.pairs_per_tar}")
+        if self.image_size < 128:
+            raise ValueError(
+                f"image_size must be at least 128 for rendered text to be legible, got "
+                f"{self.image_size}; shrink the pictures in training instead"
+            )
+        for kind, share in self.noise.items():
+            if kind not in NOISE_KINDS:
+                raise ValueError(f"unknown kind of noise {kind!r}; known: {', '.join(NOISE_KINDS)}")
+            if not 0.0 <= share <= 1.0:
+                raise ValueError(f"the share of {kind} must lie in [0, 1], got {share}")
+        if sum(self.noise.values()) > 1.0 + 1e-9:
+            raise ValueError(f"the shares of noise sum to {sum(self.noise.values()):g}, above 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticPair:
+    """One sample of a tar: encoded picture with the ending of its name, caption and json data."""
+
+    key: str
+    image: bytes
+    extension: str
+    caption: str
+    metadata: dict
+
+
+def make_pair(settings: Settings, split: str, index: int) -> SyntheticPair:
+    """Makes the index-th pair of "train", "val_retrieval", "val_shape" or "val_color"."""
+    stream = functools.partial(_stream, settings.seed, split, index)
+    if split == _TRAIN:
+        kind = noise_kind(settings, index)
+        image, caption, facts = _TRAIN_MAKERS[kind](stream, settings.image_size)
+    else:
+        kind = CLEAN
+        image, caption, facts = _make_evaluation(stream, settings, split, index)
+    encoded, extension = _encode(stream("encoding"), image)
+    key = f"{split}-{index:08d}"
+    metadata = {
+        "key": key,
+        "caption": caption,
+        "status": "success",
+        "width": image.width,
+        "height": image.height,
+        "sha256": hashlib.sha256(encoded).hexdigest(),
+        "noise": kind,
+        **facts,
+    }
+    return SyntheticPair(key, encoded, extension, caption, metadata)
+
+
+def noise_kind(settings: Settings, index: int) -> str:
+    """The kind of a training pair: "clean" or one of `NOISE_KINDS`."""
+    draw = _stream(settings.seed, _TRAIN, index, "kind").random()
+    for kind in NOISE_KINDS:
+        draw -= settings.noise.get(kind, 0.0)
+        if draw < 0:
+            return kind
+    return CLEAN
+
+
+def _stream(seed: int, split: str, index: int, name: str) -> np.random.Generator:
+    """The random stream of one aspect of one pair; streams of other names do not disturb it."""
+    return np.random.default_rng([seed, zlib.crc32(f"{split}/{name}".encode()), index])
+
+
+def _make_clean(stream, side: int):
+    scene = sampling.sample_scene(stream("scene"))
+    image = drawing.render_scene(stream("drawing"), scene, side)
+    return image, captions.tell_scene(stream("caption"), scene), {"scene": scene.describe()}
+
+
+def _make_product_title(stream, side: int):
+    image, _, facts = _make_clean(stream, side)
+    return image, captions.write_product_title(stream("title")), facts
+
+
+def _make_uninformative(stream, side: int):
+    image, _, facts = _make_clean(stream, side)
+    return image, captions.write_uninformative(stream("filler")), facts
+
+
+def _make_rendered_text(stream, side: int):
+    scene = sampling.sample_scene(stream("scene"))
+    caption = captions.tell_scene(stream("caption"), scene)
+    image = drawing.render_text(stream("drawing"), caption, side)
+    return image, caption, {"scene": None, "caption_scene": scene.describe()}
+
+
+def _make_mismatched(stream, side: int):
+    scene = sampling.sample_scene(stream("scene"))
+    image = drawing.render_scene(stream("drawing"), scene, side)
+    rng = stream("other scene")
+    other = sampling.sample_scene(rng)
+    # No object of the caption is in the picture, so that the caption is plainly wrong.
+    while set(sampling.kinds(scene)) & set(sampling.kinds(other)):
+        other = sampling.sample_scene(rng)
+    facts = {"scene": scene.describe(), "caption_scene": other.describe()}
+    return image, captions.tell_scene(stream("caption"), other), facts
+
+
+_TRAIN_MAKERS = {
+    CLEAN: _make_clean,
+    "product_title": _make_product_title,
+    "uninformative": _make_uninformative,
+    "rendered_text": _make_rendered_text,
+    "mismatched": _make_mismatched,
+}
+
+
+def _make_evaluation(stream, settings: Settings, split: str, index: int):
+    if split == _RETRIEVAL:
+        scene = sampling.sample_held_out(stream("scene"), settings.seed, index)
+        label = {}
+    else:
+        name, classes = ("shape", SHAPE_CLASSES) if split == _SHAPE else ("color", COLOR_CLASSES)
+        number = index % len(classes)
+        scene = sampling.sample_single(stream("scene"), **{name: classes[number]})
+        label = {"label": number, "class_name": classes[number]}
+    image = drawing.render_scene(stream("drawing"), scene, settings.image_size)
+    caption = captions.tell_scene(stream("caption"), scene, complete=True)
+    return image, caption, {"scene": scene.describe(), **label}
+
+
+def _encode(rng: np.random.Generator, image: Image.Image) -> tuple[bytes, str]:
+    buffer = io.BytesIO()
+    if rng.random() < _PNG_SHARE:
+        image.save(buffer, "PNG", compress_level=3)
+        return buffer.getvalue(), "png"
+    image.save(buffer, "JPEG", quality=int(rng.integers(86, 96)))
+    return buffer.getvalue(), "jpg"
+
+
+def _make_chunk(settings: Settings, split: str, indices: Sequence[int]) -> list[SyntheticPair]:
+    return [make_pair(settings, split, index) for index in indices]
+
+
+def planned_tars(settings: Settings) -> dict[str, tuple[str, range]]:
+    """The tars of a set in the order of writing: name -> (split, indices of its pairs)."""
+    starts = range(0, settings.num_pairs, settings.pairs_per_tar)
+    plan = {
+        f"train-{number:05d}.tar": (
+            _TRAIN,
+            range(start, min(start + settings.pairs_per_tar, settings.num_pairs)),
+        )
+        for number, start in enumerate(starts)
+    }
+    plan["val_retrieval.tar"] = (_RETRIEVAL, range(settings.num_retrieval))
+    plan["val_shape.tar"] = (_SHAPE, range(settings.num_classification))
+    plan["val_color.tar"] = (_COLOR, range(settings.num_classification))
+    return {name: part for name, part in plan.items() if part[1]}
+
+
+def write_dataset(
+    settings: Settings, output: str | os.PathLike, *, workers: int = 0
+) -> dict[str, int]:
+    """Writes all tars and the manifest; tars that an interrupted run finished are kept.
+
+    Args:
+        settings: what to write.
+        output: directory; made when missing.
+        workers: processes; 0 for one per core. The files do not depend on it.
+
+    Returns:
+        The number of training pairs of each kind.
+
+    Raises:
+        ValueError: when the directory holds a set made with other settings.
+    """
+    available = sampling.count_held_out(settings.seed)
+    if settings.num_retrieval > available:
+        raise ValueError(
+            f"num_retrieval is {settings.num_retrieval}, but only {available} different scenes are "
+            "held out from training"
+        )
+    output = pathlib.Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    counts = collections.Counter(noise_kind(settings, i) for i in range(settings.num_pairs))
+    manifest = {
+        "version": _VERSION,
+        "settings": dataclasses.asdict(settings),
+        "counts": {kind: counts[kind] for kind in (CLEAN, *NOISE_KINDS)},
+        "shape_classes": SHAPE_CLASSES,
+        "color_classes": COLOR_CLASSES,
+    }
+    _claim_directory(output, manifest)
+    for split, templates in _TEMPLATES.items():
+        text = "".join(f"{template}\n" for template in templates)
+        write_atomically(output / f"{split}{TEMPLATES_SUFFIX}", text.encode())
+    plan = {k: v for k, v in planned_tars(settings).items() if not (output / k).exists()}
+    total = sum(len(indices) for _, indices in plan.values())
+    # One stream over all tars keeps the workers busy across the borders of tars.
+    pairs = _make_all(settings, list(plan.values()), workers or os.cpu_count() or 1)
+    with tqdm(total=total, unit="pair", desc="synthetic web") as progress:
+        for name, (_, indices) in plan.items():
+            _write_tar(output / name, itertools.islice(pairs, len(indices)), progress)
+    return manifest["counts"]
+
+
+def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
+    """Writes the manifest, or checks that the one already there is the same."""
+    path = output / MANIFEST_NAME
+    text = json.dumps(manifest, indent=2) + "\n"
+    if path.exists():
+        if path.read_text() != text:
+            raise ValueError(
+                f"{output} holds a synthetic set made with other settings (see {path}); "
+                "give another --output, or delete the directory"
+            )
+        return
+    strangers = sorted(p.name for p in output.glob("*.tar"))
+    if strangers:
+        raise ValueError(
+            f"{output} holds {strangers[0]} but no {MANIFEST_NAME}, so the tars are of unknown "
+            "origin; give another --output"
+        )
+    write_atomically(path, text.encode())
+
+
+def _make_all(
+    settings: Settings, parts: Sequence[tuple[str, range]], workers: int
+) -> Iterator[SyntheticPair]:
+    chunks = [
+        (split, indices[start : start + _CHUNK])
+        for split, indices in parts
+        for start in range(0, len(indices), _CHUNK)
+    ]
+    workers = min(workers, len(chunks))
+    if workers <= 1:
+        for split, indices in chunks:
+            yield from _make_chunk(settings, split, indices)
+        return
+    # Spawned, not forked: the caller may hold threads (JAX does).
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
+        splits, indices = zip(*chunks, strict=True)
+        for pairs in executor.map(_make_chunk, itertools.repeat(settings), splits, indices):
+            yield from pairs
+
+
+def _write_tar(path: pathlib.Path, pairs: Iterable[SyntheticPair], progress: tqdm) -> None:
+    """Writes one tar under a temporary name and renames it when it is whole."""
+    temporary = path.with_suffix(".tar.tmp")
+    with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for pair in pairs:
+            members = {
+                pair.extension: pair.image,
+                "txt": pair.caption.encode(),
+                "json": json.dumps(pair.metadata).encode(),
+            }
+            for extension, data in members.items():
+                member = tarfile.TarInfo(f"{pair.key}.{extension}")  # Time and owner stay 0.
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+            progress.update()
+    temporary.rename(path)
+
+
+def _parse_noise(items: Sequence[str]) -> dict[str, float]:
+    """Reads KIND=SHARE items."""
+    shares = {}
+    for item in items:
+        kind, _, share = item.partition("=")
+        try:
+            shares[kind] = float(share)
+        except ValueError:
+            raise ValueError(
+                f"--noise takes KIND=SHARE,... (as mismatched=0.1), got {item!r}"
+            ) from None
+    return shares
+
+
+def define_flags() -> None:
+    """Defines the flags of the command; only as a command, so that imports stay free of them."""
+    defaults = Settings()
+    flags.DEFINE_string("output", None, "Directory to write to.", required=True)
+    flags.DEFINE_integer("num_pairs", defaults.num_pairs, "Training pairs, clean and noisy.")
+    flags.DEFINE_integer("seed", defaults.seed, "Seed of everything; same seed, same bytes.")
+    flags.DEFINE_integer("image_size", defaults.image_size, "Side of the pictures in pixels.")
+    flags.DEFINE_list(
+        "noise",
+        [f"{kind}={share}" for kind, share in defaults.noise.items()],
+        "Shares of the kinds of noise among the training pairs, KIND=SHARE,...; the kinds are "
+        f"{', '.join(NOISE_KINDS)}; empty for none.",
+    )
+    flags.DEFINE_integer("pairs_per_tar", defaults.pairs_per_tar, "Training pairs per tar.")
+    flags.DEFINE_integer("num_retrieval", defaults.num_retrieval, "Pairs of val_retrieval.tar.")
+    flags.DEFINE_integer(
+        "num_classification",
+        defaults.num_classification,
+        "Pairs of val_shape.tar and of val_color.tar.",
+    )
+    flags.DEFINE_integer("workers", 0, "Processes; 0 for one per core.")
+
+
+def main() -> None:
+    """Writes the data set that the flags describe and prints the pairs of each kind."""
+    given = flags.FLAGS
+    names = [field.name for field in dataclasses.fields(Settings) if field.name != "noise"]
+    settings = Settings(
+        noise=_parse_noise(given.noise), **{name: getattr(given, name) for name in names}
+    )
+    counts = write_dataset(settings, given.output, workers=given.workers)
+    logging.info("%d training pairs in %s", settings.num_pairs, given.output)
+    for kind, count in counts.items():
+        print(f"{kind:14s} {count:7d}  {count / max(settings.num_pairs, 1):6.1%}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,1 @@
+"""Frozen image models whose embeddings the concept heads are trained on."""

@@ -1,0 +1,144 @@
+"""What all teachers have in common, and the work around those that look at pictures.
+
+The kinds build on it (`swag_teacher.py`, `torch_teacher.py`, `precomputed.py`); `teachers.py` is
+the way in for everybody else.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+
+from diht_jax.data.images import transforms
+from diht_jax.data.images.decode import ImageError, decode_rgb
+from diht_jax.data.records.schema import Record
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_MAX_DECODING_THREADS = 16
+
+# The embedding of a record, or why it has none.
+Embedded = np.ndarray | str
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherInfo:
+    """About a teacher, before it is loaded.
+
+    Attributes:
+        identity: what decides the embeddings, JSON-able.
+        in_this_process: whether it wants all of the machine, rather than one core of many.
+        licence: of what it makes, where that is restricted.
+    """
+
+    identity: dict[str, Any]
+    in_this_process: bool
+    licence: str | None = None
+
+
+class Teacher(abc.ABC):
+    """A frozen model.
+
+    Attributes:
+        info: about it.
+    """
+
+    info: TeacherInfo
+
+    @abc.abstractmethod
+    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        """Yields, chunk by chunk and in order, float32 [d] or the reason why there is none."""
+
+
+class ImageTeacher(Teacher):
+    """A teacher that looks at pictures; decodes the next batch while it works on one."""
+
+    def __init__(
+        self,
+        encode: Callable[[np.ndarray], Any],
+        info: TeacherInfo,
+        *,
+        image_size: int,
+        batch_size: int,
+    ):
+        """Wraps a function.
+
+        Args:
+            encode: uint8 [batch_size, size, size, 3] -> array, float [batch_size, d].
+            info: about it.
+            image_size: in pixels.
+            batch_size: images at once; the last batch is filled up.
+        """
+        self.info = info
+        self.encode = encode
+        self._image_size = image_size
+        self._batch_size = batch_size
+
+    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        threads = min(_MAX_DECODING_THREADS, len(os.sched_getaffinity(0)))
+        ahead: collections.deque[list[futures.Future]] = collections.deque()
+        pool = futures.ThreadPoolExecutor(threads if self.info.in_this_process else 1)
+        try:
+            for chunk in chunks(records, self._batch_size):
+                ahead.append([pool.submit(self._prepare, record.image) for record in chunk])
+                if len(ahead) > 1:
+                    yield self._embed_chunk(ahead.popleft())
+            while ahead:
+                yield self._embed_chunk(ahead.popleft())
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self, data: bytes) -> np.ndarray | str:
+        try:
+            return transforms.eval_transform(decode_rgb(data), self._image_size)
+        except ImageError as error:
+            return f"image_{error.reason}"
+
+    def _embed_chunk(self, prepared: Sequence[futures.Future]) -> list[Embedded]:
+        results = [future.result() for future in prepared]
+        good = [i for i, result in enumerate(results) if not isinstance(result, str)]
+        side = self._image_size
+        images = np.zeros((self._batch_size, side, side, 3), np.uint8)
+        for place, i in enumerate(good):
+            images[place] = results[i]
+        if good:
+            embeddings = np.asarray(self.encode(images), np.float32)
+            self._check(embeddings, len(good))
+            for place, i in enumerate(good):
+                results[i] = embeddings[place]
+        return results
+
+    def _check(self, embeddings: np.ndarray, num_good: int) -> None:
+        if embeddings.ndim != 2 or len(embeddings) != self._batch_size:
+            raise ValueError(
+                f"the teacher {self._name()} gave {list(embeddings.shape)} for "
+                f"{self._batch_size} images; expected [{self._batch_size}, d]: one vector an image"
+            )
+        if not np.isfinite(embeddings[:num_good]).all():
+            raise ValueError(
+                f"the teacher {self._name()} gave values that are not finite; its "
+                "weights or its dtype are wrong"
+            )
+
+    def _name(self) -> str:
+        return self.info.identity.get("function") or self.info.identity["kind"]
+
+
+def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    """Lists of `size` records; the last one may be shorter."""
+    chunk: list[Record] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

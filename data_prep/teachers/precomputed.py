@@ -1,0 +1,221 @@
+"""Embeddings that somebody has computed before, found by the key of a record.
+
+`teachers.py` calls it for `config.teacher.kind="precomputed"`. Files are npz (arrays `key` [n] and
+`image_emb` [n, d]) or parquet (the same columns), such as `python -m diht_jax.embed` writes them.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, chunks
+from diht_jax.data.readers.array_files import read_npz_array
+from diht_jax.data.records.schema import Record
+
+SUFFIXES = (".npz", ".parquet")
+_OPEN_FILES = 4
+
+
+class EmbeddingTable:
+    """Embeddings by key. All keys are held in memory, and the embeddings of a few files."""
+
+    def __init__(self, files: str | None, key_field: str, embedding_field: str):
+        """Reads the keys.
+
+        Args:
+            files: a file, a folder or a glob.
+            key_field: array or column with the keys, text or bytes.
+            embedding_field: array [n, d], or column of lists of one length.
+
+        Raises:
+            ValueError: nothing is found, a file is damaged or lacks a field, or a key occurs twice.
+        """
+        self._fields = key_field, embedding_field
+        self._paths = _find_files(files)
+        self._places: dict[str, tuple[int, int]] = {}
+        self._open: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
+        self._dim: int | None = None
+        self._lengths: list[int] = []
+        for number, path in enumerate(self._paths):
+            keys = _read_keys(path, key_field)
+            self._lengths.append(len(keys))
+            if not keys:
+                self._load(path, 0)  # empty as well, or else nobody would ever look at it
+            for row, key in enumerate(keys):
+                if key in self._places:
+                    first = self._paths[self._places[key][0]]
+                    raise ValueError(
+                        f"{path}: key '{key}' stands in '{first}' as well; every key must have one "
+                        "embedding"
+                    )
+                self._places[key] = number, row
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def get(self, key: str) -> np.ndarray | None:
+        """float32 [d], or None where no file has the key.
+
+        Raises:
+            ValueError: the values of its file are no embeddings, or of another size than before.
+        """
+        place = self._places.get(key)
+        if place is None:
+            return None
+        number, row = place
+        if number not in self._open:
+            self._open[number] = self._load(self._paths[number], self._lengths[number])
+            if len(self._open) > _OPEN_FILES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number][row]
+
+    def _load(self, path: str, num_keys: int) -> np.ndarray:
+        values = _read_embeddings(path, self._fields[1])
+        if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating) or not values.shape[1]:
+            raise ValueError(
+                f"{path}: '{self._fields[1]}' is {values.dtype} {list(values.shape)}; expected "
+                "floating-point [n, d]"
+            )
+        if len(values) != num_keys:
+            raise ValueError(f"{path}: {num_keys} keys, but {len(values)} embeddings")
+        if not num_keys:
+            return values
+        if self._dim not in (None, values.shape[1]):
+            raise ValueError(
+                f"{path}: embeddings of size {values.shape[1]}, of other files {self._dim}"
+            )
+        with np.errstate(over="ignore"):
+            values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{path}: some embeddings are not finite in float32")
+        self._dim = values.shape[1]
+        return values
+
+
+class PrecomputedTeacher(Teacher):
+    """A table as a teacher; no image is looked at."""
+
+    def __init__(self, table: EmbeddingTable, info: TeacherInfo, batch_size: int):
+        self.info = info
+        self._table = table
+        self._batch_size = batch_size
+
+    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        for chunk in chunks(records, self._batch_size):
+            found = [self._table.get(record.key) for record in chunk]
+            yield ["no_embedding" if vector is None else vector for vector in found]
+
+
+def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
+    """Names, sizes and times of the files.
+
+    Args:
+        config: section `teacher.precomputed`.
+    """
+    identity = {
+        "kind": "precomputed",
+        "files": [_identify(path) for path in _find_files(config.files)],
+        "fields": [config.key_field, config.embedding_field],
+    }
+    return TeacherInfo(identity, in_this_process=True)  # one copy of the table
+
+
+def load(config: ml_collections.ConfigDict, batch_size: int) -> PrecomputedTeacher:
+    """Reads the keys.
+
+    Args:
+        config: section `teacher.precomputed`.
+        batch_size: records at once.
+    """
+    table = EmbeddingTable(config.files, config.key_field, config.embedding_field)
+    return PrecomputedTeacher(table, describe(config), batch_size)
+
+
+def _identify(path: str) -> Sequence[Any]:
+    stat = os.stat(path)
+    return [os.path.abspath(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _find_files(files: str | None) -> list[str]:
+    if not files:
+        raise ValueError(
+            "config.teacher.precomputed.files is not set: expected npz or parquet files with keys "
+            "and embeddings, such as those of `python -m diht_jax.embed`"
+        )
+    if os.path.isdir(files):
+        candidates = sorted(entry.path for entry in os.scandir(files))
+    else:
+        candidates = sorted(glob.glob(files, recursive=True))
+    found = [path for path in candidates if path.endswith(SUFFIXES) and os.path.isfile(path)]
+    if not found:
+        raise ValueError(
+            f"config.teacher.precomputed.files='{files}': no {' or '.join(SUFFIXES)} file there"
+        )
+    return found
+
+
+def _read_keys(path: str, field: str) -> list[str]:
+    values = _read_field(path, field)
+    if getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"{path}: '{field}' has the shape {list(values.shape)}; expected [n]")
+    keys = values.tolist() if isinstance(values, np.ndarray) else values.to_pylist()
+    for row, key in enumerate(keys):
+        if isinstance(key, bytes):
+            try:
+                keys[row] = key.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: '{field}' of row {row} is no UTF-8 ({error})") from error
+        elif isinstance(key, int) and not isinstance(key, bool):
+            keys[row] = str(key)
+        elif not isinstance(key, str):
+            raise ValueError(f"{path}: '{field}' of row {row} is {key!r:.80}; expected a text")
+    return keys
+
+
+def _read_embeddings(path: str, field: str) -> np.ndarray:
+    values = _read_field(path, field)
+    if isinstance(values, np.ndarray):
+        return values
+    import pyarrow.types
+
+    kind = values.type
+    is_list = any(
+        check(kind)
+        for check in (
+            *(pyarrow.types.is_list, pyarrow.types.is_large_list),
+            pyarrow.types.is_fixed_size_list,
+        )
+    )
+    if not is_list or not pyarrow.types.is_floating(kind.value_type):
+        raise ValueError(f"{path}: '{field}' is {kind}; expected lists of floating-point numbers")
+    if values.null_count:
+        raise ValueError(f"{path}: '{field}' is empty (null) in {values.null_count} rows")
+    lengths = {len(row) for row in values.to_pylist()}
+    if len(lengths) > 1:
+        raise ValueError(f"{path}: '{field}' has rows of several lengths: {sorted(lengths)[:5]}")
+    # A number that is missing becomes NaN here, which the caller refuses.
+    flat = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in values.chunks]
+    return np.concatenate(flat).reshape(len(values), -1) if lengths else np.zeros((0, 1), "f4")
+
+
+def _read_field(path: str, field: str) -> Any:
+    """A NumPy array of an npz, or a chunked array of a parquet file."""
+    if path.endswith(".npz"):
+        return read_npz_array(path, field)
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path, columns=[field])[field]
+    except KeyError as error:
+        raise ValueError(f"{path}: no field '{field}' ({error})") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: cannot be read as parquet: {error}") from error

@@ -1,0 +1,141 @@
+"""The paper's teacher: SWAG's vision transformer in Flax, on all local devices.
+
+`teachers.py` calls it for `config.teacher.kind="swag"`. The network is in `diht_jax.models.swag`.
+The licence of its weights is CC-BY-NC 4.0: they and labels made with them are for non-commercial
+use only.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import re
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import logging
+
+from data_prep.teachers.base import IMAGENET_MEAN, IMAGENET_STD, ImageTeacher, TeacherInfo
+from diht_jax.data.images import transforms
+
+WEIGHTS_VARIABLE = "DIHT_JAX_SWAG_WEIGHTS"
+
+
+def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
+    """Finds the weights.
+
+    Args:
+        config: section `teacher.swag`.
+
+    Raises:
+        ValueError: there is no such file, or it is not the one that its name says.
+    """
+    from diht_jax.weights import swag_layout
+    from diht_jax.weights.releases import hash_file
+
+    path = _find_weights(config)
+    sha256 = hash_file(path)
+    named = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
+    if named and not sha256.startswith(named[1]):
+        raise ValueError(
+            f"{path}: its SHA-256 starts with {sha256[:8]}, its name says {named[1]}; download it "
+            "again"
+        )
+    identity = {
+        "kind": "swag",
+        "architecture": config.architecture,
+        "heads": config.heads,
+        "weights_sha256": sha256,
+        "dtype": config.dtype,
+    }
+    return TeacherInfo(identity, in_this_process=True, licence=swag_layout.LICENCE)
+
+
+def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
+    """The network with its weights: batches are split over the devices, parameters copied.
+
+    Args:
+        config: section `teacher.swag`.
+        batch_size: images at once, rounded up to the number of devices.
+    """
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from diht_jax.models.swag import swag_definition
+
+    info = describe(config)
+    path = _find_weights(config)
+    arch, params = read_weights(path, config.architecture, config.heads)
+    logging.info("teacher: %s; licence: %s", path, info.licence)
+    mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
+    batches = NamedSharding(mesh, PartitionSpec("data"))
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    graphdef, _ = swag_definition(arch, config.dtype)
+    run = jax.jit(functools.partial(_encode, graphdef, config.dtype), out_shardings=batches)
+    return ImageTeacher(
+        lambda images: run(params, jax.device_put(images, batches)),
+        info,
+        image_size=arch.image_size,
+        batch_size=-(-batch_size // mesh.size) * mesh.size,
+    )
+
+
+def read_weights(
+    path: pathlib.Path, architecture: str | None, heads: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Reads torchvision's weights of a vision transformer.
+
+    Args:
+        path: of the state dict; nothing but tensors is read from it.
+        architecture: "vit_b_16", "vit_l_16" or "vit_h_14"; None takes what the file has.
+        heads: of attention; None takes those of the width.
+
+    Returns:
+        `SwagArchitecture`, whose image size is the file's, and the parameters.
+
+    Raises:
+        ValueError: the file holds another network.
+    """
+    from diht_jax.models.swag import ARCHITECTURES
+    from diht_jax.weights import swag_layout
+    from diht_jax.weights.tensor_files import read_tensors
+
+    if architecture not in (None, *ARCHITECTURES):
+        raise ValueError(
+            f"config.teacher.swag.architecture='{architecture}'; expected one of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    arch, params = swag_layout.from_torchvision(read_tensors(path).tensors, str(path), heads)
+    expected = ARCHITECTURES.get(architecture, arch)
+    for field in ("patch_size", "layers", "width"):
+        if getattr(arch, field) != getattr(expected, field):
+            raise ValueError(
+                f"{path} is no {architecture}: {field} is {getattr(arch, field)}, expected "
+                f"{getattr(expected, field)}; change config.teacher.swag.architecture"
+            )
+    return arch, params
+
+
+def _encode(graphdef: Any, dtype: str, params: Any, images: Any) -> Any:
+    from flax import nnx
+
+    pixels = transforms.normalize(images, dtype, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return nnx.merge(graphdef, params)(pixels).astype(np.float32)
+
+
+def _find_weights(config: ml_collections.ConfigDict) -> pathlib.Path:
+    from diht_jax.weights.swag_layout import LICENCE, URLS
+
+    text = config.weights or os.environ.get(WEIGHTS_VARIABLE)
+    path = pathlib.Path(text) if text else None
+    if path is None or not path.is_file():
+        found = f"'{path}' is no file" if path else "it is not set"
+        raise ValueError(
+            f"config.teacher.swag.weights (or ${WEIGHTS_VARIABLE}): {found}; expected the weights "
+            f"that torchvision has of {config.architecture or 'a vision transformer'}, to be "
+            f"downloaded from {URLS.get(config.architecture, ', '.join(URLS.values()))}. "
+            f"Licence: {LICENCE}"
+        )
+    return path

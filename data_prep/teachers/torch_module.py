@@ -1,0 +1,117 @@
+"""Any torch module as a teacher, built by a function `module:function`.
+
+`teachers.py` calls it for `config.teacher.kind="torch"`; `efficientnet_lite.py` is an example of
+such a function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from data_prep.teachers.base import ImageTeacher, TeacherInfo
+from diht_jax.data.images import transforms
+
+
+def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
+    """Builds the module, whose parameters belong to its identity.
+
+    Args:
+        config: section `teacher.torch`.
+
+    Raises:
+        ValueError: the function is missing or returns no torch module.
+    """
+    import torch
+
+    identity = {
+        "kind": "torch",
+        "function": config.function,
+        "weights_sha256": _hash_state(_build(config.function)),
+        "image_size": config.image_size,
+        "mean": list(config.mean),
+        "std": list(config.std),
+    }
+    return TeacherInfo(identity, in_this_process=torch.cuda.is_available())
+
+
+def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
+    """The module on the GPU where there is one, else on the CPU.
+
+    Args:
+        config: section `teacher.torch`. The module takes float32 [b, 3, size, size], normalised
+            with `mean` and `std`, and returns [b, d].
+        batch_size: images at once.
+    """
+    import torch
+
+    info = describe(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module = _build(config.function).eval().requires_grad_(False).to(device)
+    mean, std = tuple(config.mean), tuple(config.std)
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        pixels = transforms.normalize(images, mean=mean, std=std).transpose(0, 3, 1, 2)
+        with torch.inference_mode(), _one_thread(torch):
+            return module(torch.from_numpy(np.ascontiguousarray(pixels)).to(device)).cpu().numpy()
+
+    return ImageTeacher(encode, info, image_size=config.image_size, batch_size=batch_size)
+
+
+@contextlib.contextmanager
+def _one_thread(torch: Any) -> Iterator[None]:
+    # Workers are the parallelism on a CPU; with one thread in each, sums are added up in the same
+    # order in any of them, and in this process.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@functools.lru_cache(maxsize=1)
+def _build(spec: str | None) -> Any:
+    import torch
+
+    module = _call_function(spec)
+    if not isinstance(module, torch.nn.Module):
+        raise ValueError(
+            f"config.teacher.torch.function='{spec}' returned a {type(module).__name__}; expected "
+            "a torch.nn.Module"
+        )
+    return module
+
+
+def _hash_state(module: Any) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).to(torch.float64).numpy().data)
+    return digest.hexdigest()
+
+
+def _call_function(spec: str | None) -> Any:
+    module_name, colon, name = (spec or "").partition(":")
+    if not (module_name and colon and name):
+        raise ValueError(
+            f"config.teacher.torch.function={spec!r}; expected module:function, such as "
+            "data_prep.teachers.efficientnet_lite:build"
+        )
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"config.teacher.torch.function='{spec}' cannot be imported ({error}); the module "
+            "must be on PYTHONPATH or installed"
+        ) from error
+    return function()

@@ -1,0 +1,130 @@
+"""What was spotted in each picture, kept on disk, so that thresholds can be replayed.
+
+`text_spotting.py` reads and fills it. A file belongs to one input shard and to one set of OCR
+settings; an entry belongs to the bytes of one picture. Thresholds of the decision are no part of
+it. The files are appended to and never rewritten: a killed run keeps what it had spotted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+from typing import Any
+
+from data_prep.text_spotting.ocr import Box
+from diht_jax.data.atomic_file import write_atomically
+
+
+@dataclasses.dataclass
+class Reading:
+    """What is known of one picture; None is what nobody has looked for.
+
+    Attributes:
+        gates: px of the longer side -> highest character score at that low resolution.
+        boxes: lines of text, in px.
+        texts: for each box, text and confidence; None for a box that was not read.
+    """
+
+    gates: dict[int, float] = dataclasses.field(default_factory=dict)
+    boxes: list[Box] | None = None
+    texts: list[tuple[str, float] | None] = dataclasses.field(default_factory=list)
+
+    def copy(self) -> Reading:
+        """One whose changes do not show here."""
+        return Reading(dict(self.gates), self.boxes, list(self.texts))
+
+
+def hash_image(data: bytes) -> str:
+    """The name of a picture in the cache: 32 hexadecimal digits of its encoded bytes."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def name_shard(path: str, start: int, stop: int | None) -> str:
+    """The name of a shard's file; it does not depend on the folder in which the shard lies.
+
+    Args:
+        path: of the input shard.
+        start: where the part begins.
+        stop: where it ends.
+    """
+    base = os.path.basename(path.rstrip("/"))
+    part = zlib.crc32(f"{base}\n{start}\n{stop}".encode())
+    return f"{base}-{part:08x}"
+
+
+class SpotCache:
+    """The readings of one shard.
+
+    Two shards of one name share a file; entries are added in whole lines, so that this costs
+    memory only.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], settings: dict[str, Any], shard: str):
+        """Opens the file, or begins a new one.
+
+        Args:
+            folder: of the cache; made if missing.
+            settings: JSON-able, all that the readings depend on.
+            shard: of `name_shard`.
+        """
+        text = json.dumps(settings, indent=1, sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        directory = pathlib.Path(folder) / digest
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / "settings.json").exists():  # for people
+            write_atomically(directory / "settings.json", f"{text}\n".encode())
+        self.path = directory / f"{shard}.jsonl"
+        self._readings: dict[str, Reading] = {}
+        self._lines: list[str] = []
+        self._load()
+
+    def __len__(self) -> int:
+        return len(self._readings)
+
+    def get(self, image: str) -> Reading:
+        """A reading to be completed by the caller; an empty one for an unknown picture.
+
+        Args:
+            image: of `hash_image`.
+        """
+        known = self._readings.get(image)
+        if known is None:
+            return Reading()
+        return known.copy()
+
+    def put(self, image: str, reading: Reading) -> None:
+        """Replaces what is known of a picture, on disk after the next `flush`."""
+        if self._readings.get(image) == reading:
+            return
+        self._readings[image] = reading.copy()
+        entry = {"image": image, **dataclasses.asdict(reading)}
+        self._lines.append(json.dumps(entry, ensure_ascii=False, separators=(",", ":")) + "\n")
+
+    def flush(self) -> None:
+        """Appends what is new to the file."""
+        if self._lines:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write("".join(self._lines).encode())
+            self._lines = []
+
+    def _load(self) -> None:
+        if not self.path.exists():
+            return
+        data = self.path.read_bytes()
+        for line in data.splitlines():
+            try:
+                entry = json.loads(line)
+                boxes = entry["boxes"]
+                self._readings[entry["image"]] = Reading(
+                    {int(side): score for side, score in entry["gates"].items()},
+                    None if boxes is None else [tuple(box) for box in boxes],
+                    [None if text is None else tuple(text) for text in entry["texts"]],
+                )
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue  # The end of a killed run; what it held is spotted again.
+        if data and not data.endswith(b"\n"):
+            self._lines.append("\n")

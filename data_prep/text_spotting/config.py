@@ -1,0 +1,175 @@
+"""Text-spotting as a stage of the filter: its config section, and what it counts.
+
+`cat.py` calls it. Decisions are made in `text_spotting.py`; records are not written here.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from data_prep.text_spotting.cache import SpotCache, name_shard
+from data_prep.text_spotting.ocr import PRECISIONS, OcrSettings, resolve
+from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
+from diht_jax.data.readers.base import SourceShard
+
+STAGE = "text"
+REASON = "shows_caption"
+
+# Of the section, what says where and how fast, but not what is written.
+NOT_HASHED = ("cache", "device", "batch_size", "stop_at_match")
+
+
+def default_spotter() -> ml_collections.ConfigDict:
+    """The config section `spotter`, with the calibrated defaults of docs/data.md."""
+    s = Settings()
+    c = ml_collections.ConfigDict()
+    # The match.
+    c.min_confidence = s.min_confidence  # of a line, 0 to 1, on EasyOCR's scale
+    c.min_chars = s.min_chars  # run of characters that line and caption share
+    c.misread_min_chars = placeholder(int)  # such a run with one character misread; None: never
+    if s.misread_min_chars is not None:
+        c.misread_min_chars = s.misread_min_chars
+    # Detection.
+    c.canvas_size = s.ocr.canvas_size  # px of the longer side; larger pictures are shrunk
+    c.text_threshold = s.ocr.text_threshold  # these three as in EasyOCR
+    c.low_text = s.ocr.low_text
+    c.link_threshold = s.ocr.link_threshold
+    # The first look at low resolution.
+    c.gate_size = s.gate_size  # px of the longer side; 0: no first look
+    c.gate_score = s.gate_score  # 0 to 1; pictures below are taken to hold no text
+    c.audit_share = s.audit_share  # of those, how many are read all the same, to count the misses
+    # Speed.
+    c.precision = s.ocr.precision  # "bfloat16", "float32"; "auto": what the device is fast at
+    c.device = s.ocr.device  # "cpu", "cuda", "cuda:N", "mps"; "auto": a GPU where there is one
+    c.batch_size = s.batch_size  # pictures decoded and looked at together
+    c.stop_at_match = s.stop_at_match  # leave the other lines unread; False: the cache is complete
+    c.cache = placeholder(str)  # folder that keeps what was read; None: nothing is kept
+    return c
+
+
+def check_spotter(config: ml_collections.ConfigDict) -> None:
+    """Checks what types cannot tell.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    for name in ("canvas_size", "min_chars", "misread_min_chars", "batch_size"):
+        value = config[name]
+        if value is not None and value < 1:
+            raise ValueError(f"config.spotter.{name}={value}; expected at least 1")
+    if not 0 <= config.gate_size < config.canvas_size:
+        raise ValueError(
+            f"config.spotter.gate_size={config.gate_size}; expected less than canvas_size="
+            f"{config.canvas_size}, or 0 for no first look"
+        )
+    shares = ("min_confidence", "text_threshold", "low_text", "link_threshold", "gate_score")
+    for name in (*shares, "audit_share"):
+        if not 0 <= config[name] <= 1:
+            raise ValueError(f"config.spotter.{name}={config[name]}; expected 0 to 1")
+    if config.precision not in PRECISIONS:
+        raise ValueError(
+            f"config.spotter.precision='{config.precision}'; expected one of "
+            f"{', '.join(PRECISIONS)}"
+        )
+
+
+def read_settings(config: ml_collections.ConfigDict, max_pixels: int) -> Settings:
+    """The section as `text_spotting.Settings`.
+
+    Args:
+        config: of `default_spotter`.
+        max_pixels: of a picture that is still decoded.
+    """
+    values = config.to_dict() | {"max_pixels": max_pixels}
+    names = {field.name for field in dataclasses.fields(OcrSettings)}
+    ocr = OcrSettings(**{name: values.pop(name) for name in names})
+    values.pop("cache")
+    return Settings(ocr=ocr, **values)
+
+
+def open_spotter(
+    config: ml_collections.ConfigDict, max_pixels: int, source: SourceShard
+) -> TextSpotter:
+    """The spotter for one shard, with its part of the cache.
+
+    Args:
+        config: of `default_spotter`.
+        max_pixels: of a picture that is still decoded.
+        source: what is read.
+
+    Raises:
+        ValueError: there is a cache, but no EasyOCR.
+    """
+    settings = read_settings(config, max_pixels)
+    if config.cache is None:
+        return TextSpotter(settings)
+    shard = name_shard(source.path, source.start, source.stop)
+    return TextSpotter(settings, SpotCache(config.cache, settings.describe_readings(), shard))
+
+
+def describe_machine(settings: Settings) -> dict[str, str]:
+    """What "auto" means where this runs: precision and kind of device, on which readings depend.
+
+    Args:
+        settings: of the spotter.
+
+    Raises:
+        ValueError: a setting cannot be met on this machine.
+    """
+    resolved = resolve(settings.ocr)
+    return {"precision": resolved.precision, "device": resolved.device.partition(":")[0]}
+
+
+def name_machine(described: Mapping[str, str]) -> str:
+    """What `describe_machine` gave, for people: "bfloat16 on cpu"."""
+    return f"{described['precision']} on {described['device']}"
+
+
+def warn_of_machines(machines: Mapping[str, int]) -> str | None:
+    """What to say when shards of one job were read on machines that round differently.
+
+    Args:
+        machines: of `name_machine` -> shards.
+
+    Returns:
+        None where all of them were alike.
+    """
+    if len(machines) < 2:
+        return None
+    counts = ", ".join(f"{name} ({count:,} shards)" for name, count in sorted(machines.items()))
+    return (
+        f"text was read with different rounding, {counts}: another run, on other machines, may "
+        "decide differently about a few pairs; name config.spotter.precision and device to avoid it"
+    )
+
+
+def count_verdicts(verdicts: Sequence[Verdict]) -> collections.Counter[str]:
+    """What the stage did: "no_run", "gated", "read", and of the gated "audited" and "missed"."""
+    counts: collections.Counter[str] = collections.Counter()
+    for verdict in verdicts:
+        if verdict.error is not None:
+            continue  # counted as an unreadable image
+        counts[verdict.looked] += 1
+        counts["audited"] += verdict.audited
+        counts["missed"] += verdict.missed
+    return +counts
+
+
+def describe_counts(counts: Mapping[str, Any]) -> str:
+    """The counts as a sentence for the table of the funnel."""
+    text = (
+        f"text-spotting: {counts.get('read', 0):,} pictures read, "
+        f"{counts.get('gated', 0):,} without a trace of text at the first look, "
+        f"{counts.get('no_run', 0):,} with captions that no spotter reads"
+    )
+    audited = counts.get("audited", 0)
+    if audited:
+        missed = counts.get("missed", 0)
+        text += f"; audit of the first look: {missed:,} of {audited:,} showed the caption"
+    return text

@@ -1,0 +1,1 @@
+"""Pictures: decoding, and the transforms of training and evaluation."""

@@ -1,0 +1,148 @@
+"""Encoded image bytes -> the random crop of training, in less than half of the exact way's time.
+
+Called by the training input alone: evaluation decodes with `images.py` and scales with
+`transforms.eval_transform`. Ordinary JPEG files (8 bits, colour or grey, upright) are decoded by
+libjpeg-turbo straight into an array, at a half, a quarter or an eighth of their size where the crop
+has pixels to spare, and scaled by OpenCV. Everything else, and every file that the decoder so much
+as warns about, goes the exact way, which also decides on errors: what is refused there is refused
+here, with the same words.
+"""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import ExifTags, Image
+
+from diht_jax.data.images import decode, transforms
+
+# The crop keeps at least this many pixels for each one of the result: a decoder that reduces has a
+# filter of its own, whose difference from Pillow's then hardly shows.
+_MIN_OVERSAMPLING = 1.25
+_REDUCTIONS = (8, 4, 2)  # those for which libjpeg-turbo has vector code
+# Taken by the mean of so many cubic samples along each axis, a pixel is antialiased.
+_MIN_SAMPLES = 2
+
+# OpenCV would split one picture over threads; the input's workers already share the pictures out.
+cv2.setNumThreads(1)
+
+
+def decode_random_crop(
+    data: bytes,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Decodes bytes and takes a random crop, scaled to a square.
+
+    The crop is the one that `transforms.train_transform` would draw; of a reduced picture its edges
+    are rounded to whole reduced pixels, which moves them by less than one pixel of the result.
+
+    Args:
+        data: an encoded image.
+        size: pixels, of both sides of the result.
+        rng: decides the crop.
+        scale: range of the crop's share of the picture's area.
+        ratio: range of the crop's width / height.
+
+    Returns:
+        uint8 [size, size, 3], writable; the same for the same arguments.
+
+    Raises:
+        ImageError: as `images.decode_rgb`.
+        ValueError: a range that is none.
+    """
+    image = decode.open_image(data)
+    if not _is_ordinary_jpeg(image):
+        return transforms.train_transform(decode.load_rgb(image), size, rng, scale, ratio)
+    box = transforms.sample_crop_box(*image.size, rng, scale, ratio)
+    reduction = choose_reduction(box, size)
+    pixels = _decode_jpeg(data, image.size, reduction)
+    if pixels is None:
+        return transforms.crop_to_square(decode.load_rgb(image), box, size)
+    left, top, right, bottom = (
+        edge // reduction for edge in reduce_box(box, image.size, reduction)
+    )
+    return scale_to_square(pixels[top:bottom, left:right], size)
+
+
+def choose_reduction(box: tuple[int, int, int, int], size: int) -> int:
+    """By how much (1, 2, 4 or 8) a picture may be decoded smaller for a crop.
+
+    Args:
+        box: left, top, right, bottom of the crop.
+        size: pixels that both of its sides will have.
+    """
+    left, top, right, bottom = box
+    spare = min(right - left, bottom - top) / (size * _MIN_OVERSAMPLING)
+    return next((reduction for reduction in _REDUCTIONS if reduction <= spare), 1)
+
+
+def reduce_box(
+    box: tuple[int, int, int, int], image_size: tuple[int, int], reduction: int
+) -> tuple[int, int, int, int]:
+    """The crop nearest to `box` whose edges are multiples of the reduction.
+
+    What is left over at the right and bottom of a picture that the reduction does not divide makes
+    no whole reduced pixel, and is left out.
+    """
+    limits = [side // reduction for side in image_size] * 2
+    return tuple(
+        min(round(edge / reduction), limit) * reduction
+        for edge, limit in zip(box, limits, strict=True)
+    )
+
+
+def scale_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Scales by averaging cubic samples: near to antialiased bicubic, at a quarter of its time.
+
+    Ours: OpenCV's cubic interpolation alone looks at 4 x 4 pixels however much is left out between
+    them, and its area filter blurs (and is slower).
+
+    Args:
+        pixels: uint8 [h, w, 3], a view of a larger picture or not.
+        size: pixels, of both sides of the result.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
+    height, width = pixels.shape[:2]
+    across, down = (max(_MIN_SAMPLES, math.ceil(side / size)) for side in (width, height))
+    fine = cv2.resize(pixels, (across * size, down * size), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA)
+
+
+def _is_ordinary_jpeg(image: Image.Image) -> bool:
+    # MPO is JPEG with more pictures behind the first one.
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
+        return False
+    if "exif" not in image.info and "xmp" not in image.info:
+        return True
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+    except Exception:  # Pillow raises nearly any type on broken EXIF.
+        return False
+
+
+def _decode_jpeg(data: bytes, image_size: tuple[int, int], reduction: int) -> np.ndarray | None:
+    """uint8 [ceil(h / reduction), ceil(w / reduction), 3], or None where anything is odd."""
+    width, height = image_size
+    reduced = (math.ceil(height / reduction), math.ceil(width / reduction))
+    try:
+        # Before memory is taken: hostile bytes may have two headers.
+        if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
+            return None
+        pixels = simplejpeg.decode_jpeg(
+            data,
+            colorspace="RGB",
+            min_height=reduced[0],
+            min_width=reduced[1],
+            min_factor=reduction,
+        )
+    except ValueError:
+        return None
+    return pixels if pixels.shape[:2] == reduced else None

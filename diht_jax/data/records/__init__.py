@@ -1,0 +1,1 @@
+"""TFRecord shards: the schema of a record, the file format, indices, vocabularies."""

@@ -1,0 +1,119 @@
+"""The two metadata files that make a folder of shards a TFDS data set.
+
+`data_prep` writes them when all shards are there; then `tfds.builder_from_directory(FOLDER)` opens
+the folder. `tensorflow_datasets` is imported inside the function; TensorFlow is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Collection, Sequence
+
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.records import schema
+
+FILES = ("dataset_info.json", "features.json")
+# Beside each shard that `data_prep` writes: what went into it and what came out.
+STATS_SUFFIX = ".stats.json"
+
+# What TFDS can decode; a folder with any other format is declared to hold encoded bytes.
+_TFDS_IMAGE_FORMATS = frozenset(("JPEG", "PNG"))
+_SHARD_TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def shard_name(dataset: str, split: str, index: int, num_shards: int) -> str:
+    """File name of one shard, as TFDS forms it from our template.
+
+    Args:
+        dataset: name of the data set, lower case with underscores.
+        split: name of the split, in the same form.
+        index: of the shard, from 0.
+        num_shards: of the split; more than 99,999 make the number longer.
+
+    Raises:
+        ValueError: a name is of another form.
+    """
+    for name in (dataset, split):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"name '{name}': expected lower-case letters, digits and underscores")
+    digits = max(5, len(str(num_shards)))
+    return f"{dataset}-{split}-{index:0{digits}d}.tfrecord"
+
+
+def write_dataset_info(
+    folder: str | os.PathLike[str],
+    *,
+    dataset: str,
+    split: str,
+    shard_lengths: Sequence[int],
+    num_bytes: int,
+    image_formats: Collection[str],
+    with_concepts: bool = False,
+    description: str = "",
+) -> None:
+    """Writes `dataset_info.json` and `features.json`.
+
+    Args:
+        folder: of the shards, whose names are those of `shard_name`.
+        dataset: name of the data set.
+        split: name of the split.
+        shard_lengths: records per shard.
+        num_bytes: size of all shards.
+        image_formats: formats that occur. TFDS decodes JPEG and PNG only: where anything else
+            occurs, the feature `image` is declared as encoded bytes.
+        with_concepts: whether every record has the field `concepts`, declared as bytes.
+        description: a text for people.
+    """
+    import tensorflow_datasets as tfds
+
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=dataset,
+        version=tfds.core.Version("1.0.0"),
+        data_dir=os.fspath(folder),
+        module_name="",
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=_make_features(image_formats, with_concepts),
+        description=description,
+    )
+    info.set_file_format(tfds.core.FileFormat.TFRECORD)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=os.fspath(folder),
+        template=_SHARD_TEMPLATE,
+        dataset_name=dataset,
+        split=split,
+        filetype_suffix="tfrecord",
+    )
+    split_info = tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=list(shard_lengths),
+        num_bytes=num_bytes,
+        filename_template=template,
+    )
+    info.set_splits(tfds.core.splits.SplitDict([split_info]))
+    with tempfile.TemporaryDirectory() as scratch:
+        info.write_to_directory(scratch)
+        for name in FILES:
+            data = (pathlib.Path(scratch) / name).read_bytes()
+            write_atomically(pathlib.Path(folder) / name, data)
+
+
+def _make_features(image_formats: Collection[str], with_concepts: bool):
+    import tensorflow_datasets as tfds
+
+    decodable = set(image_formats) <= _TFDS_IMAGE_FORMATS
+    image = tfds.features.Image(shape=(None, None, 3)) if decodable else tfds.features.Text()
+    features = {
+        schema.KEY: tfds.features.Text(),
+        schema.IMAGE: image,
+        schema.CAPTION: tfds.features.Text(),
+        schema.METADATA: tfds.features.Text(),
+    }
+    if with_concepts:
+        features[schema.CONCEPTS] = tfds.features.Text()
+    return tfds.features.FeaturesDict(features)

@@ -1,0 +1,349 @@
+"""TFRecord shards: a writer, and random access over many shards.
+
+The training input, the readers and `data_prep` use it. What a record holds belongs in
+`schema.py`, the bytes around it in `tfrecord_format.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import hashlib
+import operator
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from concurrent import futures
+
+import numpy as np
+
+from diht_jax.data.atomic_file import temporary_path
+from diht_jax.data.records.format import (
+    FRAME_BYTES,
+    DamagedRecordError,
+    TFRecordError,
+    frame_footer,
+    frame_header,
+    framed_length,
+    index_path,
+    load_offsets,
+    read_index_count,
+    read_records,
+    scan_offsets,
+    unframe,
+    write_index,
+    wrong_index,
+)
+from diht_jax.data.records.remote import RemoteShard, count_records, is_remote, list_files
+
+__all__ = [
+    "DamagedRecordError",
+    "TFRecordError",
+    "TFRecordSource",
+    "TFRecordWriter",
+    "find_shards",
+    "is_shard",
+    "read_records",
+]
+
+_MAX_OPEN_SHARDS = (
+    128  # two descriptors each, of local ones: well under the usual limit of 1024 for a process
+)
+_OPENING_THREADS = 16  # counting the records of many shards waits for the file system
+
+# Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
+_SHARD_NAME = re.compile(r"[^.].*\.tfrecord(-\d{5,}(-of-\d{5,})?)?")
+
+
+class TFRecordWriter:
+    """Writes one shard and its index; both appear at `close`, or not at all.
+
+    Use it as a context manager: leaving normally closes, leaving by an exception discards.
+    Bytes go to a temporary name in the same folder, are synced to disk and then renamed, so that
+    a reader never sees half a shard.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens the temporary file.
+
+        Args:
+            path: of the shard; its folder must exist.
+        """
+        self.path = pathlib.Path(path)
+        self._offsets: list[int] = []
+        self._position = 0
+        self._temporary = temporary_path(self.path)
+        self._file = open(self._temporary, "xb")  # noqa: SIM115 - closed by close and discard
+
+    def write(self, data: bytes) -> None:
+        """Appends one record.
+
+        Args:
+            data: the record, such as `schema.encode_record` gives.
+        """
+        header, footer = frame_header(len(data)), frame_footer(data)
+        self._file.write(header)
+        self._file.write(data)
+        self._file.write(footer)
+        self._offsets.append(self._position)
+        self._position += len(header) + len(data) + len(footer)
+
+    def __len__(self) -> int:
+        """Records written so far."""
+        return len(self._offsets)
+
+    def close(self) -> None:
+        """Syncs and renames; a second call does nothing."""
+        if self._file.closed:
+            return
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            # An old index must not stand beside the new shard, not even for a moment.
+            index_path(self.path).unlink(missing_ok=True)
+            os.replace(self._temporary, self.path)
+        except BaseException:
+            self.discard()
+            raise
+        write_index(self.path, np.array(self._offsets, np.uint64), self._position)
+
+    def discard(self) -> None:
+        """Throws away what was written; nothing is left on disk."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> TFRecordWriter:
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.discard()
+
+
+class TFRecordSource(Sequence[bytes]):
+    """Random access to the records of many shards, in the order of the shards.
+
+    A grain `RandomAccessDataSource`: it can be pickled, shared by threads (every read carries its
+    own offset) and inherited by forks; the number of open files is bounded, whatever the number
+    of shards. Missing indices are built, and kept beside the shards where the folder can be
+    written, in memory where it cannot.
+    """
+
+    def __init__(self, paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]):
+        """Finds the shards and counts their records.
+
+        Args:
+            paths: a shard, a folder of shards, a glob, or a list of any of them; also their URLs
+                in an object store.
+
+        Raises:
+            ValueError: nothing is found, or (`TFRecordError`) a shard or an index is broken.
+        """
+        self.paths = find_shards(paths)
+        with futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
+            counted = list(pool.map(_count_records, self.paths))
+        self._starts = np.cumsum([0] + [count for count, _, _ in counted], dtype=np.int64)
+        self._offsets_in_memory = {
+            number: offsets for number, (_, _, offsets) in enumerate(counted) if offsets is not None
+        }
+        identity = [
+            f"{os.path.basename(path)} {count} {size}"
+            for path, (count, size, _) in zip(self.paths, counted, strict=True)
+        ]
+        self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+        self._reset_open_shards()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> bytes:
+        """The bytes of one record.
+
+        Args:
+            index: in [0, len).
+
+        Raises:
+            IndexError: the index is negative or too large.
+            TFRecordError: the record is damaged, or the index beside its shard is another's.
+        """
+        number, record = self._find(index)
+        return self._open_shard(number).read(record)
+
+    def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
+        """What tells one shard from another without reading all of it.
+
+        Args:
+            number: of the shard, from 0.
+            end_bytes: how much to read at either end of it.
+
+        Returns:
+            Size in bytes; uint64 [n], where its records begin; its first and its last bytes.
+        """
+        # Not through the cache: a look at all shards would throw out those that are being read.
+        shard = _open_shard(self.paths, self._offsets_in_memory, number)
+        tail_start = max(0, shard.size - end_bytes)
+        head, tail = shard.read_range(0, end_bytes), shard.read_range(tail_start, shard.size)
+        return shard.size, shard.offsets, head, tail
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Shard path and number within the shard of a record, for messages.
+
+        Args:
+            index: in [0, len).
+        """
+        number, record = self._find(index)
+        return self.paths[number], record
+
+    def __repr__(self) -> str:
+        # Grain compares it when it restores an iterator: the same data must give the same text,
+        # wherever the folder lies.
+        return (
+            f"TFRecordSource(shards={len(self.paths)}, records={len(self)}, digest={self._digest})"
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open_shard"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._reset_open_shards()
+
+    def _find(self, index: int) -> tuple[int, int]:
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {self!r}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, index - int(self._starts[number])
+
+    def _reset_open_shards(self) -> None:
+        # The cache locks in C, under the interpreter's lock: there is no lock of ours that a fork
+        # could inherit locked. A shard that falls out is closed when its last reader is done.
+        # It must not refer to this object: as a cycle, it would keep files open for long.
+        self._open_shard = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(
+            functools.partial(_open_shard, self.paths, self._offsets_in_memory)
+        )
+
+
+def _open_shard(
+    paths: list[str], in_memory: dict[int, np.ndarray], number: int
+) -> _Shard | RemoteShard:
+    return (RemoteShard if is_remote(paths[number]) else _Shard)(
+        paths[number], in_memory.get(number)
+    )
+
+
+class _Shard:
+    """One open shard with its offsets; closed by the garbage collector."""
+
+    def __init__(self, path: str, offsets: np.ndarray | None):
+        self._path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the object
+        self.size = os.fstat(self._file.fileno()).st_size
+        if offsets is None:
+            offsets = load_offsets(path, self.size)
+        self.offsets = scan_offsets(path) if offsets is None else offsets
+
+    def read(self, record: int) -> bytes:
+        if record >= len(self.offsets):
+            raise wrong_index(self._path, f"record {record}: the shard or its index was replaced")
+        data = unframe(self.read_range(*self._extent(record)), self._path, record)
+        if data is None:
+            raise self._explain(record)
+        return data
+
+    def read_range(self, start: int, end: int) -> bytes:
+        return os.pread(self._file.fileno(), max(0, end - start), start)
+
+    def _extent(self, record: int) -> tuple[int, int]:
+        is_last = record + 1 == len(self.offsets)
+        return int(self.offsets[record]), self.size if is_last else int(self.offsets[record + 1])
+
+    def _explain(self, record: int) -> TFRecordError:
+        """Tells a damaged length from a broken shard and from an index of another one."""
+        beside = [n for n in (record - 1, record + 1) if 0 <= n < len(self.offsets)]
+        # A frame of another length where the index has one: then it is the index that is wrong.
+        is_damaged = self._framed_length(record) is None
+        if is_damaged and beside and all(map(self._has_frame, beside)):
+            return DamagedRecordError(
+                f"{self._path}: record {record}: its length is damaged (the checksum differs); "
+                "write the shard again"
+            )
+        try:
+            scan_offsets(self._path)
+        except TFRecordError as error:
+            return error
+        return wrong_index(self._path, f"record {record} is not where the index says")
+
+    def _has_frame(self, record: int) -> bool:
+        start, end = self._extent(record)
+        return self._framed_length(record) == end - start
+
+    def _framed_length(self, record: int) -> int | None:
+        start, _ = self._extent(record)
+        return framed_length(self.read_range(start, min(self.size, start + FRAME_BYTES)))
+
+
+def find_shards(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> list[str]:
+    """Resolves a shard, a folder, a glob or a list of them to shard paths.
+
+    Args:
+        paths: what to look for. A folder stands for its `*.tfrecord` and `*.tfrecord-*` files.
+            URLs such as `gs://bucket/folder` are looked for in their object store.
+
+    Returns:
+        Paths, sorted within each folder or glob, in the order of the list.
+
+    Raises:
+        ValueError: an entry matches no shard.
+    """
+    entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    found: list[str] = []
+    for entry in map(os.fspath, entries):
+        if os.path.isfile(entry):
+            found.append(entry)
+            continue
+        if is_remote(entry):
+            candidates = list_files(entry)
+        elif os.path.isdir(entry):
+            candidates = [os.path.join(entry, name) for name in os.listdir(entry)]
+        else:
+            candidates = glob.glob(entry, recursive=True)
+        shards = sorted(filter(is_shard, candidates))
+        if not shards:
+            raise ValueError(
+                f"no TFRecord shard at '{entry}'; expected a file, a folder of *.tfrecord files "
+                "or a glob that matches some"
+            )
+        found.extend(shards)
+    if not found:
+        raise ValueError("no TFRecord shard: the list of paths is empty")
+    return found
+
+
+def is_shard(path: str) -> bool:
+    """Whether a path is a file with the name of a TFRecord shard; a URL is taken at its name."""
+    if not _SHARD_NAME.fullmatch(os.path.basename(path)):
+        return False
+    return is_remote(path) or os.path.isfile(path)
+
+
+def _count_records(path: str) -> tuple[int, int, np.ndarray | None]:
+    """Record count, size in bytes, and the offsets where they could not be written to disk."""
+    if is_remote(path):
+        return count_records(path)
+    size = os.stat(path).st_size
+    count = read_index_count(path, size)
+    if count is not None:
+        return count, size, None
+    offsets = scan_offsets(path)
+    with contextlib.suppress(OSError):
+        write_index(path, offsets, size)
+        return len(offsets), size, None
+    return len(offsets), size, offsets

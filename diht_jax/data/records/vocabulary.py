@@ -1,0 +1,244 @@
+"""The vocabularies of concept distillation: which object or attribute an id of a record means.
+
+`data_prep.label` writes them beside the shards that it labels; training reads them to size the
+student's heads and to keep their hashes in the checkpoint. How concepts are chosen belongs in
+`data_prep.labelling.vocabulary`. One file per kind, for people as well as programs::
+
+    # objects 0f3a5c... 312 concepts
+    id<TAB>concept<TAB>count
+    0<TAB>man<TAB>5120
+
+The hash covers the kind and the concepts in the order of their ids, not the counts: two data sets
+with the same hash have the same meaning of every id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.records.dataset_info import STATS_SUFFIX
+from diht_jax.data.records.remote import exists, read_bytes
+from diht_jax.data.records.tfrecord import find_shards
+
+KINDS = ("objects", "attributes")
+# In the statistics of a labelled shard, under "counts".
+STATS_KEY = "vocabulary"
+
+_COLUMNS = "id\tconcept\tcount"
+_READING_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptList:
+    """The concepts of one kind.
+
+    Attributes:
+        kind: one of `KINDS`.
+        names: the concepts; the place is the id.
+        counts: pairs that mention each.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hexadecimal digits; equal for equal meanings of the ids."""
+        text = "\n".join((self.kind, *self.names))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Objects and attributes."""
+
+    objects: ConceptList
+    attributes: ConceptList
+
+    def __iter__(self):
+        return iter((self.objects, self.attributes))
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Kind -> size and hash, JSON-able: what shards and checkpoints carry."""
+        return {part.kind: {"size": len(part), "hash": part.hash} for part in self}
+
+
+def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> str:
+    """Where the vocabulary of a labelled folder lies; the folder may be a URL."""
+    return os.path.join(folder, f"vocabulary_{kind}.tsv")
+
+
+def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
+    """Writes both files into a folder.
+
+    Raises:
+        ValueError: a concept that cannot stand in such a file.
+    """
+    for part in vocabulary:
+        for name in part.names:
+            if not name or "\t" in name or len(name.splitlines()) != 1 or name != name.strip():
+                raise ValueError(f"{part.kind}: {name!r} cannot be kept as a concept in one line")
+        rows = zip(part.names, part.counts, strict=True)
+        lines = [f"# {part.kind} {part.hash} {len(part)} concepts", _COLUMNS]
+        lines += [f"{i}\t{name}\t{count}" for i, (name, count) in enumerate(rows)]
+        path = pathlib.Path(vocabulary_path(folder, part.kind))
+        write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
+    """Reads both files of a folder.
+
+    Raises:
+        ValueError: one is missing, damaged, or does not have the hash in its first line.
+    """
+    return Vocabulary(*(_read_concepts(vocabulary_path(folder, kind), kind) for kind in KINDS))
+
+
+def find_vocabulary(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> Vocabulary | None:
+    """The vocabulary that the records of a data set are labelled with.
+
+    Every shard in a labelled folder is checked against the folder's vocabulary, by the hashes in
+    its statistics, and all labelled folders against each other; others (records without concepts)
+    may stand beside them.
+
+    Args:
+        paths: as `TFRecordSource` takes them: a shard, a folder, a glob, or a list of these.
+
+    Returns:
+        None where no shard is labelled.
+
+    Raises:
+        ValueError: two vocabularies differ (it says which, and where), or a file is missing.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for shard in find_shards(paths):
+        by_folder.setdefault(os.path.dirname(shard) or ".", []).append(shard)
+    first: tuple[str, Vocabulary] | None = None
+    for folder, shards in by_folder.items():
+        vocabulary = _folder_vocabulary(folder, shards)
+        if vocabulary is None:
+            continue
+        if first is None:
+            first = folder, vocabulary
+        check_vocabulary(vocabulary.describe(), first[1].describe(), folder, first[0])
+    return first[1] if first else None
+
+
+def check_vocabulary(
+    found: Mapping[str, Mapping[str, Any]],
+    expected: Mapping[str, Mapping[str, Any]],
+    found_in: str,
+    expected_in: str,
+) -> None:
+    """Compares two results of `Vocabulary.describe`.
+
+    Args:
+        found, expected: kind -> size and hash; such as those of shards and of a checkpoint.
+        found_in, expected_in: where each comes from, for the message.
+
+    Raises:
+        ValueError: they differ; names the kinds.
+    """
+    wrong = []
+    for kind in KINDS:
+        here, there = found.get(kind), expected.get(kind)
+        if not here or not there or here["hash"] != there["hash"]:
+            wrong.append(
+                f"the {kind} of '{found_in}' are {_describe(here)}, those of '{expected_in}' are "
+                f"{_describe(there)}"
+            )
+    if wrong:
+        raise ValueError(
+            f"concept vocabularies differ: {'; '.join(wrong)}. Ids would mean other concepts: use "
+            "data labelled with the same vocabulary (config.heads.load of data_prep.label takes "
+            "over another folder's)"
+        )
+
+
+def _describe(part: Mapping[str, Any] | None) -> str:
+    return f"{part['size']} with hash {part['hash']}" if part else "absent"
+
+
+def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
+    present = [exists(vocabulary_path(folder, kind)) for kind in KINDS]
+    if not any(present):
+        # One shard tells: a folder is labelled by one run.
+        if _read_label(shards[0]):
+            raise ValueError(
+                f"'{shards[0]}' is labelled, but {vocabulary_path(folder, KINDS[0])} is missing; "
+                "copy the vocabulary files together with the shards"
+            )
+        return None
+    vocabulary = read_vocabulary(folder)
+    with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
+        labels = list(pool.map(_read_label, shards))
+    for shard, label in zip(shards, labels, strict=True):
+        if label is None:
+            raise ValueError(
+                f"{shard}{STATS_SUFFIX}: names no vocabulary, though the folder has one; the shard "
+                "was not written by `python -m data_prep.label`, or its statistics were not copied"
+            )
+        check_vocabulary(label, vocabulary.describe(), shard, folder)
+    return vocabulary
+
+
+def _read_label(shard: str) -> Mapping[str, Mapping[str, Any]] | None:
+    """What the statistics of a shard say of its vocabulary; None where they say nothing."""
+    try:
+        label = json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{shard}{STATS_SUFFIX}: not the statistics of a shard") from error
+    if label is not None and not _is_description(label):
+        raise ValueError(
+            f"{shard}{STATS_SUFFIX}: '{STATS_KEY}' is {label!r:.200}; expected size and hash of "
+            f"{' and '.join(KINDS)}"
+        )
+    return label
+
+
+def _is_description(label: Any) -> bool:
+    """Whether a value has the form of `Vocabulary.describe`."""
+    parts = [label.get(kind) for kind in KINDS] if isinstance(label, dict) else [None]
+    return all(isinstance(part, dict) and {"size", "hash"} <= part.keys() for part in parts)
+
+
+def _read_concepts(path: str, kind: str) -> ConceptList:
+    try:
+        lines = read_bytes(path).decode("utf-8").split("\n")
+        _, found_kind, expected_hash, *_ = lines[0].split(" ")
+        columns = lines[1]
+        rows = [line.split("\t") for line in lines[2:] if line]
+        in_order = [int(row[0]) for row in rows] == list(range(len(rows)))
+        names = tuple(name for _, name, _ in rows)
+        counts = tuple(int(count) for _, _, count in rows)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is missing; expected a folder of `python -m data_prep.label`"
+        ) from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: not a vocabulary of `python -m data_prep.label`") from error
+    found = ConceptList(kind, names, counts)
+    if found_kind != kind or columns != _COLUMNS or not in_order or found.hash != expected_hash:
+        raise ValueError(
+            f"{path}: {len(found)} {kind} with hash {found.hash}, while its first line says "
+            f"{lines[0]!r:.200}; the file was changed after it was written. Take the original: the "
+            "records' ids mean places in it"
+        )
+    return found

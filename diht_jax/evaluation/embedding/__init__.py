@@ -1,0 +1,1 @@
+"""Embeddings of a whole source: encoding, files of them, and search."""

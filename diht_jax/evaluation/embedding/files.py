@@ -1,0 +1,378 @@
+"""Embeddings of a data set in files that other tools read: npz or parquet, in resumable parts.
+
+Called by the command `diht_jax.embed`. A part is the unit of work: its `.json` is written last and
+says that it is whole. Metrics do not live here.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from diht_jax.data.atomic_file import temporary_path, write_atomically
+from diht_jax.data.readers import registry
+from diht_jax.data.readers.base import (
+    MAX_IMAGE_BYTES,
+    Skipped,
+    SourceShard,
+    image_files,
+    parse_json_object,
+)
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
+from diht_jax.evaluation.embedding.progress import EmbeddingProgress
+
+FORMATS = ("npz", "parquet")
+MODALITIES = ("image", "text")
+DTYPES = ("float32", "float16")
+SETTINGS_FILE = "embeddings.json"
+
+# What a part's statistics must hold for a run to go on after it.
+_STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_last": bool}
+
+# A folder that holds pictures and nothing else; it has no captions to train on, so it is no
+# source of `readers`.
+_PICTURES = "pictures"
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbedOptions:
+    """How embeddings are written.
+
+    Attributes:
+        format: "npz" or "parquet".
+        modalities: of `MODALITIES`, which embeddings to write.
+        dtype: of the embeddings in the files.
+        caption_template: text that is embedded for a caption.
+        shard_size: entries of the source a file, at most; what an interruption can cost.
+        batch_size: examples embedded at once, over all devices.
+        num_threads: decoding threads; None is one per core.
+        task_index, num_tasks: this process takes every `num_tasks`-th shard of the source.
+    """
+
+    format: str = "npz"
+    modalities: Sequence[str] = MODALITIES
+    dtype: str = "float32"
+    caption_template: str = "{caption}"
+    shard_size: int = 10_000
+    batch_size: int = 256
+    num_threads: int | None = None
+    task_index: int = 0
+    num_tasks: int = 1
+
+    def __post_init__(self):
+        wrong = [name for name in self.modalities if name not in MODALITIES]
+        if wrong or not self.modalities:
+            raise ValueError(f"modalities: expected some of {MODALITIES}, got {self.modalities}")
+        for name, value, known in (
+            ("format", self.format, FORMATS),
+            ("dtype", self.dtype, DTYPES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} '{value}': expected one of {', '.join(known)}")
+        if "{caption}" not in self.caption_template:
+            raise ValueError(f"caption_template '{self.caption_template}': lacks {{caption}}")
+        if min(self.shard_size, self.batch_size, self.num_tasks) < 1:
+            raise ValueError("shard_size, batch_size and num_tasks must be at least 1")
+        if not 0 <= self.task_index < self.num_tasks:
+            raise ValueError(f"task_index {self.task_index}: expected 0 to {self.num_tasks - 1}")
+
+
+def embed_source(
+    model: Any,
+    source: str | Sequence[str],
+    output: str | pathlib.Path,
+    options: EmbedOptions,
+    **source_options: Any,
+) -> dict[str, Any]:
+    """Embeds every pair of a source.
+
+    Rows have the order of the source. In a file: `key` (text), `image_emb` and `text_emb`
+    [n, d], rows of unit length; in parquet `caption` too. An image that cannot be read, and an
+    entry that is no pair, is left out and counted by its reason in the `.json` beside the file.
+
+    Args:
+        model: a `LoadedModel`.
+        source: of `readers.list_shards`, or a folder of pictures.
+        output: directory; is made, and may hold a part of the same work.
+        options: how to write.
+        **source_options: of `readers.list_shards`.
+
+    Returns:
+        {"pairs", "dropped": {reason: count}, "files"} of this task, earlier calls included.
+
+    Raises:
+        ValueError: nothing to read, or the directory holds other work.
+    """
+    output = pathlib.Path(output)
+    shards = list_inputs(source, **source_options)
+    if "text" in options.modalities and shards[0].kind == _PICTURES:
+        raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
+    claim(output, _settings(model, shards, options))
+    mine = list(enumerate(shards))[options.task_index :: options.num_tasks]
+    total: collections.Counter[str] = collections.Counter()
+    pairs, files = 0, 0
+    with EmbeddingProgress([shard for _, shard in mine]) as progress:
+        for index, shard in mine:
+            for stats in _embed_shard(model, index, shard, output, options, progress):
+                pairs, files = pairs + stats["pairs"], files + 1
+                total.update(stats["dropped"])
+            progress.finish_shard()
+    if total:
+        logging.warning("left out: %s", ", ".join(f"{k} {n}" for k, n in sorted(total.items())))
+    logging.info("%d pairs in %d files of %s", pairs, files, output)
+    return {"pairs": pairs, "dropped": dict(total), "files": files}
+
+
+def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[SourceShard]:
+    """The shards of a source; a folder of pictures, alone or beside other files, is one."""
+    if not isinstance(source, str) or not os.path.isdir(source):
+        return registry.list_shards(source, **source_options)
+    names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
+    pictures = {os.path.basename(path) for path in image_files(source)}
+    if names and names <= pictures:
+        return [SourceShard(_PICTURES, source)]
+    try:
+        return registry.list_shards(source, **source_options)
+    except ValueError:
+        if names & pictures:
+            return [SourceShard(_PICTURES, source)]
+        raise
+
+
+def _embed_shard(
+    model: Any,
+    index: int,
+    shard: SourceShard,
+    output: pathlib.Path,
+    options: EmbedOptions,
+    progress: EmbeddingProgress,
+) -> Iterator[dict[str, Any]]:
+    """Yields the statistics of each part of a shard; makes the parts that are missing."""
+    entries: Iterator[Pair | Skipped] | None = None
+    read = 0  # entries taken from `entries`
+    for part in itertools.count():
+        stem = output / f"embeddings-{index:05d}-{part:05d}"
+        stats = read_stats(stem.with_suffix(".json"))
+        if stats is not None:
+            progress.update(stats["entries"])
+        else:
+            if entries is None:
+                entries = _Peekable(read_inputs(shard))
+            start = part * options.shard_size
+            # Entries of finished parts; images are not decoded.
+            collections.deque(itertools.islice(entries, start - read), maxlen=0)
+            stats = _embed_part(model, entries, stem, options, progress)
+            read = start + stats["entries"]
+            stats |= {"source": str(shard), "shard": index, "part": part}
+            # Last, since its presence says that the part is finished.
+            write_atomically(
+                stem.with_suffix(".json"), (json.dumps(stats, indent=1) + "\n").encode()
+            )
+        yield stats
+        if stats["is_last"]:
+            return
+
+
+def _embed_part(
+    model: Any,
+    entries: _Peekable,
+    stem: pathlib.Path,
+    options: EmbedOptions,
+    progress: EmbeddingProgress,
+) -> dict[str, Any]:
+    start = time.perf_counter()
+    taken = _Counted(itertools.islice(entries, options.shard_size), progress)
+    columns: dict[str, np.ndarray] = {}
+    dropped: dict[str, int] = {}
+    dropped_keys: list[str] = []
+    if "image" in options.modalities:
+        encoded = encode_images(
+            model,
+            taken,
+            lambda pair: (pair.key, pair.caption),
+            batch_size=options.batch_size,
+            num_threads=options.num_threads,
+            allow_empty=True,
+        )
+        notes, dropped, dropped_keys = encoded.notes, encoded.dropped, encoded.dropped_keys
+        columns["image_emb"] = encoded.image_emb.reshape(len(notes), model.embed_dim)
+    else:
+        notes = []
+        for entry in taken:
+            if isinstance(entry, Pair):
+                notes.append((entry.key, entry.caption))
+            else:
+                dropped[entry.reason] = dropped.get(entry.reason, 0) + 1
+    if "text" in options.modalities:
+        texts = [options.caption_template.replace("{caption}", caption) for _, caption in notes]
+        empty = np.zeros((0, model.embed_dim), np.float32)
+        batches = encode_texts(model.encode_text, texts, batch_size=options.batch_size)
+        columns["text_emb"] = np.concatenate([empty, *batches])
+    columns = {name: value.astype(options.dtype) for name, value in columns.items()}
+    path = stem.with_suffix(f".{options.format}")
+    write = _write_npz if options.format == "npz" else _write_parquet
+    write(path, notes, columns)
+    return {
+        "file": path.name,
+        "pairs": len(notes),
+        "entries": taken.count,
+        "dropped": dropped,
+        "dropped_keys": dropped_keys,
+        "seconds": round(time.perf_counter() - start, 3),
+        "is_last": entries.is_exhausted(),
+    }
+
+
+def _write_npz(
+    path: pathlib.Path, notes: list[tuple[str, str]], columns: dict[str, np.ndarray]
+) -> None:
+    keys = np.array([key for key, _ in notes], dtype=np.str_)
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "xb") as file:
+            np.savez(file, key=keys, **columns)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_parquet(
+    path: pathlib.Path, notes: list[tuple[str, str]], columns: dict[str, np.ndarray]
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    arrays = {
+        "key": pyarrow.array([key for key, _ in notes], pyarrow.string()),
+        "caption": pyarrow.array([caption for _, caption in notes], pyarrow.string()),
+    }
+    for name, value in columns.items():
+        flat = pyarrow.array(value.reshape(-1))
+        arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, value.shape[1])
+    temporary = temporary_path(path)
+    try:
+        pyarrow.parquet.write_table(pyarrow.table(arrays), temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_inputs(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Reads one shard of `list_inputs`; a picture of a folder has its path in it as key."""
+    if shard.kind != _PICTURES:
+        yield from registry.read_pairs(shard)
+        return
+    for path in image_files(shard.path):
+        key = os.path.relpath(path, shard.path)
+        if os.path.getsize(path) > MAX_IMAGE_BYTES:
+            yield Skipped(key, "too_large", f"over {MAX_IMAGE_BYTES} bytes")
+        else:
+            yield Pair(key, pathlib.Path(path).read_bytes(), "")
+
+
+def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> dict[str, Any]:
+    """What must be the same for a directory to be gone on with."""
+    return {
+        "model_sha256": model.fingerprint(),
+        "image_size": model.image_size,
+        "context_length": model.context_length,
+        "compute_dtype": model.config.model.dtype,
+        "format": options.format,
+        "modalities": list(options.modalities),
+        "dtype": options.dtype,
+        "caption_template": options.caption_template,
+        "shard_size": options.shard_size,
+        "source": [shard.identity() for shard in shards],
+    }
+
+
+def claim(output: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Writes the settings, or compares them with those that are there.
+
+    Args:
+        output: directory; is made.
+        settings: what must be the same for the directory to be gone on with, JSON-able.
+
+    Raises:
+        ValueError: it holds embeddings made with others, or a damaged file.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / SETTINGS_FILE
+    if not path.exists():
+        write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
+        return
+    found = _read_object(path)
+    changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
+    if changed:
+        shown = ", ".join(changed[:20])[:500]
+        raise ValueError(
+            f"{output} holds embeddings made with other settings; changed: {shown}. "
+            "Take the same to go on with it, or another --output"
+        )
+
+
+def read_stats(path: pathlib.Path) -> dict[str, Any] | None:
+    """The statistics of a finished part; None where it is not finished.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    stats = _read_object(path)
+    for name, kind in _STATS_TYPES.items():
+        if type(stats.get(name)) is not kind:
+            raise ValueError(
+                f"{path}: '{name}' is {stats.get(name)!r:.80}; expected {kind.__name__}. Delete "
+                "the file to have its part made again"
+            )
+    return stats
+
+
+def _read_object(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        return parse_json_object(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a JSON object ({error}); delete it") from error
+
+
+class _Peekable(Iterator[Pair | Skipped]):
+    """An iterator that knows whether it has more."""
+
+    def __init__(self, entries: Iterator[Pair | Skipped]):
+        self._entries = entries
+        self._ahead: list[Pair | Skipped] = []
+
+    def __next__(self) -> Pair | Skipped:
+        return self._ahead.pop() if self._ahead else next(self._entries)
+
+    def is_exhausted(self) -> bool:
+        if not self._ahead:
+            self._ahead.extend(itertools.islice(self._entries, 1))
+        return not self._ahead
+
+
+class _Counted(Iterator[Pair | Skipped]):
+    """Counts what is taken from it, and shows it."""
+
+    def __init__(self, entries: Iterator[Pair | Skipped], progress: EmbeddingProgress):
+        self._entries = entries
+        self._progress = progress
+        self.count = 0
+
+    def __next__(self) -> Pair | Skipped:
+        entry = next(self._entries)
+        self.count += 1
+        self._progress.update(1)
+        return entry

@@ -1,0 +1,147 @@
+"""Searching pictures by text.
+
+Called by the command `diht_jax.search`. Similarities only; the page is drawn by `search_page`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.base import Skipped, SourceShard
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding.encoding import (
+    EmbeddingModel,
+    EncodedImages,
+    check_finite,
+    encode_images,
+)
+from diht_jax.evaluation.embedding.files import read_inputs
+from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
+from diht_jax.evaluation.sources.entry_counts import count_entries
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """One answer.
+
+    Attributes:
+        key: of the picture: its path in the folder, or its key in the source.
+        similarity: cosine of the angle between picture and query.
+        position: place of the picture among the entries of the source.
+        caption: that the source has for it, or "".
+    """
+
+    key: str
+    similarity: float
+    position: int
+    caption: str = ""
+
+    @property
+    def label(self) -> str:
+        """Key and caption, for people."""
+        return f"{self.key}  {self.caption}".strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchResult:
+    """What `search_pictures` found.
+
+    Attributes:
+        matches: query -> its matches, the best first; pictures of equal similarity in the order
+            of the source.
+        encoded: the pictures; `notes` holds their keys and captions.
+    """
+
+    matches: dict[str, list[Match]]
+    encoded: EncodedImages
+
+
+def search_pictures(
+    model: EmbeddingModel,
+    shards: Sequence[SourceShard],
+    queries: Sequence[str],
+    *,
+    count: int = 8,
+    template: str = CAPTION_SLOT,
+    batch_size: int = 256,
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> SearchResult:
+    """Finds the pictures closest to each query.
+
+    Args:
+        model: a `LoadedModel`, or anything with the same methods.
+        shards: of `embedding_files.list_inputs`.
+        queries: texts; one that occurs twice is asked once.
+        count: matches a query, or all pictures where there are fewer.
+        template: prompt around a query, such as "a photo of {caption}.".
+        batch_size: pictures a batch, over all devices.
+        num_threads: decoding threads; None is one per core.
+        progress: show a bar on stderr.
+
+    Raises:
+        ValueError: no query, a blank one, a bad template, or no readable picture.
+    """
+    blank = [query for query in queries if not query.strip()]
+    if not queries or blank or count < 1:
+        raise ValueError(
+            f"expected at least one query with words in it and a count from 1, got "
+            f"{list(queries)} and {count}"
+        )
+    queries = list(dict.fromkeys(queries))
+    texts = [fill_caption_template(template, query) for query in queries]
+    entries = tqdm(
+        _read_all(shards),
+        "pictures",
+        unit=" images",
+        disable=not progress,
+        total=count_entries(shards) if progress else None,
+    )
+    encoded = encode_images(
+        model,
+        entries,
+        lambda pair: (pair.key, pair.caption),
+        batch_size=batch_size,
+        num_threads=num_threads,
+    )
+    text_emb = check_finite(np.asarray(model.encode_text(texts), np.float32), "text embeddings")
+    matches = {}
+    for query, row in zip(queries, text_emb @ encoded.image_emb.T, strict=True):
+        order = np.argsort(-row, kind="stable")[:count]
+        matches[query] = [
+            Match(encoded.notes[i][0], float(row[i]), encoded.positions[i], encoded.notes[i][1])
+            for i in order
+        ]
+    return SearchResult(matches, encoded)
+
+
+def load_pictures(source: Sequence[SourceShard], positions: set[int]) -> dict[int, Image.Image]:
+    """The pictures at some places among the entries of a source, which is read once more."""
+    loaded = {}
+    for place, entry in enumerate(_read_all(source)):
+        if place in positions:
+            loaded[place] = decode_rgb(entry.image)
+        if len(loaded) == len(positions):
+            break
+    return loaded
+
+
+def format_matches(result: SearchResult) -> str:
+    """The matches as text: rank, similarity, key and caption."""
+    lines = []
+    for query, matches in result.matches.items():
+        lines.append(query)
+        for rank, match in enumerate(matches, start=1):
+            lines.append(f"{rank:>4}  {match.similarity:6.3f}  {match.label}")
+    return "\n".join(lines)
+
+
+def _read_all(shards: Sequence[SourceShard]) -> Iterator[Pair | Skipped]:
+    for shard in shards:
+        yield from read_inputs(shard)

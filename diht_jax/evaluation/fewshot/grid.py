@@ -1,0 +1,369 @@
+"""Few-shot linear probing that starts at the prompts, beside a probe from scratch.
+
+Called by the command `diht_jax.fewshot`. DiHT, arXiv 2301.02280, section "Few-shot linear
+probing": the classifier starts at the zero-shot one and may move only inside a ball, whose radius
+a validation split chooses; the baseline is a linear probe from scratch whose weight decay the same
+split chooses. Images are embedded once; how a probe is fitted is known to `linear_probe`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding.encoding import EmbeddingModel
+from diht_jax.evaluation.fewshot.linear_probe import (
+    LabelledEmbeddings,
+    ProbeSettings,
+    fit_probes,
+    probe_accuracy,
+)
+from diht_jax.evaluation.protocols import classification
+from diht_jax.evaluation.sources.registry import count_source
+from diht_jax.evaluation.task_parsing import Task
+from diht_jax.evaluation.tasks import read_entries
+
+ALL = "all"
+PROMPT_INIT, SCRATCH = "prompt_init", "scratch"
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotOptions:
+    """The protocol.
+
+    Attributes:
+        shots: training images a class; "all" for all of them (one draw).
+        num_draws: how often the shots are drawn. The k shots of a draw are among its 2k shots.
+        seed: of the draws and of the split.
+        validation_fraction: of the training images, class by class, held out to choose settings
+            on, where there is no validation source.
+        validation_per_class: at most so many held-out images a class; None for no limit.
+        radii: the grid of ||W||_2, as fractions of the norm of the zero-shot classifier.
+        bias_radii: the grid of ||b||_2, in logits.
+        weight_decays: the grid of the probe from scratch.
+        num_steps: gradient steps of a fit.
+    """
+
+    shots: tuple[int | str, ...] = (1, 2, 4, 8, 16, ALL)
+    num_draws: int = 5
+    seed: int = 0
+    validation_fraction: float = 0.2
+    validation_per_class: int | None = None
+    radii: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+    bias_radii: tuple[float, ...] = (0.0, 0.3, 1.0, 3.0)
+    weight_decays: tuple[float, ...] = tuple(10.0 ** (x / 2) for x in range(2, -15, -1))
+    num_steps: int = 500
+
+    def __post_init__(self):
+        for shots in self.shots:
+            if shots != ALL and (not isinstance(shots, int) or shots < 1):
+                raise ValueError(f"shots: expected numbers from 1 or '{ALL}', got {shots!r}")
+        if not self.shots or self.num_draws < 1 or self.num_steps < 1:
+            raise ValueError(
+                "expected shots, a draw and a step; got "
+                f"shots={self.shots}, num_draws={self.num_draws}, num_steps={self.num_steps}"
+            )
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(
+                f"validation_fraction: expected a number between 0 and 1, got "
+                f"{self.validation_fraction}"
+            )
+        for name in ("radii", "bias_radii", "weight_decays"):
+            grid = getattr(self, name)
+            if not grid or min(grid) < 0:
+                raise ValueError(f"{name}: expected numbers from 0, got {grid}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FewShotData:
+    """Embedded splits of a classification data set with its zero-shot classifier; C classes.
+
+    Attributes:
+        train: what shots are drawn from.
+        validation: what settings are chosen on.
+        test: what is reported.
+        zero_shot: float32 [d, C], the classifier of the prompts times the logit scale.
+    """
+
+    train: LabelledEmbeddings
+    validation: LabelledEmbeddings
+    test: LabelledEmbeddings
+    zero_shot: np.ndarray
+
+
+def evaluate_few_shot(
+    model: EmbeddingModel,
+    train: Task,
+    test: Task,
+    validation: Task | None = None,
+    options: FewShotOptions | None = None,
+    *,
+    batch_size: int = 256,
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measures few-shot accuracy of a model.
+
+    Args:
+        model: a `LoadedModel`, or anything with the same methods.
+        train, test: classification tasks; class names, templates and label field are `test`'s.
+        validation: settings are chosen on it; by default a part of `train` is held out.
+        options: the protocol; the defaults of `FewShotOptions` where None.
+        batch_size: images, and texts, a batch over all devices.
+        num_threads: decoding threads; None is one per core.
+        progress: show bars on stderr.
+
+    Returns:
+        JSON-able: `protocol`, `counts`, `zero_shot` and, for each number of shots, `results`; see
+        `measure_few_shot`.
+
+    Raises:
+        ValueError: a source cannot be read, or has other classes or too few images.
+    """
+    options = options or FewShotOptions()
+    start = time.perf_counter()
+    tasks = [train, *([validation] if validation else []), test]
+    splits, found = _embed(model, tasks, batch_size, num_threads, progress)
+    weights = found.classifier.T * np.float32(model.logit_scale)
+    if validation is None:
+        shots_from, held_out = split_by_class(splits[0], options)
+        origin = f"{options.validation_fraction:g} of the training images of every class"
+    else:
+        shots_from, held_out = splits[0], splits[1]
+        origin = validation.source
+    data = FewShotData(shots_from, held_out, splits[-1], weights)
+    embedded = time.perf_counter()
+    measured = measure_few_shot(data, options, progress=progress)
+    return {
+        "train": train.source,
+        "test": test.source,
+        "protocol": {
+            **dataclasses.asdict(options),
+            "validation": origin,
+            "templates": list(found.templates),
+            "class_names_from": found.classes.origin,
+            "prompt_init": "starts at logit scale x zero-shot classifier, moves inside the radii",
+            "radii_are": "fractions of the norm of the zero-shot classifier",
+            "chosen_by": "accuracy on the validation split; among equals the more cautious",
+            "spread": "standard deviation over the draws",
+        },
+        "counts": {
+            "classes": len(found.classes.names),
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "test": len(data.test),
+            "dropped": found.encoded.dropped,
+        },
+        **measured,
+        "seconds_embedding": embedded - start,
+        "seconds_fitting": time.perf_counter() - embedded,
+    }
+
+
+def measure_few_shot(
+    data: FewShotData, options: FewShotOptions, *, progress: bool = False
+) -> dict[str, Any]:
+    """The few-shot protocol on embeddings.
+
+    Args:
+        data: the embedded splits.
+        options: the protocol.
+        progress: show a bar on stderr.
+
+    Returns:
+        `zero_shot`: {"test", "validation"}, fractions of 1; `results`: one entry for each number
+        of shots with `shots`, `examples` (a draw), `draws` and, for "prompt_init" and "scratch",
+        `test` and `validation` (a value a draw), `test_mean`, `test_std` (None with one draw),
+        `chosen` (a setting a draw).
+    """
+    no_bias = np.zeros(data.zero_shot.shape[1], np.float32)
+    zero_shot = {
+        name: probe_accuracy(examples, data.zero_shot, no_bias)
+        for name, examples in (("test", data.test), ("validation", data.validation))
+    }
+    norm = float(np.linalg.norm(data.zero_shot))
+    methods = {
+        # The first setting, no move at all, is the zero-shot classifier: with it in the grid the
+        # choice on the validation split cannot be worse.
+        PROMPT_INIT: (
+            data.zero_shot,
+            [
+                ProbeSettings(radius * norm, bias_radius, 0.0)
+                for radius, bias_radius in itertools.product(
+                    sorted({0.0, *options.radii}), sorted({0.0, *options.bias_radii})
+                )
+            ],
+        ),
+        SCRATCH: (
+            np.zeros_like(data.zero_shot),
+            [
+                ProbeSettings(weight_decay=decay)
+                for decay in sorted(set(options.weight_decays), reverse=True)
+            ],
+        ),
+    }
+    results = []
+    work = [(shots, method) for shots in options.shots for method in methods]
+    for shots, method in tqdm(work, desc="few-shot", unit=" fits", disable=not progress):
+        if method == PROMPT_INIT:
+            draws = draw_shots(data.train, shots, options)
+            results.append({"shots": shots, "examples": len(draws[0]), "draws": len(draws)})
+        start, settings = methods[method]
+        fitted = fit_probes(draws, data.validation, start, settings, num_steps=options.num_steps)
+        test = [
+            probe_accuracy(data.test, weights, bias)
+            for weights, bias in zip(fitted.weights, fitted.bias, strict=True)
+        ]
+        results[-1][method] = {
+            "test": test,
+            "test_mean": statistics.fmean(test),
+            "test_std": statistics.stdev(test) if len(test) > 1 else None,
+            "validation": [
+                float(row[i]) for row, i in zip(fitted.accuracy, fitted.chosen, strict=True)
+            ],
+            "chosen": [_describe(settings[i], method, norm) for i in fitted.chosen],
+        }
+    return {"zero_shot": zero_shot, "results": results}
+
+
+def split_by_class(
+    examples: LabelledEmbeddings, options: FewShotOptions
+) -> tuple[LabelledEmbeddings, LabelledEmbeddings]:
+    """Divides examples into what shots are drawn from and the validation split, class by class.
+
+    Returns:
+        Two parts without common examples; every class that occurs has at least one in both.
+
+    Raises:
+        ValueError: a class with a single example.
+    """
+    rng = np.random.default_rng(options.seed)
+    kept, held_out = [], []
+    for label, indices in _indices_by_class(examples.labels):
+        if len(indices) < 2:
+            raise ValueError(
+                f"class {label} has a single training image; a validation split needs a second "
+                "one, or a source of its own (--validation)"
+            )
+        order = rng.permutation(indices)
+        count = min(max(1, round(options.validation_fraction * len(order))), len(order) - 1)
+        most = options.validation_per_class
+        held_out.append(order[: count if most is None else min(count, most)])
+        kept.append(order[count:])
+    return tuple(examples.take(np.sort(np.concatenate(part))) for part in (kept, held_out))
+
+
+def draw_shots(
+    examples: LabelledEmbeddings, shots: int | str, options: FewShotOptions
+) -> list[LabelledEmbeddings]:
+    """Draws `shots` examples of every class, `options.num_draws` times.
+
+    Draw i with k shots is a part of draw i with more shots. A class with fewer examples gives all
+    it has. With "all" there is nothing to draw: one draw of everything.
+    """
+    if shots == ALL:
+        return [examples]
+    classes = _indices_by_class(examples.labels)
+    short = [label for label, indices in classes if len(indices) < shots]
+    if short:
+        logging.warning(
+            "%d of %d classes have fewer than %d training images and give all of theirs",
+            len(short),
+            len(classes),
+            shots,
+        )
+    draws = []
+    for draw in range(options.num_draws):
+        rng = np.random.default_rng([options.seed, draw])
+        picked = [rng.permutation(indices)[:shots] for _, indices in classes]
+        draws.append(examples.take(np.concatenate(picked)))
+    return draws
+
+
+def format_few_shot(result: dict[str, Any]) -> str:
+    """A table of the test accuracies, in percent."""
+    zero_shot = result["zero_shot"]["test"]
+    lines = [
+        f"zero-shot: {100 * zero_shot:.2f}%",
+        f"{'shots':>6}  {'from the prompts':>18}  {'from scratch':>18}",
+    ]
+    for row in result["results"]:
+        cells = [_format_spread(row[method]) for method in (PROMPT_INIT, SCRATCH)]
+        lines.append(f"{row['shots']:>6}  {cells[0]:>18}  {cells[1]:>18}")
+    return "\n".join(lines)
+
+
+def _format_spread(measured: dict[str, Any]) -> str:
+    spread = "" if measured["test_std"] is None else f" ± {100 * measured['test_std']:.2f}"
+    return f"{100 * measured['test_mean']:.2f}%{spread}"
+
+
+def _embed(
+    model: EmbeddingModel,
+    tasks: Sequence[Task],
+    batch_size: int,
+    num_threads: int | None,
+    progress: bool,
+) -> tuple[list[LabelledEmbeddings], classification.ClassificationResult]:
+    """All sources in one pass, so that they share their classes; the last task has the prompts."""
+    lengths = [0] * len(tasks)
+
+    def entries() -> Iterator[Pair | Skipped]:
+        for number, task in enumerate(tasks):
+            total = count_source(task.source, task.source_options) if progress else None
+            entries = read_entries(task)
+            bar = tqdm(entries, task.source, total, unit=" images", disable=not progress)
+            for entry in bar:
+                lengths[number] += 1
+                yield entry
+
+    prompts = tasks[-1]
+    try:
+        found = classification.classify(
+            model,
+            entries(),
+            prompts.class_names,
+            prompts.templates,
+            label_field=prompts.label_field,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            progress=progress,
+        )
+    except ValueError as error:
+        raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error
+    positions = np.array(found.encoded.positions)
+    splits = []
+    for task, start, stop in zip(
+        tasks, itertools.accumulate([0, *lengths]), itertools.accumulate(lengths), strict=False
+    ):
+        chosen = np.flatnonzero((positions >= start) & (positions < stop))
+        if not len(chosen):
+            raise ValueError(f"{task.source}: no usable image")
+        splits.append(
+            LabelledEmbeddings(found.encoded.image_emb[chosen], found.classes.labels[chosen])
+        )
+    return splits, found
+
+
+def _indices_by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    return [(int(label), np.flatnonzero(labels == label)) for label in np.unique(labels)]
+
+
+def _describe(setting: ProbeSettings, method: str, norm: float) -> dict[str, float]:
+    if method == SCRATCH:
+        return {"weight_decay": setting.weight_decay}
+    return {
+        "radius": setting.radius,
+        "radius_fraction": setting.radius / norm,
+        "bias_radius": setting.bias_radius,
+    }

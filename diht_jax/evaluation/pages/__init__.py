@@ -1,0 +1,1 @@
+"""Pictures for people: result pages of evaluations."""

@@ -1,0 +1,1 @@
+"""Evaluation protocols: how a source is measured."""

@@ -1,0 +1,246 @@
+"""Questions on images, answered by the most similar of some filled prompts: SNLI-VE and VQA v2.
+
+Called by `tasks`. DiHT (arXiv 2301.02280) reports both zero-shot; its prompts are not public. Ours:
+
+- **Entailment**: the hypothesis goes into one prompt for each of the three relations, and the
+  prompt most similar to the image decides (`ENTAILMENT_PROMPTS`). Accuracy.
+- **VQA**: every candidate answer goes into the prompt together with the question. Accuracy as VQA
+  v2 defines it, the mean over the people asked of min(1, others who said so / 3), after `plain`.
+
+Each image is embedded once, and each question with its answers once for all its images.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding.encoding import (
+    EmbeddingModel,
+    EncodedImages,
+    UnusablePair,
+    encode_images,
+    encode_texts,
+)
+
+ENTAILMENT_PROMPTS = {
+    "entailment": "{}",
+    "neutral": "maybe {}",
+    "contradiction": "it is not true that {}",
+}
+ANSWER_TEMPLATE = "question: {question} answer: {answer}"
+
+_ARTICLES = {"a", "an", "the"}
+_NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswersResult:
+    """What was answered; q questions.
+
+    Attributes:
+        encoded: the images.
+        image_of_question: int [q].
+        answers: q texts.
+        credits: float [q], between 0 and 1.
+        num_texts: how many prompts were encoded.
+    """
+
+    encoded: EncodedImages
+    image_of_question: np.ndarray
+    answers: list[str]
+    credits: np.ndarray
+    num_texts: int
+
+    @property
+    def num_items(self) -> int:
+        """Independent items: the images."""
+        return len(self.encoded.positions)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """A fraction: `accuracy`."""
+        return {"accuracy": float(self.credits.mean())}
+
+    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
+        """The metrics if image i and its questions had been there `counts[i]` times."""
+        weights = counts[self.image_of_question]
+        return {"accuracy": float((weights * self.credits).sum() / weights.sum())}
+
+
+def answer_entailment(
+    model: EmbeddingModel,
+    pairs: Iterable[Pair | Skipped],
+    prompts: dict[str, str] | None = None,
+    **batching: Any,
+) -> AnswersResult:
+    """Decides between the relations for every row with `sentence` and `label`.
+
+    Args:
+        model: see `EmbeddingModel`.
+        pairs: of `annotations.read_annotations`, consumed once.
+        prompts: relation -> prompt with "{}" for the hypothesis; `ENTAILMENT_PROMPTS` by default.
+        **batching: `batch_size`, `num_threads` and `progress`, as `retrieval.retrieve` has them.
+
+    Raises:
+        ValueError: a row lacks a field or has another label; no usable row.
+    """
+    prompts = prompts or ENTAILMENT_PROMPTS
+
+    def check(row: dict[str, Any]) -> bool:
+        if row["label"] not in prompts:
+            raise ValueError(f"label '{row['label']}': expected one of {', '.join(prompts)}")
+        return True
+
+    return _answer(
+        model,
+        pairs,
+        ("sentence", "label"),
+        check,
+        list(prompts),
+        lambda sentence, relation: prompts[relation].replace("{}", sentence),
+        lambda row, answer: float(row["label"] == answer),
+        **batching,
+    )
+
+
+def answer_questions(
+    model: EmbeddingModel,
+    pairs: Iterable[Pair | Skipped],
+    candidates: Sequence[str],
+    template: str = ANSWER_TEMPLATE,
+    **batching: Any,
+) -> AnswersResult:
+    """Chooses among candidate answers for every row with `question` and `answer`.
+
+    Args:
+        model: see `EmbeddingModel`.
+        pairs: of `annotations.read_annotations`, consumed once. `answer` lists what people said;
+            a row without it (a test split) is left out.
+        candidates: answers to choose from, the same for all questions.
+        template: with "{question}" and "{answer}".
+        **batching: `batch_size`, `num_threads` and `progress`, as `retrieval.retrieve` has them.
+
+    Raises:
+        ValueError: a bad template, no candidate, no usable row.
+    """
+    if not candidates:
+        raise ValueError("expected candidate answers (class_names=FILE), got none")
+    check_answer_template(template)
+    return _answer(
+        model,
+        pairs,
+        ("question",),
+        lambda row: bool(row.get("answer")),
+        list(candidates),
+        lambda question, answer: template.replace("{question}", question).replace(
+            "{answer}", answer
+        ),
+        lambda row, answer: vqa_credit(answer, row["answer"]),
+        **batching,
+    )
+
+
+def check_answer_template(template: str) -> None:
+    """A template without "{question}" or "{answer}" is a ValueError."""
+    if template.count("{question}") != 1 or template.count("{answer}") != 1:
+        raise ValueError(
+            f"answer template {template!r}: expected '{{question}}' and '{{answer}}' once each, "
+            f"such as '{ANSWER_TEMPLATE}'"
+        )
+
+
+def vqa_credit(answer: str, said: str | Sequence[str]) -> float:
+    """VQA v2's accuracy of one answer: mean over people of min(1, other people who agree / 3)."""
+    said = [said] if isinstance(said, str) else list(said)
+    if len(said) == 1:
+        return float(plain(answer) == plain(said[0]))
+    agree = np.array([plain(person) == plain(answer) for person in said])
+    return float(np.minimum(1.0, (agree.sum() - agree) / 3).mean())
+
+
+def plain(answer: str) -> str:
+    """Lower-case words without punctuation and articles, number words up to ten as digits."""
+    words = re.sub(r"[^\w\s]", " ", answer.lower()).split()
+    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
+
+
+def _answer(
+    model: EmbeddingModel,
+    pairs: Iterable[Pair | Skipped],
+    needed: tuple[str, ...],
+    is_usable: Callable[[dict[str, Any]], bool],
+    choices: list[str],
+    fill: Callable[[str, str], str],
+    credit: Callable[[dict[str, Any], str], float],
+    *,
+    batch_size: int = 256,
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> AnswersResult:
+    def describe(pair: Pair) -> list[dict[str, Any]]:
+        rows = pair.metadata.get("rows")
+        if rows is None:
+            raise ValueError(f"record '{pair.key}': expected a source 'annotations:FILE'")
+        for row in rows:
+            for field in needed:
+                if not isinstance(row.get(field), str):
+                    raise ValueError(f"record '{pair.key}': expected a text as '{field}' in {row}")
+        usable = [row for row in rows if is_usable(row)]
+        if not usable:
+            raise UnusablePair("no_answer")
+        return usable
+
+    encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
+    rows = [(image, row) for image, note in enumerate(encoded.notes) for row in note]
+    by_text: dict[str, list[int]] = collections.defaultdict(list)
+    for number, (_, row) in enumerate(rows):
+        by_text[row[needed[0]]].append(number)
+    answers: list[str] = [""] * len(rows)
+    texts = list(by_text)
+    at_once = max(1, batch_size // len(choices))
+    starts = range(0, len(texts), at_once)
+    hidden = not progress or len(starts) < 2
+    for start in tqdm(starts, "questions", unit=" batches", disable=hidden):
+        part = texts[start : start + at_once]
+        prompts = [fill(text, choice) for text in part for choice in choices]
+        prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once
+        text_emb = np.concatenate(
+            list(encode_texts(model.encode_text, prompts, batch_size=batch_size))
+        )
+        for place, text in enumerate(part):
+            own = text_emb[place * len(choices) : (place + 1) * len(choices)]
+            images = [rows[number][0] for number in by_text[text]]
+            best = (encoded.image_emb[images] @ own.T).argmax(axis=1)
+            for number, choice in zip(by_text[text], best, strict=True):
+                answers[number] = choices[choice]
+    return AnswersResult(
+        encoded=encoded,
+        image_of_question=np.array([image for image, _ in rows], np.int32),
+        answers=answers,
+        credits=np.array(
+            [credit(row, answer) for (_, row), answer in zip(rows, answers, strict=True)]
+        ),
+        num_texts=len(texts) * len(choices),
+    )

@@ -1,0 +1,231 @@
+"""From what a source says of its images to class names and integer labels.
+
+Called by `classification`. A source may give an integer, a name, or only a caption; the user may
+give the class names. What cannot be resolved without guessing is an error that names the record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.prompts import CLASS_SLOT
+
+
+@dataclasses.dataclass(frozen=True)
+class RawLabel:
+    """What one pair says of its class.
+
+    Attributes:
+        key: of the pair, for messages.
+        label: `metadata["label"]`, or the field the task names; None when absent.
+        class_name: `metadata["class_name"]`, or None.
+        caption: of the pair.
+    """
+
+    key: str
+    label: int | str | None
+    class_name: str | None
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """Class names, the integer labels of the images, and how they were found.
+
+    Attributes:
+        names: C names; a label is an index into them.
+        labels: int32 [n].
+        origin: for the results file, such as "names given" or "captions".
+        whole_captions: the names are captions that fit no template, so they are prompts already.
+    """
+
+    names: tuple[str, ...]
+    labels: np.ndarray
+    origin: str
+    whole_captions: bool = False
+
+
+def raw_label(pair: Pair, field: str | None = None) -> RawLabel:
+    """Reads the label of a pair.
+
+    Args:
+        pair: as a source gave it.
+        field: name of another metadata field that holds the label, as a name or an integer.
+
+    Raises:
+        ValueError: the field is missing, or the label is neither an integer nor a string.
+    """
+    name = field or "label"
+    label = pair.metadata.get(name)
+    if field is not None and label is None:
+        raise ValueError(
+            f"record '{pair.key}' has no metadata field '{field}'; it has "
+            f"{sorted(pair.metadata) or 'none'}"
+        )
+    if isinstance(label, np.integer):
+        label = int(label)
+    if label is not None and (isinstance(label, bool) or not isinstance(label, int | str)):
+        raise ValueError(
+            f"record '{pair.key}': expected metadata field '{name}' to be an integer or a class "
+            f"name, got {label!r}"
+        )
+    class_name = pair.metadata.get("class_name") if field is None else None
+    return RawLabel(pair.key, label, class_name and str(class_name), pair.caption)
+
+
+def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | None]) -> int:
+    """The integer label of one pair among given class names.
+
+    Args:
+        raw: an integer label counts in the order of `names`; a name is looked up, whatever its
+            case and with "_" for " ".
+        names: the class names.
+        index: `name_index(names)`.
+
+    Raises:
+        ValueError: no label, out of range, an unknown name, or one that two classes bear.
+    """
+    if isinstance(raw.label, int):
+        if not 0 <= raw.label < len(names):
+            raise ValueError(
+                f"record '{raw.key}': label {raw.label} is outside of the {len(names)} class "
+                "names given; one name per label is needed, in label order"
+            )
+        return raw.label
+    name = raw.label or raw.class_name
+    if name is None:
+        raise ValueError(
+            f"record '{raw.key}' has no label: expected metadata 'label' (integer or name) or "
+            "'class_name'"
+        )
+    found = index.get(_plain(name), -1)
+    if found == -1 and name.isdecimal():
+        return resolve_label(dataclasses.replace(raw, label=int(name)), names, index)
+    if found == -1:
+        shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        raise ValueError(
+            f"record '{raw.key}': label '{name}' is none of the {len(names)} class names ({shown})"
+        )
+    if found is None:
+        raise ValueError(
+            f"record '{raw.key}': label '{name}' is the name of several classes; such a source "
+            "needs integer labels"
+        )
+    return found
+
+
+def name_index(names: Sequence[str]) -> dict[str, int | None]:
+    """Plain class name -> its index, or None for a name that several classes bear."""
+    index: dict[str, int | None] = {}
+    for i, name in enumerate(names):
+        index[_plain(name)] = None if _plain(name) in index else i
+    return index
+
+
+def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classes:
+    """Finds the classes in the data itself, when the user gave no names.
+
+    In this order: integer labels with their class names (or with one caption per label); names as
+    labels; class names alone; captions, each different one a class. Captions lose the prompt
+    around the name when all of them are made with one of `templates`.
+
+    Raises:
+        ValueError: mixed labels, a label with several names, or captions that are no classes.
+    """
+    kinds = {type(raw.label) for raw in raws}
+    if len(kinds) > 1:
+        raise ValueError(
+            "labels are mixed, some records have "
+            + " and some ".join(sorted({_describe(raw) for raw in raws}))
+            + "; give all of them one kind"
+        )
+    if kinds == {int}:
+        return _classes_of_integers(raws, templates)
+    if kinds == {str}:
+        return _classes_of_names(raws, [raw.label for raw in raws], "names as labels")
+    if all(raw.class_name for raw in raws):
+        return _classes_of_names(raws, [raw.class_name for raw in raws], "class_name of the data")
+    return _classes_of_captions(raws, templates)
+
+
+def _classes_of_integers(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classes:
+    named = all(raw.class_name for raw in raws)
+    if named:
+        texts, whole = [raw.class_name for raw in raws], False
+    else:
+        texts, whole = _strip_prompt([raw.caption for raw in raws], templates)
+    name_of: dict[int, str] = {}
+    for raw, text in zip(raws, texts, strict=True):
+        first = name_of.setdefault(raw.label, text)
+        if first != text or not text:
+            raise ValueError(
+                f"record '{raw.key}': label {raw.label} goes with {first!r} and {text!r}, so it "
+                "does not name its class; give the class names (--class_names FILE)"
+            )
+    order = sorted(name_of)
+    place = {label: i for i, label in enumerate(order)}
+    return Classes(
+        names=tuple(_spaced(name_of[label]) if named else name_of[label] for label in order),
+        labels=np.array([place[raw.label] for raw in raws], np.int32),
+        origin="class_name of the data" if named else "captions of the labels",
+        whole_captions=whole,
+    )
+
+
+def _classes_of_names(raws: Sequence[RawLabel], texts: Sequence[str], origin: str) -> Classes:
+    blank = next((raw.key for raw, text in zip(raws, texts, strict=True) if not text.strip()), None)
+    if blank is not None:
+        raise ValueError(f"record '{blank}': the label is blank; expected a class name")
+    names = sorted(set(texts))
+    place = {name: i for i, name in enumerate(names)}
+    labels = np.array([place[text] for text in texts], np.int32)
+    return Classes(tuple(_spaced(name) for name in names), labels, origin)
+
+
+def _classes_of_captions(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classes:
+    texts, whole = _strip_prompt([raw.caption for raw in raws], templates)
+    distinct = set(texts)
+    # Free text is (nearly) all different; a class that has no second image is no class.
+    if len(distinct) * 2 > len(raws) or not all(text.strip() for text in distinct):
+        raise ValueError(
+            f"record '{raws[0].key}' has neither 'label' nor 'class_name', and the captions are no "
+            f"classes ({len(distinct)} different ones for {len(raws)} images); add a label to the "
+            "metadata, or use a retrieval task"
+        )
+    classes = _classes_of_names(raws, texts, "captions")
+    return dataclasses.replace(classes, names=tuple(sorted(distinct)), whole_captions=whole)
+
+
+def _strip_prompt(captions: Sequence[str], templates: Sequence[str]) -> tuple[list[str], bool]:
+    """Captions without the prompt around them, and False; as they are, and True, if none fits."""
+    for template in templates:
+        before, after = template.split(CLASS_SLOT)
+        if (before or after) and all(
+            caption.startswith(before)
+            and caption.endswith(after)
+            and len(caption) > len(before) + len(after)
+            for caption in captions
+        ):
+            return [caption[len(before) : len(caption) - len(after)] for caption in captions], False
+    return list(captions), True
+
+
+def _plain(name: str) -> str:
+    return " ".join(_spaced(name).casefold().split())
+
+
+def _spaced(name: str) -> str:
+    """Names of folders and of TFDS have "_" where a prompt needs a space; those of SUN397 are
+    paths: "/a/apse/indoor" is "apse indoor"."""
+    place = re.fullmatch("/[a-z]/(.+)", name)
+    return (place[1].replace("/", " ") if place else name).replace("_", " ")
+
+
+def _describe(raw: RawLabel) -> str:
+    kind = {int: "an integer", str: "a name", type(None): "none"}[type(raw.label)]
+    return f"{kind} ('{raw.key}')"

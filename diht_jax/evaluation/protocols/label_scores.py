@@ -1,0 +1,165 @@
+"""Zero-shot tasks that are measured by the order of scores: several labels an image, or yes and no.
+
+Called by `tasks`. Class names and prompts make a classifier as in `classification`; the score of a
+class is its cosine similarity to the image.
+
+Ours: the average precision of a class is the sum over distinct scores of precision times the step
+in recall (all points, as scikit-learn's `average_precision_score`), and the mean is over the
+classes that have an image; PASCAL VOC's own of 2007 interpolates 11 points.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding.encoding import (
+    EmbeddingModel,
+    EncodedImages,
+    UnusablePair,
+    encode_images,
+)
+from diht_jax.evaluation.protocols.average_precision import Ranking, rank_items
+from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, raw_label, resolve_label
+from diht_jax.evaluation.protocols.classification import zero_shot_classifier
+
+_SCORES_AT_ONCE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelScores:
+    """Scores and targets; n images, C classes (C = 1 for yes and no).
+
+    Attributes:
+        encoded: the images.
+        scores: float32 [n, C].
+        targets: bool [n, C].
+        binary: whether the metric is the AUROC of the only class.
+    """
+
+    encoded: EncodedImages
+    scores: np.ndarray
+    targets: np.ndarray
+    binary: bool
+
+    @property
+    def num_items(self) -> int:
+        """Independent items: the images."""
+        return len(self.scores)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Fractions: `auroc`, or `mean_average_precision`."""
+        return self.resampled_metrics(np.ones(self.num_items, np.int64))
+
+    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
+        """The metrics if image i had been there `counts[i]` times; int [n]."""
+        if self.binary:
+            return {"auroc": area_under_roc(self.scores[:, 0], self.targets[:, 0], counts)}
+        values = [ranking.average_precision(counts) for ranking in self._rankings]
+        return {"mean_average_precision": float(np.nanmean(values))}
+
+    @functools.cached_property
+    def _rankings(self) -> list[Ranking]:
+        return [
+            rank_items(scores, targets)
+            for scores, targets in zip(self.scores.T, self.targets.T, strict=True)
+        ]
+
+
+def score_labels(
+    model: EmbeddingModel,
+    pairs: Iterable[Pair | Skipped],
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    binary: bool,
+    label_field: str | None = None,
+    batch_size: int = 256,
+    num_threads: int | None = None,
+    progress: bool = False,
+) -> LabelScores:
+    """Embeds all images of `pairs` and scores every class.
+
+    Args:
+        model: see `EmbeddingModel`.
+        pairs: consumed once. For yes and no the label is read as in a classification; else
+            `metadata["labels"]` (or `label_field`) lists numbers or names of classes. An image
+            without that list is left out as "no_label"; one with an empty list is a negative for
+            all classes.
+        class_names: C names; for yes and no two, the second is yes.
+        templates: each with one "{}".
+        binary: whether it is yes and no.
+        label_field: metadata field, where it is not "label" or "labels".
+        batch_size: images, and prompts, a batch over all devices.
+        num_threads: decoding threads; None is one per core.
+        progress: show a bar for the prompts on stderr; `pairs` may be one itself.
+
+    Raises:
+        ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
+    """
+    names = tuple(class_names)
+    if binary and len(names) != 2:
+        raise ValueError(
+            f"yes and no need two class names, the second for label 1; got {len(names)}"
+        )
+    index = name_index(names)
+
+    def describe(pair: Pair) -> list[int]:
+        if binary:
+            return [resolve_label(raw_label(pair, label_field), names, index)]
+        field = label_field or "labels"
+        if field not in pair.metadata:
+            raise UnusablePair("no_label")
+        return [
+            resolve_label(RawLabel(pair.key, label, None, ""), names, index)
+            for label in pair.metadata[field]
+        ]
+
+    encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
+    classifier = zero_shot_classifier(
+        model.encode_text, names, templates, batch_size=batch_size, progress=progress
+    )
+    scores = np.concatenate(
+        [
+            encoded.image_emb[start : start + _SCORES_AT_ONCE] @ classifier.T
+            for start in range(0, len(encoded.image_emb), _SCORES_AT_ONCE)
+        ]
+    )
+    targets = np.zeros(scores.shape, bool)
+    for row, labels in zip(targets, encoded.notes, strict=True):
+        row[labels] = True
+    if binary:
+        scores, targets = scores[:, 1:] - scores[:, :1], targets[:, 1:]
+    if not targets.any() or targets.all():
+        raise ValueError(
+            "every image has the same label, so there is no order to measure; expected both kinds"
+        )
+    return LabelScores(encoded, scores, targets, binary)
+
+
+def area_under_roc(
+    scores: np.ndarray, targets: np.ndarray, weights: np.ndarray | None = None
+) -> float:
+    """The share of (positive, negative) pairs in the right order; equal scores count half.
+
+    Args:
+        scores: float [n].
+        targets: bool [n].
+        weights: how often each item counts; once by default.
+
+    Returns:
+        A fraction, or NaN without both kinds.
+    """
+    weights = np.ones(len(scores)) if weights is None else weights
+    _, group = np.unique(scores, return_inverse=True)
+    positives = np.bincount(group, weights * targets)
+    negatives = np.bincount(group, weights * ~targets)
+    below = np.cumsum(negatives) - negatives
+    pairs = positives.sum() * negatives.sum()
+    return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else float("nan")

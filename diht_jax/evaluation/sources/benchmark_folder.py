@@ -1,0 +1,162 @@
+"""Data sets in the layout of CLIP_benchmark: tars with labels, class names and templates.
+
+Called by `sources` and `task_specs`. The layout is that of CLIP_benchmark 1.6,
+`clip_benchmark/datasets/builder.py`:
+
+    DIR/SPLIT/0.tar, 1.tar, ...      KEY.jpg (png, webp) with KEY.cls (a number), KEY.npy (0 and 1
+    DIR/SPLIT/nshards.txt            for each class) or KEY.txt (captions, one a line)
+    DIR/classnames.txt               one a line, in label order
+    DIR/zeroshot_classification_templates.txt   one a line, with "{c}" for the class name
+    DIR/dataset_type.txt             "retrieval", "multilabel"; without it "classification"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from diht_jax.data.readers.array_files import parse_npy
+from diht_jax.data.readers.base import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    Skipped,
+    merge_captions,
+    pick_captions,
+)
+from diht_jax.data.readers.webdataset import read_groups
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.prompts import CLASS_SLOT, check_templates, read_class_names, read_lines
+
+CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
+DEFAULT_SPLIT = "test"
+
+_NOTE_OF_TYPE = {CLASSIFICATION: "cls", MULTILABEL: "npy", RETRIEVAL: "txt"}
+_NOTE_EXTENSIONS = tuple(_NOTE_OF_TYPE.values())
+_LARGEST_NOTE_BYTES = 2**24
+# Of shards of a data set; more would take for ever to look for.
+_MOST_SHARDS = 10**6
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkFolder:
+    """One split of a data set.
+
+    Attributes:
+        type: "classification", "multilabel" or "retrieval".
+        paths: of the tars, in order.
+        class_names: None where the folder has none.
+        templates: with "{}" for the class name; None where the folder has none.
+    """
+
+    type: str
+    paths: tuple[str, ...]
+    class_names: tuple[str, ...] | None
+    templates: tuple[str, ...] | None
+
+
+def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkFolder:
+    """Looks at a data set; reads no image.
+
+    Raises:
+        ValueError: not such a folder, or shards are missing.
+    """
+    root = pathlib.Path(folder)
+    count_file = root / split / "nshards.txt"
+    if not count_file.is_file():
+        raise ValueError(
+            f"{folder}: expected CLIP_benchmark's layout, but there is no {split}/nshards.txt"
+        )
+    count = "".join(read_lines(count_file))
+    if not (count.isdecimal() and count.isascii() and 0 < int(count[:99]) <= _MOST_SHARDS):
+        raise ValueError(f"{count_file}: expected the number of shards, got '{count[:99]}'")
+    paths = [root / split / f"{number}.tar" for number in range(int(count))]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{root / split}: {len(missing)} of {len(paths)} shards are missing: "
+            f"{', '.join(missing[:5])}"
+        )
+    type_file = root / "dataset_type.txt"
+    kind = CLASSIFICATION
+    if type_file.is_file():
+        kind = "".join(read_lines(type_file)).lower()
+    if kind not in _NOTE_OF_TYPE:
+        known = ", ".join(_NOTE_OF_TYPE)
+        raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
+    names, templates = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
+    return BenchmarkFolder(
+        type=kind,
+        paths=tuple(map(str, paths)),
+        class_names=read_class_names(names) if names.is_file() else None,
+        templates=_read_templates(templates) if templates.is_file() else None,
+    )
+
+
+def read_benchmark_folder(folder: BenchmarkFolder) -> Iterator[Pair | Skipped]:
+    """Yields the pairs of all shards.
+
+    `metadata["label"]` is an int for a classification; for a multi-label set
+    `metadata["labels"]` lists the numbers of its classes. Those pairs have no caption.
+
+    Raises:
+        ValueError: a damaged archive.
+    """
+    for path in folder.paths:
+        seen: set[str] = set()
+        for key, members in read_groups(path, _limit_of):
+            if key in seen:
+                yield Skipped(key, "duplicate", "the key was there before")
+            else:
+                seen.add(key)
+                yield _make_pair(key, members, folder.type)
+
+
+def _read_templates(path: pathlib.Path) -> tuple[str, ...]:
+    lines = [line.replace("{c}", CLASS_SLOT) for line in read_lines(path) if line]
+    try:
+        return check_templates(lines)
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error)[:500]}") from error
+
+
+def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> Pair | Skipped:
+    names = [extension for extension, _ in members]
+    images = [data for extension, data in members if extension in IMAGE_EXTENSIONS]
+    note_name = _NOTE_OF_TYPE[kind]
+    if len(images) != 1 or names.count(note_name) > 1:
+        reason = "duplicate" if images else "no_image"
+        return Skipped(key, reason, f"found {', '.join(names)}")
+    if images[0] is None:
+        return Skipped(key, "too_large", f"an image file of over {MAX_IMAGE_BYTES} bytes")
+    note = dict(members).get(note_name)
+    if note is None:
+        reason = "no_caption" if kind == RETRIEVAL else "bad_row"
+        return Skipped(key, reason, f"no {note_name} to be read among {', '.join(names)}")
+    if kind == RETRIEVAL:
+        captions = pick_captions(note.decode("utf-8-sig", "replace").splitlines())
+        if not captions:
+            return Skipped(key, "no_caption", "the txt is blank")
+        return Pair(key, images[0], captions[0], merge_captions({}, captions))
+    try:
+        metadata = {"label": int(note)} if kind == CLASSIFICATION else _read_labels(note)
+    except ValueError as error:
+        return Skipped(key, "bad_row", f"{note_name}: {error}")
+    return Pair(key, images[0], "", metadata)
+
+
+def _read_labels(note: bytes) -> dict[str, list[int]]:
+    flags = parse_npy(note)
+    if flags.ndim != 1 or flags.dtype.kind not in "biuf" or not np.isin(flags, (0, 1)).all():
+        raise ValueError(f"expected 0 or 1 for each class, got {flags.dtype} {list(flags.shape)}")
+    return {"labels": np.flatnonzero(flags).tolist()}
+
+
+def _limit_of(extension: str) -> int | None:
+    if not extension:
+        return None
+    if extension in IMAGE_EXTENSIONS:
+        return MAX_IMAGE_BYTES
+    return _LARGEST_NOTE_BYTES if extension in _NOTE_EXTENSIONS else 0

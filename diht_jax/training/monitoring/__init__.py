@@ -1,0 +1,1 @@
+"""What a run reports and watches: metrics, throughput, profiles, anomalies."""

@@ -1,0 +1,212 @@
+"""Where a number that is not finite begins: `config.debug_nans`.
+
+Called by the training loop after an update that was skipped. The step is computed once more,
+eagerly and with every module watched; the step that trains stays as fast as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from flax import nnx
+
+from diht_jax import sharding
+from diht_jax.models.dual_encoder import DualEncoder
+from diht_jax.models.parameters import ModelDefinition
+from diht_jax.models.transformer import Execution
+from diht_jax.models.vit import choose_patches
+from diht_jax.sharding import path_name
+from diht_jax.training.monitoring.anomalies import DivergedError
+from diht_jax.training.program import TrainProgram
+from diht_jax.training.state import TrainState
+from diht_jax.training.step import encode_examples, loss_gradients
+
+_NAMES_SHOWN = 5
+
+
+class NonFiniteError(DivergedError):
+    """Loss or gradients were not finite; the message names where it begins."""
+
+
+def explain_nonfinite(
+    program: TrainProgram,
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+) -> str:
+    """Looks for the first value that is not finite in the order of the computation.
+
+    Modules are compared by their outputs, innermost first: `vision/blocks/3/mlp/fc_in` is named
+    and not the block around it. All processes of a job must call.
+
+    Args:
+        program: of the run.
+        config: of this part of the run (`TrainProgram.step` says why it may differ).
+        state: after the skipped update, so with the parameters before it.
+        batch: of that update.
+
+    Returns:
+        A sentence for people.
+    """
+    before = state.replace(step=state.step - 1)
+    bad = _nonfinite_names(before.params, program)
+    parameters = ""
+    if bad:
+        rest = f" and {len(bad) - _NAMES_SHOWN} more" if len(bad) > _NAMES_SHOWN else ""
+        parameters = f"; parameters that are not finite: {', '.join(bad[:_NAMES_SHOWN])}{rest}"
+    place = _first_in_towers(program, config, before, batch) or _after_towers(
+        program, config, before, batch
+    )
+    return f"the first value that is not finite is {place}{parameters}"
+
+
+class _Found(Exception):
+    """Ends the watched computation."""
+
+
+def _first_in_towers(
+    program: TrainProgram,
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+) -> str | None:
+    is_finite = _finite_check(program)
+    definition = _watched(program.definition, is_finite)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
+    share = config.model.patch_dropout
+    if share > 0:
+        num_patches = (program.arch.image_size // program.arch.patch_size) ** 2
+        kept = choose_patches(key, batch["images"].shape[0], num_patches, share)
+        batch = {**batch, "kept_patches": kept}
+    try:
+        encoded = encode_examples(
+            state.params,
+            batch,
+            definition=definition,
+            config=config.concepts,
+            gather=_WholeParameters(),
+        )
+    except _Found as found:
+        return str(found)
+    wrong = [name for name, value in encoded.items() if not is_finite(value)]
+    return f"in {wrong[0]}, after the towers" if wrong else None
+
+
+def _after_towers(
+    program: TrainProgram,
+    config: ml_collections.ConfigDict,
+    state: TrainState,
+    batch: dict[str, jax.Array],
+) -> str:
+    execution = dataclasses.replace(
+        program.definition, execution=Execution(remat=config.model.remat, attention="xla")
+    )
+    grads, metrics = jax.jit(
+        lambda state, batch: loss_gradients(
+            state, batch, definition=execution, mesh=program.mesh, config=config
+        )
+    )(state, batch)
+    parts = [name for name in metrics if name.endswith("loss")]
+    wrong = [name for name in parts if not np.isfinite(metrics[name])]
+    if wrong:
+        wrong.sort(key=lambda name: name == "loss")  # the sum of the others comes last
+        return f"the {wrong[0].replace('_', ' ')} itself; the embeddings are finite"
+    names = sorted(_nonfinite_names(grads, program), key=_backward_order)
+    if names:
+        return (
+            f"the gradient of {names[0]} (first in the order of the backward pass, of {len(names)} "
+            "arrays); loss and activations are finite"
+        )
+    if not np.isfinite(optax.global_norm(grads)):
+        return "the norm of the gradients: each of them is finite, but the sum of squares is not"
+    return (
+        "found nowhere when the step is computed once more without jit: it comes from how the "
+        "step is compiled or from the hardware"
+    )
+
+
+def _watched(definition: ModelDefinition, is_finite: Callable[[Any], bool]) -> Any:
+    """The definition of the same model with modules that look at what goes in and out."""
+    plain = dataclasses.replace(definition, execution=Execution(attention="xla"))
+    model = nnx.eval_shape(
+        lambda: DualEncoder(
+            plain.arch,
+            dtype=plain.dtype,
+            param_dtype=plain.param_dtype,
+            execution=plain.execution,
+            rngs=nnx.Rngs(params=0),
+        )
+    )
+    for path, module in list(nnx.iter_modules(model)):
+        name = "/".join(map(str, path))
+        if name and callable(module) and not isinstance(module, nnx.List):
+            object.__setattr__(module, "__class__", _watching_class(type(module), name, is_finite))
+    return _WatchedDefinition(plain, nnx.split(model, nnx.Param)[0])
+
+
+def _watching_class(kind: type, name: str, is_finite: Callable[[Any], bool]) -> type:
+    class Watching(kind):
+        def __call__(self, x, *args, **kwargs):
+            if not is_finite(x):
+                raise _Found(f"what goes into {name}")
+            out = super().__call__(x, *args, **kwargs)
+            if not is_finite(out):
+                raise _Found(f"the output of {name}")
+            return out
+
+    return Watching
+
+
+class _WatchedDefinition:
+    """What `merge_model` and `encode_examples` need of a `ModelDefinition`."""
+
+    def __init__(self, plain: ModelDefinition, graphdef: nnx.GraphDef):
+        self.arch, self.dtype, self.execution = plain.arch, plain.dtype, plain.execution
+        self.graphdef = graphdef
+
+
+class _WholeParameters:
+    """In the place of `gradients.ParameterGather`: eager operations take parameters as they lie."""
+
+    def outside_blocks(self, params: dict[str, Any]) -> dict[str, Any]:
+        """As they are."""
+        return params
+
+    def block(self, tower: str) -> None:
+        """Nothing to do for a block."""
+        return None
+
+
+def _finite_check(program: TrainProgram) -> Callable[[Any], bool]:
+    check = jax.jit(
+        lambda x: jnp.isfinite(x).all(), out_shardings=sharding.replicated(program.mesh)
+    )
+
+    def is_finite(value: Any) -> bool:
+        if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+            return True
+        return bool(check(value))
+
+    return is_finite
+
+
+def _nonfinite_names(tree: Any, program: TrainProgram) -> list[str]:
+    is_finite = _finite_check(program)
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [path_name(path) for path, leaf in leaves if not is_finite(leaf)]
+
+
+def _backward_order(name: str) -> tuple[int, int]:
+    """Small for what the backward pass reaches early: heads, then blocks from the top down."""
+    block = re.search(r"/blocks/(\d+)/", name)
+    if block:
+        return 1, -int(block[1])
+    return (2, 0) if "embedding" in name else (0, 0)

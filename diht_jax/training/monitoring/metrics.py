@@ -1,0 +1,203 @@
+"""Where measurements go: `metrics.jsonl`, TensorBoard and the curve's picture.
+
+Used by the training loop, on the first process only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import numbers
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.training.monitoring.tensorboard import EventWriter
+
+METRICS_FILE = "metrics.jsonl"
+_KEPT_LINE = "%s: a line is kept for later, it cannot be written: %s"
+
+
+class MetricWriter:
+    """Writes scalars by step. On other processes than the first it does nothing."""
+
+    def __init__(self, workdir: str | epath.Path, start_step: int):
+        """Opens the files of a run that starts or goes on after `start_step` steps.
+
+        Lines of later steps, and half a line, both left by a killed run, are dropped: those steps
+        will be trained again.
+        """
+        self._lines = self._tensorboard = None
+        if jax.process_index() != 0:
+            return
+        workdir = epath.Path(workdir)
+        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        remote = "://" in os.fspath(workdir)
+        self._lines = (_RemoteLines if remote else _LocalLines)(workdir / METRICS_FILE, text)
+        self._tensorboard = EventWriter(workdir, start_step)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends one line and the same scalars to TensorBoard.
+
+        A line for which there is no room is kept, and written before the next one.
+
+        Args:
+            step: optimiser steps done.
+            scalars: by name; names with a slash are grouped by TensorBoard.
+        """
+        if self._lines is None:
+            return
+        row = {"step": step, **{name: float(value) for name, value in scalars.items()}}
+        self._lines.append(json.dumps(row) + "\n")
+        self._tensorboard.write(step, scalars)
+
+    def sync(self) -> None:
+        """Makes the lines so far outlive a crash of the machine; called before a checkpoint."""
+        if self._lines is not None:
+            self._lines.sync()
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._lines is not None:
+            self._lines.close()
+            self._tensorboard.close()
+
+
+class _LocalLines:
+    """A file that grows by whole lines, also when the disk is full in the middle of one."""
+
+    def __init__(self, path: epath.Path, text: str):
+        # Replaced at once: a kill here must not cost the lines of weeks.
+        write_atomically(pathlib.Path(path), text.encode())
+        self._path = path
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close
+        self._waiting = b""
+
+    def append(self, line: str) -> None:
+        self._waiting += line.encode()
+        end = self._file.tell()
+        try:
+            # May write a part only, without an error.
+            if self._file.write(self._waiting) < len(self._waiting):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            os.ftruncate(self._file.fileno(), end)
+            logging.warning(_KEPT_LINE, self._path, error)
+            return
+        self._waiting = b""
+
+    def sync(self) -> None:
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._waiting:
+            logging.warning("%s lacks its last lines, they could not be written", self._path)
+        self._file.close()
+
+
+class _RemoteLines:
+    """The same in an object store, which knows no appending: the object is written anew."""
+
+    def __init__(self, path: epath.Path, text: str):
+        self._path, self._text = path, text
+        path.write_text(text)
+
+    def append(self, line: str) -> None:
+        self._text += line
+        try:
+            self._path.write_text(self._text)
+        except OSError as error:
+            logging.warning(_KEPT_LINE, self._path, error)
+
+    def sync(self) -> None:
+        """Every write is complete when it returns."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
+    """The rows of a run's `metrics.jsonl`; empty where there is none.
+
+    A half-written last line, which a killed run may leave, is passed over with a warning, and so
+    is a line that is no row of numbers with a step.
+    """
+    path = epath.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), numbers.Real):
+            rows.append(row)
+        else:
+            logging.warning("%s: line %d is no JSON row and is passed over", path, number)
+    return rows
+
+
+def mean_scalars(measured: Sequence[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """Means over steps of the step's metrics; waits for the device."""
+    rows = jax.device_get(list(measured))
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def flatten_results(results: Mapping[str, object], prefix: str = "") -> dict[str, float]:
+    """Nested evaluation results -> `{"task/metric": value}`; what is no number is left out."""
+    flat = {}
+    for name, value in results.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten_results(value, f"{prefix}{name}/"))
+        elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+            flat[f"{prefix}{name}"] = float(value)
+    return flat
+
+
+def plot_curves(workdir: str | epath.Path) -> None:
+    """Draws `curves.png`: loss, batch accuracy, logit scale and evaluation results by step."""
+    if jax.process_index() != 0:
+        return
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(workdir)
+    evaluated = sorted({name for row in rows for name in row if name.startswith("evaluation/")})
+    panels = [
+        ("loss", ["loss"]),
+        ("accuracy within the batch", ["i2t_accuracy", "t2i_accuracy"]),
+        ("logit scale", ["logit_scale"]),
+        ("gradient norm", ["grad_norm"]),
+    ]
+    shown = [name for name in evaluated if name.rsplit("/", 1)[-1] in _SHOWN_RESULTS]
+    if shown:
+        panels.append(("evaluation", shown))
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    for axes, (title, names) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axes.plot(*zip(*points, strict=True) if points else ([], []), label=name)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend(fontsize=7)
+    path = epath.Path(workdir) / "curves.png"
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=110)
+    try:
+        path.write_bytes(picture.getvalue())
+    except OSError as error:
+        logging.warning("%s cannot be written: %s", path, error)
+
+
+_SHOWN_RESULTS = ("top1", "t2i_r1", "i2t_r1")

@@ -1,0 +1,1 @@
+"""The work directory of a run: checkpoints, lock, resume checks, object stores."""
