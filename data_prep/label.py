@@ -11,36 +11,16 @@ last one trains the heads), the second time it labels its share.
 
 from __future__ import annotations
 
-import functools
-import os
-import pathlib
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import ml_collections
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from data_prep.jobs import shards
-from data_prep.jobs.engine import run_tasks
-from data_prep.labelling import embeddings
-from data_prep.labelling import heads as head_files
-from data_prep.labelling import report as label_report
-from data_prep.labelling import shard as label_shard_module
-from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.config import check_config, default_config
-from data_prep.sources import list as source_list
-from data_prep.teachers.base import TeacherInfo
-from data_prep.teachers.registry import describe_teacher, load_teacher
+from data_prep.labelling import config as label_config
+from data_prep.labelling import job as label_job
 from diht_jax import command_line
 from diht_jax.config import validate_config
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records.dataset_info import write_dataset_info
-from diht_jax.data.records.tfrecord import find_shards
-from diht_jax.data.records.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
-
-_FORMAT_VERSION = 1
 
 
 def define_flags() -> None:
@@ -51,7 +31,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Labels what the flags name."""
+    """Labels the shards that the flags name."""
     given = flags.FLAGS
     if given.config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/concepts.py")
@@ -62,191 +42,22 @@ def main() -> None:
 def run_label(
     config: ml_collections.ConfigDict, task_index: int = 0, num_tasks: int = 1
 ) -> dict[str, str]:
-    """Does what is not done yet: embeds, trains the heads, labels, and writes the report.
+    """Checks the config and labels what is not labelled yet.
 
     Args:
-        config: of `label_config.default_config`.
+        config: of `labelling.config.default_config`.
         task_index: number of this job.
         num_tasks: jobs that share the work.
 
     Returns:
-        Shards that failed, with the reason.
+        Shards that failed, with the reason; the other shards are complete.
 
     Raises:
         ValueError: a wrong config, nothing to read, nowhere to write, or no concept.
     """
-    validate_config(config, default_config())
-    check_config(config)
-    inputs = _find_inputs(config.input)
-    folder = source_list.check_output(config.output, inputs)
-    os.makedirs(folder, exist_ok=True)
-    vocabulary = _make_vocabulary(config, [source.path for source in inputs])
-    teacher = describe_teacher(config.teacher)
-    tasks = shards.plan_tasks(
-        inputs, folder, dataset=config.dataset_name, split=config.split, config_hash=""
-    )
-    embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
-    share = functools.partial(source_list.take_share, task_index=task_index, num_tasks=num_tasks)
-    if teacher.in_this_process and _pending(share(embedding_tasks)):
-        load_teacher(config.teacher)  # so that what is wrong with it is said once, not per shard
-    embed = functools.partial(
-        embeddings.embed_shard, teacher=config.teacher, dtype=config.embedding_dtype
-    )
-    num_workers = 0 if teacher.in_this_process else config.num_workers
-    failures = _run(embed, share(embedding_tasks), num_workers, "embed")
-    if not _all_done(embedding_tasks, "embedded"):
-        return failures
-    write_vocabulary(folder, vocabulary)
-    heads = head_files.obtain_heads(config, folder, vocabulary, embedding_tasks, teacher.identity)
-    tasks = _plan_labels(config, inputs, folder, heads, embedding_tasks[0].config_hash)
-    label = functools.partial(
-        label_shard_module.label_shard,
-        heads_folder=folder,
-        top_k=config.top_k,
-        described=vocabulary.describe(),
-    )
-    if _pending(share(tasks)):
-        shards.remove_merged(folder)
-    failures = _run(label, share(tasks), config.num_workers, "label")
-    if _all_done(tasks, "labelled"):
-        _summarize(config, tasks, folder, vocabulary, heads, teacher)
-    return failures
-
-
-def _find_inputs(text: str | None) -> list[SourceShard]:
-    if not text:
-        raise ValueError(
-            "config.input is not set: expected a folder that data_prep.filter wrote, such as "
-            "--config.input=/data/kept"
-        )
-    parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
-    return [SourceShard("tfrecord", path) for path in find_shards(parts)]
-
-
-def _make_vocabulary(config: ml_collections.ConfigDict, paths: Sequence[str]) -> Vocabulary:
-    if config.heads.load:
-        return read_vocabulary(config.heads.load)
-    settings = config.vocabulary
-    vocabulary = concept_vocabulary.build_vocabulary(
-        concept_vocabulary.merge_counts(paths),
-        min_count=settings.min_count,
-        stop={"objects": settings.stop_objects, "attributes": settings.stop_attributes},
-        max_size={"objects": settings.max_objects, "attributes": settings.max_attributes},
-    )
-    logging.info("%d objects, %d attributes", *map(len, vocabulary))
-    return vocabulary
-
-
-def _plan_labels(
-    config: ml_collections.ConfigDict,
-    inputs: Sequence[SourceShard],
-    folder: str,
-    heads: dict[str, Any],
-    embedding_hash: str,
-) -> list[shards.ShardTask]:
-    settings = {
-        "format_version": _FORMAT_VERSION,
-        "embeddings": embedding_hash,
-        "heads": heads["weights_hash"],
-        "vocabulary": heads["vocabulary"],
-        "top_k": config.top_k,
-    }
-    return shards.plan_tasks(
-        inputs,
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        config_hash=shards.hash_config(settings),
-    )
-
-
-def _pending(tasks: Sequence[shards.ShardTask]) -> list[shards.ShardTask]:
-    return [task for task in tasks if shards.load_finished(task) is None]
-
-
-def _run(
-    function: Callable[..., Any],
-    tasks: Sequence[shards.ShardTask],
-    num_workers: int | None,
-    name: str,
-) -> dict[str, str]:
-    pending = _pending(tasks)
-    logging.info(
-        "%s: %d shards, %d of them done before", name, len(tasks), len(tasks) - len(pending)
-    )
-    failures = {}
-    for outcome in run_tasks(function, pending, num_workers=num_workers, label=name):
-        if outcome.error is not None:
-            failures[str(outcome.task.source)] = outcome.error
-            logging.error("%s failed: %s", outcome.task.source, outcome.error)
-    for source, error in failures.items():
-        print(f"failed: {source}: {error}", file=sys.stderr)
-    return failures
-
-
-def _all_done(tasks: Sequence[shards.ShardTask], participle: str) -> bool:
-    done = sum(shards.load_finished(task) is not None for task in tasks)
-    if done < len(tasks):
-        print(
-            f"{done} of {len(tasks)} shards are {participle}; run the command again, or wait for "
-            "the other jobs"
-        )
-    return done == len(tasks)
-
-
-def _summarize(
-    config: ml_collections.ConfigDict,
-    tasks: Sequence[shards.ShardTask],
-    folder: str,
-    vocabulary: Vocabulary,
-    heads: dict[str, Any],
-    teacher: TeacherInfo,
-) -> None:
-    """Writes what describes the whole folder, and prints the metrics."""
-    done = [shards.load_finished(task) for task in tasks]
-    counts = [stats["counts"] for stats in done]
-    records = sum(stats["output"]["records"] for stats in done)
-    labelled = sum(count["labelled"] for count in counts)
-    missing: dict[str, int] = {}
-    for task in tasks:
-        path = pathlib.Path(embeddings.embedding_path(task.output) + shards.STATS_SUFFIX)
-        for reason, count in shards.read_json(path)["counts"]["missing"].items():
-            missing[reason] = missing.get(reason, 0) + count
-    summary = {
-        "config": {k: v for k, v in config.to_dict().items() if k != "num_workers"},
-        "config_hash": done[0]["config_hash"],
-        "shards": len(tasks),
-        "records": records,
-        "labelled": labelled,
-        "unlabelled": missing,
-        "added_bytes_per_record": sum(count["added_bytes"] for count in counts) / max(1, records),
-        "vocabulary": vocabulary.describe(),
-        "teacher": teacher.identity,
-        "licence": teacher.licence,
-    }
-    shards.write_json(pathlib.Path(folder) / shards.MERGED_STATS, summary)
-    hashes = ", ".join(f"{part.kind} {part.hash}" for part in vocabulary)
-    write_dataset_info(
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        shard_lengths=[stats["output"]["records"] for stats in done],
-        num_bytes=sum(stats["output"]["bytes"] for stats in done),
-        image_formats={name for count in counts for name in count["image_formats"]},
-        with_concepts=True,
-        description=f"Image-text pairs of {config.input} with concepts, by data_prep.label; "
-        f"vocabulary: {hashes}."
-        + (f" Licence of the labels: {teacher.licence}." if teacher.licence else ""),
-    )
-    label_report.write_report(folder, summary, heads, vocabulary)
-    print(label_report.format_metrics(heads))
-    print(
-        f"{labelled:,} of {records:,} images labelled in {len(tasks)} shards, "
-        f"{summary['added_bytes_per_record']:.0f} bytes each: {folder}; look at "
-        f"{folder}/{label_report.PAGE}"
-    )
-    for reason, count in sorted(missing.items()):
-        print(f"without labels: {count:,} ({reason})")
+    validate_config(config, label_config.default_config())
+    label_config.check_config(config)
+    return label_job.run(config, task_index, num_tasks)
 
 
 if __name__ == "__main__":

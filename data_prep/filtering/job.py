@@ -16,8 +16,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -27,7 +26,7 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering import kept, resharding, stale_outputs
 from data_prep.filtering import shard as filter_shard_module
 from data_prep.jobs import shards
-from data_prep.jobs.engine import RaySettings, run_tasks
+from data_prep.jobs.engine import RaySettings, print_failures, run_pending
 from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.report import PAGE, REPORT, Report, gather_report, read_report, write_report
 from data_prep.sources import list as source_list
@@ -73,48 +72,21 @@ def run(
                     resharding.remove_records(task)
     else:
         _say_incomplete(len(parts), len(tasks), config, parts)
-    return tell_failures(failures)
+    return print_failures(failures)
 
 
-def run_pending(
-    function: Callable[..., Any],
-    tasks: Sequence[Any],
-    config: ml_collections.ConfigDict,
-    engine: str,
-    label: str,
-) -> dict[str, str]:
-    """Runs tasks on an engine.
+def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
+    """How the tasks of a config are run: keywords of `run_pending`.
 
     Args:
-        function: of `engine.run_tasks`.
-        tasks: each with a `source`.
         config: how many workers, retries, and which cluster.
         engine: one of `engine.ENGINES`.
-        label: of the progress bar.
-
-    Returns:
-        Sources that failed, with the reason.
     """
-    failures = {}
-    for outcome in run_tasks(
-        function,
-        tasks,
-        num_workers=config.num_workers,
-        label=label,
-        retries=config.retries,
-        ray=RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
-    ):
-        if outcome.error is not None:
-            failures[str(outcome.task.source)] = outcome.error
-            logging.error("%s failed: %s", outcome.task.source, outcome.error)
-    return failures
-
-
-def tell_failures(failures: dict[str, str]) -> dict[str, str]:
-    """Lists what failed on stderr; the same dict again."""
-    for source, error in failures.items():
-        print(f"failed: {source}: {error}", file=sys.stderr)
-    return failures
+    return {
+        "num_workers": config.num_workers,
+        "retries": config.retries,
+        "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
+    }
 
 
 def load_parts(tasks: Sequence[shards.ShardTask]) -> list[Part]:
@@ -258,7 +230,7 @@ def _filter_parts(
     parts_folder = os.path.join(folder, resharding.PARTS)
     shards.remove_litter(parts_folder, [os.path.basename(task.output) for task in mine])
     function = functools.partial(filter_shard_module.filter_shard, config=config)
-    failures = run_pending(function, pending, config, engine, "filter")
+    failures = run_pending(function, pending, label="filter", **engine_options(config, engine))
     parts = load_parts(tasks)
     if len(parts) < len(tasks):
         return failures
@@ -272,7 +244,7 @@ def _filter_parts(
             len(again),
             again[0].source,
         )
-    return failures | run_pending(function, again, config, engine, "filter")
+    return failures | run_pending(function, again, label="filter", **engine_options(config, engine))
 
 
 def _records_missing(
@@ -328,7 +300,9 @@ def _write_output(
     shards.remove_litter(folder, [*names, *MERGED_FILES])
     shards.remove_litter(os.path.join(folder, resharding.PARTS), [stale_outputs.SETTINGS])
     unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
-    failures = run_pending(resharding.write_shard, unwritten, config, engine, "re-shard")
+    failures = run_pending(
+        resharding.write_shard, unwritten, label="re-shard", **engine_options(config, engine)
+    )
     if failures:
         return failures
     lists = [kept.kept_path(task.output) for task, _ in parts]

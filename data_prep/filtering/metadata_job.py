@@ -18,6 +18,7 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import kept, metadata, stale_outputs
 from data_prep.jobs import shards
+from data_prep.jobs.engine import print_failures, run_pending
 from data_prep.reports.report import PAGE, write_report
 from data_prep.sources import list as source_list
 
@@ -56,9 +57,11 @@ def run(
         filter_job.forget_output(folder)
         shards.remove_litter(folder, [os.path.basename(task.output) for task in pending])
     function = functools.partial(metadata.filter_rows, config=config)
-    failures = filter_job.run_pending(function, pending, config, engine, "filter")
+    failures = run_pending(
+        function, pending, label="filter", **filter_job.engine_options(config, engine)
+    )
     _finish(config, tasks, folder)
-    return filter_job.tell_failures(failures)
+    return print_failures(failures)
 
 
 def _finish(config: ml_collections.ConfigDict, tasks: list[shards.ShardTask], folder: str) -> None:

@@ -8,6 +8,7 @@ its input alone, they write the same bytes.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -17,11 +18,55 @@ from data_prep.jobs.engine_local import Crew
 from data_prep.jobs.engine_ray import RaySettings, run_on_ray
 from data_prep.jobs.progress import Function, Outcome, Progress, Report, describe_error
 
-__all__ = ["ENGINES", "Outcome", "RaySettings", "Report", "run_tasks"]
+__all__ = [
+    "ENGINES",
+    "Outcome",
+    "RaySettings",
+    "Report",
+    "print_failures",
+    "run_pending",
+    "run_tasks",
+]
 
 ENGINES = ("local", "ray")
 
 _Task = TypeVar("_Task")
+
+
+def run_pending(
+    function: Function,
+    tasks: Sequence[Any],
+    *,
+    num_workers: int | None,
+    label: str,
+    retries: int = 1,
+    ray: RaySettings | None = None,
+) -> dict[str, str]:
+    """Runs tasks whose results lie in files, and logs every failure; arguments of `run_tasks`.
+
+    Args:
+        function: see `run_tasks`.
+        tasks: those that are not done yet, each with a `source`.
+        num_workers, label, retries, ray: see `run_tasks`.
+
+    Returns:
+        Sources that failed, with the reason.
+    """
+    failures = {}
+    for outcome in run_tasks(
+        function, tasks, num_workers=num_workers, label=label, retries=retries, ray=ray
+    ):
+        if outcome.error is not None:
+            failures[str(outcome.task.source)] = outcome.error
+            logging.error("%s failed: %s", outcome.task.source, outcome.error)
+    return failures
+
+
+def print_failures(failures: dict[str, str]) -> dict[str, str]:
+    """Lists on stderr what failed, at the end of a job; returns the same dict."""
+    for source, error in failures.items():
+        print(f"failed: {source}: {error}", file=sys.stderr)
+    return failures
 
 
 def run_tasks(
@@ -48,7 +93,7 @@ def run_tasks(
         ray: where the tasks run on a Ray cluster; None for local processes.
 
     Yields:
-        One outcome per task, in the order in which they end.
+        One outcome for each task, in the order in which they end.
 
     Raises:
         ValueError: the number of workers or of retries is negative, or there is no such cluster.

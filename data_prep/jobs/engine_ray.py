@@ -81,7 +81,7 @@ def _connect(settings: RaySettings) -> Iterator[None]:
         yield
         return
     # So that the workers find this very code, where it is not installed as a package.
-    paths = [str(pathlib.Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     options: dict[str, Any] = {"include_dashboard": False} if settings.address == "local" else {}
     try:

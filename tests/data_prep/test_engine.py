@@ -21,7 +21,7 @@ _LONGEST_SECS = 60  # of a script; a failure here means that it waits for ever
 
 _FRAME = """
 import os, pathlib, signal, sys, time
-from data_prep import engine, engine_local
+from data_prep.jobs import engine, engine_local
 
 folder = pathlib.Path(__file__).parent
 {body}
