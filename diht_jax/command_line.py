@@ -1,5 +1,5 @@
 """How every command starts: flags parsed, logs that leave the progress bar alone, and user errors
-shown as one line instead of a traceback.
+shown as one line instead of a traceback; and the flags that name a model, the same in all commands.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from tqdm import tqdm
+
+from diht_jax.config import parse_fields
+
+flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
 
 def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
@@ -27,6 +32,30 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
         lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main()),
         flags_parser=lambda argv: _parse_flags(argv, takes_arguments),
     )
+
+
+def define_model_flags() -> None:
+    """Defines `--model` and the flags that go with it."""
+    flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
+    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
+    flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
+    flags.DEFINE_integer(
+        "image_size", None, "Resize the image positions to this size; the model's own by default."
+    )
+    flags.DEFINE_list(
+        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
+    )
+
+
+def model_options() -> dict[str, Any]:
+    """The arguments of `load_model` beside the model, as the flags give them."""
+    given = flags.FLAGS
+    return {
+        "step": given.step,
+        "ema": given.ema,
+        "image_size": given.image_size,
+        "architecture": parse_fields(given.architecture),
+    }
 
 
 def _parse_flags(argv: Sequence[str], takes_arguments: bool) -> list[str]:

@@ -13,13 +13,13 @@ import dataclasses
 
 from absl import flags
 
-from diht_jax import command_line, model_flags
+from diht_jax import command_line
 from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source, list_inputs
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    model_flags.define_flags()
+    command_line.define_model_flags()
     flags.DEFINE_list("input", None, "Source of pairs, or several; or a folder of pictures.")
     flags.DEFINE_string("output", None, "Directory of the embeddings.")
     flags.DEFINE_string("format", "npz", "npz or parquet.")
@@ -47,7 +47,7 @@ def main() -> None:
 
     model = load_model(
         given.model,
-        **model_flags.model_options(),
+        **command_line.model_options(),
         batch_size=given.batch_size,
     )
     embed_source(model, source, given.output, options)

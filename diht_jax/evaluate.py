@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from diht_jax import command_line, distributed, model_flags
+from diht_jax import command_line, distributed
 from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.results import (
@@ -30,7 +30,7 @@ from diht_jax.evaluation.results import (
     write_results,
 )
 
-model_flags.define_flags()
+command_line.define_model_flags()
 _TASKS = flags.DEFINE_list(
     "tasks",
     [],
@@ -113,7 +113,7 @@ def evaluate() -> dict[str, Any]:
 
     model = load_model(
         flags.FLAGS.model,
-        **model_flags.model_options(),
+        **command_line.model_options(),
         batch_size=_BATCH_SIZE.value,
         devices=jax.devices(),
     )

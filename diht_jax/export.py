@@ -13,12 +13,12 @@ from typing import Any
 
 from absl import flags, logging
 
-from diht_jax import command_line, model_flags
+from diht_jax import command_line
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    model_flags.define_flags()
+    command_line.define_model_flags()
     flags.DEFINE_string("format", None, "clip, open_clip, huggingface or safetensors.")
     flags.DEFINE_string("output", None, "Directory to make.")
     flags.DEFINE_string("dtype", "float32", "Of the stored parameters; bfloat16, float16.")
@@ -37,7 +37,7 @@ def main() -> None:
         given.model,
         given.format,
         given.output,
-        **model_flags.model_options(),
+        **command_line.model_options(),
         dtype=given.dtype,
         keep_heads=given.keep_heads,
         results=given.results,

@@ -14,12 +14,12 @@ from typing import Any
 
 from absl import flags
 
-from diht_jax import command_line, model_flags
+from diht_jax import command_line
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    model_flags.define_flags()
+    command_line.define_model_flags()
     flags.DEFINE_string("train", None, "Source the shots are drawn from; options after '?'.")
     flags.DEFINE_string("test", None, "Source the accuracy is measured on; options after '?'.")
     flags.DEFINE_string(
@@ -60,7 +60,7 @@ def main() -> None:
 
     model = load_model(
         given.model,
-        **model_flags.model_options(),
+        **command_line.model_options(),
         batch_size=given.batch_size,
     )
     result = {

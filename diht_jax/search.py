@@ -12,12 +12,12 @@ import pathlib
 
 from absl import flags, logging
 
-from diht_jax import command_line, model_flags
+from diht_jax import command_line
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    model_flags.define_flags()
+    command_line.define_model_flags()
     flags.DEFINE_string("images", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_string("output", "search.png", "Page (PNG) to write.")
     flags.DEFINE_integer("count", 8, "Pictures a query.")
@@ -43,7 +43,7 @@ def main(queries: list[str]) -> None:
 
     model = load_model(
         given.model,
-        **model_flags.model_options(),
+        **command_line.model_options(),
         batch_size=given.batch_size,
     )
     result = search_pictures(

@@ -30,7 +30,6 @@ LAYERS = {
     "diht_jax.host_memory": 7,
     "diht_jax.command_line": 7,
     "diht_jax.distributed": 7,
-    "diht_jax.model_flags": 7,
     "diht_jax.train": 8,
     "diht_jax.compile": 8,
     "diht_jax.evaluate": 8,
