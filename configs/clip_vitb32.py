@@ -1,12 +1,12 @@
 """CLIP ViT-B/32 at 224 px: InfoNCE, the baseline that `diht_vitb32` is compared with.
 
-Everything but the loss equals `diht_vitb32`. Method: CLIP, arXiv 2103.00020.
+It is `diht_vitb32` with another loss. Method: CLIP, arXiv 2103.00020.
 
 Run, after `data_prep.filter` has written its shards to DATA:
 
     python -m diht_jax.train --config configs/clip_vitb32.py --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16, where it is compiled and fits (`config.topology`, docs/scaling.md):
+Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`, docs/scaling.md):
 
     python -m diht_jax.compile --config configs/clip_vitb32.py
 
@@ -15,24 +15,13 @@ Expected: below `diht_vitb32` on the same pairs. This recipe has not been run at
 
 import ml_collections
 
-from configs import common
-from diht_jax.config import default_config
+from configs import diht_vitb32
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `arg` is "debug=True" or empty."""
-    config = default_config()
-    config.model.name = "diht_vitb32_224px"
-    config.model.scan_layers = True
-    config.model.remat = "none"
-    config.total_examples = 32_000_000_000
-    config.loss.alpha = 1.0
+    """The recipe; `common.parse_arg` describes `arg`."""
+    config = diht_vitb32.get_config(arg)
     config.loss.beta = 0.0
-    config.optimizer.learning_rate = 1e-3
-    config.data.batch_size = 65536
-    config.topology = "v5e:16x16"
-    config.mesh.fsdp = 8
-    config.evaluation.every_steps = 10_000
-    config.evaluation.tasks = "imagenet"
-    config.checkpoint.best_metric = "imagenet/top1"
-    return common.shrink(config) if common.parse_debug(arg) else config
+    config.concepts.object_weight = 0.0
+    config.concepts.attribute_weight = 0.0
+    return config

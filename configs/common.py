@@ -1,26 +1,82 @@
-"""What all recipes share: the argument after the colon, and the shrunken `debug` form.
+"""What all recipes share: the argument after the colon, the debug form, and the DiHT settings.
 
-The form is asked for on the command line:
+The argument holds any number of `key=value`, with commas between them:
 
     --config configs/diht_vitb32.py:debug=True
+    --config configs/diht_vitb32.py:debug=True,topology=v5e:2x2
 """
+
+import difflib
+from typing import Any
 
 import ml_collections
 
+from diht_jax.config import default_config
 
-def parse_debug(arg: str) -> bool:
-    """Whether the text after the colon of --config asks for the debug form.
+
+def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
+    """The values in the text after the colon of --config.
+
+    Every recipe knows `debug` (False: the recipe as it is; True: shrunk to seconds on a CPU) and
+    `topology` (None: the recipe's own; else the machine it is meant for, such as "v5e:2x2").
 
     Args:
-        arg: "", "debug=True" or "debug=False".
+        arg: such as "" or "debug=True,topology=v5e:2x2".
+        **defaults: further keys of this recipe with their defaults, each a bool, int, float or str;
+            a value in `arg` is converted to the type of the default.
+
+    Returns:
+        All keys with their values.
 
     Raises:
-        ValueError: anything else.
+        ValueError: an unknown key, a key that occurs twice, or a value of another type.
     """
-    choices = {"": False, "debug=True": True, "debug=False": False}
-    if arg not in choices:
-        raise ValueError(f"recipe argument '{arg}': expected debug=True or nothing")
-    return choices[arg]
+    known = {"debug": False, "topology": None, **defaults}
+    given: dict[str, Any] = {}
+    for setting in filter(None, arg.split(",")):
+        key, equals, text = setting.partition("=")
+        where = f"recipe argument '{setting[:200]}'"
+        if not equals:
+            raise ValueError(f"{where}: expected key=value, such as debug=True")
+        if key not in known:
+            nearest = difflib.get_close_matches(key[:200], known, n=1)
+            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+            raise ValueError(f"{where}: unknown key; known keys: {', '.join(sorted(known))}{hint}")
+        if key in given:
+            raise ValueError(f"{where}: '{key}' is given twice")
+        given[key] = _convert(text, known[key], where)
+    return ml_collections.ConfigDict({**known, **given})
+
+
+def diht() -> ml_collections.ConfigDict:
+    """The settings that all DiHT recipes share: a pod of 256 chips, HN-NCE and concept labels.
+
+    What differs is in the recipe: architecture, remat, duration and learning rate.
+    """
+    config = default_config()
+    config.model.scan_layers = True
+    config.loss.alpha = 1.0
+    config.loss.beta = 0.25
+    config.concepts.object_weight = 1.0
+    config.concepts.attribute_weight = 1.0
+    config.data.batch_size = 65536
+    config.topology = "v5e:16x16"
+    config.mesh.fsdp = 8
+    config.evaluation.every_steps = 10_000
+    config.evaluation.tasks = "imagenet"
+    config.checkpoint.best_metric = "imagenet/top1"
+    return config
+
+
+def finish(
+    config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
+) -> ml_collections.ConfigDict:
+    """The recipe as `args` (of `parse_arg`) ask for it; changes `config` in place."""
+    if args.debug:
+        shrink(config)
+    if args.topology is not None:
+        config.topology = args.topology
+    return config
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -49,3 +105,15 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.evaluation.tasks = ""
     config.checkpoint.best_metric = None
     return config
+
+
+def _convert(text: str, default: Any, where: str) -> Any:
+    if isinstance(default, bool):
+        if text not in ("True", "False"):
+            raise ValueError(f"{where}: expected True or False")
+        return text == "True"
+    kind = str if default is None else type(default)
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected {kind.__name__}, such as {default}") from error

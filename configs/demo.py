@@ -12,7 +12,7 @@ Run, as a part of `bash run_demo.sh`, or alone:
     python -m diht_jax.train --config configs/demo.py \\
         --config.data.train=demo_output/filtered --workdir demo_output/filtered_hn_nce
 
-Meant for the machine at hand, a laptop will do (`config.topology`: local).
+Meant for the machine it is started on; a laptop will do (`config.topology`: local).
 
 Expected: the table of the README, in some five minutes of training (three models).
 """
@@ -24,7 +24,8 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `arg` is "debug=True" or empty."""
+    """The recipe; `common.parse_arg` describes `arg`."""
+    args = common.parse_arg(arg)
     config = default_config()
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
@@ -39,4 +40,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.num_workers = 0
     config.log_every_steps = 10
     config.checkpoint.every_steps = 200
-    return common.shrink(config) if common.parse_debug(arg) else config
+    return common.finish(config, args)

@@ -1,13 +1,14 @@
 """DiHT ViT-L/14 at 336 px: `diht_vitl14` fine-tuned at a higher resolution.
 
-Method: DiHT, arXiv 2301.02280. Learning rate, decay and the 400M samples are ours.
+Method: DiHT, arXiv 2301.02280. Learning rate, decay and the 400M samples are ours. What the DiHT
+recipes share is in `common.diht`.
 
 Run, with the work directory L14 that `diht_vitl14` has left:
 
     python -m diht_jax.train --config configs/diht_vitl14_336.py --config.model.init_from=L14 \\
         --config.data.train=DATA --workdir DIR
 
-Meant for v5e:16x16, where it is compiled and fits (`config.topology`, docs/scaling.md):
+Meant for v5e:16x16, where it fits as the compiler reports (`config.topology`, docs/scaling.md):
 
     python -m diht_jax.compile --config configs/diht_vitl14_336.py
 
@@ -18,27 +19,17 @@ zero-shot top-1 on ImageNet. This recipe has not been run at full length here.
 import ml_collections
 
 from configs import common
-from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `arg` is "debug=True" or empty."""
-    config = default_config()
+    """The recipe; `common.parse_arg` describes `arg`."""
+    args = common.parse_arg(arg)
+    config = common.diht()
     config.model.name = "diht_vitl14_336px"
-    config.model.scan_layers = True
     config.model.remat = "full"
     config.total_examples = 400_000_000
-    config.loss.alpha = 1.0
-    config.loss.beta = 0.25
-    config.concepts.object_weight = 1.0
-    config.concepts.attribute_weight = 1.0
     config.optimizer.learning_rate = 4e-5
     config.optimizer.warmup_steps = 500
-    config.data.batch_size = 65536
     config.micro_batch = 32768
-    config.topology = "v5e:16x16"
-    config.mesh.fsdp = 8
     config.evaluation.every_steps = 1000
-    config.evaluation.tasks = "imagenet"
-    config.checkpoint.best_metric = "imagenet/top1"
-    return common.shrink(config) if common.parse_debug(arg) else config
+    return common.finish(config, args)

@@ -12,7 +12,7 @@ Run, with the tars of emoji-datasource that the README names:
     python -m diht_jax.evaluate --model runs/emoji \\
         --tasks 'retrieval:emoji_twitter.tar?caption_template={caption}' --output runs/emoji.json
 
-Meant for the machine at hand, a laptop will do (`config.topology`: local).
+Meant for the machine it is started on; a laptop will do (`config.topology`: local).
 
 Expected: text-to-image R@1 10.5%, R@10 31% on 3,786 captions; 592 steps at about 170 images/s, a
 quarter of an hour on two CPU cores.
@@ -25,7 +25,8 @@ from diht_jax.config import default_config
 
 
 def get_config(arg: str = "") -> ml_collections.ConfigDict:
-    """The recipe; `arg` is "debug=True" or empty."""
+    """The recipe; `common.parse_arg` describes `arg`."""
+    args = common.parse_arg(arg)
     config = default_config()
     config.model.name = "small_64px"
     config.model.dtype = "float32"
@@ -43,4 +44,4 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.data.crop_scale = (0.25, 1.0)
     config.log_every_steps = 10
     config.checkpoint.every_steps = 200
-    return common.shrink(config) if common.parse_debug(arg) else config
+    return common.finish(config, args)
