@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -25,9 +24,8 @@ from diht_jax.cost_model.hlo_traffic import Collective, Traffic
 from diht_jax.cost_model.report import describe_settings, describe_step, describe_try
 from diht_jax.cost_model.topologies import Topology, get_topology
 from diht_jax.training.program import TrainProgram
+from tests.recipes import RECIPES, REPOSITORY
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
 GIB = 1 << 30
 
 needs_libtpu = pytest.mark.skipif(

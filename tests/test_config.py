@@ -1,7 +1,6 @@
 """Validation of configs, durations, and the recipes of `configs/`."""
 
 import ast
-import pathlib
 import subprocess
 import sys
 
@@ -10,9 +9,7 @@ import pytest
 
 from diht_jax.config import default_config, duration_in_steps, load_recipe, validate_config
 from diht_jax.models import get_architecture
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
+from tests.recipes import RECIPES, REPOSITORY
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +43,78 @@ def test_recipe_header_gives_run_command_and_expectation(path):
     assert "Expected:" in docstring
 
 
-def test_recipe_refuses_another_argument():
-    with pytest.raises(ValueError, match="debug=Tru'"):
-        load_recipe(REPOSITORY / "configs" / "diht_vitb32.py", "debug=Tru")
+def values(name, arg=""):
+    return load_recipe(REPOSITORY / "configs" / f"{name}.py", arg).to_dict()
+
+
+def differences(a, b, prefix=""):
+    """Dotted names of the keys in which two configs differ."""
+    found = set()
+    for key in a.keys() | b.keys():
+        if isinstance(a[key], dict):
+            found |= differences(a[key], b[key], f"{prefix}{key}.")
+        elif a[key] != b[key]:
+            found.add(f"{prefix}{key}")
+    return found
+
+
+@pytest.mark.parametrize("arg", ["", "debug=True", "topology=v5p:4x4x4"])
+def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
+    clip, diht = values("clip_vitb32", arg), values("diht_vitb32", arg)
+    assert differences(clip, diht) == {
+        "loss.beta",
+        "concepts.object_weight",
+        "concepts.attribute_weight",
+    }
+    assert clip["loss"]["alpha"] == 1.0 and clip["loss"]["beta"] == 0.0
+    assert clip["concepts"]["object_weight"] == clip["concepts"]["attribute_weight"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("diht_vitb16", {"model.name", "model.remat"}),
+        (
+            "diht_vitl14",
+            {"model.name", "model.remat", "total_examples", "optimizer.learning_rate"},
+        ),
+    ],
+)
+def test_diht_recipes_differ_in_size_and_duration_alone(name, own):
+    assert differences(values(name), values("diht_vitb32")) == own
+
+
+def test_argument_of_a_recipe_sets_debug_and_topology():
+    plain, other = values("diht_vitb32"), values("diht_vitb32", "topology=v5p:4x4x4,debug=False")
+    assert differences(plain, other) == {"topology"} and other["topology"] == "v5p:4x4x4"
+    shrunk, both = values("emoji", "debug=True"), values("emoji", "debug=True,topology=v5e:2x2")
+    assert differences(shrunk, both) == {"topology"} and both["topology"] == "v5e:2x2"
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("debug=Tru", "'debug=Tru': expected True or False"),
+        ("debug", "'debug': expected key=value, such as debug=True"),
+        ("debug=True,toplogy=v5e:2x2", "'toplogy=v5e:2x2': .*did you mean 'topology'"),
+        ("xyzzy=1", "'xyzzy=1': unknown key; known keys: debug, topology$"),
+        ("debug=True,debug=False", "'debug' is given twice"),
+    ],
+)
+def test_recipe_refuses_another_argument(arg, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(REPOSITORY / "configs" / "diht_vitb32.py", arg)
+
+
+def test_keys_of_a_recipes_own_are_converted_to_the_type_of_their_default():
+    from configs.common import parse_arg
+
+    args = parse_arg("res=336,lr=3e-4,name=b,debug=True", res=224, lr=1e-3, name="a", wide=True)
+    assert args.to_dict() == {
+        **{"debug": True, "topology": None, "res": 336, "lr": 3e-4, "name": "b", "wide": True}
+    }
+    with pytest.raises(ValueError, match="'res=big': expected int, such as 224"):
+        parse_arg("res=big", res=224)
 
 
 def test_missing_recipe_is_named():

@@ -1,16 +1,12 @@
 """Every recipe of `configs/`, in its debug form, trains end to end."""
 
-import pathlib
-
 import numpy as np
 import pytest
 
 from diht_jax.config import load_recipe
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
+from tests.recipes import RECIPES, REPOSITORY
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
