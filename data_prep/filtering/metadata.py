@@ -23,8 +23,6 @@ from data_prep.filtering.kept import KEPT_SUFFIX
 from data_prep.filtering.shard_log import DROPPED_SUFFIX, ShardLog
 from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.engine import Report
-from data_prep.sources import img2dataset
-from data_prep.sources import list as source_list
 from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.readers.base import (
     Skipped,
@@ -33,10 +31,13 @@ from diht_jax.data.readers.base import (
     parse_json_object,
     pick_captions,
 )
+from diht_jax.data.readers.parquet import open_parquet
 from diht_jax.data.readers.registry import list_shards
 from diht_jax.data.records.schema import Pair
 
 JSONL_SUFFIX = ".jsonl"
+
+_PARQUET = "parquet"  # the kind of its shards
 
 _Row = TypeVar("_Row")
 _BATCH_ROWS = 2048
@@ -62,18 +63,16 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
     units = []
     for text in map(str.strip, texts):
-        parquet = source_list.find_parquet(text)
-        if parquet:
-            units += [unit for path in parquet for unit in _list_row_groups(path, source)]
-            continue
-        found = list_shards(text, **source.to_dict())
-        for unit in found:
-            if unit.kind != "table" or not unit.path.endswith(JSONL_SUFFIX):
+        for unit in list_shards(text, **source.to_dict()):
+            if unit.kind == _PARQUET:
+                units += _list_row_groups(unit.path, source)
+            elif unit.kind == "table" and unit.path.endswith(JSONL_SUFFIX):
+                units.append(unit)
+            else:
                 raise ValueError(
                     f"{unit}: config.metadata_only filters tables of captions; expected .parquet "
                     "or .jsonl files"
                 )
-        units += found
     return units
 
 
@@ -117,7 +116,7 @@ def filter_rows(
     output = pathlib.Path(task.output)
     temporary = temporary_path(output)
     log = ShardLog(config)
-    work = _filter_parquet if task.source.kind == img2dataset.KIND else _filter_jsonl
+    work = _filter_parquet if task.source.kind == _PARQUET else _filter_jsonl
     try:
         work(task.source, temporary, _Judge(task.source, config, log), report)
         os.replace(temporary, output)
@@ -189,7 +188,7 @@ def _filter_parquet(source: SourceShard, path: pathlib.Path, judge: _Judge, repo
     import pyarrow
     import pyarrow.parquet
 
-    file = img2dataset.open_parquet(source.path)
+    file = open_parquet(source.path)
     schema = file.schema_arrow
     wanted = [name for name in schema.names if name in judge.fields]
     compression = _compression(file)
@@ -254,7 +253,7 @@ def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
 
 
 def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:
-    file = img2dataset.open_parquet(path)
+    file = open_parquet(path)
     names = file.schema_arrow.names
     for column in (source.caption_column, source.key_column):
         if column is not None and column not in names:
@@ -268,5 +267,5 @@ def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[S
         is_last = number + 1 == file.metadata.num_row_groups
         if rows >= source.rows_per_shard or is_last:
             options = {"first_row": first_row}
-            yield SourceShard(img2dataset.KIND, path, start, number + 1, options)
+            yield SourceShard(_PARQUET, path, start, number + 1, options)
             start, rows, first_row = number + 1, 0, first_row + rows

@@ -26,11 +26,10 @@ from data_prep.filtering.shard_log import DROPPED_SUFFIX, ShardLog
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
-from data_prep.sources.list import read_pairs
 from data_prep.text_spotting import config as spotter_config
 from data_prep.text_spotting.spotter import Spot, TextSpotter
 from diht_jax.data.images import decode
-from diht_jax.data.readers.registry import Skipped, SourceShard
+from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.data.records import schema
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordWriter

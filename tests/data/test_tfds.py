@@ -364,8 +364,8 @@ def test_wrong_names(work, spec, message):
 def test_reading_and_describing_need_no_tensorflow(work):
     code = f"""
 import sys
-from diht_jax.data import dataset_info
-from diht_jax.data.readers import open_source
+from diht_jax.data.records import dataset_info
+from diht_jax.data.readers.registry import open_source
 for file_format in ("tfrecord", "array_record"):
     source = open_source("tfds:tiny_captions:val", data_dir={str(work)!r} + "/" + file_format)
     assert len(list(source)) == 2

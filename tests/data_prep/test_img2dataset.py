@@ -13,9 +13,9 @@ from PIL import Image
 from data_prep.filter import run_filter
 from data_prep.reports.report import read_report
 from data_prep.sources import img2dataset
-from data_prep.sources import list as source_list
 from diht_jax.config import load_recipe
 from diht_jax.data.readers.base import Skipped, SourceShard
+from diht_jax.data.readers.registry import read_pairs
 from diht_jax.data.records.schema import decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
 
@@ -111,9 +111,7 @@ def test_parquet_with_images(tmp_path):
     report = read_report(tmp_path / "out")
     assert report.funnel.dropped["source"] == {"no_image": 1}
     assert report.download["successes"] == 3
-    entries = list(
-        source_list.read_pairs(SourceShard("parquet", str(tmp_path / "in/00000.parquet")))
-    )
+    entries = list(read_pairs(SourceShard("parquet", str(tmp_path / "in/00000.parquet"))))
     assert entries[2] == Skipped("000000002", "no_image", "HTTP Error 404: Not Found")
 
 
@@ -121,10 +119,10 @@ def test_what_is_no_such_file(tmp_path):
     table = pyarrow.Table.from_pylist([{"url": "u", "caption": "c"}])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no column of images.*found url, caption.*metadata.py"):
-        list(source_list.read_pairs(SourceShard("parquet", str(tmp_path / "a.parquet"))))
+        list(read_pairs(SourceShard("parquet", str(tmp_path / "a.parquet"))))
     (tmp_path / "b.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="b.parquet: cannot be read as parquet"):
-        list(source_list.read_pairs(SourceShard("parquet", str(tmp_path / "b.parquet"))))
+        list(read_pairs(SourceShard("parquet", str(tmp_path / "b.parquet"))))
     (tmp_path / "c_stats.json").write_text('{"count": 3}')
     with pytest.raises(ValueError, match="c_stats.json: not the statistics of img2dataset"):
         img2dataset.read_download_stats(SourceShard("webdataset", str(tmp_path / "c.tar")))

@@ -1,8 +1,7 @@
 """NumPy's `.npy` and `.npz` from anywhere, read without trusting what their headers claim.
 
-Called by whatever reads arrays that others made: the evaluation's label files and the embeddings of
-`data_prep`. `numpy.load` would reserve whatever shape a header states, and its parser of headers
-raises nearly any type.
+For arrays that others made. `numpy.load` would reserve whatever shape a header states, and its
+parser of headers raises nearly any type.
 """
 
 from __future__ import annotations

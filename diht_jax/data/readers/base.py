@@ -1,7 +1,7 @@
-"""What all readers of pairs share: the unit of work, what is passed over, and cleaned input.
+"""What all readers of pairs share: the form of a source format, the unit of work, cleaned input.
 
-The readers (`webdataset.py`, `tables.py`, `image_folder.py`, `tfds_records.py`) build on it;
-`readers.py` is the way in for everybody else.
+Every reader ends with a `Format`, which stands in the table of `registry.py`; that module is the
+way in for everybody else.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import dataclasses
 import os
 import pathlib
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+
+from diht_jax.data.records import remote
+from diht_jax.data.records.schema import Pair
 
 # The readers parse as strictly as records are read.
 from diht_jax.data.records.schema import parse_json_object as parse_json_object
@@ -20,7 +23,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
 MAX_IMAGE_BYTES = 2**28
 
-# Why a reader passes over a pair, in the order of a funnel. "too_large" is the image's reason.
+# Why a reader skips an entry, in the order of a funnel. "too_large" is the image's reason.
 SOURCE_REASONS = (
     "bad_row",
     "bad_json",
@@ -52,8 +55,8 @@ class SourceShard:
     """One unit of work: a tar, a part of a table, one class, or a range of a record file.
 
     Attributes:
-        kind: which reader: "webdataset", "table", "folder", "tfds" or "tfrecord".
-        path: of the file or folder.
+        kind: name of the format in `registry.FORMATS`.
+        path: of the file or folder; a URL where it lies in an object store.
         start: where the part begins: a byte of a table, a record of a TFDS file.
         stop: where it ends (exclusive); None for the end of the file.
         options: what else its reader needs, JSON-able.
@@ -70,25 +73,72 @@ class SourceShard:
         return f"{self.path}{part}"
 
     def identity(self) -> dict[str, Any]:
-        """What tells whether this is still the same input: path, part, size and time of change.
+        """Describes the input, to compare with it later: path, part, size and time of change.
 
         Returns:
-            A JSON-able dict. For a folder, size and time are those of the files in it together.
+            A JSON-able dict. For a folder, size and time are those of the files in it together;
+            for a URL, the time is the version that the object store states, or None.
         """
+        described = {
+            "kind": self.kind,
+            "path": self.path if remote.is_remote(self.path) else os.path.abspath(self.path),
+            "start": self.start,
+            "stop": self.stop,
+            "options": dict(self.options),
+        }
+        if remote.is_remote(self.path):
+            size, version = remote.file_version(self.path)
+            return described | {"files": 1, "size_bytes": size, "changed_ns": version}
         if os.path.isdir(self.path):
             files = [entry.stat() for entry in _walk_files(self.path)]
         else:
             files = [os.stat(self.path)]
-        return {
-            "kind": self.kind,
-            "path": os.path.abspath(self.path),
-            "start": self.start,
-            "stop": self.stop,
-            "options": dict(self.options),
+        return described | {
             "files": len(files),
             "size_bytes": sum(file.st_size for file in files),
             "changed_ns": max((file.st_mtime_ns for file in files), default=0),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A source format: how it is recognised, divided into shards, read and counted.
+
+    Attributes:
+        read: yields the pairs of one shard, and `Skipped` for an entry that is no pair; raises
+            ValueError naming the file if it is damaged.
+        suffixes: endings of the names of its files.
+        matches: whether a path is such a file, where the ending alone does not decide it.
+        prefix: start of texts that name a data set rather than files, such as "tfds:".
+        is_folder: reads folders in which no file of any other format lies.
+        list_shards: divides a path (or a text with the prefix) into units of work; takes an
+            instance of `options` as second argument. None: one unit for each file.
+        options: dataclass of the options that a user may set; each has a default, and the type of
+            one whose default is None is `str | None`. Names are unique over all formats.
+        count: entries of a shard, exactly or nearly, without reading images; None if unknown.
+        count_reads_file: counting goes through the whole file, so that only the first shard is
+            counted, and the others are estimated by their bytes.
+        metadata_of: kind of the files beside which the files of this format hold metadata only.
+        reads_remote: files in an object store can be read, by their URL.
+    """
+
+    read: Callable[[SourceShard], Iterator[Pair | Skipped]]
+    suffixes: tuple[str, ...] = ()
+    matches: Callable[[str], bool] | None = None
+    prefix: str = ""
+    is_folder: bool = False
+    list_shards: Callable[[str, Any], list[SourceShard]] | None = None
+    options: type | None = None
+    count: Callable[[SourceShard], int | None] = lambda shard: None
+    count_reads_file: bool = False
+    metadata_of: str | None = None
+    reads_remote: bool = False
+
+    def is_file(self, path: str) -> bool:
+        """Whether a path is a file of this format, by its name."""
+        if self.matches is not None:
+            return self.matches(path)
+        return path.endswith(self.suffixes)
 
 
 def clean_text(text: str) -> str:

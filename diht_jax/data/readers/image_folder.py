@@ -1,15 +1,14 @@
-"""A folder with one sub-folder of images per class.
-
-Called through `readers.py`.
-"""
+"""Folders of images: one sub-folder for each class, or pictures without any caption."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from diht_jax.data.readers.base import (
     MAX_IMAGE_BYTES,
+    Format,
     Skipped,
     SourceShard,
     clean_text,
@@ -46,8 +45,31 @@ def read_class(shard: SourceShard) -> Iterator[Pair | Skipped]:
     caption = " ".join(class_name.replace("_", " ").split()) or class_name
     for path in image_files(shard.path):
         key = clean_text(f"{class_name}/{os.path.relpath(path, shard.path)}")
-        if os.path.getsize(path) > MAX_IMAGE_BYTES:
-            yield Skipped(key, "too_large", f"over {MAX_IMAGE_BYTES} bytes")
-            continue
-        with open(path, "rb") as file:
-            yield Pair(key, file.read(), caption, metadata)
+        yield _read_image(path, key, caption, metadata)
+
+
+def read_pictures(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Yields the images of a folder with empty captions; keys are their paths in it."""
+    for path in image_files(shard.path):
+        yield _read_image(path, os.path.relpath(path, shard.path), "", {})
+
+
+def _read_image(path: str, key: str, caption: str, metadata: dict[str, Any]) -> Pair | Skipped:
+    if os.path.getsize(path) > MAX_IMAGE_BYTES:
+        return Skipped(key, "too_large", f"over {MAX_IMAGE_BYTES} bytes")
+    with open(path, "rb") as file:
+        return Pair(key, file.read(), caption, metadata)
+
+
+def _count_images(shard: SourceShard) -> int:
+    return len(image_files(shard.path))
+
+
+CLASSES = Format(
+    is_folder=True,
+    list_shards=lambda root, options: list_class_shards(root),
+    read=read_class,
+    count=_count_images,
+)
+# Nothing is recognised as this: without captions it is no source of pairs, but it can be embedded.
+PICTURES = Format(read=read_pictures, count=_count_images)

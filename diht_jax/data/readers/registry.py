@@ -1,12 +1,13 @@
-"""The way in to pairs from anywhere: `open_source` to iterate, `list_shards` to divide the work.
+"""Pairs from anywhere: the table of source formats, `open_source`, and `list_shards`.
 
-Evaluation iterates over pairs; `data_prep` takes one shard at a time, in many processes. What the
-text of a source may be:
+`open_source` iterates over all pairs; `list_shards` divides a source into units of work, each of
+which `read_pairs` reads, in whatever process. What the text of a source may be:
 
     PATH.tar, GLOB/*.tar             webdataset, as img2dataset writes it
     PATH.jsonl, PATH.csv, PATH.tsv   a table beside a folder of images
-    FOLDER                           TFRecord shards, tars or tables in it; else classes
-    PATH.tfrecord, GLOB              our own records
+    PATH.parquet                     images and captions in columns
+    FOLDER                           shards, tars, tables or parquet files in it; else classes
+    PATH.tfrecord, GLOB, URL         our own records
     tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
 
 Images are not decoded here.
@@ -19,17 +20,37 @@ import dataclasses
 import difflib
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
 
-from diht_jax.data.readers import image_folder, tables, tfds, webdataset
-from diht_jax.data.readers.base import Skipped, SourceShard
-from diht_jax.data.records import schema, tfrecord
+from diht_jax.data.readers import image_folder, parquet, records, tables, tfds, webdataset
+from diht_jax.data.readers.base import Format, Skipped, SourceShard
+from diht_jax.data.records import remote
 from diht_jax.data.records.schema import Pair
 
-__all__ = ["PairSource", "Skipped", "SourceShard", "list_shards", "open_source", "read_pairs"]
+__all__ = [
+    "FORMATS",
+    "PairSource",
+    "Skipped",
+    "SourceShard",
+    "list_shards",
+    "open_source",
+    "option_defaults",
+    "read_pairs",
+]
+
+# Kind of a shard -> format. The first that recognises a text or a file reads it.
+FORMATS: dict[str, Format] = {
+    "webdataset": webdataset.FORMAT,
+    "table": tables.FORMAT,
+    "tfds": tfds.FORMAT,
+    "tfrecord": records.FORMAT,
+    "parquet": parquet.FORMAT,
+    "folder": image_folder.CLASSES,
+    "pictures": image_folder.PICTURES,
+}
 
 _LARGEST_LISTING = 5
 
@@ -66,7 +87,7 @@ def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
 
     Args:
         spec: one of the texts above, or a list of them.
-        **options: fields of `tables.TableOptions` and `tfds_records.TfdsOptions`.
+        **options: of the formats, such as the fields of `tables.TableOptions`.
 
     Returns:
         An iterable of `schema.Pair`. Metadata may hold "captions", "label" and "class_name".
@@ -87,16 +108,12 @@ def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
     Raises:
         ValueError: nothing is found, or an option does not exist.
     """
-    table_options, tfds_options = _split_options(options)
-    shards = []
-    for text in [spec] if isinstance(spec, str) else list(spec):
-        if text.startswith(tfds.PREFIX):
-            shards += tfds.list_tfds_shards(text, tfds_options)
-        else:
-            shards += _list_paths(text, table_options)
+    _check_options(options)
+    texts = [spec] if isinstance(spec, str) else list(spec)
+    shards = [shard for text in texts for shard in _list_text(text, options)]
     if not shards:
         raise ValueError(
-            f"no source of pairs: got {spec!r}; see diht_jax/data/readers.py for forms"
+            f"no source of pairs: got {spec!r}; see diht_jax/data/readers/registry.py for forms"
         )
     return shards
 
@@ -108,32 +125,26 @@ def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
         shard: one of `list_shards`.
 
     Returns:
-        Pairs, and in their place what is none, with its reason.
+        Pairs, and `Skipped` with its reason for each entry that is no pair.
 
     Raises:
         ValueError: the file is damaged; names it.
     """
-    return _READERS[shard.kind](shard)
+    return FORMATS[shard.kind].read(shard)
 
 
-def _read_tfrecord(shard: SourceShard) -> Iterator[Pair]:
-    for number, data in enumerate(tfrecord.read_records(shard.path)):
-        try:
-            yield schema.decode_record(data)
-        except ValueError as error:
-            raise ValueError(f"{shard.path}: record {number}: {error}") from error
+def option_defaults() -> dict[str, dataclasses.Field]:
+    """Every option of the formats by its name, as a field with type and default."""
+    types = [form.options for form in FORMATS.values() if form.options]
+    return {field.name: field for kind in types for field in dataclasses.fields(kind)}
 
 
-_READERS: dict[str, Callable[[SourceShard], Iterator[Pair | Skipped]]] = {
-    "webdataset": lambda shard: webdataset.read_tar(shard.path),
-    "table": tables.read_table,
-    "folder": image_folder.read_class,
-    "tfds": tfds.read_tfds,
-    "tfrecord": _read_tfrecord,
-}
-
-
-def _list_paths(text: str, options: tables.TableOptions) -> list[SourceShard]:
+def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
+    for kind, form in FORMATS.items():
+        if form.prefix and text.startswith(form.prefix):
+            return _list_one(kind, text, options)
+    if remote.is_remote(text):
+        return _list_remote(text, options)
     if os.path.isdir(text):
         return _list_folder(text, options)
     paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
@@ -143,61 +154,85 @@ def _list_paths(text: str, options: tables.TableOptions) -> list[SourceShard]:
             f"nothing at '{text}'; expected a file, a folder, a glob that matches some, or "
             "tfds:NAME:SPLIT"
         )
-    shards = [(path, _list_file(path, options)) for path in paths]
-    unknown = [path for path, listed in shards if listed is None]
+    kinds = _recognise(paths)
+    unknown = [path for path, kind in kinds.items() if kind is None]
     if unknown:
         raise ValueError(
             f"{', '.join(unknown[:_LARGEST_LISTING])}: not a source of pairs; expected names that "
-            f"end in {', '.join(webdataset.TAR_SUFFIXES + tables.TABLE_SUFFIXES)} or .tfrecord"
+            f"end in {_known_suffixes()}"
         )
-    return [shard for _, listed in shards for shard in listed or ()]
+    return [shard for path, kind in kinds.items() for shard in _list_one(kind, path, options)]
 
 
-def _list_folder(folder: str, options: tables.TableOptions) -> list[SourceShard]:
+def _list_folder(folder: str, options: dict[str, Any]) -> list[SourceShard]:
     files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
-    listed = {path: _list_file(path, options) for path in files}
-    found = {path: shards for path, shards in listed.items() if shards is not None}
-    kinds = {shard.kind for shards in found.values() for shard in shards}
-    if len(kinds) > 1:
+    found = {path: kind for path, kind in _recognise(files).items() if kind}
+    if len(set(found.values())) > 1:
         raise ValueError(
-            f"folder '{folder}' holds several kinds of source ({', '.join(sorted(kinds))}); name "
-            "the files by a glob"
+            f"folder '{folder}' holds several kinds of source "
+            f"({', '.join(sorted(set(found.values())))}); name the files by a glob"
         )
     if found:
-        return [shard for shards in found.values() for shard in shards]
-    shards = image_folder.list_class_shards(folder)
+        return [shard for path, kind in found.items() for shard in _list_one(kind, path, options)]
+    for kind, form in FORMATS.items():
+        if form.is_folder and (shards := _list_one(kind, folder, options)):
+            return shards
+    raise ValueError(
+        f"folder '{folder}' holds neither TFRecord shards, tars or tables nor sub-folders of images"
+    )
+
+
+def _list_remote(url: str, options: dict[str, Any]) -> list[SourceShard]:
+    shards = []
+    for name in sorted(remote.list_files(url)):
+        kind = _kind_of(name)
+        if kind and FORMATS[kind].reads_remote:
+            shards += _list_one(kind, name, options)
     if not shards:
         raise ValueError(
-            f"folder '{folder}' holds neither TFRecord shards, tars or tables nor sub-folders of "
-            "images"
+            f"no TFRecord shards at '{url}'; of an object store only these are read, tars and "
+            "tables must be copied or mounted"
         )
     return shards
 
 
-def _list_file(path: str, options: tables.TableOptions) -> list[SourceShard] | None:
-    """The shards of one file; None where it is not a source."""
+def _recognise(paths: Sequence[str]) -> dict[str, str | None]:
+    """Path -> kind, None where no format reads it; files that only hold metadata are left out."""
+    kinds = {path: _kind_of(path) for path in paths}
+    present = set(kinds.values()) - {None}
+    return {
+        path: kind
+        for path, kind in kinds.items()
+        if kind is None or FORMATS[kind].metadata_of not in present
+    }
+
+
+def _kind_of(path: str) -> str | None:
     if os.path.basename(path).startswith("."):
         return None
-    if path.endswith(webdataset.TAR_SUFFIXES):
-        return [SourceShard("webdataset", path)]
-    if path.endswith(tables.TABLE_SUFFIXES):
-        return tables.list_table_shards(path, options)
-    if tfrecord.is_shard(path):
-        return [SourceShard("tfrecord", path)]
-    return None
+    return next((kind for kind, form in FORMATS.items() if form.is_file(path)), None)
 
 
-def _split_options(
-    options: dict[str, Any],
-) -> tuple[tables.TableOptions, tfds.TfdsOptions]:
-    table_names = [field.name for field in dataclasses.fields(tables.TableOptions)]
-    tfds_names = [field.name for field in dataclasses.fields(tfds.TfdsOptions)]
+def _list_one(kind: str, path: str, options: dict[str, Any]) -> list[SourceShard]:
+    form = FORMATS[kind]
+    if form.list_shards is None:
+        return [SourceShard(kind, path)]
+    own = None
+    if form.options is not None:
+        names = [field.name for field in dataclasses.fields(form.options)]
+        own = form.options(**{name: options[name] for name in names if name in options})
+    return form.list_shards(path, own)
+
+
+def _known_suffixes() -> str:
+    *most, last = [suffix for form in FORMATS.values() for suffix in form.suffixes]
+    return f"{', '.join(most)} or {last}"
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = list(option_defaults())
     for name in options:
-        if name not in table_names + tfds_names:
-            nearest = difflib.get_close_matches(name, table_names + tfds_names, n=1)
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
             raise ValueError(f"sources have no option '{name}'{hint}")
-    return (
-        tables.TableOptions(**{n: options[n] for n in table_names if n in options}),
-        tfds.TfdsOptions(**{n: options[n] for n in tfds_names if n in options}),
-    )

@@ -1,7 +1,7 @@
 """The members of a tar, read from front to back, with nothing lost in silence and nothing trusted.
 
-`webdataset.py` builds on it. Nothing is ever written to
-disk, so that no path in an archive can do harm. What the members mean belongs to the callers.
+Nothing is ever written to disk, so that no path in an archive can do harm. What the members mean
+belongs to the callers.
 
 Python's `tarfile` believes what headers say: it reserves whatever size an extended header claims,
 searches it with patterns that take quadratic time, goes backwards at a negative size, and takes a
@@ -35,8 +35,8 @@ def read_members(
 
     Args:
         path: of the archive, plain or compressed.
-        size_limit: of a name, the bytes up to which the contents are wanted; None passes the
-            member over.
+        size_limit: of a name, the bytes up to which the contents are wanted; None skips the
+            member.
 
     Returns:
         Names and contents; None in place of contents over the limit.

@@ -1,7 +1,7 @@
 """Image-caption data sets of TensorFlow Datasets, by name or by folder.
 
-Called through `readers.py`. `tensorflow_datasets` is imported inside the functions, and TensorFlow
-never: the files are read here, and TFDS only finds them and explains their features.
+`tensorflow_datasets` is imported inside the functions, and TensorFlow never: the files are read
+here, and TFDS only finds them and explains their features.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped, SourceShard, merge_captions, pick_captions
+from diht_jax.data.readers.base import Format, Skipped, SourceShard, merge_captions, pick_captions
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import read_records
 
@@ -292,3 +292,12 @@ def _label_metadata(
     if label < 0:
         return {}
     return {"label": label, "class_name": feature.int2str(label)}
+
+
+FORMAT = Format(
+    prefix=PREFIX,
+    list_shards=list_tfds_shards,
+    options=TfdsOptions,
+    read=read_tfds,
+    count=lambda shard: shard.stop - shard.start,
+)

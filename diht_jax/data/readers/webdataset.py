@@ -1,7 +1,6 @@
 """Webdataset tars, as img2dataset writes them: `KEY.jpg`, `KEY.txt` and `KEY.json` in a row.
 
-Called through `readers.py`; the evaluation's `benchmark_folder.py` groups members alike. How
-archives are read, damaged ones too, is `tar_files.py`'s matter.
+How archives are read, damaged ones too, is the matter of `tar_files.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from typing import Any
 from diht_jax.data.readers.base import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
+    Format,
     Skipped,
     clean_text,
     merge_captions,
@@ -84,7 +84,7 @@ def read_groups(
     Args:
         path: of the archive.
         limit_of: of an extension (lower case, maybe empty or of several parts), the bytes up to
-            which such members are worth reading, 0 to be named only; None passes them over.
+            which such members are worth reading, 0 to be named only; None skips them.
 
     Returns:
         Contents are None where they are over the limit, and of a second image or a second member
@@ -123,3 +123,22 @@ def _split_name(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (clean_text(f"{folder}{slash}{stem}") if stem else ""), extension.lower()
+
+
+def count_images(path: str) -> int | None:
+    """Image members of a plain tar, by their headers; None where these cannot be read."""
+    suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+    try:
+        # No contents are wanted, of whatever size.
+        members = read_members(path, lambda name: -1 if name.lower().endswith(suffixes) else None)
+        return sum(1 for _ in members)
+    except (ValueError, OSError):
+        return None
+
+
+FORMAT = Format(
+    suffixes=TAR_SUFFIXES,
+    read=lambda shard: read_tar(shard.path),
+    count=lambda shard: count_images(shard.path) if shard.path.endswith(".tar") else None,
+    count_reads_file=True,
+)

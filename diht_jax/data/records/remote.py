@@ -1,6 +1,5 @@
 """TFRecord shards in an object store (`gs://`, `s3://`, `memory://`, anything fsspec knows).
 
-Used by `tfrecord.py`; `vocabulary.py` reads whole files here, and `training.staging` opens stores.
 Local files are read without fsspec.
 """
 
@@ -25,6 +24,8 @@ from diht_jax.data.records.format import (
 
 # Read at once where a shard has no index and must be walked through.
 _SCAN_BLOCK_BYTES = 2**22
+# What object stores call the version of a file, the most telling name first.
+_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
 
 
 def is_remote(path: str) -> bool:
@@ -149,6 +150,17 @@ def file_size(path: str) -> int:
         return os.path.getsize(path)
     system, name = open_system(path)
     return int(system.size(name))
+
+
+def file_version(url: str) -> tuple[int, str | None]:
+    """Bytes of a file in a store, and its version there; None where the store states none.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    system, name = open_system(url)
+    info = system.info(name)
+    return int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
 
 
 def open_system(url: str) -> tuple[Any, str]:

@@ -22,7 +22,6 @@ from absl import logging
 from diht_jax.data.atomic_file import temporary_path, write_atomically
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.base import (
-    MAX_IMAGE_BYTES,
     Skipped,
     SourceShard,
     image_files,
@@ -40,8 +39,8 @@ SETTINGS_FILE = "embeddings.json"
 # What a part's statistics must hold for a run to go on after it.
 _STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_last": bool}
 
-# A folder that holds pictures and nothing else; it has no captions to train on, so it is no
-# source of `readers`.
+# Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
+# for any other purpose.
 _PICTURES = "pictures"
 
 
@@ -168,7 +167,7 @@ def _embed_shard(
             progress.update(stats["entries"])
         else:
             if entries is None:
-                entries = _Peekable(read_inputs(shard))
+                entries = _Peekable(registry.read_pairs(shard))
             start = part * options.shard_size
             # Entries of finished parts; images are not decoded.
             collections.deque(itertools.islice(entries, start - read), maxlen=0)
@@ -266,19 +265,6 @@ def _write_parquet(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_inputs(shard: SourceShard) -> Iterator[Pair | Skipped]:
-    """Reads one shard of `list_inputs`; a picture of a folder has its path in it as key."""
-    if shard.kind != _PICTURES:
-        yield from registry.read_pairs(shard)
-        return
-    for path in image_files(shard.path):
-        key = os.path.relpath(path, shard.path)
-        if os.path.getsize(path) > MAX_IMAGE_BYTES:
-            yield Skipped(key, "too_large", f"over {MAX_IMAGE_BYTES} bytes")
-        else:
-            yield Pair(key, pathlib.Path(path).read_bytes(), "")
 
 
 def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped, SourceShard
+from diht_jax.data.readers.registry import read_pairs
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
@@ -21,7 +22,6 @@ from diht_jax.evaluation.embedding.encoding import (
     check_finite,
     encode_images,
 )
-from diht_jax.evaluation.embedding.files import read_inputs
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.entry_counts import count_entries
 
@@ -144,4 +144,4 @@ def format_matches(result: SearchResult) -> str:
 
 def _read_all(shards: Sequence[SourceShard]) -> Iterator[Pair | Skipped]:
     for shard in shards:
-        yield from read_inputs(shard)
+        yield from read_pairs(shard)

@@ -1,0 +1,41 @@
+"""Our own TFRecord shards as a source, on disk or in an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from diht_jax.data.readers.base import Format, SourceShard
+from diht_jax.data.records import remote, schema
+from diht_jax.data.records.schema import Pair
+from diht_jax.data.records.tfrecord import TFRecordSource, is_shard, read_records
+
+
+def read_shard(shard: SourceShard) -> Iterator[Pair]:
+    """Yields the pairs of one shard, in its order.
+
+    Raises:
+        ValueError: a record is damaged or no pair; names file and record.
+    """
+    for number, data in enumerate(_read_bytes(shard.path)):
+        try:
+            yield schema.decode_record(data)
+        except ValueError as error:
+            raise ValueError(f"{shard.path}: record {number}: {error}") from error
+
+
+def _read_bytes(path: str) -> Iterator[bytes]:
+    if not remote.is_remote(path):
+        yield from read_records(path)
+        return
+    records = TFRecordSource(path)
+    for number in range(len(records)):
+        yield records[number]
+
+
+FORMAT = Format(
+    suffixes=(".tfrecord",),
+    matches=is_shard,  # train.tfrecord-00000-of-00010, too
+    read=read_shard,
+    count=lambda shard: len(TFRecordSource([shard.path])),
+    reads_remote=True,
+)
