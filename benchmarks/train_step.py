@@ -32,7 +32,7 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.host_memory import keep_freed_memory
+from diht_jax.command_line import keep_freed_memory
 
 if TYPE_CHECKING:
     from diht_jax.models import Architecture

@@ -23,8 +23,10 @@ from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE, restore_model
+from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
+from diht_jax.training.workdir.config_file import CONFIG_FILE
 from diht_jax.training.workdir.stored_run import local_run
+from diht_jax.training.workdir.trained_model import restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
 from diht_jax.weights.releases import RELEASES, WEIGHTS_VARIABLE, fetch_release
 from diht_jax.weights.settings import Preprocessing

@@ -16,7 +16,6 @@ from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
-from diht_jax.host_memory import computes_on_cpu, keep_freed_memory
 
 
 def define_flags() -> None:
@@ -32,8 +31,8 @@ def main() -> None:
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     validate_config(config, default_config())
 
-    if computes_on_cpu():
-        keep_freed_memory()
+    if command_line.computes_on_cpu():
+        command_line.keep_freed_memory()
     distributed.start_from_flags()
     # After the validation: a mistyped key should not have to wait for JAX.
     from diht_jax.training.loop import train

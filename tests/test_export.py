@@ -16,7 +16,8 @@ from diht_jax.export import export_model
 from diht_jax.models import Architecture, get_architecture
 from diht_jax.models.parameters import model_definition
 from diht_jax.training.state import create_state
-from diht_jax.training.workdir import checkpoint
+from diht_jax.training.workdir.checkpoint import Checkpointer
+from diht_jax.training.workdir.config_file import write_config
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import read_tensors, write_safetensors
@@ -237,8 +238,8 @@ def workdir(tmp_path):
 
     run = tmp_path / "run"
     run.mkdir()
-    checkpoint.write_config(run, config)
-    saver = checkpoint.Checkpointer(run, keep_last=1, best_metric=None)
+    write_config(run, config)
+    saver = Checkpointer(run, keep_last=1, best_metric=None)
     saver.save(state, Place())
     saver.close()
     rows = [

@@ -27,7 +27,6 @@ LAYERS = {
     "diht_jax.training": 5,
     "diht_jax.cost_model": 6,
     "diht_jax.loading": 6,
-    "diht_jax.host_memory": 7,
     "diht_jax.command_line": 7,
     "diht_jax.distributed": 7,
     "diht_jax.train": 8,

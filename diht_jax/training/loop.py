@@ -43,11 +43,16 @@ from diht_jax.training.program import TrainProgram, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest
-from diht_jax.training.workdir import checkpoint
-from diht_jax.training.workdir.dataset import check_hosts_agree, check_same_data
-from diht_jax.training.workdir.folder import open_workdir
-from diht_jax.training.workdir.resume_checks import check_same_run
+from diht_jax.training.workdir.checkpoint import Checkpointer
+from diht_jax.training.workdir.config_file import write_config
+from diht_jax.training.workdir.resume_checks import (
+    check_hosts_agree,
+    check_same_data,
+    check_same_run,
+)
+from diht_jax.training.workdir.staging import open_workdir
 from diht_jax.training.workdir.stored_run import local_run
+from diht_jax.training.workdir.trained_model import restore_model
 
 
 def train(
@@ -81,7 +86,7 @@ def train(
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))
         check_together(lambda: check_same_run(config, workdir))
-        checkpoint.write_config(workdir, config)
+        write_config(workdir, config)
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
         with run.stop_request:
@@ -127,7 +132,7 @@ class Run:
         )
         self.tasks = parse_tasks(config.evaluation.tasks.split(","))
         self.fingerprint = fingerprint_records(source)
-        self.checkpointer = checkpoint.Checkpointer(
+        self.checkpointer = Checkpointer(
             workdir,
             keep_last=config.checkpoint.keep_last,
             best_metric=config.checkpoint.best_metric,
@@ -152,7 +157,7 @@ class Run:
 
     def initial_parameters(self) -> dict[str, Any]:
         """Those of `config.model.init_from`, with image positions resized to this run's size."""
-        trained = checkpoint.restore_model(local_run(self.config.model.init_from), self.mesh)
+        trained = restore_model(local_run(self.config.model.init_from), self.mesh)
         num_patches = (self.arch.image_size // self.arch.patch_size) ** 2
         params = fit_positions(trained.params, num_patches)
         # Heads and bias of the training objective start anew.

@@ -1,11 +1,16 @@
-"""The optimiser of a recipe: clipped AdamW with warm-up and cosine decay.
+"""The optimiser of a recipe: clipped AdamW, and which parameters it trains how fast.
 
-Built once by the training loop from the config section `optimizer` (paper note sec. 6). Which
-parameters it trains, and with which factors, is the table of `update_rules`.
+Warm-up and cosine decay, frozen towers, multipliers and layer-wise decay, all from the config
+section `optimizer`. Parameters are named by their path, such as `vision/blocks/3/mlp/fc_in/kernel`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -13,7 +18,11 @@ import ml_collections
 import optax
 
 from diht_jax.sharding import path_name
-from diht_jax.training.update_rules import UpdateRule, split_parameters, update_rules
+
+_BLOCK = re.compile(r"^(\w+)/blocks/(\d+)/")
+_EMBEDDING = re.compile(
+    r"^\w+/(patch_embedding|class_embedding|positional_embedding|token_embedding|pre_norm)(/|$)"
+)
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
@@ -43,11 +52,11 @@ def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) 
 def create_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with the factors of `update_rules.update_rules`.
+    """Global-norm clip, then AdamW with the factors of `update_rules`.
 
     `init(params)` takes all parameters and makes moments for the trained ones only.
     `update(grads, state, params)` takes gradients of the trained ones
-    (`update_rules.split_parameters`) and all parameters, and returns updates of the trained ones.
+    (`split_parameters`) and all parameters, and returns updates of the trained ones.
 
     Args:
         config: the section `optimizer`.
@@ -83,3 +92,163 @@ def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraAr
         return jax.tree_util.tree_map_with_path(apply, updates, params), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateRule:
+    """How one parameter is updated.
+
+    Attributes:
+        frozen: gets neither an update nor optimiser moments.
+        learning_rate: factor on the schedule's value.
+        weight_decay: factor on `config.optimizer.weight_decay`; 0 for vectors and scalars.
+    """
+
+    frozen: bool
+    learning_rate: float
+    weight_decay: float
+
+
+def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, UpdateRule]:
+    """The rule of every parameter, by its path.
+
+    The learning rate's factor is that of the first of `multipliers` whose pattern is found in the
+    name, times `layer_decay ** (layers above)`: the last block of a tower has one layer above it
+    (final norm and projection, which get 1), the embeddings have all of them. This counting is
+    BEiT's (arXiv 2106.08254), done for each tower. Weight decay is for matrices and higher only;
+    biases, LayerNorm, class token and logit scale are not decayed. Positional embeddings are
+    matrices by shape and are decayed, as in open_clip.
+
+    Args:
+        config: the section `optimizer`.
+        params: nested dict of all parameters: arrays or shapes.
+
+    Raises:
+        ValueError: a pattern is no regular expression or is found in no name, a factor is
+            negative or no number, or nothing is left to train.
+    """
+    ranks = {
+        path_name(path): leaf.ndim for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    frozen = [_pattern("frozen", text, ranks) for text in _tuple(config, "frozen")]
+    multipliers = [_multiplier(entry, ranks) for entry in _tuple(config, "multipliers")]
+    decay, num_blocks = _layer_decay(config), _num_blocks(ranks)
+    rules = {}
+    for name, rank in ranks.items():
+        found = (factors for pattern, *factors in multipliers if pattern.search(name))
+        rate, weight_decay = next(found, (1.0, 1.0))
+        rules[name] = UpdateRule(
+            frozen=any(pattern.search(name) for pattern in frozen),
+            learning_rate=rate * decay ** _layers_above(name, num_blocks),
+            weight_decay=weight_decay if rank >= 2 else 0.0,
+        )
+    if all(rule.frozen for rule in rules.values()):
+        raise ValueError(
+            f"config.optimizer.frozen={tuple(config.frozen)} freezes every parameter; leave some "
+            "to train"
+        )
+    return rules
+
+
+def split_parameters(
+    config: ml_collections.ConfigDict, params: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The trained and the frozen part of `params`, as nested dicts without each other's leaves.
+
+    Differentiating with respect to the trained part alone is what spares the backward pass of a
+    locked tower.
+
+    Args:
+        config: the section `optimizer`.
+        params: nested dict of all parameters.
+    """
+    if not config.frozen:
+        return params, {}
+    rules = update_rules(config, params)
+    return (
+        _select(params, lambda path: not rules[path].frozen),
+        _select(params, lambda path: rules[path].frozen),
+    )
+
+
+def merge_parameters(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """One nested dict with the leaves of both; the inverse of `split_parameters`."""
+    merged = dict(a)
+    for key, value in b.items():
+        both = isinstance(value, dict) and isinstance(a.get(key), dict)
+        merged[key] = merge_parameters(a[key], value) if both else value
+    return merged
+
+
+def _select(tree: dict[str, Any], keep: Callable[[str], bool], prefix: str = "") -> dict[str, Any]:
+    found = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            inner = _select(value, keep, f"{path}/")
+            if inner:
+                found[key] = inner
+        elif keep(path):
+            found[key] = value
+    return found
+
+
+def _layers_above(name: str, num_blocks: dict[str, int]) -> int:
+    block = _BLOCK.match(name)
+    if block:
+        return num_blocks[block[1]] - int(block[2])
+    if _EMBEDDING.match(name):
+        return num_blocks.get(name.split("/")[0], 0) + 1
+    return 0
+
+
+def _num_blocks(names: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for block in filter(None, map(_BLOCK.match, names)):
+        counts[block[1]] = max(counts.get(block[1], 0), int(block[2]) + 1)
+    return counts
+
+
+def _tuple(config: ml_collections.ConfigDict, key: str) -> tuple[Any, ...]:
+    value = config[key]
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"config.optimizer.{key}: expected a tuple, got {value!r}")
+    return tuple(value)
+
+
+def _layer_decay(config: ml_collections.ConfigDict) -> float:
+    decay = 1.0 if config.layer_decay is None else config.layer_decay
+    if not 0 < decay <= 1:
+        raise ValueError(f"config.optimizer.layer_decay={decay}: expected more than 0, at most 1")
+    return decay
+
+
+def _multiplier(entry: Any, names: Iterable[str]) -> tuple[re.Pattern, float, float]:
+    if not isinstance(entry, list | tuple) or len(entry) != 3:
+        raise ValueError(
+            "config.optimizer.multipliers: expected entries (pattern, learning-rate factor, "
+            f"weight-decay factor), got {entry!r}"
+        )
+    for factor in entry[1:]:
+        is_number = isinstance(factor, numbers.Real) and not isinstance(factor, bool)
+        if not is_number or not 0 <= factor < math.inf:
+            raise ValueError(
+                f"config.optimizer.multipliers: expected factors of at least 0, got {entry!r}"
+            )
+    return _pattern("multipliers", entry[0], names), float(entry[1]), float(entry[2])
+
+
+def _pattern(key: str, text: Any, names: Iterable[str]) -> re.Pattern:
+    try:
+        pattern = re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"config.optimizer.{key}: expected a regular expression, got {text!r} ({error})"
+        ) from error
+    names = sorted(names)
+    if not any(pattern.search(name) for name in names):
+        raise ValueError(
+            f"config.optimizer.{key}: '{text}' is found in no parameter's name; names are such as "
+            f"{', '.join(names[:: max(1, len(names) // 4)])}"
+        )
+    return pattern

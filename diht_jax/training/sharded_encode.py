@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from diht_jax import sharding
 from diht_jax.models.parameters import TOWERS, stack_blocks
 from diht_jax.models.transformer import Gather
-from diht_jax.training.update_rules import merge_parameters
+from diht_jax.training.optimizer import merge_parameters
 
 Tree = Any
 Encode = Callable[[dict[str, Any], dict[str, jax.Array]], dict[str, jax.Array]]

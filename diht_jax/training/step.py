@@ -25,9 +25,9 @@ from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
 from diht_jax.training.objective import concept_losses, total_loss
+from diht_jax.training.optimizer import merge_parameters, split_parameters
 from diht_jax.training.sharded_encode import ParameterGather, check_micro_batch, encode_on_mesh
 from diht_jax.training.state import TrainState, update_average
-from diht_jax.training.update_rules import merge_parameters, split_parameters
 
 Metrics = dict[str, jax.Array]
 

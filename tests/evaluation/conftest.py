@@ -13,7 +13,7 @@ from diht_jax.config import default_config
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.workdir.checkpoint import write_config
+from diht_jax.training.workdir.config_file import write_config
 
 
 @pytest.fixture(scope="package")

@@ -16,9 +16,9 @@ from diht_jax.config import default_config
 from diht_jax.loading import read_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE, write_config
+from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CHECKS_ITEM, STATE_ITEM
 from diht_jax.training.workdir.checksums import tree_checksums
-from diht_jax.training.workdir.saved_run import CHECKS_ITEM, STATE_ITEM
+from diht_jax.training.workdir.config_file import CONFIG_FILE, write_config
 from tests.fuzz.cases import DEEP_JSON, ERROR, NOT_UTF8, SUCCESS, Draw, Refused, attempt, require
 
 _FIELDS = {

@@ -110,7 +110,7 @@ class Trial:
 
     def place(self, name: str) -> pathlib.Path:
         """Where the run works on disk."""
-        from diht_jax.training.workdir.remote import StagedDirectory
+        from diht_jax.training.workdir.staging import StagedDirectory
 
         if not self.is_stored(name):
             return self.folder / name
@@ -278,7 +278,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY))
-    from diht_jax.training.workdir.remote import StagedDirectory
+    from diht_jax.training.workdir.staging import StagedDirectory
 
     folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder()))
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,13 +12,10 @@ from diht_jax import sharding
 from diht_jax.loading import load_model
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
-from diht_jax.training.workdir.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    restore_model,
-    write_config,
-)
+from diht_jax.training.workdir.checkpoint import Checkpointer, CheckpointError
 from diht_jax.training.workdir.checksums import tree_checksums
+from diht_jax.training.workdir.config_file import write_config
+from diht_jax.training.workdir.trained_model import restore_model
 
 
 class Place:

@@ -15,11 +15,11 @@ from diht_jax.losses import contrastive_loss
 from diht_jax.models.dual_encoder import l2_normalize
 from diht_jax.models.parameters import merge_model
 from diht_jax.models.vit import choose_patches
+from diht_jax.training.optimizer import split_parameters
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.sharded_encode import check_micro_batch, in_micro_batches
 from diht_jax.training.state import TrainState
 from diht_jax.training.step import _for_training, loss_gradients
-from diht_jax.training.update_rules import split_parameters
 
 BATCH_SIZE = 32
 # Most of the time of these tests would go into optimising programs that run for milliseconds.

@@ -13,7 +13,7 @@ from diht_jax.training.workdir.lock import lock_directory
 HOLD = """
 import sys, time
 from etils import epath
-from diht_jax.training.lock import lock_directory
+from diht_jax.training.workdir.lock import lock_directory
 with lock_directory(epath.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

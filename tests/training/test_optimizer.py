@@ -7,8 +7,7 @@ import optax
 import pytest
 
 from diht_jax.config import default_config
-from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
-from diht_jax.training.update_rules import merge_parameters
+from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule, merge_parameters
 
 
 def section(**changes):

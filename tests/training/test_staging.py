@@ -14,7 +14,7 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.workdir.checkpoint import CheckpointError
 from diht_jax.training.workdir.lock import lock_directory
-from diht_jax.training.workdir.remote import StagedDirectory
+from diht_jax.training.workdir.staging import StagedDirectory
 from diht_jax.training.workdir.stored_run import local_run, make_manifest, read_manifests
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from diht_jax.config import default_config
-from diht_jax.training.update_rules import (
+from diht_jax.training.optimizer import (
     merge_parameters,
     split_parameters,
     update_rules,

@@ -1,49 +1,32 @@
-"""Checkpoints: state, data iterator and config together, written by Orbax in the background.
+"""Checkpoints: training state and position in the data, written by Orbax in the background.
 
-Each holds checksums of the state and of the place in the data, and what the data set looked like.
-Used by the training loop (save, resume) and by `diht_jax.loading` (parameters only).
+Each also holds checksums of the two and a fingerprint of the data set, so that a damaged checkpoint
+and a changed data set are noticed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
-import pathlib
 from typing import Any
 
 import jax
-import ml_collections
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
 from orbax.checkpoint import checkpoint_managers
 
-from diht_jax.config import default_config, validate_config
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.pipeline import TrainIterator
-from diht_jax.models.parameters import model_definition
-from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.multihost import first_text, wait_for_all
-from diht_jax.training.objective import HEADS, LOGIT_BIAS, with_objective_parameters
-from diht_jax.training.state import TrainState, abstract_parameters
-from diht_jax.training.workdir.checksums import tree_checksums
-from diht_jax.training.workdir.saved_run import (
-    CHECKS_ITEM,
-    DATA_ITEM,
-    STATE_ITEM,
-    explain_error,
-    find_difference,
-    find_difference_in,
-    json_checksum,
-    read_checkpoint,
-)
+from diht_jax.training.state import TrainState
+from diht_jax.training.workdir.checksums import describe_difference, json_checksum, tree_checksums
 
-CONFIG_FILE = "config.json"
 CHECKPOINT_DIRECTORY = "checkpoints"
 CORRUPT_DIRECTORY = "corrupt_checkpoints"
+# What a checkpoint is made of.
+STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
+_LONGEST_CAUSE = 600
 
 
 class CheckpointError(ValueError):
@@ -85,7 +68,7 @@ class Checkpointer:
         self._saving: int | None = None
         self._failure: CheckpointError | None = None
         self.restored_dataset: dict[str, Any] | None = None
-        # With checkpoints there, the manager waits until it is known which of them are whole.
+        # Where there are checkpoints, the manager is opened once it is known which are whole.
         self._manager = None if self._steps() else self._open()
 
     @property
@@ -103,9 +86,9 @@ class Checkpointer:
     ) -> None:
         """Starts saving, unless this step is saved; returns before the files are finished.
 
-        Where a checkpoint cannot be written (a full disk, say), the run is told so by an error in
-        the log and goes on with the earlier ones; the next call tries again. In a job of several
-        processes it ends instead.
+        Where a checkpoint cannot be written (a full disk, say), an error is logged and the run goes
+        on with the earlier ones; the next call tries again. A job of several processes ends
+        instead.
 
         Args:
             state: the state after a step.
@@ -120,10 +103,10 @@ class Checkpointer:
         if step == self.latest_step:
             return
         metrics = self._best_metrics(measured)
-        place = iterator.get_state()
+        position = iterator.get_state()
         checks = {
             "state": tree_checksums(state),
-            "place": json_checksum(place),
+            "place": json_checksum(position),
             "dataset": self._dataset,
         }
         self._saving = step
@@ -133,7 +116,7 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     **{
                         STATE_ITEM: ocp.args.StandardSave(state),
-                        DATA_ITEM: ocp.args.JsonSave(place),
+                        DATA_ITEM: ocp.args.JsonSave(position),
                         CHECKS_ITEM: ocp.args.JsonSave(checks),
                     }
                 ),
@@ -143,14 +126,14 @@ class Checkpointer:
             self._report_failure(error)
 
     def restore(self, target: TrainState, iterator: TrainIterator) -> TrainState:
-        """The latest state that is whole, in the placement of `target`.
+        """The latest state that is whole, sharded like `target`.
 
         Damaged checkpoints after it are moved to `corrupt_checkpoints/`, so that their steps can
         be saved again.
 
         Args:
             target: shapes, dtypes and shardings.
-            iterator: moved to the place that belongs to the state.
+            iterator: moved to the position that belongs to the state.
 
         Raises:
             CheckpointError: no checkpoint can be read; says why for each.
@@ -161,7 +144,7 @@ class Checkpointer:
             problem = first_text(problem)
             if problem is None:
                 # A computation of all processes: only once each of them has read its part.
-                problem = first_text(find_difference(found))
+                problem = first_text(describe_difference(found.checks.get("state"), found.state))
             if problem is None:
                 break
             problems[step] = problem
@@ -174,7 +157,7 @@ class Checkpointer:
         for damaged, problem in problems.items():
             self._set_aside(damaged, problem, instead=step)
         self._manager = self._open()
-        iterator.set_state(found.place)
+        iterator.set_state(found.data_position)
         self.restored_dataset = found.checks.get("dataset")
         logging.info("resumed at step %d", step)
         return found.state
@@ -226,7 +209,7 @@ class Checkpointer:
         return {self._best_metric: measured[self._best_metric]}
 
     def _finish_saving(self) -> None:
-        """Waits for the save that is under way; says so where it failed."""
+        """Waits for the save that is under way, and reports its failure."""
         if self._manager is None:
             self._manager = self._open()
         try:
@@ -271,83 +254,54 @@ class Checkpointer:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """What a work directory says of its model.
+class SavedRun:
+    """What was read of a checkpoint.
 
     Attributes:
-        config: the training config.
-        arch: sizes.
-        params: nested dict of arrays, placed by the partition rules; their moving average where
-            that was asked for.
-        heads: concept heads of the training objective, `{name: {kernel, bias}}`; maybe none.
-        step: optimiser step of the checkpoint.
+        state: the training state, sharded as requested.
+        data_position: of `TrainIterator.get_state`.
+        checks: `state` (of `tree_checksums`), `place` (of `json_checksum`, for the position in the
+            data) and `dataset`; empty in a checkpoint of an older version.
     """
 
-    config: ml_collections.ConfigDict
-    arch: Architecture
-    params: dict[str, Any]
-    heads: dict[str, Any]
-    step: int
+    state: TrainState
+    data_position: dict[str, int]
+    checks: dict[str, Any]
 
 
-def restore_model(
-    workdir: str | epath.Path, mesh: Mesh, *, step: int | None = None, ema: bool = False
-) -> TrainedModel:
-    """Reads config and parameters, and nothing else, of a run.
+def read_checkpoint(
+    directory: epath.Path, target: TrainState
+) -> tuple[SavedRun | None, str | None]:
+    """This process's part of a checkpoint, or why it cannot be read; the other one is None.
 
-    Args:
-        workdir: of the run.
-        mesh: the devices to place the parameters on.
-        step: which checkpoint; the latest by default.
-        ema: read the parameters' moving average instead of the parameters.
-
-    Raises:
-        ValueError: `workdir` is no work directory, or has no such checkpoint or no average.
+    Uses Orbax's handlers without the manager, which synchronises all processes: one that fails
+    alone must not leave the others waiting.
     """
-    config = read_config(workdir)
-    validate_config(config, default_config())
-    if ema and config.ema.decay is None:
-        raise ValueError(
-            f"{workdir}: this run kept no moving average of its parameters; train with "
-            "config.ema.decay, or load the parameters themselves"
-        )
-    root = checkpoint_root(workdir)
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
-    if not steps or (step is not None and step not in steps):
-        wanted = "no finished checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise ValueError(f"{root}: {wanted}; steps found: {steps or 'none'}")
-    step = steps[-1] if step is None else step
-    name = "ema_params" if ema else "params"
+    item = directory / DATA_ITEM
     try:
-        arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-        _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
-        init_params = with_objective_parameters(init_params, config, arch)
-        target = {name: abstract_parameters(init_params, mesh, ema=ema)}
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{epath.Path(workdir) / CONFIG_FILE}: config.model describes no model that can be "
-            f"built: {explain_error(error)}"
-        ) from error
-    directory = root / str(step) / STATE_ITEM
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            restored = checkpointer.restore(
-                directory,
-                args=ocp.args.PyTreeRestore(
-                    item=target,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
-                ),
-            )
-        problem = find_difference_in(root / str(step), {name: restored[name]})
+        json_handler = ocp.JsonCheckpointHandler()
+        position = json_handler.restore(item)
+        checks = {}
+        item = directory / CHECKS_ITEM
+        if item.exists():  # checkpoints of an older version have none
+            checks = json_handler.restore(item)
+            if checks["place"] != json_checksum(position):
+                item = directory / DATA_ITEM
+                raise ValueError("its contents are not what was saved")
+        item = directory / STATE_ITEM
+        state = ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(target))
     except Exception as error:  # whatever a damaged file leads to
-        problem = explain_error(error)
-    if problem is not None:
-        raise ValueError(f"{directory} cannot be read: {problem}; steps found: {steps}")
-    params = restored[name]
-    heads = params.pop(HEADS, {})
-    params.pop(LOGIT_BIAS, None)
-    return TrainedModel(config=config, arch=arch, params=params, heads=heads, step=step)
+        return None, f"{item}: {explain_error(error)}"
+    return SavedRun(state, position, checks), None
+
+
+def explain_error(error: BaseException) -> str:
+    """The innermost cause in one line: Orbax wraps it in a page of settings."""
+    while error.__cause__ is not None or error.__context__ is not None:
+        error = error.__cause__ or error.__context__
+    # TensorStore adds all its settings to what it says.
+    text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0] or type(error).__name__
+    return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
@@ -359,49 +313,3 @@ def absolute_path(workdir: str | epath.Path) -> epath.Path:
     """The path from the root of its file system; URLs are so already."""
     path = epath.Path(workdir)
     return path if "://" in os.fspath(path) else path.absolute()
-
-
-def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -> None:
-    """Keeps the config beside the checkpoints, as JSON."""
-    if jax.process_index() != 0:
-        return
-    path = epath.Path(workdir) / CONFIG_FILE
-    text = config.to_json_best_effort(indent=2) + "\n"
-    if "://" in os.fspath(path):
-        path.write_text(text)
-    else:
-        # A kill in the middle of it must not leave a run that cannot be resumed.
-        write_atomically(pathlib.Path(path), text.encode())
-
-
-def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
-    """The config that `write_config` left, with the defaults of keys that it lacks.
-
-    Keys are missing where an older version of the code wrote the file; their defaults are what
-    that version did.
-
-    Raises:
-        ValueError: the file is missing or is no JSON.
-    """
-    path = epath.Path(workdir) / CONFIG_FILE
-    if not path.exists():
-        raise ValueError(f"{path} is missing: {workdir} is no work directory of diht_jax.train")
-    try:
-        written = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, got {error!s:.200}") from error
-    if not isinstance(written, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(written).__name__}")
-    defaults = json.loads(default_config().to_json_best_effort())
-    try:
-        return ml_collections.ConfigDict(_completed(written, defaults))
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: names that no config can have ({error!s:.200})") from error
-
-
-def _completed(written: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    filled = {**defaults, **written}
-    for key, value in filled.items():
-        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
-            filled[key] = _completed(value, defaults[key])
-    return filled

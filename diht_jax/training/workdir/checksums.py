@@ -1,13 +1,15 @@
 """Checksums of the training state, by which a checkpoint is known to be what was saved.
 
-Used by `checkpoint`. Orbax checks its index files, but not the values: a flipped bit in an array
-file is restored without a word.
+Orbax checks its index files, but not the values: it restores an array file with a flipped bit
+without an error.
 """
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+import google_crc32c
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from diht_jax.sharding import path_name
 def tree_checksums(tree: Any) -> dict[str, int]:
     """One 32-bit number per array, the same on any mesh.
 
-    `sum_i bits_i (2 i + 1)` modulo 2^32, with `bits_i` the value at place i as an unsigned integer.
+    `sum_i bits_i (2 i + 1)` modulo 2^32, with `bits_i` the value at index i as an unsigned integer.
     Integer sums do not depend on their order, hence not on how an array is split; the weights are
     odd, so any single flipped bit changes the number, and exchanged values do, too. Computed where
     the arrays lie. Ours.
@@ -34,9 +36,26 @@ def tree_checksums(tree: Any) -> dict[str, int]:
     return {path_name(path): int(s) for (path, _), s in zip(leaves, sums, strict=True)}
 
 
-def differing_arrays(saved: dict[str, int], found: dict[str, int]) -> list[str]:
-    """Paths whose numbers are not the same, or that only one of the two has."""
-    return sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
+def describe_difference(saved: dict[str, int] | None, tree: Any) -> str | None:
+    """Which arrays of a tree are not those that were saved. All processes must call.
+
+    Args:
+        saved: of `tree_checksums`; None in a checkpoint of an older version.
+        tree: as restored.
+
+    Returns:
+        None where all values are the same, or where nothing is known of them.
+    """
+    if saved is None:
+        return None
+    found = tree_checksums(tree)
+    wrong = sorted(p for p in saved.keys() | found.keys() if saved.get(p) != found.get(p))
+    return f"values differ from what was saved in {', '.join(wrong[:3])}" if wrong else None
+
+
+def json_checksum(value: Any) -> int:
+    """CRC32C of a JSON-able value."""
+    return google_crc32c.value(json.dumps(value, sort_keys=True).encode())
 
 
 @jax.jit
@@ -51,11 +70,11 @@ def _checksum(array: jax.Array) -> jax.Array:
     width = array.dtype.itemsize
     bits = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * width}"))
     bits = bits.astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
+    index = jnp.zeros(array.shape, jnp.uint32)
     for axis, stride in enumerate(_strides(array.shape)):
         steps = jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-        place += steps * jnp.uint32(stride % 2**32)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+        index += steps * jnp.uint32(stride % 2**32)
+    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

@@ -1,6 +1,6 @@
-"""Whether a config is that of the run in a work directory.
+"""Refuses to go on with a run under another config, or with other data.
 
-Called by the training loop before anything is built.
+The data must be the same on all hosts and since the checkpoint.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 import ml_collections
+from absl import logging
 from etils import epath
 
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE, read_config
+from diht_jax.data.records.fingerprint import Fingerprint, describe_changes
+from diht_jax.training.multihost import gather_texts
+from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
+from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
 
-# A run that goes on under other values of these is no continuation of the same run.
+# A run cannot go on under other values of these, ...
 _FIXED_IN_A_RUN = (
     "model",
     "loss",
@@ -26,6 +30,7 @@ _FIXED_IN_A_RUN = (
     "total_",
     "unmasked_",
 )
+# ... but for these.
 _FREE_IN_A_RUN = (
     "data.train",
     "data.num_workers",
@@ -53,6 +58,54 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
             f"{workdir} holds a run with another config; changed: {', '.join(changed)}. "
             "Take the same values to resume it, or another --workdir to start anew"
         )
+
+
+def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
+    """Refuses hosts that see different data: each would train on another order.
+
+    Args:
+        train: `config.data.train`, for the message.
+        fingerprint: of what this process sees.
+
+    Raises:
+        ValueError: names the processes that differ from the first one.
+    """
+    digests = gather_texts(fingerprint.digest)
+    others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+        raise ValueError(
+            f"config.data.train={train}: processes {', '.join(others)} see other shards than "
+            "process 0; give every host the same files"
+        )
+
+
+def check_same_data(
+    config: ml_collections.ConfigDict, saved: dict[str, Any] | None, fingerprint: Fingerprint
+) -> None:
+    """Refuses to go on with other data than the checkpoint's, unless that is allowed.
+
+    Args:
+        config: the section `data`.
+        saved: what the checkpoint keeps (`Fingerprint.pack`); None in one of an older version.
+        fingerprint: of the data now.
+
+    Raises:
+        ValueError: names the shards that were changed, are missing or were added.
+    """
+    if saved is None or saved["digest"] == fingerprint.digest:
+        return
+    changes = describe_changes(Fingerprint.unpack(saved), fingerprint)
+    text = (
+        f"config.data.train={config.train} is not what this run was trained on; "
+        f"{'; '.join(changes)}"
+    )
+    if not config.allow_changed:
+        raise ValueError(
+            f"{text}. Put the old shards back, or go on with these by "
+            "--config.data.allow_changed=True: the order of the examples is then another one, and "
+            "the epoch at hand is not seen exactly once"
+        )
+    logging.warning("%s; the run goes on with it", text)
 
 
 def changed_keys(

@@ -2,7 +2,7 @@
 
 The store has the files of the work directory under their own names, and `manifests/STEP.json` with
 size and CRC32C of a checkpoint's files, written last and removed first: a checkpoint without one
-does not count. Used by `staging`, which writes, and by whatever loads a run.
+does not count. Writing is `staging`'s.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from absl import logging
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.remote import is_remote, open_system
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CONFIG_FILE
+from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
+from diht_jax.training.workdir.config_file import CONFIG_FILE
 
 MANIFEST_DIRECTORY = "manifests"
 _COPIES = "~/.cache/diht_jax/runs"

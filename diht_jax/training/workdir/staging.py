@@ -1,29 +1,33 @@
-"""Work directories in object stores, kept by way of a folder on disk.
+"""Opens the work directory of a run: locked, and on disk where it is in an object store.
 
 Orbax writes arrays to files and to `gs://`. A run anywhere else that fsspec knows (`s3://`, `az://`,
 `memory://`) works in a folder of this machine; a thread copies each finished checkpoint, and with
-it metrics and config, to the store. Used by the training loop. How a store is laid out and read
-is `stored_run`'s.
+it metrics and config, to the store. How a store is laid out and read is `stored_run`'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import shutil
 import threading
+from collections.abc import Iterator
 
+import jax
 from absl import logging
+from etils import epath
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.remote import is_remote, open_system
+from diht_jax.training.multihost import check_together, gather_texts
 from diht_jax.training.workdir.checkpoint import (
     CHECKPOINT_DIRECTORY,
     CORRUPT_DIRECTORY,
     CheckpointError,
 )
-from diht_jax.training.workdir.lock import LOCK_FILE
+from diht_jax.training.workdir.lock import LOCK_FILE, lock_directory
 from diht_jax.training.workdir.stored_run import (
     MANIFEST_DIRECTORY,
     copy_folder,
@@ -39,6 +43,41 @@ _RECORD_FILE = "uploaded.json"
 _DEFAULT_STAGING = "~/.cache/diht_jax/staging"
 _POLL_SECONDS = 1.0
 _RETRY_SECONDS = 30.0
+
+
+@contextlib.contextmanager
+def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterator[epath.Path]:
+    """Locks it for as long as the context lasts. All processes of a job must call.
+
+    Args:
+        workdir: a path or a URL.
+        staging: `config.checkpoint.staging`.
+
+    Yields:
+        Where to work. Of a run in a store it is the folder on disk; at the end of the context all
+        of it is in the store.
+
+    Raises:
+        ValueError: another run works there, or it cannot be read or written; hosts do not share
+            the folder on disk; nothing installed knows such URLs.
+    """
+    staged = StagedDirectory(os.fspath(workdir), staging) if is_staged(workdir, staging) else None
+    path = epath.Path(staged.folder if staged else workdir)
+    with contextlib.ExitStack() as stack:
+
+        def prepare() -> None:
+            if jax.process_index() != 0:
+                return
+            stack.enter_context(lock_directory(path))
+            if staged:
+                staged.fetch()
+                staged.start()
+                stack.push(staged.close_after)
+
+        check_together(prepare)
+        if staged:
+            _check_shared(path, workdir)
+        yield path
 
 
 def is_staged(workdir: str | os.PathLike[str], staging: str | None) -> bool:
@@ -262,6 +301,19 @@ class StagedDirectory:
 
     def _write_record(self, steps: set[int]) -> None:
         write_atomically(self.folder / _RECORD_FILE, json.dumps(sorted(steps)).encode())
+
+
+def _check_shared(folder: epath.Path, workdir: str | os.PathLike[str]) -> None:
+    """Raises where a process does not see the lock file that the first one has just written."""
+    lock = folder / LOCK_FILE
+    seen = gather_texts(lock.read_text() if lock.exists() else "")
+    without = [index for index, text in enumerate(seen) if text != seen[0]]
+    if without:
+        raise ValueError(
+            f"--workdir={workdir}: process {without[0]} does not see {folder} of process 0. Set "
+            "config.checkpoint.staging to a folder that all hosts share (NFS, Lustre), or take a "
+            "gs:// work directory, which needs none"
+        )
 
 
 def _is_file_of_run(name: str) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 _PROGRAM = """
 import ctypes, resource, sys
-from diht_jax.host_memory import keep_freed_memory
+from diht_jax.command_line import keep_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]

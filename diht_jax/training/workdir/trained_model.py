@@ -1,0 +1,115 @@
+"""Reads the model of a run from its work directory: config and parameters, nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+
+from diht_jax.config import default_config, validate_config
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import Architecture, get_architecture
+from diht_jax.training.objective import HEADS, LOGIT_BIAS, with_objective_parameters
+from diht_jax.training.state import abstract_parameters
+from diht_jax.training.workdir.checkpoint import (
+    CHECKS_ITEM,
+    STATE_ITEM,
+    checkpoint_root,
+    explain_error,
+)
+from diht_jax.training.workdir.checksums import describe_difference
+from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedModel:
+    """The model in a work directory.
+
+    Attributes:
+        config: the training config.
+        arch: sizes.
+        params: nested dict of arrays, sharded by the partition rules; their moving average where
+            that was asked for.
+        heads: concept heads of the training objective, `{name: {kernel, bias}}`; maybe none.
+        step: optimiser step of the checkpoint.
+    """
+
+    config: ml_collections.ConfigDict
+    arch: Architecture
+    params: dict[str, Any]
+    heads: dict[str, Any]
+    step: int
+
+
+def restore_model(
+    workdir: str | epath.Path, mesh: Mesh, *, step: int | None = None, ema: bool = False
+) -> TrainedModel:
+    """Reads config and parameters, and nothing else, of a run.
+
+    Args:
+        workdir: of the run.
+        mesh: the devices to put the parameters on.
+        step: which checkpoint; the latest by default.
+        ema: read the parameters' moving average instead of the parameters.
+
+    Raises:
+        ValueError: `workdir` is no work directory, or has no such checkpoint or no average.
+    """
+    config = read_config(workdir)
+    validate_config(config, default_config())
+    if ema and config.ema.decay is None:
+        raise ValueError(
+            f"{workdir}: this run kept no moving average of its parameters; train with "
+            "config.ema.decay, or load the parameters themselves"
+        )
+    root = checkpoint_root(workdir)
+    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
+    if not steps or (step is not None and step not in steps):
+        wanted = "no finished checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise ValueError(f"{root}: {wanted}; steps found: {steps or 'none'}")
+    step = steps[-1] if step is None else step
+    name = "ema_params" if ema else "params"
+    try:
+        arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+        _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+        init_params = with_objective_parameters(init_params, config, arch)
+        target = {name: abstract_parameters(init_params, mesh, ema=ema)}
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{epath.Path(workdir) / CONFIG_FILE}: config.model describes no model that can be "
+            f"built: {explain_error(error)}"
+        ) from error
+    directory = root / str(step) / STATE_ITEM
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                directory,
+                args=ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+        saved = _saved_checksums(root / str(step), name)
+        problem = describe_difference(saved, {name: restored[name]})
+    except Exception as error:  # whatever a damaged file leads to
+        problem = explain_error(error)
+    if problem is not None:
+        raise ValueError(f"{directory} cannot be read: {problem}; steps found: {steps}")
+    params = restored[name]
+    heads = params.pop(HEADS, {})
+    params.pop(LOGIT_BIAS, None)
+    return TrainedModel(config=config, arch=arch, params=params, heads=heads, step=step)
+
+
+def _saved_checksums(directory: epath.Path, part: str) -> dict[str, int] | None:
+    """Those that a checkpoint has of one part of the state; None in one of an older version."""
+    item = directory / CHECKS_ITEM
+    if not item.exists():
+        return None
+    saved = ocp.JsonCheckpointHandler().restore(item)["state"]
+    return {path: number for path, number in saved.items() if path.split("/")[0] == part}
