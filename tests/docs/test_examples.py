@@ -1,0 +1,94 @@
+"""The Python of the pages runs, in processes of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.docs.pages import REPOSITORY, python_blocks
+
+LIBRARY = python_blocks(REPOSITORY / "docs" / "library.md")
+
+# Appended to the block with the loss: its result against one device with the dense form.
+COMPARISON = """
+assert jax.device_count() == 4 and not loss.sharding.device_set - set(mesh.devices.flat)
+
+
+def single_device_loss(params):
+    image_emb, text_emb = embed(params["image"], images), embed(params["text"], texts)
+    scale = jnp.exp(params["log_logit_scale"])
+    return contrastive_loss(image_emb, text_emb, scale, beta=0.25, impl="dense")
+
+
+expected_loss, expected_grads = jax.value_and_grad(single_device_loss)(params)
+assert jnp.allclose(loss, expected_loss, rtol=1e-5), (loss, expected_loss)
+for name, value in expected_grads.items():
+    assert jnp.allclose(grads[name], value, rtol=1e-4, atol=1e-5), name
+"""
+
+# The table of gradients: inside of shard_map, checked and unchecked, reduced as the table tells.
+GRADIENT_TABLE = """
+for check_vma in (True, False):
+    def local_grads(params, images, texts, check_vma=check_vma):
+        by_params, by_images = jax.grad(local_loss, argnums=(0, 1))(params, images, texts)
+        if check_vma:
+            return by_params, by_images
+        return jax.lax.pmean(by_params, "data"), by_images / jax.lax.axis_size("data")
+
+    specs = (P(), P("data"), P("data"))
+    inside = jax.jit(jax.shard_map(
+        local_grads, mesh=mesh, in_specs=specs, out_specs=(P(), P("data")), check_vma=check_vma
+    ))
+    by_params, by_images = inside(params, images, texts)
+    expected_images = jax.grad(global_loss, argnums=1)(params, images, texts)
+    assert jnp.allclose(by_images, expected_images, rtol=1e-4, atol=1e-6), check_vma
+    for name, value in expected_grads.items():
+        assert jnp.allclose(by_params[name], value, rtol=1e-4, atol=1e-5), (check_vma, name)
+"""
+
+
+def run(code: str, folder) -> str:
+    """Standard output of a program; fails where the program does.
+
+    The checkout is on the path, as it is after `pip install -e .`; the folder is another one.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**environment, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_loss_of_the_library_page_is_that_of_one_device(tmp_path):
+    block = next(block for block in LIBRARY if "contrastive_loss" in block)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 35
+    printed = run(block + COMPARISON + GRADIENT_TABLE, tmp_path)
+    claimed = block.rpartition("# ")[2].strip().split(", ")
+    assert all(number in printed for number in claimed), printed
+
+
+def test_records_of_the_library_page_come_through_grain(tmp_path):
+    block = next(block for block in LIBRARY if "TFRecordSource" in block)
+    run(block + "\nassert len(source) == 4\n", tmp_path)
+
+
+def test_tokens_of_the_library_page(tmp_path):
+    block = next(block for block in LIBRARY if "tokenizer.decode" in block)
+    printed = run(block, tmp_path)
+    assert printed.endswith("fish & chips\n") and printed.startswith("[49406   320  1125")
+
+
+def test_every_block_of_the_library_page_is_tested():
+    assert len(LIBRARY) == 3
+
+
+@pytest.mark.parametrize("block", python_blocks(REPOSITORY / "docs" / "how_it_works.md"))
+def test_order_of_how_it_works(block, tmp_path):
+    run(block, tmp_path)
