@@ -22,6 +22,7 @@ from data_prep.labelling.embeddings import key_ranks, load_embeddings
 from data_prep.labelling.head_weights import WEIGHTS, Head, hash_heads, load_heads, write_heads
 from data_prep.labelling.train_heads import Split, train_head
 from data_prep.labelling.vocabulary import Targets
+from data_prep.teachers.base import TeacherInfo
 from diht_jax.data.records.vocabulary import (
     ConceptList,
     Vocabulary,
@@ -74,7 +75,7 @@ def obtain_heads(
     folder: str,
     vocabulary: Vocabulary,
     embedded: Sequence[shards.ShardTask],
-    teacher: Mapping[str, Any],
+    teacher: TeacherInfo,
 ) -> dict[str, Any]:
     """The heads of a folder: those that are there, or new ones.
 
@@ -83,7 +84,7 @@ def obtain_heads(
         folder: gets `heads.npz` and `heads.json`.
         vocabulary: v of each head.
         embedded: finished tasks of `embeddings.plan_embeddings`.
-        teacher: its identity.
+        teacher: whose embeddings they are.
 
     Returns:
         The description, as `heads.json` has it.
@@ -115,7 +116,7 @@ def obtain_heads(
         "weights_hash": hash_heads(folder),
         "loaded_from": config.heads.load,
         "vocabulary": vocabulary.describe(),
-        "teacher": dict(teacher),
+        "teacher": dict(teacher.identity),
         "heads": results,
     }
     shards.write_json(pathlib.Path(folder) / DESCRIPTION, description)
@@ -219,9 +220,9 @@ def _rank_concepts(predictions: metrics.Predictions, part: ConceptList) -> dict[
 
 
 def _check_loaded(
-    config: ml_collections.ConfigDict, vocabulary: Vocabulary, teacher: Mapping[str, Any]
+    config: ml_collections.ConfigDict, vocabulary: Vocabulary, teacher: TeacherInfo
 ) -> dict[str, Any]:
-    """What the loaded heads' folder says of them."""
+    """The results of loaded heads, from their folder; raises if they do not fit this run."""
     folder = config.heads.load
     description = _read_description(folder)
     if description is None:
@@ -231,11 +232,13 @@ def _check_loaded(
     expected = read_vocabulary(folder).describe()
     check_vocabulary(description["vocabulary"], expected, f"{folder}/{DESCRIPTION}", folder)
     check_vocabulary(vocabulary.describe(), expected, config.output, folder)
-    theirs, ours = description["teacher"], dict(teacher)
-    if ours["kind"] == "precomputed":
-        # Other files by nature; the size of the embeddings is checked by the product.
-        theirs, ours = ({"kind": identity["kind"]} for identity in (theirs, ours))
-    if json.loads(json.dumps(ours)) != theirs:
+    # The identity as it comes back from JSON, without what belongs to one data set. The size of the
+    # embeddings is checked when the heads are applied.
+    theirs, ours = (
+        {k: v for k, v in json.loads(json.dumps(identity)).items() if k not in teacher.data_keys}
+        for identity in (description["teacher"], teacher.identity)
+    )
+    if ours != theirs:
         raise ValueError(
             f"config.heads.load='{folder}': its heads belong to the teacher {theirs}, this run's "
             f"is {ours}"

@@ -70,7 +70,7 @@ def run(
     if not _all_done(embedding_tasks, "embedded"):
         return failures
     write_vocabulary(folder, vocabulary)
-    heads = head_files.obtain_heads(config, folder, vocabulary, embedding_tasks, teacher.identity)
+    heads = head_files.obtain_heads(config, folder, vocabulary, embedding_tasks, teacher)
     tasks = _plan_labels(config, inputs, folder, heads, embedding_tasks[0].config_hash)
     label = functools.partial(
         label_shard_module.label_shard,

@@ -146,9 +146,7 @@ def _describe_run(folder: str, summary: dict[str, Any]) -> str:
         f"{part['size']:,} {kind} ({part['hash']})" for kind, part in summary["vocabulary"].items()
     )
     teacher = ", ".join(
-        f"{name} {value}"
-        for name, value in summary["teacher"].items()
-        if name in ("kind", "architecture", "function", "weights_sha256")
+        f"{name} {value}" for name, value in summary["teacher"].items() if isinstance(value, str)
     )
     text = (
         f"{summary['labelled']:,} of {summary['records']:,} images in {summary['shards']} shards "

@@ -1,7 +1,6 @@
-"""What all teachers have in common, and the work around those that look at pictures.
+"""What a frozen teacher is, and the decoding and batching around those that look at pictures.
 
-The kinds build on it (`swag_teacher.py`, `torch_teacher.py`, `precomputed.py`); `teachers.py` is
-the way in for everybody else.
+`TeacherModule` lists what the file of a teacher holds; `registry.py` names the teachers there are.
 """
 
 from __future__ import annotations
@@ -12,8 +11,9 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, Protocol
 
+import ml_collections
 import numpy as np
 
 from diht_jax.data.images import transforms
@@ -34,14 +34,21 @@ class TeacherInfo:
     """About a teacher, before it is loaded.
 
     Attributes:
-        identity: what decides the embeddings, JSON-able.
-        in_this_process: whether it wants all of the machine, rather than one core of many.
+        identity: all that decides the embeddings, JSON-able, its kind first. It is hashed: if it
+            changes, shards are embedded and labelled again.
+        in_this_process: whether it needs all of the machine (its devices, or its memory), rather
+            than one core of many.
+        name: what messages call it.
         licence: of what it makes, where that is restricted.
+        data_keys: keys of the identity that belong to one data set. Heads that were trained with
+            other values of them can be loaded (`config.heads.load`).
     """
 
     identity: dict[str, Any]
     in_this_process: bool
+    name: str
     licence: str | None = None
+    data_keys: tuple[str, ...] = ()
 
 
 class Teacher(abc.ABC):
@@ -56,6 +63,23 @@ class Teacher(abc.ABC):
     @abc.abstractmethod
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
         """Yields, chunk by chunk and in order, float32 [d] or the reason why there is none."""
+
+
+class TeacherModule(Protocol):
+    """The three functions of a teacher's file; a config is its section, `config.teacher.KIND`."""
+
+    def default_config(self) -> ml_collections.ConfigDict:
+        """The section with every key and its default."""
+
+    def describe(self, config: ml_collections.ConfigDict) -> TeacherInfo:
+        """Checks the section and describes the teacher, in little time and memory.
+
+        Raises:
+            ValueError: a value is wrong, or a file or package is missing.
+        """
+
+    def load(self, config: ml_collections.ConfigDict, batch_size: int) -> Teacher:
+        """Makes the teacher ready to embed, `batch_size` records at once."""
 
 
 class ImageTeacher(Teacher):
@@ -107,29 +131,26 @@ class ImageTeacher(Teacher):
         good = [i for i, result in enumerate(results) if not isinstance(result, str)]
         side = self._image_size
         images = np.zeros((self._batch_size, side, side, 3), np.uint8)
-        for place, i in enumerate(good):
-            images[place] = results[i]
+        for row, i in enumerate(good):
+            images[row] = results[i]
         if good:
             embeddings = np.asarray(self.encode(images), np.float32)
             self._check(embeddings, len(good))
-            for place, i in enumerate(good):
-                results[i] = embeddings[place]
+            for row, i in enumerate(good):
+                results[i] = embeddings[row]
         return results
 
     def _check(self, embeddings: np.ndarray, num_good: int) -> None:
         if embeddings.ndim != 2 or len(embeddings) != self._batch_size:
             raise ValueError(
-                f"the teacher {self._name()} gave {list(embeddings.shape)} for "
+                f"the teacher {self.info.name} gave {list(embeddings.shape)} for "
                 f"{self._batch_size} images; expected [{self._batch_size}, d]: one vector an image"
             )
         if not np.isfinite(embeddings[:num_good]).all():
             raise ValueError(
-                f"the teacher {self._name()} gave values that are not finite; its "
+                f"the teacher {self.info.name} gave values that are not finite; its "
                 "weights or its dtype are wrong"
             )
-
-    def _name(self) -> str:
-        return self.info.identity.get("function") or self.info.identity["kind"]
 
 
 def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:

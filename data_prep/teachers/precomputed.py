@@ -1,6 +1,6 @@
-"""Embeddings that somebody has computed before, found by the key of a record.
+"""Embeddings that were computed before, found by the key of a record.
 
-`teachers.py` calls it for `config.teacher.kind="precomputed"`. Files are npz (arrays `key` [n] and
+Files are npz (arrays `key` [n] and
 `image_emb` [n, d]) or parquet (the same columns), such as `python -m diht_jax.embed` writes them.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from ml_collections.config_dict import placeholder
 
 from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, chunks
 from diht_jax.data.readers.array_files import read_npz_array
@@ -39,7 +40,7 @@ class EmbeddingTable:
         """
         self._fields = key_field, embedding_field
         self._paths = _find_files(files)
-        self._places: dict[str, tuple[int, int]] = {}
+        self._rows: dict[str, tuple[int, int]] = {}
         self._open: collections.OrderedDict[int, np.ndarray] = collections.OrderedDict()
         self._dim: int | None = None
         self._lengths: list[int] = []
@@ -49,16 +50,16 @@ class EmbeddingTable:
             if not keys:
                 self._load(path, 0)  # empty as well, or else nobody would ever look at it
             for row, key in enumerate(keys):
-                if key in self._places:
-                    first = self._paths[self._places[key][0]]
+                if key in self._rows:
+                    first = self._paths[self._rows[key][0]]
                     raise ValueError(
                         f"{path}: key '{key}' stands in '{first}' as well; every key must have one "
                         "embedding"
                     )
-                self._places[key] = number, row
+                self._rows[key] = number, row
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def get(self, key: str) -> np.ndarray | None:
         """float32 [d], or None where no file has the key.
@@ -66,10 +67,9 @@ class EmbeddingTable:
         Raises:
             ValueError: the values of its file are no embeddings, or of another size than before.
         """
-        place = self._places.get(key)
-        if place is None:
+        if key not in self._rows:
             return None
-        number, row = place
+        number, row = self._rows[key]
         if number not in self._open:
             self._open[number] = self._load(self._paths[number], self._lengths[number])
             if len(self._open) > _OPEN_FILES:
@@ -114,6 +114,15 @@ class PrecomputedTeacher(Teacher):
             yield ["no_embedding" if vector is None else vector for vector in found]
 
 
+def default_config() -> ml_collections.ConfigDict:
+    """The config section `teacher.precomputed`."""
+    c = ml_collections.ConfigDict()
+    c.files = placeholder(str)  # npz or parquet: file, folder or glob
+    c.key_field = "key"
+    c.embedding_field = "image_emb"
+    return c
+
+
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
     """Names, sizes and times of the files.
 
@@ -125,7 +134,10 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         "files": [_identify(path) for path in _find_files(config.files)],
         "fields": [config.key_field, config.embedding_field],
     }
-    return TeacherInfo(identity, in_this_process=True)  # one copy of the table
+    # In this process, so that there is one copy of the table.
+    return TeacherInfo(
+        identity, in_this_process=True, name="precomputed", data_keys=("files", "fields")
+    )
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> PrecomputedTeacher:

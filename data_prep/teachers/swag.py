@@ -1,8 +1,7 @@
 """The paper's teacher: SWAG's vision transformer in Flax, on all local devices.
 
-`teachers.py` calls it for `config.teacher.kind="swag"`. The network is in `diht_jax.models.swag`.
-The licence of its weights is CC-BY-NC 4.0: they and labels made with them are for non-commercial
-use only.
+The network is in `diht_jax.models.swag`. The licence of its weights is CC-BY-NC 4.0: they and
+labels made with them are for non-commercial use only.
 """
 
 from __future__ import annotations
@@ -16,11 +15,24 @@ from typing import Any
 import ml_collections
 import numpy as np
 from absl import logging
+from ml_collections.config_dict import placeholder
 
 from data_prep.teachers.base import IMAGENET_MEAN, IMAGENET_STD, ImageTeacher, TeacherInfo
 from diht_jax.data.images import transforms
 
 WEIGHTS_VARIABLE = "DIHT_JAX_SWAG_WEIGHTS"
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The config section `teacher.swag`."""
+    c = ml_collections.ConfigDict()
+    c.architecture = "vit_h_14"  # vit_b_16, vit_l_16 or vit_h_14; None: whatever the file has
+    c.heads = placeholder(int)  # of attention, where the width is not one of these
+    # torchvision's *_lc_swag-*.pth; None: $DIHT_JAX_SWAG_WEIGHTS. Their licence is CC-BY-NC 4.0:
+    # the weights and the labels made with them are for non-commercial use only.
+    c.weights = placeholder(str)
+    c.dtype = "float32"  # of the computation; "bfloat16" is faster on TPU and GPU
+    return c
 
 
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
@@ -50,7 +62,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         "weights_sha256": sha256,
         "dtype": config.dtype,
     }
-    return TeacherInfo(identity, in_this_process=True, licence=swag_layout.LICENCE)
+    return TeacherInfo(identity, in_this_process=True, name="swag", licence=swag_layout.LICENCE)
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:

