@@ -81,7 +81,8 @@ def write_lists(folder: str | os.PathLike[str], paths: Sequence[pathlib.Path]) -
     with tempfile.TemporaryFile(dir=folder) as raw:
         try:
             with open(temporary, "x", encoding="utf-8") as keys:
-                for chunk in _chunks(itertools.chain.from_iterable(map(read_kept, paths))):
+                kept = itertools.chain.from_iterable(map(read_kept, paths))
+                while chunk := list(itertools.islice(kept, _CHUNK)):
                     # A line break would end the key.
                     keys.writelines(f"{' '.join(key.splitlines())}\n" for key, _, _ in chunk)
                     found = _pack(uid for _, uid, _ in chunk if uid is not None)
@@ -129,8 +130,3 @@ def _write_sorted(path: pathlib.Path, uids: np.ndarray) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _chunks(pairs: Iterator[KeptPair]) -> Iterator[list[KeptPair]]:
-    while chunk := list(itertools.islice(pairs, _CHUNK)):
-        yield chunk

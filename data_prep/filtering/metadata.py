@@ -9,10 +9,11 @@ parquet, the same bytes in jsonl. How captions are parsed belongs in `captions.p
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import ml_collections
 
@@ -39,7 +40,6 @@ JSONL_SUFFIX = ".jsonl"
 
 _PARQUET = "parquet"  # the kind of its shards
 
-_Row = TypeVar("_Row")
 _BATCH_ROWS = 2048
 _WRITTEN_ROWS = 2**16  # of a row group
 
@@ -218,8 +218,9 @@ def _compression(file: Any) -> str:
 
 
 def _filter_jsonl(source: SourceShard, path: pathlib.Path, judge: _Judge, report: Report) -> None:
+    remaining = _read_lines(source)
     with open(path, "xb") as output:
-        for lines in _batches(_read_lines(source)):
+        while lines := list(itertools.islice(remaining, _BATCH_ROWS)):
             kept = judge.judge([_parse_line(line) for line in lines])
             output.writelines(line for line, is_kept in zip(lines, kept, strict=True) if is_kept)
             report(len(lines))
@@ -239,17 +240,6 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
         return parse_json_object(line.decode("utf-8-sig"))
     except ValueError as error:
         return str(error)
-
-
-def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    batch = []
-    for row in rows:
-        batch.append(row)
-        if len(batch) == _BATCH_ROWS:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:

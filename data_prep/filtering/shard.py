@@ -13,7 +13,7 @@ import functools
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -33,8 +33,6 @@ from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.data.records import schema
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordWriter
-
-_Entry = TypeVar("_Entry")
 
 
 class _Candidate(NamedTuple):
@@ -124,8 +122,8 @@ def _process(
     spotter = None
     if config.text_spotting:
         spotter = spotter_config.open_spotter(config.spotter, config.image.max_pixels, source)
-    chunks = _chunks(_with_sidecar(source), config.batch_size)
-    while chunk := _next_chunk(chunks, log):
+    entries = _with_sidecar(source)
+    while chunk := _next_chunk(entries, config.batch_size, log):
         pairs = []
         for entry in chunk:
             if isinstance(entry, Skipped):
@@ -138,7 +136,9 @@ def _process(
             candidates = list(_check_images(parsed, config, log))
         report(len(chunk) - len(candidates))
         # In smaller groups from here on: text-spotting takes its time.
-        for group in _chunks(iter(candidates), config.spotter.batch_size):
+        size = config.spotter.batch_size
+        for start in range(0, len(candidates), size):
+            group = candidates[start : start + size]
             with log.clock("text"):
                 good = group if spotter is None else list(_spot_text(group, spotter, log))
             with log.clock("writing"):
@@ -148,9 +148,11 @@ def _process(
     return log.write(writer.path)
 
 
-def _next_chunk(chunks: Iterator[list[_Entry]], log: ShardLog) -> list[_Entry] | None:
+def _next_chunk(
+    entries: Iterator[Pair | Skipped], size: int, log: ShardLog
+) -> list[Pair | Skipped]:
     with log.clock("reading"):
-        return next(chunks, None)
+        return list(itertools.islice(entries, size))
 
 
 def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:
@@ -290,8 +292,3 @@ def _shrink(data: bytes, config: ml_collections.ConfigDict) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=config.image.jpeg_quality, optimize=True)
     return buffer.getvalue()
-
-
-def _chunks(entries: Iterator[_Entry], size: int) -> Iterator[list[_Entry]]:
-    while chunk := list(itertools.islice(entries, size)):
-        yield chunk
