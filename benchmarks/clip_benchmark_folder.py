@@ -1,6 +1,6 @@
 """Writing a task's data in CLIP_benchmark's layout.
 
-Called by `benchmarks.clip_benchmark` and by tests. The layout is described, and read, in
+The layout is described, and read, in
 `sources.benchmark_folder`. What both programs would count differently by their rules
 for ties, and by how they show transparency, is kept out here and counted.
 """
@@ -20,11 +20,11 @@ from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import UnusablePair
 from diht_jax.evaluation.prompts import CLASS_SLOT, fill_caption_template
+from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.protocols.class_names import name_index, raw_label, resolve_label
 from diht_jax.evaluation.protocols.retrieval import captions_of
 from diht_jax.evaluation.sources.benchmark_folder import DEFAULT_SPLIT
 from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL
-from diht_jax.evaluation.task_parsing import Task
 from diht_jax.evaluation.tasks import read_entries
 
 _EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}

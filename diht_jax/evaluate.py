@@ -21,11 +21,11 @@ from absl import flags, logging
 
 from diht_jax import command_line, distributed
 from diht_jax.evaluation.pages.comparison import draw_comparison
-from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.results import (
     LETTERS,
     format_comparison,
     format_results,
+    published_results,
     read_results,
     write_results,
 )

@@ -107,7 +107,8 @@ def _options():
 def _tasks() -> dict[str, Any]:
     """The splits that are given, as classification tasks with the same prompts."""
     from diht_jax.evaluation.prompts import parse_templates, read_class_names
-    from diht_jax.evaluation.task_parsing import CLASSIFICATION, parse_tasks
+    from diht_jax.evaluation.suite import CLASSIFICATION
+    from diht_jax.evaluation.task_parsing import parse_tasks
 
     given = flags.FLAGS
     defaults = {}

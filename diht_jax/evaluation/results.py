@@ -1,43 +1,63 @@
-"""The results file and the tables on the terminal.
+"""The results file, the tables on the terminal, and the published numbers of the released weights.
 
-Called by the command `diht_jax.evaluate`.
+Every number is shown by its unit (`protocols.base.Metric`), which stands in the file beside the
+metrics; in files without units it follows from the metric's name.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from diht_jax.data.atomic_file import write_atomically
+
+if TYPE_CHECKING:
+    from diht_jax.evaluation.protocols.base import Metric
 
 # What the results of a comparison are called; as many as a table has room for.
 LETTERS = "ABCDEFGH"
 
-_METRIC_NAMES = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "mean_per_class": "mean per class",
-    "mean_average_precision": "mean average precision",
-    "auroc": "AUROC",
-    "text": "text score",
-    "image": "image score",
-    "group": "group score",
-    "accuracy": "accuracy",
-    **{
-        f"{direction}_r{k}": f"{arrow} R@{k}"
-        for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))
-        for k in (1, 5, 10)
-    },
-    "t2i_median_rank": "text to image median rank",
-    "i2t_median_rank": "image to text median rank",
+# Zero-shot numbers of the released DiHT weights, in percent, from the official repository
+# (facebookresearch/diht): top-1 on ImageNet, recall at 1 on COCO and Flickr30K.
+_PUBLISHED_METRICS = (
+    ("imagenet", "top1"),
+    ("coco_retrieval", "t2i_r1"),
+    ("coco_retrieval", "i2t_r1"),
+    ("flickr30k_retrieval", "t2i_r1"),
+    ("flickr30k_retrieval", "i2t_r1"),
+)
+_PUBLISHED_PERCENT = {
+    "diht_vitb32_224px": (68.0, 40.6, 59.3, 68.6, 84.4),
+    "diht_vitb16_224px": (72.2, 43.3, 60.3, 72.9, 89.8),
+    "diht_vitl14_224px": (77.0, 48.0, 65.1, 76.7, 92.0),
+    "diht_vitl14_336px": (77.9, 49.3, 65.3, 78.2, 91.1),
 }
 
 
-def metric_label(name: str) -> str:
-    """A metric as people call it."""
-    return _METRIC_NAMES.get(name, name)
+def metric_of(result: Mapping[str, Any], name: str) -> Metric:
+    """How a metric of one task's result is shown.
+
+    Args:
+        result: an entry of `results` in a results file, of any age.
+        name: of the metric.
+
+    Returns:
+        The unit that the file states and the label of the protocol. A file without units has that
+        of the protocol, or of any protocol with a metric of this name; a name that no protocol
+        knows is a "rank" where it ends so, else a "score".
+    """
+    # Here, since it imports JAX, and the command's --help should not have to wait for that.
+    from diht_jax.evaluation.protocols.base import Metric
+    from diht_jax.evaluation.protocols.registry import PROTOCOLS
+
+    own = PROTOCOLS.get(result.get("kind"))
+    candidates = [own] if own is not None and name in own.metrics else list(PROTOCOLS.values())
+    unnamed = Metric("rank" if name.endswith("rank") else "score")
+    known = next((p.metrics[name] for p in candidates if name in p.metrics), unnamed)
+    unit = result.get("units", {}).get(name, known.unit)
+    return Metric(unit, known.label or name)
 
 
 def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
@@ -66,21 +86,22 @@ def read_results(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """A table of all tasks and metrics, in percent."""
+    """A table of all tasks and metrics, each by its unit."""
     rows = []
     for result in results["results"]:
         first = True
         intervals = result.get("intervals", {})
         for name, value in result["metrics"].items():
+            metric = metric_of(result, name)
             counts = result["counts"]
             dropped = sum(counts["dropped"].values())
             about = f"{counts['images']:,} images" + (f", {dropped:,} dropped" if dropped else "")
             rows.append(
                 (
                     result["task"] if first else "",
-                    metric_label(name),
-                    _format_value(name, value),
-                    _format_interval(name, intervals[name]) if name in intervals else "",
+                    metric.label,
+                    format_value(metric, value),
+                    _format_interval(metric, intervals[name]) if name in intervals else "",
                     about if first else "",
                 )
             )
@@ -100,9 +121,7 @@ def format_comparison(*results: dict[str, Any]) -> str:
     by_task = [{result["task"]: result for result in r["results"]} for r in results]
     rows, notes = [], []
     for task in dict.fromkeys(name for tasks in by_task for name in tasks):
-        rows += _compare_metrics(
-            task, [tasks.get(task, {}).get("metrics", {}) for tasks in by_task]
-        )
+        rows += _compare_metrics(task, [tasks.get(task, {}) for tasks in by_task])
         notes += _differing_protocols(task, [tasks[task] for tasks in by_task if task in tasks])
     names = [f"{letter}: {describe_model(r)}" for letter, r in zip(letters, results, strict=True)]
     differences = [f"{letter} - {letters[0]}" for letter in letters[1:]]
@@ -111,16 +130,22 @@ def format_comparison(*results: dict[str, Any]) -> str:
     return "\n".join([*names, table, *notes])
 
 
-def _compare_metrics(task: str, measured: Sequence[dict[str, float]]) -> list[tuple[str, ...]]:
+def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     rows = []
+    measured = [result.get("metrics", {}) for result in results]
     first = measured[0]
     for name in dict.fromkeys(name for metrics in measured for name in metrics):
-        values = [_format_value(name, x[name]) if name in x else "-" for x in measured]
+        metric = metric_of(
+            next(r for r, x in zip(results, measured, strict=True) if name in x), name
+        )
+        values = [format_value(metric, x[name]) if name in x else "-" for x in measured]
         differences = [
-            _format_difference(name, x[name] - first[name]) if name in x and name in first else "-"
+            _format_difference(metric, x[name] - first[name])
+            if name in x and name in first
+            else "-"
             for x in measured[1:]
         ]
-        rows.append(("" if rows else task, metric_label(name), *values, *differences))
+        rows.append(("" if rows else task, metric.label, *values, *differences))
     return rows
 
 
@@ -141,6 +166,19 @@ def _abridge(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def published_results(model: str) -> dict[str, Any] | None:
+    """The published numbers in the form of a results file; None for another model."""
+    if model not in _PUBLISHED_PERCENT:
+        return None
+    results: dict[str, dict[str, Any]] = {}
+    for (task, metric), percent in zip(_PUBLISHED_METRICS, _PUBLISHED_PERCENT[model], strict=True):
+        result = results.setdefault(
+            task, {"task": task, "metrics": {}, "protocol": {}, "counts": {}}
+        )
+        result["metrics"][metric] = percent / 100
+    return {"model": f"{model}, as published", "results": list(results.values())}
+
+
 def describe_model(results: dict[str, Any]) -> str:
     """Model, step and whether the average was taken, in a line."""
     step = results.get("step")
@@ -148,17 +186,21 @@ def describe_model(results: dict[str, Any]) -> str:
     return f"{results['model']}" + ("" if step is None else f", step {step:,}") + average
 
 
-def _format_value(name: str, value: float) -> str:
-    return f"{value:,.1f}" if name.endswith("rank") else f"{100 * value:.2f}%"
+def format_value(metric: Metric, value: float) -> str:
+    """A metric's value by its unit: "51.24%", "0.2874", rank "1,203.5"."""
+    if metric.unit == "share":
+        return f"{100 * value:.2f}%"
+    return f"{value:,.1f}" if metric.unit == "rank" else f"{value:,.4f}"
 
 
-def _format_interval(name: str, interval: Sequence[float]) -> str:
-    low, high = (_format_value(name, value).removesuffix("%") for value in interval)
+def _format_interval(metric: Metric, interval: Sequence[float]) -> str:
+    low, high = (format_value(metric, value).removesuffix("%") for value in interval)
     return f"{low} to {high}"
 
 
-def _format_difference(name: str, value: float) -> str:
-    value, digits = (value, 1) if name.endswith("rank") else (100 * value, 2)
+def _format_difference(metric: Metric, value: float) -> str:
+    digits = {"share": 2, "score": 4, "rank": 1}[metric.unit]
+    value = 100 * value if metric.unit == "share" else value
     # Adding 0.0 turns a -0.0 that rounding left into 0.0.
     return f"{round(value, digits) + 0.0:+,.{digits}f}"
 

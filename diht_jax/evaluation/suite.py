@@ -1,6 +1,6 @@
 """The tasks that are known by name: the zero-shot suite of DiHT.
 
-Called by `task_specs`. The list is the one of DiHT, arXiv 2301.02280, section "Evaluation", as far
+The list is the one of DiHT, arXiv 2301.02280, section "Evaluation", as far
 as it is known to us: 17 classifications, retrieval both ways on 5 sets (10 numbers) and 2 on
 questions. Sources are TFDS where it has the images and labels that the task needs, else
 `NO_SOURCE`: then the user gives one, `split` says what of the data set belongs in it, and `form`
@@ -18,15 +18,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.protocols.answers import ANSWER_TEMPLATE, ENTAILMENT_PROMPTS
 
 CLASSIFICATION = "classification"
 MULTILABEL = "multilabel"
-BINARY = "binary"
 RETRIEVAL = "retrieval"
-WINOGROUND = "winoground"
-ENTAILMENT = "entailment"
-VQA = "vqa"
 
 NO_SOURCE = ""
 
@@ -36,8 +31,8 @@ class SuiteEntry:
     """A task by name.
 
     Attributes:
-        kind: of `task_specs.KINDS`.
-        source: of `sources`, or `NO_SOURCE`.
+        kind: of `protocols.registry.PROTOCOLS`.
+        source: of `sources.registry`, or `NO_SOURCE`.
         metrics: the first is the one that DiHT reports.
         split: what of the data set is evaluated.
         numbers: how many of the 29 it gives.
@@ -179,7 +174,7 @@ SUITE: dict[str, SuiteEntry] = {
         form=_FOLDER,
     ),
     "hateful_memes": SuiteEntry(
-        BINARY,
+        "binary",
         NO_SOURCE,
         ("auroc",),
         split="the 500 memes of dev_seen.jsonl",
@@ -242,7 +237,7 @@ SUITE: dict[str, SuiteEntry] = {
         form="flickr30k_test_localized_narratives.jsonl?image_root=DIR, with Flickr30K's images",
     ),
     "winoground": SuiteEntry(
-        WINOGROUND,
+        "winoground",
         NO_SOURCE,
         ("image", "text", "group"),
         split="all 400 examples",
@@ -250,20 +245,18 @@ SUITE: dict[str, SuiteEntry] = {
         form="DIR/examples.jsonl, with DIR/images beside it",
     ),
     "snli_ve": SuiteEntry(
-        ENTAILMENT,
+        "entailment",
         NO_SOURCE,
         ("accuracy",),
         split="test",
-        templates=lambda: tuple(ENTAILMENT_PROMPTS.values()),
         source_options={"image_name": "{}.jpg"},
         form="ve_test.json?image_root=DIR, ALBEF's file and Flickr30K's images",
     ),
     "vqav2": SuiteEntry(
-        VQA,
+        "vqa",
         NO_SOURCE,
         ("accuracy",),
         split="validation, since the answers of its test splits are not public",
-        templates=lambda: (ANSWER_TEMPLATE,),
         form=(
             "vqa_val.json?image_root=DIR&class_names=answer_list.json, ALBEF's files and COCO's "
             "images with val2014 in DIR"

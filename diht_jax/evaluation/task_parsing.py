@@ -1,7 +1,7 @@
-"""What a task is, the built-in ones, and their text form on command lines and in configs.
+"""Tasks from what users write: a text on a command line, or a section of a config.
 
-Called by `tasks` and the command. Nothing is read here but files of class names; evaluating is
-the work of `tasks`.
+Both forms are read into a `_Request` first, and what follows is common to them, so that they mean
+the same. Nothing is read here but files of class names.
 """
 
 from __future__ import annotations
@@ -10,83 +10,17 @@ import dataclasses
 import difflib
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from absl import logging
+
 from diht_jax.data.readers import tfds
-from diht_jax.evaluation import prompts
-from diht_jax.evaluation.protocols.answers import (
-    ANSWER_TEMPLATE,
-    ENTAILMENT_PROMPTS,
-    check_answer_template,
-)
+from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import benchmark_folder, registry
-from diht_jax.evaluation.suite import (
-    BINARY,
-    CLASSIFICATION,
-    ENTAILMENT,
-    MULTILABEL,
-    NO_SOURCE,
-    RETRIEVAL,
-    SUITE,
-    VQA,
-    WINOGROUND,
-    SuiteEntry,
-)
+from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SUITE, SuiteEntry
 
-KINDS = (CLASSIFICATION, RETRIEVAL, MULTILABEL, BINARY, WINOGROUND, ENTAILMENT, VQA)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One evaluation.
-
-    Attributes:
-        name: names the results; unique within a run.
-        kind: of `KINDS`.
-        source: what `sources.read_source` takes.
-        source_options: its options, such as {"data_dir": ..., "image_column": ...}.
-        class_names: one per integer label; None finds them in the data of a classification. For
-            "vqa" the candidate answers.
-        templates: prompts, each with one "{}" for the class name; for "entailment" one for each
-            relation, with "{}" for the hypothesis.
-        label_field: metadata field of the label, where it is not "label".
-        caption_template: retrieval and Winoground: prompt with "{caption}".
-        answer_template: "vqa": prompt with "{question}" and "{answer}".
-    """
-
-    name: str
-    kind: str
-    source: str
-    source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    class_names: tuple[str, ...] | None = None
-    templates: tuple[str, ...] = prompts.PLAIN_TEMPLATES
-    label_field: str | None = None
-    caption_template: str = prompts.CAPTION_TEMPLATE
-    answer_template: str = ANSWER_TEMPLATE
-
-    def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"task '{self.name}': kind '{self.kind}' is none of {', '.join(KINDS)}"
-            )
-        prompts.check_templates(self.templates)
-        prompts.fill_caption_template(self.caption_template, "")
-        check_answer_template(self.answer_template)
-        if self.kind in (MULTILABEL, BINARY, VQA) and not self.class_names:
-            what = "candidate answers" if self.kind == VQA else "class names"
-            raise ValueError(
-                f"task '{self.name}': a '{self.kind}' task needs {what}; add "
-                "'?class_names=FILE' (or '&class_names=FILE' behind another option)"
-            )
-        if self.kind == ENTAILMENT and len(self.templates) != len(ENTAILMENT_PROMPTS):
-            raise ValueError(
-                f"task '{self.name}': expected {len(ENTAILMENT_PROMPTS)} templates, for "
-                f"{', '.join(ENTAILMENT_PROMPTS)}; got {list(self.templates)}"
-            )
-
-
-_OPTIONS = ("class_names", "templates", "label", "caption_template", "answer_template")
 _SOURCE_OPTIONS = (
     "data_dir",
     "image_feature",
@@ -97,22 +31,6 @@ _SOURCE_OPTIONS = (
     "image_root",
     "image_name",
 )
-_KIND_OF_FOLDER = {
-    benchmark_folder.CLASSIFICATION: CLASSIFICATION,
-    benchmark_folder.MULTILABEL: MULTILABEL,
-    benchmark_folder.RETRIEVAL: RETRIEVAL,
-}
-# Which of the prompts a kind has; others are not passed on to it.
-_WORDS = ("class_names", "templates", "caption_template", "answer_template")
-_WORDS_OF_KIND = {
-    CLASSIFICATION: ("class_names", "templates"),
-    MULTILABEL: ("class_names", "templates"),
-    BINARY: ("class_names", "templates"),
-    RETRIEVAL: ("caption_template",),
-    WINOGROUND: ("caption_template",),
-    ENTAILMENT: ("templates",),
-    VQA: ("class_names", "answer_template"),
-}
 
 
 def built_in_tasks() -> tuple[str, ...]:
@@ -137,7 +55,7 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             "?label=FIELD", "?caption_template={caption}", or one of the source, such as
             "?data_dir=DIR"; more with "&" between them.
         **defaults: `class_names`, `templates` or `caption_template` as in `Task`, for all tasks
-            that have no such option.
+            whose protocol has such an option and that do not give it.
 
     Returns:
         One task per text, in order.
@@ -147,7 +65,7 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             built-in task without a source, default class names for several classifications.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    tasks = [_parse_task(text.strip(), defaults) for text in texts if text.strip()]
+    tasks = [_make_task(_read_text(text.strip()), defaults) for text in texts if text.strip()]
     classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
     if "class_names" in defaults and len(classifications) > 1:
         raise ValueError(
@@ -165,89 +83,235 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
     return tasks
 
 
+def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
+    """Tasks from `config.evaluation.tasks`.
+
+    Args:
+        tasks: texts of `parse_tasks` with commas between them; or name -> section, where a section
+            has `kind` and `source`, the options of the kind and those of the source. A section with
+            the name of a built-in task needs no kind, and no source where that task has one; one
+            with a source "clip_benchmark:DIR" needs no kind. None as a value is as good as no key.
+
+    Raises:
+        ValueError: as `parse_tasks`; the message begins with the key, such as
+            "config.evaluation.tasks.cifar.templates".
+    """
+    if tasks is None or isinstance(tasks, str):
+        return parse_tasks((tasks or "").split(","))
+    return [_make_task(_read_section(name, section), {}) for name, section in tasks.items()]
+
+
 def check_source(task: Task) -> None:
     """Raises ValueError when there is nothing to read for a task; reads no image."""
     registry.check_source(task.source, task.source_options)
 
 
-def _parse_task(text: str, defaults: dict[str, Any]) -> Task:
-    # A "?" also stands in globs, so only "?word=" starts the options.
-    body, *options = re.split(r"\?(?=\w+=)", text, maxsplit=1)
-    words = {key: value for key, value in defaults.items() if key in _WORDS}
-    given_source_options = {}
-    for option in re.split(r"&(?=\w+=)", options[0]) if options else ():
-        key, value = option.split("=", 1)
-        if key in _SOURCE_OPTIONS:
-            given_source_options[key] = value
-        else:
-            words.update(_parse_option(text, key, value))
-    fields = _fields_of_body(text, body, words)
-    if not fields["source"]:
-        name = fields["name"]
+def check_task(task: Task) -> Protocol:
+    """The protocol of a task.
+
+    Raises:
+        ValueError: no such kind, or the task lacks what the protocol needs.
+    """
+    if task.kind not in PROTOCOLS:
         raise ValueError(
-            f"task '{name}' has no source of its own, since it is not read from TFDS; it is "
-            f"measured on {SUITE[name].split}. Give that as '{name}={SUITE[name].form}'"
+            f"task '{task.name}': kind '{task.kind}' is none of {', '.join(PROTOCOLS)}"
         )
-    source_options = {**fields.get("source_options", {}), **given_source_options}
-    fields["source"] = _complete_source(fields["kind"], fields["source"], source_options)
-    ignored = set(_WORDS) - set(_WORDS_OF_KIND[fields["kind"]])
-    fields.update({key: value for key, value in words.items() if key not in ignored})
-    return Task(**{**fields, "source_options": source_options})
+    try:
+        PROTOCOLS[task.kind].check(task)
+    except ValueError as error:
+        raise ValueError(f"task '{task.name}': {error}") from error
+    return PROTOCOLS[task.kind]
 
 
-def _fields_of_body(text: str, body: str, words: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a task without its options."""
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    """What a user writes of one task, before anything is looked up.
+
+    Attributes:
+        name: of the task.
+        kind: None where the name or the source decides.
+        source: None where the name decides.
+        options: by the name that the user types: texts, or the values of a config.
+        entry: of the built-in task that the name stands for.
+        where: begins the messages: "task 'cifar10?label=x'", "config.evaluation.tasks.cifar".
+        is_text: whether it comes from a text; else it is a section of a config.
+    """
+
+    name: str
+    kind: str | None
+    source: str | None
+    options: Mapping[str, Any]
+    where: str
+    is_text: bool
+    entry: SuiteEntry | None = None
+
+    def error(self, message: str, option: str | None = None) -> ValueError:
+        """An error that says where its cause stands."""
+        key = f".{option}" if option and not self.is_text else ""
+        return ValueError(f"{self.where}{key}: {message}")
+
+
+def _read_text(text: str) -> _Request:
+    # A "?" also stands in globs, so only "?word=" starts the options.
+    body, *behind = re.split(r"\?(?=\w+=)", text, maxsplit=1)
+    pairs = re.split(r"&(?=\w+=)", behind[0]) if behind else ()
+    options = dict(pair.split("=", 1) for pair in pairs)
     named = re.match(r"([\w.-]+)=(.*)", body)
     name, body = named.groups() if named else (None, body)
     kind, _, source = body.partition(":")
+    where = f"task '{text}'"
     # "winoground" is a task as well as a kind.
-    if kind in KINDS and body not in SUITE:
+    if kind in PROTOCOLS and body not in SUITE:
         if not source:
-            raise ValueError(f"task '{text}': expected a source after '{kind}:'")
-        fields = {"name": name or _name_of_source(source), "kind": kind, "source": source}
-        if kind == ENTAILMENT:
-            fields["templates"] = tuple(ENTAILMENT_PROMPTS.values())
-        return fields
+            raise ValueError(f"{where}: expected a source after '{kind}:'")
+        return _Request(name or _name_of_source(source), kind, source, options, where, True)
     if name in SUITE:
-        return {"name": name, **_fields_of_entry(SUITE[name], body, words)}
+        return _Request(name, None, body, options, where, True, SUITE[name])
     if kind == registry.BENCHMARK:
-        name = name or _name_of_source(source)
-        return {"name": name, "source": body, **_fields_of_folder(body)}
+        return _Request(name or _name_of_source(source), None, body, options, where, True)
     if name is None and body in SUITE:
-        return {"name": body, **_fields_of_entry(SUITE[body], SUITE[body].source, words)}
+        return _Request(body, None, SUITE[body].source, options, where, True, SUITE[body])
     raise ValueError(_unknown_task_message(text, name or body))
 
 
-def _fields_of_entry(entry: SuiteEntry, source: str, words: Mapping[str, Any]) -> dict[str, Any]:
+def _read_section(name: str, section: Any) -> _Request:
+    where = f"config.evaluation.tasks.{name}"
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"{where}: expected letters, digits, '_', '-' and '.' in a task's name")
+    if not hasattr(section, "items"):
+        raise ValueError(
+            f"{where}: expected a section such as dict(kind='retrieval', source='/data/a.tar'), "
+            f"got {type(section).__name__} {section!r:.80}"
+        )
+    options = {key: value for key, value in section.items() if value is not None}
+    kind, source = options.pop("kind", None), options.pop("source", None)
+    entry = SUITE.get(name) if kind is None else None
+    if entry is not None and source is None:
+        source = entry.source
+    request = _Request(name, kind, source, options, where, False, entry)
+    for key, value in (("kind", kind), ("source", source)):
+        if value is not None and not isinstance(value, str):
+            raise request.error(f"expected a text, got {value!r:.80}", key)
+    if kind is not None and kind not in PROTOCOLS:
+        raise request.error(f"unknown kind '{kind}'; {_hint(kind, PROTOCOLS)}", "kind")
+    if kind is None and entry is None and not (source or "").startswith(f"{registry.BENCHMARK}:"):
+        raise request.error(
+            f"expected one of {', '.join(PROTOCOLS)}; no task '{name}' is built in that would "
+            f"need none ({_hint(name, SUITE)})",
+            "kind",
+        )
+    if entry is None and not source:
+        raise request.error("expected a source, such as '/data/a.tar'", "source")
+    if re.search(r"\?\w+=", source):
+        raise request.error(f"'{source:.200}': give the options behind '?' as keys", "source")
+    return request
+
+
+def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
+    entry, source = request.entry, request.source
+    if not source:
+        raise ValueError(_no_source_message(request.name, entry))
+    folder = _fields_of_folder(source) if request.kind is None else {}
+    kind = request.kind or (entry.kind if entry else folder["kind"])
+    if folder.get("kind", kind) != kind:
+        raise ValueError(f"{source} is a '{folder['kind']}' set, not a '{kind}' one")
+    protocol = PROTOCOLS[kind]
+    given, source_options = _parse_options(request, kind, protocol)
+    known = {option.field or name for name, option in protocol.options.items()}
+    given = {**{name: value for name, value in defaults.items() if name in known}, **given}
+    fields = {**protocol.defaults, **folder}
+    if entry is not None:
+        made = _fields_of_entry(entry, source, folder, given)
+        source_options = {**made.pop("source_options", {}), **source_options}
+        fields.update(made)
+    fields.update(
+        given,
+        name=request.name,
+        kind=kind,
+        source=_complete_source(protocol, source, source_options),
+        source_options=source_options,
+    )
+    own = {name: value for name, value in fields.items() if name not in _TASK_FIELDS}
+    fields = {name: value for name, value in fields.items() if name in _TASK_FIELDS}
+    try:
+        task = Task(**fields, options=own)
+        check_task(task)
+    except ValueError as error:
+        raise error if request.is_text else request.error(str(error)) from error
+    return task
+
+
+_TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
+
+
+def _parse_options(
+    request: _Request, kind: str, protocol: Protocol
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Values by the field of `Task` (or by the option's name, where it has none); and options of
+    the source."""
+    given: dict[str, Any] = {}
+    source_options: dict[str, str] = {}
+    for name, value in request.options.items():
+        option = Option(parse_text) if name in _SOURCE_OPTIONS else protocol.options.get(name)
+        if option is None:
+            _refuse_option(request, kind, protocol, name)
+            continue
+        try:
+            parsed = option.parse(value)
+        except (TypeError, ValueError) as error:
+            if request.is_text and isinstance(error, ValueError):
+                raise
+            raise request.error(str(error), name) from error
+        (source_options if name in _SOURCE_OPTIONS else given)[option.field or name] = parsed
+    return given, source_options
+
+
+def _refuse_option(request: _Request, kind: str, protocol: Protocol, name: str) -> None:
+    """Raises ValueError for an unknown option; one of another kind has no effect in a text."""
+    known = (*protocol.options, *_SOURCE_OPTIONS)
+    of_any_kind = {name for other in PROTOCOLS.values() for name in other.options}
+    if request.is_text and name in of_any_kind:
+        logging.warning(
+            "%s: option '%s' has no effect, a '%s' task has only %s",
+            request.where,
+            name,
+            kind,
+            ", ".join(protocol.options) or "options of its source",
+        )
+        return
+    if request.is_text:
+        raise request.error(f"unknown option '{name}'; {_hint(name, known)}")
+    raise request.error(
+        f"a '{kind}' task has no such key; {_hint(name, ('kind', 'source', *known))}", name
+    )
+
+
+def _fields_of_entry(
+    entry: SuiteEntry, source: str, folder: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Of a task by name; class names that it lacks are those of a CLIP_benchmark folder.
 
-    What the user gives in `words` is not made: it may come with a package that is absent.
+    What the user gives is not made: it may come with a package that is absent.
     """
-    fields: dict[str, Any] = {"kind": entry.kind, "source": source}
+    fields: dict[str, Any] = {}
     is_annotations = entry.source == NO_SOURCE and source.endswith((".json", ".jsonl"))
-    if source == entry.source or is_annotations:
+    if (source == entry.source or is_annotations) and not folder:
         fields["source_options"] = entry.source_options
-    if source.startswith(f"{registry.BENCHMARK}:"):
-        folder = _fields_of_folder(source)
-        if folder["kind"] != entry.kind:
-            raise ValueError(f"{source} is a '{folder['kind']}' set, not a '{entry.kind}' one")
-        fields.update(folder, source_options={})
     make_class_names = entry.class_names
     if make_class_names is None and source.startswith(tfds.PREFIX):
         make_class_names = entry.tfds_class_names
-    if make_class_names is not None and "class_names" not in words:
+    if make_class_names is not None and "class_names" not in given:
         fields["class_names"] = make_class_names()
-    word = "answer_template" if entry.kind == VQA else "templates"
-    if entry.templates is not None and word not in words:
-        fields[word] = entry.templates()[0] if entry.kind == VQA else entry.templates()
+    if entry.templates is not None and "templates" not in given:
+        fields["templates"] = entry.templates()
     return fields
 
 
-def _complete_source(kind: str, source: str, options: Mapping[str, str]) -> str:
+def _complete_source(protocol: Protocol, source: str, options: Mapping[str, str]) -> str:
     """Names the reader of an annotation file, where kind or options leave no choice."""
     prefix = source.partition(":")[0]
-    if kind == WINOGROUND and prefix != registry.WINOGROUND:
-        return f"{registry.WINOGROUND}:{source}"
+    if protocol.reader is not None:
+        return source if prefix == protocol.reader else f"{protocol.reader}:{source}"
     is_list = source.endswith(".json") or (source.endswith(".jsonl") and "image_name" in options)
     if is_list and prefix not in (registry.WINOGROUND, registry.ANNOTATIONS):
         return f"{registry.ANNOTATIONS}:{source}"
@@ -255,9 +319,11 @@ def _complete_source(kind: str, source: str, options: Mapping[str, str]) -> str:
 
 
 def _fields_of_folder(source: str) -> dict[str, Any]:
-    """Kind and words of a CLIP_benchmark folder."""
+    """Kind and words of a CLIP_benchmark folder; nothing for another source."""
+    if not source.startswith(f"{registry.BENCHMARK}:"):
+        return {}
     folder = registry.find_benchmark_folder(source)
-    fields: dict[str, Any] = {"kind": _KIND_OF_FOLDER[folder.type]}
+    fields: dict[str, Any] = {"kind": folder.type}
     if folder.type == benchmark_folder.RETRIEVAL:
         return fields
     if folder.class_names is not None:
@@ -267,19 +333,11 @@ def _fields_of_folder(source: str) -> dict[str, Any]:
     return fields
 
 
-def _parse_option(text: str, key: str, value: str) -> dict[str, Any]:
-    if key == "class_names":
-        return {"class_names": prompts.read_class_names(value)}
-    if key == "templates":
-        return {"templates": prompts.parse_templates(value)}
-    if key == "label":
-        return {"label_field": value}
-    if key in ("caption_template", "answer_template"):
-        return {key: value}
-    known = _OPTIONS + _SOURCE_OPTIONS
-    nearest = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
-    raise ValueError(f"task '{text}': unknown option '{key}'; {hint}")
+def _no_source_message(name: str, entry: SuiteEntry) -> str:
+    return (
+        f"task '{name}' has no source of its own, since it is not read from TFDS; it is measured "
+        f"on {entry.split}. Give that as '{name}={entry.form}'"
+    )
 
 
 def _unknown_task_message(text: str, name: str) -> str:
@@ -288,8 +346,14 @@ def _unknown_task_message(text: str, name: str) -> str:
     return (
         f"unknown task '{text}'; {hint} For data of your own write 'classification:SOURCE' or "
         "'retrieval:SOURCE', or another kind of task: "
-        f"{', '.join(kind for kind in KINDS if kind not in (CLASSIFICATION, RETRIEVAL))}"
+        f"{', '.join(kind for kind in PROTOCOLS if kind not in (CLASSIFICATION, RETRIEVAL))}"
     )
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(known)}"
 
 
 def _name_of_source(source: str) -> str:

@@ -1,7 +1,7 @@
 """Evaluating a model on a task.
 
-Called by the command (`diht_jax.evaluate`) and, with live parameters, by the training loop. A
-task is a data source with a protocol; how a source is read is known to `diht_jax.data.readers`.
+A task is a data source with a protocol: `sources` reads the one, `protocols` measures by the other.
+The model may be a loaded one or the live parameters of a training run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -19,22 +19,15 @@ from tqdm import tqdm
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
-from diht_jax.evaluation import prompts
 from diht_jax.evaluation.bootstrap import bootstrap_intervals, describe_bootstrap
-from diht_jax.evaluation.embedding.encoding import EmbeddingModel
-from diht_jax.evaluation.pages.classification import draw_classification_page
-from diht_jax.evaluation.pages.page import ImageLoader
-from diht_jax.evaluation.pages.retrieval import draw_retrieval_page
-from diht_jax.evaluation.protocols import classification, retrieval
-from diht_jax.evaluation.protocols.others import OTHER_KINDS, Measured
+from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
+from diht_jax.evaluation.pages.canvas import ImageLoader
+from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.registry import count_source, read_source
-from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL, SUITE
-from diht_jax.evaluation.task_parsing import Task, parse_tasks
+from diht_jax.evaluation.suite import SUITE
+from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 
-__all__ = ["Task", "evaluate_task", "parse_tasks"]
-
-# A confusion matrix of more classes is left out of the results: they should stay readable.
-_MOST_CONFUSION_CLASSES = 50
+__all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 
 
 def evaluate_task(
@@ -61,18 +54,19 @@ def evaluate_task(
         progress: show bars on stderr.
 
     Returns:
-        JSON-able: `task`, `kind`, `source`, `protocol` (prompts, ties), `metrics` (fractions of
-        1), `intervals` (metric -> [low, high], with `num_resamples`), `counts` (images, texts,
-        dropped pairs by reason), `reported` (of a task by name: which of the metrics DiHT
-        reports), `seconds` (wall time of all, compilation included),
-        `images_per_sec` (reading, decoding and encoding of the images), `page`; for a
-        classification also `per_class` and, up to 50 classes, `confusion`.
+        JSON-able: `task`, `kind`, `source`, `protocol` (prompts, ties), `metrics` and their
+        `units` (see `protocols.base.Metric`; a share is a fraction of 1), `intervals` (metric ->
+        [low, high], with `num_resamples`), `counts` (images, texts, dropped pairs by reason),
+        `reported` (of a task by name: which of the metrics DiHT reports), `seconds` (wall time of
+        all, compilation included), `images_per_sec` (reading, decoding and encoding of the
+        images), `page`; and what else the protocol gives, such as `per_class`.
 
     Raises:
-        ValueError: the source cannot be read, or does not hold what the task needs.
+        ValueError: an unknown kind, a source that cannot be read or does not hold what the task
+            needs.
     """
     start = time.perf_counter()
-    evaluate = _EVALUATORS[task.kind]
+    protocol = check_task(task)
     try:
         with tqdm(
             itertools.islice(read_entries(task), limit),
@@ -81,7 +75,7 @@ def evaluate_task(
             disable=not progress,
             total=_count_entries(task, limit) if progress else None,
         ) as entries:
-            result, measured, draw = evaluate(
+            measured = protocol.run(
                 model,
                 task,
                 entries,
@@ -91,132 +85,48 @@ def evaluate_task(
             )
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
-    encoded = result.encoded
+    encoded, described, intervals = measured.encoded, measured.protocol, {}
     if num_resamples:
-        measured["protocol"]["intervals"] = describe_bootstrap(num_resamples)
-        measured["intervals"] = bootstrap_intervals(
-            result.resampled_metrics,
-            result.num_items,
-            num_resamples=num_resamples,
-            progress=progress,
+        described = {**described, "intervals": describe_bootstrap(num_resamples)}
+        intervals["intervals"] = bootstrap_intervals(
+            measured.resample, measured.num_items, num_resamples=num_resamples, progress=progress
         )
-    if encoded.dropped:
-        logging.warning(
-            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
-            task.name,
-            sum(encoded.dropped.values()),
-            sum(encoded.dropped.values()) + len(encoded.positions),
-            encoded.dropped,
-            ", ".join(encoded.dropped_keys),
-        )
-    if page is not None and draw is not None:
-        draw(pathlib.Path(page))
-    measured["counts"]["limit"] = limit
-    measured["counts"]["dropped"] = encoded.dropped
+    _warn_of_dropped(task, encoded)
+    if page is not None and measured.draw is not None:
+        measured.draw(pathlib.Path(page), _image_loader(task))
     return {
         "task": task.name,
         "kind": task.kind,
         "source": task.source,
-        **measured,
-        **_reported(task, measured["metrics"]),
+        "protocol": described,
+        "metrics": measured.metrics,
+        "units": {name: protocol.metrics[name].unit for name in measured.metrics},
+        "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
+        **measured.details,
+        **intervals,
+        **_reported(task, measured.metrics),
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.positions) / encoded.seconds,
-        "page": None if page is None or draw is None else str(page),
+        "page": None if page is None or measured.draw is None else str(page),
     }
-
-
-def _evaluate_retrieval(
-    model: EmbeddingModel,
-    task: Task,
-    entries: Iterable[Pair | Skipped],
-    **batching: Any,
-) -> Measured:
-    result = retrieval.retrieve(model, entries, task.caption_template, **batching)
-    num_images, num_texts = len(result.i2t_ranks), len(result.t2i_ranks)
-    measured = {
-        "protocol": {
-            "caption_template": task.caption_template,
-            "text_to_image": "every caption is a query, its own image the only right answer",
-            "image_to_text": "right when any caption of the image comes first",
-            "ties": retrieval.TIES,
-        },
-        "metrics": result.metrics,
-        "counts": {
-            "images": num_images,
-            "texts": num_texts,
-            "different_texts": result.num_unique_texts,
-        },
-    }
-
-    def draw(path: pathlib.Path) -> None:
-        plain = task.caption_template == prompts.CAPTION_SLOT
-        prompt = "no prompt" if plain else f"prompt “{task.caption_template}”"
-        note = (
-            f"{num_images:,} images and {num_texts:,} captions of {_short(task.source)}, {prompt}. "
-            "Green is right, red is wrong."
-        )
-        title = f"Retrieval: {task.name}"
-        draw_retrieval_page(result, _image_loader(task), path, title=title, note=note)
-
-    return result, measured, draw
-
-
-def _evaluate_classification(
-    model: EmbeddingModel,
-    task: Task,
-    entries: Iterable[Pair | Skipped],
-    **batching: Any,
-) -> Measured:
-    result = classification.classify(
-        model,
-        entries,
-        task.class_names,
-        task.templates,
-        label_field=task.label_field,
-        **batching,
-    )
-    names, per_class = result.classes.names, result.per_class()
-    measured = {
-        "protocol": {
-            "class_names_from": result.classes.origin,
-            "label_field": task.label_field or "label",
-            "templates": list(result.templates),
-            "text_embedding": "normalised, averaged over the templates, normalised",
-            "ties": classification.TIES,
-        },
-        "metrics": result.metrics,
-        "counts": {
-            "images": len(result.predictions),
-            "classes": len(names),
-            "classes_without_images": sum(not entry["images"] for entry in per_class),
-            "texts": len(names) * len(result.templates),
-        },
-        "per_class": per_class,
-    }
-    if len(names) <= _MOST_CONFUSION_CLASSES:
-        measured["confusion"] = result.confusion().tolist()
-
-    def draw(path: pathlib.Path) -> None:
-        number = len(result.templates)
-        prompt = f"{number} prompts" if number > 1 else f"prompt “{result.templates[0]}”"
-        draw_classification_page(
-            result,
-            _image_loader(task),
-            path,
-            logit_scale=model.logit_scale,
-            title=f"Classification: {task.name}",
-            note=(
-                f"{len(result.predictions):,} images of {_short(task.source)}, {len(names):,} "
-                f"classes, {prompt}. Green is right, red is wrong."
-            ),
-        )
-
-    return result, measured, draw
 
 
 def read_entries(task: Task) -> Iterator[Pair | Skipped]:
-    """The pairs of a task's source, and in their place what is none, with its reason."""
+    """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
     return read_source(task.source, task.source_options)
+
+
+def _warn_of_dropped(task: Task, encoded: EncodedImages) -> None:
+    if encoded.dropped:
+        dropped = sum(encoded.dropped.values())
+        logging.warning(
+            "task '%s': %d of %d entries left out, by reason %s; first keys: %s",
+            task.name,
+            dropped,
+            dropped + len(encoded.positions),
+            encoded.dropped,
+            ", ".join(encoded.dropped_keys),
+        )
 
 
 def _count_entries(task: Task, limit: int | None) -> int | None:
@@ -241,14 +151,3 @@ def _image_loader(task: Task) -> ImageLoader:
         return {i: decode_rgb(entry.image) for i, entry in enumerate(entries) if i in wanted}
 
     return load_images
-
-
-def _short(source: str) -> str:
-    return source if source.startswith("tfds:") else pathlib.PurePath(source).name
-
-
-_EVALUATORS = {
-    CLASSIFICATION: _evaluate_classification,
-    RETRIEVAL: _evaluate_retrieval,
-    **OTHER_KINDS,
-}

@@ -9,8 +9,12 @@ import scipy.stats
 
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import EncodedImages
-from diht_jax.evaluation.protocols.average_precision import rank_items
-from diht_jax.evaluation.protocols.label_scores import LabelScores, area_under_roc, score_labels
+from diht_jax.evaluation.protocols.label_scores import (
+    LabelScores,
+    area_under_roc,
+    rank_items,
+    score_labels,
+)
 from diht_jax.evaluation.suite import SUITE
 
 

@@ -4,10 +4,10 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.pages.comparison import draw_comparison
-from diht_jax.evaluation.published import published_results
 from diht_jax.evaluation.results import (
     format_comparison,
     format_results,
+    published_results,
     read_results,
     write_results,
 )

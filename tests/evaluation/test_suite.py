@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
-from diht_jax.evaluation.task_parsing import KINDS, parse_tasks
+from diht_jax.evaluation.task_parsing import parse_tasks
 
 _DOCS = pathlib.Path(__file__).parents[2] / "docs" / "evaluation.md"
 _KINDS_OF_CLASSIFICATION = ("classification", "multilabel", "binary")
@@ -20,7 +21,7 @@ def test_seventeen_ten_and_two():
     assert numbers(*_KINDS_OF_CLASSIFICATION) == 17
     assert numbers("retrieval", "winoground") == 10
     assert numbers("entailment", "vqa") == 2
-    assert numbers(*KINDS) == 29
+    assert numbers(*PROTOCOLS) == 29
 
 
 @pytest.mark.parametrize("name", SUITE)

@@ -5,7 +5,8 @@ import importlib.util
 import pytest
 
 from diht_jax.evaluation import prompts
-from diht_jax.evaluation.task_parsing import Task, built_in_tasks, check_source, parse_tasks
+from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.task_parsing import built_in_tasks, check_source, parse_tasks
 
 
 @pytest.mark.parametrize(

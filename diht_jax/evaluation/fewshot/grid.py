@@ -29,8 +29,8 @@ from diht_jax.evaluation.fewshot.linear_probe import (
     probe_accuracy,
 )
 from diht_jax.evaluation.protocols import classification
+from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.registry import count_source
-from diht_jax.evaluation.task_parsing import Task
 from diht_jax.evaluation.tasks import read_entries
 
 ALL = "all"

@@ -1,40 +1,41 @@
 """The PNG page of a classification: samples, confusions, and the accuracy of the classes.
 
-Called by `tasks.evaluate_task`. The samples are drawn at random with a fixed seed, never picked.
-Drawing only: predictions come in with the result, pictures through a function that loads them.
+The samples are drawn at random with a fixed seed, never picked. Predictions come in with the
+result, pictures through a function that loads them.
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from diht_jax.evaluation.pages.canvas import (
+    CONTENT_TOP,
     GREEN,
     GREY,
     INK,
+    MARGIN,
     PANEL,
     RED,
-    WHITE,
-    Canvas,
-    blend,
-    shorten,
-    text_width,
-)
-from diht_jax.evaluation.pages.page import (
-    CONTENT_TOP,
-    MARGIN,
     TILE,
+    WHITE,
     WIDTH,
+    Canvas,
     ImageLoader,
+    blend,
     draw_header,
     draw_heading,
     draw_sample_indices,
+    shorten,
+    text_width,
 )
-from diht_jax.evaluation.protocols.classification import ClassificationResult
+
+if TYPE_CHECKING:
+    from diht_jax.evaluation.protocols.classification import ClassificationResult
 
 _SAMPLES = 24
 _SAMPLE_COLUMNS = 8
@@ -59,7 +60,7 @@ def draw_classification_page(
 
     Args:
         result: of `classify`.
-        load_images: gives the pictures for places in the source.
+        load_images: gives the pictures for positions in the source.
         path: of the PNG.
         logit_scale: turns cosine similarities into the probabilities under the samples.
         title: first line.

@@ -1,38 +1,39 @@
 """The PNG page of retrieval examples.
 
-Called by `tasks.evaluate_task`. The queries are drawn at random with a fixed seed, never picked.
-Drawing only: ranks come in with the result, pictures through a function that loads them.
+The queries are drawn at random with a fixed seed, never picked. Ranks come in with the result,
+pictures through a function that loads them.
 """
 
 from __future__ import annotations
 
 import pathlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from diht_jax.evaluation.pages.canvas import (
+    CONTENT_TOP,
     GREEN,
     GREY,
     INK,
+    MARGIN,
     PANEL,
     RED,
-    Canvas,
-    shorten,
-    text_width,
-    wrap,
-)
-from diht_jax.evaluation.pages.page import (
-    CONTENT_TOP,
-    MARGIN,
     TILE,
     WIDTH,
+    Canvas,
     ImageLoader,
     draw_header,
     draw_heading,
     draw_sample_indices,
+    shorten,
+    text_width,
+    wrap,
 )
-from diht_jax.evaluation.protocols.retrieval import RetrievalResult, closest_items
+
+if TYPE_CHECKING:
+    from diht_jax.evaluation.protocols.retrieval import RetrievalResult
 
 _SHOWN = 5
 _TEXT_QUERIES = 6
@@ -53,7 +54,7 @@ def draw_retrieval_page(
 
     Args:
         result: of `retrieve`.
-        load_images: gives the pictures for places in the source.
+        load_images: gives the pictures for positions in the source.
         path: of the PNG.
         title: first line.
         note: second line, such as the source and the prompt.
@@ -112,6 +113,32 @@ def draw_retrieval_page(
             canvas, x, y, result, image, i2t[number], i2t_similarities[number], pictures[image]
         )
     canvas.save(path)
+
+
+def closest_items(
+    queries: np.ndarray,
+    query_ids: np.ndarray,
+    gallery: np.ndarray,
+    gallery_ids: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` items of the gallery for a few queries, in the order the ranks use.
+
+    Args:
+        queries: float [q, d]; q is small (the whole [q, m] block is made at once).
+        query_ids: int [q]; an item whose id equals the query's is right.
+        gallery: float [m, d].
+        gallery_ids: int [m].
+        count: items per query.
+
+    Returns:
+        int [q, count] indices into the gallery, and float [q, count] similarities.
+    """
+    similarities = np.asarray(queries, np.float32) @ np.asarray(gallery, np.float32).T
+    right = np.asarray(query_ids)[:, None] == np.asarray(gallery_ids)[None, :]
+    # Among equals the right one goes last, as in the ranks.
+    order = np.lexsort((right, -similarities), axis=-1)[:, :count]
+    return order, np.take_along_axis(similarities, order, axis=-1)
 
 
 def _draw_text_query(

@@ -11,8 +11,18 @@ from collections.abc import Mapping
 from PIL import Image
 
 from diht_jax.evaluation.embedding.search import Match, SearchResult
-from diht_jax.evaluation.pages.canvas import BLUE, GREY, LIGHT_GREY, Canvas, shorten, wrap
-from diht_jax.evaluation.pages.page import MARGIN, TILE, WIDTH, draw_heading
+from diht_jax.evaluation.pages.canvas import (
+    BLUE,
+    GREY,
+    LIGHT_GREY,
+    MARGIN,
+    TILE,
+    WIDTH,
+    Canvas,
+    draw_heading,
+    shorten,
+    wrap,
+)
 
 _PITCH = 132
 _A_ROW = 8

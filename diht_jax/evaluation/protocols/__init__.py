@@ -1,1 +1,1 @@
-"""Evaluation protocols: how a source is measured."""
+"""Evaluation protocols: how the tasks of each kind are measured."""

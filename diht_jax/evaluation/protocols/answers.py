@@ -1,6 +1,6 @@
 """Questions on images, answered by the most similar of some filled prompts: SNLI-VE and VQA v2.
 
-Called by `tasks`. DiHT (arXiv 2301.02280) reports both zero-shot; its prompts are not public. Ours:
+DiHT (arXiv 2301.02280) reports both zero-shot; its prompts are not public. Ours:
 
 - **Entailment**: the hypothesis goes into one prompt for each of the three relations, and the
   prompt most similar to the image decides (`ENTAILMENT_PROMPTS`). Accuracy.
@@ -29,6 +29,17 @@ from diht_jax.evaluation.embedding.encoding import (
     UnusablePair,
     encode_images,
     encode_texts,
+)
+from diht_jax.evaluation.protocols.base import (
+    CLASS_NAMES,
+    TEMPLATES,
+    Measured,
+    Metric,
+    Option,
+    Protocol,
+    Task,
+    check_has_class_names,
+    parse_text,
 )
 
 ENTAILMENT_PROMPTS = {
@@ -162,13 +173,14 @@ def answer_questions(
     )
 
 
-def check_answer_template(template: str) -> None:
-    """A template without "{question}" or "{answer}" is a ValueError."""
+def check_answer_template(template: str) -> str:
+    """The template; raises ValueError where it lacks "{question}" or "{answer}"."""
     if template.count("{question}") != 1 or template.count("{answer}") != 1:
         raise ValueError(
             f"answer template {template!r}: expected '{{question}}' and '{{answer}}' once each, "
             f"such as '{ANSWER_TEMPLATE}'"
         )
+    return template
 
 
 def vqa_credit(answer: str, said: str | Sequence[str]) -> float:
@@ -229,8 +241,8 @@ def _answer(
         text_emb = np.concatenate(
             list(encode_texts(model.encode_text, prompts, batch_size=batch_size))
         )
-        for place, text in enumerate(part):
-            own = text_emb[place * len(choices) : (place + 1) * len(choices)]
+        for index, text in enumerate(part):
+            own = text_emb[index * len(choices) : (index + 1) * len(choices)]
             images = [rows[number][0] for number in by_text[text]]
             best = (encoded.image_emb[images] @ own.T).argmax(axis=1)
             for number, choice in zip(by_text[text], best, strict=True):
@@ -244,3 +256,68 @@ def _answer(
         ),
         num_texts=len(texts) * len(choices),
     )
+
+
+def _measured(result: AnswersResult, protocol: dict[str, Any]) -> Measured:
+    return Measured(
+        encoded=result.encoded,
+        metrics=result.metrics,
+        protocol=protocol,
+        counts={
+            "images": result.num_items,
+            "questions": len(result.answers),
+            "texts": result.num_texts,
+        },
+        num_items=result.num_items,
+        resample=result.resampled_metrics,
+    )
+
+
+def _run_entailment(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    prompts = dict(zip(ENTAILMENT_PROMPTS, task.templates, strict=True))
+    result = answer_entailment(model, entries, prompts, **batching)
+    decision = "the prompt most similar to the image"
+    return _measured(result, {"prompts": prompts, "decision": decision})
+
+
+def _run_vqa(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    template = task.options.get("answer_template", ANSWER_TEMPLATE)
+    result = answer_questions(model, entries, task.class_names, template, **batching)
+    protocol = {
+        "answer_template": template,
+        "candidates": len(task.class_names),
+        "decision": "the answer whose prompt is most similar to the image",
+        "accuracy": "VQA v2's, answers without case, punctuation and articles",
+    }
+    return _measured(result, protocol)
+
+
+def _check_three_prompts(task: Task) -> None:
+    if len(task.templates) != len(ENTAILMENT_PROMPTS):
+        raise ValueError(
+            f"expected {len(ENTAILMENT_PROMPTS)} templates, for {', '.join(ENTAILMENT_PROMPTS)}; "
+            f"got {list(task.templates)}"
+        )
+
+
+_METRICS = {"accuracy": Metric("share", "accuracy")}
+ENTAILMENT = Protocol(
+    run=_run_entailment,
+    metrics=_METRICS,
+    options={"templates": TEMPLATES},
+    defaults={"templates": tuple(ENTAILMENT_PROMPTS.values())},
+    check=_check_three_prompts,
+)
+VQA = Protocol(
+    run=_run_vqa,
+    metrics=_METRICS,
+    options={
+        "class_names": CLASS_NAMES,
+        "answer_template": Option(lambda value: check_answer_template(parse_text(value))),
+    },
+    check=lambda task: check_has_class_names(task, "candidate answers"),
+)

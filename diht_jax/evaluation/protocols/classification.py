@@ -1,6 +1,6 @@
 """Zero-shot classification with class names and prompt templates.
 
-Called by `tasks.evaluate_task`. The protocol is CLIP's and DiHT's (arXiv 2301.02280, section
+The protocol is CLIP's and DiHT's (arXiv 2301.02280, section
 "Evaluation", and the official inference code): every class name is put into every template; the
 text embeddings are normalised, averaged over the templates and normalised again; the class with
 the largest cosine similarity to the image wins.
@@ -12,7 +12,9 @@ Ours, ties: among classes with equal similarity the first in the list wins, whic
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,19 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_images,
     encode_texts,
 )
+from diht_jax.evaluation.pages.canvas import ImageLoader
+from diht_jax.evaluation.pages.classification import draw_classification_page
 from diht_jax.evaluation.prompts import CLASS_SLOT, check_templates, fill_template
+from diht_jax.evaluation.protocols.base import (
+    CLASS_NAMES,
+    LABEL,
+    TEMPLATES,
+    Measured,
+    Metric,
+    Protocol,
+    Task,
+    short_source,
+)
 from diht_jax.evaluation.protocols.class_names import (
     Classes,
     derive_classes,
@@ -42,6 +56,8 @@ TIES = "among equally similar classes the first in the list wins"
 
 # Images compared with all classes at once: a block is [images / devices, classes] float32.
 _IMAGE_BLOCK = 4096
+# A confusion matrix of more classes is left out of the results: they should stay readable.
+_MOST_CONFUSION_CLASSES = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +71,7 @@ class ClassificationResult:
         templates: the ones used.
         classifier: float32 [C, d].
         predictions: int32 [n], the first class.
-        ranks: int32 [n], the place of the right class, 0 when it is the first.
+        ranks: int32 [n], the rank of the right class, 0 when it is the first.
     """
 
     metrics: dict[str, float]
@@ -108,8 +124,8 @@ def classify(
 
     Args:
         model: see `EmbeddingModel`.
-        pairs: consumed once; labels as `labels.raw_label` reads them.
-        class_names: one per label; None derives them from the data (`labels.derive_classes`).
+        pairs: consumed once; labels as `class_names.raw_label` reads them.
+        class_names: one per label; None derives them from the data (`derive_classes`).
         templates: each with one "{}".
         label_field: metadata field of the label, where it is not "label".
         batch_size: images, and prompts, a batch over all devices.
@@ -276,3 +292,68 @@ def _metrics_of_ranks(
 
 def _normalize(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def _run(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    result = classify(
+        model,
+        entries,
+        task.class_names,
+        task.templates,
+        label_field=task.label_field,
+        **batching,
+    )
+    names, per_class = result.classes.names, result.per_class()
+    details: dict[str, Any] = {"per_class": per_class}
+    if len(names) <= _MOST_CONFUSION_CLASSES:
+        details["confusion"] = result.confusion().tolist()
+
+    def draw(path: pathlib.Path, load_images: ImageLoader) -> None:
+        number = len(result.templates)
+        prompt = f"{number} prompts" if number > 1 else f"prompt “{result.templates[0]}”"
+        draw_classification_page(
+            result,
+            load_images,
+            path,
+            logit_scale=model.logit_scale,
+            title=f"Classification: {task.name}",
+            note=(
+                f"{len(result.predictions):,} images of {short_source(task.source)}, "
+                f"{len(names):,} classes, {prompt}. Green is right, red is wrong."
+            ),
+        )
+
+    return Measured(
+        encoded=result.encoded,
+        metrics=result.metrics,
+        protocol={
+            "class_names_from": result.classes.origin,
+            "label_field": task.label_field or "label",
+            "templates": list(result.templates),
+            "text_embedding": "normalised, averaged over the templates, normalised",
+            "ties": TIES,
+        },
+        counts={
+            "images": len(result.predictions),
+            "classes": len(names),
+            "classes_without_images": sum(not entry["images"] for entry in per_class),
+            "texts": len(names) * len(result.templates),
+        },
+        num_items=result.num_items,
+        resample=result.resampled_metrics,
+        details=details,
+        draw=draw,
+    )
+
+
+PROTOCOL = Protocol(
+    run=_run,
+    metrics={
+        "top1": Metric("share", "top-1"),
+        "top5": Metric("share", "top-5"),
+        "mean_per_class": Metric("share", "mean per class"),
+    },
+    options={"class_names": CLASS_NAMES, "templates": TEMPLATES, "label": LABEL},
+)

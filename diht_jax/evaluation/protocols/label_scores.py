@@ -1,6 +1,6 @@
 """Zero-shot tasks that are measured by the order of scores: several labels an image, or yes and no.
 
-Called by `tasks`. Class names and prompts make a classifier as in `classification`; the score of a
+Class names and prompts make a classifier as in `classification`; the score of a
 class is its cosine similarity to the image.
 
 Ours: the average precision of a class is the sum over distinct scores of precision times the step
@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,11 +25,59 @@ from diht_jax.evaluation.embedding.encoding import (
     UnusablePair,
     encode_images,
 )
-from diht_jax.evaluation.protocols.average_precision import Ranking, rank_items
+from diht_jax.evaluation.protocols.base import (
+    CLASS_NAMES,
+    LABEL,
+    TEMPLATES,
+    Measured,
+    Metric,
+    Protocol,
+    Task,
+    check_has_class_names,
+)
 from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, raw_label, resolve_label
 from diht_jax.evaluation.protocols.classification import zero_shot_classifier
 
 _SCORES_AT_ONCE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """One class, the items with the highest score first; only what a recall step needs is kept.
+
+    Resampling changes how often an item counts and never the order, so a ranking is sorted once
+    and every resample is two sums over it. A step is a score that a positive has. Items of equal
+    score enter together.
+
+    Attributes:
+        items: int32, items down to the last positive and those with its score.
+        item_starts: int [steps], where in `items` those begin that enter with each step.
+        positives: int32, the positives in that order.
+        positive_starts: int [steps], where in `positives` those of each step begin.
+    """
+
+    items: np.ndarray
+    item_starts: np.ndarray
+    positives: np.ndarray
+    positive_starts: np.ndarray
+
+    def average_precision(self, counts: np.ndarray) -> float:
+        """The sum over the steps of precision times the step in recall.
+
+        Args:
+            counts: int [n], how often each item counts.
+
+        Returns:
+            A fraction, or NaN where no positive counts.
+        """
+        if not len(self.positives) or not counts[self.positives].any():
+            return float("nan")
+        gained = np.add.reduceat(counts[self.positives], self.positive_starts)
+        found = np.cumsum(gained)
+        retrieved = np.cumsum(np.add.reduceat(counts[self.items], self.item_starts))
+        # Before the first item that counts there is no precision yet, and no step either.
+        precision = found / np.maximum(retrieved, 1)
+        return float((gained * precision).sum() / found[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,3 +212,79 @@ def area_under_roc(
     below = np.cumsum(negatives) - negatives
     pairs = positives.sum() * negatives.sum()
     return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else float("nan")
+
+
+def rank_items(scores: np.ndarray, targets: np.ndarray) -> Ranking:
+    """Sorts the items of a class.
+
+    Args:
+        scores: float [n], finite.
+        targets: bool [n].
+    """
+    order = np.argsort(-scores, kind="stable").astype(np.int32)
+    ranks = np.flatnonzero(targets[order])
+    if not len(ranks):
+        none = np.zeros(0, np.int32)
+        return Ranking(none, none, none, none)
+    group_ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True)) + 1
+    groups, positive_starts = np.unique(
+        np.searchsorted(group_ends, ranks, side="right"), return_index=True
+    )
+    ends = group_ends[groups]
+    return Ranking(
+        items=order[: ends[-1]],
+        item_starts=np.append(0, ends[:-1]),
+        positives=order[ranks],
+        positive_starts=positive_starts,
+    )
+
+
+def _run(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    binary = task.kind == "binary"
+    result = score_labels(
+        model,
+        entries,
+        task.class_names,
+        task.templates,
+        binary=binary,
+        label_field=task.label_field,
+        **batching,
+    )
+    return Measured(
+        encoded=result.encoded,
+        metrics=result.metrics,
+        protocol={
+            "class_names": list(task.class_names) if binary else "names given",
+            "label_field": task.label_field or ("label" if binary else "labels"),
+            "templates": list(task.templates),
+            "text_embedding": "normalised, averaged over the templates, normalised",
+            "score": "cosine to the second class minus cosine to the first"
+            if binary
+            else "cosine to the class",
+        },
+        counts={
+            "images": len(result.scores),
+            "classes": len(task.class_names),
+            "positives": int(result.targets.sum()),
+            "classes_without_images": int((~result.targets.any(axis=0)).sum()),
+        },
+        num_items=result.num_items,
+        resample=result.resampled_metrics,
+    )
+
+
+_OPTIONS = {"class_names": CLASS_NAMES, "templates": TEMPLATES, "label": LABEL}
+MULTILABEL = Protocol(
+    run=_run,
+    metrics={"mean_average_precision": Metric("share", "mean average precision")},
+    options=_OPTIONS,
+    check=check_has_class_names,
+)
+BINARY = Protocol(
+    run=_run,
+    metrics={"auroc": Metric("share", "AUROC")},
+    options=_OPTIONS,
+    check=check_has_class_names,
+)

@@ -1,6 +1,6 @@
 """Image-text retrieval: recall at K in both directions, with several captions per image.
 
-Called by `tasks.evaluate_task`. The protocol is the one of DiHT (arXiv 2301.02280, section
+The protocol is the one of DiHT (arXiv 2301.02280, section
 "Evaluation") and of its official inference code: every caption is a text-to-image query whose one
 right answer is its own image; an image-to-text query is right when any of the image's captions
 comes first.
@@ -15,7 +15,9 @@ Similarities exist only as blocks on the device, never as the full matrix of que
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,17 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_images,
     encode_texts,
 )
-from diht_jax.evaluation.prompts import fill_caption_template
+from diht_jax.evaluation.pages.canvas import ImageLoader
+from diht_jax.evaluation.pages.retrieval import draw_retrieval_page
+from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
+from diht_jax.evaluation.protocols.base import (
+    CAPTION_TEMPLATE,
+    Measured,
+    Metric,
+    Protocol,
+    Task,
+    short_source,
+)
 
 RECALL_AT = (1, 5, 10)
 TIES = "a wrong item as similar as the right one ranks before it"
@@ -197,32 +209,6 @@ def retrieval_ranks(
     return t2i_ranks, i2t_ranks
 
 
-def closest_items(
-    queries: np.ndarray,
-    query_ids: np.ndarray,
-    gallery: np.ndarray,
-    gallery_ids: np.ndarray,
-    count: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` items of the gallery for a few queries, in the order the ranks use.
-
-    Args:
-        queries: float [q, d]; q is small (the whole [q, m] block is made at once).
-        query_ids: int [q]; an item whose id equals the query's is right.
-        gallery: float [m, d].
-        gallery_ids: int [m].
-        count: items per query.
-
-    Returns:
-        int [q, count] indices into the gallery, and float [q, count] similarities.
-    """
-    similarities = np.asarray(queries, np.float32) @ np.asarray(gallery, np.float32).T
-    right = np.asarray(query_ids)[:, None] == np.asarray(gallery_ids)[None, :]
-    # Among equals the right one goes last, as in the ranks.
-    order = np.lexsort((right, -similarities), axis=-1)[:, :count]
-    return order, np.take_along_axis(similarities, order, axis=-1)
-
-
 def _metrics_of_ranks(t2i_ranks: np.ndarray, i2t_ranks: np.ndarray) -> dict[str, float]:
     metrics = {}
     for direction, ranks in (("t2i", t2i_ranks), ("i2t", i2t_ranks)):
@@ -298,3 +284,52 @@ def _pad_rows(array: np.ndarray, multiple: int, *, fill: int) -> np.ndarray:
     missing = -len(array) % multiple
     widths = [(0, missing)] + [(0, 0)] * (array.ndim - 1)
     return np.pad(array, widths, constant_values=fill)
+
+
+def _run(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    result = retrieve(model, entries, task.caption_template, **batching)
+    num_images, num_texts = len(result.i2t_ranks), len(result.t2i_ranks)
+
+    def draw(path: pathlib.Path, load_images: ImageLoader) -> None:
+        plain = task.caption_template == CAPTION_SLOT
+        prompt = "no prompt" if plain else f"prompt “{task.caption_template}”"
+        note = (
+            f"{num_images:,} images and {num_texts:,} captions of {short_source(task.source)}, "
+            f"{prompt}. Green is right, red is wrong."
+        )
+        draw_retrieval_page(result, load_images, path, title=f"Retrieval: {task.name}", note=note)
+
+    return Measured(
+        encoded=result.encoded,
+        metrics=result.metrics,
+        protocol={
+            "caption_template": task.caption_template,
+            "text_to_image": "every caption is a query, its own image the only right answer",
+            "image_to_text": "right when any caption of the image comes first",
+            "ties": TIES,
+        },
+        counts={
+            "images": num_images,
+            "texts": num_texts,
+            "different_texts": result.num_unique_texts,
+        },
+        num_items=result.num_items,
+        resample=result.resampled_metrics,
+        draw=draw,
+    )
+
+
+PROTOCOL = Protocol(
+    run=_run,
+    metrics={
+        f"{direction}_{name}": Metric(unit, f"{arrow} {label}")
+        for direction, arrow in (("t2i", "text to image"), ("i2t", "image to text"))
+        for name, unit, label in (
+            *((f"r{k}", "share", f"R@{k}") for k in RECALL_AT),
+            ("median_rank", "rank", "median rank"),
+        )
+    },
+    options={"caption_template": CAPTION_TEMPLATE},
+)

@@ -1,6 +1,6 @@
 """Winoground: two images and two captions with the same words; which belongs to which?
 
-Called by `tasks`. Thrush et al., arXiv 2204.03162, section "Metrics": the text score asks for each
+Thrush et al., arXiv 2204.03162, section "Metrics": the text score asks for each
 image's own caption to be the more similar one, the image score for each caption's own image, the
 group score for both. Equal similarities are wrong.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_texts,
 )
 from diht_jax.evaluation.prompts import fill_caption_template
+from diht_jax.evaluation.protocols.base import CAPTION_TEMPLATE, Measured, Metric, Protocol, Task
+from diht_jax.evaluation.sources.registry import WINOGROUND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +113,38 @@ def evaluate_winoground(
         image_right=((own > similarities[:, [1, 0], [0, 1]]).all(axis=1)),
         incomplete=len(sides) - len(complete),
     )
+
+
+def _run(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    result = evaluate_winoground(model, entries, task.caption_template, **batching)
+    return Measured(
+        encoded=result.encoded,
+        metrics=result.metrics,
+        protocol={
+            "caption_template": task.caption_template,
+            "text": "for each image its own caption is the more similar one, in both cases",
+            "image": "for each caption its own image is the more similar one, in both cases",
+            "group": "both; equal similarities are wrong",
+        },
+        counts={
+            "images": len(result.encoded.positions),
+            "examples": result.num_items,
+            "incomplete_examples": result.incomplete,
+        },
+        num_items=result.num_items,
+        resample=result.resampled_metrics,
+    )
+
+
+PROTOCOL = Protocol(
+    run=_run,
+    metrics={
+        "text": Metric("share", "text score"),
+        "image": Metric("share", "image score"),
+        "group": Metric("share", "group score"),
+    },
+    options={"caption_template": CAPTION_TEMPLATE},
+    reader=WINOGROUND,
+)

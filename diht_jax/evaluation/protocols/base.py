@@ -1,0 +1,200 @@
+"""What a task and a protocol are: a protocol measures all tasks of one kind.
+
+A file of this folder makes one `Protocol`, and `registry.PROTOCOLS` lists it under its kind. The
+parsing of tasks, the results file, the tables and the pages take everything from that object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+from typing import Protocol as Interface
+
+import numpy as np
+
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation import prompts
+from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
+from diht_jax.evaluation.pages.canvas import ImageLoader
+
+Unit = Literal["share", "score", "rank"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One evaluation: a source of data and how it is measured.
+
+    Attributes:
+        name: names the results; unique within a run.
+        kind: of `registry.PROTOCOLS`.
+        source: what `sources.registry.read_source` takes.
+        source_options: its options, such as {"data_dir": ..., "image_column": ...}.
+        class_names: one per integer label; None finds them in the data of a classification. For
+            "vqa" the candidate answers.
+        templates: prompts, each with one "{}" for the class name; for "entailment" one for each
+            relation, with "{}" for the hypothesis.
+        label_field: metadata field of the label, where it is not "label".
+        caption_template: prompt with "{caption}" around a caption.
+        options: of the protocol alone, by name; those that are not given are missing.
+    """
+
+    name: str
+    kind: str
+    source: str
+    source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    class_names: tuple[str, ...] | None = None
+    templates: tuple[str, ...] = prompts.PLAIN_TEMPLATES
+    label_field: str | None = None
+    caption_template: str = prompts.CAPTION_TEMPLATE
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        prompts.check_templates(self.templates)
+        prompts.fill_caption_template(self.caption_template, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Attributes:
+        unit: "share" of 1, shown in percent; "score", a number of any size, shown as it is; "rank",
+            counted from 1, of which less is better.
+        label: what people call it; the name where None.
+    """
+
+    unit: Unit
+    label: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """An option of a task, such as "templates" in "cifar10?templates=a {}".
+
+    Attributes:
+        parse: makes its value from a text or from the value in a config; raises ValueError.
+        field: of `Task`; None puts the value into `Task.options` under the option's name.
+    """
+
+    parse: Callable[[Any], Any]
+    field: str | None = None
+
+
+def parse_text(value: Any) -> str:
+    """The value, which must be a text."""
+    if not isinstance(value, str):
+        raise ValueError(f"expected a text, got {type(value).__name__} {value!r:.80}")
+    return value
+
+
+def _parse_class_names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value):
+        return tuple(value)
+    if not isinstance(value, str):
+        raise ValueError(f"expected a file of names, or names; got {value!r:.80}")
+    return prompts.read_class_names(value)
+
+
+def _parse_templates(value: Any) -> tuple[str, ...]:
+    if isinstance(value, list | tuple) and all(isinstance(template, str) for template in value):
+        return prompts.check_templates(value)
+    if not isinstance(value, str):
+        raise ValueError(f"expected templates such as 'a photo of a {{}}.', got {value!r:.80}")
+    return prompts.parse_templates(value)
+
+
+CLASS_NAMES = Option(_parse_class_names, "class_names")
+TEMPLATES = Option(_parse_templates, "templates")
+LABEL = Option(parse_text, "label_field")
+CAPTION_TEMPLATE = Option(parse_text, "caption_template")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a protocol found on a task.
+
+    Attributes:
+        encoded: the images.
+        metrics: name -> value, of `Protocol.metrics`.
+        protocol: for the results file, how it was measured (prompts, ties).
+        counts: for the results file; "images" at the least.
+        num_items: how many independent items there are to resample, such as images.
+        resample: the metrics if item i had been there `counts[i]` times, int [num_items].
+        details: what else stands in the results file.
+        draw: writes the page of examples; None where the protocol has none.
+    """
+
+    encoded: EncodedImages
+    metrics: dict[str, float]
+    protocol: dict[str, Any]
+    counts: dict[str, int]
+    num_items: int
+    resample: Callable[[np.ndarray], dict[str, float]]
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    draw: Callable[[pathlib.Path, ImageLoader], None] | None = None
+
+
+class Run(Interface):
+    """Measures a task.
+
+    Args:
+        model: to be measured.
+        task: its kind is that of the protocol.
+        entries: of the task's source; consumed once, in order.
+        batch_size: images, and texts, a batch over all devices.
+        num_threads: decoding threads; None is one per core.
+        progress: show bars on stderr.
+
+    Raises:
+        ValueError: the entries do not hold what the protocol needs.
+    """
+
+    def __call__(
+        self,
+        model: EmbeddingModel,
+        task: Task,
+        entries: Iterable[Pair | Skipped],
+        *,
+        batch_size: int,
+        num_threads: int | None,
+        progress: bool,
+    ) -> Measured: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How tasks of one kind are parsed, checked, measured and shown.
+
+    Attributes:
+        run: measures a task.
+        metrics: all that `run` may give, in the order of the tables.
+        options: by the name that users type.
+        defaults: values of `Task`'s fields where they differ from its own.
+        check: raises ValueError where a task lacks what the protocol needs; the message is put
+            behind the task's name.
+        reader: of `sources.registry`, where the kind leaves no choice.
+    """
+
+    run: Run
+    metrics: Mapping[str, Metric]
+    options: Mapping[str, Option] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    check: Callable[[Task], None] = lambda task: None
+    reader: str | None = None
+
+
+def check_has_class_names(task: Task, what: str = "class names") -> None:
+    """Raises ValueError where a task has no class names."""
+    if not task.class_names:
+        raise ValueError(
+            f"a '{task.kind}' task needs {what}; add '?class_names=FILE' (or '&class_names=FILE' "
+            "behind another option)"
+        )
+
+
+def short_source(source: str) -> str:
+    """A source as the notes of pages name it: the last part of a path."""
+    return source if source.startswith("tfds:") else pathlib.PurePath(source).name

@@ -1,0 +1,22 @@
+"""The protocols by the kind of their tasks: what stands before the source in "KIND:SOURCE"."""
+
+from __future__ import annotations
+
+from diht_jax.evaluation.protocols import (
+    answers,
+    classification,
+    label_scores,
+    retrieval,
+    winoground,
+)
+from diht_jax.evaluation.protocols.base import Protocol
+
+PROTOCOLS: dict[str, Protocol] = {
+    "classification": classification.PROTOCOL,
+    "retrieval": retrieval.PROTOCOL,
+    "multilabel": label_scores.MULTILABEL,
+    "binary": label_scores.BINARY,
+    "winoground": winoground.PROTOCOL,
+    "entailment": answers.ENTAILMENT,
+    "vqa": answers.VQA,
+}
