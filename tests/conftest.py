@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 
 # Must be set before the first import of jax anywhere in the test process.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,6 +22,20 @@ def shared_data() -> pathlib.Path:
     if not directory.is_dir():
         pytest.skip(f"{directory} is absent")
     return directory
+
+
+@pytest.fixture
+def hang_guard():
+    """Ends a test that hangs. Far more time than any machine needs: nothing is measured by it."""
+
+    def give_up(*_):
+        raise TimeoutError("the test hangs")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(600)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

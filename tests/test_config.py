@@ -214,7 +214,7 @@ def test_command_line_slips_end_in_one_clear_line(arguments, message):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 2
     assert message in done.stderr

@@ -133,6 +133,6 @@ def test_core_imports_without_heavy_packages():
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr

@@ -197,6 +197,6 @@ print("same")
 
 def test_forked_workers_agree_and_nothing_warns():
     result = subprocess.run(
-        [sys.executable, "-c", FORKED_WORKERS], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", FORKED_WORKERS], capture_output=True, text=True, timeout=600
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "same\n", "")

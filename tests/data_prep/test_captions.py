@@ -6,7 +6,6 @@ What happens to a caption before it is parsed is in `test_caption_gates.py`.
 import pathlib
 import pickle
 import random
-import time
 import tomllib
 
 import pytest
@@ -201,7 +200,7 @@ def test_graphs_travel_between_processes(graphs):
     assert pickle.loads(pickle.dumps(graphs)) == graphs
 
 
-def test_hostile_texts_take_no_time(parser):
+def test_hostile_texts_do_not_hang(parser, hang_guard):
     texts = [
         "a" * 5000,
         "word " * 3000,
@@ -220,10 +219,8 @@ def test_hostile_texts_take_no_time(parser):
         "a\x00b",
         "\u202e dog",
     ]
-    start_secs = time.perf_counter()
     graphs = parse_captions(texts, nlp=parser)
     assert len(graphs) == len(texts)
-    assert time.perf_counter() - start_secs < 10
 
 
 # Errors

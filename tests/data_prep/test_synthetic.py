@@ -105,7 +105,7 @@ def test_command_with_two_workers_writes_the_same_bytes(written, tmp_path):
     for field in dataclasses.fields(SMALL):
         if field.name != "noise":
             command.append(f"--{field.name}={getattr(SMALL, field.name)}")
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert hashes(tmp_path) == hashes(written)
     assert re.search(r"^clean +\d+", result.stdout, re.MULTILINE)

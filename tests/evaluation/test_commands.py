@@ -19,7 +19,7 @@ def _run(command, *arguments):
         capture_output=True,
         text=True,
         env={**os.environ, "XLA_FLAGS": ""},
-        timeout=300,
+        timeout=900,
     )
 
 

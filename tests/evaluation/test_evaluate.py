@@ -16,7 +16,7 @@ def _run(*arguments):
         capture_output=True,
         text=True,
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
-        timeout=300,
+        timeout=900,
     )
 
 

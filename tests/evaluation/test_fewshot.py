@@ -170,7 +170,7 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
     command = [sys.executable, "-m", "diht_jax.fewshot"]
     command += [f"--{name}={value}" for name, value in arguments.items()]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, timeout=300
+        command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, timeout=900
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())

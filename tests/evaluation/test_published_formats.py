@@ -97,7 +97,7 @@ def results(folder, workdir):
         capture_output=True,
         text=True,
         env={**os.environ, "XLA_FLAGS": ""},
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     written = json.loads((folder / "results.json").read_text())

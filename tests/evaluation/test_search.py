@@ -81,7 +81,7 @@ def test_the_command(workdir, shared_data, tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "diht_jax.search", *map(str, arguments)]
         environment = {**os.environ, "XLA_FLAGS": ""}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
     page = tmp_path / "page.png"
     flags = ["--model", workdir, "--images", shared_data / "photos.tar", "--output", page]

@@ -13,7 +13,6 @@ from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import Alarms, DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
-from diht_jax.training.monitoring.throughput import Window
 from diht_jax.training.stopping import EXIT_CODE, Stopped
 
 
@@ -192,15 +191,3 @@ def test_spikes_and_a_capped_scale_are_told(config, caplog):
     resumed = Alarms(config, list, lowest_loss=2.0)
     resumed.check_window(5, {"loss": 3.7, "logit_scale": 50.0})
     assert "step 5: loss 3.7, while it has been down to 2" in caplog.text
-
-
-def test_a_jump_of_the_clock_does_not_touch_the_speeds(run, monkeypatch):
-    clock = iter(range(10**6, 0, -1000))
-    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    window = Window(16, 10, run.mesh)
-    window.timed(lambda: time.sleep(0.02))
-    window.excluded(lambda: time.sleep(0.01))
-    window.add({"loss": jnp.float32(1)})
-    scalars = window.summary()
-    assert 0 < scalars["images_per_sec"] < 16 / 0.02
-    assert 0.02 <= scalars["data_wait_secs"] < 10 and 0 < scalars["data_wait_share"] <= 1

@@ -64,33 +64,41 @@ def log_work(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
 class Window:
     """Measurements since the last line of the log: means, speed, waiting time."""
 
-    def __init__(self, batch_size: int, flops_per_step: int, mesh: Mesh):
+    def __init__(
+        self,
+        batch_size: int,
+        flops_per_step: int,
+        mesh: Mesh,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         """Starts the first window.
 
         Args:
             batch_size: global, in examples.
             flops_per_step: of `model_flops`.
             mesh: the devices that train.
+            clock: seconds, never running backwards.
         """
         self._batch_size = batch_size
         self._flops_per_step = flops_per_step
         self._peak_flops = mesh_peak_flops(mesh)
+        self._clock = clock
         self._reset()
 
     def timed(self, get_batch: Callable[[], Any]) -> Any:
         """Calls `get_batch` and counts its time as waiting for data."""
-        start = time.perf_counter()
+        start = self._clock()
         batch = get_batch()
-        self._data_wait_secs += time.perf_counter() - start
+        self._data_wait_secs += self._clock() - start
         return batch
 
     def excluded(self, work: Callable[[], Any]) -> Any:
         """Calls `work` without counting its time against the training speed."""
         # Steps still running on the device belong to training, not to the excluded work.
         jax.block_until_ready(self._measured)
-        start = time.perf_counter()
+        start = self._clock()
         result = work()
-        self._start += time.perf_counter() - start
+        self._start += self._clock() - start
         return result
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
@@ -104,7 +112,7 @@ class Window:
         `model_flops_per_sec`; `mfu`, where the devices' peak is known.
         """
         scalars = mean_scalars(self._measured)
-        elapsed_secs = time.perf_counter() - self._start
+        elapsed_secs = self._clock() - self._start
         steps_per_sec = len(self._measured) / elapsed_secs
         scalars["images_per_sec"] = steps_per_sec * self._batch_size
         scalars["data_wait_secs"] = self._data_wait_secs
@@ -118,4 +126,4 @@ class Window:
     def _reset(self) -> None:
         self._measured: list[dict[str, jax.Array]] = []
         self._data_wait_secs = 0.0
-        self._start = time.perf_counter()
+        self._start = self._clock()

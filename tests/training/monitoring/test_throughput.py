@@ -1,4 +1,4 @@
-"""Speed: model flops against a count by hand, MFU of a known device, waiting time, profiles."""
+"""Throughput: model FLOPs against a count by hand, MFU of a known device, waiting time."""
 
 import time
 
@@ -46,22 +46,55 @@ class FourDevices:
     size = 4
 
 
+class Clock:
+    """Time that passes only when it is told to."""
+
+    def __init__(self):
+        self.secs = 1000.0
+
+    def __call__(self):
+        return self.secs
+
+    def advance(self, secs, result=None):
+        self.secs += secs
+        return result
+
+
 def test_window_gives_rates_shares_and_mfu():
     assert mesh_peak_flops(FourDevices()) == 4 * 275e12
-    window = Window(batch_size=10, flops_per_step=11 * 10**9, mesh=FourDevices())
-    start = time.perf_counter()
+    clock = Clock()
+    window = Window(10, 11 * 10**9, FourDevices(), clock)
     for loss in (1.0, 3.0):
-        window.timed(lambda: time.sleep(0.02))
+        assert window.timed(lambda: clock.advance(0.5, "batch")) == "batch"
+        clock.advance(1.5)
         window.add({"loss": np.float32(loss)})
-    window.excluded(lambda: time.sleep(0.2))
+    assert window.excluded(lambda: clock.advance(100.0, "evaluated")) == "evaluated"
     scalars = window.summary()
-    elapsed = time.perf_counter() - start - 0.2
-    assert scalars["loss"] == 2.0
-    assert scalars["images_per_sec"] == pytest.approx(20 / elapsed, rel=0.1)
-    assert scalars["data_wait_share"] == pytest.approx(scalars["data_wait_secs"] / elapsed, rel=0.1)
-    assert 0.5 < scalars["data_wait_share"] <= 1.0
-    assert scalars["model_flops_per_sec"] == pytest.approx(1.1e9 * scalars["images_per_sec"])
-    assert scalars["mfu"] == pytest.approx(scalars["model_flops_per_sec"] / 1.1e15)
+    # Two steps of ten images took 4 s, 1 s of it waiting.
+    assert scalars == {
+        "loss": 2.0,
+        "images_per_sec": 5.0,
+        "data_wait_secs": 1.0,
+        "data_wait_share": 0.25,
+        "model_flops_per_sec": 5.5e9,
+        "mfu": pytest.approx(5.5e9 / 1.1e15),
+    }
+    # The next window starts from nothing.
+    clock.advance(2.0)
+    window.add({"loss": np.float32(5)})
+    scalars = window.summary()
+    assert (scalars["loss"], scalars["images_per_sec"]) == (5.0, 5.0)
+    assert scalars["data_wait_secs"] == scalars["data_wait_share"] == 0.0
+
+
+def test_a_jump_of_the_wall_clock_does_not_touch_the_speeds(monkeypatch):
+    clock = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    window = Window(16, 10, FourDevices())
+    window.timed(lambda: None)
+    window.add({"loss": np.float32(1)})
+    scalars = window.summary()
+    assert scalars["images_per_sec"] > 0 and 0 <= scalars["data_wait_share"] <= 1
 
 
 def test_a_device_without_a_known_peak_has_no_mfu():

@@ -61,7 +61,7 @@ def run_command(*arguments):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
