@@ -77,7 +77,7 @@ def run_filter(
     """Filters what is not filtered yet, and prints the funnel.
 
     Args:
-        config: a valid one of `cat_config.default_config`.
+        config: a valid one of `config.default_config`.
         task_index: number of this job.
         num_tasks: jobs that share the work.
         engine: one of `engine.ENGINES`.

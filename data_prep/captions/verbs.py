@@ -1,12 +1,12 @@
 """The verb side of the caption rules: from a parsed caption to the edges of its graph.
 
-`data_prep.captions` calls `build_graph` on every parsed caption. Nouns, names and attributes are
-`data_prep.captions.nouns`. Ours throughout; `captions_expected.tsv` is the specification.
+Nouns, names and attributes come from `nouns`. Ours throughout: the specification is
+tests/data_prep/captions/caption_examples.toml.
 """
 
 from spacy.tokens import Doc
 
-from data_prep.captions import lexicon, nouns, prepositions
+from data_prep.captions import lexicon, nouns
 from data_prep.captions.graph import CaptionGraph, Edge, assemble_graph
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.repairs import repair_sentence
@@ -111,14 +111,14 @@ class _GraphBuilder:
         if adjectives and (linking or passive):
             self.predicate(adjectives, subjects)
             if linking:
-                self.relate(subjects, prepositions.find_prep_targets(sentence, i))
+                self.relate(subjects, nouns.find_prep_targets(sentence, i))
                 return
         kind = self.classify(i, passive, agents, subjects)
         if kind is None:
             return
         particles = [sentence.low[kid] for kid in sentence.kids_of(i, "prt")]
         predicate = " ".join((lemma, *particles))
-        targets = prepositions.find_prep_targets(sentence, i)
+        targets = nouns.find_prep_targets(sentence, i)
         if kind == _PLACE:
             self.relate(subjects, targets)
             return
@@ -332,7 +332,7 @@ class _GraphBuilder:
             if sentence.kids_of(kid, "pobj"):
                 found += [
                     (f"{predicate} {name}", j)
-                    for name, j in prepositions.expand_preposition(sentence, kid)
+                    for name, j in nouns.expand_preposition(sentence, kid)
                 ]
             else:
                 found += [(f"{predicate} to", j) for j in nouns.find_referents(sentence, kid)]
@@ -359,7 +359,7 @@ class _GraphBuilder:
         adjectives = sentence.kids_of(i, "acomp")
         adjectives += [kid for kid in complements if sentence.tag[kid] in ADJECTIVE_TAGS]
         self.predicate(adjectives, subjects)
-        self.relate(subjects, prepositions.find_prep_targets(sentence, i))
+        self.relate(subjects, nouns.find_prep_targets(sentence, i))
 
     def predicate(self, adjectives: list[int], subjects: list[int]) -> None:
         """Gives complements to the subjects: attributes, and relations for their phrases."""
@@ -372,7 +372,7 @@ class _GraphBuilder:
                     if nouns.describes(sentence, k)
                 ]
                 self.predicated.setdefault(j, []).extend(words)
-            self.relate(subjects, prepositions.find_adjective_targets(sentence, adjective))
+            self.relate(subjects, nouns.find_adjective_targets(sentence, adjective))
 
     # Relations
 
@@ -390,11 +390,11 @@ class _GraphBuilder:
         for kid in sentence.kids[i]:
             dep = sentence.dep[kid]
             if dep == "prep" and not (sentence.is_hidden[i] and sentence.low[kid] == "of"):
-                targets = prepositions.expand_preposition(sentence, kid)
+                targets = nouns.expand_preposition(sentence, kid)
             elif dep == "advmod":
-                targets = prepositions.expand_adverb(sentence, kid)
+                targets = nouns.expand_adverb(sentence, kid)
             elif dep in ("amod", "acl", "relcl") and sentence.tag[kid] in ADJECTIVE_TAGS:
-                targets = prepositions.find_adjective_targets(sentence, kid)
+                targets = nouns.find_adjective_targets(sentence, kid)
             else:
                 continue
             if targets:

@@ -1,19 +1,17 @@
 """The config of the filter: its keys, its checks, and the hash of all that decides what is written.
 
-`filter.py`, `cat.py` and `configs/prep/` use it. What the keys do belongs in `cat.py`,
-`metadata_filter.py` and `resharding.py`.
+What the keys do belongs in `shard`, `metadata` and `resharding`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import pathlib
-from collections.abc import Sequence
+import importlib.metadata
 from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from data_prep.captions import versions as caption_versions
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings
 from data_prep.sources.list import default_source
@@ -23,6 +21,8 @@ from diht_jax.data.images import decode
 
 # Raised whenever the same config comes to mean other records.
 _FORMAT_VERSION = 4
+# Recorded versions that must not change while a folder is filled, see `package_versions`.
+DECIDING_PACKAGES = ("spacy_model",)
 # Of the config, what says where, how fast and in which portions, but not what is written of a pair.
 _NOT_HASHED = (
     "input",
@@ -35,12 +35,13 @@ _NOT_HASHED = (
     "keep_parts",
     "clean_label",
 )
-_CAPTION_MODULES = ("../captions/*.py",)
-_SPOTTING_MODULES = (
-    "../text_spotting/spotter.py",
-    "../text_spotting/match.py",
-    "../text_spotting/ocr.py",
-)
+# Folders that were filtered before the rules had versions were hashed with digests of the rules'
+# source code. These two mean version 1, and version 1 goes on to be hashed as them, so that such
+# folders are recognised.
+_DIGESTS_OF_VERSION_1 = {
+    "caption_rules": "947b331d88dcbba05ef3b1aa118324f52bb19d07ec7ef5de25b9bc904598522d",
+    "spotting_rules": "5fb768f15315445486dfa738e7d08d516284d3302c62ab5ea5005a76f2d86a09",
+}
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -125,7 +126,9 @@ def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """All that decides what is written, the rules and the versions included; JSON-able.
+    """All that decides what is written, and so is hashed: config, rules, EasyOCR; JSON-able.
+
+    Of the packages only EasyOCR's version is hashed. The others are in `package_versions`.
 
     Raises:
         ValueError: text-spotting is asked for, and EasyOCR is not installed.
@@ -133,11 +136,23 @@ def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     settings = record_settings(config)
     settings["format_version"] = _FORMAT_VERSION
     if parses_captions(config):
-        settings["caption_rules"] = _hash_modules(_CAPTION_MODULES)
+        settings["caption_rules"] = caption_versions.RULES_VERSION
     if config.text_spotting:
-        settings["spotting_rules"] = _hash_modules(_SPOTTING_MODULES)
+        settings["spotting_rules"] = spotter_config.RULES_VERSION
         settings["easyocr"] = easyocr_version()
     return settings
+
+
+def hash_settings(settings: dict[str, Any]) -> str:
+    """The fingerprint of what `describe_settings` gave."""
+    as_before = {k: v for k, v in _DIGESTS_OF_VERSION_1.items() if settings.get(k) == 1}
+    return shards.hash_config(settings | as_before)
+
+
+def upgrade_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an older folder in today's form: digests of the rules become versions."""
+    known = {k: 1 for k, digest in _DIGESTS_OF_VERSION_1.items() if settings.get(k) == digest}
+    return settings | known
 
 
 def hash_config(config: ml_collections.ConfigDict) -> str:
@@ -146,14 +161,29 @@ def hash_config(config: ml_collections.ConfigDict) -> str:
     Raises:
         ValueError: text-spotting is asked for, and EasyOCR is not installed.
     """
-    return shards.hash_config(describe_settings(config))
+    return hash_settings(describe_settings(config))
 
 
-def _hash_modules(patterns: Sequence[str]) -> str:
-    # Otherwise a run after a change of the rules would take the shards of before for its own.
-    folder = pathlib.Path(__file__).parent
-    rules = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in rules)).hexdigest()
+def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """The versions of the packages that take part, for the statistics of every shard.
+
+    They are recorded and not hashed. What another version of them means for a folder that is not
+    finished: another model of spaCy is refused like another config, since it gives other graphs
+    (`DECIDING_PACKAGES`). Another version of spaCy, py3langid or Pillow seldom decides otherwise,
+    so the job goes on, and the report warns of shards that were made with unlike versions. Shards
+    of before versions were recorded are taken as they are.
+
+    Raises:
+        ValueError: a package that the config needs is not installed.
+    """
+    versions = {}
+    if parses_captions(config):
+        versions |= caption_versions.package_versions()
+    if config.text_spotting:
+        versions["easyocr"] = easyocr_version()
+    if not config.metadata_only:
+        versions["pillow"] = importlib.metadata.version("pillow")
+    return versions
 
 
 def parses_captions(config: ml_collections.ConfigDict) -> bool:
@@ -167,7 +197,7 @@ def drops_captions(config: ml_collections.ConfigDict) -> bool:
 
 
 def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """C and A as arguments of `captions.cat_reason`."""
+    """C and A as arguments of `graph.cat_reason`."""
     return {
         "min_complexity": config.min_complexity if config.complexity else 0,
         "require_action": config.action,

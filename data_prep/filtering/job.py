@@ -28,7 +28,8 @@ from data_prep.filtering import shard as filter_shard_module
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings, print_failures, run_pending
 from data_prep.reports.noise_scores import format_noise_table
-from data_prep.reports.report import PAGE, REPORT, Report, gather_report, read_report, write_report
+from data_prep.reports.page import PAGE, write_report
+from data_prep.reports.summary import REPORT, FilterReport, gather_report, read_report
 from data_prep.sources import list as source_list
 from diht_jax.data.records import dataset_info
 
@@ -102,7 +103,7 @@ def load_parts(tasks: Sequence[shards.ShardTask]) -> list[Part]:
     return parts
 
 
-def merge_parts(config: ml_collections.ConfigDict, parts: Sequence[Part]) -> Report:
+def merge_parts(config: ml_collections.ConfigDict, parts: Sequence[Part]) -> FilterReport:
     """The report of the parts that are done."""
     return gather_report(
         [task for task, _ in parts],
@@ -119,7 +120,7 @@ def merge_parts(config: ml_collections.ConfigDict, parts: Sequence[Part]) -> Rep
     )
 
 
-def print_funnel(report: Report) -> None:
+def print_funnel(report: FilterReport) -> None:
     """The funnel, what img2dataset counted, and the filters against known noise."""
     if report.download:
         d = report.download
@@ -168,9 +169,12 @@ def _plan_parts(
         parts_folder,
         dataset=config.dataset_name,
         split=config.split,
-        config_hash=shards.hash_config(settings),
+        config_hash=filter_config.hash_settings(settings),
     )
-    if stale_outputs.settle_changes(tasks, parts_folder, settings, overwrite=overwrite):
+    versions = filter_config.package_versions(config)
+    if stale_outputs.reject_or_remove_stale(
+        tasks, parts_folder, settings, versions, overwrite=overwrite
+    ):
         forget_output(folder)
     if not overwrite:
         _check_layout(config, tasks, folder)
@@ -326,6 +330,7 @@ def _write_output(
         "inputs": len(parts),
         "examples_per_shard": config.examples_per_shard,
         "shards": len(planned),
+        "versions": report.versions_json(),
         "counts": report.funnel.to_json() | {"measures": report.measures.to_json()},
     }
     shards.write_json(pathlib.Path(folder) / shards.MERGED_STATS, merged)

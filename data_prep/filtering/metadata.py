@@ -103,7 +103,7 @@ def filter_rows(
     Args:
         task: a unit of `list_units`, and the file that its kept rows go to.
         report: told how many rows are done.
-        config: of `cat_config.default_config`.
+        config: of `config.default_config`.
 
     Returns:
         The statistics of the unit.

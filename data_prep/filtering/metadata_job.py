@@ -19,7 +19,7 @@ from data_prep.filtering import job as filter_job
 from data_prep.filtering import kept, metadata, stale_outputs
 from data_prep.jobs import shards
 from data_prep.jobs.engine import print_failures, run_pending
-from data_prep.reports.report import PAGE, write_report
+from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
 
 
@@ -43,12 +43,13 @@ def run(
     folder = source_list.check_output(config.output, units)
     os.makedirs(folder, exist_ok=True)
     settings = filter_config.describe_settings(config)
-    config_hash = shards.hash_config(settings)
+    config_hash = filter_config.hash_settings(settings)
     tasks = [
         shards.ShardTask(unit, os.path.join(folder, name), config_hash)
         for unit, name in zip(units, metadata.name_outputs(units), strict=True)
     ]
-    if stale_outputs.settle_changes(tasks, folder, settings, overwrite=overwrite):
+    versions = filter_config.package_versions(config)
+    if stale_outputs.reject_or_remove_stale(tasks, folder, settings, versions, overwrite=overwrite):
         filter_job.forget_output(folder)
     mine = source_list.take_share(tasks, task_index, num_tasks)
     pending = [task for task in mine if shards.load_finished(task) is None]
@@ -86,6 +87,7 @@ def _finish(config: ml_collections.ConfigDict, tasks: list[shards.ShardTask], fo
             "input": config.input,
             "config_hash": tasks[0].config_hash,
             "inputs": len(tasks),
+            "versions": report.versions_json(),
             "counts": counts,
         }
         shards.write_json(merged_path, merged)

@@ -70,7 +70,7 @@ def process_shard(
     Args:
         source: of `sources.list_sources`.
         output: path of the shard; files with the same name and further endings lie beside it.
-        config: of `cat_config.default_config`.
+        config: of `config.default_config`.
         report: told how many pairs are done, now and then.
 
     Returns:
@@ -91,7 +91,7 @@ def filter_shard(
     Args:
         task: source and output.
         report: told how many pairs are done.
-        config: of `cat_config.default_config`.
+        config: of `config.default_config`.
 
     Returns:
         The shard's statistics.

@@ -20,12 +20,13 @@ import ml_collections
 
 from data_prep.captions.graph import CaptionGraph
 from data_prep.captions.mentions import ConceptLog, concept_path, find_mentions
+from data_prep.filtering.config import package_versions
 from data_prep.filtering.kept import KeptLog, kept_path
 from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, Funnel
-from data_prep.reports.report import SECONDS_SUFFIX
 from data_prep.reports.samples import SAMPLES_SUFFIX, SampleLog
 from data_prep.reports.statistics import DROPPED, Measures
+from data_prep.reports.summary import SECONDS_SUFFIX
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.base import Skipped
@@ -48,12 +49,13 @@ class ShardLog:
         """Begins an empty log.
 
         Args:
-            config: of `cat_config.default_config`.
+            config: of `config.default_config`.
         """
         self.funnel = Funnel(config.samples_per_outcome, config.seed)
         self.measures = Measures()
         self.download: dict[str, Any] | None = None
         self.spotter: dict[str, str] | None = None
+        self._versions = package_versions(config)
         self._samples = SampleLog(config.report_samples, config.image.max_pixels)
         self._kept = KeptLog()
         self._dropped: list[str] = []
@@ -141,6 +143,7 @@ class ShardLog:
         counts = self.funnel.to_json() | {"measures": self.measures.to_json()}
         counts["download"] = self.download
         counts["spotter"] = self.spotter
+        counts["versions"] = self._versions
         self._kept.write(kept_path(output))
         write_atomically(pathlib.Path(f"{output}{DROPPED_SUFFIX}"), "".join(self._dropped).encode())
         self._samples.write(pathlib.Path(f"{output}{SAMPLES_SUFFIX}"))

@@ -1,7 +1,6 @@
-"""What is done when the command finds an output of another config or of another input.
+"""Refuses, or removes on request, an output of another config, input or model.
 
-`filter.py` calls it before anything is read. Nothing that was made with other settings is replaced
-without being asked for.
+Nothing that was made with other settings is replaced unless `--overwrite` asks for it.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from typing import Any
 
 from absl import logging
 
+from data_prep.filtering.config import DECIDING_PACKAGES, upgrade_settings
 from data_prep.filtering.resharding import remove_output
 from data_prep.jobs import shards
 
@@ -22,19 +22,21 @@ SETTINGS = "settings.json"
 _SHOWN = 4
 
 
-def settle_changes(
+def reject_or_remove_stale(
     tasks: Sequence[shards.ShardTask],
     folder: str,
     settings: dict[str, Any],
+    versions: Mapping[str, str],
     *,
     overwrite: bool,
 ) -> bool:
-    """Refuses what was made by another config or from another input, or removes it.
+    """Refuses what was made by another config or model or from another input, or removes it.
 
     Args:
         tasks: of this run.
         folder: of their outputs.
         settings: what the config means; kept in the folder, so that differences can be named.
+        versions: of the installed packages, of `config.package_versions`.
         overwrite: remove it.
 
     Returns:
@@ -47,7 +49,9 @@ def settle_changes(
     changed = []
     for task in tasks:
         stats = shards.read_stats(task)
-        reason = shards.explain_change(task, stats) if stats is not None else None
+        if stats is None:
+            continue
+        reason = shards.explain_change(task, stats) or _explain_versions(stats, versions)
         if reason is not None:
             changed.append((task.output, reason))
     names = {os.path.basename(task.output) for task in tasks}
@@ -63,6 +67,15 @@ def settle_changes(
     if _read_settings(folder) != json.loads(json.dumps(settings)):
         shards.write_json(folder / SETTINGS, settings)
     return bool(changed)
+
+
+def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> str | None:
+    """The package that has changed and decides; None where none has, or none was recorded."""
+    before = stats.get("counts", {}).get("versions", {})
+    for name in DECIDING_PACKAGES:
+        if name in before and name in versions and before[name] != versions[name]:
+            return f"{name} ({before[name]}, now {versions[name]})"
+    return None
 
 
 def _describe(
@@ -81,7 +94,7 @@ def _describe(
 
 def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / SETTINGS).read_bytes())
+        return upgrade_settings(json.loads((folder / SETTINGS).read_bytes()))
     except (FileNotFoundError, ValueError):
         return {}
 

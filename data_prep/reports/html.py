@@ -1,6 +1,6 @@
 """Pages of one file without links to others: the frame, the style, and the parts that all share.
 
-`report_page.py` and `label_report.py` build their pages with it. What a page says belongs there.
+What a page shows belongs to the page: `page` here, and `labelling.report`.
 """
 
 from __future__ import annotations

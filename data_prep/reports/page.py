@@ -1,7 +1,7 @@
 """`report.html` of a filter job: the funnel, histograms, frequent names, and pairs to look at.
 
-`report.py` calls `render_report`; everything that the page shows comes from there. The page is one
-file without links to others.
+Everything that the page shows comes from `summary`. A page is one file without links to others; its
+frame, its style and the parts that other pages share are in `html`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,20 @@ from __future__ import annotations
 import html
 import itertools
 import json
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, spell_reason
 from data_prep.reports.html import render_bar, render_page, render_table
 from data_prep.reports.noise_scores import table_rows
-from data_prep.reports.report import Report
 from data_prep.reports.statistics import BINS, DROPPED, NAMES, TITLES
+from data_prep.reports.summary import REPORT, FilterReport
 from data_prep.text_spotting.config import describe_counts
+from diht_jax.data.atomic_file import write_atomically
+
+PAGE = "report.html"
 
 _WORK = ("reading", "captions", "images", "text", "writing")  # stages that are timed, in order
 _LISTED = 25  # names of each list
@@ -46,19 +51,26 @@ details { margin-top: 24px; } summary { cursor: pointer; }
 """
 
 
-def render_report(report: Report) -> str:
+def write_report(folder: str | pathlib.Path, report: FilterReport) -> None:
+    """Writes `report.json` and `report.html` into a folder."""
+    folder = pathlib.Path(folder)
+    shards.write_json(folder / REPORT, report.to_json())
+    write_atomically(folder / PAGE, render_report(report).encode("utf-8", "replace"))
+
+
+def render_report(report: FilterReport) -> str:
     """The page, as text.
 
     Args:
         report: of one job, or merged of several.
     """
     inputs = "; ".join(html.escape(str(job["input"])) for job in report.jobs)
-    shards = sum(job["shards"] for job in report.jobs)
+    count = sum(job["shards"] for job in report.jobs)
     funnel = report.funnel
     parts = [
         f"<h1>What the filter kept</h1><p>{funnel.kept:,} of {funnel.read:,} pairs "
-        f"({100 * report.share(funnel.kept):.1f}%) of {shards:,} input "
-        f"{'shard' if shards == 1 else 'shards'}: {inputs}.</p>",
+        f"({100 * report.share(funnel.kept):.1f}%) of {count:,} input "
+        f"{'shard' if count == 1 else 'shards'}: {inputs}.</p>",
         f"<h2>Funnel</h2>{_funnel(report)}",
         _noise(report),
         f"<h2>Throughput</h2>{_throughput(report)}",
@@ -70,7 +82,7 @@ def render_report(report: Report) -> str:
     return render_page("What the filter kept", parts, _STYLE)
 
 
-def _funnel(report: Report) -> str:
+def _funnel(report: FilterReport) -> str:
     rows = []
     for stage, reason, pairs in report.funnel.rows():
         share = report.share(pairs)
@@ -101,7 +113,7 @@ def _funnel(report: Report) -> str:
     return f'<div class="wide">{table}</div>{text}'
 
 
-def _noise(report: Report) -> str:
+def _noise(report: FilterReport) -> str:
     if not report.measures.labels:
         return ""
     header, *rows = (
@@ -115,7 +127,7 @@ def _noise(report: Report) -> str:
     )
 
 
-def _throughput(report: Report) -> str:
+def _throughput(report: FilterReport) -> str:
     rates = report.throughput()
     if not rates:
         return "<p class=note>The time was not kept.</p>"
@@ -140,7 +152,7 @@ def _rate(per_sec: float) -> str:
     return f"{per_sec:,.0f}" if per_sec >= 100 else f"{per_sec:.1f}"
 
 
-def _histograms(report: Report) -> str:
+def _histograms(report: FilterReport) -> str:
     plots = [
         _plot(TITLES[name], BINS[name], report.measures.histograms[name])
         for name in BINS
@@ -197,7 +209,7 @@ def _bin_label(starts: Sequence[int], i: int) -> str:
     return str(starts[i]) if last == starts[i] else f"{starts[i]} to {last}"
 
 
-def _names(report: Report) -> str:
+def _names(report: FilterReport) -> str:
     lists, missed = [], 0
     for kind, outcome in itertools.product(NAMES, (KEPT, DROPPED)):
         found = report.measures.most_common(kind, outcome, _LISTED)
@@ -218,7 +230,7 @@ def _names(report: Report) -> str:
     )
 
 
-def _samples(report: Report) -> str:
+def _samples(report: FilterReport) -> str:
     by_outcome: dict[str, list[dict[str, Any]]] = {}
     for sample in report.samples:
         by_outcome.setdefault(sample["outcome"], []).append(sample)
@@ -289,7 +301,7 @@ def _mark(text: str | None, sample: Mapping[str, Any]) -> str:
 
 
 def _corners(box: Sequence[float]) -> str:
-    """Of a box of `text_spotting_ocr`: x_min, x_max, y_min, y_max, or four points."""
+    """Of a box of `text_spotting.ocr`: x_min, x_max, y_min, y_max, or four points."""
     if len(box) == 4:
         left, right, top, bottom = box
         box = (left, top, right, top, right, bottom, left, bottom)

@@ -1,6 +1,6 @@
-"""Text-spotting as a stage of the filter: its config section, and what it counts.
+"""Text-spotting as a stage of the filter: its config section, its version, and what it counts.
 
-`cat.py` calls it. Decisions are made in `text_spotting.py`; records are not written here.
+Decisions are made in `spotter`; records are not written here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,11 @@ from data_prep.text_spotting.cache import SpotCache, name_shard
 from data_prep.text_spotting.ocr import PRECISIONS, OcrSettings, resolve
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax.data.readers.base import SourceShard
+
+# What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
+# decision may come out differently. tests/data_prep/text_spotting/test_rules_version.py fails when
+# decisions change and this number does not.
+RULES_VERSION = 1
 
 STAGE = "text"
 REASON = "shows_caption"
@@ -80,7 +85,7 @@ def check_spotter(config: ml_collections.ConfigDict) -> None:
 
 
 def read_settings(config: ml_collections.ConfigDict, max_pixels: int) -> Settings:
-    """The section as `text_spotting.Settings`.
+    """The section as `spotter.Settings`.
 
     Args:
         config: of `default_spotter`.

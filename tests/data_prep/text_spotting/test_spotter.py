@@ -31,7 +31,7 @@ from diht_jax.data.records.tfrecord import TFRecordSource  # noqa: E402
 
 # Shares no five characters with what the pictures show.
 _OTHER = "two zebras jump over my fence"
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _OCR = OcrSettings(canvas_size=176, precision="float32", device="cpu")
 _SETTINGS = Settings(ocr=_OCR, gate_size=0, min_confidence=0.2)
 

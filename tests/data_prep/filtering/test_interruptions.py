@@ -24,7 +24,7 @@ from diht_jax.data.records.schema import decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data_prep.jobs import job_config, snapshot
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _NUM_TARS, _PAIRS = 9, 6
 _LONGEST_SECS = 900  # of a command; a failure here means that it waits for ever
 

@@ -1,10 +1,7 @@
-"""The report of a filter job: `report.json` and `report.html`; and a command that merges reports.
+"""What is known of a filter job, or of several: the contents of `report.json`.
 
-    python -m data_prep.reports.report --inputs=/data/kept_a,/data/kept_b --output=/data/both
-
-`filter.py` gathers a report from what lies beside the parts of its job. Everything in it can be
-merged: counts add up, samples are those of the lowest random rank. How the page looks belongs in
-`report_page.py`.
+It is gathered from what lies beside the parts of a job. Everything in it can be merged: counts add
+up, samples are those of the lowest random rank. How the page looks belongs in `page`.
 """
 
 from __future__ import annotations
@@ -16,26 +13,21 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags, logging
-
 from data_prep.jobs import shards
 from data_prep.reports.funnel import Funnel
 from data_prep.reports.samples import SAMPLES_SUFFIX, choose_samples, read_samples
 from data_prep.reports.statistics import Measures
 from data_prep.sources.img2dataset import merge_download_stats
 from data_prep.text_spotting.config import name_machine, warn_of_machines
-from diht_jax import command_line
-from diht_jax.data.atomic_file import write_atomically
 
 REPORT = "report.json"
-PAGE = "report.html"
 SECONDS_SUFFIX = ".seconds.json"
 
 _VERSION = 2
 
 
 @dataclasses.dataclass
-class Report:
+class FilterReport:
     """What is known of one job, or of several.
 
     Attributes:
@@ -43,11 +35,13 @@ class Report:
         funnel: counts, and examples as text.
         measures: histograms, frequent names and labels.
         download: what img2dataset counted; empty where it was not at work.
-        spotters: where text was looked for, of `text_spotting_stage.name_machine` -> shards.
+        spotters: where text was looked for, of `text_spotting.config.name_machine` -> shards.
+        versions: of packages that took part, name -> version -> shards; nothing of shards that were
+            filtered before versions were recorded.
         seconds: "pairs", "wall_secs", "cpu_secs" of all workers, and "stage/NAME" of each stage.
         samples: of `samples.choose_samples`.
         samples_per_outcome: at most so many of them.
-        clean_label: of `label_field`, see `cat_config`.
+        clean_label: the value of good pairs, where the config names a `label_field`.
     """
 
     jobs: list[dict[str, Any]]
@@ -59,6 +53,7 @@ class Report:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     samples_per_outcome: int = 0
     clean_label: str = "clean"
+    versions: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
 
     def add_shard(self, stats: Mapping[str, Any], output: str) -> None:
         """Adds what lies beside one filtered part, but for its samples.
@@ -74,18 +69,20 @@ class Report:
         merge_download_stats(self.download, counts["download"])
         if counts["spotter"] is not None:
             self.spotters[name_machine(counts["spotter"])] += 1
+        for name, version in counts.get("versions", {}).items():
+            self.versions.setdefault(name, collections.Counter())[version] += 1
         path = pathlib.Path(output + SECONDS_SUFFIX)
         if path.exists():
             self.add_seconds(json.loads(path.read_bytes()))
 
     def add_seconds(self, seconds: Mapping[str, Any]) -> None:
-        """Adds the time of one shard, as `shard_log.py` wrote it."""
+        """Adds the time of one shard, as `ShardLog` wrote it."""
         for name in ("pairs", "wall_secs", "cpu_secs"):
             self.seconds[name] += seconds[name]
         for stage, value in seconds["cpu_secs_of_stages"].items():
             self.seconds[f"stage/{stage}"] += value
 
-    def merge(self, other: Report) -> None:
+    def merge(self, other: FilterReport) -> None:
         """Adds another job."""
         self.jobs += other.jobs
         self.funnel.merge(other.funnel)
@@ -93,6 +90,8 @@ class Report:
         if other.download:
             merge_download_stats(self.download, other.download)
         self.spotters.update(other.spotters)
+        for name, found in other.versions.items():
+            self.versions.setdefault(name, collections.Counter()).update(found)
         self.seconds.update(other.seconds)
         self.samples = choose_samples(
             [*self.samples, *other.samples], max(self.samples_per_outcome, 1)
@@ -112,6 +111,7 @@ class Report:
             "measures": self.measures.to_json(),
             "download": self.download,
             "spotters": dict(sorted(self.spotters.items())),
+            "versions": self.versions_json(),
             "warnings": self.warnings(),
             "seconds": {k: round(v, 4) for k, v in sorted(self.seconds.items())},
             "samples": self.samples,
@@ -121,7 +121,7 @@ class Report:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Report:
+    def from_json(cls, data: Mapping[str, Any]) -> FilterReport:
         """What `to_json` gave."""
         return cls(
             list(data["jobs"]),
@@ -133,11 +133,22 @@ class Report:
             list(data["samples"]),
             data["samples_per_outcome"],
             data["clean_label"],
+            {k: collections.Counter(found) for k, found in data.get("versions", {}).items()},
         )
+
+    def versions_json(self) -> dict[str, dict[str, int]]:
+        """Package -> version -> shards, JSON-able."""
+        return {k: dict(sorted(found.items())) for k, found in sorted(self.versions.items())}
 
     def warnings(self) -> list[str]:
         """What a person should know before the pairs are used."""
-        return list(filter(None, [warn_of_machines(self.spotters)]))
+        mixed = [
+            f"shards were made with unlike versions of {name}: "
+            + ", ".join(f"{version} ({count:,} shards)" for version, count in found.items())
+            for name, found in self.versions_json().items()
+            if len(found) > 1
+        ]
+        return [*filter(None, [warn_of_machines(self.spotters)]), *mixed]
 
     def share(self, pairs: int) -> float:
         """Of all pairs that came in."""
@@ -172,7 +183,7 @@ def gather_report(
     report_samples: int,
     seed: int,
     clean_label: str,
-) -> Report:
+) -> FilterReport:
     """Merges what lies beside the parts of a job, one part at a time.
 
     Args:
@@ -183,7 +194,7 @@ def gather_report(
         seed: of the choice.
         clean_label: the label of good pairs.
     """
-    report = Report(
+    report = FilterReport(
         [], Funnel(samples_per_outcome, seed), samples_per_outcome=report_samples,
         clean_label=clean_label,
     )  # fmt: skip
@@ -196,16 +207,7 @@ def gather_report(
     return report
 
 
-def write_report(folder: str | pathlib.Path, report: Report) -> None:
-    """Writes `report.json` and `report.html` into a folder."""
-    from data_prep.reports.page import render_report
-
-    folder = pathlib.Path(folder)
-    shards.write_json(folder / REPORT, report.to_json())
-    write_atomically(folder / PAGE, render_report(report).encode("utf-8", "replace"))
-
-
-def read_report(folder: str | pathlib.Path) -> Report:
+def read_report(folder: str | pathlib.Path) -> FilterReport:
     """Reads `report.json` of a folder.
 
     Raises:
@@ -216,7 +218,7 @@ def read_report(folder: str | pathlib.Path) -> Report:
         data = json.loads(path.read_bytes())
         if data["version"] != _VERSION:
             raise ValueError(f"version {data['version']}")
-        return Report.from_json(data)
+        return FilterReport.from_json(data)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path}: no report of `python -m data_prep.filter` ({type(error).__name__}: {error}); "
@@ -224,28 +226,9 @@ def read_report(folder: str | pathlib.Path) -> Report:
         ) from error
 
 
-def merge_reports(folders: Sequence[str]) -> Report:
+def merge_reports(folders: Sequence[str]) -> FilterReport:
     """Reads the reports of several folders as one."""
     report, *others = map(read_report, folders)
     for other in others:
         report.merge(other)
     return report
-
-
-def main() -> None:
-    """Merges the reports that the flags name."""
-    given = flags.FLAGS
-    report = merge_reports(given.inputs)
-    folder = pathlib.Path(given.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_report(folder, report)
-    print(report.funnel.format_table())
-    for warning in report.warnings():
-        logging.warning("%s", warning)
-    print(f"look at {folder / PAGE}")
-
-
-if __name__ == "__main__":
-    flags.DEFINE_list("inputs", None, "Folders with a report.json each.", required=True)
-    flags.DEFINE_string("output", None, "Folder for the merged report.", required=True)
-    command_line.run(main)

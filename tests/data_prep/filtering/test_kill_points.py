@@ -14,13 +14,13 @@ import tarfile
 
 from PIL import Image
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 900
 
 
 def _try(folder: pathlib.Path, recipe: str, **settings) -> list[str]:
     """The changes before which a job was killed, once every one of them is known to be harmless."""
-    command = [sys.executable, "-m", "tests.data_prep.kill_points", str(folder)]
+    command = [sys.executable, "-m", "tests.data_prep.filtering.kill_points", str(folder)]
     done = subprocess.run(
         [*command, f"configs/prep/{recipe}.py", json.dumps(settings)],
         cwd=_REPOSITORY,

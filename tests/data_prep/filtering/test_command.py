@@ -21,7 +21,7 @@ from diht_jax.data.records.schema import decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data_prep.jobs import job_config, read_counts, read_records, snapshot, write_tars
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
 
 def _encode(image: Image.Image, name: str, **options) -> bytes:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from data_prep.reports.report import read_report
+from data_prep.reports.summary import read_report
 from data_prep.sources import img2dataset
 from diht_jax.config import load_recipe
 from diht_jax.data.readers.base import Skipped, SourceShard
@@ -19,7 +19,7 @@ from diht_jax.data.readers.registry import read_pairs
 from diht_jax.data.records.schema import decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _BUFFER = io.BytesIO()
 Image.new("RGB", (60, 40), "red").save(_BUFFER, "JPEG")
 _JPEG = _BUFFER.getvalue()

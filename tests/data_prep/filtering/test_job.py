@@ -1,6 +1,6 @@
 """The filter as a job: run again, cleaned up, changed, shared among jobs, and with damaged input.
 
-What is decided about a pair is in `test_filter.py`; kills are in `test_kill_points.py`.
+What is decided about a pair is in `test_command.py`; kills are in `test_kill_points.py`.
 """
 
 import os

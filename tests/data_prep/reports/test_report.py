@@ -20,13 +20,13 @@ from data_prep.reports import page as report_page
 from data_prep.reports import statistics
 from data_prep.reports.funnel import Funnel, spell_reason
 from data_prep.reports.noise_scores import score_filters, table_rows
-from data_prep.reports.report import Report, merge_reports, read_report
 from data_prep.reports.samples import SampleLog, choose_samples, read_samples
 from data_prep.reports.statistics import BINS, Measures
+from data_prep.reports.summary import FilterReport, merge_reports, read_report
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.config import load_recipe
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _ROWS = [
     ("A black cat is chasing a small brown bird", "good"),
     ("a man riding a horse", "good"),
@@ -99,7 +99,7 @@ def test_parts_make_the_whole(work):
     assert [[s["outcome"], s["key"], s["graph"], s["image"]] for s in parts["samples"]] == samples
     assert len(samples) == 6
     # Jobs merge as shards do; the command is the way to it.
-    command = [sys.executable, "-m", "data_prep.reports.report", f"--output={work}/both"]
+    command = [sys.executable, "-m", "data_prep.reports", f"--output={work}/both"]
     command += [f"--inputs={work}/whole,{work}/parts"]
     done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -183,7 +183,7 @@ def test_spotted_boxes_are_drawn(tmp_path):
     funnel = Funnel()
     funnel.drop("text", "shows_caption", "k", "")
     funnel.drop("image", "unreadable", "u", "")
-    page = report_page.render_report(Report([], funnel, samples=samples))
+    page = report_page.render_report(FilterReport([], funnel, samples=samples))
     tags = _Tags(page)
     polygons = [attrs for tag, attrs in tags.found if tag == "polygon"]
     assert [(p["points"], p.get("class")) for p in polygons] == [
@@ -253,15 +253,15 @@ def test_counts_of_many_names_are_bounded_and_say_so(monkeypatch):
     assert missed < third[1] / 2
     assert list(merged.most_common("objects", "kept", 2)) == [first, second]
     assert data["missed"]["actions"] == {"kept": 0, "dropped": 0}
-    page = report_page.render_report(Report([], Funnel(), merged))
+    page = report_page.render_report(FilterReport([], Funnel(), merged))
     missed = merged.missed["objects"]["kept"]
     assert f"Counts may be too low, by {missed} at most." in page
 
 
 def test_shards_of_unlike_machines_are_told(caplog):
-    def make(precision: str) -> Report:
+    def make(precision: str) -> FilterReport:
         counts = Funnel().to_json() | {"measures": Measures().to_json(), "download": None}
-        report = Report([], Funnel())
+        report = FilterReport([], Funnel())
         for spotter in ({"precision": precision, "device": "cpu"}, None):
             report.add_shard({"counts": counts | {"spotter": spotter}}, "nowhere")
         return report
@@ -274,7 +274,7 @@ def test_shards_of_unlike_machines_are_told(caplog):
     assert data["spotters"] == {"bfloat16 on cpu": 1, "float32 on cpu": 2}
     (warning,) = data["warnings"]
     assert "bfloat16 on cpu (1 shards), float32 on cpu (2 shards)" in warning
-    assert Report.from_json(data).warnings() == [warning]
+    assert FilterReport.from_json(data).warnings() == [warning]
     tags = _Tags(report_page.render_report(report))
     assert ("p", {"class": "warning"}) in tags.found and warning in tags.text
     print_funnel(report)
@@ -300,7 +300,7 @@ def test_reasons_stand_in_the_order_of_the_work():
         ("image", "unreadable"), ("text", "T: shows its caption"), ("kept", ""),
     ]  # fmt: skip
     assert [(stage, spell_reason(stage, reason)) for stage, reason, _ in funnel.rows()] == expected
-    tags = _Tags(report_page.render_report(Report([], funnel)))
+    tags = _Tags(report_page.render_report(FilterReport([], funnel)))
     places = [tags.text.index(reason) for _, reason in expected if reason]
     assert places == sorted(places)
 

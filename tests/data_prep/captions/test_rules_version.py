@@ -1,0 +1,173 @@
+"""What the caption rules make of fixed captions, by version: a change must raise `RULES_VERSION`.
+
+    python -m tests.data_prep.captions.test_rules_version
+
+writes the golden file anew, once the version was raised. It holds the graphs of the captions of
+caption_examples.toml (by id) and of `_OTHERS`, and a digest of the graphs of 5,000 web captions.
+"""
+
+import hashlib
+import json
+import pathlib
+import tomllib
+
+import pytest
+
+from data_prep.captions import gates, parse_captions
+from data_prep.captions.graph import CaptionGraph, cat_reason, format_edges, format_objects
+from data_prep.captions.versions import RULES_VERSION, package_versions
+
+_FOLDER = pathlib.Path(__file__).parent
+_GOLDEN = _FOLDER / "rules_golden.json"
+_WEB = _FOLDER.parents[3] / "shared" / "data" / "captions_web.txt"
+# Kinds that the examples have few of: refused before the parse, cleaned, or of many clauses.
+_OTHERS = """
+IMG_2041.JPG
+black-dog-running-on-the-grass
+https://example.com/cat.jpg
+see: http://a.example/b
+www.example.com
+!!! ... ???
+2019
+Untitled
+Schwarzer Hund spielt im Garten
+Femme avec un chapeau rouge
+Gato durmiendo
+Rio de Janeiro carnival dancers
+Café de Flore in Paris
+sushi chef
+die cast toy car
+It 's a dog , and he 's riding a bike
+A MAN IN A BLUE SHIRT IS COOKING
+Young Woman Doing Yoga On The Beach
+<PERSON> riding a horse &amp; smiling
+a dog running <b>fast</b> on grass
+dog running on grass  |  Getty Images
+Image may contain: dog running on grass
+a snow - covered hill
+1. a dog running
+#dog running on #grass
+House for sale in Boise, ID 83702
+Leather Wallet - Brown - Gift for Men
+two dogs and three cats are sleeping under an old wooden table
+the boy who wears a green cap throws a ball to his sister
+a woman is being helped by a man to cross a busy street
+birds fly over the lake while a fisherman waits in his small boat
+a cup of coffee next to an open book on a white table
+people standing in front of a burning house at night
+a tall man with a long beard plays the guitar and sings
+the car that was parked on the hill has been towed away
+cutting a tomato with a sharp knife
+i love my new red shoes
+a child jumps, runs and laughs
+an empty street in the rain
+surfers paddling out to catch a wave
+a cat sits on top of a pile of books
+a chef in a white hat preparing food in a kitchen
+a train passing through a tunnel in the mountains
+three horses grazing in a field
+a smiling girl holding a teddy bear
+a bride and a groom cut a cake
+the sun sets behind the mountains
+a plane taking off from a runway
+a close up of a bee on a yellow flower
+a dog that does not bark
+stop sign covered in snow
+a man is about to hit a tennis ball
+broken window of an abandoned house
+a group of elephants drinking water from a river
+a baker's hands kneading dough
+nobody is in the room
+""".strip().splitlines()
+
+
+def _describe(graph: CaptionGraph) -> str:
+    parts = (format_objects(graph), format_edges(graph.actions), format_edges(graph.relations))
+    return " | ".join((*parts, cat_reason(graph) or "keep"))
+
+
+def _own_graphs() -> dict[str, str]:
+    text = (_FOLDER / "caption_examples.toml").read_text(encoding="utf-8")
+    captions = {example["id"]: example["caption"] for example in tomllib.loads(text)["example"]}
+    captions |= {caption: caption for caption in _OTHERS}
+    graphs = parse_captions(list(captions.values()))
+    return dict(zip(captions, map(_describe, graphs), strict=True))
+
+
+def _web_digest(path: pathlib.Path) -> str:
+    captions = path.read_text(encoding="utf-8").splitlines()
+    lines = map(_describe, parse_captions(captions))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _explain_difference(golden: dict, graphs: dict[str, str]) -> str | None:
+    """What to do where the graphs are not those of the golden file; None where they are."""
+    changed = [name for name in graphs if graphs[name] != golden["graphs"].get(name)]
+    if not changed and graphs.keys() == golden["graphs"].keys():
+        return None
+    shown = "".join(
+        f"\n  {name}\n    was {golden['graphs'].get(name)}\n    is  {graphs[name]}"
+        for name in changed[:5]
+    )
+    return (
+        f"{len(changed)} graphs differ from those of RULES_VERSION {golden['rules_version']}, "
+        f"recorded with {golden['packages']}; here are {package_versions()}. Raise "
+        "RULES_VERSION in data_prep/captions/versions.py and run `python -m "
+        f"tests.data_prep.captions.test_rules_version`{shown}"
+    )
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    """What the rules of the recorded version made of the captions."""
+    return json.loads(_GOLDEN.read_text(encoding="utf-8"))
+
+
+def test_graphs_change_only_with_the_version(golden):
+    assert golden["rules_version"] == RULES_VERSION, "write the golden file anew"
+    assert len(golden["graphs"]) > 250
+    difference = _explain_difference(golden, _own_graphs())
+    assert difference is None, difference
+
+
+def test_graphs_of_web_captions_change_only_with_the_version(golden, shared_data):
+    digest = _web_digest(shared_data / "captions_web.txt")
+    assert digest == golden["web_captions_sha256"], (
+        "graphs of the 5,000 web captions differ from those of RULES_VERSION "
+        f"{golden['rules_version']}: raise it, and write the golden file anew"
+    )
+
+
+def test_a_changed_rule_is_noticed(golden, monkeypatch):
+    monkeypatch.setattr(gates, "_FOLD_TITLE", 2.0)
+    difference = _explain_difference(golden, _own_graphs())
+    assert "Raise RULES_VERSION" in difference
+    assert "Young Woman Doing Yoga On The Beach" in difference
+
+
+def main() -> None:
+    """Writes the golden file, unless graphs changed and the version did not."""
+    graphs = _own_graphs()
+    if _GOLDEN.exists():
+        before = json.loads(_GOLDEN.read_text(encoding="utf-8"))
+        known = {name: graph for name, graph in graphs.items() if name in before["graphs"]}
+        changed = [name for name, graph in known.items() if before["graphs"][name] != graph]
+        if changed and before["rules_version"] == RULES_VERSION:
+            raise SystemExit(
+                f"RULES_VERSION is still {RULES_VERSION}, and graphs changed: {changed}"
+            )
+    text = json.dumps(
+        {
+            "rules_version": RULES_VERSION,
+            "packages": package_versions(),
+            "web_captions_sha256": _web_digest(_WEB),
+            "graphs": graphs,
+        },
+        indent=1,
+        ensure_ascii=False,
+    )
+    _GOLDEN.write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

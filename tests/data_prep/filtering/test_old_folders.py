@@ -1,0 +1,128 @@
+"""Folders filtered before the rules had versions: recognised, completed, and still guarded.
+
+The hashes and digests below were written by the code of commit e74b9cc.
+"""
+
+import importlib.metadata
+import json
+import pathlib
+
+import pytest
+
+from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
+from data_prep.filtering import shard_log, stale_outputs
+from data_prep.jobs import shards
+from tests.data_prep.jobs import job_config, read_counts, snapshot, write_tars
+
+_CAPTION_DIGEST = "947b331d88dcbba05ef3b1aa118324f52bb19d07ec7ef5de25b9bc904598522d"
+_SPOTTING_DIGEST = "5fb768f15315445486dfa738e7d08d516284d3302c62ab5ea5005a76f2d86a09"
+
+
+def test_hashes_are_those_of_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(filter_config, "easyocr_version", lambda: "1.7.2")
+    cat = job_config("a", tmp_path, "cat", text_spotting=True, image__max_side=300, label_field="n")
+    assert filter_config.hash_config(cat) == "0350f5709fb68186"
+    assert filter_config.hash_config(job_config("a", tmp_path, "metadata")) == "a5f4e1d82382c4ba"
+    assert filter_config.hash_config(job_config("a", tmp_path, "convert")) == "2312dd6c85107ec9"
+    cat.min_complexity = 2
+    assert filter_config.hash_config(cat) != "0350f5709fb68186"
+
+
+def test_a_new_version_of_the_rules_is_another_hash(tmp_path, monkeypatch):
+    config = job_config("a", tmp_path, "cat")
+    before = filter_config.hash_config(config)
+    monkeypatch.setattr(filter_config.caption_versions, "RULES_VERSION", 2)
+    assert filter_config.hash_config(config) != before
+
+
+def test_digests_of_settings_mean_version_1():
+    settings = {"caption_rules": _CAPTION_DIGEST, "spotting_rules": _SPOTTING_DIGEST, "seed": 0}
+    assert filter_config.upgrade_settings(settings) == {
+        "caption_rules": 1, "spotting_rules": 1, "seed": 0
+    }  # fmt: skip
+    other = {"caption_rules": "0" * 64}
+    assert filter_config.upgrade_settings(other) == other
+
+
+def _age(folder: pathlib.Path) -> None:
+    """Turns a folder of today into one of before: no versions, and a digest in the settings."""
+    path = folder / "parts" / stale_outputs.SETTINGS
+    settings = json.loads(path.read_bytes())
+    assert settings["caption_rules"] == 1
+    shards.write_json(path, settings | {"caption_rules": _CAPTION_DIGEST})
+    for path in (folder / "parts").glob("*.stats.json"):
+        stats = json.loads(path.read_bytes())
+        del stats["counts"]["versions"]
+        shards.write_json(path, stats)
+    for name in ("stats.json", "report.json"):
+        data = json.loads((folder / name).read_bytes())
+        del data["versions"]
+        shards.write_json(folder / name, data)
+
+
+@pytest.fixture
+def old(tmp_path) -> tuple[str, pathlib.Path]:
+    """An input of two tars, and its complete output as the code of before left it."""
+    source = write_tars(tmp_path / "in", 2)
+    # Captions are parsed, and none is dropped.
+    run_filter(job_config(source, tmp_path / "out", concepts=True, keep_parts=True))
+    _age(tmp_path / "out")
+    return source, tmp_path / "out"
+
+
+def test_a_complete_folder_is_done(old, capsys):
+    source, output = old
+    before = snapshot(output)
+    times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    assert run_filter(job_config(source, output, concepts=True, keep_parts=True)) == {}
+    assert "10 pairs in 1 shards" in capsys.readouterr().out
+    assert snapshot(output) == before
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
+
+
+def test_an_incomplete_folder_is_completed(old):
+    source, output = old
+    (output / "parts" / "pairs-train-00001.tfrecord.stats.json").unlink()
+    first = output / "parts" / "pairs-train-00000.tfrecord.stats.json"
+    before = first.read_bytes()
+    assert run_filter(job_config(source, output, concepts=True, keep_parts=True)) == {}
+    assert first.read_bytes() == before
+    assert read_counts(output)["kept"] == 10
+    versions = json.loads((output / "stats.json").read_bytes())["versions"]
+    # Of the shard of before it is not known.
+    assert versions["pillow"] == {importlib.metadata.version("pillow"): 1}
+
+
+def test_another_config_is_refused_and_named(old):
+    source, output = old
+    with pytest.raises(ValueError) as refused:
+        run_filter(job_config(source, output, concepts=True, keep_parts=True, image__min_side=2))
+    assert "In the config: image.min_side 1 -> 2. Choose" in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+
+
+def test_another_model_is_refused_and_other_packages_are_reported(tmp_path, monkeypatch, caplog):
+    source = write_tars(tmp_path / "in", 2)
+    config = job_config(source, tmp_path / "out", concepts=True, keep_parts=True)
+    run_filter(config)
+    versions = filter_config.package_versions(config)
+    assert set(versions) == {"spacy", "spacy_model", "py3langid", "pillow"}
+
+    def install(**other: str) -> None:
+        for module in (filter_config, shard_log):
+            monkeypatch.setattr(module, "package_versions", lambda _: versions | other)
+
+    install(spacy_model="en_core_web_sm 9.0.0")
+    with pytest.raises(ValueError, match=r"spacy_model \(en_core_web_sm .*, now .* 9.0.0\)"):
+        run_filter(config)
+    assert run_filter(config, overwrite=True) == {}
+    stats = json.loads((tmp_path / "out" / "stats.json").read_bytes())
+    assert stats["versions"]["spacy_model"] == {"en_core_web_sm 9.0.0": 2}
+
+    install(spacy_model="en_core_web_sm 9.0.0", pillow="99")
+    (tmp_path / "out" / "parts" / "pairs-train-00001.tfrecord.stats.json").unlink()
+    assert run_filter(config) == {}
+    assert f"unlike versions of pillow: {versions['pillow']} (1 shards), 99 (1 shards)" in (
+        caplog.text
+    )

@@ -1,0 +1,138 @@
+"""What the spotting rules decide, by version: a change must raise `RULES_VERSION`.
+
+    python -m tests.data_prep.text_spotting.test_rules_version
+
+writes the golden file anew, once the version was raised. It holds the settings and constants, the
+match decisions on fixed texts, and verdicts on lines that were read. No network runs: that its
+boxes and texts are EasyOCR's is in `test_spotter.py`.
+"""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import random
+
+import numpy as np
+import pytest
+
+from data_prep.text_spotting import match, ocr, spotter
+from data_prep.text_spotting.cache import Reading
+from data_prep.text_spotting.config import NOT_HASHED, RULES_VERSION
+from data_prep.text_spotting.match import can_match, caption_matches
+from data_prep.text_spotting.spotter import Settings
+
+_GOLDEN = pathlib.Path(__file__).parent / "rules_golden.json"
+_CAPTIONS = (
+    "Happy Birthday to you", "a red car", "Straße in Wien", "ﬁne art prints", "50% off today",
+    "東京タワーの夜景", "stop sign at night", "now or never", "İstanbul'da bir gün", "a b c d e f",
+)  # fmt: skip
+_SPOTTED = (
+    "happy", "HAPPY BIRTHDAY", "hapqy birqhday", "redca", "red car", "STRASSE", "fine art",
+    "ＦＩＮＥ ＡＲＴ", "50%off", "ST0P SIGN", "stop", "n0w 0r never", "bir gun", "abcdef", "",
+)  # fmt: skip
+
+
+def _match_decisions() -> dict[str, str]:
+    """Setting -> a digit for every caption and text: whether they match."""
+    settings = ((5, None), (4, None), (6, None), (9, 8), (5, 6))
+    found = {}
+    for min_chars, misread in settings:
+        name = f"min_chars={min_chars} misread_min_chars={misread}"
+        found[name] = "".join(
+            str(int(caption_matches([text], caption, min_chars, misread_min_chars=misread)))
+            for caption, text in itertools.product(_CAPTIONS, _SPOTTED)
+        )
+    generator = random.Random(0)
+    pairs = [
+        ["".join(generator.choices("ab c", k=length)) for length in (12, 30)] for _ in range(200)
+    ]
+    found["random"] = "".join(
+        str(int(caption_matches([text], caption, misread_min_chars=7))) for text, caption in pairs
+    )
+    found["can_match"] = "".join(str(int(can_match(caption))) for caption in _CAPTIONS)
+    return found
+
+
+def _verdicts() -> list[str]:
+    """What is decided about pictures whose lines are known, and which lines are read next."""
+    boxes = [(0, 90, 0, 20), (0, 40, 30, 60), (0, 12, 0, 40), (5, 5, 60, 8, 58, 30, 3, 27)]
+    texts = [("HAPPY BIRTH", 0.9), ("red car", 0.09), None, ("stop sign", 0.4)]
+    found = []
+    for gate, caption in itertools.product((0.01, 0.03, 0.5), _CAPTIONS[:7]):
+        picture = spotter._Picture(b"data", [caption, "another text"], Settings())
+        picture.reading = Reading({160: gate}, list(boxes), list(texts))
+        verdict = picture.verdict()
+        lines = picture.next_lines(4)
+        found.append(
+            f"{gate} {caption}: {verdict.looked} {verdict.matches} audited={verdict.audited} "
+            f"open={picture.is_open()} next={lines} order={picture._rank_lines()}"
+        )
+    return found
+
+
+def _describe_rules() -> dict:
+    settings = dataclasses.asdict(Settings())
+    ocr_settings = settings.pop("ocr")
+    kept = {k: v for k, v in (settings | ocr_settings).items() if k not in NOT_HASHED}
+    names = ("_CROP_HEIGHT", "_MIN_BOX_SIDE", "_CONTRAST_BELOW", "_TARGET_CONTRAST", "_GROUPING")
+    constants = {name: getattr(ocr, name) for name in names}
+    constants |= {name: getattr(spotter, name) for name in ("_GATE_GAIN", "_WORD_ASPECT")}
+    blank = np.zeros((30, 400, 3), np.uint8)
+    shrunk = [ocr.shrink(blank[:h, :w], 160) for h, w in ((30, 400), (7, 90), (1, 400))]
+    return {
+        "settings": kept,
+        "constants": constants,
+        "recognizable": "".join(sorted(match.RECOGNIZABLE)),
+        "shrunk": [[*s.pixels.shape, s.scale] for s in shrunk],
+        "matches": _match_decisions(),
+        "verdicts": _verdicts(),
+    }
+
+
+def _differences(golden: dict, rules: dict) -> list[str]:
+    rules = json.loads(json.dumps(rules))
+    return [name for name in rules.keys() | golden.keys() if rules.get(name) != golden.get(name)]
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict:
+    """What the rules of the recorded version decided."""
+    return json.loads(_GOLDEN.read_text(encoding="utf-8"))
+
+
+def test_decisions_change_only_with_the_version(golden):
+    assert golden["rules_version"] == RULES_VERSION, "write the golden file anew"
+    assert _differences(golden["rules"], _describe_rules()) == [], (
+        f"the spotting rules are not those of RULES_VERSION {RULES_VERSION}: raise it in "
+        "data_prep/text_spotting/config.py, and run `python -m "
+        "tests.data_prep.text_spotting.test_rules_version`"
+    )
+
+
+def test_a_changed_rule_is_noticed(golden, monkeypatch):
+    monkeypatch.setattr(spotter, "_WORD_ASPECT", 4.0)
+    assert set(_differences(golden["rules"], _describe_rules())) == {"constants", "verdicts"}
+    monkeypatch.undo()
+    monkeypatch.setattr(match, "fold_text", str.casefold)
+    assert "matches" in _differences(golden["rules"], _describe_rules())
+
+
+def main() -> None:
+    """Writes the golden file, unless decisions changed and the version did not."""
+    rules = _describe_rules()
+    if _GOLDEN.exists():
+        before = json.loads(_GOLDEN.read_text(encoding="utf-8"))
+        changed = _differences(before["rules"], rules)
+        if changed and before["rules_version"] == RULES_VERSION:
+            raise SystemExit(
+                f"RULES_VERSION is still {RULES_VERSION}, but these changed: {changed}"
+            )
+    text = json.dumps(
+        {"rules_version": RULES_VERSION, "rules": rules}, indent=1, ensure_ascii=False
+    )
+    _GOLDEN.write_text(f"{text}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
