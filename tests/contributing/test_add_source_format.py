@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from data_prep.reports.report import read_report
+from data_prep.reports.summary import read_report
 from diht_jax import load_model
 from diht_jax.config import load_recipe
 from diht_jax.data.readers import registry
