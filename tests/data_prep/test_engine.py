@@ -186,7 +186,7 @@ engine_local._STALL_SECS = 0.4
 log_warning = engine_local.logging.warning
 def warn(text, *args):
     log_warning(text, *args)
-    if "no sign of life" in text:
+    if "is at work" in text % args:
         (folder / "warned").touch()
 engine_local.logging.warning = warn
 def work(task, report):
