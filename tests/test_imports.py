@@ -110,6 +110,13 @@ def test_imports_point_one_way(path):
             assert imported.startswith(DATA_PREP_MAY_IMPORT), f"{module} imports {imported}"
 
 
+@pytest.mark.parametrize("command", ["filter", "label"])
+def test_workers_of_data_prep_start_without_jax(command):
+    # A spawned worker imports the main module of its command before it can do anything.
+    code = f"import sys, data_prep.{command}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, timeout=120).returncode == 0
+
+
 def test_layer_check_sees_a_wrong_arrow(tmp_path):
     path = tmp_path / "wrong.py"
     path.write_text("def f():\n    from diht_jax.training import loop\n")

@@ -1,7 +1,6 @@
-"""The config of `data_prep.label`: every key with its default, and what types cannot tell.
+"""The config of `data_prep.label`: every key with its default, and the checks of their ranges.
 
-`configs/prep/concepts.py` and the command use it. The sections of the teacher and of the heads
-stand beside their code.
+The sections of the teachers stand beside their code, in `data_prep.teachers`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from data_prep.labelling.train_heads import default_heads
 from data_prep.teachers.registry import default_teacher
 from diht_jax.data.records.schema import MAX_CONCEPTS
 
@@ -53,8 +51,26 @@ def default_config() -> ml_collections.ConfigDict:
     return c
 
 
+def default_heads() -> ml_collections.ConfigDict:
+    """The config section `heads`."""
+    c = ml_collections.ConfigDict()
+    c.load = placeholder(str)  # folder whose heads are taken over
+    c.steps = 2000  # at most
+    c.batch_size = 1024  # images drawn for each step
+    c.learning_rate = 1e-3  # peak; falls to zero by a cosine
+    # An L2 penalty, as a prior: the deviation of logits that is expected before any image is seen.
+    # It matters where images are few; for 1,280 dimensions 2.5 was the best of those tried.
+    c.prior_logit_std = 2.5
+    # Share of the images above which a concept is not up-sampled; 1: all are, by 1 / sqrt(share).
+    c.repeat_threshold = 1.0
+    c.held_out = 0.1  # share of the images, chosen by their keys
+    c.max_examples = 2_000_000  # images that are trained on; more are sampled
+    c.max_held_out = 20_000  # images that metrics are measured on
+    return c
+
+
 def check_config(config: ml_collections.ConfigDict) -> None:
-    """Checks what types cannot tell.
+    """Checks the ranges of values.
 
     Raises:
         ValueError: a value is out of its range.

@@ -1,237 +1,138 @@
-"""The two heads of a data set: out of embeddings and mentions come `heads.npz` and `heads.json`.
+"""The linear heads of a labelled folder, as they are applied and kept in files.
 
-`data_prep.label` calls it between embedding and labelling. The training itself is in `heads.py`.
+`heads.npz` has the weights. `heads.json` describes them: their vocabulary and teacher, and the
+curves and metrics of the training. NumPy only, so that labelling workers start fast; the training
+is in `train_heads.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
 import numpy as np
-from absl import logging
 
-from data_prep.jobs import shards
-from data_prep.labelling import metrics
-from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.embeddings import key_ranks, load_embeddings
-from data_prep.labelling.head_weights import WEIGHTS, Head, hash_heads, load_heads, write_heads
-from data_prep.labelling.train_heads import Split, train_head
-from data_prep.labelling.vocabulary import Targets
 from data_prep.teachers.base import TeacherInfo
-from diht_jax.data.records.vocabulary import (
-    ConceptList,
-    Vocabulary,
-    check_vocabulary,
-    read_vocabulary,
-)
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.records.vocabulary import check_vocabulary, read_vocabulary
 
+WEIGHTS = "heads.npz"
 DESCRIPTION = "heads.json"
 
-_FORMAT_VERSION = 1
-# Seeds of independent choices by key.
-_SPLIT, _SAMPLE = 0, 1
-# How many of them the description names, for the report.
-_LISTED = 20
-# Fewer held-out images say too little of a concept to rank it.
-_MIN_POSITIVES = 5
+_ROWS_AT_ONCE = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Embeddings with their targets, of training or held out.
+class Head:
+    """A linear classifier.
 
     Attributes:
-        embeddings: [n, d].
-        targets: kind -> targets of the n images, empty rows included.
+        kernel: float32 [d, v].
+        bias: float32 [v].
     """
 
-    embeddings: np.ndarray
-    targets: Mapping[str, Targets]
+    kernel: np.ndarray
+    bias: np.ndarray
 
-    def of_kind(self, kind: str) -> Split:
-        """Those that have a concept of the kind."""
-        with_concept = np.flatnonzero(self.targets[kind].lengths)
-        return Split(self.embeddings[with_concept], self.targets[kind].take(with_concept))
+    def predict(self, embeddings: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The likeliest concepts.
+
+        Args:
+            embeddings: float [n, d].
+            top_k: how many; all where there are fewer.
+
+        Returns:
+            ids: int32 [n, k], likeliest first.
+            probs: float32 [n, k], softmax probabilities, renormalised over the k.
+        """
+        k = min(top_k, len(self.bias))
+        ids = np.zeros((len(embeddings), k), np.int32)
+        probs = np.zeros((len(embeddings), k), np.float32)
+        for start in range(0, len(embeddings), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            logits = embeddings[part].astype(np.float32) @ self.kernel + self.bias
+            best = np.argpartition(-logits, k - 1, axis=1)[:, :k]
+            best.sort(axis=1)  # so that equal logits stand in the order of their ids
+            values = np.take_along_axis(logits, best, axis=1)
+            order = np.argsort(-values, axis=1, kind="stable")
+            values = np.take_along_axis(values, order, axis=1)
+            weights = np.exp(values - values[:, :1])
+            ids[part] = np.take_along_axis(best, order, axis=1)
+            probs[part] = weights / weights.sum(axis=1, keepdims=True)
+        return ids, probs
 
 
-def is_held_out(key_hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """bool [n]: which images are never trained on.
+def write_heads(folder: str, heads: Mapping[str, Head]) -> None:
+    """Writes the heads of a folder, by kind; equal heads give equal bytes."""
+    arrays = {}
+    for kind, head in sorted(heads.items()):
+        arrays |= {f"{kind}_kernel": head.kernel, f"{kind}_bias": head.bias}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(pathlib.Path(folder) / WEIGHTS, buffer.getvalue())
 
-    Args:
-        key_hashes: uint64 [n].
-        share: of the images.
-        seed: of the choice.
+
+def load_heads(folder: str) -> dict[str, Head]:
+    """The heads of a labelled folder: kind -> head; none for an empty vocabulary.
+
+    Raises:
+        ValueError: the file is missing or damaged.
     """
-    return key_ranks(key_hashes, 2 * seed + _SPLIT) < share
+    path = pathlib.Path(folder) / WEIGHTS
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            kinds = sorted({name.rpartition("_")[0] for name in file.files})
+            return {kind: Head(file[f"{kind}_kernel"], file[f"{kind}_bias"]) for kind in kinds}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: no heads of data_prep.label ({error}); expected the output folder of a run"
+        ) from error
 
 
-def obtain_heads(
-    config: ml_collections.ConfigDict,
-    folder: str,
-    vocabulary: Vocabulary,
-    embedded: Sequence[shards.ShardTask],
-    teacher: TeacherInfo,
-) -> dict[str, Any]:
-    """The heads of a folder: those that are there, or new ones.
+def hash_heads(folder: str) -> str | None:
+    """The fingerprint of what `write_heads` wrote; None where there is no file."""
+    path = pathlib.Path(folder) / WEIGHTS
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
 
-    Args:
-        config: of `label_config.default_config`.
-        folder: gets `heads.npz` and `heads.json`.
-        vocabulary: v of each head.
-        embedded: finished tasks of `embeddings.plan_embeddings`.
-        teacher: whose embeddings they are.
 
-    Returns:
-        The description, as `heads.json` has it.
-    """
-    settings = {
-        "format_version": _FORMAT_VERSION,
-        "heads": config.heads.to_dict(),
-        "seed": config.seed,
-        "vocabulary": vocabulary.describe(),
-        "embeddings": [[task.config_hash, task.source.identity()] for task in embedded],
-    }
-    config_hash = shards.hash_config(settings)
-    description = _read_description(folder)
-    present = {"config_hash": config_hash, "weights_hash": hash_heads(folder)}
-    if description is not None and present.items() <= description.items():
-        logging.info("heads: trained before")
-        return description
-    heads, results = {}, {}
-    if config.heads.load:
-        heads, results = load_heads(config.heads.load), _check_loaded(config, vocabulary, teacher)
-    else:
-        train, held_out = gather_examples(config, vocabulary, embedded)
-        for part in vocabulary:
-            if len(part):
-                heads[part.kind], results[part.kind] = _train(config, part, train, held_out)
-    write_heads(folder, heads)
-    description = {
-        "config_hash": config_hash,
-        "weights_hash": hash_heads(folder),
-        "loaded_from": config.heads.load,
-        "vocabulary": vocabulary.describe(),
-        "teacher": dict(teacher.identity),
-        "heads": results,
-    }
-    shards.write_json(pathlib.Path(folder) / DESCRIPTION, description)
+def read_description(folder: str) -> dict[str, Any] | None:
+    """What `heads.json` holds; None where it is missing or damaged."""
+    path = pathlib.Path(folder) / DESCRIPTION
+    try:
+        description = json.loads(path.read_bytes())
+        description["config_hash"], description["weights_hash"], description["heads"]  # noqa: B018
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
     return description
 
 
-def gather_examples(
-    config: ml_collections.ConfigDict,
-    vocabulary: Vocabulary,
-    embedded: Sequence[shards.ShardTask],
-) -> tuple[Examples, Examples]:
-    """Training and held-out examples; a sample by key, where there are more than the config wants.
+def load_results(folder: str, teacher: TeacherInfo) -> dict[str, Any]:
+    """The curves and metrics of heads that another run has trained.
+
+    Args:
+        folder: `config.heads.load`, of that run.
+        teacher: of this run.
+
+    Returns:
+        Kind -> result, as `heads.json` has it.
 
     Raises:
-        ValueError: a file is damaged, or embeddings and mentions are not of the same records.
+        ValueError: there are no heads, the files of the folder do not belong together, or the heads
+            are of another teacher.
     """
-    settings = config.heads
-    total = sum(shards.load_finished(task)["output"]["records"] for task in embedded)
-    limits = (
-        settings.max_examples / max(1, total * (1 - settings.held_out)),
-        settings.max_held_out / max(1, total * settings.held_out),
-    )
-    vectors: tuple[list, list] = ([], [])
-    targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
-    for task in embedded:
-        found = load_embeddings(task.output)
-        held_out = is_held_out(found.key_hashes, settings.held_out, config.seed)
-        rank = key_ranks(found.key_hashes, 2 * config.seed + _SAMPLE)
-        has_embedding = np.zeros(len(held_out), bool)
-        has_embedding[found.rows] = True
-        of_shard = {part.kind: _read_targets(task, part, len(held_out)) for part in vocabulary}
-        for number, of_split in enumerate((~held_out, held_out)):
-            chosen = of_split & has_embedding & (rank < limits[number])
-            vectors[number].append(found.embeddings[chosen[found.rows]])
-            for kind, shard_targets in of_shard.items():
-                targets[number][kind].append(shard_targets.take(chosen))
-    # A shard without any embedding does not know their size.
-    vectors = [[part for part in parts if part.shape[1]] for parts in vectors]
-    return tuple(
-        Examples(
-            np.concatenate(parts or [np.zeros((0, 1), np.float32)]),
-            {kind: concept_vocabulary.concatenate(found) for kind, found in of_split.items()},
-        )
-        for parts, of_split in zip(vectors, targets, strict=True)
-    )
-
-
-def _read_targets(task: shards.ShardTask, part: ConceptList, num_records: int) -> Targets:
-    targets = concept_vocabulary.read_targets([task.source.path], part)
-    if len(targets) != num_records:
-        raise ValueError(
-            f"{task.source}: {num_records} records, but concepts of {len(targets)}; filter again"
-        )
-    return targets
-
-
-def _train(
-    config: ml_collections.ConfigDict, part: ConceptList, train: Examples, held_out: Examples
-) -> tuple[Head, dict[str, Any]]:
-    train_split, held_out_split = train.of_kind(part.kind), held_out.of_kind(part.kind)
-    logging.info(
-        "head of %d %s: %d images, %d held out",
-        len(part),
-        part.kind,
-        len(train_split.targets),
-        len(held_out_split.targets),
-    )
-    head, curve = train_head(train_split, held_out_split, len(part), config.heads, config.seed)
-    depth = max(metrics.RANKS)
-    ids, _ = head.predict(held_out_split.embeddings, depth)
-    predictions = metrics.Predictions(ids, held_out_split.targets)
-    baseline = metrics.frequency_baseline(
-        train_split.targets, held_out_split.targets, len(part), depth
-    )
-    return head, {
-        "images": {"train": len(train_split.targets), "held_out": len(held_out_split.targets)},
-        "curve": curve,
-        "metrics": metrics.summarize(predictions, len(part)),
-        "baseline": metrics.summarize(baseline, len(part)),
-        **_rank_concepts(predictions, part),
-    }
-
-
-def _rank_concepts(predictions: metrics.Predictions, part: ConceptList) -> dict[str, Any]:
-    """Best and worst concepts, by the recall at the deepest rank that is no matter of course."""
-    k = max(k for k in metrics.RANKS if k == 1 or 4 * k <= len(part))
-    recall = predictions.concept_recall(k, len(part))
-    positives = predictions.targets.counts(len(part))
-    enough = np.flatnonzero(positives >= _MIN_POSITIVES)
-    order = enough[np.lexsort((-positives[enough], -recall[enough]))]
-    listed = [
-        {"concept": part.names[i], "recall": float(recall[i]), "images": int(positives[i])}
-        for i in order
-    ]
-    half = min(_LISTED, len(listed) // 2)
-    return {
-        "ranked_by": f"recall_at_{k}",
-        "best": listed[:half],
-        "worst": listed[::-1][: min(_LISTED, len(listed) - half)],
-    }
-
-
-def _check_loaded(
-    config: ml_collections.ConfigDict, vocabulary: Vocabulary, teacher: TeacherInfo
-) -> dict[str, Any]:
-    """The results of loaded heads, from their folder; raises if they do not fit this run."""
-    folder = config.heads.load
-    description = _read_description(folder)
+    description = read_description(folder)
     if description is None:
         raise ValueError(f"config.heads.load='{folder}': no {DESCRIPTION} there")
     if description["weights_hash"] != hash_heads(folder):
         raise ValueError(f"{folder}/{WEIGHTS} is not the file that {DESCRIPTION} describes")
     expected = read_vocabulary(folder).describe()
     check_vocabulary(description["vocabulary"], expected, f"{folder}/{DESCRIPTION}", folder)
-    check_vocabulary(vocabulary.describe(), expected, config.output, folder)
     # The identity as it comes back from JSON, without what belongs to one data set. The size of the
     # embeddings is checked when the heads are applied.
     theirs, ours = (
@@ -244,13 +145,3 @@ def _check_loaded(
             f"is {ours}"
         )
     return description["heads"]
-
-
-def _read_description(folder: str) -> dict[str, Any] | None:
-    path = pathlib.Path(folder) / DESCRIPTION
-    try:
-        description = json.loads(path.read_bytes())
-        description["config_hash"], description["weights_hash"], description["heads"]  # noqa: B018
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    return description

@@ -29,6 +29,7 @@ from data_prep.labelling import heads as head_files
 from data_prep.labelling import report as label_report
 from data_prep.labelling import shard as label_shard_module
 from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling.examples import gather_examples
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import TeacherInfo
 from data_prep.teachers.registry import describe_teacher, load_teacher
@@ -37,7 +38,8 @@ from diht_jax.data.records.dataset_info import write_dataset_info
 from diht_jax.data.records.tfrecord import find_shards
 from diht_jax.data.records.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 
-_FORMAT_VERSION = 1
+_LABELS_VERSION = 1
+_HEADS_VERSION = 1
 
 
 def run(
@@ -70,7 +72,7 @@ def run(
     if not _all_done(embedding_tasks, "embedded"):
         return failures
     write_vocabulary(folder, vocabulary)
-    heads = head_files.obtain_heads(config, folder, vocabulary, embedding_tasks, teacher)
+    heads = _obtain_heads(config, folder, vocabulary, embedding_tasks, teacher)
     tasks = _plan_labels(config, inputs, folder, heads, embedding_tasks[0].config_hash)
     label = functools.partial(
         label_shard_module.label_shard,
@@ -110,6 +112,65 @@ def _make_vocabulary(config: ml_collections.ConfigDict, paths: Sequence[str]) ->
     return vocabulary
 
 
+def _obtain_heads(
+    config: ml_collections.ConfigDict,
+    folder: str,
+    vocabulary: Vocabulary,
+    embedded: Sequence[shards.ShardTask],
+    teacher: TeacherInfo,
+) -> dict[str, Any]:
+    """Heads and description of a folder: those that are there, loaded ones, or newly trained ones.
+
+    Args:
+        config: of `labelling.config.default_config`.
+        folder: gets `heads.npz` and `heads.json`.
+        vocabulary: v of each head.
+        embedded: finished tasks of `embeddings.plan_embeddings`.
+        teacher: whose embeddings they are.
+
+    Returns:
+        The description, as `heads.json` has it.
+    """
+    settings = {
+        "format_version": _HEADS_VERSION,
+        "heads": config.heads.to_dict(),
+        "seed": config.seed,
+        "vocabulary": vocabulary.describe(),
+        "embeddings": [[task.config_hash, task.source.identity()] for task in embedded],
+    }
+    config_hash = shards.hash_config(settings)
+    description = head_files.read_description(folder)
+    present = {"config_hash": config_hash, "weights_hash": head_files.hash_heads(folder)}
+    if description is not None and present.items() <= description.items():
+        logging.info("heads: trained before")
+        return description
+    heads, results = {}, {}
+    if config.heads.load:
+        heads = head_files.load_heads(config.heads.load)
+        results = head_files.load_results(config.heads.load, teacher)
+    else:
+        # It needs JAX, which no worker should wait for: workers import this module as well.
+        from data_prep.labelling.train_heads import train_and_measure
+
+        train, held_out = gather_examples(config, vocabulary, embedded)
+        for part in vocabulary:
+            if len(part):
+                heads[part.kind], results[part.kind] = train_and_measure(
+                    config, part, train, held_out
+                )
+    head_files.write_heads(folder, heads)
+    description = {
+        "config_hash": config_hash,
+        "weights_hash": head_files.hash_heads(folder),
+        "loaded_from": config.heads.load,
+        "vocabulary": vocabulary.describe(),
+        "teacher": dict(teacher.identity),
+        "heads": results,
+    }
+    shards.write_json(pathlib.Path(folder) / head_files.DESCRIPTION, description)
+    return description
+
+
 def _plan_labels(
     config: ml_collections.ConfigDict,
     inputs: Sequence[SourceShard],
@@ -118,7 +179,7 @@ def _plan_labels(
     embedding_hash: str,
 ) -> list[shards.ShardTask]:
     settings = {
-        "format_version": _FORMAT_VERSION,
+        "format_version": _LABELS_VERSION,
         "embeddings": embedding_hash,
         "heads": heads["weights_hash"],
         "vocabulary": heads["vocabulary"],

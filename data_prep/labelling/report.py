@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.labelling.embeddings import hash_key
-from data_prep.labelling.heads import is_held_out
+from data_prep.labelling.examples import is_held_out
 from data_prep.reports.html import data_uri, render_bar, render_page
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.images.decode import ImageError, decode_rgb

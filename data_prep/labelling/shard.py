@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.labelling.embeddings import embedding_path, hash_key, load_embeddings, read_shard
-from data_prep.labelling.head_weights import Head, load_heads
+from data_prep.labelling.heads import Head, load_heads
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records import schema, vocabulary
 from diht_jax.data.records.schema import Record

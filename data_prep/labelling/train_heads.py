@@ -1,8 +1,7 @@
-"""Linear concept classifiers on a teacher's embeddings: training, metrics, predictions.
+"""Training of the linear concept classifiers (heads) on a teacher's embeddings, and their metrics.
 
-Method: DiHT, arXiv 2301.02280, "Concept Distillation". `data_prep.label` trains one head for
-objects and one for attributes. Arrays in, arrays out: files belong in `head_files.py`, images in
-`teachers.py`.
+Method: DiHT, arXiv 2301.02280, "Concept Distillation": one head for objects and one for
+attributes. Arrays in, arrays out; their files are in `heads.py`.
 
 Ours: embeddings are standardised for the training (and the head folded back afterwards), so that
 one learning rate and one penalty fit any teacher; the parameters with the lowest held-out loss are
@@ -11,7 +10,6 @@ kept, and training ends when that has not fallen for a quarter of the steps.
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from typing import Any
 
@@ -20,52 +18,30 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from absl import logging
 from tqdm import tqdm
 
-from data_prep.labelling.head_weights import Head
-from data_prep.labelling.metrics import Predictions
+from data_prep.labelling import metrics
+from data_prep.labelling.examples import Examples, Split
+from data_prep.labelling.heads import Head
 from data_prep.labelling.vocabulary import Targets, concept_factors, repeat_factors
+from diht_jax.data.records.vocabulary import ConceptList
 
 _NUM_EVALUATIONS = 20
 _PATIENCE = 5  # evaluations
 _ROWS_AT_ONCE = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """Examples of training, or held out.
-
-    Attributes:
-        embeddings: float [n, d].
-        targets: of the n images; those without any concept must not be among them.
-    """
-
-    embeddings: np.ndarray
-    targets: Targets
-
-
-def default_heads() -> ml_collections.ConfigDict:
-    """The config section `heads`."""
-    c = ml_collections.ConfigDict()
-    c.load = ml_collections.config_dict.placeholder(str)  # folder whose heads are taken over
-    c.steps = 2000  # at most
-    c.batch_size = 1024  # images drawn for each step
-    c.learning_rate = 1e-3  # peak; falls to zero by a cosine
-    # An L2 penalty, as a prior: the deviation of logits that is expected before any image is seen.
-    # It matters where images are few; for 1,280 dimensions 2.5 was the best of those tried.
-    c.prior_logit_std = 2.5
-    # Share of the images above which a concept is not up-sampled; 1: all are, by 1 / sqrt(share).
-    c.repeat_threshold = 1.0
-    c.held_out = 0.1  # share of the images, chosen by their keys
-    c.max_examples = 2_000_000  # images that are trained on; more are sampled
-    c.max_held_out = 20_000  # images that metrics are measured on
-    return c
+# Fewer held-out images say too little of a concept to rank it.
+_MIN_POSITIVES = 5
+_LISTED = 20  # best and worst concepts in the description
 
 
 def soft_target_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
     """Softmax cross-entropy with sparse soft targets, one value per row.
 
-    `logsumexp(z) - sum_k p_k z_{id_k}`; targets are never made dense.
+    `logsumexp(z) - sum_k p_k z_{id_k}`; targets are never made dense. `diht_jax.losses.concepts`
+    multiplies the first term by the sum of the rounded probabilities, which is 1 up to the last
+    digit. Here it is left out: heads that are trained again must come out equal to the digit, or
+    folders that were labelled before would be labelled again.
 
     Args:
         logits: float32 [b, v].
@@ -77,6 +53,44 @@ def soft_target_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax
     """
     chosen = jnp.take_along_axis(logits, ids, axis=1)
     return jax.nn.logsumexp(logits, axis=1) - jnp.sum(probs * chosen, axis=1)
+
+
+def train_and_measure(
+    config: ml_collections.ConfigDict, part: ConceptList, train: Examples, held_out: Examples
+) -> tuple[Head, dict[str, Any]]:
+    """Trains the head of one kind of concepts, and measures it on the held-out images.
+
+    Args:
+        config: of `labelling.config.default_config`.
+        part: the vocabulary of the kind.
+        train, held_out: of all images, also those without a concept of the kind.
+
+    Returns:
+        The head, and its result: numbers of images, curve, metrics, those of the frequency
+        baseline, best and worst concepts. JSON-able.
+    """
+    train_split, held_out_split = train.of_kind(part.kind), held_out.of_kind(part.kind)
+    logging.info(
+        "head of %d %s: %d images, %d held out",
+        len(part),
+        part.kind,
+        len(train_split.targets),
+        len(held_out_split.targets),
+    )
+    head, curve = train_head(train_split, held_out_split, len(part), config.heads, config.seed)
+    depth = max(metrics.RANKS)
+    ids, _ = head.predict(held_out_split.embeddings, depth)
+    predictions = metrics.Predictions(ids, held_out_split.targets)
+    baseline = metrics.frequency_baseline(
+        train_split.targets, held_out_split.targets, len(part), depth
+    )
+    return head, {
+        "images": {"train": len(train_split.targets), "held_out": len(held_out_split.targets)},
+        "curve": curve,
+        "metrics": metrics.summarize(predictions, len(part)),
+        "baseline": metrics.summarize(baseline, len(part)),
+        **_rank_concepts(predictions, part),
+    }
 
 
 def train_head(
@@ -232,7 +246,7 @@ class _Evaluation:
             loss, ids = self._measure(params, embeddings, self._ids[rows], self._probs[rows])
             losses.append(np.asarray(loss)[: n - start])
             best.append(np.asarray(ids)[: n - start])
-        predictions = Predictions(np.concatenate(best), self._held_out.targets)
+        predictions = metrics.Predictions(np.concatenate(best), self._held_out.targets)
         return {
             "held_out_loss": float(np.average(np.concatenate(losses), weights=self._weights)),
             "recall_at_10": predictions.recall(10),
@@ -244,3 +258,22 @@ def _fold(params: dict[str, np.ndarray], mean: np.ndarray, scale: np.ndarray) ->
     kernel = params["kernel"].astype(np.float64) * scale[:, None].astype(np.float64)
     bias = params["bias"] - mean.astype(np.float64) @ kernel
     return Head(kernel.astype(np.float32), bias.astype(np.float32))
+
+
+def _rank_concepts(predictions: metrics.Predictions, part: ConceptList) -> dict[str, Any]:
+    """Best and worst concepts, by the recall at the deepest rank that is not trivially high."""
+    k = max(k for k in metrics.RANKS if k == 1 or 4 * k <= len(part))
+    recall = predictions.concept_recall(k, len(part))
+    positives = predictions.targets.counts(len(part))
+    enough = np.flatnonzero(positives >= _MIN_POSITIVES)
+    order = enough[np.lexsort((-positives[enough], -recall[enough]))]
+    listed = [
+        {"concept": part.names[i], "recall": float(recall[i]), "images": int(positives[i])}
+        for i in order
+    ]
+    half = min(_LISTED, len(listed) // 2)
+    return {
+        "ranked_by": f"recall_at_{k}",
+        "best": listed[:half],
+        "worst": listed[::-1][: min(_LISTED, len(listed) - half)],
+    }

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from scipy import optimize, special
 
-from data_prep.labelling.head_weights import Head, hash_heads, load_heads, write_heads
+from data_prep.labelling.config import default_heads
+from data_prep.labelling.examples import Split
+from data_prep.labelling.heads import Head, hash_heads, load_heads, write_heads
 from data_prep.labelling.metrics import Predictions, frequency_baseline, summarize
-from data_prep.labelling.train_heads import Split, default_heads, soft_target_loss, train_head
+from data_prep.labelling.train_heads import soft_target_loss, train_head
 from data_prep.labelling.vocabulary import Targets
 
 

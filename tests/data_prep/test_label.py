@@ -21,7 +21,7 @@ from data_prep.labelling import config as label_config
 from data_prep.labelling import embeddings
 from data_prep.labelling import report as label_report
 from data_prep.labelling.embeddings import key_ranks
-from data_prep.labelling.heads import gather_examples, is_held_out
+from data_prep.labelling.examples import gather_examples, is_held_out
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.readers.registry import list_shards

@@ -1,0 +1,114 @@
+"""What the heads are trained and measured on: embeddings with the concepts that captions name.
+
+The keys of the records decide which images are held out, and which are sampled where there are more
+than the config wants. NumPy only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import ml_collections
+import numpy as np
+
+from data_prep.jobs import shards
+from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling.embeddings import key_ranks, load_embeddings
+from data_prep.labelling.vocabulary import Targets
+from diht_jax.data.records.vocabulary import ConceptList, Vocabulary
+
+# Seeds of independent choices by key.
+_SPLIT, _SAMPLE = 0, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Examples of training, or held out.
+
+    Attributes:
+        embeddings: float [n, d].
+        targets: of the n images; those without any concept must not be among them.
+    """
+
+    embeddings: np.ndarray
+    targets: Targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Embeddings with their targets, of training or held out.
+
+    Attributes:
+        embeddings: [n, d].
+        targets: kind -> targets of the n images, empty rows included.
+    """
+
+    embeddings: np.ndarray
+    targets: Mapping[str, Targets]
+
+    def of_kind(self, kind: str) -> Split:
+        """Those that have a concept of the kind."""
+        with_concept = np.flatnonzero(self.targets[kind].lengths)
+        return Split(self.embeddings[with_concept], self.targets[kind].take(with_concept))
+
+
+def is_held_out(key_hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """bool [n]: which images are never trained on.
+
+    Args:
+        key_hashes: uint64 [n].
+        share: of the images.
+        seed: of the choice.
+    """
+    return key_ranks(key_hashes, 2 * seed + _SPLIT) < share
+
+
+def gather_examples(
+    config: ml_collections.ConfigDict,
+    vocabulary: Vocabulary,
+    embedded: Sequence[shards.ShardTask],
+) -> tuple[Examples, Examples]:
+    """Training and held-out examples; a sample by key, where there are more than the config wants.
+
+    Raises:
+        ValueError: a file is damaged, or embeddings and mentions are not of the same records.
+    """
+    settings = config.heads
+    total = sum(shards.load_finished(task)["output"]["records"] for task in embedded)
+    limits = (
+        settings.max_examples / max(1, total * (1 - settings.held_out)),
+        settings.max_held_out / max(1, total * settings.held_out),
+    )
+    vectors: tuple[list, list] = ([], [])
+    targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
+    for task in embedded:
+        found = load_embeddings(task.output)
+        held_out = is_held_out(found.key_hashes, settings.held_out, config.seed)
+        rank = key_ranks(found.key_hashes, 2 * config.seed + _SAMPLE)
+        has_embedding = np.zeros(len(held_out), bool)
+        has_embedding[found.rows] = True
+        of_shard = {part.kind: _read_targets(task, part, len(held_out)) for part in vocabulary}
+        for number, of_split in enumerate((~held_out, held_out)):
+            chosen = of_split & has_embedding & (rank < limits[number])
+            vectors[number].append(found.embeddings[chosen[found.rows]])
+            for kind, shard_targets in of_shard.items():
+                targets[number][kind].append(shard_targets.take(chosen))
+    # A shard without any embedding does not know their size.
+    vectors = [[part for part in parts if part.shape[1]] for parts in vectors]
+    return tuple(
+        Examples(
+            np.concatenate(parts or [np.zeros((0, 1), np.float32)]),
+            {kind: concept_vocabulary.concatenate(found) for kind, found in of_split.items()},
+        )
+        for parts, of_split in zip(vectors, targets, strict=True)
+    )
+
+
+def _read_targets(task: shards.ShardTask, part: ConceptList, num_records: int) -> Targets:
+    targets = concept_vocabulary.read_targets([task.source.path], part)
+    if len(targets) != num_records:
+        raise ValueError(
+            f"{task.source}: {num_records} records, but concepts of {len(targets)}; filter again"
+        )
+    return targets
