@@ -17,7 +17,7 @@ from data_prep.filtering.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The defaults of `cat_config` are this recipe; the switches stand here to be seen."""
+    """The defaults of the filter are this recipe; the switches are listed here to be seen."""
     config = default_config()
     config.complexity = True
     config.min_complexity = 1

@@ -31,7 +31,7 @@ NOT_HASHED = ("cache", "device", "batch_size", "stop_at_match")
 
 
 def default_spotter() -> ml_collections.ConfigDict:
-    """The config section `spotter`, with the calibrated defaults of docs/data.md."""
+    """The config section `spotter`, with the calibrated defaults of docs/benchmarks.md."""
     s = Settings()
     c = ml_collections.ConfigDict()
     # The match.

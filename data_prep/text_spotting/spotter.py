@@ -49,7 +49,7 @@ _WORD_ASPECT = 1.5
 class Settings:
     """How pictures are read and what counts as a match; the defaults are calibrated.
 
-    docs/data.md shows the curves that they come from.
+    docs/benchmarks.md shows the curves that they come from.
 
     Attributes:
         ocr: of the networks.
