@@ -30,3 +30,8 @@ def test_benchmarks_page_has_every_result_with_command_and_date(path):
     assert result["date_utc"][:10] in page
     machine = result["machine"]
     assert f"{machine['cores']} cores" in page and machine["cpu"] in page
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_name)
+def test_no_conflict_is_left(path):
+    assert not re.search(r"(?m)^(<{7} |>{7} |={7}$)", path.read_text("utf-8"))
