@@ -1,67 +1,26 @@
-"""Divides cases among the kinds of input, and runs them in processes that may die.
-
-Called by the command (`__main__.py`) and by the short test.
-"""
+"""Divides cases among the kinds of input, and runs them in a process that may die."""
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import json
+import multiprocessing
 import os
 import pathlib
-import selectors
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO
+from collections.abc import Callable, Mapping
+from typing import Any
+from unittest import mock
 
-from tests.fuzz.worker import LIMIT_SECS
+from tests.fuzz import worker
 
-# Kind (a module beside this one) -> its share of the cases.
+# Kind (a module of `kinds/`) -> its share of the cases.
 WEIGHTS = {
-    "tars": 18,
-    "tables": 11,
-    "records": 15,
-    "indices": 8,
-    "images": 20,
-    "training": 3,
-    "embeddings": 8,
-    "benchmarks": 9,
-    "configs": 10,
-    "weights": 16,
-    "vocabularies": 6,
-    "workdirs": 4,
-    "tfds": 2,
+    **{"tars": 18, "tables": 11, "records": 23, "images": 20, "training": 3, "embeddings": 8},
+    **{"benchmarks": 9, "configs": 10, "weights": 11, "vocabularies": 6, "workdirs": 4, "tfds": 2},
+    "model_directories": 5,
 }
-# A process that says nothing for so long hangs where no signal reaches it; imports count as well.
-_SILENCE_SECS = 4 * LIMIT_SECS
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-
-
-@dataclasses.dataclass
-class Summary:
-    """What came of a run.
-
-    Attributes:
-        outcomes: (kind, outcome) -> cases.
-        failures: of each failed case, its name (`KIND:NUMBER`), its mutation, and what happened.
-        secs: kind -> seconds in its cases.
-        slowest: seconds of the slowest case, and its name.
-    """
-
-    outcomes: collections.Counter[tuple[str, str]] = dataclasses.field(
-        default_factory=collections.Counter
-    )
-    failures: list[tuple[str, str, str]] = dataclasses.field(default_factory=list)
-    secs: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    slowest: tuple[float, str] = (0.0, "none")
-
-    @property
-    def num_cases(self) -> int:
-        """How many cases have ended, in whatever way."""
-        return self.outcomes.total() + len(self.failures)
+# A process that reports nothing for so long waits for something, or hangs in a library.
+_SILENCE_SECS = 6 * worker.LIMIT_SECS
+_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": ""}
 
 
 def share_out(cases: int, kinds: Mapping[str, int] = WEIGHTS) -> dict[str, int]:
@@ -70,84 +29,86 @@ def share_out(cases: int, kinds: Mapping[str, int] = WEIGHTS) -> dict[str, int]:
     return {kind: -(-cases * weight // total) for kind, weight in kinds.items()}
 
 
-def run(jobs: Mapping[str, range], seed: int, progress: Any = None) -> Summary:
-    """Runs cases; a worker that dies or hangs costs the case that it was at.
+def run(
+    jobs: Mapping[str, int],
+    seed: int,
+    profile: str = "suite",
+    on_case: Callable[[], Any] = lambda: None,
+    package: str = "tests.fuzz.kinds",
+) -> dict[str, worker.Result]:
+    """Runs properties; a process that dies or hangs costs the property that it was at.
 
     Args:
-        jobs: kind -> numbers of its cases.
+        jobs: kind or `KIND:PROPERTY` -> cases.
         seed: of all of them.
-        progress: a bar of tqdm, or None.
+        profile: "suite", or "long", which shrinks the cases that fail.
+        on_case: is called for each case.
+        package: where the kinds' modules are.
+
+    Returns:
+        `KIND:PROPERTY` -> what came of it.
     """
-    summary = Summary()
-    waiting = dict(jobs)
-    while waiting:
-        current: tuple[str, int] | None = None
-        with tempfile.TemporaryFile() as errors:
-            for report in _reports(waiting, seed, errors):
-                kind, case = report["kind"], report["case"]
-                if report["state"] == "preparing":
-                    current = None
-                    continue
-                if report["state"] == "started":
-                    current = kind, case
-                    continue
-                current = None
-                _count(summary, report)
-                _advance(waiting, kind, case)
-                if progress is not None:
-                    progress.update()
-            if current is None and waiting:
-                raise RuntimeError(f"no case of {next(iter(waiting))} could start: {_tail(errors)}")
-            if current is not None:
-                text = f"the process died or hung: {_tail(errors)}"
-                summary.failures.append((f"{current[0]}:{current[1]}", "?", text))
-                _advance(waiting, *current)
-    return summary
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        process = _Process(pathlib.Path(folder), on_case)
+        for job, cases in jobs.items():
+            kind, _, name = job.partition(":")
+            names = [name] if name else process.ask(f"{package}.{kind}")
+            for name in names:
+                count = -(-cases // len(names))
+                try:
+                    answer = process.ask(f"{package}.{kind}", name, count, seed, profile)
+                except _DeadError as error:
+                    answer = worker.Result(failure=str(error))
+                results[f"{kind}:{name}"] = answer
+        process.kill()
+    return results
 
 
-def _reports(jobs: Mapping[str, range], seed: int, errors: BinaryIO) -> Iterator[dict[str, Any]]:
-    """What a new worker says, until it ends; it is killed where it says nothing for too long."""
-    names = [f"{kind}:{numbers.start}:{numbers.stop}" for kind, numbers in jobs.items()]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": ""}
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "tests.fuzz.worker", str(seed), *names],
-        cwd=_REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=errors,
-    )
-    rest = b""
-    with worker, selectors.DefaultSelector() as selector:
-        selector.register(worker.stdout, selectors.EVENT_READ)
+class _DeadError(RuntimeError):
+    """The process has died or hung, and was replaced."""
+
+
+class _Process:
+    """A worker process, started when it is needed, and again when it has died."""
+
+    def __init__(self, folder: pathlib.Path, on_case: Callable[[], Any]):
+        self._folder, self._on_case = folder, on_case
+        self._log = folder / "log"
+        self._process: Any = None
+
+    def ask(self, *request: Any) -> Any:
+        """The answer of `worker.serve`."""
+        if self._process is None:
+            self._start()
+        self._connection.send(request)
+        cases = 0
         try:
-            while selector.select(_SILENCE_SECS):
-                data = os.read(worker.stdout.fileno(), 2**16)
-                if not data:
-                    break
-                *lines, rest = (rest + data).split(b"\n")
-                yield from map(json.loads, lines)
-        finally:
-            worker.kill()
+            while self._connection.poll(_SILENCE_SECS):
+                answer = self._connection.recv()
+                if answer is not None:
+                    return answer
+                cases += 1
+                self._on_case()
+        except EOFError:
+            pass
+        self.kill()
+        tail = self._log.read_text(errors="replace")[-3000:]
+        raise _DeadError(f"the process died or hung in case {cases} of {request}:\n{tail}")
 
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        base = pathlib.Path(tempfile.mkdtemp(dir=self._folder))
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=worker.serve, args=(theirs, base, self._log))
+        storage = {"HYPOTHESIS_STORAGE_DIRECTORY": str(base / "hypothesis")}
+        with mock.patch.dict(os.environ, _ENVIRONMENT | storage):
+            self._process.start()
+        theirs.close()
 
-def _count(summary: Summary, report: Mapping[str, Any]) -> None:
-    summary.secs[report["kind"]] += report["secs"]
-    summary.slowest = max(summary.slowest, (report["secs"], f"{report['kind']}:{report['case']}"))
-    if "outcome" in report:
-        summary.outcomes[report["kind"], report["outcome"]] += 1
-    else:
-        name = f"{report['kind']}:{report['case']}"
-        summary.failures.append((name, report["mutation"], report["failure"]))
-
-
-def _advance(waiting: dict[str, range], kind: str, case: int) -> None:
-    """Takes a case, and those of the kind before it, off the list."""
-    waiting[kind] = range(case + 1, waiting[kind].stop)
-    if not waiting[kind]:
-        del waiting[kind]
-
-
-def _tail(errors: BinaryIO) -> str:
-    errors.seek(0, os.SEEK_END)
-    errors.seek(max(0, errors.tell() - 2000))
-    return errors.read().decode("utf-8", "replace")
+    def kill(self) -> None:
+        """Ends the process, whatever it does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._process = None

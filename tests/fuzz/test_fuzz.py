@@ -1,38 +1,60 @@
 """A short run over every kind of input; `python -m tests.fuzz` is the long one."""
 
-import os
-import signal
-
 import pytest
 
-from tests.fuzz import runner, tars, worker
-from tests.fuzz.cases import SKIP, Draw, Refused, WrongError, attempt, judge_entries
+from tests.fuzz import runner
+from tests.fuzz.judge import OUTCOMES, SKIP, Refused, WrongError, attempt, judge_entries
 
-_CASES = 200
+_CASES = 600
+
+_BROKEN_KIND = """
+import os, pathlib, signal
+from hypothesis import strategies as st
+from tests.fuzz import worker
+
+def prepare(base):
+    worker.LIMIT_SECS = 2
+
+def check_drawn(draw, folder):
+    with open(pathlib.Path(__file__).with_suffix(".log"), "a") as log:
+        print(draw(st.binary()), file=log)
+    return "success"
+
+def check_hang(draw, folder):
+    while True:
+        pass
+
+def check_crash(draw, folder):
+    return [][draw(st.integers(7, 99))]
+
+def check_outcome(draw, folder):
+    return "fine"
+
+def check_memory(draw, folder):
+    return "success" if b"x" * 2 ** 30 else "error"
+
+def check_addresses(draw, folder):
+    return "success" if bytearray(2 ** 33) else "error"
+
+def check_death(draw, folder):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def check_after_death(draw, folder):
+    return "skip"
+"""
 
 
-def test_two_hundred_cases():
-    jobs = {kind: range(count) for kind, count in runner.share_out(_CASES).items()}
-    summary = runner.run(jobs, seed=0)
-    shown = "\n\n".join(map("\n".join, summary.failures[:3]))
-    assert not summary.failures, f"{len(summary.failures)} failures, such as\n{shown}"
-    assert summary.num_cases >= _CASES
-    assert {kind for kind, _ in summary.outcomes} == set(runner.WEIGHTS)
-    assert {outcome for _, outcome in summary.outcomes} == {"success", "error", "skip"}
-
-
-def test_cases_are_the_same_for_the_same_seed(tmp_path):
-    archives = []
-    for folder in ("a", "b", "c"):
-        (tmp_path / folder).mkdir()
-        draw = Draw(0 if folder != "c" else 1, "tars", 3)
-        tars.MUTATIONS["cut off"](draw, tmp_path / folder)
-        archives.append((tmp_path / folder / "archive.tar").read_bytes())
-    assert archives[0] == archives[1] != archives[2]
+def test_every_input_is_read_refused_or_skipped():
+    results = runner.run(runner.share_out(_CASES), seed=0)
+    failures = [f"{name}\n{result.failure}" for name, result in results.items() if result.failure]
+    assert not failures, f"{len(failures)} failures, such as\n" + "\n\n".join(failures[:3])
+    assert {name.partition(":")[0] for name in results} == set(runner.WEIGHTS)
+    assert all(result.outcomes for result in results.values())
+    assert {outcome for result in results.values() for outcome in result.outcomes} == set(OUTCOMES)
 
 
 def test_what_is_wrong_is_found():
-    """The judge itself: lost, changed, made-up, uncounted pairs; errors without a place."""
+    """The judge itself: lost, changed, made-up, uncounted pairs; errors that name nothing."""
     good = {"a": 1, "b": 2}
     assert judge_entries([("a", 1), ("b", 2)], {"no_image": 1}, good, ["c"]) == SKIP
     wrong = [
@@ -57,49 +79,40 @@ def test_what_is_wrong_is_found():
         attempt(lambda: fail(KeyError("a.tar")), "a.tar")
 
 
-class _Module:
-    """A kind whose cases end badly."""
-
-    def __init__(self, end):
-        self.MUTATIONS = {"bad": lambda draw, folder: end()}
-
-
-def test_crashes_and_hangs_are_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "LIMIT_SECS", 0.1)
-    previous = signal.getsignal(signal.SIGALRM)
-    try:
-        signal.signal(signal.SIGALRM, worker.raise_hang)
-
-        def hang():
-            while True:
-                pass
-
-        def crash():
-            return [][1]
-
-        ends = {"HangError": hang, "IndexError": crash, "no outcome": lambda: 3}
-        for text, end in ends.items():
-            result = worker.run_case(_Module(end), Draw(0, "x", 0), tmp_path / "case")
-            assert text in result["failure"]
-    finally:
-        signal.signal(signal.SIGALRM, previous)
+@pytest.fixture
+def broken_kind(tmp_path, monkeypatch):
+    """A kind whose properties end badly, in a package of its own; the path of its module."""
+    path = tmp_path / "broken_kinds" / "broken.py"
+    path.parent.mkdir()
+    path.write_text(_BROKEN_KIND)
+    monkeypatch.syspath_prepend(tmp_path)
+    return path
 
 
-def test_a_worker_that_dies_costs_one_case(tmp_path, monkeypatch):
-    """A kind whose second case kills its process."""
-    package = tmp_path / "tests" / "fuzz"
-    package.mkdir(parents=True)
-    for name in ("__init__.py", "cases.py", "worker.py"):
-        (package / name).symlink_to(os.path.join(os.path.dirname(runner.__file__), name))
-    (package / "deadly.py").write_text(
-        "import os, signal\n"
-        "def case(draw, folder):\n"
-        "    if draw.number == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return 'success'\n"
-        "MUTATIONS = {'deadly': case}\n"
-    )
-    monkeypatch.setattr(runner, "_REPOSITORY", tmp_path)
-    summary = runner.run({"deadly": range(4)}, seed=0)
-    assert summary.outcomes == {("deadly", "success"): 3}
-    assert [name for name, _, _ in summary.failures] == ["deadly:1"]
+def test_crashes_hangs_memory_and_death_are_failures(broken_kind):
+    results = runner.run({"broken": 16}, seed=0, profile="long", package="broken_kinds")
+    expected = {
+        "hang": "HangError",
+        "crash": "Draw 1: 7",  # the smallest number that fails
+        "outcome": "no outcome: 'fine'",
+        "memory": "memory grew by 10",
+        "addresses": "MemoryError",
+        "death": "the process died or hung in case 1",
+    }
+    for name, text in expected.items():
+        assert text in results[f"broken:{name}"].failure
+    assert results["broken:after_death"].failure is None
+    assert results["broken:after_death"].outcomes["skip"] > 0
+
+
+def test_the_same_seed_draws_the_same_cases(broken_kind):
+    def drawn(seed):
+        log = broken_kind.with_suffix(".log")
+        log.unlink(missing_ok=True)
+        runner.run({"broken:drawn": 9}, seed, package="broken_kinds")
+        return log.read_text().splitlines()
+
+    first = drawn(0)
+    assert len(set(first)) > 5
+    assert drawn(0) == first
+    assert drawn(1) != first

@@ -1,26 +1,30 @@
-"""Runs cases in this process and reports each on standard output, one JSON object a line.
-
-Started by `runner.py`, which reads the lines and survives whatever happens here. Arguments: the
-seed, then `KIND:FIRST:STOP` for each kind.
-"""
+"""Runs the properties of a kind under hypothesis, in a process that may die without harm."""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import faulthandler
+import functools
 import importlib
-import json
 import os
 import pathlib
 import resource
 import shutil
 import signal
-import sys
-import tempfile
 import time
 import traceback
-from typing import Any, TextIO
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
 
-from tests.fuzz.cases import OUTCOMES, Draw
+import hypothesis
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 
+from tests.fuzz.judge import OUTCOMES, require
+
+# Of the processor's time, so that a busy machine makes no difference.
 LIMIT_SECS = 20
 # How much the resident memory may grow in one case. A picture of the largest allowed size takes
 # 200 MB as RGB, and copies of it are made where it is transparent.
@@ -28,79 +32,131 @@ LIMIT_BYTES = 700 * 2**20
 # What a case may reserve beyond what the libraries have; a request for more is a MemoryError.
 _LIMIT_ADDRESSES = 4 * 2**30
 
+# No example is remembered between runs, and the seed is always given: runs repeat exactly.
+_COMMON = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("suite", _COMMON, phases=[Phase.generate])
+settings.register_profile("long", _COMMON, phases=[Phase.generate, Phase.shrink])
+
 
 class HangError(BaseException):
-    """A case takes too long; no `except Exception` may catch it."""
+    """A case takes too long; no `except Exception` may catch it, nor is it worth shrinking."""
 
 
-def main(arguments: list[str]) -> None:
-    """Runs what the arguments name."""
-    lines = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever libraries print is none of the report
-    signal.signal(signal.SIGALRM, raise_hang)
-    seed = int(arguments[0])
-    for job in arguments[1:]:
-        kind, first, stop = job.split(":")
-        _tell(lines, state="preparing", kind=kind, case=int(first))
-        module = importlib.import_module(f"tests.fuzz.{kind}")
-        with tempfile.TemporaryDirectory(prefix=f"fuzz-{kind}-") as base:
-            if hasattr(module, "prepare"):
-                module.prepare(pathlib.Path(base))
-            _limit_addresses()
-            for number in range(int(first), int(stop)):
-                _tell(lines, state="started", kind=kind, case=number)
-                start = time.perf_counter()
-                result = run_case(module, Draw(seed, kind, number), pathlib.Path(base) / "case")
-                secs = time.perf_counter() - start
-                _tell(lines, state="done", kind=kind, case=number, secs=secs, **result)
+@dataclasses.dataclass
+class Result:
+    """What came of one property.
 
-
-def run_case(module: Any, draw: Draw, folder: pathlib.Path) -> dict[str, str]:
-    """One case in an empty folder.
-
-    Returns:
-        `mutation` and either `outcome` or `failure`, with a traceback.
+    Attributes:
+        outcomes: outcome -> cases.
+        failure: None, or the traceback of a case that fails, with what it drew.
+        secs: of all of its cases.
+        slowest: of one of them.
     """
-    names = list(module.MUTATIONS)
-    name = names[draw.number % len(names)]
-    folder.mkdir()
-    before = _resident_bytes()
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_SECS)
+
+    outcomes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    failure: str | None = None
+    secs: float = 0.0
+    slowest: float = 0.0
+
+
+def properties(module: Any) -> dict[str, Callable[[Any, pathlib.Path], str]]:
+    """Name -> function of each property of a kind, in the order of the file."""
+    prefix = "check_"
+    own = {n: f for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__}
+    return {n.removeprefix(prefix): f for n, f in own.items() if n.startswith(prefix)}
+
+
+def serve(connection: Connection, base: pathlib.Path, log: pathlib.Path) -> None:
+    """Answers requests: (module,) by its properties' names; (module, name, ...) by a `Result`.
+
+    Sends None for each case that begins before the answer. Whatever is printed goes into the log.
+    """
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    faulthandler.enable()
+    signal.signal(signal.SIGPROF, raise_hang)
+    while True:
+        module_name, *request = connection.recv()
+        found = properties(_prepared(module_name, base))
+        if not request:
+            connection.send(list(found))
+            continue
+        name, *options = request
+        report = functools.partial(connection.send, None)
+        connection.send(run(found[name], f"{module_name}/{name}", base, *options, report))
+
+
+@functools.cache
+def _prepared(module_name: str, base: pathlib.Path) -> Any:
+    """The module of a kind, imported and warmed up."""
+    module = importlib.import_module(module_name)
+    if hasattr(module, "prepare"):
+        folder = base / module_name
+        folder.mkdir()
+        module.prepare(folder)
+    return module
+
+
+def run(
+    function: Callable[[Any, pathlib.Path], str],
+    title: str,
+    base: pathlib.Path,
+    cases: int,
+    seed: int,
+    profile: str = "suite",
+    report: Callable[[], None] = lambda: None,
+) -> Result:
+    """Runs one property on drawn cases, each in an empty folder and within the limits."""
+    result = Result()
+    folder = base / "case"
+
+    @hypothesis.seed(f"{seed}/{title}")
+    @settings(settings.get_profile(profile), max_examples=cases)
+    @hypothesis.given(st.data())
+    def run_cases(data: Any) -> None:
+        report()
+        folder.mkdir()
+        start = time.perf_counter()
+        try:
+            outcome = _run_within_limits(function, data.draw, folder)
+        finally:
+            secs = time.perf_counter() - start
+            result.secs, result.slowest = result.secs + secs, max(result.slowest, secs)
+            shutil.rmtree(folder)
+        require(outcome in OUTCOMES, f"no outcome: {outcome!r}")
+        result.outcomes[outcome] += 1
+
     try:
-        outcome = module.MUTATIONS[name](draw, folder)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        grown = _resident_bytes() - before
-        if outcome not in OUTCOMES:
-            return {"mutation": name, "failure": f"no outcome: {outcome!r}"}
-        if grown > LIMIT_BYTES:
-            return {"mutation": name, "failure": f"memory grew by {grown >> 20} MiB"}
-        return {"mutation": name, "outcome": outcome}
+        run_cases()
     except (Exception, HangError):
-        return {"mutation": name, "failure": traceback.format_exc()}
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        shutil.rmtree(folder)
+        result.failure = traceback.format_exc()
+    return result
 
 
-def _resident_bytes() -> int:
-    """The most that this process has ever held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _limit_addresses() -> None:
-    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + _LIMIT_ADDRESSES
+def _run_within_limits(function: Callable, draw: Any, folder: pathlib.Path) -> str:
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # restarts the peak, VmHWM
+    before = _status_bytes("VmRSS")
+    limit = _status_bytes("VmSize") + _LIMIT_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_SECS)
+    try:
+        outcome = function(draw, folder)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+    grown = _status_bytes("VmHWM") - before
+    require(grown <= LIMIT_BYTES, f"memory grew by {grown >> 20} MiB")
+    return outcome
+
+
+def _status_bytes(field: str) -> int:
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
 
 
 def raise_hang(*_: Any) -> None:
-    """Handles the alarm."""
-    raise HangError(f"more than {LIMIT_SECS} s")
-
-
-def _tell(lines: TextIO, **report: Any) -> None:
-    lines.write(json.dumps(report) + "\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    """Handles the signal of the timer."""
+    raise HangError(f"more than {LIMIT_SECS} s of work")

@@ -10,6 +10,7 @@ damaged header or a hole of zeros for the end. Each of these is an error here.
 
 from __future__ import annotations
 
+import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ _EXTENDED_TYPES = (
 _CHUNK_BYTES = 2**20
 # What `tarfile` raises on damaged archives; the last five escape from its parsing of headers.
 _BROKEN = (
-    *(tarfile.TarError, EOFError, OSError, zlib.error),
+    *(tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError),
     *(ValueError, OverflowError, IndexError, KeyError, TypeError),
 )
 

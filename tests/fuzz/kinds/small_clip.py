@@ -15,26 +15,19 @@ import torch
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
-from tests.fuzz.cases import Refused, attempt, require
+from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 
-ARCH = Architecture(
-    image_size=8,
-    patch_size=4,
-    vision_layers=1,
-    vision_width=8,
-    vision_heads=1,
-    text_layers=1,
-    text_width=8,
-    text_heads=1,
-    embed_dim=4,
-    context_length=5,
-    vocab_size=12,
-)
+FIELDS = {
+    **{"image_size": 8, "patch_size": 4, "vision_layers": 1, "vision_width": 8, "vision_heads": 1},
+    **{"text_layers": 1, "text_width": 8, "text_heads": 1, "embed_dim": 4},
+    **{"context_length": 5, "vocab_size": 12},
+}
+ARCH = Architecture(**FIELDS)
 
 
 @functools.cache
 def tensors() -> dict[str, np.ndarray]:
-    """A small CLIP under CLIP's names, with random values."""
+    """The model under CLIP's names, with random values."""
     rng = np.random.default_rng(0)
     return {
         name: rng.normal(size=shape).astype(np.float32)
@@ -83,9 +76,10 @@ def require_equal(found: Any, expected: dict[str, np.ndarray], but: set[str] = f
         require(same or name in but, f"the values of {name} have changed")
 
 
-def read_both(path: pathlib.Path) -> Any:
-    """The parameters as CLIP's names have them, or `Refused`."""
-    weights = attempt(lambda: read_weights(path), path)
+def judge_model(path: pathlib.Path, *names: str | pathlib.Path, but: set[str] = frozenset()) -> str:
+    """The model's parameters, but for some, or an error that names the path or another name."""
+    weights = attempt(lambda: read_weights(path), path, *names)
     if isinstance(weights, Refused):
-        return weights
-    return clip_layout.to_clip(weights.params, weights.arch)
+        return ERROR
+    require_equal(clip_layout.to_clip(weights.params, weights.arch), tensors(), but)
+    return SUCCESS

@@ -1,0 +1,73 @@
+"""Strategies for damaged bytes, odd texts and random contents, shared by all kinds of input."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy, integers
+from hypothesis.strategies import sampled_from as one
+
+Draw = Callable[[SearchStrategy[Any]], Any]
+
+# Bytes that are no UTF-8, each wrong in another way.
+NOT_UTF8 = (
+    *(b"\xff\xfe", b"\xc3\x28", b"\xe2\x82", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\x80"),
+)
+# A text with brackets enough to exhaust a parser's stack.
+DEEP_JSON = b"[" * 200_000
+# Contents of a JSON file that hold no object.
+NO_OBJECT = (b"", b"{", b"[]", b"3", b"null", b'"x"', DEEP_JSON, *NOT_UTF8)
+_WORDS = ("dog", "café", "犬", "a red car", "x", "größe", "🐕", "1 2", "é")
+
+seeds = integers(0, 2**32 - 1)
+
+
+def noise(most: int, least: int = 0) -> SearchStrategy[bytes]:
+    """Random bytes; drawn as a seed and a length, so that long ones are cheap to draw."""
+    return st.builds(lambda s, n: random.Random(s).randbytes(n), seeds, integers(least, most))
+
+
+def words(most: int = 12) -> SearchStrategy[str]:
+    """Printable words of several scripts, on one line, not blank."""
+    return st.lists(one(_WORDS), min_size=1, max_size=most).map(" ".join)
+
+
+def flipped(data: bytes, most: int = 8) -> SearchStrategy[bytes]:
+    """Some bits inverted, at least one."""
+
+    def flip(bits: set[int]) -> bytes:
+        changed = bytearray(data)
+        for bit in bits:
+            changed[bit // 8] ^= 1 << bit % 8
+        return bytes(changed)
+
+    return st.sets(integers(0, 8 * len(data) - 1), min_size=1, max_size=most).map(flip)
+
+
+def cut(data: bytes) -> SearchStrategy[bytes]:
+    """The beginning, of any length that is shorter."""
+    return integers(0, len(data) - 1).map(lambda size: data[:size])
+
+
+def damaged(data: bytes) -> SearchStrategy[bytes]:
+    """Any damage to a whole file; at times the bytes stay as they are."""
+    position = integers(0, len(data) - 1)
+
+    def overwrite(start: int, patch: bytes) -> bytes:
+        return (data[:start] + patch + data[start + len(patch) :])[: len(data)]
+
+    return st.one_of(
+        flipped(data),
+        flipped(data, 1),
+        flipped(data[:64], 4).map(lambda head: head + data[64:]),
+        cut(data),
+        st.just(b""),
+        noise(64, 1).map(lambda more: data + more),
+        st.builds(overwrite, position, noise(16, 16)),
+        st.builds(overwrite, position, integers(1, 512).map(bytes)),
+        st.builds(lambda start, n: data[:start] + data[start + n :], position, integers(1, 32)),
+        noise(512, 1),
+    )

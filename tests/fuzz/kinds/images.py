@@ -1,0 +1,238 @@
+"""Encoded images: damaged, animated, giant, and bombs, in every format that is decoded.
+
+The three ways in (`decode_rgb`, `check_readable` for the filter, `decode_random_crop` for training)
+must agree on what is a picture.
+"""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.strategies import integers
+from hypothesis.strategies import sampled_from as one
+from PIL import Image
+
+from diht_jax.data.images import decode, fast_crops
+from tests.fuzz.damage import Draw, cut, damaged, flipped, noise, seeds
+from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
+
+_CROP = 16
+_LOSSLESS = ("PNG", "BMP", "TIFF", "PPM", "WEBP lossless")
+_FORMATS = (
+    *_LOSSLESS,
+    *("JPEG", "JPEG progressive", "JPEG grey", "JPEG CMYK", "JPEG EXIF", "WEBP", "GIF"),
+    *("PNG RGBA", "PNG palette", "PNG 16-bit", "PNG 1-bit", "TIFF LZW", "TIFF JPEG", "AVIF"),
+    *("JPEG2000", "animated GIF", "animated WEBP", "animated PNG", "TIFF pages", "MPO"),
+)
+_MODES = {"grey": "L", "palette": "P", "1-bit": "1"}
+_NO_IMAGES = [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"%PDF-1.4\n", b"<svg/>"]
+_NO_IMAGES += [b"<html>", b"\x7fELF" + bytes(99), b"MZ" + bytes(99), b"PK\3\4", b"\xa5\1" * 50]
+_NO_IMAGES += [bytes(1000), b"\n", b"{}", b"BM", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a"]
+_NO_IMAGES += [b"RIFF\x10\0\0\0WEBPVP8 ", b"II*\0\x08\0\0\0", b"P6\n3 3\n255\n"]
+
+
+@st.composite
+def _pixels(draw: Draw) -> np.ndarray:
+    """uint8 [h, w, 3], smooth enough for JPEG and not flat."""
+    size, rng = draw(st.tuples(integers(1, 60), integers(1, 60))), _rng(draw)
+    coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC))
+
+
+def _rng(draw: Draw) -> np.random.Generator:
+    return np.random.default_rng(draw(seeds))
+
+
+def _save(image: Image.Image, format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@st.composite
+def _encoded(draw: Draw, name: str, array: np.ndarray) -> bytes:
+    """The pixels in a format of `_FORMATS`."""
+    format, _, form = name.partition(" ")
+    image = Image.fromarray(array)
+    options: dict = {}
+    if format == "animated":
+        format, others = form, [Image.fromarray(np.roll(array, n, 1)) for n in (1, 2)]
+        options = {"save_all": True, "append_images": others}
+    elif form == "pages" or format == "MPO":
+        options = {"save_all": True, "append_images": [image, image]}
+    elif form in ("lossless", "progressive"):
+        options = {form: True}
+    elif form == "EXIF":
+        options = {"exif": _exif(draw(integers(0, 9)))}
+    elif form in ("LZW", "JPEG"):
+        options = {"compression": {"LZW": "tiff_lzw", "JPEG": "jpeg"}[form]}
+    elif form == "16-bit":
+        image = Image.fromarray(array[..., 0].astype(np.uint16) * 257)
+    elif form:
+        image = image.convert(_MODES.get(form, form))
+    return _save(image, format, **options)
+
+
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x010E] = "text"
+    return exif
+
+
+def _judge(data: bytes, must: str | None = None) -> str:
+    """Decodes in all three ways; `must` is the reason for which it must be refused."""
+    decoded = attempt(lambda: decode.decode_rgb(data), "")
+    readable = attempt(lambda: decode.check_readable(data), "")
+    rng = np.random.default_rng(0)
+    crop = attempt(lambda: fast_crops.decode_random_crop(data, _CROP, rng), "")
+    refused = isinstance(decoded, Refused)
+    require(refused == isinstance(readable, Refused), f"decode {decoded}, check {readable}")
+    require(refused == isinstance(crop, Refused), f"decode {decoded}, crop {crop!r:.200}")
+    if refused:
+        error = None
+        try:
+            decode.decode_rgb(data)
+        except decode.ImageError as caught:
+            error = caught
+        require(error is not None and error.reason in decode.REASONS, f"no reason: {error!r}")
+        require(must in (None, error.reason), f"expected '{must}', got '{error.reason}': {error}")
+        return ERROR
+    require(must is None, f"a picture of {decoded.size}, where '{must}' was expected")
+    require(decoded.mode == "RGB", f"mode {decoded.mode}")
+    require(decoded.width * decoded.height <= decode.MAX_PIXELS, f"size {decoded.size}")
+    require(set(readable[1:]) == set(decoded.size), f"sizes {readable} and {decoded.size}")
+    require(crop.shape == (_CROP, _CROP, 3) and crop.dtype == np.uint8, f"crop {crop.shape}")
+    return SUCCESS
+
+
+def check_undisturbed(draw: Draw, folder: pathlib.Path) -> str:
+    """Every format is read, and the lossless ones to the bit."""
+    name, array = draw(one(_FORMATS)), draw(_pixels())
+    data = draw(_encoded(name, array))
+    require(_judge(data) == SUCCESS, f"a good {name} was refused")
+    same = name not in _LOSSLESS or np.array_equal(np.asarray(decode.decode_rgb(data)), array)
+    require(same, f"the pixels of a {name} have changed")
+    return SUCCESS
+
+
+def check_damaged(draw: Draw, folder: pathlib.Path) -> str:
+    """Bits flipped, in front above all, files cut off, and any other damage."""
+    data = draw(_encoded(draw(one(_FORMATS)), draw(_pixels())))
+    size = draw(one([16, 40, 100]))
+    head = flipped(data[:size], 4).map(lambda head: head + data[size:])
+    return _judge(draw(flipped(data) | head | cut(data) | damaged(data)))
+
+
+def check_no_image(draw: Draw, folder: pathlib.Path) -> str:
+    """Documents, programs, texts; Pillow would open some of them with other programs."""
+    data = draw(one([b"", *_NO_IMAGES]))
+    return _judge(data, "unreadable" if data else "empty")
+
+
+def _png(width: int, height: int, body: bytes, *extra: bytes, depth: int = 8, kind: int = 2):
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    chunks = [_chunk(b"IHDR", header), *extra, _chunk(b"IDAT", body), _chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def check_giant(draw: Draw, folder: pathlib.Path) -> str:
+    """No memory is taken for headers that claim more pixels than may be decoded."""
+    side = draw(one([8193, 20_000, 2**16 - 1]))
+    wide = draw(one([8193, 10**6, 2**31 - 1]))
+    gif = struct.pack("<HHBBB", side, side, 0, 0, 0) + b","
+    gif += struct.pack("<HHHHB", 0, 0, side, side, 0) + b"\2\2\x44\1\0;"
+    bmp = struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, wide, -wide, 1, 24, *[0] * 6)
+    data = [_png(wide, wide, zlib.compress(b"")), _png(2**26 + 1, 1, zlib.compress(b""))]
+    data += [b"GIF89a" + gif, b"BM" + bmp, b"P6\n%d %d\n255\n" % (wide, wide)]
+    return _judge(draw(one([*data, _jpeg_with_size(draw, side)])), "too_large")
+
+
+def _jpeg_with_size(draw: Draw, side: int) -> bytes:
+    data = bytearray(draw(_encoded("JPEG", draw(_pixels()))))
+    start = data.index(b"\xff\xc0")
+    data[start + 5 : start + 9] = struct.pack(">HH", side, side)
+    return bytes(data)
+
+
+def check_larger_than_it_is(draw: Draw, folder: pathlib.Path) -> str:
+    """A JPEG that claims a larger picture than it has, below the limit."""
+    return _judge(_jpeg_with_size(draw, draw(one([65, 500, 3000]))))
+
+
+def check_bomb(draw: Draw, folder: pathlib.Path) -> str:
+    """A few kilobytes that become many megabytes."""
+    zeros, small = zlib.compress(bytes(2**24), 1), zlib.compress(b"\0\1\2\3")
+    side = draw(one([1000, 3000]))
+    rows = zlib.compress(bytes(side * (side // 8 + 1)))
+    chunks = [
+        [_chunk(b"zTXt", b"Comment\0\0" + zeros)] * 9,
+        [_chunk(b"iTXt", b"Comment\0\1\0\0\0" + zeros)] * 9,
+        [_chunk(b"iCCP", b"x\0\0" + zeros)],
+        [_chunk(b"tEXt", b"a\0" + bytes(2**20))],
+        [_chunk(b"tRNS", b"\0\0\0\0\0\0")] * 5,
+    ]
+    data = [_png(side, side, rows, depth=1, kind=0), _png(1, 1, zeros)]
+    return _judge(draw(one([*data, *(_png(1, 1, small, *extra) for extra in chunks)])))
+
+
+def check_many_frames(draw: Draw, folder: pathlib.Path) -> str:
+    """Of an animation the first frame is taken, however many there are and however broken."""
+    array = draw(_pixels())
+    others = [Image.fromarray(np.roll(array, n, 0)) for n in range(1, 30)]
+    format = draw(one(["GIF", "WEBP", "PNG", "TIFF"]))
+    data = _save(Image.fromarray(array), format, save_all=True, append_images=others)
+    half = len(data) // 2
+    return _judge(draw(st.just(data) | flipped(data[half:]).map(lambda end: data[:half] + end)))
+
+
+def check_tiff_tags(draw: Draw, folder: pathlib.Path) -> str:
+    """Directories that point at themselves or nowhere, counts and sizes of gigabytes."""
+    size = draw(one([1, 40]))
+    tags = {256: (4, 1, size), 257: (4, 1, size), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1)}
+    tags |= {273: (4, 1, 8), 277: (3, 1, 1), 278: (4, 1, size), 279: (4, 1, size * size)}
+    tag = draw(one(list(tags)))
+    kind, count, _ = tags[tag]
+    odd = [(kind, 2**32 - 1, 8), *((kind, count, n) for n in (0, 2**31, 2**32 - 1, 65535))]
+    odd += [(k, n, 8) for k in (0, 2, 5, 7, 12, 13, 99) for n in (1, 3, 2**20)]
+    tags[tag] = draw(one(odd))
+    entries = b"".join(struct.pack("<HHII", t, *v) for t, v in sorted(tags.items()))
+    offset = 8 + size * size
+    following = draw(one([0, offset, 8, 2**32 - 1]))
+    data = b"II*\0" + struct.pack("<I", offset) + draw(noise(size * size, size * size))
+    data += struct.pack("<H", len(tags)) + entries + struct.pack("<I", following)
+    return _judge(data)
+
+
+def check_broken_exif(draw: Draw, folder: pathlib.Path) -> str:
+    """A broken EXIF block is no reason to lose a picture: it is shown as it lies."""
+    block = draw(damaged(_exif(draw(integers(1, 8))).tobytes()))
+    format = draw(one(["JPEG", "PNG", "WEBP"]))
+    outcome = _judge(_save(Image.fromarray(draw(_pixels())), format, exif=block))
+    require(outcome == SUCCESS, "a good picture is lost for its EXIF block")
+    return outcome
+
+
+def check_odd_modes(draw: Draw, folder: pathlib.Path) -> str:
+    """Pixels that are no eight-bit colours."""
+    rng = _rng(draw)
+    types = {"I": np.int32, "F": np.float32, "I;16": np.uint16}
+    modes = [("LAB", "TIFF"), ("YCbCr", "JPEG"), ("LA", "PNG"), ("CMYK", "TIFF"), ("1", "TIFF")]
+    modes += [("RGBA", "TIFF"), ("P", "BMP"), *((mode, "TIFF") for mode in types)]
+    mode, format = draw(one(modes))
+    if mode in types:
+        image = Image.fromarray(rng.integers(0, 2**15, (9, 7)).astype(types[mode]))
+    else:
+        grey = Image.fromarray(rng.integers(0, 255, (9, 7), dtype=np.uint8))
+        image = grey.convert("RGB").convert(mode)
+    return _judge(_save(image, format))

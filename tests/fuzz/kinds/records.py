@@ -1,0 +1,330 @@
+"""TFRecord shards, their indices, and the records in them.
+
+Read in order by `diht_jax.data.readers`, at random by `TFRecordSource`, decoded by `schema`.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import pathlib
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.strategies import integers
+from hypothesis.strategies import sampled_from as one
+from PIL import Image
+
+from diht_jax.data.readers import registry
+from diht_jax.data.records import schema
+from diht_jax.data.records.tfrecord import TFRecordSource
+from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, cut, damaged, flipped, noise, words
+from tests.fuzz.framing import example, feature, frame, index
+from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
+
+_NAME = "pairs-train-00000.tfrecord"
+_IDS = ("object_ids", "attribute_ids")
+_PROBS = ("object_probs", "attribute_probs")
+_NO_METADATA = [text for text in NO_OBJECT if text] + [b"\0", b"{} {}", b'{"a":' * 100_000]
+_METADATA = [b"{}", b"", b'{"a": NaN}', b'{"a": 1e999}', b'{"a": "\\ud800"}', b'{"": null}']
+_INDEX_HEADER_BYTES = 24
+
+
+def _fields(draw: Draw, number: int) -> dict:
+    """The fields of one good record."""
+    image = io.BytesIO()
+    size = draw(st.tuples(integers(1, 9), integers(1, 9)))
+    Image.new("RGB", size, tuple(draw(noise(3, 3)))).save(image, "PNG")
+    found = {
+        "key": f"key{number}".encode(),
+        "image": image.getvalue(),
+        "caption": draw(words()).encode(),
+        "metadata": b'{"label": %d}' % draw(integers(0, 9)),
+    }
+    if draw(st.booleans()):
+        found["concepts"] = _concepts(draw)
+    return found
+
+
+def _concepts(draw: Draw) -> bytes:
+    """Packed objects and attributes."""
+    packed = b""
+    for _ in range(2):
+        k = draw(integers(0, 5))
+        ids = draw(noise(3 * k, 3 * k))
+        packed += bytes([k]) + ids + np.array([1 / (k + 1)] * k, "<f2").tobytes()
+    return packed
+
+
+class _Shard:
+    """A shard of good records, with or without its own index, in which a case damages one."""
+
+    def __init__(self, draw: Draw, folder: pathlib.Path):
+        self.records = [example(_fields(draw, n)) for n in range(draw(integers(3, 7)))]
+        self.frames = [frame(data) for data in self.records]
+        self.path = folder / _NAME
+        self.bad = draw(integers(0, len(self.records) - 1))
+
+    def write(self, frames_of_index: Sequence[bytes] | None) -> None:
+        """Writes the file, and an index that fits the frames given."""
+        self.path.write_bytes(b"".join(self.frames))
+        if frames_of_index is not None:
+            pathlib.Path(f"{self.path}.idx").write_bytes(index(frames_of_index))
+
+    def count_refused(self) -> int:
+        """Every record is the expected one or an error with its index; how many are errors."""
+        source = attempt(lambda: TFRecordSource(str(self.path)), self.path)
+        if isinstance(source, Refused):
+            return len(self.records)
+        require(len(source) == len(self.records), f"{len(source)} of {len(self.records)} records")
+        refused = 0
+        for number, expected in enumerate(self.records):
+            data = attempt(lambda number=number: source[number], f"record {number}")
+            if isinstance(data, Refused):
+                require(number == self.bad, f"the good record {number} is lost: {data.message}")
+                refused += 1
+            else:
+                require(data == expected or number == self.bad, f"record {number} has other bytes")
+        return refused
+
+    def read_in_order(self) -> str:
+        """The records before the damaged one come, then an error with its index."""
+        found: list[str] = []
+
+        def read() -> None:
+            for shard in registry.list_shards(str(self.path)):
+                for pair in registry.read_pairs(shard):
+                    found.append(pair.key)
+
+        result = attempt(read, self.path)
+        require(isinstance(result, Refused), "a damaged record was not noticed")
+        require(f"record {self.bad}" in result.message, f"names another: {result.message}")
+        keys = [f"key{number}" for number in range(self.bad)]
+        require(found == keys, f"{found} came before the damaged record")
+        return ERROR
+
+
+def check_damaged_frame(draw: Draw, folder: pathlib.Path) -> str:
+    """With the shard's index, a damaged record is the only one that cannot be read."""
+    shard = _Shard(draw, folder)
+    own, damage = list(shard.frames), draw(integers(0, 2))
+    if damage == 0:
+        shard.frames[shard.bad] = draw(flipped(own[shard.bad], 2))
+    elif damage == 1:
+        parts = [slice(0, 8), slice(8, 12), slice(-4, None)]
+        part, changed = draw(one(parts)), bytearray(own[shard.bad])
+        changed[part] = draw(flipped(bytes(changed[part]), 1))
+        shard.frames[shard.bad] = bytes(changed)
+    else:  # a length beyond the end, with a right checksum
+        length = draw(one([2**63, 2**64 - 1, 2**40, 2**31, 10**7]))
+        shard.frames[shard.bad] = frame(shard.records[shard.bad], length)
+    has_index = draw(st.booleans())
+    shard.write(own if has_index else None)
+    allowed = (1,) if has_index and damage < 2 else (1, len(own))
+    require(shard.count_refused() in allowed, "damage was not noticed, or spread")
+    return shard.read_in_order()
+
+
+def check_cut_off(draw: Draw, folder: pathlib.Path) -> str:
+    """Without its index, a shard that ends between two records is a shorter one; else an error."""
+    shard = _Shard(draw, folder)
+    has_index = draw(st.booleans())
+    shard.write(shard.frames if has_index else None)
+    whole = shard.path.read_bytes()
+    ends = list(itertools.accumulate(map(len, shard.frames)))[:-1]
+    size = draw(integers(1, len(whole) - 1) | one(ends))
+    shard.path.write_bytes(whole[:size])
+    opened = attempt(lambda: TFRecordSource(str(shard.path)), shard.path)
+    if size in ends and not has_index:
+        require(len(opened) == ends.index(size) + 1, "the whole records before the end")
+        return SUCCESS
+    require(isinstance(opened, Refused), f"cut off at {size} of {len(whole)} bytes, unnoticed")
+    return ERROR
+
+
+def check_no_shard(draw: Draw, folder: pathlib.Path) -> str:
+    """Files that are no shard; an empty one has no records."""
+    path = folder / _NAME
+    path.write_bytes(draw(one([b"", b"x", bytes(500), b"\x1f\x8b" + bytes(99)]) | noise(500)))
+    source = attempt(lambda: TFRecordSource(str(path)), path)
+    if isinstance(source, Refused):
+        return ERROR
+    require(path.stat().st_size == 0 and len(source) == 0, "this is no shard")
+    return SUCCESS
+
+
+def check_index(draw: Draw, folder: pathlib.Path) -> str:
+    """With an index that is damaged, or another shard's, no read gives other bytes for a record."""
+    # Few lengths, so that two shards may well agree in some of their offsets.
+    payloads = st.lists(one([1, 20, 20, 35]).flatmap(lambda n: noise(n, n)), min_size=2, max_size=8)
+    records = draw(payloads)
+    frames = [frame(data) for data in records]
+    path = folder / _NAME
+    path.write_bytes(b"".join(frames))
+    own = index(frames)
+    offsets = struct.unpack(f"<{len(frames)}Q", own[_INDEX_HEADER_BYTES:])
+
+    def repack(place: int, value: int) -> bytes:
+        changed = [*offsets[:place], value, *offsets[place + 1 :]]
+        return own[:_INDEX_HEADER_BYTES] + struct.pack(f"<{len(frames)}Q", *changed)
+
+    odd_offsets = [2**64 - 1, 2**63, 2**40, len(own) + 10**6, 0, 1, *(n + 1 for n in offsets)]
+    counts = [0, 1, len(frames) - 1, len(frames) + 1, 2**32, 2**61, 2**64 - 1]
+    changed = draw(
+        st.one_of(
+            payloads.map(lambda others: index(list(map(frame, others)))),
+            st.permutations(frames).map(index),
+            flipped(own, 2),
+            damaged(own),
+            st.builds(repack, integers(0, len(frames) - 1), one(odd_offsets)),
+            one(counts).map(lambda n: own[:16] + struct.pack("<Q", n) + own[24 : 24 + 8 * n]),
+            st.just(path.read_bytes()),
+        )
+    )
+    index_path = pathlib.Path(f"{path}.idx")
+    index_path.write_bytes(changed)
+    return _judge_index(path, index_path, records, must_fail=changed != own)
+
+
+def _judge_index(
+    path: pathlib.Path, index_path: pathlib.Path, records: list[bytes], must_fail: bool
+) -> str:
+    source = attempt(lambda: TFRecordSource(str(path)), index_path)
+    outcome = ERROR if isinstance(source, Refused) else SUCCESS
+    for number in range(0 if outcome == ERROR else len(source)):
+        data = attempt(lambda number=number: source[number], index_path)
+        if isinstance(data, Refused):
+            outcome = ERROR
+        else:
+            known = number < len(records) and data == records[number]
+            require(known, f"record {number} is another one")
+    if outcome == SUCCESS:
+        require(len(source) == len(records), "records are lost or made up")
+    require(outcome == ERROR or not must_fail, "an index of another shard was believed")
+    # As the message advises: without the index, everything is there.
+    index_path.unlink()
+    source = TFRecordSource(str(path))
+    require([source[n] for n in range(len(source))] == records, "the built index is wrong")
+    return outcome
+
+
+def _decode(data: bytes) -> schema.Record | Refused:
+    decoded = attempt(lambda: schema.decode_record(data), "record '", "tf.train.Example")
+    if not isinstance(decoded, Refused) and decoded.key and decoded.image:
+        _require_usable(decoded)
+    return decoded
+
+
+def _require_usable(record: schema.Record) -> None:
+    """What every record that was accepted must be, whoever uses it."""
+    require(isinstance(record.key, str) and isinstance(record.caption, str), "no texts")
+    require(isinstance(record.metadata, dict), "metadata is no object")
+    largest = 0
+    for ids_name, probs_name in zip(_IDS, _PROBS, strict=True):
+        ids, probs = getattr(record, ids_name), getattr(record, probs_name)
+        require((ids is None) == (probs is None), f"{ids_name} without {probs_name}")
+        if ids is not None:
+            require(ids.shape == probs.shape, f"{ids.shape} ids, {probs.shape} probabilities")
+            require(bool(np.all(ids >= 0) and ids.dtype == np.int32), f"ids {ids}")
+            fine = np.isfinite(probs) & (probs >= 0) & (probs <= 1.01)
+            require(bool(np.all(fine)), f"probabilities {probs}")
+            largest = max(largest, *ids, 0)
+    if largest < 2**24:
+        require(bool(schema.encode_record(record)), "cannot be written again")
+
+
+def _judge_payload(draw: Draw, folder: pathlib.Path, data: bytes) -> str:
+    """A record of whole frames and wrong contents: an error, or a record that can be used."""
+    decoded = _decode(data)
+    shard = _Shard(draw, folder)
+    shard.frames[shard.bad] = frame(data)
+    shard.write(shard.frames)
+    if isinstance(decoded, Refused):
+        return shard.read_in_order()
+    pairs = [p for s in registry.list_shards(str(shard.path)) for p in registry.read_pairs(s)]
+    require(len(pairs) == len(shard.records), "a record is lost")
+    return SUCCESS
+
+
+def check_damaged_payload(draw: Draw, folder: pathlib.Path) -> str:
+    """Any bytes behind a right checksum, and examples of other programs."""
+    values = _fields(draw, 77)
+    if draw(st.booleans()):
+        return ERROR if isinstance(_decode(draw(damaged(example(values)))), Refused) else SUCCESS
+    extras = [("width", 3), ("", [1]), ("score", [0.5]), ("image/encoded", b"x"), (b"\xff", b"x")]
+    extra, is_whole = draw(one(extras)), draw(st.booleans())
+    data = example(dict([extra]) | (values if is_whole else {}))
+    if draw(integers(0, 3)) == 3:
+        data, is_whole = feature([b"a"]) + data, False
+    decoded = _decode(data)
+    if isinstance(decoded, Refused):
+        require(not is_whole or isinstance(extra[0], bytes), f"{extra} costs the record")
+        return ERROR
+    require(decoded.key == "key77", "another key")
+    return SUCCESS
+
+
+def check_wrong_fields(draw: Draw, folder: pathlib.Path) -> str:
+    """Fields that are missing, of another type, repeated, empty, or under each other's names."""
+    values = _fields(draw, 77)
+    name = draw(one(["key", "image", "caption", "metadata", "concepts"]))
+    form = draw(integers(0, 4))
+    if form == 0:
+        values.pop(name, None)
+    elif form == 1:
+        values[name] = draw(one([3, [1, 2], 0.5, [0.5, 1.5], -1, [b"a", b"b"], [b""] * 3]))
+    elif form == 2:
+        values[name] = draw(one([[], b""]))
+    else:
+        other = draw(one(["key", "image", "caption", "metadata"]))
+        values[name], values[other] = values[other], values.get(name, b"")
+    decoded = _decode(example(values))
+    if form < 2 and name in ("key", "image", "caption"):
+        require(isinstance(decoded, Refused), f"a record without a proper {name}")
+    if isinstance(decoded, Refused):
+        require("'key77'" in decoded.message or name == "key" or form > 2, decoded.message)
+        return ERROR
+    return SUCCESS
+
+
+def check_bad_texts(draw: Draw, folder: pathlib.Path) -> str:
+    """Texts that are no UTF-8 become readable texts; the rest of the record stays."""
+    values = _fields(draw, 77)
+    name = draw(one(["caption", "key", "metadata"]))
+    values[name] = draw(one(NOT_UTF8)) + values[name] + draw(one([b"", *NOT_UTF8]))
+    decoded = _decode(example(values))
+    require((name == "metadata") == isinstance(decoded, Refused), f"{name}: {decoded!r:.200}")
+    if name == "metadata":
+        return ERROR
+    require(decoded.image == values["image"], "the image has changed")
+    return SUCCESS
+
+
+def check_metadata(draw: Draw, folder: pathlib.Path) -> str:
+    """Metadata is a JSON object, or nothing."""
+    values = _fields(draw, 77)
+    values["metadata"] = draw(one([*_NO_METADATA, *_METADATA, b'{"a": ' + b"1" * 5000 + b"}"]))
+    refused = isinstance(_decode(example(values)), Refused)
+    require(refused or values["metadata"] not in _NO_METADATA, "metadata that is no JSON object")
+    require(not refused or values["metadata"] not in _METADATA, "good metadata was refused")
+    return _judge_payload(draw, folder, example(values))
+
+
+def check_concepts(draw: Draw, folder: pathlib.Path) -> str:
+    """Labels, packed or in lists, that do not belong together or are no probabilities."""
+    values = _fields(draw, 77)
+    packed = values.pop("concepts", b"\1abc\0\x38\0")
+    if draw(st.booleans()):
+        odd = [struct.pack("<B3se", 1, b"abc", p) * 2 for p in (np.nan, np.inf, -1.0, 7.0)]
+        odd += [packed + b"x", b"", b"\xff"]
+        values["concepts"] = draw(one(odd) | flipped(packed) | cut(packed))
+    else:
+        ids = [[1, 2], [], [-1], [2**24], [2**40], [2**63], [1.5], [b"a"], list(range(300))]
+        probs = [[0.5, 0.25], [], [0.5], [float("nan")], [-1.0], [9.0], [1, 2]]
+        values |= {_IDS[0]: draw(one(ids)), _PROBS[0]: draw(one(probs))}
+        values |= {_IDS[1]: [3, 4], _PROBS[1]: [0.5, 0.25]}
+        if draw(integers(0, 2)) == 2:
+            del values[draw(one([*_IDS, *_PROBS]))]
+    return _judge_payload(draw, folder, example(values))

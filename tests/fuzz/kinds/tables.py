@@ -1,0 +1,224 @@
+"""Tables beside images (jsonl, csv, tsv) and class folders, through `diht_jax.data.readers`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pathlib
+from typing import Any
+
+from hypothesis import assume
+from hypothesis import strategies as st
+from hypothesis.strategies import integers
+from hypothesis.strategies import sampled_from as one
+
+from diht_jax.data.readers import registry
+from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, damaged, flipped, noise, words
+from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_entries, judge_read, require
+
+_KINDS = one(["jsonl", "csv", "tsv"])
+# Paths in a table that lead to no picture of the folder.
+_BAD_PATHS = [
+    *("", " ", "missing.png", "../outside.png", "/etc/hostname", "images", "images/..", "link.png"),
+    *("pipe.png", "nul\0.png", "images/" + "x" * 300, "x/" * 3000, "http://host/a.png"),
+    *("lone\ud800.png", "images/0.png/0.png", "~/a.png", "images/\n.png"),
+]
+_BAD_LINES = [line for line in NO_OBJECT if line]
+_BAD_LINES += [b"{}", b"\0", b"\xef\xbb\xbf", b'{"n": ' + b"9" * 5000 + b"}", b'{"image": 3}']
+_BAD_LINES += [b'{"image": {"a": 1}, "caption": "x"}', b'{"image": ["images/0.png"], "caption": 1}']
+_BAD_LINES += [b'{"image": "images/0.png", "caption": "%s"}' % bad for bad in NOT_UTF8]
+_BAD_VALUES = [None, 3, 1.5, True, [], {}, [None], "", " ", "\ud800", [["x"]], "x" * 100_000]
+
+
+class Table:
+    """Rows with their images; the rows' keys stand in a column."""
+
+    def __init__(self, draw: Draw, folder: pathlib.Path, kind: str):
+        self.draw, self.kind = draw, kind
+        self.path = folder / f"table.{kind}"
+        (folder / "images").mkdir()
+        (folder.parent / "outside.png").write_bytes(b"outside")
+        (folder / "link.png").symlink_to(folder.parent / "outside.png")
+        os.mkfifo(folder / "pipe.png")
+        self.rows: list[dict[str, Any]] = []
+        self.values: dict[str, Any] = {}
+        for number in range(draw(integers(3, 8))):
+            image, name, caption = draw(noise(500, 1)), f"images/{number}.png", draw(words())
+            (folder / name).write_bytes(image)
+            row = {"id": f"row{number}", "image": name, "caption": caption, "note": "n"}
+            self.rows.append(row)
+            self.values[row["id"]] = (image, caption)
+        self.place = draw(integers(0, len(self.rows) - 1))
+        self.bad = f"row{self.place}"  # the one that is damaged
+
+    def lines(self) -> list[bytes]:
+        """The rows as they stand in the file, without the header."""
+        if self.kind == "jsonl":
+            return [json.dumps(row).encode() + b"\n" for row in self.rows]
+        return [self._csv(row.values()) for row in self.rows]
+
+    def header(self) -> bytes:
+        """The first line of a csv."""
+        return b"" if self.kind == "jsonl" else self._csv(self.rows[0])
+
+    def _csv(self, values: Any) -> bytes:
+        buffer = io.StringIO()
+        csv.writer(buffer, delimiter="\t" if self.kind == "tsv" else ",").writerow(values)
+        return buffer.getvalue().encode("utf-8", "surrogatepass")
+
+    def read(self) -> Any:
+        """Pairs as (key, value), and counts."""
+        rows_per_shard = self.draw(integers(1, 4))
+        source = registry.open_source(
+            str(self.path), key_column="id", rows_per_shard=rows_per_shard
+        )
+        return [(p.key, (p.image, p.caption)) for p in source], source.skipped
+
+    def judge(self, data: bytes, *touched: str, **verdict: bool) -> str:
+        """Writes the file and reads it: all rows but those touched must come."""
+        self.path.write_bytes(data)
+        intact = {key: value for key, value in self.values.items() if key not in touched}
+        return judge_read(self.read, self.path, intact, touched, may_rename=True, **verdict)
+
+
+def check_bad_lines(draw: Draw, folder: pathlib.Path) -> str:
+    """One line of a jsonl replaced: no other row may suffer."""
+    table = Table(draw, folder, "jsonl")
+    lines = table.lines()
+    hit = flipped(lines[table.place][:-1]).map(lambda line: line.replace(b"\n", b" "))
+    lines[table.place] = draw(one(_BAD_LINES) | hit) + b"\n"
+    return table.judge(b"".join(lines), table.bad, may_fail=False)
+
+
+def check_bad_values(draw: Draw, folder: pathlib.Path) -> str:
+    """A cell of another type, or none: no other row may suffer; a row needs no key of its own."""
+    table = Table(draw, folder, "jsonl")
+    row, field = table.rows[table.place], draw(one(["image", "caption", "id", "note"]))
+    row[field] = draw(one(_BAD_VALUES))
+    if draw(integers(0, 3)) == 3:
+        del row[field]
+    if field != "id":
+        return table.judge(b"".join(table.lines()), table.bad, may_fail=False)
+    table.path.write_bytes(b"".join(table.lines()))
+    found, skipped = table.read()
+    require(len(found) == len(table.rows) and not skipped, "a row without an own key is lost")
+    require(len({key for key, _ in found}) == len(found), "two rows with the same key")
+    return SUCCESS
+
+
+def check_bad_paths(draw: Draw, folder: pathlib.Path) -> str:
+    """A path that leads out, or to no picture, is skipped; only a csv may be refused for it."""
+    table = Table(draw, folder, draw(_KINDS))
+    path = table.rows[table.place]["image"] = draw(one(_BAD_PATHS))
+    data = table.header() + b"".join(table.lines())
+    outcome = table.judge(data, table.bad, may_fail=table.kind != "jsonl")
+    if outcome != ERROR:
+        found, _ = table.read()
+        require(table.bad not in dict(found), f"a picture at {path!r:.50}")
+    return outcome
+
+
+def check_flips_in_a_row(draw: Draw, folder: pathlib.Path) -> str:
+    """Flips that make no line break, delimiter or quote touch one row alone."""
+    table = Table(draw, folder, draw(_KINDS))
+    lines = table.lines()
+    body = lines[table.place].rstrip(b"\r\n")
+    end = lines[table.place][len(body) :]
+    changed = draw(flipped(body))
+    marks = b'\r\n",\t\\{}:[]\xef\xbb\xbf'
+    assume(table.kind == "jsonl" or all(changed.count(m) == body.count(m) for m in marks))
+    lines[table.place] = changed.replace(b"\n", b" ") + end
+    return table.judge(table.header() + b"".join(lines), table.bad, may_fail=False)
+
+
+def check_damaged_file(draw: Draw, folder: pathlib.Path) -> str:
+    """Any damage: rows that lie whole before it, and on lines of their own, must come."""
+    table = Table(draw, folder, draw(_KINDS))
+    data = table.header() + b"".join(table.lines())
+    changed = draw(damaged(data))
+    same = len(os.path.commonprefix([data, changed]))
+    intact, position = {}, len(table.header())
+    for row, line in zip(table.rows, table.lines(), strict=True):
+        position += len(line)
+        if position <= same:
+            intact[row["id"]] = table.values[row["id"]]
+    table.path.write_bytes(changed)
+    result = attempt(table.read, table.path)
+    if isinstance(result, Refused):
+        return ERROR
+    # What was cut off or overwritten cannot be counted; the rest is.
+    return judge_entries([pair for pair in result[0] if pair[0] in intact], result[1], intact)
+
+
+def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
+    """Rows with too many or too few fields, blank lines, marks, odd endings: others stay."""
+    table = Table(draw, folder, draw(one(["csv", "tsv"])))
+    lines, header, bad = table.lines(), table.header(), table.place
+    delimiter = b"\t" if table.kind == "tsv" else b","
+    form = draw(integers(0, 6))
+    if form == 0:
+        lines[bad] = delimiter.join([b"a"] * draw(one([1, 3, 5, 1000]))) + b"\r\n"
+    elif form == 1:
+        lines[bad] = lines[bad].replace(b"images", b'"images')
+    elif form == 2:
+        lines.insert(bad, draw(one([b"\r\n", b"\n", b"\n\n\n"])))
+    elif form == 3:
+        header = b"\xef\xbb\xbf" + header
+    elif form == 4:
+        end = draw(one([b"\n", b"\r\n"]))
+        header, *lines = (line.replace(b"\r\n", end) for line in (header, *lines))
+    elif form == 5:
+        lines[-1] = lines[-1].rstrip()
+    else:
+        lines[bad] = lines[bad].replace(b",n", b"," + draw(one(NOT_UTF8)))
+    touched = [table.bad] if form < 2 else []
+    return table.judge(header + b"".join(lines), *touched, may_fail=form == 1)
+
+
+def check_no_table(draw: Draw, folder: pathlib.Path) -> str:
+    """A table without its columns, or without rows, is an error."""
+    kind = draw(_KINDS)
+    table = Table(draw, folder, kind)
+    contents = [b"", b"\n", b" \n\n", table.header()]
+    if kind != "jsonl":
+        headers = [
+            b"",
+            b"\n",
+            b"a,b,c\n",
+            b"image;caption;id\n",
+            b"\xff\xfe\n",
+            b'"image\n',
+            b"\0\n",
+        ]
+        contents += [head + rows for head in headers for rows in (b"", b"".join(table.lines()))]
+    return table.judge(draw(one(contents)), *table.values, must_fail=True)
+
+
+def check_class_folder(draw: Draw, folder: pathlib.Path) -> str:
+    """Folders with odd entries beside the pictures."""
+    root = folder / "classes"
+    values = {}
+    for number in range(draw(integers(1, 3))):
+        name = draw(one(["dog", "ca\u00f1on", "x_y", "a b"])) + str(number)
+        (root / name).mkdir(parents=True)
+        for picture in range(draw(integers(1, 3))):
+            values[f"{name}/{picture}.png"] = data = draw(noise(300))
+            (root / name / f"{picture}.png").write_bytes(data)
+    odd = root / name
+    os.mkfifo(odd / "pipe.jpg")
+    (odd / "lost.png").symlink_to("/nowhere/at/all.png")
+    (odd / "folder.png").mkdir()
+    (odd / ".hidden.png").write_bytes(b"hidden")
+    (odd / "notes.txt").write_bytes(draw(noise(9)))
+    (root / "empty").mkdir()
+    if draw(st.booleans()):
+        (odd / "round").symlink_to(root)  # a folder that holds itself
+
+    def read() -> Any:
+        source = registry.open_source(str(root))
+        pairs = [(p.key, p.image) for p in source]
+        return [pair for pair in pairs if pair[0] in values], source.skipped
+
+    return judge_read(read, root, dict(sorted(values.items())))
