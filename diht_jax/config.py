@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
+from absl import flags
+from ml_collections import config_flags
 from ml_collections.config_dict import placeholder
 
 DURATION_UNITS = ("steps", "examples", "epochs")
@@ -37,6 +39,38 @@ ARCHITECTURE_FIELDS = {
     "text_mlp_width": int,
     "end_of_text_id": int,
 }
+
+
+class TextOrSections:
+    """Type of a key that is a text, or a section of named sections that others check."""
+
+    @classmethod
+    def reference(cls) -> ml_collections.FieldReference:
+        """An empty section that a text may replace, and the other way round."""
+        return _TextOrSectionsReference(ml_collections.ConfigDict(), field_type=cls)
+
+
+class _TextOrSectionsReference(ml_collections.FieldReference):
+    def set(self, value: Any, type_safe: bool = True) -> None:
+        if isinstance(value, dict):
+            value = ml_collections.ConfigDict(value)
+        if value is not None and not isinstance(value, str | ml_collections.ConfigDict):
+            raise TypeError(_expected_text_or_sections(value))
+        super().set(value, type_safe=False)
+
+
+def _expected_text_or_sections(value: Any) -> str:
+    return f"expected a text or a section of sections, got {type(value).__name__} {value!r:.200}"
+
+
+class _TextOrSectionsParser(flags.ArgumentParser):
+    """Of `--config.evaluation.tasks=TEXT`; the flag's default is the recipe's own value."""
+
+    def parse(self, argument: Any) -> Any:
+        return argument
+
+
+config_flags.register_flag_parser_for_type(TextOrSections, _TextOrSectionsParser())
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -150,7 +184,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.checkpoint.best_metric = placeholder(str)
     c.evaluation = ml_collections.ConfigDict()
     c.evaluation.every_steps = placeholder(int)  # None: at the end only
-    c.evaluation.tasks = ""  # comma-separated, as --tasks of diht_jax.evaluate
+    # name -> dict(kind=..., source=..., OPTION=...), such as tasks.pets = dict(kind="retrieval",
+    # source="/data/pets.tar"); or a text with commas, as --tasks of diht_jax.evaluate.
+    c.evaluation.tasks = TextOrSections.reference()
     c.evaluation.batch_size = 512
     c.evaluation.use_ema = False  # evaluates the moving average of the parameters
     return c
@@ -189,19 +225,26 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
 
     Args:
         config: what the recipe and the command line gave.
-        defaults: all known keys. None is accepted for every key but a section, and an int where a
-            float stands; a default of None without a type accepts everything. The elements of a
-            tuple must be of the type of those in the default, where it has any. NaN is no value of
-            anything.
+        defaults: all known keys, but for those inside of a `TextOrSections`. None is accepted for
+            every key but a section, and an int where a float stands; a default of None without a
+            type accepts everything. The elements of a tuple must be of the type of those in the
+            default, where it has any. NaN is no value of anything.
 
     Raises:
         ValueError: an unknown key (names the nearest known one) or a value of another type.
     """
     known = dict(_walk(defaults))
+    free = tuple(f"{name}." for name, (_, kind) in known.items() if kind is TextOrSections)
     for name, (value, _) in _walk(config).items():
+        if name.startswith(free):
+            continue
         if name not in known:
             raise ValueError(_unknown_key_message(name, list(known)))
         default, expected = known[name]
+        if expected is TextOrSections:
+            if not isinstance(value, str | ml_collections.ConfigDict | None):
+                raise ValueError(f"config key '{name}': {_expected_text_or_sections(value)}")
+            continue
         if not _type_matches(value, expected) or not _elements_match(value, default):
             such_as = f" (such as {default!r})" if default is not None else ""
             raise ValueError(

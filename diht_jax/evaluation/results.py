@@ -179,6 +179,15 @@ def published_results(model: str) -> dict[str, Any] | None:
     return {"model": f"{model}, as published", "results": list(results.values())}
 
 
+def describe_metrics(result: dict[str, Any]) -> str:
+    """The metrics of one task in a line, such as "cifar10: top-1 51.24%, top-5 90.00%"."""
+    shown = []
+    for name, value in result["metrics"].items():
+        metric = metric_of(result, name)
+        shown.append(f"{metric.label} {format_value(metric, value)}")
+    return f"{result['task']}: {', '.join(shown)}"
+
+
 def describe_model(results: dict[str, Any]) -> str:
     """Model, step and whether the average was taken, in a line."""
     step = results.get("step")

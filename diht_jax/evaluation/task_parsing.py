@@ -90,7 +90,10 @@ def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
         tasks: texts of `parse_tasks` with commas between them; or name -> section, where a section
             has `kind` and `source`, the options of the kind and those of the source. A section with
             the name of a built-in task needs no kind, and no source where that task has one; one
-            with a source "clip_benchmark:DIR" needs no kind. None as a value is as good as no key.
+            with a source "clip_benchmark:DIR" needs no kind. A key that is None is not set.
+
+    Returns:
+        One task per text, in order; or per section, in the order of a ConfigDict, by name.
 
     Raises:
         ValueError: as `parse_tasks`; the message begins with the key, such as
@@ -210,7 +213,7 @@ def _read_section(name: str, section: Any) -> _Request:
 def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     entry, source = request.entry, request.source
     if not source:
-        raise ValueError(_no_source_message(request.name, entry))
+        raise _no_source_error(request, entry)
     folder = _fields_of_folder(source) if request.kind is None else {}
     kind = request.kind or (entry.kind if entry else folder["kind"])
     if folder.get("kind", kind) != kind:
@@ -333,11 +336,14 @@ def _fields_of_folder(source: str) -> dict[str, Any]:
     return fields
 
 
-def _no_source_message(name: str, entry: SuiteEntry) -> str:
-    return (
-        f"task '{name}' has no source of its own, since it is not read from TFDS; it is measured "
-        f"on {entry.split}. Give that as '{name}={entry.form}'"
+def _no_source_error(request: _Request, entry: SuiteEntry) -> ValueError:
+    why = (
+        "has no source of its own, since it is not read from TFDS; it is measured on "
+        f"{entry.split}. Give that as "
     )
+    if request.is_text:
+        return ValueError(f"task '{request.name}' {why}'{request.name}={entry.form}'")
+    return request.error(f"the task {why}{entry.form} (what is behind '?' as keys)", "source")
 
 
 def _unknown_task_message(text: str, name: str) -> str:

@@ -22,7 +22,8 @@ from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, masked_steps, validate_config
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
-from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
+from diht_jax.evaluation.results import describe_metrics
+from diht_jax.evaluation.tasks import evaluate_task, parse_config_tasks
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
@@ -130,7 +131,7 @@ class Run:
             process_count=jax.process_count(),
             on_bad_record=config.data.on_bad_record,
         )
-        self.tasks = parse_tasks(config.evaluation.tasks.split(","))
+        self.tasks = parse_config_tasks(config.evaluation.tasks)
         self.fingerprint = fingerprint_records(source)
         self.checkpointer = Checkpointer(
             workdir,
@@ -290,15 +291,10 @@ class Run:
                 batch_size=self.config.evaluation.batch_size,
             )
         self._model.update(params, step)
-        measured = flatten_results(
-            {
-                task.name: evaluate_task(
-                    self._model, task, batch_size=self.config.evaluation.batch_size
-                )["metrics"]
-                for task in self.tasks
-            }
-        )
-        logging.info("step %d: %s", step, _results_text(measured))
+        batch_size = self.config.evaluation.batch_size
+        results = [evaluate_task(self._model, task, batch_size=batch_size) for task in self.tasks]
+        measured = flatten_results({result["task"]: result["metrics"] for result in results})
+        logging.info("step %d: %s", step, "; ".join(map(describe_metrics, results)))
         self.writer.write(step, {f"evaluation/{name}": v for name, v in measured.items()})
         return measured
 
@@ -330,10 +326,6 @@ class Run:
             dict(self.mesh.shape),
         )
         sharding.log_placement(self.state.params, self.mesh)
-
-
-def _results_text(measured: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
 
 
 def _progress_text(scalars: dict[str, float]) -> str:

@@ -163,7 +163,7 @@ def _results_section(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         for source, metrics in results
         for name, value in metrics.items()
     ]
-    return "## Results\n\nZero-shot; fractions of 1, ranks from 1.\n\n" + _table(
+    return "## Results\n\nZero-shot; shares are fractions of 1, ranks count from 1.\n\n" + _table(
         ("source", "metric", "value"), rows
     )
 

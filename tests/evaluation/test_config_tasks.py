@@ -1,0 +1,201 @@
+"""`config.evaluation.tasks` as sections: the tasks of the texts, and errors that name the key."""
+
+import json
+
+import ml_collections
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from diht_jax.config import default_config, validate_config
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
+from diht_jax.evaluation.suite import SUITE
+from diht_jax.evaluation.task_parsing import _SOURCE_OPTIONS, parse_config_tasks, parse_tasks
+
+# Option -> (its text, the same as a value of a config), but for class names, which need a file.
+_VALUES = {
+    "templates": ("a {};the {}, & more;{}", ["a {}", "the {}, & more", "{}"]),
+    "label": ("shape", "shape"),
+    "caption_template": ("x {caption}", "x {caption}"),
+    "answer_template": ("{question} {answer}", "{question} {answer}"),
+}
+
+
+def _sections(**sections):
+    config = default_config()
+    config.evaluation.tasks = sections
+    return config.evaluation.tasks
+
+
+@pytest.mark.parametrize("as_values", [False, True], ids=["texts", "values"])
+@pytest.mark.parametrize("kind", PROTOCOLS)
+def test_every_option_of_every_kind_means_the_same_in_both_forms(kind, as_values, tmp_path):
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    values = {**_VALUES, "class_names": (f"{tmp_path}/names.txt", ("ant", "bee"))}
+    written = {name: values[name] for name in PROTOCOLS[kind].options}
+    source_options = {name: f"s_{name}" for name in _SOURCE_OPTIONS}
+    text = "&".join(
+        f"{name}={value}"
+        for name, value in [
+            *((name, text) for name, (text, _) in written.items()),
+            *source_options.items(),
+        ]
+    )
+    (expected,) = parse_tasks(f"mine={kind}:/data/0?.json?{text}")
+    section = {name: pair[as_values] for name, pair in written.items()}
+    section |= {"kind": kind, "source": "/data/0?.json", **source_options}
+    assert parse_config_tasks(_sections(mine=section)) == [expected]
+    # None is a key that is not set.
+    assert parse_config_tasks({"mine": {**section, "data_dir": None}}) == parse_config_tasks(
+        {"mine": {key: value for key, value in section.items() if key != "data_dir"}}
+    )
+    for name in written:
+        field = PROTOCOLS[kind].options[name].field
+        found = getattr(expected, field) if field else expected.options[name]
+        value = values[name][1]
+        assert found == (value if isinstance(value, str) else tuple(value))
+
+
+def test_built_in_tasks_and_folders_need_no_kind(tmp_path):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "nshards.txt").write_text("1")
+    (tmp_path / "test" / "0.tar").touch()
+    (tmp_path / "classnames.txt").write_text("dog\ncat\n")
+    folder = f"clip_benchmark:{tmp_path}"
+    options = {"templates": "{}"}
+    assert parse_config_tasks(
+        _sections(
+            cifar10=options,
+            winoground={"source": "/d/examples.jsonl"},
+            own={"source": folder},
+            dtd={"source": "/d/dtd", **options},
+        )
+    ) == parse_tasks(
+        [
+            "cifar10?templates={}",
+            "dtd=/d/dtd?templates={}",
+            f"own={folder}",
+            "winoground=/d/examples.jsonl",
+        ]
+    )
+    # A kind makes it another task than the built-in one.
+    (task,) = parse_config_tasks({"cifar10": {"kind": "retrieval", "source": "/d/a.tar"}})
+    assert (task.kind, task.class_names) == ("retrieval", None)
+    assert set(SUITE) >= {"cifar10", "winoground", "dtd"}
+
+
+_OWN = {"source": "/d"}
+_RETRIEVAL = {"kind": "retrieval", **_OWN}
+_CLASSIFICATION = {"kind": "classification", **_OWN}
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"kind": "retrieval"}, "x.source: expected a source"),
+        (_OWN, "x.kind: expected one of classification, retrieval"),
+        ({**_OWN, "kind": "retreival"}, "x.kind: unknown kind 'retreival'; .* 'retrieval'"),
+        ({**_OWN, "kind": 3}, "x.kind: expected a text, got 3"),
+        ({"kind": "retrieval", "source": 3}, "x.source: expected a text, got 3"),
+        ({**_RETRIEVAL, "templates": "{}"}, "x.templates: a 'retrieval' task has no such key"),
+        ({**_RETRIEVAL, "caption_templat": ""}, "x.caption_templat: .*mean 'caption_template'"),
+        ({**_RETRIEVAL, "caption_template": 3}, "x.caption_template: expected a text, got int 3"),
+        ({**_RETRIEVAL, "caption_template": "y"}, "x: caption template 'y': expected '{caption}'"),
+        ({**_CLASSIFICATION, "templates": "y"}, "x.templates: template 'y': expected '{}' once"),
+        ({**_CLASSIFICATION, "templates": [1]}, "x.templates: expected templates such as"),
+        ({**_CLASSIFICATION, "class_names": 3}, "x.class_names: expected a file of names"),
+        ({**_CLASSIFICATION, "class_names": "/no"}, "x.class_names: /no: cannot be read"),
+        ({**_CLASSIFICATION, "data_dir": 3}, "x.data_dir: expected a text"),
+        ({**_OWN, "kind": "multilabel"}, "x: .*a 'multilabel' task needs class names"),
+        ({"kind": "retrieval", "source": "/d?label=x"}, "x.source: .*give the options behind"),
+        ("retrieval:/d", "x: expected a section such as dict"),
+    ],
+)
+def test_mistakes_name_the_key(section, message):
+    config = default_config()
+    config.evaluation.tasks.x = section
+    validate_config(config, default_config())
+    with pytest.raises(ValueError, match=f"config.evaluation.tasks.{message}"):
+        parse_config_tasks(config.evaluation.tasks)
+
+
+def test_a_built_in_task_without_a_source_says_what_to_give():
+    with pytest.raises(ValueError, match="config.evaluation.tasks.birdsnap.source: .*measured on"):
+        parse_config_tasks({"birdsnap": {}})
+    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
+        parse_config_tasks({"cifar01": {}})
+
+
+def test_a_key_takes_a_text_or_sections():
+    config = default_config()
+    assert parse_config_tasks(config.evaluation.tasks) == []
+    config.evaluation.tasks = "retrieval:/d/a.tar,b=retrieval:/d/b.tar"
+    validate_config(config, default_config())
+    assert [task.name for task in parse_config_tasks(config.evaluation.tasks)] == ["a", "b"]
+    config.evaluation.tasks = {"c": {"kind": "retrieval", "source": "/d/c.tar"}}
+    config.evaluation.tasks.d = dict(kind="retrieval", source="/d/d.tar")
+    validate_config(config, default_config())
+    assert [task.name for task in parse_config_tasks(config.evaluation.tasks)] == ["c", "d"]
+    # As a work directory keeps it.
+    stored = ml_collections.ConfigDict(json.loads(config.to_json_best_effort()))
+    validate_config(stored, default_config())
+    assert parse_config_tasks(stored.evaluation.tasks) == parse_config_tasks(
+        config.evaluation.tasks
+    )
+    validate_config(config.copy_and_resolve_references(), default_config())
+    with pytest.raises(TypeError, match="expected a text or a section"):
+        config.evaluation.tasks = 3
+    stored.evaluation = {**stored.evaluation, "tasks": 3}
+    with pytest.raises(ValueError, match="'evaluation.tasks': expected a text or a section"):
+        validate_config(stored, default_config())
+    config.evaluation.tasks = None
+    assert parse_config_tasks(config.evaluation.tasks) == []
+
+
+_RECIPE = """
+from diht_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    {line}
+    return config
+"""
+
+
+_TEXT = "config.evaluation.tasks = 'x=retrieval:/x'"
+_SECTION = "config.evaluation.tasks.x = dict(kind='retrieval', source='/x')"
+_FLAG = "--config.evaluation.tasks"
+
+
+def _parse(monkeypatch, folder, line, *arguments):
+    recipe = folder / "recipe.py"
+    recipe.write_text(_RECIPE.format(line=line))
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    argv = ["command", f"--config={recipe}", *arguments]
+    monkeypatch.setattr("sys.argv", argv)
+    values(argv)
+    validate_config(values.config, default_config())
+    return parse_config_tasks(values.config.evaluation.tasks)
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments", "names"),
+    [
+        ("", [], []),
+        (_TEXT, [], ["x"]),
+        (_TEXT, [f"{_FLAG}=y=retrieval:/y"], ["y"]),
+        (_TEXT, [_FLAG, "y=retrieval:/y,z=retrieval:/z"], ["y", "z"]),
+        (_SECTION, [], ["x"]),
+        (_SECTION, [f"{_FLAG}=y=retrieval:/y"], ["y"]),
+        (_SECTION, [f"{_FLAG}="], []),
+    ],
+)
+def test_command_lines_replace_texts_and_sections(line, arguments, names, tmp_path, monkeypatch):
+    assert [task.name for task in _parse(monkeypatch, tmp_path, line, *arguments)] == names
+
+
+def test_a_command_line_replaces_a_key_of_a_section(tmp_path, monkeypatch):
+    assert _parse(monkeypatch, tmp_path, _SECTION, f"{_FLAG}.x.source=/y") == parse_tasks(
+        "x=retrieval:/y"
+    )
