@@ -144,3 +144,18 @@ def test_checks_see_what_is_wrong(tmp_path):
     for check in checks:
         with pytest.raises(AssertionError):
             check(page)
+
+
+def test_map_of_the_house_has_every_folder():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    (picture,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
+    shown = set(re.findall(r"([\w/]+)/(?=\s)", picture))
+    for top in ("diht_jax", "data_prep"):
+        folders = {path.parent for path in (REPOSITORY / top).rglob("*.py")}
+        for folder in folders:
+            name = str(folder.relative_to(REPOSITORY / top))
+            assert name == "." or {name, folder.name} & shown, f"{top}/{name} is not on the map"
+    exists = {
+        path.name for path in REPOSITORY.rglob("*") if path.is_dir() and ".venv" not in path.parts
+    }
+    assert {name.rpartition("/")[2] for name in shown} <= exists
