@@ -1,7 +1,7 @@
 """What the training input does about a record that it cannot use: an error, or another record.
 
-Called by `pipeline.py`. What makes a record bad is decided where it is read: `tfrecord.py` for its
-frame, `schema.py` for its fields, `images.py` for its picture.
+What makes a record bad is decided where it is read: `records/tfrecord.py` for its frame,
+`records/schema.py` for its fields, `images/decode.py` for its picture.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from diht_jax.data.records.tfrecord import DamagedRecordError, TFRecordError
 
 MODES = ("error", "skip")
 # In an example and its batch, when bad records are skipped: how many were, to find this one.
-PASSED_OVER = "passed_over"
-# Of one place of a batch, looked at in turn. So many bad ones are no matter of single records.
+SKIPPED_RECORDS = "skipped_records"
+# Records tried for one row of a batch. If all are bad, more than single records is damaged.
 MAX_IN_A_ROW = 100
 
 
 class CheckedExamples(Sequence[dict[str, np.ndarray]]):
-    """The examples of an endless order, none of them bad.
+    """The examples of an endless order, with good records in place of the bad ones.
 
-    A bad record's place is taken by the record `stride` places on. With the batch size as stride,
-    the stand-in is never in the same batch (where the same pair twice would be each other's
-    negative), unless the data set is smaller than that. The choice is a function of the place
-    alone, so that it is the same on any number of hosts and workers, and after a restart.
+    A bad record is replaced by the one whose index in the order is larger by `stride`. With the
+    batch size as stride, the replacement is never in the same batch (where the same pair twice
+    would be each other's negative), unless the data set is smaller than that. The choice is a
+    function of the index alone, so that it is the same on any number of hosts and workers, and
+    after a restart.
     """
 
     def __init__(
@@ -40,10 +41,10 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
         """Reads nothing yet.
 
         Args:
-            examples: place of the order -> decoded example; raises ValueError where it is bad.
-            locate: place of the order -> file and number of its record, or "".
+            examples: index in the order -> decoded example; raises ValueError where it is bad.
+            locate: index in the order -> file and number of its record, or "".
             mode: one of `MODES`.
-            stride: places from a bad record to its stand-in.
+            stride: added to the index of a bad record until a good one is found.
 
         Raises:
             ValueError: another mode.
@@ -60,37 +61,37 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    def __getitem__(self, place: int) -> dict[str, np.ndarray]:
-        """The example at a place, or in the place of a bad one.
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """The example at an index, or the one that replaces it.
 
         Raises:
             ValueError: the record is bad, or too many in a row are; names file and record.
         """
         if not self._skips:
-            return self._decode(place)
-        example, count = self._find(place)
-        return {**example, PASSED_OVER: np.int32(count)}
+            return self._decode(index)
+        example, count = self._find(index)
+        return {**example, SKIPPED_RECORDS: np.int32(count)}
 
-    def places_of(self, place: int, count: int) -> Iterator[int]:
-        """The places of `count` bad records that were passed over for a place."""
-        return iter(range(place, place + count * self._stride, self._stride))
+    def skipped_indices(self, index: int, count: int) -> Iterator[int]:
+        """The indices of the `count` bad records that were skipped for the example at an index."""
+        return iter(range(index, index + count * self._stride, self._stride))
 
-    def place_used(self, place: int) -> int:
-        """Where the example at a place really comes from."""
-        return place + self._find(place)[1] * self._stride if self._skips else place
+    def used_index(self, index: int) -> int:
+        """The index of the record that the example at an index really comes from."""
+        return index + self._find(index)[1] * self._stride if self._skips else index
 
-    def explain(self, place: int) -> str:
+    def explain(self, index: int) -> str:
         """Why a record is bad."""
         try:
-            self._decode(place)
+            self._decode(index)
         except ValueError as error:
             return str(error)
-        return f"{self._locate(place)}: could be read at the second attempt"
+        return f"{self._locate(index)}: could be read at the second attempt"
 
-    def _find(self, place: int) -> tuple[dict[str, np.ndarray], int]:
+    def _find(self, index: int) -> tuple[dict[str, np.ndarray], int]:
         for count in range(MAX_IN_A_ROW):
             try:
-                return self._decode(place + count * self._stride), count
+                return self._decode(index + count * self._stride), count
             except DamagedRecordError as error:
                 last = error
             except TFRecordError:
@@ -99,14 +100,14 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
                 last = error
         raise ValueError(
             f"{MAX_IN_A_ROW} records in a row are bad, more than config.data.on_bad_record='skip' "
-            f"passes over; the last one: {last}"
+            f"replaces; the last one: {last}"
         )
 
-    def _decode(self, place: int) -> dict[str, Any]:
+    def _decode(self, index: int) -> dict[str, Any]:
         try:
-            return self._examples[place]
+            return self._examples[index]
         except TFRecordError:
             raise  # says where
         except ValueError as error:
-            where = self._locate(place)
+            where = self._locate(index)
             raise ValueError(f"{where}: {error}" if where else str(error)) from error

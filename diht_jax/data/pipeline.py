@@ -1,7 +1,7 @@
 """The training input: TFRecord shards -> shuffled, decoded, tokenized uint8 batches (grain).
 
-Called by the training loop. The order of examples is a function of (seed, position) alone: it
-does not depend on workers, hosts or devices, so that a run can be continued anywhere.
+The order of examples is a function of (seed, position) alone: it does not depend on workers, hosts
+or devices, so that a run can be continued anywhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax.data import tokenizer
-from diht_jax.data.bad_records import PASSED_OVER, CheckedExamples
+from diht_jax.data.bad_records import SKIPPED_RECORDS, CheckedExamples
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
 from diht_jax.data.records import schema
@@ -28,7 +28,7 @@ _WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")
 MAX_RESTARTS = 3
 # Bad records that are named in the log; further ones are only counted.
 _MAX_NAMED = 100
-# What a caption takes the place of.
+# Replaced by the caption in a text template.
 _CAPTION = "{caption}"
 
 
@@ -126,7 +126,7 @@ class TrainIterator:
     is a new permutation of the data set every epoch; process p of P takes every P-th of them.
 
     Attributes:
-        passed_over: bad records of this process's share so far, each replaced by another one.
+        skipped_records: bad records of this process's share so far, each replaced by another one.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class TrainIterator:
             num_workers: decoding processes; 0 decodes in threads of this process.
             prefetch_batches: batches decoded ahead, by each worker where there are some.
             process_index, process_count: this host's number, and how many there are.
-            on_bad_record: "error", or "skip" to put another record in its place, see
+            on_bad_record: "error", or "skip" to replace it by another record, see
                 `bad_records.py`.
         """
         if batch_size % process_count:
@@ -170,7 +170,7 @@ class TrainIterator:
             stride=batch_size,
         )
         self._examples = grain.MapDataset.source(self._checked)
-        self.passed_over = 0
+        self.skipped_records = 0
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._prefetch_batches = prefetch_batches
@@ -189,7 +189,7 @@ class TrainIterator:
         started again at the batch that they owed.
 
         Raises:
-            RuntimeError: they die again and again at the same place; says which.
+            RuntimeError: they die again and again at the same batch; the message names it.
         """
         for _ in range(MAX_RESTARTS + 1):
             if self._batches is None:
@@ -208,7 +208,7 @@ class TrainIterator:
                 )
                 self.close()
                 continue
-            self._count_bad_records(batch.pop(PASSED_OVER, ()))
+            self._count_bad_records(batch.pop(SKIPPED_RECORDS, ()))
             self._next_example += self._batch_size
             return batch
         raise RuntimeError(
@@ -220,24 +220,24 @@ class TrainIterator:
         ) from death
 
     def keys(self, first_example: int) -> list[str]:
-        """Keys of this process's records in the batch that begins at a place of the order.
+        """Keys of this process's records in the batch that begins at an index of the order.
 
-        Where bad records are replaced, the keys are those of what was put in their places.
+        Where bad records are replaced, the keys are those of the replacements.
         """
-        places = range(
+        indices = range(
             first_example + self._process_index,
             first_example + self._batch_size,
             self._process_count,
         )
-        used = map(self._checked.place_used, places)
-        return [schema.decode_record(self._records[place]).key for place in used]
+        used = map(self._checked.used_index, indices)
+        return [schema.decode_record(self._records[index]).key for index in used]
 
     def get_state(self) -> dict[str, int]:
-        """The place in the global order, as a JSON-able dict."""
+        """The position in the global order, as a JSON-able dict."""
         return {"next_example": self._next_example}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Continues at a place that `get_state` gave, maybe on other hosts."""
+        """Continues at a position that `get_state` gave, maybe on other hosts."""
         self.close()
         self._next_example = int(state["next_example"])
 
@@ -247,18 +247,18 @@ class TrainIterator:
             self._batches.close()
             self._batches = None
 
-    def _count_bad_records(self, passed_over: Sequence[int]) -> None:
-        """Counts and names what a batch's places passed over."""
-        for row in np.flatnonzero(passed_over):
-            place = self._next_example + self._process_index + int(row) * self._process_count
-            for bad in self._checked.places_of(place, int(passed_over[row])):
-                self.passed_over += 1
-                if self.passed_over <= _MAX_NAMED:
+    def _count_bad_records(self, skipped: Sequence[int]) -> None:
+        """Counts and names the records that were skipped for the rows of a batch."""
+        for row in np.flatnonzero(skipped):
+            index = self._next_example + self._process_index + int(row) * self._process_count
+            for bad in self._checked.skipped_indices(index, int(skipped[row])):
+                self.skipped_records += 1
+                if self.skipped_records <= _MAX_NAMED:
                     logging.warning(
-                        "passed over (%d so far): %s", self.passed_over, self._checked.explain(bad)
+                        "skipped (%d so far): %s", self.skipped_records, self._checked.explain(bad)
                     )
-        if np.any(passed_over) and self.passed_over > _MAX_NAMED:
-            logging.warning("%d bad records passed over so far", self.passed_over)
+        if np.any(skipped) and self.skipped_records > _MAX_NAMED:
+            logging.warning("%d bad records skipped so far", self.skipped_records)
 
     def _start(self) -> Any:
         local_batch_size = self._batch_size // self._process_count
@@ -289,17 +289,17 @@ class TrainIterator:
 
 
 class _Locator:
-    """Where the record at a place of the order lies, as far as its source knows."""
+    """File and number of the record at an index of the order, as far as its source knows."""
 
     def __init__(self, source: Sequence[bytes], seed: int):
         self._source = source
         # The same length and seed as the records have, hence the same order.
         self._indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
 
-    def __call__(self, place: int) -> str:
+    def __call__(self, index: int) -> str:
         if not hasattr(self._source, "locate"):
             return ""
-        path, record = self._source.locate(self._indices[place])
+        path, record = self._source.locate(self._indices[index])
         return f"{path}: record {record}"
 
 

@@ -153,7 +153,7 @@ class Run:
         self.writer = MetricWriter(workdir, self.start_step)
         self.stop_request = StopRequest()
         self._model: LoadedModel | None = None
-        self._passed_over = 0
+        self._skipped_records = 0
         self._log_start(len(source))
 
     def initial_parameters(self) -> dict[str, Any]:
@@ -270,11 +270,11 @@ class Run:
         return sharding.put_batch(next(self.iterator), sharding.batch_sharding(self.mesh))
 
     def bad_records(self) -> dict[str, float]:
-        """How many were passed over since the last call; nothing where they end the run instead."""
+        """How many were skipped since the last call; nothing where they end the run instead."""
         if self.config.data.on_bad_record != "skip":
             return {}
-        before, self._passed_over = self._passed_over, self.iterator.passed_over
-        return {"passed_over": float(self._passed_over - before)}
+        before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
+        return {"skipped_records": float(self._skipped_records - before)}
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Runs the config's tasks on the current parameters and writes their results."""

@@ -1,4 +1,4 @@
-"""Bad records in the training input: passed over, counted, named; the same with workers."""
+"""Bad records in the training input: skipped, counted, named; the same with workers."""
 
 import io
 import pathlib
@@ -45,22 +45,22 @@ def read(shard, mode, num_workers=0):
         batches = [next(iterator) for _ in range(3)]
     finally:
         iterator.close()
-    return np.array([batch["images"][:, 0, 0, 0] for batch in batches]), iterator.passed_over
+    return np.array([batch["images"][:, 0, 0, 0] for batch in batches]), iterator.skipped_records
 
 
 def test_skipping_is_counted_and_the_same_with_worker_processes(shard, monkeypatch):
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    values, passed_over = read(shard, "skip")
+    values, skipped_records = read(shard, "skip")
     assert values.shape == (3, 8)
     assert set(values.flatten().tolist()) == set(range(24)) - BAD.keys()
-    assert passed_over >= len(BAD)
+    assert skipped_records >= len(BAD)
     for number in BAD:
         assert any(f"{shard}: record {number}: " in text for text in said)
     assert any("'key3'" in text for text in said)
     in_workers, counted = read(shard, "skip", num_workers=2)
     np.testing.assert_array_equal(in_workers, values)
-    assert counted == passed_over
+    assert counted == skipped_records
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -96,10 +96,10 @@ def checked(errors, stride=10):
 
 def test_a_stand_in_comes_from_a_later_batch():
     examples = checked({4: ValueError("a"), 14: ValueError("b"), 25: ValueError("c")})
-    assert [examples[4]["place"], examples[4]["passed_over"]] == [24, 2]
-    assert [examples[5]["place"], examples[5]["passed_over"]] == [5, 0]
-    assert list(examples.places_of(4, 2)) == [4, 14]
-    assert examples.place_used(4) == 24 and examples.explain(14) == "p14: b"
+    assert [examples[4]["place"], examples[4]["skipped_records"]] == [24, 2]
+    assert [examples[5]["place"], examples[5]["skipped_records"]] == [5, 0]
+    assert list(examples.skipped_indices(4, 2)) == [4, 14]
+    assert examples.used_index(4) == 24 and examples.explain(14) == "p14: b"
 
 
 def test_a_broken_shard_is_never_skipped():

@@ -153,7 +153,7 @@ def test_the_loop_leaves_what_people_look_at(finished):
     assert_bitwise_equal(model._params, state.params)
 
 
-def test_records_that_are_passed_over_are_counted(config, squares, tmp_path):
+def test_skipped_records_are_counted(config, squares, tmp_path):
     records = [decode_record(data) for data in TFRecordSource(squares)]
     broken = {5, 30}
     with TFRecordWriter(tmp_path / "broken.tfrecord") as writer:
@@ -168,9 +168,9 @@ def test_records_that_are_passed_over_are_counted(config, squares, tmp_path):
     train(config, tmp_path / "straight", devices=device)
     for stop in (2, None):
         train(config, tmp_path / "stopped", devices=device, stop_after_steps=stop)
-    counts = series(tmp_path / "straight", "passed_over")
+    counts = series(tmp_path / "straight", "skipped_records")
     assert len(counts) == 5 and len(broken) <= counts.sum() <= 2 * len(broken)
-    np.testing.assert_array_equal(series(tmp_path / "stopped", "passed_over"), counts)
+    np.testing.assert_array_equal(series(tmp_path / "stopped", "skipped_records"), counts)
 
 
 def test_a_finished_run_is_left_as_it_is(finished):
