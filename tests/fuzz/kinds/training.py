@@ -114,7 +114,7 @@ def _read(path: pathlib.Path, mode: str, seed: int, batches: int = _BATCHES, **o
     values = np.array([batch["images"][:, 0, 0, 0] for batch in found])
     expected = [[f"key{value}" for value in row] for row in values]
     require(keys == expected, f"keys {keys}, but records {values}")
-    return values, iterator.passed_over
+    return values, iterator.skipped_records
 
 
 def check_skip(draw: Draw, folder: pathlib.Path) -> str:
