@@ -1,28 +1,65 @@
-"""Which implementation of attention a tower uses on the device at hand.
+"""Softmax attention, and which kernel computes it: XLA's or cuDNN's fused one.
 
-Asked by `transformer.py` while the model is traced.
+Everything that decides is the device that the program is for, which need not be one of this
+machine's (`diht_jax.compile`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 from jax.typing import DTypeLike
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
 
+# cuDNN's gradient needs an even number of tokens, and rows of its float32 statistics that start at
+# multiples of 16 bytes are the fastest.
+_TOKENS_MULTIPLE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What has to be known of the devices that a program is for.
+
+    Attributes:
+        platform: "cpu", "tpu", "cuda" or "rocm".
+        device_kind: for messages.
+        compute_capability: of an NVIDIA GPU, such as (9, 0); None elsewhere.
+    """
+
+    platform: str
+    device_kind: str
+    compute_capability: tuple[int, int] | None = None
+
+
+def target_of(device: jax.Device) -> Target:
+    """The facts about a device, present or described by a topology."""
+    kind = device.device_kind
+    if device.platform not in ("gpu", "cuda", "rocm"):
+        return Target(device.platform, kind)
+    # A described device has no client; only CUDA devices can be described.
+    client = getattr(device, "client", None)
+    if "rocm" in getattr(client, "platform_version", "") or device.platform == "rocm":
+        return Target("rocm", kind)
+    major, minor = map(int, str(device.compute_capability).split("."))
+    return Target("cuda", kind, (major, minor))
+
 
 def attention_implementation(
-    choice: str, dtype: DTypeLike, head_dim: int, device: jax.Device | None = None
+    choice: str, dtype: DTypeLike, head_dim: int, target: Target | None = None
 ) -> str:
-    """The argument `implementation` of `jax.nn.dot_product_attention`.
+    """The kernel of one tower: "xla" or "cudnn".
 
     Args:
         choice: "auto" takes cuDNN's fused attention where it applies, else XLA's; "xla" and
             "cudnn" insist.
         dtype: of queries, keys and values.
         head_dim: width of a head.
-        device: that the model will run on; the default backend's by default.
+        target: what the program is for; None is the default backend's first device.
 
     Raises:
         ValueError: an unknown choice, or "cudnn" where it does not apply.
@@ -30,7 +67,7 @@ def attention_implementation(
     check_attention(choice)
     if choice == "xla":
         return "xla"
-    obstacle = _cudnn_obstacle(dtype, head_dim, device or jax.devices()[0])
+    obstacle = _cudnn_obstacle(dtype, head_dim, target or target_of(jax.devices()[0]))
     if choice == "cudnn" and obstacle:
         raise ValueError(
             f"config.model.attention='cudnn' does not apply: {obstacle}; take 'auto' or 'xla'"
@@ -46,16 +83,144 @@ def check_attention(choice: str) -> None:
         )
 
 
-def _cudnn_obstacle(dtype: DTypeLike, head_dim: int, device: jax.Device) -> str | None:
+def _cudnn_obstacle(dtype: DTypeLike, head_dim: int, target: Target) -> str | None:
     """Why cuDNN's attention cannot run, or None; the conditions are those that JAX checks."""
-    if device.platform not in ("gpu", "cuda") or "cuda" not in device.client.platform_version:
-        return f"it needs an NVIDIA GPU, and the device is {device.device_kind}"
+    if target.platform != "cuda":
+        return f"it needs an NVIDIA GPU, and the device is {target.device_kind}"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"it needs bfloat16 or float16, and config.model.dtype is {jnp.dtype(dtype)}"
-    capability = tuple(int(part) for part in device.compute_capability.split("."))
+    capability = target.compute_capability
     if capability < (8, 0):
-        return f"it needs compute capability 8.0 (Ampere), the GPU has {device.compute_capability}"
+        found = ".".join(map(str, capability))
+        return f"it needs compute capability 8.0 (Ampere), the GPU has {found}"
     widest = 256 if capability >= (9, 0) else 128
     if head_dim > widest or head_dim % 8:
         return f"it needs heads of a multiple of 8 up to {widest} wide, and they are {head_dim}"
     return None
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, implementation: str
+) -> jax.Array:
+    """Scaled dot-product attention of a sequence with itself, softmax in float32.
+
+    Args:
+        q, k, v: [b, t, heads, d], of one dtype.
+        causal: whether a token sees those before it and itself only.
+        implementation: "xla" or "cudnn".
+
+    Returns:
+        [b, t, heads, d].
+    """
+    if implementation == "cudnn":
+        return attend_padded(q, k, v, causal=causal, implementation=implementation)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
+
+
+def attend_padded(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, implementation: str
+) -> jax.Array:
+    """`attend` on a length that cuDNN takes, the added tokens masked by the sequences' lengths.
+
+    JAX 0.10.2 and 0.12.0 refuse the gradient of cuDNN's attention at odd lengths, and 77, 197, 257
+    and 577 tokens are odd. What the kernel leaves in the rows of the added tokens is never read,
+    neither forward nor backward: the slice drops their results, the padding drops their gradients.
+    """
+    b, t = q.shape[:2]
+    missing = -t % _TOKENS_MULTIPLE
+    if not missing:
+        return jax.nn.dot_product_attention(
+            q, k, v, is_causal=causal, implementation=implementation
+        )
+    lengths = jnp.full(b, t, jnp.int32)
+    out = jax.nn.dot_product_attention(
+        *(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v)),
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        is_causal=causal,
+        implementation=implementation,
+    )
+    return out[:, :t]
+
+
+def kernel_difference(
+    implementation: str,
+    *,
+    num_tokens: int,
+    num_heads: int,
+    head_dim: int,
+    causal: bool,
+    dtype: DTypeLike,
+    device: jax.Device,
+) -> float:
+    """How far a kernel is from XLA's attention on a device, on a small random batch.
+
+    Args:
+        implementation: of `attend`.
+        num_tokens, num_heads, head_dim, causal, dtype: as the tower has them.
+        device: to compute on, of this process.
+
+    Returns:
+        The largest difference of the result and of the three gradients, each relative to the
+        largest number that XLA's attention in float32 gives; infinite where a number is not finite.
+    """
+    rng = np.random.default_rng(0)
+    shape = (4, num_tokens, num_heads, head_dim)
+    *inputs, cotangent = (
+        jax.device_put(rng.standard_normal(shape).astype(jnp.dtype(dtype)), device)
+        for _ in range(4)
+    )
+
+    def outputs(implementation: str, dtype: DTypeLike) -> list[jax.Array]:
+        def run(*inputs: jax.Array) -> jax.Array:
+            return attend(*inputs, causal=causal, implementation=implementation)
+
+        @jax.jit
+        def value_and_gradients(inputs, cotangent):
+            out, pullback = jax.vjp(run, *inputs)
+            return [out, *pullback(cotangent)]
+
+        return value_and_gradients([x.astype(dtype) for x in inputs], cotangent.astype(dtype))
+
+    expected = outputs("xla", jnp.float32)
+    differences = [
+        float(jnp.max(jnp.abs(found.astype(jnp.float32) - right)) / jnp.max(jnp.abs(right)))
+        for found, right in zip(outputs(implementation, dtype), expected, strict=True)
+    ]
+    return max(differences) if np.all(np.isfinite(differences)) else float("inf")
+
+
+def trusted_implementation(
+    implementation: str, *, tower: str, tolerance: float = 2e-2, **shape: object
+) -> str:
+    """The kernel of a tower, after a look at what it gives on this device.
+
+    Args:
+        implementation: "xla" or another one, which is compared with it.
+        tower: for the log.
+        tolerance: largest relative difference; the default is some ten roundings of bfloat16.
+        shape: the other arguments of `kernel_difference`.
+
+    Returns:
+        `implementation`, or "xla" where the two disagree, after a warning.
+    """
+    if implementation == "xla":
+        return "xla"
+    difference = kernel_difference(implementation, **shape)
+    if difference <= tolerance:
+        logging.info(
+            "attention of the %s tower: %s, within %.1e of XLA's here, values and gradients",
+            tower,
+            implementation,
+            difference,
+        )
+        return implementation
+    logging.warning(
+        "attention of the %s tower: %s differs from XLA's by %.1e on this device, where %.0e is "
+        "tolerated; XLA's is used. Please report it with the versions of JAX, cuDNN and the driver",
+        tower,
+        implementation,
+        difference,
+        tolerance,
+    )
+    return "xla"

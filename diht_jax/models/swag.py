@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from diht_jax.models.attention import attention_implementation
 from diht_jax.models.transformer import (
     Block,
     BlockInit,
@@ -86,6 +87,7 @@ class SwagTransformer(nnx.Module):
                 causal=False,
                 activation="gelu",
                 epsilon=_EPSILON,
+                attention=attention_implementation("auto", dtype, arch.width // arch.heads),
                 **dtypes,
             )
             for _ in range(arch.layers)

@@ -64,7 +64,7 @@ class TextTransformer(nnx.Module):
                 causal=True,
                 activation=arch.activation,
                 epsilon=arch.layer_norm_epsilon,
-                attention=execution.attention,
+                attention=execution.attention_kernel(dtype, width // arch.text_heads),
                 **dtypes,
             )
             for _ in range(arch.text_layers)

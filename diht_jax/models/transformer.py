@@ -20,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from diht_jax.models.activations import activate
-from diht_jax.models.attention import attention_implementation, check_attention
+from diht_jax.models.attention import Target, attend, attention_implementation, check_attention
 from diht_jax.models.linear import apply_columns, linear
 from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
 
@@ -35,15 +35,21 @@ class Execution:
         scan_layers: keep the parameters of a tower's blocks stacked, and compile one block.
         remat: what the backward pass computes again, a name of `remat.POLICIES`.
         attention: one of `attention.IMPLEMENTATIONS`.
+        target: the devices that the model runs on; None is this process's default backend.
     """
 
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "auto"
+    target: Target | None = None
 
     def __post_init__(self):
         check_remat(self.remat)
         check_attention(self.attention)
+
+    def attention_kernel(self, dtype: DTypeLike, head_dim: int) -> str:
+        """The kernel of a tower: see `attention.attention_implementation`."""
+        return attention_implementation(self.attention, dtype, head_dim, self.target)
 
 
 def uniform_init(bound: float) -> nnx.Initializer:
@@ -143,10 +149,7 @@ class Attention(nnx.Module):
         head_dim = width // self.heads
         qkv = checkpoint_name(self.in_proj(x), QKV).reshape(b, t, 3, self.heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        implementation = attention_implementation(self.implementation, qkv.dtype, head_dim)
-        out = jax.nn.dot_product_attention(
-            q, k, v, is_causal=self.causal, implementation=implementation
-        )
+        out = attend(q, k, v, causal=self.causal, implementation=self.implementation)
         return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
 
     def _at(self, x: jax.Array, places: jax.Array) -> jax.Array:
@@ -212,7 +215,7 @@ class Block(nnx.Module):
         causal: bool,
         activation: str,
         epsilon: float,
-        attention: str = "auto",
+        attention: str = "xla",
         dtype: DTypeLike,
         param_dtype: DTypeLike,
         rngs: nnx.Rngs,

@@ -72,7 +72,7 @@ class VisionTransformer(nnx.Module):
                 causal=False,
                 activation=arch.activation,
                 epsilon=epsilon,
-                attention=execution.attention,
+                attention=execution.attention_kernel(dtype, width // arch.vision_heads),
                 **dtypes,
             )
             for _ in range(arch.vision_layers)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.data.images.transforms import normalize
+from diht_jax.models.attention import target_of
 from diht_jax.models.dual_encoder import l2_normalize
 from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
@@ -255,9 +256,11 @@ def _for_training(
     definition: ModelDefinition, config: ml_collections.ConfigDict, mesh: Mesh
 ) -> ModelDefinition:
     """The model, computing as the config section `model` says on the devices of the mesh."""
-    attention = config.attention
-    if attention == "auto" and mesh.devices.flat[0].platform != "gpu":
-        # The mesh may be of another machine than this one; see `diht_jax.compile`.
-        attention = "xla"
-    execution = Execution(scan_layers=config.scan_layers, remat=config.remat, attention=attention)
+    # The mesh may be of another machine than this one; see `diht_jax.compile`.
+    execution = Execution(
+        scan_layers=config.scan_layers,
+        remat=config.remat,
+        attention=config.attention,
+        target=target_of(mesh.devices.flat[0]),
+    )
     return dataclasses.replace(definition, execution=execution)
