@@ -34,6 +34,7 @@ class StepReport:
         topology: what it was compiled for.
         mesh: size of each axis.
         batch_size: global, in examples.
+        attention: kernel of each tower.
         micro_batch, remat: the config's settings that trade work for memory.
         memory_limit_bytes: what a program may use; None where not known.
         argument_bytes: state and batch; the state is donated, so it is the result's place too.
@@ -53,6 +54,7 @@ class StepReport:
     topology: Topology
     mesh: dict[str, int]
     batch_size: int
+    attention: dict[str, str]
     micro_batch: int | None
     remat: str
     memory_limit_bytes: int | None
@@ -122,6 +124,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
         topology=topology,
         mesh=dict(program.mesh.shape),
         batch_size=config.data.batch_size,
+        attention={name: tower.kernel for name, tower in program.attention().items()},
         micro_batch=config.micro_batch,
         remat=config.model.remat,
         **memory,

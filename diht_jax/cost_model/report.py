@@ -15,6 +15,8 @@ def describe_step(report: StepReport) -> str:
         + " ".join(f"{name}={size}" for name, size in report.mesh.items()),
         f"global batch {report.batch_size:,} ({report.batch_size // len(devices):,} a device), "
         f"micro-batch {_micro_batch(report)}, remat {report.remat}",
+        "attention kernels: "
+        + ", ".join(f"{kernel} ({tower})" for tower, kernel in report.attention.items()),
         f"traced in {report.trace_secs:.0f} s, compiled in {report.compile_secs:.0f} s",
         "",
         "on one device, for one step",

@@ -7,11 +7,12 @@ machine's (`diht_jax.compile`).
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.typing import DTypeLike
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn")
@@ -143,84 +144,59 @@ def attend_padded(
     return out[:, :t]
 
 
-def kernel_difference(
-    implementation: str,
-    *,
-    num_tokens: int,
-    num_heads: int,
-    head_dim: int,
-    causal: bool,
-    dtype: DTypeLike,
-    device: jax.Device,
-) -> float:
-    """How far a kernel is from XLA's attention on a device, on a small random batch.
+@dataclasses.dataclass(frozen=True)
+class TowerAttention:
+    """The attention of one tower's blocks.
+
+    Attributes:
+        num_tokens, num_heads, head_dim: of the tower.
+        causal: whether a token sees those before it and itself only.
+        dtype: of queries, keys and values.
+        kernel: "xla" or "cudnn".
+    """
+
+    num_tokens: int
+    num_heads: int
+    head_dim: int
+    causal: bool
+    dtype: DTypeLike
+    kernel: str
+
+
+def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
+    """How far a tower's kernel is from XLA's attention on a device, on four random sequences.
 
     Args:
-        implementation: of `attend`.
-        num_tokens, num_heads, head_dim, causal, dtype: as the tower has them.
-        device: to compute on, of this process.
+        attention: of the tower.
+        device: to compute on, one of this process.
 
     Returns:
         The largest difference of the result and of the three gradients, each relative to the
-        largest number that XLA's attention in float32 gives; infinite where a number is not finite.
+        largest number that XLA's attention gives in float32; infinite where one is not finite.
     """
     rng = np.random.default_rng(0)
-    shape = (4, num_tokens, num_heads, head_dim)
-    *inputs, cotangent = (
-        jax.device_put(rng.standard_normal(shape).astype(jnp.dtype(dtype)), device)
+    shape = (4, attention.num_tokens, attention.num_heads, attention.head_dim)
+    arrays = [
+        jax.device_put(rng.standard_normal(shape).astype(jnp.dtype(attention.dtype)), device)
         for _ in range(4)
-    )
+    ]
 
-    def outputs(implementation: str, dtype: DTypeLike) -> list[jax.Array]:
-        def run(*inputs: jax.Array) -> jax.Array:
-            return attend(*inputs, causal=causal, implementation=implementation)
+    def value_and_gradients(kernel: str, dtype: DTypeLike) -> list[jax.Array]:
+        attend_so = functools.partial(attend, causal=attention.causal, implementation=kernel)
 
         @jax.jit
-        def value_and_gradients(inputs, cotangent):
-            out, pullback = jax.vjp(run, *inputs)
+        def run(q, k, v, cotangent):
+            out, pullback = jax.vjp(attend_so, q, k, v)
             return [out, *pullback(cotangent)]
 
-        return value_and_gradients([x.astype(dtype) for x in inputs], cotangent.astype(dtype))
+        return run(*(array.astype(dtype) for array in arrays))
 
-    expected = outputs("xla", jnp.float32)
     differences = [
         float(jnp.max(jnp.abs(found.astype(jnp.float32) - right)) / jnp.max(jnp.abs(right)))
-        for found, right in zip(outputs(implementation, dtype), expected, strict=True)
-    ]
-    return max(differences) if np.all(np.isfinite(differences)) else float("inf")
-
-
-def trusted_implementation(
-    implementation: str, *, tower: str, tolerance: float = 2e-2, **shape: object
-) -> str:
-    """The kernel of a tower, after a look at what it gives on this device.
-
-    Args:
-        implementation: "xla" or another one, which is compared with it.
-        tower: for the log.
-        tolerance: largest relative difference; the default is some ten roundings of bfloat16.
-        shape: the other arguments of `kernel_difference`.
-
-    Returns:
-        `implementation`, or "xla" where the two disagree, after a warning.
-    """
-    if implementation == "xla":
-        return "xla"
-    difference = kernel_difference(implementation, **shape)
-    if difference <= tolerance:
-        logging.info(
-            "attention of the %s tower: %s, within %.1e of XLA's here, values and gradients",
-            tower,
-            implementation,
-            difference,
+        for found, right in zip(
+            value_and_gradients(attention.kernel, attention.dtype),
+            value_and_gradients("xla", jnp.float32),
+            strict=True,
         )
-        return implementation
-    logging.warning(
-        "attention of the %s tower: %s differs from XLA's by %.1e on this device, where %.0e is "
-        "tolerated; XLA's is used. Please report it with the versions of JAX, cuDNN and the driver",
-        tower,
-        implementation,
-        difference,
-        tolerance,
-    )
-    return "xla"
+    ]
+    return max(differences) if np.all(np.isfinite(differences)) else math.inf

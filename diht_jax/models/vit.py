@@ -136,8 +136,12 @@ def choose_patches(
         dropped_share: in [0, 1), part of the t patches left out; at least one patch is kept.
 
     Returns:
-        int32 [b, max(1, floor(t * (1 - dropped_share)))], distinct indices of patches.
+        int32 [b, num_kept_patches(t, dropped_share)], distinct indices of patches.
     """
-    num_kept = max(1, math.floor(num_patches * (1.0 - dropped_share)))
     order = jnp.argsort(jax.random.uniform(key, (batch_size, num_patches)), axis=1)
-    return order[:, :num_kept].astype(jnp.int32)
+    return order[:, : num_kept_patches(num_patches, dropped_share)].astype(jnp.int32)
+
+
+def num_kept_patches(num_patches: int, dropped_share: float) -> int:
+    """How many of an image's patches are kept: max(1, floor(t * (1 - dropped_share)))."""
+    return max(1, math.floor(num_patches * (1.0 - dropped_share)))

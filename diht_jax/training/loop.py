@@ -40,7 +40,7 @@ from diht_jax.training.monitoring.throughput import Window, log_work, model_flop
 from diht_jax.training.multihost import check_together
 from diht_jax.training.objective import active_kinds
 from diht_jax.training.objectives.concept_labels import with_vocabulary
-from diht_jax.training.program import TrainProgram, without_patch_dropout
+from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest
@@ -111,7 +111,9 @@ class Run:
             config, "total", batch_size=config.data.batch_size, num_examples=len(source)
         )
         self.masked_steps = masked_steps(config, self.total_steps, num_examples=len(source))
-        self.program = TrainProgram(config, self.total_steps, devices)
+        self.program = TrainProgram(
+            with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
+        )
         self.mesh, self.arch = self.program.mesh, self.program.arch
         self.iterator = TrainIterator(
             source,

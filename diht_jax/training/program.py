@@ -11,10 +11,14 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import ml_collections
+from absl import logging
 
 from diht_jax import sharding
+from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.parameters import model_definition
+from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
+from diht_jax.training.multihost import first_text
 from diht_jax.training.objective import (
     CONCEPT_KINDS,
     active_kinds,
@@ -23,7 +27,10 @@ from diht_jax.training.objective import (
 )
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from diht_jax.training.state import TrainState, abstract_state, create_state
-from diht_jax.training.step import TrainStep
+from diht_jax.training.step import TrainStep, training_execution
+
+# Some ten roundings of bfloat16, relative to the largest number.
+_ATTENTION_TOLERANCE = 2e-2
 
 
 class TrainProgram:
@@ -99,6 +106,29 @@ class TrainProgram:
             for name, (shape, dtype) in fields.items()
         }
 
+    def attention(self) -> dict[str, TowerAttention]:
+        """The attention of the step's blocks, by tower."""
+        model = self.config.model
+        execution = training_execution(model, self.mesh)
+        arch, num_patches = self.arch, (self.arch.image_size // self.arch.patch_size) ** 2
+        if model.patch_dropout:
+            num_patches = num_kept_patches(num_patches, model.patch_dropout)
+        towers = {
+            "vision": (num_patches + 1, arch.vision_heads, arch.vision_width, False),
+            "text": (arch.context_length, arch.text_heads, arch.text_width, True),
+        }
+        return {
+            name: TowerAttention(
+                num_tokens=num_tokens,
+                num_heads=num_heads,
+                head_dim=width // num_heads,
+                causal=causal,
+                dtype=model.dtype,
+                kernel=execution.attention_kernel(model.dtype, width // num_heads),
+            )
+            for name, (num_tokens, num_heads, width, causal) in towers.items()
+        }
+
     def step(self, state: TrainState, *, unmasked: bool = False) -> TrainStep:
         """The jitted step for states like `state` (arrays, or shapes with shardings).
 
@@ -129,3 +159,41 @@ def _check_ema(config: ml_collections.ConfigDict) -> bool:
     if decay is not None and not 0 <= decay < 1:
         raise ValueError(f"config.ema.decay={decay}: expected at least 0 and less than 1")
     return decay is not None
+
+
+def with_trusted_attention(
+    config: ml_collections.ConfigDict,
+    total_steps: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> ml_collections.ConfigDict:
+    """The config, with XLA's attention where another kernel gives other numbers on this machine.
+
+    No test of this project has seen every GPU, driver and cuDNN: values and gradients of a small
+    batch are compared before the first step. All processes of a job must call, and take the same
+    kernel. Ours.
+
+    Args:
+        config, total_steps, devices: as for `TrainProgram`.
+    """
+    differing = []
+    for name, attention in TrainProgram(config, total_steps, devices).attention().items():
+        if attention.kernel == "xla":
+            continue
+        difference = kernel_difference(attention, jax.local_devices()[0])
+        logging.info(
+            "attention of the %s tower: %s; values and gradients within %.1e of XLA's on %s",
+            *(name, attention.kernel, difference, jax.local_devices()[0].device_kind),
+        )
+        if not difference <= _ATTENTION_TOLERANCE:
+            differing.append(f"{attention.kernel} in the {name} tower by {difference:.1e}")
+    differs = first_text(", ".join(differing))
+    if differs is None:
+        return config
+    logging.warning(
+        "attention differs from XLA's on this machine, %s, where %.0e is tolerated: XLA's is used. "
+        "Please report it, with the versions of JAX, cuDNN and the driver",
+        *(differs, _ATTENTION_TOLERANCE),
+    )
+    config = config.copy_and_resolve_references()
+    config.model.attention = "xla"
+    return config

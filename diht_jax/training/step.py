@@ -72,7 +72,9 @@ class TrainStep:
         placement = jax.tree.map(lambda leaf: leaf.sharding, state)
         update = functools.partial(
             train_step,
-            definition=_for_training(definition, config.model, mesh),
+            definition=dataclasses.replace(
+                definition, execution=training_execution(config.model, mesh)
+            ),
             optimizer=optimizer,
             schedule=schedule,
             mesh=mesh,
@@ -252,15 +254,14 @@ def _with_kept_patches(
     return {**batch, "kept_patches": jax.lax.with_sharding_constraint(kept, by_example)}
 
 
-def _for_training(
-    definition: ModelDefinition, config: ml_collections.ConfigDict, mesh: Mesh
-) -> ModelDefinition:
-    """The model, computing as the config section `model` says on the devices of the mesh."""
-    # The mesh may be of another machine than this one; see `diht_jax.compile`.
-    execution = Execution(
+def training_execution(config: ml_collections.ConfigDict, mesh: Mesh) -> Execution:
+    """How the step computes, as the config section `model` says, on the devices of the mesh.
+
+    The mesh may be of another machine than this one; see `diht_jax.compile`.
+    """
+    return Execution(
         scan_layers=config.scan_layers,
         remat=config.remat,
         attention=config.attention,
         target=target_of(mesh.devices.flat[0]),
     )
-    return dataclasses.replace(definition, execution=execution)

@@ -34,6 +34,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="the CUDA compiler is absent: pip install 'jax[cuda12]'",
+)
+
+
 def recipe(name, **changes):
     config = load_recipe(REPOSITORY / "configs" / f"{name}.py", "debug=True")
     config.model.overrides.vision_layers = config.model.overrides.text_layers = 1
@@ -224,11 +230,21 @@ def test_missing_compilers_are_named(monkeypatch):
             get_topology("h100:8")
 
 
+@needs_cuda
+def test_the_step_is_compiled_with_the_attention_that_a_gpu_runs():
+    config = recipe("diht_vitb16", **{"data.batch_size": 64, "mesh.fsdp": 1})
+    config.model.dtype = "bfloat16"
+    report = compile_step(config, get_topology("h100:8"))
+    assert report.attention == {"vision": "cudnn", "text": "cudnn"}
+    assert "attention kernels: cudnn (vision), cudnn (text)" in describe_step(report)
+
+
 def report_with(traffic, topology):
     return StepReport(
         topology=topology,
         mesh={"data": 256, "fsdp": 1},
         batch_size=65536,
+        attention={"vision": "cudnn", "text": "xla"},
         micro_batch=None,
         remat="none",
         memory_limit_bytes=16 * GIB,

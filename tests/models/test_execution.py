@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from diht_jax.models import Architecture
-from diht_jax.models.attention import attention_implementation
 from diht_jax.models.parameters import (
     merge_model,
     model_definition,
@@ -95,56 +93,6 @@ def test_a_scanned_model_has_the_parameters_of_the_unrolled_one():
         merge_model(DEFINITION, parameters()).encode_text(tokens),
         atol=1e-6,
     )
-
-
-def gpu(capability):
-    return types.SimpleNamespace(
-        platform="gpu",
-        device_kind="NVIDIA something",
-        compute_capability=capability,
-        client=types.SimpleNamespace(platform_version="PJRT C API\ncuda 12090"),
-    )
-
-
-ROCM = types.SimpleNamespace(
-    platform="gpu",
-    device_kind="AMD something",
-    client=types.SimpleNamespace(platform_version="PJRT C API\nrocm 60300"),
-)
-
-
-@pytest.mark.parametrize(
-    "choice, dtype, head_dim, device, expected",
-    [
-        ("auto", "bfloat16", 64, None, "xla"),
-        ("auto", "bfloat16", 64, ROCM, "xla"),
-        ("auto", "bfloat16", 64, gpu("7.5"), "xla"),
-        ("auto", "bfloat16", 64, gpu("8.0"), "cudnn"),
-        ("auto", "float16", 128, gpu("8.9"), "cudnn"),
-        ("auto", "float32", 64, gpu("9.0"), "xla"),
-        ("auto", "bfloat16", 256, gpu("8.0"), "xla"),
-        ("auto", "bfloat16", 256, gpu("10.0"), "cudnn"),
-        ("auto", "bfloat16", 60, gpu("9.0"), "xla"),
-        ("xla", "bfloat16", 64, gpu("9.0"), "xla"),
-        ("cudnn", "bfloat16", 64, gpu("9.0"), "cudnn"),
-    ],
-)
-def test_attention_implementation(choice, dtype, head_dim, device, expected):
-    assert attention_implementation(choice, dtype, head_dim, device) == expected
-
-
-@pytest.mark.parametrize(
-    "choice, dtype, device, message",
-    [
-        ("cudnn", "bfloat16", None, "needs an NVIDIA GPU, and the device is cpu"),
-        ("cudnn", "float32", gpu("9.0"), "config.model.dtype is float32"),
-        ("cudnn", "bfloat16", gpu("7.0"), "the GPU has 7.0"),
-        ("fast", "bfloat16", None, "expected one of auto, xla, cudnn"),
-    ],
-)
-def test_attention_that_does_not_apply_is_refused(choice, dtype, device, message):
-    with pytest.raises(ValueError, match=message):
-        attention_implementation(choice, dtype, 64, device)
 
 
 def test_unknown_remat_is_refused():

@@ -1,0 +1,198 @@
+"""Attention: the kernel follows the target, and the padded path gives XLA's numbers."""
+
+import functools
+import logging
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from diht_jax.config import load_recipe
+from diht_jax.models import attention
+from diht_jax.models.attention import (
+    Target,
+    TowerAttention,
+    attend_padded,
+    attention_implementation,
+    kernel_difference,
+    target_of,
+)
+from diht_jax.training.program import TrainProgram, with_trusted_attention
+from diht_jax.training.step import training_execution
+from tests.recipes import REPOSITORY
+
+
+def device(platform, capability=None, version=""):
+    fields = {"platform": platform, "device_kind": f"a {platform}"}
+    if capability is not None:
+        fields["compute_capability"] = capability
+    return types.SimpleNamespace(**fields, client=types.SimpleNamespace(platform_version=version))
+
+
+def test_targets_are_read_off_devices():
+    assert target_of(jax.devices()[0]) == Target("cpu", "cpu")
+    found = target_of(device("gpu", "9.0", "PJRT C API\ncuda 12090"))
+    assert found == Target("cuda", "a gpu", (9, 0))
+    assert target_of(device("gpu", version="PJRT C API\nrocm 60300")) == Target("rocm", "a gpu")
+    assert target_of(device("tpu")) == Target("tpu", "a tpu")
+    # A described GPU's client has no version.
+    described = types.SimpleNamespace(
+        platform="gpu", device_kind="NVIDIA H100", compute_capability="9.0", client=object()
+    )
+    assert target_of(described) == Target("cuda", "NVIDIA H100", (9, 0))
+
+
+def cuda(major, minor=0):
+    return Target("cuda", "NVIDIA something", (major, minor))
+
+
+ROCM = Target("rocm", "AMD something")
+
+
+@pytest.mark.parametrize(
+    "choice, dtype, head_dim, target, expected",
+    [
+        ("auto", "bfloat16", 64, None, "xla"),
+        ("auto", "bfloat16", 64, ROCM, "xla"),
+        ("auto", "bfloat16", 64, cuda(7, 5), "xla"),
+        ("auto", "bfloat16", 64, cuda(8), "cudnn"),
+        ("auto", "float16", 128, cuda(8, 9), "cudnn"),
+        ("auto", "float32", 64, cuda(9), "xla"),
+        ("auto", "bfloat16", 256, cuda(8), "xla"),
+        ("auto", "bfloat16", 256, cuda(10), "cudnn"),
+        ("auto", "bfloat16", 60, cuda(9), "xla"),
+        ("xla", "bfloat16", 64, cuda(9), "xla"),
+        ("cudnn", "bfloat16", 64, cuda(9), "cudnn"),
+    ],
+)
+def test_attention_implementation(choice, dtype, head_dim, target, expected):
+    assert attention_implementation(choice, dtype, head_dim, target) == expected
+
+
+@pytest.mark.parametrize(
+    "choice, dtype, target, message",
+    [
+        ("cudnn", "bfloat16", None, "needs an NVIDIA GPU, and the device is cpu"),
+        ("cudnn", "float32", cuda(9), "config.model.dtype is float32"),
+        ("cudnn", "bfloat16", cuda(7), "the GPU has 7.0"),
+        ("fast", "bfloat16", None, "expected one of auto, xla, cudnn"),
+    ],
+)
+def test_attention_that_does_not_apply_is_refused(choice, dtype, target, message):
+    with pytest.raises(ValueError, match=message):
+        attention_implementation(choice, dtype, 64, target)
+
+
+def test_the_step_asks_the_mesh_and_not_this_machine():
+    model = load_recipe(REPOSITORY / "configs" / "diht_vitb16.py").model
+    mesh = types.SimpleNamespace(devices=np.array([[device("gpu", "9.0", "cuda")]], object))
+    assert training_execution(model, mesh).attention_kernel("bfloat16", 64) == "cudnn"
+    mesh.devices[0, 0] = device("tpu")
+    assert training_execution(model, mesh).attention_kernel("bfloat16", 64) == "xla"
+
+
+def formula(q, k, v, causal):
+    """softmax(q k^T / sqrt(d)) v, by the book."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") / np.sqrt(q.shape[-1])
+    if causal:
+        scores = jnp.where(jnp.tri(q.shape[1], dtype=bool), scores, -jnp.inf)
+    return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v, precision="highest")
+
+
+def value_and_gradients(function, arrays):
+    *inputs, cotangent = arrays
+    out, pullback = jax.vjp(function, *inputs)
+    return [out, *pullback(cotangent)]
+
+
+def random_arrays(num_tokens, head_dim=64, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(num_tokens), 4)
+    return [jax.random.normal(key, (2, num_tokens, 2, head_dim), dtype) for key in keys]
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("num_tokens", [50, 77, 197, 257, 577])
+def test_padded_attention_is_attention(num_tokens, causal):
+    arrays = random_arrays(num_tokens)
+    padded = functools.partial(attend_padded, causal=causal, implementation="xla")
+    found = value_and_gradients(padded, arrays)
+    expected = value_and_gradients(functools.partial(formula, causal=causal), arrays)
+    for ours, right in zip(found, expected, strict=True):
+        scale = float(jnp.max(jnp.abs(right)))
+        np.testing.assert_allclose(ours, right, rtol=0, atol=1e-5 * scale)
+
+
+def test_nothing_that_a_kernel_leaves_in_added_rows_is_read(monkeypatch):
+    """A kernel may leave anything there: here NaN, in values and in gradients."""
+    lengths = []
+
+    def dirty_rows(kernel):
+        @jax.custom_vjp
+        def run(q, k, v):
+            return forward(q, k, v)[0]
+
+        def spoil(x):
+            return x.at[:, 77:].set(jnp.nan)
+
+        def forward(q, k, v):
+            out, pullback = jax.vjp(kernel, q, k, v)
+            return spoil(out), pullback
+
+        run.defvjp(forward, lambda pullback, g: tuple(map(spoil, pullback(g))))
+        return run
+
+    real = jax.nn.dot_product_attention
+
+    def spoilt(q, k, v, **options):
+        lengths.append(q.shape[1])
+        return dirty_rows(functools.partial(real, **options))(q, k, v)
+
+    arrays = random_arrays(77)
+    expected = value_and_gradients(functools.partial(formula, causal=True), arrays)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spoilt)
+    padded = functools.partial(attend_padded, causal=True, implementation="xla")
+    found = value_and_gradients(padded, arrays)
+    assert lengths == [80]
+    for ours, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, right, rtol=0, atol=1e-5 * float(jnp.abs(right).max()))
+
+
+TOWER = TowerAttention(
+    num_tokens=17, num_heads=2, head_dim=16, causal=False, dtype="bfloat16", kernel="cudnn"
+)
+
+
+def pretend_cudnn(monkeypatch, factor):
+    """ "cudnn" becomes XLA's attention through the padded path, times a factor."""
+    real = attention.attend
+
+    def attend(q, k, v, *, causal, implementation):
+        if implementation == "xla":
+            return real(q, k, v, causal=causal, implementation="xla")
+        return factor * attend_padded(q, k, v, causal=causal, implementation="xla")
+
+    monkeypatch.setattr(attention, "attend", attend)
+
+
+@pytest.mark.parametrize("factor, low, high", [(1.0, 0, 1e-2), (1.1, 0.09, 0.11)])
+def test_kernel_difference_is_relative_to_the_largest_number(monkeypatch, factor, low, high):
+    pretend_cudnn(monkeypatch, factor)
+    assert low <= kernel_difference(TOWER, jax.devices()[0]) <= high
+
+
+def test_kernel_difference_of_nan_is_infinite(monkeypatch):
+    pretend_cudnn(monkeypatch, float("nan"))
+    assert kernel_difference(TOWER, jax.devices()[0]) == float("inf")
+
+
+@pytest.mark.parametrize("factor, expected", [(1.0, "auto"), (1.1, "xla"), (np.nan, "xla")])
+def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog, factor, expected):
+    config = load_recipe(REPOSITORY / "configs" / "demo.py", "debug=True")
+    pretend_cudnn(monkeypatch, factor)
+    monkeypatch.setattr(TrainProgram, "attention", lambda self: {"text": TOWER})
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert with_trusted_attention(config, 10_000).model.attention == expected
+    assert ("XLA's is used" in caplog.text) == (expected == "xla")
+    assert config.model.attention == "auto"
