@@ -1,5 +1,6 @@
 """Gradients of the global batch: the same however layers, micro-batches and devices split it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -19,7 +20,7 @@ from diht_jax.training.optimizer import split_parameters
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.sharded_encode import check_micro_batch, in_micro_batches
 from diht_jax.training.state import TrainState
-from diht_jax.training.step import _for_training, loss_gradients
+from diht_jax.training.step import loss_gradients, training_execution
 
 BATCH_SIZE = 32
 # Most of the time of these tests would go into optimising programs that run for milliseconds.
@@ -94,7 +95,8 @@ def program_of(config, data, fsdp) -> TrainProgram:
 
 def gradient_function(program):
     config, mesh = program.config, program.mesh
-    definition = _for_training(program.definition, config.model, mesh)
+    execution = training_execution(config.model, mesh)
+    definition = dataclasses.replace(program.definition, execution=execution)
     return jax.jit(
         functools.partial(loss_gradients, definition=definition, mesh=mesh, config=config),
         compiler_options=QUICK_COMPILE,
@@ -270,7 +272,8 @@ def equations(jaxpr):
 def test_softmax_norm_statistics_and_loss_are_float32_under_bfloat16():
     config = tiny_config(**{"model.dtype": "bfloat16"})
     program = program_of(config, 1, 1)
-    definition = _for_training(program.definition, config.model, program.mesh)
+    execution = training_execution(config.model, program.mesh)
+    definition = dataclasses.replace(program.definition, execution=execution)
     state, batch = program.abstract_state(), program.abstract_batch()
 
     def forward(params, images, tokens):
