@@ -1,4 +1,4 @@
-"""Memory and work of the contrastive loss at pod scale, by compiling it for a TPU topology.
+"""Memory and FLOPs of the contrastive loss at pod scale, by compiling it for a TPU topology.
 
     python -m benchmarks.contrastive_loss --topology v5e:16x16
 
@@ -9,7 +9,7 @@ Value and gradient of HN-NCE for global batches of 8k to 1M float32 embeddings, 
     --gather-with-grad); here `impl="dense"`;
   * streaming: `impl="streaming"`.
 
-Peak memory is the compiler's, arguments and results included. Work is counted from the jaxpr,
+Peak memory is the compiler's, arguments and results included. FLOPs are counted from the jaxpr,
 since XLA's own analysis counts the body of a loop once. A form that does not fit is an entry too.
 Needs the TPU compiler (`pip install libtpu`), not a TPU.
 """
@@ -92,8 +92,8 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
 
 
 def table(entries: list[dict]) -> str:
-    """One line per batch size: peak MB of the forms, and work against the gathered form."""
-    lines = [f"{'N':>9}  " + "  ".join(f"{form + ' MB':>12}" for form in FORMS) + "   work ratio"]
+    """One line per batch size: peak MB of the forms, and FLOPs against the gathered form."""
+    lines = [f"{'N':>9}  " + "  ".join(f"{form + ' MB':>12}" for form in FORMS) + "   FLOPs ratio"]
     for num_pairs in sorted({entry["global_batch"] for entry in entries}):
         by_form = {e["form"]: e for e in entries if e["global_batch"] == num_pairs}
         peaks = [

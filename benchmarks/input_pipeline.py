@@ -182,7 +182,7 @@ def iterate_decoder(
 def measure(
     sides: dict[str, Callable[[], Iterator[int]]], args: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
-    """Times all sides in turn, the order turned by one place in each round.
+    """Times all sides in turn, the order rotated by one in each round.
 
     Returns:
         For each side one dict a round: images per second of the wall clock and of the processor.
@@ -216,7 +216,7 @@ def time_batches(batches: Iterator[int], warmup: int, count: int) -> dict[str, f
 
 
 def wait_until_idle() -> None:
-    """Returns when no other thread of this process has had work for a while."""
+    """Returns when no other thread of this process has been busy for a while."""
     idle = 0
     while idle < 4:
         time.sleep(0.02)

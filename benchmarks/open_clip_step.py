@@ -1,5 +1,7 @@
-"""open_clip's side of `benchmarks/train_step.py`: its model, loss and optimiser, as its training
-script puts them together (open_clip_train/main.py and train.py of open_clip 3).
+"""One training step of open_clip, as its own training script puts it together.
+
+Model, loss and optimiser of open_clip 3 (open_clip_train/main.py and train.py), to be timed beside
+diht_jax by `benchmarks/train_step.py`.
 """
 
 from __future__ import annotations

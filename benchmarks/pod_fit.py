@@ -6,8 +6,8 @@ Compiles, with the real compiler and without any pod, (1) every recipe of `confi
 TPU slice, and (2) one recipe, with the same number of examples on each chip, on slices of v5p,
 whose slices span the whole range. Sizes between the compiled ones come from the formula in
 `extrapolate`, which the table checks against every row that was compiled. Writes
-`benchmarks/results/pod_fit.json` after each row and prints the tables of `docs/scaling.md`; the
-same command again goes on with the rows that are missing. A row takes minutes.
+`benchmarks/results/pod_fit.json` after each row and prints the tables of `docs/benchmarks.md`;
+the same command again continues with the missing rows. A row takes minutes.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ def as_row(report: StepReport) -> dict[str, Any]:
 def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, float]:
     """What a chip needs in a mesh of `chips`, from a compiled row with the same local batch.
 
-    With P chips, n examples on each and embeddings of size d, the towers do the same work whatever
+    With P chips, n examples on each and embeddings of size d, the towers compute the same whatever
     P is. Each chip's n images meet P blocks of n texts, in four products (the logits twice, two
     gradients), and every block passes every chip:
 
-        work(P) = towers + P 8 n^2 d          ring(P) = P round
+        FLOPs(P) = towers + P 8 n^2 d         ring(P) = P round
         sums(P) = 2 (P - 1)/P gradients       memory(P) = constant
 
     Args:
@@ -160,7 +160,7 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: one recipe a line."""
     lines = [
         "| recipe | for | global batch | micro-batch | remat | state and batch | temporaries | "
-        "needed of HBM | work (of the model) | sent | step, at least | MFU, at most |",
+        "needed of HBM | FLOPs (of the model) | sent | step, at least | MFU, at most |",
         "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in sorted(rows.items()):
@@ -191,7 +191,7 @@ def growth_table(results: dict[str, dict[str, Any]]) -> str:
     base = compiled[min(compiled)]
     arch = get_architecture(load_recipe(CONFIGS / f"{_RECIPE.value}.py").model.name)
     lines = [
-        "| chips | global batch | from | peak | work | sent round the ring | sent for sums | "
+        "| chips | global batch | from | peak | FLOPs | sent round the ring | sent for sums | "
         "formula off by |",
         "|--:|--:|---|--:|--:|--:|--:|--:|",
     ]

@@ -14,8 +14,8 @@ measures accuracies and norms there. On GPUs open_clip runs under bfloat16 autoc
 computes in bfloat16; parameters and optimiser are float32 on both sides.
 
 Rounds are interleaved in one process, on the same cores and threads, so that whatever else the
-machine does hits all alike. Speeds are medians over rounds; MFU is the counted matrix work
-(`throughput.model_flops`, the same number for both) over the device's peak.
+machine does hits all alike. Speeds are medians over rounds; MFU is the counted FLOPs of the matrix
+products (`model_flops`, the same number for both) over the device's peak.
 """
 
 from __future__ import annotations
@@ -286,8 +286,8 @@ def random_pairs(arch: Architecture, batch_size: int) -> tuple[np.ndarray, np.nd
     images = rng.integers(0, 256, (batch_size, arch.image_size, arch.image_size, 3), np.uint8)
     tokens = rng.integers(1, arch.vocab_size - 2, (batch_size, arch.context_length), np.int32)
     ends = rng.integers(8, 32, batch_size)[:, None]
-    place = np.arange(arch.context_length)[None, :]
-    tokens = np.where(place == ends, arch.vocab_size - 1, np.where(place < ends, tokens, 0))
+    index = np.arange(arch.context_length)[None, :]
+    tokens = np.where(index == ends, arch.vocab_size - 1, np.where(index < ends, tokens, 0))
     tokens[:, 0] = arch.vocab_size - 2
     return images, tokens.astype(np.int32)
 
