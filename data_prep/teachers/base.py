@@ -1,6 +1,6 @@
 """What a frozen teacher is, and the decoding and batching around those that look at pictures.
 
-`TeacherModule` lists what the file of a teacher holds; `registry.py` names the teachers there are.
+`TeacherKind` lists what the file of a teacher defines; `registry.py` names the teachers there are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
-from typing import Any, Protocol
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -65,21 +65,20 @@ class Teacher(abc.ABC):
         """Yields, chunk by chunk and in order, float32 [d] or the reason why there is none."""
 
 
-class TeacherModule(Protocol):
-    """The three functions of a teacher's file; a config is its section, `config.teacher.KIND`."""
+@dataclasses.dataclass(frozen=True)
+class TeacherKind:
+    """What the file of a teacher ends with; a config is its section, `config.teacher.KIND`.
 
-    def default_config(self) -> ml_collections.ConfigDict:
-        """The section with every key and its default."""
+    Attributes:
+        default_config: makes the section, with every key and its default.
+        describe: checks a section and describes the teacher, in little time and memory. Raises
+            ValueError where a value is wrong, or a file or package is missing.
+        load: makes the teacher of a section ready, for so many records at once.
+    """
 
-    def describe(self, config: ml_collections.ConfigDict) -> TeacherInfo:
-        """Checks the section and describes the teacher, in little time and memory.
-
-        Raises:
-            ValueError: a value is wrong, or a file or package is missing.
-        """
-
-    def load(self, config: ml_collections.ConfigDict, batch_size: int) -> Teacher:
-        """Makes the teacher ready to embed, `batch_size` records at once."""
+    default_config: Callable[[], ml_collections.ConfigDict]
+    describe: Callable[[ml_collections.ConfigDict], TeacherInfo]
+    load: Callable[[ml_collections.ConfigDict, int], Teacher]
 
 
 class ImageTeacher(Teacher):

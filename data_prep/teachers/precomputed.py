@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, chunks
+from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind, chunks
 from diht_jax.data.readers.array_files import read_npz_array
 from diht_jax.data.records.schema import Record
 
@@ -231,3 +231,6 @@ def _read_field(path: str, field: str) -> Any:
         raise ValueError(f"{path}: no field '{field}' ({error})") from error
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(f"{path}: cannot be read as parquet: {error}") from error
+
+
+TEACHER = TeacherKind(default_config, describe, load)

@@ -1,7 +1,7 @@
 """The kinds of frozen teachers, by `config.teacher.kind`.
 
-A teacher is one file with the three functions of `base.TeacherModule`, and one line in `TEACHERS`.
-Its config section is `config.teacher.KIND`.
+A teacher is one file that ends with a `TeacherKind`, and one line in `TEACHERS`. Its config section
+is `config.teacher.KIND`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import json
 import ml_collections
 
 from data_prep.teachers import precomputed, swag, torch_module
-from data_prep.teachers.base import Teacher, TeacherInfo, TeacherModule
+from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind
 
-TEACHERS: dict[str, TeacherModule] = {
-    "swag": swag,  # SWAG's vision transformer in Flax, on all local devices (the paper's teacher)
-    "torch": torch_module,  # any torch module that a function builds
-    "precomputed": precomputed,  # embeddings from files, by key
+TEACHERS: dict[str, TeacherKind] = {
+    # SWAG's vision transformer in Flax, on all local devices (the paper's teacher).
+    "swag": swag.TEACHER,
+    # Any torch module that a function builds.
+    "torch": torch_module.TEACHER,
+    # Embeddings from files, by key.
+    "precomputed": precomputed.TEACHER,
 }
 
 
@@ -26,8 +29,8 @@ def default_teacher() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.kind = "swag"  # one of TEACHERS
     c.batch_size = 64  # images at once, over all devices
-    for kind, module in TEACHERS.items():
-        c[kind] = module.default_config()
+    for name, kind in TEACHERS.items():
+        c[name] = kind.default_config()
     return c
 
 
@@ -40,7 +43,7 @@ def describe_teacher(config: ml_collections.ConfigDict) -> TeacherInfo:
     Raises:
         ValueError: an unknown kind, or files or functions that are missing.
     """
-    return _find_module(config).describe(config[config.kind])
+    return _find_kind(config).describe(config[config.kind])
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
@@ -60,10 +63,10 @@ def _load_teacher(settings: str) -> Teacher:
     config = ml_collections.ConfigDict(json.loads(settings))
     if config.batch_size < 1:
         raise ValueError(f"config.teacher.batch_size={config.batch_size}; expected at least 1")
-    return _find_module(config).load(config[config.kind], config.batch_size)
+    return _find_kind(config).load(config[config.kind], config.batch_size)
 
 
-def _find_module(config: ml_collections.ConfigDict) -> TeacherModule:
+def _find_kind(config: ml_collections.ConfigDict) -> TeacherKind:
     if config.kind not in TEACHERS:
         raise ValueError(
             f"config.teacher.kind='{config.kind}'; expected one of {', '.join(TEACHERS)}"

@@ -17,7 +17,13 @@ import numpy as np
 from absl import logging
 from ml_collections.config_dict import placeholder
 
-from data_prep.teachers.base import IMAGENET_MEAN, IMAGENET_STD, ImageTeacher, TeacherInfo
+from data_prep.teachers.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageTeacher,
+    TeacherInfo,
+    TeacherKind,
+)
 from diht_jax.data.images import transforms
 
 WEIGHTS_VARIABLE = "DIHT_JAX_SWAG_WEIGHTS"
@@ -151,3 +157,6 @@ def _find_weights(config: ml_collections.ConfigDict) -> pathlib.Path:
             f"Licence: {LICENCE}"
         )
     return path
+
+
+TEACHER = TeacherKind(default_config, describe, load)

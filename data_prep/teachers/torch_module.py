@@ -16,7 +16,13 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from data_prep.teachers.base import IMAGENET_MEAN, IMAGENET_STD, ImageTeacher, TeacherInfo
+from data_prep.teachers.base import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageTeacher,
+    TeacherInfo,
+    TeacherKind,
+)
 from diht_jax.data.images import transforms
 
 # Functions of this project that have moved: their first name -> their name today. Configs of that
@@ -130,3 +136,6 @@ def _call_function(spec: str | None) -> Any:
             "must be on PYTHONPATH or installed"
         ) from error
     return function()
+
+
+TEACHER = TeacherKind(default_config, describe, load)

@@ -25,7 +25,7 @@ from typing import Any
 
 from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
-from tests.data_prep.jobs import snapshot
+from tests.data_prep.filtering.jobs import snapshot
 
 
 class _Watch:

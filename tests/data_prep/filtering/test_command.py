@@ -19,7 +19,13 @@ from data_prep.sources.list import list_sources
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.records.schema import decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
-from tests.data_prep.jobs import job_config, read_counts, read_records, snapshot, write_tars
+from tests.data_prep.filtering.jobs import (
+    job_config,
+    read_counts,
+    read_records,
+    snapshot,
+    write_tars,
+)
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 

@@ -22,7 +22,7 @@ from PIL import Image
 from data_prep.filter import run_filter
 from diht_jax.data.records.schema import decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
-from tests.data_prep.jobs import job_config, snapshot
+from tests.data_prep.filtering.jobs import job_config, snapshot
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _NUM_TARS, _PAIRS = 9, 6

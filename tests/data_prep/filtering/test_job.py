@@ -9,7 +9,13 @@ import pytest
 
 from data_prep.filter import run_filter
 from diht_jax.data.records.tfrecord import TFRecordSource
-from tests.data_prep.jobs import job_config, read_counts, read_records, snapshot, write_tars
+from tests.data_prep.filtering.jobs import (
+    job_config,
+    read_counts,
+    read_records,
+    snapshot,
+    write_tars,
+)
 
 
 def test_run_again_does_only_what_is_missing(tmp_path):

@@ -12,7 +12,7 @@ from data_prep.captions import cache
 from data_prep.captions.cache import CaptionMemo
 from data_prep.captions.parse import cat_reason, parse_captions
 from data_prep.filter import run_filter
-from tests.data_prep.jobs import job_config, snapshot
+from tests.data_prep.filtering.jobs import job_config, snapshot
 
 _CAPTIONS = [
     "a man riding a horse",

@@ -13,7 +13,7 @@ from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import shard_log, stale_outputs
 from data_prep.jobs import shards
-from tests.data_prep.jobs import job_config, read_counts, snapshot, write_tars
+from tests.data_prep.filtering.jobs import job_config, read_counts, snapshot, write_tars
 
 _CAPTION_DIGEST = "947b331d88dcbba05ef3b1aa118324f52bb19d07ec7ef5de25b9bc904598522d"
 _SPOTTING_DIGEST = "5fb768f15315445486dfa738e7d08d516284d3302c62ab5ea5005a76f2d86a09"

@@ -34,7 +34,7 @@ from diht_jax.data.records.vocabulary import (
     read_vocabulary,
 )
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
 _NAMES = ("car", "house")  # a car fills the lower half, a house the upper one
 _NUM_IMAGES = 90

@@ -22,7 +22,7 @@ from data_prep.synthetic.scenes import COLORS, PAIR_RELATIONS
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax.evaluation.prompts import parse_templates
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SMALL = web.Settings(num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24)
 
 # What a phrase says: the relation, and whether the object told first is the subject.

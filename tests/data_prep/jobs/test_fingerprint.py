@@ -17,7 +17,7 @@ from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _BIG = 5 * 2**20  # bytes; 32 samples of 64 kB see two fifths of it
 
 

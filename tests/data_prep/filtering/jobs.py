@@ -17,7 +17,7 @@ from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.records.schema import Record, decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
 
-_RECIPES = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep"
+_RECIPES = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep"
 # Where the input lay, and what tells how long it took.
 _NOT_COMPARED = re.compile(r"^report\.|\.(seconds|place)\.json$")
 

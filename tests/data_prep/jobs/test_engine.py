@@ -16,7 +16,7 @@ import pytest
 
 from data_prep.jobs.engine import run_tasks
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 600  # of a script; a failure here means that it waits for ever
 
 _FRAME = """

@@ -1,0 +1,90 @@
+"""The worked example of a teacher labels a filtered folder; its embeddings are those by hand."""
+
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from data_prep.label import run_label
+from data_prep.labelling.embeddings import load_embeddings
+from data_prep.teachers import registry
+from diht_jax.config import load_recipe
+from diht_jax.data.records.schema import decode_record
+from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.data.records.vocabulary import read_vocabulary
+from tests.contributing.blocks import load_example
+
+_RECIPES = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep"
+_COLORS = {"red": (230, 10, 20), "green": (10, 200, 30), "blue": (30, 20, 210)}
+_NUM_IMAGES = 48
+
+
+@pytest.fixture(autouse=True)
+def teacher(tmp_path, monkeypatch):
+    """One file, and one line in the table."""
+    example = load_example("mean_color", tmp_path)
+    monkeypatch.setitem(registry.TEACHERS, "mean_color", example.TEACHER)
+
+
+def _write_filtered(folder: pathlib.Path) -> tuple[pathlib.Path, np.ndarray]:
+    """A filtered folder, and by hand: the colours of the quarters of each picture, [n, 12]."""
+    rng = np.random.default_rng(0)
+    rows, expected = [], []
+    for i in range(_NUM_IMAGES):
+        name = list(_COLORS)[i % 3]
+        quarters = rng.integers(0, 256, (2, 2, 3))
+        quarters[0] = _COLORS[name]  # the upper half
+        pixels = quarters.repeat(16, axis=0).repeat(16, axis=1).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        (folder / f"{i}.png").write_bytes(buffer.getvalue())
+        rows.append({"image": f"{i}.png", "caption": f"a {name} house in the rain"})
+        expected.append(quarters.ravel())
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_recipe(_RECIPES / "convert.py")
+    config.update({"input": str(folder / "pairs.jsonl"), "output": str(folder / "kept")})
+    config.update({"num_workers": 0, "concepts": True})
+    assert run_filter(config) == {}
+    return folder / "kept", np.array(expected, np.float32)
+
+
+def _config(kept: pathlib.Path, output: pathlib.Path):
+    config = load_recipe(_RECIPES / "concepts.py")  # after the line: it has the new section
+    config.update({"input": str(kept), "output": str(output), "num_workers": 0})
+    config.teacher.kind = "mean_color"
+    config.vocabulary.min_count = 5
+    config.heads.update({"steps": 100, "batch_size": 32, "learning_rate": 0.05, "held_out": 0.25})
+    config.report_images = 2
+    return config
+
+
+def test_labels_of_mean_colors(tmp_path):
+    kept, expected = _write_filtered(tmp_path)
+    output = tmp_path / "labelled"
+    assert run_label(_config(kept, output)) == {}
+    (path,) = output.glob("embeddings/*.npz")
+    # The pictures have the teacher's size, so that nothing is resized; small integers are exact in
+    # float16.
+    np.testing.assert_array_equal(load_embeddings(path).embeddings, expected)
+    vocabulary = read_vocabulary(output)
+    assert sorted(vocabulary.attributes.names) == sorted(_COLORS)
+    for i, data in enumerate(TFRecordSource(output)):
+        best = decode_record(data).attribute_ids[0]
+        assert vocabulary.attributes.names[best] == list(_COLORS)[i % 3]
+    summary = json.loads((output / "stats.json").read_text())
+    assert summary["teacher"] == {"kind": "mean_color", "image_size": 32, "cells": 2}
+    labelled = next(output.glob("*.tfrecord")).stat().st_mtime_ns
+    assert run_label(_config(kept, output)) == {}  # nothing to do
+    assert next(output.glob("*.tfrecord")).stat().st_mtime_ns == labelled
+
+
+def test_section_is_checked(tmp_path):
+    config = registry.default_teacher()
+    config.kind = "mean_color"
+    config.mean_color.cells = 5
+    with pytest.raises(ValueError, match="mean_color.cells=5; expected a divisor"):
+        registry.describe_teacher(config)
