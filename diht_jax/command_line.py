@@ -1,5 +1,10 @@
 """How every command starts: flags parsed, logs that leave the progress bar alone, and user errors
-shown as one line instead of a traceback; and the flags that name a model, the same in all commands.
+shown as one line instead of a traceback; and the flags that several commands have.
+
+Flags have one convention. Names are in lower_snake_case, and the same name means the same
+everywhere: `--input` is what is read, `--output` what is written, `num_` begins a number of things,
+`--batch_size` counts examples over all devices. A help text gives the unit and what an unset flag
+means; a spelling that a flag had before stays as its alias.
 """
 
 from __future__ import annotations
@@ -41,13 +46,13 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
 def define_model_flags() -> None:
     """Defines `--model` and the flags that go with it."""
     flags.DEFINE_string("model", None, "Released name, work directory or weight file.")
-    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; the latest by default.")
+    flags.DEFINE_integer("step", None, "Checkpoint of a work directory; unset: the latest.")
     flags.DEFINE_bool("ema", False, "Take the moving average of the parameters.")
     flags.DEFINE_integer(
-        "image_size", None, "Resize the image positions to this size; the model's own by default."
+        "image_size", None, "Resize the image positions to it, in pixels; unset: the model's own."
     )
     flags.DEFINE_list(
-        "architecture", [], "What a bare weight file does not tell: activation=quick_gelu,..."
+        "architecture", [], "What a bare weight file does not hold: activation=quick_gelu,..."
     )
 
 
@@ -60,6 +65,33 @@ def model_options() -> dict[str, Any]:
         "image_size": given.image_size,
         "architecture": parse_fields(given.architecture),
     }
+
+
+def define_encoding_flags() -> None:
+    """Defines the flags of the commands that encode a source of images."""
+    flags.DEFINE_integer("batch_size", 256, "Images, or texts, a batch, over all devices.")
+    flags.DEFINE_integer("num_threads", None, "Decoding threads; unset: one per core, at most 16.")
+
+
+def define_prompt_flags() -> None:
+    """Defines the flags for the words of a zero-shot classifier."""
+    flags.DEFINE_string("class_names", None, "File with one class name a line, in label order.")
+    flags.DEFINE_string(
+        "templates", None, "'a photo of a {}.;a drawing of a {}.', @FILE, cifar10 or imagenet."
+    )
+
+
+def define_job_array_flags() -> None:
+    """Defines the flags that divide a command's shards between the jobs of an array."""
+    flags.DEFINE_integer("task_index", 0, "Number of this job of a job array, from 0.")
+    flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
+
+
+def require_flags(*names: str) -> None:
+    """Raises ValueError for a flag that is not given; `--help` works without it."""
+    for name in names:
+        if not flags.FLAGS[name].value:
+            raise ValueError(f"--{name} is required")
 
 
 def computes_on_cpu() -> bool:

@@ -15,7 +15,8 @@ import datetime
 import pathlib
 import re
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
@@ -30,60 +31,83 @@ from diht_jax.evaluation.results import (
     write_results,
 )
 
-command_line.define_model_flags()
-_TASKS = flags.DEFINE_list(
-    "tasks",
-    [],
-    "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
-    "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options after "
-    "'?'. docs/evaluation.md lists them.",
-)
-_OUTPUT = flags.DEFINE_string(
-    "output", None, "Results file (JSON) to write; of --compare: the chart."
-)
-_CLASS_NAMES = flags.DEFINE_string(
-    "class_names", None, "File with one class name a line, in label order."
-)
-_TEMPLATES = flags.DEFINE_string(
-    "templates", None, "'a photo of a {}.;a drawing of a {}.', @FILE, cifar10 or imagenet."
-)
-_CAPTION_TEMPLATE = flags.DEFINE_string(
-    "caption_template",
-    None,
-    "Retrieval prompt, 'a photo of {caption}.' by default; '{caption}' for none.",
-)
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 256, "Images a batch, over all devices.")
-_NUM_THREADS = flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many pairs of each task.")
-_BOOTSTRAP = flags.DEFINE_integer(
-    "bootstrap", 1000, "Resamples for the confidence intervals; 0 for none."
-)
-_PAGES = flags.DEFINE_bool("pages", True, "Write PNG pages: one a task, or the chart.")
-_COMPARE = flags.DEFINE_list(
-    "compare", None, "Results files, A B ... or A,B,...: the others beside the first."
-)
+if TYPE_CHECKING:
+    from diht_jax.evaluation.protocols.base import Task
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    command_line.define_model_flags()
+    command_line.define_encoding_flags()
+    command_line.define_prompt_flags()
+    distributed.define_flags()
+    flags.DEFINE_list(
+        "tasks",
+        [],
+        "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
+        "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options "
+        "after '?'. docs/evaluation.md lists them.",
+    )
+    flags.DEFINE_string("output", None, "Results file (JSON); of --compare: the chart (PNG).")
+    flags.DEFINE_string(
+        "caption_template",
+        None,
+        "Prompt around a caption; unset: 'a photo of {caption}.'; '{caption}' for none.",
+    )
+    flags.DEFINE_integer("limit", None, "Only the first so many pairs of each task; unset: all.")
+    flags.DEFINE_integer(
+        "num_resamples", 1000, "Resamples for the confidence intervals; 0 for none."
+    )
+    flags.DEFINE_alias("bootstrap", "num_resamples")
+    flags.DEFINE_bool("pages", True, "Write PNG pages: one a task, or the chart.")
+    flags.DEFINE_list(
+        "compare", None, "Results files, A B ... or A,B,...: the others beside the first."
+    )
 
 
 def main() -> None:
     """Compares results, or evaluates a model."""
-    if _COMPARE.value is not None:
-        compare()
+    given = flags.FLAGS
+    if given.compare is not None:
+        compare(given.compare, given.output, draw=given.pages)
         return
-    for name in ("model", "tasks", "output"):
-        if not flags.FLAGS[name].value:
-            raise ValueError(f"--{name} is required (or --compare A.json B.json)")
-    results = evaluate()
+    command_line.require_flags("model", "tasks", "output")
+    from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+
+    tasks = parse_tasks(given.tasks, **_task_defaults())
+    for task in tasks:
+        check_source(task)  # a missing file should not have to wait for the model
+    distributed.start_from_flags()
+    results = evaluate_model(
+        given.model,
+        tasks,
+        given.output,
+        **command_line.model_options(),
+        batch_size=given.batch_size,
+        num_threads=given.num_threads,
+        limit=given.limit,
+        num_resamples=given.num_resamples,
+        pages=given.pages,
+    )
     if not _writes():
         return
     print(format_results(results))
-    published = published_results(flags.FLAGS.model)
+    published = published_results(given.model)
     if published is not None:
         print(f"\n{format_comparison(published, results)}")
 
 
-def compare() -> None:
-    """Prints results side by side, and draws them as bars."""
-    files = _COMPARE.value
+def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:
+    """Prints results side by side, and draws them as bars.
+
+    Args:
+        files: two or more results files.
+        chart: PNG to write; beside the last file where None.
+        draw: whether to draw at all.
+
+    Raises:
+        ValueError: not so many files, or one is no results file.
+    """
     if not 2 <= len(files) <= len(LETTERS):
         raise ValueError(
             f"--compare: expected two to {len(LETTERS)} results files, got "
@@ -91,39 +115,61 @@ def compare() -> None:
         )
     results = [read_results(file) for file in files]
     print(format_comparison(*results))
-    if _PAGES.value:
+    if draw:
         last = pathlib.Path(files[-1])
-        chart = pathlib.Path(_OUTPUT.value or last.with_name(f"{last.stem}.compared.png"))
+        chart = pathlib.Path(chart or last.with_name(f"{last.stem}.compared.png"))
         draw_comparison(results, chart)
         logging.info("chart: %s", chart)
 
 
-def evaluate() -> dict[str, Any]:
-    """Runs the tasks of the flags; the results file is complete after every task."""
-    from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+def evaluate_model(
+    model: str,
+    tasks: Sequence[Task],
+    output: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    image_size: int | None = None,
+    architecture: dict[str, Any] | None = None,
+    batch_size: int = 256,
+    num_threads: int | None = None,
+    limit: int | None = None,
+    num_resamples: int = 1000,
+    pages: bool = True,
+) -> dict[str, Any]:
+    """Evaluates a model on tasks; the results file is complete after every task.
 
-    tasks = parse_tasks(_TASKS.value, **_task_defaults())
-    for task in tasks:
-        check_source(task)  # a missing file should not have to wait for the model
-    distributed.start_from_flags()
+    Args:
+        model, step, ema, image_size, architecture: of `load_model`.
+        tasks: of `parse_tasks`.
+        output: the results file (JSON).
+        batch_size, num_threads, limit, num_resamples: of `evaluate_task`.
+        pages: whether to write a page (PNG) for each task, beside the results file.
+
+    Returns:
+        What the results file holds.
+    """
     import jax
 
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
 
-    model = load_model(
-        flags.FLAGS.model,
-        **command_line.model_options(),
-        batch_size=_BATCH_SIZE.value,
+    loaded = load_model(
+        model,
+        step=step,
+        ema=ema,
+        image_size=image_size,
+        architecture=architecture,
+        batch_size=batch_size,
         devices=jax.devices(),
     )
-    output = pathlib.Path(_OUTPUT.value)
+    output = pathlib.Path(output)
     results = {
-        "model": flags.FLAGS.model,
-        "step": model.step,
-        "ema": flags.FLAGS.ema,
-        "fingerprint": model.fingerprint(),
-        "image_size": model.image_size,
+        "model": model,
+        "step": loaded.step,
+        "ema": ema,
+        "fingerprint": loaded.fingerprint(),
+        "image_size": loaded.image_size,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": jax.device_count(),
         "device_kind": jax.local_devices()[0].device_kind,
@@ -132,13 +178,13 @@ def evaluate() -> dict[str, Any]:
     for task in tasks:
         page = output.with_name(f"{output.stem}.{task.name}.png")
         result = evaluate_task(
-            model,
+            loaded,
             task,
-            batch_size=_BATCH_SIZE.value,
-            num_threads=_NUM_THREADS.value,
-            limit=_LIMIT.value,
-            page=page if _PAGES.value and _writes() else None,
-            num_resamples=_BOOTSTRAP.value,
+            batch_size=batch_size,
+            num_threads=num_threads,
+            limit=limit,
+            page=page if pages and _writes() else None,
+            num_resamples=num_resamples,
             progress=_writes(),
         )
         results["results"].append(result)
@@ -164,13 +210,13 @@ def _writes() -> bool:
 def _task_defaults() -> dict[str, Any]:
     from diht_jax.evaluation.prompts import parse_templates, read_class_names
 
-    defaults = {}
-    if _CLASS_NAMES.value is not None:
-        defaults["class_names"] = read_class_names(_CLASS_NAMES.value)
-    if _TEMPLATES.value is not None:
-        defaults["templates"] = parse_templates(_TEMPLATES.value)
-    if _CAPTION_TEMPLATE.value is not None:
-        defaults["caption_template"] = _CAPTION_TEMPLATE.value
+    given, defaults = flags.FLAGS, {}
+    if given.class_names is not None:
+        defaults["class_names"] = read_class_names(given.class_names)
+    if given.templates is not None:
+        defaults["templates"] = parse_templates(given.templates)
+    if given.caption_template is not None:
+        defaults["caption_template"] = given.caption_template
     return defaults
 
 
@@ -188,6 +234,6 @@ def _join_compared_files(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    distributed.define_flags()
+    define_flags()
     sys.argv[1:] = _join_compared_files(sys.argv[1:])
     command_line.run(main)
