@@ -20,7 +20,8 @@ from ml_collections import config_flags
 
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
-from data_prep.filtering import metadata_job
+from data_prep.filtering import metadata
+from data_prep.filtering.steps.captions import caption_limits
 from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
 from diht_jax.config import validate_config
@@ -63,7 +64,7 @@ def explain(caption: str, config: ml_collections.ConfigDict) -> str:
     """
     from data_prep.captions.parse import format_graph, parse_captions
 
-    return format_graph(parse_captions([caption])[0], **filter_config.caption_limits(config))
+    return format_graph(parse_captions([caption])[0], **caption_limits(config))
 
 
 def run_filter(
@@ -90,7 +91,7 @@ def run_filter(
         ValueError: nothing to read, nowhere to write, no pair was kept, or something has changed
             and `overwrite` is not set.
     """
-    run = metadata_job.run if config.metadata_only else filter_job.run
+    run = metadata.run if config.metadata_only else filter_job.run
     return run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 
 

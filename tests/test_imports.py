@@ -42,12 +42,13 @@ LAYERS = {
     "data_prep.text_spotting": 11,
     "data_prep.teachers": 11,
     "data_prep.synthetic": 11,
-    "data_prep.reports": 12,
-    "data_prep.filtering": 13,
-    "data_prep.labelling": 13,
-    "data_prep.filter": 14,
-    "data_prep.label": 14,
-    "data_prep": 14,
+    "data_prep.filtering.steps": 12,
+    "data_prep.reports": 13,
+    "data_prep.filtering": 14,
+    "data_prep.labelling": 14,
+    "data_prep.filter": 15,
+    "data_prep.label": 15,
+    "data_prep": 15,
 }
 # What data_prep may use of diht_jax (and the way commands start).
 DATA_PREP_MAY_IMPORT = (

@@ -1,7 +1,6 @@
 """Parses the captions of one shard, each text once however often it comes.
 
-`cat.py` and `metadata_filter.py` use it batch by batch. How a caption is parsed belongs in
-`captions.py`.
+How a caption is parsed belongs in `parse`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The graph of one caption, the decision that CAT takes from it, and its printed form.
 
-`data_prep.captions` fills these classes, `data_prep.filter` and `data_prep.label` read them. Plain
-data: no spaCy object may come in here, so that graphs pickle small and travel between processes.
+Plain data: no spaCy object may come in here, so that graphs pickle small and travel between
+processes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

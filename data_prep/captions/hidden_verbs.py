@@ -1,7 +1,6 @@
 """The search for verbs that the small English model has read as nouns or modifiers.
 
-A part of `data_prep.captions.repairs`, which calls `correct_hidden_verb` on every token. What a
-correct parse means is not decided here.
+It is a part of the repairs of the parse. What a correct parse means is not decided here.
 """
 
 from data_prep.captions import lexicon
@@ -10,7 +9,7 @@ from data_prep.captions.sentence import MODIFIERS, NOUN_TAGS, Sentence
 
 # The tags that a verb gets when it is misread.
 HIDDEN_VERB_TAGS = frozenset(("NN", "NNS", "VBG"))
-# The places of a noun in a sentence, in which a misread verb may be found.
+# The roles of a noun in a sentence, in which a misread verb may be found.
 NOMINAL = frozenset(("ROOT", "pobj", "dobj", "nsubj", "conj", "attr", "appos"))
 _SINGULAR_DETERMINERS = frozenset(("a", "an", "another", "each", "every", "this"))
 _PLURAL_WORDS = frozenset(("few", "many", "dozen", "hundred", "thousand", "million", "couple"))

@@ -1,8 +1,7 @@
 """A spaCy component that gives words their dictionary form, and the English word list behind it.
 
-`data_prep.captions.load_parser` puts it into the pipeline in place of spaCy's own lemmatizer: it
-reads the same tables, needs only the tagger, and does not turn "riding" into "rid". No rule about
-captions comes in here.
+It stands in the pipeline in place of spaCy's own lemmatizer: it reads the same tables, needs only
+the tagger, and does not turn "riding" into "rid". No rule about captions comes in here.
 """
 
 import re

@@ -1,12 +1,12 @@
 """What each kept pair's captions name: collected by the filter, one file beside each shard.
 
-`cat.py` writes it while it filters, since the captions are parsed there anyway; `concepts.py`
-reads it for `data_prep.label`. Counts of the same concepts stand in the shard's statistics. The
+It is written while pairs are filtered, since the captions are parsed there anyway, and read for
+`data_prep.label`. Counts of the same concepts stand in the shard's statistics. The
 file is an npz; for each kind ("objects", "attributes") it holds
 
     KIND_names    uint8, the shard's concepts in alphabetical order, UTF-8 with a line break between
     KIND_lengths  uint16 [n], concepts of each record, in the order of the shard
-    KIND_ids      int32 [sum of lengths], positions in the list of names, ascending in each record
+    KIND_ids      int32 [sum of lengths], indices into the list of names, ascending in each record
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Corrections to the parse where the small English model goes astray on captions.
 
-Captions are mostly noun phrases, the model was trained on sentences. `verbs` runs
-`repair_sentence` before its rules. Each rule corrects a kind of error seen in web captions: here
-wrong tags and verbs that are none, in `hidden_verbs` verbs that were not seen.
-What a correct parse means is not decided here.
+Captions are mostly noun phrases, and the model was trained on sentences. Each rule corrects a kind
+of error seen in web captions: here wrong tags and verbs that are none, in `hidden_verbs` verbs that
+were not seen. What a correct parse means is not decided here.
 """
 
 from data_prep.captions import lexicon

@@ -1,6 +1,6 @@
 """A parsed caption as plain lists: what the caption rules read and the repairs correct.
 
-Made by `data_prep.captions.verbs.build_graph`. No rule about meaning comes in here.
+No rule about meaning comes in here.
 """
 
 from spacy.attrs import DEP, HEAD, LEMMA, LOWER, TAG

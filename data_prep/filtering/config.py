@@ -1,23 +1,20 @@
 """The config of the filter: its keys, its checks, and the hash of all that decides what is written.
 
-What the keys do belongs in `shard`, `metadata` and `resharding`.
+The keys of the steps stand in the steps' own files.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from data_prep.captions import versions as caption_versions
+from data_prep.filtering.steps import registry
+from data_prep.filtering.steps.base import check_integers
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings
 from data_prep.sources.list import default_source
-from data_prep.text_spotting import config as spotter_config
-from data_prep.text_spotting.weights import easyocr_version
-from diht_jax.data.images import decode
 
 # Raised whenever the same config comes to mean other records.
 _FORMAT_VERSION = 4
@@ -53,20 +50,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.dataset_name = "pairs"  # with the split it makes the names of the shards
     c.split = "train"
 
-    c.complexity = True  # C of CAT: drop captions of a complexity under min_complexity
-    c.min_complexity = 1
-    c.action = True  # A of CAT: drop captions without an action
-    c.text_spotting = True  # T of CAT: drop captions that their picture shows as text
-    c.spotter = spotter_config.default_spotter()
+    for step in registry.ordered_steps():
+        step.add_defaults(c)
     c.concepts = True  # count and keep objects and attributes of the captions, for data_prep.label
-
-    c.image = ml_collections.ConfigDict()
-    c.image.max_pixels = decode.MAX_PIXELS  # width times height; larger ones are not decoded
-    c.image.min_side = 1  # px; smaller ones are dropped
-    c.image.max_side = placeholder(
-        int
-    )  # px; larger ones are shrunk and written as JPEG; None keeps all bytes
-    c.image.jpeg_quality = 90  # of those that are shrunk
 
     c.metadata_only = False  # rows of parquet or jsonl in and out, C and A only, no images
 
@@ -96,32 +82,22 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
-    least = {
-        "min_complexity": (config.min_complexity, 0),
-        "image.max_pixels": (config.image.max_pixels, 1),
-        "image.min_side": (config.image.min_side, 1),
-        "image.max_side": (config.image.max_side, 1),
-        "examples_per_shard": (config.examples_per_shard, 1),
-        "retries": (config.retries, 0),
-        "samples_per_outcome": (config.samples_per_outcome, 0),
-        "report_samples": (config.report_samples, 0),
-        "batch_size": (config.batch_size, 1),
-    }
-    for name, (value, minimum) in least.items():
-        if value is not None and (not isinstance(value, int) or value < minimum):
-            raise ValueError(f"config.{name}={value!r}; expected an integer of at least {minimum}")
-    spotter_config.check_spotter(config.spotter)
-    if not 1 <= config.image.jpeg_quality <= 95:
-        raise ValueError(f"config.image.jpeg_quality={config.image.jpeg_quality}; expected 1 to 95")
+    least = {"examples_per_shard": 1, "retries": 0, "samples_per_outcome": 0}
+    least |= {"report_samples": 0, "batch_size": 1}
+    check_integers({name: (config[name], minimum) for name, minimum in least.items()})
+    for step in registry.ordered_steps():
+        step.check(config)
 
 
 def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The part of the config that decides what is written, as plain JSON-able values."""
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_HASHED}
-    spotter = settings.pop("spotter")
-    if config.text_spotting:
-        not_hashed = spotter_config.NOT_HASHED
-        settings["spotter"] = {k: v for k, v in spotter.items() if k not in not_hashed}
+    for step in registry.ordered_steps():
+        if step.section is not None:
+            keys = settings.pop(step.section)
+            if step.is_active(config):
+                kept = {k: v for k, v in keys.items() if k not in step.not_hashed}
+                settings[step.section] = kept
     return settings
 
 
@@ -135,11 +111,9 @@ def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """
     settings = record_settings(config)
     settings["format_version"] = _FORMAT_VERSION
-    if parses_captions(config):
-        settings["caption_rules"] = caption_versions.RULES_VERSION
-    if config.text_spotting:
-        settings["spotting_rules"] = spotter_config.RULES_VERSION
-        settings["easyocr"] = easyocr_version()
+    for step in registry.ordered_steps():
+        if step.is_active(config):
+            settings |= step.describe_rules(config)
     return settings
 
 
@@ -176,29 +150,7 @@ def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
     Raises:
         ValueError: a package that the config needs is not installed.
     """
-    versions = {}
-    if parses_captions(config):
-        versions |= caption_versions.package_versions()
-    if config.text_spotting:
-        versions["easyocr"] = easyocr_version()
-    if not config.metadata_only:
-        versions["pillow"] = importlib.metadata.version("pillow")
+    versions: dict[str, str] = {}
+    for step in registry.active_steps(config):
+        versions |= step.package_versions(config)
     return versions
-
-
-def parses_captions(config: ml_collections.ConfigDict) -> bool:
-    """Whether the captions matter; otherwise the parser is not even loaded."""
-    return drops_captions(config) or config.concepts
-
-
-def drops_captions(config: ml_collections.ConfigDict) -> bool:
-    """Whether captions can be a reason to drop a pair."""
-    return config.complexity or config.action
-
-
-def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """C and A as arguments of `graph.cat_reason`."""
-    return {
-        "min_complexity": config.min_complexity if config.complexity else 0,
-        "require_action": config.action,
-    }

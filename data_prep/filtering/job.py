@@ -1,14 +1,14 @@
 """A whole filter job: the parts, one per input shard, then the output shards and the report.
 
-`filter.py` calls `run`. The folder of the output:
+The folder of the output:
 
     parts/       what was filtered of every input shard: records (removed in the end), statistics,
                  samples and time
-    *.tfrecord   the records of all parts, in shards of equal size (`resharding.py`)
+    *.tfrecord   the records of all parts, in shards of equal size (`resharding`)
     stats.json, report.json, report.html, kept_keys.txt, kept_uids.npy
     dataset_info.json, features.json
 
-What is done to a pair belongs in `cat.py`.
+What is done to a pair belongs in `shard`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import kept, resharding, stale_outputs
 from data_prep.filtering import shard as filter_shard_module
+from data_prep.filtering.steps import registry
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings, print_failures, run_pending
 from data_prep.reports.noise_scores import format_noise_table
@@ -51,7 +52,7 @@ def run(
     engine: str = "local",
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Does what is not done yet; arguments and errors as of `filter.run_filter`."""
+    """Does what is not done yet; arguments and errors as of `data_prep.filter.run_filter`."""
     inputs = source_list.list_sources(config.input, config.source)
     folder = source_list.check_output(config.output, inputs)
     tasks = _plan_parts(config, inputs, folder, overwrite)
@@ -233,7 +234,8 @@ def _filter_parts(
         forget_output(folder)
     parts_folder = os.path.join(folder, resharding.PARTS)
     shards.remove_litter(parts_folder, [os.path.basename(task.output) for task in mine])
-    function = functools.partial(filter_shard_module.filter_shard, config=config)
+    steps = registry.active_steps(config)
+    function = functools.partial(filter_shard_module.filter_shard, config=config, steps=steps)
     failures = run_pending(function, pending, label="filter", **engine_options(config, engine))
     parts = load_parts(tasks)
     if len(parts) < len(tasks):
@@ -299,7 +301,7 @@ def _write_output(
             f"in the table above, examples in {folder}/{PAGE}"
         )
     shards.remove_merged(folder)
-    resharding.remove_strangers(folder, planned)
+    resharding.remove_stale_shards(folder, planned)
     names = [os.path.basename(shard.output) for shard in planned]
     shards.remove_litter(folder, [*names, *MERGED_FILES])
     shards.remove_litter(os.path.join(folder, resharding.PARTS), [stale_outputs.SETTINGS])

@@ -1,8 +1,8 @@
 """Which pairs were kept, for other programs: a text list of keys, and DataComp's array of uids.
 
 Every filtered part has a file of the pairs it has kept, one JSON list [key, uid or null, image
-format or null] a line, in the order of the records; `cat.py` and `metadata_filter.py` write it.
-`filter.py` makes of all of them, when the job is done,
+format or null] a line, in the order of the records. When the job is done, all of
+them make
 
     kept_keys.txt   one key a line, in the order of the records
     kept_uids.npy   dtype "u8,u8", sorted, each uid once: upper and lower half of its 32 hexadecimal

@@ -1,14 +1,18 @@
-"""The caption stage alone, on metadata: rows of parquet or jsonl in, the kept rows out.
+"""A whole job on metadata alone: rows of parquet or jsonl in, the kept rows and a report out.
 
-`filter.py` calls it where `config.metadata_only` is set: C and A need no images, so that a list of
-URLs can be filtered before anybody downloads them (DiHT, arXiv 2301.02280, "Complexity, Action, and
+It runs where `config.metadata_only` is set: C and A need no images, so that a list of URLs can be
+filtered before anybody downloads them (DiHT, arXiv 2301.02280, "Complexity, Action, and
 Text-spotting"; the order is ours). Rows are written as they came: the same columns and types in
-parquet, the same bytes in jsonl. How captions are parsed belongs in `captions.py`.
+parquet, the same bytes in jsonl. What decides about a row belongs in `steps`.
+
+The kept rows of `INPUT.parquet` are `OUTPUT/INPUT.parquet`; beside them lie stats.json,
+report.json, report.html, kept_keys.txt and kept_uids.npy.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import os
 import pathlib
@@ -16,14 +20,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+from absl import logging
 
-from data_prep.captions.cache import CaptionMemo
-from data_prep.captions.graph import cat_reason
 from data_prep.filtering import config as filter_config
+from data_prep.filtering import job as filter_job
+from data_prep.filtering import kept, stale_outputs
 from data_prep.filtering.kept import KEPT_SUFFIX
 from data_prep.filtering.shard_log import DROPPED_SUFFIX, ShardLog
+from data_prep.filtering.steps import registry
+from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
 from data_prep.jobs import fingerprint, shards
-from data_prep.jobs.engine import Report
+from data_prep.jobs.engine import Report, print_failures, run_pending
+from data_prep.reports.page import PAGE, write_report
+from data_prep.sources import list as source_list
 from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.readers.base import (
     Skipped,
@@ -42,6 +51,77 @@ _PARQUET = "parquet"  # the kind of its shards
 
 _BATCH_ROWS = 2048
 _WRITTEN_ROWS = 2**16  # of a row group
+
+
+def run(
+    config: ml_collections.ConfigDict,
+    task_index: int = 0,
+    num_tasks: int = 1,
+    *,
+    engine: str = "local",
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Does what is not done yet; arguments and errors as of `filter.run_filter`."""
+    if config.text_spotting or config.concepts:
+        raise ValueError(
+            "config.metadata_only reads no images: set config.text_spotting=False and "
+            "config.concepts=False, as configs/prep/metadata.py does"
+        )
+    units = list_units(config.input, config.source)
+    if not units:
+        raise ValueError(f"config.input='{config.input}': the tables have no rows")
+    folder = source_list.check_output(config.output, units)
+    os.makedirs(folder, exist_ok=True)
+    settings = filter_config.describe_settings(config)
+    config_hash = filter_config.hash_settings(settings)
+    tasks = [
+        shards.ShardTask(unit, os.path.join(folder, name), config_hash)
+        for unit, name in zip(units, name_outputs(units), strict=True)
+    ]
+    versions = filter_config.package_versions(config)
+    if stale_outputs.reject_or_remove_stale(tasks, folder, settings, versions, overwrite=overwrite):
+        filter_job.forget_output(folder)
+    mine = source_list.take_share(tasks, task_index, num_tasks)
+    pending = [task for task in mine if shards.load_finished(task) is None]
+    logging.info("%d tables, %d of them done before", len(mine), len(mine) - len(pending))
+    if pending:
+        filter_job.forget_output(folder)
+        shards.remove_litter(folder, [os.path.basename(task.output) for task in pending])
+    function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
+    failures = run_pending(
+        function, pending, label="filter", **filter_job.engine_options(config, engine)
+    )
+    _finish(config, tasks, folder)
+    return print_failures(failures)
+
+
+def _finish(config: ml_collections.ConfigDict, tasks: list[shards.ShardTask], folder: str) -> None:
+    """Prints the funnel; writes what describes the whole folder when every table is done."""
+    parts = filter_job.load_parts(tasks)
+    report = filter_job.merge_parts(config, parts)
+    filter_job.print_funnel(report)
+    if len(parts) < len(tasks):
+        print(
+            f"{len(parts)} of {len(tasks)} tables are done; run the command again, or wait for the "
+            "other jobs"
+        )
+        return
+    merged_path = pathlib.Path(folder) / shards.MERGED_STATS
+    if not merged_path.exists():
+        shards.remove_litter(folder, [*filter_job.MERGED_FILES, stale_outputs.SETTINGS])
+        kept.write_lists(folder, [kept.kept_path(task.output) for task in tasks])
+        write_report(folder, report)
+        counts = report.funnel.to_json() | {"measures": report.measures.to_json()}
+        merged = {
+            "config": filter_config.record_settings(config),
+            "input": config.input,
+            "config_hash": tasks[0].config_hash,
+            "inputs": len(tasks),
+            "versions": report.versions_json(),
+            "counts": counts,
+        }
+        shards.write_json(merged_path, merged)
+    print(f"{report.funnel.kept:,} rows in {len(tasks)} files: {folder}; look at {folder}/{PAGE}")
 
 
 def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
@@ -96,14 +176,19 @@ def name_outputs(units: Sequence[SourceShard]) -> list[str]:
 
 
 def filter_rows(
-    task: shards.ShardTask, report: Report, *, config: ml_collections.ConfigDict
+    task: shards.ShardTask,
+    report: Report,
+    *,
+    config: ml_collections.ConfigDict,
+    steps: Sequence[type[Step]],
 ) -> dict[str, Any]:
-    """Does one task: the function that `engine.run_tasks` calls.
+    """Does one task: filters the rows of one unit.
 
     Args:
         task: a unit of `list_units`, and the file that its kept rows go to.
-        report: told how many rows are done.
+        report: called with the number of rows that are done, now and then.
         config: of `config.default_config`.
+        steps: of `steps.registry.active_steps`.
 
     Returns:
         The statistics of the unit.
@@ -117,8 +202,10 @@ def filter_rows(
     temporary = temporary_path(output)
     log = ShardLog(config)
     work = _filter_parquet if task.source.kind == _PARQUET else _filter_jsonl
+    rows = RowFilter(task.source, config, steps, log)
     try:
-        work(task.source, temporary, _Judge(task.source, config, log), report)
+        work(task.source, temporary, rows, report)
+        rows.finish()
         os.replace(temporary, output)
     finally:
         temporary.unlink(missing_ok=True)
@@ -128,47 +215,63 @@ def filter_rows(
     )
 
 
-class _Judge:
-    """Decides about the rows of a unit, and records it."""
+class RowFilter:
+    """Takes the rows of a unit through the steps that need no image, and records what happened."""
 
-    def __init__(self, source: SourceShard, config: ml_collections.ConfigDict, log: ShardLog):
+    def __init__(
+        self,
+        source: SourceShard,
+        config: ml_collections.ConfigDict,
+        steps: Sequence[type[Step]],
+        log: ShardLog,
+    ):
         self._stem = clean_text(pathlib.Path(source.path).stem)
         self._number = source.options.get("first_row", 0)
         self._columns = config.source
-        self._limits = filter_config.caption_limits(config)
-        self._drops = filter_config.drops_captions(config)
-        self._memo = CaptionMemo()
         self._log = log
         with log.clock("loading"):
-            self._memo.parse([])
-        self.fields = [config.source.caption_column, config.source.key_column, "key", "uid"]
-        self.fields += [config.label_field]
+            self._steps = [step(config, source) for step in steps]
+        self._reads_all = any("metadata" in step.reads for step in steps)
+        self._fields = [config.source.caption_column, config.source.key_column, "key", "uid"]
+        self._fields += [config.label_field]
 
-    def judge(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
+    def filter(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
         """Whether each row is kept.
 
         Args:
             rows: in order; a text says what is wrong with a row that could not be read.
         """
         entries = [self._make_pair(row) for row in rows]
-        texts = [e.metadata["captions"] if isinstance(e, Pair) else [] for e in entries]
-        with self._log.clock("captions"):
-            graphs = iter(self._memo.parse([text for found in texts for text in found]))
+        candidates = begin(entry for entry in entries if isinstance(entry, Pair))
+        outcomes: list[tuple[str, Candidate | Drop]] = [("", c) for c in candidates]
+        for step in self._steps:
+            going = [i for i, (_, found) in enumerate(outcomes) if isinstance(found, Candidate)]
+            with self._log.clock(step.timer or step.name):
+                results = list(step.judge([outcomes[i][1] for i in going]))
+            for i, result in zip(going, results, strict=True):
+                outcomes[i] = step.name, result
         kept = []
-        for entry, found in zip(entries, texts, strict=True):
-            if isinstance(entry, Skipped):
+        remaining = iter(outcomes)
+        # All is recorded in the order of the rows.
+        for entry in entries:
+            name, outcome = (None, None) if isinstance(entry, Skipped) else next(remaining)
+            if outcome is None:
                 self._log.skip(entry)
-                kept.append(False)
-                continue
-            parsed = [next(graphs) for _ in found]
-            reasons = [cat_reason(graph, **self._limits) for graph in parsed]
-            good = [g for g, r in zip(parsed, reasons, strict=True) if r is None or not self._drops]
-            if good:
-                self._log.keep(entry, good, None)
+            elif isinstance(outcome, Drop):
+                self._log.drop_candidate(name, outcome)
             else:
-                self._log.drop("caption", reasons[0], entry, parsed[0])
-            kept.append(bool(good))
+                self._log.keep(entry, outcome.graphs, None)
+            kept.append(isinstance(outcome, Candidate))
         return kept
+
+    def wants(self, column: str) -> bool:
+        """Whether a column is read; of a step that reads the metadata every one is."""
+        return self._reads_all or column in self._fields
+
+    def finish(self) -> None:
+        """Records what the steps counted, once all rows are done."""
+        for step in self._steps:
+            step.record(self._log)
 
     def _make_pair(self, row: dict[str, Any] | str) -> Pair | Skipped:
         default_key = f"{self._stem}-{self._number:08d}"
@@ -184,19 +287,21 @@ class _Judge:
         return Pair(key, b"", captions[0], {**row, "captions": captions})
 
 
-def _filter_parquet(source: SourceShard, path: pathlib.Path, judge: _Judge, report: Report) -> None:
+def _filter_parquet(
+    source: SourceShard, path: pathlib.Path, rows: RowFilter, report: Report
+) -> None:
     import pyarrow
     import pyarrow.parquet
 
     file = open_parquet(source.path)
     schema = file.schema_arrow
-    wanted = [name for name in schema.names if name in judge.fields]
+    wanted = [name for name in schema.names if rows.wants(name)]
     compression = _compression(file)
     with pyarrow.parquet.ParquetWriter(path, schema, compression=compression) as writer:
         waiting: list[Any] = []
         try:
             for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):
-                kept = judge.judge(batch.select(wanted).to_pylist())
+                kept = rows.filter(batch.select(wanted).to_pylist())
                 waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
                 if sum(part.num_rows for part in waiting) >= _WRITTEN_ROWS:
                     writer.write_table(pyarrow.Table.from_batches(waiting, schema))
@@ -217,11 +322,11 @@ def _compression(file: Any) -> str:
     return "none" if name == "uncompressed" else name
 
 
-def _filter_jsonl(source: SourceShard, path: pathlib.Path, judge: _Judge, report: Report) -> None:
+def _filter_jsonl(source: SourceShard, path: pathlib.Path, rows: RowFilter, report: Report) -> None:
     remaining = _read_lines(source)
     with open(path, "xb") as output:
         while lines := list(itertools.islice(remaining, _BATCH_ROWS)):
-            kept = judge.judge([_parse_line(line) for line in lines])
+            kept = rows.filter([_parse_line(line) for line in lines])
             output.writelines(line for line, is_kept in zip(lines, kept, strict=True) if is_kept)
             report(len(lines))
 

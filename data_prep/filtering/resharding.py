@@ -1,9 +1,9 @@
 """From the parts, one per input shard, to output shards of equal size.
 
-`filter.py` plans it when all parts are done, and runs it with `engine.py`, one task per output
-shard. The order of the records is that of the input, and sizes differ by one record at most. A task
-reads a run of consecutive records from one or several parts and holds one record at a time; what is
-done already, from the same parts, is not done again. What happens to a pair belongs in `cat.py`.
+It is planned when all parts are done, and every output shard is a task. The order of the records is
+that of the input, and sizes differ by one record at most. A task reads a run of consecutive records
+from one or several parts and holds one record at a time; what is done already, from the same parts,
+is not done again. What happens to a pair belongs in `shard`.
 """
 
 from __future__ import annotations
@@ -126,11 +126,11 @@ def plan_shards(
 
 
 def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
-    """Writes one output shard; the function that `engine.run_tasks` calls.
+    """Writes one output shard; a task of `engine.run_tasks`.
 
     Args:
         shard: of `plan_shards`.
-        report: told how many records are done.
+        report: called with the number of records that are done, now and then.
 
     Returns:
         Its statistics, as they lie beside it.
@@ -186,7 +186,7 @@ def load_written(shard: BalancedShard) -> dict[str, Any] | None:
     return stats if is_same else None
 
 
-def remove_strangers(folder: str, planned: Sequence[BalancedShard]) -> None:
+def remove_stale_shards(folder: str, planned: Sequence[BalancedShard]) -> None:
     """Removes output shards of an earlier plan that this one does not replace.
 
     Args:

@@ -1,7 +1,7 @@
 """All that is recorded while one shard is filtered: counts, measures, samples, lists, time.
 
-`cat.py` and `metadata_filter.py` fill it pair by pair; `report.py` reads what it writes. What the
-filter decides is not known here. The time goes into a file of its own, so that everything else has
+It is filled pair by pair, and what it writes is gathered by `reports.summary`. What the filter
+decides is not known here. The time goes into a file of its own, so that everything else has
 the same bytes in every run.
 """
 
@@ -22,6 +22,7 @@ from data_prep.captions.graph import CaptionGraph
 from data_prep.captions.mentions import ConceptLog, concept_path, find_mentions
 from data_prep.filtering.config import package_versions
 from data_prep.filtering.kept import KeptLog, kept_path
+from data_prep.filtering.steps.base import Drop
 from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, Funnel
 from data_prep.reports.samples import SAMPLES_SUFFIX, SampleLog
@@ -42,7 +43,7 @@ class ShardLog:
         funnel: how many pairs ended how.
         measures: what they look like.
         download: what img2dataset counted, where it did.
-        spotter: where text was looked for, of `text_spotting_stage.describe_machine`.
+        spotter: where text was looked for, of `text_spotting.config.describe_machine`.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -96,7 +97,7 @@ class ShardLog:
         """Counts a pair that was not written.
 
         Args:
-            stage: one of `funnel.STAGES`.
+            stage: name of the step, or "source".
             reason: as the stage names it.
             pair: as it came.
             graph: of its first caption, where it was parsed.
@@ -107,6 +108,19 @@ class ShardLog:
         self.funnel.drop(stage, reason, pair.key, pair.caption)
         self._list_dropped(pair.key, f"{stage}/{reason}")
         self._measure(DROPPED, f"{stage}/{reason}", pair, graph, size, spots, match)
+
+    def drop_candidate(self, step: str, drop: Drop) -> None:
+        """Counts what a step of this name has dropped."""
+        candidate = drop.candidate
+        self.drop(
+            drop.stage or step,
+            drop.reason,
+            candidate.pair,
+            candidate.first_graph,
+            size=candidate.header[1:] if candidate.header else None,
+            spots=candidate.spots,
+            match=drop.match,
+        )
 
     def keep(
         self,

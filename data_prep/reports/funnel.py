@@ -1,7 +1,8 @@
 """The funnel: how many pairs came in, why pairs were dropped and where, how many were kept.
 
-Filled pair by pair by `cat.py`, kept as JSON beside each shard, merged and printed by the command.
-A few examples of every outcome are kept too, so that a person can look at them.
+It is filled pair by pair, kept as JSON beside each shard, merged and printed. A few examples of
+every outcome are kept too, so that a person can look at them. Stages and reasons are those of the
+filter steps, so that a new step shows itself; names that no step of today knows come last.
 """
 
 from __future__ import annotations
@@ -12,34 +13,29 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from data_prep.captions.graph import CAT_REASONS, GATE_REASONS
-from data_prep.text_spotting.config import REASON, describe_counts
+from data_prep.filtering.steps.registry import ordered_steps
+from data_prep.text_spotting.config import describe_counts
 from diht_jax.data.readers.base import SOURCE_REASONS
 
-# Stage -> its reasons, both in the order in which a pair meets them.
-REASONS: dict[str, tuple[str, ...]] = {
-    "source": SOURCE_REASONS,
-    "caption": (*GATE_REASONS, *CAT_REASONS),
-    "image": ("empty", "unreadable", "too_large", "too_small"),
-    "text": (REASON,),
-}
-STAGES = tuple(REASONS)
 KEPT = "kept"
+SOURCE = "source"  # the stage of entries that are no pairs
 
 _MAX_SAMPLE_CHARS = 500
-# What would say too little as it is.
-_SPELLED = {
-    ("caption", "empty"): "no words",
-    ("caption", "complexity"): "C: complexity",
-    ("caption", "no_action"): "A: no action",
-    ("image", "empty"): "no bytes",
-    ("text", REASON): "T: shows its caption",
-}
+
+
+def stage_reasons() -> dict[str, Mapping[str, str]]:
+    """Stage -> reason -> the words for people, all in the order in which a pair meets them."""
+    source = {reason: _spell_plainly(reason) for reason in SOURCE_REASONS}
+    return {SOURCE: source} | {step.name: step.reasons for step in ordered_steps()}
 
 
 def spell_reason(stage: str, reason: str) -> str:
     """A reason for people: "no words" for the caption stage's "empty"."""
-    return _SPELLED.get((stage, reason), reason.replace("_", " "))
+    return stage_reasons().get(stage, {}).get(reason) or _spell_plainly(reason)
+
+
+def _spell_plainly(reason: str) -> str:
+    return reason.replace("_", " ")
 
 
 @dataclasses.dataclass
@@ -52,9 +48,9 @@ class Funnel:
         read: pairs that came in.
         kept: pairs that were written.
         dropped: stage -> reason -> pairs. A pair is counted once, at the first stage that drops
-            it: source, then caption, then image, then text.
+            it: the source, then the steps in their order.
         image_formats: format -> kept pairs.
-        text_spotting: what was done to find text, of `text_spotting_stage.count_verdicts`.
+        text_spotting: what was done to find text, of `text_spotting.config.count_verdicts`.
     """
 
     samples_per_outcome: int = 0
@@ -62,7 +58,7 @@ class Funnel:
     read: int = 0
     kept: int = 0
     dropped: dict[str, collections.Counter[str]] = dataclasses.field(
-        default_factory=lambda: {stage: collections.Counter() for stage in STAGES}
+        default_factory=lambda: {stage: collections.Counter() for stage in stage_reasons()}
     )
     image_formats: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     text_spotting: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
@@ -80,21 +76,21 @@ class Funnel:
         """Counts a pair that was not written.
 
         Args:
-            stage: one of `STAGES`.
+            stage: name of the step, or "source".
             reason: as the stage names it.
             key: of the pair.
             text: its caption, or what is known of it.
         """
         self.read += 1
-        self.dropped[stage][reason] += 1
+        self.dropped.setdefault(stage, collections.Counter())[reason] += 1
         self._add_samples(f"{stage}/{reason}", [self._make_sample(key, text)])
 
     def merge(self, other: Funnel) -> None:
         """Adds the counts of another shard."""
         self.read += other.read
         self.kept += other.kept
-        for stage in STAGES:
-            self.dropped[stage].update(other.dropped[stage])
+        for stage, found in other.dropped.items():
+            self.dropped.setdefault(stage, collections.Counter()).update(found)
         self.image_formats.update(other.image_formats)
         self.text_spotting.update(other.text_spotting)
         for outcome, samples in other._samples.items():
@@ -105,7 +101,9 @@ class Funnel:
         return {
             "read": self.read,
             "kept": self.kept,
-            "dropped": {stage: dict(sorted(self.dropped[stage].items())) for stage in STAGES},
+            "dropped": {
+                stage: dict(sorted(found.items())) for stage, found in self.dropped.items()
+            },
             "image_formats": dict(sorted(self.image_formats.items())),
             "text_spotting": dict(sorted(self.text_spotting.items())),
             "samples": {
@@ -117,22 +115,26 @@ class Funnel:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], samples_per_outcome: int, seed: int) -> Funnel:
         """What `to_json` gave."""
-        return cls(
+        funnel = cls(
             samples_per_outcome,
             seed,
             data["read"],
             data["kept"],
-            {stage: collections.Counter(data["dropped"][stage]) for stage in STAGES},
-            collections.Counter(data["image_formats"]),
-            collections.Counter(data["text_spotting"]),
-            {outcome: [tuple(s) for s in samples] for outcome, samples in data["samples"].items()},
+            image_formats=collections.Counter(data["image_formats"]),
+            text_spotting=collections.Counter(data["text_spotting"]),
+            _samples={
+                outcome: [tuple(s) for s in samples] for outcome, samples in data["samples"].items()
+            },
         )
+        funnel.dropped |= {k: collections.Counter(found) for k, found in data["dropped"].items()}
+        return funnel
 
     def rows(self) -> list[tuple[str, str, int]]:
         """Stage, reason, pairs: what was read, the reasons as a pair meets them, what was kept."""
         rows = [("read", "", self.read)]
-        for stage, known in REASONS.items():
-            found = self.dropped[stage]
+        stages = stage_reasons()
+        for stage in [*stages, *sorted(self.dropped.keys() - stages.keys())]:
+            known, found = stages.get(stage, {}), self.dropped.get(stage, {})
             order = [*(name for name in known if name in found), *sorted(found.keys() - set(known))]
             rows += [(stage, reason, found[reason]) for reason in order]
         return [*rows, (KEPT, "", self.kept)]
@@ -142,11 +144,12 @@ class Funnel:
         rows = [(stage, spell_reason(stage, reason), pairs) for stage, reason, pairs in self.rows()]
         reason_width = max(len(reason) for _, reason, _ in rows)
         count_width = max(len("pairs"), len(f"{self.read:,}"))
-        lines = [f"{'stage':8} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]
+        width = max(8, *(len(stage) for stage, _, _ in rows))
+        lines = [f"{'stage':{width}} {'reason':{reason_width}} {'pairs':>{count_width}}   share"]
         for stage, reason, count in rows:
             share = 100 * count / self.read if self.read else 0.0
             lines.append(
-                f"{stage:8} {reason:{reason_width}} {count:>{count_width},}  {share:5.1f}%"
+                f"{stage:{width}} {reason:{reason_width}} {count:>{count_width},}  {share:5.1f}%"
             )
         if self.text_spotting:
             lines.append(describe_counts(self.text_spotting))

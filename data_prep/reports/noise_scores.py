@@ -1,7 +1,7 @@
 """How well the filters find known noise: precision and recall of each, where pairs carry a label.
 
-`filter.py` prints it and `report_page.py` shows it when the config names a `label_field`, such as
-the demo's, whose data says of every pair what is wrong with it.
+The config names the label with `label_field`, such as the demo's, whose data says of every pair
+what is wrong with it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from data_prep.reports.funnel import KEPT, REASONS, STAGES, spell_reason
+from data_prep.reports.funnel import KEPT, spell_reason, stage_reasons
 
 _RECALL = "recall: "
 
@@ -117,11 +117,12 @@ def _spell(outcome: str) -> str:
 
 
 def _order(outcome: str) -> tuple[int, int, str]:
-    """As they are asked: the gates before the parse, then C, then A."""
+    """In the order in which a pair meets them."""
     stage, _, reason = outcome.partition("/")
-    known = REASONS.get(stage, ())
-    place = STAGES.index(stage) if stage in STAGES else len(STAGES)
-    return place, known.index(reason) if reason in known else len(known), outcome
+    stages = stage_reasons()
+    known = list(stages.get(stage, ()))
+    number = list(stages).index(stage) if stage in stages else len(stages)
+    return number, known.index(reason) if reason in known else len(known), outcome
 
 
 def _words(label: str) -> str:

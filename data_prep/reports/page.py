@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep.filtering.steps.registry import ordered_steps
 from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, spell_reason
 from data_prep.reports.html import render_bar, render_page, render_table
@@ -24,7 +25,6 @@ from diht_jax.data.atomic_file import write_atomically
 
 PAGE = "report.html"
 
-_WORK = ("reading", "captions", "images", "text", "writing")  # stages that are timed, in order
 _LISTED = 25  # names of each list
 _SHOWN_SPOTS = 6  # texts under a picture
 _PLOT = (400, 120)  # px of a histogram's bars
@@ -135,7 +135,7 @@ def _throughput(report: FilterReport) -> str:
     total = rates.pop("cpu_secs", 0.0)
     rows = [
         [name, _rate(rates[name]), f"{seconds[f'stage/{name}']:,.1f}"]
-        for name in _WORK
+        for name in ("reading", *(step.timer or step.name for step in ordered_steps()), "writing")
         if name in rates
     ]
     rows.append(["all", _rate(total), f"{seconds['cpu_secs']:,.1f}"])

@@ -1,8 +1,8 @@
 """Pairs of every outcome to look at: picture, caption, graph, and the text that was spotted.
 
-`shard_log.py` chooses them while a shard is filtered and writes them beside it; `report.py` merges
-the files and `report_page.py` draws them. Which pairs are chosen depends on the pairs alone: those
-of the lowest random rank, so that the choices of shards together are the choice of the whole.
+They are chosen while a shard is filtered and written beside it. Which pairs are chosen depends on
+the pairs alone: those of the lowest random rank, so that the choices of shards together are the
+choice of the whole.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the pairs of a shard look like: histograms, frequent names, and pairs by a label of theirs.
 
-`shard_log.py` fills it, `report.py` merges and shows it. Counts of reasons belong in `funnel.py`.
+Counts of reasons belong in `funnel`.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_prep.filtering.steps.registry import ordered_steps
 from data_prep.jobs import shards
-from data_prep.reports.funnel import Funnel
+from data_prep.reports.funnel import SOURCE, Funnel
 from data_prep.reports.samples import SAMPLES_SUFFIX, choose_samples, read_samples
 from data_prep.reports.statistics import Measures
 from data_prep.sources.img2dataset import merge_download_stats
@@ -167,12 +168,12 @@ class FilterReport:
 
     def _pairs_of(self, stage: str) -> int:
         """Pairs that came to a stage."""
-        dropped = {name: sum(found.values()) for name, found in self.funnel.dropped.items()}
-        after_source = self.funnel.read - dropped["source"]
-        after_captions = after_source - dropped["caption"]
-        after_images = after_captions - dropped["image"]
-        pairs = {"captions": after_source, "images": after_captions, "text": after_images}
-        return pairs.get(stage, self.funnel.kept if stage == "writing" else self.funnel.read)
+        arrived = self.funnel.read - self.funnel.dropped[SOURCE].total()
+        for step in ordered_steps():
+            if stage == (step.timer or step.name):
+                return arrived
+            arrived -= self.funnel.dropped.get(step.name, collections.Counter()).total()
+        return self.funnel.kept if stage == "writing" else self.funnel.read
 
 
 def gather_report(

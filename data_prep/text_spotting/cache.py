@@ -1,6 +1,6 @@
 """What was spotted in each picture, kept on disk, so that thresholds can be replayed.
 
-`text_spotting.py` reads and fills it. A file belongs to one input shard and to one set of OCR
+A file belongs to one input shard and to one set of OCR
 settings; an entry belongs to the bytes of one picture. Thresholds of the decision are no part of
 it. The files are appended to and never rewritten: a killed run keeps what it had spotted.
 """

@@ -23,9 +23,6 @@ from diht_jax.data.readers.base import SourceShard
 # decisions change and this number does not.
 RULES_VERSION = 1
 
-STAGE = "text"
-REASON = "shows_caption"
-
 # Of the section, what says where and how fast, but not what is written.
 NOT_HASHED = ("cache", "device", "batch_size", "stop_at_match")
 

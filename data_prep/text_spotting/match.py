@@ -1,7 +1,7 @@
 """The match decision of text-spotting: does text read in a picture repeat its caption?
 
 Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". Pure functions of
-strings; `text_spotting.py` calls them. No picture and no OCR library may come in.
+strings. No picture and no OCR library may come in.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """EasyOCR's English networks, run fast: heat maps, boxes, and the text in a box.
 
-`text_spotting.py` calls it. The networks, their weights and everything around them are EasyOCR's
+The networks, their weights and everything around them are EasyOCR's
 (CRAFT and a CRNN), so that boxes and texts are those of `easyocr.Reader.readtext` on the same
 array at the same settings, up to rounding. Ours is how they are run: normalisation folded into the
 convolutions, channels last, bfloat16 where the processor has it, batches of one shape, and no

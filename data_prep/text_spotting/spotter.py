@@ -1,12 +1,11 @@
 """Text-spotting, the T of CAT: drop pairs whose picture shows the caption as text.
 
-Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". `cat.py` calls
-`TextSpotter.judge` for the pairs that C and A have kept. The match decision is pure and lives in
-`text_spotting_match.py`, EasyOCR in `text_spotting_ocr.py`, results on disk in
-`text_spotting_cache.py`; how files are read and records written must not come in.
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". The match decision
+is pure and lives in `match`, EasyOCR in `ocr`, results on disk in `cache`; how files are read and
+records written must not come in.
 
 Ours: the order of work. A caption that no spotter could read costs nothing. A look at low
-resolution passes over pictures without a trace of text; a sample of those is read all the same,
+resolution skips pictures without a trace of text; a sample of those is read all the same,
 so that what the look misses is counted. Lines are read from the most promising on, until one
 matches.
 """
@@ -55,7 +54,7 @@ class Settings:
         ocr: of the networks.
         gate_size: px of the longer side at the first look; 0 for no first look.
         gate_score: character score (0 to 1) at the first look from which a picture is read.
-        audit_share: of the pictures that the first look passes over, how many are read anyway.
+        audit_share: of the pictures that the first look skips, how many are read anyway.
         min_confidence: of a line (0 to 1) to count.
         min_chars: length of the run that a line must share with the caption.
         misread_min_chars: length of such a run with one character misread; None allows none.
@@ -91,7 +90,7 @@ class Spot:
     """One line of text in a picture.
 
     Attributes:
-        box: in px, of `text_spotting_ocr`.
+        box: in px, of `ocr`.
         text: as it was read; None if it was not.
         confidence: of the text, 0 to 1; None if it was not read.
     """
@@ -268,7 +267,7 @@ class _Picture:
 
     @property
     def is_audited(self) -> bool:
-        """Passed over by the first look, but of the sample that is read anyway."""
+        """Skipped by the first look, but of the sample that is read anyway."""
         if self.shows_text or not self.captions:
             return False
         # The hash of the picture is as good as a random number, and the same in every run.

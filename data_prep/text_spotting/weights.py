@@ -1,7 +1,6 @@
 """Where EasyOCR and its English weights are found, and what is said where they are not.
 
-`text_spotting_ocr.py` loads what this finds; `cat.py` asks for the version. Networks are not run
-here, and importing this module imports no heavy package.
+Networks are not run here, and importing this module imports no heavy package.
 """
 
 from __future__ import annotations

@@ -14,11 +14,7 @@ from PIL import Image
 
 from data_prep.filter import explain, run_filter
 from data_prep.filtering import config as filter_config
-from data_prep.filtering.shard import process_shard
-from data_prep.sources.list import list_sources
 from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.records.schema import decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -178,22 +174,6 @@ def test_same_bytes_with_any_number_of_workers(captioned, tmp_path):
         assert run_filter(config) == {}
     assert snapshot(tmp_path / "out0") == snapshot(tmp_path / "out2")
     assert len(read_records(tmp_path / "out0")) == 2 * len(read_records(captioned / "cat"))
-
-
-def test_one_shard_by_itself(tmp_path):
-    write_tars(tmp_path / "in", 1)
-    config = job_config(str(tmp_path / "in"), tmp_path / "out")
-    source = list_sources(config.input, config.source)[0]
-    output, done = str(tmp_path / "one.tfrecord"), []
-    stats = process_shard(source, output, config=config, report=done.append)
-    assert (stats["output"]["records"], sum(done)) == (5, 5)
-    assert stats == json.loads(pathlib.Path(f"{output}.stats.json").read_text())
-    assert process_shard(source, output, config=config, report=done.append) == stats
-    assert sum(done) == 5  # not read again
-    assert run_filter(config) == {}
-    assert [r.key for r in read_records(tmp_path / "out")] == [
-        decode_record(data).key for data in TFRecordSource(output)
-    ]
 
 
 def test_nothing_kept_is_an_error(tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import shard_log, stale_outputs
+from data_prep.filtering.steps import captions, text
 from data_prep.jobs import shards
 from tests.data_prep.filtering.jobs import job_config, read_counts, snapshot, write_tars
 
@@ -20,7 +21,7 @@ _SPOTTING_DIGEST = "5fb768f15315445486dfa738e7d08d516284d3302c62ab5ea5005a76f2d8
 
 
 def test_hashes_are_those_of_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(filter_config, "easyocr_version", lambda: "1.7.2")
+    monkeypatch.setattr(text, "easyocr_version", lambda: "1.7.2")
     cat = job_config("a", tmp_path, "cat", text_spotting=True, image__max_side=300, label_field="n")
     assert filter_config.hash_config(cat) == "0350f5709fb68186"
     assert filter_config.hash_config(job_config("a", tmp_path, "metadata")) == "a5f4e1d82382c4ba"
@@ -32,7 +33,7 @@ def test_hashes_are_those_of_before(tmp_path, monkeypatch):
 def test_a_new_version_of_the_rules_is_another_hash(tmp_path, monkeypatch):
     config = job_config("a", tmp_path, "cat")
     before = filter_config.hash_config(config)
-    monkeypatch.setattr(filter_config.caption_versions, "RULES_VERSION", 2)
+    monkeypatch.setattr(captions.versions, "RULES_VERSION", 2)
     assert filter_config.hash_config(config) != before
 
 

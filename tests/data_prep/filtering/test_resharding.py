@@ -113,7 +113,7 @@ def test_shards_hold_the_records_with_what_belongs_to_them(tmp_path):
     # Other records, or another part of them, are another plan.
     changed = _plan(_make_parts(tmp_path / "other", [5, 0, 8, 1]), tmp_path, 4)
     assert [resharding.load_written(shard) is None for shard in changed][-2:] == [True, True]
-    resharding.remove_strangers(str(tmp_path), planned[:3])
+    resharding.remove_stale_shards(str(tmp_path), planned[:3])
     left = sorted(path.name for path in tmp_path.glob("pairs-train-*.tfrecord"))
     assert left == [f"pairs-train-{i:05d}.tfrecord" for i in range(3)]
     assert not list(tmp_path.glob("pairs-train-00003*"))

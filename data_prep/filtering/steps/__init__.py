@@ -1,0 +1,1 @@
+"""The steps of the filter, one file each; `registry` has them all."""

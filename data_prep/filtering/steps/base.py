@@ -1,0 +1,165 @@
+"""The form of a filter step: what it is called, what it reads, why it drops pairs, how it decides.
+
+A step decides about candidates and records nothing: counts, samples and lists are made by whoever
+runs it, so that every step is counted in the same way.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import ml_collections
+
+from data_prep.captions.graph import CaptionGraph
+from data_prep.text_spotting.spotter import Spot
+from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.records.schema import Pair
+
+
+class Candidate(NamedTuple):
+    """A pair on its way through the steps.
+
+    Attributes:
+        pair: as it came.
+        captions: those that are still good, at least one.
+        graphs: of these captions; none where captions are not parsed.
+        first_graph: of the first caption of all; None where captions are not parsed.
+        header: format, width and height of the image once it was checked.
+        spots: the text that was spotted in the image.
+    """
+
+    pair: Pair
+    captions: list[str]
+    graphs: Sequence[CaptionGraph] = ()
+    first_graph: CaptionGraph | None = None
+    header: tuple[str, int, int] | None = None
+    spots: tuple[Spot, ...] = ()
+
+    def choose(self, is_good: Sequence[bool]) -> Candidate:
+        """The candidate with its good captions only."""
+        graphs = self.graphs and list(itertools.compress(self.graphs, is_good))
+        return self._replace(
+            captions=list(itertools.compress(self.captions, is_good)), graphs=graphs
+        )
+
+
+class Drop(NamedTuple):
+    """A candidate that does not go on.
+
+    Attributes:
+        candidate: with what is known of it.
+        reason: one of the step's reasons.
+        stage: name of the step that it is counted at; None for the one that dropped it.
+        match: the spotted text that repeats the caption.
+    """
+
+    candidate: Candidate
+    reason: str
+    stage: str | None = None
+    match: str | None = None
+
+
+class Step:
+    """One step. The class describes it, an instance works on one shard.
+
+    A step that looks at one candidate at a time overrides `find_reason`; one that narrows or
+    completes candidates, or works on many together, overrides `judge`.
+
+    Attributes:
+        name: of the stage, in the statistics and the funnel.
+        order: steps run from the lowest to the highest; those of today have 10, 20, 30.
+        reads: of "caption", "image" and "metadata". Only steps that do not read the image run where
+            tables are filtered without images (`config.metadata_only`).
+        reasons: why it drops pairs -> the words for people, in the order in which it asks.
+        timer: its name among the times; None for `name`.
+        section: its section of the config, if it has one; hashed only where the step is active.
+        not_hashed: keys of the section that do not decide what is written.
+        rules_version: raised whenever the step comes to decide otherwise.
+    """
+
+    name: ClassVar[str]
+    order: ClassVar[int]
+    reads: ClassVar[tuple[str, ...]] = ("caption",)
+    reasons: ClassVar[Mapping[str, str]]
+    timer: ClassVar[str | None] = None
+    section: ClassVar[str | None] = None
+    not_hashed: ClassVar[tuple[str, ...]] = ()
+    rules_version: ClassVar[int] = 1
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        """Adds the step's keys to a config of defaults."""
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        """Checks what types cannot tell.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        """Whether the step runs. One that is off by default leaves folders of before valid."""
+        return True
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        """What decides beside the config; hashed where the step is active."""
+        return {f"{cls.name}_rules": cls.rules_version}
+
+    @classmethod
+    def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
+        """The versions of packages that take part; recorded, not hashed."""
+        return {}
+
+    @classmethod
+    def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
+        """At most so many candidates at a time, where the step takes long; None for all."""
+        return None
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        """Loads what the step needs.
+
+        Args:
+            config: of `filtering.config.default_config`.
+            source: the shard that is filtered.
+        """
+        self.config = config
+
+    def find_reason(self, candidate: Candidate) -> str | None:
+        """Why the candidate is dropped; None where it goes on."""
+        raise NotImplementedError
+
+    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+        """Decides about candidates: each in order as it goes on, or a `Drop` of it."""
+        for candidate in candidates:
+            reason = self.find_reason(candidate)
+            yield candidate if reason is None else Drop(candidate, reason)
+
+    def record(self, log: Any) -> None:
+        """Adds what the step counted beside its drops to a `ShardLog`, once the shard is done."""
+
+
+def all_captions(pair: Pair) -> list[str]:
+    """The captions of a pair, its first one first."""
+    several = pair.metadata.get("captions", ())
+    return [pair.caption, *(text for text in several if text != pair.caption)]
+
+
+def check_integers(least: Mapping[str, tuple[Any, int]]) -> None:
+    """Raises a ValueError unless every value is None or an integer of at least so much.
+
+    Args:
+        least: key of the config -> value, minimum.
+    """
+    for name, (value, minimum) in least.items():
+        if value is not None and (not isinstance(value, int) or value < minimum):
+            raise ValueError(f"config.{name}={value!r}; expected an integer of at least {minimum}")
+
+
+def begin(pairs: Iterable[Pair]) -> list[Candidate]:
+    """Pairs before the first step."""
+    return [Candidate(pair, all_captions(pair)) for pair in pairs]

@@ -1,0 +1,93 @@
+"""Complexity and action of the captions: C and A of CAT (DiHT, arXiv 2301.02280).
+
+Of a pair with several captions the good ones are kept. How captions are parsed belongs in
+`data_prep.captions`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+
+from data_prep.captions import versions
+from data_prep.captions.cache import CaptionMemo
+from data_prep.captions.graph import cat_reason
+from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
+from diht_jax.data.readers.base import SourceShard
+
+
+class CaptionStep(Step):
+    """Parses the captions, and drops pairs without one that passes the gates, C and A."""
+
+    name = "caption"
+    order = 10
+    reads = ("caption",)
+    reasons = {
+        "empty": "no words",
+        "file_name": "file name",
+        "url": "url",
+        "not_english": "not english",
+        "complexity": "C: complexity",
+        "no_action": "A: no action",
+    }
+    timer = "captions"
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        config.complexity = True  # C of CAT: drop captions of a complexity under min_complexity
+        config.min_complexity = 1
+        config.action = True  # A of CAT: drop captions without an action
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        check_integers({"min_complexity": (config.min_complexity, 0)})
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        """Where nothing is asked of the captions, the parser is not even loaded."""
+        return _is_wanted(config) or config.metadata_only
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return {"caption_rules": versions.RULES_VERSION} if _is_wanted(config) else {}
+
+    @classmethod
+    def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
+        return versions.package_versions()
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        super().__init__(config, source)
+        self._limits = caption_limits(config)
+        self._memo = CaptionMemo()
+        self._memo.parse([])  # loads the parser
+
+    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+        texts = [candidate.captions for candidate in candidates]
+        parsed = iter(self._memo.parse(list(itertools.chain(*texts))))
+        for candidate in candidates:
+            graphs = list(itertools.islice(parsed, len(candidate.captions)))
+            reasons = [cat_reason(graph, **self._limits) for graph in graphs]
+            if not _drops(self.config):
+                reasons = [None] * len(graphs)
+            candidate = candidate._replace(graphs=graphs, first_graph=graphs[0])
+            good = candidate.choose([reason is None for reason in reasons])
+            yield good if good.captions else Drop(candidate, reasons[0])
+
+
+def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """C and A as arguments of `captions.cat_reason`."""
+    return {
+        "min_complexity": config.min_complexity if config.complexity else 0,
+        "require_action": config.action,
+    }
+
+
+def _drops(config: ml_collections.ConfigDict) -> bool:
+    return config.complexity or config.action
+
+
+def _is_wanted(config: ml_collections.ConfigDict) -> bool:
+    return _drops(config) or config.concepts

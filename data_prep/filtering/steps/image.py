@@ -1,0 +1,65 @@
+"""Images that cannot be decoded, or are too large or too small."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
+from diht_jax.data.images import decode
+
+
+class ImageStep(Step):
+    """Drops pairs whose image is no image or has no good size."""
+
+    name = "image"
+    order = 20
+    reads = ("image",)
+    reasons = {
+        "empty": "no bytes",
+        "unreadable": "unreadable",
+        "too_large": "too large",
+        "too_small": "too small",
+    }
+    timer = "images"
+    section = "image"
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        c = config.image = ml_collections.ConfigDict()
+        c.max_pixels = decode.MAX_PIXELS  # width times height; larger ones are not decoded
+        c.min_side = 1  # px; smaller ones are dropped
+        # px; larger ones are shrunk and written as JPEG; None keeps all bytes
+        c.max_side = placeholder(int)
+        c.jpeg_quality = 90  # of those that are shrunk
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        c = config.image
+        names = ("max_pixels", "min_side", "max_side")
+        check_integers({f"image.{name}": (c[name], 1) for name in names})
+        if not 1 <= c.jpeg_quality <= 95:
+            raise ValueError(f"config.image.jpeg_quality={c.jpeg_quality}; expected 1 to 95")
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return {}  # its rules are a part of the filter's format version
+
+    @classmethod
+    def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
+        return {"pillow": importlib.metadata.version("pillow")}
+
+    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+        limits = self.config.image
+        for candidate in candidates:
+            try:
+                header = decode.check_readable(candidate.pair.image, max_pixels=limits.max_pixels)
+            except decode.ImageError as error:
+                yield Drop(candidate, error.reason)
+                continue
+            candidate = candidate._replace(header=header)
+            yield candidate if min(header[1:]) >= limits.min_side else Drop(candidate, "too_small")

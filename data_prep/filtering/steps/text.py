@@ -1,0 +1,86 @@
+"""Captions that their picture shows as text: T of CAT (DiHT, arXiv 2301.02280).
+
+How text is spotted and matched belongs in `data_prep.text_spotting`.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+
+from data_prep.filtering.steps.base import Candidate, Drop, Step
+from data_prep.filtering.steps.image import ImageStep
+from data_prep.text_spotting import config as spotter_config
+from data_prep.text_spotting.weights import easyocr_version
+from diht_jax.data.readers.base import SourceShard
+
+
+class TextStep(Step):
+    """Drops pairs of whose captions every one stands in the picture."""
+
+    name = "text"
+    order = 30
+    reads = ("caption", "image")
+    reasons = {"shows_caption": "T: shows its caption"}
+    section = "spotter"
+    not_hashed = spotter_config.NOT_HASHED
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        config.text_spotting = True  # T of CAT: drop captions that their picture shows as text
+        config.spotter = spotter_config.default_spotter()
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        spotter_config.check_spotter(config.spotter)
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        return config.text_spotting
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return {"spotting_rules": spotter_config.RULES_VERSION, "easyocr": easyocr_version()}
+
+    @classmethod
+    def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
+        return {"easyocr": easyocr_version()}
+
+    @classmethod
+    def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
+        return config.spotter.batch_size
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        super().__init__(config, source)
+        self._spotter = spotter_config.open_spotter(config.spotter, config.image.max_pixels, source)
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._machine: dict[str, str] | None = None
+
+    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+        verdicts = self._spotter.judge(
+            [candidate.pair.image for candidate in candidates],
+            [candidate.captions for candidate in candidates],
+        )
+        counts = spotter_config.count_verdicts(verdicts)
+        self._counts.update(counts)
+        if self._machine is None and (counts["gated"] or counts["read"]):
+            self._machine = spotter_config.describe_machine(self._spotter.settings)
+        for candidate, verdict in zip(candidates, verdicts, strict=True):
+            if verdict.error is not None:
+                # Its size was read from a header that lied.
+                without_size = candidate._replace(header=None)
+                yield Drop(without_size, verdict.error.reason, stage=ImageStep.name)
+                continue
+            candidate = candidate._replace(spots=verdict.spots)
+            good = candidate.choose([match is None for match in verdict.matches])
+            if good.captions:
+                yield good
+            else:
+                yield Drop(candidate, "shows_caption", match=verdict.matches[0])
+
+    def record(self, log: Any) -> None:
+        log.funnel.text_spotting.update(self._counts)
+        log.spotter = self._machine
