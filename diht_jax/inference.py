@@ -1,7 +1,6 @@
 """A model ready to embed images and texts, on all devices of its mesh.
 
-Made by `diht_jax.load_model` from files, and by the training loop from live parameters;
-evaluation works on it. Nothing here reads files.
+`diht_jax.load_model` makes it from files. Nothing here reads files.
 """
 
 from __future__ import annotations
@@ -114,8 +113,8 @@ class LoadedModel:
         own = np.zeros(size, bool)
         for start in range(0, size, self._batch_size):
             padded = self._padded_size(min(size - start, self._batch_size))
-            places = self._batch_sharding.addressable_devices_indices_map((padded,))
-            for (rows,) in places.values():
+            indices = self._batch_sharding.addressable_devices_indices_map((padded,))
+            for (rows,) in indices.values():
                 own[start:][rows] = True
         return own
 
@@ -155,7 +154,7 @@ class LoadedModel:
 
         Returns:
             float32 [b, d], rows of unit length. Where the model lies on several processes, all
-            call with as many rows, each row is taken from the process that `own_rows` says, and
+            call with as many rows, each row is taken from the process that `own_rows` names, and
             all get the whole result.
 
         Raises:

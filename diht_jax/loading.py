@@ -86,7 +86,7 @@ def load_model(
         step: which checkpoint of a work directory; the latest by default.
         ema: load the moving average of the parameters (`config.ema.decay` of the run).
         image_size: pixels; position embeddings are resized to it. None keeps the model's.
-        architecture: fields of `models.Architecture` that a bare weight file does not tell, such
+        architecture: fields of `models.Architecture` that a bare weight file does not hold, such
             as `{"activation": "quick_gelu"}`.
         dtype: of the computation, "float32" or "bfloat16"; as trained by default, and float32 for
             weights of others.

@@ -1,7 +1,4 @@
-"""Files that appear whole or not at all: a temporary name, a sync, a rename.
-
-Used by whatever writes shards, indices and statistics, here and in `data_prep`.
-"""
+"""Files that appear whole or not at all: a temporary name, a sync, a rename."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
         try:
             return self._examples[index]
         except TFRecordError:
-            raise  # says where
+            raise  # names file and record
         except ValueError as error:
             where = self._locate(index)
             raise ValueError(f"{where}: {error}" if where else str(error)) from error

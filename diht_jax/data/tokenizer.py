@@ -1,8 +1,7 @@
 """CLIP's text tokenizer: captions to int32 ids, and back.
 
-Called by the input pipeline, the evaluation and `LoadedModel`. The byte-pair encoding runs in
-the Rust library `tokenizers`; the merges are CLIP's own (see bpe_simple_vocab_16e6.md). No model
-and no image code may come in here.
+The byte-pair encoding runs in the Rust library `tokenizers`; the merges are CLIP's own (see
+bpe_simple_vocab_16e6.md). No model and no image code may come in here.
 
 Safe in threads and in forked workers: texts are encoded one by one, which never starts the
 library's thread pool, so there is nothing that a fork could leave locked.
@@ -181,5 +180,5 @@ def _byte_of_character() -> dict[str, int]:
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {chr(byte): byte for byte in visible} | {
-        chr(0x100 + place): byte for place, byte in enumerate(hidden)
+        chr(0x100 + position): byte for position, byte in enumerate(hidden)
     }

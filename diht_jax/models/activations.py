@@ -1,7 +1,4 @@
-"""The activations of the MLPs, by the names that architectures use.
-
-Used by `transformer.py` only.
-"""
+"""The activations of the MLPs, by the names that architectures use."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ def gelu(x: jax.Array) -> jax.Array:
     """Exact GELU, `x Phi(x)` with the normal distribution function, computed in at least float32.
 
     `jax.nn.gelu` has the same values. Two things are cheaper here: `erf` takes a third of the time
-    of `erfc` (which is more exact where the result is nearly zero, so that nobody can tell), and
-    the backward pass needs `x` alone, not two more arrays of its size in float32.
+    of `erfc` (which is more exact only where the result is nearly zero), and the backward pass
+    needs `x` alone, not two more arrays of its size in float32.
     """
     wide = _widen(x)
     return (wide * _normal_cdf(wide)).astype(x.dtype)

@@ -1,6 +1,6 @@
 """The dual encoder: an image tower, a text tower and the logit scale.
 
-Called by the training step and by `diht_jax.load_model`. Losses do not live here.
+Losses do not live here.
 """
 
 from __future__ import annotations

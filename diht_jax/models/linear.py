@@ -1,7 +1,4 @@
-"""The linear layers of the blocks.
-
-Used by `transformer.py` only.
-"""
+"""The linear layers of the transformer blocks."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
 """NNX models and their parameters as plain nested dicts, which checkpoints and steps work on.
 
-Used wherever a model meets jitted code: the training state and `diht_jax.inference`.
-
 Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), whatever way the model is
 run: names, optimiser rules and checkpoints know nothing of scanned layers. A model that scans takes
 the blocks of a tower stacked along a new first axis (`vision/blocks/mlp/fc_in/kernel`);
@@ -82,7 +80,7 @@ def model_parameters(model: DualEncoder) -> dict[str, Any]:
 def merge_model(definition: ModelDefinition, params: dict[str, Any]) -> DualEncoder:
     """The NNX model with these parameters, which may be stacked if the model scans its layers.
 
-    What is no parameter of the model (of the training objective, say) is left out.
+    Arrays that are no parameters of the model, such as those of the objective, are left out.
     """
     params = {name: params[name] for name in (*TOWERS, "log_logit_scale")}
     if definition.execution.scan_layers:

@@ -1,6 +1,6 @@
 """Learned position embeddings at another image size.
 
-Used when a model is fine-tuned at a higher resolution than it was trained at.
+For fine-tuning at a higher resolution than the model was trained at.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which intermediate values of a block are kept for the backward pass, by name.
 
-Used by `transformer.run_blocks`. The policies, with what a block keeps for each token (w is its
+The policies, with what a block keeps for each token (w is its
 width, t the number of tokens) and what the backward pass computes again:
 
     none     everything that costs arithmetic worth the name, attention weights included

@@ -1,9 +1,9 @@
 """SWAG's vision transformer: a frozen teacher, not a tower that is trained here.
 
-Used by `data_prep.teachers`. The network is torchvision's `VisionTransformer` (Dosovitskiy et al.
-2020, arXiv 2010.11929) with the weights of SWAG (Singh et al. 2022, arXiv 2201.08371): unlike
-CLIP's tower it has a bias in the patch convolution, no LayerNorm before the blocks, one over all
-tokens after them, and epsilon 1e-6. Reading weight files belongs in `weights.swag_layout`.
+The network is torchvision's `VisionTransformer` (Dosovitskiy et al. 2020, arXiv 2010.11929) with
+the weights of SWAG (Singh et al. 2022, arXiv 2201.08371): unlike CLIP's tower it has a bias in the
+patch convolution, no LayerNorm before the blocks, one over all tokens after them, and epsilon 1e-6.
+Reading weight files belongs in `weights.swag_layout`.
 """
 
 from __future__ import annotations

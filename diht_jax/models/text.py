@@ -1,4 +1,4 @@
-"""The text tower: CLIP's causal transformer (DiHT's official code, paper note sec. 5).
+"""The text tower: CLIP's causal transformer, as in DiHT's official code (facebookresearch/diht).
 
 Takes token ids of `data.tokenizer`; text cleaning and BPE live there.
 """
@@ -41,7 +41,7 @@ class TextTransformer(nnx.Module):
         self.remat = execution.remat
         self.context_length = arch.context_length
         self.end_of_text_id = arch.end_of_text_id
-        # Looked up in the parameters' dtype: the gradient of a token sums over all its places in
+        # Looked up in the parameters' dtype: the gradient of a token sums over all its positions in
         # the batch, too many terms for bfloat16.
         self.token_embedding = nnx.Embed(
             arch.vocab_size,

@@ -1,8 +1,8 @@
 """The pre-LayerNorm transformer block that both towers are built of, and how a tower runs it.
 
-Used by `vit.py` and `text.py` only. Layout and initialisation follow CLIP (Radford et al. 2021,
-arXiv 2103.00020, and its released code); the activation is the architecture's: exact GELU in
-DiHT's official code, QuickGELU in OpenAI's weights.
+Layout and initialisation follow CLIP (Radford et al. 2021, arXiv 2103.00020, and its released
+code); the activation is the architecture's: exact GELU in DiHT's official code, QuickGELU in
+OpenAI's weights.
 """
 
 from __future__ import annotations
@@ -141,10 +141,10 @@ class Attention(nnx.Module):
         self.in_proj = linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
         self.out_proj = linear(width, width, kernel_init=init.attention_out, **dtypes)
 
-    def __call__(self, x: jax.Array, places: jax.Array | None = None) -> jax.Array:
-        """[b, t, width] -> [b, t, width]; softmax in float32. `places`: see `Block`."""
-        if places is not None:
-            return self._at(x, places)
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """[b, t, width] -> [b, t, width]; softmax in float32. `positions`: see `Block`."""
+        if positions is not None:
+            return self._at(x, positions)
         b, t, width = x.shape
         head_dim = width // self.heads
         qkv = checkpoint_name(self.in_proj(x), QKV).reshape(b, t, 3, self.heads, head_dim)
@@ -152,16 +152,16 @@ class Attention(nnx.Module):
         out = attend(q, k, v, causal=self.causal, implementation=self.implementation)
         return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
 
-    def _at(self, x: jax.Array, places: jax.Array) -> jax.Array:
+    def _at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """[b, t, width] -> [b, 1, width]: queries of one token, keys and values of all."""
         b, t, width = x.shape
-        q = apply_columns(self.in_proj, pick_tokens(x, places), slice(0, width))
+        q = apply_columns(self.in_proj, pick_tokens(x, positions), slice(0, width))
         kv = checkpoint_name(apply_columns(self.in_proj, x, slice(width, None)), QKV)
         q = checkpoint_name(q, QKV).reshape(b, 1, self.heads, -1)
         kv = kv.reshape(b, t, 2, self.heads, -1)
         mask = None
         if self.causal:
-            mask = (jnp.arange(t) <= places[:, None])[:, None, None, :]
+            mask = (jnp.arange(t) <= positions[:, None])[:, None, None, :]
         out = jax.nn.dot_product_attention(q, kv[:, :, 0], kv[:, :, 1], mask=mask)
         return checkpoint_name(self.out_proj(out.reshape(b, 1, width)), ATTENTION_OUT)
 
@@ -228,24 +228,24 @@ class Block(nnx.Module):
         self.mlp_norm = layer_norm(width, epsilon, **dtypes)
         self.mlp = Mlp(width, mlp_width, init, activation=activation, **dtypes)
 
-    def __call__(self, x: jax.Array, places: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Runs the block.
 
         Args:
             x: [b, t, width].
-            places: int32 [b], the one token of each row whose output is wanted; all by default.
+            positions: int32 [b], the one token of each row whose output is wanted; all by default.
 
         Returns:
-            [b, t, width], or [b, 1, width] of the tokens at `places`.
+            [b, t, width], or [b, 1, width] of the tokens at `positions`.
         """
-        attended = self.attention(self.attention_norm(x), places)
-        x = (x if places is None else pick_tokens(x, places)) + attended
+        attended = self.attention(self.attention_norm(x), positions)
+        x = (x if positions is None else pick_tokens(x, positions)) + attended
         return x + self.mlp(self.mlp_norm(x))
 
 
-def pick_tokens(x: jax.Array, places: jax.Array) -> jax.Array:
+def pick_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:
     """[b, t, width] and int32 [b] -> [b, 1, width], one token of each row."""
-    return jnp.take_along_axis(x, places[:, None, None], axis=1)
+    return jnp.take_along_axis(x, positions[:, None, None], axis=1)
 
 
 def build_blocks(blocks: Sequence[Block], *, scan_layers: bool) -> nnx.List | Block:
@@ -288,9 +288,9 @@ def run_blocks(
     scanned = isinstance(blocks, Block)
 
     def apply(
-        graphdef: nnx.GraphDef, params: dict[str, Any], x: jax.Array, places: jax.Array | None
+        graphdef: nnx.GraphDef, params: dict[str, Any], x: jax.Array, positions: jax.Array | None
     ) -> jax.Array:
-        return nnx.merge(graphdef, gather(params) if gather else params)(x, places)
+        return nnx.merge(graphdef, gather(params) if gather else params)(x, positions)
 
     def layer(block: Block):
         graphdef, params = nnx.split(block, nnx.Param)

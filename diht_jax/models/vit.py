@@ -1,6 +1,6 @@
-"""The image tower: CLIP's vision transformer (DiHT's official code, paper note sec. 5).
+"""The image tower: CLIP's vision transformer, as in DiHT's code (facebookresearch/diht).
 
-Takes float images already normalised; resizing and normalisation live in `data.transforms`.
+Takes float images already normalised; resizing and normalisation live in `data.images.transforms`.
 """
 
 from __future__ import annotations

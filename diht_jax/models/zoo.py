@@ -1,6 +1,6 @@
 """Named architectures: the four of DiHT, and two small ones for laptops.
 
-Read by the training command, the checkpoint loader and the tests; holds numbers only.
+Numbers only; no layers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""CLIP's parameter names and shapes, and their places in our parameter tree.
+"""CLIP's parameter names and shapes, and their names in our parameter tree.
 
-OpenAI's, open_clip's and DiHT's state dicts share one layout: this one. Called by `source.py`,
-`export.py` and `huggingface.py`. Works on NumPy arrays; files belong in `tensor_files.py`.
+OpenAI's, open_clip's and DiHT's state dicts share one layout: this one. Works on NumPy arrays;
+files belong in `tensor_files.py`.
 
 Our kernels are torch's transposed, and convolutions are HWIO where torch has OIHW; embeddings,
 positions and the two projections lie alike.
@@ -66,7 +66,7 @@ def infer_architecture(tensors: Mapping[str, np.ndarray], path: str) -> Architec
     """The architecture that the shapes show.
 
     Heads are those of CLIP and open_clip for the width, the activation is exact GELU: neither
-    shows in a shape, so a config or the caller must say otherwise.
+    shows in a shape, so a config or the caller must state others.
 
     Args:
         tensors: of `normalize_names`.

@@ -1,6 +1,6 @@
-"""One object of a config of others, whose values are checked when they are taken.
+"""One JSON object of another library's config, whose values are checked when they are taken.
 
-Called by `settings.py`, which knows what the values mean.
+What the values mean is known in `settings.py`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class ConfigSection:
             raise ValueError(f"{path}: {name} is {self.values!r:.80}; expected an object")
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number; ValueError where it is none, or out of range."""
+        """A whole number; raises ValueError if invalid or out of range."""
         value = self.values.get(name, default)
         if type(value) is not int or not least <= value <= _LARGEST_SIZE:
             raise self._error(name, value, f"an integer from {least} to {_LARGEST_SIZE}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; ValueError where it is none."""
+        """A positive number; raises ValueError if invalid."""
         value = self.values.get(name, default)
         if not is_number(value) or not 0 < value <= _LARGEST_SIZE:
             raise self._error(name, value, "a positive number")

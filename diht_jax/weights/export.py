@@ -1,7 +1,7 @@
 """Directories that other programs load a model from.
 
-Called by the command `diht_jax.export`; `source.py` reads back what is written here, bit for bit.
-The text of the model card comes from `model_card.py`.
+`source.py` reads back what is written here, bit for bit. The text of the model card comes from
+`model_card.py`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The parameter names of transformers' `CLIPModel`, to and from CLIP's.
 
-Called by `source.py` and `export.py`. transformers keeps query, key and value apart and has both
-projections as linear layers, that is transposed; the rest is renaming. Its configs belong in
-`settings.py`.
+transformers keeps query, key and value apart and has both projections as linear layers, that is
+transposed; the rest is renaming. Its configs belong in `settings.py`.
 """
 
 from __future__ import annotations

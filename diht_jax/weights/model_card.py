@@ -1,7 +1,6 @@
 """The model card: architecture, recipe, data and results, as the README.md of an export.
 
-Called by the command `diht_jax.export`. Says what the files of the run say and nothing else; what
-is not known is named as such.
+It states what the files of the run hold and nothing else; what is not known is named as such.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Origin:
         name: how the user called the model.
         step: of a run of `diht_jax.train`; None for a weight file.
         ema: whether they are the moving average.
-        sha256: of a weight file, in hex; None where there is none.
+        sha256: of a weight file, in hex, or None.
     """
 
     name: str

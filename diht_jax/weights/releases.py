@@ -1,7 +1,7 @@
 """The released DiHT weights: names, addresses, hashes, and how they come onto this machine.
 
-Called by `diht_jax.loading`. Addresses and SHA-256 sums are those of DiHT's official code
-(facebookresearch/diht). What the files hold is read by `source.py`.
+Addresses and SHA-256 sums are those of DiHT's official code (facebookresearch/diht). What the files
+hold is read by `source.py`.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _find_local(given: pathlib.Path, name: str, release: Release) -> pathlib.Pat
         for candidate in candidates:
             if candidate.exists():
                 return candidate
-        # Any other directory is taken for one of a model; `source.py` says if it is none.
+        # Any other directory is taken for one of a model; `source.py` raises if it is not.
         if any(other in entry.name for entry in given.iterdir() for other in RELEASES):
             raise ValueError(
                 f"{WEIGHTS_VARIABLE}={given}: holds no '{name}'; expected {published.name} or "

@@ -1,9 +1,8 @@
 """What a model needs beside its parameters, read from and written to the configs of others.
 
 Architecture and preprocessing in the terms of open_clip (`open_clip_config.json`) and of Hugging
-Face (`config.json`, `preprocessor_config.json`). Called by `source.py` and `export.py`. A setting
-that would change what the model computes and that our model does not have is an error, never
-ignored.
+Face (`config.json`, `preprocessor_config.json`). A setting that would change what the model
+computes and that our model does not have is an error, never ignored.
 """
 
 from __future__ import annotations
@@ -212,7 +211,7 @@ def architecture_from_huggingface(config: Mapping[str, Any], path: str) -> Archi
     if vision.integer("num_channels") != 3:
         raise ValueError(f"{path}: {vision.values['num_channels']} image channels; ours takes 3")
     end_of_text = text.integer("eos_token_id", least=0)
-    # At the largest id there is, the first place of the id and the largest id are one.
+    # At the largest id there is, the first position of the id and the largest id are one.
     is_largest = end_of_text in (_HF_LEGACY_EOS, text.integer("vocab_size") - 1)
     vision_width, text_width = vision.integer("hidden_size"), text.integer("hidden_size")
     return _make_architecture(

@@ -1,7 +1,6 @@
 """Weights of any CLIP, from a file or directory: found, read, checked, in our parameter tree.
 
-`read_weights` is called by `diht_jax.loading` and by tools of `data_prep`. What lies at a path is
-told by the files in it:
+The files at a path decide how it is read:
 
     open_clip_config.json            open_clip, as its hub and our export have it
     config.json, "model_type": clip  transformers' CLIPModel
@@ -157,8 +156,8 @@ def _infer_architecture(
         return dataclasses.replace(arch, activation="quick_gelu")
     if not activation_given:
         logging.info(
-            "%s: no config tells the activation; taken for exact GELU, as in DiHT's and most of "
-            "open_clip's weights (say architecture.activation=quick_gelu for others)",
+            "%s: no config names the activation; taken for exact GELU, as in DiHT's and most of "
+            "open_clip's weights (set architecture.activation=quick_gelu for others)",
             where,
         )
     return arch
@@ -212,7 +211,7 @@ def list_weight_files(folder: epath.Path) -> list[str]:
 def _read_settings(
     folder: pathlib.Path, is_huggingface: bool
 ) -> tuple[Architecture | None, Preprocessing]:
-    """What the configs in the file's directory say; no architecture where there are none."""
+    """The settings in the configs of the file's directory; no architecture without a config."""
     own, open_clip = folder / OWN_CONFIG, folder / OPEN_CLIP_CONFIG
     if is_huggingface:
         config, preprocessor = folder / HUGGINGFACE_CONFIG, folder / HUGGINGFACE_PREPROCESSOR

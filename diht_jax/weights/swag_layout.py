@@ -1,7 +1,7 @@
-"""torchvision's names of a vision transformer's parameters, and their places in our tree.
+"""torchvision's names of a vision transformer's parameters, and their names in our tree.
 
-Called by `data_prep.teachers` for SWAG's weights. Their licence is CC-BY-NC 4.0: they, and labels
-that are made with them, are for non-commercial use only.
+The licence of SWAG's weights is CC-BY-NC 4.0: they, and labels that are made with them, are for
+non-commercial use only.
 
 Our kernels are torch's transposed, convolutions are HWIO where torch has OIHW, and the parameters
 of all blocks are stacked along a first axis.
@@ -97,7 +97,9 @@ def infer_architecture(
     layers = [int(m[1]) for name in shapes if (m := re.match(rf"{re.escape(_LAYER)}(\d+)\.", name))]
     heads = heads or _HEADS_OF_WIDTH.get(width)
     if heads is None:
-        raise ValueError(f"{path}: width {width} is not one of torchvision's; say how many heads")
+        raise ValueError(
+            f"{path}: width {width} is not one of torchvision's; set the number of heads"
+        )
     return SwagArchitecture(
         image_size=side * patch_size,
         patch_size=patch_size,
@@ -147,14 +149,16 @@ def from_torchvision(
     arch = infer_architecture(shapes, path, heads)
     check_parameters(shapes, expected_shapes(arch), path)
     params: dict[str, Any] = {}
-    for place in parameter_shapes(swag_definition(arch, "float32")[1]):
-        if place.startswith("blocks/"):
-            name = _BLOCK_NAMES[place.removeprefix("blocks/")]
-            layers = [_convert(place, tensors[f"{_LAYER}{i}.{name}"]) for i in range(arch.layers)]
+    for our_name in parameter_shapes(swag_definition(arch, "float32")[1]):
+        if our_name.startswith("blocks/"):
+            name = _BLOCK_NAMES[our_name.removeprefix("blocks/")]
+            layers = [
+                _convert(our_name, tensors[f"{_LAYER}{i}.{name}"]) for i in range(arch.layers)
+            ]
             value = np.stack(layers)
         else:
-            value = _convert(place, tensors[_NAMES[place]])
-        *parents, last = place.split("/")
+            value = _convert(our_name, tensors[_NAMES[our_name]])
+        *parents, last = our_name.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -162,12 +166,12 @@ def from_torchvision(
     return arch, params
 
 
-def _convert(place: str, tensor: np.ndarray) -> np.ndarray:
+def _convert(our_name: str, tensor: np.ndarray) -> np.ndarray:
     value = np.asarray(tensor).astype(np.float32)
-    if place == "patch_embedding/kernel":
+    if our_name == "patch_embedding/kernel":
         return value.transpose(2, 3, 1, 0)
-    if place == "class_embedding":
+    if our_name == "class_embedding":
         return value[0, 0]
-    if place == "positional_embedding":
+    if our_name == "positional_embedding":
         return value[0]
-    return value.T if place.endswith("/kernel") else value
+    return value.T if our_name.endswith("/kernel") else value

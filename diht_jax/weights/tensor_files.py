@@ -1,8 +1,7 @@
 """Files of named arrays: safetensors and torch's, read without executing what is in them.
 
-Called by `source.py` and `export.py`. Names are taken as they stand in the file; what they mean
-belongs in `clip_layout.py` and `huggingface.py`. torch is imported only inside the functions that
-read or write its format.
+Names are taken as they stand in the file; what they mean belongs in `clip_layout.py` and
+`huggingface.py`. torch is imported only inside the functions that read or write its format.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """The parameters of a TorchScript archive, such as OpenAI's CLIP files, without running it.
 
-Called by `tensor_files.py`. `torch.load(weights_only=True)` refuses these archives and
-`torch.jit.load` runs the code in them. Their pickle is read here by an unpickler that knows
-tensors and nothing else: every class of the archive becomes an inert `_Module`, and any other
-name is refused. Needs no torch.
+`torch.load(weights_only=True)` refuses these archives and `torch.jit.load` runs the code in them.
+Their pickle is read here by an unpickler that knows tensors and nothing else: every class of the
+archive becomes an inert `_Module`, and any other name is refused. Needs no torch.
 """
 
 from __future__ import annotations
@@ -166,9 +165,9 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def _check_memo(data: bytes) -> None:
-    """Refuses places in the memo that no pickle of this size needs.
+    """Rejects positions in the memo that no pickle of this size needs.
 
-    Python's unpickler makes room for all places up to the highest, of which a few bytes can name
+    Python's unpickler makes room for all positions up to the highest, of which a few bytes can name
     billions. Reading the opcodes first also finds texts that reach beyond the end.
     """
     for opcode, argument, _ in pickletools.genops(data):

@@ -1,8 +1,7 @@
 """Encoded image bytes -> an RGB picture as a viewer would show it.
 
-Called by the training input, the evaluation and `data_prep`. Bytes come from the web: nothing
-that they hold may crash a worker, and every refusal has a reason that can be counted. Cropping,
-scaling and normalisation belong in `transforms.py`.
+Bytes come from the web: nothing that they hold may crash a worker, and every refusal has a reason
+that can be counted. Cropping, scaling and normalisation belong in `transforms.py`.
 """
 
 from __future__ import annotations
@@ -167,7 +166,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _turn_upright(image: Image.Image) -> Image.Image:
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception:  # A broken EXIF block says nothing about the picture: show it as it lies.
+    except Exception:  # A broken EXIF block does not concern the picture: show it as it is stored.
         return image
     return image
 

@@ -1,11 +1,10 @@
 """Encoded image bytes -> the random crop of training, in less than half of the exact way's time.
 
-Called by the training input alone: evaluation decodes with `images.py` and scales with
-`transforms.eval_transform`. Ordinary JPEG files (8 bits, colour or grey, upright) are decoded by
-libjpeg-turbo straight into an array, at a half, a quarter or an eighth of their size where the crop
-has pixels to spare, and scaled by OpenCV. Everything else, and every file that the decoder so much
-as warns about, goes the exact way, which also decides on errors: what is refused there is refused
-here, with the same words.
+For training alone: evaluation decodes with `decode.py` and scales with `transforms.eval_transform`.
+Ordinary JPEG files (8 bits, colour or grey, upright) are decoded by libjpeg-turbo straight into an
+array, at a half, a quarter or an eighth of their size where the crop has pixels to spare, and
+scaled by OpenCV. Everything else, and every file that the decoder so much as warns about, goes the
+exact way, which also decides on errors: what is refused there is refused here, with the same words.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def decode_random_crop(
 
     Raises:
         ImageError: as `images.decode_rgb`.
-        ValueError: a range that is none.
+        ValueError: an invalid range.
     """
     image = decode.open_image(data)
     if not _is_ordinary_jpeg(image):

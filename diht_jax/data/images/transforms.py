@@ -1,8 +1,8 @@
 """RGB pictures to the square uint8 arrays of a batch, and the normalisation on the device.
 
-Called by the input pipeline, the evaluation and `LoadedModel`. NumPy and Pillow only, so that
-workers start fast; decoding belongs in `images.py`. Batches stay uint8 up to the device, where
-`normalize` runs inside the jitted step: a quarter of the bytes to copy.
+NumPy and Pillow only, so that workers start fast; decoding belongs in `decode.py`. Batches stay
+uint8 up to the device, where `normalize` runs inside the jitted step: a quarter of the bytes to
+copy.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def train_transform(
         uint8 [size, size, 3], writable.
 
     Raises:
-        ValueError: not an RGB picture, no positive size, or a range that is none.
+        ValueError: not an RGB picture, no positive size, or an invalid range.
     """
     size = _check_input(image, size)
     return crop_to_square(image, sample_crop_box(*image.size, rng, scale, ratio), size)
@@ -121,7 +121,7 @@ def sample_crop_box(
         left, top, right, bottom in pixels, inside of the picture.
 
     Raises:
-        ValueError: a range that is none.
+        ValueError: an invalid range.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale: expected 0 < low <= high <= 1, got {tuple(scale)}")
@@ -153,7 +153,7 @@ def normalize(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Any:
-    """CLIP's normalisation of a uint8 batch; a jitted function on the device calls it.
+    """CLIP's normalisation of a uint8 batch, for use inside a jitted function.
 
     Args:
         images: uint8 [..., 3], a JAX array (traced or not) or a NumPy array.

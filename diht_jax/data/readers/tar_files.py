@@ -3,7 +3,7 @@
 Nothing is ever written to disk, so that no path in an archive can do harm. What the members mean
 belongs to the callers.
 
-Python's `tarfile` believes what headers say: it reserves whatever size an extended header claims,
+Python's `tarfile` believes the headers: it reserves whatever size an extended header claims,
 searches it with patterns that take quadratic time, goes backwards at a negative size, and takes a
 damaged header or a hole of zeros for the end. Each of these is an error here.
 """
@@ -86,7 +86,7 @@ class _BoundedInfo(tarfile.TarInfo):
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Refuses an end that is none; reads a compressed file to its checksum."""
+    """Raises if the archive goes on or breaks off here; reads a compressed file to its checksum."""
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:

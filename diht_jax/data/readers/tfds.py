@@ -51,8 +51,8 @@ def list_tfds_shards(spec: str, options: TfdsOptions) -> list[SourceShard]:
         options: of the data set.
 
     Raises:
-        ValueError: the spec is no such text, the data set is not prepared, the split does not
-            exist, or the features that make a pair cannot be told.
+        ValueError: another form of text, the data set is not prepared, the split does not
+            exist, or several features could make a pair.
     """
     name, split = _parse_spec(spec)
     builder = _open_builder(spec, name, options)
@@ -101,7 +101,7 @@ def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
         count += 1
         try:
             entry = _read_example(f"{stem}-{number:08d}", data, features, labels, shard.options)
-        except Exception as error:  # TFDS raises nearly any type on what is no such example
+        except Exception as error:  # TFDS raises nearly any type on other bytes
             raise ValueError(
                 f"{shard.path}: record {number}: no example with the features in the data set's "
                 f"description ({_first_line(error)})"
@@ -109,7 +109,7 @@ def read_tfds(shard: SourceShard) -> Iterator[Pair | Skipped]:
         yield entry
     if shard.start + count < shard.stop:
         raise ValueError(
-            f"{shard.path}: {shard.start + count} records, while the data set's description says "
+            f"{shard.path}: {shard.start + count} records, while the data set's description states "
             f"that there are {shard.stop} at least; prepare or copy it again"
         )
 
@@ -183,7 +183,7 @@ def _open_builder(spec: str, name: str, options: TfdsOptions) -> Any:
         raise ValueError(
             f"'{spec}': the data set is not prepared in '{builder.data_dir}'; run "
             f"`tfds build {name}` first, or set data_dir"
-            + (f". It needs a manual download, of which TFDS says: {by_hand}" if by_hand else "")
+            + (f". It needs a manual download: {by_hand}" if by_hand else "")
         )
     return builder
 
@@ -236,7 +236,7 @@ def _pick_one(spec: str, option: str, wanted: str | None, candidates: list[list[
     first = next(filter(None, candidates), [])
     if len(first) != 1:
         raise ValueError(
-            f"'{spec}': cannot tell the {option}; set it to one of "
+            f"'{spec}': no single candidate for the {option}; set it to one of "
             f"{', '.join(everything) or '(the data set has none)'}"
         )
     return first[0]

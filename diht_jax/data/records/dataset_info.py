@@ -1,6 +1,6 @@
 """The two metadata files that make a folder of shards a TFDS data set.
 
-`data_prep` writes them when all shards are there; then `tfds.builder_from_directory(FOLDER)` opens
+They are written when all shards are there; then `tfds.builder_from_directory(FOLDER)` opens
 the folder. `tensorflow_datasets` is imported inside the function; TensorFlow is not needed.
 """
 

@@ -1,7 +1,7 @@
 """What a data set looked like when a checkpoint was saved, shard by shard.
 
-The training loop keeps it in every checkpoint and compares it when a run is resumed: the place in
-the data means nothing once the data are others.
+It is kept in every checkpoint and compared when a run is resumed: the position in the data means
+nothing once the data are others.
 """
 
 from __future__ import annotations

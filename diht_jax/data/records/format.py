@@ -1,7 +1,6 @@
-"""The bytes of a TFRecord shard and of its index: framing, checksums, and what errors say.
+"""The bytes of a TFRecord shard and of its index: framing, checksums, and errors.
 
-`tfrecord.py` builds the writer and the random-access source on it. The framing is TensorFlow's,
-little-endian::
+The framing is TensorFlow's, little-endian::
 
     uint64 length | uint32 masked CRC32C of length | bytes | uint32 masked CRC32C of bytes
 
@@ -69,7 +68,7 @@ def unframe(frame: bytes, path: str, record: int) -> bytes | None:
 
     Returns:
         The record's bytes; None where `frame` is not one whole frame, so that whoever cut it out
-        was wrong about the place.
+        gave a wrong offset.
 
     Raises:
         TFRecordError: the frame is whole but its contents are damaged.
@@ -85,7 +84,7 @@ def unframe(frame: bytes, path: str, record: int) -> bytes | None:
 
 
 def framed_length(header: bytes) -> int | None:
-    """Bytes of the frame that begins with `header`; None where its checksum says it is none."""
+    """Bytes of the frame that begins with `header`; None where its checksum is wrong."""
     if len(header) < _LENGTH.size:
         return None
     length, crc = _LENGTH.unpack_from(header)
@@ -214,7 +213,7 @@ def read_index_count(path: str, shard_bytes: int) -> int | None:
         return None
     count, expected_bytes = _check_index_header(path, data, index_bytes)
     if expected_bytes != shard_bytes:
-        # A shard that was cut off has the right index: the scan finds that and says so.
+        # A shard that was cut off has the right index: the scan finds that and raises.
         scan_offsets(path)
         raise wrong_index(
             path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
@@ -267,7 +266,7 @@ def _check_index_header(path: str, header: bytes, index_bytes: int) -> tuple[int
 
 
 def _check_offsets(path: str, offsets: np.ndarray, shard_bytes: int) -> np.ndarray:
-    """Refuses places at which no records can lie: a read there could ask for any size."""
+    """Rejects offsets at which no record can lie: a read there could request any size."""
     if not len(offsets):
         return offsets
     if offsets[0] != 0:

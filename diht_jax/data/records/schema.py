@@ -2,7 +2,7 @@
 
 The only contract between `data_prep` (writes) and `diht_jax` (reads). A record is a serialised
 `tf.train.Example`, so TensorFlow and TFDS read it too. Files belong in `tfrecord.py`, pixels in
-`images.py`.
+`images/decode.py`.
 
 The concepts of a labelled record are packed into one field, `concepts`, of 102 bytes for ten
 objects and ten attributes (four lists would take over 200); first objects, then attributes::
@@ -10,7 +10,7 @@ objects and ten attributes (four lists would take over 200); first objects, then
     uint8 k | k x uint24 id | k x float16 probability        (little-endian)
 
 Whoever writes records with other tools may give the four lists `object_ids`, `object_probs`,
-`attribute_ids` and `attribute_probs` (int64 and float) in its place; they are read as well.
+`attribute_ids` and `attribute_probs` (int64 and float) instead; they are read as well.
 
 The message classes are built here from a descriptor of TensorFlow's published `example.proto`
 (same field numbers, hence the same bytes). The copy that TFDS ships is the same, but importing it
@@ -69,7 +69,7 @@ class Record(Pair):
 
     Attributes:
         object_ids: int32 [k], the teacher's likeliest objects, likeliest first; None before
-            labelling, empty where the teacher had nothing to say.
+            labelling, empty where the teacher gave none.
         object_probs: float32 [k], their probabilities; a shard keeps 11 bits of each.
         attribute_ids: int32 [k], the same for attributes.
         attribute_probs: float32 [k].

@@ -1,7 +1,6 @@
 """TFRecord shards: a writer, and random access over many shards.
 
-The training input, the readers and `data_prep` use it. What a record holds belongs in
-`schema.py`, the bytes around it in `tfrecord_format.py`.
+What a record holds belongs in `schema.py`, the bytes around it in `format.py`.
 """
 
 from __future__ import annotations
@@ -175,7 +174,7 @@ class TFRecordSource(Sequence[bytes]):
         return self._open_shard(number).read(record)
 
     def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
-        """What tells one shard from another without reading all of it.
+        """Identifies every shard without reading all of it.
 
         Args:
             number: of the shard, from 0.

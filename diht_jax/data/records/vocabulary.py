@@ -1,8 +1,8 @@
 """The vocabularies of concept distillation: which object or attribute an id of a record means.
 
-`data_prep.label` writes them beside the shards that it labels; training reads them to size the
-student's heads and to keep their hashes in the checkpoint. How concepts are chosen belongs in
-`data_prep.labelling.vocabulary`. One file per kind, for people as well as programs::
+They lie beside the labelled shards, and give the student's heads their sizes. How concepts are
+chosen belongs in `data_prep.labelling.vocabulary`. One file per kind, for people as well as
+programs::
 
     # objects 0f3a5c... 312 concepts
     id<TAB>concept<TAB>count
@@ -43,7 +43,7 @@ class ConceptList:
 
     Attributes:
         kind: one of `KINDS`.
-        names: the concepts; the place is the id.
+        names: the concepts; the index is the id.
         counts: pairs that mention each.
     """
 
@@ -123,7 +123,7 @@ def find_vocabulary(
         None where no shard is labelled.
 
     Raises:
-        ValueError: two vocabularies differ (it says which, and where), or a file is missing.
+        ValueError: two vocabularies differ (the error names both), or a file is missing.
     """
     by_folder: dict[str, list[str]] = {}
     for shard in find_shards(paths):
@@ -177,7 +177,7 @@ def _describe(part: Mapping[str, Any] | None) -> str:
 def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
     present = [exists(vocabulary_path(folder, kind)) for kind in KINDS]
     if not any(present):
-        # One shard tells: a folder is labelled by one run.
+        # One shard is enough: a folder is labelled by one run.
         if _read_label(shards[0]):
             raise ValueError(
                 f"'{shards[0]}' is labelled, but {vocabulary_path(folder, KINDS[0])} is missing; "
@@ -198,7 +198,7 @@ def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
 
 
 def _read_label(shard: str) -> Mapping[str, Mapping[str, Any]] | None:
-    """What the statistics of a shard say of its vocabulary; None where they say nothing."""
+    """The vocabulary in the statistics of a shard; None where there is none."""
     try:
         label = json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
     except FileNotFoundError:
@@ -237,8 +237,8 @@ def _read_concepts(path: str, kind: str) -> ConceptList:
     found = ConceptList(kind, names, counts)
     if found_kind != kind or columns != _COLUMNS or not in_order or found.hash != expected_hash:
         raise ValueError(
-            f"{path}: {len(found)} {kind} with hash {found.hash}, while its first line says "
+            f"{path}: {len(found)} {kind} with hash {found.hash}, while its first line states "
             f"{lines[0]!r:.200}; the file was changed after it was written. Take the original: the "
-            "records' ids mean places in it"
+            "records' ids are indices into it"
         )
     return found
