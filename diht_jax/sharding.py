@@ -6,6 +6,7 @@ a batch is split over both. Called by the training and loading code.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ("data", "fsdp")
 
@@ -54,11 +56,69 @@ def create_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = Non
             f"config.mesh: {sizes} makes {math.prod(sizes.values())} devices, but there are "
             f"{len(devices)}; change config.mesh.data or config.mesh.fsdp"
         )
-    shape = (sizes["data"], sizes["fsdp"])
-    if devices[0].platform == "tpu" and len(devices) == devices[0].client.device_count():
-        # Knows the torus. Auto: placements are the compiler's to work out from the constraints.
-        return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
-    return Mesh(np.asarray(devices).reshape(shape), BATCH_AXES)
+    return Mesh(arrange_devices(devices, sizes["data"], sizes["fsdp"]), BATCH_AXES)
+
+
+def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.ndarray:
+    """The devices of a mesh, each group along `fsdp` on the fastest links that there are.
+
+    A group stays inside a TPU slice or a GPU host where its size allows that; in a slice it fills a
+    block of the torus, whose physical axes are split where they must be.
+
+    Args:
+        devices: in any order; `data` times `fsdp` of them.
+        data, fsdp: sizes of the axes.
+
+    Returns:
+        Devices [data, fsdp].
+    """
+    if devices[0].platform not in ("tpu", "gpu", "cuda", "rocm"):
+        return np.asarray(devices).reshape(data, fsdp)
+    islands = _fast_islands(devices)
+    size = len(islands[0])
+    if any(len(island) != size for island in islands) or size % fsdp:
+        if len(islands) > 1 and fsdp > 1:
+            logging.warning(
+                "config.mesh.fsdp=%d does not divide the %d devices of a slice or host, so that "
+                "parameters are gathered over the network between them",
+                *(fsdp, size),
+            )
+        return np.asarray([d for island in islands for d in island]).reshape(data, fsdp)
+    arranged = [_arrange_island(island, size // fsdp, fsdp) for island in islands]
+    return np.concatenate(arranged)
+
+
+def _fast_islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices by slice (TPU) or by host (GPU), in order.
+
+    JAX numbers the hosts of GPUs as slices, however many processes a host runs; in a described
+    topology, which has no such number, a process is a host.
+    """
+
+    def island(device: jax.Device) -> tuple[int, ...]:
+        index = getattr(device, "slice_index", None)
+        if index is None:
+            index = 0 if device.platform == "tpu" else device.process_index
+        return (index,)
+
+    ordered = sorted(devices, key=lambda device: (*island(device), device.id))
+    return [list(group) for _, group in itertools.groupby(ordered, key=island)]
+
+
+def _arrange_island(devices: list[jax.Device], data: int, fsdp: int) -> np.ndarray:
+    """The [data, fsdp] devices of one slice or host."""
+    if not _is_cuboid(devices):
+        return np.asarray(devices).reshape(data, fsdp)
+    return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
+
+
+def _is_cuboid(devices: Sequence[jax.Device]) -> bool:
+    """Whether TPU chips fill a block of the torus: then JAX can lay a mesh along its axes."""
+    if devices[0].platform != "tpu":
+        return False
+    coordinates = np.array([(*device.coords, device.core_on_chip) for device in devices])
+    sides = np.ptp(coordinates, axis=0) + 1
+    return len(devices) == math.prod(sides) and len(np.unique(coordinates, axis=0)) == len(devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,8 @@
 """Meshes and partition rules on real architectures and optimiser states."""
 
+import math
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +29,119 @@ def test_mesh_shapes(data, fsdp, expected):
 def test_wrong_meshes_are_refused(data, fsdp):
     with pytest.raises(ValueError, match="config.mesh"):
         sharding.create_mesh(data, fsdp)
+
+
+KINDS = {
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5p",
+    "v6e": "TPU v6 lite",
+    "tpu7x": "TPU7x",
+}
+SLICES = [
+    ("v4", (2, 2, 1)),
+    ("v4", (4, 4, 4)),
+    ("v4", (16, 16, 16)),
+    ("v5e", (1, 1)),
+    ("v5e", (4, 8)),
+    ("v5e", (16, 16)),
+    ("v5p", (2, 2, 1)),
+    ("v5p", (4, 4, 4)),
+    ("v5p", (16, 16, 24)),
+    ("v6e", (1, 1)),
+    ("v6e", (8, 16)),
+    ("v6e", (16, 16)),
+    ("tpu7x", (2, 2, 1)),
+    ("tpu7x", (4, 4, 4)),
+]
+
+
+def tpu_slice(family, shape, slice_index=0):
+    """Stand-in chips with coordinates, in JAX's order."""
+    shape = (*shape, 1)[:3]
+    coordinates = np.ndindex(*shape[::-1])
+    first = slice_index * math.prod(shape)
+    return [
+        types.SimpleNamespace(
+            platform="tpu",
+            device_kind=KINDS[family],
+            coords=position[::-1],
+            core_on_chip=0,
+            id=first + number,
+            process_index=(first + number) // 4,
+            slice_index=slice_index,
+        )
+        for number, position in enumerate(coordinates)
+    ]
+
+
+def gpu_hosts(num_hosts, gpus_per_host, *, processes_per_host=1, described=False):
+    devices = []
+    for number in range(num_hosts * gpus_per_host):
+        host = number // gpus_per_host
+        process = number * processes_per_host // gpus_per_host
+        fields = {} if described else {"slice_index": host}
+        devices.append(
+            types.SimpleNamespace(
+                platform="gpu", id=number, process_index=process, device_kind="H100", **fields
+            )
+        )
+    return devices
+
+
+def check_groups(devices, fsdp, is_close):
+    """All devices once, and every group along `fsdp` close together."""
+    groups = sharding.arrange_devices(devices, len(devices) // fsdp, fsdp)
+    assert groups.shape == (len(devices) // fsdp, fsdp)
+    assert sorted(device.id for device in groups.flat) == [device.id for device in devices]
+    assert all(is_close(list(group)) for group in groups)
+
+
+def fill_a_block(chips):
+    """Whether they are of one slice, and fill a box of its torus."""
+    coordinates = np.array([chip.coords for chip in chips])
+    one_slice = len({chip.slice_index for chip in chips}) == 1
+    return one_slice and math.prod(np.ptp(coordinates, axis=0) + 1) == len(chips)
+
+
+@pytest.mark.parametrize("num_slices", [1, 2])
+@pytest.mark.parametrize(
+    "family, shape, fsdp",
+    [
+        (family, shape, fsdp)
+        for family, shape in SLICES
+        for fsdp in (1, 4, 8, 16)
+        if math.prod(shape) % fsdp == 0
+    ],
+)
+def test_tpu_groups_fill_blocks_of_a_slice(family, shape, num_slices, fsdp):
+    devices = [chip for i in range(num_slices) for chip in tpu_slice(family, shape, i)]
+    check_groups(devices, fsdp, fill_a_block)
+
+
+def test_part_of_a_slice_keeps_its_order():
+    chips = tpu_slice("v5e", (4, 4))[:6]
+    groups = sharding.arrange_devices(chips, 3, 2)
+    assert [chip.id for chip in groups.flat] == list(range(6))
+
+
+@pytest.mark.parametrize("fsdp", [1, 4, 8])
+@pytest.mark.parametrize("options", [{}, {"processes_per_host": 8}, {"described": True}])
+@pytest.mark.parametrize("num_hosts", [1, 4, 64])
+def test_gpu_groups_stay_inside_a_host(num_hosts, options, fsdp):
+    devices = gpu_hosts(num_hosts, 8, **options)
+    # A job may list its devices in any order.
+    shuffled = [devices[i] for i in np.random.default_rng(0).permutation(len(devices))]
+    groups = sharding.arrange_devices(shuffled, len(devices) // fsdp, fsdp)
+    assert {len({device.id // 8 for device in group}) for group in groups} == {1}
+    check_groups(devices, fsdp, lambda group: len({device.id // 8 for device in group}) == 1)
+
+
+def test_a_group_over_several_hosts_is_warned_of(caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        groups = sharding.arrange_devices(gpu_hosts(4, 8), 2, 16)
+    assert [device.id for device in groups.flat] == list(range(32))
+    assert "config.mesh.fsdp=16 does not divide the 8 devices" in caplog.text
 
 
 def local_share(tree, mesh):
