@@ -91,8 +91,9 @@ def arrange_devices(devices: Sequence[jax.Device], data: int, fsdp: int) -> np.n
 def _fast_islands(devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
     """The devices by slice (TPU) or by host (GPU), in order.
 
-    JAX numbers the hosts of GPUs as slices, however many processes a host runs; in a described
-    topology, which has no such number, a process is a host.
+    JAX numbers the hosts of GPUs as slices, however many processes a host runs. Where it does not,
+    a process is a host; in a described topology all hosts are one slice, and the order of the
+    devices keeps those of a host together.
     """
 
     def island(device: jax.Device) -> tuple[int, ...]:
