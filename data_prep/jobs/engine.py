@@ -1,8 +1,8 @@
 """Runs shard tasks: in local processes, or on a Ray cluster.
 
-The commands of `data_prep` call `run_tasks`. What a task does, and whether it has to be done, is
-not known here. The engines are `engine_local.py` and `engine_ray.py`; since a task is a function of
-its input alone, they write the same bytes.
+What a task does, and whether it has to be done, is not known here. The engines are
+`engine_local.py` and `engine_ray.py`; since a task is a function of its input alone, they write the
+same bytes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from absl import logging
 
-from data_prep.jobs.engine_local import Crew
+from data_prep.jobs.engine_local import LocalWorkerPool
 from data_prep.jobs.engine_ray import RaySettings, run_on_ray
-from data_prep.jobs.progress import Function, Outcome, Progress, Report, describe_error
+from data_prep.jobs.progress import Function, Outcome, Progress, Report, call_function
 
 __all__ = [
     "ENGINES",
@@ -131,16 +131,6 @@ def _run_once(
     if ray is not None:
         return run_on_ray(function, tasks, ray, num_workers, progress)
     if num_workers == 0:
-        return _run_here(function, tasks, progress)
+        return (call_function(function, task, progress.add) for task in tasks)
     count = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    return Crew(function, tasks, 1 if attempt else count, progress).run()
-
-
-def _run_here(
-    function: Function, tasks: Sequence[_Task], progress: Progress
-) -> Iterator[Outcome[_Task, Any]]:
-    for task in tasks:
-        try:
-            yield Outcome(task, function(task, progress.add))
-        except Exception as error:
-            yield Outcome(task, error=describe_error(error), may_pass=isinstance(error, OSError))
+    return LocalWorkerPool(function, tasks, 1 if attempt else count, progress).run()

@@ -1,9 +1,9 @@
 """Runs shard tasks in local processes, one task at a time in each.
 
-`engine.py` calls it. Workers are spawned, not forked: the parent may have threads. Each has a pipe
-of its own, and no lock or queue is shared, so that the death of a worker, at whatever moment, makes
-nobody wait. The pool of `concurrent.futures` does not promise that: it loses tasks that are
-submitted, and workers that start, while it cleans up after a death.
+Workers are spawned, not forked: the parent may have threads. Each has a pipe of its own, and no lock
+or queue is shared, so that the death of a worker, at whatever moment, makes nobody wait. The pool of
+`concurrent.futures` does not promise that: it loses tasks that are submitted, and workers that
+start, while it cleans up after a death.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from typing import Any
 
 from absl import logging
 
-from data_prep.jobs.progress import POLL_SECS, Function, Outcome, Progress, describe_error
+from data_prep.jobs.progress import (
+    POLL_SECS,
+    Function,
+    Outcome,
+    Progress,
+    call_function,
+    describe_error,
+    failed_outcome,
+)
 
 _STALL_SECS = 300.0
 _STOP_SECS = 5.0
@@ -33,8 +41,9 @@ _MAX_FAILED_STARTS = 3  # in a row
 # The libraries under spaCy and NumPy would start a thread per core in every worker.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
-_READY, _PAIRS, _END = "ready", "pairs", "end"  # what a worker tells
-_STARTING, _IDLE, _BUSY = "starting", "idle", "at work"  # what it does
+# Messages of a worker: (_READY, None), (_PAIRS, number of them), (_END, outcome without its task).
+_READY, _PAIRS, _END = "ready", "pairs", "end"
+_STARTING, _IDLE, _BUSY = "starting", "idle", "at work"  # states of a worker
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +59,7 @@ class _Worker:
     def is_busy(self) -> bool:
         return self.state == _BUSY
 
-    def receive(self) -> tuple[str, Any, str | None, bool] | None:
+    def receive(self) -> tuple[str, Any] | None:
         """The next message, or None at the end of the worker; blocks."""
         try:
             data = self.pipe.recv_bytes()
@@ -59,7 +68,8 @@ class _Worker:
         try:
             return pickle.loads(data)
         except Exception as error:
-            return _END, None, f"the result cannot be unpickled: {describe_error(error)}", False
+            text = f"the result cannot be unpickled: {describe_error(error)}"
+            return _END, Outcome(None, error=text)
 
     def describe_end(self) -> str:
         """How the process ended: "exit code 1" or "signal 9, SIGKILL"."""
@@ -72,8 +82,8 @@ class _Worker:
         return f"signal {-code}"
 
 
-class Crew:
-    """The workers of one run; every one of them has ended when `run` has."""
+class LocalWorkerPool:
+    """The worker processes of one run; every one of them has ended when `run` has."""
 
     def __init__(
         self, function: Function, tasks: Sequence[Any], num_workers: int, progress: Progress
@@ -84,7 +94,7 @@ class Crew:
         self._progress = progress
         self._workers: list[_Worker] = []
         self._failed_starts = 0
-        self._last_word_secs = time.monotonic()
+        self._last_message_secs = time.monotonic()
 
     def run(self) -> Iterator[Outcome[Any, Any]]:
         """Yields the outcomes, in the order in which they come."""
@@ -96,7 +106,7 @@ class Crew:
                 connection.wait([worker.pipe for worker in self._workers], POLL_SECS)
                 self._progress.refresh()
                 for worker in list(self._workers):
-                    yield from self._attend(worker)
+                    yield from self._handle_message(worker)
                 self._warn_of_stall()
         finally:
             _stop(self._workers)
@@ -104,27 +114,27 @@ class Crew:
     def _num_busy(self) -> int:
         return sum(worker.is_busy for worker in self._workers)
 
-    def _attend(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+    def _handle_message(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
         """Takes one message of a worker, or notices its end."""
         # In this order: all that an ended process has sent is in the pipe.
         has_ended = worker.process.exitcode is not None
         if not worker.pipe.poll():
             if has_ended:
-                yield from self._bury(worker)
+                yield from self._handle_exit(worker)
             return
         message = worker.receive()
-        self._last_word_secs = time.monotonic()
+        self._last_message_secs = time.monotonic()
         if message is None:
-            yield from self._bury(worker)
+            yield from self._handle_exit(worker)
             return
-        kind, value, error, may_pass = message
+        kind, value = message
         if kind == _PAIRS:
             self._progress.add(value)
             return
         worker.state = _IDLE
         if kind == _END:
             self._failed_starts = 0
-            yield Outcome(worker.task, value, error, may_pass)
+            yield dataclasses.replace(value, task=worker.task)
         yield from self._give_task(worker)
 
     def _give_task(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
@@ -141,7 +151,7 @@ class Crew:
             with contextlib.suppress(OSError):
                 worker.pipe.send_bytes(data)
 
-    def _bury(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+    def _handle_exit(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
         """Accounts for a worker that has ended by itself."""
         end = worker.describe_end()
         self._workers.remove(worker)
@@ -165,9 +175,9 @@ class Crew:
             yield Outcome(self._pending.popleft(), error=error)
 
     def _warn_of_stall(self) -> None:
-        if time.monotonic() - self._last_word_secs < _STALL_SECS:
+        if time.monotonic() - self._last_message_secs < _STALL_SECS:
             return
-        self._last_word_secs = time.monotonic()
+        self._last_message_secs = time.monotonic()
         logging.warning(
             "no sign of life from any worker for %.0f s: %s",
             _STALL_SECS,
@@ -189,7 +199,7 @@ def _start_worker() -> _Worker:
 
 
 def _stop(workers: Sequence[_Worker]) -> None:
-    """Idle workers end with their pipe, the others are told to; whoever does not is killed."""
+    """Closes the pipes, which ends idle workers; terminates the others, and kills in the end."""
     for worker in workers:
         worker.pipe.close()
         if worker.state != _IDLE:
@@ -203,20 +213,20 @@ def _stop(workers: Sequence[_Worker]) -> None:
 
 
 def _serve(pipe: connection.Connection) -> None:
-    """The life of a worker process: does what comes through the pipe until that is closed."""
+    """Runs in a worker process: does the tasks that come through the pipe until it is closed."""
     # Ctrl-C reaches all processes of a terminal; the parent decides. As an exception SIGTERM lets
     # half-written files be removed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        pipe.send_bytes(pickle.dumps((_READY, None, None, False)))
+        pipe.send_bytes(pickle.dumps((_READY, None)))
         while True:
             pipe.send_bytes(_work(pipe.recv_bytes(), _Reporter(pipe)))
 
 
 def _end_with_parent(parent: int) -> None:
-    """Ends this process when the parent was killed: another run may begin, and nobody listens."""
+    """Ends this process when the parent was killed: nobody listens, and another run may begin."""
     while os.getppid() == parent:
         time.sleep(POLL_SECS)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -225,17 +235,19 @@ def _end_with_parent(parent: int) -> None:
 
 
 def _work(data: bytes, reporter: _Reporter) -> bytes:
+    """Does one task; returns the message with its outcome."""
     try:
         function, task = pickle.loads(data)
-        reply = pickle.dumps((_END, function(task, reporter.add), None, False))
+        outcome = call_function(function, task, reporter.add)
+        reply = pickle.dumps((_END, dataclasses.replace(outcome, task=None)))
     except Exception as error:
-        reply = pickle.dumps((_END, None, describe_error(error), isinstance(error, OSError)))
+        reply = pickle.dumps((_END, failed_outcome(None, error)))
     reporter.flush()
     return reply
 
 
 class _Reporter:
-    """Tells the parent how many pairs are done, but not too often."""
+    """Reports to the parent how many pairs are done, but not too often."""
 
     def __init__(self, pipe: connection.Connection):
         self._pipe = pipe
@@ -249,7 +261,7 @@ class _Reporter:
 
     def flush(self) -> None:
         if self._pairs:
-            self._pipe.send_bytes(pickle.dumps((_PAIRS, self._pairs, None, False)))
+            self._pipe.send_bytes(pickle.dumps((_PAIRS, self._pairs)))
         self._pairs = 0
         self._last_secs = time.monotonic()
 

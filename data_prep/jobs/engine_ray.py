@@ -1,8 +1,8 @@
 """Runs shard tasks on a Ray cluster, in actors that keep the models they have loaded.
 
-`engine.py` calls it. Ray is imported here only, and only when it is asked for. An actor dies with
-its node or its process; its task is then reported as one that may pass at another try, a new actor
-takes its place as soon as the cluster has room, and the other actors go on.
+Ray is imported here only, and only when it is asked for. An actor dies with its node or its process;
+its task is then reported as one that may pass at another try, a new actor is started as soon as the
+cluster has room, and the other actors go on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from typing import Any
 
 from absl import logging
 
-from data_prep.jobs.progress import POLL_SECS, Function, Outcome, Progress, describe_error
+from data_prep.jobs.progress import (
+    POLL_SECS,
+    Function,
+    Outcome,
+    Progress,
+    call_function,
+    describe_error,
+)
 
 _MAX_FAILED_STARTS = 3  # in a row
 _WAITING_SECS = 60.0
@@ -50,25 +57,25 @@ def run_on_ray(
 ) -> Iterator[Outcome[Any, Any]]:
     """Calls `function(task, report)` for every task on the cluster.
 
-    The nodes must see the same paths, and have the same packages and this repository installed or
-    at the same place.
+    The nodes must see the same paths, and have the same packages and this repository, installed or
+    under the same path.
 
     Args:
         function: importable by its name, or picklable.
         tasks: picklable.
         settings: of the cluster.
         num_workers: actors at most; None fills the cluster.
-        progress: told of the pairs when a task ends.
+        progress: counts the pairs of a task when it ends.
 
     Raises:
         ValueError: Ray is not installed, or there is no such cluster.
     """
     with _connect(settings):
-        crew = _Crew(function, tasks, settings, num_workers, progress)
+        pool = _RayWorkerPool(function, tasks, settings, num_workers, progress)
         try:
-            yield from crew.run()
+            yield from pool.run()
         finally:
-            crew.stop()
+            pool.stop()
 
 
 @contextlib.contextmanager
@@ -108,13 +115,11 @@ class _Actor:
     def is_ready(self) -> bool:
         return True
 
-    def work(self, function: Function, task: Any) -> tuple[Any, int, str | None, bool]:
-        """Result, pairs, error, and whether another try may pass."""
+    def work(self, function: Function, task: Any) -> tuple[Outcome, int]:
+        """The outcome, without its task, and the number of pairs."""
         pairs: list[int] = []
-        try:
-            return function(task, pairs.append), sum(pairs), None, False
-        except Exception as error:
-            return None, sum(pairs), describe_error(error), isinstance(error, OSError)
+        outcome = call_function(function, task, pairs.append)
+        return dataclasses.replace(outcome, task=None), sum(pairs)
 
 
 @dataclasses.dataclass(eq=False)
@@ -126,7 +131,7 @@ class _Worker:
     has_started: bool = False
 
 
-class _Crew:
+class _RayWorkerPool:
     """The actors of one run."""
 
     def __init__(
@@ -143,11 +148,11 @@ class _Crew:
         self._function = ray.put(function)
         self._pending = collections.deque(tasks)
         self._settings = settings
-        self._num_workers = num_workers or self._count_places()
+        self._num_workers = num_workers or self._count_slots()
         self._progress = progress
-        self._waits: dict[Any, _Worker] = {}  # what every worker is waited for
+        self._waits: dict[Any, _Worker] = {}  # by the reference that comes next
         self._failed_starts = 0
-        self._last_word_secs = time.monotonic()
+        self._last_message_secs = time.monotonic()
 
     def run(self) -> Iterator[Outcome[Any, Any]]:
         """Yields the outcomes, in the order in which they come."""
@@ -158,8 +163,8 @@ class _Crew:
             ready, _ = self._ray.wait(list(self._waits), timeout=POLL_SECS)
             self._progress.refresh()
             for reference in ready:
-                yield from self._attend(reference, self._waits.pop(reference))
-            self._tell_of_waiting()
+                yield from self._handle_answer(reference, self._waits.pop(reference))
+            self._warn_of_waiting()
 
     def stop(self) -> None:
         """Ends the actors that are still there."""
@@ -169,14 +174,14 @@ class _Crew:
     def _num_busy(self) -> int:
         return sum(worker.has_started for worker in self._waits.values())
 
-    def _count_places(self) -> int:
+    def _count_slots(self) -> int:
         has, s = self._ray.cluster_resources(), self._settings
-        places = [
+        slots = [
             has.get(name, 0) / needed
             for name, needed in (("CPU", s.cpus_per_worker), ("GPU", s.gpus_per_worker))
             if needed
         ]
-        return max(1, int(min(places, default=1)))
+        return max(1, int(min(slots, default=1)))
 
     def _start_worker(self) -> None:
         s = self._settings
@@ -186,21 +191,21 @@ class _Crew:
         worker = _Worker(actor_class.remote())
         self._waits[worker.actor.is_ready.remote()] = worker
 
-    def _attend(self, reference: Any, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+    def _handle_answer(self, reference: Any, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
         """Takes the answer of a worker, or notices its end, and gives it the next task."""
-        self._last_word_secs = time.monotonic()
+        self._last_message_secs = time.monotonic()
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayTaskError as error:
-            # The function's own errors come as answers: this one is in packing or unpacking.
-            answer = None, 0, describe_error(error), False
+            # The function's own errors come as outcomes: this one is in packing or unpacking.
+            answer = Outcome(None, error=describe_error(error)), 0
         except self._ray.exceptions.RayError as error:
-            yield from self._bury(worker, error)
+            yield from self._handle_exit(worker, error)
             return
         if worker.has_started:
-            result, pairs, error, may_pass = answer
+            outcome, pairs = answer
             self._progress.add(pairs)
-            yield Outcome(worker.task, result, error, may_pass)
+            yield dataclasses.replace(outcome, task=worker.task)
         worker.has_started, self._failed_starts = True, 0
         if self._pending:
             worker.task = self._pending.popleft()
@@ -208,7 +213,7 @@ class _Crew:
         else:
             self._ray.kill(worker.actor)
 
-    def _bury(self, worker: _Worker, error: Exception) -> Iterator[Outcome[Any, Any]]:
+    def _handle_exit(self, worker: _Worker, error: Exception) -> Iterator[Outcome[Any, Any]]:
         with contextlib.suppress(Exception):  # it has most likely ended
             self._ray.kill(worker.actor)
         reason = " ".join(str(error).split())
@@ -224,10 +229,10 @@ class _Crew:
             while self._pending:
                 yield Outcome(self._pending.popleft(), error=f"no Ray worker could start: {reason}")
 
-    def _tell_of_waiting(self) -> None:
-        if self._num_busy() or time.monotonic() - self._last_word_secs < _WAITING_SECS:
+    def _warn_of_waiting(self) -> None:
+        if self._num_busy() or time.monotonic() - self._last_message_secs < _WAITING_SECS:
             return
-        self._last_word_secs = time.monotonic()
+        self._last_message_secs = time.monotonic()
         s = self._settings
         logging.warning(
             "no Ray worker has started for %.0f s; each asks for %g CPUs and %g GPUs, and the "

@@ -1,6 +1,6 @@
-"""What every engine of `data_prep.jobs.engine` shares: how a task ended, and the progress bar.
+"""One call of a task's function and its outcome, and the progress bar: the same in every engine.
 
-How tasks are run belongs in `engine_local.py` and `engine_ray.py`.
+How tasks are distributed belongs in `engine_local.py` and `engine_ray.py`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,19 @@ class Outcome(Generic[_Task, _Result]):
     result: _Result | None = None
     error: str | None = None
     may_pass: bool = False
+
+
+def call_function(function: Function, task: _Task, report: Report) -> Outcome[_Task, Any]:
+    """Does one task in this process; an exception becomes the error of the outcome."""
+    try:
+        return Outcome(task, function(task, report))
+    except Exception as error:
+        return failed_outcome(task, error)
+
+
+def failed_outcome(task: _Task, error: Exception) -> Outcome[_Task, Any]:
+    """The outcome of a task that raised; what the operating system refused may pass later."""
+    return Outcome(task, error=describe_error(error), may_pass=isinstance(error, OSError))
 
 
 class Progress:
@@ -83,7 +96,7 @@ class Progress:
 
 def describe_error(error: Exception) -> str:
     """The error for the person who reads the log."""
-    # These are written for people; anything else is a defect, and its place is needed.
+    # Messages of these are written for people; anything else is a defect, which needs a traceback.
     if isinstance(error, ValueError | OSError):
         return str(error)
     return "".join(traceback.format_exception(error))
