@@ -233,7 +233,7 @@ def _filter_parts(
     if pending:
         forget_output(folder)
     parts_folder = os.path.join(folder, resharding.PARTS)
-    shards.remove_litter(parts_folder, [os.path.basename(task.output) for task in mine])
+    shards.remove_temporary_files(parts_folder, [os.path.basename(task.output) for task in mine])
     steps = registry.active_steps(config)
     function = functools.partial(filter_shard_module.filter_shard, config=config, steps=steps)
     failures = run_pending(function, pending, label="filter", **engine_options(config, engine))
@@ -303,8 +303,8 @@ def _write_output(
     shards.remove_merged(folder)
     resharding.remove_stale_shards(folder, planned)
     names = [os.path.basename(shard.output) for shard in planned]
-    shards.remove_litter(folder, [*names, *MERGED_FILES])
-    shards.remove_litter(os.path.join(folder, resharding.PARTS), [stale_outputs.SETTINGS])
+    shards.remove_temporary_files(folder, [*names, *MERGED_FILES])
+    shards.remove_temporary_files(os.path.join(folder, resharding.PARTS), [stale_outputs.SETTINGS])
     unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
     failures = run_pending(
         resharding.write_shard, unwritten, label="re-shard", **engine_options(config, engine)

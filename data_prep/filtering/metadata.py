@@ -86,7 +86,7 @@ def run(
     logging.info("%d tables, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:
         filter_job.forget_output(folder)
-        shards.remove_litter(folder, [os.path.basename(task.output) for task in pending])
+        shards.remove_temporary_files(folder, [os.path.basename(task.output) for task in pending])
     function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
     failures = run_pending(
         function, pending, label="filter", **filter_job.engine_options(config, engine)
@@ -108,7 +108,7 @@ def _finish(config: ml_collections.ConfigDict, tasks: list[shards.ShardTask], fo
         return
     merged_path = pathlib.Path(folder) / shards.MERGED_STATS
     if not merged_path.exists():
-        shards.remove_litter(folder, [*filter_job.MERGED_FILES, stale_outputs.SETTINGS])
+        shards.remove_temporary_files(folder, [*filter_job.MERGED_FILES, stale_outputs.SETTINGS])
         kept.write_lists(folder, [kept.kept_path(task.output) for task in tasks])
         write_report(folder, report)
         counts = report.funnel.to_json() | {"measures": report.measures.to_json()}

@@ -29,7 +29,7 @@ from data_prep.captions.mentions import (
 from data_prep.filtering.kept import KEPT_SUFFIX, kept_path, read_kept
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
-from data_prep.jobs.fingerprint import PLACE_SUFFIX
+from data_prep.jobs.fingerprint import LOCATION_SUFFIX
 from diht_jax.data.records.dataset_info import shard_name
 from diht_jax.data.records.format import index_path
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter, is_shard
@@ -218,7 +218,7 @@ def find_foreign(folder: str) -> list[str]:
 
 def remove_output(path: str) -> None:
     """Removes a shard with its index, lists and statistics; the statistics first."""
-    for suffix in (shards.STATS_SUFFIX, PLACE_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX):
+    for suffix in (shards.STATS_SUFFIX, LOCATION_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX):
         pathlib.Path(path + suffix).unlink(missing_ok=True)
     index_path(path).unlink(missing_ok=True)
     pathlib.Path(path).unlink(missing_ok=True)

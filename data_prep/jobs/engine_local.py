@@ -1,9 +1,9 @@
 """Runs shard tasks in local processes, one task at a time in each.
 
-Workers are spawned, not forked: the parent may have threads. Each has a pipe of its own, and no lock
-or queue is shared, so that the death of a worker, at whatever moment, makes nobody wait. The pool of
-`concurrent.futures` does not promise that: it loses tasks that are submitted, and workers that
-start, while it cleans up after a death.
+Workers are spawned, not forked: the parent may have threads. Each has a pipe of its own, and no
+lock or queue is shared, so that the death of a worker, at whatever moment, makes nobody wait. The
+pool of `concurrent.futures` does not promise that: it loses tasks that are submitted, and workers
+that start, while it cleans up after a death.
 """
 
 from __future__ import annotations

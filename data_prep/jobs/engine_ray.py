@@ -1,8 +1,8 @@
 """Runs shard tasks on a Ray cluster, in actors that keep the models they have loaded.
 
-Ray is imported here only, and only when it is asked for. An actor dies with its node or its process;
-its task is then reported as one that may pass at another try, a new actor is started as soon as the
-cluster has room, and the other actors go on.
+Ray is imported here only, and only when it is asked for. An actor dies with its node or its
+process; its task is then reported as one that may pass at another try, a new actor is started as
+soon as the cluster has room, and the other actors go on.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class _RayWorkerPool:
             ready, _ = self._ray.wait(list(self._waits), timeout=POLL_SECS)
             self._progress.refresh()
             for reference in ready:
-                yield from self._handle_answer(reference, self._waits.pop(reference))
+                yield from self._handle_message(reference, self._waits.pop(reference))
             self._warn_of_waiting()
 
     def stop(self) -> None:
@@ -191,7 +191,7 @@ class _RayWorkerPool:
         worker = _Worker(actor_class.remote())
         self._waits[worker.actor.is_ready.remote()] = worker
 
-    def _handle_answer(self, reference: Any, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
+    def _handle_message(self, reference: Any, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
         """Takes the answer of a worker, or notices its end, and gives it the next task."""
         self._last_message_secs = time.monotonic()
         try:

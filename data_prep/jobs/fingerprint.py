@@ -1,12 +1,12 @@
 """Whether an input is still the one that an output was made of.
 
-`shards.py` asks. Of every input two things are kept beside the output: its contents, as size and
-hashes, in the statistics; and where it lay and when it was last changed, in a file of its own,
-since that differs from one machine to the next. How inputs are read belongs in the readers.
+Of every input two things are kept beside the output: its contents, as size and hashes, in the
+statistics; and its location (path, size and time of change), in a file of its own, since that
+differs from one machine to the next. How inputs are read belongs in the readers.
 
-Ours: where place, size and time are the same, so is the input. Where the time differs (a copy, a
-touched file, a restored backup), 64 kB at 32 places tell most edits at once, and a hash of every
-byte tells the others.
+Ours: where path, size and time are the same, so is the input. Where the time differs (a copy, a
+touched file, a restored backup), 64 kB at 32 offsets show most edits at once, and a hash of every
+byte shows the others.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records.remote import file_size, is_remote, open_system
 
-PLACE_SUFFIX = ".place.json"
+# The ending of the files with locations; folders that were written before have it, so it stays.
+LOCATION_SUFFIX = ".place.json"
 
 # The quick hash is of so many blocks of so many bytes.
 _BLOCKS, _BLOCK_BYTES = 32, 2**16
 _READ_BYTES = 2**22
-# What object stores call the version of a file, the most telling name first.
+# What object stores call the version of a file, the most exact name first.
 _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
 
 
@@ -38,11 +39,11 @@ class Description(NamedTuple):
     Attributes:
         contents: what it holds, wherever it lies: part, options, size, the quick hash, and the hash
             of every byte. JSON-able.
-        place: path, size and time of change. JSON-able.
+        location: path, size and time of change. JSON-able.
     """
 
     contents: dict[str, Any]
-    place: dict[str, Any]
+    location: dict[str, Any]
 
 
 def describe(source: SourceShard) -> Description:
@@ -54,7 +55,7 @@ def describe(source: SourceShard) -> Description:
     Raises:
         FileNotFoundError: it is gone.
     """
-    place = _describe_place(source)
+    location = _locate(source)
     files = list(_list_files(source.path))
     contents = {
         "kind": source.kind,
@@ -62,49 +63,49 @@ def describe(source: SourceShard) -> Description:
         "stop": source.stop,
         "options": dict(source.options),
         "files": len(files),
-        "size_bytes": place["size_bytes"],
-        "fingerprint": _hash_places(source),
+        "size_bytes": location["size_bytes"],
+        "fingerprint": _hash_samples(source),
         "digest": _hash_all(source),
     }
-    return Description(_plain(contents), place)
+    return Description(_plain(contents), location)
 
 
-def is_same(source: SourceShard, contents: Mapping[str, Any], place_path: pathlib.Path) -> bool:
+def is_same(source: SourceShard, contents: Mapping[str, Any], location_path: pathlib.Path) -> bool:
     """Whether an input is the one that was described before.
 
     An input that lies elsewhere now, or was touched, is compared by its bytes; if they are the
-    same, its new place is written down, so that the next run need not read it.
+    same, its new location is written down, so that the next run need not read it.
 
     Args:
         source: the input now.
         contents: of `describe`, before.
-        place_path: file of `write_place`, before; it may be missing.
+        location_path: file of `write_location`, before; it may be missing.
 
     Raises:
         FileNotFoundError: the input is gone.
     """
-    now = _describe_place(source)
+    now = _locate(source)
     part = {"kind": source.kind, "start": source.start, "stop": source.stop}
     part |= {"options": dict(source.options), "size_bytes": now["size_bytes"]}
     if any(contents.get(name) != value for name, value in _plain(part).items()):
         return False
-    if _read_place(place_path) == now and now["changed"] is not None:
+    if _read_location(location_path) == now and now["changed"] is not None:
         return True
-    if contents.get("fingerprint") != _hash_places(source):
+    if contents.get("fingerprint") != _hash_samples(source):
         return False
     if contents.get("digest") != _hash_all(source):
         return False
-    write_place(place_path, now)
+    write_location(location_path, now)
     return True
 
 
-def write_place(path: pathlib.Path, place: Mapping[str, Any]) -> None:
-    """Writes the place that `describe` gave."""
-    text = json.dumps(place, indent=1, sort_keys=True, ensure_ascii=False)
+def write_location(path: pathlib.Path, location: Mapping[str, Any]) -> None:
+    """Writes the location that `describe` gave."""
+    text = json.dumps(location, indent=1, sort_keys=True, ensure_ascii=False)
     write_atomically(path, f"{text}\n".encode())
 
 
-def _describe_place(source: SourceShard) -> dict[str, Any]:
+def _locate(source: SourceShard) -> dict[str, Any]:
     if is_remote(source.path):
         system, name = open_system(source.path)
         info = system.info(name)
@@ -121,7 +122,7 @@ def _describe_place(source: SourceShard) -> dict[str, Any]:
     }
 
 
-def _read_place(path: pathlib.Path) -> dict[str, Any] | None:
+def _read_location(path: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -129,38 +130,38 @@ def _read_place(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:
-    """As it comes back from JSON."""
+    """The value as it comes back from JSON."""
     return json.loads(json.dumps(value))
 
 
-def _hash_places(source: SourceShard) -> str | None:
-    """Of 64 kB at 32 places of a file, or of its part; None for a folder."""
+def _hash_samples(source: SourceShard) -> str | None:
+    """The hash of 64 kB at 32 offsets of a file, or of its part; None for a folder."""
     if os.path.isdir(source.path):
         return None
     size = file_size(source.path)
     start, stop = _range(source, size)
     digest = hashlib.blake2b(str(size).encode(), digest_size=16)
     last = max(start, stop - _BLOCK_BYTES)
-    places = {start + (last - start) * i // (_BLOCKS - 1) for i in range(_BLOCKS)}
+    offsets = {start + (last - start) * i // (_BLOCKS - 1) for i in range(_BLOCKS)}
     with _open(source.path) as file:
-        for place in sorted(places):
-            file.seek(place)
-            digest.update(file.read(min(_BLOCK_BYTES, stop - place)))
+        for offset in sorted(offsets):
+            file.seek(offset)
+            digest.update(file.read(min(_BLOCK_BYTES, stop - offset)))
     return digest.hexdigest()
 
 
 def _hash_all(source: SourceShard) -> str:
-    """Of every byte of a file, of its part, or of the files in a folder with their names."""
+    """The hash of every byte of a file, of its part, or of a folder's files with their names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, path in _list_files(source.path):
         size = file_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
-        version = _describe_place(SourceShard(source.kind, path))["changed"]
+        version = _locate(SourceShard(source.kind, path))["changed"]
         digest.update(_hash_range(path, *_range(source, size), version))
     return digest.hexdigest()
 
 
-# Several parts of a parquet file stand for the whole, which is then read once in a process.
+# For each of several parts of a parquet file the whole is hashed, but read once in a process.
 @functools.lru_cache(maxsize=1024)
 def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> bytes:
     """Hash of a range of bytes; the version makes the calls before and after a change differ."""
@@ -174,7 +175,7 @@ def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> 
 
 
 def _range(source: SourceShard, size: int) -> tuple[int, int]:
-    # A part of a table has its place in bytes; other parts are numbered, and stand for the file.
+    # Parts of a table are given in bytes; other parts are numbered, and the whole file is hashed.
     if source.kind != "table":
         return 0, size
     return source.start, size if source.stop is None else min(source.stop, size)

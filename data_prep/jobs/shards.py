@@ -1,9 +1,8 @@
 """One source shard in, one output and its statistics out: atomic, and done only once.
 
-The commands of `data_prep` plan tasks here, run them with `engine.py`, and merge the statistics.
 A shard counts as done when its statistics file exists, which is written last, and when that file
 names the same config, the same input and an output of the size that lies there. What is done to
-a pair belongs to the callers.
+the records is not known here; `engine.py` runs the tasks.
 """
 
 from __future__ import annotations
@@ -52,9 +51,9 @@ class ShardTask:
         return pathlib.Path(self.output + STATS_SUFFIX)
 
     @property
-    def place_path(self) -> pathlib.Path:
-        """Where it is noted which file the input was."""
-        return pathlib.Path(self.output + fingerprint.PLACE_SUFFIX)
+    def location_path(self) -> pathlib.Path:
+        """Where the location of the input is kept."""
+        return pathlib.Path(self.output + fingerprint.LOCATION_SUFFIX)
 
 
 def hash_config(config: dict[str, Any]) -> str:
@@ -141,7 +140,7 @@ def finish_task(
         },
         "counts": counts,
     }
-    fingerprint.write_place(task.place_path, described.place)
+    fingerprint.write_location(task.location_path, described.location)
     write_json(task.stats_path, stats)
     return stats
 
@@ -156,7 +155,7 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
     if stats.get("config_hash") != task.config_hash:
         return f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
     try:
-        if fingerprint.is_same(task.source, stats.get("input") or {}, task.place_path):
+        if fingerprint.is_same(task.source, stats.get("input") or {}, task.location_path):
             return None
     except FileNotFoundError:
         return f"the input '{task.source}', which is gone"
@@ -199,13 +198,13 @@ def load_finished(task: ShardTask) -> dict[str, Any] | None:
     return stats
 
 
-def remove_litter(folder: str, names: Collection[str]) -> None:
-    """Removes the unfinished files that a killed run has left.
+def remove_temporary_files(folder: str, names: Collection[str]) -> None:
+    """Removes the half-written files that a killed run has left.
 
     Args:
         folder: where they lie.
-        names: outputs that no other process is writing now; their half-written versions, and those
-            of files whose names begin with them, are removed.
+        names: outputs that no other process is writing now; their temporary files are removed, and
+            those of files whose names begin with them.
     """
     names = frozenset(names)
     with os.scandir(folder) as entries:

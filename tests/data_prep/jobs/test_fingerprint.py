@@ -25,12 +25,14 @@ class _Input:
     """An input with its description from before, and a count of the bytes that are read."""
 
     def __init__(self, source: SourceShard, folder: pathlib.Path):
-        self.source, self.place_path = source, folder / "place.json"
+        self.source, self.location_path = source, folder / "place.json"
         self.described = fingerprint.describe(source)
-        fingerprint.write_place(self.place_path, self.described.place)
+        fingerprint.write_location(self.location_path, self.described.location)
 
     def is_same(self, source: SourceShard | None = None) -> bool:
-        return fingerprint.is_same(source or self.source, self.described.contents, self.place_path)
+        return fingerprint.is_same(
+            source or self.source, self.described.contents, self.location_path
+        )
 
 
 @pytest.fixture
@@ -40,13 +42,13 @@ def big(tmp_path) -> _Input:
     return _Input(SourceShard("webdataset", str(path)), tmp_path)
 
 
-def _edit(path: str, place: int) -> None:
+def _edit(path: str, offset: int) -> None:
     """Changes one byte; the time of change goes on, the size stays."""
     changed_ns = os.stat(path).st_mtime_ns
     with open(path, "r+b") as file:
-        file.seek(place)
+        file.seek(offset)
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes([byte ^ 1]))
     os.utime(path, ns=(changed_ns + 1, changed_ns + 1))
 
@@ -57,12 +59,12 @@ def _gap(size: int) -> int:
 
 
 def test_an_edit_between_the_samples_is_noticed(big):
-    place = _gap(_BIG)
-    before = fingerprint._hash_places(big.source)
-    _edit(big.source.path, place)
-    assert fingerprint._hash_places(big.source) == before  # the samples do not see it
+    offset = _gap(_BIG)
+    before = fingerprint._hash_samples(big.source)
+    _edit(big.source.path, offset)
+    assert fingerprint._hash_samples(big.source) == before  # the samples do not see it
     assert not big.is_same()
-    _edit(big.source.path, place)  # and back again
+    _edit(big.source.path, offset)  # and back again
     assert big.is_same()
 
 
@@ -86,9 +88,9 @@ def test_a_copy_elsewhere_is_the_same(big, tmp_path):
     os.utime(copy, ns=(7, 7))
     moved = SourceShard("webdataset", str(copy))
     assert big.is_same(moved)
-    assert json.loads(big.place_path.read_text())["path"] == str(copy)
+    assert json.loads(big.location_path.read_text())["path"] == str(copy)
     assert fingerprint.describe(moved).contents == big.described.contents
-    big.place_path.unlink()  # as when only the statistics were copied
+    big.location_path.unlink()  # as when only the statistics were copied
     assert big.is_same(moved)
     _edit(str(copy), _gap(_BIG))
     assert not big.is_same(moved)

@@ -48,7 +48,7 @@ def test_a_task_writes_shard_index_and_statistics(tmp_path):
         on_disk = json.loads(task.stats_path.read_text())
         assert on_disk == expected
         assert on_disk["output"]["bytes"] == os.path.getsize(task.output)
-        assert json.loads(task.place_path.read_text())["path"] == task.source.path
+        assert json.loads(task.location_path.read_text())["path"] == task.source.path
         assert shards.load_finished(task) == on_disk
 
 
