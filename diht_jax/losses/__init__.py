@@ -1,6 +1,6 @@
 """The training losses, as pure functions of embeddings.
 
-Called by the training step. No models, no optimisers and no input pipeline may come in here.
+No models, no optimisers and no input pipeline may come in here.
 """
 
 from diht_jax.losses.concepts import concept_loss

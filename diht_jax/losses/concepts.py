@@ -1,7 +1,7 @@
 """The concept-distillation loss: a student's concept logits against a teacher's few labels.
 
-Called by `diht_jax.training.step`, once for objects and once for attributes, and by users with
-logits of their own. No heads, no vocabularies and no weights between losses may come in here.
+Objects and attributes each have one. No heads, no vocabularies and no weights between losses may
+come in here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def concept_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Arr
 
     Args:
         logits: float [b, v].
-        ids: int [b, k], concepts in [0, v); what stands at a probability of 0 does not matter.
+        ids: int [b, k], concepts in [0, v); an id with a probability of 0 does not matter.
         probs: float [b, k], of a row that sums to 1, or all 0: an unlabelled row.
 
     Returns:

@@ -1,8 +1,8 @@
 """The losses over pairs of the global batch: InfoNCE, HN-NCE and the sigmoid loss.
 
-Called by `diht_jax.losses.sharded` and by users with embeddings of their own. Everything here is a
-pure function of embeddings: no parameters, no mesh, no metrics. What is computed how is in
-`streaming.py` and `dense.py`.
+For a training step of one's own. Everything here is a pure function of embeddings: no parameters,
+no mesh, no metrics. The formulas are in `softmax.py` and `sigmoid.py`, the two ways to compute them
+in `streaming.py` and `dense.py`.
 
 How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`:
 
@@ -19,15 +19,13 @@ How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, dense_loss
-from diht_jax.losses.objective import Objective, Sigmoid, Softmax
-from diht_jax.losses.statistics import PairStatistics
+from diht_jax.losses.objective import Objective, PairStatistics, Scalars, check_scalar
+from diht_jax.losses.sigmoid import Sigmoid
+from diht_jax.losses.softmax import Softmax, is_known_zero
 from diht_jax.losses.streaming import streaming_loss
 
 IMPLS = ("streaming", "dense")
@@ -52,8 +50,8 @@ def contrastive_loss(
         w_ij = (N - 1) e^{beta s_ij} / sum_{k != i} e^{beta s_ik}
 
     and text to image is the same on the transpose (weights normalised over images). `alpha=1,
-    beta=0` is InfoNCE. Gradients flow through the weights unless told otherwise. The module
-    docstring says how gradients come out inside and outside of `shard_map`.
+    beta=0` is InfoNCE. Gradients flow through the weights unless `stop_weight_gradient`. The
+    module docstring says how gradients come out inside and outside of `shard_map`.
 
     Args:
         image_emb: float [b, d], L2-normalised; row i and row i of `text_emb` are a pair. Inside
@@ -77,51 +75,19 @@ def contrastive_loss(
             negatives to weigh.
 
     Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; computed by the identity of
-    `objectives.Softmax` rather than as a ratio of exponentials.
+    `softmax.Softmax` rather than as a ratio of exponentials.
     """
-    return contrastive_loss_and_statistics(
-        image_emb,
-        text_emb,
-        logit_scale,
-        alpha=alpha,
-        beta=beta,
-        axis_name=axis_name,
-        impl=impl,
-        stop_weight_gradient=stop_weight_gradient,
-    )[0]
-
-
-def contrastive_loss_and_statistics(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array | float,
-    *,
-    alpha: jax.Array | float = 1.0,
-    beta: jax.Array | float = 0.0,
-    axis_name: AxisName = None,
-    impl: str = "streaming",
-    stop_weight_gradient: bool = False,
-) -> tuple[jax.Array, PairStatistics]:
-    """`contrastive_loss`, and what it has learnt about the pairs on its way."""
+    objective, scalars = Softmax.create(alpha, beta, stop_weight_gradient)
     check_embeddings(image_emb, text_emb)
-    _check_scalars(logit_scale=logit_scale, alpha=alpha, beta=beta)
-    _check_range("alpha", alpha, "a number in [0, 1]", lambda value: 0 <= value <= 1)
-    _check_range("beta", beta, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-    objective = Softmax(
-        weighted=not _is_known_zero(beta),
-        stop_weight_gradient=stop_weight_gradient,
-        differentiate_beta=isinstance(beta, jax.core.Tracer),
-    )
-    num_pairs = _num_pairs(image_emb, axis_name)
-    if num_pairs == 1 and (objective.weighted or _is_known_zero(alpha)):
+    is_single = _num_pairs(image_emb, axis_name) == 1
+    if is_single and (objective.weighted or is_known_zero(alpha)):
         raise ValueError(
             "a global batch of 1 pair has no negatives: expected at least 2 pairs, or beta=0 "
             f"with alpha > 0, got alpha={alpha}, beta={beta}"
         )
-    total, statistics = _sum_of_losses(
-        image_emb, text_emb, logit_scale, (alpha, beta), objective, axis_name, impl
-    )
-    return total / (2 * num_pairs), statistics
+    return mean_loss(
+        objective, scalars, image_emb, text_emb, logit_scale, axis_name=axis_name, impl=impl
+    )[0]
 
 
 def sigmoid_loss(
@@ -151,28 +117,47 @@ def sigmoid_loss(
 
     Source: Zhai et al., arXiv 2303.15343.
     """
-    return sigmoid_loss_and_statistics(
-        image_emb, text_emb, logit_scale, logit_bias, axis_name=axis_name, impl=impl
+    objective, scalars = Sigmoid.create(logit_bias)
+    return mean_loss(
+        objective, scalars, image_emb, text_emb, logit_scale, axis_name=axis_name, impl=impl
     )[0]
 
 
-def sigmoid_loss_and_statistics(
+def mean_loss(
+    objective: Objective,
+    scalars: Scalars,
     image_emb: jax.Array,
     text_emb: jax.Array,
     logit_scale: jax.Array | float,
-    logit_bias: jax.Array | float,
     *,
     axis_name: AxisName = None,
     impl: str = "streaming",
 ) -> tuple[jax.Array, PairStatistics]:
-    """`sigmoid_loss`, and what it has learnt about the pairs on its way."""
+    """Any contrastive loss: the mean of its rows and columns over the global batch.
+
+    Args:
+        objective, scalars: of `Objective.create`.
+        image_emb, text_emb, logit_scale, axis_name, impl: see `contrastive_loss`.
+
+    Returns:
+        The loss, as `contrastive_loss` returns it, and statistics of the local rows.
+
+    Raises:
+        ValueError: wrong shapes, dtypes or impl.
+    """
     check_embeddings(image_emb, text_emb)
-    _check_scalars(logit_scale=logit_scale, logit_bias=logit_bias)
-    total, statistics = _sum_of_losses(
-        image_emb, text_emb, logit_scale, (logit_bias,), Sigmoid(), axis_name, impl
+    check_scalar("logit_scale", logit_scale)
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    num_pairs = _num_pairs(image_emb, axis_name)
+    # A single pair has no negative to stream.
+    loss_fn = streaming_loss if impl == "streaming" and num_pairs > 1 else dense_loss
+    total, statistics = loss_fn(
+        image_emb, text_emb, logit_scale, scalars, objective=objective, axis_name=axis_name
     )
-    # Both directions ask the same questions.
-    return total / (2 * _num_pairs(image_emb, axis_name)), statistics
+    if axis_name:
+        total = jax.lax.psum(total, axis_name)
+    return total / (2 * num_pairs), statistics
 
 
 def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
@@ -191,41 +176,6 @@ def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
         )
 
 
-def _sum_of_losses(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array | float,
-    parameters: tuple[jax.Array | float, ...],
-    objective: Objective,
-    axis_name: AxisName,
-    impl: str,
-) -> tuple[jax.Array, PairStatistics]:
-    """Over all rows and columns of the global batch."""
-    if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
-    # A single pair has no negative to stream.
-    streams = impl == "streaming" and _num_pairs(image_emb, axis_name) > 1
-    total, statistics = (streaming_loss if streams else dense_loss)(
-        image_emb, text_emb, logit_scale, parameters, objective=objective, axis_name=axis_name
-    )
-    return (jax.lax.psum(total, axis_name) if axis_name else total), statistics
-
-
 def _num_pairs(image_emb: jax.Array, axis_name: AxisName) -> int:
     num_devices = jax.lax.axis_size(axis_name) if axis_name else 1
     return num_devices * jnp.shape(image_emb)[0]
-
-
-def _check_scalars(**values: Any) -> None:
-    for name, value in values.items():
-        if jnp.shape(value) != ():
-            raise ValueError(f"{name}: expected a scalar, got shape {jnp.shape(value)}")
-
-
-def _check_range(name: str, value: Any, expected: str, is_right: Any) -> None:
-    if not isinstance(value, jax.core.Tracer) and not is_right(float(value)):
-        raise ValueError(f"{name}: expected {expected}, got {value}")
-
-
-def _is_known_zero(value: jax.Array | float) -> bool:
-    return not isinstance(value, jax.core.Tracer) and float(value) == 0

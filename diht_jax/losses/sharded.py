@@ -1,27 +1,26 @@
-"""The training objective on global arrays, and what is measured beside it.
+"""A contrastive loss on global arrays: on the devices of a mesh, and what is measured beside it.
 
-Called by the training step, which hands in embeddings of the global batch from inside `jax.jit`
-and differentiates from outside. What a loss is belongs in a module of its own; here they are
-placed on the mesh and measured.
+Embeddings of the global batch come in from inside `jax.jit`, and are differentiated from outside.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from diht_jax.losses.contrastive import (
-    check_embeddings,
-    contrastive_loss_and_statistics,
-    sigmoid_loss_and_statistics,
-)
+from diht_jax.losses.contrastive import check_embeddings, mean_loss
 from diht_jax.losses.dense import AxisName
-from diht_jax.losses.statistics import PairStatistics
+from diht_jax.losses.objective import Objective, PairStatistics
+from diht_jax.losses.sigmoid import Sigmoid
+from diht_jax.losses.softmax import Softmax
 
 Metrics = dict[str, jax.Array]
+BATCH_AXES = ("data", "fsdp")
 
 
 def contrastive_objective(
@@ -31,25 +30,70 @@ def contrastive_objective(
     logit_bias: jax.Array | float | None = None,
     *,
     mesh: Mesh,
-    axis_names: tuple[str, ...] = ("data", "fsdp"),
+    axis_names: str | tuple[str, ...] = BATCH_AXES,
     alpha: float = 1.0,
     beta: float = 0.0,
     impl: str = "streaming",
     stop_weight_gradient: bool = False,
 ) -> tuple[jax.Array, Metrics]:
-    """The contrastive loss of a global batch on a mesh, with metrics.
+    """`contrastive_loss` or `sigmoid_loss` of a global batch on a mesh, with metrics.
+
+    Args:
+        image_emb, text_emb, logit_scale, mesh, axis_names, impl: see `sharded_loss`.
+        logit_bias: scalar; given, the loss is `sigmoid_loss`, which has no alpha and beta.
+        alpha, beta, stop_weight_gradient: see `contrastive_loss`.
+
+    Returns:
+        As `sharded_loss`.
+
+    Raises:
+        ValueError: wrong arguments, N < 2, or N not divisible by the devices.
+    """
+    if logit_bias is None:
+        loss, learnt = Softmax, {}
+        settings = {"alpha": alpha, "beta": beta, "stop_weight_gradient": stop_weight_gradient}
+    else:
+        loss, learnt, settings = Sigmoid, {"logit_bias": logit_bias}, {}
+    return sharded_loss(
+        loss,
+        image_emb,
+        text_emb,
+        logit_scale,
+        learnt,
+        settings=settings,
+        mesh=mesh,
+        axis_names=axis_names,
+        impl=impl,
+    )
+
+
+def sharded_loss(
+    loss: type[Objective],
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    logit_scale: jax.Array | float,
+    learnt: Mapping[str, jax.Array | float],
+    *,
+    settings: Mapping[str, Any],
+    mesh: Mesh,
+    axis_names: str | tuple[str, ...] = BATCH_AXES,
+    impl: str = "streaming",
+) -> tuple[jax.Array, Metrics]:
+    """Any contrastive loss of a global batch on a mesh, with metrics.
 
     Made for `jax.value_and_grad(..., has_aux=True)` inside a jitted step: the gradient with
     respect to all array arguments is that of the full-batch loss, with nothing left to reduce.
 
     Args:
+        loss: such as those of `registry.LOSSES`.
         image_emb: float [N, d], L2-normalised, global; row i is the pair of row i of `text_emb`.
         text_emb: float [N, d], L2-normalised, global.
         logit_scale: scalar, after exp.
-        logit_bias: scalar; given, the loss is `sigmoid_loss`, and alpha and beta say nothing.
+        learnt: a scalar for each name in `loss.parameters`.
+        settings: a value for each key in `loss.settings`.
         mesh: the mesh of the step; other axes than `axis_names` hold copies.
         axis_names: axes that the batch is split over; their sizes must divide N.
-        alpha, beta, impl, stop_weight_gradient: see `contrastive_loss`.
+        impl: see `contrastive_loss`.
 
     Returns:
         The loss (mean over the global batch, replicated), and a dict of float32 scalars that
@@ -66,13 +110,28 @@ def contrastive_objective(
     """
     check_embeddings(image_emb, text_emb)
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
+    _check_split(image_emb.shape[0], mesh, axis_names)
+
+    def on_device(image_emb, text_emb, logit_scale, learnt):
+        objective, scalars = loss.create(**settings, **learnt)
+        value, statistics = mean_loss(
+            objective, scalars, image_emb, text_emb, logit_scale, axis_name=axis_names, impl=impl
+        )
+        return value, {"loss": jax.lax.stop_gradient(value), **_metrics(statistics, axis_names)}
+
+    rows, whole = PartitionSpec(axis_names), PartitionSpec()
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=(rows, rows, whole, whole), out_specs=whole
+    )(image_emb, text_emb, *jax.tree.map(jnp.asarray, (logit_scale, dict(learnt))))
+
+
+def _check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
     missing = [name for name in axis_names if name not in mesh.shape]
     if missing or not axis_names:
         raise ValueError(
             f"axis_names: expected axes of the mesh {tuple(mesh.shape)}, got {axis_names}"
         )
     num_devices = math.prod(mesh.shape[name] for name in axis_names)
-    num_pairs = image_emb.shape[0]
     if num_pairs % num_devices:
         raise ValueError(
             f"a global batch of {num_pairs} pairs cannot be split over the "
@@ -80,34 +139,6 @@ def contrastive_objective(
         )
     if num_pairs < 2:
         raise ValueError("expected a global batch of at least 2 pairs, got 1")
-
-    def local_objective(image_emb, text_emb, logit_scale, *logit_bias):
-        if logit_bias:
-            loss, statistics = sigmoid_loss_and_statistics(
-                image_emb, text_emb, logit_scale, *logit_bias, axis_name=axis_names, impl=impl
-            )
-        else:
-            loss, statistics = contrastive_loss_and_statistics(
-                image_emb,
-                text_emb,
-                logit_scale,
-                alpha=alpha,
-                beta=beta,
-                axis_name=axis_names,
-                impl=impl,
-                stop_weight_gradient=stop_weight_gradient,
-            )
-        return loss, {"loss": jax.lax.stop_gradient(loss), **_metrics(statistics, axis_names)}
-
-    by_example = PartitionSpec(axis_names)
-    whole = PartitionSpec()
-    scalars = [jnp.asarray(value) for value in (logit_scale, logit_bias) if value is not None]
-    return jax.shard_map(
-        local_objective,
-        mesh=mesh,
-        in_specs=(by_example, by_example, *(whole for _ in scalars)),
-        out_specs=whole,
-    )(image_emb, text_emb, *scalars)
 
 
 def _metrics(statistics: PairStatistics, axis_name: AxisName) -> Metrics:

@@ -5,7 +5,7 @@ statistics with them. Each block of logits is made once in the forward pass and 
 directions; the backward pass makes it once more and sends the texts' gradients round with them.
 No device ever holds a [b, N] or an [N, d] array. Inside a block, square tiles bound the memory.
 
-Called by `contrastive.py`; what is summed is `objectives.py`'s.
+What is summed is the objective's own (`objective.py`); this file knows none of them.
 
 Source: ring attention's communication (arXiv 2310.01889) and the online log-sum-exp of Milakov
 and Gimelshein (arXiv 1805.02867), applied to both directions of DiHT's loss at once. Ours.
@@ -23,8 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, inner_products
-from diht_jax.losses.objective import Objective, RowSlopes, RowStatistics
-from diht_jax.losses.statistics import PairStatistics
+from diht_jax.losses.objective import (
+    Objective,
+    PairStatistics,
+    RowSlopes,
+    RowStatistics,
+    Scalars,
+)
 
 # Side of a tile, at most. Its logits and their exponentials are what is held beside [b, d].
 TILE = 512
@@ -34,7 +39,7 @@ def streaming_loss(
     image_emb: jax.Array,
     text_emb: jax.Array,
     logit_scale: jax.Array,
-    parameters: tuple[jax.Array, ...],
+    scalars: Scalars,
     *,
     objective: Objective,
     axis_name: AxisName,
@@ -45,8 +50,8 @@ def streaming_loss(
     Args:
         image_emb, text_emb: float [b, d], local rows; at least two pairs in the global batch.
         logit_scale: scalar.
-        parameters: scalars of the objective.
-        objective: member of the loss family.
+        scalars: of the objective.
+        objective: the loss, one row of it.
         axis_name: mesh axes that the batch is split over, or None.
         tile: side of a tile, at most.
 
@@ -69,12 +74,12 @@ def streaming_loss(
         image_emb,
         text_emb,
         jnp.asarray(logit_scale, dtype),
-        tuple(jnp.asarray(parameter, dtype) for parameter in parameters),
+        tuple(jnp.asarray(value, dtype) for value in scalars),
     )
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
     varying = frozenset().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
-    loss, statistics = _sum_of_losses(ring, *jax.tree.map(_varying_over(varying), arguments))
+    loss, statistics = _ring_loss(ring, *jax.tree.map(_varying_over(varying), arguments))
     return loss, jax.lax.stop_gradient(statistics)
 
 
@@ -133,21 +138,24 @@ class _Ring:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum_of_losses(
+def _ring_loss(
     ring: _Ring,
     image_emb: jax.Array,
     text_emb: jax.Array,
     scale: jax.Array,
-    parameters: tuple[jax.Array, ...],
+    scalars: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, PairStatistics]:
-    return _forward(ring, image_emb, text_emb, scale, parameters)[0]
+    return _forward(ring, image_emb, text_emb, scale, scalars)[0]
 
 
-def _forward(ring, image_emb, text_emb, scale, parameters):
+def _forward(ring, image_emb, text_emb, scale, scalars):
     objective = ring.objective
     images, texts = ring.split(image_emb), ring.split(text_emb)
     zeros = _zeros(images.shape[:2], scale)
-    nothing = objective.start(zeros)
+    # The lowest finite number, not -inf: differences of two of them must not be NaN.
+    nothing = RowStatistics(
+        zeros + jnp.finfo(zeros.dtype).min, zeros, (zeros,) * objective.num_sums
+    )
 
     def one_round(rounds, carry):
         texts, text_statistics, image_statistics, positives = carry
@@ -158,14 +166,13 @@ def _forward(ring, image_emb, text_emb, scale, parameters):
             text_statistics, image_statistics, positives = carry
             logits = scale * inner_products(_at(images, i), _at(texts, j))
             is_positive, is_negative = ring.masks(rounds, i, j)
-            add = functools.partial(
-                objective.accumulate,
-                logits=logits,
-                is_negative=is_negative,
-                parameters=parameters,
+            image_tile, text_tile = (
+                _accumulate(objective, statistics, logits, is_negative, axis, scalars)
+                for statistics, axis in (
+                    (_at(image_statistics, i), 1),
+                    (_at(text_statistics, j), 0),
+                )
             )
-            image_tile = add(_at(image_statistics, i), axis=1)
-            text_tile = add(_at(text_statistics, j), axis=0)
             positive = _at(positives, i) + jnp.sum(logits, axis=1, where=is_positive)
             return (
                 _put(text_statistics, text_tile, j),
@@ -185,18 +192,18 @@ def _forward(ring, image_emb, text_emb, scale, parameters):
         ring.join, (text_statistics, image_statistics, positives)
     )
     finish = functools.partial(
-        objective.finish, positives=positives, parameters=parameters, num_pairs=ring.num_pairs
+        objective.finish, positives=positives, scalars=scalars, num_pairs=ring.num_pairs
     )
     image_losses, image_slopes = finish(image_statistics)
     text_losses, text_slopes = finish(text_statistics)
     loss = jnp.sum(image_losses) + jnp.sum(text_losses)
     statistics = _pair_statistics(positives, image_statistics, text_statistics, scale)
-    residuals = (image_emb, text_emb, scale, parameters, image_slopes, text_slopes)
+    residuals = (image_emb, text_emb, scale, scalars, image_slopes, text_slopes)
     return (loss, statistics), residuals
 
 
 def _backward(ring, residuals, cotangents):
-    image_emb, text_emb, scale, parameters, image_slopes, text_slopes = residuals
+    image_emb, text_emb, scale, scalars, image_slopes, text_slopes = residuals
     loss_grad, _ = cotangents
     objective = ring.objective
     images, texts = ring.split(image_emb), ring.split(text_emb)
@@ -205,70 +212,88 @@ def _backward(ring, residuals, cotangents):
         _scaled(slopes, loss_grad) for slopes in (image_slopes, text_slopes)
     )
     image_tiles, text_tiles = (
-        jax.tree.map(ring.split, slopes._replace(parameters=(), positive=()))
+        jax.tree.map(ring.split, slopes._replace(scalars=(), positive=()))
         for slopes in (image_slopes, text_slopes)
     )
     emb_zeros = _zeros(images.shape, scale)
 
     def one_round(rounds, carry):
-        texts, text_slopes, text_grads, image_grads, parameter_grads = carry
+        texts, text_slopes, text_grads, image_grads, scalar_grads = carry
         next_texts, next_slopes = ring.shift((texts, text_slopes))
 
         def add_tile(i, j, carry):
-            text_grads, image_grads, parameter_grads = carry
+            text_grads, image_grads, scalar_grads = carry
             image_tile, text_tile = _at(images, i), _at(texts, j)
             logits = scale * inner_products(image_tile, text_tile)
             _, is_negative = ring.masks(rounds, i, j)
-            grad, by_parameters = (
+            grad, by_scalars = (
                 jax.tree.map(lambda a, b: jnp.where(is_negative, a + b, 0), *directions)
                 for directions in zip(
-                    objective.negative_slope(logits, _at(image_tiles, i), 1, parameters),
-                    objective.negative_slope(logits, _at(text_slopes, j), 0, parameters),
+                    objective.negative_slope(logits, _at(image_tiles, i), 1, scalars),
+                    objective.negative_slope(logits, _at(text_slopes, j), 0, scalars),
                     strict=True,
                 )
             )
             image_grad = _at(image_grads, i) + _product(grad, text_tile, 1)
             text_grad = _at(text_grads, j) + _product(grad, image_tile, 0)
-            parameter_grads = jax.tree.map(
-                lambda total, part: total + jnp.sum(part), parameter_grads, by_parameters
+            scalar_grads = jax.tree.map(
+                lambda total, part: total + jnp.sum(part), scalar_grads, by_scalars
             )
             return (
                 _put(text_grads, text_grad, j),
                 _put(image_grads, image_grad, i),
-                parameter_grads,
+                scalar_grads,
             )
 
-        added = ring.for_each_tile(add_tile, (text_grads, image_grads, parameter_grads))
-        text_grads, image_grads, parameter_grads = added
-        return next_texts, next_slopes, ring.shift(text_grads), image_grads, parameter_grads
+        added = ring.for_each_tile(add_tile, (text_grads, image_grads, scalar_grads))
+        text_grads, image_grads, scalar_grads = added
+        return next_texts, next_slopes, ring.shift(text_grads), image_grads, scalar_grads
 
-    parameter_zeros = tuple(_zeros((), scale) for _ in objective.second_pass)
+    scalar_zeros = tuple(_zeros((), scale) for _ in objective.second_pass)
     _, _, text_grads, image_grads, second_pass = jax.lax.fori_loop(
         0,
         ring.num_devices,
         one_round,
-        (texts, text_tiles, emb_zeros, emb_zeros, parameter_zeros),
+        (texts, text_tiles, emb_zeros, emb_zeros, scalar_zeros),
     )
     positive_slopes = (image_slopes.positive + text_slopes.positive)[:, None]
     image_grads = ring.join(image_grads) + positive_slopes * text_emb
     text_grads = ring.join(text_grads) + positive_slopes * image_emb
     # sum_ij G_ij <image_i, text_j>, which the gradient of the images holds already.
     scale_grad = jnp.sum(image_emb * image_grads)
-    parameter_grads = [
+    scalar_grads = [
         jnp.sum(by_image) + jnp.sum(by_text)
-        for by_image, by_text in zip(image_slopes.parameters, text_slopes.parameters, strict=True)
+        for by_image, by_text in zip(image_slopes.scalars, text_slopes.scalars, strict=True)
     ]
-    for position, total in zip(objective.second_pass, second_pass, strict=True):
-        parameter_grads[position] += total
+    for index, total in zip(objective.second_pass, second_pass, strict=True):
+        scalar_grads[index] += total
     return (
         (scale * image_grads).astype(image_emb.dtype),
         (scale * text_grads).astype(text_emb.dtype),
         scale_grad,
-        tuple(parameter_grads),
+        tuple(scalar_grads),
     )
 
 
-_sum_of_losses.defvjp(_forward, _backward)
+_ring_loss.defvjp(_forward, _backward)
+
+
+def _accumulate(
+    objective: Objective,
+    statistics: RowStatistics,
+    logits: jax.Array,
+    is_negative: jax.Array,
+    axis: int,
+    scalars: Scalars,
+) -> RowStatistics:
+    """Adds the negatives of a tile; `axis` is that of the tile which is summed over."""
+    lowest = jnp.finfo(logits.dtype).min
+    highest = jnp.maximum(statistics.highest, jnp.max(jnp.where(is_negative, logits, lowest), axis))
+    reached = is_negative & (logits == jnp.expand_dims(highest, axis))
+    ties = jnp.where(statistics.highest == highest, statistics.ties, 0)
+    ties = ties + jnp.sum(reached, axis).astype(logits.dtype)
+    sums = objective.accumulate(statistics, highest, logits, is_negative, axis, scalars)
+    return RowStatistics(highest, ties, sums)
 
 
 def _pair_statistics(
@@ -290,7 +315,7 @@ def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
         slopes.positive * factor,
         slopes.negative * factor,
         slopes.offsets,
-        tuple(slope * factor for slope in slopes.parameters),
+        tuple(slope * factor for slope in slopes.scalars),
     )
 
 

@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diht_jax.cost_model.flops import count_work
 from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
 from diht_jax.losses.dense import dense_loss
-from diht_jax.losses.objective import Sigmoid, Softmax
+from diht_jax.losses.sigmoid import Sigmoid
+from diht_jax.losses.softmax import Softmax
 from diht_jax.losses.streaming import streaming_loss
 
 ALPHAS, BETAS = (1.0, 0.999, 0.5), (0.0, 0.25, 1.0)

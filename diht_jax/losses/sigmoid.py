@@ -1,0 +1,77 @@
+"""SigLIP's loss: every image with every text is a yes-no question."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from diht_jax.losses.objective import (
+    Objective,
+    RowSlopes,
+    RowStatistics,
+    Scalars,
+    check_scalar,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sigmoid(Objective):
+    """SigLIP; its scalar is `logit_bias`, which is learnt.
+
+        L_i = sum_{j != i} softplus(s_ij + bias) + softplus(-(s_ii + bias))
+
+    Summed over rows and over columns, every pair counts twice.
+
+    Source: Zhai et al., arXiv 2303.15343.
+    """
+
+    title: ClassVar[str] = "SigLIP"
+    # SigLIP's start: all pairs are taken for negatives, softly.
+    parameters: ClassVar[dict[str, float]] = {"logit_bias": -10.0}
+    initial_logit_scale: ClassVar[float | None] = 10.0
+
+    second_pass = (0,)
+
+    @classmethod
+    def create(cls, logit_bias: jax.Array | float) -> tuple[Self, Scalars]:
+        """See `Objective.create`."""
+        check_scalar("logit_bias", logit_bias)
+        return cls(), (logit_bias,)
+
+    def accumulate(
+        self,
+        statistics: RowStatistics,
+        highest: jax.Array,
+        logits: jax.Array,
+        is_negative: jax.Array,
+        axis: int,
+        scalars: Scalars,
+    ) -> tuple[jax.Array, ...]:
+        """See `Objective.accumulate`."""
+        losses = jnp.where(is_negative, jax.nn.softplus(logits + scalars[0]), 0)
+        return (statistics.sums[0] + jnp.sum(losses, axis),)
+
+    def finish(
+        self, statistics: RowStatistics, positives: jax.Array, scalars: Scalars, num_pairs: int
+    ) -> tuple[jax.Array, RowSlopes]:
+        """See `Objective.finish`."""
+        losses = statistics.sums[0] + jax.nn.softplus(-(positives + scalars[0]))
+        slope = -jax.nn.sigmoid(-(positives + scalars[0]))
+        return losses, RowSlopes(slope, jnp.ones_like(slope), (), (slope,))
+
+    def negative_slope(
+        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """See `Objective.negative_slope`."""
+        slope = jnp.expand_dims(slopes.negative, axis) * jax.nn.sigmoid(logits + scalars[0])
+        return slope, (slope,)
+
+    def loss_of_rows(
+        self, logits: jax.Array, is_positive: jax.Array, scalars: Scalars
+    ) -> jax.Array:
+        """See `Objective.loss_of_rows`."""
+        signs = jnp.where(is_positive, 1, -1).astype(logits.dtype)
+        return -jnp.sum(jax.nn.log_sigmoid(signs * (logits + scalars[0])), axis=1)
