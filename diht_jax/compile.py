@@ -9,7 +9,6 @@ roofline estimate. Exits with 1 when the step does not fit, after having looked 
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
@@ -46,9 +45,11 @@ def main() -> None:
         )
     if values.global_batch is not None:
         config.data.batch_size = values.global_batch
+    import jax
+
     if name != "local":
-        # Read when JAX is imported: the machine's own devices are of no use here.
-        os.environ["JAX_PLATFORMS"] = "cpu"
+        # The machine's own devices are of no use here.
+        jax.config.update("jax_platforms", "cpu")
 
     from diht_jax.cost_model.aot_compile import compile_step, settings_that_fit
     from diht_jax.cost_model.report import describe_settings, describe_step

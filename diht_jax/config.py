@@ -1,11 +1,12 @@
 """Configs: the full set of training keys with their defaults, validation, and durations.
 
 Recipes in `configs/` start from `default_config()`; commands call `validate_config` before
-they do anything else. Nothing here imports JAX, so that a mistyped key fails in a second.
+they do anything else. The keys of losses and of terms of the objective come from their own files.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import math
@@ -75,6 +76,10 @@ config_flags.register_flag_parser_for_type(TextOrSections, _TextOrSectionsParser
 
 def default_config() -> ml_collections.ConfigDict:
     """Every key of a training recipe, with its default; None means "not set"."""
+    # Here and not above: they import JAX, which is not needed to validate a config.
+    from diht_jax.losses.registry import default_settings
+    from diht_jax.training.objectives.registry import TERMS
+
     c = ml_collections.ConfigDict()
     c.seed = 0
     # Exactly one of the three says how long to train.
@@ -105,27 +110,14 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.kind = "softmax"  # InfoNCE and HN-NCE; "sigmoid" is SigLIP's, without alpha and beta
+    c.loss.kind = "softmax"  # of diht_jax.losses.registry: InfoNCE and HN-NCE; "sigmoid": SigLIP
     c.loss.impl = "streaming"  # or "dense": memory [b, N], for reference
-    c.loss.alpha = 1.0  # weight of the positive in the denominator
-    c.loss.beta = 0.0  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
-    c.loss.stop_weight_gradient = False
+    c.loss.update(default_settings())  # such as alpha and beta; see losses/softmax.py
 
-    # Concept distillation; a weight of 0 leaves the head out. The data must be labelled
-    # (data_prep.label) with vocabularies that the heads have room for.
-    c.concepts = ml_collections.ConfigDict()
-    c.concepts.object_weight = 0.0
-    c.concepts.attribute_weight = 0.0
-    c.concepts.num_objects = 10_000
-    c.concepts.num_attributes = 2_000
-    c.concepts.top_k = 10  # labels of each kind that are taken from a record
-    c.concepts.feature = "pooled"  # or "projected": of the image tower, before or after projection
-    c.concepts.learning_rate_multiplier = 10.0  # of the heads
-    c.concepts.weight_decay_multiplier = 0.01
-    c.concepts.chunk_rows = 512  # examples of a device whose logits are held at once
-    # Of the vocabularies in the data; training fills them in.
-    c.concepts.object_hash = placeholder(str)
-    c.concepts.attribute_hash = placeholder(str)
+    # Terms of the objective beside the contrastive loss: `concepts`; see training/objectives/.
+    for name, term in TERMS.items():
+        # Copied, for placeholders would be shared with every other config.
+        c[name] = ml_collections.ConfigDict(copy.deepcopy(term.settings))
 
     c.optimizer = ml_collections.ConfigDict()
     c.optimizer.learning_rate = 1e-3  # peak

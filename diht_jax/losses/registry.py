@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from diht_jax.losses.objective import Objective
@@ -20,4 +21,4 @@ def default_settings() -> dict[str, Any]:
     for kind, loss in LOSSES.items():
         for key, value in loss.settings.items():
             assert found.setdefault(key, value) == value, f"{kind}: another default of {key}"
-    return found
+    return copy.deepcopy(found)

@@ -20,7 +20,6 @@ from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax
 
 Metrics = dict[str, jax.Array]
-BATCH_AXES = ("data", "fsdp")
 
 
 def contrastive_objective(
@@ -30,7 +29,7 @@ def contrastive_objective(
     logit_bias: jax.Array | float | None = None,
     *,
     mesh: Mesh,
-    axis_names: str | tuple[str, ...] = BATCH_AXES,
+    axis_names: str | tuple[str, ...] = ("data", "fsdp"),
     alpha: float = 1.0,
     beta: float = 0.0,
     impl: str = "streaming",
@@ -76,7 +75,7 @@ def sharded_loss(
     *,
     settings: Mapping[str, Any],
     mesh: Mesh,
-    axis_names: str | tuple[str, ...] = BATCH_AXES,
+    axis_names: str | tuple[str, ...] = ("data", "fsdp"),
     impl: str = "streaming",
 ) -> tuple[jax.Array, Metrics]:
     """Any contrastive loss of a global batch on a mesh, with metrics.

@@ -166,13 +166,15 @@ def _forward(ring, image_emb, text_emb, scale, scalars):
             text_statistics, image_statistics, positives = carry
             logits = scale * inner_products(_at(images, i), _at(texts, j))
             is_positive, is_negative = ring.masks(rounds, i, j)
-            image_tile, text_tile = (
-                _accumulate(objective, statistics, logits, is_negative, axis, scalars)
-                for statistics, axis in (
-                    (_at(image_statistics, i), 1),
-                    (_at(text_statistics, j), 0),
-                )
+            add = functools.partial(
+                _accumulate,
+                objective,
+                logits=logits,
+                is_negative=is_negative,
+                scalars=scalars,
             )
+            image_tile = add(_at(image_statistics, i), axis=1)
+            text_tile = add(_at(text_statistics, j), axis=0)
             positive = _at(positives, i) + jnp.sum(logits, axis=1, where=is_positive)
             return (
                 _put(text_statistics, text_tile, j),

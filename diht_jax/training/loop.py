@@ -38,8 +38,7 @@ from diht_jax.training.monitoring.metrics import (
 from diht_jax.training.monitoring.profiler import StepProfiler
 from diht_jax.training.monitoring.throughput import Window, log_work, model_flops
 from diht_jax.training.multihost import check_together
-from diht_jax.training.objective import active_kinds
-from diht_jax.training.objectives.concept_labels import with_vocabulary
+from diht_jax.training.objective import bind_data
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
@@ -83,7 +82,7 @@ def train(
         Stopped: a signal came, and the state is saved.
     """
     validate_config(config, default_config())
-    config = with_vocabulary(config)
+    config = bind_data(config)
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))
         check_together(lambda: check_same_run(config, workdir))
@@ -123,7 +122,7 @@ class Run:
                 config.data.crop_scale,
                 config.data.text_template,
                 fast_decode=config.data.fast_decode,
-                num_concepts=config.concepts.top_k if active_kinds(config.concepts) else 0,
+                num_concepts=self.program.num_labels,
             ),
             batch_size=config.data.batch_size,
             seed=config.seed,

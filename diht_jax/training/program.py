@@ -1,7 +1,7 @@
 """What a config makes on a mesh before there is any array: the one definition of a training step.
 
-The training loop runs it and `diht_jax.compile` compiles it, so that what was compiled for a pod
-is what will run there. No data, no checkpoints and no measuring here.
+The same program is run here and compiled for machines that are not here, so that what was compiled
+for a pod is what will run there. No data, no checkpoints and no measuring here.
 """
 
 from __future__ import annotations
@@ -14,17 +14,13 @@ import ml_collections
 from absl import logging
 
 from diht_jax import sharding
+from diht_jax.data.records.schema import CONCEPT_FIELDS
 from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.multihost import first_text
-from diht_jax.training.objective import (
-    CONCEPT_KINDS,
-    active_kinds,
-    optimizer_config,
-    with_objective_parameters,
-)
+from diht_jax.training.objective import num_labels, optimizer_config, with_objective_parameters
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from diht_jax.training.state import TrainState, abstract_state, create_state
 from diht_jax.training.step import TrainStep, training_execution
@@ -44,6 +40,7 @@ class TrainProgram:
         init_params: draws the parameters from a key.
         schedule: learning rate by step.
         optimizer: as configured.
+        num_labels: the teacher's labels of each kind that the step reads from a record.
         keeps_ema: whether the state has a moving average of the parameters.
     """
 
@@ -78,6 +75,7 @@ class TrainProgram:
             self.arch, config.model.dtype, config.model.param_dtype
         )
         self.init_params = with_objective_parameters(init_params, config, self.arch)
+        self.num_labels = num_labels(config)
 
     def create_state(self) -> TrainState:
         """The state before the first step, on the devices."""
@@ -97,10 +95,10 @@ class TrainProgram:
             "images": ((side, side, 3), jnp.uint8),
             "tokens": ((self.arch.context_length,), jnp.int32),
         }
-        if active_kinds(self.config.concepts):
-            for kind in CONCEPT_KINDS:
-                fields[kind.ids] = (self.config.concepts.top_k,), jnp.int32
-                fields[kind.probs] = (self.config.concepts.top_k,), jnp.float32
+        if self.num_labels:
+            for ids, probs in CONCEPT_FIELDS:
+                fields[ids] = (self.num_labels,), jnp.int32
+                fields[probs] = (self.num_labels,), jnp.float32
         return {
             name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=by_example)
             for name, (shape, dtype) in fields.items()

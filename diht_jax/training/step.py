@@ -1,7 +1,6 @@
 """One optimiser step, as a pure jitted function of (state, batch).
 
-Built once by the training loop. What is measured goes into a dict of scalars; averaging and
-writing them is the loop's work.
+What is measured comes out as a dict of scalars; averaging and writing them is for others.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
-from diht_jax.training.objective import concept_losses, total_loss
+from diht_jax.training.objective import active_terms, total_loss
+from diht_jax.training.objectives.term import Term
 from diht_jax.training.optimizer import merge_parameters, split_parameters
 from diht_jax.training.sharded_encode import ParameterGather, check_micro_batch, encode_on_mesh
 from diht_jax.training.state import TrainState, update_average
@@ -52,7 +53,7 @@ class TrainStep:
         """Prepares the jitted step.
 
         Args:
-            definition: of the model; how it computes is the config's to say.
+            definition: of the model; the config decides how it computes.
             optimizer: as used to create `state`.
             schedule: the learning rate by step, for the metrics.
             mesh: axes `data` and `fsdp`.
@@ -69,24 +70,14 @@ class TrainStep:
                 "least 0 and less than 1"
             )
         self.trace_count = 0
-        placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-        update = functools.partial(
-            train_step,
-            definition=dataclasses.replace(
-                definition, execution=training_execution(config.model, mesh)
-            ),
-            optimizer=optimizer,
-            schedule=schedule,
-            mesh=mesh,
-            config=config,
+        self._definition = dataclasses.replace(
+            definition, execution=training_execution(config.model, mesh)
         )
-
-        def counted(state, batch):
-            self.trace_count += 1
-            return update(state, batch)
-
+        self._optimizer, self._schedule = optimizer, schedule
+        self._mesh, self._config = mesh, config
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         self._jitted = jax.jit(
-            counted, donate_argnums=0, out_shardings=(placement, sharding.replicated(mesh))
+            self._step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))
         )
 
     def __call__(
@@ -111,52 +102,46 @@ class TrainStep:
         """
         return self._jitted.trace(state, batch)
 
-
-def train_step(
-    state: TrainState,
-    batch: dict[str, jax.Array],
-    *,
-    definition: ModelDefinition,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    mesh: Mesh,
-    config: ml_collections.ConfigDict,
-) -> tuple[TrainState, Metrics]:
-    """The pure step; see `TrainStep`."""
-    grads, metrics = loss_gradients(state, batch, definition=definition, mesh=mesh, config=config)
-    trained, frozen = split_parameters(config.optimizer, state.params)
-    grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = merge_parameters(optax.apply_updates(trained, updates), frozen)
-    params["log_logit_scale"] = jnp.minimum(
-        params["log_logit_scale"], math.log(config.optimizer.max_logit_scale)
-    )
-    metrics = {
-        **metrics,
-        "logit_scale": jnp.exp(state.params["log_logit_scale"]),
-        "grad_norm": grad_norm,
-        "param_norm": optax.tree.norm(params),
-        "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-    }
-    ema_params = state.ema_params
-    if ema_params is not None:
-        ema_params = update_average(ema_params, params, config.ema.decay, state.step)
-    # One bad batch must not undo weeks: without finite numbers everything stays as it was.
-    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
-    params, opt_state, ema_params = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old),
-        (params, opt_state, ema_params),
-        (state.params, state.opt_state, state.ema_params),
-    )
-    metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
-    new_state = TrainState(
-        step=state.step + 1,
-        params=params,
-        opt_state=opt_state,
-        key_data=state.key_data,
-        ema_params=ema_params,
-    )
-    return new_state, metrics
+    def _step(self, state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        """Pure but for the counter, which counts the calls by the tracer."""
+        self.trace_count += 1
+        config = self._config
+        grads, metrics = loss_gradients(
+            state, batch, definition=self._definition, mesh=self._mesh, config=config
+        )
+        trained, frozen = split_parameters(config.optimizer, state.params)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        params = merge_parameters(optax.apply_updates(trained, updates), frozen)
+        params["log_logit_scale"] = jnp.minimum(
+            params["log_logit_scale"], math.log(config.optimizer.max_logit_scale)
+        )
+        metrics = {
+            **metrics,
+            "logit_scale": jnp.exp(state.params["log_logit_scale"]),
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(params),
+            "learning_rate": jnp.asarray(self._schedule(state.step), jnp.float32),
+        }
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = update_average(ema_params, params, config.ema.decay, state.step)
+        # One bad batch must not undo weeks: without finite numbers everything stays as it was.
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
+        params, opt_state, ema_params = jax.tree.map(
+            lambda new, old: jnp.where(is_finite, new, old),
+            (params, opt_state, ema_params),
+            (state.params, state.opt_state, state.ema_params),
+        )
+        metrics["skipped"] = 1.0 - is_finite.astype(jnp.float32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            key_data=state.key_data,
+            ema_params=ema_params,
+        )
+        return new_state, metrics
 
 
 def loss_gradients(
@@ -180,7 +165,7 @@ def loss_gradients(
     encode = functools.partial(
         encode_examples,
         definition=definition,
-        config=config.concepts,
+        terms=tuple(active_terms(config).values()),
         gather=ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
     )
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
@@ -208,7 +193,7 @@ def encode_examples(
     examples: dict[str, jax.Array],
     *,
     definition: ModelDefinition,
-    config: ml_collections.ConfigDict,
+    terms: Sequence[Term],
     gather: ParameterGather,
 ) -> dict[str, jax.Array]:
     """Embeds examples on one device, from its part of the parameters.
@@ -216,27 +201,30 @@ def encode_examples(
     Args:
         params: this device's part of every parameter.
         examples: `images` uint8 [b, h, w, 3], `tokens` int32 [b, t], and `kept_patches` int32
-            [b, k] where patches are dropped; labels where concept losses count.
+            [b, k] where patches are dropped; labels where terms read them.
         definition: of the model.
-        config: the section `concepts`.
+        terms: of the objective.
         gather: makes parameters whole.
 
     Returns:
-        `image_emb` and `text_emb`, float32 [b, d], L2-normalised; concept losses, float32 [b].
+        `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b].
     """
     params = gather.outside_blocks(params)
     model = merge_model(definition, params)
-    features = model.vision.features(
+    pooled = model.vision.features(
         normalize(examples["images"], jnp.dtype(definition.dtype)),
         kept_patches=examples.get("kept_patches"),
         gather=gather.block("vision"),
     )
-    projected = model.vision.projection(features)
-    return {
+    projected = model.vision.projection(pooled)
+    encoded = {
         "image_emb": l2_normalize(projected),
         "text_emb": model.encode_text(examples["tokens"], gather=gather.block("text")),
-        **concept_losses(params, features, projected, examples, config),
     }
+    features = {"pooled": pooled, "projected": projected, **encoded}
+    for term in terms:
+        encoded.update(term.of_examples(params, features, examples))
+    return encoded
 
 
 def _with_kept_patches(
@@ -244,7 +232,7 @@ def _with_kept_patches(
 ) -> dict[str, jax.Array]:
     """The batch and, where patches are dropped, which of each image stay.
 
-    Drawn for the global batch, so that neither the mesh nor the micro-batches have a say.
+    Drawn for the global batch, so that they depend neither on the mesh nor on the micro-batches.
     """
     if share <= 0.0:
         return batch

@@ -25,6 +25,7 @@ from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
 from diht_jax.sharding import path_name
 from diht_jax.training.monitoring.anomalies import DivergedError
+from diht_jax.training.objective import active_terms
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.state import TrainState
 from diht_jax.training.step import encode_examples, loss_gradients
@@ -91,7 +92,7 @@ def _first_in_towers(
             state.params,
             batch,
             definition=definition,
-            config=config.concepts,
+            terms=tuple(active_terms(config).values()),
             gather=_WholeParameters(),
         )
     except _Found as found:

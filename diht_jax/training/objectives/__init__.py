@@ -1,1 +1,1 @@
-"""Terms of the training objective."""
+"""Terms of the training objective beside the contrastive loss."""

@@ -15,14 +15,14 @@ from etils import epath
 
 from diht_jax.data.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.training.multihost import gather_texts
+from diht_jax.training.objectives.registry import TERMS
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
 from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
 
-# A run cannot go on under other values of these, ...
+# A run cannot go on under other values of these and of the objective's terms, ...
 _FIXED_IN_A_RUN = (
     "model",
     "loss",
-    "concepts",
     "optimizer",
     "ema",
     "data",
@@ -48,10 +48,11 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
     """Refuses to mix two runs in one directory; names the keys that differ."""
     if not (workdir / CONFIG_FILE).exists():
         return
+    fixed = (*_FIXED_IN_A_RUN, *TERMS)
     changed = changed_keys(
         read_config(workdir),
         config,
-        lambda name: name.startswith(_FIXED_IN_A_RUN) and name not in _FREE_IN_A_RUN,
+        lambda name: name.startswith(fixed) and name not in _FREE_IN_A_RUN,
     )
     if changed and (workdir / CHECKPOINT_DIRECTORY).exists():
         raise ValueError(

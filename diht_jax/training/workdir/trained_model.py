@@ -11,9 +11,10 @@ from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax.config import default_config, validate_config
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.zoo import Architecture, get_architecture
-from diht_jax.training.objective import HEADS, LOGIT_BIAS, with_objective_parameters
+from diht_jax.training.objective import with_objective_parameters
+from diht_jax.training.objectives.concepts import HEADS
 from diht_jax.training.state import abstract_parameters
 from diht_jax.training.workdir.checkpoint import (
     CHECKS_ITEM,
@@ -100,9 +101,10 @@ def restore_model(
         problem = explain_error(error)
     if problem is not None:
         raise ValueError(f"{directory} cannot be read: {problem}; steps found: {steps}")
-    params = restored[name]
-    heads = params.pop(HEADS, {})
-    params.pop(LOGIT_BIAS, None)
+    found = restored[name]
+    # What the objective learns beside the model is left out, but for the concept heads.
+    params = {part: found[part] for part in (*TOWERS, "log_logit_scale")}
+    heads = found.get(HEADS, {})
     return TrainedModel(config=config, arch=arch, params=params, heads=heads, step=step)
 
 

@@ -1,0 +1,10 @@
+"""The terms of the objective by name, which is the name of their section in the config."""
+
+from __future__ import annotations
+
+from diht_jax.training.objectives.concepts import ConceptDistillation
+from diht_jax.training.objectives.term import Term
+
+TERMS: dict[str, type[Term]] = {
+    "concepts": ConceptDistillation,
+}

@@ -1,0 +1,109 @@
+"""What a term of the objective provides: its settings, its parameters and its losses.
+
+A new term is a subclass of `Term` in a file of its own and a line in `registry.py`. Its name there
+is the name of its section in the config.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import ml_collections
+from jax.typing import DTypeLike
+
+Parameters = dict[str, Any]
+
+
+class Term:
+    """A term of the objective, as its section of the config describes it.
+
+    Attributes:
+        settings: the keys of its section with their defaults; a `weight` of 0 leaves it out.
+        num_labels: k, how many of the teacher's labels of each kind it reads from a record. They
+            are in the batch as `object_ids` int32 [b, k], `object_probs` float32 [b, k],
+            `attribute_ids` and `attribute_probs`; with 0 they may be absent.
+        multipliers: entries for `config.optimizer.multipliers`, for its own parameters.
+        section: its section of the config.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {"weight": 0.0}
+    num_labels: int = 0
+    multipliers: tuple[tuple[str, float, float], ...] = ()
+
+    def __init__(self, name: str, section: ml_collections.ConfigDict):
+        """Keeps and checks the section.
+
+        Args:
+            name: of the section.
+            section: of the config.
+
+        Raises:
+            ValueError: a value out of range; names the key, such as `config.concepts.num_objects`.
+        """
+        self.section = section
+        self.check(name)
+
+    def check(self, name: str) -> None:
+        """Raises ValueError for a value out of range in the section `name`."""
+        if not 0 <= self.section.weight < math.inf:
+            raise ValueError(f"config.{name}.weight={self.section.weight}: expected at least 0")
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the term counts in this run."""
+        return self.section.weight > 0
+
+    def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+        """The config, with what the run must know of its data; most terms need nothing.
+
+        Args:
+            config: the whole training config.
+
+        Raises:
+            ValueError: the data lack what the term needs.
+        """
+        return config
+
+    def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
+        """The term's own parameters at the start, by names that no other term has.
+
+        Args:
+            key: for random ones.
+            widths: size of the features `pooled` and `projected`; see `of_examples`.
+            dtype: of the stored parameters.
+        """
+        return {}
+
+    def of_examples(
+        self, params: Parameters, features: dict[str, jax.Array], examples: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """What is computed of one example alone, on one device and in one micro-batch.
+
+        Args:
+            params: all parameters; those of the towers' blocks may be split over devices.
+            features: float [b, ...]: `pooled` of the image tower before the projection,
+                `projected` after it, `image_emb` and `text_emb` L2-normalised.
+            examples: the batch.
+
+        Returns:
+            float32 [b] by the name of a loss, which is that of its metric.
+        """
+        return {}
+
+    def of_batch(
+        self, encoded: dict[str, jax.Array], params: Parameters, examples: dict[str, jax.Array]
+    ) -> dict[str, tuple[float, jax.Array]]:
+        """Weights and losses of the global batch.
+
+        Args:
+            encoded: `image_emb` and `text_emb` [N, d], L2-normalised, and what `of_examples`
+                returns, [N]; split over the mesh by rows.
+            params: all parameters.
+            examples: the global batch.
+
+        Returns:
+            Weight and scalar by the name of a loss, which is that of its metric.
+        """
+        raise NotImplementedError
