@@ -1,13 +1,13 @@
 """How examples are encoded on the mesh, and how gradients come back: fsdp and micro-batches.
 
-Used by the training step, which puts the loss on top and differentiates through it. Inside of
-`jax.shard_map` each device encodes its own rows: nothing but parameters is ever sent. No losses
-and no optimiser may come in here.
+Inside of `jax.shard_map` each device encodes its own rows: nothing but parameters is ever sent. The
+caller puts a loss on top and differentiates through it. No losses over the global batch and no
+optimiser may come in here.
 
 A function that encodes takes (params, examples), nested dicts of the parameters and of arrays
 [b, ...], and returns a nested dict of arrays [b, ...] of which row i depends on example i alone.
-That is all it takes to go micro-batch by micro-batch, so whatever is computed of one example (the
-losses of concept heads, say) can be returned beside the embeddings.
+That is all it takes to go micro-batch by micro-batch, so whatever is computed of one example (such
+as the losses of concept heads) can be returned beside the embeddings.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def encode_on_mesh(
     Args:
         encode: gets this device's part of every parameter, to be made whole with
             `ParameterGather`.
-        trained, frozen: nested dicts of parameters, placed by the partition rules, layer by layer.
+        trained, frozen: nested dicts of parameters, sharded by the partition rules, layer by layer.
         examples: arrays [N, ...], split over the mesh by rows.
         mesh: axes `data` and `fsdp`.
         micro_batch: examples, over all devices, to encode at once; see `in_micro_batches`.
@@ -234,7 +234,7 @@ _gather_axis.defvjp(_gather_axis_forward, _gather_axis_backward)
 
 
 def _partition_specs(params: dict[str, Any], mesh: Mesh) -> Any:
-    return jax.tree.map(lambda place: place.spec, sharding.tree_shardings(params, mesh))
+    return jax.tree.map(lambda leaf: leaf.spec, sharding.tree_shardings(params, mesh))
 
 
 def _split_rows(tree: Tree, count: int) -> Tree:

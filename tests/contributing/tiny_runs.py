@@ -1,0 +1,65 @@
+"""A tiny training run on eight devices, and its embeddings from a model of one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diht_jax import sharding
+from diht_jax.config import default_config, validate_config
+from diht_jax.data.images.transforms import normalize
+from diht_jax.models.parameters import merge_model
+from diht_jax.training.program import TrainProgram
+
+BATCH_SIZE = 16
+
+
+def tiny_config(changes):
+    """A config that trains in seconds; its keys are validated."""
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    config.model.overrides.update(
+        image_size=16,
+        patch_size=8,
+        vision_layers=1,
+        vision_width=32,
+        text_layers=1,
+        text_width=32,
+        embed_dim=16,
+        context_length=8,
+        vocab_size=64,
+    )
+    config.mesh.update(data=4, fsdp=2)
+    config.optimizer.warmup_steps = 0
+    config.data.batch_size = BATCH_SIZE
+    config.update_from_flattened_dict(changes)
+    validate_config(config, default_config())
+    return config
+
+
+def train_two_steps(config):
+    """The metrics of each step, with the parameters and the float64 embeddings before it."""
+    program = TrainProgram(config, total_steps=10)
+    state = program.create_state()
+    step = program.step(state)
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": rng.integers(0, 256, (BATCH_SIZE, 16, 16, 3)).astype(np.uint8),
+        "tokens": rng.integers(1, 64, (BATCH_SIZE, 8)).astype(np.int32),
+    }
+    on_mesh = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
+
+    @jax.jit
+    def embed(params):
+        model = merge_model(program.definition, params)
+        images = normalize(batch["images"], jnp.float32)
+        return model.encode_image(images), model.encode_text(batch["tokens"])
+
+    steps = []
+    for _ in range(2):
+        params = jax.device_get(state.params)
+        embeddings = [np.float64(emb) for emb in embed(params)]
+        state, metrics = step(state, on_mesh)
+        steps.append((jax.device_get(metrics), params, *embeddings))
+    assert step.trace_count == 1
+    return steps
