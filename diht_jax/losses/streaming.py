@@ -85,7 +85,7 @@ def streaming_loss(
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-    """Sizes, known when the step is traced. Row arrays are held as [num_tiles, tile, ...], padded."""
+    """Sizes, known when the step is traced; row arrays lie as [num_tiles, tile, ...], padded."""
 
     objective: Objective
     axes: tuple[str, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,8 +28,8 @@ from diht_jax.training.objectives.term import Parameters, Term
 Metrics = dict[str, jax.Array]
 
 
-def active_terms(config: ml_collections.ConfigDict) -> dict[str, Term]:
-    """The terms that count in this run, by name.
+def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
+    """The terms that count in this run.
 
     Args:
         config: the whole training config.
@@ -37,8 +37,8 @@ def active_terms(config: ml_collections.ConfigDict) -> dict[str, Term]:
     Raises:
         ValueError: wrong values in the section of a term, active or not.
     """
-    terms = {name: term(name, config[name]) for name, term in TERMS.items()}
-    return {name: term for name, term in terms.items() if term.is_active}
+    terms = [term(name, config[name]) for name, term in TERMS.items()]
+    return tuple(term for term in terms if term.is_active)
 
 
 def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -50,14 +50,14 @@ def bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     Raises:
         ValueError: the data lack what a term needs.
     """
-    for term in active_terms(config).values():
+    for term in active_terms(config):
         config = term.bind_data(config)
     return config
 
 
 def num_labels(config: ml_collections.ConfigDict) -> int:
     """How many of the teacher's labels of each kind the terms read from a record; 0 for none."""
-    return max((term.num_labels for term in active_terms(config).values()), default=0)
+    return max((term.num_labels for term in active_terms(config)), default=0)
 
 
 def with_objective_parameters(
@@ -81,9 +81,9 @@ def with_objective_parameters(
 
     def init(key: jax.Array) -> Parameters:
         params = init_params(key)
-        for name, term in terms.items():
+        for term in terms:
             # By name, so that another term beside it does not change what it draws.
-            term_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            term_key = jax.random.fold_in(key, zlib.crc32(term.name.encode()))
             params.update(term.parameters(term_key, widths, dtype))
         if loss.initial_logit_scale is not None:
             log_scale = math.log(loss.initial_logit_scale)
@@ -117,7 +117,7 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
 def optimizer_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The section `optimizer`, with the multipliers of the terms' parameters at the end."""
     section = config.optimizer.copy_and_resolve_references()
-    for term in active_terms(config).values():
+    for term in active_terms(config):
         section.multipliers = (*section.multipliers, *term.multipliers)
     return section
 
@@ -127,6 +127,7 @@ def total_loss(
     params: Parameters,
     examples: dict[str, jax.Array],
     *,
+    terms: Sequence[Term],
     mesh: Mesh,
     config: ml_collections.ConfigDict,
 ) -> tuple[jax.Array, Metrics]:
@@ -136,6 +137,7 @@ def total_loss(
         encoded: `image_emb` and `text_emb` [N, d], and what the terms return of examples, [N].
         params: of this run, with `log_logit_scale` and what losses and terms learn.
         examples: the batch.
+        terms: of `active_terms`.
         mesh: axes `data` and `fsdp`.
         config: the whole training config.
 
@@ -155,11 +157,10 @@ def total_loss(
         axis_names=sharding.BATCH_AXES,
         impl=config.loss.impl,
     )
-    terms = active_terms(config)
     if not terms:
         return total, metrics
     metrics["contrastive_loss"] = metrics["loss"]
-    for term in terms.values():
+    for term in terms:
         for name, (weight, part) in term.of_batch(encoded, params, examples).items():
             metrics[name] = jax.lax.stop_gradient(part)
             total += weight * part

@@ -161,11 +161,12 @@ def loss_gradients(
         config: the whole training config.
     """
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
+    terms = active_terms(config)
     examples = _with_kept_patches(batch, key, definition.arch, config.model.patch_dropout, mesh)
     encode = functools.partial(
         encode_examples,
         definition=definition,
-        terms=tuple(active_terms(config).values()),
+        terms=terms,
         gather=ParameterGather(state.params, mesh, jnp.dtype(definition.dtype)),
     )
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
@@ -182,7 +183,7 @@ def loss_gradients(
             scan_layers=definition.execution.scan_layers,
         )
         params = merge_parameters(trained, frozen)
-        return total_loss(encoded, params, examples, mesh=mesh, config=config)
+        return total_loss(encoded, params, examples, terms=terms, mesh=mesh, config=config)
 
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     return grads, metrics

@@ -49,7 +49,7 @@ def test_concept_losses_are_the_same_on_any_mesh_and_in_micro_batches(concept_co
     np.testing.assert_allclose(
         series(tmp_path / "one", "loss"), parts[0] + parts[1] + 0.5 * parts[2], rtol=1e-5
     )
-    # Zero heads predict all places of the head alike.
+    # Zero heads predict all ids of the head alike.
     np.testing.assert_allclose([parts[1][0], parts[2][0]], math.log(8), rtol=1e-5)
     assert parts[1][-1] < 0.8 * parts[1][0] and parts[2][-1] < 0.8 * parts[2][0]
 
@@ -107,6 +107,7 @@ def test_sigmoid_loss_trains_and_is_the_same_on_any_mesh(config, tmp_path):
     config.optimizer.learning_rate = 3e-3
     state = train(config, tmp_path / "one", devices=jax.devices()[:1])
     assert float(state.params["logit_bias"]) != -10
+    assert "logit_bias" not in read_model(tmp_path / "one").params
     train(config, tmp_path / "eight")
     losses = series(tmp_path / "one", "loss")
     np.testing.assert_allclose(series(tmp_path / "eight", "loss"), losses, rtol=2e-4)
@@ -117,6 +118,9 @@ def test_sigmoid_loss_trains_and_is_the_same_on_any_mesh(config, tmp_path):
     "key, value, message",
     [
         ("loss.kind", "triplet", "config.loss.kind='triplet': expected 'softmax'"),
+        ("loss.impl", "fast", "config.loss.impl='fast': expected one of streaming, dense"),
+        ("loss.alpha", 1.5, r"config.loss.alpha: expected a number in \[0, 1\], got 1.5"),
+        ("loss.beta", -0.5, "config.loss.beta: expected a finite number >= 0, got -0.5"),
         ("concepts.object_weight", -1.0, "config.concepts.object_weight=-1.0"),
         ("concepts.num_objects", 0, "config.concepts.num_objects=0"),
         ("concepts.feature", "hidden", "config.concepts.feature='hidden'"),

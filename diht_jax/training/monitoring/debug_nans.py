@@ -92,7 +92,7 @@ def _first_in_towers(
             state.params,
             batch,
             definition=definition,
-            terms=tuple(active_terms(config).values()),
+            terms=active_terms(config),
             gather=_WholeParameters(),
         )
     except _Found as found:

@@ -84,9 +84,9 @@ class ConceptDistillation(Term):
         "attribute_hash": placeholder(str),
     }
 
-    def check(self, name: str) -> None:
+    def check(self) -> None:
         """See `Term.check`."""
-        section = self.section
+        name, section = self.name, self.section
         for kind in CONCEPT_KINDS:
             if not 0 <= section[kind.weight] < math.inf:
                 raise ValueError(

@@ -25,6 +25,7 @@ class Term:
             are in the batch as `object_ids` int32 [b, k], `object_probs` float32 [b, k],
             `attribute_ids` and `attribute_probs`; with 0 they may be absent.
         multipliers: entries for `config.optimizer.multipliers`, for its own parameters.
+        name: of its section.
         section: its section of the config.
     """
 
@@ -42,13 +43,15 @@ class Term:
         Raises:
             ValueError: a value out of range; names the key, such as `config.concepts.num_objects`.
         """
-        self.section = section
-        self.check(name)
+        self.name, self.section = name, section
+        self.check()
 
-    def check(self, name: str) -> None:
-        """Raises ValueError for a value out of range in the section `name`."""
+    def check(self) -> None:
+        """Raises ValueError for a value out of range in the section."""
         if not 0 <= self.section.weight < math.inf:
-            raise ValueError(f"config.{name}.weight={self.section.weight}: expected at least 0")
+            raise ValueError(
+                f"config.{self.name}.weight={self.section.weight}: expected at least 0"
+            )
 
     @property
     def is_active(self) -> bool:

@@ -1,4 +1,4 @@
-"""The objective on a mesh: placement, gradients through sharded towers, and metrics."""
+"""The contrastive loss on a mesh: shardings, gradients through sharded towers, and metrics."""
 
 import functools
 
