@@ -263,18 +263,27 @@ def _backward(ring, residuals, cotangents):
     text_grads = ring.join(text_grads) + positive_slopes * image_emb
     # sum_ij G_ij <image_i, text_j>, which the gradient of the images holds already.
     scale_grad = jnp.sum(image_emb * image_grads)
-    scalar_grads = [
-        jnp.sum(by_image) + jnp.sum(by_text)
-        for by_image, by_text in zip(image_slopes.scalars, text_slopes.scalars, strict=True)
-    ]
-    for index, total in zip(objective.second_pass, second_pass, strict=True):
-        scalar_grads[index] += total
     return (
         (scale * image_grads).astype(image_emb.dtype),
         (scale * text_grads).astype(text_emb.dtype),
         scale_grad,
-        tuple(scalar_grads),
+        _scalar_grads(objective, image_slopes, text_slopes, second_pass),
     )
+
+
+def _scalar_grads(
+    objective: Objective,
+    image_slopes: RowSlopes,
+    text_slopes: RowSlopes,
+    second_pass: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+    grads = [
+        jnp.sum(by_image) + jnp.sum(by_text)
+        for by_image, by_text in zip(image_slopes.scalars, text_slopes.scalars, strict=True)
+    ]
+    for index, total in zip(objective.second_pass, second_pass, strict=True):
+        grads[index] += total
+    return tuple(grads)
 
 
 _ring_loss.defvjp(_forward, _backward)
