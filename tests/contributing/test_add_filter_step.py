@@ -1,0 +1,75 @@
+"""The worked example of a filter step drops extreme shapes, and the report counts them."""
+
+import io
+import json
+import pathlib
+import tarfile
+
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
+from data_prep.filtering.steps import registry
+from data_prep.reports.summary import read_report
+from tests.contributing.blocks import load_example
+from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
+
+# Width, height, and whether one side is more than three times the other.
+_SIZES = [(40, 20, False), (100, 10, True), (30, 30, False), (10, 31, True), (10, 30, False)]
+
+
+@pytest.fixture(autouse=True)
+def example(tmp_path, monkeypatch):
+    """One file, and one line in the table."""
+    module = load_example("aspect_ratio", tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # a worker process imports the file
+    monkeypatch.setitem(registry.STEPS, "aspect", module.AspectStep)
+    return module
+
+
+def _write_tar(path: pathlib.Path) -> str:
+    with tarfile.open(path, "w") as tar:
+        for number, (width, height, _) in enumerate(_SIZES):
+            buffer = io.BytesIO()
+            Image.new("RGB", (width, height), "red").save(buffer, "PNG")
+            caption = f"{width} by {height}".encode()
+            for extension, data in (("png", buffer.getvalue()), ("txt", caption)):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_extreme_shapes_are_dropped_and_counted(tmp_path, num_workers, capsys):
+    output = tmp_path / f"out{num_workers}"
+    source = _write_tar(tmp_path / "in.tar")
+    config = job_config(source, output, aspect__max_ratio=3.0, num_workers=num_workers)
+    assert run_filter(config) == {}
+    kept = [f"{width} by {height}" for width, height, is_extreme in _SIZES if not is_extreme]
+    assert [record.caption for record in read_records(output)] == kept
+    assert "aspect   extreme shape     2   40.0%" in capsys.readouterr().out
+    report = read_report(output)
+    assert report.funnel.rows() == [("read", "", 5), ("aspect", "extreme", 2), ("kept", "", 3)]
+    page = (output / "report.html").read_text()
+    assert "<td>extreme shape</td>" in page and "Dropped, aspect: extreme shape" in page
+    (dropped,) = (output / "parts").glob("*.dropped.tsv")
+    assert dropped.read_text() == "1\taspect/extreme\n3\taspect/extreme\n"
+    settings = json.loads((output / "parts" / "settings.json").read_text())
+    assert (settings["aspect"], settings["aspect_rules"]) == ({"max_ratio": 3.0}, 1)
+    before = snapshot(output)
+    assert run_filter(config) == {}  # nothing to do
+    assert snapshot(output) == before
+
+
+def test_the_step_is_off_by_default_and_old_folders_stay_valid(tmp_path):
+    config = job_config("in.tar", tmp_path)
+    assert filter_config.hash_config(config) == "2312dd6c85107ec9"  # as without the step
+    config.aspect.max_ratio = 3.0
+    assert filter_config.hash_config(config) != "2312dd6c85107ec9"
+
+
+def test_its_key_is_checked(tmp_path):
+    with pytest.raises(ValueError, match="config.aspect.max_ratio=0.5; expected at least 1"):
+        job_config("in.tar", tmp_path, aspect__max_ratio=0.5)
