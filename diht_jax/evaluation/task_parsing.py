@@ -16,19 +16,19 @@ from typing import Any
 from absl import logging
 
 from diht_jax.data.readers import tfds
+from diht_jax.data.readers.registry import option_defaults
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import benchmark_folder, registry
 from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SUITE, SuiteEntry
 
+# The options of the readers whose values are texts, and one of annotation files.
 _SOURCE_OPTIONS = (
-    "data_dir",
-    "image_feature",
-    "caption_feature",
-    "image_column",
-    "caption_column",
-    "key_column",
-    "image_root",
+    *(
+        name
+        for name, field in option_defaults().items()
+        if field.default is None or isinstance(field.default, str)
+    ),
     "image_name",
 )
 

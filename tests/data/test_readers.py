@@ -8,11 +8,20 @@ import os
 import pathlib
 import tarfile
 
+import fsspec
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from diht_jax.data.readers.base import SOURCE_REASONS, clean_text, pick_captions
-from diht_jax.data.readers.registry import Skipped, list_shards, open_source, read_pairs
+from diht_jax.data.readers.registry import (
+    FORMATS,
+    Skipped,
+    list_shards,
+    open_source,
+    read_pairs,
+)
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 
@@ -379,6 +388,48 @@ def test_own_records_and_lists_of_sources(tmp_path):
     tar = _write_tar(tmp_path / "x.tar", [("k.png", _PNG), ("k.txt", b"text")])
     one = str(tmp_path / "p-train-00001.tfrecord")
     assert [p.key for p in open_source([tar, one])] == ["k", "1/0", "1/1", "1/2"]
+
+
+def test_parquet_with_images(tmp_path):
+    rows = [
+        {"key": "a", "jpg": _JPEG, "txt": "one", "width": 4},
+        {"key": "b", "jpg": None, "txt": "two", "width": None},
+        {"key": "c", "jpg": _PNG, "txt": " ", "width": 4},
+        {"key": "a", "jpg": _JPEG, "txt": "again", "width": 4},
+    ]
+    path = tmp_path / "00000.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    expected = [
+        Pair("a", _JPEG, "one", {"width": 4}),
+        Skipped("b", "no_image", "nothing in the column"),
+        Skipped("c", "no_caption", "nothing in column 'txt'"),
+        Skipped("a", "duplicate", "the key was there before"),
+    ]
+    for spec in (str(path), str(tmp_path), str(tmp_path / "*.parquet")):
+        assert _entries(spec) == expected
+    assert FORMATS["parquet"].count(list_shards(str(path))[0]) == 4
+    # Beside tars, such files hold the metadata of the tars' pairs.
+    tar = _write_tar(tmp_path / "00000.tar", [("k.png", _PNG), ("k.txt", b"text")])
+    for spec in (str(tmp_path), str(tmp_path / "0*")):
+        assert [shard.path for shard in list_shards(spec)] == [tar]
+
+
+def test_own_records_in_an_object_store(tmp_path):
+    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
+        for i in range(3):
+            writer.write(encode_record(Pair(f"k{i}", _PNG, f"caption {i}")))
+    system, url = fsspec.filesystem("memory"), "memory://test_readers"
+    system.pipe_file("/test_readers/a.tfrecord", (tmp_path / "a.tfrecord").read_bytes())
+    system.pipe_file("/test_readers/b.tar", b"")
+    source = open_source(url)
+    assert [pair.key for pair in source] == ["k0", "k1", "k2"]
+    (shard,) = source.shards
+    assert FORMATS["tfrecord"].count(shard) == 3
+    identity = shard.identity()
+    assert identity["path"] == "memory:///test_readers/a.tfrecord"
+    assert identity["size_bytes"] == (tmp_path / "a.tfrecord").stat().st_size
+    with pytest.raises(ValueError, match="no TFRecord shards at 'memory://test_readers/b.tar'"):
+        open_source(f"{url}/b.tar")
 
 
 def test_foreign_record_names_file_and_record(tmp_path):
