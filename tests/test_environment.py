@@ -1,0 +1,78 @@
+"""`.ci/environment.sh` installs what is missing and nothing else, the project itself included."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+# In place of Python: writes its arguments down.
+RECORDER = '#!/bin/sh\necho "$@" >> calls\n'
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the set-up's files, and an environment whose Python only records its calls."""
+    folder = tmp_path / "checkout"
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, folder)
+    shutil.copytree(REPOSITORY / ".ci", folder / ".ci")
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(RECORDER)
+    python.chmod(0o755)
+    return folder
+
+
+def set_up(folder: pathlib.Path) -> list[str]:
+    """Sources the script as run_demo.sh does; the calls of Python since the last time."""
+    script = "set -euo pipefail; source .ci/environment.sh; echo $python"
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
+    calls = folder / "calls"
+    lines = calls.read_text().splitlines() if calls.exists() else []
+    calls.unlink(missing_ok=True)
+    return lines
+
+
+def test_everything_is_installed_once(checkout):
+    requirements, project = set_up(checkout)
+    assert requirements.endswith("-r requirements.txt")
+    assert project.endswith("--no-deps --no-build-isolation -e .")
+    assert set_up(checkout) == []
+
+
+def test_environment_of_an_earlier_revision_gets_the_project_alone(checkout):
+    set_up(checkout)
+    (checkout / ".venv" / "installed_project").unlink()
+    (project,) = set_up(checkout)
+    assert project.endswith("-e .")
+
+
+def test_changes_are_installed(checkout):
+    set_up(checkout)
+    (checkout / "pyproject.toml").write_text("changed")
+    assert [call.split()[-1] for call in set_up(checkout)] == ["."]
+    (checkout / "requirements.txt").write_text("changed")
+    assert [call.split()[-1] for call in set_up(checkout)] == ["requirements.txt"]
+
+
+def test_checkout_that_was_moved_is_linked_again(checkout):
+    set_up(checkout)
+    moved = checkout.rename(checkout.parent / "moved")
+    assert [call.split()[-1] for call in set_up(moved)] == ["."]
+
+
+def test_what_installs_the_project_is_among_the_requirements():
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    wanted = (REPOSITORY / "pyproject.toml").read_text().partition("requires = [")[2]
+    assert wanted.partition("]")[0].strip('"') in lines
