@@ -61,6 +61,15 @@ def must_refuse(read: Callable[[], Any], *names: str | pathlib.Path) -> str:
     return ERROR
 
 
+def judge_value(read: Callable[[], Any], expected: Any, *names: str | pathlib.Path) -> str:
+    """Judges input of which all is there or nothing: the value, or an error that holds a name."""
+    result = attempt(read, *names)
+    if isinstance(result, Refused):
+        return ERROR
+    require(result == expected, f"read {result!r:.300}, written {expected!r:.300}")
+    return SUCCESS
+
+
 def judge_read(
     read: Callable[[], tuple[Sequence[Any], Mapping[str, int]]],
     name: str | pathlib.Path,

@@ -15,29 +15,24 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.data.readers import registry
-from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, damaged, flipped, noise, words
-from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_entries, judge_read, require
+from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, ODD, Draw, damaged, flipped, noise, words
+from tests.fuzz.judge import ERROR, Refused, attempt, judge_entries, judge_read, require
 
-_KINDS = one(["jsonl", "csv", "tsv"])
 # Paths in a table that lead to no picture of the folder.
-_BAD_PATHS = [
-    *("", " ", "missing.png", "../outside.png", "/etc/hostname", "images", "images/..", "link.png"),
-    *("pipe.png", "nul\0.png", "images/" + "x" * 300, "x/" * 3000, "http://host/a.png"),
-    *("lone\ud800.png", "images/0.png/0.png", "~/a.png", "images/\n.png"),
-]
+_BAD_PATHS = ["", " ", "missing.png", "../outside.png", "/etc/hostname", "images", "images/.."]
+_BAD_PATHS += ["link.png", "pipe.png", "nul\0.png", "images/" + "x" * 300, "x/" * 3000, "~/a.png"]
+_BAD_PATHS += ["http://host/a.png", "lone\ud800.png", "images/0.png/0.png", "images/\n.png"]
 _BAD_LINES = [line for line in NO_OBJECT if line]
-_BAD_LINES += [b"{}", b"\0", b"\xef\xbb\xbf", b'{"n": ' + b"9" * 5000 + b"}", b'{"image": 3}']
-_BAD_LINES += [b'{"image": {"a": 1}, "caption": "x"}', b'{"image": ["images/0.png"], "caption": 1}']
+_BAD_LINES += [b"{}", b"\0", b"\xef\xbb\xbf", b'{"n": ' + b"9" * 5000 + b"}"]
 _BAD_LINES += [b'{"image": "images/0.png", "caption": "%s"}' % bad for bad in NOT_UTF8]
-_BAD_VALUES = [None, 3, 1.5, True, [], {}, [None], "", " ", "\ud800", [["x"]], "x" * 100_000]
 
 
-class Table:
-    """Rows with their images; the rows' keys stand in a column."""
+class _Table:
+    """Rows with their images; the rows' keys stand in a column. One row is to be damaged."""
 
-    def __init__(self, draw: Draw, folder: pathlib.Path, kind: str):
-        self.draw, self.kind = draw, kind
-        self.path = folder / f"table.{kind}"
+    def __init__(self, draw: Draw, folder: pathlib.Path, *kinds: str):
+        self.draw, self.kind = draw, draw(one(kinds or ("jsonl", "csv", "tsv")))
+        self.path = folder / f"table.{self.kind}"
         (folder / "images").mkdir()
         (folder.parent / "outside.png").write_bytes(b"outside")
         (folder / "link.png").symlink_to(folder.parent / "outside.png")
@@ -51,7 +46,7 @@ class Table:
             self.rows.append(row)
             self.values[row["id"]] = (image, caption)
         self.place = draw(integers(0, len(self.rows) - 1))
-        self.bad = f"row{self.place}"  # the one that is damaged
+        self.bad = f"row{self.place}"
 
     def lines(self) -> list[bytes]:
         """The rows as they stand in the file, without the header."""
@@ -70,72 +65,59 @@ class Table:
 
     def read(self) -> Any:
         """Pairs as (key, value), and counts."""
-        rows_per_shard = self.draw(integers(1, 4))
-        source = registry.open_source(
-            str(self.path), key_column="id", rows_per_shard=rows_per_shard
-        )
+        options = {"key_column": "id", "rows_per_shard": self.draw(integers(1, 4))}
+        source = registry.open_source(str(self.path), **options)
         return [(p.key, (p.image, p.caption)) for p in source], source.skipped
 
-    def judge(self, data: bytes, *touched: str, **verdict: bool) -> str:
+    def judge(self, header: bytes, lines: list[bytes], *touched: str, **verdict: bool) -> str:
         """Writes the file and reads it: all rows but those touched must come."""
-        self.path.write_bytes(data)
+        self.path.write_bytes(header + b"".join(lines))
         intact = {key: value for key, value in self.values.items() if key not in touched}
         return judge_read(self.read, self.path, intact, touched, may_rename=True, **verdict)
 
 
-def check_bad_lines(draw: Draw, folder: pathlib.Path) -> str:
-    """One line of a jsonl replaced: no other row may suffer."""
-    table = Table(draw, folder, "jsonl")
-    lines = table.lines()
-    hit = flipped(lines[table.place][:-1]).map(lambda line: line.replace(b"\n", b" "))
-    lines[table.place] = draw(one(_BAD_LINES) | hit) + b"\n"
-    return table.judge(b"".join(lines), table.bad, may_fail=False)
-
-
-def check_bad_values(draw: Draw, folder: pathlib.Path) -> str:
-    """A cell of another type, or none: no other row may suffer; a row needs no key of its own."""
-    table = Table(draw, folder, "jsonl")
-    row, field = table.rows[table.place], draw(one(["image", "caption", "id", "note"]))
-    row[field] = draw(one(_BAD_VALUES))
-    if draw(integers(0, 3)) == 3:
-        del row[field]
-    if field != "id":
-        return table.judge(b"".join(table.lines()), table.bad, may_fail=False)
-    table.path.write_bytes(b"".join(table.lines()))
-    found, skipped = table.read()
-    require(len(found) == len(table.rows) and not skipped, "a row without an own key is lost")
-    require(len({key for key, _ in found}) == len(found), "two rows with the same key")
-    return SUCCESS
-
-
-def check_bad_paths(draw: Draw, folder: pathlib.Path) -> str:
-    """A path that leads out, or to no picture, is skipped; only a csv may be refused for it."""
-    table = Table(draw, folder, draw(_KINDS))
-    path = table.rows[table.place]["image"] = draw(one(_BAD_PATHS))
-    data = table.header() + b"".join(table.lines())
-    outcome = table.judge(data, table.bad, may_fail=table.kind != "jsonl")
-    if outcome != ERROR:
-        found, _ = table.read()
-        require(table.bad not in dict(found), f"a picture at {path!r:.50}")
-    return outcome
-
-
-def check_flips_in_a_row(draw: Draw, folder: pathlib.Path) -> str:
-    """Flips that make no line break, delimiter or quote touch one row alone."""
-    table = Table(draw, folder, draw(_KINDS))
+def check_lines(draw: Draw, folder: pathlib.Path) -> str:
+    """One line replaced, or bits in it flipped: no other row may suffer."""
+    table = _Table(draw, folder)
     lines = table.lines()
     body = lines[table.place].rstrip(b"\r\n")
     end = lines[table.place][len(body) :]
-    changed = draw(flipped(body))
-    marks = b'\r\n",\t\\{}:[]\xef\xbb\xbf'
-    assume(table.kind == "jsonl" or all(changed.count(m) == body.count(m) for m in marks))
+    is_jsonl = table.kind == "jsonl"
+    changed = draw(one(_BAD_LINES) | flipped(body) if is_jsonl else flipped(body))
+    marks = b'\r\n",\t\\{}:[]\xef\xbb\xbf'  # these may touch other rows of a csv
+    assume(is_jsonl or all(changed.count(mark) == body.count(mark) for mark in marks))
     lines[table.place] = changed.replace(b"\n", b" ") + end
-    return table.judge(table.header() + b"".join(lines), table.bad, may_fail=False)
+    return table.judge(table.header(), lines, table.bad, may_fail=False)
+
+
+def check_values(draw: Draw, folder: pathlib.Path) -> str:
+    """A cell of another type, or none: no other row may suffer; a row needs no key of its own."""
+    table = _Table(draw, folder, "jsonl")
+    row, field = table.rows[table.place], draw(one(["image", "caption", "id", "note"]))
+    row[field] = draw(one([*ODD, [["x"]], "x" * 100_000]))
+    if draw(integers(0, 3)) == 3:
+        del row[field]
+    outcome = table.judge(b"", table.lines(), table.bad, may_fail=False)
+    if field == "id":
+        found, skipped = table.read()
+        require(len(found) == len(table.rows) and not skipped, "a row without an own key is lost")
+    return outcome
+
+
+def check_paths(draw: Draw, folder: pathlib.Path) -> str:
+    """A path that leads out, or to no picture, is skipped; only a csv may be refused for it."""
+    table = _Table(draw, folder)
+    path = table.rows[table.place]["image"] = draw(one(_BAD_PATHS))
+    may_fail = table.kind != "jsonl"
+    outcome = table.judge(table.header(), table.lines(), table.bad, may_fail=may_fail)
+    if outcome != ERROR:
+        require(table.bad not in dict(table.read()[0]), f"a picture at {path!r:.50}")
+    return outcome
 
 
 def check_damaged_file(draw: Draw, folder: pathlib.Path) -> str:
     """Any damage: rows that lie whole before it, and on lines of their own, must come."""
-    table = Table(draw, folder, draw(_KINDS))
+    table = _Table(draw, folder)
     data = table.header() + b"".join(table.lines())
     changed = draw(damaged(data))
     same = len(os.path.commonprefix([data, changed]))
@@ -154,11 +136,11 @@ def check_damaged_file(draw: Draw, folder: pathlib.Path) -> str:
 
 def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
     """Rows with too many or too few fields, blank lines, marks, odd endings: others stay."""
-    table = Table(draw, folder, draw(one(["csv", "tsv"])))
+    table = _Table(draw, folder, "csv", "tsv")
     lines, header, bad = table.lines(), table.header(), table.place
-    delimiter = b"\t" if table.kind == "tsv" else b","
     form = draw(integers(0, 6))
     if form == 0:
+        delimiter = b"\t" if table.kind == "tsv" else b","
         lines[bad] = delimiter.join([b"a"] * draw(one([1, 3, 5, 1000]))) + b"\r\n"
     elif form == 1:
         lines[bad] = lines[bad].replace(b"images", b'"images')
@@ -167,46 +149,34 @@ def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
     elif form == 3:
         header = b"\xef\xbb\xbf" + header
     elif form == 4:
-        end = draw(one([b"\n", b"\r\n"]))
-        header, *lines = (line.replace(b"\r\n", end) for line in (header, *lines))
+        header, *lines = (line.replace(b"\r\n", b"\n") for line in (header, *lines))
     elif form == 5:
         lines[-1] = lines[-1].rstrip()
     else:
         lines[bad] = lines[bad].replace(b",n", b"," + draw(one(NOT_UTF8)))
     touched = [table.bad] if form < 2 else []
-    return table.judge(header + b"".join(lines), *touched, may_fail=form == 1)
+    return table.judge(header, lines, *touched, may_fail=form == 1)
 
 
 def check_no_table(draw: Draw, folder: pathlib.Path) -> str:
     """A table without its columns, or without rows, is an error."""
-    kind = draw(_KINDS)
-    table = Table(draw, folder, kind)
-    contents = [b"", b"\n", b" \n\n", table.header()]
-    if kind != "jsonl":
-        headers = [
-            b"",
-            b"\n",
-            b"a,b,c\n",
-            b"image;caption;id\n",
-            b"\xff\xfe\n",
-            b'"image\n',
-            b"\0\n",
-        ]
-        contents += [head + rows for head in headers for rows in (b"", b"".join(table.lines()))]
-    return table.judge(draw(one(contents)), *table.values, must_fail=True)
+    table = _Table(draw, folder)
+    header, lines = draw(one([b"", b"\n", b" \n\n", table.header()])), []
+    if table.kind != "jsonl" and draw(st.booleans()):
+        odd = [b"", b"\n", b"a,b,c\n", b"image;caption;id\n", b"\xff\xfe\n", b'"image\n', b"\0\n"]
+        header, lines = draw(one(odd)), table.lines()
+    return table.judge(header, lines, *table.values, must_fail=True)
 
 
 def check_class_folder(draw: Draw, folder: pathlib.Path) -> str:
     """Folders with odd entries beside the pictures."""
-    root = folder / "classes"
-    values = {}
+    root, values = folder / "classes", {}
     for number in range(draw(integers(1, 3))):
-        name = draw(one(["dog", "ca\u00f1on", "x_y", "a b"])) + str(number)
-        (root / name).mkdir(parents=True)
+        odd = root / (draw(one(["dog", "ca\u00f1on", "x_y", "a b"])) + str(number))
+        odd.mkdir(parents=True)
         for picture in range(draw(integers(1, 3))):
-            values[f"{name}/{picture}.png"] = data = draw(noise(300))
-            (root / name / f"{picture}.png").write_bytes(data)
-    odd = root / name
+            data = values[f"{odd.name}/{picture}.png"] = draw(noise(300))
+            (odd / f"{picture}.png").write_bytes(data)
     os.mkfifo(odd / "pipe.jpg")
     (odd / "lost.png").symlink_to("/nowhere/at/all.png")
     (odd / "folder.png").mkdir()

@@ -17,15 +17,13 @@ from PIL import Image
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from tests.fuzz.damage import Draw, flipped, noise
 from tests.fuzz.framing import example, frame, index
-from tests.fuzz.judge import ERROR, SKIP, SUCCESS, Refused, attempt, must_refuse, require
+from tests.fuzz.judge import ERROR, SKIP, SUCCESS, Refused, attempt, require
 
 _SIDE = 4
 # One epoch at least. (Of a dozen records grain takes milliseconds for each index of the order.)
 _BATCH_SIZE, _BATCHES = 16, 4
 _DECODE = DecodeExample(_SIDE, 8, (0.9, 1.0), "{caption}", num_concepts=3)
-_NAMES = {
-    *("images", "tokens", "object_ids", "object_probs", "attribute_ids", "attribute_probs"),
-}
+_NAMES = {"images", "tokens", "object_ids", "object_probs", "attribute_ids", "attribute_probs"}
 
 
 def prepare(base: pathlib.Path) -> None:
@@ -156,23 +154,3 @@ def check_error(draw: Draw, folder: pathlib.Path) -> str:
     require(isinstance(result, Refused), "a bad record was not noticed")
     require(f"record {bad}" in result.message, f"not record {bad}: {result.message}")
     return ERROR
-
-
-def check_all_bad(draw: Draw, folder: pathlib.Path) -> str:
-    """Nothing good is left: no endless search."""
-    path = _write(folder, [frame(example(_fields(n) | {"image": b"none"})) for n in range(99)])
-    seed = draw(integers(0, 999))
-    return must_refuse(lambda: _read(path, "skip", seed, batches=1), "in a row")
-
-
-def check_another_index(draw: Draw, folder: pathlib.Path) -> str:
-    """An index of another shard makes good records unreadable; that is never skipped."""
-    shard = _Shard(draw, folder, 0)
-    longer = frame(example(_fields(0) | {"caption": b"a longer text"}))
-    frames = [longer, *(_good_frame(n) for n in range(1, shard.count))]
-    path = _write(folder, frames)
-    # The offsets behind the long record differ wherever else it lies.
-    place = draw(integers(1, shard.count - 1))
-    other = [*frames[1 : place + 1], longer, *frames[place + 1 :]]
-    pathlib.Path(f"{path}.idx").write_bytes(index(other))
-    return must_refuse(shard.read, path)

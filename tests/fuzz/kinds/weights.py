@@ -1,12 +1,14 @@
-"""Weight files: damaged, cut short, hostile."""
+"""Weight files of a very small CLIP in every format: damaged, cut short, hostile."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pathlib
 import pickle
 import struct
+import warnings
 import zipfile
 from typing import Any
 
@@ -18,12 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
+from diht_jax.models.zoo import Architecture
+from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
 from diht_jax.weights.tensor_files import read_tensors
 from tests.fuzz.damage import DEEP_JSON, NOT_UTF8, Draw, cut, damaged, flipped
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, must_refuse, require
-from tests.fuzz.kinds import small_clip
-from tests.fuzz.kinds.small_clip import require_equal, safetensors_file, tensors, torch_file
 
 _PICKLES = [
     b"\x80\x02" + b"N" + b"r" + struct.pack("<I", 2**31) + b".",  # memo of billions
@@ -47,12 +49,82 @@ _PICKLES = [
 ]
 
 
+FIELDS = {
+    **{"image_size": 8, "patch_size": 4, "vision_layers": 1, "vision_width": 8, "vision_heads": 1},
+    **{"text_layers": 1, "text_width": 8, "text_heads": 1, "embed_dim": 4},
+    **{"context_length": 5, "vocab_size": 12},
+}
+ARCH = Architecture(**FIELDS)
+
+
+@functools.cache
+def tensors() -> dict[str, np.ndarray]:
+    """The model under CLIP's names, with random values."""
+    rng = np.random.default_rng(0)
+    return {
+        name: rng.normal(size=shape).astype(np.float32)
+        for name, shape in clip_layout.expected_shapes(ARCH).items()
+    }
+
+
+@functools.cache
+def safetensors_file() -> bytes:
+    """As a safetensors file."""
+    return safetensors.numpy.save(tensors(), {"format": "pt"})
+
+
+@functools.cache
+def torch_file(is_legacy: bool = False) -> bytes:
+    """As a torch state dict, in the zip format or in the one before it."""
+    buffer = io.BytesIO()
+    state = {name: torch.from_numpy(value.copy()) for name, value in tensors().items()}
+    torch.save(state, buffer, _use_new_zipfile_serialization=not is_legacy)
+    return buffer.getvalue()
+
+
+@functools.cache
+def _torchscript_file() -> bytes:
+    """A TorchScript archive of two layers, as OpenAI published its models."""
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(module), buffer)
+    return buffer.getvalue()
+
+
+@functools.cache
+def _torchscript_tensors() -> dict[str, np.ndarray]:
+    """What is in it, as torch itself reads it."""
+    module = torch.jit.load(io.BytesIO(_torchscript_file()))
+    return {name: value.numpy() for name, value in module.state_dict().items()}
+
+
+def _require_equal(
+    found: Any, expected: dict[str, np.ndarray], but: set[str] = frozenset()
+) -> None:
+    """The same names and, but for some, the same values."""
+    require(found.keys() == expected.keys(), f"names {sorted(found.keys() ^ expected.keys())[:5]}")
+    for name, value in expected.items():
+        same = np.array_equal(found[name], value)
+        require(same or name in but, f"the values of {name} have changed")
+
+
+def judge_model(path: pathlib.Path, *names: str | pathlib.Path, but: set[str] = frozenset()) -> str:
+    """The model's parameters, but for some, or an error that names the path or another name."""
+    weights = attempt(lambda: read_weights(path), path, *names)
+    if isinstance(weights, Refused):
+        return ERROR
+    _require_equal(clip_layout.to_clip(weights.params, weights.arch), tensors(), but)
+    return SUCCESS
+
+
 def prepare(base: pathlib.Path) -> None:
     """Compiles and imports what is slow the first time."""
     path = base / "model.safetensors"
     path.write_bytes(safetensors_file())
-    require(small_clip.judge_model(path) == SUCCESS, "the undamaged file")
-    torch_file(), torch_file(True), small_clip.torchscript_tensors()
+    require(judge_model(path) == SUCCESS, "the undamaged file")
+    torch_file(), torch_file(True), _torchscript_tensors()
 
 
 def check_damaged_safetensors(draw: Draw, folder: pathlib.Path) -> str:
@@ -67,13 +139,13 @@ def check_damaged_safetensors(draw: Draw, folder: pathlib.Path) -> str:
         return must_refuse(lambda: read_weights(path), path)
     if form == 2:
         path.write_bytes(length + draw(flipped(header, 2)) + values)
-        return small_clip.judge_model(path)
+        return judge_model(path)
     changed = draw(flipped(values))
     path.write_bytes(length + header + changed)
     hit = [i for i in range(len(values)) if values[i] != changed[i]]
     offsets = {n: e["data_offsets"] for n, e in json.loads(header).items() if n != "__metadata__"}
     touched = {name for name, (a, b) in offsets.items() if any(a <= i < b for i in hit)}
-    require(small_clip.judge_model(path, but=touched) == SUCCESS, "damaged values were noticed")
+    require(judge_model(path, but=touched) == SUCCESS, "damaged values were noticed")
     return SUCCESS
 
 
@@ -99,29 +171,24 @@ def check_hostile_safetensors(draw: Draw, folder: pathlib.Path) -> str:
 
 def check_damaged_torch_files(draw: Draw, folder: pathlib.Path) -> str:
     """Zip archives have checksums: everything is right, or an error. The old format has none."""
-    name = draw(one(["model.pt", "model.ckpt", "model.bin", "model.pth"]))
-    data, expected = draw(
-        one(
-            [
-                (torch_file(), tensors()),
-                (small_clip.torchscript_file(), small_clip.torchscript_tensors()),
-                (torch_file(True), None),
-            ]
-        )
-    )
-    path = folder / ("model.pt" if expected is not tensors() else name)
-    path.write_bytes(draw(damaged(data)))
+    path = folder / draw(one(["model.pt", "model.ckpt", "model.bin", "model.pth"]))
+    data, expected = torch_file(), tensors()
+    form = draw(integers(0, 2))
+    if form > 0:
+        path = folder / "model.pt"
+        data, expected = _torchscript_file(), _torchscript_tensors()
+    path.write_bytes(draw(damaged(torch_file(True) if form == 2 else data)))
     result = attempt(lambda: read_tensors(path), path)
     if isinstance(result, Refused):
         return ERROR
-    if expected is not None:
-        require_equal(result.tensors, expected)
+    if form < 2:
+        _require_equal(result.tensors, expected)
         return SUCCESS
     _require_arrays(result.tensors)
     weights = attempt(lambda: read_weights(path), path)
     if isinstance(weights, Refused):
         return ERROR
-    require(weights.arch == small_clip.ARCH, f"another architecture: {weights.arch}")
+    require(weights.arch == ARCH, f"another architecture: {weights.arch}")
     return SUCCESS
 
 
@@ -139,7 +206,7 @@ def _write_changed(
         contents: a strategy of the new contents, given the old ones.
     """
     path = folder / "model.pt"
-    data = draw(one([torch_file(), small_clip.torchscript_file()]))
+    data = draw(one([torch_file(), _torchscript_file()]))
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w") as new:
         for info in old.infolist():
             is_meant = info.filename.endswith(member)
@@ -179,19 +246,13 @@ def check_bomb(draw: Draw, folder: pathlib.Path) -> str:
 
 def check_other_contents(draw: Draw, folder: pathlib.Path) -> str:
     """State dicts of other things: lists, numbers, nested and sparse tensors, other models."""
-    values = [
-        *({"a": 3}, [torch.zeros(2)], torch.zeros(2), {}, {"state_dict": {"state_dict": {}}}),
-        {"model": {"a": torch.zeros(2), "b": "text"}},
-        {3: torch.zeros(2)},
-        {"a": torch.zeros(2).to_sparse()},
-        {"a": torch.zeros(2, dtype=torch.complex64)},
-        {"a": torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)},
-        {"a": torch.zeros(2, device="meta")},
-        {"a": torch.zeros(1).expand(10**9)},
-        {"module.a": torch.zeros(2)},
-        {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)},
-        {"visual.conv1.weight": torch.zeros(8, 3, 4, 4), "visual.proj": torch.zeros(0)},
-    ]
+    zeros = torch.zeros(2)
+    values = [{"a": 3}, [zeros], zeros, {}, {"state_dict": {"state_dict": {}}}, {3: zeros}]
+    values += [{"model": {"a": zeros, "b": "text"}}, {"module.a": zeros}]
+    values += [{"visual.conv1.weight": torch.zeros(8, 3, 4, 4), "visual.proj": torch.zeros(0)}]
+    others = [zeros.to_sparse(), torch.zeros(2, device="meta"), torch.zeros(1).expand(10**9)]
+    others += [torch.quantize_per_tensor(zeros, 0.1, 0, torch.qint8), zeros.to(torch.complex64)]
+    values += [{"a": other} for other in [*others, zeros.to(torch.float8_e4m3fn)]]
     path = folder / "model.pt"
     torch.save(values[draw(integers(0, len(values) - 1))], path)
     attempt(lambda: read_tensors(path), path)

@@ -21,9 +21,9 @@ from diht_jax.models.zoo import get_architecture
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CHECKS_ITEM, STATE_ITEM
 from diht_jax.training.workdir.checksums import tree_checksums
 from diht_jax.training.workdir.config_file import CONFIG_FILE, write_config
-from tests.fuzz.damage import NO_OBJECT, Draw, cut, damaged
+from tests.fuzz.damage import Draw, changed_json, cut, damage_folder
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
-from tests.fuzz.kinds.small_clip import FIELDS
+from tests.fuzz.kinds.weights import FIELDS
 
 _STEPS = (3, 7)
 _whole: dict[str, Any] = {}
@@ -70,91 +70,66 @@ def _judge(folder: pathlib.Path, must_fail: bool = False, **options: Any) -> str
     return SUCCESS
 
 
-def _copy(folder: pathlib.Path) -> tuple[pathlib.Path, list[pathlib.Path]]:
-    """The run, and the files of its latest checkpoint."""
-    run = pathlib.Path(shutil.copytree(_whole["folder"], folder / "run"))
-    root = run / CHECKPOINT_DIRECTORY / str(_STEPS[-1])
-    return run, sorted(path for path in root.rglob("*") if path.is_file())
+def _copy(folder: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(_whole["folder"], folder / "run"))
 
 
-def check_files(draw: Draw, folder: pathlib.Path) -> str:
-    """A file that is missing or damaged; all of them gone, or cut off as on a full disk."""
-    run, files = _copy(folder)
-    form = draw(integers(0, 3))
-    path = draw(one(files))
-    if form == 0:
-        path.unlink()
-    elif form == 1:
-        path.write_bytes(draw(damaged(path.read_bytes())))
-    elif form == 2:
-        for path in files:
-            path.unlink()
+def check_damaged_files(draw: Draw, folder: pathlib.Path) -> str:
+    """Files of the config or of the latest checkpoint that are damaged, swapped or gone."""
+    run = _copy(folder)
+    shutil.rmtree(run / CHECKPOINT_DIRECTORY / str(_STEPS[0]))
+    damage_folder(draw, run if draw(booleans()) else run / CHECKPOINT_DIRECTORY)
+    return _judge(run)
+
+
+def check_all_files_gone_or_cut(draw: Draw, folder: pathlib.Path) -> str:
+    """As on a full disk: that must be an error, whatever earlier checkpoint there is."""
+    run = _copy(folder)
+    is_cut = draw(booleans())
+    for path in (run / CHECKPOINT_DIRECTORY / str(_STEPS[-1])).rglob("*"):
+        if path.is_file():
+            data = path.read_bytes()
+            path.write_bytes(draw(cut(data)) if data else b"") if is_cut else path.unlink()
+    return _judge(run, must_fail=True)
+
+
+def check_config(draw: Draw, folder: pathlib.Path) -> str:
+    """A config that is damaged, of another model, or of none."""
+    path = _copy(folder) / CONFIG_FILE
+    config = json.loads(path.read_bytes())
+    section = draw(one(["model", "data", "ema", "loss"]))
+    if draw(booleans()):
+        config[section] = draw(changed_json(config[section]))
     else:
-        for path in files:
-            path.write_bytes(draw(cut(path.read_bytes())) if path.stat().st_size else b"")
-    return _judge(run, must_fail=form >= 2)
+        config["model"]["overrides"] = draw(changed_json(config["model"]["overrides"]))
+    path.write_text(json.dumps(config), encoding="utf-8", errors="surrogatepass")
+    return _judge(path.parent)
 
 
-def check_other_directories(draw: Draw, folder: pathlib.Path) -> str:
-    """Unfinished checkpoints and other things beside the good ones."""
-    run, _ = _copy(folder)
-    root = run / CHECKPOINT_DIRECTORY
+def check_directories(draw: Draw, folder: pathlib.Path) -> str:
+    """Unfinished checkpoints and other things beside the good ones, steps that are not there."""
+    step = draw(one([None, *_STEPS, 0, -1, 4, 10**12]))
+    if step is not None:
+        outcome = _judge(_whole["folder"], must_fail=step not in _STEPS, step=step)
+        require((outcome == SUCCESS) == (step in _STEPS), f"step {step}: {outcome}")
+        return outcome
+    root = _copy(folder) / CHECKPOINT_DIRECTORY
     names = ["9.orbax-checkpoint-tmp-123", "latest", "-1", "1e3", "notes.txt", "٣", ".hidden"]
     name = draw(one(names))
     (root / name).mkdir()
     if draw(booleans()):
         shutil.copytree(root / str(_STEPS[0]), root / name, dirs_exist_ok=True)
-    require(_judge(run) == SUCCESS, f"the good checkpoints are hidden by '{name}'")
+    require(_judge(root.parent) == SUCCESS, f"the good checkpoints are hidden by '{name}'")
     return SUCCESS
-
-
-def check_wrong_step(draw: Draw, folder: pathlib.Path) -> str:
-    """A step that was not saved is an error, and one that was is read."""
-    step = draw(one([*_STEPS, 0, -1, 4, 10**12]))
-    outcome = _judge(_whole["folder"], must_fail=step not in _STEPS, step=step)
-    require((outcome == SUCCESS) == (step in _STEPS), f"step {step}: {outcome}")
-    return outcome
-
-
-def check_config(draw: Draw, folder: pathlib.Path) -> str:
-    """A config that is damaged, of another model, or of none."""
-    run, _ = _copy(folder)
-    path = run / CONFIG_FILE
-    contents = path.read_bytes()
-    config = json.loads(contents)
-    form = draw(integers(0, 4))
-    if form == 0:
-        odd = [0, -1, 10**9, "8", None, 0.5, [8], True, 3]
-        config["model"]["overrides"][draw(one(sorted(FIELDS)))] = draw(one(odd))
-    elif form == 1:
-        odd = [None, 3, "no such model", "", [], "tiny_32px\0"]
-        config["model"]["name"] = draw(one(odd))
-    elif form == 2:
-        odd = ["float99", "int8", 3, None, "bfloat16"]
-        config["model"][draw(one(["dtype", "param_dtype"]))] = draw(one(odd))
-    elif form == 3:
-        section = draw(one(["model", "data", "ema", "loss"]))
-        config[section] = draw(one([3, None, [], "text", {"unknown": 1}, {"a.b": 1}]))
-    path.write_text(json.dumps(config))
-    if form == 4:
-        path.write_bytes(draw(damaged(contents) | one(NO_OBJECT)))
-    return _judge(run)
 
 
 def check_no_run(draw: Draw, folder: pathlib.Path) -> str:
     """Empty directories, files, and runs that never saved."""
-    run, _ = _copy(folder)
-    form = draw(integers(0, 4))
+    run = _copy(folder)
+    form = draw(integers(0, 3))
     if form == 0:
         (run / CONFIG_FILE).unlink()
-    elif form == 1:
-        run = folder / "empty"
-        run.mkdir()
-    elif form == 2:
-        shutil.rmtree(run / CHECKPOINT_DIRECTORY / str(_STEPS[-1]))
-        return _judge(run)  # an earlier checkpoint is left
     else:
-        shutil.rmtree(run / CHECKPOINT_DIRECTORY)
-        if form == 3:
-            (run / CHECKPOINT_DIRECTORY).mkdir()
+        shutil.rmtree(run / CHECKPOINT_DIRECTORY if form < 3 else run)
+        (run / CHECKPOINT_DIRECTORY if form == 1 else run).mkdir(exist_ok=True)
     return _judge(run, must_fail=True)
