@@ -41,7 +41,7 @@ LABELLED = "labelled"
 # What does the work, in processes of its own.
 _PACKAGES = ("jax", "flax", "optax", "torch", "efficientnet_lite_pytorch")
 
-# Names of colours and their place in RGB; the nearest one is the colour's name.
+# Names of colours and their RGB values; the nearest one is the colour's name.
 _COLORS = {
     "red": (170, 50, 40),
     "orange": (200, 120, 50),
@@ -132,8 +132,8 @@ def relabel(pairs: list[Pair], captions: str) -> Iterator[tuple[Pair, str]]:
     if captions == "noisy":
         rng = np.random.default_rng(0)
         exchanged = rng.permutation(len(pairs))[: len(pairs) // 2]
-        for place, other in zip(exchanged, np.roll(exchanged, 1), strict=True):
-            others[place] = other
+        for index, other in zip(exchanged, np.roll(exchanged, 1), strict=True):
+            others[index] = other
     for pair, other in zip(pairs, others, strict=True):
         yield pair, describe(pair) if captions == "described" else pairs[other].caption
 

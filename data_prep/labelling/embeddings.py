@@ -1,10 +1,9 @@
 """A teacher's embeddings of shards: one npz per shard, kept, so that they are computed only once.
 
-`data_prep.label` runs `embed_shard` with an engine, then trains heads on the files and applies
-them. Models belong in `teachers.py`. A file holds
+The models are in `data_prep.teachers`. A file holds
 
     embeddings  float16 or float32 [m, d], of the m records that have one
-    rows        int32 [m], their places in the shard, ascending
+    rows        int32 [m], their positions in the shard, ascending
     key_hashes  uint64 [n], of all n records; they divide the records into training and held-out
 """
 
@@ -89,12 +88,12 @@ def embedding_path(labelled_shard: str) -> str:
 def embed_shard(
     task: shards.ShardTask, report: Report, *, teacher: ml_collections.ConfigDict, dtype: str
 ) -> dict[str, Any]:
-    """Does one task; the function that `engine.run_tasks` calls.
+    """Embeds one shard.
 
     Args:
         task: of `plan_embeddings`.
-        report: told how many records are done.
-        teacher: config section of `teachers.default_teacher`.
+        report: called with the number of records that are done.
+        teacher: config section of `teachers.registry.default_teacher`.
         dtype: of the file.
 
     Returns:
@@ -113,15 +112,15 @@ def embed_shard(
             key_hashes.append(hash_key(record.key))
             yield record
 
-    vectors, rows, missing, place = [], [], {}, 0
+    vectors, rows, missing, position = [], [], {}, 0
     for results in load_teacher(teacher).embed(read_hashing_keys()):
         for result in results:
             if isinstance(result, str):
                 missing[result] = missing.get(result, 0) + 1
             else:
                 vectors.append(result.astype(dtype))
-                rows.append(place)
-            place += 1
+                rows.append(position)
+            position += 1
         report(len(results))
     embeddings = np.stack(vectors) if vectors else np.zeros((0, 0), dtype)
     if not np.isfinite(embeddings).all():

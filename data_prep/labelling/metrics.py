@@ -1,6 +1,6 @@
 """How well predicted concepts agree with the captions: recall of images, recall of concepts.
 
-Called by `heads.py` during training and by `data_prep.label` for the report. NumPy only.
+NumPy only.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Predictions:
     targets: Targets
 
     @functools.cached_property
-    def _places(self) -> np.ndarray:
+    def _ranks(self) -> np.ndarray:
         """int [number of targets], rank of each in its image's row, from 0; huge for none."""
         found = self.ids[self.targets.rows()] == self.targets.ids[:, None]
         return np.where(found.any(axis=1), found.argmax(axis=1), np.iinfo(np.int64).max)
 
     def recall(self, k: int) -> float:
         """Share of an image's own concepts among its first k predictions, mean over images."""
-        hits = np.bincount(self.targets.rows()[self._places < k], minlength=len(self.targets))
+        hits = np.bincount(self.targets.rows()[self._ranks < k], minlength=len(self.targets))
         return float(np.mean(hits / self.targets.lengths))
 
     def concept_recall(self, k: int, num_concepts: int) -> np.ndarray:
@@ -50,7 +50,7 @@ class Predictions:
             float64 [v]; NaN for a concept that no image has.
         """
         positives = self.targets.counts(num_concepts)
-        hits = np.bincount(self.targets.ids[self._places < k], minlength=num_concepts)
+        hits = np.bincount(self.targets.ids[self._ranks < k], minlength=num_concepts)
         return np.where(positives > 0, hits / np.maximum(positives, 1), np.nan)
 
 

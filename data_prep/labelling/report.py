@@ -1,7 +1,7 @@
-"""What labelling made, to look at: `report.html`, the curves as a picture, the metrics as text.
+"""The report of a labelled folder: a page, the training curves as a picture, the metrics as text.
 
-`data_prep.label` calls it at the end. The page is one file without links to others. Numbers come
-from `heads.json`, images from the labelled shards.
+`report.html` is one file without links to others. Numbers come from `heads.json`, images from the
+labelled shards.
 """
 
 from __future__ import annotations

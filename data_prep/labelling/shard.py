@@ -1,7 +1,6 @@
 """One shard with labels: the heads' likeliest concepts added to every record.
 
-`data_prep.label` runs `label_shard` with an engine. Keys, order and everything else of the records
-stay as they are.
+Keys, order and everything else of the records stay as they are.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ def label_shard(
     top_k: int,
     described: dict[str, Any],
 ) -> dict[str, Any]:
-    """Does one task; the function that `engine.run_tasks` calls.
+    """Labels one shard.
 
     Args:
         task: a shard, and where its labelled version goes.
-        report: told how many records are done.
+        report: called with the number of records that are done.
         heads_folder: with `heads.npz`.
         top_k: concepts of each kind.
         described: `Vocabulary.describe()`, for the statistics.
@@ -82,7 +81,7 @@ def _process(
         for kind, head in heads.items()
         if len(found.rows)
     }
-    places = dict(zip(found.rows.tolist(), range(len(found.rows)), strict=True))
+    row_of = {number: row for row, number in enumerate(found.rows.tolist())}
     added_bytes, unreported = 0, 0
     for number, record in enumerate(read_shard(source)):
         if number >= len(found.key_hashes) or found.key_hashes[number] != hash_key(record.key):
@@ -90,7 +89,7 @@ def _process(
                 f"{source}: record {number} ('{record.key}') is not the one that {embeddings} was "
                 "computed from; delete that file and run data_prep.label again"
             )
-        data = schema.encode_record(_add_concepts(record, predicted, places.get(number)))
+        data = schema.encode_record(_add_concepts(record, predicted, row_of.get(number)))
         added_bytes += len(data) - len(schema.encode_record(_without_concepts(record)))
         writer.write(data)
         unreported += 1
@@ -108,13 +107,13 @@ def _process(
 
 
 def _add_concepts(
-    record: Record, predicted: dict[str, tuple[np.ndarray, np.ndarray]], place: int | None
+    record: Record, predicted: dict[str, tuple[np.ndarray, np.ndarray]], row: int | None
 ) -> Record:
     """The record with its predictions; none where it has no embedding, or the kind no head."""
     values = {}
     for kind, names in zip(vocabulary.KINDS, schema.CONCEPT_FIELDS, strict=True):
-        has_label = place is not None and kind in predicted
-        arrays = [part[place] for part in predicted[kind]] if has_label else _NOTHING
+        has_label = row is not None and kind in predicted
+        arrays = [part[row] for part in predicted[kind]] if has_label else _NOTHING
         values |= dict(zip(names, arrays, strict=True))
     return dataclasses.replace(record, **values)
 

@@ -30,7 +30,7 @@ from diht_jax.data.records.vocabulary import ConceptList
 _NUM_EVALUATIONS = 20
 _PATIENCE = 5  # evaluations
 _ROWS_AT_ONCE = 512
-# Fewer held-out images say too little of a concept to rank it.
+# With fewer held-out images a concept is not ranked.
 _MIN_POSITIVES = 5
 _LISTED = 20  # best and worst concepts in the description
 

@@ -1,7 +1,7 @@
 """Which concepts a data set has: vocabularies from counts, targets of its records, repeat factors.
 
-Method: DiHT, arXiv 2301.02280, "Concept Distillation". `data_prep.label` calls it on what the
-filter left beside its shards; no caption is parsed here. Files of vocabularies belong in
+Method: DiHT, arXiv 2301.02280, "Concept Distillation". The counts and mentions lie beside the
+filtered shards; no caption is parsed here. The files of vocabularies are defined in
 `diht_jax.data.records.vocabulary`.
 """
 

@@ -1,6 +1,6 @@
-"""Words of the synthetic web: sentences that tell a scene, and captions that tell nothing.
+"""Words of the synthetic web: sentences that describe a scene, and captions without information.
 
-Called by `synthetic`. No pictures and no files in here. The sentences are written with verbs that
+No pictures and no files in here. The sentences are written with verbs that
 a dependency parser reads as actions, so that a caption filter (CAT) keeps them; product titles and
 uninformative captions are what it should drop.
 """
@@ -80,7 +80,7 @@ PAIR_VERBS: dict[str, tuple[_Verb, ...]] = {
         ("", "swinging", "from"),
     ),
 }
-# The same relation told from the other object's side.
+# The same relation seen from the other object's side.
 CONVERSE_VERBS: dict[str, tuple[_Verb, ...]] = {
     "on": (("carries", "carrying", ""), ("supports", "supporting", ""), ("lifts", "lifting", "")),
     "above": (("", "waiting", "below"), ("stands", "standing", "under")),
@@ -274,7 +274,7 @@ _FILE_FORMS = (
 
 
 def write_uninformative(rng: np.random.Generator) -> str:
-    """A caption that tells nothing: a file name, a date, an address, a placeholder."""
+    """A caption without information: a file name, a date, an address, a placeholder."""
     if rng.random() < 0.3:
         return _pick(rng, _FILLERS)
     year, month, day = rng.integers((2005, 1, 1), (2024, 13, 29)).tolist()

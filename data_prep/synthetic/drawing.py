@@ -1,7 +1,7 @@
 """Paints the pictures of the synthetic web: scenes of shapes, and captions as rendered text.
 
-Called by `synthetic`. No decision about what is in a scene or what a caption says; those come in
-as arguments. Fonts are the ones that matplotlib and Pillow carry; nothing is downloaded.
+What is in a scene and what a caption says is not decided here; both come in as arguments. Fonts
+are the ones that matplotlib and Pillow carry; nothing is downloaded.
 """
 
 import functools
@@ -30,7 +30,7 @@ def render_scene(rng: np.random.Generator, scene: Scene, side: int) -> Image.Ima
     """Paints a scene as an RGB picture of `side` x `side` pixels.
 
     The generator decides on the light background tint, its shading and grain, and on small shifts
-    of the colours; never on anything that a caption tells.
+    of the colours; never on anything that a caption describes.
     """
     wall = tuple(int(v) for v in rng.integers(214, 250, size=3))
     big = side * _OVERSAMPLING

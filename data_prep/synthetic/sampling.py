@@ -1,7 +1,7 @@
 """Chooses what a synthetic scene shows, and keeps one in eight combinations for evaluation.
 
-Called by `synthetic`. Everything is drawn from the random generator that is passed in. Where things
-stand is the business of `synthetic_scenes`; no painting and no sentences in here.
+Everything is drawn from the random generator that is passed in. Where things stand is decided in
+`scenes.py`; no painting and no sentences in here.
 
 Ours: everything in this file.
 """
@@ -42,7 +42,7 @@ def kinds(scene: Scene) -> tuple[tuple[str, str], ...]:
 
 
 def signature(relation: str, pair: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """What a full caption tells apart: the relation and the (shape, colour) of each object.
+    """What full captions distinguish: the relation and the (shape, colour) of each object.
 
     "Beside" is symmetric, so that both orders have one signature.
     """
@@ -120,7 +120,7 @@ def count_held_out(seed: int) -> int:
 def sample_held_out(rng: np.random.Generator, seed: int, index: int) -> Scene:
     """The index-th evaluation scene of a seed, for index below `count_held_out(seed)`.
 
-    Scenes of different index differ in signature; `rng` decides on sizes, textures and places.
+    Scenes of different index differ in signature; `rng` decides on sizes, textures and positions.
     """
     relation, subject, other = _shuffled_held_out(seed)[index]
     return sample_pair(rng, relation, subject, other)

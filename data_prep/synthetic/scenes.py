@@ -1,7 +1,7 @@
 """Scenes of the synthetic web: what is in the picture, and where, so that the relation is true.
 
-Called by `synthetic_sampling` (which decides what to show) and read by `synthetic_drawing` and
-`synthetic_captions`. No choice of shapes and colours, no painting and no sentences in here.
+What to show is decided in `sampling.py`, the painting is in `drawing.py`, and the sentences are in
+`captions.py`.
 
 Ours: everything in this file; the paper trains on web data and has no synthetic set.
 """
@@ -99,7 +99,7 @@ class Scene:
 
 
 def lay_out(rng: np.random.Generator, relation: str, looks: tuple[SceneObject, ...]) -> Scene:
-    """A scene of these objects: gives them places, radii and angles that make the relation true.
+    """A scene of these objects: gives them positions, radii and angles that make the relation true.
 
     Places are drawn again until everything is inside the picture.
     """
@@ -220,7 +220,7 @@ def _hanging(rng: np.random.Generator, subject: SceneObject, other: SceneObject)
 
 
 def _slid_into_view(rng: np.random.Generator, scene: Scene) -> Scene | None:
-    """The scene moved sideways to a random place within the picture; None where it is too wide."""
+    """The scene moved sideways to a random position in the picture; None where it is too wide."""
     lefts_and_rights = [x for o in scene.objects for x in o.box()[::2]]
     lefts_and_rights += [x for line in scene.lines for x in line[::2]]
     low, high = _MARGIN - min(lefts_and_rights), 1 - _MARGIN - max(lefts_and_rights)

@@ -1,8 +1,5 @@
 """The geometry of the twelve shapes of the synthetic web, free of colour and of randomness.
 
-Called by `synthetic_scenes` (to place shapes so that they touch, hide or contain each other) and
-by `synthetic_drawing` (to paint them). No random numbers, no colours and no captions in here.
-
 Coordinates: x to the right and y down. A *unit* outline fits a circle of radius about 1 round the
 origin; a *placed* outline is in fractions of the image side, 0 to 1.
 """

@@ -47,10 +47,10 @@ _WIDTHS = (32, 64, 128, 128)
 
 
 class Network(nnx.Module):
-    """Strided convolutions, the largest value over places, and logits per concept on top.
+    """Strided convolutions, the largest value over positions, and logits per concept on top.
 
-    The largest, not the mean: a shape is seen at one place, and a mean over the picture knows its
-    colour only.
+    The largest, not the mean: a shape is seen at one position, and a mean over the picture knows
+    its colour only.
     """
 
     def __init__(self, rngs: nnx.Rngs):
@@ -93,8 +93,8 @@ def train_teacher(num_scenes: int, epochs: int, seed: int, workers: int = 0) -> 
     order = np.random.default_rng(seed)
     with tqdm(total=steps, unit="step", desc="teacher") as progress:
         for _ in range(epochs):
-            places = order.permutation(num_scenes)[: num_scenes // BATCH * BATCH]
-            for batch in places.reshape(-1, BATCH):
+            indices = order.permutation(num_scenes)[: num_scenes // BATCH * BATCH]
+            for batch in indices.reshape(-1, BATCH):
                 loss = _update(network, optimizer, pictures[batch], targets[batch])
                 progress.update()
                 if progress.n % 20 == 0:

@@ -13,9 +13,8 @@ img2dataset's layout (KEY.jpg or KEY.png, KEY.txt, KEY.json):
     synthetic.json        settings, class names, pairs of each kind
 
 Every pair is a function of (seed, set, index): the number of workers and of pairs per tar never
-changes it. Called by the demo and by tests. Choice, layout, drawing and words live in the modules
-`synthetic_sampling`, `synthetic_scenes`, `synthetic_drawing` and `synthetic_captions`. Ours, all of
-it: the paper has no synthetic data.
+changes it. What a scene shows is chosen in `sampling.py`, laid out in `scenes.py`, painted in
+`drawing.py` and put into words in `captions.py`. Ours, all of it: the paper has no synthetic data.
 """
 
 import collections
@@ -295,10 +294,10 @@ def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
                 "give another --output, or delete the directory"
             )
         return
-    strangers = sorted(p.name for p in output.glob("*.tar"))
-    if strangers:
+    foreign = sorted(p.name for p in output.glob("*.tar"))
+    if foreign:
         raise ValueError(
-            f"{output} holds {strangers[0]} but no {MANIFEST_NAME}, so the tars are of unknown "
+            f"{output} holds {foreign[0]} but no {MANIFEST_NAME}, so the tars are of unknown "
             "origin; give another --output"
         )
     write_atomically(path, text.encode())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import collections
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
@@ -110,7 +111,8 @@ class ImageTeacher(Teacher):
         ahead: collections.deque[list[futures.Future]] = collections.deque()
         pool = futures.ThreadPoolExecutor(threads if self.info.in_this_process else 1)
         try:
-            for chunk in chunks(records, self._batch_size):
+            records = iter(records)
+            while chunk := list(itertools.islice(records, self._batch_size)):
                 ahead.append([pool.submit(self._prepare, record.image) for record in chunk])
                 if len(ahead) > 1:
                     yield self._embed_chunk(ahead.popleft())
@@ -150,15 +152,3 @@ class ImageTeacher(Teacher):
                 f"the teacher {self.info.name} gave values that are not finite; its "
                 "weights or its dtype are wrong"
             )
-
-
-def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    """Lists of `size` records; the last one may be shorter."""
-    chunk: list[Record] = []
-    for record in records:
-        chunk.append(record)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import glob
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind, chunks
+from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind
 from diht_jax.data.readers.array_files import read_npz_array
 from diht_jax.data.records.schema import Record
 
@@ -109,7 +110,8 @@ class PrecomputedTeacher(Teacher):
         self._batch_size = batch_size
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
-        for chunk in chunks(records, self._batch_size):
+        records = iter(records)
+        while chunk := list(itertools.islice(records, self._batch_size)):
             found = [self._table.get(record.key) for record in chunk]
             yield ["no_embedding" if vector is None else vector for vector in found]
 

@@ -48,7 +48,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         config: section `teacher.swag`.
 
     Raises:
-        ValueError: there is no such file, or it is not the one that its name says.
+        ValueError: there is no such file, or its SHA-256 is not the one in its name.
     """
     from diht_jax.weights import swag_layout
     from diht_jax.weights.releases import hash_file
