@@ -100,7 +100,7 @@ def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
         for caption in chunk:
             try:
                 scene_graphs.parse(caption)
-            except Exception:  # it fails on some texts, which is worth to be told
+            except Exception:  # it fails on some texts, which is worth reporting
                 errors += 1
 
     runs = {

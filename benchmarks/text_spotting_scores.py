@@ -1,6 +1,6 @@
 """Scores of the text spotter on the test set, and how they are printed.
 
-`benchmarks.text_spotting` calls these; no picture is read here.
+No picture is read here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pictures with known text, to calibrate and to test the text spotter on.
 
-Used by `benchmarks/text_spotting.py` and the tests. Captions are drawn on photos where the caller
-has some, else on the scenes of `synthetic_drawing`. What a spotter makes of them is not known here.
+Captions are drawn on photos where there are some, else on the scenes of `data_prep.synthetic`. What
+a spotter makes of them is not known here.
 
 Ours: everything in this file.
 """

@@ -9,7 +9,7 @@ Run (LAION's column of captions is TEXT, DataComp's text):
         --config.input='/laion/*.parquet' --config.output=/laion_kept \\
         --config.source.caption_column=TEXT
 
-Expected: about half of the rows; report.html says why the others are gone.
+Expected: about half of the rows; report.html counts the others by reason.
 """
 
 import ml_collections

@@ -216,7 +216,7 @@ def _join_tokens(text: str) -> str:
 
 
 def _strip_talk(text: str) -> str:
-    """Removes what is said about the picture or the offer, not about what can be seen."""
+    """Removes words about the picture or the offer, which describe nothing that can be seen."""
     text = _LIST_NUMBER.sub("", text, count=1) if text[:1].isdigit() else text
     text = _STATE.sub("", text)
     talk = _IMAGE_TALK.match(text)
@@ -252,7 +252,7 @@ def fold_case(text: str) -> str:
 
 
 def is_english(text: str, lexicon: frozenset[str] = frozenset()) -> bool:
-    """Tells whether a caption is written in English.
+    """Whether a caption is written in English.
 
     Function words of English and of other languages and the words of the lexicon are counted; where
     they do not settle it, py3langid decides. A short text without evidence (a name) passes, since
@@ -308,5 +308,5 @@ def _classify_english(text: str, doubt: float) -> bool:
 
     scores = dict(py3langid.rank(text))
     english = max(scores[language] for language in ("en", "pcm") if language in scores)
-    # The scores are sums over the text's features, which say much the same thing again and again.
+    # The scores are sums over the text's features, which repeat much the same evidence.
     return max(scores.values()) - english < doubt * math.sqrt(len(text))

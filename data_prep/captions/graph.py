@@ -39,7 +39,7 @@ class ObjectNode(NamedTuple):
 class CaptionGraph:
     """What a caption says: objects with attributes, actions and other relations.
 
-    Ours: objects with the same name are one node (a caption seldom tells two of them apart), and an
+    Ours: objects with the same name are one node (a caption seldom distinguishes them), and an
     edge counts once.
 
     Attributes:
@@ -94,7 +94,7 @@ def assemble_graph(
 def cat_reason(
     graph: CaptionGraph, *, min_complexity: int = 1, require_action: bool = True
 ) -> str | None:
-    """Says why the caption part of CAT drops a caption.
+    """Why the caption part of CAT drops a caption; None where it is kept.
 
     Args:
       graph: a parsed caption.

@@ -148,7 +148,7 @@ def _is_singular(sentence: Sentence, i: int) -> bool:
 
 
 def _find_actor(sentence: Sentence, noun: int) -> int | None:
-    """The living thing that a following -ing form tells of: the noun, or the one it belongs to.
+    """The living thing that a following -ing form describes: the noun, or the one it belongs to.
 
     In "man on a chair playing" the phrases are read off the tags, since the parse is not trusted.
     """
@@ -171,7 +171,7 @@ def _find_head_noun(sentence: Sentence, i: int) -> int | None:
 
 
 def _make_subject(sentence: Sentence, noun: int, verb: int) -> None:
-    """Turns the modifier of a verb into its subject; the verb keeps its place or follows it."""
+    """Turns the modifier of a verb into its subject; the verb keeps its position or follows it."""
     _move_modifiers(sentence, verb, noun)
     if sentence.dep[verb] in ("ROOT", "ccomp", "advcl", "parataxis", "acl", "xcomp"):
         sentence.attach(noun, verb, "nsubj")

@@ -107,7 +107,7 @@ def read_mentions(
             ids = file[f"{kind}_ids"].astype(np.int64)
     except FileNotFoundError as error:
         raise ValueError(
-            f"{path} is missing: it says what the captions of {shard} name; write the shard again "
+            f"{path} is missing: it lists what the captions of {shard} name; write the shard again "
             "with `python -m data_prep.filter` and config.concepts=True"
         ) from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

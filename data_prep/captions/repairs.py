@@ -1,8 +1,8 @@
 """Corrections to the parse where the small English model goes astray on captions.
 
 Captions are mostly noun phrases, and the model was trained on sentences. Each rule corrects a kind
-of error seen in web captions: here wrong tags and verbs that are none, in `hidden_verbs` verbs that
-were not seen. What a correct parse means is not decided here.
+of error seen in web captions: here wrong tags and words that are no verbs, in `hidden_verbs` verbs
+that were not seen. What a correct parse means is not decided here.
 """
 
 from data_prep.captions import lexicon
@@ -74,7 +74,7 @@ def _has_article(sentence: Sentence, i: int) -> bool:
 
 
 def _correct_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Takes back verbs that are none in this place.
+    """Takes back the tag of a verb from words that are no verbs in this position.
 
     Nouns ("goat on the grass", "studio shot of"), places ("person, left, and"), adjectives and
     participles before a bare noun ("wet stones", "stacked pipes", "picture of sleeping cats").
@@ -189,7 +189,7 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
 
 
 def _replace(sentence: Sentence, old: int, new: int) -> None:
-    """Gives the place of a token, and its dependents, to another."""
+    """Gives the position of a token in the tree, and its dependents, to another."""
     at_root = sentence.head[old] == old
     sentence.attach(new, new if at_root else sentence.head[old], sentence.dep[old])
     for kid in list(sentence.kids[old]):

@@ -117,6 +117,6 @@ def _look_up(doc: Doc, values: list[int], known: dict[int, str]) -> list[str]:
         known.clear()
     strings = doc.vocab.strings
     for value in values:
-        # Labels keep their case, which tells them from words.
+        # Labels keep their case, which distinguishes them from words.
         known[value] = strings[value].lower() if known is _WORDS else strings[value]
     return [known[value] for value in values]

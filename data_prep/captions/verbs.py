@@ -142,7 +142,7 @@ class _GraphBuilder:
                     self.edges[_ACTION].append((subject, name, target))
 
     def classify(self, i: int, passive: bool, agents: list[int], subjects: list[int]) -> str | None:
-        """Tells actions from states; None when the verb speaks of the picture or adds nothing."""
+        """Whether a verb is an action or a state; None if it adds nothing to the graph."""
         sentence = self.sentence
         lemma = sentence.lemma[i]
         animate = any(nouns.is_animate(sentence, j) for j in (agents if passive else subjects))
@@ -347,7 +347,7 @@ class _GraphBuilder:
         return found
 
     def add_copula(self, i: int, subjects: list[int]) -> None:
-        """Adds what "be" says: attributes, "is" between nouns, and places."""
+        """Adds what "be" states: attributes, "is" between nouns, and places."""
         sentence = self.sentence
         complements = sentence.kids_of(i, "attr")
         found = [j for kid in complements for j in nouns.find_referents(sentence, kid)]

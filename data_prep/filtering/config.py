@@ -20,7 +20,7 @@ from data_prep.sources.list import default_source
 _FORMAT_VERSION = 4
 # Recorded versions that must not change while a folder is filled, see `package_versions`.
 DECIDING_PACKAGES = ("spacy_model",)
-# Of the config, what says where, how fast and in which portions, but not what is written of a pair.
+# Keys that decide where, how fast and in which portions, but not what is written of a pair.
 _NOT_HASHED = (
     "input",
     "output",

@@ -56,7 +56,7 @@ def run(
     inputs = source_list.list_sources(config.input, config.source)
     folder = source_list.check_output(config.output, inputs)
     tasks = _plan_parts(config, inputs, folder, overwrite)
-    mine = source_list.take_share(tasks, task_index, num_tasks)
+    mine = source_list.shards_of_task(tasks, task_index, num_tasks)
     failures = _filter_parts(config, tasks, mine, folder, engine)
     parts = load_parts(tasks)
     if len(parts) == len(tasks) and not failures:

@@ -116,8 +116,8 @@ def _write_sorted(path: pathlib.Path, uids: np.ndarray) -> None:
                 for start in range(0, len(uids), _MAX_SORTED):
                     part = uids[start : start + _MAX_SORTED]
                     # Uids are hashes: equal ranges hold about equally many.
-                    place = (part["f0"] >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)
-                    chosen.append(part[place == number])
+                    number_of = (part["f0"] >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)
+                    chosen.append(part[number_of == number])
                 values = np.unique(np.concatenate(chosen))
                 body.write(values.tobytes())
                 count += len(values)

@@ -81,7 +81,7 @@ def run(
     versions = filter_config.package_versions(config)
     if stale_outputs.reject_or_remove_stale(tasks, folder, settings, versions, overwrite=overwrite):
         filter_job.forget_output(folder)
-    mine = source_list.take_share(tasks, task_index, num_tasks)
+    mine = source_list.shards_of_task(tasks, task_index, num_tasks)
     pending = [task for task in mine if shards.load_finished(task) is None]
     logging.info("%d tables, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:
@@ -239,7 +239,7 @@ class RowFilter:
         """Whether each row is kept.
 
         Args:
-            rows: in order; a text says what is wrong with a row that could not be read.
+            rows: in order; a text explains what is wrong with a row that could not be read.
         """
         entries = [self._make_pair(row) for row in rows]
         candidates = begin(entry for entry in entries if isinstance(entry, Pair))

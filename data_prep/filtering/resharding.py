@@ -225,7 +225,7 @@ def remove_output(path: str) -> None:
 
 
 def remove_records(task: shards.ShardTask) -> None:
-    """Removes the records of a part; what says that it was done, and how, stays."""
+    """Removes the records of a part; the statistics of how it was done stay."""
     for suffix in (KEPT_SUFFIX, CONCEPTS_SUFFIX):
         pathlib.Path(task.output + suffix).unlink(missing_ok=True)
     index_path(task.output).unlink(missing_ok=True)

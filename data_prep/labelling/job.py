@@ -67,7 +67,9 @@ def run(
         inputs, folder, dataset=config.dataset_name, split=config.split, config_hash=""
     )
     embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
-    share = functools.partial(source_list.take_share, task_index=task_index, num_tasks=num_tasks)
+    share = functools.partial(
+        source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
+    )
     failures = _embed(config, teacher, share(embedding_tasks))
     if not _all_done(embedding_tasks, "embedded"):
         return failures

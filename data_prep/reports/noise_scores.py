@@ -1,6 +1,6 @@
 """How well the filters find known noise: precision and recall of each, where pairs carry a label.
 
-The config names the label with `label_field`, such as the demo's, whose data says of every pair
+The config names the label with `label_field`, such as the demo's, whose data names for every pair
 what is wrong with it.
 """
 

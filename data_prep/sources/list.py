@@ -70,7 +70,7 @@ def check_output(output: str | os.PathLike[str] | None, sources: Sequence[Source
     return os.fspath(output)
 
 
-def take_share(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> list[_Task]:
+def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> list[_Task]:
     """The tasks of one job of a job array: every `num_tasks`-th.
 
     Args:

@@ -23,7 +23,7 @@ from diht_jax.data.readers.base import SourceShard
 # decisions change and this number does not.
 RULES_VERSION = 1
 
-# Of the section, what says where and how fast, but not what is written.
+# Keys of the section that decide where and how fast, but not what is written.
 NOT_HASHED = ("cache", "device", "batch_size", "stop_at_match")
 
 
@@ -134,7 +134,7 @@ def name_machine(described: Mapping[str, str]) -> str:
 
 
 def warn_of_machines(machines: Mapping[str, int]) -> str | None:
-    """What to say when shards of one job were read on machines that round differently.
+    """The warning where shards of one job were read on machines that round differently.
 
     Args:
         machines: of `name_machine` -> shards.

@@ -76,7 +76,7 @@ class Shrunk:
 
 @dataclasses.dataclass(frozen=True)
 class HeatMaps:
-    """What the detector says of one picture.
+    """The detector's output for one picture.
 
     Attributes:
         text: float32 [h/2, w/2] of the shrunk picture, score of being inside a character.

@@ -261,7 +261,7 @@ class _Picture:
 
     @property
     def shows_text(self) -> bool:
-        """What the first look says; yes without one."""
+        """Whether the first look saw text; True without a first look."""
         s = self._settings
         return not s.gate_size or self.reading.gates.get(s.gate_size, 0.0) >= s.gate_score
 

@@ -1,4 +1,4 @@
-"""Where EasyOCR and its English weights are found, and what is said where they are not.
+"""Where EasyOCR and its English weights are found, and the errors where they are missing.
 
 Networks are not run here, and importing this module imports no heavy package.
 """

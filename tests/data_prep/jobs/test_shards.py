@@ -7,8 +7,6 @@ import pathlib
 import pytest
 
 from data_prep.jobs import shards
-from data_prep.reports.funnel import Funnel
-from data_prep.sources.list import take_share
 from diht_jax.data.readers.registry import SourceShard, read_pairs
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
@@ -98,48 +96,3 @@ def test_shards_of_another_run_are_refused(tmp_path):
 def test_hash_ignores_order_and_nothing_else():
     assert shards.hash_config({"a": 1, "b": [2]}) == shards.hash_config({"b": [2], "a": 1})
     assert shards.hash_config({"a": 1}) != shards.hash_config({"a": 2})
-
-
-def test_jobs_of_an_array_share_all_tasks():
-    parts = [take_share(range(11), i, 4) for i in range(4)]
-    assert sorted(sum(parts, [])) == list(range(11))
-    for index in (-1, 4):
-        with pytest.raises(ValueError, match="expected an index from 0 to 3"):
-            take_share(range(11), index, 4)
-
-
-def _fill(funnel: Funnel, numbers) -> Funnel:
-    for i in numbers:
-        if i % 3:
-            funnel.keep(f"k{i}", f"caption {i}", "PNG")
-        else:
-            funnel.drop("caption", "no_action", f"k{i}", f"caption {i}")
-    return funnel
-
-
-def test_funnel_of_parts_is_that_of_the_whole():
-    whole = _fill(Funnel(5, seed=1), range(100)).to_json()
-    merged = Funnel(5, seed=1)
-    for part in (range(70, 100), range(3), range(3, 70)):
-        stored = json.loads(json.dumps(_fill(Funnel(5, seed=1), part).to_json()))
-        merged.merge(Funnel.from_json(stored, 5, 1))
-    assert json.loads(json.dumps(merged.to_json())) == json.loads(json.dumps(whole))
-    assert (whole["read"], whole["kept"]) == (100, 66)
-    assert whole["dropped"]["caption"] == {"no_action": 34}
-    assert [len(samples) for samples in whole["samples"].values()] == [5, 5]
-    assert whole["samples"] != _fill(Funnel(5, seed=2), range(100)).to_json()["samples"]
-
-
-def test_funnel_table():
-    funnel = Funnel()
-    for i in range(1200):
-        funnel.drop("image", "unreadable", str(i), "")
-    funnel.drop("caption", "url", "u", "")
-    funnel.keep("k", "", "JPEG")
-    assert funnel.format_table().splitlines() == [
-        "stage    reason     pairs   share",
-        "read                1,202  100.0%",
-        "caption  url            1    0.1%",
-        "image    unreadable 1,200   99.8%",
-        "kept                    1    0.1%",
-    ]
