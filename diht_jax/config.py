@@ -153,7 +153,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.crop_scale = (0.9, 1.0)  # area of RandomResizedCrop
     c.data.fast_decode = True  # reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly
     c.data.text_template = "{caption}"
-    # A record that cannot be read: "error", or "skip" for another one in its place, counted.
+    # A record that cannot be read: "error", or "skip" to replace it by another one, and count it.
     c.data.on_bad_record = "error"
     # Go on although the shards are others than when the checkpoint was saved.
     c.data.allow_changed = False

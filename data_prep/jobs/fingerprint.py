@@ -29,8 +29,6 @@ LOCATION_SUFFIX = ".place.json"
 # The quick hash is of so many blocks of so many bytes.
 _BLOCKS, _BLOCK_BYTES = 32, 2**16
 _READ_BYTES = 2**22
-# What object stores call the version of a file, the most exact name first.
-_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
 
 
 class Description(NamedTuple):
@@ -106,14 +104,6 @@ def write_location(path: pathlib.Path, location: Mapping[str, Any]) -> None:
 
 
 def _locate(source: SourceShard) -> dict[str, Any]:
-    if is_remote(source.path):
-        system, name = open_system(source.path)
-        info = system.info(name)
-        return {
-            "path": source.path,
-            "size_bytes": int(info["size"]),
-            "changed": next((str(info[key]) for key in _VERSIONS if info.get(key)), None),
-        }
     identity = source.identity()
     return {
         "path": identity["path"],

@@ -22,7 +22,7 @@ from diht_jax.data.records.tfrecord import (
     read_records,
 )
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
 
 def _crc32c(data: bytes) -> int:

@@ -10,7 +10,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from diht_jax.data.records.schema import Example, Pair, Record, decode_record, encode_record
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _IMAGE = bytes(range(256)) * 3
 
 

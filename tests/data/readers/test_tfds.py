@@ -21,7 +21,7 @@ from diht_jax.data.records import dataset_info
 from diht_jax.data.records.schema import Record, decode_record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
 _TENSORFLOW_SCRIPT = '''
 import io, json, pathlib, sys
