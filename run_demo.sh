@@ -47,7 +47,7 @@ step "Converting the raw pairs, unfiltered" convert \
   data_prep.filter --config configs/prep/convert.py \
   --config.input="$out/web/train-*.tar" --config.output="$out/raw"
 step "Training a teacher on clean scenes, frozen after that" teacher \
-  data_prep.synthetic.teacher --images "$out/web/train-*.tar" --output "$out/teacher.npz"
+  data_prep.synthetic.teacher --input "$out/web/train-*.tar" --output "$out/teacher.npz"
 step "Labelling the filtered pairs with its concepts" label \
   data_prep.label --config configs/prep/concepts.py \
   --config.input="$out/filtered" --config.output="$out/labelled" \

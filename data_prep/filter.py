@@ -26,30 +26,33 @@ from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
 from diht_jax.config import validate_config
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Such as configs/prep/cat.py.")
-_EXPLAIN = flags.DEFINE_string("explain", None, "Print graph and decision for this caption.")
-_ENGINE = flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Make again what has changed.")
-_TASK_INDEX = flags.DEFINE_integer("task_index", 0, "Number of this job of a job array, from 0.")
-_NUM_TASKS = flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/cat.py.")
+    flags.DEFINE_string("explain", None, "Print graph and decision for this caption.")
+    flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
+    flags.DEFINE_bool("overwrite", False, "Make again what has changed.")
+    command_line.define_job_array_flags()
 
 
 def main() -> None:
     """Runs what the flags ask for."""
-    config = _CONFIG.value if _CONFIG.value is not None else filter_config.default_config()
+    given = flags.FLAGS
+    config = given.config if given.config is not None else filter_config.default_config()
     validate_config(config, filter_config.default_config())
     filter_config.check_config(config)
-    if _EXPLAIN.value is not None:
-        print(explain(_EXPLAIN.value, config))
+    if given.explain is not None:
+        print(explain(given.explain, config))
         return
-    if _CONFIG.value is None:
+    if given.config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/cat.py")
     failures = run_filter(
         config,
-        _TASK_INDEX.value,
-        _NUM_TASKS.value,
-        engine=_ENGINE.value,
-        overwrite=_OVERWRITE.value,
+        given.task_index,
+        given.num_tasks,
+        engine=given.engine,
+        overwrite=given.overwrite,
     )
     if failures:
         sys.exit(1)
@@ -96,4 +99,5 @@ def run_filter(
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

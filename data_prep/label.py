@@ -25,9 +25,8 @@ from diht_jax.config import validate_config
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
-    config_flags.DEFINE_config_file("config", None, "Such as configs/prep/concepts.py.")
-    flags.DEFINE_integer("task_index", 0, "Number of this job of a job array, from 0.")
-    flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
+    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/concepts.py.")
+    command_line.define_job_array_flags()
 
 
 def main() -> None:

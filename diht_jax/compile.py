@@ -28,7 +28,10 @@ def define_flags() -> None:
         "What to compile for, such as v5e:16x16, v4:4x4x8, h100:8, or local; the recipe's own "
         "(config.topology) by default.",
     )
-    flags.DEFINE_integer("global_batch", None, "Replaces config.data.batch_size, in examples.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Examples a batch, over all devices; unset: config.data.batch_size."
+    )
+    flags.DEFINE_alias("global_batch", "batch_size")
     flags.DEFINE_bool("search", True, "Look for settings that fit when the recipe's do not.")
     flags.mark_flag_as_required("config")
 
@@ -43,8 +46,8 @@ def main() -> None:
         raise ValueError(
             "the recipe names no config.topology; say what to compile for: --topology v5e:16x16"
         )
-    if values.global_batch is not None:
-        config.data.batch_size = values.global_batch
+    if values.batch_size is not None:
+        config.data.batch_size = values.batch_size
     import jax
 
     if name != "local":

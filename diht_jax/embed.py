@@ -20,25 +20,21 @@ from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     command_line.define_model_flags()
+    command_line.define_encoding_flags()
+    command_line.define_job_array_flags()
     flags.DEFINE_list("input", None, "Source of pairs, or several; or a folder of pictures.")
     flags.DEFINE_string("output", None, "Directory of the embeddings.")
     flags.DEFINE_string("format", "npz", "npz or parquet.")
     flags.DEFINE_list("modalities", list(MODALITIES), "image, text or both.")
-    flags.DEFINE_string("dtype", "float32", "Of the embeddings in the files; or float16.")
+    flags.DEFINE_string("dtype", "float32", "Of the embeddings in the files: float32 or float16.")
     flags.DEFINE_string("caption_template", "{caption}", "Text that is embedded for a caption.")
     flags.DEFINE_integer("shard_size", 10_000, "Entries of the source a file, at most.")
-    flags.DEFINE_integer("batch_size", 256, "Examples embedded at once, over all devices.")
-    flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
-    flags.DEFINE_integer("task_index", 0, "Which part of the source's shards this process takes.")
-    flags.DEFINE_integer("num_tasks", 1, "Into how many parts the shards are divided.")
 
 
 def main() -> None:
     """Embeds the source of the flags."""
     given = flags.FLAGS
-    for name in ("model", "input", "output"):
-        if not given[name].value:
-            raise ValueError(f"--{name} is required")
+    command_line.require_flags("model", "input", "output")
     fields = [field.name for field in dataclasses.fields(EmbedOptions)]
     options = EmbedOptions(**{name: given[name].value for name in fields})
     source = given.input[0] if len(given.input) == 1 else given.input

@@ -21,7 +21,7 @@ def define_flags() -> None:
     command_line.define_model_flags()
     flags.DEFINE_string("format", None, "clip, open_clip, huggingface or safetensors.")
     flags.DEFINE_string("output", None, "Directory to make.")
-    flags.DEFINE_string("dtype", "float32", "Of the stored parameters; bfloat16, float16.")
+    flags.DEFINE_string("dtype", "float32", "Of the parameters: float32, bfloat16 or float16.")
     flags.DEFINE_bool("keep_heads", False, "Keep concept heads (clip, safetensors).")
     flags.DEFINE_list("results", [], "Results files of diht_jax.evaluate, for the card.")
     flags.DEFINE_string("license", None, "Licence of the weights, for the card.")
@@ -30,9 +30,7 @@ def define_flags() -> None:
 def main() -> None:
     """Exports the model of the flags."""
     given = flags.FLAGS
-    for name in ("model", "format", "output"):
-        if not given[name].value:
-            raise ValueError(f"--{name} is required")
+    command_line.require_flags("model", "format", "output")
     export_model(
         given.model,
         given.format,

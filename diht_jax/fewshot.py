@@ -20,25 +20,23 @@ from diht_jax import command_line
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     command_line.define_model_flags()
+    command_line.define_encoding_flags()
+    command_line.define_prompt_flags()
     flags.DEFINE_string("train", None, "Source the shots are drawn from; options after '?'.")
     flags.DEFINE_string("test", None, "Source the accuracy is measured on; options after '?'.")
     flags.DEFINE_string(
-        "validation", None, "Source the settings are chosen on; by default a part of --train."
+        "validation", None, "Source the settings are chosen on; unset: a part of --train."
     )
     flags.DEFINE_string("output", None, "Results file (JSON) to write; the plot goes beside it.")
     flags.DEFINE_string("task", None, "Built-in task whose class names and templates to take.")
-    flags.DEFINE_string("class_names", None, "File with one class name a line, in label order.")
-    flags.DEFINE_string(
-        "templates", None, "'a photo of a {}.;a drawing of a {}.', @FILE, cifar10 or imagenet."
-    )
     flags.DEFINE_list("shots", ["1", "2", "4", "8", "16", "all"], "Training images a class.")
-    flags.DEFINE_integer("draws", 5, "How often the shots are drawn.")
+    flags.DEFINE_integer("num_draws", 5, "How often the shots are drawn.")
+    flags.DEFINE_alias("draws", "num_draws")
     flags.DEFINE_integer("seed", 0, "Of the draws and of the validation split.")
-    flags.DEFINE_float("validation_fraction", 0.2, "Of --train, held out class by class.")
-    flags.DEFINE_integer("validation_per_class", None, "Hold out at most so many a class.")
-    flags.DEFINE_integer("fit_steps", 500, "Gradient steps of a fit.")
-    flags.DEFINE_integer("batch_size", 256, "Images a batch, over all devices.")
-    flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
+    flags.DEFINE_float("validation_fraction", 0.2, "Share of --train held out, class by class.")
+    flags.DEFINE_integer("validation_per_class", None, "Hold out at most so many; unset: no limit.")
+    flags.DEFINE_integer("num_steps", 500, "Gradient steps of a fit.")
+    flags.DEFINE_alias("fit_steps", "num_steps")
 
 
 def main() -> None:
@@ -46,9 +44,7 @@ def main() -> None:
     from diht_jax.evaluation.task_parsing import check_source
 
     given = flags.FLAGS
-    for name in ("model", "train", "test", "output"):
-        if not given[name].value:
-            raise ValueError(f"--{name} is required")
+    command_line.require_flags("model", "train", "test", "output")
     options = _options()
     tasks = _tasks()
     for task in tasks.values():
@@ -96,11 +92,11 @@ def _options():
         shots.append(text if text == ALL else int(text))
     return FewShotOptions(
         shots=tuple(shots),
-        num_draws=given.draws,
+        num_draws=given.num_draws,
         seed=given.seed,
         validation_fraction=given.validation_fraction,
         validation_per_class=given.validation_per_class,
-        num_steps=given.fit_steps,
+        num_steps=given.num_steps,
     )
 
 

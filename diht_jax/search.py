@@ -1,8 +1,8 @@
 """Command: find pictures by text.
 
-    python -m diht_jax.search --model runs/b32 --images photos "a red car" "two dogs on a beach"
+    python -m diht_jax.search --model runs/b32 --input photos "a red car" "two dogs on a beach"
 
-Prints the best matches of every query, and draws them on a page (`--output`). `--images` is a
+Prints the best matches of every query, and draws them on a page (`--output`). `--input` is a
 folder of pictures, or any source of `diht_jax.data.readers.registry`.
 """
 
@@ -18,12 +18,14 @@ from diht_jax import command_line
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     command_line.define_model_flags()
-    flags.DEFINE_string("images", None, "Folder of pictures, tar, or another source.")
+    command_line.define_encoding_flags()
+    flags.DEFINE_string("input", None, "Folder of pictures, tar, or another source.")
+    flags.DEFINE_alias("images", "input")
     flags.DEFINE_string("output", "search.png", "Page (PNG) to write.")
-    flags.DEFINE_integer("count", 8, "Pictures a query.")
-    flags.DEFINE_string("template", "{caption}", "Prompt around a query.")
-    flags.DEFINE_integer("batch_size", 256, "Pictures a batch, over all devices.")
-    flags.DEFINE_integer("num_threads", None, "Decoding threads; one per core.")
+    flags.DEFINE_integer("num_matches", 8, "Pictures a query.")
+    flags.DEFINE_alias("count", "num_matches")
+    flags.DEFINE_string("caption_template", "{caption}", "Prompt around a query.")
+    flags.DEFINE_alias("template", "caption_template")
 
 
 def main(queries: list[str]) -> None:
@@ -33,12 +35,10 @@ def main(queries: list[str]) -> None:
     from diht_jax.evaluation.pages.search import draw_search_page
 
     given = flags.FLAGS
-    for name in ("model", "images", "output"):
-        if not given[name].value:
-            raise ValueError(f"--{name} is required")
+    command_line.require_flags("model", "input", "output")
     if not queries:
         raise ValueError('expected at least one query, such as "a red car", behind the flags')
-    shards = list_inputs(given.images)  # a missing folder should not have to wait for the model
+    shards = list_inputs(given.input)  # a missing folder should not have to wait for the model
     from diht_jax.loading import load_model
 
     model = load_model(
@@ -50,8 +50,8 @@ def main(queries: list[str]) -> None:
         model,
         shards,
         queries,
-        count=given.count,
-        template=given.template,
+        count=given.num_matches,
+        template=given.caption_template,
         batch_size=given.batch_size,
         num_threads=given.num_threads,
         progress=True,
@@ -64,7 +64,7 @@ def main(queries: list[str]) -> None:
         result,
         load_pictures(shards, positions),
         given.output,
-        title=f"Search in {pathlib.PurePath(given.images).name}",
+        title=f"Search in {pathlib.PurePath(given.input).name}",
         note=f"{len(result.encoded.positions):,} pictures, model {given.model}; cosines",
     )
     logging.info("page: %s", given.output)

@@ -1,6 +1,6 @@
 """Command: merges the reports of several filter jobs into one.
 
-    python -m data_prep.reports --inputs=/data/kept_a,/data/kept_b --output=/data/both
+    python -m data_prep.reports --input=/data/kept_a,/data/kept_b --output=/data/both
 
 The output folder gets `report.json` and `report.html`, as those of one job.
 """
@@ -15,14 +15,18 @@ from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import merge_reports
 from diht_jax import command_line
 
-_INPUTS = flags.DEFINE_list("inputs", None, "Folders with a report.json each.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for the merged report.", required=True)
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_list("input", None, "Folders with a report.json each.", required=True)
+    flags.DEFINE_alias("inputs", "input")
+    flags.DEFINE_string("output", None, "Folder for the merged report.", required=True)
 
 
 def main() -> None:
     """Merges the reports that the flags name."""
-    report = merge_reports(_INPUTS.value)
-    folder = pathlib.Path(_OUTPUT.value)
+    report = merge_reports(flags.FLAGS.input)
+    folder = pathlib.Path(flags.FLAGS.output)
     folder.mkdir(parents=True, exist_ok=True)
     write_report(folder, report)
     print(report.funnel.format_table())
@@ -32,4 +36,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main)

@@ -1,6 +1,6 @@
 """The demo's image teacher: a small convolutional network that has seen clean scenes only.
 
-    python -m data_prep.synthetic.teacher --images '/tmp/web/train-*.tar' --output /tmp/teacher.npz
+    python -m data_prep.synthetic.teacher --input '/tmp/web/train-*.tar' --output /tmp/teacher.npz
 
 It is trained on freshly drawn scenes to tell which shapes, colours, sizes and textures are in the
 picture (the generator knows), then frozen; its features of the given pictures are written as
@@ -201,24 +201,27 @@ def main() -> None:
         logging.info("%s is there; delete it to have it made again", given.output)
         return
     number = write_embeddings(
-        given.images,
+        given.input,
         given.output,
         num_scenes=given.num_scenes,
-        epochs=given.epochs,
+        epochs=given.num_epochs,
         seed=given.seed,
     )
     logging.info("%d embeddings in %s", number, given.output)
 
 
-def _define_flags() -> None:
-    flags.DEFINE_string("images", None, "Pictures to embed, as config.input of the filter.")
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_string("input", None, "Pictures to embed, as config.input of the filter.")
+    flags.DEFINE_alias("images", "input")
     flags.DEFINE_string("output", None, "The npz file.")
     flags.DEFINE_integer("num_scenes", 6000, "Scenes that the teacher is trained on.")
-    flags.DEFINE_integer("epochs", 5, "Over these scenes.")
+    flags.DEFINE_integer("num_epochs", 5, "Passes over these scenes.")
+    flags.DEFINE_alias("epochs", "num_epochs")
     flags.DEFINE_integer("seed", 1, "Of scenes, parameters and order.")
-    flags.mark_flags_as_required(["images", "output"])
+    flags.mark_flags_as_required(["input", "output"])
 
 
 if __name__ == "__main__":
-    _define_flags()
+    define_flags()
     command_line.run(main)

@@ -376,7 +376,8 @@ def define_flags() -> None:
         defaults.num_classification,
         "Pairs of val_shape.tar and of val_color.tar.",
     )
-    flags.DEFINE_integer("workers", 0, "Processes; 0 for one per core.")
+    flags.DEFINE_integer("num_workers", 0, "Processes; 0 for one per core.")
+    flags.DEFINE_alias("workers", "num_workers")
 
 
 def main() -> None:
@@ -386,7 +387,7 @@ def main() -> None:
     settings = Settings(
         noise=_parse_noise(given.noise), **{name: getattr(given, name) for name in names}
     )
-    counts = write_dataset(settings, given.output, workers=given.workers)
+    counts = write_dataset(settings, given.output, workers=given.num_workers)
     logging.info("%d training pairs in %s", settings.num_pairs, given.output)
     for kind, count in counts.items():
         print(f"{kind:14s} {count:7d}  {count / max(settings.num_pairs, 1):6.1%}")

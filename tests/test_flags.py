@@ -1,0 +1,98 @@
+"""The flags of all commands: one convention, and the spellings that they had before."""
+
+import importlib
+import re
+
+import pytest
+from absl import flags
+
+COMMANDS = (
+    "diht_jax.train",
+    "diht_jax.compile",
+    "diht_jax.evaluate",
+    "diht_jax.fewshot",
+    "diht_jax.search",
+    "diht_jax.embed",
+    "diht_jax.export",
+    "data_prep.filter",
+    "data_prep.label",
+    "data_prep.reports.__main__",
+    "data_prep.synthetic.web",
+    "data_prep.synthetic.teacher",
+)
+# The same word for things of another kind.
+TWO_MEANINGS = {"image_size": "of a model, or of synthetic pictures", "seed": "each has its own"}
+OLD_SPELLINGS = [
+    ("diht_jax.compile", "global_batch", "batch_size", "64"),
+    ("diht_jax.evaluate", "bootstrap", "num_resamples", "0"),
+    ("diht_jax.fewshot", "draws", "num_draws", "3"),
+    ("diht_jax.fewshot", "fit_steps", "num_steps", "7"),
+    ("diht_jax.search", "images", "input", "photos"),
+    ("diht_jax.search", "count", "num_matches", "2"),
+    ("diht_jax.search", "template", "caption_template", "a {caption}"),
+    ("data_prep.reports.__main__", "inputs", "input", "a,b"),
+    ("data_prep.synthetic.web", "workers", "num_workers", "2"),
+    ("data_prep.synthetic.teacher", "images", "input", "a.tar"),
+    ("data_prep.synthetic.teacher", "epochs", "num_epochs", "2"),
+]
+
+
+@pytest.fixture
+def define():
+    """Defines the flags of a command and returns them by name; they are gone after the test."""
+    defined = []
+
+    def define_flags(command):
+        undefine()
+        module = importlib.import_module(command)
+        before = set(flags.FLAGS)
+        module.define_flags()
+        defined.extend(set(flags.FLAGS) - before)
+        return {name: flags.FLAGS[name] for name in defined}
+
+    def undefine():
+        for name in defined:
+            delattr(flags.FLAGS, name)
+        defined.clear()
+
+    yield define_flags
+    undefine()
+
+
+def test_one_convention(define):
+    meanings = {}
+    old = {(command, name) for command, name, _, _ in OLD_SPELLINGS}
+    for command in COMMANDS:
+        for name, flag in define(command).items():
+            assert re.fullmatch("[a-z]+(_[a-z]+)*", name), (command, name)
+            if (command, name) in old:
+                continue
+            assert flag.help.endswith("."), (command, name, flag.help)
+            meanings.setdefault(name, {})[command] = flag
+    for name, by_command in meanings.items():
+        kinds = {flag.flag_type() for flag in by_command.values()}
+        if name in ("input", "output"):
+            assert kinds <= {"string", "comma separated list of strings"}
+        else:
+            assert len(kinds) == 1, f"--{name} is of several types: {kinds}"
+        if isinstance(next(iter(by_command.values())).default, int) and name not in TWO_MEANINGS:
+            defaults = {flag.default for flag in by_command.values()}
+            assert len(defaults - {None}) == 1, f"--{name} has several defaults: {defaults}"
+    for name, commands in (
+        ("model", {"evaluate", "fewshot", "search", "embed", "export"}),
+        ("batch_size", {"evaluate", "fewshot", "search", "embed", "compile"}),
+        ("num_threads", {"evaluate", "fewshot", "search", "embed"}),
+        ("caption_template", {"evaluate", "search", "embed"}),
+        ("task_index", {"filter", "label", "embed"}),
+    ):
+        assert {command.split(".")[1] for command in meanings[name]} == commands, name
+
+
+@pytest.mark.parametrize(("command", "old", "new", "text"), OLD_SPELLINGS)
+def test_old_spellings_still_work(command, old, new, text, define):
+    defined = define(command)
+    defined[old].parse(text)
+    parsed = defined[new].parser.parse(text)
+    assert flags.FLAGS[new].value == parsed
+    assert flags.FLAGS[old].value == parsed
+    assert defined[old].help == f"Alias for --{new}."
