@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on an embedded data set: noisy pairs -> filter -> concept labels -> three trainings
 # -> zero-shot results side by side. Makes .venv where it is missing. Everything goes to demo_output/; a stopped
-# demo goes on where it was. Starting anew: rm -r demo_output
+# demo continues where it was. To start anew: rm -r demo_output
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/environment.sh
@@ -9,8 +9,8 @@ out=demo_output
 mkdir -p "$out/logs"
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 
-# step NAME COMMAND...: says what happens; shows the command's own output when it fails, and its
-# progress bars while it runs on a terminal.
+# step SHOWN_NAME LOG_NAME MODULE FLAGS...: prints the name and the seconds; shows the command's own output
+# when it fails, and its progress bars while it runs on a terminal.
 step() {
   local name=$1 log="$out/logs/$2.log" start=$SECONDS
   shift 2

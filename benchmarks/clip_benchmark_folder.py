@@ -1,8 +1,8 @@
 """Writing a task's data in CLIP_benchmark's layout.
 
-The layout is described, and read, in
-`sources.benchmark_folder`. What both programs would count differently by their rules
-for ties, and by how they show transparency, is kept out here and counted.
+`diht_jax.evaluation.sources.benchmark_folder` describes the layout and reads it. Entries that the
+two programs would count differently, by their rules for ties or for transparency, are left out
+here and counted.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_folder(task: Task, folder: pathlib.Path, *, limit: int | None = None) 
 
 
 class _Notes:
-    """What stands beside a picture, and what was there before."""
+    """The label and text of a picture, and which pictures and texts came before."""
 
     def __init__(self, task: Task):
         self._task = task
