@@ -1,8 +1,10 @@
 """The funnel: parts make the whole, and the table for a terminal."""
 
 import json
+import pathlib
+import re
 
-from data_prep.reports.funnel import Funnel
+from data_prep.reports.funnel import Funnel, stage_reasons
 
 
 def _fill(funnel: Funnel, numbers) -> Funnel:
@@ -40,3 +42,11 @@ def test_funnel_table():
         "image    unreadable 1,200   99.8%",
         "kept                    1    0.1%",
     ]
+
+
+def test_the_guide_lists_the_reasons_of_all_steps():
+    guide = pathlib.Path(__file__).resolve().parents[3] / "docs" / "filter.md"
+    rows = re.findall(r"^\| (\w+) \| (`.*`) \|$", guide.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {stage: re.findall(r"`(\w+)`", reasons) for stage, reasons in rows}
+    known = {stage: list(reasons) for stage, reasons in stage_reasons().items()}
+    assert {stage: listed.get(stage) for stage in known} == known
