@@ -21,6 +21,12 @@ def test_pages_use_the_words_of_the_field(path):
         assert not re.search(rf"(?i)(?<![`.]){words}(?!\.json)", text), words
 
 
+@pytest.mark.parametrize("path", PAGES[2:], ids=page_name)
+def test_pages_open_with_commands(path):
+    opening = path.read_text("utf-8").partition("\n## ")[0]
+    assert re.search(r"(?m)^ {4}(python|pip|bash) ", opening)
+
+
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_benchmarks_page_has_every_result_with_command_and_date(path):
     page = (REPOSITORY / "docs" / "benchmarks.md").read_text("utf-8")
