@@ -19,7 +19,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_prep.synthetic.captions import tell_scene
+from data_prep.synthetic.captions import describe_scene
 from data_prep.synthetic.drawing import render_scene
 from data_prep.synthetic.sampling import sample_scene
 from data_prep.text_spotting.match import caption_matches
@@ -154,7 +154,7 @@ def _choose_captions(rng: np.random.Generator, lines: list[str] | None) -> tuple
     """A caption, and one that shares no run of five characters with it."""
     while True:
         if lines is None:
-            caption, other = (tell_scene(rng, sample_scene(rng)) for _ in range(2))
+            caption, other = (describe_scene(rng, sample_scene(rng)) for _ in range(2))
         else:
             caption, other = (lines[i] for i in rng.choice(len(lines), 2, replace=False))
         if not caption_matches([other], caption):

@@ -128,21 +128,21 @@ _FRAGMENT_OPENINGS = ("a picture of", "a drawing of", "an image of", "illustrati
 _SENTENCE_OPENINGS = ("in this picture", "here", "in this drawing", "on a pale background")
 
 
-def tell_scene(rng: np.random.Generator, scene: Scene, *, complete: bool = False) -> str:
+def describe_scene(rng: np.random.Generator, scene: Scene, *, complete: bool = False) -> str:
     """A sentence, or a participle fragment, that is true of the scene.
 
     Args:
         rng: decides on the phrasing.
-        scene: what to tell.
-        complete: tell every size and texture, in the plainest words, without openings; for
+        scene: what to describe.
+        complete: name every size and texture, in the plainest words, without openings; for
             evaluation. Otherwise some are left out and synonyms come in.
     """
     phrases = [_noun_phrase(rng, o, complete) for o in scene.objects]
     if len(phrases) == 1:
-        present, gerund, place = _pick(rng, SINGLE_VERBS[scene.relation])
-        text, is_sentence = _clause(rng, phrases[0], present, gerund, place, plain=complete)
+        present, gerund, where = _pick(rng, SINGLE_VERBS[scene.relation])
+        text, is_sentence = _clause(rng, phrases[0], present, gerund, where, plain=complete)
     else:
-        text, is_sentence = _tell_pair(rng, scene.relation, *phrases, plain=complete)
+        text, is_sentence = _describe_pair(rng, scene.relation, *phrases, plain=complete)
     if not complete:
         text = _vary(rng, text, is_sentence)
     return text
@@ -152,7 +152,7 @@ def _pick(rng: np.random.Generator, options):
     return options[rng.integers(len(options))]
 
 
-def _tell_pair(
+def _describe_pair(
     rng: np.random.Generator, relation: str, subject: str, other: str, plain: bool
 ) -> tuple[str, bool]:
     if relation == "beside" and rng.random() < 0.5:

@@ -2,9 +2,9 @@
 
     python -m data_prep.synthetic.teacher --input '/tmp/web/train-*.tar' --output /tmp/teacher.npz
 
-It is trained on freshly drawn scenes to tell which shapes, colours, sizes and textures are in the
-picture (the generator knows), then frozen; its features of the given pictures are written as
-`key` and `image_emb`, what `data_prep.label` takes as precomputed embeddings. Captions are never
+It is trained on freshly drawn scenes to recognise which shapes, colours, sizes and textures are in
+the picture (the generator knows), then frozen; its features of the given pictures are written as
+`key` and `image_emb`, which `data_prep.label` takes as precomputed embeddings. Captions are never
 seen. Ours: it stands for the paper's SWAG teacher where everything has to run in minutes.
 """
 

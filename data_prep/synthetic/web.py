@@ -153,7 +153,7 @@ def _stream(seed: int, split: str, index: int, name: str) -> np.random.Generator
 def _make_clean(stream, side: int):
     scene = sampling.sample_scene(stream("scene"))
     image = drawing.render_scene(stream("drawing"), scene, side)
-    return image, captions.tell_scene(stream("caption"), scene), {"scene": scene.describe()}
+    return image, captions.describe_scene(stream("caption"), scene), {"scene": scene.describe()}
 
 
 def _make_product_title(stream, side: int):
@@ -168,7 +168,7 @@ def _make_uninformative(stream, side: int):
 
 def _make_rendered_text(stream, side: int):
     scene = sampling.sample_scene(stream("scene"))
-    caption = captions.tell_scene(stream("caption"), scene)
+    caption = captions.describe_scene(stream("caption"), scene)
     image = drawing.render_text(stream("drawing"), caption, side)
     return image, caption, {"scene": None, "caption_scene": scene.describe()}
 
@@ -182,7 +182,7 @@ def _make_mismatched(stream, side: int):
     while set(sampling.kinds(scene)) & set(sampling.kinds(other)):
         other = sampling.sample_scene(rng)
     facts = {"scene": scene.describe(), "caption_scene": other.describe()}
-    return image, captions.tell_scene(stream("caption"), other), facts
+    return image, captions.describe_scene(stream("caption"), other), facts
 
 
 _TRAIN_MAKERS = {
@@ -204,7 +204,7 @@ def _make_evaluation(stream, settings: Settings, split: str, index: int):
         scene = sampling.sample_single(stream("scene"), **{name: classes[number]})
         label = {"label": number, "class_name": classes[number]}
     image = drawing.render_scene(stream("drawing"), scene, settings.image_size)
-    caption = captions.tell_scene(stream("caption"), scene, complete=True)
+    caption = captions.describe_scene(stream("caption"), scene, complete=True)
     return image, caption, {"scene": scene.describe(), **label}
 
 

@@ -1,4 +1,4 @@
-"""The engine: a failure stays with its task, a death is told truly, and nothing waits for ever.
+"""The engine: a failure stays with its task, a death is reported, and nothing waits for ever.
 
 Workers import the main module, so each test runs a script of its own.
 """
@@ -26,6 +26,8 @@ from data_prep.jobs import engine, engine_local
 folder = pathlib.Path(__file__).parent
 {body}
 if __name__ == "__main__":
+    # A shell's background job, which the tests may be, ignores ^C and hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for outcome in engine.run_tasks(work, range(8), num_workers={num_workers}, label="test"):
         print(repr((outcome.task, outcome.result, outcome.error)), flush=True)
 """
@@ -40,8 +42,6 @@ def _start(folder: pathlib.Path, body: str, num_workers: int = 2) -> subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job, which the tests may be, ignores ^C and hands that on.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -131,7 +131,7 @@ def work(task, report):
     assert "pickle" in outcomes[4][1]
     assert "Odd: an odd exception" in outcomes[5][1]
     assert errors.count("its task will run again, alone") == 3
-    # Six tasks live to tell what they reported.
+    # The reports of six tasks arrive.
     assert "8/8" in errors and int(errors.rpartition(" pairs,")[0].rpartition(", ")[2]) >= 60
 
 
@@ -180,7 +180,7 @@ def work(task, report):
     assert "ImportError: half a module" in errors
 
 
-def test_silence_is_told(tmp_path):
+def test_silence_is_reported(tmp_path):
     body = """
 engine_local._STALL_SECS = 0.4
 log_warning = engine_local.logging.warning

@@ -90,7 +90,7 @@ def test_training_reaches_the_minimum(std):
 
 
 def test_rare_concepts_are_up_sampled_by_the_square_root():
-    # Embeddings that say nothing: only the prior can be learned, whose optimum under weights
+    # Embeddings without information: only the prior can be learned, whose optimum under weights
     # 1 / sqrt(f) is sqrt(f), normalised.
     shares = np.array([0.64, 0.32, 0.04])
     rows = [[0]] * 64 + [[1]] * 32 + [[2]] * 4

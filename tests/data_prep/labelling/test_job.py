@@ -39,7 +39,7 @@ _COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
 _NAMES = ("car", "house")  # a car fills the lower half, a house the upper one
 _NUM_IMAGES = 90
 
-# A frozen network that sees colours by place: the mean of each quarter of the picture.
+# A frozen network that sees where colours are: the mean of each quarter of the picture.
 _TEACHER = """
 import torch
 

@@ -25,7 +25,7 @@ from diht_jax.evaluation.prompts import parse_templates
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 SMALL = web.Settings(num_pairs=50, seed=3, pairs_per_tar=20, num_retrieval=8, num_classification=24)
 
-# What a phrase says: the relation, and whether the object told first is the subject.
+# What a phrase says: the relation, and whether the object named first is the subject.
 PHRASES = {
     r"(sits|sitting|rests|resting) on an?|(stands|standing) on top of": ("on", True),
     r"(carries|carrying|supports|supporting|lifts|lifting)": ("on", False),
@@ -283,20 +283,20 @@ def test_text_too_long_to_be_shown_whole_is_refused():
 # --- captions --------------------------------------------------------------------------------
 
 
-def test_captions_tell_the_relation_from_the_right_side():
+def test_captions_give_the_relation_from_the_right_side():
     rng = np.random.default_rng(11)
     seen = collections.Counter()
     for _ in range(1500):
         scene = sampling.sample_scene(rng)
-        caption = synthetic_captions.tell_scene(rng, scene).lower()
+        caption = synthetic_captions.describe_scene(rng, scene).lower()
         matches = [p for p in PHRASES if re.search(rf"\b({p})\b", caption)]
         assert len(matches) == 1, (caption, matches)
         relation, subject_first = PHRASES[matches[0]]
         assert relation == scene.relation, caption
         seen[matches[0]] += 1
         if len(scene.objects) == 2 and subject_first is not None:
-            places = [caption.index(f"{o.color} {o.shape}") for o in scene.objects]
-            assert (places[0] < places[1]) == subject_first, caption
+            positions = [caption.index(f"{o.color} {o.shape}") for o in scene.objects]
+            assert (positions[0] < positions[1]) == subject_first, caption
     assert set(seen) == set(PHRASES)
 
 
@@ -307,7 +307,7 @@ def test_captions_name_sizes_and_textures_truly():
     for _ in range(400):
         scene = sampling.sample_scene(rng)
         complete = bool(rng.random() < 0.5)
-        caption = synthetic_captions.tell_scene(rng, scene, complete=complete).lower()
+        caption = synthetic_captions.describe_scene(rng, scene, complete=complete).lower()
         for item in scene.objects:
             name = f"{item.color} {item.shape}"
             adjectives = re.search(rf"\ban? ((?:[a-z]+ )*?){name}\b", caption).group(1).split(" a ")
@@ -322,20 +322,21 @@ def test_captions_name_sizes_and_textures_truly():
 
 def test_articles():
     rng = np.random.default_rng(13)
-    told = " ".join(
-        synthetic_captions.tell_scene(rng, sampling.sample_scene(rng)).lower() for _ in range(500)
+    captions = " ".join(
+        synthetic_captions.describe_scene(rng, sampling.sample_scene(rng)).lower()
+        for _ in range(500)
     )
-    assert re.search(r"\ban orange\b", told)
-    assert not re.search(r"\ba [aeio]", told)
-    assert not re.search(r"\ban [^aeio]", told)
+    assert re.search(r"\ban orange\b", captions)
+    assert not re.search(r"\ba [aeio]", captions)
+    assert not re.search(r"\ban [^aeio]", captions)
 
 
 def test_retrieval_captions_are_unique_and_their_scenes_held_out():
     settings = web.Settings()
     rng = np.random.default_rng(0)
     scenes = [sampling.sample_held_out(rng, settings.seed, i) for i in range(600)]
-    told = [synthetic_captions.tell_scene(rng, scene, complete=True) for scene in scenes]
-    assert len(set(told)) == len(told)
+    captions = [synthetic_captions.describe_scene(rng, scene, complete=True) for scene in scenes]
+    assert len(set(captions)) == len(captions)
     names = {sampling.signature(s.relation, sampling.kinds(s)) for s in scenes}
     assert len(names) == len(scenes)
     assert {s.relation for s in scenes} == set(PAIR_RELATIONS)
@@ -365,7 +366,7 @@ def kept_share(texts: list[str]) -> float:
 def test_cat_keeps_clean_captions_and_drops_titles_and_fillers():
     rng = np.random.default_rng(21)
     scenes = [sampling.sample_scene(rng) for _ in range(300)]
-    clean = [synthetic_captions.tell_scene(rng, scene) for scene in scenes]
+    clean = [synthetic_captions.describe_scene(rng, scene) for scene in scenes]
     assert kept_share(clean) >= 0.98
     titles = [synthetic_captions.write_product_title(rng) for _ in range(200)]
     assert kept_share(titles) <= 0.1
