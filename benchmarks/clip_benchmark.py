@@ -154,7 +154,7 @@ def _run(module: list[str], packages: str | None = None) -> None:
 
 
 def compare_numbers(ours: dict[str, Any], theirs: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """Prints both, and says of each task whether they are equal.
+    """Prints both, and compares them task by task.
 
     Args:
         ours: a results file of `diht_jax.evaluate`.

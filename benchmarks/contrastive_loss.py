@@ -68,12 +68,12 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
         fn = dense_loss_and_grads()
     else:
         fn = mapped_loss_and_grads(mesh, "dense" if form == "gathered" else "streaming")
-    work = count_work(fn, rows, rows, scale)
+    counted = count_work(fn, rows, rows, scale)
     entry = {
         "form": form,
         "global_batch": num_pairs,
-        "flops_per_device": work.flops / mesh.size,
-        "matmul_flops_per_device": work.matmul_flops / mesh.size,
+        "flops_per_device": counted.flops / mesh.size,
+        "matmul_flops_per_device": counted.matmul_flops / mesh.size,
     }
     start = time.perf_counter()
     jitted = jax.jit(fn, out_shardings=(whole, (by_example, by_example, whole)))

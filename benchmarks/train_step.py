@@ -96,7 +96,7 @@ def compare(model: str, *, device: str, batch_size: int, rounds: int, steps: int
         steps: of a turn.
 
     Returns:
-        What the results file says of this architecture.
+        What the results file holds of this architecture.
     """
     import jax
 
@@ -173,7 +173,7 @@ def build_sides(
 
 
 def warm_up(sides: dict[str, Side]) -> dict[str, str]:
-    """Two untimed steps of every side; drops a compiled one that fails, and says why."""
+    """Two untimed steps of every side; drops a compiled one that fails; returns why."""
     failures = {}
     for name, side in list(sides.items()):
         start = time.perf_counter()

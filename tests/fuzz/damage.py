@@ -109,12 +109,12 @@ def _nodes(value: Any) -> Iterator[tuple[Any, Any]]:
 def changed_text(draw: Draw, data: bytes) -> bytes:
     """A text file in which one line is removed, doubled, replaced, or has another field."""
     lines = data.split(b"\n")
-    place = draw(integers(0, len(lines) - 1))
+    number = draw(integers(0, len(lines) - 1))
     odd = [b"", b"x", b"-1", b"0", b"3", b"1.5", b"9" * 30, b"9" * 5000, b"\0", b"{}", *NOT_UTF8]
-    fields = lines[place].split(b"\t")
+    fields = lines[number].split(b"\t")
     fields[draw(integers(0, len(fields) - 1))] = draw(one(odd))
-    lines[place : place + 1] = draw(
-        one([[], [lines[place]] * 2, [b"\t".join(fields)], [b"\t".join(fields[::-1])]])
+    lines[number : number + 1] = draw(
+        one([[], [lines[number]] * 2, [b"\t".join(fields)], [b"\t".join(fields[::-1])]])
     )
     return b"\n".join(lines)
 

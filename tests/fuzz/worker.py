@@ -159,4 +159,4 @@ def _status_bytes(field: str) -> int:
 
 def raise_hang(*_: Any) -> None:
     """Handles the signal of the timer."""
-    raise HangError(f"more than {LIMIT_SECS} s of work")
+    raise HangError(f"more than {LIMIT_SECS} s of processor time")

@@ -109,7 +109,7 @@ class _Folder:
 
 
 def check_bad_note(draw: Draw, folder: pathlib.Path) -> str:
-    """A label that is none costs its own picture, counted."""
+    """An invalid label costs its own picture, counted."""
     data = _Folder(draw, folder)
     key = draw(one(list(data.values)))
     header = b"{'descr': '<i8', 'fortran_order': False, 'shape': (1152921504606846976,)}\n"
@@ -128,7 +128,7 @@ def check_bad_note(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_bad_files(draw: Draw, folder: pathlib.Path) -> str:
-    """Counts, types, names and templates that are none; tars that are missing or end early."""
+    """Invalid counts, types, names and templates; tars that are missing or end early."""
     data = _Folder(draw, folder)
     must = ["test/nshards.txt", "dataset_type.txt", *data.keys_of_tars]
     name = draw(one([*must, "classnames.txt", "zeroshot_classification_templates.txt"]))

@@ -1,4 +1,4 @@
-"""Configs with wrong types, unknown names and sections where none belongs."""
+"""Configs with wrong types, unknown names and sections where a value belongs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diht_jax import config as configs
 from tests.fuzz.damage import Draw
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, must_refuse, require
 
-# Type of a key -> values that are none of it.
+# Type of a key -> values of other types.
 _WRONG = {
     int: ("text", 1.5, True, [1], {"a": 1}, (2,)),
     float: ("0.1", True, [0.5], {}, float("nan")),
@@ -77,8 +77,8 @@ def check_unknown_names(draw: Draw, folder: pathlib.Path) -> str:
     known = {name for name, _ in _keys(defaults)}
     name = draw(one(sorted(name for name in known if len(name.split(".")[-1]) > 4)))
     section, dot, last = name.rpartition(".")
-    place = draw(integers(0, len(last) - 1))
-    forms = [last[:place] + last[place + 1 :], last + "s", last.upper(), f"_{last}"]
+    at = draw(integers(0, len(last) - 1))
+    forms = [last[:at] + last[at + 1 :], last + "s", last.upper(), f"_{last}"]
     odd = ["", " ", "\0", "ключ", "a" * 3000, "data/train", "0", "keys"]
     wrong = draw(one([*(f"{section}{dot}{form}" for form in forms), *odd]))
     assume(wrong not in known)

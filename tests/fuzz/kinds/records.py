@@ -155,8 +155,8 @@ def check_index(draw: Draw, folder: pathlib.Path) -> str:
     own = index(frames)
     offsets = struct.unpack(f"<{len(frames)}Q", own[_INDEX_HEADER_BYTES:])
 
-    def repack(place: int, value: int) -> bytes:
-        changed = [*offsets[:place], value, *offsets[place + 1 :]]
+    def repack(number: int, value: int) -> bytes:
+        changed = [*offsets[:number], value, *offsets[number + 1 :]]
         return own[:_INDEX_HEADER_BYTES] + struct.pack(f"<{len(frames)}Q", *changed)
 
     odd_offsets = [2**64 - 1, 2**63, 2**40, len(own) + 10**6, 0, 1, *(n + 1 for n in offsets)]

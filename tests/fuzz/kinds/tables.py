@@ -45,8 +45,8 @@ class _Table:
             row = {"id": f"row{number}", "image": name, "caption": caption, "note": "n"}
             self.rows.append(row)
             self.values[row["id"]] = (image, caption)
-        self.place = draw(integers(0, len(self.rows) - 1))
-        self.bad = f"row{self.place}"
+        self.index = draw(integers(0, len(self.rows) - 1))
+        self.bad = f"row{self.index}"
 
     def lines(self) -> list[bytes]:
         """The rows as they stand in the file, without the header."""
@@ -80,20 +80,20 @@ def check_lines(draw: Draw, folder: pathlib.Path) -> str:
     """One line replaced, or bits in it flipped: no other row may suffer."""
     table = _Table(draw, folder)
     lines = table.lines()
-    body = lines[table.place].rstrip(b"\r\n")
-    end = lines[table.place][len(body) :]
+    body = lines[table.index].rstrip(b"\r\n")
+    end = lines[table.index][len(body) :]
     is_jsonl = table.kind == "jsonl"
     changed = draw(one(_BAD_LINES) | flipped(body) if is_jsonl else flipped(body))
     marks = b'\r\n",\t\\{}:[]\xef\xbb\xbf'  # these may touch other rows of a csv
     assume(is_jsonl or all(changed.count(mark) == body.count(mark) for mark in marks))
-    lines[table.place] = changed.replace(b"\n", b" ") + end
+    lines[table.index] = changed.replace(b"\n", b" ") + end
     return table.judge(table.header(), lines, table.bad, may_fail=False)
 
 
 def check_values(draw: Draw, folder: pathlib.Path) -> str:
-    """A cell of another type, or none: no other row may suffer; a row needs no key of its own."""
+    """A cell of another type, or none: no other row may suffer, and a row needs no key."""
     table = _Table(draw, folder, "jsonl")
-    row, field = table.rows[table.place], draw(one(["image", "caption", "id", "note"]))
+    row, field = table.rows[table.index], draw(one(["image", "caption", "id", "note"]))
     row[field] = draw(one([*ODD, [["x"]], "x" * 100_000]))
     if draw(integers(0, 3)) == 3:
         del row[field]
@@ -107,7 +107,7 @@ def check_values(draw: Draw, folder: pathlib.Path) -> str:
 def check_paths(draw: Draw, folder: pathlib.Path) -> str:
     """A path that leads out, or to no picture, is skipped; only a csv may be refused for it."""
     table = _Table(draw, folder)
-    path = table.rows[table.place]["image"] = draw(one(_BAD_PATHS))
+    path = table.rows[table.index]["image"] = draw(one(_BAD_PATHS))
     may_fail = table.kind != "jsonl"
     outcome = table.judge(table.header(), table.lines(), table.bad, may_fail=may_fail)
     if outcome != ERROR:
@@ -137,7 +137,7 @@ def check_damaged_file(draw: Draw, folder: pathlib.Path) -> str:
 def check_forms_of_csv(draw: Draw, folder: pathlib.Path) -> str:
     """Rows with too many or too few fields, blank lines, marks, odd endings: others stay."""
     table = _Table(draw, folder, "csv", "tsv")
-    lines, header, bad = table.lines(), table.header(), table.place
+    lines, header, bad = table.lines(), table.header(), table.index
     form = draw(integers(0, 6))
     if form == 0:
         delimiter = b"\t" if table.kind == "tsv" else b","

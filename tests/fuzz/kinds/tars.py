@@ -200,9 +200,9 @@ def check_contents(draw: Draw, folder: pathlib.Path) -> str:
     """Contents that are flipped, swapped, no text or no JSON cost their own pair at most."""
 
     def change(draw: Draw, bad: _Entry) -> bytes:
-        contents, place, form = list(bad.contents), draw(integers(0, 2)), draw(integers(0, 2))
+        contents, number, form = list(bad.contents), draw(integers(0, 2)), draw(integers(0, 2))
         if form == 0:
-            contents[place] = draw(flipped(contents[place]))
+            contents[number] = draw(flipped(contents[number]))
         elif form == 1:
             contents = draw(st.permutations(contents))
         else:

@@ -54,7 +54,7 @@ def _read(folder: pathlib.Path) -> Any:
 
 
 def check_bad_record(draw: Draw, folder: pathlib.Path) -> str:
-    """A record that is none, or lacks what the description promises, is skipped or an error."""
+    """A record that is broken, or lacks what the description promises, is skipped or an error."""
     examples = [example(_fields(number)) for number in range(_COUNT)]
     bad = draw(integers(0, _COUNT - 1))
     fields = _fields(bad)

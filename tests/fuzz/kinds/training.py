@@ -76,8 +76,8 @@ class _Shard:
 
     def __init__(self, draw: Draw, folder: pathlib.Path, num_bad: int):
         self.count = draw(integers(_BATCHES * _BATCH_SIZE - 12, _BATCHES * _BATCH_SIZE))
-        places = range(draw(integers(0, 2)), self.count, 2)
-        self.bad = draw(st.sets(one(places), min_size=num_bad, max_size=num_bad))
+        numbers = range(draw(integers(0, 2)), self.count, 2)
+        self.bad = draw(st.sets(one(numbers), min_size=num_bad, max_size=num_bad))
         self.good = set(range(self.count)) - self.bad
         frames = [
             _bad_frame(draw, n) if n in self.bad else _good_frame(n) for n in range(self.count)
@@ -138,8 +138,8 @@ def check_good_records_keep_their_positions(draw: Draw, folder: pathlib.Path) ->
     (folder / "whole").mkdir()
     path = _write(folder / "whole", [_good_frame(n) for n in range(shard.count)])
     values, skipped = shard.read()
-    whole, none = _read(path, draw(one(["skip", "error"])), shard.seed)
-    require(none == 0, "good records were skipped")
+    whole, num_skipped = _read(path, draw(one(["skip", "error"])), shard.seed)
+    require(num_skipped == 0, "good records were skipped")
     was_bad = np.isin(whole, list(shard.bad))
     require(np.array_equal(values[~was_bad], whole[~was_bad]), "good records have moved")
     require(skipped >= was_bad.sum(), f"{skipped} counted of {was_bad.sum()}")

@@ -1,4 +1,4 @@
-"""Work directories of training: Orbax checkpoints without their files, configs that are none."""
+"""Work directories of training: Orbax checkpoints without their files, configs that are invalid."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _judge(folder: pathlib.Path, must_fail: bool = False, **options: Any) -> str
     model = attempt(lambda: read_model(folder, **options), folder, "config key", "config.model")
     if isinstance(model, Refused):
         return ERROR
-    require(not must_fail, "a model was read where there is none")
+    require(not must_fail, "a model was read where there is nothing to read")
     require(model.step in _STEPS, f"step {model.step}")
     same = jax.tree.map(
         lambda saved, found: np.array_equal(saved + np.float32(model.step), found),
@@ -94,7 +94,7 @@ def check_all_files_gone_or_cut(draw: Draw, folder: pathlib.Path) -> str:
 
 
 def check_config(draw: Draw, folder: pathlib.Path) -> str:
-    """A config that is damaged, of another model, or of none."""
+    """A config that is damaged, of another model, or of no model."""
     path = _copy(folder) / CONFIG_FILE
     config = json.loads(path.read_bytes())
     section = draw(one(["model", "data", "ema", "loss"]))
