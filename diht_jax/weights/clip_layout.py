@@ -276,7 +276,10 @@ def _count_blocks(tensors: Mapping[str, np.ndarray], prefix: str) -> int:
 def _mlp_width(tensors: Mapping[str, np.ndarray], prefix: str, width: int) -> int | None:
     """Inner width of the MLPs, or None where it is the usual one."""
     weight = tensors.get(f"{prefix}.0.mlp.c_fc.weight")
-    return None if weight is None or weight.shape[0] == 4 * width else weight.shape[0]
+    # `check_parameters` reports a weight that is no matrix.
+    if weight is None or weight.ndim != 2 or weight.shape[0] == 4 * width:
+        return None
+    return weight.shape[0]
 
 
 def _usual_heads(width: int) -> int:

@@ -307,3 +307,12 @@ def test_texts_of_a_foreign_vocabulary_need_ids(reference, tmp_path):
         model.encode_text(["a cat"])
     with pytest.raises(ValueError, match="expected ids from 0 to 511, got"):
         model.encode_text(tokens + 1)
+
+
+@pytest.mark.parametrize("block", ["transformer", "visual.transformer"])
+def test_a_scalar_where_a_matrix_belongs_is_named(reference, tmp_path, block):
+    state = reference.open_clip_model(reference.SMALL).state_dict()
+    name = f"{block}.resblocks.0.mlp.c_fc.weight"
+    torch.save({**state, name: torch.zeros(())}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=rf"a\.pt: .*{name}"):
+        read_weights(tmp_path / "a.pt")

@@ -235,6 +235,14 @@ def test_damaged_member_header_is_an_error_and_not_the_end(tmp_path):
         list(open_source(str(path)))
 
 
+def test_tar_that_begins_with_a_hole_of_zeros(tmp_path):
+    """Python's `tarfile` tries to decompress it, as the old format of lzma begins with zeros."""
+    path = pathlib.Path(_write_tar(tmp_path / "a.tar", [("0.png", _PNG), ("0.txt", b"t")]))
+    path.write_bytes(bytes(512) + path.read_bytes()[512:])
+    with pytest.raises(ValueError, match=r"a\.tar: the tar archive cannot be read"):
+        list(open_source(str(path)))
+
+
 def test_not_a_tar(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"<html>404</html>")
     with pytest.raises(ValueError, match=r"a\.tar: the tar archive cannot be read"):
