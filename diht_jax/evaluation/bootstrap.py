@@ -1,7 +1,6 @@
 """Confidence intervals by resampling what was measured.
 
-Called by `tasks.evaluate_task`. It knows numbers only: how a metric follows from how often each
-item was drawn is known to the protocol.
+Numbers only: the protocol knows how a metric follows from how often each item was drawn.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Class names and prompt templates, and where to read them.
 
-Called by `classification`, `retrieval`, `tasks` and the command. Words only: no model, no image.
+Words only: no model, no image.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
 
 
 def fill_template(template: str, class_name: str) -> str:
-    """The template with the class name in place of "{}"; braces in the name stay."""
+    """The template with the class name instead of "{}"; braces in the name stay."""
     return template.replace(CLASS_SLOT, class_name)
 
 
 def fill_caption_template(template: str, caption: str) -> str:
-    """The template with the caption in place of "{caption}"; braces in the caption stay.
+    """The template with the caption instead of "{caption}"; braces in the caption stay.
 
     The caption goes in as it is (a full stop at its end is kept), as in the official code.
 

@@ -1,15 +1,15 @@
 """The tasks that are known by name: the zero-shot suite of DiHT.
 
-The list is the one of DiHT, arXiv 2301.02280, section "Evaluation", as far
-as it is known to us: 17 classifications, retrieval both ways on 5 sets (10 numbers) and 2 on
-questions. Sources are TFDS where it has the images and labels that the task needs, else
-`NO_SOURCE`: then the user gives one, `split` says what of the data set belongs in it, and `form`
-how it is given. Class names that are not given here come with the data.
+The list is the one of DiHT, arXiv 2301.02280, section "Evaluation", as far as it is known to us: 17
+classifications, retrieval both ways on 5 sets (10 numbers) and 2 on questions. Sources are TFDS
+where it has the images and labels that the task needs, else `NO_SOURCE`: then the user gives one,
+`split` is what of the data set belongs in it, and `form` how it is given. Class names that are not
+given here come with the data.
 
 Templates are CLIP's (arXiv 2103.00020), read from installed packages (`prompts`). No package has
 those of Birdsnap and of Hateful Memes, which stand here: they are in the file `data/prompts.md` of
 CLIP's repository. Ours: the templates of UCF-101 and Open Images, mean average precision over all
-points for the sets with several labels, and the split where `split` says so.
+points for the sets with several labels, and the splits that are marked so.
 """
 
 from __future__ import annotations

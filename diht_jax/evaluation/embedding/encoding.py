@@ -1,7 +1,7 @@
 """From pairs and texts to embeddings, in batches of one shape, with decoding ahead of the device.
 
-Called by `classification` and `retrieval`. Nothing here knows a metric, a task or a file: pairs
-come in as an iterator, embeddings go out as NumPy arrays.
+Nothing here knows a metric, a task or a file: pairs come in as an iterator, embeddings go out as
+NumPy arrays.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class EncodedImages:
     Attributes:
         image_emb: float32 [n, d], L2-normalised.
         notes: n values, what `describe` returned for each usable pair.
-        positions: n ints, the place of each usable pair among the entries, from 0.
-        dropped: reason -> number of entries left out: "image_" + a reason of `data.images`, or the
+        positions: n ints, the index of each usable pair among the entries.
+        dropped: reason -> number of entries left out: "image_" + a reason of `data.images.decode`,
             reason of a `Skipped` entry or an `UnusablePair`.
         dropped_keys: keys of the first few of them.
         seconds: wall time of reading, decoding and encoding together.
@@ -198,7 +198,7 @@ class _Share:
     could not be decoded, are blank. What failed is exchanged once, at the end.
 
     Attributes:
-        keys: of the pairs so far, by slot: the place among the pairs that take up a row.
+        keys: of the pairs so far, by slot: the index among the pairs that take up a row.
     """
 
     def __init__(self, own_rows: np.ndarray, blank: np.ndarray):

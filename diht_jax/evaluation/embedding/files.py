@@ -1,7 +1,6 @@
 """Embeddings of a data set in files that other tools read: npz or parquet, in resumable parts.
 
-Called by the command `diht_jax.embed`. A part is the unit of work: its `.json` is written last and
-says that it is whole. Metrics do not live here.
+A part is the unit of work: its `.json` is written last, and the part is complete with it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from diht_jax.data.readers.base import (
 )
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
-from diht_jax.evaluation.embedding.progress import EmbeddingProgress
+from diht_jax.evaluation.sources.entry_counts import EntryProgress
 
 FORMATS = ("npz", "parquet")
 MODALITIES = ("image", "text")
@@ -121,7 +120,7 @@ def embed_source(
     mine = list(enumerate(shards))[options.task_index :: options.num_tasks]
     total: collections.Counter[str] = collections.Counter()
     pairs, files = 0, 0
-    with EmbeddingProgress([shard for _, shard in mine]) as progress:
+    with EntryProgress([shard for _, shard in mine]) as progress:
         for index, shard in mine:
             for stats in _embed_shard(model, index, shard, output, options, progress):
                 pairs, files = pairs + stats["pairs"], files + 1
@@ -155,7 +154,7 @@ def _embed_shard(
     shard: SourceShard,
     output: pathlib.Path,
     options: EmbedOptions,
-    progress: EmbeddingProgress,
+    progress: EntryProgress,
 ) -> Iterator[dict[str, Any]]:
     """Yields the statistics of each part of a shard; makes the parts that are missing."""
     entries: Iterator[Pair | Skipped] | None = None
@@ -174,7 +173,7 @@ def _embed_shard(
             stats = _embed_part(model, entries, stem, options, progress)
             read = start + stats["entries"]
             stats |= {"source": str(shard), "shard": index, "part": part}
-            # Last, since its presence says that the part is finished.
+            # Last, since its presence means that the part is finished.
             write_atomically(
                 stem.with_suffix(".json"), (json.dumps(stats, indent=1) + "\n").encode()
             )
@@ -188,7 +187,7 @@ def _embed_part(
     entries: _Peekable,
     stem: pathlib.Path,
     options: EmbedOptions,
-    progress: EmbeddingProgress,
+    progress: EntryProgress,
 ) -> dict[str, Any]:
     start = time.perf_counter()
     taken = _Counted(itertools.islice(entries, options.shard_size), progress)
@@ -352,7 +351,7 @@ class _Peekable(Iterator[Pair | Skipped]):
 class _Counted(Iterator[Pair | Skipped]):
     """Counts what is taken from it, and shows it."""
 
-    def __init__(self, entries: Iterator[Pair | Skipped], progress: EmbeddingProgress):
+    def __init__(self, entries: Iterator[Pair | Skipped], progress: EntryProgress):
         self._entries = entries
         self._progress = progress
         self.count = 0

@@ -1,6 +1,6 @@
 """Searching pictures by text.
 
-Called by the command `diht_jax.search`. Similarities only; the page is drawn by `search_page`.
+Similarities only; `pages.search` draws them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Match:
     Attributes:
         key: of the picture: its path in the folder, or its key in the source.
         similarity: cosine of the angle between picture and query.
-        position: place of the picture among the entries of the source.
+        position: index of the picture among the entries of the source.
         caption: that the source has for it, or "".
     """
 
@@ -77,8 +77,8 @@ def search_pictures(
 
     Args:
         model: a `LoadedModel`, or anything with the same methods.
-        shards: of `embedding_files.list_inputs`.
-        queries: texts; one that occurs twice is asked once.
+        shards: of `files.list_inputs`.
+        queries: texts; one that occurs twice counts once.
         count: matches a query, or all pictures where there are fewer.
         template: prompt around a query, such as "a photo of {caption}.".
         batch_size: pictures a batch, over all devices.
@@ -122,11 +122,11 @@ def search_pictures(
 
 
 def load_pictures(source: Sequence[SourceShard], positions: set[int]) -> dict[int, Image.Image]:
-    """The pictures at some places among the entries of a source, which is read once more."""
+    """The pictures at some positions among the entries of a source, which is read once more."""
     loaded = {}
-    for place, entry in enumerate(_read_all(source)):
-        if place in positions:
-            loaded[place] = decode_rgb(entry.image)
+    for position, entry in enumerate(_read_all(source)):
+        if position in positions:
+            loaded[position] = decode_rgb(entry.image)
         if len(loaded) == len(positions):
             break
     return loaded

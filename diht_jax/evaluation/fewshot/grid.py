@@ -1,9 +1,9 @@
 """Few-shot linear probing that starts at the prompts, beside a probe from scratch.
 
-Called by the command `diht_jax.fewshot`. DiHT, arXiv 2301.02280, section "Few-shot linear
-probing": the classifier starts at the zero-shot one and may move only inside a ball, whose radius
-a validation split chooses; the baseline is a linear probe from scratch whose weight decay the same
-split chooses. Images are embedded once; how a probe is fitted is known to `linear_probe`.
+DiHT, arXiv 2301.02280, section "Few-shot linear probing": the classifier starts at the zero-shot
+one and may move only inside a ball, whose radius a validation split chooses; the baseline is a
+linear probe from scratch whose weight decay the same split chooses. Images are embedded once;
+`linear_probe` fits the probes.
 """
 
 from __future__ import annotations

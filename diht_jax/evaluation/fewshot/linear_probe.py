@@ -1,8 +1,7 @@
 """Linear classifiers on embeddings: many settings fitted at once, on the devices.
 
-Called by `fewshot`. The problem is convex and so is the set the classifier may move in, so nothing
-has to be tuned but the settings themselves: the step follows from the data. Sampling, files and
-tasks do not live here.
+The problem is convex and so is the set the classifier may move in, so nothing has to be tuned but
+the settings themselves: the step follows from the data. Sampling, files and tasks do not live here.
 """
 
 from __future__ import annotations
@@ -145,10 +144,10 @@ def fit_probes(
         part_accuracy = np.asarray(hits, np.float64)[: len(part)].T / len(validation)
         accuracy.append(part_accuracy)
         for draw, values in enumerate(part_accuracy):
-            place = int(values.argmax())
-            if values[place] > best_accuracy[draw]:
-                best_accuracy[draw] = values[place]
-                best[draw] = (np.asarray(weights[place, draw]), np.asarray(bias[place, draw]))
+            setting = int(values.argmax())
+            if values[setting] > best_accuracy[draw]:
+                best_accuracy[draw] = values[setting]
+                best[draw] = (np.asarray(weights[setting, draw]), np.asarray(bias[setting, draw]))
     accuracies = np.concatenate(accuracy, axis=1)
     return FittedProbes(
         accuracy=accuracies,

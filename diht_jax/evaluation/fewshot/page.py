@@ -1,6 +1,6 @@
 """The plot of a few-shot result: accuracy by number of shots, both methods, with their spread.
 
-Called by the command `diht_jax.fewshot`. Drawing only: numbers come in with the result.
+Drawing only: the numbers come in with the result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def draw_few_shot(result: dict[str, Any], path: str | pathlib.Path) -> None:
     """Writes a PNG.
 
     Args:
-        result: of `fewshot.evaluate_few_shot`; every draw is a faint dot, the line goes through
+        result: of `grid.evaluate_few_shot`; every draw is a faint dot, the line goes through
             the means, the bars are one standard deviation over the draws.
         path: of the file; its folder is made when missing.
     """
@@ -34,17 +34,17 @@ def draw_few_shot(result: dict[str, Any], path: str | pathlib.Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     rows = result["results"]
-    places = range(len(rows))
+    positions = range(len(rows))
     zero_shot = 100 * result["zero_shot"]["test"]
     axes.axhline(zero_shot, color="#656d76", linestyle=":", label=f"zero-shot, {zero_shot:.1f}%")
     for method, (label, color, style) in _LOOKS.items():
         means = [100 * row[method]["test_mean"] for row in rows]
         spreads = [100 * (row[method]["test_std"] or 0.0) for row in rows]
-        axes.errorbar(places, means, spreads, fmt=style, color=color, capsize=3, label=label)
-        for place, row in zip(places, rows, strict=True):
+        axes.errorbar(positions, means, spreads, fmt=style, color=color, capsize=3, label=label)
+        for position, row in zip(positions, rows, strict=True):
             values = [100 * value for value in row[method]["test"]]
-            axes.plot([place] * len(values), values, ".", color=color, alpha=0.3)
-    axes.set_xticks(list(places), [str(row["shots"]) for row in rows])
+            axes.plot([position] * len(values), values, ".", color=color, alpha=0.3)
+    axes.set_xticks(list(positions), [str(row["shots"]) for row in rows])
     axes.set_xlabel("training images per class")
     axes.set_ylabel("accuracy on the test split, %")
     counts = result["counts"]

@@ -164,14 +164,14 @@ def _draw_text_query(
         color=GREEN if rank == 0 else RED if not found else GREY,
     )
     first = MARGIN + _QUERY_WIDTH + 16
-    for place, (answer, similarity) in enumerate(zip(answers, similarities, strict=True)):
+    for index, (answer, similarity) in enumerate(zip(answers, similarities, strict=True)):
         _draw_tile(
             canvas,
-            first + place * _TILE_PITCH,
+            first + index * _TILE_PITCH,
             y,
             pictures[int(answer)],
             right=answer == own,
-            label=f"{place + 1}   {similarity:.3f}",
+            label=f"{index + 1}   {similarity:.3f}",
             caption=result.encoded.notes[answer][0],
         )
     if not found:
@@ -216,8 +216,8 @@ def _draw_image_query(
     color = GREEN if rank == 0 else GREY if any(right) else RED
     canvas.text(x + 14, y + TILE + 20, f"right at rank {rank + 1:,}", size=11, color=color)
     lines = [
-        (f"{place + 1}", result.captions[answer], f"{similarity:.3f}", is_right)
-        for place, (answer, similarity, is_right) in enumerate(
+        (f"{index + 1}", result.captions[answer], f"{similarity:.3f}", is_right)
+        for index, (answer, similarity, is_right) in enumerate(
             zip(answers, similarities, right, strict=True)
         )
     ]
@@ -227,17 +227,17 @@ def _draw_image_query(
         lines.append((f"{rank + 1}", result.captions[best], "", True))
     left = x + TILE + 26
     room = width - TILE - 38
-    for number, (place, caption, similarity, is_right) in enumerate(lines):
+    for number, (position, caption, similarity, is_right) in enumerate(lines):
         top = y + 12 + 23 * number + (4 if number == _SHOWN else 0)
         if number == _SHOWN:
             canvas.line(left, top - 4, left + room, top - 4)
         color = GREEN if is_right else RED
         canvas.box(left, top, 4, 18, fill=color, radius=2)
-        place_width = max(
-            text_width("0", size=11, bold=True), text_width(place, size=11, bold=True)
+        position_width = max(
+            text_width("0", size=11, bold=True), text_width(position, size=11, bold=True)
         )
-        canvas.text(left + 10, top + 2, place, size=11, bold=True, color=color)
-        start = left + 18 + place_width
+        canvas.text(left + 10, top + 2, position, size=11, bold=True, color=color)
+        start = left + 18 + position_width
         end = left + room - (44 if similarity else 0)
         shown = shorten(caption, end - start, size=11)
         canvas.text(start, top + 2, shown, size=11, color=INK)

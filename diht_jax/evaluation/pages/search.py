@@ -1,6 +1,6 @@
 """The PNG page of a search: every query with the pictures found for it.
 
-Called by the command `diht_jax.search`. Drawing only.
+Drawing only: the matches come in with the result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def draw_search_page(
     """Writes a page with the matches of every query, the best first.
 
     Args:
-        result: of `search.search_pictures`.
+        result: of `embedding.search.search_pictures`.
         pictures: by position, all that are matches.
         path: of the PNG; its folder is made when missing.
         title, note: the first two lines.
@@ -60,19 +60,19 @@ def draw_search_page(
         heading = shorten(query, room - 120, size=15, bold=True)
         draw_heading(canvas, top, heading, f"the first {len(matches)}")
         top += _HEADING_HEIGHT
-        for place, match in enumerate(matches):
-            x = MARGIN + (place % _A_ROW) * _PITCH
-            y = top + (place // _A_ROW) * _ROW_HEIGHT
-            _draw_match(canvas, x, y, place, match, pictures[match.position])
+        for rank, match in enumerate(matches):
+            x = MARGIN + (rank % _A_ROW) * _PITCH
+            y = top + (rank // _A_ROW) * _ROW_HEIGHT
+            _draw_match(canvas, x, y, rank, match, pictures[match.position])
         top += count * _ROW_HEIGHT + _GAP
     canvas.save(pathlib.Path(path))
 
 
 def _draw_match(
-    canvas: Canvas, x: float, y: float, place: int, match: Match, image: Image.Image
+    canvas: Canvas, x: float, y: float, rank: int, match: Match, image: Image.Image
 ) -> None:
     canvas.picture(x, y, TILE, image, frame=LIGHT_GREY, line=1)
-    label = f"{place + 1}   {match.similarity:.3f}"
+    label = f"{rank + 1}   {match.similarity:.3f}"
     canvas.text(x + 2, y + TILE + 4, label, size=10, bold=True, color=BLUE)
     for number, line in enumerate(wrap(match.caption or match.key, TILE + 8, size=9, max_lines=2)):
         canvas.text(x + 2, y + TILE + 18 + 12 * number, line, size=9, color=GREY)

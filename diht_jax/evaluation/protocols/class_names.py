@@ -1,7 +1,7 @@
-"""From what a source says of its images to class names and integer labels.
+"""Class names and integer labels from the labels, names or captions that a source has.
 
-Called by `classification`. A source may give an integer, a name, or only a caption; the user may
-give the class names. What cannot be resolved without guessing is an error that names the record.
+A source may give an integer, a name, or only a caption; the user may give the class names. What
+cannot be resolved without guessing is an error that names the record.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diht_jax.evaluation.prompts import CLASS_SLOT
 
 @dataclasses.dataclass(frozen=True)
 class RawLabel:
-    """What one pair says of its class.
+    """What one pair has about its class.
 
     Attributes:
         key: of the pair, for messages.
@@ -168,10 +168,10 @@ def _classes_of_integers(raws: Sequence[RawLabel], templates: Sequence[str]) -> 
                 "does not name its class; give the class names (--class_names FILE)"
             )
     order = sorted(name_of)
-    place = {label: i for i, label in enumerate(order)}
+    index = {label: i for i, label in enumerate(order)}
     return Classes(
         names=tuple(_spaced(name_of[label]) if named else name_of[label] for label in order),
-        labels=np.array([place[raw.label] for raw in raws], np.int32),
+        labels=np.array([index[raw.label] for raw in raws], np.int32),
         origin="class_name of the data" if named else "captions of the labels",
         whole_captions=whole,
     )
@@ -182,8 +182,8 @@ def _classes_of_names(raws: Sequence[RawLabel], texts: Sequence[str], origin: st
     if blank is not None:
         raise ValueError(f"record '{blank}': the label is blank; expected a class name")
     names = sorted(set(texts))
-    place = {name: i for i, name in enumerate(names)}
-    labels = np.array([place[text] for text in texts], np.int32)
+    index = {name: i for i, name in enumerate(names)}
+    labels = np.array([index[text] for text in texts], np.int32)
     return Classes(tuple(_spaced(name) for name in names), labels, origin)
 
 
@@ -222,8 +222,8 @@ def _plain(name: str) -> str:
 def _spaced(name: str) -> str:
     """Names of folders and of TFDS have "_" where a prompt needs a space; those of SUN397 are
     paths: "/a/apse/indoor" is "apse indoor"."""
-    place = re.fullmatch("/[a-z]/(.+)", name)
-    return (place[1].replace("/", " ") if place else name).replace("_", " ")
+    path = re.fullmatch("/[a-z]/(.+)", name)
+    return (path[1].replace("/", " ") if path else name).replace("_", " ")
 
 
 def _describe(raw: RawLabel) -> str:

@@ -1,12 +1,12 @@
 """Zero-shot classification with class names and prompt templates.
 
-The protocol is CLIP's and DiHT's (arXiv 2301.02280, section
-"Evaluation", and the official inference code): every class name is put into every template; the
-text embeddings are normalised, averaged over the templates and normalised again; the class with
-the largest cosine similarity to the image wins.
+The protocol is CLIP's and DiHT's (arXiv 2301.02280, section "Evaluation", and the official
+inference code): every class name is put into every template; the text embeddings are normalised,
+averaged over the templates and normalised again; the class with the largest cosine similarity to
+the image wins.
 
-Ours, ties: among classes with equal similarity the first in the list wins, whichever is right.
-(Two of CLIP's ImageNet names occur twice; the official arg-max does the same.)
+Ours, ties: among classes with equal similarity the first in the list wins, whichever is right. (Two
+of CLIP's ImageNet names occur twice; the official arg-max does the same.)
 """
 
 from __future__ import annotations

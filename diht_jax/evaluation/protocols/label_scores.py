@@ -1,7 +1,7 @@
 """Zero-shot tasks that are measured by the order of scores: several labels an image, or yes and no.
 
-Class names and prompts make a classifier as in `classification`; the score of a
-class is its cosine similarity to the image.
+Class names and prompts make a classifier as in `classification`; the score of a class is its cosine
+similarity to the image.
 
 Ours: the average precision of a class is the sum over distinct scores of precision times the step
 in recall (all points, as scikit-learn's `average_precision_score`), and the mean is over the

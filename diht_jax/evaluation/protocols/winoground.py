@@ -1,8 +1,8 @@
 """Winoground: two images and two captions with the same words; which belongs to which?
 
-Thrush et al., arXiv 2204.03162, section "Metrics": the text score asks for each
-image's own caption to be the more similar one, the image score for each caption's own image, the
-group score for both. Equal similarities are wrong.
+Thrush et al., arXiv 2204.03162, section "Metrics": the text score asks for each image's own caption
+to be the more similar one, the image score for each caption's own image, the group score for both.
+Equal similarities are wrong.
 """
 
 from __future__ import annotations

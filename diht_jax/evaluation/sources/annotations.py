@@ -1,8 +1,8 @@
 """Annotation files of vision-and-language sets: many rows, several of them on one image.
 
-Called by `sources`. One pair comes out per image, whatever the number of its rows, so that each
-image is decoded and embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K,
-SNLI-VE and VQA v2) and jsonl (Localized Narratives; Winoground's `examples.jsonl`).
+One pair comes out per image, whatever the number of its rows, so that each image is decoded and
+embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2) and
+jsonl (Localized Narratives; Winoground's `examples.jsonl`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Data sets in the layout of CLIP_benchmark: tars with labels, class names and templates.
 
-Called by `sources` and `task_specs`. The layout is that of CLIP_benchmark 1.6,
-`clip_benchmark/datasets/builder.py`:
+The layout is that of CLIP_benchmark 1.6, `clip_benchmark/datasets/builder.py`:
 
     DIR/SPLIT/0.tar, 1.tar, ...      KEY.jpg (png, webp) with KEY.cls (a number), KEY.npy (0 and 1
     DIR/SPLIT/nshards.txt            for each class) or KEY.txt (captions, one a line)

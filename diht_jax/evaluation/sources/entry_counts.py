@@ -1,4 +1,4 @@
-"""How many entries a source has, for progress bars: counted cheaply, estimated, or unknown.
+"""Progress bars over the entries of a source, whose number is counted, estimated, or unknown.
 
 No image is read, and nothing that is evaluated may depend on these numbers: they give a bar its end
 and its ETA. How the entries of one shard are counted, each format states in `readers.registry`.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
 
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.readers.registry import FORMATS
@@ -15,7 +18,7 @@ from diht_jax.data.readers.webdataset import count_images
 
 
 def count_entries(shards: Sequence[SourceShard]) -> int | None:
-    """Entries of all shards; None where no shard tells."""
+    """Entries of all shards; None where none has a known length."""
     sizes = [shard.identity()["size_bytes"] for shard in shards]
     return estimate_total(shard_lengths(shards), sizes)
 
@@ -48,3 +51,35 @@ def estimate_total(lengths: Sequence[int | None], sizes: Sequence[int]) -> int |
     per_byte = sum(n for n, _ in known) / max(1, sum(b for _, b in known))
     pairs = zip(lengths, sizes, strict=True)
     return round(sum(size * per_byte if n is None else n for n, size in pairs))
+
+
+class EntryProgress:
+    """A bar over the entries of all shards; unknown lengths are estimated from the known ones."""
+
+    def __init__(self, shards: list[SourceShard]):
+        self._lengths = shard_lengths(shards)
+        self._sizes = [shard.identity()["size_bytes"] for shard in shards]
+        self._position = 0
+        self._entries = 0
+        self._bar = tqdm(unit="pair", dynamic_ncols=True, total=self._total())
+
+    def __enter__(self) -> EntryProgress:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def update(self, num_entries: int) -> None:
+        """Counts entries of the current shard."""
+        self._entries += num_entries
+        self._bar.update(num_entries)
+
+    def finish_shard(self) -> None:
+        """Goes on to the next shard; the length of this one is known now."""
+        self._lengths[self._position] = self._entries
+        self._position, self._entries = self._position + 1, 0
+        self._bar.total = self._total()
+        self._bar.refresh()
+
+    def _total(self) -> int | None:
+        return estimate_total(self._lengths, self._sizes)

@@ -1,6 +1,6 @@
 """The way in to evaluation data: what `diht_jax.data.readers` reads, and layouts of benchmarks.
 
-Called by `tasks` and `task_specs`. Beside the texts of `diht_jax.data.readers`:
+Beside the texts of `diht_jax.data.readers`:
 
     clip_benchmark:DIR[:SPLIT]   CLIP_benchmark's layout (`benchmark_folder`); SPLIT is "test"
     annotations:FILE             ALBEF's JSON, Localized Narratives (`annotations`)
@@ -53,7 +53,7 @@ def check_source(source: str, options: Mapping[str, Any]) -> None:
 
 
 def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of a source, and in their place what is none, with its reason.
+    """Yields the pairs of a source, with a `Skipped` and its reason for each that is unusable.
 
     Args:
         source: one of the texts above, or of `readers.list_shards`.
