@@ -34,7 +34,7 @@ def main() -> None:
     if command_line.computes_on_cpu():
         command_line.keep_freed_memory()
     distributed.start_from_flags()
-    # After the validation: a mistyped key should not have to wait for JAX.
+    # After the validation: a mistyped key should not have to wait for these imports.
     from diht_jax.training.loop import train
     from diht_jax.training.stopping import EXIT_CODE, Stopped
 

@@ -12,7 +12,6 @@ import ml_collections
 from jax.typing import DTypeLike
 from ml_collections.config_dict import placeholder
 
-from diht_jax.data.records.vocabulary import find_vocabulary
 from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
 from diht_jax.training.objectives.term import Parameters, Term
 
@@ -134,6 +133,9 @@ class ConceptDistillation(Term):
             ValueError: the data are not labelled, a vocabulary has no room in its head, or is not
                 the one that the config names.
         """
+        # Here, since the defaults of a config are read without any data.
+        from diht_jax.data.records.vocabulary import find_vocabulary
+
         vocabulary = find_vocabulary(config.data.train)
         if vocabulary is None:
             raise ValueError(
