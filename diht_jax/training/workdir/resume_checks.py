@@ -48,7 +48,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
     """Refuses to mix two runs in one directory; names the keys that differ."""
     if not (workdir / CONFIG_FILE).exists():
         return
-    fixed = (*_FIXED_IN_A_RUN, *TERMS)
+    fixed = (*_FIXED_IN_A_RUN, *(f"{name}." for name in TERMS))
     changed = changed_keys(
         read_config(workdir),
         config,
