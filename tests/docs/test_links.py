@@ -1,5 +1,6 @@
 """What the pages name exists: links, anchors, files, modules, Python names and config keys."""
 
+import functools
 import importlib
 import pathlib
 import re
@@ -18,6 +19,14 @@ COMMAND_CONFIGS = {
     "diht_jax.compile": train_config,
     "data_prep.filter": filter_config,
     "data_prep.label": label_config,
+}
+
+# Flags of other programs: pip, pytest, XLA, open_clip, Slurm, gcloud.
+OTHER_FLAGS = {
+    *("upgrade", "no-deps", "collect-only", "xla_force_host_platform_device_count"),
+    *("local-loss", "gather-with-grad", "nodes", "ntasks-per-node", "cpus-per-task"),
+    *("gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"),
+    *("recurse", "zone"),
 }
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)
@@ -55,6 +64,14 @@ def is_key(name: str, keys: set[str]) -> bool:
 def text_of(path: pathlib.Path) -> str:
     """A page; of CONTRIBUTING without the worked examples, which have keys of their own."""
     return path.read_text("utf-8").partition("\n## Add a ")[0]
+
+
+@functools.cache
+def source_text() -> str:
+    """All Python files together."""
+    folders = ("diht_jax", "data_prep", "benchmarks", "tests")
+    files = [path for folder in folders for path in (REPOSITORY / folder).rglob("*.py")]
+    return "\n".join(path.read_text("utf-8") for path in files)
 
 
 def commands(text: str) -> list[str]:
@@ -108,6 +125,14 @@ def test_config_keys_exist(path):
 
 
 @every_page
+def test_flags_exist(path):
+    """Each occurs as a string in the source, where it is defined."""
+    for flag in re.findall(r"(?<![\w-])--([a-z][a-z_0-9-]*)", path.read_text("utf-8")):
+        if flag != "config" and flag not in OTHER_FLAGS:
+            assert any(f'"{prefix}{flag}"' in source_text() for prefix in ("", "--")), f"--{flag}"
+
+
+@every_page
 def test_keys_in_backticks_exist(path):
     """Such as `loss.alpha`, with or without a value."""
     for name in re.findall(r"`([a-z_]+(?:\.[a-z_0-9]+)+)(?:=[^`]*)?`", text_of(path)):
@@ -138,13 +163,14 @@ def test_checks_see_what_is_wrong(tmp_path):
     page.write_text(
         "[a](nothing.md) `configs/nothing.py` `diht_jax.data.nothing` `loss.gamma`\n\n"
         "    python -m diht_jax.nothing\n"
-        "    python -m diht_jax.train --config.loss.gamma=1\n"
+        "    python -m diht_jax.train --config.loss.gamma=1 --no_such_flag\n"
     )
     checks = (
         test_relative_links_and_anchors_resolve,
         test_files_exist,
         test_modules_of_commands_exist,
         test_config_keys_exist,
+        test_flags_exist,
         test_keys_in_backticks_exist,
         test_python_names_exist,
     )
