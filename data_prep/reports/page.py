@@ -77,6 +77,7 @@ def render_report(report: FilterReport) -> str:
         _histograms(report),
         _names(report),
         _samples(report),
+        _versions(report),
         *(_settings(job) for job in report.jobs),
     ]
     return render_page("What the filter kept", parts, _STYLE)
@@ -306,6 +307,12 @@ def _corners(box: Sequence[float]) -> str:
         left, right, top, bottom = box
         box = (left, top, right, top, right, bottom, left, bottom)
     return " ".join(f"{x:g},{y:g}" for x, y in zip(box[::2], box[1::2], strict=True))
+
+
+def _versions(report: FilterReport) -> str:
+    """The packages that took part; those of shards from before they were recorded are unknown."""
+    found = [f"{name} {' and '.join(of)}" for name, of in report.versions_json().items()]
+    return f"<p class=note>Made with {html.escape(', '.join(found))}.</p>" if found else ""
 
 
 def _settings(job: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import html.parser
+import importlib.metadata
 import io
 import json
 import pathlib
@@ -106,6 +107,10 @@ def test_parts_make_the_whole(work):
     both = read_report(work / "both")
     assert (both.funnel.read, both.funnel.kept, len(both.jobs)) == (12, 6, 2)
     assert both.measures.histograms["complexity"]["kept"] == {1: 2, 2: 2, 3: 2}
+    installed = {name: importlib.metadata.version(name) for name in ("spacy", "pillow")}
+    for name, version in installed.items():
+        assert both.versions[name] == {version: 4}  # shards
+        assert f"{name} {version}" in (work / "both" / "report.html").read_text()
     assert both.to_json() == merge_reports([work / "whole", work / "parts"]).to_json()
     with pytest.raises(ValueError, match="report.json: no report of"):
         read_report(work / "in")
