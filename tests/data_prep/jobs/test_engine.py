@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
-from data_prep.jobs.engine import run_tasks
+from data_prep.jobs.engine import print_failures, run_pending, run_tasks
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 600  # of a script; a failure here means that it waits for ever
@@ -74,6 +75,17 @@ def test_failures_are_isolated_in_this_process():
     }  # fmt: skip
     assert outcomes[3].error == "three is not allowed"
     assert "Traceback" in outcomes[4].error and "RuntimeError: a defect" in outcomes[4].error
+
+
+def test_failures_are_listed_by_source(capsys):
+    def work(task: types.SimpleNamespace, report) -> None:
+        if task.source == "b":
+            raise ValueError("damaged")
+
+    tasks = [types.SimpleNamespace(source=name) for name in "abc"]
+    failures = run_pending(work, tasks, num_workers=0, label="test")
+    assert print_failures(failures) == {"b": "damaged"}
+    assert "failed: b: damaged" in capsys.readouterr().err.splitlines()
 
 
 def test_what_may_pass_is_tried_again():

@@ -256,6 +256,13 @@ def test_images_without_embedding_stay_without_labels(work, tmp_path, capsys):
     assert empty == absent
     summary = json.loads((tmp_path / "out" / "stats.json").read_text())
     assert (summary["labelled"], summary["unlabelled"]) == (_NUM_IMAGES - 2, {"no_embedding": 2})
+    # The heads may be loaded with embeddings from another file, as for another data set.
+    os.rename(tmp_path / "e.npz", tmp_path / "f.npz")
+    files["teacher__precomputed__files"] = str(tmp_path / "f.npz")
+    loaded = {"heads__load": str(tmp_path / "out")}
+    assert run_label(_config(work / "kept", tmp_path / "again", **files, **loaded)) == {}
+    for one, other in zip(labelled, _records(tmp_path / "again"), strict=True):
+        np.testing.assert_array_equal(one.object_probs, other.object_probs)
 
 
 def test_data_without_attributes(work, tmp_path):
