@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from benchmarks.record import write_result
-from diht_jax.cost_model.flops import count_work
+from diht_jax.cost_model.flops import count_flops
 from diht_jax.cost_model.topologies import get_topology
 from diht_jax.losses import contrastive_loss
 
@@ -68,7 +68,7 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
         fn = dense_loss_and_grads()
     else:
         fn = mapped_loss_and_grads(mesh, "dense" if form == "gathered" else "streaming")
-    counted = count_work(fn, rows, rows, scale)
+    counted = count_flops(fn, rows, rows, scale)
     entry = {
         "form": form,
         "global_batch": num_pairs,

@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from diht_jax.config import parse_fields
+from diht_jax.config import parse_fields, rename_old_flags
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
@@ -122,9 +122,10 @@ def keep_freed_memory() -> None:
 
 def _parse_flags(argv: Sequence[str], takes_arguments: bool) -> list[str]:
     try:
-        rest = flags.FLAGS(list(argv))
+        sys.argv[:] = rename_old_flags(sys.argv)  # ml_collections reads the keys of configs there
+        rest = flags.FLAGS(rename_old_flags(argv))
     except (AttributeError, KeyError) as error:
-        # How a ConfigDict says that it lacks a key; the text names the nearest one.
+        # A ConfigDict raises these for a key that it lacks; the text names the nearest one.
         cause = error.args[0]
         text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
         _fail(f"unknown config key {'; '.join(text.splitlines())}", status=2)
@@ -170,7 +171,7 @@ class _TqdmHandler(python_logging.Handler):
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
-    """Drops what libraries say below a warning: Orbax logs a page at every save."""
+    """Drops what libraries log below a warning: Orbax logs a page at every save."""
     from_library = f"{os.sep}site-packages{os.sep}" in record.pathname
     return record.levelno >= python_logging.WARNING or not from_library
 

@@ -2,7 +2,7 @@
 
     python -m diht_jax.compile --config configs/diht_vitl14.py --topology v5e:16x16
 
-Prints, for one device and one step, memory, floating-point work, traffic, communication and a
+Prints, for one device and one step, memory, floating-point operations, traffic, communication and a
 roofline estimate. Exits with 1 when the step does not fit, after having looked for settings of
 `config.micro_batch` and `config.model.remat` that do.
 """
@@ -44,7 +44,7 @@ def main() -> None:
     name = values.topology or config.topology
     if not name:
         raise ValueError(
-            "the recipe names no config.topology; say what to compile for: --topology v5e:16x16"
+            "the recipe names no config.topology; name what to compile for: --topology v5e:16x16"
         )
     if values.batch_size is not None:
         config.data.batch_size = values.batch_size

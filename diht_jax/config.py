@@ -11,6 +11,7 @@ import difflib
 import importlib.util
 import math
 import pathlib
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,9 @@ from ml_collections import config_flags
 from ml_collections.config_dict import placeholder
 
 DURATION_UNITS = ("steps", "examples", "epochs")
+
+# Names of older versions, which recipes, command lines and work directories may still have.
+RENAMED_KEYS = {f"unmasked_{unit}": f"no_patch_dropout_{unit}" for unit in DURATION_UNITS}
 
 # Fields of models.zoo.Architecture and their types.
 ARCHITECTURE_FIELDS = {
@@ -87,9 +91,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.total_examples = placeholder(int)
     c.total_epochs = placeholder(float)
     # At most one of the three: the last part of the run, trained without patch dropout.
-    c.unmasked_steps = placeholder(int)
-    c.unmasked_examples = placeholder(int)
-    c.unmasked_epochs = placeholder(float)
+    c.no_patch_dropout_steps = placeholder(int)
+    c.no_patch_dropout_examples = placeholder(int)
+    c.no_patch_dropout_epochs = placeholder(float)
     # Examples (global) embedded and back-propagated at once, with the exact gradient of the whole
     # batch (GradCache); None takes the whole batch at once.
     c.micro_batch = placeholder(int)
@@ -216,7 +220,7 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
     """Checks names and types of every key of `config` against `defaults`.
 
     Args:
-        config: what the recipe and the command line gave.
+        config: what the recipe and the command line gave; `rename_old_keys` is applied to it.
         defaults: all known keys, but for those inside of a `TextOrSections`. None is accepted for
             every key but a section, and an int where a float stands; a default of None without a
             type accepts everything. The elements of a tuple must be of the type of those in the
@@ -225,6 +229,7 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
     Raises:
         ValueError: an unknown key (names the nearest known one) or a value of another type.
     """
+    rename_old_keys(config)
     known = dict(_walk(defaults))
     free = tuple(f"{name}." for name, (_, kind) in known.items() if kind is TextOrSections)
     for name, (value, _) in _walk(config).items():
@@ -243,6 +248,33 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
                 f"config key '{name}': expected {expected.__name__}{such_as:.200}, "
                 f"got {type(value).__name__} {value!r:.200}"
             )
+
+
+def rename_old_keys(config: ml_collections.ConfigDict) -> None:
+    """Gives the keys of `RENAMED_KEYS` their new names, in place.
+
+    Raises:
+        ValueError: a key is set under both names.
+    """
+    for old, new in RENAMED_KEYS.items():
+        if old not in config:
+            continue
+        value = config[old]
+        with config.unlocked():
+            del config[old]
+            if value is None:
+                continue
+            if config.get(new) is not None:
+                raise ValueError(f"config.{old} is the old name of config.{new}; set one of them")
+            if new in config:
+                del config[new]  # its type is checked by `validate_config`, as that of any other
+            config[new] = value
+
+
+def rename_old_flags(arguments: Iterable[str]) -> list[str]:
+    """A command line with the keys of `RENAMED_KEYS` under their new names."""
+    pattern = re.compile(rf"^(--?config\.)({'|'.join(RENAMED_KEYS)})(?==|$)")
+    return [pattern.sub(lambda m: m[1] + RENAMED_KEYS[m[2]], text) for text in arguments]
 
 
 def duration_in_steps(
@@ -305,8 +337,10 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
     return fields
 
 
-def masked_steps(config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int) -> int:
-    """How many steps of a run, from its start, drop patches; the rest of it does not.
+def patch_dropout_steps(
+    config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int
+) -> int:
+    """How many steps of a run, from its start, may drop patches; the rest of it does not.
 
     Args:
         config: the whole training config.
@@ -314,26 +348,28 @@ def masked_steps(config: ml_collections.ConfigDict, total_steps: int, *, num_exa
         num_examples: size of one epoch, in examples.
 
     Raises:
-        ValueError: several of `unmasked_steps`, `unmasked_examples` and `unmasked_epochs` are
-            set, there is nothing to unmask, or it would be the whole run.
+        ValueError: several of `no_patch_dropout_steps`, `no_patch_dropout_examples` and
+            `no_patch_dropout_epochs` are set, no patches are dropped anyway, or it would be the
+            whole run.
     """
-    if all(config.get(f"unmasked_{unit}") is None for unit in DURATION_UNITS):
+    if all(config.get(f"no_patch_dropout_{unit}") is None for unit in DURATION_UNITS):
         return total_steps
     if not config.model.patch_dropout:
         raise ValueError(
-            "config.unmasked_* says how long a run with config.model.patch_dropout ends without "
-            f"it, but config.model.patch_dropout={config.model.patch_dropout}; set a share of "
-            "patches to drop, or leave config.unmasked_* at None"
+            "config.no_patch_dropout_* is how long a run with config.model.patch_dropout ends "
+            f"without it, but config.model.patch_dropout={config.model.patch_dropout}; set a share "
+            "of patches to drop, or leave config.no_patch_dropout_* at None"
         )
-    unmasked = duration_in_steps(
-        config, "unmasked", batch_size=config.data.batch_size, num_examples=num_examples
+    last_steps = duration_in_steps(
+        config, "no_patch_dropout", batch_size=config.data.batch_size, num_examples=num_examples
     )
-    if unmasked >= total_steps:
+    if last_steps >= total_steps:
         raise ValueError(
-            f"config.unmasked_*: {unmasked} steps without patch dropout are not less than the "
-            f"{total_steps} steps of the run; shorten them or set config.model.patch_dropout=0"
+            f"config.no_patch_dropout_*: {last_steps} steps without patch dropout are not less "
+            f"than the {total_steps} steps of the run; shorten them or set "
+            "config.model.patch_dropout=0"
         )
-    return total_steps - unmasked
+    return total_steps - last_steps
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -1,6 +1,6 @@
 """Start-up of a job of several processes: TPU pods, Slurm, Open MPI, or by hand.
 
-Called by the commands before anything asks JAX for devices. Meshes and batches are `sharding.py`'s.
+It comes before anything asks JAX for devices. Meshes and batches are `sharding`'s.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def define_flags() -> None:
 
 
 def start_from_flags() -> None:
-    """`start`, with what the command line says."""
+    """`start`, with the values of the flags."""
     values = flags.FLAGS
     start(
         values.coordinator_address,
@@ -105,12 +105,12 @@ def start(
         jax.device_count(),
     )
     if jax.process_index() != 0:
-        # One log is enough; what goes wrong is still told by everyone.
+        # One log is enough; warnings and errors still come from every process.
         logging.set_verbosity(logging.WARNING)
 
 
 def end_job(error: Exception) -> None:
-    """Says what went wrong, and ends this process at once, if it is one of several.
+    """Prints the error and ends this process at once, if it is one of several.
 
     Not by `sys.exit`: on that way out JAX, Orbax and the decoding workers would wait for processes
     that may be no more. The others notice that this one is gone.
@@ -136,7 +136,7 @@ def end_job(error: Exception) -> None:
 def find_cluster() -> str | None:
     """The kind of job that this process is one of several of, or None.
 
-    Looks at the environment only: nothing is asked over the network.
+    Looks at the environment only, not at the network.
     """
     env = os.environ
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:

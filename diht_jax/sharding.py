@@ -1,7 +1,7 @@
-"""The device mesh, the partition rules, and the placement of batches.
+"""The device mesh, the partition rules, and global batches.
 
 Axis names are `data` (replicas) and `fsdp` (parameters and optimiser state are split over it);
-a batch is split over both. Called by the training and loading code.
+a batch is split over both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 BATCH_AXES = ("data", "fsdp")
 
 # The first pattern found in a parameter's path decides. Optimiser moments have the path of their
-# parameter inside their own, so the same rules place them. Matrices are split along their larger
+# parameter inside their own, so the same rules apply to them. Matrices are split along their larger
 # side where CLIP's shapes allow it; vectors and scalars are too small to be worth a split.
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"token_embedding/embedding$", PartitionSpec("fsdp", None)),
@@ -133,7 +133,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Where the array `path` of shape `shape` goes, by `PARTITION_RULES`.
+    """How the array `path` of shape `shape` is split, by `PARTITION_RULES`.
 
     An axis that the mesh axis does not divide stays whole.
     """
@@ -156,11 +156,11 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
 def tree_shardings(tree: Any, mesh: Mesh) -> Any:
     """A tree of `NamedSharding` like `tree` (arrays or shape structs), by the rules."""
 
-    def place(path, leaf):
+    def sharding_of(path, leaf):
         name = path_name(path)
         return NamedSharding(mesh, partition_spec(name, np.shape(leaf), mesh))
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding_of, tree)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -168,7 +168,7 @@ def path_name(path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def log_placement(tree: Any, mesh: Mesh) -> None:
+def log_shardings(tree: Any, mesh: Mesh) -> None:
     """Logs how many bytes of the parameters are split over `fsdp`, and the largest that are not."""
     if mesh.shape["fsdp"] == 1:
         return

@@ -1,7 +1,6 @@
-"""Compiling the training step for a machine, and what the compiler says about it.
+"""Compiles the training step for a machine, and collects what the compiler reports about it.
 
-Called by `diht_jax.compile` and `benchmarks/pod_fit.py`. Nothing is run and no array is made. How a
-report is printed does not belong here.
+Nothing is run and no array is made. Printing is `report`'s.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import ml_collections
 
 from diht_jax.config import duration_in_steps
 from diht_jax.cost_model.chips import Chip
-from diht_jax.cost_model.flops import Work, jaxpr_work
+from diht_jax.cost_model.flops import FlopCount, count_jaxpr_flops
 from diht_jax.cost_model.hlo_traffic import Traffic, count_traffic
 from diht_jax.cost_model.topologies import Topology
 from diht_jax.models.remat import POLICIES
@@ -35,16 +34,16 @@ class StepReport:
         mesh: size of each axis.
         batch_size: global, in examples.
         attention: kernel of each tower.
-        micro_batch, remat: the config's settings that trade work for memory.
+        micro_batch, remat: the config's settings that trade FLOPs for memory.
         memory_limit_bytes: what a program may use; None where not known.
-        argument_bytes: state and batch; the state is donated, so it is the result's place too.
+        argument_bytes: state and batch; the state is donated: its result needs no other room.
         temporary_bytes: set aside for intermediate values; None where the compiler gave up.
         peak_bytes: of all values that are alive at once, the program included.
         needed_bytes: what must fit. On a TPU the peak, which is what its compiler's own limit
             follows (its size of the temporaries counts more than is ever held); elsewhere, where
             the peak leaves temporaries out, arguments, results, temporaries and the program.
         fits: whether it runs within the memory.
-        work: floating-point operations, recomputation included.
+        flops: floating-point operations, recomputation included.
         model_flops: operations of the model's matrix products without recomputation, which MFU is
             measured by.
         traffic: memory and communication; None where the compiler gave up.
@@ -63,7 +62,7 @@ class StepReport:
     peak_bytes: int
     needed_bytes: int
     fits: bool
-    work: Work
+    flops: FlopCount
     model_flops: int
     traffic: Traffic | None
     trace_secs: float
@@ -107,7 +106,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
     program = TrainProgram(config, _total_steps(config), topology.devices)
     start = time.perf_counter()
     traced = _trace(program)
-    work = jaxpr_work(traced.jaxpr.jaxpr)
+    flops = count_jaxpr_flops(traced.jaxpr.jaxpr)
     lowered = traced.lower()
     traced_at = time.perf_counter()
     try:
@@ -128,7 +127,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
         micro_batch=config.micro_batch,
         remat=config.model.remat,
         **memory,
-        work=Work(work.flops // size, work.matmul_flops // size, work.matmul_bytes // size),
+        flops=flops // size,
         model_flops=model_flops(config, topology.devices) // size,
         traffic=traffic,
         trace_secs=traced_at - start,
@@ -141,7 +140,7 @@ def roofline(report: StepReport) -> Roofline | None:
     chip = report.topology.chip
     if chip is None or report.traffic is None:
         return None
-    compute = report.work.matmul_flops / chip.peak_flops
+    compute = report.flops.matmul_flops / chip.peak_flops
     memory = report.traffic.memory_bytes / chip.hbm_bytes_per_sec
     network = sum(
         collective.sent_bytes / link_bandwidth(chip, collective.kind, collective.group_size, report)
@@ -176,8 +175,8 @@ def settings_that_fit(
 ) -> StepReport | None:
     """The cheapest settings of `micro_batch` and `model.remat` that fit, or None.
 
-    Tries the policies without micro-batches and with them in the order of their work, and for each
-    the largest micro-batches first.
+    Tries the policies without micro-batches and with them in the order of their FLOPs, and for
+    each the largest micro-batches first.
 
     Args:
         config: the recipe that does not fit.
@@ -185,7 +184,7 @@ def settings_that_fit(
         too_large: its report.
         on_try: is given the report of every attempt.
     """
-    for candidate in _by_work(config, topology):
+    for candidate in _by_flops(config, topology):
         attempts = [candidate] if candidate.micro_batch is None else _halvings(candidate, too_large)
         for attempt in attempts:
             report = compile_step(attempt, topology)
@@ -195,7 +194,7 @@ def settings_that_fit(
     return None
 
 
-def _by_work(
+def _by_flops(
     config: ml_collections.ConfigDict, topology: Topology
 ) -> list[ml_collections.ConfigDict]:
     """The config with each policy, with and without micro-batches, cheapest first."""
@@ -208,7 +207,7 @@ def _by_work(
             if (remat, micro_batch) == (config.model.remat, config.micro_batch):
                 continue
             program = TrainProgram(candidate, _total_steps(config), topology.devices)
-            flops = jaxpr_work(_trace(program).jaxpr.jaxpr).matmul_flops
+            flops = count_jaxpr_flops(_trace(program).jaxpr.jaxpr).matmul_flops
             found.append((flops, order, micro_batch or batch_size, candidate))
     return [candidate for *_, candidate in sorted(found, key=lambda entry: entry[:2])]
 
@@ -293,7 +292,7 @@ def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]
 def _out_of_memory(
     error: jax.errors.JaxRuntimeError, argument_bytes: int, topology: Topology
 ) -> dict[str, Any]:
-    """The same from the TPU compiler's complaint; any other error is no verdict on memory."""
+    """The same from the TPU compiler's error; any other error is no verdict on memory."""
     size = r"([\d.]+[KMGT]?)"
     whole = re.search(rf"Used {size} of {size} hbm", str(error))
     temporaries = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", str(error))

@@ -1,7 +1,6 @@
 """What accelerators can do: peak rates and memory, one row per device.
 
-Read by the training loop (MFU) and by `diht_jax.compile` (roofline, memory). Numbers only, all
-public:
+Numbers only, all public:
 
   * TPU: Google Cloud's TPU documentation, pages "TPU v4", "TPU v5e", "TPU v5p", "TPU v6e" and
     "TPU7x" (https://docs.cloud.google.com/tpu/docs/v5e and so on): "Peak compute per chip (bf16)",

@@ -1,8 +1,8 @@
-"""How much arithmetic a function does, counted from its jaxpr.
+"""How many floating-point operations (FLOPs) a function does, counted from its jaxpr.
 
-Called by the training loop (MFU), by `diht_jax.compile` and by the benchmarks. XLA's own cost
-analysis counts the body of a loop once, whatever the trip count, and so flatters scanned layers
-and ring losses; here every body counts as often as it runs. Nothing is compiled or executed.
+XLA's own cost analysis counts the body of a loop once, whatever the trip count, and so flatters
+scanned layers and ring losses; here every body counts as often as it runs. Nothing is compiled or
+executed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.interpreters import partial_eval
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class FlopCount:
     """What a function costs, summed over all devices of the mesh.
 
     Attributes:
@@ -35,19 +35,24 @@ class Work:
     matmul_flops: int = 0
     matmul_bytes: int = 0
 
-    def __add__(self, other: Work) -> Work:
-        return Work(
+    def __add__(self, other: FlopCount) -> FlopCount:
+        return FlopCount(
             self.flops + other.flops,
             self.matmul_flops + other.matmul_flops,
             self.matmul_bytes + other.matmul_bytes,
         )
 
-    def __mul__(self, times: int) -> Work:
-        return Work(self.flops * times, self.matmul_flops * times, self.matmul_bytes * times)
+    def __mul__(self, times: int) -> FlopCount:
+        return FlopCount(self.flops * times, self.matmul_flops * times, self.matmul_bytes * times)
+
+    def __floordiv__(self, parts: int) -> FlopCount:
+        return FlopCount(
+            self.flops // parts, self.matmul_flops // parts, self.matmul_bytes // parts
+        )
 
 
-def count_work(fn: Callable[..., Any], *args: Any) -> Work:
-    """Counts the work of `fn(*args)`.
+def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
+    """Counts the FLOPs of `fn(*args)`.
 
     A scan counts as often as it is long, a while loop by its trip count, a branch as its most
     expensive case, the body of a `shard_map` once for each device of its mesh axes. Values that
@@ -59,41 +64,41 @@ def count_work(fn: Callable[..., Any], *args: Any) -> Work:
         *args: arrays or `jax.ShapeDtypeStruct`s, in any tree.
 
     Raises:
-        ValueError: a while loop whose trip count the jaxpr does not tell, or a foreign kernel.
+        ValueError: a while loop whose trip count the jaxpr does not show, or a foreign kernel.
     """
-    return jaxpr_work(jax.make_jaxpr(fn)(*args).jaxpr)
+    return count_jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def jaxpr_work(jaxpr: Jaxpr) -> Work:
-    """Counts the work of a jaxpr; see `count_work`."""
+def count_jaxpr_flops(jaxpr: Jaxpr) -> FlopCount:
+    """Counts the FLOPs of a jaxpr; see `count_flops`."""
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return _sum_work(live)
+    return _sum_equations(live)
 
 
-def _sum_work(jaxpr: Jaxpr | ClosedJaxpr) -> Work:
+def _sum_equations(jaxpr: Jaxpr | ClosedJaxpr) -> FlopCount:
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum((_equation_work(eqn) for eqn in jaxpr.eqns), Work())
+    return sum((_count_equation(eqn) for eqn in jaxpr.eqns), FlopCount())
 
 
-def _equation_work(eqn: JaxprEqn) -> Work:
+def _count_equation(eqn: JaxprEqn) -> FlopCount:
     name = eqn.primitive.name
     if name in _RULES:
         return _RULES[name](eqn)
     if name in _FOREIGN:
         raise ValueError(
-            f"count_work: '{name}' is a foreign kernel whose work the jaxpr does not tell; count "
-            "the function with an implementation written in JAX"
+            f"count_flops: '{name}' is a foreign kernel whose FLOPs the jaxpr does not show; "
+            "count the function with an implementation written in JAX"
         )
     if name in _MOVES or not _is_floating(eqn):
         inner = _inner_jaxprs(eqn)
-        return sum((_sum_work(jaxpr) for jaxpr in inner), Work())
+        return sum((_sum_equations(jaxpr) for jaxpr in inner), FlopCount())
     if name.startswith(_READERS):
-        return Work(flops=eqn.invars[0].aval.size)
+        return FlopCount(flops=eqn.invars[0].aval.size)
     inner = _inner_jaxprs(eqn)
     if inner:
-        return sum((_sum_work(jaxpr) for jaxpr in inner), Work())
-    return Work(flops=sum(var.aval.size for var in eqn.outvars))
+        return sum((_sum_equations(jaxpr) for jaxpr in inner), FlopCount())
+    return FlopCount(flops=sum(var.aval.size for var in eqn.outvars))
 
 
 def _is_floating(eqn: JaxprEqn) -> bool:
@@ -106,18 +111,18 @@ def _inner_jaxprs(eqn: JaxprEqn) -> list[Jaxpr | ClosedJaxpr]:
     return [value for value in eqn.params.values() if isinstance(value, Jaxpr | ClosedJaxpr)]
 
 
-def _dot_general(eqn: JaxprEqn) -> Work:
+def _dot_general(eqn: JaxprEqn) -> FlopCount:
     left = eqn.invars[0].aval
     (contracted, _), _ = eqn.params["dimension_numbers"]
     depth = math.prod(left.shape[axis] for axis in contracted)
     return _product(eqn, 2 * eqn.outvars[0].aval.size * depth)
 
 
-def _convolution(eqn: JaxprEqn) -> Work:
+def _convolution(eqn: JaxprEqn) -> FlopCount:
     """Every output element sums over the window and its group's input channels.
 
     A convolution's gradients are convolutions over padded or dilated inputs; the zeros put in
-    there are no work, so the smallest of the three equivalent counts is the true one: output,
+    there cost nothing, so the smallest of the three equivalent counts is the true one: output,
     input or kernel elements, each times what it meets.
     """
     image, kernel, out = (var.aval for var in (*eqn.invars[:2], *eqn.outvars))
@@ -131,40 +136,40 @@ def _convolution(eqn: JaxprEqn) -> Work:
     return _product(eqn, 2 * examples * channels_in * channels_out * pairs)
 
 
-def _product(eqn: JaxprEqn, flops: int) -> Work:
+def _product(eqn: JaxprEqn, flops: int) -> FlopCount:
     variables = (*eqn.invars, *eqn.outvars)
     num_bytes = sum(var.aval.size * var.aval.dtype.itemsize for var in variables)
-    return Work(flops, flops, num_bytes)
+    return FlopCount(flops, flops, num_bytes)
 
 
-def _scan(eqn: JaxprEqn) -> Work:
-    return _sum_work(eqn.params["jaxpr"]) * eqn.params["length"]
+def _scan(eqn: JaxprEqn) -> FlopCount:
+    return _sum_equations(eqn.params["jaxpr"]) * eqn.params["length"]
 
 
-def _while(eqn: JaxprEqn) -> Work:
+def _while(eqn: JaxprEqn) -> FlopCount:
     trips = _trip_count(eqn)
-    body, condition = (_sum_work(eqn.params[name]) for name in ("body_jaxpr", "cond_jaxpr"))
+    body, condition = (_sum_equations(eqn.params[name]) for name in ("body_jaxpr", "cond_jaxpr"))
     return body * trips + condition * (trips + 1)
 
 
-def _cond(eqn: JaxprEqn) -> Work:
-    return max((_sum_work(branch) for branch in eqn.params["branches"]), key=lambda w: w.flops)
+def _cond(eqn: JaxprEqn) -> FlopCount:
+    return max((_sum_equations(branch) for branch in eqn.params["branches"]), key=lambda w: w.flops)
 
 
-def _shard_map(eqn: JaxprEqn) -> Work:
+def _shard_map(eqn: JaxprEqn) -> FlopCount:
     sizes = dict(eqn.params["mesh"].shape)
     num_devices = math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-    return _sum_work(eqn.params["jaxpr"]) * num_devices
+    return _sum_equations(eqn.params["jaxpr"]) * num_devices
 
 
-def _pallas_call(eqn: JaxprEqn) -> Work:
-    return _sum_work(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
+def _pallas_call(eqn: JaxprEqn) -> FlopCount:
+    return _sum_equations(eqn.params["jaxpr"]) * math.prod(eqn.params["grid_mapping"].grid)
 
 
-def _cudnn_attention(num_products: int) -> Callable[[JaxprEqn], Work]:
+def _cudnn_attention(num_products: int) -> Callable[[JaxprEqn], FlopCount]:
     """cuDNN attention [b, t, h, d], [b, s, h, d]: so many products of 2 b h t s d each."""
 
-    def rule(eqn: JaxprEqn) -> Work:
+    def rule(eqn: JaxprEqn) -> FlopCount:
         (batch, queries, heads, depth), (_, keys, _, _) = (v.aval.shape for v in eqn.invars[:2])
         return _product(eqn, num_products * 2 * batch * heads * queries * keys * depth)
 
@@ -199,14 +204,14 @@ def _trip_count(eqn: JaxprEqn) -> int:
             end = int(end) + (test.primitive.name == "le")
             return max(0, math.ceil((end - int(start)) / step))
     raise ValueError(
-        "count_work: a while loop whose trip count the jaxpr does not tell; loop with "
+        "count_flops: a while loop whose trip count the jaxpr does not show; loop with "
         "jax.lax.scan or with jax.lax.fori_loop over Python integers"
     )
 
 
-def _counter_step(body: ClosedJaxpr, place_in: int, place_out: int) -> int | None:
+def _counter_step(body: ClosedJaxpr, index_in: int, index_out: int) -> int | None:
     """What one trip adds to the carried value; None unless it is a positive constant."""
-    counter, result = body.jaxpr.invars[place_in], body.jaxpr.outvars[place_out]
+    counter, result = body.jaxpr.invars[index_in], body.jaxpr.outvars[index_out]
     for eqn in body.jaxpr.eqns:
         if eqn.outvars[0] is result and eqn.primitive.name == "add" and counter in eqn.invars[:1]:
             step = _literal(eqn.invars[1])
@@ -218,7 +223,7 @@ def _literal(var: Any) -> Any:
     return var.val if isinstance(var, Literal) else None
 
 
-_RULES: dict[str, Callable[[JaxprEqn], Work]] = {
+_RULES: dict[str, Callable[[JaxprEqn], FlopCount]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
     "scan": _scan,
@@ -233,7 +238,7 @@ _RULES: dict[str, Callable[[JaxprEqn], Work]] = {
 # One operation for each element read, not made.
 _READERS = ("reduce", "arg", "cum", "scatter_add", "scatter-add", "sort", "top_k")
 
-# No arithmetic: they place, select, convert or communicate.
+# No arithmetic: they move, select, convert or communicate.
 _MOVES = frozenset(
     [
         "all_gather",

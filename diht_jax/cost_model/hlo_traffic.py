@@ -1,8 +1,7 @@
 """What a compiled program moves: memory traffic and collectives, read from its optimised HLO.
 
-Called by `diht_jax.compile` and the benchmarks. XLA's cost analysis counts the body of a loop once;
-here every instruction counts as often as it runs, by the trip counts of the loops around it.
-Arithmetic is not counted here: that is `work`, on the jaxpr.
+XLA's cost analysis counts the body of a loop once; here every instruction counts as often as it
+runs, by the trip counts of the loops around it. FLOPs are counted by `flops`, on the jaxpr.
 """
 
 from __future__ import annotations
@@ -152,10 +151,10 @@ def _parse_instruction(text: str, name: str, root: str | None) -> _Instruction:
 def _closing(text: str, start: int) -> int:
     """Where the parenthesis opened at `start` closes."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
         if depth == 0:
-            return place
+            return index
     raise ValueError(f"HLO line without its closing parenthesis: {text[:80]}")
 
 
@@ -376,16 +375,16 @@ class _Counter:
             or ends[1].opcode != "constant"
         ):
             return self._unknown_loop()
-        place = int(re.search(r"index=(\d+)", ends[0].text).group(1))
-        start = self._start_value(loop, place, computation)
+        index = int(re.search(r"index=(\d+)", ends[0].text).group(1))
+        start = self._start_value(loop, index, computation)
         return self._unknown_loop() if start is None else int(ends[1].operands[0]) - start
 
-    def _start_value(self, loop: _Instruction, place: int, computation) -> int | None:
+    def _start_value(self, loop: _Instruction, index: int, computation) -> int | None:
         """The constant that a loop's counter starts from."""
         state = computation.get(loop.operands[0])
         if state is None or state.opcode != "tuple":
             return None
-        value = computation.get(state.operands[place])
+        value = computation.get(state.operands[index])
         while value is not None and value.opcode in ("copy", "bitcast"):
             value = computation.get(value.operands[0])
         if value is None or value.opcode != "constant":

@@ -1,4 +1,4 @@
-"""The text that `diht_jax.compile` prints about a step; the numbers are those of `compilation`."""
+"""Formats what is known of a compiled step as text; the numbers are `aot_compile`'s."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _GIB = 1 << 30
 
 
 def describe_step(report: StepReport) -> str:
-    """Memory, work, traffic, communication, roofline and verdict, on a page."""
+    """Memory, FLOPs, traffic, communication, roofline and verdict, on a page."""
     devices = report.topology.devices
     lines = [
         f"{report.topology.name}: {len(devices)} x {devices[0].device_kind}, mesh "
@@ -21,7 +21,7 @@ def describe_step(report: StepReport) -> str:
         "",
         "on one device, for one step",
         *_memory_lines(report),
-        *_work_lines(report),
+        *_flops_lines(report),
     ]
     if report.traffic is not None:
         lines += _traffic_lines(report)
@@ -35,7 +35,7 @@ def describe_try(report: StepReport) -> str:
     outcome = "fits" if report.fits else "too large"
     return (
         f"  config.model.remat={report.remat} config.micro_batch={report.micro_batch}: "
-        f"{_gib(report.needed_bytes)}, {report.work.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
+        f"{_gib(report.needed_bytes)}, {report.flops.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
     )
 
 
@@ -68,12 +68,12 @@ def _memory_lines(report: StepReport) -> list[str]:
     ]
 
 
-def _work_lines(report: StepReport) -> list[str]:
-    work = report.work
-    again = work.matmul_flops / report.model_flops - 1
+def _flops_lines(report: StepReport) -> list[str]:
+    counted = report.flops
+    again = counted.matmul_flops / report.model_flops - 1
     return [
-        _row("floating-point work", f"{work.flops / 1e12:.3f} TFLOP"),
-        _row("  in matrix products", f"{work.matmul_flops / 1e12:.3f} TFLOP"),
+        _row("floating-point operations", f"{counted.flops / 1e12:.3f} TFLOP"),
+        _row("  in matrix products", f"{counted.matmul_flops / 1e12:.3f} TFLOP"),
         _row("  of the model alone", f"{report.model_flops / 1e12:.3f} TFLOP ({again:+.0%} again)"),
     ]
 

@@ -1,4 +1,4 @@
-"""Devices of machines that are not there: what `diht_jax.compile` and the benchmarks compile for.
+"""Devices of machines that are not here, to compile for.
 
 A topology is named as Google Cloud names slices, `v5e:16x16`, and GPUs after the same pattern,
 `h100:8` (one host) or `h100:4x8` (hosts x GPUs of a host). Its devices can be put into a mesh,
@@ -143,7 +143,7 @@ def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
             f"'{family}:{text}' needs the TPU compiler, which comes with the package libtpu and "
             "runs on any x86 Linux machine: pip install 'jax[tpu]'"
         )
-    _keep_libtpu_from_looking_around()
+    _keep_libtpu_offline()
     description = topologies.get_topology_desc(
         platform="tpu",
         topology_name=f"{family}:{text}",
@@ -154,8 +154,8 @@ def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
     return tuple(description.devices)
 
 
-def _keep_libtpu_from_looking_around() -> None:
-    """Tells libtpu, which reads the environment when it is loaded, that it runs on no TPU host.
+def _keep_libtpu_offline() -> None:
+    """Sets the environment, which libtpu reads when it is loaded, to that of no TPU host.
 
     Otherwise it asks the cloud's metadata server for the host's name, complains, and locks the
     machine's TPUs against a second process.

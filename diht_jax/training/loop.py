@@ -1,7 +1,6 @@
-"""The training loop: evaluate, save, then take the next batch, so that the saved place in the
-data always matches the saved state.
+"""The training loop: evaluate, save, then take the next batch.
 
-Called by `diht_jax.train`, by the benchmarks and by the tests.
+In this order the saved position in the data always belongs to the saved state.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from etils import epath
 from tqdm import tqdm
 
 from diht_jax import sharding
-from diht_jax.config import default_config, duration_in_steps, masked_steps, validate_config
+from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.evaluation.results import describe_metrics
@@ -27,7 +26,7 @@ from diht_jax.evaluation.tasks import evaluate_task, parse_config_tasks
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
-from diht_jax.training.monitoring.anomalies import Alarms, shown_keys
+from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
@@ -36,7 +35,7 @@ from diht_jax.training.monitoring.metrics import (
     read_metrics,
 )
 from diht_jax.training.monitoring.profiler import StepProfiler
-from diht_jax.training.monitoring.throughput import Window, log_work, model_flops
+from diht_jax.training.monitoring.throughput import ThroughputWindow, log_flops, model_flops
 from diht_jax.training.multihost import check_together
 from diht_jax.training.objective import bind_data
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
@@ -109,7 +108,9 @@ class Run:
         self.total_steps = duration_in_steps(
             config, "total", batch_size=config.data.batch_size, num_examples=len(source)
         )
-        self.masked_steps = masked_steps(config, self.total_steps, num_examples=len(source))
+        self.patch_dropout_steps = patch_dropout_steps(
+            config, self.total_steps, num_examples=len(source)
+        )
         self.program = TrainProgram(
             with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
         )
@@ -187,10 +188,10 @@ class Run:
             dynamic_ncols=True,
         )
         in_flight = None
-        alarms = Alarms(config, self.keys_of_step, lowest_loss=self.lowest_loss())
+        monitor = AnomalyMonitor(config, self.keys_of_step, lowest_loss=self.lowest_loss())
         for step in range(self.start_step + 1, last_step + 1):
-            if step in (self.start_step + 1, self.masked_steps + 1):
-                train_step, window = self.start_phase(unmasked=step > self.masked_steps)
+            if step in (self.start_step + 1, self.patch_dropout_steps + 1):
+                train_step, window = self.start_phase(step)
             batch = window.timed(self.next_batch)
             with self.profiler.step(step):
                 self.state, metrics = train_step(self.state, batch)
@@ -199,20 +200,20 @@ class Run:
             window.add(metrics)
             if config.debug_nans and float(metrics["skipped"]):
                 self.explain_skipped(step, batch)
-            # Two steps in flight keep the device busy; more would only make the bar lie.
+            # Two steps in flight keep the device busy; more would only move the progress bar ahead.
             if in_flight is not None:
-                alarms.check_step(step - 1, in_flight)
+                monitor.check_step(step - 1, in_flight)
             in_flight = metrics
             if self.profiler.ends_at(step):
                 window.excluded(self.profiler.close)
             progress.update()
             at_end = step == last_step
-            is_told = self.stop_request.is_due(step)
-            saves = step % config.checkpoint.every_steps == 0 or at_end or is_told
+            stop_requested = self.stop_request.is_due(step)
+            saves = step % config.checkpoint.every_steps == 0 or at_end or stop_requested
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
-            if step % config.log_every_steps == 0 or saves or step == self.masked_steps:
+            if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:
                 scalars = {**window.summary(), **self.bad_records()}
-                alarms.check_window(step, scalars)
+                monitor.check_window(step, scalars)
                 progress.set_postfix_str(_progress_text(scalars))
                 self.writer.write(step, scalars)
             every = config.evaluation.every_steps
@@ -222,11 +223,11 @@ class Run:
             if saves:
                 self.writer.sync()
                 self.checkpointer.save(self.state, self.iterator, measured)
-            if is_told and not at_end:
+            if stop_requested and not at_end:
                 progress.close()
                 raise Stopped(f"stopped after step {step} of {self.total_steps}")
         if in_flight is not None:
-            alarms.check_step(last_step, in_flight)
+            monitor.check_step(last_step, in_flight)
         progress.close()
         plot_curves(self.workdir)
         return self.state
@@ -247,24 +248,28 @@ class Run:
         Raises:
             NonFiniteError: always.
         """
-        unmasked = step > self.masked_steps
-        config = without_patch_dropout(self.config) if unmasked else self.config
-        place = explain_nonfinite(self.program, config, self.state, batch)
+        config = self.config_at(step)
+        where = explain_nonfinite(self.program, config, self.state, batch)
         raise NonFiniteError(
-            f"step {step}: loss or gradients are not finite; {place}. The batch's records: "
+            f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
             f"{shown_keys(self.keys_of_step(step))}. Parameters and the last checkpoint are as "
             "before this step (config.debug_nans)"
         )
 
-    def start_phase(self, *, unmasked: bool) -> tuple[TrainStep, Window]:
-        """The step of this part of the run, and the measurements that begin with it."""
-        config = without_patch_dropout(self.config) if unmasked else self.config
-        if unmasked:
-            logging.info("no patches are dropped from step %d on", self.masked_steps + 1)
+    def config_at(self, step: int) -> ml_collections.ConfigDict:
+        """The config, without patch dropout in the run's last part."""
+        drops_patches = step <= self.patch_dropout_steps
+        return self.config if drops_patches else without_patch_dropout(self.config)
+
+    def start_phase(self, step: int) -> tuple[TrainStep, ThroughputWindow]:
+        """The jitted step of the part of the run that begins here, and its measurements."""
+        config, drops_patches = self.config_at(step), step <= self.patch_dropout_steps
+        if not drops_patches:
+            logging.info("no patches are dropped from step %d on", self.patch_dropout_steps + 1)
         flops_per_step = model_flops(config, self.mesh.devices.flatten())
-        log_work(flops_per_step, config.data.batch_size, self.mesh)
-        window = Window(config.data.batch_size, flops_per_step, self.mesh)
-        return self.program.step(self.state, unmasked=unmasked), window
+        log_flops(flops_per_step, config.data.batch_size, self.mesh)
+        window = ThroughputWindow(config.data.batch_size, flops_per_step, self.mesh)
+        return self.program.step(self.state, patch_dropout=drops_patches), window
 
     def next_batch(self) -> dict[str, jax.Array]:
         """The next global batch, on the devices."""
@@ -326,7 +331,7 @@ class Run:
             jax.devices()[0].device_kind,
             dict(self.mesh.shape),
         )
-        sharding.log_placement(self.state.params, self.mesh)
+        sharding.log_shardings(self.state.params, self.mesh)
 
 
 def _progress_text(scalars: dict[str, float]) -> str:

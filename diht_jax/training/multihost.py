@@ -1,6 +1,6 @@
-"""What the processes of a job tell each other, so that all of them go on or all of them stop.
+"""Agreement between the processes of a job, so that all of them go on or all of them stop.
 
-Used by the training loop and by `checkpoint`. Start-up is `diht_jax.distributed`'s.
+Start-up is `diht_jax.distributed`'s.
 """
 
 from __future__ import annotations

@@ -127,19 +127,19 @@ class TrainProgram:
             for name, (num_tokens, num_heads, width, causal) in towers.items()
         }
 
-    def step(self, state: TrainState, *, unmasked: bool = False) -> TrainStep:
+    def step(self, state: TrainState, *, patch_dropout: bool = True) -> TrainStep:
         """The jitted step for states like `state` (arrays, or shapes with shardings).
 
         Args:
             state: of the run.
-            unmasked: the step of the run's last part, which drops no patches.
+            patch_dropout: False for the step of the run's last part, which drops no patches.
         """
-        config = without_patch_dropout(self.config) if unmasked else self.config
+        config = self.config if patch_dropout else without_patch_dropout(self.config)
         return TrainStep(self.definition, self.optimizer, self.schedule, self.mesh, config, state)
 
 
 def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of a run's last part, `config.unmasked_*`."""
+    """The config of a run's last part, `config.no_patch_dropout_*`."""
     config = config.copy_and_resolve_references()
     config.model.patch_dropout = 0.0
     return config

@@ -1,6 +1,6 @@
 """The training state: everything that one step reads and writes.
 
-Created by the training loop, directly in its sharded form; saved and restored by `checkpoint`.
+It is created directly in its sharded form.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def update_average(
 
 def _with_shardings(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         shapes,
         sharding.tree_shardings(shapes, mesh),
     )

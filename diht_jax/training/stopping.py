@@ -1,9 +1,9 @@
-"""Stopping a run when it is told to, so that the same command goes on where it was.
+"""Stops a run on SIGTERM or SIGINT, so that the same command goes on where it was.
 
 SIGTERM (what Slurm, Kubernetes and the clouds send before they take a machine away) and the first
 SIGINT let the step at hand finish; the loop then saves, and the command exits with
 `EXIT_CODE`. A second SIGINT aborts at once. In a job of several processes JAX's coordination
-service passes either on, so that all stop after the same step, whichever of them was told.
+service passes either on, so that all stop after the same step, whichever of them was signalled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EXIT_CODE = 75
 
 
 class Stopped(Exception):
-    """The run was told to stop, and has saved its state."""
+    """The run was asked to stop, and has saved its state."""
 
 
 class StopRequest:
@@ -35,7 +35,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Only a main thread may; elsewhere (in a notebook's thread) signals stay as they are.
         if threading.current_thread() is threading.main_thread():
-            # JAX's own handler of SIGTERM tells the other processes.
+            # JAX's own handler of SIGTERM passes it on to the other processes.
             handled = (
                 [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
             )

@@ -19,7 +19,7 @@ from diht_jax.cost_model.aot_compile import (
     settings_that_fit,
 )
 from diht_jax.cost_model.chips import find_chip
-from diht_jax.cost_model.flops import Work, count_work
+from diht_jax.cost_model.flops import FlopCount, count_flops
 from diht_jax.cost_model.hlo_traffic import Collective, Traffic
 from diht_jax.cost_model.report import describe_settings, describe_step, describe_try
 from diht_jax.cost_model.topologies import Topology, get_topology
@@ -132,12 +132,12 @@ def test_work_is_that_of_the_model(local):
     towers = 512 * (3 * (tower(17) + tower(77)) + 2 * patches)
     loss = 4 * 2 * 512 * 4096 * width
     assert report.model_flops == pytest.approx(towers + loss, rel=0.01)
-    assert report.work.matmul_flops == report.model_flops < report.work.flops
+    assert report.flops.matmul_flops == report.model_flops < report.flops.flops
     config = config.copy_and_resolve_references()
     config.model.remat = "full"
     program = TrainProgram(config, total_steps=10)
     state = program.abstract_state()
-    again = count_work(program.step(state), state, program.abstract_batch()).matmul_flops // 8
+    again = count_flops(program.step(state), state, program.abstract_batch()).matmul_flops // 8
     # The blocks again, without the MLP's last layer, a third of their linear layers.
     blocks = sum(tokens * 2 * 8 * width**2 + 4 * tokens**2 * width for tokens in (17, 77))
     assert again - report.model_flops == pytest.approx(512 * blocks, rel=0.02)
@@ -153,7 +153,7 @@ def test_search_takes_the_cheapest_settings(local):
     found = settings_that_fit(config, topology, too_large, on_try=tried.append)
     assert found.fits and found.needed_bytes <= topology.memory_limit_bytes
     assert tried[-1] is found and not any(report.fits for report in tried[:-1])
-    assert all(report.work.matmul_flops <= found.work.matmul_flops for report in tried)
+    assert all(report.flops.matmul_flops <= found.flops.matmul_flops for report in tried)
     text = describe_settings(found)
     assert text.startswith("the nearest settings that fit: --config.model.remat=")
     assert ": fits" in describe_try(found) and "no setting" in describe_settings(None)
@@ -253,7 +253,7 @@ def report_with(traffic, topology):
         peak_bytes=2 * GIB,
         needed_bytes=2 * GIB,
         fits=True,
-        work=Work(flops=300 * 10**12, matmul_flops=197 * 10**12),
+        flops=FlopCount(flops=300 * 10**12, matmul_flops=197 * 10**12),
         model_flops=98_500_000_000_000,
         traffic=traffic,
         trace_secs=1.0,

@@ -1,4 +1,4 @@
-"""Counted work against formulas by hand."""
+"""Counted FLOPs against formulas by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from diht_jax.cost_model.flops import count_work
+from diht_jax.cost_model.flops import count_flops
 
 M, K, N = 6, 10, 14
 LEFT = jax.ShapeDtypeStruct((M, K), jnp.float32)
@@ -22,17 +22,17 @@ def test_product_elementwise_and_reduction():
     def fn(a, b):
         return jnp.sum(jnp.exp(a @ b))
 
-    work = count_work(fn, LEFT, RIGHT)
-    assert work.matmul_flops == 2 * M * K * N
-    assert work.flops == 2 * M * K * N + M * N + M * N
-    assert work.matmul_bytes == 4 * (M * K + K * N + M * N)
+    counted = count_flops(fn, LEFT, RIGHT)
+    assert counted.matmul_flops == 2 * M * K * N
+    assert counted.flops == 2 * M * K * N + M * N + M * N
+    assert counted.matmul_bytes == 4 * (M * K + K * N + M * N)
 
 
 def test_batched_product_over_several_axes():
     a = jax.ShapeDtypeStruct((3, 5, 7, 11), jnp.bfloat16)
     b = jax.ShapeDtypeStruct((3, 13, 7, 11), jnp.bfloat16)
-    work = count_work(lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), a, b)
-    assert work.matmul_flops == 2 * 3 * 7 * 5 * 13 * 11
+    counted = count_flops(lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), a, b)
+    assert counted.matmul_flops == 2 * 3 * 7 * 5 * 13 * 11
 
 
 def test_integers_and_moves_cost_nothing():
@@ -40,12 +40,12 @@ def test_integers_and_moves_cost_nothing():
         indices = jnp.arange(K) * 3 % K
         return jnp.concatenate([x[indices].T, x], axis=1).astype(jnp.bfloat16)
 
-    assert count_work(fn, SQUARE).flops == 0
+    assert count_flops(fn, SQUARE).flops == 0
 
 
 def test_gradient_is_three_products():
-    work = count_work(jax.grad(lambda a, b: jnp.sum((a @ b) ** 2), argnums=(0, 1)), LEFT, RIGHT)
-    assert work.matmul_flops == 3 * 2 * M * K * N
+    counted = count_flops(jax.grad(lambda a, b: jnp.sum((a @ b) ** 2), argnums=(0, 1)), LEFT, RIGHT)
+    assert counted.matmul_flops == 3 * 2 * M * K * N
 
 
 def test_dead_code_costs_nothing():
@@ -53,16 +53,16 @@ def test_dead_code_costs_nothing():
         unused = jnp.tanh(a @ b)
         return a + 1, jax.jit(lambda u: (u, u @ b))(a)[0], unused.shape
 
-    assert count_work(fn, LEFT, RIGHT).flops == M * K
+    assert count_flops(fn, LEFT, RIGHT).flops == M * K
 
 
 def test_scan_counts_every_trip():
     def fn(x):
         return lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=7)[0]
 
-    work = count_work(fn, SQUARE)
-    assert work.matmul_flops == 7 * 2 * K**3
-    assert work.flops == 7 * (2 * K**3 + K**2)
+    counted = count_flops(fn, SQUARE)
+    assert counted.matmul_flops == 7 * 2 * K**3
+    assert counted.flops == 7 * (2 * K**3 + K**2)
 
 
 def test_remat_counts_the_recomputation():
@@ -78,7 +78,7 @@ def test_remat_counts_the_recomputation():
     one = 2 * M * K * K
 
     def grads(layer):
-        return count_work(
+        return count_flops(
             lambda x, w: jax.grad(loss, argnums=(0, 1))(x, w, layer), LEFT, SQUARE
         ).matmul_flops
 
@@ -103,16 +103,16 @@ def test_shard_map_counts_every_device(count):
             local, mesh=mesh_of(count), in_specs=(by_rows, whole), out_specs=(by_rows, whole)
         )(a, b)
 
-    work = count_work(fn, rows, SQUARE)
-    assert work.matmul_flops == 2 * 16 * K * K
-    assert work.flops == 2 * 16 * K * K + 16 * K
+    counted = count_flops(fn, rows, SQUARE)
+    assert counted.matmul_flops == 2 * 16 * K * K
+    assert counted.flops == 2 * 16 * K * K + 16 * K
 
     def replicated(a, b):
         return jax.shard_map(
             lambda a, b: a @ b, mesh=mesh_of(count), in_specs=(whole, whole), out_specs=whole
         )(a, b)
 
-    assert count_work(replicated, rows, SQUARE).matmul_flops == count * 2 * 16 * K * K
+    assert count_flops(replicated, rows, SQUARE).matmul_flops == count * 2 * 16 * K * K
 
 
 @pytest.mark.parametrize("loop", ["scan", "fori_loop"])
@@ -142,7 +142,7 @@ def test_ring_of_blocks_is_the_whole_matrix(loop):
             images, texts
         )
 
-    assert count_work(fn, emb, emb).matmul_flops == 2 * batch * batch * depth
+    assert count_flops(fn, emb, emb).matmul_flops == 2 * batch * batch * depth
 
 
 def test_while_loop_by_its_trip_count():
@@ -152,7 +152,7 @@ def test_while_loop_by_its_trip_count():
                 lambda s: compare(s[0], last), lambda s: (s[0] + step, s[1] @ s[1]), (first, x)
             )[1]
 
-        return count_work(fn, SQUARE).matmul_flops // (2 * K**3)
+        return count_flops(fn, SQUARE).matmul_flops // (2 * K**3)
 
     assert trips(0, 4, 1, lax.lt) == 4
     assert trips(1, 10, 3, lax.lt) == 3
@@ -165,21 +165,21 @@ def test_while_loop_of_unknown_length_is_an_error():
         return lax.fori_loop(0, n, lambda _, c: c @ c, x)
 
     with pytest.raises(ValueError, match="trip count"):
-        count_work(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.int32))
+        count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.int32))
 
     def until_converged(x):
         return lax.while_loop(lambda c: jnp.sum(c) < 1.0, lambda c: c @ c, x)
 
     with pytest.raises(ValueError, match="trip count"):
-        count_work(until_converged, SQUARE)
+        count_flops(until_converged, SQUARE)
 
 
 def test_cond_counts_the_dearer_branch():
     def fn(x, flag):
         return lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
 
-    work = count_work(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.bool_))
-    assert work.matmul_flops == 2 * 2 * K**3
+    counted = count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.bool_))
+    assert counted.matmul_flops == 2 * 2 * K**3
 
 
 def test_custom_derivatives_count_what_runs():
@@ -188,10 +188,10 @@ def test_custom_derivatives_count_what_runs():
         return x @ x
 
     square.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x.T @ x @ x,))
-    assert count_work(square, SQUARE).matmul_flops == 2 * K**3
+    assert count_flops(square, SQUARE).matmul_flops == 2 * K**3
     # The loss alone is not asked for, but the forward product makes it.
     value_and_grad = jax.value_and_grad(lambda x: jnp.sum(square(x)))
-    assert count_work(value_and_grad, SQUARE).matmul_flops == 4 * 2 * K**3
+    assert count_flops(value_and_grad, SQUARE).matmul_flops == 4 * 2 * K**3
 
 
 def test_patch_convolution_and_its_gradients():
@@ -206,9 +206,9 @@ def test_patch_convolution_and_its_gradients():
         )
 
     one = 2 * examples * (side // patch) ** 2 * patch * patch * 3 * channels
-    assert count_work(conv, images, kernel).matmul_flops == one
+    assert count_flops(conv, images, kernel).matmul_flops == one
     grads = jax.grad(lambda *args: jnp.sum(conv(*args) ** 2), argnums=(0, 1))
-    assert count_work(grads, images, kernel).matmul_flops == 3 * one
+    assert count_flops(grads, images, kernel).matmul_flops == 3 * one
 
 
 def test_depthwise_convolution_counts_its_groups():
@@ -225,7 +225,7 @@ def test_depthwise_convolution_counts_its_groups():
             feature_group_count=16,
         )
 
-    assert count_work(conv, images, kernel).matmul_flops == 2 * 2 * 46 * 5 * 16
+    assert count_flops(conv, images, kernel).matmul_flops == 2 * 2 * 46 * 5 * 16
 
 
 def test_cudnn_attention_by_formula(monkeypatch):
@@ -241,8 +241,8 @@ def test_cudnn_attention_by_formula(monkeypatch):
         return jnp.sum(jax.nn.dot_product_attention(q, q, q, implementation="cudnn") ** 2)
 
     one = 2 * batch * heads * tokens * tokens * depth
-    assert count_work(attend, query).matmul_flops == 2 * one
-    assert count_work(jax.grad(attend), query).matmul_flops == (2 + 5) * one
+    assert count_flops(attend, query).matmul_flops == 2 * one
+    assert count_flops(jax.grad(attend), query).matmul_flops == (2 + 5) * one
 
 
 def test_pallas_kernel_counts_its_grid():
@@ -264,7 +264,7 @@ def test_pallas_kernel_counts_its_grid():
         )(a, b)
 
     a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 32), (32, 16)))
-    assert count_work(fn, a, b).matmul_flops == 2 * 32 * 32 * 16
+    assert count_flops(fn, a, b).matmul_flops == 2 * 32 * 32 * 16
 
 
 def test_foreign_kernel_is_an_error():
@@ -272,4 +272,4 @@ def test_foreign_kernel_is_an_error():
         return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
     with pytest.raises(ValueError, match="pure_callback"):
-        count_work(fn, SQUARE)
+        count_flops(fn, SQUARE)

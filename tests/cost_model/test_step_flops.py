@@ -3,7 +3,7 @@
 import pytest
 
 from diht_jax.config import load_recipe
-from diht_jax.cost_model.flops import count_work
+from diht_jax.cost_model.flops import count_flops
 from diht_jax.training.program import TrainProgram
 
 
@@ -17,7 +17,7 @@ def step_work(config):
     """Of one step at the recipe's global batch, on the eight devices of the tests."""
     program = TrainProgram(config, total_steps=10_000)
     state = program.abstract_state()
-    return count_work(program.step(state), state, program.abstract_batch())
+    return count_flops(program.step(state), state, program.abstract_batch())
 
 
 def test_hard_negatives_cost_at_most_2_percent_more_work_than_infonce():

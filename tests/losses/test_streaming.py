@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diht_jax.cost_model.flops import count_work
+from diht_jax.cost_model.flops import count_flops
 from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
 from diht_jax.losses.dense import dense_loss
 from diht_jax.losses.sigmoid import Sigmoid
@@ -169,7 +169,7 @@ def test_work_is_at_most_four_fifths_of_the_dense_form():
     work = {}
     for impl in ("streaming", "dense"):
         step, arguments = compiled(impl, 512, 768, beta=0.25)
-        work[impl] = count_work(step, *arguments)
+        work[impl] = count_flops(step, *arguments)
     # Four products of N x N x d against six.
     product = 2 * 512 * 512 * 768
     assert work["streaming"].matmul_flops == pytest.approx(4 * product)

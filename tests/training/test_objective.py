@@ -10,7 +10,7 @@ import pytest
 import diht_jax
 from diht_jax import sharding
 from diht_jax.config import load_recipe
-from diht_jax.cost_model.flops import count_work
+from diht_jax.cost_model.flops import count_flops
 from diht_jax.export import export_model
 from diht_jax.loading import read_model
 from diht_jax.training.loop import train
@@ -99,7 +99,7 @@ def test_heads_cost_at_most_1_percent_of_the_step():
         config.concepts.update(object_weight=weight, attribute_weight=weight)
         program = TrainProgram(config, total_steps=10_000)
         state = program.abstract_state()
-        return count_work(program.step(state), state, program.abstract_batch()).flops
+        return count_flops(program.step(state), state, program.abstract_batch()).flops
 
     assert step_flops(0.0) < step_flops(1.0) <= 1.01 * step_flops(0.0)
 

@@ -11,7 +11,7 @@ import pytest
 
 from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training.loop import Run, train
-from diht_jax.training.monitoring.anomalies import Alarms, DivergedError
+from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
 from diht_jax.training.stopping import EXIT_CODE, Stopped
 
@@ -167,27 +167,27 @@ def test_a_diverged_run_stops_and_names_its_records(run, caplog):
     assert run.checkpointer.latest_step is None
 
 
-def test_alarms_count_in_a_row_and_in_all(config):
+def test_anomalies_count_in_a_row_and_in_all(config):
     config.max_skipped_steps = 2
-    alarms = Alarms(config, lambda step: [f"record{step}"])
+    monitor = AnomalyMonitor(config, lambda step: [f"record{step}"])
     finite = {"skipped": 0.0, "loss": 1.0, "grad_norm": 1.0}
     bad = {"skipped": 1.0, "loss": np.nan, "grad_norm": np.nan}
     for step, metrics in enumerate((bad, finite, bad, finite), start=1):
-        alarms.check_step(step, metrics)
-    assert alarms.num_skipped == 2
-    alarms.check_step(5, bad)
+        monitor.check_step(step, metrics)
+    assert monitor.num_skipped == 2
+    monitor.check_step(5, bad)
     with pytest.raises(DivergedError, match="2 updates in a row were skipped, up to step 6"):
-        alarms.check_step(6, bad)
+        monitor.check_step(6, bad)
 
 
 def test_spikes_and_a_capped_scale_are_told(config, caplog):
-    alarms = Alarms(config, list)
+    monitor = AnomalyMonitor(config, list)
     with caplog.at_level(logging.WARNING):
         for step, (loss, scale) in enumerate([(3.0, 15.0), (2.0, 99.95), (2.5, 100.0)], start=1):
-            alarms.check_window(step, {"loss": loss, "logit_scale": scale})
+            monitor.check_window(step, {"loss": loss, "logit_scale": scale})
         assert caplog.text.count("logit scale has reached") == 1 and "down to" not in caplog.text
-        alarms.check_window(4, {"loss": 3.6, "logit_scale": 50.0})
+        monitor.check_window(4, {"loss": 3.6, "logit_scale": 50.0})
     assert "step 4: loss 3.6, while it has been down to 2" in caplog.text
-    resumed = Alarms(config, list, lowest_loss=2.0)
+    resumed = AnomalyMonitor(config, list, lowest_loss=2.0)
     resumed.check_window(5, {"loss": 3.7, "logit_scale": 50.0})
     assert "step 5: loss 3.7, while it has been down to 2" in caplog.text

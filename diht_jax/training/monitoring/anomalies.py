@@ -1,6 +1,6 @@
-"""What a run says when its numbers go wrong: skipped updates, loss spikes, a saturated scale.
+"""Watches a run for skipped updates, loss spikes and a saturated logit scale.
 
-Called by the training loop. Skipping itself happens inside the jitted step.
+Skipping itself happens inside the jitted step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class DivergedError(ValueError):
     """The run stopped itself; its last checkpoint is intact."""
 
 
-class Alarms:
-    """Watches a run's metrics.
+class AnomalyMonitor:
+    """Watches a run's metrics, and logs or ends the run where they are wrong.
 
     Attributes:
         num_skipped: updates skipped since the run was started or resumed.
@@ -40,7 +40,7 @@ class Alarms:
         Args:
             config: the whole training config.
             keys_of_step: the keys of this process's records in the batch of a step.
-            lowest_loss: of the windows before a run that goes on.
+            lowest_loss: of the windows before, where a run is resumed.
         """
         self._max_in_a_row = config.max_skipped_steps
         self._max_logit_scale = config.optimizer.max_logit_scale

@@ -1,7 +1,7 @@
 """Where a number that is not finite begins: `config.debug_nans`.
 
-Called by the training loop after an update that was skipped. The step is computed once more,
-eagerly and with every module watched; the step that trains stays as fast as it is.
+After an update that was skipped, the step is computed once more, eagerly and with every module
+watched; the step that trains stays as fast as it is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def explain_nonfinite(
 
     Args:
         program: of the run.
-        config: of this part of the run (`TrainProgram.step` says why it may differ).
+        config: of this part of the run (see `TrainProgram.step`).
         state: after the skipped update, so with the parameters before it.
         batch: of that update.
 
@@ -63,10 +63,10 @@ def explain_nonfinite(
     if bad:
         rest = f" and {len(bad) - _NAMES_SHOWN} more" if len(bad) > _NAMES_SHOWN else ""
         parameters = f"; parameters that are not finite: {', '.join(bad[:_NAMES_SHOWN])}{rest}"
-    place = _first_in_towers(program, config, before, batch) or _after_towers(
+    where = _first_in_towers(program, config, before, batch) or _after_towers(
         program, config, before, batch
     )
-    return f"the first value that is not finite is {place}{parameters}"
+    return f"the first value that is not finite is {where}{parameters}"
 
 
 class _Found(Exception):
@@ -175,7 +175,7 @@ class _WatchedDefinition:
 
 
 class _WholeParameters:
-    """In the place of `gradients.ParameterGather`: eager operations take parameters as they lie."""
+    """Instead of `sharded_encode.ParameterGather`: eager operations take sharded parameters."""
 
     def outside_blocks(self, params: dict[str, Any]) -> dict[str, Any]:
         """As they are."""

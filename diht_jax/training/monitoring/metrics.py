@@ -1,6 +1,6 @@
-"""Where measurements go: `metrics.jsonl`, TensorBoard and the curve's picture.
+"""Writes and reads the metrics of a run: `metrics.jsonl`, TensorBoard and a picture of curves.
 
-Used by the training loop, on the first process only.
+Only the first process of a job writes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class MetricWriter:
         self._tensorboard.write(step, scalars)
 
     def sync(self) -> None:
-        """Makes the lines so far outlive a crash of the machine; called before a checkpoint."""
+        """Makes the lines so far outlive a crash of the machine."""
         if self._lines is not None:
             self._lines.sync()
 
@@ -106,7 +106,7 @@ class _LocalLines:
 
 
 class _RemoteLines:
-    """The same in an object store, which knows no appending: the object is written anew."""
+    """The same in an object store, which cannot append: the object is written anew."""
 
     def __init__(self, path: epath.Path, text: str):
         self._path, self._text = path, text
@@ -129,8 +129,8 @@ class _RemoteLines:
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
     """The rows of a run's `metrics.jsonl`; empty where there is none.
 
-    A half-written last line, which a killed run may leave, is passed over with a warning, and so
-    is a line that is no row of numbers with a step.
+    A half-written last line, which a killed run may leave, is skipped with a warning, and so is a
+    line that is no row of numbers with a step.
     """
     path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
@@ -144,7 +144,7 @@ def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
         if isinstance(row, dict) and isinstance(row.get("step"), numbers.Real):
             rows.append(row)
         else:
-            logging.warning("%s: line %d is no JSON row and is passed over", path, number)
+            logging.warning("%s: line %d is no JSON row and is skipped", path, number)
     return rows
 
 

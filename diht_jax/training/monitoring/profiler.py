@@ -1,6 +1,6 @@
-"""A profile of some steps, as `config.profile` asks for.
+"""Profiles the steps that `config.profile` names.
 
-Used by the training loop. The trace is the JAX profiler's: TensorBoard's profile plug-in, XProf and
+The trace is the JAX profiler's: TensorBoard's profile plug-in, XProf and
 Perfetto read it.
 """
 

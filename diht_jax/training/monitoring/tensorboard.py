@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written so that they can fail without harm to the run.
+"""Writes TensorBoard's event files; a failure does no harm to the run.
 
-Used by `metrics.MetricWriter` only. `metrics.jsonl` holds the same numbers: where events cannot be
-written, the run says so once and goes on without them.
+`metrics.jsonl` holds the same numbers: where events cannot be written, one warning is logged and
+the run goes on without them.
 
 An event file is a TFRecord file of `Event` messages, whose classes are tensorboardX's. Its writer
 is not used: it writes in a thread that dies with the first error, and then blocks the run.

@@ -1,7 +1,4 @@
-"""How fast a run is: images and floating-point work per second, MFU, time spent waiting for data.
-
-Used by the training loop and by `benchmarks/train_step.py`.
-"""
+"""How fast a run is: images and FLOPs per second, MFU, and time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -15,15 +12,15 @@ from absl import logging
 from jax.sharding import Mesh
 
 from diht_jax.cost_model.chips import peak_flops
-from diht_jax.cost_model.flops import count_work
+from diht_jax.cost_model.flops import count_flops
 from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.program import TrainProgram
 
 
 def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> int:
-    """Matrix work that one step of the recipe needs, over all devices.
+    """FLOPs of the matrix products that one step of the recipe needs, over all devices.
 
-    Model flops in the sense of PaLM (arXiv 2204.02311, appendix B), a multiply-add being two:
+    Model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B), a multiply-add being two:
     what settings that save memory compute a second time (rematerialisation, the first pass over
     micro-batches) is left out, so that they cannot raise the MFU. What a recipe spares itself
     (patch dropout, a locked tower) is left out as well.
@@ -39,7 +36,7 @@ def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     plain.concepts.chunk_rows = plain.data.batch_size
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
     state = program.abstract_state()
-    return count_work(program.step(state), state, program.abstract_batch()).matmul_flops
+    return count_flops(program.step(state), state, program.abstract_batch()).matmul_flops
 
 
 def mesh_peak_flops(mesh: Mesh) -> float | None:
@@ -48,7 +45,7 @@ def mesh_peak_flops(mesh: Mesh) -> float | None:
     return None if peak is None else peak * mesh.size
 
 
-def log_work(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
+def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
     """Logs what a step costs, and what MFU will be measured against."""
     peak = mesh_peak_flops(mesh)
     logging.info(
@@ -61,8 +58,8 @@ def log_work(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
     )
 
 
-class Window:
-    """Measurements since the last line of the log: means, speed, waiting time."""
+class ThroughputWindow:
+    """Measurements since the last line of the metrics: means, speed, waiting time."""
 
     def __init__(
         self,
@@ -92,12 +89,12 @@ class Window:
         self._data_wait_secs += self._clock() - start
         return batch
 
-    def excluded(self, work: Callable[[], Any]) -> Any:
-        """Calls `work` without counting its time against the training speed."""
-        # Steps still running on the device belong to training, not to the excluded work.
+    def excluded(self, function: Callable[[], Any]) -> Any:
+        """Calls `function` without counting its time against the training speed."""
+        # Steps still running on the device belong to training, not to what is excluded.
         jax.block_until_ready(self._measured)
         start = self._clock()
-        result = work()
+        result = function()
         self._start += self._clock() - start
         return result
 

@@ -136,7 +136,7 @@ class Checkpointer:
             iterator: moved to the position that belongs to the state.
 
         Raises:
-            CheckpointError: no checkpoint can be read; says why for each.
+            CheckpointError: no checkpoint can be read; with the reason for each.
         """
         problems: dict[int, str] = {}
         for step in sorted(self._steps(), reverse=True):
@@ -299,7 +299,7 @@ def explain_error(error: BaseException) -> str:
     """The innermost cause in one line: Orbax wraps it in a page of settings."""
     while error.__cause__ is not None or error.__context__ is not None:
         error = error.__cause__ or error.__context__
-    # TensorStore adds all its settings to what it says.
+    # TensorStore adds all its settings to its messages.
     text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0] or type(error).__name__
     return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
 

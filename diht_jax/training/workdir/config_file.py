@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from diht_jax.config import default_config
+from diht_jax.config import default_config, rename_old_keys
 from diht_jax.data.atomic_file import write_atomically
 
 CONFIG_FILE = "config.json"
@@ -34,7 +34,7 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     """The config that `write_config` left, with the defaults of keys that it lacks.
 
     Keys are missing where an older version of the code wrote the file; their defaults are what
-    that version did.
+    that version did. Keys that were renamed since get their new names.
 
     Raises:
         ValueError: the file is missing or is no JSON.
@@ -50,7 +50,9 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
         raise ValueError(f"{path}: expected a JSON object, got {type(written).__name__}")
     defaults = json.loads(default_config().to_json_best_effort())
     try:
-        return ml_collections.ConfigDict(_completed(written, defaults))
+        config = ml_collections.ConfigDict(_completed(written, defaults))
+        rename_old_keys(config)
+        return config
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: names that no config can have ({error!s:.200})") from error
 

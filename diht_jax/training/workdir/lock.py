@@ -1,6 +1,6 @@
 """One run at a time in a work directory.
 
-Used by the training loop. The lock is the operating system's (`flock`), so it ends with the process
+The lock is the operating system's (`flock`), so it ends with the process
 that holds it, however that ends: nothing stale is left after `kill -9`.
 """
 
@@ -27,7 +27,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def lock_directory(workdir: epath.Path) -> Iterator[None]:
     """Makes the work directory where it is missing, and holds its lock.
 
-    The file says who holds it: host, process and since when. It stays behind; what counts is the
+    The file names the holder: host, process and since when. It stays behind; what counts is the
     lock on it. Within one host, and between hosts on NFS, a second run is refused; object stores
     have no locks.
 
@@ -99,4 +99,4 @@ def _describe(text: str) -> str:
         holder = json.loads(text)
         return f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
-        return "its lock file does not say which"
+        return "its lock file does not name it"

@@ -28,7 +28,7 @@ _FIXED_IN_A_RUN = (
     "data",
     "seed",
     "total_",
-    "unmasked_",
+    "no_patch_dropout_",
 )
 # ... but for these.
 _FREE_IN_A_RUN = (

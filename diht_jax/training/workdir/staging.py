@@ -81,7 +81,7 @@ def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterat
 
 
 def is_staged(workdir: str | os.PathLike[str], staging: str | None) -> bool:
-    """Whether a run in this place works by way of a folder: all URLs but `gs://` without one."""
+    """Whether it is staged in a folder here: all URLs are, but `gs://` only with `staging`."""
     path = os.fspath(workdir)
     return is_remote(path) and (bool(staging) or not path.startswith("gs://"))
 

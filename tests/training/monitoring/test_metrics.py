@@ -26,7 +26,7 @@ def test_steps_that_are_trained_again_replace_their_lines(tmp_path):
     assert read_metrics(tmp_path) == [{"step": s, "loss": s / 2} for s in (1, 2, 3, 4, 5)]
 
 
-def test_a_half_written_line_is_passed_over(tmp_path):
+def test_a_half_written_line_is_skipped(tmp_path):
     write_steps(tmp_path, 0, [1])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
@@ -55,7 +55,7 @@ def test_a_run_goes_on_without_an_unwritable_tensorboard(tmp_path, caplog):
     assert caplog.text.count("the run goes on without TensorBoard") == 1
 
 
-def test_lines_that_are_no_rows_are_passed_over(tmp_path):
+def test_lines_that_are_no_rows_are_skipped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(
         b'{"step": 1}\n[2]\n\xff\xfe\n{"loss": 3}\n{"step": 4}\n'
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diht_jax import sharding
-from diht_jax.training.monitoring.throughput import Window, mesh_peak_flops, model_flops
+from diht_jax.training.monitoring.throughput import ThroughputWindow, mesh_peak_flops, model_flops
 
 
 def tower_flops(tokens, width, layers):
@@ -63,7 +63,7 @@ class Clock:
 def test_window_gives_rates_shares_and_mfu():
     assert mesh_peak_flops(FourDevices()) == 4 * 275e12
     clock = Clock()
-    window = Window(10, 11 * 10**9, FourDevices(), clock)
+    window = ThroughputWindow(10, 11 * 10**9, FourDevices(), clock)
     for loss in (1.0, 3.0):
         assert window.timed(lambda: clock.advance(0.5, "batch")) == "batch"
         clock.advance(1.5)
@@ -90,7 +90,7 @@ def test_window_gives_rates_shares_and_mfu():
 def test_a_jump_of_the_wall_clock_does_not_touch_the_speeds(monkeypatch):
     clock = iter(range(10**6, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    window = Window(16, 10, FourDevices())
+    window = ThroughputWindow(16, 10, FourDevices())
     window.timed(lambda: None)
     window.add({"loss": np.float32(1)})
     scalars = window.summary()
@@ -100,6 +100,6 @@ def test_a_jump_of_the_wall_clock_does_not_touch_the_speeds(monkeypatch):
 def test_a_device_without_a_known_peak_has_no_mfu():
     mesh = sharding.create_mesh(8, 1)
     assert mesh_peak_flops(mesh) is None
-    window = Window(batch_size=4, flops_per_step=100, mesh=mesh)
+    window = ThroughputWindow(batch_size=4, flops_per_step=100, mesh=mesh)
     window.add({"loss": np.float32(0)})
     assert "mfu" not in window.summary()
