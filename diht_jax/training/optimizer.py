@@ -10,12 +10,13 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import ml_collections
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diht_jax.sharding import path_name
 
@@ -164,33 +165,15 @@ def split_parameters(
     """
     if not config.frozen:
         return params, {}
-    rules = update_rules(config, params)
-    return (
-        _select(params, lambda path: not rules[path].frozen),
-        _select(params, lambda path: rules[path].frozen),
-    )
+    rules, flat = update_rules(config, params), flatten_dict(params, sep="/")
+    trained = {name: leaf for name, leaf in flat.items() if not rules[name].frozen}
+    frozen = {name: leaf for name, leaf in flat.items() if rules[name].frozen}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")
 
 
 def merge_parameters(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     """One nested dict with the leaves of both; the inverse of `split_parameters`."""
-    merged = dict(a)
-    for key, value in b.items():
-        both = isinstance(value, dict) and isinstance(a.get(key), dict)
-        merged[key] = merge_parameters(a[key], value) if both else value
-    return merged
-
-
-def _select(tree: dict[str, Any], keep: Callable[[str], bool], prefix: str = "") -> dict[str, Any]:
-    found = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, dict):
-            inner = _select(value, keep, f"{path}/")
-            if inner:
-                found[key] = inner
-        elif keep(path):
-            found[key] = value
-    return found
+    return unflatten_dict({**flatten_dict(a), **flatten_dict(b)})
 
 
 def _layers_above(name: str, num_blocks: dict[str, int]) -> int:
