@@ -5,9 +5,9 @@
     python -m tests.fuzz --kinds tars,images           # some kinds only
     python -m tests.fuzz --kinds tars:cut_off          # one property of a kind
 
-A property (`kinds/KIND.py` names it `check_...`) draws a small valid input, damages a part
-of it that it remembers, reads it with the code under test, and compares with what it drew. Every
-case must end in one of three ways:
+A property, a function `check_...` of `kinds/KIND.py`, draws a small valid input, damages a part of
+it that it remembers, reads it with the code under test, and compares with what it drew. Every case
+must end in one of three ways:
 
     success   everything is there, byte for byte, but for the damaged part
     error     a documented error (`ValueError` or a class of it) that names file, record or key

@@ -27,6 +27,9 @@ def main() -> int:
         help="some kinds or properties, with commas: tars,tables:bad_lines",
     )
     args = parser.parse_args()
+    unknown = {job.partition(":")[0] for job in args.kinds.split(",")} - runner.WEIGHTS.keys()
+    if unknown:
+        parser.error(f"--kinds: expected some of {', '.join(runner.WEIGHTS)}, got {unknown}")
     weights = {job: runner.WEIGHTS.get(job.partition(":")[0], 1) for job in args.kinds.split(",")}
     jobs = runner.share_out(args.cases, weights)
     with tqdm(total=sum(jobs.values()), unit="case", dynamic_ncols=True) as progress:

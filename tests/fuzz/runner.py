@@ -51,17 +51,19 @@ def run(
     results = {}
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         process = _Process(pathlib.Path(folder), on_case)
-        for job, cases in jobs.items():
-            kind, _, name = job.partition(":")
-            names = [name] if name else process.ask(f"{package}.{kind}")
-            for name in names:
-                count = -(-cases // len(names))
-                try:
-                    answer = process.ask(f"{package}.{kind}", name, count, seed, profile)
-                except _DeadError as error:
-                    answer = worker.Result(failure=str(error))
-                results[f"{kind}:{name}"] = answer
-        process.kill()
+        try:
+            for job, cases in jobs.items():
+                kind, _, name = job.partition(":")
+                names = [name] if name else process.ask(f"{package}.{kind}")
+                for name in names:
+                    count = -(-cases // len(names))
+                    try:
+                        answer = process.ask(f"{package}.{kind}", name, count, seed, profile)
+                    except _DeadError as error:
+                        answer = worker.Result(failure=str(error))
+                    results[f"{kind}:{name}"] = answer
+        finally:
+            process.kill()
     return results
 
 
