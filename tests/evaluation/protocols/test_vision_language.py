@@ -29,7 +29,7 @@ def folder(tmp_path, photos):
 
 
 class _Oracle:
-    """Embeds the model's images, and texts as told: similarities by hand."""
+    """Embeds the images of the model, and texts as given: similarities by hand."""
 
     logit_scale = 1.0
 

@@ -32,7 +32,7 @@ def _metrics_by_sorting(image_emb, text_emb, image_of_text):
     i2t = []
     for image, column in enumerate(similarities.T):
         order = np.argsort(-column)
-        i2t.append(min(place for place, text in enumerate(order) if image_of_text[text] == image))
+        i2t.append(min(rank for rank, text in enumerate(order) if image_of_text[text] == image))
     expected = {}
     for direction, ranks in (("t2i", t2i), ("i2t", i2t)):
         for k in (1, 5, 10):
@@ -102,8 +102,8 @@ def test_closest_items_agree_with_the_ranks():
     image_emb[10] = image_emb[20]  # ties, which the right one must lose
     t2i, _ = retrieval_ranks(image_emb, text_emb, image_of_text)
     order, similarities = closest_items(text_emb, image_of_text, image_emb, np.arange(60), 60)
-    places = [list(row).index(own) for row, own in zip(order, image_of_text, strict=True)]
-    assert places == t2i.tolist()
+    ranks = [list(row).index(own) for row, own in zip(order, image_of_text, strict=True)]
+    assert ranks == t2i.tolist()
     assert (np.diff(similarities, axis=1) <= 0).all()
 
 
