@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import logging as python_logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -130,7 +131,11 @@ def _parse_flags(argv: Sequence[str], takes_arguments: bool) -> list[str]:
         text = cause.args[0] if isinstance(cause, KeyError) else str(cause)
         _fail(f"unknown config key {'; '.join(text.splitlines())}", status=2)
     except (flags.Error, TypeError, ValueError) as error:
-        _fail(f"{error} (--help lists the flags)", status=2)
+        # A recipe that refuses its argument does so in one line, which ends a traceback here.
+        refused = re.search(r"^ValueError: (recipe argument .*)", str(error), re.MULTILINE)
+        _fail(
+            f"--config: {refused[1]}" if refused else f"{error} (--help lists the flags)", status=2
+        )
     if len(rest) > 1 and not takes_arguments:
         _fail(f"unexpected arguments: {' '.join(rest[1:])} (--help lists the flags)", status=2)
     return rest

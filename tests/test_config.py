@@ -205,6 +205,10 @@ def test_wrong_durations(values, message):
         (["--config.loss.beta=much"], "--config.loss.beta=much"),
         (["--workdri=/tmp/x"], "Did you mean: workdir"),
         (["stray"], "unexpected arguments: stray"),
+        (
+            ["--config=configs/diht_vitb32.py:debg=True"],
+            "error: --config: recipe argument 'debg=True': unknown key; known keys: debug",
+        ),
     ],
 )
 def test_command_line_slips_end_in_one_clear_line(arguments, message):
