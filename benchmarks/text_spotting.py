@@ -4,7 +4,7 @@
         --captions ../shared/data/captions_web.txt
 
 480 pictures with known text (`benchmarks.text_spotting_testset`). On one half of them every setting
-is tried: the curves from which the defaults of `data_prep.text_spotting.Settings` were chosen. On
+is tried: the curves from which the defaults of `data_prep.text_spotting.spotter` were chosen. On
 the other half the defaults are reported: recall and false drops by kind, how many decisions are
 those of `Reader.readtext` at the same settings, and images per second of one core beside
 `Reader.readtext` as EasyOCR sets it, on pictures of which a third carries text.

@@ -62,7 +62,7 @@ def run(
     if len(parts) == len(tasks) and not failures:
         planned = plan_output(config, parts, folder)
         if _records_missing(parts, planned, folder):
-            return failures | _say_incomplete(len(parts), len(tasks), config, parts)
+            return failures | _report_incomplete(len(parts), len(tasks), config, parts)
         if not _is_complete(config, tasks, planned, folder):
             failures = _write_output(config, parts, planned, folder, engine)
             if failures and _is_complete(config, tasks, planned, folder):
@@ -73,7 +73,7 @@ def run(
                 for task, _ in parts:
                     resharding.remove_records(task)
     else:
-        _say_incomplete(len(parts), len(tasks), config, parts)
+        _report_incomplete(len(parts), len(tasks), config, parts)
     return print_failures(failures)
 
 
@@ -345,7 +345,7 @@ def _show(folder: str, num_shards: int) -> None:
     print(f"{report.funnel.kept:,} pairs in {num_shards} shards: {folder}; look at {folder}/{PAGE}")
 
 
-def _say_incomplete(
+def _report_incomplete(
     done: int, tasks: int, config: ml_collections.ConfigDict, parts: Sequence[Part]
 ) -> dict[str, str]:
     if parts:

@@ -129,7 +129,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
 
     Args:
         pairs: `config.input`: parquet and jsonl files, globs or folders of them.
-        source: config section of `sources.default_source`.
+        source: config section of `sources.list.default_source`.
 
     Returns:
         Units of a jsonl file are ranges of its bytes, those of a parquet file of its row groups.

@@ -78,7 +78,7 @@ class CaptionStep(Step):
 
 
 def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """C and A as arguments of `captions.cat_reason`."""
+    """C and A as arguments of `captions.graph.cat_reason`."""
     return {
         "min_complexity": config.min_complexity if config.complexity else 0,
         "require_action": config.action,
