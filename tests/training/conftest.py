@@ -172,8 +172,8 @@ def mount_tmpfs(tmp_path):
         return folder
 
     yield mount
-    for place in mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,24 @@ TIMED = (
     "mfu",
 )
 _LONGEST_START_SECS = 900  # only against hanging
+# The command, which after so many lines of metrics waits for a signal: however late that comes on a
+# busy machine, the run is not over.
+_BRAKED = """
+import runpy, signal, sys, time
+from diht_jax.training.monitoring.metrics import MetricWriter
+
+lines, write = int(sys.argv.pop(1)), MetricWriter.write
+
+def write_and_wait(self, step, scalars):
+    global lines
+    write(self, step, scalars)
+    lines -= 1
+    while lines <= 0 and signal.getsignal(signal.SIGTERM).__self__._signal is None:
+        time.sleep(0.01)
+
+MetricWriter.write = write_and_wait
+runpy.run_module("diht_jax.train", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclasses.dataclass
@@ -90,12 +108,14 @@ class Trial:
         self.kills: list[Kill] = []
         self.start_secs = self.run_secs = 0.0
 
-    def start(self, name: str) -> subprocess.Popen:
-        """Starts the run, or goes on with it."""
+    def start(self, name: str, most_lines: int | None = None) -> subprocess.Popen:
+        """Starts the run, or goes on with it; after so many lines it waits for a signal."""
         workdir = f"{self.store}/{name}" if self.is_stored(name) else self.folder / name
         arguments = command(self.data, workdir, self.total_steps)
         if self.is_stored(name):
             arguments.append(f"--config.checkpoint.staging={self.folder / 'staging'}")
+        if most_lines is not None:
+            arguments[1:3] = ["-c", _BRAKED, str(most_lines)]
         return subprocess.Popen(
             arguments,
             cwd=REPOSITORY,

@@ -26,13 +26,13 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(kill_trial, tmp_path)
     trial.finish("undisturbed")
     # At a moment of its own, whatever the machine's speed: some lines after the first.
     for lines, secs in ((3, 0.07), (6, 0.0)):
-        process = trial.start("killed")
+        process = trial.start("killed", most_lines=lines + 4)
         trial.wait_for_line("killed", process, lines)
         assert trial.kill_at("killed", process, time.monotonic() + secs, secs)
-    process = trial.start("killed")
+    process = trial.start("killed", most_lines=4)
     trial.wait_for_line("killed", process)
     process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=100)
+    _, log = process.communicate(timeout=900)
     assert process.returncode == EXIT_CODE, log
     assert "the same command goes on from there" in log
     last_steps = [kill.last_step for kill in trial.kills]
@@ -180,7 +180,7 @@ def test_anomalies_count_in_a_row_and_in_all(config):
         monitor.check_step(6, bad)
 
 
-def test_spikes_and_a_capped_scale_are_told(config, caplog):
+def test_spikes_and_a_capped_scale_are_reported(config, caplog):
     monitor = AnomalyMonitor(config, list)
     with caplog.at_level(logging.WARNING):
         for step, (loss, scale) in enumerate([(3.0, 15.0), (2.0, 99.95), (2.5, 100.0)], start=1):

@@ -18,8 +18,8 @@ from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.trained_model import restore_model
 
 
-class Place:
-    """A data iterator that only knows its place."""
+class Position:
+    """A data iterator that only knows its position."""
 
     def __init__(self, next_example):
         self.next_example = next_example
@@ -32,7 +32,7 @@ class Place:
 
 
 def state_of(step, value=0.0, size=64):
-    place = sharding.replicated(sharding.create_mesh(8, 1))
+    replicated = sharding.replicated(sharding.create_mesh(8, 1))
     rng = np.random.default_rng(step)
     tree = TrainState(
         step=np.int32(step),
@@ -40,7 +40,7 @@ def state_of(step, value=0.0, size=64):
         opt_state={"mu": np.zeros(3, np.float32)},
         key_data=np.array([1, 2], np.uint32),
     )
-    return jax.tree.map(lambda leaf: jax.device_put(leaf, place), tree)
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, replicated), tree)
 
 
 def steps_in(workdir):
@@ -50,15 +50,15 @@ def steps_in(workdir):
 def save_steps(workdir, *steps, **settings):
     checkpointer = Checkpointer(workdir, **{"keep_last": 5, "best_metric": None, **settings})
     for step in steps:
-        checkpointer.save(state_of(step), Place(step * 10))
+        checkpointer.save(state_of(step), Position(step * 10))
     checkpointer.close()
 
 
 def restore(workdir):
     checkpointer = Checkpointer(workdir, keep_last=5, best_metric=None)
-    place = Place(0)
-    state = checkpointer.restore(state_of(0), place)
-    return checkpointer, state, place
+    position = Position(0)
+    state = checkpointer.restore(state_of(0), position)
+    return checkpointer, state, position
 
 
 def test_the_last_ones_and_the_best_one_stay(tmp_path):
@@ -66,7 +66,7 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path):
     scores = {1: 0.1, 2: 0.9, 3: 0.3, 4: None, 5: 0.2, 6: None}
     for step, score in scores.items():
         measured = None if score is None else {"val/top1": score, "val/top5": 1.0}
-        checkpointer.save(state_of(step), Place(step * 10), measured)
+        checkpointer.save(state_of(step), Position(step * 10), measured)
     checkpointer.close()
     assert steps_in(tmp_path) == [2, 5, 6]
 
@@ -74,11 +74,11 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path):
 def test_state_place_and_data_set_come_back(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric=None, dataset={"digest": "a"})
     assert checkpointer.latest_step is None
-    checkpointer.save(state_of(3, value=1.5), Place(77))
+    checkpointer.save(state_of(3, value=1.5), Position(77))
     checkpointer.close()
-    checkpointer, restored, place = restore(tmp_path)
+    checkpointer, restored, position = restore(tmp_path)
     checkpointer.close()
-    assert place.next_example == 77 and checkpointer.restored_dataset == {"digest": "a"}
+    assert position.next_example == 77 and checkpointer.restored_dataset == {"digest": "a"}
     jax.tree.map(np.testing.assert_array_equal, restored, state_of(3, value=1.5))
 
 
@@ -133,11 +133,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     damage(find(tmp_path / "checkpoints" / "2"))
-    checkpointer, state, place = restore(tmp_path)
-    assert int(state.step) == 1 and place.next_example == 10
+    checkpointer, state, position = restore(tmp_path)
+    assert int(state.step) == 1 and position.next_example == 10
     assert "the checkpoint of step 2 is damaged" in caplog.text and cause in caplog.text
     assert steps_in(tmp_path) == [1] and (tmp_path / "corrupt_checkpoints" / "2-0").is_dir()
-    checkpointer.save(state_of(2), Place(20))
+    checkpointer.save(state_of(2), Position(20))
     checkpointer.close()
     checkpointer, state, _ = restore(tmp_path)
     checkpointer.close()
@@ -184,21 +184,21 @@ def small_disk(mount_tmpfs):
 def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(small_disk, caplog):
     size = 2000  # 0.5 MB a state
     checkpointer = Checkpointer(small_disk / "run", keep_last=1, best_metric=None)
-    checkpointer.save(state_of(1, size=size), Place(10))
+    checkpointer.save(state_of(1, size=size), Position(10))
     checkpointer._finish_saving()
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(1_200_000))
     writer = MetricWriter(small_disk / "run", 0)
-    checkpointer.save(state_of(2, size=size), Place(20))
-    checkpointer.save(state_of(3, size=size), Place(30))
+    checkpointer.save(state_of(2, size=size), Position(20))
+    checkpointer.save(state_of(3, size=size), Position(30))
     assert "the checkpoint of step 2 could not be written, that of step 1 is intact" in caplog.text
     assert "No space left" in caplog.text or "RESOURCE_EXHAUSTED" in caplog.text
     with pytest.raises(CheckpointError, match="step 3 could not be written, that of step 1 is"):
         checkpointer.close()
     checkpointer = Checkpointer(small_disk / "run", keep_last=1, best_metric=None)
-    place = Place(0)
-    restored = checkpointer.restore(state_of(0, size=size), place)
-    assert int(restored.step) == 1 and place.next_example == 10
+    position = Position(0)
+    restored = checkpointer.restore(state_of(0, size=size), position)
+    assert int(restored.step) == 1 and position.next_example == 10
 
     deadline = time.monotonic() + 300  # only against hanging
     while list((small_disk / "run" / "checkpoints").glob("*tmp*")):  # removed in the background
@@ -216,7 +216,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(small_d
     writer.write(2, {"loss": 2.0})
     writer.close()
     assert [row["step"] for row in read_metrics(small_disk / "run")] == [1, 2]
-    checkpointer.save(state_of(4, size=size), Place(40))
+    checkpointer.save(state_of(4, size=size), Position(40))
     checkpointer.close()
     assert steps_in(small_disk / "run") == [4]
 
@@ -224,11 +224,11 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(small_d
 def test_an_unknown_best_metric_names_the_known_ones(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric="val/top1")
     with pytest.raises(ValueError, match="'val/top1' is not among .*: cifar10/top1"):
-        checkpointer.save(state_of(1), Place(0), {"cifar10/top1": 0.5})
+        checkpointer.save(state_of(1), Position(0), {"cifar10/top1": 0.5})
     checkpointer.close()
 
 
-def test_reading_the_parameters_of_a_damaged_checkpoint_is_told(config, tmp_path):
+def test_reading_the_parameters_of_a_damaged_checkpoint_is_reported(config, tmp_path):
     save_steps(tmp_path, 1)
     write_config(tmp_path, config)
     truncate(tmp_path / "checkpoints" / "1" / "state" / "_METADATA")

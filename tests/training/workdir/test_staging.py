@@ -189,7 +189,7 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(mount_tmpfs, tmp_pat
     assert steps_stored(url) == [2, 4]
 
 
-def test_what_cannot_be_is_told(config, tmp_path):
+def test_what_cannot_be_is_reported(config, tmp_path):
     with pytest.raises(ValueError, match="memory://nothing: no run of diht_jax.train with a"):
         read_model("memory://nothing")
     with pytest.raises(ValueError, match="nosuch:// cannot be read"):
