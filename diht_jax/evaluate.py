@@ -33,6 +33,7 @@ from diht_jax.evaluation.results import (
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Task
+    from diht_jax.inference import LoadedModel
 
 
 def define_flags() -> None:
@@ -164,17 +165,7 @@ def evaluate_model(
         devices=jax.devices(),
     )
     output = pathlib.Path(output)
-    results = {
-        "model": model,
-        "step": loaded.step,
-        "ema": ema,
-        "fingerprint": loaded.fingerprint(),
-        "image_size": loaded.image_size,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "devices": jax.device_count(),
-        "device_kind": jax.local_devices()[0].device_kind,
-        "results": [],
-    }
+    results = {**_describe_run(model, loaded, ema=ema), "results": []}
     for task in tasks:
         page = output.with_name(f"{output.stem}.{task.name}.png")
         result = evaluate_task(
@@ -198,6 +189,22 @@ def evaluate_model(
             result["images_per_sec"],
         )
     return results
+
+
+def _describe_run(model: str, loaded: LoadedModel, *, ema: bool) -> dict[str, Any]:
+    """What the results file holds beside the results."""
+    import jax
+
+    return {
+        "model": model,
+        "step": loaded.step,
+        "ema": ema,
+        "fingerprint": loaded.fingerprint(),
+        "image_size": loaded.image_size,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "devices": jax.device_count(),
+        "device_kind": jax.local_devices()[0].device_kind,
+    }
 
 
 def _writes() -> bool:

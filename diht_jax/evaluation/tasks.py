@@ -22,7 +22,7 @@ from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.bootstrap import bootstrap_intervals, describe_bootstrap
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
 from diht_jax.evaluation.pages.canvas import ImageLoader
-from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
 from diht_jax.evaluation.sources.registry import count_source, read_source
 from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
@@ -67,24 +67,15 @@ def evaluate_task(
     """
     start = time.perf_counter()
     protocol = check_task(task)
-    try:
-        with tqdm(
-            itertools.islice(read_entries(task), limit),
-            desc=task.name,
-            unit=" images",
-            disable=not progress,
-            total=_count_entries(task, limit) if progress else None,
-        ) as entries:
-            measured = protocol.run(
-                model,
-                task,
-                entries,
-                batch_size=batch_size,
-                num_threads=num_threads,
-                progress=progress,
-            )
-    except ValueError as error:
-        raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
+    measured = _measure(
+        protocol,
+        model,
+        task,
+        limit,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        progress=progress,
+    )
     encoded, described, intervals = measured.encoded, measured.protocol, {}
     if num_resamples:
         described = {**described, "intervals": describe_bootstrap(num_resamples)}
@@ -109,6 +100,29 @@ def evaluate_task(
         "images_per_sec": len(encoded.positions) / encoded.seconds,
         "page": None if page is None or measured.draw is None else str(page),
     }
+
+
+def _measure(
+    protocol: Protocol,
+    model: EmbeddingModel,
+    task: Task,
+    limit: int | None,
+    *,
+    progress: bool,
+    **batching: Any,
+) -> Measured:
+    """Runs the protocol on the entries of the task, with a bar over them."""
+    try:
+        with tqdm(
+            itertools.islice(read_entries(task), limit),
+            desc=task.name,
+            unit=" images",
+            disable=not progress,
+            total=_count_entries(task, limit) if progress else None,
+        ) as entries:
+            return protocol.run(model, task, entries, progress=progress, **batching)
+    except ValueError as error:
+        raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
 
 
 def read_entries(task: Task) -> Iterator[Pair | Skipped]:
