@@ -20,7 +20,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 from typing import Any
 
 from data_prep.filter import run_filter
@@ -136,12 +135,10 @@ def main() -> None:
     assert status == 0
     wanted = snapshot(folder / "whole")
     chosen, problems = _choose(changes), []
-    start_secs = time.perf_counter()
     for kill_at in chosen:
         found = job.kill_and_repeat(kill_at, wanted)
         problems += [f"killed before {changes[kill_at]}: {problem}" for problem in found]
     result = {"tried": [changes[i] for i in chosen], "all": changes, "problems": problems}
-    result["secs"] = round(time.perf_counter() - start_secs, 1)
     print(json.dumps(result, indent=1))
 
 

@@ -10,12 +10,12 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
 
 from data_prep.jobs.engine import print_failures, run_pending, run_tasks
+from tests.waiting import wait_until
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 600  # of a script; a failure here means that it waits for ever
@@ -221,10 +221,7 @@ def work(task, report):
         (folder / f"{os.getpid()}.ended").touch()
 """
     process = _start(tmp_path, body)
-    start_secs = time.monotonic()
-    while len(list(tmp_path.glob("*.began"))) < 2:
-        assert time.monotonic() - start_secs < _LONGEST_SECS
-        time.sleep(0.05)
+    wait_until(lambda: len(list(tmp_path.glob("*.began"))) >= 2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=_LONGEST_SECS)
     assert "KeyboardInterrupt" in errors
