@@ -6,6 +6,7 @@ or devices, so that a run can be continued anywhere.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from diht_jax.data import tokenizer
+from diht_jax.data import tokenizer, workers
 from diht_jax.data.bad_records import SKIPPED_RECORDS, CheckedExamples
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
@@ -65,6 +66,12 @@ class DecodeExample(grain.transforms.RandomMap):
         self._text_template = text_template
         self._fast_decode = fast_decode
         self._num_concepts = num_concepts
+
+    @property
+    def example_bytes(self) -> int:
+        """Size of one example."""
+        num_bytes = 3 * self._image_size**2 + 4 * self._context_length
+        return num_bytes + 8 * self._num_concepts * len(schema.CONCEPT_FIELDS)
 
     def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Decodes one record.
@@ -154,6 +161,9 @@ class TrainIterator:
             process_index, process_count: this host's number, and how many there are.
             on_bad_record: "error", or "skip" to replace it by another record, see
                 `bad_records.py`.
+
+        Raises:
+            ValueError: numbers that do not fit, no record, or too little shared memory.
         """
         if batch_size % process_count:
             raise ValueError(
@@ -162,6 +172,9 @@ class TrainIterator:
             )
         if not len(source):
             raise ValueError(f"config.data.train: {source!r} holds no record")
+        if num_workers:
+            batch_bytes = batch_size // process_count * decode.example_bytes
+            workers.check_workers(num_workers, prefetch_batches, batch_bytes)
         self._records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         self._checked = CheckedExamples(
             self._records.random_map(decode),
@@ -265,7 +278,7 @@ class TrainIterator:
         mine = slice(self._next_example + self._process_index, None, self._process_count)
         # Batches are formed before workers or threads share the work, so that their number does not
         # change which examples make a batch.
-        num_threads = 1 if self._num_workers else min(16, os.cpu_count() or 1)
+        num_threads = 1 if self._num_workers else min(16, workers.usable_cores())
         dataset = (
             self._examples[mine]
             .batch(local_batch_size, drop_remainder=True)
@@ -283,7 +296,8 @@ class TrainIterator:
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self._num_workers, per_worker_buffer_size=self._prefetch_batches
-                )
+                ),
+                worker_init_fn=functools.partial(workers.end_with_parent, os.getpid()),
             )
         return iter(dataset)
 

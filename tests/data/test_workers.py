@@ -1,0 +1,135 @@
+"""Decoding workers: nothing of them outlives a killed parent; shared memory is checked."""
+
+import io
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from diht_jax.data.pipeline import DecodeExample, TrainIterator
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+# Takes one batch from two workers, then waits to be killed.
+PARENT = """
+import multiprocessing, sys, time
+from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+
+if __name__ == "__main__":
+    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+    batches = TrainIterator(
+        open_records(sys.argv[1]), decode, batch_size=4, seed=0, num_workers=2, prefetch_batches=1
+    )
+    batch = next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(10_000)
+"""
+
+
+def grey_square(number: int) -> Record:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), (number,) * 3).save(buffer, "PNG")
+    return Record(key=str(number), image=buffer.getvalue(), caption="grey")
+
+
+def segments_of(pid: int) -> set[pathlib.Path]:
+    """Shared memory that a process has mapped."""
+    maps = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {pathlib.Path(line.split()[5]) for line in maps if "/dev/shm/psm_" in line}
+
+
+def is_running(pid: int) -> bool:
+    """False also for one that has ended and that nobody has waited for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def records(tmp_path) -> pathlib.Path:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    with TFRecordWriter(folder / "grey-0.tfrecord") as writer:
+        for number in range(20):
+            writer.write(encode_record(grey_square(number)))
+    return folder
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_killed_parent_leaves_no_worker_and_no_shared_memory(tmp_path, records, hang_guard):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    command = [sys.executable, str(script), str(records)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        segments = set().union(*map(segments_of, [parent.pid, *children]))
+        parent.send_signal(signal.SIGKILL)
+    assert len(children) == 2
+    assert segments
+    while any(map(is_running, children)) or any(path.exists() for path in segments):
+        time.sleep(0.05)  # `hang_guard` ends it
+
+
+@pytest.fixture
+def shared_memory(monkeypatch):
+    """Sets the free shared memory, in blocks of 4,096 bytes, and the cores of this process."""
+
+    def set_them(blocks: int, cores: int) -> None:
+        stats = types.SimpleNamespace(f_bavail=blocks, f_frsize=4096)
+        monkeypatch.setattr(os, "statvfs", {"/dev/shm": stats}.__getitem__)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+
+    return set_them
+
+
+def iterator(**settings) -> TrainIterator:
+    decode = DecodeExample(64, 77, (0.9, 1.0), "{caption}", num_concepts=5)
+    return TrainIterator([b"record"], decode, batch_size=512, seed=0, **settings)
+
+
+def test_too_little_shared_memory_is_an_error_with_both_numbers(shared_memory):
+    # Pixels, token ids, and ids and probabilities of objects and attributes.
+    batch_bytes = 256 * (64 * 64 * 3 + 77 * 4 + 2 * 5 * (4 + 4))
+    needed = (8 * (2 * 2 + 2) + 2) * batch_bytes  # 162 MB
+    blocks = -(-needed // 4096)
+    shared_memory(blocks, cores=8)
+    settings = {"num_workers": 8, "prefetch_batches": 2, "process_count": 2}
+    iterator(**settings)
+    shared_memory(64 * 2**20 // 4096, cores=8)
+    with pytest.raises(ValueError, match=r"67\.1 MB free.*need 162\.3 MB") as error:
+        iterator(**settings)
+    for advice in ("--shm-size", "medium: Memory", "config.data.num_workers=0"):
+        assert advice in str(error.value)
+    shared_memory(0, cores=8)
+    iterator(num_workers=0)  # threads need none
+
+
+def test_the_bytes_of_an_example_are_those_of_its_arrays():
+    record = encode_record(grey_square(7))
+    for num_concepts in (0, 5):
+        decode = DecodeExample(8, 16, (1.0, 1.0), "{caption}", num_concepts=num_concepts)
+        example = decode.random_map(record, np.random.default_rng(0))
+        assert decode.example_bytes == sum(array.nbytes for array in example.values())
+
+
+def test_more_workers_than_cores_are_a_warning(shared_memory, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    shared_memory(2**30, cores=3)
+    iterator(num_workers=3)
+    assert not said
+    iterator(num_workers=4)
+    assert len(said) == 1
+    assert "num_workers=4" in said[0] and "3 cores" in said[0] and "--cpus-per-task" in said[0]
