@@ -67,4 +67,5 @@ echo
 "$python" -m diht_jax.evaluate \
   --compare "$out/raw_infonce.json,$out/filtered_hn_nce.json,$out/filtered_concepts.json"
 echo
-echo "Pictures: $(ls "$out"/*.png "$out"/*/curves.png "$out"/{filtered,labelled}/report.html | tr '\n' ' ')"
+pictures=("$out"/*.png "$out"/*/curves.png "$out"/{filtered,labelled}/report.html)
+echo "Pictures: ${pictures[*]}"
