@@ -110,12 +110,15 @@ class Objective:
     ) -> tuple[jax.Array, ...]:
         """The sums of rows with the negatives of one more tile.
 
+        The ring adds up sums of different negatives, once an empty tile has made them relative to
+        the same `highest`.
+
         Args:
             statistics: of the tiles before, [t].
             highest: [t], the highest negative with this tile.
-            logits: [t, t].
+            logits: [t, t]; [..., t, 0] for an empty one.
             is_negative: bool [t, t]; nothing else counts.
-            axis: of the tile, to sum over: 1 for rows, 0 for columns.
+            axis: of the tile, to sum over: 1 for rows, 0 for columns; -1 where it is empty.
             scalars: of `create`.
         """
         raise NotImplementedError

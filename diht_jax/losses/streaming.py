@@ -5,6 +5,12 @@ statistics with them. Each block of logits is made once in the forward pass and 
 directions; the backward pass makes it once more and sends the texts' gradients round with them.
 No device ever holds a [b, N] or an [N, d] array. Inside a block, square tiles bound the memory.
 
+All that travels is sent before the products of a round: the next block of texts, and what the
+devices before have summed for the block at hand, to which this device adds its part afterwards.
+So every transfer has the products of a whole round to hide behind. The row statistics (and the
+slopes, in the backward pass) travel as one array, since a ring of many devices is bound by the
+number of its transfers and not by their bytes.
+
 What is summed is the objective's own (`objective.py`); this file knows none of them.
 
 Source: ring attention's communication (arXiv 2310.01889) and the online log-sum-exp of Milakov
@@ -58,7 +64,7 @@ def streaming_loss(
     Returns:
         A scalar of this device, at least float32, and statistics without gradient.
     """
-    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+    axes = _in_mesh_order((axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ()))
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
     num_tiles = math.ceil(image_emb.shape[0] / tile)
     ring = _Ring(
@@ -83,6 +89,12 @@ def streaming_loss(
     return loss, jax.lax.stop_gradient(statistics)
 
 
+def _in_mesh_order(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Any ring visits all blocks; `ppermute` of newer JAX wants its axes in the mesh's order."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    return tuple(sorted(axes, key=names.index)) if set(axes) <= set(names) else axes
+
+
 @dataclasses.dataclass(frozen=True)
 class _Ring:
     """Sizes, known when the step is traced; row arrays lie as [num_tiles, tile, ...], padded."""
@@ -98,12 +110,19 @@ class _Ring:
     def num_pairs(self) -> int:
         return self.num_devices * self.num_rows
 
-    def shift(self, block: Any) -> Any:
+    def shift(self, block: jax.Array) -> jax.Array:
         """Hands `block` to the next device, and takes that of the one before."""
         if self.num_devices == 1:
             return block
         to_next = [(i, (i + 1) % self.num_devices) for i in range(self.num_devices)]
-        return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axes, to_next), block)
+        return jax.lax.ppermute(block, self.axes, to_next)
+
+    def shift_rows(self, rows: Any) -> Any:
+        """`shift` of a tree of arrays of one shape, as one array."""
+        leaves, structure = jax.tree.flatten(rows)
+        if self.num_devices == 1 or not leaves:
+            return rows
+        return jax.tree.unflatten(structure, list(self.shift(jnp.stack(leaves))))
 
     def split(self, rows: jax.Array) -> jax.Array:
         """[num_rows, ...] -> [num_tiles, tile, ...], zeros at the end."""
@@ -159,8 +178,9 @@ def _forward(ring, image_emb, text_emb, scale, scalars):
 
     def one_round(rounds, carry):
         texts, text_statistics, image_statistics, positives = carry
-        # Sent before the products, so that they hide the journey.
         next_texts = ring.shift(texts)
+        # Those of the block at hand, from the device that had it before.
+        text_statistics = ring.shift_rows(text_statistics)
 
         def add_tile(i, j, carry):
             text_statistics, image_statistics, positives = carry
@@ -182,14 +202,18 @@ def _forward(ring, image_emb, text_emb, scale, scalars):
                 _put(positives, positive, i),
             )
 
-        added = ring.for_each_tile(add_tile, (text_statistics, image_statistics, positives))
-        text_statistics, image_statistics, positives = added
-        return next_texts, ring.shift(text_statistics), image_statistics, positives
+        part, image_statistics, positives = ring.for_each_tile(
+            add_tile, (nothing, image_statistics, positives)
+        )
+        if ring.num_devices > 1:
+            part = _merge(objective, text_statistics, part, scalars)
+        return next_texts, part, image_statistics, positives
 
-    # After as many rounds as devices, the statistics of the texts are home again.
     _, text_statistics, image_statistics, positives = jax.lax.fori_loop(
         0, ring.num_devices, one_round, (texts, nothing, nothing, zeros)
     )
+    # The last block of a device is that of the next one.
+    text_statistics = ring.shift_rows(text_statistics)
     text_statistics, image_statistics, positives = jax.tree.map(
         ring.join, (text_statistics, image_statistics, positives)
     )
@@ -221,7 +245,8 @@ def _backward(ring, residuals, cotangents):
 
     def one_round(rounds, carry):
         texts, text_slopes, text_grads, image_grads, scalar_grads = carry
-        next_texts, next_slopes = ring.shift((texts, text_slopes))
+        next_texts, next_slopes = ring.shift(texts), ring.shift_rows(text_slopes)
+        text_grads = ring.shift(text_grads)
 
         def add_tile(i, j, carry):
             text_grads, image_grads, scalar_grads = carry
@@ -247,9 +272,14 @@ def _backward(ring, residuals, cotangents):
                 scalar_grads,
             )
 
-        added = ring.for_each_tile(add_tile, (text_grads, image_grads, scalar_grads))
-        text_grads, image_grads, scalar_grads = added
-        return next_texts, next_slopes, ring.shift(text_grads), image_grads, scalar_grads
+        part, image_grads, scalar_grads = ring.for_each_tile(
+            add_tile, (emb_zeros, image_grads, scalar_grads)
+        )
+        if ring.num_devices > 1:
+            # The barrier keeps the compiler from adding within a product, which would then wait
+            # for what arrives.
+            part = text_grads + jax.lax.optimization_barrier(part)
+        return next_texts, next_slopes, part, image_grads, scalar_grads
 
     scalar_zeros = tuple(_zeros((), scale) for _ in objective.second_pass)
     _, _, text_grads, image_grads, second_pass = jax.lax.fori_loop(
@@ -258,6 +288,7 @@ def _backward(ring, residuals, cotangents):
         one_round,
         (texts, text_tiles, emb_zeros, emb_zeros, scalar_zeros),
     )
+    text_grads = ring.shift(text_grads)
     positive_slopes = (image_slopes.positive + text_slopes.positive)[:, None]
     image_grads = ring.join(image_grads) + positive_slopes * text_emb
     text_grads = ring.join(text_grads) + positive_slopes * image_emb
@@ -305,6 +336,22 @@ def _accumulate(
     ties = ties + jnp.sum(reached, axis).astype(logits.dtype)
     sums = objective.accumulate(statistics, highest, logits, is_negative, axis, scalars)
     return RowStatistics(highest, ties, sums)
+
+
+def _merge(
+    objective: Objective, one: RowStatistics, other: RowStatistics, scalars: Scalars
+) -> RowStatistics:
+    """The statistics of two disjoint sets of negatives, of both together."""
+    highest = jnp.maximum(one.highest, other.highest)
+    no_logits = _zeros((*highest.shape, 0), highest)
+
+    def sums_relative_to_highest(statistics: RowStatistics) -> tuple[jax.Array, ...]:
+        # Another tile that is empty: the sums stay, but for what they are relative to.
+        return objective.accumulate(statistics, highest, no_logits, no_logits > 0, -1, scalars)
+
+    ties = sum(jnp.where(part.highest == highest, part.ties, 0) for part in (one, other))
+    sums = (sums_relative_to_highest(part) for part in (one, other))
+    return RowStatistics(highest, ties, jax.tree.map(jnp.add, *sums))
 
 
 def _pair_statistics(
