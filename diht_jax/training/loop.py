@@ -1,4 +1,4 @@
-"""The training loop: evaluate, save, then take the next batch.
+"""The training loop: save, evaluate, then take the next batch.
 
 In this order the saved position in the data always belongs to the saved state.
 """
@@ -21,16 +21,12 @@ from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
-from diht_jax.evaluation.results import describe_metrics
-from diht_jax.evaluation.tasks import evaluate_task, parse_config_tasks
-from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
-    flatten_results,
     plot_curves,
     read_metrics,
 )
@@ -42,6 +38,7 @@ from diht_jax.training.program import TrainProgram, with_trusted_attention, with
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest
+from diht_jax.training.task_evaluation import RunEvaluation, best_evaluation, open_tasks
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.resume_checks import (
@@ -104,6 +101,7 @@ class Run:
         self.config = config
         self.workdir = workdir
         self.profiler = StepProfiler(config.profile, workdir)
+        tasks = open_tasks(config)
         source = open_records(config.data.train)
         self.total_steps = duration_in_steps(
             config, "total", batch_size=config.data.batch_size, num_examples=len(source)
@@ -133,7 +131,6 @@ class Run:
             process_count=jax.process_count(),
             on_bad_record=config.data.on_bad_record,
         )
-        self.tasks = parse_config_tasks(config.evaluation.tasks)
         self.fingerprint = fingerprint_records(source)
         self.checkpointer = Checkpointer(
             workdir,
@@ -154,7 +151,10 @@ class Run:
         self.start_step = int(self.state.step)
         self.writer = MetricWriter(workdir, self.start_step)
         self.stop_request = StopRequest()
-        self._model: LoadedModel | None = None
+        self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
+        best = best_evaluation(workdir, config.checkpoint.best_metric, self.checkpointer.steps())
+        if best is not None:
+            self.checkpointer.record_metrics(best[0], {config.checkpoint.best_metric: best[1]})
         self._skipped_records = 0
         self._log_start(len(source))
 
@@ -187,6 +187,9 @@ class Run:
             disable=jax.process_index() != 0,
             dynamic_ncols=True,
         )
+        # Where a stop or a kill came between the save and its evaluation.
+        if self.start_step and self.evaluation.is_missing(self.start_step, self.workdir):
+            self.evaluate()
         in_flight = None
         monitor = AnomalyMonitor(config, self.keys_of_step, lowest_loss=self.lowest_loss())
         for step in range(self.start_step + 1, last_step + 1):
@@ -216,16 +219,15 @@ class Run:
                 monitor.check_window(step, scalars)
                 progress.set_postfix_str(_progress_text(scalars))
                 self.writer.write(step, scalars)
-            every = config.evaluation.every_steps
-            measured = None
-            if self.tasks and ((every and step % every == 0) or step == self.total_steps):
-                measured = window.excluded(lambda step=step: self.evaluate(step))
             if saves:
                 self.writer.sync()
-                self.checkpointer.save(self.state, self.iterator, measured)
+                self.checkpointer.save(self.state, self.iterator)
             if stop_requested and not at_end:
                 progress.close()
                 raise Stopped(f"stopped after step {step} of {self.total_steps}")
+            # After the save: what fails here, or takes too long, costs no step.
+            if self.evaluation.is_due(step):
+                window.excluded(self.evaluate)
         if in_flight is not None:
             monitor.check_step(last_step, in_flight)
         progress.close()
@@ -282,27 +284,12 @@ class Run:
         before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
         return {"skipped_records": float(self._skipped_records - before)}
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Runs the config's tasks on the current parameters and writes their results."""
-        use_ema = self.config.evaluation.use_ema
-        params = self.state.ema_params if use_ema else self.state.params
-        if self._model is None:
-            self._model = LoadedModel(
-                self.program.definition,
-                params,
-                mesh=self.mesh,
-                config=self.config,
-                image_size=self.arch.image_size,
-                context_length=self.arch.context_length,
-                batch_size=self.config.evaluation.batch_size,
-            )
-        self._model.update(params, step)
-        batch_size = self.config.evaluation.batch_size
-        results = [evaluate_task(self._model, task, batch_size=batch_size) for task in self.tasks]
-        measured = flatten_results({result["task"]: result["metrics"] for result in results})
-        logging.info("step %d: %s", step, "; ".join(map(describe_metrics, results)))
-        self.writer.write(step, {f"evaluation/{name}": v for name, v in measured.items()})
-        return measured
+    def evaluate(self) -> None:
+        """Evaluates the current state, and lets the checkpointer know how good it is."""
+        measured = self.evaluation.run(self.state)
+        step, best_metric = int(self.state.step), self.config.checkpoint.best_metric
+        if best_metric in measured:
+            self.checkpointer.record_metrics(step, measured)
 
     def close_after(self, error_type: type[BaseException] | None, *_: object) -> None:
         """Closes, but not after an error in a job of several processes.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,25 +66,25 @@ class Checkpointer:
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
         self._best_metric = best_metric
+        self._best = _BestMeasured()
         self._dataset = dataset
         self._saving: int | None = None
         self._failure: CheckpointError | None = None
         self.restored_dataset: dict[str, Any] | None = None
         # Where there are checkpoints, the manager is opened once it is known which are whole.
-        self._manager = None if self._steps() else self._open()
+        self._manager = None if self.steps() else self._open()
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint, or None."""
         if self._manager is not None:
             return self._manager.latest_step()
-        return max(self._steps(), default=None)
+        return max(self.steps(), default=None)
 
     def save(
         self,
         state: TrainState,
         iterator: TrainIterator,
-        measured: dict[str, float] | None = None,
     ) -> None:
         """Starts saving, unless this step is saved; returns before the files are finished.
 
@@ -93,7 +95,6 @@ class Checkpointer:
         Args:
             state: the state after a step.
             iterator: has given just the batches that went into the state.
-            measured: results of an evaluation of this very state, for the choice of the best.
 
         Raises:
             CheckpointError: in a job of several processes, one could not be written.
@@ -102,7 +103,6 @@ class Checkpointer:
         step = int(state.step)
         if step == self.latest_step:
             return
-        metrics = self._best_metrics(measured)
         position = iterator.get_state()
         checks = {
             "state": tree_checksums(state),
@@ -120,10 +120,30 @@ class Checkpointer:
                         CHECKS_ITEM: ocp.args.JsonSave(checks),
                     }
                 ),
-                metrics=metrics,
             )
         except Exception as error:  # what it is depends on where the storage fails
             self._report_failure(error)
+
+    def record_metrics(self, step: int, measured: Mapping[str, float]) -> None:
+        """Takes results of an evaluation of a saved state, for the choice of the best checkpoint.
+
+        They are not kept in the checkpoint, which is saved before it is evaluated.
+
+        Args:
+            step: of the state.
+            measured: results by name; empty where the evaluation failed.
+
+        Raises:
+            ValueError: `best_metric` is not among them.
+        """
+        if self._best_metric is None or not measured:
+            return
+        if self._best_metric not in measured:
+            raise ValueError(
+                f"config.checkpoint.best_metric='{self._best_metric}' is not among the "
+                f"evaluation results: {', '.join(sorted(measured))}"
+            )
+        self._best.values[step] = measured[self._best_metric]
 
     def restore(self, target: TrainState, iterator: TrainIterator) -> TrainState:
         """The latest state that is whole, sharded like `target`.
@@ -139,7 +159,7 @@ class Checkpointer:
             CheckpointError: no checkpoint can be read; with the reason for each.
         """
         problems: dict[int, str] = {}
-        for step in sorted(self._steps(), reverse=True):
+        for step in sorted(self.steps(), reverse=True):
             found, problem = read_checkpoint(self._root / str(step), target)
             problem = first_text(problem)
             if problem is None:
@@ -170,23 +190,17 @@ class Checkpointer:
         """
         if self._manager is not None:
             self._finish_saving()
+            self._remove_surpassed()
             self._manager.close()
         if self._failure is not None:
             raise self._failure
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints."""
         return list(ocp.utils.checkpoint_steps(self._root)) if self._root.exists() else []
 
     def _open(self) -> ocp.CheckpointManager:
-        policies = [checkpoint_managers.LatestN(self._keep_last)]
-        if self._best_metric is not None:
-            policies.append(
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[self._best_metric],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        policies = [checkpoint_managers.LatestN(self._keep_last), self._best]
         return ocp.CheckpointManager(
             self._root,
             options=ocp.CheckpointManagerOptions(
@@ -198,15 +212,14 @@ class Checkpointer:
             item_names=(STATE_ITEM, DATA_ITEM, CHECKS_ITEM),
         )
 
-    def _best_metrics(self, measured: dict[str, float] | None) -> dict[str, float] | None:
-        if self._best_metric is None or not measured:
-            return None
-        if self._best_metric not in measured:
-            raise ValueError(
-                f"config.checkpoint.best_metric='{self._best_metric}' is not among the "
-                f"evaluation results: {', '.join(sorted(measured))}"
-            )
-        return {self._best_metric: measured[self._best_metric]}
+    def _remove_surpassed(self) -> None:
+        """Removes what was the best until the last evaluation; `save` does so for those before."""
+        if self._best_metric is None or self._failure is not None:
+            return
+        steps = sorted(self._manager.all_steps())
+        kept = {*steps[-self._keep_last :], self._best.step(steps)}
+        for step in (step for step in steps if step not in kept):
+            self._manager.delete(step)
 
     def _finish_saving(self) -> None:
         """Waits for the save that is under way, and reports its failure."""
@@ -221,7 +234,7 @@ class Checkpointer:
         self._saving = None
 
     def _report_failure(self, error: Exception) -> None:
-        latest = max((s for s in self._steps() if s != self._saving), default=None)
+        latest = max((s for s in self.steps() if s != self._saving), default=None)
         kept = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
         self._failure = CheckpointError(
             f"{self._root}: the checkpoint of step {self._saving} could not be written, {kept}: "
@@ -251,6 +264,27 @@ class Checkpointer:
             folder,
             instead,
         )
+
+
+@dataclasses.dataclass
+class _BestMeasured:
+    """Orbax's policy that preserves the checkpoint with the highest value.
+
+    Attributes:
+        values: by step; the latest of equal ones counts.
+    """
+
+    values: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint, in their order."""
+        best = self.step([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+    def step(self, steps: Sequence[int]) -> int | None:
+        """Which of the steps has it; None where none was measured."""
+        measured = [(self.values[step], step) for step in steps if step in self.values]
+        return max((pair for pair in measured if math.isfinite(pair[0])), default=(0, None))[1]
 
 
 @dataclasses.dataclass(frozen=True)

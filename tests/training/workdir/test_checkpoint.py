@@ -65,10 +65,20 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep_last=2, best_metric="val/top1")
     scores = {1: 0.1, 2: 0.9, 3: 0.3, 4: None, 5: 0.2, 6: None}
     for step, score in scores.items():
-        measured = None if score is None else {"val/top1": score, "val/top5": 1.0}
-        checkpointer.save(state_of(step), Position(step * 10), measured)
+        measured = {} if score is None else {"val/top1": score, "val/top5": 1.0}
+        checkpointer.save(state_of(step), Position(step * 10))
+        checkpointer.record_metrics(step, measured)
     checkpointer.close()
     assert steps_in(tmp_path) == [2, 5, 6]
+
+
+def test_a_last_one_that_is_the_best_leaves_no_other(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric="val/top1")
+    for step, score in {1: 0.3, 2: 0.1, 3: float("nan"), 4: 0.9}.items():
+        checkpointer.save(state_of(step), Position(step * 10))
+        checkpointer.record_metrics(step, {"val/top1": score})
+    checkpointer.close()
+    assert steps_in(tmp_path) == [4]
 
 
 def test_state_place_and_data_set_come_back(tmp_path):
@@ -224,7 +234,7 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(small_d
 def test_an_unknown_best_metric_names_the_known_ones(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric="val/top1")
     with pytest.raises(ValueError, match="'val/top1' is not among .*: cifar10/top1"):
-        checkpointer.save(state_of(1), Position(0), {"cifar10/top1": 0.5})
+        checkpointer.record_metrics(1, {"cifar10/top1": 0.5})
     checkpointer.close()
 
 

@@ -1,0 +1,208 @@
+"""Evaluation within a run: tasks checked at the start, measured on the state at hand.
+
+A failing evaluation does not cost the run: it is an error in the log and `evaluation_failed` in
+the metrics. Only what is wrong from the start (a source that cannot be opened, an unknown
+`checkpoint.best_metric`) ends the run, before its first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Collection
+
+import jax
+import ml_collections
+from absl import logging
+from etils import epath
+
+from diht_jax.evaluation.results import describe_metrics
+from diht_jax.evaluation.task_parsing import check_task
+from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
+from diht_jax.inference import LoadedModel
+from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
+from diht_jax.training.multihost import check_together, gather_texts
+from diht_jax.training.program import TrainProgram
+from diht_jax.training.state import TrainState
+
+FAILED = "evaluation_failed"
+_PREFIX = "evaluation/"
+
+
+def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
+    """The tasks of `config.evaluation.tasks`, once the first entry of each was read on all hosts.
+
+    Raises:
+        ValueError: on all hosts, where a task is wrong or its source cannot be read on one of them
+            (names the task), or where no task gives `config.checkpoint.best_metric`.
+    """
+    tasks: list[Task] = []
+
+    def check() -> None:
+        tasks.extend(parse_config_tasks(config.evaluation.tasks))
+        check_best_metric(config.checkpoint.best_metric, tasks)
+        for task in tasks:
+            check_source_opens(task)
+
+    check_together(check)
+    return tasks
+
+
+def check_best_metric(best_metric: str | None, tasks: list[Task]) -> None:
+    """Raises ValueError where no task gives the metric."""
+    known = [f"{task.name}/{name}" for task in tasks for name in check_task(task).metrics]
+    if best_metric is not None and best_metric not in known:
+        raise ValueError(
+            f"config.checkpoint.best_metric='{best_metric}' is not among the results of "
+            f"config.evaluation.tasks: {', '.join(known) or 'there are no tasks'}"
+        )
+
+
+def check_source_opens(task: Task) -> None:
+    """Reads the first entry of a task's source.
+
+    Raises:
+        ValueError: it cannot be read, or there is none; names the task.
+    """
+    try:
+        with contextlib.closing(read_entries(task)) as entries:
+            if next(entries, None) is None:
+                raise ValueError("it has no entries")
+    except Exception as error:  # what it is depends on the reader and on where the source lies
+        raise ValueError(
+            f"task '{task.name}' of config.evaluation.tasks cannot be evaluated: its source "
+            f"{task.source} cannot be read: {error}"
+        ) from error
+
+
+class RunEvaluation:
+    """Measures the states of one run on its tasks."""
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        tasks: list[Task],
+        program: TrainProgram,
+        writer: MetricWriter,
+        total_steps: int,
+    ):
+        self._config = config
+        self._tasks = tasks
+        self._program = program
+        self._writer = writer
+        self._total_steps = total_steps
+        self._model: LoadedModel | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the state after this step is to be evaluated."""
+        every = self._config.evaluation.every_steps
+        at_end = step == self._total_steps
+        return bool(self._tasks) and (at_end or bool(every and step % every == 0))
+
+    def run(self, state: TrainState) -> dict[str, float]:
+        """Runs the tasks and writes their results.
+
+        A task that fails is left out. In a job of several processes, an error behind the opening
+        of the source may leave them at different points, and so it ends them; it is in the metrics
+        by then, so that the run that goes on does not evaluate this step again.
+
+        Args:
+            state: after a step; it is saved by now.
+
+        Returns:
+            The results, by "TASK/METRIC".
+        """
+        step = int(state.step)
+        model = self._updated_model(state, step)
+        batch_size = self._config.evaluation.batch_size
+        results, num_failed = [], 0
+        for task in self._tasks:
+            try:
+                check_together(lambda task=task: check_source_opens(task))
+            except ValueError as error:
+                num_failed += 1
+                _log_failure(step, task, error)
+                continue
+            try:
+                results.append(evaluate_task(model, task, batch_size=batch_size))
+            except Exception as error:
+                num_failed += 1
+                if jax.process_count() > 1:
+                    self._write(step, {}, num_failed)
+                    raise
+                _log_failure(step, task, error)
+        measured = flatten_results({result["task"]: result["metrics"] for result in results})
+        if results:
+            logging.info("step %d: %s", step, "; ".join(map(describe_metrics, results)))
+        best_metric = self._config.checkpoint.best_metric
+        if best_metric is not None and best_metric not in measured and not num_failed:
+            num_failed += 1
+            logging.error(
+                "step %d: config.checkpoint.best_metric='%s' is not among the evaluation results: "
+                "%s",
+                step,
+                best_metric,
+                ", ".join(sorted(measured)),
+            )
+        self._write(step, measured, num_failed)
+        return measured
+
+    def is_missing(self, step: int, workdir: epath.Path) -> bool:
+        """Whether one is due and not in the metrics, not even as a failed one. All must call."""
+        if not self.is_due(step):
+            return False
+        rows = [row for row in read_metrics(workdir) if row["step"] == step]
+        found = any(name == FAILED or name.startswith(_PREFIX) for row in rows for name in row)
+        return not gather_texts("found" if found else "")[0]
+
+    def _updated_model(self, state: TrainState, step: int) -> LoadedModel:
+        """The model with the parameters to evaluate; compiled once for the whole run."""
+        params = state.ema_params if self._config.evaluation.use_ema else state.params
+        if self._model is None:
+            self._model = LoadedModel(
+                self._program.definition,
+                params,
+                mesh=self._program.mesh,
+                config=self._config,
+                image_size=self._program.arch.image_size,
+                context_length=self._program.arch.context_length,
+                batch_size=self._config.evaluation.batch_size,
+            )
+        self._model.update(params, step)
+        return self._model
+
+    def _write(self, step: int, measured: dict[str, float], num_failed: int) -> None:
+        row = {f"{_PREFIX}{name}": value for name, value in measured.items()}
+        self._writer.write(step, {**row, **({FAILED: num_failed} if num_failed else {})})
+        self._writer.sync()
+
+
+def best_evaluation(
+    workdir: epath.Path, best_metric: str | None, steps: Collection[int]
+) -> tuple[int, float] | None:
+    """The step with the highest value in the metrics, and that value. All processes must call.
+
+    Args:
+        workdir: of the run.
+        best_metric: `config.checkpoint.best_metric`.
+        steps: to choose from.
+    """
+    if best_metric is None:
+        return None
+    name = f"{_PREFIX}{best_metric}"
+    rows = [row for row in read_metrics(workdir) if row["step"] in steps and name in row]
+    values = [(row[name], row["step"]) for row in rows if math.isfinite(row[name])]
+    # The first process's view: the files of a network file system may reach the others later.
+    text = gather_texts(json.dumps(max(values, default=None)))[0]
+    found = json.loads(text)
+    return None if found is None else (found[1], found[0])
+
+
+def _log_failure(step: int, task: Task, error: Exception) -> None:
+    logging.error(
+        "step %d: the evaluation of task '%s' failed, and the run goes on: %s",
+        step,
+        task.name,
+        str(error) or type(error).__name__,
+    )

@@ -1,0 +1,147 @@
+"""Evaluation within a run: what is wrong at the start ends it there, what fails later does not."""
+
+import logging
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from diht_jax.data.pipeline import TrainIterator
+from diht_jax.training import task_evaluation
+from diht_jax.training.loop import train
+from diht_jax.training.monitoring.metrics import read_metrics
+
+# What the model is worth after each step.
+SCORES = {2: 0.9, 4: 0.2, 6: 0.3}
+
+
+@pytest.fixture
+def run(config, squares, tmp_path):
+    """Evaluates every other of six steps, on a copy of the squares; its config and a trainer."""
+    source = shutil.copytree(squares, tmp_path / "source")
+    config.total_steps = 6
+    config.mesh.update(data=1, fsdp=1)
+    config.checkpoint.every_steps = 2
+    config.checkpoint.keep_last = 1
+    config.evaluation.every_steps = 2
+    config.evaluation.tasks = f"colors=retrieval:{source}?caption_template={{caption}}"
+    return config, lambda name: train(config, tmp_path / name, devices=jax.devices()[:1])
+
+
+def steps_in(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def values_of(workdir, name):
+    return {row["step"]: row[name] for row in read_metrics(workdir) if name in row}
+
+
+def at_step(monkeypatch, step, action):
+    """Does something when the batch of a step is taken."""
+    take, taken = TrainIterator.__next__, []
+
+    def acting(iterator):
+        taken.append(None)
+        if len(taken) == step:
+            action()
+        return take(iterator)
+
+    monkeypatch.setattr(TrainIterator, "__next__", acting)
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Evaluation that takes no time and finds `SCORES`; the steps that were evaluated."""
+    evaluated = []
+
+    def evaluate_task(model, task, *, batch_size):
+        evaluated.append(model.step)
+        return {
+            "task": task.name,
+            "kind": task.kind,
+            "metrics": {"t2i_r1": SCORES[model.step]},
+            "units": {"t2i_r1": "share"},
+        }
+
+    monkeypatch.setattr(task_evaluation, "evaluate_task", evaluate_task)
+    return evaluated
+
+
+def test_a_source_that_vanishes_costs_its_evaluations_only(run, tmp_path, monkeypatch, caplog):
+    config, train_as = run
+    with monkeypatch.context() as patched:
+        at_step(patched, 4, lambda: shutil.rmtree(tmp_path / "source"))
+        with caplog.at_level(logging.ERROR):
+            state = train_as("run")
+    assert "step 4: the evaluation of task 'colors' failed, and the run goes on" in caplog.text
+    assert values_of(tmp_path / "run", "evaluation_failed") == {4: 1.0, 6: 1.0}
+    assert values_of(tmp_path / "run", "evaluation/colors/t2i_r1").keys() == {2}
+    assert steps_in(tmp_path / "run") == [6]
+    config.evaluation.tasks = ""
+    without = train_as("without")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), jax.device_get(without))
+
+
+def test_a_source_that_is_missing_ends_the_run_before_its_first_step(run, tmp_path):
+    _, train_as = run
+    shutil.rmtree(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"task 'colors' .* cannot be evaluated: its source .*"):
+        train_as("run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_source_without_entries_ends_the_run_before_its_first_step(run, tmp_path):
+    _, train_as = run
+    for path in (tmp_path / "source").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"task 'colors' .* cannot be read: "):
+        train_as("run")
+
+
+@pytest.mark.parametrize(
+    "tasks, message",
+    [
+        (None, r"best_metric='colors/top1' is not among .*: colors/t2i_r1, "),
+        ("", "best_metric='colors/top1' is not among .*: there are no tasks"),
+    ],
+)
+def test_a_metric_that_no_task_gives_ends_the_run_before_its_first_step(
+    run, tmp_path, tasks, message
+):
+    config, train_as = run
+    config.checkpoint.best_metric = "colors/top1"
+    config.evaluation.tasks = config.evaluation.tasks if tasks is None else tasks
+    with pytest.raises(ValueError, match=message):
+        train_as("run")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_best_checkpoint_stays_and_a_killed_evaluation_is_made_up_for(
+    run, tmp_path, monkeypatch, scored
+):
+    config, train_as = run
+    config.checkpoint.best_metric = "colors/t2i_r1"
+    straight = train_as("straight")
+    assert steps_in(tmp_path / "straight") == [2, 6] and scored == [2, 4, 6]
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(task_evaluation, "evaluate_task", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_as("killed")
+    assert steps_in(tmp_path / "killed") == [2]
+    with monkeypatch.context() as patched:
+        at_step(patched, 4, killed)  # step 6: the best of steps 2 and 4 is known from the metrics
+        with pytest.raises(KeyboardInterrupt):
+            train_as("killed")
+    resumed = train_as("killed")
+    assert scored[3:] == [2, 4, 6]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(straight), jax.device_get(resumed))
+    assert steps_in(tmp_path / "killed") == [2, 6]
+    for name in ("loss", "evaluation/colors/t2i_r1"):
+        assert values_of(tmp_path / "killed", name) == values_of(tmp_path / "straight", name)
+    train_as("killed")
+    assert len(scored) == 6
