@@ -37,8 +37,8 @@ from diht_jax.losses.objective import (
     Scalars,
 )
 
-# Side of a tile, at most. Its logits and their exponentials are what is held beside [b, d].
-TILE = 512
+# Sides of tiles, at most; every device launches a few kernels for each tile.
+TILES = (2048, 1024, 512)
 
 
 def streaming_loss(
@@ -49,7 +49,7 @@ def streaming_loss(
     *,
     objective: Objective,
     axis_name: AxisName,
-    tile: int = TILE,
+    tile: int | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """The losses of the local rows in both directions, summed.
 
@@ -59,14 +59,14 @@ def streaming_loss(
         scalars: of the objective.
         objective: the loss, one row of it.
         axis_name: mesh axes that the batch is split over, or None.
-        tile: side of a tile, at most.
+        tile: side of a tile, at most; None for `tile_of_block`.
 
     Returns:
         A scalar of this device, at least float32, and statistics without gradient.
     """
     axes = _in_mesh_order((axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ()))
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
-    num_tiles = math.ceil(image_emb.shape[0] / tile)
+    num_tiles = math.ceil(image_emb.shape[0] / (tile or tile_of_block(*image_emb.shape)))
     ring = _Ring(
         objective,
         axes,
@@ -87,6 +87,11 @@ def streaming_loss(
     varying = frozenset().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
     loss, statistics = _ring_loss(ring, *jax.tree.map(_varying_over(varying), arguments))
     return loss, jax.lax.stop_gradient(statistics)
+
+
+def tile_of_block(num_rows: int, width: int) -> int:
+    """The largest side of `TILES` whose logits take no more memory than the block [b, d]."""
+    return next((tile for tile in TILES if tile**2 <= num_rows * width), TILES[-1])
 
 
 def _in_mesh_order(axes: tuple[str, ...]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.cost_model.topologies import get_topology
 from diht_jax.losses import contrastive_loss
+from diht_jax.losses.streaming import tile_of_block
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -104,3 +105,23 @@ def test_the_tpu_compiler_starts_every_transfer_before_the_products(num_pairs):
             for kind in ("collective-permute-start", "products", "collective-permute-done")
         )
         assert products and max(starts) < min(products) and max(products) < min(dones)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("num_pairs, most_mb", [(65_536, 16), (1_048_576, 160)])
+def test_memory_on_a_pod(num_pairs, most_mb):
+    """Peak of value and gradients in float32, arguments and results included."""
+    mesh = Mesh(np.asarray(get_topology("v5e:16x16").devices).reshape(256, 1), AXES)
+    arguments = abstract_arguments(mesh, num_pairs, 768)
+    shardings = (arguments[2].sharding, tuple(x.sharding for x in arguments))
+    step = jax.jit(value_and_grads(mesh), out_shardings=shardings)
+    memory = step.lower(*arguments).compile().memory_analysis()
+    assert memory.peak_memory_in_bytes <= most_mb * 1e6
+
+
+@pytest.mark.parametrize(
+    "num_rows, width, tile",
+    [(256, 512, 512), (1024, 1024, 1024), (4096, 768, 1024), (8192, 512, 2048), (65536, 768, 2048)],
+)
+def test_tiles_are_as_large_as_the_block_affords(num_rows, width, tile):
+    assert tile_of_block(num_rows, width) == tile
