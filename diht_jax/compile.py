@@ -17,6 +17,7 @@ from ml_collections import config_flags
 
 from diht_jax import command_line
 from diht_jax.config import default_config, validate_config
+from diht_jax.config_ranges import check_ranges
 
 
 def define_flags() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     values = flags.FLAGS
     config = values.config
     validate_config(config, default_config())
+    check_ranges(config, default_config())
     name = values.topology or config.topology
     if not name:
         raise ValueError(

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
+from diht_jax.config_ranges import check_ranges
 
 
 def define_flags() -> None:
@@ -30,6 +31,7 @@ def main() -> None:
     """Validates the config, then trains."""
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     validate_config(config, default_config())
+    check_ranges(config, default_config())
 
     if command_line.computes_on_cpu():
         command_line.keep_freed_memory()

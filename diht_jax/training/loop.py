@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
+from diht_jax.config_ranges import check_ranges
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.models.parameters import parameter_shapes
@@ -78,6 +79,7 @@ def train(
         Stopped: a signal came, and the state is saved.
     """
     validate_config(config, default_config())
+    check_ranges(config, default_config())
     config = bind_data(config)
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))

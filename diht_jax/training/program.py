@@ -149,13 +149,11 @@ def _check_ema(config: ml_collections.ConfigDict) -> bool:
     """Whether the run keeps a moving average of its parameters.
 
     Raises:
-        ValueError: the decay is no share, or an average is to be evaluated that is not kept.
+        ValueError: an average is to be evaluated that is not kept.
     """
     decay = config.ema.decay
     if decay is None and config.evaluation.use_ema:
         raise ValueError("config.evaluation.use_ema needs config.ema.decay, such as 0.9999")
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"config.ema.decay={decay}: expected at least 0 and less than 1")
     return decay is not None
 
 
