@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from diht_jax.config import duration_in_steps
-from diht_jax.cost_model.chips import Chip
+from diht_jax.cost_model.chips import LATENCY_SECS, Chip
 from diht_jax.cost_model.flops import FlopCount, count_jaxpr_flops
 from diht_jax.cost_model.hlo_traffic import Traffic, count_traffic
 from diht_jax.cost_model.topologies import Topology
@@ -77,7 +77,10 @@ class Roofline:
         compute_secs: matrix products at the peak rate.
         memory_secs: memory traffic at the memory's bandwidth.
         network_secs: what is sent, at the bandwidth of the links that can be used for it.
-        step_secs: the largest of the three: everything else hidden behind it.
+        latency_secs: what the collectives take beside that, however little they send, one after
+            the other.
+        step_secs: the largest of products, memory, and network with its latency: everything else
+            hidden behind it.
         serial_secs: their sum: nothing overlaps.
         mfu: bound, `model_flops / (peak step_secs)`.
         serial_mfu: the same with `serial_secs`.
@@ -86,6 +89,7 @@ class Roofline:
     compute_secs: float
     memory_secs: float
     network_secs: float
+    latency_secs: float
     step_secs: float
     serial_secs: float
     mfu: float
@@ -146,9 +150,14 @@ def roofline(report: StepReport) -> Roofline | None:
         collective.sent_bytes / link_bandwidth(chip, collective.kind, collective.group_size, report)
         for collective in report.traffic.collectives
     )
-    step, serial = max(compute, memory, network), compute + memory + network
+    latency = sum(
+        collective.count * latency_secs(chip, collective.kind, collective.group_size, report)
+        for collective in report.traffic.collectives
+    )
+    step = max(compute, memory, network + latency)
+    serial = compute + memory + network + latency
     useful = report.model_flops / chip.peak_flops
-    return Roofline(compute, memory, network, step, serial, useful / step, useful / serial)
+    return Roofline(compute, memory, network, latency, step, serial, useful / step, useful / serial)
 
 
 def link_bandwidth(chip: Chip, kind: str, group_size: int, report: StepReport) -> float:
@@ -165,6 +174,17 @@ def link_bandwidth(chip: Chip, kind: str, group_size: int, report: StepReport) -
     if kind != "collective-permute" and group_size == num_devices:
         links = 2 * sum(size > 1 for size in report.topology.shape)
     return chip.link_bytes_per_sec * max(1, links) / chip.num_links
+
+
+def latency_secs(chip: Chip, kind: str, group_size: int, report: StepReport) -> float:
+    """Seconds that a collective takes however little it sends.
+
+    A permutation goes round all devices, and ends when its slowest link has; a group of devices
+    lies inside a GPU host if it fits there.
+    """
+    num_devices, shape = len(report.topology.devices), report.topology.shape
+    most = num_devices if kind == "collective-permute" else group_size
+    return LATENCY_SECS[chip.link(between_hosts=most > shape[-1])]
 
 
 def settings_that_fit(

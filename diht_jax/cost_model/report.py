@@ -102,7 +102,7 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
     if estimate is None:
         kind = report.topology.devices[0].device_kind
         return [f"no estimate of the time: the peak rates of '{kind}' are not known"]
-    chip = report.topology.chip
+    chip, collectives = report.topology.chip, report.traffic.collectives
     return [
         "roofline estimate (a bound, not a measurement)",
         _row(
@@ -116,6 +116,11 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
         _row(
             "network = sent / links",
             f"{_ms(estimate.network_secs)} at up to {chip.link_bytes_per_sec / 1e9:.0f} GB/s",
+        ),
+        _row(
+            "  + latency of the collectives",
+            f"{_ms(estimate.latency_secs)} in {sum(row.count for row in collectives):,}, one after "
+            "the other",
         ),
         _row("step >= max of the three", _ms(estimate.step_secs)),
         _row("step, nothing overlapped", f"{_ms(estimate.serial_secs)} (their sum)"),

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -273,10 +274,30 @@ def test_roofline_by_hand():
     assert estimate.compute_secs == pytest.approx(1.0)
     assert estimate.memory_secs == pytest.approx(0.5)
     assert estimate.network_secs == pytest.approx(1.6)
-    assert estimate.step_secs == pytest.approx(1.6)
-    assert estimate.serial_secs == pytest.approx(3.1)
-    assert estimate.mfu == pytest.approx(0.5 / 1.6)
-    assert estimate.serial_mfu == pytest.approx(0.5 / 3.1)
+    assert estimate.latency_secs == pytest.approx(3e-6)  # three collectives
+    assert estimate.step_secs == pytest.approx(1.600003, rel=1e-9)
+    assert estimate.serial_secs == pytest.approx(3.100003, rel=1e-9)
+    assert estimate.mfu == pytest.approx(0.5 / 1.600003)
+    assert estimate.serial_mfu == pytest.approx(0.5 / 3.100003)
+
+
+def test_latency_of_many_small_transfers_by_hand():
+    """A ring of 512 GPUs with five transfers a round: bytes take nothing, latencies 57 ms."""
+    shape = (64, 8)
+    devices = (types.SimpleNamespace(device_kind="NVIDIA H100"),) * 512
+    topology = Topology("h100:64x8", find_chip("h100"), shape, devices, 60 * GIB)
+    collectives = (
+        Collective("collective-permute", 2, 5 * 512, 5 * 512, 5 * 512),  # through the network
+        Collective("all-gather", 8, 10, 0, 0),  # inside a host
+        Collective("all-reduce", 512, 1, 0, 0),
+    )
+    report = report_with(Traffic(0, collectives, 0), topology)
+    expected = (2560 + 1) * 22.4e-6 + 10 * 11.8e-6
+    estimate = roofline(report)
+    assert estimate.latency_secs == pytest.approx(expected)
+    assert estimate.serial_secs - estimate.compute_secs == pytest.approx(expected, rel=1e-6)
+    text = describe_step(report)
+    assert "+ latency of the collectives" in text and "57.5 ms in 2,571, one after" in text
 
 
 def test_links_of_a_torus_and_of_a_switch():
