@@ -82,13 +82,16 @@ def train(
     check_ranges(config, default_config())
     config = bind_data(config)
     with contextlib.ExitStack() as stack:
+        # The first to enter, hence the last to leave: a second SIGTERM must not end the process
+        # while the last checkpoint is still being written or copied.
+        stop_request = stack.enter_context(StopRequest())
         workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))
         check_together(lambda: check_same_run(config, workdir))
         write_config(workdir, config)
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
-        with run.stop_request:
-            return run.loop(stop_after_steps)
+        stop_request.listen()
+        return run.loop(stop_after_steps, stop_request)
 
 
 class Run:
@@ -152,7 +155,6 @@ class Run:
             check_same_data(config.data, self.checkpointer.restored_dataset, self.fingerprint)
         self.start_step = int(self.state.step)
         self.writer = MetricWriter(workdir, self.start_step)
-        self.stop_request = StopRequest()
         self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
         best = best_evaluation(workdir, config.checkpoint.best_metric, self.checkpointer.steps())
         if best is not None:
@@ -178,8 +180,11 @@ class Run:
         logging.info("starts from step %d of %s", trained.step, self.config.model.init_from)
         return jax.device_put(params, sharding.tree_shardings(params, self.mesh))
 
-    def loop(self, stop_after_steps: int | None) -> TrainState:
+    def loop(
+        self, stop_after_steps: int | None, stop_request: StopRequest | None = None
+    ) -> TrainState:
         """Trains up to the end of the run, or up to `stop_after_steps`."""
+        stop_request = stop_request or StopRequest()
         config = self.config
         last_step = min(self.total_steps, stop_after_steps or self.total_steps)
         progress = tqdm(
@@ -213,7 +218,7 @@ class Run:
                 window.excluded(self.profiler.close)
             progress.update()
             at_end = step == last_step
-            stop_requested = self.stop_request.is_due(step)
+            stop_requested = stop_request.is_due(step)
             saves = step % config.checkpoint.every_steps == 0 or at_end or stop_requested
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
             if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:

@@ -2,7 +2,8 @@
 
 SIGTERM (what Slurm, Kubernetes and the clouds send before they take a machine away) and the first
 SIGINT let the step at hand finish; the loop then saves, and the command exits with
-`EXIT_CODE`. A second SIGINT aborts at once. In a job of several processes JAX's coordination
+`EXIT_CODE`. A second SIGINT aborts at once; any other signal changes nothing until the state is
+saved. In a job of several processes JAX's coordination
 service passes either on, so that all stop after the same step, whichever of them was signalled.
 """
 
@@ -26,13 +27,17 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Knows whether to stop; a context that takes over the signals."""
+    """Knows whether to stop; a context that gives the signals back when it ends."""
 
     def __init__(self):
-        self._signal: int | None = None
+        self._requested = self._interrupted = False
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
+        return self
+
+    def listen(self) -> None:
+        """Takes over the signals; until then they end the process, which has nothing to save."""
         # Only a main thread may; elsewhere (in a notebook's thread) signals stay as they are.
         if threading.current_thread() is threading.main_thread():
             # JAX's own handler of SIGTERM passes it on to the other processes.
@@ -41,7 +46,6 @@ class StopRequest:
             )
             for number in handled:
                 self._previous[number] = signal.signal(number, self._remember)
-        return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
@@ -51,12 +55,16 @@ class StopRequest:
         """Whether to save and stop after this step; the same answer in all processes."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._signal is not None
+        return self._requested
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
-        self._signal = number
+        self._interrupted |= number == signal.SIGINT
+        if self._requested:
+            logging.warning("%s: the run is being stopped", signal.Signals(number).name)
+            return
+        self._requested = True
         if number == signal.SIGINT and jax.process_count() > 1:
             # Only SIGTERM is known to the coordination service.
             os.kill(os.getpid(), signal.SIGTERM)

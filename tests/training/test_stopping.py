@@ -14,6 +14,7 @@ from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
 from diht_jax.training.stopping import EXIT_CODE, Stopped
+from diht_jax.training.workdir.checkpoint import Checkpointer
 
 
 def assert_bitwise_equal(a, b):
@@ -66,6 +67,46 @@ def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypat
         assert saved == []
     assert int(train(config, tmp_path, devices=device).step) == 6
     assert len(taken) == (6 if signals == 1 else 9)
+
+
+@pytest.mark.parametrize(
+    "later, error",
+    [
+        ([signal.SIGTERM, signal.SIGTERM], Stopped),
+        ([signal.SIGINT, signal.SIGTERM], Stopped),
+        ([signal.SIGINT, signal.SIGTERM, signal.SIGINT], KeyboardInterrupt),
+    ],
+)
+def test_a_second_sigterm_does_not_disturb_the_last_save(
+    config, tmp_path, monkeypatch, later, error
+):
+    config.total_steps = 6
+    config.mesh.update(data=1, fsdp=1)
+    device, take, close = jax.devices()[:1], TrainIterator.__next__, Checkpointer.close
+
+    def terminated(iterator):
+        signal.raise_signal(signal.SIGTERM)
+        return take(iterator)
+
+    def disturbed(checkpointer):
+        for number in later:
+            signal.raise_signal(number)
+        close(checkpointer)
+
+    monkeypatch.setattr(TrainIterator, "__next__", terminated)
+    monkeypatch.setattr(Checkpointer, "close", disturbed)
+    reached = []
+    before = signal.signal(signal.SIGTERM, lambda *_: reached.append("the handler of before"))
+    try:
+        with pytest.raises(error):
+            train(config, tmp_path, devices=device)
+        assert not reached
+        signal.raise_signal(signal.SIGTERM)
+        assert reached
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if error is Stopped:
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
 
 
 @pytest.fixture
