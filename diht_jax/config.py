@@ -162,6 +162,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Go on although the shards are others than when the checkpoint was saved.
     c.data.allow_changed = False
 
+    # Folder where compiled programs are kept for the next start; empty: every start compiles.
+    c.compilation_cache = "~/.cache/diht_jax/compiled"
     c.log_every_steps = 50
     # So many updates in a row with numbers that are not finite end the run.
     c.max_skipped_steps = 10

@@ -5,14 +5,14 @@ It comes before anything asks JAX for devices. Meshes and batches are `sharding`
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import pathlib
 import sys
 import traceback
 
 import jax
 from absl import flags, logging
+
+from diht_jax.training.compiler import has_tpu
 
 flags.disclaim_key_flags()  # they are the command's own, and its --help lists them
 
@@ -144,9 +144,6 @@ def find_cluster() -> str | None:
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return "Open MPI"
     wants_tpu = env.get("JAX_PLATFORMS", "tpu").startswith("tpu")
-    has_tpu = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(
-        pathlib.Path("/dev/vfio").glob("[0-9]*")
-    )
-    if wants_tpu and has_tpu and importlib.util.find_spec("libtpu"):
+    if wants_tpu and has_tpu():
         return "TPU"
     return None

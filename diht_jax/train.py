@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
 from diht_jax.config_ranges import check_ranges
+from diht_jax.training import compiler
 
 
 def define_flags() -> None:
@@ -35,7 +36,11 @@ def main() -> None:
 
     if command_line.computes_on_cpu():
         command_line.keep_freed_memory()
+    xla_flags = compiler.set_flags(compiler.accelerator())
     distributed.start_from_flags()
+    if xla_flags:
+        logging.info("%s", xla_flags)
+    compiler.keep_programs(config.get("compilation_cache"))
     # After the validation: a mistyped key should not have to wait for these imports.
     from diht_jax.training.loop import train
     from diht_jax.training.stopping import EXIT_CODE, Stopped

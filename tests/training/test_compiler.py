@@ -1,0 +1,178 @@
+"""XLA's flags and the compile cache: only where they belong, and the user's own settings win."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from absl import logging
+from etils import epath
+
+from diht_jax.config import default_config
+from diht_jax.training import compiler
+from diht_jax.training.workdir.config_file import read_config, write_config
+from diht_jax.training.workdir.resume_checks import check_same_run
+from tests.recipes import REPOSITORY
+
+UNKNOWN_FLAG = "--xla_gpu_no_such_flag=true"
+# Compiles for a TPU that is not here; the compiler refuses flags that it does not know.
+COMPILE_FOR_TPU = """
+import jax, jax.numpy as jnp
+from diht_jax.cost_model.topologies import get_topology
+device = get_topology("v5e:2x2").devices[0]
+x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+jax.jit(lambda x: x @ x).lower(x).compile()
+"""
+
+
+def run(script, **environment):
+    command = [sys.executable, "-c", script]
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_xla_knows_every_gpu_flag():
+    """XLA ends a process whose flags it does not know, on every platform."""
+    flags = " ".join(compiler.GPU_FLAGS)
+    script = "import jax; jax.devices()"
+    assert run(script, XLA_FLAGS=flags).returncode == 0
+    refused = run(script, XLA_FLAGS=f"{flags} {UNKNOWN_FLAG}")
+    assert (
+        refused.returncode != 0 and f"Unknown flag in XLA_FLAGS: {UNKNOWN_FLAG}" in refused.stderr
+    )
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_libtpu_knows_every_tpu_flag():
+    done = run(COMPILE_FOR_TPU, LIBTPU_INIT_ARGS=" ".join(compiler.TPU_FLAGS))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_flags_are_added_unless_the_user_has_set_them(monkeypatch, name):
+    variable, flags = compiler.FLAGS[name]
+    key = flags[1].partition("=")[0]
+    monkeypatch.setenv(variable, f"{key}=false --mine=1")
+    line = compiler.set_flags(name)
+    assert os.environ[variable].split() == [flags[0], *flags[2:], f"{key}=false", "--mine=1"]
+    assert line == f"{variable}={os.environ[variable]}"
+    before = os.environ[variable]
+    compiler.set_flags(name)
+    assert os.environ[variable] == before
+    monkeypatch.delenv(variable)
+    compiler.set_flags(name)
+    assert os.environ[variable].split() == list(flags)
+
+
+def test_no_flags_on_the_cpu(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    before = dict(os.environ)
+    assert compiler.set_flags(compiler.accelerator()) == ""
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    "platforms, devices, packages, expected",
+    [
+        ("", set(), {"libtpu", "jax_cuda12_plugin"}, None),
+        ("", {"nvidia[0-9]*"}, set(), None),
+        ("", {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, "gpu"),
+        ("", {"nvidia[0-9]*"}, {"jax_cuda13_plugin"}, "gpu"),
+        ("cpu", {"nvidia[0-9]*"}, {"jax_cuda12_plugin"}, None),
+        ("cuda,cpu", set(), set(), "gpu"),
+        ("", {"vfio/[0-9]*"}, {"libtpu"}, "tpu"),
+        ("", {"vfio/[0-9]*"}, set(), None),
+        ("tpu", set(), set(), "tpu"),
+    ],
+)
+def test_accelerator(monkeypatch, platforms, devices, packages, expected):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.setattr(compiler, "_has_device", devices.__contains__)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in packages or None)
+    assert compiler.accelerator() == expected
+
+
+@pytest.fixture
+def no_cache():
+    """Without the cache of the other tests; whatever the test sets is undone."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_programs_are_kept_for_one_kind_of_cpu(tmp_path, no_cache, monkeypatch):
+    compiler.keep_programs("")
+    compiler.keep_programs(None)
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "_cpu_digest", lambda: "this_cpu")
+    compiler.keep_programs("~/kept/")
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept" / "this_cpu")
+    monkeypatch.setattr(compiler, "_cpu_digest", lambda: "other_cpu")
+    compiler.keep_programs(str(tmp_path / "mine"))  # set already, as by the environment
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept" / "this_cpu")
+
+
+def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, no_cache, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    (tmp_path / "file").touch()
+    compiler.keep_programs(str(tmp_path / "file"))
+    assert jax.config.jax_compilation_cache_dir is None
+    assert len(said) == 1 and "config.compilation_cache" in said[0]
+
+
+def test_the_digest_is_that_of_the_cpu_features(tmp_path, monkeypatch):
+    def digest(text):
+        (tmp_path / "cpuinfo").write_text(text)
+        monkeypatch.setattr(compiler, "_CPU_INFO", tmp_path / "cpuinfo")
+        return compiler._cpu_digest()
+
+    one = "processor : 0\nmodel name\t: Zeon\ncpu MHz : 2000\nflags\t\t: sse avx512f\n"
+    assert digest(one) == digest(one.replace("2000", "3000"))
+    assert digest(one) != digest(one.replace("avx512f", "avx2"))
+    assert digest(one) != digest(one.replace("Zeon", "Epic"))
+
+
+def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path, labelled):
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+
+    def start(name):
+        command = [
+            *(sys.executable, "-m", "diht_jax.train", "--config", "configs/emoji.py:debug=True"),
+            *(f"--config.data.train={labelled}", f"--workdir={tmp_path / name}"),
+            f"--config.compilation_cache={tmp_path / 'kept'}",
+        ]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses = [json.loads(line).get("loss") for line in lines]
+        return losses, sorted((tmp_path / "kept").glob("*/*"))
+
+    losses, programs = start("first")
+    assert any(path.name.startswith("jit__step-") for path in programs)
+    assert start("second") == (losses, programs)
+
+
+def test_a_run_from_before_the_key_can_go_on(tmp_path, config):
+    write_config(tmp_path, config)
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    del written["compilation_cache"]
+    path.write_text(json.dumps(written))
+    assert read_config(tmp_path).compilation_cache == default_config().compilation_cache
+    config.compilation_cache = "/elsewhere"
+    check_same_run(config, epath.Path(tmp_path))
