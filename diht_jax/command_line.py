@@ -35,8 +35,8 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     With `takes_arguments`, what is no flag is given to `main` as a list; else it is a mistake.
 
     A wrong flag or config key exits with 2, a `ValueError` or missing file (bad input) with 1,
-    both with their message on stderr. `--verbosity=1` adds the traceback and what the libraries
-    log.
+    both with their message on stderr; an error with an attribute `exit_status` exits with that.
+    `--verbosity=1` adds the traceback and what the libraries log.
     """
     app.run(
         lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main()),
@@ -149,7 +149,7 @@ def _call(main: Callable[[], None]) -> None:
     except (ValueError, FileNotFoundError) as error:
         if verbose:
             traceback.print_exc()
-        _fail(str(error), status=1)
+        _fail(str(error), status=getattr(error, "exit_status", 1))
 
 
 def _log_beside_progress_bars(verbose: bool) -> None:

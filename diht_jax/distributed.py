@@ -109,7 +109,7 @@ def start(
         logging.set_verbosity(logging.WARNING)
 
 
-def end_job(error: Exception) -> None:
+def end_job(error: Exception, status: int = 1) -> None:
     """Prints the error and ends this process at once, if it is one of several.
 
     Not by `sys.exit`: on that way out JAX, Orbax and the decoding workers would wait for processes
@@ -117,6 +117,7 @@ def end_job(error: Exception) -> None:
 
     Args:
         error: being handled.
+        status: of the process.
     """
     if jax.process_count() == 1:
         return
@@ -130,7 +131,7 @@ def end_job(error: Exception) -> None:
         )
     # A line of its own, behind the progress bar.
     print("", *lines, sep="\n", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(status)
 
 
 def find_cluster() -> str | None:

@@ -3,12 +3,13 @@
     python -m diht_jax.train --config configs/emoji.py --config.data.train=DIR --workdir DIR
 
 The same command again goes on where the run stopped. A run that SIGTERM or ^C has stopped has
-saved its state and exits with 75. On a cluster the same command runs on every host; see
-`diht_jax.distributed`.
+saved its state and exits with 75; an error that no repetition mends exits with 78. On a
+cluster the same command runs on every host; see `diht_jax.distributed`.
 """
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from absl import flags, logging
@@ -18,6 +19,7 @@ from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
 from diht_jax.config_ranges import check_ranges
 from diht_jax.training import compiler
+from diht_jax.training.stopping import EXIT_CODE, Stopped, exit_status
 
 
 def define_flags() -> None:
@@ -31,27 +33,32 @@ def define_flags() -> None:
 def main() -> None:
     """Validates the config, then trains."""
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
-    validate_config(config, default_config())
-    check_ranges(config, default_config())
-
-    if command_line.computes_on_cpu():
-        command_line.keep_freed_memory()
-    xla_flags = compiler.set_flags(compiler.accelerator())
-    distributed.start_from_flags()
+    try:
+        validate_config(config, default_config())
+        check_ranges(config, default_config())
+        if command_line.computes_on_cpu():
+            command_line.keep_freed_memory()
+        xla_flags = compiler.set_flags(compiler.accelerator())
+        distributed.start_from_flags()
+    except ValueError as error:
+        error.exit_status = exit_status(error)
+        raise
     if xla_flags:
         logging.info("%s", xla_flags)
     compiler.keep_programs(config.get("compilation_cache"))
-    # After the validation: a mistyped key should not have to wait for these imports.
-    from diht_jax.training.loop import train
-    from diht_jax.training.stopping import EXIT_CODE, Stopped
-
     try:
+        # After the validation: a mistyped key should not have to wait for these imports.
+        from diht_jax.training.loop import train
+
         train(config, workdir)
     except Stopped as stopped:
+        # All is saved; one more of them must not replace the status that launchers wait for.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         logging.warning("%s; the same command goes on from there", stopped)
         sys.exit(EXIT_CODE)
     except Exception as error:
-        distributed.end_job(error)
+        error.exit_status = exit_status(error)
+        distributed.end_job(error, error.exit_status)
         raise
     logging.info("finished; results in %s", workdir)
 

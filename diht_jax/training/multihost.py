@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
+
 _LONGEST_TEXT_BYTES = 4096
 
 
@@ -38,16 +40,22 @@ def check_together(check: Callable[[], None]) -> None:
     """Runs a check in every process; where it fails in one of them, all of them raise.
 
     Raises:
-        ValueError: with the text of the first one's.
+        ValueError: with the text of the first one's; a `TemporaryError` where that one may be
+            gone the next time.
     """
     problem, cause = None, None
     try:
         check()
     except ValueError as error:
-        problem, cause = str(error), error
+        is_lasting = exit_status(error) == LASTING_EXIT_CODE
+        problem, cause = f"{'lasting' if is_lasting else 'temporary'}:{error}", error
     problem = first_text(problem)
-    if problem is not None:
-        raise cause if jax.process_count() == 1 else ValueError(problem) from cause
+    if problem is None:
+        return
+    if jax.process_count() == 1:
+        raise cause
+    kind, _, text = problem.partition(":")
+    raise (ValueError if kind == "lasting" else TemporaryError)(text) from cause
 
 
 def wait_for_all(name: str) -> None:

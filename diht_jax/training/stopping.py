@@ -1,4 +1,4 @@
-"""Stops a run on SIGTERM or SIGINT, so that the same command goes on where it was.
+"""How a run ends: stopped on a signal, so that the same command goes on, or by an error.
 
 SIGTERM (what Slurm, Kubernetes and the clouds send before they take a machine away) and the first
 SIGINT let the step at hand finish; the loop then saves, and the command exits with
@@ -20,10 +20,46 @@ from jax.experimental import multihost_utils
 
 # EX_TEMPFAIL of sysexits.h: try the same again.
 EXIT_CODE = 75
+# EX_CONFIG of sysexits.h: the same command would end with the same error.
+LASTING_EXIT_CODE = 78
+# Errors of the operating system that nothing but a change by the user mends.
+_LASTING_OS_ERRORS = (
+    FileNotFoundError,
+    PermissionError,
+    NotADirectoryError,
+    IsADirectoryError,
+    FileExistsError,
+)
+
+
+class TemporaryError(ValueError):
+    """The same command may succeed the next time."""
 
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved its state."""
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of a run that ends with this error.
+
+    Returns:
+        `LASTING_EXIT_CODE` for wrong config and input and for a run that has diverged; 1 for what
+        may have gone when the same command runs again: a full disk, a store or process that cannot
+        be reached, a work directory that another run still holds, and all errors of other types
+        than `ValueError` and `FileNotFoundError`.
+    """
+    if not isinstance(error, ValueError | FileNotFoundError):
+        return 1
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    if any(isinstance(link, _LASTING_OS_ERRORS) for link in chain):
+        return LASTING_EXIT_CODE
+    is_temporary = any(isinstance(link, OSError | TemporaryError) for link in chain)
+    return 1 if is_temporary else LASTING_EXIT_CODE
 
 
 class StopRequest:

@@ -2,6 +2,8 @@
 
 import logging
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -13,8 +15,14 @@ from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
-from diht_jax.training.stopping import EXIT_CODE, Stopped
-from diht_jax.training.workdir.checkpoint import Checkpointer
+from diht_jax.training.stopping import (
+    EXIT_CODE,
+    LASTING_EXIT_CODE,
+    Stopped,
+    TemporaryError,
+    exit_status,
+)
+from diht_jax.training.workdir.checkpoint import Checkpointer, SaveError
 
 
 def assert_bitwise_equal(a, b):
@@ -107,6 +115,43 @@ def test_a_second_sigterm_does_not_disturb_the_last_save(
         signal.signal(signal.SIGTERM, before)
     if error is Stopped:
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def raised_from(cause, error):
+    try:
+        raise error from cause
+    except type(error) as raised:
+        return raised
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (ValueError("config.seed=-1"), LASTING_EXIT_CODE),
+        (FileNotFoundError("/data"), LASTING_EXIT_CODE),
+        (DivergedError("10 updates in a row"), LASTING_EXIT_CODE),
+        (raised_from(PermissionError("/run"), ValueError("--workdir")), LASTING_EXIT_CODE),
+        (raised_from(FileNotFoundError("bucket"), TemporaryError("s3://")), LASTING_EXIT_CODE),
+        (raised_from(KeyError("label"), ValueError("no such field")), LASTING_EXIT_CODE),
+        (SaveError("no room"), 1),
+        (raised_from(ConnectionError("reset"), ValueError("gs:// cannot be read")), 1),
+        (raised_from(BlockingIOError("locked"), ValueError("another run works in")), 1),
+        (OSError("input/output error"), 1),
+        (RuntimeError("connection closed by peer"), 1),
+    ],
+)
+def test_errors_that_no_repetition_mends_have_a_status_of_their_own(error, status):
+    assert exit_status(error) == status
+
+
+def test_the_command_exits_with_the_status_of_its_error(tmp_path):
+    command = (
+        *(sys.executable, "-m", "diht_jax.train", "--config=configs/demo.py:debug=True"),
+        *(f"--workdir={tmp_path}", "--config.data.train=/data", "--config.checkpoint.keep_last=0"),
+    )
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == LASTING_EXIT_CODE
+    assert done.stderr.endswith("error: config.checkpoint.keep_last=0: expected at least 1\n")
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training.multihost import first_text, wait_for_all
 from diht_jax.training.state import TrainState
+from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checksums import describe_difference, json_checksum, tree_checksums
 
 CHECKPOINT_DIRECTORY = "checkpoints"
@@ -33,6 +34,10 @@ _LONGEST_CAUSE = 600
 
 class CheckpointError(ValueError):
     """A checkpoint could not be written, or none can be read."""
+
+
+class SaveError(CheckpointError, TemporaryError):
+    """A checkpoint could not be written; there may be room the next time."""
 
 
 class Checkpointer:
@@ -69,7 +74,7 @@ class Checkpointer:
         self._best = _BestMeasured()
         self._dataset = dataset
         self._saving: int | None = None
-        self._failure: CheckpointError | None = None
+        self._failure: SaveError | None = None
         self.restored_dataset: dict[str, Any] | None = None
         # Where there are checkpoints, the manager is opened once it is known which are whole.
         self._manager = None if self.steps() else self._open()
@@ -236,7 +241,7 @@ class Checkpointer:
     def _report_failure(self, error: Exception) -> None:
         latest = max((s for s in self.steps() if s != self._saving), default=None)
         kept = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
-        self._failure = CheckpointError(
+        self._failure = SaveError(
             f"{self._root}: the checkpoint of step {self._saving} could not be written, {kept}: "
             f"{explain_error(error)}. Make room, or look at the permissions"
         )

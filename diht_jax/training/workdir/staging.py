@@ -22,10 +22,11 @@ from etils import epath
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.remote import is_remote, open_system
 from diht_jax.training.multihost import check_together, gather_texts
+from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checkpoint import (
     CHECKPOINT_DIRECTORY,
     CORRUPT_DIRECTORY,
-    CheckpointError,
+    SaveError,
 )
 from diht_jax.training.workdir.lock import LOCK_FILE, lock_directory
 from diht_jax.training.workdir.stored_run import (
@@ -117,12 +118,12 @@ class StagedDirectory:
         of the store; whatever else the store does not have goes.
 
         Raises:
-            ValueError: the store cannot be read.
+            TemporaryError: the store cannot be read.
         """
         try:
             self._fetch()
         except Exception as error:  # what it is depends on the store
-            raise ValueError(f"{self.url} cannot be read: {error}") from error
+            raise TemporaryError(f"{self.url} cannot be read: {error}") from error
 
     def start(self) -> None:
         """From now on, finished checkpoints are copied as they come."""
@@ -133,7 +134,7 @@ class StagedDirectory:
         """Copies what is left.
 
         Raises:
-            CheckpointError: it cannot be written, and no other error is under way.
+            SaveError: it cannot be written, and no other error is under way.
         """
         if self._thread is not None:
             self._ended.set()
@@ -141,7 +142,7 @@ class StagedDirectory:
         try:
             self.send()
         except Exception as error:  # as in `fetch`
-            problem = CheckpointError(
+            problem = SaveError(
                 f"{self.url} cannot be written: {error}. What is missing there is in "
                 f"{self.folder}; the same command on this machine goes on from it"
             )
