@@ -44,6 +44,7 @@ from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.resume_checks import (
     check_hosts_agree,
+    check_hosts_share_config,
     check_same_data,
     check_same_run,
 )
@@ -81,6 +82,7 @@ def train(
     validate_config(config, default_config())
     check_ranges(config, default_config())
     config = bind_data(config)
+    check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
         # The first to enter, hence the last to leave: a second SIGTERM must not end the process
         # while the last checkpoint is still being written or copied.

@@ -16,16 +16,17 @@ from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_s
 _LONGEST_TEXT_BYTES = 4096
 
 
-def gather_texts(text: str) -> list[str]:
+def gather_texts(text: str, longest_bytes: int = _LONGEST_TEXT_BYTES) -> list[str]:
     """The texts of all processes, in their order, on each of them. All must call.
 
     Args:
-        text: of this process; what is longer than 4 KiB is cut off.
+        text: of this process.
+        longest_bytes: what is longer is cut off; the same in all processes.
     """
     if jax.process_count() == 1:
         return [text]
-    data = text.encode()[:_LONGEST_TEXT_BYTES]
-    padded = np.zeros(_LONGEST_TEXT_BYTES, np.uint8)
+    data = text.encode()[:longest_bytes]
+    padded = np.zeros(longest_bytes, np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]

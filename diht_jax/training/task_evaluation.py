@@ -46,6 +46,12 @@ def open_tasks(config: ml_collections.ConfigDict) -> list[Task]:
             check_source_opens(task)
 
     check_together(check)
+    kinds = gather_texts(", ".join(f"{task.name} ({task.kind})" for task in tasks))
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            "config.evaluation.tasks: the processes have different tasks; give every host the "
+            f"same command: {'; '.join(sorted(set(kinds)))}"
+        )
     return tasks
 
 

@@ -1,12 +1,13 @@
 """Refuses to go on with a run under another config, or with other data.
 
-The data must be the same on all hosts and since the checkpoint.
+Config and data must be the same on all hosts and since the checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -42,6 +43,18 @@ _FREE_IN_A_RUN = (
     "model.remat",
     "model.attention",
 )
+# These may differ between the hosts of a job: paths of their own, and what suits their cores. Data
+# and tasks are compared by what they are.
+_OWN_OF_A_HOST = (
+    "data.train",
+    "data.num_workers",
+    "data.prefetch_batches",
+    "model.init_from",
+    "checkpoint.staging",
+    "compilation_cache",
+    "evaluation.tasks",
+)
+_LONGEST_CONFIG_BYTES = 2**16
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -59,6 +72,50 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
             f"{workdir} holds a run with another config; changed: {', '.join(changed)}. "
             "Take the same values to resume it, or another --workdir to start anew"
         )
+
+
+def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
+    """Refuses hosts with different configs: each would compute another step. All must call.
+
+    Raises:
+        ValueError: names the processes that differ from the first one, and the keys.
+    """
+    values = _shared_values(config)
+    digests = gather_texts(_digest(values))
+    others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
+    if not others:
+        return
+    own = json.dumps({name: _digest(value)[:8] for name, value in values.items()})
+    found = [json.loads(text) for text in gather_texts(own, longest_bytes=_LONGEST_CONFIG_BYTES)]
+    differing = sorted(
+        name for name in set().union(*found) if len({each.get(name) for each in found}) > 1
+    )
+    raise ValueError(
+        f"processes {', '.join(others)} have another config than process 0; give every host the "
+        f"same command. Different: {', '.join(differing)}"
+    )
+
+
+def _shared_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Values by dotted name, without those that may differ between hosts."""
+    flat: dict[str, Any] = {}
+
+    def walk(section: Mapping[str, Any], prefix: str) -> None:
+        for key, value in section.items():
+            name = f"{prefix}{key}"
+            if name in _OWN_OF_A_HOST:
+                continue
+            if isinstance(value, dict):
+                walk(value, f"{name}.")
+            else:
+                flat[name] = value
+
+    walk(json.loads(config.to_json_best_effort()), "")
+    return flat
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
