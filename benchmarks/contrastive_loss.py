@@ -6,7 +6,7 @@ Value and gradient of HN-NCE for global batches of 8k to 1M float32 embeddings, 
 
   * dense: the [N, N] matrix under `jit`, split by the compiler (as big_vision writes it);
   * gathered: every device gathers all embeddings (as open_clip's --local-loss
-    --gather-with-grad); here `impl="dense"`;
+    --gather-with-grad): `impl="gathered"`;
   * streaming: `impl="streaming"`.
 
 Peak memory is the compiler's, arguments and results included. FLOPs are counted from the jaxpr,
@@ -45,7 +45,7 @@ def dense_loss_and_grads():
     """HN-NCE on the whole matrix, which the compiler is free to split."""
 
     def loss(image_emb, text_emb, scale):
-        return contrastive_loss(image_emb, text_emb, scale, beta=0.25, impl="dense")
+        return contrastive_loss(image_emb, text_emb, scale, beta=0.25, impl="gathered")
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2))
 
@@ -64,10 +64,7 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
     whole = NamedSharding(mesh, PartitionSpec())
     rows = jax.ShapeDtypeStruct((num_pairs, width), jnp.float32, sharding=by_example)
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    if form == "dense":
-        fn = dense_loss_and_grads()
-    else:
-        fn = mapped_loss_and_grads(mesh, "dense" if form == "gathered" else "streaming")
+    fn = dense_loss_and_grads() if form == "dense" else mapped_loss_and_grads(mesh, form)
     counted = count_flops(fn, rows, rows, scale)
     entry = {
         "form": form,

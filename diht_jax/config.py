@@ -115,7 +115,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.loss = ml_collections.ConfigDict()
     c.loss.kind = "softmax"  # of diht_jax.losses.registry: InfoNCE and HN-NCE; "sigmoid": SigLIP
-    c.loss.impl = "streaming"  # or "dense": memory [b, N], for reference
+    # How it is computed: "streaming" (memory [b, d]), "gathered" ([b, N], fewer transfers), or
+    # "auto", by the mesh and the batch: losses/choice.py.
+    c.loss.impl = "auto"
     c.loss.update(default_settings())  # such as alpha and beta; see losses/softmax.py
 
     # Terms of the objective beside the contrastive loss: `concepts`; see training/objectives/.

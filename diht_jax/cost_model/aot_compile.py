@@ -20,6 +20,7 @@ from diht_jax.cost_model.chips import LATENCY_SECS, Chip
 from diht_jax.cost_model.flops import FlopCount, count_jaxpr_flops
 from diht_jax.cost_model.hlo_traffic import Traffic, count_traffic
 from diht_jax.cost_model.topologies import Topology
+from diht_jax.losses.choice import Choice
 from diht_jax.models.remat import POLICIES
 from diht_jax.training.monitoring.throughput import model_flops
 from diht_jax.training.program import TrainProgram
@@ -34,6 +35,7 @@ class StepReport:
         mesh: size of each axis.
         batch_size: global, in examples.
         attention: kernel of each tower.
+        loss_form: how the contrastive loss is computed.
         micro_batch, remat: the config's settings that trade FLOPs for memory.
         memory_limit_bytes: what a program may use; None where not known.
         argument_bytes: state and batch; the state is donated: its result needs no other room.
@@ -54,6 +56,7 @@ class StepReport:
     mesh: dict[str, int]
     batch_size: int
     attention: dict[str, str]
+    loss_form: Choice
     micro_batch: int | None
     remat: str
     memory_limit_bytes: int | None
@@ -128,6 +131,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
         mesh=dict(program.mesh.shape),
         batch_size=config.data.batch_size,
         attention={name: tower.kernel for name, tower in program.attention().items()},
+        loss_form=program.loss_form(),
         micro_batch=config.micro_batch,
         remat=config.model.remat,
         **memory,

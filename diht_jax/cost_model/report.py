@@ -17,6 +17,7 @@ def describe_step(report: StepReport) -> str:
         f"micro-batch {_micro_batch(report)}, remat {report.remat}",
         "attention kernels: "
         + ", ".join(f"{kernel} ({tower})" for tower, kernel in report.attention.items()),
+        f"form of the loss: {report.loss_form.impl} ({report.loss_form.reason})",
         f"traced in {report.trace_secs:.0f} s, compiled in {report.compile_secs:.0f} s",
         "",
         "on one device, for one step",

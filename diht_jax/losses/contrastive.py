@@ -28,7 +28,9 @@ from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax, is_known_zero
 from diht_jax.losses.streaming import streaming_loss
 
-IMPLS = ("streaming", "dense")
+IMPLS = ("streaming", "gathered")
+# Old names, which stay.
+OLD_IMPLS = {"dense": "gathered"}
 
 
 def contrastive_loss(
@@ -63,8 +65,9 @@ def contrastive_loss(
             be checked, and always take the general path.
         axis_name: mesh axes that the batch is split over (a name or a tuple, in the order of the
             batch's PartitionSpec); None when the arrays hold the whole batch.
-        impl: "streaming": texts travel round the ring of devices, memory O(b d). "dense": every
-            device gathers all embeddings and holds two [b, N] blocks of logits.
+        impl: "streaming": texts travel round the ring of devices, memory O(b d). "gathered":
+            every device gathers all embeddings and holds two [b, N] blocks of logits; "dense" is
+            its old name.
         stop_weight_gradient: treat `w_ij` as constants. Ours.
 
     Returns:
@@ -147,6 +150,7 @@ def mean_loss(
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
+    impl = OLD_IMPLS.get(impl, impl)
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
     num_pairs = _num_pairs(image_emb, axis_name)

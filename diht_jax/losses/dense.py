@@ -1,7 +1,7 @@
-"""The dense forms of the losses: every device gathers all embeddings and holds [b, N] logits.
+"""The gathered form of the losses: every device gathers all embeddings and holds [b, N] logits.
 
-The readable reference that `streaming.py` is tested against, and the faster form for small
-batches. Gradients are JAX's own.
+The readable reference that `streaming.py` is tested against, and the faster form where many
+devices have few examples each (`choice.py`). Gradients are JAX's own.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from diht_jax.losses.choice import choose_impl
 from diht_jax.losses.contrastive import check_embeddings, mean_loss
 from diht_jax.losses.dense import AxisName
 from diht_jax.losses.objective import Objective, PairStatistics
@@ -92,7 +93,7 @@ def sharded_loss(
         settings: a value for each key in `loss.settings`.
         mesh: the mesh of the step; other axes than `axis_names` hold copies.
         axis_names: axes that the batch is split over; their sizes must divide N.
-        impl: see `contrastive_loss`.
+        impl: see `contrastive_loss`; or "auto": see `choice.choose_impl`.
 
     Returns:
         The loss (mean over the global batch, replicated), and a dict of float32 scalars that
@@ -110,6 +111,7 @@ def sharded_loss(
     check_embeddings(image_emb, text_emb)
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
     _check_split(image_emb.shape[0], mesh, axis_names)
+    impl = choose_impl(mesh, axis_names, *image_emb.shape, impl).impl
 
     def on_device(image_emb, text_emb, logit_scale, learnt):
         objective, scalars = loss.create(**settings, **learnt)

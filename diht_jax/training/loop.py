@@ -119,6 +119,7 @@ class Run:
         self.program = TrainProgram(
             with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
         )
+        logging.info("form of the loss: %s (%s)", *self.program.loss_form())
         self.mesh, self.arch = self.program.mesh, self.program.arch
         self.iterator = TrainIterator(
             source,

@@ -17,7 +17,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.losses.contrastive import IMPLS
+from diht_jax.losses.contrastive import IMPLS, OLD_IMPLS
 from diht_jax.losses.objective import Objective
 from diht_jax.losses.registry import LOSSES
 from diht_jax.losses.sharded import sharded_loss
@@ -104,8 +104,9 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
     if section.kind not in LOSSES:
         known = " or ".join(f"'{kind}' ({loss.title})" for kind, loss in LOSSES.items())
         raise ValueError(f"config.loss.kind='{section.kind}': expected {known}")
-    if section.impl not in IMPLS:
-        raise ValueError(f"config.loss.impl='{section.impl}': expected one of {', '.join(IMPLS)}")
+    if section.impl not in ("auto", *IMPLS, *OLD_IMPLS):
+        known = ", ".join(("auto", *IMPLS))
+        raise ValueError(f"config.loss.impl='{section.impl}': expected one of {known}")
     loss = LOSSES[section.kind]
     try:
         loss.create(**_settings(loss, section), **loss.parameters)

@@ -15,6 +15,7 @@ from absl import logging
 
 from diht_jax import sharding
 from diht_jax.data.records.schema import CONCEPT_FIELDS
+from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.vit import num_kept_patches
@@ -126,6 +127,14 @@ class TrainProgram:
             )
             for name, (num_tokens, num_heads, width, causal) in towers.items()
         }
+
+    def loss_form(self) -> Choice:
+        """How the contrastive loss is computed on this mesh, and why."""
+        config = self.config
+        return choose_impl(
+            *(self.mesh, sharding.BATCH_AXES),
+            *(config.data.batch_size, self.arch.embed_dim, config.loss.impl),
+        )
 
     def step(self, state: TrainState, *, patch_dropout: bool = True) -> TrainStep:
         """The jitted step for states like `state` (arrays, or shapes with shardings).

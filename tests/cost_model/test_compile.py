@@ -24,6 +24,7 @@ from diht_jax.cost_model.flops import FlopCount, count_flops
 from diht_jax.cost_model.hlo_traffic import Collective, Traffic
 from diht_jax.cost_model.report import describe_settings, describe_step, describe_try
 from diht_jax.cost_model.topologies import Topology, get_topology
+from diht_jax.losses.choice import Choice
 from diht_jax.training.program import TrainProgram
 from tests.recipes import RECIPES, REPOSITORY
 
@@ -246,6 +247,7 @@ def report_with(traffic, topology):
         mesh={"data": 256, "fsdp": 1},
         batch_size=65536,
         attention={"vision": "cudnn", "text": "xla"},
+        loss_form=Choice("streaming", "there is one device"),
         micro_batch=None,
         remat="none",
         memory_limit_bytes=16 * GIB,

@@ -147,7 +147,7 @@ def test_the_kind_selects_the_loss_whatever_the_parameters(config):
     "key, value, message",
     [
         ("loss.kind", "triplet", "config.loss.kind='triplet': expected 'softmax'"),
-        ("loss.impl", "fast", "config.loss.impl='fast': expected one of streaming, dense"),
+        ("loss.impl", "fast", "config.loss.impl='fast': expected one of auto, streaming, gathered"),
         ("loss.alpha", 1.5, r"config.loss.alpha: expected a number in \[0, 1\], got 1.5"),
         ("loss.beta", -0.5, "config.loss.beta: expected a finite number >= 0, got -0.5"),
         ("concepts.object_weight", -1.0, "config.concepts.object_weight=-1.0"),

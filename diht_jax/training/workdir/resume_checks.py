@@ -42,6 +42,7 @@ _FREE_IN_A_RUN = (
     "model.scan_layers",
     "model.remat",
     "model.attention",
+    "loss.impl",
 )
 # These may differ between the hosts of a job: paths of their own, and what suits their cores. Data
 # and tasks are compared by what they are.
