@@ -1,4 +1,4 @@
-"""Softmax attention, and which kernel computes it: XLA's or cuDNN's fused one.
+"""Softmax attention, and which kernel computes it: XLA's, cuDNN's or the one of `tpu_attention`.
 
 Everything that decides is the device that the program is for, which need not be one of this
 machine's (`diht_jax.compile`).
@@ -13,9 +13,12 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.typing import DTypeLike
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn")
+from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
 
 # cuDNN's gradient needs an even number of tokens, and rows of its float32 statistics that start at
 # multiples of 16 bytes are the fastest.
@@ -51,29 +54,42 @@ def target_of(device: jax.Device) -> Target:
 
 
 def attention_implementation(
-    choice: str, dtype: DTypeLike, head_dim: int, target: Target | None = None
+    choice: str,
+    dtype: DTypeLike,
+    head_dim: int,
+    target: Target | None = None,
+    *,
+    num_tokens: int | None = None,
+    num_heads: int | None = None,
 ) -> str:
-    """The kernel of one tower: "xla" or "cudnn".
+    """The kernel of one tower: "xla", "cudnn" or "pallas".
 
     Args:
-        choice: "auto" takes cuDNN's fused attention where it applies, else XLA's; "xla" and
-            "cudnn" insist.
+        choice: "auto" takes cuDNN's fused attention where it applies, else XLA's; "xla", "cudnn"
+            and "pallas" insist.
         dtype: of queries, keys and values.
         head_dim: width of a head.
         target: what the program is for; None is the default backend's first device.
+        num_tokens, num_heads: of the tower; without them "pallas" does not apply.
 
     Raises:
-        ValueError: an unknown choice, or "cudnn" where it does not apply.
+        ValueError: an unknown choice, or a kernel that is insisted on and does not apply.
     """
     check_attention(choice)
     if choice == "xla":
         return "xla"
-    obstacle = _cudnn_obstacle(dtype, head_dim, target or target_of(jax.devices()[0]))
-    if choice == "cudnn" and obstacle:
+    target = target or target_of(jax.devices()[0])
+    if choice == "pallas":
+        obstacle = _pallas_obstacle(dtype, head_dim, target, num_tokens, num_heads)
+    else:
+        obstacle = _cudnn_obstacle(dtype, head_dim, target)
+    if choice == "auto":
+        return "xla" if obstacle else "cudnn"
+    if obstacle:
         raise ValueError(
-            f"config.model.attention='cudnn' does not apply: {obstacle}; take 'auto' or 'xla'"
+            f"config.model.attention='{choice}' does not apply: {obstacle}; take 'auto' or 'xla'"
         )
-    return "xla" if obstacle else "cudnn"
+    return choice
 
 
 def check_attention(choice: str) -> None:
@@ -100,6 +116,21 @@ def _cudnn_obstacle(dtype: DTypeLike, head_dim: int, target: Target) -> str | No
     return None
 
 
+def _pallas_obstacle(
+    dtype: DTypeLike,
+    head_dim: int,
+    target: Target,
+    num_tokens: int | None,
+    num_heads: int | None,
+) -> str | None:
+    """Why the kernel for TPUs cannot run, or None."""
+    if target.platform != "tpu":
+        return f"it needs a TPU, and the device is {target.device_kind}"
+    if num_tokens is None or num_heads is None:
+        return "it needs a fixed number of tokens"
+    return short_attention_obstacle(dtype, num_tokens, num_heads, head_dim, target.device_kind)
+
+
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, implementation: str
 ) -> jax.Array:
@@ -108,11 +139,18 @@ def attend(
     Args:
         q, k, v: [b, t, heads, d], of one dtype.
         causal: whether a token sees those before it and itself only.
-        implementation: "xla" or "cudnn".
+        implementation: "xla", "cudnn" or "pallas".
 
     Returns:
         [b, t, heads, d].
     """
+    if implementation == "pallas":
+        b, t, heads, head_dim = q.shape
+        width = heads * head_dim
+        qkv = jnp.concatenate([x.reshape(b, t, width) for x in (q, k, v)], axis=-1)
+        no_bias = jnp.zeros(3 * width, qkv.dtype)
+        out = attend_short(qkv, no_bias, num_heads=heads, causal=causal)
+        return out.reshape(q.shape)
     if implementation == "cudnn":
         return attend_padded(q, k, v, causal=causal, implementation=implementation)
     return jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation=implementation)
@@ -152,7 +190,7 @@ class TowerAttention:
         num_tokens, num_heads, head_dim: of the tower.
         causal: whether a token sees those before it and itself only.
         dtype: of queries, keys and values.
-        kernel: "xla" or "cudnn".
+        kernel: "xla", "cudnn" or "pallas".
     """
 
     num_tokens: int
@@ -172,7 +210,8 @@ def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
 
     Returns:
         The largest difference of the result and of the three gradients, each relative to the
-        largest number that XLA's attention gives in float32; infinite where one is not finite.
+        largest number that XLA's attention gives in float32; infinite where one is not finite or
+        the kernel cannot be compiled or run.
     """
     rng = np.random.default_rng(0)
     shape = (4, attention.num_tokens, attention.num_heads, attention.head_dim)
@@ -191,12 +230,14 @@ def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
 
         return run(*(array.astype(dtype) for array in arrays))
 
+    expected = value_and_gradients("xla", jnp.float32)
+    try:
+        found = jax.block_until_ready(value_and_gradients(attention.kernel, attention.dtype))
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        logging.warning("attention kernel '%s' fails: %s", attention.kernel, error)
+        return math.inf
     differences = [
-        float(jnp.max(jnp.abs(found.astype(jnp.float32) - right)) / jnp.max(jnp.abs(right)))
-        for found, right in zip(
-            value_and_gradients(attention.kernel, attention.dtype),
-            value_and_gradients("xla", jnp.float32),
-            strict=True,
-        )
+        float(jnp.max(jnp.abs(ours.astype(jnp.float32) - right)) / jnp.max(jnp.abs(right)))
+        for ours, right in zip(found, expected, strict=True)
     ]
     return max(differences) if np.all(np.isfinite(differences)) else math.inf

@@ -25,9 +25,17 @@ def apply_columns(layer: nnx.Linear, x: jax.Array, columns: slice) -> jax.Array:
     Returns:
         [..., len(columns)] in the layer's dtype.
     """
+    product, bias = product_and_bias(layer, x, columns)
+    return product + bias
+
+
+def product_and_bias(
+    layer: nnx.Linear, x: jax.Array, columns: slice = slice(None)
+) -> tuple[jax.Array, jax.Array]:
+    """The two parts of what `apply_columns` adds up, [..., len(columns)] and [len(columns)]."""
     kernel, bias = (layer.kernel[...][:, columns], layer.bias[...][columns])
     x, kernel, bias = (value.astype(layer.dtype) for value in (x, kernel, bias))
-    return checkpoint_name(_product(x, kernel), LINEAR_OUT) + bias
+    return checkpoint_name(_product(x, kernel), LINEAR_OUT), bias
 
 
 @jax.custom_vjp

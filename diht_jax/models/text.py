@@ -64,7 +64,12 @@ class TextTransformer(nnx.Module):
                 causal=True,
                 activation=arch.activation,
                 epsilon=arch.layer_norm_epsilon,
-                attention=execution.attention_kernel(dtype, width // arch.text_heads),
+                attention=execution.attention_kernel(
+                    dtype,
+                    width // arch.text_heads,
+                    num_tokens=arch.context_length,
+                    num_heads=arch.text_heads,
+                ),
                 **dtypes,
             )
             for _ in range(arch.text_layers)

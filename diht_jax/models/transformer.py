@@ -21,8 +21,9 @@ from jax.typing import DTypeLike
 
 from diht_jax.models.activations import activate
 from diht_jax.models.attention import Target, attend, attention_implementation, check_attention
-from diht_jax.models.linear import apply_columns, linear
+from diht_jax.models.linear import apply_columns, linear, product_and_bias
 from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
+from diht_jax.models.tpu_attention import attend_short
 
 Gather = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -47,9 +48,13 @@ class Execution:
         check_remat(self.remat)
         check_attention(self.attention)
 
-    def attention_kernel(self, dtype: DTypeLike, head_dim: int) -> str:
+    def attention_kernel(
+        self, dtype: DTypeLike, head_dim: int, *, num_tokens: int, num_heads: int
+    ) -> str:
         """The kernel of a tower: see `attention.attention_implementation`."""
-        return attention_implementation(self.attention, dtype, head_dim, self.target)
+        return attention_implementation(
+            self.attention, dtype, head_dim, self.target, num_tokens=num_tokens, num_heads=num_heads
+        )
 
 
 def uniform_init(bound: float) -> nnx.Initializer:
@@ -147,9 +152,16 @@ class Attention(nnx.Module):
             return self._at(x, positions)
         b, t, width = x.shape
         head_dim = width // self.heads
+        if self.implementation == "pallas" and in_shard_map():
+            qkv, bias = product_and_bias(self.in_proj, x)
+            out = attend_short(
+                checkpoint_name(qkv, QKV), bias, num_heads=self.heads, causal=self.causal
+            )
+            return checkpoint_name(self.out_proj(out), ATTENTION_OUT)
         qkv = checkpoint_name(self.in_proj(x), QKV).reshape(b, t, 3, self.heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        out = attend(q, k, v, causal=self.causal, implementation=self.implementation)
+        kernel = "xla" if self.implementation == "pallas" else self.implementation
+        out = attend(q, k, v, causal=self.causal, implementation=kernel)
         return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
 
     def _at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -241,6 +253,11 @@ class Block(nnx.Module):
         attended = self.attention(self.attention_norm(x), positions)
         x = (x if positions is None else pick_tokens(x, positions)) + attended
         return x + self.mlp(self.mlp_norm(x))
+
+
+def in_shard_map() -> bool:
+    """Whether a device computes its own share: no compiler can split a kernel over devices."""
+    return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
 def pick_tokens(x: jax.Array, positions: jax.Array) -> jax.Array:

@@ -72,7 +72,12 @@ class VisionTransformer(nnx.Module):
                 causal=False,
                 activation=arch.activation,
                 epsilon=epsilon,
-                attention=execution.attention_kernel(dtype, width // arch.vision_heads),
+                attention=execution.attention_kernel(
+                    dtype,
+                    width // arch.vision_heads,
+                    num_tokens=num_patches + 1,
+                    num_heads=arch.vision_heads,
+                ),
                 **dtypes,
             )
             for _ in range(arch.vision_layers)

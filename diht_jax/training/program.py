@@ -109,9 +109,10 @@ class TrainProgram:
         """The attention of the step's blocks, by tower."""
         model = self.config.model
         execution = training_execution(model, self.mesh)
-        arch, num_patches = self.arch, (self.arch.image_size // self.arch.patch_size) ** 2
+        arch, all_patches = self.arch, (self.arch.image_size // self.arch.patch_size) ** 2
+        num_patches = all_patches
         if model.patch_dropout:
-            num_patches = num_kept_patches(num_patches, model.patch_dropout)
+            num_patches = num_kept_patches(all_patches, model.patch_dropout)
         towers = {
             "vision": (num_patches + 1, arch.vision_heads, arch.vision_width, False),
             "text": (arch.context_length, arch.text_heads, arch.text_width, True),
@@ -123,7 +124,13 @@ class TrainProgram:
                 head_dim=width // num_heads,
                 causal=causal,
                 dtype=model.dtype,
-                kernel=execution.attention_kernel(model.dtype, width // num_heads),
+                # Chosen for the whole picture, as the run's last part may drop no patches.
+                kernel=execution.attention_kernel(
+                    model.dtype,
+                    width // num_heads,
+                    num_tokens=num_tokens if name == "text" else all_patches + 1,
+                    num_heads=num_heads,
+                ),
             )
             for name, (num_tokens, num_heads, width, causal) in towers.items()
         }

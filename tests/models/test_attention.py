@@ -1,5 +1,6 @@
 """Attention: the kernel follows the target, and the padded path gives XLA's numbers."""
 
+import dataclasses
 import functools
 import logging
 import types
@@ -72,12 +73,34 @@ def test_attention_implementation(choice, dtype, head_dim, target, expected):
 
 
 @pytest.mark.parametrize(
+    "choice, num_tokens, expected",
+    [("auto", 197, "xla"), ("pallas", 197, "pallas"), ("xla", 197, "xla")],
+)
+def test_attention_implementation_on_tpus(choice, num_tokens, expected):
+    target = Target("tpu", "TPU v5 lite")
+    options = {"num_tokens": num_tokens, "num_heads": 12}
+    assert attention_implementation(choice, "bfloat16", 64, target, **options) == expected
+
+
+@pytest.mark.parametrize(
+    "num_tokens, message",
+    [(1025, "at most 640 tokens, and there are 1025"), (None, "a fixed number of tokens")],
+)
+def test_the_kernel_for_tpus_is_refused_where_it_does_not_apply(num_tokens, message):
+    target = Target("tpu", "TPU v5 lite")
+    options = {"num_tokens": num_tokens, "num_heads": 12}
+    with pytest.raises(ValueError, match=message):
+        attention_implementation("pallas", "bfloat16", 64, target, **options)
+
+
+@pytest.mark.parametrize(
     "choice, dtype, target, message",
     [
         ("cudnn", "bfloat16", None, "needs an NVIDIA GPU, and the device is cpu"),
         ("cudnn", "float32", cuda(9), "config.model.dtype is float32"),
         ("cudnn", "bfloat16", cuda(7), "the GPU has 7.0"),
-        ("fast", "bfloat16", None, "expected one of auto, xla, cudnn"),
+        ("pallas", "bfloat16", None, "needs a TPU, and the device is cpu"),
+        ("fast", "bfloat16", None, "expected one of auto, xla, cudnn, pallas"),
     ],
 )
 def test_attention_that_does_not_apply_is_refused(choice, dtype, target, message):
@@ -88,9 +111,10 @@ def test_attention_that_does_not_apply_is_refused(choice, dtype, target, message
 def test_the_step_asks_the_mesh_and_not_this_machine():
     model = load_recipe(REPOSITORY / "configs" / "diht_vitb16.py").model
     mesh = types.SimpleNamespace(devices=np.array([[device("gpu", "9.0", "cuda")]], object))
-    assert training_execution(model, mesh).attention_kernel("bfloat16", 64) == "cudnn"
+    tower = {"dtype": "bfloat16", "head_dim": 64, "num_tokens": 197, "num_heads": 12}
+    assert training_execution(model, mesh).attention_kernel(**tower) == "cudnn"
     mesh.devices[0, 0] = device("tpu")
-    assert training_execution(model, mesh).attention_kernel("bfloat16", 64) == "xla"
+    assert training_execution(model, mesh).attention_kernel(**tower) == "xla"
 
 
 def formula(q, k, v, causal):
@@ -185,6 +209,12 @@ def test_kernel_difference_is_relative_to_the_largest_number(monkeypatch, factor
 def test_kernel_difference_of_nan_is_infinite(monkeypatch):
     pretend_cudnn(monkeypatch, float("nan"))
     assert kernel_difference(TOWER, jax.devices()[0]) == float("inf")
+
+
+def test_a_kernel_that_does_not_compile_is_infinitely_far(caplog):
+    tower = dataclasses.replace(TOWER, kernel="pallas")  # which no CPU can run
+    assert kernel_difference(tower, jax.devices()[0]) == float("inf")
+    assert "pallas" in caplog.text
 
 
 @pytest.mark.parametrize("factor, expected", [(1.0, "auto"), (1.1, "xla"), (np.nan, "xla")])

@@ -1,0 +1,227 @@
+"""The TPU kernel for short sequences: the formula's numbers, in every setting of a block."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from diht_jax.cost_model.flops import count_flops
+from diht_jax.cost_model.topologies import get_topology
+from diht_jax.models import transformer
+from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
+from diht_jax.models.transformer import Block, BlockInit, build_blocks, run_blocks
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is absent"
+)
+
+
+def formula(qkv, bias, num_heads, causal):
+    """softmax(q k^T / sqrt(d)) v, by the book."""
+    b, t, width = qkv.shape
+    q, k, v = jnp.moveaxis((qkv + bias).reshape(b, t, 3, num_heads, -1), 2, 0)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") / np.sqrt(q.shape[-1])
+    if causal:
+        scores = jnp.where(jnp.tri(t, dtype=bool), scores, -jnp.inf)
+    out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(scores, axis=-1), v, precision="highest")
+    return out.reshape(b, t, width // 3)
+
+
+def value_and_gradients(function, qkv, bias, cotangent):
+    @jax.jit
+    def run(qkv, bias, cotangent):
+        out, pullback = jax.vjp(function, qkv, bias)
+        return [out, *pullback(cotangent)]
+
+    return run(qkv, bias, cotangent)
+
+
+@pytest.mark.parametrize(
+    "num_tokens, head_dim, causal, dtype, tolerance",
+    [
+        (50, 64, False, "float32", 1e-5),
+        (77, 64, True, "float32", 1e-5),
+        (77, 64, True, "bfloat16", 2e-2),
+        (197, 64, False, "bfloat16", 2e-2),
+        (257, 80, False, "float32", 1e-5),
+        (257, 80, True, "bfloat16", 2e-2),
+        (577, 64, False, "float32", 1e-5),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_formula(
+    num_tokens, head_dim, causal, dtype, tolerance
+):
+    num_heads, width = 2, 2 * head_dim
+    keys = jax.random.split(jax.random.key(num_tokens), 3)
+    shapes = [(2, num_tokens, 3 * width), (3 * width,), (2, num_tokens, width)]
+    arrays = [jax.random.normal(*pair, dtype) for pair in zip(keys, shapes, strict=True)]
+    kernel = functools.partial(attend_short, num_heads=num_heads, causal=causal, interpret=True)
+    found = value_and_gradients(kernel, *arrays)
+    dense = functools.partial(formula, num_heads=num_heads, causal=causal)
+    expected = value_and_gradients(dense, *(array.astype(jnp.float32) for array in arrays))
+    for ours, right in zip(found, expected, strict=True):
+        assert ours.dtype == dtype
+        error = jnp.max(jnp.abs(ours.astype(jnp.float32) - right)) / jnp.max(jnp.abs(right))
+        assert error <= tolerance
+
+
+def tower(attention, *, scan_layers):
+    """Two blocks of width 16 with two heads."""
+    blocks = [
+        Block(
+            *(16, 2, 32, BlockInit.scaled_by_depth(16, 2)),
+            causal=True,
+            activation="gelu",
+            epsilon=1e-5,
+            attention=attention,
+            dtype=jnp.float32,
+            param_dtype=jnp.float32,
+            rngs=nnx.Rngs(seed),
+        )
+        for seed in range(2)
+    ]
+    return nnx.split(build_blocks(blocks, scan_layers=scan_layers), nnx.Param)
+
+
+def sharded_gradients(attention, remat, *, scan_layers):
+    """Two devices, two rows each -> the loss's jitted gradients, and their arguments."""
+    graphdef, params = tower(attention, scan_layers=scan_layers)
+    params = jax.tree.map(lambda x: x + 0.1, params)  # biases, too
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((4, 10, 16)), jnp.float32)
+    pooled = jnp.asarray([9, 3, 0, 5])
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P("data"),
+        check_vma=False,
+    )
+    def encode(params, x, pooled):
+        return run_blocks(nnx.merge(graphdef, params), x, pooled=pooled, remat=remat)
+
+    def loss(params, x, pooled):
+        return jnp.sum(jnp.sin(encode(params, x, pooled)))
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), (params, x, pooled)
+
+
+@pytest.mark.parametrize("remat, scan_layers", [("dots", False), ("minimal", True)])
+def test_blocks_give_the_same_numbers(monkeypatch, remat, scan_layers):
+    """The kernel's formula in its stead, which the test above compares with the kernel."""
+    calls = []
+
+    def dense(qkv, bias, *, num_heads, causal):
+        calls.append(causal)
+        return formula(qkv, bias, num_heads, causal)
+
+    monkeypatch.setattr(transformer, "attend_short", dense)
+    found, arguments = sharded_gradients("pallas", remat, scan_layers=scan_layers)
+    found = found(*arguments)
+    assert calls and all(calls)
+    expected, arguments = sharded_gradients("xla", "none", scan_layers=scan_layers)
+    for ours, right in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected(*arguments)), strict=True
+    ):
+        np.testing.assert_allclose(ours, right, rtol=0, atol=1e-5 * float(jnp.abs(right).max()))
+
+
+@pytest.mark.parametrize(
+    "remat, scan_layers",
+    [("none", False), ("dots", False), ("minimal", True), ("full", True), ("none", True)],
+)
+def test_blocks_are_lowered_for_tpus_under_every_policy(remat, scan_layers):
+    run, arguments = sharded_gradients("pallas", remat, scan_layers=scan_layers)
+    text = run.trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+    assert "tpu_custom_call" in text
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_the_bias_of_all_devices_gets_its_gradient(check_vma):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
+    attend = jax.shard_map(
+        functools.partial(attend_short, num_heads=2, causal=False),
+        mesh=mesh,
+        in_specs=(P("data"), P()),
+        out_specs=P("data"),
+        check_vma=check_vma,
+    )
+    gradients = jax.jit(jax.grad(lambda *arrays: jnp.sum(attend(*arrays)), argnums=(0, 1)))
+    traced = gradients.trace(jnp.ones((2, 10, 48)), jnp.ones(48))
+    assert [aval.shape for aval in jax.tree.leaves(traced.out_info)] == [(2, 10, 48), (48,)]
+    assert "psum" in str(traced.jaxpr)
+    assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+def test_outside_of_shard_map_no_kernel_is_used():
+    """Where the compiler splits the program over devices, it cannot split a kernel."""
+    graphdef, params = tower("pallas", scan_layers=False)
+    encode = jax.jit(lambda params, x: run_blocks(nnx.merge(graphdef, params), x))
+    assert "pallas_call" not in str(encode.trace(params, jnp.ones((2, 10, 16))).jaxpr)
+
+
+def test_flops_are_two_products_forward_and_five_backward():
+    batch, tokens, heads, depth = 3, 50, 2, 64
+    qkv = jax.ShapeDtypeStruct((batch, tokens, 3 * heads * depth), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((3 * heads * depth,), jnp.bfloat16)
+
+    def loss(qkv, bias):
+        out = attend_short(qkv, bias, num_heads=heads, causal=False)
+        return jnp.sum(out.astype(jnp.float32) ** 2)
+
+    one = 2 * batch * heads * tokens * tokens * depth
+    assert count_flops(loss, qkv, bias).matmul_flops == 2 * one
+    assert count_flops(jax.grad(loss), qkv, bias).matmul_flops == (2 + 5) * one
+
+
+@pytest.mark.parametrize(
+    "dtype, num_tokens, width, kind, expected",
+    [
+        ("bfloat16", 197, 768, "TPU v4", None),
+        ("bfloat16", 577, 1024, "TPU v5 lite", None),
+        ("bfloat16", 577, 1024, "TPU v5p", None),
+        ("bfloat16", 577, 1024, "TPU v4", "MiB of VMEM, and TPU v4 has 16"),
+        ("bfloat16", 641, 64, "TPU v6 lite", "at most 640 tokens, and there are 641"),
+        ("float16", 77, 512, "TPU v5 lite", "config.model.dtype is float16"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(dtype, num_tokens, width, kind, expected):
+    obstacle = short_attention_obstacle(dtype, num_tokens, width // 64, 64, kind)
+    assert obstacle is None if expected is None else expected in obstacle
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "topology, num_tokens, head_dim, causal",
+    [
+        ("v4:2x2x1", 197, 64, False),
+        ("v5e:2x2", 577, 64, False),
+        ("v5p:2x2x1", 257, 80, False),
+        ("v6e:2x2", 77, 64, True),
+    ],
+)
+def test_the_kernel_compiles(topology, num_tokens, head_dim, causal):
+    mesh = Mesh(np.array(get_topology(topology).devices[:1]), ("data",))
+
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+
+    num_heads = 16 if head_dim == 80 else 4
+    width = num_heads * head_dim
+    arrays = shape(2, num_tokens, 3 * width), shape(3 * width), shape(2, num_tokens, width)
+
+    def run(qkv, bias, cotangent):
+        attend = functools.partial(attend_short, num_heads=num_heads, causal=causal)
+        out, pullback = jax.vjp(attend, qkv, bias)
+        return out, pullback(cotangent)
+
+    text = jax.jit(run).lower(*arrays).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2
