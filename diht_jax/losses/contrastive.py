@@ -31,6 +31,7 @@ from diht_jax.losses.streaming import streaming_loss
 IMPLS = ("streaming", "gathered")
 # Old names, which stay.
 OLD_IMPLS = {"dense": "gathered"}
+_CHOICES = {**OLD_IMPLS, "auto": "streaming"}
 
 
 def contrastive_loss(
@@ -67,7 +68,8 @@ def contrastive_loss(
             batch's PartitionSpec); None when the arrays hold the whole batch.
         impl: "streaming": texts travel round the ring of devices, memory O(b d). "gathered":
             every device gathers all embeddings and holds two [b, N] blocks of logits; "dense" is
-            its old name.
+            its old name. "auto": "streaming", since the devices are not known here;
+            `contrastive_objective` chooses by its mesh.
         stop_weight_gradient: treat `w_ij` as constants. Ours.
 
     Returns:
@@ -150,9 +152,9 @@ def mean_loss(
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
-    impl = OLD_IMPLS.get(impl, impl)
+    impl = _CHOICES.get(impl, impl)
     if impl not in IMPLS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+        raise ValueError(f"impl: expected one of auto, {', '.join(IMPLS)}, got {impl!r}")
     num_pairs = _num_pairs(image_emb, axis_name)
     # A single pair has no negative to stream.
     loss_fn = streaming_loss if impl == "streaming" and num_pairs > 1 else dense_loss

@@ -79,6 +79,7 @@ def test_auto_and_the_old_name_compute_the_same():
     assert losses["auto"] == losses["streaming"] and losses["gathered"] == losses["dense"]
     np.testing.assert_allclose(losses["streaming"], losses["gathered"], rtol=1e-5)
     np.testing.assert_allclose(losses["auto"], contrastive_loss(*arrays, 10.0), rtol=1e-5)
+    assert contrastive_loss(*arrays, 10.0, impl="auto") == contrastive_loss(*arrays, 10.0)
 
 
 @pytest.mark.parametrize("old", ["streaming", "dense"])

@@ -197,7 +197,7 @@ def test_one_pair_has_the_loss_log_alpha(impl):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"impl": "steaming"}, "impl: expected one of streaming, gathered.*'steaming'"),
+        ({"impl": "steaming"}, "impl: expected one of auto, streaming, gathered.*'steaming'"),
         ({"alpha": 1.5}, r"alpha: expected a number in \[0, 1\], got 1.5"),
         ({"alpha": float("nan")}, "alpha"),
         ({"beta": -0.1}, "beta: expected a finite number >= 0, got -0.1"),
