@@ -49,7 +49,7 @@ def write_and_wait(self, step, scalars):
     global lines
     write(self, step, scalars)
     lines -= 1
-    while lines <= 0 and signal.getsignal(signal.SIGTERM).__self__._signal is None:
+    while lines <= 0 and not signal.getsignal(signal.SIGTERM).__self__._requested:
         time.sleep(0.01)
 
 MetricWriter.write = write_and_wait
