@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from diht_jax import command_line
 from diht_jax.config import default_config, validate_config
-from diht_jax.config_ranges import check_ranges
+from diht_jax.training.config_ranges import check_ranges
 
 
 def define_flags() -> None:

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
-from diht_jax.config_ranges import check_ranges
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
+from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.metrics import (

@@ -7,7 +7,7 @@ import ml_collections
 import pytest
 
 from diht_jax.config import default_config, load_recipe
-from diht_jax.config_ranges import RANGES, Range, check_ranges
+from diht_jax.training.config_ranges import RANGES, Range, check_ranges
 from diht_jax.training.objectives.registry import TERMS
 from tests.recipes import RECIPES
 
