@@ -77,7 +77,7 @@ def print_curves(payload: dict[str, Any]) -> None:
         shares = " ".join(f"{100 * row[name]:10.1f}%" for name in head)
         foreign = f"{100 * row['foreign']:8.3f}%"
         print(f"{row['canvas_size']:6} {match:>8} {row['min_confidence']:5.2f} {shares} {foreign}")
-    print(f"\n{'gate':>6} {'score':>6} {'bare passed over':>17} {'drops lost':>11}")
+    print(f"\n{'gate':>6} {'score':>6} {'bare skipped':>17} {'drops lost':>11}")
     for row in payload["gates"]:
         print(
             f"{row['gate_size']:6} {row['gate_score']:6.2f} {100 * row['bare_passed_over']:16.1f}% "

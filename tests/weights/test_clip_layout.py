@@ -96,7 +96,7 @@ class DiHTTower(nn.Module):
 
 
 class DiHT(nn.Module):
-    """The official model's parameters and mathematics (paper note sec. 5)."""
+    """The official model's parameters and mathematics."""
 
     def __init__(self, a):
         super().__init__()

@@ -63,7 +63,7 @@ def test_changes_are_named(folder, change, expected):
     assert now.digest != before.digest and describe_changes(before, now) == expected
 
 
-def test_another_order_and_equal_names_are_told(folder, tmp_path_factory):
+def test_another_order_and_equal_names_are_reported(folder, tmp_path_factory):
     paths = sorted(folder.glob("*.tfrecord"))
     before, now = look(paths), look(paths[::-1])
     assert describe_changes(before, now) == ["the same shards in another order"]

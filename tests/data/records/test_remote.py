@@ -64,7 +64,7 @@ def test_a_missing_index_is_made_and_kept(folder, local):
     assert kept == (local / "part-1.tfrecord.idx").read_bytes()
 
 
-def test_damage_is_told(folder):
+def test_damage_is_reported(folder):
     system = fsspec.filesystem(folder.split(":")[0])
     path = f"{folder}/part-0.tfrecord"
     data = bytearray(system.cat_file(path))
@@ -79,7 +79,7 @@ def test_damage_is_told(folder):
         TFRecordSource(folder)
 
 
-def test_what_is_not_there_is_told():
+def test_what_is_not_there_is_reported():
     with pytest.raises(ValueError, match="no TFRecord shard at 'memory://nothing'"):
         TFRecordSource("memory://nothing")
     with pytest.raises(ValueError, match="nosuch:// cannot be read"):

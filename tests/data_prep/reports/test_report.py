@@ -263,7 +263,7 @@ def test_counts_of_many_names_are_bounded_and_say_so(monkeypatch):
     assert f"Counts may be too low, by {missed} at most." in page
 
 
-def test_shards_of_unlike_machines_are_told(caplog):
+def test_shards_of_unlike_machines_are_reported(caplog):
     def make(precision: str) -> FilterReport:
         counts = Funnel().to_json() | {"measures": Measures().to_json(), "download": None}
         report = FilterReport([], Funnel())
