@@ -41,6 +41,14 @@ OLD_SPELLINGS = [
 def define():
     """Defines the flags of a command and returns them by name; they are gone after the test."""
     defined = []
+    # Flags that modules of other tests have defined in this process.
+    foreign = {
+        name: flags.FLAGS[name]
+        for name in list(flags.FLAGS)
+        if not str(flags.FLAGS.find_module_defining_flag(name)).startswith("absl")
+    }
+    for name in foreign:
+        delattr(flags.FLAGS, name)
 
     def define_flags(command):
         undefine()
@@ -57,6 +65,8 @@ def define():
 
     yield define_flags
     undefine()
+    for name, flag in foreign.items():
+        flags.FLAGS[name] = flag
 
 
 def test_one_convention(define):

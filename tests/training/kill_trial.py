@@ -14,6 +14,7 @@ disk is lost as well.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -156,21 +157,21 @@ class Trial:
     def wait_for_line(self, name: str, process: subprocess.Popen, lines: int = 1) -> None:
         """Waits until `metrics.jsonl` has so many lines more than now, or the run has ended."""
         wanted = len(self.lines(name)) + lines
-        deadline = time.monotonic() + _LONGEST_START_SECS
-        while len(self.lines(name)) < wanted and process.poll() is None:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{name}: no line in {_LONGEST_START_SECS} s")
+        for _ in range(100 * _LONGEST_START_SECS):
+            if len(self.lines(name)) >= wanted or process.poll() is not None:
+                return
             time.sleep(0.01)
+        raise TimeoutError(f"{name}: no line in {_LONGEST_START_SECS} s")
 
     def kill_after(self, name: str, secs: float) -> bool:
         """Starts, and kills after so many seconds; false where the run was over before."""
         process = self.start(name)
-        return self.kill_at(name, process, time.monotonic() + secs, secs)
+        return self.kill_in(name, process, secs)
 
-    def kill_at(self, name: str, process: subprocess.Popen, moment: float, secs: float) -> bool:
-        """Sends SIGKILL at a moment of the monotonic clock."""
-        while time.monotonic() < moment and process.poll() is None:
-            time.sleep(0.002)
+    def kill_in(self, name: str, process: subprocess.Popen, secs: float) -> bool:
+        """Sleeps for so many seconds, then sends SIGKILL; false where the run was over before."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(secs)
         if process.poll() is not None:
             process.communicate()
             return False

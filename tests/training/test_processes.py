@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -22,6 +21,7 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.stopping import EXIT_CODE
 from diht_jax.training.workdir.stored_run import read_manifests
+from tests.waiting import wait_until
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
 TOTAL_STEPS = 16
@@ -78,11 +78,13 @@ class Job:
 
     def wait_for_lines(self, workdir: pathlib.Path, more: int) -> None:
         wanted = len(read_metrics(workdir)) + more
-        deadline = time.monotonic() + LONGEST_SECS
-        while len(read_metrics(workdir)) < wanted:
+
+        def has_them() -> bool:
             ended = [process.poll() for process in self.processes]
-            assert ended == [None, None] and time.monotonic() < deadline, self.outputs()
-            time.sleep(0.05)
+            assert ended == [None, None], self.outputs()
+            return len(read_metrics(workdir)) >= wanted
+
+        wait_until(has_them)
 
 
 @pytest.fixture

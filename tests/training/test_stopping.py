@@ -4,7 +4,6 @@ import logging
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +36,7 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(kill_trial, tmp_path)
     for lines, secs in ((3, 0.07), (6, 0.0)):
         process = trial.start("killed", most_lines=lines + 4)
         trial.wait_for_line("killed", process, lines)
-        assert trial.kill_at("killed", process, time.monotonic() + secs, secs)
+        assert trial.kill_in("killed", process, secs)
     process = trial.start("killed", most_lines=4)
     trial.wait_for_line("killed", process)
     process.send_signal(signal.SIGTERM)

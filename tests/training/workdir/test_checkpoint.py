@@ -2,7 +2,6 @@
 
 import pathlib
 import shutil
-import time
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from diht_jax.training.workdir.checkpoint import Checkpointer, CheckpointError
 from diht_jax.training.workdir.checksums import tree_checksums
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.trained_model import restore_model
+from tests.waiting import wait_until
 
 
 class Position:
@@ -210,10 +210,8 @@ def test_on_a_full_disk_the_earlier_checkpoint_stays_and_the_run_goes_on(small_d
     restored = checkpointer.restore(state_of(0, size=size), position)
     assert int(restored.step) == 1 and position.next_example == 10
 
-    deadline = time.monotonic() + 300  # only against hanging
-    while list((small_disk / "run" / "checkpoints").glob("*tmp*")):  # removed in the background
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    # Removed in the background.
+    wait_until(lambda: not list((small_disk / "run" / "checkpoints").glob("*tmp*")))
     with open(small_disk / "rest", "wb", buffering=0) as rest:
         while True:
             try:

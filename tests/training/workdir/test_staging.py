@@ -1,7 +1,6 @@
 """Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
 import shutil
-import time
 
 import fsspec
 import jax
@@ -16,6 +15,7 @@ from diht_jax.training.workdir.checkpoint import CheckpointError
 from diht_jax.training.workdir.lock import lock_directory
 from diht_jax.training.workdir.staging import StagedDirectory
 from diht_jax.training.workdir.stored_run import local_run, make_manifest, read_manifests
+from tests.waiting import wait_until
 
 
 def assert_bitwise_equal(a, b):
@@ -167,10 +167,7 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(mount_tmpfs, tmp_pat
     staged.fetch()
     staged.start()
     put_checkpoint(staged.folder, 2)
-    deadline = time.monotonic() + 300  # only against hanging
-    while steps_stored(url) != [2]:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: steps_stored(url) == [2])
     ballast = small_store / "ballast"
     ballast.write_bytes(
         bytes(200_000 - sum(p.stat().st_size + 4096 for p in small_store.rglob("*")))
