@@ -65,7 +65,7 @@ def explain(caption: str, config: ml_collections.ConfigDict) -> str:
         caption: any text.
         config: its C and A decide.
     """
-    from data_prep.captions.parse import format_graph, parse_captions
+    from data_prep.captions import format_graph, parse_captions
 
     return format_graph(parse_captions([caption])[0], **caption_limits(config))
 

@@ -1,7 +1,7 @@
 """Captions to graphs: the caption part of CAT filtering (DiHT, arXiv 2301.02280).
 
 `parse_captions` parses with spaCy's small English model and applies the rules of `verbs` and
-`nouns`; `cat_reason` decides about a graph. Pure: text in, graphs out, no image and no file.
+`nouns`. Pure: text in, graphs out, no image and no file.
 """
 
 import contextlib
@@ -15,30 +15,10 @@ from spacy.language import Language
 from thinc.api import NumpyOps
 
 from data_prep.captions.gates import gate_caption
-from data_prep.captions.graph import (
-    CAT_REASONS,
-    GATE_REASONS,
-    CaptionGraph,
-    Edge,
-    ObjectNode,
-    cat_reason,
-    format_graph,
-)
+from data_prep.captions.graph import CaptionGraph
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.verbs import build_graph
 from data_prep.captions.versions import find_model
-
-__all__ = [
-    "CAT_REASONS",
-    "GATE_REASONS",
-    "CaptionGraph",
-    "Edge",
-    "ObjectNode",
-    "cat_reason",
-    "format_graph",
-    "load_parser",
-    "parse_captions",
-]
 
 _UNUSED_COMPONENTS = ("ner", "senter", "attribute_ruler")
 # Some 10 MB; spaCy's tokenizer caches 10,000 words.

@@ -10,10 +10,7 @@ import tomllib
 
 import pytest
 
-from data_prep.captions import parse as caption_module
-from data_prep.captions import versions
-from data_prep.captions.graph import format_edges, format_objects
-from data_prep.captions.parse import (
+from data_prep.captions import (
     CAT_REASONS,
     GATE_REASONS,
     CaptionGraph,
@@ -23,7 +20,10 @@ from data_prep.captions.parse import (
     format_graph,
     load_parser,
     parse_captions,
+    versions,
 )
+from data_prep.captions import parse as caption_module
+from data_prep.captions.graph import format_edges, format_objects
 
 EXAMPLES = tomllib.loads(
     pathlib.Path(__file__).with_name("caption_examples.toml").read_text(encoding="utf-8")

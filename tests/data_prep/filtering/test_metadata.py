@@ -8,9 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.captions import cache
+from data_prep.captions import cache, cat_reason, parse_captions
 from data_prep.captions.cache import CaptionMemo
-from data_prep.captions.parse import cat_reason, parse_captions
 from data_prep.filter import run_filter
 from tests.data_prep.filtering.jobs import job_config, snapshot
 
