@@ -15,7 +15,7 @@ these are seconds of the clock (recorded too), and they hold where others use th
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import functools
 import io
 import itertools
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
@@ -37,10 +38,12 @@ import open_clip
 import simplejpeg
 import torch
 import tqdm
+from absl import flags
 from open_clip_train.data import get_wds_dataset
 from PIL import Image
 
 from benchmarks.record import write_result
+from diht_jax import command_line
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records import schema
 
@@ -57,40 +60,70 @@ def decode_with_pillow(data: bytes) -> Image.Image:
 DECODERS = {"simplejpeg": simplejpeg.decode_jpeg, "pillow": decode_with_pillow}
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured: the values of the flags."""
+
+    photos: str
+    copies: int
+    rounds: int
+    batches: int
+    warmup_batches: int
+    batch_size: int
+    image_size: int
+    crop_scale: tuple[float, float]
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    photos = str(REPOSITORY.parent / "shared/data/photos.tar")
+    flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
+    flags.DEFINE_integer("copies", 10, "Of the tar: shards on both sides.")
+    flags.DEFINE_integer("rounds", 7, "Rounds; medians are over these.")
+    flags.DEFINE_integer("batches", 8, "Batches that are timed in a round.")
+    flags.DEFINE_integer("warmup_batches", 3, "Batches that are left out in a round.")
+    flags.DEFINE_integer("batch_size", 64, "Images a batch.")
+    flags.DEFINE_integer("image_size", 224, "Pixels, of both sides.")
+    flags.DEFINE_list("crop_scale", ["0.9", "1.0"], "Least and largest share of the area: 0.9,1.0.")
+
+
+def read_settings() -> Settings:
+    """Of the flags.
+
+    Raises:
+        ValueError: no such tar, or no two numbers.
+    """
+    given = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+    if not pathlib.Path(given["photos"]).is_file():
+        raise ValueError(
+            f"--photos={given['photos']}: no such file; expected a webdataset tar of JPEGs"
+        )
+    try:
+        low, high = map(float, given["crop_scale"])
+    except ValueError as error:
+        raise ValueError(
+            f"--crop_scale={','.join(given['crop_scale'])}: expected two numbers, such as 0.9,1.0"
+        ) from error
+    return Settings(**{**given, "crop_scale": (low, high)})
+
+
 def main() -> None:
     """Measures, prints a table and writes `benchmarks/results/input_pipeline.json`."""
-    args = parse_arguments()
+    settings = read_settings()
     jax.config.update("jax_platforms", "cpu")  # what is recorded of the machine needs no more
     cores = os.sched_getaffinity(0)
     with tempfile.TemporaryDirectory() as folder:
-        tars, records = prepare_data(args.photos, args.copies, pathlib.Path(folder))
+        tars, records = prepare_data(settings.photos, settings.copies, pathlib.Path(folder))
         os.sched_setaffinity(0, {max(cores)})
         torch.set_num_threads(1)
-        sides = make_sides(args, tars, records)
-        rounds = measure(sides, args)
+        sides = make_sides(settings, tars, records)
+        rounds = measure(sides, settings)
         os.sched_setaffinity(0, cores)
-    payload = summarize(rounds, args)
+    payload = summarize(rounds, settings)
     print_table(payload)
     print("written:", write_result("input_pipeline", payload))
     if payload["ratio_to_open_clip"] < AIM_RATIO:
         sys.exit(f"below the aim of {AIM_RATIO} x open_clip")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", default=str(REPOSITORY.parent / "shared/data/photos.tar"))
-    parser.add_argument("--copies", type=int, default=10, help="of the tar: shards on both sides")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=8, help="timed in a round")
-    parser.add_argument("--warmup_batches", type=int, default=3, help="left out in a round")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--image_size", type=int, default=224)
-    parser.add_argument("--crop_scale", type=float, nargs=2, default=(0.9, 1.0))
-    args = parser.parse_args()
-    if not pathlib.Path(args.photos).is_file():
-        parser.error(f"--photos: no such file: {args.photos}; expected a webdataset tar of JPEGs")
-    return args
 
 
 def prepare_data(photos: str, copies: int, folder: pathlib.Path) -> tuple[str, str]:
@@ -115,55 +148,55 @@ def prepare_data(photos: str, copies: int, folder: pathlib.Path) -> tuple[str, s
 
 
 def make_sides(
-    args: argparse.Namespace, tars: str, records: str
+    settings: Settings, tars: str, records: str
 ) -> dict[str, Callable[[], Iterator[int]]]:
     """What is measured: name -> a function that starts an iterator over image counts."""
     source = open_records(records)
     files = [schema.decode_record(source[index]).image for index in range(len(source))]
     sides = {
-        OURS: lambda: iterate_ours(args, source, fast_decode=True),
-        OPEN_CLIP: lambda: iterate_open_clip(args, tars, len(source)),
-        EXACT: lambda: iterate_ours(args, source, fast_decode=False),
+        OURS: lambda: iterate_ours(settings, source, fast_decode=True),
+        OPEN_CLIP: lambda: iterate_open_clip(settings, tars, len(source)),
+        EXACT: lambda: iterate_ours(settings, source, fast_decode=False),
     }
     for name, decode in DECODERS.items():
-        sides[name] = functools.partial(iterate_decoder, decode, files, args.batch_size)
+        sides[name] = functools.partial(iterate_decoder, decode, files, settings.batch_size)
     return sides
 
 
-def iterate_ours(args: argparse.Namespace, source: Any, *, fast_decode: bool) -> Iterator[int]:
+def iterate_ours(settings: Settings, source: Any, *, fast_decode: bool) -> Iterator[int]:
     """Batches of `TrainIterator`, decoded in threads of this process."""
     decode = DecodeExample(
-        args.image_size, 77, tuple(args.crop_scale), "{caption}", fast_decode=fast_decode
+        settings.image_size, 77, settings.crop_scale, "{caption}", fast_decode=fast_decode
     )
-    batches = TrainIterator(source, decode, batch_size=args.batch_size, seed=0, num_workers=0)
+    batches = TrainIterator(source, decode, batch_size=settings.batch_size, seed=0, num_workers=0)
     try:
         for batch in batches:
-            assert batch["images"].shape[1:] == (args.image_size, args.image_size, 3)
+            assert batch["images"].shape[1:] == (settings.image_size, settings.image_size, 3)
             assert batch["images"].dtype == np.uint8 and batch["tokens"].shape[1] == 77
             yield len(batch["images"])
     finally:
         batches.close()
 
 
-def iterate_open_clip(args: argparse.Namespace, tars: str, num_samples: int) -> Iterator[int]:
+def iterate_open_clip(settings: Settings, tars: str, num_samples: int) -> Iterator[int]:
     """Batches of open_clip's training data, loaded in this process."""
-    settings = argparse.Namespace(
+    open_clip_settings = types.SimpleNamespace(
         train_data=tars,
         train_num_samples=num_samples,
         train_data_upsampling_factors=None,
         dataset_resampled=False,
         seed=0,
-        batch_size=args.batch_size,
+        batch_size=settings.batch_size,
         workers=0,
         world_size=1,
     )
     transform = open_clip.image_transform(
-        args.image_size, is_train=True, aug_cfg={"scale": tuple(args.crop_scale)}
+        settings.image_size, is_train=True, aug_cfg={"scale": settings.crop_scale}
     )
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    data = get_wds_dataset(settings, transform, is_train=True, tokenizer=tokenizer)
+    data = get_wds_dataset(open_clip_settings, transform, is_train=True, tokenizer=tokenizer)
     for images, texts in data.dataloader:
-        assert images.shape[1:] == (3, args.image_size, args.image_size)
+        assert images.shape[1:] == (3, settings.image_size, settings.image_size)
         assert images.dtype == torch.float32 and texts.shape[1] == 77
         yield len(images)
 
@@ -180,7 +213,7 @@ def iterate_decoder(
 
 
 def measure(
-    sides: dict[str, Callable[[], Iterator[int]]], args: argparse.Namespace
+    sides: dict[str, Callable[[], Iterator[int]]], settings: Settings
 ) -> dict[str, list[dict[str, float]]]:
     """Times all sides in turn, the order rotated by one in each round.
 
@@ -189,10 +222,12 @@ def measure(
     """
     names = list(sides)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in tqdm.trange(args.rounds, desc="rounds", unit="round"):
+    for number in tqdm.trange(settings.rounds, desc="rounds", unit="round"):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            rounds[name].append(time_batches(sides[name](), args.warmup_batches, args.batches))
+            rounds[name].append(
+                time_batches(sides[name](), settings.warmup_batches, settings.batches)
+            )
     return rounds
 
 
@@ -232,9 +267,7 @@ def is_running(task: pathlib.Path) -> bool:
     return state == "R" and int(task.name) != threading.get_native_id()
 
 
-def summarize(
-    rounds: dict[str, list[dict[str, float]]], args: argparse.Namespace
-) -> dict[str, Any]:
+def summarize(rounds: dict[str, list[dict[str, float]]], settings: Settings) -> dict[str, Any]:
     """Medians, and the ratios of interest."""
 
     def median(name: str, clock: str) -> float:
@@ -245,7 +278,7 @@ def summarize(
 
     best_decoder = max(DECODERS, key=lambda name: median(name, "processor"))
     return {
-        "settings": vars(args) | {"photos": pathlib.Path(args.photos).name},
+        "settings": dataclasses.asdict(settings) | {"photos": pathlib.Path(settings.photos).name},
         "load_average": os.getloadavg(),
         "simplejpeg": metadata.version("simplejpeg"),
         "images_per_sec_and_core": {name: round(median(name, "processor"), 1) for name in rounds},
@@ -272,4 +305,5 @@ def print_table(payload: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

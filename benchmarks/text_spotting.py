@@ -22,7 +22,6 @@ stand, on the reporting half of pictures that nobody has looked at, and writes
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -38,6 +37,7 @@ import easyocr
 import numpy as np
 import torch
 import tqdm
+from absl import flags
 
 from benchmarks.record import write_result
 from benchmarks.text_spotting_scores import (
@@ -52,6 +52,7 @@ from benchmarks.text_spotting_testset import TestPicture, make_test_set, split_h
 from data_prep.text_spotting.cache import SpotCache, hash_image
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict, caption_matches
 from data_prep.text_spotting.weights import find_weights
+from diht_jax import command_line
 from diht_jax.data.images.decode import decode_rgb
 
 AIMS = {"band": 0.95, "picture": 0.70, "false_drops": 0.01, "agreement": 0.99, "speed": 4.0}
@@ -64,53 +65,51 @@ MATCHINGS = ((4, None), (5, None), (6, None), (5, 7), (5, 9))
 _CHUNK = 20  # pictures that are read before the work directory is brought up to date
 
 
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_string("photos", None, "Tar of photos to draw on; unset: synthetic scenes.")
+    flags.DEFINE_string("captions", None, "File with a caption a line; unset: synthetic ones.")
+    flags.DEFINE_integer("pictures", 480, "Pictures of the test set.")
+    flags.DEFINE_integer("seed", 0, "Of the test set.")
+    flags.DEFINE_integer("speed_pictures", 48, "Pictures that are timed.")
+    flags.DEFINE_string("work_dir", "/tmp/text_spotting_benchmark", "Keeps what was read.")
+    flags.DEFINE_bool("only_choose", False, "Stop after the curves.")
+    flags.DEFINE_bool("only_report", False, "Leave curves and costs out.")
+    flags.mark_bool_flags_as_mutual_exclusive(["only_choose", "only_report"])
+
+
 def main() -> None:
     """Measures, prints the tables and writes `benchmarks/results/text_spotting.json`."""
-    args = parse_arguments()
+    given = flags.FLAGS
     torch.set_num_threads(1)
     pictures = make_test_set(
-        args.pictures, seed=args.seed, photos=args.photos, captions=args.captions
+        given.pictures, seed=given.seed, photos=given.photos, captions=given.captions
     )
     choosing, reporting = split_halves(pictures)
-    bench = Bench(args.work_dir)
+    bench = Bench(pathlib.Path(given.work_dir))
     payload: dict[str, Any] = {
-        "seed": args.seed,
+        "seed": given.seed,
         "pictures": {"choosing": len(choosing), "reporting": len(reporting)},
         "settings": dataclasses.asdict(bench.default),
         "readings": bench.default.describe_readings(),
     }
-    if not args.only_report:
+    if not given.only_report:
         payload["curve"] = bench.measure_curve(choosing)
         payload["gates"] = bench.measure_gates(choosing)
         print_curves(payload)
-    if args.only_choose:
+    if given.only_choose:
         return
     payload["report"] = bench.report(reporting)
     payload["agreement"] = bench.compare_with_reader(reporting)
-    mixed = take_a_third_with_text(reporting, args.speed_pictures)
+    mixed = take_a_third_with_text(reporting, given.speed_pictures)
     payload["speed"] = bench.measure_speed(mixed)
-    payload["costs"] = {} if args.only_report else bench.measure_costs(mixed)
+    payload["costs"] = {} if given.only_report else bench.measure_costs(mixed)
     print_report(payload)
-    name = "text_spotting" if args.seed == 0 else f"text_spotting_seed{args.seed}"
+    name = "text_spotting" if given.seed == 0 else f"text_spotting_seed{given.seed}"
     print("written:", write_result(name, payload))
     failed = check_aims(payload)
     if failed:
         sys.exit("below the aim: " + ", ".join(failed))
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--photos", help="tar of photos to draw on; synthetic scenes without")
-    parser.add_argument("--captions", help="text file, a caption a line; synthetic ones without")
-    parser.add_argument("--pictures", type=int, default=480)
-    parser.add_argument("--seed", type=int, default=0, help="of the test set")
-    parser.add_argument("--speed_pictures", type=int, default=48)
-    parser.add_argument("--work_dir", type=pathlib.Path, default="/tmp/text_spotting_benchmark")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--only_choose", action="store_true", help="stop after the curves")
-    only.add_argument("--only_report", action="store_true", help="leave curves and costs out")
-    return parser.parse_args()
 
 
 def take_a_third_with_text(pictures: Sequence[TestPicture], count: int) -> list[TestPicture]:
@@ -354,4 +353,5 @@ def check_aims(payload: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)

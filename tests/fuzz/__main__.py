@@ -5,42 +5,46 @@ Exits with 1 where any case fails.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import sys
 
+from absl import flags
 from tqdm import tqdm
 
+from diht_jax import command_line
 from tests.fuzz import runner
 from tests.fuzz.judge import OUTCOMES
 from tests.fuzz.worker import Result
 
 
-def main() -> int:
-    """Runs the cases that the command line names and prints a table."""
-    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=2000, help="how many, over all kinds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--kinds",
-        default=",".join(runner.WEIGHTS),
-        help="some kinds or properties, with commas: tars,tables:bad_lines",
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_integer("cases", 2000, "Cases, over all kinds.")
+    flags.DEFINE_integer("seed", 0, "Of the cases; the same seed gives the same ones.")
+    flags.DEFINE_list(
+        "kinds", list(runner.WEIGHTS), "Some kinds or properties: tars,tables:bad_lines."
     )
-    args = parser.parse_args()
-    unknown = {job.partition(":")[0] for job in args.kinds.split(",")} - runner.WEIGHTS.keys()
+
+
+def main() -> None:
+    """Runs the cases that the command line names and prints a table."""
+    given = flags.FLAGS
+    unknown = {job.partition(":")[0] for job in given.kinds} - runner.WEIGHTS.keys()
     if unknown:
-        parser.error(f"--kinds: expected some of {', '.join(runner.WEIGHTS)}, got {unknown}")
-    weights = {job: runner.WEIGHTS.get(job.partition(":")[0], 1) for job in args.kinds.split(",")}
-    jobs = runner.share_out(args.cases, weights)
+        raise ValueError(
+            f"--kinds={','.join(given.kinds)}: expected some of {', '.join(runner.WEIGHTS)}"
+        )
+    weights = {job: runner.WEIGHTS.get(job.partition(":")[0], 1) for job in given.kinds}
+    jobs = runner.share_out(given.cases, weights)
     with tqdm(total=sum(jobs.values()), unit="case", dynamic_ncols=True) as progress:
-        results = runner.run(jobs, args.seed, "long", progress.update)
+        results = runner.run(jobs, given.seed, "long", progress.update)
     failures = {name: result.failure for name, result in results.items() if result.failure}
     for name, failure in failures.items():
         print(f"--- {name}\n{failure}")
     print(format_table(results))
     slowest = max(results, key=lambda name: results[name].slowest)
-    print(f"seed {args.seed}; slowest case: {results[slowest].slowest:.1f} s in {slowest}")
-    return 1 if failures else 0
+    print(f"seed {given.seed}; slowest case: {results[slowest].slowest:.1f} s in {slowest}")
+    sys.exit(1 if failures else 0)
 
 
 def format_table(results: dict[str, Result]) -> str:
@@ -59,4 +63,5 @@ def format_table(results: dict[str, Result]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    define_flags()
+    command_line.run(main)

@@ -13,7 +13,6 @@ disk is lost as well.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -26,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+
+from absl import flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 TOTAL_STEPS = 60
@@ -287,21 +288,21 @@ def _fast_folder() -> str | None:
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_integer("kills", 20, "Kills, over all runs.")
+    flags.DEFINE_integer("seed", 0, "Of the moments of the kills.")
+    flags.DEFINE_integer("steps", TOTAL_STEPS, "Steps of each run.")
+    flags.DEFINE_bool("s3", False, "Keep the killed runs in a bucket.")
+    flags.DEFINE_string("folder", None, "Keeps the runs; unset: a temporary one.")
+
+
 def main() -> None:
     """Kills, goes on, compares; prints one line a kill and the result."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=TOTAL_STEPS)
-    parser.add_argument("--s3", action="store_true", help="keeps the killed runs in a bucket")
-    parser.add_argument(
-        "--folder", type=pathlib.Path, help="keeps the runs; a temporary one if not given"
-    )
-    args = parser.parse_args()
-    sys.path.insert(0, str(REPOSITORY))
+    args = flags.FLAGS
     from diht_jax.training.workdir.staging import StagedDirectory
 
-    folder = args.folder or pathlib.Path(tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder()))
+    folder = pathlib.Path(args.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder()))
     folder.mkdir(parents=True, exist_ok=True)
     store = start_s3() if args.s3 else None
     trial = Trial(write_squares(folder / "squares"), folder, args.steps, store)
@@ -338,4 +339,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.path.insert(0, str(REPOSITORY))
+    from diht_jax import command_line
+
+    define_flags()
+    command_line.run(main)
