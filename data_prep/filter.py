@@ -100,4 +100,4 @@ def run_filter(
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main)
+    command_line.run(main, config_defaults=filter_config.default_config)

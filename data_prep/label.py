@@ -61,4 +61,4 @@ def run_label(
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main)
+    command_line.run(main, config_defaults=label_config.default_config)

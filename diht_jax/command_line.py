@@ -18,10 +18,12 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import ml_collections
 from absl import app, flags, logging
 from tqdm import tqdm
 
 from diht_jax.config import parse_fields, rename_old_flags
+from diht_jax.config_overrides import apply_overrides, take_unset_keys
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
@@ -29,10 +31,17 @@ flags.disclaim_key_flags()  # what is defined here are the command's own: its --
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
-def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
+def run(
+    main: Callable[..., None],
+    *,
+    takes_arguments: bool = False,
+    config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
+) -> None:
     """Parses the command line, then calls `main()`; exits with its outcome.
 
     With `takes_arguments`, what is no flag is given to `main` as a list; else it is a mistake.
+    `config_defaults` makes all keys of a command that has `--config`: `--config.KEY=None` works for
+    those whose default is None, and a duration on the command line replaces the recipe's.
 
     A wrong flag or config key exits with 2, a `ValueError` or missing file (bad input) with 1,
     both with their message on stderr; an error with an attribute `exit_status` exits with that.
@@ -40,7 +49,7 @@ def run(main: Callable[..., None], *, takes_arguments: bool = False) -> None:
     """
     app.run(
         lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main()),
-        flags_parser=lambda argv: _parse_flags(argv, takes_arguments),
+        flags_parser=lambda argv: parse_flags(argv, takes_arguments, config_defaults),
     )
 
 
@@ -121,10 +130,26 @@ def keep_freed_memory() -> None:
         mallopt(name, value)
 
 
-def _parse_flags(argv: Sequence[str], takes_arguments: bool) -> list[str]:
+def parse_flags(
+    argv: Sequence[str],
+    takes_arguments: bool = False,
+    config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
+) -> list[str]:
+    """Parses a command line as `run` does; returns the arguments that are no flags.
+
+    A wrong flag or config key exits with 2.
+    """
     try:
-        sys.argv[:] = rename_old_flags(sys.argv)  # ml_collections reads the keys of configs there
-        rest = flags.FLAGS(rename_old_flags(argv))
+        given, unset = rename_old_flags(argv), []
+        if config_defaults is not None:
+            given = flags.FLAGS.read_flags_from_files(given, force_gnu=False)
+        if any(re.search(r"(^|=)None$", argument) for argument in given) and config_defaults:
+            given, unset = take_unset_keys(given, config_defaults())
+        sys.argv[:] = given  # ml_collections reads the keys of configs there
+        rest = flags.FLAGS(given)
+        if config_defaults is not None and flags.FLAGS.config is not None:
+            overrides = flags.FLAGS["config"].override_values
+            apply_overrides(flags.FLAGS.config, unset, overrides)
     except (AttributeError, KeyError) as error:
         # A ConfigDict raises these for a key that it lacks; the text names the nearest one.
         cause = error.args[0]

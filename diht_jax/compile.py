@@ -81,4 +81,4 @@ def _print_try(report: Any) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main)
+    command_line.run(main, config_defaults=default_config)

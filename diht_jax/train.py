@@ -65,4 +65,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main)
+    command_line.run(main, config_defaults=default_config)

@@ -14,6 +14,7 @@ LAYERS = {
     "diht_jax.losses": 0,
     "diht_jax.training.objectives": 0,
     "diht_jax.config": 0,
+    "diht_jax.config_overrides": 0,
     "diht_jax.training.config_ranges": 0,
     "diht_jax.data.atomic_file": 0,
     "diht_jax.data.records": 0,

@@ -103,7 +103,7 @@ def test_a_command_line_may_use_the_old_names(tmp_path, monkeypatch):
     argv = ["train", f"--config={recipe}"]
     argv += ["--config.unmasked_epochs=1.5", "--config.unmasked_steps", "7"]
     monkeypatch.setattr(sys, "argv", argv)
-    command_line._parse_flags(argv, takes_arguments=False)
+    command_line.parse_flags(argv, config_defaults=default_config)
     assert values.config.no_patch_dropout_epochs == 1.5
     assert values.config.no_patch_dropout_steps == 7
     assert "unmasked_epochs" not in values.config

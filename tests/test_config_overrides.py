@@ -1,0 +1,134 @@
+"""Config keys on a command line: None for every optional key, and durations that replace others."""
+
+import sys
+
+import ml_collections
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from data_prep.filtering.config import default_config as filter_config
+from data_prep.labelling.config import default_config as label_config
+from diht_jax import command_line
+from diht_jax.config import default_config, duration_in_steps, validate_config
+from tests.recipes import REPOSITORY
+
+EMOJI = REPOSITORY / "configs" / "emoji.py"
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Parses a command line as the commands do; returns the config."""
+
+    def parse_config(recipe, *arguments, defaults=default_config):
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+        monkeypatch.setattr(flags, "FLAGS", values)
+        argv = ["command", "--config", str(recipe), *arguments]
+        monkeypatch.setattr(sys, "argv", argv)
+        command_line.parse_flags(argv, config_defaults=defaults)
+        validate_config(values.config, defaults())
+        return values.config
+
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    return parse_config
+
+
+def durations(config, prefix="total"):
+    return [config[f"{prefix}_{unit}"] for unit in ("steps", "examples", "epochs")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], [None, None, 40.0]),
+        (["--config.total_steps=40"], [40, None, None]),
+        (["--config.total_steps", "40"], [40, None, None]),
+        (["--config.total_examples=512"], [None, 512, None]),
+        (["--config.total_epochs=2"], [None, None, 2.0]),
+        (["--config.total_epochs=None", "--config.total_steps=40"], [40, None, None]),
+        (["--config.total_steps=40", "--config.total_steps=None"], [None, None, 40.0]),
+        (["--config.total_epochs=None", "--config.total_epochs=3"], [None, None, 3.0]),
+        (["--config.total_epochs=None"], [None, None, None]),
+    ],
+)
+def test_a_duration_of_the_command_line_replaces_the_recipes(arguments, expected, parse):
+    assert durations(parse(EMOJI, *arguments)) == expected
+
+
+def test_two_durations_of_one_command_line_are_refused(parse):
+    config = parse(EMOJI, "--config.total_steps=40", "--config.total_examples=512")
+    with pytest.raises(ValueError, match="exactly one of .*'steps': 40, 'examples': 512"):
+        duration_in_steps(config, "total", batch_size=64, num_examples=1000)
+
+
+def test_the_debug_form_can_be_made_longer(parse):
+    assert durations(parse(f"{EMOJI}:debug=True", "--config.total_epochs=2")) == [None, None, 2.0]
+
+
+def test_the_last_part_has_a_duration_too(parse, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from diht_jax.config import default_config\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n"
+        "    config.no_patch_dropout_epochs = 1.0\n"
+        "    return config\n"
+    )
+    config = parse(recipe, "--config.no_patch_dropout_steps=7")
+    assert durations(config, "no_patch_dropout") == [7, None, None]
+
+
+def optional_keys(config, prefix=""):
+    """Dotted name -> type of the keys whose default is None."""
+    found = {}
+    for key in config:
+        if isinstance(config[key], ml_collections.ConfigDict):
+            found |= optional_keys(config[key], f"{prefix}{key}.")
+        elif config[key] is None:
+            found[prefix + key] = config.get_type(key)
+    return found
+
+
+@pytest.mark.parametrize("defaults", [default_config, filter_config, label_config])
+def test_none_unsets_every_optional_key(defaults, parse, tmp_path):
+    optional = optional_keys(defaults())
+    assert len(optional) > 4 and set(optional.values()) <= {int, float, str}
+    recipe = tmp_path / "recipe.py"
+    lines = [f"    config.{key} = {kind(1)!r}" for key, kind in optional.items()]
+    recipe.write_text(
+        f"from {defaults.__module__} import default_config\n\n"
+        "def get_config():\n"
+        "    config = default_config()\n" + "\n".join(lines) + "\n    return config\n"
+    )
+    assert None not in [value_of(parse(recipe, defaults=defaults), key) for key in optional]
+    unset = [f"--config.{key}=None" for key in optional]
+    config = parse(recipe, *unset, defaults=defaults)
+    assert {value_of(config, key) for key in optional} == {None}
+
+
+def value_of(config, key):
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def test_tasks_are_unset(parse):
+    arguments = ["--config.evaluation.tasks=cifar10", "--config.evaluation.tasks", "None"]
+    assert parse(EMOJI, *arguments).evaluation.tasks is None
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.seed=None", "--config.seed=None: this key cannot be unset; its default is 0"),
+        ("--config.model=None", "--config.model=None: a section cannot be unset"),
+        ("--config.total_step=None", 'Did you mean "total_steps"'),
+        ("--config.total_steps=many", "--config.total_steps=many"),
+    ],
+)
+def test_what_cannot_be_unset_is_named_as_typed(argument, message, parse, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(EMOJI, argument)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
