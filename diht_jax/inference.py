@@ -1,13 +1,16 @@
 """A model ready to embed images and texts, on all devices of its mesh.
 
-`diht_jax.load_model` makes it from files. Nothing here reads files.
+`diht_jax.load_model` makes it from files. Of files only pictures are read here, where their paths
+are given.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +23,12 @@ from PIL import Image
 from diht_jax import sharding
 from diht_jax.data import tokenizer
 from diht_jax.data.images import transforms
-from diht_jax.data.images.decode import load_rgb
+from diht_jax.data.images.decode import decode_rgb, load_rgb
 from diht_jax.models.parameters import ModelDefinition, merge_model
+
+# A picture: of PIL, the path of a file, or uint8 [h, w, 3].
+Picture = Image.Image | str | os.PathLike | np.ndarray
+_EXPECTED_PICTURES = "expected PIL images, paths of pictures, or uint8 arrays [h, w, 3]"
 
 
 class LoadedModel:
@@ -146,46 +153,55 @@ class LoadedModel:
             )
         return tokenizer.tokenize(texts, self.context_length)
 
-    def encode_image(self, images: np.ndarray | Sequence[Image.Image]) -> np.ndarray:
+    def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
         """Embeds images.
 
         Args:
-            images: uint8 [b, size, size, 3], or PIL images of any size.
+            images: a picture or several: PIL images, paths of files, uint8 arrays [h, w, 3], or one
+                array [b, h, w, 3]. Pictures of another size than [image_size, image_size] go
+                through `preprocess`.
 
         Returns:
-            float32 [b, d], rows of unit length. Where the model lies on several processes, all
-            call with as many rows, each row is taken from the process that `own_rows` names, and
-            all get the whole result.
+            float32 [b, d], rows of unit length; b is 1 for a single picture. Where the model lies
+            on several processes, all call with as many rows, each row is taken from the process
+            that `own_rows` names, and all get the whole result.
 
         Raises:
-            ValueError: an array of another dtype or shape.
+            ValueError: an array of another dtype or shape, something that is no picture, or a file
+                that cannot be read as one.
         """
-        if not isinstance(images, np.ndarray | jax.Array):
-            images = [self.preprocess(image) for image in images]
-            images = np.stack(images) if images else self._no_images()
-        expected = (self.image_size, self.image_size, 3)
-        if images.dtype != np.uint8 or images.shape[1:] != expected:
-            raise ValueError(
-                f"images: expected uint8 [b, {', '.join(map(str, expected))}], got {images.dtype} "
-                f"{list(images.shape)}; `preprocess` makes such an array of a PIL image"
-            )
-        return self._in_batches(self._encode_image, np.asarray(images))
+        if isinstance(images, Image.Image | str | os.PathLike):
+            images = [images]
+        if isinstance(images, np.ndarray | jax.Array):
+            pixels = self._pixels_of_array(np.asarray(images), "images")
+        elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
+            rows = [self._pixels_of(image, f"images[{i}]") for i, image in enumerate(images)]
+            pixels = np.concatenate([self._no_images(), *rows])
+        else:
+            raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")
+        return self._in_batches(self._encode_image, pixels)
 
-    def encode_text(self, texts: Sequence[str] | np.ndarray) -> np.ndarray:
+    def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
 
         Args:
-            texts: strings, or int32 [b, context_length] of `tokenize`.
+            texts: a string or several, or int32 [b, context_length] of `tokenize`.
 
         Returns:
-            float32 [b, d], rows of unit length.
+            float32 [b, d], rows of unit length; b is 1 for a single string.
 
         Raises:
-            ValueError: an array of another dtype or shape, or an id outside of the vocabulary.
+            ValueError: an array of another dtype or shape, something that is no string, or an id
+                outside of the vocabulary.
         """
         tokens = texts
-        if not isinstance(texts, np.ndarray | jax.Array):
-            tokens = self.tokenize(list(texts))
+        if not isinstance(texts, np.ndarray | jax.Array) or texts.dtype.kind in "UO":
+            if isinstance(texts, bytes | dict) or not isinstance(texts, Iterable):
+                raise ValueError(
+                    f"texts: expected a string, strings or int32 [b, {self.context_length}], got "
+                    f"{type(texts).__name__}"
+                )
+            tokens = self.tokenize(texts if isinstance(texts, str) else list(texts))
         if tokens.ndim != 2 or tokens.dtype != np.int32 or tokens.shape[1] != self.context_length:
             raise ValueError(
                 f"texts: expected strings or int32 [b, {self.context_length}], got {tokens.dtype} "
@@ -201,6 +217,38 @@ class LoadedModel:
     @property
     def _vocab_size(self) -> int:
         return self._params["text"]["token_embedding"]["embedding"].shape[0]
+
+    def _pixels_of(self, image: Picture, name: str) -> np.ndarray:
+        """uint8 [1, size, size, 3] of one picture among several."""
+        if isinstance(image, np.ndarray | jax.Array):
+            array = np.asarray(image)
+            if array.ndim == 4:
+                raise ValueError(f"{name}: expected one picture, got {list(array.shape)}")
+            return self._pixels_of_array(array, name)
+        if isinstance(image, str | os.PathLike):
+            try:
+                image = decode_rgb(pathlib.Path(image).read_bytes())
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{name}: '{image}' cannot be read as a picture: {error}"
+                ) from error
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name}: {_EXPECTED_PICTURES}, got {type(image).__name__}")
+        return self.preprocess(image)[None]
+
+    def _pixels_of_array(self, array: np.ndarray, name: str) -> np.ndarray:
+        """uint8 [b, size, size, 3] of [b, h, w, 3], or of one picture [h, w, 3]."""
+        is_picture = array.ndim in (3, 4) and array.shape[-1] == 3 and 0 not in array.shape[-3:]
+        if array.dtype != np.uint8 or not is_picture:
+            raise ValueError(
+                f"{name}: expected uint8 [h, w, 3] or [b, h, w, 3] with values from 0 to 255, got "
+                f"{array.dtype} {list(array.shape)}"
+            )
+        array = array[None] if array.ndim == 3 else array
+        if array.shape[1:3] == (self.image_size, self.image_size):
+            return array
+        rows = [self.preprocess(Image.fromarray(image))[None] for image in array]
+        return np.concatenate([self._no_images(), *rows])
 
     def _no_images(self) -> np.ndarray:
         return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)

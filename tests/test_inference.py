@@ -72,6 +72,32 @@ def test_pil_images_of_any_size_and_mode(model):
     assert model.encode_image([]).shape == (0, ARCH.embed_dim)
 
 
+def test_one_string_is_one_text(model):
+    found = model.encode_text("red flag")
+    assert found.shape == (1, ARCH.embed_dim)
+    np.testing.assert_array_equal(found, model.encode_text(["red flag"]))
+    several = [model.encode_text(texts) for texts in (["a", "b c"], np.array(["a", "b c"]))]
+    np.testing.assert_array_equal(*several)
+    np.testing.assert_array_equal(several[0], model.encode_text(text for text in ("a", "b c")))
+
+
+def test_pictures_in_every_form_give_the_same(model, images, tmp_path):
+    pictures = [Image.fromarray(image).resize((40, 50)) for image in images[:2]]
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    arrays = [np.asarray(picture) for picture in pictures]
+    expected = model.encode_image(np.stack([model.preprocess(picture) for picture in pictures]))
+    for several in (pictures, paths, [str(path) for path in paths], arrays, np.stack(arrays)):
+        np.testing.assert_array_equal(model.encode_image(several), expected)
+    mixed = [pictures[0], str(paths[1])]
+    np.testing.assert_array_equal(model.encode_image(iter(mixed)), expected)
+    alone = model.encode_image(pictures[0])
+    assert alone.shape == (1, ARCH.embed_dim)
+    for one in (paths[0], str(paths[0]), arrays[0], jnp.asarray(arrays[0])):
+        np.testing.assert_array_equal(model.encode_image(one), alone)
+
+
 def test_properties(model):
     assert model.logit_scale == pytest.approx(1 / 0.07, rel=1e-6)
     assert model.embed_dim == ARCH.embed_dim and model.step == 7
@@ -81,7 +107,26 @@ def test_properties(model):
     "call, message",
     [
         (lambda m: m.encode_image(np.zeros((2, 32, 32, 3))), "got float64"),
-        (lambda m: m.encode_image(np.zeros((2, 16, 16, 3), np.uint8)), r"\[2, 16, 16, 3\]"),
+        (lambda m: m.encode_image(np.zeros((2, 16, 16, 4), np.uint8)), r"\[2, 16, 16, 4\]"),
+        (lambda m: m.encode_image(np.zeros((16, 16), np.uint8)), r"got uint8 \[16, 16\]"),
+        (lambda m: m.encode_image(np.zeros((0, 16, 3), np.uint8)), r"got uint8 \[0, 16, 3\]"),
+        (
+            lambda m: m.encode_image([np.zeros((1, 8, 8, 3), np.uint8)]),
+            r"images\[0\]: expected one",
+        ),
+        (
+            lambda m: m.encode_image("no.png"),
+            r"images\[0\]: 'no.png' cannot be read .*No such file",
+        ),
+        (
+            lambda m: m.encode_image([__file__]),
+            r"test_inference.py' cannot be read .*no picture in",
+        ),
+        (lambda m: m.encode_image([None]), r"images\[0\]: expected PIL images, paths .*NoneType"),
+        (lambda m: m.encode_image(b"png"), "images: expected PIL images, paths .*got bytes"),
+        (lambda m: m.encode_text(b"red"), "texts: expected a string, strings .*got bytes"),
+        (lambda m: m.encode_text(None), "texts: expected a string, strings .*got NoneType"),
+        (lambda m: m.encode_text(["a", 3]), r"texts\[1\]: expected a str, got int"),
         (lambda m: m.encode_text(np.zeros((2, 77), np.int32)), r"\[b, 32\], got int32 \[2, 77\]"),
         (lambda m: m.encode_text(np.zeros((2, 32), np.int64)), "got int64"),
     ],
