@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import pathlib
+import re
 from typing import Any
 
 from absl import flags
@@ -28,7 +29,12 @@ def define_flags() -> None:
         "validation", None, "Source the settings are chosen on; unset: a part of --train."
     )
     flags.DEFINE_string("output", None, "Results file (JSON) to write; the plot goes beside it.")
-    flags.DEFINE_string("task", None, "Built-in task whose class names and templates to take.")
+    flags.DEFINE_string(
+        "task",
+        None,
+        "Built-in task whose class names and templates to take, or NAME=classification; options "
+        "after '?', such as '?class_names=FILE'.",
+    )
     flags.DEFINE_list("shots", ["1", "2", "4", "8", "16", "all"], "Training images a class.")
     flags.DEFINE_integer("num_draws", 5, "How often the shots are drawn.")
     flags.DEFINE_alias("draws", "num_draws")
@@ -115,11 +121,37 @@ def _tasks() -> dict[str, Any]:
     tasks = {}
     for name in ("train", "validation", "test"):
         if given[name].value is not None:
-            kind = f"{given.task}=" if given.task else f"{CLASSIFICATION}:"
-            (tasks[name],) = parse_tasks([f"{kind}{given[name].value}"], **defaults)
+            (tasks[name],) = parse_tasks([task_text(given.task, given[name].value)], **defaults)
             if tasks[name].kind != CLASSIFICATION:
                 raise ValueError(f"--task {given.task}: expected a classification task")
     return tasks
+
+
+def task_text(task: str | None, source: str) -> str:
+    """One split as a text of `parse_tasks`.
+
+    Args:
+        task: the flag `--task`: a built-in task, or [NAME=]KIND; options after "?".
+        source: of the split; its own options, after "?", go before those of the task.
+
+    Raises:
+        ValueError: the task names a source as well.
+    """
+    from diht_jax.evaluation.protocols.registry import PROTOCOLS
+    from diht_jax.evaluation.suite import CLASSIFICATION, SUITE
+
+    options_begin = r"\?(?=\w+=)"  # a "?" alone also stands in globs
+    body, *of_task = re.split(options_begin, task or CLASSIFICATION, maxsplit=1)
+    path, *of_source = re.split(options_begin, source, maxsplit=1)
+    name, equals, kind = body.rpartition("=")
+    is_kind = kind in PROTOCOLS and body not in SUITE
+    if ":" in body or (equals and not (name and is_kind)):
+        raise ValueError(
+            f"--task='{task}': expected a built-in task such as cifar10, or NAME={CLASSIFICATION}; "
+            "its pictures are those of --train and --test"
+        )
+    options = "&".join([*of_task, *of_source])
+    return f"{body}{':' if is_kind else '='}{path}" + (f"?{options}" if options else "")
 
 
 if __name__ == "__main__":
