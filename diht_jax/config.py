@@ -166,6 +166,7 @@ def default_config() -> ml_collections.ConfigDict:
 
     # Folder where compiled programs are kept for the next start; empty: every start compiles.
     c.compilation_cache = "~/.cache/diht_jax/compiled"
+    c.compilation_cache_max_gib = 10.0  # what was used least recently is deleted; inf: nothing is
     c.log_every_steps = 50
     # So many updates in a row with numbers that are not finite end the run.
     c.max_skipped_steps = 10

@@ -45,7 +45,7 @@ def main() -> None:
         raise
     if xla_flags:
         logging.info("%s", xla_flags)
-    compiler.keep_programs(config.get("compilation_cache"))
+    compiler.keep_programs(config.get("compilation_cache"), config.compilation_cache_max_gib)
     try:
         # After the validation: a mistyped key should not have to wait for these imports.
         from diht_jax.training.loop import train

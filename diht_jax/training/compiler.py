@@ -5,8 +5,10 @@ Both are set before JAX has asked for devices. What a user has set in the enviro
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import math
 import os
 import pathlib
 import platform
@@ -86,7 +88,7 @@ def has_tpu() -> bool:
     return found and importlib.util.find_spec("libtpu") is not None
 
 
-def keep_programs(folder: str | None) -> None:
+def keep_programs(folder: str | None, max_gib: float = math.inf) -> None:
     """Keeps compiled programs for the next start, unless the environment names a folder for that.
 
     Those that take over a second to compile (`JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS`).
@@ -95,21 +97,44 @@ def keep_programs(folder: str | None) -> None:
 
     Args:
         folder: a path, `~` allowed, or the URL of a store; empty or None keeps nothing.
+        max_gib: of a subfolder; what was used least recently makes room. Nothing is deleted in a
+            store, whose files cannot be locked, nor where `JAX_COMPILATION_CACHE_MAX_SIZE` is set.
     """
     if not folder or jax.config.jax_compilation_cache_dir:
         return
     path = f"{folder.rstrip('/')}/{_cpu_digest()}"
+    bounded = "://" not in folder and math.isfinite(max_gib)
     if "://" not in folder:
         path = os.path.abspath(os.path.expanduser(path))
         try:
             os.makedirs(path, exist_ok=True)
+            if bounded:
+                _add_times_of_use(pathlib.Path(path))
         except OSError as error:
             logging.warning(
                 "config.compilation_cache=%s: %s; programs are compiled anew", folder, error
             )
             return
     jax.config.update("jax_compilation_cache_dir", path)
-    logging.info("compiled programs are kept in %s", path)
+    if bounded and jax.config.jax_compilation_cache_max_size == -1:
+        jax.config.update("jax_compilation_cache_max_size", int(max_gib * 2**30))
+    most = jax.config.jax_compilation_cache_max_size
+    size = f"at most {most / 2**30:g} GiB" if most >= 0 else "of any size"
+    logging.info("compiled programs are kept in %s (%s)", path, size)
+
+
+def _add_times_of_use(folder: pathlib.Path) -> None:
+    """Gives a time of last use to the programs that lack one: those kept without a bound.
+
+    JAX writes that time beside each program of a cache with a bound. Where one is missing, as also
+    after a process was killed between the two, it can make no room and keeps nothing any more.
+    """
+    for program in folder.glob("*-cache"):
+        time_of_use = folder / f"{program.name.removesuffix('-cache')}-atime"
+        # Another process may be deleting programs.
+        with contextlib.suppress(FileNotFoundError):
+            if not time_of_use.exists():
+                time_of_use.write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 def _has_device(pattern: str) -> bool:

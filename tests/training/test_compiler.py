@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import logging
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from diht_jax.config import default_config
 from diht_jax.training import compiler
@@ -98,10 +101,14 @@ def test_accelerator(monkeypatch, platforms, devices, packages, expected):
 @pytest.fixture
 def no_cache():
     """Without the cache of the other tests; whatever the test sets is undone."""
-    before = jax.config.jax_compilation_cache_dir
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = {name: jax.config.values[name] for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_programs_are_kept_for_one_kind_of_cpu(tmp_path, no_cache, monkeypatch):
@@ -124,6 +131,36 @@ def test_a_folder_that_cannot_be_made_is_a_warning(tmp_path, no_cache, monkeypat
     compiler.keep_programs(str(tmp_path / "file"))
     assert jax.config.jax_compilation_cache_dir is None
     assert len(said) == 1 and "config.compilation_cache" in said[0]
+
+
+def compile_a_program(number):
+    jax.jit(lambda x: x * number + 1)(jnp.ones(3)).block_until_ready()
+
+
+@pytest.mark.filterwarnings("error")  # such as that a program could not be kept
+def test_what_was_used_least_recently_makes_room(tmp_path, no_cache, monkeypatch):
+    monkeypatch.setattr(compiler, "_cpu_digest", lambda: "cpu")
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    # From a cache without a bound: they have no times of use.
+    for name, size, used in (("old", 1 << 20, 1), ("young", 1 << 10, 2)):
+        (folder / f"{name}-cache").write_bytes(bytes(size))
+        os.utime(folder / f"{name}-cache", (used, used))
+    compiler.keep_programs(str(tmp_path), max_gib=(1 << 20) / (1 << 30))
+    assert jax.config.jax_compilation_cache_max_size == 1 << 20
+    compile_a_program(0.125)
+    kept = {path.name for path in folder.glob("*-cache")}
+    assert "old-cache" not in kept and "young-cache" in kept and len(kept) > 1
+    assert len(list(folder.glob("*-atime"))) == len(kept)
+
+
+@pytest.mark.parametrize("url, max_gib, user", [("", 1.0, 5), ("", np.inf, -1), ("gs://", 1.0, -1)])
+def test_the_bound_is_not_set(tmp_path, no_cache, url, max_gib, user):
+    (tmp_path / "x-cache").touch()
+    jax.config.update("jax_compilation_cache_max_size", user)
+    compiler.keep_programs(f"{url}{tmp_path}", max_gib)
+    assert jax.config.jax_compilation_cache_dir.startswith(f"{url}{tmp_path}")
+    assert jax.config.jax_compilation_cache_max_size == user
 
 
 def test_the_digest_is_that_of_the_cpu_features(tmp_path, monkeypatch):

@@ -53,6 +53,7 @@ _OWN_OF_A_HOST = (
     "model.init_from",
     "checkpoint.staging",
     "compilation_cache",
+    "compilation_cache_max_gib",
     "evaluation.tasks",
 )
 _LONGEST_CONFIG_BYTES = 2**16
