@@ -174,7 +174,16 @@ def _call(main: Callable[[], None]) -> None:
     except (ValueError, FileNotFoundError) as error:
         if verbose:
             traceback.print_exc()
-        _fail(str(error), status=getattr(error, "exit_status", 1))
+        _fail(_with_flags(str(error)), status=getattr(error, "exit_status", 1))
+
+
+def _with_flags(message: str) -> str:
+    """A message with the keys of the config as they are typed: `--config.KEY`."""
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if not isinstance(config, ml_collections.ConfigDict):
+        return message
+    keys = "|".join(map(re.escape, config))
+    return re.sub(rf"(?<![\w./-])config\.(?=(?:{keys})\b)", "--config.", message)
 
 
 def _log_beside_progress_bars(verbose: bool) -> None:

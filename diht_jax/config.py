@@ -44,6 +44,7 @@ ARCHITECTURE_FIELDS = {
     "text_mlp_width": int,
     "end_of_text_id": int,
 }
+_FIELD_NAMES = ", ".join(ARCHITECTURE_FIELDS)
 
 
 class TextOrSections:
@@ -321,15 +322,18 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
         settings: such as "activation=quick_gelu" and "vision_heads=16".
 
     Returns:
-        Names and values, of the types of `ARCHITECTURE_FIELDS`; what is none of these fields
-        stays a text.
+        Names and values, of the types of `ARCHITECTURE_FIELDS`.
 
     Raises:
-        ValueError: not of this form.
+        ValueError: not of this form, or no such field.
     """
     fields = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
+        if equals and name and name not in ARCHITECTURE_FIELDS:
+            nearest = nearest_name(name[:200], ARCHITECTURE_FIELDS)
+            hint = f"did you mean '{nearest}'?" if nearest else f"known: {_FIELD_NAMES}"
+            raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
         try:
             value = ARCHITECTURE_FIELDS.get(name, str)(text)
         except ValueError:

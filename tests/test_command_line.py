@@ -1,10 +1,15 @@
-"""Freed memory that is kept is not mapped anew: counted in page faults of a process of its own."""
+"""Freed memory that is kept is not mapped anew (counted in page faults); names in messages."""
 
 import platform
 import subprocess
 import sys
 
+import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from diht_jax import command_line
 
 _PROGRAM = """
 import ctypes, resource, sys
@@ -32,3 +37,18 @@ def test_a_freed_block_is_used_again():
     }
     # 2^28 bytes are 2^16 pages, or 2^7 where the kernel takes large ones.
     assert faults["plain"] >= 100 and faults["keep"] < faults["plain"] / 10, faults
+
+
+def test_keys_are_named_as_they_are_typed(monkeypatch):
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    config = ml_collections.ConfigDict({"input": "", "source": {"image_column": ""}})
+    message = "config.input='a/config.json' or config.source.image_column, not config.json"
+    values["config"].value = None
+    assert command_line._with_flags(message) == message
+    values["config"].value = config
+    assert command_line._with_flags(message) == (
+        "--config.input='a/config.json' or --config.source.image_column, not config.json"
+    )
+    assert command_line._with_flags("--config.input=x") == "--config.input=x"

@@ -330,3 +330,7 @@ def test_architecture_on_the_command_line():
     for wrong in ("activation", "vision_heads=many"):
         with pytest.raises(ValueError, match=f"--architecture: expected a pair.*'{wrong}'"):
             parse_fields([wrong])
+    with pytest.raises(ValueError, match="--architecture head=3: no field 'head'; known: image_si"):
+        parse_fields(["head=3"])
+    with pytest.raises(ValueError, match="no field 'vision_head'; did you mean 'vision_heads'"):
+        parse_fields(["vision_head=3"])

@@ -354,7 +354,7 @@ def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[S
         if column is not None and column not in names:
             raise ValueError(
                 f"{path}: no column '{column}'; found {', '.join(names)}; set "
-                "config.source.caption_column or key_column"
+                "config.source.caption_column or config.source.key_column"
             )
     start, rows, first_row = 0, 0, 0
     for number in range(file.metadata.num_row_groups):

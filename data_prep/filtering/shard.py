@@ -23,8 +23,9 @@ from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
+from data_prep.sources.list import read_pairs
 from diht_jax.data.images import decode
-from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
+from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records import schema
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordWriter

@@ -8,14 +8,15 @@ the share of one job.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NoReturn, TypeVar
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from diht_jax.data.readers import registry
-from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.readers.registry import Skipped, SourceShard
+from diht_jax.data.records.schema import Pair
 
 _Task = TypeVar("_Task")
 
@@ -48,7 +49,25 @@ def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[S
             "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
         )
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
-    return registry.list_shards([text.strip() for text in texts], **source.to_dict())
+    try:
+        return registry.list_shards([text.strip() for text in texts], **source.to_dict())
+    except ValueError as error:
+        _raise_as_typed(error)
+
+
+def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """As `readers.registry.read_pairs`; errors name options as keys of the config."""
+    try:
+        yield from registry.read_pairs(shard)
+    except ValueError as error:
+        _raise_as_typed(error)
+
+
+def _raise_as_typed(error: ValueError) -> NoReturn:
+    message = registry.name_options(str(error), "--config.source.{}")
+    if message == str(error):
+        raise error
+    raise ValueError(message) from error
 
 
 def check_output(output: str | os.PathLike[str] | None, sources: Sequence[SourceShard]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from absl import logging
 
 from diht_jax.data.readers import tfds
-from diht_jax.data.readers.registry import option_defaults
+from diht_jax.data.readers.registry import name_options, option_defaults
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import benchmark_folder, registry
@@ -105,8 +105,15 @@ def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
 
 
 def check_source(task: Task) -> None:
-    """Raises ValueError when there is nothing to read for a task; reads no image."""
-    registry.check_source(task.source, task.source_options)
+    """Raises ValueError when there is nothing to read for a task; reads no image.
+
+    Options of the source are named as in the text of a task, such as "?image_column=".
+    """
+    try:
+        registry.check_source(task.source, task.source_options)
+    except ValueError as error:
+        message = f"task '{task.name}': {name_options(str(error), '?{}=')}"
+        raise ValueError(message) from error
 
 
 def check_task(task: Task) -> Protocol:

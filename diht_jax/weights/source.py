@@ -157,7 +157,7 @@ def _infer_architecture(
     if not activation_given:
         logging.info(
             "%s: no config names the activation; taken for exact GELU, as in DiHT's and most of "
-            "open_clip's weights (set architecture.activation=quick_gelu for others)",
+            "open_clip's weights (--architecture activation=quick_gelu for others)",
             where,
         )
     return arch

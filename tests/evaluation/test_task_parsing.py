@@ -119,3 +119,14 @@ def test_a_missing_source_is_found_before_any_work(tmp_path):
 
 def test_built_in_names():
     assert set(built_in_tasks()) >= {"cifar10", "imagenet", "coco_retrieval", "flickr30k_retrieval"}
+
+
+def test_columns_are_named_as_they_are_typed(tmp_path):
+    table = tmp_path / "pairs.csv"
+    table.write_text("picture,caption\na.png,a cat\n")
+    (task,) = parse_tasks(f"mine=retrieval:{table}")
+    message = (
+        r"task 'mine': .*no column 'image'; .* set \?image_column=, \?caption_column= or \?key"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_source(task)

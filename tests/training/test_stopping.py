@@ -150,7 +150,7 @@ def test_the_command_exits_with_the_status_of_its_error(tmp_path):
     )
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == LASTING_EXIT_CODE
-    assert done.stderr.endswith("error: config.checkpoint.keep_last=0: expected at least 1\n")
+    assert done.stderr.endswith("error: --config.checkpoint.keep_last=0: expected at least 1\n")
 
 
 @pytest.fixture

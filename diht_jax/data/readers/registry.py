@@ -20,6 +20,7 @@ import dataclasses
 import difflib
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,6 +37,7 @@ __all__ = [
     "Skipped",
     "SourceShard",
     "list_shards",
+    "name_options",
     "open_source",
     "option_defaults",
     "read_pairs",
@@ -137,6 +139,19 @@ def option_defaults() -> dict[str, dataclasses.Field]:
     """Every option of the formats by its name, as a field with type and default."""
     types = [form.options for form in FORMATS.values() if form.options]
     return {field.name: field for kind in types for field in dataclasses.fields(kind)}
+
+
+def name_options(message: str, form: str) -> str:
+    """A message with the options of the formats named as a user types them.
+
+    Args:
+        message: of an error, with names such as "image_column".
+        form: such as "--config.source.{}".
+    """
+    names = "|".join(option_defaults())
+    return re.sub(
+        rf"(?<![\w.'?/-])({names})(?![\w'/]|\.\w)", lambda name: form.format(name[1]), message
+    )
 
 
 def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:

@@ -1,8 +1,11 @@
-"""The share of one job of a job array."""
+"""The share of one job of a job array, and the names of options in errors."""
+
+import dataclasses
 
 import pytest
 
-from data_prep.sources.list import shards_of_task
+from data_prep.sources.list import default_source, list_sources, read_pairs, shards_of_task
+from diht_jax.data.readers.registry import FORMATS, SourceShard
 
 
 def test_jobs_of_an_array_share_all_tasks():
@@ -11,3 +14,26 @@ def test_jobs_of_an_array_share_all_tasks():
     for index in (-1, 4):
         with pytest.raises(ValueError, match="expected an index from 0 to 3"):
             shards_of_task(range(11), index, 4)
+
+
+def test_columns_are_named_as_they_are_typed(tmp_path, monkeypatch):
+    table = tmp_path / "pairs.csv"
+    table.write_text("picture,caption\na.png,a cat\n")
+    with pytest.raises(
+        ValueError, match="no column 'image'; .* set --config.source.image_column, "
+    ):
+        list_sources(str(table), default_source())
+    source = default_source()
+    source.image_root = str(tmp_path / "absent")
+    with pytest.raises(ValueError, match="'; set --config.source.image_root$"):
+        list_sources(str(table), source)
+    # Errors of the reading, and paths that contain such a name.
+    message = "image_column/caption_column.csv: no column 'image_column'; set image_column"
+
+    def refuse(shard):
+        raise ValueError(message)
+
+    monkeypatch.setitem(FORMATS, "table", dataclasses.replace(FORMATS["table"], read=refuse))
+    with pytest.raises(ValueError) as error:
+        list(read_pairs(SourceShard("table", str(table))))
+    assert str(error.value) == message.replace("set image", "set --config.source.image")

@@ -97,7 +97,8 @@ def check_architecture_fields(draw: Draw, folder: pathlib.Path) -> str:
     kind = configs.ARCHITECTURE_FIELDS.get(name, str)
     result = attempt(lambda: configs.parse_fields([setting]), "--architecture")
     if isinstance(result, Refused):
-        is_fine = name and equals and (kind is str or value == "3")
+        is_known = name in configs.ARCHITECTURE_FIELDS
+        is_fine = is_known and equals and (kind is str or value == "3")
         require(not is_fine, f"{setting!r:.80}: {result.message}")
         return ERROR
     require(isinstance(result[name], kind), f"{setting!r:.80} gave {result}")
