@@ -1,23 +1,48 @@
 # Sourced by run_tests.sh and run_demo.sh in the repository's root. Makes .venv with everything in
 # requirements.txt and with the project itself, so that `import diht_jax` works from any folder, unless
 # that has been done. Leaves the environment's Python in $python.
-# $PYTHON names the interpreter to build it with; the default is python3.11, else python3.
+# $PYTHON names the interpreter to build it with; the default is the first that runs of python3.11,
+# python3.12, python3.13 (the versions that requirements.txt is meant for) and python3.
 
 python=.venv/bin/python
 
 # is_done FILE STATE: whether .venv/FILE records that this state has been installed.
 is_done() { [ "$(cat ".venv/$1" 2>/dev/null || true)" = "$2" ]; }
 
+# version_of PYTHON: such as 3.11; nothing where it cannot be run.
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true; }
+
+find_python() {
+  local name
+  for name in python3.11 python3.12 python3.13 python3; do
+    if [ -n "$(version_of "$name")" ]; then echo "$name"; return; fi
+  done
+}
+
+if [ -n "${PYTHON:-}" ] && [ -f .venv/pyvenv.cfg ]; then
+  # An environment keeps the Python that it was made with.
+  present=$(sed -n 's/^version *= *\([0-9]*\.[0-9]*\).*/\1/p' .venv/pyvenv.cfg)
+  requested=$(version_of "$PYTHON")
+  if [ "$present" != "$requested" ]; then
+    echo "error: .venv has Python $present, and PYTHON=$PYTHON is ${requested:-none}; rm -r .venv, or unset PYTHON" >&2
+    exit 1
+  fi
+fi
+
 requirements_state=$(cksum < requirements.txt)
 if ! is_done installed "$requirements_state"; then
-  base=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
+  base=${PYTHON:-$(find_python)}
   if [ -z "$base" ] || ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: Python 3.11 or newer is needed; found '${base:-none}'. Set PYTHON=/path/to/python3.11" >&2
     exit 1
   fi
   echo "Installing into .venv (once, a few minutes) ..." >&2
-  [ -x "$python" ] || "$base" -m venv .venv
-  "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  [ -x "$python" ] || "$base" -m venv .venv || { rm -rf .venv; exit 1; }
+  "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt || {
+    echo "error: requirements.txt could not be installed. It is meant for Python 3.11, 3.12 and 3.13; this is" \
+      "$(version_of "$python"). For another one: rm -r .venv, and set PYTHON=/path/to/python3.13" >&2
+    exit 1
+  }
   echo "$requirements_state" > .venv/installed
 fi
 

@@ -27,16 +27,20 @@ def checkout(tmp_path):
     return folder
 
 
-def set_up(folder: pathlib.Path) -> list[str]:
-    """Sources the script as run_demo.sh does; the calls of Python since the last time."""
-    script = "set -euo pipefail; source .ci/environment.sh; echo $python"
-    done = subprocess.run(
-        ["bash", "-c", script],
+def source_script(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
+    """Sources the script as run_demo.sh does."""
+    return subprocess.run(
+        ["bash", "-c", "set -euo pipefail; source .ci/environment.sh; echo $python"],
         cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable},
+        env={"PATH": "/usr/bin:/bin", **environment},
         capture_output=True,
         text=True,
     )
+
+
+def set_up(folder: pathlib.Path) -> list[str]:
+    """The calls of the environment's Python since the last time."""
+    done = source_script(folder, PYTHON=sys.executable)
     assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
     calls = folder / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
@@ -70,6 +74,40 @@ def test_checkout_that_was_moved_is_linked_again(checkout):
     set_up(checkout)
     moved = checkout.rename(checkout.parent / "moved")
     assert [call.split()[-1] for call in set_up(moved)] == ["."]
+
+
+def write_command(path: pathlib.Path, script: str) -> pathlib.Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_another_python_than_that_of_the_environment_is_an_error(checkout, tmp_path):
+    set_up(checkout)
+    (checkout / ".venv" / "pyvenv.cfg").write_text("home = /usr/bin\nversion = 3.11.7\n")
+    for version, status in (("3.11", 0), ("3.13", 1)):
+        python = write_command(tmp_path / "bin" / "some_python", f"echo {version}")
+        done = source_script(checkout, PYTHON=str(python))
+        assert done.returncode == status, done.stderr
+    assert f".venv has Python 3.11, and PYTHON={python} is 3.13; rm -r .venv" in done.stderr
+
+
+def test_first_python_that_runs_makes_the_environment(checkout, tmp_path):
+    (checkout / ".venv" / "bin" / "python").unlink()
+    folder = tmp_path / "bin"
+    write_command(folder / "python3.11", "exit 127")  # such as pyenv's of a version not selected
+    write_command(folder / "python3.12", '[ "$1" = -m ] && echo "$0 $@" >&2 || echo 3.12')
+    done = source_script(checkout, PATH=f"{folder}:/usr/bin:/bin")
+    assert f"{folder}/python3.12 -m venv .venv" in done.stderr
+    assert "python3.11" not in done.stderr
+
+
+def test_requirements_that_cannot_be_installed_say_which_pythons_they_are_for(checkout):
+    write_command(checkout / ".venv" / "bin" / "python", '[ "$1" = -c ] && echo 3.14')
+    done = source_script(checkout, PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert "meant for Python 3.11, 3.12 and 3.13; this is 3.14" in done.stderr
 
 
 def test_what_installs_the_project_is_among_the_requirements():
