@@ -106,7 +106,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.patch_dropout = 0.0  # share of patches left out in training (FLIP, arXiv 2212.00794)
     c.model.scan_layers = False  # one compiled block for all layers; parameters stay per layer
     c.model.remat = "none"  # what a block computes again in the backward pass: see docs/training.md
-    c.model.attention = "auto"  # "cudnn" where the device has it, else "xla"; or "pallas" (TPUs)
+    c.model.attention = "auto"  # "pallas" on TPUs, "cudnn" on NVIDIA GPUs, else "xla"
     # Work directory whose parameters a new run starts from; image positions are resized to fit.
     c.model.init_from = placeholder(str)
     # Fields of models.zoo.Architecture to replace.

@@ -18,6 +18,7 @@ def describe_step(report: StepReport) -> str:
         "attention kernels: "
         + ", ".join(f"{kernel} ({tower})" for tower, kernel in report.attention.items()),
         f"form of the loss: {report.loss_form.impl} ({report.loss_form.reason})",
+        f"compiler options: {_options(report)}",
         f"traced in {report.trace_secs:.0f} s, compiled in {report.compile_secs:.0f} s",
         "",
         "on one device, for one step",
@@ -150,6 +151,11 @@ def _verdict(report: StepReport) -> str:
 
 def _micro_batch(report: StepReport) -> str:
     return "none" if report.micro_batch is None else f"{report.micro_batch:,}"
+
+
+def _options(report: StepReport) -> str:
+    names = sorted(report.topology.compiler_options)
+    return f"{len(names)}, training's flags among them: {names[0]}, ..." if names else "none"
 
 
 def _row(name: str, value: str) -> str:

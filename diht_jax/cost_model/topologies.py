@@ -18,6 +18,7 @@ from jax.experimental import topologies
 
 from diht_jax.config import nearest_name
 from diht_jax.cost_model.chips import Chip, find_chip
+from diht_jax.training.compiler import compiler_options
 
 LOCAL = "local"
 
@@ -32,7 +33,8 @@ class Topology:
         shape: of the torus, or (hosts, GPUs of a host).
         devices: in the compiler's order.
         memory_limit_bytes: what a program may use on one device; None where not known.
-        compiler_options: for `jax.stages.Lowered.compile`.
+        compiler_options: for `jax.stages.Lowered.compile`: the flags that training sets, and what
+            compiling without the devices needs.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Topology:
     shape: tuple[int, ...]
     devices: tuple[jax.Device, ...]
     memory_limit_bytes: int | None
-    compiler_options: dict[str, bool] = dataclasses.field(default_factory=dict)
+    compiler_options: dict[str, bool | int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +97,8 @@ def get_topology(name: str) -> Topology:
     if name == LOCAL:
         devices = tuple(jax.devices())
         chip = find_chip(devices[0].device_kind)
-        return Topology(name, chip, (len(devices),), devices, _memory_limit(devices, chip))
+        options = compiler_options(devices[0].platform)
+        return Topology(name, chip, (len(devices),), devices, _memory_limit(devices, chip), options)
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     family = match.group(1) if match else name.partition(":")[0]
     if not match or family not in (*_TPUS, *_GPUS):
@@ -105,11 +108,11 @@ def get_topology(name: str) -> Topology:
     shape = tuple(int(size) for size in match.group(2).split("x"))
     chip = find_chip(family)
     if family in _TPUS:
-        devices, options = _tpu_devices(family, shape), {}
+        devices, options = _tpu_devices(family, shape), compiler_options("tpu")
     else:
         devices = _gpu_devices(family, shape)
         # Triton's products are chosen by running them, which takes a GPU; cuBLAS's are not.
-        options = {"xla_gpu_enable_triton_gemm": False}
+        options = {"xla_gpu_enable_triton_gemm": False, **compiler_options("gpu")}
     return Topology(name, chip, shape, devices, _memory_limit(devices, chip), options)
 
 

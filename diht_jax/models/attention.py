@@ -65,8 +65,8 @@ def attention_implementation(
     """The kernel of one tower: "xla", "cudnn" or "pallas".
 
     Args:
-        choice: "auto" takes cuDNN's fused attention where it applies, else XLA's; "xla", "cudnn"
-            and "pallas" insist.
+        choice: "auto" takes cuDNN's fused attention on NVIDIA GPUs and the Pallas kernel on TPUs,
+            where they apply, else XLA's; "xla", "cudnn" and "pallas" insist.
         dtype: of queries, keys and values.
         head_dim: width of a head.
         target: what the program is for; None is the default backend's first device.
@@ -79,17 +79,23 @@ def attention_implementation(
     if choice == "xla":
         return "xla"
     target = target or target_of(jax.devices()[0])
-    if choice == "pallas":
+    kernel = choice
+    if choice == "auto":
+        kernel = "pallas" if target.platform == "tpu" else "cudnn"
+    if kernel == "pallas":
         obstacle = _pallas_obstacle(dtype, head_dim, target, num_tokens, num_heads)
     else:
         obstacle = _cudnn_obstacle(dtype, head_dim, target)
-    if choice == "auto":
-        return "xla" if obstacle else "cudnn"
+    if choice == "auto" and kernel == "pallas" and jnp.dtype(dtype) != jnp.bfloat16:
+        # Its products in float32 are exact, and take six times as long as XLA's on a TPU.
+        return "xla"
+    if choice == "auto" and obstacle:
+        return "xla"
     if obstacle:
         raise ValueError(
             f"config.model.attention='{choice}' does not apply: {obstacle}; take 'auto' or 'xla'"
         )
-    return choice
+    return kernel
 
 
 def check_attention(choice: str) -> None:
@@ -233,7 +239,7 @@ def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
     expected = value_and_gradients("xla", jnp.float32)
     try:
         found = jax.block_until_ready(value_and_gradients(attention.kernel, attention.dtype))
-    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # Pallas has error classes of its own, and no run may end here.
         logging.warning("attention kernel '%s' fails: %s", attention.kernel, error)
         return math.inf
     differences = [

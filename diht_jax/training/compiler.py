@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import math
 import os
 import pathlib
@@ -64,6 +65,25 @@ def set_flags(platform_name: str | None) -> str:
     added = [flag for flag in wanted if _flag_name(flag) not in names]
     os.environ[variable] = " ".join([*added, given]).strip()
     return f"{variable}={os.environ[variable]}"
+
+
+def compiler_options(platform_name: str) -> dict[str, bool | int]:
+    """The same flags for one compilation, but for those that the environment has already.
+
+    A compiler that is loaded reads no environment any more, and a program may be compiled for
+    another platform than this process's own.
+
+    Args:
+        platform_name: of the devices to compile for: "gpu", "cuda", "tpu", or anything else for
+            none.
+
+    Returns:
+        `compiler_options` of `jax.stages.Lowered.compile`.
+    """
+    variable, wanted = FLAGS.get({"cuda": "gpu"}.get(platform_name, platform_name), ("", ()))
+    given = {_flag_name(flag) for flag in os.environ.get(variable, "").split()}
+    pairs = (flag.lstrip("-").split("=") for flag in wanted if _flag_name(flag) not in given)
+    return {name: json.loads(value) for name, value in pairs}
 
 
 def accelerator() -> str | None:

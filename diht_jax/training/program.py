@@ -180,9 +180,9 @@ def with_trusted_attention(
 ) -> ml_collections.ConfigDict:
     """The config, with XLA's attention where another kernel gives other numbers on this machine.
 
-    No test of this project has seen every GPU, driver and cuDNN: values and gradients of a small
-    batch are compared before the first step. All processes of a job must call, and take the same
-    kernel. Ours.
+    No test of this project has seen every accelerator, driver and version of cuDNN or libtpu:
+    values and gradients of a small batch are compared before the first step. All processes of a
+    job must call, and take the same kernel. Ours.
 
     Args:
         config, total_steps, devices: as for `TrainProgram`.
@@ -203,7 +203,7 @@ def with_trusted_attention(
         return config
     logging.warning(
         "attention differs from XLA's on this machine, %s, where %.0e is tolerated: XLA's is used. "
-        "Please report it, with the versions of JAX, cuDNN and the driver",
+        "Please report it, with the versions of JAX, cuDNN or libtpu, and the driver",
         *(differs, _ATTENTION_TOLERANCE),
     )
     config = config.copy_and_resolve_references()

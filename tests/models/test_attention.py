@@ -73,13 +73,23 @@ def test_attention_implementation(choice, dtype, head_dim, target, expected):
 
 
 @pytest.mark.parametrize(
-    "choice, num_tokens, expected",
-    [("auto", 197, "xla"), ("pallas", 197, "pallas"), ("xla", 197, "xla")],
+    "choice, dtype, num_tokens, expected",
+    [
+        ("auto", "bfloat16", 197, "pallas"),
+        ("auto", "bfloat16", 577, "pallas"),
+        ("auto", "bfloat16", 1025, "xla"),
+        ("auto", "bfloat16", None, "xla"),
+        ("auto", "float16", 197, "xla"),
+        ("auto", "float32", 197, "xla"),
+        ("pallas", "float32", 197, "pallas"),
+        ("pallas", "bfloat16", 197, "pallas"),
+        ("xla", "bfloat16", 197, "xla"),
+    ],
 )
-def test_attention_implementation_on_tpus(choice, num_tokens, expected):
+def test_attention_implementation_on_tpus(choice, dtype, num_tokens, expected):
     target = Target("tpu", "TPU v5 lite")
     options = {"num_tokens": num_tokens, "num_heads": 12}
-    assert attention_implementation(choice, "bfloat16", 64, target, **options) == expected
+    assert attention_implementation(choice, dtype, 64, target, **options) == expected
 
 
 @pytest.mark.parametrize(
@@ -114,6 +124,8 @@ def test_the_step_asks_the_mesh_and_not_this_machine():
     tower = {"dtype": "bfloat16", "head_dim": 64, "num_tokens": 197, "num_heads": 12}
     assert training_execution(model, mesh).attention_kernel(**tower) == "cudnn"
     mesh.devices[0, 0] = device("tpu")
+    assert training_execution(model, mesh).attention_kernel(**tower) == "pallas"
+    mesh.devices[0, 0] = jax.devices()[0]
     assert training_execution(model, mesh).attention_kernel(**tower) == "xla"
 
 
@@ -226,3 +238,47 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog, factor, expect
         assert with_trusted_attention(config, 10_000).model.attention == expected
     assert ("XLA's is used" in caplog.text) == (expected == "xla")
     assert config.model.attention == "auto"
+
+
+def without_change(x):
+    return x
+
+
+def larger_values(x):
+    return 1.1 * x
+
+
+def larger_gradients(x):
+    """The same values; the gradients of whatever comes before are a tenth larger."""
+    return x + 0.1 * (x - jax.lax.stop_gradient(x))
+
+
+def no_compiler(x):
+    raise KeyError("no such instruction")  # as no library of JAX's would raise it
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (without_change, "auto"),
+        (larger_values, "xla"),
+        (larger_gradients, "xla"),
+        (no_compiler, "xla"),
+    ],
+)
+def test_the_kernel_for_tpus_has_to_agree_in_values_and_gradients(
+    monkeypatch, caplog, change, expected
+):
+    tower = dataclasses.replace(TOWER, kernel="pallas", causal=True)
+    attend_short = functools.partial(attention.attend_short, interpret=True)
+    monkeypatch.setattr(
+        attention,
+        "attend_short",
+        lambda *arrays, **options: change(attend_short(*arrays, **options)),
+    )
+    monkeypatch.setattr(TrainProgram, "attention", lambda self: {"text": tower})
+    config = load_recipe(REPOSITORY / "configs" / "demo.py", "debug=True")
+    with caplog.at_level(logging.INFO, logger="absl"):
+        assert with_trusted_attention(config, 10_000).model.attention == expected
+    assert ("XLA's is used" in caplog.text) == (expected == "xla")
+    assert "attention of the text tower: pallas" in caplog.text

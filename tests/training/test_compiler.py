@@ -13,8 +13,11 @@ import pytest
 from absl import logging
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from diht_jax.config import default_config
+from diht_jax.cost_model.topologies import get_topology
 from diht_jax.training import compiler
 from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.training.workdir.resume_checks import check_same_run
@@ -68,6 +71,48 @@ def test_flags_are_added_unless_the_user_has_set_them(monkeypatch, name):
     monkeypatch.delenv(variable)
     compiler.set_flags(name)
     assert os.environ[variable].split() == list(flags)
+
+
+@pytest.mark.parametrize("name", ["gpu", "tpu"])
+def test_options_of_a_compilation_are_the_flags_that_are_not_set(monkeypatch, name):
+    variable, flags = compiler.FLAGS[name]
+    monkeypatch.delenv(variable, raising=False)
+    options = compiler.compiler_options(name)
+    as_flags = [f"--{key}={str(value).lower()}" for key, value in options.items()]
+    assert as_flags == list(flags)
+    assert {type(value) for value in options.values()} <= {bool, int}
+    first = flags[0].partition("=")[0]
+    monkeypatch.setenv(variable, f"{first}=false --mine=1")
+    assert list(compiler.compiler_options(name)) == list(options)[1:]
+    compiler.set_flags(name)  # as the training command does
+    assert compiler.compiler_options(name) == {}
+    assert compiler.compiler_options("cpu") == {}
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="needs libtpu")
+def test_the_flags_reach_the_compiler_of_a_tpu_that_is_not_here(monkeypatch):
+    """With one of them turned round, gathers are no longer fused with products."""
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+
+    def loss(weights, x):
+        for weight in weights:
+            x = jnp.tanh(x @ weight)
+        return jnp.sum(x)
+
+    def compiled():
+        topology = get_topology("v5e:2x4")
+        shard = NamedSharding(Mesh(np.array(topology.devices), ("fsdp",)), P("fsdp"))
+        x, *weights = (
+            jax.ShapeDtypeStruct((size, 1024), jnp.bfloat16, sharding=shard)
+            for size in (4096, 1024, 1024, 1024)
+        )
+        lowered = jax.jit(jax.grad(loss), out_shardings=shard).lower(weights, x)
+        return lowered.compile(compiler_options=topology.compiler_options).as_text()
+
+    assert "AsyncCollective" in compiled()
+    turned_round = ("--xla_tpu_enable_async_collective_fusion=false",)
+    monkeypatch.setitem(compiler.FLAGS, "tpu", ("LIBTPU_INIT_ARGS", turned_round))
+    assert "AsyncCollective" not in compiled()
 
 
 def test_no_flags_on_the_cpu(monkeypatch):
