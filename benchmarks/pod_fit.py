@@ -106,6 +106,8 @@ def as_row(report: StepReport) -> dict[str, Any]:
         "batch_size": report.batch_size,
         "micro_batch": report.micro_batch,
         "remat": report.remat,
+        "attention": report.attention,
+        "loss_form": report.loss_form.impl,
         "fits": report.fits,
         "memory_limit_bytes": report.memory_limit_bytes,
         "argument_bytes": report.argument_bytes,
