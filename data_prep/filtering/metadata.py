@@ -12,6 +12,7 @@ report.json, report.html, kept_keys.txt and kept_uids.npy.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
 import os
@@ -41,7 +42,7 @@ from diht_jax.data.readers.base import (
     parse_json_object,
     pick_captions,
 )
-from diht_jax.data.readers.parquet import open_parquet
+from diht_jax.data.readers.parquet import explain_errors, open_parquet
 from diht_jax.data.readers.registry import list_shards
 from diht_jax.data.records.schema import Pair
 
@@ -141,13 +142,17 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
     if not pairs:
         raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
+    # No images are read, so that their column may be missing.
+    options = source.to_dict() | {"image_column": source.caption_column}
     units = []
     for text in map(str.strip, texts):
-        for unit in list_shards(text, **source.to_dict()):
+        for unit in list_shards(text, **options):
             if unit.kind == _PARQUET:
                 units += _list_row_groups(unit.path, source)
             elif unit.kind == "table" and unit.path.endswith(JSONL_SUFFIX):
-                units.append(unit)
+                # Outputs of earlier runs name the column that the config has.
+                own = {**unit.options, "image_column": source.image_column}
+                units.append(dataclasses.replace(unit, options=own, reads_linked=False))
             else:
                 raise ValueError(
                     f"{unit}: config.metadata_only filters tables of captions; expected .parquet "
@@ -299,7 +304,7 @@ def _filter_parquet(
     compression = _compression(file)
     with pyarrow.parquet.ParquetWriter(path, schema, compression=compression) as writer:
         waiting: list[Any] = []
-        try:
+        with explain_errors(source.path, lambda: "damaged"):
             for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):
                 kept = rows.filter(batch.select(wanted).to_pylist())
                 waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
@@ -307,8 +312,6 @@ def _filter_parquet(
                     writer.write_table(pyarrow.Table.from_batches(waiting, schema))
                     waiting = []
                 report(batch.num_rows)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{source.path}: damaged ({error})") from error
         if waiting:
             writer.write_table(pyarrow.Table.from_batches(waiting, schema))
 

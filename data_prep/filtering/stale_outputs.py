@@ -15,7 +15,7 @@ from absl import logging
 
 from data_prep.filtering.config import DECIDING_PACKAGES, upgrade_settings
 from data_prep.filtering.resharding import remove_output
-from data_prep.jobs import shards
+from data_prep.jobs import fingerprint, shards
 
 SETTINGS = "settings.json"
 
@@ -46,6 +46,7 @@ def reject_or_remove_stale(
         ValueError: something has changed, and `overwrite` is not set.
     """
     folder = pathlib.Path(folder)
+    fingerprint.forget_linked()  # as an earlier run of this process saw them
     changed = []
     for task in tasks:
         stats = shards.read_stats(task)

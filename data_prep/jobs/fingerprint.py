@@ -6,7 +6,8 @@ differs from one machine to the next. How inputs are read belongs in the readers
 
 Ours: where path, size and time are the same, so is the input. Where the time differs (a copy, a
 touched file, a restored backup), 64 kB at 32 offsets show most edits at once, and a hash of every
-byte shows the others.
+byte shows the others. The files that a table names are part of it: of them too, sizes and times are
+compared first, then every byte.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.readers.base import read_image, walk_files
+from diht_jax.data.readers.registry import FORMATS, Skipped, SourceShard
 from diht_jax.data.records.remote import file_size, is_remote, open_system
 
 # The ending of the files with locations; folders that were written before have it, so it stays.
@@ -29,6 +31,8 @@ LOCATION_SUFFIX = ".place.json"
 # The quick hash is of so many blocks of so many bytes.
 _BLOCKS, _BLOCK_BYTES = 32, 2**16
 _READ_BYTES = 2**22
+# One run compares its inputs several times, and a table may name millions of files.
+_states_of_linked: dict[str, str | None] = {}
 
 
 class Description(NamedTuple):
@@ -53,8 +57,9 @@ def describe(source: SourceShard) -> Description:
     Raises:
         FileNotFoundError: it is gone.
     """
+    forget_linked()  # whatever was seen before, this is what will be read
     location = _locate(source)
-    files = list(_list_files(source.path))
+    files = list(_list_files(source))
     contents = {
         "kind": source.kind,
         "start": source.start,
@@ -65,6 +70,8 @@ def describe(source: SourceShard) -> Description:
         "fingerprint": _hash_samples(source),
         "digest": _hash_all(source),
     }
+    if "linked" in location:
+        contents["linked"] = _hash_linked(source)
     return Description(_plain(contents), location)
 
 
@@ -87,14 +94,25 @@ def is_same(source: SourceShard, contents: Mapping[str, Any], location_path: pat
     part |= {"options": dict(source.options), "size_bytes": now["size_bytes"]}
     if any(contents.get(name) != value for name, value in _plain(part).items()):
         return False
-    if _read_location(location_path) == now and now["changed"] is not None:
+    before = _read_location(location_path)
+    if before is not None and "linked" not in before:
+        # Written before the files that a table names were looked at.
+        before |= {name: now[name] for name in ("linked",) if name in now}
+    if before == now and now["changed"] is not None:
         return True
     if contents.get("fingerprint") != _hash_samples(source):
         return False
     if contents.get("digest") != _hash_all(source):
         return False
+    if "linked" in contents and contents["linked"] != _hash_linked(source):
+        return False
     write_location(location_path, now)
     return True
+
+
+def forget_linked() -> None:
+    """Makes the next comparison look again at the files that tables name; else it is done once."""
+    _states_of_linked.clear()
 
 
 def write_location(path: pathlib.Path, location: Mapping[str, Any]) -> None:
@@ -105,11 +123,15 @@ def write_location(path: pathlib.Path, location: Mapping[str, Any]) -> None:
 
 def _locate(source: SourceShard) -> dict[str, Any]:
     identity = source.identity()
-    return {
+    location = {
         "path": identity["path"],
         "size_bytes": identity["size_bytes"],
         "changed": identity["changed_ns"],
     }
+    if not names_files(source):
+        return location
+    linked = _state_of_linked(source, identity["changed_ns"])
+    return location if linked is None else location | {"linked": linked}
 
 
 def _read_location(path: pathlib.Path) -> dict[str, Any] | None:
@@ -143,7 +165,7 @@ def _hash_samples(source: SourceShard) -> str | None:
 def _hash_all(source: SourceShard) -> str:
     """The hash of every byte of a file, of its part, or of a folder's files with their names."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, path in _list_files(source.path):
+    for name, path in _list_files(source):
         size = file_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
         version = _locate(SourceShard(source.kind, path))["changed"]
@@ -171,17 +193,57 @@ def _range(source: SourceShard, size: int) -> tuple[int, int]:
     return source.start, size if source.stop is None else min(source.stop, size)
 
 
-def _list_files(path: str) -> Iterator[tuple[str, str]]:
+def names_files(source: SourceShard) -> bool:
+    """Whether an input is a table that names other files, which are read with it."""
+    form = FORMATS.get(source.kind)
+    return source.reads_linked and form is not None and form.list_linked_files is not None
+
+
+def _state_of_linked(source: SourceShard, version: int | None) -> str | None:
+    """The remembered `_look_at_linked` of a source, whose file has this version."""
+    key = json.dumps([str(source), version, dict(source.options)], sort_keys=True)
+    if key not in _states_of_linked:
+        _states_of_linked[key] = _look_at_linked(source)
+    return _states_of_linked[key]
+
+
+def _look_at_linked(source: SourceShard) -> str | None:
+    """Hash of size and time of change of the files that a table names; opens none of them."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for root, name in FORMATS[source.kind].list_linked_files(source):
+        count += 1
+        try:
+            status = os.stat(os.path.join(root, name))
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):  # there is no such file, or no file can have such a name
+            state = "missing"
+        digest.update(f"{state}\n".encode())
+    return digest.hexdigest() if count else None
+
+
+def _hash_linked(source: SourceShard) -> str:
+    """Hash of every byte of the files that a table names, in the order of its rows."""
+    digest = hashlib.blake2b(digest_size=16)
+    for root, name in FORMATS[source.kind].list_linked_files(source):
+        image = read_image(os.path.realpath(root), name, name)
+        data = image.reason.encode() if isinstance(image, Skipped) else image
+        digest.update(f"{len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def _list_files(source: SourceShard) -> Iterator[tuple[str, str]]:
     """Name and path of every file of an input: of itself, or of those in a folder, in order."""
-    if is_remote(path) or not os.path.isdir(path):
-        yield "", path
+    if is_remote(source.path) or not os.path.isdir(source.path):
+        yield "", source.path
         return
-    for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            whole = os.path.join(folder, name)
-            if not name.startswith(".") and os.path.isfile(whole):
-                yield os.path.relpath(whole, path), whole
+    found = [path for path, is_inside in walk_files(source.path, source.root) if is_inside]
+    names = [os.path.relpath(path, source.path) for path in found]
+
+    def files_before_folders(pair: tuple[str, str]) -> list[tuple[bool, str]]:
+        *folders, name = pair[0].split(os.sep)
+        return [*((True, folder) for folder in folders), (False, name)]
+
+    yield from sorted(zip(names, found, strict=True), key=files_before_folders)
 
 
 def _open(path: str) -> Any:

@@ -159,7 +159,8 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
             return None
     except FileNotFoundError:
         return f"the input '{task.source}', which is gone"
-    return f"the input '{task.source}'"
+    images = " or an image that it names" if fingerprint.names_files(task.source) else ""
+    return f"the input '{task.source}'{images}"
 
 
 def read_stats(task: ShardTask) -> dict[str, Any] | None:

@@ -18,7 +18,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from diht_jax.data.readers.base import IMAGE_EXTENSIONS, SourceShard
-from diht_jax.data.readers.parquet import CAPTION_COLUMNS, SUFFIX, clean_row, open_parquet
+from diht_jax.data.readers.parquet import (
+    CAPTION_COLUMNS,
+    SUFFIX,
+    clean_row,
+    explain_errors,
+    open_parquet,
+    read_rows,
+)
 from diht_jax.data.readers.webdataset import TAR_SUFFIXES
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
@@ -86,11 +93,11 @@ def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
     if "key" not in names:
         return {}
     wanted = [name for name in names if name not in IMAGE_EXTENSIONS]
-    return {
-        str(row["key"]): clean_row(row, ("key", *CAPTION_COLUMNS))
-        for batch in file.iter_batches(columns=wanted)
-        for row in batch.to_pylist()
-    }
+    with explain_errors(path, lambda: "damaged"):
+        return {
+            str(row["key"]): clean_row(row, ("key", *CAPTION_COLUMNS))
+            for row in read_rows(file, wanted)
+        }
 
 
 def _stem(path: str) -> str:

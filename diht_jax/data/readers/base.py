@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from diht_jax.data import retries
 from diht_jax.data.records import remote
 from diht_jax.data.records.schema import Pair
 
@@ -20,8 +20,36 @@ from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.schema import parse_json_object as parse_json_object
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+# In folders people keep other pictures, too.
+FOLDER_EXTENSIONS = (
+    *IMAGE_EXTENSIONS,
+    *(
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "jfif",
+        "jpe",
+        "avif",
+        "jp2",
+        "j2k",
+        "apng",
+        "ppm",
+        "pgm",
+        "pbm",
+    ),
+)
+_UNSUPPORTED_EXTENSIONS = (
+    *("heic", "heif", "jxl", "svg", "svgz", "psd", "ico", "tga", "eps", "hdr", "exr", "dng"),
+    *("cr2", "nef", "arw", "raw", "wmf", "emf", "xcf", "pcx", "dds", "jxr", "mng"),
+)
 # Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
 MAX_IMAGE_BYTES = 2**28
+
+# A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
+# compressed already.
+_UNPACKED_BYTES = 2**30
+_MAX_EXPANSION = 200
 
 # Why a reader skips an entry, in the order of a funnel. "too_large" is the image's reason.
 SOURCE_REASONS = (
@@ -29,6 +57,7 @@ SOURCE_REASONS = (
     "bad_json",
     "refused_path",
     "no_image",
+    "unsupported_format",
     "duplicate",
     "no_caption",
     "too_large",
@@ -60,6 +89,7 @@ class SourceShard:
         start: where the part begins: a byte of a table, a record of a TFDS file.
         stop: where it ends (exclusive); None for the end of the file.
         options: what else its reader needs, JSON-able.
+        reads_linked: whether files that a table only names, such as its images, are read, too.
     """
 
     kind: str
@@ -67,17 +97,25 @@ class SourceShard:
     start: int = 0
     stop: int | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads_linked: bool = True
 
     def __str__(self) -> str:
         part = "" if self.stop is None else f"[{self.start}:{self.stop}]"
         return f"{self.path}{part}"
 
+    @property
+    def root(self) -> str:
+        """The folder of the source that the path of a folder belongs to."""
+        # A class lies in the folder that was named, pictures are that folder themselves.
+        return os.path.dirname(self.path) if self.kind == "folder" else self.path
+
     def identity(self) -> dict[str, Any]:
         """Describes the input, to compare with it later: path, part, size and time of change.
 
         Returns:
-            A JSON-able dict. For a folder, size and time are those of the files in it together;
-            for a URL, the time is the version that the object store states, or None.
+            A JSON-able dict. For a folder, size and time are those of the files in it together,
+            but for links that lead out; for a URL, the time is the version that the object store
+            states, or None.
         """
         described = {
             "kind": self.kind,
@@ -90,7 +128,8 @@ class SourceShard:
             size, version = remote.file_version(self.path)
             return described | {"files": 1, "size_bytes": size, "changed_ns": version}
         if os.path.isdir(self.path):
-            files = [entry.stat() for entry in _walk_files(self.path)]
+            found = walk_files(self.path, self.root)
+            files = [os.stat(path) for path, is_inside in found if is_inside]
         else:
             files = [os.stat(self.path)]
         return described | {
@@ -119,6 +158,9 @@ class Format:
         count_reads_file: counting goes through the whole file, so that only the first shard is
             counted, and the others are estimated by their bytes.
         metadata_of: kind of the files beside which the files of this format hold metadata only.
+        list_linked_files: of a shard, the files that its own file only names, such as the images
+            of a table, as `read_image` takes them: folder, path in it. They may be missing. None
+            where there are no such files.
         reads_remote: files in an object store can be read, by their URL.
     """
 
@@ -132,6 +174,7 @@ class Format:
     count: Callable[[SourceShard], int | None] = lambda shard: None
     count_reads_file: bool = False
     metadata_of: str | None = None
+    list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
     reads_remote: bool = False
 
     def is_file(self, path: str) -> bool:
@@ -139,6 +182,36 @@ class Format:
         if self.matches is not None:
             return self.matches(path)
         return path.endswith(self.suffixes)
+
+
+class ExpansionError(ValueError):
+    """A file unpacks to far more than it takes; names it."""
+
+
+class ExpansionCheck:
+    """Notices a file that would fill any memory, or go on for ever, once it is unpacked."""
+
+    def __init__(self, path: str):
+        self._path = path
+        self._limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * os.path.getsize(path))
+        self._total = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Counts unpacked bytes.
+
+        Raises:
+            ExpansionError: there are too many by now.
+        """
+        self.check(self._total + num_bytes)
+
+    def check(self, total_bytes: int) -> None:
+        """The same, given the bytes so far."""
+        self._total = total_bytes
+        if total_bytes > self._limit:
+            raise ExpansionError(
+                f"{self._path}: unpacks to over {self._limit >> 20} MiB, more than "
+                f"{_MAX_EXPANSION} times its size; no file of pictures does"
+            )
 
 
 def clean_text(text: str) -> str:
@@ -175,6 +248,9 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
         root: the folder, a real path. What leads out of it, by ".." or a link, is refused.
         name: path of the image, relative to `root` or absolute.
         key: of the pair.
+
+    Raises:
+        StorageError: the file exists and cannot be read, now and after some attempts.
     """
     try:
         # Resolved first, so that neither ".." nor a link leads out of the folder.
@@ -184,14 +260,17 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     if os.path.commonpath([root, path]) != root:
         return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
     try:
-        status = os.stat(path)
+        status = retries.retry(lambda: os.stat(path), path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
             return Skipped(key, "no_image", f"{_shortened(name)} is no ordinary file")
         if status.st_size > MAX_IMAGE_BYTES:
             detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
             return Skipped(key, "too_large", detail)
-        return pathlib.Path(path).read_bytes()
+        return retries.read_file(path)
     except OSError as error:
+        # Anything else is no reason to lose a pair: the file may well be there.
+        if not retries.is_missing(error):
+            raise
         return Skipped(key, "no_image", f"{_shortened(name)}: {error.strerror}")
 
 
@@ -201,11 +280,55 @@ def image_files(folder: str) -> list[str]:
     Raises:
         ValueError: a link makes a folder hold itself.
     """
-    suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
-    return [entry.path for entry in _walk_files(folder) if entry.name.lower().endswith(suffixes)]
+    return [path for path, reason in walk_images(folder, folder) if reason is None]
 
 
-def _walk_files(folder: str, above: tuple[str, ...] = ()) -> Iterable[os.DirEntry[str]]:
+def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
+    """Yields the images in a folder and below it, sorted; hidden ones are left out.
+
+    Args:
+        folder: where to look.
+        root: folder that no link may lead out of.
+
+    Returns:
+        Paths, and the reason for which one cannot be read: "unsupported_format", or
+        "refused_path" for a link that leads out, whatever is behind it; None for the others.
+
+    Raises:
+        ValueError: a link makes a folder hold itself.
+    """
+    for path, is_inside in walk_files(folder, root):
+        extension = path.rpartition(".")[2].lower()
+        is_picture = extension in FOLDER_EXTENSIONS or extension in _UNSUPPORTED_EXTENSIONS
+        if not is_inside and (is_picture or os.path.isdir(path)):
+            yield path, "refused_path"
+        elif not is_inside:
+            continue
+        elif extension in FOLDER_EXTENSIONS:
+            yield path, None
+        elif extension in _UNSUPPORTED_EXTENSIONS:
+            yield path, "unsupported_format"
+
+
+def walk_files(folder: str, root: str) -> Iterator[tuple[str, bool]]:
+    """Yields the path of every file that is not hidden, and whether it lies inside of `root`.
+
+    A link that leads out of `root` is yielded, and not followed.
+
+    Raises:
+        ValueError: a link makes a folder hold itself.
+    """
+    real_root = os.path.realpath(root)
+    if not _is_inside(folder, real_root):
+        yield folder, False
+        return
+    for entry, is_inside in _walk(folder, real_root, ()):
+        yield entry.path, is_inside
+
+
+def _walk(
+    folder: str, root: str, above: tuple[str, ...]
+) -> Iterator[tuple[os.DirEntry[str], bool]]:
     real_path = os.path.realpath(folder)
     if real_path in above:
         raise ValueError(f"'{folder}' leads back to '{real_path}', which holds it; remove the link")
@@ -214,10 +337,16 @@ def _walk_files(folder: str, above: tuple[str, ...] = ()) -> Iterable[os.DirEntr
     for entry in children:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from _walk_files(entry.path, (*above, real_path))
+        if entry.is_symlink() and not _is_inside(entry.path, root):
+            yield entry, False
+        elif entry.is_dir():
+            yield from _walk(entry.path, root, (*above, real_path))
         elif entry.is_file():
-            yield entry
+            yield entry, True
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
 
 
 def _shortened(name: str) -> str:

@@ -1,18 +1,22 @@
-"""Folders of images: one sub-folder for each class, or pictures without any caption."""
+"""Folders of images: one sub-folder for each class, or pictures without any caption.
+
+A link may lead to any file inside of the folder that was named, and to none outside of it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from diht_jax.data.readers.base import (
-    MAX_IMAGE_BYTES,
+    FOLDER_EXTENSIONS,
     Format,
     Skipped,
     SourceShard,
     clean_text,
-    image_files,
+    read_image,
+    walk_images,
 )
 from diht_jax.data.records.schema import Pair
 
@@ -26,7 +30,7 @@ def list_class_shards(root: str) -> list[SourceShard]:
     with os.scandir(root) as entries:
         names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
     folders = [os.path.join(root, name) for name in names]
-    if not any(image_files(folder) for folder in folders):
+    if not any(any(walk_images(folder, root)) for folder in folders):
         return []
     return [
         SourceShard("folder", folder, options={"label": label, "class_name": name})
@@ -43,26 +47,31 @@ def read_class(shard: SourceShard) -> Iterator[Pair | Skipped]:
     class_name = clean_text(shard.options["class_name"])
     metadata = {"label": shard.options["label"], "class_name": class_name}
     caption = " ".join(class_name.replace("_", " ").split()) or class_name
-    for path in image_files(shard.path):
-        key = clean_text(f"{class_name}/{os.path.relpath(path, shard.path)}")
-        yield _read_image(path, key, caption, metadata)
+    for path, reason in walk_images(shard.path, shard.root):
+        name = os.path.relpath(path, shard.path)
+        key = clean_text(class_name if name == "." else f"{class_name}/{name}")
+        yield _read_image(path, shard.root, reason, Pair(key, b"", caption, metadata))
 
 
 def read_pictures(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """Yields the images of a folder with empty captions; keys are their paths in it."""
-    for path in image_files(shard.path):
-        yield _read_image(path, os.path.relpath(path, shard.path), "", {})
+    for path, reason in walk_images(shard.path, shard.root):
+        pair = Pair(os.path.relpath(path, shard.path), b"", "")
+        yield _read_image(path, shard.root, reason, pair)
 
 
-def _read_image(path: str, key: str, caption: str, metadata: dict[str, Any]) -> Pair | Skipped:
-    if os.path.getsize(path) > MAX_IMAGE_BYTES:
-        return Skipped(key, "too_large", f"over {MAX_IMAGE_BYTES} bytes")
-    with open(path, "rb") as file:
-        return Pair(key, file.read(), caption, metadata)
+def _read_image(path: str, root: str, reason: str | None, pair: Pair) -> Pair | Skipped:
+    """The pair with its image, or why there is none."""
+    if reason == "refused_path":
+        return Skipped(pair.key, reason, f"a link that leads out of '{root}'")
+    if reason is not None:
+        return Skipped(pair.key, reason, f"expected one of {', '.join(FOLDER_EXTENSIONS)}")
+    image = read_image(os.path.realpath(root), os.path.realpath(path), pair.key)
+    return image if isinstance(image, Skipped) else dataclasses.replace(pair, image=image)
 
 
 def _count_images(shard: SourceShard) -> int:
-    return len(image_files(shard.path))
+    return sum(1 for _ in walk_images(shard.path, shard.root))
 
 
 CLASSES = Format(

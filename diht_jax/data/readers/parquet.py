@@ -6,14 +6,16 @@ columns become metadata. Beside tars, img2dataset's parquet files hold metadata 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from diht_jax.data.readers.base import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
+    ExpansionCheck,
     Format,
     Skipped,
     SourceShard,
@@ -23,28 +25,63 @@ from diht_jax.data.readers.base import (
     pick_captions,
 )
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.retries import StorageError, check_failure, open_file
 
 SUFFIX = ".parquet"
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
 
-_BATCH_ROWS = 64  # images are held with them
+# Arrow reads so much of a column at once, instead of all that a row group has of it.
+_BUFFER_BYTES = 2**20
 
 
 def open_parquet(path: str) -> Any:
-    """The `pyarrow.parquet.ParquetFile` at a path.
+    """The `pyarrow.parquet.ParquetFile` at a path; its reads are tried again as of `retries`.
 
     Raises:
         ValueError: it cannot be read as one.
+        StorageError: it cannot be read, now and after some attempts.
     """
     import pyarrow
     import pyarrow.parquet
 
+    file = open_file(path)
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        return pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+        check_failure(file)
         raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
+
+
+@contextlib.contextmanager
+def explain_errors(path: str, describe: Callable[[], str]) -> Iterator[None]:
+    """Makes Arrow's errors a ValueError that names the file; those of a disk stay what they are.
+
+    Args:
+        path: of the file that is being read.
+        describe: what is wrong with it, if its contents are.
+    """
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowInvalid, OSError, MemoryError) as error:
+        if isinstance(error, StorageError) or getattr(error, "errno", None):
+            raise
+        raise ValueError(f"{path}: {describe()} ({error})") from error
+
+
+def read_rows(file: Any, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file of `open_parquet`, one at a time.
+
+    A few bytes can stand for many rows of hundreds of megabytes each, which Arrow would unpack
+    together, however few rows a batch had.
+
+    Args:
+        file: of `open_parquet`.
+        columns: names of those that are read; all where None.
+    """
+    for batch in file.iter_batches(batch_size=1, columns=columns, use_threads=False):
+        yield from batch.to_pylist()
 
 
 def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
@@ -54,10 +91,10 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
         source: a whole parquet file.
 
     Raises:
-        ValueError: the file is damaged, or has no column of images or of captions.
+        ValueError: the file is damaged, unpacks to far more than it takes, or has no column of
+            images or of captions.
+        StorageError: it cannot be read, now and after some attempts.
     """
-    import pyarrow
-
     file = open_parquet(source.path)
     names = file.schema_arrow.names
     image_column = _find_column(source.path, names, IMAGE_EXTENSIONS, "images")
@@ -65,18 +102,17 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
     number = 0
-    try:
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            for row in batch.to_pylist():
-                key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"
-                number += 1
-                if key in seen:
-                    yield Skipped(key, "duplicate", "the key was there before")
-                    continue
-                seen.add(key)
-                yield _make_pair(key, row, image_column, caption_column)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{source.path}: damaged at row {number} ({error})") from error
+    expansion = ExpansionCheck(source.path)
+    with explain_errors(source.path, lambda: f"damaged at row {number}"):
+        for row in read_rows(file):
+            key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"
+            number += 1
+            expansion.add(len(row[image_column] or b""))
+            if key in seen:
+                yield Skipped(key, "duplicate", "the key was there before")
+                continue
+            seen.add(key)
+            yield _make_pair(key, row, image_column, caption_column)
 
 
 def _make_pair(

@@ -5,9 +5,9 @@ A table is cut into parts of so many rows, so that many workers can share a larg
 
 from __future__ import annotations
 
+import codecs
 import csv
 import dataclasses
-import io
 import os
 import pathlib
 from collections.abc import Iterator
@@ -24,10 +24,15 @@ from diht_jax.data.readers.base import (
     read_image,
 )
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.retries import open_file
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 _MAX_FIELD_CHARS = 2**24
+_MAX_LINE_BYTES = 2**28
+_BLOCK_BYTES = 2**20
+# Texts in UTF-16 and UTF-32 begin so, with zeros among the bytes that follow.
+_OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +63,9 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
         options: of the table.
 
     Raises:
-        ValueError: the table is empty, a csv lacks a column, or `rows_per_shard` is not positive.
+        ValueError: the table is empty, lacks a column, is no UTF-8 text, or `rows_per_shard` is not
+            positive.
+        StorageError: it cannot be read, now and after some attempts.
     """
     if options.rows_per_shard < 1:
         raise ValueError(f"rows_per_shard={options.rows_per_shard}; expected at least 1")
@@ -68,9 +75,13 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
     shared = dataclasses.asdict(options) | {"image_root": root}
     header: list[str] | None = None
     boundaries, row_count, position = [], 0, 0
-    with open(path, "rb") as file:
-        if not path.endswith(".jsonl"):
+    with open_file(path) as file:
+        _check_encoding(path, file)
+        if path.endswith(".jsonl"):
+            _check_jsonl_columns(path, file, options)
+        else:
             header, position = _read_csv_header(path, file, options)
+        file.seek(position)
         for row_start, row_end in _row_extents(path, file, position):
             if row_count % options.rows_per_shard == 0:
                 boundaries.append((row_start, row_count))
@@ -92,6 +103,7 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
     Raises:
         ValueError: csv quoting that cannot be resolved.
+        StorageError: the table, or an image, cannot be read, now and after some attempts.
     """
     first_row, header = shard.options["first_row"], shard.options["header"]
     options = TableOptions(
@@ -126,46 +138,84 @@ def _make_pair(
     return Pair(key, image, captions[0], merge_captions(metadata, captions))
 
 
+def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:
+    """Yields folder and path in it of every image that one part of a table names."""
+    options = shard.options
+    if "header" not in options:
+        return  # not a part that `list_table_shards` has made
+    for row in _read_rows(shard, options["header"]):
+        name = None if isinstance(row, str) else row.get(options["image_column"])
+        if isinstance(name, str) and name.strip():
+            yield options["image_root"], name.strip()
+
+
 def _read_rows(shard: SourceShard, header: list[str] | None) -> Iterator[dict[str, Any] | str]:
     """Yields rows, or what is wrong with them."""
-    with open(shard.path, "rb") as file:
+    with open_file(shard.path) as file:
         file.seek(shard.start)
-        data = file.read(shard.stop - shard.start)
-    if header is None:
-        for line in data.split(b"\n"):
-            if line.strip():
-                try:
-                    yield parse_json_object(line.decode("utf-8-sig"))
-                except ValueError as error:
-                    yield str(error)
-        return
-    for values in _csv_reader(shard.path, _CountedLines(io.BytesIO(data), 0)):
-        if not values:
-            continue
-        if len(values) == len(header):
-            yield dict(zip(header, values, strict=True))
-        else:
-            yield f"{len(values)} fields; the header has {len(header)}"
+        lines = _Lines(shard.path, file, shard.start, shard.stop)
+        if header is None:
+            for line in lines.raw():
+                if line.strip():
+                    try:
+                        yield parse_json_object(line.decode("utf-8-sig"))
+                    except ValueError as error:
+                        yield str(error)
+            return
+        for values in _csv_reader(shard.path, lines):
+            if not values:
+                continue
+            if len(values) == len(header):
+                yield dict(zip(header, values, strict=True))
+            else:
+                yield f"{len(values)} fields; the header has {len(header)}"
 
 
 def _row_extents(path: str, file: BinaryIO, position: int) -> Iterator[tuple[int, int]]:
     """Yields the first and last (exclusive) byte of every row that is not blank."""
-    if path.endswith(".jsonl"):
-        for line in file:
-            start, position = position, position + len(line)
-            if line.strip():
-                yield start, position
-        return
-    counter = _CountedLines(file, position)
-    for values in _csv_reader(path, counter):
-        start, position = position, counter.position
-        if values:
+    lines = _Lines(path, file, position)
+    rows = lines.raw() if path.endswith(".jsonl") else _csv_reader(path, lines)
+    for row in rows:
+        start, position = position, lines.position
+        if row.strip() if isinstance(row, bytes) else row:
             yield start, position
 
 
+def _check_encoding(path: str, file: BinaryIO) -> None:
+    head = file.read(64)
+    file.seek(0)
+    if head.startswith(_OTHER_ENCODINGS) and b"\0" in head:
+        raise ValueError(
+            f"{path}: the text is in UTF-16 or UTF-32; expected UTF-8: save it so, or convert it "
+            "with `iconv -f UTF-16 -t UTF-8`"
+        )
+
+
+def _check_jsonl_columns(path: str, file: BinaryIO, options: TableOptions) -> None:
+    """Looks for rows with the columns, as a csv has them in its header; goes no further."""
+    needed = [options.image_column, options.caption_column, options.key_column]
+    missing = {name for name in needed if name}
+    first: dict[str, Any] | None = None
+    for line in _Lines(path, file, 0).raw():
+        try:
+            row = parse_json_object(line.decode("utf-8-sig"))
+        except ValueError:
+            continue  # it is counted when the rows are read
+        first = row if first is None else first
+        missing -= row.keys()
+        if not missing:
+            return
+    if first is not None:
+        raise ValueError(
+            f"{path}: no row has {', '.join(map(repr, sorted(missing)))}; the first one has "
+            f"{', '.join(map(repr, list(first)[:20])) or 'nothing':.500}; set image_column, "
+            "caption_column or key_column"
+        )
+
+
 def _read_csv_header(path: str, file: BinaryIO, options: TableOptions) -> tuple[list[str], int]:
-    counter = _CountedLines(file, 0)
-    header = next(_csv_reader(path, counter), [])
+    lines = _Lines(path, file, 0)
+    header = next(_csv_reader(path, lines), [])
     header = [name.removeprefix("\ufeff").strip() for name in header]
     needed = [options.image_column, options.caption_column, options.key_column]
     missing = [name for name in needed if name and name not in header]
@@ -175,7 +225,7 @@ def _read_csv_header(path: str, file: BinaryIO, options: TableOptions) -> tuple[
             f"{', '.join(map(repr, header)) or 'nothing'}; set image_column, caption_column or "
             "key_column"
         )
-    return header, counter.position
+    return header, lines.position
 
 
 def _csv_reader(path: str, lines: Iterator[str]) -> Iterator[list[str]]:
@@ -189,27 +239,46 @@ def _csv_reader(path: str, lines: Iterator[str]) -> Iterator[list[str]]:
         raise ValueError(f"{path}: line {reader.line_num} of this part: {error}") from error
 
 
-class _CountedLines(Iterator[str]):
-    """Decoded lines of a file, and the byte after the last one that was taken."""
+class _Lines(Iterator[str]):
+    """Decoded lines of a part of a file, and the byte after the last one that was taken."""
 
-    def __init__(self, file: BinaryIO, position: int):
+    def __init__(self, path: str, file: BinaryIO, position: int, stop: int | None = None):
+        self._path = path
         self._file = file
+        self._stop = stop
         self.position = position
 
     def __next__(self) -> str:
-        line = self._file.readline()
+        line = self._read()
         if not line:
             raise StopIteration
-        self.position += len(line)
         return line.decode("utf-8", "replace")
+
+    def raw(self) -> Iterator[bytes]:
+        """Yields the bytes of the lines."""
+        return iter(self._read, b"")
+
+    def _read(self) -> bytes:
+        if self._stop is not None and self.position >= self._stop:
+            return b""
+        line = self._file.readline(_MAX_LINE_BYTES + 1)
+        if len(line) > _MAX_LINE_BYTES:
+            raise ValueError(
+                f"{self._path}: at byte {self.position} is a line of over {_MAX_LINE_BYTES} bytes; "
+                "expected a row of text"
+            )
+        self.position += len(line)
+        return line
 
 
 def _count_lines(shard: SourceShard) -> int:
     """Lines of a part; a row of a csv with line breaks in it counts too often."""
-    with open(shard.path, "rb") as file:
+    count, last, left = 0, b"\n", shard.stop - shard.start
+    with open_file(shard.path) as file:
         file.seek(shard.start)
-        data = file.read(shard.stop - shard.start)
-    return data.count(b"\n") + (bool(data) and not data.endswith(b"\n"))
+        while block := file.read(min(left, _BLOCK_BYTES)):
+            count, last, left = count + block.count(b"\n"), block[-1:], left - len(block)
+    return count + (last != b"\n")
 
 
 FORMAT = Format(
@@ -218,4 +287,5 @@ FORMAT = Format(
     options=TableOptions,
     read=read_table,
     count=_count_lines,
+    list_linked_files=list_table_images,
 )

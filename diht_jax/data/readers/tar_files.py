@@ -5,7 +5,8 @@ belongs to the callers.
 
 Python's `tarfile` believes the headers: it reserves whatever size an extended header claims,
 searches it with patterns that take quadratic time, goes backwards at a negative size, and takes a
-damaged header or a hole of zeros for the end. Each of these is an error here.
+damaged header or a hole of zeros for the end. Each of these is an error here, and so is an archive
+that unpacks to far more than it takes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+
+from diht_jax.data.readers.base import ExpansionCheck, ExpansionError
+from diht_jax.data.retries import check_failure, open_file
 
 # Names of 4,096 bytes and some attributes; `tarfile` needs a second to search so many digits.
 _MAX_EXTENDED_BYTES = 2**14
@@ -43,27 +47,34 @@ def read_members(
         Names and contents; None in place of contents over the limit.
 
     Raises:
-        ValueError: the archive is damaged, cut off, or goes on behind its end; names it.
+        ValueError: the archive is damaged, cut off, goes on behind its end, or unpacks to far more
+            than it takes; names it.
+        StorageError: it cannot be read, now and after some attempts; names it.
         FileNotFoundError: there is none.
     """
+    file = open_file(path)
     try:
-        with tarfile.open(path, "r:*", tarinfo=_BoundedInfo) as tar:
-            position = -1
+        with file, tarfile.open(path, "r:*", fileobj=file, tarinfo=_BoundedInfo) as tar:
+            position, expansion, contents = -1, ExpansionCheck(path), ExpansionCheck(path)
             while (member := tar.next()) is not None:
                 tar.members.clear()  # kept for random access, which nobody needs here
                 if tar.offset <= position:
                     raise tarfile.ReadError(f"the size of '{member.name}' leads backwards")
                 position = tar.offset
+                if tar.fileobj is not file:  # compressed; `position` is where the contents end
+                    expansion.check(position)
                 limit = size_limit(member.name) if member.isreg() else None
                 if limit is None:
                     continue
                 # The size is checked first: a sparse member may claim terabytes of zeros.
                 is_wanted = 0 <= member.size <= limit
+                contents.add(member.size if is_wanted else 0)
                 yield member.name, tar.extractfile(member).read() if is_wanted else None
             _check_end(tar)
-    except FileNotFoundError:
+    except ExpansionError:
         raise
     except _BROKEN as error:
+        check_failure(file)  # the archive itself may be good
         raise ValueError(
             f"{path}: the tar archive cannot be read to its end ({type(error).__name__}: {error}); "
             "download or write it again"

@@ -22,6 +22,7 @@ import google_crc32c
 import numpy as np
 
 from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.retries import open_file
 
 INDEX_SUFFIX = ".idx"
 
@@ -138,10 +139,12 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
 
     Raises:
         TFRecordError: as `scan_offsets`, and for a record whose checksum differs.
+        StorageError: the file cannot be read, now and after some attempts.
     """
     name, record, position = os.fspath(path), 0, 0
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_file(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         while header := file.read(_LENGTH.size):
             length = _check_header(name, record, header)
             position += FRAME_BYTES + length

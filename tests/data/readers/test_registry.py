@@ -6,7 +6,9 @@ import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from PIL import features
 
+from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import clean_text, pick_captions
 from diht_jax.data.readers.registry import (
     FORMATS,
@@ -17,7 +19,14 @@ from diht_jax.data.readers.registry import (
 )
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
-from tests.data.readers.inputs import JPEG, PNG, read_entries, write_tar
+from tests.data.readers.inputs import (
+    JPEG,
+    PNG,
+    encoded_image,
+    read_entries,
+    skip_reasons,
+    write_tar,
+)
 
 
 def test_class_folders(tmp_path):
@@ -37,6 +46,44 @@ def test_class_folders(tmp_path):
         ("b/deep/3.PNG", "b", 1),
     ]
     assert pairs[0].metadata["class_name"] == "a_c"
+
+
+def test_class_folders_read_what_pillow_reads_and_count_the_rest(tmp_path):
+    folder = tmp_path / "classes" / "dog"
+    formats = {"gif": "GIF", "bmp": "BMP", "TIFF": "TIFF", "jfif": "JPEG", "jp2": "JPEG2000"}
+    formats |= {"avif": "AVIF"} if features.check("avif") else {}
+    folder.mkdir(parents=True)
+    for extension, name in formats.items():
+        (folder / f"a.{extension}").write_bytes(encoded_image(name))
+    for name in ("b.heic", "c.SVG"):
+        (folder / name).write_bytes(b"another format")
+    entries = read_entries(str(tmp_path / "classes"))
+    found = {entry.key: entry for entry in entries if isinstance(entry, Pair)}
+    assert found.keys() == {f"dog/a.{extension}" for extension in formats}
+    for pair in found.values():
+        assert decode_rgb(pair.image).size == (4, 3)
+    assert skip_reasons(entries) == dict.fromkeys(("dog/b.heic", "dog/c.SVG"), "unsupported_format")
+
+
+def test_links_of_class_folders_that_lead_out_are_refused(tmp_path):
+    root, outside = tmp_path / "classes", tmp_path / "outside"
+    for name in (root / "cat", root / "dog", outside / "deep"):
+        name.mkdir(parents=True)
+        (name / "a.png").write_bytes(PNG)
+    (root / "dog" / "inside.png").symlink_to(root / "cat" / "a.png")
+    (root / "dog" / "out.png").symlink_to(outside / "deep" / "a.png")
+    (root / "dog" / "out").symlink_to(outside)
+    (root / "dog" / "notes.txt").symlink_to("/etc/hostname")
+    (root / "fox").symlink_to(outside)
+    entries = read_entries(str(root))
+    assert [e.key for e in entries if isinstance(e, Pair)] == [
+        "cat/a.png",
+        "dog/a.png",
+        "dog/inside.png",
+    ]
+    assert skip_reasons(entries) == dict.fromkeys(("dog/out", "dog/out.png", "fox"), "refused_path")
+    sizes = [shard.identity()["files"] for shard in list_shards(str(root))]
+    assert sizes == [1, 2, 0]
 
 
 def test_own_records_and_lists_of_sources(tmp_path):
@@ -72,6 +119,9 @@ def test_parquet_with_images(tmp_path):
     ]
     for spec in (str(path), str(tmp_path), str(tmp_path / "*.parquet")):
         assert read_entries(spec) == expected
+        source = open_source(spec)  # what evaluation, embed, search and users see
+        assert list(source) == expected[:1]
+        assert source.skipped == {"no_image": 1, "no_caption": 1, "duplicate": 1}
     assert FORMATS["parquet"].count(list_shards(str(path))[0]) == 4
     # Beside tars, such files hold the metadata of the tars' pairs.
     tar = write_tar(tmp_path / "00000.tar", [("k.png", PNG), ("k.txt", b"text")])

@@ -136,3 +136,46 @@ def test_wrong_tables(tmp_path, text, options, message):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
         list(open_source(str(tmp_path / "t.csv"), **options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([{"img": "a.png", "caption": "x"}], {}, r"no row has 'image'; the first one has 'img', "),
+        ([{"image": "a.png", "text": "x"}], {}, r"no row has 'caption'"),
+        ([{"image": "a.png", "caption": "x"}], {"key_column": "uid"}, r"no row has 'uid'"),
+        ([{}, {}], {}, r"no row has 'caption', 'image'; the first one has nothing"),
+    ],
+)
+def test_a_jsonl_without_a_column_is_refused_as_a_csv_is(tmp_path, rows, options, message):
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=rf"t\.jsonl: {message}.*set image_column"):
+        list_shards(str(tmp_path / "t.jsonl"), **options)
+
+
+def test_a_column_that_some_rows_have_is_enough(tmp_path):
+    _image_folder(tmp_path)
+    rows = [{"caption": "x"}, {"image": "images/a.png"}, {"image": "images/a.png", "caption": "y"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    entries = read_entries(str(tmp_path / "t.jsonl"), rows_per_shard=1)
+    assert list(skip_reasons(entries).values()) == ["no_image", "no_caption"]
+    assert entries[2].caption == "y"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])
+def test_other_encodings_are_named(tmp_path, suffix, encoding):
+    text = '{"image": "a.png", "caption": "x"}\n' if suffix == "jsonl" else "image,caption\n"
+    path = tmp_path / f"t.{suffix}"
+    mark = b"\xfe\xff" if encoding == "utf-16-be" else b""
+    path.write_bytes(mark + text.encode(encoding))
+    with pytest.raises(ValueError, match=rf"t\.{suffix}: the text is in UTF-16 .*iconv"):
+        list_shards(str(path))
+
+
+def test_rows_of_a_table_may_share_a_key(tmp_path):
+    """Several captions of one picture, as in COCO: none of them is a duplicate."""
+    _image_folder(tmp_path)
+    (tmp_path / "t.csv").write_text("id,image,caption\n7,images/a.png,one\n7,images/a.png,two\n")
+    entries = read_entries(str(tmp_path / "t.csv"), key_column="id")
+    assert [(pair.key, pair.caption) for pair in entries] == [("7", "one"), ("7", "two")]

@@ -6,9 +6,11 @@ What is decided about a pair is in `test_command.py`; kills are in `test_kill_po
 import os
 
 import pytest
+from PIL import Image
 
 from data_prep.filter import run_filter
 from diht_jax.data.records.tfrecord import TFRecordSource
+from tests.data.readers.failing_disk import FailingDisk
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -109,3 +111,38 @@ def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
     broken.write_bytes(whole)
     assert run_filter(config) == {}
     assert read_counts(tmp_path / "out")["kept"] == 15
+
+
+def test_an_outage_costs_no_pair(tmp_path, capsys):
+    """The disk fails behind the first picture: the shard fails, and the next run has all pairs."""
+    names = [f"{number:02d}.png" for number in range(27)]
+    for name in names:
+        Image.new("RGB", (40, 20), "red").save(tmp_path / name)
+    rows = [f"{name},name {name}\n" for name in names]
+    (tmp_path / "t.csv").write_text("image,caption\n" + "".join(rows))
+    config = job_config(str(tmp_path / "t.csv"), tmp_path / "out", retries=1)
+    with FailingDisk(tmp_path / "05.png", failures=10**9).mounted():
+        failures = run_filter(config)
+    assert [*failures.values()][0].startswith(f"{tmp_path}/05.png: could not be read in 5 attempts")
+    assert f"failed: {tmp_path}/t.csv" in capsys.readouterr().err
+    with FailingDisk(tmp_path, failures=3, spared=40).mounted() as disk:  # a moment only
+        assert run_filter(config) == {}
+    assert not disk.failures
+    assert [record.caption for record in read_records(tmp_path / "out")] == [
+        f"name {name}" for name in names
+    ]
+    assert read_counts(tmp_path / "out")["dropped"]["source"] == {}
+
+
+def test_a_replaced_image_behind_a_table_is_noticed(tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 20), "red").save(tmp_path / name)
+    (tmp_path / "t.csv").write_text("image,caption\na.png,one\nb.png,two\n")
+    config = job_config(str(tmp_path / "t.csv"), tmp_path / "out")
+    run_filter(config)
+    run_filter(config)
+    Image.new("RGB", (40, 20), "blue").save(tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"t\.csv.* or an image that it names.*--overwrite"):
+        run_filter(config)
+    run_filter(config, overwrite=True)
+    assert read_records(tmp_path / "out")[1].image == (tmp_path / "b.png").read_bytes()

@@ -145,3 +145,12 @@ def test_equal_captions_are_parsed_once_in_a_shard(monkeypatch):
     small = CaptionMemo(max_entries=1)
     assert [cat_reason(g) for g in small.parse(captions)] == [None, "no_action", None, None]
     assert len(small._graphs) == 1 and cache._MAX_ENTRIES > 10_000
+
+
+def test_a_jsonl_without_the_captions_is_refused_and_needs_no_images(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"TEXT": "a man riding a horse"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl: no row has 'caption'"):
+        run_filter(_config(str(tmp_path / "a.jsonl"), tmp_path / "out"))
+    config = _config(str(tmp_path / "a.jsonl"), tmp_path / "out", source__caption_column="TEXT")
+    assert run_filter(config) == {}
+    assert (tmp_path / "out" / "a.jsonl").read_text() == (tmp_path / "a.jsonl").read_text()

@@ -1,5 +1,6 @@
 """What counts as the same input: a copy and a touched file do, an edit of equal size does not."""
 
+import dataclasses
 import io
 import json
 import os
@@ -13,7 +14,7 @@ from PIL import Image
 from data_prep.filter import run_filter
 from data_prep.jobs import fingerprint
 from diht_jax.config import load_recipe
-from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.readers.registry import SourceShard, list_shards
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 
@@ -171,3 +172,58 @@ def test_shards_of_an_object_store(remote, tmp_path):
     config.input = f"{remote}/*.tar"
     with pytest.raises(ValueError, match=r"no TFRecord shards at 'memory://pairs/\*\.tar'"):
         run_filter(config)
+
+
+@pytest.fixture
+def table(tmp_path) -> _Input:
+    """A part of a csv beside its images."""
+    (tmp_path / "data").mkdir()
+    for number in range(3):
+        (tmp_path / "data" / f"{number}.png").write_bytes(b"%d" % number * 100)
+    rows = "".join(f"{number}.png,name {number}\n" for number in range(4))
+    (tmp_path / "data" / "t.csv").write_text(f"image,caption\n{rows}")
+    (shard,) = list_shards(str(tmp_path / "data" / "t.csv"))
+    return _Input(shard, tmp_path)
+
+
+def _is_same_now(known: _Input) -> bool:
+    fingerprint.forget_linked()
+    return known.is_same()
+
+
+def test_the_images_of_a_table_belong_to_it(table, tmp_path):
+    image = tmp_path / "data" / "1.png"
+    assert table.is_same()
+    os.utime(image, ns=(5, 5))
+    assert _is_same_now(table)  # touched: read once, and remembered
+    image.write_bytes(b"x" * 100)
+    assert table.is_same()  # a run looks once
+    assert not _is_same_now(table)
+    image.write_bytes(b"1" * 100)
+    assert _is_same_now(table)
+    (tmp_path / "data" / "3.png").write_bytes(b"new")  # it was missing
+    assert not _is_same_now(table)
+    (tmp_path / "data" / "3.png").unlink()
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    (moved,) = list_shards(str(tmp_path / "copy" / "t.csv"), image_root=str(tmp_path / "copy"))
+    options = dict(moved.options) | {"image_root": table.source.options["image_root"]}
+    assert table.is_same(dataclasses.replace(moved, options=options))
+
+
+def test_the_images_of_an_unchanged_table_are_not_read_again(table, monkeypatch):
+    def fail(*_):
+        raise AssertionError("an image was read")
+
+    monkeypatch.setattr(fingerprint, "read_image", fail)
+    assert _is_same_now(table)
+
+
+def test_a_table_that_was_described_without_its_images_stays_the_same(table, tmp_path):
+    """As in folders that were filtered before images were looked at."""
+    table.described.contents.pop("linked")
+    location = json.loads(table.location_path.read_text())
+    location.pop("linked")
+    table.location_path.write_text(json.dumps(location))
+    assert _is_same_now(table)
+    os.utime(tmp_path / "data" / "t.csv", ns=(5, 5))
+    assert _is_same_now(table)

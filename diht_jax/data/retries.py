@@ -1,0 +1,153 @@
+"""Reading files from a disk or a network that fails for a moment.
+
+A read that the operating system refuses is tried again after a while. If it goes on failing, the
+result is a `StorageError`, which names the file: the data may be good, so the file must be taken
+neither for missing nor for damaged. A file that does not exist is a FileNotFoundError at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+_Result = TypeVar("_Result")
+
+# Waited before each further attempt; long enough for a file server that is started again.
+DELAYS_SECS = (0.1, 0.5, 2.0, 5.0)
+# A name under which no file can exist.
+_MISSING = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENXIO}
+)
+# Refused for good: waiting changes nothing.
+_FINAL = frozenset({errno.EACCES, errno.EPERM})
+
+sleep = time.sleep  # tests put their own clock here
+
+
+class StorageError(OSError, ValueError):
+    """A file that exists could not be read, after several attempts; names it."""
+
+
+def is_missing(error: OSError) -> bool:
+    """Whether an error means that there is no such file."""
+    return error.errno in _MISSING
+
+
+def retry(read: Callable[[], _Result], path: str | os.PathLike[str]) -> _Result:
+    """Calls a function until the operating system lets it succeed.
+
+    Args:
+        read: reads something; is called again after an OSError.
+        path: of the file, for the message.
+
+    Raises:
+        StorageError: the last attempt failed, too.
+        OSError: there is no such file (`is_missing`); at once.
+    """
+    for delay_secs in (*DELAYS_SECS, None):
+        try:
+            return read()
+        except OSError as error:
+            # An error without a number comes from a library that does not like the contents.
+            if isinstance(error, StorageError) or error.errno is None or is_missing(error):
+                raise
+            if delay_secs is None or error.errno in _FINAL:
+                raise _storage_error(path, error) from error
+        sleep(delay_secs)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a file; errors as of `retry`."""
+
+    def read() -> bytes:
+        with open(path, "rb") as file:
+            return file.read()
+
+    return retry(read, path)
+
+
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Opens a file whose reads are tried again; errors, of every read too, as of `retry`."""
+    return io.BufferedReader(_RetryingFile(os.fspath(path)), 2**16)
+
+
+def check_failure(file: io.BufferedReader) -> None:
+    """Raises the StorageError of a file from `open_file`, which a library may have wrapped."""
+    if file.raw.failure is not None:
+        raise file.raw.failure
+
+
+class _RetryingFile(io.RawIOBase):
+    """A file that is opened again, at the same position, where a read fails."""
+
+    def __init__(self, path: str):
+        self.name = path
+        self.failure: StorageError | None = None
+        self._position = 0
+        self._file: io.FileIO | None = None
+        self._size = retry(self._measure, path)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise ValueError(f"{self.name}: negative position {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            count = retry(lambda: self._read(buffer), self.name)
+        except StorageError as error:
+            self.failure = error
+            raise
+        self._position += count
+        return count
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _measure(self) -> int:
+        return os.fstat(self._opened().fileno()).st_size
+
+    def _read(self, buffer: memoryview) -> int:
+        try:
+            file = self._opened()
+            file.seek(self._position)
+            return file.readinto(buffer)
+        except OSError:
+            # The descriptor of a file server that was started again stays stale.
+            self._drop()
+            raise
+
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
+            self._file = open(self.name, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+        return self._file
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+def _storage_error(path: str | os.PathLike[str], error: OSError) -> StorageError:
+    attempts = "" if error.errno in _FINAL else f" in {len(DELAYS_SECS) + 1} attempts"
+    return StorageError(
+        f"{os.fspath(path)}: could not be read{attempts} ({error.strerror or error}); its contents "
+        "may be good: look at the disk, the network and the permissions, and run the command again"
+    )
