@@ -13,7 +13,9 @@ Every stage does only what is not done yet.
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -29,7 +31,7 @@ from data_prep.labelling import heads as head_files
 from data_prep.labelling import report as label_report
 from data_prep.labelling import shard as label_shard_module
 from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.examples import gather_examples
+from data_prep.labelling.examples import gather_examples, warn_of_few_mentions
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import TeacherInfo
 from data_prep.teachers.registry import describe_teacher, load_teacher
@@ -73,6 +75,7 @@ def run(
     failures = _embed(config, teacher, share(embedding_tasks))
     if not _all_done(embedding_tasks, "embedded"):
         return failures
+    _check_embedded(config, embedding_tasks)
     write_vocabulary(folder, vocabulary)
     heads = _obtain_heads(config, folder, vocabulary, embedding_tasks, teacher)
     tasks = _plan_labels(config, inputs, folder, heads, embedding_tasks[0].config_hash)
@@ -155,6 +158,7 @@ def _obtain_heads(
         from data_prep.labelling.train_heads import train_and_measure
 
         train, held_out = gather_examples(config, vocabulary, embedded)
+        warn_of_few_mentions(train, held_out)
         for part in vocabulary:
             if len(part):
                 heads[part.kind], results[part.kind] = train_and_measure(
@@ -207,6 +211,30 @@ def _embed(
     )
     num_workers = 0 if teacher.in_this_process else config.num_workers
     return _run_unfinished(embed, tasks, num_workers, "embed")
+
+
+def _check_embedded(config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask]) -> None:
+    """Raises ValueError where no record at all has an embedding."""
+    counts = [shards.load_finished(task)["counts"] for task in tasks]
+    reasons = collections.Counter()
+    for count in counts:
+        reasons.update(count["missing"])
+    if any(count["embedded"] for count in counts) or not reasons:
+        return
+    theirs = load_teacher(config.teacher).example_keys()
+    if not theirs:
+        described = ", ".join(f"{reason} {n:,}" for reason, n in sorted(reasons.items()))
+        raise ValueError(f"none of {reasons.total():,} images has an embedding ({described})")
+    records = itertools.chain.from_iterable(embeddings.read_shard(task.source) for task in tasks)
+    yours = [record.key for record in itertools.islice(records, 2)]
+    raise ValueError(
+        f"0 of {reasons.total():,} keys found in config.teacher.{config.teacher.kind}; theirs look "
+        f"like {_quoted(theirs)}, yours like {_quoted(yours)}"
+    )
+
+
+def _quoted(keys: Sequence[str]) -> str:
+    return ", ".join(f"{key!r:.80}" for key in keys)
 
 
 def _unfinished(tasks: Sequence[shards.ShardTask]) -> list[shards.ShardTask]:

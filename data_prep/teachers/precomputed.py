@@ -62,6 +62,10 @@ class EmbeddingTable:
     def __len__(self) -> int:
         return len(self._rows)
 
+    def __iter__(self) -> Iterator[str]:
+        """All keys."""
+        return iter(self._rows)
+
     def get(self, key: str) -> np.ndarray | None:
         """float32 [d], or None where no file has the key.
 
@@ -114,6 +118,9 @@ class PrecomputedTeacher(Teacher):
         while chunk := list(itertools.islice(records, self._batch_size)):
             found = [self._table.get(record.key) for record in chunk]
             yield ["no_embedding" if vector is None else vector for vector in found]
+
+    def example_keys(self) -> list[str]:
+        return list(itertools.islice(self._table, 2))
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -1,7 +1,6 @@
 """The label command from end to end: what it writes, resume, equal bytes, and what it refuses."""
 
 import collections
-import hashlib
 import io
 import json
 import os
@@ -20,8 +19,7 @@ from data_prep.label import run_label
 from data_prep.labelling import config as label_config
 from data_prep.labelling import embeddings
 from data_prep.labelling import report as label_report
-from data_prep.labelling.embeddings import key_ranks
-from data_prep.labelling.examples import gather_examples, is_held_out
+from data_prep.labelling.examples import gather_examples
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.readers.registry import list_shards
@@ -265,6 +263,18 @@ def test_images_without_embedding_stay_without_labels(work, tmp_path, capsys):
         np.testing.assert_array_equal(one.object_probs, other.object_probs)
 
 
+def test_no_key_is_found(work, tmp_path):
+    np.savez(tmp_path / "e.npz", key=["000", "001", "002"], image_emb=np.ones((3, 4), np.float32))
+    files = {"teacher__kind": "precomputed", "teacher__precomputed__files": str(tmp_path / "e.npz")}
+    message = (
+        f"0 of {_NUM_IMAGES} keys found in config.teacher.precomputed; theirs look like "
+        "'000', '001', yours like 't-00000000', 't-00000001'"
+    )
+    for _ in range(2):  # what was embedded before is checked as well
+        with pytest.raises(ValueError, match=message):
+            run_label(_config(work / "kept", tmp_path / "out", **files))
+
+
 def test_data_without_attributes(work, tmp_path):
     config = _config(work / "kept", tmp_path / "out", vocabulary__max_attributes=0)
     assert run_label(config) == {}
@@ -313,23 +323,6 @@ def test_held_out_images_are_never_trained_on(work):
     fewer = gather_examples(config, read_vocabulary(work / "labelled"), embedded)
     assert 10 < len(fewer[0].embeddings) < 32 and 3 < len(fewer[1].embeddings) < 18
     assert set(map(bytes, fewer[1].embeddings)) <= rows[1]
-
-
-def test_split_by_keys_is_fair_and_independent():
-    hashes = np.array(
-        [
-            int.from_bytes(hashlib.blake2b(str(i).encode(), digest_size=8).digest(), "little")
-            for i in range(20_000)
-        ],
-        np.uint64,
-    )
-    ranks = [key_ranks(hashes, seed) for seed in (0, 1)]
-    for rank in ranks:
-        assert 0 <= rank.min() < rank.max() < 1
-        np.testing.assert_allclose(np.histogram(rank, 10, (0, 1))[0], 2000, atol=200)
-    assert abs(np.corrcoef(*ranks)[0, 1]) < 0.03
-    assert is_held_out(hashes, 0.1, 0).mean() == pytest.approx(0.1, abs=0.01)
-    assert is_held_out(hashes[5:], 0.1, 0).tolist() == is_held_out(hashes, 0.1, 0)[5:].tolist()
 
 
 def test_report_shows_what_a_person_needs(work):

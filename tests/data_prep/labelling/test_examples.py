@@ -1,0 +1,40 @@
+"""Which images the heads learn from."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from data_prep.labelling.embeddings import key_ranks
+from data_prep.labelling.examples import Examples, is_held_out, warn_of_few_mentions
+from data_prep.labelling.vocabulary import Targets
+
+
+def test_split_by_keys_is_fair_and_independent():
+    hashes = np.array(
+        [
+            int.from_bytes(hashlib.blake2b(str(i).encode(), digest_size=8).digest(), "little")
+            for i in range(20_000)
+        ],
+        np.uint64,
+    )
+    ranks = [key_ranks(hashes, seed) for seed in (0, 1)]
+    for rank in ranks:
+        assert 0 <= rank.min() < rank.max() < 1
+        np.testing.assert_allclose(np.histogram(rank, 10, (0, 1))[0], 2000, atol=200)
+    assert abs(np.corrcoef(*ranks)[0, 1]) < 0.03
+    assert is_held_out(hashes, 0.1, 0).mean() == pytest.approx(0.1, abs=0.01)
+    assert is_held_out(hashes[5:], 0.1, 0).tolist() == is_held_out(hashes, 0.1, 0)[5:].tolist()
+
+
+@pytest.mark.parametrize("lengths", [([2, 0, 0, 0], [1, 0]), ([1, 0, 1], [1])])
+def test_few_mentions_are_warned_of(lengths, caplog):
+    def examples(counts):
+        counts = np.array(counts)
+        targets = Targets(counts, np.zeros(counts.sum(), np.int64))
+        none = Targets(np.zeros_like(counts), np.zeros(0, np.int64))
+        return Examples(np.zeros((len(counts), 1)), {"objects": targets, "attributes": none})
+
+    with caplog.at_level("WARNING"):
+        warn_of_few_mentions(*map(examples, lengths))
+    assert ("only 2 of 6 images name a concept" in caplog.text) == (len(lengths[0]) == 4)
