@@ -23,9 +23,9 @@ from multiprocessing.synchronize import Barrier
 from typing import Any
 
 from absl import app, flags
-from tqdm import tqdm
 
 from benchmarks.record import write_result
+from diht_jax.progress import ProgressBar
 
 _CAPTIONS = flags.DEFINE_string(
     "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
@@ -112,7 +112,7 @@ def _compare(captions: list[str], rounds: int) -> dict[str, Any]:
         run(captions[-_WARM_UP:])
     errors = 0
     seconds: dict[str, list[float]] = {kind: [] for kind in runs}
-    for _ in tqdm(range(rounds), desc="rounds"):
+    for _ in ProgressBar(range(rounds), desc="rounds"):
         kinds = list(runs)
         totals = dict.fromkeys(kinds, 0.0)
         for i, start in enumerate(range(0, len(captions), _CHUNK)):

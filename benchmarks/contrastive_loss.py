@@ -24,12 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from benchmarks.record import write_result
 from diht_jax.cost_model.flops import count_flops
 from diht_jax.cost_model.topologies import get_topology
 from diht_jax.losses import contrastive_loss
+from diht_jax.progress import ProgressBar
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Name of a TPU topology.")
 _WIDTH = flags.DEFINE_integer("width", 768, "Embedding size d.")
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> None:
     mesh = Mesh(np.asarray(devices).reshape(-1, 1), AXES)
     cases = [(form, int(size)) for size in _BATCHES.value for form in FORMS]
     entries = [
-        measure(form, size, _WIDTH.value, mesh) for form, size in tqdm(cases, unit="program")
+        measure(form, size, _WIDTH.value, mesh) for form, size in ProgressBar(cases, unit="program")
     ]
     path = write_result(
         "contrastive_loss",

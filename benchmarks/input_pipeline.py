@@ -37,7 +37,6 @@ import numpy as np
 import open_clip
 import simplejpeg
 import torch
-import tqdm
 from absl import flags
 from open_clip_train.data import get_wds_dataset
 from PIL import Image
@@ -46,6 +45,7 @@ from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records import schema
+from diht_jax.progress import ProgressBar
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 OURS, EXACT, OPEN_CLIP = "diht_jax", "diht_jax_exact", "open_clip"
@@ -222,7 +222,7 @@ def measure(
     """
     names = list(sides)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for number in tqdm.trange(settings.rounds, desc="rounds", unit="round"):
+    for number in ProgressBar(range(settings.rounds), desc="rounds", unit="round"):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             rounds[name].append(

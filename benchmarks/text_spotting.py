@@ -36,7 +36,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import easyocr
 import numpy as np
 import torch
-import tqdm
 from absl import flags
 
 from benchmarks.record import write_result
@@ -54,6 +53,7 @@ from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict, capt
 from data_prep.text_spotting.weights import find_weights
 from diht_jax import command_line
 from diht_jax.data.images.decode import decode_rgb
+from diht_jax.progress import ProgressBar
 
 AIMS = {"band": 0.95, "picture": 0.70, "false_drops": 0.01, "agreement": 0.99, "speed": 4.0}
 CANVAS_SIZES = (192, 256, 320)
@@ -230,7 +230,7 @@ class Bench:
         spotter.judge([pictures[0].image], [[pictures[0].caption]])
         reader.readtext(decode_bgr(pictures[0]))
         secs = {"easyocr_defaults": 0.0, "ours": 0.0}
-        for chunk in tqdm.tqdm(list(chunks(pictures, _CHUNK)), desc="speed"):
+        for chunk in ProgressBar(list(chunks(pictures, _CHUNK)), desc="speed"):
             secs["easyocr_defaults"] += timed(
                 lambda chunk=chunk: [
                     decide(reader.readtext(decode_bgr(p)), p.caption, self.default) for p in chunk
@@ -259,7 +259,7 @@ class Bench:
             "batch_size=1": {"batch_size": 1},
         }
         rates = {}
-        for name, change in tqdm.tqdm(changes.items(), desc="costs"):
+        for name, change in ProgressBar(changes.items(), desc="costs"):
             spotter = self.spotter(cached=False, **change)
             spotter.judge([pictures[0].image], [[pictures[0].caption]])
             rates[name] = len(pictures) / timed(
@@ -289,7 +289,7 @@ class Bench:
         path = self._work_dir / f"readtext-{name}.jsonl"
         known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
         reader = self.reader(quantize=False)
-        for picture in tqdm.tqdm(pictures, desc="plain readtext"):
+        for picture in ProgressBar(pictures, desc="plain readtext"):
             image = hash_image(picture.image)
             if image not in known:
                 read = reader.readtext(decode_bgr(picture), **options)
@@ -304,7 +304,7 @@ def judge_all(
 ) -> list[Verdict]:
     """Judges every picture by its caption."""
     verdicts = []
-    for chunk in tqdm.tqdm(list(chunks(pictures, _CHUNK)), desc=label, disable=label is None):
+    for chunk in ProgressBar(list(chunks(pictures, _CHUNK)), desc=label, disable=label is None):
         verdicts += spotter.judge([p.image for p in chunk], [[p.caption] for p in chunk])
     return verdicts
 

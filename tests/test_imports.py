@@ -15,6 +15,7 @@ LAYERS = {
     "diht_jax.training.objectives": 0,
     "diht_jax.config": 0,
     "diht_jax.config_overrides": 0,
+    "diht_jax.progress": 0,
     "diht_jax.training.config_ranges": 0,
     "diht_jax.data.atomic_file": 0,
     "diht_jax.data.escaping": 0,
@@ -61,6 +62,7 @@ DATA_PREP_MAY_IMPORT = (
     "diht_jax.command_line",
     "diht_jax.data",
     "diht_jax.models",
+    "diht_jax.progress",
     "diht_jax.weights",
 )
 HEAVY = ("torch", "torchvision", "spacy", "easyocr", "ray", "tensorflow")

@@ -6,13 +6,12 @@ How tasks are distributed belongs in `engine_local.py` and `engine_ray.py`.
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from tqdm import tqdm
+from diht_jax.progress import ProgressBar
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -21,7 +20,6 @@ Report = Callable[[int], None]
 Function = Callable[[Any, Report], Any]
 
 POLL_SECS = 0.5
-_LOG_SECS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +58,7 @@ class Progress:
 
     def __init__(self, num_tasks: int, label: str):
         self._pairs = 0
-        self._bar = tqdm(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
-        # A log file gets a line now and then, a terminal a lively bar.
-        self._interval_secs = POLL_SECS if sys.stderr.isatty() else _LOG_SECS
+        self._bar = ProgressBar(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
         self._start_secs = self._last_secs = time.monotonic()
 
     def __enter__(self) -> Progress:
@@ -84,7 +80,7 @@ class Progress:
 
     def refresh(self) -> None:
         """Draws the bar, if it was not drawn for some time."""
-        if time.monotonic() - self._last_secs >= self._interval_secs:
+        if time.monotonic() - self._last_secs >= POLL_SECS:
             self._describe_rate()
             self._bar.refresh()
 

@@ -10,7 +10,6 @@ kept, and training ends when that has not fallen for a quarter of the steps.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import jax
@@ -19,13 +18,13 @@ import ml_collections
 import numpy as np
 import optax
 from absl import logging
-from tqdm import tqdm
 
 from data_prep.labelling import metrics
 from data_prep.labelling.examples import Examples, Split
 from data_prep.labelling.heads import Head
 from data_prep.labelling.vocabulary import Targets, concept_factors, repeat_factors
 from diht_jax.data.records.vocabulary import ConceptList
+from diht_jax.progress import ProgressBar
 
 _NUM_EVALUATIONS = 20
 _PATIENCE = 5  # evaluations
@@ -134,8 +133,7 @@ def train_head(
     evaluate = _Evaluation(classify, held_out, factors)
     curve, losses, best = [], [], params
     marks = set(np.linspace(0, config.steps, _NUM_EVALUATIONS + 1).round().astype(int).tolist())
-    interval_secs = 0.5 if sys.stderr.isatty() else 30.0
-    for number in tqdm(range(config.steps + 1), "head", unit="step", mininterval=interval_secs):
+    for number in ProgressBar(range(config.steps + 1), "head", unit="step"):
         if number in marks:
             entry = {"step": number, **evaluate(params)}
             if losses:

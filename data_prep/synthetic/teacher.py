@@ -25,7 +25,6 @@ import optax
 from absl import flags, logging
 from flax import nnx
 from PIL import Image
-from tqdm import tqdm
 
 from data_prep.synthetic import drawing, sampling
 from data_prep.synthetic.scenes import COLORS, SIZES, TEXTURES, Scene
@@ -34,6 +33,7 @@ from diht_jax import command_line
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.images import decode
 from diht_jax.data.readers.registry import open_source
+from diht_jax.progress import ProgressBar
 
 CONCEPTS: tuple[str, ...] = (*SHAPES, *COLORS, *SIZES, *TEXTURES)
 
@@ -91,7 +91,7 @@ def train_teacher(num_scenes: int, epochs: int, seed: int, workers: int = 0) -> 
     schedule = optax.cosine_onecycle_schedule(max(1, steps), _LEARNING_RATE)
     optimizer = nnx.Optimizer(network, optax.adam(schedule), wrt=nnx.Param)
     order = np.random.default_rng(seed)
-    with tqdm(total=steps, unit="step", desc="teacher") as progress:
+    with ProgressBar(total=steps, unit="step", desc="teacher") as progress:
         for _ in range(epochs):
             indices = order.permutation(num_scenes)[: num_scenes // BATCH * BATCH]
             for batch in indices.reshape(-1, BATCH):
@@ -130,7 +130,7 @@ def draw_scenes(num_scenes: int, seed: int, workers: int = 0) -> tuple[np.ndarra
         workers or os.cpu_count() or 1, mp_context=context
     ) as executor:
         parts = list(
-            tqdm(
+            ProgressBar(
                 executor.map(functools.partial(_draw_chunk, seed), chunks),
                 total=len(chunks),
                 desc="scenes",
@@ -183,7 +183,7 @@ def write_embeddings(
     """
     network = train_teacher(num_scenes, epochs, seed)
     keys, pictures = [], []
-    for pair in tqdm(open_source(source), unit="image", desc="embedding"):
+    for pair in ProgressBar(open_source(source), unit="image", desc="embedding"):
         keys.append(pair.key)
         pictures.append(shrink(decode.decode_rgb(pair.image)))
     buffer = io.BytesIO()

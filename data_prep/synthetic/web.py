@@ -35,13 +35,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from absl import flags, logging
 from PIL import Image
-from tqdm import tqdm
 
 from data_prep.synthetic import captions, drawing, sampling
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax import command_line
 from diht_jax.data.atomic_file import write_atomically
+from diht_jax.progress import ProgressBar
 
 CLEAN = "clean"
 NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")
@@ -277,7 +277,7 @@ def write_dataset(
     total = sum(len(indices) for _, indices in plan.values())
     # One stream over all tars keeps the workers busy across the borders of tars.
     pairs = _make_all(settings, list(plan.values()), workers or os.cpu_count() or 1)
-    with tqdm(total=total, unit="pair", desc="synthetic web") as progress:
+    with ProgressBar(total=total, unit="pair", desc="synthetic web") as progress:
         for name, (_, indices) in plan.items():
             _write_tar(output / name, itertools.islice(pairs, len(indices)), progress)
     return manifest["counts"]
@@ -324,7 +324,7 @@ def _make_all(
             yield from pairs
 
 
-def _write_tar(path: pathlib.Path, pairs: Iterable[SyntheticPair], progress: tqdm) -> None:
+def _write_tar(path: pathlib.Path, pairs: Iterable[SyntheticPair], progress: ProgressBar) -> None:
     """Writes one tar under a temporary name and renames it when it is whole."""
     temporary = path.with_suffix(".tar.tmp")
     with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:

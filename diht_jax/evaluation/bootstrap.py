@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from tqdm import tqdm
+
+from diht_jax.progress import ProgressBar
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
@@ -41,7 +42,7 @@ def bootstrap_intervals(
     rng = np.random.default_rng(seed)
     measured = [
         measure(np.bincount(rng.integers(0, num_items, num_items), minlength=num_items))
-        for _ in tqdm(
+        for _ in ProgressBar(
             range(num_resamples),
             "bootstrap",
             unit=" resamples",

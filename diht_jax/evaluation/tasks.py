@@ -14,7 +14,6 @@ from typing import Any
 
 from absl import logging
 from PIL import Image
-from tqdm import tqdm
 
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped
@@ -26,6 +25,7 @@ from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
 from diht_jax.evaluation.sources.registry import count_source, read_source
 from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
+from diht_jax.progress import ProgressBar
 
 __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 
@@ -113,7 +113,7 @@ def _measure(
 ) -> Measured:
     """Runs the protocol on the entries of the task, with a bar over them."""
     try:
-        with tqdm(
+        with ProgressBar(
             itertools.islice(read_entries(task), limit),
             desc=task.name,
             unit=" images",

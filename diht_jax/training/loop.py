@@ -15,7 +15,6 @@ import ml_collections
 import numpy as np
 from absl import logging
 from etils import epath
-from tqdm import tqdm
 
 from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
@@ -23,6 +22,7 @@ from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
+from diht_jax.progress import ProgressBar
 from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
@@ -190,7 +190,7 @@ class Run:
         stop_request = stop_request or StopRequest()
         config = self.config
         last_step = min(self.total_steps, stop_after_steps or self.total_steps)
-        progress = tqdm(
+        progress = ProgressBar(
             total=self.total_steps,
             initial=self.start_step,
             unit="step",

@@ -18,7 +18,8 @@ import urllib.request
 from collections.abc import Iterator
 
 from absl import logging
-from tqdm import tqdm
+
+from diht_jax.progress import ProgressBar
 
 CACHE_VARIABLE = "DIHT_JAX_CACHE"
 WEIGHTS_VARIABLE = "DIHT_JAX_WEIGHTS"
@@ -183,7 +184,7 @@ def _transfer(url: str, part: pathlib.Path, have_bytes: int) -> bool:
         total_bytes = have_bytes + int(length) if length is not None else None
         with (
             open(part, "ab" if have_bytes else "wb") as file,
-            tqdm(
+            ProgressBar(
                 total=total_bytes,
                 initial=have_bytes,
                 desc=url.rpartition("/")[2][:40],

@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -151,9 +152,9 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path}: refused: its pickle holds more than tensors and plain containers, and could "
-            "run code of whoever made it. Take a .safetensors version, or save a plain state "
-            f"dict with a torch that trusts the file ({_first_line(error)})"
+            f"{path}: refused: its pickle holds more than tensors and plain containers"
+            f"{_refused_part(error)}, and could run code of whoever made it. Take a .safetensors "
+            "version, or let whoever made it save a plain state dict"
         ) from error
     except Exception as error:  # On damaged bytes torch raises nearly any type.
         raise ValueError(
@@ -218,6 +219,12 @@ def _import_torch(path: pathlib.Path) -> Any:
             "or use the safetensors format"
         ) from error
     return torch
+
+
+def _refused_part(error: pickle.UnpicklingError) -> str:
+    """What torch refused, such as " (posix.system)"; its advice to load the file is left out."""
+    found = re.search(r"GLOBAL ([\w.]+)|(Unsupported operand \d+)", str(error))
+    return f" ({(found[1] or found[2])[:200]})" if found else ""
 
 
 def _first_line(error: BaseException) -> str:

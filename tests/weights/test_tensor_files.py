@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import os
 import pickle
+import re
 import zipfile
 
 import ml_dtypes
@@ -168,6 +169,20 @@ def test_cut_off_files_are_named(tmp_path, suffix, share):
     path.write_bytes(data[: int(share * len(data))])
     with pytest.raises(ValueError, match=rf"model{suffix}: (not a whole|refused)"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "refused"),
+    [
+        (torch.nn.Linear(2, 2), r" \(torch.nn.modules.linear.Linear\)"),
+        ({"a": Malicious("x")}, r" \(posix.system\)"),
+    ],
+)
+def test_a_refusal_names_what_was_refused_and_nothing_else(tmp_path, content, refused):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=f"a.pt: refused: .*{refused}, and could run") as error:
+        read_tensors(tmp_path / "a.pt")
+    assert not re.search(r"\x1b|weights_only|likely succeed|\n", str(error.value))
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from diht_jax.data.images.decode import REASONS, ImageError, decode_rgb
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
+from diht_jax.progress import ProgressBar
 
 # Decoded images waiting for the device, in batches: enough to keep the threads busy while one
 # batch is on the device, small enough for the memory of a laptop.
@@ -168,7 +168,7 @@ def encode_texts(
     """
     remaining = iter(texts)
     hidden = not progress or len(texts) <= batch_size
-    with tqdm(total=len(texts), desc="texts", unit=" texts", disable=hidden) as bar:
+    with ProgressBar(total=len(texts), desc="texts", unit=" texts", disable=hidden) as bar:
         while batch := list(itertools.islice(remaining, batch_size)):
             fill = [""] * (batch_size - len(batch)) if len(texts) > batch_size else []
             embedded = np.asarray(encode_text(batch + fill), np.float32)[: len(batch)]

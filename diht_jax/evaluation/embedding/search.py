@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped, SourceShard
@@ -24,6 +23,7 @@ from diht_jax.evaluation.embedding.encoding import (
 )
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.entry_counts import count_entries
+from diht_jax.progress import ProgressBar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ def search_pictures(
         )
     queries = list(dict.fromkeys(queries))
     texts = [fill_caption_template(template, query) for query in queries]
-    entries = tqdm(
+    entries = ProgressBar(
         _read_all(shards),
         "pictures",
         unit=" images",

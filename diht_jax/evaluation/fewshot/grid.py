@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
@@ -32,6 +31,7 @@ from diht_jax.evaluation.protocols import classification
 from diht_jax.evaluation.protocols.base import Task
 from diht_jax.evaluation.sources.registry import count_source
 from diht_jax.evaluation.tasks import read_entries
+from diht_jax.progress import ProgressBar
 
 ALL = "all"
 PROMPT_INIT, SCRATCH = "prompt_init", "scratch"
@@ -214,7 +214,7 @@ def measure_few_shot(
     }
     results = []
     work = [(shots, method) for shots in options.shots for method in methods]
-    for shots, method in tqdm(work, desc="few-shot", unit=" fits", disable=not progress):
+    for shots, method in ProgressBar(work, desc="few-shot", unit=" fits", disable=not progress):
         if method == PROMPT_INIT:
             draws = draw_shots(data.train, shots, options)
             results.append({"shots": shots, "examples": len(draws[0]), "draws": len(draws)})
@@ -322,7 +322,7 @@ def _embed(
         for number, task in enumerate(tasks):
             total = count_source(task.source, task.source_options) if progress else None
             entries = read_entries(task)
-            bar = tqdm(entries, task.source, total, unit=" images", disable=not progress)
+            bar = ProgressBar(entries, task.source, total, unit=" images", disable=not progress)
             for entry in bar:
                 lengths[number] += 1
                 yield entry

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
@@ -41,6 +40,7 @@ from diht_jax.evaluation.protocols.base import (
     check_has_class_names,
     parse_text,
 )
+from diht_jax.progress import ProgressBar
 
 ENTAILMENT_PROMPTS = {
     "entailment": "{}",
@@ -234,7 +234,7 @@ def _answer(
     at_once = max(1, batch_size // len(choices))
     starts = range(0, len(texts), at_once)
     hidden = not progress or len(starts) < 2
-    for start in tqdm(starts, "questions", unit=" batches", disable=hidden):
+    for start in ProgressBar(starts, "questions", unit=" batches", disable=hidden):
         part = texts[start : start + at_once]
         prompts = [fill(text, choice) for text in part for choice in choices]
         prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once

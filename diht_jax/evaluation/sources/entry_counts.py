@@ -10,11 +10,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.readers.registry import FORMATS
 from diht_jax.data.readers.webdataset import count_images
+from diht_jax.progress import ProgressBar
 
 
 def count_entries(shards: Sequence[SourceShard]) -> int | None:
@@ -61,7 +60,7 @@ class EntryProgress:
         self._sizes = [shard.identity()["size_bytes"] for shard in shards]
         self._position = 0
         self._entries = 0
-        self._bar = tqdm(unit="pair", dynamic_ncols=True, total=self._total())
+        self._bar = ProgressBar(unit="pair", dynamic_ncols=True, total=self._total())
 
     def __enter__(self) -> EntryProgress:
         return self

@@ -1,0 +1,91 @@
+"""Progress in redirected output: plain lines, half a minute apart by an injected clock."""
+
+import ast
+import io
+import re
+
+import pytest
+from tqdm import tqdm
+
+from diht_jax.progress import ProgressBar
+from tests.recipes import REPOSITORY
+
+
+class Clock:
+    secs = 1000.0
+
+    def __call__(self):
+        return self.secs
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def positions(file):
+    return [int(found) for found in re.findall(r"(\d+)/100 \[", file.getvalue())]
+
+
+def test_a_file_gets_a_line_every_half_minute():
+    clock, file = Clock(), io.StringIO()
+    with ProgressBar(total=100, unit="step", desc="train", file=file, clock=clock) as bar:
+        for step in range(100):
+            clock.secs += 1
+            bar.update()
+            bar.set_postfix_str(f"loss {step}")
+            tqdm.write("a log line", file=file)
+    lines = [line for line in file.getvalue().splitlines() if line != "a log line"]
+    assert positions(file) == [30, 60, 90, 100] and len(lines) == 4
+    assert lines[0].startswith("train:  30%") and "[00:30<01:10,  1.00step/s" in lines[0]
+    assert not re.search(r"[\r\x1b]", file.getvalue())
+
+
+def test_slow_steps_get_a_line_each():
+    clock, file = Clock(), io.StringIO()
+    bar = ProgressBar(range(100), file=file, clock=clock)
+    for _ in bar:
+        clock.secs += 45
+    assert positions(file) == [*range(1, 101), 100]
+
+
+def test_inner_bars_write_no_codes():
+    clock, file = Clock(), io.StringIO()
+    with ProgressBar(total=2, file=file, clock=clock) as outer:
+        for _ in range(2):
+            with ProgressBar(total=100, file=file, leave=False, clock=clock) as inner:
+                clock.secs += 31
+                inner.update(50)
+            outer.update()
+    assert positions(file) == [50, 50]
+    assert not re.search(r"[\r\x1b]", file.getvalue())
+
+
+def test_a_terminal_gets_a_lively_bar():
+    clock, file = Clock(), Terminal()
+    with ProgressBar(total=100, file=file, clock=clock) as bar:
+        for _ in range(100):
+            clock.secs += 1
+            bar.update()
+    assert len(positions(file)) > 90 and "\r" in file.getvalue()
+
+
+def test_hidden_bars_write_nothing():
+    file = io.StringIO()
+    assert list(ProgressBar(range(3), file=file, disable=True)) == [0, 1, 2]
+    assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize("top", ["diht_jax", "data_prep", "benchmarks"])
+def test_every_command_has_these_bars(top):
+    # The logs are written beside the bars, whichever they are.
+    allowed = {"diht_jax/progress.py", "diht_jax/command_line.py"}
+    for path in (REPOSITORY / top).rglob("*.py"):
+        names = [
+            name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in [getattr(node, "module", ""), *(alias.name for alias in node.names)]
+        ]
+        if str(path.relative_to(REPOSITORY)) not in allowed:
+            assert "tqdm" not in names, path
