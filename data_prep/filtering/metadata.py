@@ -142,8 +142,7 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
     if not pairs:
         raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
-    # No images are read, so that their column may be missing.
-    options = source.to_dict() | {"image_column": source.caption_column}
+    options = source.to_dict() | {"image_column": None}  # no images are read
     units = []
     for text in map(str.strip, texts):
         for unit in list_shards(text, **options):
@@ -232,13 +231,16 @@ class RowFilter:
     ):
         self._stem = clean_text(pathlib.Path(source.path).stem)
         self._number = source.options.get("first_row", 0)
-        self._columns = config.source
+        # A table that states options of its own has them in its units.
+        self._columns = {
+            name: source.options.get(name, config.source[name])
+            for name in ("caption_column", "key_column")
+        }
         self._log = log
         with log.clock("loading"):
             self._steps = [step(config, source) for step in steps]
         self._reads_all = any("metadata" in step.reads for step in steps)
-        self._fields = [config.source.caption_column, config.source.key_column, "key", "uid"]
-        self._fields += [config.label_field]
+        self._fields = [*self._columns.values(), "key", "uid", config.label_field]
 
     def filter(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
         """Whether each row is kept.
@@ -283,10 +285,10 @@ class RowFilter:
         self._number += 1
         if isinstance(row, str):
             return Skipped(default_key, "bad_row", row)
-        names = (self._columns.key_column, "key", "uid")
+        names = (self._columns["key_column"], "key", "uid")
         values = (row.get(name) for name in names if name is not None)
         key = next((clean_text(str(v)) for v in values if v not in (None, "")), "") or default_key
-        captions = pick_captions(row.get(self._columns.caption_column))
+        captions = pick_captions(row.get(self._columns["caption_column"]))
         if not captions:
             return Skipped(key, "no_caption", "")
         return Pair(key, b"", captions[0], {**row, "captions": captions})

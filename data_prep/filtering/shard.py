@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,10 +24,14 @@ from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
 from data_prep.sources.list import read_pairs
 from diht_jax.data.images import decode
+from diht_jax.data.readers.base import held_bytes
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records import schema
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordWriter
+
+# Of pairs that are held at once; an ordinary batch takes a tenth of it.
+_CHUNK_BYTES = 2**28
 
 
 def filter_shard(
@@ -126,8 +129,14 @@ def _advance(
 def _next_chunk(
     entries: Iterator[Pair | Skipped], size: int, log: ShardLog
 ) -> list[Pair | Skipped]:
+    """The next entries, `size` at most; fewer where they would take much memory together."""
     with log.clock("reading"):
-        return list(itertools.islice(entries, size))
+        chunk: list[Pair | Skipped] = []
+        room_bytes = _CHUNK_BYTES
+        while len(chunk) < size and room_bytes > 0 and (entry := next(entries, None)) is not None:
+            chunk.append(entry)
+            room_bytes -= held_bytes(entry)
+        return chunk
 
 
 def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:

@@ -184,6 +184,21 @@ class Format:
         return path.endswith(self.suffixes)
 
 
+def held_bytes(entry: Pair | Skipped) -> int:
+    """About how much memory an entry takes, at most: its image, its texts, its metadata."""
+    if isinstance(entry, Skipped):
+        return 0
+    total, values = len(entry.image), [entry.caption, entry.metadata]
+    while values:
+        value = values.pop()
+        total += 64 + (4 * len(value) if isinstance(value, str) else 0)
+        if isinstance(value, Mapping):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
+    return total
+
+
 class ExpansionError(ValueError):
     """A file unpacks to far more than it takes; names it."""
 

@@ -10,6 +10,8 @@ which `read_pairs` reads, in whatever process. What the text of a source may be:
     PATH.tfrecord, GLOB, URL         our own records
     tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
 
+Options of one source of several stand behind it: "a.csv?image_column=file&caption_column=title".
+
 Images are not decoded here.
 """
 
@@ -89,7 +91,8 @@ def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
 
     Args:
         spec: one of the texts above, or a list of them.
-        **options: of the formats, such as the fields of `tables.TableOptions`.
+        **options: of the formats, such as the fields of `tables.TableOptions`, for all sources that
+            do not state their own.
 
     Returns:
         An iterable of `schema.Pair`. Metadata may hold "captions", "label" and "class_name".
@@ -155,6 +158,36 @@ def name_options(message: str, form: str) -> str:
 
 
 def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
+    path, own = _split_options(text)
+    shards = _list_plain_text(path, options | own)
+    for kind in dict.fromkeys(shard.kind for shard in shards):
+        known = _option_names(kind)
+        for name in own:
+            if name not in known:
+                raise ValueError(
+                    f"{text}: this source ({kind}) has no option '{name}'; it has "
+                    f"{', '.join(known) or 'none'}"
+                )
+    return shards
+
+
+def _split_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Path and options of "PATH?NAME=VALUE&NAME=VALUE"; a "?" may also belong to a glob."""
+    match = re.fullmatch(r"(.+?)\?(\w+=[^?&]*(?:&\w+=[^?&]*)*)", text, re.DOTALL)
+    if match is None or remote.is_remote(text) or os.path.exists(text) or glob.glob(text):
+        return text, {}
+    own: dict[str, Any] = dict(part.split("=", 1) for part in match[2].split("&"))
+    try:
+        _check_options(own)
+        for name, field in option_defaults().items():
+            if name in own and isinstance(field.default, int):
+                own[name] = int(own[name])
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
+    return match[1], own
+
+
+def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     for kind, form in FORMATS.items():
         if form.prefix and text.startswith(form.prefix):
             return _list_one(kind, text, options)
@@ -234,9 +267,14 @@ def _list_one(kind: str, path: str, options: dict[str, Any]) -> list[SourceShard
         return [SourceShard(kind, path)]
     own = None
     if form.options is not None:
-        names = [field.name for field in dataclasses.fields(form.options)]
+        names = _option_names(kind)
         own = form.options(**{name: options[name] for name in names if name in options})
     return form.list_shards(path, own)
+
+
+def _option_names(kind: str) -> list[str]:
+    kinds = FORMATS[kind].options
+    return [field.name for field in dataclasses.fields(kinds)] if kinds else []
 
 
 def _known_suffixes() -> str:

@@ -28,6 +28,9 @@ from diht_jax.progress import ProgressBar
 # batch is on the device, small enough for the memory of a laptop.
 _BATCHES_AHEAD = 2
 
+# Of encoded images that wait for a thread; an ordinary window takes a tenth of it.
+_WAITING_BYTES = 2**28
+
 _DROPPED_KEYS_KEPT = 10
 
 
@@ -272,7 +275,8 @@ def _decode_ahead(
 ) -> Iterator[tuple[str, Any, np.ndarray | ImageError | UnusablePair | Skipped | None]]:
     """Yields (key, note, pixels or why there are none) in order, up to `window` images in work.
 
-    None stands for the pixels that another process decodes.
+    Fewer are in work where their encoded bytes take much memory. None stands for the pixels that
+    another process decodes.
     """
 
     def decode(data: bytes) -> np.ndarray | ImageError:
@@ -282,29 +286,30 @@ def _decode_ahead(
             return error
 
     pool = futures.ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 16))
-    queue: collections.deque[tuple[str, Any, Any]] = collections.deque()
-
-    def take_first():
-        key, note, outcome = queue.popleft()
-        return key, note, outcome.result() if isinstance(outcome, futures.Future) else outcome
-
-    slot = 0
+    queue: collections.deque[tuple[str, Any, Any, int]] = collections.deque()
+    slot = waiting_bytes = 0
     try:
-        for entry in entries:
+        for entry in itertools.chain(entries, [None]):
+            size = 0
             if isinstance(entry, Skipped):
-                queue.append((entry.key, None, entry))
-            else:
+                queue.append((entry.key, None, entry, size))
+            elif entry is not None:
                 try:
                     note = describe(entry)
-                    is_ours = share is None or share.has(slot)
-                    work = pool.submit(decode, entry.image) if is_ours else None
-                    queue.append((entry.key, note, work))
+                    work = None
+                    if share is None or share.has(slot):
+                        work, size = pool.submit(decode, entry.image), len(entry.image)
+                    queue.append((entry.key, note, work, size))
                     slot += 1
                 except UnusablePair as unusable:
-                    queue.append((entry.key, None, unusable))
-            if len(queue) > window:
-                yield take_first()
-        while queue:
-            yield take_first()
+                    queue.append((entry.key, None, unusable, size))
+            waiting_bytes += size
+            while queue and (
+                entry is None or len(queue) > window or waiting_bytes > _WAITING_BYTES
+            ):
+                key, note, outcome, size = queue.popleft()
+                waiting_bytes -= size
+                is_work = isinstance(outcome, futures.Future)
+                yield key, note, outcome.result() if is_work else outcome
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -189,3 +189,27 @@ def test_texts_are_cleaned():
     assert clean_text("  \ud83d\ude00 ok \ud83d ") == "\N{GRINNING FACE} ok \ufffd"
     assert pick_captions(["a", 3, None, " a ", "", "b"]) == ["a", "b"]
     assert pick_captions({"a": 1}) == []
+
+
+def test_each_source_may_have_options_of_its_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "a.csv").write_text("file,title\na.png,one\na.png,two\n")
+    (tmp_path / "b.csv").write_text("image,caption,id\na.png,three,k\n")
+    first = f"{tmp_path}/a.csv?image_column=file&caption_column=title&rows_per_shard=1"
+    shards = list_shards([first, f"{tmp_path}/b.csv"], key_column=None)
+    assert [shard.options["rows_per_shard"] for shard in shards] == [1, 1, 10_000]
+    source = open_source([first, f"{tmp_path}/b.csv?key_column=id"])
+    assert [(p.key, p.caption) for p in source][1:] == [("a-00000001", "two"), ("k", "three")]
+    # The options of all sources hold where a source has none of its own.
+    source = open_source([f"{tmp_path}/a.csv?caption_column=title"], image_column="file")
+    assert [p.caption for p in source] == ["one", "two"]
+    tar = write_tar(tmp_path / "x1=a.tar", [("k.png", PNG), ("k.txt", b"text")])
+    assert [s.path for s in list_shards(f"{tmp_path}/x?=a.tar")] == [tar]  # a glob
+    for spec, message in (
+        ("a.csv?image_colum=file", r"a\.csv\?image_colum=file: .*did you mean 'image_column'"),
+        ("a.csv?rows_per_shard=many", r"a\.csv.*invalid literal for int.*'many'"),
+        ("x1=a.tar?image_column=file", r"\(webdataset\) has no option 'image_column'; it has none"),
+        ("b.csv?data_dir=x", r"\(table\) has no option 'data_dir'; it has image_column, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list_shards(f"{tmp_path}/{spec}")

@@ -9,6 +9,9 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
+from data_prep.filtering import shard
+from diht_jax.data.readers.base import held_bytes
+from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data.readers.failing_disk import FailingDisk
 from tests.data_prep.filtering.jobs import (
@@ -146,3 +149,27 @@ def test_a_replaced_image_behind_a_table_is_noticed(tmp_path):
         run_filter(config)
     run_filter(config, overwrite=True)
     assert read_records(tmp_path / "out")[1].image == (tmp_path / "b.png").read_bytes()
+
+
+def test_pairs_that_take_much_memory_are_held_in_smaller_numbers(tmp_path, monkeypatch):
+    source = write_tars(tmp_path / "in", 2, pairs_per_tar=9)
+    run_filter(job_config(source, tmp_path / "whole"))
+    held = []
+
+    def begin(pairs):
+        held.append(len(pairs))
+        return steps_begin(pairs)
+
+    steps_begin = shard.begin
+    monkeypatch.setattr(shard, "begin", begin)
+    monkeypatch.setattr(shard, "_CHUNK_BYTES", 1000)
+    run_filter(job_config(source, tmp_path / "small"))
+    assert sum(held) == 18
+    assert max(held) <= 4
+    assert snapshot(tmp_path / "small") == snapshot(tmp_path / "whole")
+
+
+def test_held_bytes_know_images_and_metadata():
+    assert held_bytes(Pair("k", bytes(10**6), "c")) == pytest.approx(10**6, rel=0.01)
+    nested = [[] for _ in range(10**5)]  # 200 kB of JSON, and 64 bytes and more for each list
+    assert held_bytes(Pair("k", b"x", "c", {"a": nested})) > 6 * 10**6

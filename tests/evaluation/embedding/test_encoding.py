@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images, encode_texts
 
 
@@ -116,3 +117,27 @@ def test_texts_come_back_in_order_from_calls_of_one_size():
     batches = list(encode_texts(encode_text, texts, batch_size=4))
     assert np.concatenate(batches)[:, 0].tolist() == list(range(1, 12))
     assert sizes == [4, 4, 4]
+
+
+def test_large_pictures_wait_in_smaller_numbers(monkeypatch):
+    """The encoded bytes that are held are bounded, whatever the batch size."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(buffer, "PNG")
+    data = buffer.getvalue() + bytes(1000)  # what stands behind a PNG's end is ignored
+    monkeypatch.setattr(encoding, "_WAITING_BYTES", 3 * len(data))
+    taken, ahead = 0, []
+
+    def entries():
+        nonlocal taken
+        for number in range(20):
+            taken += 1
+            yield Pair(str(number), data, "")
+
+    pairs = encoding._decode_ahead(entries(), lambda pair: None, np.asarray, 512, 1, None)
+    keys = []
+    for yielded, (key, _, pixels) in enumerate(pairs, start=1):
+        ahead.append(taken - yielded)
+        keys.append(key)
+        assert pixels.shape == (8, 8, 3)
+    assert keys == [str(number) for number in range(20)]
+    assert max(ahead) == 3
