@@ -2,12 +2,13 @@
 
     python -m benchmarks.contrastive_loss --topology v5e:16x16
 
-Value and gradient of HN-NCE for global batches of 8k to 1M float32 embeddings, in three forms:
+Value and gradient of HN-NCE for global batches of 8k to 1M float32 embeddings, in four forms:
 
   * dense: the [N, N] matrix under `jit`, split by the compiler (as big_vision writes it);
   * gathered: every device gathers all embeddings (as open_clip's --local-loss
     --gather-with-grad): `impl="gathered"`;
-  * streaming: `impl="streaming"`.
+  * streaming: `impl="streaming"` on a mesh of one axis, a ring of all devices;
+  * groups: the same with `fsdp` neighbours, which gather what their memory affords.
 
 Peak memory is the compiler's, arguments and results included. FLOPs are counted from the jaxpr,
 since XLA's own analysis counts the body of a loop once. A form that does not fit is an entry too.
@@ -27,6 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.record import write_result
 from diht_jax.cost_model.flops import count_flops
+from diht_jax.cost_model.hlo_traffic import count_traffic
 from diht_jax.cost_model.topologies import get_topology
 from diht_jax.losses import contrastive_loss
 from diht_jax.progress import ProgressBar
@@ -37,8 +39,10 @@ _BATCHES = flags.DEFINE_list(
     "batches", [str(2**power) for power in range(13, 21)], "Global batch sizes N."
 )
 
+_FSDP = flags.DEFINE_integer("fsdp", 8, "Devices along the second axis of the mesh of 'groups'.")
+
 AXES = ("data", "fsdp")
-FORMS = ("dense", "gathered", "streaming")
+FORMS = ("dense", "gathered", "streaming", "groups")
 
 
 def dense_loss_and_grads():
@@ -64,7 +68,8 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
     whole = NamedSharding(mesh, PartitionSpec())
     rows = jax.ShapeDtypeStruct((num_pairs, width), jnp.float32, sharding=by_example)
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    fn = dense_loss_and_grads() if form == "dense" else mapped_loss_and_grads(mesh, form)
+    impl = "streaming" if form == "groups" else form
+    fn = dense_loss_and_grads() if form == "dense" else mapped_loss_and_grads(mesh, impl)
     counted = count_flops(fn, rows, rows, scale)
     entry = {
         "form": form,
@@ -80,17 +85,23 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return entry | {"fits": False, "compiler": str(error).splitlines()[0][:200]}
+    sent = count_traffic(compiled.as_text()).collectives
     return entry | {
         "fits": True,
         "peak_bytes_per_device": compiled.memory_analysis().peak_memory_in_bytes,
-        "gathers_embeddings": "all-gather" in compiled.as_text(),
+        "permutes": sum(row.count for row in sent if row.kind == "collective-permute"),
+        "gathering_devices": max(
+            (row.group_size for row in sent if row.kind == "all-gather"), default=1
+        ),
+        "sent_bytes_per_device": sum(row.sent_bytes for row in sent),
         "compile_secs": round(time.perf_counter() - start, 1),
     }
 
 
 def table(entries: list[dict]) -> str:
-    """One line per batch size: peak MB of the forms, and FLOPs against the gathered form."""
-    lines = [f"{'N':>9}  " + "  ".join(f"{form + ' MB':>12}" for form in FORMS) + "   FLOPs ratio"]
+    """One line per batch size: peak MB, FLOPs against the gathered form, transfers of the ring."""
+    forms = "  ".join(f"{form + ' MB':>12}" for form in FORMS)
+    lines = [f"{'N':>9}  {forms}   FLOPs ratio   permutes"]
     for num_pairs in sorted({entry["global_batch"] for entry in entries}):
         by_form = {e["form"]: e for e in entries if e["global_batch"] == num_pairs}
         peaks = [
@@ -100,7 +111,8 @@ def table(entries: list[dict]) -> str:
             for form in FORMS
         ]
         ratio = by_form["streaming"]["flops_per_device"] / by_form["gathered"]["flops_per_device"]
-        lines.append(f"{num_pairs:>9}  " + "  ".join(peaks) + f"   {ratio:10.3f}")
+        permutes = " -> ".join(f"{by_form[form]['permutes']:,}" for form in ("streaming", "groups"))
+        lines.append(f"{num_pairs:>9}  " + "  ".join(peaks) + f"   {ratio:10.3f}   {permutes}")
     return "\n".join(lines)
 
 
@@ -108,10 +120,14 @@ def main(argv: list[str]) -> None:
     """Compiles all forms and writes `results/contrastive_loss.json`."""
     del argv
     devices = get_topology(_TOPOLOGY.value).devices
-    mesh = Mesh(np.asarray(devices).reshape(-1, 1), AXES)
+    meshes = {
+        form: Mesh(np.asarray(devices).reshape(-1, _FSDP.value if form == "groups" else 1), AXES)
+        for form in FORMS
+    }
     cases = [(form, int(size)) for size in _BATCHES.value for form in FORMS]
     entries = [
-        measure(form, size, _WIDTH.value, mesh) for form, size in ProgressBar(cases, unit="program")
+        measure(form, size, _WIDTH.value, meshes[form])
+        for form, size in ProgressBar(cases, unit="program")
     ]
     path = write_result(
         "contrastive_loss",
@@ -119,6 +135,7 @@ def main(argv: list[str]) -> None:
             "topology": _TOPOLOGY.value,
             "devices": len(devices),
             "width": _WIDTH.value,
+            "fsdp_of_groups": _FSDP.value,
             "entries": entries,
         },
     )

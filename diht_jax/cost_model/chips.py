@@ -9,10 +9,12 @@ Numbers only, all public:
     arXiv 2304.01433). Capacities are binary: the compiler's own limits show it.
   * GPU: NVIDIA's data sheets; dense bfloat16 tensor-core rate (float16 where a chip has no
     bfloat16), never the one with sparsity; half of NVLink's two-way figure.
-  * Latencies: about 1 us for a hop over ICI ("How to Scale Your Model", Austin et al. 2025,
-    https://jax-ml.github.io/scaling-book, on collectives that are bound by latency). For GPUs those
-    that NCCL itself chooses algorithms by (src/graph/tuning.cc of NCCL 2.19, ring, protocol
-    "Simple"): 8.4 us to start, and 3.4 us over NVLink, 5.7 us over PCIe, 14 us over a network.
+  * Latencies over ICI: about 1 us a hop ("How to Scale Your Model", Austin et al. 2025,
+    https://jax-ml.github.io/scaling-book: question 3 of the chapter on sharded matrices has two
+    hops take roughly 2 us, the chapter on inference calls 1 us a hop a collective's fixed cost).
+  * Latencies between GPUs: those that NCCL itself chooses algorithms by (ring, protocol "Simple",
+    in src/graph/tuning.cc of NCCL 2.19 and later): 8.4 us to start a collective, and for each step
+    3.4 us over NVLink, 5.7 us over PCIe, 14 us over a network (InfiniBand or Ethernet alike).
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import re
 
 GIB = 1 << 30
 
-# Seconds that a collective takes however little it sends, by its slowest link.
-LATENCY_SECS = {"ici": 1e-6, "nvlink": 11.8e-6, "pcie": 14.1e-6, "network": 22.4e-6}
+# Seconds that it takes to start a collective, and for each of its steps, by the kind of link.
+START_SECS = {"ici": 0.0, "nvlink": 8.4e-6, "pcie": 8.4e-6, "network": 8.4e-6}
+STEP_SECS = {"ici": 1e-6, "nvlink": 3.4e-6, "pcie": 5.7e-6, "network": 14e-6}
+# Seconds that a collective takes at least, however little it sends, by its slowest link.
+LATENCY_SECS = {link: START_SECS[link] + step for link, step in STEP_SECS.items()}
 
 
 @dataclasses.dataclass(frozen=True)

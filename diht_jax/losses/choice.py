@@ -13,10 +13,18 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from diht_jax.cost_model.chips import LATENCY_SECS, Chip, find_chip
+from diht_jax.cost_model.chips import LATENCY_SECS, START_SECS, STEP_SECS, Chip, find_chip
+from diht_jax.losses.ring import group_size
 
-# Transfers in a round of the ring, both passes: see `streaming.py`.
-_TRANSFERS = 5
+# Transfers in a round of the ring, both passes together: two and three in the program
+# (`streaming.py`). XLA's compiler for GPUs sends those of a round as one; compiled for h100:64x8.
+_TPU_TRANSFERS, _GPU_TRANSFERS = 5, 2
+# Collectives of a group, both passes: images, their statistics, their slopes, their gradients.
+_GROUP_COLLECTIVES = 4
+# Collectives of the gathered form: images, texts, and the gradients of both as one.
+_GATHERED_COLLECTIVES = 3
+# Products of the gathered form, relative to the streaming one's: six against four.
+_GATHERED_PRODUCTS = 1.5
 # Arrays [b, N] and [N, d] of float32 that the gathered form holds at its peak, fitted to what the
 # TPU compiler reports of it for N of 8,192 to 262,144 (docs/benchmarks.md, memory of the loss).
 _BLOCKS, _GATHERED = 3.0, 3.5
@@ -43,7 +51,9 @@ class Choice(NamedTuple):
 def choose_impl(
     mesh: Mesh, axis_names: Sequence[str], num_pairs: int, width: int, impl: str = "auto"
 ) -> Choice:
-    """Streaming, unless its latencies take longer than its products and [b, N] logits are small.
+    """Streaming, unless the gathered form takes less time and its [b, N] logits are small.
+
+    The time is that of the products and of the latencies; the ring's hide behind its products.
 
     Args:
         mesh: of the step.
@@ -58,28 +68,59 @@ def choose_impl(
         return Choice(impl, "as config.loss.impl has it")
     device = mesh.devices.flat[0]
     chip = find_chip(device.device_kind)
-    num_devices = math.prod(mesh.shape[name] for name in axis_names)
-    if num_devices == 1:
+    sizes = tuple(size for name, size in mesh.shape.items() if name in axis_names)
+    if math.prod(sizes) == 1:
         return Choice("streaming", "there is one device")
     if chip is None:
         return Choice("streaming", f"nothing is known of the links of a '{device.device_kind}'")
-    return _choose(chip, num_devices, num_pairs, width)
+    return _choose(chip, sizes, num_pairs, width)
 
 
-def _choose(chip: Chip, num_devices: int, num_pairs: int, width: int) -> Choice:
+def _choose(chip: Chip, axis_sizes: tuple[int, ...], num_pairs: int, width: int) -> Choice:
+    num_devices = math.prod(axis_sizes)
     num_rows = num_pairs // num_devices
-    link = chip.link(between_hosts=num_devices > _GPUS_OF_A_HOST)
-    transfers = _TRANSFERS * num_devices
-    ring_secs = transfers * LATENCY_SECS[link]
     slowdown = _TPU_SLOWDOWN if chip.num_links else _GPU_SLOWDOWN
     products_secs = 4 * 2 * num_rows * num_pairs * width * slowdown / chip.peak_flops
-    ring = (
-        f"{transfers:,} transfers of the ring take at least {1e3 * ring_secs:.1f} ms ({link}), "
-        f"its products {1e3 * products_secs:.1f} ms"
+    group = group_size(axis_sizes, 4 * num_rows * width, chip)
+    ring_secs, ring = _ring_latency(chip, num_devices, group)
+    gathered_secs = _GATHERED_COLLECTIVES * _collective_secs(chip, num_devices)
+    times = (
+        f"{ring}, its products {1e3 * products_secs:.1f} ms; gathered, the latency is "
+        f"{1e3 * gathered_secs:.1f} ms and the products {_GATHERED_PRODUCTS} times as many"
     )
-    if ring_secs <= products_secs:
-        return Choice("streaming", ring)
+    if max(ring_secs, products_secs) <= gathered_secs + _GATHERED_PRODUCTS * products_secs:
+        return Choice("streaming", times)
     most_bytes = _MEMORY_SHARE * chip.hbm_bytes
     needed_bytes = 4 * num_pairs * (_BLOCKS * num_rows + _GATHERED * width)
-    memory = f"gathered it needs {needed_bytes / 1e9:.2f} GB, of {most_bytes / 1e9:.2f} GB allowed"
-    return Choice("gathered" if needed_bytes <= most_bytes else "streaming", f"{ring}; {memory}")
+    memory = f"it needs {needed_bytes / 1e9:.2f} GB, of {most_bytes / 1e9:.2f} GB allowed"
+    return Choice("gathered" if needed_bytes <= most_bytes else "streaming", f"{times}; {memory}")
+
+
+def _ring_latency(chip: Chip, num_devices: int, group: int) -> tuple[float, str]:
+    """Seconds of the ring's messages one after the other, and a clause about them."""
+    rounds = num_devices // group
+    link = chip.link(between_hosts=num_devices > _GPUS_OF_A_HOST)
+    transfers = (_TPU_TRANSFERS if chip.num_links else _GPU_TRANSFERS) * rounds
+    if rounds == 1:
+        transfers = 0
+    secs = transfers * LATENCY_SECS[link]
+    members = "devices"
+    if group > 1:
+        secs += _GROUP_COLLECTIVES * _collective_secs(chip, group)
+        members = f"groups of {group}"
+    return secs, (
+        f"{transfers:,} transfers round a ring of {rounds} {members} take at least "
+        f"{1e3 * secs:.1f} ms ({link})"
+    )
+
+
+def _collective_secs(chip: Chip, size: int) -> float:
+    """Latency of a gather or scatter: half the way round every axis of a torus, or NCCL's ring."""
+    link = chip.link(between_hosts=False)
+    if chip.num_links:
+        dimensions = chip.num_links // 2
+        return STEP_SECS[link] * dimensions * size ** (1 / dimensions) / 2
+    steps_between_hosts = math.ceil(size / _GPUS_OF_A_HOST) - 1
+    steps_inside = size - 1 - steps_between_hosts
+    network_secs = steps_between_hosts * STEP_SECS["network"]
+    return START_SECS[link] + steps_inside * STEP_SECS[link] + network_secs

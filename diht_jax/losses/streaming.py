@@ -3,7 +3,12 @@
 Images stay where they are; blocks of texts travel round the ring of devices, their column
 statistics with them. Each block of logits is made once in the forward pass and serves both
 directions; the backward pass makes it once more and sends the texts' gradients round with them.
-No device ever holds a [b, N] or an [N, d] array. Inside a block, square tiles bound the memory.
+No device ever holds a [b, N] or an [N, d] array. Inside a block, tiles bound the memory.
+
+Where the images of a few neighbours are small, these gather them first and the texts travel from
+group to group (`ring.py`): fewer rounds, each with more products. A member then has the rows of
+its whole group, over the texts that it has met; statistics and gradients of the images are merged
+inside the group after the last round.
 
 All that travels is sent before the products of a round: the next block of texts, and what the
 devices before have summed for the block at hand, to which this device adds its part afterwards.
@@ -19,9 +24,7 @@ and Gimelshein (arXiv 1805.02867), applied to both directions of DiHT's loss at 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +39,7 @@ from diht_jax.losses.objective import (
     RowStatistics,
     Scalars,
 )
-
-# Sides of tiles, at most; every device launches a few kernels for each tile.
-TILES = (2048, 1024, 512)
+from diht_jax.losses.ring import Ring
 
 
 def streaming_loss(
@@ -64,18 +65,9 @@ def streaming_loss(
     Returns:
         A scalar of this device, at least float32, and statistics without gradient.
     """
-    axes = _in_mesh_order((axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ()))
+    axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
-    num_tiles = math.ceil(image_emb.shape[0] / (tile or tile_of_block(*image_emb.shape)))
-    ring = _Ring(
-        objective,
-        axes,
-        num_devices=math.prod(jax.lax.axis_size(axis) for axis in axes),
-        num_rows=image_emb.shape[0],
-        num_tiles=num_tiles,
-        # Tiles of equal size waste less on padding than full ones and a remainder.
-        tile=math.ceil(image_emb.shape[0] / num_tiles),
-    )
+    ring = Ring.create(objective, axes, jax.ShapeDtypeStruct(image_emb.shape, dtype), tile)
     arguments = (
         image_emb,
         text_emb,
@@ -89,81 +81,9 @@ def streaming_loss(
     return loss, jax.lax.stop_gradient(statistics)
 
 
-def tile_of_block(num_rows: int, width: int) -> int:
-    """The largest side of `TILES` whose logits take no more memory than the block [b, d]."""
-    return next((tile for tile in TILES if tile**2 <= num_rows * width), TILES[-1])
-
-
-def _in_mesh_order(axes: tuple[str, ...]) -> tuple[str, ...]:
-    """Any ring visits all blocks; `ppermute` of newer JAX wants its axes in the mesh's order."""
-    names = jax.sharding.get_abstract_mesh().axis_names
-    return tuple(sorted(axes, key=names.index)) if set(axes) <= set(names) else axes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ring:
-    """Sizes, known when the step is traced; row arrays lie as [num_tiles, tile, ...], padded."""
-
-    objective: Objective
-    axes: tuple[str, ...]
-    num_devices: int
-    num_rows: int
-    num_tiles: int
-    tile: int
-
-    @property
-    def num_pairs(self) -> int:
-        return self.num_devices * self.num_rows
-
-    def shift(self, block: jax.Array) -> jax.Array:
-        """Hands `block` to the next device, and takes that of the one before."""
-        if self.num_devices == 1:
-            return block
-        to_next = [(i, (i + 1) % self.num_devices) for i in range(self.num_devices)]
-        return jax.lax.ppermute(block, self.axes, to_next)
-
-    def shift_rows(self, rows: Any) -> Any:
-        """`shift` of a tree of arrays of one shape, as one array."""
-        leaves, structure = jax.tree.flatten(rows)
-        if self.num_devices == 1 or not leaves:
-            return rows
-        return jax.tree.unflatten(structure, list(self.shift(jnp.stack(leaves))))
-
-    def split(self, rows: jax.Array) -> jax.Array:
-        """[num_rows, ...] -> [num_tiles, tile, ...], zeros at the end."""
-        missing = self.num_tiles * self.tile - self.num_rows
-        if missing:
-            rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
-        return rows.reshape(self.num_tiles, self.tile, *rows.shape[1:])
-
-    def join(self, tiles: jax.Array) -> jax.Array:
-        """The inverse of `split`."""
-        return tiles.reshape(-1, *tiles.shape[2:])[: self.num_rows]
-
-    def masks(self, rounds: jax.Array, row_tile: jax.Array, column_tile: jax.Array):
-        """bool [tile, tile]: which logits are positives, and which are negatives."""
-        rows = row_tile * self.tile + jnp.arange(self.tile)[:, None]
-        columns = column_tile * self.tile + jnp.arange(self.tile)[None, :]
-        is_positive = (rounds == 0) & (rows == columns)
-        is_negative = ~is_positive
-        if self.num_tiles * self.tile > self.num_rows:
-            is_negative &= (rows < self.num_rows) & (columns < self.num_rows)
-        return is_positive, is_negative
-
-    def for_each_tile(self, body: Callable, carry: Any) -> Any:
-        """Runs `body(row_tile, column_tile, carry) -> carry` on all tiles of a block."""
-        if self.num_tiles == 1:
-            return body(0, 0, carry)
-
-        def step(index, carry):
-            return body(index // self.num_tiles, index % self.num_tiles, carry)
-
-        return jax.lax.fori_loop(0, self.num_tiles**2, step, carry)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ring_loss(
-    ring: _Ring,
+    ring: Ring,
     image_emb: jax.Array,
     text_emb: jax.Array,
     scale: jax.Array,
@@ -174,12 +94,10 @@ def _ring_loss(
 
 def _forward(ring, image_emb, text_emb, scale, scalars):
     objective = ring.objective
-    images, texts = ring.split(image_emb), ring.split(text_emb)
-    zeros = _zeros(images.shape[:2], scale)
-    # The lowest finite number, not -inf: differences of two of them must not be NaN.
-    nothing = RowStatistics(
-        zeros + jnp.finfo(zeros.dtype).min, zeros, (zeros,) * objective.num_sums
-    )
+    images, texts = ring.images.split(ring.gather(image_emb)), ring.texts.split(text_emb)
+    zeros = _zeros(texts.shape[:2], scale)
+    no_texts = _no_statistics(objective, zeros)
+    no_images = _no_statistics(objective, _zeros(images.shape[:2], scale))
 
     def one_round(rounds, carry):
         texts, text_statistics, image_statistics, positives = carry
@@ -200,28 +118,33 @@ def _forward(ring, image_emb, text_emb, scale, scalars):
             )
             image_tile = add(_at(image_statistics, i), axis=1)
             text_tile = add(_at(text_statistics, j), axis=0)
-            positive = _at(positives, i) + jnp.sum(logits, axis=1, where=is_positive)
+            positive = _at(positives, j) + jnp.sum(logits, axis=0, where=is_positive)
             return (
                 _put(text_statistics, text_tile, j),
                 _put(image_statistics, image_tile, i),
-                _put(positives, positive, i),
+                _put(positives, positive, j),
             )
 
         part, image_statistics, positives = ring.for_each_tile(
-            add_tile, (nothing, image_statistics, positives)
+            add_tile, (no_texts, image_statistics, positives)
         )
-        if ring.num_devices > 1:
+        if ring.num_rounds > 1:
             part = _merge(objective, text_statistics, part, scalars)
         return next_texts, part, image_statistics, positives
 
     _, text_statistics, image_statistics, positives = jax.lax.fori_loop(
-        0, ring.num_devices, one_round, (texts, nothing, nothing, zeros)
+        0, ring.num_rounds, one_round, (texts, no_texts, no_images, zeros)
     )
-    # The last block of a device is that of the next one.
+    # The last block of a device is that of the next group.
     text_statistics = ring.shift_rows(text_statistics)
-    text_statistics, image_statistics, positives = jax.tree.map(
-        ring.join, (text_statistics, image_statistics, positives)
-    )
+    text_statistics, positives = jax.tree.map(ring.texts.join, (text_statistics, positives))
+    image_statistics = jax.tree.map(ring.images.join, image_statistics)
+    if ring.group > 1:
+        parts = ring.exchange_rows(image_statistics)
+        image_statistics = functools.reduce(
+            lambda one, other: _merge(objective, one, other, scalars),
+            [_at(parts, member) for member in range(ring.group)],
+        )
     finish = functools.partial(
         objective.finish, positives=positives, scalars=scalars, num_pairs=ring.num_pairs
     )
@@ -237,16 +160,15 @@ def _backward(ring, residuals, cotangents):
     image_emb, text_emb, scale, scalars, image_slopes, text_slopes = residuals
     loss_grad, _ = cotangents
     objective = ring.objective
-    images, texts = ring.split(image_emb), ring.split(text_emb)
+    images, texts = ring.images.split(ring.gather(image_emb)), ring.texts.split(text_emb)
     # The derivatives scale with the cotangent of the device that a row belongs to.
     image_slopes, text_slopes = (
         _scaled(slopes, loss_grad) for slopes in (image_slopes, text_slopes)
     )
-    image_tiles, text_tiles = (
-        jax.tree.map(ring.split, slopes._replace(scalars=(), positive=()))
-        for slopes in (image_slopes, text_slopes)
-    )
-    emb_zeros = _zeros(images.shape, scale)
+    of_negatives = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
+    image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_negatives[0]))
+    text_tiles = jax.tree.map(ring.texts.split, of_negatives[1])
+    image_zeros, text_zeros = (_zeros(tiles.shape, scale) for tiles in (images, texts))
 
     def one_round(rounds, carry):
         texts, text_slopes, text_grads, image_grads, scalar_grads = carry
@@ -278,9 +200,9 @@ def _backward(ring, residuals, cotangents):
             )
 
         part, image_grads, scalar_grads = ring.for_each_tile(
-            add_tile, (emb_zeros, image_grads, scalar_grads)
+            add_tile, (text_zeros, image_grads, scalar_grads)
         )
-        if ring.num_devices > 1:
+        if ring.num_rounds > 1:
             # The barrier keeps the compiler from adding within a product, which would then wait
             # for what arrives.
             part = text_grads + jax.lax.optimization_barrier(part)
@@ -289,14 +211,14 @@ def _backward(ring, residuals, cotangents):
     scalar_zeros = tuple(_zeros((), scale) for _ in objective.second_pass)
     _, _, text_grads, image_grads, second_pass = jax.lax.fori_loop(
         0,
-        ring.num_devices,
+        ring.num_rounds,
         one_round,
-        (texts, text_tiles, emb_zeros, emb_zeros, scalar_zeros),
+        (texts, text_tiles, text_zeros, image_zeros, scalar_zeros),
     )
     text_grads = ring.shift(text_grads)
     positive_slopes = (image_slopes.positive + text_slopes.positive)[:, None]
-    image_grads = ring.join(image_grads) + positive_slopes * text_emb
-    text_grads = ring.join(text_grads) + positive_slopes * image_emb
+    image_grads = ring.sum_of_members(ring.images.join(image_grads)) + positive_slopes * text_emb
+    text_grads = ring.texts.join(text_grads) + positive_slopes * image_emb
     # sum_ij G_ij <image_i, text_j>, which the gradient of the images holds already.
     scale_grad = jnp.sum(image_emb * image_grads)
     return (
@@ -323,6 +245,12 @@ def _scalar_grads(
 
 
 _ring_loss.defvjp(_forward, _backward)
+
+
+def _no_statistics(objective: Objective, zeros: jax.Array) -> RowStatistics:
+    # The lowest finite number, not -inf: differences of two of them must not be NaN.
+    lowest = zeros + jnp.finfo(zeros.dtype).min
+    return RowStatistics(lowest, zeros, (zeros,) * objective.num_sums)
 
 
 def _accumulate(

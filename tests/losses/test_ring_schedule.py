@@ -1,4 +1,4 @@
-"""The streaming loss's transfers: how many a round has, and that the products hide them."""
+"""The streaming loss's transfers: rounds, transfers of a round, and products that hide them."""
 
 import functools
 import importlib.util
@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from diht_jax.cost_model.chips import find_chip
 from diht_jax.cost_model.topologies import get_topology
-from diht_jax.losses import contrastive_loss
-from diht_jax.losses.streaming import tile_of_block
+from diht_jax.losses import contrastive_loss, ring
+from diht_jax.losses.ring import group_size, tile_of_block
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -36,27 +37,84 @@ def abstract_arguments(mesh, num_pairs, width):
 
 
 def loops_and_permutes(jaxpr):
-    """How many permutes one round of every loop has that permutes, and how many are outside."""
+    """(rounds, permutes of a round) of every loop that permutes, and how many are outside."""
     in_loops, outside = [], 0
     for equation in jaxpr.eqns:
         outside += equation.primitive.name == "ppermute"
         for inner in jax.core.jaxprs_in_params(equation.params):
             loops, others = loops_and_permutes(inner)
             in_loops += loops
-            if equation.primitive.name in ("while", "scan"):
-                in_loops += [others] if others else []
+            if equation.primitive.name == "scan":
+                in_loops += [(equation.params["length"], others)] if others else []
             else:
+                assert equation.primitive.name != "while" or not others
                 outside += others
     return in_loops, outside
 
 
+def traced(shape, beta=0.25, num_pairs=64):
+    mesh = Mesh(np.asarray(jax.devices()).reshape(shape), AXES)
+    return jax.make_jaxpr(value_and_grads(mesh, beta))(*abstract_arguments(mesh, num_pairs, 8))
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.25])
-def test_two_permutes_a_round_forward_and_three_backward(beta):
-    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), AXES)
-    arguments = abstract_arguments(mesh, 64, 8)
-    jaxpr = jax.make_jaxpr(value_and_grads(mesh, beta))(*arguments)
+@pytest.mark.parametrize("shape, rounds", [((8, 1), 8), ((4, 2), 4), ((2, 4), 2)])
+def test_two_permutes_a_round_forward_and_three_backward(shape, rounds, beta):
+    """As many rounds as there are groups along fsdp: 64 and not 512 on 64 hosts of 8."""
+    jaxpr = traced(shape, beta)
     # After the loops, the texts' statistics and then their gradients come home.
-    assert loops_and_permutes(jaxpr.jaxpr) == ([2, 3], 2)
+    assert loops_and_permutes(jaxpr.jaxpr) == ([(rounds, 2), (rounds, 3)], 2)
+
+
+def test_a_group_of_all_devices_sends_nothing_round():
+    assert loops_and_permutes(traced((1, 8)).jaxpr) == ([], 0)
+
+
+def count_primitives(jaxpr, names):
+    inner = [i for e in jaxpr.eqns for i in jax.core.jaxprs_in_params(e.params)]
+    found = [e.primitive.name for e in jaxpr.eqns if e.primitive.name in names]
+    return sorted(found + [name for each in inner for name in count_primitives(each, names)])
+
+
+def test_a_group_has_four_collectives_in_both_passes_together():
+    """Whatever the number of rounds; the gather of the images stands in both passes' programs."""
+    names = ("all_gather", "all_to_all", "reduce_scatter")
+    expected = ["all_gather"] * 3 + ["all_to_all", "reduce_scatter"]
+    assert count_primitives(traced((4, 2)).jaxpr, names) == expected
+    assert count_primitives(traced((8, 1)).jaxpr, names) == []
+
+
+def test_groups_of_some_of_the_neighbours_equal_the_defining_formula(monkeypatch, reference):
+    """Blocks of 2 x 8 float32 where 128 bytes may be gathered: 2 of the 4 along fsdp."""
+    monkeypatch.setattr(ring, "_GATHERED_BYTES", 128)
+    assert loops_and_permutes(traced((2, 4), num_pairs=16).jaxpr) == ([(4, 2), (4, 3)], 2)
+
+    def loss(image_emb, text_emb, scale, alpha, beta):
+        return contrastive_loss(image_emb, text_emb, scale, alpha=alpha, beta=beta, axis_name=AXES)
+
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), AXES)
+    value_and_grads = reference.differentiate_on_mesh(loss, mesh, AXES)
+    cases = [("random", 100.0, *weighting) for weighting in [(1.0, 0.0), (0.999, 0.25)]]
+    assert reference.find_errors(value_and_grads, cases) == []
+
+
+@pytest.mark.parametrize(
+    "sizes, num_rows, chip, group",
+    [
+        ((64, 8), 128, "h100", 8),  # 3 MB of images in a host, of 10 MiB
+        ((64, 8), 512, "h100", 4),
+        ((1, 8), 8192, "h100", 1),
+        ((32, 8), 256, "v5e", 2),  # 1.6 MB, of 2 MiB
+        ((32, 8), 4096, "v5e", 1),
+        ((32, 6), 128, "v5e", 3),
+        ((32, 6), 128, "cpu", 3),  # no chip of the table: as the smallest TPU
+        ((256, 1), 32, "v5e", 1),
+        ((256,), 32, "v5e", 1),  # a single axis
+        ((), 32, "v5e", 1),
+    ],
+)
+def test_as_many_neighbours_gather_as_the_memory_affords(sizes, num_rows, chip, group):
+    assert group_size(sizes, num_rows * 768 * 4, find_chip(chip)) == group
 
 
 def round_bodies(hlo):
@@ -90,9 +148,10 @@ def round_bodies(hlo):
 
 @needs_libtpu
 @pytest.mark.parametrize("num_pairs", [512, 4096])
-def test_the_tpu_compiler_starts_every_transfer_before_the_products(num_pairs):
-    """Blocks of one tile, and blocks of several in an inner loop."""
-    devices = np.asarray(get_topology("v5e:2x2").devices).reshape(4, 1)
+@pytest.mark.parametrize("fsdp", [1, 2])
+def test_the_tpu_compiler_starts_every_transfer_before_the_products(num_pairs, fsdp):
+    """Blocks of one tile, and blocks of several in an inner loop; one level and two."""
+    devices = np.asarray(get_topology("v5e:2x2").devices).reshape(4 // fsdp, fsdp)
     mesh = Mesh(devices, AXES)
     arguments = abstract_arguments(mesh, num_pairs, 128)
     hlo = jax.jit(value_and_grads(mesh)).lower(*arguments).compile().as_text()
@@ -108,10 +167,12 @@ def test_the_tpu_compiler_starts_every_transfer_before_the_products(num_pairs):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("num_pairs, most_mb", [(65_536, 16), (1_048_576, 160)])
-def test_memory_on_a_pod(num_pairs, most_mb):
+@pytest.mark.parametrize(
+    "num_pairs, fsdp, most_mb", [(65_536, 1, 16), (65_536, 8, 16), (1_048_576, 8, 160)]
+)
+def test_memory_on_a_pod(num_pairs, fsdp, most_mb):
     """Peak of value and gradients in float32, arguments and results included."""
-    mesh = Mesh(np.asarray(get_topology("v5e:16x16").devices).reshape(256, 1), AXES)
+    mesh = Mesh(np.asarray(get_topology("v5e:16x16").devices).reshape(-1, fsdp), AXES)
     arguments = abstract_arguments(mesh, num_pairs, 768)
     shardings = (arguments[2].sharding, tuple(x.sharding for x in arguments))
     step = jax.jit(value_and_grads(mesh), out_shardings=shardings)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from diht_jax.losses.softmax import Softmax
 from diht_jax.losses.streaming import streaming_loss
 
 ALPHAS, BETAS = (1.0, 0.999, 0.5), (0.0, 0.25, 1.0)
-MESHES = {"1": (1, 1), "2": (2, 1), "8": (8, 1), "2x4": (2, 4)}
+MESHES = {"1": (1, 1), "2": (2, 1), "8": (8, 1), "2x4": (2, 4), "4x2": (4, 2), "1x8": (1, 8)}
+DTYPES = ("float64", "float32", "bfloat16")
 
 
 def pairs(num_pairs, width=16, dtype=np.float32):
@@ -63,8 +65,14 @@ def assert_same(found, expected, rtol, num_compared=4):
             np.testing.assert_allclose(a, b, rtol=0, atol=rtol * np.max(np.abs(b)), err_msg=name)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(
+    "mesh, dtype",
+    [
+        *itertools.product(("1", "2", "8", "2x4"), DTYPES),
+        ("4x2", "float64"),
+        ("1x8", "float64"),
+    ],
+)
 def test_softmax_equals_the_dense_form_at_scale_200(mesh, dtype):
     """24 rows a device; the tile of 7 does not divide them."""
     # Bfloat16 gradients are rounded to bfloat16 by both forms. The derivative by beta is a small
@@ -132,13 +140,13 @@ def test_sigmoid_loss_equals_its_formula_in_float64(impl):
         np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
-def compiled(impl, num_pairs, width, objective=contrastive_objective, **settings):
-    """The compiled value-and-gradient of the objective on eight devices."""
-    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+def compiled(impl, num_pairs, width, mesh_shape=(2, 4), **settings):
+    """The value-and-gradient of the objective on eight devices, and its arguments."""
+    mesh = Mesh(np.asarray(jax.devices()).reshape(mesh_shape), ("data", "fsdp"))
     by_example = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     rows = jax.ShapeDtypeStruct((num_pairs, width), np.float32, sharding=by_example)
     step = jax.value_and_grad(
-        functools.partial(objective, mesh=mesh, impl=impl, **settings),
+        functools.partial(contrastive_objective, mesh=mesh, impl=impl, **settings),
         argnums=(0, 1, 2),
         has_aux=True,
     )
@@ -157,10 +165,21 @@ def test_memory_grows_with_the_local_batch_and_not_with_the_global_one():
     assert temporaries["streaming", 16384] < temporaries["dense", 16384] / 4
 
 
+def gathered_rows(program):
+    """How many rows of width 32 the all-gathers of a compiled program return."""
+    gathers = re.findall(r"= f32\[(\d+),32\]\S* all-gather", program)
+    assert bool(gathers) == ("all-gather" in program)
+    return {int(rows) for rows in gathers}
+
+
 def test_nothing_is_gathered():
+    """But by the neighbours along fsdp, where there are some: the images of 4 x 32 of 256 rows."""
+    step, arguments = compiled("streaming", 256, 32, mesh_shape=(8, 1), beta=0.25)
+    program = jax.jit(step).lower(*arguments).compile().as_text()
+    assert gathered_rows(program) == set() and "collective-permute" in program
     step, arguments = compiled("streaming", 256, 32, beta=0.25)
     program = jax.jit(step).lower(*arguments).compile().as_text()
-    assert "all-gather" not in program and "collective-permute" in program
+    assert gathered_rows(program) == {128} and "collective-permute" in program
     step, arguments = compiled("dense", 256, 32, beta=0.25)
     assert "all-gather" in jax.jit(step).lower(*arguments).compile().as_text()
 

@@ -1,0 +1,232 @@
+"""The devices of the streaming loss: who sends what to whom, and how their rows are tiled.
+
+Two levels. Neighbours along the last mesh axis of the batch (`fsdp`: inside a host, or inside a
+block of a torus) form groups of G. Once for each pass a group gathers its images; then the texts of
+every device travel round the ring of groups, to the same member of the next one. With D groups
+and b rows on each of P = D G devices, the alternatives are
+
+  * one ring of all devices: P rounds of transfers with b x b logits to hide each of them;
+  * gathering the texts instead, in every round: D rounds too, but of two more collectives each;
+  * this: D rounds with [G b, b] logits each, and two small collectives for each pass. Devices send
+    D b rows to the next group instead of P b to their neighbour. Between hosts that makes the same
+    bytes, through G network cards instead of one.
+
+The price is memory: images and their gradients, [G b, d] each. So G is what `group_size` allows.
+
+Source: ours; ring attention (arXiv 2310.01889) has the ring.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diht_jax.cost_model.chips import Chip, find_chip
+from diht_jax.losses.objective import Objective
+
+# Sides of tiles, at most; every device launches a few kernels for each tile.
+TILES = (2048, 1024, 512)
+# The gathered images take at most this much of a device's memory, and this much where that is not
+# known: it is the share of the smallest TPU, 16 GiB.
+_GATHERED_SHARE = 1 / 8192
+_GATHERED_BYTES = 2 << 20
+
+
+def tile_of_block(num_rows: int, width: int) -> int:
+    """The largest side of `TILES` whose logits take no more memory than the block [b, d]."""
+    return next((tile for tile in TILES if tile**2 <= num_rows * width), TILES[-1])
+
+
+def group_size(axis_sizes: tuple[int, ...], block_bytes: int, chip: Chip | None) -> int:
+    """How many neighbours along the last axis gather their images; 1 is a ring of all devices.
+
+    Args:
+        axis_sizes: of the mesh axes that the batch is split over, in the mesh's order. With a
+            single one nothing is known of faster links, and nothing is gathered.
+        block_bytes: of a device's images, in the dtype of their gradients.
+        chip: of the mesh, if known.
+    """
+    if len(axis_sizes) < 2:
+        return 1
+    most = chip.hbm_bytes * _GATHERED_SHARE if chip else _GATHERED_BYTES
+    inner = axis_sizes[-1]
+    fitting = (size for size in range(inner, 1, -1) if inner % size == 0)
+    return next((size for size in fitting if size * block_bytes <= most), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Rows as [num_tiles, tile, ...], zeros at the end."""
+
+    num_rows: int
+    num_tiles: int
+    tile: int
+
+    @classmethod
+    def create(cls, num_rows: int, most: int) -> Tiling:
+        """Tiles of equal size waste less on padding than full ones and a remainder."""
+        num_tiles = math.ceil(num_rows / most)
+        return cls(num_rows, num_tiles, math.ceil(num_rows / num_tiles))
+
+    @property
+    def is_padded(self) -> bool:
+        return self.num_tiles * self.tile > self.num_rows
+
+    def split(self, rows: jax.Array) -> jax.Array:
+        """[num_rows, ...] -> [num_tiles, tile, ...]."""
+        if self.is_padded:
+            missing = self.num_tiles * self.tile - self.num_rows
+            rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
+        return rows.reshape(self.num_tiles, self.tile, *rows.shape[1:])
+
+    def join(self, tiles: jax.Array) -> jax.Array:
+        """The inverse of `split`."""
+        return tiles.reshape(-1, *tiles.shape[2:])[: self.num_rows]
+
+    def indices(self, tile_index: jax.Array) -> jax.Array:
+        """int [tile]: which rows a tile has."""
+        return tile_index * self.tile + jnp.arange(self.tile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Sizes, known when the step is traced.
+
+    Attributes:
+        objective: the loss, one row of it.
+        axes: mesh axes that the batch is split over, in the mesh's order.
+        num_devices: along them.
+        group: G, neighbours along the last axis that gather their images.
+        images: tiles of the images of a group, the rows of a block of logits.
+        texts: tiles of the texts of a device, its columns.
+    """
+
+    objective: Objective
+    axes: tuple[str, ...]
+    num_devices: int
+    group: int
+    images: Tiling
+    texts: Tiling
+
+    @classmethod
+    def create(
+        cls,
+        objective: Objective,
+        axes: tuple[str, ...],
+        block: jax.ShapeDtypeStruct,
+        most_tile: int | None,
+    ) -> Ring:
+        """The ring of the devices of a `shard_map`, to be made inside of it.
+
+        Args:
+            objective, axes: see above; the axes in any order.
+            block: images of a device, [b, d], with the dtype of their gradients.
+            most_tile: side of a tile, at most; None for `tile_of_block`.
+        """
+        mesh = jax.sharding.get_abstract_mesh()
+        # Any ring visits all blocks; `ppermute` of newer JAX wants its axes in the mesh's order.
+        if set(axes) <= set(mesh.axis_names):
+            axes = tuple(sorted(axes, key=mesh.axis_names.index))
+        sizes = tuple(jax.lax.axis_size(axis) for axis in axes)
+        num_rows, width = block.shape
+        group = group_size(sizes, block.size * block.dtype.itemsize, _chip_of(mesh))
+        most_tile = most_tile or tile_of_block(group * num_rows, width)
+        images, texts = (Tiling.create(rows, most_tile) for rows in (group * num_rows, num_rows))
+        return cls(objective, axes, math.prod(sizes), group, images, texts)
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_devices * self.texts.num_rows
+
+    @property
+    def num_rounds(self) -> int:
+        return self.num_devices // self.group
+
+    def shift(self, block: jax.Array) -> jax.Array:
+        """Sends `block` to the next group, and returns that of the one before."""
+        if self.num_rounds == 1:
+            return block
+        devices = range(self.num_devices)
+        to_next = [(i, (i + self.group) % self.num_devices) for i in devices]
+        return jax.lax.ppermute(block, self.axes, to_next)
+
+    def shift_rows(self, rows: Any) -> Any:
+        """`shift` of a tree of arrays of one shape, as one array."""
+        return _as_one(self.shift, rows) if self.num_rounds > 1 else rows
+
+    def gather(self, rows: jax.Array, axis: int = 0) -> jax.Array:
+        """The rows of all members of the group: `axis` of `rows` becomes G times as long."""
+        if self.group == 1:
+            return rows
+        return jax.lax.all_gather(rows, axis=axis, tiled=True, **self._members())
+
+    def gather_rows(self, rows: Any) -> Any:
+        """`gather` of a tree of arrays [b], as one array."""
+        if self.group == 1:
+            return rows
+        return _as_one(lambda stacked: self.gather(stacked, axis=1), rows)
+
+    def exchange_rows(self, parts: Any) -> Any:
+        """What all members have of the own rows: a tree of [G b] becomes one of [G, b]."""
+
+        def exchange(stacked: jax.Array) -> jax.Array:
+            stacked = stacked.reshape(-1, self.group, self.texts.num_rows)
+            return jax.lax.all_to_all(stacked, split_axis=1, concat_axis=1, **self._members())
+
+        return _as_one(exchange, parts)
+
+    def sum_of_members(self, parts: jax.Array) -> jax.Array:
+        """[G b, d] -> [b, d], the own rows summed over the members."""
+        if self.group == 1:
+            return parts
+        return jax.lax.psum_scatter(parts, tiled=True, **self._members())
+
+    def masks(self, rounds: jax.Array, row_tile: jax.Array, column_tile: jax.Array):
+        """bool tiles of logits: which are positives, and which are negatives."""
+        rows = self.images.indices(row_tile)[:, None]
+        columns = self.texts.indices(column_tile)[None, :]
+        # In the first round the texts are the own ones.
+        own_row = columns
+        if self.group > 1:
+            member = jax.lax.axis_index(self.axes[-1]) % self.group
+            own_row = columns + member * self.texts.num_rows
+        is_positive = (rounds == 0) & (rows == own_row)
+        is_negative = ~is_positive
+        if self.images.is_padded or self.texts.is_padded:
+            is_negative &= (rows < self.images.num_rows) & (columns < self.texts.num_rows)
+        return is_positive, is_negative
+
+    def for_each_tile(self, body: Callable, carry: Any) -> Any:
+        """Runs `body(row_tile, column_tile, carry) -> carry` on all tiles of a block."""
+        num_columns = self.texts.num_tiles
+        if self.images.num_tiles * num_columns == 1:
+            return body(0, 0, carry)
+
+        def step(index, carry):
+            return body(index // num_columns, index % num_columns, carry)
+
+        return jax.lax.fori_loop(0, self.images.num_tiles * num_columns, step, carry)
+
+    def _members(self) -> dict[str, Any]:
+        """Arguments of a collective inside the groups."""
+        inner = jax.lax.axis_size(self.axes[-1])
+        groups = None
+        if self.group < inner:
+            groups = [list(range(i, i + self.group)) for i in range(0, inner, self.group)]
+        return {"axis_name": self.axes[-1], "axis_index_groups": groups}
+
+
+def _as_one(send: Callable[[jax.Array], jax.Array], rows: Any) -> Any:
+    """Sends a tree of arrays of one shape as one array, since a ring is bound by its transfers."""
+    leaves, structure = jax.tree.flatten(rows)
+    return jax.tree.unflatten(structure, list(send(jnp.stack(leaves)))) if leaves else rows
+
+
+def _chip_of(mesh: jax.sharding.AbstractMesh) -> Chip | None:
+    device = getattr(mesh, "abstract_device", None)
+    return find_chip(device.device_kind) if device else None
