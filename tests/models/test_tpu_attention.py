@@ -17,6 +17,9 @@ from diht_jax.models import transformer
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
 from diht_jax.models.transformer import Block, BlockInit, build_blocks, run_blocks
 
+# Most of the time of these tests would go into optimising programs that run for milliseconds.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler (libtpu) is absent"
 )
@@ -33,66 +36,102 @@ def formula(qkv, bias, num_heads, causal):
     return out.reshape(b, t, width // 3)
 
 
-def value_and_gradients(function, qkv, bias, cotangent):
-    @jax.jit
-    def run(qkv, bias, cotangent):
-        out, pullback = jax.vjp(function, qkv, bias)
-        return [out, *pullback(cotangent)]
-
-    return run(qkv, bias, cotangent)
+def formula_and_gradients(qkv, bias, cotangent, num_heads, causal):
+    """The same and what follows from it for the gradients, in float64 and without a compiler."""
+    b, t, width = qkv.shape
+    q, k, v = np.moveaxis((qkv + bias).reshape(b, t, 3, num_heads, -1), (2, 3), (0, 2))
+    g = np.moveaxis(cotangent.reshape(b, t, num_heads, -1), 2, 1)
+    scale = q.shape[-1] ** -0.5
+    scores = q @ np.swapaxes(k, 2, 3) * scale
+    if causal:
+        scores = np.where(np.tri(t, dtype=bool), scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=3, keepdims=True))
+    weights /= weights.sum(axis=3, keepdims=True)
+    by_weights = g @ np.swapaxes(v, 2, 3)
+    by_scores = weights * (by_weights - (weights * by_weights).sum(axis=3, keepdims=True)) * scale
+    by_query_key_value = [
+        by_scores @ k,
+        np.swapaxes(by_scores, 2, 3) @ q,
+        np.swapaxes(weights, 2, 3) @ g,
+    ]
+    by_qkv = np.moveaxis(by_query_key_value, (0, 2), (2, 3)).reshape(b, t, width)
+    out = np.moveaxis(weights @ v, 1, 2).reshape(b, t, width // 3)
+    return out, by_qkv, by_qkv.sum(axis=(0, 1))
 
 
 @pytest.mark.parametrize(
     "num_tokens, head_dim, causal, dtype, tolerance",
     [
         (50, 64, False, "float32", 1e-5),
+        (50, 80, True, "bfloat16", 2e-2),
         (77, 64, True, "float32", 1e-5),
-        (77, 64, True, "bfloat16", 2e-2),
+        (77, 80, True, "bfloat16", 2e-2),
         (197, 64, False, "bfloat16", 2e-2),
+        (197, 80, True, "float32", 1e-5),
+        (257, 64, True, "bfloat16", 2e-2),
         (257, 80, False, "float32", 1e-5),
-        (257, 80, True, "bfloat16", 2e-2),
         (577, 64, False, "float32", 1e-5),
+        (577, 80, False, "bfloat16", 2e-2),
     ],
 )
 def test_values_and_gradients_are_those_of_the_formula(
     num_tokens, head_dim, causal, dtype, tolerance
 ):
-    num_heads, width = 2, 2 * head_dim
-    keys = jax.random.split(jax.random.key(num_tokens), 3)
+    num_heads = 4 if head_dim == 64 else 2  # heads in two groups, and heads that fill no lanes
+    width = num_heads * head_dim
+    rng = np.random.default_rng(num_tokens)
     shapes = [(2, num_tokens, 3 * width), (3 * width,), (2, num_tokens, width)]
-    arrays = [jax.random.normal(*pair, dtype) for pair in zip(keys, shapes, strict=True)]
-    kernel = functools.partial(attend_short, num_heads=num_heads, causal=causal, interpret=True)
-    found = value_and_gradients(kernel, *arrays)
-    dense = functools.partial(formula, num_heads=num_heads, causal=causal)
-    expected = value_and_gradients(dense, *(array.astype(jnp.float32) for array in arrays))
-    for ours, right in zip(found, expected, strict=True):
+    arrays = [rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes]
+
+    @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+    def run(qkv, bias, cotangent):
+        kernel = functools.partial(attend_short, num_heads=num_heads, causal=causal, interpret=True)
+        out, pullback = jax.vjp(kernel, qkv, bias)
+        return [out, *pullback(cotangent)]
+
+    expected = formula_and_gradients(
+        *(array.astype(np.float64) for array in arrays), num_heads, causal
+    )
+    for ours, right in zip(run(*arrays), expected, strict=True):
         assert ours.dtype == dtype
-        error = jnp.max(jnp.abs(ours.astype(jnp.float32) - right)) / jnp.max(jnp.abs(right))
+        error = np.max(np.abs(np.asarray(ours, np.float64) - right)) / np.max(np.abs(right))
         assert error <= tolerance
 
 
 def tower(attention, *, scan_layers):
-    """Two blocks of width 16 with two heads."""
-    blocks = [
-        Block(
-            *(16, 2, 32, BlockInit.scaled_by_depth(16, 2)),
-            causal=True,
-            activation="gelu",
-            epsilon=1e-5,
-            attention=attention,
-            dtype=jnp.float32,
-            param_dtype=jnp.float32,
-            rngs=nnx.Rngs(seed),
-        )
-        for seed in range(2)
+    """Two blocks of width 16 with two heads: definition, and the same numbers in either form."""
+
+    def build():
+        blocks = [
+            Block(
+                *(16, 2, 32, BlockInit.scaled_by_depth(16, 2)),
+                causal=True,
+                activation="gelu",
+                epsilon=1e-5,
+                attention=attention,
+                dtype=jnp.float32,
+                param_dtype=jnp.float32,
+                rngs=nnx.Rngs(0),
+            )
+            for _ in range(2)
+        ]
+        return build_blocks(blocks, scan_layers=scan_layers)
+
+    graphdef, shapes = nnx.split(nnx.eval_shape(build), nnx.Param)
+    leaves, structure = jax.tree.flatten(shapes)
+    of_a_block = [x.shape[1:] if scan_layers else x.shape for x in leaves]
+    rng = np.random.default_rng(0)
+    stacked = [
+        0.3 * rng.standard_normal((2, *shape), np.float32)
+        for shape in of_a_block[: len(leaves) // (1 if scan_layers else 2)]
     ]
-    return nnx.split(build_blocks(blocks, scan_layers=scan_layers), nnx.Param)
+    arrays = stacked if scan_layers else [layers[i] for i in range(2) for layers in stacked]
+    return graphdef, jax.tree.unflatten(structure, arrays)
 
 
 def sharded_gradients(attention, remat, *, scan_layers):
     """Two devices, two rows each -> the loss's jitted gradients, and their arguments."""
     graphdef, params = tower(attention, scan_layers=scan_layers)
-    params = jax.tree.map(lambda x: x + 0.1, params)  # biases, too
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((4, 10, 16)), jnp.float32)
     pooled = jnp.asarray([9, 3, 0, 5])
@@ -111,11 +150,20 @@ def sharded_gradients(attention, remat, *, scan_layers):
     def loss(params, x, pooled):
         return jnp.sum(jnp.sin(encode(params, x, pooled)))
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))), (params, x, pooled)
+    gradients = jax.value_and_grad(loss, argnums=(0, 1))
+    return jax.jit(gradients, compiler_options=QUICK_COMPILE), (params, x, pooled)
+
+
+@pytest.fixture(scope="module")
+def gradients_of_xla():
+    """Loss, gradients of the two blocks' parameters, and that of their input, as arrays."""
+    run, arguments = sharded_gradients("xla", "none", scan_layers=False)
+    loss, (by_params, by_x) = run(*arguments)
+    return loss, jax.tree.leaves(by_params), by_x
 
 
 @pytest.mark.parametrize("remat, scan_layers", [("dots", False), ("minimal", True)])
-def test_blocks_give_the_same_numbers(monkeypatch, remat, scan_layers):
+def test_blocks_give_the_same_numbers(monkeypatch, gradients_of_xla, remat, scan_layers):
     """The kernel's formula in its stead, which the test above compares with the kernel."""
     calls = []
 
@@ -124,14 +172,17 @@ def test_blocks_give_the_same_numbers(monkeypatch, remat, scan_layers):
         return formula(qkv, bias, num_heads, causal)
 
     monkeypatch.setattr(transformer, "attend_short", dense)
-    found, arguments = sharded_gradients("pallas", remat, scan_layers=scan_layers)
-    found = found(*arguments)
+    run, arguments = sharded_gradients("pallas", remat, scan_layers=scan_layers)
+    loss, (by_params, by_x) = run(*arguments)
     assert calls and all(calls)
-    expected, arguments = sharded_gradients("xla", "none", scan_layers=scan_layers)
-    for ours, right in zip(
-        jax.tree.leaves(found), jax.tree.leaves(expected(*arguments)), strict=True
-    ):
-        np.testing.assert_allclose(ours, right, rtol=0, atol=1e-5 * float(jnp.abs(right).max()))
+    right_loss, right_params, right_x = gradients_of_xla
+    if scan_layers:
+        half = len(right_params) // 2
+        pairs = zip(right_params[:half], right_params[half:], strict=True)
+        right_params = [np.stack(pair) for pair in pairs]
+    found = [loss, *jax.tree.leaves(by_params), by_x]
+    for ours, right in zip(found, [right_loss, *right_params, right_x], strict=True):
+        np.testing.assert_allclose(ours, right, rtol=0, atol=1e-5 * float(np.abs(right).max()))
 
 
 @pytest.mark.parametrize(
@@ -199,29 +250,33 @@ def test_rows_that_do_not_fit_are_refused(dtype, num_tokens, width, kind, expect
 
 
 @needs_libtpu
-@pytest.mark.parametrize(
-    "topology, num_tokens, head_dim, causal",
-    [
-        ("v4:2x2x1", 197, 64, False),
-        ("v5e:2x2", 577, 64, False),
-        ("v5p:2x2x1", 257, 80, False),
-        ("v6e:2x2", 77, 64, True),
-    ],
-)
-def test_the_kernel_compiles(topology, num_tokens, head_dim, causal):
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_kernels_compile_for_every_kind_of_tpu(topology):
+    """Forward and backward, all lengths and widths in one program."""
     mesh = Mesh(np.array(get_topology(topology).devices[:1]), ("data",))
+    settings = [
+        (num_tokens, head_dim, 4 if head_dim == 64 else 2, num_tokens == 77)
+        for num_tokens in (50, 77, 197, 257, 577)
+        for head_dim in (64, 80)
+    ]
+    settings.append((257, 80, 16, False))  # two groups of eight heads
 
     def shape(*sizes):
         return jax.ShapeDtypeStruct(sizes, jnp.bfloat16, sharding=NamedSharding(mesh, P()))
 
-    num_heads = 16 if head_dim == 80 else 4
-    width = num_heads * head_dim
-    arrays = shape(2, num_tokens, 3 * width), shape(3 * width), shape(2, num_tokens, width)
+    def run(arrays):
+        found = []
+        for (*_, num_heads, causal), (cotangent, *inputs) in zip(settings, arrays, strict=True):
+            attend = functools.partial(attend_short, num_heads=num_heads, causal=causal)
+            out, pullback = jax.vjp(attend, *inputs)
+            found.append((out, pullback(cotangent)))
+        return found
 
-    def run(qkv, bias, cotangent):
-        attend = functools.partial(attend_short, num_heads=num_heads, causal=causal)
-        out, pullback = jax.vjp(attend, qkv, bias)
-        return out, pullback(cotangent)
-
-    text = jax.jit(run).lower(*arrays).compile().as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 2
+    arrays = []
+    for num_tokens, head_dim, num_heads, _ in settings:
+        width = num_heads * head_dim
+        arrays.append(
+            (shape(2, num_tokens, width), shape(2, num_tokens, 3 * width), shape(3 * width))
+        )
+    text = jax.jit(run).lower(arrays).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 2 * len(settings)
