@@ -200,3 +200,28 @@ def test_forked_workers_agree_and_nothing_warns():
         [sys.executable, "-c", FORKED_WORKERS], capture_output=True, text=True, timeout=600
     )
     assert (result.returncode, result.stdout, result.stderr) == (0, "same\n", "")
+
+
+@pytest.mark.parametrize("words", ["a red fox &amp;amp; ", "ox", "é", "🐕 犬", "\u00a0\n", "<&lt;"])
+def test_what_stands_far_behind_the_last_id_changes_nothing(words, monkeypatch):
+    """The ids are those of the whole text, with or without spaces between the words."""
+    text = "  " + words * (9000 // len(words))
+    monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 10**9)
+    expected = tokenizer.tokenize(text)
+    monkeypatch.setattr(tokenizer, "_CHARACTERS_PER_ID", 64)  # a 16th of the real bound
+    np.testing.assert_array_equal(tokenizer.tokenize(text), expected)
+
+
+@pytest.mark.parametrize("words", ["the quick brown fox ", "a", "é", "&amp;"])
+def test_a_giant_text_is_cut_before_it_is_cleaned(words, monkeypatch):
+    lengths = []
+    clean = tokenizer.clean_text
+
+    def count_and_clean(text):
+        lengths.append(len(text))
+        return clean(text)
+
+    monkeypatch.setattr(tokenizer, "clean_text", count_and_clean)
+    ids = tokenizer.tokenize(" " * 10**6 + words * (10**7 // len(words)))
+    np.testing.assert_array_equal(ids, tokenizer.tokenize(words * 2000))
+    assert lengths[0] == 1024 * tokenizer.CONTEXT_LENGTH
