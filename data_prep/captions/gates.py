@@ -89,6 +89,7 @@ _TAIL_CHARS = 60
 _FIRST_PERSON = re.compile(r"\bi(?=[' ])")
 
 _MAX_CHARS = 1000
+_MAX_RAW_CHARS = 64 * _MAX_CHARS
 _FOLD_CAPITALS = 0.6
 _FOLD_TITLE = 0.8
 # Words that titles leave in lower case.
@@ -188,9 +189,12 @@ def gate_caption(caption: str, lexicon: frozenset[str] = frozenset()) -> tuple[s
 def _unwrap(caption: str) -> str:
     """Removes markup and odd quotes, and cuts a text that is no caption any more.
 
-    Ours: at most 1,000 characters are read, four times what CLIP's 77 tokens hold.
+    Ours: at most 1,000 characters are read, four times what CLIP's 77 tokens hold. What stands
+    behind 64 times as many, with markup, is not looked at: a caption may have megabytes.
     """
     text = caption
+    if len(text) > _MAX_RAW_CHARS:
+        text = text.lstrip()[:_MAX_RAW_CHARS]
     if not text.isascii():
         # Half of a surrogate pair is no character, and spaCy cannot store it.
         text = text.encode("utf-8", "ignore").decode("utf-8")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from data_prep.captions import gates
 from data_prep.captions.gates import fold_case, gate_caption
 from data_prep.captions.parse import parse_captions
 
@@ -147,3 +148,18 @@ def test_dash_between_clauses_is_no_hyphen(parser):
 )
 def test_fold_case(text, folded):
     assert fold_case(text) == folded
+
+
+@pytest.mark.parametrize("words", ["A man &amp; a dog run. ", "é ", "a", "<b>A cat sleeps.</b> "])
+def test_a_giant_caption_is_cut_before_it_is_cleaned(words, monkeypatch):
+    short, long = words * (2 * 64_000 // len(words)), words * (10**7 // len(words))
+    lengths = []
+
+    class Quotes(dict):
+        def __getitem__(self, code):
+            lengths.append(code)
+            raise LookupError(code)
+
+    monkeypatch.setattr(gates, "_QUOTES", Quotes())
+    assert gates.gate_caption(long) == gates.gate_caption(short)
+    assert 0 < len(lengths) <= 2 * 64_000
