@@ -22,7 +22,12 @@ import safetensors
 import safetensors.numpy
 
 from diht_jax.data.atomic_file import temporary_path
-from diht_jax.weights.torchscript import check_archive, is_torchscript, read_torchscript
+from diht_jax.weights.torchscript import (
+    check_archive,
+    check_sizes,
+    is_torchscript,
+    read_torchscript,
+)
 
 SAFETENSORS_SUFFIX = ".safetensors"
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -31,6 +36,7 @@ WEIGHT_SUFFIXES = (SAFETENSORS_SUFFIX, *TORCH_SUFFIXES)
 
 # Where training programs keep the model's part of a checkpoint.
 _STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict", "module")
+_MAX_DEPTH = 8
 # What wrappers (data parallelism, torch.compile) put before every name.
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
@@ -160,17 +166,20 @@ def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path}: not a whole torch file ({_first_line(error)}); download or write it again"
         ) from error
-    return {
-        str(name): _to_numpy(torch, path, str(name), value)
-        for name, value in _find_state_dict(torch, path, loaded).items()
-    }
+    state = _find_state_dict(torch, path, loaded)
+    check_sizes(path, sum(value.numel() * value.element_size() for value in state.values()))
+    return {str(name): _to_numpy(torch, path, str(name), value) for name, value in state.items()}
 
 
 def _find_state_dict(torch: Any, path: pathlib.Path, loaded: Any) -> Mapping[str, Any]:
+    # Bounded, since a dict may hold itself.
+    for _ in range(_MAX_DEPTH):
+        inner = loaded if isinstance(loaded, Mapping) else {}
+        nested = [inner[k] for k in _STATE_DICT_KEYS if isinstance(inner.get(k), Mapping)]
+        if not nested:
+            break
+        loaded = nested[0]
     if isinstance(loaded, Mapping):
-        for key in _STATE_DICT_KEYS:
-            if isinstance(loaded.get(key), Mapping):
-                return _find_state_dict(torch, path, loaded[key])
         others = [f"{key!s:.80}" for key, value in loaded.items() if not torch.is_tensor(value)]
         if loaded and not others:
             return loaded

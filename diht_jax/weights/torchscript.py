@@ -53,6 +53,12 @@ _UNREADABLE = (
 )
 # Names and sizes of a model's parameters, or its code.
 _LARGEST_TEXT_BYTES = 2**26
+# Of a model; the largest have some thousands.
+_MAX_MODULES = 100_000
+# Parameters that share a storage are each a copy in NumPy. A few may be tied; were all of a file to
+# share one, some bytes of it would fill any memory.
+_MAX_COPIES = 4
+_FREE_BYTES = 2**26
 _MEMO_OPCODES = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
@@ -82,6 +88,20 @@ def check_archive(path: pathlib.Path) -> None:
         )
 
 
+def check_sizes(path: pathlib.Path, total_bytes: int) -> None:
+    """Checks that tensors take about as much memory as their file has bytes.
+
+    Raises:
+        ValueError: so many share a storage that they would take a multiple of it.
+    """
+    limit = _MAX_COPIES * path.stat().st_size + _FREE_BYTES
+    if total_bytes > limit:
+        raise ValueError(
+            f"{path}: tensors that share their storage would take over {limit >> 20} MiB, while "
+            f"the file has {path.stat().st_size >> 10} KiB; save them without views of each other"
+        )
+
+
 def is_torchscript(path: pathlib.Path) -> bool:
     """Whether the file is a zip archive with TorchScript constants in it."""
     if not zipfile.is_zipfile(path):
@@ -104,9 +124,8 @@ def read_torchscript(path: pathlib.Path) -> dict[str, np.ndarray]:
             root = pickles[0].removesuffix("data.pkl")
             data = archive.read(pickles[0])
             _check_memo(data)
-            module = _TensorUnpickler(io.BytesIO(data), archive, root).load()
-        tensors: dict[str, np.ndarray] = {}
-        _collect("", module, tensors)
+            module = _TensorUnpickler(io.BytesIO(data), archive, root, path).load()
+        tensors = _collect(module)
     except _UNREADABLE as error:
         raise ValueError(
             f"{path}: the TorchScript archive cannot be read: {error!s:.300}"
@@ -129,10 +148,12 @@ class _StorageType:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, root: str, path: pathlib.Path):
         super().__init__(file, encoding="utf-8")
         self._archive = archive
         self._root = root
+        self._path = path
+        self._total_bytes = 0
         self._storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -141,7 +162,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if module == "torch" and name in _DTYPES:
             return _StorageType(_DTYPES[name])
         known = {
-            ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor,
             ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
             ("collections", "OrderedDict"): collections.OrderedDict,
         }
@@ -163,6 +184,14 @@ class _TensorUnpickler(pickle.Unpickler):
             self._storages[key] = np.frombuffer(data, storage_type.dtype)
         return self._storages[key]
 
+    def _rebuild_tensor(
+        self, storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
+    ) -> np.ndarray:
+        view = _view_of_storage(storage, offset, shape, strides)
+        self._total_bytes += view.nbytes
+        check_sizes(self._path, self._total_bytes)
+        return np.array(view)
+
 
 def _check_memo(data: bytes) -> None:
     """Rejects positions in the memo that no pickle of this size needs.
@@ -175,10 +204,8 @@ def _check_memo(data: bytes) -> None:
             raise pickle.UnpicklingError(f"its pickle has {argument} objects in {len(data)} bytes")
 
 
-def _rebuild_tensor(
-    storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any
-) -> np.ndarray:
-    """A copy of a strided view, which must lie inside of its storage."""
+def _view_of_storage(storage: np.ndarray, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
+    """A strided view, which must lie inside of its storage."""
     if any(size < 0 for size in shape) or any(stride < 0 for stride in strides) or offset < 0:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
     last = offset + sum((s - 1) * stride for s, stride in zip(shape, strides, strict=True))
@@ -186,8 +213,7 @@ def _rebuild_tensor(
     if num_elements and (last >= storage.size or num_elements > storage.size):
         raise ValueError(f"tensor of shape {shape} reaches beyond its {storage.size} elements")
     strides_bytes = [stride * storage.itemsize for stride in strides]
-    view = np.lib.stride_tricks.as_strided(storage[offset:], shape, strides_bytes)
-    return np.array(view)
+    return np.lib.stride_tricks.as_strided(storage[offset:], shape, strides_bytes)
 
 
 def _rebuild_parameter(data: np.ndarray, *_: Any) -> np.ndarray:
@@ -198,11 +224,24 @@ def _as_list(*args: Any) -> Any:
     return args[0] if args else []
 
 
-def _collect(prefix: str, module: Any, tensors: dict[str, np.ndarray]) -> None:
-    if not isinstance(module, _Module):
-        raise ValueError(f"expected a module, got {type(module).__name__}")
-    for name, value in module.attributes.items():
-        if isinstance(value, np.ndarray):
-            tensors[f"{prefix}{name}"] = value
-        elif isinstance(value, _Module):
-            _collect(f"{prefix}{name}.", value, tensors)
+def _collect(root: Any) -> dict[str, np.ndarray]:
+    """Dotted name -> array, of a module and those in it, in the order of their attributes."""
+    tensors: dict[str, np.ndarray] = {}
+    count = 0
+
+    def visit(prefix: str, module: Any) -> None:
+        nonlocal count
+        count += 1
+        # Modules that each hold the next one twice double with every one of them.
+        if count > _MAX_MODULES:
+            raise ValueError(f"its modules hold each other, over {_MAX_MODULES:,} in all")
+        if not isinstance(module, _Module):
+            raise ValueError(f"expected a module, got {type(module).__name__}")
+        for name, value in module.attributes.items():
+            if isinstance(value, np.ndarray):
+                tensors[f"{prefix}{name}"] = value
+            elif isinstance(value, _Module):
+                visit(f"{prefix}{name}.", value)
+
+    visit("", root)
+    return tensors

@@ -5,6 +5,8 @@ import dataclasses
 import os
 import pickle
 import re
+import sys
+import types
 import zipfile
 
 import ml_dtypes
@@ -204,6 +206,58 @@ def test_ordered_dicts_and_nested_state_dicts(tmp_path):
     for content in (inner, {"model": inner}, {"state_dict": {"_orig_mod.module.a": torch.ones(2)}}):
         torch.save(content, tmp_path / "a.pt")
         np.testing.assert_array_equal(read_tensors(tmp_path / "a.pt").tensors["a"], np.ones(2))
+
+
+@pytest.mark.parametrize("is_torchscript_file", [True, False])
+def test_tensors_that_share_a_storage_are_bound_by_bytes(tmp_path, is_torchscript_file):
+    """Views of a storage are cheap for torch, and copies for NumPy."""
+    base = torch.arange(2.0**20)  # 4 MiB
+    for count in (3, 40):
+        views = [base[start:] for start in range(count)]
+        path = tmp_path / f"{count}.pt"
+        if is_torchscript_file:
+            module = nn.Module()
+            for number, view in enumerate(views):
+                module.register_buffer(f"b{number}", view)
+            torch.jit.script(module).save(path)
+        else:
+            torch.save({f"b{number}": view for number, view in enumerate(views)}, path)
+        assert path.stat().st_size < 2**23
+        if count == 3:
+            tensors = read_tensors(path).tensors
+            np.testing.assert_array_equal(tensors["b2"], np.arange(2, 2**20, dtype=np.float32))
+        else:
+            with pytest.raises(ValueError, match=r"40\.pt: .*share their storage.* over 8\d MiB"):
+                read_tensors(path)
+
+
+def test_modules_that_double_forty_times_end(tmp_path, monkeypatch):
+    """Each module holds the next one twice: 2^40 names of a pickle of 2 kB."""
+    fake = types.ModuleType("__torch__")
+
+    class Module:
+        __module__ = "__torch__"
+
+    fake.Module, Module.__qualname__ = Module, "Module"
+    monkeypatch.setitem(sys.modules, "__torch__", fake)
+    module = Module()
+    for _ in range(40):
+        outer = Module()
+        outer.a = outer.b = module
+        module = outer
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "good.pt")
+    data = pickle.dumps(module, protocol=2)
+    replace_pickle(tmp_path / "good.pt", tmp_path / "bad.pt", data)
+    with pytest.raises(ValueError, match=r"bad\.pt: .*its modules hold each other, over 100,000"):
+        read_tensors(tmp_path / "bad.pt")
+
+
+def test_a_dict_that_holds_itself_is_refused(tmp_path):
+    content = {"a": torch.zeros(2)}
+    content["state_dict"] = content
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt: expected a state dict .* a dict with state_dict"):
+        read_tensors(tmp_path / "a.pt")
 
 
 def test_other_names_and_missing_files(tmp_path):
