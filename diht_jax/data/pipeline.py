@@ -297,7 +297,9 @@ class TrainIterator:
                 grain.MultiprocessingOptions(
                     num_workers=self._num_workers, per_worker_buffer_size=self._prefetch_batches
                 ),
-                worker_init_fn=functools.partial(workers.end_with_parent, os.getpid()),
+                worker_init_fn=functools.partial(
+                    workers.start_worker, os.getpid(), workers.segment_mark()
+                ),
             )
         return iter(dataset)
 

@@ -2,14 +2,23 @@
 
 grain starts the workers by `spawn` and hands batches on in segments of POSIX shared memory.
 Python's resource tracker, a process of its own, removes the segments that are left when parent and
-workers have all ended; so a worker that outlives its parent keeps them all.
+workers have all ended; so a worker that outlives its parent keeps them all. The tracker may be
+killed too, as at the end of a cgroup. Therefore the names of a run's segments begin with a mark:
+workers remove them in its stead, and if none was left, the next run on this machine does.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import fcntl
+import functools
 import os
+import pathlib
+import secrets
 import threading
 import time
+from multiprocessing import resource_tracker, shared_memory
 
 from absl import logging
 
@@ -18,23 +27,75 @@ SHARED_MEMORY = "/dev/shm"
 _POLL_SECS = 1.0
 
 
-def end_with_parent(parent: int, *_: int) -> None:
-    """Ends this process soon after its parent has ended, however that happened.
+def start_worker(parent: int, mark: str | None, *_: int) -> None:
+    """Marks this process's shared memory, and ends the process soon after its parent has ended.
 
     A thread polls. The kernel's own signal for it (PR_SET_PDEATHSIG) comes when the thread that
     started this process ends, and grain starts workers in threads that end at once.
 
     Args:
         parent: process id of the process that started this one.
+        mark: the parent's `segment_mark`.
     """
+    if mark is not None:
+        # Python has no public way to name the segments that other code makes.
+        shared_memory._make_filename = lambda: f"/{mark}_{secrets.token_hex(8)}"
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(_POLL_SECS)
+        if mark is not None and not _tracker_is_alive():
+            _remove_segments(mark)
         # Without clean-up: that waits for the parent, to empty the queues to it.
         os._exit(1)
 
     threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+
+
+@functools.cache
+def segment_mark() -> str | None:
+    """How the names of shared memory begin that this process's workers make.
+
+    The first call also removes the segments of processes that have ended. A process holds a lock
+    on a file with its mark, which the kernel frees at its end; process ids would not do, since
+    containers with ids of their own may share the memory.
+
+    Returns:
+        A name in `SHARED_MEMORY`; None where that is no folder that can be written to.
+    """
+    mark = f"diht_jax_{secrets.token_hex(8)}"
+    lock = pathlib.Path(SHARED_MEMORY, f"{mark}.lock")
+    try:
+        _remove_stale_segments()
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError:
+        return None
+    # Held until the process ends. One that starts at this very moment may hold it for an instant
+    # and remove the file: then no other run cleans up after this one.
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    atexit.register(lambda: lock.unlink(missing_ok=True))
+    return mark
+
+
+def _remove_stale_segments() -> None:
+    """Removes shared memory whose owner's lock is free, and the lock's file."""
+    for path in pathlib.Path(SHARED_MEMORY).glob("diht_jax_*.lock"):
+        with contextlib.suppress(OSError), path.open("rb+") as file:  # another user's, or held
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_segments(path.stem)
+            path.unlink()
+
+
+def _remove_segments(mark: str) -> None:
+    """Removes shared memory with this mark."""
+    for path in pathlib.Path(SHARED_MEMORY).glob(f"{mark}_*"):
+        path.unlink(missing_ok=True)  # another worker may be faster
+
+
+def _tracker_is_alive() -> bool:
+    """Whether Python's resource tracker, which warns of segments that it does not find, runs."""
+    is_alive = getattr(resource_tracker._resource_tracker, "_check_alive", None)
+    return is_alive is None or is_alive()
 
 
 def usable_cores() -> int:
@@ -64,6 +125,7 @@ def check_workers(num_workers: int, prefetch_batches: int, batch_bytes: int) -> 
             num_workers,
             cores,
         )
+    segment_mark()  # removes what others have left there, before the free memory is measured
     # Of each worker: those that it has decoded, as many that wait in this process, one being
     # decoded and one on its way; and two of the training loop's.
     num_batches = num_workers * (2 * prefetch_batches + 2) + 2

@@ -1,5 +1,6 @@
 """Decoding workers: nothing of them outlives a killed parent; shared memory is checked."""
 
+import fcntl
 import io
 import os
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 from absl import logging
 from PIL import Image
 
+from diht_jax.data import workers
 from diht_jax.data.pipeline import DecodeExample, TrainIterator
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
@@ -36,6 +38,28 @@ if __name__ == "__main__":
 """
 
 
+# The same without grain: a worker that leaves a segment to its parent.
+PARENT_OF_ONE = """
+import multiprocessing, os, time
+from multiprocessing import resource_tracker, shared_memory
+from diht_jax.data import workers
+
+def work(parent, mark):
+    workers.start_worker(parent, mark)
+    segment = shared_memory.SharedMemory(create=True, size=8)
+    print(os.getpid(), segment.name, flush=True)
+    segment.close()
+    time.sleep(10_000)
+
+if __name__ == "__main__":
+    resource_tracker.ensure_running()
+    print(resource_tracker._resource_tracker._pid, flush=True)
+    arguments = os.getpid(), workers.segment_mark()
+    multiprocessing.get_context("spawn").Process(target=work, args=arguments).start()
+    time.sleep(10_000)
+"""
+
+
 def grey_square(number: int) -> Record:
     buffer = io.BytesIO()
     Image.new("RGB", (9, 7), (number,) * 3).save(buffer, "PNG")
@@ -45,7 +69,7 @@ def grey_square(number: int) -> Record:
 def segments_of(pid: int) -> set[pathlib.Path]:
     """Shared memory that a process has mapped."""
     maps = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
-    return {pathlib.Path(line.split()[5]) for line in maps if "/dev/shm/psm_" in line}
+    return {pathlib.Path(line.split()[5]) for line in maps if "/dev/shm/diht_jax_" in line}
 
 
 def is_running(pid: int) -> bool:
@@ -80,6 +104,54 @@ def test_a_killed_parent_leaves_no_worker_and_no_shared_memory(tmp_path, records
     assert segments
     while any(map(is_running, children)) or any(path.exists() for path in segments):
         time.sleep(0.05)  # `hang_guard` ends it
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/shm").exists(), reason="needs Linux")
+def test_workers_remove_shared_memory_where_its_tracker_was_killed_too(tmp_path, hang_guard):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT_OF_ONE)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        tracker = int(parent.stdout.readline())
+        worker, name = parent.stdout.readline().split()
+        segment = pathlib.Path("/dev/shm", name)
+        assert name.startswith("diht_jax_") and segment.exists()
+        os.kill(tracker, signal.SIGKILL)
+        parent.send_signal(signal.SIGKILL)
+    while is_running(int(worker)) or segment.exists():
+        time.sleep(0.05)  # `hang_guard` ends it
+
+
+@pytest.fixture
+def segment_folder(monkeypatch, tmp_path):
+    """Stands in for /dev/shm; no mark is given yet."""
+    monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path))
+    workers.segment_mark.cache_clear()
+    yield tmp_path
+    workers.segment_mark.cache_clear()
+
+
+def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
+    kept = {"psm_1234", "diht_jax_running.lock", "diht_jax_running_1", "diht_jax_unknown_1"}
+    stale = {"diht_jax_killed.lock", "diht_jax_killed_1", "diht_jax_killed_2"}
+    for name in kept | stale:
+        (segment_folder / name).touch()
+    with (segment_folder / "diht_jax_running.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        mark = workers.segment_mark()
+    assert {path.name for path in segment_folder.iterdir()} == kept | {f"{mark}.lock"}
+    assert workers.segment_mark() == mark
+    # Its own lock keeps others off.
+    (segment_folder / f"{mark}_1").touch()
+    workers.segment_mark.cache_clear()
+    workers.segment_mark()
+    assert (segment_folder / f"{mark}_1").exists()
+
+
+def test_no_folder_of_shared_memory_is_no_error(segment_folder, monkeypatch):
+    monkeypatch.setattr(workers, "SHARED_MEMORY", str(segment_folder / "missing"))
+    assert workers.segment_mark() is None
 
 
 @pytest.fixture
