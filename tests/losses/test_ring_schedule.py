@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diht_jax.cost_model.chips import find_chip
@@ -41,7 +42,7 @@ def loops_and_permutes(jaxpr):
     in_loops, outside = [], 0
     for equation in jaxpr.eqns:
         outside += equation.primitive.name == "ppermute"
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             loops, others = loops_and_permutes(inner)
             in_loops += loops
             if equation.primitive.name == "scan":
@@ -71,7 +72,7 @@ def test_a_group_of_all_devices_sends_nothing_round():
 
 
 def count_primitives(jaxpr, names):
-    inner = [i for e in jaxpr.eqns for i in jax.core.jaxprs_in_params(e.params)]
+    inner = [i for e in jaxpr.eqns for i in jaxprs_in_params(e.params)]
     found = [e.primitive.name for e in jaxpr.eqns if e.primitive.name in names]
     return sorted(found + [name for each in inner for name in count_primitives(each, names)])
 
