@@ -9,14 +9,20 @@ from collections.abc import Callable
 _LONGEST_SECS = 900
 
 
-def wait_until(condition: Callable[[], object], *, pause_secs: float = 0.05) -> None:
-    """Returns once the condition holds; AssertionError if it does not after 15 minutes of sleep.
+def wait_until(
+    condition: Callable[[], object],
+    *,
+    pause_secs: float = 0.05,
+    longest_secs: float = _LONGEST_SECS,
+) -> None:
+    """Returns once the condition holds; AssertionError if it does not after so much sleep.
 
     Args:
         condition: looked at again and again.
         pause_secs: slept between two looks.
+        longest_secs: slept altogether.
     """
-    for _ in range(round(_LONGEST_SECS / pause_secs)):
+    for _ in range(round(longest_secs / pause_secs)):
         if condition():
             return
         time.sleep(pause_secs)

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import textwrap
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 PAGES = [
@@ -25,3 +26,11 @@ def without_code(text: str) -> str:
     """A page's text without fenced and indented blocks."""
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     return re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+
+
+def launch_script(mark: str) -> str:
+    """The indented block of docs/scaling.md that has this text, such as `#SBATCH`."""
+    text = (REPOSITORY / "docs" / "scaling.md").read_text("utf-8")
+    blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.MULTILINE)
+    (block,) = (block for block in blocks if mark in block)
+    return textwrap.dedent(block).strip("\n") + "\n"

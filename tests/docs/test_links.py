@@ -21,12 +21,13 @@ COMMAND_CONFIGS = {
     "data_prep.label": label_config,
 }
 
-# Flags of other programs: pip, pytest, XLA, open_clip, Slurm, gcloud.
+# Flags of other programs: pip, pytest, XLA, open_clip, Slurm, gcloud, uv, docker.
 OTHER_FLAGS = {
     *("upgrade", "no-deps", "collect-only", "xla_force_host_platform_device_count"),
     *("local-loss", "gather-with-grad", "nodes", "ntasks-per-node", "cpus-per-task"),
     *("gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"),
-    *("recurse", "zone"),
+    *("recurse", "zone", "user", "python", "seed", "allow-existing"),
+    *("target", "tag", "gpus", "volume", "privileged", "net"),
 }
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)

@@ -1,0 +1,30 @@
+# Images to train in, for NVIDIA GPUs and for TPUs:
+#
+#     docker build --target cuda --tag diht_jax:cuda .
+#     docker build --target tpu --tag diht_jax:tpu .
+#
+# CUDA and libtpu come with JAX from the package index; of the host they need the driver alone.
+# Versions are those of requirements.txt, the tested set.
+
+FROM python:3.11-slim-bookworm AS base
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+WORKDIR /diht_jax
+# Packages come before the sources, so that a change there does not install them again.
+COPY LICENSE README.md pyproject.toml requirements.txt ./
+# Constraints may not have extras. The two packages give class names and prompts of the evaluation
+# from their data files, which need neither torch nor what else they depend on.
+RUN sed 's/\[.*\]//' requirements.txt > /constraints.txt \
+    && pip install --constraint /constraints.txt '.[cloud]' \
+    && pip install --constraint /constraints.txt --no-deps clip-benchmark open_clip_torch
+
+FROM base AS cuda
+# The NVIDIA container toolkit hands the driver on to images that ask for it.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+RUN pip install --constraint /constraints.txt '.[gpu]'
+COPY . .
+RUN pip install --no-deps --editable .
+
+FROM base AS tpu
+RUN pip install --constraint /constraints.txt '.[tpu]'
+COPY . .
+RUN pip install --no-deps --editable .

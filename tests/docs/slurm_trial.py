@@ -1,0 +1,266 @@
+"""Trial: the Slurm script of docs/scaling.md, run by a Slurm of two nodes on this machine.
+
+    apt-get install slurm-wlm munge     # as root, as the trial runs
+    python -m tests.docs.slurm_trial
+
+The script is the page's, and so are its flags but the number of nodes and processes; only the names
+of recipe, data and work directory are replaced. The nodes count GPUs that they do not have, and
+the processes train a tiny model on CPUs. What is tried:
+
+- at the signal that `--signal` sends before the time limit, both processes save and exit with 75,
+  and the job is requeued;
+- a job of a higher priority preempts it, and Slurm requeues it;
+- a process that is killed takes the other one with it, and the job is requeued;
+- after that the run goes on to its end, with one line of metrics for each step;
+- an error that no repetition mends ends the job with 78, without a requeue, also where only one
+  process finds it and the other one is killed (`srun` reports the higher status);
+- a job that is cancelled stays so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from tests.docs.pages import REPOSITORY, launch_script
+from tests.training import kill_trial
+from tests.waiting import wait_until
+
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
+# JAX asks the first one for its port, so they are names that resolve on any Linux machine. Slurm
+# that was not built for it refuses two daemons of one host name, but not of two names.
+NODES = ("127.0.0.1", "127.0.0.2")
+TOTAL_STEPS = 60
+
+CONFIG = """
+ClusterName=trial
+SlurmctldHost=localhost
+SlurmctldPort=16817
+SlurmUser=root
+SlurmdUser=root
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/%n.log
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+ReturnToService=2
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+GresTypes=gpu
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName={nodes[0]} CPUs=96 Gres=gpu:8 Port=16818
+NodeName={nodes[1]} CPUs=96 Gres=gpu:8 Port=16819
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL PriorityTier=2
+"""
+
+
+@contextlib.contextmanager
+def slurm(folder: pathlib.Path) -> Iterator[None]:
+    """A Slurm in this folder; all its daemons end with the context."""
+    for name in ("state", *NODES):
+        (folder / name).mkdir()
+    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, nodes=NODES))
+    (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+    for number in range(8):  # a device counts where its file exists
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
+    key = folder / "munge.key"
+    key.write_bytes(os.urandom(1024))
+    key.chmod(0o400)
+    os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+    munge = [f"--{name}={folder}/munge.{name.split('-')[0]}" for name in ("key-file", "socket")]
+    munge += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
+    daemons = [["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"]]
+    daemons += [["slurmd", "-D", "-N", node] for node in NODES]
+    processes = []
+    try:
+        for command in daemons:
+            with (folder / "daemons.log").open("a") as log:
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log))
+            if command[0] == "munged":
+                wait_until((folder / "munge.socket").exists)
+        wait_until(lambda: "idle" in output("sinfo", "--noheader", "--format=%T"))
+        yield
+    finally:
+        # Otherwise the jobs' own daemons stay when the others are gone.
+        output("scancel", "--full", "--signal=KILL", "--me")
+        output("scancel", "--me")
+        with contextlib.suppress(AssertionError):
+            wait_until(lambda: not output("squeue", "--noheader"), longest_secs=60)
+        for process in reversed(processes):
+            process.terminate()
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def output(*command: str) -> str:
+    """Of a client; empty where it failed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+class Job:
+    """The page's script, submitted with a folder for its output and its run."""
+
+    def __init__(self, folder: pathlib.Path, command: list[str]):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.log = folder, folder / "log"
+        script, count = re.subn(
+            r"python -m diht_jax\.train (?:.*\\\n)*.*",
+            shlex.join(command),
+            launch_script("#SBATCH"),
+        )
+        assert count == 1, script
+        (folder / "script.sh").write_text(script)
+        sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1"]
+        self.number = subprocess.run(
+            [*sbatch, f"--output={self.log}", str(folder / "script.sh")],
+            cwd=REPOSITORY,
+            env=kill_trial.environment(folder.parent / "cache"),
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout.strip()
+
+    def state(self) -> dict[str, str]:
+        """What Slurm knows of the job, such as JobState, Restarts, ExitCode."""
+        return dict(re.findall(r"(\w+)=(\S*)", output("scontrol", "show", "job", self.number)))
+
+    def has_ended(self) -> bool:
+        """Whether it will not run again."""
+        return self.state()["JobState"] in ("FAILED", "COMPLETED", "CANCELLED", "TIMEOUT")
+
+    def lines(self) -> list[int]:
+        """Steps in the run's metrics."""
+        path = self.folder / "run" / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)["step"] for line in lines]
+
+    def wait_for_lines(self, more: int = 2) -> None:
+        """Until the run has so many lines of metrics more than now."""
+        wanted = len(self.lines()) + more
+
+        def has_them() -> bool:
+            assert not self.has_ended(), f"{self.state()}\n{self.log.read_text()}"
+            return len(self.lines()) >= wanted
+
+        wait_until(has_them)
+
+    def wait_for_restart(self, restarts: int) -> None:
+        """Until it has been requeued so often; starts it at once then, not after two minutes."""
+        wait_until(lambda: self.state()["Restarts"] == str(restarts), pause_secs=0.5)
+        wait_until(lambda: self.state()["JobState"] == "PENDING")
+        output("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+
+    def check_end(self, *, job_state: str, exit_code: str | None = None, restarts: int) -> None:
+        """Waits for the end, and compares it."""
+        wait_until(self.has_ended, pause_secs=0.5)
+        state = self.state()
+        found = (state["JobState"], state["ExitCode"], state["Restarts"])
+        expected = (job_state, exit_code or state["ExitCode"], str(restarts))
+        assert found == expected, f"{found}, expected {expected}\n{self.log.read_text()}"
+
+
+def train_through_stops(folder: pathlib.Path, data: pathlib.Path) -> None:
+    """A run that is stopped, preempted and loses a process, and reaches its end."""
+    job = Job(folder, kill_trial.command(data, folder / "run", TOTAL_STEPS))
+    job.wait_for_lines()
+    # As `--signal` does: to the steps of the job, not to its script.
+    subprocess.run(["scancel", "--signal=TERM", job.number], check=True)
+    job.wait_for_restart(1)
+    print(f"signalled after step {job.lines()[-1]}: saved, requeued", flush=True)
+
+    job.wait_for_lines()
+    urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    output("sbatch", *urgent, "--wrap=true")
+    job.wait_for_restart(2)
+    print(f"preempted after step {job.lines()[-1]}: saved, requeued", flush=True)
+
+    job.wait_for_lines()
+    os.kill(second_process(job), signal.SIGKILL)
+    job.wait_for_restart(3)
+    print(f"one process killed after step {job.lines()[-1]}: requeued", flush=True)
+
+    job.check_end(job_state="COMPLETED", exit_code="0:0", restarts=3)
+    assert job.lines() == list(range(1, TOTAL_STEPS + 1)), job.lines()
+    stops = job.log.read_text().count("stopped after step")
+    assert stops >= 2, job.log.read_text()
+    print(f"finished: one line for each of {TOTAL_STEPS} steps", flush=True)
+
+
+def second_process(job: Job) -> int:
+    """The process id of Python in the second of the job's two processes."""
+    wanted = {b"SLURM_PROCID=1", f"SLURM_JOB_ID={job.number}".encode()}
+    for folder in pathlib.Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            if command[0] == sys.executable.encode():
+                environment = (folder / "environ").read_bytes().split(b"\0")
+                if wanted <= set(environment):
+                    return int(folder.name)
+    raise ProcessLookupError(f"no second process of job {job.number}")
+
+
+def end_for_good(folder: pathlib.Path) -> None:
+    """Jobs that must not start again."""
+    missing = Job(folder / "missing", kill_trial.command(folder / "nothing", folder / "run"))
+    missing.check_end(job_state="FAILED", exit_code="78:0", restarts=0)
+    print("no data: ended with 78", flush=True)
+
+    one = Job(folder / "one", ["bash", "-c", "[ $SLURM_PROCID = 1 ] && exit 78; sleep 1000"])
+    one.check_end(job_state="FAILED", restarts=0)
+    print("78 in one process: ended", flush=True)
+
+    cancelled = Job(folder / "cancelled", ["sleep", "1000"])
+    wait_until(lambda: output("squeue", "--noheader", "--steps", f"--jobs={cancelled.number}"))
+    subprocess.run(["scancel", cancelled.number], check=True)
+    cancelled.check_end(job_state="CANCELLED", restarts=0)
+    print("cancelled: ended", flush=True)
+
+
+def main() -> None:
+    """Tries all, and prints a line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keep", action="store_true", help="keeps the folder with all logs")
+    args = parser.parse_args()
+    missing = [name for name in NEEDED if shutil.which(name) is None]
+    if missing:
+        sys.exit(f"{', '.join(missing)}: not found; apt-get install slurm-wlm munge")
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="slurm_trial_"))
+    folder.chmod(0o755)  # munge wants others not to write, and clients to find its socket
+    try:
+        data = kill_trial.write_squares(folder / "squares")
+        with slurm(folder):
+            end_for_good(folder)
+            train_through_stops(folder / "stops", data)
+    finally:
+        if args.keep:
+            print(folder)
+        else:
+            shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
