@@ -118,6 +118,7 @@ def as_row(report: StepReport) -> dict[str, Any]:
         "matmul_flops": report.flops.matmul_flops,
         "model_flops": report.model_flops,
         "memory_traffic_bytes": report.traffic and report.traffic.memory_bytes,
+        "traffic_bytes_by_kind": report.traffic and report.traffic.bytes_by_kind,
         "sent_bytes": report.traffic and report.traffic.sent_bytes,
         "ring_bytes": report.traffic and _sent(report, "collective-permute"),
         "reduced_bytes": report.traffic and _sent(report, "all-reduce"),

@@ -23,6 +23,7 @@ COLLECTIVES = (
 )
 
 _BITS = {"pred": 8, "bf16": 16, "f8": 8, "token": 0, "tuple": 0, "opaque": 0}
+_PRODUCTS = ("dot", "convolution")
 # Instructions that read and write nothing themselves.
 _FREE = frozenset(
     [
@@ -71,11 +72,14 @@ class Traffic:
             results of the program's instructions.
         collectives: by kind and group size, largest first.
         unknown_loops: loops whose trip count could not be read; their bodies are counted once.
+        bytes_by_kind: `memory_bytes` by what the instructions do, largest first: "products",
+            "kernels" (attention), "element-wise" (with sums), "copies", "collectives".
     """
 
     memory_bytes: int
     collectives: tuple[Collective, ...]
     unknown_loops: int
+    bytes_by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def sent_bytes(self) -> int:
@@ -196,7 +200,7 @@ class _Counter:
 
     def __init__(self, module: _Module):
         self._module = module
-        self._memory_bytes = 0
+        self._bytes_by_kind: collections.Counter[str] = collections.Counter()
         self._unknown_loops = 0
         self._chains: set[str] = set()
         self._collectives: dict[tuple[str, int], list[int]] = collections.defaultdict(
@@ -207,7 +211,8 @@ class _Counter:
         self._visit(self._module.entry, 1, touches_memory=True)
         rows = [Collective(*key, *values) for key, values in self._collectives.items()]
         rows.sort(key=lambda row: -row.sent_bytes)
-        return Traffic(self._memory_bytes, tuple(rows), self._unknown_loops)
+        by_kind = dict(self._bytes_by_kind.most_common())
+        return Traffic(sum(by_kind.values()), tuple(rows), self._unknown_loops, by_kind)
 
     def _visit(self, name: str, times: int, touches_memory: bool) -> None:
         computation = self._module.computations[name]
@@ -233,8 +238,27 @@ class _Counter:
                 continue
             if opcode in ("fusion", "async-start"):
                 self._visit(callee, times, touches_memory=False)
-            if touches_memory:
-                self._memory_bytes += times * self._instruction_bytes(instruction, computation)
+            if touches_memory and (size := self._instruction_bytes(instruction, computation)):
+                self._bytes_by_kind[self._kind(instruction)] += times * size
+
+    def _kind(self, instruction: _Instruction) -> str:
+        if instruction.opcode == "custom-call":
+            is_attention = re.search(r"tpu_custom_call|fmha", instruction.text)
+            return "kernels" if is_attention else "products"
+        if instruction.opcode == "fusion" and self._has_product(instruction.called("calls")):
+            return "products"
+        if instruction.opcode in _PRODUCTS:
+            return "products"
+        is_copy = instruction.opcode.removesuffix("-start") in ("copy", "transpose")
+        return "copies" if is_copy else "element-wise"
+
+    def _has_product(self, name: str) -> bool:
+        """Whether a computation holds a matrix product, at any depth."""
+        return any(
+            instruction.opcode in _PRODUCTS
+            or (instruction.opcode == "fusion" and self._has_product(instruction.called("calls")))
+            for instruction in self._module.computations[name].values()
+        )
 
     def _instruction_bytes(self, instruction: _Instruction, computation) -> int:
         opcode = instruction.opcode
@@ -325,7 +349,8 @@ class _Counter:
             written = read
         elif instruction.opcode == "all-gather-start":
             written = max(0, written - read)  # the type repeats the operands
-        self._memory_bytes += times * (read + written)
+        if read + written:
+            self._bytes_by_kind["collectives"] += times * (read + written)
 
         payload = sum(_all_bytes(operand.type_text) for operand in operands)
         size = 2 if kind == "collective-permute" else self._group_size(instruction.text)

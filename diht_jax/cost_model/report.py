@@ -84,6 +84,7 @@ def _traffic_lines(report: StepReport) -> list[str]:
     traffic = report.traffic
     lines = [
         _row("memory traffic", f"{traffic.memory_bytes / 1e9:.2f} GB"),
+        *(_row(f"  {kind}", f"{n / 1e9:.2f} GB") for kind, n in traffic.bytes_by_kind.items()),
         _row("sent to other devices", f"{traffic.sent_bytes / 1e9:.3f} GB"),
     ]
     for row in traffic.collectives:

@@ -119,6 +119,9 @@ def test_arguments_are_the_state_and_the_batch(local):
     assert report.batch_size == 4096 and report.mesh == {"data": 8, "fsdp": 1}
     assert report.peak_bytes > report.argument_bytes
     assert report.needed_bytes >= report.argument_bytes + report.temporary_bytes
+    text = describe_step(report)
+    assert "\n    products  " in text and "\n    element-wise  " in text
+    assert "compiler options: none" in text
 
 
 def test_work_is_that_of_the_model(local):

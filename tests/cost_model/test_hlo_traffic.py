@@ -194,3 +194,47 @@ def test_collectives_of_compiled_loops():
     assert gather.group_size == 4 and gather.count in (1, 8)  # the compiler may hoist it
     assert gather.sent_bytes == gather.count * 3 * 128 * 128
     assert traffic.unknown_loops == 0
+
+
+BY_KIND = """\
+HloModule kinds, is_scheduled=true
+
+%inner (a: f32[10,10]) -> f32[10,10] {
+  %a = f32[10,10]{1,0} parameter(0)
+  ROOT %p = f32[10,10]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%outer (b: f32[10,10]) -> f32[10,10] {
+  %b = f32[10,10]{1,0} parameter(0)
+  %q = f32[10,10]{1,0} fusion(%b), kind=kOutput, calls=%inner
+  ROOT %r = f32[10,10]{1,0} negate(%q)
+}
+
+ENTRY %main (x: f32[10,10]) -> f32[10,10] {
+  %x = f32[10,10]{1,0} parameter(0)
+  %product = f32[10,10]{1,0} fusion(%x), kind=kOutput, calls=%outer
+  %kernel = f32[10,10]{1,0} custom-call(%product, %x, %x), custom_call_target="TARGET"
+  %copy = f32[10,10]{0,1} copy(%kernel)
+  %sum = f32[10,10]{1,0} add(%copy, %copy)
+  %all = f32[10,10]{1,0} all-reduce(%sum), replica_groups={}, to_apply=%inner
+  ROOT %more = f32[10,10]{1,0} multiply(%all, %sum)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "target, kind",
+    [
+        ("tpu_custom_call", "kernels"),
+        ("__cudnn$fmhaSoftmax", "kernels"),
+        ("__cublas$gemm", "products"),
+    ],
+)
+def test_traffic_by_what_the_instructions_do(target, kind):
+    traffic = count_traffic(BY_KIND.replace("TARGET", target))
+    expected = {"products": 2, "kernels": 0, "copies": 2, "element-wise": 6, "collectives": 2}
+    expected[kind] += 4
+    expected = {name: 400 * arrays for name, arrays in expected.items() if arrays}
+    assert traffic.bytes_by_kind == expected
+    assert traffic.memory_bytes == sum(expected.values())
+    assert list(traffic.bytes_by_kind.values()) == sorted(expected.values(), reverse=True)
