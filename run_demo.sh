@@ -62,7 +62,7 @@ evaluate filtered_hn_nce "filtered pairs, HN-NCE"
 evaluate filtered_concepts "filtered pairs, HN-NCE and concepts"
 
 echo
-cat "$out/logs/filter.log" | grep -v '^$' | grep -vE '^[0-9:]+ |shard/s' || true
+cat "$out/logs/filter.log" | grep -v '^$' | grep -vE '^[0-9:]+ |shard/s|s/shard' || true
 echo
 "$python" -m diht_jax.evaluate \
   --compare "$out/raw_infonce.json,$out/filtered_hn_nce.json,$out/filtered_concepts.json"

@@ -1,0 +1,170 @@
+"""The commands of the pages: found in the text, parsed by their own parsers, and run.
+
+    python -m tests.docs.commands < argv.json
+
+runs commands one after another in this process, so that what they import is imported once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+from absl import app, flags
+
+from diht_jax import command_line
+from tests.docs.pages import PAGES, page_name
+
+# What begins a line of a shell; a block with such a line is one of commands as a whole.
+PROGRAMS = (
+    *("python", "python3", "pip", "bash", "source", "git", "ruff", "mkdir", "tar", "gcloud"),
+    *("srun", "make", "docker", "kubectl", "curl", "wget", "conda", "uv", "apt", "cd", "export"),
+    *("cp", "mv", "rm", "ln", "ssh", "sbatch", "mpirun", "for", "until", "PYTHONPATH="),
+)
+_BEGINS = re.compile(rf"(?:{'|'.join(map(re.escape, PROGRAMS))})(?:$|(?<==)|\s)")
+OWN = ("diht_jax", "data_prep", "benchmarks", "tests")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command of a page.
+
+    Attributes:
+        page: such as "docs/data.md".
+        text: as it stands there, its lines joined, without a comment behind it.
+        is_inline: stands within a sentence, where flags may be left out.
+    """
+
+    page: str
+    text: str
+    is_inline: bool = False
+
+    @property
+    def module(self) -> str | None:
+        """Such as "diht_jax.train"; None of another program."""
+        found = re.search(r"\bpython3? -m ([\w.]+)", self.text)
+        return found[1] if found else None
+
+    @property
+    def arguments(self) -> list[str]:
+        """What stands behind the module."""
+        behind = re.split(r"\bpython3? -m [\w.]+", self.text, maxsplit=1)[1]
+        return shlex.split(re.split(r"\s(?:;|&&|\|)\s|;\s", behind)[0])
+
+
+def find_commands() -> list[Command]:
+    """All commands of all pages, in their order."""
+    return [command for path in PAGES for command in commands_of(path)]
+
+
+def commands_of(path: pathlib.Path) -> list[Command]:
+    """The commands of a page: of blocks, and `python -m ...` in backticks."""
+    text = path.read_text("utf-8")
+    if path.name == "CONTRIBUTING.md":
+        text = text.partition("\n## Add a ")[0]
+    text = re.sub(r"^```(?:python|text)\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"(?m)^ *- exec (python -m .*(?:\n +--.*)*)", _joined_yaml, text)
+    blocks = re.findall(r"(?:^ {4,}\S.*\n|^ {4,}\S.*\Z)+", text, re.MULTILINE)
+    blocks += re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found = [command for block in blocks for command in _commands_of_block(block, path)]
+    plain = re.sub(r"^ {4}.*$", "", text, flags=re.MULTILINE)
+    for span in re.findall(r"`(python3? -m [^`]+)`", plain):
+        found.append(Command(page_name(path), " ".join(span.split()), is_inline=True))
+    return found
+
+
+def _joined_yaml(match: re.Match) -> str:
+    return "    " + " ".join(match[1].split())
+
+
+def _commands_of_block(block: str, path: pathlib.Path) -> Iterator[Command]:
+    lines = re.sub(r"\\\n\s*", "", block.replace("\\\n", " \\\n")).splitlines()
+    lines = [re.sub(r"\s#(?:\s.*|$)|^\s*#.*", "", line).strip() for line in lines]
+    if "apiVersion:" in block:  # a manifest, of which one line is a command
+        lines = [line for line in lines if " -m " in line]
+    elif not any(_BEGINS.match(line) or " -m " in line for line in lines):
+        return
+    for line in filter(None, lines):
+        yield Command(page_name(path), line)
+
+
+@contextlib.contextmanager
+def own_flags() -> Iterator[None]:
+    """No flags but absl's inside; those of before are there again behind it."""
+
+    def is_absls(name: str) -> bool:
+        # Those of the keys of a config, such as "config.seed", belong to absl as well.
+        owner = str(flags.FLAGS.find_module_defining_flag(name))
+        return owner.startswith("absl") and "." not in name
+
+    def defined() -> list[str]:
+        return [name for name in list(flags.FLAGS) if not is_absls(name)]
+
+    before = {name: flags.FLAGS[name] for name in defined()}
+    for name in before:
+        delattr(flags.FLAGS, name)
+    try:
+        yield
+    finally:
+        for name in defined():
+            delattr(flags.FLAGS, name)
+        for name, flag in before.items():
+            flags.FLAGS[name] = flag
+
+
+def parse_command(
+    module: str, arguments: list[str], check: Callable[[dict[str, Any]], None]
+) -> None:
+    """Lets a module parse a command line as it does when it is started; its `main` is not called.
+
+    Args:
+        module: such as "diht_jax.train".
+        arguments: behind the module's name.
+        check: called with the keyword arguments of `command_line.run` while the flags are there.
+
+    Raises:
+        SystemExit: the command line is refused; the reason is on stderr.
+    """
+
+    def parse_only(main: Callable[..., None], **options: Any) -> None:
+        parsing = {name: value for name, value in options.items() if name != "argv"}
+        command_line.parse_flags(sys.argv, **parsing)
+        check(options)
+
+    with (
+        own_flags(),
+        mock.patch.object(command_line, "run", parse_only),
+        mock.patch.object(app, "run", parse_only),
+        mock.patch.object(sys, "argv", [module, *arguments]),
+    ):
+        _start(module)
+
+
+def run_commands(commands: list[tuple[str, list[str]]]) -> None:
+    """Runs commands in this process; exits at the first one that fails, and names it."""
+    for module, arguments in commands:
+        with own_flags(), mock.patch.object(sys, "argv", [module, *arguments]):
+            print("RUN", module, shlex.join(arguments), flush=True)
+            try:
+                _start(module)
+            except SystemExit as end:
+                if end.code:
+                    sys.exit(f"{module} {shlex.join(arguments)}: exit status {end.code}")
+
+
+def _start(module: str) -> None:
+    sys.modules.pop(module, None) if module.startswith("benchmarks") else None
+    runpy.run_module(module, run_name="__main__")
+
+
+if __name__ == "__main__":
+    run_commands(json.load(sys.stdin))

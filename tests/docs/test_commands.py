@@ -1,0 +1,266 @@
+"""The commands of the pages: each is run, or at least parsed by its own parser.
+
+A command belongs to exactly one class:
+
+    run             done here, on small data (`RUN` says what is made smaller)
+    parsed          flags, config keys, values and tasks; takes minutes, or data that is not here
+    needs hardware  scripts for clusters; what they start of ours is parsed as well
+    other programs  pip, tar and the like
+"""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+
+import pytest
+from absl import flags
+from PIL import Image
+
+from data_prep.filtering import config as filter_config
+from data_prep.labelling import config as label_config
+from diht_jax.config import validate_config
+from diht_jax.evaluation.task_parsing import parse_tasks
+from diht_jax.fewshot import task_text
+from diht_jax.training.config_ranges import check_ranges
+from tests.docs.commands import OWN, Command, commands_of, find_commands, parse_command
+from tests.docs.pages import REPOSITORY
+
+# In their order: page, how the command begins, and what is put behind it or replaced in it.
+RUN = (
+    ("docs/data.md", "python -m data_prep.synthetic", "--num_pairs=32 --num_retrieval=16"),
+    ("docs/data.md", "python -m data_prep.filter --config configs/prep/convert.py", ""),
+    ("README.md", "python -m data_prep.filter --config configs/prep/convert.py", ""),
+    (
+        "docs/filter.md",
+        "python -m data_prep.filter --config configs/prep/cat.py",
+        "--config.text_spotting=False",
+    ),
+    ("docs/filter.md", "python -m data_prep.filter --explain", ""),
+    ("docs/filter.md", "python -m data_prep.reports", ""),
+    ("docs/training.md", "python -m diht_jax.train --config configs/demo.py:debug=True", ""),
+    ("docs/evaluation.md", "python -m diht_jax.evaluate --model runs/try", "--num_resamples=0"),
+    ("docs/evaluation.md", "python -m diht_jax.evaluate --compare", ""),
+    ("docs/weights.md", "python -m diht_jax.export --model runs/try", ""),
+    ("docs/weights.md", "python -m diht_jax.embed --model runs/try", ""),
+    ("docs/quickstart.md", "python -m diht_jax.search --model demo_output", ""),
+    ("docs/quickstart.md", "python -m diht_jax.search --model runs/emoji --input ../shared", ""),
+)
+# What every run of a module gets besides, so that it is small and leaves nothing outside.
+SMALLER = {
+    "data_prep.synthetic": "--num_classification=13 --num_workers=1",
+    "data_prep.filter": "--config.num_workers=0",
+    "diht_jax.train": "--config.compilation_cache=",
+}
+REPLACED = {"/data/kept_a,/data/kept_b": "runs/kept,runs/records", "/data/both": "runs/both"}
+HARDWARE = re.compile(
+    r"gcloud |srun |until |cd ~/run |case \$\? in|TPU=pod |status=\$\?|\[ \$status|exit \$status"
+    r"|python -m diht_jax\.train .*--process_id=\$"
+)
+OTHER = re.compile(
+    r"pip install |git clone |source \.venv/|ruff |tar |mkdir -p runs/\w+ && tar "
+    r"|python3\.\d+ -m venv |PYTHONPATH=\S+ python -m clip_benchmark\.cli "
+)
+SCRIPT = re.compile(r"bash (run_\w+\.sh)")
+COMMANDS = find_commands()
+# Of a command within a sentence, which may lack them.
+RECIPES = {
+    **{"diht_jax.train": "configs/demo.py", "diht_jax.compile": "configs/demo.py"},
+    **{
+        "data_prep.filter": "configs/prep/convert.py",
+        "data_prep.label": "configs/prep/concepts.py",
+    },
+}
+CHECKS = {
+    "data_prep.filter": filter_config.check_config,
+    "data_prep.label": label_config.check_config,
+}
+
+
+def is_of(command, page, beginning):
+    return command.page == page and " ".join(command.text.split()).startswith(beginning)
+
+
+def classes_of(command):
+    """Names of the classes that a command belongs to."""
+    found = []
+    if any(is_of(command, page, beginning) for page, beginning, _ in RUN):
+        found.append("run")
+    if HARDWARE.match(command.text):
+        found.append("needs hardware")
+    if OTHER.match(command.text):
+        found.append("other programs")
+    is_own = (command.module or "").partition(".")[0] in (*OWN, "pytest")
+    if not found and (is_own or SCRIPT.match(command.text)):
+        found.append("parsed")
+    return found
+
+
+def test_every_command_belongs_to_one_class():
+    for command in COMMANDS:
+        assert len(classes_of(command)) == 1, f"{command}: {classes_of(command) or 'no class'}"
+    for page, beginning, _ in RUN:
+        matches = [command for command in COMMANDS if is_of(command, page, beginning)]
+        assert len(matches) == 1, (page, beginning)
+    counts = [len([c for c in COMMANDS if classes_of(c) == [name]]) for name in ("run", "parsed")]
+    assert counts[0] == len(RUN) and counts[1] > 40
+
+
+def test_commands_of_a_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text, `python -m diht_jax.embed --step 3` inline.\n\n"
+        "    make all     # a comment\n"
+        "    python -m a.b --x 'c d' \\\n        --y | tee log\n\n"
+        "    a table      of words\n\n"
+        "```python\nimport a  # python -m no.command\n```\n"
+    )
+    monkeypatch.setattr("tests.docs.commands.page_name", lambda path: path.name)
+    found = commands_of(page)
+    assert [(command.module, command.is_inline) for command in found] == [
+        *[(None, False), ("a.b", False), ("diht_jax.embed", True)]
+    ]
+    assert found[0].text == "make all" and classes_of(found[0]) == []
+    assert found[1].arguments == ["--x", "c d", "--y"] and classes_of(found[1]) == []
+
+
+def own_commands():
+    """Different command lines of our modules, whichever page they are on."""
+    found = {(c.module, *c.arguments): c for c in COMMANDS if c.module and c.module.startswith(OWN)}
+    return list(found.values())
+
+
+def parse(command: Command) -> None:
+    """Raises SystemExit or ValueError for flags, keys, values or tasks that are wrong."""
+    arguments = [re.sub(r"\$\w+", "0", text) for text in command.arguments]
+    is_part = command.is_inline or "..." in arguments
+    arguments = [text for text in arguments if text != "..."]
+    has_recipe = any(text.startswith("--config=") or text == "--config" for text in arguments)
+    if is_part and command.module in RECIPES and not has_recipe:
+        arguments = ["--config", RECIPES[command.module], *arguments]
+
+    def check(options):
+        given = flags.FLAGS
+        if options.get("config_defaults") and given.config is not None:
+            defaults = options["config_defaults"]()
+            validate_config(given.config, defaults)
+            if command.module in CHECKS:
+                CHECKS[command.module](given.config)
+            else:
+                check_ranges(given.config, defaults)
+        texts = given.tasks if "tasks" in given else []
+        if "task" in given and given.train:
+            texts = [task_text(given.task, given.train), task_text(given.task, given.test)]
+        for text in texts:
+            if "clip_benchmark:" not in text:  # the folder would be read
+                parse_tasks(text)
+
+    parse_command(command.module, arguments, check)
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+
+
+@pytest.mark.parametrize("command", own_commands(), ids=lambda c: f"{c.page}:{c.text[10:60]}")
+def test_command_is_parsed(command):
+    parse(command)
+    data = REPOSITORY.parent / "shared" / "data"
+    for name in re.findall(r"\.\./shared/data/([\w.]+)", command.text):
+        assert not data.is_dir() or (data / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("diht_jax.train --config configs/demo.py --workdir x --stepps 3", "stepps"),
+        ("diht_jax.train --config configs/demo.py --workdir x --config.loss.gamma=1", "gamma"),
+        ("diht_jax.train --config configs/demo.py --workdir x --config.loss.beta=-1", "loss.beta"),
+        ("diht_jax.train --config configs/none.py --workdir x", "none.py"),
+        ("diht_jax.evaluate --model x --tasks cifr10 --output o", "did you mean 'cifar10'"),
+        ("diht_jax.fewshot --model x --train a --test b --task cifr10 --output o", "cifar10"),
+        ("diht_jax.embed --model x stray", "unexpected arguments: stray"),
+        ("data_prep.filter --config configs/prep/cat.py --config.retries=-1", "retries"),
+        ("data_prep.reports --input=a", "output"),
+        ("benchmarks.captions --round 3", "round"),
+    ],
+)
+def test_wrong_commands_are_seen(text, message, capsys):
+    with pytest.raises((SystemExit, ValueError, flags.Error, OSError)) as error:
+        parse(Command("page", f"python -m {text}"))
+    assert message in str(error.value) + capsys.readouterr().err
+
+
+def test_scripts_and_test_files_exist():
+    scripts = {SCRIPT.match(c.text)[1] for c in COMMANDS if SCRIPT.match(c.text)}
+    assert scripts and all((REPOSITORY / name).is_file() for name in scripts)
+    for command in COMMANDS:
+        if command.module == "pytest":
+            for argument in command.arguments:
+                path, _, test = argument.partition("::")
+                if path.startswith("tests/"):
+                    assert (REPOSITORY / path).exists(), argument
+                    assert not test or f"def {test}(" in (REPOSITORY / path).read_text(), argument
+
+
+def small_workspace(folder):
+    """A checkout with recipes, tars of a few pictures, and the models that the pages name."""
+    checkout, data = folder / "checkout", folder / "shared" / "data"
+    (checkout / "runs").mkdir(parents=True)
+    (checkout / "demo_output").mkdir()
+    data.mkdir(parents=True)
+    for link, target in (
+        ("configs", REPOSITORY / "configs"),
+        *(("runs/emoji", "try"), ("demo_output/filtered_concepts", "../runs/try")),
+        *(("demo_output/web", "../runs/web"), ("raw.json", "runs/try.json")),
+        ("filtered.json", "runs/try.json"),
+    ):
+        (checkout / link).symlink_to(target)
+    for name in ("emoji_google.tar", "emoji_twitter.tar"):
+        with tarfile.open(data / name, "w") as tar:
+            for color in ("red", "green", "blue"):
+                file = io.BytesIO()
+                Image.new("RGB", (20, 20), color).save(file, "PNG")
+                for suffix, content in (("png", file.getvalue()), ("txt", color.encode())):
+                    member = tarfile.TarInfo(f"{color}.{suffix}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return checkout
+
+
+def test_commands_run(tmp_path):
+    checkout, argv = small_workspace(tmp_path), []
+    for page, beginning, behind in RUN:
+        (command,) = [command for command in COMMANDS if is_of(command, page, beginning)]
+        arguments = [REPLACED.get(text.split("=")[-1], "") for text in command.arguments]
+        arguments = [
+            re.sub("=.*", f"={new}", text) if new else text
+            for text, new in zip(command.arguments, arguments, strict=True)
+        ]
+        explains = "--explain" in arguments
+        extra = "" if explains else SMALLER.get(command.module, "")
+        argv.append((command.module, [*arguments, *behind.split(), *extra.split()]))
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.docs.commands"],
+        cwd=checkout,
+        env={**environment, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)},
+        input=json.dumps(argv),
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    written = (
+        *("runs/web/val_retrieval.tar", "runs/kept/report.html", "runs/both/report.html"),
+        *("runs/emoji_records/stats.json", "runs/try/metrics.jsonl", "runs/try.scenes.png"),
+        *("runs/exported/open_clip_config.json", "runs/search.png", "filtered.compared.png"),
+    )
+    for name in written:
+        assert (checkout / name).is_file(), (name, sorted(map(str, checkout.rglob("*")))[:80])
+    assert list((checkout / "runs/embedded").glob("*.npz"))
