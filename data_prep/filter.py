@@ -25,6 +25,7 @@ from data_prep.filtering.steps.captions import caption_limits
 from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
 from diht_jax.config import validate_config
+from diht_jax.data.escaping import escape_lines
 
 
 def define_flags() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     validate_config(config, filter_config.default_config())
     filter_config.check_config(config)
     if given.explain is not None:
-        print(explain(given.explain, config))
+        print(escape_lines(explain(given.explain, config)))
         return
     if given.config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/cat.py")

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from diht_jax.config import parse_fields, rename_old_flags
 from diht_jax.config_overrides import apply_overrides, take_unset_keys
+from diht_jax.data.escaping import escape_lines
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
@@ -204,7 +205,9 @@ class _TqdmHandler(python_logging.Handler):
 
     def emit(self, record: python_logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            # What keys and captions hold must not steer the terminal, nor look like a line of ours.
+            text = escape_lines(self.format(record)).replace("\n", "\n  ")
+            tqdm.write(text, file=sys.stderr)
         except Exception:
             self.handleError(record)
 
@@ -216,5 +219,5 @@ def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:
 
 
 def _fail(message: str, status: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {escape_lines(message)}", file=sys.stderr)
     sys.exit(status)

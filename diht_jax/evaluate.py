@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from diht_jax import command_line, distributed
+from diht_jax.data.escaping import escape_lines
 from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.results import (
     LETTERS,
@@ -92,10 +93,10 @@ def main() -> None:
     )
     if not _writes():
         return
-    print(format_results(results))
+    print(escape_lines(format_results(results)))
     published = published_results(given.model)
     if published is not None:
-        print(f"\n{format_comparison(published, results)}")
+        print(escape_lines(f"\n{format_comparison(published, results)}"))
 
 
 def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True) -> None:
@@ -115,7 +116,7 @@ def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True
             f"{' '.join(files) or 'none'}"
         )
     results = [read_results(file) for file in files]
-    print(format_comparison(*results))
+    print(escape_lines(format_comparison(*results)))
     if draw:
         last = pathlib.Path(files[-1])
         chart = pathlib.Path(chart or last.with_name(f"{last.stem}.compared.png"))

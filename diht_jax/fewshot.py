@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from diht_jax import command_line
+from diht_jax.data.escaping import escape_lines
 
 
 def define_flags() -> None:
@@ -84,7 +85,7 @@ def main() -> None:
     output = pathlib.Path(given.output)
     write_results(output, result)
     draw_few_shot(result, output.with_suffix(".png"))
-    print(format_few_shot(result))
+    print(escape_lines(format_few_shot(result)))
 
 
 def _options():

@@ -1,5 +1,6 @@
 """Freed memory that is kept is not mapped anew (counted in page faults); names in messages."""
 
+import logging
 import platform
 import subprocess
 import sys
@@ -52,3 +53,16 @@ def test_keys_are_named_as_they_are_typed(monkeypatch):
         "--config.input='a/config.json' or --config.source.image_column, not config.json"
     )
     assert command_line._with_flags("--config.input=x") == "--config.input=x"
+
+
+def test_keys_and_captions_in_logs_and_errors_are_escaped(capsys):
+    key = "a.png\x1b[2J\n12:00:00 all is well \u202e"
+    handler = command_line._TqdmHandler()
+    record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "bad record '%s'", (key,), None)
+    handler.emit(record)
+    with pytest.raises(SystemExit):
+        command_line._fail(f"{key} cannot be read", 1)
+    expected = "a.png\\x1b[2J\n{}12:00:00 all is well \\u202e"
+    assert capsys.readouterr().err == (
+        f"bad record '{expected.format('  ')}'\nerror: {expected.format('')} cannot be read\n"
+    )

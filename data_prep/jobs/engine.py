@@ -17,6 +17,7 @@ from absl import logging
 from data_prep.jobs.engine_local import LocalWorkerPool
 from data_prep.jobs.engine_ray import RaySettings, run_on_ray
 from data_prep.jobs.progress import Function, Outcome, Progress, Report, call_function
+from diht_jax.data.escaping import escape_lines
 
 __all__ = [
     "ENGINES",
@@ -65,7 +66,7 @@ def run_pending(
 def print_failures(failures: dict[str, str]) -> dict[str, str]:
     """Lists on stderr what failed, at the end of a job; returns the same dict."""
     for source, error in failures.items():
-        print(f"failed: {source}: {error}", file=sys.stderr)
+        print(escape_lines(f"failed: {source}: {error}"), file=sys.stderr)
     return failures
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from data_prep.reports.funnel import KEPT, spell_reason, stage_reasons
+from diht_jax.data.escaping import escape
 
 _RECALL = "recall: "
 
@@ -78,7 +79,7 @@ def table_rows(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> lis
 
 def format_noise_table(labels: Mapping[str, Mapping[str, int]], clean_label: str) -> str:
     """The table for a terminal."""
-    rows = table_rows(labels, clean_label)
+    rows = [[escape(cell) for cell in row] for row in table_rows(labels, clean_label)]
     rows[0] = [cell.removeprefix(_RECALL) for cell in rows[0]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

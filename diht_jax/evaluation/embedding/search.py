@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from diht_jax.data.escaping import escape
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped, SourceShard
 from diht_jax.data.readers.registry import read_pairs
@@ -24,6 +25,8 @@ from diht_jax.evaluation.embedding.encoding import (
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.entry_counts import count_entries
 from diht_jax.progress import ProgressBar
+
+_MOST_SHOWN = 1000  # characters of key and caption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +136,14 @@ def load_pictures(source: Sequence[SourceShard], positions: set[int]) -> dict[in
 
 
 def format_matches(result: SearchResult) -> str:
-    """The matches as text: rank, similarity, key and caption."""
+    """The matches as text for a terminal: rank, similarity, key and caption, escaped."""
     lines = []
     for query, matches in result.matches.items():
-        lines.append(query)
+        lines.append(escape(query))
         for rank, match in enumerate(matches, start=1):
-            lines.append(f"{rank:>4}  {match.similarity:6.3f}  {match.label}")
+            label = escape(match.label[: _MOST_SHOWN + 1])
+            shown = label if len(label) <= _MOST_SHOWN else f"{label[:_MOST_SHOWN]}…"
+            lines.append(f"{rank:>4}  {match.similarity:6.3f}  {shown}")
     return "\n".join(lines)
 
 

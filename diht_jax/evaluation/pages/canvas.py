@@ -6,6 +6,7 @@ measures, the header, the headings and the way samples are drawn.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import importlib.util
 import io
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.escaping import escape
 
 INK = (31, 35, 40)
 GREY = (101, 109, 118)
@@ -29,6 +31,9 @@ BLUE = (9, 105, 218)
 
 # Device pixels per logical pixel: sharp text on dense screens.
 SCALE = 2
+
+# Characters of a text; no page has room for as many, and Pillow refuses a million.
+_MOST_DRAWN = 2000
 
 WIDTH = 1120
 MARGIN = 32
@@ -62,7 +67,11 @@ class Canvas:
     ) -> None:
         """One line of text; `anchor` as in Pillow ("la": x, y is its top left)."""
         self._draw.text(
-            (x * SCALE, y * SCALE), text, fill=color, font=_font(size, bold), anchor=anchor
+            (x * SCALE, y * SCALE),
+            _drawable(text),
+            fill=color,
+            font=_font(size, bold),
+            anchor=anchor,
         )
 
     def box(
@@ -113,7 +122,7 @@ class Canvas:
         length = round(text_width(text, size=size) * SCALE) + 2
         strip = Image.new("RGB", (length, round(size * 1.3 * SCALE)), WHITE)
         ImageDraw.Draw(strip).text(
-            (0, strip.height / 2), text, fill=INK, font=_font(size, False), anchor="lm"
+            (0, strip.height / 2), _drawable(text), fill=INK, font=_font(size, False), anchor="lm"
         )
         strip = strip.rotate(90, expand=True)
         self.image.paste(strip, (round(x * SCALE - strip.width / 2), round(y * SCALE) - length))
@@ -138,7 +147,9 @@ def wrap(
 
     Words too long for a line are broken inside, names of files after one of "_-/".
     """
-    words = [part for word in text.split() for part in _pieces(word, width, size=size, bold=bold)]
+    text = " ".join(text[:_MOST_DRAWN].split()) + "…" * (len(text) > _MOST_DRAWN)
+    words = _drawable(text).split(" ") if text else []
+    words = [part for word in words for part in _pieces(word, width, size=size, bold=bold)]
     lines: list[str] = []
     for word in words:
         joined = f"{lines[-1]} {word}" if lines else word
@@ -161,7 +172,12 @@ def shorten(text: str, width: float, *, size: int = 12, bold: bool = False) -> s
 
 def text_width(text: str, *, size: int = 12, bold: bool = False) -> float:
     """Width of one line, in logical pixels."""
-    return _font(size, bold).getlength(text) / SCALE
+    return _font(size, bold).getlength(_drawable(text)) / SCALE
+
+
+def _drawable(text: str) -> str:
+    """The text as Pillow can lay it out: one line, no control characters, not too long."""
+    return escape(text if len(text) <= _MOST_DRAWN else f"{text[:_MOST_DRAWN]}…")
 
 
 def draw_sample_indices(population: int, count: int, *, seed: int = 0) -> np.ndarray:
@@ -195,9 +211,12 @@ def draw_heading(canvas: Canvas, y: float, heading: str, note: str, *, x: float 
 def _pieces(word: str, width: float, *, size: int, bold: bool) -> list[str]:
     pieces = []
     while text_width(word, size=size, bold=bold) > width and len(word) > 1:
-        length = len(word) - 1
-        while length > 1 and text_width(word[:length], size=size, bold=bold) > width:
-            length -= 1
+        # The longest beginning that fits; one letter, where none does.
+        lengths = range(2, len(word))
+        fits_not = bisect.bisect_left(
+            lengths, True, key=lambda n: text_width(word[:n], size=size, bold=bold) > width
+        )
+        length = 1 + fits_not
         parts = re.match(".*[_/-]", word[:length])
         # A break that leaves most of the line empty would not be worth it.
         if parts and parts.end() > length // 2:

@@ -11,6 +11,7 @@ from PIL import Image
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
 from diht_jax.evaluation.pages.search import draw_search_page
+from tests.data.readers.inputs import write_tar
 
 
 @pytest.fixture
@@ -69,6 +70,33 @@ def test_pictures_beside_other_files_are_found(folder):
     assert shard.path == str(folder)
     (folder / "labels.tsv").write_text("image\tcaption\n0.png\ta dog\n")
     assert [shard.kind for shard in list_inputs(str(folder))] == ["table"]
+
+
+def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_path):
+    image = (folder / "0.png").read_bytes()
+    texts = [
+        "\x1b[2J\x1b]0;owned\x07",
+        "gpj.\u202egnp",
+        "two\nlines\x00",
+        "x" * 2 * 10**6,
+        "\u2028",
+    ]
+    members = []
+    for number, text in enumerate(texts):
+        key = f"{number}{text.replace(chr(0), '').replace('.', '')[:80]}"
+        members += [(f"{key}.png", image), (f"{key}.txt", text.encode())]
+    shards = list_inputs(write_tar(tmp_path / "hostile.tar", members))
+    queries = ["a \x1b[31mdog", "y" * 10**6]
+    result = search_pictures(tiny_model, shards, queries)
+    assert sum(map(len, result.matches.values())) == 2 * (len(texts) - 1)  # one has no caption
+    printed = format_matches(result)
+    assert len(printed.splitlines()) == 2 * len(texts)
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert r"\x1b[2J" in printed and r"gpj.\u202egnp" in printed
+    assert all(len(line) < 1100 for line in printed.splitlines() if "yyy" not in line)
+    pictures = load_pictures(shards, {match.position for match in result.matches[queries[0]]})
+    draw_search_page(result, pictures, tmp_path / "page.png", title="\x1b[0m", note="\u202e")
+    assert (tmp_path / "page.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("queries", [[], [" "]])

@@ -45,3 +45,19 @@ def test_a_picture_stays_within_its_frame(size):
     assert blue
     assert all(x in inside and y in inside for x, y in blue)
     assert pixels[11 * SCALE, 30 * SCALE] == GREEN
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a\0b\x1b[31m", "lone \ud800", "x" * 3 * 10**6, "a b " * 10**6, "e" + "\u0301" * 10**5]
+    + ["\u202e gpj", "line\nline\u2028line", "\x85\x9b" * 50, "\u200d" * 3000, "ﷺ" * 1000],
+)
+def test_hostile_texts_are_laid_out(text):
+    lines = wrap(text, 100, size=9, max_lines=2)
+    assert 1 <= len(lines) <= 2
+    assert all(text_width(line, size=9) <= 100 for line in lines)
+    canvas = Canvas(120, 60)
+    canvas.text(2, 2, text)
+    canvas.vertical_text(60, 58, text[:50])
+    for line in lines:
+        canvas.text(2, 20, line, size=9)

@@ -1,0 +1,44 @@
+"""Texts of other people on a terminal: what would steer it is shown as an escape sequence.
+
+Keys, captions and file names come from anywhere. Raw, a control character moves the cursor or
+answers for the user, a line break forges a line of the log, and a bidirectional override shows the
+text in another order than it has.
+"""
+
+from __future__ import annotations
+
+import re
+
+# Control characters (C0, delete, C1), line and paragraph separators, everything that sets the
+# direction of what follows, invisible marks (byte order, tags, annotations), lone surrogates.
+_STEERING = (
+    r"\x00-\x1f\x7f-\x9f\u2028\u2029"
+    r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u206f"
+    r"\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff"
+)
+_IN_A_LINE = re.compile(f"[{_STEERING}]")
+_BUT_LINE_BREAKS = re.compile(f"(?![\n\t])[{_STEERING}]")
+
+
+def escape(text: str) -> str:
+    """The text on one line, with nothing in it that a terminal acts upon.
+
+    Args:
+        text: any text, such as a key, a caption or a path.
+
+    Returns:
+        The same, where control characters and the like read `\\x1b` or `\\u202e`.
+    """
+    return _IN_A_LINE.sub(_spell, text)
+
+
+def escape_lines(text: str) -> str:
+    """`escape` for a text of several lines of our own, such as a message: these stay lines."""
+    return _BUT_LINE_BREAKS.sub(_spell, text)
+
+
+def _spell(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x100:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
