@@ -1,20 +1,24 @@
 """Do the recipes fit the pods that they name, and what grows from 8 to 4,096 chips?
 
     python -m benchmarks.pod_fit
+    python -m benchmarks.pod_fit --parts gpus
 
 Compiles, with the real compiler and without any pod, (1) every recipe of `configs/` that names a
 TPU slice, and (2) one recipe, with the same number of examples on each chip, on slices of v5p,
 whose slices span the whole range. Sizes between the compiled ones come from the formula in
-`extrapolate`, which the table checks against every row that was compiled. Writes
-`benchmarks/results/pod_fit.json` after each row and prints the tables of `docs/benchmarks.md`;
-the same command again continues with the missing rows. A row takes minutes.
+`extrapolate`, which the table checks against every row that was compiled. The part `gpus` compiles
+(3) the same recipes for H100s, and needs JAX's CUDA plugin instead of libtpu. Writes
+`benchmarks/results/pod_fit.json`, or `pod_fit_gpus.json`, after each row and prints the tables of
+`docs/benchmarks.md`; the same command again continues with the missing rows. A row takes minutes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 # The machine's own devices are of no use here; read when JAX is imported.
@@ -29,7 +33,8 @@ from diht_jax.cost_model.topologies import LOCAL, get_topology
 from diht_jax.models.zoo import get_architecture
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
-NAME = "pod_fit"
+NAME, GPU_NAME = "pod_fit", "pod_fit_gpus"
+GPU_TOPOLOGIES = ("h100:8", "h100:64x8")
 
 # Chips -> slice of v5p, the family whose slices span the whole range.
 SLICES = {
@@ -46,17 +51,23 @@ SLICES = {
 }
 
 _RECIPE = flags.DEFINE_string("recipe", "diht_vitb16", "Recipe of the second table.")
-_ONLY = flags.DEFINE_list("only", [], "Recipes of the first table to compile now; all by default.")
+_ONLY = flags.DEFINE_list("only", [], "Recipes of tables 1 and 3 to compile now; all by default.")
 _EXAMPLES = flags.DEFINE_integer("examples_per_chip", 256, "Local batch of the second table.")
 _COMPILED = flags.DEFINE_list("compiled", ["8", "4096"], "Chips to compile for.")
-_PARTS = flags.DEFINE_list("parts", ["recipes", "growth"], "What to measure.")
+_PARTS = flags.DEFINE_list(
+    "parts", ["recipes", "growth"], "What to measure: recipes, growth; or gpus."
+)
+_GPUS = flags.DEFINE_list("gpus", list(GPU_TOPOLOGIES), "GPUs to compile for in the part `gpus`.")
 _FRESH = flags.DEFINE_bool("fresh", False, "Measure again what the results file has.")
 
 
 def main(_: list[str]) -> None:
     """Measures what is missing, writes after every row, prints both tables."""
     logging.set_verbosity(logging.INFO)
-    results = _earlier_results()
+    if "gpus" in _PARTS.value:
+        measure_gpus()
+        return
+    results = _earlier_results(NAME, ("recipes", "growth"))
     if "recipes" in _PARTS.value:
         for path in recipes_for_pods(_ONLY.value):
             _measure(results["recipes"], path.stem, lambda path=path: measure_recipe(path))
@@ -85,6 +96,31 @@ def measure_recipe(path: pathlib.Path) -> dict[str, Any]:
     """Compiles a recipe for the topology it names."""
     config = load_recipe(path)
     return as_row(compile_step(config, get_topology(config.topology)))
+
+
+def measure_gpus() -> None:
+    """Compiles the recipes, each as it is for some GPUs, and prints the table."""
+    results = _earlier_results(GPU_NAME, ("gpus",))
+    for topology in _GPUS.value:
+        for path in recipes_for_pods(_ONLY.value):
+            measure = functools.partial(measure_on_gpus, path, topology)
+            _measure(results["gpus"], f"{path.stem}, {topology}", measure)
+            write_result(GPU_NAME, results)
+    print(gpu_table(results["gpus"]))
+
+
+def measure_on_gpus(path: pathlib.Path, topology: str) -> dict[str, Any]:
+    """Compiles a recipe with the settings that it has for a topology."""
+    config = load_recipe(path, f"topology={topology}")
+    report = compile_step(config, get_topology(topology))
+    return {
+        **as_row(report),
+        "recipe": path.stem,
+        "scan_layers": config.model.scan_layers,
+        "attention": report.attention,
+        "loss_form": report.loss_form.impl,
+        "loss_form_reason": report.loss_form.reason,
+    }
 
 
 def measure_growth(chips: int) -> dict[str, Any]:
@@ -186,6 +222,34 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one recipe on one topology a line."""
+    lines = [
+        "| recipe | for | micro-batch | remat | layers | fsdp | loss | attention (image, text) | "
+        "needed | FLOPs (of the model) | memory traffic | sent | step, at least | MFU, at most |",
+        "|---|---|--:|---|---|--:|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for row in sorted(rows.values(), key=lambda row: (row["recipe"], row["chips"])):
+        cells = [
+            f"`{row['recipe']}`",
+            f"`{row['topology']}`",
+            f"{row['micro_batch']:,}" if row["micro_batch"] else "-",
+            row["remat"],
+            "scanned" if row["scan_layers"] else "unrolled",
+            str(row["mesh"]["fsdp"]),
+            row["loss_form"],
+            f"{row['attention']['vision']}, {row['attention']['text']}",
+            f"{_gib(row['needed_bytes'])}{'' if row['fits'] else ': too large'}",
+            f"{row['matmul_flops'] / 1e12:.1f} ({row['model_flops'] / 1e12:.1f}) TFLOP",
+            f"{row['memory_traffic_bytes'] / 1e9:,.0f} GB",
+            f"{row['sent_bytes'] / 1e9:.2f} GB",
+            f"{1e3 * row['step_secs']:,.0f} ms",
+            f"{row['mfu_bound']:.1%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def growth_table(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: one size a line; formula where nothing was compiled, and its error where it was."""
     compiled = {row["chips"]: row for row in results["growth"].values()}
@@ -222,10 +286,10 @@ def _measure(rows: dict[str, Any], name: str, measure: Any) -> None:
     logging.info("%s: %s", name, json.dumps(rows[name]))
 
 
-def _earlier_results() -> dict[str, dict[str, Any]]:
-    path = RESULTS / f"{NAME}.json"
+def _earlier_results(name: str, parts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    path = RESULTS / f"{name}.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
-    return {part: earlier.get(part, {}) for part in ("recipes", "growth")}
+    return {part: earlier.get(part, {}) for part in parts}
 
 
 def _sent(report: StepReport, kind: str) -> int:

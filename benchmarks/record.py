@@ -28,6 +28,7 @@ _PACKAGES = {
     "optax": "optax",
     "numpy": "numpy",
     "libtpu": "libtpu",
+    "jax_cuda12_plugin": "jax-cuda12-plugin",
     "grain": "grain",
     "PIL": "pillow",
     "cv2": "opencv-python-headless",

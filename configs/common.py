@@ -3,25 +3,39 @@
 The argument holds any number of `key=value`, with commas between them:
 
     --config configs/diht_vitb32.py:debug=True
-    --config configs/diht_vitb32.py:debug=True,topology=v5e:2x2
+    --config configs/diht_vitb16.py:topology=h100:64x8
 """
 
 import difflib
+import math
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 from diht_jax.config import default_config
+from diht_jax.cost_model.topologies import LOCAL, parse_topology
+
+# Architecture -> examples that a GPU of 80 GB takes at once with all values kept for the backward
+# pass (remat "none"): with the whole state on every GPU, as on one host, and with an eighth of it.
+# Found by compiling: docs/benchmarks.md, "The recipes on GPUs".
+EXAMPLES_AT_ONCE = {
+    "diht_vitb32_224px": (1024, 1024),
+    "diht_vitb16_224px": (512, 512),
+    "diht_vitl14_224px": (128, 128),
+    "diht_vitl14_336px": (64, 128),
+}
+GPUS_OF_80_GB = ("a100_80gb", "h100", "h200")
 
 
 def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
     """The values in the text after the colon of --config.
 
     Every recipe knows `debug` (False: the recipe as it is; True: shrunk to seconds on a CPU) and
-    `topology` (None: the recipe's own; else the machine it is meant for, such as "v5e:2x2").
+    `topology` (None: the recipe's own; else the machine it is meant for, such as "h100:8").
 
     Args:
-        arg: such as "" or "debug=True,topology=v5e:2x2".
+        arg: such as "" or "debug=True,topology=h100:8".
         **defaults: further keys of this recipe with their defaults, each a bool, int, float or str;
             a value in `arg` is converted to the type of the default.
 
@@ -71,12 +85,47 @@ def diht() -> ml_collections.ConfigDict:
 def finish(
     config: ml_collections.ConfigDict, args: ml_collections.ConfigDict
 ) -> ml_collections.ConfigDict:
-    """The recipe as `args` (of `parse_arg`) ask for it; changes `config` in place."""
+    """The recipe as `args` (of `parse_arg`) ask for it; changes `config` in place.
+
+    Raises:
+        ValueError: no such topology.
+    """
+    own = config.topology
+    if args.topology not in (None, own, LOCAL):
+        suit(config, args.topology)
     if args.debug:
         shrink(config)
     if args.topology is not None:
         config.topology = args.topology
     return config
+
+
+def suit(config: ml_collections.ConfigDict, topology: str) -> None:
+    """Sets, in place, how the step is computed on a machine; what it computes stays the same.
+
+    Known are the DiHT architectures on GPUs of 80 GB, in any number of hosts. There a scan costs
+    more than it saves, for it copies the values that it keeps; a host has room for the whole state,
+    and several hosts save traffic between them where each splits the state over its own GPUs.
+    `loss.impl="auto"` chooses the form of the loss by the mesh. For every other machine the recipe
+    stays as it is, and a line in the log says so.
+
+    Raises:
+        ValueError: no such topology.
+    """
+    family, shape = parse_topology(topology)
+    if family not in GPUS_OF_80_GB or config.model.name not in EXAMPLES_AT_ONCE:
+        logging.warning(
+            "no settings of their own are known for %s on %s; it keeps those for %s. Whether they "
+            "fit: python -m diht_jax.compile",
+            *(config.model.name, topology, config.topology),
+        )
+        return
+    config.model.remat = "none"
+    config.model.scan_layers = False
+    several_hosts = len(shape) > 1
+    config.mesh.fsdp = shape[-1] if several_hosts else 1
+    at_once = EXAMPLES_AT_ONCE[config.model.name][several_hosts] * math.prod(shape)
+    config.micro_batch = at_once if config.data.batch_size > at_once else None
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

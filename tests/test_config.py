@@ -9,7 +9,11 @@ import pytest
 
 from diht_jax.config import default_config, duration_in_steps, load_recipe, validate_config
 from diht_jax.models import get_architecture
+from diht_jax.sharding import create_mesh
+from diht_jax.training.config_ranges import check_ranges
+from diht_jax.training.sharded_encode import check_micro_batch
 from tests.recipes import RECIPES, REPOSITORY
+from tests.test_sharding import gpu_hosts
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +62,38 @@ def differences(a, b, prefix=""):
     return found
 
 
-@pytest.mark.parametrize("arg", ["", "debug=True", "topology=v5p:4x4x4"])
+@pytest.mark.parametrize("topology", ["h100:8", "h100:64x8", "h100:4x8", "h200:8", "a100_80gb:2x4"])
+@pytest.mark.parametrize(
+    "name", ["clip_vitb32", "diht_vitb32", "diht_vitb16", "diht_vitl14", "diht_vitl14_336"]
+)
+def test_recipe_for_gpus(name, topology):
+    config = load_recipe(REPOSITORY / "configs" / f"{name}.py", f"topology={topology}")
+    validate_config(config, default_config())
+    check_ranges(config, default_config())
+    num_hosts, gpus_per_host = (1, *map(int, topology.partition(":")[2].split("x")))[-2:]
+    mesh = create_mesh(config.mesh.data, config.mesh.fsdp, gpu_hosts(num_hosts, gpus_per_host))
+    assert mesh.size == num_hosts * gpus_per_host and config.mesh.fsdp <= 8
+    for group in mesh.devices:
+        assert len({device.slice_index for device in group}) == 1
+    assert config.data.batch_size == 65536
+    check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
+    # All values of that many examples fit into a GPU of 80 GB, and of no more (pod_fit_gpus.json).
+    at_once = (config.micro_batch or config.data.batch_size) // mesh.size
+    assert at_once <= {"b32": 1024, "b16": 512, "l14": 128, "336": 128}[name[-3:]]
+    how = {"micro_batch", "model.remat", "model.scan_layers", "mesh.fsdp", "topology"}
+    assert differences(values(name, f"topology={topology}"), values(name)) <= how
+
+
+def test_recipe_keeps_its_settings_on_machines_that_have_none(caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        other, emoji = values("diht_vitb16", "topology=a100:8"), values("emoji", "topology=h100:8")
+    assert differences(other, values("diht_vitb16")) == {"topology"}
+    assert differences(emoji, values("emoji")) == {"topology"}
+    assert "diht_vitb16_224px on a100:8; it keeps those for v5e:16x16" in caplog.text
+    assert "small_64px on h100:8; it keeps those for local" in caplog.text
+
+
+@pytest.mark.parametrize("arg", ["", "debug=True", "topology=v5p:4x4x4", "topology=h100:8"])
 def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
     clip, diht = values("clip_vitb32", arg), values("diht_vitb32", arg)
     assert differences(clip, diht) == {
@@ -99,6 +134,9 @@ def test_argument_of_a_recipe_sets_debug_and_topology():
         ("debug=True,toplogy=v5e:2x2", "'toplogy=v5e:2x2': .*did you mean 'topology'"),
         ("xyzzy=1", "'xyzzy=1': unknown key; known keys: debug, topology$"),
         ("debug=True,debug=False", "'debug' is given twice"),
+        ("topology=h10:8", "unknown topology 'h10:8'; did you mean 'h100:...'?"),
+        ("topology=h100:8x", "unknown topology 'h100:8x'"),
+        ("debug=True,topology=v5e:3x5", "v5e slices are 1x1, 2x2"),
     ],
 )
 def test_recipe_refuses_another_argument(arg, message):

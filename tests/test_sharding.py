@@ -75,6 +75,12 @@ def tpu_slice(family, shape, slice_index=0):
     ]
 
 
+class StandIn(types.SimpleNamespace):
+    """A device that a mesh can hold."""
+
+    __hash__ = object.__hash__
+
+
 def gpu_hosts(num_hosts, gpus_per_host, *, processes_per_host=1, described=False):
     devices = []
     for number in range(num_hosts * gpus_per_host):
@@ -82,9 +88,7 @@ def gpu_hosts(num_hosts, gpus_per_host, *, processes_per_host=1, described=False
         process = number * processes_per_host // gpus_per_host
         fields = {} if described else {"slice_index": host}
         devices.append(
-            types.SimpleNamespace(
-                platform="gpu", id=number, process_index=process, device_kind="H100", **fields
-            )
+            StandIn(platform="gpu", id=number, process_index=process, device_kind="H100", **fields)
         )
     return devices
 

@@ -84,6 +84,35 @@ def known_topologies() -> str:
     return f"TPU slices up to {tpus}; GPUs such as {gpus}, or HOSTSx8; or '{LOCAL}'"
 
 
+def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
+    """Family and shape of a topology that is not this machine; needs no compiler for it.
+
+    Args:
+        name: such as "v5e:16x16" or "h100:8".
+
+    Returns:
+        Such as "v5e", (16, 16), and "h100", (8,): of the torus, or hosts and GPUs of a host.
+
+    Raises:
+        ValueError: no such topology (lists the known ones).
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    family = match.group(1) if match else name.partition(":")[0]
+    if not match or family not in (*_TPUS, *_GPUS):
+        nearest = nearest_name(family, [*_TPUS, *_GPUS])
+        hint = f" did you mean '{nearest}:...'?" if nearest and nearest != family else ""
+        raise ValueError(f"unknown topology '{name}';{hint} known: {known_topologies()}")
+    shape = tuple(int(size) for size in match.group(2).split("x"))
+    if family in _TPUS:
+        _check_slice(family, shape)
+    elif len(shape) > 2 or 0 in shape:
+        raise ValueError(
+            f"unknown topology '{name}'; expected the GPUs of one host, {family}:8, or "
+            f"hosts x GPUs, {family}:4x8"
+        )
+    return family, shape
+
+
 def get_topology(name: str) -> Topology:
     """The topology called `name`.
 
@@ -99,13 +128,7 @@ def get_topology(name: str) -> Topology:
         chip = find_chip(devices[0].device_kind)
         options = compiler_options(devices[0].platform)
         return Topology(name, chip, (len(devices),), devices, _memory_limit(devices, chip), options)
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    family = match.group(1) if match else name.partition(":")[0]
-    if not match or family not in (*_TPUS, *_GPUS):
-        nearest = nearest_name(family, [*_TPUS, *_GPUS])
-        hint = f" did you mean '{nearest}:...'?" if nearest and nearest != family else ""
-        raise ValueError(f"unknown topology '{name}';{hint} known: {known_topologies()}")
-    shape = tuple(int(size) for size in match.group(2).split("x"))
+    family, shape = parse_topology(name)
     chip = find_chip(family)
     if family in _TPUS:
         devices, options = _tpu_devices(family, shape), compiler_options("tpu")
@@ -127,7 +150,7 @@ def _memory_limit(devices: tuple[jax.Device, ...], chip: Chip | None) -> int | N
     return int(share * chip.hbm_bytes)
 
 
-def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
+def _check_slice(family: str, shape: tuple[int, ...]) -> None:
     text = "x".join(map(str, shape))
     known = _TPUS[family]
     cubes = len(known.largest) == 3 and not any(size % 4 for size in shape)
@@ -141,6 +164,10 @@ def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
             f"unknown topology '{family}:{text}'; {family} slices are {', '.join(known.small)}"
             f"{more}"
         )
+
+
+def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
+    text = "x".join(map(str, shape))
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             f"'{family}:{text}' needs the TPU compiler, which comes with the package libtpu and "
@@ -150,7 +177,7 @@ def _tpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
     description = topologies.get_topology_desc(
         platform="tpu",
         topology_name=f"{family}:{text}",
-        chip_config_name=known.config,
+        chip_config_name=_TPUS[family].config,
         chips_per_host_bounds=(1, 1, 1) if math.prod(shape) == 1 else (2, 2, 1),
         num_slices=1,
     )
@@ -170,13 +197,8 @@ def _keep_libtpu_offline() -> None:
 
 
 def _gpu_devices(family: str, shape: tuple[int, ...]) -> tuple[jax.Device, ...]:
-    hosts, per_host = (1, *shape) if len(shape) == 1 else shape if len(shape) == 2 else (0, 0)
+    hosts, per_host = (1, *shape)[-2:]
     text = "x".join(map(str, shape))
-    if hosts < 1 or per_host < 1:
-        raise ValueError(
-            f"unknown topology '{family}:{text}'; expected the GPUs of one host, {family}:8, or "
-            f"hosts x GPUs, {family}:4x8"
-        )
     try:
         description = topologies.get_topology_desc(
             platform="cuda", target_config=_target_config(family), topology=f"1x{hosts}x{per_host}"
