@@ -115,6 +115,7 @@ def measure_on_gpus(path: pathlib.Path, topology: str) -> dict[str, Any]:
     report = compile_step(config, get_topology(topology))
     return {
         **as_row(report),
+        "compiler_options": report.topology.compiler_options,
         "recipe": path.stem,
         "scan_layers": config.model.scan_layers,
         "attention": report.attention,
