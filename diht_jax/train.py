@@ -9,6 +9,7 @@ cluster the same command runs on every host; see `diht_jax.distributed`.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -55,6 +56,9 @@ def main() -> None:
         # All is saved; one more of them must not replace the status that launchers wait for.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         logging.warning("%s; the same command goes on from there", stopped)
+        if stopped.input_stalls:
+            sys.stderr.flush()
+            os._exit(EXIT_CODE)
         sys.exit(EXIT_CODE)
     except Exception as error:
         error.exit_status = exit_status(error)

@@ -37,6 +37,7 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
         *,
         mode: str,
         stride: int,
+        record_number: Callable[[int], int] = int,
     ):
         """Reads nothing yet.
 
@@ -45,6 +46,7 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
             locate: index in the order -> file and number of its record, or "".
             mode: one of `MODES`.
             stride: added to the index of a bad record until a good one is found.
+            record_number: index in the order -> what identifies its record, in every epoch.
 
         Raises:
             ValueError: another mode.
@@ -57,6 +59,8 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
         self._locate = locate
         self._skips = mode == "skip"
         self._stride = stride
+        self._record_number = record_number
+        self._excluded: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -71,6 +75,21 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
             return self._decode(index)
         example, count = self._find(index)
         return {**example, SKIPPED_RECORDS: np.int32(count)}
+
+    def exclude(self, index: int, problem: str) -> None:
+        """Makes the record at an index a bad one, which nobody decodes any more."""
+        self._excluded[self._record_number(index)] = problem
+
+    def tried_indices(self, index: int) -> Iterator[int]:
+        """Decodes what the example at an index needs; yields each index before that is done."""
+        for count in range(MAX_IN_A_ROW if self._skips else 1):
+            tried = index + count * self._stride
+            yield tried
+            try:
+                self._decode(tried)
+            except ValueError:
+                continue
+            return
 
     def skipped_indices(self, index: int, count: int) -> Iterator[int]:
         """The indices of the `count` bad records that were skipped for the example at an index."""
@@ -105,6 +124,8 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
 
     def _decode(self, index: int) -> dict[str, Any]:
         try:
+            if self._excluded and (number := self._record_number(index)) in self._excluded:
+                raise ValueError(self._excluded[number])
             return self._examples[index]
         except TFRecordError:
             raise  # names file and record

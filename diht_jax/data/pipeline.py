@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,17 +18,18 @@ from absl import flags, logging
 
 from diht_jax.data import tokenizer, workers
 from diht_jax.data.bad_records import SKIPPED_RECORDS, CheckedExamples
+from diht_jax.data.crash_search import find_crashing_index
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
 from diht_jax.data.records import schema
 from diht_jax.data.records.tfrecord import TFRecordSource
 
-# How grain reports a worker process that is gone.
-_WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")
 # Deaths of decoding workers, without a batch between them, that a run survives.
 MAX_RESTARTS = 3
 # Bad records that are named in the log; further ones are only counted.
 _MAX_NAMED = 100
+# Files that a message names.
+_MAX_FILES = 3
 # Replaced by the caption in a text template.
 _CAPTION = "{caption}"
 
@@ -44,6 +45,7 @@ class DecodeExample(grain.transforms.RandomMap):
         text_template: str,
         fast_decode: bool = True,
         num_concepts: int = 0,
+        vocabulary_sizes: Sequence[int] | None = None,
     ):
         """Settings, as in `config.data`.
 
@@ -54,6 +56,8 @@ class DecodeExample(grain.transforms.RandomMap):
             text_template: with `{caption}` in it.
             fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
             num_concepts: k, the teacher's labels to take of each kind; 0 for none.
+            vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record
+                with an id beyond them is bad. None where that is not known.
 
         Raises:
             ValueError: a template without a caption.
@@ -66,6 +70,7 @@ class DecodeExample(grain.transforms.RandomMap):
         self._text_template = text_template
         self._fast_decode = fast_decode
         self._num_concepts = num_concepts
+        self._vocabulary_sizes = vocabulary_sizes
 
     @property
     def example_bytes(self) -> int:
@@ -87,9 +92,12 @@ class DecodeExample(grain.transforms.RandomMap):
             where it has none.
 
         Raises:
-            ValueError: the image cannot be decoded; names the record's key.
+            ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
+                record's key.
         """
         record = schema.decode_record(element)
+        if self._num_concepts and self._vocabulary_sizes is not None:
+            self._check_ids(record)
         try:
             pixels = self._crop(record.image, rng)
         except images.ImageError as error:
@@ -103,6 +111,16 @@ class DecodeExample(grain.transforms.RandomMap):
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
         return example
+
+    def _check_ids(self, record: schema.Record) -> None:
+        """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""
+        for (name, _), size in zip(schema.CONCEPT_FIELDS, self._vocabulary_sizes, strict=True):
+            ids = getattr(record, name)
+            if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < size:
+                raise ValueError(
+                    f"record '{record.key}': {name} {ids.tolist()} are beyond the vocabulary of "
+                    f"{size}; label the data again (python -m data_prep.label)"
+                )
 
     def _concepts(
         self, record: schema.Record, ids_name: str, probs_name: str
@@ -176,12 +194,15 @@ class TrainIterator:
             batch_bytes = batch_size // process_count * decode.example_bytes
             workers.check_workers(num_workers, prefetch_batches, batch_bytes)
         self._records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+        self._locator = _Locator(source, seed)
         self._checked = CheckedExamples(
             self._records.random_map(decode),
-            _Locator(source, seed),
+            self._locator,
             mode=on_bad_record,
             stride=batch_size,
+            record_number=self._locator.record_number,
         )
+        self._skips = on_bad_record == "skip"
         self._examples = grain.MapDataset.source(self._checked)
         self.skipped_records = 0
         self._batch_size = batch_size
@@ -189,7 +210,8 @@ class TrainIterator:
         self._prefetch_batches = prefetch_batches
         self._process_index = process_index
         self._process_count = process_count
-        self._next_example = 0
+        self._next_example = self._first_example = 0
+        self._abandoned = False
         self._batches: Any = None
 
     def __iter__(self) -> TrainIterator:
@@ -199,50 +221,34 @@ class TrainIterator:
         """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process.
 
         Decoding workers that died (a crash in a codec, the kernel's out-of-memory killer) are
-        started again at the batch that they owed.
+        started again at the batch that they owed. A record whose picture crashes its decoder is
+        found, and is a bad record then.
 
         Raises:
-            RuntimeError: they die again and again at the same batch; the message names it.
+            ValueError: a bad record, unless these are skipped.
+            RuntimeError: workers die again and again at the same batch; the message names it.
         """
-        for _ in range(MAX_RESTARTS + 1):
+        deaths = 0
+        while True:
             if self._batches is None:
                 self._batches = self._start()
             try:
                 batch = next(self._batches)
             except RuntimeError as error:
-                if not _WORKER_DIED.search(str(error)):
+                if self._abandoned or not workers.has_died(error):
                     raise
-                death = error
-                logging.warning(
-                    "examples %d to %d: %s; the workers are started again",
-                    self._next_example,
-                    self._next_example + self._batch_size - 1,
-                    error,
-                )
-                self.close()
+                deaths = self._handle_death(error, deaths + 1)
                 continue
             self._count_bad_records(batch.pop(SKIPPED_RECORDS, ()))
             self._next_example += self._batch_size
             return batch
-        raise RuntimeError(
-            f"decoding workers died {MAX_RESTARTS + 1} times in a row at examples "
-            f"{self._next_example} to {self._next_example + self._batch_size - 1} of the run's "
-            "order; if memory is short, lower config.data.num_workers or "
-            "config.data.prefetch_batches, and config.data.num_workers=0 shows a picture that "
-            "crashes its decoder"
-        ) from death
 
     def keys(self, first_example: int) -> list[str]:
         """Keys of this process's records in the batch that begins at an index of the order.
 
         Where bad records are replaced, the keys are those of the replacements.
         """
-        indices = range(
-            first_example + self._process_index,
-            first_example + self._batch_size,
-            self._process_count,
-        )
-        used = map(self._checked.used_index, indices)
+        used = map(self._checked.used_index, self._local_indices(first_example))
         return [schema.decode_record(self._records[index]).key for index in used]
 
     def get_state(self) -> dict[str, int]:
@@ -254,11 +260,75 @@ class TrainIterator:
         self.close()
         self._next_example = int(state["next_example"])
 
+    def describe_awaited(self) -> str:
+        """Which batch is the next one, where its records lie, and what the workers do."""
+        text = f"waiting for examples {self._batch_text(self._next_example)}"
+        paths = dict.fromkeys(map(self._locator.path, self._local_indices(self._next_example)))
+        named = [path for path in paths if path][:_MAX_FILES]
+        if named:
+            more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
+            text += f", in {', '.join(named)}{more}"
+        if not self._num_workers:
+            return f"{text}; they are read in threads of this process"
+        number = (self._next_example - self._first_example) // self._batch_size % self._num_workers
+        return f"{text}, from worker {number} of {self._num_workers}; {workers.describe_workers()}"
+
+    def abandon(self) -> None:
+        """Gives up the batch that another thread waits for: it ends with an error there."""
+        self._abandoned = True
+        workers.kill_workers()
+
     def close(self) -> None:
         """Ends the workers; the next batch starts them again."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
+
+    def _local_indices(self, first_example: int) -> range:
+        """This process's part of the batch that begins at an index of the order."""
+        end = first_example + self._batch_size
+        return range(first_example + self._process_index, end, self._process_count)
+
+    def _batch_text(self, first_example: int) -> str:
+        return f"{first_example} to {first_example + self._batch_size - 1} of the run's order"
+
+    def _handle_death(self, error: RuntimeError, deaths: int) -> int:
+        """Logs the death of a worker, and looks for its cause; the next batch starts new ones.
+
+        Returns:
+            How many deaths in a row have no known cause.
+        """
+        logging.warning(
+            "examples %s: %s; the workers are started again",
+            self._batch_text(self._next_example),
+            error,
+        )
+        self.close()
+        # Another end than by a crash may come from outside, the first time.
+        if deaths > 1 or workers.has_crashed(error):
+            while (index := self._find_crashing_index()) is not None:
+                key = schema.decode_record(self._records[index]).key
+                self._checked.exclude(index, f"record '{key}': its picture crashes its decoder")
+                if not self._skips:
+                    raise ValueError(self._checked.explain(index)) from error
+                deaths = 0
+        if deaths > MAX_RESTARTS:
+            raise RuntimeError(
+                f"decoding workers died {deaths} times in a row at examples "
+                f"{self._batch_text(self._next_example)}, and none of its pictures is the cause; "
+                "if memory is short, lower config.data.num_workers or config.data.prefetch_batches"
+            ) from error
+        return deaths
+
+    def _find_crashing_index(self) -> int | None:
+        """Among the records that the worker which died may have been decoding."""
+        logging.warning("looking for a picture that crashes its decoder, in a process of its own")
+        # It works ahead, and what it had finished may have been lost with it.
+        step = self._num_workers * self._batch_size
+        firsts = range(self._next_example, sys.maxsize, step)[: self._prefetch_batches + 2]
+        return find_crashing_index(
+            self._checked, [index for first in firsts for index in self._local_indices(first)]
+        )
 
     def _count_bad_records(self, skipped: Sequence[int]) -> None:
         """Counts and names the records that were skipped for the rows of a batch."""
@@ -274,6 +344,7 @@ class TrainIterator:
             logging.warning("%d bad records skipped so far", self.skipped_records)
 
     def _start(self) -> Any:
+        self._first_example = self._next_example
         local_batch_size = self._batch_size // self._process_count
         mine = slice(self._next_example + self._process_index, None, self._process_count)
         # Batches are formed before workers or threads share the work, so that their number does not
@@ -317,6 +388,15 @@ class _Locator:
             return ""
         path, record = self._source.locate(self._indices[index])
         return f"{path}: record {record}"
+
+    def path(self, index: int) -> str:
+        """The file alone."""
+        has_files = hasattr(self._source, "locate")
+        return self._source.locate(self._indices[index])[0] if has_files else ""
+
+    def record_number(self, index: int) -> int:
+        """The number of the record in the whole source."""
+        return int(self._indices[index])
 
 
 def open_records(train: str | Sequence[str] | None) -> TFRecordSource:

@@ -1,4 +1,4 @@
-"""Decoding worker processes: what they need of this machine, and their end with their parent.
+"""Decoding worker processes: what they need of this machine, what they do, and how they end.
 
 grain starts the workers by `spawn` and hands batches on in segments of POSIX shared memory.
 Python's resource tracker, a process of its own, removes the segments that are left when parent and
@@ -13,9 +13,12 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import multiprocessing
 import os
 import pathlib
+import re
 import secrets
+import signal
 import threading
 import time
 from multiprocessing import resource_tracker, shared_memory
@@ -23,8 +26,24 @@ from multiprocessing import resource_tracker, shared_memory
 from absl import logging
 
 SHARED_MEMORY = "/dev/shm"
+# How grain names its workers, and how it reports one that is gone.
+_WORKER_NAME = "grain-process-prefetch"
+_WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")
+_EXIT_CODE = re.compile(r"exit code -(\d+)")
+# What a crash within a library ends a process with.
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+_STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "waiting for a disk or the network",
+    "T": "stopped by a signal",
+    "t": "stopped by a debugger",
+    "Z": "ended",
+}
 # How often a worker looks for its parent.
 _POLL_SECS = 1.0
+# How long the kernel may take to end a process.
+_KILL_SECS = 5.0
 
 
 def start_worker(parent: int, mark: str | None, *_: int) -> None:
@@ -96,6 +115,47 @@ def _tracker_is_alive() -> bool:
     """Whether Python's resource tracker, which warns of segments that it does not find, runs."""
     is_alive = getattr(resource_tracker._resource_tracker, "_check_alive", None)
     return is_alive is None or is_alive()
+
+
+def has_died(error: BaseException) -> bool:
+    """Whether an error of grain's tells that a worker is gone."""
+    return _WORKER_DIED.search(str(error)) is not None
+
+
+def has_crashed(error: BaseException) -> bool:
+    """Whether such a worker ended as by a fault in a library, not from outside."""
+    found = _EXIT_CODE.search(str(error))
+    return found is not None and int(found[1]) in _CRASHES
+
+
+def describe_workers() -> str:
+    """The workers of this process, and what the system knows of each."""
+    found = [f"{child.pid} ({_state_of(child.pid)})" for child in _workers()]
+    return f"worker processes: {', '.join(found)}" if found else "no worker process is running"
+
+
+def kill_workers() -> None:
+    """Ends the workers of this process at once, also those that are stopped."""
+    children = _workers()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join(_KILL_SECS)
+
+
+def _workers() -> list[multiprocessing.Process]:
+    children = multiprocessing.active_children()
+    return sorted(
+        (child for child in children if child.name.startswith(_WORKER_NAME)), key=lambda c: c.pid
+    )
+
+
+def _state_of(pid: int) -> str:
+    try:
+        letter = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "state unknown"
+    return _STATES.get(letter, letter)
 
 
 def usable_cores() -> int:

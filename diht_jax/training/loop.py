@@ -18,8 +18,10 @@ from etils import epath
 
 from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
+from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
+from diht_jax.data.records.vocabulary import vocabulary_sizes
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
 from diht_jax.progress import ProgressBar
@@ -39,7 +41,12 @@ from diht_jax.training.program import TrainProgram, with_trusted_attention, with
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest
-from diht_jax.training.task_evaluation import RunEvaluation, best_evaluation, open_tasks
+from diht_jax.training.task_evaluation import (
+    RunEvaluation,
+    best_evaluation,
+    lower_is_better,
+    open_tasks,
+)
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.resume_checks import (
@@ -130,6 +137,9 @@ class Run:
                 config.data.text_template,
                 fast_decode=config.data.fast_decode,
                 num_concepts=self.program.num_labels,
+                vocabulary_sizes=vocabulary_sizes(config.data.train)
+                if self.program.num_labels
+                else None,
             ),
             batch_size=config.data.batch_size,
             seed=config.seed,
@@ -139,11 +149,14 @@ class Run:
             process_count=jax.process_count(),
             on_bad_record=config.data.on_bad_record,
         )
+        self.batches = BatchWait(self.iterator)
         self.fingerprint = fingerprint_records(source)
+        lowest = lower_is_better(config.checkpoint.best_metric, tasks)
         self.checkpointer = Checkpointer(
             workdir,
             keep_last=config.checkpoint.keep_last,
             best_metric=config.checkpoint.best_metric,
+            lower_is_better=lowest,
             dataset=self.fingerprint.pack(),
         )
         check_hosts_agree(config.data.train, self.fingerprint)
@@ -159,7 +172,9 @@ class Run:
         self.start_step = int(self.state.step)
         self.writer = MetricWriter(workdir, self.start_step)
         self.evaluation = RunEvaluation(config, tasks, self.program, self.writer, self.total_steps)
-        best = best_evaluation(workdir, config.checkpoint.best_metric, self.checkpointer.steps())
+        best = best_evaluation(
+            workdir, config.checkpoint.best_metric, self.checkpointer.steps(), lowest=lowest
+        )
         if best is not None:
             self.checkpointer.record_metrics(best[0], {config.checkpoint.best_metric: best[1]})
         self._skipped_records = 0
@@ -205,7 +220,11 @@ class Run:
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
                 train_step, window = self.start_phase(step)
-            batch = window.timed(self.next_batch)
+            try:
+                batch = window.timed(lambda: self.next_batch(stop_request))
+            except StoppedWaiting as stopped:
+                progress.close()
+                self.stop_before(step, window, stopped.position)
             with self.profiler.step(step):
                 self.state, metrics = train_step(self.state, batch)
             if train_step.trace_count > 1:
@@ -283,9 +302,30 @@ class Run:
         window = ThroughputWindow(config.data.batch_size, flops_per_step, self.mesh)
         return self.program.step(self.state, patch_dropout=drops_patches), window
 
-    def next_batch(self) -> dict[str, jax.Array]:
-        """The next global batch, on the devices."""
-        return sharding.put_batch(next(self.iterator), sharding.batch_sharding(self.mesh))
+    def next_batch(self, stop_request: StopRequest) -> dict[str, jax.Array]:
+        """The next global batch, on the devices.
+
+        Raises:
+            StoppedWaiting: it does not come, and the run is to stop.
+        """
+        batch = self.batches.take(stop_request.is_waiting)
+        return sharding.put_batch(batch, sharding.batch_sharding(self.mesh))
+
+    def stop_before(self, step: int, window: ThroughputWindow, position: Position) -> None:
+        """Saves the state before a step whose batch does not come, unless it is saved already.
+
+        Raises:
+            Stopped: always.
+        """
+        if step > self.start_step + 1:
+            if window.num_steps:
+                self.writer.write(step - 1, {**window.summary(), **self.bad_records()})
+            self.writer.sync()
+            self.checkpointer.save(self.state, position)
+        raise Stopped(
+            f"stopped after step {step - 1} of {self.total_steps}, while its input stalls",
+            input_stalls=True,
+        )
 
     def bad_records(self) -> dict[str, float]:
         """How many were skipped since the last call; nothing where they end the run instead."""

@@ -37,7 +37,15 @@ class TemporaryError(ValueError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved its state."""
+    """The run was asked to stop, and has saved its state.
+
+    Attributes:
+        input_stalls: a thread may wait for its input for ever, so nothing should wait for it.
+    """
+
+    def __init__(self, message: str, *, input_stalls: bool = False):
+        super().__init__(message)
+        self.input_stalls = input_stalls
 
 
 def exit_status(error: BaseException) -> int:
@@ -92,6 +100,14 @@ class StopRequest:
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._requested
+
+    def is_waiting(self) -> bool:
+        """Whether to stop before the next step, if its batch does not come.
+
+        Never in a job of several processes: all of them stop after the same step, and the others
+        may be in the middle of it.
+        """
+        return self._requested and jax.process_count() == 1
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:

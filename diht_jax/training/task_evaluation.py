@@ -65,6 +65,15 @@ def check_best_metric(best_metric: str | None, tasks: list[Task]) -> None:
         )
 
 
+def lower_is_better(best_metric: str | None, tasks: list[Task]) -> bool:
+    """Whether the best checkpoint is that with the lowest value, by the unit of the metric."""
+    if best_metric is None:
+        return False
+    task_name, _, name = best_metric.rpartition("/")
+    task = next(task for task in tasks if task.name == task_name)
+    return check_task(task).metrics[name].lower_is_better
+
+
 def check_source_opens(task: Task) -> None:
     """Reads the first entry of a task's source.
 
@@ -185,24 +194,30 @@ class RunEvaluation:
 
 
 def best_evaluation(
-    workdir: epath.Path, best_metric: str | None, steps: Collection[int]
+    workdir: epath.Path,
+    best_metric: str | None,
+    steps: Collection[int],
+    *,
+    lowest: bool = False,
 ) -> tuple[int, float] | None:
-    """The step with the highest value in the metrics, and that value. All processes must call.
+    """The step with the best value in the metrics, and that value. All processes must call.
 
     Args:
         workdir: of the run.
         best_metric: `config.checkpoint.best_metric`.
         steps: to choose from.
+        lowest: whether the lowest value is the best, not the highest.
     """
     if best_metric is None:
         return None
     name = f"{_PREFIX}{best_metric}"
     rows = [row for row in read_metrics(workdir) if row["step"] in steps and name in row]
-    values = [(row[name], row["step"]) for row in rows if math.isfinite(row[name])]
+    sign = -1 if lowest else 1
+    values = [(sign * row[name], row["step"]) for row in rows if math.isfinite(row[name])]
     # The first process's view: the files of a network file system may reach the others later.
     text = gather_texts(json.dumps(max(values, default=None)))[0]
     found = json.loads(text)
-    return None if found is None else (found[1], found[0])
+    return None if found is None else (found[1], sign * found[0])
 
 
 def _log_failure(step: int, task: Task, error: Exception) -> None:

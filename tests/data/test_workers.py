@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import multiprocessing
 import os
 import pathlib
 import signal
@@ -16,7 +17,8 @@ from absl import logging
 from PIL import Image
 
 from diht_jax.data import workers
-from diht_jax.data.pipeline import DecodeExample, TrainIterator
+from diht_jax.data.batch_wait import BatchWait, StoppedWaiting
+from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 
@@ -152,6 +154,47 @@ def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
 def test_no_folder_of_shared_memory_is_no_error(segment_folder, monkeypatch):
     monkeypatch.setattr(workers, "SHARED_MEMORY", str(segment_folder / "missing"))
     assert workers.segment_mark() is None
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_stopped_workers_are_reported_and_do_not_keep_a_run_from_stopping(
+    records, monkeypatch, hang_guard
+):
+    said, taken = [], 0
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+    batches = TrainIterator(
+        open_records(str(records)),
+        decode,
+        batch_size=4,
+        seed=0,
+        num_workers=2,
+        prefetch_batches=1,
+    )
+    wait = BatchWait(batches, poll_secs=0.01, warn_after_secs=0.02, grace_secs=0.05)
+    stopped = [f"{child.pid} (stopped by a signal)" for child in started_workers(wait)]
+    taken += 1
+    with pytest.raises(StoppedWaiting) as raised:
+        while True:  # what they had decoded before
+            wait.take(lambda: any(stopped[0] in text for text in said))
+            taken += 1
+    assert raised.value.position.get_state() == {"next_example": 4 * taken}
+    last = said[-1]
+    assert f"waiting for examples {4 * taken} to {4 * taken + 3} of the run's order" in last
+    assert f"in {records}/grey-0.tfrecord, from worker {taken % 2} of 2; worker proc" in last
+    assert all(text in last for text in stopped)
+    assert not multiprocessing.active_children()
+    batches.close()
+
+
+def started_workers(wait):
+    """Takes a batch, and stops the workers that have made it."""
+    wait.take(lambda: False)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        os.kill(child.pid, signal.SIGSTOP)
+    return children
 
 
 @pytest.fixture

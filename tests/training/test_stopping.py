@@ -1,19 +1,24 @@
 """Runs that are killed or told to stop, and runs whose numbers go wrong."""
 
+import functools
 import logging
 import signal
 import subprocess
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from diht_jax.data.batch_wait import BatchWait
 from diht_jax.data.pipeline import TrainIterator
+from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
+from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.stopping import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
@@ -53,16 +58,16 @@ def test_a_killed_and_a_terminated_run_end_bit_identically(kill_trial, tmp_path)
 def test_one_interrupt_saves_and_a_second_one_aborts(config, tmp_path, monkeypatch, signals):
     config.total_steps = 6
     config.mesh.update(data=1, fsdp=1)
-    device, take, taken = jax.devices()[:1], TrainIterator.__next__, []
+    device, take, taken = jax.devices()[:1], Run.next_batch, []
 
-    def interrupted(iterator):
-        taken.append(take(iterator))
+    def interrupted(run, stop_request):
+        taken.append(take(run, stop_request))
         if len(taken) == 3:
             for _ in range(signals):
                 signal.raise_signal(signal.SIGINT)
         return taken[-1]
 
-    monkeypatch.setattr(TrainIterator, "__next__", interrupted)
+    monkeypatch.setattr(Run, "next_batch", interrupted)
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Stopped if signals == 1 else KeyboardInterrupt) as raised:
         train(config, tmp_path, devices=device)
@@ -114,6 +119,35 @@ def test_a_second_sigterm_does_not_disturb_the_last_save(
         signal.signal(signal.SIGTERM, before)
     if error is Stopped:
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_run_whose_input_stalls_saves_and_stops(config, tmp_path, monkeypatch, caplog):
+    config.total_steps = 6
+    config.mesh.update(data=1, fsdp=1)
+    device, take, end = jax.devices()[:1], TrainIterator.__next__, threading.Event()
+    undisturbed = train(config, tmp_path / "undisturbed", devices=device)
+    waits = functools.partial(BatchWait, poll_secs=0.01, warn_after_secs=0.02, grace_secs=0.05)
+    for stalled_step, saved in ((1, []), (4, ["3"])):
+        taken = []
+
+        def stalling(iterator, taken=taken, stalled_step=stalled_step):
+            taken.append(None)
+            if len(taken) == stalled_step:
+                signal.raise_signal(signal.SIGTERM)
+                end.wait()
+            return take(iterator)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(TrainIterator, "__next__", stalling)
+            patched.setattr(loop, "BatchWait", waits)
+            with pytest.raises(Stopped, match=f"after step {stalled_step - 1} of 6, while its in"):
+                train(config, tmp_path / "stalled", devices=device)
+        first = 16 * (stalled_step - 1)
+        assert f"waiting for examples {first} to {first + 15} of the run's order, in" in caplog.text
+        assert [path.name for path in (tmp_path / "stalled/checkpoints").iterdir()] == saved
+    end.set()
+    assert_bitwise_equal(train(config, tmp_path / "stalled", devices=device), undisturbed)
+    assert [row["step"] for row in read_metrics(tmp_path / "stalled")] == [1, 2, 3, 4, 5, 6]
 
 
 def raised_from(cause, error):

@@ -12,8 +12,9 @@ from diht_jax.training import task_evaluation
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 
-# What the model is worth after each step.
+# What the model is worth after each step, in recall and in rank: that of step 2 is the best.
 SCORES = {2: 0.9, 4: 0.2, 6: 0.3}
+RANKS = {2: 3.0, 4: 40.0, 6: 20.0}
 
 
 @pytest.fixture
@@ -60,8 +61,8 @@ def scored(monkeypatch):
         return {
             "task": task.name,
             "kind": task.kind,
-            "metrics": {"t2i_r1": SCORES[model.step]},
-            "units": {"t2i_r1": "share"},
+            "metrics": {"t2i_r1": SCORES[model.step], "t2i_median_rank": RANKS[model.step]},
+            "units": {"t2i_r1": "share", "t2i_median_rank": "rank"},
         }
 
     monkeypatch.setattr(task_evaluation, "evaluate_task", evaluate_task)
@@ -117,11 +118,12 @@ def test_a_metric_that_no_task_gives_ends_the_run_before_its_first_step(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("best_metric", ["colors/t2i_r1", "colors/t2i_median_rank"])
 def test_the_best_checkpoint_stays_and_a_killed_evaluation_is_made_up_for(
-    run, tmp_path, monkeypatch, scored
+    run, tmp_path, monkeypatch, scored, best_metric
 ):
     config, train_as = run
-    config.checkpoint.best_metric = "colors/t2i_r1"
+    config.checkpoint.best_metric = best_metric
     straight = train_as("straight")
     assert steps_in(tmp_path / "straight") == [2, 6] and scored == [2, 4, 6]
 

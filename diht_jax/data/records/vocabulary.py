@@ -139,6 +139,19 @@ def find_vocabulary(
     return first[1] if first else None
 
 
+def vocabulary_sizes(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[int, ...] | None:
+    """How many concepts of each of `KINDS` the ids of a data set may mean; None without labels.
+
+    Reads the vocabulary of one folder: `find_vocabulary` has compared it with the others.
+    """
+    for folder in dict.fromkeys(os.path.dirname(shard) or "." for shard in find_shards(paths)):
+        if exists(vocabulary_path(folder, KINDS[0])):
+            return tuple(map(len, read_vocabulary(folder)))
+    return None
+
+
 def check_vocabulary(
     found: Mapping[str, Mapping[str, Any]],
     expected: Mapping[str, Mapping[str, Any]],

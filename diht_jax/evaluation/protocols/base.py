@@ -69,6 +69,11 @@ class Metric:
     unit: Unit
     label: str | None = None
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller value is the better one."""
+        return self.unit == "rank"
+
 
 @dataclasses.dataclass(frozen=True)
 class Option:

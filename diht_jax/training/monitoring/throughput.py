@@ -82,6 +82,11 @@ class ThroughputWindow:
         self._clock = clock
         self._reset()
 
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last line."""
+        return len(self._measured)
+
     def timed(self, get_batch: Callable[[], Any]) -> Any:
         """Calls `get_batch` and counts its time as waiting for data."""
         start = self._clock()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,17 +20,20 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from diht_jax.data.batch_wait import Position
 from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training.multihost import first_text, wait_for_all
 from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checksums import describe_difference, json_checksum, tree_checksums
+from diht_jax.training.workdir.error_causes import explain_error, suggest_remedy
 
 CHECKPOINT_DIRECTORY = "checkpoints"
 CORRUPT_DIRECTORY = "corrupt_checkpoints"
 # What a checkpoint is made of.
 STATE_ITEM, DATA_ITEM, CHECKS_ITEM = "state", "data", "checks"
-_LONGEST_CAUSE = 600
+# Orbax's own, beside the items.
+_METADATA_FILE = "_CHECKPOINT_METADATA"
 
 
 class CheckpointError(ValueError):
@@ -56,6 +60,7 @@ class Checkpointer:
         *,
         keep_last: int,
         best_metric: str | None,
+        lower_is_better: bool = False,
         dataset: dict[str, Any] | None = None,
     ):
         """Opens or creates the directory.
@@ -63,15 +68,16 @@ class Checkpointer:
         Args:
             workdir: of the run.
             keep_last: how many of the latest checkpoints stay.
-            best_metric: name of an evaluation result; the checkpoint with the highest value stays
-                as well. None keeps the latest ones only.
+            best_metric: name of an evaluation result; the checkpoint with the best value stays as
+                well. None keeps the latest ones only.
+            lower_is_better: whether the lowest value of that result is the best, not the highest.
             dataset: what the data look like, JSON-able; kept in every checkpoint.
         """
         self._workdir = absolute_path(workdir)
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
         self._best_metric = best_metric
-        self._best = _BestMeasured()
+        self._best = _BestMeasured(lower_is_better)
         self._dataset = dataset
         self._saving: int | None = None
         self._failure: SaveError | None = None
@@ -89,7 +95,7 @@ class Checkpointer:
     def save(
         self,
         state: TrainState,
-        iterator: TrainIterator,
+        iterator: TrainIterator | Position,
     ) -> None:
         """Starts saving, unless this step is saved; returns before the files are finished.
 
@@ -243,7 +249,7 @@ class Checkpointer:
         kept = "there is no earlier one" if latest is None else f"that of step {latest} is intact"
         self._failure = SaveError(
             f"{self._root}: the checkpoint of step {self._saving} could not be written, {kept}: "
-            f"{explain_error(error)}. Make room, or look at the permissions"
+            f"{explain_error(error)}. {suggest_remedy(error)}"
         )
         self._saving = None
         if jax.process_count() > 1:
@@ -273,12 +279,14 @@ class Checkpointer:
 
 @dataclasses.dataclass
 class _BestMeasured:
-    """Orbax's policy that preserves the checkpoint with the highest value.
+    """Orbax's policy that preserves the checkpoint with the best value.
 
     Attributes:
+        lower_is_better: whether that is the lowest, not the highest.
         values: by step; the latest of equal ones counts.
     """
 
+    lower_is_better: bool = False
     values: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
@@ -288,7 +296,8 @@ class _BestMeasured:
 
     def step(self, steps: Sequence[int]) -> int | None:
         """Which of the steps has it; None where none was measured."""
-        measured = [(self.values[step], step) for step in steps if step in self.values]
+        sign = -1 if self.lower_is_better else 1
+        measured = [(sign * self.values[step], step) for step in steps if step in self.values]
         return max((pair for pair in measured if math.isfinite(pair[0])), default=(0, None))[1]
 
 
@@ -320,13 +329,11 @@ def read_checkpoint(
     try:
         json_handler = ocp.JsonCheckpointHandler()
         position = json_handler.restore(item)
-        checks = {}
         item = directory / CHECKS_ITEM
-        if item.exists():  # checkpoints of an older version have none
-            checks = json_handler.restore(item)
-            if checks["place"] != json_checksum(position):
-                item = directory / DATA_ITEM
-                raise ValueError("its contents are not what was saved")
+        checks = read_checks(directory)
+        if checks and checks["place"] != json_checksum(position):
+            item = directory / DATA_ITEM
+            raise ValueError("its contents are not what was saved")
         item = directory / STATE_ITEM
         state = ocp.StandardCheckpointHandler().restore(item, args=ocp.args.StandardRestore(target))
     except Exception as error:  # whatever a damaged file leads to
@@ -334,13 +341,28 @@ def read_checkpoint(
     return SavedRun(state, position, checks), None
 
 
-def explain_error(error: BaseException) -> str:
-    """The innermost cause in one line: Orbax wraps it in a page of settings."""
-    while error.__cause__ is not None or error.__context__ is not None:
-        error = error.__cause__ or error.__context__
-    # TensorStore adds all its settings to its messages.
-    text = " ".join(str(error).split()).split(" [tensorstore_spec=")[0] or type(error).__name__
-    return text if len(text) <= _LONGEST_CAUSE else f"{text[:_LONGEST_CAUSE]}..."
+def read_checks(directory: epath.Path) -> dict[str, Any]:
+    """What a checkpoint has to be checked by; empty in one of an older version, with a warning.
+
+    Orbax's metadata list the items of a checkpoint, so that one whose checks have been lost is told
+    apart from one that never had any.
+
+    Raises:
+        ValueError: the checks are damaged or lost.
+    """
+    item = directory / CHECKS_ITEM
+    if item.exists():
+        return ocp.JsonCheckpointHandler().restore(item)
+    metadata = directory / _METADATA_FILE
+    items = json.loads(metadata.read_text())["item_handlers"] if metadata.exists() else {}
+    if CHECKS_ITEM in items:
+        raise ValueError("it is missing, though the checkpoint was saved with it")
+    logging.warning(
+        "%s has no checksums (it was saved by a version without them, or they were removed): "
+        "whether its values are those that were saved cannot be verified",
+        directory,
+    )
+    return {}
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:

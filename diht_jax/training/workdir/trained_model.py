@@ -16,14 +16,10 @@ from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.objective import with_objective_parameters
 from diht_jax.training.objectives.concepts import HEADS
 from diht_jax.training.state import abstract_parameters
-from diht_jax.training.workdir.checkpoint import (
-    CHECKS_ITEM,
-    STATE_ITEM,
-    checkpoint_root,
-    explain_error,
-)
+from diht_jax.training.workdir.checkpoint import STATE_ITEM, checkpoint_root, read_checks
 from diht_jax.training.workdir.checksums import describe_difference
 from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
+from diht_jax.training.workdir.error_causes import explain_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +106,8 @@ def restore_model(
 
 def _saved_checksums(directory: epath.Path, part: str) -> dict[str, int] | None:
     """Those that a checkpoint has of one part of the state; None in one of an older version."""
-    item = directory / CHECKS_ITEM
-    if not item.exists():
+    checks = read_checks(directory)
+    if not checks:
         return None
-    saved = ocp.JsonCheckpointHandler().restore(item)["state"]
+    saved = checks["state"]
     return {path: number for path, number in saved.items() if path.split("/")[0] == part}

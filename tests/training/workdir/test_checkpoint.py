@@ -1,19 +1,23 @@
 """Which checkpoints stay, what happens to damaged ones and on a full disk, and what is said."""
 
+import errno
+import json
 import pathlib
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from diht_jax import sharding
 from diht_jax.loading import load_model
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
-from diht_jax.training.workdir.checkpoint import Checkpointer, CheckpointError
+from diht_jax.training.workdir.checkpoint import Checkpointer, CheckpointError, read_checks
 from diht_jax.training.workdir.checksums import tree_checksums
 from diht_jax.training.workdir.config_file import write_config
+from diht_jax.training.workdir.error_causes import suggest_remedy
 from diht_jax.training.workdir.trained_model import restore_model
 from tests.waiting import wait_until
 
@@ -72,9 +76,15 @@ def test_the_last_ones_and_the_best_one_stay(tmp_path):
     assert steps_in(tmp_path) == [2, 5, 6]
 
 
-def test_a_last_one_that_is_the_best_leaves_no_other(tmp_path):
-    checkpointer = Checkpointer(tmp_path, keep_last=1, best_metric="val/top1")
-    for step, score in {1: 0.3, 2: 0.1, 3: float("nan"), 4: 0.9}.items():
+@pytest.mark.parametrize(
+    "lower_is_better, scores",
+    [(False, {1: 0.3, 2: 0.1, 3: float("nan"), 4: 0.9}), (True, {1: 7, 2: 9, 3: -np.inf, 4: 2})],
+)
+def test_a_last_one_that_is_the_best_leaves_no_other(tmp_path, lower_is_better, scores):
+    checkpointer = Checkpointer(
+        tmp_path, keep_last=1, best_metric="val/top1", lower_is_better=lower_is_better
+    )
+    for step, score in scores.items():
         checkpointer.save(state_of(step), Position(step * 10))
         checkpointer.record_metrics(step, {"val/top1": score})
     checkpointer.close()
@@ -136,6 +146,7 @@ def flip_a_bit(path):
             "2/data: its contents are not what was saved",
         ),
         (lambda folder: folder / "checks" / "metadata", flip_a_bit, "2/checks"),
+        (lambda folder: folder / "checks", shutil.rmtree, "2/checks: it is missing, though"),
     ],
 )
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
@@ -163,12 +174,42 @@ def test_without_any_whole_checkpoint_the_error_says_why_for_each(two_steps, tmp
     assert steps_in(tmp_path) == [1, 2]
 
 
-def test_checkpoints_of_the_version_without_checksums_are_read(two_steps, tmp_path):
+def test_checkpoints_of_the_version_without_checksums_are_read(two_steps, tmp_path, caplog):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "checkpoints" / "2" / "checks")
+    checkpoint = tmp_path / "checkpoints" / "2"
+    shutil.rmtree(checkpoint / "checks")
+    metadata = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_text())
+    del metadata["item_handlers"]["checks"]
+    (checkpoint / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
     checkpointer, state, _ = restore(tmp_path)
     checkpointer.close()
     assert int(state.step) == 2
+    assert f"{checkpoint} has no checksums" in caplog.text
+    assert "cannot be verified" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error, remedy",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Make room"),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing: [OS error 28: x]"), "Make room"),
+        (PermissionError(errno.EACCES, "Permission denied"), "permissions"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+        (OSError(errno.EIO, "Input/output error"), "The storage itself fails"),
+        (ValueError("DATA_LOSS: [OS error 5: EIO Input/output error]"), "The storage itself fails"),
+        (TimeoutError("Timed out after 7789392000 seconds."), "the clock of this machine was set"),
+        (RuntimeError("something else"), "not known"),
+    ],
+)
+def test_the_remedy_is_that_of_the_cause(error, remedy):
+    try:
+        try:
+            raise error
+        except Exception as cause:
+            raise RuntimeError("the save thread failed") from cause
+    except RuntimeError as wrapped:
+        assert remedy in suggest_remedy(wrapped)
+        assert ("room" in suggest_remedy(wrapped)) == (remedy == "Make room")
 
 
 def test_checksums_are_those_of_the_definition_on_any_mesh():
@@ -242,6 +283,15 @@ def test_reading_the_parameters_of_a_damaged_checkpoint_is_reported(config, tmp_
     truncate(tmp_path / "checkpoints" / "1" / "state" / "_METADATA")
     with pytest.raises(ValueError, match="checkpoints/1/state cannot be read: "):
         restore_model(tmp_path, sharding.create_mesh(8, 1))
+
+
+def test_a_checkpoint_whose_checks_are_lost_is_not_trusted(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    checkpoint = epath.Path(tmp_path) / "checkpoints" / "1"
+    assert read_checks(checkpoint)["dataset"] is None
+    (checkpoint / "checks").rmtree()
+    with pytest.raises(ValueError, match="it is missing, though the checkpoint was saved with it"):
+        read_checks(checkpoint)
 
 
 def test_load_model_says_what_is_missing(tmp_path):
