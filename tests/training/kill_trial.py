@@ -1,14 +1,18 @@
-"""Trial: kill a run at random moments, start it again, and compare its end with an undisturbed run.
+"""Trial: kill and stop a run at random moments, go on, and compare its end with an undisturbed run.
 
     python tests/training/kill_trial.py --kills 20
+    python tests/training/kill_trial.py --kills 20 --stops 20 --workers 2
     python tests/training/kill_trial.py --kills 20 --s3
 
 Every start is the same command, `python -m diht_jax.train` with one small config that saves every
-second step, so that many of the kills hit a save. At the end all arrays of the last checkpoint
-(parameters, optimiser, step, random key), the place in the data and every line of
-`metrics.jsonl` (but its speeds) must be bit-identical. Tests run it with few kills. With `--s3` the
-killed runs are in a bucket of a local S3 server (moto), and after every second kill the folder on
-disk is lost as well.
+second step, so that many of the kills hit a save. A kill is a SIGKILL, after which neither a
+process of the run nor shared memory may be left. A stop is two SIGTERMs, the second within the
+last save or shortly before it: the run must exit with 75, its last step saved. At the end all
+arrays of the last checkpoint (parameters, optimiser, step, random key), the position in the data
+and every line of `metrics.jsonl` (but its speeds) must be bit-identical. Moments are counted in
+lines of the metrics, with a pause behind them; no clock is read. Tests run it with few kills. With
+`--s3` the killed runs are in a bucket of a local S3 server (moto), and after every second kill the
+folder on disk is lost as well.
 """
 
 from __future__ import annotations
@@ -25,10 +29,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 
 from absl import flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.leftovers import shared_memory, wait_until_nothing_is_left  # noqa: E402
+from tests.waiting import wait_until  # noqa: E402
+
 TOTAL_STEPS = 60
 # Of a metrics line, what is measured with a clock.
 TIMED = (
@@ -61,15 +71,24 @@ runpy.run_module("diht_jax.train", run_name="__main__", alter_sys=True)
 
 @dataclasses.dataclass
 class Kill:
-    """One kill: after how many seconds, at which step, and whether a save was under way."""
+    """One kill or stop.
 
-    secs: float
+    Attributes:
+        moment: when, in words.
+        last_step: of the metrics.
+        during_save: whether a save was under way.
+    """
+
+    moment: str
     last_step: int
     during_save: bool
 
 
 def command(
-    data: pathlib.Path, workdir: pathlib.Path | str, total_steps: int = TOTAL_STEPS
+    data: pathlib.Path,
+    workdir: pathlib.Path | str,
+    total_steps: int = TOTAL_STEPS,
+    num_workers: int = 0,
 ) -> list[str]:
     """The one command that starts the run and goes on with it."""
     return [
@@ -77,6 +96,7 @@ def command(
         *(f"--config.data.train={data}", "--workdir", str(workdir)),
         *(f"--config.total_steps={total_steps}", "--config.checkpoint.every_steps=2"),
         *("--config.log_every_steps=1", "--config.checkpoint.keep_last=2"),
+        *(f"--config.data.num_workers={num_workers}", "--config.data.prefetch_batches=1"),
         # Most of a start goes into tracing and compiling.
         *("--config.model.overrides.vision_layers=1", "--config.model.overrides.text_layers=1"),
     ]
@@ -104,16 +124,18 @@ class Trial:
         folder: pathlib.Path,
         total_steps: int = TOTAL_STEPS,
         store: str | None = None,
+        num_workers: int = 0,
     ):
         self.data, self.folder, self.total_steps = data, folder, total_steps
         self.store = store  # URL where killed runs are kept; None keeps them in `folder`
+        self.num_workers = num_workers
         self.kills: list[Kill] = []
-        self.start_secs = self.run_secs = 0.0
+        self.stops: list[Kill] = []
 
     def start(self, name: str, most_lines: int | None = None) -> subprocess.Popen:
         """Starts the run, or goes on with it; after so many lines it waits for a signal."""
         workdir = f"{self.store}/{name}" if self.is_stored(name) else self.folder / name
-        arguments = command(self.data, workdir, self.total_steps)
+        arguments = command(self.data, workdir, self.total_steps, self.num_workers)
         if self.is_stored(name):
             arguments.append(f"--config.checkpoint.staging={self.folder / 'staging'}")
         if most_lines is not None:
@@ -124,6 +146,7 @@ class Trial:
             env=environment(self.folder / "cache"),
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # by which all of its processes are found
         )
 
     def is_stored(self, name: str) -> bool:
@@ -146,30 +169,72 @@ class Trial:
             raise RuntimeError(f"{name} ended with {process.returncode}:\n{log}")
         return log
 
-    def measure(self, name: str) -> None:
-        """Runs to the end undisturbed, with programs in the cache: when steps begin and end."""
-        begin = time.monotonic()
-        process = self.start(name)
-        self.wait_for_line(name, process)
-        self.start_secs = time.monotonic() - begin
-        process.communicate(timeout=_LONGEST_START_SECS)
-        self.run_secs = time.monotonic() - begin - self.start_secs
-
     def wait_for_line(self, name: str, process: subprocess.Popen, lines: int = 1) -> None:
         """Waits until `metrics.jsonl` has so many lines more than now, or the run has ended."""
         wanted = len(self.lines(name)) + lines
-        for _ in range(100 * _LONGEST_START_SECS):
-            if len(self.lines(name)) >= wanted or process.poll() is not None:
-                return
-            time.sleep(0.01)
-        raise TimeoutError(f"{name}: no line in {_LONGEST_START_SECS} s")
+        wait_until(
+            lambda: len(self.lines(name)) >= wanted or process.poll() is not None, pause_secs=0.01
+        )
 
-    def kill_after(self, name: str, secs: float) -> bool:
-        """Starts, and kills after so many seconds; false where the run was over before."""
+    def kill_after(self, name: str, lines: int, secs: float) -> bool:
+        """Starts, and kills so many lines and seconds later; false where the run was over before.
+
+        0 lines: as soon as the run has its work directory.
+        """
+        before = shared_memory()
         process = self.start(name)
-        return self.kill_in(name, process, secs)
+        if lines:
+            self.wait_for_line(name, process, lines)
+        else:
+            wait_until(lambda: process.poll() is not None or self.is_held_by(name, process))
+        was_killed = self.kill_in(name, process, secs, f"{lines:2d} lines + {secs:.2f} s")
+        wait_until_nothing_is_left(process.pid, before)
+        return was_killed
 
-    def kill_in(self, name: str, process: subprocess.Popen, secs: float) -> bool:
+    def stop_after(self, name: str, lines: int, secs: float) -> bool:
+        """Starts, and sends SIGTERM after so many lines, and again; false where it was over before.
+
+        The second one comes after a pause, or, where that is 0, once a checkpoint is being written.
+
+        Raises:
+            RuntimeError: the run did not exit with 75, or its last step is not saved.
+        """
+        before = shared_memory()
+        process = self.start(name, most_lines=lines + 4)
+        self.wait_for_line(name, process, lines)
+        process.send_signal(signal.SIGTERM)
+        if secs:
+            time.sleep(secs)
+        else:
+            wait_until(lambda: self.is_saving(name) or process.poll() is not None, pause_secs=0.005)
+        during_save = self.is_saving(name)
+        process.send_signal(signal.SIGTERM)  # nothing happens where it has ended
+        _, log = process.communicate(timeout=_LONGEST_START_SECS)
+        if process.returncode == 0:
+            return False
+        step, saved = self.last_step(name), _last_step(self.place(name))
+        if process.returncode != 75 or saved != step or self.is_saving(name):
+            raise RuntimeError(f"exit {process.returncode}, step {step}, saved {saved}:\n{log}")
+        moment = f"{lines:2d} lines, again {f'after {secs:.2f} s' if secs else 'in the save'}"
+        self.stops.append(Kill(moment, step, during_save))
+        wait_until_nothing_is_left(process.pid, before)
+        return True
+
+    def is_held_by(self, name: str, process: subprocess.Popen) -> bool:
+        """Whether the process has the lock of the work directory."""
+        path = self.place(name) / "run.lock"
+        return path.exists() and f'"pid": {process.pid},' in path.read_text()
+
+    def is_saving(self, name: str) -> bool:
+        """Whether a checkpoint is half written."""
+        return any((self.place(name) / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+    def last_step(self, name: str) -> int:
+        """That of the metrics."""
+        lines = self.lines(name)
+        return json.loads(lines[-1])["step"] if lines and lines[-1].endswith(b"}") else 0
+
+    def kill_in(self, name: str, process: subprocess.Popen, secs: float, moment: str = "") -> bool:
         """Sleeps for so many seconds, then sends SIGKILL; false where the run was over before."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(secs)
@@ -178,10 +243,7 @@ class Trial:
             return False
         process.send_signal(signal.SIGKILL)
         process.communicate()
-        half_written = list((self.place(name) / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-        lines = self.lines(name)
-        last = json.loads(lines[-1])["step"] if lines and lines[-1].endswith(b"}") else 0
-        self.kills.append(Kill(secs, last, bool(half_written)))
+        self.kills.append(Kill(moment, self.last_step(name), self.is_saving(name)))
         return True
 
     def lines(self, name: str) -> list[bytes]:
@@ -237,7 +299,7 @@ def compare(one: pathlib.Path, other: pathlib.Path) -> list[str]:
         for run in (one, other)
     ]
     if places[0] != places[1]:
-        differences.append(f"place in the data: {places}")
+        differences.append(f"position in the data: {places}")
     rows = [_untimed_rows(run) for run in (one, other)]
     if rows[0] != rows[1]:
         differences.append(f"metrics.jsonl: {len(rows[0])} and {len(rows[1])} lines")
@@ -290,8 +352,10 @@ def _fast_folder() -> str | None:
 
 def define_flags() -> None:
     """The command line of `main`."""
-    flags.DEFINE_integer("kills", 20, "Kills, over all runs.")
-    flags.DEFINE_integer("seed", 0, "Of the moments of the kills.")
+    flags.DEFINE_integer("kills", 20, "SIGKILLs, over all runs.")
+    flags.DEFINE_integer("stops", 0, "Double SIGTERMs, over all runs.")
+    flags.DEFINE_integer("workers", 0, "Decoding processes of each run.")
+    flags.DEFINE_integer("seed", 0, "Of the moments.")
     flags.DEFINE_integer("steps", TOTAL_STEPS, "Steps of each run.")
     flags.DEFINE_bool("s3", False, "Keep the killed runs in a bucket.")
     flags.DEFINE_string("folder", None, "Keeps the runs; unset: a temporary one.")
@@ -299,34 +363,21 @@ def define_flags() -> None:
 
 def main() -> None:
     """Kills, goes on, compares; prints one line a kill and the result."""
-    args = flags.FLAGS
+    given = flags.FLAGS
     from diht_jax.training.workdir.staging import StagedDirectory
 
-    folder = pathlib.Path(args.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder()))
+    folder = pathlib.Path(
+        given.folder or tempfile.mkdtemp(prefix="kill_trial_", dir=_fast_folder())
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    store = start_s3() if args.s3 else None
-    trial = Trial(write_squares(folder / "squares"), folder, args.steps, store)
-    trial.finish("compile")  # fills the cache
-    trial.measure("undisturbed")
-    print(f"undisturbed: start {trial.start_secs:.1f} s, {args.steps} steps {trial.run_secs:.1f} s")
-    moments = random.Random(args.seed)
+    store = start_s3() if given.s3 else None
+    trial = Trial(write_squares(folder / "squares"), folder, given.steps, store, given.workers)
+    trial.finish("undisturbed")
+    print(f"undisturbed: {given.steps} steps", flush=True)
     rounds = 0
-    while len(trial.kills) < args.kills:
-        name = f"killed_{rounds}"
-        while len(trial.kills) < args.kills:
-            secs = moments.uniform(0.7 * trial.start_secs, trial.start_secs + 0.4 * trial.run_secs)
-            if not trial.kill_after(name, secs):
-                break
-            kill = trial.kills[-1]
-            print(
-                f"kill {len(trial.kills):2d} after {kill.secs:5.2f} s, last line: step "
-                f"{kill.last_step:3d}{', during a save' if kill.during_save else ''}",
-                flush=True,
-            )
-            if args.s3 and len(trial.kills) % 2 == 0:
-                shutil.rmtree(folder / "staging", ignore_errors=True)
+    for name in disturbed_runs(trial, given.kills, given.stops, random.Random(given.seed)):
         trial.finish(name)
-        if args.s3:  # only what is in the bucket counts
+        if given.s3:  # only what is in the bucket counts
             shutil.rmtree(folder / "staging")
             StagedDirectory(f"{store}/{name}", str(folder / "staging")).fetch()
         differences = compare(folder / "undisturbed", trial.place(name))
@@ -334,12 +385,44 @@ def main() -> None:
         if differences:
             sys.exit(1)
         rounds += 1
-    saves = sum(kill.during_save for kill in trial.kills)
-    print(f"{len(trial.kills)} kills, {saves} of them during a save, {rounds} finished runs")
+    for kind, found in (("kills", trial.kills), ("double SIGTERMs, all saved", trial.stops)):
+        saves = sum(kill.during_save for kill in found)
+        print(f"{len(found)} {kind}, {saves} of them during a save")
+    print(f"{rounds} finished runs; no process and no shared memory left behind")
+
+
+def disturbed_runs(
+    trial: Trial, num_kills: int, num_stops: int, moments: random.Random
+) -> Iterator[str]:
+    """Kills and stops runs; yields the name of each that is to be finished."""
+    most_lines = max(1, trial.total_steps // 6)
+    rounds = 0
+    while len(trial.kills) < num_kills or len(trial.stops) < num_stops:
+        name = f"killed_{rounds}"
+        rounds += 1
+        is_running = True
+        while is_running and (len(trial.kills) < num_kills or len(trial.stops) < num_stops):
+            if num_stops - len(trial.stops) > num_kills - len(trial.kills):
+                secs = moments.choice([0.0, moments.uniform(0.01, 0.3)])
+                is_running = trial.stop_after(name, moments.randint(1, most_lines), secs)
+                done, kind = trial.stops, "stop"
+            else:
+                lines, secs = moments.randint(0, most_lines), moments.uniform(0, 0.3)
+                is_running = trial.kill_after(name, lines, secs)
+                done, kind = trial.kills, "kill"
+            if not is_running:
+                break
+            print(
+                f"{kind} {len(done):2d} after {done[-1].moment}, last line: step "
+                f"{done[-1].last_step:3d}{', during a save' if done[-1].during_save else ''}",
+                flush=True,
+            )
+            if trial.store and len(trial.kills) % 2 == 0:
+                shutil.rmtree(trial.folder / "staging", ignore_errors=True)
+        yield name
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(REPOSITORY))
     from diht_jax import command_line
 
     define_flags()
