@@ -20,8 +20,9 @@ def processes_of(session: int) -> dict[int, str]:
 
 
 def shared_memory() -> set[str]:
-    """Names of the segments that Python's processes have made, of all on this machine."""
-    return {path.name for path in pathlib.Path("/dev/shm").glob("psm_*")}
+    """Names of the segments that Python's processes and runs have made, of all on this machine."""
+    names = {path.name for path in pathlib.Path("/dev/shm").iterdir()}
+    return {n for n in names if n.startswith(("psm_", "diht_jax_")) and not n.endswith(".lock")}
 
 
 def wait_until_nothing_is_left(session: int, before: set[str]) -> None:
