@@ -49,7 +49,7 @@ SlurmctldHost=localhost
 SlurmctldPort=16817
 SlurmUser=root
 SlurmdUser=root
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -169,18 +169,17 @@ class Job:
         wait_until(has_them)
 
     def wait_for_restart(self, restarts: int) -> None:
-        """Until it has been requeued so often; starts it at once then, not after two minutes."""
+        """Until it has been requeued so often; Slurm starts it when its old credential is void."""
         wait_until(lambda: self.state()["Restarts"] == str(restarts), pause_secs=0.5)
-        wait_until(lambda: self.state()["JobState"] == "PENDING")
-        output("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
-    def check_end(self, *, job_state: str, exit_code: str | None = None, restarts: int) -> None:
-        """Waits for the end, and compares it."""
+    def check_end(self, job_state: str, exit_code: str | None = None, restarts: str = "0") -> None:
+        """Waits for the end, and compares it; each of `restarts` is right."""
         wait_until(self.has_ended, pause_secs=0.5)
         state = self.state()
-        found = (state["JobState"], state["ExitCode"], state["Restarts"])
-        expected = (job_state, exit_code or state["ExitCode"], str(restarts))
-        assert found == expected, f"{found}, expected {expected}\n{self.log.read_text()}"
+        found = f"{state['JobState']}, status {state['ExitCode']}, {state['Restarts']} restarts"
+        is_right = state["JobState"] == job_state and state["Restarts"] in restarts
+        is_right &= exit_code in (None, state["ExitCode"])
+        assert is_right, f"{found}\n{self.log.read_text()}"
 
 
 def train_through_stops(folder: pathlib.Path, data: pathlib.Path) -> None:
@@ -203,7 +202,9 @@ def train_through_stops(folder: pathlib.Path, data: pathlib.Path) -> None:
     job.wait_for_restart(3)
     print(f"one process killed after step {job.lines()[-1]}: requeued", flush=True)
 
-    job.check_end(job_state="COMPLETED", exit_code="0:0", restarts=3)
+    # Slurm still owes the job the requeue of the preemption, which the script was faster with, and
+    # does it when the job has ended. That start finds the run finished.
+    job.check_end("COMPLETED", "0:0", restarts="34")
     assert job.lines() == list(range(1, TOTAL_STEPS + 1)), job.lines()
     stops = job.log.read_text().count("stopped after step")
     assert stops >= 2, job.log.read_text()
@@ -226,17 +227,17 @@ def second_process(job: Job) -> int:
 def end_for_good(folder: pathlib.Path) -> None:
     """Jobs that must not start again."""
     missing = Job(folder / "missing", kill_trial.command(folder / "nothing", folder / "run"))
-    missing.check_end(job_state="FAILED", exit_code="78:0", restarts=0)
+    missing.check_end("FAILED", "78:0")
     print("no data: ended with 78", flush=True)
 
     one = Job(folder / "one", ["bash", "-c", "[ $SLURM_PROCID = 1 ] && exit 78; sleep 1000"])
-    one.check_end(job_state="FAILED", restarts=0)
+    one.check_end("FAILED")
     print("78 in one process: ended", flush=True)
 
     cancelled = Job(folder / "cancelled", ["sleep", "1000"])
     wait_until(lambda: output("squeue", "--noheader", "--steps", f"--jobs={cancelled.number}"))
     subprocess.run(["scancel", cancelled.number], check=True)
-    cancelled.check_end(job_state="CANCELLED", restarts=0)
+    cancelled.check_end("CANCELLED")
     print("cancelled: ended", flush=True)
 
 
