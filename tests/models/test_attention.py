@@ -244,10 +244,6 @@ def without_change(x):
     return x
 
 
-def larger_values(x):
-    return 1.1 * x
-
-
 def larger_gradients(x):
     """The same values; the gradients of whatever comes before are a tenth larger."""
     return x + 0.1 * (x - jax.lax.stop_gradient(x))
@@ -259,12 +255,7 @@ def no_compiler(x):
 
 @pytest.mark.parametrize(
     "change, expected",
-    [
-        (without_change, "auto"),
-        (larger_values, "xla"),
-        (larger_gradients, "xla"),
-        (no_compiler, "xla"),
-    ],
+    [(without_change, "auto"), (larger_gradients, "xla"), (no_compiler, "xla")],
 )
 def test_the_kernel_for_tpus_has_to_agree_in_values_and_gradients(
     monkeypatch, caplog, change, expected
