@@ -33,7 +33,7 @@ from diht_jax.cost_model.topologies import get_topology
 from diht_jax.losses import contrastive_loss
 from diht_jax.progress import ProgressBar
 
-_TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Name of a TPU topology.")
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "What to compile for.")
 _WIDTH = flags.DEFINE_integer("width", 768, "Embedding size d.")
 _BATCHES = flags.DEFINE_list(
     "batches", [str(2**power) for power in range(13, 21)], "Global batch sizes N."
@@ -43,6 +43,7 @@ _FSDP = flags.DEFINE_integer("fsdp", 8, "Devices along the second axis of the me
 
 AXES = ("data", "fsdp")
 FORMS = ("dense", "gathered", "streaming", "groups")
+_FORMS = flags.DEFINE_multi_enum("form", FORMS, FORMS, "Which forms.")
 
 
 def dense_loss_and_grads():
@@ -62,8 +63,8 @@ def mapped_loss_and_grads(mesh: Mesh, impl: str):
     return jax.value_and_grad(mapped, argnums=(0, 1, 2))
 
 
-def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
-    """Peak bytes and operations per device of one form at one batch size."""
+def measure(form: str, num_pairs: int, width: int, mesh: Mesh, options: dict) -> dict:
+    """Peak bytes, operations and transfers per device of one form at one batch size."""
     by_example = NamedSharding(mesh, PartitionSpec(AXES))
     whole = NamedSharding(mesh, PartitionSpec())
     rows = jax.ShapeDtypeStruct((num_pairs, width), jnp.float32, sharding=by_example)
@@ -80,7 +81,7 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
     start = time.perf_counter()
     jitted = jax.jit(fn, out_shardings=(whole, (by_example, by_example, whole)))
     try:
-        compiled = jitted.lower(rows, rows, scale).compile()
+        compiled = jitted.lower(rows, rows, scale).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -99,38 +100,52 @@ def measure(form: str, num_pairs: int, width: int, mesh: Mesh) -> dict:
 
 
 def table(entries: list[dict]) -> str:
-    """One line per batch size: peak MB, FLOPs against the gathered form, transfers of the ring."""
-    forms = "  ".join(f"{form + ' MB':>12}" for form in FORMS)
-    lines = [f"{'N':>9}  {forms}   FLOPs ratio   permutes"]
+    """One line per batch size: peak MB, and for each form its FLOPs and transfers of the ring."""
+    forms = [form for form in FORMS if any(entry["form"] == form for entry in entries)]
+    lines = [
+        f"{'N':>9}  " + "  ".join(f"{form + ' MB':>12}" for form in forms) + "   TFLOP, permutes"
+    ]
     for num_pairs in sorted({entry["global_batch"] for entry in entries}):
         by_form = {e["form"]: e for e in entries if e["global_batch"] == num_pairs}
         peaks = [
             f"{by_form[form]['peak_bytes_per_device'] / 1e6:12.1f}"
             if by_form[form]["fits"]
             else f"{'does not fit':>12}"
-            for form in FORMS
+            for form in forms
         ]
-        ratio = by_form["streaming"]["flops_per_device"] / by_form["gathered"]["flops_per_device"]
-        permutes = " -> ".join(f"{by_form[form]['permutes']:,}" for form in ("streaming", "groups"))
-        lines.append(f"{num_pairs:>9}  " + "  ".join(peaks) + f"   {ratio:10.3f}   {permutes}")
+        costs = [
+            f"{form} {by_form[form]['flops_per_device'] / 1e12:.3f}, "
+            f"{by_form[form].get('permutes', 0):,}"
+            for form in forms
+        ]
+        lines.append(f"{num_pairs:>9}  " + "  ".join(peaks) + "   " + "; ".join(costs))
     return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:
-    """Compiles all forms and writes `results/contrastive_loss.json`."""
+    """Compiles all forms and writes `results/contrastive_loss.json`.
+
+    The file of some of the forms, or of another topology, has their names in its own.
+    """
     del argv
-    devices = get_topology(_TOPOLOGY.value).devices
+    topology = get_topology(_TOPOLOGY.value)
+    devices = topology.devices
     meshes = {
         form: Mesh(np.asarray(devices).reshape(-1, _FSDP.value if form == "groups" else 1), AXES)
         for form in FORMS
     }
-    cases = [(form, int(size)) for size in _BATCHES.value for form in FORMS]
+    cases = [(form, int(size)) for size in _BATCHES.value for form in _FORMS.value]
     entries = [
-        measure(form, size, _WIDTH.value, meshes[form])
+        measure(form, size, _WIDTH.value, meshes[form], topology.compiler_options)
         for form, size in ProgressBar(cases, unit="program")
     ]
+    name = ["contrastive_loss"]
+    if set(_FORMS.value) != set(FORMS):
+        name += _FORMS.value
+    if _TOPOLOGY.value != flags.FLAGS["topology"].default:
+        name.append(_TOPOLOGY.value.replace(":", "_"))
     path = write_result(
-        "contrastive_loss",
+        "_".join(name),
         {
             "topology": _TOPOLOGY.value,
             "devices": len(devices),

@@ -66,7 +66,8 @@ def contrastive_loss(
             be checked, and always take the general path.
         axis_name: mesh axes that the batch is split over (a name or a tuple, in the order of the
             batch's PartitionSpec); None when the arrays hold the whole batch.
-        impl: "streaming": texts travel round the ring of devices, memory O(b d). "gathered":
+        impl: "streaming": texts travel round the ring of devices, memory O(b d); over several axes,
+            neighbours along the last one gather their images where these are small. "gathered":
             every device gathers all embeddings and holds two [b, N] blocks of logits; "dense" is
             its old name. "auto": "streaming", since the devices are not known here;
             `contrastive_objective` chooses by its mesh.
