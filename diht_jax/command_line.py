@@ -30,6 +30,9 @@ flags.disclaim_key_flags()  # what is defined here are the command's own: its --
 
 # Parameters of mallopt(3), from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+# How often an equal warning has come when it is written again, and how many texts are remembered.
+_SHOWN_COUNTS = frozenset(10**power for power in range(16))
+_REMEMBERED_TEXTS = 256
 
 
 def run(
@@ -201,15 +204,36 @@ def _log_beside_progress_bars(verbose: bool) -> None:
 
 
 class _TqdmHandler(python_logging.Handler):
-    """Writes to stderr above the progress bar, not through it."""
+    """Writes to stderr above the progress bar, not through it.
+
+    A warning or an error with the same text as before is written at its 10th, 100th, ... time only,
+    with the count: what fails at every step, such as a write to a full disk, must not fill the log.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._counts: dict[str, int] = {}
 
     def emit(self, record: python_logging.LogRecord) -> None:
         try:
+            count = self._count(record)
+            if count not in _SHOWN_COUNTS:
+                return
             # What keys and captions hold must not steer the terminal, nor look like a line of ours.
             text = escape_lines(self.format(record)).replace("\n", "\n  ")
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text + (f" ({count:,} times so far)" if count > 1 else ""), file=sys.stderr)
         except Exception:
             self.handleError(record)
+
+    def _count(self, record: python_logging.LogRecord) -> int:
+        """How often this text has come by now; 1 for what is no warning."""
+        if record.levelno < python_logging.WARNING:
+            return 1
+        text = record.getMessage()
+        count = self._counts[text] = self._counts.pop(text, 0) + 1  # the latest one stands last
+        if len(self._counts) > _REMEMBERED_TEXTS:
+            del self._counts[next(iter(self._counts))]
+        return count
 
 
 def _is_ours_or_serious(record: python_logging.LogRecord) -> bool:

@@ -7,6 +7,9 @@ import pathlib
 
 from tests.waiting import wait_until
 
+# Of Python's segments, of ours, and of Python's semaphores.
+_PREFIXES = ("psm_", "diht_jax_", "sem.mp-")
+
 
 def processes_of(session: int) -> dict[int, str]:
     """The processes of a session that have not ended, by id, with their memory maps."""
@@ -20,9 +23,10 @@ def processes_of(session: int) -> dict[int, str]:
 
 
 def shared_memory() -> set[str]:
-    """Names of the segments that Python's processes and runs have made, of all on this machine."""
+    """Names of segments and semaphores that Python's processes here have, ours or not."""
     names = {path.name for path in pathlib.Path("/dev/shm").iterdir()}
-    return {n for n in names if n.startswith(("psm_", "diht_jax_")) and not n.endswith(".lock")}
+    # A killed run's lock is empty, and goes with the next run.
+    return {n for n in names if n.startswith(_PREFIXES) and not n.endswith(".lock")}
 
 
 def wait_until_nothing_is_left(session: int, before: set[str]) -> None:

@@ -27,6 +27,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 TOOLS = (
     *sorted((REPOSITORY / "benchmarks").glob("*.py")),
     REPOSITORY / "tests/fuzz/__main__.py",
+    REPOSITORY / "tests/docs/slurm_trial.py",
     REPOSITORY / "tests/training/kill_trial.py",
 )
 # The same word for things of another kind.

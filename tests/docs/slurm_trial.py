@@ -19,7 +19,6 @@ the processes train a tiny model on CPUs. What is tried:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -33,6 +32,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+from absl import flags
+
+from diht_jax import command_line
 from tests.docs.pages import REPOSITORY, launch_script
 from tests.training import kill_trial
 from tests.waiting import wait_until
@@ -241,11 +243,13 @@ def end_for_good(folder: pathlib.Path) -> None:
     print("cancelled: ended", flush=True)
 
 
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_bool("keep", False, "Keep the folder with all logs.")
+
+
 def main() -> None:
     """Tries all, and prints a line for each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--keep", action="store_true", help="keeps the folder with all logs")
-    args = parser.parse_args()
     missing = [name for name in NEEDED if shutil.which(name) is None]
     if missing:
         sys.exit(f"{', '.join(missing)}: not found; apt-get install slurm-wlm munge")
@@ -257,11 +261,12 @@ def main() -> None:
             end_for_good(folder)
             train_through_stops(folder / "stops", data)
     finally:
-        if args.keep:
+        if flags.FLAGS.keep:
             print(folder)
         else:
             shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    main()
+    define_flags()
+    command_line.run(main)
