@@ -25,6 +25,7 @@ from tqdm import tqdm
 from diht_jax.config import parse_fields, rename_old_flags
 from diht_jax.config_overrides import apply_overrides, take_unset_keys
 from diht_jax.data.escaping import escape_lines
+from diht_jax.data.records.remote import refuse_url
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 
@@ -174,6 +175,8 @@ def _call(main: Callable[[], None]) -> None:
     verbose = logging.get_verbosity() >= logging.DEBUG
     _log_beside_progress_bars(verbose)
     try:
+        if "output" in flags.FLAGS:  # in every command it names what is written
+            refuse_url(flags.FLAGS["output"].value, "--output")
         main()
     except (ValueError, FileNotFoundError) as error:
         if verbose:

@@ -22,6 +22,7 @@ from absl import flags, logging
 
 from diht_jax import command_line, distributed
 from diht_jax.data.escaping import escape_lines
+from diht_jax.data.records.remote import refuse_url
 from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.results import (
     LETTERS,
@@ -151,6 +152,7 @@ def evaluate_model(
     Returns:
         What the results file holds.
     """
+    refuse_url(output, "output")
     import jax
 
     from diht_jax.evaluation.tasks import evaluate_task

@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags, logging
 
 from diht_jax import command_line
+from diht_jax.data.records.remote import refuse_url
 
 
 def define_flags() -> None:
@@ -72,6 +73,7 @@ def export_model(
     Raises:
         ValueError: the model cannot be read, or not be written in this format.
     """
+    refuse_url(output, "output")
     import jax
     import numpy as np
 

@@ -1,7 +1,9 @@
 """Freed memory that is kept (counted in page faults), names in messages, repeated warnings."""
 
 import logging
+import pathlib
 import platform
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from diht_jax import command_line
+from diht_jax.embed import EmbedOptions, embed_source
+from diht_jax.evaluate import evaluate_model
+from diht_jax.export import export_model
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 _LOGGING = """
 from absl import logging
@@ -99,3 +106,37 @@ def test_keys_and_captions_in_logs_and_errors_are_escaped(capsys):
     assert capsys.readouterr().err == (
         f"bad record '{expected.format('  ')}'\nerror: {expected.format('')} cannot be read\n"
     )
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/a/b.json", "memory://x"])
+def test_no_command_writes_to_a_url_as_if_it_were_a_folder(url, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    values = flags.FlagValues()
+    flags.DEFINE_string("output", url, "", flag_values=values)
+    values.mark_as_parsed()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    monkeypatch.setattr(command_line, "_log_beside_progress_bars", lambda verbose: None)
+    with pytest.raises(SystemExit) as caught:
+        command_line._call(lambda: pytest.fail("the command began"))
+    assert caught.value.code == 1
+    assert f"error: --output={url}: this is written to local" in capsys.readouterr().err
+    for write in (
+        lambda: export_model("no model", "clip", url),
+        lambda: evaluate_model("no model", [], url),
+        lambda: embed_source(None, "no source", url, EmbedOptions()),
+    ):
+        with pytest.raises(ValueError, match=f"output={url}: "):
+            write()
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_flag_that_names_an_output_is_called_output():
+    """Which is where URLs are refused; `--workdir` is written to object stores."""
+    kinds = ("file to write", "to write", "directory to make", "directory of the embeddings")
+    for path in [
+        *(_REPOSITORY / "diht_jax").glob("*.py"),
+        *(_REPOSITORY / "data_prep").rglob("*.py"),
+    ]:
+        for name, text in re.findall(r'DEFINE_string\(\s*"(\w+)",[^"]*"([^"]*)"', path.read_text()):
+            if any(kind in text.lower() for kind in kinds):
+                assert name == "output", f"{path}: --{name}"

@@ -16,6 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.registry import Skipped, SourceShard
+from diht_jax.data.records.remote import refuse_url
 from diht_jax.data.records.schema import Pair
 
 _Task = TypeVar("_Task")
@@ -78,10 +79,11 @@ def check_output(output: str | os.PathLike[str] | None, sources: Sequence[Source
         sources: what will be read.
 
     Raises:
-        ValueError: it is not set, or it is a folder that is being read.
+        ValueError: it is not set, a URL, or a folder that is being read.
     """
     if not output:
         raise ValueError("config.output is not set: expected a folder, which is made if missing")
+    refuse_url(output, "config.output")
     folder = os.path.realpath(output)
     for source in sources:
         if os.path.dirname(os.path.realpath(source.path)) == folder:

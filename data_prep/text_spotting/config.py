@@ -17,6 +17,7 @@ from data_prep.text_spotting.cache import SpotCache, name_shard
 from data_prep.text_spotting.ocr import PRECISIONS, OcrSettings, resolve
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.records.remote import refuse_url
 
 # What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
 # decision may come out differently. tests/data_prep/text_spotting/test_rules_version.py fails when
@@ -61,6 +62,7 @@ def check_spotter(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
+    refuse_url(config.cache, "config.spotter.cache")
     for name in ("canvas_size", "min_chars", "misread_min_chars", "batch_size"):
         value = config[name]
         if value is not None and value < 1:

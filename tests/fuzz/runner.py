@@ -16,7 +16,7 @@ from tests.fuzz import worker
 WEIGHTS = {
     **{"tars": 18, "tables": 11, "records": 23, "images": 20, "training": 3, "embeddings": 8},
     **{"benchmarks": 9, "configs": 10, "weights": 11, "vocabularies": 6, "workdirs": 4, "tfds": 2},
-    **{"model_directories": 5, "config_ranges": 5},
+    **{"model_directories": 5, "config_ranges": 5, "storage": 3},
 }
 # A process that reports nothing for so long waits for something, or hangs in a library.
 _SILENCE_SECS = 6 * worker.LIMIT_SECS

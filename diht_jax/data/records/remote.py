@@ -33,6 +33,20 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
+    """Raises ValueError for an output that would need an object store.
+
+    Args:
+        path: where something is to be written; None passes.
+        name: of the flag or argument, such as "--output".
+    """
+    if path is not None and is_remote(os.fspath(path)):
+        raise ValueError(
+            f"{name}={os.fspath(path)}: this is written to local or mounted folders only; write it "
+            "to one, and copy it to the store"
+        )
+
+
 def list_files(pattern: str) -> list[str]:
     """URLs of the files that are meant by a file's, a folder's or a glob's URL; maybe none.
 

@@ -26,6 +26,7 @@ from diht_jax.data.readers.base import (
     image_files,
     parse_json_object,
 )
+from diht_jax.data.records.remote import refuse_url
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
@@ -112,6 +113,7 @@ def embed_source(
     Raises:
         ValueError: nothing to read, or the directory holds other work.
     """
+    refuse_url(output, "output")
     output = pathlib.Path(output)
     shards = list_inputs(source, **source_options)
     if "text" in options.modalities and shards[0].kind == _PICTURES:

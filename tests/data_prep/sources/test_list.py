@@ -4,7 +4,14 @@ import dataclasses
 
 import pytest
 
-from data_prep.sources.list import default_source, list_sources, read_pairs, shards_of_task
+from data_prep.sources.list import (
+    check_output,
+    default_source,
+    list_sources,
+    read_pairs,
+    shards_of_task,
+)
+from data_prep.text_spotting.config import check_spotter, default_spotter
 from diht_jax.data.readers.registry import FORMATS, SourceShard
 
 
@@ -37,3 +44,14 @@ def test_columns_are_named_as_they_are_typed(tmp_path, monkeypatch):
     with pytest.raises(ValueError) as error:
         list(read_pairs(SourceShard("table", str(table))))
     assert str(error.value) == message.replace("set image", "set --config.source.image")
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/kept", "gs://bucket", "file:///tmp/kept"])
+def test_an_output_in_an_object_store_is_refused_at_once(url):
+    """Not written to a local folder called "s3:"."""
+    with pytest.raises(ValueError, match=rf"config\.output={url}: .* local or mounted"):
+        check_output(url, [])
+    config = default_spotter()
+    config.cache = url
+    with pytest.raises(ValueError, match=rf"config\.spotter\.cache={url}: "):
+        check_spotter(config)
