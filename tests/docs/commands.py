@@ -31,6 +31,7 @@ PROGRAMS = (
     *("cp", "mv", "rm", "ln", "ssh", "sbatch", "mpirun", "for", "until", "PYTHONPATH="),
 )
 _BEGINS = re.compile(rf"(?:{'|'.join(map(re.escape, PROGRAMS))})(?:$|(?<==)|\s)")
+_CLUSTER = re.compile(r"(?m)^\s*(?:gcloud |srun |#SBATCH|docker |scontrol |apiVersion:)")
 OWN = ("diht_jax", "data_prep", "benchmarks", "tests")
 
 
@@ -42,11 +43,13 @@ class Command:
         page: such as "docs/data.md".
         text: as it stands there, its lines joined, without a comment behind it.
         is_inline: stands within a sentence, where flags may be left out.
+        is_for_cluster: stands in a script for a cluster, or a part of one.
     """
 
     page: str
     text: str
     is_inline: bool = False
+    is_for_cluster: bool = False
 
     @property
     def module(self) -> str | None:
@@ -58,7 +61,7 @@ class Command:
     def arguments(self) -> list[str]:
         """What stands behind the module."""
         behind = re.split(r"\bpython3? -m [\w.]+", self.text, maxsplit=1)[1]
-        return shlex.split(re.split(r"\s(?:;|&&|\|)\s|;\s", behind)[0])
+        return shlex.split(re.split(r"\s(?:;|&&|\||\\$)|;\s", behind.strip())[0])
 
 
 def find_commands() -> list[Command]:
@@ -93,8 +96,9 @@ def _commands_of_block(block: str, path: pathlib.Path) -> Iterator[Command]:
         lines = [line for line in lines if " -m " in line]
     elif not any(_BEGINS.match(line) or " -m " in line for line in lines):
         return
+    is_for_cluster = _CLUSTER.search(block) is not None
     for line in filter(None, lines):
-        yield Command(page_name(path), line)
+        yield Command(page_name(path), line, is_for_cluster=is_for_cluster)
 
 
 @contextlib.contextmanager

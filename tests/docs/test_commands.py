@@ -58,13 +58,10 @@ SMALLER = {
 REPLACED = {"/data/kept_a,/data/kept_b": "runs/kept,runs/records", "/data/both": "runs/both"}
 # Most of the time is XLA's; nothing is measured here.
 CHEAP = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-HARDWARE = re.compile(
-    r"gcloud |srun |until |cd ~/run |case \$\? in|TPU=pod |status=\$\?|\[ \$status|exit \$status"
-    r"|python -m diht_jax\.train .*--process_id=\$"
-)
 OTHER = re.compile(
-    r"pip install |git clone |source \.venv/|ruff |tar |mkdir -p runs/\w+ && tar "
-    r"|python3\.\d+ -m venv |PYTHONPATH=\S+ python -m clip_benchmark\.cli "
+    r"(?:python3 -m )?pip install |python3 -m uv |python3\.\d+ -m venv |source \.venv/"
+    r"|git clone |ruff |tar |mkdir -p runs/\w+ && tar "
+    r"|PYTHONPATH=\S+ python -m clip_benchmark\.cli "
 )
 SCRIPT = re.compile(r"bash (run_\w+\.sh)")
 COMMANDS = find_commands()
@@ -91,9 +88,9 @@ def classes_of(command):
     found = []
     if any(is_of(command, page, beginning) for page, beginning, _ in RUN):
         found.append("run")
-    if HARDWARE.match(command.text):
+    if command.is_for_cluster:
         found.append("needs hardware")
-    if OTHER.match(command.text):
+    if OTHER.match(command.text) and not command.is_for_cluster:
         found.append("other programs")
     is_own = (command.module or "").partition(".")[0] in (*OWN, "pytest")
     if not found and (is_own or SCRIPT.match(command.text)):
@@ -131,18 +128,27 @@ def test_commands_of_a_page(tmp_path, monkeypatch):
 
 def own_commands():
     """Different command lines of our modules, whichever page they are on."""
-    found = {(c.module, *c.arguments): c for c in COMMANDS if c.module and c.module.startswith(OWN)}
+    found = {(c.module, *c.arguments): c for c in COMMANDS if c.module and has_parser(c.module)}
     return list(found.values())
+
+
+def has_parser(module):
+    """Whether a module of ours has flags; one without them would start to work."""
+    path = REPOSITORY.joinpath(*module.split("."))
+    file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    return file.is_file() and re.search(r"(?m)^    (command_line|app)\.run\(", file.read_text())
 
 
 def parse(command: Command) -> None:
     """Raises SystemExit or ValueError for flags, keys, values or tasks that are wrong."""
     arguments = [re.sub(r"\$\w+", "0", text) for text in command.arguments]
-    is_part = command.is_inline or "..." in arguments
+    is_part = command.is_inline or command.is_for_cluster or "..." in arguments
     arguments = [text for text in arguments if text != "..."]
     has_recipe = any(text.startswith("--config=") or text == "--config" for text in arguments)
     if is_part and command.module in RECIPES and not has_recipe:
         arguments = ["--config", RECIPES[command.module], *arguments]
+    if is_part and command.module == "diht_jax.train":
+        arguments = ["--workdir=x", *arguments]
 
     def check(options):
         given = flags.FLAGS
@@ -153,8 +159,8 @@ def parse(command: Command) -> None:
                 CHECKS[command.module](given.config)
             else:
                 check_ranges(given.config, defaults)
-        texts = given.tasks if "tasks" in given else []
-        if "task" in given and given.train:
+        texts = given.tasks if command.module == "diht_jax.evaluate" else []
+        if command.module == "diht_jax.fewshot":
             texts = [task_text(given.task, given.train), task_text(given.task, given.test)]
         for text in texts:
             if "clip_benchmark:" not in text:  # the folder would be read
