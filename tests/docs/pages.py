@@ -29,7 +29,7 @@ def without_code(text: str) -> str:
 
 
 def launch_script(mark: str) -> str:
-    """The indented block of docs/scaling.md that has this text, such as `#SBATCH`."""
+    """The indented block of docs/scaling.md that has this text, such as `kind: Job`."""
     text = (REPOSITORY / "docs" / "scaling.md").read_text("utf-8")
     blocks = re.findall(r"(?:^(?: {4}.*)?\n)+", text, re.MULTILINE)
     (block,) = (block for block in blocks if mark in block)

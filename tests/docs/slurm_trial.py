@@ -27,6 +27,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ TOTAL_STEPS = 60
 CONFIG = """
 ClusterName=trial
 SlurmctldHost=localhost
-SlurmctldPort=16817
+SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthInfo=socket={folder}/munge.socket,cred_expire=20
@@ -68,8 +69,8 @@ SlurmdParameters=config_overrides
 GresTypes=gpu
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName={nodes[0]} CPUs=96 Gres=gpu:8 Port=16818
-NodeName={nodes[1]} CPUs=96 Gres=gpu:8 Port=16819
+NodeName={nodes[0]} CPUs=96 Gres=gpu:8 Port={ports[1]}
+NodeName={nodes[1]} CPUs=96 Gres=gpu:8 Port={ports[2]}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL PriorityTier=2
 """
@@ -80,7 +81,8 @@ def slurm(folder: pathlib.Path) -> Iterator[None]:
     """A Slurm in this folder; all its daemons end with the context."""
     for name in ("state", *NODES):
         (folder / name).mkdir()
-    (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, nodes=NODES))
+    config = CONFIG.format(folder=folder, nodes=NODES, ports=free_ports(3))
+    (folder / "slurm.conf").write_text(config)
     (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
     for number in range(8):  # a device counts where its file exists
         (folder / f"gpu{number}").touch()
@@ -100,7 +102,7 @@ def slurm(folder: pathlib.Path) -> Iterator[None]:
                 processes.append(subprocess.Popen(command, stdout=log, stderr=log))
             if command[0] == "munged":
                 wait_until((folder / "munge.socket").exists)
-        wait_until(lambda: "idle" in output("sinfo", "--noheader", "--format=%T"))
+        wait_until(lambda: "idle" in output("sinfo", "--noheader", "--format=%T"), longest_secs=60)
         yield
     finally:
         # Otherwise the jobs' own daemons stay when the others are gone.
@@ -115,6 +117,15 @@ def slurm(folder: pathlib.Path) -> Iterator[None]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nothing listens on."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 def output(*command: str) -> str:
@@ -132,7 +143,7 @@ class Job:
         script, count = re.subn(
             r"python -m diht_jax\.train (?:.*\\\n)*.*",
             shlex.join(command),
-            launch_script("#SBATCH"),
+            launch_script("#!/bin/bash"),
         )
         assert count == 1, script
         (folder / "script.sh").write_text(script)
@@ -236,8 +247,10 @@ def end_for_good(folder: pathlib.Path) -> None:
     one.check_end("FAILED")
     print("78 in one process: ended", flush=True)
 
-    cancelled = Job(folder / "cancelled", ["sleep", "1000"])
-    wait_until(lambda: output("squeue", "--noheader", "--steps", f"--jobs={cancelled.number}"))
+    # Earlier, while Slurm starts the script, the script would still requeue the job.
+    started = folder / "started"
+    cancelled = Job(folder / "cancelled", ["bash", "-c", f"touch {started}; sleep 1000"])
+    wait_until(started.exists)
     subprocess.run(["scancel", cancelled.number], check=True)
     cancelled.check_end("CANCELLED")
     print("cancelled: ended", flush=True)

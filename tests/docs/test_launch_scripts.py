@@ -16,7 +16,7 @@ import yaml
 from tests.docs.pages import PAGES, REPOSITORY, launch_script
 
 SCRIPTS = [*REPOSITORY.glob("*.sh"), *(REPOSITORY / ".ci").iterdir()]
-POD, SLURM, KUBERNETES = "gcloud compute", "#SBATCH", "kind: Job"
+POD, SLURM, KUBERNETES = "gcloud compute", "#!/bin/bash", "kind: Job"
 # Stands in for a program: writes its arguments down, and ends with the next of the statuses in a
 # file, 0 where there is none left.
 PROGRAM = """#!/bin/sh
