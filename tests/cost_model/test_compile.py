@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from diht_jax.config import load_recipe
+from diht_jax.cost_model import aot_compile
 from diht_jax.cost_model.aot_compile import (
     StepReport,
     compile_step,
@@ -63,10 +64,21 @@ def local():
     return config, compile_step(config, get_topology("local"))
 
 
+@pytest.fixture
+def compiling_fast():
+    """XLA leaves out what only makes programs faster; the memory that they need stays."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 def run_command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "diht_jax.compile", *arguments],
         cwd=REPOSITORY,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         timeout=900,
@@ -148,9 +160,14 @@ def test_work_is_that_of_the_model(local):
     assert again - report.model_flops == pytest.approx(512 * blocks, rel=0.02)
 
 
-def test_search_takes_the_cheapest_settings(local):
-    config, whole = local
-    topology = dataclasses.replace(whole.topology, memory_limit_bytes=int(0.7 * whole.needed_bytes))
+def test_search_takes_the_cheapest_settings(compiling_fast, monkeypatch):
+    """On one device, and with two of the policies: to compile less."""
+    monkeypatch.setattr(aot_compile, "POLICIES", ("none", "full"))
+    local = get_topology("local")
+    local = dataclasses.replace(local, devices=local.devices[:1])
+    config = recipe("clip_vitb32", **{"data.batch_size": 512, "mesh.fsdp": 1})
+    whole = compile_step(config, local)
+    topology = dataclasses.replace(local, memory_limit_bytes=int(0.7 * whole.needed_bytes))
     too_large = dataclasses.replace(
         whole, fits=False, memory_limit_bytes=topology.memory_limit_bytes
     )
