@@ -145,7 +145,7 @@ def test_progress_over_all_pairs(model, tmp_path, capsys):
     for _ in range(2):  # the second time everything is there
         embed_source(model, str(tmp_path / "*.tar"), tmp_path / "out", OPTIONS)
         shown = capsys.readouterr().err
-        assert "0/" in shown and "11/11" in shown and "pair/s" in shown
+        assert "11/11" in shown and "pair/s" in shown
 
 
 def test_other_work_in_the_directory_is_refused(model, weights, tmp_path):

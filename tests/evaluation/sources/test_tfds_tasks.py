@@ -138,5 +138,5 @@ def test_a_manual_download_is_explained(tmp_path):
     with pytest.raises(ValueError, match="not prepared.*manual download.*ILSVRC2012_img_val.tar"):
         check_source(task)
     (task,) = parse_tasks(f"classification:tfds:cifar10:test?data_dir={tmp_path}")
-    with pytest.raises(ValueError, match="or set data_dir$"):
+    with pytest.raises(ValueError, match=r"or set \?data_dir=$"):
         check_source(task)
