@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diht_jax.data.records.tfrecord import DamagedRecordError, TFRecordError
+from diht_jax.data.retries import StorageError
 
 MODES = ("error", "skip")
 # In an example and its batch, when bad records are skipped: how many were, to find this one.
@@ -87,6 +88,8 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
             yield tried
             try:
                 self._decode(tried)
+            except StorageError:
+                raise
             except ValueError:
                 continue
             return
@@ -113,8 +116,8 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
                 return self._decode(index + count * self._stride), count
             except DamagedRecordError as error:
                 last = error
-            except TFRecordError:
-                raise  # not of one record, but of a whole shard
+            except (TFRecordError, StorageError):
+                raise  # not of one record, but of a whole shard or of the disk
             except ValueError as error:
                 last = error
         raise ValueError(
@@ -127,7 +130,7 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
             if self._excluded and (number := self._record_number(index)) in self._excluded:
                 raise ValueError(self._excluded[number])
             return self._examples[index]
-        except TFRecordError:
+        except (TFRecordError, StorageError):
             raise  # names file and record
         except ValueError as error:
             where = self._locate(index)

@@ -1,6 +1,8 @@
 """Bad records in the training input: skipped, counted, named; the same with workers."""
 
+import errno
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -9,10 +11,12 @@ from absl import logging
 from PIL import Image
 
 from diht_jax.config import default_config
+from diht_jax.data import retries
 from diht_jax.data.bad_records import MAX_IN_A_ROW, CheckedExamples
 from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordError, TFRecordWriter
+from diht_jax.data.retries import StorageError
 
 DECODE = DecodeExample(4, 8, (0.9, 1.0), "{caption}")
 BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}
@@ -111,3 +115,35 @@ def test_the_search_for_a_good_record_ends():
     errors = {4 + 10 * n: ValueError(f"bad {n}") for n in range(MAX_IN_A_ROW)}
     with pytest.raises(ValueError, match=f"{MAX_IN_A_ROW} records in a row are bad.*bad 99"):
         checked(errors)[4]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_for_a_moment_changes_no_batch(shard, monkeypatch, error):
+    undisturbed = read(shard, "skip")
+    really_read, failures, slept = os.pread, [], []
+
+    def failing(descriptor, size, offset):
+        if len(failures) < 3:
+            failures.append(descriptor)
+            raise OSError(error, os.strerror(error))
+        return really_read(descriptor, size, offset)
+
+    monkeypatch.setattr(retries, "sleep", slept.append)
+    monkeypatch.setattr(os, "pread", failing)
+    values, skipped_records = read(shard, "skip")
+    np.testing.assert_array_equal(values, undisturbed[0])
+    assert skipped_records == undisturbed[1]
+    assert slept == list(retries.DELAYS_SECS[:3])
+    # The file was opened again for each attempt: a stale descriptor stays stale.
+    assert len(set(failures)) > 1
+
+
+@pytest.mark.parametrize("mode", ["skip", "error"])
+def test_a_disk_that_goes_on_failing_is_no_bad_record(shard, monkeypatch, mode):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(retries, "sleep", lambda secs: None)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(StorageError, match=f"{shard}: could not be read in 5 attempts"):
+        read(shard, mode)

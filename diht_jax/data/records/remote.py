@@ -21,6 +21,7 @@ from diht_jax.data.records.format import (
     walk_offsets,
     wrong_index,
 )
+from diht_jax.data.retries import retry
 
 # Read at once where a shard has no index and must be walked through.
 _SCAN_BLOCK_BYTES = 2**22
@@ -131,7 +132,7 @@ class RemoteShard:
     def read_range(self, start: int, end: int) -> bytes:
         """Some bytes of the shard."""
         system, path = open_system(self.path)
-        return system.cat_file(path, start=start, end=max(start, end))
+        return retry(lambda: system.cat_file(path, start=start, end=max(start, end)), self.path)
 
 
 def _read_index(path: str, size: int) -> np.ndarray | None:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import io
 import operator
 import os
 import pathlib
@@ -36,6 +37,7 @@ from diht_jax.data.records.format import (
     wrong_index,
 )
 from diht_jax.data.records.remote import RemoteShard, count_records, is_remote, list_files
+from diht_jax.data.retries import retry
 
 __all__ = [
     "DamagedRecordError",
@@ -241,7 +243,7 @@ class _Shard:
 
     def __init__(self, path: str, offsets: np.ndarray | None):
         self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as the object
+        self._file = retry(self._open, path)
         self.size = os.fstat(self._file.fileno()).st_size
         if offsets is None:
             offsets = load_offsets(path, self.size)
@@ -256,7 +258,19 @@ class _Shard:
         return data
 
     def read_range(self, start: int, end: int) -> bytes:
-        return os.pread(self._file.fileno(), max(0, end - start), start)
+        return retry(lambda: self._read_once(start, end), self._path)
+
+    def _read_once(self, start: int, end: int) -> bytes:
+        file = self._file  # held here, so that another thread that opens it again does not close it
+        try:
+            return os.pread(file.fileno(), max(0, end - start), start)
+        except OSError:
+            # The descriptor of a file server that was started again stays stale.
+            self._file = self._open()
+            raise
+
+    def _open(self) -> io.FileIO:
+        return open(self._path, "rb", buffering=0)  # lives as long as the object
 
     def _extent(self, record: int) -> tuple[int, int]:
         is_last = record + 1 == len(self.offsets)
