@@ -148,6 +148,24 @@ def test_progress_over_all_pairs(model, tmp_path, capsys):
         assert "11/11" in shown and "pair/s" in shown
 
 
+def test_a_replaced_picture_of_a_table_is_noticed(model, tmp_path):
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(png(i))
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\n0.png,a\n1.png,b\n")
+    out = tmp_path / "out"
+    assert embed_source(model, str(table), out, OPTIONS)["pairs"] == 2
+    assert embed_source(model, str(table), out, OPTIONS)["pairs"] == 2
+    (tmp_path / "1.png").write_bytes(png(5))
+    with pytest.raises(ValueError, match="other settings; changed: linked_files"):
+        embed_source(model, str(table), out, OPTIONS)
+    # As written before such pictures were looked at.
+    settings = json.loads((out / embedding_files.SETTINGS_FILE).read_text())
+    del settings["linked_files"]
+    (out / embedding_files.SETTINGS_FILE).write_text(json.dumps(settings))
+    assert embed_source(model, str(table), out, OPTIONS)["pairs"] == 2
+
+
 def test_other_work_in_the_directory_is_refused(model, weights, tmp_path):
     write_tar(tmp_path / "a.tar", range(3))
     out = tmp_path / "out"

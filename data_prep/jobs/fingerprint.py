@@ -22,7 +22,13 @@ from typing import Any, NamedTuple
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.base import read_image, walk_files
-from diht_jax.data.readers.registry import FORMATS, Skipped, SourceShard
+from diht_jax.data.readers.registry import (
+    FORMATS,
+    Skipped,
+    SourceShard,
+    describe_linked,
+    names_files,
+)
 from diht_jax.data.records.remote import file_size, is_remote, open_system
 
 # The ending of the files with locations; folders that were written before have it, so it stays.
@@ -193,32 +199,12 @@ def _range(source: SourceShard, size: int) -> tuple[int, int]:
     return source.start, size if source.stop is None else min(source.stop, size)
 
 
-def names_files(source: SourceShard) -> bool:
-    """Whether an input is a table that names other files, which are read with it."""
-    form = FORMATS.get(source.kind)
-    return source.reads_linked and form is not None and form.list_linked_files is not None
-
-
 def _state_of_linked(source: SourceShard, version: int | None) -> str | None:
-    """The remembered `_look_at_linked` of a source, whose file has this version."""
+    """The remembered `describe_linked` of a source, whose file has this version."""
     key = json.dumps([str(source), version, dict(source.options)], sort_keys=True)
     if key not in _states_of_linked:
-        _states_of_linked[key] = _look_at_linked(source)
+        _states_of_linked[key] = describe_linked(source)
     return _states_of_linked[key]
-
-
-def _look_at_linked(source: SourceShard) -> str | None:
-    """Hash of size and time of change of the files that a table names; opens none of them."""
-    digest, count = hashlib.blake2b(digest_size=16), 0
-    for root, name in FORMATS[source.kind].list_linked_files(source):
-        count += 1
-        try:
-            status = os.stat(os.path.join(root, name))
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except (OSError, ValueError):  # there is no such file, or no file can have such a name
-            state = "missing"
-        digest.update(f"{state}\n".encode())
-    return digest.hexdigest() if count else None
 
 
 def _hash_linked(source: SourceShard) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.jobs import fingerprint
 from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.readers.registry import SourceShard, names_files
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.tfrecord import TFRecordWriter, is_shard
 
@@ -159,7 +159,7 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
             return None
     except FileNotFoundError:
         return f"the input '{task.source}', which is gone"
-    images = " or an image that it names" if fingerprint.names_files(task.source) else ""
+    images = " or an image that it names" if names_files(task.source) else ""
     return f"the input '{task.source}'{images}"
 
 

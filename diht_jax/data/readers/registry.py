@@ -21,6 +21,7 @@ import collections
 import dataclasses
 import difflib
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,8 +39,10 @@ __all__ = [
     "PairSource",
     "Skipped",
     "SourceShard",
+    "describe_linked",
     "list_shards",
     "name_options",
+    "names_files",
     "open_source",
     "option_defaults",
     "read_pairs",
@@ -101,6 +104,33 @@ def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
         ValueError: nothing is found, or an option does not exist.
     """
     return PairSource(str(spec), list_shards(spec, **options))
+
+
+def names_files(source: SourceShard) -> bool:
+    """Whether an input is a table that names other files, which are read with it."""
+    form = FORMATS.get(source.kind)
+    return source.reads_linked and form is not None and form.list_linked_files is not None
+
+
+def describe_linked(source: SourceShard) -> str | None:
+    """Hash of size and time of change of the files that an input names; opens none of them.
+
+    Args:
+        source: `names_files` is true of it.
+
+    Returns:
+        None where it names no file.
+    """
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for root, name in FORMATS[source.kind].list_linked_files(source):
+        count += 1
+        try:
+            status = os.stat(os.path.join(root, name))
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError):  # there is no such file, or no file can have such a name
+            state = "missing"
+        digest.update(f"{state}\n".encode())
+    return digest.hexdigest() if count else None
 
 
 def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:

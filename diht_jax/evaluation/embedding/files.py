@@ -35,6 +35,7 @@ FORMATS = ("npz", "parquet")
 MODALITIES = ("image", "text")
 DTYPES = ("float32", "float16")
 SETTINGS_FILE = "embeddings.json"
+_LINKED = "linked_files"  # in the settings: the state of the pictures that tables name
 
 # What a part's statistics must hold for a run to go on after it.
 _STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_last": bool}
@@ -270,6 +271,11 @@ def _write_parquet(
 
 def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> dict[str, Any]:
     """What must be the same for a directory to be gone on with."""
+    linked = [
+        registry.describe_linked(shard)
+        for shard in shards
+        if "image" in options.modalities and registry.names_files(shard)
+    ]
     return {
         "model_sha256": model.fingerprint(),
         "image_size": model.image_size,
@@ -281,6 +287,7 @@ def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> d
         "caption_template": options.caption_template,
         "shard_size": options.shard_size,
         "source": [shard.identity() for shard in shards],
+        **({_LINKED: linked} if linked else {}),
     }
 
 
@@ -300,6 +307,8 @@ def claim(output: pathlib.Path, settings: dict[str, Any]) -> None:
         write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
     found = _read_object(path)
+    if _LINKED in settings and _LINKED not in found:
+        found[_LINKED] = settings[_LINKED]  # written before such files were looked at
     changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
     if changed:
         shown = ", ".join(changed[:20])[:500]
