@@ -6,6 +6,9 @@ import signal
 
 # Must be set before the first import of jax anywhere in the test process.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA leaves out what only makes programs faster, here and in the processes that tests start: most
+# of the suite's time would go into that, and nothing is timed.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count=8"
 if _DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_COUNT_FLAG}".strip()

@@ -25,7 +25,7 @@ def by_hand(image_emb, text_emb, scale):
     return np.sum((scale * image_emb @ text_emb.T - TARGET * np.eye(BATCH_SIZE)) ** 2) / BATCH_SIZE
 
 
-def test_it_trains_on_eight_devices_in_both_forms(quick_compile):
+def test_it_trains_on_eight_devices_in_both_forms():
     runs = {}
     for impl in ("streaming", "dense"):
         config = tiny_config(

@@ -18,7 +18,7 @@ def pair_distance(tmp_path, monkeypatch):
     monkeypatch.setitem(TERMS, "distance", example.PairDistance)
 
 
-def test_it_trains_on_eight_devices_in_micro_batches(quick_compile):
+def test_it_trains_on_eight_devices_in_micro_batches():
     config = tiny_config(
         {"distance.weight": WEIGHT, "distance.initial_distance": START, "micro_batch": 8}
     )

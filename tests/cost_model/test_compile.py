@@ -64,21 +64,10 @@ def local():
     return config, compile_step(config, get_topology("local"))
 
 
-@pytest.fixture
-def compiling_fast():
-    """XLA leaves out what only makes programs faster; the memory that they need stays."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    jax.config.update(name, True)
-    yield
-    jax.config.update(name, before)
-
-
 def run_command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "diht_jax.compile", *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         timeout=900,
@@ -160,7 +149,7 @@ def test_work_is_that_of_the_model(local):
     assert again - report.model_flops == pytest.approx(512 * blocks, rel=0.02)
 
 
-def test_search_takes_the_cheapest_settings(compiling_fast, monkeypatch):
+def test_search_takes_the_cheapest_settings(monkeypatch):
     """On one device, and with two of the policies: to compile less."""
     monkeypatch.setattr(aot_compile, "POLICIES", ("none", "full"))
     local = get_topology("local")

@@ -32,14 +32,10 @@ CACHE_EVERYTHING = {
 
 @pytest.fixture(scope="package", autouse=True)
 def compile_cache(tmp_path_factory) -> pathlib.Path:
-    """Compiling fast: most of the time here goes into compiling, and most of it the same programs.
-
-    Programs are kept for the other tests, and XLA leaves out what only makes them faster.
-    """
+    """Most of the time here goes into compiling, mostly the same programs: they are kept."""
     directory = tmp_path_factory.mktemp("compiled")
     settings = {
         "jax_compilation_cache_dir": str(directory),
-        "jax_disable_most_optimizations": True,
         **{name.lower(): int(value) for name, value in CACHE_EVERYTHING.items()},
     }
     before = {name: jax.config.values[name] for name in settings}

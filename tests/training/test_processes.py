@@ -46,7 +46,6 @@ class Job:
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_EACH}",
             "JAX_COMPILATION_CACHE_DIR": str(self._cache),
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }

@@ -23,6 +23,7 @@ from diht_jax.training.stopping import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
     Stopped,
+    StopRequest,
     TemporaryError,
     exit_status,
 )
@@ -198,11 +199,11 @@ def run(config, tmp_path):
 
 def test_an_update_with_numbers_that_are_not_finite_is_skipped(run):
     step = run.program.step(run.state)
-    state, metrics = step(run.state, run.next_batch())
+    state, metrics = step(run.state, run.next_batch(StopRequest()))
     assert metrics["skipped"] == 0
     params = {**state.params, "log_logit_scale": jnp.float32(np.nan)}
     broken = jax.tree.map(np.asarray, state.replace(params=params))
-    after, metrics = step(jax.tree.map(jnp.asarray, broken), run.next_batch())
+    after, metrics = step(jax.tree.map(jnp.asarray, broken), run.next_batch(StopRequest()))
     assert metrics["skipped"] == 1 and np.isnan(metrics["loss"])
     assert int(after.step) == 2
     assert_bitwise_equal(
