@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Sequence
 
 import ml_collections
+from absl import logging
 
 from diht_jax.config import DURATION_UNITS, TextOrSections
 
@@ -61,6 +62,8 @@ def apply_overrides(
 ) -> None:
     """Unsets keys, and those durations that a duration of the command line replaces; in place.
 
+    A recipe's warm-up that does not fit into fewer steps becomes a tenth of them.
+
     Args:
         config: the recipe with the values of the command line.
         unset: keys to set to None.
@@ -79,6 +82,14 @@ def apply_overrides(
         if any(config.get(name) is not None for name in names if name in given):
             for name in set(names).difference(given):
                 config[name] = None
+    steps = config.total_steps if "total_steps" in given else None
+    if steps and "optimizer.warmup_steps" not in given and config.optimizer.warmup_steps >= steps:
+        before, config.optimizer.warmup_steps = config.optimizer.warmup_steps, steps // 10
+        logging.warning(
+            "--config.total_steps=%d is shorter than the recipe's warm-up of %d steps; taking %d "
+            "(--config.optimizer.warmup_steps)",
+            *(steps, before, steps // 10),
+        )
 
 
 def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:

@@ -56,6 +56,18 @@ def test_a_duration_of_the_command_line_replaces_the_recipes(arguments, expected
     assert durations(parse(EMOJI, *arguments)) == expected
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config.total_steps=40"], 4),
+        (["--config.total_steps=51"], 50),  # the recipe's, which fits
+        (["--config.total_steps=40", "--config.optimizer.warmup_steps=45"], 45),  # refused later
+    ],
+)
+def test_the_warm_up_of_a_recipe_fits_into_fewer_steps(arguments, expected, parse):
+    assert parse(EMOJI, *arguments).optimizer.warmup_steps == expected
+
+
 def test_two_durations_of_one_command_line_are_refused(parse):
     config = parse(EMOJI, "--config.total_steps=40", "--config.total_examples=512")
     with pytest.raises(ValueError, match="exactly one of .*'steps': 40, 'examples': 512"):
