@@ -131,13 +131,16 @@ def expected_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+_LISTED = 30  # of one kind in a message: a setting of another model makes thousands of them
+
+
 def check_parameters(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], path: str
 ) -> None:
     """Compares names and shapes.
 
     Raises:
-        ValueError: lists missing, unknown and wrongly shaped parameters.
+        ValueError: lists missing, unknown and wrongly shaped parameters, the first of each kind.
     """
     missing = sorted(expected.keys() - found.keys())
     unknown = sorted(found.keys() - expected.keys())
@@ -147,7 +150,11 @@ def check_parameters(
         if tuple(found[name]) != tuple(expected[name])
     ]
     problems = {"missing": missing, "unknown": unknown, "of another shape": wrong}
-    lines = [f"{len(v)} {kind}: {', '.join(v)}" for kind, v in problems.items() if v]
+    lines = [
+        f"{len(v)} {kind}: {', '.join(v[:_LISTED])}{', ...' * (len(v) > _LISTED)}"
+        for kind, v in problems.items()
+        if v
+    ]
     if lines:
         raise ValueError(f"{path}: the parameters do not fit the architecture; " + "; ".join(lines))
 

@@ -316,3 +316,9 @@ def test_a_scalar_where_a_matrix_belongs_is_named(reference, tmp_path, block):
     torch.save({**state, name: torch.zeros(())}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=rf"a\.pt: .*{name}"):
         read_weights(tmp_path / "a.pt")
+
+
+def test_a_message_lists_the_first_of_many_parameters():
+    expected = {f"w{number:03d}": (1,) for number in range(100)}
+    with pytest.raises(ValueError, match=r"100 missing: w000, .*, w029, \.\.\.$"):
+        clip_layout.check_parameters({}, expected, "a.pt")
