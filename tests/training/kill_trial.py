@@ -49,19 +49,18 @@ TIMED = (
     "mfu",
 )
 _LONGEST_START_SECS = 900  # only against hanging
-# The command, which after so many lines of metrics waits for a signal: however late that comes on a
-# busy machine, the run is not over.
+# The command, which after so many steps waits for a signal: however late that comes on a busy
+# machine, the run is not over. The step is counted from the run's first one, since a run that goes
+# on may repeat any number of steps: on a slow disk the last saves were not complete.
 _BRAKED = """
 import runpy, signal, sys, time
 from diht_jax.training.monitoring.metrics import MetricWriter
 
-lines, write = int(sys.argv.pop(1)), MetricWriter.write
+last_step, write = int(sys.argv.pop(1)), MetricWriter.write
 
 def write_and_wait(self, step, scalars):
-    global lines
     write(self, step, scalars)
-    lines -= 1
-    while lines <= 0 and not signal.getsignal(signal.SIGTERM).__self__._requested:
+    while step >= last_step and not signal.getsignal(signal.SIGTERM).__self__._requested:
         time.sleep(0.01)
 
 MetricWriter.write = write_and_wait
@@ -133,13 +132,14 @@ class Trial:
         self.stops: list[Kill] = []
 
     def start(self, name: str, most_lines: int | None = None) -> subprocess.Popen:
-        """Starts the run, or goes on with it; after so many lines it waits for a signal."""
+        """Starts the run, or goes on with it; so many lines further it waits for a signal."""
         workdir = f"{self.store}/{name}" if self.is_stored(name) else self.folder / name
         arguments = command(self.data, workdir, self.total_steps, self.num_workers)
         if self.is_stored(name):
             arguments.append(f"--config.checkpoint.staging={self.folder / 'staging'}")
         if most_lines is not None:
-            arguments[1:3] = ["-c", _BRAKED, str(most_lines)]
+            last_step = len(self.lines(name)) + most_lines  # there is a line a step
+            arguments[1:3] = ["-c", _BRAKED, str(last_step)]
         return subprocess.Popen(
             arguments,
             cwd=REPOSITORY,
