@@ -43,7 +43,8 @@ from PIL import Image
 
 from benchmarks.record import write_result
 from diht_jax import command_line
-from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records import schema
 from diht_jax.progress import ProgressBar
 

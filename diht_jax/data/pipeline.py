@@ -16,11 +16,11 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from diht_jax.data import tokenizer, workers
-from diht_jax.data.bad_records import SKIPPED_RECORDS, CheckedExamples
-from diht_jax.data.crash_search import find_crashing_index
-from diht_jax.data.images import decode as images
-from diht_jax.data.images import fast_crops, transforms
+from diht_jax.data.input import workers
+from diht_jax.data.input.bad_records import SKIPPED_RECORDS, CheckedExamples
+from diht_jax.data.input.crash_search import find_crashing_index
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.order import GlobalOrder
 from diht_jax.data.records import schema
 from diht_jax.data.records.tfrecord import TFRecordSource
 
@@ -30,118 +30,6 @@ MAX_RESTARTS = 3
 _MAX_NAMED = 100
 # Files that a message names.
 _MAX_FILES = 3
-# Replaced by the caption in a text template.
-_CAPTION = "{caption}"
-
-
-class DecodeExample(grain.transforms.RandomMap):
-    """One serialised record -> one training example: random crop and token ids."""
-
-    def __init__(
-        self,
-        image_size: int,
-        context_length: int,
-        crop_scale: tuple[float, float],
-        text_template: str,
-        fast_decode: bool = True,
-        num_concepts: int = 0,
-        vocabulary_sizes: Sequence[int] | None = None,
-    ):
-        """Settings, as in `config.data`.
-
-        Args:
-            image_size: pixels, of both sides.
-            context_length: t, token ids per text.
-            crop_scale: range of the crop's share of the picture's area.
-            text_template: with `{caption}` in it.
-            fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
-            num_concepts: k, the teacher's labels to take of each kind; 0 for none.
-            vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record
-                with an id beyond them is bad. None where that is not known.
-
-        Raises:
-            ValueError: a template without a caption.
-        """
-        if _CAPTION not in text_template:
-            raise ValueError(f"config.data.text_template='{text_template}': lacks {_CAPTION}")
-        self._image_size = image_size
-        self._context_length = context_length
-        self._crop_scale = tuple(crop_scale)
-        self._text_template = text_template
-        self._fast_decode = fast_decode
-        self._num_concepts = num_concepts
-        self._vocabulary_sizes = vocabulary_sizes
-
-    @property
-    def example_bytes(self) -> int:
-        """Size of one example."""
-        num_bytes = 3 * self._image_size**2 + 4 * self._context_length
-        return num_bytes + 8 * self._num_concepts * len(schema.CONCEPT_FIELDS)
-
-    def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Decodes one record.
-
-        Args:
-            element: a serialised `tf.train.Example`.
-            rng: decides the crop.
-
-        Returns:
-            `images` uint8 [size, size, 3] and `tokens` int32 [t]; with concepts also
-            `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
-            `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
-            where it has none.
-
-        Raises:
-            ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
-                record's key.
-        """
-        record = schema.decode_record(element)
-        if self._num_concepts and self._vocabulary_sizes is not None:
-            self._check_ids(record)
-        try:
-            pixels = self._crop(record.image, rng)
-        except images.ImageError as error:
-            raise ValueError(
-                f"record '{record.key}': {error}; training expects readable images, which "
-                "`python -m data_prep.filter` makes sure of"
-            ) from error
-        text = self._text_template.replace(_CAPTION, record.caption)
-        example = {"images": pixels, "tokens": tokenizer.tokenize(text, self._context_length)[0]}
-        if self._num_concepts:
-            for names in schema.CONCEPT_FIELDS:
-                example.update(self._concepts(record, *names))
-        return example
-
-    def _check_ids(self, record: schema.Record) -> None:
-        """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""
-        for (name, _), size in zip(schema.CONCEPT_FIELDS, self._vocabulary_sizes, strict=True):
-            ids = getattr(record, name)
-            if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < size:
-                raise ValueError(
-                    f"record '{record.key}': {name} {ids.tolist()} are beyond the vocabulary of "
-                    f"{size}; label the data again (python -m data_prep.label)"
-                )
-
-    def _concepts(
-        self, record: schema.Record, ids_name: str, probs_name: str
-    ) -> dict[str, np.ndarray]:
-        """The first k labels of one kind, their probabilities summing to 1 again."""
-        ids = np.zeros(self._num_concepts, np.int32)
-        probs = np.zeros(self._num_concepts, np.float32)
-        found = getattr(record, ids_name)
-        if found is not None and len(found):
-            count = min(len(found), self._num_concepts)
-            ids[:count] = found[:count]
-            probs[:count] = getattr(record, probs_name)[:count]
-            if probs.any():
-                probs /= probs.sum()
-        return {ids_name: ids, probs_name: probs}
-
-    def _crop(self, data: bytes, rng: np.random.Generator) -> np.ndarray:
-        if self._fast_decode:
-            return fast_crops.decode_random_crop(data, self._image_size, rng, self._crop_scale)
-        image = images.decode_rgb(data)
-        return transforms.train_transform(image, self._image_size, rng, self._crop_scale)
 
 
 class TrainIterator:
@@ -194,7 +82,8 @@ class TrainIterator:
             batch_bytes = batch_size // process_count * decode.example_bytes
             workers.check_workers(num_workers, prefetch_batches, batch_bytes)
         self._records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        self._locator = _Locator(source, seed)
+        # The records have the same length and seed, hence the same order.
+        self._locator = _Locator(source, GlobalOrder(len(source), seed))
         self._checked = CheckedExamples(
             self._records.random_map(decode),
             self._locator,
@@ -378,25 +267,24 @@ class TrainIterator:
 class _Locator:
     """File and number of the record at an index of the order, as far as its source knows."""
 
-    def __init__(self, source: Sequence[bytes], seed: int):
+    def __init__(self, source: Sequence[bytes], order: GlobalOrder):
         self._source = source
-        # The same length and seed as the records have, hence the same order.
-        self._indices = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+        self._order = order
 
     def __call__(self, index: int) -> str:
         if not hasattr(self._source, "locate"):
             return ""
-        path, record = self._source.locate(self._indices[index])
+        path, record = self._source.locate(self._order[index])
         return f"{path}: record {record}"
 
     def path(self, index: int) -> str:
         """The file alone."""
         has_files = hasattr(self._source, "locate")
-        return self._source.locate(self._indices[index])[0] if has_files else ""
+        return self._source.locate(self._order[index])[0] if has_files else ""
 
     def record_number(self, index: int) -> int:
         """The number of the record in the whole source."""
-        return int(self._indices[index])
+        return self._order[index]
 
 
 def open_records(train: str | Sequence[str] | None) -> TFRecordSource:

@@ -19,7 +19,8 @@ from etils import epath
 from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
 from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
-from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.data.records.vocabulary import vocabulary_sizes
 from diht_jax.models.parameters import parameter_shapes

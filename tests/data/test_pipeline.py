@@ -14,7 +14,8 @@ from PIL import Image
 from diht_jax.data import pipeline
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
-from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.schema import Record, decode_record, encode_record
 from diht_jax.data.tokenizer import tokenize
 

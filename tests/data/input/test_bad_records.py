@@ -12,8 +12,9 @@ from PIL import Image
 
 from diht_jax.config import default_config
 from diht_jax.data import retries
-from diht_jax.data.bad_records import MAX_IN_A_ROW, CheckedExamples
-from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.input.bad_records import MAX_IN_A_ROW, CheckedExamples
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordError, TFRecordWriter
 from diht_jax.data.retries import StorageError

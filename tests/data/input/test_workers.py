@@ -16,18 +16,20 @@ import pytest
 from absl import logging
 from PIL import Image
 
-from diht_jax.data import workers
 from diht_jax.data.batch_wait import BatchWait, StoppedWaiting
-from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.input import workers
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 
 # Takes one batch from two workers, then waits to be killed.
 PARENT = """
 import multiprocessing, sys, time
-from diht_jax.data.pipeline import DecodeExample, TrainIterator, open_records
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
 
 if __name__ == "__main__":
     decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
@@ -44,7 +46,7 @@ if __name__ == "__main__":
 PARENT_OF_ONE = """
 import multiprocessing, os, time
 from multiprocessing import resource_tracker, shared_memory
-from diht_jax.data import workers
+from diht_jax.data.input import workers
 
 def work(parent, mark):
     workers.start_worker(parent, mark)

@@ -13,8 +13,8 @@ import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
-from diht_jax.data.bad_records import CheckedExamples
-from diht_jax.data.workers import start_worker
+from diht_jax.data.input.bad_records import CheckedExamples
+from diht_jax.data.input.workers import start_worker
 
 
 def find_crashing_index(examples: CheckedExamples, indices: Sequence[int]) -> int | None:
