@@ -117,10 +117,7 @@ class RemoteShard:
         """
         if record >= len(self.offsets):
             raise wrong_index(self.path, f"record {record}: the shard or its index was replaced")
-        start = int(self.offsets[record])
-        is_last = record + 1 == len(self.offsets)
-        end = self.size if is_last else int(self.offsets[record + 1])
-        data = unframe(self.read_range(start, end), self.path, record)
+        data = unframe(self.read_range(*self.extent(record)), self.path, record)
         if data is None:
             raise TFRecordError(
                 f"{self.path}: record {record} is not where its index says, or its length is "
@@ -128,6 +125,11 @@ class RemoteShard:
                 "shard again"
             )
         return data
+
+    def extent(self, record: int) -> tuple[int, int]:
+        """First byte and end of a record's frame."""
+        is_last = record + 1 == len(self.offsets)
+        return int(self.offsets[record]), self.size if is_last else int(self.offsets[record + 1])
 
     def read_range(self, start: int, end: int) -> bytes:
         """Some bytes of the shard."""

@@ -10,7 +10,6 @@ import functools
 import glob
 import hashlib
 import io
-import operator
 import os
 import pathlib
 import re
@@ -20,6 +19,7 @@ from concurrent import futures
 import numpy as np
 
 from diht_jax.data.atomic_file import temporary_path
+from diht_jax.data.records import schema
 from diht_jax.data.records.format import (
     FRAME_BYTES,
     DamagedRecordError,
@@ -37,6 +37,7 @@ from diht_jax.data.records.format import (
     wrong_index,
 )
 from diht_jax.data.records.remote import RemoteShard, count_records, is_remote, list_files
+from diht_jax.data.records.sharded import ShardedRecords
 from diht_jax.data.retries import retry
 
 __all__ = [
@@ -126,7 +127,7 @@ class TFRecordWriter:
             self.discard()
 
 
-class TFRecordSource(Sequence[bytes]):
+class TFRecordSource(ShardedRecords):
     """Random access to the records of many shards, in the order of the shards.
 
     A grain `RandomAccessDataSource`: it can be pickled, shared by threads (every read carries its
@@ -159,9 +160,6 @@ class TFRecordSource(Sequence[bytes]):
         self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
         self._reset_open_shards()
 
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
     def __getitem__(self, index: int) -> bytes:
         """The bytes of one record.
 
@@ -191,14 +189,102 @@ class TFRecordSource(Sequence[bytes]):
         head, tail = shard.read_range(0, end_bytes), shard.read_range(tail_start, shard.size)
         return shard.size, shard.offsets, head, tail
 
-    def locate(self, index: int) -> tuple[str, int]:
-        """Shard path and number within the shard of a record, for messages.
+    def extent(self, first: int, last: int) -> tuple[str, int, int]:
+        """Where the records [first, last) of one shard lie: one ranged request brings them.
+
+        Args:
+            first, last: in [0, len), of the same shard.
+
+        Returns:
+            Path of the shard, first byte, end.
+
+        Raises:
+            IndexError: there is no such record, or they do not lie in one shard.
+        """
+        number, begin, end = self._find_range(first, last)
+        shard = self._open_shard(number)
+        start, stop = shard.extent(begin)[0], shard.extent(end - 1)[1]
+        return self.paths[number], start, stop
+
+    def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
+        """Where each record lies in the bytes of an extent.
+
+        Args:
+            first, last: of the extent.
+            data: its bytes.
+
+        Returns:
+            int64 [last - first + 1], where each record's piece begins; the last entry is its end.
+
+        Raises:
+            TFRecordError: these are not the bytes of the extent.
+        """
+        number, begin, end = self._find_range(first, last)
+        starts = [0]
+        while len(starts) <= last - first:
+            length = framed_length(data[starts[-1] : starts[-1] + FRAME_BYTES])
+            if length is None or starts[-1] + length > len(data):
+                break
+            starts.append(starts[-1] + length)
+        if len(starts) == last - first + 1 and starts[-1] == len(data):
+            return np.array(starts, np.int64)
+        # A damaged length: only the index knows where the next record begins.
+        shard = self._open_shard(number)
+        ends = [shard.extent(record)[1] for record in range(begin, end)]
+        starts = np.array([shard.extent(begin)[0], *ends], np.int64)
+        if starts[-1] - starts[0] != len(data):
+            raise TFRecordError(
+                f"{self.paths[number]}: records {begin} to {end - 1}: {len(data)} bytes were read, "
+                f"and {starts[-1] - starts[0]} expected; the shard was replaced or cut off"
+            )
+        return starts - starts[0]
+
+    def unpack(self, index: int, piece: bytes) -> bytes:
+        """The element of a record, of its piece of an extent.
 
         Args:
             index: in [0, len).
+            piece: the bytes between two entries of `cut`.
+
+        Raises:
+            TFRecordError: the record is damaged.
         """
-        number, record = self._find(index)
-        return self.paths[number], record
+        path, record = self.locate(index)
+        data = unframe(piece, path, record)
+        if data is None:
+            raise DamagedRecordError(
+                f"{path}: record {record}: its length is damaged (the checksum differs), or it is "
+                "not where its index says; write the shard again"
+            )
+        return data
+
+    def split(self, first: int, last: int, data: bytes) -> list[bytes | TFRecordError]:
+        """Cuts the bytes of an extent into elements.
+
+        Args:
+            first, last: of the extent.
+            data: its bytes.
+
+        Returns:
+            What `self[n]` gives, for n in [first, last); the error that it raises where a record is
+            damaged.
+
+        Raises:
+            TFRecordError: these are not the bytes of the extent.
+        """
+        starts, elements = self.cut(first, last, data), []
+        for number in range(last - first):
+            try:
+                piece = data[starts[number] : starts[number + 1]]
+                elements.append(self.unpack(first + number, piece))
+            except TFRecordError as error:
+                elements.append(error)
+        return elements
+
+    @staticmethod
+    def decode(element: bytes) -> schema.Record:
+        """The record of an element; errors as of `schema.decode_record`."""
+        return schema.decode_record(element)
 
     def __repr__(self) -> str:
         # Grain compares it when it restores an iterator: the same data must give the same text,
@@ -213,13 +299,6 @@ class TFRecordSource(Sequence[bytes]):
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._reset_open_shards()
-
-    def _find(self, index: int) -> tuple[int, int]:
-        index = operator.index(index)
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {self!r}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return number, index - int(self._starts[number])
 
     def _reset_open_shards(self) -> None:
         # The cache locks in C, under the interpreter's lock: there is no lock of ours that a fork
@@ -252,7 +331,7 @@ class _Shard:
     def read(self, record: int) -> bytes:
         if record >= len(self.offsets):
             raise wrong_index(self._path, f"record {record}: the shard or its index was replaced")
-        data = unframe(self.read_range(*self._extent(record)), self._path, record)
+        data = unframe(self.read_range(*self.extent(record)), self._path, record)
         if data is None:
             raise self._explain(record)
         return data
@@ -272,7 +351,8 @@ class _Shard:
     def _open(self) -> io.FileIO:
         return open(self._path, "rb", buffering=0)  # lives as long as the object
 
-    def _extent(self, record: int) -> tuple[int, int]:
+    def extent(self, record: int) -> tuple[int, int]:
+        """First byte and end of a record's frame."""
         is_last = record + 1 == len(self.offsets)
         return int(self.offsets[record]), self.size if is_last else int(self.offsets[record + 1])
 
@@ -293,11 +373,11 @@ class _Shard:
         return wrong_index(self._path, f"record {record} is not where the index says")
 
     def _has_frame(self, record: int) -> bool:
-        start, end = self._extent(record)
+        start, end = self.extent(record)
         return self._framed_length(record) == end - start
 
     def _framed_length(self, record: int) -> int | None:
-        start, _ = self._extent(record)
+        start, _ = self.extent(record)
         return framed_length(self.read_range(start, min(self.size, start + FRAME_BYTES)))
 
 
