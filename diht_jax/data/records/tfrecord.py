@@ -45,6 +45,7 @@ __all__ = [
     "TFRecordError",
     "TFRecordSource",
     "TFRecordWriter",
+    "block_starts",
     "find_shards",
     "is_shard",
     "read_records",
@@ -172,6 +173,15 @@ class TFRecordSource(ShardedRecords):
         """
         number, record = self._find(index)
         return self._open_shard(number).read(record)
+
+    @property
+    def shard_lengths(self) -> np.ndarray:
+        """int64 [shards]: how many records each shard has."""
+        return np.diff(self._starts)
+
+    def block_starts(self, block_records: int) -> np.ndarray:
+        """See the function of this name, for the shards of this source."""
+        return block_starts(self.shard_lengths, block_records)
 
     def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
         """Identifies every shard without reading all of it.
@@ -379,6 +389,27 @@ class _Shard:
     def _framed_length(self, record: int) -> int | None:
         start, _ = self.extent(record)
         return framed_length(self.read_range(start, min(self.size, start + FRAME_BYTES)))
+
+
+def block_starts(shard_lengths: np.ndarray, block_records: int) -> np.ndarray:
+    """Where blocks of consecutive records begin, none of which crosses the end of a shard.
+
+    Within a shard they begin at multiples of `block_records`. What is left at its end, if less than
+    half a block, joins the block before.
+
+    Args:
+        shard_lengths: int [shards], how many records each has.
+        block_records: K, the usual length of a block.
+
+    Returns:
+        int64 [B + 1]: the first record of each block; the last entry is the number of records.
+    """
+    lengths = np.asarray(shard_lengths, np.int64)
+    whole, left = np.divmod(lengths, block_records)
+    counts = whole + ((left > 0) & ((2 * left >= block_records) | (whole == 0)))
+    within_shard = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(np.cumsum(lengths) - lengths, counts) + within_shard * block_records
+    return np.append(starts, lengths.sum())
 
 
 def find_shards(
