@@ -9,11 +9,13 @@ whose slices span the whole range. Sizes between the compiled ones come from the
 `extrapolate`, which the table checks against every row that was compiled. The part `gpus` compiles
 (3) the same recipes for H100s, and needs JAX's CUDA plugin instead of libtpu. Writes
 `benchmarks/results/pod_fit.json`, or `pod_fit_gpus.json`, after each row and prints the tables of
-`docs/benchmarks.md`; the same command again continues with the missing rows. A row takes minutes.
+`docs/benchmarks.md`; the same command again continues with the missing rows. Every row has the date
+and the command that made it, for rows of earlier runs are kept. A row takes minutes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -26,7 +28,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 from absl import app, flags, logging
 
-from benchmarks.record import RESULTS, write_result
+from benchmarks.record import RESULTS, command_line, utc_now, write_result
 from diht_jax.config import load_recipe
 from diht_jax.cost_model.aot_compile import StepReport, compile_step, roofline
 from diht_jax.cost_model.topologies import LOCAL, get_topology
@@ -136,6 +138,7 @@ def measure_growth(chips: int) -> dict[str, Any]:
 def as_row(report: StepReport) -> dict[str, Any]:
     """A report as JSON."""
     estimate = roofline(report)
+    collectives = report.traffic.collectives if report.traffic else ()
     return {
         "topology": report.topology.name,
         "chips": len(report.topology.devices),
@@ -159,6 +162,11 @@ def as_row(report: StepReport) -> dict[str, Any]:
         "sent_bytes": report.traffic and report.traffic.sent_bytes,
         "ring_bytes": report.traffic and _sent(report, "collective-permute"),
         "reduced_bytes": report.traffic and _sent(report, "all-reduce"),
+        "collectives": [dataclasses.asdict(collective) for collective in collectives],
+        "compute_secs": estimate and estimate.compute_secs,
+        "memory_secs": estimate and estimate.memory_secs,
+        "network_secs": estimate and estimate.network_secs,
+        "latency_secs": estimate and estimate.latency_secs,
         "step_secs": estimate and estimate.step_secs,
         "serial_secs": estimate and estimate.serial_secs,
         "mfu_bound": estimate and estimate.mfu,
@@ -199,26 +207,23 @@ def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, f
 def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: one recipe a line."""
     lines = [
-        "| recipe | for | global batch | micro-batch | remat | state and batch | temporaries | "
-        "needed of HBM | FLOPs (of the model) | sent | step, at least | MFU, at most |",
-        "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| recipe | attention | remat | micro-batch | state and batch | temporaries | peak | "
+        "FLOPs (of the model) | memory traffic | sent | step, at least | MFU, at most |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in sorted(rows.items()):
-        micro_batch = f"{row['micro_batch']:,}" if row["micro_batch"] else "-"
-        memory = f"{_gib(row['needed_bytes'])} of {_gib(row['memory_limit_bytes'])}"
-        cells = [name, row["topology"], f"{row['batch_size']:,}", micro_batch, row["remat"]]
+        cells = [
+            f"`{name}`",
+            row["attention"]["vision"],
+            row["remat"],
+            f"{row['micro_batch']:,}" if row["micro_batch"] else "-",
+            _gib(row["argument_bytes"]),
+        ]
         if row["fits"]:
-            cells += [
-                _gib(row["argument_bytes"]),
-                _gib(row["temporary_bytes"]),
-                memory,
-                f"{row['matmul_flops'] / 1e12:.1f} ({row['model_flops'] / 1e12:.1f}) TFLOP",
-                f"{row['sent_bytes'] / 1e9:.2f} GB",
-                f"{1e3 * row['step_secs']:.0f} ms",
-                f"{row['mfu_bound']:.0%}",
-            ]
+            cells += [_gib(row["temporary_bytes"]), _gib(row["peak_bytes"]), *_cost_cells(row)]
+            cells += [f"{1e3 * row['step_secs']:,.0f} ms", f"{row['mfu_bound']:.1%}"]
         else:
-            cells += [_gib(row["argument_bytes"]), "-", f"{memory}: too large"] + ["-"] * 4
+            cells += ["-", f"{_gib(row['needed_bytes'])}: too large"] + ["-"] * 5
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -226,29 +231,40 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
 def gpu_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: one recipe on one topology a line."""
     lines = [
-        "| recipe | for | micro-batch | remat | layers | fsdp | loss | attention (image, text) | "
-        "needed | FLOPs (of the model) | memory traffic | sent | step, at least | MFU, at most |",
-        "|---|---|--:|---|---|--:|---|---|--:|--:|--:|--:|--:|--:|",
+        "| recipe | for | micro-batch | fsdp | loss | needed | FLOPs (of the model) | "
+        "memory traffic | sent | permutes | latency | step, at least | MFU, at most |",
+        "|---|---|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for row in sorted(rows.values(), key=lambda row: (row["recipe"], row["chips"])):
+    for row in sorted(rows.values(), key=lambda row: (row["chips"], row["recipe"])):
         cells = [
             f"`{row['recipe']}`",
             f"`{row['topology']}`",
             f"{row['micro_batch']:,}" if row["micro_batch"] else "-",
-            row["remat"],
-            "scanned" if row["scan_layers"] else "unrolled",
             str(row["mesh"]["fsdp"]),
             row["loss_form"],
-            f"{row['attention']['vision']}, {row['attention']['text']}",
             f"{_gib(row['needed_bytes'])}{'' if row['fits'] else ': too large'}",
-            f"{row['matmul_flops'] / 1e12:.1f} ({row['model_flops'] / 1e12:.1f}) TFLOP",
-            f"{row['memory_traffic_bytes'] / 1e9:,.0f} GB",
-            f"{row['sent_bytes'] / 1e9:.2f} GB",
+            *_cost_cells(row),
+            f"{permutes(row):,}",
+            f"{1e3 * row['latency_secs']:.1f} ms",
             f"{1e3 * row['step_secs']:,.0f} ms",
             f"{row['mfu_bound']:.1%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def permutes(row: dict[str, Any]) -> int:
+    """How often a compiled row's program permutes, one after the other."""
+    kind = "collective-permute"
+    return sum(entry["count"] for entry in row["collectives"] if entry["kind"] == kind)
+
+
+def _cost_cells(row: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['matmul_flops'] / 1e12:,.1f} ({row['model_flops'] / 1e12:,.1f}) TFLOP",
+        f"{row['memory_traffic_bytes'] / 1e9:,.0f} GB",
+        f"{row['sent_bytes'] / 1e9:.2f} GB",
+    ]
 
 
 def growth_table(results: dict[str, dict[str, Any]]) -> str:
@@ -283,7 +299,7 @@ def _measure(rows: dict[str, Any], name: str, measure: Any) -> None:
         logging.info("%s: in the results file already", name)
         return
     logging.info("%s: compiling", name)
-    rows[name] = measure()
+    rows[name] = {**measure(), "date_utc": utc_now(), "command": command_line()}
     logging.info("%s: %s", name, json.dumps(rows[name]))
 
 

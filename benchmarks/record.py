@@ -61,8 +61,8 @@ def write_result(
         raise ValueError(f"name: expected lower-case letters, digits and '_', got {name!r}")
     head = {
         "benchmark": name,
-        "command": _command(),
-        "date_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "date_utc": utc_now(),
         "machine": describe_machine(),
         "versions": package_versions(),
     }
@@ -78,6 +78,18 @@ def write_result(
     path = directory / f"{name}.json"
     write_atomically(path, f"{text}\n".encode())
     return path
+
+
+def utc_now() -> str:
+    """Date and time, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def command_line() -> str:
+    """How this process was started, as one would type it in the repository's root."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {spec.name}" if spec else pathlib.Path(sys.argv[0]).name
+    return " ".join(["python", program, *sys.argv[1:]])
 
 
 def describe_machine() -> dict[str, Any]:
@@ -106,13 +118,6 @@ def package_versions() -> dict[str, str]:
             except importlib.metadata.PackageNotFoundError:
                 versions[package] = getattr(sys.modules[module], "__version__", "unknown")
     return versions
-
-
-def _command() -> str:
-    """How this process was started, as one would type it in the repository's root."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {spec.name}" if spec else pathlib.Path(sys.argv[0]).name
-    return " ".join(["python", program, *sys.argv[1:]])
 
 
 def _cpu_model() -> str:

@@ -30,6 +30,5 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.total_examples = 400_000_000
     config.optimizer.learning_rate = 4e-5
     config.optimizer.warmup_steps = 500
-    config.micro_batch = 32768
     config.evaluation.every_steps = 1000
     return common.finish(config, args)

@@ -18,7 +18,7 @@ import ml_collections
 from diht_jax.config import duration_in_steps
 from diht_jax.cost_model.chips import LATENCY_SECS, Chip
 from diht_jax.cost_model.flops import FlopCount, count_jaxpr_flops
-from diht_jax.cost_model.hlo_traffic import Traffic, count_traffic
+from diht_jax.cost_model.hlo_traffic import Collective, Traffic, count_traffic
 from diht_jax.cost_model.topologies import Topology
 from diht_jax.losses.choice import Choice
 from diht_jax.models.remat import POLICIES
@@ -151,11 +151,11 @@ def roofline(report: StepReport) -> Roofline | None:
     compute = report.flops.matmul_flops / chip.peak_flops
     memory = report.traffic.memory_bytes / chip.hbm_bytes_per_sec
     network = sum(
-        collective.sent_bytes / link_bandwidth(chip, collective.kind, collective.group_size, report)
+        collective.sent_bytes / link_bandwidth(chip, collective, report)
         for collective in report.traffic.collectives
     )
     latency = sum(
-        collective.count * latency_secs(chip, collective.kind, collective.group_size, report)
+        collective.count * latency_secs(chip, collective, report)
         for collective in report.traffic.collectives
     )
     step = max(compute, memory, network + latency)
@@ -164,31 +164,45 @@ def roofline(report: StepReport) -> Roofline | None:
     return Roofline(compute, memory, network, latency, step, serial, useful / step, useful / serial)
 
 
-def link_bandwidth(chip: Chip, kind: str, group_size: int, report: StepReport) -> float:
+def link_bandwidth(chip: Chip, collective: Collective, report: StepReport) -> float:
     """Bytes per second that a device can send in a collective.
 
     On a torus of d axes a chip has 2 d links. A permutation uses one of them; a collective over
     all devices can use all; one over some of the devices is counted as a ring along one axis, both
-    ways. GPUs send through a switch, at the full rate.
+    ways. GPUs of a host send through a switch, at the full rate. Between hosts the members of a
+    group that share a host share their network cards; in a permutation every GPU has its own.
     """
+    is_permutation = collective.kind == "collective-permute"
     if not chip.num_links:
-        return chip.link_bytes_per_sec or float("inf")
+        rate = chip.link_bytes_per_sec or float("inf")
+        if not crosses_hosts(collective, report) or not chip.network_bytes_per_sec:
+            return rate
+        density = collective.group_size / _span(collective, report)
+        members = 1 if is_permutation else max(1, round(density * report.topology.shape[-1]))
+        return min(rate, members * chip.network_bytes_per_sec)
     num_devices = len(report.topology.devices)
-    links = 1 if kind == "collective-permute" else 2
-    if kind != "collective-permute" and group_size == num_devices:
+    links = 1 if is_permutation else 2
+    if not is_permutation and collective.group_size == num_devices:
         links = 2 * sum(size > 1 for size in report.topology.shape)
     return chip.link_bytes_per_sec * max(1, links) / chip.num_links
 
 
-def latency_secs(chip: Chip, kind: str, group_size: int, report: StepReport) -> float:
-    """Seconds that a collective takes however little it sends.
+def latency_secs(chip: Chip, collective: Collective, report: StepReport) -> float:
+    """Seconds that a collective takes however little it sends: those of its slowest link."""
+    return LATENCY_SECS[chip.link(between_hosts=crosses_hosts(collective, report))]
 
-    A permutation goes round all devices, and ends when its slowest link has; a group of devices
-    lies inside a GPU host if it fits there.
-    """
-    num_devices, shape = len(report.topology.devices), report.topology.shape
-    most = num_devices if kind == "collective-permute" else group_size
-    return LATENCY_SECS[chip.link(between_hosts=most > shape[-1])]
+
+def crosses_hosts(collective: Collective, report: StepReport) -> bool:
+    """Whether GPUs of several hosts take part: more of the mesh than the GPUs of a host."""
+    return _span(collective, report) > report.topology.shape[-1]
+
+
+def _span(collective: Collective, report: StepReport) -> int:
+    """Devices of the mesh from the first to the last one of a group."""
+    if collective.span is not None:
+        return collective.span
+    is_permutation = collective.kind == "collective-permute"
+    return len(report.topology.devices) if is_permutation else collective.group_size
 
 
 def settings_that_fit(

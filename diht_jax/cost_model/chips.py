@@ -8,7 +8,9 @@ Numbers only, all public:
     bandwidth per chip". For v4, whose page has no ICI figure, 6 links of 50 GB/s (Jouppi et al.,
     arXiv 2304.01433). Capacities are binary: the compiler's own limits show it.
   * GPU: NVIDIA's data sheets; dense bfloat16 tensor-core rate (float16 where a chip has no
-    bfloat16), never the one with sparsity; half of NVLink's two-way figure.
+    bfloat16), never the one with sparsity; half of NVLink's two-way figure. Between hosts: a
+    network card for each GPU, as in the data sheets of DGX A100 (8 ConnectX-6 of 200 Gb/s) and of
+    DGX H100, H200 and B200 (8 ConnectX-7 of 400 Gb/s).
   * Latencies over ICI: about 1 us a hop ("How to Scale Your Model", Austin et al. 2025,
     https://jax-ml.github.io/scaling-book: question 3 of the chapter on sharded matrices has two
     hops take roughly 2 us, the chapter on inference calls 1 us a hop a collective's fixed cost).
@@ -44,6 +46,7 @@ class Chip:
         link_bytes_per_sec: out of the chip over all its links (ICI, NVLink), one direction; 0
             where there are none.
         num_links: of the torus, 2 per axis; 0 where every chip reaches every other one alike.
+        network_bytes_per_sec: from one GPU to other hosts, one direction; 0 where not known.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Chip:
     hbm_bytes_per_sec: float
     link_bytes_per_sec: float
     num_links: int = 0
+    network_bytes_per_sec: float = 0.0
 
     def link(self, *, between_hosts: bool) -> str:
         """The kind of link, a key of `LATENCY_SECS`, inside a host (a slice) or between hosts."""
@@ -71,18 +75,18 @@ CHIPS: tuple[Chip, ...] = (
     Chip("tpu7x", r"TPU ?v?7x?", 2307e12 / 2, 96 * GIB, 7380e9 / 2, 600e9 / 2, 6),
     Chip("v100", r".*V100.*", 125e12, 32 * GIB, 900e9, 150e9),
     Chip("t4", r".*\bT4\b.*", 65e12, 16 * GIB, 300e9, 0.0),
-    Chip("a100_80gb", r".*A100.*80GB.*", 312e12, 80 * GIB, 2039e9, 300e9),
-    Chip("a100", r".*A100.*", 312e12, 40 * GIB, 1555e9, 300e9),
+    Chip("a100_80gb", r".*A100.*80GB.*", 312e12, 80 * GIB, 2039e9, 300e9, 0, 25e9),
+    Chip("a100", r".*A100.*", 312e12, 40 * GIB, 1555e9, 300e9, 0, 25e9),
     Chip("a10g", r".*A10G.*", 70e12, 24 * GIB, 600e9, 0.0),
     Chip("l4", r".*\bL4\b.*", 121e12, 24 * GIB, 300e9, 0.0),
     Chip("l40s", r".*L40S.*", 362e12, 48 * GIB, 864e9, 0.0),
     Chip("rtx4090", r".*RTX 4090.*", 165e12, 24 * GIB, 1008e9, 0.0),
     Chip("h100_pcie", r".*H100.*PCIe.*", 756e12, 80 * GIB, 2000e9, 300e9),
     Chip("h100_nvl", r".*H100.*NVL.*", 835e12, 94 * GIB, 3900e9, 300e9),
-    Chip("h100", r".*H100.*", 989e12, 80 * GIB, 3350e9, 450e9),
+    Chip("h100", r".*H100.*", 989e12, 80 * GIB, 3350e9, 450e9, 0, 50e9),
     Chip("gh200", r".*GH200.*", 989e12, 96 * 10**9, 4000e9, 450e9),
-    Chip("h200", r".*H200.*", 989e12, 141 * 10**9, 4800e9, 450e9),
-    Chip("b200", r".*B200.*", 2250e12, 180 * 10**9, 8000e9, 900e9),
+    Chip("h200", r".*H200.*", 989e12, 141 * 10**9, 4800e9, 450e9, 0, 50e9),
+    Chip("b200", r".*B200.*", 2250e12, 180 * 10**9, 8000e9, 900e9, 0, 50e9),
 )
 
 

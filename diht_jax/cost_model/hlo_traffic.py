@@ -12,6 +12,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from diht_jax.cost_model.replica_groups import read_groups
+
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -54,6 +56,8 @@ class Collective:
         sent_bytes: what a device sends over its links with a bandwidth-optimal algorithm:
             (g-1)/g of the payload to gather, to scatter or to exchange, twice that to reduce, all
             of it to permute.
+        span: devices of the mesh from the first to the last one that communicate with each other,
+            at most; None where that is not known.
     """
 
     kind: str
@@ -61,6 +65,7 @@ class Collective:
     count: int
     payload_bytes: int
     sent_bytes: int
+    span: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,13 +208,16 @@ class _Counter:
         self._bytes_by_kind: collections.Counter[str] = collections.Counter()
         self._unknown_loops = 0
         self._chains: set[str] = set()
-        self._collectives: dict[tuple[str, int], list[int]] = collections.defaultdict(
+        self._collectives: dict[tuple[str, int, int], list[int]] = collections.defaultdict(
             lambda: [0, 0, 0]
         )
 
     def run(self) -> Traffic:
         self._visit(self._module.entry, 1, touches_memory=True)
-        rows = [Collective(*key, *values) for key, values in self._collectives.items()]
+        rows = [
+            Collective(kind, size, *values, span)
+            for (kind, size, span), values in self._collectives.items()
+        ]
         rows.sort(key=lambda row: -row.sent_bytes)
         by_kind = dict(self._bytes_by_kind.most_common())
         return Traffic(sum(by_kind.values()), tuple(rows), self._unknown_loops, by_kind)
@@ -353,7 +361,9 @@ class _Counter:
             self._bytes_by_kind["collectives"] += times * (read + written)
 
         payload = sum(_all_bytes(operand.type_text) for operand in operands)
-        size = 2 if kind == "collective-permute" else self._group_size(instruction.text)
+        groups = read_groups(instruction.text, self._module.num_devices)
+        size = 2 if kind == "collective-permute" else groups.shape[1]
+        span = int((groups.max(1) - groups.min(1)).max()) + 1
         share = (size - 1) / size
         sent = share * payload
         if kind == "all-reduce" and computation_name.startswith("all-reduce-scatter"):
@@ -365,22 +375,10 @@ class _Counter:
             sent = share * payload
         elif kind in ("collective-permute", "collective-broadcast"):
             sent = payload
-        row = self._collectives[kind, size]
+        row = self._collectives[kind, size, span]
         row[0] += times
         row[1] += times * payload
         row[2] += times * round(sent)
-
-    def _group_size(self, text: str) -> int:
-        """Of `replica_groups`, in any of its three notations; without one, all devices."""
-        mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text)
-        if mesh:
-            axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
-            return math.prod(int(axes[name]) for name in re.findall(r"'([^']+)'", mesh.group(2)))
-        iota = re.search(r"replica_groups=\[(\d+),(\d+)\]", text)
-        if iota:
-            return int(iota.group(2))
-        listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-        return listed.group(1).count(",") + 1 if listed else self._module.num_devices
 
     def _trip_count(self, loop: _Instruction, computation) -> int:
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diht_jax.cost_model.aot_compile import Roofline, StepReport, roofline
+from diht_jax.cost_model.aot_compile import Roofline, StepReport, crosses_hosts, roofline
 
 _GIB = 1 << 30
 
@@ -88,12 +88,15 @@ def _traffic_lines(report: StepReport) -> list[str]:
         _row("sent to other devices", f"{traffic.sent_bytes / 1e9:.3f} GB"),
     ]
     for row in traffic.collectives:
+        where = ""
+        if _has_hosts(report):
+            where = " between hosts" if crosses_hosts(row, report) else " in a host"
         who = "neighbours" if row.kind == "collective-permute" else f"{row.group_size} devices"
         lines.append(
             _row(
                 f"  {row.kind}, {who}",
                 f"{row.sent_bytes / 1e9:.3f} GB in {row.count:,} x "
-                f"{row.payload_bytes / row.count / 1e6:.2f} MB",
+                f"{row.payload_bytes / row.count / 1e6:.2f} MB{where}",
             )
         )
     if traffic.unknown_loops:
@@ -106,6 +109,9 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
         kind = report.topology.devices[0].device_kind
         return [f"no estimate of the time: the peak rates of '{kind}' are not known"]
     chip, collectives = report.topology.chip, report.traffic.collectives
+    network = f"at up to {chip.link_bytes_per_sec / 1e9:.0f} GB/s"
+    if _has_hosts(report) and chip.network_bytes_per_sec:
+        network += f", {chip.network_bytes_per_sec / 1e9:.0f} GB/s a GPU between hosts"
     return [
         "roofline estimate (a bound, not a measurement)",
         _row(
@@ -118,7 +124,7 @@ def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
         ),
         _row(
             "network = sent / links",
-            f"{_ms(estimate.network_secs)} at up to {chip.link_bytes_per_sec / 1e9:.0f} GB/s",
+            f"{_ms(estimate.network_secs)} {network}",
         ),
         _row(
             "  + latency of the collectives",
@@ -148,6 +154,12 @@ def _verdict(report: StepReport) -> str:
         f"OUT OF MEMORY: needs {_gib(needed)}, {_gib(needed - limit)} more than the {_gib(limit)} "
         "there are"
     )
+
+
+def _has_hosts(report: StepReport) -> bool:
+    """Whether the topology is GPUs of several hosts."""
+    chip, shape = report.topology.chip, report.topology.shape
+    return chip is not None and not chip.num_links and len(shape) > 1
 
 
 def _micro_batch(report: StepReport) -> str:

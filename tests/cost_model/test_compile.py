@@ -321,11 +321,41 @@ def test_latency_of_many_small_transfers_by_hand(transfers, in_host, total):
 
 def test_links_of_a_torus_and_of_a_switch():
     torus = report_with(None, Topology("v5p:4x4x4", find_chip("v5p"), (4, 4, 4), (None,) * 64, 0))
-    assert link_bandwidth(find_chip("v5p"), "all-reduce", 64, torus) == 600e9
-    assert link_bandwidth(find_chip("v5p"), "all-gather", 4, torus) == 200e9
-    assert link_bandwidth(find_chip("v5p"), "collective-permute", 2, torus) == 100e9
+
+    def on_torus(kind, size):
+        return link_bandwidth(find_chip("v5p"), Collective(kind, size, 1, 0, 0), torus)
+
+    assert on_torus("all-reduce", 64) == 600e9
+    assert on_torus("all-gather", 4) == 200e9
+    assert on_torus("collective-permute", 2) == 100e9
     switch = report_with(None, Topology("h100:8", find_chip("h100"), (8,), (None,) * 8, 0))
-    assert link_bandwidth(find_chip("h100"), "collective-permute", 2, switch) == 450e9
+    permutation = Collective("collective-permute", 2, 1, 0, 0, span=8)
+    assert link_bandwidth(find_chip("h100"), permutation, switch) == 450e9
+
+
+@pytest.mark.parametrize(
+    "kind, size, span, gb_per_sec, between_hosts",
+    [
+        ("collective-permute", 2, 32, 50, True),  # one ring of all GPUs
+        ("collective-permute", 2, 25, 50, True),  # a ring of four hosts for each GPU of a host
+        ("collective-permute", 2, 8, 450, False),  # a ring of the GPUs of a host
+        ("all-reduce", 32, 32, 400, True),  # eight network cards a host for all eight GPUs
+        ("all-reduce", 4, 25, 50, True),  # along `data`, fsdp=8: one GPU of each host
+        ("all-reduce", 8, 29, 100, True),  # along `data`, fsdp=4: two GPUs of each host
+        ("all-gather", 8, 8, 450, False),
+        ("all-gather", 4, 4, 450, False),
+    ],
+)
+def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec, between_hosts):
+    h100 = find_chip("h100")
+    devices = (types.SimpleNamespace(device_kind="NVIDIA H100"),) * 32
+    traffic = Traffic(0, (Collective(kind, size, 1, 0, 0, span=span),), 0)
+    report = report_with(traffic, Topology("h100:4x8", h100, (4, 8), devices, 60 * GIB))
+    assert link_bandwidth(h100, traffic.collectives[0], report) == gb_per_sec * 1e9
+    assert roofline(report).latency_secs == pytest.approx(22.4e-6 if between_hosts else 11.8e-6)
+    text = describe_step(report)
+    assert ("MB between hosts" if between_hosts else "MB in a host") in text
+    assert "450 GB/s, 50 GB/s a GPU between hosts" in text
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

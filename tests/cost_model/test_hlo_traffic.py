@@ -60,14 +60,31 @@ def test_collectives_run_as_often_as_their_loop(groups):
     block = 128 * 64 * 2
     assert traffic.unknown_loops == 0
     assert traffic.collectives == (
-        Collective("collective-permute", 2, 3, 3 * block, 3 * block),
-        Collective("all-reduce", 4, 1, 400, 600),  # 2 (4-1)/4 of it
-        Collective("all-gather", 2, 1, 800, 400),
+        Collective("collective-permute", 2, 3, 3 * block, 3 * block, span=4),
+        Collective("all-reduce", 4, 1, 400, 600, span=4),  # 2 (4-1)/4 of it
+        Collective("all-gather", 2, 1, 800, 400, span=2),
     )
     assert traffic.sent_bytes == 3 * block + 1000
     # Reads and writes the travelling block, and operand and result of the other two; the counter
     # and its comparison, 4 + 4 + 4 and 4 + 4 + 1 bytes, come on top.
     assert traffic.memory_bytes == 3 * (2 * block + 12) + 4 * 9 + 800 + 1200
+
+
+@pytest.mark.parametrize(
+    "groups, size, span",
+    [
+        ("{{0,2},{1,3}}", 2, 3),
+        ("[2,2]<=[2,2]T(1,0)", 2, 3),
+        ("[2,2]<=[4]", 2, 2),
+        ("mesh['a'=2,'b'=2] {'a'}", 2, 3),
+        ("mesh['a'=2,'b'=2] {'b'}", 2, 2),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", 2, 3),
+    ],
+)
+def test_span_of_a_group(groups, size, span):
+    traffic = count_traffic(RING.replace("LIMIT", "5").replace("GROUPS", groups))
+    found = {row.kind: row for row in traffic.collectives}["all-reduce"]
+    assert (found.group_size, found.span) == (size, span)
 
 
 def test_a_loop_of_unknown_length_is_reported():
@@ -149,7 +166,7 @@ ENTRY %main (p: f32[10,4], d: f32[80,4], x: f32[6]) -> (f32[6], f32[80,4]) {
 }
 """
     traffic = count_traffic(text)
-    assert traffic.collectives == (Collective("all-gather", 8, 1, 1280, 1120),)
+    assert traffic.collectives == (Collective("all-gather", 8, 1, 1280, 1120, span=8),)
     assert traffic.memory_bytes == 160 + 1280 + 2 * (24 + 24)
 
 
@@ -189,7 +206,7 @@ def test_collectives_of_compiled_loops():
     traffic = count_traffic(fn.lower(x, w).compile().as_text())
     found = {row.kind: row for row in traffic.collectives}
     ring = 8 * 8 * 128 * 4
-    assert found["collective-permute"] == Collective("collective-permute", 2, 8, ring, ring)
+    assert found["collective-permute"] == Collective("collective-permute", 2, 8, ring, ring, span=8)
     gather = found["all-gather"]
     assert gather.group_size == 4 and gather.count in (1, 8)  # the compiler may hoist it
     assert gather.sent_bytes == gather.count * 3 * 128 * 128
