@@ -2,7 +2,8 @@
 
 A shard of img2dataset's is
 
-    00000.tar           read by diht_jax.data.readers.webdataset
+    00000.tar           read by diht_jax.data.readers.webdataset; in the output format "tfrecord"
+                        00000.tfrecord instead, read by diht_jax.data.readers.records
     00000.parquet       the rows of the shard, those that could not be downloaded too; in the output
                         format "parquet" it holds the images as well, and there is no tar
                         (diht_jax.data.readers.parquet reads those)
@@ -30,6 +31,8 @@ from diht_jax.data.readers.webdataset import TAR_SUFFIXES
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 
+TFRECORD_SUFFIX = ".tfrecord"
+
 _MAX_STATUSES = 50
 
 
@@ -37,7 +40,7 @@ def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     """What img2dataset counted when it downloaded a shard.
 
     Args:
-        source: a tar or parquet file of its output.
+        source: a tar, TFRecord or parquet file of its output.
 
     Returns:
         The counts of `COUNTS` and "status_dict", the most frequent outcomes; None where there are
@@ -101,5 +104,5 @@ def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
 
 
 def _stem(path: str) -> str:
-    suffixes = (*TAR_SUFFIXES, SUFFIX)
+    suffixes = (*TAR_SUFFIXES, TFRECORD_SUFFIX, SUFFIX)
     return next((path.removesuffix(s) for s in suffixes if path.endswith(s)), path)

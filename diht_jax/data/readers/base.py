@@ -14,12 +14,39 @@ from typing import Any
 
 from diht_jax.data import retries
 from diht_jax.data.records import remote
-from diht_jax.data.records.schema import Pair
 
-# The readers parse as strictly as records are read.
-from diht_jax.data.records.schema import parse_json_object as parse_json_object
+# The readers clean and parse as records are read.
+from diht_jax.data.records.samples import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    Skipped,
+    clean_text,
+    merge_captions,
+    pick_captions,
+)
+from diht_jax.data.records.schema import Pair, parse_json_object
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+__all__ = [
+    "FOLDER_EXTENSIONS",
+    "IMAGE_EXTENSIONS",
+    "MAX_IMAGE_BYTES",
+    "SOURCE_REASONS",
+    "ExpansionCheck",
+    "ExpansionError",
+    "Format",
+    "Skipped",
+    "SourceShard",
+    "clean_text",
+    "held_bytes",
+    "image_files",
+    "merge_captions",
+    "parse_json_object",
+    "pick_captions",
+    "read_image",
+    "walk_files",
+    "walk_images",
+]
+
 # In folders people keep other pictures, too.
 FOLDER_EXTENSIONS = (
     *IMAGE_EXTENSIONS,
@@ -43,9 +70,6 @@ _UNSUPPORTED_EXTENSIONS = (
     *("heic", "heif", "jxl", "svg", "svgz", "psd", "ico", "tga", "eps", "hdr", "exr", "dng"),
     *("cr2", "nef", "arw", "raw", "wmf", "emf", "xcf", "pcx", "dds", "jxr", "mng"),
 )
-# Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
-MAX_IMAGE_BYTES = 2**28
-
 # A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
 # compressed already.
 _UNPACKED_BYTES = 2**30
@@ -62,21 +86,6 @@ SOURCE_REASONS = (
     "no_caption",
     "too_large",
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Skipped:
-    """An entry of a source that is no pair.
-
-    Attributes:
-        key: names the entry, as well as it can be named.
-        reason: one of `SOURCE_REASONS`.
-        detail: what was found, for a person.
-    """
-
-    key: str
-    reason: str
-    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +166,7 @@ class Format:
         count: entries of a shard, exactly or nearly, without reading images; None if unknown.
         count_reads_file: counting goes through the whole file, so that only the first shard is
             counted, and the others are estimated by their bytes.
-        metadata_of: kind of the files beside which the files of this format hold metadata only.
+        metadata_of: kinds of the files beside which the files of this format hold metadata only.
         list_linked_files: of a shard, the files that its own file only names, such as the images
             of a table, as `read_image` takes them: folder, path in it. They may be missing. None
             where there are no such files.
@@ -173,7 +182,7 @@ class Format:
     options: type | None = None
     count: Callable[[SourceShard], int | None] = lambda shard: None
     count_reads_file: bool = False
-    metadata_of: str | None = None
+    metadata_of: tuple[str, ...] = ()
     list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
     reads_remote: bool = False
 
@@ -227,33 +236,6 @@ class ExpansionCheck:
                 f"{self._path}: unpacks to over {self._limit >> 20} MiB, more than "
                 f"{_MAX_EXPANSION} times its size; no file of pictures does"
             )
-
-
-def clean_text(text: str) -> str:
-    """Strips a text, and replaces lone surrogates, which no UTF-8 file can hold, by U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
-
-
-def pick_captions(value: Any) -> list[str]:
-    """The captions in a text, a list of texts, or anything else (none).
-
-    Args:
-        value: as it stands in a row or a json file.
-
-    Returns:
-        Cleaned captions that are not empty, in order, without repetitions.
-    """
-    values = value if isinstance(value, list | tuple) else [value]
-    cleaned = (clean_text(item) for item in values if isinstance(item, str))
-    return list(dict.fromkeys(filter(None, cleaned)))
-
-
-def merge_captions(metadata: Mapping[str, Any], captions: list[str]) -> dict[str, Any]:
-    """Metadata with "captions" where there are several, without it where there is one."""
-    merged = {name: value for name, value in metadata.items() if name != "captions"}
-    if len(captions) > 1:
-        merged["captions"] = captions
-    return merged
 
 
 def read_image(root: str, name: str, key: str) -> bytes | Skipped:

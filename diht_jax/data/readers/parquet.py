@@ -153,5 +153,5 @@ FORMAT = Format(
     suffixes=(SUFFIX,),
     read=read_parquet,
     count=lambda source: open_parquet(source.path).metadata.num_rows,
-    metadata_of="webdataset",
+    metadata_of=("webdataset", "tfrecord", "array_record"),
 )

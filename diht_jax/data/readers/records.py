@@ -1,4 +1,4 @@
-"""Our own TFRecord shards as a source, on disk or in an object store."""
+"""TFRecord shards as a source, ours and img2dataset's, on disk or in an object store."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ from collections.abc import Iterator
 
 from diht_jax.data.readers.base import Format, SourceShard
 from diht_jax.data.records import remote, schema
+from diht_jax.data.records.samples import SampleError, Skipped, has_sample_fields
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordSource, is_shard, read_records
 
 
-def read_shard(shard: SourceShard) -> Iterator[Pair]:
+def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one shard, in its order.
+
+    Our records may share a key. Those of img2dataset may not, as in its tars.
 
     Raises:
         ValueError: a record is damaged or no pair; names file and record.
     """
+    seen: set[str] = set()
     for number, data in enumerate(_read_bytes(shard.path)):
         try:
-            yield schema.decode_record(data)
+            fields = schema.parse_example(data)
+            pair = schema.decode_fields(fields)
+        except SampleError as error:
+            yield error.skipped
+            continue
         except ValueError as error:
             raise ValueError(f"{shard.path}: record {number}: {error}") from error
+        if has_sample_fields(fields):
+            if pair.key in seen:
+                yield Skipped(pair.key, "duplicate", "the key was there before")
+                continue
+            seen.add(pair.key)
+        yield pair
 
 
 def _read_bytes(path: str) -> Iterator[bytes]:

@@ -281,7 +281,7 @@ def _recognise(paths: Sequence[str]) -> dict[str, str | None]:
     return {
         path: kind
         for path, kind in kinds.items()
-        if kind is None or FORMATS[kind].metadata_of not in present
+        if kind is None or present.isdisjoint(FORMATS[kind].metadata_of)
     }
 
 

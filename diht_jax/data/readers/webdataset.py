@@ -14,11 +14,10 @@ from diht_jax.data.readers.base import (
     Format,
     Skipped,
     clean_text,
-    merge_captions,
     parse_json_object,
-    pick_captions,
 )
 from diht_jax.data.readers.tar_files import read_members
+from diht_jax.data.records.samples import take_caption
 from diht_jax.data.records.schema import Pair
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -67,13 +66,10 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]]) -> Pair | Skip
             metadata = parse_json_object(texts["json"])
         except ValueError as error:
             return Skipped(key, "bad_json", str(error))
-    in_json = pick_captions(metadata.pop("caption", None))
-    captions = pick_captions((texts.get("txt") or b"").decode("utf-8-sig", "replace")) or in_json
-    captions = pick_captions(captions + pick_captions(metadata.get("captions")))
-    if not captions:
+    caption, metadata = take_caption(texts.get("txt"), metadata)
+    if caption is None:
         return Skipped(key, "no_caption", "neither a txt nor a json has one")
-    metadata.pop("key", None)
-    return Pair(key, images[0], captions[0], merge_captions(metadata, captions))
+    return Pair(key, images[0], caption, metadata)
 
 
 def read_groups(

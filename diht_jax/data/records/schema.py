@@ -30,6 +30,8 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from diht_jax.data.records import samples
+
 KEY = "key"
 IMAGE = "image"
 CAPTION = "caption"
@@ -114,22 +116,42 @@ def encode_record(record: Pair) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """Reads what `encode_record`, or any other writer of the same fields, has written.
+    """Reads what `encode_record`, img2dataset, or any other writer of the same fields, has written.
 
     Args:
-        data: a serialised `tf.train.Example` with at least `key`, `image` and `caption`.
+        data: a serialised `tf.train.Example` with at least `key`, `image` and `caption`; or, as
+            img2dataset writes it, with `key`, the image under its format's name, and `txt`.
 
     Raises:
         ValueError: not a `tf.train.Example`; a field is missing, of another type or no JSON; or
             concept ids and probabilities that do not belong together.
     """
+    return decode_fields(parse_example(data))
+
+
+def parse_example(data: bytes) -> Mapping[str, Any]:
+    """The fields of a serialised `tf.train.Example` by name.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        fields = Example.FromString(data).features.feature
+        return Example.FromString(data).features.feature
     except DecodeError as error:
         raise ValueError(
             f"{len(data)} bytes that are no tf.train.Example ({error}); expected a shard written "
             "by `python -m data_prep.filter`"
         ) from error
+
+
+def decode_fields(fields: Mapping[str, Any]) -> Record:
+    """The record in the fields of `parse_example`; errors as of `decode_record`.
+
+    Raises:
+        SampleError: a record of img2dataset without image or caption.
+    """
+    if samples.has_sample_fields(fields):
+        return Record(**samples.read_sample_fields(fields))
     key = _decode_bytes(fields, KEY, "?").decode("utf-8", "replace")
     metadata: dict[str, Any] = {}
     if METADATA in fields:

@@ -1,10 +1,12 @@
-"""What img2dataset writes: tars, parquet with and without images, statistics."""
+"""What img2dataset writes: tars, TFRecords, parquet with and without images, statistics."""
 
+import dataclasses
 import io
 import json
 import pathlib
 import tarfile
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,10 +16,14 @@ from data_prep.filter import run_filter
 from data_prep.reports.summary import read_report
 from data_prep.sources import img2dataset
 from diht_jax.config import load_recipe
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.readers.base import Skipped, SourceShard
 from diht_jax.data.readers.registry import read_pairs
+from diht_jax.data.records.format import index_path
 from diht_jax.data.records.schema import decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests.data.records.test_samples import write_sample
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _BUFFER = io.BytesIO()
@@ -76,6 +82,18 @@ def _write_parquet(folder: pathlib.Path) -> None:
     (folder / "00000_stats.json").write_text(json.dumps(_STATS))
 
 
+def _write_tfrecord(folder: pathlib.Path, rows: list[dict]) -> None:
+    """One shard of the output format "tfrecord", with what its writer has beside it."""
+    folder.mkdir()
+    with TFRecordWriter(folder / "00000.tfrecord") as writer:
+        for row in rows:
+            if row["status"] == "success":
+                writer.write(write_sample({"jpg": _JPEG, "txt": row["caption"], **row}))
+    index_path(folder / "00000.tfrecord").unlink()  # img2dataset writes none
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
+    (folder / "00000_stats.json").write_text(json.dumps(_STATS))
+
+
 def _run(source: str, output: pathlib.Path) -> list:
     config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
     config.update({"input": source, "output": str(output), "num_workers": 0})
@@ -113,6 +131,39 @@ def test_parquet_with_images(tmp_path):
     assert report.download["successes"] == 3
     entries = list(read_pairs(SourceShard("parquet", str(tmp_path / "in/00000.parquet"))))
     assert entries[2] == Skipped("000000002", "no_image", "HTTP Error 404: Not Found")
+
+
+def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
+    _write_tar(tmp_path / "tar", with_json=True)
+    _write_tfrecord(tmp_path / "in", _ROWS)
+    records = _run(str(tmp_path / "in"), tmp_path / "out")
+    expected = _run(str(tmp_path / "tar"), tmp_path / "expected")
+    # None is written as an empty text.
+    assert records == [
+        dataclasses.replace(record, metadata=dict(record.metadata) | {"error_message": ""})
+        for record in expected
+    ]
+    assert read_report(tmp_path / "out").download["failed_to_download"] == 1
+    assert (tmp_path / "out" / "kept_uids.npy").read_bytes() == (
+        tmp_path / "expected" / "kept_uids.npy"
+    ).read_bytes()
+    # The same training data without and with the filter.
+    decode = DecodeExample(16, 8, (0.5, 1.0), "{caption}")
+    settings = {"batch_size": 3, "seed": 1, "num_workers": 0}
+    direct = next(TrainIterator(open_records(str(tmp_path / "in")), decode, **settings))
+    filtered = next(TrainIterator(open_records(str(tmp_path / "out")), decode, **settings))
+    for name, values in direct.items():
+        np.testing.assert_array_equal(values, filtered[name])
+
+
+def test_tfrecords_that_are_no_pairs_are_counted(tmp_path):
+    captions = ["a dog", "", None, "a dog", "a cat"]
+    rows = [_ROWS[0] | {"key": str(i), "caption": text} for i, text in enumerate(captions)]
+    rows[3]["key"] = "0"
+    _write_tfrecord(tmp_path / "in", rows)
+    assert [record.key for record in _run(str(tmp_path / "in"), tmp_path / "out")] == ["0", "4"]
+    dropped = read_report(tmp_path / "out").funnel.dropped
+    assert dropped["source"] == {"no_caption": 2, "duplicate": 1}
 
 
 def test_what_is_no_such_file(tmp_path):
