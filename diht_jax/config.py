@@ -155,8 +155,11 @@ def default_config() -> ml_collections.ConfigDict:
     c.data = ml_collections.ConfigDict()
     c.data.train = placeholder(str)  # directory or glob of TFRecord shards; must be set
     c.data.batch_size = 65536  # global
-    c.data.num_workers = 8  # decoding processes per host; 0 decodes in threads of this process
-    c.data.prefetch_batches = 2  # decoded ahead, by each worker
+    # Decoding processes; None: one for each core that this process may use; 0 decodes in threads.
+    c.data.num_workers = placeholder(int)
+    c.data.prefetch_batches = 2  # batches of this host decoded ahead, by all workers together
+    # Bound of the decoded examples that wait; None: what is free. The log has what they take.
+    c.data.max_in_flight_gib = placeholder(float)
     c.data.crop_scale = (0.9, 1.0)  # area of RandomResizedCrop
     c.data.fast_decode = True  # reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly
     c.data.text_template = "{caption}"

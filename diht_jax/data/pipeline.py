@@ -20,7 +20,9 @@ from diht_jax.data.input import workers
 from diht_jax.data.input.bad_records import SKIPPED_RECORDS, CheckedExamples
 from diht_jax.data.input.crash_search import find_crashing_index
 from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.in_flight import InFlight
 from diht_jax.data.input.order import GlobalOrder
+from diht_jax.data.input.sub_batches import SubBatches, join_parts
 from diht_jax.data.records import schema
 from diht_jax.data.records.tfrecord import TFRecordSource
 
@@ -49,11 +51,12 @@ class TrainIterator:
         *,
         batch_size: int,
         seed: int,
-        num_workers: int,
+        num_workers: int | None = None,
         prefetch_batches: int = 2,
         process_index: int = 0,
         process_count: int = 1,
         on_bad_record: str = "error",
+        max_in_flight_gib: float | None = None,
     ):
         """Builds the graph; reading starts with the first batch.
 
@@ -62,14 +65,16 @@ class TrainIterator:
             decode: makes an example of a record.
             batch_size: global, over all processes.
             seed: of shuffling and cropping.
-            num_workers: decoding processes; 0 decodes in threads of this process.
-            prefetch_batches: batches decoded ahead, by each worker where there are some.
+            num_workers: decoding processes; 0 decodes in threads of this process, None takes one
+                for each core that this process may use.
+            prefetch_batches: batches decoded ahead, by all workers together.
             process_index, process_count: this host's number, and how many there are.
             on_bad_record: "error", or "skip" to replace it by another record, see
                 `bad_records.py`.
+            max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
 
         Raises:
-            ValueError: numbers that do not fit, no record, or too little shared memory.
+            ValueError: numbers that do not fit, no record, or too little memory.
         """
         if batch_size % process_count:
             raise ValueError(
@@ -78,9 +83,8 @@ class TrainIterator:
             )
         if not len(source):
             raise ValueError(f"config.data.train: {source!r} holds no record")
-        if num_workers:
-            batch_bytes = batch_size // process_count * decode.example_bytes
-            workers.check_workers(num_workers, prefetch_batches, batch_bytes)
+        if num_workers is None:
+            num_workers = workers.default_num_workers()
         self._records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         # The records have the same length and seed, hence the same order.
         self._locator = _Locator(source, GlobalOrder(len(source), seed))
@@ -92,14 +96,26 @@ class TrainIterator:
             record_number=self._locator.record_number,
         )
         self._skips = on_bad_record == "skip"
-        self._examples = grain.MapDataset.source(self._checked)
-        self.skipped_records = 0
         self._batch_size = batch_size
-        self._num_workers = num_workers
-        self._prefetch_batches = prefetch_batches
         self._process_index = process_index
         self._process_count = process_count
-        self._next_example = self._first_example = 0
+        self._next_example = 0
+        self._parts = self._sub_batches()
+        self._in_flight = InFlight(
+            num_workers=num_workers,
+            num_threads=min(16, workers.usable_cores()),
+            prefetch_batches=prefetch_batches,
+            rows=self._parts.rows,
+            parts_per_batch=self._parts.parts_per_batch,
+            example_bytes=decode.example_bytes,
+        )
+        if num_workers:
+            workers.warn_of_few_cores(num_workers)
+            workers.segment_mark()  # removes what others have left, before memory is measured
+        self._in_flight.check(max_in_flight_gib)
+        self.skipped_records = 0
+        self._num_workers = num_workers
+        self._parts_taken = 0  # since the workers were started
         self._abandoned = False
         self._batches: Any = None
 
@@ -122,7 +138,7 @@ class TrainIterator:
             if self._batches is None:
                 self._batches = self._start()
             try:
-                batch = next(self._batches)
+                batch = join_parts(self._next_part, self._parts.parts_per_batch)
             except RuntimeError as error:
                 if self._abandoned or not workers.has_died(error):
                     raise
@@ -159,7 +175,7 @@ class TrainIterator:
             text += f", in {', '.join(named)}{more}"
         if not self._num_workers:
             return f"{text}; they are read in threads of this process"
-        number = (self._next_example - self._first_example) // self._batch_size % self._num_workers
+        number = self._parts_taken % self._num_workers
         return f"{text}, from worker {number} of {self._num_workers}; {workers.describe_workers()}"
 
     def abandon(self) -> None:
@@ -213,10 +229,10 @@ class TrainIterator:
         """Among the records that the worker which died may have been decoding."""
         logging.warning("looking for a picture that crashes its decoder, in a process of its own")
         # It works ahead, and what it had finished may have been lost with it.
-        step = self._num_workers * self._batch_size
-        firsts = range(self._next_example, sys.maxsize, step)[: self._prefetch_batches + 2]
+        parts = range(self._parts_taken, sys.maxsize, self._num_workers)
+        near = parts[: self._in_flight.queue_parts + 2]
         return find_crashing_index(
-            self._checked, [index for first in firsts for index in self._local_indices(first)]
+            self._checked, [index for part in near for index in self._parts.indices(part)]
         )
 
     def _count_bad_records(self, skipped: Sequence[int]) -> None:
@@ -232,22 +248,31 @@ class TrainIterator:
         if np.any(skipped) and self.skipped_records > _MAX_NAMED:
             logging.warning("%d bad records skipped so far", self.skipped_records)
 
+    def _next_part(self) -> dict[str, np.ndarray]:
+        """The next sub-batch of those that are decoded."""
+        part = next(self._batches)
+        self._parts_taken += 1
+        return part
+
+    def _sub_batches(self) -> SubBatches:
+        """Of the batches from the next one on."""
+        return SubBatches(
+            self._checked,
+            batch_size=self._batch_size,
+            first_example=self._next_example,
+            process_index=self._process_index,
+            process_count=self._process_count,
+        )
+
     def _start(self) -> Any:
-        self._first_example = self._next_example
-        local_batch_size = self._batch_size // self._process_count
-        mine = slice(self._next_example + self._process_index, None, self._process_count)
-        # Batches are formed before workers or threads share the work, so that their number does not
-        # change which examples make a batch.
-        num_threads = 1 if self._num_workers else min(16, workers.usable_cores())
-        dataset = (
-            self._examples[mine]
-            .batch(local_batch_size, drop_remainder=True)
-            .to_iter_dataset(
-                grain.ReadOptions(
-                    num_threads=num_threads,
-                    prefetch_buffer_size=max(num_threads, self._prefetch_batches),
-                )
-            )
+        self._parts, self._parts_taken = self._sub_batches(), 0
+        in_flight = self._in_flight
+        # Sub-batches are formed before workers or threads share the work, so that their number does
+        # not change which examples make a batch. A worker decodes in its main thread, and the queue
+        # behind it is all that it works ahead.
+        options = (0, 0) if self._num_workers else (in_flight.num_threads, in_flight.thread_parts)
+        dataset = grain.MapDataset.source(self._parts).to_iter_dataset(
+            grain.ReadOptions(num_threads=options[0], prefetch_buffer_size=options[1])
         )
         if self._num_workers:
             # grain hands absl's flags on to its workers, also where no command has parsed any.
@@ -255,7 +280,7 @@ class TrainIterator:
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(
-                    num_workers=self._num_workers, per_worker_buffer_size=self._prefetch_batches
+                    num_workers=self._num_workers, per_worker_buffer_size=in_flight.queue_parts
                 ),
                 worker_init_fn=functools.partial(
                     workers.start_worker, os.getpid(), workers.segment_mark()

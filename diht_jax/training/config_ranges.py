@@ -96,6 +96,7 @@ RANGES = {
     "data.batch_size": _COUNT,
     "data.num_workers": _NOT_NEGATIVE,
     "data.prefetch_batches": _COUNT,
+    "data.max_in_flight_gib": _POSITIVE,
     "compilation_cache_max_gib": Range(0, math.inf, excludes_low=True),
     "log_every_steps": _COUNT,
     "max_skipped_steps": _COUNT,

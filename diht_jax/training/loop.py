@@ -149,6 +149,7 @@ class Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             on_bad_record=config.data.on_bad_record,
+            max_in_flight_gib=config.data.max_in_flight_gib,
         )
         self.batches = BatchWait(self.iterator)
         self.fingerprint = fingerprint_records(source)

@@ -14,6 +14,7 @@ from PIL import Image
 from diht_jax.data import pipeline
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
+from diht_jax.data.input import sub_batches
 from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.schema import Record, decode_record, encode_record
@@ -117,11 +118,12 @@ def test_hosts_share_each_global_batch(process_count):
         assert len(parts[0][step]["tokens"]) == 4 // process_count
 
 
-def test_worker_processes_change_nothing():
-    def batches(num_workers):
+def test_worker_processes_change_nothing(monkeypatch):
+    def batches(num_workers, max_rows):
+        monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
         return TrainIterator(Textured(), DECODE, batch_size=4, seed=0, num_workers=num_workers)
 
-    for a, b in zip(take(batches(0), 7), take(batches(2), 7), strict=True):
+    for a, b in zip(take(batches(0, 256), 7), take(batches(2, 2), 7), strict=True):
         np.testing.assert_array_equal(a["images"], b["images"])
         np.testing.assert_array_equal(a["tokens"], b["tokens"])
 
@@ -201,7 +203,8 @@ def deadly_batches(directory, deaths, count):
         iterator.close()
 
 
-def test_a_worker_that_dies_costs_no_example(tmp_path):
+def test_a_worker_that_dies_costs_no_example(tmp_path, monkeypatch):
+    monkeypatch.setattr(sub_batches, "MAX_ROWS", 2)
     (tmp_path / "none").mkdir()
     (tmp_path / "two").mkdir()
     undisturbed = deadly_batches(tmp_path / "none", 0, 6)
@@ -268,6 +271,7 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
         return images, batches.skipped_records
 
     expected, num_bad = read(Unreadable, 0)
+    monkeypatch.setattr(sub_batches, "MAX_ROWS", 2)
     said.clear()
     found, num_skipped = read(Crashing, 1)
     np.testing.assert_array_equal(found, expected)

@@ -40,6 +40,8 @@ _STATES = {
     "t": "stopped by a debugger",
     "Z": "ended",
 }
+# More have to be asked for: each takes memory, and so many feed eight of the fastest GPUs.
+_MOST_BY_DEFAULT = 64
 # How often a worker looks for its parent.
 _POLL_SECS = 1.0
 # How long the kernel may take to end a process.
@@ -165,18 +167,13 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def check_workers(num_workers: int, prefetch_batches: int, batch_bytes: int) -> None:
-    """Compares what the decoding workers need with what this machine has, before they start.
+def default_num_workers() -> int:
+    """Of `config.data.num_workers=None`: one for each core that this process may use."""
+    return min(usable_cores(), _MOST_BY_DEFAULT)
 
-    Args:
-        num_workers: decoding processes of this process, at least 1.
-        prefetch_batches: batches decoded ahead, by each worker.
-        batch_bytes: size of one batch of this process.
 
-    Raises:
-        ValueError: the batches in flight do not fit into shared memory. A worker that writes there
-            when it is full is killed by the kernel (SIGBUS).
-    """
+def warn_of_few_cores(num_workers: int) -> None:
+    """Logs a warning where this process may use fewer cores than it has workers."""
     cores = usable_cores()
     if num_workers > cores:
         logging.warning(
@@ -185,32 +182,3 @@ def check_workers(num_workers: int, prefetch_batches: int, batch_bytes: int) -> 
             num_workers,
             cores,
         )
-    segment_mark()  # removes what others have left there, before the free memory is measured
-    # Of each worker: those that it has decoded, as many that wait in this process, one being
-    # decoded and one on its way; and two of the training loop's.
-    num_batches = num_workers * (2 * prefetch_batches + 2) + 2
-    needed = num_batches * batch_bytes
-    free = _free_shared_memory()
-    if free is None or needed <= free:
-        return
-    raise ValueError(
-        f"{SHARED_MEMORY} has {_megabytes(free)} free, but {num_batches} batches in flight of "
-        f"{_megabytes(batch_bytes)} each (config.data.num_workers={num_workers}, "
-        f"config.data.prefetch_batches={prefetch_batches}) need {_megabytes(needed)}. Containers "
-        "have 64 MB by default: start them with more (docker run --shm-size=32g; in Kubernetes an "
-        "emptyDir with `medium: Memory` mounted at /dev/shm), lower the two keys, or decode in "
-        "threads (config.data.num_workers=0)"
-    )
-
-
-def _free_shared_memory() -> int | None:
-    """Bytes; None where shared memory is no file system that can be asked."""
-    try:
-        stats = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return None
-    return stats.f_bavail * stats.f_frsize
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.1f} MB"

@@ -36,6 +36,7 @@ _FREE_IN_A_RUN = (
     "data.train",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.max_in_flight_gib",
     "data.on_bad_record",
     "data.allow_changed",
     # Other ways to compute the same.
@@ -50,6 +51,7 @@ _OWN_OF_A_HOST = (
     "data.train",
     "data.num_workers",
     "data.prefetch_batches",
+    "data.max_in_flight_gib",
     "model.init_from",
     "checkpoint.staging",
     "compilation_cache",

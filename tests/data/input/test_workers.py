@@ -219,13 +219,13 @@ def iterator(**settings) -> TrainIterator:
 def test_too_little_shared_memory_is_an_error_with_both_numbers(shared_memory):
     # Pixels, token ids, and ids and probabilities of objects and attributes.
     batch_bytes = 256 * (64 * 64 * 3 + 77 * 4 + 2 * 5 * (4 + 4))
-    needed = (8 * (2 * 2 + 2) + 2) * batch_bytes  # 162 MB
+    needed = (8 * (2 * 1 + 2) + 2) * batch_bytes  # 110 MB
     blocks = -(-needed // 4096)
     shared_memory(blocks, cores=8)
     settings = {"num_workers": 8, "prefetch_batches": 2, "process_count": 2}
     iterator(**settings)
     shared_memory(64 * 2**20 // 4096, cores=8)
-    with pytest.raises(ValueError, match=r"67\.1 MB free.*need 162\.3 MB") as error:
+    with pytest.raises(ValueError, match=r"67\.1 MB free.*need 110\.3 MB") as error:
         iterator(**settings)
     for advice in ("--shm-size", "medium: Memory", "config.data.num_workers=0"):
         assert advice in str(error.value)
@@ -249,4 +249,12 @@ def test_more_workers_than_cores_are_a_warning(shared_memory, monkeypatch):
     assert not said
     iterator(num_workers=4)
     assert len(said) == 1
+    iterator()  # one for each core
+    assert len(said) == 1
     assert "num_workers=4" in said[0] and "3 cores" in said[0] and "--cpus-per-task" in said[0]
+
+
+def test_by_default_there_is_a_worker_for_each_core_up_to_64(shared_memory):
+    for cores, expected in ((1, 1), (3, 3), (64, 64), (208, 64)):
+        shared_memory(2**30, cores)
+        assert workers.default_num_workers() == expected
