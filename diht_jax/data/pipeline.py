@@ -312,11 +312,16 @@ class _Locator:
         return self._order[index]
 
 
-def open_records(train: str | Sequence[str] | None) -> TFRecordSource:
-    """The records of `config.data.train`: a directory, a glob, or a list of shards."""
+def check_is_set(train: str | Sequence[str] | None) -> None:
+    """Raises ValueError where `config.data.train` is empty."""
     if not train:
         raise ValueError(
             "config.data.train is not set: expected a directory, a glob or a list of TFRecord "
             "shards, such as --config.data.train=/data/kept (written by data_prep.filter)"
         )
+
+
+def open_records(train: str | Sequence[str] | None) -> TFRecordSource:
+    """The records of `config.data.train`: a directory, a glob, or a list of shards."""
+    check_is_set(train)
     return TFRecordSource(train)

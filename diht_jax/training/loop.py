@@ -20,7 +20,7 @@ from diht_jax import sharding
 from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
 from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.pipeline import TrainIterator, open_records
+from diht_jax.data.pipeline import TrainIterator, check_is_set, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.data.records.vocabulary import vocabulary_sizes
 from diht_jax.models.parameters import parameter_shapes
@@ -89,6 +89,7 @@ def train(
     """
     validate_config(config, default_config())
     check_ranges(config, default_config())
+    check_is_set(config.data.train)
     config = bind_data(config)
     check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
