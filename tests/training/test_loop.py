@@ -265,7 +265,7 @@ def test_a_new_run_can_start_from_another_at_a_larger_image_size(config, finishe
     "changes, message",
     [
         ({"data.train": None}, "config.data.train is not set"),
-        ({"data.train": None, "loss.concept_weight": 1.0}, "config.data.train is not set"),
+        ({"data.train": None, "concepts.object_weight": 1.0}, "config.data.train is not set"),
         ({"data.batch_size": 12}, "batch_size=12 is no multiple of the 8 devices"),
         ({"mesh.fsdp": 3}, "makes 6 devices, but there are 8"),
         ({"optimizer.warmup_steps": 20}, "expected less than the 20 steps"),
