@@ -6,25 +6,30 @@ Local files are read without fsspec.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
+import pathlib
+import shutil
+import tempfile
+from concurrent import futures
 from typing import Any
 
 import numpy as np
 
+from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.records.format import (
     INDEX_SUFFIX,
-    TFRecordError,
     decode_index,
     encode_index,
-    unframe,
     walk_offsets,
-    wrong_index,
 )
 from diht_jax.data.retries import retry
 
 # Read at once where a shard has no index and must be walked through.
 _SCAN_BLOCK_BYTES = 2**22
+_DOWNLOAD_BYTES = 2**25  # of one request
+_DOWNLOAD_THREADS = 8
 # What object stores call the version of a file, the most telling name first.
 _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
 
@@ -54,14 +59,26 @@ def list_files(pattern: str) -> list[str]:
     Raises:
         ValueError: nothing installed knows such URLs.
     """
+    return list(list_sizes(pattern))
+
+
+def list_sizes(pattern: str) -> dict[str, int | None]:
+    """As `list_files`, with the bytes of each file where the store states them; one listing."""
     system, path = open_system(pattern)
-    if system.isfile(path):
-        found = [path]
-    elif any(letter in path for letter in "*?["):
-        found = system.glob(path)
+    infos: list[dict[str, Any]] = []
+    if is_glob(path):
+        infos = list(system.glob(path, detail=True).values())
+    elif os.path.splitext(path)[1] and system.isfile(path):
+        infos = [system.info(path)]  # some stores list a file by listing its whole folder
     else:
-        found = system.ls(path, detail=False) if system.isdir(path) else []
-    return [system.unstrip_protocol(name) for name in found]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            infos = system.ls(path, detail=True)
+    return {system.unstrip_protocol(info["name"]): info.get("size") for info in infos}
+
+
+def is_glob(path: str) -> bool:
+    """Whether a path or URL is a pattern."""
+    return any(letter in path for letter in "*?[")
 
 
 def exists(path: str) -> bool:
@@ -85,9 +102,82 @@ def read_bytes(path: str) -> bytes:
     return system.cat_file(name)
 
 
-def count_records(path: str) -> tuple[int, int, np.ndarray | None]:
-    """Record count, size in bytes, and the offsets where no index could be written."""
-    size = file_size(path)
+def read_range(url: str, start: int, end: int) -> bytes:
+    """The bytes [start, end) of a file in a store, fewer at its end; one request.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it cannot be read, now and after some attempts.
+    """
+    system, path = open_system(url)
+    return retry(lambda: system.cat_file(path, start=start, end=max(start, end)), url)
+
+
+def copy_once(
+    url: str, name: str, num_bytes: int, folder: str | os.PathLike[str] | None = None
+) -> str:
+    """A copy of a file on this host; the processes of a host, and later runs, share it.
+
+    Args:
+        url: of the file.
+        name: of the copy; it stands for the contents.
+        num_bytes: of the file.
+        folder: gets the copy; None is a folder of this user in the system's temporary one.
+
+    Returns:
+        Path of the copy.
+
+    Raises:
+        ValueError: there is no room for it.
+    """
+    cache = pathlib.Path(folder or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = cache / name
+    with open(cache / f".{name}.lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if path.exists() and path.stat().st_size == num_bytes:
+            return str(path)
+        if shutil.disk_usage(cache).free < num_bytes:
+            raise ValueError(
+                f"{cache} has no room for {url} ({num_bytes:,} bytes); name another folder by "
+                'config.data.cache_dir, or take config.data.order="blocks", which does not need it'
+            )
+        temporary = temporary_path(path)
+        try:
+            _download(url, temporary, num_bytes)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    return str(path)
+
+
+def _download(url: str, path: pathlib.Path, num_bytes: int) -> None:
+    """Copies a file by several requests at a time."""
+    with (
+        open(path, "xb", buffering=0) as file,
+        futures.ThreadPoolExecutor(_DOWNLOAD_THREADS) as pool,
+    ):
+
+        def copy(start: int) -> None:
+            end = min(start + _DOWNLOAD_BYTES, num_bytes)
+            data = read_range(url, start, end)
+            if os.pwrite(file.fileno(), data, start) != end - start:
+                raise ValueError(f"{url}: it was written again while it was being read; try again")
+
+        for _ in pool.map(copy, range(0, num_bytes, _DOWNLOAD_BYTES)):
+            pass
+        os.fsync(file.fileno())
+
+
+def count_records(path: str, size: int | None = None) -> tuple[int, int, np.ndarray | None]:
+    """Record count, size in bytes, and the offsets where no index could be written.
+
+    Args:
+        path: URL of the shard.
+        size: in bytes; None costs a request.
+    """
+    size = file_size(path) if size is None else size
     offsets = _read_index(path, size)
     if offsets is not None:
         return len(offsets), size, None
@@ -99,42 +189,23 @@ def count_records(path: str) -> tuple[int, int, np.ndarray | None]:
     return len(offsets), size, offsets
 
 
-class RemoteShard:
-    """One shard with its offsets; every record is one ranged request."""
+def find_offsets(path: str, size: int) -> np.ndarray:
+    """uint64 [n], where the records of a shard begin: of the index beside it, or by a scan."""
+    offsets = _read_index(path, size)
+    return _scan(path, size) if offsets is None else offsets
 
-    def __init__(self, path: str, offsets: np.ndarray | None):
-        self.path = path
-        self.size = file_size(path)
-        if offsets is None:
-            offsets = _read_index(path, self.size)
-        self.offsets = _scan(path, self.size) if offsets is None else offsets
 
-    def read(self, record: int) -> bytes:
-        """The bytes of a record.
+class RemoteFile:
+    """A file in a store; every read is one ranged request."""
 
-        Raises:
-            TFRecordError: the record is damaged, or the index is another shard's.
-        """
-        if record >= len(self.offsets):
-            raise wrong_index(self.path, f"record {record}: the shard or its index was replaced")
-        data = unframe(self.read_range(*self.extent(record)), self.path, record)
-        if data is None:
-            raise TFRecordError(
-                f"{self.path}: record {record} is not where its index says, or its length is "
-                f"damaged; delete {self.path}{INDEX_SUFFIX} to have it made again, or write the "
-                "shard again"
-            )
-        return data
-
-    def extent(self, record: int) -> tuple[int, int]:
-        """First byte and end of a record's frame."""
-        is_last = record + 1 == len(self.offsets)
-        return int(self.offsets[record]), self.size if is_last else int(self.offsets[record + 1])
+    def __init__(self, path: str, num_bytes: int | None = None):
+        """Of a URL, and its size; None costs a request."""
+        self._path = path
+        self.size = file_size(path) if num_bytes is None else num_bytes
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Some bytes of the shard."""
-        system, path = open_system(self.path)
-        return retry(lambda: system.cat_file(path, start=start, end=max(start, end)), self.path)
+        """Some bytes of the file."""
+        return read_range(self._path, start, end)
 
 
 def _read_index(path: str, size: int) -> np.ndarray | None:

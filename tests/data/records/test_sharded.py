@@ -12,6 +12,7 @@ class Counted(ShardedRecords):
     """Shards of some lengths, without contents."""
 
     def __init__(self, lengths):
+        """Of these numbers of records."""
         self._starts = np.cumsum([0, *lengths])
 
     def __getitem__(self, index):

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 import pytest
 
-from diht_jax.data.records import tfrecord
+from diht_jax.data.records import sharded, tfrecord
 from diht_jax.data.records.tfrecord import (
     TFRecordError,
     TFRecordSource,
@@ -166,7 +166,7 @@ def test_repr_depends_on_the_data_and_not_on_the_place(tmp_path):
 
 
 def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(tfrecord, "_MAX_OPEN_SHARDS", 2)  # so that shards open and close all along
+    monkeypatch.setattr(sharded, "_MAX_OPEN_SHARDS", 2)  # so that shards open and close all along
     expected = _many_shards(tmp_path)
     source = pickle.loads(pickle.dumps(TFRecordSource(tmp_path)))
     order = random.Random(0).choices(range(13), k=2000)

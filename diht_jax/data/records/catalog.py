@@ -1,0 +1,340 @@
+"""The shards that a data set consists of, and where their records lie.
+
+Where a folder has a `dataset.index`, one listing of the folder and the head of the index are all
+that is looked at, whatever the number of shards. The listing shows whether the index still fits:
+shards that are new, gone or of another size are an error. Several processes of a run can share what
+the first one has read; those that have a copy of the folder on a disk look at 24 bytes of their own
+index, so that other files are noticed.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from diht_jax.data.records import remote
+from diht_jax.data.records.dataset_index import (
+    INDEX_NAME,
+    IndexedOffsets,
+    ShardTable,
+    check_same,
+    read_table,
+    rebuild_command,
+)
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+# Calls a function in the first process of a run, and gives its result in all of them.
+Share = Callable[[Callable[[], bytes]], bytes]
+
+# Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
+_NAMES = {
+    "tfrecord": re.compile(r"[^.].*\.tfrecord(-\d{5,}(-of-\d{5,})?)?"),
+    "tar": re.compile(r"[^.].*\.tar"),
+}
+_NOUNS = {"tfrecord": "TFRecord shard", "tar": "tar"}
+_EXPECTED = {"tfrecord": "*.tfrecord", "tar": "*.tar"}
+_LENGTH = struct.Struct("<Q")
+_NAMES_SHOWN = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard that was found.
+
+    Attributes:
+        path: its path or URL.
+        num_bytes: its size, where a listing or an index stated it.
+        index: the index that describes it, if any.
+        row: its row there.
+    """
+
+    path: str
+    num_bytes: int | None = None
+    index: IndexedOffsets | None = None
+    row: int = -1
+
+
+def find_shards(paths: Paths, kind: str = "tfrecord") -> list[str]:
+    """Resolves a shard, a folder, a glob or a list of them to shard paths.
+
+    Args:
+        paths: what to look for. A folder stands for its `*.tfrecord` and `*.tfrecord-*` files.
+            URLs such as `gs://bucket/folder` are looked for in their object store.
+        kind: of the shards, one of `dataset_index.KINDS`.
+
+    Returns:
+        Paths, sorted within each folder or glob, in the order of the list.
+
+    Raises:
+        ValueError: an entry matches no shard.
+    """
+    entries = _entries(paths, kind)
+    lister = _Lister(kind, entries)
+    return [path for entry in entries for path in lister.list(entry)[0]]
+
+
+def open_catalog(paths: Paths, kind: str = "tfrecord", share: Share | None = None) -> list[Shard]:
+    """Finds shards, and the indices that describe them.
+
+    Args:
+        paths: as of `find_shards`.
+        kind: as of `find_shards`.
+        share: for a run of several processes, all of which must call. What has an index is then
+            listed and read by the first process alone.
+
+    Raises:
+        ValueError: an entry matches no shard, or an index is damaged or does not fit its folder.
+    """
+    entries = _entries(paths, kind)
+    lister = _Lister(kind, entries)
+    if share is None:
+        return [shard for entry in entries for shard in lister.describe(entry)]
+    found: list[list[Shard]] = []
+
+    def read() -> bytes:
+        found[:] = [lister.describe(entry) for entry in entries]
+        return _pack(entries, found)
+
+    packed = share(read)
+    return [shard for shards in found or _unpack(packed, entries, lister) for shard in shards]
+
+
+def is_shard(path: str, kind: str = "tfrecord") -> bool:
+    """Whether a path is a file with the name of a shard; a URL is taken at its name."""
+    return has_shard_name(path, kind) and (remote.is_remote(path) or os.path.isfile(path))
+
+
+def has_shard_name(path: str, kind: str = "tfrecord") -> bool:
+    """Whether a path ends like that of a shard."""
+    return _NAMES[kind].fullmatch(os.path.basename(path)) is not None
+
+
+def list_folder(folder: str) -> dict[str, int]:
+    """Bytes of the files of a folder, local or in a store, by name; one listing.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    if remote.is_remote(folder):
+        found = remote.list_sizes(folder)
+        return {os.path.basename(path): size for path, size in found.items() if size is not None}
+    with os.scandir(folder) as listed:
+        return {entry.name: entry.stat().st_size for entry in listed if entry.is_file()}
+
+
+def describe_stale(known: Mapping[str, int], found: Mapping[str, int], is_whole: bool) -> list[str]:
+    """How shards differ from what an index states of them, in words; empty where it fits.
+
+    Args:
+        known: bytes by name, in the index.
+        found: bytes by name.
+        is_whole: whether these are all shards of the folder.
+    """
+    differing = {
+        "changed": [name for name in found if name in known and found[name] != known[name]],
+        "added": [name for name in found if name not in known],
+        "removed": [name for name in known if name not in found] if is_whole else [],
+    }
+    return [
+        f"{len(names):,} {what} ({', '.join(sorted(names)[:_NAMES_SHOWN])}"
+        + (", ...)" if len(names) > _NAMES_SHOWN else ")")
+        for what, names in differing.items()
+        if names
+    ]
+
+
+class _Lister:
+    """Looks for shards of one kind; lists each folder once, and reads each index once."""
+
+    def __init__(self, kind: str, entries: Sequence[str]):
+        self._kind = kind
+        self._indices: dict[str, IndexedOffsets | None] = {}
+        self._folders: dict[str, dict[str, int | None]] = {}
+        self._entries_of = collections.Counter(map(os.path.dirname, entries))
+
+    def list(self, entry: str) -> tuple[dict[str, int | None], bool]:
+        """The shards of an entry in their order, with their sizes where a listing states them.
+
+        Returns:
+            Bytes by path, and whether these are all shards of one folder.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not remote.is_remote(entry) and os.path.isfile(entry):
+            return {entry: None}, False
+        found, is_whole = self._candidates(entry)
+        shards = {path: found[path] for path in sorted(found) if has_shard_name(path, self._kind)}
+        if not shards:
+            raise ValueError(
+                f"no {_NOUNS[self._kind]} at '{entry}'; expected a file, a folder of "
+                f"{_EXPECTED[self._kind]} files or a glob that matches some"
+            )
+        return shards, is_whole
+
+    def describe(self, entry: str) -> list[Shard]:
+        """The shards of an entry with what an index states of them.
+
+        Raises:
+            ValueError: there are none, or an index is damaged or stale.
+        """
+        shards, is_whole = self.list(entry)
+        by_folder: dict[str, dict[str, int | None]] = {}
+        for path, size in shards.items():
+            by_folder.setdefault(os.path.dirname(path), {})[path] = size
+        described: dict[str, Shard] = {}
+        for folder, sizes in by_folder.items():
+            index = self._index_of(folder)
+            # A local file of any name can be given by its path.
+            named = {path: sizes[path] for path in sizes if has_shard_name(path, self._kind)}
+            if index is not None:
+                self._check_fits(index.table, folder, named, is_whole)
+            for path, size in sizes.items():
+                if index is None or path not in named:
+                    described[path] = Shard(path, size)
+                else:
+                    described[path] = describe_shard(path, index)
+        return [described[path] for path in shards]
+
+    def _candidates(self, entry: str) -> tuple[dict[str, int | None], bool]:
+        """Files with their sizes, where these are known, and whether they are a whole folder."""
+        if remote.is_remote(entry):
+            parent = os.path.dirname(entry)
+            if self._entries_of[parent] > 1 and has_shard_name(entry, self._kind):
+                listed = self._list_remote(parent)  # one request for all of them
+                return {entry: listed[entry]} if entry in listed else {}, False
+            listed = self._list_remote(entry)
+            is_folder = not (entry in listed or remote.is_glob(entry))
+            if is_folder and listed:
+                self._folders[os.path.dirname(next(iter(listed)))] = listed
+            return listed, is_folder
+        if os.path.isdir(entry):
+            with os.scandir(entry) as listed:
+                files = [file for file in listed if file.is_file()]
+            has_index = any(file.name == INDEX_NAME for file in files)
+            sizes = {file.path: file.stat().st_size if has_index else None for file in files}
+            self._folders[entry.rstrip("/")] = sizes
+            return sizes, True
+        return dict.fromkeys(filter(os.path.isfile, glob.glob(entry, recursive=True))), False
+
+    def _list_remote(self, url: str) -> dict[str, int | None]:
+        if url not in self._folders:
+            self._folders[url] = remote.list_sizes(url)
+        return self._folders[url]
+
+    def _index_of(self, folder: str) -> IndexedOffsets | None:
+        if folder not in self._indices:
+            path, listed = os.path.join(folder, INDEX_NAME), self._folders.get(folder)
+            table = None
+            if listed is None or path in listed:
+                with contextlib.suppress(FileNotFoundError):
+                    table = read_table(path, listed and listed.get(path))
+            self._indices[folder] = None if table is None else IndexedOffsets(table, path)
+        return self._indices[folder]
+
+    def _check_fits(
+        self, table: ShardTable, folder: str, sizes: dict[str, int | None], is_whole: bool
+    ) -> None:
+        found = {
+            os.path.basename(path): remote.file_size(path) if size is None else size
+            for path, size in sizes.items()
+        }
+        known = {
+            name: num_bytes
+            for name, kind, num_bytes in zip(
+                table.names, table.kinds, table.num_bytes.tolist(), strict=True
+            )
+            if kind == self._kind
+        }
+        changes = describe_stale(known, found, is_whole)
+        if changes:
+            raise ValueError(
+                f"{os.path.join(folder, INDEX_NAME)} does not fit the shards beside it: "
+                f"{'; '.join(changes)}. If the shards are right, bring it up to date by "
+                f"`{rebuild_command(folder)}`, which reads those shards only"
+            )
+
+
+def describe_shard(path: str, index: IndexedOffsets) -> Shard:
+    """A shard of the folder of an index."""
+    row = index.table.rows[os.path.basename(path)]
+    return Shard(path, int(index.table.num_bytes[row]), index, row)
+
+
+def _entries(paths: Paths, kind: str) -> list[str]:
+    entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not entries:
+        raise ValueError(f"no {_NOUNS[kind]}: the list of paths is empty")
+    return list(map(os.fspath, entries))
+
+
+def _pack(entries: Sequence[str], found: Sequence[Sequence[Shard]]) -> bytes:
+    """What the first process hands to the others; nothing of an entry that has no index."""
+    indices: list[IndexedOffsets] = []
+    parts: list[dict[str, Any] | None] = []
+    for shards in found:
+        if any(shard.index is None for shard in shards):
+            parts.append(None)
+            continue
+        for shard in shards:
+            if not any(shard.index is index for index in indices):
+                indices.append(shard.index)
+        numbers = {id(index): number for number, index in enumerate(indices)}
+        parts.append(
+            {"paths": [s.path for s in shards], "indices": [numbers[id(s.index)] for s in shards]}
+        )
+    heads = [index.table.head for index in indices]
+    text = json.dumps({"entries": entries, "parts": parts, "heads": list(map(len, heads))}).encode()
+    return b"".join([_LENGTH.pack(len(text)), text, *heads])
+
+
+def _unpack(packed: bytes, entries: Sequence[str], lister: _Lister) -> list[list[Shard]]:
+    """The inverse of `_pack`, with the paths of this process.
+
+    Raises:
+        ValueError: a local index is another one than the first process has.
+    """
+    position = _LENGTH.size + _LENGTH.unpack_from(packed)[0]
+    handed = json.loads(packed[_LENGTH.size : position])
+    tables = []
+    for size in handed["heads"]:
+        tables.append(ShardTable(packed[position : position + size], "the first process's index"))
+        position += size
+    indices: dict[tuple[int, str], IndexedOffsets] = {}
+    if len(entries) != len(handed["entries"]):
+        return [lister.describe(entry) for entry in entries]
+    found = []
+    for entry, theirs, part in zip(entries, handed["entries"], handed["parts"], strict=True):
+        paths = None if part is None else _own_paths(entry, theirs, part["paths"])
+        if paths is None:
+            found.append(lister.describe(entry))
+            continue
+        shards = []
+        for path, number in zip(paths, part["indices"], strict=True):
+            place = number, os.path.dirname(path)
+            if place not in indices:
+                location = os.path.join(place[1], INDEX_NAME)
+                if not remote.is_remote(location):
+                    check_same(location, tables[number])
+                indices[place] = IndexedOffsets(tables[number], location)
+            shards.append(describe_shard(path, indices[place]))
+        found.append(shards)
+    return found
+
+
+def _own_paths(entry: str, theirs: str, paths: list[str]) -> list[str] | None:
+    """The paths of an entry on this host; None where they must be looked for."""
+    if entry == theirs:
+        return paths
+    # A folder that is mounted under another name here.
+    if os.path.isdir(entry) and {os.path.dirname(path) for path in paths} == {theirs.rstrip("/")}:
+        return [os.path.join(entry, os.path.basename(path)) for path in paths]
+    return None
