@@ -21,6 +21,7 @@ import secrets
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing import resource_tracker, shared_memory
 
 from absl import logging
@@ -48,7 +49,9 @@ _POLL_SECS = 1.0
 _KILL_SECS = 5.0
 
 
-def start_worker(parent: int, mark: str | None, *_: int) -> None:
+def start_worker(
+    parent: int, mark: str | None, *_: int, clean_up: Callable[[], None] | None = None
+) -> None:
     """Marks this process's shared memory, and ends the process soon after its parent has ended.
 
     A thread polls. The kernel's own signal for it (PR_SET_PDEATHSIG) comes when the thread that
@@ -57,6 +60,7 @@ def start_worker(parent: int, mark: str | None, *_: int) -> None:
     Args:
         parent: process id of the process that started this one.
         mark: the parent's `segment_mark`.
+        clean_up: called when the parent has ended.
     """
     if mark is not None:
         # Python has no public way to name the segments that other code makes.
@@ -67,6 +71,8 @@ def start_worker(parent: int, mark: str | None, *_: int) -> None:
             time.sleep(_POLL_SECS)
         if mark is not None and not _tracker_is_alive():
             _remove_segments(mark)
+        if clean_up is not None:
+            clean_up()
         # Without clean-up: that waits for the parent, to empty the queues to it.
         os._exit(1)
 

@@ -1,0 +1,104 @@
+"""An object store that answers each request after a fixed time: `slow:///FOLDER`, for fsspec.
+
+It reads local files, sleeps before each answer, and counts requests and bytes in files, as several
+processes read. Requests of several threads are answered at the same time.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import pathlib
+import threading
+import time
+from typing import Any
+
+import fsspec
+
+from diht_jax.data.records.tfrecord import TFRecordSource
+
+# The environment reaches the processes that read. Seconds; a folder for the counts; which requests
+# for bytes fail, every N-th of a process.
+LATENCY_SECS, COUNTS, FAIL_EVERY = (
+    "SLOW_STORE_LATENCY_SECS",
+    "SLOW_STORE_COUNTS",
+    "SLOW_STORE_FAIL_EVERY",
+)
+
+
+class SlowStore(fsspec.AbstractFileSystem):
+    """Local files behind a latency."""
+
+    protocol = "slow"
+
+    def __init__(self, **options: Any):
+        super().__init__(use_listings_cache=False, **options)
+        self._answers = 0
+        self._lock = threading.Lock()
+
+    def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
+        """The files of a folder, by one request."""
+        names = [os.path.join(path, name) for name in sorted(os.listdir(path))]
+        self._answer("list", 0)
+        return [self._info_of(name) for name in names] if detail else names
+
+    def info(self, path: str, **_: Any) -> dict[str, Any]:
+        """Size and kind of a file, by one request."""
+        path = self._strip_protocol(path)
+        self._answer("info", 0)
+        return self._info_of(path)
+
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **_: Any
+    ) -> bytes:
+        """Some bytes of a file, by one request."""
+        with open(self._strip_protocol(path), "rb") as file:
+            file.seek(start or 0)
+            data = file.read(-1 if end is None else end - (start or 0))
+        self._answer("bytes", len(data))
+        with self._lock:
+            self._answers += 1
+            fails = int(os.environ.get(FAIL_EVERY, 0))
+            if fails and self._answers % fails == 0:
+                raise OSError("503 Service Unavailable")
+        return data
+
+    def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
+        self._answer("open", 0)
+        return open(path, mode)
+
+    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        """Writes a file, by one request."""
+        self._answer("write", len(value))
+        pathlib.Path(self._strip_protocol(path)).write_bytes(value)
+
+    def _info_of(self, path: str) -> dict[str, Any]:
+        stats = os.stat(path)
+        kind = "directory" if os.path.isdir(path) else "file"
+        return {"name": path, "size": stats.st_size, "type": kind, "mtime": stats.st_mtime_ns}
+
+    def _answer(self, kind: str, size: int) -> None:
+        time.sleep(float(os.environ.get(LATENCY_SECS, 0)))
+        folder = os.environ.get(COUNTS)
+        if folder:
+            # One short write at the end of a file of this process: no line is lost at a kill.
+            with open(os.path.join(folder, str(os.getpid())), "ab", buffering=0) as file:
+                file.write(f"{kind} {size}\n".encode())
+
+
+class SlowRecords(TFRecordSource):
+    """Records of the store; a process that unpickles them knows its URLs."""
+
+
+def read_counts(folder: pathlib.Path) -> dict[str, int]:
+    """Requests of each kind so far, and `total_bytes`."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path in folder.iterdir():
+        for line in path.read_text().splitlines():
+            kind, size = line.split()
+            counts[kind] += 1
+            counts["total_bytes"] += int(size)
+    return dict(counts)
+
+
+fsspec.register_implementation("slow", SlowStore, clobber=True)

@@ -1,0 +1,1 @@
+"""Blocks of records that are fetched from an object store before they are decoded."""
