@@ -31,14 +31,13 @@ from diht_jax.data.records.format import (
     write_index,
 )
 from diht_jax.data.records.remote import count_records, find_offsets, is_remote
-from diht_jax.data.records.sharded import ArrayOffsets, OpenShard, ShardedRecords, block_starts
+from diht_jax.data.records.sharded import ArrayOffsets, OpenShard, ShardedRecords
 
 __all__ = [
     "DamagedRecordError",
     "TFRecordError",
     "TFRecordSource",
     "TFRecordWriter",
-    "block_starts",
     "find_shards",
     "is_shard",
     "read_records",

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from diht_jax.data.input.order import BlockOrder, GlobalOrder
-from diht_jax.data.records.tfrecord import block_starts
 
 # Records, block, streams, window: odd numbers, streams without a record, one block, one stream.
 SHAPES = [
@@ -22,8 +21,9 @@ SHAPES = [
 
 
 def block_order(records, block, streams, window, seed=0):
-    starts = block_starts([records], block)
-    return BlockOrder(starts, seed, num_streams=streams, window_blocks=window)
+    # A rest of less than half a block joins the block before it, as in `ShardedRecords`.
+    starts = [*range(0, max(1, records - (block - 1) // 2), block), records]
+    return BlockOrder(np.array(starts), seed, num_streams=streams, window_blocks=window)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -156,14 +156,6 @@ def test_neighbours_in_a_batch_are_as_many_as_the_formula_says():
     # The recipes' batch: of 65,535 other rows, some four.
     large = BlockOrder(np.arange(2**17) * 256, 0, num_streams=1024, window_blocks=16)
     assert large.same_block_rows(65536) == pytest.approx(63 * 255 / 4095, rel=0.01)
-
-
-def test_blocks_end_where_shards_do():
-    starts = block_starts([10, 0, 3, 8, 5, 4, 6], 4)
-    # 10: the rest of 2 is half a block; 5: the rest of 1 joins; 3: less than a block is one.
-    assert starts.tolist() == [0, 4, 8, 10, 13, 17, 21, 26, 30, 34, 36]
-    assert starts.dtype == np.int64
-    assert block_starts([5], 256).tolist() == [0, 5]
 
 
 def test_wrong_blocks_are_refused():
