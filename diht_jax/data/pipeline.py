@@ -21,9 +21,9 @@ from diht_jax.data.input.bad_records import SKIPPED_RECORDS, CheckedExamples
 from diht_jax.data.input.crash_search import find_crashing_index
 from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.in_flight import InFlight
-from diht_jax.data.input.order import GlobalOrder
+from diht_jax.data.input.mixing import OrderedRecords
+from diht_jax.data.input.order import BlockOrder, GlobalOrder
 from diht_jax.data.input.sub_batches import SubBatches, join_parts
-from diht_jax.data.records import schema
 from diht_jax.data.records.tfrecord import TFRecordSource
 
 # Deaths of decoding workers, without a batch between them, that a run survives.
@@ -32,13 +32,15 @@ MAX_RESTARTS = 3
 _MAX_NAMED = 100
 # Files that a message names.
 _MAX_FILES = 3
+# Depth below the seed at which grain's graph of old had its random crops.
+_CROP_DEPTH = 3
 
 
 class TrainIterator:
     """Endless batches of this process's share of the global batch.
 
-    Batch i of the run holds the examples [i * N, (i + 1) * N) of one endless global order, which
-    is a new permutation of the data set every epoch; process p of P takes every P-th of them.
+    Batch i of the run holds the examples [i * N, (i + 1) * N) of one endless order, which holds
+    each record once an epoch; process p of P takes every P-th of them.
 
     Attributes:
         skipped_records: bad records of this process's share so far, each replaced by another one.
@@ -57,6 +59,7 @@ class TrainIterator:
         process_count: int = 1,
         on_bad_record: str = "error",
         max_in_flight_gib: float | None = None,
+        order: GlobalOrder | BlockOrder | None = None,
     ):
         """Builds the graph; reading starts with the first batch.
 
@@ -72,6 +75,7 @@ class TrainIterator:
             on_bad_record: "error", or "skip" to replace it by another record, see
                 `bad_records.py`.
             max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
+            order: of the records, see `order.py`; a permutation of all of them where None.
 
         Raises:
             ValueError: numbers that do not fit, no record, or too little memory.
@@ -85,15 +89,15 @@ class TrainIterator:
             raise ValueError(f"config.data.train: {source!r} holds no record")
         if num_workers is None:
             num_workers = workers.default_num_workers()
-        self._records = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-        # The records have the same length and seed, hence the same order.
-        self._locator = _Locator(source, GlobalOrder(len(source), seed))
+        if order is None:
+            order = GlobalOrder(len(source), seed)
+        self._records = OrderedRecords(source, order)
         self._checked = CheckedExamples(
-            self._records.random_map(decode),
-            self._locator,
+            grain.MapDataset.source(self._records).random_map(decode, seed=_crop_seed(seed)),
+            self._records.describe,
             mode=on_bad_record,
             stride=batch_size,
-            record_number=self._locator.record_number,
+            record_number=self._records.record_number,
         )
         self._skips = on_bad_record == "skip"
         self._batch_size = batch_size
@@ -154,7 +158,7 @@ class TrainIterator:
         Where bad records are replaced, the keys are those of the replacements.
         """
         used = map(self._checked.used_index, self._local_indices(first_example))
-        return [schema.decode_record(self._records[index]).key for index in used]
+        return [self._records.key(index) for index in used]
 
     def get_state(self) -> dict[str, int]:
         """The position in the global order, as a JSON-able dict."""
@@ -168,7 +172,7 @@ class TrainIterator:
     def describe_awaited(self) -> str:
         """Which batch is the next one, where its records lie, and what the workers do."""
         text = f"waiting for examples {self._batch_text(self._next_example)}"
-        paths = dict.fromkeys(map(self._locator.path, self._local_indices(self._next_example)))
+        paths = dict.fromkeys(map(self._records.path, self._local_indices(self._next_example)))
         named = [path for path in paths if path][:_MAX_FILES]
         if named:
             more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
@@ -212,7 +216,7 @@ class TrainIterator:
         # Another end than by a crash may come from outside, the first time.
         if deaths > 1 or workers.has_crashed(error):
             while (index := self._find_crashing_index()) is not None:
-                key = schema.decode_record(self._records[index]).key
+                key = self._records.key(index)
                 self._checked.exclude(index, f"record '{key}': its picture crashes its decoder")
                 if not self._skips:
                     raise ValueError(self._checked.explain(index)) from error
@@ -289,27 +293,12 @@ class TrainIterator:
         return iter(dataset)
 
 
-class _Locator:
-    """File and number of the record at an index of the order, as far as its source knows."""
+def _crop_seed(seed: int) -> int:
+    """The seed of the crops in `MapDataset.source(...).seed(seed).shuffle().repeat().random_map`.
 
-    def __init__(self, source: Sequence[bytes], order: GlobalOrder):
-        self._source = source
-        self._order = order
-
-    def __call__(self, index: int) -> str:
-        if not hasattr(self._source, "locate"):
-            return ""
-        path, record = self._source.locate(self._order[index])
-        return f"{path}: record {record}"
-
-    def path(self, index: int) -> str:
-        """The file alone."""
-        has_files = hasattr(self._source, "locate")
-        return self._source.locate(self._order[index])[0] if has_files else ""
-
-    def record_number(self, index: int) -> int:
-        """The number of the record in the whole source."""
-        return self._order[index]
+    That graph was this file's own, and its runs go on with the same crops.
+    """
+    return int(np.random.SeedSequence([seed, _CROP_DEPTH]).generate_state(1, np.uint32)[0])
 
 
 def check_is_set(train: str | Sequence[str] | None) -> None:

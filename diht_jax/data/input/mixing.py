@@ -5,9 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import numpy as np
-
-from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.order import BlockOrder, GlobalOrder
 from diht_jax.data.records import schema
 
