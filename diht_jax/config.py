@@ -1,4 +1,4 @@
-"""Configs: the full set of training keys with their defaults, validation, and durations.
+"""Configs: the full set of training keys with their defaults, and their validation.
 
 Recipes in `configs/` start from `default_config()`; commands call `validate_config` before
 they do anything else. The keys of losses and of terms of the objective come from their own files.
@@ -157,6 +157,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.batch_size = 65536  # global
     # Decoding processes; None: one for each core that this process may use; 0 decodes in threads.
     c.data.num_workers = placeholder(int)
+    # Which record comes when: "global" (every epoch a permutation of all records), "blocks" (of
+    # consecutive records, as object stores need it), or "auto": blocks where the data has a URL.
+    c.data.order = "auto"
+    c.data.block_records = 256  # K, records that one request brings
+    c.data.num_streams = 1024  # V, of blocks; divides the batch, and the hosts divide it
+    c.data.window_blocks = 16  # W, that a stream mixes: a batch draws from V * W * K records
     c.data.prefetch_batches = 2  # batches of this host decoded ahead, by all workers together
     # Bound of the decoded examples that wait; None: what is free. The log has what they take.
     c.data.max_in_flight_gib = placeholder(float)
@@ -286,38 +292,6 @@ def rename_old_flags(arguments: Iterable[str]) -> list[str]:
     return [pattern.sub(lambda m: m[1] + RENAMED_KEYS[m[2]], text) for text in arguments]
 
 
-def duration_in_steps(
-    config: ml_collections.ConfigDict, prefix: str, *, batch_size: int, num_examples: int
-) -> int:
-    """The duration `prefix` ("total") in optimiser steps, whichever unit the config sets.
-
-    Args:
-        config: holds `{prefix}_steps`, `{prefix}_examples` and `{prefix}_epochs`, one not None.
-        prefix: first part of the three names.
-        batch_size: global batch, in examples.
-        num_examples: size of one epoch, in examples.
-
-    Raises:
-        ValueError: none or several of the three are set, or the result is not positive.
-    """
-    values = {unit: config.get(f"{prefix}_{unit}") for unit in DURATION_UNITS}
-    given = {unit: value for unit, value in values.items() if value is not None}
-    names = ", ".join(f"config.{prefix}_{unit}" for unit in DURATION_UNITS)
-    if len(given) != 1:
-        raise ValueError(f"set exactly one of {names}; got {given or 'none of them'}")
-    unit, value = next(iter(given.items()))
-    if not math.isfinite(value):
-        raise ValueError(f"config.{prefix}_{unit}={value}: expected a finite duration")
-    examples_per_unit = {"steps": batch_size, "examples": 1, "epochs": num_examples}[unit]
-    steps = round(value * examples_per_unit / batch_size)
-    if steps < 1:
-        raise ValueError(
-            f"config.{prefix}_{unit}={value} is {steps} steps at batch size {batch_size}; "
-            "expected at least one step"
-        )
-    return steps
-
-
 def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
     """Fields of an architecture from a command line.
 
@@ -347,41 +321,6 @@ def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
             )
         fields[name] = value
     return fields
-
-
-def patch_dropout_steps(
-    config: ml_collections.ConfigDict, total_steps: int, *, num_examples: int
-) -> int:
-    """How many steps of a run, from its start, may drop patches; the rest of it does not.
-
-    Args:
-        config: the whole training config.
-        total_steps: length of the run.
-        num_examples: size of one epoch, in examples.
-
-    Raises:
-        ValueError: several of `no_patch_dropout_steps`, `no_patch_dropout_examples` and
-            `no_patch_dropout_epochs` are set, no patches are dropped anyway, or it would be the
-            whole run.
-    """
-    if all(config.get(f"no_patch_dropout_{unit}") is None for unit in DURATION_UNITS):
-        return total_steps
-    if not config.model.patch_dropout:
-        raise ValueError(
-            "config.no_patch_dropout_* is how long a run with config.model.patch_dropout ends "
-            f"without it, but config.model.patch_dropout={config.model.patch_dropout}; set a share "
-            "of patches to drop, or leave config.no_patch_dropout_* at None"
-        )
-    last_steps = duration_in_steps(
-        config, "no_patch_dropout", batch_size=config.data.batch_size, num_examples=num_examples
-    )
-    if last_steps >= total_steps:
-        raise ValueError(
-            f"config.no_patch_dropout_*: {last_steps} steps without patch dropout are not less "
-            f"than the {total_steps} steps of the run; shorten them or set "
-            "config.model.patch_dropout=0"
-        )
-    return total_steps - last_steps
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str | None:

@@ -7,10 +7,11 @@ import sys
 import ml_collections
 import pytest
 
-from diht_jax.config import default_config, duration_in_steps, load_recipe, validate_config
+from diht_jax.config import default_config, load_recipe, validate_config
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
 from diht_jax.training.config_ranges import check_ranges
+from diht_jax.training.durations import duration_in_steps
 from diht_jax.training.sharded_encode import check_micro_batch
 from tests.recipes import RECIPES, REPOSITORY
 from tests.test_sharding import gpu_hosts

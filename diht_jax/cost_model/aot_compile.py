@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import ml_collections
 
-from diht_jax.config import duration_in_steps
 from diht_jax.cost_model.chips import LATENCY_SECS, Chip
 from diht_jax.cost_model.flops import FlopCount, count_jaxpr_flops
 from diht_jax.cost_model.hlo_traffic import Collective, Traffic, count_traffic
 from diht_jax.cost_model.topologies import Topology
 from diht_jax.losses.choice import Choice
 from diht_jax.models.remat import POLICIES
+from diht_jax.training.durations import duration_in_steps
 from diht_jax.training.monitoring.throughput import model_flops
 from diht_jax.training.program import TrainProgram
 

@@ -87,6 +87,12 @@ class TrainIterator:
             )
         if not len(source):
             raise ValueError(f"config.data.train: {source!r} holds no record")
+        streams = getattr(order, "num_streams", process_count)
+        if batch_size % streams or streams % process_count:
+            raise ValueError(
+                f"an order of {streams} streams: expected a divisor of the batch size "
+                f"{batch_size} and a multiple of the {process_count} processes"
+            )
         if num_workers is None:
             num_workers = workers.default_num_workers()
         if order is None:

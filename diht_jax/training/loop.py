@@ -17,9 +17,10 @@ from absl import logging
 from etils import epath
 
 from diht_jax import sharding
-from diht_jax.config import default_config, duration_in_steps, patch_dropout_steps, validate_config
+from diht_jax.config import default_config, validate_config
 from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.order import make_order
 from diht_jax.data.pipeline import TrainIterator, check_is_set, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.data.records.vocabulary import vocabulary_sizes
@@ -27,6 +28,7 @@ from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
 from diht_jax.progress import ProgressBar
 from diht_jax.training.config_ranges import check_ranges
+from diht_jax.training.durations import duration_in_steps, patch_dropout_steps
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.metrics import (
@@ -51,6 +53,7 @@ from diht_jax.training.task_evaluation import (
 from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.resume_checks import (
+    bind_order,
     check_hosts_agree,
     check_hosts_share_config,
     check_same_data,
@@ -97,6 +100,8 @@ def train(
         # while the last checkpoint is still being written or copied.
         stop_request = stack.enter_context(StopRequest())
         workdir = stack.enter_context(open_workdir(workdir, config.checkpoint.staging))
+        config = check_together(lambda: bind_order(config, workdir))
+        check_hosts_share_config(config)
         check_together(lambda: check_same_run(config, workdir))
         write_config(workdir, config)
         run = Run(config, workdir, devices)
@@ -128,6 +133,8 @@ class Run:
         self.program = TrainProgram(
             with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
         )
+        order = make_order(source, config.data.order, config.data, config.seed, jax.process_count())
+        logging.info("order: %s", order.describe(config.data.batch_size))
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())
         self.mesh, self.arch = self.program.mesh, self.program.arch
         self.iterator = TrainIterator(
@@ -151,6 +158,7 @@ class Run:
             process_count=jax.process_count(),
             on_bad_record=config.data.on_bad_record,
             max_in_flight_gib=config.data.max_in_flight_gib,
+            order=order,
         )
         self.batches = BatchWait(self.iterator)
         self.fingerprint = fingerprint_records(source)

@@ -6,6 +6,7 @@ Start-up is `diht_jax.distributed`'s.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from jax.experimental import multihost_utils
 from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
 
 _LONGEST_TEXT_BYTES = 4096
+
+Checked = TypeVar("Checked")
 
 
 def gather_texts(text: str, longest_bytes: int = _LONGEST_TEXT_BYTES) -> list[str]:
@@ -37,22 +40,25 @@ def first_text(text: str | None) -> str | None:
     return next(filter(None, gather_texts(text or "")), None)
 
 
-def check_together(check: Callable[[], None]) -> None:
+def check_together(check: Callable[[], Checked]) -> Checked:
     """Runs a check in every process; where it fails in one of them, all of them raise.
+
+    Returns:
+        What the check of this process returned.
 
     Raises:
         ValueError: with the text of the first one's; a `TemporaryError` where that one may be
             gone the next time.
     """
-    problem, cause = None, None
+    problem, cause, result = None, None, None
     try:
-        check()
+        result = check()
     except ValueError as error:
         is_lasting = exit_status(error) == LASTING_EXIT_CODE
         problem, cause = f"{'lasting' if is_lasting else 'temporary'}:{error}", error
     problem = first_text(problem)
     if problem is None:
-        return
+        return result
     if jax.process_count() == 1:
         raise cause
     kind, _, text = problem.partition(":")

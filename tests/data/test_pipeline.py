@@ -6,6 +6,7 @@ import io
 import os
 import signal
 
+import grain
 import numpy as np
 import pytest
 from absl import logging
@@ -16,6 +17,7 @@ from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
 from diht_jax.data.input import sub_batches
 from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.order import BlockOrder
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.schema import Record, decode_record, encode_record
 from diht_jax.data.tokenizer import tokenize
@@ -90,6 +92,55 @@ def test_every_epoch_holds_each_record_once_in_a_new_order():
     for epoch in epochs:
         assert sorted(epoch) == list(range(23))
     assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
+    """What all runs have had so far; one of them may go on at any time."""
+    source = Textured()
+    graph = grain.MapDataset.source(source).seed(17).shuffle().repeat().random_map(DECODE)
+    batches = TrainIterator(source, DECODE, batch_size=4, seed=17, num_workers=0)
+    for step, batch in enumerate(take(batches, 6)):
+        expected = [graph[4 * step + row] for row in range(4)]
+        np.testing.assert_array_equal(batch["images"], [e["images"] for e in expected])
+        np.testing.assert_array_equal(batch["tokens"], [e["tokens"] for e in expected])
+
+
+def in_blocks(size, streams=4):
+    """An order in blocks of three, with one record left in a block of its own where it must be."""
+    starts = np.array([*range(0, size, 3), size])
+    return BlockOrder(starts, 0, num_streams=streams, window_blocks=2)
+
+
+def test_blocks_hold_each_record_once_an_epoch():
+    order = numbers(take(iterator(order=in_blocks(23)), 23))
+    epochs = [order[start : start + 23] for start in range(0, 92, 23)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4, 64])
+def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count):
+    def batches(process_index, process_count):
+        return TrainIterator(
+            Textured(),
+            DECODE,
+            batch_size=64,
+            seed=2,
+            num_workers=0,
+            order=in_blocks(9, streams=64),
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+    whole = take(batches(0, 1), 2)
+    state = {"next_example": 64}
+    for process in range(0, process_count, max(1, process_count // 4)):
+        part = batches(process, process_count)
+        part.set_state(state)
+        (found,) = take(part, 1)
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, whole[1][name][process::process_count])
+        assert part.get_state() == {"next_example": 128}
 
 
 def test_images_and_tokens_belong_together():
@@ -171,6 +222,10 @@ def test_an_unreadable_image_names_its_record():
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="no multiple of the 3 processes"):
         iterator(process_count=3)
+    with pytest.raises(ValueError, match="an order of 3 streams: expected a divisor of the batch"):
+        iterator(order=in_blocks(23, streams=3))
+    with pytest.raises(ValueError, match="order of 1 streams: .* multiple of the 2 processes"):
+        iterator(order=in_blocks(23, streams=1), process_count=2)
     with pytest.raises(ValueError, match="holds no record"):
         TrainIterator([], DECODE, batch_size=4, seed=0, num_workers=0)
     with pytest.raises(ValueError, match="config.data.train is not set"):

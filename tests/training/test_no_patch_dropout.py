@@ -9,7 +9,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from diht_jax import command_line
-from diht_jax.config import default_config, patch_dropout_steps, validate_config
+from diht_jax.config import default_config, validate_config
+from diht_jax.training.durations import patch_dropout_steps
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.workdir.config_file import read_config, write_config

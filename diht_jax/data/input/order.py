@@ -49,7 +49,7 @@ def make_order(
 
     Args:
         records: with a length, and with `block_starts` for blocks.
-        order: one of `ORDERS`.
+        order: of `ORDERS`, or "auto".
         data: the section `config.data`.
         seed: of the permutations.
         process_count: how many hosts read it together.
@@ -57,7 +57,7 @@ def make_order(
     Raises:
         ValueError: numbers in `data` that do not fit each other or the hosts.
     """
-    if order == "global":
+    if resolve_order(order, getattr(records, "paths", None)) == "global":
         return GlobalOrder(len(records), seed)
     return BlockOrder(
         records.block_starts(data.block_records),

@@ -15,6 +15,8 @@ from diht_jax.config import default_config, rename_old_keys
 from diht_jax.data.atomic_file import write_atomically
 
 CONFIG_FILE = "config.json"
+# What older versions did, where it is not what the default of a newer key does.
+_BEFORE = {"data": {"order": "global"}}
 
 
 def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -> None:
@@ -31,10 +33,11 @@ def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -
 
 
 def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
-    """The config that `write_config` left, with the defaults of keys that it lacks.
+    """The config that `write_config` left, with values for the keys that it lacks.
 
-    Keys are missing where an older version of the code wrote the file; their defaults are what
-    that version did. Keys that were renamed since get their new names.
+    Keys are missing where an older version of the code wrote the file; they get what that version
+    did, which is the default but for those in `_BEFORE`. Keys that were renamed since get their new
+    names.
 
     Raises:
         ValueError: the file is missing or is no JSON.
@@ -49,6 +52,8 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     if not isinstance(written, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(written).__name__}")
     defaults = json.loads(default_config().to_json_best_effort())
+    for section, values in _BEFORE.items():
+        defaults[section].update(values)
     try:
         config = ml_collections.ConfigDict(_completed(written, defaults))
         rename_old_keys(config)

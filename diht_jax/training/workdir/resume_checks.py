@@ -14,6 +14,7 @@ import ml_collections
 from absl import logging
 from etils import epath
 
+from diht_jax.data.input.order import resolve_order
 from diht_jax.data.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.training.multihost import gather_texts
 from diht_jax.training.objectives.registry import TERMS
@@ -59,6 +60,26 @@ _OWN_OF_A_HOST = (
     "evaluation.tasks",
 )
 _LONGEST_CONFIG_BYTES = 2**16
+
+
+def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The config with the order of the examples in place of "auto".
+
+    A run that is there already goes on in its own order, also when its data has moved to or from an
+    object store.
+
+    Raises:
+        ValueError: `config.data.order` has no such value.
+    """
+    order = resolve_order(config.data.order, config.data.train)
+    if config.data.order == order:
+        return config
+    if (workdir / CONFIG_FILE).exists():
+        stored = read_config(workdir).data
+        order = resolve_order(stored.order, stored.train)
+    config = config.copy_and_resolve_references()
+    config.data.order = order
+    return config
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:

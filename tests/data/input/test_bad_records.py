@@ -14,6 +14,7 @@ from diht_jax.config import default_config
 from diht_jax.data import retries
 from diht_jax.data.input.bad_records import MAX_IN_A_ROW, CheckedExamples
 from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.order import make_order
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordError, TFRecordWriter
@@ -37,14 +38,18 @@ def shard(tmp_path_factory) -> pathlib.Path:
     return path
 
 
-def read(shard, mode, num_workers=0):
+def read(shard, mode, num_workers=0, order="global"):
+    source = open_records(str(shard))
+    data = default_config().data
+    data.update(batch_size=8, block_records=3, window_blocks=2)
     iterator = TrainIterator(
-        open_records(str(shard)),
+        source,
         DECODE,
         batch_size=8,
         seed=1,
         num_workers=num_workers,
         on_bad_record=mode,
+        order=make_order(source, order, data, seed=1),
     )
     try:
         batches = [next(iterator) for _ in range(3)]
@@ -53,16 +58,19 @@ def read(shard, mode, num_workers=0):
     return np.array([batch["images"][:, 0, 0, 0] for batch in batches]), iterator.skipped_records
 
 
-def test_skipping_is_counted_and_the_same_with_worker_processes(shard, monkeypatch):
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_skipping_is_counted_and_the_same_with_worker_processes(shard, monkeypatch, order):
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    values, skipped_records = read(shard, "skip")
+    values, skipped_records = read(shard, "skip", order=order)
     assert values.shape == (3, 8)
     assert set(values.flatten().tolist()) == set(range(24)) - BAD.keys()
     assert skipped_records >= len(BAD)
     for number in BAD:
         assert any(f"{shard}: record {number}: " in text for text in said)
     assert any("'key3'" in text for text in said)
+    if order == "blocks":
+        return  # workers take the rows from the same function
     in_workers, counted = read(shard, "skip", num_workers=2)
     np.testing.assert_array_equal(in_workers, values)
     assert counted == skipped_records

@@ -6,7 +6,8 @@ import pickle
 import numpy as np
 import pytest
 
-from diht_jax.data.input.order import BlockOrder, GlobalOrder
+from diht_jax.config import default_config
+from diht_jax.data.input.order import BlockOrder, GlobalOrder, count_streams, resolve_order
 
 # Records, block, streams, window: odd numbers, streams without a record, one block, one stream.
 SHAPES = [
@@ -164,3 +165,44 @@ def test_wrong_blocks_are_refused():
             BlockOrder(np.array(starts), 0, num_streams=1, window_blocks=1)
     with pytest.raises(ValueError, match="num_streams=0, window_blocks=1: expected at least 1"):
         BlockOrder(np.array([0, 4]), 0, num_streams=0, window_blocks=1)
+
+
+def section(**values):
+    config = default_config().data
+    config.update(values)
+    return config
+
+
+def test_streams_divide_the_batch_and_hosts_divide_the_streams():
+    assert count_streams(section()) == 1024
+    assert count_streams(section(batch_size=48), process_count=3) == 48
+    with pytest.raises(ValueError, match=r"num_streams=1000 does not divide .*=65536; .* is 512$"):
+        count_streams(section(num_streams=1000))
+    with pytest.raises(ValueError, match="num_streams=1024 is no multiple of the 3 processes"):
+        count_streams(section(batch_size=3072), process_count=3)
+
+
+def test_auto_takes_blocks_where_the_data_has_a_url():
+    cases = [
+        ("auto", "/data/kept", "global"),
+        ("auto", "gs://bucket/kept", "blocks"),
+        ("auto", ["/data/kept", "s3://bucket/kept"], "blocks"),
+        ("auto", None, "global"),
+        ("global", "gs://bucket/kept", "global"),
+        ("blocks", "/data/kept", "blocks"),
+    ]
+    for order, train, expected in cases:
+        assert resolve_order(order, train) == expected
+    with pytest.raises(
+        ValueError, match="config.data.order='random': expected 'auto', 'global' or"
+    ):
+        resolve_order("random", None)
+
+
+def test_the_log_has_the_mixing_pool():
+    order = BlockOrder(np.arange(2**17 + 1) * 256, 0, num_streams=1024, window_blocks=16)
+    text = order.describe(65536)
+    assert "131,072 blocks of 256 records" in text
+    assert "1024 streams with windows of 16 blocks mix a pool of 4,194,304 of 33,554,432" in text
+    assert "a row's block has 3.9 other rows of its batch" in text
+    assert GlobalOrder(1000, 0).describe(8) == "every epoch is a permutation of all 1,000 records"

@@ -1,9 +1,20 @@
-"""Hosts of one job with different configs: the texts that they exchange are injected here."""
+"""What a run may be resumed with, and hosts of one job with different configs.
+
+The texts that hosts exchange are injected here.
+"""
+
+import json
 
 import pytest
+from etils import epath
 
 from diht_jax.training.workdir import resume_checks
-from diht_jax.training.workdir.resume_checks import check_hosts_share_config
+from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config, write_config
+from diht_jax.training.workdir.resume_checks import (
+    bind_order,
+    check_hosts_share_config,
+    check_same_run,
+)
 
 
 @pytest.fixture
@@ -74,3 +85,48 @@ def test_equal_configs_and_paths_of_their_own_are_fine(check_job):
     own = {"data.train": "/local/1", "checkpoint.staging": "/tmp/1", "data.num_workers": 3}
     assert check_job({}, {}) == [None, None]
     assert check_job({}, own) == [None, None]
+
+
+def begun_run(config, tmp_path):
+    """A work directory with a checkpoint of a run of this config."""
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    write_config(tmp_path, config)
+    return epath.Path(tmp_path)
+
+
+def test_auto_goes_on_in_the_order_of_the_run(config, tmp_path):
+    config.data.train = "/data/kept"
+    empty = epath.Path(tmp_path)
+    assert bind_order(config, empty).data.order == "global"
+    assert config.data.order == "auto"
+    config.data.train = "gs://bucket/kept"
+    assert bind_order(config, empty).data.order == "blocks"
+    # The data has moved since.
+    workdir = begun_run(bind_order(config, empty), tmp_path)
+    config.data.train = "/data/kept"
+    assert bind_order(config, workdir).data.order == "blocks"
+    check_same_run(bind_order(config, workdir), workdir)
+    config.data.order = "global"
+    with pytest.raises(ValueError, match="another config; changed: data.order"):
+        check_same_run(bind_order(config, workdir), workdir)
+
+
+def test_a_run_of_an_older_version_goes_on_in_the_global_order(config, tmp_path):
+    workdir = begun_run(config, tmp_path)
+    stored = json.loads((tmp_path / CONFIG_FILE).read_text())
+    for key in ("order", "block_records", "num_streams", "window_blocks"):
+        del stored["data"][key]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(stored))
+    config.data.train = "gs://bucket/kept"
+    assert read_config(workdir).data.order == "global"
+    assert bind_order(config, workdir).data.order == "global"
+    check_same_run(bind_order(config, workdir), workdir)
+
+
+@pytest.mark.parametrize("key", ["block_records", "num_streams", "window_blocks"])
+def test_another_shape_of_the_blocks_is_another_run(config, tmp_path, key):
+    config.data.order = "blocks"
+    workdir = begun_run(config, tmp_path)
+    config.data[key] *= 2
+    with pytest.raises(ValueError, match=f"another config; changed: data.{key}"):
+        check_same_run(config, workdir)
