@@ -1,4 +1,4 @@
-"""The training input: TFRecord shards -> shuffled, decoded, tokenized uint8 batches (grain).
+"""The training input: record shards -> shuffled, decoded, tokenized uint8 batches (grain).
 
 The order of examples is a function of (seed, position) alone: it does not depend on workers, hosts
 or devices, so that a run can be continued anywhere.
@@ -24,7 +24,8 @@ from diht_jax.data.input.in_flight import InFlight
 from diht_jax.data.input.mixing import OrderedRecords
 from diht_jax.data.input.order import BlockOrder, GlobalOrder
 from diht_jax.data.input.sub_batches import SubBatches, join_parts
-from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.data.records.formats import registry as formats
+from diht_jax.data.records.sharded import ShardedRecords
 
 # Deaths of decoding workers, without a batch between them, that a run survives.
 MAX_RESTARTS = 3
@@ -98,6 +99,7 @@ class TrainIterator:
         if order is None:
             order = GlobalOrder(len(source), seed)
         self._records = OrderedRecords(source, order)
+        decode = decode.for_source(self._records)
         self._checked = CheckedExamples(
             grain.MapDataset.source(self._records).random_map(decode, seed=_crop_seed(seed)),
             self._records.describe,
@@ -311,12 +313,21 @@ def check_is_set(train: str | Sequence[str] | None) -> None:
     """Raises ValueError where `config.data.train` is empty."""
     if not train:
         raise ValueError(
-            "config.data.train is not set: expected a directory, a glob or a list of TFRecord "
+            "config.data.train is not set: expected a directory, a glob or a list of record "
             "shards, such as --config.data.train=/data/kept (written by data_prep.filter)"
         )
 
 
-def open_records(train: str | Sequence[str] | None) -> TFRecordSource:
-    """The records of `config.data.train`: a directory, a glob, or a list of shards."""
+def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
+    """The records of `config.data.train`: a directory, a glob, or a list of shards.
+
+    Raises:
+        ValueError: it is not set, or leads to no shards, to those of several formats, or to a
+            compressed tar.
+    """
     check_is_set(train)
-    return TFRecordSource(train)
+    try:
+        form = formats.format_of(train)
+    except ValueError as error:
+        raise ValueError(f"config.data.train: {error}") from error
+    return formats.FORMATS[form].source(train)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -53,6 +55,13 @@ class DecodeExample(grain.transforms.RandomMap):
         self._fast_decode = fast_decode
         self._num_concepts = num_concepts
         self._vocabulary_sizes = vocabulary_sizes
+        self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
+
+    def for_source(self, source: Any) -> DecodeExample:
+        """The same for the elements of a source that has a form of its own, its `decode`."""
+        other = copy.copy(self)
+        other.decode_record = getattr(source, "decode", schema.decode_record)
+        return other
 
     @property
     def example_bytes(self) -> int:
@@ -64,7 +73,7 @@ class DecodeExample(grain.transforms.RandomMap):
         """Decodes one record.
 
         Args:
-            element: a serialised `tf.train.Example`.
+            element: a serialised `tf.train.Example`, or what the source has instead of it.
             rng: decides the crop.
 
         Returns:
@@ -77,7 +86,7 @@ class DecodeExample(grain.transforms.RandomMap):
             ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
                 record's key.
         """
-        record = schema.decode_record(element)
+        record = self.decode_record(element)
         if self._num_concepts and self._vocabulary_sizes is not None:
             self._check_ids(record)
         try:

@@ -21,6 +21,8 @@ class OrderedRecords(Sequence[bytes]):
         """
         self._records = records
         self._order = order
+        # Of the form that the source's elements have.
+        self.decode = getattr(records, "decode", schema.decode_record)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -31,7 +33,7 @@ class OrderedRecords(Sequence[bytes]):
 
     def key(self, position: int) -> str:
         """The key of the record at a position."""
-        return schema.decode_record(self[position]).key
+        return self.decode(self[position]).key
 
     def record_number(self, position: int) -> int:
         """The number of the record in the whole source."""

@@ -31,8 +31,6 @@ __all__ = [
     "IMAGE_EXTENSIONS",
     "MAX_IMAGE_BYTES",
     "SOURCE_REASONS",
-    "ExpansionCheck",
-    "ExpansionError",
     "Format",
     "Skipped",
     "SourceShard",
@@ -70,11 +68,6 @@ _UNSUPPORTED_EXTENSIONS = (
     *("heic", "heif", "jxl", "svg", "svgz", "psd", "ico", "tga", "eps", "hdr", "exr", "dng"),
     *("cr2", "nef", "arw", "raw", "wmf", "emf", "xcf", "pcx", "dds", "jxr", "mng"),
 )
-# A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
-# compressed already.
-_UNPACKED_BYTES = 2**30
-_MAX_EXPANSION = 200
-
 # Why a reader skips an entry, in the order of a funnel. "too_large" is the image's reason.
 SOURCE_REASONS = (
     "bad_row",
@@ -206,36 +199,6 @@ def held_bytes(entry: Pair | Skipped) -> int:
         elif isinstance(value, list | tuple):
             values += value
     return total
-
-
-class ExpansionError(ValueError):
-    """A file unpacks to far more than it takes; names it."""
-
-
-class ExpansionCheck:
-    """Notices a file that would fill any memory, or go on for ever, once it is unpacked."""
-
-    def __init__(self, path: str):
-        self._path = path
-        self._limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * os.path.getsize(path))
-        self._total = 0
-
-    def add(self, num_bytes: int) -> None:
-        """Counts unpacked bytes.
-
-        Raises:
-            ExpansionError: there are too many by now.
-        """
-        self.check(self._total + num_bytes)
-
-    def check(self, total_bytes: int) -> None:
-        """The same, given the bytes so far."""
-        self._total = total_bytes
-        if total_bytes > self._limit:
-            raise ExpansionError(
-                f"{self._path}: unpacks to over {self._limit >> 20} MiB, more than "
-                f"{_MAX_EXPANSION} times its size; no file of pictures does"
-            )
 
 
 def read_image(root: str, name: str, key: str) -> bytes | Skipped:

@@ -15,7 +15,6 @@ from typing import Any
 from diht_jax.data.readers.base import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
-    ExpansionCheck,
     Format,
     Skipped,
     SourceShard,
@@ -24,6 +23,7 @@ from diht_jax.data.readers.base import (
     parse_json_object,
     pick_captions,
 )
+from diht_jax.data.records.formats.tar_members import ExpansionCheck
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.retries import StorageError, check_failure, open_file
 
@@ -102,7 +102,7 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
     number = 0
-    expansion = ExpansionCheck(source.path)
+    expansion = ExpansionCheck(source.path, os.path.getsize(source.path))
     with explain_errors(source.path, lambda: f"damaged at row {number}"):
         for row in read_rows(file):
             key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"

@@ -1,39 +1,22 @@
 """Webdataset tars, as img2dataset writes them: `KEY.jpg`, `KEY.txt` and `KEY.json` in a row.
 
-How archives are read, damaged ones too, is the matter of `tar_files.py`.
+What the members mean is the matter of `records/formats/tar_samples.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from diht_jax.data.readers.base import (
-    IMAGE_EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    Format,
-    Skipped,
-    clean_text,
-    parse_json_object,
-)
-from diht_jax.data.readers.tar_files import read_members
-from diht_jax.data.records.samples import take_caption
+from diht_jax.data.readers.base import IMAGE_EXTENSIONS, Format, Skipped
+from diht_jax.data.records.formats import tar_samples
+from diht_jax.data.records.formats.tar_members import read_members
 from diht_jax.data.records.schema import Pair
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
-_TEXT_EXTENSIONS = ("txt", "json")
-_SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
-    _TEXT_EXTENSIONS, 2**24
-)
-
 
 def read_tar(path: str) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of one tar, in its order.
-
-    Members that follow each other with the same name up to the first dot of the base name are one
-    entry, as webdataset groups them. The caption is the `txt`, or else "caption" of the `json`,
-    whose other fields become the metadata. Members of other kinds are ignored.
+    """Yields the pairs of one tar, in its order, as `tar_samples.make_pair` makes them.
 
     Args:
         path: of the archive, plain or compressed with gzip.
@@ -41,35 +24,9 @@ def read_tar(path: str) -> Iterator[Pair | Skipped]:
     Raises:
         ValueError: the archive is damaged, cut off, or several in one file.
     """
-    seen: set[str] = set()
-    for key, members in read_groups(path, _limit_of):
-        if key in seen:
-            yield Skipped(key, "duplicate", "the key was there before")
-            continue
-        seen.add(key)
-        yield _make_pair(key, members)
-
-
-def _make_pair(key: str, members: list[tuple[str, bytes | None]]) -> Pair | Skipped:
-    images = [data for extension, data in members if extension in IMAGE_EXTENSIONS]
-    texts = dict(member for member in members if member[0] in _TEXT_EXTENSIONS)
-    names = [extension for extension, _ in members]
-    if not images:
-        return Skipped(key, "no_image", f"found only {', '.join(names)}")
-    if len(images) > 1 or len(set(names)) < len(names):
-        return Skipped(key, "duplicate", f"found {', '.join(names)}")
-    if images[0] is None:
-        return Skipped(key, "too_large", f"an image file of over {MAX_IMAGE_BYTES} bytes")
-    metadata: dict[str, Any] = {}
-    if texts.get("json"):
-        try:
-            metadata = parse_json_object(texts["json"])
-        except ValueError as error:
-            return Skipped(key, "bad_json", str(error))
-    caption, metadata = take_caption(texts.get("txt"), metadata)
-    if caption is None:
-        return Skipped(key, "no_caption", "neither a txt nor a json has one")
-    return Pair(key, images[0], caption, metadata)
+    members = read_members(path, tar_samples.size_limit)
+    for _, entry in tar_samples.make_pairs(tar_samples.group_members(members)):
+        yield entry
 
 
 def read_groups(
@@ -86,39 +43,9 @@ def read_groups(
         Contents are None where they are over the limit, and of a second image or a second member
         with the same extension of a key.
     """
-
-    def size_limit(name: str) -> int | None:
-        stem, extension = _split_name(name)
-        return limit_of(extension) if stem else None
-
-    key, members, has_image = None, [], False
-    for name, data in read_members(path, size_limit):
-        stem, extension = _split_name(name)
-        if stem != key:
-            if members:
-                yield key, members
-            key, members, has_image = stem, [], False
-        is_image = extension in IMAGE_EXTENSIONS
-        if (is_image and has_image) or extension in dict(members):
-            data = None
-        has_image |= is_image
-        members.append((extension, data))
-    if members:
-        yield key, members
-
-
-def _limit_of(extension: str) -> int | None:
-    # An extension of several parts ("mask.png") makes it another kind of member, but still one to
-    # be named.
-    if extension.rpartition(".")[2] not in _SIZE_LIMITS:
-        return None
-    return _SIZE_LIMITS.get(extension, 0)
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (clean_text(f"{folder}{slash}{stem}") if stem else ""), extension.lower()
+    members = read_members(path, lambda name: tar_samples.size_limit(name, limit_of))
+    for sample in tar_samples.group_members(members):
+        yield sample.key, sample.members
 
 
 def count_images(path: str) -> int | None:

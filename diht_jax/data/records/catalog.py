@@ -37,10 +37,11 @@ Share = Callable[[Callable[[], bytes]], bytes]
 # Both `name-00000.tfrecord` and TFDS's default `name.tfrecord-00000-of-00010`.
 _NAMES = {
     "tfrecord": re.compile(r"[^.].*\.tfrecord(-\d{5,}(-of-\d{5,})?)?"),
+    "array_record": re.compile(r"[^.].*\.array_record(-\d{5,}(-of-\d{5,})?)?"),
     "tar": re.compile(r"[^.].*\.tar"),
 }
-_NOUNS = {"tfrecord": "TFRecord shard", "tar": "tar"}
-_EXPECTED = {"tfrecord": "*.tfrecord", "tar": "*.tar"}
+_NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "tar": "tar"}
+_EXPECTED = {"tfrecord": "*.tfrecord", "array_record": "*.array_record", "tar": "*.tar"}
 _LENGTH = struct.Struct("<Q")
 _NAMES_SHOWN = 3
 

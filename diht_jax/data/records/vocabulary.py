@@ -26,8 +26,8 @@ from typing import Any
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.dataset_info import STATS_SUFFIX
+from diht_jax.data.records.formats.registry import find_shards
 from diht_jax.data.records.remote import exists, read_bytes
-from diht_jax.data.records.tfrecord import find_shards
 
 KINDS = ("objects", "attributes")
 # In the statistics of a labelled shard, under "counts".

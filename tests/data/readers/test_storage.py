@@ -11,8 +11,8 @@ import pyarrow.parquet
 import pytest
 
 from diht_jax.data import retries
-from diht_jax.data.readers import base
 from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.formats import tar_members
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 from tests.data.readers.failing_disk import FailingDisk
@@ -137,7 +137,7 @@ def test_a_damaged_file_is_not_taken_for_a_bad_disk(tmp_path):
 
 
 def test_a_small_parquet_of_giant_rows_is_refused_row_by_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "_UNPACKED_BYTES", 2**24)
+    monkeypatch.setattr(tar_members, "_UNPACKED_BYTES", 2**24)
     zeros, count = bytes(2**22), 1000
     path = tmp_path / "bomb.parquet"
     table = pyarrow.table({"jpg": [zeros], "txt": ["x"]}).take([0] * 64)
@@ -155,7 +155,7 @@ def test_a_small_parquet_of_giant_rows_is_refused_row_by_row(tmp_path, monkeypat
 
 
 def test_a_small_tar_of_giant_members_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(base, "_UNPACKED_BYTES", 2**22)
+    monkeypatch.setattr(tar_members, "_UNPACKED_BYTES", 2**22)
     path = tmp_path / "bomb.tar.gz"
     zeros = bytes(2**20)
     with tarfile.open(path, "w:gz") as tar:

@@ -1,7 +1,7 @@
 """The members of a tar, read from front to back, with nothing lost in silence and nothing trusted.
 
 Nothing is ever written to disk, so that no path in an archive can do harm. What the members mean
-belongs to the callers.
+belongs in `tar_samples.py`.
 
 Python's `tarfile` believes the headers: it reserves whatever size an extended header claims,
 searches it with patterns that take quadratic time, goes backwards at a negative size, and takes a
@@ -12,12 +12,18 @@ that unpacks to far more than it takes.
 from __future__ import annotations
 
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
 
-from diht_jax.data.readers.base import ExpansionCheck, ExpansionError
-from diht_jax.data.retries import check_failure, open_file
+from diht_jax.data.retries import StorageError, check_failure, open_file
+
+# A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
+# compressed already.
+_UNPACKED_BYTES = 2**30
+_MAX_EXPANSION = 200
 
 # Names of 4,096 bytes and some attributes; `tarfile` needs a second to search so many digits.
 _MAX_EXTENDED_BYTES = 2**14
@@ -33,18 +39,63 @@ _BROKEN = (
 )
 
 
-def read_members(
-    path: str, size_limit: Callable[[str], int | None]
-) -> Iterator[tuple[str, bytes | None]]:
+class ExpansionError(ValueError):
+    """A file unpacks to far more than it takes; names it."""
+
+
+class ExpansionCheck:
+    """Notices a file that would fill any memory, or go on for ever, once it is unpacked."""
+
+    def __init__(self, path: str, num_bytes: int):
+        """Begins to count.
+
+        Args:
+            path: of the file, for the message.
+            num_bytes: its size.
+        """
+        self._path = path
+        self._limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * num_bytes)
+        self._total = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Counts unpacked bytes.
+
+        Raises:
+            ExpansionError: there are too many by now.
+        """
+        self.check(self._total + num_bytes)
+
+    def check(self, total_bytes: int) -> None:
+        """The same, given the bytes so far."""
+        self._total = total_bytes
+        if total_bytes > self._limit:
+            raise ExpansionError(
+                f"{self._path}: unpacks to over {self._limit >> 20} MiB, more than "
+                f"{_MAX_EXPANSION} times its size; no file of pictures does"
+            )
+
+
+class Member(NamedTuple):
+    """An ordinary file in an archive.
+
+    Attributes:
+        offset: of its first header, in the archive (unpacked, if it is compressed).
+        name: with its folders.
+        data: its contents; None where they are over the limit, empty where they were not wanted.
+    """
+
+    offset: int
+    name: str
+    data: bytes | None
+
+
+def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator[Member]:
     """Yields the ordinary files of an archive, in its order.
 
     Args:
         path: of the archive, plain or compressed.
         size_limit: of a name, the bytes up to which the contents are wanted; None skips the
             member.
-
-    Returns:
-        Names and contents; None in place of contents over the limit.
 
     Raises:
         ValueError: the archive is damaged, cut off, goes on behind its end, or unpacks to far more
@@ -53,9 +104,44 @@ def read_members(
         FileNotFoundError: there is none.
     """
     file = open_file(path)
+    with file:
+        try:
+            yield from walk_members(file, path, size_limit, mode="r:*")
+        except ValueError:
+            check_failure(file)  # the archive itself may be good
+            raise
+
+
+def walk_members(
+    file: BinaryIO,
+    path: str,
+    size_limit: Callable[[str], int | None],
+    *,
+    mode: str = "r:",
+    is_piece: bool = False,
+    is_divisible: bool = False,
+    is_read: Callable[[str], bool] = lambda name: True,
+) -> Iterator[Member]:
+    """Yields the ordinary files of an open archive, in its order.
+
+    Args:
+        file: the archive, or a piece of one, open for reading and seeking.
+        path: of the archive, for messages.
+        size_limit: as of `read_members`.
+        mode: of `tarfile.open`; "r:" for an archive that is not compressed.
+        is_piece: whether the end marker may be missing.
+        is_divisible: whether the members must mean the same when they are read one by one.
+        is_read: of a name, whether the contents within the limit are read.
+
+    Raises:
+        ValueError: as of `read_members`.
+    """
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    expansion, contents = ExpansionCheck(path, num_bytes), ExpansionCheck(path, num_bytes)
     try:
-        with file, tarfile.open(path, "r:*", fileobj=file, tarinfo=_BoundedInfo) as tar:
-            position, expansion, contents = -1, ExpansionCheck(path), ExpansionCheck(path)
+        with tarfile.open(path, mode, fileobj=file, tarinfo=_BoundedInfo) as tar:
+            position = -1
             while (member := tar.next()) is not None:
                 tar.members.clear()  # kept for random access, which nobody needs here
                 if tar.offset <= position:
@@ -69,12 +155,19 @@ def read_members(
                 # The size is checked first: a sparse member may claim terabytes of zeros.
                 is_wanted = 0 <= member.size <= limit
                 contents.add(member.size if is_wanted else 0)
-                yield member.name, tar.extractfile(member).read() if is_wanted else None
-            _check_end(tar)
+                data = None
+                if is_wanted:
+                    data = tar.extractfile(member).read() if is_read(member.name) else b""
+                yield Member(member.offset, member.name, data)
+            _check_end(tar, is_piece)
+            if is_divisible and tar.pax_headers.keys() - {"comment"}:
+                names = ", ".join(sorted(tar.pax_headers))
+                raise tarfile.ReadError(f"it has a global header ({names}), so has no index")
     except ExpansionError:
         raise
+    except StorageError:
+        raise
     except _BROKEN as error:
-        check_failure(file)  # the archive itself may be good
         raise ValueError(
             f"{path}: the tar archive cannot be read to its end ({type(error).__name__}: {error}); "
             "download or write it again"
@@ -96,11 +189,11 @@ class _BoundedInfo(tarfile.TarInfo):
         return info
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
+def _check_end(tar: tarfile.TarFile, is_piece: bool) -> None:
     """Raises if the archive goes on or breaks off here; reads a compressed file to its checksum."""
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
+    if len(block) < tarfile.BLOCKSIZE and not (is_piece and not block):
         raise tarfile.ReadError(f"cut off at byte {tar.offset}, where an end marker should be")
     if any(block):
         raise tarfile.ReadError(f"damaged member header at byte {tar.offset}")

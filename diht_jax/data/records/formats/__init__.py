@@ -1,0 +1,1 @@
+"""Shards of other formats than our TFRecords: webdataset tars and ArrayRecord."""

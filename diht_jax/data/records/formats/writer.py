@@ -1,0 +1,95 @@
+"""What the writers of all formats share: a shard appears whole, at `close`, or not at all."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from diht_jax.data.atomic_file import temporary_path
+
+
+class ShardWriter:
+    """Writes one shard; use it as a context manager, as `TFRecordWriter`.
+
+    A format gives `_open`, `_append` and `_finish`. Bytes go to a temporary name in the same
+    folder, are synced to disk and then renamed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Opens the temporary file.
+
+        Args:
+            path: of the shard; its folder must exist.
+        """
+        self.path = pathlib.Path(path)
+        self._temporary = temporary_path(self.path)
+        self._count = 0
+        self._is_open = True
+        self._open(self._temporary)
+
+    def write(self, data: bytes) -> None:
+        """Appends one record.
+
+        Args:
+            data: the record, such as `schema.encode_record` gives.
+        """
+        self._append(data)
+        self._count += 1
+
+    def __len__(self) -> int:
+        """Records written so far."""
+        return self._count
+
+    def close(self) -> None:
+        """Syncs and renames; a second call does nothing."""
+        if not self._is_open:
+            return
+        try:
+            self._finish()
+            self._is_open = False
+            sync_file(self._temporary)
+            self._replace()
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Throws away what was written; nothing is left on disk."""
+        if self._is_open:
+            self._is_open = False
+            self._finish()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.discard()
+
+    def _open(self, path: pathlib.Path) -> None:
+        """Opens a file of this name."""
+        raise NotImplementedError
+
+    def _append(self, data: bytes) -> None:
+        """Writes a record into it."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Completes and closes it."""
+        raise NotImplementedError
+
+    def _replace(self) -> None:
+        """Gives the complete file its name."""
+        os.replace(self._temporary, self.path)
+
+
+def sync_file(path: pathlib.Path) -> None:
+    """Waits until a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
