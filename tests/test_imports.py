@@ -35,6 +35,7 @@ LAYERS = {
     "diht_jax.loading": 6,
     "diht_jax.command_line": 7,
     "diht_jax.distributed": 7,
+    "diht_jax.data.index": 8,
     "diht_jax.train": 8,
     "diht_jax.compile": 8,
     "diht_jax.evaluate": 8,

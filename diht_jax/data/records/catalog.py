@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -20,12 +21,16 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from diht_jax.data.records import remote
 from diht_jax.data.records.dataset_index import (
+    ANCHOR_RECORDS,
     INDEX_NAME,
-    IndexedOffsets,
+    KINDS,
     ShardTable,
     check_same,
+    damaged,
     read_table,
     rebuild_command,
 )
@@ -43,7 +48,99 @@ _NAMES = {
 _NOUNS = {"tfrecord": "TFRecord shard", "array_record": "ArrayRecord shard", "tar": "tar"}
 _EXPECTED = {"tfrecord": "*.tfrecord", "array_record": "*.array_record", "tar": "*.tar"}
 _LENGTH = struct.Struct("<Q")
+_CACHED_GROUPS = 1024  # of 64 offsets
 _NAMES_SHOWN = 3
+
+
+class IndexedOffsets:
+    """Where the records of the shards of a `dataset.index` begin and end.
+
+    A record at a multiple of 64 is found with the head alone. Others are looked up in the file: a
+    local one is memory-mapped, of one in a store 64 offsets are read at a time. It can be pickled.
+    """
+
+    def __init__(self, table: ShardTable, location: str):
+        """Reads nothing yet.
+
+        Args:
+            table: the head.
+            location: path or URL of the index.
+        """
+        self.table = table
+        self.location = location
+        self._file = None if remote.is_remote(location) else location
+        self._reset()
+
+    def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
+        """First byte and end of the records [begin, end) of a shard.
+
+        Raises:
+            TFRecordError: the index is damaged.
+        """
+        table = self.table
+        smallest, size = KINDS[table.kinds[row]], int(table.num_bytes[row])
+        start = self._offset(row, begin)
+        stop = size if end == table.num_records[row] else self._offset(row, end)
+        if not start + smallest * (end - begin) <= stop <= size:
+            name = table.names[row]
+            raise damaged(self.location, f"record {begin} of {name} would be at byte {start}")
+        return start, stop
+
+    def offsets(self, row: int) -> np.ndarray:
+        """uint64 [n], where the records of a shard begin; of a local index."""
+        return np.array(self._map()[self.table.starts[row] : self.table.starts[row + 1]])
+
+    def make_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+        """Downloads an index that lies in a store; the processes of a host share one copy.
+
+        Args:
+            cache_dir: gets the file; None is a folder of this user in the system's temporary one.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        if self._file is None:
+            self._file = remote.copy_once(
+                self.location,
+                f"dataset-{self.table.identity}.index",
+                self.table.file_bytes,
+                cache_dir,
+            )
+            self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: vars(self)[name] for name in ("table", "location", "_file")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._mapped: np.ndarray | None = None
+        self._read_group = functools.lru_cache(maxsize=_CACHED_GROUPS)(
+            functools.partial(_read_offsets, self.location, self.table.offsets_start)
+        )
+
+    def _offset(self, row: int, record: int) -> int:
+        """The first byte of a record that is not the end of its shard."""
+        group, within = divmod(record, ANCHOR_RECORDS)
+        if not within:
+            return self.table.anchor(row, group)
+        begin = int(self.table.starts[row]) + group * ANCHOR_RECORDS
+        if self._file is not None:
+            return int(self._map()[begin + within])
+        end = min(begin + ANCHOR_RECORDS, int(self.table.starts[row + 1]))
+        return int(self._read_group(begin, end)[within])
+
+    def _map(self) -> np.ndarray:
+        if self._mapped is None:
+            check_same(self._file, self.table)
+            count = int(self.table.starts[-1])
+            self._mapped = np.zeros(0, np.uint64)
+            if count:  # nothing cannot be mapped
+                start = self.table.offsets_start
+                self._mapped = np.memmap(self._file, "<u8", "r", start, (count,))
+        return self._mapped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,3 +436,11 @@ def _own_paths(entry: str, theirs: str, paths: list[str]) -> list[str] | None:
     if os.path.isdir(entry) and {os.path.dirname(path) for path in paths} == {theirs.rstrip("/")}:
         return [os.path.join(entry, os.path.basename(path)) for path in paths]
     return None
+
+
+def _read_offsets(location: str, offsets_start: int, begin: int, end: int) -> np.ndarray:
+    """Some offsets of an index in a store, numbered through all shards."""
+    data = remote.read_range(location, offsets_start + 8 * begin, offsets_start + 8 * end)
+    if len(data) != 8 * (end - begin):
+        raise damaged(location, "it is cut off")
+    return np.frombuffer(data, "<u8")

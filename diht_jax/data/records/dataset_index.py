@@ -37,7 +37,7 @@ import google_crc32c
 import numpy as np
 
 from diht_jax.data.records.format import TFRecordError
-from diht_jax.data.records.remote import copy_once, is_remote, read_range
+from diht_jax.data.records.remote import is_remote, read_range
 from diht_jax.data.retries import open_file
 
 INDEX_NAME = "dataset.index"
@@ -54,7 +54,6 @@ _MAX_SHARD_BYTES = 2**62  # so that sums of offsets and lengths fit into an int6
 # Read at first: enough for the preamble and the head of some thousands of shards.
 _FIRST_READ_BYTES = 2**20
 _MAX_HEAD_BYTES = 2**36
-_CACHED_GROUPS = 1024  # of 64 offsets
 
 
 def digest_shard(offsets: np.ndarray, head: bytes, tail: bytes) -> str:
@@ -140,6 +139,11 @@ class ShardTable:
     def identity(self) -> str:
         """32 hex digits that two indices share only where they describe the same shards."""
         return hashlib.sha256(self.head).hexdigest()[:32]
+
+    @property
+    def vocabulary(self) -> dict[str, Any] | None:
+        """What all shards are labelled with, as of `Vocabulary.describe`, where that is known."""
+        return self.facts.get("vocabulary")
 
     @property
     def offsets_start(self) -> int:
@@ -233,90 +237,6 @@ class ShardTable:
         ends = np.where(is_last, ends, np.append(anchors[1:], 0))
         if (anchors + room > ends).any():
             raise ValueError("an anchor leads out of its shard")
-
-
-class IndexedOffsets:
-    """Where the records of the shards of a `dataset.index` begin and end.
-
-    A record at a multiple of 64 is found with the head alone. Others are looked up in the file: a
-    local one is memory-mapped, of one in a store 64 offsets are read at a time. It can be pickled.
-    """
-
-    def __init__(self, table: ShardTable, location: str):
-        """Reads nothing yet.
-
-        Args:
-            table: the head.
-            location: path or URL of the index.
-        """
-        self.table = table
-        self.location = location
-        self._file = None if is_remote(location) else location
-        self._reset()
-
-    def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
-        """First byte and end of the records [begin, end) of a shard.
-
-        Raises:
-            TFRecordError: the index is damaged.
-        """
-        table = self.table
-        smallest, size = KINDS[table.kinds[row]], int(table.num_bytes[row])
-        start = self._offset(row, begin)
-        stop = size if end == table.num_records[row] else self._offset(row, end)
-        if not start + smallest * (end - begin) <= stop <= size:
-            name = table.names[row]
-            raise damaged(self.location, f"record {begin} of {name} would be at byte {start}")
-        return start, stop
-
-    def make_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
-        """Downloads an index that lies in a store; the processes of a host share one copy.
-
-        Args:
-            cache_dir: gets the file; None is a folder of this user in the system's temporary one.
-
-        Raises:
-            ValueError: there is no room for it.
-        """
-        if self._file is None:
-            self._file = copy_once(
-                self.location,
-                f"dataset-{self.table.identity}.index",
-                self.table.file_bytes,
-                cache_dir,
-            )
-            self._reset()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("table", "location", "_file")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._mapped: np.ndarray | None = None
-        self._read_group = functools.lru_cache(maxsize=_CACHED_GROUPS)(
-            functools.partial(_read_offsets, self.location, self.table.offsets_start)
-        )
-
-    def _offset(self, row: int, record: int) -> int:
-        """The first byte of a record that is not the end of its shard."""
-        group, within = divmod(record, ANCHOR_RECORDS)
-        if not within:
-            return self.table.anchor(row, group)
-        begin = int(self.table.starts[row]) + group * ANCHOR_RECORDS
-        if self._file is not None:
-            return int(self._map()[begin + within])
-        end = min(begin + ANCHOR_RECORDS, int(self.table.starts[row + 1]))
-        return int(self._read_group(begin, end)[within])
-
-    def _map(self) -> np.ndarray:
-        if self._mapped is None:
-            check_same(self._file, self.table)
-            count = int(self.table.starts[-1])
-            self._mapped = np.memmap(self._file, "<u8", "r", self.table.offsets_start, (count,))
-        return self._mapped
 
 
 def damaged(path: str, detail: str) -> TFRecordError:
@@ -419,14 +339,6 @@ def encode_head(
     arrays = np.array(columns, "<u8").tobytes() + b"".join(anchors)
     arrays += bytes(kinds.index(entry.kind) for entry in entries) + names
     return _LENGTH.pack(len(text)) + _padded(text) + _padded(arrays)
-
-
-def _read_offsets(location: str, offsets_start: int, begin: int, end: int) -> np.ndarray:
-    """Some offsets of an index in a store, numbered through all shards."""
-    data = read_range(location, offsets_start + 8 * begin, offsets_start + 8 * end)
-    if len(data) != 8 * (end - begin):
-        raise damaged(location, "it is cut off")
-    return np.frombuffer(data, "<u8")
 
 
 def _unpack_preamble(path: str, data: bytes, file_bytes: int | None) -> tuple[int, int]:

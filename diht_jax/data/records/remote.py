@@ -189,7 +189,7 @@ def count_records(path: str, size: int | None = None) -> tuple[int, int, np.ndar
     return len(offsets), size, offsets
 
 
-def find_offsets(path: str, size: int) -> np.ndarray:
+def find_remote_offsets(path: str, size: int) -> np.ndarray:
     """uint64 [n], where the records of a shard begin: of the index beside it, or by a scan."""
     offsets = _read_index(path, size)
     return _scan(path, size) if offsets is None else offsets

@@ -30,7 +30,7 @@ from diht_jax.data.records.format import (
     unframe,
     write_index,
 )
-from diht_jax.data.records.remote import count_records, find_offsets, is_remote
+from diht_jax.data.records.remote import count_records, find_remote_offsets, is_remote
 from diht_jax.data.records.sharded import ArrayOffsets, OpenShard, ShardedRecords
 
 __all__ = [
@@ -238,11 +238,8 @@ class _OpenShard(OpenShard):
     def __init__(self, shard: Shard, offsets: np.ndarray | None):
         super().__init__(shard)
         if shard.index is None:
-            if offsets is None and is_remote(self.path):
+            if offsets is None:
                 offsets = find_offsets(self.path, self.size)
-            elif offsets is None:
-                offsets = load_offsets(self.path, self.size)
-                offsets = scan_offsets(self.path) if offsets is None else offsets
             self.offsets = ArrayOffsets(self.path, offsets, self.size)
 
     def read(self, record: int) -> bytes:
@@ -277,3 +274,22 @@ class _OpenShard(OpenShard):
     def _framed_length(self, record: int) -> int | None:
         start, _ = self.extent(record, record + 1)
         return framed_length(self.read_range(start, min(self.size, start + FRAME_BYTES)))
+
+
+def find_offsets(path: str, shard_bytes: int) -> np.ndarray:
+    """Where the records of a shard begin, of the index beside it or by a scan; nothing is written.
+
+    Args:
+        path: of the shard, or its URL.
+        shard_bytes: its size.
+
+    Returns:
+        uint64 [n].
+
+    Raises:
+        TFRecordError: the shard or its index is broken.
+    """
+    if is_remote(path):
+        return find_remote_offsets(path, shard_bytes)
+    offsets = load_offsets(path, shard_bytes)
+    return scan_offsets(path) if offsets is None else offsets

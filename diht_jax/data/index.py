@@ -1,0 +1,402 @@
+"""Command: write the index of a data set, `dataset.index`, into the folder of its shards.
+
+    python -m diht_jax.data.index gs://bucket/kept
+    python -m diht_jax.data.index /data/laion /data/curated
+
+The folders hold TFRecord shards or webdataset tars, whoever wrote them; `data_prep.filter` and
+`data_prep.label` write the index themselves. With it, training starts by a constant number of
+requests, whatever the number of shards and processes. Run again, it looks only at shards that are
+new or have another size, and takes those that are gone out of the index; `--overwrite` looks at all
+of them. What was read of a run that was stopped is kept, and not read again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import os
+import pathlib
+import shutil
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from absl import flags, logging
+
+from diht_jax import command_line
+from diht_jax.data.atomic_file import temporary_path, write_atomically
+from diht_jax.data.records import remote
+from diht_jax.data.records.catalog import (
+    IndexedOffsets,
+    describe_stale,
+    has_shard_name,
+    list_folder,
+)
+from diht_jax.data.records.dataset_index import (
+    ANCHOR_RECORDS,
+    END_BYTES,
+    INDEX_NAME,
+    ShardEntry,
+    ShardTable,
+    damaged,
+    digest_shard,
+    encode_head,
+    encode_preamble,
+    read_table,
+)
+from diht_jax.data.records.format import INDEX_SUFFIX, TFRecordError
+from diht_jax.data.records.sharded import LocalFile
+from diht_jax.data.records.tfrecord import find_offsets
+from diht_jax.progress import ProgressBar
+
+_WORK = f".{INDEX_NAME}.parts"  # within a local folder
+_PART = struct.Struct("<Q16sI")  # shard size, digest, CRC32C of the offsets
+_NAMES_SHOWN = 3
+_FINDERS = {"tfrecord": find_offsets}
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexReport:
+    """What `update_index` did.
+
+    Attributes:
+        path: of the index.
+        num_shards, num_records: in the index.
+        num_read: shards that had to be looked at.
+        changes: how the folder differed from an older index, in words.
+    """
+
+    path: str
+    num_shards: int
+    num_records: int
+    num_read: int
+    changes: Sequence[str] = ()
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_integer("num_threads", 32, "Shards that are read at a time.", lower_bound=1)
+    flags.DEFINE_bool("overwrite", False, "Look at all shards again, and replace the index.")
+    flags.DEFINE_string(
+        "work_dir",
+        None,
+        "Local folder for what was read so far; unset: a hidden one beside local shards, one in "
+        "the system's temporary folder for a store.",
+    )
+
+
+def main(folders: list[str]) -> None:
+    """Indexes the folders that stand on the command line."""
+    given = flags.FLAGS
+    if not folders:
+        raise ValueError("expected at least one folder or URL of shards, such as gs://bucket/kept")
+    for folder in folders:
+        report = update_index(
+            folder,
+            num_threads=given.num_threads,
+            overwrite=given.overwrite,
+            work_dir=given.work_dir,
+            progress=True,
+        )
+        for change in report.changes:
+            print(f"{folder}: {change}")
+        print(
+            f"{report.path}: {report.num_shards:,} shards, {report.num_records:,} records; "
+            + (f"{report.num_read:,} shards were read" if report.num_read else "up to date")
+        )
+
+
+def update_index(
+    folder: str | os.PathLike[str],
+    *,
+    num_threads: int = 32,
+    overwrite: bool = False,
+    work_dir: str | os.PathLike[str] | None = None,
+    vocabulary: Mapping[str, Any] | None = None,
+    progress: bool = False,
+) -> IndexReport:
+    """Writes the index of a folder, or brings it up to date.
+
+    Args:
+        folder: of the shards, or its URL.
+        num_threads: shards that are read at a time.
+        overwrite: look at all shards, also those that an index describes.
+        work_dir: as the flag of this name.
+        vocabulary: what all shards are labelled with, as of `Vocabulary.describe`.
+        progress: show a bar.
+
+    Raises:
+        ValueError: there is no shard, or some are broken (the others need not be read again), or
+            the folder cannot be written.
+    """
+    folder = os.fspath(folder).rstrip("/")
+    with _locked_work(folder, work_dir) as work:
+        sizes = _list_shards(folder)
+        old = None if overwrite else _old_index(folder, work)
+        changes = describe_stale(_sizes_of(old.table), sizes, is_whole=True) if old else []
+        path = os.path.join(folder, INDEX_NAME)
+        if old and not changes and (vocabulary is None or old.table.vocabulary == vocabulary):
+            return IndexReport(path, len(old.table), int(old.table.starts[-1]), 0)
+        builder = _Builder(folder, sizes, work, old)
+        num_read = builder.look_at_shards(num_threads, progress)
+        builder.write(path, vocabulary)
+        entries = builder.entries
+    return IndexReport(
+        path, len(entries), sum(entry.num_records for entry in entries), num_read, changes
+    )
+
+
+class _Builder:
+    """Gathers the entries of all shards, and writes the index."""
+
+    def __init__(
+        self,
+        folder: str,
+        sizes: Mapping[str, int],
+        work: pathlib.Path,
+        old: IndexedOffsets | None,
+    ):
+        self._folder = folder
+        self._sizes = sizes
+        self._work = work
+        self._old = old
+        self._entries: dict[str, ShardEntry] = {}
+
+    @property
+    def entries(self) -> list[ShardEntry]:
+        """Of all shards, in their order."""
+        return [self._entries[name] for name in sorted(self._entries)]
+
+    def look_at_shards(self, num_threads: int, progress: bool) -> int:
+        """Makes all entries; returns how many shards were read.
+
+        Raises:
+            ValueError: some shards cannot be read; names them.
+        """
+        unread = [name for name in sorted(self._sizes) if not self._take_over(name)]
+        failures: dict[str, str] = {}
+        pool = futures.ThreadPoolExecutor(num_threads)
+        bar = ProgressBar(
+            total=len(self._sizes),
+            initial=len(self._sizes) - len(unread),
+            unit="shard",
+            disable=not (progress and unread),
+            dynamic_ncols=True,
+        )
+        try:
+            running = {pool.submit(self._read, name): name for name in unread}
+            for future in futures.as_completed(running):
+                try:
+                    self._entries[running[future]] = future.result()
+                except (ValueError, OSError) as error:
+                    failures[running[future]] = str(error)
+                bar.update()
+        finally:
+            bar.close()
+            pool.shutdown(cancel_futures=True)
+        if failures:
+            shown = "; ".join(failures[name] for name in sorted(failures)[:_NAMES_SHOWN])
+            raise ValueError(
+                f"{self._folder}: {len(failures):,} of {len(self._sizes):,} shards cannot be "
+                f"indexed: {shown}{'; ...' if len(failures) > _NAMES_SHOWN else ''}. Mend them or "
+                "move them away, and run the command again; the others need not be read again"
+            )
+        return len(unread)
+
+    def write(self, path: str, vocabulary: Mapping[str, Any] | None) -> None:
+        """Writes the index, in a store by way of a local file."""
+        if vocabulary is None and self._old is not None:
+            vocabulary = self._old.table.vocabulary
+        if not remote.is_remote(path):
+            write_dataset_index(path, self.entries, self._load_offsets, vocabulary)
+            return
+        local = self._work / INDEX_NAME
+        write_dataset_index(local, self.entries, self._load_offsets, vocabulary)
+        system, name = remote.open_system(path)
+        try:
+            system.put_file(str(local), name)
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot be written ({error}); the index lies at {local}, copy it there"
+            ) from error
+
+    def _take_over(self, name: str) -> bool:
+        """Makes the entry of a shard that was read before, if it was."""
+        row = self._old.table.rows.get(name) if self._old else None
+        if row is not None and self._old.table.num_bytes[row] == self._sizes[name]:
+            self._entries[name] = self._old.table.entry(row)
+            return True
+        found = _read_part(self._part_path(name), self._sizes[name])
+        if found is None:
+            return False
+        digest, offsets = found
+        self._entries[name] = self._make_entry(name, offsets, digest)
+        return True
+
+    def _read(self, name: str) -> ShardEntry:
+        """Looks at a shard: where its records begin, and at its ends."""
+        path, size = os.path.join(self._folder, name), self._sizes[name]
+        offsets = _FINDERS[_kind_of(name)](path, size)
+        file = (remote.RemoteFile if remote.is_remote(path) else LocalFile)(path, size)
+        if file.size != size:
+            raise ValueError(f"{path}: is being written; run the command again when it is done")
+        head = file.read_range(0, END_BYTES)
+        tail = file.read_range(max(0, size - END_BYTES), size) if size > len(head) else head
+        digest = digest_shard(offsets, head, tail)
+        if not _has_own_index(path):
+            data = offsets.astype("<u8").tobytes()
+            header = _PART.pack(size, digest.encode(), google_crc32c.value(data))
+            write_atomically(self._part_path(name), header + data)
+        return self._make_entry(name, offsets, digest)
+
+    def _make_entry(self, name: str, offsets: np.ndarray, digest: str) -> ShardEntry:
+        return ShardEntry.of_shard(name, _kind_of(name), self._sizes[name], offsets, digest)
+
+    def _load_offsets(self, entry: ShardEntry) -> np.ndarray:
+        row = self._old.table.rows.get(entry.name) if self._old else None
+        if row is not None and self._old.table.num_bytes[row] == entry.num_bytes:
+            offsets = self._old.offsets(row)
+            if not np.array_equal(offsets[::ANCHOR_RECORDS], entry.anchors):
+                raise damaged(self._old.location, f"the offsets of {entry.name} are wrong")
+            return offsets
+        part = _read_part(self._part_path(entry.name), entry.num_bytes)
+        if part is not None:
+            return part[1]
+        return _FINDERS[entry.kind](os.path.join(self._folder, entry.name), entry.num_bytes)
+
+    def _part_path(self, name: str) -> pathlib.Path:
+        return self._work / f"{name}.part"
+
+
+def write_dataset_index(
+    path: str | os.PathLike[str],
+    entries: Sequence[ShardEntry],
+    load_offsets: Callable[[ShardEntry], np.ndarray],
+    vocabulary: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes an index; it appears whole or not at all.
+
+    Args:
+        path: of a local file.
+        entries: of all shards, in their order.
+        load_offsets: uint64 [n] of an entry; called for one after the other.
+        vocabulary: as of `update_index`.
+
+    Raises:
+        ValueError: the entries contradict each other, or a shard has changed since.
+    """
+    path = pathlib.Path(path)
+    head, temporary = encode_head(entries, vocabulary), temporary_path(path)
+    ShardTable(head, os.fspath(path))  # so that nothing is written that no reader takes
+    try:
+        with open(temporary, "xb") as file:
+            file.write(encode_preamble(head))
+            file.write(head)
+            for entry in entries:
+                offsets = load_offsets(entry)
+                if len(offsets) != entry.num_records:
+                    raise ValueError(f"{entry.name} has changed while its index was being written")
+                file.write(offsets.astype("<u8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Iterator[pathlib.Path]:
+    """The folder for parts, for this process alone; it is removed where all went well.
+
+    Raises:
+        ValueError: there is no such folder of shards, or it cannot be written.
+    """
+    if work_dir is not None or remote.is_remote(folder):
+        base = pathlib.Path(work_dir or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
+        work = base / f"index-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+    elif not os.path.isdir(folder):
+        raise ValueError(f"'{folder}' is no folder; expected one that holds shards, or its URL")
+    else:
+        work = pathlib.Path(folder) / _WORK
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "ab")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise ValueError(f"{work}: cannot be written ({error.strerror})") from error
+    with lock:
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        work.mkdir(parents=True, exist_ok=True)  # another process may have had the lock, and ended
+        try:
+            yield work
+        except BaseException:
+            if not any(work.glob("*.part")):
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _list_shards(folder: str) -> dict[str, int]:
+    """Bytes of the shards of a folder, by name.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = list_folder(folder)
+    shards = {name: found[name] for name in sorted(found) if _kind_of(name)}
+    if not shards:
+        raise ValueError(f"'{folder}' holds no shard; expected *.tfrecord files or *.tar files")
+    return shards
+
+
+def _kind_of(name: str) -> str | None:
+    return next((kind for kind in _FINDERS if has_shard_name(name, kind)), None)
+
+
+def _old_index(folder: str, work: pathlib.Path) -> IndexedOffsets | None:
+    """The index that is there, unless it is damaged; of a store, a local copy of it."""
+    path = os.path.join(folder, INDEX_NAME)
+    try:
+        index = IndexedOffsets(read_table(path), path)
+        index.make_local(work)
+    except FileNotFoundError:
+        return None
+    except TFRecordError as error:
+        logging.warning("all shards are looked at: %s", error)
+        return None
+    return index
+
+
+def _sizes_of(table: ShardTable) -> dict[str, int]:
+    return dict(zip(table.names, table.num_bytes.tolist(), strict=True))
+
+
+def _has_own_index(path: str) -> bool:
+    return not remote.is_remote(path) and os.path.exists(path + INDEX_SUFFIX)
+
+
+def _read_part(path: pathlib.Path, shard_bytes: int) -> tuple[str, np.ndarray] | None:
+    """Digest and offsets of a shard that an earlier run has read; None where it has not."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if len(data) < _PART.size:
+        return None
+    size, digest, checksum = _PART.unpack_from(data)
+    offsets = data[_PART.size :]
+    if size != shard_bytes or google_crc32c.value(offsets) != checksum:
+        return None
+    return digest.decode(), np.frombuffer(offsets, "<u8")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main, takes_arguments=True)
