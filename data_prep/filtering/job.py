@@ -5,6 +5,7 @@ The folder of the output:
     parts/       what was filtered of every input shard: records (removed in the end), statistics,
                  samples and time
     *.tfrecord   the records of all parts, in shards of equal size (`resharding`)
+    dataset.index  where the records of all shards lie (`diht_jax.data.index`)
     stats.json, report.json, report.html, kept_keys.txt, kept_uids.npy
     dataset_info.json, features.json
 
@@ -32,13 +33,15 @@ from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import REPORT, FilterReport, gather_report, read_report
 from data_prep.sources import list as source_list
+from diht_jax.data.index import update_index
 from diht_jax.data.records import dataset_info
+from diht_jax.data.records.dataset_index import INDEX_NAME
 
 Part = tuple[shards.ShardTask, dict[str, Any]]
 
 # What describes the whole output.
 MERGED_FILES = (
-    *(shards.MERGED_STATS, *dataset_info.FILES),
+    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES),
     *(kept.KEYS_FILE, kept.UIDS_FILE, REPORT, PAGE),
 )
 _KEPT_STATS = ("config_hash", "input", "output")
@@ -325,6 +328,7 @@ def _write_output(
         image_formats=report.funnel.image_formats,
         description=f"Image-text pairs of {config.input}, by data_prep.filter.",
     )
+    update_index(folder)
     merged = {
         "config": filter_config.record_settings(config),
         "input": config.input,

@@ -20,6 +20,7 @@ from data_prep.jobs import fingerprint
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.registry import SourceShard, names_files
 from diht_jax.data.records import dataset_info
+from diht_jax.data.records.dataset_index import INDEX_NAME
 from diht_jax.data.records.tfrecord import TFRecordWriter, is_shard
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
@@ -217,7 +218,7 @@ def remove_temporary_files(folder: str, names: Collection[str]) -> None:
 
 def remove_merged(folder: str) -> None:
     """Removes what describes the whole folder, before a shard of it changes."""
-    for name in (MERGED_STATS, *dataset_info.FILES):
+    for name in (MERGED_STATS, INDEX_NAME, *dataset_info.FILES):
         (pathlib.Path(folder) / name).unlink(missing_ok=True)
 
 

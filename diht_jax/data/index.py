@@ -21,7 +21,7 @@ import pathlib
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -50,9 +50,16 @@ from diht_jax.data.records.dataset_index import (
     encode_preamble,
     read_table,
 )
-from diht_jax.data.records.format import INDEX_SUFFIX, TFRecordError
+from diht_jax.data.records.format import (
+    FRAME_BYTES,
+    INDEX_SUFFIX,
+    TFRecordError,
+    framed_length,
+    wrong_index,
+)
 from diht_jax.data.records.sharded import LocalFile
 from diht_jax.data.records.tfrecord import find_offsets
+from diht_jax.data.records.vocabulary import folder_vocabulary
 from diht_jax.progress import ProgressBar
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
@@ -82,7 +89,9 @@ class IndexReport:
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     flags.DEFINE_integer("num_threads", 32, "Shards that are read at a time.", lower_bound=1)
-    flags.DEFINE_bool("overwrite", False, "Look at all shards again, and replace the index.")
+    flags.DEFINE_bool(
+        "overwrite", False, "Scan all shards again, and replace the index; no .idx is believed."
+    )
     flags.DEFINE_string(
         "work_dir",
         None,
@@ -126,9 +135,10 @@ def update_index(
     Args:
         folder: of the shards, or its URL.
         num_threads: shards that are read at a time.
-        overwrite: look at all shards, also those that an index describes.
+        overwrite: scan all shards, also those that an index describes.
         work_dir: as the flag of this name.
-        vocabulary: what all shards are labelled with, as of `Vocabulary.describe`.
+        vocabulary: what all shards are labelled with, as of `Vocabulary.describe`; None looks at
+            their statistics, if the folder has a vocabulary.
         progress: show a bar.
 
     Raises:
@@ -143,9 +153,9 @@ def update_index(
         path = os.path.join(folder, INDEX_NAME)
         if old and not changes and (vocabulary is None or old.table.vocabulary == vocabulary):
             return IndexReport(path, len(old.table), int(old.table.starts[-1]), 0)
-        builder = _Builder(folder, sizes, work, old)
+        builder = _Builder(folder, sizes, work, old, trusts_shard_indices=not overwrite)
         num_read = builder.look_at_shards(num_threads, progress)
-        builder.write(path, vocabulary)
+        builder.write(path, vocabulary or _find_vocabulary(folder, sizes))
         entries = builder.entries
     return IndexReport(
         path, len(entries), sum(entry.num_records for entry in entries), num_read, changes
@@ -161,8 +171,10 @@ class _Builder:
         sizes: Mapping[str, int],
         work: pathlib.Path,
         old: IndexedOffsets | None,
+        trusts_shard_indices: bool,
     ):
         self._folder = folder
+        self._trusts_shard_indices = trusts_shard_indices
         self._sizes = sizes
         self._work = work
         self._old = old
@@ -211,8 +223,6 @@ class _Builder:
 
     def write(self, path: str, vocabulary: Mapping[str, Any] | None) -> None:
         """Writes the index, in a store by way of a local file."""
-        if vocabulary is None and self._old is not None:
-            vocabulary = self._old.table.vocabulary
         if not remote.is_remote(path):
             write_dataset_index(path, self.entries, self._load_offsets, vocabulary)
             return
@@ -242,14 +252,17 @@ class _Builder:
     def _read(self, name: str) -> ShardEntry:
         """Looks at a shard: where its records begin, and at its ends."""
         path, size = os.path.join(self._folder, name), self._sizes[name]
-        offsets = _FINDERS[_kind_of(name)](path, size)
+        kind, trusts = _kind_of(name), self._trusts_shard_indices
+        offsets = _FINDERS[kind](path, size, trust_index=trusts)
         file = (remote.RemoteFile if remote.is_remote(path) else LocalFile)(path, size)
         if file.size != size:
             raise ValueError(f"{path}: is being written; run the command again when it is done")
         head = file.read_range(0, END_BYTES)
         tail = file.read_range(max(0, size - END_BYTES), size) if size > len(head) else head
+        if kind == "tfrecord" and not _fits_head(offsets, head):
+            raise wrong_index(path, "it has other records")
         digest = digest_shard(offsets, head, tail)
-        if not _has_own_index(path):
+        if not (trusts and _has_own_index(path)):
             data = offsets.astype("<u8").tobytes()
             header = _PART.pack(size, digest.encode(), google_crc32c.value(data))
             write_atomically(self._part_path(name), header + data)
@@ -356,6 +369,15 @@ def _list_shards(folder: str) -> dict[str, int]:
     return shards
 
 
+def _find_vocabulary(folder: str, names: Iterable[str]) -> dict[str, Any] | None:
+    try:
+        found = folder_vocabulary(folder, [os.path.join(folder, name) for name in names])
+    except ValueError as error:
+        logging.warning("the index does not state the concepts of the records: %s", error)
+        return None
+    return None if found is None else found.describe()
+
+
 def _kind_of(name: str) -> str | None:
     return next((kind for kind in _FINDERS if has_shard_name(name, kind)), None)
 
@@ -376,6 +398,19 @@ def _old_index(folder: str, work: pathlib.Path) -> IndexedOffsets | None:
 
 def _sizes_of(table: ShardTable) -> dict[str, int]:
     return dict(zip(table.names, table.num_bytes.tolist(), strict=True))
+
+
+def _fits_head(offsets: np.ndarray, head: bytes) -> bool:
+    """Whether the records in the first bytes of a TFRecord shard begin where its index says."""
+    found = position = 0
+    while position + FRAME_BYTES <= len(head):
+        if found >= len(offsets) or offsets[found] != position:
+            return False
+        length = framed_length(head[position : position + FRAME_BYTES])
+        if length is None:
+            return True  # damaged, which is noticed when it is read
+        found, position = found + 1, position + length
+    return True
 
 
 def _has_own_index(path: str) -> bool:

@@ -24,6 +24,8 @@ from diht_jax.data.input.in_flight import InFlight
 from diht_jax.data.input.mixing import OrderedRecords
 from diht_jax.data.input.order import BlockOrder, GlobalOrder
 from diht_jax.data.input.sub_batches import SubBatches, join_parts
+from diht_jax.data.records.catalog import Share
+from diht_jax.data.records.dataset_index import INDEX_NAME, rebuild_command
 from diht_jax.data.records.formats import registry as formats
 from diht_jax.data.records.sharded import ShardedRecords
 
@@ -35,6 +37,8 @@ _MAX_NAMED = 100
 _MAX_FILES = 3
 # Depth below the seed at which grain's graph of old had its random crops.
 _CROP_DEPTH = 3
+# So many shards in a store should have an index.
+_MANY_SHARDS = 16
 
 
 class TrainIterator:
@@ -318,8 +322,13 @@ def check_is_set(train: str | Sequence[str] | None) -> None:
         )
 
 
-def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
-    """The records of `config.data.train`: a directory, a glob, or a list of shards.
+def open_records(train: str | Sequence[str] | None, share: Share | None = None) -> ShardedRecords:
+    """The records of `config.data.train`.
+
+    Args:
+        train: a directory, a glob, or a list of shards.
+        share: for a run of several processes, which all call: what a `dataset.index` describes is
+            then read by the first one alone; see `catalog.open_catalog`.
 
     Raises:
         ValueError: it is not set, or leads to no shards, to those of several formats, or to a
@@ -327,7 +336,16 @@ def open_records(train: str | Sequence[str] | None) -> ShardedRecords:
     """
     check_is_set(train)
     try:
-        form = formats.format_of(train)
+        form = formats.shared_format(train, share)
     except ValueError as error:
         raise ValueError(f"config.data.train: {error}") from error
-    return formats.FORMATS[form].source(train)
+    source = formats.FORMATS[form].source(train, share=share)
+    unindexed = source.unindexed_urls
+    if len(unindexed) > _MANY_SHARDS:
+        folder = os.path.dirname(unindexed[0])
+        logging.warning(
+            "no %s describes %d shards, such as %s: every process reads the size and the index of "
+            "each of them; `%s` writes one",
+            *(INDEX_NAME, len(unindexed), unindexed[0], rebuild_command(folder)),
+        )
+    return source

@@ -38,7 +38,7 @@ from diht_jax.training.monitoring.metrics import (
 )
 from diht_jax.training.monitoring.profiler import StepProfiler
 from diht_jax.training.monitoring.throughput import ThroughputWindow, log_flops, model_flops
-from diht_jax.training.multihost import check_together
+from diht_jax.training.multihost import check_together, share_from_first
 from diht_jax.training.objective import bind_data
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
@@ -123,7 +123,7 @@ class Run:
         self.workdir = workdir
         self.profiler = StepProfiler(config.profile, workdir)
         tasks = open_tasks(config)
-        source = open_records(config.data.train)
+        source = open_records(config.data.train, share_from_first)
         self.total_steps = duration_in_steps(
             config, "total", batch_size=config.data.batch_size, num_examples=len(source)
         )

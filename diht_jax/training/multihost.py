@@ -65,6 +65,34 @@ def check_together(check: Callable[[], Checked]) -> Checked:
     raise (ValueError if kind == "lasting" else TemporaryError)(text) from cause
 
 
+def share_from_first(read: Callable[[], bytes]) -> bytes:
+    """Calls a function in the first process, and gives its result in all of them. All must call.
+
+    Raises:
+        ValueError: the function has failed; with its text.
+    """
+    data = b""
+
+    def read_in_first() -> None:
+        nonlocal data
+        try:
+            data = read() if jax.process_index() == 0 else b""
+        except Exception as error:
+            # Of whatever kind it is: the other processes must not wait for what never comes.
+            if isinstance(error, ValueError) or jax.process_count() == 1:
+                raise
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+    check_together(read_in_first)
+    if jax.process_count() == 1:
+        return data
+    # As two numbers, since JAX takes integers to 32 bits.
+    size = multihost_utils.broadcast_one_to_all(np.array(divmod(len(data), 2**20), np.int32))
+    padded = np.zeros(int(size[0]) * 2**20 + int(size[1]), np.uint8)
+    padded[: len(data)] = np.frombuffer(data, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+
+
 def wait_for_all(name: str) -> None:
     """Returns when all processes have called it."""
     if jax.process_count() > 1:

@@ -14,11 +14,12 @@ import contextlib
 import dataclasses
 import functools
 import glob
+import itertools
 import json
 import os
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -295,11 +296,10 @@ class _Lister:
             named = {path: sizes[path] for path in sizes if has_shard_name(path, self._kind)}
             if index is not None:
                 self._check_fits(index.table, folder, named, is_whole)
-            for path, size in sizes.items():
-                if index is None or path not in named:
-                    described[path] = Shard(path, size)
-                else:
-                    described[path] = describe_shard(path, index)
+                rows = [index.table.rows[os.path.basename(path)] for path in named]
+                described.update(zip(named, _shards_of(index, folder, rows), strict=True))
+            for path in sizes.keys() - described.keys():
+                described[path] = Shard(path, sizes[path])
         return [described[path] for path in shards]
 
     def _candidates(self, entry: str) -> tuple[dict[str, int | None], bool]:
@@ -361,12 +361,6 @@ class _Lister:
             )
 
 
-def describe_shard(path: str, index: IndexedOffsets) -> Shard:
-    """A shard of the folder of an index."""
-    row = index.table.rows[os.path.basename(path)]
-    return Shard(path, int(index.table.num_bytes[row]), index, row)
-
-
 def _entries(paths: Paths, kind: str) -> list[str]:
     entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not entries:
@@ -376,20 +370,20 @@ def _entries(paths: Paths, kind: str) -> list[str]:
 
 def _pack(entries: Sequence[str], found: Sequence[Sequence[Shard]]) -> bytes:
     """What the first process hands to the others; nothing of an entry that has no index."""
-    indices: list[IndexedOffsets] = []
-    parts: list[dict[str, Any] | None] = []
+    indices: dict[int, IndexedOffsets] = {}
+    parts: list[list[Any] | None] = []
     for shards in found:
         if any(shard.index is None for shard in shards):
             parts.append(None)
             continue
-        for shard in shards:
-            if not any(shard.index is index for index in indices):
-                indices.append(shard.index)
-        numbers = {id(index): number for number, index in enumerate(indices)}
-        parts.append(
-            {"paths": [s.path for s in shards], "indices": [numbers[id(s.index)] for s in shards]}
-        )
-    heads = [index.table.head for index in indices]
+        parts.append([])  # folder, number of its index, rows
+        for index, group in itertools.groupby(shards, key=lambda shard: shard.index):
+            members = list(group)
+            number = list(indices).index(id(index)) if id(index) in indices else len(indices)
+            indices[id(index)] = index
+            folder = os.path.dirname(members[0].path)
+            parts[-1].append([folder, number, [shard.row for shard in members]])
+    heads = [index.table.head for index in indices.values()]
     text = json.dumps({"entries": entries, "parts": parts, "heads": list(map(len, heads))}).encode()
     return b"".join([_LENGTH.pack(len(text)), text, *heads])
 
@@ -406,36 +400,36 @@ def _unpack(packed: bytes, entries: Sequence[str], lister: _Lister) -> list[list
     for size in handed["heads"]:
         tables.append(ShardTable(packed[position : position + size], "the first process's index"))
         position += size
-    indices: dict[tuple[int, str], IndexedOffsets] = {}
-    if len(entries) != len(handed["entries"]):
-        return [lister.describe(entry) for entry in entries]
+    parts, theirs = handed["parts"], handed["entries"]
+    if len(entries) != len(theirs):
+        parts, theirs = [None] * len(entries), entries
+    opened: dict[str, IndexedOffsets] = {}
+
+    def shards_in(folder: str, number: int, rows: list[int]) -> list[Shard]:
+        if folder not in opened:
+            location = os.path.join(folder, INDEX_NAME)
+            if not remote.is_remote(location):
+                check_same(location, tables[number])
+            opened[folder] = IndexedOffsets(tables[number], location)
+        return _shards_of(opened[folder], folder, rows)
+
     found = []
-    for entry, theirs, part in zip(entries, handed["entries"], handed["parts"], strict=True):
-        paths = None if part is None else _own_paths(entry, theirs, part["paths"])
-        if paths is None:
+    for entry, their_entry, part in zip(entries, theirs, parts, strict=True):
+        # A folder may be mounted under another name here.
+        is_same = entry == their_entry
+        is_folder = part and [group[0] for group in part] == [their_entry.rstrip("/")]
+        if part is None or not (is_same or (is_folder and os.path.isdir(entry))):
             found.append(lister.describe(entry))
             continue
-        shards = []
-        for path, number in zip(paths, part["indices"], strict=True):
-            place = number, os.path.dirname(path)
-            if place not in indices:
-                location = os.path.join(place[1], INDEX_NAME)
-                if not remote.is_remote(location):
-                    check_same(location, tables[number])
-                indices[place] = IndexedOffsets(tables[number], location)
-            shards.append(describe_shard(path, indices[place]))
-        found.append(shards)
+        groups = [(group[0] if is_same else entry.rstrip("/"), *group[1:]) for group in part]
+        found.append([shard for group in groups for shard in shards_in(*group)])
     return found
 
 
-def _own_paths(entry: str, theirs: str, paths: list[str]) -> list[str] | None:
-    """The paths of an entry on this host; None where they must be looked for."""
-    if entry == theirs:
-        return paths
-    # A folder that is mounted under another name here.
-    if os.path.isdir(entry) and {os.path.dirname(path) for path in paths} == {theirs.rstrip("/")}:
-        return [os.path.join(entry, os.path.basename(path)) for path in paths]
-    return None
+def _shards_of(index: IndexedOffsets, folder: str, rows: Iterable[int]) -> list[Shard]:
+    """Some shards of the folder of an index."""
+    names, sizes = index.table.names, index.table.num_bytes.tolist()
+    return [Shard(os.path.join(folder, names[row]), sizes[row], index, row) for row in rows]
 
 
 def _read_offsets(location: str, offsets_start: int, begin: int, end: int) -> np.ndarray:

@@ -63,16 +63,17 @@ def fingerprint_records(source: ShardedRecords) -> Fingerprint:
         source: of the training data.
     """
 
-    def look(number: int) -> tuple[str, int, int, str]:
-        name = os.path.basename(source.paths[number])
-        known = source.known_identity(number)
-        if known is not None:
-            return name, *known
+    def look(number: int) -> tuple[int, int, str]:
         size, offsets, head, tail = source.describe_shard(number, END_BYTES)
-        return name, len(offsets), size, digest_shard(offsets, head, tail)
+        return len(offsets), size, digest_shard(offsets, head, tail)
 
+    rows = [source.known_identity(number) for number in range(len(source.paths))]
+    unknown = [number for number, row in enumerate(rows) if row is None]
     with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
-        return Fingerprint(tuple(pool.map(look, range(len(source.paths)))))
+        for number, row in zip(unknown, pool.map(look, unknown), strict=True):
+            rows[number] = row
+    names = map(os.path.basename, source.paths)
+    return Fingerprint(tuple((name, *row) for name, row in zip(names, rows, strict=True)))
 
 
 def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:

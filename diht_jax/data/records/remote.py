@@ -189,9 +189,9 @@ def count_records(path: str, size: int | None = None) -> tuple[int, int, np.ndar
     return len(offsets), size, offsets
 
 
-def find_remote_offsets(path: str, size: int) -> np.ndarray:
+def find_remote_offsets(path: str, size: int, *, trust_index: bool = True) -> np.ndarray:
     """uint64 [n], where the records of a shard begin: of the index beside it, or by a scan."""
-    offsets = _read_index(path, size)
+    offsets = _read_index(path, size) if trust_index else None
     return _scan(path, size) if offsets is None else offsets
 
 

@@ -65,7 +65,7 @@ class ShardedRecords(Sequence[bytes]):
             if shard.index is None:
                 count, size, _ = counted[number]
             else:
-                count, size = int(shard.index.table.num_records[shard.row]), shard.num_bytes
+                count, size = shard.index.table.num_records.item(shard.row), shard.num_bytes
             lengths.append(count)
             identity.append(f"{os.path.basename(shard.path)} {count} {size}")
         self._starts = np.cumsum([0, *lengths], dtype=np.int64)
@@ -135,8 +135,8 @@ class ShardedRecords(Sequence[bytes]):
         shard = self._shards[number]
         if shard.index is None:
             return None
-        entry = shard.index.table.entry(shard.row)
-        return entry.num_records, entry.num_bytes, entry.digest
+        table = shard.index.table
+        return table.num_records.item(shard.row), shard.num_bytes, table.digest(shard.row)
 
     def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
         """Identifies every shard without reading all of it.

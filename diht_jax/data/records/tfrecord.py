@@ -276,12 +276,13 @@ class _OpenShard(OpenShard):
         return framed_length(self.read_range(start, min(self.size, start + FRAME_BYTES)))
 
 
-def find_offsets(path: str, shard_bytes: int) -> np.ndarray:
+def find_offsets(path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
     """Where the records of a shard begin, of the index beside it or by a scan; nothing is written.
 
     Args:
         path: of the shard, or its URL.
         shard_bytes: its size.
+        trust_index: whether an index beside it is taken.
 
     Returns:
         uint64 [n].
@@ -290,6 +291,6 @@ def find_offsets(path: str, shard_bytes: int) -> np.ndarray:
         TFRecordError: the shard or its index is broken.
     """
     if is_remote(path):
-        return find_remote_offsets(path, shard_bytes)
-    offsets = load_offsets(path, shard_bytes)
+        return find_remote_offsets(path, shard_bytes, trust_index=trust_index)
+    offsets = load_offsets(path, shard_bytes) if trust_index else None
     return scan_offsets(path) if offsets is None else offsets

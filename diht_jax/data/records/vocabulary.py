@@ -25,6 +25,7 @@ from concurrent import futures
 from typing import Any
 
 from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.records.dataset_index import INDEX_NAME, read_table
 from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.formats.registry import find_shards
 from diht_jax.data.records.remote import exists, read_bytes
@@ -130,7 +131,7 @@ def find_vocabulary(
         by_folder.setdefault(os.path.dirname(shard) or ".", []).append(shard)
     first: tuple[str, Vocabulary] | None = None
     for folder, shards in by_folder.items():
-        vocabulary = _folder_vocabulary(folder, shards)
+        vocabulary = folder_vocabulary(folder, shards, _indexed_vocabulary(folder))
         if vocabulary is None:
             continue
         if first is None:
@@ -187,7 +188,25 @@ def _describe(part: Mapping[str, Any] | None) -> str:
     return f"{part['size']} with hash {part['hash']}" if part else "absent"
 
 
-def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
+def folder_vocabulary(
+    folder: str,
+    shards: Sequence[str],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Vocabulary | None:
+    """The vocabulary of a folder, which is that of all its shards.
+
+    Args:
+        folder: of the shards.
+        shards: their paths.
+        known: what they are all labelled with, where the `dataset.index` states it; otherwise the
+            statistics of every shard are read.
+
+    Returns:
+        None where no shard is labelled.
+
+    Raises:
+        ValueError: as of `find_vocabulary`.
+    """
     present = [exists(vocabulary_path(folder, kind)) for kind in KINDS]
     if not any(present):
         # One shard is enough: a folder is labelled by one run.
@@ -198,6 +217,10 @@ def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
             )
         return None
     vocabulary = read_vocabulary(folder)
+    if known is not None:
+        index_path = os.path.join(folder, INDEX_NAME)
+        check_vocabulary(known, vocabulary.describe(), index_path, folder)
+        return vocabulary
     with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
         labels = list(pool.map(_read_label, shards))
     for shard, label in zip(shards, labels, strict=True):
@@ -208,6 +231,15 @@ def _folder_vocabulary(folder: str, shards: Sequence[str]) -> Vocabulary | None:
             )
         check_vocabulary(label, vocabulary.describe(), shard, folder)
     return vocabulary
+
+
+def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
+    """What the index of a folder states of its labels; None where there is none."""
+    try:
+        known = read_table(os.path.join(folder, INDEX_NAME)).vocabulary
+    except FileNotFoundError:
+        return None
+    return known if _is_description(known) else None
 
 
 def _read_label(shard: str) -> Mapping[str, Mapping[str, Any]] | None:

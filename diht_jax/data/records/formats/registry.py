@@ -62,7 +62,7 @@ def open_source(paths: Paths, share: Share | None = None) -> ShardedRecords:
     Raises:
         ValueError: nothing is found, several formats are, or a shard is broken.
     """
-    return FORMATS[_shared_format(paths, share)].source(paths, share=share)
+    return FORMATS[shared_format(paths, share)].source(paths, share=share)
 
 
 def find_shards(paths: Paths) -> list[str]:
@@ -137,7 +137,7 @@ def _entry_format(entry: str) -> str | None:
     return next((name for name in FORMATS if name in found), None)
 
 
-def _shared_format(paths: Paths, share: Share | None) -> str:
+def shared_format(paths: Paths, share: Share | None) -> str:
     """As `format_of`, found by the first process of a run alone."""
     if share is None:
         return format_of(paths)

@@ -1,0 +1,127 @@
+"""The command that indexes other people's shards: again, after a stop or a change, in a store."""
+
+import os
+import shutil
+
+import fsspec
+import numpy as np
+import pytest
+
+from diht_jax.data import index as index_command
+from diht_jax.data.index import update_index
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests.data.records.stores import CountingStore
+
+RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(300)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Shards without any index."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for shard in range(3):
+        with TFRecordWriter(folder / f"part-{shard}.tfrecord") as writer:
+            for record in RECORDS[shard * 100 : shard * 100 + 100]:
+                writer.write(record)
+        os.remove(folder / f"part-{shard}.tfrecord.idx")
+    return folder
+
+
+def records_of(path) -> list[bytes]:
+    source = TFRecordSource(path)
+    return [source[number] for number in range(len(source))]
+
+
+def test_one_file_is_written_and_a_second_run_finds_it_up_to_date(folder):
+    shards = {path.name for path in folder.iterdir()}
+    report = update_index(folder)
+    assert (report.num_shards, report.num_records, report.num_read) == (3, 300, 3)
+    assert {path.name for path in folder.iterdir()} == shards | {"dataset.index"}
+    assert records_of(folder) == RECORDS
+    before = os.stat(folder / "dataset.index")
+    assert update_index(folder).num_read == 0
+    assert os.stat(folder / "dataset.index") == before
+
+
+def test_only_new_and_changed_shards_are_read_again(folder):
+    update_index(folder)
+    with TFRecordWriter(folder / "part-1.tfrecord") as writer:
+        writer.write(b"changed")
+    shutil.copy(folder / "part-0.tfrecord", folder / "part-3.tfrecord")
+    os.remove(folder / "part-2.tfrecord")
+    report = update_index(folder)
+    assert report.num_read == 2 and len(report.changes) == 3
+    assert records_of(folder) == [*RECORDS[:100], b"changed", *RECORDS[:100]]
+    updated = (folder / "dataset.index").read_bytes()
+    assert update_index(folder, overwrite=True).num_read == 3
+    assert (folder / "dataset.index").read_bytes() == updated
+
+
+def test_a_broken_shard_is_named_and_the_others_are_not_read_again(folder):
+    good = (folder / "part-1.tfrecord").read_bytes()
+    (folder / "part-1.tfrecord").write_bytes(good[:-3])
+    with pytest.raises(ValueError, match=r"1 of 3 shards cannot be indexed: .*part-1.*truncated"):
+        update_index(folder)
+    assert not (folder / "dataset.index").exists()
+    assert records_of(folder / "part-0.tfrecord") == RECORDS[:100]
+    (folder / "part-1.tfrecord").write_bytes(good)
+    # A part that was damaged since is not believed.
+    part = folder / ".dataset.index.parts" / "part-2.tfrecord.part"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert update_index(folder).num_read == 2
+    assert records_of(folder) == RECORDS
+    assert sorted(p.name for p in folder.iterdir() if p.name.startswith(".")) == []
+
+
+def test_a_run_that_is_stopped_goes_on(folder, monkeypatch):
+    read = index_command._FINDERS["tfrecord"]
+
+    def stop(path, size, **options):
+        if path.endswith("part-2.tfrecord"):
+            raise KeyboardInterrupt
+        return read(path, size, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(index_command._FINDERS, "tfrecord", stop)
+        with pytest.raises(KeyboardInterrupt):
+            update_index(folder, num_threads=1)
+    assert not (folder / "dataset.index").exists()
+    assert update_index(folder).num_read == 1
+    assert records_of(folder) == RECORDS
+
+
+def test_a_damaged_index_is_made_again(folder):
+    update_index(folder)
+    good = (folder / "dataset.index").read_bytes()
+    (folder / "dataset.index").write_bytes(good[:-9])
+    assert update_index(folder).num_read == 3
+    assert (folder / "dataset.index").read_bytes() == good
+
+
+def test_shards_in_a_store(folder, tmp_path):
+    system, url = fsspec.filesystem("counting"), "counting:///theirs"
+    for path in folder.iterdir():
+        system.pipe_file(f"/theirs/{path.name}", path.read_bytes())
+    work = tmp_path / "work"
+    assert update_index(url, work_dir=work).num_read == 3
+    update_index(folder)
+    assert system.cat_file("/theirs/dataset.index") == (folder / "dataset.index").read_bytes()
+    assert records_of(url) == RECORDS and list(work.iterdir()) == []
+    CountingStore.requests.clear()
+    assert update_index(url, work_dir=work).num_read == 0
+    assert sum(CountingStore.requests.values()) <= 4
+    system.pipe_file("/theirs/part-3.tfrecord", (folder / "part-0.tfrecord").read_bytes())
+    assert update_index(url, work_dir=work).num_read == 1
+    assert records_of(url) == RECORDS + RECORDS[:100]
+    system.rm("/theirs", recursive=True)
+
+
+def test_what_cannot_be_indexed_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nothing' is no folder; expected one that holds shards"):
+        update_index(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"holds no shard; expected \*.tfrecord files or \*.tar"):
+        update_index(tmp_path)
+    with pytest.raises(ValueError, match="counting:///nothing' holds no shard"):
+        update_index("counting:///nothing", work_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
