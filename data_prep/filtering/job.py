@@ -33,7 +33,6 @@ from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import REPORT, FilterReport, gather_report, read_report
 from data_prep.sources import list as source_list
-from diht_jax.data.index import update_index
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.dataset_index import INDEX_NAME
 
@@ -328,7 +327,7 @@ def _write_output(
         image_formats=report.funnel.image_formats,
         description=f"Image-text pairs of {config.input}, by data_prep.filter.",
     )
-    update_index(folder)
+    shards.write_index(folder, [shard.output for shard in planned])
     merged = {
         "config": filter_config.record_settings(config),
         "input": config.input,

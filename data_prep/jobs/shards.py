@@ -13,11 +13,12 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data_prep.jobs import fingerprint
 from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.index import is_indexable, update_index
 from diht_jax.data.readers.registry import SourceShard, names_files
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.dataset_index import INDEX_NAME
@@ -220,6 +221,20 @@ def remove_merged(folder: str) -> None:
     """Removes what describes the whole folder, before a shard of it changes."""
     for name in (MERGED_STATS, INDEX_NAME, *dataset_info.FILES):
         (pathlib.Path(folder) / name).unlink(missing_ok=True)
+
+
+def write_index(
+    folder: str, outputs: Iterable[str], vocabulary: Mapping[str, Any] | None = None
+) -> None:
+    """Writes the `dataset.index` of a folder, where the format of its shards has one.
+
+    Args:
+        folder: of the shards.
+        outputs: their paths.
+        vocabulary: what all of them are labelled with, as of `Vocabulary.describe`.
+    """
+    if all(map(is_indexable, outputs)):
+        update_index(folder, vocabulary=vocabulary)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

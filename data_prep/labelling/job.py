@@ -36,7 +36,6 @@ from data_prep.labelling.examples import gather_examples, warn_of_few_mentions
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import TeacherInfo
 from data_prep.teachers.registry import describe_teacher, load_teacher
-from diht_jax.data.index import update_index
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records.dataset_info import write_dataset_info
 from diht_jax.data.records.tfrecord import find_shards
@@ -297,7 +296,7 @@ def _summarize(
         "teacher": teacher.identity,
         "licence": teacher.licence,
     }
-    update_index(folder, vocabulary=vocabulary.describe())
+    shards.write_index(folder, [task.output for task in tasks], vocabulary.describe())
     shards.write_json(pathlib.Path(folder) / shards.MERGED_STATS, summary)
     hashes = ", ".join(f"{part.kind} {part.hash}" for part in vocabulary)
     write_dataset_info(

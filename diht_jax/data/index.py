@@ -31,7 +31,7 @@ from absl import flags, logging
 
 from diht_jax import command_line
 from diht_jax.data.atomic_file import temporary_path, write_atomically
-from diht_jax.data.records import remote
+from diht_jax.data.records import remote, tfrecord
 from diht_jax.data.records.catalog import (
     IndexedOffsets,
     describe_stale,
@@ -57,15 +57,15 @@ from diht_jax.data.records.format import (
     framed_length,
     wrong_index,
 )
+from diht_jax.data.records.formats import tar_records
 from diht_jax.data.records.sharded import LocalFile
-from diht_jax.data.records.tfrecord import find_offsets
 from diht_jax.data.records.vocabulary import folder_vocabulary
 from diht_jax.progress import ProgressBar
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _PART = struct.Struct("<Q16sI")  # shard size, digest, CRC32C of the offsets
 _NAMES_SHOWN = 3
-_FINDERS = {"tfrecord": find_offsets}
+_FINDERS = {"tfrecord": tfrecord.find_offsets, "tar": tar_records.find_offsets}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +160,11 @@ def update_index(
     return IndexReport(
         path, len(entries), sum(entry.num_records for entry in entries), num_read, changes
     )
+
+
+def is_indexable(path: str) -> bool:
+    """Whether a file has the name of a shard whose records an index can describe."""
+    return _kind_of(path) is not None
 
 
 class _Builder:

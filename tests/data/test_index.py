@@ -1,7 +1,10 @@
 """The command that indexes other people's shards: again, after a stop or a change, in a store."""
 
+import io
 import os
+import pathlib
 import shutil
+import tarfile
 
 import fsspec
 import numpy as np
@@ -9,6 +12,8 @@ import pytest
 
 from diht_jax.data import index as index_command
 from diht_jax.data.index import update_index
+from diht_jax.data.records.fingerprint import fingerprint_records
+from diht_jax.data.records.formats.tar_records import TarRecordSource
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 from tests.data.records.stores import CountingStore
 
@@ -29,7 +34,10 @@ def folder(tmp_path):
 
 
 def records_of(path) -> list[bytes]:
-    source = TFRecordSource(path)
+    return records_of_source(TFRecordSource(path))
+
+
+def records_of_source(source) -> list[bytes]:
     return [source[number] for number in range(len(source))]
 
 
@@ -115,6 +123,26 @@ def test_shards_in_a_store(folder, tmp_path):
     assert update_index(url, work_dir=work).num_read == 1
     assert records_of(url) == RECORDS + RECORDS[:100]
     system.rm("/theirs", recursive=True)
+
+
+def test_tars_of_samples(tmp_path):
+    for tar in range(2):
+        with tarfile.open(tmp_path / f"{tar:05d}.tar", "w") as file:
+            for number in range(100):
+                for suffix, data in (("jpg", b"picture"), ("txt", b"caption")):
+                    member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    member.size = len(data)
+                    file.addfile(member, io.BytesIO(data))
+    assert update_index(tmp_path).num_records == 200
+    source = TarRecordSource(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["00000.tar", "00001.tar", "dataset.index"]
+    indexed, digest = records_of_source(source), fingerprint_records(source).digest
+    assert source.decode(indexed[150]).key == "0050"
+    path, start, end = source.extent(64, 100)
+    assert source.split(64, 100, pathlib.Path(path).read_bytes()[start:end]) == indexed[64:100]
+    os.remove(tmp_path / "dataset.index")
+    plain = TarRecordSource(tmp_path)
+    assert (records_of_source(plain), fingerprint_records(plain).digest) == (indexed, digest)
 
 
 def test_what_cannot_be_indexed_is_an_error(tmp_path):

@@ -291,7 +291,7 @@ class _Lister:
             by_folder.setdefault(os.path.dirname(path), {})[path] = size
         described: dict[str, Shard] = {}
         for folder, sizes in by_folder.items():
-            index = self._index_of(folder)
+            index = self._index_of(folder) if self._kind in KINDS else None
             # A local file of any name can be given by its path.
             named = {path: sizes[path] for path in sizes if has_shard_name(path, self._kind)}
             if index is not None:
