@@ -11,6 +11,7 @@ import os
 import pathlib
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import fsspec
@@ -39,13 +40,13 @@ class SlowStore(fsspec.AbstractFileSystem):
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         """The files of a folder, by one request."""
         names = [os.path.join(path, name) for name in sorted(os.listdir(path))]
-        self._answer("list", 0)
+        answer("list", 0)
         return [self._info_of(name) for name in names] if detail else names
 
     def info(self, path: str, **_: Any) -> dict[str, Any]:
         """Size and kind of a file, by one request."""
         path = self._strip_protocol(path)
-        self._answer("info", 0)
+        answer("info", 0)
         return self._info_of(path)
 
     def cat_file(
@@ -55,7 +56,7 @@ class SlowStore(fsspec.AbstractFileSystem):
         with open(self._strip_protocol(path), "rb") as file:
             file.seek(start or 0)
             data = file.read(-1 if end is None else end - (start or 0))
-        self._answer("bytes", len(data))
+        answer("bytes", len(data))
         with self._lock:
             self._answers += 1
             fails = int(os.environ.get(FAIL_EVERY, 0))
@@ -64,12 +65,12 @@ class SlowStore(fsspec.AbstractFileSystem):
         return data
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
-        self._answer("open", 0)
+        answer("open", 0)
         return open(path, mode)
 
     def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
         """Writes a file, by one request."""
-        self._answer("write", len(value))
+        answer("write", len(value))
         pathlib.Path(self._strip_protocol(path)).write_bytes(value)
 
     def _info_of(self, path: str) -> dict[str, Any]:
@@ -77,17 +78,38 @@ class SlowStore(fsspec.AbstractFileSystem):
         kind = "directory" if os.path.isdir(path) else "file"
         return {"name": path, "size": stats.st_size, "type": kind, "mtime": stats.st_mtime_ns}
 
-    def _answer(self, kind: str, size: int) -> None:
-        time.sleep(float(os.environ.get(LATENCY_SECS, 0)))
-        folder = os.environ.get(COUNTS)
-        if folder:
-            # One short write at the end of a file of this process: no line is lost at a kill.
-            with open(os.path.join(folder, str(os.getpid())), "ab", buffering=0) as file:
-                file.write(f"{kind} {size}\n".encode())
+
+def answer(kind: str, size: int) -> None:
+    """Sleeps as long as a request takes, and counts it."""
+    time.sleep(float(os.environ.get(LATENCY_SECS, 0)))
+    folder = os.environ.get(COUNTS)
+    if folder:
+        # One short write at the end of a file of this process: no line is lost at a kill.
+        with open(os.path.join(folder, str(os.getpid())), "ab", buffering=0) as file:
+            file.write(f"{kind} {size}\n".encode())
 
 
 class SlowRecords(TFRecordSource):
     """Records of the store; a process that unpickles them knows its URLs."""
+
+
+class SlowSequence(Sequence[bytes]):
+    """Records of a local source that each take a request, as on a mounted bucket."""
+
+    def __init__(self, records: Sequence[bytes]):
+        """Wraps the records."""
+        self._records = records
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> bytes:
+        record = self._records[index]
+        answer("bytes", len(record))
+        return record
+
+    def __repr__(self) -> str:
+        return f"SlowSequence({self._records!r})"
 
 
 def read_counts(folder: pathlib.Path) -> dict[str, int]:

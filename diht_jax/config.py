@@ -166,6 +166,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.prefetch_batches = 2  # batches of this host decoded ahead, by all workers together
     # Bound of the decoded examples that wait; None: what is free. The log has what they take.
     c.data.max_in_flight_gib = placeholder(float)
+    # Blocks of an object store are fetched ahead, and wait in shared memory, or in this folder.
+    c.data.cache_dir = placeholder(str)
+    # Bound of these blocks on each host; None: half of what is free there, and of shared memory at
+    # most a quarter of the free memory. The log has what they take.
+    c.data.read_ahead_gib = placeholder(float)
+    c.data.read_threads = 32  # blocks that a host requests at the same time
+    c.data.read_timeout_secs = 600.0  # that a store may fail until the run ends
     c.data.crop_scale = (0.9, 1.0)  # area of RandomResizedCrop
     c.data.fast_decode = True  # reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly
     c.data.text_template = "{caption}"

@@ -23,6 +23,8 @@ from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.in_flight import InFlight
 from diht_jax.data.input.mixing import OrderedRecords
 from diht_jax.data.input.order import BlockOrder, GlobalOrder
+from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
+from diht_jax.data.input.read_ahead.process import open_read_aheads
 from diht_jax.data.input.sub_batches import SubBatches, join_parts
 from diht_jax.data.records.catalog import Share
 from diht_jax.data.records.dataset_index import INDEX_NAME, rebuild_command
@@ -39,6 +41,7 @@ _MAX_FILES = 3
 _CROP_DEPTH = 3
 # So many shards in a store should have an index.
 _MANY_SHARDS = 16
+_READ_AHEAD = ReadAheadOptions()
 
 
 class TrainIterator:
@@ -49,6 +52,7 @@ class TrainIterator:
 
     Attributes:
         skipped_records: bad records of this process's share so far, each replaced by another one.
+        read_aheads: what fetches the blocks of an object store; empty for local data.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class TrainIterator:
         on_bad_record: str = "error",
         max_in_flight_gib: float | None = None,
         order: GlobalOrder | BlockOrder | None = None,
+        read_ahead: ReadAheadOptions = _READ_AHEAD,
     ):
         """Builds the graph; reading starts with the first batch.
 
@@ -81,6 +86,7 @@ class TrainIterator:
                 `bad_records.py`.
             max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
             order: of the records, see `order.py`; a permutation of all of them where None.
+            read_ahead: how blocks are fetched from an object store.
 
         Raises:
             ValueError: numbers that do not fit, no record, or too little memory.
@@ -102,7 +108,18 @@ class TrainIterator:
             num_workers = workers.default_num_workers()
         if order is None:
             order = GlobalOrder(len(source), seed)
-        self._records = OrderedRecords(source, order)
+        self.read_aheads = open_read_aheads(
+            source,
+            order,
+            read_ahead,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            prefetch_batches=prefetch_batches,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        records = self.read_aheads[0].records if self.read_aheads else source
+        self._records = OrderedRecords(records, order)
         decode = decode.for_source(self._records)
         self._checked = CheckedExamples(
             grain.MapDataset.source(self._records).random_map(decode, seed=_crop_seed(seed)),
@@ -162,6 +179,8 @@ class TrainIterator:
                 continue
             self._count_bad_records(batch.pop(SKIPPED_RECORDS, ()))
             self._next_example += self._batch_size
+            for read_ahead in self.read_aheads:
+                read_ahead.advance(self._next_example)
             return batch
 
     def keys(self, first_example: int) -> list[str]:
@@ -189,6 +208,7 @@ class TrainIterator:
         if named:
             more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
             text += f", in {', '.join(named)}{more}"
+        text += "".join(f"; {read_ahead.describe()}" for read_ahead in self.read_aheads)
         if not self._num_workers:
             return f"{text}; they are read in threads of this process"
         number = self._parts_taken % self._num_workers
@@ -197,10 +217,19 @@ class TrainIterator:
     def abandon(self) -> None:
         """Gives up the batch that another thread waits for: it ends with an error there."""
         self._abandoned = True
+        self._stop_reading()
         workers.kill_workers()
 
     def close(self) -> None:
-        """Ends the workers; the next batch starts them again."""
+        """Ends the workers and the read-ahead; the next batch starts them again."""
+        self._stop_reading()  # first: threads may wait for a block
+        self._close_batches()
+
+    def _stop_reading(self) -> None:
+        for read_ahead in self.read_aheads:
+            read_ahead.stop()
+
+    def _close_batches(self) -> None:
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -224,7 +253,7 @@ class TrainIterator:
             self._batch_text(self._next_example),
             error,
         )
-        self.close()
+        self._close_batches()  # what was fetched ahead stays
         # Another end than by a crash may come from outside, the first time.
         if deaths > 1 or workers.has_crashed(error):
             while (index := self._find_crashing_index()) is not None:
@@ -281,6 +310,9 @@ class TrainIterator:
         )
 
     def _start(self) -> Any:
+        for read_ahead in self.read_aheads:
+            if not read_ahead.is_running:
+                read_ahead.start(self._next_example)
         self._parts, self._parts_taken = self._sub_batches(), 0
         in_flight = self._in_flight
         # Sub-batches are formed before workers or threads share the work, so that their number does

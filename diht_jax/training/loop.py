@@ -21,6 +21,7 @@ from diht_jax.config import default_config, validate_config
 from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.order import make_order
+from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.data.pipeline import TrainIterator, check_is_set, open_records
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.data.records.vocabulary import vocabulary_sizes
@@ -159,6 +160,12 @@ class Run:
             on_bad_record=config.data.on_bad_record,
             max_in_flight_gib=config.data.max_in_flight_gib,
             order=order,
+            read_ahead=ReadAheadOptions(
+                read_threads=config.data.read_threads,
+                cache_dir=config.data.cache_dir,
+                read_ahead_gib=config.data.read_ahead_gib,
+                read_timeout_secs=config.data.read_timeout_secs,
+            ),
         )
         self.batches = BatchWait(self.iterator)
         self.fingerprint = fingerprint_records(source)

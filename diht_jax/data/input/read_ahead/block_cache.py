@@ -88,6 +88,10 @@ class BlockCache:
     def __setitem__(self, name: str, value: int) -> None:
         self._numbers[_NUMBERS.index(name)] = value
 
+    def numbers(self) -> dict[str, int]:
+        """The numbers of the table's head by name."""
+        return {name: self[name] for name in _NUMBERS}
+
     def write(self, block: int, starts: np.ndarray, data: bytes) -> None:
         """Makes a block ready.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.input.order import BlockOrder
+from diht_jax.data.input.block_order import BlockOrder
+from diht_jax.data.input.in_flight import available_memory, describe_bytes
 from diht_jax.data.input.workers import SHARED_MEMORY
 
 # Blocks whose size is looked at, to know that of all.
@@ -24,7 +25,7 @@ class ReadAheadOptions:
         read_threads: blocks that are requested at the same time.
         cache_dir: folder on a local disk for the blocks; None: shared memory.
         read_ahead_gib: bound of the blocks; None: half of what is free in `cache_dir`; of shared
-            memory also at most a quarter of the machine's memory.
+            memory also at most a quarter of the memory that this process may still take.
         read_timeout_secs: how long a store may fail.
     """
 
@@ -54,7 +55,8 @@ class ReadAheadOptions:
             return int(self.read_ahead_gib * 2**30)
         stats = os.statvfs(self.parent)
         free = stats.f_bavail * stats.f_frsize // 2
-        return free if self.cache_dir else min(free, _memory_limit() // 4)
+        memory = available_memory()
+        return free if self.cache_dir or memory is None else min(free, memory // 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +101,13 @@ class Footprint:
         ]
         mixes_less = f"{' or '.join(lower)} (which mixes less), " if lower else ""
         raise ValueError(
-            f"the blocks that are fetched ahead need {describe_size(needed)} on this host "
+            f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
             f"(config.data.num_streams={streams} over {self.process_count} processes, windows of "
-            f"config.data.window_blocks={window} blocks of {describe_size(self.block_bytes)}, "
-            f"and {self.further_blocks} blocks on their way), but may take {describe_size(bound)} "
+            f"config.data.window_blocks={window} blocks of {describe_bytes(self.block_bytes)}, "
+            f"and {self.further_blocks} blocks on their way), but may take {describe_bytes(bound)} "
             f"in {options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}). Set "
             f"{mixes_less}or config.data.cache_dir to a folder on a local disk with "
-            f"{describe_size(2 * needed)} free, or config.data.read_ahead_gib="
+            f"{describe_bytes(2 * needed)} free, or config.data.read_ahead_gib="
             f"{np.ceil(needed / 2**30 * 1000) / 1000:.3f} where there is room for it; on more "
             "hosts each needs less"
         )
@@ -151,18 +153,3 @@ def measure_footprint(
         batch_size=batch_size,
         process_count=process_count,
     )
-
-
-def describe_size(size: float) -> str:
-    """Such as "12.34 GB" or "5.67 MB"."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
-
-
-def _memory_limit() -> int:
-    """Of the machine and of its container."""
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        path = pathlib.Path("/sys/fs/cgroup", name)
-        if path.exists() and (text := path.read_text().strip()).isdigit():
-            limit = min(limit, int(text))
-    return limit

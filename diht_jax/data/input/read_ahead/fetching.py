@@ -14,11 +14,13 @@ import random
 import threading
 import time
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from diht_jax.data.retries import StorageError, is_missing
+
+_Result = TypeVar("_Result")
 
 # Paused after the first failure and at most; about half of it at random, as hosts fail together.
 _FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 0.1, 5.0
@@ -170,11 +172,10 @@ class Fetcher:
         fetch.last_error = error
         self.failed_requests += 1
         self.last_error = f"{self._describe(key)}: {_text_of(error)}"
-        if isinstance(error, _FINAL) or (isinstance(error, OSError) and _is_gone(error)):
+        if _is_final(error):
             raise self._storage_error(key, fetch) from error
         if not fetch.running:
-            pause = min(_LONGEST_PAUSE_SECS, _FIRST_PAUSE_SECS * 2 ** min(fetch.failures - 1, 16))
-            fetch.retry_at = self._clock() + pause * (0.5 + 0.5 * self._jitter())
+            fetch.retry_at = self._clock() + _pause_secs(fetch.failures, self._jitter())
 
     def _try_again(self, key: Hashable, fetch: _Fetch) -> None:
         now = self._clock()
@@ -204,6 +205,42 @@ class Fetcher:
             "at the network, the store's status and the credentials, and run the command again; "
             "config.data.read_timeout_secs has how long a store may fail"
         )
+
+
+def try_patiently(
+    read: Callable[[], _Result],
+    timeout_secs: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> _Result:
+    """Calls a function until it succeeds, with pauses as of `Fetcher`.
+
+    Args:
+        read: sends a request.
+        timeout_secs: after which its error is raised.
+        clock, sleep: in seconds.
+    """
+    began, failures = clock(), 0
+    while True:
+        try:
+            return read()
+        except Exception as error:
+            failures += 1
+            if _is_final(error) or isinstance(error, ValueError | IndexError):
+                raise
+            if clock() - began >= timeout_secs:
+                raise
+        sleep(_pause_secs(failures, random.random()))
+
+
+def _pause_secs(failures: int, jitter: float) -> float:
+    longest = _FIRST_PAUSE_SECS * 2 ** min(failures - 1, 16)
+    return min(_LONGEST_PAUSE_SECS, longest) * (0.5 + 0.5 * jitter)
+
+
+def _is_final(error: BaseException) -> bool:
+    return isinstance(error, _FINAL) or (isinstance(error, OSError) and _is_gone(error))
 
 
 def _is_gone(error: OSError) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 from absl import logging
 
-from diht_jax.data.input.order import BlockOrder
+from diht_jax.data.input.block_order import BlockOrder
+from diht_jax.data.input.in_flight import describe_bytes
 from diht_jax.data.input.read_ahead.block_cache import (
     BlockCache,
     CachedRecords,
@@ -20,15 +21,18 @@ from diht_jax.data.input.read_ahead.block_cache import (
 )
 from diht_jax.data.input.read_ahead.bound import (
     ReadAheadOptions,
-    describe_size,
     measure_footprint,
 )
 from diht_jax.data.input.read_ahead.reader import ReadSettings, run_reader
+from diht_jax.data.input.sub_batches import MAX_ROWS
+from diht_jax.data.records.remote import is_remote
 
 # Deaths of the reader process, without a block between them, that a run survives.
 MAX_RESTARTS = 3
 # Of the planned positions, beside those that are decoded: rounds of all threads.
 _ROUNDS_AHEAD = 2
+# Sub-batches that a worker holds at least; in threads there are about as many as of four workers.
+_PARTS_PER_WORKER, _FEW_WORKERS = 4, 4
 # How often the parent looks at the reader; how many such looks lie between two lines of the log.
 _POLL_SECS, _POLLS_PER_LINE = 0.5, 30
 _KILL_SECS = 5.0
@@ -98,9 +102,17 @@ class ReadAhead:
         return self._run is not None
 
     @property
-    def numbers(self) -> BlockCache | None:
+    def process_id(self) -> int | None:
+        """Of the reader."""
+        return None if self._run is None else self._run.process.pid
+
+    @property
+    def numbers(self) -> dict[str, int]:
         """Counts of blocks, bytes and requests by name, while it runs."""
-        return None if self._run is None else self._run.cache
+        if self._run is None:
+            return {}
+        sizes = {"needed_bytes": self._needed_bytes, "bound_bytes": self._settings.bound_bytes}
+        return self._run.cache.numbers() | sizes
 
     def start(self, position: int) -> None:
         """Begins to fetch what is needed from a position on; blocks of before are gone.
@@ -117,8 +129,8 @@ class ReadAhead:
             "(config.data.read_ahead_gib)",
             self._options.read_threads,
             self._folder,
-            describe_size(self._needed_bytes),
-            describe_size(self._settings.bound_bytes),
+            describe_bytes(self._needed_bytes),
+            describe_bytes(self._settings.bound_bytes),
         )
         arguments = (os.getpid(), self._folder, self._source, self._order, self._settings)
         self._run = _Run(cache, lock, arguments)
@@ -150,7 +162,7 @@ class _Run:
         self._lock = lock
         self._arguments = arguments
         self._stopping = threading.Event()
-        self._process = self._start_process()
+        self.process = self._start_process()
         self._monitor = threading.Thread(target=self._watch, name="read_ahead", daemon=True)
         self._monitor.start()
 
@@ -159,16 +171,16 @@ class _Run:
         self.cache["is_stopped"] = 1
         self._stopping.set()
         self._monitor.join()
-        self._process.kill()
-        self._process.join(_KILL_SECS)
+        self.process.kill()
+        self.process.join(_KILL_SECS)
         remove_folder(self.cache.folder)
         os.close(self._lock)
 
     def describe(self) -> str:
         cache = self.cache
         text = (
-            f"read-ahead: process {self._process.pid}, {cache['blocks']} blocks fetched, "
-            f"{describe_size(cache['bytes'])} in {cache.folder}, {cache['requests']} requests"
+            f"read-ahead: process {self.process.pid}, {cache['blocks']} blocks fetched, "
+            f"{describe_bytes(cache['bytes'])} in {cache.folder}, {cache['requests']} requests"
         )
         if cache["failed_requests"]:
             text += f", {cache['failed_requests']} of them failed, the last by {cache.problem()}"
@@ -187,11 +199,11 @@ class _Run:
         log = _ProgressLog(self.cache)
         while not self._stopping.wait(_POLL_SECS):
             log.look()
-            if self._process.is_alive() or self.cache["has_failed"]:
+            if self.process.is_alive() or self.cache["has_failed"]:
                 continue
             deaths = 1 if self.cache["blocks"] > blocks else deaths + 1
             blocks = self.cache["blocks"]
-            code = self._process.exitcode
+            code = self.process.exitcode
             if deaths > MAX_RESTARTS:
                 self.cache.fail(
                     f"the process that fetches blocks died {deaths} times in a row (exit code "
@@ -204,7 +216,7 @@ class _Run:
                 "again, and goes on with the blocks that are there",
                 code,
             )
-            self._process = self._start_process()
+            self.process = self._start_process()
 
 
 class _ProgressLog:
@@ -228,8 +240,8 @@ class _ProgressLog:
             if not self._is_filling or self._looks % _POLLS_PER_LINE == 1:
                 logging.info(
                     "read-ahead: %s of %s of the first blocks fetched (%d requests)",
-                    describe_size(min(cache["fetched_bytes"], cache["planned_bytes"])),
-                    describe_size(cache["planned_bytes"]),
+                    describe_bytes(min(cache["fetched_bytes"], cache["planned_bytes"])),
+                    describe_bytes(cache["planned_bytes"]),
                     cache["requests"],
                 )
         failed = cache["failed_requests"]
@@ -247,3 +259,42 @@ class _ProgressLog:
                 "read-ahead: blocks that are needed now do not fit into the bound, and their "
                 "records are read one by one, which is slow; raise config.data.read_ahead_gib"
             )
+
+
+def open_read_aheads(
+    source: Any,
+    order: Any,
+    options: ReadAheadOptions,
+    *,
+    batch_size: int,
+    num_workers: int,
+    prefetch_batches: int,
+    process_index: int,
+    process_count: int,
+) -> list[ReadAhead]:
+    """The read-ahead of a run's records, where it has one: in blocks, from an object store.
+
+    Args:
+        source, order, options: of `ReadAhead`.
+        batch_size: global.
+        num_workers, prefetch_batches: how far decoding works ahead.
+        process_index, process_count: this host's number, and how many there are.
+
+    Raises:
+        ValueError: see `ReadAhead`.
+    """
+    is_in_store = any(map(is_remote, getattr(source, "paths", ())))
+    if not is_in_store or not isinstance(order, BlockOrder):
+        return []
+    # The queues of each worker, or of the threads, hold four sub-batches at least.
+    queued = max(num_workers, _FEW_WORKERS) * _PARTS_PER_WORKER * MAX_ROWS * process_count
+    ahead = ReadAhead(
+        source,
+        order,
+        options,
+        batch_size=batch_size,
+        batches_in_flight=prefetch_batches - (-queued // batch_size),
+        process_index=process_index,
+        process_count=process_count,
+    )
+    return [ahead]

@@ -25,7 +25,7 @@ from diht_jax.data.input.read_ahead.block_cache import (
     BlockCache,
     remove_folder,
 )
-from diht_jax.data.input.read_ahead.fetching import Fetcher
+from diht_jax.data.input.read_ahead.fetching import Fetcher, try_patiently
 from diht_jax.data.input.workers import start_worker
 from diht_jax.data.records.format import TFRecordError
 from diht_jax.data.records.remote import is_remote, open_system
@@ -251,7 +251,18 @@ class Reader:
         return int(starts[block]), int(starts[block + 1])
 
     def _size(self, block: int) -> int:
-        _, start, end = self._source.extent(*self._records(block))
+        records = self._records(block)
+        try:
+            # Requests only where no index of the data set has the extents.
+            _, start, end = try_patiently(
+                lambda: self._source.extent(*records), self._settings.timeout_secs
+            )
+        except OSError as error:
+            raise StorageError(
+                f"{self._source.locate(records[0])[0]}: where its records lie could not be read "
+                f"({error}); look at the network, the store's status and the credentials, and run "
+                "the command again; config.data.read_timeout_secs has how long a store may fail"
+            ) from error
         return end - start
 
     def _describe(self, block: int) -> str:

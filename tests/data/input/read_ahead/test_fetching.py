@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from diht_jax.data.input.read_ahead.fetching import Fetcher
+from diht_jax.data.input.read_ahead.fetching import Fetcher, try_patiently
 from diht_jax.data.retries import StorageError
 
 
@@ -169,3 +169,32 @@ def test_what_the_use_of_an_answer_raises_comes_out():
     with pytest.raises(StorageError, match="the disk is full"):
         store.run(1)
     assert store.fetcher.failed_requests == 0
+
+
+def test_a_single_request_is_tried_for_as_long():
+    now, calls = [0.0], []
+
+    def read():
+        calls.append(now[0])
+        if now[0] < 60:
+            raise OSError("503 Service Unavailable")
+        return "there"
+
+    def sleep(secs):
+        now[0] += secs
+
+    options = {"clock": lambda: now[0], "sleep": sleep}
+    assert try_patiently(read, 600.0, **options) == "there"
+    assert 60 <= now[0] <= 65 and len(calls) < 30
+    now[0] = 0.0
+    with pytest.raises(OSError, match="503"):
+        try_patiently(read, 30.0, **options)
+    assert 30 <= now[0] <= 35
+    for error in (FileNotFoundError("a"), ValueError("damaged")):
+
+        def fail(error=error):
+            raise error
+
+        with pytest.raises(type(error)):
+            try_patiently(fail, 600.0, **options)
+    assert now[0] <= 35

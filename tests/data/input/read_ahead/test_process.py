@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl import logging
 
-from diht_jax.data.input.order import BlockOrder
+from diht_jax.data.input.block_order import BlockOrder
 from diht_jax.data.input.read_ahead import process
 from diht_jax.data.input.read_ahead.block_cache import READY, BlockCache, claim_folder, new_folder
 from diht_jax.data.input.read_ahead.bound import Footprint, ReadAheadOptions
@@ -24,7 +24,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[4]
 # Starts a read-ahead, then waits to be killed.
 PARENT = """
 import sys, time
-from diht_jax.data.input.order import BlockOrder
+from diht_jax.data.input.block_order import BlockOrder
 from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.data.input.read_ahead.process import ReadAhead
 from diht_jax.data.records.tfrecord import TFRecordSource
@@ -35,7 +35,7 @@ if __name__ == "__main__":
     ahead = ReadAhead(source, order, ReadAheadOptions(), batch_size=8, batches_in_flight=2)
     ahead.start(0)
     assert ahead.records[order[0]] == source[order[0]]
-    print(ahead._run._process.pid, ahead._folder, flush=True)
+    print(ahead.process_id, ahead._folder, flush=True)
     time.sleep(10_000)
 """
 
@@ -71,17 +71,17 @@ def test_a_reader_that_is_killed_is_started_again(source, tmp_path, monkeypatch,
     order, records = ahead._order, ahead.records
     ahead.start(0)
     assert records[order[0]] == source[order[0]]
-    pid = ahead._run._process.pid
+    pid = ahead.process_id
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: ahead._run._process.pid != pid)
+    wait_until(lambda: ahead.process_id != pid)
     # Beyond the first plan: without a new process these blocks would never come.
     ahead.advance(200)
     block = np.searchsorted(order.block_starts, order[200], side="right") - 1
-    wait_until(lambda: ahead.numbers.states[block] == READY, longest_secs=60)
+    wait_until(lambda: ahead._run.cache.states[block] == READY, longest_secs=60)
     assert records[order[200]] == source[order[200]]
     assert len(said) == 1 and "exit code -9" in said[0] and "started again" in said[0]
-    assert ahead.describe().startswith(f"read-ahead: process {ahead._run._process.pid}")
-    pid = ahead._run._process.pid
+    assert ahead.describe().startswith(f"read-ahead: process {ahead.process_id}")
+    pid = ahead.process_id
     ahead.stop()
     assert not is_running(pid) and not list(cache.iterdir())
     # It starts at any position, and before that the records are read directly.
@@ -148,10 +148,10 @@ def test_progress_failures_and_a_full_cache_are_logged(tmp_path, monkeypatch):
     cache["is_planned"], cache["planned_bytes"], cache["requests"] = 1, 40 * 10**9, 3
     for _ in range(process._POLLS_PER_LINE):
         log.look()
-    assert said == ["read-ahead: 0.00 MB of 40.00 GB of the first blocks fetched (3 requests)"]
+    assert said == ["read-ahead: 0.0 MB of 40.0 GB of the first blocks fetched (3 requests)"]
     cache["fetched_bytes"] = 41 * 10**9
     log.look()
-    assert "40.00 GB of 40.00 GB" in said[-1]
+    assert "40.0 GB of 40.0 GB" in said[-1]
     cache.set_problem("gs://bucket/a: 503")
     for count in range(1, 1 + process._POLLS_PER_LINE):
         cache["failed_requests"] = count
@@ -178,7 +178,7 @@ def test_blocks_that_do_not_fit_are_an_error_with_values_that_do():
     needed = footprint.needed_bytes(1024, 16)
     assert needed == (256 * 16 + 16 + 100) * 10**7
     footprint.check(order, ReadAheadOptions(read_ahead_gib=needed / 2**30))
-    with pytest.raises(ValueError, match=r"need 42\.12 GB on this host") as error:
+    with pytest.raises(ValueError, match=r"need 42\.1 GB on this host") as error:
         footprint.check(order, ReadAheadOptions(read_ahead_gib=30.0))
     text = str(error.value)
     # 30 GiB are 3,221 blocks: 512 streams on 4 hosts take 2,048 + 16 + 100, windows of 12 blocks

@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from diht_jax.data.input.order import BlockOrder
+from diht_jax.data.input.block_order import BlockOrder
 from diht_jax.data.input.read_ahead import block_cache, reader
 from diht_jax.data.input.read_ahead.block_cache import (
     BlockCache,
