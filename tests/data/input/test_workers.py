@@ -178,7 +178,7 @@ def test_stopped_workers_are_reported_and_do_not_keep_a_run_from_stopping(
     taken += 1
     with pytest.raises(StoppedWaiting) as raised:
         while True:  # what they had decoded before
-            wait.take(lambda: any(stopped[0] in text for text in said))
+            wait.take(lambda: any(all(worker in text for worker in stopped) for text in said))
             taken += 1
     assert raised.value.position.get_state() == {"next_example": 4 * taken}
     last = said[-1]
