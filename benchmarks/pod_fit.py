@@ -208,8 +208,8 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: one recipe a line."""
     lines = [
         "| recipe | attention | remat | micro-batch | state and batch | temporaries | peak | "
-        "FLOPs (of the model) | memory traffic | sent | step, at least | MFU, at most |",
-        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "FLOPs (of the model) | memory traffic | sent | permutes | step, at least | MFU, at most |",
+        "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in sorted(rows.items()):
         cells = [
@@ -221,9 +221,10 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
         ]
         if row["fits"]:
             cells += [_gib(row["temporary_bytes"]), _gib(row["peak_bytes"]), *_cost_cells(row)]
+            cells += [f"{permutes(row):,}"]
             cells += [f"{1e3 * row['step_secs']:,.0f} ms", f"{row['mfu_bound']:.1%}"]
         else:
-            cells += ["-", f"{_gib(row['needed_bytes'])}: too large"] + ["-"] * 5
+            cells += ["-", f"{_gib(row['needed_bytes'])}: too large"] + ["-"] * 6
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -255,8 +256,11 @@ def gpu_table(rows: dict[str, dict[str, Any]]) -> str:
 
 def permutes(row: dict[str, Any]) -> int:
     """How often a compiled row's program permutes, one after the other."""
-    kind = "collective-permute"
-    return sum(entry["count"] for entry in row["collectives"] if entry["kind"] == kind)
+    return sum(
+        entry["count"]
+        for entry in row.get("collectives", ())
+        if entry["kind"] == "collective-permute"
+    )
 
 
 def _cost_cells(row: dict[str, Any]) -> list[str]:

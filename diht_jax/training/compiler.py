@@ -20,7 +20,9 @@ from absl import logging
 
 # NVIDIA GPUs. Collectives run beside the computation (the scheduler hides their latency, on a
 # stream that goes first, also those between the trips of a loop), and small ones as one.
-# From JAX's GPU performance tips and MaxText's settings for H100s.
+# From JAX's GPU performance tips and MaxText's settings for H100s, without
+# xla_gpu_enable_pipelined_all_gather: with split parameters and micro-batches it pulls a whole
+# forward pass into the next trip (docs/benchmarks.md, "The recipes on GPUs").
 GPU_FLAGS = (
     "--xla_gpu_enable_latency_hiding_scheduler=true",
     "--xla_gpu_enable_highest_priority_async_stream=true",
@@ -28,7 +30,6 @@ GPU_FLAGS = (
     "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=67108864",
     "--xla_gpu_enable_pipelined_all_reduce=true",
-    "--xla_gpu_enable_pipelined_all_gather=true",
     "--xla_gpu_enable_pipelined_reduce_scatter=true",
 )
 # TPUs. The latency-hiding scheduler is on by default; these fuse collectives with computation and
