@@ -19,10 +19,10 @@ from absl import flags, logging
 from diht_jax.data.input import workers
 from diht_jax.data.input.bad_records import SKIPPED_RECORDS, CheckedExamples
 from diht_jax.data.input.crash_search import find_crashing_index
-from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.examples import DecodeExample, RandomExamples
 from diht_jax.data.input.in_flight import InFlight
 from diht_jax.data.input.mixing import OrderedRecords
-from diht_jax.data.input.order import BlockOrder, GlobalOrder
+from diht_jax.data.input.order import BlockOrder, GlobalOrder, derived_seed
 from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.data.input.read_ahead.process import open_read_aheads
 from diht_jax.data.input.sub_batches import SubBatches, join_parts
@@ -122,7 +122,7 @@ class TrainIterator:
         self._records = OrderedRecords(records, order)
         decode = decode.for_source(self._records)
         self._checked = CheckedExamples(
-            grain.MapDataset.source(self._records).random_map(decode, seed=_crop_seed(seed)),
+            RandomExamples(self._records, decode, derived_seed(seed, _CROP_DEPTH)),
             self._records.describe,
             mode=on_bad_record,
             stride=batch_size,
@@ -335,14 +335,6 @@ class TrainIterator:
                 ),
             )
         return iter(dataset)
-
-
-def _crop_seed(seed: int) -> int:
-    """The seed of the crops in `MapDataset.source(...).seed(seed).shuffle().repeat().random_map`.
-
-    That graph was this file's own, and its runs go on with the same crops.
-    """
-    return int(np.random.SeedSequence([seed, _CROP_DEPTH]).generate_state(1, np.uint32)[0])
 
 
 def check_is_set(train: str | Sequence[str] | None) -> None:

@@ -122,6 +122,8 @@ def decode(ids: Iterable[int]) -> str:
 
 def clean_text(text: str) -> str:
     """CLIP's cleaning: `ftfy`, HTML unescaped twice, whitespace collapsed, lower-cased."""
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return " ".join(text.split()).lower()  # nothing to repair, nor to unescape
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 

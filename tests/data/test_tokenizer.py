@@ -1,11 +1,14 @@
 """The tokenizer against open_clip's, which is CLIP's own code."""
 
+import html
 import itertools
+import random
 import subprocess
 import sys
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
+import ftfy
 import numpy as np
 import pytest
 
@@ -225,3 +228,15 @@ def test_a_giant_text_is_cut_before_it_is_cleaned(words, monkeypatch):
     ids = tokenizer.tokenize(" " * 10**6 + words * (10**7 // len(words)))
     np.testing.assert_array_equal(ids, tokenizer.tokenize(words * 2000))
     assert lengths[0] == 1024 * tokenizer.CONTEXT_LENGTH
+
+
+def test_texts_that_need_no_repair_are_cleaned_as_all_others():
+    rng = random.Random(0)
+    characters = [chr(code) for code in range(128)] * 3 + ["  ", "&amp;", "é", "’"]
+    plain = 0
+    for _ in range(2000):
+        text = "".join(rng.choices(characters[32:127] if rng.random() < 0.5 else characters, k=12))
+        repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
+        assert tokenizer.clean_text(text) == " ".join(repaired.split()).lower()
+        plain += text.isascii() and text.isprintable()
+    assert 500 < plain < 1500

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -133,3 +134,49 @@ class DecodeExample(grain.transforms.RandomMap):
             return fast_crops.decode_random_crop(data, self._image_size, rng, self._crop_scale)
         image = images.decode_rgb(data)
         return transforms.train_transform(image, self._image_size, rng, self._crop_scale)
+
+
+class RandomExamples(Sequence[dict[str, np.ndarray]]):
+    """The examples of records, each with a generator of its own: grain's `random_map`.
+
+    Without what grain does beside it, for each record and each of its transforms: its statistics
+    take longer than everything else of this file but the picture.
+    """
+
+    def __init__(self, records: Sequence[bytes], decode: grain.transforms.RandomMap, seed: int):
+        """Decodes nothing yet.
+
+        Args:
+            records: position -> a record.
+            decode: makes an example of it.
+            seed: of the generators, which are functions of it and of the position.
+        """
+        self._records = records
+        self._decode = decode
+        self._key = np.random.Philox(seed).state["state"]["key"]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        """The example at a position; errors as of the records and of `decode`."""
+        return self._decode.random_map(self._records[position], _generator(self._key, position))
+
+
+def _generator(key: np.ndarray, position: int) -> np.random.Generator:
+    """This thread's generator, at the state of a position; a new one would ask for entropy."""
+    rng = getattr(_kept, "rng", None)
+    if rng is None:
+        rng = _kept.rng = np.random.Generator(np.random.Philox(0))
+    rng.bit_generator.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": np.array([0, 0, 0, position], np.uint64), "key": key},
+        "buffer": np.zeros(4, np.uint64),
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return rng
+
+
+_kept = threading.local()

@@ -11,8 +11,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import grain
+import grain.experimental
 import ml_collections
+import numpy as np
 
 from diht_jax.data.input.block_order import BlockOrder
 from diht_jax.data.records.remote import is_remote
@@ -90,8 +91,17 @@ def count_streams(data: ml_collections.ConfigDict, process_count: int = 1) -> in
     return streams
 
 
+def derived_seed(seed: int, depth: int) -> int:
+    """The seed of a transform that comes `depth` transforms after `.seed(seed)` in grain's graph.
+
+    `MapDataset.source(...).seed(seed).shuffle().repeat().random_map(...)` was the whole input once;
+    its runs go on with the same order and the same crops.
+    """
+    return int(np.random.SeedSequence([seed, depth]).generate_state(1, np.uint32)[0])
+
+
 class GlobalOrder:
-    """Every epoch is a permutation of all records, drawn anew."""
+    """Every epoch is a permutation of all records, drawn anew, as grain's `shuffle` does it."""
 
     def __init__(self, num_records: int, seed: int):
         """Draws nothing yet.
@@ -110,11 +120,17 @@ class GlobalOrder:
                 "config.data.order='blocks'"
             )
         self._num_records = num_records
-        self._numbers = grain.MapDataset.range(num_records).seed(seed).shuffle().repeat()
+        self._seed = derived_seed(seed, depth=1)
 
     def __getitem__(self, position: int) -> int:
         """The number of the record, in [0, n), at a position from 0."""
-        return int(self._numbers[position])
+        epoch, number = divmod(position, self._num_records)
+        return grain.experimental.index_shuffle(
+            number,
+            max_index=self._num_records - 1,
+            seed=(self._seed + epoch) % 2**32,
+            rounds=4,
+        )
 
     def describe(self, batch_size: int) -> str:
         """What is mixed, for the log."""

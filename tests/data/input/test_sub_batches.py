@@ -14,6 +14,9 @@ class Draw(grain.transforms.RandomMap):
 
     example_bytes = 8 + 4 * 6
 
+    def for_source(self, source):
+        return self
+
     def random_map(self, element, rng):
         return {"number": np.int64(element), "drawn": rng.random((2, 3), dtype=np.float32)}
 
