@@ -15,6 +15,7 @@ from data_prep.filtering.steps.base import check_integers
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings
 from data_prep.sources.list import default_source
+from diht_jax.data.records.formats.registry import check_format
 
 # Raised whenever the same config comes to mean other records.
 _FORMAT_VERSION = 4
@@ -29,6 +30,7 @@ _NOT_HASHED = (
     "batch_size",
     "ray",
     "examples_per_shard",
+    "output_format",
     "keep_parts",
     "clean_label",
 )
@@ -57,6 +59,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.metadata_only = False  # rows of parquet or jsonl in and out, C and A only, no images
 
     c.drop_metadata = ("exif",)  # fields that are not worth their bytes
+    c.output_format = "tfrecord"  # or "array_record", "webdataset": of the output shards
     c.examples_per_shard = 10_000  # about so many records make one output shard
     c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
     c.samples_per_outcome = 50  # examples in the statistics, to look at
@@ -85,6 +88,12 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     least = {"examples_per_shard": 1, "retries": 0, "samples_per_outcome": 0}
     least |= {"report_samples": 0, "batch_size": 1}
     check_integers({name: (config[name], minimum) for name, minimum in least.items()})
+    check_format(config.output_format)
+    if config.metadata_only and config.output_format != "tfrecord":
+        raise ValueError(
+            f"config.output_format='{config.output_format}' with config.metadata_only: rows of a "
+            "table are written as they came; leave one of the two out"
+        )
     for step in registry.ordered_steps():
         step.check(config)
 

@@ -4,10 +4,11 @@ The folder of the output:
 
     parts/       what was filtered of every input shard: records (removed in the end), statistics,
                  samples and time
-    *.tfrecord   the records of all parts, in shards of equal size (`resharding`)
+    *.tfrecord   the records of all parts, in shards of equal size (`resharding`); or *.array_record
+                 or *.tar, as config.output_format has it
     dataset.index  where the records of all shards lie (`diht_jax.data.index`)
     stats.json, report.json, report.html, kept_keys.txt, kept_uids.npy
-    dataset_info.json, features.json
+    dataset_info.json, features.json; for tars sizes.json
 
 What is done to a pair belongs in `shard`.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -35,12 +36,13 @@ from data_prep.reports.summary import REPORT, FilterReport, gather_report, read_
 from data_prep.sources import list as source_list
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.dataset_index import INDEX_NAME
+from diht_jax.data.records.formats.registry import FORMATS
 
 Part = tuple[shards.ShardTask, dict[str, Any]]
 
 # What describes the whole output.
 MERGED_FILES = (
-    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES),
+    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
     *(kept.KEYS_FILE, kept.UIDS_FILE, REPORT, PAGE),
 )
 _KEPT_STATS = ("config_hash", "input", "output")
@@ -149,6 +151,7 @@ def plan_output(
         dataset=config.dataset_name,
         split=config.split,
         examples_per_shard=config.examples_per_shard,
+        output_format=config.output_format,
     )
 
 
@@ -157,7 +160,7 @@ def _plan_parts(
 ) -> list[shards.ShardTask]:
     """The tasks; what they must not replace is an error, unless it is to be overwritten."""
     os.makedirs(folder, exist_ok=True)
-    foreign = resharding.find_foreign(folder)
+    foreign = resharding.find_foreign(folder, config.output_format)
     if foreign:
         raise ValueError(
             f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
@@ -205,20 +208,30 @@ def _check_layout(
     merged = shards.read_json(path) if path.exists() else None
     if merged is None:
         return
-    before = merged["inputs"], merged["examples_per_shard"]
-    now = len(tasks), config.examples_per_shard
+    before, now = _layout(merged), {"inputs": len(tasks)} | _layout(config)
     cleaned = [t for t, stats in load_parts(tasks) if not shards.has_output(t, stats)]
-    if before != now and cleaned:
+    differing = [name for name in now if before[name] != now[name]]
+    if differing and cleaned:
+        name = differing[0]
         what = (
-            f"the input had {before[0]} shards and has {now[0]}"
-            if before[0] != now[0]
-            else f"examples_per_shard was {before[1]} and is {now[1]}"
+            f"the input had {before[name]} shards and has {now[name]}"
+            if name == "inputs"
+            else f"{name} was {before[name]} and is {now[name]}"
         )
         raise ValueError(
             f"'{folder}' is complete, and {what}: {len(cleaned)} input shards would have to be "
             "read again. Choose another output, or make it again with --overwrite; "
             "config.keep_parts=True would have kept what is needed"
         )
+
+
+def _layout(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which output shards the parts make, of a config or of merged statistics.
+
+    Statistics of TFRecords do not state their format: older ones had no other.
+    """
+    names = ("inputs", "examples_per_shard", "output_format")
+    return {"output_format": "tfrecord"} | {n: settings[n] for n in names if n in settings}
 
 
 def _filter_parts(
@@ -276,14 +289,18 @@ def _is_complete(
     planned: Sequence[resharding.BalancedShard],
     folder: str,
 ) -> bool:
-    names = (shards.MERGED_STATS, REPORT, PAGE, *dataset_info.FILES)
+    names = (shards.MERGED_STATS, REPORT, PAGE, *_described_by(config.output_format))
     paths = [pathlib.Path(folder) / name for name in names]
     if not all(path.exists() for path in paths):
         return False
-    merged = shards.read_json(paths[0])
-    same = merged.get("inputs") == len(tasks)
-    same = same and merged.get("examples_per_shard") == config.examples_per_shard
+    same = _layout(shards.read_json(paths[0])) == {"inputs": len(tasks)} | _layout(config)
     return same and all(resharding.load_written(shard) is not None for shard in planned)
+
+
+def _described_by(output_format: str) -> tuple[str, ...]:
+    """The files that describe the shards of a format to other programs."""
+    has_tfds = FORMATS[output_format].tfds_name is not None
+    return dataset_info.FILES if has_tfds else (dataset_info.SIZES,)
 
 
 def _write_output(
@@ -303,7 +320,7 @@ def _write_output(
             f"in the table above, examples in {folder}/{PAGE}"
         )
     shards.remove_merged(folder)
-    resharding.remove_stale_shards(folder, planned)
+    resharding.remove_stale_shards(folder, planned, config.output_format)
     names = [os.path.basename(shard.output) for shard in planned]
     shards.remove_temporary_files(folder, [*names, *MERGED_FILES])
     shards.remove_temporary_files(os.path.join(folder, resharding.PARTS), [stale_outputs.SETTINGS])
@@ -317,16 +334,7 @@ def _write_output(
     if all(path.exists() for path in lists):
         kept.write_lists(folder, lists)
     write_report(folder, report)
-    outputs = [resharding.load_written(shard)["output"] for shard in planned]
-    dataset_info.write_dataset_info(
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        shard_lengths=[output["records"] for output in outputs],
-        num_bytes=sum(output["bytes"] for output in outputs),
-        image_formats=report.funnel.image_formats,
-        description=f"Image-text pairs of {config.input}, by data_prep.filter.",
-    )
+    _describe_output(config, planned, folder, report)
     shards.write_index(folder, [shard.output for shard in planned])
     merged = {
         "config": filter_config.record_settings(config),
@@ -338,8 +346,35 @@ def _write_output(
         "versions": report.versions_json(),
         "counts": report.funnel.to_json() | {"measures": report.measures.to_json()},
     }
+    if config.output_format != "tfrecord":
+        merged["output_format"] = config.output_format
     shards.write_json(pathlib.Path(folder) / shards.MERGED_STATS, merged)
     return {}
+
+
+def _describe_output(
+    config: ml_collections.ConfigDict,
+    planned: Sequence[resharding.BalancedShard],
+    folder: str,
+    report: FilterReport,
+) -> None:
+    """Writes what other programs need to read the shards."""
+    outputs = [resharding.load_written(shard)["output"] for shard in planned]
+    tfds_name = FORMATS[config.output_format].tfds_name
+    if tfds_name is None:
+        sizes = {output["file"]: output["records"] for output in outputs}
+        dataset_info.write_sizes(folder, sizes)
+        return
+    dataset_info.write_dataset_info(
+        folder,
+        dataset=config.dataset_name,
+        split=config.split,
+        shard_lengths=[output["records"] for output in outputs],
+        num_bytes=sum(output["bytes"] for output in outputs),
+        image_formats=report.funnel.image_formats,
+        description=f"Image-text pairs of {config.input}, by data_prep.filter.",
+        file_format=tfds_name,
+    )
 
 
 def _show(folder: str, num_shards: int) -> None:

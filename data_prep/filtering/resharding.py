@@ -9,7 +9,9 @@ is not done again. What happens to a pair belongs in `shard`.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -30,9 +32,13 @@ from data_prep.filtering.kept import KEPT_SUFFIX, kept_path, read_kept
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.fingerprint import LOCATION_SUFFIX
+from diht_jax.data.images import decode
+from diht_jax.data.records import schema
 from diht_jax.data.records.dataset_info import shard_name
 from diht_jax.data.records.format import index_path
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter, is_shard
+from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
+from diht_jax.data.records.formats.tar_writer import image_extension
+from diht_jax.data.records.tfrecord import TFRecordSource
 from diht_jax.data.records.vocabulary import KINDS
 
 PARTS = "parts"
@@ -83,6 +89,7 @@ def plan_shards(
     dataset: str,
     split: str,
     examples_per_shard: int,
+    output_format: str = "tfrecord",
 ) -> list[BalancedShard]:
     """Divides the records of all parts among output shards.
 
@@ -93,6 +100,7 @@ def plan_shards(
         split: second part of the names.
         examples_per_shard: the target; the number of shards is that of all records divided by it,
             rounded up.
+        output_format: of the output shards, one of `formats.registry.FORMATS`.
 
     Returns:
         One shard at least.
@@ -102,6 +110,8 @@ def plan_shards(
     total = int(ends[-1]) if len(ends) else 0
     count = max(1, -(-total // examples_per_shard))
     with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["beside"] for _, stats in parts)
+    # Folders of TFRecords were hashed before there were other formats.
+    identity = {} if output_format == "tfrecord" else {"output_format": output_format}
     planned = []
     for number in range(count):
         first, last = total * number // count, total * (number + 1) // count
@@ -114,11 +124,13 @@ def plan_shards(
             if start < stop:
                 slices.append(Slice(task.output, start, stop))
                 identities.append([_identify(stats), start, stop])
+        name = shard_name(dataset, split, number, count, FORMATS[output_format].suffix)
+        identity |= {"slices": identities, "with_concepts": with_concepts}
         planned.append(
             BalancedShard(
-                os.path.join(folder, shard_name(dataset, split, number, count)),
+                os.path.join(folder, name),
                 tuple(slices),
-                shards.hash_config({"slices": identities, "with_concepts": with_concepts}),
+                shards.hash_config(identity),
                 with_concepts,
             )
         )
@@ -141,13 +153,15 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     shard.stats_path.unlink(missing_ok=True)
     formats: collections.Counter[str] = collections.Counter()
     concepts = ConceptLog()
-    with TFRecordWriter(shard.output) as writer:
+    is_tar = name_format(shard.output) == "webdataset"
+    with open_writer(shard.output) as writer:
         for piece in shard.slices:
             source = TFRecordSource(piece.path)
             for first in range(piece.start, piece.stop, _REPORT_EVERY):
                 numbers = range(first, min(first + _REPORT_EVERY, piece.stop))
                 for number in numbers:
-                    writer.write(source[number])
+                    data = source[number]
+                    writer.write(_with_common_image(data) if is_tar else data)
                 report(len(numbers))
             kept = itertools.islice(read_kept(kept_path(piece.path)), piece.start, piece.stop)
             formats.update(image_format for _, _, image_format in kept)
@@ -176,6 +190,16 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     return stats
 
 
+def _with_common_image(data: bytes) -> bytes:
+    """A record whose image webdataset knows; others become PNG, which loses nothing."""
+    record = schema.decode_record(data)
+    if image_extension(record.image) is not None:
+        return data
+    buffer = io.BytesIO()
+    decode.decode_rgb(record.image).save(buffer, "PNG")
+    return schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
+
+
 def load_written(shard: BalancedShard) -> dict[str, Any] | None:
     """The statistics of an output shard that was written from the same parts; else None."""
     try:
@@ -186,34 +210,53 @@ def load_written(shard: BalancedShard) -> dict[str, Any] | None:
     return stats if is_same else None
 
 
-def remove_stale_shards(folder: str, planned: Sequence[BalancedShard]) -> None:
-    """Removes output shards of an earlier plan that this one does not replace.
+def remove_stale_shards(
+    folder: str, planned: Sequence[BalancedShard], output_format: str = "tfrecord"
+) -> None:
+    """Removes output shards of an earlier plan, in whatever format, that this one does not replace.
 
     Args:
         folder: of the output.
         planned: of `plan_shards`.
+        output_format: of the plan.
     """
     wanted = {os.path.basename(shard.output) for shard in planned}
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if is_shard(entry.path) and entry.name not in wanted:
-            remove_output(entry.path)
+    read = set(shards.read_shards(folder, output_format))
+    for name in sorted(set(os.listdir(folder)) - wanted):
+        path = os.path.join(folder, name)
+        if name_format(name) is None or not os.path.isfile(path):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if name in read or _is_ours(path):
+                remove_output(path)
 
 
-def find_foreign(folder: str) -> list[str]:
-    """Names of the shards in a folder that re-sharding has not written."""
+def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
+    """Names of the shards in a folder that training would read, and re-sharding has not written."""
     foreign = []
-    for entry in os.scandir(folder):
-        if is_shard(entry.path):
-            try:
-                stats = json.loads(pathlib.Path(entry.path + shards.STATS_SUFFIX).read_bytes())
-                stats["input"]["parts"]  # noqa: B018
-            except FileNotFoundError:
-                # Ours too, if it was killed between the shard and its statistics.
-                if not os.path.isdir(os.path.join(folder, PARTS)):
-                    foreign.append(entry.name)
-            except (ValueError, KeyError, TypeError):
-                foreign.append(entry.name)
+    for name in shards.read_shards(folder, output_format):
+        try:
+            if not _is_ours(os.path.join(folder, name)):
+                foreign.append(name)
+        except FileNotFoundError:
+            # Ours too, if it was killed between the shard and its statistics.
+            if not os.path.isdir(os.path.join(folder, PARTS)):
+                foreign.append(name)
     return sorted(foreign)
+
+
+def _is_ours(path: str) -> bool:
+    """Whether re-sharding has written a shard, by its statistics.
+
+    Raises:
+        FileNotFoundError: it has none.
+    """
+    try:
+        stats = json.loads(pathlib.Path(path + shards.STATS_SUFFIX).read_bytes())
+        stats["input"]["parts"]  # noqa: B018
+    except (ValueError, KeyError, TypeError):
+        return False
+    return True
 
 
 def remove_output(path: str) -> None:

@@ -27,8 +27,8 @@ from diht_jax.data.images import decode
 from diht_jax.data.readers.base import held_bytes
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records import schema
+from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.schema import Pair
-from diht_jax.data.records.tfrecord import TFRecordWriter
 
 # Of pairs that are held at once; an ordinary batch takes a tenth of it.
 _CHUNK_BYTES = 2**28
@@ -64,7 +64,7 @@ def filter_shard(
 
 def _process(
     source: SourceShard,
-    writer: TFRecordWriter,
+    writer: RecordWriter,
     *,
     config: ml_collections.ConfigDict,
     steps: Sequence[type[Step]],
@@ -155,7 +155,7 @@ def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:
 
 def _write(
     candidate: Candidate,
-    writer: TFRecordWriter,
+    writer: RecordWriter,
     config: ml_collections.ConfigDict,
     log: ShardLog,
 ) -> None:

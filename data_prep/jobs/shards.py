@@ -22,12 +22,13 @@ from diht_jax.data.index import is_indexable, update_index
 from diht_jax.data.readers.registry import SourceShard, names_files
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.dataset_index import INDEX_NAME
-from diht_jax.data.records.tfrecord import TFRecordWriter, is_shard
+from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
+from diht_jax.data.records.formats.writer import RecordWriter
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
 
-Process = Callable[[SourceShard, TFRecordWriter], dict[str, Any]]
+Process = Callable[[SourceShard, RecordWriter], dict[str, Any]]
 
 # The names of `atomic_file.temporary_path`.
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
@@ -64,7 +65,13 @@ def hash_config(config: dict[str, Any]) -> str:
 
 
 def plan_tasks(
-    sources: Sequence[SourceShard], folder: str, *, dataset: str, split: str, config_hash: str
+    sources: Sequence[SourceShard],
+    folder: str,
+    *,
+    dataset: str,
+    split: str,
+    config_hash: str,
+    output_format: str = "tfrecord",
 ) -> list[ShardTask]:
     """Gives every source shard its output shard, and makes the folder.
 
@@ -74,15 +81,17 @@ def plan_tasks(
         dataset: first part of the names.
         split: second part of the names.
         config_hash: see `hash_config`.
+        output_format: of the output shards, one of `formats.registry.FORMATS`.
 
     Raises:
         ValueError: the folder holds shards that this plan would not replace, and that a training
             run on the folder would read.
     """
     os.makedirs(folder, exist_ok=True)
-    names = [dataset_info.shard_name(dataset, split, i, len(sources)) for i in range(len(sources))]
-    present = {entry.name for entry in os.scandir(folder) if is_shard(entry.path)}
-    foreign = sorted(present - set(names))
+    suffix = FORMATS[output_format].suffix
+    count = len(sources)
+    names = [dataset_info.shard_name(dataset, split, i, count, suffix) for i in range(count)]
+    foreign = sorted(set(read_shards(folder, output_format)) - set(names))
     if foreign:
         raise ValueError(
             f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
@@ -91,6 +100,20 @@ def plan_tasks(
     return [
         ShardTask(source, os.path.join(folder, name), config_hash)
         for source, name in zip(sources, names, strict=True)
+    ]
+
+
+def read_shards(folder: str, output_format: str) -> list[str]:
+    """Names of the shards that training on a folder with this format of shards would read.
+
+    Those of another format are read instead where that comes first in `FORMATS`.
+    """
+    names = list(FORMATS)
+    first = set(names[: names.index(output_format) + 1])
+    return [
+        entry.name
+        for entry in os.scandir(folder)
+        if entry.is_file() and name_format(entry.name) in first
     ]
 
 
@@ -110,7 +133,7 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
     """
     task.stats_path.unlink(missing_ok=True)
     described = fingerprint.describe(task.source)
-    with TFRecordWriter(task.output) as writer:
+    with open_writer(task.output) as writer:
         counts = process(task.source, writer)
     return finish_task(task, described, counts, len(writer), beside)
 
@@ -219,7 +242,7 @@ def remove_temporary_files(folder: str, names: Collection[str]) -> None:
 
 def remove_merged(folder: str) -> None:
     """Removes what describes the whole folder, before a shard of it changes."""
-    for name in (MERGED_STATS, INDEX_NAME, *dataset_info.FILES):
+    for name in (MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES):
         (pathlib.Path(folder) / name).unlink(missing_ok=True)
 
 

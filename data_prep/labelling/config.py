@@ -9,7 +9,11 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from data_prep.teachers.registry import default_teacher
+from diht_jax.data.records.formats.registry import check_format
 from diht_jax.data.records.schema import MAX_CONCEPTS
+
+# Those that have room for concepts.
+_OUTPUT_FORMATS = ("tfrecord", "array_record")
 
 # Ours: what captions speak of, but no picture shows, or every picture does.
 _STOP_OBJECTS = (
@@ -32,6 +36,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.output = placeholder(str)  # folder of the labelled shards
     c.dataset_name = "pairs"  # with the split it makes the names of the shards
     c.split = "train"
+
+    c.output_format = "tfrecord"  # or "array_record": of the output shards
 
     c.vocabulary = ml_collections.ConfigDict()
     c.vocabulary.min_count = 10  # pairs that must mention a concept
@@ -75,6 +81,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
+    check_format(config.output_format, _OUTPUT_FORMATS)
     heads = config.heads
     least = {
         "vocabulary.min_count": (config.vocabulary.min_count, 1),

@@ -25,9 +25,8 @@ from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.engine import Report
 from data_prep.teachers.registry import load_teacher
 from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records import tfrecord
-from diht_jax.data.records.schema import Record, decode_record
+from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
+from diht_jax.data.records.schema import Record
 
 FOLDER = "embeddings"
 DTYPES = ("float16", "float32")
@@ -155,16 +154,20 @@ def load_embeddings(path: str) -> ShardEmbeddings:
 
 
 def read_shard(source: SourceShard) -> Iterator[Record]:
-    """The records of a shard.
+    """The records of a shard of any format.
 
     Raises:
         ValueError: a damaged shard or record; names it.
     """
-    for number, data in enumerate(tfrecord.read_records(source.path)):
-        try:
-            yield decode_record(data)
-        except ValueError as error:
-            raise ValueError(f"{source}: record {number}: {error}") from error
+    for number, entry in enumerate(read_pairs(source)):
+        if isinstance(entry, Skipped):
+            raise ValueError(
+                f"{source}: record {number} ('{entry.key}') is no pair: {entry.reason} "
+                f"({entry.detail}); filter the shard again"
+            )
+        if not isinstance(entry, Record):
+            entry = Record(entry.key, entry.image, entry.caption, entry.metadata)
+        yield entry
 
 
 def hash_key(key: str) -> int:

@@ -5,7 +5,8 @@ The folder of the output:
     embeddings/             the teacher's embeddings of every shard, one npz each
     vocabulary_*.tsv        the concepts and their ids
     heads.npz, heads.json   the trained heads, their curves and metrics
-    *.tfrecord              the input's records with concepts, and their statistics
+    *.tfrecord              the input's records with concepts, and their statistics; or
+                            *.array_record, as config.output_format has it
     dataset.index           where the records of all shards lie (`diht_jax.data.index`)
     stats.json, report.html, curves.png, dataset_info.json, features.json
 
@@ -38,7 +39,7 @@ from data_prep.teachers.base import TeacherInfo
 from data_prep.teachers.registry import describe_teacher, load_teacher
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records.dataset_info import write_dataset_info
-from diht_jax.data.records.tfrecord import find_shards
+from diht_jax.data.records.formats.registry import find_shards, format_of
 from diht_jax.data.records.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
 
 _LABELS_VERSION = 1
@@ -66,9 +67,7 @@ def run(
     os.makedirs(folder, exist_ok=True)
     vocabulary = _make_vocabulary(config, [source.path for source in inputs])
     teacher = describe_teacher(config.teacher)
-    tasks = shards.plan_tasks(
-        inputs, folder, dataset=config.dataset_name, split=config.split, config_hash=""
-    )
+    tasks = _plan_tasks(config, inputs, folder, "")
     embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
     share = functools.partial(
         source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
@@ -101,7 +100,7 @@ def _find_inputs(text: str | None) -> list[SourceShard]:
             "--config.input=/data/kept"
         )
     parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
-    return [SourceShard("tfrecord", path) for path in find_shards(parts)]
+    return [SourceShard(format_of(parts), path) for path in find_shards(parts)]
 
 
 def _make_vocabulary(config: ml_collections.ConfigDict, paths: Sequence[str]) -> Vocabulary:
@@ -192,12 +191,19 @@ def _plan_labels(
         "vocabulary": heads["vocabulary"],
         "top_k": config.top_k,
     }
+    return _plan_tasks(config, inputs, folder, shards.hash_config(settings))
+
+
+def _plan_tasks(
+    config: ml_collections.ConfigDict, inputs: Sequence[SourceShard], folder: str, config_hash: str
+) -> list[shards.ShardTask]:
     return shards.plan_tasks(
         inputs,
         folder,
         dataset=config.dataset_name,
         split=config.split,
-        config_hash=shards.hash_config(settings),
+        config_hash=config_hash,
+        output_format=config.output_format,
     )
 
 
@@ -310,6 +316,7 @@ def _summarize(
         description=f"Image-text pairs of {config.input} with concepts, by data_prep.label; "
         f"vocabulary: {hashes}."
         + (f" Licence of the labels: {teacher.licence}." if teacher.licence else ""),
+        file_format=config.output_format,
     )
     label_report.write_report(folder, summary, heads, vocabulary)
     print(label_report.format_metrics(heads))

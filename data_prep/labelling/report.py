@@ -21,8 +21,8 @@ from data_prep.labelling.examples import is_held_out
 from data_prep.reports.html import data_uri, render_bar, render_page
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.records.schema import Record, decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.data.records.formats.registry import open_source
+from diht_jax.data.records.schema import Record
 from diht_jax.data.records.vocabulary import KINDS, ConceptList, Vocabulary
 
 PAGE = "report.html"
@@ -192,12 +192,12 @@ def _metrics_table(heads: dict[str, Any]) -> str:
 
 def _choose_records(folder: str, config: dict[str, Any]) -> list[Record]:
     """Random records, held-out ones first, in the order of the shards."""
-    source = TFRecordSource(folder)
+    source = open_source(folder)
     wanted = min(config["report_images"], len(source))
     order = np.random.default_rng(config["seed"]).permutation(len(source))
     held_out, others = [], []
     for index in order[: wanted * _MAX_TRIES].tolist():
-        record = decode_record(source[index])
+        record = source.decode(source[index])
         hashes = np.array([hash_key(record.key)], np.uint64)
         is_new = is_held_out(hashes, config["heads"]["held_out"], config["seed"])[0]
         (held_out if is_new else others).append((index, record))

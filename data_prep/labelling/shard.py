@@ -18,8 +18,8 @@ from data_prep.labelling.embeddings import embedding_path, hash_key, load_embedd
 from data_prep.labelling.heads import Head, load_heads
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records import schema, vocabulary
+from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.schema import Record
-from diht_jax.data.records.tfrecord import TFRecordWriter
 
 _REPORT_EVERY = 256
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -61,7 +61,7 @@ def label_shard(
 
 def _process(
     source: SourceShard,
-    writer: TFRecordWriter,
+    writer: RecordWriter,
     *,
     embeddings: str,
     heads: dict[str, Head],

@@ -1,4 +1,7 @@
-"""TFRecord shards as a source, ours and img2dataset's, on disk or in an object store."""
+"""TFRecord and ArrayRecord shards as a source, ours and img2dataset's.
+
+TFRecord shards may lie in an object store.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterator
 
 from diht_jax.data.readers.base import Format, SourceShard
 from diht_jax.data.records import remote, schema
+from diht_jax.data.records.formats.array_record import ArrayRecordSource, read_array_records
 from diht_jax.data.records.samples import SampleError, Skipped, has_sample_fields
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordSource, is_shard, read_records
@@ -38,6 +42,9 @@ def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 
 def _read_bytes(path: str) -> Iterator[bytes]:
+    if is_shard(path, ArrayRecordSource.kind):
+        yield from read_array_records(path)
+        return
     if not remote.is_remote(path):
         yield from read_records(path)
         return
@@ -46,6 +53,12 @@ def _read_bytes(path: str) -> Iterator[bytes]:
         yield records[number]
 
 
+ARRAY_RECORD = Format(
+    suffixes=(".array_record",),
+    matches=lambda path: is_shard(path, ArrayRecordSource.kind),
+    read=read_shard,
+    count=lambda shard: len(ArrayRecordSource([shard.path])),
+)
 FORMAT = Format(
     suffixes=(".tfrecord",),
     matches=is_shard,  # train.tfrecord-00000-of-00010, too

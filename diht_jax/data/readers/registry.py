@@ -7,7 +7,8 @@ which `read_pairs` reads, in whatever process. What the text of a source may be:
     PATH.jsonl, PATH.csv, PATH.tsv   a table beside a folder of images
     PATH.parquet                     images and captions in columns
     FOLDER                           shards, tars, tables or parquet files in it; else classes
-    PATH.tfrecord, GLOB, URL         our own records
+    PATH.tfrecord, GLOB, URL         our own records, and img2dataset's
+    PATH.array_record, GLOB          our own records
     tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
 
 Options of one source of several stand behind it: "a.csv?image_column=file&caption_column=title".
@@ -54,6 +55,7 @@ FORMATS: dict[str, Format] = {
     "table": tables.FORMAT,
     "tfds": tfds.FORMAT,
     "tfrecord": records.FORMAT,
+    "array_record": records.ARRAY_RECORD,
     "parquet": parquet.FORMAT,
     "folder": image_folder.CLASSES,
     "pictures": image_folder.PICTURES,

@@ -1,21 +1,26 @@
-"""The two metadata files that make a folder of shards a TFDS data set.
+"""The metadata files that make a folder of shards a data set for others.
 
-They are written when all shards are there; then `tfds.builder_from_directory(FOLDER)` opens
-the folder. `tensorflow_datasets` is imported inside the function; TensorFlow is not needed.
+They are written when all shards are there. With two of them, `tfds.builder_from_directory(FOLDER)`
+opens a folder of TFRecord or ArrayRecord shards; a third one tells webdataset's users how many
+samples each tar has. `tensorflow_datasets` is imported inside the function; TensorFlow is not
+needed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records import schema
 
 FILES = ("dataset_info.json", "features.json")
+# Name -> samples, of tars; open_clip takes the size of its epochs from it.
+SIZES = "sizes.json"
 # Beside each shard that `data_prep` writes: what went into it and what came out.
 STATS_SUFFIX = ".stats.json"
 
@@ -25,7 +30,9 @@ _SHARD_TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
-def shard_name(dataset: str, split: str, index: int, num_shards: int) -> str:
+def shard_name(
+    dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
+) -> str:
     """File name of one shard, as TFDS forms it from our template.
 
     Args:
@@ -33,6 +40,7 @@ def shard_name(dataset: str, split: str, index: int, num_shards: int) -> str:
         split: name of the split, in the same form.
         index: of the shard, from 0.
         num_shards: of the split; more than 99,999 make the number longer.
+        suffix: of the format.
 
     Raises:
         ValueError: a name is of another form.
@@ -41,7 +49,7 @@ def shard_name(dataset: str, split: str, index: int, num_shards: int) -> str:
         if not _NAME.fullmatch(name):
             raise ValueError(f"name '{name}': expected lower-case letters, digits and underscores")
     digits = max(5, len(str(num_shards)))
-    return f"{dataset}-{split}-{index:0{digits}d}.tfrecord"
+    return f"{dataset}-{split}-{index:0{digits}d}{suffix}"
 
 
 def write_dataset_info(
@@ -54,6 +62,7 @@ def write_dataset_info(
     image_formats: Collection[str],
     with_concepts: bool = False,
     description: str = "",
+    file_format: str = "tfrecord",
 ) -> None:
     """Writes `dataset_info.json` and `features.json`.
 
@@ -67,6 +76,7 @@ def write_dataset_info(
             occurs, the feature `image` is declared as encoded bytes.
         with_concepts: whether every record has the field `concepts`, declared as bytes.
         description: a text for people.
+        file_format: of the shards, "tfrecord" or "array_record".
     """
     import tensorflow_datasets as tfds
 
@@ -81,13 +91,13 @@ def write_dataset_info(
         features=_make_features(image_formats, with_concepts),
         description=description,
     )
-    info.set_file_format(tfds.core.FileFormat.TFRECORD)
+    info.set_file_format(tfds.core.FileFormat(file_format))
     template = tfds.core.ShardedFileTemplate(
         data_dir=os.fspath(folder),
         template=_SHARD_TEMPLATE,
         dataset_name=dataset,
         split=split,
-        filetype_suffix="tfrecord",
+        filetype_suffix=file_format,
     )
     split_info = tfds.core.SplitInfo(
         name=split,
@@ -101,6 +111,17 @@ def write_dataset_info(
         for name in FILES:
             data = (pathlib.Path(scratch) / name).read_bytes()
             write_atomically(pathlib.Path(folder) / name, data)
+
+
+def write_sizes(folder: str | os.PathLike[str], sizes: Mapping[str, int]) -> None:
+    """Writes `sizes.json`.
+
+    Args:
+        folder: of the shards.
+        sizes: name of each shard -> records.
+    """
+    text = json.dumps(dict(sizes), indent=1)
+    write_atomically(pathlib.Path(folder) / SIZES, f"{text}\n".encode())
 
 
 def _make_features(image_formats: Collection[str], with_concepts: bool):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -130,7 +130,7 @@ class _OpenShard:
             ) from error
 
 
-def read_array_records(path: str) -> Any:
+def read_array_records(path: str) -> Iterator[bytes]:
     """Yields the records of one shard in order.
 
     Raises:

@@ -14,8 +14,12 @@ import json
 import pathlib
 import tarfile
 
+import numpy as np
+
+from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records import schema
 from diht_jax.data.records.format import index_path
+from diht_jax.data.records.formats import tar_records
 from diht_jax.data.records.formats.writer import ShardWriter
 
 # How the files of the formats begin that webdataset knows.
@@ -24,11 +28,12 @@ _MAX_KEY_LETTERS = 200
 
 
 class TarWriter(ShardWriter):
-    """Writes one tar of records."""
+    """Writes one tar of records, and its index."""
 
     def _open(self, path: pathlib.Path) -> None:
         self._tar = tarfile.open(path, "x", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._seen: collections.Counter[str] = collections.Counter()
+        self._offsets: list[int] = []
 
     def _append(self, data: bytes) -> None:
         record = schema.decode_record(data)
@@ -39,10 +44,14 @@ class TarWriter(ShardWriter):
                 f"record '{record.key}': its concepts cannot be kept in a tar; write labelled "
                 'records with config.output_format="tfrecord" or "array_record"'
             )
+        extension = image_extension(record.image)
+        if extension is None:
+            raise ValueError(f"record '{record.key}': tars hold images in JPEG, PNG and WebP only")
         stem = self._unique_stem(record.key)
+        self._offsets.append(self._tar.offset)
         metadata = dict(record.metadata) | {"key": record.key}
         text = json.dumps(metadata, sort_keys=True, allow_nan=False)
-        self._add(f"{stem}.{image_extension(record.image)}", record.image)
+        self._add(f"{stem}.{extension}", record.image)
         self._add(f"{stem}.txt", record.caption.encode())
         self._add(f"{stem}.json", text.encode())
 
@@ -53,6 +62,9 @@ class TarWriter(ShardWriter):
         # An old index must not stand beside the new shard, not even for a moment.
         index_path(self.path).unlink(missing_ok=True)
         super()._replace()
+        offsets = np.array(self._offsets, np.uint64)
+        index = tar_records.encode_index(offsets, self.path.stat().st_size)
+        write_atomically(index_path(self.path), index)
 
     def _add(self, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)
@@ -71,19 +83,12 @@ class TarWriter(ShardWriter):
         return numbered
 
 
-def image_extension(image: bytes) -> str:
-    """The extension by which webdataset knows an image: jpg, png or webp.
-
-    Raises:
-        ValueError: it is of another format, which open_clip would not find.
-    """
+def image_extension(image: bytes) -> str | None:
+    """The extension by which webdataset knows an image: jpg, png or webp; None for others."""
     for signature, start, extension in _SIGNATURES:
         if image[start : start + len(signature)] == signature:
             return extension
-    raise ValueError(
-        f"an image that begins with {image[:8]!r}, while tars hold JPEG, PNG and WebP; have it "
-        'written as JPEG, or choose config.output_format="tfrecord"'
-    )
+    return None
 
 
 def member_stem(key: str) -> str:

@@ -4,8 +4,25 @@ from __future__ import annotations
 
 import os
 import pathlib
+from typing import Protocol
 
 from diht_jax.data.atomic_file import temporary_path
+
+
+class RecordWriter(Protocol):
+    """What writes one shard of any format, as a context manager.
+
+    Attributes:
+        path: of the shard.
+    """
+
+    path: pathlib.Path
+
+    def write(self, data: bytes) -> None:
+        """Appends one record, as `schema.encode_record` gives it."""
+
+    def __len__(self) -> int:
+        """Records written so far."""
 
 
 class ShardWriter:

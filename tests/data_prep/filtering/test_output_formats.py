@@ -1,0 +1,193 @@
+"""One filter job in every output format, read by the programs that the formats are for."""
+
+import io
+import json
+import pathlib
+import tarfile
+import types
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from grain.sources import ArrayRecordDataSource
+from PIL import Image
+
+from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.pipeline import TrainIterator, open_records
+from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.formats.tar_records import encode_index, scan_samples
+from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
+
+_FORMATS = ("tfrecord", "array_record", "webdataset")
+_ENDINGS = {"tfrecord": ".tfrecord", "array_record": ".array_record", "webdataset": ".tar"}
+_IMAGES = ("JPEG", "PNG", "WEBP", "JPEG", "JPEG", "PNG", "GIF", "JPEG", "PNG")
+
+
+def _picture(name: str, number: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((42, 30), Image.Resampling.NEAREST).save(buffer, name)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Nine pictures, whose keys no tar could hold as they are, in each format."""
+    folder = tmp_path_factory.mktemp("formats")
+    keys = ("a.b", "a.b", "x/../y", "a", "\u00e9", "a~2", "gif", "7", "8")
+    rows = []
+    for number, (name, key) in enumerate(zip(_IMAGES, keys, strict=True)):
+        (folder / str(number)).write_bytes(_picture(name, number))
+        row = {"image": str(number), "caption": f"picture {number}", "id": key, "n": number}
+        rows.append(row)
+    rows[3]["caption"] = ["picture 3", "another caption"]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in _FORMATS:
+        assert run_filter(_config(folder, folder / name, name)) == {}
+    return folder
+
+
+def _config(work: pathlib.Path, output: pathlib.Path, output_format: str, **changes):
+    changes = {"examples_per_shard": 5, "source__key_column": "id"} | changes
+    return job_config(str(work / "t.jsonl"), output, output_format=output_format, **changes)
+
+
+def _shards(folder: pathlib.Path, name: str) -> list[pathlib.Path]:
+    return sorted(folder.glob(f"*{_ENDINGS[name]}"))
+
+
+def test_grain_and_tfds_read_array_records(work):
+    records = read_records(work / "tfrecord")
+    paths = _shards(work / "array_record", "array_record")
+    assert [path.name for path in paths] == [
+        "pairs-train-00000.array_record",
+        "pairs-train-00001.array_record",
+    ]
+    theirs = ArrayRecordDataSource([str(path) for path in paths])
+    ours = open_records(str(work / "tfrecord"))
+    assert [theirs[n] for n in range(len(theirs))] == [ours[n] for n in range(9)]
+    builder = tfds.builder_from_directory(work / "array_record")
+    examples = builder.as_data_source(split="train", decoders={"image": tfds.decode.SkipDecoding()})
+    assert builder.info.splits["train"].shard_lengths == [4, 5]
+    for number in (0, 3, 8):
+        example, record = examples[number], records[number]
+        assert (example["key"], example["image"]) == (record.key.encode(), record.image)
+        assert example["caption"] == record.caption.encode()
+    assert list(open_source(str(work / "array_record"))) == records
+
+
+def test_open_clip_trains_on_what_was_kept(work):
+    open_clip = pytest.importorskip("open_clip")
+    data = pytest.importorskip("open_clip_train.data")
+    settings = types.SimpleNamespace(
+        train_data=f"{work}/webdataset/pairs-train-{{00000..00001}}.tar",
+        train_num_samples=None,  # sizes.json has it
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        seed=0,
+        batch_size=3,
+        workers=0,
+        world_size=1,
+    )
+    transform = open_clip.image_transform(30, is_train=False)
+    loader = data.get_wds_dataset(
+        settings, transform, is_train=True, tokenizer=lambda text: [text]
+    ).dataloader
+    assert loader.num_samples == 9
+    records = {record.caption: record.image for record in read_records(work / "tfrecord")}
+    found = {}
+    for images, captions in loader:
+        found |= dict(zip(captions, images, strict=True))
+    assert found.keys() == records.keys()
+    for caption, image in records.items():
+        expected = transform(Image.open(io.BytesIO(image)))
+        np.testing.assert_array_equal(found[caption], expected)
+
+
+def test_tars_are_read_as_what_was_kept(work):
+    records = read_records(work / "tfrecord")
+    entries = list(open_source(str(work / "webdataset")))
+    assert [entry.caption for entry in entries] == [record.caption for record in records]
+    assert [entry.metadata for entry in entries] == [record.metadata for record in records]
+    assert [record.metadata.get("captions") for record in records].count(None) == 8
+    # Keys are unique within each tar, and members have no name that another program splits.
+    assert [entry.key for entry in entries] == [
+        *("a%2Eb", "a%2Eb~2", "x/%2E%2E/y", "a"),
+        *("\u00e9", "a%7E2", "gif", "7", "8"),
+    ]
+    is_gif = [name == "GIF" for name in _IMAGES]
+    for entry, record, gif in zip(entries, records, is_gif, strict=True):
+        if gif:  # webdataset knows no GIF
+            assert entry.image.startswith(b"\x89PNG")
+            pixels = [Image.open(io.BytesIO(d)).convert("RGB") for d in (entry.image, record.image)]
+            np.testing.assert_array_equal(*pixels)
+        else:
+            assert entry.image == record.image
+    with tarfile.open(_shards(work / "webdataset", "webdataset")[0]) as tar:
+        member = tar.getmember("a%2Eb~2.json")
+        assert json.load(tar.extractfile(member)) == {"n": 1, "key": "a.b"}
+        assert (member.mtime, member.uid, member.uname) == (0, 0, "")
+    # The index that the writer has made is the one that a scan of the tar gives.
+    sizes = json.loads((work / "webdataset" / "sizes.json").read_text())
+    for path in _shards(work / "webdataset", "webdataset"):
+        with open(path, "rb") as file:
+            offsets, skipped = scan_samples(file, str(path))
+        assert (sizes[path.name], skipped) == (len(offsets), {})
+        index = encode_index(offsets, path.stat().st_size)
+        assert pathlib.Path(f"{path}.idx").read_bytes() == index
+
+
+def test_training_on_every_format_is_the_same(work):
+    decode = DecodeExample(16, 8, (0.5, 1.0), "{caption}")
+    batches = []
+    for name in _FORMATS:
+        source = open_records(str(work / name))
+        iterator = TrainIterator(source, decode, batch_size=3, seed=2, num_workers=0)
+        batches.append([next(iterator) for _ in range(4)])
+    for other in batches[1:]:
+        for batch, same in zip(batches[0], other, strict=True):
+            np.testing.assert_array_equal(batch["images"], same["images"])
+            np.testing.assert_array_equal(batch["tokens"], same["tokens"])
+
+
+@pytest.mark.parametrize("name", _FORMATS[1:])
+def test_an_output_is_completed_and_the_same_in_every_run(work, tmp_path, name):
+    before = snapshot(work / name)
+    config = _config(work, tmp_path / "out", name)
+    config.num_workers = 1 if name == "webdataset" else 0  # in a process of its own, or in this one
+    assert run_filter(config) == {}
+    assert snapshot(tmp_path / "out") == before
+    config.num_workers = 0
+    # Killed between the shard and its statistics: that shard is written again.
+    (tmp_path / "out" / f"pairs-train-00001{_ENDINGS[name]}.stats.json").unlink()
+    first = tmp_path / "out" / f"pairs-train-00000{_ENDINGS[name]}"
+    changed_ns = first.stat().st_mtime_ns
+    (tmp_path / "out" / ".pairs-train-00001.tar.1-0123abcd.tmp").touch()
+    (tmp_path / "out" / ".pairs-train-00001.array_record.1-0123abcd.tmp").touch()
+    assert run_filter(config) == {}
+    left = snapshot(tmp_path / "out")
+    assert {k: v for k, v in left.items() if not k.startswith(".")} == before
+    assert first.stat().st_mtime_ns == changed_ns
+
+
+def test_another_format_needs_the_parts(work, tmp_path):
+    output = tmp_path / "out"
+    assert run_filter(_config(work, output, "tfrecord", keep_parts=True)) == {}
+    expected = snapshot(work / "webdataset")
+    assert run_filter(_config(work, output, "webdataset")) == {}
+    assert not list(output.glob("*.tfrecord*")) and not (output / "dataset_info.json").exists()
+    assert snapshot(output) == expected
+    with pytest.raises(ValueError, match="output_format was webdataset and is array_record: 1 inp"):
+        run_filter(_config(work, output, "array_record"))
+    assert snapshot(output) == expected
+
+
+def test_unknown_formats_are_named(work, tmp_path):
+    with pytest.raises(ValueError, match="config.output_format='tar'; expected one of tfrecord"):
+        _config(work, tmp_path, "tar")
+    with pytest.raises(ValueError, match="config.output_format='webdataset' with config.metadata_"):
+        _config(work, tmp_path, "webdataset", metadata_only=True)
+    config = _config(work, tmp_path, "tfrecord")
+    assert "output_format" not in filter_config.describe_settings(config)
