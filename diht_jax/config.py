@@ -50,23 +50,39 @@ _FIELD_NAMES = ", ".join(ARCHITECTURE_FIELDS)
 class TextOrSections:
     """Type of a key that is a text, or a section of named sections that others check."""
 
+    expected = "a text or a section of sections"
+    kinds: tuple[type, ...] = (str, ml_collections.ConfigDict)
+
     @classmethod
     def reference(cls) -> ml_collections.FieldReference:
         """An empty section that a text may replace, and the other way round."""
         return _TextOrSectionsReference(ml_collections.ConfigDict(), field_type=cls)
+
+    @classmethod
+    def check(cls, value: Any) -> None:
+        """Raises TypeError for a value of another kind; None is none."""
+        if value is not None and not isinstance(value, cls.kinds):
+            raise TypeError(f"expected {cls.expected}, got {type(value).__name__} {value!r:.200}")
+
+
+class PathsOrSections(TextOrSections):
+    """Type of a key that is a path, a list of paths, or a section of named sections."""
+
+    expected = "a path, a list of paths or a section of sources"
+    kinds = (*TextOrSections.kinds, list, tuple)
+
+    @classmethod
+    def reference(cls) -> ml_collections.FieldReference:
+        """Not set."""
+        return _TextOrSectionsReference(None, field_type=cls)
 
 
 class _TextOrSectionsReference(ml_collections.FieldReference):
     def set(self, value: Any, type_safe: bool = True) -> None:
         if isinstance(value, dict):
             value = ml_collections.ConfigDict(value)
-        if value is not None and not isinstance(value, str | ml_collections.ConfigDict):
-            raise TypeError(_expected_text_or_sections(value))
+        self.get_type().check(value)
         super().set(value, type_safe=False)
-
-
-def _expected_text_or_sections(value: Any) -> str:
-    return f"expected a text or a section of sections, got {type(value).__name__} {value!r:.200}"
 
 
 class _TextOrSectionsParser(flags.ArgumentParser):
@@ -76,7 +92,8 @@ class _TextOrSectionsParser(flags.ArgumentParser):
         return argument
 
 
-config_flags.register_flag_parser_for_type(TextOrSections, _TextOrSectionsParser())
+for _kind in (TextOrSections, PathsOrSections):
+    config_flags.register_flag_parser_for_type(_kind, _TextOrSectionsParser())
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -153,7 +170,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.topology = placeholder(str)
 
     c.data = ml_collections.ConfigDict()
-    c.data.train = placeholder(str)  # directory or glob of TFRecord shards; must be set
+    # Directory, glob or list of TFRecord shards; or several sources, name -> dict(path=...,
+    # weight=...): records/train_data.py. Must be set.
+    c.data.train = PathsOrSections.reference()
     c.data.batch_size = 65536  # global
     # Decoding processes; None: one for each core that this process may use; 0 decodes in threads.
     c.data.num_workers = placeholder(int)
@@ -253,16 +272,20 @@ def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.
     """
     rename_old_keys(config)
     known = dict(_walk(defaults))
-    free = tuple(f"{name}." for name, (_, kind) in known.items() if kind is TextOrSections)
+    free = tuple(
+        f"{name}." for name, (_, kind) in known.items() if issubclass(kind, TextOrSections)
+    )
     for name, (value, _) in _walk(config).items():
         if name.startswith(free):
             continue
         if name not in known:
             raise ValueError(_unknown_key_message(name, list(known)))
         default, expected = known[name]
-        if expected is TextOrSections:
-            if not isinstance(value, str | ml_collections.ConfigDict | None):
-                raise ValueError(f"config key '{name}': {_expected_text_or_sections(value)}")
+        if issubclass(expected, TextOrSections):
+            try:
+                expected.check(value)
+            except TypeError as error:
+                raise ValueError(f"config key '{name}': {error}") from error
             continue
         if not _type_matches(value, expected) or not _elements_match(value, default):
             such_as = f" (such as {default!r})" if default is not None else ""

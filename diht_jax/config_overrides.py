@@ -102,7 +102,7 @@ def _is_optional(key: str, defaults: ml_collections.ConfigDict) -> bool:
     for name in key.split("."):
         if not isinstance(section, ml_collections.ConfigDict) or name not in section:
             return False
-        if section.get_type(name) is TextOrSections:
+        if issubclass(section.get_type(name), TextOrSections):
             return True
         section = section[name]
     if isinstance(section, ml_collections.ConfigDict):

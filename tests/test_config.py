@@ -1,11 +1,14 @@
 """Validation of configs, durations, and the recipes of `configs/`."""
 
 import ast
+import json
 import subprocess
 import sys
 
 import ml_collections
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from diht_jax.config import default_config, load_recipe, validate_config
 from diht_jax.models import get_architecture
@@ -262,3 +265,51 @@ def test_command_line_slips_end_in_one_clear_line(arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+_MIXTURE_RECIPE = """
+from diht_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.data.train = dict(
+        laion=dict(path="/data/laion", weight=0.8), curated=dict(path="/data/curated", weight=0.2)
+    )
+    return config
+"""
+
+
+def _parse_mixture(tmp_path, *arguments):
+    (tmp_path / "recipe.py").write_text(_MIXTURE_RECIPE)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    argv = ["command", f"--config={tmp_path / 'recipe.py'}", *arguments]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", argv)
+        values(argv)
+    validate_config(values.config, default_config())
+    return values.config.data.train
+
+
+def test_training_data_is_a_path_or_sections_on_the_command_line_too(tmp_path):
+    assert _parse_mixture(tmp_path).to_dict() == {
+        "laion": {"path": "/data/laion", "weight": 0.8},
+        "curated": {"path": "/data/curated", "weight": 0.2},
+    }
+    assert _parse_mixture(tmp_path, "--config.data.train=/data/kept") == "/data/kept"
+    changed = _parse_mixture(tmp_path, "--config.data.train.curated.weight=0.5")
+    assert changed.curated.weight == 0.5 and changed.laion.weight == 0.8
+
+
+def test_training_data_of_another_kind_is_refused():
+    config = default_config()
+    assert config.data.train is None
+    config.data.train = ["/a", "/b"]
+    validate_config(config, default_config())
+    with pytest.raises(TypeError, match="expected a path, a list of paths or a section of sources"):
+        config.data.train = 3
+    stored = ml_collections.ConfigDict(json.loads(config.to_json_best_effort()))
+    validate_config(stored, default_config())
+    stored.data = {**stored.data, "train": 3}
+    with pytest.raises(ValueError, match="'data.train': expected a path, a list of paths or"):
+        validate_config(stored, default_config())

@@ -10,7 +10,7 @@ from ml_collections import config_flags
 from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
 from diht_jax import command_line
-from diht_jax.config import default_config, validate_config
+from diht_jax.config import PathsOrSections, default_config, validate_config
 from diht_jax.training.durations import duration_in_steps
 from tests.recipes import REPOSITORY
 
@@ -99,7 +99,8 @@ def optional_keys(config, prefix=""):
         if isinstance(config[key], ml_collections.ConfigDict):
             found |= optional_keys(config[key], f"{prefix}{key}.")
         elif config[key] is None:
-            found[prefix + key] = config.get_type(key)
+            kind = config.get_type(key)
+            found[prefix + key] = str if kind is PathsOrSections else kind
     return found
 
 

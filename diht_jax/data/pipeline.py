@@ -21,7 +21,7 @@ from diht_jax.data.input.bad_records import SKIPPED_RECORDS, CheckedExamples
 from diht_jax.data.input.crash_search import find_crashing_index
 from diht_jax.data.input.examples import DecodeExample, RandomExamples
 from diht_jax.data.input.in_flight import InFlight
-from diht_jax.data.input.mixing import OrderedRecords
+from diht_jax.data.input.mixing import DecodeMixture, Mixture, Source
 from diht_jax.data.input.order import BlockOrder, GlobalOrder, derived_seed
 from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.data.input.read_ahead.process import open_read_aheads
@@ -30,6 +30,7 @@ from diht_jax.data.records.catalog import Share
 from diht_jax.data.records.dataset_index import INDEX_NAME, rebuild_command
 from diht_jax.data.records.formats import registry as formats
 from diht_jax.data.records.sharded import ShardedRecords
+from diht_jax.data.records.train_data import check_is_set
 
 # Deaths of decoding workers, without a batch between them, that a run survives.
 MAX_RESTARTS = 3
@@ -57,8 +58,8 @@ class TrainIterator:
 
     def __init__(
         self,
-        source: Sequence[bytes],
-        decode: DecodeExample,
+        source: Sequence[bytes] | Mixture,
+        decode: DecodeExample | None = None,
         *,
         batch_size: int,
         seed: int,
@@ -74,8 +75,8 @@ class TrainIterator:
         """Builds the graph; reading starts with the first batch.
 
         Args:
-            source: random-access records, such as `TFRecordSource`.
-            decode: makes an example of a record.
+            source: random-access records, such as `TFRecordSource`, or a mixture of some.
+            decode: makes an example of a record; a mixture has its own.
             batch_size: global, over all processes.
             seed: of shuffling and cropping.
             num_workers: decoding processes; 0 decodes in threads of this process, None takes one
@@ -85,7 +86,8 @@ class TrainIterator:
             on_bad_record: "error", or "skip" to replace it by another record, see
                 `bad_records.py`.
             max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
-            order: of the records, see `order.py`; a permutation of all of them where None.
+            order: of the records, see `order.py`; a permutation of all of them where None. A
+                mixture has its own.
             read_ahead: how blocks are fetched from an object store.
 
         Raises:
@@ -96,21 +98,16 @@ class TrainIterator:
                 f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
                 "processes; choose a multiple"
             )
-        if not len(source):
-            raise ValueError(f"config.data.train: {source!r} holds no record")
-        streams = getattr(order, "num_streams", process_count)
-        if batch_size % streams or streams % process_count:
-            raise ValueError(
-                f"an order of {streams} streams: expected a divisor of the batch size "
-                f"{batch_size} and a multiple of the {process_count} processes"
-            )
+        if not isinstance(source, Mixture):
+            if not len(source):
+                raise ValueError(f"config.data.train: {source!r} holds no record")
+            order = order or GlobalOrder(len(source), seed)
+            source = Mixture([Source("", source, order, decode.for_source(source))])
+        _check_streams(source, batch_size, process_count)
         if num_workers is None:
             num_workers = workers.default_num_workers()
-        if order is None:
-            order = GlobalOrder(len(source), seed)
-        self.read_aheads = open_read_aheads(
+        self.read_aheads, source = open_read_aheads(
             source,
-            order,
             read_ahead,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -118,15 +115,13 @@ class TrainIterator:
             process_index=process_index,
             process_count=process_count,
         )
-        records = self.read_aheads[0].records if self.read_aheads else source
-        self._records = OrderedRecords(records, order)
-        decode = decode.for_source(self._records)
+        self._records = source
         self._checked = CheckedExamples(
-            RandomExamples(self._records, decode, derived_seed(seed, _CROP_DEPTH)),
-            self._records.describe,
+            RandomExamples(source, DecodeMixture(source), derived_seed(seed, _CROP_DEPTH)),
+            source.describe,
             mode=on_bad_record,
-            stride=batch_size,
-            record_number=self._records.record_number,
+            stride=batch_size * source.same_source_batches,
+            record_number=source.record_number,
         )
         self._skips = on_bad_record == "skip"
         self._batch_size = batch_size
@@ -140,7 +135,7 @@ class TrainIterator:
             prefetch_batches=prefetch_batches,
             rows=self._parts.rows,
             parts_per_batch=self._parts.parts_per_batch,
-            example_bytes=decode.example_bytes,
+            example_bytes=source.example_bytes,
         )
         if num_workers:
             workers.warn_of_few_cores(num_workers)
@@ -337,13 +332,14 @@ class TrainIterator:
         return iter(dataset)
 
 
-def check_is_set(train: str | Sequence[str] | None) -> None:
-    """Raises ValueError where `config.data.train` is empty."""
-    if not train:
-        raise ValueError(
-            "config.data.train is not set: expected a directory, a glob or a list of record "
-            "shards, such as --config.data.train=/data/kept (written by data_prep.filter)"
-        )
+def _check_streams(mixture: Mixture, batch_size: int, process_count: int) -> None:
+    for source in mixture.sources:
+        streams = getattr(source.order, "num_streams", process_count)
+        if batch_size % streams or streams % process_count:
+            raise ValueError(
+                f"an order of {streams} streams: expected a divisor of the batch size "
+                f"{batch_size} and a multiple of the {process_count} processes"
+            )
 
 
 def open_records(train: str | Sequence[str] | None, share: Share | None = None) -> ShardedRecords:

@@ -6,6 +6,7 @@ In this order the saved position in the data always belongs to the saved state.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -20,13 +21,14 @@ from diht_jax import sharding
 from diht_jax.config import default_config, validate_config
 from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.input.order import make_order
+from diht_jax.data.input.mixing import Mixture, open_mixture
 from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
-from diht_jax.data.pipeline import TrainIterator, check_is_set, open_records
-from diht_jax.data.records.fingerprint import fingerprint_records
-from diht_jax.data.records.vocabulary import vocabulary_sizes
+from diht_jax.data.pipeline import TrainIterator, open_records
+from diht_jax.data.records.train_data import describe_train, parse_train
+from diht_jax.data.records.vocabulary import train_vocabulary_sizes
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
+from diht_jax.models.zoo import get_architecture
 from diht_jax.progress import ProgressBar
 from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.durations import duration_in_steps, patch_dropout_steps
@@ -40,7 +42,7 @@ from diht_jax.training.monitoring.metrics import (
 from diht_jax.training.monitoring.profiler import StepProfiler
 from diht_jax.training.monitoring.throughput import ThroughputWindow, log_flops, model_flops
 from diht_jax.training.multihost import check_together, share_from_first
-from diht_jax.training.objective import bind_data
+from diht_jax.training.objective import bind_data, num_labels
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
@@ -93,7 +95,7 @@ def train(
     """
     validate_config(config, default_config())
     check_ranges(config, default_config())
-    check_is_set(config.data.train)
+    parse_train(config.data.train)
     config = bind_data(config)
     check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
@@ -124,33 +126,23 @@ class Run:
         self.workdir = workdir
         self.profiler = StepProfiler(config.profile, workdir)
         tasks = open_tasks(config)
-        source = open_records(config.data.train, share_from_first)
+        self.mixture = self.open_data()
+        num_records = self.mixture.num_records
         self.total_steps = duration_in_steps(
-            config, "total", batch_size=config.data.batch_size, num_examples=len(source)
+            config, "total", batch_size=config.data.batch_size, num_examples=num_records
         )
         self.patch_dropout_steps = patch_dropout_steps(
-            config, self.total_steps, num_examples=len(source)
+            config, self.total_steps, num_examples=num_records
         )
         self.program = TrainProgram(
             with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
         )
-        order = make_order(source, config.data.order, config.data, config.seed, jax.process_count())
-        logging.info("order: %s", order.describe(config.data.batch_size))
+        for line in self.mixture.describe_orders(config.data.batch_size):
+            logging.info("order: %s", line)
         logging.info("form of the loss: %s (%s)", *self.program.loss_form())
         self.mesh, self.arch = self.program.mesh, self.program.arch
         self.iterator = TrainIterator(
-            source,
-            DecodeExample(
-                self.arch.image_size,
-                self.arch.context_length,
-                config.data.crop_scale,
-                config.data.text_template,
-                fast_decode=config.data.fast_decode,
-                num_concepts=self.program.num_labels,
-                vocabulary_sizes=vocabulary_sizes(config.data.train)
-                if self.program.num_labels
-                else None,
-            ),
+            self.mixture,
             batch_size=config.data.batch_size,
             seed=config.seed,
             num_workers=config.data.num_workers,
@@ -159,7 +151,6 @@ class Run:
             process_count=jax.process_count(),
             on_bad_record=config.data.on_bad_record,
             max_in_flight_gib=config.data.max_in_flight_gib,
-            order=order,
             read_ahead=ReadAheadOptions(
                 read_threads=config.data.read_threads,
                 cache_dir=config.data.cache_dir,
@@ -168,7 +159,7 @@ class Run:
             ),
         )
         self.batches = BatchWait(self.iterator)
-        self.fingerprint = fingerprint_records(source)
+        self.fingerprint = self.mixture.fingerprint()
         lowest = lower_is_better(config.checkpoint.best_metric, tasks)
         self.checkpointer = Checkpointer(
             workdir,
@@ -177,7 +168,7 @@ class Run:
             lower_is_better=lowest,
             dataset=self.fingerprint.pack(),
         )
-        check_hosts_agree(config.data.train, self.fingerprint)
+        check_hosts_agree(describe_train(config.data.train), self.fingerprint)
         if self.checkpointer.latest_step is None:
             self.state = self.program.create_state()
             if config.model.init_from:
@@ -196,7 +187,29 @@ class Run:
         if best is not None:
             self.checkpointer.record_metrics(best[0], {config.checkpoint.best_metric: best[1]})
         self._skipped_records = 0
-        self._log_start(len(source))
+        self._log_start(num_records)
+
+    def open_data(self) -> Mixture:
+        """The records of the run, with what makes examples of them."""
+        config, num_concepts = self.config, num_labels(self.config)
+        arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+        sizes = train_vocabulary_sizes(config.data.train) if num_concepts else None
+        decoder = functools.partial(
+            DecodeExample,
+            arch.image_size,
+            arch.context_length,
+            config.data.crop_scale,
+            fast_decode=config.data.fast_decode,
+            num_concepts=num_concepts,
+            vocabulary_sizes=sizes,
+        )
+        return open_mixture(
+            config.data,
+            config.seed,
+            functools.partial(open_records, share=share_from_first),
+            lambda template: decoder(text_template=template),
+            jax.process_count(),
+        )
 
     def initial_parameters(self) -> dict[str, Any]:
         """Those of `config.model.init_from`, with image positions resized to this run's size."""
@@ -262,7 +275,7 @@ class Run:
             saves = step % config.checkpoint.every_steps == 0 or at_end or stop_requested
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
             if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:
-                scalars = {**window.summary(), **self.bad_records()}
+                scalars = {**window.summary(), **self.data_metrics(step)}
                 monitor.check_window(step, scalars)
                 progress.set_postfix_str(_progress_text(scalars))
                 self.writer.write(step, scalars)
@@ -337,7 +350,7 @@ class Run:
         """
         if step > self.start_step + 1:
             if window.num_steps:
-                self.writer.write(step - 1, {**window.summary(), **self.bad_records()})
+                self.writer.write(step - 1, {**window.summary(), **self.data_metrics(step - 1)})
             self.writer.sync()
             self.checkpointer.save(self.state, position)
         raise Stopped(
@@ -345,12 +358,14 @@ class Run:
             input_stalls=True,
         )
 
-    def bad_records(self) -> dict[str, float]:
-        """How many were skipped since the last call; nothing where they end the run instead."""
-        if self.config.data.on_bad_record != "skip":
-            return {}
-        before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
-        return {"skipped_records": float(self._skipped_records - before)}
+    def data_metrics(self, step: int) -> dict[str, float]:
+        """What the sources of a mixture have given up to a step, and how many bad records were
+        skipped since the last call where these do not end the run."""
+        found = self.mixture.metrics(step * self.config.data.batch_size)
+        if self.config.data.on_bad_record == "skip":
+            before, self._skipped_records = self._skipped_records, self.iterator.skipped_records
+            found["skipped_records"] = float(self._skipped_records - before)
+        return found
 
     def evaluate(self) -> None:
         """Evaluates the current state, and lets the checkpointer know how good it is."""

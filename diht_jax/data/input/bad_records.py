@@ -6,7 +6,7 @@ What makes a record bad is decided where it is read: `records/tfrecord.py` for i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ MAX_IN_A_ROW = 100
 class CheckedExamples(Sequence[dict[str, np.ndarray]]):
     """The examples of an endless order, with good records in place of the bad ones.
 
-    A bad record is replaced by the one whose index in the order is larger by `stride`. With the
-    batch size as stride, the replacement is never in the same batch (where the same pair twice
-    would be each other's negative), unless the data set is smaller than that. The choice is a
-    function of the index alone, so that it is the same on any number of hosts and workers, and
+    A bad record is replaced by the one whose index in the order is larger by `stride`. With a
+    multiple of the batch size as stride, the replacement is never in the same batch (where the same
+    pair twice would be each other's negative), unless the data set is smaller than that. The choice
+    is a function of the index alone, so that it is the same on any number of hosts and workers, and
     after a restart.
     """
 
@@ -38,7 +38,7 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
         *,
         mode: str,
         stride: int,
-        record_number: Callable[[int], int] = int,
+        record_number: Callable[[int], Hashable] = int,
     ):
         """Reads nothing yet.
 
@@ -61,7 +61,7 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
         self._skips = mode == "skip"
         self._stride = stride
         self._record_number = record_number
-        self._excluded: dict[int, str] = {}
+        self._excluded: dict[Hashable, str] = {}
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -90,7 +90,12 @@ class BlockOrder:
             position, or even the first one, lies behind the range; never before it. A block stands
             here twice where it is needed in two windows that do not overlap in time.
         """
-        found: dict[int, list[tuple[int, int]]] = {}
+        return merge_needs(self.needs(first_position, num_positions, process_index, process_count))
+
+    def needs(
+        self, first_position: int, num_positions: int, process_index: int, process_count: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """As `upcoming_blocks`, in no order, and once for each stream and window that needs it."""
         end = first_position + num_positions
         last_epoch = (end - 1) // self.num_records
         for epoch in range(first_position // self.num_records, last_epoch + 1):
@@ -99,11 +104,7 @@ class BlockOrder:
             for stream in range(min(self.num_streams, self.num_records)):
                 if (base + stream) % process_count == process_index:
                     for block, first, last in self._needs(epoch, stream, rows):
-                        found.setdefault(block, []).append((base + first, base + last))
-        needs = [
-            (block, *need) for block, listed in found.items() for need in _merge_overlapping(listed)
-        ]
-        return sorted(needs, key=lambda need: (need[1], need[0]))
+                        yield block, base + first, base + last
 
     def describe(self, batch_size: int) -> str:
         """What is mixed, for the log."""
@@ -264,6 +265,15 @@ class _Window:
         last_used = len(parts) - 1 - np.unique(parts[::-1], return_index=True)[1]
         for part, used_first, used_last in zip(drawn, first_used, last_used, strict=True):
             yield self.blocks[part], first + int(used_first), first + int(used_last)
+
+
+def merge_needs(needs: Iterable[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Needs of blocks by their first position; those of one block are one where they overlap."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for block, first, last in needs:
+        found.setdefault(block, []).append((first, last))
+    merged = [(block, *need) for block in found for need in _merge_overlapping(found[block])]
+    return sorted(merged, key=lambda need: (need[1], need[0]))
 
 
 def _merge_overlapping(needs: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -1,53 +1,271 @@
-"""The records of a run at its positions: read, located and decoded there."""
+"""What stands at each position of a run: a record of one source, or of several in given shares."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
-from diht_jax.data.input.order import BlockOrder, GlobalOrder
-from diht_jax.data.records import schema
+import grain
+import ml_collections
+import numpy as np
+
+from diht_jax.data.input.block_order import BlockOrder, merge_needs
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.order import GlobalOrder, count_streams, make_order
+from diht_jax.data.input.shares import Shares
+from diht_jax.data.records.fingerprint import Fingerprint, fingerprint_records
+from diht_jax.data.records.train_data import TrainSource, parse_train, switching_steps, weight_at
+
+# Batches between a bad record and what replaces it are no more than this.
+_LONGEST_CYCLE = 10**6
 
 
-class OrderedRecords(Sequence[bytes]):
-    """The records of a source in an endless order."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A source of a run.
 
-    def __init__(self, records: Sequence[bytes], order: GlobalOrder | BlockOrder):
+    Attributes:
+        name: its key in `config.data.train`; "" of the only one.
+        records: number of the record -> its element.
+        order: own position -> number of the record.
+        decode: makes an example of an element of these records.
+    """
+
+    name: str
+    records: Sequence[Any]
+    order: GlobalOrder | BlockOrder
+    decode: DecodeExample
+
+
+class Mixture(Sequence[tuple[int, Any]]):
+    """The records of an endless run, position by position.
+
+    Attributes:
+        sources: at least one.
+    """
+
+    def __init__(self, sources: Sequence[Source], shares: Shares | None = None):
         """Reads nothing yet.
 
         Args:
-            records: number of the record -> its bytes.
-            order: position -> number of the record.
+            sources: at least one.
+            shares: of several sources; None with the only one.
         """
-        self._records = records
-        self._order = order
-        # Of the form that the source's elements have.
-        self.decode = getattr(records, "decode", schema.decode_record)
+        self.sources = tuple(sources)
+        self._shares = shares
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, position: int) -> bytes:
-        """The bytes of the record at a position."""
-        return self._records[self._order[position]]
+    def __getitem__(self, position: int) -> tuple[int, Any]:
+        """The number of the source at a position, and the element of its record."""
+        number, record = self._find(position)
+        return number, self.sources[number].records[record]
+
+    def record_number(self, position: int) -> int | tuple[int, int]:
+        """The number of the record at a position; of several sources, behind the source's own."""
+        number, record = self._find(position)
+        return (number, record) if self._shares else record
 
     def key(self, position: int) -> str:
         """The key of the record at a position."""
-        return self.decode(self[position]).key
-
-    def record_number(self, position: int) -> int:
-        """The number of the record in the whole source."""
-        return self._order[position]
+        number, element = self[position]
+        return self.sources[number].decode.decode_record(element).key
 
     def path(self, position: int) -> str:
-        """The file of the record, as far as the source knows it, else ""."""
-        if not hasattr(self._records, "locate"):
-            return ""
-        return self._records.locate(self._order[position])[0]
+        """The file of the record at a position, as far as its source knows it, else ""."""
+        return self._locate(position)[0]
 
     def describe(self, position: int) -> str:
-        """File and number within it of the record, as far as the source knows them, else ""."""
-        if not hasattr(self._records, "locate"):
-            return ""
-        path, record = self._records.locate(self._order[position])
-        return f"{path}: record {record}"
+        """File and number within it of the record, as far as its source knows them, else ""."""
+        path, record = self._locate(position)
+        return f"{path}: record {record}" if path else ""
+
+    @property
+    def num_records(self) -> int:
+        """Of all sources together: an epoch of the run."""
+        return sum(len(source.records) for source in self.sources)
+
+    @property
+    def num_streams(self) -> int:
+        """V; 1 where no source is read in blocks."""
+        if self._shares:
+            return self._shares.num_streams
+        return getattr(self.sources[0].order, "num_streams", 1)
+
+    @property
+    def example_bytes(self) -> int:
+        """Size of one decoded example."""
+        return max(source.decode.example_bytes for source in self.sources)
+
+    @property
+    def same_source_batches(self) -> int:
+        """So many batches further, a row comes from the same source, unless weights change."""
+        return self._shares.period if self._shares and self._shares.period < _LONGEST_CYCLE else 1
+
+    def metrics(self, position: int) -> dict[str, float]:
+        """Examples and epochs of each source before a position; nothing with the only one."""
+        if not self._shares:
+            return {}
+        found = {}
+        for source, count in zip(self.sources, self._shares.counts(position), strict=True):
+            found[f"sources/{source.name}/examples"] = float(count)
+            found[f"sources/{source.name}/epochs"] = count / len(source.records)
+        return found
+
+    def fingerprint(self) -> Fingerprint:
+        """Of all shards; with several sources their names stand before those of the shards."""
+        if not self._shares:
+            return fingerprint_records(self.sources[0].records)
+        return Fingerprint(
+            tuple(
+                (f"{source.name}/{name}", *rest)
+                for source in self.sources
+                for name, *rest in fingerprint_records(source.records).shards
+            )
+        )
+
+    def describe_orders(self, batch_size: int) -> list[str]:
+        """The order of each source, and its shares of the run, for the log."""
+        if not self._shares:
+            return [self.sources[0].order.describe(batch_size)]
+        shares = self._shares.describe()
+        return [
+            f"{source.name} ({share} of the examples): {source.order.describe(batch_size)}"
+            for source, share in zip(self.sources, shares, strict=True)
+        ]
+
+    def plan(self, number: int) -> BlockOrder | SourcePlan:
+        """Which blocks of a source the run needs when, for a source that is read in blocks."""
+        order = self.sources[number].order
+        return SourcePlan(order, self._shares, number) if self._shares else order
+
+    def with_records(self, number: int, records: Sequence[Any]) -> Mixture:
+        """The same, with a source's records read from elsewhere."""
+        sources = list(self.sources)
+        sources[number] = dataclasses.replace(sources[number], records=records)
+        return Mixture(sources, self._shares)
+
+    def _find(self, position: int) -> tuple[int, int]:
+        number, own = self._shares.find(position) if self._shares else (0, position)
+        return number, self.sources[number].order[own]
+
+    def _locate(self, position: int) -> tuple[str, int]:
+        number, record = self._find(position)
+        records = self.sources[number].records
+        return records.locate(record) if hasattr(records, "locate") else ("", record)
+
+
+class DecodeMixture(grain.transforms.RandomMap):
+    """Decodes the elements of a mixture, each as its source wants it."""
+
+    def __init__(self, mixture: Mixture):
+        self._decoders = [source.decode for source in mixture.sources]
+
+    def random_map(self, element: tuple[int, Any], rng: np.random.Generator) -> dict[str, Any]:
+        """An example of the number of a source and an element of it."""
+        number, data = element
+        return self._decoders[number].random_map(data, rng)
+
+
+class SourcePlan:
+    """A source's order in blocks, with the positions of the run in place of its own ones.
+
+    Attributes:
+        share: the largest that the source has in the run.
+    """
+
+    def __init__(self, order: BlockOrder, shares: Shares, number: int):
+        """Args: the source's order, the shares of the run, and the number of the source."""
+        self.block_starts = order.block_starts
+        self.num_records = order.num_records
+        self.num_streams = order.num_streams
+        self.window_blocks = order.window_blocks
+        self.share = shares.largest(number)
+        self._order, self._shares, self._number = order, shares, number
+
+    def upcoming_blocks(
+        self, first_position: int, num_positions: int, process_index: int, process_count: int
+    ) -> list[tuple[int, int, int]]:
+        """As of `BlockOrder`; a last position that never comes is the largest number there is."""
+        end = first_position + num_positions
+        own = self._shares.own_range(self._number, first_position, end)
+        if not own:
+            return []
+        return merge_needs(
+            self._in_the_run(
+                self._order.needs(own.start, len(own), process_index, process_count), first_position
+            )
+        )
+
+    def _in_the_run(
+        self, needs: Iterable[tuple[int, int, int]], first_position: int
+    ) -> Iterator[tuple[int, int, int]]:
+        # Of one stream at a time: between streams, own positions are in another order than the
+        # positions of the run.
+        for block, *need in needs:
+            first, last = (self._shares.position(self._number, own) for own in need)
+            last = sys.maxsize if last is None else last
+            if first is not None and last >= first_position:
+                yield block, max(first, first_position), last
+
+
+def open_mixture(
+    data: ml_collections.ConfigDict,
+    seed: int,
+    open_source: Callable[[str | list[str]], Any],
+    make_decoder: Callable[[str], DecodeExample],
+    process_count: int = 1,
+) -> Mixture:
+    """The records of `config.data.train` in their orders and shares.
+
+    Args:
+        data: the section `config.data`.
+        seed: of the orders; that of each source is drawn from it and the source's name.
+        open_source: path -> records.
+        make_decoder: text template -> what decodes records.
+        process_count: how many hosts read them together.
+
+    Raises:
+        ValueError: the section is wrong, or a source has no record; names the key.
+    """
+    sources = []
+    parsed = parse_train(data.train)
+    for source in parsed:
+        records = _open_source(source, open_source)
+        order = make_order(
+            records, source.order or data.order, data, _source_seed(seed, source), process_count
+        )
+        decode = make_decoder(source.text_template or data.text_template)
+        sources.append(Source(source.name, records, order, decode.for_source(records)))
+    if not parsed[0].name:
+        return Mixture(sources)
+    in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)
+    points = [
+        (step, [weight_at(source, step) for source in parsed]) for step in switching_steps(parsed)
+    ]
+    streams = count_streams(data, process_count) if in_blocks else 1
+    return Mixture(sources, Shares(points, num_streams=streams, batch_size=data.batch_size))
+
+
+def _open_source(source: TrainSource, open_source: Callable[[str | list[str]], Any]) -> Any:
+    key = f"config.data.train.{source.name}.path" if source.name else "config.data.train"
+    try:
+        records = open_source(source.path)
+    except ValueError as error:
+        if type(error) is not ValueError or not source.name:
+            raise
+        raise ValueError(f"{key}: {str(error).removeprefix('config.data.train: ')}") from error
+    if not len(records):
+        raise ValueError(f"{key}: {records!r} holds no record")
+    return records
+
+
+def _source_seed(seed: int, source: TrainSource) -> int:
+    """Another one for each name, so that equal data would not come in the same order twice."""
+    if not source.name:
+        return seed
+    words = [seed, *source.name.encode()]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint32)[0])

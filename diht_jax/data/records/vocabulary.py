@@ -29,6 +29,7 @@ from diht_jax.data.records.dataset_index import INDEX_NAME, read_table
 from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.formats.registry import find_shards
 from diht_jax.data.records.remote import exists, read_bytes
+from diht_jax.data.records.train_data import TrainSource, parse_train
 
 KINDS = ("objects", "attributes")
 # In the statistics of a labelled shard, under "counts".
@@ -151,6 +152,28 @@ def vocabulary_sizes(
         if exists(vocabulary_path(folder, KINDS[0])):
             return tuple(map(len, read_vocabulary(folder)))
     return None
+
+
+def find_train_vocabulary(train: Any) -> Vocabulary | None:
+    """The vocabulary of `config.data.train`, whose sources may have several formats.
+
+    Raises:
+        ValueError: as `find_vocabulary`, also of two sources that differ.
+    """
+    first: tuple[TrainSource, Vocabulary] | None = None
+    for source in parse_train(train):
+        vocabulary = find_vocabulary(source.path)
+        if vocabulary is not None:
+            first = first or (source, vocabulary)
+            found, expected = vocabulary.describe(), first[1].describe()
+            check_vocabulary(found, expected, str(source.path), str(first[0].path))
+    return first[1] if first else None
+
+
+def train_vocabulary_sizes(train: Any) -> tuple[int, ...] | None:
+    """`vocabulary_sizes` of the first source of `config.data.train` that has labels."""
+    sizes = (vocabulary_sizes(source.path) for source in parse_train(train))
+    return next((found for found in sizes if found is not None), None)
 
 
 def check_vocabulary(

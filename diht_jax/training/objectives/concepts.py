@@ -134,12 +134,14 @@ class ConceptDistillation(Term):
                 the one that the config names.
         """
         # Here, since the defaults of a config are read without any data.
-        from diht_jax.data.records.vocabulary import find_vocabulary
+        from diht_jax.data.records.train_data import describe_train
+        from diht_jax.data.records.vocabulary import find_train_vocabulary
 
-        vocabulary = find_vocabulary(config.data.train)
+        vocabulary = find_train_vocabulary(config.data.train)
+        data = describe_train(config.data.train)
         if vocabulary is None:
             raise ValueError(
-                f"config.data.train={config.data.train}: the records carry no concept labels, "
+                f"config.data.train={data}: the records carry no concept labels, "
                 "which config.concepts.object_weight and attribute_weight ask for; label them "
                 "with `python -m data_prep.label`, or set both weights to 0 to train without "
                 "concepts"
@@ -156,7 +158,7 @@ class ConceptDistillation(Term):
             if expected is not None and expected != concepts.hash:
                 raise ValueError(
                     f"config.concepts.{kind.hash}={expected}: the {concepts.kind} of "
-                    f"{config.data.train} have the hash {concepts.hash}; take data labelled with "
+                    f"{data} have the hash {concepts.hash}; take data labelled with "
                     "the same vocabulary"
                 )
             config.concepts[kind.hash] = concepts.hash

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from absl import logging
 from etils import epath
 
-from diht_jax.data.input.order import resolve_order
+from diht_jax.data.input.order import ORDERS, resolve_order
 from diht_jax.data.records.fingerprint import Fingerprint, describe_changes
+from diht_jax.data.records.train_data import describe_train
 from diht_jax.training.multihost import gather_texts
 from diht_jax.training.objectives.registry import TERMS
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
@@ -67,6 +69,8 @@ _OWN_OF_A_HOST = (
     "compilation_cache_max_gib",
     "evaluation.tasks",
 )
+# Of the sources of a mixture; weights, templates and orders are as fixed as other keys.
+_PATHS = re.compile(r"data\.train\.[^.]+\.path")
 _LONGEST_CONFIG_BYTES = 2**16
 
 
@@ -77,17 +81,32 @@ def bind_order(config: ml_collections.ConfigDict, workdir: epath.Path) -> ml_col
     object store.
 
     Raises:
-        ValueError: `config.data.order` has no such value.
+        ValueError: `config.data.order`, or that of a source, has no such value.
     """
-    order = resolve_order(config.data.order, config.data.train)
-    if config.data.order == order:
-        return config
-    if (workdir / CONFIG_FILE).exists():
-        stored = read_config(workdir).data
-        order = resolve_order(stored.order, stored.train)
-    config = config.copy_and_resolve_references()
-    config.data.order = order
-    return config
+    stored = read_config(workdir).data if (workdir / CONFIG_FILE).exists() else None
+    bound = config.copy_and_resolve_references()
+    data = bound.data
+    if isinstance(data.train, str | list | tuple | None):
+        data.order = _run_order("data.order", data.order, data.train, stored)
+        return bound
+    for name, source in data.train.items():
+        order = source.get("order") or data.order
+        with bound.unlocked():
+            source.order = _run_order(f"data.train.{name}.order", order, source.path, stored)
+    return bound
+
+
+def _run_order(
+    key: str, order: str, path: str | Sequence[str] | None, stored: ml_collections.ConfigDict | None
+) -> str:
+    """The order that a key stands for; where it is "auto", that of the stored run."""
+    resolved = resolve_order(order, path, key)
+    if order != "auto" or stored is None:
+        return resolved
+    section: Any = ml_collections.ConfigDict({"data": stored})
+    for part in key.split("."):
+        section = section.get(part) if isinstance(section, ml_collections.ConfigDict) else None
+    return section if section in ORDERS else resolved
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -98,7 +117,9 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
     changed = changed_keys(
         read_config(workdir),
         config,
-        lambda name: name.startswith(fixed) and name not in _FREE_IN_A_RUN,
+        lambda name: (
+            name.startswith(fixed) and name not in _FREE_IN_A_RUN and not _PATHS.fullmatch(name)
+        ),
     )
     if changed and (workdir / CHECKPOINT_DIRECTORY).exists():
         raise ValueError(
@@ -136,7 +157,8 @@ def _shared_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     def walk(section: Mapping[str, Any], prefix: str) -> None:
         for key, value in section.items():
             name = f"{prefix}{key}"
-            if name in _OWN_OF_A_HOST:
+            is_mixture = name == "data.train" and isinstance(value, dict)
+            if (name in _OWN_OF_A_HOST and not is_mixture) or _PATHS.fullmatch(name):
                 continue
             if isinstance(value, dict):
                 walk(value, f"{name}.")
@@ -187,7 +209,7 @@ def check_same_data(
         return
     changes = describe_changes(Fingerprint.unpack(saved), fingerprint)
     text = (
-        f"config.data.train={config.train} is not what this run was trained on; "
+        f"config.data.train={describe_train(config.train)} is not what this run was trained on; "
         f"{'; '.join(changes)}"
     )
     if not config.allow_changed:

@@ -130,3 +130,41 @@ def test_another_shape_of_the_blocks_is_another_run(config, tmp_path, key):
     config.data[key] *= 2
     with pytest.raises(ValueError, match=f"another config; changed: data.{key}"):
         check_same_run(config, workdir)
+
+
+MIXTURE = {
+    "laion": {"path": "gs://bucket/laion", "weight": 0.8},
+    "curated": {"path": "/data/curated", "weight": ((0, 0.2), (100, 0.5)), "order": "global"},
+}
+
+
+def mixed(config, **changes):
+    config.data.train = MIXTURE
+    changed = config.copy_and_resolve_references()
+    changed.update_from_flattened_dict(changes)
+    return changed
+
+
+def test_a_mixture_is_resumed_from_other_paths_with_the_same_weights(config, tmp_path):
+    workdir = begun_run(bind_order(mixed(config), epath.Path(tmp_path)), tmp_path)
+    stored = read_config(workdir).data.train
+    assert stored.laion.order == "blocks" and stored.curated.order == "global"
+    moved = bind_order(mixed(config, **{"data.train.laion.path": "/local/laion"}), workdir)
+    assert moved.data.train.laion.order == "blocks"  # as the run began
+    check_same_run(moved, workdir)
+    for name, value in {"laion.weight": 0.9, "curated.order": "blocks"}.items():
+        with pytest.raises(ValueError, match=f"another config; changed: data.train.{name}"):
+            check_same_run(
+                bind_order(mixed(config, **{f"data.train.{name}": value}), workdir), workdir
+            )
+    more = mixed(config)
+    more.data.train.third = {"path": "/data/third", "weight": 1}
+    with pytest.raises(ValueError, match="another config; changed: data.train.third"):
+        check_same_run(bind_order(more, workdir), workdir)
+
+
+def test_hosts_have_paths_of_their_own_in_a_mixture_but_not_weights(check_job, config):
+    config.data.train = MIXTURE
+    assert check_job({}, {"data.train.laion.path": "/local/1"}) == [None, None]
+    errors = check_job({}, {"data.train.laion.weight": 0.7})
+    assert errors[0].endswith("Different: data.train.laion.weight")

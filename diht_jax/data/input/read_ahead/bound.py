@@ -27,12 +27,14 @@ class ReadAheadOptions:
         read_ahead_gib: bound of the blocks; None: half of what is free in `cache_dir`; of shared
             memory also at most a quarter of the memory that this process may still take.
         read_timeout_secs: how long a store may fail.
+        num_sources: that share the bound.
     """
 
     read_threads: int = 32
     cache_dir: str | None = None
     read_ahead_gib: float | None = None
     read_timeout_secs: float = 600.0
+    num_sources: int = 1
 
     @property
     def parent(self) -> pathlib.Path:
@@ -50,7 +52,10 @@ class ReadAheadOptions:
         return parent
 
     def bound_bytes(self) -> int:
-        """That the blocks may take."""
+        """That the blocks of one source may take."""
+        return self._bytes_of_all() // self.num_sources
+
+    def _bytes_of_all(self) -> int:
         if self.read_ahead_gib is not None:
             return int(self.read_ahead_gib * 2**30)
         stats = os.statvfs(self.parent)
@@ -99,16 +104,18 @@ class Footprint:
             *(f"config.data.num_streams={n}" for n in self._fitting_streams(order, bound)),
             *(f"config.data.window_blocks={n}" for n in self._fitting_windows(order, bound)),
         ]
+        n = options.num_sources
         mixes_less = f"{' or '.join(lower)} (which mixes less), " if lower else ""
         raise ValueError(
             f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
             f"(config.data.num_streams={streams} over {self.process_count} processes, windows of "
             f"config.data.window_blocks={window} blocks of {describe_bytes(self.block_bytes)}, "
             f"and {self.further_blocks} blocks on their way), but may take {describe_bytes(bound)} "
-            f"in {options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}). Set "
+            f"in {options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}"
+            f"{f' for {n} sources' if n > 1 else ''}). Set "
             f"{mixes_less}or config.data.cache_dir to a folder on a local disk with "
-            f"{describe_bytes(2 * needed)} free, or config.data.read_ahead_gib="
-            f"{np.ceil(needed / 2**30 * 1000) / 1000:.3f} where there is room for it; on more "
+            f"{describe_bytes(2 * needed * n)} free, or config.data.read_ahead_gib="
+            f"{np.ceil(needed * n / 2**30 * 1000) / 1000:.3f} where there is room for it; on more "
             "hosts each needs less"
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import multiprocessing
 import os
 import threading
@@ -12,6 +13,7 @@ from absl import logging
 
 from diht_jax.data.input.block_order import BlockOrder
 from diht_jax.data.input.in_flight import describe_bytes
+from diht_jax.data.input.mixing import Mixture, SourcePlan
 from diht_jax.data.input.read_ahead.block_cache import (
     BlockCache,
     CachedRecords,
@@ -48,7 +50,7 @@ class ReadAhead:
     def __init__(
         self,
         source: Any,
-        order: BlockOrder,
+        order: BlockOrder | SourcePlan,
         options: ReadAheadOptions,
         *,
         batch_size: int,
@@ -74,9 +76,14 @@ class ReadAhead:
         self._num_blocks = len(order.block_starts) - 1
         block_records = order.num_records / self._num_blocks
         ahead = (batches_in_flight + 1) * batch_size
-        ahead += int(_ROUNDS_AHEAD * options.read_threads * block_records * process_count)
+        share = getattr(order, "share", 1.0)  # of the positions that come from this source
+        ahead += int(_ROUNDS_AHEAD * options.read_threads * block_records * process_count / share)
         footprint = measure_footprint(
-            source, order, ahead=ahead, batch_size=batch_size, process_count=process_count
+            source,
+            order,
+            ahead=int(ahead * share),
+            batch_size=batch_size,
+            process_count=process_count,
         )
         footprint.check(order, options)
         self._needed_bytes = footprint.needed_bytes(order.num_streams, order.window_blocks)
@@ -84,7 +91,7 @@ class ReadAhead:
         self._settings = ReadSettings(
             ahead=ahead,
             # Each plan looks at all windows once, so there are few of them in a window's life.
-            plan_step=max(batch_size, int(pool / 16)),
+            plan_step=max(batch_size, int(pool / share / 16)),
             batch_size=batch_size,
             process_index=process_index,
             process_count=process_count,
@@ -262,8 +269,7 @@ class _ProgressLog:
 
 
 def open_read_aheads(
-    source: Any,
-    order: Any,
+    mixture: Mixture,
     options: ReadAheadOptions,
     *,
     batch_size: int,
@@ -271,30 +277,44 @@ def open_read_aheads(
     prefetch_batches: int,
     process_index: int,
     process_count: int,
-) -> list[ReadAhead]:
-    """The read-ahead of a run's records, where it has one: in blocks, from an object store.
+) -> tuple[list[ReadAhead], Mixture]:
+    """The read-ahead of each source that has one: in blocks, from an object store.
 
     Args:
-        source, order, options: of `ReadAhead`.
+        mixture: the sources of the run.
+        options: see `ReadAhead`; the sources share threads and bound evenly.
         batch_size: global.
         num_workers, prefetch_batches: how far decoding works ahead.
         process_index, process_count: this host's number, and how many there are.
 
+    Returns:
+        Them, and the mixture that reads what they have fetched.
+
     Raises:
         ValueError: see `ReadAhead`.
     """
-    is_in_store = any(map(is_remote, getattr(source, "paths", ())))
-    if not is_in_store or not isinstance(order, BlockOrder):
-        return []
+    numbers = [
+        number
+        for number, source in enumerate(mixture.sources)
+        if isinstance(source.order, BlockOrder)
+        and any(map(is_remote, getattr(source.records, "paths", ())))
+    ]
+    if len(numbers) > 1:
+        threads = -(-options.read_threads // len(numbers))
+        options = dataclasses.replace(options, read_threads=threads, num_sources=len(numbers))
     # The queues of each worker, or of the threads, hold four sub-batches at least.
     queued = max(num_workers, _FEW_WORKERS) * _PARTS_PER_WORKER * MAX_ROWS * process_count
-    ahead = ReadAhead(
-        source,
-        order,
-        options,
-        batch_size=batch_size,
-        batches_in_flight=prefetch_batches - (-queued // batch_size),
-        process_index=process_index,
-        process_count=process_count,
-    )
-    return [ahead]
+    read_aheads = []
+    for number in numbers:
+        ahead = ReadAhead(
+            mixture.sources[number].records,
+            mixture.plan(number),
+            options,
+            batch_size=batch_size,
+            batches_in_flight=prefetch_batches - (-queued // batch_size),
+            process_index=process_index,
+            process_count=process_count,
+        )
+        read_aheads.append(ahead)
+        mixture = mixture.with_records(number, ahead.records)
+    return read_aheads, mixture
