@@ -180,9 +180,10 @@ def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, f
 
     With P chips, n examples on each and embeddings of size d, the towers compute the same whatever
     P is. Each chip's n images meet P blocks of n texts, in four products (the logits twice, two
-    gradients), and every block passes every chip:
+    gradients), and every block passes every chip; at the end the gradients of the texts and four
+    statistics of each, all float32, go home:
 
-        FLOPs(P) = towers + P 8 n^2 d         ring(P) = P round
+        FLOPs(P) = towers + P 8 n^2 d         ring(P) = P round + 4 n (d + 4)
         sums(P) = 2 (P - 1)/P gradients       memory(P) = constant
 
     Args:
@@ -195,10 +196,12 @@ def extrapolate(base: dict[str, Any], chips: int, embed_dim: int) -> dict[str, f
     """
     local_batch = base["batch_size"] // base["chips"]
     block_flops = 8 * local_batch**2 * embed_dim
+    home_bytes = 4 * local_batch * (embed_dim + 4)
+    round_bytes = (base["ring_bytes"] - home_bytes) / base["chips"]
     gradient_bytes = base["reduced_bytes"] / (2 * (1 - 1 / base["chips"]))
     return {
         "matmul_flops": base["matmul_flops"] + block_flops * (chips - base["chips"]),
-        "ring_bytes": base["ring_bytes"] / base["chips"] * chips,
+        "ring_bytes": chips * round_bytes + home_bytes,
         "reduced_bytes": 2 * (1 - 1 / chips) * gradient_bytes,
         "peak_bytes": base["peak_bytes"],
     }
@@ -221,7 +224,7 @@ def recipe_table(rows: dict[str, dict[str, Any]]) -> str:
         ]
         if row["fits"]:
             cells += [_gib(row["temporary_bytes"]), _gib(row["peak_bytes"]), *_cost_cells(row)]
-            cells += [f"{permutes(row):,}"]
+            cells += [f"{permutes(row):,}" if "collectives" in row else "-"]
             cells += [f"{1e3 * row['step_secs']:,.0f} ms", f"{row['mfu_bound']:.1%}"]
         else:
             cells += ["-", f"{_gib(row['needed_bytes'])}: too large"] + ["-"] * 6
