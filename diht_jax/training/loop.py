@@ -34,6 +34,7 @@ from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.durations import duration_in_steps, patch_dropout_steps
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
+from diht_jax.training.monitoring.input_supply import InputSupply
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
     plot_curves,
@@ -247,6 +248,7 @@ class Run:
         if self.start_step and self.evaluation.is_missing(self.start_step, self.workdir):
             self.evaluate()
         in_flight = None
+        supply = InputSupply(config.data)
         monitor = AnomalyMonitor(config, self.keys_of_step, lowest_loss=self.lowest_loss())
         for step in range(self.start_step + 1, last_step + 1):
             if step in (self.start_step + 1, self.patch_dropout_steps + 1):
@@ -276,6 +278,7 @@ class Run:
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
             if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:
                 scalars = {**window.summary(), **self.data_metrics(step)}
+                supply.check(window.input_rate)
                 monitor.check_window(step, scalars)
                 progress.set_postfix_str(_progress_text(scalars))
                 self.writer.write(step, scalars)

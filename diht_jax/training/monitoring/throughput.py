@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,9 @@ from diht_jax.cost_model.chips import peak_flops
 from diht_jax.cost_model.flops import count_flops
 from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.program import TrainProgram
+
+# A window that lost less of its time to waiting than this is not worth a word.
+_LEAST_LOSS = 0.1
 
 
 def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> int:
@@ -58,6 +62,23 @@ def log_flops(flops_per_step: int, batch_size: int, mesh: Mesh) -> None:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class InputRate:
+    """What the input gives, and what the step could take, over one window.
+
+    Attributes:
+        supplied: images per second of the window.
+        possible: images per second of a step that has its batch; None where no step was measured
+            that the devices were waiting for.
+        is_short: most steps found the devices idle when their batch came, and waiting for batches
+            is most of what the window lost.
+    """
+
+    supplied: float
+    possible: float | None
+    is_short: bool
+
+
 class ThroughputWindow:
     """Measurements since the last line of the metrics: means, speed, waiting time."""
 
@@ -80,6 +101,10 @@ class ThroughputWindow:
         self._flops_per_step = flops_per_step
         self._peak_flops = mesh_peak_flops(mesh)
         self._clock = clock
+        self._last: dict[str, jax.Array] | None = None  # of the step before
+        self._arrived_secs = 0.0
+        self._was_idle = False  # the devices, when the last batch came
+        self.input_rate: InputRate | None = None  # of the window that `summary` closed last
         self._reset()
 
     @property
@@ -89,9 +114,17 @@ class ThroughputWindow:
 
     def timed(self, get_batch: Callable[[], Any]) -> Any:
         """Calls `get_batch` and counts its time as waiting for data."""
+        if self._was_idle and self._step_secs is None:
+            # Nothing ran before this step, so its time is what a step takes. Once in a window: the
+            # host cannot work ahead meanwhile.
+            jax.block_until_ready(self._last)
+            self._step_secs = self._clock() - self._arrived_secs
         start = self._clock()
         batch = get_batch()
-        self._data_wait_secs += self._clock() - start
+        self._arrived_secs = self._clock()
+        self._data_wait_secs += self._arrived_secs - start
+        self._was_idle = self._last is not None and _are_ready(self._last)
+        self._num_idle += self._was_idle
         return batch
 
     def excluded(self, function: Callable[[], Any]) -> Any:
@@ -100,12 +133,14 @@ class ThroughputWindow:
         jax.block_until_ready(self._measured)
         start = self._clock()
         result = function()
+        self._last, self._was_idle = None, False  # the devices are idle for another reason
         self._start += self._clock() - start
         return result
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         """Keeps one step's metrics, without waiting for them."""
         self._measured.append(metrics)
+        self._last = metrics
 
     def summary(self) -> dict[str, float]:
         """Means of the step's metrics, and speed; starts the next window.
@@ -122,10 +157,31 @@ class ThroughputWindow:
         scalars["model_flops_per_sec"] = steps_per_sec * self._flops_per_step
         if self._peak_flops is not None:
             scalars["mfu"] = scalars["model_flops_per_sec"] / self._peak_flops
+        self.input_rate = self._rate_of_input(elapsed_secs)
         self._reset()
         return scalars
+
+    def _rate_of_input(self, elapsed_secs: float) -> InputRate:
+        num_steps = len(self._measured)
+        supplied = num_steps * self._batch_size / elapsed_secs
+        if not self._step_secs:
+            return InputRate(supplied, None, False)
+        lost_secs = elapsed_secs - num_steps * self._step_secs
+        is_short = (
+            self._num_idle > num_steps / 2
+            and lost_secs > _LEAST_LOSS * elapsed_secs
+            and self._data_wait_secs > lost_secs / 2
+        )
+        return InputRate(supplied, self._batch_size / self._step_secs, is_short)
 
     def _reset(self) -> None:
         self._measured: list[dict[str, jax.Array]] = []
         self._data_wait_secs = 0.0
+        self._num_idle = 0
+        self._step_secs: float | None = None
         self._start = self._clock()
+
+
+def _are_ready(metrics: dict[str, jax.Array]) -> bool:
+    """Whether the step that gives them has ended."""
+    return all(value.is_ready() for value in metrics.values() if hasattr(value, "is_ready"))
