@@ -92,6 +92,27 @@ def scan_samples(file: BinaryIO, path: str) -> tuple[np.ndarray, collections.Cou
     return np.array(offsets, np.uint64), skipped
 
 
+def _scan_piece(data: bytes, path: str) -> list[int]:
+    """Where the pairs of a piece of a tar begin.
+
+    A sample whose key was there before the piece counts as well. So these are the elements of the
+    index only if there are as many.
+    """
+    try:
+        members = walk_members(
+            io.BytesIO(data),
+            path,
+            tar_samples.size_limit,
+            is_piece=True,
+            is_divisible=True,
+            is_read=lambda name: not tar_samples.is_image(name),
+        )
+        pairs = tar_samples.make_pairs(tar_samples.group_members(members))
+        return [offset for offset, entry in pairs if not isinstance(entry, Skipped)]
+    except ValueError:
+        return []
+
+
 def decode_element(element: bytes, where: str = "a tar") -> schema.Record:
     """The record of an element.
 
@@ -143,6 +164,11 @@ class TarRecordSource(ShardedRecords):
     def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
         """Where each element lies in the bytes of an extent; as `TFRecordSource.cut`."""
         number, begin, end = self._find_range(first, last)
+        # The offsets of a tar in a store may have to be requested, its headers are here.
+        if is_remote(self.paths[number]):
+            starts = _scan_piece(data, self.paths[number])
+            if len(starts) == last - first and not starts[0]:
+                return np.array([*starts, len(data)], np.int64)
         shard = self._open_shard(number)
         extents = [shard.extent(record, record + 1) for record in range(begin, end)]
         starts = np.array([extents[0][0], *(stop for _, stop in extents)], np.int64)
