@@ -1,0 +1,373 @@
+"""Images per second from an object store that answers after 50 ms, beside the same from local disk.
+
+    python -m benchmarks.input_store
+
+A host with 8 decoding workers trains on photos (copies of `photos.tar`, made small, so that a
+machine of two cores takes minutes): `TrainIterator` with the block-shuffled order from the store
+(`slow_store.py`) and from local disk; with the order of old, one request a record, from the store;
+open_clip's webdataset loader from tars (streams: one request a shard); and grain over ArrayRecord
+files with grain's own shuffle, one read a record. Blocks, streams and windows are small, as the
+data set is. Sides are measured in turn, each time over whole epochs after its first batches.
+
+Images per second of the clock are what counts, and depend on who else uses the machine; images per
+second of processor time, of all processes of a side, hardly do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import os
+import pathlib
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+from absl import flags
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+
+from benchmarks import slow_store
+from benchmarks.record import write_result
+from diht_jax import command_line
+from diht_jax.data.index import update_index
+from diht_jax.data.input.block_order import BlockOrder
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
+from diht_jax.data.pipeline import TrainIterator
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.progress import ProgressBar
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+STORE, LOCAL, GLOBAL = "diht_jax, store", "diht_jax, local disk", "diht_jax, global order, store"
+OPEN_CLIP, OPEN_CLIP_LOCAL = "open_clip, store", "open_clip, local disk"
+ARRAY_RECORD, ARRAY_RECORD_LOCAL = "grain + ArrayRecord, store", "grain + ArrayRecord, local disk"
+AIM_SHARE_OF_LOCAL, AIM_REQUESTS = 0.9, 1.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is measured: the values of the flags."""
+
+    photos: str
+    copies: int
+    shards: int
+    picture_size: int
+    image_size: int
+    batch_size: int
+    num_workers: int
+    latency_secs: float
+    block_records: int
+    num_streams: int
+    window_blocks: int
+    rounds: int
+    epochs: int
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    photos = str(REPOSITORY.parent / "shared/data/photos.tar")
+    flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
+    flags.DEFINE_integer("copies", 32, "Of the tar's photos.")
+    flags.DEFINE_integer("shards", 8, "Of each format.")
+    flags.DEFINE_integer("picture_size", 160, "Pixels of a picture's shorter side.")
+    flags.DEFINE_integer("image_size", 112, "Pixels of a crop.")
+    flags.DEFINE_integer("batch_size", 64, "Images a batch.")
+    flags.DEFINE_integer("num_workers", 8, "Decoding processes.")
+    flags.DEFINE_float("latency_secs", 0.05, "Of the store.")
+    flags.DEFINE_integer("block_records", 64, "K.")
+    flags.DEFINE_integer("num_streams", 4, "V.")
+    flags.DEFINE_integer("window_blocks", 4, "W.")
+    flags.DEFINE_integer("rounds", 2, "In which the store and the disk are measured in turn.")
+    flags.DEFINE_integer("epochs", 1, "Of a measurement.")
+
+
+@dataclasses.dataclass
+class Measured:
+    """One measurement of a side."""
+
+    images: int
+    secs: float
+    processor_secs: float
+    requests: dict[str, int]
+    first_batch_secs: float
+    cache: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+def main() -> None:
+    """Measures, prints a table and writes `benchmarks/results/input_pipeline_store.json`."""
+    settings = Settings(
+        **{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Settings)}
+    )
+    os.environ["JAX_PLATFORMS"] = "cpu"  # what is recorded of the machine needs no more
+    os.environ[slow_store.LATENCY_SECS] = str(settings.latency_secs)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        num_records = prepare_data(settings, folder)
+        rounds = measure(settings, folder, num_records)
+    payload = summarize(settings, num_records, rounds)
+    print_table(payload)
+    print("written:", write_result("input_pipeline_store", payload))
+    if payload["share_of_local_disk"] < AIM_SHARE_OF_LOCAL:
+        sys.exit(f"below {AIM_SHARE_OF_LOCAL:.0%} of the local disk")
+    if payload["requests_per_record_times_k"] > AIM_REQUESTS:
+        sys.exit(f"more than {AIM_REQUESTS}/K requests a record")
+
+
+def prepare_data(settings: Settings, folder: pathlib.Path) -> int:
+    """Writes the photos as TFRecord, tar and ArrayRecord shards; returns how many there are."""
+    pairs = list(read_photos(settings.photos, settings.picture_size))
+    for name in ("tfrecord", "tar", "array_record"):
+        (folder / name).mkdir()
+    numbers = list(range(settings.copies * len(pairs)))
+    for shard in ProgressBar(range(settings.shards), desc="shards", unit="shard"):
+        mine = numbers[shard :: settings.shards]
+        array_path = folder / f"array_record/{shard}.array_record"
+        array = ArrayRecordWriter(str(array_path), "group_size:1")
+        with (
+            TFRecordWriter(folder / f"tfrecord/a-{shard:05d}.tfrecord") as writer,
+            tarfile.open(folder / f"tar/{shard:05d}.tar", "w") as tar,
+        ):
+            for number in mine:
+                image, caption = pairs[number % len(pairs)]
+                element = encode_record(Record(f"{number:06d}", image, caption))
+                writer.write(element)
+                array.write(element)
+                for suffix, data in (("jpg", image), ("txt", caption.encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+        array.close()
+    update_index(folder / "tfrecord")
+    return len(numbers)
+
+
+def read_photos(path: str, size: int) -> Iterator[tuple[bytes, str]]:
+    """JPEGs whose shorter side has `size` pixels, and captions, of a webdataset tar."""
+    with tarfile.open(path) as tar:
+        for member in tar.getmembers():
+            if not member.name.endswith(".jpg"):
+                continue
+            with Image.open(tar.extractfile(member)) as image:
+                scale = size / min(image.size)
+                shape = [max(size, round(scale * length)) for length in image.size]
+                buffer = io.BytesIO()
+                image.convert("RGB").resize(shape, Image.Resampling.BICUBIC).save(buffer, "JPEG")
+            yield buffer.getvalue(), tar.extractfile(f"{member.name[:-4]}.txt").read().decode()
+
+
+def measure(
+    settings: Settings, folder: pathlib.Path, num_records: int
+) -> dict[str, list[Measured]]:
+    """All sides; store and local disk several times in turn, so that both meet the same machine."""
+    images = settings.epochs * num_records
+    sides: list[tuple[str, Callable[[], Iterator[Any]], int]] = []
+    for number in range(settings.rounds):
+        pair = [
+            (STORE, lambda: ours(settings, f"slow://{folder}/tfrecord"), images),
+            (LOCAL, lambda: ours(settings, f"{folder}/tfrecord"), images),
+        ]
+        sides += pair if number % 2 == 0 else pair[::-1]
+    tars = f"{folder}/tar/{{00000..{settings.shards - 1:05d}}}.tar"
+    pipe = f"pipe:sleep {settings.latency_secs}; cat {tars}"
+    arrays = [str(path) for path in sorted((folder / "array_record").iterdir())]
+    sides += [
+        (OPEN_CLIP, lambda: of_open_clip(settings, pipe, num_records), images // 2),
+        (OPEN_CLIP_LOCAL, lambda: of_open_clip(settings, tars, num_records), images // 2),
+        (ARRAY_RECORD, lambda: of_grain(settings, arrays, slow=True), images),
+        (ARRAY_RECORD_LOCAL, lambda: of_grain(settings, arrays, slow=False), images),
+        (GLOBAL, lambda: ours(settings, f"slow://{folder}/tfrecord", blocks=False), 512),
+    ]
+    rounds: dict[str, list[Measured]] = {}
+    for number, (name, start, count) in enumerate(ProgressBar(sides, desc="sides", unit="side")):
+        counts = folder / f"counts_{number}"
+        counts.mkdir()
+        os.environ[slow_store.COUNTS] = str(counts)
+        rounds.setdefault(name, []).append(time_side(start(), settings, count, counts))
+    return rounds
+
+
+def ours(settings: Settings, data: str, *, blocks: bool = True) -> Iterator[Any]:
+    """The batches of `TrainIterator`."""
+    source = (slow_store.SlowRecords if data.startswith("slow:") else TFRecordSource)(data)
+    order = None
+    if blocks:
+        order = BlockOrder(
+            source.block_starts(settings.block_records),
+            0,
+            num_streams=settings.num_streams,
+            window_blocks=settings.window_blocks,
+        )
+    batches = TrainIterator(
+        source,
+        decode_example(settings),
+        batch_size=settings.batch_size,
+        seed=0,
+        num_workers=settings.num_workers,
+        order=order,
+        read_ahead=ReadAheadOptions(),
+    )
+    try:
+        for batch in batches:
+            yield (
+                len(batch["images"]),
+                batches.read_aheads[0].numbers if batches.read_aheads else {},
+            )
+    finally:
+        batches.close()
+
+
+def decode_example(settings: Settings) -> DecodeExample:
+    """As training decodes."""
+    return DecodeExample(settings.image_size, 77, (0.9, 1.0), "{caption}")
+
+
+def of_open_clip(settings: Settings, tars: str, num_records: int) -> Iterator[Any]:
+    """The batches of open_clip's training data."""
+    # Not at the top: the decoding processes of the other sides import this module.
+    import open_clip
+    from open_clip_train.data import get_wds_dataset
+
+    given = types.SimpleNamespace(
+        train_data=tars,
+        train_num_samples=num_records,
+        train_data_upsampling_factors=None,
+        dataset_resampled=True,  # endless, as its documentation advises for large data
+        seed=0,
+        batch_size=settings.batch_size,
+        workers=settings.num_workers,
+        world_size=1,
+    )
+    transform = open_clip.image_transform(
+        settings.image_size, is_train=True, aug_cfg={"scale": (0.9, 1.0)}
+    )
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    data = get_wds_dataset(given, transform, is_train=True, tokenizer=tokenizer)
+    while True:
+        for images, _ in data.dataloader:
+            yield len(images), {}
+
+
+def of_grain(settings: Settings, paths: list[str], *, slow: bool) -> Iterator[Any]:
+    """The batches of grain over ArrayRecord files, decoded as ours are."""
+    source = grain.sources.ArrayRecordDataSource(paths)
+    dataset = grain.MapDataset.source(slow_store.SlowSequence(source) if slow else source)
+    dataset = dataset.seed(0).shuffle().repeat().random_map(decode_example(settings))
+    dataset = dataset.batch(settings.batch_size, drop_remainder=True).to_iter_dataset()
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=settings.num_workers)
+    batches = iter(dataset.mp_prefetch(options))
+    try:
+        for batch in batches:
+            yield len(batch["images"]), {}
+    finally:
+        batches.close()
+
+
+def time_side(
+    batches: Iterator[Any], settings: Settings, images: int, counts: pathlib.Path
+) -> Measured:
+    """Times some images of a side after its first ones, those that were decoded ahead."""
+    began = time.perf_counter()
+    next(batches)
+    first_batch_secs = time.perf_counter() - began
+    # As much as all workers hold: what is timed was not decoded before.
+    ahead = min(images, 4 * settings.num_workers * settings.batch_size)
+    for _ in itertools.islice(batches, ahead // settings.batch_size):
+        pass
+    before, secs, processor_secs = slow_store.read_counts(counts), time.perf_counter(), cpu_secs()
+    taken = list(itertools.islice(batches, images // settings.batch_size))
+    timed, numbers = sum(size for size, _ in taken), taken[-1][1]
+    secs, processor_secs = time.perf_counter() - secs, cpu_secs() - processor_secs
+    after = slow_store.read_counts(counts)
+    batches.close()
+    requests = {kind: after[kind] - before.get(kind, 0) for kind in after}
+    requests["before"] = sum(before.values()) - before.get("total_bytes", 0)
+    return Measured(timed, secs, processor_secs, requests, first_batch_secs, numbers)
+
+
+def cpu_secs() -> float:
+    """Processor time of this process and of those that it has started, and they."""
+    children: dict[int, list[int]] = {}
+    times: dict[int, float] = {}
+    for path in pathlib.Path("/proc").iterdir():
+        if not path.name.isdigit():
+            continue
+        try:
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        children.setdefault(int(fields[1]), []).append(int(path.name))
+        # Own time, and that of children which have ended.
+        times[int(path.name)] = sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+    total, waiting = 0.0, [os.getpid()]
+    while waiting:
+        pid = waiting.pop()
+        total += times.get(pid, 0.0)
+        waiting += children.get(pid, [])
+    return total
+
+
+def summarize(
+    settings: Settings, num_records: int, rounds: dict[str, list[Measured]]
+) -> dict[str, Any]:
+    """Medians, and the figures that are aimed at."""
+
+    def median(name: str, figure: Callable[[Measured], float]) -> float:
+        return statistics.median(map(figure, rounds[name]))
+
+    speeds = {n: round(median(n, lambda m: m.images / m.secs), 1) for n in rounds}
+    processor = {n: round(median(n, lambda m: m.images / m.processor_secs), 1) for n in rounds}
+    requests = {n: median(n, lambda m: m.requests.get("bytes", 0) / m.images) for n in rounds}
+    for name in (OPEN_CLIP, OPEN_CLIP_LOCAL):
+        requests[name] = settings.shards / num_records if name == OPEN_CLIP else 0
+    cache = max((m.cache for m in rounds[STORE]), key=lambda numbers: numbers["peak_bytes"])
+    return {
+        "settings": dataclasses.asdict(settings) | {"photos": pathlib.Path(settings.photos).name},
+        "records": num_records,
+        "load_average": os.getloadavg(),
+        "images_per_sec": speeds,
+        "images_per_processor_sec": processor,
+        "requests_per_record": {n: round(value, 5) for n, value in requests.items()},
+        "requests_before_the_timed_part": rounds[STORE][0].requests["before"],
+        "share_of_local_disk": round(speeds[STORE] / speeds[LOCAL], 3),
+        "share_of_local_disk_by_processor": round(processor[STORE] / processor[LOCAL], 3),
+        "requests_per_record_times_k": round(requests[STORE] * settings.block_records, 3),
+        "first_batch_secs": {n: round(median(n, lambda m: m.first_batch_secs), 2) for n in rounds},
+        "cache_stated_bytes": cache["needed_bytes"],
+        "cache_peak_bytes": cache["peak_bytes"],
+        "cache_bound_bytes": cache["bound_bytes"],
+        "hedged_requests": cache["hedged_requests"],
+        "rounds": {n: [dataclasses.asdict(m) for m in listed] for n, listed in rounds.items()},
+    }
+
+
+def print_table(payload: dict[str, Any]) -> None:
+    """The result for a reader."""
+    print(f"{'':32s}{'images/s':>10s}{'of a core':>11s}{'requests/record':>17s}")
+    for name, speed in payload["images_per_sec"].items():
+        print(
+            f"{name:32s}{speed:10,.0f}{payload['images_per_processor_sec'][name]:11,.0f}"
+            f"{payload['requests_per_record'][name]:17.4f}"
+        )
+    print(
+        f"{payload['share_of_local_disk']:.0%} of the local disk, by processor time "
+        f"{payload['share_of_local_disk_by_processor']:.0%}; "
+        f"{payload['requests_per_record_times_k']:.3f}/K requests a record; cache: "
+        f"{payload['cache_peak_bytes'] / 1e6:.1f} MB at most, "
+        f"{payload['cache_stated_bytes'] / 1e6:.1f} MB stated"
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
