@@ -297,7 +297,7 @@ def open_read_aheads(
         number
         for number, source in enumerate(mixture.sources)
         if isinstance(source.order, BlockOrder)
-        and any(map(is_remote, getattr(source.records, "paths", ())))
+        and any(map(_is_in_store, getattr(source.records, "paths", ())))
     ]
     if len(numbers) > 1:
         threads = -(-options.read_threads // len(numbers))
@@ -318,3 +318,8 @@ def open_read_aheads(
         read_aheads.append(ahead)
         mixture = mixture.with_records(number, ahead.records)
     return read_aheads, mixture
+
+
+def _is_in_store(path: str) -> bool:
+    # What lies in fsspec's memory is known to this process alone.
+    return is_remote(path) and not path.startswith("memory://")

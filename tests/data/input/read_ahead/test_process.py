@@ -12,6 +12,8 @@ import pytest
 from absl import logging
 
 from diht_jax.data.input.block_order import BlockOrder
+from diht_jax.data.input.mixing import Mixture, Source
+from diht_jax.data.input.order import GlobalOrder
 from diht_jax.data.input.read_ahead import process
 from diht_jax.data.input.read_ahead.block_cache import READY, BlockCache, claim_folder, new_folder
 from diht_jax.data.input.read_ahead.bound import Footprint, ReadAheadOptions
@@ -216,3 +218,20 @@ def test_a_small_data_set_needs_no_more_than_itself(source):
 def test_a_missing_folder_is_an_error_that_names_its_key(source, tmp_path):
     with pytest.raises(ValueError, match=r"config\.data\.cache_dir=.*missing"):
         read_ahead(source, cache_dir=str(tmp_path / "missing"))
+
+
+def test_only_blocks_of_a_store_are_fetched_ahead(source):
+    order = BlockOrder(source.block_starts(8), 0, num_streams=4, window_blocks=2)
+    settings = {"batch_size": 8, "num_workers": 0, "prefetch_batches": 1}
+    settings |= {"process_index": 0, "process_count": 1}
+
+    def opened(paths, order):
+        records = types.SimpleNamespace(paths=paths, extent=source.extent)
+        mixture = Mixture([Source("", records, order, None)])
+        return len(process.open_read_aheads(mixture, ReadAheadOptions(), **settings)[0])
+
+    assert opened(source.paths, order) == 0
+    assert opened(["gs://bucket/a.tfrecord"], GlobalOrder(200, 0)) == 0
+    assert opened(["memory://a.tfrecord"], order) == 0  # another process would not find it
+    assert opened(["gs://bucket/a.tfrecord"], order) == 1
+    assert opened([*source.paths, "s3://bucket/a.tfrecord"], order) == 1
