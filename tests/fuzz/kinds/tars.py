@@ -18,8 +18,10 @@ from hypothesis.strategies import SearchStrategy, integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.data.readers import registry
+from diht_jax.data.records.format import index_path
+from diht_jax.data.records.formats.tar_records import TarRecordSource
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, damaged, flipped, noise, words
-from tests.fuzz.judge import SKIP, SUCCESS, judge_read, require
+from tests.fuzz.judge import SKIP, SUCCESS, Refused, attempt, judge_read, require
 
 BLOCK = tarfile.BLOCKSIZE
 END = bytes(2 * BLOCK)
@@ -182,8 +184,29 @@ def _judge(
         return [pair for pair in found if pair[0] not in ignored], source.skipped
 
     outcome = judge_read(read, path, {e.key: e.value for e in good}, touched, **verdict)
+    if name == _NAME:
+        _compare_shard(path)
     require([p.name for p in folder.iterdir()] == [name], "something was written")
     return outcome
+
+
+def _compare_shard(path: pathlib.Path) -> None:
+    """As a shard of records, an archive has the pairs that its reader gives, or is refused too."""
+
+    def read_shard() -> list[Any]:
+        source = TarRecordSource(path)
+        return [source.decode(source[number]) for number in range(len(source))]
+
+    pairs = attempt(lambda: list(registry.open_source(str(path))), path)
+    records = attempt(read_shard, path)
+    if isinstance(records, Refused):
+        # A global header is what members cannot be read alone with.
+        require(isinstance(pairs, Refused) or "global header" in str(records), "refused as shard")
+        return
+    index_path(path).unlink()
+    require(not isinstance(pairs, Refused), "read as a shard, and refused as an archive")
+    parts = [[(p.key, p.image, p.caption, p.metadata) for p in found] for found in (pairs, records)]
+    require(parts[0] == parts[1], "other records than pairs")
 
 
 def _bad_pair(draw: Draw, folder: pathlib.Path, change: Any, **verdict: bool) -> str:

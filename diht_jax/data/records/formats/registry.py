@@ -97,10 +97,10 @@ def format_of(paths: Paths) -> str:
         paths: as of `open_source`.
 
     Returns:
-        A key of `FORMATS`; "tfrecord" where nothing is found, so that its source reports that.
+        A key of `FORMATS`. A single file of another name is taken for TFRecord.
 
     Raises:
-        ValueError: several formats, or tars that are compressed.
+        ValueError: nothing is found, several formats are, or tars that are compressed.
     """
     entries = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     found = {entry: _entry_format(entry) for entry in map(os.fspath, entries)}
@@ -112,18 +112,24 @@ def format_of(paths: Paths) -> str:
             "of one format, or convert the others by `python -m data_prep.filter --config "
             "configs/prep/convert.py`"
         )
+    if not names and entries and not any(map(os.path.isfile, found)):
+        raise ValueError(
+            f"no TFRecord shard at '{next(iter(found))}', nor one of another format; expected a "
+            "file, a folder of *.tfrecord, *.array_record or *.tar files, or a glob that matches "
+            "some"
+        )
     return names[0] if names else "tfrecord"
 
 
 def _entry_format(entry: str) -> str | None:
     if not remote.is_remote(entry) and os.path.isfile(entry):
         files = [entry]
+    elif os.path.isdir(entry):
+        files = os.listdir(entry)
     elif (name := name_format(entry)) is not None:  # of a glob, too
         return name
     elif remote.is_remote(entry):
         files = remote.list_files(entry)
-    elif os.path.isdir(entry):
-        files = os.listdir(entry)
     else:
         files = glob.glob(entry, recursive=True)
     found = {name_format(path) for path in files}

@@ -15,6 +15,7 @@ from PIL import Image
 from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
 from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.order import BlockOrder, GlobalOrder
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.readers.webdataset import read_tar
@@ -112,7 +113,12 @@ def test_an_extent_is_cut_into_its_elements(tmp_path):
         path, start, end = source.extent(first, last)
         with open(path, "rb") as file:
             data = file.read()[start:end]
-        assert source.split(first, last, data) == [source[n] for n in range(first, last)]
+        elements = [source[n] for n in range(first, last)]
+        assert source.split(first, last, data) == elements
+        # As the read-ahead does it: pieces are cut by one process, and unpacked by another.
+        starts = source.cut(first, last, data)
+        pieces = [data[i:j] for i, j in zip(starts[:-1], starts[1:], strict=True)]
+        assert [source.unpack(first + n, piece) for n, piece in enumerate(pieces)] == elements
     with pytest.raises(IndexError, match="records 4 to 5 .* are not in one shard"):
         source.extent(4, 6)
     with pytest.raises(TFRecordError, match=r"samples 0 to 2: \d+ bytes were read, and \d+ exp"):
@@ -170,6 +176,8 @@ def test_what_is_no_plain_tar_is_refused(tmp_path):
         tar.addfile(tarfile.TarInfo("0.txt"))
     with pytest.raises(TFRecordError, match=r"c.tar: .*a global header \(path\), so has no index"):
         TarRecordSource(str(tmp_path / "c.tar"))
+    with pytest.raises(ValueError, match=r"config.data.train: no TFRecord shard at .*, \*.array_r"):
+        open_records(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="config.data.train: shards of several formats: .*b.tar, "):
         open_records([whole, str(tmp_path / "x.tfrecord")])
 
@@ -215,26 +223,46 @@ def web(tmp_path_factory):
         write_tar(folder / "tars" / f"{number:05d}.tar", members)
     config = load_recipe(_RECIPE)
     config.update({"input": f"{folder}/tars/*.tar", "output": f"{folder}/records"})
-    config.num_workers = 0
+    config.update({"num_workers": 0, "examples_per_shard": 6})
     assert run_filter(config) == {}
     return folder
 
 
-def _batches(paths, count=5):
-    decode = DecodeExample(24, 16, (0.3, 1.0), "a {caption}")
-    iterator = TrainIterator(open_records(paths), decode, batch_size=4, seed=7, num_workers=0)
-    return [next(iterator) for _ in range(count)], iterator.keys(0)
+def _batches(paths, in_blocks, count=5):
+    decode, source = DecodeExample(24, 16, (0.3, 1.0), "a {caption}"), open_records(paths)
+    order = GlobalOrder(len(source), 7)
+    if in_blocks:
+        order = BlockOrder(source.block_starts(2), 7, num_streams=4, window_blocks=2)
+    settings = {"batch_size": 4, "seed": 7, "num_workers": 0, "order": order}
+    iterator = TrainIterator(source, decode, **settings)
+    try:
+        return [next(iterator) for _ in range(count)], iterator.keys(0)
+    finally:
+        iterator.close()
+
+
+def _compare(paths, expected, in_blocks):
+    found, keys = _batches(paths, in_blocks)
+    assert keys == expected[1]
+    for batch, other in zip(expected[0], found, strict=True):
+        for name, values in batch.items():
+            np.testing.assert_array_equal(values, other[name])
 
 
 def test_batches_of_tars_are_those_of_tfrecords(web):
     stores = fsspec.filesystem("memory")
     stores.put(f"{web}/tars", "memory://web/tars", recursive=True)
     stores.put(f"{web}/records", "memory://web/records", recursive=True)
-    expected, keys = _batches(f"{web}/records")
+    expected = _batches(f"{web}/records", False)
     for paths in (f"{web}/tars", "memory://web/tars", "memory://web/records"):
-        found, found_keys = _batches(paths)
-        assert found_keys == keys
-        for batch, other in zip(expected, found, strict=True):
-            for name, values in batch.items():
-                np.testing.assert_array_equal(values, other[name])
+        _compare(paths, expected, False)
     assert stores.exists("memory://web/tars/00000.tar.idx")
+
+
+def test_batches_in_blocks_are_those_of_tfrecords(web):
+    # Blocks end with their shards, so that these are the same here, six records each.
+    assert open_records(f"{web}/records").shard_lengths.tolist() == [6, 6, 6]
+    expected = _batches(f"{web}/records", True)
+    _compare(f"{web}/tars", expected, True)
+    # A URL: blocks are fetched ahead, by a process of its own.
+    _compare(f"file://{web}/tars", expected, True)
