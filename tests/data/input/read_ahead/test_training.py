@@ -4,6 +4,7 @@ import io
 import os
 import pathlib
 import signal
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from benchmarks import slow_store
 from diht_jax.data.batch_wait import BatchWait, StoppedWaiting
 from diht_jax.data.input.block_order import BlockOrder
 from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.mixing import Mixture, Source
 from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
+from diht_jax.data.input.shares import Shares
 from diht_jax.data.pipeline import TrainIterator
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
@@ -95,6 +98,44 @@ def test_batches_of_a_store_are_those_of_local_files(store, cache, monkeypatch, 
             iterator.set_state({"next_example": position})
         check_same(host, expected, 2)
         expected.close()
+    batches.close()
+    local.close()
+    assert not list(cache.iterdir())
+
+
+def mixed_iterator(folder, cache=None, **options) -> TrainIterator:
+    """Two thirds in one order of the records, a third in another one: a block is read for both."""
+    source = TFRecordSource(folder) if cache is None else slow_store.SlowRecords(f"slow://{folder}")
+    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+    starts = source.block_starts(BLOCK)
+    sources = [
+        Source(str(n), source, BlockOrder(starts, n, num_streams=4, window_blocks=2), decode)
+        for n in range(2)
+    ]
+    shares = Shares([(0, [Fraction(2), Fraction(1)])], num_streams=4, batch_size=BATCH)
+    read_ahead = ReadAheadOptions(cache_dir=cache and str(cache), read_threads=4)
+    return TrainIterator(
+        Mixture(sources, shares),
+        batch_size=BATCH,
+        seed=0,
+        num_workers=0,
+        prefetch_batches=1,
+        on_bad_record="skip",
+        read_ahead=read_ahead,
+        **options,
+    )
+
+
+def test_each_source_of_a_mixture_is_read_ahead(store, cache, hang_guard):
+    batches, local = mixed_iterator(store, cache), mixed_iterator(store)
+    before = slow_store.read_counts(pathlib.Path(os.environ[slow_store.COUNTS]))["bytes"]
+    check_same(batches, local, EPOCH + 4)
+    many, few = (read_ahead.numbers for read_ahead in batches.read_aheads)
+    # All thirty blocks are read for each, and again only where a window comes back later.
+    assert 30 <= few["blocks"] <= many["blocks"] <= 60
+    counts = slow_store.read_counts(pathlib.Path(os.environ[slow_store.COUNTS]))
+    # The bad record is read once more for its message, and perhaps what replaces it.
+    assert counts["bytes"] - before <= many["requests"] + few["requests"] + 3
     batches.close()
     local.close()
     assert not list(cache.iterdir())
