@@ -57,9 +57,9 @@ NOT_KEYS = {"model.logit_scale", "model.pt", "model.ckpt", "model.safetensors"}
 
 
 def is_key(name: str, keys: set[str]) -> bool:
-    """A key or a section; users name their tasks. A final full stop does not count."""
+    """A key or a section; users name their tasks and sources. A final full stop does not count."""
     name = name.removesuffix(".")
-    return name in keys | NOT_KEYS or name.startswith("evaluation.tasks.")
+    return name in keys | NOT_KEYS or name.startswith(("evaluation.tasks.", "data.train."))
 
 
 def text_of(path: pathlib.Path) -> str:
