@@ -68,6 +68,7 @@ class Settings:
     block_records: int
     num_streams: int
     window_blocks: int
+    read_threads: int
     rounds: int
     epochs: int
 
@@ -76,7 +77,7 @@ def define_flags() -> None:
     """The command line of `main`."""
     photos = str(REPOSITORY.parent / "shared/data/photos.tar")
     flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
-    flags.DEFINE_integer("copies", 32, "Of the tar's photos.")
+    flags.DEFINE_integer("copies", 64, "Of the tar's photos.")
     flags.DEFINE_integer("shards", 8, "Of each format.")
     flags.DEFINE_integer("picture_size", 160, "Pixels of a picture's shorter side.")
     flags.DEFINE_integer("image_size", 112, "Pixels of a crop.")
@@ -84,8 +85,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_workers", 8, "Decoding processes.")
     flags.DEFINE_float("latency_secs", 0.05, "Of the store.")
     flags.DEFINE_integer("block_records", 64, "K.")
-    flags.DEFINE_integer("num_streams", 4, "V.")
+    flags.DEFINE_integer("num_streams", 8, "V.")
     flags.DEFINE_integer("window_blocks", 4, "W.")
+    flags.DEFINE_integer("read_threads", 8, "Blocks that are requested at the same time.")
     flags.DEFINE_integer("rounds", 2, "In which the store and the disk are measured in turn.")
     flags.DEFINE_integer("epochs", 1, "Of a measurement.")
 
@@ -180,10 +182,10 @@ def measure(
     pipe = f"pipe:sleep {settings.latency_secs}; cat {tars}"
     arrays = [str(path) for path in sorted((folder / "array_record").iterdir())]
     sides += [
-        (OPEN_CLIP, lambda: of_open_clip(settings, pipe, num_records), images // 2),
-        (OPEN_CLIP_LOCAL, lambda: of_open_clip(settings, tars, num_records), images // 2),
-        (ARRAY_RECORD, lambda: of_grain(settings, arrays, slow=True), images),
-        (ARRAY_RECORD_LOCAL, lambda: of_grain(settings, arrays, slow=False), images),
+        (OPEN_CLIP, lambda: of_open_clip(settings, pipe, num_records), images // 4),
+        (OPEN_CLIP_LOCAL, lambda: of_open_clip(settings, tars, num_records), images // 4),
+        (ARRAY_RECORD, lambda: of_grain(settings, arrays, slow=True), images // 2),
+        (ARRAY_RECORD_LOCAL, lambda: of_grain(settings, arrays, slow=False), images // 2),
         (GLOBAL, lambda: ours(settings, f"slow://{folder}/tfrecord", blocks=False), 512),
     ]
     rounds: dict[str, list[Measured]] = {}
@@ -213,7 +215,7 @@ def ours(settings: Settings, data: str, *, blocks: bool = True) -> Iterator[Any]
         seed=0,
         num_workers=settings.num_workers,
         order=order,
-        read_ahead=ReadAheadOptions(),
+        read_ahead=ReadAheadOptions(read_threads=settings.read_threads),
     )
     try:
         for batch in batches:

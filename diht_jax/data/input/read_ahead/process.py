@@ -26,7 +26,7 @@ from diht_jax.data.input.read_ahead.bound import (
     measure_footprint,
 )
 from diht_jax.data.input.read_ahead.reader import ReadSettings, run_reader
-from diht_jax.data.input.sub_batches import MAX_ROWS
+from diht_jax.data.input.sub_batches import rows_of_part
 from diht_jax.data.records.remote import is_remote
 
 # Deaths of the reader process, without a block between them, that a run survives.
@@ -303,7 +303,8 @@ def open_read_aheads(
         threads = -(-options.read_threads // len(numbers))
         options = dataclasses.replace(options, read_threads=threads, num_sources=len(numbers))
     # The queues of each worker, or of the threads, hold four sub-batches at least.
-    queued = max(num_workers, _FEW_WORKERS) * _PARTS_PER_WORKER * MAX_ROWS * process_count
+    rows = rows_of_part(batch_size // process_count) * process_count
+    queued = max(num_workers, _FEW_WORKERS) * _PARTS_PER_WORKER * rows
     read_aheads = []
     for number in numbers:
         ahead = ReadAhead(
