@@ -9,6 +9,9 @@ batches), and as TFRecord shards, which `data_prep.filter` makes of these tars, 
 turn, round by round; every round starts an iterator anew, leaves out its first batches and then
 times a fixed number of them. The decoders only turn the bytes into full-size RGB pixels.
 
+Three data sets: the photos as they are (at most 384 px), the same encoded again with a longer side
+of 512 px, and with one of 256 to 1,024 px.
+
 The figures are images per second of processor time, of all threads of the process: on an idle core
 these are seconds of the clock (recorded too), and they hold where others use the core as well.
 """
@@ -21,9 +24,11 @@ import io
 import itertools
 import os
 import pathlib
+import random
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -51,6 +56,9 @@ from diht_jax.progress import ProgressBar
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 OURS, EXACT, OPEN_CLIP = "diht_jax", "diht_jax_exact", "open_clip"
 AIM_RATIO = 2.0
+AS_IS = "384 px"
+# Name -> least and largest longer side that the photos are scaled to.
+DATA_SETS = {AS_IS: None, "512 px": (512, 512), "256 to 1024 px": (256, 1024)}
 
 
 def decode_with_pillow(data: bytes) -> Image.Image:
@@ -113,18 +121,50 @@ def main() -> None:
     settings = read_settings()
     jax.config.update("jax_platforms", "cpu")  # what is recorded of the machine needs no more
     cores = os.sched_getaffinity(0)
-    with tempfile.TemporaryDirectory() as folder:
-        tars, records = prepare_data(settings.photos, settings.copies, pathlib.Path(folder))
-        os.sched_setaffinity(0, {max(cores)})
-        torch.set_num_threads(1)
-        sides = make_sides(settings, tars, records)
-        rounds = measure(sides, settings)
-        os.sched_setaffinity(0, cores)
-    payload = summarize(rounds, settings)
-    print_table(payload)
+    payloads = {}
+    for name, sides in DATA_SETS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            photos = settings.photos
+            if sides is not None:
+                photos = f"{folder}/scaled/photos.tar"
+                os.mkdir(os.path.dirname(photos))
+                scale_photos(settings.photos, photos, sides)
+            tars, records = prepare_data(photos, settings.copies, pathlib.Path(folder))
+            os.sched_setaffinity(0, {max(cores)})
+            torch.set_num_threads(1)
+            rounds = measure(make_sides(settings, tars, records), settings)
+            os.sched_setaffinity(0, cores)
+        payloads[name] = summarize(rounds, settings)
+        print_table(name, payloads[name])
+    others = {name: payload for name, payload in payloads.items() if name != AS_IS}
+    payload = payloads[AS_IS] | {"other_data_sets": others}
     print("written:", write_result("input_pipeline", payload))
     if payload["ratio_to_open_clip"] < AIM_RATIO:
         sys.exit(f"below the aim of {AIM_RATIO} x open_clip")
+
+
+def scale_photos(source: str, target: str, sides: tuple[int, int]) -> None:
+    """Writes a tar again with every photo scaled, and encoded at quality 90.
+
+    Args:
+        source: webdataset tar of JPEGs.
+        target: tar to write.
+        sides: least and largest longer side, in pixels; drawn anew for each photo.
+    """
+    rng = random.Random(0)
+    with tarfile.open(source) as tar, tarfile.open(target, "w") as written:
+        for member in filter(tarfile.TarInfo.isfile, tar):
+            data = tar.extractfile(member).read()
+            if member.name.endswith((".jpg", ".jpeg")):
+                image = decode_with_pillow(data)
+                factor = rng.randint(*sides) / max(image.size)
+                size = tuple(max(1, round(side * factor)) for side in image.size)
+                buffer = io.BytesIO()
+                image.resize(size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
+                data = buffer.getvalue()
+            entry = tarfile.TarInfo(member.name)
+            entry.size = len(data)
+            written.addfile(entry, io.BytesIO(data))
 
 
 def prepare_data(photos: str, copies: int, folder: pathlib.Path) -> tuple[str, str]:
@@ -293,9 +333,9 @@ def summarize(rounds: dict[str, list[dict[str, float]]], settings: Settings) -> 
     }
 
 
-def print_table(payload: dict[str, Any]) -> None:
+def print_table(data_set: str, payload: dict[str, Any]) -> None:
     """The result for a reader."""
-    print(f"{'':16s}{'images/s and core':>18s}{'by the clock':>14s}")
+    print(f"{data_set:16s}{'images/s and core':>18s}{'by the clock':>14s}")
     for name, speed in payload["images_per_sec_and_core"].items():
         print(f"{name:16s}{speed:18,.0f}{payload['images_per_wall_sec'][name]:14,.0f}")
     print(
