@@ -23,6 +23,7 @@ from data_prep.labelling.examples import gather_examples
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.readers.registry import list_shards
+from diht_jax.data.records.dataset_index import read_table
 from diht_jax.data.records.schema import Record, decode_record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.data.records.vocabulary import (
@@ -175,6 +176,10 @@ def test_hash_travels_with_every_shard(work):
     for path in (work / "labelled").glob("*.tfrecord.stats.json"):
         assert json.loads(path.read_text())["counts"]["vocabulary"] == vocabulary.describe()
     assert find_vocabulary(work / "labelled") == vocabulary
+    # The index knows it of all shards, so that a start need not look at each.
+    index = read_table(str(work / "labelled" / "dataset.index"))
+    assert index.vocabulary == vocabulary.describe()
+    assert index.num_records.sum() == len(TFRecordSource(work / "labelled"))
     info = json.loads((work / "labelled" / "dataset_info.json").read_text())
     assert vocabulary.objects.hash in info["description"]
 
