@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.mixing import Mixture, open_mixture
 from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.data.pipeline import TrainIterator, open_records
-from diht_jax.data.records.train_data import describe_train, parse_train
+from diht_jax.data.records.train_data import describe_train, lies_in_store, parse_train
 from diht_jax.data.records.vocabulary import train_vocabulary_sizes
 from diht_jax.models.parameters import parameter_shapes
 from diht_jax.models.positions import fit_positions
@@ -42,7 +43,12 @@ from diht_jax.training.monitoring.metrics import (
 )
 from diht_jax.training.monitoring.profiler import StepProfiler
 from diht_jax.training.monitoring.throughput import ThroughputWindow, log_flops, model_flops
-from diht_jax.training.multihost import check_together, share_from_first
+from diht_jax.training.multihost import (
+    bind_from_first,
+    check_together,
+    gather_texts,
+    share_from_first,
+)
 from diht_jax.training.objective import bind_data, num_labels
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
@@ -97,7 +103,7 @@ def train(
     validate_config(config, default_config())
     check_ranges(config, default_config())
     parse_train(config.data.train)
-    config = bind_data(config)
+    config = _bind_data(config)
     check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
         # The first to enter, hence the last to leave: a second SIGTERM must not end the process
@@ -112,6 +118,21 @@ def train(
         stack.push(run.close_after)
         stop_request.listen()
         return run.loop(stop_after_steps, stop_request)
+
+
+def _bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """As `bind_data`; what lies in an object store is read by the first process alone."""
+    where = "store" if lies_in_store(config.data.train) else "host"
+    if set(gather_texts(where)) == {"store"}:
+        return bind_from_first(bind_data, config)
+    return bind_data(config)
+
+
+def _vocabulary_sizes(train: Any) -> tuple[int, ...] | None:
+    """As `train_vocabulary_sizes`, read by the first process; all have bound one vocabulary."""
+    data = share_from_first(lambda: json.dumps(train_vocabulary_sizes(train)).encode())
+    sizes = json.loads(data)
+    return None if sizes is None else tuple(sizes)
 
 
 class Run:
@@ -194,7 +215,7 @@ class Run:
         """The records of the run, with what makes examples of them."""
         config, num_concepts = self.config, num_labels(self.config)
         arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-        sizes = train_vocabulary_sizes(config.data.train) if num_concepts else None
+        sizes = _vocabulary_sizes(config.data.train) if num_concepts else None
         decoder = functools.partial(
             DecodeExample,
             arch.image_size,

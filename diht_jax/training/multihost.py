@@ -5,10 +5,12 @@ Start-up is `diht_jax.distributed`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
+import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -91,6 +93,41 @@ def share_from_first(read: Callable[[], bytes]) -> bytes:
     padded = np.zeros(int(size[0]) * 2**20 + int(size[1]), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+
+
+def bind_from_first(
+    bind: Callable[[ml_collections.ConfigDict], ml_collections.ConfigDict],
+    config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
+    """The result of a function of the config that the first process alone calls. All must call.
+
+    Args:
+        bind: returns a config with the same keys; what it changes can be written as JSON.
+        config: of this process.
+
+    Raises:
+        ValueError: the function has failed; with its text.
+    """
+
+    def read() -> bytes:
+        before, after = _leaves(config.to_dict()), _leaves(bind(config).to_dict())
+        changed = {name: after[name] for name in after if after[name] != before.get(name)}
+        return json.dumps(changed).encode()
+
+    changed = json.loads(share_from_first(read))
+    if changed:
+        config = config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changed)
+    return config
+
+
+def _leaves(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        is_section = isinstance(value, Mapping)
+        found |= _leaves(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return found
 
 
 def wait_for_all(name: str) -> None:

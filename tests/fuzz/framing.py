@@ -5,6 +5,7 @@ Independent of the code under test.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,29 @@ def index(frames: Sequence[bytes], shard_bytes: int | None = None) -> bytes:
     offsets = [sum(map(len, frames[:number])) for number in range(len(frames))]
     size = sum(map(len, frames)) if shard_bytes is None else shard_bytes
     return struct.pack(f"<8sQQ{len(frames)}Q", b"DIHTIDX1", size, len(frames), *offsets)
+
+
+def dataset_index(shards: Mapping[str, Sequence[bytes]]) -> tuple[bytes, bytes]:
+    """Head and offsets of the `dataset.index` of shards that are made of these frames."""
+    offsets = [
+        [sum(map(len, frames[:n])) for n in range(len(frames))] for frames in shards.values()
+    ]
+    anchors = [at for own in offsets for at in own[::64]]
+    names = b"".join(name.encode() + b"\0" for name in shards)
+    counts, sizes = zip(*((len(fs), sum(map(len, fs))) for fs in shards.values()), strict=True)
+    facts = {"shards": len(shards), "records": sum(counts), "anchors": len(anchors)}
+    text = json.dumps(facts | {"names_bytes": len(names), "kinds": ["tfrecord"]}).encode()
+    words = [*counts, *sizes, *range(len(shards)), *anchors]
+    arrays = struct.pack(f"<{len(words)}Q", *words) + bytes(len(shards)) + names
+    head = struct.pack("<Q", len(text)) + text + bytes(-len(text) % 8)
+    head += arrays + bytes(-len(arrays) % 8)
+    every = [at for own in offsets for at in own]
+    return head, struct.pack(f"<{len(every)}Q", *every)
+
+
+def with_preamble(head: bytes) -> bytes:
+    """The head of a `dataset.index`, with its length and checksum before it."""
+    return struct.pack("<8sQII", b"DIHTSET1", len(head), google_crc32c.value(head), 0) + head
 
 
 def example(fields: Mapping[str | bytes, Any]) -> bytes:

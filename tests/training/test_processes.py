@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from PIL import Image
 
 from diht_jax import distributed
 from diht_jax.config import load_recipe
+from diht_jax.data.index import update_index
 from diht_jax.data.records.remote import open_system
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
@@ -144,7 +146,11 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
     # A collective notices the broken connection, or JAX's service the missing heartbeats.
     assert re.search("Start the same command|another task died", outputs[0]), outputs[0]
 
-    job.run(*command)
+    # Meanwhile the data have got an index, of which the second process is told.
+    indexed = tmp_path / "indexed"
+    shutil.copytree(squares, indexed)
+    update_index(indexed)
+    job.run(*command, f"--config.data.train={indexed}")
     config = load_recipe("configs/demo.py", "debug=True")
     config.data.train = str(squares)
     config.mesh.fsdp = 2

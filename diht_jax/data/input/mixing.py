@@ -238,6 +238,8 @@ def open_mixture(
         order = make_order(
             records, source.order or data.order, data, _source_seed(seed, source), process_count
         )
+        if isinstance(order, GlobalOrder) and hasattr(records, "make_offsets_local"):
+            records.make_offsets_local(data.cache_dir)
         decode = make_decoder(source.text_template or data.text_template)
         sources.append(Source(source.name, records, order, decode.for_source(records)))
     if not parsed[0].name:

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from diht_jax.config import nearest_name
+from diht_jax.data.records.remote import is_remote
 
 _CAPTION = "{caption}"
 _KEYS = ("path", "weight", "text_template", "order")
@@ -68,6 +69,16 @@ def parse_train(train: Any) -> list[TrainSource]:
                 f"config.data.train.{source.name}.weight=0: it is never used; leave the source out"
             )
     return sources
+
+
+def lies_in_store(train: Any) -> bool:
+    """Whether all that `config.data.train` names lies in an object store."""
+    named = [source.path for source in parse_train(train)]
+    return all(
+        is_remote(os.fspath(path))
+        for paths in named
+        for path in ([paths] if isinstance(paths, str) else paths)
+    )
 
 
 def describe_train(train: Any) -> str:

@@ -17,11 +17,12 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 from PIL import Image
 
+from diht_jax.data.index import update_index
 from diht_jax.data.readers import registry
 from diht_jax.data.records import schema
 from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, cut, damaged, flipped, noise, words
-from tests.fuzz.framing import example, frame, index
+from tests.fuzz.framing import dataset_index, example, frame, index, with_preamble
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 
 _NAME = "pairs-train-00000.tfrecord"
@@ -196,6 +197,54 @@ def _judge_index(
     index_path.unlink()
     source = TFRecordSource(str(path))
     require([source[n] for n in range(len(source))] == records, "the built index is wrong")
+    return outcome
+
+
+def check_dataset_index(draw: Draw, folder: pathlib.Path) -> str:
+    """With a `dataset.index` that is damaged, no read gives other bytes for a record."""
+    payloads = st.lists(one([1, 20, 20, 35]).flatmap(lambda n: noise(n, n)), max_size=70)
+    shards = {f"pairs-train-{n:05d}.tfrecord": draw(payloads) for n in range(2)}
+    shards["pairs-train-00002.tfrecord"] = [b"last"]
+    frames = {name: [frame(data) for data in records] for name, records in shards.items()}
+    for name in shards:
+        (folder / name).write_bytes(b"".join(frames[name]))
+    head, offsets = dataset_index(frames)
+    own = with_preamble(head) + offsets
+    odd = [0, 1, 16, 2**32, 2**40, 2**62, 2**63, 2**64 - 1, *map(len, frames.values())]
+
+    def repack(data: bytes, word: int, value: int) -> bytes:
+        at = 8 * (word % (len(data) // 8))
+        return data[:at] + struct.pack("<Q", value) + data[at + 8 :]
+
+    words = (integers(0, 2**16), one(odd) | integers(0, 4000))
+    changed = draw(
+        st.one_of(
+            flipped(own, 2),
+            damaged(own),
+            st.builds(repack, st.just(offsets), *words).map(lambda d: with_preamble(head) + d),
+            # With a checksum that is right, so that the numbers themselves are looked at.
+            st.builds(repack, st.just(head), *words).map(lambda d: with_preamble(d) + offsets),
+            flipped(head, 2).map(lambda d: with_preamble(d) + offsets),
+        )
+    )
+    path = folder / "dataset.index"
+    path.write_bytes(changed)
+    records = [data for own_records in shards.values() for data in own_records]
+    source = attempt(lambda: TFRecordSource(str(folder)), path)
+    outcome = ERROR if isinstance(source, Refused) else SUCCESS
+    for number in range(0 if outcome == ERROR else len(source)):
+        data = attempt(lambda number=number: source[number], path, *shards)
+        if isinstance(data, Refused):
+            outcome = ERROR
+        else:
+            known = number < len(records) and data == records[number]
+            require(known, f"record {number} is another one")
+    if outcome == SUCCESS:
+        require(len(source) == len(records), "records are lost or made up")
+    # As the message advises.
+    update_index(folder, overwrite=True)
+    source = TFRecordSource(str(folder))
+    require([source[n] for n in range(len(source))] == records, "the index made again is wrong")
     return outcome
 
 

@@ -75,12 +75,8 @@ class TarWriter(ShardWriter):
     def _unique_stem(self, key: str) -> str:
         stem = member_stem(key)
         self._seen[stem] += 1
-        if self._seen[stem] == 1:
-            return stem
-        while (numbered := f"{stem}~{self._seen[stem]}") in self._seen:
-            self._seen[stem] += 1
-        self._seen[numbered] += 1
-        return numbered
+        # No other stem has a tilde.
+        return stem if self._seen[stem] == 1 else f"{stem}~{self._seen[stem]}"
 
 
 def image_extension(image: bytes) -> str | None:
