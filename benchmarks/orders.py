@@ -29,7 +29,7 @@ def define_flags() -> None:
     flags.DEFINE_string("name", None, "Of the result: benchmarks/results/orders_NAME.json.")
     flags.DEFINE_string("config", "configs/demo.py", "The recipe.")
     flags.DEFINE_string("train", None, "Its data: config.data.train.")
-    flags.DEFINE_string("tasks", None, "As --tasks of diht_jax.evaluate.")
+    flags.DEFINE_list("tasks", None, "As --tasks of diht_jax.evaluate.")
     flags.DEFINE_string("workdir", "runs/orders", "Where runs and their results lie.")
     flags.DEFINE_integer("seeds", 3, "Runs in each order.")
 
@@ -70,7 +70,7 @@ def train_and_evaluate(run: pathlib.Path, seed: int, order: str) -> None:
     run_command(
         "diht_jax.evaluate",
         f"--model={run}",
-        f"--tasks={given.tasks}",
+        f"--tasks={','.join(given.tasks)}",
         f"--output={results_of(run)}",
         "--nopages",
     )
