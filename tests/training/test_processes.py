@@ -74,7 +74,9 @@ class Job:
         """To a good end; what the processes said."""
         self.start(*command)
         outputs = self.outputs()
-        assert [process.returncode for process in self.processes] == [0, 0], outputs
+        codes = [process.returncode for process in self.processes]
+        if codes != [0, 0]:
+            raise AssertionError("\n".join([f"exit codes {codes}", *outputs]))  # whole
         return outputs
 
     def wait_for_lines(self, workdir: pathlib.Path, more: int) -> None:
