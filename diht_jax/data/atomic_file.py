@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import BinaryIO
 
 
 def temporary_path(path: pathlib.Path) -> pathlib.Path:
@@ -18,10 +21,21 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
         path: of the file; its folder must exist.
         data: its contents.
     """
+    with open_atomically(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def open_atomically(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A new file that has its name once the block has ended well; an old one is replaced then.
+
+    Args:
+        path: of the file; its folder must exist.
+    """
     temporary = temporary_path(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

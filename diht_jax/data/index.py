@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.data.atomic_file import temporary_path, write_atomically
+from diht_jax.data.atomic_file import open_atomically, write_atomically
 from diht_jax.data.records import remote, tfrecord
 from diht_jax.data.records.catalog import (
     IndexedOffsets,
@@ -310,23 +310,16 @@ def write_dataset_index(
         ValueError: the entries contradict each other, or a shard has changed since.
     """
     path = pathlib.Path(path)
-    head, temporary = encode_head(entries, vocabulary), temporary_path(path)
+    head = encode_head(entries, vocabulary)
     ShardTable(head, os.fspath(path))  # so that nothing is written that no reader takes
-    try:
-        with open(temporary, "xb") as file:
-            file.write(encode_preamble(head))
-            file.write(head)
-            for entry in entries:
-                offsets = load_offsets(entry)
-                if len(offsets) != entry.num_records:
-                    raise ValueError(f"{entry.name} has changed while its index was being written")
-                file.write(offsets.astype("<u8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with open_atomically(path) as file:
+        file.write(encode_preamble(head))
+        file.write(head)
+        for entry in entries:
+            offsets = load_offsets(entry)
+            if len(offsets) != entry.num_records:
+                raise ValueError(f"{entry.name} has changed while its index was being written")
+            file.write(offsets.astype("<u8").tobytes())
 
 
 @contextlib.contextmanager
