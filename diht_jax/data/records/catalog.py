@@ -136,11 +136,14 @@ class IndexedOffsets:
     def _map(self) -> np.ndarray:
         if self._mapped is None:
             check_same(self._file, self.table)
-            count = int(self.table.starts[-1])
-            self._mapped = np.zeros(0, np.uint64)
-            if count:  # nothing cannot be mapped
-                start = self.table.offsets_start
-                self._mapped = np.memmap(self._file, "<u8", "r", start, (count,))
+            start, count = self.table.offsets_start, int(self.table.starts[-1])
+            # Threads read records at once: none may see anything but the whole map. Nothing cannot
+            # be mapped.
+            self._mapped = (
+                np.memmap(self._file, "<u8", "r", start, (count,))
+                if count
+                else np.zeros(0, np.uint64)
+            )
         return self._mapped
 
 

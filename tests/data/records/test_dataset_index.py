@@ -3,6 +3,7 @@
 import json
 import pathlib
 import struct
+import threading
 
 import google_crc32c
 import numpy as np
@@ -144,6 +145,22 @@ def test_a_wrong_offset_is_noticed_where_it_is_used(folder):
         assert source.split(64, 128, source_bytes(source, 64, 128)) == expected[64:128]
     update_index(folder, overwrite=True)
     assert path.read_bytes() == good
+
+
+def test_a_record_can_be_read_while_another_thread_maps_the_index(folder, monkeypatch):
+    source, found = TFRecordSource(folder), []
+    expected = [TFRecordSource(folder)[number] for number in range(sum(LENGTHS))]
+
+    def read_meanwhile(*args, really_map=np.memmap):
+        monkeypatch.setattr(np, "memmap", really_map)
+        reader = threading.Thread(target=lambda: found.append(source[10]))
+        reader.start()
+        reader.join()
+        return really_map(*args)
+
+    monkeypatch.setattr(np, "memmap", read_meanwhile)
+    assert source[9] == expected[9]
+    assert found == [expected[10]]
 
 
 def source_bytes(source: TFRecordSource, first: int, last: int) -> bytes:
