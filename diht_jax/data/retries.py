@@ -37,12 +37,15 @@ def is_missing(error: OSError) -> bool:
     return error.errno in _MISSING
 
 
-def retry(read: Callable[[], _Result], path: str | os.PathLike[str]) -> _Result:
+def retry(
+    read: Callable[[], _Result], path: str | os.PathLike[str], participle: str = "read"
+) -> _Result:
     """Calls a function until the operating system lets it succeed.
 
     Args:
-        read: reads something; is called again after an OSError.
+        read: reads something, or writes a whole file; is called again after an OSError.
         path: of the file, for the message.
+        participle: what is done to the file, for the message.
 
     Raises:
         StorageError: the last attempt failed, too.
@@ -56,7 +59,7 @@ def retry(read: Callable[[], _Result], path: str | os.PathLike[str]) -> _Result:
             if isinstance(error, StorageError) or error.errno is None or is_missing(error):
                 raise
             if delay_secs is None or error.errno in _FINAL:
-                raise _storage_error(path, error) from error
+                raise _storage_error(path, error, participle) from error
         sleep(delay_secs)
     raise AssertionError("the last attempt returns or raises")
 
@@ -145,9 +148,10 @@ class _RetryingFile(io.RawIOBase):
             file.close()
 
 
-def _storage_error(path: str | os.PathLike[str], error: OSError) -> StorageError:
+def _storage_error(path: str | os.PathLike[str], error: OSError, participle: str) -> StorageError:
     attempts = "" if error.errno in _FINAL else f" in {len(DELAYS_SECS) + 1} attempts"
+    hint = "its contents may be good: " if participle == "read" else ""
     return StorageError(
-        f"{os.fspath(path)}: could not be read{attempts} ({error.strerror or error}); its contents "
-        "may be good: look at the disk, the network and the permissions, and run the command again"
+        f"{os.fspath(path)}: could not be {participle}{attempts} ({error.strerror or error}); "
+        f"{hint}look at the disk, the network and the permissions, and run the command again"
     )

@@ -251,23 +251,28 @@ def file_version(url: str) -> tuple[int, str | None]:
     return int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
 
 
-def open_system(url: str) -> tuple[Any, str]:
+def open_system(url: str, *, use_listings_cache: bool = True) -> tuple[Any, str]:
     """The fsspec file system that a URL belongs to, and its path there.
+
+    Args:
+        url: of a file or folder.
+        use_listings_cache: whether what an earlier listing has shown is believed; False for
+            folders that other processes write to.
 
     Raises:
         ValueError: nothing installed knows such URLs.
     """
-    system = _file_system(url.split("://", 1)[0])
+    system = _file_system(url.split("://", 1)[0], use_listings_cache)
     return system, system._strip_protocol(url)
 
 
 @functools.cache
-def _file_system(protocol: str) -> Any:
+def _file_system(protocol: str, use_listings_cache: bool) -> Any:
     # Not at the top: whoever trains on local files needs none of it.
     import fsspec
 
     try:
-        return fsspec.filesystem(protocol)
+        return fsspec.filesystem(protocol, use_listings_cache=use_listings_cache)
     except (ImportError, ValueError) as error:
         raise ValueError(
             f"{protocol}:// cannot be read: {error}. gs:// needs `pip install gcsfs`, s3:// needs "

@@ -1,0 +1,147 @@
+"""Files of an output folder, on a local disk or in any store that fsspec knows (`s3://`, `gs://`).
+
+Paths and URLs are texts here, and every function takes both. A file appears whole or not at all,
+and is seen by others at once: no listing of a store is remembered. What fails for a moment is tried
+again (`diht_jax.data.retries`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from diht_jax.data.atomic_file import temporary_path, write_atomically
+from diht_jax.data.records.formats.writer import sync_file
+from diht_jax.data.records.remote import is_remote, open_system
+from diht_jax.data.retries import read_file, retry
+
+# Stores whose folders must be made before a file is written; in the others a name is enough.
+_HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
+
+_Result = TypeVar("_Result")
+
+
+def join(folder: str, *names: str) -> str:
+    """The path or URL of a file below a folder."""
+    if not is_remote(folder):
+        return os.path.join(folder, *names)
+    return "/".join([folder.rstrip("/"), *names])
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    return size(path) is not None
+
+
+def size(path: str) -> int | None:
+    """Bytes of a file; None where it is missing.
+
+    Raises:
+        StorageError: it cannot be looked at, now and after some attempts.
+    """
+    try:
+        if not is_remote(path):
+            return retry(lambda: os.path.getsize(path), path)
+        return _call(path, lambda system, name: int(system.info(name)["size"] or 0))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def read_bytes(path: str) -> bytes:
+    """The contents of a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it cannot be read, now and after some attempts.
+    """
+    if not is_remote(path):
+        return read_file(path)
+    return _call(path, lambda system, name: system.cat_file(name))
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a whole file; an old one is replaced. A local folder must exist.
+
+    Raises:
+        StorageError: a store does not take it, now and after some attempts.
+    """
+    if not is_remote(path):
+        write_atomically(pathlib.Path(path), data)
+        return
+    _call(path, lambda system, name: system.pipe_file(name, data), "written")
+
+
+def list_names(folder: str) -> list[str]:
+    """Names of the files in a folder, sorted, hidden ones too; none where it is missing."""
+    if not is_remote(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return sorted(entry.name for entry in entries if entry.is_file())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+    try:
+        infos = _call(folder, lambda system, name: system.ls(name, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    _, path = open_system(folder)
+    prefix = f"{path.strip('/')}/"
+    names = (info["name"].lstrip("/") for info in infos if info["type"] == "file")
+    # Some stores list a file as itself, and a folder as an empty file in it.
+    below = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+    return sorted(name for name in below if name)
+
+
+def remove(path: str) -> None:
+    """Removes a file, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(path):
+            _call(path, lambda system, name: system.rm_file(name), "removed")
+        else:
+            os.unlink(path)
+
+
+def make_folder(folder: str) -> None:
+    """Makes a folder, and those above it, where it is missing."""
+    if not is_remote(folder):
+        os.makedirs(folder, exist_ok=True)
+    elif folder.split("://", 1)[0] in _HAVE_FOLDERS:
+        _call(folder, lambda system, name: system.makedirs(name, exist_ok=True), "made")
+
+
+@contextlib.contextmanager
+def local_output(path: str) -> Iterator[pathlib.Path]:
+    """A file that has its name once the block has ended well; an old one is replaced then.
+
+    Args:
+        path: of the file; a local folder must exist.
+
+    Yields:
+        Where the block writes a file: a temporary name beside a local path, or in the system's
+        temporary folder for a URL, from where it is uploaded.
+
+    Raises:
+        StorageError: the store does not take it, now and after some attempts.
+    """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory(prefix="diht_jax-") as folder:
+            local = pathlib.Path(folder) / path.rsplit("/", 1)[1]
+            yield local
+            _call(path, lambda system, name: system.put_file(str(local), name), "written")
+        return
+    temporary = temporary_path(pathlib.Path(path))
+    try:
+        yield temporary
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _call(url: str, function: Callable[[Any, str], _Result], participle: str = "read") -> _Result:
+    """Calls a function with the store of a URL and the path there, and again after a failure."""
+    system, name = open_system(url, use_listings_cache=False)
+    return retry(lambda: function(system, name), url, participle)
