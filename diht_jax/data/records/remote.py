@@ -271,8 +271,10 @@ def _file_system(protocol: str, use_listings_cache: bool) -> Any:
     # Not at the top: whoever trains on local files needs none of it.
     import fsspec
 
+    # Without the option it is the one file system that everybody else in this process uses.
+    options = {} if use_listings_cache else {"use_listings_cache": False}
     try:
-        return fsspec.filesystem(protocol, use_listings_cache=use_listings_cache)
+        return fsspec.filesystem(protocol, **options)
     except (ImportError, ValueError) as error:
         raise ValueError(
             f"{protocol}:// cannot be read: {error}. gs:// needs `pip install gcsfs`, s3:// needs "
