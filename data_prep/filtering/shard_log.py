@@ -93,6 +93,7 @@ class ShardLog:
         size: tuple[int, int] | None = None,
         spots: Sequence[Spot] = (),
         match: str | None = None,
+        evidence: str | None = None,
     ) -> None:
         """Counts a pair that was not written.
 
@@ -104,10 +105,11 @@ class ShardLog:
             size: width and height of its image, where it was opened.
             spots: what was spotted in it.
             match: the spotted text that repeats the caption.
+            evidence: for people, what of the pair decided.
         """
         self.funnel.drop(stage, reason, pair.key, pair.caption)
         self._list_dropped(pair.key, f"{stage}/{reason}")
-        self._measure(DROPPED, f"{stage}/{reason}", pair, graph, size, spots, match)
+        self._measure(DROPPED, f"{stage}/{reason}", pair, graph, size, spots, match, evidence)
 
     def drop_candidate(self, step: str, drop: Drop) -> None:
         """Counts what a step of this name has dropped."""
@@ -120,6 +122,7 @@ class ShardLog:
             size=candidate.header[1:] if candidate.header else None,
             spots=candidate.spots,
             match=drop.match,
+            evidence=drop.evidence,
         )
 
     def keep(
@@ -194,6 +197,7 @@ class ShardLog:
         size: tuple[int, int] | None,
         spots: Sequence[Spot],
         match: str | None,
+        evidence: str | None = None,
     ) -> None:
         self.measures.add_caption(side, pair.caption, graph)
         if size is not None:
@@ -211,4 +215,5 @@ class ShardLog:
                 graph=graph,
                 spots=spots,
                 match=match,
+                evidence=evidence,
             )

@@ -258,6 +258,8 @@ def _spell(outcome: str) -> str:
 
 def _card(sample: Mapping[str, Any]) -> str:
     parts = [_picture(sample), f"<p>{html.escape(sample['caption']) or '<i>no caption</i>'}</p>"]
+    if "evidence" in sample:
+        parts.append(f'<p class="m">{html.escape(sample["evidence"])}</p>')
     graph = sample["graph"]
     if graph:
         lines = [

@@ -38,6 +38,7 @@ class _Chosen:
     graph: CaptionGraph | None
     spots: Sequence[Spot]
     match: str | None
+    evidence: str | None
 
 
 class SampleLog:
@@ -72,6 +73,7 @@ class SampleLog:
         graph: CaptionGraph | None = None,
         spots: Sequence[Spot] = (),
         match: str | None = None,
+        evidence: str | None = None,
     ) -> None:
         """Takes a pair, and lets go of the one whose rank is too high now.
 
@@ -84,9 +86,10 @@ class SampleLog:
             graph: of the caption.
             spots: what the spotter has found.
             match: the spotted text that repeats the caption.
+            evidence: for people, what of the pair decided.
         """
         chosen = self._chosen.setdefault(outcome, [])
-        chosen.append(_Chosen(rank, key, caption, image, graph, spots, match))
+        chosen.append(_Chosen(rank, key, caption, image, graph, spots, match, evidence))
         chosen.sort(key=lambda sample: (sample.rank, sample.key))
         del chosen[self._per_outcome :]
 
@@ -115,6 +118,8 @@ class SampleLog:
             "match": sample.match,
             **self._shrink(sample.image),
         }
+        if sample.evidence is not None:
+            described["evidence"] = sample.evidence[:_MAX_CHARS]
         if sample.graph is not None and sample.graph.drop_reason is None:
             described["graph"] = {
                 "objects": format_objects(sample.graph),

@@ -7,6 +7,7 @@ runs it, so that every step is counted in the same way.
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -28,6 +29,7 @@ class Candidate(NamedTuple):
         first_graph: of the first caption of all; None where captions are not parsed.
         header: format, width and height of the image once it was checked.
         spots: the text that was spotted in the image.
+        scores: what steps have measured, by the names of their `Step.scores`.
     """
 
     pair: Pair
@@ -36,6 +38,7 @@ class Candidate(NamedTuple):
     first_graph: CaptionGraph | None = None
     header: tuple[str, int, int] | None = None
     spots: tuple[Spot, ...] = ()
+    scores: Mapping[str, float] = {}  # never changed in place
 
     def choose(self, is_good: Sequence[bool]) -> Candidate:
         """The candidate with its good captions only."""
@@ -53,12 +56,14 @@ class Drop(NamedTuple):
         reason: one of the step's reasons.
         stage: name of the step that it is counted at; None for the one that dropped it.
         match: the spotted text that repeats the caption.
+        evidence: for people, what of the pair decided, such as "punsafe = 0.83".
     """
 
     candidate: Candidate
     reason: str
     stage: str | None = None
     match: str | None = None
+    evidence: str | None = None
 
 
 class Step:
@@ -73,6 +78,8 @@ class Step:
         reads: of "caption", "image" and "metadata". Only steps that do not read the image run where
             tables are filtered without images (`config.metadata_only`).
         reasons: why it drops pairs -> the words for people, in the order in which it asks.
+        scores: what it measures of every pair that comes to it, a number each -> the words for
+            people; it puts them into `Candidate.scores`, and they are recorded.
         timer: its name among the times; None for `name`.
         section: its section of the config, if it has one; hashed only where the step is active.
         not_hashed: keys of the section that do not decide what is written.
@@ -83,6 +90,7 @@ class Step:
     order: ClassVar[int]
     reads: ClassVar[tuple[str, ...]] = ("caption",)
     reasons: ClassVar[Mapping[str, str]]
+    scores: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
     timer: ClassVar[str | None] = None
     section: ClassVar[str | None] = None
     not_hashed: ClassVar[tuple[str, ...]] = ()
