@@ -35,7 +35,8 @@ def spell_reason(stage: str, reason: str) -> str:
 
 
 def _spell_plainly(reason: str) -> str:
-    return reason.replace("_", " ")
+    """Names become words; a reason that is a phrase, with names of fields in it, stays."""
+    return reason if " " in reason else reason.replace("_", " ")
 
 
 @dataclasses.dataclass

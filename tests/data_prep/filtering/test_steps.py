@@ -53,10 +53,11 @@ class _ShortStep(Step):
 
 def test_the_table_is_consistent():
     assert all(step.name == name for name, step in registry.STEPS.items())
-    assert [step.name for step in registry.ordered_steps()] == ["caption", "image", "text"]
+    names = [step.name for step in registry.ordered_steps()]
+    assert names == ["metadata", "caption", "image", "text"]
     assert tuple(CaptionStep.reasons) == (*GATE_REASONS, *CAT_REASONS)
     assert set(DECODE_REASONS) < set(ImageStep.reasons)
-    assert list(stage_reasons()) == ["source", "caption", "image", "text"]
+    assert list(stage_reasons()) == ["source", *names]
 
 
 def test_active_steps_follow_the_config(tmp_path):

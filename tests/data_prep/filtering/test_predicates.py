@@ -1,0 +1,162 @@
+"""Conditions on the metadata: the language against SQLite, and what the filter does with them."""
+
+import json
+import random
+import sqlite3
+
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
+from data_prep.filtering.steps.expressions import parse_condition
+from data_prep.reports.summary import read_report
+from tests.data_prep.filtering.jobs import job_config, read_counts
+
+_ATOMS = (
+    *("a < 0.5", "a >= b", "b != 2", "a + b * 2 > 3", "a / b <= 1.5", "-a < b - 1"),
+    *('t == "en"', 't != "en"', 't in ("en", "de")', 't not in ("en", "xx")', "b in (1, 2.0)"),
+    *("min(a, b) < 1", "max(a, b, 2) > 2", 't >= "de"'),
+)
+_VALUES = (None, 0.0, 0.25, 0.5, 1.0, 2.0, 3.5)
+
+
+def _random_condition(rng: random.Random, depth: int) -> str:
+    if depth == 0:
+        return rng.choice(_ATOMS)
+    left, right = (_random_condition(rng, depth - 1) for _ in range(2))
+    return rng.choice((f"({left} and {right})", f"({left} or {right})", f"not ({left})"))
+
+
+def test_conditions_are_those_of_sql_with_its_unknown_values():
+    rng = random.Random(0)
+    database = sqlite3.connect(":memory:")
+    database.execute("create table pairs (a real, b real, t text)")
+    rows = [
+        (rng.choice(_VALUES), rng.choice(_VALUES), rng.choice((None, "en", "de", "fr")))
+        for _ in range(60)
+    ]
+    database.executemany("insert into pairs values (?, ?, ?)", rows)
+    seen = set()
+    for text in [*_ATOMS, *(_random_condition(rng, rng.choice((1, 2, 3))) for _ in range(150))]:
+        found = database.execute(f"select {text.replace(chr(34), chr(39))} from pairs")
+        expected = [None if value is None else bool(value) for (value,) in found]
+        condition = parse_condition(text)
+        actual = [condition.holds(dict(zip("abt", row, strict=True))) for row in rows]
+        assert actual == expected, text
+        seen.update(actual)
+    assert seen == {True, False, None}
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "expected"),
+    [
+        ("0.5 < w / h < 2", {"w": 3, "h": 2}, True),
+        ("0.5 < w / h < 2", {"w": 4, "h": 2}, False),
+        ("a < 0.5", {"a": "0.25"}, True),  # tables of text spell numbers
+        ("a < 0.5", {"a": "no number"}, None),
+        ("a < 0.5", {"a": float("nan")}, None),
+        ("a < 0.5", {"a": [0.1]}, None),
+        ("not a < 0.5", {}, None),
+        ("ok == 1", {"ok": True}, True),
+        ("t == 'en'", {"t": 1}, None),
+        ("w * h > 0", {"w": "3", "h": "4"}, True),
+        ("a / b > 1", {"a": 1, "b": 0}, None),
+        ("len(caption) < 4", {"caption": "cat"}, True),
+        ("field('NSFW score') < 1", {"NSFW score": 0.5}, True),
+    ],
+)
+def test_values_of_one_pair(text, fields, expected):
+    assert parse_condition(text).holds(fields) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("punsafe", "'punsafe' is no comparison"),
+        ("a < 0.5 <", "invalid syntax"),
+        ("__import__('os').system('x') == 0", "no field, number or text"),
+        ("a.b < 1", "'a.b' is no field"),
+        ("(lambda: 1)() < a", "is no field"),
+        ("open('x') == a", r"open\(\): expected min and max"),
+        ("a < 'x' < 1", "are a number and a text"),
+        ("a in b", "expected a list of constants"),
+        ("a in (1, 'x')", "texts only, or numbers only"),
+        ("a is 1", "'is' compares nothing"),
+        ("1 < 2", "names no field"),
+        ("a + 'x' > 1", "a text among numbers"),
+        ("(" * 300 + "a" + ")" * 300, "expected comparisons"),
+    ],
+)
+def test_other_texts_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_condition(text)
+
+
+_ROWS = [
+    {"caption": "a dog runs", "punsafe": 0.1, "pwatermark": 0.2},
+    {"caption": "a dog runs", "punsafe": 0.9, "pwatermark": 0.9},
+    {"caption": "a red car", "punsafe": 0.1, "pwatermark": 0.6},
+    {"caption": "a dog runs", "punsafe": None, "pwatermark": 0.1},
+    {"caption": "a red car", "punsafe": 0.2, "pwatermark": 0.2},
+]
+_REQUIRE = ("punsafe  < 0.5", "pwatermark < 0.5")
+
+
+@pytest.mark.parametrize(("missing", "kept"), [("drop", [0]), ("keep", [0, 3])])
+def test_rows_without_images_are_filtered_first_and_counted(tmp_path, missing, kept):
+    lines = [json.dumps(row) + "\n" for row in _ROWS]
+    (tmp_path / "t.jsonl").write_text("".join(lines))
+    output = tmp_path / "out"
+    config = job_config(
+        str(tmp_path / "t.jsonl"),
+        output,
+        "metadata",
+        predicates__require=_REQUIRE,
+        predicates__missing=missing,
+    )
+    assert run_filter(config) == {}
+    assert (output / "t.jsonl").read_text() == "".join(lines[i] for i in kept)
+    unknown = {"punsafe < 0.5 is unknown": 1} if missing == "drop" else {}
+    assert read_counts(output)["dropped"]["metadata"] == {
+        "punsafe < 0.5 is false": 1,
+        "pwatermark < 0.5 is false": 1,
+        **unknown,
+    }
+    page = (output / "report.html").read_text()
+    assert "Dropped, metadata: punsafe &lt; 0.5 is false" in page
+    assert '<p class="m">punsafe = 0.9</p>' in page
+    report = read_report(output)
+    assert [stage for stage, *_ in report.funnel.rows()][1] == "metadata"
+    settings = json.loads((output / "settings.json").read_text())
+    assert (settings["predicates"]["missing"], settings["metadata_rules"]) == (missing, 1)
+
+
+def test_the_recipe_for_laion_runs_on_pairs(tmp_path, caplog):
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "p.png")
+    rows = [{**row, "image": "p.png", "caption": "a dog runs"} for row in _ROWS]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = job_config(str(tmp_path / "t.jsonl"), tmp_path / "out", "cat_laion")
+    assert run_filter(config) == {}
+    counts = read_counts(tmp_path / "out")
+    assert (counts["kept"], sum(counts["dropped"]["metadata"].values())) == (2, 3)
+    config = job_config(str(tmp_path / "t.jsonl"), tmp_path / "none", predicates__require=("x<1",))
+    with pytest.raises(ValueError, match="none of the 5 pairs"):
+        run_filter(config)
+    assert "'x<1' is unknown for all 5 pairs; is a field missing (x)?" in caplog.text
+
+
+def test_without_conditions_old_folders_stay_valid(tmp_path):
+    config = job_config("in.tar", tmp_path)
+    assert filter_config.hash_config(config) == "2312dd6c85107ec9"
+    config.predicates.require = ("a < 1",)
+    assert filter_config.hash_config(config) != "2312dd6c85107ec9"
+
+
+def test_keys_are_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"config\.predicates\.require has 'a <': "):
+        job_config("in.tar", tmp_path, predicates__require=("a <",))
+    with pytest.raises(ValueError, match="has 'a < 1' more than once"):
+        job_config("in.tar", tmp_path, predicates__require=("a < 1", "a  < 1"))
+    with pytest.raises(ValueError, match=r"config\.predicates\.missing='raise'; expected one of"):
+        job_config("in.tar", tmp_path, predicates__missing="raise")
