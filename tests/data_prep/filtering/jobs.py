@@ -68,6 +68,11 @@ def read_records(output: pathlib.Path) -> list[Record]:
     return [decode_record(data) for data in TFRecordSource(output)]
 
 
+def read_dropped(output: pathlib.Path) -> dict[str, dict[str, int]]:
+    """Stage -> reason -> pairs, of the stages that dropped any."""
+    return {stage: found for stage, found in read_counts(output)["dropped"].items() if found}
+
+
 def read_counts(output: pathlib.Path) -> dict[str, Any]:
     """The counts of the merged statistics."""
     return json.loads((output / "stats.json").read_text())["counts"]
