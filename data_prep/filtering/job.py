@@ -15,6 +15,7 @@ What is done to a pair belongs in `shard`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -27,8 +28,9 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import kept, resharding, stale_outputs
 from data_prep.filtering import shard as filter_shard_module
+from data_prep.filtering.decisions import decisions_path
 from data_prep.filtering.steps import registry
-from data_prep.jobs import shards
+from data_prep.jobs import files, shards
 from data_prep.jobs.engine import RaySettings, print_failures, run_pending
 from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
@@ -279,7 +281,7 @@ def _records_missing(
         for piece in shard.slices
     }
     if not (pathlib.Path(folder) / kept.KEYS_FILE).exists():
-        needed = {task.output for task, _ in parts}
+        needed |= {t.output for t, _ in parts if not files.exists(decisions_path(t.output))}
     return [t for t, stats in parts if t.output in needed and not shards.has_output(t, stats)]
 
 
@@ -330,9 +332,8 @@ def _write_output(
     )
     if failures:
         return failures
-    lists = [kept.kept_path(task.output) for task, _ in parts]
-    if all(path.exists() for path in lists):
-        kept.write_lists(folder, lists)
+    with contextlib.suppress(FileNotFoundError):  # of parts that an older version has cleaned up
+        kept.write_lists(folder, kept.read_kept(task.output for task, _ in parts))
     write_report(folder, report)
     _describe_output(config, planned, folder, report)
     shards.write_index(folder, [shard.output for shard in planned])

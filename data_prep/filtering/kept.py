@@ -1,132 +1,166 @@
 """Which pairs were kept, for other programs: a text list of keys, and DataComp's array of uids.
 
-Every filtered part has a file of the pairs it has kept, one JSON list [key, uid or null, image
-format or null] a line, in the order of the records. When the job is done, all of
-them make
-
     kept_keys.txt   one key a line, in the order of the records
     kept_uids.npy   dtype "u8,u8", sorted, each uid once: upper and lower half of its 32 hexadecimal
                     digits; the subset file that DataComp's resharder and baselines read and write
 
-The second is left out where no pair has a uid (the field "uid" of its metadata).
+The second is left out where no pair has a uid (the field "uid" of its metadata). Both are made from
+the decisions of the parts, or of a replay. Parts from before decisions were recorded have a file of
+the pairs that they kept, one JSON list [key, uid or null, image format or null] a line.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
 import pathlib
-import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from typing import IO, NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
 from absl import logging
 
-from diht_jax.data.atomic_file import temporary_path, write_atomically
+from data_prep.filtering import decisions
+from data_prep.jobs import files
+from diht_jax.data.records.remote import is_remote
 
-KEPT_SUFFIX = ".kept.json"
+KEPT_SUFFIX = ".kept.json"  # of parts from before decisions were recorded
 KEYS_FILE = "kept_keys.txt"
 UIDS_FILE = "kept_uids.npy"
 UID_DTYPE = np.dtype("u8,u8")
 
-_UID = re.compile(r"[0-9a-f]{32}", re.IGNORECASE)
 _CHUNK = 2**16
 _MAX_SORTED = 2**24  # uids that are sorted at a time: 256 MB
-
-KeptPair = tuple[str, str | None, str | None]
-
-
-class KeptLog:
-    """The kept pairs of a part, in order."""
-
-    def __init__(self) -> None:
-        self._lines: list[str] = []
-
-    def add(self, key: str, uid: object, image_format: str | None) -> None:
-        """Takes the next pair; a uid of another form than DataComp's is left out."""
-        is_uid = isinstance(uid, str) and _UID.fullmatch(uid)
-        row = [key, uid.lower() if is_uid else None, image_format]
-        self._lines.append(json.dumps(row) + "\n")
-
-    def write(self, path: pathlib.Path) -> None:
-        """Writes the file."""
-        write_atomically(path, "".join(self._lines).encode())
+_LINE_BREAKS = r"[\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
 
 
-def kept_path(output: str | os.PathLike[str]) -> pathlib.Path:
-    """Where the file of a part lies."""
-    return pathlib.Path(os.fspath(output) + KEPT_SUFFIX)
+class KeptPairs(NamedTuple):
+    """Some kept pairs, in order.
+
+    Attributes:
+        keys: strings.
+        uids: 16 bytes each, or null.
+        formats: of the images, or null.
+    """
+
+    keys: pyarrow.Array
+    uids: pyarrow.Array
+    formats: pyarrow.Array
 
 
-def read_kept(path: pathlib.Path) -> Iterator[KeptPair]:
-    """The pairs of one part."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield tuple(json.loads(line))
+def read_kept(outputs: Iterable[str]) -> Iterator[KeptPairs]:
+    """The kept pairs of parts, in order.
+
+    Args:
+        outputs: paths of the parts.
+
+    Raises:
+        FileNotFoundError: a part has neither decisions nor a list.
+    """
+    for output in outputs:
+        try:
+            for batch in decisions.read_decisions(
+                decisions.decisions_path(output), ["key", "uid", "outcome", "format"]
+            ):
+                kept = batch.filter(pyarrow.array(decisions.is_kept(batch["outcome"])))
+                yield KeptPairs(kept["key"], kept["uid"], kept["format"].dictionary_decode())
+        except FileNotFoundError:
+            yield from _read_old(output + KEPT_SUFFIX)
 
 
-def write_lists(folder: str | os.PathLike[str], paths: Sequence[pathlib.Path]) -> None:
+def read_formats(output: str) -> list[str | None]:
+    """The image formats of the records of a part, in order."""
+    return [name for pairs in read_kept([output]) for name in pairs.formats.to_pylist()]
+
+
+def write_lists(folder: str, kept: Iterable[KeptPairs]) -> None:
     """Writes both lists; they need no more memory for more pairs.
 
     Args:
         folder: where they go.
-        paths: of the parts' files, in order.
+        kept: in order.
     """
-    folder = pathlib.Path(folder)
-    target = folder / KEYS_FILE
-    temporary = temporary_path(target)
     pairs, uids = 0, 0
-    with tempfile.TemporaryFile(dir=folder) as raw:
-        try:
-            with open(temporary, "x", encoding="utf-8") as keys:
-                kept = itertools.chain.from_iterable(map(read_kept, paths))
-                while chunk := list(itertools.islice(kept, _CHUNK)):
-                    # A line break would end the key.
-                    keys.writelines(f"{' '.join(key.splitlines())}\n" for key, _, _ in chunk)
-                    found = _pack(uid for _, uid, _ in chunk if uid is not None)
-                    raw.write(found.tobytes())
-                    pairs, uids = pairs + len(chunk), uids + len(found)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+    uids_path = files.join(folder, UIDS_FILE)
+    with tempfile.TemporaryFile(dir=None if is_remote(folder) else folder) as raw:
+        with files.local_output(files.join(folder, KEYS_FILE)) as path, open(path, "wb") as keys:
+            for some in kept:
+                write_lines(keys, some.keys)
+                found = _halves(some.uids)
+                raw.write(found.tobytes())
+                pairs, uids = pairs + len(some.keys), uids + len(found)
         raw.flush()
         if uids:
-            _write_sorted(folder / UIDS_FILE, np.memmap(raw, UID_DTYPE, "r"))
+            with files.local_output(uids_path) as path:
+                _write_sorted(path, np.memmap(raw, UID_DTYPE, "r"))
         else:
-            (folder / UIDS_FILE).unlink(missing_ok=True)
+            files.remove(uids_path)
     if 0 < uids < pairs:
         logging.warning("%s: %d of %d kept pairs have no uid", UIDS_FILE, pairs - uids, pairs)
 
 
-def _pack(uids: Iterable[str]) -> np.ndarray:
-    return np.array([(int(uid[:16], 16), int(uid[16:], 16)) for uid in uids], UID_DTYPE)
+def write_lines(file: IO[bytes], *columns: pyarrow.Array) -> None:
+    """Writes rows of texts, with a tab between the columns; none of them ends its line early."""
+    if not len(columns[0]):
+        return
+    cleaned = []
+    for texts in columns:
+        broken = pyarrow.compute.match_substring_regex(texts, _LINE_BREAKS)
+        if pyarrow.compute.any(broken).as_py():
+            joined = (" ".join(text.splitlines()) for text in texts.to_pylist())
+            texts = pyarrow.array(joined, pyarrow.string())
+        cleaned.append(texts)
+    rows = cleaned[0]
+    if len(cleaned) > 1:
+        rows = pyarrow.compute.binary_join_element_wise(*cleaned, "\t")
+    lines = pyarrow.compute.binary_join_element_wise(rows, "", "\n")
+    _, ends, text = lines.buffers()
+    start, stop = np.frombuffer(ends, np.int32)[[lines.offset, lines.offset + len(lines)]]
+    file.write(memoryview(text)[start:stop])
+
+
+def _read_old(path: str) -> Iterator[KeptPairs]:
+    lines = iter(files.read_bytes(path).decode().splitlines())
+    while chunk := [json.loads(line) for line in itertools.islice(lines, _CHUNK)]:
+        keys, uids, formats = zip(*chunk, strict=True)
+        yield KeptPairs(
+            pyarrow.array(keys, pyarrow.string()),
+            pyarrow.array(map(decisions.pack_uid, uids), pyarrow.binary(16)),
+            pyarrow.array(formats, pyarrow.string()),
+        )
+
+
+def _halves(uids: pyarrow.Array) -> np.ndarray:
+    """Uids that are not null as numbers."""
+    found = uids.drop_null()
+    if not len(found):
+        return np.empty(0, UID_DTYPE)
+    numbers = np.frombuffer(found.buffers()[1], ">u8")
+    numbers = numbers[2 * found.offset : 2 * (found.offset + len(found))]
+    return numbers.astype("<u8").view(UID_DTYPE)
 
 
 def _write_sorted(path: pathlib.Path, uids: np.ndarray) -> None:
     """Sorts range by range of the upper half, so that only a range is ever held."""
     ranges = -(-len(uids) // _MAX_SORTED)
-    temporary = temporary_path(path)
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as body:
-            count = 0
-            for number in range(ranges):
-                chosen = []
-                for start in range(0, len(uids), _MAX_SORTED):
-                    part = uids[start : start + _MAX_SORTED]
-                    # Uids are hashes: equal ranges hold about equally many.
-                    number_of = (part["f0"] >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)
-                    chosen.append(part[number_of == number])
-                values = np.unique(np.concatenate(chosen))
-                body.write(values.tobytes())
-                count += len(values)
-            with open(temporary, "xb") as file:
-                header = {"descr": UID_DTYPE.descr, "fortran_order": False, "shape": (count,)}
-                np.lib.format.write_array_header_1_0(file, header)
-                body.seek(0)
-                while data := body.read(2**24):
-                    file.write(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as body:
+        count = 0
+        for number in range(ranges):
+            chosen = []
+            for start in range(0, len(uids), _MAX_SORTED):
+                part = uids[start : start + _MAX_SORTED]
+                # Uids are hashes: equal ranges hold about equally many.
+                number_of = (part["f0"] >> np.uint64(32)) * np.uint64(ranges) >> np.uint64(32)
+                chosen.append(part[number_of == number])
+            values = np.unique(np.concatenate(chosen))
+            body.write(values.tobytes())
+            count += len(values)
+        with open(path, "xb") as file:
+            header = {"descr": UID_DTYPE.descr, "fortran_order": False, "shape": (count,)}
+            np.lib.format.write_array_header_1_0(file, header)
+            body.seek(0)
+            shutil.copyfileobj(body, file, 2**24)

@@ -26,8 +26,7 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import kept, stale_outputs
-from data_prep.filtering.kept import KEPT_SUFFIX
-from data_prep.filtering.shard_log import DROPPED_SUFFIX, ShardLog
+from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
 from data_prep.jobs import fingerprint, shards
@@ -110,7 +109,7 @@ def _finish(config: ml_collections.ConfigDict, tasks: list[shards.ShardTask], fo
     merged_path = pathlib.Path(folder) / shards.MERGED_STATS
     if not merged_path.exists():
         shards.remove_temporary_files(folder, [*filter_job.MERGED_FILES, stale_outputs.SETTINGS])
-        kept.write_lists(folder, [kept.kept_path(task.output) for task in tasks])
+        kept.write_lists(folder, kept.read_kept(task.output for task in tasks))
         write_report(folder, report)
         counts = report.funnel.to_json() | {"measures": report.measures.to_json()}
         merged = {
@@ -214,9 +213,7 @@ def filter_rows(
     finally:
         temporary.unlink(missing_ok=True)
     counts = log.write(output)
-    return shards.finish_task(
-        task, described, counts, log.funnel.kept, (KEPT_SUFFIX, DROPPED_SUFFIX)
-    )
+    return shards.finish_task(task, described, counts, log.funnel.kept)
 
 
 class RowFilter:
@@ -267,7 +264,7 @@ class RowFilter:
             elif isinstance(outcome, Drop):
                 self._log.drop_candidate(name, outcome)
             else:
-                self._log.keep(entry, outcome.graphs, None)
+                self._log.keep(outcome, written=entry)
             kept.append(isinstance(outcome, Candidate))
         return kept
 

@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import io
-import itertools
 import json
 import os
 import pathlib
@@ -28,7 +27,8 @@ from data_prep.captions.mentions import (
     concept_path,
     read_mentions,
 )
-from data_prep.filtering.kept import KEPT_SUFFIX, kept_path, read_kept
+from data_prep.filtering import decisions
+from data_prep.filtering.kept import KEPT_SUFFIX, read_formats
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.fingerprint import LOCATION_SUFFIX
@@ -163,8 +163,7 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
                     data = source[number]
                     writer.write(_with_common_image(data) if is_tar else data)
                 report(len(numbers))
-            kept = itertools.islice(read_kept(kept_path(piece.path)), piece.start, piece.stop)
-            formats.update(image_format for _, _, image_format in kept)
+            formats.update(read_formats(piece.path)[piece.start : piece.stop])
             if shard.with_concepts:
                 for mentions in _read_mentions(piece):
                     concepts.add(mentions)
@@ -261,8 +260,9 @@ def _is_ours(path: str) -> bool:
 
 def remove_output(path: str) -> None:
     """Removes a shard with its index, lists and statistics; the statistics first."""
-    for suffix in (shards.STATS_SUFFIX, LOCATION_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX):
-        pathlib.Path(path + suffix).unlink(missing_ok=True)
+    suffixes = (shards.STATS_SUFFIX, LOCATION_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX)
+    for name in (*(path + suffix for suffix in suffixes), decisions.decisions_path(path)):
+        pathlib.Path(name).unlink(missing_ok=True)
     index_path(path).unlink(missing_ok=True)
     pathlib.Path(path).unlink(missing_ok=True)
 

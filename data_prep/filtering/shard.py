@@ -15,8 +15,8 @@ from typing import Any
 import ml_collections
 
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
-from data_prep.filtering.kept import KEPT_SUFFIX
-from data_prep.filtering.shard_log import DROPPED_SUFFIX, ShardLog
+from data_prep.filtering import decisions
+from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps.base import Candidate, Drop, Step, all_captions, begin
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import shards
@@ -58,7 +58,7 @@ def filter_shard(
     return shards.run_task(
         task,
         functools.partial(_process, config=config, steps=steps, report=report),
-        beside=(KEPT_SUFFIX, DROPPED_SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
+        beside=(decisions.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
     )
 
 
@@ -82,15 +82,18 @@ def _process(
         report(len(candidates))
 
     entries = _with_sidecar(source)
+    first_row = 0
     while chunk := _next_chunk(entries, config.batch_size, log):
-        pairs = []
-        for entry in chunk:
+        pairs, rows = [], []
+        for row, entry in enumerate(chunk, first_row):
             if isinstance(entry, Skipped):
-                log.skip(entry)
+                log.skip(entry, row)
             else:
                 pairs.append(entry)
+                rows.append(row)
+        first_row += len(chunk)
         report(len(chunk) - len(pairs))
-        _advance(begin(pairs), opened, finish, config, log, report)
+        _advance(begin(pairs, rows), opened, finish, config, log, report)
     for step in opened:
         step.record(log)
     return log.write(writer.path)
@@ -167,12 +170,12 @@ def _write(
         try:
             name, data = "JPEG", _shrink(pair.image, config)
         except decode.ImageError as error:
-            log.drop(ImageStep.name, error.reason, pair, candidate.first_graph)
+            log.drop_candidate(ImageStep.name, Drop(candidate, error.reason))
             return
         pair = dataclasses.replace(pair, image=data)
     metadata = {k: v for k, v in pair.metadata.items() if k not in config.drop_metadata}
     writer.write(schema.encode_record(dataclasses.replace(pair, metadata=metadata)))
-    log.keep(original, candidate.graphs, name, tuple(size), candidate.spots)
+    log.keep(candidate, name, original)
 
 
 def _narrow(candidate: Candidate) -> Pair:

@@ -13,7 +13,7 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -21,19 +21,18 @@ import ml_collections
 from data_prep.captions.graph import CaptionGraph
 from data_prep.captions.mentions import ConceptLog, concept_path, find_mentions
 from data_prep.filtering.config import package_versions
-from data_prep.filtering.kept import KeptLog, kept_path
-from data_prep.filtering.steps.base import Drop
+from data_prep.filtering.decisions import DecisionLog, decisions_path, pack_uid
+from data_prep.filtering.steps import registry
+from data_prep.filtering.steps.base import Candidate, Drop, all_captions
 from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, Funnel
 from data_prep.reports.samples import SAMPLES_SUFFIX, SampleLog
 from data_prep.reports.statistics import DROPPED, Measures
 from data_prep.reports.summary import SECONDS_SUFFIX
-from data_prep.text_spotting.spotter import Spot
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
 
-DROPPED_SUFFIX = ".dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
+_MOST = 255  # of the small numbers of the decisions
 
 
 class ShardLog:
@@ -58,8 +57,8 @@ class ShardLog:
         self.spotter: dict[str, str] | None = None
         self._versions = package_versions(config)
         self._samples = SampleLog(config.report_samples, config.image.max_pixels)
-        self._kept = KeptLog()
-        self._dropped: list[str] = []
+        scores = [name for step in registry.active_steps(config) for name in step.scores]
+        self._decisions = DecisionLog(scores)
         self._concepts = ConceptLog() if config.concepts else None
         self._label_field = config.label_field
         self._cpu_secs: collections.Counter[str] = collections.Counter()
@@ -74,79 +73,58 @@ class ShardLog:
         finally:
             self._cpu_secs[stage] += time.process_time() - start_secs
 
-    def skip(self, entry: Skipped) -> None:
-        """Counts an entry of the source that is no pair."""
+    def skip(self, entry: Skipped, row: int | None = None) -> None:
+        """Counts an entry of the source that is no pair.
+
+        Args:
+            entry: what was found instead.
+            row: its number among all entries.
+        """
         self.funnel.drop("source", entry.reason, entry.key, entry.detail)
+        self._decisions.add(
+            row,
+            {"key": _clean(entry.key), "outcome": "source", "reason": entry.reason, "captions": 0},
+        )
         outcome = f"source/{entry.reason}"
-        self._list_dropped(entry.key, outcome)
         rank = self.funnel.rank(entry.key, entry.detail)
         if self._samples.wants(outcome, rank):
             self._samples.add(outcome, rank, key=entry.key, caption=entry.detail)
 
-    def drop(
-        self,
-        stage: str,
-        reason: str,
-        pair: Pair,
-        graph: CaptionGraph | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-        spots: Sequence[Spot] = (),
-        match: str | None = None,
-        evidence: str | None = None,
-    ) -> None:
+    def drop_candidate(self, step: str, drop: Drop) -> None:
         """Counts a pair that was not written.
 
         Args:
-            stage: name of the step, or "source".
-            reason: as the stage names it.
-            pair: as it came.
-            graph: of its first caption, where it was parsed.
-            size: width and height of its image, where it was opened.
-            spots: what was spotted in it.
-            match: the spotted text that repeats the caption.
-            evidence: for people, what of the pair decided.
+            step: name of the step that dropped it.
+            drop: the pair, with what is known of it.
         """
-        self.funnel.drop(stage, reason, pair.key, pair.caption)
-        self._list_dropped(pair.key, f"{stage}/{reason}")
-        self._measure(DROPPED, f"{stage}/{reason}", pair, graph, size, spots, match, evidence)
-
-    def drop_candidate(self, step: str, drop: Drop) -> None:
-        """Counts what a step of this name has dropped."""
-        candidate = drop.candidate
-        self.drop(
-            drop.stage or step,
-            drop.reason,
-            candidate.pair,
-            candidate.first_graph,
-            size=candidate.header[1:] if candidate.header else None,
-            spots=candidate.spots,
-            match=drop.match,
-            evidence=drop.evidence,
-        )
+        stage, candidate = drop.stage or step, drop.candidate
+        pair = candidate.pair
+        self.funnel.drop(stage, drop.reason, pair.key, pair.caption)
+        values = _describe(candidate) | _describe_match(drop)
+        if values.get("gate") == drop.reason:
+            del values["gate"]
+        self._decisions.add(candidate.row, values | {"outcome": stage, "reason": drop.reason})
+        self._measure(DROPPED, f"{stage}/{drop.reason}", candidate, drop)
 
     def keep(
-        self,
-        pair: Pair,
-        graphs: Sequence[CaptionGraph],
-        image_format: str | None,
-        size: tuple[int, int] | None = None,
-        spots: Sequence[Spot] = (),
+        self, candidate: Candidate, image_format: str | None = None, written: Pair | None = None
     ) -> None:
         """Counts a pair that was written.
 
         Args:
-            pair: as it was written.
-            graphs: of its captions, where they were parsed.
+            candidate: as it came through the steps.
             image_format: of its image, where there is one.
-            size: width and height of the image.
-            spots: what was spotted in it.
+            written: the pair without the captions that were not good; None for the whole.
         """
+        pair = candidate.pair if written is None else written
         self.funnel.keep(pair.key, pair.caption, image_format)
-        self._kept.add(pair.key, pair.metadata.get("uid"), image_format)
+        self._decisions.add(
+            candidate.row, _describe(candidate) | {"outcome": KEPT, "format": image_format}
+        )
         if self._concepts is not None:
-            self._concepts.add(find_mentions(graphs))
-        self._measure(KEPT, KEPT, pair, graphs[0] if graphs else None, size, spots, None)
+            self._concepts.add(find_mentions(candidate.graphs))
+        graph = candidate.graphs[0] if candidate.graphs else None
+        self._measure(KEPT, KEPT, candidate._replace(pair=pair), graph=graph)
 
     def write(self, output: pathlib.Path) -> dict[str, Any]:
         """Writes the files beside the output.
@@ -161,8 +139,7 @@ class ShardLog:
         counts["download"] = self.download
         counts["spotter"] = self.spotter
         counts["versions"] = self._versions
-        self._kept.write(kept_path(output))
-        write_atomically(pathlib.Path(f"{output}{DROPPED_SUFFIX}"), "".join(self._dropped).encode())
+        self._decisions.write(decisions_path(os.fspath(output)))
         self._samples.write(pathlib.Path(f"{output}{SAMPLES_SUFFIX}"))
         if self._concepts is not None:
             self._concepts.write(concept_path(output))
@@ -184,24 +161,20 @@ class ShardLog:
         shards.write_json(pathlib.Path(f"{output}{SECONDS_SUFFIX}"), seconds)
         return counts
 
-    def _list_dropped(self, key: str, outcome: str) -> None:
-        # A tab or a line break in a key would make it two.
-        self._dropped.append(f"{' '.join(key.split())}\t{outcome}\n")
-
     def _measure(
         self,
         side: str,
         outcome: str,
-        pair: Pair,
-        graph: CaptionGraph | None,
-        size: tuple[int, int] | None,
-        spots: Sequence[Spot],
-        match: str | None,
-        evidence: str | None = None,
+        candidate: Candidate,
+        drop: Drop | None = None,
+        graph: CaptionGraph | None = None,
     ) -> None:
+        """Measures a pair by its first caption, or by the graph that is given."""
+        pair = candidate.pair
+        graph = candidate.first_graph if graph is None else graph
         self.measures.add_caption(side, pair.caption, graph)
-        if size is not None:
-            self.measures.add_image(side, *size)
+        if candidate.header is not None:
+            self.measures.add_image(side, *candidate.header[1:])
         if self._label_field is not None:
             self.measures.add_label(outcome, pair.metadata.get(self._label_field))
         rank = self.funnel.rank(pair.key, pair.caption)
@@ -213,7 +186,52 @@ class ShardLog:
                 caption=pair.caption,
                 image=pair.image,
                 graph=graph,
-                spots=spots,
-                match=match,
-                evidence=evidence,
+                spots=candidate.spots,
+                match=drop and drop.match,
+                evidence=drop and drop.evidence,
             )
+
+
+def _describe(candidate: Candidate) -> dict[str, Any]:
+    """The columns of the decisions that do not depend on what was decided."""
+    pair, graphs = candidate.pair, candidate.all_graphs
+    values: dict[str, Any] = {
+        "key": _clean(pair.key),
+        "uid": pack_uid(pair.metadata.get("uid")),
+        "captions": min(len(all_captions(pair)), _MOST),
+        **candidate.scores,
+    }
+    if graphs:
+        first = graphs[0]
+        values["gate"] = first.drop_reason
+        if first.drop_reason is None:
+            values["complexity"] = min(first.complexity, _MOST)
+            values["actions"] = min(len(first.actions), _MOST)
+    if len(graphs) > 1:
+        parsed = [graph for graph in graphs if graph.drop_reason is None]
+        active = [graph for graph in parsed if graph.has_action]
+        for name, found in (("best_complexity", parsed), ("best_active_complexity", active)):
+            if found:
+                values[name] = min(max(graph.complexity for graph in found), _MOST)
+    if candidate.header is not None:
+        _, values["width"], values["height"] = candidate.header
+    if candidate.matches:
+        shown = sum(match is not None for match in candidate.matches)
+        values["matches"] = min(shown, _MOST)
+    return values
+
+
+def _describe_match(drop: Drop) -> dict[str, Any]:
+    if drop.match is None:
+        return {}
+    confidence = next((s.confidence for s in drop.candidate.spots if s.text == drop.match), None)
+    return {
+        "match": _clean(drop.match),
+        "match_chars": None if drop.match_chars is None else min(drop.match_chars, _MOST),
+        "match_confidence": confidence,
+    }
+
+
+def _clean(text: str) -> str:
+    """Without lone surrogates, which no file takes."""
+    return text.encode("utf-8", "replace").decode()

@@ -26,19 +26,28 @@ class Candidate(NamedTuple):
         pair: as it came.
         captions: those that are still good, at least one.
         graphs: of these captions; none where captions are not parsed.
-        first_graph: of the first caption of all; None where captions are not parsed.
+        all_graphs: of all captions of the pair, its first one first, also those that were not good.
         header: format, width and height of the image once it was checked.
         spots: the text that was spotted in the image.
         scores: what steps have measured, by the names of their `Step.scores`.
+        matches: for each caption that text was spotted for, the text that repeats it, or None.
+        row: number of the pair among the entries of its shard; None where nobody counts them.
     """
 
     pair: Pair
     captions: list[str]
     graphs: Sequence[CaptionGraph] = ()
-    first_graph: CaptionGraph | None = None
+    all_graphs: Sequence[CaptionGraph] = ()
     header: tuple[str, int, int] | None = None
     spots: tuple[Spot, ...] = ()
     scores: Mapping[str, float] = {}  # never changed in place
+    matches: Sequence[str | None] = ()
+    row: int | None = None
+
+    @property
+    def first_graph(self) -> CaptionGraph | None:
+        """Of the first caption of all; None where captions are not parsed."""
+        return self.all_graphs[0] if self.all_graphs else None
 
     def choose(self, is_good: Sequence[bool]) -> Candidate:
         """The candidate with its good captions only."""
@@ -57,6 +66,7 @@ class Drop(NamedTuple):
         stage: name of the step that it is counted at; None for the one that dropped it.
         match: the spotted text that repeats the caption.
         evidence: for people, what of the pair decided, such as "punsafe = 0.83".
+        match_chars: the longest run that could have been asked for to drop the pair by its text.
     """
 
     candidate: Candidate
@@ -64,6 +74,7 @@ class Drop(NamedTuple):
     stage: str | None = None
     match: str | None = None
     evidence: str | None = None
+    match_chars: int | None = None
 
 
 class Step:
@@ -168,6 +179,14 @@ def check_integers(least: Mapping[str, tuple[Any, int]]) -> None:
             raise ValueError(f"config.{name}={value!r}; expected an integer of at least {minimum}")
 
 
-def begin(pairs: Iterable[Pair]) -> list[Candidate]:
-    """Pairs before the first step."""
-    return [Candidate(pair, all_captions(pair)) for pair in pairs]
+def begin(pairs: Iterable[Pair], rows: Iterable[int | None] | None = None) -> list[Candidate]:
+    """Pairs before the first step.
+
+    Args:
+        pairs: of the input.
+        rows: their numbers among all its entries.
+    """
+    rows = itertools.repeat(None) if rows is None else rows
+    return [
+        Candidate(pair, all_captions(pair), row=row) for pair, row in zip(pairs, rows, strict=False)
+    ]

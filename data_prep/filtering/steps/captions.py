@@ -72,7 +72,7 @@ class CaptionStep(Step):
             reasons = [cat_reason(graph, **self._limits) for graph in graphs]
             if not _drops(self.config):
                 reasons = [None] * len(graphs)
-            candidate = candidate._replace(graphs=graphs, first_graph=graphs[0])
+            candidate = candidate._replace(graphs=graphs, all_graphs=graphs)
             good = candidate.choose([reason is None for reason in reasons])
             yield good if good.captions else Drop(candidate, reasons[0])
 

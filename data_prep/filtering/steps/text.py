@@ -14,6 +14,7 @@ import ml_collections
 from data_prep.filtering.steps.base import Candidate, Drop, Step
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.text_spotting import config as spotter_config
+from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.weights import easyocr_version
 from diht_jax.data.readers.base import SourceShard
 
@@ -74,12 +75,24 @@ class TextStep(Step):
                 without_size = candidate._replace(header=None)
                 yield Drop(without_size, verdict.error.reason, stage=ImageStep.name)
                 continue
-            candidate = candidate._replace(spots=verdict.spots)
+            candidate = candidate._replace(spots=verdict.spots, matches=verdict.matches)
             good = candidate.choose([match is None for match in verdict.matches])
             if good.captions:
                 yield good
             else:
-                yield Drop(candidate, "shows_caption", match=verdict.matches[0])
+                longest = min(map(self._longest_run, verdict.matches, candidate.captions))
+                yield Drop(
+                    candidate, "shows_caption", match=verdict.matches[0], match_chars=longest
+                )
+
+    def _longest_run(self, text: str, caption: str) -> int:
+        """The greatest `min_chars` with which the text still repeats the caption."""
+        chars, misread = self.config.spotter.min_chars, self.config.spotter.misread_min_chars
+        while chars < len(text) and caption_matches(
+            [text], caption, chars + 1, misread_min_chars=misread
+        ):
+            chars += 1
+        return chars
 
     def record(self, log: Any) -> None:
         log.funnel.text_spotting.update(self._counts)

@@ -10,6 +10,8 @@ import tarfile
 from typing import Any
 
 import ml_collections
+import pyarrow
+import pyarrow.parquet
 from PIL import Image
 
 from data_prep.filtering import config as filter_config
@@ -71,6 +73,14 @@ def read_records(output: pathlib.Path) -> list[Record]:
 def read_dropped(output: pathlib.Path) -> dict[str, dict[str, int]]:
     """Stage -> reason -> pairs, of the stages that dropped any."""
     return {stage: found for stage, found in read_counts(output)["dropped"].items() if found}
+
+
+def read_outcomes(output: pathlib.Path) -> list[tuple[str, str, str | None]]:
+    """Key, outcome and reason of every entry of the input, in order, by another reader."""
+    paths = [*output.glob("parts/*.decisions.parquet"), *output.glob("decisions/*.parquet")]
+    tables = [pyarrow.parquet.read_table(path) for path in sorted(paths)]
+    rows = pyarrow.concat_tables(tables).select(["key", "outcome", "reason"]).to_pylist()
+    return [tuple(row.values()) for row in rows]
 
 
 def read_counts(output: pathlib.Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
     read_dropped,
+    read_outcomes,
     read_records,
     snapshot,
     write_tars,
@@ -87,9 +88,9 @@ def test_captions_are_dropped_by_reason(captioned):
     assert counts["kept"] == len(kept) + 2
     samples = counts["samples"]["caption/complexity"]
     assert [(key, text) for _, key, text in samples] == [("t-00000004", "sunset")]
-    (dropped,) = (captioned / "cat" / "parts").glob("*.dropped.tsv")
-    assert dropped.read_text().splitlines() == [
-        f"t-{n:08d}\tcaption/{reason}" for n, reason in enumerate(_CAPTIONS.values()) if reason
+    rows = [(key, reason) for key, stage, reason in read_outcomes(captioned / "cat")]
+    assert rows[: len(_CAPTIONS)] == [
+        (f"t-{n:08d}", reason) for n, reason in enumerate(_CAPTIONS.values())
     ]
 
 

@@ -10,14 +10,20 @@ import tensorflow_datasets as tfds
 from data_prep.captions.mentions import ConceptLog, concept_path, read_mentions
 from data_prep.filtering import kept as kept_keys
 from data_prep.filtering import resharding
-from data_prep.filtering.kept import KeptLog, kept_path
+from data_prep.filtering.decisions import DecisionLog, decisions_path, pack_uid
 from data_prep.jobs import shards
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records.dataset_info import write_dataset_info
 from diht_jax.data.records.schema import Pair, decode_record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 
+_DROPPED = "0123456789abcdef" * 2
 _UIDS = ["ffffffffffffffff0000000000000001", "00000000000000020000000000000003"]
+
+
+def _keep(log: DecisionLog, key: str, uid: str | None, image_format: str | None) -> None:
+    values = {"key": key, "uid": pack_uid(uid), "format": image_format}
+    log.add(None, values | {"outcome": "kept"})
 
 
 def _make_parts(folder: pathlib.Path, counts, offset: int = 0) -> list:
@@ -33,16 +39,17 @@ def _make_parts(folder: pathlib.Path, counts, offset: int = 0) -> list:
         )
 
         def process(source, writer, first=number, count=count):
-            kept, concepts = KeptLog(), ConceptLog()
+            log, concepts = DecisionLog(), ConceptLog()
             for n in range(first, first + count):
                 writer.write(encode_record(Pair(f"k{n}", b"image", f"caption {n}")))
-                kept.add(f"k{n}", _UIDS[n] if n < 2 else None, "PNG" if n % 2 else "JPEG")
+                log.add(None, {"key": "dropped", "outcome": "image", "reason": "empty"})
+                _keep(log, f"k{n}", _UIDS[n] if n < 2 else None, "PNG" if n % 2 else "JPEG")
                 concepts.add({"objects": frozenset({f"o{n}", "all"}), "attributes": frozenset()})
-            kept.write(kept_path(writer.path))
+            log.write(decisions_path(str(writer.path)))
             concepts.write(concept_path(writer.path))
             return {}
 
-        stats = shards.run_task(task, process, beside=(".kept.json", ".concepts.npz"))
+        stats = shards.run_task(task, process, beside=(".decisions.parquet", ".concepts.npz"))
         parts.append((task, stats))
         number += count
     return parts
@@ -126,21 +133,35 @@ def test_foreign_shards_are_found(tmp_path):
     assert resharding.find_foreign(str(tmp_path)) == ["pairs-train-00000.tfrecord"]
 
 
+def _write_old(path: pathlib.Path, rows) -> None:
+    """The list of a part from before decisions were recorded."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     uids = ["".join(rng.choice(list("0123456789abcdef"), 32)) for _ in range(300)] + _UIDS
-    paths = []
+    outputs, paths = [], []
     for i in range(3):
-        log = KeptLog()
-        for n in range(i, len(uids), 3):
-            log.add(f"key {n}", uids[n].upper() if n % 2 else uids[n], "PNG")
-        log.add("repeated", uids[0], None)
-        log.add("without\na uid", "no uid", None)
-        paths.append(tmp_path / f"{i}.kept.json")
-        log.write(paths[-1])
+        rows = [
+            (f"key {n}", uids[n].upper() if n % 2 else uids[n], "PNG")
+            for n in range(i, len(uids), 3)
+        ]
+        rows += [("repeated", uids[0], None), ("without\na uid", "no uid", None)]
+        outputs.append(str(tmp_path / f"{i}.tfrecord"))
+        if i == 2:
+            paths.append(tmp_path / "2.tfrecord.kept.json")
+            _write_old(paths[-1], [(k, u.lower() if " " not in u else None, f) for k, u, f in rows])
+            continue
+        log = DecisionLog()
+        for row in rows:
+            log.add(None, {"key": "dropped", "outcome": "caption", "uid": pack_uid(_DROPPED)})
+            _keep(log, *row)
+        paths.append(pathlib.Path(decisions_path(outputs[-1])))
+        log.write(str(paths[-1]))
     for most in (2**24, 40):  # sorted in one go, and range by range
         monkeypatch.setattr(kept_keys, "_MAX_SORTED", most)
-        kept_keys.write_lists(tmp_path, paths)
+        kept_keys.write_lists(str(tmp_path), kept_keys.read_kept(outputs))
         found = np.load(tmp_path / "kept_uids.npy")
         # As DataComp's own tools make the file.
         expected = np.array(
@@ -154,13 +175,13 @@ def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         ["kept_keys.txt", "kept_uids.npy", *(path.name for path in paths)]
     )
+    assert kept_keys.read_formats(outputs[0])[-3:] == ["PNG", None, None]
+    assert kept_keys.read_formats(outputs[2])[-3:] == ["PNG", None, None]
 
 
 def test_without_uids_there_is_no_array(tmp_path):
-    log = KeptLog()
-    log.add("a", None, "PNG")
-    log.write(tmp_path / "x")
+    _write_old(tmp_path / "x.kept.json", [("a", None, "PNG")])
     (tmp_path / "kept_uids.npy").write_bytes(b"old")
-    kept_keys.write_lists(tmp_path, [tmp_path / "x"])
+    kept_keys.write_lists(str(tmp_path), kept_keys.read_kept([str(tmp_path / "x")]))
     assert not (tmp_path / "kept_uids.npy").exists()
-    assert json.loads((tmp_path / "x").read_text()) == ["a", None, "PNG"]
+    assert (tmp_path / "kept_keys.txt").read_text() == "a\n"

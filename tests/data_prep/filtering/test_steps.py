@@ -21,7 +21,7 @@ from data_prep.sources.list import list_sources
 from diht_jax.data.images.decode import REASONS as DECODE_REASONS
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.schema import Pair
-from tests.data_prep.filtering.jobs import job_config, read_counts, write_tars
+from tests.data_prep.filtering.jobs import job_config, read_counts, read_outcomes, write_tars
 
 _SOURCE = SourceShard("table", "t.jsonl")
 
@@ -129,8 +129,11 @@ def test_a_step_without_images_runs_on_tables(tmp_path, monkeypatch):
     counts = read_counts(tmp_path / "out")["dropped"]
     dropped = {name: found for name, found in counts.items() if found}
     assert dropped == {"short": {"too_short": 1}, "caption": {"no_action": 1}}
-    dropped = (tmp_path / "out" / "t.jsonl.dropped.tsv").read_text().splitlines()
-    assert dropped == ["t-00000000\tshort/too_short", "t-00000002\tcaption/no_action"]
+    assert read_outcomes(tmp_path / "out") == [
+        ("t-00000000", "short", "too_short"),
+        ("t-00000001", "kept", None),
+        ("t-00000002", "caption", "no_action"),
+    ]
 
 
 def test_reasons_of_unknown_steps_come_last_in_plain_words():
