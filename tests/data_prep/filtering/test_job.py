@@ -156,9 +156,9 @@ def test_pairs_that_take_much_memory_are_held_in_smaller_numbers(tmp_path, monke
     run_filter(job_config(source, tmp_path / "whole"))
     held = []
 
-    def begin(pairs):
+    def begin(pairs, rows):
         held.append(len(pairs))
-        return steps_begin(pairs)
+        return steps_begin(pairs, rows)
 
     steps_begin = shard.begin
     monkeypatch.setattr(shard, "begin", begin)
