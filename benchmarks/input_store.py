@@ -51,6 +51,8 @@ STORE, LOCAL, GLOBAL = "diht_jax, store", "diht_jax, local disk", "diht_jax, glo
 OPEN_CLIP, OPEN_CLIP_LOCAL = "open_clip, store", "open_clip, local disk"
 ARRAY_RECORD, ARRAY_RECORD_LOCAL = "grain + ArrayRecord, store", "grain + ArrayRecord, local disk"
 AIM_SHARE_OF_LOCAL, AIM_REQUESTS = 0.9, 1.1
+# Each thread of a worker of grain makes a whole batch: they arrive in bursts of so many a worker.
+GRAIN_THREADS, GRAIN_BURSTS = 16, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,12 +182,13 @@ def measure(
         sides += pair if number % 2 == 0 else pair[::-1]
     tars = f"{folder}/tar/{{00000..{settings.shards - 1:05d}}}.tar"
     pipe = f"pipe:sleep {settings.latency_secs}; cat {tars}"
+    bursts = GRAIN_BURSTS * GRAIN_THREADS * settings.num_workers * settings.batch_size
     arrays = [str(path) for path in sorted((folder / "array_record").iterdir())]
     sides += [
         (OPEN_CLIP, lambda: of_open_clip(settings, pipe, num_records), images // 4),
         (OPEN_CLIP_LOCAL, lambda: of_open_clip(settings, tars, num_records), images // 4),
-        (ARRAY_RECORD, lambda: of_grain(settings, arrays, slow=True), images // 2),
-        (ARRAY_RECORD_LOCAL, lambda: of_grain(settings, arrays, slow=False), images // 2),
+        (ARRAY_RECORD, lambda: of_grain(settings, arrays, slow=True), bursts),
+        (ARRAY_RECORD_LOCAL, lambda: of_grain(settings, arrays, slow=False), bursts),
         (GLOBAL, lambda: ours(settings, f"slow://{folder}/tfrecord", blocks=False), 512),
     ]
     rounds: dict[str, list[Measured]] = {}
@@ -263,7 +266,8 @@ def of_grain(settings: Settings, paths: list[str], *, slow: bool) -> Iterator[An
     source = grain.sources.ArrayRecordDataSource(paths)
     dataset = grain.MapDataset.source(slow_store.SlowSequence(source) if slow else source)
     dataset = dataset.seed(0).shuffle().repeat().random_map(decode_example(settings))
-    dataset = dataset.batch(settings.batch_size, drop_remainder=True).to_iter_dataset()
+    dataset = dataset.batch(settings.batch_size, drop_remainder=True)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=GRAIN_THREADS))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=settings.num_workers)

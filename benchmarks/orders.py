@@ -30,6 +30,7 @@ def define_flags() -> None:
     flags.DEFINE_string("config", "configs/demo.py", "The recipe.")
     flags.DEFINE_string("train", None, "Its data: config.data.train.")
     flags.DEFINE_list("tasks", None, "As --tasks of diht_jax.evaluate.")
+    flags.DEFINE_list("overrides", [], "Other keys of the recipe, such as total_epochs=20.")
     flags.DEFINE_string("workdir", "runs/orders", "Where runs and their results lie.")
     flags.DEFINE_integer("seeds", 3, "Runs in each order.")
 
@@ -52,7 +53,7 @@ def main() -> None:
             logging.info("seed %d, %s: %s", seed, order, scores[order][-1])
     rows = [as_row(order, metric, scores) for metric in scores["global"][0] for order in ORDERS]
     print(format_rows(rows))
-    settings = {name: given[name].value for name in ("config", "seeds", "tasks")}
+    settings = {name: given[name].value for name in ("config", "overrides", "seeds", "tasks")}
     print("written:", write_result(f"orders_{given.name}", {"settings": settings, "rows": rows}))
 
 
@@ -65,6 +66,7 @@ def train_and_evaluate(run: pathlib.Path, seed: int, order: str) -> None:
         f"--config.data.train={given.train}",
         f"--config.seed={seed}",
         f"--config.data.order={order}",
+        *(f"--config.{text}" for text in given.overrides),
         f"--workdir={run}",
     )
     run_command(

@@ -32,6 +32,7 @@ _PACKAGES = {
     "grain": "grain",
     "PIL": "pillow",
     "cv2": "opencv-python-headless",
+    "cykooz_resizer": "cykooz-resizer",
     "torch": "torch",
     "torchvision": "torchvision",
     "open_clip": "open_clip_torch",
