@@ -24,6 +24,7 @@ import numpy as np
 from data_prep.captions.graph import CaptionGraph
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.vocabulary import KINDS
+from diht_jax.data.retries import is_storage_failure
 
 CONCEPTS_SUFFIX = ".concepts.npz"
 
@@ -111,6 +112,8 @@ def read_mentions(
             "with `python -m data_prep.filter` and config.concepts=True"
         ) from error
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if is_storage_failure(error):
+            raise
         raise ValueError(f"{path}: not a whole concept file ({error}); filter again") from error
     names = text.split("\n") if text else []
     if lengths.sum() != len(ids) or (len(ids) and ids.max() >= len(names)):

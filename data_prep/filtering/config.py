@@ -27,6 +27,8 @@ _NOT_HASHED = (
     "output",
     "num_workers",
     "retries",
+    "shard_timeout_secs",
+    "keep_before_damage",
     "batch_size",
     "ray",
     "examples_per_shard",
@@ -69,7 +71,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.seed = 0  # of the choice of examples
 
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    c.retries = 1  # how often a shard is tried again when its worker died, or the disk failed
+    c.retries = 1  # how often a shard is run again when its worker died, or its storage failed
+    # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
+    c.shard_timeout_secs = placeholder(float)
+    c.keep_before_damage = False  # of a tar that is cut off or damaged, keep the pairs before that
     c.batch_size = 256  # pairs whose captions are parsed together
     c.ray = ml_collections.ConfigDict()  # for --engine=ray
     ray = RaySettings()
@@ -88,6 +93,10 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     least = {"examples_per_shard": 1, "retries": 0, "samples_per_outcome": 0}
     least |= {"report_samples": 0, "batch_size": 1}
     check_integers({name: (config[name], minimum) for name, minimum in least.items()})
+    if config.shard_timeout_secs is not None and config.shard_timeout_secs <= 0:
+        raise ValueError(
+            f"config.shard_timeout_secs={config.shard_timeout_secs}; expected more than 0"
+        )
     check_format(config.output_format)
     if config.metadata_only and config.output_format != "tfrecord":
         raise ValueError(

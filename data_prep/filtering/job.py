@@ -31,6 +31,7 @@ from data_prep.filtering import shard as filter_shard_module
 from data_prep.filtering.decisions import decisions_path
 from data_prep.filtering.steps import registry
 from data_prep.jobs import files, shards
+from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import RaySettings, print_failures, run_pending
 from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
@@ -93,6 +94,7 @@ def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, 
     return {
         "num_workers": config.num_workers,
         "retries": config.retries,
+        "timeout_secs": config.shard_timeout_secs,
         "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
     }
 
@@ -253,7 +255,8 @@ def _filter_parts(
     shards.remove_temporary_files(parts_folder, [os.path.basename(task.output) for task in mine])
     steps = registry.active_steps(config)
     function = functools.partial(filter_shard_module.filter_shard, config=config, steps=steps)
-    failures = run_pending(function, pending, label="filter", **engine_options(config, engine))
+    options = engine_options(config, engine) | {"label": "filter", "after_death": after_death}
+    failures = run_pending(function, pending, **options)
     parts = load_parts(tasks)
     if len(parts) < len(tasks):
         return failures
@@ -267,7 +270,7 @@ def _filter_parts(
             len(again),
             again[0].source,
         )
-    return failures | run_pending(function, again, label="filter", **engine_options(config, engine))
+    return failures | run_pending(function, again, **options)
 
 
 def _records_missing(

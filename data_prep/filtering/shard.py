@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.filtering import decisions
@@ -20,6 +21,7 @@ from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps.base import Candidate, Drop, Step, all_captions, begin
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import shards
+from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
 from data_prep.sources.list import read_pairs
@@ -27,6 +29,7 @@ from diht_jax.data.images import decode
 from diht_jax.data.readers.base import held_bytes
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records import schema
+from diht_jax.data.records.formats.tar_members import DamagedTarError
 from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.schema import Pair
 
@@ -55,11 +58,23 @@ def filter_shard(
     Raises:
         ValueError: the source is damaged.
     """
-    return shards.run_task(
-        task,
-        functools.partial(_process, config=config, steps=steps, report=report),
-        beside=(decisions.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
+    work = WorkRecord(task.output, task.search)
+    process = functools.partial(
+        _process,
+        config=config,
+        steps=steps,
+        report=report,
+        search=task.search or CrashSearch(),
+        work=work,
     )
+    try:
+        return shards.run_task(
+            task,
+            process,
+            beside=(decisions.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
+        )
+    finally:
+        work.remove()
 
 
 def _process(
@@ -69,6 +84,8 @@ def _process(
     config: ml_collections.ConfigDict,
     steps: Sequence[type[Step]],
     report: Report,
+    search: CrashSearch,
+    work: WorkRecord,
 ) -> dict[str, Any]:
     log = ShardLog(config)
     log.download = img2dataset.read_download_stats(source)
@@ -82,8 +99,15 @@ def _process(
         report(len(candidates))
 
     entries = _with_sidecar(source)
+    if config.keep_before_damage:
+        entries = _until_damage(entries, log)
+    entries = _without_crashed(entries, search.crashed)
     first_row = 0
     while chunk := _next_chunk(entries, config.batch_size, log):
+        batch = first_row, first_row + len(chunk)
+        if search.suspects == batch:
+            _try_one_by_one(chunk, first_row, config, steps, source, work)
+        work.write(BATCH, *batch)
         pairs, rows = [], []
         for row, entry in enumerate(chunk, first_row):
             if isinstance(entry, Skipped):
@@ -97,6 +121,56 @@ def _process(
     for step in opened:
         step.record(log)
     return log.write(writer.path)
+
+
+def _until_damage(entries: Iterator[Pair | Skipped], log: ShardLog) -> Iterator[Pair | Skipped]:
+    """The entries before the damage of an archive, which is recorded and no error."""
+    try:
+        yield from entries
+    except DamagedTarError as error:
+        log.damaged = str(error)
+        logging.warning("%s; the pairs before the damage are kept", error)
+
+
+def _without_crashed(
+    entries: Iterator[Pair | Skipped], crashed: Collection[int]
+) -> Iterator[Pair | Skipped]:
+    """The entries; those that ended their worker are skipped."""
+    for number, entry in enumerate(entries):
+        if number in crashed:
+            entry = Skipped(
+                entry.key, "crashed", "the worker process died whenever it worked on it"
+            )
+        yield entry
+
+
+class _NoWriter:
+    """Takes records and writes nothing."""
+
+    def write(self, record: bytes) -> None:
+        """Nothing."""
+
+
+def _try_one_by_one(
+    chunk: Sequence[Pair | Skipped],
+    first: int,
+    config: ml_collections.ConfigDict,
+    steps: Sequence[type[Step]],
+    source: SourceShard,
+    work: WorkRecord,
+) -> None:
+    """Does to each pair alone what is done to a batch, and keeps nothing: this process may die."""
+    log = ShardLog(config)
+    opened = [step(config, source) for step in steps]
+
+    def finish(candidates: Sequence[Candidate]) -> None:
+        for candidate in candidates:
+            _write(candidate, _NoWriter(), config, log)
+
+    for number, entry in enumerate(chunk, first):
+        if isinstance(entry, Pair):
+            work.write(PAIR, number, number + 1)
+            _advance(begin([entry], [number]), opened, finish, config, log, lambda pairs: None)
 
 
 def _advance(

@@ -43,6 +43,7 @@ class ShardLog:
         measures: what they look like.
         download: what img2dataset counted, where it did.
         spotter: where text was looked for, of `text_spotting.config.describe_machine`.
+        damaged: of an archive of which only the pairs before its damage are here: what is wrong.
     """
 
     def __init__(self, config: ml_collections.ConfigDict):
@@ -55,6 +56,7 @@ class ShardLog:
         self.measures = Measures()
         self.download: dict[str, Any] | None = None
         self.spotter: dict[str, str] | None = None
+        self.damaged: str | None = None
         self._versions = package_versions(config)
         self._samples = SampleLog(config.report_samples, config.image.max_pixels)
         scores = [name for step in registry.active_steps(config) for name in step.scores]
@@ -139,6 +141,8 @@ class ShardLog:
         counts["download"] = self.download
         counts["spotter"] = self.spotter
         counts["versions"] = self._versions
+        if self.damaged is not None:
+            counts["damaged"] = self.damaged
         self._decisions.write(decisions_path(os.fspath(output)))
         self._samples.write(pathlib.Path(f"{output}{SAMPLES_SUFFIX}"))
         if self._concepts is not None:

@@ -7,16 +7,26 @@ same bytes.
 
 from __future__ import annotations
 
+import collections
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from absl import logging
 
 from data_prep.jobs.engine_local import LocalWorkerPool
 from data_prep.jobs.engine_ray import RaySettings, run_on_ray
-from data_prep.jobs.progress import Function, Outcome, Progress, Report, call_function
+from data_prep.jobs.progress import (
+    DEATH,
+    KILLED,
+    TIMEOUT,
+    Function,
+    Outcome,
+    Progress,
+    Report,
+    call_function,
+)
 from diht_jax.data.escaping import escape_lines
 
 __all__ = [
@@ -31,7 +41,13 @@ __all__ = [
 
 ENGINES = ("local", "ray")
 
+# A task that failed goes behind so many others, so that a storage has a while to return.
+_OTHERS_FIRST = 8
+
 _Task = TypeVar("_Task")
+
+# Task, and whether it is to blame for the end of its worker -> the task to run next, or None.
+AfterDeath = Callable[[Any, bool], Any]
 
 
 def run_pending(
@@ -41,6 +57,8 @@ def run_pending(
     num_workers: int | None,
     label: str,
     retries: int = 1,
+    timeout_secs: float | None = None,
+    after_death: AfterDeath | None = None,
     ray: RaySettings | None = None,
 ) -> dict[str, str]:
     """Runs tasks whose results lie in files, and logs every failure; arguments of `run_tasks`.
@@ -48,14 +66,21 @@ def run_pending(
     Args:
         function: see `run_tasks`.
         tasks: those that are not done yet, each with a `source`.
-        num_workers, label, retries, ray: see `run_tasks`.
+        num_workers, label, retries, timeout_secs, after_death, ray: see `run_tasks`.
 
     Returns:
         Sources that failed, with the reason.
     """
     failures = {}
     for outcome in run_tasks(
-        function, tasks, num_workers=num_workers, label=label, retries=retries, ray=ray
+        function,
+        tasks,
+        num_workers=num_workers,
+        label=label,
+        retries=retries,
+        timeout_secs=timeout_secs,
+        after_death=after_death,
+        ray=ray,
     ):
         if outcome.error is not None:
             failures[str(outcome.task.source)] = outcome.error
@@ -77,61 +102,121 @@ def run_tasks(
     num_workers: int | None,
     label: str,
     retries: int = 1,
+    timeout_secs: float | None = None,
+    after_death: AfterDeath | None = None,
     ray: RaySettings | None = None,
 ) -> Iterator[Outcome[_Task, Any]]:
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
-    A progress bar on stderr shows shards done, their ETA, and pairs per second. A task whose worker
-    dies, or whose function raises an OSError, is tried again when all others are done; in local
-    processes alone then, with all the memory there is.
+    A progress bar on stderr shows shards done, their ETA, and pairs per second. A task that may
+    succeed when it is run again soon runs again among the others: one that a disk or a store has
+    failed, one that took too long (once), and one whose worker died. But where a local worker was
+    killed from outside, as the kernel does when memory runs out, the task waits for the end of the
+    others and runs alone, with all the memory there is.
 
     Args:
         function: importable by its name; calls `report(n)` whenever it has done n more pairs.
         tasks: picklable.
         num_workers: processes; 0 runs in this process, None takes one per core (of the cluster).
         label: of the progress bar.
-        retries: how often a task is tried again.
+        retries: how often a task is run again after failures of each kind.
+        timeout_secs: after which a task's worker is stopped; needs worker processes.
+        after_death: called when the worker of a task has died, unless `retries` is 0: with the
+            task, and whether it may be to blame. Returns the task to run next in place of it; None
+            ends the attempts. Where it is not given, `retries` counts deaths too.
         ray: where the tasks run on a Ray cluster; None for local processes.
 
     Yields:
-        One outcome for each task, in the order in which they end.
+        One outcome for each task, in the order in which they end; `task` is what ran last.
 
     Raises:
-        ValueError: the number of workers or of retries is negative, or there is no such cluster.
+        ValueError: a number is out of its range, or there is no such cluster.
     """
     for name, value in (("num_workers", num_workers), ("retries", retries)):
         if value is not None and value < 0:
             raise ValueError(f"config.{name}={value}; expected at least 0")
+    if timeout_secs is not None and num_workers == 0 and ray is None:
+        raise ValueError(
+            f"config.shard_timeout_secs={timeout_secs:g} with config.num_workers=0: only a worker "
+            "process can be stopped; set config.num_workers=1 or more"
+        )
     if not tasks:
         return
+    policy = _Retries(retries, after_death)
+    alone: collections.deque[Any] = collections.deque()
     with Progress(len(tasks), label) as progress:
-        pending = list(tasks)
-        for attempt in range(retries + 1):
-            again = []
-            for outcome in _run_once(function, pending, num_workers, attempt, ray, progress):
-                if outcome.may_pass and attempt < retries:
-                    alone = ", alone" if ray is None else ""
-                    logging.warning("%s; its task will run again%s", outcome.error, alone)
-                    again.append(outcome.task)
+        for pending, count in ((collections.deque(tasks), num_workers), (alone, 1)):
+            for outcome in _run_queue(function, pending, count, timeout_secs, ray, progress):
+                again = policy.next_attempt(outcome)
+                if again is None:
+                    progress.advance()
+                    yield outcome
                     continue
-                progress.advance()
-                yield outcome
-            pending = again
+                is_alone = outcome.cause == KILLED and ray is None
+                logging.warning(
+                    "%s: %s; its task will run again%s",
+                    getattr(outcome.task, "source", outcome.task),
+                    outcome.error,
+                    ", alone" if is_alone else "",
+                )
+                if is_alone:
+                    alone.append(again)
+                else:
+                    pending.insert(_OTHERS_FIRST, again)
 
 
-def _run_once(
+class _Retries:
+    """Decides whether a task that failed is run again, and as what."""
+
+    def __init__(self, retries: int, after_death: AfterDeath | None):
+        self._retries = retries
+        self._after_death = after_death
+        # By identity of the task, which is kept so that no other gets its number.
+        self._failures: dict[int, tuple[Any, collections.Counter[str]]] = {}
+
+    def next_attempt(self, outcome: Outcome[Any, Any]) -> Any:
+        """The task to run next in place of one that ended; None where its outcome is final."""
+        task, cause = outcome.task, outcome.cause
+        if cause is None:
+            return None
+        is_searched = self._after_death is not None and self._retries > 0
+        if cause == KILLED and not is_searched:
+            cause = DEATH  # of whatever, the second one is the last
+        _, failures = self._failures.pop(id(task), (task, collections.Counter()))
+        failures[cause] += 1
+        again = task
+        if is_searched and cause in (DEATH, KILLED):
+            again = self._after_death(task, cause == DEATH)
+        if not (is_searched and cause == DEATH):
+            # A shard that took too long twice goes on to take too long.
+            limit = 1 if cause == TIMEOUT else self._retries
+            again = again if failures[cause] <= limit else None
+        if again is not None:
+            self._failures[id(again)] = again, failures
+        return again
+
+
+def _run_queue(
     function: Function,
-    tasks: Sequence[_Task],
+    tasks: collections.deque[Any],
     num_workers: int | None,
-    attempt: int,
+    timeout_secs: float | None,
     ray: RaySettings | None,
     progress: Progress,
-) -> Iterator[Outcome[_Task, Any]]:
+) -> Iterator[Outcome[Any, Any]]:
+    """Runs the tasks of a queue, also those that are put into it when an outcome is yielded."""
     if not tasks:
         return iter(())
     if ray is not None:
-        return run_on_ray(function, tasks, ray, num_workers, progress)
+        return run_on_ray(function, tasks, ray, num_workers, progress, timeout_secs)
     if num_workers == 0:
-        return (call_function(function, task, progress.add) for task in tasks)
+        return _run_here(function, tasks, progress)
     count = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    return LocalWorkerPool(function, tasks, 1 if attempt else count, progress).run()
+    return LocalWorkerPool(function, tasks, count, progress, timeout_secs).run()
+
+
+def _run_here(
+    function: Function, tasks: collections.deque[Any], progress: Progress
+) -> Iterator[Outcome[Any, Any]]:
+    while tasks:
+        yield call_function(function, tasks.popleft(), progress.add)

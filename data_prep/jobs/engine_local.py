@@ -26,6 +26,8 @@ from typing import Any
 from absl import logging
 
 from data_prep.jobs.progress import (
+    DEATH,
+    KILLED,
     POLL_SECS,
     Function,
     Outcome,
@@ -33,6 +35,7 @@ from data_prep.jobs.progress import (
     call_function,
     describe_error,
     failed_outcome,
+    timed_out,
 )
 
 _STALL_SECS = 300.0
@@ -45,15 +48,18 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 _READY, _PAIRS, _END = "ready", "pairs", "end"
 _STARTING, _IDLE, _BUSY = "starting", "idle", "at work"  # states of a worker
 
+_now = time.monotonic  # tests put their own clock here
+
 
 @dataclasses.dataclass(eq=False)
 class _Worker:
-    """A process as the parent sees it; `task` is of a busy one."""
+    """A process as the parent sees it; `task`, and when it began, are of a busy one."""
 
     process: BaseProcess
     pipe: connection.Connection
     state: str = _STARTING
     task: Any = None
+    began_secs: float = 0.0
 
     @property
     def is_busy(self) -> bool:
@@ -71,10 +77,14 @@ class _Worker:
             text = f"the result cannot be unpickled: {describe_error(error)}"
             return _END, Outcome(None, error=text)
 
+    def exit_code(self) -> int | None:
+        """Of a process that has ended; negative is the number of a signal."""
+        self.process.join(_STOP_SECS)
+        return self.process.exitcode
+
     def describe_end(self) -> str:
         """How the process ended: "exit code 1" or "signal 9, SIGKILL"."""
-        self.process.join(_STOP_SECS)
-        code = self.process.exitcode
+        code = self.exit_code()
         if code is None or code >= 0:
             return "it closed its pipe" if code is None else f"exit code {code}"
         with contextlib.suppress(ValueError):
@@ -86,10 +96,17 @@ class LocalWorkerPool:
     """The worker processes of one run; every one of them has ended when `run` has."""
 
     def __init__(
-        self, function: Function, tasks: Sequence[Any], num_workers: int, progress: Progress
+        self,
+        function: Function,
+        tasks: collections.deque[Any],
+        num_workers: int,
+        progress: Progress,
+        timeout_secs: float | None = None,
     ):
+        """Of a queue of tasks; more may be put into it whenever an outcome is yielded."""
         self._function = function
-        self._pending = collections.deque(tasks)
+        self._pending = tasks
+        self._timeout_secs = timeout_secs
         self._num_workers = num_workers
         self._progress = progress
         self._workers: list[_Worker] = []
@@ -103,10 +120,14 @@ class LocalWorkerPool:
                 wanted = min(self._num_workers, len(self._pending) + self._num_busy())
                 while len(self._workers) < wanted:
                     self._workers.append(_start_worker())
+                for worker in self._workers:
+                    if worker.state == _IDLE:  # for a task that came back to the queue
+                        yield from self._give_task(worker)
                 connection.wait([worker.pipe for worker in self._workers], POLL_SECS)
                 self._progress.refresh()
                 for worker in list(self._workers):
                     yield from self._handle_message(worker)
+                yield from self._stop_overdue()
                 self._warn_of_stall()
         finally:
             _stop(self._workers)
@@ -146,14 +167,14 @@ class LocalWorkerPool:
             except Exception as error:
                 yield Outcome(task, error=f"the task cannot be pickled: {describe_error(error)}")
                 continue
-            worker.task, worker.state = task, _BUSY
+            worker.task, worker.state, worker.began_secs = task, _BUSY, _now()
             # A worker that has just died is noticed at its pipe.
             with contextlib.suppress(OSError):
                 worker.pipe.send_bytes(data)
 
     def _handle_exit(self, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
         """Accounts for a worker that has ended by itself."""
-        end = worker.describe_end()
+        end, was_killed = worker.describe_end(), worker.exit_code() == -signal.SIGKILL
         self._workers.remove(worker)
         _stop([worker])
         if worker.is_busy:
@@ -161,7 +182,8 @@ class LocalWorkerPool:
                 worker.task,
                 error=f"the worker process died at work ({end}): either memory ran out, and fewer "
                 "workers (num_workers) may help, or a library crashed; see what it printed above",
-                may_pass=True,
+                # The kernel kills whoever holds most when the memory of all of them ran out.
+                cause=KILLED if was_killed and self._num_workers > 1 else DEATH,
             )
             return
         self._failed_starts += 1
@@ -173,6 +195,17 @@ class LocalWorkerPool:
         )
         while self._pending:
             yield Outcome(self._pending.popleft(), error=error)
+
+    def _stop_overdue(self) -> Iterator[Outcome[Any, Any]]:
+        """Stops the workers whose task takes longer than it may."""
+        if self._timeout_secs is None:
+            return
+        for worker in list(self._workers):
+            secs = _now() - worker.began_secs
+            if worker.is_busy and secs > self._timeout_secs and not worker.pipe.poll():
+                self._workers.remove(worker)
+                _stop([worker])
+                yield timed_out(worker.task, secs, self._timeout_secs)
 
     def _warn_of_stall(self) -> None:
         if time.monotonic() - self._last_message_secs < _STALL_SECS:

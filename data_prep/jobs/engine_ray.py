@@ -14,18 +14,21 @@ import logging as python_logging
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
 
 from data_prep.jobs.progress import (
+    DEATH,
+    KILLED,
     POLL_SECS,
     Function,
     Outcome,
     Progress,
     call_function,
     describe_error,
+    timed_out,
 )
 
 _MAX_FAILED_STARTS = 3  # in a row
@@ -50,10 +53,11 @@ class RaySettings:
 
 def run_on_ray(
     function: Function,
-    tasks: Sequence[Any],
+    tasks: collections.deque[Any],
     settings: RaySettings,
     num_workers: int | None,
     progress: Progress,
+    timeout_secs: float | None = None,
 ) -> Iterator[Outcome[Any, Any]]:
     """Calls `function(task, report)` for every task on the cluster.
 
@@ -62,16 +66,17 @@ def run_on_ray(
 
     Args:
         function: importable by its name, or picklable.
-        tasks: picklable.
+        tasks: picklable; more may be put into the queue whenever an outcome is yielded.
         settings: of the cluster.
         num_workers: actors at most; None fills the cluster.
         progress: counts the pairs of a task when it ends.
+        timeout_secs: after which a task is stopped.
 
     Raises:
         ValueError: Ray is not installed, or there is no such cluster.
     """
     with _connect(settings):
-        pool = _RayWorkerPool(function, tasks, settings, num_workers, progress)
+        pool = _RayWorkerPool(function, tasks, settings, num_workers, progress, timeout_secs)
         try:
             yield from pool.run()
         finally:
@@ -129,6 +134,7 @@ class _Worker:
     actor: Any
     task: Any = None
     has_started: bool = False
+    began_secs: float = 0.0
 
 
 class _RayWorkerPool:
@@ -137,16 +143,18 @@ class _RayWorkerPool:
     def __init__(
         self,
         function: Function,
-        tasks: Sequence[Any],
+        tasks: collections.deque[Any],
         settings: RaySettings,
         num_workers: int | None,
         progress: Progress,
+        timeout_secs: float | None,
     ):
         import ray
 
         self._ray = ray
         self._function = ray.put(function)
-        self._pending = collections.deque(tasks)
+        self._pending = tasks
+        self._timeout_secs = timeout_secs
         self._settings = settings
         self._num_workers = num_workers or self._count_slots()
         self._progress = progress
@@ -164,6 +172,7 @@ class _RayWorkerPool:
             self._progress.refresh()
             for reference in ready:
                 yield from self._handle_message(reference, self._waits.pop(reference))
+            yield from self._stop_overdue()
             self._warn_of_waiting()
 
     def stop(self) -> None:
@@ -208,7 +217,7 @@ class _RayWorkerPool:
             yield dataclasses.replace(outcome, task=worker.task)
         worker.has_started, self._failed_starts = True, 0
         if self._pending:
-            worker.task = self._pending.popleft()
+            worker.task, worker.began_secs = self._pending.popleft(), time.monotonic()
             self._waits[worker.actor.work.remote(self._function, worker.task)] = worker
         else:
             self._ray.kill(worker.actor)
@@ -218,16 +227,31 @@ class _RayWorkerPool:
             self._ray.kill(worker.actor)
         reason = " ".join(str(error).split())
         if worker.has_started:
+            # The task is not to blame for the loss of its node, or for memory that others took.
+            is_lost = "node has died" in reason or isinstance(
+                error, self._ray.exceptions.OutOfMemoryError | self._ray.exceptions.NodeDiedError
+            )
             yield Outcome(
                 worker.task,
                 error=f"the Ray worker died at work, or its node was lost: {reason}",
-                may_pass=True,
+                cause=KILLED if is_lost else DEATH,
             )
             return
         self._failed_starts += 1
         if self._failed_starts >= _MAX_FAILED_STARTS and not self._num_busy():
             while self._pending:
                 yield Outcome(self._pending.popleft(), error=f"no Ray worker could start: {reason}")
+
+    def _stop_overdue(self) -> Iterator[Outcome[Any, Any]]:
+        """Stops the workers whose task takes longer than it may."""
+        if self._timeout_secs is None:
+            return
+        for reference, worker in list(self._waits.items()):
+            secs = time.monotonic() - worker.began_secs
+            if worker.has_started and secs > self._timeout_secs:
+                del self._waits[reference]
+                self._ray.kill(worker.actor)
+                yield timed_out(worker.task, secs, self._timeout_secs)
 
     def _warn_of_waiting(self) -> None:
         if self._num_busy() or time.monotonic() - self._last_message_secs < _WAITING_SECS:

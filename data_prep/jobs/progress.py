@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
+from diht_jax.data.retries import is_storage_failure
 from diht_jax.progress import ProgressBar
 
 _Task = TypeVar("_Task")
@@ -21,6 +22,12 @@ Function = Callable[[Any, Report], Any]
 
 POLL_SECS = 0.5
 
+# Why a task failed although it may succeed when it is run again.
+STORAGE = "storage"  # a disk, a network or a store has failed for longer than a read was tried
+DEATH = "death"  # the worker process ended while it was at work
+KILLED = "killed"  # from outside while others were at work: memory ran out, or a node was lost
+TIMEOUT = "timeout"  # the task took longer than it may
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome(Generic[_Task, _Result]):
@@ -30,14 +37,14 @@ class Outcome(Generic[_Task, _Result]):
         task: the task.
         result: what the function returned; None after an error.
         error: what went wrong; None after success.
-        may_pass: whether the same task may well succeed when it is tried again, since its worker
-            died, or the operating system refused something.
+        cause: of an error that may pass when the task is run again, one of the above; None where
+            it will not: the input is damaged, or the code has a defect.
     """
 
     task: _Task
     result: _Result | None = None
     error: str | None = None
-    may_pass: bool = False
+    cause: str | None = None
 
 
 def call_function(function: Function, task: _Task, report: Report) -> Outcome[_Task, Any]:
@@ -49,8 +56,15 @@ def call_function(function: Function, task: _Task, report: Report) -> Outcome[_T
 
 
 def failed_outcome(task: _Task, error: Exception) -> Outcome[_Task, Any]:
-    """The outcome of a task that raised; what the operating system refused may pass later."""
-    return Outcome(task, error=describe_error(error), may_pass=isinstance(error, OSError))
+    """The outcome of a task that raised; what a disk or a store refused may pass later."""
+    is_passing = isinstance(error, OSError) or is_storage_failure(error)
+    return Outcome(task, error=describe_error(error), cause=STORAGE if is_passing else None)
+
+
+def timed_out(task: _Task, secs: float, limit_secs: float) -> Outcome[_Task, Any]:
+    """The outcome of a task that was stopped after some time."""
+    error = f"stopped after {secs:.0f} s, since config.shard_timeout_secs={limit_secs:g}"
+    return Outcome(task, error=error, cause=TIMEOUT)
 
 
 class Progress:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from data_prep.jobs import fingerprint
+from data_prep.jobs.crash_search import CrashSearch
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.index import is_indexable, update_index
 from diht_jax.data.readers.registry import SourceShard, names_files
@@ -42,11 +43,13 @@ class ShardTask:
         source: what is read.
         output: path of the shard that is written.
         config_hash: of everything that decides what is written.
+        search: for pairs that end their worker, once one has died of this task.
     """
 
     source: SourceShard
     output: str
     config_hash: str
+    search: CrashSearch | None = None
 
     @property
     def stats_path(self) -> pathlib.Path:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from diht_jax.data.readers.parquet import (
     read_rows,
 )
 from diht_jax.data.readers.webdataset import TAR_SUFFIXES
+from diht_jax.data.retries import StorageError, is_missing, read_file
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 
@@ -51,12 +51,13 @@ def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     """
     path = f"{_stem(source.path)}_stats.json"
     try:
-        with open(path, "rb") as file:
-            stats = json.load(file)
+        stats = json.loads(read_file(path))
         statuses = collections.Counter({str(k): int(v) for k, v in stats["status_dict"].items()})
         counts = {name: int(stats[name]) for name in COUNTS}
     except FileNotFoundError:
         return None
+    except StorageError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: not the statistics of img2dataset ({type(error).__name__}: {error}); delete "
@@ -89,9 +90,14 @@ def read_sidecar(source: SourceShard) -> dict[str, dict[str, Any]]:
         ValueError: the file is damaged.
     """
     path = _stem(source.path) + SUFFIX
-    if not source.path.endswith(TAR_SUFFIXES) or not os.path.isfile(path):
+    if not source.path.endswith(TAR_SUFFIXES):
         return {}
-    file = open_parquet(path)
+    try:
+        file = open_parquet(path)
+    except OSError as error:
+        if is_missing(error):
+            return {}
+        raise
     names = file.schema_arrow.names
     if "key" not in names:
         return {}

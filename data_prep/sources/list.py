@@ -16,6 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.registry import Skipped, SourceShard
+from diht_jax.data.records.formats.tar_members import DamagedTarError
 from diht_jax.data.records.remote import refuse_url
 from diht_jax.data.records.schema import Pair
 
@@ -65,6 +66,8 @@ def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 
 def _raise_as_typed(error: ValueError) -> NoReturn:
+    if isinstance(error, OSError | DamagedTarError):  # whatever its path is called
+        raise error
     message = registry.name_options(str(error), "--config.source.{}")
     if message == str(error):
         raise error

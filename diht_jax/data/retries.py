@@ -1,8 +1,9 @@
 """Reading files from a disk or a network that fails for a moment.
 
-A read that the operating system refuses is tried again after a while. If it goes on failing, the
-result is a `StorageError`, which names the file: the data may be good, so the file must be taken
-neither for missing nor for damaged. A file that does not exist is a FileNotFoundError at once.
+A read that the operating system or an object store refuses is tried again after a while. If it
+goes on failing, the result is a `StorageError`, which names the file: the data may be good, so the
+file must be taken neither for missing nor for damaged. A file that does not exist is a
+FileNotFoundError at once.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import errno
 import io
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 _Result = TypeVar("_Result")
@@ -24,6 +25,21 @@ _MISSING = frozenset(
 )
 # Refused for good: waiting changes nothing.
 _FINAL = frozenset({errno.EACCES, errno.EPERM})
+# Answers of a server that has too much to do, or is failing; a 4xx else is about the request.
+_PASSING_STATUS = frozenset({408, 425, 429, *range(500, 600)})
+# Errors of connections that have no number, by package and name, since no package is imported here.
+_PASSING_TYPES = frozenset(
+    {
+        *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError"),
+        *("botocore.HTTPClientError", "botocore.ConnectionError", "botocore.ResponseParserError"),
+        *("botocore.IncompleteReadError", "asyncio.IncompleteReadError", "urllib.URLError"),
+        *("azure.ServiceRequestError", "azure.ServiceResponseError"),
+        *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
+        *("urllib3.TimeoutError", "urllib3.ProtocolError", "urllib3.MaxRetryError"),
+        *("httpx.TransportError", "http.IncompleteRead", "http.BadStatusLine"),
+        *("google.RetryError", "google.TransportError"),
+    }
+)
 
 sleep = time.sleep  # tests put their own clock here
 
@@ -34,16 +50,51 @@ class StorageError(OSError, ValueError):
 
 def is_missing(error: OSError) -> bool:
     """Whether an error means that there is no such file."""
-    return error.errno in _MISSING
+    return error.errno in _MISSING or isinstance(
+        error, FileNotFoundError | NotADirectoryError | IsADirectoryError
+    )
+
+
+def is_storage_failure(error: BaseException) -> bool:
+    """Whether a disk, a network or a store has failed, so that the contents may be good.
+
+    Errors of stores often have no number: timeouts, lost connections and answers of a server such
+    as 503 are recognised by their type or status. Any other error without a number comes from a
+    library that does not like the contents.
+    """
+    if isinstance(error, OSError) and is_missing(error):
+        return False
+    if isinstance(error, StorageError | TimeoutError | ConnectionError | PermissionError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    if _http_status(error) in _PASSING_STATUS:
+        return True
+    types = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    return not types.isdisjoint(_PASSING_TYPES) and _http_status(error) is None
+
+
+def _http_status(error: BaseException) -> int | None:
+    """The status of a server's answer, as aiohttp, botocore, gcsfs, azure and requests have it."""
+    response = getattr(error, "response", None)
+    if isinstance(response, Mapping):
+        found = [response.get("ResponseMetadata", {}).get("HTTPStatusCode")]
+    else:
+        found = [
+            getattr(owner, name, None)
+            for owner in (error, response)
+            for name in ("status", "status_code", "code")
+        ]
+    return next((status for status in found if isinstance(status, int)), None)
 
 
 def retry(
     read: Callable[[], _Result], path: str | os.PathLike[str], participle: str = "read"
 ) -> _Result:
-    """Calls a function until the operating system lets it succeed.
+    """Calls a function until the operating system, or a store, lets it succeed.
 
     Args:
-        read: reads something, or writes a whole file; is called again after an OSError.
+        read: reads something, or writes a whole file; is called again after a failure.
         path: of the file, for the message.
         participle: what is done to the file, for the message.
 
@@ -54,11 +105,10 @@ def retry(
     for delay_secs in (*DELAYS_SECS, None):
         try:
             return read()
-        except OSError as error:
-            # An error without a number comes from a library that does not like the contents.
-            if isinstance(error, StorageError) or error.errno is None or is_missing(error):
+        except Exception as error:
+            if isinstance(error, StorageError) or not is_storage_failure(error):
                 raise
-            if delay_secs is None or error.errno in _FINAL:
+            if delay_secs is None or _is_final(error):
                 raise _storage_error(path, error, participle) from error
         sleep(delay_secs)
     raise AssertionError("the last attempt returns or raises")
@@ -148,10 +198,16 @@ class _RetryingFile(io.RawIOBase):
             file.close()
 
 
-def _storage_error(path: str | os.PathLike[str], error: OSError, participle: str) -> StorageError:
-    attempts = "" if error.errno in _FINAL else f" in {len(DELAYS_SECS) + 1} attempts"
+def _is_final(error: BaseException) -> bool:
+    return isinstance(error, PermissionError) or getattr(error, "errno", None) in _FINAL
+
+
+def _storage_error(path: str | os.PathLike[str], error: Exception, participle: str) -> StorageError:
+    attempts = "" if _is_final(error) else f" in {len(DELAYS_SECS) + 1} attempts"
     hint = "its contents may be good: " if participle == "read" else ""
+    # A timeout has no text of its own.
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return StorageError(
-        f"{os.fspath(path)}: could not be {participle}{attempts} ({error.strerror or error}); "
+        f"{os.fspath(path)}: could not be {participle}{attempts} ({reason}); "
         f"{hint}look at the disk, the network and the permissions, and run the command again"
     )

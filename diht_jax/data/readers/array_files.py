@@ -16,6 +16,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from diht_jax.data.retries import is_storage_failure
+
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -60,6 +62,8 @@ def read_npz_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
                         return array
                 raise ValueError(f"array '{name}' has more bytes than its shape needs")
     except _BAD_ARCHIVE as error:
+        if is_storage_failure(error):
+            raise
         raise ValueError(f"{path}: cannot be read as npz: {error}") from error
     found = ", ".join(names[:10]) or "nothing"
     raise ValueError(f"{path}: no field '{name}'; it has {found}")

@@ -68,7 +68,8 @@ _UNSUPPORTED_EXTENSIONS = (
     *("heic", "heif", "jxl", "svg", "svgz", "psd", "ico", "tga", "eps", "hdr", "exr", "dng"),
     *("cr2", "nef", "arw", "raw", "wmf", "emf", "xcf", "pcx", "dds", "jxr", "mng"),
 )
-# Why a reader skips an entry, in the order of a funnel. "too_large" is the image's reason.
+# Why an entry is no pair, in the order of a funnel. "too_large" is the image's reason, and what has
+# crashed is skipped by whoever works on it.
 SOURCE_REASONS = (
     "bad_row",
     "bad_json",
@@ -78,6 +79,7 @@ SOURCE_REASONS = (
     "duplicate",
     "no_caption",
     "too_large",
+    "crashed",
 )
 
 

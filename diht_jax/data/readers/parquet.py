@@ -25,7 +25,7 @@ from diht_jax.data.readers.base import (
 )
 from diht_jax.data.records.formats.tar_members import ExpansionCheck
 from diht_jax.data.records.schema import Pair
-from diht_jax.data.retries import StorageError, check_failure, open_file
+from diht_jax.data.retries import check_failure, is_storage_failure, open_file
 
 SUFFIX = ".parquet"
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
@@ -49,6 +49,8 @@ def open_parquet(path: str) -> Any:
         return pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
     except (pyarrow.ArrowInvalid, OSError) as error:
         check_failure(file)
+        if is_storage_failure(error):
+            raise
         raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
 
 
@@ -65,7 +67,7 @@ def explain_errors(path: str, describe: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowInvalid, OSError, MemoryError) as error:
-        if isinstance(error, StorageError) or getattr(error, "errno", None):
+        if is_storage_failure(error):
             raise
         raise ValueError(f"{path}: {describe()} ({error})") from error
 

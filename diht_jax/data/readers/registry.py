@@ -30,6 +30,7 @@ from typing import Any
 
 from absl import logging
 
+from diht_jax.data import retries
 from diht_jax.data.readers import image_folder, parquet, records, tables, tfds, webdataset
 from diht_jax.data.readers.base import Format, Skipped, SourceShard
 from diht_jax.data.records import remote
@@ -127,9 +128,12 @@ def describe_linked(source: SourceShard) -> str | None:
     for root, name in FORMATS[source.kind].list_linked_files(source):
         count += 1
         try:
-            status = os.stat(os.path.join(root, name))
+            path = os.path.join(root, name)
+            status = retries.retry(lambda path=path: os.stat(path), path)
             state = f"{status.st_size} {status.st_mtime_ns}"
-        except (OSError, ValueError):  # there is no such file, or no file can have such a name
+        except (OSError, ValueError) as error:  # no file can have such a name, either
+            if isinstance(error, OSError) and not retries.is_missing(error):
+                raise
             state = "missing"
         digest.update(f"{state}\n".encode())
     return digest.hexdigest() if count else None

@@ -7,14 +7,18 @@ import ast
 import collections
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import types
 
+import aiohttp
 import pytest
 
 from data_prep.jobs.engine import print_failures, run_pending, run_tasks
+from data_prep.jobs.progress import STORAGE
+from diht_jax.data.retries import StorageError
 from tests.waiting import wait_until
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -111,6 +115,73 @@ def test_what_may_pass_is_tried_again():
         list(run_tasks(work, range(2), num_workers=0, label="t", retries=-1))
 
 
+def test_what_a_storage_failed_runs_again_among_the_others():
+    order = []
+
+    def work(task: int, report) -> None:
+        order.append(task)
+        if task in (2, 30) and order.count(task) == 1:
+            raise StorageError("the disk is away")
+
+    outcomes = list(run_tasks(work, range(40), num_workers=0, label="t"))
+    assert sorted(o.task for o in outcomes) == list(range(40))
+    assert all(o.error is None for o in outcomes)
+    again = [i for i, task in enumerate(order) if task in order[:i]]
+    assert [order[i] for i in again] == [2, 30]
+    assert again[0] == 2 + 1 + 8  # after eight others, and not when all are done
+    assert again[1] < len(order) - 1
+
+
+def test_damage_is_final_and_the_cause_of_a_failure_is_known():
+    errors = {
+        0: ValueError("damaged"),
+        1: StorageError("a disk"),
+        2: aiohttp.ServerDisconnectedError(),
+        3: RuntimeError("a defect"),
+    }
+
+    def work(task: int, report) -> None:
+        raise errors[task]
+
+    outcomes = {o.task: o for o in run_tasks(work, range(4), num_workers=0, label="t", retries=0)}
+    assert {t: o.cause for t, o in outcomes.items()} == {0: None, 1: STORAGE, 2: STORAGE, 3: None}
+
+
+def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):
+    body = """
+done = folder / "done"
+def work(task, report):
+    if task == 0:
+        while len(done.read_text()) < 7 if done.exists() else True:
+            time.sleep(0.02)
+        (folder / f"stuck-{os.getpid()}").touch()
+        time.sleep(600)
+    return task
+if __name__ == "__main__":
+    import functools
+    # No time passes until all others are done, then an hour does.
+    engine_local._now = lambda: 3600.0 * len(list(folder.glob("stuck-*")))
+    real = engine.run_tasks
+    def run_tasks(*args, **kwargs):
+        for outcome in real(*args, timeout_secs=60, **kwargs):
+            with done.open("a") as file:
+                file.write(str(outcome.task))
+            yield outcome
+    engine.run_tasks = run_tasks
+"""
+    outcomes, errors = _run(tmp_path, body)
+    assert {t: outcomes[t] for t in range(1, 8)} == {t: (t, None) for t in range(1, 8)}
+    stopped = "stopped after 3600 s, since config.shard_timeout_secs=60"
+    assert outcomes[0] == (None, stopped)
+    assert errors.count(f"0: {stopped}; its task will run again") == 1
+    assert len(list(tmp_path.glob("stuck-*"))) == 2  # in a worker of its own each time
+
+
+def test_a_time_limit_needs_workers():
+    with pytest.raises(ValueError, match=r"config.shard_timeout_secs=5 with config.num_workers=0"):
+        list(run_tasks(_square, range(2), num_workers=0, label="t", timeout_secs=5))
+
+
 def test_failures_and_deaths_are_isolated_in_workers(tmp_path):
     body = """
 class Odd(Exception):
@@ -142,7 +213,9 @@ def work(task, report):
         assert "or a library crashed" in outcomes[task][1]
     assert "pickle" in outcomes[4][1]
     assert "Odd: an odd exception" in outcomes[5][1]
-    assert errors.count("its task will run again, alone") == 3
+    # Only who was killed from outside, maybe for the memory of all, waits for the others.
+    assert errors.count("its task will run again") == 3
+    assert re.findall(r"(\d): .* its task will run again, alone", errors) == ["3"]
     # The reports of six tasks arrive.
     assert "8/8" in errors and int(errors.rpartition(" pairs,")[0].rpartition(", ")[2]) >= 60
 

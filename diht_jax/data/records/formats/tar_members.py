@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from diht_jax.data.retries import StorageError, check_failure, open_file
+from diht_jax.data.retries import check_failure, is_storage_failure, open_file
 
 # A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
 # compressed already.
@@ -41,6 +41,18 @@ _BROKEN = (
 
 class ExpansionError(ValueError):
     """A file unpacks to far more than it takes; names it."""
+
+
+class DamagedTarError(ValueError):
+    """An archive cannot be read to its end; names it.
+
+    Attributes:
+        member: the one whose contents are not whole, where that is known.
+    """
+
+    def __init__(self, message: str, member: str | None = None):
+        super().__init__(message)
+        self.member = member
 
 
 class ExpansionCheck:
@@ -98,8 +110,9 @@ def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator
             member.
 
     Raises:
-        ValueError: the archive is damaged, cut off, goes on behind its end, or unpacks to far more
-            than it takes; names it.
+        DamagedTarError: the archive is damaged, cut off, or goes on behind its end; names it. All
+            whole members before the damage were yielded.
+        ExpansionError: it unpacks to far more than it takes; names it.
         StorageError: it cannot be read, now and after some attempts; names it.
         FileNotFoundError: there is none.
     """
@@ -134,15 +147,17 @@ def walk_members(
         is_read: of a name, whether the contents within the limit are read.
 
     Raises:
-        ValueError: as of `read_members`.
+        DamagedTarError, ExpansionError: as of `read_members`.
     """
     num_bytes = file.seek(0, os.SEEK_END)
     file.seek(0)
     expansion, contents = ExpansionCheck(path, num_bytes), ExpansionCheck(path, num_bytes)
+    unread = None  # the member whose contents have not come yet
     try:
         with tarfile.open(path, mode, fileobj=file, tarinfo=_BoundedInfo) as tar:
             position = -1
             while (member := tar.next()) is not None:
+                unread = member.name
                 tar.members.clear()  # kept for random access, which nobody needs here
                 if tar.offset <= position:
                     raise tarfile.ReadError(f"the size of '{member.name}' leads backwards")
@@ -156,8 +171,10 @@ def walk_members(
                 is_wanted = 0 <= member.size <= limit
                 contents.add(member.size if is_wanted else 0)
                 data = None
-                if is_wanted:
-                    data = tar.extractfile(member).read() if is_read(member.name) else b""
+                if is_wanted and is_read(member.name):
+                    data, unread = tar.extractfile(member).read(), None
+                elif is_wanted:
+                    data = b""
                 yield Member(member.offset, member.name, data)
             _check_end(tar, is_piece)
             if is_divisible and tar.pax_headers.keys() - {"comment"}:
@@ -165,12 +182,13 @@ def walk_members(
                 raise tarfile.ReadError(f"it has a global header ({names}), so has no index")
     except ExpansionError:
         raise
-    except StorageError:
-        raise
     except _BROKEN as error:
-        raise ValueError(
+        if is_storage_failure(error):  # the archive itself may be good
+            raise
+        raise DamagedTarError(
             f"{path}: the tar archive cannot be read to its end ({type(error).__name__}: {error}); "
-            "download or write it again"
+            "download or write it again",
+            unread,
         ) from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from diht_jax.data.records.formats.tar_members import Member
+from diht_jax.data.records.formats.tar_members import DamagedTarError, Member
 from diht_jax.data.records.samples import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
@@ -67,25 +67,44 @@ def is_image(name: str) -> bool:
 
 
 def group_members(members: Iterable[Member]) -> Iterator[Sample]:
-    """Yields the samples of an archive.
+    """Yields the samples of an archive; of a damaged one those that are whole, before the error.
 
     Args:
         members: of the archive, in order, without those that `size_limit` leaves out.
     """
-    sample, has_image = None, False
-    for offset, name, data in members:
-        stem, extension = _split_name(name)
-        if sample is None or stem != sample.key:
-            if sample is not None:
-                yield sample
-            sample, has_image = Sample(offset, stem, []), False
-        is_image_too = extension in IMAGE_EXTENSIONS
-        if (is_image_too and has_image) or extension in dict(sample.members):
-            data = None
-        has_image |= is_image_too
-        sample.members.append((extension, data))
+    sample, has_image, before = None, False, None
+    try:
+        for offset, name, data in members:
+            stem, extension = _split_name(name)
+            if sample is None or stem != sample.key:
+                if sample is not None:
+                    yield sample
+                sample, has_image, before = Sample(offset, stem, []), False, sample
+            is_image_too = extension in IMAGE_EXTENSIONS
+            if (is_image_too and has_image) or extension in dict(sample.members):
+                data = None
+            has_image |= is_image_too
+            sample.members.append((extension, data))
+    except DamagedTarError as error:
+        if sample is not None and _is_whole(sample, before, error.member):
+            yield sample
+        raise
     if sample is not None:
         yield sample
+
+
+def _is_whole(sample: Sample, before: Sample | None, damaged: str | None) -> bool:
+    """Whether the last sample before the damage has all of its members.
+
+    Args:
+        sample: the last one.
+        before: the one before it.
+        damaged: the member whose contents are not whole, where that is known.
+    """
+    if damaged is not None:
+        return _split_name(damaged)[0] != sample.key
+    # Nothing shows what came next; it is whole where it has all that the one before has.
+    return before is not None and set(dict(before.members)) <= set(dict(sample.members))
 
 
 def make_pairs(samples: Iterable[Sample]) -> Iterator[tuple[int, Pair | Skipped]]:

@@ -1,0 +1,123 @@
+"""Finds the pairs of a shard that end the process which works on them.
+
+A crash in a library takes the whole worker with it, and nobody is left to name the pair. So a shard
+whose worker has died is run again, and records in a small file beside its output which batch of
+pairs it works on. When it dies again, the next run takes the pairs of that batch one by one, only
+to see whether it survives them, before it works on the batch. A pair that ends this run as well is
+left out of the next. What is done to a pair is not known here.
+
+One death begins the search, and two more find each pair: one in its batch, one at itself. Only
+where they agree a pair is blamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from typing import Any
+
+from absl import logging
+
+from data_prep.jobs import files
+
+BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
+
+_MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
+_MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
+
+
+@dataclasses.dataclass(frozen=True)
+class CrashSearch:
+    """What is known after deaths; entries of the source are numbered from 0, skipped ones too.
+
+    Attributes:
+        crashed: entries that end their worker, and are left out.
+        suspects: first and last (exclusive) of the batch whose pairs are tried one by one.
+        unexplained: deaths that led to no pair.
+    """
+
+    crashed: tuple[int, ...] = ()
+    suspects: tuple[int, int] | None = None
+    unexplained: int = 0
+
+    def after(self, record: dict[str, Any] | None) -> CrashSearch | None:
+        """What is known after one more death; None where the search is given up.
+
+        Args:
+            record: the last one of the run; None where it had not begun a batch.
+        """
+        if record is not None:
+            stage, *batch = record["stage"], record["first"], record["last"]
+            if stage == PAIR and len(self.crashed) < _MAX_CRASHED:
+                return CrashSearch((*self.crashed, batch[0]), None, self.unexplained)
+            if stage == BATCH and self.suspects != tuple(batch):
+                return dataclasses.replace(self, suspects=tuple(batch))
+        # Outside of all pairs, or of a batch although each of its pairs alone did no harm.
+        if self.unexplained < _MAX_UNEXPLAINED:
+            return dataclasses.replace(self, unexplained=self.unexplained + 1)
+        return None
+
+
+class WorkRecord:
+    """The file in which a run records what it works on, once a worker has died of the shard."""
+
+    def __init__(self, output: str, search: CrashSearch | None):
+        """Begins a record, or none at all.
+
+        Args:
+            output: path or URL of the shard's output.
+            search: of the task; None where no worker has died.
+        """
+        self._path = None if search is None else _record_path(output)
+
+    def write(self, stage: str, first: int, last: int) -> None:
+        """Records what comes next.
+
+        Args:
+            stage: BATCH or PAIR.
+            first: of the entries.
+            last: of the entries, exclusive.
+        """
+        if self._path is not None:
+            record = {"stage": stage, "first": first, "last": last}
+            files.write_bytes(self._path, json.dumps(record).encode())
+
+    def remove(self) -> None:
+        """Removes the file, at the end of a run."""
+        if self._path is not None:
+            files.remove(self._path)
+
+
+def after_death(task: Any, may_be_blamed: bool) -> Any:
+    """The task to run when the worker of one has died; an `engine.AfterDeath`.
+
+    Args:
+        task: the `ShardTask` that was run.
+        may_be_blamed: whether the worker died of what it did; False where it was killed from
+            outside.
+
+    Returns:
+        A `ShardTask`; None where the search is given up.
+    """
+    path = _record_path(task.output)
+    record = None
+    with contextlib.suppress(OSError, ValueError):
+        record = json.loads(files.read_bytes(path))
+    with contextlib.suppress(OSError):
+        files.remove(path)
+    if task.search is None or not may_be_blamed:
+        return dataclasses.replace(task, search=task.search or CrashSearch())
+    search = task.search.after(record)
+    if search is None:
+        return None
+    for number in set(search.crashed) - set(task.search.crashed):
+        logging.warning("%s: entry %d ends its worker, and is left out", task.source, number)
+    return dataclasses.replace(task, search=search)
+
+
+def _record_path(output: str) -> str:
+    # Named as a temporary file of the output, so that a later run removes what a killed one left.
+    folder, name = os.path.split(output)
+    return files.join(folder, f".{name}.work.0-00000000.tmp")
