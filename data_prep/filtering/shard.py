@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -58,6 +59,9 @@ def filter_shard(
     Raises:
         ValueError: the source is damaged.
     """
+    if task.search is not None:  # workers have died of this shard, and left half-written files
+        folder, name = os.path.split(task.output)
+        shards.remove_temporary_files(folder, [name])
     work = WorkRecord(task.output, task.search)
     process = functools.partial(
         _process,

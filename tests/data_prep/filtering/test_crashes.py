@@ -1,13 +1,9 @@
 """Pairs that end their worker: found, counted and left out; the shard is that without them."""
 
-import functools
-import json
 import os
 import pathlib
 import signal
 import tarfile
-
-import pytest
 
 from data_prep.filter import run_filter
 from data_prep.filtering.steps import registry
@@ -75,15 +71,6 @@ def test_pairs_that_kill_their_worker_are_found_and_the_shard_goes_on(tmp_path, 
     crashed = counts["samples"]["source/crashed"]
     assert sorted(key for _, key, _ in crashed) == ["0-1", "0-6"]
     assert not [p for p in (tmp_path / "b").rglob("*") if p.name.endswith(".tmp")]
-
-
-@pytest.mark.parametrize("retries", [0])
-def test_without_retries_a_death_is_a_failure(tmp_path, monkeypatch, retries):
-    pattern = write_tars(tmp_path / "in", 1, pairs_per_tar=2)
-    monkeypatch.setitem(registry.STEPS, "deadly", DeadlyStep)
-    config = job_config(pattern, tmp_path / "out", num_workers=1, retries=retries)
-    (error,) = run_filter(config).values()
-    assert "died at work (exit code 7)" in error
 
 
 def _record(stage, first, last):

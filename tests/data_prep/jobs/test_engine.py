@@ -16,8 +16,9 @@ import types
 import aiohttp
 import pytest
 
+from data_prep.jobs import engine
 from data_prep.jobs.engine import print_failures, run_pending, run_tasks
-from data_prep.jobs.progress import STORAGE
+from data_prep.jobs.progress import DEATH, KILLED, STORAGE, Outcome
 from diht_jax.data.retries import StorageError
 from tests.waiting import wait_until
 
@@ -175,6 +176,21 @@ if __name__ == "__main__":
     assert outcomes[0] == (None, stopped)
     assert errors.count(f"0: {stopped}; its task will run again") == 1
     assert len(list(tmp_path.glob("stuck-*"))) == 2  # in a worker of its own each time
+
+
+def test_without_retries_no_worker_dies_twice_of_a_task():
+    death = Outcome("task", error="died", cause=DEATH)
+    killed = Outcome("task", error="killed", cause=KILLED)
+    for after_death in (None, lambda task, is_blamed: task):
+        assert engine._Retries(0, after_death).next_attempt(death) is None
+        assert engine._Retries(0, after_death).next_attempt(killed) is None
+    calls = []
+    searched = engine._Retries(1, lambda task, is_blamed: calls.append(is_blamed) or task)
+    # A search ends by itself, the loss of a node does not count for it.
+    assert [searched.next_attempt(o) for o in (death, death, killed, death)] == ["task"] * 4
+    assert calls == [True, True, False, True]
+    plain = engine._Retries(1, None)
+    assert [plain.next_attempt(o) for o in (killed, death)] == ["task", None]
 
 
 def test_a_time_limit_needs_workers():
