@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ml_collections
 
-from data_prep.filtering.steps import captions, image, predicates, text
+from data_prep.filtering.steps import captions, duplicates, image, predicates, text
 from data_prep.filtering.steps.base import Step
 
 STEPS: dict[str, type[Step]] = {
     "metadata": predicates.PredicateStep,
+    "duplicates": duplicates.DuplicateStep,
     "caption": captions.CaptionStep,
     "image": image.ImageStep,
     "text": text.TextStep,

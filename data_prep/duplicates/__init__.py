@@ -1,0 +1,1 @@
+"""Near-duplicates of a data set: exact copies by content, and alike pictures by embeddings."""

@@ -1,0 +1,43 @@
+"""Command: find the duplicates of a data set, before it is filtered.
+
+    python -m data_prep.duplicates --config configs/prep/duplicates.py \\
+        --config.input='/data/raw/*.tar' --config.output=/data/duplicates
+
+Exact copies are found by their bytes, near-duplicates by embeddings: k-means on all devices, then
+cosines within each cluster (SemDeDup, arXiv 2303.09540). Run again it does only what is not done
+yet; with another threshold it goes on from the clusters. The filter drops what the table names with
+--config.duplicates.table=/data/duplicates.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from data_prep.duplicates import config as duplicates_config
+from data_prep.duplicates import job
+from diht_jax import command_line
+from diht_jax.config import validate_config
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/duplicates.py.")
+
+
+def main() -> None:
+    """Runs what the flags ask for."""
+    config = flags.FLAGS.config
+    if config is None:
+        raise ValueError("--config is not set: expected a file such as configs/prep/duplicates.py")
+    validate_config(config, duplicates_config.default_config())
+    duplicates_config.check_config(config)
+    if job.run(config):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main, config_defaults=duplicates_config.default_config)

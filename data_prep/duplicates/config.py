@@ -1,0 +1,82 @@
+"""The config of `python -m data_prep.duplicates`: its keys, and their checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from data_prep.duplicates.near import KEEP
+from data_prep.sources.list import default_source
+
+EMBEDDINGS = ("descriptor", "files", "none")
+# Keys that decide where and how fast, but not what is found.
+_NOT_RECORDED = ("input", "output", "num_workers", "retries", "report_pairs")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key, with its default."""
+    c = ml_collections.ConfigDict()
+    c.input = placeholder(str)  # any source of docs/data.md; None: the keys of the embeddings
+    c.output = placeholder(str)  # folder of the table and the report, on a local disk
+    c.source = default_source()
+
+    c.exact = True  # images of equal bytes are copies
+    c.embeddings = ml_collections.ConfigDict()
+    # "descriptor": colours and shapes at 8 x 8, for copies that were edited; "files": given ones,
+    # see `files`; "none": exact copies only.
+    c.embeddings.kind = "descriptor"
+    c.embeddings.mirrored = True  # of the descriptor: a picture and its mirror image are alike
+    # With an input the --output of diht_jax.embed on the same input. Without one a glob of .npz or
+    # .parquet files with "key" and "image_emb", by whomever.
+    c.embeddings.files = placeholder(str)
+
+    c.threshold = 0.95  # cosine from which two pictures are near-duplicates
+    c.keep = "farthest"  # from its cluster's centre (SemDeDup), or the "largest" or "first" picture
+    c.clusters = ml_collections.ConfigDict()
+    c.clusters.count = placeholder(int)  # None: by rows_per_cluster; 1 compares all with all
+    c.clusters.rows_per_cluster = 5000
+    c.clusters.iterations = 20  # of k-means, at most
+    c.clusters.train_rows_per_cluster = 256  # that k-means looks at, drawn at random
+    c.clusters.chunk_rows = 65_536  # that lie on the devices at a time
+    c.seed = 0
+
+    c.report_pairs = 24  # pairs of pictures on the page
+    c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
+    c.retries = 1
+    return c
+
+
+def check_config(config: ml_collections.ConfigDict) -> None:
+    """Checks what types cannot tell.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+    kind = config.embeddings.kind
+    for name, value, known in (("embeddings.kind", kind, EMBEDDINGS), ("keep", config.keep, KEEP)):
+        if value not in known:
+            raise ValueError(f"config.{name}='{value}'; expected one of {', '.join(known)}")
+    if not -1 <= config.threshold <= 1:
+        raise ValueError(f"config.threshold={config.threshold}; expected a cosine, from -1 to 1")
+    least = {f"clusters.{n}": v for n, v in config.clusters.items() if v is not None}
+    for name, value in (least | {"report_pairs": config.report_pairs + 1}).items():
+        if value < 1:
+            raise ValueError(f"config.{name}={value}; expected at least 1")
+    if (kind == "files") != (config.embeddings.files is not None):
+        raise ValueError("config.embeddings.files goes with config.embeddings.kind='files'")
+    if config.input is None and kind != "files":
+        raise ValueError(
+            "config.input is not set: expected pairs, or config.embeddings.kind='files' with "
+            "config.embeddings.files"
+        )
+    if config.input is None and config.keep == "largest":
+        raise ValueError("config.keep='largest' needs config.input, to know the pictures' sizes")
+    if kind == "none" and not config.exact:
+        raise ValueError("config.embeddings.kind='none' with config.exact=False finds nothing")
+
+
+def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The part of the config that decides what is found, JSON-able."""
+    return {k: v for k, v in config.to_dict().items() if k not in _NOT_RECORDED}

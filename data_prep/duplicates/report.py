@@ -1,0 +1,178 @@
+"""`report.html`: how many duplicates there are, and pairs of pictures to look at."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from data_prep.duplicates.scan import Rows
+from data_prep.duplicates.table import KINDS
+from data_prep.reports.html import data_uri, render_bar, render_page, render_table
+from data_prep.sources.list import read_pairs
+from diht_jax.data.images.decode import ImageError, decode_rgb
+from diht_jax.data.records.schema import Pair
+
+PAGE = "report.html"
+
+_THUMBNAIL = 200  # px of the longer side
+_BINS = 10
+_STYLE = """
+.pair { display: flex; gap: 8px; } .pair figure { margin: 0; flex: 1; min-width: 0; }
+.pair img { max-width: 100%; max-height: 160px; } figcaption { font-size: 12px; }
+"""
+
+
+class Shown(NamedTuple):
+    """A pair of pictures on the page.
+
+    Attributes:
+        kind: one of `table.KINDS`.
+        similarity: their cosine.
+        dropped, alike: their rows.
+    """
+
+    kind: str
+    similarity: float
+    dropped: int
+    alike: int
+
+
+def describe(summary: Mapping[str, Any]) -> str:
+    """The counts, as a sentence."""
+    pairs = summary["pairs"]
+
+    def share(count: int) -> str:
+        return f"{count:,} ({100 * count / max(pairs, 1):.1f}%)"
+
+    text = (
+        f"{pairs:,} pairs: {share(summary['exact'])} exact copies, {share(summary['near'])} "
+        f"near-duplicates, {share(summary['kept'])} kept; {summary['clusters']:,} clusters"
+    )
+    if summary["without_embedding"]:
+        text += f"; {summary['without_embedding']:,} pairs without an embedding are kept"
+    if summary["pairs_of_repeated_keys"]:
+        text += (
+            f"; {summary['pairs_of_repeated_keys']:,} pairs share their key with others: a filter "
+            "by keys keeps them"
+        )
+    return text
+
+
+def choose_pairs(
+    dropped: np.ndarray,
+    alike: np.ndarray,
+    kinds: np.ndarray,
+    cosines: np.ndarray,
+    config: ml_collections.ConfigDict,
+) -> list[Shown]:
+    """Pairs for the page, at random, a quarter of them exact copies at most; the least alike first.
+
+    Args:
+        dropped, alike: int64 [n], rows.
+        kinds: uint8 [n], positions in `KINDS`.
+        cosines: float32 [n].
+        config: how many, and the seed.
+    """
+    generator = np.random.default_rng((config.seed, 2))
+    exact = generator.permutation(np.flatnonzero(kinds == 0))
+    near = generator.permutation(np.flatnonzero(kinds == 1))
+    exact = exact[: max(config.report_pairs // 4, config.report_pairs - len(near))]
+    chosen = np.concatenate([near[: config.report_pairs - len(exact)], exact])
+    shown = [
+        Shown(KINDS[kinds[i]], float(cosines[i]), int(dropped[i]), int(alike[i])) for i in chosen
+    ]
+    return sorted(shown, key=lambda pair: (pair.similarity, pair.dropped))
+
+
+def render(
+    summary: Mapping[str, Any],
+    shown: Sequence[Shown],
+    rows: Rows,
+    cosines: np.ndarray,
+    cluster_of: np.ndarray,
+) -> str:
+    """The page, as text.
+
+    Args:
+        summary: of the job.
+        shown: of `choose_pairs`.
+        rows: all of the input.
+        cosines: float32 [m], of the near-duplicates.
+        cluster_of: int32 [n], cluster of each row, or -1.
+    """
+    parts = [f"<h1>Duplicates</h1><p>{html.escape(describe(summary))}.</p>"]
+    if len(cosines):
+        parts.append(f"<h2>Near-duplicates by cosine</h2>{_histogram(cosines)}")
+    sizes = np.bincount(cluster_of[cluster_of >= 0])
+    if len(sizes):
+        parts.append(
+            f"<p class=note>Rows of a cluster: {sizes.min():,} to {sizes.max():,}, median "
+            f"{int(np.median(sizes)):,}. Of alike pictures the {html.escape(summary['keep'])} one "
+            f"stays; threshold {summary['threshold']}.</p>"
+        )
+    pictures = _read_pictures(shown, rows)
+    cards = "".join(_card(pair, pictures) for pair in shown)
+    parts.append(
+        "<h2>Pairs to look at</h2><p class=note>Left: dropped. Right: the picture that it is most "
+        f'alike.</p><div class="images">{cards}</div>'
+    )
+    return render_page("Duplicates", parts, _STYLE)
+
+
+def _histogram(cosines: np.ndarray) -> str:
+    counts, edges = np.histogram(cosines, _BINS)
+    rows = [
+        [f"{low:.3f} to {high:.3f}", f"{count:,}", render_bar(count / counts.max(), 160)]
+        for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
+    ]
+    return render_table(["cosine", "pairs", ""], rows, bars=1)
+
+
+def _card(pair: Shown, pictures: Mapping[int, tuple[str, str, bytes | None]]) -> str:
+    figures = "".join(_figure(*pictures[row]) for row in (pair.dropped, pair.alike))
+    title = "equal bytes" if pair.kind == "exact" else f"cosine {pair.similarity:.3f}"
+    return f'<div class="card"><p><b>{title}</b></p><div class="pair">{figures}</div></div>'
+
+
+def _figure(key: str, caption: str, picture: bytes | None) -> str:
+    image = (
+        f'<img src="{data_uri(picture, "jpeg")}" alt="{html.escape(key)}">'
+        if picture
+        else "<i>no picture</i>"
+    )
+    words = f"{html.escape(caption)}<br><span class=note>{html.escape(key)}</span>"
+    return f"<figure>{image}<figcaption>{words}</figcaption></figure>"
+
+
+def _read_pictures(shown: Sequence[Shown], rows: Rows) -> dict[int, tuple[str, str, bytes | None]]:
+    """Row -> key, caption and thumbnail; reads the units that they lie in."""
+    wanted = np.unique([row for pair in shown for row in (pair.dropped, pair.alike)])
+    wanted = wanted.astype(np.int64)
+    found = {int(row): (key, "", None) for row, key in zip(wanted, rows.keys(wanted), strict=True)}
+    units = np.searchsorted(rows.starts, wanted, side="right") - 1
+    for unit in np.unique(units):
+        source, start = rows.units[unit].source, rows.starts[unit]
+        if isinstance(source, str):
+            continue  # a file of embeddings
+        own = {int(row - start) for row in wanted[units == unit]}
+        pairs = (entry for entry in read_pairs(source) if isinstance(entry, Pair))
+        for number, pair in zip(range(max(own) + 1), pairs, strict=False):
+            if number in own:
+                found[int(start) + number] = pair.key, pair.caption, _shrink(pair.image)
+    return found
+
+
+def _shrink(data: bytes) -> bytes | None:
+    try:
+        image = decode_rgb(data)
+    except ImageError:
+        return None
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80, optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,136 @@
+"""The table that other programs look keys up in: which pairs are duplicates, and of which.
+
+`dropped.arrow` has a row for each dropped pair, in the order of a hash of its key, so that it is
+searched where it lies: it is mapped into memory, and all workers of a machine share it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diht_jax.data.atomic_file import open_atomically, write_atomically
+
+LOOKUP = "dropped.arrow"
+SUMMARY = "duplicates.json"  # written last: the folder is complete with it
+EXACT, NEAR = "exact", "near"
+KINDS = (EXACT, NEAR)
+
+
+class Found(NamedTuple):
+    """What the table holds of a dropped pair.
+
+    Attributes:
+        kind: one of `KINDS`.
+        similarity: cosine with the other picture; 1 for an exact copy.
+        duplicate_of: key of the pair with that picture.
+    """
+
+    kind: str
+    similarity: float
+    duplicate_of: str
+
+
+def hash_keys(keys: Sequence[str]) -> np.ndarray:
+    """uint64 [n]."""
+    texts = (key.encode("utf-8", "surrogatepass") for key in keys)
+    data = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
+    return np.frombuffer(data, "<u8")
+
+
+def write_lookup(
+    folder: pathlib.Path,
+    hashes: np.ndarray,
+    kinds: np.ndarray,
+    similarities: np.ndarray,
+    duplicate_of: Sequence[str],
+) -> str:
+    """Writes `dropped.arrow`.
+
+    Args:
+        folder: where it goes.
+        hashes: uint64 [n], of `hash_keys`.
+        kinds: uint8 [n], positions in `KINDS`.
+        similarities: float [n].
+        duplicate_of: n keys.
+
+    Returns:
+        A hash of what it holds.
+    """
+    import pyarrow
+
+    order = np.argsort(hashes, kind="stable")
+    columns = {
+        "hash": pyarrow.array(hashes[order]),
+        "kind": pyarrow.array(kinds[order].astype(np.uint8)),
+        "similarity": pyarrow.array(similarities[order].astype(np.float32)),
+        "duplicate_of": pyarrow.array([duplicate_of[i] for i in order], pyarrow.large_string()),
+    }
+    batch = pyarrow.record_batch(columns)
+    with (
+        open_atomically(folder / LOOKUP) as file,
+        pyarrow.ipc.new_file(file, batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
+    digest = hashlib.blake2b(digest_size=16)
+    for column in batch.columns:
+        for buffer in column.buffers():
+            digest.update(buffer or b"")
+    return digest.hexdigest()
+
+
+def write_summary(folder: pathlib.Path, summary: dict[str, Any]) -> None:
+    """Writes `duplicates.json`."""
+    write_atomically(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+
+
+def read_summary(folder: str | pathlib.Path) -> dict[str, Any] | None:
+    """What `write_summary` wrote; None where the folder is not complete."""
+    try:
+        return json.loads((pathlib.Path(folder) / SUMMARY).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+class Lookup:
+    """Finds keys in the table of a folder."""
+
+    def __init__(self, folder: str | pathlib.Path):
+        """Maps the table into memory.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        import pyarrow
+
+        source = pyarrow.memory_map(str(pathlib.Path(folder) / LOOKUP))
+        batch = pyarrow.ipc.open_file(source).get_batch(0)
+        self._hashes = batch.column("hash").to_numpy()
+        self._kinds = batch.column("kind").to_numpy()
+        self._similarities = batch.column("similarity").to_numpy()
+        self._duplicate_of = batch.column("duplicate_of")
+
+    def find(self, keys: Sequence[str]) -> list[Found | None]:
+        """What is known of each key; None for pairs that are no duplicates."""
+        hashes = hash_keys(keys)
+        rows = np.searchsorted(self._hashes, hashes)
+        rows = np.minimum(rows, max(len(self._hashes) - 1, 0))
+        if not len(self._hashes):
+            return [None] * len(keys)
+        is_known = self._hashes[rows] == hashes
+        return [
+            self._row(int(row)) if known else None
+            for row, known in zip(rows, is_known, strict=True)
+        ]
+
+    def _row(self, row: int) -> Found:
+        return Found(
+            KINDS[self._kinds[row]],
+            float(self._similarities[row]),
+            self._duplicate_of[row].as_py(),
+        )

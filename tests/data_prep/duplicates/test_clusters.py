@@ -1,0 +1,101 @@
+"""k-means and near-duplicates against formulas in float64, and on other numbers of devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from data_prep.duplicates import kmeans
+from data_prep.duplicates.near import find_near, rank_rows
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    """1,500 rows around 6 directions."""
+    generator = np.random.default_rng(0)
+    centers = _unit(generator.standard_normal((6, 12)))
+    return _unit(
+        centers[generator.integers(0, 6, 1500)] + 0.2 * generator.standard_normal((1500, 12))
+    )
+
+
+def _lloyd(rows: np.ndarray, centroids: np.ndarray, rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Spherical k-means in float64, as it stands in books."""
+    rows, centroids = rows.astype(np.float64), centroids.astype(np.float64)
+    for _ in range(rounds):
+        nearest = (rows @ centroids.T).argmax(1)
+        for k in range(len(centroids)):
+            if (nearest == k).any():
+                mean = rows[nearest == k].mean(0)
+                centroids[k] = mean / np.linalg.norm(mean)
+    return centroids, (rows @ centroids.T).argmax(1)
+
+
+def test_kmeans_is_that_of_the_books_on_any_number_of_devices(rows):
+    numbers = np.arange(len(rows))
+    first = kmeans.choose_centroids(numbers, 6, rows.__getitem__, seed=3)
+    saved, results = [], []
+    for devices, chunk_rows in ((1, 512), (1, 2048), (8, 4096)):
+        means = kmeans.KMeans(chunk_rows, jax.devices()[:devices])
+        assert means.chunk_rows == max(chunk_rows, 512 * devices)
+        found = kmeans.fit(
+            means, first, numbers, rows.__getitem__, iterations=5,
+            save=lambda centroids, done: saved.append((centroids, done)),
+        )  # fmt: skip
+        parts = list(means.assign(found, numbers, rows.__getitem__))
+        clusters, cosines = (np.concatenate(part) for part in zip(*parts, strict=True))
+        results.append((found.tobytes(), clusters.tobytes(), cosines.tobytes()))
+    assert len(set(results)) == 1  # to the bit
+    centroids, nearest = _lloyd(rows, first, saved[4][1])
+    np.testing.assert_allclose(found, centroids, atol=2e-4)
+    assert (clusters == nearest).mean() > 0.999
+    np.testing.assert_allclose(cosines, (rows @ found.T).max(1), atol=1e-6)
+    # From the second round on, the same as if nothing had stopped it.
+    again = kmeans.fit(means, saved[1][0], numbers, rows.__getitem__, iterations=5, done=2)
+    assert again.tobytes() == found.tobytes()
+
+
+def test_a_centroid_without_rows_stays(rows):
+    first = np.stack([rows[0], -rows[0], rows[1]])
+    rows = np.stack([rows[0], rows[1]])
+    numbers = np.arange(2)
+    means = kmeans.KMeans(512, jax.devices()[:1])
+    found, clusters = means.improve(_unit(first), numbers, rows.__getitem__)
+    assert clusters.tolist() == [0, 2]
+    np.testing.assert_array_equal(found[1], _unit(first)[1])
+    np.testing.assert_allclose(found, _unit(first), atol=1e-4)
+
+
+@pytest.mark.parametrize("keep", ["farthest", "largest", "first"])
+def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
+    generator = np.random.default_rng(1)
+    groups = _unit(generator.standard_normal((40, 16)))
+    rows = _unit(
+        groups[generator.integers(0, 40, 230)] + 0.08 * generator.standard_normal((230, 16))
+    )
+    cosines = rows @ _unit(rows.mean(0, keepdims=True))[0]
+    pixels = generator.integers(1, 5, 230)
+    monkeypatch.setattr("data_prep.duplicates.near._BLOCK", 64)
+    order = rank_rows(keep, cosines, pixels)
+    near = find_near(rows, order, 0.9)
+    # The reference: upper triangle of all cosines in the order of the rule, largest of a column.
+    rule = {"farthest": cosines, "largest": -pixels, "first": np.arange(230)}[keep]
+    expected_order = sorted(range(230), key=lambda i: (rule[i], i))
+    assert order.tolist() == expected_order
+    ranked = rows[expected_order].astype(np.float64)
+    upper = np.triu(ranked @ ranked.T, 1) - np.tri(230)
+    best, partner = upper.max(0), upper.argmax(0)
+    dropped = np.flatnonzero(best >= 0.9)
+    assert 100 < len(dropped) < 200
+    assert near.dropped.tolist() == [expected_order[i] for i in dropped]
+    assert near.alike.tolist() == [expected_order[partner[i]] for i in dropped]
+    np.testing.assert_allclose(near.cosine, best[dropped], atol=1e-6)
+    assert not set(near.root) & set(near.dropped)
+    parent = dict(zip(near.dropped, near.alike, strict=True))
+    for row, root in zip(near.dropped, near.root, strict=True):
+        while row in parent:
+            row = parent[row]
+        assert row == root

@@ -1,0 +1,200 @@
+"""The command on pairs with planted copies, its table, and the filter that reads it."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data_prep.duplicates import config as duplicates_config
+from data_prep.duplicates import job
+from data_prep.duplicates.__main__ import main
+from data_prep.duplicates.table import Lookup
+from data_prep.filter import run_filter
+from data_prep.reports.summary import read_report
+from diht_jax.config import load_recipe
+from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
+
+
+def _encode(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _scene(seed: int) -> Image.Image:
+    """A picture of soft colours that is unlike those of other seeds."""
+    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
+    return Image.fromarray(small).resize((120, 90), Image.Resampling.BICUBIC)
+
+
+def _write_tar(path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, data in members.items():
+            for extension, value in (("png", data), ("txt", f"picture {key}".encode())):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(value)
+                tar.addfile(info, io.BytesIO(value))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Twelve scenes in two tars; copies of some in the other, and a picture that is none."""
+    folder = tmp_path_factory.mktemp("pairs")
+    scenes = {f"s{i:02d}": _encode(_scene(i), "PNG") for i in range(12)}
+    copies = {
+        "again": scenes["s00"],  # equal bytes
+        "jpeg": _encode(_scene(1), "JPEG", quality=60),
+        "small": _encode(_scene(2).resize((60, 45)), "PNG"),
+        "mirror": _encode(_scene(3).transpose(Image.Transpose.FLIP_LEFT_RIGHT), "PNG"),
+        "large": _encode(_scene(4).resize((240, 180)), "PNG"),
+        "again_small": _encode(_scene(2).resize((60, 45)), "PNG"),
+        "broken": b"no picture",
+        "broken_too": b"no picture",
+    }
+    _write_tar(folder / "0.tar", dict(list(scenes.items())[:6]))
+    _write_tar(folder / "1.tar", dict(list(scenes.items())[6:]) | copies)
+    return folder
+
+
+_EXPECTED = {  # with config.keep = "largest": the larger of two stays, the first of equal ones
+    "again": ("exact", "s00"),
+    "jpeg": ("near", "s01"),
+    "small": ("near", "s02"),
+    "again_small": ("exact", "s02"),
+    "mirror": ("near", "s03"),
+    "s04": ("near", "large"),
+}
+
+
+def _config(pairs, output, **changes):
+    config = load_recipe("configs/prep/duplicates.py")
+    config.update({"input": str(pairs / "*.tar"), "output": str(output), "num_workers": 0})
+    config.update({"keep": "largest", "threshold": 0.98})
+    for name, value in changes.items():
+        section, _, key = name.rpartition("__")
+        (config[section] if section else config)[key] = value
+    duplicates_config.check_config(config)
+    return config
+
+
+def _table(output):
+    files = sorted((output / "duplicates").glob("*.parquet"))
+    rows = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
+    return {row.pop("key"): row for row in rows}
+
+
+def _dropped(output):
+    found = {k: (row["kind"], row["kept_key"]) for k, row in _table(output).items()}
+    return {key: value for key, value in found.items() if value[0] != "kept"}
+
+
+@pytest.fixture(scope="module")
+def found(pairs, tmp_path_factory):
+    output = tmp_path_factory.mktemp("found")
+    assert job.run(_config(pairs, output)) == {}
+    return output
+
+
+def test_planted_copies_are_found_and_nothing_else(found):
+    table = _table(found)
+    assert len(table) == 20
+    assert _dropped(found) == _EXPECTED
+    assert table["again_small"]["duplicate_of"] == "small"  # which is itself one of s02
+    assert table["jpeg"]["similarity"] > 0.98 and table["again"]["similarity"] == 1
+    assert (table["s05"]["cluster"], table["broken"]["cluster"]) == (0, None)
+    summary = json.loads((found / "duplicates.json").read_text())
+    assert (summary["pairs"], summary["exact"], summary["near"], summary["kept"]) == (20, 2, 4, 14)
+    assert summary["without_embedding"] == 2
+    lookup = Lookup(found)
+    near, absent = lookup.find(["jpeg", "s01"])
+    assert (near.kind, near.duplicate_of, absent) == ("near", "s01", None)
+    page = (found / "report.html").read_text()
+    assert page.count("<figure>") == 2 * len(_EXPECTED) and "picture mirror" in page
+
+
+def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, capsys, monkeypatch):
+    scanned = {path: path.stat().st_mtime_ns for path in (found / "scan").iterdir()}
+    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is read again
+    assert job.run(_config(pairs, found)) == {}
+    assert "20 pairs: 2 (10.0%) exact copies, 4 (20.0%) near" in capsys.readouterr().out
+    assert job.run(_config(pairs, found, threshold=1.0)) == {}
+    assert {key for key, (kind, _) in _dropped(found).items() if kind == "near"} <= {"mirror"}
+    assert job.run(_config(pairs, found, exact=False)) == {}
+    kinds = {key: row["kind"] for key, row in _table(found).items()}
+    assert (kinds["again"], kinds["again_small"]) == ("near", "near")
+    assert job.run(_config(pairs, found)) == {}
+    assert _dropped(found) == _EXPECTED
+    assert scanned == {path: path.stat().st_mtime_ns for path in (found / "scan").iterdir()}
+    with pytest.raises(ValueError, match="other settings; changed: units"):
+        job.run(_config(pairs, found, input=str(pairs / "0.tar")))
+
+
+def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
+    config = job_config(str(pairs / "*.tar"), tmp_path / "out", duplicates__table=str(found))
+    assert run_filter(config) == {}
+    assert read_dropped(tmp_path / "out")["duplicates"] == {"exact": 2, "near": 4}
+    kept = {record.caption.removeprefix("picture ") for record in read_records(tmp_path / "out")}
+    assert kept == {"large", *(f"s{i:02d}" for i in range(12) if i != 4)}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "near-duplicate of another image" in page and "equal bytes: s00" in page
+    evidence = {s["key"]: s.get("evidence") for s in read_report(tmp_path / "out").samples}
+    assert evidence["s04"].endswith(" with large")
+    with pytest.raises(ValueError, match="no complete output of python -m data_prep.duplicates"):
+        run_filter(job_config(str(pairs / "*.tar"), tmp_path / "b", duplicates__table=str(pairs)))
+
+
+def test_given_embeddings_need_no_pictures(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    emb = generator.standard_normal((40, 8)).astype(np.float32)
+    emb[30:] = emb[:10] + 0.01  # near copies of the first ten
+    keys = np.array([f"k{i}" for i in range(39)] + ["k5"])  # the last key names two pairs
+    np.savez(tmp_path / "a.npz", key=keys[:25], image_emb=emb[:25])
+    table = {"key": keys[25:].tolist(), "image_emb": emb[25:].tolist()}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "b.parquet")
+    changes = {"input": None, "embeddings__kind": "files", "keep": "first"}
+    for count in (1, 3):
+        output = tmp_path / f"out{count}"
+        config = _config(
+            tmp_path, output, embeddings__files=str(tmp_path / "[ab].*"), clusters__count=count,
+            **changes,
+        )  # fmt: skip
+        assert job.run(config) == {}
+        found = Lookup(output).find([f"k{i}" for i in range(40)])
+        assert [i for i, row in enumerate(found) if row] == list(range(30, 39))  # k5 is left alone
+        assert [row.duplicate_of for row in found if row] == [f"k{i}" for i in range(9)]
+    assert "2 pairs share their key with others" in capsys.readouterr().out
+
+
+def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
+    config = _config(
+        pairs, tmp_path / "out", embeddings__kind="files", embeddings__files=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match=r"expected the --output of diht_jax\.embed"):
+        job.run(config)
+    other = [{"path": "elsewhere.tar", "start": 0}]
+    (tmp_path / "embeddings.json").write_text(json.dumps({"source": other}))
+    with pytest.raises(ValueError, match="is of another input than config.input"):
+        job.run(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threshold": 1.5}, "config.threshold=1.5; expected a cosine"),
+        ({"keep": "best"}, "config.keep='best'; expected one of farthest, largest, first"),
+        ({"embeddings__kind": "files"}, "config.embeddings.files goes with"),
+        ({"input": None}, "config.input is not set"),
+        ({"clusters__count": 0}, "config.clusters.count=0; expected at least 1"),
+    ],
+)
+def test_settings_are_checked(pairs, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        _config(pairs, tmp_path, **changes)
+
+
+def test_the_command_is_there():
+    assert callable(main)
