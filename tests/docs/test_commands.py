@@ -20,6 +20,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
+from data_prep.duplicates import config as duplicates_config
 from data_prep.filtering import config as filter_config
 from data_prep.labelling import config as label_config
 from diht_jax.config import validate_config
@@ -76,6 +77,7 @@ RECIPES = {
 CHECKS = {
     "data_prep.filter": filter_config.check_config,
     "data_prep.label": label_config.check_config,
+    "data_prep.duplicates": duplicates_config.check_config,
 }
 
 

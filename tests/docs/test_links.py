@@ -8,6 +8,7 @@ import re
 import ml_collections
 import pytest
 
+from data_prep.duplicates.config import default_config as duplicates_config
 from data_prep.filtering.config import default_config as filter_config
 from data_prep.labelling.config import default_config as label_config
 from diht_jax.config import default_config as train_config
@@ -19,6 +20,7 @@ COMMAND_CONFIGS = {
     "diht_jax.compile": train_config,
     "data_prep.filter": filter_config,
     "data_prep.label": label_config,
+    "data_prep.duplicates": duplicates_config,
 }
 
 # Flags of other programs: pip, pytest, XLA, open_clip, Slurm, gcloud, uv, docker.
