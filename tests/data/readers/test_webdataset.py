@@ -13,6 +13,7 @@ from diht_jax.data.readers.base import SOURCE_REASONS
 from diht_jax.data.readers.registry import (
     open_source,
 )
+from diht_jax.data.readers.webdataset import read_tar
 from diht_jax.data.records.schema import Pair, encode_record
 from tests.data.readers.inputs import (
     JPEG,
@@ -53,6 +54,30 @@ def test_tar_as_img2dataset_writes_it(tmp_path):
     assert pairs[3].metadata == {"captions": ["a", "b"], "similarity": None, "x": None}
     for pair in pairs:
         encode_record(pair)  # whatever a reader gives can be written
+
+
+@pytest.mark.parametrize("with_json", [True, False])
+def test_of_a_tar_that_is_cut_off_all_pairs_before_the_cut_come_first(tmp_path, with_json):
+    members = []
+    for i in range(4):
+        members += [(f"k{i}.png", PNG * (3 * i + 1)), (f"k{i}.txt", b"a caption")]
+        members += [(f"k{i}.json", b'{"width": 4}')] if with_json else []
+    whole = pathlib.Path(write_tar(tmp_path / "whole.tar", members))
+    with tarfile.open(whole) as tar:
+        ends = {m.name: m.offset_data + m.size for m in tar}
+        starts = {m.name: m.offset_data for m in tar}
+    last = "json" if with_json else "txt"
+    path = tmp_path / "cut.tar"
+    marker = -(-ends[f"k3.{last}"] // 512) * 512  # of whose zeros one block is enough
+    for cut in range(600, marker + 512, 56):
+        path.write_bytes(whole.read_bytes()[:cut])
+        found = []
+        with pytest.raises(ValueError, match="cannot be read to its end"):
+            found.extend(read_tar(str(path)))
+        expected = [f"k{i}" for i in range(4) if ends[f"k{i}.{last}"] <= cut]
+        if expected == ["k0"] and cut < starts["k1.png"]:
+            continue  # nothing shows that the first one is whole
+        assert [pair.key for pair in found] == expected, cut
 
 
 def test_tar_counts_what_is_no_pair(tmp_path):

@@ -1,0 +1,65 @@
+"""Storages that fail, and archives that are cut off: what comes of a job."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+from data_prep.filter import run_filter
+from diht_jax.data.readers.registry import open_source
+from tests.data.readers.failing_disk import FailingDisk
+from tests.data_prep.filtering.jobs import (
+    job_config,
+    read_counts,
+    read_records,
+    snapshot,
+    write_tars,
+)
+
+
+def _write_inputs(folder) -> str:
+    """Tars, a table beside pictures, and a parquet file, of the same pairs."""
+    pattern = write_tars(folder, 6, pairs_per_tar=6)
+    pairs = list(open_source(pattern))
+    rows = []
+    for pair in pairs[:12]:
+        (folder / f"{pair.key}.png").write_bytes(pair.image)
+        rows.append({"image": f"{pair.key}.png", "caption": f"a row, {pair.caption}"})
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    columns = [{"key": f"p{p.key}", "png": p.image, "txt": p.caption} for p in pairs[:12]]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(columns), folder / "a.parquet")
+    return f"{pattern},{folder}/rows.jsonl,{folder}/a.parquet"
+
+
+def test_a_disk_that_fails_one_read_in_twenty_changes_no_byte(tmp_path):
+    source = _write_inputs(tmp_path / "in")
+    assert run_filter(job_config(source, tmp_path / "undisturbed")) == {}
+    assert len(read_records(tmp_path / "undisturbed")) == 60
+    disk = FailingDisk(tmp_path / "in", 0, every=20)
+    with disk.mounted():
+        assert run_filter(job_config(source, tmp_path / "disturbed")) == {}
+    assert disk.failed == disk.reads // 20 >= 3
+    assert disk.slept > 0
+    assert snapshot(tmp_path / "disturbed") == snapshot(tmp_path / "undisturbed")
+
+
+def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_asks_for_it(tmp_path):
+    pattern = write_tars(tmp_path / "in", 3, pairs_per_tar=4)
+    cut = tmp_path / "in" / "00001.tar"
+    # A pair takes four blocks of 512 bytes: this is within the caption of the third.
+    cut.write_bytes(cut.read_bytes()[: 2 * 2048 + 1540])
+    failures = run_filter(job_config(pattern, tmp_path / "strict"))
+    assert list(failures) == [str(cut)]
+    assert "cannot be read to its end" in failures[str(cut)]
+
+    config = job_config(pattern, tmp_path / "kept", keep_before_damage=True, keep_parts=True)
+    assert run_filter(config) == {}
+    keys = [record.key for record in read_records(tmp_path / "kept")]
+    assert keys == ["0-0", "0-1", "0-2", "0-3", "1-0", "1-1", "2-0", "2-1", "2-2", "2-3"]
+    assert read_counts(tmp_path / "kept")["read"] == 10
+    stats = [
+        json.loads(path.read_text())["counts"]
+        for path in (tmp_path / "kept" / "parts").glob("*.tfrecord.stats.json")
+    ]
+    (damaged,) = [counts["damaged"] for counts in stats if "damaged" in counts]
+    assert damaged.startswith(f"{cut}: the tar archive cannot be read to its end")
+    assert len(stats) == 3
