@@ -4,6 +4,7 @@ import json
 
 import pyarrow
 import pyarrow.parquet
+
 from data_prep.filter import run_filter
 from diht_jax.data.readers.registry import open_source
 from tests.data.readers.failing_disk import FailingDisk
