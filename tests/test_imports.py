@@ -20,6 +20,7 @@ LAYERS = {
     "diht_jax.data.atomic_file": 0,
     "diht_jax.data.escaping": 0,
     "diht_jax.data.retries": 0,
+    "diht_jax.data.stores": 0,
     "diht_jax.data.records": 0,
     "diht_jax.data.tfrecord": 0,
     "diht_jax.cost_model.flops": 0,

@@ -14,10 +14,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from diht_jax.data import stores
 from diht_jax.data.atomic_file import temporary_path, write_atomically
 from diht_jax.data.records.formats.writer import sync_file
-from diht_jax.data.records.remote import is_remote, open_system
 from diht_jax.data.retries import read_file, retry
+from diht_jax.data.stores import is_remote, open_system
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
@@ -97,11 +98,10 @@ def list_names(folder: str) -> list[str]:
 
 def remove(path: str) -> None:
     """Removes a file, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        if is_remote(path):
-            _call(path, lambda system, name: system.rm_file(name), "removed")
-        else:
-            os.unlink(path)
+    if is_remote(path):
+        stores.remove(path)
+    else:
+        pathlib.Path(path).unlink(missing_ok=True)
 
 
 def make_folder(folder: str) -> None:
@@ -130,7 +130,7 @@ def local_output(path: str) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory(prefix="diht_jax-") as folder:
             local = pathlib.Path(folder) / path.rsplit("/", 1)[1]
             yield local
-            _call(path, lambda system, name: system.put_file(str(local), name), "written")
+            stores.upload(local, path)
         return
     temporary = temporary_path(pathlib.Path(path))
     try:

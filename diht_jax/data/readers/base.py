@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import posixpath
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -25,6 +26,7 @@ from diht_jax.data.records.samples import (
     pick_captions,
 )
 from diht_jax.data.records.schema import Pair, parse_json_object
+from diht_jax.data.stores import is_remote, read_start
 
 __all__ = [
     "FOLDER_EXTENSIONS",
@@ -165,7 +167,6 @@ class Format:
         list_linked_files: of a shard, the files that its own file only names, such as the images
             of a table, as `read_image` takes them: folder, path in it. They may be missing. None
             where there are no such files.
-        reads_remote: files in an object store can be read, by their URL.
     """
 
     read: Callable[[SourceShard], Iterator[Pair | Skipped]]
@@ -179,7 +180,6 @@ class Format:
     count_reads_file: bool = False
     metadata_of: tuple[str, ...] = ()
     list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
-    reads_remote: bool = False
 
     def is_file(self, path: str) -> bool:
         """Whether a path is a file of this format, by its name."""
@@ -207,13 +207,15 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     """The bytes of an image below a folder, or why there are none.
 
     Args:
-        root: the folder, a real path. What leads out of it, by ".." or a link, is refused.
+        root: the folder, a real path or a URL. What leads out of it, by ".." or a link, is refused.
         name: path of the image, relative to `root` or absolute.
         key: of the pair.
 
     Raises:
         StorageError: the file exists and cannot be read, now and after some attempts.
     """
+    if is_remote(root):
+        return _read_stored_image(root, name, key)
     try:
         # Resolved first, so that neither ".." nor a link leads out of the folder.
         path = os.path.realpath(os.path.join(root, name))
@@ -234,6 +236,27 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
         if not retries.is_missing(error):
             raise
         return Skipped(key, "no_image", f"{_shortened(name)}: {error.strerror}")
+
+
+def _read_stored_image(root: str, name: str, key: str) -> bytes | Skipped:
+    """As `read_image`, below a folder in a store."""
+    folder = f"{root.rstrip('/')}/"
+    inner = name.removeprefix(folder)
+    path = posixpath.normpath(inner)
+    if is_remote(inner) or f"{path}/".startswith(("/", "../")):
+        return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
+    try:
+        image = read_start(folder + path, MAX_IMAGE_BYTES + 1)
+    except UnicodeEncodeError as error:
+        return Skipped(key, "refused_path", f"{_shortened(name)} can name no file ({error})")
+    except OSError as error:
+        if not retries.is_missing(error):
+            raise
+        return Skipped(key, "no_image", f"{_shortened(name)}: no such file in the store")
+    if len(image) > MAX_IMAGE_BYTES:
+        detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
+        return Skipped(key, "too_large", detail)
+    return image
 
 
 def image_files(folder: str) -> list[str]:

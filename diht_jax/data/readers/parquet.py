@@ -6,7 +6,9 @@ columns become metadata. Beside tars, img2dataset's parquet files hold metadata 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +26,10 @@ from diht_jax.data.readers.base import (
     pick_captions,
 )
 from diht_jax.data.records.formats.tar_members import ExpansionCheck
+from diht_jax.data.records.remote import file_size
 from diht_jax.data.records.schema import Pair
-from diht_jax.data.retries import check_failure, is_storage_failure, open_file
+from diht_jax.data.retries import check_failure, is_storage_failure
+from diht_jax.data.stores import BLOCK_BYTES, StoreFile, is_remote, open_file
 
 SUFFIX = ".parquet"
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
@@ -34,8 +38,17 @@ CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
 _BUFFER_BYTES = 2**20
 
 
-def open_parquet(path: str) -> Any:
+_FOOTER_BYTES = 2**16  # the end of a file that Arrow reads first
+_BUFFERED_BYTES = 2**16
+
+
+def open_parquet(path: str, row_groups: tuple[int, int] | None = None) -> Any:
     """The `pyarrow.parquet.ParquetFile` at a path; its reads are tried again as of `retries`.
+
+    Args:
+        path: of the file, or its URL.
+        row_groups: the first one and the end of those that will be read; all where None. Of a file
+            in a store no others are fetched.
 
     Raises:
         ValueError: it cannot be read as one.
@@ -44,14 +57,83 @@ def open_parquet(path: str) -> Any:
     import pyarrow
     import pyarrow.parquet
 
-    file = open_file(path)
+    if is_remote(path):
+        file = io.BufferedReader(_ColumnsFile(path), _BUFFERED_BYTES)
+    else:
+        file = open_file(path)
     try:
-        return pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+        opened = pyarrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+        if is_remote(path):
+            file.raw.expect(opened.metadata, row_groups)
+        return opened
     except (pyarrow.ArrowInvalid, OSError) as error:
         check_failure(file)
         if is_storage_failure(error):
             raise
         raise ValueError(f"{path}: cannot be read as parquet ({error})") from error
+
+
+class _ColumnsFile(StoreFile):
+    """A parquet file in a store, of which every block is fetched once.
+
+    Arrow reads the columns of a row group in turns, so that blocks are kept for as long as a column
+    may go on in them: those inside of a single column of a row group until the next one of it is
+    read, all others until the row group after theirs has been reached.
+    """
+
+    def __init__(self, url: str):
+        super().__init__(url)
+        footer = max(0, self.size - _FOOTER_BYTES) if self.size > BLOCK_BYTES else 0
+        self._borders = sorted({0, footer, self.size})
+        self._is_planned = False
+        self._last_wanted = 0
+        self._chunks: list[tuple[int, int, int]] = []  # first byte, end, row group
+
+    def expect(self, metadata: Any, row_groups: tuple[int, int] | None) -> None:
+        """Cuts the bytes of the row groups that will be read into blocks, by the footer."""
+        first, stop = row_groups or (0, metadata.num_row_groups)
+        for number in range(first, stop):
+            group = metadata.row_group(number)
+            for index in range(group.num_columns):
+                column = group.column(index)
+                pages = [column.data_page_offset]
+                if column.has_dictionary_page and column.dictionary_page_offset:
+                    pages.append(column.dictionary_page_offset)
+                begin = min(pages)
+                self._chunks.append((begin, begin + column.total_compressed_size, number))
+        self._chunks.sort()
+        self._is_planned = True
+        if not self._chunks or len(self._borders) == 2:  # a small file is there already
+            return
+        begin, end = self._chunks[0][0], max(end for _, end, _ in self._chunks)
+        footer = self._borders[1]
+        cuts = range(begin, min(end, footer), BLOCK_BYTES)
+        self._borders = sorted({0, *cuts, min(end, footer), *self._borders[1:]})
+        self._last_wanted = min(end, footer)
+
+    def readinto(self, buffer: memoryview) -> int:
+        if not self._is_planned and self._position < self._borders[1] < self.size:
+            bisect.insort(self._borders, self._position)  # where a long footer begins
+        return super().readinto(buffer)
+
+    def _is_wanted(self, number: int) -> bool:
+        return self._borders[number] < self._last_wanted
+
+    def _forget(self, position: int) -> None:
+        current = self._chunk(position)
+        group = self._chunks[current][2] if self._chunks else 0
+        for start in list(self._blocks):
+            end = self._borders[self._borders.index(start) + 1]
+            if start >= self._last_wanted:
+                continue  # the footer
+            first, last = self._chunk(start), self._chunk(end - 1)
+            is_inside = first == last == current and end <= position
+            if is_inside or self._chunks[last][2] + 1 < group:
+                del self._blocks[start]
+
+    def _chunk(self, position: int) -> int:
+        """The number of the column of a row group that a byte belongs to."""
+        return max(0, bisect.bisect_right(self._chunks, (position, self.size, 0)) - 1)
 
 
 @contextlib.contextmanager
@@ -104,7 +186,7 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
     number = 0
-    expansion = ExpansionCheck(source.path, os.path.getsize(source.path))
+    expansion = ExpansionCheck(source.path, file_size(source.path))
     with explain_errors(source.path, lambda: f"damaged at row {number}"):
         for row in read_rows(file):
             key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"

@@ -1,18 +1,16 @@
-"""TFRecord and ArrayRecord shards as a source, ours and img2dataset's.
-
-TFRecord shards may lie in an object store.
-"""
+"""TFRecord and ArrayRecord shards as a source, ours and img2dataset's."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from diht_jax.data.readers.base import Format, SourceShard
-from diht_jax.data.records import remote, schema
+from diht_jax.data.records import schema
 from diht_jax.data.records.formats.array_record import ArrayRecordSource, read_array_records
 from diht_jax.data.records.samples import SampleError, Skipped, has_sample_fields
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import TFRecordSource, is_shard, read_records
+from diht_jax.data.stores import is_remote, local_copy
 
 
 def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
@@ -43,26 +41,22 @@ def read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 def _read_bytes(path: str) -> Iterator[bytes]:
     if is_shard(path, ArrayRecordSource.kind):
-        yield from read_array_records(path)
-        return
-    if not remote.is_remote(path):
+        # Its library reads local files only, and begins at their end.
+        with local_copy(path) as local:
+            yield from read_array_records(local)
+    else:
         yield from read_records(path)
-        return
-    records = TFRecordSource(path)
-    for number in range(len(records)):
-        yield records[number]
 
 
 ARRAY_RECORD = Format(
     suffixes=(".array_record",),
     matches=lambda path: is_shard(path, ArrayRecordSource.kind),
     read=read_shard,
-    count=lambda shard: len(ArrayRecordSource([shard.path])),
+    count=lambda shard: None if is_remote(shard.path) else len(ArrayRecordSource([shard.path])),
 )
 FORMAT = Format(
     suffixes=(".tfrecord",),
     matches=is_shard,  # train.tfrecord-00000-of-00010, too
     read=read_shard,
     count=lambda shard: len(TFRecordSource([shard.path])),
-    reads_remote=True,
 )

@@ -7,8 +7,9 @@ which `read_pairs` reads, in whatever process. What the text of a source may be:
     PATH.jsonl, PATH.csv, PATH.tsv   a table beside a folder of images
     PATH.parquet                     images and captions in columns
     FOLDER                           shards, tars, tables or parquet files in it; else classes
-    PATH.tfrecord, GLOB, URL         our own records, and img2dataset's
+    PATH.tfrecord, GLOB              our own records, and img2dataset's
     PATH.array_record, GLOB          our own records
+    URL of one of these              the same, in an object store; but folders of classes
     tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
 
 Options of one source of several stand behind it: "a.csv?image_column=file&caption_column=title".
@@ -35,6 +36,7 @@ from diht_jax.data.readers import image_folder, parquet, records, tables, tfds, 
 from diht_jax.data.readers.base import Format, Skipped, SourceShard
 from diht_jax.data.records import remote
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.stores import open_system
 
 __all__ = [
     "FORMATS",
@@ -210,9 +212,14 @@ def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
 def _split_options(text: str) -> tuple[str, dict[str, Any]]:
     """Path and options of "PATH?NAME=VALUE&NAME=VALUE"; a "?" may also belong to a glob."""
     match = re.fullmatch(r"(.+?)\?(\w+=[^?&]*(?:&\w+=[^?&]*)*)", text, re.DOTALL)
-    if match is None or remote.is_remote(text) or os.path.exists(text) or glob.glob(text):
+    if match is None:
         return text, {}
     own: dict[str, Any] = dict(part.split("=", 1) for part in match[2].split("&"))
+    if remote.is_remote(text):
+        if own.keys().isdisjoint(option_defaults()):
+            return text, {}
+    elif os.path.exists(text) or glob.glob(text):
+        return text, {}
     try:
         _check_options(own)
         for name, field in option_defaults().items():
@@ -232,6 +239,11 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     if os.path.isdir(text):
         return _list_folder(text, options)
     paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
+    return _list_files(text, paths, options)
+
+
+def _list_files(text: str, paths: Sequence[str], options: dict[str, Any]) -> list[SourceShard]:
+    """The units of the files that a text means; none of them may be of an unknown kind."""
     paths = [path for path in paths if not path.endswith(".idx")]
     if not paths:
         raise ValueError(
@@ -250,14 +262,8 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
 
 def _list_folder(folder: str, options: dict[str, Any]) -> list[SourceShard]:
     files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
-    found = {path: kind for path, kind in _recognise(files).items() if kind}
-    if len(set(found.values())) > 1:
-        raise ValueError(
-            f"folder '{folder}' holds several kinds of source "
-            f"({', '.join(sorted(set(found.values())))}); name the files by a glob"
-        )
-    if found:
-        return [shard for path, kind in found.items() for shard in _list_one(kind, path, options)]
+    if shards := _list_files_in(folder, files, options):
+        return shards
     for kind, form in FORMATS.items():
         if form.is_folder and (shards := _list_one(kind, folder, options)):
             return shards
@@ -266,18 +272,27 @@ def _list_folder(folder: str, options: dict[str, Any]) -> list[SourceShard]:
     )
 
 
-def _list_remote(url: str, options: dict[str, Any]) -> list[SourceShard]:
-    shards = []
-    for name in sorted(remote.list_files(url)):
-        kind = _kind_of(name)
-        if kind and FORMATS[kind].reads_remote:
-            shards += _list_one(kind, name, options)
-    if not shards:
+def _list_files_in(folder: str, files: Sequence[str], options: dict[str, Any]) -> list[SourceShard]:
+    """The units of the files of a folder that a format reads; maybe none."""
+    found = {path: kind for path, kind in _recognise(files).items() if kind}
+    if len(set(found.values())) > 1:
         raise ValueError(
-            f"no TFRecord shards at '{url}'; of an object store only these are read, tars and "
-            "tables must be copied or mounted"
+            f"folder '{folder}' holds several kinds of source "
+            f"({', '.join(sorted(set(found.values())))}); name the files by a glob"
         )
-    return shards
+    return [shard for path, kind in found.items() for shard in _list_one(kind, path, options)]
+
+
+def _list_remote(url: str, options: dict[str, Any]) -> list[SourceShard]:
+    paths = [path for path in sorted(remote.list_files(url)) if _kind_of(path)]
+    if paths:
+        is_glob = remote.is_glob(open_system(url)[1])
+        return (_list_files if is_glob else _list_files_in)(url, paths, options)
+    raise ValueError(
+        f"nothing to read at '{url}'; of an object store tars, tables, parquet files and record "
+        f"shards are read, by names that end in {_known_suffixes()}; folders of images must be "
+        "copied or mounted"
+    )
 
 
 def _recognise(paths: Sequence[str]) -> dict[str, str | None]:

@@ -1,17 +1,23 @@
 """Tables of captions beside a folder of images: jsonl, csv and tsv.
 
-A table is cut into parts of so many rows, so that many workers can share a large one.
+A table is cut into parts of so many rows, so that many workers can share a large one; for that it
+is read once more. One in an object store is a single part, and read once.
 """
 
 from __future__ import annotations
 
 import codecs
+import collections
 import csv
 import dataclasses
+import io
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from typing import Any, BinaryIO
+
+from absl import logging
 
 from diht_jax.data.readers.base import (
     Format,
@@ -23,14 +29,18 @@ from diht_jax.data.readers.base import (
     pick_captions,
     read_image,
 )
+from diht_jax.data.records.remote import file_size
 from diht_jax.data.records.schema import Pair
-from diht_jax.data.retries import open_file
+from diht_jax.data.stores import is_remote, open_file, read_start
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
 
 _MAX_FIELD_CHARS = 2**24
 _MAX_LINE_BYTES = 2**28
 _BLOCK_BYTES = 2**20
+_HEAD_BYTES = 2**18  # of a table in a store, in which its columns are looked for
+_LARGE_TABLE_BYTES = 2**30
+_IMAGES_AHEAD = 16  # requests at a time, where each image is one
 # Texts in UTF-16 and UTF-32 begin so, with zeros among the bytes that follow.
 _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
@@ -43,9 +53,9 @@ class TableOptions:
         image_column: holds the image's path, relative to `image_root`.
         caption_column: holds the caption; in jsonl it may be a list of captions.
         key_column: holds the key; keys are made of table name and row number where it is None.
-        image_root: folder of the images; the table's own folder where it is None. Paths that lead
-            out of it are refused.
-        rows_per_shard: size of the parts.
+        image_root: folder of the images, or its URL; the table's own folder where it is None.
+            Paths that lead out of it are refused.
+        rows_per_shard: size of the parts of a local table.
     """
 
     image_column: str = "image"
@@ -70,9 +80,11 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
     if options.rows_per_shard < 1:
         raise ValueError(f"rows_per_shard={options.rows_per_shard}; expected at least 1")
     root = options.image_root or os.path.dirname(path) or "."
-    if not os.path.isdir(root):
+    if not is_remote(root) and not os.path.isdir(root):
         raise ValueError(f"{path}: there is no image folder '{root}'; set image_root")
     shared = dataclasses.asdict(options) | {"image_root": root}
+    if is_remote(path):
+        return [_whole_table(path, options, shared)]
     header: list[str] | None = None
     boundaries, row_count, position = [], 0, 0
     with open_file(path) as file:
@@ -90,9 +102,42 @@ def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
         raise ValueError(f"{path}: the table has no rows")
     stops = [start for start, _ in boundaries[1:]] + [position]
     return [
-        SourceShard("table", path, start, stop, shared | {"first_row": first_row, "header": header})
+        SourceShard(
+            "table",
+            path,
+            start,
+            stop,
+            shared | {"first_row": first_row, "header": header},
+            reads_linked=not is_remote(root),
+        )
         for (start, first_row), stop in zip(boundaries, stops, strict=True)
     ]
+
+
+def _whole_table(path: str, options: TableOptions, shared: dict[str, Any]) -> SourceShard:
+    """The one part of a table in a store; only the beginning of the table is read for it.
+
+    Images in a store are not compared with those of an earlier run: that would be a request each.
+    """
+    size = file_size(path)
+    start = io.BytesIO(read_start(path, _HEAD_BYTES))
+    _check_encoding(path, start)
+    header, position = None, 0
+    if path.endswith(".jsonl"):
+        _check_jsonl_columns(path, start, options)
+    else:
+        header, position = _read_csv_header(path, start, options)
+    if position >= size:
+        raise ValueError(f"{path}: the table has no rows")
+    if size > _LARGE_TABLE_BYTES:
+        logging.warning(
+            "%s: %d MB in a store are a single unit of work; several smaller tables would let "
+            "several workers read them",
+            path,
+            size // 10**6,
+        )
+    own = shared | {"first_row": 0, "header": header}
+    return SourceShard("table", path, position, size, own, reads_linked=False)
 
 
 def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
@@ -109,14 +154,35 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
     options = TableOptions(
         **{f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
     )
-    root = os.path.realpath(options.image_root)
+    is_stored = is_remote(options.image_root)
+    root = options.image_root if is_stored else os.path.realpath(options.image_root)
     stem = clean_text(pathlib.Path(shard.path).stem)
-    for number, row in enumerate(_read_rows(shard, header), start=first_row):
+
+    def make(numbered: tuple[int, dict[str, Any] | str]) -> Pair | Skipped:
+        number, row = numbered
         default_key = f"{stem}-{number:08d}"
         if isinstance(row, str):
-            yield Skipped(default_key, "bad_row", row)
-        else:
-            yield _make_pair(row, options, root, default_key)
+            return Skipped(default_key, "bad_row", row)
+        return _make_pair(row, options, root, default_key)
+
+    rows = enumerate(_read_rows(shard, header), start=first_row)
+    yield from _map_ahead(make, rows) if is_stored else map(make, rows)
+
+
+def _map_ahead(make: Callable[[Any], Any], rows: Iterable[Any]) -> Iterator[Any]:
+    """The results in order, of which some are made at the same time."""
+    waiting: collections.deque[futures.Future[Any]] = collections.deque()
+    with futures.ThreadPoolExecutor(_IMAGES_AHEAD) as pool:
+        try:
+            for row in rows:
+                waiting.append(pool.submit(make, row))
+                if len(waiting) == _IMAGES_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _make_pair(

@@ -11,6 +11,7 @@ from diht_jax.data.readers.base import IMAGE_EXTENSIONS, Format, Skipped
 from diht_jax.data.records.formats import tar_samples
 from diht_jax.data.records.formats.tar_members import read_members
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.stores import is_remote
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
@@ -49,7 +50,7 @@ def read_groups(
 
 
 def count_images(path: str) -> int | None:
-    """Image members of a plain tar, by their headers; None where these cannot be read."""
+    """Image members of a plain local tar, by their headers; None where these cannot be read."""
     suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     try:
         # No contents are wanted, of whatever size.
@@ -62,6 +63,10 @@ def count_images(path: str) -> int | None:
 FORMAT = Format(
     suffixes=TAR_SUFFIXES,
     read=lambda shard: read_tar(shard.path),
-    count=lambda shard: count_images(shard.path) if shard.path.endswith(".tar") else None,
+    count=lambda shard: (
+        count_images(shard.path)
+        if shard.path.endswith(".tar") and not is_remote(shard.path)
+        else None
+    ),
     count_reads_file=True,
 )

@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 
 from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.retries import open_file
+from diht_jax.data.stores import open_file
 
 INDEX_SUFFIX = ".idx"
 

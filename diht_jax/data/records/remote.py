@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import functools
 import os
 import pathlib
 import shutil
@@ -25,6 +24,7 @@ from diht_jax.data.records.format import (
     walk_offsets,
 )
 from diht_jax.data.retries import retry
+from diht_jax.data.stores import is_remote, open_system, read_range
 
 # Read at once where a shard has no index and must be walked through.
 _SCAN_BLOCK_BYTES = 2**22
@@ -32,11 +32,6 @@ _DOWNLOAD_BYTES = 2**25  # of one request
 _DOWNLOAD_THREADS = 8
 # What object stores call the version of a file, the most telling name first.
 _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
-
-
-def is_remote(path: str) -> bool:
-    """Whether a path is a URL such as `gs://bucket/train-00000.tfrecord`."""
-    return "://" in path
 
 
 def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
@@ -65,15 +60,20 @@ def list_files(pattern: str) -> list[str]:
 def list_sizes(pattern: str) -> dict[str, int | None]:
     """As `list_files`, with the bytes of each file where the store states them; one listing."""
     system, path = open_system(pattern)
-    infos: list[dict[str, Any]] = []
-    if is_glob(path):
-        infos = list(system.glob(path, detail=True).values())
-    elif os.path.splitext(path)[1] and system.isfile(path):
-        infos = [system.info(path)]  # some stores list a file by listing its whole folder
-    else:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            infos = system.ls(path, detail=True)
-    return {system.unstrip_protocol(info["name"]): info.get("size") for info in infos}
+
+    def look() -> list[dict[str, Any]]:
+        if is_glob(path):
+            return list(system.glob(path, detail=True).values())
+        if os.path.splitext(path)[1] and system.isfile(path):
+            return [system.info(path)]  # some stores list a file by listing its whole folder
+        return system.ls(path, detail=True)
+
+    try:
+        infos = retry(look, pattern)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    files = [info for info in infos if info["type"] != "directory"]
+    return {system.unstrip_protocol(info["name"]): info.get("size") for info in files}
 
 
 def is_glob(path: str) -> bool:
@@ -99,18 +99,7 @@ def read_bytes(path: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     system, name = open_system(path)
-    return system.cat_file(name)
-
-
-def read_range(url: str, start: int, end: int) -> bytes:
-    """The bytes [start, end) of a file in a store, fewer at its end; one request.
-
-    Raises:
-        FileNotFoundError: there is none.
-        StorageError: it cannot be read, now and after some attempts.
-    """
-    system, path = open_system(url)
-    return retry(lambda: system.cat_file(path, start=start, end=max(start, end)), url)
+    return retry(lambda: system.cat_file(name), path)
 
 
 def copy_once(
@@ -237,7 +226,7 @@ def file_size(path: str) -> int:
     if not is_remote(path):
         return os.path.getsize(path)
     system, name = open_system(path)
-    return int(system.size(name))
+    return int(retry(lambda: system.size(name), path))
 
 
 def file_version(url: str) -> tuple[int, str | None]:
@@ -247,36 +236,5 @@ def file_version(url: str) -> tuple[int, str | None]:
         FileNotFoundError: there is none.
     """
     system, name = open_system(url)
-    info = system.info(name)
+    info = retry(lambda: system.info(name), url)
     return int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
-
-
-def open_system(url: str, *, use_listings_cache: bool = True) -> tuple[Any, str]:
-    """The fsspec file system that a URL belongs to, and its path there.
-
-    Args:
-        url: of a file or folder.
-        use_listings_cache: whether what an earlier listing has shown is believed; False for
-            folders that other processes write to.
-
-    Raises:
-        ValueError: nothing installed knows such URLs.
-    """
-    system = _file_system(url.split("://", 1)[0], use_listings_cache)
-    return system, system._strip_protocol(url)
-
-
-@functools.cache
-def _file_system(protocol: str, use_listings_cache: bool) -> Any:
-    # Not at the top: whoever trains on local files needs none of it.
-    import fsspec
-
-    # Without the option it is the one file system that everybody else in this process uses.
-    options = {} if use_listings_cache else {"use_listings_cache": False}
-    try:
-        return fsspec.filesystem(protocol, **options)
-    except (ImportError, ValueError) as error:
-        raise ValueError(
-            f"{protocol}:// cannot be read: {error}. gs:// needs `pip install gcsfs`, s3:// needs "
-            "`pip install s3fs`"
-        ) from error

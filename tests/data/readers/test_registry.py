@@ -1,6 +1,7 @@
 """Readers of pairs: the right one for every source, and a counted reason for what is no pair."""
 
 import os
+import re
 
 import fsspec
 import pyarrow
@@ -135,7 +136,6 @@ def test_own_records_in_an_object_store(tmp_path):
             writer.write(encode_record(Pair(f"k{i}", PNG, f"caption {i}")))
     system, url = fsspec.filesystem("memory"), "memory://test_readers"
     system.pipe_file("/test_readers/a.tfrecord", (tmp_path / "a.tfrecord").read_bytes())
-    system.pipe_file("/test_readers/b.tar", b"")
     source = open_source(url)
     assert [pair.key for pair in source] == ["k0", "k1", "k2"]
     (shard,) = source.shards
@@ -143,8 +143,14 @@ def test_own_records_in_an_object_store(tmp_path):
     identity = shard.identity()
     assert identity["path"] == "memory:///test_readers/a.tfrecord"
     assert identity["size_bytes"] == (tmp_path / "a.tfrecord").stat().st_size
-    with pytest.raises(ValueError, match="no TFRecord shards at 'memory://test_readers/b.tar'"):
-        open_source(f"{url}/b.tar")
+    system.pipe_file("/test_readers/b.tar", b"")
+    system.pipe_file("/test_readers/notes.txt", b"")
+    with pytest.raises(ValueError, match="holds several kinds of source"):
+        open_source(url)
+    assert [s.kind for s in list_shards(f"{url}/*")] == ["tfrecord", "webdataset"]
+    for missing in ("nothing", "notes.txt", "*.csv"):
+        with pytest.raises(ValueError, match=rf"nothing to read at '{url}/{re.escape(missing)}'; "):
+            open_source(f"{url}/{missing}")
 
 
 def test_foreign_record_names_file_and_record(tmp_path):

@@ -13,6 +13,7 @@ from diht_jax.data.records.catalog import Paths, Share
 from diht_jax.data.records.formats.array_record import ArrayRecordSource, ArrayRecordWriter
 from diht_jax.data.records.formats.tar_records import TarRecordSource
 from diht_jax.data.records.formats.tar_writer import TarWriter
+from diht_jax.data.records.formats.writer import StoreWriter
 from diht_jax.data.records.sharded import ShardedRecords
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 
@@ -76,11 +77,13 @@ def is_shard(path: str) -> bool:
 
 
 def open_writer(path: str | os.PathLike[str]) -> Any:
-    """A writer of one shard, such as `TFRecordWriter`, by the name of the shard."""
+    """A writer of one shard, such as `TFRecordWriter`, by the name of the shard or its URL."""
     name = name_format(os.fspath(path))
     if name is None:
         suffixes = ", ".join(form.suffix for form in FORMATS.values())
         raise ValueError(f"{path}: not the name of a shard; expected one that ends in {suffixes}")
+    if remote.is_remote(os.fspath(path)):
+        return StoreWriter(os.fspath(path), FORMATS[name].writer)
     return FORMATS[name].writer(path)
 
 

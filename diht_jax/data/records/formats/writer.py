@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import pathlib
-from typing import Protocol
+import tempfile
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from diht_jax.data.atomic_file import temporary_path
+from diht_jax.data.records.format import INDEX_SUFFIX, index_path
+from diht_jax.data.stores import remove, upload
 
 
 class RecordWriter(Protocol):
     """What writes one shard of any format, as a context manager.
 
     Attributes:
-        path: of the shard.
+        path: of the shard, or its URL.
     """
 
-    path: pathlib.Path
+    path: pathlib.Path | str
 
     def write(self, data: bytes) -> None:
         """Appends one record, as `schema.encode_record` gives it."""
@@ -101,6 +105,67 @@ class ShardWriter:
     def _replace(self) -> None:
         """Gives the complete file its name."""
         os.replace(self._temporary, self.path)
+
+
+class StoreWriter:
+    """Writes one shard to a store; use it as `ShardWriter`.
+
+    The shard and its index are made in the system's temporary folder, and uploaded at `close`.
+    """
+
+    def __init__(self, url: str, writer: Callable[[str], Any]):
+        """Opens the temporary file.
+
+        Args:
+            url: of the shard.
+            writer: of a local shard of its format.
+        """
+        self.path = url
+        self._folder = tempfile.TemporaryDirectory(prefix="diht_jax-")
+        self._local = os.path.join(self._folder.name, url.rsplit("/", 1)[1])
+        self._writer = writer(self._local)
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+        self._writer.write(data)
+
+    def __len__(self) -> int:
+        """Records written so far."""
+        return len(self._writer)
+
+    def close(self) -> None:
+        """Uploads; a second call does nothing.
+
+        Raises:
+            StorageError: the store does not take it, now and after some attempts.
+        """
+        try:
+            self._writer.close()
+            if not os.path.exists(self._local):
+                return
+            index = index_path(self._local)
+            if index.exists():
+                # An old index must not stand beside the new shard, not even for a moment.
+                remove(self.path + INDEX_SUFFIX)
+            upload(self._local, self.path)
+            if index.exists():
+                upload(index, self.path + INDEX_SUFFIX)
+        finally:
+            self._folder.cleanup()
+
+    def discard(self) -> None:
+        """Throws away what was written; nothing is uploaded."""
+        self._writer.discard()
+        self._folder.cleanup()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, error_type: object, *_: object) -> None:
+        if error_type is None:
+            self.close()
+        else:
+            self.discard()
 
 
 def sync_file(path: pathlib.Path) -> None:

@@ -1,7 +1,9 @@
 """Which format the shards of a path have."""
 
+import fsspec
 import pytest
 
+from diht_jax.data.records import schema
 from diht_jax.data.records.formats.registry import (
     FORMATS,
     check_format,
@@ -9,6 +11,7 @@ from diht_jax.data.records.formats.registry import (
     format_of,
     is_shard,
     name_format,
+    open_writer,
 )
 
 
@@ -56,3 +59,26 @@ def test_names_of_a_config():
         check_format(name)
     with pytest.raises(ValueError, match="config.output_format='tar'; expected one of tfrecord, a"):
         check_format("tar")
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_a_shard_in_a_store_is_the_local_one_and_appears_whole(form, tmp_path):
+    name = f"a{form.suffix}"
+    records = [
+        schema.encode_record(schema.Pair(f"k{n}", b"\xff\xd8" + bytes(n), "c")) for n in range(9)
+    ]
+    system, url = fsspec.filesystem("memory"), f"memory://writers/{name}"
+    for path in (str(tmp_path / name), url):
+        with open_writer(path) as writer:
+            for record in records:
+                writer.write(record)
+            assert len(writer) == len(records)
+    local = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {i["name"].rsplit("/")[-1]: system.cat(i["name"]) for i in system.ls("writers")} == local
+    with pytest.raises(RuntimeError), open_writer(url) as writer:
+        writer.write(records[0])
+        raise RuntimeError
+    assert system.cat_file(url) == local[name]
+    writer.close()
+    assert system.cat_file(url) == local[name]
+    system.rm("writers", recursive=True)
