@@ -3,11 +3,15 @@
     python -m data_prep.filter --config configs/prep/cat.py \\
         --config.input='/data/raw/*.tar' --config.output=/data/kept
     python -m data_prep.filter --explain "a black cat is chasing a small brown bird"
+    python -m data_prep.filter --config configs/prep/cat.py --config.min_complexity=2 \\
+        --replay=/data/kept
 
 Run again, it does only what is not done yet. `--engine=ray` runs it on a Ray cluster. For a job
 array add `--task_index=I --num_tasks=N`: every job takes its share of the shards, and whichever
 sees all of them done writes the output shards and the report. What was made with another config or
-from another input is made again with `--overwrite` only.
+from another input is made again with `--overwrite` only. `--replay` reads the decisions of a
+finished folder and no input, and decides anew by the limits of the config; without a config by its
+own.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from ml_collections import config_flags
 
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
-from data_prep.filtering import metadata
+from data_prep.filtering import metadata, replay
 from data_prep.filtering.steps.captions import caption_limits
 from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
@@ -32,6 +36,8 @@ def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/cat.py.")
     flags.DEFINE_string("explain", None, "Print graph and decision for this caption.")
+    flags.DEFINE_string("replay", None, "Finished folder: decide anew by the config, print funnel.")
+    flags.DEFINE_string("lists", None, "Of --replay: folder for lists of kept and dropped keys.")
     flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
     flags.DEFINE_bool("overwrite", False, "Make again what has changed.")
     command_line.define_job_array_flags()
@@ -45,6 +51,11 @@ def main() -> None:
     filter_config.check_config(config)
     if given.explain is not None:
         print(escape_lines(explain(given.explain, config)))
+        return
+    if given.lists is not None and given.replay is None:
+        raise ValueError(f"--lists='{given.lists}': expected with --replay=FOLDER only")
+    if given.replay is not None:
+        replay.run(given.replay, None if given.config is None else config, given.lists)
         return
     if given.config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/cat.py")

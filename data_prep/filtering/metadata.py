@@ -24,8 +24,8 @@ import ml_collections
 from absl import logging
 
 from data_prep.filtering import config as filter_config
+from data_prep.filtering import decisions, kept, stale_outputs
 from data_prep.filtering import job as filter_job
-from data_prep.filtering import kept, stale_outputs
 from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
@@ -86,7 +86,10 @@ def run(
     logging.info("%d tables, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:
         filter_job.forget_output(folder)
-        shards.remove_temporary_files(folder, [os.path.basename(task.output) for task in pending])
+        names = [os.path.basename(task.output) for task in pending]
+        for where in (folder, os.path.join(folder, decisions.FOLDER)):
+            os.makedirs(where, exist_ok=True)
+            shards.remove_temporary_files(where, names)
     function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
     failures = run_pending(
         function, pending, label="filter", **filter_job.engine_options(config, engine)

@@ -87,7 +87,7 @@ def _describe(
     text += "; ".join(reasons[:_SHOWN])
     if len(reasons) > _SHOWN:
         text += f"; and {len(reasons) - _SHOWN} more"
-    differences = list(_compare(_read_settings(folder), json.loads(json.dumps(settings))))
+    differences = list(compare_settings(_read_settings(folder), json.loads(json.dumps(settings))))
     if differences:
         text += f". In the config: {', '.join(differences[:_SHOWN])}"
     return f"{text}. Choose another output, or make them again with --overwrite"
@@ -100,13 +100,15 @@ def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
         return {}
 
 
-def _compare(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def compare_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
     """What differs, as "image.min_side 1 -> 2"."""
     if not before:
         return
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _compare(old, new, f"{prefix}{name}.")
+            yield from compare_settings(old, new, f"{prefix}{name}.")
         elif old != new:
             yield f"{prefix}{name} {old} -> {new}"

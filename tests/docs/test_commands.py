@@ -31,16 +31,23 @@ from tests.docs.commands import OWN, Command, commands_of, find_commands, parse_
 from tests.docs.pages import REPOSITORY
 
 # In their order: page, how the command begins, and what is put behind it or replaced in it.
+_NO_SPOTTER = "--config.text_spotting=False"
 RUN = (
     ("docs/data.md", "python -m data_prep.synthetic", "--num_pairs=32 --num_retrieval=16"),
     ("docs/data.md", "python -m data_prep.filter --config configs/prep/convert.py", ""),
     ("README.md", "python -m data_prep.filter --config configs/prep/convert.py", ""),
     (
         "docs/filter.md",
-        "python -m data_prep.filter --config configs/prep/cat.py",
-        "--config.text_spotting=False",
+        "python -m data_prep.filter --config configs/prep/cat.py --config.input='runs/web",
+        _NO_SPOTTER,
     ),
     ("docs/filter.md", "python -m data_prep.filter --explain", ""),
+    (
+        "docs/filter.md",
+        "python -m data_prep.filter --config configs/prep/cat.py --config.min",
+        _NO_SPOTTER,
+    ),
+    ("docs/filter.md", "python -m data_prep.filter --replay", ""),
     ("docs/filter.md", "python -m data_prep.reports", ""),
     ("docs/training.md", "python -m diht_jax.train --config configs/demo.py:debug=True", ""),
     ("docs/evaluation.md", "python -m diht_jax.evaluate --model runs/try", "--num_resamples=0"),
@@ -252,8 +259,8 @@ def test_commands_run(tmp_path):
             re.sub("=.*", f"={new}", text) if new else text
             for text, new in zip(command.arguments, arguments, strict=True)
         ]
-        explains = "--explain" in arguments
-        extra = "" if explains else SMALLER.get(command.module, "")
+        has_config = "--config" in arguments or command.module != "data_prep.filter"
+        extra = "" if not has_config else SMALLER.get(command.module, "")
         argv.append((command.module, [*arguments, *behind.split(), *extra.split()]))
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
@@ -268,6 +275,7 @@ def test_commands_run(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     written = (
         *("runs/web/val_retrieval.tar", "runs/kept/report.html", "runs/both/report.html"),
+        "runs/lists/dropped.tsv",
         *("runs/emoji_records/stats.json", "runs/try/metrics.jsonl", "runs/try.scenes.png"),
         *("runs/exported/open_clip_config.json", "runs/search.png", "filtered.compared.png"),
     )

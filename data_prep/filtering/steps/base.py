@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import ml_collections
+import numpy as np
 
 from data_prep.captions.graph import CaptionGraph
+from data_prep.filtering.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.schema import Pair
@@ -138,6 +140,37 @@ class Step:
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
         """At most so many candidates at a time, where the step takes long; None for all."""
         return None
+
+    @classmethod
+    def settings(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        """The step's keys of a config that decide."""
+        own = ml_collections.ConfigDict()
+        cls.add_defaults(own)
+        found = {name: value for name, value in config.to_dict().items() if name in own}
+        if cls.section is not None:
+            section = found[cls.section].items()
+            found[cls.section] = {k: v for k, v in section if k not in cls.not_hashed}
+        return found
+
+    @classmethod
+    def replay(
+        cls,
+        recorded: Recorded,
+        before: ml_collections.ConfigDict,
+        now: ml_collections.ConfigDict,
+    ) -> np.ndarray:
+        """Decides anew about pairs by what was recorded of them; a step with limits overrides it.
+
+        Args:
+            recorded: of n pairs.
+            before: the config by which they were filtered; the step was active.
+            now: another one; the step is active.
+
+        Returns:
+            int64 [n], see `recorded`. Never a guess: what the columns do not decide is `NOT_KNOWN`.
+        """
+        is_same = cls.settings(before) == cls.settings(now)
+        return np.full(len(recorded), AS_RECORDED if is_same else NOT_KNOWN)
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         """Loads what the step needs.

@@ -11,12 +11,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from data_prep.captions import versions
 from data_prep.captions.cache import CaptionMemo
-from data_prep.captions.graph import cat_reason
+from data_prep.captions.graph import GATE_REASONS, cat_reason
 from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
+from data_prep.filtering.steps.recorded import NOT_KNOWN, PASSES, Recorded
 from diht_jax.data.readers.base import SourceShard
+
+_MOST_RECORDED = 255  # a larger complexity is recorded as this one
 
 
 class CaptionStep(Step):
@@ -57,6 +61,38 @@ class CaptionStep(Step):
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
         return versions.package_versions()
+
+    @classmethod
+    def replay(
+        cls,
+        recorded: Recorded,
+        before: ml_collections.ConfigDict,
+        now: ml_collections.ConfigDict,
+    ) -> np.ndarray:
+        first, has_action = recorded.numbers("complexity"), recorded.numbers("actions") > 0
+        is_gate = {
+            reason: recorded.is_text("gate", reason)
+            | (recorded.is_text("outcome", cls.name) & recorded.is_text("reason", reason))
+            for reason in GATE_REASONS
+        }
+        is_parsed = np.logical_or.reduce([~np.isnan(first), *is_gate.values()])
+        if not _drops(now):
+            return np.where(is_parsed, PASSES, NOT_KNOWN)
+        limits = caption_limits(now)
+        least = limits["min_complexity"]
+        several = recorded.numbers("captions") > 1
+        if limits["require_action"]:
+            best = np.where(has_action, first, np.nan)
+            best = np.where(several, recorded.numbers("best_active_complexity"), best)
+        else:
+            best = np.where(several, recorded.numbers("best_complexity"), first)
+        number = {reason: i for i, reason in enumerate(cls.reasons, 1)}
+        found = np.where(first < least, number["complexity"], number["no_action"])
+        for reason, holds in is_gate.items():
+            found[holds] = number[reason]
+        found[best >= least] = PASSES
+        found[~is_parsed | ((best == _MOST_RECORDED) & (least > best))] = NOT_KNOWN
+        return found
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
+from data_prep.filtering.steps.recorded import AS_RECORDED, NOT_KNOWN, PASSES, Recorded
 from diht_jax.data.images import decode
 
 
@@ -52,6 +54,34 @@ class ImageStep(Step):
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
         return {"pillow": importlib.metadata.version("pillow")}
+
+    @classmethod
+    def replay(
+        cls,
+        recorded: Recorded,
+        before: ml_collections.ConfigDict,
+        now: ml_collections.ConfigDict,
+    ) -> np.ndarray:
+        old, new = before.image, now.image
+        width, height = recorded.numbers("width"), recorded.numbers("height")
+        longer, is_sized = np.fmax(width, height), ~np.isnan(width)
+        dropped = recorded.is_text("outcome", cls.name)
+        too_large = dropped & recorded.is_text("reason", "too_large")
+        unreadable = dropped & recorded.is_text("reason", "unreadable")
+        number = {reason: i for i, reason in enumerate(cls.reasons, 1)}
+        found = np.full(len(recorded), AS_RECORDED)
+        if new.max_pixels > old.max_pixels:
+            found[too_large] = NOT_KNOWN
+        is_read = is_sized & ~unreadable
+        found[is_read] = PASSES
+        found[is_read & (np.fmin(width, height) < new.min_side)] = number["too_small"]
+        if new.max_side != old.max_side:
+            # Only an image that is to be shrunk is decoded at its full size.
+            shrinks = is_sized & (longer > (new.max_side or np.inf))
+            was_shrunk = recorded.is_text("outcome", "kept") & (longer > (old.max_side or np.inf))
+            found[(shrinks & ~was_shrunk & (found == PASSES)) | (unreadable & is_sized)] = NOT_KNOWN
+        found[is_sized & (width * height > new.max_pixels)] = number["too_large"]
+        return found
 
     def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
         limits = self.config.image

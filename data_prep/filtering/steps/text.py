@@ -10,11 +10,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from data_prep.filtering.steps.base import Candidate, Drop, Step
+from data_prep.filtering.steps.captions import CaptionStep, caption_limits
 from data_prep.filtering.steps.image import ImageStep
+from data_prep.filtering.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
 from data_prep.text_spotting import config as spotter_config
-from data_prep.text_spotting.match import caption_matches
+from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.weights import easyocr_version
 from diht_jax.data.readers.base import SourceShard
 
@@ -54,6 +57,41 @@ class TextStep(Step):
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
         return config.spotter.batch_size
 
+    @classmethod
+    def replay(
+        cls,
+        recorded: Recorded,
+        before: ml_collections.ConfigDict,
+        now: ml_collections.ConfigDict,
+    ) -> np.ndarray:
+        old, new = (cls.settings(config)["spotter"] for config in (before, now))
+        differing = [name for name in new if new[name] != old[name]]
+        found = np.full(len(recorded), AS_RECORDED)
+        dropped = recorded.is_text("outcome", cls.name)
+        several = recorded.numbers("captions") > 1
+        if set(differing) - {"min_chars", "min_confidence"}:
+            found[:] = NOT_KNOWN
+        # By stricter limits of a match only pairs that were dropped may pass, by laxer ones only
+        # pairs that passed may be dropped.
+        if "min_chars" in differing:
+            if new["min_chars"] < old["min_chars"]:
+                found[~dropped] = NOT_KNOWN
+            found[dropped & (recorded.numbers("match_chars") < new["min_chars"])] = NOT_KNOWN
+        if "min_confidence" in differing:
+            if new["min_confidence"] < old["min_confidence"]:
+                found[~dropped] = NOT_KNOWN
+            confidence = recorded.numbers("match_confidence")
+            is_sure = (confidence >= np.float32(new["min_confidence"])) & ~several
+            found[dropped & ~is_sure] = NOT_KNOWN
+        # Of several captions others may come here now than those that were looked for.
+        fewer, more = _compare_captions(before, now)
+        if more:
+            found[several & dropped] = NOT_KNOWN
+        if fewer:
+            unmatched = recorded.numbers("matches") == 0
+            found[several & ~dropped & ~(unmatched & (not more))] = NOT_KNOWN
+        return found
+
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
         self._spotter = spotter_config.open_spotter(config.spotter, config.image.max_pixels, source)
@@ -88,8 +126,10 @@ class TextStep(Step):
     def _longest_run(self, text: str, caption: str) -> int:
         """The greatest `min_chars` with which the text still repeats the caption."""
         chars, misread = self.config.spotter.min_chars, self.config.spotter.misread_min_chars
-        while chars < len(text) and caption_matches(
-            [text], caption, chars + 1, misread_min_chars=misread
+        while (
+            chars < len(text)
+            and can_match(caption, chars + 1)
+            and caption_matches([text], caption, chars + 1, misread_min_chars=misread)
         ):
             chars += 1
         return chars
@@ -97,3 +137,21 @@ class TextStep(Step):
     def record(self, log: Any) -> None:
         log.funnel.text_spotting.update(self._counts)
         log.spotter = self._machine
+
+
+def _compare_captions(
+    before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+) -> tuple[bool, bool]:
+    """Whether fewer, and whether more of several captions may pass the caption step now."""
+    if CaptionStep.settings(before) == CaptionStep.settings(now):
+        return False, False
+    old, new = (
+        (limits["min_complexity"], limits["require_action"])
+        if CaptionStep.is_active(config) and (config.complexity or config.action)
+        else (-1, False)  # not even a gate drops any
+        for config, limits in ((config, caption_limits(config)) for config in (before, now))
+    )
+    return (
+        any(b > a for a, b in zip(old, new, strict=True)),
+        any(b < a for a, b in zip(old, new, strict=True)),
+    )

@@ -1,0 +1,307 @@
+"""A replay decides as the filter itself would, or reports that it is not known."""
+
+import collections
+import io
+import json
+import tarfile
+
+import duckdb
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from data_prep.filtering import decisions, replay
+from data_prep.filtering.score_quantiles import score_quantiles
+from data_prep.filtering.steps import recorded, text
+from data_prep.text_spotting.spotter import Spot, Verdict
+from diht_jax.data.images.decode import decode_rgb
+from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records
+from tests.docs.pages import REPOSITORY, python_blocks
+
+# Captions of a pair; those of which several are, have the first one in the text file.
+_CAPTIONS = [
+    ["a black cat is chasing a small brown bird"],
+    ["a dog runs"],
+    ["a red car"],
+    ["sunset"],
+    ["IMG_1234.jpg"],
+    [""],
+    ["blue sky over the green hills"],
+    ["sunset", "a dog runs", "a black cat is chasing a small brown bird"],
+    ["http://a.b/c", "a small brown bird is singing a sad old song"],
+    ["a red car", "a dog runs"],
+    ["a woman in a long red dress is holding a very large black umbrella"],
+]
+_SIZES = [(40, 20), (8, 60), (64, 64), (30, 200)]
+
+
+_STRICT = {"min_complexity": 2, "image__min_side": 25}
+_WITHOUT_C_AND_A = {"complexity": False, "action": False}
+_SMALL = {"image__max_pixels": 2000}
+_UNSURE = {"spotter__min_confidence": 0.6}
+
+
+def _text_of(image: bytes) -> str:
+    """What a spotter of this test reads: a text that the red of the picture stands for."""
+    red = decode_rgb(image).getpixel((0, 0))[0]
+    return ["", "dog runs", "black cat is ch", "umbrella"][red // 60 % 4]
+
+
+class _Spotter:
+    """Spots the text of `_text_of` with a confidence of 0.5, and matches as the real one."""
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def judge(self, images, captions):
+        verdicts = []
+        for image, several in zip(images, captions, strict=True):
+            found = _text_of(image)
+            sure = self.settings.min_confidence <= 0.5
+            matches = [
+                found if found and sure and text.caption_matches([found], one, chars) else None
+                for one, chars in ((one, self.settings.min_chars) for one in several)
+            ]
+            spots = (Spot((0.0, 1.0, 0.0, 1.0), found, 0.5),) if found else ()
+            verdicts.append(Verdict(tuple(matches), "read", spots=spots))
+        return verdicts
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """An input of 132 pairs in three tars, and a function that filters it."""
+    folder = tmp_path_factory.mktemp("replay")
+    (folder / "in").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        with tarfile.open(folder / "in" / f"{number}.tar", "w") as tar:
+            for i in range(44):
+                captions = _CAPTIONS[rng.integers(len(_CAPTIONS))]
+                data = io.BytesIO()
+                color = (int(rng.integers(4)) * 60 + 10, 0, 0)
+                Image.new("RGB", _SIZES[rng.integers(4)], color).save(data, "PNG")
+                broken = data.getvalue()[:-20] if rng.random() < 0.1 else data.getvalue()
+                uid = f"{rng.integers(2**62):032x}"
+                metadata = {"captions": captions, "uid": uid} if len(captions) > 1 else {"uid": uid}
+                for extension, content in (
+                    ("png", broken),
+                    ("txt", captions[0].encode()),
+                    ("json", json.dumps(metadata).encode()),
+                ):
+                    info = tarfile.TarInfo(f"{number}-{i:02d}.{extension}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    made: dict = {}
+
+    def config(name="unused", **changes):
+        settings = {"text_spotting": True, "batch_size": 16} | changes
+        return job_config(str(folder / "in" / "*.tar"), folder / name, "cat", **settings)
+
+    def filtered(**changes):
+        key = json.dumps(changes, sort_keys=True)
+        if key not in made:
+            made[key] = folder / f"out{len(made)}"
+            assert run_filter(config(made[key].name, **changes)) == {}
+        return made[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text.spotter_config, "open_spotter", lambda settings, *_: _Spotter(settings))
+        patch.setattr(
+            text.spotter_config,
+            "describe_machine",
+            lambda _: {"precision": "float32", "device": "cpu"},
+        )
+        yield filtered, config, folder
+
+
+def _decide_all(found: replay.Replay) -> list[tuple[str, str | None]]:
+    return [
+        found.outcome(int(code))
+        for path in found.paths
+        for rows in decisions.read_decisions(path)
+        for code in found.decide(rows)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "not_known"),
+    [
+        ({}, {}, 0),
+        # Of some pairs one caption is shown in the picture, and another is not good enough now.
+        ({}, _STRICT, 4),
+        (_STRICT, {}, 42),
+        (_STRICT, _WITHOUT_C_AND_A, 96),
+        (_WITHOUT_C_AND_A, _STRICT, 4),
+        (_WITHOUT_C_AND_A, {}, 10),
+        ({}, _SMALL, 0),
+        (_SMALL, {}, 36),
+        ({}, {"spotter__min_chars": 8}, 10),
+        ({"spotter__min_chars": 8}, {}, 61),
+        ({}, {"spotter__min_confidence": 0.4}, 2),
+        (_UNSURE, {}, 65),
+        ({}, _UNSURE, 14),
+        (_UNSURE, {"text_spotting": False}, 0),
+        ({}, {"spotter__gate_size": 100}, 65),
+    ],
+)
+def test_a_replay_decides_as_the_filter_does(work, before, now, not_known):
+    filtered, config, _ = work
+    replayed = _decide_all(replay.Replay(str(filtered(**before)), config(**now)))
+    if now.get("spotter__gate_size") or now.get("text_spotting") is False:
+        now = {} if before == {} else _UNSURE  # this spotter has no first look, and was not sure
+    truth = [(stage, reason) for _, stage, reason in read_outcomes(filtered(**now))]
+    assert len(replayed) == len(truth) == 132
+    for mine, theirs in zip(replayed, truth, strict=True):
+        # What cannot be decoded was not measured, and may be too large too.
+        if mine != ("image", "unreadable") or theirs != ("image", "too_large"):
+            assert mine == theirs or mine[0] == "not known"
+    assert sum(stage == "not known" for stage, _ in replayed) == not_known
+
+
+def test_the_lists_are_those_of_the_filter(work, capsys):
+    filtered, config, folder = work
+    finished, other = filtered(), filtered(**_SMALL)
+    result = replay.run(str(finished), config(**_SMALL), str(folder / "lists"))
+    printed = capsys.readouterr().out
+    assert "settings: image.max_pixels 67108864 -> 2000\n" in printed
+    assert "not known" not in printed
+    truth = json.loads((other / "stats.json").read_text())["counts"]
+    assert result.funnel.kept == truth["kept"] and result.funnel.read == 132
+    assert {stage: found.total() for stage, found in result.funnel.dropped.items()} == {
+        stage: sum(found.values()) for stage, found in truth["dropped"].items()
+    }
+    for name in ("kept_keys.txt", "kept_uids.npy"):
+        assert (folder / "lists" / name).read_bytes() == (other / name).read_bytes()
+    lines = (folder / "lists" / "dropped.tsv").read_text().splitlines()
+    assert [line.rpartition("/")[0] for line in lines] == [
+        f"{key}\t{stage}" for key, stage, reason in read_outcomes(other) if reason
+    ]
+    assert (folder / "lists" / "not_known.txt").read_text() == ""
+    # Without a config the lists are those of the folder.
+    replay.run(str(finished), None, str(folder / "lists"))
+    assert (folder / "lists" / "kept_uids.npy").read_bytes() == (
+        finished / "kept_uids.npy"
+    ).read_bytes()
+    assert "settings: those of the folder" in capsys.readouterr().out
+
+
+def test_laxer_limits_name_the_pairs_that_would_have_to_be_filtered(work, capsys):
+    filtered, config, folder = work
+    finished = filtered(**_STRICT)
+    result = replay.run(str(finished), config(), str(folder / "lax"))
+    keys = (folder / "lax" / "not_known.txt").read_text().split()
+    assert f"not known: {len(keys)} pairs would have to be filtered" in capsys.readouterr().out
+    assert result.not_known.total() == len(keys)
+    truth = {key: stage for key, stage, _ in read_outcomes(filtered())}
+    was = {key: reason for key, _, reason in read_outcomes(finished)}
+    assert {was[key] for key in keys} <= {"complexity", "too_small", "shows_caption", None}
+    kept = (folder / "lax" / "kept_keys.txt").read_text().split()
+    assert set(kept) <= {key for key, stage in truth.items() if stage == "kept"}
+    assert set(kept) | set(keys) >= {key for key, stage in truth.items() if stage == "kept"}
+
+
+def test_folders_that_cannot_be_replayed(work, tmp_path):
+    filtered, config, _ = work
+    with pytest.raises(ValueError, match=r"--replay='.*': no finished folder"):
+        replay.Replay(str(tmp_path))
+    finished = filtered()
+    for path in (finished / "stats.json", *(finished / "parts").glob("*.decisions.parquet")):
+        target = tmp_path / path.relative_to(finished)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    paths = sorted((tmp_path / "parts").glob("*.decisions.parquet"))
+    paths[1].unlink()
+    with pytest.raises(ValueError, match=r"2 files of decisions hold 88 pairs, .* has read 132"):
+        replay.Replay(str(tmp_path)).run()
+    paths[0].write_bytes(paths[0].read_bytes()[:-9])
+    with pytest.raises(ValueError, match="no whole file of decisions"):
+        replay.Replay(str(tmp_path)).run()
+    paths[0].unlink()
+    paths[2].unlink()
+    with pytest.raises(ValueError, match="no decisions; .* --overwrite"):
+        replay.Replay(str(tmp_path))
+
+
+def test_the_columns_hold_what_was_measured(work):
+    filtered, _, _ = work
+    paths = sorted((filtered() / "parts").glob("*.decisions.parquet"))
+    rows = pyarrow.concat_tables([pyarrow.parquet.read_table(p) for p in paths]).to_pylist()
+    assert [row["key"] for row in rows] == [f"{n}-{i:02d}" for n in range(3) for i in range(44)]
+    for row in rows:
+        is_parsed = row["complexity"] is not None
+        assert (row["actions"] is not None) == is_parsed
+        assert row["outcome"] == "source" or len(row["uid"]) == 16
+        if row["outcome"] == "kept":
+            assert row["format"] == "PNG" and row["matches"] is not None
+            assert (row["width"], row["height"]) in _SIZES
+        if row["outcome"] == "caption":
+            assert row["width"] is None and row["matches"] is None
+        if row["outcome"] == "text":
+            assert row["match_confidence"] == 0.5
+    # Of the second text "black" alone stands in the caption of the umbrella.
+    assert {(r["match"], r["match_chars"]) for r in rows if r["outcome"] == "text"} == {
+        ("dog runs", 7), ("black cat is ch", 12), ("black cat is ch", 5)
+    }  # fmt: skip
+    names = ("gate", "complexity", "best_complexity", "best_active_complexity")
+    found = {row["captions"]: set() for row in rows}
+    for row in rows:
+        found[row["captions"]].add(tuple(row[name] for name in names))
+    assert {row[2:] for row in found[1]} == {(None, None)}
+    assert found[2] == {("url", None, 3, 3), (None, 1, 1, 1)}
+    assert found[3] == {(None, 0, 3, 3)}
+
+
+def test_rows_are_written_in_the_order_of_the_input(tmp_path):
+    log = decisions.DecisionLog(["clip"])
+    for row in (2, 0, 3, 1):
+        log.add(row, {"key": f"k{row}", "outcome": "kept", "clip": row / 7})
+    log.write(str(tmp_path / "a"))
+    again = decisions.DecisionLog(["clip"])
+    for row in range(4):
+        again.add(None, {"key": f"k{row}", "outcome": "kept", "clip": row / 7})
+    again.write(str(tmp_path / "b"))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    (rows,) = decisions.read_decisions(str(tmp_path / "a"))
+    np.testing.assert_array_equal(
+        recorded.Recorded(rows).numbers("clip"), np.float32(np.arange(4) / 7)
+    )
+    with pytest.raises(ValueError, match="score 'width'"):
+        decisions.DecisionLog(["width"])
+
+
+def test_quantiles_of_scores_are_exact(tmp_path):
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0.3, 0.1, 900), rng.normal(-5, 3, 90), [0.0, -0.0, 0.25]])
+    values = np.float32(values)
+    paths = []
+    for number, some in enumerate(np.array_split(values, 3)):
+        log = decisions.DecisionLog(["clip", "none"])
+        for value in some:
+            log.add(None, {"key": "k", "outcome": "kept", "clip": float(value)})
+            log.add(None, {"key": "k", "outcome": "caption", "reason": "url"})
+        paths.append(str(tmp_path / str(number)))
+        log.write(paths[-1])
+    shares = (0.0, 0.01, 0.5, 0.507, 0.99, 1.0)
+    found = score_quantiles(paths, "clip", shares)
+    assert found == np.quantile(values, shares, method="inverted_cdf").tolist()
+    assert score_quantiles(paths, "none", shares) is None
+
+
+def test_the_queries_of_the_page_run(work, tmp_path, monkeypatch, capfd):
+    filtered, config, folder = work
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "kept").symlink_to(filtered())
+    replay.run(str(filtered()), None, str(tmp_path / "runs" / "lists"))
+    capfd.readouterr()
+    monkeypatch.chdir(tmp_path)
+    (block,) = (b for b in python_blocks(REPOSITORY / "docs/filter.md") if "import duckdb" in b)
+    exec(block, {})
+    counts = collections.Counter((stage, reason) for _, stage, reason in read_outcomes(filtered()))
+    answers = duckdb.sql("SELECT outcome, reason, count(*) FROM decisions GROUP BY ALL").fetchall()
+    assert {(stage, reason): pairs for stage, reason, pairs in answers} == counts
+    kept = duckdb.sql("SELECT lower(hex(uid)) FROM decisions WHERE outcome = 'kept'").fetchall()
+    records = read_records(filtered())
+    assert [uid for (uid,) in kept] == [record.metadata["uid"] for record in records]
+    assert "with_action" in capfd.readouterr().out
