@@ -91,6 +91,8 @@ def _process(
     search: CrashSearch,
     work: WorkRecord,
 ) -> dict[str, Any]:
+    if search.unexplained:  # it may have been a dropped picture that the report would show
+        config = ml_collections.ConfigDict(config.to_dict() | {"report_samples": 0})
     log = ShardLog(config)
     log.download = img2dataset.read_download_stats(source)
     with log.clock("loading"):

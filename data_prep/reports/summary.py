@@ -25,6 +25,7 @@ REPORT = "report.json"
 SECONDS_SUFFIX = ".seconds.json"
 
 _VERSION = 2
+_MAX_DAMAGED = 100
 
 
 @dataclasses.dataclass
@@ -43,6 +44,8 @@ class FilterReport:
         samples: of `samples.choose_samples`.
         samples_per_outcome: at most so many of them.
         clean_label: the value of good pairs, where the config names a `label_field`.
+        num_damaged: archives of which only the pairs before the damage are here.
+        damaged: what is wrong with the first of them.
     """
 
     jobs: list[dict[str, Any]]
@@ -55,6 +58,8 @@ class FilterReport:
     samples_per_outcome: int = 0
     clean_label: str = "clean"
     versions: dict[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+    num_damaged: int = 0
+    damaged: list[str] = dataclasses.field(default_factory=list)
 
     def add_shard(self, stats: Mapping[str, Any], output: str) -> None:
         """Adds what lies beside one filtered part, but for its samples.
@@ -72,6 +77,7 @@ class FilterReport:
             self.spotters[name_machine(counts["spotter"])] += 1
         for name, version in counts.get("versions", {}).items():
             self.versions.setdefault(name, collections.Counter())[version] += 1
+        self._add_damaged([counts["damaged"]] if "damaged" in counts else [])
         path = pathlib.Path(output + SECONDS_SUFFIX)
         if path.exists():
             self.add_seconds(json.loads(path.read_bytes()))
@@ -94,9 +100,14 @@ class FilterReport:
         for name, found in other.versions.items():
             self.versions.setdefault(name, collections.Counter()).update(found)
         self.seconds.update(other.seconds)
+        self._add_damaged(other.damaged, other.num_damaged)
         self.samples = choose_samples(
             [*self.samples, *other.samples], max(self.samples_per_outcome, 1)
         )
+
+    def _add_damaged(self, texts: Sequence[str], count: int | None = None) -> None:
+        self.num_damaged += len(texts) if count is None else count
+        self.damaged = [*self.damaged, *texts][:_MAX_DAMAGED]
 
     def to_json(self) -> dict[str, Any]:
         """All of it, with the funnel as rows of counts and shares for people."""
@@ -114,6 +125,8 @@ class FilterReport:
             "spotters": dict(sorted(self.spotters.items())),
             "versions": self.versions_json(),
             "warnings": self.warnings(),
+            "num_damaged": self.num_damaged,
+            "damaged": self.damaged,
             "seconds": {k: round(v, 4) for k, v in sorted(self.seconds.items())},
             "samples": self.samples,
             "samples_per_outcome": self.samples_per_outcome,
@@ -135,6 +148,8 @@ class FilterReport:
             data["samples_per_outcome"],
             data["clean_label"],
             {k: collections.Counter(found) for k, found in data.get("versions", {}).items()},
+            data.get("num_damaged", 0),
+            list(data.get("damaged", ())),
         )
 
     def versions_json(self) -> dict[str, dict[str, int]]:
@@ -143,13 +158,18 @@ class FilterReport:
 
     def warnings(self) -> list[str]:
         """What a person should know before the pairs are used."""
-        mixed = [
+        found = [
             f"shards were made with unlike versions of {name}: "
-            + ", ".join(f"{version} ({count:,} shards)" for version, count in found.items())
-            for name, found in self.versions_json().items()
-            if len(found) > 1
+            + ", ".join(f"{version} ({count:,} shards)" for version, count in of_version.items())
+            for name, of_version in self.versions_json().items()
+            if len(of_version) > 1
         ]
-        return [*filter(None, [warn_of_machines(self.spotters)]), *mixed]
+        if self.damaged:
+            found.append(
+                f"{self.num_damaged:,} archives are damaged, and only the pairs before the damage "
+                f"are here, such as those of {self.damaged[0]}"
+            )
+        return [*filter(None, [warn_of_machines(self.spotters)]), *found]
 
     def share(self, pairs: int) -> float:
         """Of all pairs that came in."""

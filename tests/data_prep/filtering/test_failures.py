@@ -1,12 +1,19 @@
 """Storages that fail, and archives that are cut off: what comes of a job."""
 
+import dataclasses
+import functools
 import json
 
 import pyarrow
 import pyarrow.parquet
+import pytest
 
 from data_prep.filter import run_filter
-from diht_jax.data.readers.registry import open_source
+from data_prep.filtering.shard import filter_shard
+from data_prep.jobs.crash_search import CrashSearch
+from data_prep.jobs.shards import ShardTask
+from data_prep.reports.summary import read_report
+from diht_jax.data.readers.registry import SourceShard, open_source
 from tests.data.readers.failing_disk import FailingDisk
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -64,3 +71,27 @@ def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_ask
     (damaged,) = [counts["damaged"] for counts in stats if "damaged" in counts]
     assert damaged.startswith(f"{cut}: the tar archive cannot be read to its end")
     assert len(stats) == 3
+    report = read_report(tmp_path / "kept")
+    assert report.damaged == [damaged]
+    (warning,) = [text for text in report.warnings() if "damaged" in text]
+    assert damaged in warning
+
+
+def test_a_crash_that_no_pair_explains_is_tried_without_the_pictures_of_the_report(
+    tmp_path, monkeypatch
+):
+    """They are of dropped pairs, too, which nobody else decodes."""
+    pattern = write_tars(tmp_path / "in", 1, pairs_per_tar=3)
+    config = job_config(pattern, tmp_path / "out")
+
+    def decode(data, max_pixels):
+        raise RuntimeError("the decoder has crashed")
+
+    monkeypatch.setattr("data_prep.reports.samples.decode_rgb", decode)
+    source = SourceShard("webdataset", pattern.replace("*", "00000"))
+    task = ShardTask(source, str(tmp_path / "part.tfrecord"), "hash")
+    work = functools.partial(filter_shard, report=abs, config=config, steps=[])
+    with pytest.raises(RuntimeError, match="the decoder has crashed"):
+        work(task)
+    stats = work(dataclasses.replace(task, search=CrashSearch(unexplained=1)))
+    assert stats["counts"]["kept"] == 3
