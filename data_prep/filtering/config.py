@@ -14,6 +14,7 @@ from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import check_integers
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.fingerprint import check_identity
 from data_prep.sources.list import default_source
 from diht_jax.data.records.formats.registry import check_format
 
@@ -35,6 +36,7 @@ _NOT_HASHED = (
     "output_format",
     "keep_parts",
     "clean_label",
+    "input_identity",
 )
 # Folders that were filtered before the rules had versions were hashed with digests of the rules'
 # source code. These two mean version 1, and version 1 goes on to be hashed as them, so that such
@@ -51,6 +53,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.input = placeholder(str)  # any source of docs/data.md; several are separated by commas
     c.output = placeholder(str)  # folder of the shards
     c.source = default_source()
+    c.input_identity = "time"  # what counts as the same input, or "hash", "size"; docs/filter.md
     c.dataset_name = "pairs"  # with the split it makes the names of the shards
     c.split = "train"
 
@@ -98,6 +101,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.shard_timeout_secs={config.shard_timeout_secs}; expected more than 0"
         )
     check_format(config.output_format)
+    check_identity(config.input_identity)
     if config.metadata_only and config.output_format != "tfrecord":
         raise ValueError(
             f"config.output_format='{config.output_format}' with config.metadata_only: rows of a "

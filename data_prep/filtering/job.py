@@ -19,7 +19,7 @@ import contextlib
 import functools
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -30,9 +30,10 @@ from data_prep.filtering import kept, resharding, stale_outputs
 from data_prep.filtering import shard as filter_shard_module
 from data_prep.filtering.decisions import decisions_path
 from data_prep.filtering.steps import registry
-from data_prep.jobs import files, shards
+from data_prep.jobs import files, manifest, shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import RaySettings, print_failures, run_pending
+from data_prep.jobs.manifest import Input
 from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import REPORT, FilterReport, gather_report, read_report
@@ -60,27 +61,33 @@ def run(
     overwrite: bool = False,
 ) -> dict[str, str]:
     """Does what is not done yet; arguments and errors as of `data_prep.filter.run_filter`."""
-    inputs = source_list.list_sources(config.input, config.source)
-    folder = source_list.check_output(config.output, inputs)
-    tasks = _plan_parts(config, inputs, folder, overwrite)
+    inputs = source_list.list_inputs(config.input, config.source)
+    folder = source_list.check_output(config.output, [found.shard for found in inputs])
+    tasks = _plan_parts(config, inputs, folder)
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)
-    failures = _filter_parts(config, tasks, mine, folder, engine)
-    parts = load_parts(tasks)
-    if len(parts) == len(tasks) and not failures:
+    done = _settle_changes(config, tasks, mine, folder, overwrite)
+    failures = _filter_parts(config, mine, done, folder, engine)
+    parts = load_parts(tasks, done)
+    if len(parts) < len(tasks) or failures:
+        _report_incomplete(config, parts, len(tasks), shows_funnel=num_tasks == 1)
+        return print_failures(failures)
+    planned = plan_output(config, parts, folder)
+    missing = _records_missing(parts, planned, folder)
+    if missing:
+        failures = _filter_again(config, missing, mine, folder, engine)
+        parts = load_parts(tasks)
         planned = plan_output(config, parts, folder)
-        if _records_missing(parts, planned, folder):
-            return failures | _report_incomplete(len(parts), len(tasks), config, parts)
-        if not _is_complete(config, tasks, planned, folder):
-            failures = _write_output(config, parts, planned, folder, engine)
-            if failures and _is_complete(config, tasks, planned, folder):
-                failures = {}  # another job of the array was faster, and has cleaned up
-        if not failures:
-            _show(folder, len(planned))
-            if not config.keep_parts:
-                for task, _ in parts:
-                    resharding.remove_records(task)
-    else:
-        _report_incomplete(len(parts), len(tasks), config, parts)
+        if failures or _records_missing(parts, planned, folder):
+            _report_incomplete(config, parts, len(tasks), shows_funnel=num_tasks == 1)
+            return print_failures(failures)
+    if not _is_complete(config, tasks, planned, folder):
+        failures = _write_output(config, parts, planned, folder, engine)
+        if failures and _is_complete(config, tasks, planned, folder):
+            failures = {}  # another job of the array was faster, and has cleaned up
+    if not failures:
+        _show(folder, len(planned))
+        if not config.keep_parts:
+            resharding.remove_records(os.path.join(folder, resharding.PARTS), tasks)
     return print_failures(failures)
 
 
@@ -99,17 +106,31 @@ def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, 
     }
 
 
-def load_parts(tasks: Sequence[shards.ShardTask]) -> list[Part]:
+def load_parts(
+    tasks: Sequence[shards.ShardTask], known: Mapping[str, dict[str, Any]] | None = None
+) -> list[Part]:
     """The tasks that were done, by this config on this input, with their statistics.
 
-    Without the counts, so that the memory does not grow with them.
+    Without the counts, so that the memory does not grow with them. Where some tasks are not done,
+    by the names in the folder, none of the others' statistics is read.
+
+    Args:
+        tasks: of one folder, in order.
+        known: output -> such statistics that were read before, and need not be read again.
     """
-    parts = []
-    for task in tasks:
-        stats = shards.read_stats(task)
-        if stats is not None and shards.explain_change(task, stats) is None:
-            parts.append((task, {name: stats[name] for name in _KEPT_STATS}))
-    return parts
+    known = known or {}
+    present = set(files.list_names(os.path.dirname(tasks[0].output))) if tasks else set()
+    there = [task for task in tasks if os.path.basename(task.stats_path) in present]
+    if len(there) < len(tasks):
+        return [(task, known.get(task.output, {})) for task in there]
+    unread = [task for task in there if task.output not in known]
+    read = {
+        task.output: shards.without_counts(stats)
+        for task, stats, change in shards.check_all(unread)
+        if stats is not None and change is None
+    }
+    found = {**known, **read}
+    return [(task, found[task.output]) for task in tasks if task.output in found]
 
 
 def merge_parts(config: ml_collections.ConfigDict, parts: Sequence[Part]) -> FilterReport:
@@ -120,7 +141,7 @@ def merge_parts(config: ml_collections.ConfigDict, parts: Sequence[Part]) -> Fil
             "input": config.input,
             "output": config.output,
             "settings": filter_config.record_settings(config),
-            "config_hash": parts[0][1]["config_hash"] if parts else None,
+            "config_hash": parts[0][0].config_hash if parts else None,
         },
         samples_per_outcome=config.samples_per_outcome,
         report_samples=config.report_samples,
@@ -160,62 +181,80 @@ def plan_output(
 
 
 def _plan_parts(
-    config: ml_collections.ConfigDict, inputs: Sequence[Any], folder: str, overwrite: bool
+    config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str
 ) -> list[shards.ShardTask]:
-    """The tasks; what they must not replace is an error, unless it is to be overwritten."""
-    os.makedirs(folder, exist_ok=True)
+    """The part of every input; makes the folders.
+
+    Raises:
+        ValueError: the folder holds shards of others.
+    """
+    files.make_folder(folder)
     foreign = resharding.find_foreign(folder, config.output_format)
     if foreign:
         raise ValueError(
             f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
             f"'{foreign[0]}'; choose an empty folder, or delete them"
         )
-    settings = filter_config.describe_settings(config)
-    parts_folder = os.path.join(folder, resharding.PARTS)
-    if overwrite and os.path.isdir(parts_folder):
-        _remove_surplus(parts_folder, len(inputs))
-    tasks = shards.plan_tasks(
+    return manifest.plan_parts(
         inputs,
-        parts_folder,
+        files.join(folder, resharding.PARTS),
         dataset=config.dataset_name,
         split=config.split,
-        config_hash=filter_config.hash_settings(settings),
+        config_hash=filter_config.hash_config(config),
+        identity=config.input_identity,
     )
-    versions = filter_config.package_versions(config)
-    if stale_outputs.reject_or_remove_stale(
-        tasks, parts_folder, settings, versions, overwrite=overwrite
-    ):
+
+
+def _settle_changes(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[shards.ShardTask],
+    mine: Sequence[shards.ShardTask],
+    folder: str,
+    overwrite: bool,
+) -> dict[str, dict[str, Any]]:
+    """The statistics of this job's parts that are done, without counts.
+
+    Raises:
+        ValueError: something has changed, and it is not to be overwritten.
+    """
+    finished = stale_outputs.reject_or_remove_stale(
+        mine,
+        [os.path.basename(task.output) for task in tasks],
+        files.join(folder, resharding.PARTS),
+        filter_config.describe_settings(config),
+        filter_config.package_versions(config),
+        overwrite=overwrite,
+    )
+    if finished.removed:
         forget_output(folder)
     if not overwrite:
-        _check_layout(config, tasks, folder)
-    return tasks
+        _check_layout(config, tasks, finished.stats, folder)
+    return finished.stats
 
 
 def forget_output(folder: str) -> None:
     """Removes what describes the whole output, before a part of it changes."""
     for name in MERGED_FILES:
-        (pathlib.Path(folder) / name).unlink(missing_ok=True)
-
-
-def _remove_surplus(parts_folder: str, count: int) -> None:
-    """Removes parts of an input that had more shards."""
-    names = sorted(p.name for p in pathlib.Path(parts_folder).glob("*.tfrecord.stats.json"))
-    for name in names[count:]:
-        resharding.remove_output(os.path.join(parts_folder, name.removesuffix(shards.STATS_SUFFIX)))
+        files.remove(files.join(folder, name))
 
 
 def _check_layout(
-    config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask], folder: str
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[shards.ShardTask],
+    done: Collection[str],
+    folder: str,
 ) -> None:
     """Refuses to read again, unasked, what a complete job has read and then cleaned away."""
-    path = pathlib.Path(folder) / shards.MERGED_STATS
-    merged = shards.read_json(path) if path.exists() else None
-    if merged is None:
+    try:
+        merged = shards.read_json(files.join(folder, shards.MERGED_STATS))
+    except FileNotFoundError:
         return
     before, now = _layout(merged), {"inputs": len(tasks)} | _layout(config)
-    cleaned = [t for t, stats in load_parts(tasks) if not shards.has_output(t, stats)]
     differing = [name for name in now if before[name] != now[name]]
-    if differing and cleaned:
+    if not differing:
+        return
+    cleaned = [output for output in done if not files.exists(output)]
+    if cleaned:
         name = differing[0]
         what = (
             f"the input had {before[name]} shards and has {now[name]}"
@@ -240,29 +279,31 @@ def _layout(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _filter_parts(
     config: ml_collections.ConfigDict,
-    tasks: Sequence[shards.ShardTask],
     mine: Sequence[shards.ShardTask],
+    done: Collection[str],
     folder: str,
     engine: str,
 ) -> dict[str, str]:
-    """Filters the input shards of this job that are not done, or whose records are needed again."""
-    done = {task.output for task, _ in load_parts(tasks)}
+    """Filters the inputs of this job whose parts are not done; returns failures by source."""
     pending = [task for task in mine if task.output not in done]
     logging.info("%d shards, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:
         forget_output(folder)
-    parts_folder = os.path.join(folder, resharding.PARTS)
+    parts_folder = files.join(folder, resharding.PARTS)
     shards.remove_temporary_files(parts_folder, [os.path.basename(task.output) for task in mine])
-    steps = registry.active_steps(config)
-    function = functools.partial(filter_shard_module.filter_shard, config=config, steps=steps)
-    options = engine_options(config, engine) | {"label": "filter", "after_death": after_death}
-    failures = run_pending(function, pending, **options)
-    parts = load_parts(tasks)
-    if len(parts) < len(tasks):
-        return failures
-    # Records that were cleaned away, or damaged, may be wanted once more.
-    missing = _records_missing(parts, plan_output(config, parts, folder), folder)
-    again = [task for task in mine if task in missing]
+    return _run_filter(config, pending, engine)
+
+
+def _filter_again(
+    config: ml_collections.ConfigDict,
+    missing: Sequence[shards.ShardTask],
+    mine: Sequence[shards.ShardTask],
+    folder: str,
+    engine: str,
+) -> dict[str, str]:
+    """Filters parts whose records were cleaned away, or damaged, and are wanted once more."""
+    outputs = {task.output for task in mine}
+    again = [task for task in missing if task.output in outputs]
     if again:
         logging.warning(
             "%d finished shards are read again, since records that were made from them are "
@@ -270,7 +311,16 @@ def _filter_parts(
             len(again),
             again[0].source,
         )
-    return failures | run_pending(function, again, **options)
+    return _run_filter(config, again, engine)
+
+
+def _run_filter(
+    config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask], engine: str
+) -> dict[str, str]:
+    steps = registry.active_steps(config)
+    function = functools.partial(filter_shard_module.filter_shard, config=config, steps=steps)
+    options = engine_options(config, engine) | {"label": "filter", "after_death": after_death}
+    return run_pending(function, tasks, **options)
 
 
 def _records_missing(
@@ -283,7 +333,7 @@ def _records_missing(
         if resharding.load_written(shard) is None
         for piece in shard.slices
     }
-    if not (pathlib.Path(folder) / kept.KEYS_FILE).exists():
+    if not files.exists(files.join(folder, kept.KEYS_FILE)):
         needed |= {t.output for t, _ in parts if not files.exists(decisions_path(t.output))}
     return [t for t, stats in parts if t.output in needed and not shards.has_output(t, stats)]
 
@@ -328,7 +378,8 @@ def _write_output(
     resharding.remove_stale_shards(folder, planned, config.output_format)
     names = [os.path.basename(shard.output) for shard in planned]
     shards.remove_temporary_files(folder, [*names, *MERGED_FILES])
-    shards.remove_temporary_files(os.path.join(folder, resharding.PARTS), [stale_outputs.SETTINGS])
+    described = [stale_outputs.SETTINGS, manifest.NAME]
+    shards.remove_temporary_files(files.join(folder, resharding.PARTS), described)
     unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
     failures = run_pending(
         resharding.write_shard, unwritten, label="re-shard", **engine_options(config, engine)
@@ -388,9 +439,12 @@ def _show(folder: str, num_shards: int) -> None:
 
 
 def _report_incomplete(
-    done: int, tasks: int, config: ml_collections.ConfigDict, parts: Sequence[Part]
-) -> dict[str, str]:
-    if parts:
+    config: ml_collections.ConfigDict, parts: Sequence[Part], num_tasks: int, *, shows_funnel: bool
+) -> None:
+    """Prints how far it is; the funnel needs the statistics of all parts that are done."""
+    if parts and shows_funnel:
         print_funnel(merge_parts(config, parts))
-    print(f"{done} of {tasks} shards are done; run the command again, or wait for the other jobs")
-    return {}
+    print(
+        f"{len(parts)} of {num_tasks} shards are done; run the command again, or wait for the "
+        "other jobs"
+    )

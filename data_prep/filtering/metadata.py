@@ -17,7 +17,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -29,7 +29,7 @@ from data_prep.filtering import job as filter_job
 from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
-from data_prep.jobs import fingerprint, shards
+from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.engine import Report, print_failures, run_pending
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
@@ -71,18 +71,27 @@ def run(
     if not units:
         raise ValueError(f"config.input='{config.input}': the tables have no rows")
     folder = source_list.check_output(config.output, units)
-    os.makedirs(folder, exist_ok=True)
+    files.make_folder(folder)
     settings = filter_config.describe_settings(config)
     config_hash = filter_config.hash_settings(settings)
+    names = name_outputs(units)
     tasks = [
-        shards.ShardTask(unit, os.path.join(folder, name), config_hash)
-        for unit, name in zip(units, name_outputs(units), strict=True)
+        shards.ShardTask(unit, files.join(folder, name), config_hash, config.input_identity)
+        for unit, name in zip(units, names, strict=True)
     ]
-    versions = filter_config.package_versions(config)
-    if stale_outputs.reject_or_remove_stale(tasks, folder, settings, versions, overwrite=overwrite):
-        filter_job.forget_output(folder)
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)
-    pending = [task for task in mine if shards.load_finished(task) is None]
+    versions = filter_config.package_versions(config)
+    finished = stale_outputs.reject_or_remove_stale(
+        mine, names, folder, settings, versions, overwrite=overwrite
+    )
+    if finished.removed:
+        filter_job.forget_output(folder)
+    done = {
+        task.output: finished.stats[task.output]
+        for task in mine
+        if task.output in finished.stats and shards.has_output(task, finished.stats[task.output])
+    }
+    pending = [task for task in mine if task.output not in done]
     logging.info("%d tables, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:
         filter_job.forget_output(folder)
@@ -94,23 +103,32 @@ def run(
     failures = run_pending(
         function, pending, label="filter", **filter_job.engine_options(config, engine)
     )
-    _finish(config, tasks, folder)
+    _finish(config, tasks, done, folder, shows_funnel=num_tasks == 1)
     return print_failures(failures)
 
 
-def _finish(config: ml_collections.ConfigDict, tasks: list[shards.ShardTask], folder: str) -> None:
+def _finish(
+    config: ml_collections.ConfigDict,
+    tasks: list[shards.ShardTask],
+    done: Mapping[str, dict[str, Any]],
+    folder: str,
+    *,
+    shows_funnel: bool,
+) -> None:
     """Prints the funnel; writes what describes the whole folder when every table is done."""
-    parts = filter_job.load_parts(tasks)
-    report = filter_job.merge_parts(config, parts)
-    filter_job.print_funnel(report)
+    parts = filter_job.load_parts(tasks, done)
     if len(parts) < len(tasks):
+        if shows_funnel:
+            filter_job.print_funnel(filter_job.merge_parts(config, parts))
         print(
             f"{len(parts)} of {len(tasks)} tables are done; run the command again, or wait for the "
             "other jobs"
         )
         return
-    merged_path = pathlib.Path(folder) / shards.MERGED_STATS
-    if not merged_path.exists():
+    report = filter_job.merge_parts(config, parts)
+    filter_job.print_funnel(report)
+    merged_path = files.join(folder, shards.MERGED_STATS)
+    if not files.exists(merged_path):
         shards.remove_temporary_files(folder, [*filter_job.MERGED_FILES, stale_outputs.SETTINGS])
         kept.write_lists(folder, kept.read_kept(task.output for task in tasks))
         write_report(folder, report)
@@ -143,10 +161,9 @@ def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[Sou
     """
     if not pairs:
         raise ValueError("config.input is not set: expected parquet or jsonl files with captions")
-    texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
     options = source.to_dict() | {"image_column": None}  # no images are read
     units = []
-    for text in map(str.strip, texts):
+    for text in source_list.typed_texts(pairs):
         for unit in list_shards(text, **options):
             if unit.kind == _PARQUET:
                 units += _list_row_groups(unit.path, source)
@@ -202,8 +219,8 @@ def filter_rows(
     Raises:
         ValueError: the input is damaged.
     """
-    task.stats_path.unlink(missing_ok=True)
-    described = fingerprint.describe(task.source)
+    files.remove(task.stats_path)
+    described = fingerprint.describe(task.source, task.identity)
     output = pathlib.Path(task.output)
     temporary = temporary_path(output)
     log = ShardLog(config)

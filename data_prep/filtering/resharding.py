@@ -12,9 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import io
-import json
 import os
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,13 +27,13 @@ from data_prep.captions.mentions import (
 )
 from data_prep.filtering import decisions
 from data_prep.filtering.kept import KEPT_SUFFIX, read_formats
-from data_prep.jobs import shards
+from data_prep.jobs import files, shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.fingerprint import LOCATION_SUFFIX
 from diht_jax.data.images import decode
 from diht_jax.data.records import schema
 from diht_jax.data.records.dataset_info import shard_name
-from diht_jax.data.records.format import index_path
+from diht_jax.data.records.format import INDEX_SUFFIX
 from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
 from diht_jax.data.records.formats.tar_writer import image_extension
 from diht_jax.data.records.tfrecord import TFRecordSource
@@ -43,6 +41,8 @@ from diht_jax.data.records.vocabulary import KINDS
 
 PARTS = "parts"
 
+# Files that go with the records of a part; the records themselves come last.
+_OF_RECORDS = (CONCEPTS_SUFFIX, INDEX_SUFFIX, "")
 _REPORT_EVERY = 256
 
 
@@ -77,9 +77,9 @@ class BalancedShard:
         return f"records for {os.path.basename(self.output)}"
 
     @property
-    def stats_path(self) -> pathlib.Path:
+    def stats_path(self) -> str:
         """Where its statistics lie."""
-        return pathlib.Path(self.output + shards.STATS_SUFFIX)
+        return self.output + shards.STATS_SUFFIX
 
 
 def plan_shards(
@@ -128,7 +128,7 @@ def plan_shards(
         identity |= {"slices": identities, "with_concepts": with_concepts}
         planned.append(
             BalancedShard(
-                os.path.join(folder, name),
+                files.join(folder, name),
                 tuple(slices),
                 shards.hash_config(identity),
                 with_concepts,
@@ -150,7 +150,7 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     Raises:
         ValueError: a part is damaged or gone.
     """
-    shard.stats_path.unlink(missing_ok=True)
+    files.remove(shard.stats_path)
     formats: collections.Counter[str] = collections.Counter()
     concepts = ConceptLog()
     is_tar = name_format(shard.output) == "webdataset"
@@ -180,8 +180,8 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
         "output": {
             "file": os.path.basename(shard.output),
             "records": len(writer),
-            "bytes": os.path.getsize(shard.output),
-            "beside": {s: os.path.getsize(shard.output + s) for s in suffixes},
+            "bytes": files.size(shard.output),
+            "beside": {s: files.size(shard.output + s) for s in suffixes},
         },
         "counts": counts,
     }
@@ -202,7 +202,7 @@ def _with_common_image(data: bytes) -> bytes:
 def load_written(shard: BalancedShard) -> dict[str, Any] | None:
     """The statistics of an output shard that was written from the same parts; else None."""
     try:
-        stats = json.loads(shard.stats_path.read_bytes())
+        stats = shards.read_json(shard.stats_path)
         is_same = stats["config_hash"] == shard.plan_hash and shards.has_output(shard, stats)
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -221,9 +221,9 @@ def remove_stale_shards(
     """
     wanted = {os.path.basename(shard.output) for shard in planned}
     read = set(shards.read_shards(folder, output_format))
-    for name in sorted(set(os.listdir(folder)) - wanted):
-        path = os.path.join(folder, name)
-        if name_format(name) is None or not os.path.isfile(path):
+    for name in sorted(set(files.list_names(folder)) - wanted):
+        path = files.join(folder, name)
+        if name_format(name) is None:
             continue
         with contextlib.suppress(FileNotFoundError):
             if name in read or _is_ours(path):
@@ -235,11 +235,11 @@ def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
     foreign = []
     for name in shards.read_shards(folder, output_format):
         try:
-            if not _is_ours(os.path.join(folder, name)):
+            if not _is_ours(files.join(folder, name)):
                 foreign.append(name)
         except FileNotFoundError:
             # Ours too, if it was killed between the shard and its statistics.
-            if not os.path.isdir(os.path.join(folder, PARTS)):
+            if not files.list_names(files.join(folder, PARTS)):
                 foreign.append(name)
     return sorted(foreign)
 
@@ -251,7 +251,7 @@ def _is_ours(path: str) -> bool:
         FileNotFoundError: it has none.
     """
     try:
-        stats = json.loads(pathlib.Path(path + shards.STATS_SUFFIX).read_bytes())
+        stats = shards.read_json(path + shards.STATS_SUFFIX)
         stats["input"]["parts"]  # noqa: B018
     except (ValueError, KeyError, TypeError):
         return False
@@ -260,28 +260,37 @@ def _is_ours(path: str) -> bool:
 
 def remove_output(path: str) -> None:
     """Removes a shard with its index, lists and statistics; the statistics first."""
-    suffixes = (shards.STATS_SUFFIX, LOCATION_SUFFIX, KEPT_SUFFIX, CONCEPTS_SUFFIX)
+    suffixes = (shards.STATS_SUFFIX, LOCATION_SUFFIX, KEPT_SUFFIX)
     for name in (*(path + suffix for suffix in suffixes), decisions.decisions_path(path)):
-        pathlib.Path(name).unlink(missing_ok=True)
-    index_path(path).unlink(missing_ok=True)
-    pathlib.Path(path).unlink(missing_ok=True)
+        files.remove(name)
+    for suffix in _OF_RECORDS:
+        files.remove(path + suffix)
 
 
-def remove_records(task: shards.ShardTask) -> None:
-    """Removes the records of a part; the statistics of how it was done stay."""
-    for suffix in (KEPT_SUFFIX, CONCEPTS_SUFFIX):
-        pathlib.Path(task.output + suffix).unlink(missing_ok=True)
-    index_path(task.output).unlink(missing_ok=True)
-    pathlib.Path(task.output).unlink(missing_ok=True)
+def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
+    """Removes the records of parts; the statistics of how they were done stay.
+
+    Args:
+        folder: of the parts.
+        tasks: whose records they are.
+    """
+    names = {os.path.basename(task.output) for task in tasks}
+    for name in files.list_names(folder):
+        for suffix in _OF_RECORDS:
+            if name.endswith(suffix) and name.removesuffix(suffix) in names:
+                files.remove(files.join(folder, name))
 
 
 def _identify(stats: dict[str, Any]) -> dict[str, Any]:
-    """What the records of a part follow from; not where they lay."""
-    return {
-        "config": stats["config_hash"],
-        "input": stats["input"],
-        "records": stats["output"]["records"],
-    }
+    """What the records of a part are, not where they lay.
+
+    Parts of before records were hashed are known by their input, which was hashed then.
+    """
+    output = stats["output"]
+    found = {"config": stats["config_hash"], "records": output["records"]}
+    if "digest" in output:
+        return found | {"digest": output["digest"]}
+    return found | {"input": stats["input"]}
 
 
 def _read_mentions(piece: Slice) -> Iterator[Mentions]:

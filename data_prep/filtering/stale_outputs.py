@@ -7,67 +7,87 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from absl import logging
 
 from data_prep.filtering.config import DECIDING_PACKAGES, upgrade_settings
 from data_prep.filtering.resharding import remove_output
-from data_prep.jobs import fingerprint, shards
+from data_prep.jobs import files, fingerprint, shards
 
 SETTINGS = "settings.json"
 
 _SHOWN = 4
 
 
+class Finished(NamedTuple):
+    """What was done before.
+
+    Attributes:
+        stats: output of a task that is done -> its statistics, without the counts.
+        removed: whether anything was removed.
+    """
+
+    stats: dict[str, dict[str, Any]]
+    removed: bool
+
+
 def reject_or_remove_stale(
     tasks: Sequence[shards.ShardTask],
+    names: Collection[str],
     folder: str,
     settings: dict[str, Any],
     versions: Mapping[str, str],
     *,
     overwrite: bool,
-) -> bool:
+) -> Finished:
     """Refuses what was made by another config or model or from another input, or removes it.
 
+    The statistics of each task are read once.
+
     Args:
-        tasks: of this run.
-        folder: of their outputs.
+        tasks: those of this job.
+        names: file names of the outputs of all jobs.
+        folder: of the outputs.
         settings: what the config means; kept in the folder, so that differences can be named.
         versions: of the installed packages, of `config.package_versions`.
         overwrite: remove it.
 
-    Returns:
-        Whether anything was removed.
-
     Raises:
         ValueError: something has changed, and `overwrite` is not set.
     """
-    folder = pathlib.Path(folder)
     fingerprint.forget_linked()  # as an earlier run of this process saw them
-    changed = []
-    for task in tasks:
-        stats = shards.read_stats(task)
+    present = set(files.list_names(folder))
+    there = [t for t in tasks if os.path.basename(t.stats_path) in present]
+    changed, done = [], {}
+    for task, stats, reason in shards.check_all(there):
         if stats is None:
             continue
-        reason = shards.explain_change(task, stats) or _explain_versions(stats, versions)
-        if reason is not None:
+        reason = reason or _explain_versions(stats, versions)
+        if reason is None:
+            done[task.output] = shards.without_counts(stats)
+        else:
             changed.append((task.output, reason))
-    names = {os.path.basename(task.output) for task in tasks}
-    for path in sorted(folder.glob(f"*{shards.STATS_SUFFIX}")):
-        name = path.name.removesuffix(shards.STATS_SUFFIX)
-        if name not in names:
-            changed.append((str(folder / name), "the input, which has fewer shards now"))
-    if changed and not overwrite:
-        raise ValueError(_describe(folder, changed, settings))
+    finished = {n.removesuffix(shards.STATS_SUFFIX) for n in present if _is_shard_stats(n)}
+    gone = sorted(finished - set(names))
+    if (changed or gone) and not overwrite:
+        raise ValueError(_describe(folder, changed, gone, settings, len(finished)))
     for path, reason in changed:
         logging.warning("%s: made again, since this changed: %s", path, reason)
         remove_output(path)
+    for name in gone:
+        logging.warning("%s: removed, since its input is gone", files.join(folder, name))
+        remove_output(files.join(folder, name))
+    for name in shards.names_below(present, gone):  # its lists and samples
+        files.remove(files.join(folder, name))
     if _read_settings(folder) != json.loads(json.dumps(settings)):
-        shards.write_json(folder / SETTINGS, settings)
-    return bool(changed)
+        shards.write_json(files.join(folder, SETTINGS), settings)
+    return Finished(done, bool(changed or gone))
+
+
+def _is_shard_stats(name: str) -> bool:
+    return name.endswith(shards.STATS_SUFFIX) and not name.startswith(".")
 
 
 def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> str | None:
@@ -80,22 +100,47 @@ def _explain_versions(stats: Mapping[str, Any], versions: Mapping[str, str]) -> 
 
 
 def _describe(
-    folder: pathlib.Path, changed: Sequence[tuple[str, str]], settings: dict[str, Any]
+    folder: str,
+    changed: Sequence[tuple[str, str]],
+    gone: Sequence[str],
+    settings: dict[str, Any],
+    finished: int,
 ) -> str:
-    reasons = list(dict.fromkeys(reason for _, reason in changed))
-    text = f"'{folder}' holds {len(changed)} shards that were made before this changed: "
-    text += "; ".join(reasons[:_SHOWN])
-    if len(reasons) > _SHOWN:
-        text += f"; and {len(reasons) - _SHOWN} more"
-    differences = list(compare_settings(_read_settings(folder), json.loads(json.dumps(settings))))
-    if differences:
-        text += f". In the config: {', '.join(differences[:_SHOWN])}"
-    return f"{text}. Choose another output, or make them again with --overwrite"
+    """What has changed, and what `--overwrite` would cost."""
+    texts = []
+    if changed:
+        reasons = list(dict.fromkeys(reason for _, reason in changed))
+        text = f"'{folder}' holds {len(changed)} shards that were made before this changed: "
+        text += "; ".join(reasons[:_SHOWN])
+        if len(reasons) > _SHOWN:
+            text += f"; and {len(reasons) - _SHOWN} more"
+        differences = list(
+            compare_settings(_read_settings(folder), json.loads(json.dumps(settings)))
+        )
+        if differences:
+            text += f". In the config: {', '.join(differences[:_SHOWN])}"
+        texts.append(text)
+    if gone:
+        paths = [fingerprint.read_location(_location_path(folder, n)) for n in gone[:_SHOWN]]
+        inputs = ", ".join(f"'{found['path']}'" for found in paths if found)
+        texts.append(
+            f"'{folder}' holds {len(gone)} shards whose inputs config.input no longer names"
+            + (f", such as {inputs}" if inputs else "")
+        )
+    kept = finished - len(changed) - len(gone)
+    return (
+        f"{'. '.join(texts)}. Choose another output, or make it right with --overwrite: "
+        f"{len(changed)} are made again, {len(gone)} removed, and {kept} stay"
+    )
 
 
-def _read_settings(folder: pathlib.Path) -> dict[str, Any]:
+def _location_path(folder: str, name: str) -> str:
+    return files.join(folder, name + fingerprint.LOCATION_SUFFIX)
+
+
+def _read_settings(folder: str) -> dict[str, Any]:
     try:
-        return upgrade_settings(json.loads((folder / SETTINGS).read_bytes()))
+        return upgrade_settings(shards.read_json(files.join(folder, SETTINGS)))
     except (FileNotFoundError, ValueError):
         return {}
 

@@ -1,13 +1,17 @@
 """Whether an input is still the one that an output was made of.
 
-Of every input two things are kept beside the output: its contents, as size and hashes, in the
-statistics; and its location (path, size and time of change), in a file of its own, since that
+Of every input two things are kept beside the output: its contents, as part, options and size, in
+the statistics; and its location (path, size and time of change), in a file of its own, since that
 differs from one machine to the next. How inputs are read belongs in the readers.
 
-Ours: where path, size and time are the same, so is the input. Where the time differs (a copy, a
-touched file, a restored backup), 64 kB at 32 offsets show most edits at once, and a hash of every
-byte shows the others. The files that a table names are part of it: of them too, sizes and times are
-compared first, then every byte.
+What counts as the same is one of `IDENTITIES`:
+
+    time   size and time of change, or the version that an object store states; nothing is read
+    hash   as "time"; and a file that was touched or copied is known by a hash of every byte, which
+           costs a reading of its own
+    size   size alone, after a copy that has lost the times
+
+The files that a table names are part of it, and are compared in the same way.
 """
 
 from __future__ import annotations
@@ -16,11 +20,10 @@ import functools
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from diht_jax.data.atomic_file import write_atomically
+from data_prep.jobs import files
 from diht_jax.data.readers.base import read_image, walk_files
 from diht_jax.data.readers.registry import (
     FORMATS,
@@ -34,8 +37,8 @@ from diht_jax.data.records.remote import file_size, is_remote, open_system
 # The ending of the files with locations; folders that were written before have it, so it stays.
 LOCATION_SUFFIX = ".place.json"
 
-# The quick hash is of so many blocks of so many bytes.
-_BLOCKS, _BLOCK_BYTES = 32, 2**16
+IDENTITIES = ("time", "hash", "size")
+
 _READ_BYTES = 2**22
 # One run compares its inputs several times, and a table may name millions of files.
 _states_of_linked: dict[str, str | None] = {}
@@ -45,8 +48,8 @@ class Description(NamedTuple):
     """What is kept of an input.
 
     Attributes:
-        contents: what it holds, wherever it lies: part, options, size, the quick hash, and the hash
-            of every byte. JSON-able.
+        contents: what it holds, wherever it lies: part, options, size, and the hash of every byte
+            where it was asked for. JSON-able.
         location: path, size and time of change. JSON-able.
     """
 
@@ -54,63 +57,66 @@ class Description(NamedTuple):
     location: dict[str, Any]
 
 
-def describe(source: SourceShard) -> Description:
-    """Describes an input; reads it once.
+def check_identity(name: str) -> None:
+    """Raises ValueError for a `config.input_identity` that is not one of `IDENTITIES`."""
+    if name not in IDENTITIES:
+        raise ValueError(f"config.input_identity='{name}'; expected one of {', '.join(IDENTITIES)}")
+
+
+def describe(source: SourceShard, identity: str = "time") -> Description:
+    """Describes an input; reads it only where it is hashed.
 
     Args:
         source: a file, a part of one, or a folder.
+        identity: one of `IDENTITIES`.
 
     Raises:
         FileNotFoundError: it is gone.
     """
     forget_linked()  # whatever was seen before, this is what will be read
-    location = _locate(source)
-    files = list(_list_files(source))
-    contents = {
-        "kind": source.kind,
-        "start": source.start,
-        "stop": source.stop,
-        "options": dict(source.options),
-        "files": len(files),
-        "size_bytes": location["size_bytes"],
-        "fingerprint": _hash_samples(source),
-        "digest": _hash_all(source),
-    }
-    if "linked" in location:
-        contents["linked"] = _hash_linked(source)
+    found = source.identity()
+    location = _locate(source, found)
+    contents = _part(source, found) | {"files": found["files"]}
+    if identity == "hash":
+        contents["digest"] = _hash_all(source)
+        if "linked" in location:
+            contents["linked"] = _hash_linked(source)
     return Description(_plain(contents), location)
 
 
-def is_same(source: SourceShard, contents: Mapping[str, Any], location_path: pathlib.Path) -> bool:
+def is_same(
+    source: SourceShard, contents: Mapping[str, Any], location_path: str, identity: str = "time"
+) -> bool:
     """Whether an input is the one that was described before.
 
-    An input that lies elsewhere now, or was touched, is compared by its bytes; if they are the
-    same, its new location is written down, so that the next run need not read it.
+    An input that was touched or copied is compared by its bytes where they were hashed; if they are
+    the same, its new location is written down, so that the next run need not read it.
 
     Args:
         source: the input now.
         contents: of `describe`, before.
         location_path: file of `write_location`, before; it may be missing.
+        identity: one of `IDENTITIES`.
 
     Raises:
         FileNotFoundError: the input is gone.
     """
-    now = _locate(source)
-    part = {"kind": source.kind, "start": source.start, "stop": source.stop}
-    part |= {"options": dict(source.options), "size_bytes": now["size_bytes"]}
-    if any(contents.get(name) != value for name, value in _plain(part).items()):
+    found = source.identity()
+    if any(contents.get(name) != value for name, value in _plain(_part(source, found)).items()):
         return False
-    before = _read_location(location_path)
+    before, now = read_location(location_path), _locate(source, found)
     if before is not None and "linked" not in before:
         # Written before the files that a table names were looked at.
         before |= {name: now[name] for name in ("linked",) if name in now}
-    if before == now and now["changed"] is not None:
+    # The path is no part of it: what was moved is the same file.
+    if before is not None and before | {"path": now["path"]} == now:
         return True
-    if contents.get("fingerprint") != _hash_samples(source):
-        return False
-    if contents.get("digest") != _hash_all(source):
-        return False
-    if "linked" in contents and contents["linked"] != _hash_linked(source):
+    if "digest" in contents:
+        if contents["digest"] != _hash_all(source):
+            return False
+        if "linked" in contents and contents["linked"] != _hash_linked(source):
+            return False
+    elif identity != "size":
         return False
     write_location(location_path, now)
     return True
@@ -121,51 +127,47 @@ def forget_linked() -> None:
     _states_of_linked.clear()
 
 
-def write_location(path: pathlib.Path, location: Mapping[str, Any]) -> None:
+def write_location(path: str, location: Mapping[str, Any]) -> None:
     """Writes the location that `describe` gave."""
     text = json.dumps(location, indent=1, sort_keys=True, ensure_ascii=False)
-    write_atomically(path, f"{text}\n".encode())
+    files.write_bytes(path, f"{text}\n".encode())
 
 
-def _locate(source: SourceShard) -> dict[str, Any]:
-    identity = source.identity()
+def read_location(path: str) -> dict[str, Any] | None:
+    """What `write_location` wrote; None where it is missing or damaged."""
+    try:
+        found = json.loads(files.read_bytes(path))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _part(source: SourceShard, found: Mapping[str, Any]) -> dict[str, Any]:
+    """What an input must have in common with one that was described before."""
+    return {
+        "kind": source.kind,
+        "start": source.start,
+        "stop": source.stop,
+        "options": dict(source.options),
+        "size_bytes": found["size_bytes"],
+    }
+
+
+def _locate(source: SourceShard, found: Mapping[str, Any]) -> dict[str, Any]:
     location = {
-        "path": identity["path"],
-        "size_bytes": identity["size_bytes"],
-        "changed": identity["changed_ns"],
+        "path": found["path"],
+        "size_bytes": found["size_bytes"],
+        "changed": found["changed_ns"],
     }
     if not names_files(source):
         return location
-    linked = _state_of_linked(source, identity["changed_ns"])
+    linked = _state_of_linked(source, found["changed_ns"])
     return location if linked is None else location | {"linked": linked}
-
-
-def _read_location(path: pathlib.Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _plain(value: Any) -> Any:
     """The value as it comes back from JSON."""
     return json.loads(json.dumps(value))
-
-
-def _hash_samples(source: SourceShard) -> str | None:
-    """The hash of 64 kB at 32 offsets of a file, or of its part; None for a folder."""
-    if os.path.isdir(source.path):
-        return None
-    size = file_size(source.path)
-    start, stop = _range(source, size)
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    last = max(start, stop - _BLOCK_BYTES)
-    offsets = {start + (last - start) * i // (_BLOCKS - 1) for i in range(_BLOCKS)}
-    with _open(source.path) as file:
-        for offset in sorted(offsets):
-            file.seek(offset)
-            digest.update(file.read(min(_BLOCK_BYTES, stop - offset)))
-    return digest.hexdigest()
 
 
 def _hash_all(source: SourceShard) -> str:
@@ -174,7 +176,7 @@ def _hash_all(source: SourceShard) -> str:
     for name, path in _list_files(source):
         size = file_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
-        version = _locate(SourceShard(source.kind, path))["changed"]
+        version = SourceShard(source.kind, path).identity()["changed_ns"]
         digest.update(_hash_range(path, *_range(source, size), version))
     return digest.hexdigest()
 

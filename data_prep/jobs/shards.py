@@ -11,23 +11,25 @@ import dataclasses
 import hashlib
 import json
 import os
-import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
-from data_prep.jobs import fingerprint
+from data_prep.jobs import files, fingerprint
 from data_prep.jobs.crash_search import CrashSearch
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.index import is_indexable, update_index
 from diht_jax.data.readers.registry import SourceShard, names_files
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.dataset_index import INDEX_NAME
 from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
 from diht_jax.data.records.formats.writer import RecordWriter
+from diht_jax.data.records.remote import is_remote
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
+
+_READ_THREADS, _READ_AHEAD = 32, 256  # of statistics in a store
 
 Process = Callable[[SourceShard, RecordWriter], dict[str, Any]]
 
@@ -43,23 +45,25 @@ class ShardTask:
         source: what is read.
         output: path of the shard that is written.
         config_hash: of everything that decides what is written.
+        identity: what counts as the same input, one of `fingerprint.IDENTITIES`.
         search: for pairs that end their worker, once one has died of this task.
     """
 
     source: SourceShard
     output: str
     config_hash: str
+    identity: str = "time"
     search: CrashSearch | None = None
 
     @property
-    def stats_path(self) -> pathlib.Path:
+    def stats_path(self) -> str:
         """Where the statistics lie."""
-        return pathlib.Path(self.output + STATS_SUFFIX)
+        return self.output + STATS_SUFFIX
 
     @property
-    def location_path(self) -> pathlib.Path:
+    def location_path(self) -> str:
         """Where the location of the input is kept."""
-        return pathlib.Path(self.output + fingerprint.LOCATION_SUFFIX)
+        return self.output + fingerprint.LOCATION_SUFFIX
 
 
 def hash_config(config: dict[str, Any]) -> str:
@@ -90,7 +94,7 @@ def plan_tasks(
         ValueError: the folder holds shards that this plan would not replace, and that a training
             run on the folder would read.
     """
-    os.makedirs(folder, exist_ok=True)
+    files.make_folder(folder)
     suffix = FORMATS[output_format].suffix
     count = len(sources)
     names = [dataset_info.shard_name(dataset, split, i, count, suffix) for i in range(count)]
@@ -101,7 +105,7 @@ def plan_tasks(
             f"'{foreign[0]}'; choose an empty folder, or delete them"
         )
     return [
-        ShardTask(source, os.path.join(folder, name), config_hash)
+        ShardTask(source, files.join(folder, name), config_hash)
         for source, name in zip(sources, names, strict=True)
     ]
 
@@ -113,11 +117,7 @@ def read_shards(folder: str, output_format: str) -> list[str]:
     """
     names = list(FORMATS)
     first = set(names[: names.index(output_format) + 1])
-    return [
-        entry.name
-        for entry in os.scandir(folder)
-        if entry.is_file() and name_format(entry.name) in first
-    ]
+    return [name for name in files.list_names(folder) if name_format(name) in first]
 
 
 def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> dict[str, Any]:
@@ -134,11 +134,36 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
     Raises:
         ValueError: the source is damaged.
     """
-    task.stats_path.unlink(missing_ok=True)
-    described = fingerprint.describe(task.source)
+    files.remove(task.stats_path)
+    described = fingerprint.describe(task.source, task.identity)
     with open_writer(task.output) as writer:
-        counts = process(task.source, writer)
-    return finish_task(task, described, counts, len(writer), beside)
+        hashing = HashingWriter(writer)
+        counts = process(task.source, hashing)
+    return finish_task(task, described, counts, len(writer), beside, hashing.digest())
+
+
+class HashingWriter:
+    """Hashes the records on their way to a writer; the hash is the same for every format."""
+
+    def __init__(self, writer: RecordWriter):
+        """Hands on to `writer`, which the caller closes."""
+        self.path = writer.path
+        self._writer = writer
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+        self._writer.write(data)
+        self._hash.update(len(data).to_bytes(8, "little"))
+        self._hash.update(data)
+
+    def __len__(self) -> int:
+        """Records written so far."""
+        return len(self._writer)
+
+    def digest(self) -> str:
+        """Of all records so far."""
+        return self._hash.hexdigest()
 
 
 def finish_task(
@@ -147,6 +172,7 @@ def finish_task(
     counts: dict[str, Any],
     records: int,
     beside: Sequence[str] = (),
+    digest: str | None = None,
 ) -> dict[str, Any]:
     """Writes the statistics, which makes the task done.
 
@@ -156,16 +182,20 @@ def finish_task(
         counts: what happened to the records.
         records: in the output.
         beside: endings of further files that belong to the output.
+        digest: of the records.
     """
+    output = {
+        "file": os.path.basename(task.output),
+        "records": records,
+        "bytes": files.size(task.output),
+        "beside": {suffix: files.size(task.output + suffix) for suffix in beside},
+    }
+    if digest is not None:
+        output["digest"] = digest
     stats = {
         "config_hash": task.config_hash,
         "input": described.contents,
-        "output": {
-            "file": os.path.basename(task.output),
-            "records": records,
-            "bytes": os.path.getsize(task.output),
-            "beside": {suffix: os.path.getsize(task.output + suffix) for suffix in beside},
-        },
+        "output": output,
         "counts": counts,
     }
     fingerprint.write_location(task.location_path, described.location)
@@ -183,7 +213,8 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
     if stats.get("config_hash") != task.config_hash:
         return f"the config (hash {stats.get('config_hash')}, now {task.config_hash})"
     try:
-        if fingerprint.is_same(task.source, stats.get("input") or {}, task.location_path):
+        before = stats.get("input") or {}
+        if fingerprint.is_same(task.source, before, task.location_path, task.identity):
             return None
     except FileNotFoundError:
         return f"the input '{task.source}', which is gone"
@@ -194,21 +225,46 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
 def read_stats(task: ShardTask) -> dict[str, Any] | None:
     """The statistics that lie there, whatever they belong to; None where there are none."""
     try:
-        stats = json.loads(task.stats_path.read_bytes())
+        stats = json.loads(files.read_bytes(task.stats_path))
     except (FileNotFoundError, ValueError):
         return None
     return stats if isinstance(stats, dict) else None
+
+
+def check_all(
+    tasks: Sequence[ShardTask],
+) -> Iterator[tuple[ShardTask, dict[str, Any] | None, str | None]]:
+    """Every task with its statistics and `explain_change`; from a store by many requests at once.
+
+    Yields:
+        One at a time, so that the counts are held of a few only.
+    """
+    if not tasks or not is_remote(tasks[0].output):
+        yield from map(_check, tasks)
+        return
+    with futures.ThreadPoolExecutor(_READ_THREADS) as pool:
+        for start in range(0, len(tasks), _READ_AHEAD):
+            yield from pool.map(_check, tasks[start : start + _READ_AHEAD])
+
+
+def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | None]:
+    stats = read_stats(task)
+    return task, stats, None if stats is None else explain_change(task, stats)
+
+
+def without_counts(stats: dict[str, Any]) -> dict[str, Any]:
+    """What a driver holds of the statistics of every task: nothing that grows with the records."""
+    return {name: stats[name] for name in ("config_hash", "input", "output") if name in stats}
 
 
 def has_output(task: ShardTask, stats: dict[str, Any]) -> bool:
     """Whether the output and what lies beside it have the sizes that the statistics name."""
     try:
         output = stats["output"]
-        return output["bytes"] == os.path.getsize(task.output) and all(
-            size == os.path.getsize(task.output + suffix)
-            for suffix, size in output["beside"].items()
+        return output["bytes"] == files.size(task.output) and all(
+            size == files.size(task.output + suffix) for suffix, size in output["beside"].items()
         )
-    except (OSError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return False
 
 
@@ -228,25 +284,26 @@ def load_finished(task: ShardTask) -> dict[str, Any] | None:
 
 
 def remove_temporary_files(folder: str, names: Collection[str]) -> None:
-    """Removes the half-written files that a killed run has left.
+    """Removes the half-written files that a killed run has left; in a store there are none.
 
     Args:
         folder: where they lie.
         names: outputs that no other process is writing now; their temporary files are removed, and
             those of files whose names begin with them.
     """
-    names = frozenset(names)
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            match = _TEMPORARY.fullmatch(entry.name)
-            if match and not names.isdisjoint(_prefixes(match[1])):
-                pathlib.Path(entry.path).unlink(missing_ok=True)
+    if is_remote(folder):
+        return
+    wanted = frozenset(names)
+    for name in files.list_names(folder):
+        match = _TEMPORARY.fullmatch(name)
+        if match and names_below([match[1]], wanted):
+            files.remove(files.join(folder, name))
 
 
 def remove_merged(folder: str) -> None:
     """Removes what describes the whole folder, before a shard of it changes."""
     for name in (MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES):
-        (pathlib.Path(folder) / name).unlink(missing_ok=True)
+        files.remove(files.join(folder, name))
 
 
 def write_index(
@@ -263,15 +320,21 @@ def write_index(
         update_index(folder, vocabulary=vocabulary)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads what `write_json` wrote."""
-    return json.loads(path.read_bytes())
+    return json.loads(files.read_bytes(os.fspath(path)))
 
 
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
     """Writes JSON for people and programs, atomically."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
-    write_atomically(path, f"{text}\n".encode())
+    files.write_bytes(os.fspath(path), f"{text}\n".encode())
+
+
+def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:
+    """Those of some file names that belong to outputs: their own, and with more behind a dot."""
+    wanted = frozenset(outputs)
+    return [name for name in names if not wanted.isdisjoint(_prefixes(name))]
 
 
 def _prefixes(name: str) -> list[str]:

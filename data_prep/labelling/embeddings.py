@@ -21,7 +21,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from data_prep.jobs import fingerprint, shards
+from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.engine import Report
 from data_prep.teachers.registry import load_teacher
 from diht_jax.data.atomic_file import write_atomically
@@ -102,8 +102,8 @@ def embed_shard(
         ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
             float16 cannot hold.
     """
-    task.stats_path.unlink(missing_ok=True)
-    described = fingerprint.describe(task.source)
+    files.remove(task.stats_path)
+    described = fingerprint.describe(task.source, task.identity)
     key_hashes: list[int] = []
 
     def read_hashing_keys() -> Iterator[Record]:

@@ -8,16 +8,18 @@ the share of one job.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from data_prep.jobs.manifest import Input
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records.formats.tar_members import DamagedTarError
-from diht_jax.data.records.remote import refuse_url
+from diht_jax.data.records.remote import is_remote, refuse_url
 from diht_jax.data.records.schema import Pair
 
 _Task = TypeVar("_Task")
@@ -35,6 +37,11 @@ def default_source() -> ml_collections.ConfigDict:
 
 
 def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:
+    """The units of work of `list_inputs`."""
+    return [found.shard for found in list_inputs(pairs, source)]
+
+
+def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> list[Input]:
     """Divides the input into units of work, in a fixed order.
 
     Args:
@@ -50,11 +57,32 @@ def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[S
             "config.input is not set: expected tars, tables, a folder, TFRecord shards or "
             "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
         )
+    inputs = []
+    for text in typed_texts(pairs):
+        root = find_root(text)
+        try:
+            shards = registry.list_shards(text, **source.to_dict())
+        except ValueError as error:
+            _raise_as_typed(error)
+        inputs += [Input(shard, root) for shard in shards]
+    return inputs
+
+
+def typed_texts(pairs: str) -> list[str]:
+    """The sources that one `config.input` names, which are separated by commas."""
     texts = [pairs] if os.path.exists(pairs) else pairs.split(",")
-    try:
-        return registry.list_shards([text.strip() for text in texts], **source.to_dict())
-    except ValueError as error:
-        _raise_as_typed(error)
+    return [text.strip() for text in texts]
+
+
+def find_root(text: str) -> str:
+    """The folder part of a typed source before its first wildcard; a folder is its own root."""
+    path = re.sub(r"\?\w+=.*", "", text, flags=re.DOTALL)  # without its options
+    before = re.split(r"[*?\[]", path, maxsplit=1)[0]
+    if is_remote(path):
+        is_folder = before == path and not os.path.splitext(path)[1]
+    else:
+        is_folder = os.path.isdir(path)
+    return path if is_folder else before.rpartition("/")[0]
 
 
 def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:

@@ -16,9 +16,11 @@ from diht_jax.data.records.tfrecord import TFRecordSource
 from tests.data.readers.failing_disk import FailingDisk
 from tests.data_prep.filtering.jobs import (
     job_config,
+    part_names,
     read_counts,
     read_records,
     snapshot,
+    when_done,
     write_tars,
 )
 
@@ -28,9 +30,10 @@ def test_run_again_does_only_what_is_missing(tmp_path):
     config = job_config(source, tmp_path / "out", keep_parts=True, examples_per_shard=5)
     run_filter(config)
     before = snapshot(tmp_path / "out")
-    names = [f"{folder}pairs-train-{i:05d}.tfrecord" for folder in ("parts/", "") for i in range(3)]
+    names = [f"parts/{name}" for name in part_names(tmp_path / "out").values()]
+    names += [f"pairs-train-{i:05d}.tfrecord" for i in range(3)]
     times = [(tmp_path / "out" / name).stat().st_mtime_ns for name in names]
-    for name in ("parts/pairs-train-00001.tfrecord.stats.json", "dataset_info.json", names[5]):
+    for name in (f"{names[1]}.stats.json", "dataset_info.json", names[5]):
         (tmp_path / "out" / name).unlink()
     run_filter(config)
     assert snapshot(tmp_path / "out") == before
@@ -47,11 +50,11 @@ def test_what_was_cleaned_away_is_read_again_only_where_it_is_needed(tmp_path, c
     assert not list((tmp_path / "out" / "parts").glob("*.tfrecord"))
     damaged = tmp_path / "out" / "pairs-train-00001.tfrecord"
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    stats = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/parts").glob("*.stats.json"))]
+    stats = when_done(tmp_path / "out")
     run_filter(config)
     assert snapshot(tmp_path / "out") == before
-    now = [p.stat().st_mtime_ns for p in sorted((tmp_path / "out/parts").glob("*.stats.json"))]
-    assert [a == b for a, b in zip(stats, now, strict=True)] == [True, False, True]
+    now = when_done(tmp_path / "out")
+    assert [name for name in stats if now[name] != stats[name]] == ["00001.tar"]
 
 
 def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
@@ -62,8 +65,11 @@ def test_what_has_changed_is_said_and_overwritten_only_when_asked(tmp_path):
         run_filter(job_config(source, tmp_path / "out", image__min_side=2))
     with pytest.raises(ValueError, match=r"examples_per_shard was 10000 and is 4.*3 input shards"):
         run_filter(job_config(source, tmp_path / "out", examples_per_shard=4))
-    # Touched, but with the same contents: nothing has changed.
+    # Touched, but with the same contents: refused, unless size is enough.
     os.utime(tmp_path / "in" / "00000.tar", ns=(1, 1))
+    with pytest.raises(ValueError, match=r"input '.*00000\.tar'.*1 are made again, 0 re.* 2 stay"):
+        run_filter(job_config(source, tmp_path / "out"))
+    run_filter(job_config(source, tmp_path / "out", input_identity="size"))
     run_filter(job_config(source, tmp_path / "out"))
     assert snapshot(tmp_path / "out") == before
     run_filter(job_config(source, tmp_path / "later"))
@@ -128,7 +134,7 @@ def test_an_outage_costs_no_pair(tmp_path, capsys):
         failures = run_filter(config)
     assert [*failures.values()][0].startswith(f"{tmp_path}/05.png: could not be read in 5 attempts")
     assert f"failed: {tmp_path}/t.csv" in capsys.readouterr().err
-    with FailingDisk(tmp_path, failures=3, spared=40).mounted() as disk:  # a moment only
+    with FailingDisk(tmp_path, failures=3, spared=20).mounted() as disk:  # a moment only
         assert run_filter(config) == {}
     assert not disk.failures
     assert [record.caption for record in read_records(tmp_path / "out")] == [

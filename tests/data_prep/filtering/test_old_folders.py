@@ -5,16 +5,19 @@ The hashes and digests below were written by the code of commit e74b9cc.
 
 import importlib.metadata
 import json
+import os
 import pathlib
+import shutil
 
 import pytest
 
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import shard_log, stale_outputs
+from data_prep.filtering import resharding, shard_log, stale_outputs
 from data_prep.filtering.steps import captions, text
-from data_prep.jobs import shards
-from tests.data_prep.filtering.jobs import job_config, read_counts, snapshot, write_tars
+from data_prep.jobs import fingerprint, manifest, shards
+from diht_jax.data.readers.registry import SourceShard
+from tests.data_prep.filtering.jobs import job_config, part_names, read_counts, write_tars
 
 _CAPTION_DIGEST = "947b331d88dcbba05ef3b1aa118324f52bb19d07ec7ef5de25b9bc904598522d"
 _SPOTTING_DIGEST = "5fb768f15315445486dfa738e7d08d516284d3302c62ab5ea5005a76f2d86a09"
@@ -47,19 +50,43 @@ def test_digests_of_settings_mean_version_1():
 
 
 def _age(folder: pathlib.Path) -> None:
-    """Turns a folder of today into one of before: no versions, and a digest in the settings."""
+    """Turns a folder of today into one of before.
+
+    No versions, a digest in the settings, hashed inputs, no hash of records, parts with numbers.
+    """
     path = folder / "parts" / stale_outputs.SETTINGS
     settings = json.loads(path.read_bytes())
     assert settings["caption_rules"] == 1
     shards.write_json(path, settings | {"caption_rules": _CAPTION_DIGEST})
-    for path in (folder / "parts").glob("*.stats.json"):
-        stats = json.loads(path.read_bytes())
-        del stats["counts"]["versions"]
-        shards.write_json(path, stats)
+    parts = []
+    for number, name in enumerate(part_names(folder).values()):
+        old = f"pairs-train-{number:05d}.tfrecord"
+        for path in (folder / "parts").glob(f"{name}*"):
+            path.rename(path.with_name(path.name.replace(name, old)))
+        task = shards.ShardTask(None, str(folder / "parts" / old), "")
+        stats = shards.read_json(task.stats_path)
+        source = SourceShard("webdataset", shards.read_json(task.location_path)["path"])
+        stats["input"] = fingerprint.describe(source, "hash").contents | {"fingerprint": "0"}
+        stats["output"]["file"] = old
+        del stats["counts"]["versions"], stats["output"]["digest"]
+        shards.write_json(task.stats_path, stats)
+        parts.append((task, stats))
+    (folder / "parts" / "manifest.json").unlink()
+    for shard in _plan(parts, folder):
+        stats = shards.read_json(shard.stats_path)
+        stats["config_hash"] = shard.plan_hash
+        names = [[os.path.basename(s.path), s.start, s.stop] for s in shard.slices]
+        shards.write_json(shard.stats_path, stats | {"input": {"parts": names}})
     for name in ("stats.json", "report.json"):
         data = json.loads((folder / name).read_bytes())
         del data["versions"]
         shards.write_json(folder / name, data)
+
+
+def _plan(parts, folder: pathlib.Path) -> list[resharding.BalancedShard]:
+    return resharding.plan_shards(
+        parts, str(folder), dataset="pairs", split="train", examples_per_shard=10_000
+    )
 
 
 @pytest.fixture
@@ -74,21 +101,37 @@ def old(tmp_path) -> tuple[str, pathlib.Path]:
 
 def test_a_complete_folder_is_done(old, capsys):
     source, output = old
-    before = snapshot(output)
-    times = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    before = {path.relative_to(output): _version(path) for path in output.rglob("*.*")}
     assert run_filter(job_config(source, output, concepts=True, keep_parts=True)) == {}
     assert "10 pairs in 1 shards" in capsys.readouterr().out
-    assert snapshot(output) == before
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*")} == times
+    names = {entry.name: entry.before for entry in manifest.read_manifest(f"{output}/parts")}
+    assert list(names.values()) == [(f"pairs-train-{i:05d}.tfrecord",) for i in range(2)]
+    now = {}
+    for path in output.rglob("*.*"):
+        if path.name != manifest.NAME:
+            name = path.name
+            for new, (number,) in names.items():
+                name = name.replace(new, number)
+            now[path.with_name(name).relative_to(output)] = _version(path)
+    assert now == before  # nothing but the names of the parts
 
 
-def test_an_incomplete_folder_is_completed(old):
+def _version(path: pathlib.Path) -> tuple[bytes, int]:
+    return path.read_bytes(), path.stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_an_incomplete_folder_is_completed(old, tmp_path, moved):
     source, output = old
     (output / "parts" / "pairs-train-00001.tfrecord.stats.json").unlink()
-    first = output / "parts" / "pairs-train-00000.tfrecord.stats.json"
-    before = first.read_bytes()
+    before = (output / "parts" / "pairs-train-00000.tfrecord.stats.json").read_bytes()
+    if moved:  # known by number, name and size, and then by the hash of every byte
+        shutil.copytree(tmp_path / "in", tmp_path / "moved")
+        source = source.replace("/in/", "/moved/")
     assert run_filter(job_config(source, output, concepts=True, keep_parts=True)) == {}
-    assert first.read_bytes() == before
+    names = list(part_names(output).values())
+    assert (output / "parts" / f"{names[0]}.stats.json").read_bytes() == before
+    assert not list((output / "parts").glob("pairs-train-0000*"))
     assert read_counts(output)["kept"] == 10
     versions = json.loads((output / "stats.json").read_bytes())["versions"]
     # Of the shard of before it is not known.
@@ -122,7 +165,8 @@ def test_another_model_is_refused_and_other_packages_are_reported(tmp_path, monk
     assert stats["versions"]["spacy_model"] == {"en_core_web_sm 9.0.0": 2}
 
     install(spacy_model="en_core_web_sm 9.0.0", pillow="99")
-    (tmp_path / "out" / "parts" / "pairs-train-00001.tfrecord.stats.json").unlink()
+    name = part_names(tmp_path / "out")["00001.tar"]
+    (tmp_path / "out" / "parts" / f"{name}.stats.json").unlink()
     assert run_filter(config) == {}
     assert f"unlike versions of pillow: {versions['pillow']} (1 shards), 99 (1 shards)" in (
         caplog.text

@@ -1,4 +1,4 @@
-"""What counts as the same input: a copy and a touched file do, an edit of equal size does not."""
+"""What counts as the same input: by size and time of change, by its bytes, or by size alone."""
 
 import dataclasses
 import io
@@ -19,21 +19,21 @@ from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-_BIG = 5 * 2**20  # bytes; 32 samples of 64 kB see two fifths of it
+_BIG = 2**20  # bytes
 
 
 class _Input:
-    """An input with its description from before, and a count of the bytes that are read."""
+    """An input with its description from before."""
 
-    def __init__(self, source: SourceShard, folder: pathlib.Path):
+    def __init__(self, source: SourceShard, folder: pathlib.Path, identity: str = "hash"):
         self.source, self.location_path = source, folder / "place.json"
-        self.described = fingerprint.describe(source)
-        fingerprint.write_location(self.location_path, self.described.location)
+        self.identity = identity
+        self.described = fingerprint.describe(source, identity)
+        fingerprint.write_location(str(self.location_path), self.described.location)
 
     def is_same(self, source: SourceShard | None = None) -> bool:
-        return fingerprint.is_same(
-            source or self.source, self.described.contents, self.location_path
-        )
+        contents, path = self.described.contents, str(self.location_path)
+        return fingerprint.is_same(source or self.source, contents, path, self.identity)
 
 
 @pytest.fixture
@@ -54,19 +54,37 @@ def _edit(path: str, offset: int) -> None:
     os.utime(path, ns=(changed_ns + 1, changed_ns + 1))
 
 
-def _gap(size: int) -> int:
-    """The middle of the bytes that the quick hash does not see."""
-    return (size - 2**16) // 31 // 2 + 2**15
-
-
-def test_an_edit_between_the_samples_is_noticed(big):
-    offset = _gap(_BIG)
-    before = fingerprint._hash_samples(big.source)
-    _edit(big.source.path, offset)
-    assert fingerprint._hash_samples(big.source) == before  # the samples do not see it
+def test_a_hash_sees_every_byte(big):
+    _edit(big.source.path, _BIG // 3)
     assert not big.is_same()
-    _edit(big.source.path, offset)  # and back again
+    _edit(big.source.path, _BIG // 3)  # and back again
     assert big.is_same()
+
+
+def test_size_and_time_are_enough_and_nothing_is_read(big, tmp_path, monkeypatch):
+    def fail(path):
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr(fingerprint, "_open", fail)
+    known = _Input(big.source, tmp_path, "time")
+    assert "digest" not in known.described.contents
+    moved = SourceShard("webdataset", f"{tmp_path}/moved.tar")
+    shutil.copy2(big.source.path, moved.path)
+    assert known.is_same(moved)  # the time goes with it
+    os.utime(moved.path, ns=(5, 5))
+    assert not known.is_same(moved)
+    known.identity = "size"  # what a copy without times leaves; from then on it is known
+    assert known.is_same(moved)
+    known.identity = "time"
+    assert known.is_same(moved)
+    os.truncate(moved.path, _BIG - 1)
+    known.identity = "size"
+    assert not known.is_same(moved)
+
+
+def test_unknown_identities_are_named():
+    with pytest.raises(ValueError, match="input_identity='mtime'; expected one of time, hash, si"):
+        fingerprint.check_identity("mtime")
 
 
 def test_an_unchanged_file_is_not_read_again(big, monkeypatch):
@@ -90,10 +108,10 @@ def test_a_copy_elsewhere_is_the_same(big, tmp_path):
     moved = SourceShard("webdataset", str(copy))
     assert big.is_same(moved)
     assert json.loads(big.location_path.read_text())["path"] == str(copy)
-    assert fingerprint.describe(moved).contents == big.described.contents
+    assert fingerprint.describe(moved, "hash").contents == big.described.contents
     big.location_path.unlink()  # as when only the statistics were copied
     assert big.is_same(moved)
-    _edit(str(copy), _gap(_BIG))
+    _edit(str(copy), 5)
     assert not big.is_same(moved)
     os.truncate(copy, _BIG - 1)
     assert not big.is_same(moved)
@@ -112,7 +130,7 @@ def test_a_part_of_a_table_stands_for_itself(tmp_path):
     for name, source in (("a", first), ("b", second)):
         (tmp_path / name).mkdir()
         parts.append(_Input(source, tmp_path / name))
-    _edit(str(path), _gap(_BIG // 2))
+    _edit(str(path), 5)
     assert [part.is_same() for part in parts] == [False, True]
     assert not parts[0].is_same(second)
 
@@ -155,7 +173,7 @@ def remote(tmp_path):
 def test_shards_of_an_object_store(remote, tmp_path):
     config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
     config.update({"input": f"{remote}/*.tfrecord", "output": str(tmp_path / "out")})
-    config.num_workers = 0
+    config.num_workers, config.input_identity = 0, "hash"
     assert run_filter(config) == {}
     keys = (tmp_path / "out" / "kept_keys.txt").read_text().split()
     assert keys == [f"{shard}-{i}" for shard in range(2) for i in range(3)]

@@ -1,6 +1,5 @@
 """Shard tasks: whole or absent, done once, redone when anything changed."""
 
-import json
 import os
 import pathlib
 
@@ -43,10 +42,10 @@ def test_a_task_writes_shard_index_and_statistics(tmp_path):
     assert [s["counts"] for s in stats] == [{"copied": 2}, {"copied": 0}, {"copied": 3}]
     assert len(TFRecordSource(tmp_path / "out")) == 5
     for task, expected in zip(tasks, stats, strict=True):
-        on_disk = json.loads(task.stats_path.read_text())
+        on_disk = shards.read_json(task.stats_path)
         assert on_disk == expected
         assert on_disk["output"]["bytes"] == os.path.getsize(task.output)
-        assert json.loads(task.location_path.read_text())["path"] == task.source.path
+        assert shards.read_json(task.location_path)["path"] == task.source.path
         assert shards.load_finished(task) == on_disk
 
 
@@ -81,7 +80,7 @@ def test_a_change_means_it_is_not_done(tmp_path, change):
     elif change == "no output":
         os.remove(task.output)
     else:
-        task.stats_path.write_text('{"config_hash": ')
+        pathlib.Path(task.stats_path).write_text('{"config_hash": ')
     assert shards.load_finished(task) is None
 
 

@@ -1,0 +1,108 @@
+"""Names of parts: they follow from an input's path below its root, and from nothing else."""
+
+import json
+import os
+import pathlib
+
+import ml_collections
+import pytest
+
+from data_prep.jobs import files, manifest
+from data_prep.jobs.manifest import Input
+from data_prep.sources.list import default_source, find_root, list_inputs
+from diht_jax.data.readers.registry import SourceShard
+
+
+def _inputs(folder: str, *names: str) -> list[Input]:
+    return [Input(SourceShard("webdataset", f"{folder}/{name}"), folder) for name in names]
+
+
+def _plan(folder: pathlib.Path, inputs: list[Input]) -> list[str]:
+    tasks = manifest.plan_parts(
+        inputs, str(folder), dataset="pairs", split="train", config_hash="c"
+    )
+    return [os.path.basename(task.output) for task in tasks]
+
+
+def test_the_other_inputs_do_not_matter():
+    ten = manifest.hash_inputs(_inputs("/a", *map(str, range(10))))
+    assert len(set(ten)) == 10 and all(len(name) == 16 for name in ten)
+    some = manifest.hash_inputs(_inputs("/elsewhere/a", "7", "new", "2"))
+    assert (some[0], some[2]) == (ten[7], ten[2])
+
+
+def test_parts_of_a_file_and_equal_paths_differ():
+    whole = SourceShard("table", "/a/t.csv", 0, 10)
+    halves = [SourceShard("table", "/a/t.csv", 0, 5), SourceShard("table", "/a/t.csv", 5, 10)]
+    (alone,) = manifest.hash_inputs([Input(whole, "/a")])
+    assert len({alone, *manifest.hash_inputs([Input(half, "/a") for half in halves])}) == 3
+    longer = SourceShard("table", "/a/t.csv", 0, 12)  # the same file, replaced
+    assert manifest.hash_inputs([Input(longer, "/a")]) == [alone]
+    both = _inputs("/x/a/in", "1", "2") + _inputs("/x/b/in", "2") + _inputs("/x/b/in", "2")
+    names = manifest.hash_inputs(both)
+    assert len(set(names)) == 4
+    assert names[0] == manifest.hash_inputs(_inputs("/any", "1"))[0]
+    moved = _inputs("/y/a/in", "1", "2") + _inputs("/y/b/in", "2") + _inputs("/y/b/in", "2")
+    assert manifest.hash_inputs(moved) == names  # the ends of the roots tell them apart
+
+
+@pytest.mark.parametrize(
+    ("text", "root"),
+    [
+        ("{}/in/*.tar", "{}/in"),
+        ("{}/in", "{}/in"),
+        ("{}/in/a.tar", "{}/in"),
+        ("{}/i?/*.tar", "{}"),
+        ("{}/in?image_column=x", "{}/in"),
+        ("{}/in/t.csv?image_column=a/b&caption_column=c", "{}/in"),
+        ("s3://b/in/*/[ab].tar", "s3://b/in"),
+        ("s3://b/in", "s3://b/in"),
+        ("s3://b/in/a.tar", "s3://b/in"),
+    ],
+)
+def test_the_root_of_what_was_typed(tmp_path, text, root):
+    (tmp_path / "in").mkdir()
+    assert find_root(text.format(tmp_path)) == root.format(tmp_path)
+
+
+def test_inputs_know_their_path_below_the_root(tmp_path, monkeypatch):
+    for name in ("a/1.tar", "b/2.tar"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    source = ml_collections.ConfigDict(default_source())
+    monkeypatch.chdir(tmp_path)
+    for text in ("*/*.tar", f"{tmp_path}/*/*.tar", "./*/*.tar"):
+        assert [found.path for found in list_inputs(text, source)] == ["a/1.tar", "b/2.tar"]
+    both = list_inputs(f"a,{tmp_path}/b/2.tar", source)
+    assert [found.path for found in both] == ["1.tar", "2.tar"]
+
+
+def test_the_manifest_states_order_and_identity(tmp_path):
+    for name in ("1", "2"):
+        (tmp_path / name).write_bytes(b"x" * int(name))
+    names = _plan(tmp_path / "parts", _inputs(str(tmp_path), "2", "1"))
+    rows = json.loads((tmp_path / "parts" / "manifest.json").read_text())["parts"]
+    assert [row["name"] for row in rows] == names
+    first = {"path": "2", "source": f"{tmp_path}/2", "kind": "webdataset", "start": 0, "stop": None}
+    first |= {"size_bytes": 2, "changed": (tmp_path / "2").stat().st_mtime_ns, "before": []}
+    assert rows[0] == {"name": names[0], **first}
+    written_ns = (tmp_path / "parts" / "manifest.json").stat().st_mtime_ns
+    assert _plan(tmp_path / "parts", _inputs(str(tmp_path), "2", "1")) == names
+    assert (tmp_path / "parts" / "manifest.json").stat().st_mtime_ns == written_ns
+
+
+def test_parts_follow_an_input_that_is_reached_from_another_root(tmp_path):
+    folder = tmp_path / "parts"
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "1").touch()
+    (old,) = _plan(folder, _inputs(f"{tmp_path}/in", "1"))
+    stats = {"input": {"kind": "webdataset", "start": 0, "stop": None}}
+    location = {"path": f"{tmp_path}/in/1", "size_bytes": 0, "changed": 0}
+    for suffix, value in ((".stats.json", stats), (".place.json", location), ("", {})):
+        (folder / f"{old}{suffix}").write_text(json.dumps(value))
+    (new,) = _plan(folder, _inputs(str(tmp_path), "in/1"))
+    assert new != old
+    assert files.list_names(str(folder)) == [
+        "manifest.json", new, f"{new}.place.json", f"{new}.stats.json"
+    ]  # fmt: skip
+    assert manifest.earlier_names(str(folder)) == {old: new}
