@@ -26,7 +26,7 @@ from data_prep.filtering import decisions, kept
 from data_prep.filtering.score_quantiles import score_quantiles
 from data_prep.filtering.stale_outputs import compare_settings
 from data_prep.filtering.steps import recorded, registry
-from data_prep.jobs import files, shards
+from data_prep.jobs import files, manifest, shards
 from data_prep.reports.funnel import KEPT, SOURCE, Funnel
 from diht_jax.data.escaping import escape_lines
 
@@ -264,7 +264,10 @@ def _find_decisions(folder: str) -> tuple[list[str], dict[str, Any]]:
         (files.join(folder, decisions.FOLDER), ".parquet"),
         (folder, decisions.SUFFIX),
     ):
-        names = [name for name in files.list_names(where) if name.endswith(suffix)]
+        names = {name: None for name in files.list_names(where) if name.endswith(suffix)}
+        # Parts stand in the order of their inputs, not in that of their names.
+        ordered = [entry.name + suffix for entry in manifest.read_manifest(where)]
+        names = [name for name in ordered or names if name in names]
         if names:
             return [files.join(where, name) for name in names], stats
     raise ValueError(

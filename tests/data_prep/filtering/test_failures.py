@@ -39,12 +39,12 @@ def _write_inputs(folder) -> str:
 
 
 def test_a_disk_that_fails_one_read_in_twenty_changes_no_byte(tmp_path):
-    source = _write_inputs(tmp_path / "in")
-    assert run_filter(job_config(source, tmp_path / "undisturbed")) == {}
+    source, hashed = _write_inputs(tmp_path / "in"), {"input_identity": "hash"}
+    assert run_filter(job_config(source, tmp_path / "undisturbed", **hashed)) == {}
     assert len(read_records(tmp_path / "undisturbed")) == 60
     disk = FailingDisk(tmp_path / "in", 0, every=20)
     with disk.mounted():
-        assert run_filter(job_config(source, tmp_path / "disturbed")) == {}
+        assert run_filter(job_config(source, tmp_path / "disturbed", **hashed)) == {}
     assert disk.failed == disk.reads // 20 >= 3
     assert disk.slept > 0
     assert snapshot(tmp_path / "disturbed") == snapshot(tmp_path / "undisturbed")
