@@ -10,6 +10,7 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.filtering.shard import filter_shard
+from data_prep.filtering.steps.registry import active_steps
 from data_prep.jobs.crash_search import CrashSearch
 from data_prep.jobs.shards import ShardTask
 from data_prep.reports.summary import read_report
@@ -90,7 +91,7 @@ def test_a_crash_that_no_pair_explains_is_tried_without_the_pictures_of_the_repo
     monkeypatch.setattr("data_prep.reports.samples.decode_rgb", decode)
     source = SourceShard("webdataset", pattern.replace("*", "00000"))
     task = ShardTask(source, str(tmp_path / "part.tfrecord"), "hash")
-    work = functools.partial(filter_shard, report=abs, config=config, steps=[])
+    work = functools.partial(filter_shard, report=abs, config=config, steps=active_steps(config))
     with pytest.raises(RuntimeError, match="the decoder has crashed"):
         work(task)
     stats = work(dataclasses.replace(task, search=CrashSearch(unexplained=1)))
