@@ -16,6 +16,7 @@ own.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import ml_collections
@@ -106,6 +107,9 @@ def run_filter(
         ValueError: nothing to read, nowhere to write, no pair was kept, or something has changed
             and `overwrite` is not set.
     """
+    if engine == "ray" and config.spotter.cache is not None:
+        # On all nodes the same folder, whatever folder a worker runs in.
+        config.spotter.cache = os.path.abspath(config.spotter.cache)
     run = metadata.run if config.metadata_only else filter_job.run
     return run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 

@@ -5,6 +5,7 @@ The keys of the steps stand in the steps' own files.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import ml_collections
@@ -78,12 +79,10 @@ def default_config() -> ml_collections.ConfigDict:
     # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
     c.shard_timeout_secs = placeholder(float)
     c.keep_before_damage = False  # of a tar that is cut off or damaged, keep the pairs before that
-    c.batch_size = 256  # pairs whose captions are parsed together
-    c.ray = ml_collections.ConfigDict()  # for --engine=ray
-    ray = RaySettings()
-    c.ray.address = ray.address  # "auto": the running cluster, "local": started for this job
-    c.ray.cpus_per_worker = ray.cpus_per_worker
-    c.ray.gpus_per_worker = ray.gpus_per_worker
+    # Pairs that are read and parsed together; what C and A leave of them fills a spotter's window.
+    c.batch_size = 1024
+    # For --engine=ray; `engine_ray.RaySettings` describes each key.
+    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))
     return c
 
 
@@ -107,6 +106,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             f"config.output_format='{config.output_format}' with config.metadata_only: rows of a "
             "table are written as they came; leave one of the two out"
         )
+    RaySettings(**config.ray.to_dict()).check()
     for step in registry.ordered_steps():
         step.check(config)
 

@@ -1,6 +1,7 @@
 """Runs shard tasks on a Ray cluster, in actors that keep the models they have loaded.
 
-Ray is imported here only, and only when it is asked for. An actor dies with its node or its
+Networks that need a GPU can lie in actors of their own (`ray_models.py`), while the workers read,
+parse and write. Ray is imported only when it is asked for. An actor dies with its node or its
 process; its task is then reported as one that may pass at another try, a new actor is started as
 soon as the cluster has room, and the other actors go on.
 """
@@ -10,15 +11,18 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging as python_logging
 import os
 import pathlib
+import platform
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from absl import logging
 
+from data_prep.jobs.models import share_models
 from data_prep.jobs.progress import (
     DEATH,
     KILLED,
@@ -30,6 +34,7 @@ from data_prep.jobs.progress import (
     describe_error,
     timed_out,
 )
+from data_prep.jobs.ray_models import ModelPool, RemoteModel
 
 _MAX_FAILED_STARTS = 3  # in a row
 _WAITING_SECS = 60.0
@@ -44,11 +49,31 @@ class RaySettings:
             machine for the time of the job, else HOST:PORT.
         cpus_per_worker: cores that a worker reserves.
         gpus_per_worker: GPUs, or a part of one, that a worker reserves and sees.
+        model_actors: actors at most that hold the networks for all workers, as many as the GPUs
+            have room for; 0 for none: each worker has its own.
+        gpus_per_model_actor: GPUs, or a part of one, that such an actor reserves and sees.
     """
 
     address: str = "auto"
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
+    model_actors: int = 0
+    gpus_per_model_actor: float = 1.0
+
+    def check(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: a number is negative, or a worker would reserve nothing.
+        """
+        for field in dataclasses.fields(self)[1:]:
+            if (value := getattr(self, field.name)) < 0:
+                raise ValueError(f"config.ray.{field.name}={value}; expected at least 0")
+        if not self.cpus_per_worker and not self.gpus_per_worker:
+            raise ValueError(
+                "config.ray.cpus_per_worker=0 and config.ray.gpus_per_worker=0; expected one of "
+                "them to be more: they limit how many workers run on a node"
+            )
 
 
 def run_on_ray(
@@ -62,7 +87,10 @@ def run_on_ray(
     """Calls `function(task, report)` for every task on the cluster.
 
     The nodes must see the same paths, and have the same packages and this repository, installed or
-    under the same path.
+    under the same path. Relative paths mean what they mean here: workers run in a folder of the
+    same name; on a node without it, tasks with relative paths fail with this reason.
+
+    Nodes that join while the job runs get workers and model actors as well.
 
     Args:
         function: importable by its name, or picklable.
@@ -117,14 +145,46 @@ def _connect(settings: RaySettings) -> Iterator[None]:
 class _Actor:
     """A worker; one object lives in one process of the cluster."""
 
+    def __init__(self, folder: str, roster: Any):
+        """Prepares the process.
+
+        Args:
+            folder: in which the driver runs.
+            roster: of the model actors; None where there are none.
+        """
+        self._no_folder: str | None = None
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            self._no_folder = f"the job runs in '{folder}', which node {platform.node()} lacks"
+            self._no_folder += f" ({error.strerror})"
+        if roster is not None:
+            share_models(functools.partial(RemoteModel, roster=roster))
+
     def is_ready(self) -> bool:
         return True
 
     def work(self, function: Function, task: Any) -> tuple[Outcome, int]:
         """The outcome, without its task, and the number of pairs."""
+        relative = _find_relative_path(task)
+        if relative is not None and self._no_folder is not None:
+            error = (
+                f"'{relative}' is a relative path, and {self._no_folder}; name input and output by "
+                "absolute paths or URLs, or start the job in a folder that all nodes have"
+            )
+            return Outcome(None, error=error), 0
         pairs: list[int] = []
         outcome = call_function(function, task, pairs.append)
         return dataclasses.replace(outcome, task=None), sum(pairs)
+
+
+def _find_relative_path(task: Any) -> str | None:
+    """The input or the output of a task, where it is a relative path."""
+    source = getattr(task, "source", None)
+    for path in (getattr(source, "path", source), getattr(task, "output", None)):
+        if isinstance(path, str) and "://" not in path and not os.path.isabs(path):
+            return path
+    return None
 
 
 @dataclasses.dataclass(eq=False)
@@ -156,8 +216,11 @@ class _RayWorkerPool:
         self._pending = tasks
         self._timeout_secs = timeout_secs
         self._settings = settings
-        self._num_workers = num_workers or self._count_slots()
+        self._num_workers = num_workers
         self._progress = progress
+        self._models: ModelPool | None = None
+        if settings.model_actors:
+            self._models = ModelPool(ray, settings.model_actors, settings.gpus_per_model_actor)
         self._waits: dict[Any, _Worker] = {}  # by the reference that comes next
         self._failed_starts = 0
         self._last_message_secs = time.monotonic()
@@ -165,7 +228,11 @@ class _RayWorkerPool:
     def run(self) -> Iterator[Outcome[Any, Any]]:
         """Yields the outcomes, in the order in which they come."""
         while self._pending or self._num_busy():
-            wanted = min(self._num_workers, len(self._pending) + self._num_busy())
+            if self._models is not None:
+                self._models.refresh()
+            # Counted anew each time, so that nodes that have joined get workers.
+            most = self._num_workers or self._count_slots()
+            wanted = min(most, len(self._pending) + self._num_busy())
             while len(self._waits) < wanted:
                 self._start_worker()
             ready, _ = self._ray.wait(list(self._waits), timeout=POLL_SECS)
@@ -179,6 +246,8 @@ class _RayWorkerPool:
         """Ends the actors that are still there."""
         for worker in self._waits.values():
             self._ray.kill(worker.actor)
+        if self._models is not None:
+            self._models.stop()
 
     def _num_busy(self) -> int:
         return sum(worker.has_started for worker in self._waits.values())
@@ -197,7 +266,8 @@ class _RayWorkerPool:
         actor_class = self._ray.remote(
             num_cpus=s.cpus_per_worker, num_gpus=s.gpus_per_worker, max_restarts=0
         )(_Actor)
-        worker = _Worker(actor_class.remote())
+        roster = None if self._models is None else self._models.roster
+        worker = _Worker(actor_class.remote(os.getcwd(), roster))
         self._waits[worker.actor.is_ready.remote()] = worker
 
     def _handle_message(self, reference: Any, worker: _Worker) -> Iterator[Outcome[Any, Any]]:
@@ -254,10 +324,21 @@ class _RayWorkerPool:
                 yield timed_out(worker.task, secs, self._timeout_secs)
 
     def _warn_of_waiting(self) -> None:
-        if self._num_busy() or time.monotonic() - self._last_message_secs < _WAITING_SECS:
+        if time.monotonic() - self._last_message_secs < _WAITING_SECS:
+            return
+        s = self._settings
+        if self._models is not None and not len(self._models):
+            self._last_message_secs = time.monotonic()
+            logging.warning(
+                "no model actor has started for %.0f s; each asks for %g GPUs, and the cluster has "
+                "free: %s",
+                _WAITING_SECS,
+                s.gpus_per_model_actor,
+                self._ray.available_resources(),
+            )
+        if self._num_busy():
             return
         self._last_message_secs = time.monotonic()
-        s = self._settings
         logging.warning(
             "no Ray worker has started for %.0f s; each asks for %g CPUs and %g GPUs, and the "
             "cluster has free: %s",

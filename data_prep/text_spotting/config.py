@@ -14,7 +14,8 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from data_prep.text_spotting.cache import SpotCache, name_shard
-from data_prep.text_spotting.ocr import PRECISIONS, OcrSettings, resolve
+from data_prep.text_spotting.networks import PRECISIONS, OcrSettings
+from data_prep.text_spotting.ocr import load_ocr
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.remote import refuse_url
@@ -25,7 +26,7 @@ from diht_jax.data.records.remote import refuse_url
 RULES_VERSION = 1
 
 # Keys of the section that decide where and how fast, but not what is written.
-NOT_HASHED = ("cache", "device", "batch_size", "stop_at_match")
+NOT_HASHED = ("cache", "device", "window", "batch_size", "stop_at_match")
 
 
 def default_spotter() -> ml_collections.ConfigDict:
@@ -50,7 +51,8 @@ def default_spotter() -> ml_collections.ConfigDict:
     # Speed.
     c.precision = s.ocr.precision  # "bfloat16", "float32"; "auto": what the device is fast at
     c.device = s.ocr.device  # "cpu", "cuda", "cuda:N", "mps"; "auto": a GPU where there is one
-    c.batch_size = s.batch_size  # pictures decoded and looked at together
+    c.window = s.window  # pictures decoded and looked at together
+    c.batch_size = s.batch_size  # of those of like size, how many the networks take at once
     c.stop_at_match = s.stop_at_match  # leave the other lines unread; False: the cache is complete
     c.cache = placeholder(str)  # folder that keeps what was read; None: nothing is kept
     return c
@@ -63,7 +65,7 @@ def check_spotter(config: ml_collections.ConfigDict) -> None:
         ValueError: a value is out of its range.
     """
     refuse_url(config.cache, "config.spotter.cache")
-    for name in ("canvas_size", "min_chars", "misread_min_chars", "batch_size"):
+    for name in ("canvas_size", "min_chars", "misread_min_chars", "window", "batch_size"):
         value = config[name]
         if value is not None and value < 1:
             raise ValueError(f"config.spotter.{name}={value}; expected at least 1")
@@ -118,7 +120,7 @@ def open_spotter(
 
 
 def describe_machine(settings: Settings) -> dict[str, str]:
-    """What "auto" means where this runs: precision and kind of device, on which readings depend.
+    """What "auto" means where the networks run: precision and device, on which readings depend.
 
     Args:
         settings: of the spotter.
@@ -126,7 +128,7 @@ def describe_machine(settings: Settings) -> dict[str, str]:
     Raises:
         ValueError: a setting cannot be met on this machine.
     """
-    resolved = resolve(settings.ocr)
+    resolved = load_ocr(settings.ocr).describe()
     return {"precision": resolved.precision, "device": resolved.device.partition(":")[0]}
 
 

@@ -2,30 +2,27 @@
 
 The networks, their weights and everything around them are EasyOCR's
 (CRAFT and a CRNN), so that boxes and texts are those of `easyocr.Reader.readtext` on the same
-array at the same settings, up to rounding. Ours is how they are run: normalisation folded into the
-convolutions, channels last, bfloat16 where the processor has it, batches of one shape, and no
-work for boxes that nobody asks about. Captions and decisions must not come in; torch and easyocr
-are imported when the networks are loaded.
+array at the same settings, up to rounding and to the size of the canvas. Ours is how they are run:
+in batches on few canvases (the networks themselves are in `networks`), and no work for boxes that
+nobody asks about. Captions and decisions must not come in; torch and easyocr are imported when the
+networks are loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_prep.text_spotting.weights import find_weights, import_easyocr
+from data_prep.jobs.models import is_shared, open_model
+from data_prep.text_spotting.networks import CROP_HEIGHT, OcrSettings, load_networks, resolve
 
-PRECISIONS = ("auto", "float32", "bfloat16")
-
-_CROP_HEIGHT = 64  # px; what the recogniser was trained on
+# Quarters of the longer side that a side of a canvas may have.
+CANVAS_STEPS = (2, 3, 4)
 _MIN_BOX_SIDE = 20  # px, of the longer side; EasyOCR's `min_size`
-_CONTRAST_BELOW = 0.1  # confidence under which a box is read again with more contrast
-_TARGET_CONTRAST = 0.5
 # EasyOCR's grouping of words into lines.
 _GROUPING = {
     "slope_ths": 0.1,
@@ -37,28 +34,6 @@ _GROUPING = {
 
 # A line that lies level is x_min, x_max, y_min, y_max; any other is x, y of its four corners.
 Box = tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class OcrSettings:
-    """What boxes and texts depend on.
-
-    Attributes:
-        canvas_size: px of the longer side at which text is detected; larger pictures are shrunk,
-            smaller ones stay. `canvas_size` of `Reader.readtext`.
-        text_threshold: least peak of the character score in a box, as EasyOCR's.
-        low_text: character score at which a box ends, as EasyOCR's.
-        link_threshold: affinity at which characters are linked, as EasyOCR's.
-        precision: of the convolutions; "auto" is bfloat16 where the device multiplies it natively.
-        device: "cpu", "cuda" (or "cuda:1", "mps"), or "auto" for a GPU where there is one.
-    """
-
-    canvas_size: int = 256
-    text_threshold: float = 0.7
-    low_text: float = 0.4
-    link_threshold: float = 0.4
-    precision: str = "auto"
-    device: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,93 +64,61 @@ class HeatMaps:
     scale: float
 
 
-def resolve(settings: OcrSettings) -> OcrSettings:
-    """The settings with "auto" replaced by what it means on this machine.
-
-    Raises:
-        ValueError: an unknown precision, or a device that is not there.
-    """
-    import torch
-
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device='{device}'; expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device='{device}', but torch {torch.__version__} sees no CUDA device")
-    precision = settings.precision
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision='{precision}'; expected one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
-        precision = "bfloat16" if _multiplies_bfloat16(kind) else "float32"
-    return dataclasses.replace(settings, device=device, precision=precision)
-
-
 @functools.lru_cache(maxsize=1)
 def load_ocr(settings: OcrSettings) -> Ocr:
-    """The networks, loaded once per process."""
+    """Boxes and texts, with networks that are loaded once per process, or shared by many."""
     return Ocr(settings)
 
 
 class Ocr:
-    """Detector and recogniser on one device."""
+    """Boxes and texts of pictures; forms the batches that the networks run on."""
 
     def __init__(self, settings: OcrSettings):
-        """Loads the networks.
+        """Finds the networks; they are loaded for the first batch.
 
         Args:
-            settings: `resolve` is applied to them.
+            settings: see there.
+        """
+        self.settings = settings
+        self._networks = open_model(functools.partial(load_networks, settings))
+
+    def describe(self) -> OcrSettings:
+        """The settings as they are met where the networks run, without "auto".
 
         Raises:
-            ValueError: EasyOCR or its weights are missing, or a setting cannot be met.
+            ValueError: a setting cannot be met there.
         """
-        easyocr = import_easyocr()
-        import torch
+        if not is_shared():
+            return resolve(self.settings)  # which does not load them
+        return next(self._networks.map("describe", [()]))
 
-        self.settings = resolve(settings)
-        self._device = torch.device(self.settings.device)
-        self._dtype = getattr(torch, self.settings.precision)
-        detector_file, recognizer_file = find_weights()
-        self._detector = self._place(easyocr.craft.CRAFT(), detector_file)
-        model = easyocr.config.recognition_models["gen2"]["english_g2"]
-        self._converter = easyocr.utils.CTCLabelConverter(model["characters"])
-        self._recognizer = self._place(
-            easyocr.model.vgg_model.Model(
-                input_channel=1,
-                output_channel=256,
-                hidden_size=256,
-                num_class=len(self._converter.character),
-            ),
-            recognizer_file,
-        )
-        # The recurrent layers stay in float32: they are cheap, and decide on the characters.
-        self._recognizer.SequenceModeling.float()
-        self._recognizer.Prediction.float()
+    def peaks(self, pictures: Sequence[Shrunk], side: int, batch_size: int = 8) -> list[float]:
+        """The highest character score (0 to 1) of each picture; arguments of `heat_maps`."""
+        results = [0.0] * len(pictures)
+        for batch, found in self._run("peaks", pictures, side, batch_size):
+            for i, peak in zip(batch, found, strict=True):
+                results[i] = peak
+        return results
 
-    def heat_maps(self, pictures: Sequence[Shrunk], batch_size: int = 8) -> list[HeatMaps]:
-        """Runs the detector, on batches of pictures of one size.
+    def heat_maps(
+        self, pictures: Sequence[Shrunk], side: int | None = None, batch_size: int = 8
+    ) -> list[HeatMaps]:
+        """Runs the detector, on batches of pictures that lie on canvases of one size.
 
         Args:
             pictures: of `shrink`.
+            side: px of the longer side to which they were shrunk; the canvases are those of
+                `canvas_shape`. None takes EasyOCR's, of which there are many more.
             batch_size: most pictures in one batch.
 
         Returns:
             In the order of the pictures.
         """
-        import torch
-        from easyocr.imgproc import normalizeMeanVariance
-
-        inputs = [normalizeMeanVariance(_pad(picture.pixels)) for picture in pictures]
         maps: list[Any] = [None] * len(pictures)
-        for batch in _like_batches([x.shape for x in inputs], batch_size):
-            x = torch.from_numpy(np.stack([inputs[i] for i in batch])).permute(0, 3, 1, 2)
-            with torch.inference_mode():
-                y, _ = self._detector(x.to(self._device, self._dtype))
-            y = y.float().cpu().numpy()
-            for i, out in zip(batch, y, strict=True):
-                text, link = (np.ascontiguousarray(out[..., k]) for k in range(2))
+        for batch, found in self._run("detect", pictures, side, batch_size):
+            for i, scores in zip(batch, found, strict=True):
+                height, width = (-(-n // 32) * 16 for n in pictures[i].pixels.shape[:2])
+                text, link = (np.ascontiguousarray(one[:height, :width]) for one in scores)
                 maps[i] = HeatMaps(text, link, pictures[i].scale)
         return maps
 
@@ -212,66 +155,26 @@ class Ocr:
         """
         results = [("", 0.0)] * len(crops)
         present = [i for i, crop in enumerate(crops) if crop is not None]
-        for batch in _like_batches([crops[i][1] for i in present], batch_size):
-            indices = [present[i] for i in batch]
-            width = crops[indices[0]][1]
-            images = [crops[i][0] for i in indices]
-            read = self._read_batch(images, width, 0.0)
-            faint = [k for k, (_, confidence) in enumerate(read) if confidence < _CONTRAST_BELOW]
-            if faint:
-                again = self._read_batch([images[k] for k in faint], width, _TARGET_CONTRAST)
-                for k, second in zip(faint, again, strict=True):
-                    if second[1] >= read[k][1]:
-                        read[k] = second
-            for i, result in zip(indices, read, strict=True):
+        batches = [
+            [present[k] for k in batch]
+            for batch in like_batches([crops[i][1] for i in present], batch_size)
+        ]
+        calls = (([crops[i][0] for i in batch], crops[batch[0]][1]) for batch in batches)
+        for batch, read in zip(batches, self._networks.map("read", calls), strict=True):
+            for i, result in zip(batch, read, strict=True):
                 results[i] = result
         return results
 
-    def _read_batch(
-        self, images: Sequence[np.ndarray], width: int, contrast: float
-    ) -> list[tuple[str, float]]:
-        import torch
-        from easyocr.recognition import AlignCollate, recognizer_predict
-        from PIL import Image
-
-        collate = AlignCollate(_CROP_HEIGHT, width, adjust_contrast=contrast)
-        batch = collate([Image.fromarray(image) for image in images])
-        with torch.inference_mode():
-            # All characters of the network belong to English: none is ignored.
-            read = recognizer_predict(
-                self._recognize, self._converter, [batch], width // 10, [], {}, device=self._device
-            )
-        return [(text, float(confidence)) for text, confidence in read]
-
-    @property
-    def _recognize(self) -> _Recognize:
-        return _Recognize(self._recognizer, self._dtype)
-
-    def _place(self, network: Any, path: pathlib.Path) -> Any:
-        import torch
-
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-        network.load_state_dict(state)
-        network = _fold_normalization(network.eval()).requires_grad_(False)
-        return network.to(self._device, self._dtype, memory_format=torch.channels_last)
-
-
-class _Recognize:
-    """The recogniser as `recognizer_predict` calls it, with the convolutions in their dtype."""
-
-    def __init__(self, network: Any, dtype: Any):
-        self._network = network
-        self._dtype = dtype
-
-    def eval(self) -> None:
-        """Nothing to do; EasyOCR asks for it before every batch."""
-
-    def __call__(self, images: Any, _: Any) -> Any:
-        features = self._network.FeatureExtraction(images.to(self._dtype)).float()
-        return self._network.Prediction(
-            self._network.SequenceModeling(features.mean(dim=2).permute(0, 2, 1)).contiguous()
+    def _run(
+        self, method: str, pictures: Sequence[Shrunk], side: int | None, batch_size: int
+    ) -> Iterator[tuple[list[int], Any]]:
+        """Each batch of pictures, as indices, with what the networks make of it."""
+        shapes = [canvas_shape(picture.pixels.shape[:2], side) for picture in pictures]
+        batches = list(like_batches(shapes, batch_size))
+        calls = (
+            (np.stack([_pad(pictures[i].pixels, shapes[i]) for i in batch]),) for batch in batches
         )
+        return zip(batches, self._networks.map(method, calls), strict=True)
 
 
 def shrink(image: np.ndarray, side: int) -> Shrunk:
@@ -314,7 +217,7 @@ def crop_line(grey: np.ndarray, box: Box) -> tuple[np.ndarray, int] | None:
         if min(box_size(box)) < 2:
             return None
         level, turned = [], [np.reshape(box, (4, 2)).tolist()]
-    crops, width = get_image_list(level, turned, grey, model_height=_CROP_HEIGHT)
+    crops, width = get_image_list(level, turned, grey, model_height=CROP_HEIGHT)
     return (crops[0][1], int(width)) if crops else None
 
 
@@ -325,13 +228,27 @@ def box_size(box: Box) -> tuple[float, float]:
     return max(box[::2]) - min(box[::2]), max(box[1::2]) - min(box[1::2])
 
 
-def _pad(pixels: np.ndarray) -> np.ndarray:
-    """Black at the right and below, up to the multiple of 32 that the detector needs."""
-    bottom, right = (-length % 32 for length in pixels.shape[:2])
-    return np.pad(pixels, ((0, bottom), (0, right), (0, 0))).astype(np.float32)
+def canvas_shape(size: tuple[int, int], side: int | None) -> tuple[int, int]:
+    """Height and width of the canvas on which a shrunk picture lies.
+
+    Ours: half, three quarters and all of the longer side, rounded up to the detector's multiple of
+    32, so that there are nine canvases and batches fill. The common shapes (1:1, 4:3, 3:2 and
+    upright) come to lie on what EasyOCR gives them anyway.
+
+    Args:
+        size: height and width of the picture.
+        side: px of the longer side to which pictures were shrunk; None for EasyOCR's canvas, the
+            next multiples of 32.
+    """
+    steps = [0] if side is None else [-(-side * k // 128) * 32 for k in CANVAS_STEPS]
+    height, width = (
+        min((step for step in steps if step >= length), default=-(-length // 32) * 32)
+        for length in size
+    )
+    return height, width
 
 
-def _like_batches(likes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
+def like_batches(likes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
     """Indices of equal values, in order of appearance, at most `batch_size` together."""
     groups: dict[Any, list[int]] = {}
     for index, like in enumerate(likes):
@@ -341,28 +258,8 @@ def _like_batches(likes: Sequence[Any], batch_size: int) -> Iterator[list[int]]:
             yield group[start : start + batch_size]
 
 
-def _fold_normalization(module: Any) -> Any:
-    """Multiplies every batch normalisation into the convolution before it."""
-    import torch
-
-    before_name, before = "", None
-    for name, child in list(module.named_children()):
-        if isinstance(child, torch.nn.BatchNorm2d) and isinstance(before, torch.nn.Conv2d):
-            folded = torch.nn.utils.fusion.fuse_conv_bn_eval(before, child)
-            setattr(module, before_name, folded)
-            setattr(module, name, torch.nn.Identity())
-        else:
-            _fold_normalization(child)
-        before_name, before = name, child
-    return module
-
-
-def _multiplies_bfloat16(kind: str) -> bool:
-    import torch
-
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+def _pad(pixels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Black at the right and below."""
+    canvas = np.zeros((*shape, 3), np.uint8)
+    canvas[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return canvas

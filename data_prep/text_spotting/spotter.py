@@ -20,15 +20,14 @@ import numpy as np
 
 from data_prep.text_spotting.cache import Reading, SpotCache, hash_image
 from data_prep.text_spotting.match import can_match, caption_matches
+from data_prep.text_spotting.networks import OcrSettings
 from data_prep.text_spotting.ocr import (
     Box,
     Ocr,
-    OcrSettings,
     Shrunk,
     box_size,
     crop_line,
     load_ocr,
-    resolve,
     shrink,
 )
 from data_prep.text_spotting.weights import easyocr_version
@@ -37,7 +36,7 @@ from diht_jax.data.images import decode as images
 __all__ = ["Settings", "Spot", "TextSpotter", "Verdict", "caption_matches"]
 
 # Decoded pixels that are held at a time, so that large pictures do not fill the memory.
-_MAX_BATCH_PIXELS = 2**26
+_MAX_WINDOW_PIXELS = 2**26
 # How many times the pixels of the first look detection must take for the look to be worth it.
 _GATE_GAIN = 1.5
 # A line of fewer heights than this in width can hardly hold five letters.
@@ -59,7 +58,9 @@ class Settings:
         min_chars: length of the run that a line must share with the caption.
         misread_min_chars: length of such a run with one character misread; None allows none.
         stop_at_match: leave the other lines unread once one has matched.
-        batch_size: pictures that are decoded together; batches are made of those of like size.
+        window: pictures that are decoded and looked at together, unless they are very large;
+            batches are made of those of like size among them.
+        batch_size: most pictures that the networks take at once.
         max_pixels: of a picture that is still decoded.
     """
 
@@ -71,6 +72,7 @@ class Settings:
     min_chars: int = 5
     misread_min_chars: int | None = None
     stop_at_match: bool = True
+    window: int = 256
     batch_size: int = 32
     max_pixels: int = images.MAX_PIXELS
 
@@ -80,7 +82,7 @@ class Settings:
         Raises:
             ValueError: EasyOCR is missing, or a setting cannot be met.
         """
-        ocr = dataclasses.asdict(resolve(self.ocr))
+        ocr = dataclasses.asdict(load_ocr(self.ocr).describe())
         del ocr["device"]  # Another device rounds otherwise, as another processor does.
         return {"easyocr": easyocr_version(), **ocr}
 
@@ -157,8 +159,8 @@ class TextSpotter:
         pictures = [
             _Picture(one, texts, self.settings) for one, texts in zip(data, captions, strict=True)
         ]
-        for batch in _batches([p for p in pictures if p.captions], self.settings.batch_size):
-            self._read(batch)
+        for window in _windows([p for p in pictures if p.captions], self.settings.window):
+            self._read(window)
         return [picture.verdict() for picture in pictures]
 
     def _read(self, pictures: list[_Picture]) -> None:
@@ -190,14 +192,16 @@ class TextSpotter:
         for picture in pictures:
             picture.reading.gates[size] = 1.0  # a small one: nothing is gained by a first look
         if shrunk:
-            maps = self._ocr.heat_maps([p.gate for p in shrunk], self.settings.batch_size)
-            for picture, heat in zip(shrunk, maps, strict=True):
+            peaks = self._ocr.peaks([p.gate for p in shrunk], size, self.settings.batch_size)
+            for picture, peak in zip(shrunk, peaks, strict=True):
                 # Rounded, so that the cache holds what is compared.
-                picture.reading.gates[size] = round(float(heat.text.max()), 4)
+                picture.reading.gates[size] = round(peak, 4)
 
     def _detect(self, pictures: list[_Picture]) -> None:
         if pictures:
-            maps = self._ocr.heat_maps([p.canvas for p in pictures], self.settings.batch_size)
+            s = self.settings
+            canvases = [p.canvas for p in pictures]
+            maps = self._ocr.heat_maps(canvases, s.ocr.canvas_size, s.batch_size)
             for picture, heat in zip(pictures, maps, strict=True):
                 picture.reading.boxes = self._ocr.find_boxes(heat)
                 picture.reading.texts = [None] * len(picture.reading.boxes)
@@ -328,15 +332,15 @@ class _Picture:
         return None
 
 
-def _batches(pictures: Iterable[_Picture], batch_size: int) -> Iterable[list[_Picture]]:
-    """In order; as many together as the memory should hold."""
-    batch, pixels = [], 0
+def _windows(pictures: Iterable[_Picture], size: int) -> Iterable[list[_Picture]]:
+    """In order; as many together as the memory should hold, `size` at most."""
+    window, pixels = [], 0
     for picture in pictures:
-        size = picture.count_pixels()
-        if batch and (len(batch) == batch_size or pixels + size > _MAX_BATCH_PIXELS):
-            yield batch
-            batch, pixels = [], 0
-        batch.append(picture)
-        pixels += size
-    if batch:
-        yield batch
+        more = picture.count_pixels()
+        if window and (len(window) == size or pixels + more > _MAX_WINDOW_PIXELS):
+            yield window
+            window, pixels = [], 0
+        window.append(picture)
+        pixels += more
+    if window:
+        yield window

@@ -55,7 +55,7 @@ class TextStep(Step):
 
     @classmethod
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
-        return config.spotter.batch_size
+        return config.spotter.window
 
     @classmethod
     def replay(

@@ -16,7 +16,7 @@ import random
 import numpy as np
 import pytest
 
-from data_prep.text_spotting import match, ocr, spotter
+from data_prep.text_spotting import match, networks, ocr, spotter
 from data_prep.text_spotting.cache import Reading
 from data_prep.text_spotting.config import NOT_HASHED, RULES_VERSION
 from data_prep.text_spotting.match import can_match, caption_matches
@@ -75,8 +75,10 @@ def _describe_rules() -> dict:
     settings = dataclasses.asdict(Settings())
     ocr_settings = settings.pop("ocr")
     kept = {k: v for k, v in (settings | ocr_settings).items() if k not in NOT_HASHED}
-    names = ("_CROP_HEIGHT", "_MIN_BOX_SIDE", "_CONTRAST_BELOW", "_TARGET_CONTRAST", "_GROUPING")
-    constants = {name: getattr(ocr, name) for name in names}
+    constants = {name: getattr(ocr, name) for name in ("_MIN_BOX_SIDE", "_GROUPING")}
+    constants |= {"_CROP_HEIGHT": networks.CROP_HEIGHT}
+    names = ("_CONTRAST_BELOW", "_TARGET_CONTRAST")
+    constants |= {name: getattr(networks, name) for name in names}
     constants |= {name: getattr(spotter, name) for name in ("_GATE_GAIN", "_WORD_ASPECT")}
     blank = np.zeros((30, 400, 3), np.uint8)
     shrunk = [ocr.shrink(blank[:h, :w], 160) for h, w in ((30, 400), (7, 90), (1, 400))]

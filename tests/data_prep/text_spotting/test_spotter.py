@@ -21,7 +21,8 @@ from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
 from data_prep.text_spotting import weights  # noqa: E402
 from data_prep.text_spotting.cache import SpotCache  # noqa: E402
 from data_prep.text_spotting.match import RECOGNIZABLE, fold_text  # noqa: E402
-from data_prep.text_spotting.ocr import Ocr, OcrSettings, crop_line, resolve, shrink  # noqa: E402
+from data_prep.text_spotting.networks import OcrSettings, resolve  # noqa: E402
+from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter, caption_matches  # noqa: E402
 from data_prep.text_spotting.weights import find_weights  # noqa: E402
 from diht_jax.config import load_recipe  # noqa: E402
@@ -196,7 +197,7 @@ def test_small_pictures_need_no_first_look(pictures, tmp_path):
 
 
 def test_large_pictures_are_decoded_apart(monkeypatch):
-    monkeypatch.setattr(text_spotting, "_MAX_BATCH_PIXELS", 100)
+    monkeypatch.setattr(text_spotting, "_MAX_WINDOW_PIXELS", 100)
 
     def make(side: int):
         buffer = io.BytesIO()
@@ -204,8 +205,8 @@ def test_large_pictures_are_decoded_apart(monkeypatch):
         return text_spotting._Picture(buffer.getvalue(), ["a caption"], _SETTINGS)
 
     sides = (5, 5, 9, 20, 5, 5, 5)
-    batches = text_spotting._batches(map(make, sides), 3)
-    assert [len(batch) for batch in batches] == [2, 1, 1, 3]
+    windows = text_spotting._windows(map(make, sides), 3)
+    assert [len(window) for window in windows] == [2, 1, 1, 3]
 
 
 def test_the_first_look_and_its_audit(pictures):

@@ -1,0 +1,247 @@
+"""How full the text spotter's batches are, and what the canvases that fill them change.
+
+    python -m benchmarks.text_spotting_batches --photos ../shared/data/photos.tar \\
+        --captions ../shared/data/captions_web.txt
+
+First a simulation: pictures with the sizes of LAION-2B-en go through the windows in which the
+filter hands them to the spotter, before (32 candidates at a time, a batch for each padded shape)
+and now (`Settings.window` candidates, a batch for each of nine canvases). Widths and heights are
+drawn from LAION's published quantiles (laion.ai/blog/laion-5b, "Laion2B-en"), with the dependence
+that reproduces its published numbers of pictures of which both sides have 256, 512 and 1,024 px.
+How often exact ratios such as 4:3 occur is not published: once no two ratios are alike, once those
+within 3% of a common ratio have it.
+
+Then a measurement: the decisions on `photos.tar` and on the test set of `text_spotting_testset`,
+with EasyOCR's canvases and with ours, at the same precision.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import io
+import os
+import statistics
+import tarfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+from absl import flags
+
+from benchmarks.record import write_result
+from benchmarks.text_spotting_testset import make_test_set
+from data_prep.text_spotting import ocr
+from data_prep.text_spotting.ocr import canvas_shape, like_batches
+from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
+from diht_jax import command_line
+from diht_jax.progress import ProgressBar
+
+# Of LAION-2B-en in px, from 5% to 95% in steps of 5%.
+_WIDTHS = (132, 160, 180, 210, 225, 240, 262, 300, 309, 340, 400, 450, 480, 512, 600, 656, 760, 960,
+           1050)  # fmt: skip
+_HEIGHTS = (125, 150, 166, 188, 208, 225, 250, 270, 300, 320, 350, 380, 418, 470, 500, 600, 672,
+            800, 1014)  # fmt: skip
+# Least width and height -> millions of the 2,320 with both.
+_BOTH = {256: 1324, 512: 488, 1024: 76}
+_TOTAL = 2320
+_COMMON_RATIOS = (1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2)
+# Of the pairs, how many C and A leave (DiHT keeps a fifth of LAION after T), and of those how many
+# the first look lets through.
+_REACH_SPOTTER, _REACH_DETECTION = 0.3, 0.5
+_PAIRS = 20_000  # two shards
+# Pairs that are parsed together, and candidates that the spotter sees together.
+_BEFORE, _NOW = (256, 32), (1024, Settings().window)
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_string("photos", None, "Tar of photos, with a caption each; unset: none.")
+    flags.DEFINE_string("captions", None, "File with a caption a line; unset: synthetic ones.")
+    flags.DEFINE_integer("pictures", 480, "Pictures of the test set; 0: simulate only.")
+
+
+def main() -> None:
+    """Simulates, measures and writes `benchmarks/results/text_spotting_batches.json`."""
+    given = flags.FLAGS
+    payload: dict[str, Any] = {"simulated": {}, "settings": dataclasses.asdict(Settings())}
+    sizes, correlation = draw_sizes(_PAIRS)
+    payload["correlation"] = correlation
+    for name, drawn in (("no_two_alike", sizes), ("common_ratios", snap_ratios(sizes))):
+        payload["simulated"][name] = simulate(drawn)
+        print_histograms(name, payload["simulated"][name])
+    if given.pictures:
+        payload["decisions"] = compare_decisions(given.pictures, given.photos, given.captions)
+        print(payload["decisions"])
+    print("written:", write_result("text_spotting_batches", payload))
+
+
+def draw_sizes(count: int) -> tuple[np.ndarray, float]:
+    """Widths and heights of LAION, int [count, 2], and the correlation of their normal scores."""
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((2, count))
+
+    def draw(correlation: float) -> np.ndarray:
+        other = correlation * first + np.sqrt(1 - correlation**2) * second
+        return np.stack([_quantile(_WIDTHS, first), _quantile(_HEIGHTS, other)], 1)
+
+    def miss(correlation: float) -> float:
+        drawn = draw(correlation).min(1)
+        return sum(abs((drawn >= s).mean() - n / _TOTAL) for s, n in _BOTH.items())
+
+    correlation = min(np.arange(0.5, 1.0, 0.01), key=miss)
+    return draw(correlation).round().astype(int), float(correlation)
+
+
+def _quantile(values: Sequence[int], scores: np.ndarray) -> np.ndarray:
+    """The value that is as rare as a normal score; between quantiles, and beyond, by logarithm."""
+    normal = statistics.NormalDist()
+    known = np.array([normal.inv_cdf(0.05 * (i + 1)) for i in range(len(values))])
+    logs = np.log(values)
+    slope = (logs[-1] - logs[0]) / (known[-1] - known[0])
+    beyond = np.where(scores > 0, scores - known[-1], scores - known[0])
+    is_beyond = (scores > known[-1]) | (scores < known[0])
+    return np.exp(np.interp(scores, known, logs) + np.where(is_beyond, slope * beyond, 0))
+
+
+def snap_ratios(sizes: np.ndarray) -> np.ndarray:
+    """The sizes with heights that make a common ratio exact where it is 3% away at most."""
+    ratios = np.array(sorted({*_COMMON_RATIOS, *(1 / r for r in _COMMON_RATIOS)}))
+    own = sizes[:, 0] / sizes[:, 1]
+    nearest = ratios[np.abs(np.log(own[:, None] / ratios)).argmin(1)]
+    heights = np.where(np.abs(np.log(own / nearest)) < 0.03, sizes[:, 0] / nearest, sizes[:, 1])
+    return np.stack([sizes[:, 0], heights.round().astype(int)], 1)
+
+
+def simulate(sizes: np.ndarray) -> dict[str, Any]:
+    """Batches of the first look and of detection, before and now."""
+    rng = np.random.default_rng(1)
+    reach = rng.random((2, len(sizes)))
+    s = Settings()
+    found = {}
+    for when, (parsed, window) in (("before", _BEFORE), ("now", _NOW)):
+        batches = collections.defaultdict(list)
+        for start in range(0, len(sizes), parsed):
+            rows = np.arange(start, min(start + parsed, len(sizes)))
+            rows = rows[reach[0, rows] < _REACH_SPOTTER]
+            for group in (rows[i : i + window] for i in range(0, len(rows), window)):
+                seen = group[reach[1, group] < _REACH_DETECTION]
+                for stage, side, chosen in (
+                    ("first look", s.gate_size, group),
+                    ("detection", s.ocr.canvas_size, seen),
+                ):
+                    shapes = [_canvas(sizes[row], side, when == "now") for row in chosen]
+                    batches[stage] += [
+                        (len(batch), *shapes[batch[0]])
+                        for batch in like_batches(shapes, s.batch_size)
+                    ]
+        found[when] = {stage: _describe(rows) for stage, rows in batches.items()}
+    return found
+
+
+def _canvas(size: np.ndarray, side: int, is_bucketed: bool) -> tuple[int, int]:
+    width, height = size
+    ratio = min(side, max(size)) / max(size)
+    shrunk = max(1, int(height * ratio)), max(1, int(width * ratio))
+    return canvas_shape(shrunk, side if is_bucketed else None)
+
+
+def _describe(batches: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    sizes = np.array([batch[0] for batch in batches])
+    pictures = int(sizes.sum())
+    bins = ((1, 1), (2, 3), (4, 7), (8, 15), (16, 31), (32, 32))
+    return {
+        "batches": len(sizes),
+        "pictures": pictures,
+        "shapes": len({batch[1:] for batch in batches}),
+        "mean": float(sizes.mean()),
+        # Of the batch in which a picture lies, rather than of the batches.
+        "mean_of_pictures": float((sizes**2).sum() / pictures),
+        "pixels_per_picture": sum(n * h * w for n, h, w in batches) / pictures,
+        "share_of_pictures": {
+            f"{low}-{high}" if low < high else f"{low}": float(
+                sizes[(sizes >= low) & (sizes <= high)].sum() / pictures
+            )
+            for low, high in bins
+        },
+    }
+
+
+def print_histograms(name: str, simulated: dict[str, Any]) -> None:
+    """One table: the share of the pictures that lie in batches of each size."""
+    print(f"\n{name}")
+    for stage in ("first look", "detection"):
+        for when in ("before", "now"):
+            d = simulated[when][stage]
+            shares = ", ".join(f"{k}: {v:.0%}" for k, v in d["share_of_pictures"].items())
+            print(
+                f"{stage}, {when}: {d['batches']} batches of {d['pictures']} pictures, "
+                f"{d['shapes']} shapes, mean {d['mean']:.1f}, {d['pixels_per_picture']:.0f} px a "
+                f"picture; {shares}"
+            )
+
+
+def compare_decisions(count: int, photos: str | None, captions: str | None) -> dict[str, Any]:
+    """Decisions with EasyOCR's canvases and with ours, and how often the spots differ."""
+    drawn = make_test_set(count, photos=photos, captions=captions)
+    sets = {"test_set": [(picture.image, picture.caption) for picture in drawn]}
+    if photos is not None:
+        sets["photos"] = _read_photos(photos)
+    found = {}
+    for name, pairs in sets.items():
+        with _easyocr_canvases():
+            theirs = _judge(pairs, f"{name}, EasyOCR's canvases")
+        ours = _judge(pairs, f"{name}, our canvases")
+        both = list(zip(theirs, ours, strict=True))
+        found[name] = {
+            "pictures": len(pairs),
+            "decisions_differ": sum(_drops(a) != _drops(b) for a, b in both),
+            "looks_differ": sum(a.looked != b.looked for a, b in both),
+            "boxes_differ": sum(
+                [s.box for s in a.spots] != [s.box for s in b.spots] for a, b in both
+            ),
+            "texts_differ": sum(
+                [s.text for s in a.spots] != [s.text for s in b.spots] for a, b in both
+            ),
+            "largest_difference_of_first_looks": max(
+                (abs(a.gate - b.gate) for a, b in both if None not in (a.gate, b.gate)), default=0.0
+            ),
+        }
+    return found
+
+
+def _judge(pairs: Sequence[tuple[bytes, str]], label: str) -> list[Verdict]:
+    spotter = TextSpotter(Settings())
+    verdicts = []
+    for start in ProgressBar(range(0, len(pairs), 64), desc=label):
+        chunk = pairs[start : start + 64]
+        verdicts += spotter.judge([image for image, _ in chunk], [[text] for _, text in chunk])
+    return verdicts
+
+
+def _drops(verdict: Verdict) -> bool:
+    return verdict.matches[0] is not None
+
+
+@contextlib.contextmanager
+def _easyocr_canvases() -> Iterator[None]:
+    with mock.patch.object(ocr, "canvas_shape", lambda size, side: canvas_shape(size, None)):
+        yield
+
+
+def _read_photos(path: str) -> list[tuple[bytes, str]]:
+    parts: dict[str, dict[str, bytes]] = collections.defaultdict(dict)
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, extension = member.name.rpartition(".")
+            parts[key][extension] = io.BytesIO(tar.extractfile(member).read()).getvalue()
+    return [(p["jpg"], p["txt"].decode()) for p in parts.values() if {"jpg", "txt"} <= p.keys()]
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

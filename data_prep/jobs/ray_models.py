@@ -1,0 +1,249 @@
+"""Models in actors of their own on a Ray cluster: several a GPU, shared by all workers.
+
+The driver starts model actors wherever the cluster has room for one, and goes on to do so while
+the job runs (`ModelPool`). A list of them lies in an actor (`_Roster`), which every worker asks now
+and then; a worker sends batches to several of them at a time, and no more than a few, so that a
+slow GPU holds up the reading instead of filling the memory (`RemoteModel`). When a model actor
+dies, whoever waits for it sends its batch to another one: a call depends on its arguments alone.
+
+Ray is imported only where it is in use. What a model computes is not known here.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from absl import logging
+
+from data_prep.jobs.models import Load
+from data_prep.jobs.progress import POLL_SECS
+
+# Batches that a worker has under way: one computes, the others travel or wait.
+_MAX_UNDER_WAY = 4
+# Model actors that may die of a batch before the batch is taken to be the reason.
+_MAX_DEATHS = 3
+_MAX_FAILED_STARTS = 3  # in a row
+
+
+class _ModelActor:
+    """Holds models; one object lives in one process of the cluster."""
+
+    def wait(self) -> None:
+        """Never returns, so that an answer means the end of the actor."""
+        threading.Event().wait()
+
+    def is_ready(self) -> bool:
+        return True
+
+    def call(self, load: Load, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(load(), method)(*arguments)
+
+
+class _Roster:
+    """The model actors that are there, for the workers to ask."""
+
+    def __init__(self):
+        self._actors: list[Any] = []
+
+    def set(self, actors: list[Any]) -> None:
+        self._actors = actors
+
+    def get(self) -> list[Any]:
+        return self._actors
+
+
+class ModelPool:
+    """The model actors of one run, as the driver sees them."""
+
+    def __init__(self, ray: Any, most: int, gpus_each: float):
+        """Starts what the cluster has room for.
+
+        Args:
+            ray: the module.
+            most: actors at most.
+            gpus_each: GPUs, or a part of one, that each reserves and sees.
+        """
+        self._ray = ray
+        self._most = most
+        self._gpus_each = gpus_each
+        self._starting: dict[Any, Any] = {}  # by the reference that comes when it is ready
+        self._ends: dict[Any, Any] = {}  # of those that are ready, by the reference of their end
+        self._failed_starts = 0
+        self.roster = ray.remote(
+            num_cpus=0,
+            # On the node of the driver, so that it lives as long as the job.
+            scheduling_strategy=ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=False
+            ),
+        )(_Roster).remote()
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def refresh(self) -> None:
+        """Takes account of actors that are ready or have died, and starts more where room is.
+
+        Raises:
+            ValueError: none of them can start.
+        """
+        changed = self._take_ready() + self._take_ended()
+        if changed:
+            self._ray.get(self.roster.set.remote(list(self._ends.values())))
+        while len(self._starting) + len(self._ends) < min(self._most, self._count_room()):
+            self._start()
+
+    def stop(self) -> None:
+        """Ends all actors."""
+        for actor in (*self._starting.values(), *self._ends.values(), self.roster):
+            self._ray.kill(actor)
+
+    def _count_room(self) -> int:
+        if not self._gpus_each:
+            return self._most
+        # Added up over the nodes, since a part of a GPU must lie on one.
+        per_gpu = int(1 / self._gpus_each + 1e-9)
+        rooms = [
+            int(gpus) * per_gpu if per_gpu else int(gpus / self._gpus_each)
+            for node in self._ray.nodes()
+            if node["Alive"] and (gpus := node["Resources"].get("GPU", 0))
+        ]
+        return sum(rooms)
+
+    def _start(self) -> None:
+        options: dict[str, Any] = {}
+        if 0 < self._gpus_each < 1:
+            # Else the first JAX process of a GPU takes three quarters of its memory.
+            fraction = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * self._gpus_each:.2f}"}
+            options["runtime_env"] = {"env_vars": fraction}
+        actor_class = self._ray.remote(
+            num_cpus=0,  # the GPUs limit them, and workers cannot take their room
+            num_gpus=self._gpus_each,
+            max_restarts=0,
+            concurrency_groups={"life": 1},
+            **options,
+        )(_ModelActor)
+        actor = actor_class.remote()
+        self._starting[actor.is_ready.remote()] = actor
+
+    def _take_ready(self) -> int:
+        ready, _ = self._ray.wait(list(self._starting), timeout=0) if self._starting else ([], [])
+        for reference in ready:
+            actor = self._starting.pop(reference)
+            try:
+                self._ray.get(reference)
+            except self._ray.exceptions.RayError as error:
+                self._failed_starts += 1
+                if self._failed_starts >= _MAX_FAILED_STARTS and not self._ends:
+                    raise ValueError(f"no model actor could start: {error}") from error
+                continue
+            self._failed_starts = 0
+            end = actor.wait.options(concurrency_group="life").remote()
+            self._ends[end] = actor
+        return len(ready)
+
+    def _take_ended(self) -> int:
+        ended, _ = self._ray.wait(list(self._ends), timeout=0) if self._ends else ([], [])
+        for reference in ended:
+            del self._ends[reference]
+            logging.warning("a model actor died, or its node was lost; others take its batches")
+        return len(ended)
+
+
+class RemoteModel:
+    """Stands in a worker for a model that model actors hold."""
+
+    def __init__(self, load: Load, roster: Any):
+        import ray
+
+        self._ray = ray
+        self._load = ray.put(load)
+        self._roster = roster
+
+    def map(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """As `models.Model.map`.
+
+        Raises:
+            OSError: several model actors have died of one call.
+        """
+        run = _Run(
+            self._ray,
+            self._roster,
+            lambda actor, arguments: actor.call.remote(self._load, method, arguments),
+        )
+        for arguments in calls:
+            run.send(arguments)
+            while run.is_full:
+                run.wait()
+                yield from run.take_done()
+        while run.under_way:
+            run.wait()
+            yield from run.take_done()
+
+
+class _Run:
+    """The calls of one `map`: those under way, and results that wait for earlier ones."""
+
+    def __init__(self, ray: Any, roster: Any, submit: Callable[[Any, Any], Any]):
+        self._ray = ray
+        self._roster = roster
+        self._submit = submit
+        self._actors: list[Any] = []
+        self._dead: set[Any] = set()
+        self._next = self._yielded = 0
+        self._done: dict[int, Any] = {}
+        self._deaths: collections.Counter[int] = collections.Counter()
+        # Reference -> number of the call, its arguments, and the actor.
+        self.under_way: dict[Any, tuple[int, Any, Any]] = {}
+        self._ask()
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.under_way) + len(self._done) >= _MAX_UNDER_WAY
+
+    def send(self, arguments: Any) -> None:
+        self._send(self._next, self._ray.put(arguments))
+        self._next += 1
+
+    def wait(self) -> None:
+        """Until a call has ended."""
+        ended, _ = self._ray.wait(list(self.under_way))
+        for reference in ended:
+            number, arguments, actor = self.under_way.pop(reference)
+            try:
+                self._done[number] = self._ray.get(reference)
+            except self._ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # of the model itself, as if it had run here
+            except self._ray.exceptions.RayError as error:
+                self._deaths[number] += 1
+                if self._deaths[number] >= _MAX_DEATHS:
+                    raise OSError(
+                        f"{_MAX_DEATHS} model actors died of one batch: "
+                        f"{' '.join(str(error).split())}"
+                    ) from error
+                self._dead.add(actor)
+                self._actors = [other for other in self._actors if other != actor]
+                self._send(number, arguments)
+
+    def take_done(self) -> Iterator[Any]:
+        """The results whose turn has come."""
+        while self._yielded in self._done:
+            yield self._done.pop(self._yielded)
+            self._yielded += 1
+
+    def _send(self, number: int, arguments: Any) -> None:
+        while not self._actors:
+            time.sleep(POLL_SECS)  # until the driver has started another one
+            self._ask()
+        loads = collections.Counter(actor for *_, actor in self.under_way.values())
+        random.shuffle(self._actors)
+        actor = min(self._actors, key=loads.__getitem__)
+        self.under_way[self._submit(actor, arguments)] = (number, arguments, actor)
+
+    def _ask(self) -> None:
+        listed = self._ray.get(self._roster.get.remote())
+        self._actors = [actor for actor in listed if actor not in self._dead]

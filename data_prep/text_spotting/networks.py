@@ -1,0 +1,226 @@
+"""The two networks of EasyOCR on one device: batches in, scores and texts out.
+
+Ours is how they are run: normalisation folded into the convolutions, channels last, bfloat16 where
+the processor has it. Which pictures make a batch is not known here; torch and easyocr are imported
+when the networks are loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from data_prep.text_spotting.weights import find_weights, import_easyocr
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+CROP_HEIGHT = 64  # px; what the recogniser was trained on
+
+_CONTRAST_BELOW = 0.1  # confidence under which a box is read again with more contrast
+_TARGET_CONTRAST = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class OcrSettings:
+    """What boxes and texts depend on.
+
+    Attributes:
+        canvas_size: px of the longer side at which text is detected; larger pictures are shrunk,
+            smaller ones stay. `canvas_size` of `Reader.readtext`.
+        text_threshold: least peak of the character score in a box, as EasyOCR's.
+        low_text: character score at which a box ends, as EasyOCR's.
+        link_threshold: affinity at which characters are linked, as EasyOCR's.
+        precision: of the convolutions; "auto" is bfloat16 where the device multiplies it natively.
+        device: "cpu", "cuda" (or "cuda:1", "mps"), or "auto" for a GPU where there is one.
+    """
+
+    canvas_size: int = 256
+    text_threshold: float = 0.7
+    low_text: float = 0.4
+    link_threshold: float = 0.4
+    precision: str = "auto"
+    device: str = "auto"
+
+
+def resolve(settings: OcrSettings) -> OcrSettings:
+    """The settings with "auto" replaced by what it means on this machine.
+
+    Raises:
+        ValueError: an unknown precision, or a device that is not there.
+    """
+    import torch
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"device='{device}'; expected 'auto', 'cpu', 'cuda', 'cuda:N' or 'mps'")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device='{device}', but torch {torch.__version__} sees no CUDA device")
+    precision = settings.precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision='{precision}'; expected one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        precision = "bfloat16" if _multiplies_bfloat16(kind) else "float32"
+    return dataclasses.replace(settings, device=device, precision=precision)
+
+
+@functools.lru_cache(maxsize=1)
+def load_networks(settings: OcrSettings) -> Networks:
+    """The networks, loaded once per process."""
+    return Networks(settings)
+
+
+class Networks:
+    """Detector and recogniser on one device."""
+
+    def __init__(self, settings: OcrSettings):
+        """Loads the networks.
+
+        Args:
+            settings: `resolve` is applied to them.
+
+        Raises:
+            ValueError: EasyOCR or its weights are missing, or a setting cannot be met.
+        """
+        easyocr = import_easyocr()
+        import torch
+
+        self.settings = resolve(settings)
+        self._device = torch.device(self.settings.device)
+        self._dtype = getattr(torch, self.settings.precision)
+        detector_file, recognizer_file = find_weights()
+        self._detector = self._load(easyocr.craft.CRAFT(), detector_file)
+        model = easyocr.config.recognition_models["gen2"]["english_g2"]
+        self._converter = easyocr.utils.CTCLabelConverter(model["characters"])
+        self._recognizer = self._load(
+            easyocr.model.vgg_model.Model(
+                input_channel=1,
+                output_channel=256,
+                hidden_size=256,
+                num_class=len(self._converter.character),
+            ),
+            recognizer_file,
+        )
+        # The recurrent layers stay in float32: they are cheap, and decide on the characters.
+        self._recognizer.SequenceModeling.float()
+        self._recognizer.Prediction.float()
+
+    def detect(self, pixels: np.ndarray) -> np.ndarray:
+        """Runs the detector.
+
+        Args:
+            pixels: uint8 [b, h, w, 3], blue first; h and w are multiples of 32.
+
+        Returns:
+            float32 [b, 2, h/2, w/2]: scores of being inside a character, and between two.
+        """
+        import torch
+        from easyocr.imgproc import normalizeMeanVariance
+
+        x = torch.from_numpy(normalizeMeanVariance(pixels)).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            y, _ = self._detector(x.to(self._device, self._dtype))
+        return np.ascontiguousarray(y.float().cpu().numpy().transpose(0, 3, 1, 2))
+
+    def peaks(self, pixels: np.ndarray) -> list[float]:
+        """The highest character score of each picture of a batch; arguments of `detect`."""
+        return [float(scores.max()) for scores in self.detect(pixels)[:, 0]]
+
+    def read(self, images: Sequence[np.ndarray], width: int) -> list[tuple[str, float]]:
+        """Reads lines; faint ones a second time, with more contrast.
+
+        Args:
+            images: uint8 [64, w], of one line each.
+            width: px to which all are padded.
+
+        Returns:
+            Text and confidence (0 to 1, EasyOCR's product over the line) of each.
+        """
+        read = self._read(images, width, 0.0)
+        faint = [k for k, (_, confidence) in enumerate(read) if confidence < _CONTRAST_BELOW]
+        if faint:
+            again = self._read([images[k] for k in faint], width, _TARGET_CONTRAST)
+            for k, second in zip(faint, again, strict=True):
+                if second[1] >= read[k][1]:
+                    read[k] = second
+        return read
+
+    def describe(self) -> OcrSettings:
+        """The settings as they are met here, without "auto"."""
+        return self.settings
+
+    def _read(
+        self, images: Sequence[np.ndarray], width: int, contrast: float
+    ) -> list[tuple[str, float]]:
+        import torch
+        from easyocr.recognition import AlignCollate, recognizer_predict
+        from PIL import Image
+
+        collate = AlignCollate(CROP_HEIGHT, width, adjust_contrast=contrast)
+        batch = collate([Image.fromarray(image) for image in images])
+        recognize = _Recognize(self._recognizer, self._dtype)
+        with torch.inference_mode():
+            # All characters of the network belong to English: none is ignored.
+            read = recognizer_predict(
+                recognize, self._converter, [batch], width // 10, [], {}, device=self._device
+            )
+        return [(text, float(confidence)) for text, confidence in read]
+
+    def _load(self, network: Any, path: pathlib.Path) -> Any:
+        import torch
+
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        network.load_state_dict(state)
+        network = _fold_normalization(network.eval()).requires_grad_(False)
+        return network.to(self._device, self._dtype, memory_format=torch.channels_last)
+
+
+class _Recognize:
+    """The recogniser as `recognizer_predict` calls it, with the convolutions in their dtype."""
+
+    def __init__(self, network: Any, dtype: Any):
+        self._network = network
+        self._dtype = dtype
+
+    def eval(self) -> None:
+        """Nothing to do; EasyOCR asks for it before every batch."""
+
+    def __call__(self, images: Any, _: Any) -> Any:
+        features = self._network.FeatureExtraction(images.to(self._dtype)).float()
+        return self._network.Prediction(
+            self._network.SequenceModeling(features.mean(dim=2).permute(0, 2, 1)).contiguous()
+        )
+
+
+def _fold_normalization(module: Any) -> Any:
+    """Multiplies every batch normalisation into the convolution before it."""
+    import torch
+
+    before_name, before = "", None
+    for name, child in list(module.named_children()):
+        if isinstance(child, torch.nn.BatchNorm2d) and isinstance(before, torch.nn.Conv2d):
+            folded = torch.nn.utils.fusion.fuse_conv_bn_eval(before, child)
+            setattr(module, before_name, folded)
+            setattr(module, name, torch.nn.Identity())
+        else:
+            _fold_normalization(child)
+        before_name, before = name, child
+    return module
+
+
+def _multiplies_bfloat16(kind: str) -> bool:
+    import torch
+
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
