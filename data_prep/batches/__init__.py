@@ -1,4 +1,4 @@
-"""The expensive stages as plain classes of batches: an Arrow table in, the same table with more out.
+"""The expensive stages as plain classes of batches: an Arrow table in, decision columns out.
 
 Each is made once per process and then called with tables, as `ray.data.Dataset.map_batches`, NeMo
 Curator and any loop over record batches do it. The filter and the labels use them as well.

@@ -23,7 +23,7 @@ import numpy as np
 
 from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.engine import Report
-from data_prep.teachers.registry import load_teacher
+from data_prep.teachers.registry import open_teacher
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.data.records.schema import Record
@@ -112,7 +112,7 @@ def embed_shard(
             yield record
 
     vectors, rows, missing, position = [], [], {}, 0
-    for results in load_teacher(teacher).embed(read_hashing_keys()):
+    for results in open_teacher(teacher).embed(read_hashing_keys()):
         for result in results:
             if isinstance(result, str):
                 missing[result] = missing.get(result, 0) + 1

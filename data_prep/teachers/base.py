@@ -65,6 +65,10 @@ class Teacher(abc.ABC):
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
         """Yields, chunk by chunk and in order, float32 [d] or the reason why there is none."""
 
+    def embed_all(self, records: Iterable[Record]) -> list[Embedded]:
+        """What `embed` yields, in one list."""
+        return list(itertools.chain.from_iterable(self.embed(records)))
+
     def example_keys(self) -> list[str]:
         """Some keys of records that it knows; none of a teacher that goes by the picture."""
         return []

@@ -7,12 +7,16 @@ is `config.teacher.KIND`.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
+from collections.abc import Iterable, Iterator
 
 import ml_collections
 
+from data_prep.jobs.models import is_shared, open_model
 from data_prep.teachers import precomputed, swag, torch_module
-from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind
+from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind
+from diht_jax.data.records.schema import Record
 
 TEACHERS: dict[str, TeacherKind] = {
     # SWAG's vision transformer in Flax, on all local devices (the paper's teacher).
@@ -56,6 +60,31 @@ def load_teacher(config: ml_collections.ConfigDict) -> Teacher:
         ValueError: as `describe_teacher`, and for files or functions that are no teacher.
     """
     return _load_teacher(json.dumps(config.to_dict(), sort_keys=True))
+
+
+def open_teacher(config: ml_collections.ConfigDict) -> Teacher:
+    """The teacher that a task should embed with: of this process, or one that workers share.
+
+    Args:
+        config: of `default_teacher`.
+
+    Raises:
+        ValueError: as `load_teacher`; of a shared one at the first batch.
+    """
+    return _SharedTeacher(config) if is_shared() else load_teacher(config)
+
+
+class _SharedTeacher(Teacher):
+    """Stands for a teacher in other processes; sends it as many records as it takes at once."""
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        self._batch_size = config.batch_size
+        self._teacher = open_model(functools.partial(load_teacher, config))
+
+    def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
+        records = iter(records)
+        chunks = iter(lambda: list(itertools.islice(records, self._batch_size)), [])
+        yield from self._teacher.map("embed_all", ((chunk,) for chunk in chunks))
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,11 +13,10 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from data_prep.text_spotting.cache import SpotCache, name_shard
+from data_prep.text_spotting.cache import SpotCache
 from data_prep.text_spotting.networks import PRECISIONS, OcrSettings
 from data_prep.text_spotting.ocr import load_ocr
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
-from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.remote import refuse_url
 
 # What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
@@ -99,15 +98,13 @@ def read_settings(config: ml_collections.ConfigDict, max_pixels: int) -> Setting
     return Settings(ocr=ocr, **values)
 
 
-def open_spotter(
-    config: ml_collections.ConfigDict, max_pixels: int, source: SourceShard
-) -> TextSpotter:
+def open_spotter(config: ml_collections.ConfigDict, max_pixels: int, shard: str) -> TextSpotter:
     """The spotter for one shard, with its part of the cache.
 
     Args:
         config: of `default_spotter`.
         max_pixels: of a picture that is still decoded.
-        source: what is read.
+        shard: name of its file in the cache, of `cache.name_shard`.
 
     Raises:
         ValueError: there is a cache, but no EasyOCR.
@@ -115,7 +112,6 @@ def open_spotter(
     settings = read_settings(config, max_pixels)
     if config.cache is None:
         return TextSpotter(settings)
-    shard = name_shard(source.path, source.start, source.stop)
     return TextSpotter(settings, SpotCache(config.cache, settings.describe_readings(), shard))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from data_prep.batches.captions import CaptionFilter
 from data_prep.captions import versions
-from data_prep.captions.cache import CaptionMemo
-from data_prep.captions.graph import GATE_REASONS, cat_reason
+from data_prep.captions.graph import GATE_REASONS
 from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
 from data_prep.filtering.steps.recorded import NOT_KNOWN, PASSES, Recorded
 from diht_jax.data.readers.base import SourceShard
@@ -96,16 +96,14 @@ class CaptionStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._limits = caption_limits(config)
-        self._memo = CaptionMemo()
-        self._memo.parse([])  # loads the parser
+        self._filter = CaptionFilter(**caption_limits(config))
 
     def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
         texts = [candidate.captions for candidate in candidates]
-        parsed = iter(self._memo.parse(list(itertools.chain(*texts))))
+        judged = iter(self._filter.judge(list(itertools.chain(*texts))))
         for candidate in candidates:
-            graphs = list(itertools.islice(parsed, len(candidate.captions)))
-            reasons = [cat_reason(graph, **self._limits) for graph in graphs]
+            own = list(itertools.islice(judged, len(candidate.captions)))
+            graphs, reasons = ([one[i] for one in own] for i in range(2))
             if not _drops(self.config):
                 reasons = [None] * len(graphs)
             candidate = candidate._replace(graphs=graphs, all_graphs=graphs)
@@ -114,7 +112,7 @@ class CaptionStep(Step):
 
 
 def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """C and A as arguments of `captions.graph.cat_reason`."""
+    """C and A as arguments of `CaptionFilter` and of `captions.graph.cat_reason`."""
     return {
         "min_complexity": config.min_complexity if config.complexity else 0,
         "require_action": config.action,

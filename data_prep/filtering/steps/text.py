@@ -12,11 +12,13 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from data_prep.batches.text import TextSpotter
 from data_prep.filtering.steps.base import Candidate, Drop, Step
 from data_prep.filtering.steps.captions import CaptionStep, caption_limits
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.filtering.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
 from data_prep.text_spotting import config as spotter_config
+from data_prep.text_spotting.cache import name_shard
 from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.weights import easyocr_version
 from diht_jax.data.readers.base import SourceShard
@@ -94,7 +96,11 @@ class TextStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._spotter = spotter_config.open_spotter(config.spotter, config.image.max_pixels, source)
+        self._spotter = TextSpotter(
+            **config.spotter.to_dict(),
+            max_pixels=config.image.max_pixels,
+            shard=name_shard(source.path, source.start, source.stop),
+        )
         self._counts: collections.Counter[str] = collections.Counter()
         self._machine: dict[str, str] | None = None
 
