@@ -15,7 +15,7 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.text_spotting.cache import SpotCache
 from data_prep.text_spotting.networks import PRECISIONS, OcrSettings
-from data_prep.text_spotting.ocr import load_ocr
+from data_prep.text_spotting.ocr import resolve_for_networks
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
 from diht_jax.data.records.remote import refuse_url
 
@@ -124,7 +124,7 @@ def describe_machine(settings: Settings) -> dict[str, str]:
     Raises:
         ValueError: a setting cannot be met on this machine.
     """
-    resolved = load_ocr(settings.ocr).describe()
+    resolved = resolve_for_networks(settings.ocr)
     return {"precision": resolved.precision, "device": resolved.device.partition(":")[0]}
 
 

@@ -70,6 +70,17 @@ def load_ocr(settings: OcrSettings) -> Ocr:
     return Ocr(settings)
 
 
+def resolve_for_networks(settings: OcrSettings) -> OcrSettings:
+    """The settings with "auto" replaced by what it means where the networks run.
+
+    Raises:
+        ValueError: a setting cannot be met there.
+    """
+    if not is_shared():
+        return resolve(settings)  # which does not load them
+    return next(open_model(functools.partial(load_networks, settings)).map("describe", [()]))
+
+
 class Ocr:
     """Boxes and texts of pictures; forms the batches that the networks run on."""
 
@@ -81,16 +92,6 @@ class Ocr:
         """
         self.settings = settings
         self._networks = open_model(functools.partial(load_networks, settings))
-
-    def describe(self) -> OcrSettings:
-        """The settings as they are met where the networks run, without "auto".
-
-        Raises:
-            ValueError: a setting cannot be met there.
-        """
-        if not is_shared():
-            return resolve(self.settings)  # which does not load them
-        return next(self._networks.map("describe", [()]))
 
     def peaks(self, pictures: Sequence[Shrunk], side: int, batch_size: int = 8) -> list[float]:
         """The highest character score (0 to 1) of each picture; arguments of `heat_maps`."""

@@ -28,6 +28,7 @@ from data_prep.text_spotting.ocr import (
     box_size,
     crop_line,
     load_ocr,
+    resolve_for_networks,
     shrink,
 )
 from data_prep.text_spotting.weights import easyocr_version
@@ -82,7 +83,7 @@ class Settings:
         Raises:
             ValueError: EasyOCR is missing, or a setting cannot be met.
         """
-        ocr = dataclasses.asdict(load_ocr(self.ocr).describe())
+        ocr = dataclasses.asdict(resolve_for_networks(self.ocr))
         del ocr["device"]  # Another device rounds otherwise, as another processor does.
         return {"easyocr": easyocr_version(), **ocr}
 

@@ -338,6 +338,7 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
     counts = json.loads((output / "stats.json").read_text())["counts"]
     assert counts["dropped"] == {
         "source": {},
+        "metadata": {},
         "caption": {},
         "image": {"unreadable": 1},
         "text": {"shows_caption": 1},

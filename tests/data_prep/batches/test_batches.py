@@ -1,0 +1,110 @@
+"""The classes of batches: columns that are those of the functions behind them."""
+
+import functools
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from data_prep.batches import CaptionFilter, Teacher, TextSpotter
+from data_prep.captions import cat_reason, parse_captions
+from data_prep.jobs import models
+from data_prep.teachers import registry
+from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
+from diht_jax.data.records.schema import Record
+
+_CAPTIONS = ["a black cat is chasing a small bird", "blue sky", None, "https://example.com/a.jpg"]
+
+
+def test_captions_are_those_of_the_parser():
+    table = pa.table({"id": range(4), "text": _CAPTIONS, "graph": ["old"] * 4})
+    judge = CaptionFilter(2, caption_column="text", graphs=True)
+    found = judge(table)
+    assert found.column_names == ["id", "text", "complexity", "num_actions", "drop_reason", "graph"]
+    graphs = parse_captions([text or "" for text in _CAPTIONS])
+    assert found["complexity"].to_pylist() == [graph.complexity for graph in graphs]
+    assert found["num_actions"].to_pylist() == [len(graph.actions) for graph in graphs]
+    reasons = [cat_reason(graph, min_complexity=2) for graph in graphs]
+    assert found["drop_reason"].to_pylist() == reasons == [None, "complexity", "empty", "url"]
+    first = json.loads(found["graph"][0].as_py())
+    assert set(first["objects"]) == set(graphs[0].objects)
+    assert [tuple(edge) for edge in first["actions"]] == graphs[0].actions
+    assert judge(table.slice(0, 0)).schema == found.schema
+    with pytest.raises(ValueError, match="caption_column='text': no such column; the table has id"):
+        judge(table.select(["id"]))
+
+
+def test_pictures_that_need_no_network():
+    pytest.importorskip("easyocr")
+    table = pa.table(
+        {
+            "image": [b"no picture", None, b""],
+            "caption": [["a caption", "another one"], ["東京タワー"], ["a caption"]],
+        }
+    )
+    found = TextSpotter(precision="float32", device="cpu")(table)
+    assert found["image_error"].to_pylist() == ["unreadable", None, "empty"]
+    assert found["match"].to_pylist() == [None] * 3
+    assert found["spotted_texts"].to_pylist() == [[]] * 3
+    with pytest.raises(ValueError, match="cofidence: expected one of .*min_confidence"):
+        TextSpotter(cofidence=0.5)
+    with pytest.raises(ValueError, match="gate_size=999"):
+        TextSpotter(gate_size=999)
+
+
+@pytest.fixture
+def color_teacher(monkeypatch) -> list[int]:
+    """A teacher of the kind "precomputed" that sees the mean colour; the sizes of its batches."""
+    seen = []
+
+    def encode(images: np.ndarray) -> np.ndarray:
+        seen.append(len(images))
+        return images.mean(axis=(1, 2), dtype=np.float32)
+
+    def load(section, batch_size):
+        info = TeacherInfo({}, in_this_process=False, name="color")
+        return ImageTeacher(encode, info, image_size=8, batch_size=batch_size)
+
+    kind = registry.TEACHERS["precomputed"]
+    monkeypatch.setitem(
+        registry.TEACHERS, "precomputed", TeacherKind(kind.default_config, kind.describe, load)
+    )
+    registry._load_teacher.cache_clear()
+    yield seen
+    registry._load_teacher.cache_clear()
+
+
+def _picture(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_embeddings_are_those_of_the_teacher(color_teacher):
+    teacher = Teacher("precomputed", batch_size=2, key_column="key")
+    images = [_picture("red"), b"no picture", _picture("blue")]
+    found = teacher(pa.table({"key": list("abc"), "image": images}))
+    assert found["embedding"].to_pylist() == [[255, 0, 0], None, [0, 0, 255]]
+    assert found["embedding_error"].to_pylist() == [None, "image_unreadable", None]
+    assert found.schema.field("embedding").type == pa.list_(pa.float32())
+    for wrong in (
+        functools.partial(Teacher, "batch_size"),
+        functools.partial(Teacher, "torch", weight="x"),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            wrong()
+
+
+def test_a_shared_teacher_gets_the_batches_of_its_own(color_teacher, monkeypatch):
+    config = registry.default_teacher()
+    config.update({"kind": "precomputed", "batch_size": 2})
+    records = [Record(key, _picture("red"), "", {}) for key in "abcde"]
+    alone = [v.tolist() for chunk in registry.open_teacher(config).embed(records) for v in chunk]
+    monkeypatch.setattr(models, "_open", lambda load: models.LocalModel(load))
+    assert models.is_shared()
+    shared = [v.tolist() for chunk in registry.open_teacher(config).embed(records) for v in chunk]
+    assert shared == alone == [[255, 0, 0]] * 5
+    assert color_teacher == [2] * 6

@@ -1,0 +1,202 @@
+"""Jobs on a real Ray cluster: models in actors of their own, nodes that join late, relative paths.
+
+One cluster in one process serves them all, since starting it takes most of the time.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from data_prep.filter import run_filter
+from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.engine_ray import _Actor
+from tests.data_prep.filtering.jobs import job_config, snapshot
+from tests.docs.pages import python_blocks
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+_LONGEST_SECS = 900  # of the script; a failure here means that it waits for ever
+# Without the last one Ray's workers wait for every other process of the machine.
+_ENVIRONMENT = dict(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", RAY_worker_niceness="0")
+
+_SCRIPT = """
+import functools, json, os, pathlib, sys, threading, time
+import ray
+from ray.cluster_utils import Cluster
+from data_prep.filter import run_filter
+from data_prep.jobs.engine import RaySettings, run_tasks
+from data_prep.jobs.models import open_model
+from tests.data_prep.filtering.jobs import job_config
+from tests.waiting import wait_until
+
+
+class Doubler:
+    def double(self, number, folder):
+        flag = pathlib.Path(folder, f"died_{number}")
+        if number == 666 or (number == 13 and not flag.exists()):
+            flag.touch()
+            os._exit(1)
+        if number == 14:
+            raise ValueError("fourteen is not allowed")
+        return 2 * number
+
+
+def work(task, report, folder):
+    # The first node has room for one worker: others run where a node has joined.
+    pathlib.Path(f"node_{ray.get_runtime_context().get_node_id()}").touch()
+    while task == 0 and len(list(pathlib.Path().glob("node_*"))) < 2:
+        time.sleep(0.02)
+    # What kills every model actor comes last, so that it takes nobody's batch along.
+    while task == 666 and len(list(pathlib.Path().glob("done_*"))) < 5:
+        time.sleep(0.02)
+    sent, received = 0, []
+
+    def calls():
+        nonlocal sent
+        for number in range(task, task + 9) if task < 100 else [task]:
+            sent += 1
+            yield number, folder
+
+    try:
+        for result in open_model(Doubler).map("double", calls()):
+            received.append(result)
+            assert sent - len(received) < 4, "more under way than the model can take"
+    finally:
+        pathlib.Path(f"done_{task}").touch()
+    return received
+
+
+def main(folder):
+    os.chdir(folder)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    settings = RaySettings(cluster.address, model_actors=2, gpus_per_model_actor=0)
+
+    def join_late():
+        wait_until(lambda: list(pathlib.Path().glob("node_*")))
+        cluster.add_node(num_cpus=3)
+
+    thread = threading.Thread(target=join_late, daemon=True)
+    thread.start()
+    function = functools.partial(work, folder=folder)
+    tasks = [0, 5, 20, 30, 6, 666]
+    outcomes = run_tasks(
+        function, tasks, num_workers=None, label="toy", retries=0, ray=settings
+    )
+    print("toy", json.dumps([[o.task, o.result, o.error] for o in outcomes]))
+    thread.join()
+    config = job_config("in/*.tar", "on_ray", **json.loads(sys.argv[2]))
+    config.num_workers = 1
+    config.ray.update({"address": cluster.address, "model_actors": 1, "gpus_per_model_actor": 0.0})
+    print("filter", json.dumps(run_filter(config, engine="ray")))
+    ray.init(address=cluster.address, logging_level="ERROR")
+    exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+"""
+# A picture's text is looked for on little canvases: what is compared are bytes, not what is found.
+_SPOTTING = {
+    **{"text_spotting": True, "spotter__canvas_size": 64, "spotter__gate_size": 0},
+    **{"spotter__precision": "float32", "spotter__low_text": 0.01, "spotter__text_threshold": 0.01},
+}
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+    """The folder in which the script ran, and what it printed by the word before it."""
+    pytest.importorskip("ray")
+    pytest.importorskip("easyocr")
+    folder = tmp_path_factory.mktemp("ray")
+    _write_input(folder / "in")
+    (example,) = python_blocks(_REPOSITORY / "docs" / "ray.md")[:1]
+    (folder / "example.py").write_text(example)
+    (folder / "script.py").write_text(_SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py", str(folder), json.dumps(_SPOTTING)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(_REPOSITORY)} | _ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=_LONGEST_SECS,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = (line.partition(" ") for line in done.stdout.splitlines())
+    return folder, {name: text for name, _, text in lines} | {"stderr": done.stderr}
+
+
+def _write_input(folder: pathlib.Path) -> None:
+    """Two tars with a picture each that carries text."""
+    import io
+    import tarfile
+
+    from benchmarks.text_spotting_testset import make_test_set
+
+    folder.mkdir()
+    for number, picture in enumerate(make_test_set(2, seed=1)):
+        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
+            for extension, data in (("jpg", picture.image), ("txt", picture.caption.encode())):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_workers_share_models_that_die_and_nodes_that_join(printed):
+    folder, found = printed
+    outcomes = {task: (result, error) for task, result, error in json.loads(found["toy"])}
+    for task in (0, 20, 30):
+        assert outcomes[task] == ([2 * n for n in range(task, task + 9)], None)
+    # The actor that held 13 died, and another one doubled it; 14 is an error of the model itself.
+    assert (folder / "died_13").exists()
+    assert outcomes[6] == (None, "fourteen is not allowed")
+    assert outcomes[5] == ([2 * n for n in range(5, 14)], None)
+    assert "3 model actors died of one batch" in outcomes[666][1]
+    assert len(list(folder.glob("node_*"))) == 2
+    assert "others take its batches" in found["stderr"]
+
+
+def test_text_is_spotted_in_model_actors_with_the_same_bytes(printed, monkeypatch):
+    folder, found = printed
+    assert json.loads(found["filter"]) == {}
+    monkeypatch.chdir(folder)
+    assert run_filter(job_config("in/*.tar", "here", **_SPOTTING)) == {}
+    on_ray, here = (snapshot(folder / name) for name in ("on_ray", "here"))
+    assert on_ray == here
+    (stats,) = [data for name, data in here.items() if name == "stats.json"]
+    assert json.loads(stats)["counts"]["text_spotting"] == {"read": 2}
+
+
+def test_example_of_the_page(printed):
+    assert json.loads(printed[1]["kept:"]) == ["a dog chases a small cat"]
+
+
+def test_relative_paths_need_the_folder_of_the_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an actor changes it, which is undone at the end
+    (tmp_path / "job").mkdir()
+    task = types.SimpleNamespace(source=types.SimpleNamespace(path="in/a.tar"), output="/out/a")
+    absolute = types.SimpleNamespace(source="s3://in/a.tar", output="/out/a")
+
+    def work(task, report) -> str:
+        return os.getcwd()
+
+    outcome, _ = _Actor(str(tmp_path / "job"), None).work(work, task)
+    assert (outcome.result, outcome.error) == (str(tmp_path / "job"), None)
+    lost = _Actor(str(tmp_path / "gone"), None)
+    outcome, _ = lost.work(work, task)
+    assert "'in/a.tar' is a relative path, and the job runs in" in outcome.error
+    assert "absolute paths or URLs" in outcome.error
+    assert lost.work(work, absolute)[0].error is None
+
+
+def test_settings_that_cannot_be():
+    for changes, name in (
+        ({"model_actors": -1}, "model_actors=-1"),
+        ({"cpus_per_worker": 0.0}, "cpus_per_worker=0"),
+    ):
+        with pytest.raises(ValueError, match=f"config.ray.{name}"):
+            RaySettings(**changes).check()
