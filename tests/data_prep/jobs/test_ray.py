@@ -24,14 +24,13 @@ _LONGEST_SECS = 900  # of the script; a failure here means that it waits for eve
 _ENVIRONMENT = dict(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", RAY_worker_niceness="0")
 
 _SCRIPT = """
-import functools, json, os, pathlib, sys, threading, time
+import functools, json, os, pathlib, sys, time
 import ray
 from ray.cluster_utils import Cluster
 from data_prep.filter import run_filter
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
 from tests.data_prep.filtering.jobs import job_config
-from tests.waiting import wait_until
 
 
 class Doubler:
@@ -75,19 +74,16 @@ def main(folder):
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     settings = RaySettings(cluster.address, model_actors=2, gpus_per_model_actor=0)
 
-    def join_late():
-        wait_until(lambda: list(pathlib.Path().glob("node_*")))
-        cluster.add_node(num_cpus=3)
-
-    thread = threading.Thread(target=join_late, daemon=True)
-    thread.start()
     function = functools.partial(work, folder=folder)
-    tasks = [0, 5, 20, 30, 6, 666]
-    outcomes = run_tasks(
+    tasks = [5, 0, 20, 30, 6, 666]
+    found = []
+    for outcome in run_tasks(
         function, tasks, num_workers=None, label="toy", retries=0, ray=settings
-    )
-    print("toy", json.dumps([[o.task, o.result, o.error] for o in outcomes]))
-    thread.join()
+    ):
+        if not found:
+            cluster.add_node(num_cpus=3)
+        found.append([outcome.task, outcome.result, outcome.error])
+    print("toy", json.dumps(found), flush=True)
     config = job_config("in/*.tar", "on_ray", **json.loads(sys.argv[2]))
     config.num_workers = 1
     config.ray.update({"address": cluster.address, "model_actors": 1, "gpus_per_model_actor": 0.0})
