@@ -327,7 +327,7 @@ class _RayWorkerPool:
         if time.monotonic() - self._last_message_secs < _WAITING_SECS:
             return
         s = self._settings
-        if self._models is not None and not len(self._models):
+        if self._models is not None and self._models.is_wanted and not len(self._models):
             self._last_message_secs = time.monotonic()
             logging.warning(
                 "no model actor has started for %.0f s; each asks for %g GPUs, and the cluster has "

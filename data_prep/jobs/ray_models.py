@@ -49,19 +49,24 @@ class _Roster:
 
     def __init__(self):
         self._actors: list[Any] = []
+        self._was_asked = False
+
+    def was_asked(self) -> bool:
+        return self._was_asked
 
     def set(self, actors: list[Any]) -> None:
         self._actors = actors
 
     def get(self) -> list[Any]:
+        self._was_asked = True
         return self._actors
 
 
 class ModelPool:
-    """The model actors of one run, as the driver sees them."""
+    """The model actors of one run, as the driver sees them; none before a worker asks for one."""
 
     def __init__(self, ray: Any, most: int, gpus_each: float):
-        """Starts what the cluster has room for.
+        """Starts the list of them.
 
         Args:
             ray: the module.
@@ -74,6 +79,7 @@ class ModelPool:
         self._starting: dict[Any, Any] = {}  # by the reference that comes when it is ready
         self._ends: dict[Any, Any] = {}  # of those that are ready, by the reference of their end
         self._failed_starts = 0
+        self.is_wanted = False
         self.roster = ray.remote(
             num_cpus=0,
             # On the node of the driver, so that it lives as long as the job.
@@ -91,6 +97,9 @@ class ModelPool:
         Raises:
             ValueError: none of them can start.
         """
+        self.is_wanted = self.is_wanted or self._ray.get(self.roster.was_asked.remote())
+        if not self.is_wanted:
+            return
         changed = self._take_ready() + self._take_ended()
         if changed:
             self._ray.get(self.roster.set.remote(list(self._ends.values())))
