@@ -336,13 +336,8 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
     config.update({"input": str(tmp_path / "t.jsonl"), "output": str(output), "num_workers": 0})
     assert run_filter(config) == {}
     counts = json.loads((output / "stats.json").read_text())["counts"]
-    assert counts["dropped"] == {
-        "source": {},
-        "metadata": {},
-        "caption": {},
-        "image": {"unreadable": 1},
-        "text": {"shows_caption": 1},
-    }
+    dropped = {stage: reasons for stage, reasons in counts["dropped"].items() if reasons}
+    assert dropped == {"image": {"unreadable": 1}, "text": {"shows_caption": 1}}
     assert counts["text_spotting"] == {"gated": 1, "no_run": 1, "read": 2}
     (part,) = (output / "parts").glob("*.stats.json")
     spotter = json.loads(part.read_text())["counts"]["spotter"]
