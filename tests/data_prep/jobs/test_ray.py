@@ -90,6 +90,7 @@ def main(folder):
     print("filter", json.dumps(run_filter(config, engine="ray")))
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
+    ray.shutdown()
     cluster.shutdown()
 
 
