@@ -15,14 +15,13 @@ import collections
 import io
 import itertools
 import os
-import pathlib
 import zipfile
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from data_prep.captions.graph import CaptionGraph
-from diht_jax.data.atomic_file import write_atomically
+from data_prep.jobs import files
 from diht_jax.data.records.vocabulary import KINDS
 from diht_jax.data.retries import is_storage_failure
 
@@ -64,7 +63,7 @@ class ConceptLog:
             for kind, records in self._records.items()
         }
 
-    def write(self, path: pathlib.Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the file; equal mentions give equal bytes."""
         arrays = {}
         for kind, counts in self.counts().items():
@@ -75,12 +74,12 @@ class ConceptLog:
             arrays[f"{kind}_ids"] = np.array(list(itertools.chain(*rows)), np.int32)
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
-        write_atomically(path, buffer.getvalue())
+        files.write_bytes(os.fspath(path), buffer.getvalue())
 
 
-def concept_path(shard: str | os.PathLike[str]) -> pathlib.Path:
+def concept_path(shard: str | os.PathLike[str]) -> str:
     """Where the file of a shard lies."""
-    return pathlib.Path(os.fspath(shard) + CONCEPTS_SUFFIX)
+    return os.fspath(shard) + CONCEPTS_SUFFIX
 
 
 def read_mentions(
@@ -89,7 +88,7 @@ def read_mentions(
     """Reads what the captions of a shard's records name.
 
     Args:
-        shard: path of the shard.
+        shard: path of the shard, or its URL.
         kind: one of `KINDS`.
 
     Returns:
@@ -102,7 +101,7 @@ def read_mentions(
     """
     path = concept_path(shard)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as file:
             text = file[f"{kind}_names"].tobytes().decode()
             lengths = file[f"{kind}_lengths"].astype(np.int64)
             ids = file[f"{kind}_ids"].astype(np.int64)

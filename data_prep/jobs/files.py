@@ -15,10 +15,22 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from diht_jax.data import stores
-from diht_jax.data.atomic_file import temporary_path, write_atomically
+from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.records.formats.writer import sync_file
 from diht_jax.data.retries import read_file, retry
-from diht_jax.data.stores import is_remote, open_system
+from diht_jax.data.stores import is_remote, open_system, write_bytes
+
+__all__ = [
+    "exists",
+    "join",
+    "list_names",
+    "local_output",
+    "make_folder",
+    "read_bytes",
+    "remove",
+    "size",
+    "write_bytes",
+]
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
@@ -62,18 +74,6 @@ def read_bytes(path: str) -> bytes:
     if not is_remote(path):
         return read_file(path)
     return _call(path, lambda system, name: system.cat_file(name))
-
-
-def write_bytes(path: str, data: bytes) -> None:
-    """Writes a whole file; an old one is replaced. A local folder must exist.
-
-    Raises:
-        StorageError: a store does not take it, now and after some attempts.
-    """
-    if not is_remote(path):
-        write_atomically(pathlib.Path(path), data)
-        return
-    _call(path, lambda system, name: system.pipe_file(name, data), "written")
 
 
 def list_names(folder: str) -> list[str]:

@@ -7,10 +7,9 @@ The output folder gets `report.json` and `report.html`, as those of one job.
 
 from __future__ import annotations
 
-import pathlib
-
 from absl import flags, logging
 
+from data_prep.jobs import files
 from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import merge_reports
 from diht_jax import command_line
@@ -26,13 +25,13 @@ def define_flags() -> None:
 def main() -> None:
     """Merges the reports that the flags name."""
     report = merge_reports(flags.FLAGS.input)
-    folder = pathlib.Path(flags.FLAGS.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = flags.FLAGS.output
+    files.make_folder(folder)
     write_report(folder, report)
     print(report.funnel.format_table())
     for warning in report.warnings():
         logging.warning("%s", warning)
-    print(f"look at {folder / PAGE}")
+    print(f"look at {files.join(folder, PAGE)}")
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ from __future__ import annotations
 import html
 import itertools
 import json
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.filtering.steps.registry import ordered_steps
-from data_prep.jobs import shards
+from data_prep.jobs import files, shards
 from data_prep.reports.funnel import KEPT, spell_reason
 from data_prep.reports.html import render_bar, render_page, render_table
 from data_prep.reports.noise_scores import table_rows
 from data_prep.reports.statistics import BINS, DROPPED, NAMES, TITLES
 from data_prep.reports.summary import REPORT, FilterReport
 from data_prep.text_spotting.config import describe_counts
-from diht_jax.data.atomic_file import write_atomically
 
 PAGE = "report.html"
 
@@ -51,11 +50,11 @@ details { margin-top: 24px; } summary { cursor: pointer; }
 """
 
 
-def write_report(folder: str | pathlib.Path, report: FilterReport) -> None:
+def write_report(folder: str | os.PathLike[str], report: FilterReport) -> None:
     """Writes `report.json` and `report.html` into a folder."""
-    folder = pathlib.Path(folder)
-    shards.write_json(folder / REPORT, report.to_json())
-    write_atomically(folder / PAGE, render_report(report).encode("utf-8", "replace"))
+    folder = os.fspath(folder)
+    shards.write_json(files.join(folder, REPORT), report.to_json())
+    files.write_bytes(files.join(folder, PAGE), render_report(report).encode("utf-8", "replace"))
 
 
 def render_report(report: FilterReport) -> str:

@@ -8,17 +8,18 @@ choice of the whole.
 from __future__ import annotations
 
 import base64
+import contextlib
 import dataclasses
 import heapq
 import io
 import json
-import pathlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from data_prep.captions.graph import CaptionGraph, format_edges, format_objects
+from data_prep.jobs import files
 from data_prep.text_spotting.spotter import Spot
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.images.decode import ImageError, decode_rgb
 
 SAMPLES_SUFFIX = ".samples.json"
@@ -93,7 +94,7 @@ class SampleLog:
         chosen.sort(key=lambda sample: (sample.rank, sample.key))
         del chosen[self._per_outcome :]
 
-    def write(self, path: pathlib.Path) -> None:
+    def write(self, path: str | os.PathLike[str]) -> None:
         """Writes the samples, one JSON object a line; equal pairs give equal bytes."""
         lines = [
             json.dumps(self._describe(outcome, sample), ensure_ascii=False, sort_keys=True)
@@ -102,7 +103,7 @@ class SampleLog:
         ]
         text = "".join(f"{line}\n" for line in lines)
         # A lone surrogate may stand in the caption of a pair that was dropped.
-        write_atomically(path, text.encode("utf-8", "replace"))
+        files.write_bytes(os.fspath(path), text.encode("utf-8", "replace"))
 
     def _describe(self, outcome: str, sample: _Chosen) -> dict[str, Any]:
         described = {
@@ -145,11 +146,10 @@ class SampleLog:
         return {"size": size, "image": text, "error": None}
 
 
-def read_samples(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+def read_samples(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The samples of one shard, as `SampleLog.write` wrote them; none where the file is missing."""
-    if path.exists():
-        with open(path, encoding="utf-8") as file:
-            yield from map(json.loads, file)
+    with contextlib.suppress(FileNotFoundError):
+        yield from map(json.loads, files.read_bytes(os.fspath(path)).splitlines())
 
 
 def choose_samples(samples: Iterable[dict[str, Any]], per_outcome: int) -> list[dict[str, Any]]:

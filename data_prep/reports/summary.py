@@ -7,14 +7,14 @@ up, samples are those of the lowest random rank. How the page looks belongs in `
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
-import json
-import pathlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_prep.filtering.steps.registry import ordered_steps
-from data_prep.jobs import shards
+from data_prep.jobs import files, shards
 from data_prep.reports.funnel import SOURCE, Funnel
 from data_prep.reports.samples import SAMPLES_SUFFIX, choose_samples, read_samples
 from data_prep.reports.statistics import Measures
@@ -78,9 +78,8 @@ class FilterReport:
         for name, version in counts.get("versions", {}).items():
             self.versions.setdefault(name, collections.Counter())[version] += 1
         self._add_damaged([counts["damaged"]] if "damaged" in counts else [])
-        path = pathlib.Path(output + SECONDS_SUFFIX)
-        if path.exists():
-            self.add_seconds(json.loads(path.read_bytes()))
+        with contextlib.suppress(FileNotFoundError):
+            self.add_seconds(shards.read_json(output + SECONDS_SUFFIX))
 
     def add_seconds(self, seconds: Mapping[str, Any]) -> None:
         """Adds the time of one shard, as `ShardLog` wrote it."""
@@ -223,20 +222,20 @@ def gather_report(
         report.add_shard(shards.read_json(task.stats_path), task.output)
     report.jobs = [job | {"shards": len(tasks)}]
     if report_samples:
-        files = (read_samples(pathlib.Path(task.output + SAMPLES_SUFFIX)) for task in tasks)
+        files = (read_samples(task.output + SAMPLES_SUFFIX) for task in tasks)
         report.samples = choose_samples((s for file in files for s in file), report_samples)
     return report
 
 
-def read_report(folder: str | pathlib.Path) -> FilterReport:
+def read_report(folder: str | os.PathLike[str]) -> FilterReport:
     """Reads `report.json` of a folder.
 
     Raises:
         ValueError: there is none, or another version's.
     """
-    path = pathlib.Path(folder) / REPORT
+    path = files.join(os.fspath(folder), REPORT)
     try:
-        data = json.loads(path.read_bytes())
+        data = shards.read_json(path)
         if data["version"] != _VERSION:
             raise ValueError(f"version {data['version']}")
         return FilterReport.from_json(data)

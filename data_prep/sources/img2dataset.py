@@ -17,6 +17,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from data_prep.jobs import files
 from diht_jax.data.readers.base import IMAGE_EXTENSIONS, SourceShard
 from diht_jax.data.readers.parquet import (
     CAPTION_COLUMNS,
@@ -27,7 +28,7 @@ from diht_jax.data.readers.parquet import (
     read_rows,
 )
 from diht_jax.data.readers.webdataset import TAR_SUFFIXES
-from diht_jax.data.retries import StorageError, is_missing, read_file
+from diht_jax.data.retries import StorageError, is_missing
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 
@@ -51,7 +52,7 @@ def read_download_stats(source: SourceShard) -> dict[str, Any] | None:
     """
     path = f"{_stem(source.path)}_stats.json"
     try:
-        stats = json.loads(read_file(path))
+        stats = json.loads(files.read_bytes(path))
         statuses = collections.Counter({str(k): int(v) for k, v in stats["status_dict"].items()})
         counts = {name: int(stats[name]) for name in COUNTS}
     except FileNotFoundError:

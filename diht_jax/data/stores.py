@@ -13,12 +13,14 @@ import errno
 import functools
 import io
 import os
+import pathlib
 import tempfile
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
 from diht_jax.data import retries
+from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.retries import StorageError, retry
 
 BLOCK_BYTES = 2**24  # of one request
@@ -118,6 +120,23 @@ def local_copy(path: str) -> Iterator[str]:
             while data := source.read(BLOCK_BYTES):
                 target.write(data)
         yield copy
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Writes a whole file, local or in a store; an old one is replaced.
+
+    Args:
+        path: of the file; a local folder must exist.
+        data: its contents.
+
+    Raises:
+        StorageError: the store does not take it, now and after some attempts.
+    """
+    if not is_remote(path):
+        write_atomically(pathlib.Path(path), data)
+        return
+    system, name = open_system(path, use_listings_cache=False)
+    retry(lambda: system.pipe_file(name, data), path, "written")
 
 
 def upload(path: str | os.PathLike[str], url: str) -> None:

@@ -15,8 +15,8 @@ import re
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records import schema
+from diht_jax.data.stores import write_bytes
 
 FILES = ("dataset_info.json", "features.json")
 # Name -> samples, of tars; open_clip takes the size of its epochs from it.
@@ -110,7 +110,7 @@ def write_dataset_info(
         info.write_to_directory(scratch)
         for name in FILES:
             data = (pathlib.Path(scratch) / name).read_bytes()
-            write_atomically(pathlib.Path(folder) / name, data)
+            write_bytes(f"{os.fspath(folder)}/{name}", data)
 
 
 def write_sizes(folder: str | os.PathLike[str], sizes: Mapping[str, int]) -> None:
@@ -121,7 +121,7 @@ def write_sizes(folder: str | os.PathLike[str], sizes: Mapping[str, int]) -> Non
         sizes: name of each shard -> records.
     """
     text = json.dumps(dict(sizes), indent=1)
-    write_atomically(pathlib.Path(folder) / SIZES, f"{text}\n".encode())
+    write_bytes(f"{os.fspath(folder)}/{SIZES}", f"{text}\n".encode())
 
 
 def _make_features(image_formats: Collection[str], with_concepts: bool):

@@ -175,13 +175,13 @@ def test_shards_without_concepts(filtered, tmp_path):
     nothing = ConceptList("objects", (), ())
     with pytest.raises(ValueError, match=r"concepts\.npz is missing.*concepts=True"):
         concept_vocabulary.read_targets([str(copy)], nothing)
-    mentions.concept_path(copy).write_bytes(b"PK no zip")
+    pathlib.Path(mentions.concept_path(copy)).write_bytes(b"PK no zip")
     with pytest.raises(ValueError, match="not a whole concept file"):
         concept_vocabulary.read_targets([str(copy)], nothing)
 
 
 def test_filter_writes_a_lost_concept_file_again(filtered):
-    path = mentions.concept_path(find_shards(filtered / "cat")[0])
+    path = pathlib.Path(mentions.concept_path(find_shards(filtered / "cat")[0]))
     before = path.read_bytes()
     path.unlink()
     config = load_recipe(_REPOSITORY / "configs" / "prep" / "cat.py")
