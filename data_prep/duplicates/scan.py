@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
             raise ValueError(f"{len(keys)} keys and embeddings {found.shape}, all finite")
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: expected 'key' and 'image_emb' [n, d] as diht_jax.embed writes them "
             f"({type(error).__name__}: {error})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ml_collections
 
-from data_prep.filtering.steps import captions, duplicates, image, predicates, text
+from data_prep.filtering.steps import captions, decontaminate, duplicates, image, predicates, text
 from data_prep.filtering.steps.base import Step
 
 STEPS: dict[str, type[Step]] = {
@@ -12,6 +12,7 @@ STEPS: dict[str, type[Step]] = {
     "duplicates": duplicates.DuplicateStep,
     "caption": captions.CaptionStep,
     "image": image.ImageStep,
+    "decontaminate": decontaminate.DecontaminateStep,
     "text": text.TextStep,
 }
 

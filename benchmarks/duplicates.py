@@ -1,0 +1,167 @@
+"""What the search for duplicates finds: photos with planted copies, emoji in several skin tones.
+
+    python -m benchmarks.duplicates --data ../shared/data
+
+Of every photo of `photos.tar` a copy is planted: resized to half, re-encoded (JPEG, quality 50),
+cropped to 90% of each side somewhere, or mirrored; one set for each edit, among the 4,000 photos of
+`cifar10_train.tar`. Recall: planted copies that are dropped as copies of their photo. Precision:
+share of these in all dropped photos and copies. The emoji of one name in several skin tones or
+directions count as duplicates of one another, all others do not. Prints both, by threshold, and
+writes `benchmarks/results/duplicates.json`. Embeddings are the descriptor's; no model is needed.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pathlib
+import re
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import ml_collections
+import numpy as np
+import pyarrow.parquet
+from absl import flags
+from PIL import Image
+
+from benchmarks.record import write_result
+from data_prep.duplicates import config as duplicates_config
+from data_prep.duplicates import job
+from diht_jax import command_line
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.registry import open_source
+
+EDITS = ("resized", "re-encoded", "cropped 90%", "flipped")
+_TONE = re.compile(r"( facing right)?( with [\w, -]+ skin tone)?$")
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_string("data", None, "Folder with photos.tar, cifar10_train.tar and emoji_*.tar.")
+    flags.DEFINE_list("thresholds", ["0.85", "0.9", "0.95", "0.98"], "Cosines to try.")
+    flags.DEFINE_integer("seed", 0, "Of the crops.")
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    command_line.require_flags("data")
+    data = pathlib.Path(flags.FLAGS.data)
+    thresholds = [float(text) for text in flags.FLAGS.thresholds]
+    photos, emoji = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        work = pathlib.Path(folder)
+        for edit in EDITS:
+            path = work / f"{edit}.tar"
+            _plant(data / "photos.tar", path, edit, flags.FLAGS.seed)
+            inputs = f"{data / 'photos.tar'},{path},{data / 'cifar10_train.tar'}"
+            for mirrored in (True, False):
+                config = _config(inputs, work / f"{edit}-{mirrored}", mirrored)
+                for found in _run(config, thresholds):
+                    photos.append({"edit": edit, "mirrored": mirrored} | _score_photos(found))
+                    print(photos[-1], flush=True)
+        for name in ("emoji_google", "emoji_twitter"):
+            captions = {pair.key: pair.caption for pair in open_source(str(data / f"{name}.tar"))}
+            config = _config(str(data / f"{name}.tar"), work / name, mirrored=True)
+            for found in _run(config, thresholds):
+                emoji.append({"set": name} | _score_emoji(found, captions))
+                print(emoji[-1], flush=True)
+    write_result("duplicates", {"photos": photos, "emoji": emoji})
+
+
+def _plant(source: pathlib.Path, target: pathlib.Path, edit: str, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    with tarfile.open(target, "w") as tar:
+        for pair in open_source(str(source)):
+            data = _edit(decode_rgb(pair.image), edit, generator)
+            for suffix, content in (("jpg", data), ("txt", pair.caption.encode())):
+                member = tarfile.TarInfo(f"copy-{pair.key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def _edit(image: Image.Image, edit: str, generator: np.random.Generator) -> bytes:
+    width, height = image.size
+    if edit == "resized":
+        image = image.resize((width // 2, height // 2), Image.Resampling.BICUBIC)
+    elif edit == "flipped":
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    elif edit == "cropped 90%":
+        size = round(0.9 * width), round(0.9 * height)
+        left = int(generator.integers(0, width - size[0] + 1))
+        top = int(generator.integers(0, height - size[1] + 1))
+        image = image.crop((left, top, left + size[0], top + size[1]))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=50 if edit == "re-encoded" else 90)
+    return buffer.getvalue()
+
+
+def _config(inputs: str, output: pathlib.Path, mirrored: bool) -> ml_collections.ConfigDict:
+    config = duplicates_config.default_config()
+    config.update({"input": inputs, "output": str(output), "keep": "first", "num_workers": 1})
+    config.embeddings.mirrored = mirrored
+    config.clusters.rows_per_cluster = 1000  # several clusters, as large sets have
+    config.report_pairs = 0
+    return config
+
+
+def _run(
+    config: ml_collections.ConfigDict, thresholds: list[float]
+) -> Iterator[tuple[float, list[dict[str, Any]]]]:
+    """The rows of the table for each threshold."""
+    for threshold in thresholds:
+        config.threshold = threshold
+        duplicates_config.check_config(config)
+        if job.run(config):
+            raise ValueError("the search failed")
+        files = sorted(pathlib.Path(config.output, "duplicates").glob("*.parquet"))
+        yield threshold, [r for file in files for r in pyarrow.parquet.read_table(file).to_pylist()]
+
+
+def _score_photos(found: tuple[float, list[dict[str, Any]]]) -> dict[str, Any]:
+    threshold, rows = found
+    photos = {row["key"].removeprefix("copy-") for row in rows if row["key"].startswith("copy-")}
+    copies = [row for row in rows if row["key"].startswith("copy-")]
+    dropped = [
+        row for row in rows if row["kind"] != "kept" and row["key"].removeprefix("copy-") in photos
+    ]
+    right = [row for row in dropped if _is_copy(row)]
+    others = [row for row in rows if row["key"].removeprefix("copy-") not in photos]
+    return {
+        "threshold": threshold,
+        "recall": round(sum(map(_is_copy, copies)) / len(copies), 4),
+        "precision": round(len(right) / len(dropped), 4) if dropped else None,
+        "copies": len(copies),
+        "dropped": len(dropped),
+        "cifar10_dropped": sum(row["kind"] != "kept" for row in others),
+    }
+
+
+def _is_copy(row: dict[str, Any]) -> bool:
+    return row["key"] == f"copy-{row['duplicate_of']}"
+
+
+def _score_emoji(
+    found: tuple[float, list[dict[str, Any]]], captions: dict[str, str]
+) -> dict[str, Any]:
+    threshold, rows = found
+    names = {key: _TONE.sub("", caption) for key, caption in captions.items()}
+    sizes = collections.Counter(names.values())
+    variants = sum(size - 1 for size in sizes.values())
+    dropped = [row for row in rows if row["kind"] != "kept"]
+    right = sum(names[row["key"]] == names[row["duplicate_of"]] for row in dropped)
+    return {
+        "threshold": threshold,
+        "recall": round(right / variants, 4),
+        "precision": round(right / len(dropped), 4) if dropped else None,
+        "pictures": len(rows),
+        "variants": variants,
+        "dropped": len(dropped),
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,235 @@
+"""Hashes of pictures, and an index of those of an evaluation set.
+
+    python -m data_prep.duplicates.image_hashes --input cifar10_test.tar --output cifar10.npz
+
+Two hashes: of the decoded pixels, which is the same for any lossless file of them; and a perceptual
+one, 64 bits of the picture's lowest frequencies (pHash: signs, against their median, of the 8 x 8
+lowest coefficients of the discrete cosine transform of 32 x 32 greys), which survives other sizes
+and encodings. Two pictures with nothing in common differ in 32 bits, give or take 4.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import pathlib
+import zipfile
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from absl import flags, logging
+from PIL import Image
+
+from diht_jax import command_line
+from diht_jax.data.atomic_file import open_atomically
+from diht_jax.data.images.decode import ImageError, decode_rgb
+from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.schema import Pair
+
+SUFFIX = ".npz"
+
+_SIDE, _CELLS = 32, 8
+_LEAST_SPREAD = 4.0  # standard deviation of the greys; flatter pictures have no perceptual hash
+_CHUNK = 2**22  # comparisons at a time
+
+
+class PictureHash(NamedTuple):
+    """The hashes of one picture.
+
+    Attributes:
+        pixels: 16 bytes, of size and decoded pixels.
+        perceptual: those of the picture and of its mirror image; None for a flat picture.
+    """
+
+    pixels: bytes
+    perceptual: tuple[int, int] | None
+
+
+class Match(NamedTuple):
+    """A picture of the index.
+
+    Attributes:
+        key: of its pair.
+        bits: of 64 that differ; None where the pixels are equal.
+    """
+
+    key: str
+    bits: int | None
+
+
+def hash_picture(image: Image.Image) -> PictureHash:
+    """The hashes of a decoded picture of mode "RGB"."""
+    digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    small = image.convert("L").resize((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    greys = np.asarray(small, np.float64)
+    if greys.std() < _LEAST_SPREAD:
+        return PictureHash(digest.digest(), None)
+    rows = _lowest_cosines()
+    lowest = rows @ greys @ rows.T
+    # In a mirror image the odd frequencies along a row have the other sign.
+    mirrored = lowest * np.where(np.arange(_CELLS) % 2, -1, 1)
+    return PictureHash(digest.digest(), (_pack(lowest), _pack(mirrored)))
+
+
+@functools.cache
+def _lowest_cosines() -> np.ndarray:
+    """The first 8 rows of the DCT-II, without its scale, which changes no sign."""
+    angles = np.pi * np.arange(_CELLS)[:, None] * (2 * np.arange(_SIDE) + 1) / (2 * _SIDE)
+    return np.cos(angles)
+
+
+def _pack(lowest: np.ndarray) -> int:
+    bits = (lowest > np.median(lowest)).ravel()
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+class Index:
+    """The hashes of the pictures of a set."""
+
+    def __init__(
+        self,
+        keys: np.ndarray,
+        pixels: np.ndarray,
+        perceptual: np.ndarray,
+        has_perceptual: np.ndarray,
+    ):
+        """Takes columns: str [n], uint8 [n, 16], uint64 [n], bool [n]."""
+        self.columns = {
+            "keys": keys,
+            "pixels": pixels,
+            "perceptual": perceptual,
+            "has_perceptual": has_perceptual,
+        }
+        self._keys = keys
+        self._by_pixels = {row.tobytes(): i for i, row in reversed(list(enumerate(pixels)))}
+        self._rows = np.flatnonzero(has_perceptual)
+        self._perceptual = perceptual[self._rows]
+
+    def digest(self) -> str:
+        """A hash of all hashes; the same for the same pictures, whatever file they came from."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("pixels", "perceptual", "has_perceptual"):
+            digest.update(self.columns[name].tobytes())
+        return digest.hexdigest()
+
+    def find(self, pictures: list[PictureHash | None], max_bits: int | None) -> list[Match | None]:
+        """The picture of the index that each is a copy of.
+
+        Args:
+            pictures: None for one that could not be read.
+            max_bits: that may differ, of the picture or its mirror image; None: equal pixels only.
+
+        Returns:
+            The first picture of equal pixels, or else the one whose hash differs least.
+        """
+        found: list[Match | None] = [None] * len(pictures)
+        asked = []
+        for number, picture in enumerate(pictures):
+            row = None if picture is None else self._by_pixels.get(picture.pixels)
+            if row is not None:
+                found[number] = Match(str(self._keys[row]), None)
+            elif picture is not None and picture.perceptual is not None and max_bits is not None:
+                asked.append(number)
+        if not len(self._perceptual):
+            return found
+        size = max(1, _CHUNK // len(self._perceptual))
+        for start in range(0, len(asked), size):
+            numbers = asked[start : start + size]
+            hashes = np.array([pictures[number].perceptual for number in numbers], np.uint64)
+            bits = np.minimum(*(self._differing(hashes[:, i]) for i in (0, 1)))
+            for number, row, least in zip(numbers, bits.argmin(1), bits.min(1), strict=True):
+                if least <= max_bits:
+                    found[number] = Match(str(self._keys[self._rows[row]]), int(least))
+        return found
+
+    def _differing(self, hashes: np.ndarray) -> np.ndarray:
+        return np.bitwise_count(hashes[:, None] ^ self._perceptual[None])
+
+
+def make_index(source: str) -> Index:
+    """Reads a set of pictures.
+
+    Args:
+        source: of `diht_jax.data.readers`: a tar, a table, a folder of classes.
+
+    Raises:
+        ValueError: nothing to read, or no picture in it.
+    """
+    keys, hashes, skipped = [], [], 0
+    for entry in open_source(source):
+        picture = try_hash(entry.image) if isinstance(entry, Pair) else None
+        if picture is None:
+            skipped += 1
+            continue
+        keys.append(entry.key)
+        hashes.append(picture)
+    if skipped:
+        logging.warning("%s: %d entries have no picture and caption", source, skipped)
+    if not keys:
+        raise ValueError(f"{source}: no pictures")
+    return _from_hashes(keys, hashes)
+
+
+def _from_hashes(keys: list[str], hashes: Iterable[PictureHash]) -> Index:
+    hashes = list(hashes)
+    pixels = np.frombuffer(b"".join(h.pixels for h in hashes), np.uint8).reshape(-1, 16)
+    perceptual = np.array([h.perceptual[0] if h.perceptual else 0 for h in hashes], np.uint64)
+    return Index(np.array(keys), pixels, perceptual, np.array([bool(h.perceptual) for h in hashes]))
+
+
+def try_hash(data: bytes) -> PictureHash | None:
+    """The hashes of encoded bytes; None where they are no picture."""
+    try:
+        return hash_picture(decode_rgb(data))
+    except ImageError:
+        return None
+
+
+def write_index(path: pathlib.Path, index: Index) -> None:
+    """Writes the file that `open_index` reads."""
+    with open_atomically(path) as file:
+        np.savez(file, **index.columns)
+
+
+@functools.lru_cache(maxsize=64)
+def open_index(path: str) -> Index:
+    """The index of a file, or of a set of pictures; it is kept for the next call.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not path.endswith(SUFFIX):
+        return make_index(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Index(**dict(file))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path}: expected an index of python -m data_prep.duplicates.image_hashes "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_string("input", None, "Pictures of an evaluation set: a tar, a table, a folder.")
+    flags.DEFINE_string("output", None, "File of the index, .npz.")
+
+
+def main() -> None:
+    """Writes the index that the flags name."""
+    command_line.require_flags("input", "output")
+    output = pathlib.Path(flags.FLAGS.output)
+    if output.suffix != SUFFIX:
+        raise ValueError(f"--output={output}; expected a name that ends with {SUFFIX}")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    index = make_index(flags.FLAGS.input)
+    write_index(output, index)
+    print(f"{len(index.columns['keys']):,} pictures: {output}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
