@@ -129,6 +129,16 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     return io.BufferedReader(_RetryingFile(os.fspath(path)), 2**16)
 
 
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """Raises the StorageError of a file that cannot be read to its end; errors as of `retry`.
+
+    For libraries that read by themselves, and name the same error for a bad disk and a bad file.
+    """
+    with open_file(path) as file:
+        while file.read(2**22):
+            pass
+
+
 def check_failure(file: io.BufferedReader) -> None:
     """Raises the StorageError of a file from `open_file`, which a library may have wrapped."""
     if file.raw.failure is not None:

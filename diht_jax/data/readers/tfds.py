@@ -18,6 +18,7 @@ import numpy as np
 from diht_jax.data.readers.base import Format, Skipped, SourceShard, merge_captions, pick_captions
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.records.tfrecord import read_records
+from diht_jax.data.retries import is_storage_failure
 
 PREFIX = "tfds:"
 
@@ -141,6 +142,8 @@ def _builder_of_folder(folder: str) -> Any:
         splits = builder.info.splits.values()
         broken = [split.name for split in splits if min(split.shard_lengths, default=0) < 0]
     except Exception as error:  # TFDS raises nearly any type on damaged files
+        if is_storage_failure(error):
+            raise
         raise ValueError(
             f"'{folder}': its dataset_info.json or features.json cannot be read "
             f"({_first_line(error)}); prepare or copy the data set again"

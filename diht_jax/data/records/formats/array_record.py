@@ -20,7 +20,7 @@ from diht_jax.data.records.format import DamagedRecordError, TFRecordError
 from diht_jax.data.records.formats.writer import ShardWriter
 from diht_jax.data.records.remote import is_remote
 from diht_jax.data.records.sharded import LocalFile, ShardedRecords
-from diht_jax.data.retries import retry
+from diht_jax.data.retries import check_readable, retry
 
 # Encoded images cannot be compressed any further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -114,6 +114,7 @@ class _OpenShard:
         retry(lambda: os.stat(path), path)  # its reader does not tell a missing file
         self._reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS)
         if not self._reader.ok():
+            check_readable(path)
             raise TFRecordError(f"{path}: not a whole ArrayRecord shard; write or copy it again")
 
     def __len__(self) -> int:
@@ -136,7 +137,14 @@ def read_array_records(path: str) -> Iterator[bytes]:
     Raises:
         TFRecordError: the shard or a record is damaged.
         FileNotFoundError: there is none.
+        StorageError: it cannot be read, now and after some attempts.
     """
     shard = _OpenShard(path)
     for record in range(len(shard)):
-        yield shard.read(record)
+        try:
+            data = shard.read(record)
+        except DamagedRecordError:
+            # Its reader has the same error for a bad disk.
+            check_readable(path)
+            data = _OpenShard(path).read(record)
+        yield data

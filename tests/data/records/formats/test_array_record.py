@@ -10,8 +10,14 @@ from diht_jax.data.input.order import BlockOrder
 from diht_jax.data.pipeline import open_records
 from diht_jax.data.records.fingerprint import describe_changes, fingerprint_records
 from diht_jax.data.records.format import DamagedRecordError, TFRecordError
-from diht_jax.data.records.formats.array_record import ArrayRecordSource, ArrayRecordWriter
+from diht_jax.data.records.formats.array_record import (
+    ArrayRecordSource,
+    ArrayRecordWriter,
+    read_array_records,
+)
 from diht_jax.data.records.formats.registry import open_writer
+from diht_jax.data.retries import StorageError
+from tests.data.readers.failing_disk import FailingDisk
 
 
 def _write(folder, counts=(5, 0, 3)):
@@ -59,7 +65,14 @@ def test_damage_is_named(tmp_path):
     assert source[1] == records[1] and source[3] == records[3]
     with pytest.raises(DamagedRecordError, match="00000.array_record: record 2 cannot be read"):
         source[2]
+    with pytest.raises(DamagedRecordError, match="00000.array_record: record 2 cannot be read"):
+        list(read_array_records(str(path)))
+    # Its reader has the same error where the disk fails, which is looked at before damage is named.
+    with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):
+        list(read_array_records(str(path)))
     path.write_bytes(data[:5000])
+    with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):
+        ArrayRecordSource(path)
     with pytest.raises(TFRecordError, match="not a whole ArrayRecord shard; write or copy it"):
         ArrayRecordSource(path)
     fsspec.filesystem("memory").pipe_file("memory://a/b.array_record", bytes(data))
