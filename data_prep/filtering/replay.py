@@ -29,6 +29,7 @@ from data_prep.filtering.steps import recorded, registry
 from data_prep.jobs import files, manifest, shards
 from data_prep.reports.funnel import KEPT, SOURCE, Funnel
 from diht_jax.data.escaping import escape_lines
+from diht_jax.data.retries import StorageError
 
 DROPPED_FILE = "dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
 NOT_KNOWN_FILE = "not_known.txt"  # keys of the pairs that would have to be filtered
@@ -254,6 +255,8 @@ def _find_decisions(folder: str) -> tuple[list[str], dict[str, Any]]:
     try:
         stats = json.loads(files.read_bytes(files.join(folder, shards.MERGED_STATS)))
         stats["config"], stats["counts"]["read"]
+    except StorageError:
+        raise
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--replay='{folder}': no finished folder of `python -m data_prep.filter` "

@@ -201,11 +201,8 @@ def _with_common_image(data: bytes) -> bytes:
 
 def load_written(shard: BalancedShard) -> dict[str, Any] | None:
     """The statistics of an output shard that was written from the same parts; else None."""
-    try:
-        stats = shards.read_json(shard.stats_path)
-        is_same = stats["config_hash"] == shard.plan_hash and shards.has_output(shard, stats)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+    stats = files.read_object(shard.stats_path) or {}
+    is_same = stats.get("config_hash") == shard.plan_hash and shards.has_output(shard, stats)
     return stats if is_same else None
 
 
@@ -250,12 +247,10 @@ def _is_ours(path: str) -> bool:
     Raises:
         FileNotFoundError: it has none.
     """
-    try:
-        stats = shards.read_json(path + shards.STATS_SUFFIX)
-        stats["input"]["parts"]  # noqa: B018
-    except (ValueError, KeyError, TypeError):
-        return False
-    return True
+    if not files.exists(path + shards.STATS_SUFFIX):
+        raise FileNotFoundError(path + shards.STATS_SUFFIX)
+    stats = files.read_object(path + shards.STATS_SUFFIX) or {}
+    return isinstance(stats.get("input"), dict) and "parts" in stats["input"]
 
 
 def remove_output(path: str) -> None:

@@ -139,10 +139,7 @@ def _location_path(folder: str, name: str) -> str:
 
 
 def _read_settings(folder: str) -> dict[str, Any]:
-    try:
-        return upgrade_settings(shards.read_json(files.join(folder, SETTINGS)))
-    except (FileNotFoundError, ValueError):
-        return {}
+    return upgrade_settings(files.read_object(files.join(folder, SETTINGS)) or {})
 
 
 def compare_settings(

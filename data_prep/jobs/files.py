@@ -8,6 +8,7 @@ again (`diht_jax.data.retries`).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 import tempfile
@@ -74,6 +75,23 @@ def read_bytes(path: str) -> bytes:
     if not is_remote(path):
         return read_file(path)
     return _call(path, lambda system, name: system.cat_file(name))
+
+
+def read_object(path: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None where the file is missing or has something else.
+
+    Raises:
+        StorageError: it cannot be read, now and after some attempts: it may be there, and whole.
+    """
+    try:
+        data = read_bytes(path)
+    except FileNotFoundError:
+        return None
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def list_names(folder: str) -> list[str]:

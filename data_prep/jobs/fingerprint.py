@@ -135,11 +135,7 @@ def write_location(path: str, location: Mapping[str, Any]) -> None:
 
 def read_location(path: str) -> dict[str, Any] | None:
     """What `write_location` wrote; None where it is missing or damaged."""
-    try:
-        found = json.loads(files.read_bytes(path))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
+    return files.read_object(path)
 
 
 def _part(source: SourceShard, found: Mapping[str, Any]) -> dict[str, Any]:

@@ -155,12 +155,12 @@ def hash_inputs(inputs: Sequence[Input]) -> list[str]:
 
 def read_manifest(folder: str) -> list[Entry]:
     """The entries in their order; none where the manifest is missing or damaged."""
+    data = files.read_object(files.join(folder, NAME)) or {}
+    if data.get("version") != _VERSION:
+        return []
     try:
-        data = json.loads(files.read_bytes(files.join(folder, NAME)))
-        if data["version"] != _VERSION:
-            return []
         return [Entry(**row | {"before": tuple(row["before"])}) for row in data["parts"]]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):
         return []
 
 

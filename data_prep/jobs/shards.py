@@ -224,11 +224,7 @@ def explain_change(task: ShardTask, stats: dict[str, Any]) -> str | None:
 
 def read_stats(task: ShardTask) -> dict[str, Any] | None:
     """The statistics that lie there, whatever they belong to; None where there are none."""
-    try:
-        stats = json.loads(files.read_bytes(task.stats_path))
-    except (FileNotFoundError, ValueError):
-        return None
-    return stats if isinstance(stats, dict) else None
+    return files.read_object(task.stats_path)
 
 
 def check_all(

@@ -114,6 +114,11 @@ def retry(
     raise AssertionError("the last attempt returns or raises")
 
 
+def stat(path: str | os.PathLike[str]) -> os.stat_result:
+    """Size and times of a file; errors as of `retry`."""
+    return retry(lambda: os.stat(path), path)
+
+
 def read_file(path: str | os.PathLike[str]) -> bytes:
     """The bytes of a file; errors as of `retry`."""
 

@@ -135,9 +135,9 @@ class SourceShard:
             return described | {"files": 1, "size_bytes": size, "changed_ns": version}
         if os.path.isdir(self.path):
             found = walk_files(self.path, self.root)
-            files = [os.stat(path) for path, is_inside in found if is_inside]
+            files = [retries.stat(path) for path, is_inside in found if is_inside]
         else:
-            files = [os.stat(self.path)]
+            files = [retries.stat(self.path)]
         return described | {
             "files": len(files),
             "size_bytes": sum(file.st_size for file in files),
@@ -224,7 +224,7 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     if os.path.commonpath([root, path]) != root:
         return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
     try:
-        status = retries.retry(lambda: os.stat(path), path)
+        status = retries.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
             return Skipped(key, "no_image", f"{_shortened(name)} is no ordinary file")
         if status.st_size > MAX_IMAGE_BYTES:

@@ -131,7 +131,7 @@ def describe_linked(source: SourceShard) -> str | None:
         count += 1
         try:
             path = os.path.join(root, name)
-            status = retries.retry(lambda path=path: os.stat(path), path)
+            status = retries.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError) as error:  # no file can have such a name, either
             if isinstance(error, OSError) and not retries.is_missing(error):

@@ -5,9 +5,14 @@ import errno
 import fsspec
 import pytest
 
-from data_prep.jobs import files
+from data_prep.filtering import stale_outputs
+from data_prep.filtering.resharding import BalancedShard, load_written
+from data_prep.jobs import files, manifest
+from data_prep.jobs.fingerprint import read_location
+from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, read_stats
 from diht_jax.data import retries
 from diht_jax.data.retries import StorageError
+from tests.data.readers.failing_disk import FailingDisk
 from tests.data.records.stores import CountingStore
 
 
@@ -42,6 +47,28 @@ def test_a_file_is_written_listed_read_and_removed(folder):
     files.remove(path)
     files.remove(path)
     assert files.list_names(folder) == [".hidden"]
+
+
+def test_an_object_that_cannot_be_read_is_not_taken_for_missing(tmp_path):
+    path = tmp_path / "a.json"
+    assert files.read_object(str(path)) is None
+    for text, value in (("half {", None), ("[1]", None), (b"\xff", None), ('{"a": 1}', {"a": 1})):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert files.read_object(str(path)) == value
+    task = ShardTask(None, str(tmp_path / "part"), "hash")
+    shard = BalancedShard(str(tmp_path / "part"), (), "hash", False)
+    for name in (f"part{STATS_SUFFIX}", manifest.NAME, stale_outputs.SETTINGS):
+        (tmp_path / name).write_text("{}")
+    for read in (
+        lambda: files.read_object(str(path)),
+        lambda: read_stats(task),
+        lambda: load_written(shard),
+        lambda: manifest.read_manifest(str(tmp_path)),
+        lambda: stale_outputs._read_settings(str(tmp_path)),
+        lambda: read_location(str(path)),
+    ):
+        with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):
+            read()
 
 
 def test_files_of_a_folder_below_are_not_listed(folder):
