@@ -28,6 +28,7 @@ __all__ = [
     "local_output",
     "make_folder",
     "read_bytes",
+    "read_object",
     "remove",
     "size",
     "write_bytes",
