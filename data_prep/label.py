@@ -4,7 +4,9 @@
         --config.input=/data/kept --config.output=/data/labelled
 
 Three stages, each kept, so that the same command again does only what is not done yet: embeddings
-of all shards, two linear heads trained on them, and the labelled shards. For a job array add
+of all shards, two linear heads trained on them, and the labels: a small file for each shard, which
+training joins (`config.data.labels`), or new shards with `--config.merge=True`. `--engine=ray` runs
+it on a Ray cluster. For a job array add
 `--task_index=I --num_tasks=N` and start it twice: the first time every job embeds its share (the
 last one trains the heads), the second time it labels its share.
 """
@@ -17,6 +19,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from data_prep.jobs.engine import ENGINES
 from data_prep.labelling import config as label_config
 from data_prep.labelling import job as label_job
 from diht_jax import command_line
@@ -26,6 +29,7 @@ from diht_jax.config import validate_config
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/concepts.py.")
+    flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
     command_line.define_job_array_flags()
 
 
@@ -34,12 +38,16 @@ def main() -> None:
     given = flags.FLAGS
     if given.config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/concepts.py")
-    if run_label(given.config, given.task_index, given.num_tasks):
+    if run_label(given.config, given.task_index, given.num_tasks, engine=given.engine):
         sys.exit(1)
 
 
 def run_label(
-    config: ml_collections.ConfigDict, task_index: int = 0, num_tasks: int = 1
+    config: ml_collections.ConfigDict,
+    task_index: int = 0,
+    num_tasks: int = 1,
+    *,
+    engine: str = "local",
 ) -> dict[str, str]:
     """Checks the config and labels what is not labelled yet.
 
@@ -47,6 +55,7 @@ def run_label(
         config: of `labelling.config.default_config`.
         task_index: number of this job.
         num_tasks: jobs that share the work.
+        engine: one of `engine.ENGINES`.
 
     Returns:
         Shards that failed, with the reason; the other shards are complete.
@@ -56,7 +65,7 @@ def run_label(
     """
     validate_config(config, label_config.default_config())
     label_config.check_config(config)
-    return label_job.run(config, task_index, num_tasks)
+    return label_job.run(config, task_index, num_tasks, engine=engine)
 
 
 if __name__ == "__main__":

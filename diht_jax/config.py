@@ -173,6 +173,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Directory, glob or list of TFRecord shards; or several sources, name -> dict(path=...,
     # weight=...): records/train_data.py. Must be set.
     c.data.train = PathsOrSections.reference()
+    # Folder of data_prep.label with the labels of these records; None: they are in the records.
+    c.data.labels = placeholder(str)
     c.data.batch_size = 65536  # global
     # Decoding processes; None: one for each core that this process may use; 0 decodes in threads.
     c.data.num_workers = placeholder(int)

@@ -5,9 +5,12 @@ The sections of the teachers stand beside their code, in `data_prep.teachers`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from data_prep.jobs.engine import RaySettings
 from data_prep.teachers.registry import default_teacher
 from diht_jax.data.records.formats.registry import check_format
 from diht_jax.data.records.schema import MAX_CONCEPTS
@@ -33,11 +36,13 @@ def default_config() -> ml_collections.ConfigDict:
     """Every key of a labelling config, with its default."""
     c = ml_collections.ConfigDict()
     c.input = placeholder(str)  # folder (or several, with commas) of data_prep.filter
-    c.output = placeholder(str)  # folder of the labelled shards
-    c.dataset_name = "pairs"  # with the split it makes the names of the shards
+    c.output = placeholder(str)  # folder of the labels
+    # Whether the output gets shards with labels in every record, rather than files of labels alone.
+    # None: as the folder has it, files of labels in a new one.
+    c.merge = placeholder(bool)
+    c.output_format = "tfrecord"  # or "array_record": of merged shards
+    c.dataset_name = "pairs"  # with the split it makes the names of merged shards
     c.split = "train"
-
-    c.output_format = "tfrecord"  # or "array_record": of the output shards
 
     c.vocabulary = ml_collections.ConfigDict()
     c.vocabulary.min_count = 10  # pairs that must mention a concept
@@ -54,6 +59,10 @@ def default_config() -> ml_collections.ConfigDict:
     c.report_images = 36  # in report.html
     c.seed = 0  # of the held-out images, the order of training and the report's images
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
+    c.retries = 1  # how often a shard is run again when its worker died, or its storage failed
+    # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
+    c.shard_timeout_secs = placeholder(float)
+    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # as of data_prep.filter
     return c
 
 
@@ -82,6 +91,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         ValueError: a value is out of its range.
     """
     check_format(config.output_format, _OUTPUT_FORMATS)
+    RaySettings(**config.ray.to_dict()).check()
     heads = config.heads
     least = {
         "vocabulary.min_count": (config.vocabulary.min_count, 1),
@@ -94,6 +104,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "teacher.batch_size": (config.teacher.batch_size, 1),
         "top_k": (config.top_k, 1),
         "report_images": (config.report_images, 0),
+        "retries": (config.retries, 0),
     }
     for name, (value, minimum) in least.items():
         if value is not None and value < minimum:

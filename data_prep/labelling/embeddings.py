@@ -13,9 +13,8 @@ import dataclasses
 import hashlib
 import io
 import os
-import pathlib
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -24,8 +23,8 @@ import numpy as np
 from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.engine import Report
 from data_prep.teachers.registry import open_teacher
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
+from diht_jax.data.records.remote import is_remote
 from diht_jax.data.records.schema import Record
 
 FOLDER = "embeddings"
@@ -64,24 +63,30 @@ def plan_embeddings(
     """
     if dtype not in DTYPES:
         raise ValueError(f"config.embedding_dtype='{dtype}'; expected {' or '.join(DTYPES)}")
-    settings = {
-        "format_version": _FORMAT_VERSION,
-        "teacher": identity,
-        "dtype": dtype,
-    }
-    config_hash = shards.hash_config(settings)
+    config_hash = hash_embeddings(identity, dtype)
     for folder in {os.path.dirname(task.output) for task in label_tasks}:
-        os.makedirs(os.path.join(folder, FOLDER), exist_ok=True)
+        files.make_folder(files.join(folder, FOLDER))
     return [
         shards.ShardTask(task.source, embedding_path(task.output), config_hash)
         for task in label_tasks
     ]
 
 
+def hash_embeddings(identity: dict[str, Any], dtype: str) -> str:
+    """The fingerprint of all that decides the embeddings of a shard.
+
+    Args:
+        identity: of the teacher.
+        dtype: of the files.
+    """
+    settings = {"format_version": _FORMAT_VERSION, "teacher": identity, "dtype": dtype}
+    return shards.hash_config(settings)
+
+
 def embedding_path(labelled_shard: str) -> str:
     """Where the embeddings of a labelled shard lie."""
     folder, name = os.path.split(labelled_shard)
-    return os.path.join(folder, FOLDER, f"{name}.npz")
+    return files.join(folder, FOLDER, f"{name}.npz")
 
 
 def embed_shard(
@@ -130,7 +135,7 @@ def embed_shard(
     buffer = io.BytesIO()
     arrays = {"rows": np.array(rows, np.int32), "key_hashes": np.array(key_hashes, np.uint64)}
     np.savez(buffer, embeddings=embeddings, **arrays)
-    write_atomically(pathlib.Path(task.output), buffer.getvalue())
+    files.write_bytes(task.output, buffer.getvalue())
     counts = {"embedded": len(rows), "missing": dict(sorted(missing.items()))}
     return shards.finish_task(task, described, counts, len(key_hashes))
 
@@ -141,11 +146,24 @@ def load_embeddings(path: str) -> ShardEmbeddings:
     Raises:
         ValueError: it is missing or damaged.
     """
+    return _load(
+        path,
+        lambda file: ShardEmbeddings(
+            file["embeddings"], file["rows"].astype(np.int64), file["key_hashes"]
+        ),
+    )
+
+
+def load_key_hashes(path: str) -> np.ndarray:
+    """uint64 [n], of the records of a shard; the embeddings are not read. Errors as above."""
+    return _load(path, lambda file: file["key_hashes"])
+
+
+def _load(path: str, read: Callable[[Any], Any]) -> Any:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return ShardEmbeddings(
-                file["embeddings"], file["rows"].astype(np.int64), file["key_hashes"]
-            )
+        opened = io.BytesIO(files.read_bytes(path)) if is_remote(os.fspath(path)) else path
+        with np.load(opened, allow_pickle=False) as file:
+            return read(file)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: not a whole file of embeddings ({error}); delete it and run data_prep.label "

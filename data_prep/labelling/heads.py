@@ -8,18 +8,18 @@ is in `train_heads.py`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
-import pathlib
 import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from data_prep.jobs import files
 from data_prep.teachers.base import TeacherInfo
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.vocabulary import check_vocabulary, read_vocabulary
 
 WEIGHTS = "heads.npz"
@@ -75,7 +75,19 @@ def write_heads(folder: str, heads: Mapping[str, Head]) -> None:
         arrays |= {f"{kind}_kernel": head.kernel, f"{kind}_bias": head.bias}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
-    write_atomically(pathlib.Path(folder) / WEIGHTS, buffer.getvalue())
+    files.write_bytes(files.join(folder, WEIGHTS), buffer.getvalue())
+
+
+@functools.lru_cache(maxsize=1)
+def load_heads_once(folder: str, weights_hash: str) -> dict[str, Head]:
+    """As `load_heads`; a worker reads them once, and not for every shard.
+
+    Args:
+        folder: of the heads.
+        weights_hash: of `hash_heads`.
+    """
+    del weights_hash  # what else would tell heads that were trained again from those before
+    return load_heads(folder)
 
 
 def load_heads(folder: str) -> dict[str, Head]:
@@ -84,9 +96,9 @@ def load_heads(folder: str) -> dict[str, Head]:
     Raises:
         ValueError: the file is missing or damaged.
     """
-    path = pathlib.Path(folder) / WEIGHTS
+    path = files.join(folder, WEIGHTS)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as file:
             kinds = sorted({name.rpartition("_")[0] for name in file.files})
             return {kind: Head(file[f"{kind}_kernel"], file[f"{kind}_bias"]) for kind in kinds}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -97,15 +109,17 @@ def load_heads(folder: str) -> dict[str, Head]:
 
 def hash_heads(folder: str) -> str | None:
     """The fingerprint of what `write_heads` wrote; None where there is no file."""
-    path = pathlib.Path(folder) / WEIGHTS
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    try:
+        data = files.read_bytes(files.join(folder, WEIGHTS))
+    except FileNotFoundError:
+        return None
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def read_description(folder: str) -> dict[str, Any] | None:
     """What `heads.json` holds; None where it is missing or damaged."""
-    path = pathlib.Path(folder) / DESCRIPTION
     try:
-        description = json.loads(path.read_bytes())
+        description = json.loads(files.read_bytes(files.join(folder, DESCRIPTION)))
         description["config_hash"], description["weights_hash"], description["heads"]  # noqa: B018
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -1,53 +1,62 @@
-"""A whole labelling job: embeddings of all shards, the two heads, the labelled shards, the report.
+"""A whole labelling job: embeddings of all shards, the two heads, the labels, the report.
 
 The folder of the output:
 
     embeddings/             the teacher's embeddings of every shard, one npz each
     vocabulary_*.tsv        the concepts and their ids
     heads.npz, heads.json   the trained heads, their curves and metrics
+    labels/, labels.json    the labels of every shard, one npz each (`diht_jax.data.records.labels`)
+    stats.json, report.html, curves.png
+
+With `config.merge`, instead of `labels/` and `labels.json`:
+
     *.tfrecord              the input's records with concepts, and their statistics; or
                             *.array_record, as config.output_format has it
     dataset.index           where the records of all shards lie (`diht_jax.data.index`)
-    stats.json, report.html, curves.png, dataset_info.json, features.json
+    dataset_info.json, features.json
 
-Every stage does only what is not done yet.
+Every stage does only what is not done yet. The input is read once, for the embeddings; merged
+shards read it again.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import itertools
-import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import shards
-from data_prep.jobs.engine import print_failures, run_pending
-from data_prep.labelling import embeddings
+from data_prep.jobs import files, shards
+from data_prep.jobs.engine import RaySettings, print_failures, run_pending
+from data_prep.labelling import embeddings, plan, summary
 from data_prep.labelling import heads as head_files
-from data_prep.labelling import report as label_report
-from data_prep.labelling import shard as label_shard_module
+from data_prep.labelling import shard as label_shard
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.examples import gather_examples, warn_of_few_mentions
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import TeacherInfo
-from data_prep.teachers.registry import describe_teacher, load_teacher
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records.dataset_info import write_dataset_info
-from diht_jax.data.records.formats.registry import find_shards, format_of
-from diht_jax.data.records.vocabulary import Vocabulary, read_vocabulary, write_vocabulary
+from data_prep.teachers.registry import load_teacher
+from diht_jax.data.records.vocabulary import (
+    Vocabulary,
+    encode_concepts,
+    read_vocabulary,
+    vocabulary_path,
+)
 
-_LABELS_VERSION = 1
 _HEADS_VERSION = 1
 
 
 def run(
-    config: ml_collections.ConfigDict, task_index: int = 0, num_tasks: int = 1
+    config: ml_collections.ConfigDict,
+    task_index: int = 0,
+    num_tasks: int = 1,
+    *,
+    engine: str = "local",
 ) -> dict[str, str]:
     """Does what is not done yet: embeds, trains the heads, labels, and writes the report.
 
@@ -55,6 +64,7 @@ def run(
         config: a valid one of `labelling.config.default_config`.
         task_index: number of this job of a job array.
         num_tasks: jobs that share the work.
+        engine: one of `engine.ENGINES`.
 
     Returns:
         Shards that failed, with the reason.
@@ -62,45 +72,90 @@ def run(
     Raises:
         ValueError: nothing to read, nowhere to write, no concept, or a teacher that is missing.
     """
-    inputs = _find_inputs(config.input)
+    inputs = plan.find_inputs(config.input)
     folder = source_list.check_output(config.output, inputs)
-    os.makedirs(folder, exist_ok=True)
+    files.make_folder(folder)
+    config, teacher = plan.settle(config, folder)
     vocabulary = _make_vocabulary(config, [source.path for source in inputs])
-    teacher = describe_teacher(config.teacher)
-    tasks = _plan_tasks(config, inputs, folder, "")
+    tasks = plan.plan_shards(config, inputs, folder)
     embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
     share = functools.partial(
         source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
     )
-    failures = _embed(config, teacher, share(embedding_tasks))
+    stage = _Stage(config, engine)
+    failures = _embed(stage, teacher, share(embedding_tasks))
     if not _all_done(embedding_tasks, "embedded"):
         return failures
     _check_embedded(config, embedding_tasks)
-    write_vocabulary(folder, vocabulary)
+    for part in vocabulary:
+        files.write_bytes(vocabulary_path(folder, part.kind), encode_concepts(part))
     heads = _obtain_heads(config, folder, vocabulary, embedding_tasks, teacher)
-    tasks = _plan_labels(config, inputs, folder, heads, embedding_tasks[0].config_hash)
+    tasks = plan.plan_labels(config, tasks, heads, embedding_tasks)
     label = functools.partial(
-        label_shard_module.label_shard,
+        label_shard.label_shard if config.merge else label_shard.write_labels,
         heads_folder=folder,
+        weights_hash=heads["weights_hash"],
         top_k=config.top_k,
         described=vocabulary.describe(),
     )
     if _unfinished(share(tasks)):
-        shards.remove_merged(folder)
-    failures = _run_unfinished(label, share(tasks), config.num_workers, "label")
+        summary.remove_summary(folder)
+    failures = stage.run(label, share(tasks), "label", is_light=True)
     if _all_done(tasks, "labelled"):
-        _summarize(config, tasks, folder, vocabulary, heads, teacher)
+        summary.summarize(config, tasks, embedding_tasks, folder, vocabulary, heads, teacher)
     return failures
 
 
-def _find_inputs(text: str | None) -> list[SourceShard]:
-    if not text:
-        raise ValueError(
-            "config.input is not set: expected a folder that data_prep.filter wrote, such as "
-            "--config.input=/data/kept"
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """Where the tasks of a stage run."""
+
+    config: ml_collections.ConfigDict
+    engine: str
+
+    @property
+    def ray(self) -> RaySettings | None:
+        """The settings of the cluster; None for local processes."""
+        return RaySettings(**self.config.ray.to_dict()) if self.engine == "ray" else None
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        tasks: Sequence[shards.ShardTask],
+        label: str,
+        *,
+        in_this_process: bool = False,
+        is_light: bool = False,
+    ) -> dict[str, str]:
+        """Runs the tasks that are not done, and prints what failed.
+
+        Args:
+            function: of a task and its report.
+            tasks: of this job.
+            label: of the progress bar.
+            in_this_process: whether it takes all of this machine; on a cluster, an actor does.
+            is_light: whether it needs no GPU.
+        """
+        pending, ray = _unfinished(tasks), self.ray
+        done = len(tasks) - len(pending)
+        logging.info("%s: %d shards, %d of them done before", label, len(tasks), done)
+        if ray is not None and is_light:
+            cpus = ray.cpus_per_worker or 1.0
+            ray = dataclasses.replace(
+                ray, cpus_per_worker=cpus, gpus_per_worker=0.0, model_actors=0
+            )
+        num_workers = 0 if in_this_process and ray is None else self.config.num_workers
+        return print_failures(
+            run_pending(
+                function,
+                pending,
+                num_workers=num_workers,
+                label=label,
+                retries=self.config.retries,
+                timeout_secs=self.config.shard_timeout_secs,
+                ray=ray,
+            )
         )
-    parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
-    return [SourceShard(format_of(parts), path) for path in find_shards(parts)]
 
 
 def _make_vocabulary(config: ml_collections.ConfigDict, paths: Sequence[str]) -> Vocabulary:
@@ -173,51 +228,21 @@ def _obtain_heads(
         "teacher": dict(teacher.identity),
         "heads": results,
     }
-    shards.write_json(pathlib.Path(folder) / head_files.DESCRIPTION, description)
+    shards.write_json(files.join(folder, head_files.DESCRIPTION), description)
     return description
 
 
-def _plan_labels(
-    config: ml_collections.ConfigDict,
-    inputs: Sequence[SourceShard],
-    folder: str,
-    heads: dict[str, Any],
-    embedding_hash: str,
-) -> list[shards.ShardTask]:
-    settings = {
-        "format_version": _LABELS_VERSION,
-        "embeddings": embedding_hash,
-        "heads": heads["weights_hash"],
-        "vocabulary": heads["vocabulary"],
-        "top_k": config.top_k,
-    }
-    return _plan_tasks(config, inputs, folder, shards.hash_config(settings))
-
-
-def _plan_tasks(
-    config: ml_collections.ConfigDict, inputs: Sequence[SourceShard], folder: str, config_hash: str
-) -> list[shards.ShardTask]:
-    return shards.plan_tasks(
-        inputs,
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        config_hash=config_hash,
-        output_format=config.output_format,
-    )
-
-
 def _embed(
-    config: ml_collections.ConfigDict, teacher: TeacherInfo, tasks: Sequence[shards.ShardTask]
+    stage: _Stage, teacher: TeacherInfo, tasks: Sequence[shards.ShardTask]
 ) -> dict[str, str]:
     """Computes the embeddings that are missing; returns failures with the reason."""
-    if teacher.in_this_process and _unfinished(tasks):
+    config = stage.config
+    if teacher.in_this_process and stage.ray is None and _unfinished(tasks):
         load_teacher(config.teacher)  # an error in it is raised once here, not for every shard
     embed = functools.partial(
         embeddings.embed_shard, teacher=config.teacher, dtype=config.embedding_dtype
     )
-    num_workers = 0 if teacher.in_this_process else config.num_workers
-    return _run_unfinished(embed, tasks, num_workers, "embed")
+    return stage.run(embed, tasks, "embed", in_this_process=teacher.in_this_process)
 
 
 def _check_embedded(config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask]) -> None:
@@ -248,20 +273,6 @@ def _unfinished(tasks: Sequence[shards.ShardTask]) -> list[shards.ShardTask]:
     return [task for task in tasks if shards.load_finished(task) is None]
 
 
-def _run_unfinished(
-    function: Callable[..., Any],
-    tasks: Sequence[shards.ShardTask],
-    num_workers: int | None,
-    label: str,
-) -> dict[str, str]:
-    """Runs the tasks that are not done, and prints what failed."""
-    pending = _unfinished(tasks)
-    logging.info(
-        "%s: %d shards, %d of them done before", label, len(tasks), len(tasks) - len(pending)
-    )
-    return print_failures(run_pending(function, pending, num_workers=num_workers, label=label))
-
-
 def _all_done(tasks: Sequence[shards.ShardTask], participle: str) -> bool:
     done = sum(shards.load_finished(task) is not None for task in tasks)
     if done < len(tasks):
@@ -270,60 +281,3 @@ def _all_done(tasks: Sequence[shards.ShardTask], participle: str) -> bool:
             "the other jobs"
         )
     return done == len(tasks)
-
-
-def _summarize(
-    config: ml_collections.ConfigDict,
-    tasks: Sequence[shards.ShardTask],
-    folder: str,
-    vocabulary: Vocabulary,
-    heads: dict[str, Any],
-    teacher: TeacherInfo,
-) -> None:
-    """Writes what describes the whole folder, and prints the metrics."""
-    done = [shards.load_finished(task) for task in tasks]
-    counts = [stats["counts"] for stats in done]
-    records = sum(stats["output"]["records"] for stats in done)
-    labelled = sum(count["labelled"] for count in counts)
-    missing: dict[str, int] = {}
-    for task in tasks:
-        path = pathlib.Path(embeddings.embedding_path(task.output) + shards.STATS_SUFFIX)
-        for reason, count in shards.read_json(path)["counts"]["missing"].items():
-            missing[reason] = missing.get(reason, 0) + count
-    summary = {
-        "config": {k: v for k, v in config.to_dict().items() if k != "num_workers"},
-        "config_hash": done[0]["config_hash"],
-        "shards": len(tasks),
-        "records": records,
-        "labelled": labelled,
-        "unlabelled": missing,
-        "added_bytes_per_record": sum(count["added_bytes"] for count in counts) / max(1, records),
-        "vocabulary": vocabulary.describe(),
-        "teacher": teacher.identity,
-        "licence": teacher.licence,
-    }
-    shards.write_index(folder, [task.output for task in tasks], vocabulary.describe())
-    shards.write_json(pathlib.Path(folder) / shards.MERGED_STATS, summary)
-    hashes = ", ".join(f"{part.kind} {part.hash}" for part in vocabulary)
-    write_dataset_info(
-        folder,
-        dataset=config.dataset_name,
-        split=config.split,
-        shard_lengths=[stats["output"]["records"] for stats in done],
-        num_bytes=sum(stats["output"]["bytes"] for stats in done),
-        image_formats={name for count in counts for name in count["image_formats"]},
-        with_concepts=True,
-        description=f"Image-text pairs of {config.input} with concepts, by data_prep.label; "
-        f"vocabulary: {hashes}."
-        + (f" Licence of the labels: {teacher.licence}." if teacher.licence else ""),
-        file_format=config.output_format,
-    )
-    label_report.write_report(folder, summary, heads, vocabulary)
-    print(label_report.format_metrics(heads))
-    print(
-        f"{labelled:,} of {records:,} images labelled in {len(tasks)} shards, "
-        f"{summary['added_bytes_per_record']:.0f} bytes each: {folder}; look at "
-        f"{folder}/{label_report.PAGE}"
-    )
-    for reason, count in sorted(missing.items()):
-        print(f"without labels: {count:,} ({reason})")

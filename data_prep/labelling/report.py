@@ -6,22 +6,24 @@ labelled shards.
 
 from __future__ import annotations
 
+import functools
 import html
 import io
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from data_prep.labelling.embeddings import hash_key
+from data_prep.jobs import files
+from data_prep.jobs.shards import ShardTask
+from data_prep.labelling.embeddings import load_key_hashes
 from data_prep.labelling.examples import is_held_out
 from data_prep.reports.html import data_uri, render_bar, render_page
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.records.formats.registry import open_source
+from diht_jax.data.records.labels.rows import decode_joined, open_labels
 from diht_jax.data.records.schema import Record
 from diht_jax.data.records.vocabulary import KINDS, ConceptList, Vocabulary
 
@@ -45,21 +47,25 @@ ol, ul { columns: 220px; padding-left: 22px; font-size: 13px; }
 
 
 def write_report(
-    folder: str, summary: dict[str, Any], heads: dict[str, Any], vocabulary: Vocabulary
+    folder: str,
+    summary: dict[str, Any],
+    heads: dict[str, Any],
+    vocabulary: Vocabulary,
+    embedded: Sequence[ShardTask],
 ) -> None:
     """Writes `report.html` and `curves.png`.
 
     Args:
-        folder: of the labelled shards.
+        folder: of the labels, or of the labelled shards.
         summary: what `stats.json` of the folder holds.
         heads: what `heads.json` holds.
         vocabulary: of the labels.
+        embedded: the embedding task of every shard.
     """
     curves = draw_curves(heads)
     if curves:
-        write_atomically(pathlib.Path(folder) / CURVES, curves)
-    config = summary["config"]
-    records = _choose_records(folder, config)
+        files.write_bytes(files.join(folder, CURVES), curves)
+    records = _choose_records(folder, summary["config"], embedded)
     parts = [
         f"<h1>Concept labels</h1><p>{_describe_run(folder, summary)}</p>",
         _licence(summary["licence"]),
@@ -75,7 +81,7 @@ def write_report(
         *(_ranking_section(kind, result) for kind, result in _results(heads)),
     ]
     page = render_page("Concept labels", parts, _STYLE)
-    write_atomically(pathlib.Path(folder) / PAGE, page.encode())
+    files.write_bytes(files.join(folder, PAGE), page.encode())
 
 
 def format_metrics(heads: dict[str, Any]) -> str:
@@ -190,20 +196,31 @@ def _metrics_table(heads: dict[str, Any]) -> str:
     )
 
 
-def _choose_records(folder: str, config: dict[str, Any]) -> list[Record]:
-    """Random records, held-out ones first, in the order of the shards."""
-    source = open_source(folder)
+def _choose_records(
+    folder: str, config: dict[str, Any], embedded: Sequence[ShardTask]
+) -> list[Record]:
+    """Random records, held-out ones first, in the order of the shards; no others are read."""
+    if config["merge"]:
+        source, labels = open_source(folder), None
+    else:
+        source = open_source([task.source.path for task in embedded])
+        labels = open_labels(folder, source)
     wanted = min(config["report_images"], len(source))
     order = np.random.default_rng(config["seed"]).permutation(len(source))
+    files_of = dict(zip(source.paths, (task.output for task in embedded), strict=True))
+    hashes = functools.cache(load_key_hashes)
     held_out, others = [], []
     for index in order[: wanted * _MAX_TRIES].tolist():
-        record = source.decode(source[index])
-        hashes = np.array([hash_key(record.key)], np.uint64)
-        is_new = is_held_out(hashes, config["heads"]["held_out"], config["seed"])[0]
-        (held_out if is_new else others).append((index, record))
+        path, number = source.locate(index)
+        key_hash = hashes(files_of[path])[number : number + 1]
+        is_new = is_held_out(key_hash, config["heads"]["held_out"], config["seed"])[0]
+        (held_out if is_new else others).append(index)
         if len(held_out) == wanted:
             break
-    return [record for _, record in sorted((held_out + others)[:wanted], key=lambda x: x[0])]
+    chosen = sorted((held_out + others)[:wanted])
+    if labels is None:
+        return [source.decode(source[index]) for index in chosen]
+    return [decode_joined(source.decode, (source[index], labels[index])) for index in chosen]
 
 
 def _card(record: Record, vocabulary: Vocabulary) -> str:

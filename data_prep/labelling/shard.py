@@ -1,6 +1,7 @@
-"""One shard with labels: the heads' likeliest concepts added to every record.
+"""The labels of one shard: the heads' likeliest concepts, in a file of their own or in the records.
 
-Keys, order and everything else of the records stay as they are.
+For a file of their own no record is read: the embeddings are enough. In merged shards, keys, order
+and everything else of the records stay as they are.
 """
 
 from __future__ import annotations
@@ -8,21 +9,113 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 from typing import Any
 
 import numpy as np
 
-from data_prep.jobs import shards
+from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.engine import Report
-from data_prep.labelling.embeddings import embedding_path, hash_key, load_embeddings, read_shard
-from data_prep.labelling.heads import Head, load_heads
+from data_prep.labelling.embeddings import (
+    ShardEmbeddings,
+    embedding_path,
+    hash_key,
+    load_embeddings,
+    read_shard,
+)
+from data_prep.labelling.heads import Head, load_heads_once
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records import schema, vocabulary
 from diht_jax.data.records.formats.writer import RecordWriter
+from diht_jax.data.records.labels.files import FOLDER, SUFFIX, LabelFile, encode_labels
 from diht_jax.data.records.schema import Record
 
 _REPORT_EVERY = 256
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelTask(shards.ShardTask):
+    """A task whose output is a file of labels.
+
+    Attributes:
+        shard: name, records, bytes and digest of what is labelled, as in a `Fingerprint`.
+        embeddings: path of its embeddings.
+    """
+
+    shard: tuple[str, int, int, str] = ("", 0, 0, "")
+    embeddings: str = ""
+
+
+def label_path(shard: str) -> str:
+    """Where the labels of a shard lie.
+
+    Args:
+        shard: path of the shard, if it lay in the folder of the output.
+    """
+    folder, name = os.path.split(shard)
+    return files.join(folder, FOLDER, f"{name}{SUFFIX}")
+
+
+def write_labels(
+    task: LabelTask,
+    report: Report,
+    *,
+    heads_folder: str,
+    weights_hash: str,
+    top_k: int,
+    described: dict[str, Any],
+) -> dict[str, Any]:
+    """Writes the labels of one shard, from its embeddings alone.
+
+    Args:
+        task: a shard, and where its labels go.
+        report: called with the number of records that are done.
+        heads_folder: with `heads.npz`.
+        weights_hash: of these heads.
+        top_k: concepts of each kind.
+        described: `Vocabulary.describe()`.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: the embeddings are of other records, or of another size than the heads take.
+    """
+    files.remove(task.stats_path)
+    source = fingerprint.describe(task.source, task.identity)
+    found = load_embeddings(task.embeddings)
+    heads = load_heads_once(heads_folder, weights_hash)
+    _, records, *_ = task.shard
+    if records != len(found.key_hashes):
+        raise ValueError(
+            f"{task.source}: {records} records, but {task.embeddings} was computed from "
+            f"{len(found.key_hashes)}; delete that file and run data_prep.label again"
+        )
+    predicted = _predict(found, heads, top_k, task.embeddings)
+    nothing = (np.zeros((len(found.rows), 0), np.int32), np.zeros((len(found.rows), 0), np.float32))
+    sizes = [min(top_k, len(heads[k].bias)) if k in heads else 0 for k in vocabulary.KINDS]
+    data, file = encode_labels(
+        os.path.basename(task.output),
+        task.shard,
+        described,
+        sizes,
+        found.rows,
+        [predicted.get(kind, nothing) for kind in vocabulary.KINDS],
+    )
+    files.write_bytes(task.output, data)
+    report(records)
+    counts = _count(found) | {
+        "label_file": file._asdict(),
+        "label_sizes": sizes,
+        vocabulary.STATS_KEY: described,
+    }
+    return shards.finish_task(task, source, counts, records)
+
+
+def label_file(stats: dict[str, Any]) -> LabelFile:
+    """What the statistics of `write_labels` state of the file."""
+    return LabelFile(**stats["counts"]["label_file"])
 
 
 def label_shard(
@@ -30,15 +123,17 @@ def label_shard(
     report: Report,
     *,
     heads_folder: str,
+    weights_hash: str,
     top_k: int,
     described: dict[str, Any],
 ) -> dict[str, Any]:
-    """Labels one shard.
+    """Writes one shard again, with labels in its records.
 
     Args:
         task: a shard, and where its labelled version goes.
         report: called with the number of records that are done.
         heads_folder: with `heads.npz`.
+        weights_hash: of these heads.
         top_k: concepts of each kind.
         described: `Vocabulary.describe()`, for the statistics.
 
@@ -51,7 +146,7 @@ def label_shard(
     process = functools.partial(
         _process,
         embeddings=embedding_path(task.output),
-        heads=load_heads(heads_folder),
+        heads=load_heads_once(heads_folder, weights_hash),
         top_k=top_k,
         described=described,
         report=report,
@@ -70,17 +165,7 @@ def _process(
     report: Report,
 ) -> dict[str, Any]:
     found = load_embeddings(embeddings)
-    for kind, head in heads.items():
-        if len(found.rows) and found.embeddings.shape[1] != len(head.kernel):
-            raise ValueError(
-                f"{embeddings}: embeddings of size {found.embeddings.shape[1]}; the head of the "
-                f"{kind} takes {len(head.kernel)}"
-            )
-    predicted = {
-        kind: head.predict(found.embeddings, top_k)
-        for kind, head in heads.items()
-        if len(found.rows)
-    }
+    predicted = _predict(found, heads, top_k, embeddings)
     row_of = {number: row for row, number in enumerate(found.rows.tolist())}
     added_bytes, unreported = 0, 0
     for number, record in enumerate(read_shard(source)):
@@ -97,13 +182,31 @@ def _process(
             report(unreported)
             unreported = 0
     report(unreported)
-    return {
-        "labelled": len(found.rows),
-        "unlabelled": len(writer) - len(found.rows),
+    return _count(found) | {
         "added_bytes": added_bytes,
         "image_formats": _image_formats(source),
         vocabulary.STATS_KEY: described,
     }
+
+
+def _predict(
+    found: ShardEmbeddings, heads: dict[str, Head], top_k: int, path: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Kind -> ids and probabilities [m, k] of the records with an embedding, if there are any."""
+    if not len(found.rows):
+        return {}
+    for kind, head in heads.items():
+        if found.embeddings.shape[1] != len(head.kernel):
+            raise ValueError(
+                f"{path}: embeddings of size {found.embeddings.shape[1]}; the head of the {kind} "
+                f"takes {len(head.kernel)}"
+            )
+    return {kind: head.predict(found.embeddings, top_k) for kind, head in heads.items()}
+
+
+def _count(found: ShardEmbeddings) -> dict[str, int]:
+    labelled = len(found.rows)
+    return {"labelled": labelled, "unlabelled": len(found.key_hashes) - labelled}
 
 
 def _add_concepts(
@@ -128,7 +231,6 @@ def _image_formats(source: SourceShard) -> dict[str, int]:
     """What the filter counted; it decides how the data set describes its images."""
     path = source.path + shards.STATS_SUFFIX
     try:
-        with open(path, "rb") as file:
-            return json.load(file)["counts"]["image_formats"]
+        return json.loads(files.read_bytes(path))["counts"]["image_formats"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path}: no counts of image formats; filter the shard again") from error

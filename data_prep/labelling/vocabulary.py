@@ -15,6 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from data_prep.captions import mentions
+from data_prep.jobs import files
 from diht_jax.data.records.schema import MAX_CONCEPT_ID
 from diht_jax.data.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
 
@@ -81,8 +82,7 @@ def merge_counts(shards: Sequence[str]) -> dict[str, collections.Counter[str]]:
     for shard in shards:
         path = shard + STATS_SUFFIX
         try:
-            with open(path, "rb") as file:
-                found = json.load(file)["counts"]["concepts"]
+            found = json.loads(files.read_bytes(path))["counts"]["concepts"]
             for kind in KINDS:
                 counts[kind].update(found[kind])
         except FileNotFoundError as error:

@@ -27,6 +27,7 @@ from data_prep.teachers.base import (
 from diht_jax.data.images import transforms
 
 WEIGHTS_VARIABLE = "DIHT_JAX_SWAG_WEIGHTS"
+DTYPES = ("bfloat16", "float32")  # the default first
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -37,7 +38,9 @@ def default_config() -> ml_collections.ConfigDict:
     # torchvision's *_lc_swag-*.pth; None: $DIHT_JAX_SWAG_WEIGHTS. Their licence is CC-BY-NC 4.0:
     # the weights and the labels made with them are for non-commercial use only.
     c.weights = placeholder(str)
-    c.dtype = "float32"  # of the computation; "bfloat16" is faster on TPU and GPU
+    # Of the computation: "bfloat16" or "float32". None: what the embeddings have that are there,
+    # and bfloat16 where there are none.
+    c.dtype = placeholder(str)
     return c
 
 
@@ -48,7 +51,8 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         config: section `teacher.swag`.
 
     Raises:
-        ValueError: there is no such file, or its SHA-256 is not the one in its name.
+        ValueError: there is no such file, or its SHA-256 is not the one in its name; or another
+            dtype.
     """
     from diht_jax.weights import swag_layout
     from diht_jax.weights.releases import hash_file
@@ -66,7 +70,7 @@ def describe(config: ml_collections.ConfigDict) -> TeacherInfo:
         "architecture": config.architecture,
         "heads": config.heads,
         "weights_sha256": sha256,
-        "dtype": config.dtype,
+        "dtype": _dtype_of(config),
     }
     return TeacherInfo(identity, in_this_process=True, name="swag", licence=swag_layout.LICENCE)
 
@@ -90,8 +94,9 @@ def load(config: ml_collections.ConfigDict, batch_size: int) -> ImageTeacher:
     mesh = Mesh(np.asarray(jax.local_devices()), ("data",))
     batches = NamedSharding(mesh, PartitionSpec("data"))
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    graphdef, _ = swag_definition(arch, config.dtype)
-    run = jax.jit(functools.partial(_encode, graphdef, config.dtype), out_shardings=batches)
+    dtype = info.identity["dtype"]
+    graphdef, _ = swag_definition(arch, dtype)
+    run = jax.jit(functools.partial(_encode, graphdef, dtype), out_shardings=batches)
     return ImageTeacher(
         lambda images: run(params, jax.device_put(images, batches)),
         info,
@@ -141,6 +146,13 @@ def _encode(graphdef: Any, dtype: str, params: Any, images: Any) -> Any:
 
     pixels = transforms.normalize(images, dtype, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     return nnx.merge(graphdef, params)(pixels).astype(np.float32)
+
+
+def _dtype_of(config: ml_collections.ConfigDict) -> str:
+    dtype = DTYPES[0] if config.dtype is None else config.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"config.teacher.swag.dtype='{dtype}'; expected {' or '.join(DTYPES)}")
+    return dtype
 
 
 def _find_weights(config: ml_collections.ConfigDict) -> pathlib.Path:

@@ -102,7 +102,7 @@ def train(
     """
     validate_config(config, default_config())
     check_ranges(config, default_config())
-    parse_train(config.data.train)
+    parse_train(config.data.train, config.data.labels)
     config = _bind_data(config)
     check_hosts_share_config(config)
     with contextlib.ExitStack() as stack:
@@ -128,9 +128,9 @@ def _bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     return bind_data(config)
 
 
-def _vocabulary_sizes(train: Any) -> tuple[int, ...] | None:
+def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
     """As `train_vocabulary_sizes`, read by the first process; all have bound one vocabulary."""
-    data = share_from_first(lambda: json.dumps(train_vocabulary_sizes(train)).encode())
+    data = share_from_first(lambda: json.dumps(train_vocabulary_sizes(train, labels)).encode())
     sizes = json.loads(data)
     return None if sizes is None else tuple(sizes)
 
@@ -215,7 +215,7 @@ class Run:
         """The records of the run, with what makes examples of them."""
         config, num_concepts = self.config, num_labels(self.config)
         arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-        sizes = _vocabulary_sizes(config.data.train) if num_concepts else None
+        sizes = _vocabulary_sizes(config.data.train, config.data.labels) if num_concepts else None
         decoder = functools.partial(
             DecodeExample,
             arch.image_size,
@@ -231,6 +231,7 @@ class Run:
             functools.partial(open_records, share=share_from_first),
             lambda template: decoder(text_template=template),
             jax.process_count(),
+            share_from_first,
         )
 
     def initial_parameters(self) -> dict[str, Any]:

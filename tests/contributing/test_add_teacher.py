@@ -59,6 +59,7 @@ def _config(kept: pathlib.Path, output: pathlib.Path):
     config.vocabulary.min_count = 5
     config.heads.update({"steps": 100, "batch_size": 32, "learning_rate": 0.05, "held_out": 0.25})
     config.report_images = 2
+    config.merge = True
     return config
 
 

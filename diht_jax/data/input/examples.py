@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from diht_jax.data import tokenizer
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
 from diht_jax.data.records import schema
+from diht_jax.data.records.labels.rows import LabelRows, decode_joined
 
 # Replaced by the caption in a text template.
 _CAPTION = "{caption}"
@@ -58,11 +60,22 @@ class DecodeExample(grain.transforms.RandomMap):
         self._vocabulary_sizes = vocabulary_sizes
         self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
 
-    def for_source(self, source: Any) -> DecodeExample:
-        """The same for the elements of a source that has a form of its own, its `decode`."""
+    def for_source(self, source: Any, labels: LabelRows | None = None) -> DecodeExample:
+        """The same for the elements of a source that has a form of its own, its `decode`.
+
+        Args:
+            source: of the records.
+            labels: of these records; an element is then one of the source with a row of these.
+        """
         other = copy.copy(self)
-        other.decode_record = getattr(source, "decode", schema.decode_record)
+        decode = getattr(source, "decode", schema.decode_record)
+        other.decode_record = decode if labels is None else functools.partial(decode_joined, decode)
         return other
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether examples have the teacher's labels."""
+        return self._num_concepts > 0
 
     @property
     def example_bytes(self) -> int:

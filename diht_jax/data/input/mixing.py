@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,8 +15,11 @@ import numpy as np
 from diht_jax.data.input.block_order import BlockOrder, merge_needs
 from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.order import GlobalOrder, count_streams, make_order
+from diht_jax.data.input.read_ahead.fetching import try_patiently
 from diht_jax.data.input.shares import Shares
+from diht_jax.data.records.catalog import Share
 from diht_jax.data.records.fingerprint import Fingerprint, fingerprint_records
+from diht_jax.data.records.labels.rows import LabelRows, open_labels, resolve_source
 from diht_jax.data.records.train_data import TrainSource, parse_train, switching_steps, weight_at
 
 # Batches between a bad record and what replaces it are no more than this.
@@ -31,12 +35,19 @@ class Source:
         records: number of the record -> its element.
         order: own position -> number of the record.
         decode: makes an example of an element of these records.
+        labels: of these records; an element is then one of theirs together with its row of labels.
     """
 
     name: str
     records: Sequence[Any]
     order: GlobalOrder | BlockOrder
     decode: DecodeExample
+    labels: LabelRows | None = None
+
+    def element(self, record: int) -> Any:
+        """What `decode` takes of a record."""
+        data = self.records[record]
+        return data if self.labels is None else (data, self.labels[record])
 
 
 class Mixture(Sequence[tuple[int, Any]]):
@@ -62,7 +73,7 @@ class Mixture(Sequence[tuple[int, Any]]):
     def __getitem__(self, position: int) -> tuple[int, Any]:
         """The number of the source at a position, and the element of its record."""
         number, record = self._find(position)
-        return number, self.sources[number].records[record]
+        return number, self.sources[number].element(record)
 
     def record_number(self, position: int) -> int | tuple[int, int]:
         """The number of the record at a position; of several sources, behind the source's own."""
@@ -116,16 +127,13 @@ class Mixture(Sequence[tuple[int, Any]]):
         return found
 
     def fingerprint(self) -> Fingerprint:
-        """Of all shards; with several sources their names stand before those of the shards."""
-        if not self._shares:
-            return fingerprint_records(self.sources[0].records)
-        return Fingerprint(
-            tuple(
-                (f"{source.name}/{name}", *rest)
-                for source in self.sources
-                for name, *rest in fingerprint_records(source.records).shards
-            )
-        )
+        """Of all shards and labels; with several sources their names stand before those."""
+        rows = []
+        for source in self.sources:
+            labels = () if source.labels is None else source.labels.fingerprint()
+            for name, *rest in (*fingerprint_records(source.records).shards, *labels):
+                rows.append((f"{source.name}/{name}" if self._shares else name, *rest))
+        return Fingerprint(tuple(rows))
 
     def describe_orders(self, batch_size: int) -> list[str]:
         """The order of each source, and its shares of the run, for the log."""
@@ -218,6 +226,7 @@ def open_mixture(
     open_source: Callable[[str | list[str]], Any],
     make_decoder: Callable[[str], DecodeExample],
     process_count: int = 1,
+    share: Share | None = None,
 ) -> Mixture:
     """The records of `config.data.train` in their orders and shares.
 
@@ -227,12 +236,14 @@ def open_mixture(
         open_source: path -> records.
         make_decoder: text template -> what decodes records.
         process_count: how many hosts read them together.
+        share: for a run of several processes, see `labels.rows.open_labels`.
 
     Raises:
-        ValueError: the section is wrong, or a source has no record; names the key.
+        ValueError: the section is wrong, a source has no record, or labels are missing or belong
+            to other records; names the key.
     """
     sources = []
-    parsed = parse_train(data.train)
+    parsed = list(map(resolve_source, parse_train(data.train, data.get("labels"))))
     for source in parsed:
         records = _open_source(source, open_source)
         order = make_order(
@@ -241,7 +252,11 @@ def open_mixture(
         if isinstance(order, GlobalOrder) and hasattr(records, "make_offsets_local"):
             records.make_offsets_local(data.cache_dir)
         decode = make_decoder(source.text_template or data.text_template)
-        sources.append(Source(source.name, records, order, decode.for_source(records)))
+        labels = None
+        if source.labels and decode.needs_labels:
+            labels = _open_labels(source, records, data, share)
+        decode = decode.for_source(records, labels)
+        sources.append(Source(source.name, records, order, decode, labels))
     if not parsed[0].name:
         return Mixture(sources)
     in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)
@@ -250,6 +265,16 @@ def open_mixture(
     ]
     streams = count_streams(data, process_count) if in_blocks else 1
     return Mixture(sources, Shares(points, num_streams=streams, batch_size=data.batch_size))
+
+
+def _open_labels(
+    source: TrainSource, records: Any, data: ml_collections.ConfigDict, share: Share | None
+) -> LabelRows:
+    key = f"config.data.train.{source.name}.labels" if source.name else "config.data.labels"
+    patiently = functools.partial(try_patiently, timeout_secs=data.read_timeout_secs)
+    return open_labels(
+        source.labels, records, key, share=share, cache_dir=data.cache_dir, patiently=patiently
+    )
 
 
 def _open_source(source: TrainSource, open_source: Callable[[str | list[str]], Any]) -> Any:

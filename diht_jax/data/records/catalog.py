@@ -106,6 +106,7 @@ class IndexedOffsets:
                 f"dataset-{self.table.identity}.index",
                 self.table.file_bytes,
                 cache_dir,
+                ', or take config.data.order="blocks", which does not need it',
             )
             self._reset()
 

@@ -103,7 +103,11 @@ def read_bytes(path: str) -> bytes:
 
 
 def copy_once(
-    url: str, name: str, num_bytes: int, folder: str | os.PathLike[str] | None = None
+    url: str,
+    name: str,
+    num_bytes: int,
+    folder: str | os.PathLike[str] | None = None,
+    alternative: str = "",
 ) -> str:
     """A copy of a file on this host; the processes of a host, and later runs, share it.
 
@@ -112,6 +116,7 @@ def copy_once(
         name: of the copy; it stands for the contents.
         num_bytes: of the file.
         folder: gets the copy; None is a folder of this user in the system's temporary one.
+        alternative: what else may help where there is no room, for the message.
 
     Returns:
         Path of the copy.
@@ -129,7 +134,7 @@ def copy_once(
         if shutil.disk_usage(cache).free < num_bytes:
             raise ValueError(
                 f"{cache} has no room for {url} ({num_bytes:,} bytes); name another folder by "
-                'config.data.cache_dir, or take config.data.order="blocks", which does not need it'
+                f"config.data.cache_dir{alternative}"
             )
         temporary = temporary_path(path)
         try:

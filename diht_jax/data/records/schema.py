@@ -163,7 +163,7 @@ def decode_fields(fields: Mapping[str, Any]) -> Record:
     for names in CONCEPT_FIELDS:
         ids, probs = (concepts[name] for name in names)
         if ids is not None or probs is not None:
-            _check_concepts(key, names[0], ids, names[1], probs, max_id=2**31 - 1)
+            check_concepts(key, names[0], ids, names[1], probs, max_id=2**31 - 1)
             concepts[names[0]] = ids.astype(np.int32)
     return Record(
         key=key,
@@ -198,15 +198,24 @@ def _pack_concepts(record: Record, ids_name: str, probs_name: str) -> bytes | No
     ids, probs = getattr(record, ids_name), getattr(record, probs_name)
     if ids is None and probs is None:
         return None
-    _check_concepts(record.key, ids_name, ids, probs_name, probs)
+    check_concepts(record.key, ids_name, ids, probs_name, probs)
     wide = np.asarray(ids).astype("<u4")
     id_bytes = wide.view(np.uint8).reshape(-1, 4)[:, :3].tobytes()
     return bytes([wide.size]) + id_bytes + np.asarray(probs).astype("<f2").tobytes()
 
 
-def _check_concepts(
+def check_concepts(
     key: str, ids_name: str, ids: Any, probs_name: str, probs: Any, max_id: int = MAX_CONCEPT_ID
 ) -> None:
+    """Raises ValueError where ids and probabilities of one kind do not belong together.
+
+    Args:
+        key: of the record, for the message.
+        ids_name, probs_name: of the two fields.
+        ids: integer [k].
+        probs: float [k].
+        max_id: the largest id that is possible.
+    """
     if ids is None or probs is None:
         missing = ids_name if ids is None else probs_name
         raise ValueError(f"record '{key}': {missing} is missing; ids and probabilities go together")

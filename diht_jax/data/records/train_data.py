@@ -13,7 +13,7 @@ from diht_jax.config import nearest_name
 from diht_jax.data.records.remote import is_remote
 
 _CAPTION = "{caption}"
-_KEYS = ("path", "weight", "text_template", "order")
+_KEYS = ("path", "weight", "text_template", "order", "labels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class TrainSource:
         weights: step from which on it holds, and the weight; the first step is 0.
         text_template: of its captions.
         order: "global", "blocks" or "auto".
+        labels: folder of `data_prep.label` with the labels of its records; None where the records
+            have them, if any.
     """
 
     name: str
@@ -33,6 +35,7 @@ class TrainSource:
     weights: tuple[tuple[int, Fraction], ...] = ((0, Fraction(1)),)
     text_template: str | None = None
     order: str | None = None
+    labels: str | None = None
 
 
 def check_is_set(train: Any) -> None:
@@ -44,7 +47,7 @@ def check_is_set(train: Any) -> None:
         )
 
 
-def parse_train(train: Any) -> list[TrainSource]:
+def parse_train(train: Any, labels: str | None = None) -> list[TrainSource]:
     """The sources of `config.data.train`.
 
     Args:
@@ -52,14 +55,15 @@ def parse_train(train: Any) -> list[TrainSource]:
             weight=0.8), curated=dict(path=..., weight=0.2, text_template="a photo: {caption}",
             order="global"))`. A weight is a number, or a schedule such as ((0, 0.8), (10000, 0.5)):
             from step 10,000 on it is 0.5.
+        labels: `config.data.labels`, of the sources that name none.
 
     Raises:
         ValueError: it is not set, or not of this form; names the key as it is typed.
     """
     check_is_set(train)
     if not _is_section(train):
-        return [TrainSource("", train if isinstance(train, str) else list(train))]
-    sources = [_parse_source(name, train[name]) for name in train]
+        return [TrainSource("", train if isinstance(train, str) else list(train), labels=labels)]
+    sources = [_parse_source(name, train[name], labels) for name in train]
     for step in switching_steps(sources):
         if not any(weight_at(source, step) for source in sources):
             raise ValueError(f"config.data.train: all weights are 0 from step {step} on")
@@ -102,7 +106,7 @@ def _is_section(train: Any) -> bool:
     return hasattr(train, "keys")
 
 
-def _parse_source(name: str, section: Any) -> TrainSource:
+def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
     where = f"config.data.train.{name}"
     if not _is_section(section):
         raise ValueError(
@@ -125,6 +129,11 @@ def _parse_source(name: str, section: Any) -> TrainSource:
         raise ValueError(f"{where}.text_template={template!r:.200}: lacks {_CAPTION}")
     if order not in (None, "auto", "global", "blocks"):
         raise ValueError(f"{where}.order={order!r:.200}: expected 'auto', 'global' or 'blocks'")
+    own_labels = section.get("labels")
+    if own_labels is not None and not (isinstance(own_labels, str) and own_labels):
+        raise ValueError(
+            f"{where}.labels={own_labels!r:.200}: expected a folder of `python -m data_prep.label`"
+        )
     weights = _parse_weights(f"{where}.weight", section["weight"])
     return TrainSource(
         name,
@@ -132,6 +141,7 @@ def _parse_source(name: str, section: Any) -> TrainSource:
         weights,
         template,
         order,
+        own_labels or labels,
     )
 
 

@@ -28,8 +28,10 @@ from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.dataset_index import INDEX_NAME, read_table
 from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.formats.registry import find_shards
+from diht_jax.data.records.labels.files import MANIFEST, read_manifest
+from diht_jax.data.records.labels.rows import resolve_source
 from diht_jax.data.records.remote import exists, read_bytes
-from diht_jax.data.records.train_data import TrainSource, parse_train
+from diht_jax.data.records.train_data import parse_train
 
 KINDS = ("objects", "attributes")
 # In the statistics of a labelled shard, under "counts".
@@ -83,21 +85,26 @@ def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> str:
     return os.path.join(folder, f"vocabulary_{kind}.tsv")
 
 
-def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
-    """Writes both files into a folder.
+def encode_concepts(part: ConceptList) -> bytes:
+    """The contents of the file of one kind.
 
     Raises:
         ValueError: a concept that cannot stand in such a file.
     """
+    for name in part.names:
+        if not name or "\t" in name or len(name.splitlines()) != 1 or name != name.strip():
+            raise ValueError(f"{part.kind}: {name!r} cannot be kept as a concept in one line")
+    rows = zip(part.names, part.counts, strict=True)
+    lines = [f"# {part.kind} {part.hash} {len(part)} concepts", _COLUMNS]
+    lines += [f"{i}\t{name}\t{count}" for i, (name, count) in enumerate(rows)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
+    """Writes both files into a local folder; errors as of `encode_concepts`."""
     for part in vocabulary:
-        for name in part.names:
-            if not name or "\t" in name or len(name.splitlines()) != 1 or name != name.strip():
-                raise ValueError(f"{part.kind}: {name!r} cannot be kept as a concept in one line")
-        rows = zip(part.names, part.counts, strict=True)
-        lines = [f"# {part.kind} {part.hash} {len(part)} concepts", _COLUMNS]
-        lines += [f"{i}\t{name}\t{count}" for i, (name, count) in enumerate(rows)]
         path = pathlib.Path(vocabulary_path(folder, part.kind))
-        write_atomically(path, ("\n".join(lines) + "\n").encode())
+        write_atomically(path, encode_concepts(part))
 
 
 def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
@@ -154,26 +161,45 @@ def vocabulary_sizes(
     return None
 
 
-def find_train_vocabulary(train: Any) -> Vocabulary | None:
+def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary | None:
     """The vocabulary of `config.data.train`, whose sources may have several formats.
+
+    Args:
+        train, labels: `config.data.train` and `config.data.labels`.
 
     Raises:
         ValueError: as `find_vocabulary`, also of two sources that differ.
     """
-    first: tuple[TrainSource, Vocabulary] | None = None
-    for source in parse_train(train):
-        vocabulary = find_vocabulary(source.path)
-        if vocabulary is not None:
-            first = first or (source, vocabulary)
-            found, expected = vocabulary.describe(), first[1].describe()
-            check_vocabulary(found, expected, str(source.path), str(first[0].path))
+    first: tuple[str, Vocabulary] | None = None
+    for source in map(resolve_source, parse_train(train, labels)):
+        where = source.labels or str(source.path)
+        found = _labels_vocabulary(where) if source.labels else find_vocabulary(source.path)
+        if found is not None:
+            first = first or (where, found)
+            check_vocabulary(found.describe(), first[1].describe(), where, first[0])
     return first[1] if first else None
 
 
-def train_vocabulary_sizes(train: Any) -> tuple[int, ...] | None:
-    """`vocabulary_sizes` of the first source of `config.data.train` that has labels."""
-    sizes = (vocabulary_sizes(source.path) for source in parse_train(train))
-    return next((found for found in sizes if found is not None), None)
+def train_vocabulary_sizes(train: Any, labels: str | None = None) -> tuple[int, ...] | None:
+    """`vocabulary_sizes` of the first source of `config.data.train` that has labels.
+
+    Args:
+        train, labels: `config.data.train` and `config.data.labels`.
+    """
+    for source in map(resolve_source, parse_train(train, labels)):
+        if source.labels:
+            return tuple(map(len, read_vocabulary(source.labels)))
+        if (sizes := vocabulary_sizes(source.path)) is not None:
+            return sizes
+    return None
+
+
+def _labels_vocabulary(folder: str) -> Vocabulary:
+    """The vocabulary of a folder of labels, which must be that of the labels."""
+    stated = read_manifest(folder).vocabulary
+    vocabulary = read_vocabulary(folder)
+    check_vocabulary(stated, vocabulary.describe(), os.path.join(folder, MANIFEST), folder)
+    return vocabulary
 
 
 def check_vocabulary(

@@ -137,14 +137,14 @@ class ConceptDistillation(Term):
         from diht_jax.data.records.train_data import describe_train
         from diht_jax.data.records.vocabulary import find_train_vocabulary
 
-        vocabulary = find_train_vocabulary(config.data.train)
+        vocabulary = find_train_vocabulary(config.data.train, config.data.labels)
         data = describe_train(config.data.train)
         if vocabulary is None:
             raise ValueError(
                 f"config.data.train={data}: the records carry no concept labels, "
                 "which config.concepts.object_weight and attribute_weight ask for; label them "
-                "with `python -m data_prep.label`, or set both weights to 0 to train without "
-                "concepts"
+                "with `python -m data_prep.label` and name its folder by config.data.labels, or "
+                "set both weights to 0 to train without concepts"
             )
         config = config.copy_and_resolve_references()
         for kind, concepts in zip(CONCEPT_KINDS, vocabulary, strict=True):

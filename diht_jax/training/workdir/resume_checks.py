@@ -37,6 +37,7 @@ _FIXED_IN_A_RUN = (
 # ... but for these.
 _FREE_IN_A_RUN = (
     "data.train",
+    "data.labels",
     "data.num_workers",
     "data.prefetch_batches",
     "data.max_in_flight_gib",
@@ -56,6 +57,7 @@ _FREE_IN_A_RUN = (
 # and tasks are compared by what they are.
 _OWN_OF_A_HOST = (
     "data.train",
+    "data.labels",
     "data.num_workers",
     "data.prefetch_batches",
     "data.max_in_flight_gib",
@@ -70,7 +72,7 @@ _OWN_OF_A_HOST = (
     "evaluation.tasks",
 )
 # Of the sources of a mixture; weights, templates and orders are as fixed as other keys.
-_PATHS = re.compile(r"data\.train\.[^.]+\.path")
+_PATHS = re.compile(r"data\.train\.[^.]+\.(path|labels)")
 _LONGEST_CONFIG_BYTES = 2**16
 
 

@@ -32,6 +32,7 @@ def _label(source, output, **changes) -> ml_collections.ConfigDict:
     config.teacher.torch.update({"function": "means:build", "image_size": 8})
     config.vocabulary.min_count = 2
     config.heads.update({"steps": 3, "batch_size": 4, "held_out": 0.25})
+    config.merge = True
     config.update(changes)
     return config
 

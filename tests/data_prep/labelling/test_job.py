@@ -1,7 +1,6 @@
 """The label command from end to end: what it writes, resume, equal bytes, and what it refuses."""
 
 import collections
-import io
 import json
 import os
 import pathlib
@@ -13,10 +12,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from data_prep.filter import run_filter
 from data_prep.jobs import shards
 from data_prep.label import run_label
-from data_prep.labelling import config as label_config
+from data_prep.labelling import config as labelling_config
 from data_prep.labelling import embeddings
 from data_prep.labelling import report as label_report
 from data_prep.labelling.examples import gather_examples
@@ -24,7 +22,7 @@ from data_prep.teachers.registry import describe_teacher
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.readers.registry import list_shards
 from diht_jax.data.records.dataset_index import read_table
-from diht_jax.data.records.schema import Record, decode_record, encode_record
+from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.data.records.vocabulary import (
     ConceptList,
@@ -32,90 +30,22 @@ from diht_jax.data.records.vocabulary import (
     find_vocabulary,
     read_vocabulary,
 )
-
-_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
-_COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
-_NAMES = ("car", "house")  # a car fills the lower half, a house the upper one
-_NUM_IMAGES = 90
-
-# A frozen network that sees where colours are: the mean of each quarter of the picture.
-_TEACHER = """
-import torch
-
-def build():
-    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
-"""
-
-
-def _draw(color: str, name: str, rng: np.random.Generator) -> bytes:
-    pixels = rng.integers(100, 156, (24, 24, 3))
-    half = slice(12, 24) if name == "car" else slice(0, 12)
-    pixels[half] = np.array(_COLORS[color]) + rng.integers(-15, 16, (12, 24, 3))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _snapshot(folder: pathlib.Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def _records(folder: pathlib.Path) -> list[Record]:
-    return [decode_record(data) for data in TFRecordSource(folder)]
-
-
-def _config(source, output, **changes):
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "concepts.py")
-    config.update({"input": str(source), "output": str(output), "num_workers": 0})
-    config.teacher.update({"kind": "torch", "batch_size": 16})
-    config.teacher.torch.update({"function": "quarters:build", "image_size": 24})
-    config.vocabulary.min_count = 5
-    config.heads.update({"steps": 150, "batch_size": 64, "learning_rate": 0.05, "held_out": 0.25})
-    config.report_images = 6
-    for name, value in changes.items():
-        *sections, key = name.split("__")
-        section = config
-        for part in sections:
-            section = section[part]
-        section[key] = value
-    return config
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    """`kept`: 90 pictures in 3 filtered shards, the last one without a concept; `labelled`."""
-    folder = tmp_path_factory.mktemp("label")
-    (folder / "quarters.py").write_text(_TEACHER)
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(_NUM_IMAGES):
-        color, name = list(_COLORS)[i % 3], _NAMES[rng.integers(2)]
-        (folder / f"{i}.png").write_bytes(_draw(color, name, rng))
-        caption = "nothing" if i == _NUM_IMAGES - 1 else f"a {color} {name} in the rain"
-        rows.append({"image": f"{i}.png", "caption": caption, "n": i})
-    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = load_recipe(_REPOSITORY / "configs" / "prep" / "convert.py")
-    config.update({"input": str(folder / "t.jsonl"), "output": str(folder / "kept")})
-    config.update({"num_workers": 0, "concepts": True})
-    config.source.rows_per_shard = 32
-    config.examples_per_shard = 32
-    assert run_filter(config) == {}
-    sys.path.insert(0, str(folder))
-    assert run_label(_config(folder / "kept", folder / "labelled", num_workers=1)) == {}
-    yield folder
-    sys.path.remove(str(folder))
+from tests.data_prep.labelling.pictures import (
+    COLORS,
+    NUM_IMAGES,
+    REPOSITORY,
+    label_config,
+    read_records,
+    snapshot,
+)
 
 
 def test_labels_are_what_the_teacher_sees(work):
     vocabulary = read_vocabulary(work / "labelled")
     assert sorted(vocabulary.objects.names) == ["car", "house", "rain"]
-    assert sorted(vocabulary.attributes.names) == sorted(_COLORS)
+    assert sorted(vocabulary.attributes.names) == sorted(COLORS)
     hits = collections.Counter()
-    records = _records(work / "labelled")
+    records = read_records(work / "labelled")
     for record in records[:-1]:
         _, color, name, *_ = record.caption.split()
         assert record.object_ids.dtype == np.int32
@@ -129,8 +59,8 @@ def test_labels_are_what_the_teacher_sees(work):
 
 
 def test_everything_else_stays(work):
-    before, after = _records(work / "kept"), _records(work / "labelled")
-    assert len(after) == _NUM_IMAGES
+    before, after = read_records(work / "kept"), read_records(work / "labelled")
+    assert len(after) == NUM_IMAGES
     for one, other in zip(before, after, strict=True):
         for name in ("key", "image", "caption", "metadata"):
             assert getattr(one, name) == getattr(other, name)
@@ -144,7 +74,7 @@ def test_at_most_130_bytes_are_added(work, tmp_path):
     # With as many concepts as a label can hold, and ids of two and three bytes.
     rng = np.random.default_rng(0)
     with TFRecordWriter(tmp_path / "labelled.tfrecord") as writer:
-        for record in _records(work / "kept"):
+        for record in read_records(work / "kept"):
             full = {
                 "object_ids": rng.integers(0, 100_000, 10),
                 "object_probs": rng.dirichlet(np.ones(10)),
@@ -153,18 +83,18 @@ def test_at_most_130_bytes_are_added(work, tmp_path):
             }
             writer.write(encode_record(Record(**(record.__dict__ | full))))
     plain = sum(path.stat().st_size for path in (work / "kept").glob("*.tfrecord"))
-    assert (tmp_path / "labelled.tfrecord").stat().st_size - plain <= 130 * _NUM_IMAGES
+    assert (tmp_path / "labelled.tfrecord").stat().st_size - plain <= 130 * NUM_IMAGES
     labelled = sum(path.stat().st_size for path in (work / "labelled").glob("*.tfrecord"))
     summary = json.loads((work / "labelled" / "stats.json").read_text())
-    assert summary["added_bytes_per_record"] * _NUM_IMAGES == labelled - plain
+    assert summary["added_bytes_per_record"] * NUM_IMAGES == labelled - plain
 
 
 def test_same_bytes_with_any_number_of_workers(work, tmp_path):
-    expected = _snapshot(work / "labelled")
+    expected = snapshot(work / "labelled")
     for workers in (0, 2):
         folder = tmp_path / str(workers)
-        assert run_label(_config(work / "kept", folder, num_workers=workers)) == {}
-        found = _snapshot(folder)
+        assert run_label(label_config(work / "kept", folder, num_workers=workers)) == {}
+        found = snapshot(folder)
         assert found.keys() == expected.keys()
         # These name their own folder.
         different = {name for name in found if found[name] != expected[name]}
@@ -186,15 +116,15 @@ def test_hash_travels_with_every_shard(work):
 
 def test_tfds_opens_the_folder(work):
     builder = tfds.builder_from_directory(work / "labelled")
-    assert builder.info.splits["train"].num_examples == _NUM_IMAGES
+    assert builder.info.splits["train"].num_examples == NUM_IMAGES
     assert builder.info.features.keys() == {"key", "image", "caption", "metadata", "concepts"}
 
 
 def test_run_again_does_only_what_is_missing(work, tmp_path):
     folder = tmp_path / "out"
-    config = _config(work / "kept", folder)
+    config = label_config(work / "kept", folder)
     run_label(config)
-    before = _snapshot(folder)
+    before = snapshot(folder)
     files = [*folder.glob("*.tfrecord"), *folder.glob("embeddings/*.npz"), folder / "heads.npz"]
     labelled, embedded, heads = files[:3], files[3:6], files[6:]
 
@@ -207,14 +137,14 @@ def test_run_again_does_only_what_is_missing(work, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in files}
     assert len(files) == 7
     run_label(config)
-    assert changed() == [] and _snapshot(folder) == before
+    assert changed() == [] and snapshot(folder) == before
     pathlib.Path(f"{labelled[1]}.stats.json").unlink()
     (folder / "report.html").unlink()
     run_label(config)
-    assert changed() == [labelled[1]] and _snapshot(folder) == before
+    assert changed() == [labelled[1]] and snapshot(folder) == before
     pathlib.Path(f"{embedded[0]}.stats.json").unlink()
     run_label(config)
-    assert changed() == [embedded[0]] and _snapshot(folder) == before
+    assert changed() == [embedded[0]] and snapshot(folder) == before
     config.top_k = 2
     run_label(config)
     assert set(changed()) == set(labelled)
@@ -228,8 +158,8 @@ def test_run_again_does_only_what_is_missing(work, tmp_path):
 
 
 def test_jobs_of_an_array_make_the_same_folder(work, tmp_path, capsys):
-    expected = _snapshot(work / "labelled")
-    config = _config(work / "kept", tmp_path / "out")
+    expected = snapshot(work / "labelled")
+    config = label_config(work / "kept", tmp_path / "out")
     run_label(config, 0, 2)
     assert "2 of 3 shards are embedded" in capsys.readouterr().out
     assert not list((tmp_path / "out").glob("*.tfrecord"))
@@ -237,34 +167,34 @@ def test_jobs_of_an_array_make_the_same_folder(work, tmp_path, capsys):
     assert "1 of 3 shards are labelled" in capsys.readouterr().out
     assert not (tmp_path / "out" / "dataset_info.json").exists()
     run_label(config, 0, 2)
-    found = _snapshot(tmp_path / "out")
+    found = snapshot(tmp_path / "out")
     different = {name for name in expected if found.get(name) != expected[name]}
     assert different <= {"report.html", "stats.json"}
 
 
 def test_images_without_embedding_stay_without_labels(work, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    records = _records(work / "kept")
+    records = read_records(work / "kept")
     absent = {records[3].key, records[70].key}
     keys = [record.key for record in records if record.key not in absent]
     rng.shuffle(keys)
     vectors = rng.normal(size=(len(keys), 4)).astype(np.float32)
     np.savez(tmp_path / "e.npz", key=np.array(keys), image_emb=vectors)
     files = {"teacher__kind": "precomputed", "teacher__precomputed__files": str(tmp_path / "e.npz")}
-    config = _config(work / "kept", tmp_path / "out", **files)
+    config = label_config(work / "kept", tmp_path / "out", **files)
     assert run_label(config) == {}
     assert "without labels: 2 (no_embedding)" in capsys.readouterr().out
-    labelled = _records(tmp_path / "out")
+    labelled = read_records(tmp_path / "out")
     empty = {record.key for record in labelled if not len(record.object_ids)}
     assert empty == absent
     summary = json.loads((tmp_path / "out" / "stats.json").read_text())
-    assert (summary["labelled"], summary["unlabelled"]) == (_NUM_IMAGES - 2, {"no_embedding": 2})
+    assert (summary["labelled"], summary["unlabelled"]) == (NUM_IMAGES - 2, {"no_embedding": 2})
     # The heads may be loaded with embeddings from another file, as for another data set.
     os.rename(tmp_path / "e.npz", tmp_path / "f.npz")
     files["teacher__precomputed__files"] = str(tmp_path / "f.npz")
     loaded = {"heads__load": str(tmp_path / "out")}
-    assert run_label(_config(work / "kept", tmp_path / "again", **files, **loaded)) == {}
-    for one, other in zip(labelled, _records(tmp_path / "again"), strict=True):
+    assert run_label(label_config(work / "kept", tmp_path / "again", **files, **loaded)) == {}
+    for one, other in zip(labelled, read_records(tmp_path / "again"), strict=True):
         np.testing.assert_array_equal(one.object_probs, other.object_probs)
 
 
@@ -272,18 +202,18 @@ def test_no_key_is_found(work, tmp_path):
     np.savez(tmp_path / "e.npz", key=["000", "001", "002"], image_emb=np.ones((3, 4), np.float32))
     files = {"teacher__kind": "precomputed", "teacher__precomputed__files": str(tmp_path / "e.npz")}
     message = (
-        f"0 of {_NUM_IMAGES} keys found in config.teacher.precomputed; theirs look like "
+        f"0 of {NUM_IMAGES} keys found in config.teacher.precomputed; theirs look like "
         "'000', '001', yours like 't-00000000', 't-00000001'"
     )
     for _ in range(2):  # what was embedded before is checked as well
         with pytest.raises(ValueError, match=message):
-            run_label(_config(work / "kept", tmp_path / "out", **files))
+            run_label(label_config(work / "kept", tmp_path / "out", **files))
 
 
 def test_data_without_attributes(work, tmp_path):
-    config = _config(work / "kept", tmp_path / "out", vocabulary__max_attributes=0)
+    config = label_config(work / "kept", tmp_path / "out", vocabulary__max_attributes=0)
     assert run_label(config) == {}
-    for record in _records(tmp_path / "out"):
+    for record in read_records(tmp_path / "out"):
         assert (len(record.object_ids), len(record.attribute_ids)) == (3, 0)
     assert len(find_vocabulary(tmp_path / "out").attributes) == 0
     assert "Best and worst attributes" not in (tmp_path / "out" / "report.html").read_text()
@@ -291,23 +221,27 @@ def test_data_without_attributes(work, tmp_path):
 
 def test_heads_of_another_folder(work, tmp_path):
     stopped = {"vocabulary__stop_objects": ("car",)}
-    config = _config(work / "kept", tmp_path / "out", heads__load=str(work / "labelled"), **stopped)
+    config = label_config(
+        work / "kept", tmp_path / "out", heads__load=str(work / "labelled"), **stopped
+    )
     run_label(config)
     assert read_vocabulary(tmp_path / "out") == read_vocabulary(work / "labelled")
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"Heads, trained in {work / 'labelled'}" in page
-    for one, other in zip(_records(tmp_path / "out"), _records(work / "labelled"), strict=True):
+    for one, other in zip(
+        read_records(tmp_path / "out"), read_records(work / "labelled"), strict=True
+    ):
         np.testing.assert_array_equal(one.object_ids, other.object_ids)
         np.testing.assert_array_equal(one.object_probs, other.object_probs)
     other_teacher = {"heads__load": str(work / "labelled"), "teacher__torch__image_size": 20}
     with pytest.raises(ValueError, match="its heads belong to the teacher .*'image_size': 24"):
-        run_label(_config(work / "kept", tmp_path / "other", **other_teacher))
+        run_label(label_config(work / "kept", tmp_path / "other", **other_teacher))
     with pytest.raises(ValueError, match=r"vocabulary_objects\.tsv is missing"):
-        run_label(_config(work / "kept", tmp_path / "none", heads__load=str(tmp_path)))
+        run_label(label_config(work / "kept", tmp_path / "none", heads__load=str(tmp_path)))
 
 
 def test_held_out_images_are_never_trained_on(work):
-    config = _config(work / "kept", work / "labelled")
+    config = label_config(work / "kept", work / "labelled")
     tasks = shards.plan_tasks(
         list_shards(str(work / "kept")),
         str(work / "labelled"),
@@ -320,8 +254,8 @@ def test_held_out_images_are_never_trained_on(work):
     train, held_out = gather_examples(config, read_vocabulary(work / "labelled"), embedded)
     rows = [set(map(bytes, part.embeddings)) for part in (train, held_out)]
     assert not rows[0] & rows[1]
-    assert len(train.embeddings) + len(held_out.embeddings) == _NUM_IMAGES
-    assert 0.1 < len(held_out.embeddings) / _NUM_IMAGES < 0.4
+    assert len(train.embeddings) + len(held_out.embeddings) == NUM_IMAGES
+    assert 0.1 < len(held_out.embeddings) / NUM_IMAGES < 0.4
     counts = train.of_kind("attributes").targets.counts(3)
     assert counts.sum() == len(train.of_kind("attributes").embeddings)
     config.heads.update({"max_examples": 20, "max_held_out": 10})
@@ -374,13 +308,13 @@ def test_page_escapes_what_others_wrote(work):
 
 def test_inputs_that_cannot_be_labelled(work, tmp_path):
     with pytest.raises(ValueError, match="config.input is not set"):
-        run_label(_config("", tmp_path / "out"))
+        run_label(label_config("", tmp_path / "out"))
     with pytest.raises(ValueError, match="no TFRecord shard at"):
-        run_label(_config(tmp_path / "absent", tmp_path / "out"))
+        run_label(label_config(tmp_path / "absent", tmp_path / "out"))
     with pytest.raises(ValueError, match="is the folder of the input"):
-        run_label(_config(work / "kept", work / "kept"))
+        run_label(label_config(work / "kept", work / "kept"))
     with pytest.raises(ValueError, match="no counts of concepts.*concepts=True"):
-        run_label(_config(work / "labelled", tmp_path / "out"))
+        run_label(label_config(work / "labelled", tmp_path / "out"))
     for name, value in (
         ("top_k", 0),
         ("top_k", 256),
@@ -390,12 +324,12 @@ def test_inputs_that_cannot_be_labelled(work, tmp_path):
         ("embedding_dtype", "int8"),
     ):
         with pytest.raises(ValueError, match=f"config.{name.replace('__', '.')}="):
-            run_label(_config(work / "kept", tmp_path / "out", **{name: value}))
+            run_label(label_config(work / "kept", tmp_path / "out", **{name: value}))
 
 
 def test_embeddings_of_other_records_are_refused(work, tmp_path):
     folder = tmp_path / "out"
-    run_label(_config(work / "kept", folder))
+    run_label(label_config(work / "kept", folder))
     shard, path = (sorted(folder.glob(name))[0] for name in ("*.tfrecord", "embeddings/*.npz"))
     with np.load(path) as file:
         arrays = dict(file)
@@ -403,16 +337,16 @@ def test_embeddings_of_other_records_are_refused(work, tmp_path):
     with open(path, "r+b") as file:
         np.savez(file, **arrays)
     os.unlink(f"{shard}.stats.json")
-    failures = run_label(_config(work / "kept", folder))
+    failures = run_label(label_config(work / "kept", folder))
     assert "is not the one that" in next(iter(failures.values()))
 
 
 def test_recipes_are_valid():
     for name in ("concepts", "concepts_efficientnet"):
-        config = load_recipe(_REPOSITORY / "configs" / "prep" / f"{name}.py")
-        validate_config(config, label_config.default_config())
-        label_config.check_config(config)
-    text = (_REPOSITORY / "configs" / "prep" / "concepts.py").read_text()
+        config = load_recipe(REPOSITORY / "configs" / "prep" / f"{name}.py")
+        validate_config(config, labelling_config.default_config())
+        labelling_config.check_config(config)
+    text = (REPOSITORY / "configs" / "prep" / "concepts.py").read_text()
     assert "CC-BY-NC 4.0" in text
 
 
@@ -420,7 +354,7 @@ def test_command(work, tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, "-m", "data_prep.label", *arguments],
-            cwd=_REPOSITORY,
+            cwd=REPOSITORY,
             env=os.environ | {"PYTHONPATH": str(work)},
             capture_output=True,
             text=True,
@@ -437,7 +371,7 @@ def test_command(work, tmp_path):
     ]
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
-    assert f"{_NUM_IMAGES} of {_NUM_IMAGES} images labelled in 3 shards" in done.stdout
+    assert f"{NUM_IMAGES} of {NUM_IMAGES} images labelled in 3 shards" in done.stdout
     mistyped = run(*arguments, "--config.heads.step=3")
     assert mistyped.returncode != 0
     assert "steps" in mistyped.stderr and "Traceback" not in mistyped.stderr

@@ -18,7 +18,12 @@ from torchvision.transforms import v2
 from data_prep.jobs.shards import ShardTask
 from data_prep.labelling.embeddings import plan_embeddings
 from data_prep.teachers.precomputed import EmbeddingTable
-from data_prep.teachers.registry import default_teacher, describe_teacher, load_teacher
+from data_prep.teachers.registry import (
+    default_teacher,
+    describe_teacher,
+    load_teacher,
+    settle_precision,
+)
 from data_prep.teachers.swag import WEIGHTS_VARIABLE
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.registry import open_source
@@ -116,8 +121,12 @@ def test_swag_sees_what_torchvision_sees(swag_file):
     pixels = torch.stack([transforms(decode_rgb(record.image)) for record in records])
     with torch.inference_mode():
         reference = model(pixels).numpy()
-    embeddings = np.stack(_embed(_swag_config(path), records))
+    embeddings = np.stack(_embed(_swag_config(path, dtype="float32"), records))
     assert np.abs(embeddings - reference).max() < 1e-4 * np.abs(reference).max()
+    rounded = np.stack(_embed(_swag_config(path), records))
+    cosines = (rounded * reference).sum(1) / np.linalg.norm(rounded, axis=1)
+    assert (cosines / np.linalg.norm(reference, axis=1)).min() > 0.999
+    assert (rounded != embeddings).any()
 
 
 def test_swag_runs_on_all_devices(swag_file):
@@ -152,9 +161,27 @@ def test_swag_weights_by_environment_and_what_is_refused(swag_file, monkeypatch,
     right = tmp_path / f"swag-{digest[:8]}.pth"
     right.write_bytes(path.read_bytes())
     load_teacher(_swag_config(right))
+    with pytest.raises(ValueError, match="swag.dtype='float16'; expected bfloat16 or float32"):
+        load_teacher(_swag_config(path, dtype="float16"))
     config.kind = "swags"
     with pytest.raises(ValueError, match="kind='swags'; expected one of swag, torch"):
         load_teacher(config)
+
+
+def test_number_format_is_that_of_what_is_there(swag_file):
+    def settle(known=(), present=(), **changes):
+        config, info = settle_precision(
+            _swag_config(swag_file[1], **changes), known, lambda identity: identity in present
+        )
+        assert config.swag.dtype == info.identity["dtype"]
+        assert describe_teacher(config) == info
+        return config.swag.dtype
+
+    float32 = describe_teacher(_swag_config(swag_file[1], dtype="float32")).identity
+    assert settle() == "bfloat16" and settle(dtype="float32") == "float32"
+    assert settle([float32]) == settle(present=[float32]) == "float32"
+    assert settle([float32 | {"dtype": "bfloat16"}], [float32]) == "bfloat16"
+    assert settle([{"kind": "torch", "dtype": "float32"}]) == "bfloat16"
 
 
 def test_licence_names_its_restriction():

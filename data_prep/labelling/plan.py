@@ -1,0 +1,185 @@
+"""What a labelling job does: its inputs, the names of its outputs, and what the folder decides."""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ml_collections
+from absl import logging
+
+from data_prep.jobs import files, shards
+from data_prep.labelling import embeddings
+from data_prep.labelling import heads as head_files
+from data_prep.labelling.shard import LabelTask, label_path
+from data_prep.teachers.base import TeacherInfo
+from data_prep.teachers.registry import settle_precision
+from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.records.dataset_info import shard_name
+from diht_jax.data.records.fingerprint import fingerprint_records
+from diht_jax.data.records.formats.registry import (
+    FORMATS,
+    find_shards,
+    format_of,
+    name_format,
+    open_source,
+)
+from diht_jax.data.records.labels.files import FOLDER as LABELS
+
+_LABELS_VERSION = 1
+
+
+def find_inputs(text: str | None) -> list[SourceShard]:
+    """The shards that `config.input` names.
+
+    Raises:
+        ValueError: it is not set, or there are none.
+    """
+    if not text:
+        raise ValueError(
+            "config.input is not set: expected a folder that data_prep.filter wrote, such as "
+            "--config.input=/data/kept"
+        )
+    parts = input_paths(text)
+    return [SourceShard(format_of(parts), path) for path in find_shards(parts)]
+
+
+def input_paths(text: str) -> list[str]:
+    """The paths in `config.input`, which commas separate."""
+    return [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
+
+
+def settle(
+    config: ml_collections.ConfigDict, folder: str
+) -> tuple[ml_collections.ConfigDict, TeacherInfo]:
+    """The config with what it leaves to the folder: `merge`, and the precision of the teacher.
+
+    A folder with merged shards stays one, and embeddings that were computed in another precision
+    than today's default go on to be used.
+
+    Args:
+        config: of `labelling.config.default_config`.
+        folder: of the output.
+
+    Returns:
+        The config, and its teacher.
+
+    Raises:
+        ValueError: as of `describe_teacher`.
+    """
+    config = config.copy_and_resolve_references()
+    if config.merge is None:
+        config.merge = any(map(name_format, files.list_names(folder)))
+        if config.merge:
+            logging.info("%s holds merged shards: config.merge=True", folder)
+    known = [head_files.read_description(place) for place in (config.heads.load, folder) if place]
+    config.teacher, teacher = settle_precision(
+        config.teacher,
+        [found["teacher"] for found in known if found and "teacher" in found],
+        lambda identity: _has_embeddings(config, folder, identity),
+    )
+    return config, teacher
+
+
+def _has_embeddings(
+    config: ml_collections.ConfigDict, folder: str, identity: dict[str, Any]
+) -> bool:
+    """Whether the folder has embeddings of a teacher."""
+    config_hash = embeddings.hash_embeddings(identity, config.embedding_dtype)
+    folder = files.join(folder, embeddings.FOLDER)
+    for name in files.list_names(folder):
+        if name.endswith(shards.STATS_SUFFIX):
+            stats = json.loads(files.read_bytes(files.join(folder, name)))
+            return stats["config_hash"] == config_hash
+    return False
+
+
+def plan_shards(
+    config: ml_collections.ConfigDict, inputs: Sequence[SourceShard], folder: str
+) -> list[shards.ShardTask]:
+    """Every input with the path that its shard has in the folder, or would have.
+
+    Merged shards are numbered, as TFDS wants them. Labels and embeddings are called as their shard
+    is, so that others added to the input or removed from it change nothing.
+
+    Raises:
+        ValueError: the folder holds shards that do not belong to these.
+    """
+    if config.merge:
+        return shards.plan_tasks(
+            inputs,
+            folder,
+            dataset=config.dataset_name,
+            split=config.split,
+            config_hash="",
+            output_format=config.output_format,
+        )
+    names = _names_of(inputs)
+    suffix = FORMATS[config.output_format].suffix
+    numbered = [
+        shard_name(config.dataset_name, config.split, number, len(inputs), suffix)
+        for number in range(len(inputs))
+    ]
+    # Once, all outputs were numbered.
+    present = set(files.list_names(files.join(folder, embeddings.FOLDER)))
+    if present & {f"{name}.npz" for name in set(numbered) - set(names)}:
+        names = numbered
+    files.make_folder(files.join(folder, LABELS))
+    return [
+        shards.ShardTask(source, files.join(folder, name), "")
+        for source, name in zip(inputs, names, strict=True)
+    ]
+
+
+def _names_of(inputs: Sequence[SourceShard]) -> list[str]:
+    """The names of shards; the second one of a name has a hash of its folder in front."""
+    seen: collections.Counter[str] = collections.Counter()
+    names = []
+    for source in inputs:
+        folder, name = os.path.split(source.path)
+        seen[name] += 1
+        if seen[name] > 1:
+            name = f"{hashlib.blake2b(folder.encode(), digest_size=4).hexdigest()}-{name}"
+        names.append(name)
+    return names
+
+
+def plan_labels(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[shards.ShardTask],
+    heads: dict[str, Any],
+    embedded: Sequence[shards.ShardTask],
+) -> list[shards.ShardTask]:
+    """The labelling tasks.
+
+    Args:
+        config: of `labelling.config.default_config`.
+        tasks: of `plan_shards`.
+        heads: what `heads.json` holds.
+        embedded: the embedding task of each.
+    """
+    settings = {
+        "format_version": _LABELS_VERSION,
+        "embeddings": embedded[0].config_hash,
+        "heads": heads["weights_hash"],
+        "vocabulary": heads["vocabulary"],
+        "top_k": config.top_k,
+    }
+    config_hash = shards.hash_config(settings)
+    if config.merge:
+        return [shards.ShardTask(task.source, task.output, config_hash) for task in tasks]
+    found = fingerprint_records(open_source([task.source.path for task in tasks])).shards
+    return [
+        LabelTask(
+            source=task.source,
+            output=label_path(task.output),
+            config_hash=config_hash,
+            shard=shard,
+            embeddings=embedding.output,
+        )
+        for task, embedding, shard in zip(tasks, embedded, found, strict=True)
+    ]

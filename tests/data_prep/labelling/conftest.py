@@ -1,0 +1,45 @@
+"""A filtered and a labelled folder that several tests of the label command use; made once."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from data_prep.filter import run_filter
+from data_prep.label import run_label
+from diht_jax.config import load_recipe
+from tests.data_prep.labelling.pictures import (
+    COLORS,
+    NAMES,
+    NUM_IMAGES,
+    REPOSITORY,
+    TEACHER,
+    draw,
+    label_config,
+)
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    """`kept`: 90 pictures in 3 filtered shards, the last one without a concept; `labelled`."""
+    folder = tmp_path_factory.mktemp("label")
+    (folder / "quarters.py").write_text(TEACHER)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(NUM_IMAGES):
+        color, name = list(COLORS)[i % 3], NAMES[rng.integers(2)]
+        (folder / f"{i}.png").write_bytes(draw(color, name, rng))
+        caption = "nothing" if i == NUM_IMAGES - 1 else f"a {color} {name} in the rain"
+        rows.append({"image": f"{i}.png", "caption": caption, "n": i})
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = load_recipe(REPOSITORY / "configs" / "prep" / "convert.py")
+    config.update({"input": str(folder / "t.jsonl"), "output": str(folder / "kept")})
+    config.update({"num_workers": 0, "concepts": True})
+    config.source.rows_per_shard = 32
+    config.examples_per_shard = 32
+    assert run_filter(config) == {}
+    sys.path.insert(0, str(folder))
+    assert run_label(label_config(folder / "kept", folder / "labelled", num_workers=1)) == {}
+    yield folder
+    sys.path.remove(str(folder))

@@ -1,0 +1,63 @@
+"""Pictures whose colours and names a small frozen network can see, filtered and labelled."""
+
+import io
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from diht_jax.config import load_recipe
+from diht_jax.data.records.schema import Record, decode_record
+from diht_jax.data.records.tfrecord import TFRecordSource
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}
+NAMES = ("car", "house")  # a car fills the lower half, a house the upper one
+NUM_IMAGES = 90
+
+# A frozen network that sees where colours are: the mean of each quarter of the picture.
+TEACHER = """
+import torch
+
+def build():
+    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+"""
+
+
+def draw(color: str, name: str, rng: np.random.Generator) -> bytes:
+    pixels = rng.integers(100, 156, (24, 24, 3))
+    half = slice(12, 24) if name == "car" else slice(0, 12)
+    pixels[half] = np.array(COLORS[color]) + rng.integers(-15, 16, (12, 24, 3))
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def read_records(folder: pathlib.Path) -> list[Record]:
+    return [decode_record(data) for data in TFRecordSource(folder)]
+
+
+def label_config(source, output, **changes):
+    config = load_recipe(REPOSITORY / "configs" / "prep" / "concepts.py")
+    config.update({"input": str(source), "output": str(output), "num_workers": 0})
+    config.teacher.update({"kind": "torch", "batch_size": 16})
+    config.teacher.torch.update({"function": "quarters:build", "image_size": 24})
+    config.vocabulary.min_count = 5
+    config.heads.update({"steps": 150, "batch_size": 64, "learning_rate": 0.05, "held_out": 0.25})
+    config.report_images = 6
+    config.merge = True
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[key] = value
+    return config

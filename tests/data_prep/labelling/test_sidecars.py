@@ -1,0 +1,163 @@
+"""Labels in files of their own: the numbers of merged records, and what is done when, and again."""
+
+import dataclasses
+import json
+import os
+import shutil
+
+import ml_collections
+import numpy as np
+import pytest
+
+from data_prep.label import run_label
+from data_prep.teachers import registry
+from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind
+from diht_jax.data.records.formats.registry import open_source
+from diht_jax.data.records.labels.rows import decode_joined, open_labels
+from diht_jax.data.records.schema import CONCEPT_FIELDS
+from diht_jax.data.records.vocabulary import find_train_vocabulary, read_vocabulary
+from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config, read_records
+
+_KEPT = ("embeddings", "heads", "vocabulary")
+
+
+def _config(source, output, **changes):
+    return label_config(source, output, merge=None, **changes)
+
+
+def _joined(source, labels):
+    records = open_source(str(source))
+    rows = open_labels(str(labels), records)
+    return [decode_joined(records.decode, (records[i], rows[i])) for i in range(len(records))]
+
+
+def _times(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.npz")}
+
+
+@pytest.fixture(scope="module")
+def sidecars(work, tmp_path_factory):
+    """The labels of `kept`, of the embeddings and heads that `labelled` has."""
+    folder = tmp_path_factory.mktemp("sidecars") / "labels"
+    folder.mkdir()
+    for path in (work / "labelled").iterdir():
+        if path.name.startswith(_KEPT):
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, folder / path.name)
+    before = _times(folder / "embeddings")
+    assert run_label(_config(work / "kept", folder)) == {}
+    assert _times(folder / "embeddings") == before
+    return folder
+
+
+def test_numbers_are_those_of_merged_records(work, sidecars):
+    found, expected = _joined(work / "kept", sidecars), read_records(work / "labelled")
+    assert len(found) == NUM_IMAGES
+    for one, other in zip(found, expected, strict=True):
+        for field in dataclasses.fields(one):
+            np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+        for name in (name for names in CONCEPT_FIELDS for name in names):
+            assert getattr(one, name).dtype == getattr(other, name).dtype
+    assert not list(sidecars.glob("*.tfrecord*"))
+    summary = json.loads((sidecars / "stats.json").read_text())
+    merged = json.loads((work / "labelled" / "stats.json").read_text())
+    for name in ("records", "labelled", "unlabelled", "vocabulary", "teacher"):
+        assert summary[name] == merged[name]
+    size = sum(path.stat().st_size for path in (sidecars / "labels").glob("*.npz"))
+    assert summary["added_bytes_per_record"] * NUM_IMAGES == size
+    assert find_train_vocabulary(str(sidecars)) == read_vocabulary(work / "labelled")
+    # The same pictures, chosen in the same way.
+    pages = [(folder / "report.html").read_text() for folder in (sidecars, work / "labelled")]
+    cards = [page.partition("<h2>Images")[2].partition("<h2>Vocabulary")[0] for page in pages]
+    assert cards[0] == cards[1] and cards[0].count("data:image/jpeg") == 6
+
+
+def test_labels_are_made_of_the_embeddings_alone(work, sidecars, tmp_path):
+    folder, kept = tmp_path / "labels", tmp_path / "kept"
+    shutil.copytree(sidecars, folder)
+    shutil.copytree(work / "kept", kept)
+    config = _config(kept, folder, report_images=0)
+    run_label(config)
+    expected = {path.name: path.read_bytes() for path in folder.glob("labels/*.npz")}
+    shutil.rmtree(folder / "labels")
+    for path in kept.glob("*.tfrecord"):  # no byte of a record is left
+        stat = path.stat()
+        path.write_bytes(bytes(stat.st_size))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert run_label(config) == {}
+    assert len(expected) == 3
+    for name, data in expected.items():
+        assert (folder / "labels" / name).read_bytes() == data
+
+
+def test_shards_added_and_removed_cost_themselves(work, tmp_path):
+    kept = shutil.copytree(work / "kept", tmp_path / "kept")
+    for path in (*kept.glob("*-00001.tfrecord*"), kept / "dataset.index"):
+        shutil.move(path, tmp_path / path.name)
+    config = _config(kept, tmp_path / "out", heads__load=str(work / "labelled"))
+    run_label(config)
+    before = [_times(tmp_path / "out" / name) for name in ("embeddings", "labels")]
+    assert [len(times) for times in before] == [2, 2]
+    for path in tmp_path.glob("*-00001.tfrecord*"):
+        shutil.move(path, kept / path.name)
+    run_label(config)
+    now = [_times(tmp_path / "out" / name) for name in ("embeddings", "labels")]
+    for old, new in zip(before, now, strict=True):
+        assert len(new) == 3 and old.items() <= new.items()
+    assert len(_joined(kept, tmp_path / "out")) == NUM_IMAGES
+    # Two shards of one name, in two folders.
+    config.input = f"{kept},{work / 'kept'}"
+    config.output = str(tmp_path / "both")
+    run_label(config)
+    assert len(_times(tmp_path / "both" / "labels")) == 6
+    assert len(_joined(kept, tmp_path / "both")) == NUM_IMAGES
+
+
+def test_a_folder_stays_what_it_is(work, sidecars, tmp_path):
+    folder = shutil.copytree(work / "labelled", tmp_path / "labelled")
+    before = _times(folder), sorted(path.name for path in folder.iterdir())
+    run_label(_config(work / "kept", folder))
+    assert (_times(folder), sorted(path.name for path in folder.iterdir())) == before
+    # Merged on request, and then they are the folder.
+    merged = shutil.copytree(sidecars, tmp_path / "merged")
+    run_label(label_config(work / "kept", merged, merge=True))
+    for path in (work / "labelled").glob("*.tfrecord"):
+        assert (merged / path.name).read_bytes() == path.read_bytes()
+    assert not (merged / "labels.json").exists()
+
+
+class _Constant(Teacher):
+    def __init__(self, info):
+        self.info = info
+
+    def embed(self, records):
+        for _ in records:
+            yield [np.arange(4, dtype=np.float32)]
+
+
+def _describe(config):
+    return TeacherInfo({"kind": "constant", "dtype": config.dtype or "bfloat16"}, True, "constant")
+
+
+def _default_config():
+    return ml_collections.ConfigDict({"dtype": ml_collections.config_dict.placeholder(str)})
+
+
+def test_embeddings_of_another_number_format_stay(work, tmp_path, monkeypatch):
+    kind = TeacherKind(_default_config, _describe, lambda config, _: _Constant(_describe(config)))
+    monkeypatch.setitem(registry.TEACHERS, "constant", kind)
+
+    def label(task_index, num_tasks, **changes):
+        config = _config(work / "kept", tmp_path / "out", heads__steps=2, report_images=0)
+        config.teacher = registry.default_teacher()
+        config.teacher.kind = "constant"
+        config.teacher.constant.update(changes)
+        assert run_label(config, task_index, num_tasks) == {}
+        return _times(tmp_path / "out" / "embeddings")
+
+    before = label(1, 2, dtype="float32")
+    assert len(before) == 1
+    now = label(0, 1)
+    assert len(now) == 3 and before.items() <= now.items()
+    summary = json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert summary["teacher"]["dtype"] == "float32"
+    assert label(0, 1) == now
