@@ -38,8 +38,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.input = placeholder(str)  # folder (or several, with commas) of data_prep.filter
     c.output = placeholder(str)  # folder of the labels
     # Whether the output gets shards with labels in every record, rather than files of labels alone.
-    # None: as the folder has it, files of labels in a new one.
-    c.merge = placeholder(bool)
+    # A folder that has such shards goes on to.
+    c.merge = False
     c.output_format = "tfrecord"  # or "array_record": of merged shards
     c.dataset_name = "pairs"  # with the split it makes the names of merged shards
     c.split = "train"

@@ -72,10 +72,9 @@ def settle(
         ValueError: as of `describe_teacher`.
     """
     config = config.copy_and_resolve_references()
-    if config.merge is None:
-        config.merge = any(map(name_format, files.list_names(folder)))
-        if config.merge:
-            logging.info("%s holds merged shards: config.merge=True", folder)
+    if not config.merge and any(map(name_format, files.list_names(folder))):
+        logging.info("%s holds merged shards: config.merge=True", folder)
+        config.merge = True
     known = [head_files.read_description(place) for place in (config.heads.load, folder) if place]
     config.teacher, teacher = settle_precision(
         config.teacher,

@@ -22,7 +22,7 @@ _KEPT = ("embeddings", "heads", "vocabulary")
 
 
 def _config(source, output, **changes):
-    return label_config(source, output, merge=None, **changes)
+    return label_config(source, output, merge=False, **changes)
 
 
 def _joined(source, labels):
