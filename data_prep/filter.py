@@ -56,6 +56,7 @@ def main() -> None:
     if given.lists is not None and given.replay is None:
         raise ValueError(f"--lists='{given.lists}': expected with --replay=FOLDER only")
     if given.replay is not None:
+        replay.set_quantile_limit(config)
         replay.run(given.replay, None if given.config is None else config, given.lists)
         return
     if given.config is None:
@@ -110,6 +111,7 @@ def run_filter(
     if engine == "ray" and config.spotter.cache is not None:
         # On all nodes the same folder, whatever folder a worker runs in.
         config.spotter.cache = os.path.abspath(config.spotter.cache)
+    replay.set_quantile_limit(config)
     run = metadata.run if config.metadata_only else filter_job.run
     return run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 

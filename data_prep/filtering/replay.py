@@ -25,7 +25,7 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept
 from data_prep.filtering.score_quantiles import score_quantiles
 from data_prep.filtering.stale_outputs import compare_settings
-from data_prep.filtering.steps import recorded, registry
+from data_prep.filtering.steps import clip, recorded, registry
 from data_prep.jobs import files, manifest, shards
 from data_prep.reports.funnel import KEPT, SOURCE, Funnel
 from diht_jax.data.escaping import escape_lines
@@ -243,6 +243,31 @@ class Replay:
         return any(score in step.scores for step in registry.active_steps(self._before))
 
 
+def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
+    """Makes of `config.clip.quantile` the limit `config.clip.min_score`, in place; else nothing.
+
+    Args:
+        config: its `clip.scores` is a finished folder whose decisions have the score.
+
+    Raises:
+        ValueError: the folder is not finished, or has no scores.
+    """
+    c = config.clip
+    if c.quantile is None:
+        return
+    paths, _ = _find_decisions(c.scores, "config.clip.scores")
+    try:
+        found = score_quantiles(paths, clip.SCORE, [c.quantile])
+    except KeyError:
+        found = None  # the step was not active
+    if found is None:
+        raise ValueError(
+            f"config.clip.scores='{c.scores}': no pair has a score; filter into that folder with "
+            "config.clip.model first"
+        )
+    c.min_score = found[0]
+
+
 def run(folder: str, config: ml_collections.ConfigDict | None, lists: str | None) -> Result:
     """Replays a folder and prints what comes of it; arguments of `Replay`."""
     replay = Replay(folder, config)
@@ -251,7 +276,7 @@ def run(folder: str, config: ml_collections.ConfigDict | None, lists: str | None
     return result
 
 
-def _find_decisions(folder: str) -> tuple[list[str], dict[str, Any]]:
+def _find_decisions(folder: str, named: str = "--replay") -> tuple[list[str], dict[str, Any]]:
     try:
         stats = json.loads(files.read_bytes(files.join(folder, shards.MERGED_STATS)))
         stats["config"], stats["counts"]["read"]
@@ -259,7 +284,7 @@ def _find_decisions(folder: str) -> tuple[list[str], dict[str, Any]]:
         raise
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--replay='{folder}': no finished folder of `python -m data_prep.filter` "
+            f"{named}='{folder}': no finished folder of `python -m data_prep.filter` "
             f"({type(error).__name__}: {error}); run the filter to its end first"
         ) from error
     for where, suffix in (
@@ -274,7 +299,7 @@ def _find_decisions(folder: str) -> tuple[list[str], dict[str, Any]]:
         if names:
             return [files.join(where, name) for name in names], stats
     raise ValueError(
-        f"--replay='{folder}': no decisions; it was filtered before they were recorded. Filter it "
+        f"{named}='{folder}': no decisions; it was filtered before they were recorded. Filter it "
         "again with --overwrite"
     )
 

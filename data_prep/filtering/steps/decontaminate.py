@@ -25,7 +25,6 @@ class DecontaminateStep(Step):
     reads = ("image",)
     reasons = {}
     section = "decontaminate"
-    not_hashed = ("sets",)  # their pictures are hashed, wherever they lie
 
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:

@@ -20,7 +20,6 @@ class DuplicateStep(Step):
     order = 6  # a search in a sorted table
     reasons = {"exact": "copy of another image", "near": "near-duplicate of another image"}
     section = "duplicates"
-    not_hashed = ("table",)  # what it holds is hashed, wherever it lies
 
     @classmethod
     def add_defaults(cls, config: ml_collections.ConfigDict) -> None:

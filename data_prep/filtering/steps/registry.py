@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import ml_collections
 
-from data_prep.filtering.steps import captions, decontaminate, duplicates, image, predicates, text
+from data_prep.filtering.steps import (
+    captions,
+    clip,
+    decontaminate,
+    duplicates,
+    image,
+    predicates,
+    text,
+)
 from data_prep.filtering.steps.base import Step
 
 STEPS: dict[str, type[Step]] = {
@@ -13,6 +21,7 @@ STEPS: dict[str, type[Step]] = {
     "caption": captions.CaptionStep,
     "image": image.ImageStep,
     "decontaminate": decontaminate.DecontaminateStep,
+    "clip": clip.ClipStep,
     "text": text.TextStep,
 }
 

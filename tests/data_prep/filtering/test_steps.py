@@ -54,7 +54,7 @@ class _ShortStep(Step):
 def test_the_table_is_consistent():
     assert all(step.name == name for name, step in registry.STEPS.items())
     names = [step.name for step in registry.ordered_steps()]
-    assert names == ["metadata", "duplicates", "caption", "image", "decontaminate", "text"]
+    assert names == ["metadata", "duplicates", "caption", "image", "decontaminate", "clip", "text"]
     assert tuple(CaptionStep.reasons) == (*GATE_REASONS, *CAT_REASONS)
     assert set(DECODE_REASONS) < set(ImageStep.reasons)
     assert list(stage_reasons()) == ["source", *names]

@@ -1,0 +1,185 @@
+"""CLIP score: the cosine of picture and caption, by any model that `diht_jax.load_model` reads.
+
+What DataComp and LAION filter by (arXiv 2304.14108, 2210.08402). A limit is a cosine, or comes from
+a share of the scores that an earlier run has recorded (`filtering.score_quantiles`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from ml_collections.config_dict import placeholder
+
+from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
+from data_prep.filtering.steps.image import ImageStep
+from data_prep.filtering.steps.recorded import NOT_KNOWN, PASSES, Recorded
+from diht_jax.data.images.decode import ImageError, decode_rgb
+from diht_jax.data.readers.base import SourceShard
+
+SCORE = "clip_score"
+
+_READ_BYTES = 2**22
+
+
+class ClipStep(Step):
+    """Drops captions whose score is too low, and pairs without another one.
+
+    The score of a pair is the highest of its captions that came so far.
+    """
+
+    name = "clip"
+    order = 26  # cheaper than to look for text
+    reads = ("caption", "image")
+    reasons = {"low_score": "CLIP score"}
+    scores = {SCORE: "CLIP score of the best caption"}
+    section = "clip"
+    not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is min_score
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        c = config.clip = ml_collections.ConfigDict()
+        c.model = placeholder(str)  # for diht_jax.load_model; None: nothing is scored
+        c.min_score = placeholder(float)  # least cosine; None: scores are recorded only
+        # Instead of min_score: drop this share of all pairs that have a score in the finished
+        # folder `scores`, an earlier run of the same model.
+        c.quantile = placeholder(float)
+        c.scores = placeholder(str)
+        c.batch_size = 64  # pairs at a time
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        c = config.clip
+        check_integers({"clip.batch_size": (c.batch_size, 1)})
+        if c.min_score is not None and not -1 <= c.min_score <= 1:
+            raise ValueError(f"config.clip.min_score={c.min_score}; expected a cosine, -1 to 1")
+        if (c.quantile is None) != (c.scores is None):
+            raise ValueError(
+                "config.clip.quantile and config.clip.scores (the folder of a run that recorded "
+                "scores) go together; one of them is not set"
+            )
+        if c.quantile is not None and not 0 < c.quantile < 1:
+            raise ValueError(f"config.clip.quantile={c.quantile}; expected a share, such as 0.3")
+        if c.model is None and (c.min_score is not None or c.quantile is not None):
+            raise ValueError("config.clip.model is not set: expected what gives the scores")
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        return config.clip.model is not None
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        return super().describe_rules(config) | {"clip_model": _fingerprint(config.clip.model)}
+
+    @classmethod
+    def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
+        return config.clip.batch_size
+
+    @classmethod
+    def replay(
+        cls,
+        recorded: Recorded,
+        before: ml_collections.ConfigDict,
+        now: ml_collections.ConfigDict,
+    ) -> np.ndarray:
+        found = np.full(len(recorded), NOT_KNOWN)
+        if before.clip.model == now.clip.model:
+            scores = recorded.numbers(SCORE)
+            found[~np.isnan(scores)] = PASSES
+            if now.clip.min_score is not None:
+                found[scores < now.clip.min_score] = 1
+        return found
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        super().__init__(config, source)
+        self._model = _load(config.clip.model, config.clip.batch_size)
+
+    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+        images, readable = [], []
+        for candidate in candidates:
+            try:
+                images.append(self._model.preprocess(decode_rgb(candidate.pair.image)))
+                readable.append(None)
+            except ImageError as error:
+                readable.append(error.reason)
+        scores = iter(self._score(images, [
+            candidate.captions
+            for candidate, error in zip(candidates, readable, strict=True)
+            if error is None
+        ]))  # fmt: skip
+        for candidate, error in zip(candidates, readable, strict=True):
+            if error is not None:
+                # Its size was read from a header that lied.
+                yield Drop(candidate._replace(header=None), error, stage=ImageStep.name)
+            else:
+                yield self._decide(candidate, next(scores))
+
+    def _score(
+        self, images: Sequence[np.ndarray], captions: Sequence[Sequence[str]]
+    ) -> list[np.ndarray]:
+        """The cosines of each picture with its captions, float32.
+
+        Batches have one shape, filled up with empty ones, so that the model is compiled once.
+        """
+        if not images:
+            return []
+        size = self.config.clip.batch_size
+        side = self._model.image_size
+        texts = [text for several in captions for text in several]
+        pixels = np.zeros((-(-len(images) // size) * size, side, side, 3), np.uint8)
+        pixels[: len(images)] = images
+        filled = [*texts, *[""] * (-len(texts) % size)]
+        image_emb = self._model.encode_image(pixels)[: len(images)]
+        text_emb = self._model.encode_text(filled)[: len(texts)]
+        counts = [len(several) for several in captions]
+        # Row by row, so that a score does not depend on the others of its batch.
+        cosines = (np.repeat(image_emb, counts, axis=0) * text_emb).sum(axis=1)
+        return np.split(cosines, np.cumsum(counts)[:-1])
+
+    def _decide(self, candidate: Candidate, cosines: np.ndarray) -> Candidate | Drop:
+        best = float(cosines.max())
+        candidate = candidate._replace(scores={**candidate.scores, SCORE: best})
+        limit = self.config.clip.min_score
+        if limit is None:
+            return candidate
+        good = candidate.choose([cosine >= limit for cosine in cosines.tolist()])
+        if good.captions:
+            return good
+        return Drop(candidate, "low_score", evidence=f"CLIP score {best:.3f}, least {limit:.3f}")
+
+
+@functools.lru_cache(maxsize=1)
+def _load(model: str, batch_size: int) -> Any:
+    """The model; loaded once in a worker. JAX is imported where it is needed."""
+    from diht_jax.loading import load_model
+
+    return load_model(model, batch_size=batch_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _fingerprint(model: str) -> str:
+    """What changes with the model, without loading it: of a file its bytes, of a folder its files.
+
+    A released model is its name: its bytes are checked when it is loaded.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if os.path.isfile(model):
+        with open(model, "rb") as file:
+            while data := file.read(_READ_BYTES):
+                digest.update(data)
+        return digest.hexdigest()
+    if not os.path.isdir(model):
+        return model
+    for folder, folders, names in os.walk(model):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            state = os.stat(path)
+            described = f"{os.path.relpath(path, model)}\n{state.st_size}\n{state.st_mtime_ns}\n"
+            digest.update(described.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

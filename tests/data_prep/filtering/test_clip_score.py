@@ -1,0 +1,155 @@
+"""CLIP scores: those of the model, limits by value and by quantile, and their replay."""
+
+import io
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from data_prep.filtering import decisions, replay
+from data_prep.filtering.steps import clip
+from data_prep.filtering.steps.base import Candidate, Drop
+from data_prep.reports.summary import read_report
+from diht_jax import load_model
+from diht_jax.data.records.schema import Pair
+from diht_jax.models import Architecture
+from diht_jax.weights import clip_layout
+from diht_jax.weights.tensor_files import write_safetensors
+from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
+
+_ARCH = Architecture(
+    image_size=16, patch_size=8, vision_layers=1, vision_width=64, vision_heads=1, text_layers=1,
+    text_width=64, text_heads=1, embed_dim=24, context_length=8,
+)  # fmt: skip
+_CAPTIONS = [
+    "a dog",
+    "two cats",
+    "the sea at night",
+    "red",
+    "a man rides",
+    "snow",
+    "x",
+    "a tall tree",
+]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
+    rng = np.random.default_rng(0)
+    shapes = clip_layout.expected_shapes(_ARCH)
+    tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
+    write_safetensors(path, tensors, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(1)
+    return [Image.fromarray(rng.integers(0, 256, (20, 24, 3)).astype(np.uint8)) for _ in _CAPTIONS]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, pictures):
+    path = tmp_path_factory.mktemp("pairs") / "pairs.tar"
+    with tarfile.open(path, "w") as tar:
+        for number, (picture, caption) in enumerate(zip(pictures, _CAPTIONS, strict=True)):
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            for extension, data in (("png", buffer.getvalue()), ("txt", caption.encode())):
+                info = tarfile.TarInfo(f"{number}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def scored(source, weights, tmp_path_factory):
+    output = tmp_path_factory.mktemp("scored") / "out"
+    assert (
+        run_filter(job_config(source, output, clip__model=str(weights), clip__batch_size=3)) == {}
+    )
+    return output
+
+
+def _read_scores(output) -> list[float]:
+    (path,) = (output / "parts").glob(f"*{decisions.SUFFIX}")
+    batches = decisions.read_decisions(str(path), [clip.SCORE])
+    return [value for rows in batches for value in rows[clip.SCORE].to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def expected(weights, pictures):
+    """Of one pair at a time, on one device, in float64."""
+    model = load_model(weights, batch_size=1, devices=jax.devices()[:1])
+    pairs = zip(pictures, _CAPTIONS, strict=True)
+    embedded = [(model.encode_image(p), model.encode_text(c)) for p, c in pairs]
+    return [float(np.dot(i[0].astype(np.float64), t[0].astype(np.float64))) for i, t in embedded]
+
+
+def test_scores_are_those_of_the_model_and_all_are_kept(scored, expected):
+    np.testing.assert_allclose(_read_scores(scored), expected, atol=1e-5)
+    assert len(read_records(scored)) == len(_CAPTIONS)
+
+
+def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expected, tmp_path):
+    config = job_config(
+        source, tmp_path / "out", clip__model=str(weights), clip__quantile=0.4,
+        clip__scores=str(scored), clip__batch_size=3,
+    )  # fmt: skip
+    assert run_filter(config) == {}
+    lowest = sorted(range(len(expected)), key=expected.__getitem__)
+    dropped = {_CAPTIONS[i] for i in lowest[:3]}  # 3 of 8 are less than 40%
+    kept = [record.caption for record in read_records(tmp_path / "out")]
+    assert kept == [caption for caption in _CAPTIONS if caption not in dropped]
+    assert read_dropped(tmp_path / "out") == {"clip": {"low_score": 3}}
+    assert config.clip.min_score == pytest.approx(expected[lowest[3]], abs=1e-5)
+    samples = read_report(tmp_path / "out").samples
+    assert sum("evidence" in s and s["evidence"].startswith("CLIP score ") for s in samples) == 3
+    # The replay of the recorded scores decides the same, without the model.
+    again = replay.Replay(str(scored), config).run()
+    assert (again.funnel.kept, again.not_known.total()) == (5, 0)
+    assert again.funnel.dropped["clip"] == {"low_score": 3}
+    config.clip.model = "another"
+    assert replay.Replay(str(scored), config).run().not_known.total() == 8
+
+
+def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictures, expected):
+    model = clip._load(str(weights), 3)
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "PNG")
+    image_emb = model.encode_image([pictures[0]] * 8)[:1]
+    cosines = image_emb @ model.encode_text(_CAPTIONS).T
+    limit = float(np.median(cosines))
+    config = job_config(
+        source, tmp_path, clip__model=str(weights), clip__min_score=limit, clip__batch_size=3
+    )
+    step = clip.ClipStep(config, None)
+    pair = Pair("k", buffer.getvalue(), _CAPTIONS[0], {})
+    broken = Pair("b", b"<html>", "x", {})
+    worst = _CAPTIONS[int(cosines.argmin())]
+    several, single, unreadable = step.judge(
+        [Candidate(pair, list(_CAPTIONS)), Candidate(pair, [worst]), Candidate(broken, ["x"])]
+    )
+    assert several.captions == [c for c, s in zip(_CAPTIONS, cosines[0], strict=True) if s >= limit]
+    assert several.scores[clip.SCORE] == pytest.approx(float(cosines.max()), abs=1e-5)
+    assert isinstance(single, Drop) and single.reason == "low_score"
+    assert single.candidate.scores[clip.SCORE] == pytest.approx(float(cosines.min()), abs=1e-5)
+    assert (unreadable.stage, unreadable.reason) == ("image", "unreadable")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"clip__min_score": 0.3}, "config.clip.model is not set"),
+        ({"clip__model": "m", "clip__min_score": 3.0}, "config.clip.min_score=3.0; expected"),
+        ({"clip__model": "m", "clip__quantile": 0.3}, "one of them is not set"),
+        ({"clip__model": "m", "clip__quantile": 3.0, "clip__scores": "x"}, "expected a share"),
+    ],
+)
+def test_keys_are_checked(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        job_config("in.tar", tmp_path, **changes)
