@@ -26,11 +26,14 @@ from ml_collections import config_flags
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import metadata, replay
+from data_prep.filtering.parts import Failures
 from data_prep.filtering.steps.captions import caption_limits
 from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
 from diht_jax.config import validate_config
 from diht_jax.data.escaping import escape_lines
+
+_INCOMPLETE_STATUS = 3  # the output is there, without the shards that failed
 
 
 def define_flags() -> None:
@@ -69,7 +72,7 @@ def main() -> None:
         overwrite=given.overwrite,
     )
     if failures:
-        sys.exit(1)
+        sys.exit(_INCOMPLETE_STATUS if failures.output_written else 1)
 
 
 def explain(caption: str, config: ml_collections.ConfigDict) -> str:
@@ -91,7 +94,7 @@ def run_filter(
     *,
     engine: str = "local",
     overwrite: bool = False,
-) -> dict[str, str]:
+) -> Failures:
     """Filters what is not filtered yet, and prints the funnel.
 
     Args:
@@ -102,7 +105,8 @@ def run_filter(
         overwrite: make again what was made with another config or from another input.
 
     Returns:
-        Sources that failed, with the reason; the other shards are complete.
+        Sources that failed, with the reason, and whether the output was written without them; the
+        other shards are complete.
 
     Raises:
         ValueError: nothing to read, nowhere to write, no pair was kept, or something has changed
@@ -116,6 +120,13 @@ def run_filter(
     return run(config, task_index, num_tasks, engine=engine, overwrite=overwrite)
 
 
+def _optional_keys() -> ml_collections.ConfigDict:
+    """The config with None for every key that `--config.KEY=None` may unset."""
+    config = filter_config.default_config()
+    config.examples_per_shard = None
+    return config
+
+
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main, config_defaults=filter_config.default_config)
+    command_line.run(main, config_defaults=_optional_keys)

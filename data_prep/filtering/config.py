@@ -38,6 +38,7 @@ _NOT_HASHED = (
     "keep_parts",
     "clean_label",
     "input_identity",
+    "max_failed_shards",
 )
 # Folders that were filtered before the rules had versions were hashed with digests of the rules'
 # source code. These two mean version 1, and version 1 goes on to be hashed as them, so that such
@@ -66,8 +67,11 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.drop_metadata = ("exif",)  # fields that are not worth their bytes
     c.output_format = "tfrecord"  # or "array_record", "webdataset": of the output shards
-    c.examples_per_shard = 10_000  # about so many records make one output shard
+    # About so many records make one output shard; None: each input shard makes one.
+    c.examples_per_shard = 10_000
     c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
+    # The output is written without so many failed input shards: a share below 1, or a number.
+    c.max_failed_shards = 0.01
     c.samples_per_outcome = 50  # examples in the statistics, to look at
     c.report_samples = 8  # examples of each outcome in the report, with pictures
     c.label_field = placeholder(str)  # field of the metadata by whose values pairs are counted
@@ -92,7 +96,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
-    least = {"examples_per_shard": 1, "retries": 0, "samples_per_outcome": 0}
+    if config.max_failed_shards < 0:
+        raise ValueError(
+            f"config.max_failed_shards={config.max_failed_shards}; expected a share below 1, or a "
+            "number of shards"
+        )
+    least = {"retries": 0, "samples_per_outcome": 0}
+    least |= {"examples_per_shard": 1} if config.examples_per_shard is not None else {}
     least |= {"report_samples": 0, "batch_size": 1}
     check_integers({name: (config[name], minimum) for name, minimum in least.items()})
     if config.shard_timeout_secs is not None and config.shard_timeout_secs <= 0:

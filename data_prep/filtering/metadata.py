@@ -17,7 +17,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -26,11 +26,12 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, stale_outputs
 from data_prep.filtering import job as filter_job
+from data_prep.filtering import parts as filter_parts
 from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
 from data_prep.jobs import files, fingerprint, shards
-from data_prep.jobs.engine import Report, print_failures, run_pending
+from data_prep.jobs.engine import Report, print_failures
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
 from diht_jax.data.atomic_file import temporary_path
@@ -85,7 +86,7 @@ def run(
         mine, names, folder, settings, versions, overwrite=overwrite
     )
     if finished.removed:
-        filter_job.forget_output(folder)
+        filter_parts.forget_output(folder)
     done = {
         task.output: finished.stats[task.output]
         for task in mine
@@ -94,42 +95,31 @@ def run(
     pending = [task for task in mine if task.output not in done]
     logging.info("%d tables, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:
-        filter_job.forget_output(folder)
+        filter_parts.forget_output(folder)
         names = [os.path.basename(task.output) for task in pending]
         for where in (folder, os.path.join(folder, decisions.FOLDER)):
             os.makedirs(where, exist_ok=True)
             shards.remove_temporary_files(where, names)
     function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
-    failures = run_pending(
-        function, pending, label="filter", **filter_job.engine_options(config, engine)
-    )
-    _finish(config, tasks, done, folder, shows_funnel=num_tasks == 1)
+    options = filter_parts.engine_options(config, engine) | {"label": "filter"}
+    failures = filter_parts.run_noting_failures(function, pending, options)
+    found = filter_parts.survey(tasks, done)
+    if not filter_job.is_unfinished(config, found, len(tasks), failures):
+        _finish(config, found, folder)
+        failures = filter_parts.with_output(failures, found)
+    elif num_tasks == 1 and found.parts:
+        filter_job.print_funnel(filter_job.merge_parts(config, found))
     return print_failures(failures)
 
 
-def _finish(
-    config: ml_collections.ConfigDict,
-    tasks: list[shards.ShardTask],
-    done: Mapping[str, dict[str, Any]],
-    folder: str,
-    *,
-    shows_funnel: bool,
-) -> None:
-    """Prints the funnel; writes what describes the whole folder when every table is done."""
-    parts = filter_job.load_parts(tasks, done)
-    if len(parts) < len(tasks):
-        if shows_funnel:
-            filter_job.print_funnel(filter_job.merge_parts(config, parts))
-        print(
-            f"{len(parts)} of {len(tasks)} tables are done; run the command again, or wait for the "
-            "other jobs"
-        )
-        return
-    report = filter_job.merge_parts(config, parts)
+def _finish(config: ml_collections.ConfigDict, found: filter_parts.Survey, folder: str) -> None:
+    """Prints the funnel, and writes what describes the whole folder."""
+    tasks = [task for task, _ in found.parts]
+    report = filter_job.merge_parts(config, found)
     filter_job.print_funnel(report)
     merged_path = files.join(folder, shards.MERGED_STATS)
     if not files.exists(merged_path):
-        shards.remove_temporary_files(folder, [*filter_job.MERGED_FILES, stale_outputs.SETTINGS])
+        shards.remove_temporary_files(folder, [*filter_parts.MERGED_FILES, stale_outputs.SETTINGS])
         kept.write_lists(folder, kept.read_kept(task.output for task in tasks))
         write_report(folder, report)
         counts = report.funnel.to_json() | {"measures": report.measures.to_json()}
@@ -137,10 +127,12 @@ def _finish(
             "config": filter_config.record_settings(config),
             "input": config.input,
             "config_hash": tasks[0].config_hash,
-            "inputs": len(tasks),
+            "inputs": len(tasks) + len(found.failed),
             "versions": report.versions_json(),
             "counts": counts,
         }
+        if found.failed:
+            merged["failed"] = found.failed
         shards.write_json(merged_path, merged)
     print(f"{report.funnel.kept:,} rows in {len(tasks)} files: {folder}; look at {folder}/{PAGE}")
 

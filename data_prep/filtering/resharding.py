@@ -14,7 +14,7 @@ import dataclasses
 import io
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,23 +36,42 @@ from diht_jax.data.records.dataset_info import shard_name
 from diht_jax.data.records.format import INDEX_SUFFIX
 from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
 from diht_jax.data.records.formats.tar_writer import image_extension
-from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.vocabulary import KINDS
 
 PARTS = "parts"
+
+Part = tuple[shards.ShardTask, dict[str, Any]]  # with its statistics
 
 # Files that go with the records of a part; the records themselves come last.
 _OF_RECORDS = (CONCEPTS_SUFFIX, INDEX_SUFFIX, "")
 _REPORT_EVERY = 256
 
 
-@dataclasses.dataclass(frozen=True)
-class Slice:
-    """Consecutive records of a part: those from `start` on, before `stop`."""
+class Piece(NamedTuple):
+    """Consecutive records of a file: those from `start` on, before `stop`."""
 
     path: str
     start: int
     stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Consecutive records of a part: those from `start` on, before `stop`.
+
+    Attributes:
+        path: of the part.
+        start, stop: numbers of the records.
+        part_hash: of what the part's records are.
+        pieces: where the records lie, if not in the part; see `reuse`.
+    """
+
+    path: str
+    start: int
+    stop: int
+    part_hash: str = ""
+    pieces: tuple[Piece, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +102,7 @@ class BalancedShard:
 
 
 def plan_shards(
-    parts: Sequence[tuple[shards.ShardTask, dict[str, Any]]],
+    parts: Sequence[Part],
     folder: str,
     *,
     dataset: str,
@@ -110,31 +129,45 @@ def plan_shards(
     total = int(ends[-1]) if len(ends) else 0
     count = max(1, -(-total // examples_per_shard))
     with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["beside"] for _, stats in parts)
-    # Folders of TFRecords were hashed before there were other formats.
-    identity = {} if output_format == "tfrecord" else {"output_format": output_format}
     planned = []
     for number in range(count):
         first, last = total * number // count, total * (number + 1) // count
         begin, end = np.searchsorted(ends, [first, last - 1], side="right") if total else (0, -1)
-        slices, identities = [], []
+        slices, taken = [], []
         for i in range(int(begin), int(end) + 1):
             task, stats = parts[i]
             offset = int(ends[i]) - records[i]
             start, stop = max(first - offset, 0), min(last - offset, records[i])
             if start < stop:
-                slices.append(Slice(task.output, start, stop))
-                identities.append([_identify(stats), start, stop])
+                slices.append(Slice(task.output, start, stop, hash_part(stats)))
+                taken.append((stats, start, stop))
         name = shard_name(dataset, split, number, count, FORMATS[output_format].suffix)
-        identity |= {"slices": identities, "with_concepts": with_concepts}
+        plan_hash = hash_plan(taken, output_format, with_concepts=with_concepts)
         planned.append(
-            BalancedShard(
-                files.join(folder, name),
-                tuple(slices),
-                shards.hash_config(identity),
-                with_concepts,
-            )
+            BalancedShard(files.join(folder, name), tuple(slices), plan_hash, with_concepts)
         )
     return planned
+
+
+def hash_part(stats: dict[str, Any]) -> str:
+    """A short hash of what the records of a part are."""
+    return shards.hash_config(_identify(stats))
+
+
+def hash_plan(
+    slices: Sequence[tuple[dict[str, Any], int, int]], output_format: str, *, with_concepts: bool
+) -> str:
+    """The hash of an output shard: of its parts by their statistics, and of what it takes of each.
+
+    Args:
+        slices: statistics of a part, first record, last one (exclusive).
+        output_format: as of `plan_shards`.
+        with_concepts: whether the parts have files of concepts.
+    """
+    # Folders of TFRecords were hashed before there were other formats.
+    identity = {} if output_format == "tfrecord" else {"output_format": output_format}
+    rows = [[_identify(stats), start, stop] for stats, start, stop in slices]
+    return shards.hash_config(identity | {"slices": rows, "with_concepts": with_concepts})
 
 
 def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
@@ -153,20 +186,21 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     files.remove(shard.stats_path)
     formats: collections.Counter[str] = collections.Counter()
     concepts = ConceptLog()
-    is_tar = name_format(shard.output) == "webdataset"
-    with open_writer(shard.output) as writer:
-        for piece in shard.slices:
-            source = TFRecordSource(piece.path)
-            for first in range(piece.start, piece.stop, _REPORT_EVERY):
-                numbers = range(first, min(first + _REPORT_EVERY, piece.stop))
-                for number in numbers:
-                    data = source[number]
-                    writer.write(_with_common_image(data) if is_tar else data)
-                report(len(numbers))
-            formats.update(read_formats(piece.path)[piece.start : piece.stop])
-            if shard.with_concepts:
-                for mentions in _read_mentions(piece):
-                    concepts.add(mentions)
+    with open_writer(shard.output) as plain_writer:
+        is_tar = name_format(shard.output) == "webdataset"
+        writer = CommonImageWriter(plain_writer) if is_tar else plain_writer
+        for part in shard.slices:
+            for piece in part.pieces or (Piece(part.path, part.start, part.stop),):
+                source = FORMATS[name_format(piece.path)].source(piece.path)
+                for first in range(piece.start, piece.stop, _REPORT_EVERY):
+                    numbers = range(first, min(first + _REPORT_EVERY, piece.stop))
+                    for number in numbers:
+                        writer.write(source[number])
+                    report(len(numbers))
+                if shard.with_concepts:
+                    for mentions in _read_mentions(piece):
+                        concepts.add(mentions)
+            formats.update(read_formats(part.path)[part.start : part.stop])
         counts: dict[str, Any] = {"image_formats": dict(sorted(formats.items()))}
         if shard.with_concepts:
             concepts.write(concept_path(shard.output))
@@ -175,7 +209,9 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     stats = {
         "config_hash": shard.plan_hash,
         "input": {
-            "parts": [[os.path.basename(s.path), s.start, s.stop] for s in shard.slices],
+            "parts": [
+                [os.path.basename(s.path), s.start, s.stop, s.part_hash] for s in shard.slices
+            ],
         },
         "output": {
             "file": os.path.basename(shard.output),
@@ -189,7 +225,24 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     return stats
 
 
-def _with_common_image(data: bytes) -> bytes:
+class CommonImageWriter:
+    """Writes records as tars need them: see `with_common_image`."""
+
+    def __init__(self, writer: RecordWriter):
+        """Hands on to `writer`, which the caller closes."""
+        self.path = writer.path
+        self._writer = writer
+
+    def write(self, data: bytes) -> None:
+        """Appends one record."""
+        self._writer.write(with_common_image(data))
+
+    def __len__(self) -> int:
+        """Records written so far."""
+        return len(self._writer)
+
+
+def with_common_image(data: bytes) -> bytes:
     """A record whose image webdataset knows; others become PNG, which loses nothing."""
     record = schema.decode_record(data)
     if image_extension(record.image) is not None:
@@ -288,7 +341,7 @@ def _identify(stats: dict[str, Any]) -> dict[str, Any]:
     return found | {"input": stats["input"]}
 
 
-def _read_mentions(piece: Slice) -> Iterator[Mentions]:
+def _read_mentions(piece: Piece) -> Iterator[Mentions]:
     """What the captions of the records name, record by record."""
     rows = {}
     for kind in KINDS:

@@ -18,6 +18,7 @@ from absl import logging
 
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.filtering import decisions
+from data_prep.filtering.resharding import CommonImageWriter
 from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps.base import Candidate, Drop, Step, all_captions, begin
 from data_prep.filtering.steps.image import ImageStep
@@ -30,6 +31,7 @@ from diht_jax.data.images import decode
 from diht_jax.data.readers.base import held_bytes
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records import schema
+from diht_jax.data.records.formats.registry import name_format
 from diht_jax.data.records.formats.tar_members import DamagedTarError
 from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.schema import Pair
@@ -93,6 +95,8 @@ def _process(
 ) -> dict[str, Any]:
     if search.unexplained:  # it may have been a dropped picture that the report would show
         config = ml_collections.ConfigDict(config.to_dict() | {"report_samples": 0})
+    if name_format(os.fspath(writer.path)) == "webdataset":
+        writer = CommonImageWriter(writer)
     log = ShardLog(config)
     log.download = img2dataset.read_download_stats(source)
     with log.clock("loading"):

@@ -123,6 +123,7 @@ class FilterReport:
             "download": self.download,
             "spotters": dict(sorted(self.spotters.items())),
             "versions": self.versions_json(),
+            "failed": self.failed(),
             "warnings": self.warnings(),
             "num_damaged": self.num_damaged,
             "damaged": self.damaged,
@@ -168,7 +169,16 @@ class FilterReport:
                 f"{self.num_damaged:,} archives are damaged, and only the pairs before the damage "
                 f"are here, such as those of {self.damaged[0]}"
             )
+        if failed := self.failed():
+            found.append(
+                f"{len(failed):,} input shards failed, and nothing of them is here, such as "
+                f"{failed[0]['source']}: {failed[0]['error']}"
+            )
         return [*filter(None, [warn_of_machines(self.spotters)]), *found]
+
+    def failed(self) -> list[dict[str, str]]:
+        """The input shards that failed and are not in here: "source" and "error" of each."""
+        return [failed for job in self.jobs for failed in job.get("failed", ())]
 
     def share(self, pairs: int) -> float:
         """Of all pairs that came in."""

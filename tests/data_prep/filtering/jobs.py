@@ -17,8 +17,8 @@ from PIL import Image
 from data_prep.filtering import config as filter_config
 from data_prep.jobs.manifest import read_manifest
 from diht_jax.config import load_recipe, validate_config
+from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.schema import Record, decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
 
 _RECIPES = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep"
 # Where the input lay, and what tells how long it took.
@@ -68,18 +68,24 @@ def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
 
 def part_names(output: pathlib.Path) -> dict[str, str]:
     """Path of each input below its root -> name of its part, in the order of the inputs."""
-    return {entry.path: entry.name for entry in read_manifest(str(output / "parts"))}
+    return {entry.path: entry.name for entry in read_manifest(str(_parts_folder(output)))}
+
+
+def _parts_folder(output: pathlib.Path) -> pathlib.Path:
+    return output / "parts" if (output / "parts").exists() else output
 
 
 def when_done(output: pathlib.Path) -> dict[str, int]:
     """Path of each input whose part is done -> when that was noted."""
-    paths = {path: output / "parts" / f"{n}.stats.json" for path, n in part_names(output).items()}
+    paths = {
+        path: _parts_folder(output) / f"{n}.stats.json" for path, n in part_names(output).items()
+    }
     return {name: path.stat().st_mtime_ns for name, path in paths.items() if path.exists()}
 
 
 def read_records(output: pathlib.Path) -> list[Record]:
     """All records of an output, in their order."""
-    return [decode_record(data) for data in TFRecordSource(output)]
+    return [decode_record(data) for data in open_source(output)]
 
 
 def read_dropped(output: pathlib.Path) -> dict[str, dict[str, int]]:

@@ -1,12 +1,20 @@
 """Inputs that grow, shrink and change: each costs its own part, whatever lies before it."""
 
+import contextlib
+import functools
+import json
 import pathlib
+import shutil
 import tarfile
 
 import pytest
+from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import shard
+from data_prep.jobs import files
+from data_prep.jobs.manifest import read_manifest
+from diht_jax.data.records.dataset_index import read_table
 from tests.data_prep.filtering.jobs import (
     job_config,
     part_names,
@@ -56,18 +64,29 @@ def test_a_tar_that_is_cut_off_and_deleted_later(tmp_path, filtered):
     assert "00007.tar" not in part_names(tmp_path / "out")
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, overwrite):
+# What becomes of the parts' records: they are kept, found in the output shards, or the output.
+_KINDS = (
+    {"keep_parts": True, "examples_per_shard": 4},
+    {"keep_parts": False, "examples_per_shard": 4, "concepts": True},
+    {"keep_parts": False, "examples_per_shard": 3, "output_format": "array_record"},
+    {"examples_per_shard": None},
+)
+
+
+@pytest.mark.parametrize("settings", _KINDS, ids=["kept", "copied", "array_record", "output"])
+def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, settings):
     source, output = write_tars(tmp_path / "in", 6, pairs_per_tar=2), tmp_path / "out"
-    config = job_config(source, output, keep_parts=True, examples_per_shard=4)
+    config = job_config(source, output, **settings)
     run_filter(config)
     before = when_done(output)
     filtered.clear()
     _add(tmp_path / "in", "00002b.tar", like="00000.tar")
-    assert run_filter(config, overwrite=overwrite) == {}
+    assert run_filter(config) == {}
     assert filtered == ["00002b.tar"]
-    keys = [record.key for record in read_records(output)]
-    assert keys[4:8] == ["2-0", "2-1", "00002b-0-0", "00002b-0-1"]
+    keys = (output / "kept_keys.txt").read_text().split()
+    assert keys == [record.key for record in read_records(output)]
+    if config.examples_per_shard is not None:  # else in the order of the names
+        assert keys[4:8] == ["2-0", "2-1", "00002b-0-0", "00002b-0-1"]
     assert {name: when_done(output)[name] for name in before} == before
     filtered.clear()
     _add(tmp_path / "in", "00004.tar", like="00001.tar")
@@ -80,9 +99,127 @@ def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, o
     assert run_filter(config, overwrite=True) == {}
     assert filtered == ["00004.tar"]
     gone = part_names(output)
-    run_filter(job_config(source, tmp_path / "fresh", keep_parts=True, examples_per_shard=4))
+    run_filter(job_config(source, tmp_path / "fresh", **settings))
     assert snapshot(output) == snapshot(tmp_path / "fresh")
     assert gone == part_names(tmp_path / "fresh")
+
+
+def test_other_output_shards_are_copied_and_a_kill_while_they_are_loses_nothing(
+    tmp_path, filtered, monkeypatch
+):
+    """Before each change of the folder in turn; what was cleaned away is never filtered again."""
+    source = write_tars(tmp_path / "in", 3, pairs_per_tar=3)
+    run_filter(job_config(source, tmp_path / "done", concepts=True, examples_per_shard=4))
+    run_filter(job_config(source, tmp_path / "wanted", concepts=True, examples_per_shard=2))
+    filtered.clear()
+    wanted, kills = snapshot(tmp_path / "wanted"), 0
+    real = {name: getattr(files, name) for name in ("rename", "remove", "write_bytes")}
+    while True:
+        output = tmp_path / f"out{kills}"
+        shutil.copytree(tmp_path / "done", output)
+        config = job_config(source, output, concepts=True, examples_per_shard=2)
+        left = [kills]
+
+        def change(*args, name, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            real[name](*args)
+
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(files, name, functools.partial(change, name=name))
+            with contextlib.suppress(KeyboardInterrupt):
+                run_filter(config)
+        was_killed = left[0] < 0
+        assert run_filter(config) == {}
+        assert snapshot(output) == wanted
+        assert filtered == []
+        shutil.rmtree(output)
+        if not was_killed:
+            break
+        kills += 5
+    assert kills > 30
+
+
+def test_parts_as_output_hold_what_shards_would(tmp_path, filtered):
+    source = write_tars(tmp_path / "in", 3, pairs_per_tar=2)
+    run_filter(job_config(source, tmp_path / "sharded", concepts=True))
+    output = tmp_path / "out"
+    config = job_config(source, output, concepts=True, examples_per_shard=None)
+    assert run_filter(config) == {}
+    assert [path.name for path in sorted(output.glob("*.tfrecord"))] == sorted(
+        read_manifest(str(output))[i].name for i in range(3)
+    )
+    assert not (output / "parts").exists() and not (output / "dataset_info.json").exists()
+    records = {record.key: record for record in read_records(output)}
+    assert records == {record.key: record for record in read_records(tmp_path / "sharded")}
+    index = read_table(f"{output}/dataset.index")
+    assert index.starts.tolist() == [0, 2, 4, 6]
+    filtered.clear()
+    assert run_filter(config) == {}
+    assert filtered == []
+    next(iter(output.glob("*.tfrecord"))).unlink()  # nothing else has these records
+    assert run_filter(config) == {}
+    assert len(filtered) == 1
+    config.examples_per_shard = 2
+    with pytest.raises(ValueError, match="with config.examples_per_shard=None, now it is 2"):
+        run_filter(config)
+    assert run_filter(config, overwrite=True) == {}
+    assert [record.key for record in read_records(output)] == [
+        f"{tar}-{i}" for tar in range(3) for i in range(2)
+    ]
+    config.examples_per_shard = None
+    with pytest.raises(ValueError, match="with config.examples_per_shard=a number, now it is None"):
+        run_filter(config)
+    assert run_filter(config, overwrite=True) == {}
+    assert {record.key for record in read_records(output)} == set(records)
+
+
+def test_tars_as_output_hold_images_that_webdataset_knows(tmp_path):
+    write_tars(tmp_path / "in", 1)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "in" / "a.bmp")
+    (tmp_path / "in" / "t.csv").write_text("image,caption\na.bmp,a picture\n")
+    for name, size in (("sharded", 10), ("parts", None)):
+        config = job_config(f"{tmp_path}/in/t.csv", tmp_path / name, output_format="webdataset")
+        config.examples_per_shard = size
+        run_filter(config)
+    (sharded,) = (tmp_path / "sharded").glob("*.tar")
+    (part,) = (tmp_path / "parts").glob("*.tar")
+    assert part.read_bytes() == sharded.read_bytes()
+    assert json.loads((tmp_path / "parts" / "sizes.json").read_text()) == {part.name: 1}
+
+
+def test_a_few_failures_do_not_hold_up_the_output(tmp_path, capsys):
+    source, output = write_tars(tmp_path / "in", 8, pairs_per_tar=2), tmp_path / "out"
+    broken = [tmp_path / "in" / f"{number:05d}.tar" for number in (2, 5)]
+    whole = [path.read_bytes() for path in broken]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:3000])
+    failures = run_filter(job_config(source, output, max_failed_shards=1))
+    assert list(failures) == [str(path) for path in broken] and not failures.output_written
+    assert "6 of 8 shards are done, 2 failed, and config.max_failed_shards=1 allows 1" in (
+        capsys.readouterr().out
+    )
+    assert not (output / "stats.json").exists()
+    config = job_config(source, output, max_failed_shards=0.25)
+    # Two jobs: the one that has all parts in sight writes the output without those of the other.
+    assert not run_filter(config, 0, 2).output_written
+    failures = run_filter(config, 1, 2)
+    assert failures.output_written and set(failures) == {str(path) for path in broken}
+    assert len(read_records(output)) == 12
+    for name in ("stats.json", "report.json"):
+        failed = json.loads((output / name).read_text())["failed"]
+        assert [row["source"] for row in failed] == [str(path) for path in broken]
+        assert "cannot be read to its end" in failed[0]["error"]
+    assert "2 input shards failed" in (output / "report.html").read_text()
+    for path, data in zip(broken, whole, strict=True):
+        path.write_bytes(data)
+    assert run_filter(config) == {}
+    assert len(read_records(output)) == 16
+    assert "failed" not in json.loads((output / "stats.json").read_text())
+    run_filter(job_config(source, tmp_path / "fresh"))
+    assert snapshot(output) == snapshot(tmp_path / "fresh")
 
 
 def test_an_input_that_is_reached_from_another_root_is_not_filtered_again(tmp_path, filtered):

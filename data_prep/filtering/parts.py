@@ -1,0 +1,344 @@
+"""The parts of a filter job, one for each input shard: planned, compared with what is there, made.
+
+They lie in the folder `parts` of the output and are re-sharded, or are the output themselves where
+`config.examples_per_shard` is None. What an input shard's failure was stands beside its part
+(`FAILED_SUFFIX`) until it is made, so that another job of an array knows that nobody works on it.
+What becomes of the parts belongs in `job`, what happens to a pair in `shard`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+from absl import logging
+
+from data_prep.filtering import config as filter_config
+from data_prep.filtering import decisions, kept, resharding, reuse, stale_outputs
+from data_prep.filtering import shard as filter_shard_module
+from data_prep.filtering.resharding import Part
+from data_prep.filtering.steps import registry
+from data_prep.jobs import files, manifest, shards
+from data_prep.jobs.crash_search import after_death
+from data_prep.jobs.engine import RaySettings, run_pending
+from data_prep.jobs.manifest import Input
+from data_prep.reports.page import PAGE
+from data_prep.reports.summary import REPORT
+from diht_jax.data.records import dataset_info
+from diht_jax.data.records.dataset_index import INDEX_NAME
+from diht_jax.data.records.formats.registry import FORMATS
+
+FAILED_SUFFIX = ".failed.json"
+
+# What describes the whole output.
+MERGED_FILES = (
+    *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
+    *(kept.KEYS_FILE, kept.UIDS_FILE, REPORT, PAGE),
+)
+
+
+class Failures(dict[str, str]):
+    """Sources that failed, with the reason.
+
+    Attributes:
+        output_written: whether the output is there nevertheless, without them.
+    """
+
+    output_written: bool = False
+
+
+class Survey(NamedTuple):
+    """How far the tasks of all jobs are.
+
+    Attributes:
+        parts: tasks that are done, with their statistics (not read while others are waited for).
+        failed: "source" and "error" of each task that failed when it was last tried.
+        waiting: tasks that are neither.
+    """
+
+    parts: list[Part]
+    failed: list[dict[str, str]]
+    waiting: int
+
+
+def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
+    """How the tasks of a config are run: keywords of `run_pending`.
+
+    Args:
+        config: how many workers, retries, and which cluster.
+        engine: one of `engine.ENGINES`.
+    """
+    return {
+        "num_workers": config.num_workers,
+        "retries": config.retries,
+        "timeout_secs": config.shard_timeout_secs,
+        "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
+    }
+
+
+def allowed_failures(config: ml_collections.ConfigDict, num_tasks: int) -> int:
+    """How many inputs may fail; `config.max_failed_shards` is a share (below 1) or a number."""
+    limit = config.max_failed_shards
+    return int(limit * num_tasks + 1e-9) if limit < 1 else int(limit)
+
+
+def parts_folder(config: ml_collections.ConfigDict, folder: str) -> str:
+    """Where the parts of an output folder lie."""
+    return folder if config.examples_per_shard is None else files.join(folder, resharding.PARTS)
+
+
+def plan_parts(
+    config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str, overwrite: bool
+) -> list[shards.ShardTask]:
+    """The part of every input; makes the folders.
+
+    Raises:
+        ValueError: the folder holds shards of others, or was made in the other way and is not to
+            be overwritten.
+    """
+    files.make_folder(folder)
+    _settle_layout(config, folder, overwrite)
+    foreign = _find_foreign(config, folder)
+    if foreign:
+        raise ValueError(
+            f"'{folder}' holds {len(foreign)} shards that do not belong to this run, such as "
+            f"'{foreign[0]}'; choose an empty folder, or delete them"
+        )
+    are_output = config.examples_per_shard is None
+    return manifest.plan_parts(
+        inputs,
+        parts_folder(config, folder),
+        dataset=config.dataset_name,
+        split=config.split,
+        config_hash=filter_config.hash_config(config),
+        output_format=config.output_format if are_output else "tfrecord",
+        identity=config.input_identity,
+    )
+
+
+def settle_changes(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[shards.ShardTask],
+    mine: Sequence[shards.ShardTask],
+    folder: str,
+    overwrite: bool,
+) -> dict[str, dict[str, Any]]:
+    """The statistics of this job's parts that are done, without counts.
+
+    Raises:
+        ValueError: something has changed, and it is not to be overwritten.
+    """
+    finished = stale_outputs.reject_or_remove_stale(
+        mine,
+        [os.path.basename(task.output) for task in tasks],
+        parts_folder(config, folder),
+        filter_config.describe_settings(config),
+        filter_config.package_versions(config),
+        overwrite=overwrite,
+    )
+    if finished.removed:
+        forget_output(folder)
+    if config.examples_per_shard is None:
+        whole = (task for task in mine if task.output in finished.stats)
+        return {
+            task.output: finished.stats[task.output]
+            for task in whole
+            if shards.has_output(task, finished.stats[task.output])
+        }
+    if not overwrite:
+        _check_records(config, tasks, finished.stats, folder)
+    return finished.stats
+
+
+def forget_output(folder: str) -> None:
+    """Removes what describes the whole output, before a part of it changes."""
+    for name in MERGED_FILES:
+        files.remove(files.join(folder, name))
+
+
+def filter_parts(
+    config: ml_collections.ConfigDict,
+    mine: Sequence[shards.ShardTask],
+    done: Collection[str],
+    folder: str,
+    engine: str,
+) -> Failures:
+    """Filters the inputs of this job whose parts are not done; failures are noted beside them."""
+    pending = [task for task in mine if task.output not in done]
+    logging.info("%d shards, %d of them done before", len(mine), len(mine) - len(pending))
+    if pending:
+        forget_output(folder)
+    where = parts_folder(config, folder)
+    shards.remove_temporary_files(where, [os.path.basename(task.output) for task in mine])
+    return run_filter(config, pending, engine)
+
+
+def run_filter(
+    config: ml_collections.ConfigDict, pending: Sequence[shards.ShardTask], engine: str
+) -> Failures:
+    """Filters some inputs; failures are noted beside their parts."""
+    steps = registry.active_steps(config)
+    function = functools.partial(filter_shard_module.filter_shard, config=config, steps=steps)
+    options = engine_options(config, engine) | {"label": "filter", "after_death": after_death}
+    return run_noting_failures(function, pending, options)
+
+
+def run_noting_failures(
+    function: Any, pending: Sequence[shards.ShardTask], options: Mapping[str, Any]
+) -> Failures:
+    """As `run_pending`; what failed is noted beside the outputs, until it succeeds."""
+    if not pending:
+        return Failures()
+    names = {os.path.basename(task.output) + FAILED_SUFFIX for task in pending}
+    where = pending[0].output.rpartition("/")[0]
+    for name in names.intersection(files.list_names(where)):
+        files.remove(files.join(where, name))
+    failures = Failures(run_pending(function, pending, **options))
+    for task in pending:
+        error = failures.get(str(task.source))
+        if error is not None:
+            note = {"source": str(task.source), "error": error}
+            shards.write_json(task.output + FAILED_SUFFIX, note)
+    return failures
+
+
+def with_output(failures: Failures, found: Survey) -> Failures:
+    """The failures of all jobs of an array, where the output was written without them."""
+    known = {failed["source"]: failed["error"] for failed in found.failed}
+    result = Failures({**failures, **known})
+    result.output_written = True
+    return result
+
+
+def survey(
+    tasks: Sequence[shards.ShardTask], known: Mapping[str, dict[str, Any]] | None = None
+) -> Survey:
+    """Looks which tasks are done, by this config on this input, and which have failed.
+
+    The statistics are held without the counts, so that the memory does not grow with them. While
+    some tasks are waited for, by the names in the folder, none of the others' is read.
+
+    Args:
+        tasks: of one folder, in order.
+        known: output -> such statistics that were read before, and need not be read again.
+    """
+    known = known or {}
+    present = set(files.list_names(tasks[0].output.rpartition("/")[0])) if tasks else set()
+    there, failed = [], []
+    for task in tasks:
+        name = os.path.basename(task.output)
+        if name + shards.STATS_SUFFIX in present:
+            there.append(task)
+        elif name + FAILED_SUFFIX in present:
+            failed.append(shards.read_json(task.output + FAILED_SUFFIX))
+    waiting = len(tasks) - len(there) - len(failed)
+    if waiting:
+        return Survey([(task, known.get(task.output, {})) for task in there], failed, waiting)
+    unread = [task for task in there if task.output not in known]
+    read = {
+        task.output: shards.without_counts(stats)
+        for task, stats, change in shards.check_all(unread)
+        if stats is not None and change is None
+    }
+    found = {**known, **read}
+    parts = [(task, found[task.output]) for task in there if task.output in found]
+    return Survey(parts, failed, len(there) - len(parts))
+
+
+def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bool) -> None:
+    """Refuses, or removes on request, what was made with re-sharding and now is to be without.
+
+    The same the other way round.
+    """
+    are_output = config.examples_per_shard is None
+    other = files.join(folder, resharding.PARTS) if are_output else folder
+    if not files.exists(files.join(other, stale_outputs.SETTINGS)):
+        return
+    if not overwrite:
+        before = "a number" if are_output else "None"
+        raise ValueError(
+            f"'{folder}' was made with config.examples_per_shard={before}, now it is "
+            f"{config.examples_per_shard}: all input shards would have to be filtered again. "
+            "Choose another output, or make it again with --overwrite"
+        )
+    forget_output(folder)
+    if are_output:
+        resharding.remove_stale_shards(folder, [], config.output_format)
+        reuse.remove_previous(folder)
+        stale = files.list_names(other)
+    else:
+        names = [entry.name for entry in manifest.read_manifest(folder)]
+        stale = shards.names_below(files.list_names(folder), names)
+        stale += [manifest.NAME, stale_outputs.SETTINGS]
+    # The settings last: until then the folder is known for what it is.
+    for name in sorted(stale, key=lambda name: name == stale_outputs.SETTINGS):
+        files.remove(files.join(other, name))
+
+
+def _find_foreign(config: ml_collections.ConfigDict, folder: str) -> list[str]:
+    """Names of the shards in a folder that training would read, and no filter has written."""
+    if config.examples_per_shard is not None:
+        return resharding.find_foreign(folder, config.output_format)
+    suffix = re.escape(FORMATS[config.output_format].suffix)
+    named = re.compile(rf"{config.dataset_name}-{config.split}-[0-9a-f]{{16}}{suffix}")
+    present = set(files.list_names(folder))
+
+    def is_ours(name: str) -> bool:
+        # Or half-done: killed before its statistics.
+        whole = name + decisions.SUFFIX in present or name + shards.STATS_SUFFIX not in present
+        return named.fullmatch(name) is not None and whole
+
+    return [n for n in shards.read_shards(folder, config.output_format) if not is_ours(n)]
+
+
+def _check_records(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[shards.ShardTask],
+    done: Collection[str],
+    folder: str,
+) -> None:
+    """Refuses to read again, unasked, what a complete job has read and then cleaned away.
+
+    Most records are found again in the output; see `reuse`.
+    """
+    try:
+        merged = shards.read_json(files.join(folder, shards.MERGED_STATS))
+    except FileNotFoundError:
+        return
+    before, now = layout(merged), {"inputs": len(tasks)} | layout(config)
+    differing = [name for name in now if before.get(name) != now[name]]
+    if not differing:
+        return
+    present = set(files.list_names(files.join(folder, resharding.PARTS)))
+    is_copied = before["output_format"] in reuse.COPIED_FORMATS
+
+    def is_lost(name: str) -> bool:
+        return name not in present and not (is_copied and name + decisions.SUFFIX in present)
+
+    lost = [output for output in done if is_lost(os.path.basename(output))]
+    if lost:
+        name = differing[0]
+        what = (
+            f"the input had {before.get(name)} shards and has {now[name]}"
+            if name == "inputs"
+            else f"{name} was {before.get(name)} and is {now[name]}"
+        )
+        raise ValueError(
+            f"'{folder}' is complete, and {what}: {len(lost)} input shards would have to be "
+            "read again. Choose another output, or make it again with --overwrite; "
+            "config.keep_parts=True would have kept what is needed, and so would "
+            "config.output_format='tfrecord', whose records are copied"
+        )
+
+
+def layout(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which output shards the parts make, of a config or of merged statistics.
+
+    Statistics of TFRecords do not state their format: older ones had no other.
+    """
+    names = ("inputs", "examples_per_shard", "output_format")
+    return {"output_format": "tfrecord"} | {n: settings[n] for n in names if n in settings}
