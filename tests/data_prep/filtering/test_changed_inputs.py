@@ -138,7 +138,7 @@ def test_other_output_shards_are_copied_and_a_kill_while_they_are_loses_nothing(
         shutil.rmtree(output)
         if not was_killed:
             break
-        kills += 5
+        kills += 7
     assert kills > 30
 
 
@@ -202,6 +202,7 @@ def test_a_few_failures_do_not_hold_up_the_output(tmp_path, capsys):
         capsys.readouterr().out
     )
     assert not (output / "stats.json").exists()
+    output = tmp_path / "array"
     config = job_config(source, output, max_failed_shards=0.25)
     # Two jobs: the one that has all parts in sight writes the output without those of the other.
     assert not run_filter(config, 0, 2).output_written
