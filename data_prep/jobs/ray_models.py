@@ -12,6 +12,8 @@ Ray is imported only where it is in use. What a model computes is not known here
 from __future__ import annotations
 
 import collections
+import contextlib
+import os
 import random
 import threading
 import time
@@ -32,6 +34,15 @@ _MAX_FAILED_STARTS = 3  # in a row
 
 class _ModelActor:
     """Holds models; one object lives in one process of the cluster."""
+
+    def __init__(self, folder: str):
+        """Runs in the folder of the job where there is one, so that relative paths mean the same.
+
+        Args:
+            folder: in which the driver runs.
+        """
+        with contextlib.suppress(OSError):
+            os.chdir(folder)
 
     def wait(self) -> None:
         """Never returns, so that an answer means the end of the actor."""
@@ -136,7 +147,7 @@ class ModelPool:
             concurrency_groups={"life": 1},
             **options,
         )(_ModelActor)
-        actor = actor_class.remote()
+        actor = actor_class.remote(os.getcwd())
         self._starting[actor.is_ready.remote()] = actor
 
     def _take_ready(self) -> int:

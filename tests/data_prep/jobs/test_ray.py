@@ -35,6 +35,8 @@ from tests.data_prep.filtering.jobs import job_config
 
 class Doubler:
     def double(self, number, folder):
+        seen = [os.environ[n] for n in ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_MEM_FRACTION")]
+        pathlib.Path(folder, f"model_{os.getpid()}_{'_'.join(seen)}").touch()
         flag = pathlib.Path(folder, f"died_{number}")
         if number == 666 or (number == 13 and not flag.exists()):
             flag.touch()
@@ -71,8 +73,9 @@ def work(task, report, folder):
 
 def main(folder):
     os.chdir(folder)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    settings = RaySettings(cluster.address, model_actors=2, gpus_per_model_actor=0)
+    # A GPU in name only, to be reserved: nothing here computes on it.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    settings = RaySettings(cluster.address, model_actors=10, gpus_per_model_actor=0.5)
 
     function = functools.partial(work, folder=folder)
     tasks = [5, 0, 20, 30, 6, 666]
@@ -154,6 +157,9 @@ def test_workers_share_models_that_die_and_nodes_that_join(printed):
     assert outcomes[5] == ([2 * n for n in range(5, 14)], None)
     assert "3 model actors died of one batch" in outcomes[666][1]
     assert len(list(folder.glob("node_*"))) == 2
+    # Two at a time share the GPU and its memory; one for each that died followed.
+    models = [path.name.split("_") for path in folder.glob("model_*")]
+    assert 2 <= len(models) <= 6 and {tuple(name[2:]) for name in models} == {("0", "0.45")}
     assert "others take its batches" in found["stderr"]
 
 
