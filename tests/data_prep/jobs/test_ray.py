@@ -12,10 +12,8 @@ import types
 
 import pytest
 
-from data_prep.filter import run_filter
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.engine_ray import _Actor
-from tests.data_prep.filtering.jobs import job_config, snapshot
 from tests.docs.pages import python_blocks
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -27,10 +25,8 @@ _SCRIPT = """
 import functools, json, os, pathlib, sys, time
 import ray
 from ray.cluster_utils import Cluster
-from data_prep.filter import run_filter
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
-from tests.data_prep.filtering.jobs import job_config
 
 
 class Doubler:
@@ -74,7 +70,8 @@ def work(task, report, folder):
 def main(folder):
     os.chdir(folder)
     # A GPU in name only, to be reserved: nothing here computes on it.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    head = {"num_cpus": 1, "num_gpus": 1, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     settings = RaySettings(cluster.address, model_actors=10, gpus_per_model_actor=0.5)
 
     function = functools.partial(work, folder=folder)
@@ -87,10 +84,6 @@ def main(folder):
             cluster.add_node(num_cpus=3)
         found.append([outcome.task, outcome.result, outcome.error])
     print("toy", json.dumps(found), flush=True)
-    config = job_config("in/*.tar", "on_ray", **json.loads(sys.argv[2]))
-    config.num_workers = 1
-    config.ray.update({"address": cluster.address, "model_actors": 1, "gpus_per_model_actor": 0.0})
-    print("filter", json.dumps(run_filter(config, engine="ray")))
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
@@ -100,11 +93,6 @@ def main(folder):
 if __name__ == "__main__":
     main(sys.argv[1])
 """
-# A picture's text is looked for on little canvases: what is compared are bytes, not what is found.
-_SPOTTING = {
-    **{"text_spotting": True, "spotter__canvas_size": 64, "spotter__gate_size": 0},
-    **{"spotter__precision": "float32", "spotter__low_text": 0.01, "spotter__text_threshold": 0.01},
-}
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +101,11 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     pytest.importorskip("ray")
     pytest.importorskip("easyocr")
     folder = tmp_path_factory.mktemp("ray")
-    _write_input(folder / "in")
     (example,) = python_blocks(_REPOSITORY / "docs" / "ray.md")[:1]
     (folder / "example.py").write_text(example)
     (folder / "script.py").write_text(_SCRIPT)
     done = subprocess.run(
-        [sys.executable, "script.py", str(folder), json.dumps(_SPOTTING)],
+        [sys.executable, "script.py", str(folder)],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(_REPOSITORY)} | _ENVIRONMENT,
         capture_output=True,
@@ -128,22 +115,6 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     assert done.returncode == 0, done.stderr[-4000:]
     lines = (line.partition(" ") for line in done.stdout.splitlines())
     return folder, {name: text for name, _, text in lines} | {"stderr": done.stderr}
-
-
-def _write_input(folder: pathlib.Path) -> None:
-    """Two tars with a picture each that carries text."""
-    import io
-    import tarfile
-
-    from benchmarks.text_spotting_testset import make_test_set
-
-    folder.mkdir()
-    for number, picture in enumerate(make_test_set(2, seed=1)):
-        with tarfile.open(folder / f"{number:05d}.tar", "w") as tar:
-            for extension, data in (("jpg", picture.image), ("txt", picture.caption.encode())):
-                info = tarfile.TarInfo(f"{number}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
 
 
 def test_workers_share_models_that_die_and_nodes_that_join(printed):
@@ -161,17 +132,6 @@ def test_workers_share_models_that_die_and_nodes_that_join(printed):
     models = [path.name.split("_") for path in folder.glob("model_*")]
     assert 2 <= len(models) <= 6 and {tuple(name[2:]) for name in models} == {("0", "0.45")}
     assert "others take its batches" in found["stderr"]
-
-
-def test_text_is_spotted_in_model_actors_with_the_same_bytes(printed, monkeypatch):
-    folder, found = printed
-    assert json.loads(found["filter"]) == {}
-    monkeypatch.chdir(folder)
-    assert run_filter(job_config("in/*.tar", "here", **_SPOTTING)) == {}
-    on_ray, here = (snapshot(folder / name) for name in ("on_ray", "here"))
-    assert on_ray == here
-    (stats,) = [data for name, data in here.items() if name == "stats.json"]
-    assert json.loads(stats)["counts"]["text_spotting"] == {"read": 2}
 
 
 def test_example_of_the_page(printed):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch  # noqa: E402
 from benchmarks.text_spotting_testset import make_test_set  # noqa: E402
 from data_prep.filter import run_filter  # noqa: E402
 from data_prep.filtering import config as filter_config  # noqa: E402
+from data_prep.jobs import models  # noqa: E402
 from data_prep.text_spotting import ocr as text_spotting_ocr  # noqa: E402
 from data_prep.text_spotting import spotter as text_spotting  # noqa: E402
 from data_prep.text_spotting import weights  # noqa: E402
@@ -29,6 +31,7 @@ from diht_jax.config import load_recipe  # noqa: E402
 from diht_jax.data.images.decode import decode_rgb  # noqa: E402
 from diht_jax.data.records.schema import decode_record  # noqa: E402
 from diht_jax.data.records.tfrecord import TFRecordSource  # noqa: E402
+from tests.data_prep.filtering.jobs import job_config, snapshot  # noqa: E402
 
 # Shares no five characters with what the pictures show.
 _OTHER = "two zebras jump over my fence"
@@ -353,6 +356,38 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
         ("t-00000004", "東京タワーの夜景"),
     ]
     assert list((tmp_path / "c").glob("*/t.jsonl-*.jsonl"))
+
+
+class _PickledModel:
+    """A model behind the border of a process, as workers on a cluster see it."""
+
+    def __init__(self, load):
+        self._load = pickle.dumps(load)
+
+    def map(self, method, calls):
+        for call in calls:
+            function = getattr(pickle.loads(self._load)(), method)
+            yield pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(call)))))
+
+
+def test_shared_networks_write_the_same_bytes(pictures, tmp_path, monkeypatch):
+    for number, kind in enumerate(("band", "nothing")):
+        (tmp_path / f"{number}.jpg").write_bytes(pictures[kind].image)
+    rows = [{"image": f"{i}.jpg", "caption": pictures["band"].caption} for i in range(2)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = {"canvas_size": 96, "gate_size": 64, "gate_score": 0.01, "precision": "float32"}
+    changes = {f"spotter__{name}": value for name, value in settings.items()}
+    for name in ("own", "shared"):
+        config = job_config(
+            str(tmp_path / "t.jsonl"), tmp_path / name, text_spotting=True, **changes
+        )
+        text_spotting_ocr.load_ocr.cache_clear()
+        assert run_filter(config) == {}
+        monkeypatch.setattr(models, "_open", _PickledModel)
+    text_spotting_ocr.load_ocr.cache_clear()
+    own, shared = (snapshot(tmp_path / name) for name in ("own", "shared"))
+    assert own == shared
+    assert json.loads(own["stats.json"])["counts"]["text_spotting"]["read"] >= 1
 
 
 def test_hash_covers_what_decides_and_nothing_else():
