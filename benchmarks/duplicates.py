@@ -55,7 +55,7 @@ def main() -> None:
         work = pathlib.Path(folder)
         for edit in EDITS:
             path = work / f"{edit}.tar"
-            _plant(data / "photos.tar", path, edit, flags.FLAGS.seed)
+            plant(data / "photos.tar", path, edit, flags.FLAGS.seed)
             inputs = f"{data / 'photos.tar'},{path},{data / 'cifar10_train.tar'}"
             for mirrored in (True, False):
                 config = _config(inputs, work / f"{edit}-{mirrored}", mirrored)
@@ -71,7 +71,8 @@ def main() -> None:
     write_result("duplicates", {"photos": photos, "emoji": emoji})
 
 
-def _plant(source: pathlib.Path, target: pathlib.Path, edit: str, seed: int) -> None:
+def plant(source: pathlib.Path, target: pathlib.Path, edit: str, seed: int) -> None:
+    """Writes a tar with an edited copy of every picture, its key "copy-KEY"."""
     generator = np.random.default_rng(seed)
     with tarfile.open(target, "w") as tar:
         for pair in open_source(str(source)):

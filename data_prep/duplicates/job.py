@@ -111,6 +111,8 @@ def _write_table(
     cluster_of: np.ndarray,
     folder: pathlib.Path,
 ) -> None:
+    import pyarrow
+
     # A copy stays with the picture that its own one stays with.
     kept = exact["kept"]
     position = np.minimum(np.searchsorted(near.dropped, kept), max(len(near.dropped) - 1, 0))
@@ -127,7 +129,8 @@ def _write_table(
     alike_keys = rows.keys(alike)
     (folder / TABLE).mkdir(exist_ok=True)
     for unit in range(len(rows.units)):
-        own = slice(*np.searchsorted(dropped, rows.starts[unit : unit + 2]))
+        start, stop = np.searchsorted(dropped, rows.starts[unit : unit + 2])
+        own = slice(int(start), int(stop))
         _write_part(
             folder / TABLE / f"{unit:05d}.parquet",
             rows,
@@ -146,7 +149,7 @@ def _write_table(
         hashes[dropped[clear]],
         kinds[clear],
         cosines[clear],
-        [alike_keys[i] for i in clear],
+        alike_keys.filter(pyarrow.array(is_clear)),
     )
     summary = {
         "pairs": len(rows),
@@ -181,7 +184,8 @@ def _write_part(
     similarity: list[float | None] = [None] * count
     duplicate_of: list[str | None] = [None] * count
     kept_key: list[str | None] = [None] * count
-    for row, cosine, alike, root in zip(local, cosines, alike_keys, root_keys, strict=True):
+    keys = alike_keys.to_pylist(), root_keys.to_pylist()
+    for row, cosine, alike, root in zip(local, cosines, *keys, strict=True):
         similarity[row], duplicate_of[row], kept_key[row] = float(cosine), alike, root
     clusters = cluster_of[start:stop]
     names = pyarrow.array(["exact", "near", "kept"])

@@ -153,7 +153,10 @@ def _read_pictures(shown: Sequence[Shown], rows: Rows) -> dict[int, tuple[str, s
     """Row -> key, caption and thumbnail; reads the units that they lie in."""
     wanted = np.unique([row for pair in shown for row in (pair.dropped, pair.alike)])
     wanted = wanted.astype(np.int64)
-    found = {int(row): (key, "", None) for row, key in zip(wanted, rows.keys(wanted), strict=True)}
+    found = {
+        int(row): (key, "", None)
+        for row, key in zip(wanted, rows.keys(wanted).to_pylist(), strict=True)
+    }
     units = np.searchsorted(rows.starts, wanted, side="right") - 1
     for unit in np.unique(units):
         source, start = rows.units[unit].source, rows.starts[unit]

@@ -211,16 +211,18 @@ class Rows:
         """bool [n]: whose embedding is not missing, and has a direction."""
         return np.any(self._open(self.units[number].stem)[1] != 0, axis=1)
 
-    def keys(self, rows: np.ndarray) -> list[str]:
-        """The keys of rows."""
-        found: list[str] = [""] * len(rows)
+    def keys(self, rows: np.ndarray) -> Any:
+        """The keys of rows, as a pyarrow array."""
+        import pyarrow
+
+        parts = [pyarrow.array([], pyarrow.large_string())]
+        numbers = [np.empty(0, np.int64)]
         for unit, positions, local in self._by_unit(rows):
             column = self._open(self.units[unit].stem)[0].column("key")
-            for position, key in zip(
-                positions, column.take(_indices(local)).to_pylist(), strict=True
-            ):
-                found[position] = key
-        return found
+            parts.append(column.take(pyarrow.array(local)))
+            numbers.append(positions)
+        order = np.argsort(np.concatenate(numbers))
+        return pyarrow.concat_arrays(parts).take(pyarrow.array(order))
 
     def embeddings(self, rows: np.ndarray) -> np.ndarray:
         """float32 [n, d] of rows, each of length 1.
@@ -261,12 +263,6 @@ class Rows:
             (int(unit), positions, rows[positions] - self.starts[unit])
             for unit, positions in zip(found, groups, strict=True)
         ]
-
-
-def _indices(rows: np.ndarray) -> Any:
-    import pyarrow
-
-    return pyarrow.array(rows)
 
 
 def _open_unit(stem: str) -> tuple[Any, np.ndarray]:

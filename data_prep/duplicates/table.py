@@ -48,7 +48,7 @@ def write_lookup(
     hashes: np.ndarray,
     kinds: np.ndarray,
     similarities: np.ndarray,
-    duplicate_of: Sequence[str],
+    duplicate_of: Any,
 ) -> str:
     """Writes `dropped.arrow`.
 
@@ -57,7 +57,7 @@ def write_lookup(
         hashes: uint64 [n], of `hash_keys`.
         kinds: uint8 [n], positions in `KINDS`.
         similarities: float [n].
-        duplicate_of: n keys.
+        duplicate_of: n keys, a pyarrow array.
 
     Returns:
         A hash of what it holds.
@@ -69,7 +69,7 @@ def write_lookup(
         "hash": pyarrow.array(hashes[order]),
         "kind": pyarrow.array(kinds[order].astype(np.uint8)),
         "similarity": pyarrow.array(similarities[order].astype(np.float32)),
-        "duplicate_of": pyarrow.array([duplicate_of[i] for i in order], pyarrow.large_string()),
+        "duplicate_of": duplicate_of.take(pyarrow.array(order)),
     }
     batch = pyarrow.record_batch(columns)
     with (

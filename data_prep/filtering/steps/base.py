@@ -87,7 +87,8 @@ class Step:
 
     Attributes:
         name: of the stage, in the statistics and the funnel.
-        order: steps run from the lowest to the highest; those of today have 10, 20, 30.
+        order: steps run from the lowest to the highest; those of today have from 5
+            (conditions on the metadata) to 30 (text-spotting), the cheapest first.
         reads: of "caption", "image" and "metadata". Only steps that do not read the image run where
             tables are filtered without images (`config.metadata_only`).
         reasons: why it drops pairs -> the words for people, in the order in which it asks.
