@@ -140,10 +140,7 @@ class _Stage:
         done = len(tasks) - len(pending)
         logging.info("%s: %d shards, %d of them done before", label, len(tasks), done)
         if ray is not None and is_light:
-            cpus = ray.cpus_per_worker or 1.0
-            ray = dataclasses.replace(
-                ray, cpus_per_worker=cpus, gpus_per_worker=0.0, model_actors=0
-            )
+            ray = RaySettings(ray.address, ray.cpus_per_worker or 1.0)
         num_workers = 0 if in_this_process and ray is None else self.config.num_workers
         return print_failures(
             run_pending(

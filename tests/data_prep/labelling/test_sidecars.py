@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
@@ -16,7 +18,12 @@ from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.labels.rows import decode_joined, open_labels
 from diht_jax.data.records.schema import CONCEPT_FIELDS
 from diht_jax.data.records.vocabulary import find_train_vocabulary, read_vocabulary
-from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config, read_records
+from tests.data_prep.labelling.pictures import (
+    NUM_IMAGES,
+    REPOSITORY,
+    label_config,
+    read_records,
+)
 
 _KEPT = ("embeddings", "heads", "vocabulary")
 
@@ -123,6 +130,68 @@ def test_a_folder_stays_what_it_is(work, sidecars, tmp_path):
     for path in (work / "labelled").glob("*.tfrecord"):
         assert (merged / path.name).read_bytes() == path.read_bytes()
     assert not (merged / "labels.json").exists()
+
+
+# The teacher of the tests, which notes each time that a process loads it.
+_NOTING = """
+import os, pathlib, torch
+
+class Noting(torch.nn.Sequential):
+    def eval(self):
+        pathlib.Path(__file__).with_name(f"{os.getpid()}.loaded").open("a").write("x")
+        return super().eval()
+
+def build():
+    return Noting(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+"""
+_ON_RAY = """
+import json, pathlib, shutil, sys
+from ray.cluster_utils import Cluster
+from data_prep.label import run_label
+from tests.data_prep.labelling.pictures import label_config
+
+if __name__ == "__main__":
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
+    config = label_config("kept", "out", merge=False, num_workers=2, heads__load=sys.argv[1])
+    config.ray.update({"address": cluster.address, "gpus_per_worker": 0.5})
+    print("first:", json.dumps(run_label(config, engine="ray")), flush=True)
+    print("loads:", json.dumps([path.read_text() for path in pathlib.Path().glob("*.loaded")]))
+    shutil.copy2(sys.argv[2], "kept")
+    print("then:", json.dumps(run_label(config, engine="ray")))
+    cluster.shutdown()
+"""
+
+
+def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path):
+    pytest.importorskip("ray")
+    shutil.copytree(work / "kept", tmp_path / "kept")
+    with open(tmp_path / "kept/pairs-train-00001.tfrecord", "r+b") as file:
+        file.seek(40)  # damaged, under the name that is read
+        file.write(b"?")
+    (tmp_path / "quarters.py").write_text(_NOTING)
+    (tmp_path / "script.py").write_text(_ON_RAY)
+    # Without the last one Ray's workers wait for every other process of the machine.
+    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    environment["PYTHONPATH"] = f"{tmp_path}:{REPOSITORY}"
+
+    good = work / "kept/pairs-train-00001.tfrecord"
+    done = subprocess.run(
+        [sys.executable, "script.py", str(work / "labelled"), str(good)],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    printed = {name: text for name, _, text in (x.partition(" ") for x in done.stdout.splitlines())}
+    (name,) = json.loads(printed["first:"])
+    assert name.endswith("pairs-train-00001.tfrecord") and f"failed: {name}: " in done.stderr
+    assert "2 of 3 shards are embedded" in done.stdout
+    loads = json.loads(printed["loads:"])
+    assert 1 <= len(loads) <= 2 and set(loads) == {"x"}  # once in each actor
+    assert json.loads(printed["then:"]) == {}
+    for path in (*sidecars.glob("labels/*.npz"), *sidecars.glob("embeddings/*.npz")):
+        assert (tmp_path / "out" / path.relative_to(sidecars)).read_bytes() == path.read_bytes()
 
 
 class _Constant(Teacher):
