@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,7 @@ from data_prep.labelling import report as label_report
 from data_prep.labelling.shard import label_file
 from data_prep.teachers.base import TeacherInfo
 from diht_jax.data.records.dataset_info import write_dataset_info
-from diht_jax.data.records.labels.files import MANIFEST, Manifest
-from diht_jax.data.records.remote import is_remote
+from diht_jax.data.records.labels.files import MANIFEST, Manifest, relative_input
 from diht_jax.data.records.vocabulary import Vocabulary
 
 
@@ -93,10 +91,7 @@ def _write_manifest(
     folder: str,
     vocabulary: Vocabulary,
 ) -> None:
-    inputs = tuple(
-        path if is_remote(path) else os.path.abspath(path)
-        for path in plan.input_paths(config.input)
-    )
+    inputs = tuple(relative_input(path, folder) for path in plan.input_paths(config.input))
     labelled = tuple(label_file(stats) for stats in done)
     sizes = tuple(done[0]["counts"]["label_sizes"])
     manifest = Manifest(inputs, vocabulary.describe(), sizes, labelled)

@@ -89,7 +89,7 @@ def write_folders(folder, suffix=".tfrecord", seed=0):
         data, file = encode_labels(name, shard, VOCABULARY.describe(), SIZES, labelled, predicted)
         (folder / "labels" / files.FOLDER / name).write_bytes(data)
         stated.append(file)
-    manifest = Manifest((str(folder / "plain"),), VOCABULARY.describe(), SIZES, tuple(stated))
+    manifest = Manifest(("../plain",), VOCABULARY.describe(), SIZES, tuple(stated))
     (folder / "labels" / files.MANIFEST).write_bytes(manifest.encode())
     write_vocabulary(folder / "labels", VOCABULARY)
     if merges:
@@ -200,6 +200,20 @@ def test_files_are_opened_when_their_records_are_read(folders, monkeypatch):
             assert again[10 + row] == expected
         assert json.loads(file["identity"].item())["shard"][1] == LENGTHS[2]
     assert not mixture(str(folders / "plain"), str(folders), num_concepts=0).sources[0].labels
+
+
+@pytest.mark.parametrize(
+    ("path", "folder", "stated", "moved", "found"),
+    [
+        ("/a/kept", "/a/b/labels", "../../kept", "s3://x/b/labels", "s3://x/kept"),
+        ("s3://x/a/kept", "s3://x/labels", "../a/kept", "/mnt/labels", "/mnt/a/kept"),
+        ("gs://x/kept", "/labels", "gs://x/kept", "/mnt/labels", "gs://x/kept"),
+    ],
+)
+def test_where_the_records_of_labels_lie(path, folder, stated, moved, found):
+    assert files.relative_input(path, folder) == stated
+    assert files.find_input(stated, folder) == path
+    assert files.find_input(stated, moved) == found
 
 
 def test_ten_of_each_kind_take_81_bytes():

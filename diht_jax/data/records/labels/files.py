@@ -24,6 +24,7 @@ import hashlib
 import io
 import json
 import os
+import posixpath
 import struct
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -75,7 +76,8 @@ class Manifest:
     """What `labels.json` states.
 
     Attributes:
-        inputs: paths or URLs of the labelled records.
+        inputs: paths or URLs of the labelled records; relative ones begin in the folder of the
+            labels, so that both may be copied elsewhere.
         vocabulary: of `Vocabulary.describe`.
         sizes: k of the objects, and of the attributes.
         files: of all shards.
@@ -191,6 +193,28 @@ def encode_labels(
     digest = hashlib.sha256(data).hexdigest()[:16]
     file = LabelFile(*shard, name, len(data), digest, end - labels.nbytes)
     return data, file
+
+
+def relative_input(path: str, folder: str) -> str:
+    """How a manifest names an input: from the folder of the labels, if they lie in one system."""
+    (system, path_there), (own, folder_there) = _split(path), _split(folder)
+    return posixpath.relpath(path_there, folder_there) if system == own else path
+
+
+def find_input(text: str, folder: str) -> str:
+    """The inverse of `relative_input`, wherever the folder lies now."""
+    if remote.is_remote(text) or os.path.isabs(text):
+        return text
+    system, folder_there = _split(folder)
+    return f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The protocol of a URL, or nothing, and the absolute path behind it."""
+    if remote.is_remote(path):
+        system, _, rest = path.partition("://")
+        return f"{system}://", rest
+    return "", os.path.abspath(path)
 
 
 def read_manifest(folder: str, key: str = "config.data.labels") -> Manifest:

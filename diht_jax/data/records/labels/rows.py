@@ -22,6 +22,7 @@ from diht_jax.data.records.labels.files import (
     MANIFEST,
     LabelFile,
     Manifest,
+    find_input,
     read_manifest,
 )
 from diht_jax.data.records.schema import CONCEPT_FIELDS, Record, check_concepts
@@ -221,8 +222,8 @@ def resolve_source(source: TrainSource) -> TrainSource:
     path = os.path.join(source.path, MANIFEST)
     if not remote.exists(path):
         return source
-    inputs = read_manifest(source.path).inputs
-    return dataclasses.replace(source, path=list(inputs), labels=source.path)
+    inputs = [find_input(text, source.path) for text in read_manifest(source.path).inputs]
+    return dataclasses.replace(source, path=inputs, labels=source.path)
 
 
 def decode_joined(decode: Callable[[Any], Record], element: tuple[Any, np.void]) -> Record:
