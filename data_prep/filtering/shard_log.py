@@ -144,7 +144,7 @@ class ShardLog:
         if self.damaged is not None:
             counts["damaged"] = self.damaged
         self._decisions.write(decisions_path(os.fspath(output)))
-        self._samples.write(pathlib.Path(f"{output}{SAMPLES_SUFFIX}"))
+        self._samples.write(f"{output}{SAMPLES_SUFFIX}")
         if self._concepts is not None:
             self._concepts.write(concept_path(output))
             counts["concepts"] = self._concepts.counts()

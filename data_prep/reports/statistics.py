@@ -113,10 +113,15 @@ class Measures:
         found = self.names[kind][outcome].items()
         return heapq.nsmallest(count, found, key=lambda item: (-item[1], item[0]))
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict, the same for the same pairs in whatever order."""
+    def to_json(self, *, with_all_names: bool = False) -> dict[str, Any]:
+        """A JSON-able dict, the same for the same pairs in whatever order.
+
+        Args:
+            with_all_names: not only the most frequent; for what is merged on.
+        """
+        count = _MAX_MERGED if with_all_names else _MAX_NAMES
         cuts = {
-            kind: {outcome: self._cut(kind, outcome, _MAX_NAMES) for outcome in outcomes}
+            kind: {outcome: self._cut(kind, outcome, count) for outcome in outcomes}
             for kind, outcomes in self.names.items()
         }
         return {

@@ -61,14 +61,21 @@ class FilterReport:
     num_damaged: int = 0
     damaged: list[str] = dataclasses.field(default_factory=list)
 
-    def add_shard(self, stats: Mapping[str, Any], output: str) -> None:
-        """Adds what lies beside one filtered part, but for its samples.
+    def add_part(self, output: str) -> None:
+        """Adds what lies beside one filtered part.
 
         Args:
-            stats: its statistics.
             output: its path.
         """
-        counts = stats["counts"]
+        self.add_counts(shards.read_json(output + shards.STATS_SUFFIX)["counts"])
+        with contextlib.suppress(FileNotFoundError):
+            self.add_seconds(shards.read_json(output + SECONDS_SUFFIX))
+        if self.samples_per_outcome:
+            samples = [*self.samples, *read_samples(output + SAMPLES_SUFFIX)]
+            self.samples = choose_samples(samples, self.samples_per_outcome)
+
+    def add_counts(self, counts: Mapping[str, Any]) -> None:
+        """Adds the counts of one part, as `ShardLog` gave them."""
         per_outcome, seed = self.funnel.samples_per_outcome, self.funnel.seed
         self.funnel.merge(Funnel.from_json(counts, per_outcome, seed))
         self.measures.merge(Measures.from_json(counts["measures"]))
@@ -78,8 +85,6 @@ class FilterReport:
         for name, version in counts.get("versions", {}).items():
             self.versions.setdefault(name, collections.Counter())[version] += 1
         self._add_damaged([counts["damaged"]] if "damaged" in counts else [])
-        with contextlib.suppress(FileNotFoundError):
-            self.add_seconds(shards.read_json(output + SECONDS_SUFFIX))
 
     def add_seconds(self, seconds: Mapping[str, Any]) -> None:
         """Adds the time of one shard, as `ShardLog` wrote it."""
@@ -108,8 +113,12 @@ class FilterReport:
         self.num_damaged += len(texts) if count is None else count
         self.damaged = [*self.damaged, *texts][:_MAX_DAMAGED]
 
-    def to_json(self) -> dict[str, Any]:
-        """All of it, with the funnel as rows of counts and shares for people."""
+    def to_json(self, *, with_all_names: bool = False) -> dict[str, Any]:
+        """All of it, with the funnel as rows of counts and shares for people.
+
+        Args:
+            with_all_names: see `Measures.to_json`.
+        """
         return {
             "version": _VERSION,
             "jobs": self.jobs,
@@ -119,7 +128,7 @@ class FilterReport:
             ],
             "throughput": self.throughput(),
             "counts": self.funnel.to_json(),
-            "measures": self.measures.to_json(),
+            "measures": self.measures.to_json(with_all_names=with_all_names),
             "download": self.download,
             "spotters": dict(sorted(self.spotters.items())),
             "versions": self.versions_json(),
@@ -203,38 +212,6 @@ class FilterReport:
                 return arrived
             arrived -= self.funnel.dropped.get(step.name, collections.Counter()).total()
         return self.funnel.kept if stage == "writing" else self.funnel.read
-
-
-def gather_report(
-    tasks: Sequence[shards.ShardTask],
-    *,
-    job: dict[str, Any],
-    samples_per_outcome: int,
-    report_samples: int,
-    seed: int,
-    clean_label: str,
-) -> FilterReport:
-    """Merges what lies beside the parts of a job, one part at a time.
-
-    Args:
-        tasks: those that are done.
-        job: its "input", "settings" and "config_hash".
-        samples_per_outcome: examples as text.
-        report_samples: examples with pictures.
-        seed: of the choice.
-        clean_label: the label of good pairs.
-    """
-    report = FilterReport(
-        [], Funnel(samples_per_outcome, seed), samples_per_outcome=report_samples,
-        clean_label=clean_label,
-    )  # fmt: skip
-    for task in tasks:
-        report.add_shard(shards.read_json(task.stats_path), task.output)
-    report.jobs = [job | {"shards": len(tasks)}]
-    if report_samples:
-        files = (read_samples(task.output + SAMPLES_SUFFIX) for task in tasks)
-        report.samples = choose_samples((s for file in files for s in file), report_samples)
-    return report
 
 
 def read_report(folder: str | os.PathLike[str]) -> FilterReport:

@@ -182,8 +182,8 @@ def test_spotted_boxes_are_drawn(tmp_path):
         match="hello there",
     )  # fmt: skip
     log.add("image/unreadable", "00", key="u", caption="a dog", image=b"no image")
-    log.write(tmp_path / "s")
-    samples = choose_samples(read_samples(tmp_path / "s"), 4)
+    log.write(str(tmp_path / "s"))
+    samples = choose_samples(read_samples(str(tmp_path / "s")), 4)
     assert [s["error"] for s in samples] == ["unreadable", None]
     funnel = Funnel()
     funnel.drop("text", "shows_caption", "k", "")
@@ -209,8 +209,8 @@ def test_the_lowest_ranks_are_chosen(tmp_path):
         if logs[i % 3].wants("kept", rank):
             logs[i % 3].add("kept", rank, key=key, caption="c")
     for number, log in enumerate(logs):
-        log.write(tmp_path / str(number))
-    found = choose_samples((s for n in "201" for s in read_samples(tmp_path / n)), 5)
+        log.write(str(tmp_path / str(number)))
+    found = choose_samples((s for n in "201" for s in read_samples(str(tmp_path / n))), 5)
     assert [sample["key"] for sample in found] == expected
 
 
@@ -268,7 +268,7 @@ def test_shards_of_unlike_machines_are_reported(caplog):
         counts = Funnel().to_json() | {"measures": Measures().to_json(), "download": None}
         report = FilterReport([], Funnel())
         for spotter in ({"precision": precision, "device": "cpu"}, None):
-            report.add_shard({"counts": counts | {"spotter": spotter}}, "nowhere")
+            report.add_counts(counts | {"spotter": spotter})
         return report
 
     report = make("float32")
