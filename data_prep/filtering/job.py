@@ -16,7 +16,7 @@ What is done to a pair belongs in `shard`.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,10 +29,11 @@ from data_prep.filtering import decisions, kept, parts, resharding, reuse, stale
 from data_prep.filtering.parts import Failures, Survey
 from data_prep.filtering.resharding import Part
 from data_prep.jobs import files, manifest, shards
-from data_prep.jobs.engine import print_failures, run_pending
+from data_prep.jobs.engine import Report, print_failures, run_pending
+from data_prep.reports.merging import GROUPS, ReportSettings, gather_report
 from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
-from data_prep.reports.summary import REPORT, FilterReport, gather_report, read_report
+from data_prep.reports.summary import REPORT, FilterReport, read_report
 from data_prep.sources import list as source_list
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.formats.registry import FORMATS
@@ -56,10 +57,10 @@ def run(
     found = parts.survey(tasks, done)
     if is_unfinished(config, found, len(tasks), failures):
         if num_tasks == 1 and found.parts:  # it needs the statistics of all of them
-            print_funnel(merge_parts(config, found))
+            print_funnel(merge_parts(config, found, engine))
         return print_failures(failures)
     if config.examples_per_shard is None:
-        _describe_parts(config, found, folder)
+        _describe_parts(config, found, folder, engine)
     else:
         found, unwritten = _reshard(config, tasks, mine, found, folder, engine)
         if unwritten:
@@ -105,10 +106,13 @@ def is_unfinished(
     return False
 
 
-def merge_parts(config: ml_collections.ConfigDict, found: Survey) -> FilterReport:
-    """The report of the parts that are done."""
+def merge_parts(config: ml_collections.ConfigDict, found: Survey, engine: str) -> FilterReport:
+    """The report of the parts that are done, at least one; of many the engine merges groups."""
+    outputs = [task.output for task, _ in found.parts]
     return gather_report(
-        [task for task, _ in found.parts],
+        outputs,
+        folder=outputs[0].rpartition("/")[0],
+        run=functools.partial(run_pending, label="merge", **parts.engine_options(config, engine)),
         job={
             "input": config.input,
             "output": config.output,
@@ -116,10 +120,12 @@ def merge_parts(config: ml_collections.ConfigDict, found: Survey) -> FilterRepor
             "config_hash": found.parts[0][0].config_hash,
             "failed": found.failed,
         },
-        samples_per_outcome=config.samples_per_outcome,
-        report_samples=config.report_samples,
-        seed=config.seed,
-        clean_label=config.clean_label,
+        settings=ReportSettings(
+            samples_per_outcome=config.samples_per_outcome,
+            report_samples=config.report_samples,
+            seed=config.seed,
+            clean_label=config.clean_label,
+        ),
     )
 
 
@@ -251,7 +257,7 @@ def _write_output(
     engine: str,
 ) -> dict[str, str]:
     """Re-shards, then writes all that describes the whole folder."""
-    report = _merge_some(config, found, folder)
+    report = _merge_some(config, found, folder, engine)
     shards.remove_merged(folder)
     unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
     located, missing = reuse.find_records(found.parts, unwritten, folder)
@@ -261,43 +267,71 @@ def _write_output(
     resharding.remove_stale_shards(folder, planned, config.output_format)
     names = [os.path.basename(shard.output) for shard in planned]
     shards.remove_temporary_files(folder, [*names, *parts.MERGED_FILES])
-    described = [stale_outputs.SETTINGS, manifest.NAME]
+    described = [stale_outputs.SETTINGS, manifest.NAME, GROUPS]
     shards.remove_temporary_files(files.join(folder, resharding.PARTS), described)
+    lists = kept.KeptLists(folder, tuple(task.output for task, _ in found.parts))
     failures = run_pending(
-        resharding.write_shard, located, label="re-shard", **parts.engine_options(config, engine)
+        _write_shard_or_lists,
+        [lists, *located],
+        label="re-shard",
+        **parts.engine_options(config, engine),
     )
     if failures:
         return failures
-    with contextlib.suppress(FileNotFoundError):  # of parts that an older version has cleaned up
-        kept.write_lists(folder, kept.read_kept(task.output for task, _ in found.parts))
     outputs = [resharding.load_written(shard)["output"] for shard in planned]
     _describe_output(config, found, outputs, folder, report)
     return {}
 
 
-def _describe_parts(config: ml_collections.ConfigDict, found: Survey, folder: str) -> None:
+def _describe_parts(
+    config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str
+) -> None:
     """Writes all that describes a folder whose parts are the output."""
     # As training reads them, which is the order of their names.
     ordered = sorted(found.parts, key=lambda part: part[0].output)
     names = (shards.MERGED_STATS, REPORT, PAGE, kept.KEYS_FILE, *_described_by(config))
     if not all(files.exists(files.join(folder, name)) for name in names):
-        report = _merge_some(config, found, folder)
+        report = _merge_some(config, found, folder, engine)
         shards.remove_merged(folder)
-        described = [stale_outputs.SETTINGS, manifest.NAME, *parts.MERGED_FILES]
+        described = [stale_outputs.SETTINGS, manifest.NAME, GROUPS, *parts.MERGED_FILES]
         shards.remove_temporary_files(folder, described)
-        kept.write_lists(folder, kept.read_kept(task.output for task, _ in ordered))
+        write_lists(config, [task.output for task, _ in ordered], folder, engine)
         outputs = [stats["output"] for _, stats in ordered]
         _describe_output(config, found, outputs, folder, report)
     _show(folder, len(ordered))
 
 
-def _merge_some(config: ml_collections.ConfigDict, found: Survey, folder: str) -> FilterReport:
+def write_lists(
+    config: ml_collections.ConfigDict, outputs: Sequence[str], folder: str, engine: str
+) -> None:
+    """Has the lists of kept pairs written by a worker.
+
+    Raises:
+        ValueError: they could not be written.
+    """
+    task = kept.KeptLists(folder, tuple(outputs))
+    options = parts.engine_options(config, engine)
+    failures = run_pending(kept.write_kept_lists, [task], label="lists", **options)
+    for error in failures.values():
+        raise ValueError(f"{files.join(folder, kept.KEYS_FILE)} could not be written: {error}")
+
+
+def _write_shard_or_lists(task: resharding.BalancedShard | kept.KeptLists, report: Report) -> None:
+    if isinstance(task, kept.KeptLists):
+        kept.write_kept_lists(task, report)
+    else:
+        resharding.write_shard(task, report)
+
+
+def _merge_some(
+    config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str
+) -> FilterReport:
     """The report of the parts.
 
     Raises:
         ValueError: no pair was kept.
     """
-    report = merge_parts(config, found)
+    report = merge_parts(config, found, engine)
     if not report.funnel.kept:
         print_funnel(report)
         write_report(folder, report)

@@ -11,6 +11,8 @@ the pairs that they kept, one JSON list [key, uid or null, image format or null]
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -26,6 +28,7 @@ from absl import logging
 
 from data_prep.filtering import decisions
 from data_prep.jobs import files
+from data_prep.jobs.engine import Report
 from diht_jax.data.records.remote import is_remote
 
 KEPT_SUFFIX = ".kept.json"  # of parts from before decisions were recorded
@@ -50,6 +53,31 @@ class KeptPairs(NamedTuple):
     keys: pyarrow.Array
     uids: pyarrow.Array
     formats: pyarrow.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptLists:
+    """A task: both lists of a folder.
+
+    Attributes:
+        folder: where they go.
+        outputs: of all parts, in order.
+    """
+
+    folder: str
+    outputs: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """What they are made from, for messages."""
+        return f"decisions for {KEYS_FILE} and {UIDS_FILE}"
+
+
+def write_kept_lists(task: KeptLists, report: Report) -> None:
+    """Writes both lists; a task of `engine.run_tasks`."""
+    with contextlib.suppress(FileNotFoundError):  # of parts that an older version has cleaned up
+        write_lists(task.folder, read_kept(task.outputs))
+    report(0)
 
 
 def read_kept(outputs: Iterable[str]) -> Iterator[KeptPairs]:

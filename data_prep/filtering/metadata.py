@@ -24,7 +24,7 @@ import ml_collections
 from absl import logging
 
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions, kept, stale_outputs
+from data_prep.filtering import decisions, stale_outputs
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import parts as filter_parts
 from data_prep.filtering.shard_log import ShardLog
@@ -32,6 +32,7 @@ from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
 from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.engine import Report, print_failures
+from data_prep.reports.merging import GROUPS
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
 from diht_jax.data.atomic_file import temporary_path
@@ -105,22 +106,25 @@ def run(
     failures = filter_parts.run_noting_failures(function, pending, options)
     found = filter_parts.survey(tasks, done)
     if not filter_job.is_unfinished(config, found, len(tasks), failures):
-        _finish(config, found, folder)
+        _finish(config, found, folder, engine)
         failures = filter_parts.with_output(failures, found)
     elif num_tasks == 1 and found.parts:
-        filter_job.print_funnel(filter_job.merge_parts(config, found))
+        filter_job.print_funnel(filter_job.merge_parts(config, found, engine))
     return print_failures(failures)
 
 
-def _finish(config: ml_collections.ConfigDict, found: filter_parts.Survey, folder: str) -> None:
+def _finish(
+    config: ml_collections.ConfigDict, found: filter_parts.Survey, folder: str, engine: str
+) -> None:
     """Prints the funnel, and writes what describes the whole folder."""
     tasks = [task for task, _ in found.parts]
-    report = filter_job.merge_parts(config, found)
+    report = filter_job.merge_parts(config, found, engine)
     filter_job.print_funnel(report)
     merged_path = files.join(folder, shards.MERGED_STATS)
     if not files.exists(merged_path):
-        shards.remove_temporary_files(folder, [*filter_parts.MERGED_FILES, stale_outputs.SETTINGS])
-        kept.write_lists(folder, kept.read_kept(task.output for task in tasks))
+        described = [*filter_parts.MERGED_FILES, stale_outputs.SETTINGS, GROUPS]
+        shards.remove_temporary_files(folder, described)
+        filter_job.write_lists(config, [task.output for task in tasks], folder, engine)
         write_report(folder, report)
         counts = report.funnel.to_json() | {"measures": report.measures.to_json()}
         merged = {

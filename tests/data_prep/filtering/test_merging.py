@@ -1,0 +1,79 @@
+"""Reports of many parts: merged as a tree, and from statistics that are read seldom."""
+
+import collections
+import contextlib
+import json
+import os
+import sys
+
+from data_prep.filter import run_filter
+from data_prep.reports import merging
+from tests.data_prep.filtering.jobs import job_config, snapshot, write_tars
+
+# What this process opens while somebody listens; a hook cannot be taken away again.
+_listeners = []
+
+
+def _hook(event, args):
+    if _listeners and event == "open" and isinstance(args[0], str | os.PathLike):
+        _listeners[-1].append((os.fspath(args[0]), args[2] & (os.O_WRONLY | os.O_RDWR) == 0))
+
+
+sys.addaudithook(_hook)
+
+
+@contextlib.contextmanager
+def _listen():
+    found = []
+    _listeners.append(found)
+    try:
+        yield found
+    finally:
+        _listeners.pop()
+
+
+def _read_report(folder):
+    report = json.loads((folder / "report.json").read_text())
+    for name in ("seconds", "throughput", "jobs"):
+        del report[name]
+    return report
+
+
+def test_a_tree_of_groups_gives_the_report_of_one(tmp_path, monkeypatch):
+    (tmp_path / "in").mkdir()
+    captions = ["a dog runs", "a black cat is chasing a small bird", "sunset", "", "a red car"]
+    for number in range(10):
+        lines = [
+            {"key": f"{number}-{i}", "caption": c} for i, c in enumerate(captions[number % 3 :])
+        ]
+        (tmp_path / "in" / f"{number}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = str(tmp_path / "in" / "*.jsonl")
+    assert run_filter(job_config(source, tmp_path / "flat", "metadata", report_samples=2)) == {}
+    monkeypatch.setattr(merging, "FAN_OUT", 2)
+    sizes = []
+
+    def merge(members, *args):
+        sizes.append(len(members))
+        return whole(members, *args)
+
+    whole = merging._merge
+    monkeypatch.setattr(merging, "_merge", merge)
+    assert run_filter(job_config(source, tmp_path / "tree", "metadata", report_samples=2)) == {}
+    # 10 parts, 5 groups, 3 of these, 2 of those, and the last two here.
+    assert sizes == [2] * 5 + [2, 2, 1] + [2, 1] + [2]
+    assert _read_report(tmp_path / "tree") == _read_report(tmp_path / "flat")
+    assert snapshot(tmp_path / "tree") == snapshot(tmp_path / "flat")
+
+
+def test_jobs_of_an_array_read_each_statistic_twice_at_most(tmp_path):
+    source = write_tars(tmp_path / "in", 21, pairs_per_tar=1)
+    config = job_config(source, tmp_path / "out", report_samples=0)
+    with _listen() as opened:
+        for number in range(20):
+            assert run_filter(config, number, 20) == {}
+    assert (tmp_path / "out" / "report.json").exists()
+    reads = collections.Counter(
+        path for path, is_read in opened if is_read and path.endswith(".stats.json")
+    )
+    parts = {path: count for path, count in reads.items() if "/parts/" in path}
+    assert len(parts) == 21 and max(parts.values()) <= 2
