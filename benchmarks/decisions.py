@@ -1,0 +1,159 @@
+"""Decisions of the filter: how large they are, and how long a replay by other limits takes.
+
+    python -m benchmarks.decisions
+
+The files of 10,000,000 pairs are generated, 10,000 pairs a part. Complexity, actions and gates are
+those of the web captions of `--captions`, drawn with repetition. The other values are drawn: sides
+of pictures about 550 px, log-normal, and one pair in 14 that comes to text-spotting shows its
+caption. The pairs are decided as by `configs/prep/cat.py`. `--distinct` parts differ, and the
+others are copies of them under names of their own. Then the filter's command replays the folder
+with `min_complexity=2`, as a process of its own, with and without lists.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+from absl import app, flags
+
+from benchmarks.record import write_result
+from data_prep.captions import parse_captions
+from data_prep.captions.graph import cat_reason
+from data_prep.filtering import config as filter_config
+from data_prep.filtering import decisions
+from data_prep.jobs import shards
+from diht_jax.config import load_recipe
+
+_CAPTIONS = flags.DEFINE_string(
+    "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
+)
+_PARTS = flags.DEFINE_integer("parts", 1000, "Files of decisions.")
+_DISTINCT = flags.DEFINE_integer("distinct", 50, "Of them that differ.")
+_ROWS = 10_000  # of a part
+_RECIPE = "configs/prep/cat.py"
+_GROUPS = {
+    "keys": ("key",),
+    "uids": ("uid",),
+    "sizes": ("width", "height"),
+}
+
+
+def main(_: Sequence[str]) -> None:
+    """Measures and writes `benchmarks/results/decisions.json`."""
+    path = pathlib.Path(_CAPTIONS.value)
+    if not path.is_file():
+        raise ValueError(f"--captions='{path}': no such file; expected one caption a line")
+    captions = path.read_text(encoding="utf-8").splitlines()
+    measured = [_measure_caption(graph) for graph in parse_captions(captions)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name) / "kept"
+        (folder / "parts").mkdir(parents=True)
+        sizes = _write_parts(folder, measured)
+        result: dict[str, Any] = {
+            "pairs": _PARTS.value * _ROWS,
+            "parts": _PARTS.value,
+            "distinct_parts": _DISTINCT.value,
+            "captions_measured": len(captions),
+            "bytes_per_row": sizes,
+            "replays": [_replay(folder, None), _replay(folder, folder.parent / "lists")],
+        }
+    for row in (sizes, *result["replays"]):
+        print(row)
+    print(write_result("decisions", result))
+
+
+def _measure_caption(graph: Any) -> dict[str, Any]:
+    """The columns of a caption and what the first step decided."""
+    reason = cat_reason(graph)
+    values = {"captions": 1, "outcome": "caption" if reason else decisions.KEPT, "reason": reason}
+    if graph.drop_reason is None:
+        values |= {"complexity": graph.complexity, "actions": len(graph.actions)}
+    return values
+
+
+def _write_parts(folder: pathlib.Path, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Writes all files and statistics; returns the bytes of a row by groups of columns."""
+    rng = np.random.default_rng(0)
+    paths = [folder / "parts" / f"{n:05d}{decisions.SUFFIX}" for n in range(_PARTS.value)]
+    distinct = min(_DISTINCT.value, _PARTS.value)
+    for number, path in enumerate(paths[:distinct]):
+        log = decisions.DecisionLog()
+        for i, chosen in enumerate(rng.integers(len(measured), size=_ROWS)):
+            # Keys as img2dataset numbers them.
+            values = measured[chosen] | {"key": f"{number:05d}{i:04d}", "uid": rng.bytes(16)}
+            if values["outcome"] == decisions.KEPT:
+                values["width"], values["height"] = np.exp(rng.normal(6.3, 0.5, 2)).astype(int)
+                values |= _spot(rng)
+            log.add(i, values)
+        log.write(str(path))
+    for i, path in enumerate(paths[distinct:]):
+        shutil.copyfile(paths[i % distinct], path)
+    config = load_recipe(_RECIPE)
+    shards.write_json(
+        folder / shards.MERGED_STATS,
+        {
+            "config": filter_config.record_settings(config),
+            "counts": {"read": _PARTS.value * _ROWS},
+        },
+    )
+    return _column_bytes(paths[:distinct])
+
+
+def _spot(rng: np.random.Generator) -> dict[str, Any]:
+    if rng.random() < 1 / 14:
+        confidence = round(float(rng.uniform(0.1, 1)), 4)
+        text = {"match": "".join(rng.choice(list("abcdefghij"), 8)), "match_chars": 6}
+        dropped = {"outcome": "text", "reason": "shows_caption", "match_confidence": confidence}
+        return {"matches": 1, **text, **dropped}
+    return {"matches": 0, "format": "JPEG"}
+
+
+def _column_bytes(paths: Sequence[pathlib.Path]) -> dict[str, float]:
+    found = dict.fromkeys((*_GROUPS, "others"), 0.0)
+    of_column = {name: group for group, names in _GROUPS.items() for name in names}
+    total = 0
+    for path in paths:
+        metadata = pyarrow.parquet.ParquetFile(path).metadata
+        total += path.stat().st_size
+        for group in range(metadata.num_row_groups):
+            for i in range(metadata.num_columns):
+                column = metadata.row_group(group).column(i)
+                name = of_column.get(column.path_in_schema, "others")
+                found[name] += column.total_compressed_size
+    rows = len(paths) * _ROWS
+    found = {name: round(size / rows, 3) for name, size in found.items()}
+    return found | {"whole_file": round(total / rows, 3)}
+
+
+def _replay(folder: pathlib.Path, lists: pathlib.Path | None) -> dict[str, Any]:
+    command = [sys.executable, "-m", "data_prep.filter", "--config", _RECIPE]
+    command += ["--config.min_complexity=2", f"--replay={folder}"]
+    command += [] if lists is None else [f"--lists={lists}"]
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    printed = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    secs = time.perf_counter() - start
+    if status:
+        raise RuntimeError(f"{' '.join(command)} ended with {status}: {printed}")
+    return {
+        "lists": lists is not None,
+        "secs": round(secs, 1),
+        "cpu_secs": round(usage.ru_utime + usage.ru_stime, 1),
+        "peak_mb": round(usage.ru_maxrss / 1024, 1),
+        "table": printed.splitlines(),
+    }
+
+
+if __name__ == "__main__":
+    app.run(main)
