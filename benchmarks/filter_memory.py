@@ -7,6 +7,10 @@ of pairs with images (`configs/prep/convert.py`, with re-sharding): 8 shards, 25
 size, and 256 shards with the rows of the first together. Each job runs by itself with one worker;
 reported is the peak of the resident memory of the main process and of the worker. If the memory is
 that of a shard, the second needs as much as the first.
+
+Then three jobs with two workers: 10,000 shards of one pair, 10,000 of one row of metadata, and one
+table of 1,000,000 rows, for which the main process should need no more than for 8 shards. `--only`
+runs the jobs of some numbers alone, and prints without writing.
 """
 
 from __future__ import annotations
@@ -30,21 +34,38 @@ from benchmarks.record import write_result
 _CAPTIONS = flags.DEFINE_string(
     "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
 )
-_FEW, _MANY = 8, 256  # shards
-_ROWS = {"metadata": 64, "pairs": 32}  # of a shard
+_ONLY = flags.DEFINE_multi_integer("only", [], "Numbers of jobs, from 0; all by default.")
+# What is filtered, shards, rows of a shard, workers.
+_JOBS = (
+    ("metadata", 8, 64, 1),
+    ("metadata", 256, 64, 1),
+    ("metadata", 256, 2, 1),
+    ("pairs", 8, 32, 1),
+    ("pairs", 256, 32, 1),
+    ("pairs", 256, 1, 1),
+    ("pairs", 10_000, 1, 2),
+    ("metadata", 10_000, 1, 2),
+    ("metadata", 1, 1_000_000, 2),
+)
 
 _JOB = """
-import json, resource, sys
+import json, resource, sys, time
 from data_prep.filter import run_filter
 from diht_jax.config import load_recipe
 
 if __name__ == "__main__":
     config = load_recipe(sys.argv[1])
-    config.update({"input": sys.argv[2], "output": sys.argv[3], "num_workers": 1})
+    config.update({"input": sys.argv[2], "output": sys.argv[3], "num_workers": int(sys.argv[4])})
     config.examples_per_shard = 1000
+    config.source.rows_per_shard = 2_000_000
+    start = time.perf_counter()
     assert run_filter(config) == {}
+    secs = time.perf_counter() - start
     kinds = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    print(json.dumps([resource.getrusage(kind).ru_maxrss / 1024 for kind in kinds]))
+    peaks = [resource.getrusage(kind).ru_maxrss / 1024 for kind in kinds]
+    usages = [resource.getrusage(kind) for kind in kinds]
+    cpu_secs = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    print(json.dumps([*peaks, secs, cpu_secs]))
 """
 
 
@@ -55,17 +76,23 @@ def main(_: Sequence[str]) -> None:
         raise ValueError(f"--captions='{path}': no such file; expected one caption a line")
     captions = path.read_text(encoding="utf-8").splitlines()
     rows: list[dict[str, Any]] = []
-    for kind, size in _ROWS.items():
-        for shards, per_shard in ((_FEW, size), (_MANY, size), (_MANY, size * _FEW // _MANY)):
+    for number, job in enumerate(_JOBS):
+        if not _ONLY.value or number in _ONLY.value:
             with tempfile.TemporaryDirectory() as folder:
-                row = _measure(kind, shards, per_shard, captions, pathlib.Path(folder))
+                row = _measure(*job, captions, pathlib.Path(folder))
             print(row, flush=True)
             rows.append(row)
-    print(write_result("filter_memory", {"jobs": rows}))
+    if not _ONLY.value:
+        print(write_result("filter_memory", {"jobs": rows}))
 
 
 def _measure(
-    kind: str, shards: int, per_shard: int, captions: Sequence[str], folder: pathlib.Path
+    kind: str,
+    shards: int,
+    per_shard: int,
+    workers: int,
+    captions: Sequence[str],
+    folder: pathlib.Path,
 ) -> dict[str, Any]:
     (folder / "in").mkdir()
     write = _write_table if kind == "metadata" else _write_tar
@@ -79,19 +106,25 @@ def _measure(
     script = folder / "job.py"
     script.write_text(_JOB)
     done = subprocess.run(
-        [sys.executable, script, f"configs/prep/{recipe}.py", f"{folder}/in/*", f"{folder}/out"],
+        [
+            *(sys.executable, script, f"configs/prep/{recipe}.py", f"{folder}/in/*"),
+            *(f"{folder}/out", str(workers)),
+        ],
         check=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         env={"PYTHONPATH": str(pathlib.Path.cwd()), "PATH": "/usr/bin:/bin"},
     )
-    main_mb, worker_mb = json.loads(done.stdout.splitlines()[-1])
+    main_mb, worker_mb, secs, cpu_secs = json.loads(done.stdout.splitlines()[-1])
     return {
         "job": kind,
         "shards": shards,
         "rows_per_shard": per_shard,
+        "workers": workers,
         "main_peak_mb": round(main_mb, 1),
         "worker_peak_mb": round(worker_mb, 1),
+        "secs": round(secs, 1),
+        "cpu_secs": round(cpu_secs, 1),
     }
 
 
