@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import tarfile
+import types
 
 import duckdb
 import numpy as np
@@ -52,8 +53,8 @@ def _text_of(image: bytes) -> str:
 class _Spotter:
     """Spots the text of `_text_of` with a confidence of 0.5, and matches as the real one."""
 
-    def __init__(self, settings):
-        self.settings = settings
+    def __init__(self, **settings):
+        self.settings = types.SimpleNamespace(**settings)
 
     def judge(self, images, captions):
         verdicts = []
@@ -107,7 +108,7 @@ def work(tmp_path_factory):
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text.spotter_config, "open_spotter", lambda settings, *_: _Spotter(settings))
+        patch.setattr(text, "TextSpotter", _Spotter)
         patch.setattr(
             text.spotter_config,
             "describe_machine",
