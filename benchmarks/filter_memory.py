@@ -9,8 +9,8 @@ reported is the peak of the resident memory of the main process and of the worke
 that of a shard, the second needs as much as the first.
 
 Then three jobs with two workers: 10,000 shards of one pair, 10,000 of one row of metadata, and one
-table of 1,000,000 rows, for which the main process should need no more than for 8 shards. `--only`
-runs the jobs of some numbers alone, and prints without writing.
+table of 1,000,000 rows, for which the main process should need no more than for 8 shards. `--jobs`
+runs those of some numbers alone, and prints without writing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.record import write_result
 _CAPTIONS = flags.DEFINE_string(
     "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
 )
-_ONLY = flags.DEFINE_multi_integer("only", [], "Numbers of jobs, from 0; all by default.")
+_CHOSEN = flags.DEFINE_multi_integer("jobs", [], "Numbers of jobs, from 0; all by default.")
 # What is filtered, shards, rows of a shard, workers.
 _JOBS = (
     ("metadata", 8, 64, 1),
@@ -77,12 +77,12 @@ def main(_: Sequence[str]) -> None:
     captions = path.read_text(encoding="utf-8").splitlines()
     rows: list[dict[str, Any]] = []
     for number, job in enumerate(_JOBS):
-        if not _ONLY.value or number in _ONLY.value:
+        if not _CHOSEN.value or number in _CHOSEN.value:
             with tempfile.TemporaryDirectory() as folder:
                 row = _measure(*job, captions, pathlib.Path(folder))
             print(row, flush=True)
             rows.append(row)
-    if not _ONLY.value:
+    if not _CHOSEN.value:
         print(write_result("filter_memory", {"jobs": rows}))
 
 
