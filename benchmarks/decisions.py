@@ -37,7 +37,7 @@ from diht_jax.config import load_recipe
 _CAPTIONS = flags.DEFINE_string(
     "captions", "../shared/data/captions_web.txt", "A text file with one caption a line."
 )
-_PARTS = flags.DEFINE_integer("parts", 1000, "Files of decisions.")
+_PARTS = flags.DEFINE_integer("num_parts", 1000, "Files of decisions.")
 _DISTINCT = flags.DEFINE_integer("distinct", 50, "Of them that differ.")
 _ROWS = 10_000  # of a part
 _RECIPE = "configs/prep/cat.py"
