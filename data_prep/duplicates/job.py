@@ -33,6 +33,7 @@ from data_prep.jobs.engine import print_failures, run_pending
 from data_prep.sources.list import check_output, list_sources
 from diht_jax.data.atomic_file import open_atomically, write_atomically
 from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.records.remote import refuse_url
 
 SETTINGS, TABLE, SCAN = "settings.json", "duplicates", "scan"
 # What a stage is decided by, and what goes when that changes; later stages go with it.
@@ -56,6 +57,7 @@ def run(config: ml_collections.ConfigDict) -> dict[str, str]:
         ValueError: nothing to read, nowhere to write, or a folder of another input.
     """
     sources = [] if config.input is None else list_sources(config.input, config.source)
+    refuse_url(config.output, "config.output")
     folder = pathlib.Path(check_output(config.output, sources))
     units = _list_units(config, sources, folder)
     _claim(config, units, folder)

@@ -35,7 +35,6 @@ from data_prep.jobs.engine import Report, print_failures
 from data_prep.reports.merging import GROUPS
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
-from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.readers.base import (
     Skipped,
     SourceShard,
@@ -46,12 +45,15 @@ from diht_jax.data.readers.base import (
 from diht_jax.data.readers.parquet import explain_errors, open_parquet
 from diht_jax.data.readers.registry import list_shards
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.stores import is_remote, open_file
 
 JSONL_SUFFIX = ".jsonl"
 
 _PARQUET = "parquet"  # the kind of its shards
 
 _BATCH_ROWS = 2048
+# Of a parquet file in a store a unit has so many bytes at least: every unit reads the footer, too.
+_STORE_UNIT_BYTES = 2**26
 _WRITTEN_ROWS = 2**16  # of a row group
 
 
@@ -98,8 +100,8 @@ def run(
     if pending:
         filter_parts.forget_output(folder)
         names = [os.path.basename(task.output) for task in pending]
-        for where in (folder, os.path.join(folder, decisions.FOLDER)):
-            os.makedirs(where, exist_ok=True)
+        for where in (folder, files.join(folder, decisions.FOLDER)):
+            files.make_folder(where)
             shards.remove_temporary_files(where, names)
     function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
     options = filter_parts.engine_options(config, engine) | {"label": "filter"}
@@ -217,18 +219,13 @@ def filter_rows(
     """
     files.remove(task.stats_path)
     described = fingerprint.describe(task.source, task.identity)
-    output = pathlib.Path(task.output)
-    temporary = temporary_path(output)
     log = ShardLog(config)
     work = _filter_parquet if task.source.kind == _PARQUET else _filter_jsonl
     rows = RowFilter(task.source, config, steps, log)
-    try:
-        work(task.source, temporary, rows, report)
+    with files.local_output(task.output) as path:
+        work(task.source, path, rows, report)
         rows.finish()
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
-    counts = log.write(output)
+    counts = log.write(task.output)
     return shards.finish_task(task, described, counts, log.funnel.kept)
 
 
@@ -313,7 +310,7 @@ def _filter_parquet(
     import pyarrow
     import pyarrow.parquet
 
-    file = open_parquet(source.path)
+    file = open_parquet(source.path, (source.start, source.stop))
     schema = file.schema_arrow
     wanted = [name for name in schema.names if rows.wants(name)]
     compression = _compression(file)
@@ -351,7 +348,7 @@ def _filter_jsonl(source: SourceShard, path: pathlib.Path, rows: RowFilter, repo
 
 def _read_lines(source: SourceShard) -> Iterator[bytes]:
     """The lines of a range that are not blank, each with a line break."""
-    with open(source.path, "rb") as file:
+    with open_file(source.path) as file:
         file.seek(source.start)
         while file.tell() < source.stop and (line := file.readline()):
             if line.strip():
@@ -366,7 +363,7 @@ def _parse_line(line: bytes) -> dict[str, Any] | str:
 
 
 def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[SourceShard]:
-    file = open_parquet(path)
+    file = open_parquet(path, (0, 0))
     names = file.schema_arrow.names
     for column in (source.caption_column, source.key_column):
         if column is not None and column not in names:
@@ -374,11 +371,14 @@ def _list_row_groups(path: str, source: ml_collections.ConfigDict) -> Iterator[S
                 f"{path}: no column '{column}'; found {', '.join(names)}; set "
                 "config.source.caption_column or config.source.key_column"
             )
-    start, rows, first_row = 0, 0, 0
+    start, rows, num_bytes, first_row = 0, 0, 0, 0
+    least_bytes = _STORE_UNIT_BYTES if is_remote(path) else 0
     for number in range(file.metadata.num_row_groups):
-        rows += file.metadata.row_group(number).num_rows
+        group = file.metadata.row_group(number)
+        rows += group.num_rows
+        num_bytes += sum(group.column(i).total_compressed_size for i in range(group.num_columns))
         is_last = number + 1 == file.metadata.num_row_groups
-        if rows >= source.rows_per_shard or is_last:
+        if (rows >= source.rows_per_shard and num_bytes >= least_bytes) or is_last:
             options = {"first_row": first_row}
             yield SourceShard(_PARQUET, path, start, number + 1, options)
-            start, rows, first_row = number + 1, 0, first_row + rows
+            start, rows, num_bytes, first_row = number + 1, 0, 0, first_row + rows

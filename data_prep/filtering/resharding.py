@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -33,11 +34,12 @@ from data_prep.jobs.fingerprint import LOCATION_SUFFIX
 from diht_jax.data.images import decode
 from diht_jax.data.records import schema
 from diht_jax.data.records.dataset_info import shard_name
-from diht_jax.data.records.format import INDEX_SUFFIX
+from diht_jax.data.records.format import INDEX_SUFFIX, TFRecordError
 from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
 from diht_jax.data.records.formats.tar_writer import image_extension
 from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.vocabulary import KINDS
+from diht_jax.data.stores import BLOCK_BYTES, is_remote, read_range
 
 PARTS = "parts"
 
@@ -191,12 +193,11 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
         writer = CommonImageWriter(plain_writer) if is_tar else plain_writer
         for part in shard.slices:
             for piece in part.pieces or (Piece(part.path, part.start, part.stop),):
-                source = FORMATS[name_format(piece.path)].source(piece.path)
-                for first in range(piece.start, piece.stop, _REPORT_EVERY):
-                    numbers = range(first, min(first + _REPORT_EVERY, piece.stop))
-                    for number in numbers:
-                        writer.write(source[number])
-                    report(len(numbers))
+                records = _read_piece(piece)
+                while some := list(itertools.islice(records, _REPORT_EVERY)):
+                    for data in some:
+                        writer.write(data)
+                    report(len(some))
                 if shard.with_concepts:
                     for mentions in _read_mentions(piece):
                         concepts.add(mentions)
@@ -223,6 +224,25 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     }
     shards.write_json(shard.stats_path, stats)
     return stats
+
+
+def _read_piece(piece: Piece) -> Iterator[bytes]:
+    """The records of a piece; from a store by requests of about a block."""
+    source = FORMATS[name_format(piece.path)].source(piece.path)
+    if not is_remote(piece.path):
+        for number in range(piece.start, piece.stop):
+            yield source[number]
+        return
+    if piece.start == piece.stop:
+        return
+    _, begin, end = source.extent(piece.start, piece.stop)
+    step = max(1, (piece.stop - piece.start) * BLOCK_BYTES // (end - begin))
+    for first in range(piece.start, piece.stop, step):
+        last = min(first + step, piece.stop)
+        for record in source.split(first, last, read_range(*source.extent(first, last))):
+            if isinstance(record, TFRecordError):
+                raise record
+            yield record
 
 
 class CommonImageWriter:

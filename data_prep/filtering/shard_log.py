@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
-import pathlib
 import platform
 import time
 from collections.abc import Iterator
@@ -128,11 +127,11 @@ class ShardLog:
         graph = candidate.graphs[0] if candidate.graphs else None
         self._measure(KEPT, KEPT, candidate._replace(pair=pair), graph=graph)
 
-    def write(self, output: pathlib.Path) -> dict[str, Any]:
+    def write(self, output: str) -> dict[str, Any]:
         """Writes the files beside the output.
 
         Args:
-            output: its path.
+            output: its path or URL.
 
         Returns:
             The counts for the statistics; the same in every run.
@@ -143,8 +142,8 @@ class ShardLog:
         counts["versions"] = self._versions
         if self.damaged is not None:
             counts["damaged"] = self.damaged
-        self._decisions.write(decisions_path(os.fspath(output)))
-        self._samples.write(f"{output}{SAMPLES_SUFFIX}")
+        self._decisions.write(decisions_path(output))
+        self._samples.write(output + SAMPLES_SUFFIX)
         if self._concepts is not None:
             self._concepts.write(concept_path(output))
             counts["concepts"] = self._concepts.counts()
@@ -162,7 +161,7 @@ class ShardLog:
             "cpu_secs": round(cpu_secs, 4),
             "cpu_secs_of_stages": {k: round(v, 4) for k, v in sorted(self._cpu_secs.items())},
         }
-        shards.write_json(pathlib.Path(f"{output}{SECONDS_SUFFIX}"), seconds)
+        shards.write_json(output + SECONDS_SUFFIX, seconds)
         return counts
 
     def _measure(

@@ -32,7 +32,8 @@ from diht_jax.data.readers.registry import (
     describe_linked,
     names_files,
 )
-from diht_jax.data.records.remote import file_size, is_remote, open_system
+from diht_jax.data.records.remote import file_size, is_remote
+from diht_jax.data.stores import open_file
 
 # The ending of the files with locations; folders that were written before have it, so it stays.
 LOCATION_SUFFIX = ".place.json"
@@ -182,7 +183,7 @@ def _hash_all(source: SourceShard) -> str:
 def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> bytes:
     """Hash of a range of bytes; the version makes the calls before and after a change differ."""
     digest = hashlib.blake2b(digest_size=16)
-    with _open(path) as file:
+    with open_file(path) as file:
         file.seek(start)
         while start < stop and (data := file.read(min(_READ_BYTES, stop - start))):
             digest.update(data)
@@ -228,10 +229,3 @@ def _list_files(source: SourceShard) -> Iterator[tuple[str, str]]:
         return [*((True, folder) for folder in folders), (False, name)]
 
     yield from sorted(zip(names, found, strict=True), key=files_before_folders)
-
-
-def _open(path: str) -> Any:
-    if not is_remote(path):
-        return open(path, "rb")
-    system, name = open_system(path)
-    return system.open(name, "rb")

@@ -15,11 +15,12 @@ from typing import NoReturn, TypeVar
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from data_prep.jobs import files
 from data_prep.jobs.manifest import Input
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records.formats.tar_members import DamagedTarError
-from diht_jax.data.records.remote import is_remote, refuse_url
+from diht_jax.data.records.remote import is_remote
 from diht_jax.data.records.schema import Pair
 
 _Task = TypeVar("_Task")
@@ -109,17 +110,47 @@ def check_output(output: str | os.PathLike[str] | None, sources: Sequence[Source
         output: `config.output`.
         sources: what will be read.
 
+    Returns:
+        A path or URL without a slash at its end.
+
     Raises:
-        ValueError: it is not set, a URL, or a folder that is being read.
+        ValueError: it is not set, a folder that is being read, or a URL where nothing can be
+            written.
     """
     if not output:
         raise ValueError("config.output is not set: expected a folder, which is made if missing")
-    refuse_url(output, "config.output")
-    folder = os.path.realpath(output)
+    folder = os.fspath(output).removeprefix("file://")
+    plain = _plain_path(folder)
     for source in sources:
-        if os.path.dirname(os.path.realpath(source.path)) == folder:
+        if os.path.dirname(_plain_path(source.path)) == plain:
             raise ValueError(f"config.output='{output}' is the folder of the input '{source.path}'")
-    return os.fspath(output)
+    if is_remote(folder):
+        _check_store(folder)
+    return folder.rstrip("/") or folder
+
+
+def _plain_path(path: str) -> str:
+    """A path or URL in the one form in which they are compared."""
+    if not is_remote(path):
+        return os.path.realpath(path)
+    protocol, _, name = path.partition("://")
+    return f"{protocol}://{name.strip('/')}"
+
+
+def _check_store(folder: str) -> None:
+    """Raises ValueError where a store takes no file: no such bucket, no permission, no writing."""
+    probe = files.join(folder, f".{os.urandom(8).hex()}.probe")
+    try:
+        files.write_bytes(probe, b"")
+        files.remove(probe)
+    except ValueError:
+        raise
+    except Exception as error:  # a missing bucket, a store that is read only, no credentials
+        raise ValueError(
+            f"config.output='{folder}': nothing can be written there "
+            f"({str(error) or type(error).__name__}); expected a local folder, or one in a bucket "
+            "that exists and may be written to"
+        ) from error
 
 
 def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> list[_Task]:

@@ -48,7 +48,7 @@ def open_parquet(path: str, row_groups: tuple[int, int] | None = None) -> Any:
     Args:
         path: of the file, or its URL.
         row_groups: the first one and the end of those that will be read; all where None. Of a file
-            in a store no others are fetched.
+            in a store no others are fetched; (0, 0) is for the footer alone.
 
     Raises:
         ValueError: it cannot be read as one.
@@ -58,7 +58,7 @@ def open_parquet(path: str, row_groups: tuple[int, int] | None = None) -> Any:
     import pyarrow.parquet
 
     if is_remote(path):
-        file = io.BufferedReader(_ColumnsFile(path), _BUFFERED_BYTES)
+        file = io.BufferedReader(_ColumnsFile(path, row_groups == (0, 0)), _BUFFERED_BYTES)
     else:
         file = open_file(path)
     try:
@@ -81,9 +81,11 @@ class _ColumnsFile(StoreFile):
     read, all others until the row group after theirs has been reached.
     """
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, is_footer_only: bool):
         super().__init__(url)
-        footer = max(0, self.size - _FOOTER_BYTES) if self.size > BLOCK_BYTES else 0
+        # Of a small file the whole is a single request.
+        is_cut = is_footer_only or self.size > BLOCK_BYTES
+        footer = max(0, self.size - _FOOTER_BYTES) if is_cut else 0
         self._borders = sorted({0, footer, self.size})
         self._is_planned = False
         self._last_wanted = 0

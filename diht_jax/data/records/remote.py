@@ -60,6 +60,7 @@ def list_files(pattern: str) -> list[str]:
 def list_sizes(pattern: str) -> dict[str, int | None]:
     """As `list_files`, with the bytes of each file where the store states them; one listing."""
     system, path = open_system(pattern)
+    system.invalidate_cache(path)  # other processes may have written there
 
     def look() -> list[dict[str, Any]]:
         if is_glob(path):

@@ -13,6 +13,7 @@ from data_prep.sources.list import (
 )
 from data_prep.text_spotting.config import check_spotter, default_spotter
 from diht_jax.data.readers.registry import FORMATS, SourceShard
+from diht_jax.data.records import remote
 
 
 def test_jobs_of_an_array_share_all_tasks():
@@ -46,11 +47,24 @@ def test_columns_are_named_as_they_are_typed(tmp_path, monkeypatch):
     assert str(error.value) == message.replace("set image", "set --config.source.image")
 
 
+def test_an_output_in_a_store_is_tried_at_once(s3_bucket, tmp_path):
+    assert check_output(f"{s3_bucket}/kept/", []) == f"{s3_bucket}/kept"
+    assert check_output(f"file://{tmp_path}/kept", []) == f"{tmp_path}/kept"
+    assert remote.list_files(s3_bucket) == []
+    for url, message in (
+        ("s3://no-such-bucket/kept", "nothing can be written there .*bucket"),
+        ("nosuch://bucket/kept", "nosuch:// cannot be read"),
+        ("http://localhost:1/kept", "nothing can be written there .*NotImplementedError"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_output(url, [])
+    with pytest.raises(ValueError, match=r"is the folder of the input 's3://bucket/in/a\.tar'"):
+        check_output("s3://bucket/in", [SourceShard("webdataset", "s3://bucket/in/a.tar")])
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/kept", "gs://bucket", "file:///tmp/kept"])
-def test_an_output_in_an_object_store_is_refused_at_once(url):
+def test_a_cache_in_an_object_store_is_refused_at_once(url):
     """Not written to a local folder called "s3:"."""
-    with pytest.raises(ValueError, match=rf"config\.output={url}: .* local or mounted"):
-        check_output(url, [])
     config = default_spotter()
     config.cache = url
     with pytest.raises(ValueError, match=rf"config\.spotter\.cache={url}: "):
