@@ -130,7 +130,7 @@ def _process(
         _advance(begin(pairs, rows), opened, finish, config, log, report)
     for step in opened:
         step.record(log)
-    return log.write(writer.path)
+    return log.write(os.fspath(writer.path))
 
 
 def _until_damage(entries: Iterator[Pair | Skipped], log: ShardLog) -> Iterator[Pair | Skipped]:

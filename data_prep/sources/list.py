@@ -139,7 +139,7 @@ def _plain_path(path: str) -> str:
 
 def _check_store(folder: str) -> None:
     """Raises ValueError where a store takes no file: no such bucket, no permission, no writing."""
-    probe = files.join(folder, f".{os.urandom(8).hex()}.probe")
+    probe = files.join(folder, ".probe")
     try:
         files.write_bytes(probe, b"")
         files.remove(probe)

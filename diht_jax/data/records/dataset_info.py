@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 
 from diht_jax.data.records import schema
-from diht_jax.data.stores import write_bytes
+from diht_jax.data.stores import is_remote, write_bytes
 
 FILES = ("dataset_info.json", "features.json")
 # Name -> samples, of tars; open_clip takes the size of its epochs from it.
@@ -67,7 +67,7 @@ def write_dataset_info(
     """Writes `dataset_info.json` and `features.json`.
 
     Args:
-        folder: of the shards, whose names are those of `shard_name`.
+        folder: of the shards, or its URL; their names are those of `shard_name`.
         dataset: name of the data set.
         split: name of the split.
         shard_lengths: records per shard.
@@ -80,10 +80,12 @@ def write_dataset_info(
     """
     import tensorflow_datasets as tfds
 
+    # TFDS knows few stores, and what is written does not name the folder.
+    data_dir = "." if is_remote(os.fspath(folder)) else os.fspath(folder)
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=dataset,
         version=tfds.core.Version("1.0.0"),
-        data_dir=os.fspath(folder),
+        data_dir=data_dir,
         module_name="",
     )
     info = tfds.core.DatasetInfo(
@@ -93,7 +95,7 @@ def write_dataset_info(
     )
     info.set_file_format(tfds.core.FileFormat(file_format))
     template = tfds.core.ShardedFileTemplate(
-        data_dir=os.fspath(folder),
+        data_dir=data_dir,
         template=_SHARD_TEMPLATE,
         dataset_name=dataset,
         split=split,

@@ -1,17 +1,14 @@
 """Pairs from object stores: the same as from a disk, and by few requests."""
 
-import collections
 import errno
 import json
 import math
-import threading
 
 import fsspec
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
 from diht_jax.data import retries, stores
 from diht_jax.data.readers import parquet
@@ -19,49 +16,12 @@ from diht_jax.data.readers.registry import list_shards, open_source
 from diht_jax.data.records.formats.registry import open_writer
 from diht_jax.data.records.schema import Pair, encode_record
 from tests.data.readers.inputs import PNG, read_entries, skip_reasons, write_tar
+from tests.data.records.stores import MeteredStore
 
 _KEYS = [f"k{number:03d}" for number in range(40)]
 _RANDOM = np.random.default_rng(0)
 # Random bytes behind a picture, so that nothing can be compressed; 400 kB in all.
 _IMAGES = {key: PNG + _RANDOM.bytes(int(_RANDOM.integers(1_000, 20_000))) for key in _KEYS}
-
-
-class MeteredStore(MemoryFileSystem):
-    """`metered://`: counts the requests and the bytes that are read, and may fail."""
-
-    protocol = "metered"
-    store, pseudo_dirs = {}, [""]
-    requests: collections.Counter = collections.Counter()
-    failing_every = 0  # of so many requests one fails
-    _lock = threading.Lock()
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return super()._strip_protocol(path.removeprefix("metered://"))
-
-    def _request(self, kind, num_bytes=0):
-        with self._lock:
-            self.requests[kind] += 1
-            self.requests["bytes"] += num_bytes
-            number = sum(self.requests[name] for name in ("get", "list", "info"))
-        if self.failing_every and not number % self.failing_every:
-            raise OSError(errno.EIO, "503 Slow Down")
-
-    def cat_file(self, path, start=None, end=None, **kwargs):
-        data = super().cat_file(path, start, end, **kwargs)
-        self._request("get", len(data))
-        return data
-
-    def ls(self, path, detail=True, **kwargs):
-        self._request("list")
-        return super().ls(path, detail, **kwargs)
-
-    def info(self, path, **kwargs):
-        self._request("info")
-        return super().info(path, **kwargs)
-
-
-fsspec.register_implementation("metered", MeteredStore, clobber=True)
 
 
 def _tar(folder, mode="w", name="a.tar"):
@@ -154,7 +114,7 @@ def test_pairs_of_a_store_are_those_of_a_disk_and_fetched_once(local, metered):
     pictures = list(local.glob("i/*"))
     total = size + sum(path.stat().st_size for path in pictures)
     requests = MeteredStore.requests
-    assert total - len(b"PAR1") <= requests["bytes"] <= 1.01 * total
+    assert total - len(b"PAR1") <= requests["bytes read"] <= 1.01 * total
     # More than the blocks: the footer of parquet; the head of a table, and each of its pictures.
     is_parquet = (local / "a.parquet").exists()
     assert requests["get"] <= math.ceil(size / 2**16) + is_parquet + bool(pictures) + len(pictures)
@@ -198,7 +158,7 @@ def test_a_tar_takes_a_request_for_sixteen_mebibytes(tmp_path):
     _upload(tmp_path, "metered://large")
     MeteredStore.requests.clear()
     assert sum(len(pair.image) for pair in open_source("metered://large/a.tar")) == 8 * len(image)
-    assert MeteredStore.requests["bytes"] == size
+    assert MeteredStore.requests["bytes read"] == size
     assert MeteredStore.requests["get"] == math.ceil(size / 2**24) <= size / 8e6
     MeteredStore.store.clear()
 
@@ -221,7 +181,7 @@ def test_a_part_of_a_parquet_file_fetches_that_part(tmp_path, monkeypatch):
         found.append(pyarrow.Table.from_batches(batches))
     assert pyarrow.concat_tables(found).equals(table)
     footers = 4 * 2**16
-    assert MeteredStore.requests["bytes"] <= size + footers
+    assert MeteredStore.requests["bytes read"] <= size + footers
     assert MeteredStore.requests["get"] <= size / 2**15 + 2 * 4
     MeteredStore.store.clear()
 

@@ -1,6 +1,9 @@
 """Object stores of tests: one that counts its requests, and one whose shards take no room."""
 
 import collections
+import errno
+import pathlib
+import threading
 
 import fsspec
 import numpy as np
@@ -37,6 +40,76 @@ class CountingStore(MemoryFileSystem):
     def info(self, path, **kwargs):
         self.requests["info"] += 1
         return super().info(path, **kwargs)
+
+
+class MeteredStore(MemoryFileSystem):
+    """`metered://`: counts the requests and the bytes that move, and may fail, or end a run.
+
+    Attributes:
+        requests: number of "get", "put", "list", "info" and "remove"; "bytes read" and "written".
+        failing_every: of so many requests one fails; 0 for none.
+        ends_before: the number of the "put" or "remove" that does not come, as if the run were
+            killed; 0 for none.
+    """
+
+    protocol = "metered"
+    store, pseudo_dirs = {}, [""]
+    requests: collections.Counter = collections.Counter()
+    failing_every = ends_before = 0
+    _lock = threading.Lock()
+
+    @classmethod
+    def reset(cls):
+        """Empties the store, and counts from zero."""
+        cls.store.clear()
+        cls.pseudo_dirs[:] = [""]
+        cls.requests.clear()
+        cls.failing_every = cls.ends_before = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("metered://"))
+
+    def _request(self, kind, num_bytes=0):
+        changes = kind in ("put", "remove")
+        with self._lock:
+            self.requests[kind] += 1
+            self.requests["bytes written" if changes else "bytes read"] += num_bytes
+            number = sum(n for name, n in self.requests.items() if "bytes" not in name)
+        if self.failing_every and not number % self.failing_every:
+            raise OSError(errno.EIO, "503 Slow Down")
+        if changes and self.ends_before == self.requests["put"] + self.requests["remove"]:
+            raise Killed
+
+    def cat_file(self, path, start=None, end=None, **kwargs):
+        data = super().cat_file(path, start, end, **kwargs)
+        self._request("get", len(data))
+        return data
+
+    def ls(self, path, detail=True, **kwargs):
+        self._request("list")
+        return super().ls(path, detail, **kwargs)
+
+    def info(self, path, **kwargs):
+        self._request("info")
+        return super().info(path, **kwargs)
+
+    def pipe_file(self, path, value, **kwargs):
+        self._request("put", len(value))
+        super().pipe_file(path, value, **kwargs)
+
+    def put_file(self, lpath, rpath, **kwargs):
+        self.pipe_file(rpath, pathlib.Path(lpath).read_bytes())
+
+    def rm_file(self, path):
+        self._request("remove")
+        if not self.exists(path):
+            raise FileNotFoundError(path)
+        super()._rm(path)
+
+
+class Killed(BaseException):
+    """Stands for the end of a process: nothing catches it."""
 
 
 class SparseStore(AbstractFileSystem):
@@ -96,5 +169,5 @@ def name(number: int) -> str:
     return f"part-{number:05d}.tfrecord"
 
 
-for _store in (CountingStore, SparseStore):
+for _store in (CountingStore, MeteredStore, SparseStore):
     fsspec.register_implementation(_store.protocol, _store, clobber=True)

@@ -1,0 +1,133 @@
+"""The filter with its input and its output in object stores: on an S3 server, and counted."""
+
+import functools
+import json
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from data_prep.filter import run_filter
+from diht_jax.data import retries
+from tests.data.records.stores import Killed, MeteredStore
+from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
+
+# What states where the output lies, or what it has cost.
+_OWN = ("stats.json", "settings.json", "dataset_info.json")
+
+
+def _upload(folder, url):
+    system = fsspec.filesystem(url.split(":")[0])
+    for path in folder.iterdir():
+        system.pipe_file(f"{url}/{path.name}", path.read_bytes())
+    return system
+
+
+def _is_own(name):
+    return _NOT_COMPARED.search(name.rpartition("/")[2])
+
+
+def _snapshot(url):
+    """As `jobs.snapshot`, of a store."""
+    system = fsspec.filesystem(url.split(":")[0])
+    system.invalidate_cache()
+    prefix = f"{system._strip_protocol(url)}/"
+    names = [path.removeprefix(prefix) for path in system.find(url)]
+    return {n: system.cat_file(f"{url}/{n}") for n in names if not _is_own(n)}
+
+
+def test_the_output_on_s3_is_the_local_one(tmp_path, s3_bucket):
+    pattern = write_tars(tmp_path / "in", 2)
+    changes = {"examples_per_shard": 6, "output_format": "webdataset"}
+    assert run_filter(job_config(pattern, tmp_path / "out", **changes)) == {}
+    url = f"{s3_bucket}/filter"
+    _upload(tmp_path / "in", f"{url}/in")
+    config = job_config(f"{url}/in/*.tar", f"{url}/out", **changes)
+    assert run_filter(config) == {}
+    local, stored = snapshot(tmp_path / "out"), _snapshot(f"{url}/out")
+    assert stored.keys() == local.keys()
+    differing = {name for name in local if local[name] != stored[name]}
+    assert not {name for name in differing if name.rpartition("/")[2] not in _OWN}
+    assert json.loads(stored["stats.json"])["counts"] == json.loads(local["stats.json"])["counts"]
+    assert {"report.json", "report.html"} <= {n.rpartition("/")[2] for n in _names(f"{url}/out")}
+    # Again: nothing is done.
+    written = _versions(f"{url}/out")
+    assert run_filter(config) == {}
+    assert _versions(f"{url}/out") == written
+    fsspec.filesystem("s3").rm(url, recursive=True)
+
+
+def _names(url):
+    return fsspec.filesystem(url.split(":")[0]).find(url)
+
+
+def _versions(url):
+    system = fsspec.filesystem("s3")
+    system.invalidate_cache()
+    return {name: info["LastModified"] for name, info in system.find(url, detail=True).items()}
+
+
+@pytest.fixture
+def metered(tmp_path):
+    """Two tars in a store that counts; the folder for outputs, and a config without workers."""
+    write_tars(tmp_path / "in", 2)
+    MeteredStore.reset()
+    _upload(tmp_path / "in", "metered:///in")
+    MeteredStore.requests.clear()
+    yield functools.partial(job_config, "metered:///in/*.tar", examples_per_shard=6)
+    MeteredStore.reset()
+
+
+def test_a_run_that_is_killed_at_whatever_write_goes_on(metered):
+    assert run_filter(metered("metered:///whole")) == {}
+    expected = _snapshot("metered:///whole")
+    num_writes = MeteredStore.requests["put"] + MeteredStore.requests["remove"]
+    assert num_writes > 30
+    for number in range(2, num_writes + 1, 4):
+        out = f"metered:///killed{number}"
+        MeteredStore.requests.clear()
+        MeteredStore.ends_before = number
+        with pytest.raises(Killed):
+            run_filter(metered(out))
+        MeteredStore.ends_before = 0
+        done = {n for n in _names(out) if n.endswith(".tfrecord.stats.json")}
+        before = {name: MeteredStore.store[name].modified for name in done}
+        assert run_filter(metered(out)) == {}
+        found = _snapshot(out)
+        assert found.keys() == expected.keys()
+        assert {n for n in found if found[n] != expected[n]} <= {"stats.json", "dataset_info.json"}
+        # What was done is not done again.
+        assert before.items() <= {n: MeteredStore.store[n].modified for n in _names(out)}.items()
+
+
+def test_a_store_that_fails_one_request_in_twenty_changes_no_byte(metered, monkeypatch):
+    delays = []
+    monkeypatch.setattr(retries, "sleep", delays.append)
+    assert run_filter(metered("metered:///good")) == {}
+    MeteredStore.failing_every = 20
+    assert run_filter(metered("metered:///flaky")) == {}
+    MeteredStore.failing_every = 0
+    assert len(delays) >= 5
+    good, flaky = _snapshot("metered:///good"), _snapshot("metered:///flaky")
+    assert good.keys() == flaky.keys()
+    assert {n for n in good if good[n] != flaky[n]} <= {"stats.json", "dataset_info.json"}
+
+
+def test_tables_of_captions_are_filtered_from_store_to_store(tmp_path):
+    rows = [{"key": f"k{n}", "caption": f"{n} dogs", "note": "x" * 50} for n in range(300)]
+    (tmp_path / "in").mkdir()
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "in" / "a.parquet", row_group_size=50)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "in" / "b.jsonl").write_text(lines)
+    MeteredStore.reset()
+    _upload(tmp_path / "in", "metered:///in")
+    MeteredStore.requests.clear()
+    changes = {"recipe": "metadata", "complexity": False, "action": False}
+    assert run_filter(job_config("metered:///in/*", "metered:///out", **changes)) == {}
+    assert MeteredStore.store["/out/b.jsonl"].getvalue().decode() == lines
+    system = fsspec.filesystem("metered")
+    with system.open("/out/a.parquet") as file:
+        assert pyarrow.parquet.read_table(file).equals(table)
+    MeteredStore.reset()
