@@ -30,6 +30,7 @@ __all__ = [
     "read_bytes",
     "read_object",
     "remove",
+    "rename",
     "size",
     "write_bytes",
 ]

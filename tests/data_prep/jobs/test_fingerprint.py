@@ -65,7 +65,7 @@ def test_size_and_time_are_enough_and_nothing_is_read(big, tmp_path, monkeypatch
     def fail(path):
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(fingerprint, "_open", fail)
+    monkeypatch.setattr(fingerprint, "open_file", fail)
     known = _Input(big.source, tmp_path, "time")
     assert "digest" not in known.described.contents
     moved = SourceShard("webdataset", f"{tmp_path}/moved.tar")
@@ -98,7 +98,7 @@ def test_an_unchanged_file_is_not_read_again(big, monkeypatch):
         with pytest.raises(AssertionError, match=r"big\.tar was read"):
             big.is_same()
     assert big.is_same()  # touched: read once, and remembered
-    monkeypatch.setattr(fingerprint, "_open", fail)
+    monkeypatch.setattr(fingerprint, "open_file", fail)
     assert big.is_same()
 
 
