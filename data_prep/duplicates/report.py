@@ -107,7 +107,9 @@ def render(
     """
     parts = [f"<h1>Duplicates</h1><p>{html.escape(describe(summary))}.</p>"]
     if len(cosines):
-        parts.append(f"<h2>Near-duplicates by cosine</h2>{_histogram(cosines)}")
+        parts.append(
+            f"<h2>Near-duplicates by cosine</h2>{_histogram(cosines, summary['threshold'])}"
+        )
     sizes = np.bincount(cluster_of[cluster_of >= 0])
     if len(sizes):
         parts.append(
@@ -124,8 +126,9 @@ def render(
     return render_page("Duplicates", parts, _STYLE)
 
 
-def _histogram(cosines: np.ndarray) -> str:
-    counts, edges = np.histogram(cosines, _BINS)
+def _histogram(cosines: np.ndarray, threshold: float) -> str:
+    edges = np.linspace(min(threshold, 0.99), 1, _BINS + 1)
+    counts, _ = np.histogram(np.clip(cosines, edges[0], 1), edges)
     rows = [
         [f"{low:.3f} to {high:.3f}", f"{count:,}", render_bar(count / counts.max(), 160)]
         for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)

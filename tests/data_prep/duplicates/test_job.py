@@ -10,12 +10,13 @@ import pytest
 from PIL import Image
 
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import job
+from data_prep.duplicates import job, kmeans, stages
 from data_prep.duplicates.__main__ import main
 from data_prep.duplicates.table import Lookup
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
 from data_prep.reports.summary import read_report
+from data_prep.sources.list import default_source, list_sources
 from diht_jax.config import load_recipe
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
 
@@ -201,3 +202,52 @@ def test_settings_are_checked(pairs, tmp_path, changes, message):
 
 def test_the_command_is_there():
     assert callable(main)
+
+
+def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
+    emb = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
+    emb[50:] = emb[:10]
+    np.savez(tmp_path / "a.npz", key=np.array([f"k{i}" for i in range(60)]), image_emb=emb)
+    changes = {"input": None, "embeddings__kind": "files", "keep": "first", "clusters__count": 3}
+    config = _config(
+        tmp_path, tmp_path / "out", embeddings__files=str(tmp_path / "*.npz"), **changes
+    )
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    done = []
+    for module, name in ((stages, "find_all_near"), (job, "_write_table")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                job.run(config)
+        done.append({path.name for path in (tmp_path / "out").rglob("*.np*")})
+    assert {"00000.npy", "centroids.npz", "clusters.npz"} <= done[0] < done[1]
+    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is made again
+    monkeypatch.setattr(stages, "find_in_group", pytest.fail)
+    monkeypatch.setattr(kmeans, "fit", pytest.fail)
+    assert job.run(config) == {}
+    found = Lookup(tmp_path / "out").find([f"k{i}" for i in range(60)])
+    assert [i for i, row in enumerate(found) if row] == list(range(50, 60))
+
+
+def test_the_output_of_embed_is_joined_by_keys(pairs, tmp_path):
+    sources = list_sources(str(pairs / "*.tar"), default_source())
+    (tmp_path / "embeddings.json").write_text(
+        json.dumps({"source": [source.identity() for source in sources]})
+    )
+    emb = np.eye(12, dtype=np.float32)
+    emb[7] = emb[2]  # s07 looks like s02 to this model
+    keys = np.array([f"s{i:02d}" for i in range(12)])
+    for name, rows in (("0-00000", [1, 0]), ("0-00001", [2, 3, 4, 5]), ("1-00000", range(6, 12))):
+        rows = list(rows)
+        path = tmp_path / f"embeddings-0000{name}.npz"
+        np.savez(path, key=keys[rows], image_emb=emb[rows])
+    config = _config(
+        pairs, tmp_path / "out", embeddings__kind="files", embeddings__files=str(tmp_path)
+    )
+    assert job.run(config) == {}
+    exact = {"again": ("exact", "s00"), "again_small": ("exact", "small")}
+    assert _dropped(tmp_path / "out") == exact | {"s07": ("near", "s02")}
+    assert "6 pairs without an embedding are kept" in (tmp_path / "out" / "report.html").read_text()
