@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -31,6 +32,8 @@ FOLDER = "embeddings"
 DTYPES = ("float16", "float32")
 
 _FORMAT_VERSION = 1
+# Where fewer embeddings than one in so many are wanted, they are read one by one.
+_SPARSE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,9 +157,43 @@ def load_embeddings(path: str) -> ShardEmbeddings:
     )
 
 
-def load_key_hashes(path: str) -> np.ndarray:
-    """uint64 [n], of the records of a shard; the embeddings are not read. Errors as above."""
-    return _load(path, lambda file: file["key_hashes"])
+def load_keys(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """`rows` and `key_hashes` of a file; the embeddings are not read. Errors as above."""
+    return _load(path, lambda file: (file["rows"].astype(np.int64), file["key_hashes"]))
+
+
+def load_some(path: str, numbers: np.ndarray) -> np.ndarray:
+    """Some embeddings of a file; of a local one, the others are not read where these are few.
+
+    Args:
+        path: of the file.
+        numbers: int [k], in [0, m).
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+
+    def read(file: Any) -> np.ndarray:
+        if is_remote(path) or len(numbers) * _SPARSE > len(file["rows"]):
+            return file["embeddings"][numbers]
+        return _read_rows(path, numbers)
+
+    return _load(path, read)
+
+
+def _read_rows(path: str, rows: np.ndarray) -> np.ndarray:
+    """Rows of the embeddings of a local file, by one read each."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb", buffering=0) as file:
+        member = archive.getinfo("embeddings.npy")
+        file.seek(member.header_offset + 26)  # the lengths of its name and extra field
+        start = member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+        with archive.open(member) as array:
+            np.lib.format.read_magic(array)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(array)
+            start += array.tell()
+        size = shape[1] * dtype.itemsize
+        data = b"".join(os.pread(file.fileno(), size, start + row * size) for row in rows.tolist())
+    return np.frombuffer(data, dtype).reshape(len(rows), shape[1])
 
 
 def _load(path: str, read: Callable[[Any], Any]) -> Any:

@@ -15,7 +15,7 @@ from absl import logging
 
 from data_prep.jobs import shards
 from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.embeddings import key_ranks, load_embeddings
+from data_prep.labelling.embeddings import key_ranks, load_keys, load_some
 from data_prep.labelling.vocabulary import Targets
 from diht_jax.data.records.vocabulary import ConceptList, Vocabulary
 
@@ -84,15 +84,15 @@ def gather_examples(
     vectors: tuple[list, list] = ([], [])
     targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
     for task in embedded:
-        found = load_embeddings(task.output)
-        held_out = is_held_out(found.key_hashes, settings.held_out, config.seed)
-        rank = key_ranks(found.key_hashes, 2 * config.seed + _SAMPLE)
+        rows, key_hashes = load_keys(task.output)
+        held_out = is_held_out(key_hashes, settings.held_out, config.seed)
+        rank = key_ranks(key_hashes, 2 * config.seed + _SAMPLE)
         has_embedding = np.zeros(len(held_out), bool)
-        has_embedding[found.rows] = True
+        has_embedding[rows] = True
         of_shard = {part.kind: _read_targets(task, part, len(held_out)) for part in vocabulary}
         for number, of_split in enumerate((~held_out, held_out)):
             chosen = of_split & has_embedding & (rank < limits[number])
-            vectors[number].append(found.embeddings[chosen[found.rows]])
+            vectors[number].append(load_some(task.output, np.flatnonzero(chosen[rows])))
             for kind, shard_targets in of_shard.items():
                 targets[number][kind].append(shard_targets.take(chosen))
     # A shard without any embedding does not know their size.

@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.jobs import files
 from data_prep.jobs.shards import ShardTask
-from data_prep.labelling.embeddings import load_key_hashes
+from data_prep.labelling.embeddings import load_keys
 from data_prep.labelling.examples import is_held_out
 from data_prep.reports.html import data_uri, render_bar, render_page
 from diht_jax.data.images.decode import ImageError, decode_rgb
@@ -208,11 +208,11 @@ def _choose_records(
     wanted = min(config["report_images"], len(source))
     order = np.random.default_rng(config["seed"]).permutation(len(source))
     files_of = dict(zip(source.paths, (task.output for task in embedded), strict=True))
-    hashes = functools.cache(load_key_hashes)
+    keys = functools.cache(load_keys)
     held_out, others = [], []
     for index in order[: wanted * _MAX_TRIES].tolist():
         path, number = source.locate(index)
-        key_hash = hashes(files_of[path])[number : number + 1]
+        key_hash = keys(files_of[path])[1][number : number + 1]
         is_new = is_held_out(key_hash, config["heads"]["held_out"], config["seed"])[0]
         (held_out if is_new else others).append(index)
         if len(held_out) == wanted:
