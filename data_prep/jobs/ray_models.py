@@ -17,7 +17,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -150,8 +150,14 @@ class ModelPool:
         actor = actor_class.remote(os.getcwd())
         self._starting[actor.is_ready.remote()] = actor
 
+    def _find_answered(self, references: Mapping[Any, Any]) -> list[Any]:
+        """Those to which an answer, or an error, has come."""
+        if not references:
+            return []
+        return self._ray.wait(list(references), num_returns=len(references), timeout=0)[0]
+
     def _take_ready(self) -> int:
-        ready, _ = self._ray.wait(list(self._starting), timeout=0) if self._starting else ([], [])
+        ready = self._find_answered(self._starting)
         for reference in ready:
             actor = self._starting.pop(reference)
             try:
@@ -167,7 +173,7 @@ class ModelPool:
         return len(ready)
 
     def _take_ended(self) -> int:
-        ended, _ = self._ray.wait(list(self._ends), timeout=0) if self._ends else ([], [])
+        ended = self._find_answered(self._ends)
         for reference in ended:
             del self._ends[reference]
             logging.warning("a model actor died, or its node was lost; others take its batches")
