@@ -64,23 +64,20 @@ def filter_shard(
     if task.search is not None:  # workers have died of this shard, and left half-written files
         folder, name = os.path.split(task.output)
         shards.remove_temporary_files(folder, [name])
-    work = WorkRecord(task.output, task.search)
-    process = functools.partial(
-        _process,
-        config=config,
-        steps=steps,
-        report=report,
-        search=task.search or CrashSearch(),
-        work=work,
-    )
-    try:
+    with WorkRecord(task.output, task.search) as work:
+        process = functools.partial(
+            _process,
+            config=config,
+            steps=steps,
+            report=report,
+            search=task.search or CrashSearch(),
+            work=work,
+        )
         return shards.run_task(
             task,
             process,
             beside=(decisions.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
         )
-    finally:
-        work.remove()
 
 
 def _process(

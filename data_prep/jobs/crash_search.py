@@ -21,6 +21,7 @@ from typing import Any
 from absl import logging
 
 from data_prep.jobs import files
+from data_prep.jobs.progress import ProcessDeath
 
 BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
 
@@ -84,9 +85,13 @@ class WorkRecord:
             record = {"stage": stage, "first": first, "last": last}
             files.write_bytes(self._path, json.dumps(record).encode())
 
-    def remove(self) -> None:
-        """Removes the file, at the end of a run."""
-        if self._path is not None:
+    def __enter__(self) -> WorkRecord:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Removes the file at the end of a run, unless that is a death."""
+        is_death = kind is not None and issubclass(kind, ProcessDeath)
+        if self._path is not None and not is_death:
             files.remove(self._path)
 
 

@@ -29,6 +29,10 @@ KILLED = "killed"  # from outside while others were at work: memory ran out, or 
 TIMEOUT = "timeout"  # the task took longer than it may
 
 
+class ProcessDeath(OSError):
+    """A process that a task needed has died of what it was given to do, as a worker may."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome(Generic[_Task, _Result]):
     """How one task ended.
@@ -57,8 +61,10 @@ def call_function(function: Function, task: _Task, report: Report) -> Outcome[_T
 
 def failed_outcome(task: _Task, error: Exception) -> Outcome[_Task, Any]:
     """The outcome of a task that raised; what a disk or a store refused may pass later."""
-    is_passing = isinstance(error, OSError) or is_storage_failure(error)
-    return Outcome(task, error=describe_error(error), cause=STORAGE if is_passing else None)
+    cause = STORAGE if isinstance(error, OSError) or is_storage_failure(error) else None
+    if isinstance(error, ProcessDeath):
+        cause = DEATH
+    return Outcome(task, error=describe_error(error), cause=cause)
 
 
 def timed_out(task: _Task, secs: float, limit_secs: float) -> Outcome[_Task, Any]:

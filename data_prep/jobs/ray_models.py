@@ -23,7 +23,7 @@ from typing import Any
 from absl import logging
 
 from data_prep.jobs.models import Load
-from data_prep.jobs.progress import POLL_SECS
+from data_prep.jobs.progress import POLL_SECS, ProcessDeath
 
 # Batches that a worker has under way: one computes, the others travel or wait.
 _MAX_UNDER_WAY = 4
@@ -194,7 +194,7 @@ class RemoteModel:
         """As `models.Model.map`.
 
         Raises:
-            OSError: several model actors have died of one call.
+            ProcessDeath: several model actors have died of one call.
         """
         run = _Run(
             self._ray,
@@ -247,7 +247,7 @@ class _Run:
             except self._ray.exceptions.RayError as error:
                 self._deaths[number] += 1
                 if self._deaths[number] >= _MAX_DEATHS:
-                    raise OSError(
+                    raise ProcessDeath(
                         f"{_MAX_DEATHS} model actors died of one batch: "
                         f"{' '.join(str(error).split())}"
                     ) from error

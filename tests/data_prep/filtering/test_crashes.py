@@ -1,15 +1,20 @@
 """Pairs that end their worker: found, counted and left out; the shard is that without them."""
 
+import functools
 import os
 import pathlib
 import signal
 import tarfile
 
 from data_prep.filter import run_filter
+from data_prep.filtering.shard import filter_shard
 from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import Candidate, Step
+from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import crash_search
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch
+from data_prep.jobs.engine import run_tasks
+from data_prep.jobs.progress import ProcessDeath
 from data_prep.jobs.shards import ShardTask
 from diht_jax.data.readers.registry import SourceShard
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_records, write_tars
@@ -71,6 +76,40 @@ def test_pairs_that_kill_their_worker_are_found_and_the_shard_goes_on(tmp_path, 
     crashed = counts["samples"]["source/crashed"]
     assert sorted(key for _, key, _ in crashed) == ["0-1", "0-6"]
     assert not [p for p in (tmp_path / "b").rglob("*") if p.name.endswith(".tmp")]
+
+
+class DeadlyModelStep(Step):
+    """Needs a process that dies of one picture."""
+
+    name = "deadly_model"
+    order = 15
+    reasons = {}
+
+    def find_reason(self, candidate: Candidate) -> str | None:
+        if candidate.pair.caption == "name 0 2":
+            raise ProcessDeath("3 model actors died of one batch")
+        return None
+
+
+def test_a_pair_that_kills_a_process_beside_the_worker_is_found_as_well(tmp_path):
+    pattern = write_tars(tmp_path / "in", 1, pairs_per_tar=4)
+    config = job_config(pattern, tmp_path / "out", batch_size=2)
+    source = SourceShard("webdataset", pattern.replace("*", "00000"))
+    task = ShardTask(source, str(tmp_path / "part.tfrecord"), "hash")
+    function = functools.partial(filter_shard, config=config, steps=[ImageStep, DeadlyModelStep])
+    calls = []
+    (outcome,) = run_tasks(
+        function,
+        [task],
+        num_workers=0,
+        label="t",
+        after_death=lambda task, is_blamed: (
+            calls.append(is_blamed) or crash_search.after_death(task, is_blamed)
+        ),
+    )
+    assert outcome.error is None and calls == [True] * 3
+    assert outcome.result["counts"]["dropped"]["source"] == {"crashed": 1}
+    assert outcome.result["counts"]["kept"] == 3
 
 
 def _record(stage, first, last):
