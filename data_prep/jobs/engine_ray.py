@@ -39,6 +39,8 @@ from data_prep.jobs.ray_models import ModelPool, RemoteModel
 _MAX_FAILED_STARTS = 3  # in a row
 _WAITING_SECS = 60.0
 
+_now = time.monotonic  # of the limit of a task; tests put their own clock here
+
 
 @dataclasses.dataclass(frozen=True)
 class RaySettings:
@@ -287,7 +289,7 @@ class _RayWorkerPool:
             yield dataclasses.replace(outcome, task=worker.task)
         worker.has_started, self._failed_starts = True, 0
         if self._pending:
-            worker.task, worker.began_secs = self._pending.popleft(), time.monotonic()
+            worker.task, worker.began_secs = self._pending.popleft(), _now()
             self._waits[worker.actor.work.remote(self._function, worker.task)] = worker
         else:
             self._ray.kill(worker.actor)
@@ -317,7 +319,7 @@ class _RayWorkerPool:
         if self._timeout_secs is None:
             return
         for reference, worker in list(self._waits.items()):
-            secs = time.monotonic() - worker.began_secs
+            secs = _now() - worker.began_secs
             if worker.has_started and secs > self._timeout_secs:
                 del self._waits[reference]
                 self._ray.kill(worker.actor)

@@ -25,6 +25,7 @@ _SCRIPT = """
 import functools, json, os, pathlib, sys, time
 import ray
 from ray.cluster_utils import Cluster
+from data_prep.jobs import engine_ray
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
 
@@ -67,6 +68,33 @@ def work(task, report, folder):
     return received
 
 
+def fail(task, report, folder):
+    if task == "dies":
+        os._exit(1)
+    while task == "hangs":  # until all others have ended, and then for ever
+        if len(list(pathlib.Path(folder).glob("ended_*"))) == 2:
+            pathlib.Path(folder, f"hangs_{os.getpid()}").touch()
+            time.sleep(600)
+        time.sleep(0.02)
+    return task
+
+
+def run_failing(settings, folder):
+    # No time passes until a task hangs, then an hour does.
+    engine_ray._now = lambda: 3600.0 * len(list(pathlib.Path(folder).glob("hangs_*")))
+    for outcome in run_tasks(
+        functools.partial(fail, folder=folder),
+        ["hangs", "dies", "works"],
+        num_workers=2,
+        label="failing",
+        timeout_secs=60,
+        after_death=lambda task, is_blamed: f"after {task}, {is_blamed}",
+        ray=settings,
+    ):
+        pathlib.Path(folder, f"ended_{outcome.task}").touch()
+        yield [outcome.task, outcome.result, outcome.error]
+
+
 def main(folder):
     os.chdir(folder)
     # A GPU in name only, to be reserved: nothing here computes on it.
@@ -84,6 +112,8 @@ def main(folder):
             cluster.add_node(num_cpus=3)
         found.append([outcome.task, outcome.result, outcome.error])
     print("toy", json.dumps(found), flush=True)
+    failing = list(run_failing(RaySettings(cluster.address), folder))
+    print("failing", json.dumps(failing), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
@@ -132,6 +162,18 @@ def test_workers_share_models_that_die_and_nodes_that_join(printed):
     models = [path.name.split("_") for path in folder.glob("model_*")]
     assert 2 <= len(models) <= 6 and {tuple(name[2:]) for name in models} == {("0", "0.45")}
     assert "others take its batches" in found["stderr"]
+
+
+def test_deaths_and_time_limits_are_those_of_local_workers(printed):
+    folder, found = printed
+    outcomes = {task: (result, error) for task, result, error in json.loads(found["failing"])}
+    again = "after dies, True"  # what runs in place of a task that has killed its worker
+    assert outcomes["works"] == ("works", None)
+    assert outcomes[again] == (again, None)
+    stopped = "stopped after 3600 s, since config.shard_timeout_secs=60"
+    assert outcomes["hangs"] == (None, stopped)
+    assert len(list(folder.glob("hangs_*"))) == 2
+    assert f"hangs: {stopped}; its task will run again" in found["stderr"]
 
 
 def test_example_of_the_page(printed):
