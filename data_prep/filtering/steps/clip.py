@@ -21,6 +21,8 @@ from data_prep.filtering.steps.image import ImageStep
 from data_prep.filtering.steps.recorded import NOT_KNOWN, PASSES, Recorded
 from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.records.remote import is_remote
+from diht_jax.weights.releases import RELEASES
 
 SCORE = "clip_score"
 
@@ -174,6 +176,11 @@ def _fingerprint(model: str) -> str:
                 digest.update(data)
         return digest.hexdigest()
     if not os.path.isdir(model):
+        if model not in RELEASES and not is_remote(model):
+            raise ValueError(
+                f"config.clip.model='{model}': no such work directory or weight file, and no "
+                f"released model ({', '.join(RELEASES)})"
+            )
         return model
     for folder, folders, names in os.walk(model):
         folders.sort()
