@@ -317,7 +317,8 @@ def _check_records(
     is_copied = before["output_format"] in reuse.COPIED_FORMATS
 
     def is_lost(name: str) -> bool:
-        return name not in present and not (is_copied and name + decisions.SUFFIX in present)
+        is_listed = not present.isdisjoint((name + decisions.SUFFIX, name + kept.KEPT_SUFFIX))
+        return name not in present and not (is_copied and is_listed)
 
     lost = [output for output in done if is_lost(os.path.basename(output))]
     if lost:
@@ -329,9 +330,14 @@ def _check_records(
         )
         raise ValueError(
             f"'{folder}' is complete, and {what}: {len(lost)} input shards would have to be "
-            "read again. Choose another output, or make it again with --overwrite; "
-            "config.keep_parts=True would have kept what is needed, and so would "
-            "config.output_format='tfrecord', whose records are copied"
+            "read again, since "
+            + (
+                "the folder is from before decisions were recorded"
+                if is_copied
+                else "records cannot be copied out of tars"
+            )
+            + ". Choose another output, or make it again with --overwrite; config.keep_parts=True "
+            "would have kept what is needed"
         )
 
 

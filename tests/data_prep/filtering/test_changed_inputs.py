@@ -1,5 +1,6 @@
 """Inputs that grow, shrink and change: each costs its own part, whatever lies before it."""
 
+import collections
 import contextlib
 import functools
 import json
@@ -14,6 +15,7 @@ from data_prep.filter import run_filter
 from data_prep.filtering import shard
 from data_prep.jobs import files
 from data_prep.jobs.manifest import read_manifest
+from data_prep.labelling.vocabulary import merge_counts
 from diht_jax.data.records.dataset_index import read_table
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -154,6 +156,8 @@ def test_parts_as_output_hold_what_shards_would(tmp_path, filtered):
     assert not (output / "parts").exists() and not (output / "dataset_info.json").exists()
     records = {record.key: record for record in read_records(output)}
     assert records == {record.key: record for record in read_records(tmp_path / "sharded")}
+    paths = [[str(p) for p in (tmp_path / n).glob("*.tfrecord")] for n in ("out", "sharded")]
+    assert merge_counts(paths[0]) == merge_counts(paths[1])  # what labels need beside a shard
     index = read_table(f"{output}/dataset.index")
     assert index.starts.tolist() == [0, 2, 4, 6]
     filtered.clear()
@@ -236,3 +240,23 @@ def test_an_input_that_is_reached_from_another_root_is_not_filtered_again(tmp_pa
     assert list(part_names(tmp_path / "out")) == [
         "a/00000.tar", "a/00001.tar", "b/00000.tar", "b/00001.tar"
     ]  # fmt: skip
+
+
+def test_statistics_are_read_at_most_twice_by_all_jobs_of_an_array(tmp_path, monkeypatch):
+    source, reads = write_tars(tmp_path / "in", 6, pairs_per_tar=1), collections.Counter()
+    real = files.read_bytes
+
+    def read_bytes(path):
+        if "/parts/" in path and path.endswith(".tfrecord.stats.json"):
+            reads[path] += 1
+        return real(path)
+
+    monkeypatch.setattr(files, "read_bytes", read_bytes)
+    config = job_config(source, tmp_path / "out")
+    for index in range(3):
+        assert run_filter(config, index, 3) == {}
+    assert read_counts(tmp_path / "out")["kept"] == 6
+    assert len(reads) == 6 and max(reads.values()) == 2
+    reads.clear()
+    run_filter(config)
+    assert len(reads) == 6 and max(reads.values()) == 1
