@@ -90,11 +90,7 @@ def run(
     )
     if finished.removed:
         filter_parts.forget_output(folder)
-    done = {
-        task.output: finished.stats[task.output]
-        for task in mine
-        if task.output in finished.stats and shards.has_output(task, finished.stats[task.output])
-    }
+    done = filter_parts.with_whole_outputs(mine, finished.stats)
     pending = [task for task in mine if task.output not in done]
     logging.info("%d tables, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:

@@ -143,15 +143,19 @@ def settle_changes(
     if finished.removed:
         forget_output(folder)
     if config.examples_per_shard is None:
-        whole = (task for task in mine if task.output in finished.stats)
-        return {
-            task.output: finished.stats[task.output]
-            for task in whole
-            if shards.has_output(task, finished.stats[task.output])
-        }
+        return with_whole_outputs(mine, finished.stats)
     if not overwrite:
         _check_records(config, tasks, finished.stats, folder)
     return finished.stats
+
+
+def with_whole_outputs(
+    tasks: Sequence[shards.ShardTask], stats: Mapping[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """The statistics of those tasks whose outputs are there, since nothing else holds them."""
+    found = [(task, stats[task.output]) for task in tasks if task.output in stats]
+    whole = shards.whole_outputs(found)
+    return {task.output: known for task, known in found if task.output in whole}
 
 
 def forget_output(folder: str) -> None:

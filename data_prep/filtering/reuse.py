@@ -63,7 +63,7 @@ def find_records(
     """
     stats_of = {task.output: (task, stats) for task, stats in parts}
     needed = {piece.path for shard in unwritten for piece in shard.slices}
-    there = {path for path in needed if shards.has_output(*stats_of[path])}
+    there = shards.whole_outputs([stats_of[path] for path in sorted(needed)])
     if there == needed:
         return list(unwritten), set()
     stretches = _index_old_shards(parts, folder)

@@ -264,6 +264,18 @@ def has_output(task: ShardTask, stats: dict[str, Any]) -> bool:
         return False
 
 
+def whole_outputs(parts: Sequence[tuple[ShardTask, dict[str, Any]]]) -> set[str]:
+    """The outputs for which `has_output` is true; in a store many are looked at at once."""
+
+    def look(part: tuple[ShardTask, dict[str, Any]]) -> str | None:
+        return part[0].output if has_output(*part) else None
+
+    if not parts or not is_remote(parts[0][0].output):
+        return set(map(look, parts)) - {None}
+    with futures.ThreadPoolExecutor(_READ_THREADS) as pool:
+        return set(pool.map(look, parts)) - {None}
+
+
 def load_finished(task: ShardTask) -> dict[str, Any] | None:
     """The statistics of a task that was done before, by the same config on the same input.
 
