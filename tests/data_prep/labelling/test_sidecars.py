@@ -16,6 +16,7 @@ from data_prep.teachers import registry
 from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind
 from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.labels.rows import decode_joined, open_labels
+from diht_jax.data.records.remote import open_system
 from diht_jax.data.records.schema import CONCEPT_FIELDS
 from diht_jax.data.records.vocabulary import find_train_vocabulary, read_vocabulary
 from tests.data_prep.labelling.pictures import (
@@ -117,6 +118,23 @@ def test_shards_added_and_removed_cost_themselves(work, tmp_path):
     run_label(config)
     assert len(_times(tmp_path / "both" / "labels")) == 6
     assert len(_joined(kept, tmp_path / "both")) == NUM_IMAGES
+
+
+def test_labels_in_a_store(work, sidecars):
+    url = "memory://label_job/labels"
+    system, _ = open_system(url)
+    config = _config(work / "kept", url, heads__load=str(work / "labelled"), report_images=2)
+    assert run_label(config) == {}
+    files = [*sidecars.glob("labels/*.npz"), *sidecars.glob("embeddings/*.npz")]
+    assert len(files) == 6
+    for path in files:
+        assert system.cat(f"/label_job/labels/{path.relative_to(sidecars)}") == path.read_bytes()
+    assert find_train_vocabulary(url) == read_vocabulary(work / "labelled")
+    before = {name: system.created(name) for name in system.find("/label_job/labels")}
+    run_label(config)  # what describes the whole folder is written again, and nothing else
+    changed = [name for name in before if system.created(name) != before[name]]
+    assert not [name for name in changed if name.endswith(".npz")]
+    system.rm("/label_job", recursive=True)
 
 
 def test_a_folder_stays_what_it_is(work, sidecars, tmp_path):
