@@ -238,6 +238,6 @@ def clean_row(row: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any
 FORMAT = Format(
     suffixes=(SUFFIX,),
     read=read_parquet,
-    count=lambda source: open_parquet(source.path).metadata.num_rows,
+    count=lambda source: open_parquet(source.path, (0, 0)).metadata.num_rows,
     metadata_of=("webdataset", "tfrecord", "array_record"),
 )

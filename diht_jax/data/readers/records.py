@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from diht_jax.data.readers.base import Format, SourceShard
-from diht_jax.data.records import schema
+from diht_jax.data.records import remote, schema
 from diht_jax.data.records.formats.array_record import ArrayRecordSource, read_array_records
 from diht_jax.data.records.samples import SampleError, Skipped, has_sample_fields
 from diht_jax.data.records.schema import Pair
@@ -48,6 +48,14 @@ def _read_bytes(path: str) -> Iterator[bytes]:
         yield from read_records(path)
 
 
+def _count_records(shard: SourceShard) -> int | None:
+    """Records of a TFRecord shard; of one in a store by the index beside it, if there is one."""
+    if not is_remote(shard.path):
+        return len(TFRecordSource([shard.path]))
+    offsets = remote.read_index(shard.path, remote.file_size(shard.path))
+    return None if offsets is None else len(offsets)
+
+
 ARRAY_RECORD = Format(
     suffixes=(".array_record",),
     matches=lambda path: is_shard(path, ArrayRecordSource.kind),
@@ -58,5 +66,5 @@ FORMAT = Format(
     suffixes=(".tfrecord",),
     matches=is_shard,  # train.tfrecord-00000-of-00010, too
     read=read_shard,
-    count=lambda shard: len(TFRecordSource([shard.path])),
+    count=_count_records,
 )

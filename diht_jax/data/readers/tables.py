@@ -337,8 +337,10 @@ class _Lines(Iterator[str]):
         return line
 
 
-def _count_lines(shard: SourceShard) -> int:
-    """Lines of a part; a row of a csv with line breaks in it counts too often."""
+def _count_lines(shard: SourceShard) -> int | None:
+    """Lines of a part; a row of a csv with line breaks in it counts too often. None in a store."""
+    if is_remote(shard.path):
+        return None  # it would be read once more
     count, last, left = 0, b"\n", shard.stop - shard.start
     with open_file(shard.path) as file:
         file.seek(shard.start)

@@ -173,7 +173,7 @@ def count_records(path: str, size: int | None = None) -> tuple[int, int, np.ndar
         size: in bytes; None costs a request.
     """
     size = file_size(path) if size is None else size
-    offsets = _read_index(path, size)
+    offsets = read_index(path, size)
     if offsets is not None:
         return len(offsets), size, None
     offsets = _scan(path, size)
@@ -186,7 +186,7 @@ def count_records(path: str, size: int | None = None) -> tuple[int, int, np.ndar
 
 def find_remote_offsets(path: str, size: int, *, trust_index: bool = True) -> np.ndarray:
     """uint64 [n], where the records of a shard begin: of the index beside it, or by a scan."""
-    offsets = _read_index(path, size) if trust_index else None
+    offsets = read_index(path, size) if trust_index else None
     return _scan(path, size) if offsets is None else offsets
 
 
@@ -203,7 +203,8 @@ class RemoteFile:
         return read_range(self._path, start, end)
 
 
-def _read_index(path: str, size: int) -> np.ndarray | None:
+def read_index(path: str, size: int) -> np.ndarray | None:
+    """The offsets of the index beside a shard in a store; None where there is none."""
     system, _ = open_system(path)
     try:
         data = system.cat_file(path + INDEX_SUFFIX)

@@ -139,6 +139,8 @@ def test_own_records_in_an_object_store(tmp_path):
     source = open_source(url)
     assert [pair.key for pair in source] == ["k0", "k1", "k2"]
     (shard,) = source.shards
+    assert FORMATS["tfrecord"].count(shard) is None  # a bar is no reason to read it
+    system.pipe_file("/test_readers/a.tfrecord.idx", (tmp_path / "a.tfrecord.idx").read_bytes())
     assert FORMATS["tfrecord"].count(shard) == 3
     identity = shard.identity()
     assert identity["path"] == "memory:///test_readers/a.tfrecord"

@@ -12,7 +12,7 @@ import pytest
 
 from diht_jax.data import retries, stores
 from diht_jax.data.readers import parquet
-from diht_jax.data.readers.registry import list_shards, open_source
+from diht_jax.data.readers.registry import FORMATS, list_shards, open_source
 from diht_jax.data.records.formats.registry import open_writer
 from diht_jax.data.records.schema import Pair, encode_record
 from tests.data.readers.inputs import PNG, read_entries, skip_reasons, write_tar
@@ -119,6 +119,11 @@ def test_pairs_of_a_store_are_those_of_a_disk_and_fetched_once(local, metered):
     is_parquet = (local / "a.parquet").exists()
     assert requests["get"] <= math.ceil(size / 2**16) + is_parquet + bool(pictures) + len(pictures)
     assert requests["list"] + requests["info"] <= 4
+    # The end of a progress bar does not cost a reading.
+    MeteredStore.requests.clear()
+    (shard,) = list_shards(f"{metered}/a.*")
+    assert FORMATS[shard.kind].count(shard) in (None, len(_KEYS))
+    assert MeteredStore.requests["bytes read"] <= 2**17
 
 
 def test_a_store_that_fails_one_request_in_twenty_loses_nothing(local, metered, monkeypatch):
