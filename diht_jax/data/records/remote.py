@@ -87,7 +87,7 @@ def exists(path: str) -> bool:
     if not is_remote(path):
         return os.path.exists(path)
     system, name = open_system(path)
-    return system.exists(name)
+    return retry(lambda: system.exists(name), path)
 
 
 def read_bytes(path: str) -> bytes:
@@ -207,7 +207,7 @@ def read_index(path: str, size: int) -> np.ndarray | None:
     """The offsets of the index beside a shard in a store; None where there is none."""
     system, _ = open_system(path)
     try:
-        data = system.cat_file(path + INDEX_SUFFIX)
+        data = retry(lambda: system.cat_file(path + INDEX_SUFFIX), path + INDEX_SUFFIX)
     except FileNotFoundError:
         return None
     return decode_index(path, data, size)
