@@ -26,13 +26,12 @@ from data_prep.jobs import files, manifest, shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import RaySettings, run_pending
 from data_prep.jobs.manifest import Input
+from data_prep.jobs.shards import FAILED_SUFFIX
 from data_prep.reports.page import PAGE
 from data_prep.reports.summary import REPORT
 from diht_jax.data.records import dataset_info
 from diht_jax.data.records.dataset_index import INDEX_NAME
 from diht_jax.data.records.formats.registry import FORMATS
-
-FAILED_SUFFIX = ".failed.json"
 
 # What describes the whole output.
 MERGED_FILES = (

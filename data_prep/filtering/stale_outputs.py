@@ -73,17 +73,20 @@ def reject_or_remove_stale(
     gone = sorted(finished - set(names))
     if (changed or gone) and not overwrite:
         raise ValueError(_describe(folder, changed, gone, settings, len(finished)))
+    removed = bool(changed or gone)
     for path, reason in changed:
         logging.warning("%s: made again, since this changed: %s", path, reason)
         remove_output(path)
     for name in gone:
         logging.warning("%s: removed, since its input is gone", files.join(folder, name))
         remove_output(files.join(folder, name))
-    for name in shards.names_below(present, gone):  # its lists and samples
+    notes = [name for name in present if name.endswith(shards.FAILED_SUFFIX)]
+    gone += {name.removesuffix(shards.FAILED_SUFFIX) for name in notes} - set(names) - finished
+    for name in shards.names_below(present, gone):  # its lists and samples, or why it failed
         files.remove(files.join(folder, name))
     if _read_settings(folder) != json.loads(json.dumps(settings)):
         shards.write_json(files.join(folder, SETTINGS), settings)
-    return Finished(done, bool(changed or gone))
+    return Finished(done, removed)
 
 
 def _is_shard_stats(name: str) -> bool:

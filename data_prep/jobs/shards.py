@@ -28,6 +28,7 @@ from diht_jax.data.records.remote import is_remote
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
+FAILED_SUFFIX = ".failed.json"  # beside an output that could not be made: why
 
 _READ_THREADS, _READ_AHEAD = 32, 256  # of statistics in a store
 

@@ -64,6 +64,7 @@ def test_a_tar_that_is_cut_off_and_deleted_later(tmp_path, filtered):
     assert filtered == []
     assert read_counts(tmp_path / "out")["kept"] == 38
     assert "00007.tar" not in part_names(tmp_path / "out")
+    assert not list((tmp_path / "out" / "parts").glob("*.failed.json"))
 
 
 # What becomes of the parts' records: they are kept, found in the output shards, or the output.
