@@ -150,15 +150,21 @@ def check_failure(file: io.BufferedReader) -> None:
         raise file.raw.failure
 
 
-class _RetryingFile(io.RawIOBase):
-    """A file that is opened again, at the same position, where a read fails."""
+class PositionedFile(io.RawIOBase):
+    """What files that are read in their own way have in common.
 
-    def __init__(self, path: str):
-        self.name = path
+    Attributes:
+        name: path or URL.
+        size: in bytes; set by the class that derives from it.
+        failure: the StorageError that a read has raised, else None.
+    """
+
+    size: int
+
+    def __init__(self, name: str):
+        self.name = name
         self.failure: StorageError | None = None
         self._position = 0
-        self._file: io.FileIO | None = None
-        self._size = retry(self._measure, path)
 
     def readable(self) -> bool:
         return True
@@ -170,11 +176,20 @@ class _RetryingFile(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
         if start + offset < 0:
             raise ValueError(f"{self.name}: negative position {start + offset}")
         self._position = start + offset
         return self._position
+
+
+class _RetryingFile(PositionedFile):
+    """A file that is opened again, at the same position, where a read fails."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._file: io.FileIO | None = None
+        self.size = retry(self._measure, path)
 
     def readinto(self, buffer: memoryview) -> int:
         try:

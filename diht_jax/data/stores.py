@@ -160,14 +160,8 @@ def remove(url: str) -> None:
         retry(lambda: system.rm_file(name), url, "removed")
 
 
-class StoreFile(io.RawIOBase):
-    """A file in a store; every block of it is one request where it is read from front to back.
-
-    Attributes:
-        name: the URL.
-        size: in bytes.
-        failure: the StorageError that a read has raised, else None.
-    """
+class StoreFile(retries.PositionedFile):
+    """A file in a store; every block of it is one request where it is read from front to back."""
 
     def __init__(self, url: str):
         """Asks for the size, and reads nothing yet.
@@ -176,31 +170,13 @@ class StoreFile(io.RawIOBase):
             FileNotFoundError: there is none.
             StorageError: it cannot be read, now and after some attempts.
         """
-        self.name = url
-        self.failure: StorageError | None = None
+        super().__init__(url)
         system, path = open_system(url)
         self.size = int(retry(lambda: system.info(path), url)["size"])
-        self._position = 0
         self._blocks: dict[int, bytes] = {}  # by their first byte
         self._borders: list[int] = [*range(0, self.size, BLOCK_BYTES), self.size]
         self._pool: futures.ThreadPoolExecutor | None = None
         self._ahead: tuple[int, futures.Future[bytes]] | None = None  # and its first byte
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"{self.name}: negative position {start + offset}")
-        self._position = start + offset
-        return self._position
 
     def readinto(self, buffer: memoryview) -> int:
         if self._position >= self.size or not len(buffer):
