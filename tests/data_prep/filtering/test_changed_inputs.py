@@ -7,10 +7,12 @@ import json
 import pathlib
 import shutil
 import tarfile
+import types
 
 import pytest
 from PIL import Image
 
+from data_prep import filter as command
 from data_prep.filter import run_filter
 from data_prep.filtering import shard
 from data_prep.jobs import files
@@ -241,6 +243,22 @@ def test_an_input_that_is_reached_from_another_root_is_not_filtered_again(tmp_pa
     assert list(part_names(tmp_path / "out")) == [
         "a/00000.tar", "a/00001.tar", "b/00000.tar", "b/00001.tar"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("allowed", "status"), [(0, 1), (1, 3)])
+def test_the_exit_code_shows_whether_there_is_an_output(tmp_path, monkeypatch, allowed, status):
+    source = write_tars(tmp_path / "in", 2)
+    broken = tmp_path / "in" / "00001.tar"
+    broken.write_bytes(broken.read_bytes()[:3000])
+    given = {"explain": None, "lists": None, "replay": None, "engine": "local", "overwrite": False}
+    config = job_config(source, tmp_path / "out", max_failed_shards=allowed)
+    given |= {"config": config, "task_index": 0, "num_tasks": 1}
+    parsed = types.SimpleNamespace(FLAGS=types.SimpleNamespace(**given))
+    monkeypatch.setattr(command, "flags", parsed)
+    with pytest.raises(SystemExit) as ended:
+        command.main()
+    assert ended.value.code == status
+    assert (tmp_path / "out" / "stats.json").exists() == (status == 3)
 
 
 def test_statistics_are_read_at_most_twice_by_all_jobs_of_an_array(tmp_path, monkeypatch):
