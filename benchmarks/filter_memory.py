@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,8 @@ def _measure(
         first = number * per_shard
         write(
             folder / "in" / f"{number:05d}",
-            [(f"{first + i:09d}", captions[(first + i) % len(captions)]) for i in range(per_shard)],
+            # One by one: a process begins with the peak of the one that starts it.
+            ((f"{first + i:09d}", captions[(first + i) % len(captions)]) for i in range(per_shard)),
         )
     recipe = "metadata" if kind == "metadata" else "convert"
     script = folder / "job.py"
@@ -128,12 +129,13 @@ def _measure(
     }
 
 
-def _write_table(path: pathlib.Path, rows: Sequence[tuple[str, str]]) -> None:
+def _write_table(path: pathlib.Path, rows: Iterable[tuple[str, str]]) -> None:
     lines = (json.dumps({"key": key, "caption": caption}) + "\n" for key, caption in rows)
-    path.with_suffix(".jsonl").write_text("".join(lines))
+    with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
+        file.writelines(lines)
 
 
-def _write_tar(path: pathlib.Path, rows: Sequence[tuple[str, str]]) -> None:
+def _write_tar(path: pathlib.Path, rows: Iterable[tuple[str, str]]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (160, 160, 3), np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG")
