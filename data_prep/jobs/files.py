@@ -41,8 +41,9 @@ _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"
 _Result = TypeVar("_Result")
 
 
-def join(folder: str, *names: str) -> str:
+def join(folder: str | os.PathLike[str], *names: str) -> str:
     """The path or URL of a file below a folder."""
+    folder = os.fspath(folder)
     if not is_remote(folder):
         return os.path.join(folder, *names)
     return "/".join([folder.rstrip("/"), *names])
