@@ -5,7 +5,7 @@ It is a part of the repairs of the parse. What a correct parse means is not deci
 
 from data_prep.captions import lexicon
 from data_prep.captions.lemmas import CaptionLemmatizer
-from data_prep.captions.sentence import MODIFIERS, NOUN_TAGS, Sentence
+from data_prep.captions.sentence import ADJECTIVE_TAGS, MODIFIERS, NOUN_TAGS, Sentence
 
 # The tags that a verb gets when it is misread.
 HIDDEN_VERB_TAGS = frozenset(("NN", "NNS", "VBG"))
@@ -38,6 +38,8 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
             if sentence.head[noun] == i and sentence.dep[noun] == "compound":
                 _make_subject(sentence, noun, i)
         return
+    if _correct_deed(sentence, noun, i, words):
+        return
     tag = _guess_tag(sentence, i, words)
     lemma = words.lemmatize(low, tag) if tag else ""
     if lemma not in words.verbs:
@@ -58,8 +60,57 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         _make_subject(sentence, noun, i)
 
 
+def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatizer) -> bool:
+    """Finds an everyday deed behind a living thing or a name: "dog chases cat", "kids ride bikes".
+
+    Returns:
+      Whether it was one.
+    """
+    low, tag = sentence.low[i], sentence.tag[i]
+    if tag == "NNS":
+        verb_tag, lemma = "VBZ", words.lemmatize(low, "VBZ")
+        agrees = sentence.tag[noun] not in ("NNS", "NNPS")
+    else:
+        verb_tag, lemma = "VBP", low
+        agrees = sentence.tag[noun] == "NNS" or _is_second_of_pair(sentence, i)
+    if tag == "VBG" or lemma not in lexicon.DEEDS or not agrees:
+        return False
+    if sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS and not _is_name(sentence, noun, words):
+        return False
+    thing = _find_head_noun(sentence, i) if sentence.dep[i] in MODIFIERS else None
+    if thing is None and (
+        sentence.head[noun] != i or sentence.dep[i] not in NOMINAL or not _is_followed(sentence, i)
+    ):
+        return False
+    sentence.tag[i], sentence.lemma[i] = verb_tag, lemma
+    if sentence.tag[noun] in ADJECTIVE_TAGS:
+        sentence.tag[noun] = "NN"
+    if thing is not None:
+        _make_clause(sentence, noun, i, thing)
+    else:
+        _make_subject(sentence, noun, i)
+    return True
+
+
+def _is_second_of_pair(sentence: Sentence, i: int) -> bool:
+    """Whether a noun is joined to a living thing before it ("person and groom embrace")."""
+    partner = sentence.head[i]
+    return (
+        sentence.dep[i] == "conj"
+        and partner < i
+        and sentence.lemma[partner] in lexicon.ANIMATE_NOUNS
+    )
+
+
+def _is_name(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
+    """Whether a word at the beginning is no English word, and so most likely a name."""
+    return i == 0 and sentence.low[i].isalpha() and sentence.low[i] not in words.lexicon
+
+
 def _may_be_shape(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
     """Whether an adjective may be the noun before a misread verb ("a red square rests on")."""
+    if _is_name(sentence, i, words):
+        return True
     return sentence.tag[i] == "JJ" and sentence.head[i] == i + 1 and sentence.low[i] in words.nouns
 
 
@@ -72,7 +123,12 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
         return "VBG"
     if tag != "NN":
         return None
-    if low in words.verbs and _reads_as_plural(sentence, i - 1, i):
+    # "orange koi fish in a pond": the name of an animal is the noun.
+    if (
+        low in words.verbs
+        and low not in lexicon.ANIMATE_NOUNS
+        and _reads_as_plural(sentence, i - 1, i)
+    ):
         return "VBP"
     return "VBG" if low.endswith("ing") and low not in lexicon.NOMINAL_GERUNDS else None
 
@@ -127,7 +183,11 @@ def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
         return False
     if _is_singular(sentence, i):
         return True
-    return _is_followed(sentence, i) and sentence.lemma[noun] in lexicon.ANIMATE_NOUNS
+    if not _is_followed(sentence, i):
+        return False
+    if sentence.lemma[i] in lexicon.MOVING_VERBS and sentence.has_kid(i, "det"):
+        return True
+    return sentence.lemma[noun] in lexicon.ANIMATE_NOUNS
 
 
 def has_thing(sentence: Sentence, i: int) -> bool:

@@ -14,17 +14,17 @@ def word_set(text: str) -> frozenset[str]:
 PICTURE_NOUNS = word_set("""
     animation art artwork background capture cartoon clip clipart close-up closeup concept
     depiction detail doodle drawing engraving footage frame graphic icon illustration image
-    infographic landscape macro painting panorama photo photograph photography pic picture
+    infographic landscape lapse macro painting panorama photo photograph photography pic picture
     portrait print profile render rendering scene screenshot selfie series shot silhouette sketch
-    snap snapshot stock vector video view wallpaper watercolor watercolour
+    snap snapshot stock timelapse vector video view wallpaper watercolor watercolour
 """)
 
-# Nouns, numerals and determiners that count; before "of" they stand for what they count.
+# Nouns, numerals and determiners that count; before "of" they stand for what they count. A herd, a
+# collection and the like are things of their own.
 COUNTING_WORDS = word_set("""
-    all array assortment both bunch collection couple crowd dozen dozens each few flock group herd
-    hundred hundreds kind kinds lot lots majority many million millions most none number one pair
-    pairs plenty range row rows selection set sets several some sort sorts swarm thousand
-    thousands three trio two type types variety
+    all both bunch couple dozen dozens each few group hundred hundreds kind kinds lot lots majority
+    many million millions most none number one pair pairs plenty row rows several some sort sorts
+    thousand thousands three trio two
 """)
 
 # Nouns of place inside a compound preposition: "in front of", "on top of", "in the middle of".
@@ -62,7 +62,8 @@ IMMINENT_ADJECTIVES = word_set("about able ready")
 
 # Nouns without content.
 VAGUE_NOUNS = word_set("""
-    aka anyone anything etc everything none nothing one ones something
+    aka anyone anything etc everything indoor indoors none nothing one ones outdoor outdoors
+    something
 """)
 
 # Nouns that an -ing form before them tells the purpose of: "dining area", "sewing machine".
@@ -82,6 +83,42 @@ NOMINAL_GERUNDS = word_set("""
     opening painting parking racing setting showing training watching wedding writing
 """)
 
+# Adverbs of place that are read as nouns: "country artist onstage".
+PLACE_ADVERBS = word_set("ashore backstage downstairs offshore offstage onstage overhead upstairs")
+
+# Forms in -s that without an object are plurals: "autumn leaves against the sky".
+PLURAL_NOUNS = word_set("designs details leaves lights photographs pictures ruins views")
+
+# Forms in -ing that are prepositions when nobody does them: "comfortable considering his age".
+PREPOSITIONAL_GERUNDS = word_set("concerning considering excluding including regarding")
+
+# Clothes: what is said behind them of place and time is said of who wears them.
+CLOTHES = word_set("""
+    apron attire bikini blazer blouse boot cap cape cardigan cloak clothes clothing coat costume
+    dress garment glove gown hat headdress helmet hoodie jacket jeans jersey jumpsuit kimono
+    kit leggings mask outfit overalls pajamas pants robe saree sari scarf shirt shoe short shorts
+    skirt sneaker suit sunglasses sweater sweatshirt swimsuit t-shirt tights top trousers tutu
+    tuxedo underwear uniform vest
+""")
+
+# Conditions that a thing is in: where it is so is where it is ("seafood for sale at a market").
+CONDITIONS = word_set("action display exhibition hire rent sale")
+
+# Times of the day and backgrounds, the setting of all that a caption names before them.
+SETTINGS = word_set("""
+    backdrop background dawn daytime dusk evening midnight morning night nightfall noon sunrise
+    sunset twilight
+""")
+
+# Rooms and landscapes, the setting of what somebody does.
+SCENES = word_set("""
+    airport arena backyard bar bathroom beach bedroom cafe ceremony church city classroom concert
+    countryside court desert event farm festival field forest front garden gym hall hospital kitchen
+    lake lab laboratory library market meadow mountain museum ocean office park party playground
+    pool premiere rain restaurant river road room school sea shop show snow space stadium stage
+    store street studio sun sunlight town village water wedding wind winter wood workshop yard zoo
+""")
+
 # Calendar words: no things, and no adverbs of place either.
 CALENDAR = word_set("""
     april august century decade december february friday hour january july june monday month
@@ -98,15 +135,25 @@ PRONOUNS = PERSON_PRONOUNS | word_set("""
 """)
 RELATIVE_PRONOUNS = word_set("who whom which that")
 
+# First names that are no other words: persons, as living things are.
+FIRST_NAMES = word_set("""
+    adam alice alex amy andrew anna anne barbara ben brian carol catherine charles charlie chris
+    daniel david diana donald edward elizabeth ella emily emma eric ethan george hannah helen henry
+    jack jacob james jane jennifer jenny jessica jim joe john joseph julia karen kate kevin laura
+    leo linda lisa lucy maria mary matthew max michael mike nancy nick noah oliver olivia patricia
+    paul peter rachel rebecca richard robert ryan sam sarah sophie stephen steve susan thomas tim
+    tom william
+""")
+
 # Nouns of living things: they act, so that "girl with a hat smiling" is a girl that smiles.
-ANIMATE_NOUNS = word_set("""
-    acrobat activist actor actress admiral adult agent alligator alpaca ambassador angel angler
-    animal ant anteater antelope ape archer architect armadillo army artist athlete attendant
+ANIMATE_NOUNS = FIRST_NAMES | word_set("""
+    acrobat activist actor actress admiral adult agent airman alligator alpaca ambassador angel
+    angler animal ant anteater antelope ape archer architect armadillo army artist athlete attendant
     audience aunt author baby babysitter badger baker ballerina band barber barista bartender
     bassist bat batsman batter bear beaver bee beetle biker bird bishop bison blackbird blacksmith
     bluebird boar bobcat boss bowler boxer boy bride bridesmaid brother buffalo builder bull
     bumblebee bunny businessman businesswoman busker butcher butterfly cadet calf camel cameraman
-    captain caribou carp carpenter cat caterpillar celebrity cellist centipede chameleon
+    captain caribou carp carpenter cat caterpillar celebrity cellist centipede chairman chameleon
     cheerleader cheetah chef chicken child chimpanzee chipmunk choir cicada citizen clerk client
     climber clown clownfish coach cockatoo colonel comedian comic commuter competitor conductor
     contestant cook cop cormorant cougar couple cousin cow cowboy cowgirl coyote crab craftsman
@@ -117,35 +164,34 @@ ANIMATE_NOUNS = word_set("""
     family fan farmer father fellow female ferret fielder figure finch firefighter fireman fish
     fisherman flamingo flock fly foal folk footballer fox friend frog gardener gazelle gecko
     gentleman gerbil giraffe girl gladiator goalkeeper goat goldfish golfer goose gorilla governor
-    graduate grandfather grandma grandmother grandpa granny grasshopper groom groundhog group
-    guard guest guitarist gull guy gymnast hairdresser hamster hand hare hawk hedgehog hen herd
-    hero heron hiker hippo hippopotamus hog honeybee hornet horse human hummingbird hunter husband
-    hyena iguana infant infantry inmate instructor jackal jaguar jellyfish jockey jogger
-    journalist judge juggler kangaroo kayaker kid king kingfisher kitten kiwi knight koala koi lad
-    lady ladybird ladybug lamb lawyer leader lemur leopard lieutenant lion lioness lizard llama
-    lobster lynx macaw magician magpie male man manager manatee mantis marcher mare marmot mayor
-    mechanic medic meerkat member merchant midfielder miner minister model mole mom monarch
-    mongoose monk monkey monster moose mosquito moth mother motorcyclist mourner mouse mule mum
-    musician nanny native newborn ninja nun nurse octopus officer opossum orangutan orca orchestra
-    osprey ostrich otter owl owner ox paddler painter panda panther parakeet paramedic parent
-    parrot participant passenger patient peacock peasant pedestrian pelican penguin people
-    performer person pet pheasant photographer pianist pig pigeon piglet pilgrim pilot pirate
-    pitcher player plumber police policeman politician pony pope porcupine possum postman potter
-    preschooler president priest prince princess prisoner producer professor protester puffin puma
-    pupil puppeteer puppy quail quarterback queen rabbit raccoon racer ranger rapper rat raven
-    receptionist referee refugee reindeer reporter rescuer resident rhino rhinoceros rider robin
-    robot rooster rower runner sailor salesman salmon samurai sandpiper santa saxophonist
-    schoolboy schoolgirl scientist scorpion sculptor seagull seahorse seal secretary seller
-    senator sergeant shark sheep shepherd sheriff shopkeeper shopper sibling singer sister
-    skateboarder skater skier skunk skydiver sloth slug snail snake snowboarder snowman soldier
-    son sparrow spectator spider sprinter spy squad squid squirrel staff stallion starling steward
-    stewardess stingray stork striker student stylist superhero supporter surfer surgeon survivor
-    swan swimmer tailor tapir tarantula teacher team technician teen teenager therapist thief
-    tiger toad toddler tortoise toucan tourist trader trainee trainer traveler traveller troop
+    graduate grandfather grandma grandmother grandpa granny grasshopper groom groundhog group guard
+    guest guitarist gull guy gymnast hairdresser hamster hand hare hawk hedgehog hen herd hero heron
+    hiker hippo hippopotamus hog honeybee hornet horse human hummingbird hunter husband hyena iguana
+    infant infantry inmate instructor jackal jaguar jellyfish jockey jogger journalist judge juggler
+    kangaroo kayaker kid king kingfisher kitten kiwi knight koala koi lad lady ladybird ladybug lamb
+    lawyer leader lemur leopard lieutenant lion lioness lizard llama lobster lynx macaw magician
+    magpie male man manager manatee mantis marcher mare marmot mayor mechanic medic meerkat member
+    merchant midfielder miner minister model mole mom monarch mongoose monk monkey monster moose
+    mosquito moth mother motorcyclist mourner mouse mule mum musician nanny native newborn ninja nun
+    nurse octopus officer opossum orangutan orca orchestra osprey ostrich otter owl owner ox paddler
+    painter panda panther parakeet paramedic parent parrot participant passenger patient peacock
+    peasant pedestrian pelican penguin people performer person pet pheasant photographer pianist pig
+    pigeon piglet pilgrim pilot pirate pitcher player plumber police policeman politician pony pope
+    porcupine possum postman potter preschooler president priest prince princess prisoner producer
+    professor protester puffin puma pupil puppeteer puppy quail quarterback queen rabbit raccoon
+    racer ranger rapper rat raven receptionist referee refugee reindeer reporter rescuer resident
+    rhino rhinoceros rider robin robot rooster rower runner sailor salesman salmon samurai sandpiper
+    santa saxophonist schoolboy schoolgirl scientist scorpion sculptor seagull seahorse seal
+    secretary seller senator sergeant shark sheep shepherd sheriff shopkeeper shopper sibling singer
+    sister skateboarder skater skier skunk skydiver sloth slug snail snake snowboarder snowman
+    soldier son sparrow spectator spider sprinter spy squad squid squirrel staff stallion starling
+    steward stewardess stingray stork striker student stylist superhero supporter surfer surgeon
+    survivor swan swimmer tailor tapir tarantula teacher team technician teen teenager therapist
+    thief tiger toad toddler tortoise toucan tourist trader trainee trainer traveler traveller troop
     trout trumpeter turkey turtle twin umpire uncle vampire vendor veteran victim villager villain
     violinist visitor vulture waiter waitress walker wallaby walrus warrior warthog wasp weasel
-    weaver welder whale wife wildebeest winner witch wizard wolf woman wombat woodpecker worker
-    worm worshipper wren wrestler writer yak youngster youth zebra zombie
+    weaver welder whale wife wildebeest winner witch wizard wolf woman wombat woodpecker worker worm
+    worshipper wren wrestler writer yak youngster youth zebra zombie
 """)
 
 # Verbs that a thing does as well as a person: "girl with hair blowing" is hair that blows.
@@ -166,12 +212,35 @@ POSTURE_VERBS = word_set("""
     tumble
 """)
 
+# Verbs of everyday deeds. Behind a living thing their forms are verbs even where the parse has them
+# as nouns: "dog chases cat", "kids ride bikes".
+DEEDS = word_set("""
+    bake bark bite blow braid brush build carry catch chase chew climb collect cook crawl cross cut
+    dance deliver dig dive drag draw drink drive eat embrace explore feed fight fix float fly gather
+    give graze greet grin guard hide hike hit hold hop howl hug hunt inspect jog juggle jump kick
+    kiss knit laugh lead lick lift load march milk mow nibble open paint pedal perch pet pick plant
+    play plow point pose pour pull push race rake read repair ride roar roll row run sail scatter
+    serve sew sing sip sit skate ski skip sleep smell smile sniff spray stand stare steal stir
+    stretch surf sweep swim swing teach throw toss touch visit walk wash watch water wave wear weave
+    wipe wrestle write yawn
+""")
+
+# Verbs of rest, which take an adjective as "be" does: "machines sitting broken in the hall".
+RESTING_VERBS = word_set("hang lean lie sit stand")
+
+# Verbs of motion and light. Of things too, with "the" before and a preposition behind, their forms
+# in -s are verbs: "the boat sails on the lake".
+MOVING_VERBS = word_set("""
+    approach arrive blow bloom burn climb crash cruise depart drift erupt explode float flow fly
+    glide glow hang hover land lean lie melt race rise sail shine sink sit soar speed spin stand
+""")
+
 # Verbs of state: they relate two objects, but nobody acts. Ours: wearing is an action.
 STATE_VERBS = word_set("""
-    adjoin appear await be become believe belong boast comprise concern consist contain cost
-    depend deserve doubt equal exist expect forget hate have hope include involve know lack like
-    live love matter mean need overlook own possess prefer relate remain remember represent
-    require resemble seem signify span suggest suppose surround symbolise symbolize tend think
+    adjoin appear await be become believe belong boast comprise concern consist contain cost depend
+    deserve doubt equal exist expect forget hate have hope include involve know lack like live love
+    matter mean need overlook own possess prefer realise realize relate remain remember represent
+    require resemble see seem signify span suggest suppose surround symbolise symbolize tend think
     understand want wish
 """)
 
@@ -188,13 +257,19 @@ PICTURE_MAKING_VERBS = word_set("""
 """)
 
 # Participles of place and kind: passive, they leave only their preposition as a relation.
-PLACING_VERBS = word_set("base find isolate locate position set situate stage")
+PLACING_VERBS = word_set("""
+    accommodate arrange base centre center enclose find house isolate locate lodge nestle place
+    position set situate stage
+""")
+
+# Participles that give a name: passive, they are neither an action nor a relation.
+NAMING_VERBS = word_set("call dub entitle name nickname title")
 
 # Participles of condition: passive and without an agent who acts, they relate and do not act.
 CONDITION_VERBS = word_set("""
-    adorn associate attach call coat compose connect consider cover crowd decorate dedicate deem
-    describe dress entitle fill garnish inspire know line litter load make name pack relate shape
-    strew stuff surround title top trim use
+    adorn associate attach coat compose connect consider cover crowd decorate dedicate deem
+    describe dress fill garnish highlight inspire know line litter load make pack relate shape
+    strew stuff surround top trim use
 """)
 
 # Verbs that hand their subject on to the verb behind them and are no deeds of their own.

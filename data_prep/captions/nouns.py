@@ -49,7 +49,7 @@ def _is_thing(sentence: Sentence, i: int) -> bool:
     low = sentence.low[i]
     return (
         sentence.dep[i] not in _NO_OBJECT
-        and len(low) > 1
+        and len(low.rstrip(".")) > 1  # "b." at the end of a sentence is a letter
         and low[0].isalpha()
         and low not in lexicon.VAGUE_NOUNS
         and sentence.lemma[i] not in lexicon.CALENDAR
@@ -87,16 +87,16 @@ def name_object(sentence: Sentence, i: int) -> str:
     if sentence.low[i] in lexicon.PERSON_PRONOUNS:
         return "person"
     if not sentence.kids[i]:
-        return sentence.lemma[i]
+        return sentence.lemma[i].rstrip(".")
     parts = sorted(_compound_parts(sentence, i))
-    return " ".join((*(sentence.low[part] for part in parts), sentence.lemma[i]))
+    return " ".join((*(sentence.low[part] for part in parts), sentence.lemma[i].rstrip(".")))
 
 
 def _compound_parts(sentence: Sentence, i: int) -> list[int]:
     parts = []
     for kid in sentence.kids[i]:
         if is_absorbed(sentence, kid) and not describes(sentence, kid):
-            if len(sentence.low[kid]) > 1 and sentence.low[kid][0].isalpha():
+            if len(sentence.low[kid].rstrip(".")) > 1 and sentence.low[kid][0].isalpha():
                 parts.append(kid)
             parts.extend(_compound_parts(sentence, kid))
     return parts

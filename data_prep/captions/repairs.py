@@ -15,7 +15,9 @@ from data_prep.captions.hidden_verbs import (
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.sentence import ADJECTIVE_TAGS, MODIFIERS, NOUN_TAGS, VERB_TAGS, Sentence
 
-_DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "UH"}
+_DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "RB", "UH"}
+# Behind an object these say where the deed is done, hardly ever which object is meant.
+_SCENE_PREPOSITIONS = frozenset(("across", "after", "along", "at", "before", "into", "onto"))
 _VERB_COMPLEMENTS = ("dobj", "prep", "ccomp", "xcomp", "acomp", "attr", "prt", "aux", "advmod")
 
 
@@ -30,13 +32,18 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
         if sentence.dep[i] == "prt" and sentence.has_kid(i, "pobj"):
             sentence.dep[i] = "prep"
         if sentence.tag[i] in VERB_TAGS:
-            if sentence.dep[i] not in MODIFIERS:
+            if sentence.dep[i] in ("aux", "auxpass"):
+                _correct_auxiliary(sentence, i)
+            elif sentence.dep[i] not in MODIFIERS:
                 _correct_verb(sentence, i, words)
         elif sentence.tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
     for i in range(1, len(sentence)):
         if sentence.tag[i] in HIDDEN_VERB_TAGS:
             correct_hidden_verb(sentence, i, words)
+    for i in range(1, len(sentence)):
+        if sentence.dep[i] == "prep" and sentence.tag[sentence.head[i]] in NOUN_TAGS:
+            _attach_setting(sentence, i)
 
 
 def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
@@ -51,6 +58,12 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
                 sentence.tag[i] = "JJ"
         elif sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
+        if tag == "NNP" and low.endswith("men") and low[:-2] + "an" in words.nouns:
+            sentence.tag[i], sentence.lemma[i] = "NNS", low[:-2] + "an"
+        if low in lexicon.PLACE_ADVERBS and i and sentence.dep[i - 1] == "compound":
+            sentence.tag[i] = "RB"
+            _replace(sentence, i, i - 1)
+            sentence.attach(i, i - 1, "advmod")
     elif tag in ADJECTIVE_TAGS:
         if low in words.nouns and (
             low not in words.adjectives
@@ -59,6 +72,12 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
                 and (low in lexicon.ANIMATE_NOUNS or _has_article(sentence, i))
             )
         ):
+            sentence.tag[i] = "NN"
+        elif low in words.verbs and low not in words.adjectives and has_thing(sentence, i):
+            sentence.tag[i] = "VBP"
+    elif tag == "RB":
+        # "Windmill on a hill".
+        if sentence.head[i] == i and low in words.nouns and low not in words.adjectives:
             sentence.tag[i] = "NN"
     elif tag == "PRP":
         if low not in lexicon.PRONOUNS and low in words.nouns:
@@ -80,6 +99,12 @@ def _correct_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     participles before a bare noun ("wet stones", "stacked pipes", "picture of sleeping cats").
     """
     low, lemma = sentence.low[i], sentence.lemma[i]
+    if low in lexicon.PREPOSITIONAL_GERUNDS and not sentence.has_kid(i, "nsubj", "aux"):
+        sentence.tag[i], sentence.dep[i] = "IN", "prep"
+        for kid in sentence.kids_of(i, "dobj"):
+            sentence.dep[kid] = "pobj"
+        return
+    _leave_punctuation(sentence, i)
     following = sentence.low[i + 1] if i + 1 < len(sentence) else ""
     if low == "left" and i and sentence.low[i - 1] in (",", "(") and not following.isalpha():
         sentence.tag[i] = "RB"
@@ -89,10 +114,10 @@ def _correct_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         or low in lexicon.DESCRIBING_NOUNS
         or (lemma not in words.verbs and (low in words.nouns or lemma in words.nouns))
         or (lemma in words.nouns and (_names_part(sentence, i) or _stands_in_list(sentence, i)))
+        or (low in lexicon.PLURAL_NOUNS and _is_of_thing(sentence, i))
     ):
         sentence.tag[i] = "NN" if low in words.nouns else "NNS"
-        if low in words.nouns:
-            sentence.lemma[i] = low
+        sentence.lemma[i] = words.lemmatize(low, sentence.tag[i])
         if i and sentence.dep[i - 1] == "nsubj" and sentence.head[i - 1] == i:
             sentence.dep[i - 1] = "compound"
         return
@@ -104,6 +129,9 @@ def _correct_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     if sentence.tag[i] == "VBG" and sentence.dep[i] == "conj" and _joins_pair(sentence, i):
         return
     things = sentence.kids_of(i, "dobj")
+    if things and _is_inside_compound(sentence, i, things[0]):
+        _make_modifier(sentence, i - 1, i, things[0])
+        return
     if things and _describes_thing(sentence, i, things[0], words):
         sentence.tag[i] = "JJ"
         sentence.lemma[i] = low
@@ -111,6 +139,44 @@ def _correct_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.dep[i] = "pobj"
         _replace(sentence, i, things[0])
         sentence.attach(i, things[0], "amod")
+
+
+def _attach_setting(sentence: Sentence, i: int) -> None:
+    """Gives a phrase of place or time to what it is the setting of, not to the last noun.
+
+    "A woman feeding pigeons in the park" feeds there, "a man in a shirt at the airport" is there,
+    and "a leopard in a tree at sunset" is no tree at sunset.
+    """
+    targets = sentence.kids_of(i, "pobj")
+    low, target = sentence.low[i], sentence.lemma[targets[0]] if targets else ""
+    is_setting = (
+        low == "during"
+        or (low == "against" and target not in lexicon.ANIMATE_NOUNS)
+        or target in lexicon.SETTINGS
+    )
+    is_scene = low in _SCENE_PREPOSITIONS or (
+        target in lexicon.SCENES and low in lexicon.PLACE_PREPOSITIONS
+    )
+    while True:
+        noun = sentence.head[i]
+        first = noun
+        while sentence.dep[first] == "conj":
+            first = sentence.head[first]
+        owner = sentence.head[first]
+        if sentence.dep[first] == "pobj" and sentence.dep[owner] == "prep":
+            is_direct, owner = False, sentence.head[owner]
+        elif sentence.dep[first] == "dobj" and sentence.tag[owner] in VERB_TAGS:
+            is_direct = True
+        else:
+            return
+        is_state = sentence.lemma[noun] in lexicon.CLOTHES | lexicon.CONDITIONS and (
+            low in lexicon.PLACE_PREPOSITIONS or low in ("against", "during", "for")
+        )
+        if not (is_state or is_setting or (is_scene and is_direct)) or owner > i:
+            return
+        sentence.attach(i, owner, "prep")
+        if sentence.tag[owner] not in NOUN_TAGS:
+            return
 
 
 def _stands_in_list(sentence: Sentence, i: int) -> bool:
@@ -183,9 +249,86 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
     if tag in ("VB", "VBP"):
         return i == 0 and low in words.adjectives
     if tag == "VBG":
-        living = sentence.lemma[thing] in lexicon.ANIMATE_NOUNS and sentence.tag[thing] != "NNS"
-        return living or sentence.lemma[i] in lexicon.INTRANSITIVE_VERBS
+        if sentence.lemma[i] in lexicon.INTRANSITIVE_VERBS | lexicon.THING_VERBS:
+            return True
+        kinds = lexicon.ANIMATE_NOUNS | lexicon.PURPOSE_NOUNS
+        return sentence.lemma[thing] in kinds and sentence.tag[thing] != "NNS"
     return tag in ("VBN", "VBD") and low.endswith(("ed", "en", "rn", "wn"))
+
+
+def _is_of_thing(sentence: Sentence, i: int) -> bool:
+    """Whether a verb has a thing right before it as its subject, and no object."""
+    subjects = sentence.kids_of(i, "nsubj")
+    return (
+        subjects == [i - 1]
+        and not sentence.has_kid(i, "dobj", "aux", "ccomp", "xcomp")
+        and sentence.lemma[i - 1] not in lexicon.ANIMATE_NOUNS
+    )
+
+
+def _is_inside_compound(sentence: Sentence, i: int, thing: int) -> bool:
+    """Whether a participle describes, with the thing before it, the thing behind it.
+
+    "wall hanging clock", "war torn city", "computer generated image", "aerial view establishing
+    shot": the thing before does nothing, and the one behind has no article.
+    """
+    noun = i - 1
+    if noun < 0 or thing < i or sentence.has_kid(i, "aux", "auxpass", "neg"):
+        return False
+    if sentence.tag[noun] not in NOUN_TAGS or sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
+        return False
+    if any(sentence.head[j] != thing for j in range(i + 1, thing)):
+        return False
+    tag, bare = sentence.tag[i], not sentence.has_kid(thing, "det", "poss")
+    if tag == "VBG":
+        is_picture = sentence.lemma[thing] in lexicon.PICTURE_NOUNS
+        unlikely = sentence.lemma[i] in lexicon.THING_VERBS | lexicon.INTRANSITIVE_VERBS
+        return bare and (unlikely or (is_picture and sentence.lemma[noun] in lexicon.PICTURE_NOUNS))
+    if tag not in ("VBD", "VBN"):
+        return False
+    # A participle that is no past form needs an auxiliary to be the deed of a subject.
+    if sentence.low[i].endswith(("en", "rn", "wn")):
+        return True
+    is_alone = sentence.head[noun] == i and not sentence.kids[noun]
+    return bare and is_alone and sentence.tag[noun] in ("NN", "NNP")
+
+
+def _make_modifier(sentence: Sentence, noun: int, i: int, thing: int) -> None:
+    """Makes one noun of a thing, a participle and the thing that both describe."""
+    subjects = [kid for kid in sentence.kids_of(i, "nsubj", "nsubjpass") if kid != noun]
+    if subjects:
+        # "street scene in war torn city": the subject of the parse is what is described.
+        _replace(sentence, i, subjects[0])
+    if sentence.head[noun] == i:
+        _replace(sentence, i, thing)
+    else:
+        _replace(sentence, noun, thing)
+        for kid in list(sentence.kids[i]):
+            if kid != thing:
+                sentence.attach(kid, thing, sentence.dep[kid])
+    sentence.tag[i] = "JJ"
+    sentence.lemma[i] = sentence.low[i]
+    sentence.attach(i, thing, "amod")
+    sentence.attach(noun, i, "compound")
+
+
+def _correct_auxiliary(sentence: Sentence, i: int) -> None:
+    """Makes a verb of posture the head of its clause: "machines sitting broken in the hall"."""
+    described = sentence.head[i]
+    if sentence.lemma[i] not in lexicon.RESTING_VERBS or sentence.tag[i] not in VERB_TAGS:
+        return
+    _replace(sentence, described, i)
+    sentence.tag[described] = "JJ"
+    sentence.attach(described, i, "acomp")
+
+
+def _leave_punctuation(sentence: Sentence, i: int) -> None:
+    """Gives a verb that hangs on a mark to the noun above it: "person , playing a guitar"."""
+    mark = sentence.head[i]
+    if mark != i and not any(map(str.isalnum, sentence.low[mark])):
+        noun = sentence.head[mark]
+        if noun != mark and sentence.tag[noun] in NOUN_TAGS and noun < i:
+            sentence.attach(i, noun, "acl")
 
 
 def _replace(sentence: Sentence, old: int, new: int) -> None:

@@ -108,7 +108,7 @@ class _GraphBuilder:
             if sentence.dep[kid] in ("acomp", "oprd")
             or (linking and kid == i + 1 and sentence.tag[kid] in ADJECTIVE_TAGS)
         ]
-        if adjectives and (linking or passive):
+        if adjectives and (linking or passive or lemma in lexicon.RESTING_VERBS):
             self.predicate(adjectives, subjects)
             if linking:
                 self.relate(subjects, nouns.find_prep_targets(sentence, i))
@@ -147,6 +147,8 @@ class _GraphBuilder:
         lemma = sentence.lemma[i]
         animate = any(nouns.is_animate(sentence, j) for j in (agents if passive else subjects))
         if passive:
+            if lemma in lexicon.NAMING_VERBS and not agents:
+                return None
             if lemma in lexicon.PICTURE_MAKING_VERBS and self.has_picture_subject(i):
                 return None
             if lemma in lexicon.SHOWING_VERBS or lemma in lexicon.PLACING_VERBS:
@@ -154,12 +156,14 @@ class _GraphBuilder:
             if lemma in lexicon.CONDITION_VERBS or lemma in lexicon.STATE_VERBS:
                 return _ACTION if animate else _RELATION
             return _ACTION
-        if lemma in lexicon.SHOWING_VERBS:
+        if lemma in lexicon.SHOWING_VERBS and lemma not in lexicon.STATE_VERBS:
             if self.has_picture_subject(i):
                 return None
             return _ACTION if animate else _RELATION
         if lemma in lexicon.PHASE_VERBS and any(
-            sentence.tag[kid] in VERB_TAGS for kid in sentence.kids_of(i, "xcomp")
+            # Who stops to wash does two things, who stops washing one.
+            sentence.tag[kid] in VERB_TAGS and (lemma != "stop" or sentence.tag[kid] == "VBG")
+            for kid in sentence.kids_of(i, "xcomp")
         ):
             return None
         if lemma == "have" and sentence.tag[i] == "VBG" and animate:
@@ -184,8 +188,13 @@ class _GraphBuilder:
             return True
         if sentence.lemma[i] in lexicon.SHOWING_VERBS and sentence.tag[i] in ("VBD", "VBN"):
             return not sentence.has_kid(i, "dobj", "ccomp", "aux", "prt")
-        if sentence.tag[i] not in ("VBN", "VBD") or sentence.has_kid(i, "aux", "dobj", "nsubj"):
+        if sentence.tag[i] not in ("VBN", "VBD") or sentence.has_kid(i, "aux", "dobj"):
             return False
+        if sentence.has_kid(i, "nsubj"):
+            # "house nestled in the hills", "boy named Max": no auxiliary, and nobody who does it.
+            lemma = sentence.lemma[i]
+            unacted = lexicon.PLACING_VERBS | lexicon.CONDITION_VERBS | lexicon.NAMING_VERBS
+            return sentence.tag[i] == "VBN" or lemma in unacted
         if sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in VERB_TAGS:
             return self.is_passive(sentence.head[i])
         return sentence.tag[i] == "VBN" or sentence.dep[i] == "acl"

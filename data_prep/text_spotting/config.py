@@ -22,7 +22,7 @@ from diht_jax.data.records.remote import refuse_url
 # What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
 # decision may come out differently. tests/data_prep/text_spotting/test_rules_version.py fails when
 # decisions change and this number does not.
-RULES_VERSION = 1
+RULES_VERSION = 2
 
 # Keys of the section that decide where and how fast, but not what is written.
 NOT_HASHED = ("cache", "device", "window", "batch_size", "stop_at_match")
@@ -38,6 +38,8 @@ def default_spotter() -> ml_collections.ConfigDict:
     c.misread_min_chars = placeholder(int)  # such a run with one character misread; None: never
     if s.misread_min_chars is not None:
         c.misread_min_chars = s.misread_min_chars
+    c.weigh_words = s.weigh_words  # a run in one common word is half of a match; False: the paper's
+    c.join_lines = s.join_lines  # lines that stand under one another are matched as one text too
     # Detection.
     c.canvas_size = s.ocr.canvas_size  # px of the longer side; larger pictures are shrunk
     c.text_threshold = s.ocr.text_threshold  # these three as in EasyOCR

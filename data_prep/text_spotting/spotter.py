@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.text_spotting.cache import Reading, SpotCache, hash_image
+from data_prep.text_spotting.lines import stack_lines
 from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.networks import OcrSettings
 from data_prep.text_spotting.ocr import (
@@ -58,6 +59,8 @@ class Settings:
         min_confidence: of a line (0 to 1) to count.
         min_chars: length of the run that a line must share with the caption.
         misread_min_chars: length of such a run with one character misread; None allows none.
+        weigh_words: whether a run is weighed by the words it lies in (`match.caption_matches`).
+        join_lines: whether lines that stand under one another are matched as one text as well.
         stop_at_match: leave the other lines unread once one has matched.
         window: pictures that are decoded and looked at together, unless they are very large;
             batches are made of those of like size among them.
@@ -72,6 +75,8 @@ class Settings:
     min_confidence: float = 0.1
     min_chars: int = 5
     misread_min_chars: int | None = None
+    weigh_words: bool = True
+    join_lines: bool = True
     stop_at_match: bool = True
     window: int = 256
     batch_size: int = 32
@@ -319,18 +324,43 @@ class _Picture:
         return sorted(range(len(self.reading.texts)), key=rank)
 
     def _find_match(self, caption: str) -> str | None:
+        """The text that completes the match, a group of lines in one; None without a match."""
         s = self._settings
+        known = [
+            i
+            for i in self._rank_lines()
+            if self.reading.texts[i] is not None and self.reading.texts[i][1] >= s.min_confidence
+        ]
+        groups = stack_lines(self.reading.boxes) if s.join_lines and known else []
+        if not known or not self._matches(known, groups, caption):
+            return None
         # In the order of reading, so that lines that happen to be known do not change the answer.
-        for text in (self.reading.texts[i] for i in self._rank_lines()):
-            if (
-                text is not None
-                and text[1] >= s.min_confidence
-                and caption_matches(
-                    [text[0]], caption, s.min_chars, misread_min_chars=s.misread_min_chars
-                )
-            ):
-                return text[0]
-        return None
+        count = 1
+        while not self._matches(known[:count], groups, caption):
+            count += 1
+        last = known[count - 1]
+        joined = self._join(known[:count], [group for group in groups if last in group])
+        alone = self._matches([last], [], caption)
+        return self.reading.texts[last][0] if alone or not joined else joined[0]
+
+    def _matches(self, lines: Sequence[int], groups: Sequence[Sequence[int]], caption: str) -> bool:
+        s, texts = self._settings, self.reading.texts
+        return caption_matches(
+            [texts[i][0] for i in lines],
+            caption,
+            s.min_chars,
+            misread_min_chars=s.misread_min_chars,
+            weigh_words=s.weigh_words,
+            joined_texts=self._join(lines, groups),
+            more_lines=len(lines)
+            < len([text for text in texts if text is None or text[1] >= s.min_confidence]),
+        )
+
+    def _join(self, lines: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of the groups that more than one of the lines is in."""
+        together = [[i for i in group if i in lines] for group in groups]
+        texts = self.reading.texts
+        return [" ".join(texts[i][0] for i in group) for group in together if len(group) > 1]
 
 
 def _windows(pictures: Iterable[_Picture], size: int) -> Iterable[list[_Picture]]:

@@ -88,6 +88,49 @@ def test_against_a_search_over_all_substrings():
     assert len(outcomes) == 4
 
 
+@pytest.mark.parametrize(
+    ("spotted", "caption", "expected"),
+    [
+        (["PERSON"], "person with a dog", False),  # a word of every other caption
+        (["image"], "a pilgrimage in spring", False),  # a part of a word
+        (["pilgrimage"], "a pilgrimage in spring", True),  # a rare word, whole
+        (["pilgrinage"], "a pilgrimage in spring", True),  # half of it, from its beginning
+        (["qilgrinage"], "a pilgrimage in spring", False),  # five characters in the middle of it
+        (["in the"], "a dog in the snow", True),  # all that was read, across two words
+        (["in thirty days"], "a dog in the snow", False),  # "inth" of a longer text
+        (["standing on the shore"], "a lamp on the table", False),  # "onthe", function words
+        (["look, this is what we do"], "this is what we see", True),  # but nine in a row
+        (["white dog"], "a white dog runs", True),  # two words in order
+        (["dog white"], "a white dog runs", False),  # "white" is common, "dog" short
+        (["PERSON", "SNOW"], "person in the snow", True),  # two halves, in two boxes
+        (["PERSON", "person"], "person in the snow", False),  # twice the same word
+        (["stop"], "a stop sign", False),  # four characters
+        (["GIVE", "WAY"], "a give way sign", False),  # "way" is too short to count
+        (["GIVE", "WAY", "GIVE WAY"], "a give way sign", True),  # the spotter adds joined lines
+        (["sunset ,"], "sunset , beach", False),  # a mark is no word
+        (["giantredbalooa"], "giant red balloon", True),  # blanks that were not read
+        ([], "anything", False),
+        (["anything"], "", False),
+    ],
+)
+def test_runs_weighed_by_their_words(spotted, caption, expected):
+    assert caption_matches(spotted, caption, weigh_words=True) is expected
+
+
+def test_texts_of_other_captions_seldom_match(web_captions):
+    rng = random.Random(0)
+    found = {True: 0, False: 0}
+    for _ in range(1000):
+        drawn, other = rng.sample(web_captions, 2)
+        words = drawn.split()[:8]
+        lines = [" ".join(words[:4]), " ".join(words[4:])]
+        for weigh in found:
+            found[weigh] += caption_matches(lines, other, weigh_words=weigh)
+            assert caption_matches(lines, drawn, weigh_words=weigh)
+    assert found[True] <= 10  # of a thousand
+    assert found[False] >= 40
+
+
 def test_captions_that_no_spotter_could_read():
     assert can_match("abcde")
     assert can_match("a b c d e")
