@@ -49,6 +49,7 @@ from benchmarks.text_spotting_scores import (
 )
 from benchmarks.text_spotting_testset import TestPicture, make_test_set, split_halves
 from data_prep.text_spotting.cache import SpotCache, hash_image
+from data_prep.text_spotting.lines import stack_lines
 from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict, caption_matches
 from data_prep.text_spotting.weights import find_weights
 from diht_jax import command_line
@@ -286,14 +287,16 @@ class Bench:
         self, pictures: Sequence[TestPicture], options: dict[str, Any]
     ) -> dict[str, list[tuple[Any, str, float]]]:
         name = "-".join(f"{value}" for value in options.values())
-        path = self._work_dir / f"readtext-{name}.jsonl"
+        path = self._work_dir / f"readtext-boxes-{name}.jsonl"
         known = dict(map(json.loads, path.read_text().splitlines())) if path.exists() else {}
         reader = self.reader(quantize=False)
         for picture in ProgressBar(pictures, desc="plain readtext"):
             image = hash_image(picture.image)
             if image not in known:
                 read = reader.readtext(decode_bgr(picture), **options)
-                known[image] = [(None, text, float(conf)) for _, text, conf in read]
+                known[image] = [
+                    (np.ravel(box).tolist(), text, float(conf)) for box, text, conf in read
+                ]
                 with open(path, "a") as file:
                     file.write(json.dumps([image, known[image]]) + "\n")
         return known
@@ -316,9 +319,16 @@ def dropped(verdicts: Sequence[Verdict]) -> np.ndarray:
 
 def decide(read: Sequence[tuple[Any, str, float]], caption: str, settings: Settings) -> bool:
     """The decision from what `readtext` returns."""
-    confident = [text for _, text, confidence in read if confidence >= settings.min_confidence]
+    confident = [line for line in read if line[2] >= settings.min_confidence]
+    texts = [text for _, text, _ in confident]
+    groups = stack_lines([np.ravel(box) for box, _, _ in confident]) if settings.join_lines else []
     return caption_matches(
-        confident, caption, settings.min_chars, misread_min_chars=settings.misread_min_chars
+        texts,
+        caption,
+        settings.min_chars,
+        misread_min_chars=settings.misread_min_chars,
+        weigh_words=settings.weigh_words,
+        joined_texts=[" ".join(texts[i] for i in group) for group in groups],
     )
 
 

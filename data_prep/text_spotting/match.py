@@ -53,7 +53,7 @@ _LONG_RUN = 8
 _MOST = 0.75
 _LONG_PIECE = 7
 _SHORT_PIECE = 4
-# This share of all that was read is evidence even where it is one common word.
+# More than this share of all that was read is evidence even where it is one common word.
 _MOST_OF_TEXT = 0.5
 _MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
@@ -77,8 +77,8 @@ def caption_matches(
     in. Evidence is a run across two words that describe, a long run across words that are not
     common, or nearly all of one spotted text; and so is most of a word that is not common. A word
     that every other caption holds ("person"), half of another word ("image" of "pilgrimage") or a
-    whole word of four characters is half of a match: two of different words, in any of the texts,
-    make one, and so does a single one that is most of all that was read.
+    whole word of one character less is half of a match: two of different words, in any of the
+    texts, make one, and so does a single one that is most of all that was read.
 
     Args:
         spotted_texts: one text per box.
@@ -195,13 +195,18 @@ def _match_words(
                 return True
             for word, size, whole in pieces:
                 most = size >= min_chars and size >= _MOST * len(word)
-                if (most or size >= _LONG_PIECE) and not _is_common(word):
+                if (most or size >= max(min_chars, _LONG_PIECE)) and not _is_common(word):
                     return True
-                if whole or most or (size >= min_chars and size >= len(word) / 2):
+                if (
+                    (whole and size >= min_chars - 1)
+                    or most
+                    or (size >= min_chars and size >= len(word) / 2)
+                ):
                     halves[word] = max(size, halves.get(word, 0))
     if len(halves) > 1:
         return True
-    return not more_lines and sum(halves.values()) >= max(min_chars, _MOST_OF_TEXT * read)
+    found = sum(halves.values())
+    return not more_lines and found >= min_chars and found > _MOST_OF_TEXT * read
 
 
 def _crosses_words(
@@ -226,7 +231,9 @@ def _crosses_words(
         return True
     if len(pieces) > 1 and sum(size for _, size, _ in pieces) >= min_chars:
         return True
-    return length >= _LONG_RUN and not any(_is_common(word) for word, _, _ in pieces)
+    return length >= max(min_chars, _LONG_RUN) and not any(
+        _is_common(word) for word, _, _ in pieces
+    )
 
 
 def _is_common(word: str) -> bool:

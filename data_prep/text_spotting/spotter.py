@@ -113,7 +113,8 @@ class Verdict:
     """What was found out about one picture and its captions.
 
     Attributes:
-        matches: for every caption, the spotted text that repeats it, or None.
+        matches: for every caption, the spotted text that repeats it, of the last line that was
+            needed or of the lines that it stands among; None without a match.
         looked: "no_run" where no caption could be read, "gated" where the first look saw no text,
             "read" where lines were looked for.
         gate: highest character score at the first look; 1 for a picture that is too small for one
@@ -345,6 +346,7 @@ class _Picture:
 
     def _matches(self, lines: Sequence[int], groups: Sequence[Sequence[int]], caption: str) -> bool:
         s, texts = self._settings, self.reading.texts
+        confident = [text is None or text[1] >= s.min_confidence for text in texts]
         return caption_matches(
             [texts[i][0] for i in lines],
             caption,
@@ -352,8 +354,7 @@ class _Picture:
             misread_min_chars=s.misread_min_chars,
             weigh_words=s.weigh_words,
             joined_texts=self._join(lines, groups),
-            more_lines=len(lines)
-            < len([text for text in texts if text is None or text[1] >= s.min_confidence]),
+            more_lines=len(lines) < sum(confident),
         )
 
     def _join(self, lines: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:

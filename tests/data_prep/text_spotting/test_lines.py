@@ -1,5 +1,7 @@
 """Which lines of text stand under one another, on boxes written by hand."""
 
+from data_prep.text_spotting import spotter
+from data_prep.text_spotting.cache import Reading
 from data_prep.text_spotting.lines import stack_lines
 
 
@@ -27,3 +29,31 @@ def test_columns_and_turned_lines():
     upper = (0, 0, 80, 8, 78, 28, -2, 20)
     lower = (0, 24, 80, 32, 78, 52, -2, 44)
     assert stack_lines([lower, upper]) == [[1, 0]]
+
+
+def _match(boxes, texts, caption, **settings) -> str | None:
+    picture = spotter._Picture(b"data", [caption], spotter.Settings(gate_size=0, **settings))
+    picture.reading = Reading({}, boxes, texts)
+    return picture.verdict().matches[0]
+
+
+def test_the_spotter_joins_lines():
+    boxes = [(10, 90, 0, 20), (200, 300, 0, 18), (20, 80, 25, 45)]
+    texts = [("GIVE", 0.9), ("OPEN", 0.9), ("WAY", 0.9)]
+    caption = "a give way sign"
+    assert _match(boxes, texts, caption) == "GIVE WAY"
+    assert _match(boxes, texts, caption, join_lines=False) is None
+    assert _match(boxes, [*texts[:2], ("WAY", 0.05)], caption) is None  # not read for sure
+    assert _match(boxes, [*texts[:2], None], caption) is None  # not read yet
+
+
+def test_what_is_known_beyond_the_match_does_not_change_it():
+    boxes = [(0, 200, 0, 40), (0, 150, 50, 80), (0, 90, 90, 110)]
+    texts = [("sunset", 0.9), ("red balloon", 0.9), ("giant sunset", 0.9)]
+    caption = "a giant red balloon at sunset"
+    early = _match(boxes, [*texts[:2], None], caption)
+    assert early == _match(boxes, texts, caption) == "red balloon"
+    # One common word is all that is known, but not all that can be read.
+    assert _match(boxes[:2], [texts[0], None], "sunset at sea") is None
+    assert _match(boxes[:1], texts[:1], "sunset at sea") == "sunset"
+    assert _match(boxes[:2], [texts[0], ("a quiet evening", 0.9)], "sunset at sea") is None

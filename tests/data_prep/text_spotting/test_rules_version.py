@@ -16,7 +16,7 @@ import random
 import numpy as np
 import pytest
 
-from data_prep.text_spotting import match, networks, ocr, spotter
+from data_prep.text_spotting import lines, match, networks, ocr, spotter
 from data_prep.text_spotting.cache import Reading
 from data_prep.text_spotting.config import NOT_HASHED, RULES_VERSION
 from data_prep.text_spotting.match import can_match, caption_matches
@@ -50,6 +50,10 @@ def _match_decisions() -> dict[str, str]:
     found["random"] = "".join(
         str(int(caption_matches([text], caption, misread_min_chars=7))) for text, caption in pairs
     )
+    found["weighed"] = "".join(
+        str(int(caption_matches([text, "the white dog"], caption, weigh_words=True)))
+        for caption, text in itertools.product((*_CAPTIONS, "a pilgrimage of a person"), _SPOTTED)
+    )
     found["can_match"] = "".join(str(int(can_match(caption))) for caption in _CAPTIONS)
     return found
 
@@ -63,10 +67,10 @@ def _verdicts() -> list[str]:
         picture = spotter._Picture(b"data", [caption, "another text"], Settings())
         picture.reading = Reading({160: gate}, list(boxes), list(texts))
         verdict = picture.verdict()
-        lines = picture.next_lines(4)
+        following = picture.next_lines(4)
         found.append(
             f"{gate} {caption}: {verdict.looked} {verdict.matches} audited={verdict.audited} "
-            f"open={picture.is_open()} next={lines} order={picture._rank_lines()}"
+            f"open={picture.is_open()} next={following} order={picture._rank_lines()}"
         )
     return found
 
@@ -81,6 +85,11 @@ def _describe_rules() -> dict:
     constants |= {name: getattr(networks, name) for name in names}
     constants |= {name: getattr(spotter, name) for name in ("_GATE_GAIN", "_WORD_ASPECT")}
     blank = np.zeros((30, 400, 3), np.uint8)
+    constants |= {
+        name: getattr(match, name)
+        for name in ("_LONG_RUN", "_MOST", "_LONG_PIECE", "_SHORT_PIECE", "_MOST_OF_TEXT")
+    }
+    constants |= {name: getattr(lines, name) for name in ("_MAX_GAP", "_MIN_OVERLAP", "_MAX_RATIO")}
     shrunk = [ocr.shrink(blank[:h, :w], 160) for h, w in ((30, 400), (7, 90), (1, 400))]
     return {
         "settings": kept,
