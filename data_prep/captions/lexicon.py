@@ -37,7 +37,9 @@ PLACE_PREPOSITIONS = word_set("""
 """)
 
 # Prepositions that tie clauses or comparisons together, not things.
-NO_RELATION = word_set("according because concerning despite due except per regarding than versus")
+NO_RELATION = word_set("""
+    according because concerning considering despite due except excluding per regarding than versus
+""")
 
 # Adjectives that make one predicate with their preposition: "full of", "close to".
 RELATIONAL_ADJECTIVES = word_set("adjacent close full next opposite similar")

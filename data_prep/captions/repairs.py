@@ -318,7 +318,7 @@ def _correct_auxiliary(sentence: Sentence, i: int) -> None:
     if sentence.lemma[i] not in lexicon.RESTING_VERBS or sentence.tag[i] not in VERB_TAGS:
         return
     _replace(sentence, described, i)
-    sentence.tag[described] = "JJ"
+    sentence.tag[described], sentence.lemma[described] = "JJ", sentence.low[described]
     sentence.attach(described, i, "acomp")
 
 

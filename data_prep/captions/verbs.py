@@ -149,7 +149,8 @@ class _GraphBuilder:
         if passive:
             if lemma in lexicon.NAMING_VERBS and not agents:
                 return None
-            if lemma in lexicon.PICTURE_MAKING_VERBS and self.has_picture_subject(i):
+            making = lexicon.PICTURE_MAKING_VERBS | lexicon.NAMING_VERBS
+            if lemma in making and self.has_picture_subject(i):
                 return None
             if lemma in lexicon.SHOWING_VERBS or lemma in lexicon.PLACING_VERBS:
                 return _PLACE
