@@ -20,15 +20,16 @@ _OUTPUT_FORMATS = ("tfrecord", "array_record")
 
 # Ours: what captions speak of, but no picture shows, or every picture does.
 _STOP_OBJECTS = (
-    "background", "bit", "close-up", "collection", "copy", "credit", "day", "detail", "example",
-    "file", "illustration", "image", "item", "kind", "lot", "one", "part", "photo", "photograph",
-    "picture", "piece", "place", "set", "shot", "sort", "stock", "thing", "time", "type", "version",
-    "view", "way",
+    "array", "assortment", "background", "bit", "close-up", "collection", "copy", "credit", "day",
+    "detail", "example", "file", "illustration", "image", "item", "kind", "letter", "lot", "one",
+    "part", "photo", "photograph", "picture", "piece", "place", "range", "selection", "set", "shot",
+    "sort", "stock", "thing", "time", "type", "variety", "version", "view", "way",
 )  # fmt: skip
 _STOP_ATTRIBUTES = (
-    "available", "best", "certain", "different", "digital", "favorite", "free", "good", "great",
-    "high", "last", "more", "new", "next", "official", "original", "other", "own", "possible",
-    "same", "similar", "special", "such", "top", "unidentified", "various",
+    "available", "best", "called", "certain", "different", "digital", "favorite", "free", "good",
+    "great", "high", "known", "last", "more", "named", "new", "next", "official", "original",
+    "other", "own", "possible", "same", "similar", "special", "such", "top", "unidentified",
+    "various",
 )  # fmt: skip
 
 
