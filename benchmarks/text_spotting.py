@@ -323,12 +323,11 @@ def decide(read: Sequence[tuple[Any, str, float]], caption: str, settings: Setti
     texts = [text for _, text, _ in confident]
     groups = stack_lines([np.ravel(box) for box, _, _ in confident]) if settings.join_lines else []
     return caption_matches(
-        texts,
+        [*texts, *(" ".join(texts[i] for i in group) for group in groups)],
         caption,
         settings.min_chars,
         misread_min_chars=settings.misread_min_chars,
         weigh_words=settings.weigh_words,
-        joined_texts=[" ".join(texts[i] for i in group) for group in groups],
     )
 
 

@@ -53,8 +53,6 @@ _LONG_RUN = 8
 _MOST = 0.75
 _LONG_PIECE = 7
 _SHORT_PIECE = 4
-# More than this share of all that was read is evidence even where it is one common word.
-_MOST_OF_TEXT = 0.5
 _MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
@@ -65,8 +63,6 @@ def caption_matches(
     *,
     misread_min_chars: int | None = None,
     weigh_words: bool = False,
-    joined_texts: Iterable[str] = (),
-    more_lines: bool = False,
 ) -> bool:
     """Whether any spotted text shares a long enough run of characters with the caption.
 
@@ -78,7 +74,7 @@ def caption_matches(
     common, or nearly all of one spotted text; and so is most of a word that is not common. A word
     that every other caption holds ("person"), half of another word ("image" of "pilgrimage") or a
     whole word of one character less is half of a match: two of different words, in any of the
-    texts, make one, and so does a single one that is most of all that was read.
+    texts, make one.
 
     Args:
         spotted_texts: one text per box.
@@ -87,8 +83,6 @@ def caption_matches(
         misread_min_chars: length of a run that occurs with at most one character replaced; None
             allows no misreading.
         weigh_words: whether runs are weighed by their words.
-        joined_texts: texts of boxes that stand under one another, joined; of `spotted_texts`.
-        more_lines: whether the picture may hold more texts than these.
 
     Raises:
         ValueError: a length under 1.
@@ -97,17 +91,15 @@ def caption_matches(
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}; expected at least 1")
     folded = fold_text(caption)
-    spotted_texts, joined = list(spotted_texts), list(joined_texts)
+    spotted_texts = list(spotted_texts)
     if misread_min_chars is not None and any(
         _shares_misread_run(fold_text(spotted), folded, misread_min_chars)
-        for spotted in spotted_texts + joined
+        for spotted in spotted_texts
     ):
         return True
     if weigh_words:
-        return _match_words(spotted_texts, caption, min_chars, joined, more_lines)
-    return any(
-        _shares_run(fold_text(spotted), folded, min_chars) for spotted in spotted_texts + joined
-    )
+        return _match_words(spotted_texts, caption, min_chars)
+    return any(_shares_run(fold_text(spotted), folded, min_chars) for spotted in spotted_texts)
 
 
 def can_match(caption: str, min_chars: int = 5) -> bool:
@@ -176,18 +168,11 @@ class _Words:
         return self.owner[i - 1] != self.owner[i] or before in _MARKS or after in _MARKS
 
 
-def _match_words(
-    spotted_texts: Sequence[str],
-    caption: str,
-    min_chars: int,
-    joined: Sequence[str],
-    more_lines: bool,
-) -> bool:
-    """The decision with weights: a run that is evidence, or halves that are enough."""
+def _match_words(spotted_texts: Sequence[str], caption: str, min_chars: int) -> bool:
+    """The decision with weights: a run that is evidence, or two halves from different words."""
     target = _Words(caption)
-    halves: dict[str, int] = {}
-    read = sum(len(fold_text(text)) for text in spotted_texts)
-    for spotted in map(_Words, itertools.chain(spotted_texts, joined)):
+    halves: set[str] = set()
+    for spotted in map(_Words, spotted_texts):
         for start, at, length in _find_runs(spotted.text, target.text):
             pieces = list(_split_run(spotted, target, start, at, length))
             is_whole = length >= max(min_chars, _MOST * len(spotted.text))
@@ -202,11 +187,8 @@ def _match_words(
                     or most
                     or (size >= min_chars and size >= len(word) / 2)
                 ):
-                    halves[word] = max(size, halves.get(word, 0))
-    if len(halves) > 1:
-        return True
-    found = sum(halves.values())
-    return not more_lines and found >= min_chars and found > _MOST_OF_TEXT * read
+                    halves.add(word)
+    return len(halves) > 1
 
 
 def _crosses_words(

@@ -113,8 +113,8 @@ class Verdict:
     """What was found out about one picture and its captions.
 
     Attributes:
-        matches: for every caption, the spotted text that repeats it, of the last line that was
-            needed or of the lines that it stands among; None without a match.
+        matches: for every caption, the spotted text that repeats it, of one line or of several, or
+            None.
         looked: "no_run" where no caption could be read, "gated" where the first look saw no text,
             "read" where lines were looked for.
         gate: highest character score at the first look; 1 for a picture that is too small for one
@@ -325,7 +325,7 @@ class _Picture:
         return sorted(range(len(self.reading.texts)), key=rank)
 
     def _find_match(self, caption: str) -> str | None:
-        """The text that completes the match, a group of lines in one; None without a match."""
+        """The text that matches: of a line, of a group of lines, or of all that it took."""
         s = self._settings
         known = [
             i
@@ -339,22 +339,20 @@ class _Picture:
         count = 1
         while not self._matches(known[:count], groups, caption):
             count += 1
-        last = known[count - 1]
-        joined = self._join(known[:count], [group for group in groups if last in group])
-        alone = self._matches([last], [], caption)
-        return self.reading.texts[last][0] if alone or not joined else joined[0]
+        texts = [self.reading.texts[i][0] for i in known[:count]]
+        if self._matches(known[count - 1 : count], [], caption):
+            return texts[-1]
+        joined = self._join(known[:count], [g for g in groups if known[count - 1] in g])
+        return joined[0] if joined else " / ".join(texts)
 
     def _matches(self, lines: Sequence[int], groups: Sequence[Sequence[int]], caption: str) -> bool:
-        s, texts = self._settings, self.reading.texts
-        confident = [text is None or text[1] >= s.min_confidence for text in texts]
+        s = self._settings
         return caption_matches(
-            [texts[i][0] for i in lines],
+            [self.reading.texts[i][0] for i in lines] + self._join(lines, groups),
             caption,
             s.min_chars,
             misread_min_chars=s.misread_min_chars,
             weigh_words=s.weigh_words,
-            joined_texts=self._join(lines, groups),
-            more_lines=len(lines) < sum(confident),
         )
 
     def _join(self, lines: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:

@@ -131,11 +131,14 @@ class TextStep(Step):
 
     def _longest_run(self, text: str, caption: str) -> int:
         """The greatest `min_chars` with which the text still repeats the caption."""
-        chars, misread = self.config.spotter.min_chars, self.config.spotter.misread_min_chars
+        s = self.config.spotter
+        chars, options = s.min_chars, {"weigh_words": s.weigh_words}
         while (
             chars < len(text)
             and can_match(caption, chars + 1)
-            and caption_matches([text], caption, chars + 1, misread_min_chars=misread)
+            and caption_matches(
+                [text], caption, chars + 1, misread_min_chars=s.misread_min_chars, **options
+            )
         ):
             chars += 1
         return chars

@@ -53,7 +53,8 @@ def test_what_is_known_beyond_the_match_does_not_change_it():
     caption = "a giant red balloon at sunset"
     early = _match(boxes, [*texts[:2], None], caption)
     assert early == _match(boxes, texts, caption) == "red balloon"
-    # One common word is all that is known, but not all that can be read.
-    assert _match(boxes[:2], [texts[0], None], "sunset at sea") is None
-    assert _match(boxes[:1], texts[:1], "sunset at sea") == "sunset"
-    assert _match(boxes[:2], [texts[0], ("a quiet evening", 0.9)], "sunset at sea") is None
+    # Halves of two lines that do not stand together.
+    apart = [(0, 200, 0, 40), (300, 400, 200, 230)]
+    halves = [("sunset", 0.9), ("beach", 0.9)]
+    assert _match(apart, halves, "beach at sunset") == "sunset / beach"
+    assert _match(apart, [halves[0], None], "beach at sunset") is None

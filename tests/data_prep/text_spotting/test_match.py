@@ -91,7 +91,7 @@ def test_against_a_search_over_all_substrings():
 @pytest.mark.parametrize(
     ("spotted", "caption", "expected"),
     [
-        (["person at work"], "person with a dog", False),  # a word of every other caption
+        (["PERSON"], "person with a dog", False),  # a word of every other caption
         (["image of spring flowers"], "a pilgrimage", False),  # a part of a word
         (["pilgrimage"], "a pilgrimage in spring", True),  # a rare word, whole
         (["pilgriw in may"], "a pilgrimage", False),  # half of it
@@ -101,12 +101,13 @@ def test_against_a_search_over_all_substrings():
         (["standing on the shore"], "a lamp on the table", False),  # only function words
         (["look, this is what we do"], "this is what we see", True),  # but nine in a row
         (["white dog"], "a white dog runs", True),  # two words in order
-        (["dog is white"], "a white dog runs", False),  # "white" is common, "dog" short
+        (["dog white"], "a white dog runs", False),  # "white" is common, "dog" short
         (["PERSON", "SNOW"], "person in the snow", True),  # two halves, in two boxes
-        (["PERSON", "person", "at the office"], "person in snow", False),  # twice the same word
+        (["PERSON", "person"], "person in the snow", False),  # twice the same word
         (["stop"], "a stop sign", False),  # four characters
-        (["sunset ,", "other texts"], "sunset , beach", False),  # a mark is no word
-        (["SUNSET"], "sunset , beach", True),  # all that was read
+        (["GIVE", "WAY"], "a give way sign", False),  # "way" is too short to count
+        (["GIVE", "WAY", "GIVE WAY"], "a give way sign", True),  # the spotter adds joined lines
+        (["sunset ,"], "sunset , beach", False),  # a mark is no word
         (["giantredbalooa"], "giant red balloon", True),  # blanks that were not read
         ([], "anything", False),
         (["anything"], "", False),
@@ -114,17 +115,6 @@ def test_against_a_search_over_all_substrings():
 )
 def test_runs_weighed_by_their_words(spotted, caption, expected):
     assert caption_matches(spotted, caption, weigh_words=True) is expected
-
-
-def test_joined_lines_and_lines_to_come():
-    give_way = {"spotted_texts": ["GIVE", "WAY"], "caption": "a give way sign"}
-    assert not caption_matches(**give_way)
-    assert caption_matches(**give_way, joined_texts=["GIVE WAY"])
-    assert not caption_matches(**give_way, weigh_words=True)
-    assert caption_matches(**give_way, weigh_words=True, joined_texts=["GIVE WAY"])
-    sunset = {"spotted_texts": ["SUNSET"], "caption": "sunset at sea", "weigh_words": True}
-    assert caption_matches(**sunset)
-    assert not caption_matches(**sunset, more_lines=True)
 
 
 def test_texts_of_other_captions_seldom_match(web_captions):

@@ -86,8 +86,7 @@ def _describe_rules() -> dict:
     constants |= {name: getattr(spotter, name) for name in ("_GATE_GAIN", "_WORD_ASPECT")}
     blank = np.zeros((30, 400, 3), np.uint8)
     constants |= {
-        name: getattr(match, name)
-        for name in ("_LONG_RUN", "_MOST", "_LONG_PIECE", "_SHORT_PIECE", "_MOST_OF_TEXT")
+        name: getattr(match, name) for name in ("_LONG_RUN", "_MOST", "_LONG_PIECE", "_SHORT_PIECE")
     }
     constants |= {name: getattr(lines, name) for name in ("_MAX_GAP", "_MIN_OVERLAP", "_MAX_RATIO")}
     shrunk = [ocr.shrink(blank[:h, :w], 160) for h, w in ((30, 400), (7, 90), (1, 400))]
