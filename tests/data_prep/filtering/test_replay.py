@@ -60,14 +60,15 @@ class _Spotter:
         verdicts = []
         for image, several in zip(images, captions, strict=True):
             found = _text_of(image)
-            sure = self.settings.min_confidence <= 0.5
-            matches = [
-                found if found and sure and text.caption_matches([found], one, chars) else None
-                for one, chars in ((one, self.settings.min_chars) for one in several)
-            ]
+            sure = found and self.settings.min_confidence <= 0.5
+            matches = [found if sure and self._matches(found, one) else None for one in several]
             spots = (Spot((0.0, 1.0, 0.0, 1.0), found, 0.5),) if found else ()
             verdicts.append(Verdict(tuple(matches), "read", spots=spots))
         return verdicts
+
+    def _matches(self, found, caption):
+        s = self.settings
+        return text.caption_matches([found], caption, s.min_chars, weigh_words=s.weigh_words)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,11 @@ def work(tmp_path_factory):
     made: dict = {}
 
     def config(name="unused", **changes):
-        settings = {"text_spotting": True, "batch_size": 16} | changes
+        settings = {
+            "text_spotting": True,
+            "spotter__weigh_words": False,
+            "batch_size": 16,
+        } | changes
         return job_config(str(folder / "in" / "*.tar"), folder / name, "cat", **settings)
 
     def filtered(**changes):
