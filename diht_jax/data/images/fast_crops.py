@@ -194,7 +194,6 @@ def _decode_jpeg(data: bytes, image_size: tuple[int, int], reduction: int) -> np
             min_height=reduced[0],
             min_width=reduced[1],
             min_factor=reduction,
-            fastupsample=True,  # the colours, which are scaled down again right after
         )
     except ValueError:
         return None
