@@ -2,12 +2,12 @@
 
     python -m benchmarks.input_store
 
-A host with 8 decoding workers trains on photos (copies of `photos.tar`, made small, so that a
-machine of two cores takes minutes): `TrainIterator` with the block-shuffled order from the store
-(`slow_store.py`) and from local disk; with the order of old, one request a record, from the store;
-open_clip's webdataset loader from tars (streams: one request a shard); and grain over ArrayRecord
-files with grain's own shuffle, one read a record. Blocks, streams and windows are small, as the
-data set is. Sides are measured in turn, each time over whole epochs after its first batches.
+A host with 8 decoding workers trains on photos (copies of `photos.tar`, their shorter side scaled
+to 256 px): `TrainIterator` with the block-shuffled order from the store (`slow_store.py`) and from
+local disk; with the order of old, one request a record, from the store; open_clip's webdataset
+loader from tars (streams: one request a shard); and grain over ArrayRecord files with grain's own
+shuffle, one read a record. Blocks, streams and windows are small, as the data set is. Sides are
+measured in turn, each time over whole epochs after its first batches.
 
 Images per second of the clock are what counts, and depend on who else uses the machine; images per
 second of processor time, of all processes of a side, hardly do.
@@ -79,10 +79,10 @@ def define_flags() -> None:
     """The command line of `main`."""
     photos = str(REPOSITORY.parent / "shared/data/photos.tar")
     flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
-    flags.DEFINE_integer("copies", 64, "Of the tar's photos.")
+    flags.DEFINE_integer("copies", 32, "Of the tar's photos.")
     flags.DEFINE_integer("shards", 8, "Of each format.")
-    flags.DEFINE_integer("picture_size", 160, "Pixels of a picture's shorter side.")
-    flags.DEFINE_integer("image_size", 112, "Pixels of a crop.")
+    flags.DEFINE_integer("picture_size", 256, "Pixels of a picture's shorter side.")
+    flags.DEFINE_integer("image_size", 224, "Pixels of a crop.")
     flags.DEFINE_integer("batch_size", 64, "Images a batch.")
     flags.DEFINE_integer("num_workers", 8, "Decoding processes.")
     flags.DEFINE_float("latency_secs", 0.05, "Of the store.")
