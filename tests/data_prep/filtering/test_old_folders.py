@@ -39,6 +39,8 @@ def test_hashes_are_those_of_before(tmp_path, monkeypatch):
     assert filter_config.hash_settings(settings) == "0350f5709fb68186"
     assert filter_config.hash_config(job_config("a", tmp_path, "metadata")) == "a5f4e1d82382c4ba"
     assert filter_config.hash_config(job_config("a", tmp_path, "convert")) == "2312dd6c85107ec9"
+    settings["min_complexity"] = 2
+    assert filter_config.hash_settings(settings) != "0350f5709fb68186"
     assert filter_config.hash_config(cat) != "0350f5709fb68186"
 
 
