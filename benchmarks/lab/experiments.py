@@ -1,0 +1,382 @@
+"""The experiments and the contrasts between them, as data.
+
+An experiment is one way to train a small student: which data, which changes of the recipe, how many
+seeds. A contrast is a claim about two experiments, registered with its margin, and with what would
+refute it, before the runs are made; the history of this file shows when. To add an experiment:
+
+    Experiment("cat_beta_2", data="cat", config={"loss.beta": 2.0}, seeds=8),    # in EXPERIMENTS
+    Contrast("cat_beta_2", "cat", "hard_negatives", 0.01,                        # in CONTRASTS
+             claim="a large beta helps", refuted_by="it gains less than a point"),
+
+and `python -m benchmarks.lab.run --only cat_beta_2` makes the runs. `data.py` makes the data by
+their names, and `measure.py` what is measured of a student.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from configs import demo
+
+GAIN, NO_LOSS = "gain", "no_loss"
+ALPHA, BETA = "loss.alpha", "loss.beta"
+SHOTS = (1, 2, 4, 8, 16, 32, 64)
+NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")
+WRONG_SHARES = (0, 25, 50, 75)  # percent of the captions of CIFAR-10
+SHUFFLED_SHARES = (0, 25, 50)  # percent of the captions of the emoji
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """What the experiments of one data family share.
+
+    Attributes:
+        recipe: the recipe that `config` of an experiment changes.
+        config: keys of the recipe, of all experiments of the family.
+        measured: what is measured of it; a key of `measure.MEASURES`.
+        metric: the primary metric.
+        run_secs: about how long a run takes on two cores, for the estimate before any was made.
+    """
+
+    recipe: str
+    config: Mapping[str, Any]
+    measured: str
+    metric: str
+    run_secs: float
+
+
+WEB_PAIRS = 4000  # of a synthetic web, clean and noisy
+
+# The demo's student is the lab's; beta is 0 where an experiment does not set it.
+_DEMO = "configs/demo.py"
+_EXAMPLES = demo.get_config().total_examples
+_INFO_NCE = {ALPHA: 1.0, BETA: 0.0}
+STUDENTS = {
+    "web": Student(_DEMO, _INFO_NCE, "scenes", "scenes/r10", 80),
+    "unseen": Student(_DEMO, _INFO_NCE, "unseen", "prompts_4", 110),
+    "emoji": Student(
+        _DEMO,
+        {**_INFO_NCE, "data.crop_scale": (0.25, 1.0), "optimizer.weight_decay": 0.2},
+        "emoji",
+        "emoji/r10",
+        80,
+    ),
+    "cifar10": Student(
+        _DEMO,
+        {**_INFO_NCE, "data.batch_size": 128, "data.crop_scale": (0.5, 1.0)},
+        "cifar10",
+        "cifar10/top1",
+        130,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One way to train a student.
+
+    Attributes:
+        name: of its runs and result files.
+        data: of `data.py`; `{seed}` in it is the number of the run.
+        config: changed keys of the recipe.
+        seeds: how many runs; run i has seed i.
+        student: of `STUDENTS`.
+        keep_model: the trained model stays in the work directory, since data are made with it.
+    """
+
+    name: str
+    data: str
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    seeds: int = 3
+    student: str = "web"
+    keep_model: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Contrast:
+    """A claim: `treated` is better than `control` by `margin`, run by run of equal seeds.
+
+    Attributes:
+        treated, control: names of experiments.
+        block: where it stands in the report; a key of `BLOCKS`.
+        margin: of the metric, in shares of 1. For a gain, what counts as worth having; for
+            "no_loss", the loss that does not count.
+        claim: what is confirmed or refuted.
+        refuted_by: what would refute it.
+        kind: GAIN (confirmed: lower bound above 0 and mean at least the margin; refuted: upper
+            bound below the margin) or NO_LOSS (confirmed: lower bound above -margin; refuted: upper
+            bound below -margin).
+        metric: of both; None: the primary metric of the student.
+        control_metric: of `control`, where it is another one.
+        seeds: runs that are compared; None: all that both have.
+    """
+
+    treated: str
+    control: str
+    block: str
+    margin: float
+    claim: str
+    refuted_by: str
+    kind: str = GAIN
+    metric: str | None = None
+    control_metric: str | None = None
+    seeds: int | None = None
+
+
+# Block -> (title, what it asks). Runs are made in this order.
+BLOCKS = {
+    "filter": ("Filter", "Does CAT help a student, and is it the choice of pairs that helps?"),
+    "hard_negatives": ("Hard negatives", "Does HN-NCE help on filtered and on raw pairs?"),
+    "batch": ("Batch size", "Does what hard negatives bring depend on the batch?"),
+    "emoji": ("Wrong captions", "Do hard negatives help where captions are unique, and do wrong "
+              "captions take that away?"),
+    "distillation": ("Distillation", "Is it the teacher's knowledge, or averaging of captions?"),
+    "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
+    "few_shot": ("Few-shot", "Does the prompt help as a start, on classes not trained on?"),
+    "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
+    "order": ("Order", "Does an order by blocks cost anything?"),
+    "grid": ("Hyper-parameters", "Which learning rate, decay, alpha, beta and concept weights?"),
+}  # fmt: skip
+
+# Not yet possible; the report lists them.
+WAITING = {
+    "equal_captions": "beta 0.25 with equal texts of a batch masked: no loss here has such masking"
+}
+
+
+def _concepts(weight: float) -> dict[str, Any]:
+    """Both concept losses with one weight; no vocabulary here has more than 64 words."""
+    return {
+        "concepts.object_weight": weight,
+        "concepts.attribute_weight": weight,
+        "concepts.num_objects": 64,
+        "concepts.num_attributes": 64,
+    }
+
+
+_CONCEPTS = _concepts(0.3)  # as in the demo
+_PHOTO_CONCEPTS = _concepts(1.0)  # as in `benchmarks.distillation`
+_LABELS = ("teacher", "random", "shuffled")
+
+FILTER = [
+    Experiment("raw", "raw", seeds=8, keep_model=True),
+    Experiment("cat", "cat", seeds=8),
+    Experiment("random", "random_{seed}"),
+    Experiment("only_c", "only_c"),
+    Experiment("only_a", "only_a"),
+    Experiment("only_t", "only_t"),
+    Experiment("clip_score", "clip_score_{seed}"),
+    Experiment("oracle", "oracle"),
+    # As many epochs as the run on the raw pairs has, so fewer samples.
+    Experiment("cat_equal_epochs", "cat", {"total_epochs": _EXAMPLES / WEB_PAIRS}),
+]
+HARD_NEGATIVES = [
+    *(
+        Experiment(f"{data}_beta_{beta:g}", data, {BETA: beta}, seeds=8)
+        for beta, data in itertools.product((0.25, 0.5, 1.0), ("cat", "raw"))
+    ),
+    *(
+        Experiment(f"cat_alpha_0.999_beta_{beta:g}", "cat", {ALPHA: 0.999, BETA: beta}, seeds=8)
+        for beta in (0.25, 0.5)
+    ),
+]
+BATCH = [
+    Experiment(
+        f"cat_batch_{size}" + (f"_beta_{beta:g}" if beta else ""),
+        "cat",
+        {"data.batch_size": size, BETA: beta},
+        seeds=8,
+    )
+    for size, beta in itertools.product((64, 128, 512), (0.0, 0.25))
+]
+EMOJI = [
+    Experiment(
+        f"emoji_shuffled_{share}" + (f"_beta_{beta:g}" if beta else ""),
+        f"emoji_shuffled_{share}_{{seed}}",
+        {BETA: beta},
+        seeds=8,
+        student="emoji",
+    )
+    for share, beta in itertools.product(SHUFFLED_SHARES, (0.0, 0.25))
+]
+EQUAL_CAPTIONS = [
+    Experiment("cifar10_beta_0.25", "cifar10_wrong_0", {BETA: 0.25}, seeds=8, student="cifar10")
+]
+DISTILLATION = [
+    Experiment("cat_concepts", "cat_labelled", _CONCEPTS),
+    Experiment("cat_beta_0.25_concepts", "cat_labelled", {BETA: 0.25, **_CONCEPTS}),
+    *(
+        Experiment(f"cifar10_wrong_{share}", f"cifar10_wrong_{share}",
+                   seeds=3 if share else 8, student="cifar10")
+        for share in WRONG_SHARES
+    ),
+    *(
+        Experiment(f"cifar10_wrong_{share}_{labels}", f"cifar10_wrong_{share}_{labels}",
+                   _PHOTO_CONCEPTS, student="cifar10")
+        for share, labels in itertools.product(WRONG_SHARES, _LABELS)
+    ),
+]  # fmt: skip
+NOISE = [
+    Experiment(f"{kind}_{change}_{kept}", f"{kept}_of_{kind}_{change}")
+    for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
+]
+FEW_SHOT = [Experiment("unseen", "unseen", student="unseen")]
+ORDER = [Experiment("cat_blocks", "cat", {"data.order": "blocks"})]
+# The paper chose its hyper-parameters with B/32 on a small scale. 72 settings, one seed each.
+GRID = [
+    Experiment(
+        f"grid_lr_{rate:g}_decay_{decay:g}_alpha_{alpha:g}_beta_{beta:g}_concepts_{weight:g}",
+        "cat_labelled",
+        {
+            "optimizer.learning_rate": rate,
+            "optimizer.weight_decay": decay,
+            ALPHA: alpha,
+            BETA: beta,
+            **_concepts(weight),
+        },
+        seeds=1,
+    )
+    for rate, decay, (alpha, beta), weight in itertools.product(
+        (5e-4, 1e-3, 2e-3),
+        (0.1, 0.2),
+        ((1.0, 0.0), (1.0, 0.25), (0.999, 0.25), (0.999, 0.5)),
+        (0.0, 0.3, 1.0),
+    )
+]
+
+EXPERIMENTS = {
+    experiment.name: experiment
+    for experiment in (
+        *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *EQUAL_CAPTIONS),
+        *(*FEW_SHOT, *NOISE, *ORDER, *GRID),
+    )
+}
+
+_FILTER_CONTRASTS = [
+    Contrast("cat", "raw", "filter", 0.02, "CAT pairs teach more than raw pairs, at equal samples "
+             "seen", "what CAT drops teaches as much as what it keeps"),
+    Contrast("cat_equal_epochs", "raw", "filter", 0.01, "CAT pairs teach as much as raw pairs at "
+             "equal epochs, so with about half the samples", "fewer samples cost more than a point",
+             kind=NO_LOSS),
+    Contrast("cat", "random", "filter", 0.02, "it is the choice of pairs: CAT beats a random "
+             "subset of its size", "any subset of that size does as well"),
+    Contrast("only_c", "raw", "filter", 0.01, "complexity alone helps",
+             "it gains less than a point"),
+    Contrast("only_a", "raw", "filter", 0.01, "actions alone help", "they gain less than a point"),
+    Contrast("only_t", "raw", "filter", 0.01, "text-spotting alone helps",
+             "it gains less than a point"),
+    Contrast("cat", "only_a", "filter", 0.01, "complexity and text-spotting add to actions alone",
+             "actions alone do as well as all three"),
+    Contrast("cat", "clip_score", "filter", 0.01, "CAT beats the best fraction of the same size "
+             "by the CLIP score of a model trained on raw", "the score chooses as well"),
+    Contrast("oracle", "cat", "filter", 0.01, "pairs known to be clean teach more than CAT's, so "
+             "CAT leaves something to gain", "CAT is within a point of the labels of the noise"),
+]  # fmt: skip
+_HARD_NEGATIVES_CONTRASTS = [
+    *(
+        Contrast(f"{data}_beta_{beta:g}", data, "hard_negatives", 0.01,
+                 f"beta {beta:g} helps on {name} pairs", "it gains less than a point")
+        for (data, name), beta in itertools.product(
+            (("cat", "filtered"), ("raw", "raw")), (0.25, 0.5, 1.0))
+    ),
+    *(
+        Contrast(f"cat_alpha_0.999_beta_{beta:g}", f"cat_beta_{beta:g}", "hard_negatives", 0.01,
+                 f"alpha 0.999 helps at beta {beta:g} on filtered pairs",
+                 "it gains less than a point")
+        for beta in (0.25, 0.5)
+    ),
+    *(
+        Contrast(f"cat_batch_{size}_beta_0.25", f"cat_batch_{size}", "batch", 0.01,
+                 f"beta 0.25 helps at a batch of {size}", "it gains less than a point")
+        for size in (64, 128, 512)
+    ),
+    *(
+        Contrast(f"emoji_shuffled_{share}_beta_0.25", f"emoji_shuffled_{share}", "emoji", 0.01,
+                 f"beta 0.25 helps on unique captions, {share}% of them wrong",
+                 "it gains less than a point")
+        for share in SHUFFLED_SHARES
+    ),
+    Contrast("cifar10_beta_0.25", "cifar10_wrong_0", "equal_captions", 0.01,
+             "beta 0.25 does no harm where a batch of 128 holds a dozen equal captions",
+             "it costs more than a point: equal captions are pushed apart", kind=NO_LOSS),
+]  # fmt: skip
+_DISTILLATION_CONTRASTS = [
+    Contrast("cat_concepts", "cat", "distillation", 0.01, "concepts help on filtered pairs",
+             "they gain less than a point"),
+    Contrast("cat_beta_0.25_concepts", "cat_beta_0.25", "distillation", 0.01,
+             "concepts help beside hard negatives", "they gain less than a point"),
+    *(
+        Contrast(f"cifar10_wrong_{share}_teacher", f"cifar10_wrong_{share}", "distillation", 0.02,
+                 f"the teacher's labels help with {share}% wrong captions",
+                 "they gain less than two points")
+        for share in WRONG_SHARES
+    ),
+    *(
+        Contrast(f"cifar10_wrong_{share}_teacher", f"cifar10_wrong_{share}_random", "distillation",
+                 0.02, f"the teacher's knowledge counts with {share}% wrong captions: its labels "
+                 "beat those of random weights",
+                 "random weights do as well: the gain is an averaging of captions")
+        for share in WRONG_SHARES
+    ),
+    *(
+        Contrast(f"cifar10_wrong_{share}_shuffled", f"cifar10_wrong_{share}", "distillation", 0.02,
+                 f"labels of other photos help with {share}% wrong captions",
+                 "labels must belong to their photo to help by two points")
+        for share in WRONG_SHARES
+    ),
+]  # fmt: skip
+_OTHER_CONTRASTS = [
+    *(
+        Contrast(f"{kind}_{change}_cat", f"{kind}_{change}_raw", "noise", 0.02,
+                 f"CAT helps with {'twice' if change == 'double' else 'half'} the share of "
+                 f"{kind.replace('_', ' ')}", "it gains less than two points")
+        for kind, change in itertools.product(NOISE_KINDS, ("double", "half"))
+    ),
+    Contrast("unseen", "unseen", "few_shot", 0.01, "one shot from the prompts loses nothing "
+             "against zero-shot", "it loses more than a point", NO_LOSS, "prompts_1", "zero_shot"),
+    *(
+        Contrast("unseen", "unseen", "few_shot", 0.02, f"the prompts help at {k} shots",
+                 "a probe from scratch is within two points", GAIN, f"prompts_{k}", f"scratch_{k}")
+        for k in (1, 4, 16)
+    ),
+    Contrast("unseen", "unseen", "few_shot", 0.01, "the prompts cost nothing at 64 shots",
+             "the probe from scratch is better by more than a point", NO_LOSS, "prompts_64",
+             "scratch_64"),
+    *(
+        Contrast("unseen", "unseen", "few_shot", 0.01, f"the ball beats an L2 penalty towards the "
+                 f"prompts at {k} shots", "the penalty does as well",
+                 GAIN, f"prompts_{k}", f"penalty_{k}")
+        for k in (4, 16, 64)
+    ),
+    Contrast("cat_blocks", "cat", "order", 0.01, "an order by blocks costs nothing",
+             "it costs more than a point", kind=NO_LOSS),
+]  # fmt: skip
+
+CONTRASTS = [
+    *_FILTER_CONTRASTS,
+    *_HARD_NEGATIVES_CONTRASTS,
+    *_DISTILLATION_CONTRASTS,
+    *_OTHER_CONTRASTS,
+]
+
+
+def metrics_of(contrast: Contrast) -> tuple[str, str]:
+    """The metric of `treated` and that of `control`."""
+    primary = STUDENTS[EXPERIMENTS[contrast.treated].student].metric
+    metric = contrast.metric or primary
+    return metric, contrast.control_metric or metric
+
+
+def seeds_of(contrast: Contrast) -> int:
+    """How many runs of each are compared."""
+    fewest = min(EXPERIMENTS[name].seeds for name in (contrast.treated, contrast.control))
+    return fewest if contrast.seeds is None else min(contrast.seeds, fewest)
+
+
+def block_of(name: str) -> str:
+    """The first block whose contrasts need an experiment; "grid" for the others."""
+    used = [c.block for c in CONTRASTS if name in (c.treated, c.control)]
+    return min(used, key=list(BLOCKS).index) if used else "grid"
