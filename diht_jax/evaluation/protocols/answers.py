@@ -5,7 +5,7 @@ DiHT (arXiv 2301.02280) reports both zero-shot; its prompts are not public. Ours
 - **Entailment**: the hypothesis goes into one prompt for each of the three relations, and the
   prompt most similar to the image decides (`ENTAILMENT_PROMPTS`). Accuracy.
 - **VQA**: every candidate answer goes into the prompt together with the question. Accuracy as VQA
-  v2 defines it, the mean over the people asked of min(1, others who said so / 3), after `plain`.
+  v2 defines it (`vqa_credit`).
 
 Each image is embedded once, and each question with its answers once for all its images.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,6 +39,7 @@ from diht_jax.evaluation.protocols.base import (
     check_has_class_names,
     parse_text,
 )
+from diht_jax.evaluation.protocols.vqa_credit import vqa_credit
 from diht_jax.progress import ProgressBar
 
 ENTAILMENT_PROMPTS = {
@@ -48,22 +48,6 @@ ENTAILMENT_PROMPTS = {
     "contradiction": "it is not true that {}",
 }
 ANSWER_TEMPLATE = "question: {question} answer: {answer}"
-
-_ARTICLES = {"a", "an", "the"}
-_NUMBERS = {
-    "none": "0",
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-    "ten": "10",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,21 +167,6 @@ def check_answer_template(template: str) -> str:
     return template
 
 
-def vqa_credit(answer: str, said: str | Sequence[str]) -> float:
-    """VQA v2's accuracy of one answer: mean over people of min(1, other people who agree / 3)."""
-    said = [said] if isinstance(said, str) else list(said)
-    if len(said) == 1:
-        return float(plain(answer) == plain(said[0]))
-    agree = np.array([plain(person) == plain(answer) for person in said])
-    return float(np.minimum(1.0, (agree.sum() - agree) / 3).mean())
-
-
-def plain(answer: str) -> str:
-    """Lower-case words without punctuation and articles, number words up to ten as digits."""
-    words = re.sub(r"[^\w\s]", " ", answer.lower()).split()
-    return " ".join(_NUMBERS.get(word, word) for word in words if word not in _ARTICLES)
-
-
 def _answer(
     model: EmbeddingModel,
     pairs: Iterable[Pair | Skipped],
@@ -291,7 +260,7 @@ def _run_vqa(
         "answer_template": template,
         "candidates": len(task.class_names),
         "decision": "the answer whose prompt is most similar to the image",
-        "accuracy": "VQA v2's, answers without case, punctuation and articles",
+        "accuracy": "VQA v2's, answers normalised as in its official evaluation code",
     }
     return _measured(result, protocol)
 

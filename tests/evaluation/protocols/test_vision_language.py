@@ -1,6 +1,7 @@
 """Winoground, entailment and questions: readers and protocols, against tables made by hand."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -9,9 +10,8 @@ from diht_jax.data.readers.base import Skipped
 from diht_jax.evaluation.protocols.answers import (
     answer_entailment,
     answer_questions,
-    plain,
-    vqa_credit,
 )
+from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
 from diht_jax.evaluation.protocols.winoground import evaluate_winoground
 from diht_jax.evaluation.sources.annotations import read_annotations, read_rows, read_winoground
 from diht_jax.evaluation.suite import SUITE
@@ -174,9 +174,16 @@ def test_credit_is_that_of_vqa_v2(agree, expected):
     assert vqa_credit("yes", ["yes"] * agree + ["no"] * (10 - agree)) == pytest.approx(expected)
 
 
-def test_answers_are_compared_in_plain_words():
-    assert plain("The  Red-Car.") == "red car"
-    assert plain("Two dogs") == "2 dogs"
+def test_answers_and_credits_are_those_of_the_official_code():
+    official = json.loads(pathlib.Path(__file__).with_name("vqa_official.json").read_text())
+    assert len(official["normalised"]) > 200 and len(official["credits"]) == 200
+    found = {text: normalise_answer(text) for text in official["normalised"]}
+    assert found == official["normalised"]
+    for answer, said, credit in official["credits"]:
+        assert vqa_credit(answer, said) == pytest.approx(credit), (answer, said)
+    # What all say to the letter is not normalised there; of one person we ask for equality.
+    assert vqa_credit("2", ["two"] * 10) == 0
+    assert vqa_credit("Two", "two.") == vqa_credit("two", ["2"]) == 1
 
 
 def test_tasks_from_the_command_line(folder, tiny_model):
