@@ -26,14 +26,12 @@ from ml_collections import config_flags
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import metadata, replay
-from data_prep.filtering.parts import Failures
 from data_prep.filtering.steps.captions import caption_limits
 from data_prep.jobs.engine import ENGINES
+from data_prep.jobs.failures import Failures
 from diht_jax import command_line
 from diht_jax.config import validate_config
 from diht_jax.data.escaping import escape_lines
-
-_INCOMPLETE_STATUS = 3  # the output is there, without the shards that failed
 
 
 def define_flags() -> None:
@@ -72,7 +70,7 @@ def main() -> None:
         overwrite=given.overwrite,
     )
     if failures:
-        sys.exit(_INCOMPLETE_STATUS if failures.output_written else 1)
+        sys.exit(failures.exit_status)
 
 
 def explain(caption: str, config: ml_collections.ConfigDict) -> str:

@@ -15,6 +15,7 @@ from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import check_integers
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.failures import check_limit
 from data_prep.jobs.fingerprint import check_identity
 from data_prep.sources.list import default_source
 from diht_jax.data.records.formats.registry import check_format
@@ -96,11 +97,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
-    if config.max_failed_shards < 0:
-        raise ValueError(
-            f"config.max_failed_shards={config.max_failed_shards}; expected a share below 1, or a "
-            "number of shards"
-        )
+    check_limit("max_failed_shards", config.max_failed_shards)
     least = {"retries": 0, "samples_per_outcome": 0}
     least |= {"examples_per_shard": 1} if config.examples_per_shard is not None else {}
     least |= {"report_samples": 0, "batch_size": 1}

@@ -26,10 +26,10 @@ from absl import logging
 
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, parts, resharding, reuse, stale_outputs
-from data_prep.filtering.parts import Failures, Survey
 from data_prep.filtering.resharding import Part
 from data_prep.jobs import files, manifest, shards
 from data_prep.jobs.engine import Report, print_failures, run_pending
+from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
 from data_prep.reports.merging import GROUPS, ReportSettings, gather_report
 from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
@@ -54,8 +54,8 @@ def run(
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)
     done = parts.settle_changes(config, tasks, mine, folder, overwrite)
     failures = parts.filter_parts(config, mine, done, folder, engine)
-    found = parts.survey(tasks, done)
-    if is_unfinished(config, found, len(tasks), failures):
+    found = survey(tasks, done)
+    if is_unfinished(config.max_failed_shards, found, len(tasks)):
         if num_tasks == 1 and found.parts:  # it needs the statistics of all of them
             print_funnel(merge_parts(config, found, engine))
         return print_failures(failures)
@@ -65,45 +65,7 @@ def run(
         found, unwritten = _reshard(config, tasks, mine, found, folder, engine)
         if unwritten:
             return Failures(print_failures(failures | unwritten))
-    return print_failures(parts.with_output(failures, found))
-
-
-def is_unfinished(
-    config: ml_collections.ConfigDict, found: Survey, num_tasks: int, failures: Failures
-) -> bool:
-    """Whether no output can be written yet; prints why, or without what it is written.
-
-    Args:
-        config: says how many input shards may fail.
-        found: of all tasks.
-        num_tasks: number of all tasks.
-        failures: of this job.
-    """
-    failed, allowed = len(found.failed), parts.allowed_failures(config, num_tasks)
-    if found.waiting:
-        print(
-            f"{len(found.parts)} of {num_tasks} shards are done; run the command again, or wait "
-            "for the other jobs"
-        )
-        return True
-    if failed > allowed:
-        print(
-            f"{len(found.parts)} of {num_tasks} shards are done, {failed} failed, and "
-            f"config.max_failed_shards={config.max_failed_shards:g} allows {allowed}: there is no "
-            "output. Mend them or take them out of config.input, and run the command again"
-        )
-        return True
-    if not found.parts:
-        return True
-    if failed:
-        logging.warning(
-            "the output is written without %d of %d shards, which failed, such as %s; the next run "
-            "tries them again",
-            failed,
-            num_tasks,
-            found.failed[0]["source"],
-        )
-    return False
+    return print_failures(with_output(failures, found.failed))
 
 
 def merge_parts(config: ml_collections.ConfigDict, found: Survey, engine: str) -> FilterReport:
@@ -172,7 +134,7 @@ def _reshard(
     missing = _records_missing(found.parts, planned, folder)
     if missing:
         failures = _filter_again(config, missing, mine, engine)
-        found = parts.survey(tasks)
+        found = survey(tasks)
         if failures or found.waiting:
             return found, failures or {folder: "some parts are not done"}
         planned = plan_output(config, found.parts, folder)

@@ -31,7 +31,16 @@ from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps import registry
 from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
 from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs.crash_search import (
+    BATCH,
+    PAIR,
+    CrashSearch,
+    WorkRecord,
+    after_death,
+    without_crashed,
+)
 from data_prep.jobs.engine import Report, print_failures
+from data_prep.jobs.failures import Survey, is_unfinished, run_noting_failures, survey, with_output
 from data_prep.reports.merging import GROUPS
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
@@ -100,20 +109,19 @@ def run(
             files.make_folder(where)
             shards.remove_temporary_files(where, names)
     function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
-    options = filter_parts.engine_options(config, engine) | {"label": "filter"}
-    failures = filter_parts.run_noting_failures(function, pending, options)
-    found = filter_parts.survey(tasks, done)
-    if not filter_job.is_unfinished(config, found, len(tasks), failures):
+    options = filter_parts.engine_options(config, engine)
+    options |= {"label": "filter", "after_death": after_death}
+    failures = run_noting_failures(function, pending, options)
+    found = survey(tasks, done)
+    if not is_unfinished(config.max_failed_shards, found, len(tasks)):
         _finish(config, found, folder, engine)
-        failures = filter_parts.with_output(failures, found)
+        failures = with_output(failures, found.failed)
     elif num_tasks == 1 and found.parts:
         filter_job.print_funnel(filter_job.merge_parts(config, found, engine))
     return print_failures(failures)
 
 
-def _finish(
-    config: ml_collections.ConfigDict, found: filter_parts.Survey, folder: str, engine: str
-) -> None:
+def _finish(config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str) -> None:
     """Prints the funnel, and writes what describes the whole folder."""
     tasks = [task for task, _ in found.parts]
     report = filter_job.merge_parts(config, found, engine)
@@ -216,10 +224,13 @@ def filter_rows(
     files.remove(task.stats_path)
     described = fingerprint.describe(task.source, task.identity)
     log = ShardLog(config)
-    work = _filter_parquet if task.source.kind == _PARQUET else _filter_jsonl
-    rows = RowFilter(task.source, config, steps, log)
-    with files.local_output(task.output) as path:
-        work(task.source, path, rows, report)
+    filter_table = _filter_parquet if task.source.kind == _PARQUET else _filter_jsonl
+    if task.search is not None:  # workers have died of this unit, and left half-written files
+        folder, name = os.path.split(task.output)
+        shards.remove_temporary_files(folder, [name])
+    with WorkRecord(task.output, task.search) as work, files.local_output(task.output) as path:
+        rows = RowFilter(task.source, config, steps, log, task.search or CrashSearch(), work)
+        filter_table(task.source, path, rows, report)
         rows.finish()
     counts = log.write(task.output)
     return shards.finish_task(task, described, counts, log.funnel.kept)
@@ -234,7 +245,20 @@ class RowFilter:
         config: ml_collections.ConfigDict,
         steps: Sequence[type[Step]],
         log: ShardLog,
+        search: CrashSearch,
+        work: WorkRecord,
     ):
+        """Reads nothing yet.
+
+        Args:
+            source: the unit.
+            config: of `config.default_config`.
+            steps: of `steps.registry.active_steps`.
+            log: gets what happens to every row.
+            search: for rows that end their worker.
+            work: gets the batch that is worked on.
+        """
+        self._search, self._work, self._row = search, work, 0
         self._stem = clean_text(pathlib.Path(source.path).stem)
         self._number = source.options.get("first_row", 0)
         # A table that states options of its own has them in its units.
@@ -245,6 +269,7 @@ class RowFilter:
         self._log = log
         with log.clock("loading"):
             self._steps = [step(config, source) for step in steps]
+        self._open_steps = lambda: [step(config, source) for step in steps]
         self._reads_all = any("metadata" in step.reads for step in steps)
         self._fields = [*self._columns.values(), "key", "uid", config.label_field]
 
@@ -254,17 +279,16 @@ class RowFilter:
         Args:
             rows: in order; a text explains what is wrong with a row that could not be read.
         """
-        entries = [self._make_pair(row) for row in rows]
-        candidates = begin(entry for entry in entries if isinstance(entry, Pair))
-        outcomes: list[tuple[str, Candidate | Drop]] = [("", c) for c in candidates]
-        for step in self._steps:
-            going = [i for i, (_, found) in enumerate(outcomes) if isinstance(found, Candidate)]
-            with self._log.clock(step.timer or step.name):
-                results = list(step.judge([outcomes[i][1] for i in going]))
-            for i, result in zip(going, results, strict=True):
-                outcomes[i] = step.name, result
+        batch = self._row, self._row + len(rows)
+        self._row += len(rows)
+        pairs = (self._make_pair(row) for row in rows)
+        entries = list(without_crashed(pairs, self._search.crashed, batch[0]))
+        if self._search.suspects == batch:
+            self._try_one_by_one(entries, batch[0])
+        self._work.write(BATCH, *batch)
         kept = []
-        remaining = iter(outcomes)
+        good = [entry for entry in entries if isinstance(entry, Pair)]
+        remaining = iter(self._judge(good, self._steps))
         # All is recorded in the order of the rows.
         for entry in entries:
             name, outcome = (None, None) if isinstance(entry, Skipped) else next(remaining)
@@ -276,6 +300,27 @@ class RowFilter:
                 self._log.keep(outcome, written=entry)
             kept.append(isinstance(outcome, Candidate))
         return kept
+
+    def _judge(
+        self, pairs: Sequence[Pair], steps: Sequence[Step]
+    ) -> list[tuple[str, Candidate | Drop]]:
+        """What became of each pair, and the name of the last step that saw it."""
+        outcomes: list[tuple[str, Candidate | Drop]] = [("", c) for c in begin(pairs)]
+        for step in steps:
+            going = [i for i, (_, found) in enumerate(outcomes) if isinstance(found, Candidate)]
+            with self._log.clock(step.timer or step.name):
+                results = list(step.judge([outcomes[i][1] for i in going]))
+            for i, result in zip(going, results, strict=True):
+                outcomes[i] = step.name, result
+        return outcomes
+
+    def _try_one_by_one(self, entries: Sequence[Pair | Skipped], first: int) -> None:
+        """Does to each pair alone what is done to a batch, and keeps nothing: it may be the end."""
+        steps = self._open_steps()
+        for number, entry in enumerate(entries, first):
+            if isinstance(entry, Pair):
+                self._work.write(PAIR, number, number + 1)
+                self._judge([entry], steps)
 
     def wants(self, column: str) -> bool:
         """Whether a column is read; of a step that reads the metadata every one is."""

@@ -1,9 +1,8 @@
 """The parts of a filter job, one for each input shard: planned, compared with what is there, made.
 
 They lie in the folder `parts` of the output and are re-sharded, or are the output themselves where
-`config.examples_per_shard` is None. What an input shard's failure was stands beside its part
-(`FAILED_SUFFIX`) until it is made, so that another job of an array knows that nobody works on it.
-What becomes of the parts belongs in `job`, what happens to a pair in `shard`.
+`config.examples_per_shard` is None. What becomes of the parts belongs in `job`, what happens to a
+pair in `shard`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import functools
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 from absl import logging
@@ -20,13 +19,12 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, resharding, reuse, stale_outputs
 from data_prep.filtering import shard as filter_shard_module
-from data_prep.filtering.resharding import Part
 from data_prep.filtering.steps import registry
 from data_prep.jobs import files, manifest, shards
 from data_prep.jobs.crash_search import after_death
-from data_prep.jobs.engine import RaySettings, run_pending
+from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.failures import Failures, run_noting_failures
 from data_prep.jobs.manifest import Input
-from data_prep.jobs.shards import FAILED_SUFFIX
 from data_prep.reports.page import PAGE
 from data_prep.reports.summary import REPORT
 from diht_jax.data.records import dataset_info
@@ -38,30 +36,6 @@ MERGED_FILES = (
     *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
     *(kept.KEYS_FILE, kept.UIDS_FILE, REPORT, PAGE),
 )
-
-
-class Failures(dict[str, str]):
-    """Sources that failed, with the reason.
-
-    Attributes:
-        output_written: whether the output is there nevertheless, without them.
-    """
-
-    output_written: bool = False
-
-
-class Survey(NamedTuple):
-    """How far the tasks of all jobs are.
-
-    Attributes:
-        parts: tasks that are done, with their statistics (not read while others are waited for).
-        failed: "source" and "error" of each task that failed when it was last tried.
-        waiting: tasks that are neither.
-    """
-
-    parts: list[Part]
-    failed: list[dict[str, str]]
-    waiting: int
 
 
 def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
@@ -77,12 +51,6 @@ def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, 
         "timeout_secs": config.shard_timeout_secs,
         "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
     }
-
-
-def allowed_failures(config: ml_collections.ConfigDict, num_tasks: int) -> int:
-    """How many inputs may fail; `config.max_failed_shards` is a share (below 1) or a number."""
-    limit = config.max_failed_shards
-    return int(limit * num_tasks + 1e-9) if limit < 1 else int(limit)
 
 
 def parts_folder(config: ml_collections.ConfigDict, folder: str) -> str:
@@ -188,68 +156,6 @@ def run_filter(
     function = functools.partial(filter_shard_module.filter_shard, config=config, steps=steps)
     options = engine_options(config, engine) | {"label": "filter", "after_death": after_death}
     return run_noting_failures(function, pending, options)
-
-
-def run_noting_failures(
-    function: Any, pending: Sequence[shards.ShardTask], options: Mapping[str, Any]
-) -> Failures:
-    """As `run_pending`; what failed is noted beside the outputs, until it succeeds."""
-    if not pending:
-        return Failures()
-    names = {os.path.basename(task.output) + FAILED_SUFFIX for task in pending}
-    where = pending[0].output.rpartition("/")[0]
-    for name in names.intersection(files.list_names(where)):
-        files.remove(files.join(where, name))
-    failures = Failures(run_pending(function, pending, **options))
-    for task in pending:
-        error = failures.get(str(task.source))
-        if error is not None:
-            note = {"source": str(task.source), "error": error}
-            shards.write_json(task.output + FAILED_SUFFIX, note)
-    return failures
-
-
-def with_output(failures: Failures, found: Survey) -> Failures:
-    """The failures of all jobs of an array, where the output was written without them."""
-    known = {failed["source"]: failed["error"] for failed in found.failed}
-    result = Failures({**failures, **known})
-    result.output_written = True
-    return result
-
-
-def survey(
-    tasks: Sequence[shards.ShardTask], known: Mapping[str, dict[str, Any]] | None = None
-) -> Survey:
-    """Looks which tasks are done, by this config on this input, and which have failed.
-
-    The statistics are held without the counts, so that the memory does not grow with them. While
-    some tasks are waited for, by the names in the folder, none of the others' is read.
-
-    Args:
-        tasks: of one folder, in order.
-        known: output -> such statistics that were read before, and need not be read again.
-    """
-    known = known or {}
-    present = set(files.list_names(tasks[0].output.rpartition("/")[0])) if tasks else set()
-    there, failed = [], []
-    for task in tasks:
-        name = os.path.basename(task.output)
-        if name + shards.STATS_SUFFIX in present:
-            there.append(task)
-        elif name + FAILED_SUFFIX in present:
-            failed.append(shards.read_json(task.output + FAILED_SUFFIX))
-    waiting = len(tasks) - len(there) - len(failed)
-    if waiting:
-        return Survey([(task, known.get(task.output, {})) for task in there], failed, waiting)
-    unread = [task for task in there if task.output not in known]
-    read = {
-        task.output: shards.without_counts(stats)
-        for task, stats, change in shards.check_all(unread)
-        if stats is not None and change is None
-    }
-    found = {**known, **read}
-    parts = [(task, found[task.output]) for task in there if task.output in found]
-    return Survey(parts, failed, len(there) - len(parts))
 
 
 def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import io
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -23,7 +23,7 @@ from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps.base import Candidate, Drop, Step, all_captions, begin
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
+from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
 from data_prep.sources.list import read_pairs
@@ -108,7 +108,7 @@ def _process(
     entries = _with_sidecar(source)
     if config.keep_before_damage:
         entries = _until_damage(entries, log)
-    entries = _without_crashed(entries, search.crashed)
+    entries = without_crashed(entries, search.crashed)
     first_row = 0
     while chunk := _next_chunk(entries, config.batch_size, log):
         batch = first_row, first_row + len(chunk)
@@ -137,18 +137,6 @@ def _until_damage(entries: Iterator[Pair | Skipped], log: ShardLog) -> Iterator[
     except DamagedTarError as error:
         log.damaged = str(error)
         logging.warning("%s; the pairs before the damage are kept", error)
-
-
-def _without_crashed(
-    entries: Iterator[Pair | Skipped], crashed: Collection[int]
-) -> Iterator[Pair | Skipped]:
-    """The entries; those that ended their worker are skipped."""
-    for number, entry in enumerate(entries):
-        if number in crashed:
-            entry = Skipped(
-                entry.key, "crashed", "the worker process died whenever it worked on it"
-            )
-        yield entry
 
 
 class _NoWriter:

@@ -16,17 +16,23 @@ import contextlib
 import dataclasses
 import json
 import os
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, TypeVar
 
 from absl import logging
 
 from data_prep.jobs import files
 from data_prep.jobs.progress import ProcessDeath
+from diht_jax.data.readers.registry import Skipped
 
 BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
 
+CRASHED = "crashed"  # the reason of pairs that are left out
+
 _MAX_CRASHED = 20  # pairs of a shard; where there are more, they are not the reason
 _MAX_UNEXPLAINED = 2  # deaths of a shard that lead to no pair
+
+_Entry = TypeVar("_Entry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +99,24 @@ class WorkRecord:
         is_death = kind is not None and issubclass(kind, ProcessDeath)
         if self._path is not None and not is_death:
             files.remove(self._path)
+
+
+def without_crashed(
+    entries: Iterable[_Entry], crashed: Collection[int], first: int = 0
+) -> Iterator[_Entry | Skipped]:
+    """The entries of a source; those that ended their worker are skipped.
+
+    Args:
+        entries: each with a `key`.
+        crashed: of a `CrashSearch`.
+        first: number of the first entry.
+    """
+    for number, entry in enumerate(entries, first):
+        if number in crashed:
+            detail = "the worker process died whenever it worked on it"
+            yield Skipped(entry.key, CRASHED, detail)
+        else:
+            yield entry
 
 
 def after_death(task: Any, may_be_blamed: bool) -> Any:

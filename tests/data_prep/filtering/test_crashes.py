@@ -78,6 +78,21 @@ def test_pairs_that_kill_their_worker_are_found_and_the_shard_goes_on(tmp_path, 
     assert not [p for p in (tmp_path / "b").rglob("*") if p.name.endswith(".tmp")]
 
 
+def test_rows_of_a_table_that_kill_their_worker_are_found(tmp_path, monkeypatch):
+    lines = [f'{{"key": "k{n}", "caption": "name 0 {n}"}}\n' for n in range(9)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    monkeypatch.setitem(registry.STEPS, "deadly", DeadlyStep)
+    monkeypatch.setattr("data_prep.filtering.metadata._BATCH_ROWS", 4)
+    settings = {"recipe": "metadata", "complexity": False, "action": False, "num_workers": 1}
+    config = job_config(str(tmp_path / "in.jsonl"), tmp_path / "out", **settings)
+    assert run_filter(config) == {}
+    kept = (tmp_path / "out" / "in.jsonl").read_text()
+    assert kept == "".join(line for n, line in enumerate(lines) if n not in (1, 6))
+    counts = read_counts(tmp_path / "out")
+    assert counts["dropped"]["source"] == {"crashed": 2} and counts["read"] == 9
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".tmp")]
+
+
 class DeadlyModelStep(Step):
     """Needs a process that dies of one picture."""
 

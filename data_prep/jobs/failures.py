@@ -1,0 +1,162 @@
+"""Shards that failed while the others are done: noted, counted against a limit, tried again.
+
+Why a shard has failed stands beside its output (`FAILED_SUFFIX`) until it is made, so that another
+job of an array knows that nobody works on it. A later run tries it again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from data_prep.jobs import files, shards
+from data_prep.jobs.engine import run_pending
+from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask
+
+# Status with which a command ends whose output is there, without the shards that failed.
+INCOMPLETE_STATUS = 3
+
+
+class Failures(dict[str, str]):
+    """Sources that failed, with the reason.
+
+    Attributes:
+        output_written: whether the output is there nevertheless, without them.
+    """
+
+    output_written: bool = False
+
+    @property
+    def exit_status(self) -> int:
+        """Of a command that ends with them: 0 where there are none."""
+        if not self:
+            return 0
+        return INCOMPLETE_STATUS if self.output_written else 1
+
+
+class Survey(NamedTuple):
+    """How far the tasks of all jobs are.
+
+    Attributes:
+        parts: tasks that are done, with their statistics (not read while others are waited for).
+        failed: "source" and "error" of each task that failed when it was last tried.
+        waiting: tasks that are neither.
+    """
+
+    parts: list[tuple[ShardTask, dict[str, Any]]]
+    failed: list[dict[str, str]]
+    waiting: int
+
+
+def check_limit(name: str, limit: float) -> None:
+    """Raises ValueError for a limit of `allowed_number` that is negative."""
+    if limit < 0:
+        raise ValueError(f"config.{name}={limit}; expected a share below 1, or a number of shards")
+
+
+def allowed_number(limit: float, total: int) -> int:
+    """How many of so many shards a limit allows; it is a share (below 1) or a number."""
+    return int(limit * total + 1e-9) if limit < 1 else int(limit)
+
+
+def run_noting_failures(
+    function: Any, pending: Sequence[ShardTask], options: Mapping[str, Any]
+) -> Failures:
+    """As `run_pending`; what failed is noted beside the outputs, until it succeeds."""
+    if not pending:
+        return Failures()
+    names = {os.path.basename(task.output) + FAILED_SUFFIX for task in pending}
+    where = pending[0].output.rpartition("/")[0]
+    for name in names.intersection(files.list_names(where)):
+        files.remove(files.join(where, name))
+    failures = Failures(run_pending(function, pending, **options))
+    for task in pending:
+        error = failures.get(str(task.source))
+        if error is not None:
+            note = {"source": str(task.source), "error": error}
+            shards.write_json(task.output + FAILED_SUFFIX, note)
+    return failures
+
+
+def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | None = None) -> Survey:
+    """Looks which tasks are done, by this config on this input, and which have failed.
+
+    The statistics are held without the counts, so that the memory does not grow with them. While
+    some tasks are waited for, by the names in the folder, none of the others' is read.
+
+    Args:
+        tasks: of one folder, in order.
+        known: output -> such statistics that were read before, and need not be read again.
+    """
+    known = known or {}
+    present = set(files.list_names(tasks[0].output.rpartition("/")[0])) if tasks else set()
+    there, failed = [], []
+    for task in tasks:
+        name = os.path.basename(task.output)
+        if name + STATS_SUFFIX in present:
+            there.append(task)
+        elif name + FAILED_SUFFIX in present:
+            failed.append(shards.read_json(task.output + FAILED_SUFFIX))
+    waiting = len(tasks) - len(there) - len(failed)
+    if waiting:
+        return Survey([(task, known.get(task.output, {})) for task in there], failed, waiting)
+    unread = [task for task in there if task.output not in known]
+    read = {
+        task.output: shards.without_counts(stats)
+        for task, stats, change in shards.check_all(unread)
+        if stats is not None and change is None
+    }
+    found = {**known, **read}
+    parts = [(task, found[task.output]) for task in there if task.output in found]
+    return Survey(parts, failed, len(there) - len(parts))
+
+
+def is_unfinished(limit: float, found: Survey, num_tasks: int) -> bool:
+    """Whether no output can be written yet; prints why, or without what it is written.
+
+    Args:
+        limit: `config.max_failed_shards`, how many input shards may fail.
+        found: of all tasks.
+        num_tasks: number of all tasks.
+    """
+    failed, allowed = len(found.failed), allowed_number(limit, num_tasks)
+    if found.waiting:
+        print(
+            f"{len(found.parts)} of {num_tasks} shards are done; run the command again, or wait "
+            "for the other jobs"
+        )
+        return True
+    if failed > allowed:
+        print(
+            f"{len(found.parts)} of {num_tasks} shards are done, {failed} failed, and "
+            f"config.max_failed_shards={limit:g} allows {allowed}: there is no output. Mend them "
+            "or take them out of config.input, and run the command again"
+        )
+        return True
+    if not found.parts:
+        return True
+    if failed:
+        logging.warning(
+            "the output is written without %d of %d shards, which failed, such as %s; the next run "
+            "tries them again",
+            failed,
+            num_tasks,
+            found.failed[0]["source"],
+        )
+    return False
+
+
+def with_output(failures: Mapping[str, str], failed: Sequence[Mapping[str, str]]) -> Failures:
+    """The failures of all jobs of an array, where the output was written without them.
+
+    Args:
+        failures: of this job.
+        failed: of `Survey`.
+    """
+    known = {found["source"]: found["error"] for found in failed}
+    result = Failures({**failures, **known})
+    result.output_written = True
+    return result
