@@ -1,8 +1,10 @@
-"""Few-shot linear probing that starts at the prompts, beside a probe from scratch.
+"""Few-shot linear probing that starts at the prompts, beside two other probes.
 
 DiHT, arXiv 2301.02280, section "Few-shot linear probing": the classifier starts at the zero-shot
 one and may move only inside a ball, whose radius a validation split chooses; the baseline is a
-linear probe from scratch whose weight decay the same split chooses. Images are embedded once;
+linear probe from scratch whose weight decay the same split chooses. The third probe starts at the
+prompts as well, but a penalty on the squared distance from them takes the role of the ball, of
+which the paper remarks that such a probe ignores the supervision. Images are embedded once;
 `linear_probe` fits the probes.
 """
 
@@ -34,7 +36,7 @@ from diht_jax.evaluation.tasks import read_entries
 from diht_jax.progress import ProgressBar
 
 ALL = "all"
-PROMPT_INIT, SCRATCH = "prompt_init", "scratch"
+PROMPT_INIT, SCRATCH, PENALTY = "prompt_init", "scratch", "prompt_penalty"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class FewShotOptions:
         validation_per_class: at most so many held-out images a class; None for no limit.
         radii: the grid of ||W||_2, as fractions of the norm of the zero-shot classifier.
         bias_radii: the grid of ||b||_2, in logits.
-        weight_decays: the grid of the probe from scratch.
+        weight_decays: the grid of the probe from scratch, and of the penalty towards the prompts.
         num_steps: gradient steps of a fit.
     """
 
@@ -153,6 +155,7 @@ def evaluate_few_shot(
             "templates": list(found.templates),
             "class_names_from": found.classes.origin,
             "prompt_init": "starts at logit scale x zero-shot classifier, moves inside the radii",
+            "prompt_penalty": "starts there too; weight decay / 2 x squared distance from it",
             "radii_are": "fractions of the norm of the zero-shot classifier",
             "chosen_by": "accuracy on the validation split; among equals the more cautious",
             "spread": "standard deviation over the draws",
@@ -182,8 +185,8 @@ def measure_few_shot(
 
     Returns:
         `zero_shot`: {"test", "validation"}, fractions of 1; `results`: one entry for each number
-        of shots with `shots`, `examples` (a draw), `draws` and, for "prompt_init" and "scratch",
-        `test` and `validation` (a value a draw), `test_mean`, `test_std` (None with one draw),
+        of shots with `shots`, `examples` (a draw), `draws` and, for "prompt_init", "scratch" and
+        "prompt_penalty", `test` and `validation` (a value a draw), `test_mean`, `test_std` (None with one draw),
         `chosen` (a setting a draw).
     """
     no_bias = np.zeros(data.zero_shot.shape[1], np.float32)
@@ -192,6 +195,10 @@ def measure_few_shot(
         for name, examples in (("test", data.test), ("validation", data.validation))
     }
     norm = float(np.linalg.norm(data.zero_shot))
+    decays = [
+        ProbeSettings(weight_decay=decay)
+        for decay in sorted(set(options.weight_decays), reverse=True)
+    ]
     methods = {
         # The first setting, no move at all, is the zero-shot classifier: with it in the grid the
         # choice on the validation split cannot be worse.
@@ -204,13 +211,8 @@ def measure_few_shot(
                 )
             ],
         ),
-        SCRATCH: (
-            np.zeros_like(data.zero_shot),
-            [
-                ProbeSettings(weight_decay=decay)
-                for decay in sorted(set(options.weight_decays), reverse=True)
-            ],
-        ),
+        SCRATCH: (np.zeros_like(data.zero_shot), decays),
+        PENALTY: (data.zero_shot, decays),
     }
     results = []
     work = [(shots, method) for shots in options.shots for method in methods]
@@ -295,11 +297,11 @@ def format_few_shot(result: dict[str, Any]) -> str:
     zero_shot = result["zero_shot"]["test"]
     lines = [
         f"zero-shot: {100 * zero_shot:.2f}%",
-        f"{'shots':>6}  {'from the prompts':>18}  {'from scratch':>18}",
+        f"{'shots':>6}  {'from the prompts':>18}  {'from scratch':>18}  {'L2 to the prompts':>18}",
     ]
     for row in result["results"]:
-        cells = [_format_spread(row[method]) for method in (PROMPT_INIT, SCRATCH)]
-        lines.append(f"{row['shots']:>6}  {cells[0]:>18}  {cells[1]:>18}")
+        cells = [_format_spread(row[method]) for method in (PROMPT_INIT, SCRATCH, PENALTY)]
+        lines.append(f"{row['shots']:>6}  " + "  ".join(f"{cell:>18}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -360,7 +362,7 @@ def _indices_by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
 
 
 def _describe(setting: ProbeSettings, method: str, norm: float) -> dict[str, float]:
-    if method == SCRATCH:
+    if method != PROMPT_INIT:
         return {"weight_decay": setting.weight_decay}
     return {
         "radius": setting.radius,

@@ -1,4 +1,4 @@
-"""The plot of a few-shot result: accuracy by number of shots, both methods, with their spread.
+"""The plot of a few-shot result: accuracy by number of shots, each method, with its spread.
 
 Drawing only: the numbers come in with the result.
 """
@@ -10,11 +10,12 @@ import pathlib
 from typing import Any
 
 from diht_jax.data.atomic_file import write_atomically
-from diht_jax.evaluation.fewshot.grid import PROMPT_INIT, SCRATCH
+from diht_jax.evaluation.fewshot.grid import PENALTY, PROMPT_INIT, SCRATCH
 
 _LOOKS = {
     PROMPT_INIT: ("from the prompts (DiHT)", "#0969da", "o-"),
     SCRATCH: ("linear probe from scratch", "#cf222e", "s--"),
+    PENALTY: ("from the prompts, L2 penalty", "#8250df", "^:"),
 }
 
 

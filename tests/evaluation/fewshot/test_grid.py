@@ -20,7 +20,11 @@ from diht_jax.evaluation.fewshot.grid import (
     measure_few_shot,
     split_by_class,
 )
-from diht_jax.evaluation.fewshot.linear_probe import LabelledEmbeddings
+from diht_jax.evaluation.fewshot.linear_probe import (
+    LabelledEmbeddings,
+    ProbeSettings,
+    fit_probes,
+)
 from diht_jax.evaluation.task_parsing import parse_tasks
 
 
@@ -115,15 +119,33 @@ def test_prompts_are_never_worse_on_validation_and_better_with_one_shot(measured
 def test_mean_and_spread_are_those_of_the_draws(measured):
     _, result = measured
     one, everything = result["results"]
-    for method in ("prompt_init", "scratch"):
+    for method in ("prompt_init", "scratch", "prompt_penalty"):
         assert len(set(one[method]["test"])) > 1
         assert one[method]["test_mean"] == pytest.approx(np.mean(one[method]["test"]))
         assert one[method]["test_std"] == pytest.approx(np.std(one[method]["test"], ddof=1))
         assert everything[method]["test_std"] is None
     assert set(one["scratch"]["chosen"][0]) == {"weight_decay"}
     table = format_few_shot(result).splitlines()
-    mean, spread = one["scratch"]["test_mean"], one["scratch"]["test_std"]
-    assert table[2].endswith(f"{100 * mean:.2f}% ± {100 * spread:.2f}")
+    for method in ("scratch", "prompt_penalty"):
+        mean, spread = one[method]["test_mean"], one[method]["test_std"]
+        assert f"{100 * mean:.2f}% ± {100 * spread:.2f}" in table[2]
+
+
+def test_the_penalty_pulls_towards_the_prompts(measured):
+    data, result = measured
+    one, everything = result["results"]
+    # A large decay gives the prompts' own classifier but for its bias, a small one that of scratch.
+    assert one["prompt_penalty"]["test_mean"] > one["scratch"]["test_mean"] + 0.05
+    assert everything["prompt_penalty"]["test_mean"] > everything["scratch"]["test_mean"] - 0.03
+    (draw,) = draw_shots(data.train, "all", FewShotOptions())
+    decays = [ProbeSettings(weight_decay=decay) for decay in (1e4, 1.0, 1e-3)]
+    moved = [
+        np.linalg.norm(
+            fit_probes([draw], data.validation, data.zero_shot, [decay]).weights[0] - data.zero_shot
+        )
+        for decay in decays
+    ]
+    assert moved[0] < 1e-3 and moved[0] < moved[1] < moved[2]
 
 
 def test_sources_share_one_pass_and_one_set_of_classes(tiny_model, shared_data, tmp_path):
@@ -143,7 +165,7 @@ def test_sources_share_one_pass_and_one_set_of_classes(tiny_model, shared_data, 
     }
     # The same images stand in all three splits, so their accuracies are the same.
     assert result["zero_shot"]["test"] == result["zero_shot"]["validation"]
-    for method in ("prompt_init", "scratch"):
+    for method in ("prompt_init", "scratch", "prompt_penalty"):
         assert result["results"][0][method]["test"] == result["results"][0][method]["validation"]
     json.dumps(result, allow_nan=False)
 

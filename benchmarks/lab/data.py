@@ -1,0 +1,342 @@
+"""The data of the laboratory, made once: webs and their filtered variants, emoji, and photos.
+
+A variant is a folder below the work directory; its name says how it is made (`_MAKERS`), and a
+file in it that it is complete. Nothing here trains but the teacher of the synthetic web.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import io
+import json
+import pathlib
+import re
+import shutil
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import pyarrow.parquet
+from absl import logging
+
+from benchmarks.distillation import write_pairs
+from benchmarks.lab.experiments import SHOTS, WEB_PAIRS
+from benchmarks.lab.processes import locked, run_command
+from data_prep.captions.versions import RULES_VERSION
+from data_prep.synthetic import captions, drawing, sampling, web
+from data_prep.synthetic.scenes import COLORS
+from data_prep.synthetic.shapes import SHAPES
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.schema import Record, decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter, find_shards, read_records
+from diht_jax.data.records.vocabulary import read_vocabulary, write_vocabulary
+
+NUM_SCENES = 2000  # of the retrieval task
+UNSEEN = tuple(
+    (shape, tuple(COLORS)[3 * number % len(COLORS)]) for number, shape in enumerate(SHAPES)
+)
+
+_COMPLETE = "complete.json"
+_SHARD = "pairs-train-00000-of-00001.tfrecord"
+_TEST_SHOTS = 40  # pictures of a class that few-shot accuracy is measured on
+_FILTERS = {"c": "complexity", "a": "action", "t": "text_spotting"}
+_CHANGES = {"double": 2.0, "half": 0.5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Makes and finds the variants.
+
+    Attributes:
+        workdir: they lie in its folder `data`.
+        shared: folder with the public tars of emoji and CIFAR-10.
+        model_of: number of a seed -> work directory of the student trained on the raw pairs.
+    """
+
+    workdir: pathlib.Path
+    shared: pathlib.Path
+    model_of: Callable[[int], pathlib.Path]
+
+    def make(self, name: str) -> pathlib.Path:
+        """The folder of a variant, made if it is missing or was made by other rules.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        folder = self.workdir / "data" / name
+        complete = folder / _COMPLETE
+        text = json.dumps(identity(name))
+        if complete.exists() and complete.read_text() == text:
+            return folder
+        maker, groups = _find_maker(name)
+        with locked(folder.with_name(f"{name}.lock")):
+            if not (complete.exists() and complete.read_text() == text):
+                if folder.exists():
+                    shutil.rmtree(folder)
+                folder.mkdir(parents=True)
+                logging.info("making the data '%s'", name)
+                maker(self, folder, *groups)
+                write_atomically(complete, text.encode())
+        return folder
+
+
+def identity(name: str) -> dict:
+    """What a variant follows from, JSON-able; another identity means other data."""
+    _find_maker(name)
+    if name.startswith(("emoji", "cifar10")):
+        return {"name": name, "caption_rules": RULES_VERSION}
+    return {
+        "name": name,
+        "web": dataclasses.asdict(web.Settings(WEB_PAIRS, num_retrieval=NUM_SCENES)),
+        # Drawings and sentences have no version that is public; a few of them stand for all.
+        "pairs": _digest_of_pairs(),
+        "caption_rules": RULES_VERSION,
+    }
+
+
+@functools.cache
+def _digest_of_pairs() -> str:
+    digest = hashlib.sha256()
+    settings = web.Settings()
+    for split in ("train", "val_retrieval", "val_shape"):
+        for index in range(8):
+            pair = web.make_pair(settings, split, index)
+            digest.update(pair.image + pair.caption.encode())
+    return digest.hexdigest()[:16]
+
+
+def _find_maker(name: str) -> tuple[Callable, tuple[str, ...]]:
+    for pattern, maker in _MAKERS.items():
+        match = re.fullmatch(pattern, name)
+        if match:
+            return maker, match.groups()
+    raise ValueError(f"data '{name}': no variant has such a name; known: {', '.join(_MAKERS)}")
+
+
+def _make_web(data: Data, folder: pathlib.Path, kind: str | None, change: str | None) -> None:
+    noise = dict(web.DEFAULT_NOISE)
+    if kind is not None:
+        noise[kind] *= _CHANGES[change]
+    run_command(
+        "data_prep.synthetic",
+        f"--output={folder}",
+        f"--num_pairs={WEB_PAIRS}",
+        f"--num_retrieval={NUM_SCENES if kind is None else 0}",
+        f"--noise={','.join(f'{name}={share}' for name, share in noise.items())}",
+    )
+
+
+def _make_raw(data: Data, folder: pathlib.Path, of_web: str | None = None) -> None:
+    _filter(data, folder, "convert", of_web or "web")
+
+
+def _make_cat(data: Data, folder: pathlib.Path, of_web: str | None = None) -> None:
+    _filter(data, folder, "cat", of_web or "web")
+
+
+def _make_only(data: Data, folder: pathlib.Path, gate: str) -> None:
+    others = [f"--config.{name}=False" for key, name in _FILTERS.items() if key != gate]
+    _filter(data, folder, "cat", "web", *others)
+
+
+def _filter(data: Data, folder: pathlib.Path, recipe: str, of_web: str, *flags: str) -> None:
+    run_command(
+        "data_prep.filter",
+        f"--config=configs/prep/{recipe}.py",
+        f"--config.input={data.make(of_web)}/train-*.tar",
+        f"--config.output={folder}",
+        *flags,
+    )
+
+
+def _make_of_web(data: Data, folder: pathlib.Path, kept: str, kind: str, change: str) -> None:
+    {"raw": _make_raw, "cat": _make_cat}[kept](data, folder, f"web_{kind}_{change}")
+
+
+def _make_random(data: Data, folder: pathlib.Path, seed: str) -> None:
+    raw = _read(data.make("raw"))
+    size = len(_read(data.make("cat")))
+    chosen = np.random.default_rng(int(seed)).permutation(len(raw))[:size]
+    _write(folder, [raw[i] for i in sorted(chosen)])
+
+
+def _make_clip_score(data: Data, folder: pathlib.Path, seed: str) -> None:
+    scored = folder / "scored"
+    _filter(data, scored, "convert", "web", f"--config.clip.model={data.model_of(int(seed))}")
+    score_of_key: dict[str, float] = {}
+    for path in sorted(glob.glob(f"{scored}/**/*.decisions.parquet", recursive=True)):
+        table = pyarrow.parquet.read_table(path, columns=["key", "clip_score"]).to_pydict()
+        score_of_key |= dict(zip(table["key"], table["clip_score"], strict=True))
+    raw = _read(data.make("raw"))
+    size = len(_read(data.make("cat")))
+    scores = np.array([score_of_key[record.key] for record in raw])
+    _write(folder, [raw[i] for i in sorted(np.argsort(-scores, kind="stable")[:size])])
+    shutil.rmtree(scored)
+
+
+def _make_oracle(data: Data, folder: pathlib.Path) -> None:
+    _write(folder, [r for r in _read(data.make("raw")) if r.metadata["noise"] == web.CLEAN])
+
+
+def _make_teacher(data: Data, folder: pathlib.Path) -> None:
+    run_command(
+        "data_prep.synthetic.teacher",
+        f"--input={data.make('web')}/train-*.tar",
+        f"--output={folder}/teacher.npz",
+    )
+
+
+def _make_cat_labelled(data: Data, folder: pathlib.Path) -> None:
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts.py",
+        f"--config.input={data.make('cat')}",
+        f"--config.output={folder}",
+        "--config.teacher.kind=precomputed",
+        f"--config.teacher.precomputed.files={data.make('teacher')}/teacher.npz",
+    )
+
+
+def _make_unseen(data: Data, folder: pathlib.Path) -> None:
+    _write(folder, [r for r in _read(data.make("cat")) if not _shows_unseen(r)])
+
+
+def _shows_unseen(record: Record) -> bool:
+    scenes = [record.metadata.get(name) for name in ("scene", "caption_scene")]
+    kinds = {(o["shape"], o["color"]) for scene in scenes if scene for o in scene["objects"]}
+    return bool(kinds & set(UNSEEN))
+
+
+def _make_unseen_shots(data: Data, folder: pathlib.Path) -> None:
+    # A fifth of the training pictures is held out to choose settings on.
+    for split, per_class in (("train", max(SHOTS) * 5 // 4), ("test", _TEST_SHOTS)):
+        with tarfile.open(folder / f"{split}.tar", "w") as tar:
+            for index in range(per_class * len(UNSEEN)):
+                shape, color = UNSEEN[index % len(UNSEEN)]
+                rng = np.random.default_rng([len(split), index])
+                scene = sampling.sample_single(rng, shape, color)
+                picture = io.BytesIO()
+                drawing.render_scene(rng, scene, web.Settings().image_size).save(picture, "PNG")
+                label = {"label": index % len(UNSEEN), "class_name": f"{color} {shape}"}
+                caption = captions.describe_scene(rng, scene, complete=True)
+                for ending, content in (
+                    ("png", picture.getvalue()),
+                    ("txt", caption.encode()),
+                    ("json", json.dumps(label).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{split}-{index:06d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def _make_emoji(data: Data, folder: pathlib.Path) -> None:
+    run_command(
+        "data_prep.filter",
+        "--config=configs/prep/convert.py",
+        f"--config.input={data.shared / 'emoji_google.tar'}",
+        f"--config.output={folder}",
+    )
+
+
+def _make_emoji_shuffled(data: Data, folder: pathlib.Path, share: str, seed: str) -> None:
+    records = _read(data.make("emoji"))
+    texts = exchange([r.caption for r in records], int(share) / 100, int(seed))
+    changed = zip(records, texts, strict=True)
+    _write(folder, [dataclasses.replace(r, caption=text, metadata={}) for r, text in changed])
+
+
+def _make_photos(data: Data, folder: pathlib.Path, share: str) -> None:
+    pairs = list(open_source(str(data.shared / "cifar10_train.tar")))
+    texts = exchange([pair.caption for pair in pairs], int(share) / 100, 0)
+    write_pairs(folder / "pairs.tar", zip(pairs, texts, strict=True))
+    run_command(
+        "data_prep.filter",
+        "--config=configs/prep/convert.py",
+        "--config.concepts=True",
+        f"--config.input={folder / 'pairs.tar'}",
+        f"--config.output={folder}",
+    )
+    (folder / "pairs.tar").unlink()
+
+
+def _make_photo_labels(data: Data, folder: pathlib.Path, share: str, labels: str) -> None:
+    if labels == "shuffled":
+        _shuffle_labels(data.make(f"cifar10_wrong_{share}_teacher"), folder)
+        return
+    builder = "benchmarks.lab.random_teacher:build"
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts_efficientnet.py",
+        f"--config.input={data.make(f'cifar10_wrong_{share}')}",
+        f"--config.output={folder}",
+        "--config.merge=True",
+        *([f"--config.teacher.torch.function={builder}"] if labels == "random" else []),
+    )
+
+
+def _shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
+    """The records with the labels of other records."""
+    records = _read(labelled)
+    order = np.random.default_rng(0).permutation(len(records))
+    names = ("object_ids", "object_probs", "attribute_ids", "attribute_probs")
+    _write(
+        folder,
+        [
+            dataclasses.replace(record, **{name: getattr(records[i], name) for name in names})
+            for record, i in zip(records, order, strict=True)
+        ],
+    )
+    write_vocabulary(folder, read_vocabulary(labelled))
+
+
+def exchange(texts: Sequence[str], share: float, seed: int) -> list[str]:
+    """The texts, of which a share has changed hands: each of these is another text than before."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permutation(len(texts))[: round(share * len(texts))]
+    given = rng.permutation(chosen)
+    while True:
+        unchanged = [i for i in range(len(chosen)) if texts[chosen[i]] == texts[given[i]]]
+        if not unchanged:
+            break
+        for i in unchanged:
+            j = rng.integers(len(chosen))
+            given[i], given[j] = given[j], given[i]
+    changed = list(texts)
+    for target, origin in zip(chosen, given, strict=True):
+        changed[target] = texts[origin]
+    return changed
+
+
+def _read(folder: pathlib.Path) -> list[Record]:
+    return [decode_record(each) for shard in find_shards(folder) for each in read_records(shard)]
+
+
+def _write(folder: pathlib.Path, records: Iterable[Record]) -> None:
+    with TFRecordWriter(folder / _SHARD) as writer:
+        for record in records:
+            writer.write(encode_record(record))
+
+
+_KIND = "|".join(web.NOISE_KINDS)
+_MAKERS: dict[str, Callable] = {
+    rf"web(?:_({_KIND})_(double|half))?": _make_web,
+    "raw": _make_raw,
+    "cat": _make_cat,
+    "only_([cat])": _make_only,
+    r"random_(\d+)": _make_random,
+    r"clip_score_(\d+)": _make_clip_score,
+    "oracle": _make_oracle,
+    rf"(raw|cat)_of_({_KIND})_(double|half)": _make_of_web,
+    "teacher": _make_teacher,
+    "cat_labelled": _make_cat_labelled,
+    "unseen": _make_unseen,
+    "unseen_shots": _make_unseen_shots,
+    "emoji": _make_emoji,
+    r"emoji_shuffled_(\d+)_(\d+)": _make_emoji_shuffled,
+    r"cifar10_wrong_(\d+)": _make_photos,
+    r"cifar10_wrong_(\d+)_(teacher|random|shuffled)": _make_photo_labels,
+}

@@ -1,0 +1,146 @@
+"""Measures a student: its metrics, and which test items it gets right.
+
+    python -m benchmarks.lab.measure --measured scenes --model runs/lab/runs/cat_seed0 \\
+        --tests '{"web": "runs/lab/data/web"}' --output measured.json
+
+The runner calls it after every training. The items make a bootstrap over them possible, and paired
+comparisons of two runs; a bit an item, packed.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from diht_jax import command_line
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.readers.registry import open_source
+
+RECALL_AT = 10
+_PHOTO_TEMPLATES = ("a photo of a {}.",)
+
+# What a measure gives: metrics in shares of 1, and for some of them the items' results. A metric
+# with items is the mean over all of its lists.
+Measured = tuple[dict[str, float], dict[str, list[Any]]]
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_string("model", None, "Work directory of the student.")
+    flags.DEFINE_string("measured", None, f"What is measured: {', '.join(MEASURES)}.")
+    flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
+    flags.DEFINE_string("output", None, "JSON file to write.")
+
+
+def main() -> None:
+    """Loads, measures, writes."""
+    from diht_jax.loading import load_model
+
+    given = flags.FLAGS
+    command_line.require_flags("model", "measured", "output")
+    if given.measured not in MEASURES:
+        raise ValueError(f"--measured={given.measured}: expected one of {', '.join(MEASURES)}")
+    tests = {name: pathlib.Path(path) for name, path in json.loads(given.tests).items()}
+    metrics, items = MEASURES[given.measured](load_model(given.model), tests)
+    text = json.dumps({"metrics": metrics, "items": items})
+    write_atomically(given.output, text.encode())
+
+
+def measure_scenes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Retrieval among the held-out scenes; shapes and colours of single objects."""
+    web = tests["web"]
+    metrics, items = _retrieve(model, web / "val_retrieval.tar", "scenes")
+    for name in ("shape", "color"):
+        templates = (web / f"val_{name}.templates.txt").read_text().splitlines()
+        found = _classify(model, web / f"val_{name}.tar", name, templates)
+        metrics, items = metrics | found[0], items | found[1]
+    return metrics, items
+
+
+def measure_emoji(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Retrieval among another artist's drawings."""
+    return _retrieve(model, tests["shared"] / "emoji_twitter.tar", "emoji")
+
+
+def measure_photos(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Zero-shot top-1 on the test photos of CIFAR-10."""
+    return _classify(model, tests["shared"] / "cifar10_test.tar", "cifar10", _PHOTO_TEMPLATES)
+
+
+def measure_few_shot(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Few-shot accuracy on the unseen combinations, by method and shots; the items are draws."""
+    from benchmarks.lab.experiments import SHOTS
+    from data_prep.synthetic.captions import SHAPE_TEMPLATES
+    from diht_jax.evaluation.fewshot.grid import (
+        PENALTY,
+        PROMPT_INIT,
+        SCRATCH,
+        FewShotOptions,
+        evaluate_few_shot,
+    )
+    from diht_jax.evaluation.task_parsing import parse_tasks
+
+    folder = tests["unseen_shots"]
+    train, test = (
+        parse_tasks(f"classification:{folder / split}.tar", templates=SHAPE_TEMPLATES)[0]
+        for split in ("train", "test")
+    )
+    result = evaluate_few_shot(model, train, test, options=FewShotOptions(shots=SHOTS))
+    metrics, items = {"zero_shot": result["zero_shot"]["test"]}, {}
+    for row in result["results"]:
+        for name, method in (("prompts", PROMPT_INIT), ("scratch", SCRATCH), ("penalty", PENALTY)):
+            metrics[f"{name}_{row['shots']}"] = row[method]["test_mean"]
+            items[f"{name}_{row['shots']}"] = [row[method]["test"]]
+    items["zero_shot"] = [[metrics["zero_shot"]] * len(row[method]["test"])]
+    return metrics, items
+
+
+def _retrieve(model: Any, source: pathlib.Path, name: str) -> Measured:
+    from diht_jax.evaluation.protocols.retrieval import retrieve
+
+    found = retrieve(model, open_source(str(source)), "{caption}")
+    hits = [found.t2i_ranks < RECALL_AT, found.i2t_ranks < RECALL_AT]
+    metrics = {f"{name}/{metric}": value for metric, value in found.metrics.items()}
+    metrics[f"{name}/r{RECALL_AT}"] = float(np.mean([np.mean(each) for each in hits]))
+    return metrics, {f"{name}/r{RECALL_AT}": [pack_bits(each) for each in hits]}
+
+
+def _classify(model: Any, source: pathlib.Path, name: str, templates: Iterable[str]) -> Measured:
+    from diht_jax.evaluation.protocols.classification import classify
+
+    found = classify(model, open_source(str(source)), None, tuple(templates))
+    hits = pack_bits(found.ranks == 0)
+    return {f"{name}/top1": found.metrics["top1"]}, {f"{name}/top1": [hits]}
+
+
+def pack_bits(hits: np.ndarray) -> dict[str, Any]:
+    """Booleans as a count and base64 of their bits."""
+    bits = np.packbits(np.asarray(hits, bool))
+    return {"count": len(hits), "bits": base64.b64encode(bits.tobytes()).decode()}
+
+
+def unpack_items(packed: Any) -> np.ndarray:
+    """float64 [n] of what `pack_bits` gave, or of a list of numbers."""
+    if isinstance(packed, list):
+        return np.asarray(packed, np.float64)
+    bits = np.frombuffer(base64.b64decode(packed["bits"]), np.uint8)
+    return np.unpackbits(bits, count=packed["count"]).astype(np.float64)
+
+
+MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
+    "scenes": measure_scenes,
+    "emoji": measure_emoji,
+    "cifar10": measure_photos,
+    "unseen": measure_few_shot,
+}
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

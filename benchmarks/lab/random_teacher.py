@@ -1,0 +1,37 @@
+"""A teacher that knows nothing: EfficientNet-Lite0 with random weights.
+
+    --config.teacher.torch.function=benchmarks.lab.random_teacher:build
+
+The control of distillation. The statistics of its normalisations are those of smooth random
+pictures, since without them the features of 16 blocks of random weights would all be alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_SEED = 0
+_PICTURES, _SIDE = 64, 224
+
+
+def build() -> Any:
+    """As `data_prep.teachers.efficientnet_lite:build`, without what it has learnt."""
+    import torch
+
+    from data_prep.teachers import efficientnet_lite
+
+    network = efficientnet_lite.build()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        for module in network.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None  # the mean over all that it sees
+        coarse = torch.randn(_PICTURES, 3, 8, 8)
+    pictures = torch.nn.functional.interpolate(coarse, size=(_SIDE, _SIDE), mode="bilinear")
+    network.train()
+    with torch.inference_mode():
+        for part in pictures.split(16):
+            network(part)
+    return network.eval()

@@ -1,0 +1,305 @@
+"""Makes the runs that are missing, one result file a run.
+
+    python -m benchmarks.lab.run --list
+    python -m benchmarks.lab.run --only filter
+    python -m benchmarks.lab.run --only 'cat_beta_*,raw_seed3' --workdir runs/lab
+
+`--only` takes patterns of blocks, of experiments, or of runs (EXPERIMENT_seedN). The lab may be
+killed at any moment: the same command goes on where it was, a training from its last checkpoint. A
+run that fails is reported, and the others go on. In a job array add `--task_index=I --num_tasks=N`.
+A result is made anew when its recipe, its data or its experiment has become another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import pathlib
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from benchmarks.lab.data import Data, identity
+from benchmarks.lab.experiments import BLOCKS, EXPERIMENTS, STUDENTS, Experiment, block_of
+from benchmarks.lab.processes import locked, run_command
+from benchmarks.record import RESULTS, write_result
+from diht_jax import command_line
+from diht_jax.progress import ProgressBar
+
+# Test data beside the shared folder, by what is measured.
+_TESTS = {"scenes": ("web",), "unseen": ("unseen_shots",)}
+_PACKAGES = ("jax", "flax", "optax", "numpy", "pillow", "spacy", "easyocr")
+_NO_DEFAULT_BLOCK = "grid"  # made only where it is named
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run: an experiment with a seed."""
+
+    experiment: Experiment
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its result file and folder."""
+        return f"{self.experiment.name}_seed{self.seed}"
+
+    @property
+    def data(self) -> str:
+        """The variant it is trained on."""
+        return self.experiment.data.format(seed=self.seed)
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_list("only", [], "Patterns of blocks, experiments or runs; unset: all but grid.")
+    flags.DEFINE_bool("list", False, "Print what is done and what is missing, and run nothing.")
+    flags.DEFINE_string("workdir", "runs/lab", "Where data and runs lie.")
+    flags.DEFINE_string("data", "../shared/data", "Folder with the tars of emoji and CIFAR-10.")
+    flags.DEFINE_string("results", str(RESULTS / "lab"), "Folder of the result files.")
+    command_line.define_job_array_flags()
+
+
+def main() -> None:
+    """Lists the runs, or makes the missing ones."""
+    given = flags.FLAGS
+    results = pathlib.Path(given.results)
+    runs = select_runs(given.only)
+    if given.list:
+        print(format_list(runs, results))
+        return
+    missing = [run for run in runs if not is_done(run, results)]
+    missing = missing[given.task_index :: given.num_tasks]
+    # SIGTERM ends the command that is running as ^C does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    lab = Lab(pathlib.Path(given.workdir), pathlib.Path(given.data), results)
+    failed = lab.make(missing)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)}")
+
+
+def select_runs(patterns: Sequence[str]) -> list[Run]:
+    """The runs that a pattern means, in the order of blocks, then seeds, then experiments.
+
+    Raises:
+        ValueError: a pattern that means none.
+    """
+    runs = [Run(e, seed) for e in EXPERIMENTS.values() for seed in range(e.seeds)]
+    order = list(BLOCKS)
+    runs.sort(key=lambda run: (order.index(block_of(run.experiment.name)), run.seed))
+    if not patterns:
+        return [run for run in runs if block_of(run.experiment.name) != _NO_DEFAULT_BLOCK]
+    chosen: dict[str, Run] = {}
+    for pattern in patterns:
+        found = [
+            run
+            for run in runs
+            if any(
+                fnmatch.fnmatchcase(name, pattern)
+                for name in (block_of(run.experiment.name), run.experiment.name, run.name)
+            )
+        ]
+        if not found:
+            raise ValueError(
+                f"--only={pattern}: no block, experiment or run of this name; the blocks are "
+                f"{', '.join(BLOCKS)}, and --list prints the experiments"
+            )
+        chosen |= {run.name: run for run in found}
+    return list(chosen.values())
+
+
+def definition(run: Run) -> str:
+    """A hash of all that a run follows from but the code: recipe, changes, data, measure."""
+    student = STUDENTS[run.experiment.student]
+    module = student.recipe.removesuffix(".py").replace("/", ".")
+    recipe = importlib.import_module(module).get_config()
+    parts = {
+        "recipe": recipe.to_json_best_effort(sort_keys=True),
+        "config": {**student.config, **run.experiment.config},
+        "data": identity(run.data),
+        "tests": [identity(name) for name in _TESTS.get(student.measured, ())],
+        "measured": student.measured,
+        "seed": run.seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_result(run: Run, results: pathlib.Path) -> dict[str, Any] | None:
+    """A run's result; None where it is missing, or is of another definition."""
+    path = results / f"{run.name}.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    return result if result["definition"] == definition(run) else None
+
+
+def is_done(run: Run, results: pathlib.Path) -> bool:
+    """Whether the run need not be made."""
+    return read_result(run, results) is not None
+
+
+class Lab:
+    """Makes runs, one after the other."""
+
+    def __init__(self, workdir: pathlib.Path, shared: pathlib.Path, results: pathlib.Path):
+        """Begins nothing yet.
+
+        Args:
+            workdir: of data and runs.
+            shared: folder of the public tars.
+            results: folder of the result files.
+        """
+        self.workdir, self.shared, self.results = workdir, shared, results
+        self.data = Data(workdir, shared, self.trained_on_raw)
+
+    def make(self, runs: Sequence[Run]) -> list[str]:
+        """Makes runs; returns the names of those that failed."""
+        failed = []
+        secs = estimate_secs(self.results)
+        estimates = [round(secs[run.experiment.student]) for run in runs]
+        with ProgressBar(total=sum(estimates), unit="s", desc="lab") as progress:
+            for run, estimate in zip(runs, estimates, strict=True):
+                progress.set_postfix_str(run.name)
+                try:
+                    self.make_one(run)
+                except (RuntimeError, ValueError, OSError) as error:
+                    failed.append(run.name)
+                    logging.error("%s failed: %s", run.name, error)
+                progress.update(estimate)
+        return failed
+
+    def make_one(self, run: Run) -> None:
+        """Data, training, measurement, result file."""
+        folder = self.folder_of(run)
+        student = STUDENTS[run.experiment.student]
+        tests = {name: str(self.data.make(name)) for name in _TESTS.get(student.measured, ())}
+        with locked(folder.with_name(f"{run.name}.lock")):
+            secs = self.train(run)
+            measured = folder / "measured.json"
+            begin = time.monotonic()
+            run_command(
+                "benchmarks.lab.measure",
+                f"--measured={student.measured}",
+                f"--model={folder}",
+                f"--tests={json.dumps({**tests, 'shared': str(self.shared)})}",
+                f"--output={measured}",
+                log=folder / "lab.log",
+            )
+            payload = {
+                "experiment": dataclasses.asdict(run.experiment),
+                "seed": run.seed,
+                "definition": definition(run),
+                "revision": revision(),
+                "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+                "training_secs": round(secs, 1),
+                "measuring_secs": round(time.monotonic() - begin, 1),
+                **json.loads(measured.read_text()),
+            }
+            write_result(run.name, payload, self.results)
+            if not run.experiment.keep_model:
+                shutil.rmtree(folder)
+
+    def train(self, run: Run) -> float:
+        """Trains a student, from where it was; returns the seconds that this took here."""
+        folder, data = self.folder_of(run), self.data.make(run.data)
+        student = STUDENTS[run.experiment.student]
+        changes = {**student.config, **run.experiment.config, "seed": run.seed}
+        marker = folder / "definition"
+        if folder.exists() and (not marker.exists() or marker.read_text() != definition(run)):
+            shutil.rmtree(folder)  # begun by another recipe
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(definition(run))
+        begin = time.monotonic()
+        run_command(
+            "diht_jax.train",
+            f"--config={student.recipe}",
+            f"--config.data.train={data}",
+            *(f"--config.{key}={value}" for key, value in changes.items()),
+            f"--workdir={folder}",
+            log=folder / "lab.log",
+        )
+        return time.monotonic() - begin
+
+    def trained_on_raw(self, seed: int) -> pathlib.Path:
+        """The work directory of a student of the raw pairs."""
+        run = Run(EXPERIMENTS["raw"], seed)
+        folder = self.folder_of(run)
+        with locked(folder.with_name(f"{run.name}.lock")):
+            self.train(run)
+        return folder
+
+    def folder_of(self, run: Run) -> pathlib.Path:
+        """Where a run works."""
+        return self.workdir / "runs" / run.name
+
+
+def revision() -> str:
+    """The commit of the code, with "+changes" where files of it differ."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=RESULTS, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", ":/", ":(exclude,top)docs")
+    # Result files come in while the code stays the same.
+    is_changed = any("benchmarks/results/" not in line for line in changed.splitlines())
+    return git("rev-parse", "HEAD") + ("+changes" if is_changed else "")
+
+
+def estimate_secs(results: pathlib.Path) -> dict[str, float]:
+    """About how long a run of each student takes: the median of those made, or the first guess."""
+    known: dict[str, list[float]] = {name: [] for name in STUDENTS}
+    for run in select_runs(["*"]):
+        path = results / f"{run.name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            secs = result["training_secs"] + result["measuring_secs"]
+            known[run.experiment.student].append(secs)
+    return {
+        name: statistics.median(found) if found else STUDENTS[name].run_secs
+        for name, found in known.items()
+    }
+
+
+def format_list(runs: Sequence[Run], results: pathlib.Path) -> str:
+    """What is done and what is missing, by block and experiment, with the time that is left."""
+    lines, total = [], 0.0
+    done = {run.name: is_done(run, results) for run in runs}
+    secs = estimate_secs(results)
+    for block, (title, _) in BLOCKS.items():
+        inside = [run for run in runs if block_of(run.experiment.name) == block]
+        if not inside:
+            continue
+        left = sum(secs[run.experiment.student] for run in inside if not done[run.name])
+        total += left
+        finished = sum(done[run.name] for run in inside)
+        lines.append(
+            f"{block} ({title}): {finished} of {len(inside)} runs, {left / 60:.0f} minutes left"
+        )
+        for name in dict.fromkeys(run.experiment.name for run in inside):
+            marks = "".join(
+                "x" if done[run.name] else "." for run in inside if run.experiment.name == name
+            )
+            lines.append(f"    {marks:8s} {name}")
+    lines.append(
+        f"{total / 3600:.1f} hours of a machine with two idle cores are left, beside the data"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
