@@ -25,7 +25,7 @@ COMMANDS = (
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # Their flags are read from the source: they import other projects.
 TOOLS = (
-    *sorted((REPOSITORY / "benchmarks").glob("*.py")),
+    *sorted((REPOSITORY / "benchmarks").rglob("*.py")),
     REPOSITORY / "tests/fuzz/__main__.py",
     REPOSITORY / "tests/docs/slurm_trial.py",
     REPOSITORY / "tests/training/kill_trial.py",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -122,10 +123,8 @@ def select_runs(patterns: Sequence[str]) -> list[Run]:
 def definition(run: Run) -> str:
     """A hash of all that a run follows from but the code: recipe, changes, data, measure."""
     student = STUDENTS[run.experiment.student]
-    module = student.recipe.removesuffix(".py").replace("/", ".")
-    recipe = importlib.import_module(module).get_config()
     parts = {
-        "recipe": recipe.to_json_best_effort(sort_keys=True),
+        "recipe": _describe_recipe(student.recipe),
         "config": {**student.config, **run.experiment.config},
         "data": identity(run.data),
         "tests": [identity(name) for name in _TESTS.get(student.measured, ())],
@@ -133,6 +132,12 @@ def definition(run: Run) -> str:
         "seed": run.seed,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _describe_recipe(path: str) -> str:
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    return module.get_config().to_json_best_effort(sort_keys=True)
 
 
 def read_result(run: Run, results: pathlib.Path) -> dict[str, Any] | None:

@@ -1,0 +1,92 @@
+"""Figures of contrasts: each run a dot, the mean with its interval, and the margin, as SVG.
+
+Written by hand rather than by a plotting library, so that the files are small, and equal numbers
+give equal bytes.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+
+from benchmarks.lab.experiments import GAIN, Contrast
+from benchmarks.lab.statistics import CONFIRMED, REFUTED, Estimate
+
+_WIDTH, _LABELS, _ROW, _TOP, _BOTTOM = 860, 400, 30, 34, 40
+_COLORS = {CONFIRMED: "#1a7f37", REFUTED: "#cf222e"}
+_OTHER = "#57606a"
+_STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50)  # of the axis, in points
+_MOST_CHARACTERS = 64
+
+
+def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -> str:
+    """The figure of some contrasts.
+
+    Args:
+        rows: contrasts that have runs, with their verdicts.
+        title: for readers that do not see the figure.
+    """
+    low, high, step = _axis([(c, e) for c, e, _ in rows])
+    plot = _WIDTH - _LABELS - 20
+
+    def x(points: float) -> float:
+        return _LABELS + plot * (min(max(points, low), high) - low) / (high - low)
+
+    bottom = _TOP + _ROW * len(rows)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {bottom + _BOTTOM}" '
+        f'font-family="sans-serif" font-size="12" role="img"><title>{html.escape(title)}</title>',
+        f'<rect width="{_WIDTH}" height="{bottom + _BOTTOM}" fill="#ffffff"/>',
+    ]
+    for number in range(round((high - low) / step) + 1):
+        points = low + number * step
+        color = "#24292f" if abs(points) < 1e-9 else "#d0d7de"
+        parts += [
+            f'<line x1="{x(points):.1f}" x2="{x(points):.1f}" y1="{_TOP - 8}" y2="{bottom}" '
+            f'stroke="{color}"/>',
+            f'<text x="{x(points):.1f}" y="{bottom + 16}" text-anchor="middle">{points:+g}</text>',
+        ]
+    parts.append(
+        f'<text x="{_LABELS + plot / 2:.0f}" y="{bottom + 34}" text-anchor="middle">'
+        "difference in points; dots are runs, bars 95% intervals, red ticks margins</text>"
+    )
+    for number, (contrast, found, verdict) in enumerate(rows):
+        parts += _draw_row(contrast, found, verdict, _TOP + _ROW * number + 10, x)
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _draw_row(contrast: Contrast, found: Estimate, verdict: str, y: int, x) -> list[str]:
+    color = _COLORS.get(verdict, _OTHER)
+    margin = 100 * (contrast.margin if contrast.kind == GAIN else -contrast.margin)
+    claim = contrast.claim
+    if len(claim) > _MOST_CHARACTERS:
+        claim = f"{claim[: _MOST_CHARACTERS - 1]}…"
+    parts = [
+        f'<text x="{_LABELS - 12}" y="{y + 4}" text-anchor="end">{html.escape(claim)}</text>',
+        f'<line x1="{x(margin):.1f}" x2="{x(margin):.1f}" y1="{y - 9}" y2="{y + 9}" '
+        'stroke="#cf222e" stroke-dasharray="2 2"/>',
+    ]
+    if math.isfinite(found.low):
+        parts.append(
+            f'<line x1="{x(100 * found.low):.1f}" x2="{x(100 * found.high):.1f}" y1="{y}" '
+            f'y2="{y}" stroke="{color}" stroke-width="3"/>'
+        )
+    parts += [
+        f'<circle cx="{x(100 * each):.1f}" cy="{y + 7}" r="2" fill="{color}" opacity="0.6"/>'
+        for each in found.differences
+    ]
+    parts.append(f'<circle cx="{x(100 * found.mean):.1f}" cy="{y}" r="5" fill="{color}"/>')
+    return parts
+
+
+def _axis(rows: Sequence[tuple[Contrast, Estimate]]) -> tuple[float, float, float]:
+    """Ends and step in points: all runs are inside, long intervals are cut off at twice as far."""
+    dots = [100 * each for _, found in rows for each in found.differences]
+    dots += [100 * sign * contrast.margin for contrast, _ in rows for sign in (-1, 1)]
+    reach = 2 * max(abs(each) for each in dots)
+    ends = [100 * end for _, found in rows for end in (found.low, found.high) if math.isfinite(end)]
+    low = max(min([*dots, *ends]), -reach)
+    high = min(max([*dots, *ends]), reach)
+    step = next((each for each in _STEPS if (high - low) / each <= 8), _STEPS[-1])
+    return step * math.floor(low / step), step * math.ceil(high / step), step

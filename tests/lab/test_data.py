@@ -1,0 +1,87 @@
+"""The laboratory's data: exchanged captions, subsets, and what was made by other rules."""
+
+import collections
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks.lab import data
+from benchmarks.lab.data import Data, exchange
+from diht_jax.data.records.schema import Record
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.75])
+@pytest.mark.parametrize("texts", [list("abcdefghij") * 40, [str(i) for i in range(400)]])
+def test_a_share_of_the_texts_changes_hands_and_all_of_those_change(share, texts):
+    changed = exchange(texts, share, seed=3)
+    assert collections.Counter(changed) == collections.Counter(texts)
+    assert sum(a != b for a, b in zip(texts, changed, strict=True)) == share * len(texts)
+    assert exchange(texts, share, seed=3) == changed
+    assert share == 0 or exchange(texts, share, seed=4) != changed
+
+
+def scene(*kinds):
+    return {"objects": [{"shape": shape, "color": color} for shape, color in kinds]}
+
+
+@pytest.fixture
+def lab(tmp_path):
+    """Data whose raw and CAT variants are there already: 20 and 6 records, every other clean."""
+    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
+    unseen, seen = data.UNSEEN[0], ("circle", "blue")
+    for name, keys in (("raw", range(20)), ("cat", range(0, 18, 3))):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        shown = {0: [unseen], 3: [seen], 6: [seen, unseen]}
+        data._write(
+            folder,
+            [
+                Record(
+                    f"k{i}", b"png", f"text {i}",
+                    {"noise": ("clean", "mismatched")[i % 2], "scene": scene(*shown.get(i, []))},
+                    np.array([i], np.int32), np.array([1.0], np.float32),
+                    np.array([], np.int32), np.array([], np.float32),
+                )
+                for i in keys
+            ],
+        )  # fmt: skip
+        (folder / "complete.json").write_text(json.dumps(data.identity(name)))
+    return lab
+
+
+def keys(folder):
+    return [record.key for record in data._read(folder)]
+
+
+def test_subsets_of_the_raw_and_of_the_kept_pairs(lab):
+    raw = keys(lab.make("raw"))
+    some = keys(lab.make("random_0"))
+    assert len(some) == 6 and [key for key in raw if key in some] == some
+    assert keys(lab.make("random_1")) != some
+    assert keys(lab.make("oracle")) == raw[::2]
+    # No pair is left that shows a combination kept for few-shot.
+    assert keys(lab.make("unseen")) == ["k3", "k9", "k12", "k15"]
+    with pytest.raises(ValueError, match="data 'nothing': no variant has such a name"):
+        lab.make("nothing")
+
+
+def test_a_variant_is_made_once_and_anew_when_its_rules_change(lab):
+    folder = lab.make("oracle")
+    (folder / "leftover").touch()
+    assert lab.make("oracle") == folder and (folder / "leftover").exists()
+    (folder / "complete.json").write_text("{}")  # of other rules, or broken off
+    assert keys(lab.make("oracle")) == [f"k{i}" for i in range(0, 20, 2)]
+    assert not (folder / "leftover").exists()
+
+
+def test_shuffled_labels_are_those_of_other_records(lab, monkeypatch):
+    monkeypatch.setattr(data, "read_vocabulary", lambda folder: folder)
+    monkeypatch.setattr(data, "write_vocabulary", lambda folder, vocabulary: None)
+    folder = lab.workdir / "data" / "shuffled"
+    folder.mkdir()
+    data._shuffle_labels(lab.make("raw"), folder)
+    records = data._read(folder)
+    assert [record.key for record in records] == keys(lab.make("raw"))
+    labels = [int(record.object_ids[0]) for record in records]
+    assert sorted(labels) == list(range(20)) and sum(i == j for i, j in enumerate(labels)) < 5

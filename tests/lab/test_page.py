@@ -1,0 +1,107 @@
+"""The laboratory's report, from result files that are made up with known differences."""
+
+import json
+import re
+import xml.etree.ElementTree
+
+import numpy as np
+import pytest
+
+from benchmarks.lab import page
+from benchmarks.lab.experiments import BLOCKS, CONTRASTS, EXPERIMENTS, STUDENTS
+from benchmarks.lab.figures import draw_contrasts
+from benchmarks.lab.measure import pack_bits, unpack_items
+from benchmarks.lab.run import Run, definition
+
+SEEDS = {"raw": 8, "cat": 8, "random": 3, "only_c": 2, "cat_beta_025": 8}
+SHARE = {"raw": 0.40, "cat": 0.50, "random": 0.495, "only_c": 0.45, "cat_beta_025": 0.5}
+ITEMS = 2000
+
+
+def write(folder, name, seed, share, **changes):
+    """A result whose metric is `share` exactly, as both directions' mean."""
+    run = Run(EXPERIMENTS[name], seed)
+    rng = np.random.default_rng(seed)
+    hits = [rng.permutation(ITEMS) < round(share * ITEMS) for _ in range(2)]
+    metric = STUDENTS[run.experiment.student].metric
+    beside = dict.fromkeys(("scenes/t2i_r1", "scenes/i2t_r1", "color/top1", "shape/top1"), 0.25)
+    result = {
+        "experiment": {"name": name},
+        "definition": definition(run),
+        "revision": "0123456789",
+        "date_utc": "2026-11-26T18:00:00+00:00",
+        "machine": {"cores": 2, "cpu": "abacus"},
+        "metrics": {**beside, metric: float(np.mean(hits))},
+        "items": {metric: [pack_bits(each) for each in hits]},
+        **changes,
+    }
+    (folder / f"{run.name}.json").write_text(json.dumps(result))
+
+
+@pytest.fixture(scope="module")
+def rows_and_page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    for name, seeds in SEEDS.items():
+        for seed in range(seeds):
+            # Equal seeds share what moves a run; contrasts differ by a little more.
+            write(folder, name, seed, SHARE[name] + 0.01 * seed + 0.002 * (seed % 2) * (name > "d"))
+    write(folder, "oracle", 0, 0.9, definition="of another recipe")
+    results = page.read_results(folder)
+    rows = page.judge(results)
+    return rows, results, page.format_page(rows, results, 1)
+
+
+def find(rows, treated, control):
+    return next(r for r in rows if (r.contrast.treated, r.contrast.control) == (treated, control))
+
+
+def test_known_differences_get_their_verdicts(rows_and_page):
+    rows, results, _ = rows_and_page
+    assert len(rows) == len(CONTRASTS) and len(results) == sum(SEEDS.values())
+    gain = find(rows, "cat", "raw")
+    assert gain.verdict == "confirmed" and gain.seeds == 8 and gain.corrected < 0.05
+    assert gain.found.mean == pytest.approx(0.1 - 0.001)
+    low, high = gain.found.resampled
+    assert low < gain.found.mean < high
+    # Half a point where two are the margin; and no difference at all.
+    assert find(rows, "cat", "random").verdict == "refuted"
+    assert find(rows, "cat_beta_025", "cat").verdict == "refuted"
+    # Two of three seeds are no verdict, and a result of another definition is no run.
+    some = find(rows, "only_c", "raw")
+    assert (some.verdict, some.seeds, some.corrected) == ("waiting", 2, None)
+    assert find(rows, "oracle", "cat").found is None
+
+
+def test_the_page_states_what_is_there_and_what_is_missing(rows_and_page):
+    rows, _, text = rows_and_page
+    table = text.partition("## Verdicts")[2].partition("##")[0]
+    assert table.count("\n| [") == len(CONTRASTS)
+    row = next(line for line in table.splitlines() if "at equal samples seen" in line)
+    assert row.endswith("| **confirmed** |") and "| +9.9 |" in row and "| 8 of 8 |" in row
+    missing = text.partition("## Missing runs")[2].partition("\n## ")[0]
+    assert "`only_c` (seeds 2)" in missing and "`oracle`," in missing and "`cat`" not in missing
+    assert "equal texts of a batch masked" in missing
+    assert "1 result files are of an earlier definition" in text
+    assert "21 runs of revision 0123456, 2026-11-26, 2 cores of abacus" in text
+    anchors = set(re.findall(r"\]\(#([\w-]+)\)", text))
+    titles = {title.lower().replace(" ", "-") for title in re.findall(r"(?m)^## (.*)$", text)}
+    assert anchors == {page._anchor(c.block) for c in CONTRASTS} and anchors <= titles
+    assert all(f"## {title}" in text for title, _ in BLOCKS.values())
+
+
+def test_figures_are_svg_with_a_dot_for_each_run(rows_and_page):
+    rows, _, _ = rows_and_page
+    drawn = [(r.contrast, r.found, r.verdict) for r in rows if r.found]
+    svg = draw_contrasts(drawn, "a < b")
+    root = xml.etree.ElementTree.fromstring(svg)
+    circles = root.findall("{http://www.w3.org/2000/svg}circle")
+    assert len(circles) == sum(len(found.differences) + 1 for _, found, _ in drawn)
+    _, _, width, height = map(float, root.get("viewBox").split())
+    for circle in circles:
+        assert 0 < float(circle.get("cx")) < width and 0 < float(circle.get("cy")) < height
+
+
+def test_items_come_back_from_their_bits():
+    hits = np.random.default_rng(0).random(1001) < 0.3
+    np.testing.assert_array_equal(unpack_items(pack_bits(hits)), hits)
+    np.testing.assert_array_equal(unpack_items([0.25, 1.0]), [0.25, 1.0])

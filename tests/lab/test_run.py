@@ -1,0 +1,115 @@
+"""The list of experiments is consistent, and the runner makes what is missing and no more."""
+
+import dataclasses
+import json
+import string
+
+import pytest
+
+from benchmarks.lab import data, run
+from benchmarks.lab.experiments import (
+    BLOCKS,
+    CONTRASTS,
+    EXPERIMENTS,
+    STUDENTS,
+    WAITING,
+    block_of,
+    metrics_of,
+    seeds_of,
+)
+from benchmarks.lab.run import Lab, Run, definition, format_list, is_done, select_runs
+from configs import demo
+from diht_jax.config import default_config, validate_config
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_name_data_students_and_keys_that_exist(name):
+    experiment = EXPERIMENTS[name]
+    student = STUDENTS[experiment.student]
+    assert set(name) <= set(string.ascii_lowercase + string.digits + "_")
+    data.identity(experiment.data.format(seed=0))
+    config = demo.get_config()
+    for key, value in {**student.config, **experiment.config}.items():
+        config.update_from_flattened_dict({key: value})
+    config.data.train = "somewhere"
+    if "total_epochs" in experiment.config:
+        config.total_examples = None  # as the command line does
+    validate_config(config, default_config())
+
+
+def test_contrasts_compare_experiments_of_one_student():
+    for contrast in CONTRASTS:
+        treated, control = (EXPERIMENTS[name] for name in (contrast.treated, contrast.control))
+        assert treated.student == control.student and contrast.block in BLOCKS
+        assert contrast.margin > 0 and contrast.claim and contrast.refuted_by
+        assert all(metrics_of(contrast)) and seeds_of(contrast) >= 3
+    pairs = [(c.treated, c.control, metrics_of(c)) for c in CONTRASTS]
+    assert len(set(pairs)) == len(pairs) and set(WAITING) <= set(BLOCKS)
+    # Every experiment serves a contrast, but for the grid.
+    used = {name for c in CONTRASTS for name in (c.treated, c.control)}
+    assert {name for name in EXPERIMENTS if name not in used} == {
+        name for name in EXPERIMENTS if block_of(name) == "grid"
+    }
+    eight = ("hard_negatives", "batch", "emoji", "equal_captions")
+    assert all(seeds_of(c) == 8 for c in CONTRASTS if c.block in eight)
+
+
+def test_patterns_choose_blocks_experiments_and_runs():
+    assert [r.name for r in select_runs(["raw_seed3", "oracle"])] == [
+        "raw_seed3", "oracle_seed0", "oracle_seed1", "oracle_seed2",
+    ]  # fmt: skip
+    everything = select_runs([])
+    assert all(block_of(r.experiment.name) != "grid" for r in everything)
+    assert len(everything) == sum(
+        e.seeds for e in EXPERIMENTS.values() if block_of(e.name) != "grid"
+    )
+    assert everything[0].name == "raw_seed0" and everything[1].name == "cat_seed0"
+    assert len(select_runs(["grid"])) == 72
+    with pytest.raises(ValueError, match="--only=filtre: no block, experiment or run"):
+        select_runs(["filtre"])
+
+
+def test_a_definition_changes_with_all_that_decides_a_run(monkeypatch):
+    one = Run(EXPERIMENTS["cat"], 0)
+    experiment = one.experiment
+    others = [
+        Run(experiment, 1),
+        Run(EXPERIMENTS["raw"], 0),
+        Run(dataclasses.replace(experiment, config={"loss.beta": 0.1}), 0),
+        Run(dataclasses.replace(experiment, student="cifar10"), 0),
+    ]
+    assert len({definition(each) for each in (one, *others)}) == 5
+    assert definition(one) == definition(Run(experiment, 0))
+    before = definition(one)
+    monkeypatch.setattr(data, "WEB_PAIRS", 5000)
+    assert definition(one) != before
+
+
+def write_result(folder, each, **changes):
+    folder.mkdir(exist_ok=True)
+    result = {"definition": definition(each), "training_secs": 50.0, "measuring_secs": 10.0}
+    (folder / f"{each.name}.json").write_text(json.dumps(result | changes))
+
+
+def test_only_missing_and_outdated_runs_are_made_and_failures_end_nothing(tmp_path, monkeypatch):
+    runs = select_runs(["oracle", "raw_seed0"])
+    write_result(tmp_path, runs[0])
+    write_result(tmp_path, runs[1], definition="of another recipe")
+    assert [is_done(each, tmp_path) for each in runs] == [True, False, False, False]
+    made = []
+
+    def make_one(self, each):
+        if each.seed == 1:
+            raise RuntimeError("diht_jax.train: exit 1")
+        made.append(each.name)
+        write_result(tmp_path, each)
+
+    monkeypatch.setattr(Lab, "make_one", make_one)
+    lab = Lab(tmp_path / "work", tmp_path, tmp_path)
+    failed = lab.make([each for each in runs if not is_done(each, tmp_path)])
+    assert failed == ["oracle_seed1"] and made == ["oracle_seed2", "raw_seed0"]
+    table = format_list(runs, tmp_path)
+    assert "x.x" in table and "oracle" in table
+    # One run is left, and the runs of this student took a minute.
+    assert "filter (Filter): 3 of 4 runs, 1 minutes left" in table
+    assert run.estimate_secs(tmp_path)["web"] == 60 and run.estimate_secs(tmp_path)["emoji"] == 80
