@@ -124,8 +124,13 @@ def suit(config: ml_collections.ConfigDict, topology: str) -> None:
     config.model.scan_layers = False
     several_hosts = len(shape) > 1
     config.mesh.fsdp = shape[-1] if several_hosts else 1
-    at_once = EXAMPLES_AT_ONCE[config.model.name][several_hosts] * math.prod(shape)
-    config.micro_batch = at_once if config.data.batch_size > at_once else None
+    gpus = math.prod(shape)
+    if config.data.batch_size % gpus:
+        return  # training explains that the batch does not divide by the devices
+    of_each = config.data.batch_size // gpus
+    most = EXAMPLES_AT_ONCE[config.model.name][several_hosts]
+    at_once = max(number for number in range(1, most + 1) if of_each % number == 0)
+    config.micro_batch = at_once * gpus if at_once < of_each else None
 
 
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -27,6 +27,7 @@ def repository_on_path(monkeypatch):
 
 def test_the_recipes_of_the_project_are_there():
     expected = {"diht_vitb32", "diht_vitb16", "diht_vitl14", "diht_vitl14_336", "clip_vitb32"}
+    expected |= {"clip_vitb16", "diht_vitb16_clean"}
     assert {path.stem for path in RECIPES} >= expected | {"emoji", "demo"}
 
 
@@ -68,7 +69,8 @@ def differences(a, b, prefix=""):
 
 @pytest.mark.parametrize("topology", ["h100:8", "h100:64x8", "h100:4x8", "h200:8", "a100_80gb:2x4"])
 @pytest.mark.parametrize(
-    "name", ["clip_vitb32", "diht_vitb32", "diht_vitb16", "diht_vitl14", "diht_vitl14_336"]
+    "name",
+    ["clip_vitb32", "clip_vitb16", "diht_vitb32", "diht_vitb16", "diht_vitl14", "diht_vitl14_336"],
 )
 def test_recipe_for_gpus(name, topology):
     config = load_recipe(REPOSITORY / "configs" / f"{name}.py", f"topology={topology}")
@@ -79,7 +81,7 @@ def test_recipe_for_gpus(name, topology):
     assert mesh.size == num_hosts * gpus_per_host and config.mesh.fsdp <= 8
     for group in mesh.devices:
         assert len({device.slice_index for device in group}) == 1
-    assert config.data.batch_size == 65536
+    assert config.data.batch_size == (33792 if name == "clip_vitb16" else 65536)
     check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
     # All values of that many examples fit into a GPU of 80 GB, and of no more (pod_fit_gpus.json).
     at_once = (config.micro_batch or config.data.batch_size) // mesh.size
@@ -107,6 +109,18 @@ def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
     }
     assert clip["loss"]["alpha"] == 1.0 and clip["loss"]["beta"] == 0.0
     assert clip["concepts"]["object_weight"] == clip["concepts"]["attribute_weight"] == 0.0
+
+
+def test_recipes_with_published_values_have_them():
+    clip, clean, diht = map(values, ("clip_vitb16", "diht_vitb16_clean", "diht_vitb16"))
+    loss = {"loss.beta", "concepts.object_weight", "concepts.attribute_weight"}
+    optimizer = {"optimizer.learning_rate", "optimizer.weight_decay"}
+    assert differences(clip, diht) == loss | optimizer | {"total_examples", "data.batch_size"}
+    assert clip["loss"]["beta"] == 0.0 and clip["data"]["batch_size"] == 33_792
+    rates = [clip["optimizer"][k] for k in ("learning_rate", "weight_decay", "warmup_steps")]
+    assert rates == [5e-4, 0.2, 2000] and clip["total_examples"] == 32 * 440e6
+    assert differences(clean, diht) == {"loss.alpha", "loss.beta", "total_examples"}
+    assert (clean["loss"]["alpha"], clean["loss"]["beta"]) == (0.999, 0.5)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ UNSEEN = tuple(
     (shape, tuple(COLORS)[3 * number % len(COLORS)]) for number, shape in enumerate(SHAPES)
 )
 
+GIVEN = "given"
+
 _COMPLETE = "complete.json"
 _SHARD = "pairs-train-00000-of-00001.tfrecord"
 _TEST_SHOTS = 40  # pictures of a class that few-shot accuracy is measured on
@@ -54,19 +56,25 @@ class Data:
     Attributes:
         workdir: they lie in its folder `data`.
         shared: folder with the public tars of emoji and CIFAR-10.
+        given: path or URL of the variant "given", which is made elsewhere.
         model_of: number of a seed -> work directory of the student trained on the raw pairs.
     """
 
     workdir: pathlib.Path
     shared: pathlib.Path
     model_of: Callable[[int], pathlib.Path]
+    given: str | None = None
 
-    def make(self, name: str) -> pathlib.Path:
+    def make(self, name: str) -> pathlib.Path | str:
         """The folder of a variant, made if it is missing or was made by other rules.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: an unknown name, or "given" without such data.
         """
+        if name == GIVEN:
+            if not self.given:
+                raise ValueError("--train is required: records that data_prep.label has labelled")
+            return self.given
         folder = self.workdir / "data" / name
         complete = folder / _COMPLETE
         text = json.dumps(identity(name))
@@ -86,6 +94,8 @@ class Data:
 
 def identity(name: str) -> dict:
     """What a variant follows from, JSON-able; another identity means other data."""
+    if name == GIVEN:
+        return {"name": name}
     _find_maker(name)
     if name.startswith(("emoji", "cifar10")):
         return {"name": name, "caption_rules": RULES_VERSION}

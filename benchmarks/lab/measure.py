@@ -33,8 +33,11 @@ Measured = tuple[dict[str, float], dict[str, list[Any]]]
 def define_flags() -> None:
     """The command line of `main`."""
     flags.DEFINE_string("model", None, "Work directory of the student.")
-    flags.DEFINE_string("measured", None, "What is measured: scenes, emoji, cifar10 or unseen.")
+    flags.DEFINE_string(
+        "measured", None, "What is measured: scenes, emoji, cifar10, unseen or given."
+    )
     flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
+    flags.DEFINE_list("tasks", None, "As of diht_jax.evaluate; what is measured of 'given'.")
     flags.DEFINE_string("output", None, "JSON file to write.")
 
 
@@ -101,6 +104,18 @@ def measure_few_shot(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     return metrics, items
 
 
+def measure_tasks(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """All metrics of the tasks of the command line; their items are not kept."""
+    from diht_jax.evaluation.task_parsing import parse_tasks
+    from diht_jax.evaluation.tasks import evaluate_task
+
+    results = [
+        evaluate_task(model, task, num_resamples=0) for task in parse_tasks(flags.FLAGS.tasks)
+    ]
+    metrics = {f"{r['task']}/{name}": v for r in results for name, v in r["metrics"].items()}
+    return metrics, {}
+
+
 def _retrieve(model: Any, source: pathlib.Path, name: str) -> Measured:
     from diht_jax.evaluation.protocols.retrieval import retrieve
 
@@ -138,6 +153,7 @@ MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
     "emoji": measure_emoji,
     "cifar10": measure_photos,
     "unseen": measure_few_shot,
+    "given": measure_tasks,
 }
 
 

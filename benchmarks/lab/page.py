@@ -16,6 +16,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from absl import flags
 
 from benchmarks.lab import figures
@@ -24,6 +25,7 @@ from benchmarks.lab.experiments import (
     CONTRASTS,
     EXPERIMENTS,
     GAIN,
+    GRIDS,
     SHOTS,
     STUDENTS,
     WAITING,
@@ -88,6 +90,42 @@ confirmed where the lower bound is above minus the margin, and refuted where the
 below that. Everything else is *undecided*. There is no verdict before all registered runs are
 there. Holm's p corrects for all {count} contrasts, those without runs included; with three seeds
 hardly anything can survive that, so it stands beside the verdict.
+"""
+
+
+_ENDING = """\
+## Experiments of your own
+
+A line in a list of `benchmarks/lab/experiments.py`, and a contrast with its margin, before the
+first run:
+
+```python
+Experiment("cat_beta_200", data="cat", config={"loss.beta": 2.0}, seeds=8),
+Contrast("cat_beta_200", "cat", "hard_negatives", 0.01,
+         claim="a large beta helps", refuted_by="it gains less than a point"),
+```
+
+Then `python -m benchmarks.lab.run --only cat_beta_200`, and `python -m benchmarks.lab.page`.
+
+## On a cluster
+
+    python -m benchmarks.lab.run --only grid --task_index=0 --num_tasks=72
+
+makes the first of 72 shares: one run a task. In a Slurm array these are
+`--task_index=$SLURM_ARRAY_TASK_ID --num_tasks=$SLURM_ARRAY_TASK_COUNT`. All tasks share one work
+directory (`--workdir`), where data are made once, under a lock, and one folder of results. A task
+that was stopped is started again as it was.
+
+The paper chose its hyper-parameters with B/32 on a small scale. The block `b32` is that search: the
+72 settings of `grid` with `configs/diht_vitb32.py`, 128 million samples in batches of 4,096, on
+labelled records of your own:
+
+    python -m benchmarks.lab.run --only b32 --train=/data/labelled --tasks=imagenet=/data/val \\
+        --workdir=/shared/lab --results=/shared/lab/results --task_index=0 --num_tasks=72
+
+A run uses all accelerators of its host, so that on a slice each host takes a task (JAX must see
+that host alone). A search with more samples, other rates or another recipe changes one line of
+`STUDENTS` or `_grid`. The block has not been run here.
 """
 
 
@@ -177,15 +215,15 @@ def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
     return Row(contrast, found, len(pairs), verdict)
 
 
-def _items(result: dict[str, Any], metric: str):
+def _items(result: dict[str, Any], metric: str) -> np.ndarray:
     """Each test item's result, the mean of its lists: a scene has one for each direction."""
     return sum(map(unpack_items, result["items"][metric])) / len(result["items"][metric])
 
 
 def format_page(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int) -> str:
     """The page as Markdown."""
-    planned = sum(e.seeds for e in EXPERIMENTS.values() if block_of(e.name) != "grid")
-    made = sum(block_of(r["experiment"]["name"]) != "grid" for r in results.values())
+    planned = sum(e.seeds for e in EXPERIMENTS.values() if block_of(e.name) not in GRIDS)
+    made = sum(block_of(r["experiment"]["name"]) not in GRIDS for r in results.values())
     counts = collections.Counter(row.verdict for row in rows)
     state = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
     parts = [
@@ -197,7 +235,7 @@ def format_page(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdate
         _format_missing(results),
     ]
     parts += [_format_block(block, rows, results) for block in BLOCKS]
-    return "\n".join(parts)
+    return "\n".join([*parts, _ENDING])
 
 
 def _format_verdicts(rows: Sequence[Row]) -> str:
@@ -240,7 +278,7 @@ def _format_missing(results: dict[str, dict[str, Any]]) -> str:
             f"`{name}`" + ("" if len(seeds) == of else f" (seeds {', '.join(map(str, seeds))})")
             for name, seeds, of in missing
         )
-        if block == "grid":
+        if block in GRIDS:
             names = "one for each setting"
         lines.append(f"- {title}, {total} runs, `--only {block}`: {names}")
     lines += [f"- not possible yet, {BLOCKS[name][0]}: {text}" for name, text in WAITING.items()]
@@ -298,7 +336,7 @@ def _format_experiments(
             if found and EXPERIMENTS[name].student == student:
                 values = [[r["metrics"][metric] for r in found] for metric in columns]
                 table.append((statistics.fmean(values[0]), name, len(found), values))
-        if block == "grid":
+        if block in GRIDS:
             table = sorted(table, reverse=True)[:_MOST_GRID_ROWS]
         if table:
             lines += [f"| experiment | runs | {' | '.join(columns.values())} |"]

@@ -32,7 +32,14 @@ from typing import Any
 from absl import flags, logging
 
 from benchmarks.lab.data import Data, identity
-from benchmarks.lab.experiments import BLOCKS, EXPERIMENTS, STUDENTS, Experiment, block_of
+from benchmarks.lab.experiments import (
+    BLOCKS,
+    EXPERIMENTS,
+    GRIDS,
+    STUDENTS,
+    Experiment,
+    block_of,
+)
 from benchmarks.lab.processes import locked, run_command
 from benchmarks.record import RESULTS, write_result
 from diht_jax import command_line
@@ -41,7 +48,6 @@ from diht_jax.progress import ProgressBar
 # Test data beside the shared folder, by what is measured.
 _TESTS = {"scenes": ("web",), "unseen": ("unseen_shots",)}
 _PACKAGES = ("jax", "flax", "optax", "numpy", "pillow", "spacy", "easyocr")
-_NO_DEFAULT_BLOCK = "grid"  # made only where it is named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +70,12 @@ class Run:
 
 def define_flags() -> None:
     """The command line of `main`."""
-    flags.DEFINE_list("only", [], "Patterns of blocks, experiments or runs; unset: all but grid.")
+    flags.DEFINE_list("only", [], "Patterns of blocks, experiments or runs; unset: all but grids.")
     flags.DEFINE_bool("list", False, "Print what is done and what is missing, and run nothing.")
     flags.DEFINE_string("workdir", "runs/lab", "Where data and runs lie.")
     flags.DEFINE_string("data", "../shared/data", "Folder with the tars of emoji and CIFAR-10.")
+    flags.DEFINE_string("train", None, "Labelled records for the block b32: a path or URL.")
+    flags.DEFINE_list("tasks", ["imagenet"], "Of the block b32, as --tasks of diht_jax.evaluate.")
     flags.DEFINE_string("results", str(RESULTS / "lab"), "Folder of the result files.")
     command_line.define_job_array_flags()
 
@@ -80,11 +88,14 @@ def main() -> None:
     if given.list:
         print(format_list(runs, results))
         return
-    missing = [run for run in runs if not is_done(run, results)]
-    missing = missing[given.task_index :: given.num_tasks]
+    # A task's share is that of all runs, since tasks do not start when equally many are missing.
+    share = runs[given.task_index :: given.num_tasks]
+    missing = [run for run in share if not is_done(run, results)]
     # SIGTERM ends the command that is running as ^C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    lab = Lab(pathlib.Path(given.workdir), pathlib.Path(given.data), results)
+    lab = Lab(
+        pathlib.Path(given.workdir), pathlib.Path(given.data), results, given.train, given.tasks
+    )
     failed = lab.make(missing)
     if failed:
         raise ValueError(f"{len(failed)} of {len(missing)} runs failed: {', '.join(failed)}")
@@ -100,7 +111,7 @@ def select_runs(patterns: Sequence[str]) -> list[Run]:
     order = list(BLOCKS)
     runs.sort(key=lambda run: (order.index(block_of(run.experiment.name)), run.seed))
     if not patterns:
-        return [run for run in runs if block_of(run.experiment.name) != _NO_DEFAULT_BLOCK]
+        return [run for run in runs if block_of(run.experiment.name) not in GRIDS]
     chosen: dict[str, Run] = {}
     for pattern in patterns:
         found = [
@@ -157,16 +168,26 @@ def is_done(run: Run, results: pathlib.Path) -> bool:
 class Lab:
     """Makes runs, one after the other."""
 
-    def __init__(self, workdir: pathlib.Path, shared: pathlib.Path, results: pathlib.Path):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        shared: pathlib.Path,
+        results: pathlib.Path,
+        given: str | None = None,
+        tasks: Sequence[str] = (),
+    ):
         """Begins nothing yet.
 
         Args:
             workdir: of data and runs.
             shared: folder of the public tars.
             results: folder of the result files.
+            given: records of the block b32.
+            tasks: its tasks.
         """
         self.workdir, self.shared, self.results = workdir, shared, results
-        self.data = Data(workdir, shared, self.trained_on_raw)
+        self.tasks = tasks
+        self.data = Data(workdir, shared, self.trained_on_raw, given)
 
     def make(self, runs: Sequence[Run]) -> list[str]:
         """Makes runs; returns the names of those that failed."""
@@ -198,6 +219,7 @@ class Lab:
                 f"--measured={student.measured}",
                 f"--model={folder}",
                 f"--tests={json.dumps({**tests, 'shared': str(self.shared)})}",
+                f"--tasks={','.join(self.tasks)}",
                 f"--output={measured}",
                 log=folder / "lab.log",
             )
@@ -291,9 +313,8 @@ def format_list(runs: Sequence[Run], results: pathlib.Path) -> str:
         left = sum(secs[run.experiment.student] for run in inside if not done[run.name])
         total += left
         finished = sum(done[run.name] for run in inside)
-        lines.append(
-            f"{block} ({title}): {finished} of {len(inside)} runs, {left / 60:.0f} minutes left"
-        )
+        minutes = f", {left / 60:.0f} minutes left" if block != "b32" else ""
+        lines.append(f"{block} ({title}): {finished} of {len(inside)} runs{minutes}")
         for name in dict.fromkeys(run.experiment.name for run in inside):
             marks = "".join(
                 "x" if done[run.name] else "." for run in inside if run.experiment.name == name

@@ -11,6 +11,7 @@ from benchmarks.lab.experiments import (
     BLOCKS,
     CONTRASTS,
     EXPERIMENTS,
+    GRIDS,
     STUDENTS,
     WAITING,
     block_of,
@@ -18,8 +19,7 @@ from benchmarks.lab.experiments import (
     seeds_of,
 )
 from benchmarks.lab.run import Lab, Run, definition, format_list, is_done, select_runs
-from configs import demo
-from diht_jax.config import default_config, validate_config
+from diht_jax.config import default_config, load_recipe, validate_config
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -28,7 +28,7 @@ def test_experiments_name_data_students_and_keys_that_exist(name):
     student = STUDENTS[experiment.student]
     assert set(name) <= set(string.ascii_lowercase + string.digits + "_")
     data.identity(experiment.data.format(seed=0))
-    config = demo.get_config()
+    config = load_recipe(student.recipe)
     for key, value in {**student.config, **experiment.config}.items():
         config.update_from_flattened_dict({key: value})
     config.data.train = "somewhere"
@@ -48,7 +48,7 @@ def test_contrasts_compare_experiments_of_one_student():
     # Every experiment serves a contrast, but for the grid.
     used = {name for c in CONTRASTS for name in (c.treated, c.control)}
     assert {name for name in EXPERIMENTS if name not in used} == {
-        name for name in EXPERIMENTS if block_of(name) == "grid"
+        name for name in EXPERIMENTS if block_of(name) in GRIDS
     }
     eight = ("hard_negatives", "batch", "emoji", "equal_captions")
     assert all(seeds_of(c) == 8 for c in CONTRASTS if c.block in eight)
@@ -59,9 +59,9 @@ def test_patterns_choose_blocks_experiments_and_runs():
         "raw_seed3", "oracle_seed0", "oracle_seed1", "oracle_seed2",
     ]  # fmt: skip
     everything = select_runs([])
-    assert all(block_of(r.experiment.name) != "grid" for r in everything)
+    assert all(block_of(r.experiment.name) not in GRIDS for r in everything)
     assert len(everything) == sum(
-        e.seeds for e in EXPERIMENTS.values() if block_of(e.name) != "grid"
+        e.seeds for e in EXPERIMENTS.values() if block_of(e.name) not in GRIDS
     )
     assert everything[0].name == "raw_seed0" and everything[1].name == "cat_seed0"
     assert len(select_runs(["grid"])) == 72

@@ -186,8 +186,8 @@ def measure_few_shot(
     Returns:
         `zero_shot`: {"test", "validation"}, fractions of 1; `results`: one entry for each number
         of shots with `shots`, `examples` (a draw), `draws` and, for "prompt_init", "scratch" and
-        "prompt_penalty", `test` and `validation` (a value a draw), `test_mean`, `test_std` (None with one draw),
-        `chosen` (a setting a draw).
+        "prompt_penalty", `test` and `validation` (a value a draw), `test_mean`, `test_std` (None
+        with one draw), `chosen` (a setting a draw).
     """
     no_bias = np.zeros(data.zero_shot.shape[1], np.float32)
     zero_shot = {
