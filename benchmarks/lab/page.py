@@ -100,9 +100,8 @@ A line in a list of `benchmarks/lab/experiments.py`, and a contrast with its mar
 first run:
 
 ```python
-Experiment("cat_beta_200", data="cat", config={"loss.beta": 2.0}, seeds=8),
-Contrast("cat_beta_200", "cat", "hard_negatives", 0.01,
-         claim="a large beta helps", refuted_by="it gains less than a point"),
+Experiment("cat_beta_200", data="cat", config={"loss.beta": 2.0}, seeds=8)
+Contrast("cat_beta_200", "cat", "hard_negatives", 0.01, "beta 2 helps", "less than a point")
 ```
 
 Then `python -m benchmarks.lab.run --only cat_beta_200`, and `python -m benchmarks.lab.page`.
