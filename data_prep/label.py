@@ -4,11 +4,11 @@
         --config.input=/data/kept --config.output=/data/labelled
 
 Three stages, each kept, so that the same command again does only what is not done yet: embeddings
-of all shards, two linear heads trained on them, and the labels: a small file for each shard, which
-training joins (`config.data.labels`), or new shards with `--config.merge=True`. `--engine=ray` runs
-it on a Ray cluster. For a job array add
-`--task_index=I --num_tasks=N` and start it twice: the first time every job embeds its share (the
-last one trains the heads), the second time it labels its share.
+of the shards that the heads learn from, two linear heads trained on them, and the labels: a small
+file for each shard, which training joins (`config.data.labels`), or new shards with
+`--config.merge=True`. `--engine=ray` runs it on a Ray cluster. For a job array add
+`--task_index=I --num_tasks=N` and start it twice: the first time every job embeds its share of what
+the heads learn from (the last one trains them), the second time it labels its share.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from data_prep.jobs.engine import ENGINES
+from data_prep.jobs.failures import Failures
 from data_prep.labelling import config as label_config
 from data_prep.labelling import job as label_job
 from diht_jax import command_line
@@ -38,8 +39,9 @@ def main() -> None:
     given = flags.FLAGS
     if given.config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/concepts.py")
-    if run_label(given.config, given.task_index, given.num_tasks, engine=given.engine):
-        sys.exit(1)
+    failures = run_label(given.config, given.task_index, given.num_tasks, engine=given.engine)
+    if failures:
+        sys.exit(failures.exit_status)
 
 
 def run_label(
@@ -48,7 +50,7 @@ def run_label(
     num_tasks: int = 1,
     *,
     engine: str = "local",
-) -> dict[str, str]:
+) -> Failures:
     """Checks the config and labels what is not labelled yet.
 
     Args:
@@ -58,7 +60,8 @@ def run_label(
         engine: one of `engine.ENGINES`.
 
     Returns:
-        Shards that failed, with the reason; the other shards are complete.
+        Shards that failed, with the reason, and whether the labels were written without them; the
+        other shards are complete.
 
     Raises:
         ValueError: a wrong config, nothing to read, nowhere to write, or no concept.

@@ -28,7 +28,7 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, parts, resharding, reuse, stale_outputs
 from data_prep.filtering.resharding import Part
 from data_prep.jobs import files, manifest, shards
-from data_prep.jobs.engine import Report, print_failures, run_pending
+from data_prep.jobs.engine import Report, engine_options, print_failures, run_pending
 from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
 from data_prep.reports.merging import GROUPS, ReportSettings, gather_report
 from data_prep.reports.noise_scores import format_noise_table
@@ -74,7 +74,7 @@ def merge_parts(config: ml_collections.ConfigDict, found: Survey, engine: str) -
     return gather_report(
         outputs,
         folder=outputs[0].rpartition("/")[0],
-        run=functools.partial(run_pending, label="merge", **parts.engine_options(config, engine)),
+        run=functools.partial(run_pending, label="merge", **engine_options(config, engine)),
         job={
             "input": config.input,
             "output": config.output,
@@ -236,7 +236,7 @@ def _write_output(
         _write_shard_or_lists,
         [lists, *located],
         label="re-shard",
-        **parts.engine_options(config, engine),
+        **engine_options(config, engine),
     )
     if failures:
         return failures
@@ -272,7 +272,7 @@ def write_lists(
         ValueError: they could not be written.
     """
     task = kept.KeptLists(folder, tuple(outputs))
-    options = parts.engine_options(config, engine)
+    options = engine_options(config, engine)
     failures = run_pending(kept.write_kept_lists, [task], label="lists", **options)
     for error in failures.values():
         raise ValueError(f"{files.join(folder, kept.KEYS_FILE)} could not be written: {error}")

@@ -39,7 +39,7 @@ from data_prep.jobs.crash_search import (
     after_death,
     without_crashed,
 )
-from data_prep.jobs.engine import Report, print_failures
+from data_prep.jobs.engine import Report, engine_options, print_failures
 from data_prep.jobs.failures import Survey, is_unfinished, run_noting_failures, survey, with_output
 from data_prep.reports.merging import GROUPS
 from data_prep.reports.page import PAGE, write_report
@@ -109,7 +109,7 @@ def run(
             files.make_folder(where)
             shards.remove_temporary_files(where, names)
     function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
-    options = filter_parts.engine_options(config, engine)
+    options = engine_options(config, engine)
     options |= {"label": "filter", "after_death": after_death}
     failures = run_noting_failures(function, pending, options)
     found = survey(tasks, done)

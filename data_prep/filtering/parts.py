@@ -22,7 +22,7 @@ from data_prep.filtering import shard as filter_shard_module
 from data_prep.filtering.steps import registry
 from data_prep.jobs import files, manifest, shards
 from data_prep.jobs.crash_search import after_death
-from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.engine import engine_options
 from data_prep.jobs.failures import Failures, run_noting_failures
 from data_prep.jobs.manifest import Input
 from data_prep.reports.page import PAGE
@@ -36,21 +36,6 @@ MERGED_FILES = (
     *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
     *(kept.KEYS_FILE, kept.UIDS_FILE, REPORT, PAGE),
 )
-
-
-def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
-    """How the tasks of a config are run: keywords of `run_pending`.
-
-    Args:
-        config: how many workers, retries, and which cluster.
-        engine: one of `engine.ENGINES`.
-    """
-    return {
-        "num_workers": config.num_workers,
-        "retries": config.retries,
-        "timeout_secs": config.shard_timeout_secs,
-        "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
-    }
 
 
 def parts_folder(config: ml_collections.ConfigDict, folder: str) -> str:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import ml_collections
 from absl import logging
 
 from data_prep.jobs.engine_local import LocalWorkerPool
@@ -34,6 +35,7 @@ __all__ = [
     "Outcome",
     "RaySettings",
     "Report",
+    "engine_options",
     "print_failures",
     "run_pending",
     "run_tasks",
@@ -48,6 +50,21 @@ _Task = TypeVar("_Task")
 
 # Task, and whether it is to blame for the end of its worker -> the task to run next, or None.
 AfterDeath = Callable[[Any, bool], Any]
+
+
+def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
+    """How the tasks of a config are run: keywords of `run_pending`.
+
+    Args:
+        config: how many workers, retries, and which cluster.
+        engine: one of `engine.ENGINES`.
+    """
+    return {
+        "num_workers": config.num_workers,
+        "retries": config.retries,
+        "timeout_secs": config.shard_timeout_secs,
+        "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
+    }
 
 
 def run_pending(

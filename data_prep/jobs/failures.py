@@ -44,11 +44,13 @@ class Survey(NamedTuple):
         parts: tasks that are done, with their statistics (not read while others are waited for).
         failed: "source" and "error" of each task that failed when it was last tried.
         waiting: tasks that are neither.
+        failed_tasks: those of `failed`.
     """
 
     parts: list[tuple[ShardTask, dict[str, Any]]]
     failed: list[dict[str, str]]
     waiting: int
+    failed_tasks: list[ShardTask]
 
 
 def check_limit(name: str, limit: float) -> None:
@@ -93,16 +95,18 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
     """
     known = known or {}
     present = set(files.list_names(tasks[0].output.rpartition("/")[0])) if tasks else set()
-    there, failed = [], []
+    there, failed_tasks = [], []
     for task in tasks:
         name = os.path.basename(task.output)
         if name + STATS_SUFFIX in present:
             there.append(task)
         elif name + FAILED_SUFFIX in present:
-            failed.append(shards.read_json(task.output + FAILED_SUFFIX))
+            failed_tasks.append(task)
+    failed = [shards.read_json(task.output + FAILED_SUFFIX) for task in failed_tasks]
     waiting = len(tasks) - len(there) - len(failed)
     if waiting:
-        return Survey([(task, known.get(task.output, {})) for task in there], failed, waiting)
+        parts = [(task, known.get(task.output, {})) for task in there]
+        return Survey(parts, failed, waiting, failed_tasks)
     unread = [task for task in there if task.output not in known]
     read = {
         task.output: shards.without_counts(stats)
@@ -111,32 +115,34 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
     }
     found = {**known, **read}
     parts = [(task, found[task.output]) for task in there if task.output in found]
-    return Survey(parts, failed, len(there) - len(parts))
+    return Survey(parts, failed, len(there) - len(parts), failed_tasks)
 
 
-def is_unfinished(limit: float, found: Survey, num_tasks: int) -> bool:
+def is_unfinished(limit: float, found: Survey, total: int, participle: str = "done") -> bool:
     """Whether no output can be written yet; prints why, or without what it is written.
 
     Args:
         limit: `config.max_failed_shards`, how many input shards may fail.
-        found: of all tasks.
-        num_tasks: number of all tasks.
+        found: of all tasks of a stage.
+        total: number of all input shards.
+        participle: what is done to a shard.
     """
-    failed, allowed = len(found.failed), allowed_number(limit, num_tasks)
+    num_done, failed, allowed = len(found.parts), len(found.failed), allowed_number(limit, total)
+    num_tasks = num_done + failed + found.waiting
     if found.waiting:
         print(
-            f"{len(found.parts)} of {num_tasks} shards are done; run the command again, or wait "
+            f"{num_done} of {num_tasks} shards are {participle}; run the command again, or wait "
             "for the other jobs"
         )
         return True
     if failed > allowed:
         print(
-            f"{len(found.parts)} of {num_tasks} shards are done, {failed} failed, and "
+            f"{num_done} of {num_tasks} shards are {participle}, {failed} failed, and "
             f"config.max_failed_shards={limit:g} allows {allowed}: there is no output. Mend them "
             "or take them out of config.input, and run the command again"
         )
         return True
-    if not found.parts:
+    if not num_done:
         return True
     if failed:
         logging.warning(

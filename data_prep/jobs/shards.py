@@ -277,6 +277,25 @@ def whole_outputs(parts: Sequence[tuple[ShardTask, dict[str, Any]]]) -> set[str]
         return set(pool.map(look, parts)) - {None}
 
 
+def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
+    """The tasks of one folder for which `load_finished` would give statistics; by many requests.
+
+    Returns:
+        Output of each -> its statistics, without the counts.
+    """
+    if not tasks:
+        return {}
+    present = set(files.list_names(tasks[0].output.rpartition("/")[0]))
+    there = [task for task in tasks if os.path.basename(task.stats_path) in present]
+    found = [
+        (task, without_counts(stats))
+        for task, stats, change in check_all(there)
+        if stats is not None and change is None
+    ]
+    whole = whole_outputs(found)
+    return {task.output: stats for task, stats in found if task.output in whole}
+
+
 def load_finished(task: ShardTask) -> dict[str, Any] | None:
     """The statistics of a task that was done before, by the same config on the same input.
 

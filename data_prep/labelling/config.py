@@ -11,6 +11,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.failures import check_limit
 from data_prep.teachers.registry import default_teacher
 from diht_jax.data.records.formats.registry import check_format
 from diht_jax.data.records.schema import MAX_CONCEPTS
@@ -60,6 +61,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.report_images = 36  # in report.html
     c.seed = 0  # of the held-out images, the order of training and the report's images
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
+    # The labels are written without so many failed shards: a share below 1, or a number.
+    c.max_failed_shards = 0.01
     c.retries = 1  # how often a shard is run again when its worker died, or its storage failed
     # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
     c.shard_timeout_secs = placeholder(float)
@@ -82,6 +85,9 @@ def default_heads() -> ml_collections.ConfigDict:
     c.held_out = 0.1  # share of the images, chosen by their keys
     c.max_examples = 2_000_000  # images that are trained on; more are sampled
     c.max_held_out = 20_000  # images that metrics are measured on
+    # The heads stay while so many shards are others than those they were made for: a share below 1,
+    # or a number. Above, they are trained again, and every shard is labelled again.
+    c.max_changed_shards = 0.01
     return c
 
 
@@ -93,6 +99,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     check_format(config.output_format, _OUTPUT_FORMATS)
     RaySettings(**config.ray.to_dict()).check()
+    check_limit("max_failed_shards", config.max_failed_shards)
+    check_limit("heads.max_changed_shards", config.heads.max_changed_shards)
     heads = config.heads
     least = {
         "vocabulary.min_count": (config.vocabulary.min_count, 1),

@@ -9,9 +9,12 @@ The models are in `data_prep.teachers`. A file holds
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
+import itertools
 import os
 import struct
 import zipfile
@@ -22,11 +25,15 @@ import ml_collections
 import numpy as np
 
 from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
+from data_prep.teachers.base import Embedded
 from data_prep.teachers.registry import open_teacher
 from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.data.records.remote import is_remote
 from diht_jax.data.records.schema import Record
+from diht_jax.data.retries import StorageError
+from diht_jax.data.stores import StoreEnd
 
 FOLDER = "embeddings"
 DTYPES = ("float16", "float32")
@@ -34,6 +41,8 @@ DTYPES = ("float16", "float32")
 _FORMAT_VERSION = 1
 # Where fewer embeddings than one in so many are wanted, they are read one by one.
 _SPARSE = 8
+# Of `rows` and `key_hashes` for each record, and of what a zip archive needs around them.
+_KEY_BYTES, _DIRECTORY_BYTES = 12, 2**11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +53,13 @@ class ShardEmbeddings:
         embeddings: [m, d].
         rows: int64 [m].
         key_hashes: uint64 [n].
+        stats: the statistics beside it, where it was just written.
     """
 
     embeddings: np.ndarray
     rows: np.ndarray
     key_hashes: np.ndarray
+    stats: dict[str, Any] | None = None
 
 
 def plan_embeddings(
@@ -95,16 +106,33 @@ def embedding_path(labelled_shard: str) -> str:
 def embed_shard(
     task: shards.ShardTask, report: Report, *, teacher: ml_collections.ConfigDict, dtype: str
 ) -> dict[str, Any]:
-    """Embeds one shard.
+    """Embeds one shard; arguments and errors as of `compute_embeddings`.
+
+    Returns:
+        The statistics, as they lie beside the file.
+    """
+    return compute_embeddings(task, report, teacher=teacher, dtype=dtype).stats
+
+
+def compute_embeddings(
+    task: shards.ShardTask,
+    report: Report,
+    *,
+    teacher: ml_collections.ConfigDict,
+    dtype: str,
+    record_beside: str | None = None,
+) -> ShardEmbeddings:
+    """Embeds one shard and writes its file.
 
     Args:
         task: of `plan_embeddings`.
         report: called with the number of records that are done.
         teacher: config section of `teachers.registry.default_teacher`.
         dtype: of the file.
+        record_beside: output of the task whose worker may die of a record; None is this task's.
 
     Returns:
-        The statistics, as they lie beside the file.
+        What lies in the file.
 
     Raises:
         ValueError: a damaged shard, a teacher that gives no proper embeddings, or values that
@@ -120,15 +148,16 @@ def embed_shard(
             yield record
 
     vectors, rows, missing, position = [], [], {}, 0
-    for results in open_teacher(teacher).embed(read_hashing_keys()):
-        for result in results:
-            if isinstance(result, str):
-                missing[result] = missing.get(result, 0) + 1
-            else:
-                vectors.append(result.astype(dtype))
-                rows.append(position)
-            position += 1
-        report(len(results))
+    with WorkRecord(record_beside or task.output, task.search) as work:
+        for results in _embed(read_hashing_keys(), teacher, task.search, work):
+            for result in results:
+                if isinstance(result, str):
+                    missing[result] = missing.get(result, 0) + 1
+                else:
+                    vectors.append(result.astype(dtype))
+                    rows.append(position)
+                position += 1
+            report(len(results))
     embeddings = np.stack(vectors) if vectors else np.zeros((0, 0), dtype)
     if not np.isfinite(embeddings).all():
         raise ValueError(
@@ -140,7 +169,33 @@ def embed_shard(
     np.savez(buffer, embeddings=embeddings, **arrays)
     files.write_bytes(task.output, buffer.getvalue())
     counts = {"embedded": len(rows), "missing": dict(sorted(missing.items()))}
-    return shards.finish_task(task, described, counts, len(key_hashes))
+    stats = shards.finish_task(task, described, counts, len(key_hashes))
+    return ShardEmbeddings(embeddings, np.array(rows, np.int64), arrays["key_hashes"], stats)
+
+
+def _embed(
+    records: Iterator[Record],
+    config: ml_collections.ConfigDict,
+    search: CrashSearch | None,
+    work: WorkRecord,
+) -> Iterator[list[Embedded]]:
+    """What `Teacher.embed` yields; looks for the record that ends the worker once one has died."""
+    teacher = open_teacher(config)
+    if search is None:
+        yield from teacher.embed(records)
+        return
+    first, entries = 0, without_crashed(records, search.crashed)
+    while chunk := list(itertools.islice(entries, config.batch_size)):
+        batch = first, first + len(chunk)
+        if search.suspects == batch:
+            for number, entry in enumerate(chunk, first):
+                if isinstance(entry, Record):
+                    work.write(PAIR, number, number + 1)
+                    teacher.embed_all([entry])
+        work.write(BATCH, *batch)
+        found = iter(teacher.embed_all([entry for entry in chunk if isinstance(entry, Record)]))
+        yield [next(found) if isinstance(entry, Record) else entry.reason for entry in chunk]
+        first += len(chunk)
 
 
 def load_embeddings(path: str) -> ShardEmbeddings:
@@ -157,13 +212,44 @@ def load_embeddings(path: str) -> ShardEmbeddings:
     )
 
 
-def load_keys(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """`rows` and `key_hashes` of a file; the embeddings are not read. Errors as above."""
-    return _load(path, lambda file: (file["rows"].astype(np.int64), file["key_hashes"]))
+def load_keys(path: str, num_records: int) -> tuple[np.ndarray, np.ndarray]:
+    """`rows` and `key_hashes` of a file; the embeddings are not read.
+
+    Args:
+        path: of the file.
+        num_records: n; of a file in a store the end that holds as many is fetched first.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
+    is_stored, end = is_remote(os.fspath(path)), _KEY_BYTES * num_records + _DIRECTORY_BYTES
+    with _explain_damage(path):
+        opened = io.BufferedReader(StoreEnd(path, end), 2**16) if is_stored else path
+        # `np.load` would read the start of the file as well.
+        with zipfile.ZipFile(opened) as archive:
+            arrays = []
+            for name in ("rows", "key_hashes"):
+                with archive.open(f"{name}.npy") as member:
+                    arrays.append(np.lib.format.read_array(member, allow_pickle=False))
+    return arrays[0].astype(np.int64), arrays[1]
+
+
+def open_embeddings(
+    path: str,
+) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """`rows` and `key_hashes` of a file, and what gives some of its embeddings by their numbers.
+
+    Of a file in a store all is read at once, of a local one no more than is asked for. Errors as of
+    `load_embeddings`.
+    """
+    if is_remote(os.fspath(path)):
+        found = load_embeddings(path)
+        return found.rows, found.key_hashes, found.embeddings.__getitem__
+    return *load_keys(path, 0), functools.partial(load_some, path)
 
 
 def load_some(path: str, numbers: np.ndarray) -> np.ndarray:
-    """Some embeddings of a file; of a local one, the others are not read where these are few.
+    """Some embeddings of a local file; the others are not read where these are few.
 
     Args:
         path: of the file.
@@ -174,7 +260,7 @@ def load_some(path: str, numbers: np.ndarray) -> np.ndarray:
     """
 
     def read(file: Any) -> np.ndarray:
-        if is_remote(path) or len(numbers) * _SPARSE > len(file["rows"]):
+        if len(numbers) * _SPARSE > len(file["rows"]):
             return file["embeddings"][numbers]
         return _read_rows(path, numbers)
 
@@ -197,10 +283,18 @@ def _read_rows(path: str, rows: np.ndarray) -> np.ndarray:
 
 
 def _load(path: str, read: Callable[[Any], Any]) -> Any:
-    try:
+    with _explain_damage(path):
         opened = io.BytesIO(files.read_bytes(path)) if is_remote(os.fspath(path)) else path
         with np.load(opened, allow_pickle=False) as file:
             return read(file)
+
+
+@contextlib.contextmanager
+def _explain_damage(path: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:  # the file may be good
+        raise
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path}: not a whole file of embeddings ({error}); delete it and run data_prep.label "

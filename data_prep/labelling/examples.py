@@ -15,7 +15,7 @@ from absl import logging
 
 from data_prep.jobs import shards
 from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.embeddings import key_ranks, load_keys, load_some
+from data_prep.labelling.embeddings import hash_key, key_ranks, open_embeddings
 from data_prep.labelling.vocabulary import Targets
 from diht_jax.data.records.vocabulary import ConceptList, Vocabulary
 
@@ -65,6 +65,27 @@ def is_held_out(key_hashes: np.ndarray, share: float, seed: int) -> np.ndarray:
     return key_ranks(key_hashes, 2 * seed + _SPLIT) < share
 
 
+def choose_shards(
+    records: Sequence[int], names: Sequence[str], config: ml_collections.ConfigDict
+) -> list[int]:
+    """The shards that the heads learn from: as many as have the images that the config wants.
+
+    Args:
+        records: of each shard.
+        names: of each; a hash of it decides, so that it does not depend on the others.
+        config: of `labelling.config.default_config`.
+
+    Returns:
+        Their numbers, ascending; all where there are no more images than wanted.
+    """
+    share = config.heads.held_out
+    wanted = max(config.heads.max_examples / (1 - share), config.heads.max_held_out / share)
+    hashes = np.array([hash_key(name) for name in names], np.uint64)
+    order = np.argsort(key_ranks(hashes, 2 * config.seed + _SAMPLE), kind="stable")
+    before = np.cumsum(np.array(records)[order]) - np.array(records)[order]
+    return sorted(order[before < wanted].tolist())
+
+
 def gather_examples(
     config: ml_collections.ConfigDict,
     vocabulary: Vocabulary,
@@ -76,7 +97,8 @@ def gather_examples(
         ValueError: a file is damaged, or embeddings and mentions are not of the same records.
     """
     settings = config.heads
-    total = sum(shards.load_finished(task)["output"]["records"] for task in embedded)
+    done = shards.find_finished(embedded)
+    total = sum(stats["output"]["records"] for stats in done.values())
     limits = (
         settings.max_examples / max(1, total * (1 - settings.held_out)),
         settings.max_held_out / max(1, total * settings.held_out),
@@ -84,7 +106,7 @@ def gather_examples(
     vectors: tuple[list, list] = ([], [])
     targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
     for task in embedded:
-        rows, key_hashes = load_keys(task.output)
+        rows, key_hashes, take = open_embeddings(task.output)
         held_out = is_held_out(key_hashes, settings.held_out, config.seed)
         rank = key_ranks(key_hashes, 2 * config.seed + _SAMPLE)
         has_embedding = np.zeros(len(held_out), bool)
@@ -92,7 +114,7 @@ def gather_examples(
         of_shard = {part.kind: _read_targets(task, part, len(held_out)) for part in vocabulary}
         for number, of_split in enumerate((~held_out, held_out)):
             chosen = of_split & has_embedding & (rank < limits[number])
-            vectors[number].append(load_some(task.output, np.flatnonzero(chosen[rows])))
+            vectors[number].append(take(np.flatnonzero(chosen[rows])))
             for kind, shard_targets in of_shard.items():
                 targets[number][kind].append(shard_targets.take(chosen))
     # A shard without any embedding does not know their size.

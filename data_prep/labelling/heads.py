@@ -1,8 +1,9 @@
 """The linear heads of a labelled folder, as they are applied and kept in files.
 
-`heads.npz` has the weights. `heads.json` describes them: their vocabulary and teacher, and the
-curves and metrics of the training. NumPy only, so that labelling workers start fast; the training
-is in `train_heads.py`.
+`heads.npz` has the weights. `heads.json` describes them: their vocabulary and teacher, the curves
+and metrics of the training, and the shards that they were made for. NumPy only, so that labelling
+workers start fast; when they are trained is decided in `obtain_heads.py`, the training is in
+`train_heads.py`.
 """
 
 from __future__ import annotations

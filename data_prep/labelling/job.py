@@ -15,8 +15,9 @@ With `config.merge`, instead of `labels/` and `labels.json`:
     dataset.index           where the records of all shards lie (`diht_jax.data.index`)
     dataset_info.json, features.json
 
-Every stage does only what is not done yet. The input is read once, for the embeddings; merged
-shards read it again.
+Every stage does only what is not done yet. The input is read once: the shards that new heads learn
+from for the embeddings, and each of the others for embeddings and labels in one pass. Merged shards
+read it again, and take the embeddings of all shards first.
 """
 
 from __future__ import annotations
@@ -25,30 +26,29 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import ml_collections
 from absl import logging
 
 from data_prep.jobs import files, shards
-from data_prep.jobs.engine import RaySettings, print_failures, run_pending
+from data_prep.jobs.crash_search import after_death
+from data_prep.jobs.engine import RaySettings, engine_options, print_failures
+from data_prep.jobs.failures import (
+    Failures,
+    is_unfinished,
+    run_noting_failures,
+    survey,
+    with_output,
+)
+from data_prep.jobs.shards import FAILED_SUFFIX
 from data_prep.labelling import embeddings, plan, summary
-from data_prep.labelling import heads as head_files
 from data_prep.labelling import shard as label_shard
-from data_prep.labelling import vocabulary as concept_vocabulary
-from data_prep.labelling.examples import gather_examples, warn_of_few_mentions
+from data_prep.labelling.obtain_heads import obtain_heads, plan_heads
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import TeacherInfo
 from data_prep.teachers.registry import load_teacher
-from diht_jax.data.records.vocabulary import (
-    Vocabulary,
-    encode_concepts,
-    read_vocabulary,
-    vocabulary_path,
-)
-
-_HEADS_VERSION = 1
 
 
 def run(
@@ -57,7 +57,7 @@ def run(
     num_tasks: int = 1,
     *,
     engine: str = "local",
-) -> dict[str, str]:
+) -> Failures:
     """Does what is not done yet: embeds, trains the heads, labels, and writes the report.
 
     Args:
@@ -76,175 +76,137 @@ def run(
     folder = source_list.check_output(config.output, inputs)
     files.make_folder(folder)
     config, teacher = plan.settle(config, folder)
-    vocabulary = _make_vocabulary(config, [source.path for source in inputs])
-    tasks = plan.plan_shards(config, inputs, folder)
-    embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
     share = functools.partial(
         source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
     )
-    stage = _Stage(config, engine)
-    failures = _embed(stage, teacher, share(embedding_tasks))
-    if not _all_done(embedding_tasks, "embedded"):
-        return failures
-    _check_embedded(config, embedding_tasks)
-    for part in vocabulary:
-        files.write_bytes(vocabulary_path(folder, part.kind), encode_concepts(part))
-    heads = _obtain_heads(config, folder, vocabulary, embedding_tasks, teacher)
+    stage = _Stage(config, engine, teacher)
+    tasks = plan.plan_shards(config, inputs, folder)
+    embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
+    heads_plan = plan_heads(config, folder, embedding_tasks)
+    # Merged shards are numbered, so that none may be missing.
+    limit = 0 if config.merge else config.max_failed_shards
+    first = embedding_tasks if config.merge else heads_plan.sample
+    failures = stage.embed(share(first))
+    embedded = survey(first)
+    if first:
+        if is_unfinished(limit, embedded, len(tasks), "embedded"):
+            return print_failures(failures)
+        _check_embedded(config, [task for task, _ in embedded.parts])
+    failed = [row["source"] for row in embedded.failed]
+    heads = obtain_heads(config, folder, heads_plan, embedding_tasks, failed, teacher)
     tasks = plan.plan_labels(config, tasks, heads, embedding_tasks)
-    label = functools.partial(
-        label_shard.label_shard if config.merge else label_shard.write_labels,
+    embedding_of = {
+        task.output: embedding for task, embedding in zip(tasks, embedding_tasks, strict=True)
+    }
+    _note_failed(tasks, embedded.failed)
+    vocabulary = heads_plan.vocabulary
+    failures |= stage.label(
+        share([task for task in tasks if str(task.source) not in failed]),
+        functools.partial(summary.remove_summary, folder),
         heads_folder=folder,
         weights_hash=heads["weights_hash"],
         top_k=config.top_k,
         described=vocabulary.describe(),
     )
-    if _unfinished(share(tasks)):
-        summary.remove_summary(folder)
-    failures = stage.run(label, share(tasks), "label", is_light=True)
-    if _all_done(tasks, "labelled"):
-        summary.summarize(config, tasks, embedding_tasks, folder, vocabulary, heads, teacher)
-    return failures
+    found = survey(tasks)
+    if is_unfinished(limit, found, len(tasks), "labelled"):
+        return print_failures(failures)
+    if not first:
+        _check_embedded(config, [embedding_of[task.output] for task, _ in found.parts])
+    summary.summarize(config, found, embedding_of, folder, vocabulary, heads, teacher)
+    return print_failures(with_output(failures, found.failed))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stage:
-    """Where the tasks of a stage run."""
+    """Where and how the tasks of a stage run."""
 
     config: ml_collections.ConfigDict
     engine: str
+    teacher: TeacherInfo
 
-    @property
-    def ray(self) -> RaySettings | None:
-        """The settings of the cluster; None for local processes."""
-        return RaySettings(**self.config.ray.to_dict()) if self.engine == "ray" else None
+    def embed(self, tasks: Sequence[shards.ShardTask]) -> Failures:
+        """Computes the embeddings that are missing; returns what failed."""
+        function = functools.partial(
+            embeddings.embed_shard, teacher=self.config.teacher, dtype=self.config.embedding_dtype
+        )
+        return self._run(function, _unfinished(tasks, "embed"), "embed")
 
-    def run(
+    def label(
+        self, tasks: Sequence[shards.ShardTask], prepare: Callable[[], None], **heads: Any
+    ) -> Failures:
+        """Labels the shards that are not labelled yet; returns what failed.
+
+        Args:
+            tasks: of `plan.plan_labels`.
+            prepare: called before a shard changes.
+            **heads: arguments of `shard.write_labels`.
+        """
+        pending = _unfinished(tasks, "label")
+        if pending:
+            prepare()
+        if self.config.merge:
+            function = functools.partial(label_shard.label_shard, **heads)
+            return self._run(function, pending, "label", is_light=True)
+        there = shards.find_finished([task.embedding for task in pending])
+        seen, unseen = [], []
+        for task in pending:
+            (seen if task.embedding.output in there else unseen).append(task)
+        function = functools.partial(label_shard.write_labels, **heads)
+        failures = self._run(function, seen, "label", is_light=True)
+        function = functools.partial(
+            label_shard.embed_and_label,
+            teacher=self.config.teacher,
+            dtype=self.config.embedding_dtype,
+            **heads,
+        )
+        failures.update(self._run(function, unseen, "embed and label"))
+        return failures
+
+    def _run(
         self,
         function: Callable[..., Any],
-        tasks: Sequence[shards.ShardTask],
+        pending: Sequence[shards.ShardTask],
         label: str,
         *,
-        in_this_process: bool = False,
         is_light: bool = False,
-    ) -> dict[str, str]:
-        """Runs the tasks that are not done, and prints what failed.
+    ) -> Failures:
+        """Runs tasks; what fails is noted beside their outputs.
 
         Args:
             function: of a task and its report.
-            tasks: of this job.
+            pending: of this job.
             label: of the progress bar.
-            in_this_process: whether it takes all of this machine; on a cluster, an actor does.
-            is_light: whether it needs no GPU.
+            is_light: whether no teacher is needed.
         """
-        pending, ray = _unfinished(tasks), self.ray
-        done = len(tasks) - len(pending)
-        logging.info("%s: %d shards, %d of them done before", label, len(tasks), done)
-        if ray is not None and is_light:
-            ray = RaySettings(ray.address, ray.cpus_per_worker or 1.0)
-        num_workers = 0 if in_this_process and ray is None else self.config.num_workers
-        return print_failures(
-            run_pending(
-                function,
-                pending,
-                num_workers=num_workers,
-                label=label,
-                retries=self.config.retries,
-                timeout_secs=self.config.shard_timeout_secs,
-                ray=ray,
-            )
-        )
+        options = engine_options(self.config, self.engine) | {"label": label}
+        if is_light:
+            if options["ray"] is not None:
+                address, cpus = options["ray"].address, options["ray"].cpus_per_worker
+                options["ray"] = RaySettings(address, cpus or 1.0)
+            return run_noting_failures(function, pending, options)
+        options["after_death"] = after_death
+        if self.teacher.in_this_process and options["ray"] is None:
+            # A process that can be stopped must be another one than this.
+            options["num_workers"] = 0 if self.config.shard_timeout_secs is None else 1
+            if pending and not options["num_workers"]:
+                load_teacher(self.config.teacher)  # an error in it is raised once, not by shard
+        return run_noting_failures(function, pending, options)
 
 
-def _make_vocabulary(config: ml_collections.ConfigDict, paths: Sequence[str]) -> Vocabulary:
-    if config.heads.load:
-        return read_vocabulary(config.heads.load)
-    settings = config.vocabulary
-    vocabulary = concept_vocabulary.build_vocabulary(
-        concept_vocabulary.merge_counts(paths),
-        min_count=settings.min_count,
-        stop={"objects": settings.stop_objects, "attributes": settings.stop_attributes},
-        max_size={"objects": settings.max_objects, "attributes": settings.max_attributes},
-    )
-    logging.info("%d objects, %d attributes", *map(len, vocabulary))
-    return vocabulary
-
-
-def _obtain_heads(
-    config: ml_collections.ConfigDict,
-    folder: str,
-    vocabulary: Vocabulary,
-    embedded: Sequence[shards.ShardTask],
-    teacher: TeacherInfo,
-) -> dict[str, Any]:
-    """Heads and description of a folder: those that are there, loaded ones, or newly trained ones.
-
-    Args:
-        config: of `labelling.config.default_config`.
-        folder: gets `heads.npz` and `heads.json`.
-        vocabulary: v of each head.
-        embedded: finished tasks of `embeddings.plan_embeddings`.
-        teacher: whose embeddings they are.
-
-    Returns:
-        The description, as `heads.json` has it.
-    """
-    settings = {
-        "format_version": _HEADS_VERSION,
-        "heads": config.heads.to_dict(),
-        "seed": config.seed,
-        "vocabulary": vocabulary.describe(),
-        "embeddings": [[task.config_hash, task.source.identity()] for task in embedded],
-    }
-    config_hash = shards.hash_config(settings)
-    description = head_files.read_description(folder)
-    present = {"config_hash": config_hash, "weights_hash": head_files.hash_heads(folder)}
-    if description is not None and present.items() <= description.items():
-        logging.info("heads: trained before")
-        return description
-    heads, results = {}, {}
-    if config.heads.load:
-        heads = head_files.load_heads(config.heads.load)
-        results = head_files.load_results(config.heads.load, teacher)
-    else:
-        # It needs JAX, which no worker should wait for: workers import this module as well.
-        from data_prep.labelling.train_heads import train_and_measure
-
-        train, held_out = gather_examples(config, vocabulary, embedded)
-        warn_of_few_mentions(train, held_out)
-        for part in vocabulary:
-            if len(part):
-                heads[part.kind], results[part.kind] = train_and_measure(
-                    config, part, train, held_out
-                )
-    head_files.write_heads(folder, heads)
-    description = {
-        "config_hash": config_hash,
-        "weights_hash": head_files.hash_heads(folder),
-        "loaded_from": config.heads.load,
-        "vocabulary": vocabulary.describe(),
-        "teacher": dict(teacher.identity),
-        "heads": results,
-    }
-    shards.write_json(files.join(folder, head_files.DESCRIPTION), description)
-    return description
-
-
-def _embed(
-    stage: _Stage, teacher: TeacherInfo, tasks: Sequence[shards.ShardTask]
-) -> dict[str, str]:
-    """Computes the embeddings that are missing; returns failures with the reason."""
-    config = stage.config
-    if teacher.in_this_process and stage.ray is None and _unfinished(tasks):
-        load_teacher(config.teacher)  # an error in it is raised once here, not for every shard
-    embed = functools.partial(
-        embeddings.embed_shard, teacher=config.teacher, dtype=config.embedding_dtype
-    )
-    return stage.run(embed, tasks, "embed", in_this_process=teacher.in_this_process)
+def _note_failed(tasks: Iterable[shards.ShardTask], failed: Collection[dict[str, str]]) -> None:
+    """Notes beside the labels which shards could not be embedded."""
+    notes = {note["source"]: note for note in failed}
+    for task in tasks:
+        note = notes.get(str(task.source))
+        if note is not None:
+            files.remove(task.stats_path)
+            shards.write_json(task.output + FAILED_SUFFIX, note)
 
 
 def _check_embedded(config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask]) -> None:
     """Raises ValueError where no record at all has an embedding."""
-    counts = [shards.load_finished(task)["counts"] for task in tasks]
+    counts = [stats["counts"] for _, stats, _ in shards.check_all(tasks) if stats is not None]
     reasons = collections.Counter()
     for count in counts:
         reasons.update(count["missing"])
@@ -266,15 +228,7 @@ def _quoted(keys: Sequence[str]) -> str:
     return ", ".join(f"{key!r:.80}" for key in keys)
 
 
-def _unfinished(tasks: Sequence[shards.ShardTask]) -> list[shards.ShardTask]:
-    return [task for task in tasks if shards.load_finished(task) is None]
-
-
-def _all_done(tasks: Sequence[shards.ShardTask], participle: str) -> bool:
-    done = sum(shards.load_finished(task) is not None for task in tasks)
-    if done < len(tasks):
-        print(
-            f"{done} of {len(tasks)} shards are {participle}; run the command again, or wait for "
-            "the other jobs"
-        )
-    return done == len(tasks)
+def _unfinished(tasks: Sequence[shards.ShardTask], label: str) -> list[shards.ShardTask]:
+    done = shards.find_finished(tasks)
+    logging.info("%s: %d shards, %d of them done before", label, len(tasks), len(done))
+    return [task for task in tasks if task.output not in done]

@@ -171,14 +171,24 @@ def plan_labels(
     config_hash = shards.hash_config(settings)
     if config.merge:
         return [shards.ShardTask(task.source, task.output, config_hash) for task in tasks]
-    found = fingerprint_records(open_source([task.source.path for task in tasks])).shards
     return [
         LabelTask(
             source=task.source,
             output=label_path(task.output),
             config_hash=config_hash,
             shard=shard,
-            embeddings=embedding.output,
+            embedding=embedding,
         )
-        for task, embedding, shard in zip(tasks, embedded, found, strict=True)
+        for task, embedding, shard in zip(tasks, embedded, _identify(tasks), strict=True)
     ]
+
+
+def _identify(tasks: Sequence[shards.ShardTask]) -> Sequence[tuple[str, int, int, str] | None]:
+    """The identity of every shard where an index describes them all; else each task looks."""
+    try:
+        return fingerprint_records(open_source([task.source.path for task in tasks])).shards
+    except ValueError as error:
+        if isinstance(error, OSError):  # StorageError
+            raise
+        logging.warning("%s", error)
+        return [None] * len(tasks)

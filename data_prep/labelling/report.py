@@ -18,7 +18,7 @@ import numpy as np
 
 from data_prep.jobs import files
 from data_prep.jobs.shards import ShardTask
-from data_prep.labelling.embeddings import load_keys
+from data_prep.labelling.embeddings import hash_key, load_keys
 from data_prep.labelling.examples import is_held_out
 from data_prep.reports.html import data_uri, render_bar, render_page
 from diht_jax.data.images.decode import ImageError, decode_rgb
@@ -60,7 +60,7 @@ def write_report(
         summary: what `stats.json` of the folder holds.
         heads: what `heads.json` holds.
         vocabulary: of the labels.
-        embedded: the embedding task of every shard.
+        embedded: the embedding task of every labelled shard.
     """
     curves = draw_curves(heads)
     if curves:
@@ -208,12 +208,22 @@ def _choose_records(
     wanted = min(config["report_images"], len(source))
     order = np.random.default_rng(config["seed"]).permutation(len(source))
     files_of = dict(zip(source.paths, (task.output for task in embedded), strict=True))
-    keys = functools.cache(load_keys)
+    lengths = dict(zip(source.paths, source.shard_lengths.tolist(), strict=True))
+
+    @functools.cache
+    def find_keys(path: str) -> np.ndarray | None:
+        exists = files.exists(files_of[path])
+        return load_keys(files_of[path], lengths[path])[1] if exists else None
+
     held_out, others = [], []
     for index in order[: wanted * _MAX_TRIES].tolist():
         path, number = source.locate(index)
-        key_hash = keys(files_of[path])[1][number : number + 1]
-        is_new = is_held_out(key_hash, config["heads"]["held_out"], config["seed"])[0]
+        hashes = find_keys(path)
+        if hashes is None:  # the embeddings may be deleted once the labels are made
+            hashes, number = np.array([hash_key(source.decode(source[index]).key)], np.uint64), 0
+        is_new = is_held_out(
+            hashes[number : number + 1], config["heads"]["held_out"], config["seed"]
+        )[0]
         (held_out if is_new else others).append(index)
         if len(held_out) == wanted:
             break

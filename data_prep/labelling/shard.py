@@ -12,12 +12,14 @@ import json
 import os
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.engine import Report
 from data_prep.labelling.embeddings import (
     ShardEmbeddings,
+    compute_embeddings,
     embedding_path,
     hash_key,
     load_embeddings,
@@ -26,6 +28,8 @@ from data_prep.labelling.embeddings import (
 from data_prep.labelling.heads import Head, load_heads_once
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records import schema, vocabulary
+from diht_jax.data.records.fingerprint import fingerprint_records
+from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.labels.files import FOLDER, SUFFIX, LabelFile, encode_labels
 from diht_jax.data.records.schema import Record
@@ -39,12 +43,13 @@ class LabelTask(shards.ShardTask):
     """A task whose output is a file of labels.
 
     Attributes:
-        shard: name, records, bytes and digest of what is labelled, as in a `Fingerprint`.
-        embeddings: path of its embeddings.
+        shard: name, records, bytes and digest of what is labelled, as in a `Fingerprint`; None
+            where the shard is still to be looked at.
+        embedding: the task of its embeddings.
     """
 
-    shard: tuple[str, int, int, str] = ("", 0, 0, "")
-    embeddings: str = ""
+    shard: tuple[str, int, int, str] | None = None
+    embedding: shards.ShardTask | None = None
 
 
 def label_path(shard: str) -> str:
@@ -57,6 +62,41 @@ def label_path(shard: str) -> str:
     return files.join(folder, FOLDER, f"{name}{SUFFIX}")
 
 
+def embed_and_label(
+    task: LabelTask,
+    report: Report,
+    *,
+    teacher: ml_collections.ConfigDict,
+    dtype: str,
+    **heads: Any,
+) -> dict[str, Any]:
+    """Embeds one shard and labels it; the embeddings are kept, and not read again.
+
+    Args:
+        task: a shard, and where its labels go.
+        report: called with the number of records that are done.
+        teacher: config section of `teachers.registry.default_teacher`.
+        dtype: of the embeddings' file.
+        **heads: arguments of `write_labels`.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: as of `compute_embeddings` and `write_labels`.
+    """
+    for path in (task.stats_path, task.embedding.output + shards.FAILED_SUFFIX):
+        files.remove(path)
+    found = compute_embeddings(
+        dataclasses.replace(task.embedding, search=task.search),
+        report,
+        teacher=teacher,
+        dtype=dtype,
+        record_beside=task.output,
+    )
+    return write_labels(task, lambda _: None, found=found, **heads)
+
+
 def write_labels(
     task: LabelTask,
     report: Report,
@@ -65,6 +105,7 @@ def write_labels(
     weights_hash: str,
     top_k: int,
     described: dict[str, Any],
+    found: ShardEmbeddings | None = None,
 ) -> dict[str, Any]:
     """Writes the labels of one shard, from its embeddings alone.
 
@@ -75,6 +116,7 @@ def write_labels(
         weights_hash: of these heads.
         top_k: concepts of each kind.
         described: `Vocabulary.describe()`.
+        found: its embeddings; None reads them.
 
     Returns:
         The statistics.
@@ -84,33 +126,75 @@ def write_labels(
     """
     files.remove(task.stats_path)
     source = fingerprint.describe(task.source, task.identity)
-    found = load_embeddings(task.embeddings)
+    path = task.embedding.output
+    found = load_embeddings(path) if found is None else found
     heads = load_heads_once(heads_folder, weights_hash)
-    _, records, *_ = task.shard
-    if records != len(found.key_hashes):
+    shard = identify_shard(task)
+    if shard[1] != len(found.key_hashes):
         raise ValueError(
-            f"{task.source}: {records} records, but {task.embeddings} was computed from "
+            f"{task.source}: {shard[1]} records, but {path} was computed from "
             f"{len(found.key_hashes)}; delete that file and run data_prep.label again"
         )
-    predicted = _predict(found, heads, top_k, task.embeddings)
-    nothing = (np.zeros((len(found.rows), 0), np.int32), np.zeros((len(found.rows), 0), np.float32))
+    predicted = _predict(found, heads, top_k, path)
     sizes = [min(top_k, len(heads[k].bias)) if k in heads else 0 for k in vocabulary.KINDS]
-    data, file = encode_labels(
-        os.path.basename(task.output),
-        task.shard,
-        described,
-        sizes,
-        found.rows,
-        [predicted.get(kind, nothing) for kind in vocabulary.KINDS],
-    )
+    data, file = _encode(task, shard, described, sizes, found.rows, predicted)
     files.write_bytes(task.output, data)
-    report(records)
+    report(shard[1])
     counts = _count(found) | {
         "label_file": file._asdict(),
         "label_sizes": sizes,
         vocabulary.STATS_KEY: described,
     }
-    return shards.finish_task(task, source, counts, records)
+    stats = found.stats or shards.read_stats(task.embedding)
+    if stats is not None:
+        counts["missing"] = stats["counts"]["missing"]
+    return shards.finish_task(task, source, counts, shard[1])
+
+
+def write_no_labels(task: LabelTask, described: dict[str, Any], sizes: list[int]) -> LabelFile:
+    """Writes a file in which no record of a shard has labels, until the shard can be labelled.
+
+    Args:
+        task: of a shard that has failed; it stays undone.
+        described: `Vocabulary.describe()`.
+        sizes: k of the objects, and of the attributes.
+
+    Raises:
+        ValueError: the shard cannot be looked at.
+    """
+    data, file = _encode(task, identify_shard(task), described, sizes, np.zeros(0, np.int64), {})
+    files.write_bytes(task.output, data)
+    return file
+
+
+def identify_shard(task: LabelTask) -> tuple[str, int, int, str]:
+    """Name, records, bytes and digest of what a task labels.
+
+    Raises:
+        ValueError: the shard is damaged.
+    """
+    if task.shard is not None:
+        return task.shard
+    return fingerprint_records(open_source([task.source.path])).shards[0]
+
+
+def _encode(
+    task: LabelTask,
+    shard: tuple[str, int, int, str],
+    described: dict[str, Any],
+    sizes: list[int],
+    rows: np.ndarray,
+    predicted: dict[str, tuple[np.ndarray, np.ndarray]],
+) -> tuple[bytes, LabelFile]:
+    nothing = (np.zeros((len(rows), 0), np.int32), np.zeros((len(rows), 0), np.float32))
+    return encode_labels(
+        os.path.basename(task.output),
+        shard,
+        described,
+        sizes,
+        rows,
+        [predicted.get(kind, nothing) for kind in vocabulary.KINDS],
+    )
 
 
 def label_file(stats: dict[str, Any]) -> LabelFile:

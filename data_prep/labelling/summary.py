@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+from absl import logging
 
 from data_prep.jobs import files, shards
+from data_prep.jobs.failures import Survey
 from data_prep.labelling import plan
 from data_prep.labelling import report as label_report
-from data_prep.labelling.shard import label_file
+from data_prep.labelling.shard import LabelTask, label_file, write_no_labels
 from data_prep.teachers.base import TeacherInfo
 from diht_jax.data.records.dataset_info import write_dataset_info
 from diht_jax.data.records.labels.files import MANIFEST, Manifest, relative_input
@@ -26,8 +28,8 @@ def remove_summary(folder: str) -> None:
 
 def summarize(
     config: ml_collections.ConfigDict,
-    tasks: Sequence[shards.ShardTask],
-    embedded: Sequence[shards.ShardTask],
+    found: Survey,
+    embedded: Mapping[str, shards.ShardTask],
     folder: str,
     vocabulary: Vocabulary,
     heads: dict[str, Any],
@@ -37,19 +39,20 @@ def summarize(
 
     Args:
         config: of `labelling.config.default_config`.
-        tasks: of `plan.plan_labels`, all done.
-        embedded: the embedding task of each.
+        found: the tasks of `plan.plan_labels` that are done, and what failed.
+        embedded: output of each task -> the task of its embeddings.
         folder: of the output.
         vocabulary: of the labels.
         heads: what `heads.json` holds.
         teacher: of the embeddings.
     """
-    done = [shards.load_finished(task) for task in tasks]
+    tasks = [task for task, _ in found.parts]
+    done = [stats for _, stats, _ in shards.check_all(tasks)]
     counts = [stats["counts"] for stats in done]
     records = sum(stats["output"]["records"] for stats in done)
     missing = collections.Counter()
-    for task in embedded:
-        missing.update(shards.load_finished(task)["counts"]["missing"])
+    for task, count in zip(tasks, counts, strict=True):
+        missing.update(_missing(count, embedded[task.output]))
     facts = {
         "config": {k: v for k, v in config.to_dict().items() if k not in ("num_workers", "ray")},
         "config_hash": done[0]["config_hash"],
@@ -62,12 +65,14 @@ def summarize(
         "teacher": teacher.identity,
         "licence": teacher.licence,
     }
+    if found.failed:
+        facts["failed"] = found.failed
     if config.merge:
         _describe_shards(config, tasks, done, folder, vocabulary, teacher)
     else:
-        _write_manifest(config, done, folder, vocabulary)
+        _write_manifest(config, done, found.failed_tasks, folder, vocabulary)
     shards.write_json(files.join(folder, shards.MERGED_STATS), facts)
-    label_report.write_report(folder, facts, heads, vocabulary, embedded)
+    label_report.write_report(folder, facts, heads, vocabulary, [embedded[t.output] for t in tasks])
     print(label_report.format_metrics(heads))
     print(
         f"{facts['labelled']:,} of {records:,} images labelled in {len(tasks)} shards, "
@@ -76,6 +81,13 @@ def summarize(
     )
     for reason, count in sorted(missing.items()):
         print(f"without labels: {count:,} ({reason})")
+
+
+def _missing(counts: Mapping[str, Any], embedding: shards.ShardTask) -> Mapping[str, int]:
+    """Why images of a shard have no labels; the labels of before do not state it themselves."""
+    if "missing" in counts:
+        return counts["missing"]
+    return (shards.read_stats(embedding) or {"counts": {"missing": {}}})["counts"]["missing"]
 
 
 def _added_bytes(config: ml_collections.ConfigDict, done: Sequence[dict[str, Any]]) -> int:
@@ -88,13 +100,20 @@ def _added_bytes(config: ml_collections.ConfigDict, done: Sequence[dict[str, Any
 def _write_manifest(
     config: ml_collections.ConfigDict,
     done: Sequence[dict[str, Any]],
+    failed: Sequence[LabelTask],
     folder: str,
     vocabulary: Vocabulary,
 ) -> None:
+    """Lists the files of labels; those of failed shards are without labels."""
     inputs = tuple(relative_input(path, folder) for path in plan.input_paths(config.input))
-    labelled = tuple(label_file(stats) for stats in done)
-    sizes = tuple(done[0]["counts"]["label_sizes"])
-    manifest = Manifest(inputs, vocabulary.describe(), sizes, labelled)
+    listed = [label_file(stats) for stats in done]
+    sizes = done[0]["counts"]["label_sizes"]
+    for task in failed:
+        try:
+            listed.append(write_no_labels(task, vocabulary.describe(), sizes))
+        except ValueError as error:
+            logging.warning("%s: it cannot be trained on (%s)", task.source, error)
+    manifest = Manifest(inputs, vocabulary.describe(), tuple(sizes), tuple(listed))
     files.write_bytes(files.join(folder, MANIFEST), manifest.encode())
 
 

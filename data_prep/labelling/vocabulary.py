@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import json
 from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -66,35 +67,49 @@ def concatenate(parts: Sequence[Targets]) -> Targets:
     )
 
 
-def merge_counts(shards: Sequence[str]) -> dict[str, collections.Counter[str]]:
+class Counted(NamedTuple):
+    """What the filter counted in some shards.
+
+    Attributes:
+        concepts: kind -> concept -> pairs that mention it.
+        records: of each shard.
+    """
+
+    concepts: dict[str, collections.Counter[str]]
+    records: list[int]
+
+
+def read_counts(shards: Sequence[str]) -> Counted:
     """Adds up what the filter counted.
 
     Args:
-        shards: paths of TFRecord shards, each with its statistics beside it.
-
-    Returns:
-        Kind -> concept -> pairs that mention it.
+        shards: paths of the record shards, each with its statistics beside it.
 
     Raises:
         ValueError: a shard without statistics, or one whose captions were not parsed.
     """
     counts = {kind: collections.Counter() for kind in KINDS}
-    for shard in shards:
-        path = shard + STATS_SUFFIX
-        try:
-            found = json.loads(files.read_bytes(path))["counts"]["concepts"]
+    records: list[int] = []
+    paths = [shard + STATS_SUFFIX for shard in shards]
+    try:
+        for data in files.read_many(paths):
+            stats = json.loads(data)
+            found = stats["counts"]["concepts"]
             for kind in KINDS:
                 counts[kind].update(found[kind])
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{path} is missing; expected a folder of `python -m data_prep.filter`"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: no counts of concepts; write the shards again with `python -m "
-                "data_prep.filter` and config.concepts=True"
-            ) from error
-    return counts
+            records.append(stats["output"]["records"])
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{paths[len(records)]} is missing; expected a folder of `python -m data_prep.filter`"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, OSError):  # StorageError: they may be good
+            raise
+        raise ValueError(
+            f"{paths[len(records)]}: no counts of concepts; write the shards again with `python -m "
+            "data_prep.filter` and config.concepts=True"
+        ) from error
+    return Counted(counts, records)
 
 
 def build_vocabulary(
@@ -107,7 +122,7 @@ def build_vocabulary(
     """Chooses concepts and gives them ids, the most frequent first.
 
     Args:
-        counts: of `merge_counts`.
+        counts: `concepts` of `read_counts`.
         min_count: pairs that must mention a concept.
         stop: kind -> concepts that are left out.
         max_size: kind -> most concepts; None for no limit.

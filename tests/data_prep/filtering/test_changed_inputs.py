@@ -17,7 +17,7 @@ from data_prep.filter import run_filter
 from data_prep.filtering import shard
 from data_prep.jobs import files
 from data_prep.jobs.manifest import read_manifest
-from data_prep.labelling.vocabulary import merge_counts
+from data_prep.labelling.vocabulary import read_counts as read_concepts
 from diht_jax.data.records.dataset_index import read_table
 from tests.data_prep.filtering.jobs import (
     job_config,
@@ -160,7 +160,7 @@ def test_parts_as_output_hold_what_shards_would(tmp_path, filtered):
     records = {record.key: record for record in read_records(output)}
     assert records == {record.key: record for record in read_records(tmp_path / "sharded")}
     paths = [[str(p) for p in (tmp_path / n).glob("*.tfrecord")] for n in ("out", "sharded")]
-    assert merge_counts(paths[0]) == merge_counts(paths[1])  # what labels need beside a shard
+    assert read_concepts(paths[0]) == read_concepts(paths[1])  # what labels need beside a shard
     index = read_table(f"{output}/dataset.index")
     assert index.starts.tolist() == [0, 2, 4, 6]
     filtered.clear()

@@ -48,7 +48,7 @@ def test_few_embeddings_are_read_one_by_one(tmp_path):
         "key_hashes": np.arange(41, dtype=np.uint64),
     }
     np.savez(path, embeddings=values, **arrays)
-    rows, key_hashes = load_keys(path)
+    rows, key_hashes = load_keys(path, 41)
     assert rows.tolist() == list(range(1, 41)) and key_hashes.tolist() == list(range(41))
     for numbers in ([], [0], [39, 3], list(range(1, 40))):
         found = load_some(path, np.array(numbers, np.int64))

@@ -159,6 +159,13 @@ class Noting(torch.nn.Sequential):
         pathlib.Path(__file__).with_name(f"{os.getpid()}.loaded").open("a").write("x")
         return super().eval()
 
+    def forward(self, images):
+        flag = pathlib.Path(__file__).with_name("die")
+        if flag.exists():
+            flag.rename(flag.with_name("died"))
+            os._exit(1)
+        return super().forward(images)
+
 def build():
     return Noting(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
 """
@@ -176,6 +183,11 @@ if __name__ == "__main__":
     print("loads:", json.dumps([path.read_text() for path in pathlib.Path().glob("*.loaded")]))
     shutil.copy2(sys.argv[2], "kept")
     print("then:", json.dumps(run_label(config, engine="ray")))
+    # Heads of its own, and teachers in actors that all workers share; the first one dies at work.
+    config = label_config("kept", "shared", merge=False, num_workers=2)
+    config.ray.update({"address": cluster.address, "model_actors": 2, "gpus_per_model_actor": 0.5})
+    pathlib.Path("die").touch()
+    print("shared:", json.dumps(run_label(config, engine="ray")))
     cluster.shutdown()
 """
 
@@ -204,12 +216,17 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path):
     printed = {name: text for name, _, text in (x.partition(" ") for x in done.stdout.splitlines())}
     (name,) = json.loads(printed["first:"])
     assert name.endswith("pairs-train-00001.tfrecord") and f"failed: {name}: " in done.stderr
-    assert "2 of 3 shards are embedded" in done.stdout
+    assert "2 of 3 shards are labelled, 1 failed" in done.stdout
     loads = json.loads(printed["loads:"])
     assert 1 <= len(loads) <= 2 and set(loads) == {"x"}  # once in each actor
     assert json.loads(printed["then:"]) == {}
-    for path in (*sidecars.glob("labels/*.npz"), *sidecars.glob("embeddings/*.npz")):
-        assert (tmp_path / "out" / path.relative_to(sidecars)).read_bytes() == path.read_bytes()
+    assert json.loads(printed["shared:"]) == {} and (tmp_path / "died").exists()
+    assert "a model actor died" in done.stderr
+    for path in (*sidecars.glob("*/*.npz"), sidecars / "heads.npz"):
+        for folder in ("out", "shared"):
+            assert (
+                tmp_path / folder / path.relative_to(sidecars)
+            ).read_bytes() == path.read_bytes()
 
 
 class _Constant(Teacher):

@@ -57,7 +57,7 @@ def filtered(tmp_path_factory) -> pathlib.Path:
 
 def test_filter_counts_what_kept_captions_name(filtered):
     for recipe, rows in (("convert", _IMAGES), ("cat", _IMAGES[:3])):
-        counts = concept_vocabulary.merge_counts(find_shards(filtered / recipe))
+        counts = concept_vocabulary.read_counts(find_shards(filtered / recipe)).concepts
         assert counts == {"objects": _count(1, rows), "attributes": _count(2, rows)}
     stats = json.loads((filtered / "cat" / "stats.json").read_text())["counts"]
     assert (stats["kept"], stats["dropped"]["image"]) == (3, {"unreadable": 1})
@@ -166,12 +166,12 @@ def test_shards_without_concepts(filtered, tmp_path):
     copy = tmp_path / "pairs-train-00000.tfrecord"
     copy.write_bytes(pathlib.Path(shard).read_bytes())
     with pytest.raises(ValueError, match=r"stats\.json is missing"):
-        concept_vocabulary.merge_counts([str(copy)])
+        concept_vocabulary.read_counts([str(copy)])
     stats = json.loads(pathlib.Path(f"{shard}.stats.json").read_text())
     del stats["counts"]["concepts"]
     pathlib.Path(f"{copy}.stats.json").write_text(json.dumps(stats))
     with pytest.raises(ValueError, match=r"no counts of concepts.*concepts=True"):
-        concept_vocabulary.merge_counts([str(copy)])
+        concept_vocabulary.read_counts([str(copy)])
     nothing = ConceptList("objects", (), ())
     with pytest.raises(ValueError, match=r"concepts\.npz is missing.*concepts=True"):
         concept_vocabulary.read_targets([str(copy)], nothing)

@@ -1,0 +1,174 @@
+"""Shards that cannot be labelled, pictures that kill their worker, and inputs that change."""
+
+import collections
+import json
+import pathlib
+import shutil
+
+import ml_collections
+import pytest
+
+from data_prep.jobs.progress import ProcessDeath
+from data_prep.label import run_label
+from data_prep.labelling import embeddings, obtain_heads
+from data_prep.labelling.config import default_config
+from data_prep.labelling.examples import choose_shards
+from data_prep.teachers import registry
+from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
+from diht_jax.data.records.formats.registry import open_source
+from diht_jax.data.records.labels.rows import open_labels
+from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
+
+_DEADLY: set[bytes] = set()
+
+
+def _describe(config):
+    return TeacherInfo({"kind": "quick"}, in_this_process=True, name="quick")
+
+
+class _Quick(ImageTeacher):
+    """Means of the quarters of a picture, without torch; a process beside it dies of some."""
+
+    def __init__(self, batch_size):
+        super().__init__(self._mean, _describe(None), image_size=24, batch_size=batch_size)
+
+    def embed(self, records):
+        def watch():
+            for record in records:
+                if record.image in _DEADLY:
+                    raise ProcessDeath("a model actor died")
+                yield record
+
+        return super().embed(watch())
+
+    def _mean(self, images):
+        grid = images.reshape(len(images), 2, 12, 2, 12, 3)
+        return grid.mean(axis=(2, 4)).reshape(len(images), -1)
+
+
+@pytest.fixture
+def job(work, tmp_path, monkeypatch):
+    """A copy of the filtered shards, a config, and how often each shard was read."""
+    kind = TeacherKind(ml_collections.ConfigDict, _describe, lambda _, size: _Quick(size))
+    monkeypatch.setitem(registry.TEACHERS, "quick", kind)
+    reads = collections.Counter()
+    real = embeddings.read_shard
+
+    def read_shard(source):
+        reads[source.path[-14:-9]] += 1
+        return real(source)
+
+    monkeypatch.setattr(embeddings, "read_shard", read_shard)
+    _DEADLY.clear()
+    kept = shutil.copytree(work / "kept", tmp_path / "kept")
+    config = label_config(kept, tmp_path / "out", merge=False, report_images=0, heads__steps=10)
+    config.teacher = registry.default_teacher()
+    config.teacher.update({"kind": "quick", "batch_size": 8})
+    return config, reads
+
+
+def _labelled(config):
+    """How many records of each shard have labels, as training joins them."""
+    records = open_source(config.input)
+    rows = open_labels(config.output, records)
+    flags = [int(rows[i]["labelled"]) for i in range(len(records))]
+    return [sum(flags[start : start + 30]) for start in range(0, NUM_IMAGES, 30)]
+
+
+def _times(config, pattern):
+    return {p.name: p.stat().st_mtime_ns for p in sorted(pathlib.Path(config.output).glob(pattern))}
+
+
+def test_the_rest_is_labelled_and_a_later_run_picks_up_what_failed(job, tmp_path):
+    config, reads = job
+    path = tmp_path / "kept" / "pairs-train-00001.tfrecord"
+    good = path.read_bytes()
+    path.write_bytes(good[:40] + b"?" + good[41:])
+    failures = run_label(config)
+    assert list(failures) == [str(path)] and failures.exit_status == 1
+    assert not (tmp_path / "out" / "labels.json").exists()
+
+    config.max_failed_shards = 1
+    failures = run_label(config)
+    assert list(failures) == [str(path)] and failures.exit_status == 3
+    (note,) = json.loads((tmp_path / "out" / "stats.json").read_text())["failed"]
+    assert note["source"] == str(path) and "damaged" in note["error"]
+    # Training may go on with it: its records are without labels.
+    assert _labelled(config) == [30, 0, 30]
+    before = _times(config, "**/*.npz")
+
+    path.write_bytes(good)
+    reads.clear()
+    assert run_label(config) == {}
+    assert reads == {"00001": 1}
+    assert _labelled(config) == [30, 30, 30]
+    now = _times(config, "**/*.npz")
+    assert {name for name in before if now[name] != before[name]} == {path.name + ".npz"}
+    assert "failed" not in json.loads((tmp_path / "out" / "stats.json").read_text())
+    assert not list((tmp_path / "out").rglob("*.failed.json"))
+
+
+def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_path):
+    config, reads = job
+    config.heads.update({"max_examples": 20, "max_held_out": 5})
+    assert run_label(config) == {}
+    assert reads == {"00000": 1, "00001": 1, "00002": 1}
+    before, heads = _times(config, "*/*.npz"), _times(config, "heads.npz")
+    # A shard that is written again is labelled again; the heads stay while few are others.
+    config.heads.max_changed_shards = 1
+    (tmp_path / "kept" / "pairs-train-00002.tfrecord").touch()
+    reads.clear()
+    assert run_label(config) == {}
+    assert reads == {"00002": 1} and _times(config, "heads.npz") == heads
+    now = _times(config, "*/*.npz")
+    assert {name for name in now if now[name] != before[name]} == {"pairs-train-00002.tfrecord.npz"}
+    config.heads.max_changed_shards = 0
+    (tmp_path / "kept" / "pairs-train-00001.tfrecord").touch()
+    assert run_label(config) == {}
+    assert _times(config, "heads.npz") != heads
+
+
+def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, tmp_path):
+    config, _ = job
+    records = open_source(config.input)
+    images = [records.decode(records[i]).image for i in range(len(records))]
+    _DEADLY.update((images[3], images[40]))
+    # In the embeddings of the heads' shards, and in the pass that embeds and labels.
+    for examples in (2000, 5):
+        config.heads.update({"max_examples": examples, "max_held_out": examples})
+        config.output = str(tmp_path / str(examples))
+        assert run_label(config) == {}
+        summary = json.loads((tmp_path / str(examples) / "stats.json").read_text())
+        assert summary["unlabelled"] == {"crashed": 2} and summary["labelled"] == NUM_IMAGES - 2
+        rows = open_labels(config.output, records)
+        assert [i for i in range(NUM_IMAGES) if not rows[i]["labelled"]] == [3, 40]
+        assert not [p for p in (tmp_path / str(examples)).rglob("*") if p.name.endswith(".tmp")]
+
+
+def test_so_many_shards_are_chosen_as_have_the_wanted_images():
+    config = default_config()
+    config.heads.update({"held_out": 0.1, "max_examples": 900, "max_held_out": 50})
+    names = [f"{n}.npz" for n in range(100)]
+    chosen = choose_shards([100] * 100, names, config)
+    assert len(chosen) == 10 and chosen == sorted(chosen)
+    # One more shard changes at most one of them.
+    more = choose_shards([100] * 101, [*names, "new.npz"], config)
+    assert len(set(more) - set(chosen)) <= 1
+    config.heads.max_held_out = 500
+    assert len(choose_shards([100] * 100, names, config)) == 50
+    assert choose_shards([100] * 20, names[:20], config) == list(range(20))
+
+
+def test_heads_of_before_are_recognised(job, monkeypatch):
+    """They stated a hash of the shards, and no list."""
+    config, reads = job
+    run_label(config)
+    path = f"{config.output}/heads.json"
+    with open(path) as file:
+        description = json.load(file)
+    del description["recipe"], description["inputs"]
+    with open(path, "w") as file:
+        json.dump(description, file)
+    reads.clear()
+    monkeypatch.setattr(obtain_heads, "gather_examples", None)
+    assert run_label(config) == {} and not reads
