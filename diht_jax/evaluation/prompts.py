@@ -36,6 +36,35 @@ CIFAR10_CLASSES = (
     "truck",
 )
 
+# The folders of UCF-101 with spaces, and its prompts, as the file `data/prompts.md` of CLIP's
+# repository (github.com/openai/CLIP, MIT licence) has them.
+UCF101_CLASSES = tuple(
+    name.strip()
+    for name in """
+    Apply Eye Makeup, Apply Lipstick, Archery, Baby Crawling, Balance Beam, Band Marching, Baseball
+    Pitch, Basketball, Basketball Dunk, Bench Press, Biking, Billiards, Blow Dry Hair, Blowing
+    Candles, Body Weight Squats, Bowling, Boxing Punching Bag, Boxing Speed Bag, Breast Stroke,
+    Brushing Teeth, Clean And Jerk, Cliff Diving, Cricket Bowling, Cricket Shot, Cutting In Kitchen,
+    Diving, Drumming, Fencing, Field Hockey Penalty, Floor Gymnastics, Frisbee Catch, Front Crawl,
+    Golf Swing, Haircut, Hammer Throw, Hammering, Hand Stand Pushups, Handstand Walking, Head
+    Massage, High Jump, Horse Race, Horse Riding, Hula Hoop, Ice Dancing, Javelin Throw, Juggling
+    Balls, Jump Rope, Jumping Jack, Kayaking, Knitting, Long Jump, Lunges, Military Parade, Mixing,
+    Mopping Floor, Nunchucks, Parallel Bars, Pizza Tossing, Playing Cello, Playing Daf, Playing
+    Dhol, Playing Flute, Playing Guitar, Playing Piano, Playing Sitar, Playing Tabla, Playing
+    Violin, Pole Vault, Pommel Horse, Pull Ups, Punch, Push Ups, Rafting, Rock Climbing Indoor, Rope
+    Climbing, Rowing, Salsa Spin, Shaving Beard, Shotput, Skate Boarding, Skiing, Skijet, Sky
+    Diving, Soccer Juggling, Soccer Penalty, Still Rings, Sumo Wrestling, Surfing, Swing, Table
+    Tennis Shot, Tai Chi, Tennis Swing, Throw Discus, Trampoline Jumping, Typing, Uneven Bars,
+    Volleyball Spiking, Walking With Dog, Wall Pushups, Writing On Board, Yo Yo
+    """.replace("\n    ", " ").split(",")
+)
+UCF101_TEMPLATES = tuple(
+    f"a {medium} of {article} person {verb}{{}}."
+    for verb in ("", "using ", "doing ", "during ", "performing ", "practicing ")
+    for article in ("a", "the")
+    for medium in ("photo", "video", "example", "demonstration")
+)
+
 
 def check_templates(templates: Sequence[str]) -> tuple[str, ...]:
     """The templates as a tuple; none at all, or one without exactly one "{}", is a ValueError."""
@@ -103,7 +132,12 @@ def read_class_names(path: str | pathlib.Path) -> tuple[str, ...]:
         return benchmark_class_names(text.removeprefix(_BENCHMARK_PREFIX))
     if text.endswith(".json"):
         return _read_json_names(pathlib.Path(path))
-    names = tuple(read_lines(path))
+    return check_class_names(read_lines(path), path)
+
+
+def check_class_names(lines: Sequence[str], path: str | pathlib.Path) -> tuple[str, ...]:
+    """The lines of a file of class names as a tuple; a blank one, or none, is a ValueError."""
+    names = tuple(lines)
     blank = [number for number, name in enumerate(names, start=1) if not name]
     if not names or blank:
         raise ValueError(

@@ -7,15 +7,17 @@ where it has the images and labels that the task needs, else `NO_SOURCE`: then t
 given here come with the data.
 
 Templates are CLIP's (arXiv 2103.00020), read from installed packages (`prompts`). No package has
-those of Birdsnap and of Hateful Memes, which stand here: they are in the file `data/prompts.md` of
-CLIP's repository. Ours: the templates of UCF-101 and Open Images, mean average precision over all
-points for the sets with several labels, and the splits that are marked so.
+those of Birdsnap, UCF-101 and of Hateful Memes, which stand here and in `prompts`: they are in the
+file `data/prompts.md` of CLIP's repository. Ours: the templates of Open Images, its mean average
+precision over all points, and the splits that are marked so. docs/evaluation_sets.md has each
+beside CLIP's, and the way from a public download to what a task accepts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from diht_jax.evaluation import prompts
 
@@ -40,6 +42,7 @@ class SuiteEntry:
         class_names: makes the class names; they come with the data where None.
         tfds_class_names: makes better ones for a TFDS source, in the order of its labels.
         source_options: of the source.
+        options: of the protocol, where they differ from its own.
         form: how a source of one's own is given, what follows `NAME=`, where there is none.
     """
 
@@ -52,6 +55,7 @@ class SuiteEntry:
     class_names: Callable[[], tuple[str, ...]] | None = None
     tfds_class_names: Callable[[], tuple[str, ...]] | None = None
     source_options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     form: str = ""
 
 
@@ -64,10 +68,6 @@ def _names(name: str) -> Callable[[], tuple[str, ...]]:
 
 
 _FOLDER = "DIR, a folder with one sub-folder per class, or clip_benchmark:DIR"
-_MULTILABEL_FOLDER = (
-    "clip_benchmark:DIR, with dataset_type.txt 'multilabel', classnames.txt and KEY.npy beside "
-    "each image"
-)
 _TOP1 = ("top1", "top5", "mean_per_class")
 _BOTH_WAYS = ("t2i_r1", "i2t_r1")
 
@@ -78,7 +78,7 @@ SUITE: dict[str, SuiteEntry] = {
         _TOP1,
         split="its test split (test_images.txt)",
         templates=lambda: ("a photo of a {}, a type of bird.",),
-        form=_FOLDER,
+        form="list:DIR/test_images.txt?image_root=DIR/images, Birdsnap's list and its pictures",
     ),
     "cifar10": SuiteEntry(
         CLASSIFICATION,
@@ -100,7 +100,7 @@ SUITE: dict[str, SuiteEntry] = {
         CLASSIFICATION,
         "tfds:caltech101:test",
         ("mean_per_class", "top1"),
-        split="test of TFDS (30 images a class are its training split)",
+        split="test of TFDS (30 images a class are its training split; the background is a class)",
         templates=_templates("caltech101"),
         tfds_class_names=_names("caltech101_vtab"),
     ),
@@ -157,9 +157,9 @@ SUITE: dict[str, SuiteEntry] = {
     ),
     "sun397": SuiteEntry(
         CLASSIFICATION,
-        "tfds:sun397:test",
+        "tfds:sun397/standard-part1-120k:test",
         _TOP1,
-        split="test of TFDS's own division",
+        split="test of the first standard partition (19,850 images)",
         templates=_templates("sun397"),
     ),
     "stanford_cars": SuiteEntry(
@@ -169,9 +169,11 @@ SUITE: dict[str, SuiteEntry] = {
         CLASSIFICATION,
         NO_SOURCE,
         _TOP1,
-        split="the middle frame of every clip of testlist01.txt (ours: the first of three lists)",
-        templates=lambda: ("a photo of a person doing {}.",),
-        form=_FOLDER,
+        split="the middle frame of every test clip, the mean over the three test splits",
+        templates=lambda: prompts.UCF101_TEMPLATES,
+        class_names=lambda: prompts.UCF101_CLASSES,
+        source_options={"splits": "1,2,3"},
+        form="list:DIR/testlist{:02}.txt?image_root=FRAMES, UCF-101's lists and its frames",
     ),
     "hateful_memes": SuiteEntry(
         "binary",
@@ -189,7 +191,8 @@ SUITE: dict[str, SuiteEntry] = {
         ("mean_average_precision",),
         split="test (4,952 images, 20 classes)",
         templates=_templates("voc2007_multilabel"),
-        form=_MULTILABEL_FOLDER,
+        options={"interpolation": 11},
+        form="voc:VOCdevkit/VOC2007, the folder of VOCtest_06-Nov-2007.tar",
     ),
     "open_images": SuiteEntry(
         MULTILABEL,
@@ -200,7 +203,10 @@ SUITE: dict[str, SuiteEntry] = {
             "41,620 images)"
         ),
         templates=lambda: prompts.PLAIN_TEMPLATES,
-        form=_MULTILABEL_FOLDER,
+        form=(
+            "open_images:DIR, with validation-annotations-human-imagelabels-boxable.csv, "
+            "class-descriptions-boxable.csv and the pictures in DIR/validation"
+        ),
     ),
     "coco_retrieval": SuiteEntry(
         RETRIEVAL,

@@ -19,17 +19,18 @@ from diht_jax.data.readers import tfds
 from diht_jax.data.readers.registry import name_options, option_defaults
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
-from diht_jax.evaluation.sources import benchmark_folder, registry
+from diht_jax.evaluation.sources import registry
+from diht_jax.evaluation.sources.registry import words_of_source
 from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SUITE, SuiteEntry
 
-# The options of the readers whose values are texts, and one of annotation files.
+# The options of the readers whose values are texts, and those of the layouts of benchmarks.
 _SOURCE_OPTIONS = (
     *(
         name
         for name, field in option_defaults().items()
         if field.default is None or isinstance(field.default, str)
     ),
-    "image_name",
+    *(name for name in registry.OPTIONS if name not in option_defaults()),
 )
 
 
@@ -64,7 +65,7 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
         ValueError: an unknown task, kind or option (names the nearest), a name used twice, a
             built-in task without a source, default class names for several classifications.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = _join_numbers([texts] if isinstance(texts, str) else texts)
     tasks = [_make_task(_read_text(text.strip()), defaults) for text in texts if text.strip()]
     classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
     if "class_names" in defaults and len(classifications) > 1:
@@ -81,6 +82,17 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             )
         seen.add(task.name)
     return tasks
+
+
+def _join_numbers(texts: Iterable[str]) -> list[str]:
+    """Texts between commas, where "?splits=1,2,3" was cut apart, whole again."""
+    joined: list[str] = []
+    for text in texts:
+        if joined and text.strip().isdecimal():
+            joined[-1] += f",{text.strip()}"
+        else:
+            joined.append(text)
+    return joined
 
 
 def parse_config_tasks(tasks: str | Mapping[str, Any] | None) -> list[Task]:
@@ -221,19 +233,20 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
     entry, source = request.entry, request.source
     if not source:
         raise _no_source_error(request, entry)
-    folder = _fields_of_folder(source) if request.kind is None else {}
-    kind = request.kind or (entry.kind if entry else folder["kind"])
-    if folder.get("kind", kind) != kind:
-        raise ValueError(f"{source} is a '{folder['kind']}' set, not a '{kind}' one")
+    # A folder of CLIP_benchmark decides the kind, where the user and the name do not.
+    kind = request.kind or (entry.kind if entry else words_of_source(source, {})["kind"])
     protocol = PROTOCOLS[kind]
     given, source_options = _parse_options(request, kind, protocol)
+    if entry is not None:
+        source_options = {**_source_options_of_entry(entry, source), **source_options}
     known = {option.field or name for name, option in protocol.options.items()}
     given = {**{name: value for name, value in defaults.items() if name in known}, **given}
-    fields = {**protocol.defaults, **folder}
+    words = _words(request, source, source_options, given)
+    if words.get("kind", kind) != kind:
+        raise ValueError(f"{source} is a '{words['kind']}' set, not a '{kind}' one")
+    fields = {**protocol.defaults, **words}
     if entry is not None:
-        made = _fields_of_entry(entry, source, folder, given)
-        source_options = {**made.pop("source_options", {}), **source_options}
-        fields.update(made)
+        fields.update(_fields_of_entry(entry, source, given))
     fields.update(
         given,
         name=request.name,
@@ -296,17 +309,32 @@ def _refuse_option(request: _Request, kind: str, protocol: Protocol, name: str) 
     )
 
 
-def _fields_of_entry(
-    entry: SuiteEntry, source: str, folder: Mapping[str, Any], given: Mapping[str, Any]
+def _source_options_of_entry(entry: SuiteEntry, source: str) -> dict[str, str]:
+    """Options of a task by name that its own source, or one of the form it asks for, has."""
+    prefix = source.partition(":")[0]
+    if prefix in registry.LAYOUTS:
+        known = registry.LAYOUTS[prefix].options
+        return {name: value for name, value in entry.source_options.items() if name in known}
+    is_annotations = entry.source == NO_SOURCE and source.endswith((".json", ".jsonl"))
+    return dict(entry.source_options) if source == entry.source or is_annotations else {}
+
+
+def _words(
+    request: _Request, source: str, options: Mapping[str, str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Of a task by name; class names that it lacks are those of a CLIP_benchmark folder.
+    """What of the task comes with its data; not asked for where the user gives all of it."""
+    if request.kind is not None and "class_names" in given:
+        return {}
+    words = words_of_source(source, options)
+    return words if request.kind is None else {k: v for k, v in words.items() if k != "kind"}
+
+
+def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a task by name; class names that it lacks are those of its data.
 
     What the user gives is not made: it may come with a package that is absent.
     """
-    fields: dict[str, Any] = {}
-    is_annotations = entry.source == NO_SOURCE and source.endswith((".json", ".jsonl"))
-    if (source == entry.source or is_annotations) and not folder:
-        fields["source_options"] = entry.source_options
+    fields: dict[str, Any] = dict(entry.options)
     make_class_names = entry.class_names
     if make_class_names is None and source.startswith(tfds.PREFIX):
         make_class_names = entry.tfds_class_names
@@ -323,24 +351,9 @@ def _complete_source(protocol: Protocol, source: str, options: Mapping[str, str]
     if protocol.reader is not None:
         return source if prefix == protocol.reader else f"{protocol.reader}:{source}"
     is_list = source.endswith(".json") or (source.endswith(".jsonl") and "image_name" in options)
-    if is_list and prefix not in (registry.WINOGROUND, registry.ANNOTATIONS):
+    if is_list and prefix not in registry.LAYOUTS:
         return f"{registry.ANNOTATIONS}:{source}"
     return source
-
-
-def _fields_of_folder(source: str) -> dict[str, Any]:
-    """Kind and words of a CLIP_benchmark folder; nothing for another source."""
-    if not source.startswith(f"{registry.BENCHMARK}:"):
-        return {}
-    folder = registry.find_benchmark_folder(source)
-    fields: dict[str, Any] = {"kind": folder.type}
-    if folder.type == benchmark_folder.RETRIEVAL:
-        return fields
-    if folder.class_names is not None:
-        fields["class_names"] = folder.class_names
-    if folder.templates is not None:
-        fields["templates"] = folder.templates
-    return fields
 
 
 def _no_source_error(request: _Request, entry: SuiteEntry) -> ValueError:

@@ -23,13 +23,14 @@ COMMAND_CONFIGS = {
     "data_prep.duplicates": duplicates_config,
 }
 
-# Flags of other programs: pip, pytest, XLA, open_clip, Slurm, gcloud, uv, docker.
+# Flags of other programs: pip, pytest, XLA, open_clip, Slurm, gcloud, uv, docker, aws, hf.
 OTHER_FLAGS = {
     *("upgrade", "no-deps", "collect-only", "xla_force_host_platform_device_count"),
     *("local-loss", "gather-with-grad", "nodes", "ntasks-per-node", "cpus-per-task"),
     *("gpus-per-node", "signal", "requeue", "open-mode", "kill-on-bad-exit"),
     *("recurse", "zone", "user", "python", "seed", "allow-existing"),
     *("target", "tag", "gpus", "volume", "privileged", "net"),
+    *("no-sign-request", "repo-type", "local-dir"),
 }
 
 every_page = pytest.mark.parametrize("path", PAGES, ids=page_name)

@@ -18,6 +18,7 @@ _VALUES = {
     "label": ("shape", "shape"),
     "caption_template": ("x {caption}", "x {caption}"),
     "answer_template": ("{question} {answer}", "{question} {answer}"),
+    "interpolation": ("11", 11),
 }
 
 
@@ -53,7 +54,7 @@ def test_every_option_of_every_kind_means_the_same_in_both_forms(kind, as_values
         field = PROTOCOLS[kind].options[name].field
         found = getattr(expected, field) if field else expected.options[name]
         value = values[name][1]
-        assert found == (value if isinstance(value, str) else tuple(value))
+        assert found == (tuple(value) if isinstance(value, list) else value)
 
 
 def test_built_in_tasks_and_folders_need_no_kind(tmp_path):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from diht_jax.evaluation import prompts
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
 from diht_jax.evaluation.task_parsing import parse_tasks
@@ -75,11 +76,51 @@ def test_what_the_message_asks_for_can_be_given(name, tmp_path, monkeypatch):
     (tmp_path / "DIR" / "test" / "0.tar").touch()
     (tmp_path / "DIR" / "dataset_type.txt").write_text("multilabel")
     (tmp_path / "DIR" / "classnames.txt").write_text("dog\ncat\n")
+    (tmp_path / "DIR" / "class-descriptions-boxable.csv").write_text("/m/011k07,Tortoise\n")
+    for name_of_list in ("test_images.txt", *(f"testlist{n:02}.txt" for n in (1, 2, 3))):
+        (tmp_path / "DIR" / name_of_list).write_text("YoYo/v_YoYo_g01_c01.avi\n")
     (task,) = parse_tasks([typed])
     assert (task.name, task.kind) == (name, SUITE[name].kind)
     with open(_DOCS, encoding="utf-8") as docs:
         rows = [line for line in docs if line.startswith("|") and f"`{name}`" in line]
     assert any(SUITE[name].split in row for row in rows), f"{name}: its split is not in {_DOCS}"
+
+
+def test_names_prompts_and_splits_are_clips():
+    pytest.importorskip("clip_benchmark")
+    (sun, cars) = parse_tasks(["sun397", "caltech101"])
+    assert sun.source == "tfds:sun397/standard-part1-120k:test"
+    # CLIP's names, in TFDS's order: its label 4 is the background.
+    labels = importlib.util.find_spec("tensorflow_datasets")
+    folder = pathlib.Path(labels.submodule_search_locations[0]) / "image_classification"
+    labels = (folder / "caltech101_labels.txt").read_text().split()
+    assert sorted(cars.class_names) == sorted(prompts.benchmark_class_names("caltech101"))
+    assert len(labels) == len(cars.class_names) == 102
+    assert labels.index("background_google") == cars.class_names.index("background")
+    assert len(set(prompts.UCF101_CLASSES)) == 101 and len(set(prompts.UCF101_TEMPLATES)) == 48
+    assert prompts.UCF101_CLASSES[0] == "Apply Eye Makeup" and prompts.UCF101_CLASSES[-1] == "Yo Yo"
+    assert prompts.UCF101_TEMPLATES[0] == "a photo of a person {}."
+    assert prompts.UCF101_TEMPLATES[-1] == "a demonstration of the person practicing {}."
+
+
+def test_options_of_a_task_by_name(tmp_path):
+    for number in (1, 2, 3):
+        (tmp_path / f"testlist0{number}.txt").write_text("YoYo/v_YoYo_g01_c01.avi\n")
+    source = f"ucf101=list:{tmp_path}/testlist{{:02}}.txt"
+    assert parse_tasks([source])[0].source_options == {"splits": "1,2,3"}
+    assert parse_tasks([f"{source}?splits=1"])[0].source_options == {"splits": "1"}
+    # As a comma-separated flag cuts it apart.
+    (first, second) = parse_tasks([f"{source}?splits=1", "3", "voc2007=voc:/data"])
+    assert first.source_options == {"splits": "1,3"}
+    assert second.options == {"interpolation": 11} and len(second.class_names) == 20
+    (second,) = parse_tasks("voc2007=voc:/data?interpolation=all")
+    assert second.options == {"interpolation": None}
+    with pytest.raises(ValueError, match=r"interpolation=10: expected 11 \(VOC 2007\) or all"):
+        parse_tasks("voc2007=voc:/data?interpolation=10")
+    with pytest.raises(ValueError, match="splits=0: expected numbers, such as 1 or 1,2,3"):
+        parse_tasks([f"{source}?splits=0"])
+    with pytest.raises(ValueError, match="2 splits in one list; expected a field for the number"):
+        parse_tasks([f"ucf101=list:{tmp_path}/testlist01.txt?splits=1", "2"])
 
 
 def test_kinds_that_need_names_say_so():

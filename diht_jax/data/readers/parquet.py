@@ -1,7 +1,9 @@
 """Parquet files with images, such as those of img2dataset's output format "parquet".
 
-Images stand in a column named by their extension, captions in one of `CAPTION_COLUMNS`; the other
-columns become metadata. Beside tars, img2dataset's parquet files hold metadata only.
+Images stand in a column named by their extension, or in one of the name "image", as bytes or as
+Hugging Face's struct of bytes and path; captions in one of `CAPTION_COLUMNS`; the other columns
+become metadata. A number in a column "label" gets its name from Hugging Face's description in the
+file, where there is one. Beside tars, img2dataset's parquet files hold metadata only.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from diht_jax.data.retries import check_failure, is_storage_failure
 from diht_jax.data.stores import BLOCK_BYTES, StoreFile, is_remote, open_file
 
 SUFFIX = ".parquet"
+IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
+LABEL_COLUMN = "label"
 
 # Arrow reads so much of a column at once, instead of all that a row group has of it.
 _BUFFER_BYTES = 2**20
@@ -170,11 +174,12 @@ def read_rows(file: Any, columns: list[str] | None = None) -> Iterator[dict[str,
         yield from batch.to_pylist()
 
 
-def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
+def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator[Pair | Skipped]:
     """Yields the pairs of one file, in its order.
 
     Args:
         source: a whole parquet file.
+        needs_caption: whether rows without captions are skipped; else theirs is empty.
 
     Raises:
         ValueError: the file is damaged, unpacks to far more than it takes, or has no column of
@@ -183,8 +188,11 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
     """
     file = open_parquet(source.path)
     names = file.schema_arrow.names
-    image_column = _find_column(source.path, names, IMAGE_EXTENSIONS, "images")
-    caption_column = _find_column(source.path, names, CAPTION_COLUMNS, "captions")
+    image_column = _find_column(source.path, names, IMAGE_COLUMNS, "images")
+    caption_column = None
+    if needs_caption or not set(CAPTION_COLUMNS).isdisjoint(names):
+        caption_column = _find_column(source.path, names, CAPTION_COLUMNS, "captions")
+    class_names = _read_class_names(file.schema_arrow.metadata)
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
     number = 0
@@ -193,16 +201,42 @@ def read_parquet(source: SourceShard) -> Iterator[Pair | Skipped]:
         for row in read_rows(file):
             key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"
             number += 1
+            if isinstance(row[image_column], dict):  # Hugging Face's struct
+                row[image_column] = row[image_column].get("bytes")
             expansion.add(len(row[image_column] or b""))
             if key in seen:
                 yield Skipped(key, "duplicate", "the key was there before")
                 continue
             seen.add(key)
-            yield _make_pair(key, row, image_column, caption_column)
+            pair = _make_pair(key, row, image_column, caption_column, needs_caption)
+            if isinstance(pair, Pair) and "class_name" not in pair.metadata:
+                pair.metadata.update(_class_name(pair.metadata.get(LABEL_COLUMN), class_names))
+            yield pair
+
+
+def _class_name(label: Any, names: list[str]) -> dict[str, str]:
+    if isinstance(label, int) and 0 <= label < len(names):
+        return {"class_name": names[label]}
+    return {}
+
+
+def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+    """Of the column of labels, in Hugging Face's description of the columns; maybe none."""
+    try:
+        described = json.loads((metadata or {})[b"huggingface"])
+        names = described["info"]["features"][LABEL_COLUMN]["names"]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return []
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else []
 
 
 def _make_pair(
-    key: str, row: dict[str, Any], image_column: str, caption_column: str
+    key: str,
+    row: dict[str, Any],
+    image_column: str,
+    caption_column: str | None,
+    needs_caption: bool,
 ) -> Pair | Skipped:
     image = row[image_column]
     if not isinstance(image, bytes) or not image:
@@ -210,11 +244,12 @@ def _make_pair(
         return Skipped(key, "no_image", str(status))
     if len(image) > MAX_IMAGE_BYTES:
         return Skipped(key, "too_large", f"an image of {len(image)} bytes")
-    captions = pick_captions(row[caption_column])
-    if not captions:
+    captions = pick_captions(row[caption_column]) if caption_column else []
+    if needs_caption and not captions:
         return Skipped(key, "no_caption", f"nothing in column '{caption_column}'")
-    metadata = clean_row(row, ("key", image_column, caption_column))
-    return Pair(key, image, captions[0], merge_captions(metadata, captions))
+    metadata = clean_row(row, ("key", image_column, caption_column or ""))
+    caption = captions[0] if captions else ""
+    return Pair(key, image, caption, merge_captions(metadata, captions))
 
 
 def _find_column(path: str, names: list[str], wanted: tuple[str, ...], what: str) -> str:

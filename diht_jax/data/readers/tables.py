@@ -166,10 +166,10 @@ def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
         return _make_pair(row, options, root, default_key)
 
     rows = enumerate(_read_rows(shard, header), start=first_row)
-    yield from _map_ahead(make, rows) if is_stored else map(make, rows)
+    yield from map_ahead(make, rows) if is_stored else map(make, rows)
 
 
-def _map_ahead(make: Callable[[Any], Any], rows: Iterable[Any]) -> Iterator[Any]:
+def map_ahead(make: Callable[[Any], Any], rows: Iterable[Any]) -> Iterator[Any]:
     """The results in order, of which some are made at the same time."""
     waiting: collections.deque[futures.Future[Any]] = collections.deque()
     with futures.ThreadPoolExecutor(_IMAGES_AHEAD) as pool:

@@ -120,11 +120,16 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
 
 
 def name_index(names: Sequence[str]) -> dict[str, int | None]:
-    """Plain class name -> its index, or None for a name that several classes bear."""
+    """Plain class name -> its index, or None for a name that several classes bear.
+
+    A name is there without its spaces, too, as UCF-101's folders have it ("ApplyEyeMakeup").
+    """
     index: dict[str, int | None] = {}
+    joined: dict[str, int | None] = {}
     for i, name in enumerate(names):
-        index[_plain(name)] = None if _plain(name) in index else i
-    return index
+        for found, key in ((index, _plain(name)), (joined, _plain(name).replace(" ", ""))):
+            found[key] = None if key in found else i
+    return joined | index
 
 
 def derive_classes(raws: Sequence[RawLabel], templates: Sequence[str]) -> Classes:

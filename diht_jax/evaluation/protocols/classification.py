@@ -5,6 +5,9 @@ inference code): every class name is put into every template; the text embedding
 averaged over the templates and normalised again; the class with the largest cosine similarity to
 the image wins.
 
+A source may have several test splits (`metadata["splits"]`, as UCF-101's three): each is measured
+on its own images, and the metrics are the means over the splits.
+
 Ours, ties: among classes with equal similarity the first in the list wins, whichever is right. (Two
 of CLIP's ImageNet names occur twice; the official arg-max does the same.)
 """
@@ -12,6 +15,7 @@ of CLIP's ImageNet names occur twice; the official arg-max does the same.)
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -72,6 +76,7 @@ class ClassificationResult:
         classifier: float32 [C, d].
         predictions: int32 [n], the first class.
         ranks: int32 [n], the rank of the right class, 0 when it is the first.
+        members: number of a test split -> bool [n], its images; empty where there are none.
     """
 
     metrics: dict[str, float]
@@ -81,6 +86,7 @@ class ClassificationResult:
     classifier: np.ndarray
     predictions: np.ndarray
     ranks: np.ndarray
+    members: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def per_class(self) -> list[dict[str, str | int | float | None]]:
         """Name, number of images and accuracy of every class; None for one without images."""
@@ -98,9 +104,7 @@ class ClassificationResult:
 
     def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
         """The metrics if image i had been there `counts[i]` times; int [n]."""
-        return _metrics_of_ranks(
-            self.ranks, self.classes.labels, len(self.classes.names), weights=counts
-        )
+        return _metrics_of_splits(self.ranks, self.classes, self.members, counts)
 
     def confusion(self) -> np.ndarray:
         """int [C, C]: images of the class of the row that were taken for that of the column."""
@@ -139,29 +143,36 @@ def classify(
     names = None if class_names is None else tuple(class_names)
     index = None if names is None else name_index(names)
 
-    def describe(pair: Pair):
+    def describe(pair: Pair) -> tuple[Any, tuple[int, ...]]:
         raw = raw_label(pair, label_field)
-        return raw if names is None else resolve_label(raw, names, index)
+        label = raw if names is None else resolve_label(raw, names, index)
+        return label, tuple(pair.metadata.get("splits", ()))
 
     encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
+    labels, splits = zip(*encoded.notes, strict=True)
     if names is None:
-        classes = derive_classes(encoded.notes, templates)
+        classes = derive_classes(labels, templates)
         if classes.whole_captions:
             templates = (CLASS_SLOT,)
     else:
-        classes = Classes(names, np.array(encoded.notes, np.int32), "names given")
+        classes = Classes(names, np.array(labels, np.int32), "names given")
+    members = {
+        split: np.array([split in own for own in splits])
+        for split in sorted(set(itertools.chain(*splits)))
+    }
     classifier = zero_shot_classifier(
         model.encode_text, classes.names, templates, batch_size=batch_size, progress=progress
     )
     predictions, ranks = rank_labels(encoded.image_emb, classes.labels, classifier)
     return ClassificationResult(
-        metrics=_metrics_of_ranks(ranks, classes.labels, len(classes.names)),
+        metrics=_metrics_of_splits(ranks, classes, members, np.ones(len(ranks), np.int64)),
         encoded=encoded,
         classes=classes,
         templates=templates,
         classifier=classifier,
         predictions=predictions,
         ranks=ranks,
+        members=members,
     )
 
 
@@ -276,6 +287,17 @@ def _rank_block(
     return jnp.argmax(logits, axis=1).astype(jnp.int32), before.sum(axis=1, dtype=jnp.int32)
 
 
+def _metrics_of_splits(
+    ranks: np.ndarray, classes: Classes, members: dict[int, np.ndarray], counts: np.ndarray
+) -> dict[str, float]:
+    """The means over the test splits; an image that is in none counts where there are none."""
+    found = [
+        _metrics_of_ranks(ranks, classes.labels, len(classes.names), weights=counts * inside)
+        for inside in members.values() or [np.ones(len(ranks), np.int64)]
+    ]
+    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
+
+
 def _metrics_of_ranks(
     ranks: np.ndarray, labels: np.ndarray, num_classes: int, *, weights: np.ndarray | None = None
 ) -> dict[str, float]:
@@ -334,9 +356,11 @@ def _run(
             "templates": list(result.templates),
             "text_embedding": "normalised, averaged over the templates, normalised",
             "ties": TIES,
+            **({"mean_over_splits": list(result.members)} if result.members else {}),
         },
         counts={
             "images": len(result.predictions),
+            **{f"images_of_split_{split}": int(x.sum()) for split, x in result.members.items()},
             "classes": len(names),
             "classes_without_images": sum(not entry["images"] for entry in per_class),
             "texts": len(names) * len(result.templates),

@@ -3,9 +3,12 @@
 Class names and prompts make a classifier as in `classification`; the score of a class is its cosine
 similarity to the image.
 
-Ours: the average precision of a class is the sum over distinct scores of precision times the step
-in recall (all points, as scikit-learn's `average_precision_score`), and the mean is over the
-classes that have an image; PASCAL VOC's own of 2007 interpolates 11 points.
+The average precision of a class is the sum over distinct scores of precision times the step in
+recall (all points, as scikit-learn's `average_precision_score`), or with `interpolation=11` that of
+PASCAL VOC 2007: the mean, over the recalls 0, 0.1, ... 1, of the best precision at such a recall or
+a higher one. Ours: the mean is over the classes that have an image, and images of equal score enter
+together. An image may count neither way for a class (`metadata["ignored_labels"]`), such as one
+with nothing but objects that VOC marks as difficult.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from diht_jax.evaluation.protocols.base import (
     TEMPLATES,
     Measured,
     Metric,
+    Option,
     Protocol,
     Task,
     check_has_class_names,
@@ -39,6 +43,7 @@ from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, raw_
 from diht_jax.evaluation.protocols.classification import zero_shot_classifier
 
 _SCORES_AT_ONCE = 4096
+_RECALL_POINTS = 10  # and recall 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,14 +75,30 @@ class Ranking:
         Returns:
             A fraction, or NaN where no positive counts.
         """
-        if not len(self.positives) or not counts[self.positives].any():
+        gained, found, precision = self._steps(counts)
+        return float((gained * precision).sum() / found[-1]) if found[-1] else float("nan")
+
+    def interpolated_precision(self, counts: np.ndarray) -> float:
+        """The mean of the best precision at a recall of k / 10 or more, k = 0 to 10.
+
+        Args and result: as `average_precision`.
+        """
+        _, found, precision = self._steps(counts)
+        if not found[-1]:
             return float("nan")
+        # Recall in tenths as whole numbers: 3 of 10 positives are a recall of 0.3.
+        reached = _RECALL_POINTS * found >= np.arange(_RECALL_POINTS + 1)[:, None] * found[-1]
+        return float(np.where(reached, precision, 0).max(axis=1).mean())
+
+    def _steps(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each recall step the positives in it, those up to it, and the precision there."""
+        if not len(self.positives):
+            return np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
         gained = np.add.reduceat(counts[self.positives], self.positive_starts)
         found = np.cumsum(gained)
         retrieved = np.cumsum(np.add.reduceat(counts[self.items], self.item_starts))
         # Before the first item that counts there is no precision yet, and no step either.
-        precision = found / np.maximum(retrieved, 1)
-        return float((gained * precision).sum() / found[-1])
+        return gained, found, found / np.maximum(retrieved, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +110,16 @@ class LabelScores:
         scores: float32 [n, C].
         targets: bool [n, C].
         binary: whether the metric is the AUROC of the only class.
+        ignored: bool [n, C], images that count neither way for a class; None where there are none.
+        interpolation: 11 for the points of VOC 2007; None for all points.
     """
 
     encoded: EncodedImages
     scores: np.ndarray
     targets: np.ndarray
     binary: bool
+    ignored: np.ndarray | None = None
+    interpolation: int | None = None
 
     @property
     def num_items(self) -> int:
@@ -110,14 +135,20 @@ class LabelScores:
         """The metrics if image i had been there `counts[i]` times; int [n]."""
         if self.binary:
             return {"auroc": area_under_roc(self.scores[:, 0], self.targets[:, 0], counts)}
-        values = [ranking.average_precision(counts) for ranking in self._rankings]
+        average = (
+            Ranking.average_precision
+            if self.interpolation is None
+            else Ranking.interpolated_precision
+        )
+        values = [average(ranking, counts) for ranking in self._rankings]
         return {"mean_average_precision": float(np.nanmean(values))}
 
     @functools.cached_property
     def _rankings(self) -> list[Ranking]:
+        ignored = np.zeros_like(self.targets) if self.ignored is None else self.ignored
         return [
-            rank_items(scores, targets)
-            for scores, targets in zip(self.scores.T, self.targets.T, strict=True)
+            rank_items(*columns)
+            for columns in zip(self.scores.T, self.targets.T, ignored.T, strict=True)
         ]
 
 
@@ -129,6 +160,7 @@ def score_labels(
     *,
     binary: bool,
     label_field: str | None = None,
+    interpolation: int | None = None,
     batch_size: int = 256,
     num_threads: int | None = None,
     progress: bool = False,
@@ -140,11 +172,12 @@ def score_labels(
         pairs: consumed once. For yes and no the label is read as in a classification; else
             `metadata["labels"]` (or `label_field`) lists numbers or names of classes. An image
             without that list is left out as "no_label"; one with an empty list is a negative for
-            all classes.
+            all classes but those in `metadata["ignored_labels"]`.
         class_names: C names; for yes and no two, the second is yes.
         templates: each with one "{}".
         binary: whether it is yes and no.
         label_field: metadata field, where it is not "label" or "labels".
+        interpolation: 11 for the points of VOC 2007; None for all points.
         batch_size: images, and prompts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         progress: show a bar for the prompts on stderr; `pairs` may be one itself.
@@ -159,16 +192,19 @@ def score_labels(
         )
     index = name_index(names)
 
-    def describe(pair: Pair) -> list[int]:
+    def resolve(pair: Pair, field: str) -> list[int]:
+        return [
+            resolve_label(RawLabel(pair.key, label, None, ""), names, index)
+            for label in pair.metadata.get(field, ())
+        ]
+
+    def describe(pair: Pair) -> tuple[list[int], list[int]]:
         if binary:
-            return [resolve_label(raw_label(pair, label_field), names, index)]
+            return [resolve_label(raw_label(pair, label_field), names, index)], []
         field = label_field or "labels"
         if field not in pair.metadata:
             raise UnusablePair("no_label")
-        return [
-            resolve_label(RawLabel(pair.key, label, None, ""), names, index)
-            for label in pair.metadata[field]
-        ]
+        return resolve(pair, field), resolve(pair, "ignored_labels")
 
     encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
     classifier = zero_shot_classifier(
@@ -180,16 +216,17 @@ def score_labels(
             for start in range(0, len(encoded.image_emb), _SCORES_AT_ONCE)
         ]
     )
-    targets = np.zeros(scores.shape, bool)
-    for row, labels in zip(targets, encoded.notes, strict=True):
-        row[labels] = True
+    targets, ignored = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
+    for row, (labels, ignored_labels) in enumerate(encoded.notes):
+        ignored[row, ignored_labels] = True
+        targets[row, labels], ignored[row, labels] = True, False
     if binary:
-        scores, targets = scores[:, 1:] - scores[:, :1], targets[:, 1:]
+        scores, targets, ignored = scores[:, 1:] - scores[:, :1], targets[:, 1:], ignored[:, 1:]
     if not targets.any() or targets.all():
         raise ValueError(
             "every image has the same label, so there is no order to measure; expected both kinds"
         )
-    return LabelScores(encoded, scores, targets, binary)
+    return LabelScores(encoded, scores, targets, binary, ignored, interpolation)
 
 
 def area_under_roc(
@@ -214,14 +251,19 @@ def area_under_roc(
     return float((positives * (below + negatives / 2)).sum() / pairs) if pairs else float("nan")
 
 
-def rank_items(scores: np.ndarray, targets: np.ndarray) -> Ranking:
+def rank_items(
+    scores: np.ndarray, targets: np.ndarray, ignored: np.ndarray | None = None
+) -> Ranking:
     """Sorts the items of a class.
 
     Args:
         scores: float [n], finite.
         targets: bool [n].
+        ignored: bool [n], items to leave out; none by default.
     """
     order = np.argsort(-scores, kind="stable").astype(np.int32)
+    if ignored is not None:
+        order = order[~ignored[order]]
     ranks = np.flatnonzero(targets[order])
     if not len(ranks):
         none = np.zeros(0, np.int32)
@@ -250,8 +292,10 @@ def _run(
         task.templates,
         binary=binary,
         label_field=task.label_field,
+        interpolation=task.options.get("interpolation"),
         **batching,
     )
+    points = "all points" if result.interpolation is None else f"{result.interpolation} points"
     return Measured(
         encoded=result.encoded,
         metrics=result.metrics,
@@ -263,11 +307,13 @@ def _run(
             "score": "cosine to the second class minus cosine to the first"
             if binary
             else "cosine to the class",
+            **({} if binary else {"average_precision": points}),
         },
         counts={
             "images": len(result.scores),
             "classes": len(task.class_names),
             "positives": int(result.targets.sum()),
+            **({} if binary else {"ignored": int(result.ignored.sum())}),
             "classes_without_images": int((~result.targets.any(axis=0)).sum()),
         },
         num_items=result.num_items,
@@ -275,11 +321,18 @@ def _run(
     )
 
 
+def _parse_interpolation(value: Any) -> int | None:
+    known = {"11": 11, "all": None}
+    if str(value) not in known:
+        raise ValueError(f"interpolation={value}: expected 11 (VOC 2007) or all")
+    return known[str(value)]
+
+
 _OPTIONS = {"class_names": CLASS_NAMES, "templates": TEMPLATES, "label": LABEL}
 MULTILABEL = Protocol(
     run=_run,
     metrics={"mean_average_precision": Metric("share", "mean average precision")},
-    options=_OPTIONS,
+    options={**_OPTIONS, "interpolation": Option(_parse_interpolation)},
     check=check_has_class_names,
 )
 BINARY = Protocol(

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from diht_jax.data.readers.base import (
@@ -18,9 +17,16 @@ from diht_jax.data.readers.base import (
     merge_captions,
     parse_json_object,
     pick_captions,
-    read_image,
 )
 from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.sources.pictures import (
+    ReadImage,
+    Unit,
+    join,
+    picture_units,
+    read_text,
+    require,
+)
 
 IMAGE_COLUMN = "image"
 CAPTION_FIELDS = ("caption", "sentence", "question")
@@ -32,10 +38,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: no such file, not JSON, or a row that is no object; names file and row.
     """
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
+    text = read_text(path)
     if path.endswith(".jsonl"):
         rows = []
         # Not `splitlines`: JSON texts may hold other characters that it takes for line breaks.
@@ -55,30 +58,37 @@ def read_rows(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def read_annotations(
+def read_annotations(path: str, **options: str) -> Iterator[Pair | Skipped]:
+    """Yields the pairs of `annotation_units`, which has the arguments."""
+    for unit in annotation_units(path, **options):
+        yield from unit()
+
+
+def annotation_units(
     path: str,
     *,
     image_root: str | None = None,
     image_column: str = IMAGE_COLUMN,
     image_name: str = "{}",
-) -> Iterator[Pair | Skipped]:
-    """Yields one pair per image, in the order in which the images first occur.
+) -> list[Unit]:
+    """One pair per image, in the order in which the images first occur.
 
     Args:
-        path: `.json` or `.jsonl`.
-        image_root: folder of the images; that of the file by default. Paths that lead out of it
-            are refused.
+        path: `.json` or `.jsonl`, local or in a store.
+        image_root: folder of the images, or its URL; that of the file by default. Paths that lead
+            out of it are refused.
         image_column: field of a row that names the image.
         image_name: how the file's name follows from it, such as "{}.jpg" or, for COCO's numbers,
             "{:0>12}.jpg".
 
     Returns:
-        Pairs with the captions of all rows (fields `caption`, `sentence` or `question`) and the
-        rows themselves as `metadata["rows"]`.
+        Units of pairs with the captions of all rows (fields `caption`, `sentence` or `question`)
+        and the rows themselves as `metadata["rows"]`.
 
     Raises:
         ValueError: as `read_rows`; or a row without the image field.
     """
+    require(path, "a .json or .jsonl file")
     by_image: dict[str, list[dict[str, Any]]] = {}
     for number, row in enumerate(read_rows(path)):
         value = row.get(image_column)
@@ -93,46 +103,70 @@ def read_annotations(
                 "or a number"
             )
         by_image.setdefault(image_name.format(value), []).append(row)
-    root = os.path.realpath(image_root or os.path.dirname(path) or ".")
-    for name, rows in by_image.items():
-        image = read_image(root, name, name)
+
+    def make(item: tuple[str, list[dict[str, Any]]], read: ReadImage) -> Sequence[Pair | Skipped]:
+        name, rows = item
+        image = read(name)
         if isinstance(image, Skipped):
-            yield image
-            continue
+            return [image]
         captions = pick_captions([text for row in rows for text in _captions(row)])
         metadata = merge_captions({"rows": rows}, captions)
-        yield Pair(name, image, captions[0] if captions else "", metadata)
+        return [Pair(name, image, captions[0] if captions else "", metadata)]
+
+    root = image_root or os.path.dirname(path) or "."
+    return picture_units(root, list(by_image.items()), make)
 
 
-def read_winoground(
+def count_annotations(path: str, *, image_column: str = IMAGE_COLUMN, **_: str) -> int:
+    """Images that the rows name."""
+    return len({str(row.get(image_column)) for row in read_rows(path)})
+
+
+def read_winoground(path: str, **options: str) -> Iterator[Pair | Skipped]:
+    """Yields the pairs of `winoground_units`, which has the arguments."""
+    for unit in winoground_units(path, **options):
+        yield from unit()
+
+
+def winoground_units(
     path: str, *, image_root: str | None = None, image_name: str = "{}.png"
-) -> Iterator[Pair | Skipped]:
-    """Yields both images of every example of Winoground (arXiv 2204.03162), one after the other.
+) -> list[Unit]:
+    """Both images of every example of Winoground (arXiv 2204.03162), one after the other.
 
     The caption is the image's own; `metadata` holds `example` (its `id`) and `side` (0 or 1).
 
     Args:
-        path: of `examples.jsonl`, with `caption_0`, `caption_1`, `image_0` and `image_1`.
-        image_root: folder of the images; `images` beside the file by default.
+        path: of `examples.jsonl`, with `caption_0`, `caption_1`, `image_0` and `image_1`; local or
+            in a store.
+        image_root: folder of the images, or its URL; `images` beside the file by default.
         image_name: how the file's name follows from `image_0`.
 
     Raises:
         ValueError: as `read_rows`; or a row without those fields.
     """
-    root = os.path.realpath(image_root or os.path.join(os.path.dirname(path), "images"))
-    for number, row in enumerate(read_rows(path)):
+    require(path, "Winoground's examples.jsonl")
+    rows = read_rows(path)
+    for number, row in enumerate(rows):
         needed = [f"{what}_{side}" for what in ("image", "caption") for side in (0, 1)]
         missing = [name for name in needed if not isinstance(row.get(name), str)]
         if missing:
             raise ValueError(f"{path}: row {number}: expected texts as {', '.join(missing)}")
+
+    def make(item: tuple[int, dict[str, Any]], read: ReadImage) -> Sequence[Pair | Skipped]:
+        number, row = item
+        entries: list[Pair | Skipped] = []
         for side in (0, 1):
-            name = image_name.format(row[f"image_{side}"])
-            image = read_image(root, name, name)
-            if isinstance(image, Skipped):
-                yield image
-                continue
+            image = read(image_name.format(row[f"image_{side}"]))
             metadata = {"example": str(row.get("id", number)), "side": side}
-            yield Pair(f"{number}_{side}", image, row[f"caption_{side}"], metadata)
+            entries.append(
+                image
+                if isinstance(image, Skipped)
+                else Pair(f"{number}_{side}", image, row[f"caption_{side}"], metadata)
+            )
+        return entries
+
+    root = image_root or join(os.path.dirname(path), "images")
+    return picture_units(root, list(enumerate(rows)), make)
 
 
 def _captions(row: Mapping[str, Any]) -> list[str]:

@@ -7,12 +7,16 @@ The layout is that of CLIP_benchmark 1.6, `clip_benchmark/datasets/builder.py`:
     DIR/classnames.txt               one a line, in label order
     DIR/zeroshot_classification_templates.txt   one a line, with "{c}" for the class name
     DIR/dataset_type.txt             "retrieval", "multilabel"; without it "classification"
+
+DIR may be a URL.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import functools
+import os
+import posixpath
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,8 +30,11 @@ from diht_jax.data.readers.base import (
     pick_captions,
 )
 from diht_jax.data.readers.webdataset import read_groups
+from diht_jax.data.records.remote import exists, list_files
 from diht_jax.data.records.schema import Pair
-from diht_jax.evaluation.prompts import CLASS_SLOT, check_templates, read_class_names, read_lines
+from diht_jax.data.stores import is_remote
+from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_templates
+from diht_jax.evaluation.sources.pictures import Unit, join, read_text
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
 DEFAULT_SPLIT = "test"
@@ -62,35 +69,36 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
     Raises:
         ValueError: not such a folder, or shards are missing.
     """
-    root = pathlib.Path(folder)
-    count_file = root / split / "nshards.txt"
-    if not count_file.is_file():
+    count_file = join(folder, split, "nshards.txt")
+    if not exists(count_file):
         raise ValueError(
             f"{folder}: expected CLIP_benchmark's layout, but there is no {split}/nshards.txt"
         )
-    count = "".join(read_lines(count_file))
+    count = "".join(_read_lines(count_file))
     if not (count.isdecimal() and count.isascii() and 0 < int(count[:99]) <= _MOST_SHARDS):
         raise ValueError(f"{count_file}: expected the number of shards, got '{count[:99]}'")
-    paths = [root / split / f"{number}.tar" for number in range(int(count))]
-    missing = [path.name for path in paths if not path.is_file()]
+    names = [f"{number}.tar" for number in range(int(count))]
+    present = _names_in(join(folder, split))
+    missing = [name for name in names if name not in present]
     if missing:
         raise ValueError(
-            f"{root / split}: {len(missing)} of {len(paths)} shards are missing: "
+            f"{join(folder, split)}: {len(missing)} of {len(names)} shards are missing: "
             f"{', '.join(missing[:5])}"
         )
-    type_file = root / "dataset_type.txt"
+    type_file = join(folder, "dataset_type.txt")
     kind = CLASSIFICATION
-    if type_file.is_file():
-        kind = "".join(read_lines(type_file)).lower()
+    if exists(type_file):
+        kind = "".join(_read_lines(type_file)).lower()
     if kind not in _NOTE_OF_TYPE:
         known = ", ".join(_NOTE_OF_TYPE)
         raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
-    names, templates = root / "classnames.txt", root / "zeroshot_classification_templates.txt"
+    classes = join(folder, "classnames.txt")
+    templates = join(folder, "zeroshot_classification_templates.txt")
     return BenchmarkFolder(
         type=kind,
-        paths=tuple(map(str, paths)),
-        class_names=read_class_names(names) if names.is_file() else None,
-        templates=_read_templates(templates) if templates.is_file() else None,
+        paths=tuple(join(folder, split, name) for name in names),
+        class_names=check_class_names(_read_lines(classes), classes) if exists(classes) else None,
+        templates=_read_templates(templates) if exists(templates) else None,
     )
 
 
@@ -98,23 +106,43 @@ def read_benchmark_folder(folder: BenchmarkFolder) -> Iterator[Pair | Skipped]:
     """Yields the pairs of all shards.
 
     `metadata["label"]` is an int for a classification; for a multi-label set
-    `metadata["labels"]` lists the numbers of its classes. Those pairs have no caption.
+    `metadata["labels"]` lists the numbers of its classes, and `metadata["ignored_labels"]` those of
+    the classes for which it does not count. Those pairs have no caption.
 
     Raises:
         ValueError: a damaged archive.
     """
-    for path in folder.paths:
-        seen: set[str] = set()
-        for key, members in read_groups(path, _limit_of):
-            if key in seen:
-                yield Skipped(key, "duplicate", "the key was there before")
-            else:
-                seen.add(key)
-                yield _make_pair(key, members, folder.type)
+    for unit in benchmark_units(folder):
+        yield from unit()
 
 
-def _read_templates(path: pathlib.Path) -> tuple[str, ...]:
-    lines = [line.replace("{c}", CLASS_SLOT) for line in read_lines(path) if line]
+def benchmark_units(folder: BenchmarkFolder) -> list[Unit]:
+    """One unit for each shard; `read_benchmark_folder` describes the pairs."""
+    return [functools.partial(_read_shard, path, folder.type) for path in folder.paths]
+
+
+def _read_shard(path: str, kind: str) -> Iterator[Pair | Skipped]:
+    seen: set[str] = set()
+    for key, members in read_groups(path, _limit_of):
+        if key in seen:
+            yield Skipped(key, "duplicate", "the key was there before")
+        else:
+            seen.add(key)
+            yield _make_pair(key, members, kind)
+
+
+def _names_in(folder: str) -> set[str]:
+    if is_remote(folder):
+        return {posixpath.basename(url) for url in list_files(folder)}
+    return {entry.name for entry in os.scandir(folder) if entry.is_file()}
+
+
+def _read_lines(path: str) -> list[str]:
+    return [line.strip() for line in read_text(path).rstrip().splitlines()]
+
+
+def _read_templates(path: str) -> tuple[str, ...]:
+    lines = [line.replace("{c}", CLASS_SLOT) for line in _read_lines(path) if line]
     try:
         return check_templates(lines)
     except ValueError as error:
@@ -148,9 +176,13 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> 
 
 def _read_labels(note: bytes) -> dict[str, list[int]]:
     flags = parse_npy(note)
-    if flags.ndim != 1 or flags.dtype.kind not in "biuf" or not np.isin(flags, (0, 1)).all():
-        raise ValueError(f"expected 0 or 1 for each class, got {flags.dtype} {list(flags.shape)}")
-    return {"labels": np.flatnonzero(flags).tolist()}
+    if flags.ndim != 1 or flags.dtype.kind not in "biuf" or not np.isin(flags, (-1, 0, 1)).all():
+        raise ValueError(
+            f"expected 0, 1 or -1 for each class, got {flags.dtype} {list(flags.shape)}"
+        )
+    labels = {"labels": np.flatnonzero(flags == 1).tolist()}
+    ignored = np.flatnonzero(flags == -1).tolist()
+    return {**labels, "ignored_labels": ignored} if ignored else labels
 
 
 def _limit_of(extension: str) -> int | None:

@@ -13,6 +13,7 @@ from typing import Any
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.readers.registry import FORMATS
 from diht_jax.data.readers.webdataset import count_images
+from diht_jax.data.stores import is_remote
 from diht_jax.progress import ProgressBar
 
 
@@ -23,8 +24,11 @@ def count_entries(shards: Sequence[SourceShard]) -> int | None:
 
 
 def count_tars(paths: Sequence[str]) -> int | None:
-    """Pictures in some tars, by the headers of the first one and the sizes of the others."""
-    if not paths:
+    """Pictures in some tars, by the headers of the first one and the sizes of the others.
+
+    None for those in a store, which would be fetched for it.
+    """
+    if not paths or is_remote(paths[0]):
         return None
     lengths = [count_images(paths[0]), *[None] * (len(paths) - 1)]
     return estimate_total(lengths, [os.path.getsize(path) for path in paths])

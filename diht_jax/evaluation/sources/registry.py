@@ -5,51 +5,109 @@ Beside the texts of `diht_jax.data.readers`:
     clip_benchmark:DIR[:SPLIT]   CLIP_benchmark's layout (`benchmark_folder`); SPLIT is "test"
     annotations:FILE             ALBEF's JSON, Localized Narratives (`annotations`)
     winoground:FILE              Winoground's examples.jsonl (`annotations`)
+    list:FILE                    a list of pictures in folders of classes (`picture_lists`)
+    voc:DIR, open_images:DIR     several labels an image (`label_tables`)
 
-These hold labels, questions or pairs of pairs, which are nothing to train on.
+These hold labels, questions or pairs of pairs, which are nothing to train on. FILE and DIR may be
+URLs. Parquet files need no captions here (`diht_jax.data.readers.parquet`).
 """
 
 from __future__ import annotations
 
-import os
+import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from diht_jax.data.readers import registry
-from diht_jax.data.readers.base import Skipped
+from diht_jax.data.readers import parquet, registry
+from diht_jax.data.readers.base import Skipped, SourceShard
 from diht_jax.data.records.schema import Pair
-from diht_jax.evaluation.sources import annotations, entry_counts
+from diht_jax.evaluation.sources import annotations, entry_counts, label_tables, picture_lists
 from diht_jax.evaluation.sources.benchmark_folder import (
     DEFAULT_SPLIT,
+    RETRIEVAL,
     BenchmarkFolder,
+    benchmark_units,
     open_benchmark_folder,
-    read_benchmark_folder,
 )
+from diht_jax.evaluation.sources.pictures import Unit
 
 BENCHMARK, ANNOTATIONS, WINOGROUND = "clip_benchmark", "annotations", "winoground"
 
-_Reader = Callable[..., Iterator[Pair | Skipped]]
-_FILE_READERS: dict[str, tuple[_Reader, tuple[str, ...]]] = {
-    ANNOTATIONS: (
-        annotations.read_annotations,
-        ("image_root", "image_column", "image_name"),
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A form of evaluation data, named by what stands before the colon of a source.
+
+    Attributes:
+        units: divides it; takes what is behind the colon, and the options. Raises ValueError.
+        options: their names.
+        count: entries, without reading an image; None where that is unknown.
+        words: what of a task comes with the data, by the field of `Task` (and its `kind`).
+    """
+
+    units: Callable[..., list[Unit]]
+    options: tuple[str, ...] = ()
+    count: Callable[..., int | None] = lambda rest, **options: None
+    words: Callable[..., dict[str, Any]] = lambda rest, **options: {}
+
+
+def find_benchmark_folder(source: str) -> BenchmarkFolder:
+    """The folder of "clip_benchmark:DIR[:SPLIT]"; DIR may be a URL."""
+    rest = source.removeprefix(f"{BENCHMARK}:")
+    folder, _, split = rest.rpartition(":")
+    if not folder or "/" in split:  # the colon of a URL, or none
+        folder, split = rest, ""
+    return open_benchmark_folder(folder, split or DEFAULT_SPLIT)
+
+
+def _words_of_folder(rest: str) -> dict[str, Any]:
+    folder = find_benchmark_folder(rest)
+    words: dict[str, Any] = {"kind": folder.type}
+    if folder.type != RETRIEVAL:
+        found = {"class_names": folder.class_names, "templates": folder.templates}
+        words |= {name: value for name, value in found.items() if value is not None}
+    return words
+
+
+LAYOUTS: dict[str, Layout] = {
+    BENCHMARK: Layout(
+        units=lambda rest: benchmark_units(find_benchmark_folder(rest)),
+        count=lambda rest: entry_counts.count_tars(find_benchmark_folder(rest).paths),
+        words=_words_of_folder,
     ),
-    WINOGROUND: (annotations.read_winoground, ("image_root", "image_name")),
+    ANNOTATIONS: Layout(
+        units=annotations.annotation_units,
+        options=("image_root", "image_column", "image_name"),
+        count=annotations.count_annotations,
+    ),
+    WINOGROUND: Layout(
+        units=annotations.winoground_units,
+        options=("image_root", "image_name"),
+        count=lambda rest, **options: 2 * len(annotations.read_rows(rest)),
+    ),
+    "list": Layout(
+        units=picture_lists.list_units,
+        options=("image_root", "splits"),
+        count=picture_lists.count,
+        words=lambda rest, **options: {"class_names": picture_lists.class_names(rest, **options)},
+    ),
+    "voc": Layout(
+        units=label_tables.voc_units,
+        words=lambda rest: {"class_names": label_tables.VOC_CLASSES},
+    ),
+    "open_images": Layout(
+        units=label_tables.open_images_units,
+        words=lambda rest: {"class_names": label_tables.open_images_class_names(rest)},
+    ),
 }
+OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))
 
 
 def check_source(source: str, options: Mapping[str, Any]) -> None:
     """Raises ValueError when there is nothing to read; reads no image."""
-    kind, _, rest = source.partition(":")
-    if kind == BENCHMARK:
-        _refuse_options(source, options, ())
-        find_benchmark_folder(source)
-    elif kind in _FILE_READERS:
-        _refuse_options(source, options, _FILE_READERS[kind][1])
-        if not os.path.isfile(rest):
-            raise ValueError(f"nothing at '{rest}'; expected a .json or .jsonl file")
-    else:
-        registry.list_shards(source, **options)
+    open_units(source, options)
 
 
 def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skipped]:
@@ -62,33 +120,47 @@ def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skip
     Raises:
         ValueError: it cannot be read; names it.
     """
+    return itertools.chain.from_iterable(unit() for unit in open_units(source, options))
+
+
+def open_units(source: str, options: Mapping[str, Any]) -> list[Unit]:
+    """Divides a source into parts that can be read on their own, in the order of their entries.
+
+    Args and errors: as `read_source`.
+    """
     kind, _, rest = source.partition(":")
-    if kind == BENCHMARK:
-        yield from read_benchmark_folder(find_benchmark_folder(source))
-    elif kind in _FILE_READERS:
-        yield from _FILE_READERS[kind][0](rest, **options)
-    else:
-        for shard in registry.list_shards(source, **options):
-            yield from registry.read_pairs(shard)
+    if kind in LAYOUTS:
+        layout = LAYOUTS[kind]
+        _refuse_options(source, options, layout.options)
+        return layout.units(rest, **options)
+    return [functools.partial(_read_shard, s) for s in registry.list_shards(source, **options)]
 
 
 def count_source(source: str, options: Mapping[str, Any]) -> int | None:
     """Entries of a source for a progress bar, estimated for tars; None where that takes reading."""
     kind, _, rest = source.partition(":")
-    if kind == BENCHMARK:
-        return entry_counts.count_tars(find_benchmark_folder(source).paths)
-    if kind == WINOGROUND:
-        return 2 * len(annotations.read_rows(rest))
-    if kind == ANNOTATIONS:
-        column = options.get("image_column", annotations.IMAGE_COLUMN)
-        return len({str(row.get(column)) for row in annotations.read_rows(rest)})
+    if kind in LAYOUTS:
+        return LAYOUTS[kind].count(rest, **options)
     return entry_counts.count_entries(registry.list_shards(source, **options))
 
 
-def find_benchmark_folder(source: str) -> BenchmarkFolder:
-    """The folder of "clip_benchmark:DIR[:SPLIT]"."""
-    folder, _, split = source.removeprefix(f"{BENCHMARK}:").partition(":")
-    return open_benchmark_folder(folder, split or DEFAULT_SPLIT)
+def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a task comes with its data: `kind`, `class_names` or `templates`; maybe nothing.
+
+    Raises:
+        ValueError: the source cannot be read, or has no such option.
+    """
+    kind, _, rest = source.partition(":")
+    if kind not in LAYOUTS:
+        return {}
+    _refuse_options(source, options, LAYOUTS[kind].options)
+    return LAYOUTS[kind].words(rest, **options)
+
+
+def _read_shard(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    if registry.FORMATS[shard.kind] is parquet.FORMAT:
+        return parquet.read_parquet(shard, needs_caption=False)
+    return registry.read_pairs(shard)
 
 
 def _refuse_options(source: str, options: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -1,5 +1,6 @@
 """Average precision and the area under the ROC curve, against definitions and other libraries."""
 
+import fractions
 import itertools
 import json
 
@@ -87,6 +88,52 @@ def test_resampled_is_what_scikit_learn_says_of_the_drawn_rows(seed):
         )
         found = result.resampled_metrics(np.bincount(drawn, minlength=n))
         assert found["mean_average_precision"] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_eleven_points_by_their_definition(seed):
+    scores, targets = _scores(seed)
+    curve = []
+    for threshold in set(scores):
+        found = scores >= threshold
+        recall = fractions.Fraction(int(targets[found].sum()), int(targets.sum()))
+        curve.append((recall, targets[found].mean()))
+    best = [
+        max((precision for recall, precision in curve if 10 * recall >= tenth), default=0)
+        for tenth in range(11)
+    ]
+    ranking = rank_items(scores, targets)
+    assert ranking.interpolated_precision(np.ones(len(scores), int)) == pytest.approx(np.mean(best))
+    weights = np.random.default_rng(seed).integers(0, 3, len(scores))
+    repeated = rank_items(np.repeat(scores, weights), np.repeat(targets, weights))
+    assert ranking.interpolated_precision(weights) == pytest.approx(
+        repeated.interpolated_precision(np.ones(weights.sum(), int))
+    )
+
+
+def test_images_that_count_neither_way(tiny_model, photos):
+    scores, targets = _scores(1)
+    ignored = np.arange(len(scores)) % 3 == 0
+    ones = np.ones(len(scores), int)
+    for average in ("average_precision", "interpolated_precision"):
+        left_out = getattr(rank_items(scores, targets, ignored), average)(ones)
+        kept = getattr(rank_items(scores[~ignored], targets[~ignored]), average)(ones)
+        assert left_out == pytest.approx(kept)
+    pairs = _pairs(photos, [[0], [1], [0, 1], [1], []], "labels")
+    pairs[1].metadata["ignored_labels"] = ["dog"]
+    pairs[2].metadata["ignored_labels"] = [0]  # an object that is there outweighs a difficult one
+    names, templates = ("dog", "bird"), ("a {}.",)
+    result = score_labels(
+        tiny_model, pairs, names, templates, binary=False, interpolation=11, batch_size=8
+    )
+    assert result.ignored.tolist() == [[i == 1, False] for i in range(5)]
+    rest = [0, 2, 3, 4]
+    expected = [
+        rank_items(result.scores[rest, 0], result.targets[rest, 0]),
+        rank_items(result.scores[:, 1], result.targets[:, 1]),
+    ]
+    values = [expected[i].interpolated_precision(np.ones(4 + i, int)) for i in (0, 1)]
+    assert result.metrics == {"mean_average_precision": pytest.approx(np.mean(values))}
 
 
 def test_one_kind_only_has_no_number():

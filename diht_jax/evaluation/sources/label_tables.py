@@ -1,0 +1,135 @@
+"""Several labels an image, as PASCAL VOC (`voc:DIR`) and Open Images (`open_images:DIR`) have them.
+
+In both an image can count neither way for a class (`metadata["ignored_labels"]`): in VOC, where all
+its objects of the class are marked as difficult (0 in the list of the class, which the devkit's own
+evaluation of the classification leaves out as well); in Open Images (ours), where nobody has
+verified whether the class is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.sources.pictures import (
+    ReadImage,
+    Unit,
+    join,
+    picture_units,
+    read_text,
+    require,
+)
+
+# In the devkit's order, the one of the alphabet.
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
+_VOC_STATES = {"1": "labels", "0": "ignored_labels", "-1": None}
+
+_OPEN_IMAGES_LABELS = "validation-annotations-human-imagelabels-boxable.csv"
+_OPEN_IMAGES_CLASSES = "class-descriptions-boxable.csv"
+_OPEN_IMAGES_PICTURES = "validation"
+
+
+@dataclasses.dataclass
+class _Image:
+    """Classes of one image, by number: those it has, and those for which it does not count."""
+
+    labels: list[int] = dataclasses.field(default_factory=list)
+    ignored_labels: list[int] = dataclasses.field(default_factory=list)
+
+
+def voc_units(folder: str) -> list[Unit]:
+    """The test images of VOC 2007, or of another year with the same files.
+
+    Args:
+        folder: such as VOCdevkit/VOC2007, with ImageSets/Main/CLASS_test.txt and JPEGImages.
+
+    Raises:
+        ValueError: a list is missing or not as expected.
+    """
+    images: dict[str, _Image] = {}
+    for number, name in enumerate(VOC_CLASSES):
+        path = join(folder, "ImageSets", "Main", f"{name}_test.txt")
+        require(path, "VOC's list of a class; unpack VOCtest_06-Nov-2007.tar")
+        for line in read_text(path).splitlines():
+            image, _, state = line.strip().partition(" ")
+            if state.strip() not in _VOC_STATES:
+                raise ValueError(f"{path}: expected 'IMAGE 1', 'IMAGE 0' or 'IMAGE -1': '{line}'")
+            into = _VOC_STATES[state.strip()]
+            found = images.setdefault(image, _Image())
+            if into is not None:
+                getattr(found, into).append(number)
+    return _units(join(folder, "JPEGImages"), images)
+
+
+def open_images_units(folder: str) -> list[Unit]:
+    """The validation images of Open Images with their verified image-level labels.
+
+    Args:
+        folder: with `validation-annotations-human-imagelabels-boxable.csv`,
+            `class-descriptions-boxable.csv` and the pictures in `validation`.
+
+    Raises:
+        ValueError: a file is missing or not as expected.
+    """
+    numbers = {mid: number for number, (mid, _) in enumerate(_open_images_classes(folder))}
+    path = join(folder, _OPEN_IMAGES_LABELS)
+    require(path, "Open Images' verified labels")
+    positives: dict[str, set[int]] = {}
+    verified: dict[str, set[int]] = {}
+    for row in csv.DictReader(io.StringIO(read_text(path))):
+        try:
+            image, number = row["ImageID"], numbers.get(row["LabelName"])
+            is_there = float(row["Confidence"]) == 1
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: expected the columns ImageID, LabelName and Confidence ({error!r})"
+            ) from error
+        if number is not None:
+            verified.setdefault(image, set()).add(number)
+            if is_there:
+                positives.setdefault(image, set()).add(number)
+    images = {
+        image: _Image(
+            sorted(positives.get(image, ())),
+            [number for number in range(len(numbers)) if number not in known],
+        )
+        for image, known in verified.items()
+    }
+    return _units(join(folder, _OPEN_IMAGES_PICTURES), images)
+
+
+def open_images_class_names(folder: str) -> tuple[str, ...]:
+    """The 601 names of the boxable classes, in the order of their file."""
+    return tuple(name for _, name in _open_images_classes(folder))
+
+
+def _open_images_classes(folder: str) -> list[tuple[str, str]]:
+    """(label, name) of each class; V7 has a line of column names, older versions have not."""
+    path = join(folder, _OPEN_IMAGES_CLASSES)
+    require(path, "Open Images' names of the boxable classes")
+    rows = [tuple(row) for row in csv.reader(io.StringIO(read_text(path))) if row]
+    rows = [row for row in rows if row != ("LabelName", "DisplayName")]
+    if not rows or any(len(row) != 2 for row in rows):
+        raise ValueError(f"{path}: expected lines such as '/m/011k07,Tortoise'")
+    return rows
+
+
+def _units(root: str, images: dict[str, _Image]) -> list[Unit]:
+    def make(item: tuple[str, _Image], read: ReadImage) -> Sequence[Pair | Skipped]:
+        name, found = item
+        image = read(f"{name}.jpg")
+        return [
+            image
+            if isinstance(image, Skipped)
+            else Pair(name, image, "", dataclasses.asdict(found))
+        ]
+
+    return picture_units(root, list(images.items()), make)

@@ -1,0 +1,75 @@
+"""What the readers of lists and annotations share: texts and pictures, local or in a store."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from diht_jax.data.readers.base import Skipped, read_image
+from diht_jax.data.readers.tables import map_ahead
+from diht_jax.data.records.remote import exists, read_bytes
+from diht_jax.data.records.schema import Pair
+from diht_jax.data.retries import StorageError
+from diht_jax.data.stores import is_remote
+
+# Reads a part of a source.
+Unit = Callable[[], Iterator[Pair | Skipped]]
+ReadImage = Callable[[str], bytes | Skipped]
+Item = TypeVar("Item")
+
+# Small enough that 5,000 pictures are shared by 64 hosts.
+_PICTURES_PER_UNIT = 64
+
+
+def read_text(path: str) -> str:
+    """A UTF-8 text file, local or in a store, without a byte order mark.
+
+    Raises:
+        ValueError: there is none, or it is no such text.
+        StorageError: it cannot be read, now and after some attempts.
+    """
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except StorageError:
+        raise
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
+
+
+def join(folder: str, *names: str) -> str:
+    """A path below a folder or below the URL of one."""
+    return (
+        "/".join([folder.rstrip("/"), *names])
+        if is_remote(folder)
+        else os.path.join(folder, *names)
+    )
+
+
+def require(path: str, what: str) -> None:
+    """Raises ValueError where there is no such file or folder."""
+    if not exists(path):
+        raise ValueError(f"nothing at '{path}'; expected {what}")
+
+
+def picture_units(
+    root: str, items: Sequence[Item], make: Callable[[Item, ReadImage], Sequence[Pair | Skipped]]
+) -> list[Unit]:
+    """Divides items into units, and reads their pictures; several at a time from a store.
+
+    Args:
+        root: folder of the pictures, or its URL.
+        items: what `make` takes.
+        make: the entries of an item, given a function that reads a picture below `root`.
+    """
+    root = root if is_remote(root) else os.path.realpath(root)
+
+    def make_one(item: Item) -> Sequence[Pair | Skipped]:
+        return make(item, lambda name: read_image(root, name, name))
+
+    def read(part: Sequence[Item]) -> Iterator[Pair | Skipped]:
+        for entries in map_ahead(make_one, part) if is_remote(root) else map(make_one, part):
+            yield from entries
+
+    starts = range(0, len(items), _PICTURES_PER_UNIT)
+    return [lambda part=items[start : start + _PICTURES_PER_UNIT]: read(part) for start in starts]

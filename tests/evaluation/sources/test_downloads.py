@@ -1,0 +1,373 @@
+"""docs/evaluation_sets.md: its commands, run on small archives with the published file names.
+
+What fetches a file is replaced by a program that copies it from a folder; all else is run as it
+stands, but for our own command: its tasks are parsed, and the entries of their sources are read.
+"""
+
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import stat
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.base import Skipped
+from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, resolve_label
+from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
+from diht_jax.evaluation.suite import NO_SOURCE, SUITE
+from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task, read_entries
+
+_PAGE = pathlib.Path(__file__).parents[3] / "docs" / "evaluation_sets.md"
+_FETCH = 'for last; do :; done; cp "$DOWNLOADS/${last##*/}" .'
+# Program -> what it does here.
+_PROGRAMS = {
+    "wget": _FETCH,
+    "aws": 'cp "$DOWNLOADS/$(basename "$4")" .',
+    "unrar": 'unzip -q "$2"',
+    "hf": 'mkdir -p data && cp "$DOWNLOADS/examples.jsonl" "$DOWNLOADS/images.zip" data/',
+    # Of the two pictures of Birdsnap's script one is not on Flickr any more.
+    "python2": 'mkdir -p download/images && cp -r "$DOWNLOADS/Acadian_Flycatcher" download/images/',
+    "python": f'exec "{sys.executable}" "$@"',
+}
+
+
+def _jpeg(value):
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def _tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def _zip(path, members):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+def _lines(*rows):
+    return ("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)).encode()
+
+
+def _clip(folder, frames):
+    """An .avi whose frames are red 0, 40, 80, ..."""
+    cv2 = pytest.importorskip("cv2")
+    path = str(folder / "clip.avi")
+    video = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"MJPG"), 25, (32, 32))
+    for number in range(frames):
+        video.write(np.full((32, 32, 3), (0, 0, 40 * number), np.uint8))
+    video.release()
+    return pathlib.Path(path).read_bytes()
+
+
+def _birdsnap(folder):
+    lists = {
+        "birdsnap/test_images.txt": _lines(
+            "path", "Acadian_Flycatcher/299764.jpg", "Yellow_billed_Cuckoo/5321.jpg"
+        ),
+        "birdsnap/get_birdsnap.py": b"",
+        "birdsnap/species.txt": b"",
+    }
+    _tar(folder / "birdsnap.tgz", lists, "w:gz")
+    (folder / "Acadian_Flycatcher").mkdir()
+    (folder / "Acadian_Flycatcher" / "299764.jpg").write_bytes(_jpeg(1))
+
+
+def _country211(folder):
+    names = ("country211/test/AD/1.jpg", "country211/test/ZW/2.jpg", "country211/train/AD/3.jpg")
+    _tar(folder / "country211.tgz", {name: _jpeg(i) for i, name in enumerate(names)}, "w:gz")
+
+
+def _ucf101(folder):
+    clips = ["ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01", "YoYo/v_YoYo_g07_c03"]
+    # The folder and the clips of this class are spelt in two ways.
+    clips.append("HandstandPushups/v_HandStandPushups_g01_c01")
+    _zip(folder / "UCF101.rar", {f"UCF-101/{clip}.avi": _clip(folder, 5) for clip in clips})
+    lists = {
+        f"ucfTrainTestlist/testlist0{number}.txt": _lines(*(f"{clips[i]}.avi" for i in members))
+        for number, members in ((1, (0, 1)), (2, (1, 2)), (3, (2,)))
+    }
+    _zip(folder / "UCF101TrainTestSplits-RecognitionTask.zip", lists)
+
+
+def _hateful_memes(folder):
+    rows = [
+        {"id": 8291, "img": "img/08291.png", "label": 1, "text": "one"},
+        {"id": 46971, "img": "img/46971.png", "label": 0, "text": "two"},
+    ]
+    pictures = {row["img"]: _jpeg(i) for i, row in enumerate(rows)}
+    _zip(folder / "hateful_memes.zip", {"dev_seen.jsonl": _lines(*rows), **pictures})
+
+
+def _voc2007(folder):
+    root = "VOCdevkit/VOC2007"
+    states = {"aeroplane": (1, -1), "dog": (0, 1), "tvmonitor": (-1, 0)}
+    members = {f"{root}/JPEGImages/{name}.jpg": _jpeg(1) for name in ("000001", "000002")}
+    for name in VOC_CLASSES:
+        first, second = states.get(name, (-1, -1))
+        text = f"000001 {first:2d}\n000002 {second:2d}\n"
+        members[f"{root}/ImageSets/Main/{name}_test.txt"] = text.encode()
+    _tar(folder / "VOCtest_06-Nov-2007.tar", members)
+
+
+def _open_images(folder):
+    rows = [
+        "ImageID,Source,LabelName,Confidence",
+        "0001eeaf4aed83f9,verification,/m/0cmf2,1",
+        "0001eeaf4aed83f9,verification,/m/01g317,0",
+        "0004886b7d043cfd,crowdsource-verification,/m/01g317,1",
+        "0004886b7d043cfd,verification,/m/not_boxable,1",
+    ]
+    name = "validation-annotations-human-imagelabels-boxable.csv"
+    (folder / name).write_bytes(_lines(*rows))
+    names = _lines("/m/011k07,Tortoise", "/m/01g317,Person", "/m/0cmf2,Airplane")
+    (folder / "class-descriptions-boxable.csv").write_bytes(names)
+    images = ("0001eeaf4aed83f9", "0004886b7d043cfd")
+    pictures = {f"validation/{name}.jpg": _jpeg(1) for name in images}
+    _tar(folder / "validation.tar.gz", pictures, "w:gz")
+
+
+def _flickr30k(folder):
+    names = ("1007129816", "1009434119")
+    pictures = {f"flickr30k-images/{name}.jpg": _jpeg(1) for name in names}
+    _tar(folder / "flickr30k-images.tar.gz", pictures, "w:gz")
+
+
+def _albef(folder):
+    _flickr30k(folder)
+    captions = [f"caption {i}" for i in range(5)]
+    files = {
+        "flickr30k_test": [{"image": "flickr30k-images/1007129816.jpg", "caption": captions}],
+        "ve_test": [{"image": "1009434119", "sentence": "a dog", "label": "entailment"}],
+        "vqa_val": [
+            {
+                "question_id": 262148000,
+                "question": "Where is he looking?",
+                "answer": ["down"] * 9 + ["up"],
+                "image": "val2014/COCO_val2014_000000262148.jpg",
+                "dataset": "vqa",
+            }
+        ],
+        "answer_list": ["down", "up"],
+    }
+    members = {f"data/{name}.json": json.dumps(rows).encode() for name, rows in files.items()}
+    _tar(folder / "data.tar.gz", members, "w:gz")
+    _zip(folder / "val2014.zip", {"val2014/COCO_val2014_000000262148.jpg": _jpeg(1)})
+
+
+def _narratives(folder):
+    _flickr30k(folder)
+    _zip(folder / "val2017.zip", {"val2017/000000137576.jpg": _jpeg(1)})
+    for name, image in (("coco_val", "137576"), ("flickr30k_test", "1007129816")):
+        row = {"dataset_id": name, "image_id": image, "annotator_id": 93, "caption": "In this"}
+        (folder / f"{name}_localized_narratives.jsonl").write_bytes(_lines(row))
+
+
+def _winoground(folder):
+    row = {"id": 0, "image_0": "ex_0_img_0", "image_1": "ex_0_img_1", "tag": "Adjective"}
+    row |= {
+        "caption_0": "an old person kisses a young",
+        "caption_1": "a young person kisses an old",
+    }
+    (folder / "examples.jsonl").write_bytes(_lines(row))
+    _zip(folder / "images.zip", {f"images/ex_0_img_{side}.png": _jpeg(1) for side in (0, 1)})
+
+
+# Heading of the section -> what makes its archives.
+_SECTIONS = {
+    "birdsnap": _birdsnap,
+    "country211": _country211,
+    "ucf101": _ucf101,
+    "hateful_memes": _hateful_memes,
+    "voc2007": _voc2007,
+    "open_images": _open_images,
+    "flickr30k_retrieval, snli_ve and vqav2": _albef,
+    "localized_narratives_coco and localized_narratives_flickr": _narratives,
+    "winoground": _winoground,
+}
+
+
+def test_every_task_without_a_source_has_a_section():
+    named = {name for heading in _SECTIONS for name in re.split(", | and ", heading)}
+    assert named == {name for name, entry in SUITE.items() if entry.source == NO_SOURCE}
+    headings = re.findall("(?m)^## (.+)$", _PAGE.read_text("utf-8"))
+    assert headings == [*_SECTIONS, "Beside CLIP"]
+
+
+def _run_section(heading, folder):
+    """Runs a section's commands in a folder; returns the tasks of our own."""
+    downloads, programs = folder / "downloads", folder / "programs"
+    downloads.mkdir()
+    programs.mkdir()
+    _SECTIONS[heading](downloads)
+    # What is handed out by request lies in the folder already.
+    for name in ("flickr30k-images.tar.gz", "hateful_memes.zip"):
+        if (downloads / name).exists():
+            (folder / name).write_bytes((downloads / name).read_bytes())
+    for name, script in _PROGRAMS.items():
+        (programs / name).write_text(f"#!/bin/bash -e\n{script}\n")
+        (programs / name).chmod(stat.S_IRWXU)
+    text = _PAGE.read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    for block in re.findall(r"(?ms)^```python\n(.*?)^```", text):
+        (folder / "middle_frames.py").write_text(block)
+    (block,) = re.findall(r"(?:^ {4}.*\n)+", re.sub(r"(?ms)^```.*?^```", "", text), re.MULTILINE)
+    lines = textwrap.dedent(block).replace("\\\n", " ").splitlines()
+    own = [line for line in lines if line.startswith("python -m ")]
+    others = [line for line in lines if line not in own]
+    subprocess.run(
+        ["bash", "-ec", "\n".join(others)],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "DOWNLOADS": str(downloads),
+        },
+        check=True,
+        capture_output=True,
+    )
+    tasks = [re.search(r"--tasks (\S+)", line)[1] for line in own]
+    return parse_tasks([shlex.split(task)[0] for task in tasks])
+
+
+@pytest.fixture
+def run_section(tmp_path, monkeypatch):
+    """The entries of each task of a section, by the task's name; and the tasks."""
+    pytest.importorskip("clip_benchmark")
+    monkeypatch.chdir(tmp_path)
+
+    def run(heading):
+        tasks = {task.name: task for task in _run_section(heading, tmp_path)}
+        for task in tasks.values():
+            check_source(task)
+        return tasks, {name: list(read_entries(task)) for name, task in tasks.items()}
+
+    return run
+
+
+def _label(task, pair):
+    index = name_index(task.class_names)
+    raw = RawLabel(pair.key, pair.metadata.get("label"), pair.metadata.get("class_name"), "")
+    return task.class_names[resolve_label(raw, task.class_names, index)]
+
+
+def test_birdsnap(run_section):
+    tasks, entries = run_section("birdsnap")
+    found, missing = entries["birdsnap"]
+    assert tasks["birdsnap"].class_names == ("Acadian Flycatcher", "Yellow billed Cuckoo")
+    assert _label(tasks["birdsnap"], found) == "Acadian Flycatcher"
+    assert isinstance(missing, Skipped) and missing.reason == "no_image"
+
+
+def test_country211(run_section):
+    tasks, entries = run_section("country211")
+    # The real archive has a folder for each of the 211 names; here only the order can be seen.
+    assert [pair.metadata["class_name"] for pair in entries["country211"]] == ["AD", "ZW"]
+    assert [pair.metadata["label"] for pair in entries["country211"]] == [0, 1]
+    names = tasks["country211"].class_names
+    assert (len(names), names[0], names[-1]) == (211, "Andorra", "Zimbabwe")
+
+
+class _Random:
+    """Embeds a text, or a picture, by a random vector that it decides alone."""
+
+    logit_scale = 1.0
+
+    def preprocess(self, image):
+        return np.asarray(image.resize((2, 2)))
+
+    def encode_image(self, images):
+        return np.stack([self._embed(image.tobytes()) for image in images])
+
+    def encode_text(self, texts):
+        return np.stack([self._embed(text.encode()) for text in texts])
+
+    def _embed(self, data):
+        vector = np.random.default_rng(list(data)).normal(size=2).astype(np.float32)
+        return vector / np.linalg.norm(vector)
+
+
+def test_ucf101(run_section):
+    tasks, entries = run_section("ucf101")
+    (task,) = tasks.values()
+    assert [_label(task, pair) for pair in entries["ucf101"]] == [
+        *("Apply Eye Makeup", "Yo Yo", "Hand Stand Pushups")
+    ]
+    assert [pair.metadata["splits"] for pair in entries["ucf101"]] == [[1], [1, 2], [2, 3]]
+    for pair in entries["ucf101"]:
+        red = np.asarray(decode_rgb(pair.image))[..., 0].mean()
+        assert red == pytest.approx(80, abs=4)  # the third of five frames
+    result = evaluate_task(_Random(), task, batch_size=64)
+    assert len(result["protocol"]["templates"]) == 48
+    assert result["protocol"]["mean_over_splits"] == [1, 2, 3]
+    counts = [result["counts"][f"images_of_split_{split}"] for split in (1, 2, 3)]
+    assert (result["counts"]["images"], counts) == (3, [2, 2, 1])
+    hits = {
+        row["class"]: row["accuracy"] for row in result["per_class"] if row["accuracy"] is not None
+    }
+    eye, yo, hand = hits["Apply Eye Makeup"], hits["Yo Yo"], hits["Hand Stand Pushups"]
+    expected = ((eye + yo) / 2 + (yo + hand) / 2 + hand) / 3
+    assert result["metrics"]["top1"] == pytest.approx(expected)
+
+
+def test_hateful_memes(run_section):
+    _, entries = run_section("hateful_memes")
+    assert [pair.metadata["label"] for pair in entries["hateful_memes"]] == [1, 0]
+
+
+def test_voc2007(run_section):
+    tasks, entries = run_section("voc2007")
+    assert tasks["voc2007"].options == {"interpolation": 11}
+    number = VOC_CLASSES.index
+    assert [pair.metadata for pair in entries["voc2007"]] == [
+        {"labels": [number("aeroplane")], "ignored_labels": [number("dog")]},
+        {"labels": [number("dog")], "ignored_labels": [number("tvmonitor")]},
+    ]
+
+
+def test_open_images(run_section):
+    tasks, entries = run_section("open_images")
+    assert tasks["open_images"].class_names == ("Tortoise", "Person", "Airplane")
+    assert [pair.metadata for pair in entries["open_images"]] == [
+        {"labels": [2], "ignored_labels": [0]},
+        {"labels": [1], "ignored_labels": [0, 2]},
+    ]
+
+
+def test_flickr30k_snli_ve_and_vqav2(run_section):
+    tasks, entries = run_section("flickr30k_retrieval, snli_ve and vqav2")
+    (retrieval,), (entailment,), (vqa,) = entries.values()
+    assert len(retrieval.metadata["captions"]) == 5
+    assert entailment.metadata["rows"][0]["label"] == "entailment"
+    assert vqa.metadata["rows"][0]["answer"].count("down") == 9
+    assert tasks["vqav2"].class_names == ("down", "up")
+
+
+def test_localized_narratives(run_section):
+    _, entries = run_section("localized_narratives_coco and localized_narratives_flickr")
+    assert [[pair.key for pair in pairs] for pairs in entries.values()] == [
+        ["000000137576.jpg"],
+        ["1007129816.jpg"],
+    ]
+
+
+def test_winoground(run_section):
+    _, entries = run_section("winoground")
+    assert [pair.metadata["side"] for pair in entries["winoground"]] == [0, 1]

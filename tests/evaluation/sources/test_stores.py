@@ -1,0 +1,121 @@
+"""Evaluation sets in an object store, and as parquet: the entries are those of local files."""
+
+import csv
+import io
+import json
+import tarfile
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
+from diht_jax.evaluation.sources.registry import check_source, count_source, read_source
+from diht_jax.evaluation.task_parsing import parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+
+_FEATURES = {"label": {"names": ["ant", "hot_dog"], "_type": "ClassLabel"}}
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory, photos):
+    """One folder with a small set in each layout."""
+    root = tmp_path_factory.mktemp("sets")
+
+    def write(name, data):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+
+    def npy(values):
+        file = io.BytesIO()
+        np.save(file, np.array(values))
+        return file.getvalue()
+
+    for number, photo in enumerate(photos):
+        write(f"pictures/{number}.png", photo)
+        write(f"voc/JPEGImages/{number}.jpg", photo)
+        write(f"birds/images/Blue_Jay/{number}.jpg", photo)
+    rows = [{"image": f"{i}.png", "caption": f"text {i}"} for i in (0, 1, 2, 9)]
+    write("captions.json", json.dumps(rows))
+    example = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a b", "caption_1": "b a"}
+    write("examples.jsonl", json.dumps(example))
+    write("birds/test_images.txt", "path\nBlue_Jay/3.jpg\nBlue_Jay/7.jpg\nGadwall/1.jpg\n")
+    for name in VOC_CLASSES:
+        states = "".join(f"{i} {(i + len(name)) % 3 - 1:2d}\n" for i in range(5))
+        write(f"voc/ImageSets/Main/{name}_test.txt", states)
+    write("multi/test/nshards.txt", "2")
+    write("multi/dataset_type.txt", "multilabel")
+    write("multi/classnames.txt", "ant\nbee\n")
+    for shard in (0, 1):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w") as tar:
+            for name, data in (("png", photos[shard]), ("npy", npy([shard, -1]))):
+                info = tarfile.TarInfo(f"{shard}.{name}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        write(f"multi/test/{shard}.tar", file.getvalue())
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerows([("image", "caption"), ("pictures/0.png", "a"), ("pictures/1.png", "b")])
+    write("table.csv", text.getvalue())
+    table = pyarrow.table(
+        {
+            "image": [{"bytes": photo, "path": f"{i}.png"} for i, photo in enumerate(photos)],
+            "label": [1, 0, 1, 0, 1],
+        }
+    )
+    described = json.dumps({"info": {"features": _FEATURES}})
+    table = table.replace_schema_metadata({"huggingface": described})
+    pyarrow.parquet.write_table(table, root / "test-00000-of-00001.parquet")
+    return root
+
+
+# Source, "{}" being the folder or its URL; its options; pairs and skipped entries in it.
+_SOURCES = {
+    "annotations": ("annotations:{}/captions.json", {"image_root": "{}/pictures"}, 3, 1),
+    "winoground": ("winoground:{}/examples.jsonl", {"image_root": "{}/pictures"}, 2, 0),
+    "list": ("list:{}/birds/test_images.txt", {"image_root": "{}/birds/images"}, 1, 2),
+    "voc": ("voc:{}/voc", {}, 5, 0),
+    "clip_benchmark": ("clip_benchmark:{}/multi", {}, 2, 0),
+    "clip_benchmark, split": ("clip_benchmark:{}/multi:test", {}, 2, 0),
+    "table": ("{}/table.csv", {}, 2, 0),
+    "parquet": ("{}/test-00000-of-00001.parquet", {}, 5, 0),
+}
+
+
+def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
+    url = f"{s3_bucket}/evaluation"
+    fsspec.filesystem("s3").put(str(sets), url, recursive=True)
+    for source, options, pairs, skipped in _SOURCES.values():
+        found = []
+        for root in (str(sets), url):
+            given = {name: value.format(root) for name, value in options.items()}
+            check_source(source.format(root), given)
+            count = count_source(source.format(root), given)
+            found.append(list(read_source(source.format(root), given)))
+            assert count in (None, pairs + skipped), (source, root)
+        strange = [getattr(entry, "reason", None) for entry in found[0]]
+        assert strange.count(None) == pairs and len(strange) == pairs + skipped, source
+        if source.startswith(("annotations", "list")):  # the message names the file as it lies
+            found = [[(e.key, getattr(e, "image", None)) for e in entries] for entries in found]
+        assert found[0] == found[1], source
+    (task,) = parse_tasks(f"clip_benchmark:{url}/multi:test")
+    assert (task.kind, task.class_names) == ("multilabel", ("ant", "bee"))
+    for missing in ("voc:{}/none", "clip_benchmark:{}/none", "list:{}/none.txt"):
+        with pytest.raises(ValueError, match="none"):
+            check_source(missing.format(url), {})
+
+
+def test_labels_of_parquet(sets, tiny_model):
+    source = f"{sets}/test-00000-of-00001.parquet"
+    pairs = list(read_source(source, {}))
+    assert [pair.metadata["label"] for pair in pairs] == [1, 0, 1, 0, 1]
+    assert [pair.metadata["class_name"] for pair in pairs[:2]] == ["hot_dog", "ant"]
+    assert not any(pair.caption for pair in pairs)
+    (task,) = parse_tasks(f"classification:{source}")
+    result = evaluate_task(tiny_model, task, batch_size=8)
+    assert [row["class"] for row in result["per_class"]] == ["ant", "hot dog"]
+    assert [row["images"] for row in result["per_class"]] == [2, 3]
