@@ -8,8 +8,9 @@
 
 Run again, it does only what is not done yet. `--engine=ray` runs it on a Ray cluster. For a job
 array add `--task_index=I --num_tasks=N`: every job takes its share of the shards, and whichever
-sees all of them done writes the output shards and the report. What was made with another config or
-from another input is made again with `--overwrite` only. `--replay` reads the decisions of a
+sees all of them done writes the output shards and the report. What was made with another config is
+made again with `--overwrite` only, and so is what was made of other inputs, where these are more
+than `config.max_changed_shards`. `--replay` reads the decisions of a
 finished folder and no input, and decides anew by the limits of the config; without a config by its
 own.
 """
@@ -100,15 +101,15 @@ def run_filter(
         task_index: number of this job.
         num_tasks: jobs that share the work.
         engine: one of `engine.ENGINES`.
-        overwrite: make again what was made with another config or from another input.
+        overwrite: make again what was made with another config, or from however many other inputs.
 
     Returns:
         Sources that failed, with the reason, and whether the output was written without them; the
         other shards are complete.
 
     Raises:
-        ValueError: nothing to read, nowhere to write, no pair was kept, or something has changed
-            and `overwrite` is not set.
+        ValueError: nothing to read, nowhere to write, no pair was kept, or something has changed,
+            other than a few inputs, and `overwrite` is not set.
     """
     if engine == "ray" and config.spotter.cache is not None:
         # On all nodes the same folder, whatever folder a worker runs in.

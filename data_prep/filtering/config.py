@@ -40,6 +40,7 @@ _NOT_HASHED = (
     "clean_label",
     "input_identity",
     "max_failed_shards",
+    "max_changed_shards",
 )
 # Folders that were filtered before the rules had versions were hashed with digests of the rules'
 # source code. These two mean version 1, and version 1 goes on to be hashed as them, so that such
@@ -73,6 +74,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
     # The output is written without so many failed input shards: a share below 1, or a number.
     c.max_failed_shards = 0.01
+    # So many inputs of a finished folder may be gone or replaced without --overwrite.
+    c.max_changed_shards = 0.01
     c.samples_per_outcome = 50  # examples in the statistics, to look at
     c.report_samples = 8  # examples of each outcome in the report, with pictures
     c.label_field = placeholder(str)  # field of the metadata by whose values pairs are counted
@@ -97,7 +100,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: a value is out of its range.
     """
-    check_limit("max_failed_shards", config.max_failed_shards)
+    for name in ("max_failed_shards", "max_changed_shards"):
+        check_limit(name, config[name])
     least = {"retries": 0, "samples_per_outcome": 0}
     least |= {"examples_per_shard": 1} if config.examples_per_shard is not None else {}
     least |= {"report_samples": 0, "batch_size": 1}

@@ -95,7 +95,13 @@ def run(
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)
     versions = filter_config.package_versions(config)
     finished = stale_outputs.reject_or_remove_stale(
-        mine, names, folder, settings, versions, overwrite=overwrite
+        mine,
+        names,
+        folder,
+        settings,
+        versions,
+        overwrite=overwrite,
+        max_changed=config.max_changed_shards,
     )
     if finished.removed:
         filter_parts.forget_output(folder)

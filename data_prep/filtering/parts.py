@@ -91,6 +91,7 @@ def settle_changes(
         filter_config.describe_settings(config),
         filter_config.package_versions(config),
         overwrite=overwrite,
+        max_changed=config.max_changed_shards,
     )
     if finished.removed:
         forget_output(folder)

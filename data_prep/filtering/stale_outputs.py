@@ -1,6 +1,8 @@
 """Refuses, or removes on request, an output of another config, input or model.
 
-Nothing that was made with other settings is replaced unless `--overwrite` asks for it.
+Nothing that was made with other settings is replaced unless `--overwrite` asks for it. Parts of
+inputs that are gone or were replaced follow them by themselves while they are few: an everyday
+change costs itself, and a mistyped `config.input` costs nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from absl import logging
 from data_prep.filtering.config import DECIDING_PACKAGES, upgrade_settings
 from data_prep.filtering.resharding import remove_output
 from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs.failures import allowed_number
 
 SETTINGS = "settings.json"
 
@@ -41,6 +44,7 @@ def reject_or_remove_stale(
     versions: Mapping[str, str],
     *,
     overwrite: bool,
+    max_changed: float,
 ) -> Finished:
     """Refuses what was made by another config or model or from another input, or removes it.
 
@@ -53,32 +57,44 @@ def reject_or_remove_stale(
         settings: what the config means; kept in the folder, so that differences can be named.
         versions: of the installed packages, of `config.package_versions`.
         overwrite: remove it.
+        max_changed: `config.max_changed_shards`, how many inputs may be gone or replaced without
+            that.
 
     Raises:
-        ValueError: something has changed, and `overwrite` is not set.
+        ValueError: something else has changed, or more inputs, and `overwrite` is not set.
     """
     fingerprint.forget_linked()  # as an earlier run of this process saw them
     present = set(files.list_names(folder))
     there = [t for t in tasks if os.path.basename(t.stats_path) in present]
-    changed, done = [], {}
+    changed, replaced, done = [], 0, {}
     for task, stats, reason in shards.check_all(there):
         if stats is None:
             continue
-        reason = reason or _explain_versions(stats, versions)
-        if reason is None:
+        other_version = _explain_versions(stats, versions)
+        if reason is None and other_version is None:
             done[task.output] = shards.without_counts(stats)
         else:
-            changed.append((task.output, reason))
+            changed.append((task.output, reason or other_version))
+            replaced += other_version is None and stats.get("config_hash") == task.config_hash
     finished = {n.removesuffix(shards.STATS_SUFFIX) for n in present if _is_shard_stats(n)}
     gone = sorted(finished - set(names))
-    if (changed or gone) and not overwrite:
-        raise ValueError(_describe(folder, changed, gone, settings, len(finished)))
+    allowed = allowed_number(max_changed, len(finished))
+    is_everyday = replaced == len(changed) and len(changed) + len(gone) <= allowed
+    if (changed or gone) and not (overwrite or is_everyday):
+        text = _describe(folder, changed, gone, settings, len(finished))
+        if replaced or gone:
+            text += (
+                f"; config.max_changed_shards={max_changed:g} allows {allowed} inputs to be gone "
+                "or replaced without it"
+            )
+        raise ValueError(text)
     removed = bool(changed or gone)
     for path, reason in changed:
         logging.warning("%s: made again, since this changed: %s", path, reason)
         remove_output(path)
     for name in gone:
-        logging.warning("%s: removed, since its input is gone", files.join(folder, name))
+        found = fingerprint.read_location(_location_path(folder, name)) or {"path": "its input"}
+        logging.warning("%s: removed, since %s is gone", files.join(folder, name), found["path"])
         remove_output(files.join(folder, name))
     notes = [name for name in present if name.endswith(shards.FAILED_SUFFIX)]
     gone += {name.removesuffix(shards.FAILED_SUFFIX) for name in notes} - set(names) - finished
