@@ -297,7 +297,7 @@ class TrainIterator:
     def _sub_batches(self) -> SubBatches:
         """Of the batches from the next one on."""
         return SubBatches(
-            self._checked,
+            self._checked.rows,
             batch_size=self._batch_size,
             first_example=self._next_example,
             process_index=self._process_index,

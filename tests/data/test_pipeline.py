@@ -239,11 +239,11 @@ class Deadly(DecodeExample):
         super().__init__(8, 8, (1.0, 1.0), "{caption}", fast_decode=False)
         self._lives = str(lives)
 
-    def random_map(self, element, rng):
+    def parse(self, element):
         if decode_record(element).key == "5" and os.listdir(self._lives):
             os.unlink(os.path.join(self._lives, os.listdir(self._lives)[0]))
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().random_map(element, rng)
+        return super().parse(element)
 
 
 def deadly_batches(directory, deaths, count):
@@ -289,19 +289,19 @@ def test_workers_that_always_die_are_an_error(monkeypatch):
 class Crashing(DecodeExample):
     """Picture 5 crashes the codec."""
 
-    def random_map(self, element, rng):
+    def parse(self, element):
         if decode_record(element).key == "5":
             os.kill(os.getpid(), signal.SIGSEGV)
-        return super().random_map(element, rng)
+        return super().parse(element)
 
 
 class Unreadable(DecodeExample):
     """Picture 5 is a bad one."""
 
-    def random_map(self, element, rng):
+    def parse(self, element):
         if decode_record(element).key == "5":
             raise ValueError("record '5': bad")
-        return super().random_map(element, rng)
+        return super().parse(element)
 
 
 def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch):

@@ -10,8 +10,10 @@ refused there is refused here, with the same words.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
@@ -33,6 +35,9 @@ _START_OF_SCAN = 0xDA
 # Tables, frames of 8 bits in Huffman codes, JFIF, colour profiles, Adobe's colours, comments.
 _PLAIN_MARKERS = frozenset((0xDB, 0xC4, 0xDD, 0xC0, 0xC1, 0xC2, 0xE0, 0xE2, 0xEE, 0xFE))
 _PLAIN_COLORSPACES = ("YCbCr", "RGB", "Gray")
+
+# A thread does not keep the memory of larger pictures.
+_MOST_KEPT_BYTES = 2**24
 
 # A resizer keeps buffers, so each thread has its own.
 _kept = threading.local()
@@ -58,19 +63,43 @@ def decode_random_crop(
         ratio: range of the crop's width / height.
 
     Returns:
-        uint8 [size, size, 3], writable; the same for the same arguments.
+        uint8 [size, size, 3], maybe read-only; the same for the same arguments.
 
     Raises:
         ImageError: as `images.decode_rgb`.
         ValueError: an invalid range.
     """
+    return plan_random_crop(data, size, rng, scale, ratio)()
+
+
+def plan_random_crop(
+    data: bytes,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Callable[[], np.ndarray]:
+    """Draws the crop of `decode_random_crop`; what is returned decodes it.
+
+    Only an ordinary JPEG file waits; another picture is decoded here, since it may take much more
+    memory than its crop. Arguments and errors are those of `decode_random_crop`; either call may
+    raise them.
+    """
     image_size = _size_of_plain_jpeg(data)
     if image_size is None:
         image = decode.open_image(data)
         if not _is_ordinary_jpeg(image):
-            return transforms.train_transform(decode.load_rgb(image), size, rng, scale, ratio)
+            crop = transforms.train_transform(decode.load_rgb(image), size, rng, scale, ratio)
+            return lambda: crop
         image_size = image.size
     box = transforms.sample_crop_box(*image_size, rng, scale, ratio)
+    return functools.partial(_decode_crop, data, image_size, box, size)
+
+
+def _decode_crop(
+    data: bytes, image_size: tuple[int, int], box: tuple[int, int, int, int], size: int
+) -> np.ndarray:
+    """A crop of an ordinary JPEG file."""
     reduction = choose_reduction(box, size)
     pixels = _decode_jpeg(data, image_size, reduction)
     if pixels is None:
@@ -118,7 +147,7 @@ def scale_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
         size: pixels, of both sides of the result.
 
     Returns:
-        uint8 [size, size, 3], writable.
+        uint8 [size, size, 3], maybe read-only.
     """
     if cykooz_resizer is None:
         return transforms.crop_to_square(
@@ -126,10 +155,13 @@ def scale_to_square(pixels: np.ndarray, size: int) -> np.ndarray:
         )
     resizer, options = _resizer()
     height, width = pixels.shape[:2]
-    scaled = cykooz_resizer.ImageData(size, size, cykooz_resizer.PixelType.U8x3)
+    scaled = _kept.scaled.get(size)
+    if scaled is None:
+        scaled = cykooz_resizer.ImageData(size, size, cykooz_resizer.PixelType.U8x3)
+        _kept.scaled = {size: scaled}
     whole = cykooz_resizer.ImageData(width, height, cykooz_resizer.PixelType.U8x3, pixels.tobytes())
     resizer.resize(whole, scaled, options)
-    return np.frombuffer(bytearray(scaled.get_buffer()), np.uint8).reshape(size, size, 3)
+    return np.frombuffer(scaled.get_buffer(), np.uint8).reshape(size, size, 3)  # a copy
 
 
 def _resizer() -> tuple[cykooz_resizer.Resizer, cykooz_resizer.ResizeOptions]:
@@ -139,6 +171,7 @@ def _resizer() -> tuple[cykooz_resizer.Resizer, cykooz_resizer.ResizeOptions]:
         cubic = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.catmull_rom)
         options = cykooz_resizer.ResizeOptions(resize_alg=cubic, use_alpha=False)
         _kept.resizer = cykooz_resizer.Resizer(), options
+        _kept.scaled = {}
     return _kept.resizer
 
 
@@ -181,20 +214,30 @@ def _is_ordinary_jpeg(image: Image.Image) -> bool:
 
 
 def _decode_jpeg(data: bytes, image_size: tuple[int, int], reduction: int) -> np.ndarray | None:
-    """uint8 [ceil(h / reduction), ceil(w / reduction), 3], or None where anything is odd."""
+    """uint8 [ceil(h / reduction), ceil(w / reduction), 3], or None where anything is odd.
+
+    It is valid until this thread decodes its next picture.
+    """
     width, height = image_size
     reduced = (math.ceil(height / reduction), math.ceil(width / reduction))
     try:
-        # Before memory is taken: hostile bytes may have two headers.
-        if simplejpeg.decode_jpeg_header(data)[:2] != (height, width):
-            return None
         pixels = simplejpeg.decode_jpeg(
             data,
             colorspace="RGB",
             min_height=reduced[0],
             min_width=reduced[1],
             min_factor=reduction,
+            buffer=_pixel_buffer(3 * reduced[0] * reduced[1]),
         )
-    except ValueError:
+    except ValueError:  # also where another header asks for more than the buffer
         return None
     return pixels if pixels.shape[:2] == reduced else None
+
+
+def _pixel_buffer(num_bytes: int) -> bytearray:
+    """This thread's memory for decoded pixels, in which the caches still hold the last picture."""
+    if num_bytes > _MOST_KEPT_BYTES:
+        return bytearray(num_bytes)
+    if len(getattr(_kept, "pixels", b"")) < num_bytes:
+        _kept.pixels = bytearray(num_bytes)
+    return _kept.pixels

@@ -6,6 +6,7 @@ What makes a record bad is decided where it is read: `records/tfrecord.py` for i
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ MODES = ("error", "skip")
 SKIPPED_RECORDS = "skipped_records"
 # Records tried for one row of a batch. If all are bad, more than single records is damaged.
 MAX_IN_A_ROW = 100
+# Records that are read before the first of their pictures is decoded. Few enough for their memory.
+_GROUP_ROWS = 32
 
 
 class CheckedExamples(Sequence[dict[str, np.ndarray]]):
@@ -44,6 +47,7 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
 
         Args:
             examples: index in the order -> decoded example; raises ValueError where it is bad.
+                `rows` needs its `plan`, as of `RandomExamples`.
             locate: index in the order -> file and number of its record, or "".
             mode: one of `MODES`.
             stride: added to the index of a bad record until a good one is found.
@@ -75,11 +79,33 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
         if not self._skips:
             return self._decode(index)
         example, count = self._find(index)
-        return {**example, SKIPPED_RECORDS: np.int32(count)}
+        return self._with_count(example, count)
+
+    def rows(self, indices: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        """The examples at indices, one after the other, each as `self[index]` gives it.
+
+        Each step before the pixels is done for a group of them at once: see `RandomExamples.plan`.
+        """
+        for first in range(0, len(indices), _GROUP_ROWS):
+            group = indices[first : first + _GROUP_ROWS]
+            excludes = self._excluded and any(map(self._is_excluded, group))
+            plans = [None] * len(group) if excludes else self._examples.plan(group)
+            for index, decode_pixels in zip(group, plans, strict=True):
+                example = None
+                if decode_pixels is not None:
+                    with contextlib.suppress(ValueError):  # self[index] raises it as well
+                        example = decode_pixels()
+                if example is None:
+                    yield self[index]
+                else:
+                    yield self._with_count(example, 0) if self._skips else example
 
     def exclude(self, index: int, problem: str) -> None:
         """Makes the record at an index a bad one, which nobody decodes any more."""
         self._excluded[self._record_number(index)] = problem
+
+    def _is_excluded(self, index: int) -> bool:
+        return self._record_number(index) in self._excluded
 
     def tried_indices(self, index: int) -> Iterator[int]:
         """Decodes what the example at an index needs; yields each index before that is done."""
@@ -125,10 +151,14 @@ class CheckedExamples(Sequence[dict[str, np.ndarray]]):
             f"replaces; the last one: {last}"
         )
 
+    @staticmethod
+    def _with_count(example: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        return {**example, SKIPPED_RECORDS: np.int32(count)}
+
     def _decode(self, index: int) -> dict[str, Any]:
         try:
-            if self._excluded and (number := self._record_number(index)) in self._excluded:
-                raise ValueError(self._excluded[number])
+            if self._excluded and self._is_excluded(index):
+                raise ValueError(self._excluded[self._record_number(index)])
             return self._examples[index]
         except (TFRecordError, StorageError):
             raise  # names file and record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import grain
@@ -100,22 +100,32 @@ class DecodeExample(grain.transforms.RandomMap):
             ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
                 record's key.
         """
+        return self.plan(self.parse(element), rng)()
+
+    def parse(self, element: bytes) -> schema.Record:
+        """The first step of `random_map`: the record, its labels checked; errors as there."""
         record = self.decode_record(element)
         if self._num_concepts and self._vocabulary_sizes is not None:
             self._check_ids(record)
-        try:
-            pixels = self._crop(record.image, rng)
-        except images.ImageError as error:
-            raise ValueError(
-                f"record '{record.key}': {error}; training expects readable images, which "
-                "`python -m data_prep.filter` makes sure of"
-            ) from error
+        return record
+
+    def plan(
+        self, record: schema.Record, rng: np.random.Generator
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """The second step: everything but the pixels; what is returned decodes them.
+
+        Either call may raise the errors of `random_map`.
+        """
         text = self._text_template.replace(_CAPTION, record.caption)
-        example = {"images": pixels, "tokens": tokenizer.tokenize(text, self._context_length)[0]}
+        example = {"tokens": tokenizer.tokenize(text, self._context_length)[0]}
         if self._num_concepts:
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
-        return example
+        try:
+            crop = self._plan_crop(record.image, rng)
+        except images.ImageError as error:
+            raise _bad_picture(record.key, error) from error
+        return functools.partial(_decode_pixels, record.key, crop, example)
 
     def _check_ids(self, record: schema.Record) -> None:
         """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""
@@ -142,11 +152,28 @@ class DecodeExample(grain.transforms.RandomMap):
                 probs /= probs.sum()
         return {ids_name: ids, probs_name: probs}
 
-    def _crop(self, data: bytes, rng: np.random.Generator) -> np.ndarray:
+    def _plan_crop(self, data: bytes, rng: np.random.Generator) -> Callable[[], np.ndarray]:
         if self._fast_decode:
-            return fast_crops.decode_random_crop(data, self._image_size, rng, self._crop_scale)
+            return fast_crops.plan_random_crop(data, self._image_size, rng, self._crop_scale)
         image = images.decode_rgb(data)
-        return transforms.train_transform(image, self._image_size, rng, self._crop_scale)
+        crop = transforms.train_transform(image, self._image_size, rng, self._crop_scale)
+        return lambda: crop
+
+
+def _decode_pixels(
+    key: str, crop: Callable[[], np.ndarray], example: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    try:
+        return {"images": crop(), **example}
+    except images.ImageError as error:
+        raise _bad_picture(key, error) from error
+
+
+def _bad_picture(key: str, error: images.ImageError) -> ValueError:
+    return ValueError(
+        f"record '{key}': {error}; training expects readable images, which "
+        "`python -m data_prep.filter` makes sure of"
+    )
 
 
 class RandomExamples(Sequence[dict[str, np.ndarray]]):
@@ -156,12 +183,12 @@ class RandomExamples(Sequence[dict[str, np.ndarray]]):
     take longer than everything else of this file but the picture.
     """
 
-    def __init__(self, records: Sequence[bytes], decode: grain.transforms.RandomMap, seed: int):
+    def __init__(self, records: Sequence[bytes], decode: DecodeExample, seed: int):
         """Decodes nothing yet.
 
         Args:
             records: position -> a record.
-            decode: makes an example of it.
+            decode: makes an example of it, by its `parse` and `plan`.
             seed: of the generators, which are functions of it and of the position.
         """
         self._records = records
@@ -173,7 +200,39 @@ class RandomExamples(Sequence[dict[str, np.ndarray]]):
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         """The example at a position; errors as of the records and of `decode`."""
-        return self._decode.random_map(self._records[position], _generator(self._key, position))
+        parsed = self._decode.parse(self._records[position])
+        return self._decode.plan(parsed, _generator(self._key, position))()
+
+    def plan(self, positions: Sequence[int]) -> list[Callable[[], dict[str, np.ndarray]] | None]:
+        """Everything of the examples but their pixels, one step of it for all before the next one.
+
+        A picture pushes everything else out of the processor's caches: done between pictures, these
+        steps take twice as long.
+
+        Returns:
+            What decodes the pixels of each; None where a step failed, whose error `self[position]`
+            raises.
+        """
+        elements = _attempt(self._records.__getitem__, positions)
+        records = _attempt(self._decode.parse, elements)
+        return _attempt(
+            lambda item: self._decode.plan(item[0], _generator(self._key, item[1])),
+            [
+                None if record is None else (record, position)
+                for record, position in zip(records, positions, strict=True)
+            ],
+        )
+
+
+def _attempt(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
+    """The function's result for each value; None for those of which it raises a ValueError."""
+    results = []
+    for value in values:
+        try:
+            results.append(None if value is None else function(value))
+        except ValueError:
+            results.append(None)
+    return results
 
 
 def _generator(key: np.ndarray, position: int) -> np.random.Generator:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import grain
 import ml_collections
 import numpy as np
 
@@ -166,16 +165,23 @@ class Mixture(Sequence[tuple[int, Any]]):
         return records.locate(record) if hasattr(records, "locate") else ("", record)
 
 
-class DecodeMixture(grain.transforms.RandomMap):
+class DecodeMixture:
     """Decodes the elements of a mixture, each as its source wants it."""
 
     def __init__(self, mixture: Mixture):
         self._decoders = [source.decode for source in mixture.sources]
 
-    def random_map(self, element: tuple[int, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """An example of the number of a source and an element of it."""
+    def parse(self, element: tuple[int, Any]) -> tuple[int, Any]:
+        """`DecodeExample.parse` for the number of a source and an element of it."""
         number, data = element
-        return self._decoders[number].random_map(data, rng)
+        return number, self._decoders[number].parse(data)
+
+    def plan(
+        self, parsed: tuple[int, Any], rng: np.random.Generator
+    ) -> Callable[[], dict[str, Any]]:
+        """`DecodeExample.plan` for what `parse` gave."""
+        number, record = parsed
+        return self._decoders[number].plan(record, rng)
 
 
 class SourcePlan:

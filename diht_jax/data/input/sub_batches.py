@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -37,7 +37,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
 
     def __init__(
         self,
-        examples: Sequence[dict[str, np.ndarray]],
+        decode_rows: Callable[[range], Iterable[dict[str, np.ndarray]]],
         *,
         batch_size: int,
         first_example: int = 0,
@@ -47,12 +47,12 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         """Decodes nothing yet.
 
         Args:
-            examples: index in the run's order -> decoded example.
+            decode_rows: gives the decoded examples at indices of the run's order.
             batch_size: global, a multiple of `process_count`.
             first_example: of the batch that part 0 begins.
             process_index, process_count: this host's number, and how many there are.
         """
-        self._examples = examples
+        self._decode_rows = decode_rows
         self._batch_size = batch_size
         self._first_example = first_example
         self._process_index = process_index
@@ -76,8 +76,7 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
     def __getitem__(self, part: int) -> dict[str, np.ndarray]:
         """The arrays of a part, [rows, ...] each."""
         arrays: dict[str, np.ndarray] = {}
-        for row, index in enumerate(self.indices(part)):
-            example = self._examples[index]
+        for row, example in enumerate(self._decode_rows(self.indices(part))):
             if not arrays:
                 arrays = {name: _empty_rows(self.rows, value) for name, value in example.items()}
             for name, array in arrays.items():

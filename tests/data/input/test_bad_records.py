@@ -13,7 +13,7 @@ from PIL import Image
 from diht_jax.config import default_config
 from diht_jax.data import retries
 from diht_jax.data.input.bad_records import MAX_IN_A_ROW, CheckedExamples
-from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.examples import DecodeExample, RandomExamples
 from diht_jax.data.input.order import make_order
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.schema import Record, encode_record
@@ -113,6 +113,54 @@ def test_a_stand_in_comes_from_a_later_batch():
     assert [examples[5]["place"], examples[5]["skipped_records"]] == [5, 0]
     assert list(examples.skipped_indices(4, 2)) == [4, 14]
     assert examples.used_index(4) == 24 and examples.explain(14) == "p14: b"
+
+
+def mixed_records(count):
+    """Serialised records of which those of `BAD_AT` fail, each in another step."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    files = {}
+    for name in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, name)
+        files[name] = buffer.getvalue()
+    files["no picture"] = b"no picture"
+    files["cut off"] = files["JPEG"][: len(files["JPEG"]) // 2]
+    records = []
+    for number in range(count):
+        image = files[BAD_AT.get(number, "PNG" if number % 3 else "JPEG")]
+        record = Record(key=f"key{number}", image=image, caption=f"text {number}")
+        records.append(encode_record(record) if number != 9 else b"no record")
+    return records
+
+
+BAD_AT = {5: "cut off", 7: "no picture", 38: "cut off"}
+
+
+@pytest.mark.parametrize("excluded", [(), (8,)])
+def test_rows_in_groups_are_the_examples_one_by_one(excluded):
+    decode = DecodeExample(16, 12, (0.5, 1.0), "a {caption}")
+    examples = CheckedExamples(
+        RandomExamples(mixed_records(120), decode, seed=3), str, mode="skip", stride=41
+    )
+    for index in excluded:
+        examples.exclude(index, "it crashes its decoder")
+    rows = list(examples.rows(range(2, 80, 2))) + list(examples.rows(range(1, 80, 2)))
+    for index, row in zip([*range(2, 80, 2), *range(1, 80, 2)], rows, strict=True):
+        expected = examples[index]
+        assert row.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(row[name], expected[name])
+        assert row["skipped_records"] == (index in {5, 7, 9, 38, *excluded})
+
+
+def test_rows_in_groups_raise_as_examples_do_one_by_one():
+    decode = DecodeExample(16, 12, (0.5, 1.0), "{caption}")
+    records = RandomExamples(mixed_records(12), decode, seed=3)
+    examples = CheckedExamples(records, lambda index: f"shard: {index}", mode="error", stride=1)
+    errors = {5: "5: record 'key5'", 7: "7: record 'key7'", 9: "9: .*Example"}
+    for bad, message in errors.items():
+        with pytest.raises(ValueError, match=f"shard: {message}"):
+            list(examples.rows(range(bad, 12)))
 
 
 def test_a_broken_shard_is_never_skipped():

@@ -20,6 +20,13 @@ class Draw(grain.transforms.RandomMap):
     def random_map(self, element, rng):
         return {"number": np.int64(element), "drawn": rng.random((2, 3), dtype=np.float32)}
 
+    def parse(self, element):
+        return element
+
+    def plan(self, element, rng):
+        example = self.random_map(element, rng)
+        return lambda: example
+
 
 def host_batches(first, count, process_index, process_count):
     """The host's batches of 24 rows on all hosts, by grain's own transforms."""
@@ -53,7 +60,9 @@ def test_a_part_has_the_largest_divisor_of_the_batch_up_to_256_rows(local, rows)
 
 
 def test_parts_name_the_examples_that_they_hold():
-    examples = [{"x": np.int32(index)} for index in range(100)]
+    def examples(indices):
+        return ({"x": np.int32(index)} for index in indices)
+
     parts = SubBatches(examples, batch_size=6, first_example=12, process_index=1, process_count=2)
     assert parts.rows == 3 and parts.parts_per_batch == 1
     for part in range(5):
