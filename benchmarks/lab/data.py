@@ -16,6 +16,7 @@ import pathlib
 import re
 import shutil
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -86,9 +87,10 @@ class Data:
                 if folder.exists():
                     shutil.rmtree(folder)
                 folder.mkdir(parents=True)
-                logging.info("making the data '%s'", name)
+                begin = time.monotonic()
                 maker(self, folder, *groups)
                 write_atomically(complete, text.encode())
+                logging.info("data '%s': %.0f s", name, time.monotonic() - begin)
         return folder
 
 
@@ -101,22 +103,26 @@ def identity(name: str) -> dict:
         return {"name": name, "caption_rules": RULES_VERSION}
     return {
         "name": name,
-        "web": dataclasses.asdict(web.Settings(WEB_PAIRS, num_retrieval=NUM_SCENES)),
-        # Drawings and sentences have no version that is public; a few of them stand for all.
-        "pairs": _digest_of_pairs(),
+        "pairs": WEB_PAIRS,
+        "scenes": NUM_SCENES,
+        "web": _digest_of_web(),
         "caption_rules": RULES_VERSION,
     }
 
 
 @functools.cache
-def _digest_of_pairs() -> str:
-    digest = hashlib.sha256()
+def _digest_of_web() -> str:
+    """Of settings, scenes and sentences of a few pairs; bytes of pictures depend on Pillow."""
     settings = web.Settings()
-    for split in ("train", "val_retrieval", "val_shape"):
-        for index in range(8):
-            pair = web.make_pair(settings, split, index)
-            digest.update(pair.image + pair.caption.encode())
-    return digest.hexdigest()[:16]
+    pairs = [
+        web.make_pair(settings, split, index)
+        for split in ("train", "val_retrieval", "val_shape")
+        for index in range(8)
+    ]
+    text = json.dumps(
+        [settings.noise, *({**pair.metadata, "sha256": pair.caption} for pair in pairs)]
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _find_maker(name: str) -> tuple[Callable, tuple[str, ...]]:

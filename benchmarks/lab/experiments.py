@@ -150,7 +150,8 @@ BLOCKS = {
               "captions take that away?"),
     "distillation": ("Distillation", "Is it the teacher's knowledge, or averaging of captions?"),
     "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
-    "few_shot": ("Few-shot", "Does the prompt help as a start, on classes not trained on?"),
+    "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
+                 "combinations of shape and colour that no training pair shows or names?"),
     "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
     "order": ("Order", "Does an order by blocks cost anything?"),
     "grid": ("Hyper-parameters", "Which learning rate, decay, alpha, beta and concept weights?"),

@@ -16,7 +16,6 @@ import dataclasses
 import fnmatch
 import functools
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import pathlib
@@ -26,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -43,6 +42,7 @@ from benchmarks.lab.experiments import (
 from benchmarks.lab.processes import locked, run_command
 from benchmarks.record import RESULTS, write_result
 from diht_jax import command_line
+from diht_jax.config import default_config, load_recipe
 from diht_jax.progress import ProgressBar
 
 # Test data beside the shared folder, by what is measured.
@@ -146,9 +146,25 @@ def definition(run: Run) -> str:
 
 
 @functools.cache
-def _describe_recipe(path: str) -> str:
-    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
-    return module.get_config().to_json_best_effort(sort_keys=True)
+def _describe_recipe(path: str) -> dict[str, str]:
+    """What a recipe sets otherwise than the defaults: a new key of these is no other recipe."""
+    defaults = _flatten(default_config())
+    recipe = _flatten(load_recipe(RESULTS.parents[1] / path))
+    return {
+        key: str(value)
+        for key, value in sorted(recipe.items())
+        if value is not None and value != defaults.get(key)
+    }
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def read_result(run: Run, results: pathlib.Path) -> dict[str, Any] | None:
