@@ -41,7 +41,10 @@ _PACKAGES = {
 
 
 def write_result(
-    name: str, payload: dict[str, Any], directory: str | os.PathLike[str] = RESULTS
+    name: str,
+    payload: dict[str, Any],
+    directory: str | os.PathLike[str] = RESULTS,
+    command: str | None = None,
 ) -> pathlib.Path:
     """Writes `directory/NAME.json`; a file of that name is replaced.
 
@@ -49,6 +52,7 @@ def write_result(
         name: of the benchmark, lower-case letters, digits and `_`.
         payload: what was measured, ready for JSON. Keys carry their units (`_secs`, `_bytes`).
         directory: `benchmarks/results` by default.
+        command: what makes this result; by default, how this process was started.
 
     Returns:
         The path of the file, which holds the payload's keys and `benchmark`, `command`,
@@ -62,7 +66,7 @@ def write_result(
         raise ValueError(f"name: expected lower-case letters, digits and '_', got {name!r}")
     head = {
         "benchmark": name,
-        "command": command_line(),
+        "command": command or command_line(),
         "date_utc": utc_now(),
         "machine": describe_machine(),
         "versions": package_versions(),

@@ -249,7 +249,8 @@ class Lab:
                 "measuring_secs": round(time.monotonic() - begin, 1),
                 **json.loads(measured.read_text()),
             }
-            write_result(run.name, payload, self.results)
+            command = f"python -m benchmarks.lab.run --only {run.name}"
+            write_result(run.name, payload, self.results, command)
             if not run.experiment.keep_model:
                 shutil.rmtree(folder)
 
