@@ -29,8 +29,9 @@ from absl import flags
 from benchmarks.clip_benchmark_folder import write_folder
 from benchmarks.record import write_result
 from diht_jax import command_line
+from diht_jax.evaluation.comparison import format_comparison
 from diht_jax.evaluation.protocols.base import Task
-from diht_jax.evaluation.results import format_comparison, read_results
+from diht_jax.evaluation.results import read_results
 from diht_jax.evaluation.suite import CLASSIFICATION
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.export import export_model

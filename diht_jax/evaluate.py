@@ -23,10 +23,10 @@ from absl import flags, logging
 from diht_jax import command_line, distributed
 from diht_jax.data.escaping import escape_lines
 from diht_jax.data.records.remote import refuse_url
+from diht_jax.evaluation.comparison import format_comparison
 from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.results import (
     LETTERS,
-    format_comparison,
     format_results,
     published_results,
     read_results,

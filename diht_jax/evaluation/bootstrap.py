@@ -5,7 +5,9 @@ Numbers only: the protocol knows how a metric follows from how often each item w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import base64
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,31 +15,33 @@ from diht_jax.progress import ProgressBar
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
+SEED = 0
 
 _MOMENT_SECS = 2.0
 
 
-def bootstrap_intervals(
+def resample(
     measure: Callable[[np.ndarray], dict[str, float]],
     num_items: int,
     *,
     num_resamples: int = NUM_RESAMPLES,
-    level: float = LEVEL,
-    seed: int = 0,
+    seed: int = SEED,
     progress: bool = False,
-) -> dict[str, list[float]]:
-    """The percentile bootstrap of Efron (1979): `num_items` draws with replacement, many times.
+) -> dict[str, np.ndarray]:
+    """The bootstrap of Efron (1979): `num_items` draws with replacement, many times.
+
+    The draws depend on the numbers and the seed alone, so that two models, measured on the same
+    items, are measured on the same resamples.
 
     Args:
         measure: metrics from int [num_items], how often each item was drawn.
         num_items: independent items: images, for all protocols here.
         num_resamples: how many times.
-        level: share of the resamples inside the interval.
         seed: of the draws.
         progress: show a bar on stderr, where it takes more than a moment.
 
     Returns:
-        Metric -> [low, high].
+        Metric -> float64 [num_resamples].
     """
     rng = np.random.default_rng(seed)
     measured = [
@@ -50,11 +54,53 @@ def bootstrap_intervals(
             delay=_MOMENT_SECS,
         )
     ]
+    return {name: np.array([values[name] for values in measured]) for name in measured[0]}
+
+
+def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float]:
+    """[low, high] with `level` of the resamples between them."""
     tail = 50 * (1 - level)
+    return np.percentile(samples, [tail, 100 - tail]).tolist()
+
+
+def describe_samples(
+    samples: dict[str, np.ndarray], items: str, num_items: int, seed: int = SEED
+) -> dict[str, Any]:
+    """For the results file: what a comparison needs to pair the resamples of two models.
+
+    Args:
+        samples: of `resample`.
+        items: a digest of the items, in order.
+        num_items, seed: of `resample`.
+    """
     return {
-        name: np.percentile([values[name] for values in measured], [tail, 100 - tail]).tolist()
-        for name in measured[0]
+        "draws": [items, num_items, len(next(iter(samples.values()))), seed],
+        "values": {
+            name: base64.b64encode(values.astype("<f4").tobytes()).decode()
+            for name, values in samples.items()
+        },
     }
+
+
+def paired_samples(
+    first: Mapping[str, Any], second: Mapping[str, Any], name: str
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The resamples of a metric in two results; None where they cannot be paired.
+
+    Args:
+        first, second: results of one task, with "resamples" of `describe_samples` or without.
+        name: of the metric.
+
+    Returns:
+        float32 arrays of one length, of the same draws from the same items.
+    """
+    described = [result.get("resamples", {}) for result in (first, second)]
+    if any(name not in one.get("values", {}) for one in described):
+        return None
+    if described[0]["draws"] != described[1]["draws"]:
+        return None
+    found = [np.frombuffer(base64.b64decode(one["values"][name]), "<f4") for one in described]
+    return None if len(found[0]) != len(found[1]) else (found[0], found[1])
 
 
 def describe_bootstrap(num_resamples: int) -> str:

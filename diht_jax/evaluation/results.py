@@ -1,4 +1,4 @@
-"""The results file, the tables on the terminal, and the published numbers of the released weights.
+"""The results file, its table on the terminal, and the published numbers of the released weights.
 
 Every number is shown by its unit (`protocols.base.Metric`), which stands in the file beside the
 metrics; in files without units it follows from the metric's name.
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diht_jax.data.atomic_file import write_atomically
+from diht_jax.evaluation.suite_means import suite_means
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
@@ -86,7 +87,10 @@ def read_results(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """A table of all tasks and metrics, each by its unit."""
+    """A table of all tasks and metrics, each by its unit, and the means over the suite."""
+    # Here, as in `metric_of`.
+    from diht_jax.evaluation.protocols.base import Metric
+
     rows = []
     for result in results["results"]:
         first = True
@@ -106,64 +110,11 @@ def format_results(results: dict[str, Any]) -> str:
                 )
             )
             first = False
+    for name, value, missing in suite_means(results["results"]):
+        metric = Metric("share", name)
+        rows.append(("suite", metric.label, format_value(metric, value), "", missing))
     header = ("task", "metric", "result", "95% interval" if any(row[3] for row in rows) else "", "")
-    return f"{describe_model(results)}\n{_format_table(header, rows, 'llrll')}"
-
-
-def format_comparison(*results: dict[str, Any]) -> str:
-    """A table of two or more results, and how the others differ from the first.
-
-    Tasks and metrics that only some of them have are shown with a dash; a task that was not
-    measured in the same way in all (other prompts, other number of images) is named below the
-    table.
-    """
-    letters = LETTERS[: len(results)]
-    by_task = [{result["task"]: result for result in r["results"]} for r in results]
-    rows, notes = [], []
-    for task in dict.fromkeys(name for tasks in by_task for name in tasks):
-        rows += _compare_metrics(task, [tasks.get(task, {}) for tasks in by_task])
-        notes += _differing_protocols(task, [tasks[task] for tasks in by_task if task in tasks])
-    names = [f"{letter}: {describe_model(r)}" for letter, r in zip(letters, results, strict=True)]
-    differences = [f"{letter} - {letters[0]}" for letter in letters[1:]]
-    header = ("task", "metric", *letters, *differences)
-    table = _format_table(header, rows, "ll" + "r" * (len(header) - 2))
-    return "\n".join([*names, table, *notes])
-
-
-def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows = []
-    measured = [result.get("metrics", {}) for result in results]
-    first = measured[0]
-    for name in dict.fromkeys(name for metrics in measured for name in metrics):
-        metric = metric_of(
-            next(r for r, x in zip(results, measured, strict=True) if name in x), name
-        )
-        values = [format_value(metric, x[name]) if name in x else "-" for x in measured]
-        differences = [
-            _format_difference(metric, x[name] - first[name])
-            if name in x and name in first
-            else "-"
-            for x in measured[1:]
-        ]
-        rows.append(("" if rows else task, metric.label, *values, *differences))
-    return rows
-
-
-def _differing_protocols(task: str, results: Sequence[dict[str, Any]]) -> list[str]:
-    first, *others = results
-    return [
-        f"note: '{task}' differs in {key}: {_abridge(first[field][key])} and "
-        f"{_abridge(other[field].get(key))}"
-        for other in others
-        for field in ("protocol", "counts")
-        for key in first[field]
-        if first[field][key] != other[field].get(key)
-    ]
-
-
-def _abridge(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"{describe_model(results)}\n{format_table(header, rows, 'llrll')}"
 
 
 def published_results(model: str) -> dict[str, Any] | None:
@@ -207,14 +158,8 @@ def _format_interval(metric: Metric, interval: Sequence[float]) -> str:
     return f"{low} to {high}"
 
 
-def _format_difference(metric: Metric, value: float) -> str:
-    digits = {"share": 2, "score": 4, "rank": 1}[metric.unit]
-    value = 100 * value if metric.unit == "share" else value
-    # Adding 0.0 turns a -0.0 that rounding left into 0.0.
-    return f"{round(value, digits) + 0.0:+,.{digits}f}"
-
-
-def _format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> str:
+    """Rows of texts under a header, each column as wide as it must be; "r" aligns to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def format_row(row: Sequence[str]) -> str:

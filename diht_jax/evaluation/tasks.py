@@ -18,7 +18,12 @@ from PIL import Image
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
-from diht_jax.evaluation.bootstrap import bootstrap_intervals, describe_bootstrap
+from diht_jax.evaluation.bootstrap import (
+    describe_bootstrap,
+    describe_samples,
+    percentile_interval,
+    resample,
+)
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
 from diht_jax.evaluation.pages.canvas import ImageLoader
 from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
@@ -56,10 +61,11 @@ def evaluate_task(
     Returns:
         JSON-able: `task`, `kind`, `source`, `protocol` (prompts, ties), `metrics` and their
         `units` (see `protocols.base.Metric`; a share is a fraction of 1), `intervals` (metric ->
-        [low, high], with `num_resamples`), `counts` (images, texts, dropped pairs by reason),
-        `reported` (of a task by name: which of the metrics DiHT reports), `seconds` (wall time of
-        all, compilation included), `images_per_sec` (reading, decoding and encoding of the
-        images), `page`; and what else the protocol gives, such as `per_class`.
+        [low, high]) and `resamples` (for comparisons) with `num_resamples`, `counts` (images,
+        texts, dropped pairs by reason), `reported` (of a task by name: which of the metrics DiHT
+        reports), `seconds` (wall time of all, compilation included), `images_per_sec` (reading,
+        decoding and encoding of the images), `page`; and what else the protocol gives, such as
+        `per_class`.
 
     Raises:
         ValueError: an unknown kind, a source that cannot be read or does not hold what the task
@@ -76,12 +82,16 @@ def evaluate_task(
         num_threads=num_threads,
         progress=progress,
     )
-    encoded, described, intervals = measured.encoded, measured.protocol, {}
+    encoded, described, resampled = measured.encoded, measured.protocol, {}
     if num_resamples:
         described = {**described, "intervals": describe_bootstrap(num_resamples)}
-        intervals["intervals"] = bootstrap_intervals(
+        samples = resample(
             measured.resample, measured.num_items, num_resamples=num_resamples, progress=progress
         )
+        resampled = {
+            "intervals": {name: percentile_interval(values) for name, values in samples.items()},
+            "resamples": describe_samples(samples, encoded.digest, measured.num_items),
+        }
     _warn_of_dropped(task, encoded)
     if page is not None and measured.draw is not None:
         measured.draw(pathlib.Path(page), _image_loader(task))
@@ -94,7 +104,7 @@ def evaluate_task(
         "units": {name: protocol.metrics[name].unit for name in measured.metrics},
         "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
         **measured.details,
-        **intervals,
+        **resampled,
         **_reported(task, measured.metrics),
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.positions) / encoded.seconds,

@@ -1,12 +1,16 @@
 """The results file and its tables."""
 
+import re
+
+import numpy as np
 import pytest
 from PIL import Image
 
+from diht_jax.evaluation.bootstrap import describe_samples
+from diht_jax.evaluation.comparison import format_comparison
 from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.results import (
     describe_metrics,
-    format_comparison,
     format_results,
     published_results,
     read_results,
@@ -67,6 +71,57 @@ def test_comparison_is_second_minus_first_in_points(tmp_path):
     assert ["shapes", "top-1", "50.00%", "62.50%", "25.00%", "+12.50", "-25.00"] in rows
     assert ["new", "top-1", "-", "30.00%", "-", "-", "-"] in rows
     assert text.count("note: 'emoji' differs in images") == 1
+
+
+def _suite_result(task, metric, value, samples=None, items="x"):
+    counts = {"images": 100, "dropped": {}}
+    result = {"task": task, "metrics": {metric: value}, "counts": counts, "protocol": {}}
+    if samples is not None:
+        described = describe_samples({metric: np.array(samples)}, items, 100)
+        result["resamples"] = described
+    return result
+
+
+def test_paired_intervals_and_means_over_the_suite():
+    spread = np.linspace(-0.02, 0.02, 201)
+    wide = np.linspace(-0.2, 0.2, 201)
+    first = [
+        _suite_result("cifar10", "top1", 0.5, 0.5 + wide),
+        _suite_result("dtd", "top1", 0.3, 0.3 + wide),
+        _suite_result("vqav2", "accuracy", 0.4, 0.4 + wide),
+        _suite_result("coco_retrieval", "t2i_r1", 0.2),
+    ]
+    second = [
+        # What both share drops out: the interval of the difference is a tenth as wide.
+        _suite_result("cifar10", "top1", 0.55, 0.55 + wide + spread),
+        _suite_result("dtd", "top1", 0.31, 0.31 + wide + spread),
+        _suite_result("vqav2", "accuracy", 0.5, 0.5 + wide, items="y"),
+    ]
+    text = format_comparison({"model": "a", "results": first}, {"model": "b", "results": second})
+    rows = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    assert rows[2] == ["task", "metric", "A", "B", "B - A", "95% interval"]
+    assert ["cifar10", "top-1", "50.00%", "55.00%", "+5.00", "+3.10 to +6.90 *"] in rows
+    assert ["dtd", "top-1", "30.00%", "31.00%", "+1.00", "-0.90 to +2.90"] in rows
+    assert ["vqav2", "accuracy", "40.00%", "50.00%", "+10.00"] in rows
+    assert ["coco_retrieval", "text to image R@1", "20.00%", "-", "-"] in rows
+    name = "mean of 17 classification (15 missing)"
+    assert ["suite", name, "40.00%", "43.00%", "+3.00", "+1.10 to +4.90 *"] in rows
+    assert ["mean of 2 VQA (1 missing)", "40.00%", "50.00%", "+10.00"] in rows
+    assert ["mean of all 29 (26 missing)", "40.00%", "45.33%", "+5.33"] in rows
+    assert "mean of 10 retrieval" not in text
+    assert "* beyond chance: 0 lies outside of the paired interval" in text
+    assert "note: 'vqav2' was resampled from other images" in text
+
+    rows = [
+        re.split(r"\s{2,}", line.strip())
+        for line in format_results({"model": "a", "results": first}).splitlines()
+    ]
+    assert rows[-4:] == [
+        ["suite", "mean of 17 classification", "40.00%", "15 missing"],
+        *(["suite", "mean of 10 retrieval", "20.00%", "9 missing"],),
+        *(["suite", "mean of 2 VQA", "40.00%", "1 missing"],),
+        *(["suite", "mean of all 29", "35.00%", "25 missing"],),
+    ]
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", '{"results": [{}]}', "[]"])

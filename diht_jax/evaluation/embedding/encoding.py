@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import os
 import time
@@ -67,6 +68,7 @@ class EncodedImages:
             reason of a `Skipped` entry or an `UnusablePair`.
         dropped_keys: keys of the first few of them.
         seconds: wall time of reading, decoding and encoding together.
+        digest: of the keys of the usable pairs, in order: equal where two models saw the same.
     """
 
     image_emb: np.ndarray
@@ -75,6 +77,7 @@ class EncodedImages:
     dropped: dict[str, int]
     dropped_keys: list[str]
     seconds: float
+    digest: str = ""
 
 
 def encode_images(
@@ -108,7 +111,7 @@ def encode_images(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     start = time.perf_counter()
     share = _Share.of(model, batch_size)
-    embeddings, notes, positions = [], [], []
+    embeddings, notes, positions, keys = [], [], [], []
     left_out: list[tuple[int, str, str]] = []
     waiting: list[np.ndarray] = []
 
@@ -130,6 +133,7 @@ def encode_images(
         waiting.append(outcome)
         notes.append(note)
         positions.append(position)
+        keys.append(key)
         if len(waiting) == batch_size:
             encode_waiting()
     if waiting:
@@ -138,7 +142,7 @@ def encode_images(
     if share is not None:
         for slot, reason in share.failures_of_all():
             left_out.append((positions[slot], share.keys[slot], f"image_{reason}"))
-        image_emb, notes, positions = share.usable(image_emb, notes, positions)
+        image_emb, notes, positions, keys = share.usable(image_emb, notes, positions, keys)
     left_out.sort()
     dropped = dict(collections.Counter(reason for _, _, reason in left_out))
     if not len(image_emb) and not allow_empty:
@@ -153,6 +157,7 @@ def encode_images(
         dropped=dropped,
         dropped_keys=[key for _, key, _ in left_out[:_DROPPED_KEYS_KEPT]],
         seconds=time.perf_counter() - start,
+        digest=hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest(),
     )
 
 
@@ -244,11 +249,11 @@ class _Share:
         return [(int(slot), REASONS[codes[slot] - 1]) for slot in np.flatnonzero(codes)]
 
     def usable(
-        self, image_emb: np.ndarray, notes: list[Any], positions: list[int]
-    ) -> tuple[np.ndarray, list[Any], list[int]]:
+        self, image_emb: np.ndarray, *lists: list[Any]
+    ) -> tuple[np.ndarray, list[Any], list[Any], list[Any]]:
         """What is left of them without the failures."""
         kept = np.flatnonzero(self._failed_anywhere == 0)
-        return image_emb[kept], [notes[i] for i in kept], [positions[i] for i in kept]
+        return image_emb[kept], *([values[i] for i in kept] for values in lists)
 
 
 def _encode_padded(

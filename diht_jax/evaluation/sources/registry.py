@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -120,7 +119,8 @@ def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skip
     Raises:
         ValueError: it cannot be read; names it.
     """
-    return itertools.chain.from_iterable(unit() for unit in open_units(source, options))
+    for unit in open_units(source, options):
+        yield from unit()
 
 
 def open_units(source: str, options: Mapping[str, Any]) -> list[Unit]:

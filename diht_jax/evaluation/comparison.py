@@ -1,0 +1,162 @@
+"""Two or more results side by side, and which of their differences are beyond chance.
+
+A difference B - A has an interval where both files hold the resamples of the same images: the two
+models are then measured on the same draws, so that what is hard for both drops out of the
+difference (the paired bootstrap). The interval is of this one difference; among 20 differences that
+are nothing but chance, one is expected to look beyond it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from diht_jax.evaluation.bootstrap import LEVEL, paired_samples, percentile_interval
+from diht_jax.evaluation.results import (
+    LETTERS,
+    describe_model,
+    format_table,
+    format_value,
+    metric_of,
+)
+from diht_jax.evaluation.suite_means import describe_missing, suite_numbers
+
+if TYPE_CHECKING:
+    from diht_jax.evaluation.protocols.base import Metric
+
+_MARK = "*"
+
+
+def format_comparison(*results: dict[str, Any]) -> str:
+    """A table of two or more results, how the others differ from the first, and the suite's means.
+
+    Tasks and metrics that only some of them have are shown with a dash, and a mean is over the
+    numbers that all have; a task that was not measured in the same way in all (other prompts, other
+    number of images) is named below the table.
+    """
+    letters = LETTERS[: len(results)]
+    by_task = [{result["task"]: result for result in r["results"]} for r in results]
+    rows, notes = [], []
+    for task in dict.fromkeys(name for tasks in by_task for name in tasks):
+        rows += _compare_metrics(task, [tasks.get(task, {}) for tasks in by_task])
+        found = [tasks[task] for tasks in by_task if task in tasks]
+        notes += [*_differing_protocols(task, found), *_unpaired(task, found)]
+    rows += _compare_means(by_task)
+    header = ["task", "metric", *letters]
+    for letter in letters[1:]:
+        header += [f"{letter} - {letters[0]}", f"{LEVEL:.0%} interval"]
+    empty = [i for i in range(len(letters) + 3, len(header), 2) if not any(r[i] for r in rows)]
+    kept = [i for i in range(len(header)) if i not in empty]
+    table = format_table(
+        [header[i] for i in kept],
+        [[row[i] for i in kept] for row in rows],
+        "".join("ll"[i : i + 1] or "r" for i in range(len(kept))),
+    )
+    if any(_MARK in cell for row in rows for cell in row[len(letters) + 2 :]):
+        notes.insert(0, f"{_MARK} beyond chance: 0 lies outside of the paired interval")
+    names = [f"{letter}: {describe_model(r)}" for letter, r in zip(letters, results, strict=True)]
+    return "\n".join([*names, table, *notes])
+
+
+def _compare_metrics(task: str, results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = []
+    measured = [result.get("metrics", {}) for result in results]
+    for name in dict.fromkeys(name for metrics in measured for name in metrics):
+        metric = metric_of(
+            next(r for r, x in zip(results, measured, strict=True) if name in x), name
+        )
+        cells = [format_value(metric, x[name]) if name in x else "-" for x in measured]
+        for result, values in zip(results[1:], measured[1:], strict=True):
+            if name not in values or name not in measured[0]:
+                cells += ["-", ""]
+                continue
+            pair = paired_samples(results[0], result, name)
+            samples = None if pair is None else pair[1].astype(float) - pair[0]
+            cells += _difference_cells(metric, values[name] - measured[0][name], samples)
+        rows.append(["" if rows else task, metric.label, *cells])
+    return rows
+
+
+def _compare_means(by_task: Sequence[Mapping[str, dict[str, Any]]]) -> list[list[str]]:
+    """A row for each mean of the suite of which all results have a number."""
+    from diht_jax.evaluation.protocols.base import Metric  # as in `results.metric_of`
+
+    rows = []
+    for name, numbers in suite_numbers().items():
+        present = [
+            (task, metric)
+            for task, metric in numbers
+            if all(metric in tasks.get(task, {}).get("metrics", {}) for tasks in by_task)
+        ]
+        if not present:
+            continue
+        missing = describe_missing(len(numbers) - len(present))
+        share = Metric("share", f"{name} ({missing})" if missing else name)
+        means = [
+            float(np.mean([tasks[task]["metrics"][metric] for task, metric in present]))
+            for tasks in by_task
+        ]
+        cells = [format_value(share, mean) for mean in means]
+        for tasks, mean in zip(by_task[1:], means[1:], strict=True):
+            samples = _mean_samples(by_task[0], tasks, present)
+            cells += _difference_cells(share, mean - means[0], samples)
+        rows.append(["" if rows else "suite", share.label, *cells])
+    return rows
+
+
+def _mean_samples(
+    first: Mapping[str, dict[str, Any]],
+    second: Mapping[str, dict[str, Any]],
+    numbers: Sequence[tuple[str, str]],
+) -> np.ndarray | None:
+    """Differences of the means over the resamples; None where a number cannot be paired."""
+    pairs = [paired_samples(first[task], second[task], metric) for task, metric in numbers]
+    if any(pair is None or len(pair[0]) != len(pairs[0][0]) for pair in pairs):
+        return None
+    return np.mean([pair[1].astype(float) - pair[0] for pair in pairs], axis=0)
+
+
+def _difference_cells(metric: Metric, value: float, samples: np.ndarray | None) -> list[str]:
+    """The difference and its interval, which is empty without resamples."""
+    difference = _format_difference(metric, value)
+    if samples is None:
+        return [difference, ""]
+    low, high = percentile_interval(samples)
+    mark = _MARK if low > 0 or high < 0 else " "
+    texts = [_format_difference(metric, bound) for bound in (low, high)]
+    return [difference, f"{' to '.join(texts)} {mark}"]
+
+
+def _format_difference(metric: Metric, value: float) -> str:
+    digits = {"share": 2, "score": 4, "rank": 1}[metric.unit]
+    value = 100 * value if metric.unit == "share" else value
+    # Adding 0.0 turns a -0.0 that rounding left into 0.0.
+    return f"{round(value, digits) + 0.0:+,.{digits}f}"
+
+
+def _differing_protocols(task: str, results: Sequence[dict[str, Any]]) -> list[str]:
+    first, *others = results
+    return [
+        f"note: '{task}' differs in {key}: {_abridge(first[field][key])} and "
+        f"{_abridge(other[field].get(key))}"
+        for other in others
+        for field in ("protocol", "counts")
+        for key in first[field]
+        if first[field][key] != other[field].get(key)
+    ]
+
+
+def _unpaired(task: str, results: Sequence[dict[str, Any]]) -> list[str]:
+    """A note where both have resamples, but of other images or other draws."""
+    draws = [result["resamples"]["draws"] for result in results if "resamples" in result]
+    if all(other == draws[0] for other in draws):
+        return []
+    return [f"note: '{task}' was resampled from other images, or otherwise: it has no interval"]
+
+
+def _abridge(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
