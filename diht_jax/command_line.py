@@ -41,19 +41,21 @@ def run(
     *,
     takes_arguments: bool = False,
     config_defaults: Callable[[], ml_collections.ConfigDict] | None = None,
+    writes_to_stores: bool = False,
 ) -> None:
     """Parses the command line, then calls `main()`; exits with its outcome.
 
     With `takes_arguments`, what is no flag is given to `main` as a list; else it is a mistake.
     `config_defaults` makes all keys of a command that has `--config`: `--config.KEY=None` works for
     those whose default is None, and a duration on the command line replaces the recipe's.
+    With `writes_to_stores`, `--output` may be a URL.
 
     A wrong flag or config key exits with 2, a `ValueError` or missing file (bad input) with 1,
     both with their message on stderr; an error with an attribute `exit_status` exits with that.
     `--verbosity=1` adds the traceback and what the libraries log.
     """
     app.run(
-        lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main()),
+        lambda argv: _call(lambda: main(argv[1:]) if takes_arguments else main(), writes_to_stores),
         flags_parser=lambda argv: parse_flags(argv, takes_arguments, config_defaults),
     )
 
@@ -171,11 +173,12 @@ def parse_flags(
     return rest
 
 
-def _call(main: Callable[[], None]) -> None:
+def _call(main: Callable[[], None], writes_to_stores: bool = False) -> None:
     verbose = logging.get_verbosity() >= logging.DEBUG
     _log_beside_progress_bars(verbose)
     try:
-        if "output" in flags.FLAGS:  # in every command it names what is written
+        # In every command it names what is written.
+        if "output" in flags.FLAGS and not writes_to_stores:
             refuse_url(flags.FLAGS["output"].value, "--output")
         main()
     except (ValueError, FileNotFoundError) as error:

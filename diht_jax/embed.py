@@ -5,6 +5,7 @@
 `--input` is any source of `diht_jax.data.readers` (tars, tables, folders, TFRecords, TFDS), or a
 folder of pictures without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
 beside a `.json` that says what went into it; the same command again goes on where it was stopped.
+Input and output may be URLs (`s3://BUCKET/photos/*.tar`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import dataclasses
 from absl import flags
 
 from diht_jax import command_line
+from diht_jax.data.stores import check_writable, is_remote
 from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source, list_inputs
 
 
@@ -23,7 +25,7 @@ def define_flags() -> None:
     command_line.define_encoding_flags()
     command_line.define_job_array_flags()
     flags.DEFINE_list("input", None, "Source of pairs, or several; or a folder of pictures.")
-    flags.DEFINE_string("output", None, "Directory of the embeddings.")
+    flags.DEFINE_string("output", None, "Directory of the embeddings, or its URL.")
     flags.DEFINE_string("format", "npz", "npz or parquet.")
     flags.DEFINE_list("modalities", list(MODALITIES), "image, text or both.")
     flags.DEFINE_string("dtype", "float32", "Of the embeddings in the files: float32 or float16.")
@@ -39,6 +41,8 @@ def main() -> None:
     options = EmbedOptions(**{name: given[name].value for name in fields})
     source = given.input[0] if len(given.input) == 1 else given.input
     list_inputs(source)  # a missing file should not have to wait for the model
+    if is_remote(given.output):
+        check_writable(given.output, "--output")
     from diht_jax.loading import load_model
 
     model = load_model(
@@ -51,4 +55,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     define_flags()
-    command_line.run(main)
+    command_line.run(main, writes_to_stores=True)

@@ -13,7 +13,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from diht_jax import command_line
-from diht_jax.embed import EmbedOptions, embed_source
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
 
@@ -123,7 +122,6 @@ def test_no_command_writes_to_a_url_as_if_it_were_a_folder(url, tmp_path, monkey
     for write in (
         lambda: export_model("no model", "clip", url),
         lambda: evaluate_model("no model", [], url),
-        lambda: embed_source(None, "no source", url, EmbedOptions()),
     ):
         with pytest.raises(ValueError, match=f"output={url}: "):
             write()

@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import files, shards
+from data_prep.jobs import files, fingerprint, shards
 from data_prep.labelling import embeddings
 from data_prep.labelling import heads as head_files
 from data_prep.labelling.shard import LabelTask, label_path
@@ -123,15 +123,28 @@ def plan_shards(
         shard_name(config.dataset_name, config.split, number, len(inputs), suffix)
         for number in range(len(inputs))
     ]
-    # Once, all outputs were numbered.
-    present = set(files.list_names(files.join(folder, embeddings.FOLDER)))
-    if present & {f"{name}.npz" for name in set(numbered) - set(names)}:
+    if _are_numbered(folder, sorted(set(numbered) - set(names))):
         names = numbered
     files.make_folder(files.join(folder, LABELS))
     return [
         shards.ShardTask(source, files.join(folder, name), "")
         for source, name in zip(inputs, names, strict=True)
     ]
+
+
+def _are_numbered(folder: str, numbers: Sequence[str]) -> bool:
+    """Whether the outputs of a folder have numbers, as all had once, and no input has these names.
+
+    Inputs may have numbers too, and one of them may be gone: its embeddings state its own name.
+    """
+    where = files.join(folder, embeddings.FOLDER)
+    present = set(files.list_names(where))
+    for name in numbers:
+        if f"{name}.npz" in present:
+            path = files.join(where, f"{name}.npz{fingerprint.LOCATION_SUFFIX}")
+            found = fingerprint.read_location(path)
+            return found is None or os.path.basename(found["path"]) != name
+    return False
 
 
 def _names_of(inputs: Sequence[SourceShard]) -> list[str]:

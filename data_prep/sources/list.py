@@ -15,13 +15,13 @@ from typing import NoReturn, TypeVar
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from data_prep.jobs import files
 from data_prep.jobs.manifest import Input
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records.formats.tar_members import DamagedTarError
 from diht_jax.data.records.remote import is_remote
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.stores import check_writable
 
 _Task = TypeVar("_Task")
 
@@ -125,7 +125,7 @@ def check_output(output: str | os.PathLike[str] | None, sources: Sequence[Source
         if os.path.dirname(_plain_path(source.path)) == plain:
             raise ValueError(f"config.output='{output}' is the folder of the input '{source.path}'")
     if is_remote(folder):
-        _check_store(folder)
+        check_writable(folder, "config.output")
     return folder.rstrip("/") or folder
 
 
@@ -135,22 +135,6 @@ def _plain_path(path: str) -> str:
         return os.path.realpath(path)
     protocol, _, name = path.partition("://")
     return f"{protocol}://{name.strip('/')}"
-
-
-def _check_store(folder: str) -> None:
-    """Raises ValueError where a store takes no file: no such bucket, no permission, no writing."""
-    probe = files.join(folder, ".probe")
-    try:
-        files.write_bytes(probe, b"")
-        files.remove(probe)
-    except ValueError:
-        raise
-    except Exception as error:  # a missing bucket, a store that is read only, no credentials
-        raise ValueError(
-            f"config.output='{folder}': nothing can be written there "
-            f"({str(error) or type(error).__name__}); expected a local folder, or one in a bucket "
-            "that exists and may be written to"
-        ) from error
 
 
 def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> list[_Task]:

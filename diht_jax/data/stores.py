@@ -160,6 +160,30 @@ def remove(url: str) -> None:
         retry(lambda: system.rm_file(name), url, "removed")
 
 
+def check_writable(folder: str, name: str) -> None:
+    """Writes a small file into a folder of a store and removes it.
+
+    Args:
+        folder: URL of an output.
+        name: of the flag, for the message, such as "--output".
+
+    Raises:
+        ValueError: the store takes no file: no such bucket, no permission, no writing.
+    """
+    probe = f"{folder.rstrip('/')}/.probe"
+    try:
+        write_bytes(probe, b"")
+        remove(probe)
+    except ValueError:
+        raise
+    except Exception as error:  # a missing bucket, a store that is read only, no credentials
+        raise ValueError(
+            f"{name}='{folder}': nothing can be written there "
+            f"({str(error) or type(error).__name__}); expected a local folder, or one in a bucket "
+            "that exists and may be written to"
+        ) from error
+
+
 class StoreFile(retries.PositionedFile):
     """A file in a store; every block of it is one request where it is read from front to back."""
 

@@ -24,14 +24,14 @@ from diht_jax.data.records.format import (
     walk_offsets,
 )
 from diht_jax.data.retries import retry
-from diht_jax.data.stores import is_remote, open_system, read_range
+from diht_jax.data.stores import is_remote, open_file, open_system, read_range
 
-# Read at once where a shard has no index and must be walked through.
-_SCAN_BLOCK_BYTES = 2**22
 _DOWNLOAD_BYTES = 2**25  # of one request
 _DOWNLOAD_THREADS = 8
 # What object stores call the version of a file, the most telling name first.
 _VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+# File system and folder -> the listing that it remembers, and the same by the names of the files.
+_listings: dict[tuple[int, str], tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]] = {}
 
 
 def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
@@ -214,8 +214,7 @@ def read_index(path: str, size: int) -> np.ndarray | None:
 
 
 def _scan(path: str, size: int) -> np.ndarray:
-    system, name = open_system(path)
-    with system.open(name, "rb", block_size=_SCAN_BLOCK_BYTES) as file:
+    with open_file(path) as file:
 
         def read_at(position: int, length: int) -> bytes:
             file.seek(position)
@@ -243,5 +242,22 @@ def file_version(url: str) -> tuple[int, str | None]:
         FileNotFoundError: there is none.
     """
     system, name = open_system(url)
-    info = retry(lambda: system.info(name), url)
+    info = _find_listed(system, name) or retry(lambda: system.info(name), url)
     return int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
+
+
+def _find_listed(system: Any, name: str) -> dict[str, Any] | None:
+    """What the listing that a file system remembers has of a file; None where it remembers none.
+
+    The file system would find it too, but looks through the whole listing for each file.
+    """
+    folder = name.rpartition("/")[0]
+    try:
+        listing = system.dircache[folder]
+    except (AttributeError, KeyError):
+        return None
+    known, by_name = _listings.get((id(system), folder), (None, {}))
+    if known is not listing:
+        by_name = {info["name"]: info for info in listing if info["type"] != "directory"}
+        _listings[id(system), folder] = listing, by_name
+    return by_name.get(name)

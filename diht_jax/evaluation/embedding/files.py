@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.data.atomic_file import temporary_path, write_atomically
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.base import (
     Skipped,
@@ -26,8 +26,9 @@ from diht_jax.data.readers.base import (
     image_files,
     parse_json_object,
 )
-from diht_jax.data.records.remote import refuse_url
+from diht_jax.data.records.remote import read_bytes
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.stores import is_remote, write_bytes
 from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
 
@@ -104,7 +105,7 @@ def embed_source(
     Args:
         model: a `LoadedModel`.
         source: of `readers.list_shards`, or a folder of pictures.
-        output: directory; is made, and may hold a part of the same work.
+        output: directory, or its URL in a store; is made, and may hold a part of the same work.
         options: how to write.
         **source_options: of `readers.list_shards`.
 
@@ -114,8 +115,7 @@ def embed_source(
     Raises:
         ValueError: nothing to read, or the directory holds other work.
     """
-    refuse_url(output, "output")
-    output = pathlib.Path(output)
+    output = os.fspath(output).rstrip("/") or "/"
     shards = list_inputs(source, **source_options)
     if "text" in options.modalities and shards[0].kind == _PICTURES:
         raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
@@ -155,7 +155,7 @@ def _embed_shard(
     model: Any,
     index: int,
     shard: SourceShard,
-    output: pathlib.Path,
+    output: str,
     options: EmbedOptions,
     progress: EntryProgress,
 ) -> Iterator[dict[str, Any]]:
@@ -163,8 +163,8 @@ def _embed_shard(
     entries: Iterator[Pair | Skipped] | None = None
     read = 0  # entries taken from `entries`
     for part in itertools.count():
-        stem = output / f"embeddings-{index:05d}-{part:05d}"
-        stats = read_stats(stem.with_suffix(".json"))
+        stem = f"{output}/embeddings-{index:05d}-{part:05d}"
+        stats = read_stats(f"{stem}.json")
         if stats is not None:
             progress.update(stats["entries"])
         else:
@@ -177,9 +177,7 @@ def _embed_shard(
             read = start + stats["entries"]
             stats |= {"source": str(shard), "shard": index, "part": part}
             # Last, since its presence means that the part is finished.
-            write_atomically(
-                stem.with_suffix(".json"), (json.dumps(stats, indent=1) + "\n").encode()
-            )
+            write_bytes(f"{stem}.json", (json.dumps(stats, indent=1) + "\n").encode())
         yield stats
         if stats["is_last"]:
             return
@@ -188,7 +186,7 @@ def _embed_shard(
 def _embed_part(
     model: Any,
     entries: _Peekable,
-    stem: pathlib.Path,
+    stem: str,
     options: EmbedOptions,
     progress: EntryProgress,
 ) -> dict[str, Any]:
@@ -221,11 +219,11 @@ def _embed_part(
         batches = encode_texts(model.encode_text, texts, batch_size=options.batch_size)
         columns["text_emb"] = np.concatenate([empty, *batches])
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
-    path = stem.with_suffix(f".{options.format}")
-    write = _write_npz if options.format == "npz" else _write_parquet
-    write(path, notes, columns)
+    path = f"{stem}.{options.format}"
+    encode = _encode_npz if options.format == "npz" else _encode_parquet
+    write_bytes(path, encode(notes, columns))
     return {
-        "file": path.name,
+        "file": os.path.basename(path),
         "pairs": len(notes),
         "entries": taken.count,
         "dropped": dropped,
@@ -235,22 +233,13 @@ def _embed_part(
     }
 
 
-def _write_npz(
-    path: pathlib.Path, notes: list[tuple[str, str]], columns: dict[str, np.ndarray]
-) -> None:
-    keys = np.array([key for key, _ in notes], dtype=np.str_)
-    temporary = temporary_path(path)
-    try:
-        with open(temporary, "xb") as file:
-            np.savez(file, key=keys, **columns)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _encode_npz(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, key=np.array([key for key, _ in notes], dtype=np.str_), **columns)
+    return buffer.getvalue()
 
 
-def _write_parquet(
-    path: pathlib.Path, notes: list[tuple[str, str]], columns: dict[str, np.ndarray]
-) -> None:
+def _encode_parquet(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]) -> bytes:
     import pyarrow
     import pyarrow.parquet
 
@@ -261,12 +250,9 @@ def _write_parquet(
     for name, value in columns.items():
         flat = pyarrow.array(value.reshape(-1))
         arrays[name] = pyarrow.FixedSizeListArray.from_arrays(flat, value.shape[1])
-    temporary = temporary_path(path)
-    try:
-        pyarrow.parquet.write_table(pyarrow.table(arrays), temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(arrays), buffer)
+    return buffer.getvalue()
 
 
 def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> dict[str, Any]:
@@ -291,22 +277,23 @@ def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> d
     }
 
 
-def claim(output: pathlib.Path, settings: dict[str, Any]) -> None:
+def claim(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     """Writes the settings, or compares them with those that are there.
 
     Args:
-        output: directory; is made.
+        output: directory; is made. Or its URL.
         settings: what must be the same for the directory to be gone on with, JSON-able.
 
     Raises:
         ValueError: it holds embeddings made with others, or a damaged file.
     """
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / SETTINGS_FILE
-    if not path.exists():
-        write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
-        return
+    if not is_remote(os.fspath(output)):
+        os.makedirs(output, exist_ok=True)
+    path = f"{os.fspath(output)}/{SETTINGS_FILE}"
     found = _read_object(path)
+    if found is None:
+        write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
+        return
     if _LINKED in settings and _LINKED not in found:
         found[_LINKED] = settings[_LINKED]  # written before such files were looked at
     changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
@@ -318,15 +305,15 @@ def claim(output: pathlib.Path, settings: dict[str, Any]) -> None:
         )
 
 
-def read_stats(path: pathlib.Path) -> dict[str, Any] | None:
+def read_stats(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     """The statistics of a finished part; None where it is not finished.
 
     Raises:
         ValueError: the file is damaged.
     """
-    if not path.exists():
+    stats = _read_object(os.fspath(path))
+    if stats is None:
         return None
-    stats = _read_object(path)
     for name, kind in _STATS_TYPES.items():
         if type(stats.get(name)) is not kind:
             raise ValueError(
@@ -336,9 +323,14 @@ def read_stats(path: pathlib.Path) -> dict[str, Any] | None:
     return stats
 
 
-def _read_object(path: pathlib.Path) -> dict[str, Any]:
+def _read_object(path: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file."""
     try:
-        return parse_json_object(path.read_bytes())
+        data = read_bytes(path)
+    except FileNotFoundError:
+        return None
+    try:
+        return parse_json_object(data)
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object ({error}); delete it") from error
 

@@ -1,12 +1,15 @@
 """Records in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
 import json
+import math
 
 import fsspec
 import numpy as np
 import pytest
 
+from diht_jax.data import stores
 from diht_jax.data.records.fingerprint import fingerprint_records
+from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
 from diht_jax.data.records.vocabulary import (
     ConceptList,
@@ -14,6 +17,8 @@ from diht_jax.data.records.vocabulary import (
     find_vocabulary,
     write_vocabulary,
 )
+from tests.data.readers.inputs import PNG, write_tar
+from tests.data.records.stores import MeteredStore
 
 RECORDS = [bytes([i]) * (1 + 700 * i) for i in range(20)]
 
@@ -119,3 +124,22 @@ def test_the_vocabulary_of_a_labelled_folder_is_read_there(folder, tmp_path):
     system.rm_file(f"{folder}/vocabulary_objects.tsv")
     with pytest.raises(ValueError, match=f"{folder}/vocabulary_objects.tsv is missing"):
         find_vocabulary(folder)
+
+
+def test_shards_without_index_are_walked_through_by_large_requests(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
+    image = PNG + np.random.default_rng(0).bytes(20_000)
+    write_tar(tmp_path / "a.tar", [(f"{n}.{e}", image) for n in range(40) for e in ("png", "txt")])
+    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
+        for number in range(40):
+            writer.write(image[number:])
+    for name in ("a.tar", "a.tfrecord"):
+        data = (tmp_path / name).read_bytes()
+        fsspec.filesystem("metered").pipe_file(f"/walked/{name}", data)
+        MeteredStore.requests.clear()
+        source = open_source(f"metered:///walked/{name}")
+        assert len(source) == len(open_source(tmp_path / name)) == 40
+        blocks = math.ceil(len(data) / 2**16)
+        assert MeteredStore.requests["get"] <= blocks
+        assert MeteredStore.requests["bytes read"] <= len(data)
+    MeteredStore.reset()

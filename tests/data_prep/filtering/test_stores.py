@@ -1,5 +1,6 @@
 """The filter with its input and its output in object stores: on an S3 server, and counted."""
 
+import collections
 import functools
 import json
 
@@ -9,6 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.filter import run_filter
+from data_prep.filtering import parts
+from data_prep.sources.list import check_output, list_inputs
 from diht_jax.data import retries
 from tests.data.records.stores import Killed, MeteredStore
 from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
@@ -131,3 +134,39 @@ def test_tables_of_captions_are_filtered_from_store_to_store(tmp_path):
     with system.open("/out/a.parquet") as file:
         assert pyarrow.parquet.read_table(file).equals(table)
     MeteredStore.reset()
+
+
+@pytest.fixture
+def api_calls(monkeypatch):
+    """What is asked of S3, by operation; every page of a listing counts."""
+    client = pytest.importorskip("aiobotocore.client").AioBaseClient
+    calls, call = collections.Counter(), client._make_api_call
+
+    async def count(self, operation, arguments):
+        calls[operation] += 1
+        return await call(self, operation, arguments)
+
+    monkeypatch.setattr(client, "_make_api_call", count)
+    return calls
+
+
+def test_inputs_are_planned_by_the_pages_of_their_listing(s3_bucket, api_calls):
+    models = pytest.importorskip("moto.s3.models")
+    (backend,) = (b["aws"] for b in models.s3_backends.values() if "bucket" in b["aws"].buckets)
+    for number in range(3_000):  # without a request for each
+        backend.put_object("bucket", f"many/{number:05d}.tar", b"tar")
+    config = job_config(f"{s3_bucket}/many/*.tar", f"{s3_bucket}/planned")
+    inputs = list_inputs(config.input, config.source)
+    folder = check_output(config.output, [found.shard for found in inputs])
+    tasks = parts.plan_parts(config, inputs, folder, overwrite=False)
+    assert parts.settle_changes(config, tasks, tasks, folder, overwrite=False) == {}
+    assert len(tasks) == 3_000
+    assert api_calls["ListObjectsV2"] <= 3 + 9  # 1,000 names a page
+    assert api_calls["HeadObject"] <= 3 and api_calls["GetObject"] == 0
+    assert api_calls.total() <= 3 + 16
+    identities = {task.source.identity()["changed_ns"] for task in tasks}
+    assert len(identities) == 1 and None not in identities  # of equal contents, without a request
+    assert api_calls.total() <= 3 + 16
+    for name in list(backend.buckets["bucket"].keys):
+        if name.startswith(("many/", "planned/")):
+            backend.delete_object("bucket", name)

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 
+import fsspec
 import ml_collections
 import pytest
 
@@ -172,3 +173,39 @@ def test_heads_of_before_are_recognised(job, monkeypatch):
     reads.clear()
     monkeypatch.setattr(obtain_heads, "gather_examples", None)
     assert run_label(config) == {} and not reads
+
+
+def test_labels_from_s3_to_s3_are_those_of_a_disk(job, tmp_path, s3_bucket):
+    config, _ = job
+    config.heads.update({"max_examples": 20, "max_held_out": 5})
+    config.report_images = 2
+    url, system = f"{s3_bucket}/labelling", fsspec.filesystem("s3")
+    system.put(f"{tmp_path}/kept/", f"{url}/kept/", recursive=True)
+    assert run_label(config) == {}
+    local = pathlib.Path(config.output)
+    expected = {str(p.relative_to(local)): p.read_bytes() for p in local.rglob("*.npz")}
+    config.update({"input": f"{url}/kept", "output": f"{url}/out"})
+    for _ in range(2):  # the second time nothing is done
+        assert run_label(config) == {}
+        system.invalidate_cache()
+        names = [n for n in system.find(f"{url}/out") if n.endswith(".npz")]
+        prefix = f"{system._strip_protocol(url)}/out/"
+        assert {n.removeprefix(prefix): system.cat_file(n) for n in names} == expected
+        assert _labelled(config) == [30, 30, 30]
+        assert system.exists(f"{url}/out/report.html")
+    # A shard in the middle that is gone costs nothing.
+    config.heads.max_changed_shards = 1
+    for name in [n for n in system.find(f"{url}/kept") if "00001.tfrecord" in n]:
+        system.rm_file(name)
+    system.rm_file(f"{url}/kept/dataset.index")
+    before = _stored(system, f"{url}/out")
+    assert run_label(config) == {}
+    assert before == _stored(system, f"{url}/out")
+    system.rm(url, recursive=True)
+
+
+def _stored(system, url):
+    """When each file of embeddings and labels was written."""
+    system.invalidate_cache()
+    found = system.find(url, detail=True)
+    return {name: info["LastModified"] for name, info in found.items() if name.endswith(".npz")}

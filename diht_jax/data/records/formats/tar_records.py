@@ -38,13 +38,12 @@ from diht_jax.data.records.formats.tar_members import walk_members
 from diht_jax.data.records.remote import file_size, is_remote, open_system, read_bytes
 from diht_jax.data.records.samples import SampleError, Skipped
 from diht_jax.data.records.sharded import ArrayOffsets, OpenShard, ShardedRecords
-from diht_jax.data.retries import check_failure, open_file
+from diht_jax.data.retries import check_failure
+from diht_jax.data.stores import open_file
 
 BLOCK_BYTES = 512  # headers and contents begin at multiples of it
 TAR_SUFFIX = ".tar"
 
-# Read at once where a tar in a store has no index and must be walked through.
-_SCAN_BLOCK_BYTES = 2**22
 _MAGIC = b"DIHTTAR1"
 _HEADER = struct.Struct("<8sQQ")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
@@ -234,17 +233,11 @@ def scan_tar(path: str) -> np.ndarray:
         TFRecordError: it is compressed, damaged or cut off.
         StorageError: it cannot be read, now and after some attempts.
     """
-    if is_remote(path):
-        system, name = open_system(path)
-        opened = system.open(name, "rb", block_size=_SCAN_BLOCK_BYTES)
-    else:
-        opened = open_file(path)
-    with opened as file:
+    with open_file(path) as file:
         try:
             offsets, skipped = scan_samples(file, path)
         except TFRecordError:
-            if not is_remote(path):
-                check_failure(file)  # the tar itself may be good
+            check_failure(file)  # the tar itself may be good
             raise
     if skipped:
         counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(skipped.items()))

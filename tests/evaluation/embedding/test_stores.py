@@ -1,0 +1,52 @@
+"""Embedding, evaluation and search of pairs on an S3 server: as of the same files on a disk."""
+
+import pathlib
+
+import fsspec
+import numpy as np
+
+from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
+from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
+from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+from tests.data.readers.inputs import write_tar
+
+
+def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, photos, tmp_path, s3_bucket):
+    for number in range(2):
+        members = [
+            (f"{number}-{i}.{end}", photo if end == "png" else f"photo {i}".encode())
+            for i, photo in enumerate(photos)
+            for end in ("png", "txt")
+        ]
+        write_tar(tmp_path / f"{number}.tar", members)
+    url = f"{s3_bucket}/embedding"
+    system = fsspec.filesystem("s3")
+    for path in tmp_path.glob("*.tar"):
+        system.pipe_file(f"{url}/{path.name}", path.read_bytes())
+
+    options = EmbedOptions(shard_size=3, batch_size=8)
+    here, there = str(tmp_path / "out"), f"{url}/out"
+    expected = embed_source(tiny_model, f"{tmp_path}/*.tar", here, options)
+    assert expected["files"] == 4
+    assert embed_source(tiny_model, f"{url}/*.tar", there, options) == expected
+    for path in pathlib.Path(here).glob("*.npz"):
+        assert system.cat_file(f"{there}/{path.name}") == path.read_bytes()
+    # Again, and after a part was lost: that one is made.
+    system.rm_file(f"{there}/embeddings-00001-00000.json")
+    before = system.info(f"{there}/embeddings-00000-00000.npz", refresh=True)["LastModified"]
+    assert embed_source(tiny_model, f"{url}/*.tar", there, options) == expected
+    now = system.info(f"{there}/embeddings-00000-00000.npz", refresh=True)["LastModified"]
+    assert now == before and system.exists(f"{there}/embeddings-00001-00000.json")
+
+    results = []
+    for folder in (str(tmp_path), url):
+        (task,) = parse_tasks(f"retrieval:{folder}/1.tar")
+        check_source(task)
+        results.append(evaluate_task(tiny_model, task, batch_size=8)["metrics"])
+        shards = list_inputs(f"{folder}/*.tar")
+        found = search_pictures(tiny_model, shards, ["a photo"], count=3, batch_size=8)
+        pictures = load_pictures(shards, {match.position for match in found.matches["a photo"]})
+        results[-1]["search"] = found.matches, [np.asarray(p).sum() for p in pictures.values()]
+    assert results[0] == results[1]
+    system.rm(url, recursive=True)
