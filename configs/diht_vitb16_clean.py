@@ -1,8 +1,8 @@
 """DiHT ViT-B/16 at 224 px for smaller and cleaner data, such as collections of captioned photos.
 
-It is `diht_vitb16` with the pair of values that the paper gives for clean data: alpha 0.999, beta
-0.5 (harder negatives; LAION has 1 and 0.25). Method: DiHT, arXiv 2301.02280. The length is ours:
-some 28 epochs of 70 million pairs.
+It is `diht_vitb16` with harder negatives, for captions that are seldom wrong: alpha 0.999 and beta
+0.5, where web pairs have 1 and 0.25. Method: DiHT, arXiv 2301.02280. The two values are as recalled
+from the paper, not checked against it; the length is ours, some 28 epochs of 70 million pairs.
 
 Run, after `data_prep.filter` and `data_prep.label` have written their shards to DATA:
 

@@ -357,8 +357,8 @@ _HARD_NEGATIVES_CONTRASTS = [
              "alpha 0.999 costs nothing at beta 0.25 on unique captions, all right",
              "it costs more than a point", kind=NO_LOSS),
     Contrast("emoji_shuffled_0_alpha_0999_beta_025", "emoji_shuffled_0_alpha_0999_beta_050",
-             "emoji", 0.01, "at alpha 0.999, beta 0.25 costs nothing against the paper's 0.5 for "
-             "clean data, on unique captions", "it costs more than a point", kind=NO_LOSS),
+             "emoji", 0.01, "at alpha 0.999, beta 0.25 costs nothing against 0.5 on unique "
+             "captions", "it costs more than a point", kind=NO_LOSS),
     Contrast("cifar10_beta_025", "cifar10_wrong_0", "equal_captions", 0.01,
              "beta 0.25 does no harm where a batch of 128 holds a dozen equal captions",
              "it costs more than a point: equal captions are pushed apart", kind=NO_LOSS),
