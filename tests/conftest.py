@@ -1,21 +1,30 @@
 """Shared test set-up: eight CPU devices, and the real data sets where they are present."""
 
+import gc
 import os
 import pathlib
 import signal
+
+from tests.compiling import xla_flags
 
 # Must be set before the first import of jax anywhere in the test process.
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA leaves out what only makes programs faster, here and in the processes that tests start: most
 # of the suite's time would go into that, and nothing is timed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count=8"
-if _DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_COUNT_FLAG}".strip()
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
 import pytest  # noqa: E402
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what is there to stay: modules and the tests themselves."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from diht_jax.config import validate_config
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.fewshot import task_text
 from diht_jax.training.config_ranges import check_ranges
+from tests.compiling import xla_flags
 from tests.docs.commands import OWN, Command, commands_of, find_commands, parse_command
 from tests.docs.pages import REPOSITORY
 
@@ -264,7 +265,7 @@ def test_commands_run(tmp_path):
         has_config = "--config" in arguments or command.module != "data_prep.filter"
         extra = "" if not has_config else SMALLER.get(command.module, "")
         argv.append((command.module, [*arguments, *behind.split(), *extra.split()]))
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
     done = subprocess.run(
         [sys.executable, "-m", "tests.docs.commands"],
         cwd=checkout,

@@ -10,6 +10,7 @@ import pytest
 from diht_jax.models import Architecture
 from diht_jax.weights.clip_layout import expected_shapes
 from diht_jax.weights.tensor_files import write_safetensors
+from tests.compiling import xla_flags
 from tests.docs.pages import REPOSITORY, python_blocks
 
 LIBRARY = python_blocks(REPOSITORY / "docs" / "library.md")
@@ -57,7 +58,7 @@ def run(code: str, folder) -> str:
 
     The checkout is on the path, as it is after `pip install -e .`; the folder is another one.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags()}
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from diht_jax import load_model
+from tests.compiling import xla_flags
 
 
 def _run(command, *arguments):
@@ -18,7 +19,7 @@ def _run(command, *arguments):
         [sys.executable, "-m", f"diht_jax.{command}", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
         timeout=900,
     )
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from diht_jax.evaluation.results import write_results
+from tests.compiling import xla_flags
 
 
 def _run(*arguments):
@@ -15,7 +16,7 @@ def _run(*arguments):
         [sys.executable, "-m", "diht_jax.evaluate", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+        env={**os.environ, "XLA_FLAGS": xla_flags(2)},
         timeout=900,
     )
 

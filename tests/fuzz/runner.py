@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
+from tests.compiling import xla_flags
 from tests.fuzz import worker
 
 # Kind (a module of `kinds/`) -> its share of the cases.
@@ -20,7 +21,7 @@ WEIGHTS = {
 }
 # A process that reports nothing for so long waits for something, or hangs in a library.
 _SILENCE_SECS = 6 * worker.LIMIT_SECS
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": ""}
+_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "XLA_FLAGS": xla_flags()}
 
 
 def share_out(cases: int, kinds: Mapping[str, int] = WEIGHTS) -> dict[str, int]:

@@ -36,6 +36,7 @@ from absl import flags
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from tests.compiling import xla_flags  # noqa: E402
 from tests.leftovers import shared_memory, wait_until_nothing_is_left  # noqa: E402
 from tests.waiting import wait_until  # noqa: E402
 
@@ -106,7 +107,7 @@ def environment(cache: pathlib.Path) -> dict[str, str]:
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

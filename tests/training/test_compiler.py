@@ -21,6 +21,7 @@ from diht_jax.cost_model.topologies import get_topology
 from diht_jax.training import compiler
 from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.training.workdir.resume_checks import check_same_run
+from tests.compiling import xla_flags
 from tests.recipes import REPOSITORY
 
 UNKNOWN_FLAG = "--xla_gpu_no_such_flag=true"
@@ -223,7 +224,7 @@ def test_the_digest_is_that_of_the_cpu_features(tmp_path, monkeypatch):
 def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path, labelled):
     environment = {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags(),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

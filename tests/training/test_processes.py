@@ -23,6 +23,7 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.stopping import EXIT_CODE
 from diht_jax.training.workdir.stored_run import read_manifests
+from tests.compiling import xla_flags
 from tests.waiting import wait_until
 
 NUM_PROCESSES, DEVICES_EACH = 2, 2
@@ -46,7 +47,7 @@ class Job:
             port = probe.getsockname()[1]
         env = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES_EACH}",
+            "XLA_FLAGS": xla_flags(DEVICES_EACH),
             "JAX_COMPILATION_CACHE_DIR": str(self._cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

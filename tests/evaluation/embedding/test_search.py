@@ -11,6 +11,7 @@ from PIL import Image
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
 from diht_jax.evaluation.pages.search import draw_search_page
+from tests.compiling import xla_flags
 from tests.data.readers.inputs import write_tar
 
 
@@ -108,7 +109,7 @@ def test_no_words_are_refused(tiny_model, folder, queries):
 def test_the_command(workdir, shared_data, tmp_path):
     def run(*arguments):
         command = [sys.executable, "-m", "diht_jax.search", *map(str, arguments)]
-        environment = {**os.environ, "XLA_FLAGS": ""}
+        environment = {**os.environ, "XLA_FLAGS": xla_flags()}
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
     page = tmp_path / "page.png"

@@ -26,6 +26,7 @@ from diht_jax.evaluation.fewshot.linear_probe import (
     fit_probes,
 )
 from diht_jax.evaluation.task_parsing import parse_tasks
+from tests.compiling import xla_flags
 
 
 def _numbered(counts):
@@ -192,7 +193,11 @@ def test_the_command_writes_numbers_and_plot(workdir, tmp_path):
     command = [sys.executable, "-m", "diht_jax.fewshot"]
     command += [f"--{name}={value}" for name, value in arguments.items()]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "XLA_FLAGS": ""}, timeout=900
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())

@@ -15,6 +15,7 @@ from diht_jax import load_model
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import read_entries
+from tests.compiling import xla_flags
 
 _SIZE = 48
 # In the order of the file; the second image has two narratives.
@@ -96,7 +97,7 @@ def results(folder, workdir):
         [*command, "--output", str(folder / "results.json"), "--batch_size", "8"],
         capture_output=True,
         text=True,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env={**os.environ, "XLA_FLAGS": xla_flags()},
         timeout=900,
     )
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,21 @@
+"""How XLA compiles in tests, here and in the processes that tests start: as quickly as it can."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+
+def xla_flags(num_devices: int | None = None) -> str:
+    """The value of `XLA_FLAGS`.
+
+    Args:
+        num_devices: of the CPU; None for the default, one.
+    """
+    flags = []
+    if num_devices is not None:
+        flags.append(f"--xla_force_host_platform_device_count={num_devices}")
+    # XLA's older code for the CPU, without an MLIR context for each fusion: compiling takes half
+    # the time. A process with a flag that its version does not know ends.
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    return " ".join(flags)
