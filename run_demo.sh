@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole path on an embedded data set: noisy pairs -> filter -> concept labels -> three trainings
-# -> zero-shot results side by side. Makes .venv where it is missing. Everything goes to demo_output/; a stopped
-# demo continues where it was. To start anew: rm -r demo_output
+# The whole path on an embedded data set: noisy pairs -> filter -> concept labels -> four trainings, each with
+# one more part of the method -> zero-shot results side by side. Makes .venv where it is missing. Everything
+# goes to demo_output/; a stopped demo continues where it was. To start anew: rm -r demo_output
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/environment.sh
@@ -24,6 +24,13 @@ step() {
   printf '%5d s\n' "$((SECONDS - start))" >&2
 }
 
+# show LOG_NAME: what the command of a step printed, without its log lines and progress bars.
+show() {
+  echo
+  grep -vE '^$|^[0-9:]+ |shard/s|s/shard|pair/s|synthetic web:' "$out/logs/$1.log" || true
+  echo
+}
+
 train() { # NAME SHOWN_NAME RECORDS FLAGS...
   step "Training: $2" "train_$1" diht_jax.train --config configs/demo.py \
     --config.data.train="$out/$3" --workdir "$out/$1" "${@:4}"
@@ -38,34 +45,40 @@ evaluate() { # NAME SHOWN_NAME
     --output "$out/$1.json"
 }
 
-step "Generating 4,000 noisy pairs and clean evaluation sets" generate \
-  data_prep.synthetic --output "$out/web" --num_pairs 4000
+step "Generating 3,000 noisy pairs and clean evaluation sets" generate \
+  data_prep.synthetic --output "$out/web" --num_pairs 3000
+show generate
 step "Filtering: complexity, action, text in the picture" filter \
   data_prep.filter --config configs/prep/cat.py --config.label_field=noise \
   --config.input="$out/web/train-*.tar" --config.output="$out/filtered"
+show filter
+"$python" -m data_prep.reports.demo --input "$out"
+echo
 step "Converting the raw pairs, unfiltered" convert \
   data_prep.filter --config configs/prep/convert.py \
   --config.input="$out/web/train-*.tar" --config.output="$out/raw"
 step "Training a teacher on clean scenes, frozen after that" teacher \
-  data_prep.synthetic.teacher --input "$out/web/train-*.tar" --output "$out/teacher.npz"
+  data_prep.synthetic.teacher --input "$out/web/train-*.tar" --output "$out/teacher.npz" --num_scenes 4000
 step "Labelling the filtered pairs with its concepts" label \
   data_prep.label --config configs/prep/concepts.py \
   --config.input="$out/filtered" --config.output="$out/labelled" \
   --config.teacher.kind=precomputed --config.teacher.precomputed.files="$out/teacher.npz"
-train raw_infonce "raw pairs, InfoNCE" raw --config.loss.beta=0.0
-train filtered_hn_nce "filtered pairs, HN-NCE" filtered
-train filtered_concepts "filtered pairs, HN-NCE and concepts" labelled \
-  --config.concepts.object_weight=0.3 --config.concepts.attribute_weight=0.3 \
+train raw_infonce "raw pairs" raw --config.loss.beta=0.0
+train filtered_infonce "+ CAT (filtered pairs)" filtered --config.loss.beta=0.0
+train filtered_hn_nce "+ HN (hard negatives)" filtered
+train filtered_concepts "+ CD (concept labels)" labelled \
+  --config.concepts.object_weight=0.5 --config.concepts.attribute_weight=0.5 \
   --config.concepts.num_objects=32 --config.concepts.num_attributes=32
-evaluate raw_infonce "raw pairs, InfoNCE"
-evaluate filtered_hn_nce "filtered pairs, HN-NCE"
-evaluate filtered_concepts "filtered pairs, HN-NCE and concepts"
+students=(raw_infonce filtered_infonce filtered_hn_nce filtered_concepts)
+for name in "${students[@]}"; do
+  evaluate "$name" "$name"
+done
 
 echo
-cat "$out/logs/filter.log" | grep -v '^$' | grep -vE '^[0-9:]+ |shard/s|s/shard' || true
-echo
-"$python" -m diht_jax.evaluate \
-  --compare "$out/raw_infonce.json,$out/filtered_hn_nce.json,$out/filtered_concepts.json"
+files=("${students[@]/#/$out/}")
+"$python" -m diht_jax.evaluate --compare "${files[@]/%/.json}" --output "$out/compared.png" 2> /dev/null
+"$python" -m data_prep.reports.demo --input "$out" --output "$out/index.html"
 echo
 pictures=("$out"/*.png "$out"/*/curves.png "$out"/{filtered,labelled}/report.html)
 echo "Pictures: ${pictures[*]}"
+echo "All of it on one page: $out/index.html"

@@ -29,7 +29,7 @@ _SHOWN_SPOTS = 6  # texts under a picture
 _PLOT = (400, 120)  # px of a histogram's bars
 _LABELS = 9  # bins of which each has its label
 
-_STYLE = """
+PAGE_STYLE = """
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr));
          gap: 20px 40px; }
 .plots svg, .plots figcaption { width: 100%; overflow: visible; } figure { margin: 0; }
@@ -70,8 +70,8 @@ def render_report(report: FilterReport) -> str:
         f"<h1>What the filter kept</h1><p>{funnel.kept:,} of {funnel.read:,} pairs "
         f"({100 * report.share(funnel.kept):.1f}%) of {count:,} input "
         f"{'shard' if count == 1 else 'shards'}: {inputs}.</p>",
-        f"<h2>Funnel</h2>{_funnel(report)}",
-        _noise(report),
+        f"<h2>Funnel</h2>{render_funnel(report)}",
+        render_noise(report),
         f"<h2>Throughput</h2>{_throughput(report)}",
         _histograms(report),
         _names(report),
@@ -79,10 +79,11 @@ def render_report(report: FilterReport) -> str:
         _versions(report),
         *(_settings(job) for job in report.jobs),
     ]
-    return render_page("What the filter kept", parts, _STYLE)
+    return render_page("What the filter kept", parts, PAGE_STYLE)
 
 
-def _funnel(report: FilterReport) -> str:
+def render_funnel(report: FilterReport) -> str:
+    """The counts of every outcome with their bars, and the notes on them."""
     rows = []
     for stage, reason, pairs in report.funnel.rows():
         share = report.share(pairs)
@@ -113,7 +114,8 @@ def _funnel(report: FilterReport) -> str:
     return f'<div class="wide">{table}</div>{text}'
 
 
-def _noise(report: FilterReport) -> str:
+def render_noise(report: FilterReport) -> str:
+    """Precision and recall of each step where the noise is known; else nothing."""
     if not report.measures.labels:
         return ""
     header, *rows = (
@@ -238,8 +240,8 @@ def _samples(report: FilterReport) -> str:
     # What was kept first, then the reasons in the order of the funnel.
     order = [KEPT, *(f"{stage}/{reason}" for stage, reason, _ in report.funnel.rows())]
     for outcome in dict.fromkeys(name for name in order if name in by_outcome):
-        title = "Kept" if outcome == KEPT else f"Dropped, {_spell(outcome)}"
-        cards = "".join(map(_card, by_outcome[outcome]))
+        title = "Kept" if outcome == KEPT else f"Dropped, {spell_outcome(outcome)}"
+        cards = "".join(map(render_card, by_outcome[outcome]))
         sections.append(f'<h3>{html.escape(title)}</h3><div class="images">{cards}</div>')
     if not sections:
         return ""
@@ -250,12 +252,14 @@ def _samples(report: FilterReport) -> str:
     )
 
 
-def _spell(outcome: str) -> str:
+def spell_outcome(outcome: str) -> str:
+    """An outcome of `samples` for people: "captions: no words"."""
     stage, _, reason = outcome.partition("/")
     return f"{stage}: {spell_reason(stage, reason)}"
 
 
-def _card(sample: Mapping[str, Any]) -> str:
+def render_card(sample: Mapping[str, Any]) -> str:
+    """A pair to look at: picture, caption, graph of the caption, and what was spotted."""
     parts = [_picture(sample), f"<p>{html.escape(sample['caption']) or '<i>no caption</i>'}</p>"]
     if "evidence" in sample:
         parts.append(f'<p class="m">{html.escape(sample["evidence"])}</p>')

@@ -1,0 +1,187 @@
+"""Command: the page of the demo, and some pairs of its filter on the terminal.
+
+    python -m data_prep.reports.demo --input demo_output --output demo_output/index.html
+    python -m data_prep.reports.demo --input demo_output
+
+The page shows what `run_demo.sh` left in a folder: pairs with what became of them, the funnel, the
+curves of all students, their results with intervals, and examples of retrieval. It is one file
+without links to others. Without --output some pairs are printed.
+"""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from data_prep.reports.funnel import KEPT
+from data_prep.reports.html import data_uri, render_page, render_table
+from data_prep.reports.page import (
+    PAGE_STYLE,
+    render_card,
+    render_funnel,
+    render_noise,
+    spell_outcome,
+)
+from data_prep.reports.summary import FilterReport, read_report
+from diht_jax import command_line
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.evaluation.bootstrap import paired_samples, percentile_interval
+
+# Folder of a student -> what it is; each changes one thing of the one before.
+STUDENTS = {
+    "raw_infonce": "raw pairs",
+    "filtered_infonce": "+ CAT",
+    "filtered_hn_nce": "+ HN",
+    "filtered_concepts": "+ CD",
+}
+# (task, metric) -> heading.
+METRICS = {
+    ("shape", "top1"): "shape, top-1",
+    ("color", "top1"): "colour, top-1",
+    ("scenes", "t2i_r1"): "text to image, R@1",
+    ("scenes", "t2i_r10"): "R@10",
+    ("scenes", "i2t_r1"): "image to text, R@1",
+    ("scenes", "i2t_r10"): "R@10",
+}
+_SHOWN_PAIRS = 4  # of each outcome
+_PRINTED_KEPT, _PRINTED_DROPPED = 4, 2
+_STYLE = """
+figure { margin: 0; } figure img { width: 100%; border: 1px solid #d0d7de; border-radius: 6px; }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr));
+       gap: 14px; }
+.beyond { font-weight: 600; }
+"""
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_string("input", None, "The folder of run_demo.sh.", required=True)
+    flags.DEFINE_string("output", None, "The page (HTML); unset: print some pairs instead.")
+
+
+def main() -> None:
+    """Writes the page, or prints pairs."""
+    folder, output = pathlib.Path(flags.FLAGS.input), flags.FLAGS.output
+    report = read_report(folder / "filtered")
+    if output is None:
+        print(format_pairs(report))
+        return
+    write_atomically(pathlib.Path(output), render_demo(folder, report).encode())
+
+
+def format_pairs(report: FilterReport) -> str:
+    """Some pairs of every outcome for the terminal, a line each: the outcome, and the caption."""
+    lines = []
+    for outcome, samples in _by_outcome(report):
+        count = _PRINTED_KEPT if outcome == KEPT else _PRINTED_DROPPED
+        name = KEPT if outcome == KEPT else f"dropped, {spell_outcome(outcome)}"
+        lines += [f"{name:44} {sample['caption'][:100]}" for sample in samples[:count]]
+    return "\n".join(lines)
+
+
+def render_demo(folder: pathlib.Path, report: FilterReport) -> str:
+    """The page, as text.
+
+    Args:
+        folder: with the work directories and the results files of `STUDENTS`.
+        report: of the filter.
+
+    Raises:
+        ValueError: a results file or a picture is missing.
+    """
+    results = {name: _read_results(folder / f"{name}.json") for name in STUDENTS}
+    pairs = "".join(
+        f"<h3>{'Kept' if outcome == KEPT else 'Dropped, ' + html.escape(spell_outcome(outcome))}"
+        f'</h3><div class="images">{"".join(map(render_card, samples[:_SHOWN_PAIRS]))}</div>'
+        for outcome, samples in _by_outcome(report)
+    )
+    curves = "".join(
+        _picture(folder / name / "curves.png", title) for name, title in STUDENTS.items()
+    )
+    last = list(STUDENTS)[-1]
+    examples = "".join(
+        _picture(folder / f"{last}.{task}.png", f"{task}, {STUDENTS[last]}")
+        for task in ("scenes", "shape", "color")
+    )
+    parts = [
+        "<h1>The demo</h1><p>Noisy pairs are filtered and labelled, and four tiny students are "
+        "trained for the same number of samples. Each row of the first table changes one thing of "
+        "the row above it.</p>",
+        f'<h2>Results</h2><div class="wide">{_results_table(results)}</div>'
+        "<p class=note>Zero-shot, on clean scenes that are not in the training data; percent, with "
+        "95% intervals over pictures. One seed: the spread between seeds is not in them.</p>",
+        f'<h2>What each step changed</h2><div class="wide">{_differences_table(results)}</div>'
+        "<p class=note>Points against the row above, with the 95% interval of the paired "
+        "bootstrap; bold where 0 lies outside.</p>",
+        f"<h2>Funnel</h2>{render_funnel(report)}{render_noise(report)}",
+        f"<h2>Pairs</h2>{pairs}",
+        f'<h2>Training</h2><div class="two">{curves}</div>',
+        f"<h2>Retrieval and classification, last student</h2>{examples}",
+    ]
+    return render_page("The demo of diht_jax", parts, PAGE_STYLE + _STYLE)
+
+
+def _by_outcome(report: FilterReport) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The samples of each outcome; what was kept comes first, then the order of the funnel."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for sample in report.samples:
+        found.setdefault(sample["outcome"], []).append(sample)
+    order = [KEPT, *(f"{stage}/{reason}" for stage, reason, _ in report.funnel.rows())]
+    return [(name, found[name]) for name in dict.fromkeys(order) if name in found]
+
+
+def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Task -> its result, of a results file of `diht_jax.evaluate`."""
+    try:
+        return {result["task"]: result for result in json.loads(path.read_text())["results"]}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such results file; run bash run_demo.sh to the end") from None
+
+
+def _results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for name, tasks in results.items():
+        cells = [STUDENTS[name]]
+        for task, metric in METRICS:
+            low, high = (100 * bound for bound in tasks[task]["intervals"][metric])
+            value = 100 * tasks[task]["metrics"][metric]
+            cells.append(f"{value:.1f} <span class=note>({low:.1f} to {high:.1f})</span>")
+        rows.append(cells)
+    return render_table(["", *METRICS.values()], rows)
+
+
+def _differences_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for before, after in itertools.pairwise(results):
+        pairs = [(results[before][task], results[after][task], name) for task, name in METRICS]
+        rows.append([STUDENTS[after], *(_difference(*pair) for pair in pairs)])
+    return render_table(["", *METRICS.values()], rows)
+
+
+def _difference(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> str:
+    change = f"{100 * (second['metrics'][metric] - first['metrics'][metric]):+.1f}"
+    samples = paired_samples(first, second, metric)
+    if samples is None:
+        return change
+    low, high = percentile_interval(100 * (samples[1].astype(float) - samples[0]))
+    css = "beyond" if low > 0 or high < 0 else ""
+    return f'<span class="{css}">{change} ({low:+.1f} to {high:+.1f})</span>'
+
+
+def _picture(path: pathlib.Path, title: str) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such picture; run bash run_demo.sh to the end")
+    text = html.escape(title)
+    uri = data_uri(path.read_bytes(), "png")
+    return f'<figure><h3>{text}</h3><img src="{uri}" alt="{text}"></figure>'
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
