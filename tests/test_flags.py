@@ -19,6 +19,7 @@ COMMANDS = (
     "data_prep.filter",
     "data_prep.label",
     "data_prep.reports.__main__",
+    "data_prep.reports.demo",
     "data_prep.synthetic.web",
     "data_prep.synthetic.teacher",
 )

@@ -67,6 +67,7 @@ DATA_PREP_MAY_IMPORT = (
     "diht_jax.config",
     "diht_jax.command_line",
     "diht_jax.data",
+    "diht_jax.evaluation.bootstrap",
     "diht_jax.loading",
     "diht_jax.models",
     "diht_jax.progress",

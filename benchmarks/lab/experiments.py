@@ -212,7 +212,7 @@ BATCH = [
         {"data.batch_size": size, BETA: beta},
         seeds=8,
     )
-    for size, beta in itertools.product((64, 128, 512), (0.0, 0.25))
+    for size, beta in itertools.product((128, 256, 512), (0.0, 0.25))
 ]
 EMOJI = [
     Experiment(
@@ -256,7 +256,7 @@ NOISE = [
     for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
 ]
 FEW_SHOT = [Experiment("unseen", "unseen", student="unseen")]
-# Blocks as small as the data: a batch of 256 is drawn from 512 records, a quarter of them.
+# Blocks as small as the data: a batch is drawn from 512 records, a quarter of them.
 ORDER = [
     Experiment(
         "cat_blocks",
@@ -345,7 +345,7 @@ _HARD_NEGATIVES_CONTRASTS = [
     *(
         Contrast(f"cat_batch_{size}_beta_025", f"cat_batch_{size}", "batch", 0.01,
                  f"beta 0.25 helps at a batch of {size}", "it gains less than a point")
-        for size in (64, 128, 512)
+        for size in (128, 256, 512)
     ),
     *(
         Contrast(f"emoji_shuffled_{share}_beta_025", f"emoji_shuffled_{share}", "emoji", 0.01,

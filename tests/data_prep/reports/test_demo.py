@@ -1,0 +1,110 @@
+"""The demo's page and what it prints, from a folder as run_demo.sh leaves it."""
+
+import io
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.reports import demo
+from data_prep.reports.funnel import Funnel
+from data_prep.reports.page import write_report
+from data_prep.reports.samples import SampleLog, read_samples
+from data_prep.reports.summary import FilterReport
+from diht_jax.evaluation.bootstrap import describe_samples
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+_OUTCOMES = {"kept": "a red star sits on a <blue> ring", "caption/no_action": "Leather Wallet"}
+
+
+def _png(color: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _results(shift: float, items: str = "same") -> dict:
+    rng = np.random.default_rng(0)
+    results = {}
+    for task, metric in demo.METRICS:
+        result = results.setdefault(
+            task, {"task": task, "metrics": {}, "intervals": {}, "counts": {"images": 9}}
+        )
+        draws = rng.normal(0.5, 0.1, 200)
+        result["metrics"][metric] = 0.5 + shift
+        result["intervals"][metric] = [0.4 + shift, 0.6 + shift]
+        samples = result.setdefault("samples", {})
+        samples[metric] = draws + shift + 0.02 * rng.normal(size=200)
+    for result in results.values():
+        result["resamples"] = describe_samples(result.pop("samples"), items, 9)
+    return {"results": list(results.values())}
+
+
+@pytest.fixture
+def folder(tmp_path) -> pathlib.Path:
+    """Two pairs, four students that differ by 0, 10 and 0 points, and their pictures."""
+    funnel, log = Funnel(5, seed=0), SampleLog(5, 10**6)
+    for outcome, caption in _OUTCOMES.items():
+        if outcome == "kept":
+            funnel.keep("k", caption, "PNG")
+        else:
+            funnel.drop(*outcome.split("/"), "d", caption)
+        log.add(outcome, "00", key=outcome, caption=caption, image=_png("red"))
+    log.write(str(tmp_path / "samples"))
+    report = FilterReport([], funnel, samples=list(read_samples(str(tmp_path / "samples"))))
+    (tmp_path / "filtered").mkdir()
+    write_report(tmp_path / "filtered", report)
+    for name, shift in zip(demo.STUDENTS, (0.0, 0.0, 0.1, 0.1), strict=True):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "curves.png").write_bytes(_png("blue"))
+        (tmp_path / f"{name}.json").write_text(json.dumps(_results(shift)))
+    for task in ("scenes", "shape", "color"):
+        (tmp_path / f"{list(demo.STUDENTS)[-1]}.{task}.png").write_bytes(_png("green"))
+    return tmp_path
+
+
+def test_the_page_shows_everything_without_links(folder):
+    page = demo.render_demo(folder, demo.read_report(folder / "filtered"))
+    assert set(re.findall(r'(?:src|href)="(.{5})', page)) == {"data:"}
+    assert page.count("<img") == len(_OUTCOMES) + len(demo.STUDENTS) + 3
+    assert "a red star sits on a &lt;blue&gt; ring" in page and "no action" in page
+    for title in demo.STUDENTS.values():
+        assert title in page
+
+
+def test_differences_are_to_the_row_above_with_paired_intervals(folder):
+    """Resamples of one draw differ by the noise of 0.028 alone, though each spreads by 0.1."""
+    results = {n: demo._read_results(folder / f"{n}.json") for n in demo.STUDENTS}
+    rows = re.findall(r"<tr>(.*?)</tr>", demo._differences_table(results))[1:]
+    changes = [re.findall(r'class="(\w*)">([+-][\d.]+) \((.+?) to (.+?)\)', row) for row in rows]
+    assert [{change for _, change, _, _ in row} for row in changes] == [
+        {"+0.0"},
+        {"+10.0"},
+        {"+0.0"},
+    ]
+    assert {css for css, *_ in changes[1]} == {"beyond"} and {css for css, *_ in changes[0]} == {""}
+    for _, _, low, high in changes[1]:
+        assert float(low) == pytest.approx(10, abs=0.1) == pytest.approx(float(high), abs=0.1)
+
+
+def test_pairs_are_printed_with_their_reasons(folder):
+    lines = demo.format_pairs(demo.read_report(folder / "filtered")).splitlines()
+    assert [re.split(r"  +", line) for line in lines] == [
+        ["kept", _OUTCOMES["kept"]],
+        ["dropped, caption: A: no action", "Leather Wallet"],
+    ]
+
+
+def test_a_missing_student_is_named(folder):
+    (folder / "filtered_hn_nce.json").unlink()
+    with pytest.raises(ValueError, match=r"filtered_hn_nce\.json: no such results.*run_demo\.sh"):
+        demo.render_demo(folder, demo.read_report(folder / "filtered"))
+
+
+def test_the_script_trains_and_evaluates_the_students_of_the_page():
+    script = (_REPOSITORY / "run_demo.sh").read_text("utf-8")
+    assert re.findall(r"^train (\w+)", script, re.MULTILINE) == list(demo.STUDENTS)
+    assert f"students=({' '.join(demo.STUDENTS)})" in script
