@@ -45,7 +45,8 @@ def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -
         parts += [
             f'<line x1="{x(points):.1f}" x2="{x(points):.1f}" y1="{_TOP - 8}" y2="{bottom}" '
             f'stroke="{color}"/>',
-            f'<text x="{x(points):.1f}" y="{bottom + 16}" text-anchor="middle">{points:+g}</text>',
+            f'<text x="{x(points):.1f}" y="{bottom + 16}" text-anchor="middle">'
+            f"{_number(points)}</text>",
         ]
     parts.append(
         f'<text x="{_LABELS + plot / 2:.0f}" y="{bottom + 34}" text-anchor="middle">'
@@ -90,3 +91,7 @@ def _axis(rows: Sequence[tuple[Contrast, Estimate]]) -> tuple[float, float, floa
     high = min(max([*dots, *ends]), reach)
     step = next((each for each in _STEPS if (high - low) / each <= 8), _STEPS[-1])
     return step * math.floor(low / step), step * math.ceil(high / step), step
+
+
+def _number(points: float) -> str:
+    return "0" if abs(points) < 1e-9 else f"{points:+g}"
