@@ -268,15 +268,16 @@ def _make_emoji_shuffled(data: Data, folder: pathlib.Path, share: str, seed: str
 def _make_photos(data: Data, folder: pathlib.Path, share: str) -> None:
     pairs = list(open_source(str(data.shared / "cifar10_train.tar")))
     texts = exchange([pair.caption for pair in pairs], int(share) / 100, 0)
-    write_pairs(folder / "pairs.tar", zip(pairs, texts, strict=True))
+    tar = folder.with_name(f"{folder.name}.tar")
+    write_pairs(tar, zip(pairs, texts, strict=True))
     run_command(
         "data_prep.filter",
         "--config=configs/prep/convert.py",
         "--config.concepts=True",
-        f"--config.input={folder / 'pairs.tar'}",
+        f"--config.input={tar}",
         f"--config.output={folder}",
     )
-    (folder / "pairs.tar").unlink()
+    tar.unlink()
 
 
 def _make_photo_labels(data: Data, folder: pathlib.Path, share: str, labels: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.lab import data
 from benchmarks.lab.data import Data, exchange
-from diht_jax.data.records.schema import Record
+from diht_jax.data.records.schema import Pair, Record
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.75])
@@ -85,3 +85,28 @@ def test_shuffled_labels_are_those_of_other_records(lab, monkeypatch):
     assert [record.key for record in records] == keys(lab.make("raw"))
     labels = [int(record.object_ids[0]) for record in records]
     assert sorted(labels) == list(range(20)) and sum(i == j for i, j in enumerate(labels)) < 5
+
+
+def test_commands_read_what_is_made_before_and_never_write_beside_it(lab, monkeypatch):
+    commands = []
+    monkeypatch.setattr(data, "run_command", lambda *arguments: commands.append(arguments))
+    monkeypatch.setattr(data, "_read", lambda folder: [])
+    photo = Pair("a", b"jpg", "a photo of a cat", {})
+    monkeypatch.setattr(data, "open_source", lambda path: [photo] * 4)
+    monkeypatch.setattr(data, "exchange", lambda texts, share, seed: texts)
+    for name in (
+        "cat_of_mismatched_half", "only_t", "cat_labelled", "cifar10_wrong_50_random", "emoji",
+    ):  # fmt: skip
+        lab.make(name)
+    written = set()
+    for _, *flags in commands:
+        given = dict(flag.lstrip("-").split("=", 1) for flag in flags)
+        output = given.get("config.output", given.get("output"))
+        source = given.get("config.input", given.get("input", ""))
+        assert not source.startswith(f"{output}/") and output not in written
+        written.add(output)
+    web = next(flags for module, *flags in commands if "web_mismatched_half" in flags[0])
+    assert "--noise=product_title=0.2,uninformative=0.15,rendered_text=0.1,mismatched=0.025" in web
+    only = next(flags for _, *flags in commands if any("only_t" in flag for flag in flags))
+    assert {"--config.complexity=False", "--config.action=False"} <= set(only)
+    assert any("random_teacher:build" in flag for _, *flags in commands for flag in flags)
