@@ -87,8 +87,8 @@ def define_flags() -> None:
     """The command line of `main`."""
     photos = str(REPOSITORY.parent / "shared/data/photos.tar")
     flags.DEFINE_string("photos", photos, "Webdataset tar of JPEGs.")
-    # Of 1,500 records, grain's shuffle takes 21 us for an index (it walks a domain of 65,536 until
-    # it meets one of them); of 6,000 it takes 6, and of millions 2.
+    # Of 1,500 records, grain's shuffle takes 22 us for an index (it walks a domain of 65,536 until
+    # it meets one of them); of 6,000 it takes 8, and of millions 4.
     flags.DEFINE_integer("copies", 40, "Of the tar: shards on both sides.")
     flags.DEFINE_integer("rounds", 7, "Rounds; medians are over these.")
     flags.DEFINE_integer("batches", 8, "Batches that are timed in a round.")
