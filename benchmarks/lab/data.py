@@ -45,6 +45,7 @@ GIVEN = "given"
 
 _COMPLETE = "complete.json"
 _SHARD = "pairs-train-00000-of-00001.tfrecord"
+_TEACHER_SCENES = 4000  # as in the demo
 _TEST_SHOTS = 40  # pictures of a class that few-shot accuracy is measured on
 _FILTERS = {"c": "complexity", "a": "action", "t": "text_spotting"}
 _CHANGES = {"double": 2.0, "half": 0.5}
@@ -203,6 +204,7 @@ def _make_teacher(data: Data, folder: pathlib.Path) -> None:
         "data_prep.synthetic.teacher",
         f"--input={data.make('web')}/train-*.tar",
         f"--output={folder}/teacher.npz",
+        f"--num_scenes={_TEACHER_SCENES}",
     )
 
 

@@ -48,28 +48,39 @@ class Student:
     run_secs: float
 
 
-WEB_PAIRS = 4000  # of a synthetic web, clean and noisy
+WEB_PAIRS = 3000  # of a synthetic web, clean and noisy, as in the demo
 
 # The demo's student is the lab's; beta is 0 where an experiment does not set it.
 _DEMO = "configs/demo.py"
 _EXAMPLES = demo.get_config().total_examples
 _INFO_NCE = {ALPHA: 1.0, BETA: 0.0}
 STUDENTS = {
-    "web": Student(_DEMO, _INFO_NCE, "scenes", "scenes/r10", 80),
-    "unseen": Student(_DEMO, _INFO_NCE, "unseen", "prompts_4", 110),
+    "web": Student(_DEMO, _INFO_NCE, "scenes", "scenes/r10", 55),
+    "unseen": Student(_DEMO, _INFO_NCE, "unseen", "prompts_4", 85),
     "emoji": Student(
         _DEMO,
-        {**_INFO_NCE, "data.crop_scale": (0.25, 1.0), "optimizer.weight_decay": 0.2},
+        {
+            **_INFO_NCE,
+            "total_examples": 61_440,
+            "data.batch_size": 128,
+            "data.crop_scale": (0.25, 1.0),
+            "optimizer.weight_decay": 0.2,
+        },
         "emoji",
         "emoji/r10",
-        80,
+        100,
     ),
     "cifar10": Student(
         _DEMO,
-        {**_INFO_NCE, "data.batch_size": 128, "data.crop_scale": (0.5, 1.0)},
+        {
+            **_INFO_NCE,
+            "total_examples": 61_440,
+            "data.batch_size": 128,
+            "data.crop_scale": (0.5, 1.0),
+        },
         "cifar10",
         "cifar10/top1",
-        130,
+        100,
     ),
     # On data and tasks of the command line. 128 million samples in batches of 4,096 are DataComp's
     # medium scale (arXiv 2304.14108); no idea here of how long a run takes elsewhere.
@@ -174,7 +185,7 @@ def _concepts(weight: float, is_large: bool = False) -> dict[str, Any]:
     return weights if is_large else {**weights, **sizes}
 
 
-_CONCEPTS = _concepts(0.3)  # as in the demo
+_CONCEPTS = _concepts(0.5)  # as in the demo
 _PHOTO_CONCEPTS = _concepts(1.0)  # as in `benchmarks.distillation`
 _LABELS = ("teacher", "random", "shuffled")
 
@@ -256,7 +267,7 @@ NOISE = [
     for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
 ]
 FEW_SHOT = [Experiment("unseen", "unseen", student="unseen")]
-# Blocks as small as the data: a batch is drawn from 512 records, a quarter of them.
+# Blocks as small as the data: a batch is drawn from 512 records, a third of them.
 ORDER = [
     Experiment(
         "cat_blocks",
@@ -292,7 +303,7 @@ def _grid(prefix: str, data: str, student: str) -> list[Experiment]:
             (5e-4, 1e-3, 2e-3),
             (0.1, 0.2),
             ((1.0, 0.0), (1.0, 0.25), (0.999, 0.25), (0.999, 0.5)),
-            (0.0, 0.3, 1.0),
+            (0.0, 0.5, 1.0),
         )
     ]
 
