@@ -4,11 +4,21 @@
 
 Prints the best matches of every query, and draws them on a page (`--output`). `--input` is a
 folder of pictures, or any source of `diht_jax.data.readers.registry`.
+
+    python -m diht_jax.search --model runs/b32 --input photos --index photos_index "a red car"
+    python -m diht_jax.search --model runs/b32 --index photos_index --serve
+
+With `--index` the embeddings stay on disk: pictures are embedded once, `--input` adds what is new
+and removes what is gone, and without `--input` the index is searched as it is. `--serve` answers a
+browser with a page that has a search field.
 """
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import time
+from typing import Any
 
 from absl import flags, logging
 
@@ -24,30 +34,49 @@ def define_flags() -> None:
     flags.DEFINE_string("output", "search.png", "Page (PNG) to write.")
     flags.DEFINE_integer("num_matches", 8, "Pictures a query.")
     flags.DEFINE_alias("count", "num_matches")
+    flags.DEFINE_string("index", None, "Folder of an index, which is made or brought up to date.")
+    flags.DEFINE_string("dtype", "float16", "Of the embeddings in an index: float16 or int8.")
+    flags.DEFINE_bool("thumbnails", True, "Keep small pictures in an index, of other than folders.")
+    flags.DEFINE_bool("serve", False, "Serve a web page that searches --index, until ^C.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address of the page; 0.0.0.0 is every machine.")
+    flags.DEFINE_integer("port", 8000, "Of the page; 0: any that is free.")
     flags.DEFINE_string("caption_template", "{caption}", "Prompt around a query.")
     flags.DEFINE_alias("template", "caption_template")
 
 
 def main(queries: list[str]) -> None:
     """Searches for the queries that stand on the command line."""
-    from diht_jax.evaluation.embedding.files import list_inputs
-    from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
-    from diht_jax.evaluation.pages.search import draw_search_page
-
     given = flags.FLAGS
-    command_line.require_flags("model", "input", "output")
-    if not queries:
-        raise ValueError('expected at least one query, such as "a red car", behind the flags')
-    shards = list_inputs(given.input)  # a missing folder should not have to wait for the model
+    command_line.require_flags("model")
+    if given.serve and not given.index:
+        raise ValueError("--serve searches an index: give --index=FOLDER, and --input to make it")
+    if not given.index:
+        command_line.require_flags("input", "output")
+        if not queries:
+            raise ValueError('expected at least one query, such as "a red car", behind the flags')
+        _search_source(queries)
+        return
+    if not (queries or given.serve or given.input):
+        raise ValueError("--index: expected queries, --serve, or --input to bring it up to date")
+    _search_index(queries)
+
+
+def _load_model() -> Any:
     from diht_jax.loading import load_model
 
-    model = load_model(
-        given.model,
-        **command_line.model_options(),
-        batch_size=given.batch_size,
-    )
+    given = flags.FLAGS
+    return load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
+
+
+def _search_source(queries: list[str]) -> None:
+    """Embeds the source, and searches it."""
+    from diht_jax.evaluation.embedding.files import list_inputs
+    from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
+
+    given = flags.FLAGS
+    shards = list_inputs(given.input)  # a missing folder should not have to wait for the model
     result = search_pictures(
-        model,
+        _load_model(),
         shards,
         queries,
         count=given.num_matches,
@@ -58,16 +87,89 @@ def main(queries: list[str]) -> None:
     )
     if result.encoded.dropped:
         logging.warning("left out: %s", result.encoded.dropped)
-    print(format_matches(result))
+    print(format_matches(result.matches))
     positions = {match.position for matches in result.matches.values() for match in matches}
+    pictures = load_pictures(shards, positions)
+    _draw(result.matches, pictures, given.input, len(result.encoded.positions))
+
+
+def _search_index(queries: list[str]) -> None:
+    """Brings the index up to date with the source, if there is one, and searches it."""
+    from diht_jax.evaluation.embedding.files import list_inputs
+    from diht_jax.evaluation.embedding.picture_index import PictureIndex, update_index
+    from diht_jax.evaluation.embedding.search import (
+        fill_queries,
+        format_matches,
+        match_hits,
+    )
+
+    given = flags.FLAGS
+    shards = list_inputs(given.input) if given.input else []
+    if not shards:
+        PictureIndex(given.index)  # a missing index should not have to wait for the model
+    texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
+    model = _load_model()
+    if shards:
+        update = update_index(
+            model,
+            shards,
+            given.index,
+            dtype=given.dtype,
+            batch_size=given.batch_size,
+            num_threads=given.num_threads,
+            thumbnails=given.thumbnails,
+        )
+        logging.info(
+            "%s: %d pictures added, %d removed, %d as before; left out: %s",
+            *(given.index, update.added, update.removed, update.kept, update.dropped or "none"),
+        )
+    index = PictureIndex(given.index)
+    index.check_model(model)
+    if texts:
+        hits = index.search(model.encode_text(list(texts.values())), given.num_matches)
+        matches, pictures = match_hits(index, dict(zip(texts, hits, strict=True)))
+        print(format_matches(matches))
+        _draw(matches, pictures, given.index, len(index))
+    if given.serve:
+        _serve(index, model)
+
+
+def _draw(matches: dict[str, Any], pictures: dict[int, Any], source: str, count: int) -> None:
+    from diht_jax.evaluation.pages.search import draw_search_page
+
+    given = flags.FLAGS
     draw_search_page(
-        result,
-        load_pictures(shards, positions),
+        matches,
+        pictures,
         given.output,
-        title=f"Search in {pathlib.PurePath(given.input).name}",
-        note=f"{len(result.encoded.positions):,} pictures, model {given.model}; cosines",
+        title=f"Search in {pathlib.PurePath(source).name}",
+        note=f"{count:,} pictures, model {given.model}; cosines",
     )
     logging.info("page: %s", given.output)
+
+
+def _serve(index: Any, model: Any) -> None:
+    from diht_jax.evaluation.pages.web import make_server
+    from diht_jax.evaluation.prompts import fill_caption_template
+
+    given = flags.FLAGS
+
+    def encode_text(queries: list[str]) -> Any:
+        return model.encode_text(
+            [fill_caption_template(given.caption_template, query) for query in queries]
+        )
+
+    encode_text(["compiled before the first visitor comes"])
+    server = make_server(
+        index, encode_text, host=given.host, port=given.port, clock=time.perf_counter
+    )
+    with server:
+        host = "localhost" if given.host in ("127.0.0.1", "0.0.0.0") else given.host
+        logging.info(
+            "%d pictures: http://%s:%d/ (^C ends it)", len(index), host, server.server_port
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from diht_jax.data.readers.base import (
     FOLDER_EXTENSIONS,
@@ -55,9 +55,21 @@ def read_class(shard: SourceShard) -> Iterator[Pair | Skipped]:
 
 def read_pictures(shard: SourceShard) -> Iterator[Pair | Skipped]:
     """Yields the images of a folder with empty captions; keys are their paths in it."""
-    for path, reason in walk_images(shard.path, shard.root):
-        pair = Pair(os.path.relpath(path, shard.path), b"", "")
-        yield _read_image(path, shard.root, reason, pair)
+    yield from read_listed(shard.path, list_pictures(shard.path))
+
+
+def list_pictures(folder: str) -> Iterator[tuple[str, str, str | None]]:
+    """Path, key, and the reason for which it cannot be read or None, of each image of a folder."""
+    for path, reason in walk_images(folder, folder):
+        yield path, os.path.relpath(path, folder), reason
+
+
+def read_listed(
+    folder: str, listed: Iterable[tuple[str, str, str | None]]
+) -> Iterator[Pair | Skipped]:
+    """Yields the images that `list_pictures` listed, with empty captions."""
+    for path, key, reason in listed:
+        yield _read_image(path, folder, reason, Pair(key, b"", ""))
 
 
 def _read_image(path: str, root: str, reason: str | None, pair: Pair) -> Pair | Skipped:

@@ -43,7 +43,7 @@ _STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_
 
 # Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
 # for any other purpose.
-_PICTURES = "pictures"
+PICTURES = "pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def embed_source(
     """
     output = os.fspath(output).rstrip("/") or "/"
     shards = list_inputs(source, **source_options)
-    if "text" in options.modalities and shards[0].kind == _PICTURES:
+    if "text" in options.modalities and shards[0].kind == PICTURES:
         raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
     claim(output, _settings(model, shards, options))
     mine = list(enumerate(shards))[options.task_index :: options.num_tasks]
@@ -142,12 +142,12 @@ def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[Sour
     names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
     pictures = {os.path.basename(path) for path in image_files(source)}
     if names and names <= pictures:
-        return [SourceShard(_PICTURES, source)]
+        return [SourceShard(PICTURES, source)]
     try:
         return registry.list_shards(source, **source_options)
     except ValueError:
         if names & pictures:
-            return [SourceShard(_PICTURES, source)]
+            return [SourceShard(PICTURES, source)]
         raise
 
 
@@ -169,7 +169,7 @@ def _embed_shard(
             progress.update(stats["entries"])
         else:
             if entries is None:
-                entries = _Peekable(registry.read_pairs(shard))
+                entries = Peekable(registry.read_pairs(shard))
             start = part * options.shard_size
             # Entries of finished parts; images are not decoded.
             collections.deque(itertools.islice(entries, start - read), maxlen=0)
@@ -185,7 +185,7 @@ def _embed_shard(
 
 def _embed_part(
     model: Any,
-    entries: _Peekable,
+    entries: Peekable,
     stem: str,
     options: EmbedOptions,
     progress: EntryProgress,
@@ -290,7 +290,7 @@ def claim(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
     if not is_remote(os.fspath(output)):
         os.makedirs(output, exist_ok=True)
     path = f"{os.fspath(output)}/{SETTINGS_FILE}"
-    found = _read_object(path)
+    found = read_object(path)
     if found is None:
         write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
@@ -311,7 +311,7 @@ def read_stats(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         ValueError: the file is damaged.
     """
-    stats = _read_object(os.fspath(path))
+    stats = read_object(os.fspath(path))
     if stats is None:
         return None
     for name, kind in _STATS_TYPES.items():
@@ -323,7 +323,7 @@ def read_stats(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return stats
 
 
-def _read_object(path: str) -> dict[str, Any] | None:
+def read_object(path: str) -> dict[str, Any] | None:
     """The JSON object in a file; None where there is no file."""
     try:
         data = read_bytes(path)
@@ -335,7 +335,7 @@ def _read_object(path: str) -> dict[str, Any] | None:
         raise ValueError(f"{path}: expected a JSON object ({error}); delete it") from error
 
 
-class _Peekable(Iterator[Pair | Skipped]):
+class Peekable(Iterator[Pair | Skipped]):
     """An iterator that knows whether it has more."""
 
     def __init__(self, entries: Iterator[Pair | Skipped]):

@@ -6,7 +6,7 @@ Similarities only; `pages.search` draws them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ from diht_jax.evaluation.embedding.encoding import (
     check_finite,
     encode_images,
 )
+from diht_jax.evaluation.embedding.picture_index import Hit, PictureIndex
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.entry_counts import count_entries
 from diht_jax.progress import ProgressBar
@@ -91,14 +92,7 @@ def search_pictures(
     Raises:
         ValueError: no query, a blank one, a bad template, or no readable picture.
     """
-    blank = [query for query in queries if not query.strip()]
-    if not queries or blank or count < 1:
-        raise ValueError(
-            f"expected at least one query with words in it and a count from 1, got "
-            f"{list(queries)} and {count}"
-        )
-    queries = list(dict.fromkeys(queries))
-    texts = [fill_caption_template(template, query) for query in queries]
+    texts = fill_queries(queries, template, count)
     entries = ProgressBar(
         _read_all(shards),
         "pictures",
@@ -113,15 +107,62 @@ def search_pictures(
         batch_size=batch_size,
         num_threads=num_threads,
     )
-    text_emb = check_finite(np.asarray(model.encode_text(texts), np.float32), "text embeddings")
+    text_emb = check_finite(
+        np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"
+    )
     matches = {}
-    for query, row in zip(queries, text_emb @ encoded.image_emb.T, strict=True):
+    for query, row in zip(texts, text_emb @ encoded.image_emb.T, strict=True):
         order = np.argsort(-row, kind="stable")[:count]
         matches[query] = [
             Match(encoded.notes[i][0], float(row[i]), encoded.positions[i], encoded.notes[i][1])
             for i in order
         ]
     return SearchResult(matches, encoded)
+
+
+def fill_queries(queries: Sequence[str], template: str, count: int) -> dict[str, str]:
+    """Each query once, with the text that is embedded for it.
+
+    Raises:
+        ValueError: no query, a blank one, a bad template, or no match requested.
+    """
+    blank = [query for query in queries if not query.strip()]
+    if not queries or blank or count < 1:
+        raise ValueError(
+            f"expected at least one query with words in it and a count from 1, got "
+            f"{list(queries)} and {count}"
+        )
+    return {query: fill_caption_template(template, query) for query in queries}
+
+
+def match_hits(
+    index: PictureIndex, hits: Mapping[str, Sequence[Hit]]
+) -> tuple[dict[str, list[Match]], dict[int, Image.Image]]:
+    """What an index found, as matches, and their pictures by `Match.position`.
+
+    Args:
+        index: that was searched.
+        hits: query -> of `PictureIndex.search`.
+    """
+    positions: dict[tuple[int, int], int] = {}
+    matches = {
+        query: [
+            Match(
+                hit.key,
+                hit.similarity,
+                positions.setdefault((hit.part, hit.row), len(positions)),
+                hit.caption,
+            )
+            for hit in found
+        ]
+        for query, found in hits.items()
+    }
+    pictures = {}
+    for (part, row), position in positions.items():
+        data = index.picture(part, row)
+        # An index may have been made without thumbnails, and a file may be gone.
+        pictures[position] = Image.new("RGB", (8, 8), "white") if data is None else decode_rgb(data)
+    return matches, pictures
 
 
 def load_pictures(source: Sequence[SourceShard], positions: set[int]) -> dict[int, Image.Image]:
@@ -135,10 +176,10 @@ def load_pictures(source: Sequence[SourceShard], positions: set[int]) -> dict[in
     return loaded
 
 
-def format_matches(result: SearchResult) -> str:
+def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:
     """The matches as text for a terminal: rank, similarity, key and caption, escaped."""
     lines = []
-    for query, matches in result.matches.items():
+    for query, matches in matches_of.items():
         lines.append(escape(query))
         for rank, match in enumerate(matches, start=1):
             label = escape(match.label[: _MOST_SHOWN + 1])

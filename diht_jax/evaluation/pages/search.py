@@ -6,11 +6,11 @@ Drawing only: the matches come in with the result.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from diht_jax.evaluation.embedding.search import Match, SearchResult
+from diht_jax.evaluation.embedding.search import Match
 from diht_jax.evaluation.pages.canvas import (
     BLUE,
     GREY,
@@ -33,7 +33,7 @@ _TOP = 92
 
 
 def draw_search_page(
-    result: SearchResult,
+    matches_of: Mapping[str, Sequence[Match]],
     pictures: Mapping[int, Image.Image],
     path: str | pathlib.Path,
     *,
@@ -43,12 +43,12 @@ def draw_search_page(
     """Writes a page with the matches of every query, the best first.
 
     Args:
-        result: of `embedding.search.search_pictures`.
+        matches_of: query -> its matches, the best first.
         pictures: by position, all that are matches.
         path: of the PNG; its folder is made when missing.
         title, note: the first two lines.
     """
-    rows = [-(-len(matches) // _A_ROW) for matches in result.matches.values()]
+    rows = [-(-len(matches) // _A_ROW) for matches in matches_of.values()]
     sections = sum(_HEADING_HEIGHT + count * _ROW_HEIGHT + _GAP for count in rows)
     height = _TOP + sections + MARGIN // 2
     canvas = Canvas(WIDTH, height)
@@ -56,7 +56,7 @@ def draw_search_page(
     canvas.text(MARGIN, 24, shorten(title, room, size=22, bold=True), size=22, bold=True)
     canvas.text(MARGIN, 56, shorten(note, room, size=12), size=12, color=GREY)
     top = _TOP
-    for (query, matches), count in zip(result.matches.items(), rows, strict=True):
+    for (query, matches), count in zip(matches_of.items(), rows, strict=True):
         heading = shorten(query, room - 120, size=15, bold=True)
         draw_heading(canvas, top, heading, f"the first {len(matches)}")
         top += _HEADING_HEIGHT

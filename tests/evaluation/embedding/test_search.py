@@ -43,7 +43,9 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
         assert [match.similarity for match in matches] == pytest.approx(-np.sort(-row)[:3])
     assert result.encoded.dropped == {"image_unreadable": 1}
     first = result.matches["a dog"][0]
-    assert f"   1  {first.similarity:6.3f}  {first.key}" in format_matches(result).splitlines()
+    assert (
+        f"   1  {first.similarity:6.3f}  {first.key}" in format_matches(result.matches).splitlines()
+    )
     loaded = load_pictures(shards, {first.position})
     expected = np.asarray(Image.open(folder / first.key))
     np.testing.assert_array_equal(np.asarray(loaded[first.position]), expected)
@@ -57,7 +59,7 @@ def test_page_has_a_row_for_every_eight(tiny_model, folder, tmp_path):
         assert len(result.matches["a dog"]) == 5
         pictures = load_pictures(shards, {match.position for match in result.matches["a dog"]})
         page = tmp_path / "out" / f"{len(queries)}.png"
-        draw_search_page(result, pictures, page, title="Search", note="note")
+        draw_search_page(result.matches, pictures, page, title="Search", note="note")
         with Image.open(page) as image:
             heights.append(image.height)
             # Noise is far from white on average; the page behind it is not.
@@ -90,13 +92,15 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
     queries = ["a \x1b[31mdog", "y" * 10**6]
     result = search_pictures(tiny_model, shards, queries)
     assert sum(map(len, result.matches.values())) == 2 * (len(texts) - 1)  # one has no caption
-    printed = format_matches(result)
+    printed = format_matches(result.matches)
     assert len(printed.splitlines()) == 2 * len(texts)
     assert all(line.isprintable() for line in printed.splitlines())
     assert r"\x1b[2J" in printed and r"gpj.\u202egnp" in printed
     assert all(len(line) < 1100 for line in printed.splitlines() if "yyy" not in line)
     pictures = load_pictures(shards, {match.position for match in result.matches[queries[0]]})
-    draw_search_page(result, pictures, tmp_path / "page.png", title="\x1b[0m", note="\u202e")
+    draw_search_page(
+        result.matches, pictures, tmp_path / "page.png", title="\x1b[0m", note="\u202e"
+    )
     assert (tmp_path / "page.png").stat().st_size > 1000
 
 

@@ -1,0 +1,161 @@
+"""A query to an index of a million pictures: time, memory, and what eight bits lose.
+
+    python -m benchmarks.search
+
+The embeddings are simulated: 512 numbers around 20,000 centres, as near to one another as those of
+photos that show the same thing. Both dtypes of an index answer the same queries, in turn with the
+exact search in float32 by NumPy, which holds all embeddings in memory and is the truth.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from benchmarks.record import write_result
+from diht_jax import command_line
+from diht_jax.evaluation.embedding import picture_index
+from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE
+from diht_jax.progress import ProgressBar
+
+_CENTRES = 20_000
+_SPREAD = 0.9  # of a picture around its centre, beside the centre's own length of 1
+_MATCHES = 10
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_integer("num_pictures", 1_000_000, "In the index.")
+    flags.DEFINE_integer("dim", 512, "Numbers of an embedding.")
+    flags.DEFINE_integer("num_queries", 40, "That are measured, one after the other.")
+
+
+def main() -> None:
+    """Measures, prints a table and writes `benchmarks/results/search.json`."""
+    jax.config.update("jax_platforms", "cpu")  # what is recorded of the machine needs no more
+    given = flags.FLAGS
+    rng = np.random.default_rng(0)
+    centres = unit_rows(rng.standard_normal((_CENTRES, given.dim), np.float32))
+    queries = perturb(rng, centres[rng.choice(_CENTRES, given.num_queries, replace=False)])
+    with tempfile.TemporaryDirectory() as folder:
+        image_emb = write_indexes(rng, centres, given.num_pictures, pathlib.Path(folder))
+        searches = {"numpy float32": lambda query: search_exactly(image_emb, query)}
+        sizes = {"numpy float32": image_emb.nbytes}
+        opening = {}
+        for dtype in picture_index.DTYPES:
+            start = time.perf_counter()
+            index = picture_index.PictureIndex(pathlib.Path(folder, dtype))
+            opening[dtype] = time.perf_counter() - start
+            searches[dtype] = make_search(index)
+            sizes[dtype] = sum(
+                path.stat().st_size for path in pathlib.Path(folder, dtype).iterdir()
+            )
+        payload = measure(searches, queries)
+    for name, figures in payload.items():
+        figures["bytes"] = sizes[name]
+        figures["opening_secs"] = opening.get(name)
+        print(
+            f"{name:14s} {figures['median_secs']:6.3f} s a query (at most "
+            f"{figures['largest_secs']:.3f}), recall@{_MATCHES} {figures['recall']:.4f}, "
+            f"{sizes[name] / 1e6:,.0f} MB"
+        )
+    result = {
+        "settings": {name: given[name].value for name in ("num_pictures", "dim", "num_queries")},
+        "usearch": metadata.version("usearch"),
+        "load_average": os.getloadavg(),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "searches": payload,
+    }
+    print("written:", write_result("search", result))
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def perturb(rng: np.random.Generator, rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1 near to those given."""
+    noise = rng.standard_normal(rows.shape, np.float32) * (_SPREAD / rows.shape[1] ** 0.5)
+    return unit_rows(rows + noise)
+
+
+def write_indexes(
+    rng: np.random.Generator, centres: np.ndarray, count: int, folder: pathlib.Path
+) -> np.ndarray:
+    """Writes an index of each dtype; returns the embeddings, float32 [count, d]."""
+    image_emb = np.empty((count, centres.shape[1]), np.float32)
+    for dtype in picture_index.DTYPES:
+        (folder / dtype).mkdir()
+        (folder / dtype / SETTINGS_FILE).write_text(json.dumps({"index": 1, "dtype": dtype}))
+    rows = picture_index.PART_ROWS
+    for number, first in enumerate(ProgressBar(range(0, count, rows), desc="parts", unit="part")):
+        part = image_emb[first : first + rows]
+        part[:] = perturb(rng, centres[rng.integers(0, _CENTRES, len(part))])
+        notes = [(f"{first + row:09d}.jpg", "", b"") for row in range(len(part))]
+        identity = {"kind": PICTURES, "path": str(folder)}
+        manifest = {"unit": "", "identity": identity, "entries": len(part), "is_last": True}
+        for dtype in picture_index.DTYPES:
+            stored = picture_index.quantize(part, dtype)
+            manifest |= {"states": [], "dropped": {}}
+            picture_index.write_part(folder / dtype, number, stored, notes, manifest)
+    return image_emb
+
+
+def search_exactly(image_emb: np.ndarray, query: np.ndarray) -> list[int]:
+    """Numbers of the nearest rows."""
+    similarities = image_emb @ query
+    nearest = np.argpartition(-similarities, _MATCHES)[:_MATCHES]
+    return nearest[np.argsort(-similarities[nearest])].tolist()
+
+
+def make_search(index: picture_index.PictureIndex) -> Callable[[np.ndarray], list[int]]:
+    """The same by an index."""
+
+    def search(query: np.ndarray) -> list[int]:
+        return [int(hit.key.removesuffix(".jpg")) for hit in index.search(query[None], _MATCHES)[0]]
+
+    return search
+
+
+def measure(
+    searches: dict[str, Callable[[np.ndarray], list[int]]], queries: np.ndarray
+) -> dict[str, Any]:
+    """Seconds and recall of each search over the queries, taken in turn."""
+    secs: dict[str, list[float]] = {name: [] for name in searches}
+    shared: dict[str, list[float]] = {name: [] for name in searches}
+    for search in searches.values():
+        search(queries[0])  # reads what is mapped
+    for query in ProgressBar(queries, desc="queries", unit="query"):
+        truth = None
+        for name, search in searches.items():
+            start = time.perf_counter()
+            found = search(query)
+            secs[name].append(time.perf_counter() - start)
+            truth = found if truth is None else truth
+            shared[name].append(len(set(found) & set(truth)) / len(truth))
+    return {
+        name: {
+            "median_secs": statistics.median(secs[name]),
+            "largest_secs": max(secs[name]),
+            "recall": statistics.mean(shared[name]),
+        }
+        for name in searches
+    }
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

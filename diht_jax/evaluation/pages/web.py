@@ -1,0 +1,184 @@
+"""One web page for searching an index of pictures: a search field, and the pictures found.
+
+Python's own HTTP server. What a browser sends is a query, a number of matches, and numbers of
+pictures; it can name no file.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from diht_jax.evaluation.embedding.picture_index import PictureIndex
+
+_MOST_MATCHES = 200
+_LONGEST_QUERY = 1000  # characters
+# Scripts and styles of this page alone: a caption or key cannot bring any.
+_POLICY = (
+    "default-src 'none'; img-src 'self'; connect-src 'self'; form-action 'self'; "
+    "script-src 'nonce-page'; style-src 'nonce-page'"
+)
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>diht_jax search</title>
+<meta name="viewport" content="width=device-width">
+<style nonce="page">
+body { font: 15px system-ui, sans-serif; margin: 24px; color: #222; background: #fafafa; }
+form { display: flex; gap: 8px; max-width: 720px; }
+input { flex: 1; font: inherit; padding: 10px 14px; border: 1px solid #bbb; border-radius: 8px; }
+button { font: inherit; padding: 10px 18px; border: 0; border-radius: 8px; color: #fff;
+  background: #1f5fbf; }
+#note { color: #666; margin: 12px 2px; min-height: 1.3em; }
+#results { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 14px; }
+figure { margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 8px; }
+figure img { width: 100%; height: 150px; object-fit: contain; background: #f0f0f0; }
+figcaption { font-size: 12px; margin-top: 6px; overflow-wrap: anywhere; max-height: 4.2em;
+  overflow: hidden; }
+b { color: #1f5fbf; }
+</style></head><body>
+<form><input name="q" autofocus placeholder="a red car" aria-label="query"><button>Search</button>
+</form><div id="note"></div><div id="results"></div>
+<script nonce="page">
+const form = document.forms[0], note = document.getElementById("note");
+const results = document.getElementById("results");
+let last = 0;
+async function search() {
+  const number = ++last, query = form.q.value.trim();
+  if (!query) return;
+  history.replaceState(null, "", "?q=" + encodeURIComponent(query));
+  note.textContent = "searching ...";
+  const answer = await fetch("search?q=" + encodeURIComponent(query));
+  const found = await answer.json();
+  if (number !== last) return;  // a later query has been sent
+  results.replaceChildren();
+  if (!answer.ok) { note.textContent = found.error; return; }
+  note.textContent = `${found.matches.length} of ${found.pictures.toLocaleString()} pictures, ` +
+    `${found.seconds.toFixed(2)} s; cosine, caption or key`;
+  for (const match of found.matches) {
+    const figure = document.createElement("figure"), image = document.createElement("img");
+    const caption = document.createElement("figcaption"), cosine = document.createElement("b");
+    image.src = `picture?part=${match.part}&row=${match.row}`;
+    image.alt = image.title = match.key;
+    cosine.textContent = match.similarity.toFixed(3) + " ";
+    caption.append(cosine, match.caption || match.key);
+    figure.append(image, caption);
+    results.append(figure);
+  }
+}
+form.addEventListener("submit", event => { event.preventDefault(); search(); });
+const given = new URLSearchParams(location.search).get("q");
+if (given) { form.q.value = given; search(); }
+</script></body></html>
+"""
+
+
+def make_server(
+    index: PictureIndex,
+    encode_text: Callable[[list[str]], np.ndarray],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    num_matches: int = 24,
+    clock: Callable[[], float],
+) -> http.server.ThreadingHTTPServer:
+    """A server of the page; its `serve_forever` answers until it is stopped.
+
+    Args:
+        index: what is searched.
+        encode_text: texts -> float [n, d]; called by one thread at a time.
+        host: address to listen at. The default is reached from this machine alone.
+        port: 0 for any that is free; see `server_port`.
+        num_matches: pictures for a query.
+        clock: seconds, from any start.
+
+    Raises:
+        ValueError: the port cannot be had.
+    """
+    encoding = threading.Lock()
+
+    def search(query: str, count: int) -> dict[str, Any]:
+        start = clock()
+        with encoding:
+            text_emb = np.asarray(encode_text([query]), np.float32)
+        hits = index.search(text_emb, count)[0]
+        matches = [hit.__dict__ for hit in hits]
+        return {"matches": matches, "pictures": len(index), "seconds": clock() - start}
+
+    class Handler(_Handler):
+        pass
+
+    Handler.index, Handler.search, Handler.num_matches = index, staticmethod(search), num_matches
+    try:
+        return http.server.ThreadingHTTPServer((host, port), Handler)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"--host={host} --port={port}: cannot listen there ({error}); choose another port"
+        ) from error
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers `/`, `/search?q=` and `/picture?part=&row=`."""
+
+    index: PictureIndex
+    search: Callable[[str, int], dict[str, Any]]
+    num_matches: int
+
+    def do_GET(self) -> None:
+        url = urllib.parse.urlsplit(self.path)
+        fields = dict(urllib.parse.parse_qsl(url.query))
+        if url.path == "/":
+            self._send(200, "text/html; charset=utf-8", _PAGE.encode())
+        elif url.path == "/search":
+            self._search(fields)
+        elif url.path == "/picture":
+            self._send_picture(fields)
+        else:
+            self._send(404, "text/plain", b"no such page")
+
+    def _search(self, fields: dict[str, str]) -> None:
+        query = fields.get("q", "").strip()
+        try:
+            count = int(fields.get("count", self.num_matches))
+        except ValueError:
+            count = 0
+        if not 0 < len(query) <= _LONGEST_QUERY or not 0 < count <= _MOST_MATCHES:
+            error = f"expected q, 1 to {_LONGEST_QUERY} characters, and count, 1 to {_MOST_MATCHES}"
+            self._send_json(400, {"error": error})
+            return
+        try:
+            self._send_json(200, type(self).search(query, count))
+        except Exception as error:  # the server goes on
+            logging.exception("query %r", query)
+            self._send_json(500, {"error": f"{type(error).__name__}: {error}"})
+
+    def _send_picture(self, fields: dict[str, str]) -> None:
+        try:
+            data = self.index.picture(int(fields["part"]), int(fields["row"]))
+        except (KeyError, ValueError):
+            data = None
+        if data is None:
+            self._send(404, "text/plain", b"no such picture")
+        else:
+            self._send(200, "image/jpeg", data)
+
+    def _send_json(self, status: int, value: dict[str, Any]) -> None:
+        self._send(status, "application/json", json.dumps(value).encode())
+
+    def _send(self, status: int, kind: str, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Security-Policy", _POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        logging.vlog(1, format, *args)

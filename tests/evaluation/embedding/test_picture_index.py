@@ -1,0 +1,279 @@
+"""Indexes of real pictures: exact answers, updates by what is new, and the web page."""
+
+import io
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.evaluation.embedding import picture_index
+from diht_jax.evaluation.embedding.files import list_inputs
+from diht_jax.evaluation.embedding.picture_index import PictureIndex, quantize, update_index
+from diht_jax.evaluation.pages.web import make_server
+from tests.data.readers.inputs import write_tar
+
+pytest.importorskip("usearch")
+QUERIES = ["a dog", "red car", "the sea"]
+
+
+class Counting:
+    """The model, with the pictures that it decodes."""
+
+    def __init__(self, model, fails_at=None):
+        self._model, self._fails_at = model, fails_at
+        self.decoded = 0
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def preprocess(self, image):
+        self.decoded += 1
+        return self._model.preprocess(image)
+
+    def encode_image(self, images):
+        if self._fails_at is not None and self.decoded >= self._fails_at:
+            raise KeyboardInterrupt
+        return self._model.encode_image(images)
+
+
+def write_picture(path, seed):
+    rng = np.random.default_rng(seed)
+    low = rng.integers(0, 255, (4, 4, 3), np.uint8)
+    Image.fromarray(low).resize((50, 40), Image.Resampling.BICUBIC).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "pictures"
+    (path / "sub").mkdir(parents=True)
+    for i in range(20):
+        write_picture(path / ("sub" if i % 2 else ".") / f"{i:02d}.png", i)
+    (path / "bad.png").write_bytes(b"no picture")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(picture_index, "PART_ROWS", 6)
+
+
+def update(model, source, index, **options):
+    return update_index(model, list_inputs(str(source)), index, batch_size=8, **options)
+
+
+def cosines(model, folder):
+    """Of all queries and pictures, by the model alone."""
+    paths = sorted(path for path in folder.rglob("*.png") if path.name != "bad.png")
+    image_emb = model.encode_image([Image.open(path).convert("RGB") for path in paths])
+    keys = [str(path.relative_to(folder)) for path in paths]
+    return keys, model.encode_text(QUERIES) @ image_emb.T
+
+
+def check_answers(model, folder, index, count=5, tolerance=2e-3):
+    keys, expected = cosines(model, folder)
+    found = PictureIndex(index).search(model.encode_text(QUERIES), count)
+    for hits, row in zip(found, expected, strict=True):
+        assert [hit.similarity for hit in hits] == pytest.approx(
+            -np.sort(-row)[:count].astype(float), abs=tolerance
+        )
+        for hit in hits:
+            assert hit.similarity == pytest.approx(row[keys.index(hit.key)], abs=tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float16", 5e-4), ("int8", 1e-2)])
+def test_answers_are_the_nearest_pictures(tiny_model, folder, tmp_path, dtype, tolerance):
+    done = update(tiny_model, folder, tmp_path / "index", dtype=dtype)
+    assert (done.added, done.removed, done.kept) == (20, 0, 0)
+    assert done.dropped == {"image_unreadable": 1}
+    index = PictureIndex(tmp_path / "index")
+    assert len(index) == 20
+    check_answers(tiny_model, folder, tmp_path / "index", tolerance=tolerance)
+    assert [len(hits) for hits in index.search(np.ones((1, tiny_model.embed_dim)), 50)] == [20]
+    assert np.load(tmp_path / "index/00000.npy").dtype == dtype
+
+
+def test_an_update_embeds_what_is_new_and_removes_what_is_gone(tiny_model, folder, tmp_path):
+    update(tiny_model, folder, tmp_path / "index")
+    (folder / "00.png").unlink()
+    write_picture(folder / "02.png", 100)
+    os.utime(folder / "02.png", ns=(0, 12345))
+    for i in range(30, 38):
+        write_picture(folder / f"{i}.png", i)
+    counting = Counting(tiny_model)
+    done = update(counting, folder, tmp_path / "index")
+    assert (done.added, done.removed, done.kept) == (9, 2, 18) and counting.decoded == 9
+    check_answers(tiny_model, folder, tmp_path / "index", count=27)
+    again = Counting(tiny_model)
+    done = update(again, folder, tmp_path / "index")
+    assert (done.added, done.removed, done.kept) == (0, 0, 27) and again.decoded == 0
+
+
+def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        update(Counting(tiny_model, fails_at=15), folder, tmp_path / "index")
+    counting = Counting(tiny_model)
+    done = update(counting, folder, tmp_path / "index")
+    assert done.added == counting.decoded and 0 < done.added <= 20 - 6
+    check_answers(tiny_model, folder, tmp_path / "index")
+
+
+def tar_of(path, seeds):
+    members = {}
+    for seed in seeds:
+        buffer = io.BytesIO()
+        write_picture_to = np.random.default_rng(seed).integers(0, 255, (30, 300, 3), np.uint8)
+        Image.fromarray(write_picture_to).save(buffer, "JPEG")
+        members[f"{seed:03d}.jpg"] = buffer.getvalue()
+        members[f"{seed:03d}.txt"] = f"caption {seed}".encode()
+    write_tar(path, members.items())
+
+
+def test_shards_are_followed_by_their_identity(tiny_model, tmp_path):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for number in range(3):
+        tar_of(tars / f"{number}.tar", range(10 * number, 10 * number + 8))
+    source = f"{tars}/*.tar"
+    assert update(tiny_model, source, tmp_path / "index").added == 24
+    (tars / "1.tar").unlink()
+    tar_of(tars / "2.tar", range(50, 53))
+    tar_of(tars / "3.tar", range(60, 64))
+    counting = Counting(tiny_model)
+    done = update(counting, source, tmp_path / "index")
+    assert (done.added, done.removed, done.kept) == (7, 16, 8) and counting.decoded == 7
+    index = PictureIndex(tmp_path / "index")
+    hits = index.search(tiny_model.encode_text(["a"]), 15)[0]
+    seeds = [*range(8), *range(50, 53), *range(60, 64)]
+    assert sorted(hit.caption for hit in hits) == sorted(f"caption {seed}" for seed in seeds)
+    with Image.open(io.BytesIO(index.picture(hits[0].part, hits[0].row))) as thumbnail:
+        assert thumbnail.size == (160, 16)
+
+
+def test_other_work_and_damage_are_errors(tiny_model, folder, tmp_path):
+    with pytest.raises(ValueError, match="--index=.*: no index; --input=SOURCE makes one"):
+        PictureIndex(tmp_path / "index")
+    update(tiny_model, folder, tmp_path / "index")
+    with pytest.raises(ValueError, match="changed: dtype"):
+        update(tiny_model, folder, tmp_path / "index", dtype="int8")
+    with pytest.raises(ValueError, match="--dtype=float32: expected one of float16, int8"):
+        update(tiny_model, folder, tmp_path / "other", dtype="float32")
+    (tmp_path / "index/00001.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match="00001.*damaged part .* delete 00001.json"):
+        PictureIndex(tmp_path / "index")
+    (tmp_path / "index/00001.json").unlink()
+    assert update(tiny_model, folder, tmp_path / "index").added == 5  # the sixth is the bad one
+    check_answers(tiny_model, folder, tmp_path / "index")
+
+
+def test_eight_bits_find_what_float32_finds():
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((50, 256))
+    image_emb = centres[rng.integers(0, 50, 4000)] + 0.6 * rng.standard_normal((4000, 256))
+    image_emb /= np.linalg.norm(image_emb, axis=1, keepdims=True)
+    stored = quantize(image_emb.astype(np.float32), "int8").astype(np.float64)
+    stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+    assert np.abs((stored * image_emb).sum(1)).min() > 0.9999
+
+
+@pytest.fixture
+def server(tiny_model, folder, tmp_path):
+    """A page that finds seven pictures; its clock goes on by a second a look."""
+    update(tiny_model, folder, tmp_path / "index")
+    seconds = itertools.count()
+    with make_server(
+        PictureIndex(tmp_path / "index"),
+        tiny_model.encode_text,
+        port=0,
+        num_matches=7,
+        clock=lambda: next(seconds),
+    ) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def get(server, path):
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}{path}") as answer:
+            return answer.status, answer.headers, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers, error.read()
+
+
+def test_the_page_finds_pictures_and_refuses_everything_else(tiny_model, server, tmp_path):
+    status, headers, page = get(server, "/")
+    assert status == 200 and b"<form>" in page and "script-src" in str(headers)
+    status, _, answer = get(server, "/search?" + urllib.parse.urlencode({"q": QUERIES[1]}))
+    found = json.loads(answer)
+    index = PictureIndex(tmp_path / "index")
+    expected = index.search(tiny_model.encode_text([QUERIES[1]]), 7)[0]
+    assert [match["key"] for match in found["matches"]] == [hit.key for hit in expected]
+    assert found["pictures"] == 20 and found["seconds"] == 1
+    first = found["matches"][0]
+    status, headers, data = get(server, f"/picture?part={first['part']}&row={first['row']}")
+    assert status == 200 and headers["Content-Type"] == "image/jpeg"
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (50, 40)
+    for path in ("/search?q=+", "/search", "/search?q=a&count=1000", "/search?q=" + "a" * 1001):
+        status, _, answer = get(server, path)
+        assert status == 400 and "expected q, 1 to 1000" in json.loads(answer)["error"]
+    for path in ("/picture", "/picture?part=0&row=-1", "/picture?part=9&row=0", "/etc/passwd"):
+        assert get(server, path)[0] == 404
+
+
+# Chromium, as Qt brings it: types a query, sends the form, and prints what the page shows then.
+BROWSER = """
+import json, sys
+from PySide6.QtCore import QTimer, QUrl
+from PySide6.QtWebEngineWidgets import QWebEngineView
+from PySide6.QtWidgets import QApplication
+app = QApplication([])
+view = QWebEngineView()
+READ = '''JSON.stringify({note: document.getElementById("note").textContent,
+  captions: [...document.querySelectorAll("figcaption")].map(e => e.textContent),
+  widths: [...document.images].map(e => e.naturalWidth)})'''
+def look():
+    view.page().runJavaScript(READ, 0, seen)
+def seen(text):
+    shown = json.loads(text)
+    if shown["widths"] and all(shown["widths"]):
+        print(text)
+        app.quit()
+    else:
+        QTimer.singleShot(100, look)
+def send(_):
+    view.page().runJavaScript("document.forms[0].q.value = 'red car';"
+                              "document.forms[0].requestSubmit()")
+    look()
+view.loadFinished.connect(send)
+view.load(QUrl(sys.argv[1]))
+app.exec()
+"""
+
+
+def test_the_page_in_a_browser(tiny_model, server, tmp_path):
+    pytest.importorskip("PySide6.QtWebEngineWidgets", exc_type=ImportError)
+    shown = subprocess.run(
+        [sys.executable, "-c", BROWSER, f"http://127.0.0.1:{server.server_port}/"],
+        env=os.environ
+        | {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": "--no-sandbox"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    shown = json.loads(shown.stdout.splitlines()[-1])
+    index = PictureIndex(tmp_path / "index")
+    hits = index.search(tiny_model.encode_text(["red car"]), 7)[0]
+    assert shown["captions"] == [f"{hit.similarity:.3f} {hit.key}" for hit in hits]
+    assert shown["widths"] == [50] * 7 and shown["note"].startswith("7 of 20 pictures, 1.00 s")
