@@ -66,16 +66,7 @@ def reject_or_remove_stale(
     fingerprint.forget_linked()  # as an earlier run of this process saw them
     present = set(files.list_names(folder))
     there = [t for t in tasks if os.path.basename(t.stats_path) in present]
-    changed, replaced, done = [], 0, {}
-    for task, stats, reason in shards.check_all(there):
-        if stats is None:
-            continue
-        other_version = _explain_versions(stats, versions)
-        if reason is None and other_version is None:
-            done[task.output] = shards.without_counts(stats)
-        else:
-            changed.append((task.output, reason or other_version))
-            replaced += other_version is None and stats.get("config_hash") == task.config_hash
+    changed, replaced, done = _compare(there, versions)
     finished = {n.removesuffix(shards.STATS_SUFFIX) for n in present if _is_shard_stats(n)}
     gone = sorted(finished - set(names))
     allowed = allowed_number(max_changed, len(finished))
@@ -103,6 +94,28 @@ def reject_or_remove_stale(
     if _read_settings(folder) != json.loads(json.dumps(settings)):
         shards.write_json(files.join(folder, SETTINGS), settings)
     return Finished(done, removed)
+
+
+def _compare(
+    tasks: Sequence[shards.ShardTask], versions: Mapping[str, str]
+) -> tuple[list[tuple[str, str]], int, dict[str, dict[str, Any]]]:
+    """Tasks that are done, as things are now.
+
+    Returns:
+        Output and reason of each that has changed; how many of them only by their input; the
+        statistics of the others, by output.
+    """
+    changed, replaced, done = [], 0, {}
+    for task, stats, reason in shards.check_all(tasks):
+        if stats is None:
+            continue
+        other_version = _explain_versions(stats, versions)
+        if reason is None and other_version is None:
+            done[task.output] = shards.without_counts(stats)
+        else:
+            changed.append((task.output, reason or other_version))
+            replaced += other_version is None and stats.get("config_hash") == task.config_hash
+    return changed, replaced, done
 
 
 def _is_shard_stats(name: str) -> bool:

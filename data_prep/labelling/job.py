@@ -188,8 +188,9 @@ class _Stage:
         options["after_death"] = after_death
         if self.teacher.in_this_process and options["ray"] is None:
             # A process that can be stopped must be another one than this.
-            options["num_workers"] = 0 if self.config.shard_timeout_secs is None else 1
-            if pending and not options["num_workers"]:
+            is_limited = self.config.shard_timeout_secs is not None
+            options["num_workers"] = int(is_limited and self.config.num_workers != 0)
+            if pending and not is_limited:
                 load_teacher(self.config.teacher)  # an error in it is raised once, not by shard
         return run_noting_failures(function, pending, options)
 

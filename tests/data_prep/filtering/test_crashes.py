@@ -82,7 +82,6 @@ def test_rows_of_a_table_that_kill_their_worker_are_found(tmp_path, monkeypatch)
     lines = [f'{{"key": "k{n}", "caption": "name 0 {n}"}}\n' for n in range(9)]
     (tmp_path / "in.jsonl").write_text("".join(lines))
     monkeypatch.setitem(registry.STEPS, "deadly", DeadlyStep)
-    monkeypatch.setattr("data_prep.filtering.metadata._BATCH_ROWS", 4)
     settings = {"recipe": "metadata", "complexity": False, "action": False, "num_workers": 1}
     config = job_config(str(tmp_path / "in.jsonl"), tmp_path / "out", **settings)
     assert run_filter(config) == {}

@@ -193,6 +193,8 @@ def test_images_without_embedding_stay_without_labels(work, tmp_path, capsys):
     os.rename(tmp_path / "e.npz", tmp_path / "f.npz")
     files["teacher__precomputed__files"] = str(tmp_path / "f.npz")
     loaded = {"heads__load": str(tmp_path / "out")}
+    # In a worker, which could be stopped.
+    loaded |= {"shard_timeout_secs": 600.0, "num_workers": 1}
     assert run_label(label_config(work / "kept", tmp_path / "again", **files, **loaded)) == {}
     for one, other in zip(labelled, read_records(tmp_path / "again"), strict=True):
         np.testing.assert_array_equal(one.object_probs, other.object_probs)

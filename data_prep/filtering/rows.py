@@ -1,0 +1,238 @@
+"""Filtering of one unit of a table without its images: rows in, the kept rows out as they came.
+
+What decides about a row belongs in `steps`, the units and what describes a folder in `metadata`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+
+from data_prep.filtering.shard_log import ShardLog
+from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
+from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
+from data_prep.jobs.engine import Report
+from diht_jax.data.readers.base import (
+    Skipped,
+    SourceShard,
+    clean_text,
+    parse_json_object,
+    pick_captions,
+)
+from diht_jax.data.readers.parquet import explain_errors, open_parquet
+from diht_jax.data.records.schema import Pair
+from diht_jax.data.stores import open_file
+
+PARQUET = "parquet"  # the kind of its units
+
+_BATCH_ROWS = 2048
+_WRITTEN_ROWS = 2**16  # of a row group
+
+
+def filter_rows(
+    task: shards.ShardTask,
+    report: Report,
+    *,
+    config: ml_collections.ConfigDict,
+    steps: Sequence[type[Step]],
+) -> dict[str, Any]:
+    """Does one task: filters the rows of one unit.
+
+    Args:
+        task: a unit of `metadata.list_units`, and the file that its kept rows go to.
+        report: called with the number of rows that are done, now and then.
+        config: of `config.default_config`.
+        steps: of `steps.registry.active_steps`.
+
+    Returns:
+        The statistics of the unit.
+
+    Raises:
+        ValueError: the input is damaged.
+    """
+    files.remove(task.stats_path)
+    described = fingerprint.describe(task.source, task.identity)
+    log = ShardLog(config)
+    filter_table = _filter_parquet if task.source.kind == PARQUET else _filter_jsonl
+    if task.search is not None:  # workers have died of this unit, and left half-written files
+        folder, name = os.path.split(task.output)
+        shards.remove_temporary_files(folder, [name])
+    with WorkRecord(task.output, task.search) as work, files.local_output(task.output) as path:
+        rows = RowFilter(task.source, config, steps, log, task.search or CrashSearch(), work)
+        filter_table(task.source, path, rows, report)
+        rows.finish()
+    counts = log.write(task.output)
+    return shards.finish_task(task, described, counts, log.funnel.kept)
+
+
+class RowFilter:
+    """Takes the rows of a unit through the steps that need no image, and records what happened."""
+
+    def __init__(
+        self,
+        source: SourceShard,
+        config: ml_collections.ConfigDict,
+        steps: Sequence[type[Step]],
+        log: ShardLog,
+        search: CrashSearch,
+        work: WorkRecord,
+    ):
+        """Reads nothing yet.
+
+        Args:
+            source: the unit.
+            config: of `config.default_config`.
+            steps: of `steps.registry.active_steps`.
+            log: gets what happens to every row.
+            search: for rows that end their worker.
+            work: gets the batch that is worked on.
+        """
+        self._search, self._work, self._row = search, work, 0
+        self._stem = clean_text(pathlib.Path(source.path).stem)
+        self._number = source.options.get("first_row", 0)
+        # A table that states options of its own has them in its units.
+        self._columns = {
+            name: source.options.get(name, config.source[name])
+            for name in ("caption_column", "key_column")
+        }
+        self._log = log
+        with log.clock("loading"):
+            self._steps = [step(config, source) for step in steps]
+        self._open_steps = lambda: [step(config, source) for step in steps]
+        self._reads_all = any("metadata" in step.reads for step in steps)
+        self._fields = [*self._columns.values(), "key", "uid", config.label_field]
+
+    def filter(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
+        """Whether each row is kept.
+
+        Args:
+            rows: in order; a text explains what is wrong with a row that could not be read.
+        """
+        batch = self._row, self._row + len(rows)
+        self._row += len(rows)
+        pairs = (self._make_pair(row) for row in rows)
+        entries = list(without_crashed(pairs, self._search.crashed, batch[0]))
+        if self._search.suspects == batch:
+            self._try_one_by_one(entries, batch[0])
+        self._work.write(BATCH, *batch)
+        kept = []
+        good = [entry for entry in entries if isinstance(entry, Pair)]
+        remaining = iter(self._judge(good, self._steps))
+        # All is recorded in the order of the rows.
+        for entry in entries:
+            name, outcome = (None, None) if isinstance(entry, Skipped) else next(remaining)
+            if outcome is None:
+                self._log.skip(entry)
+            elif isinstance(outcome, Drop):
+                self._log.drop_candidate(name, outcome)
+            else:
+                self._log.keep(outcome, written=entry)
+            kept.append(isinstance(outcome, Candidate))
+        return kept
+
+    def _judge(
+        self, pairs: Sequence[Pair], steps: Sequence[Step]
+    ) -> list[tuple[str, Candidate | Drop]]:
+        """What became of each pair, and the name of the last step that saw it."""
+        outcomes: list[tuple[str, Candidate | Drop]] = [("", c) for c in begin(pairs)]
+        for step in steps:
+            going = [i for i, (_, found) in enumerate(outcomes) if isinstance(found, Candidate)]
+            with self._log.clock(step.timer or step.name):
+                results = list(step.judge([outcomes[i][1] for i in going]))
+            for i, result in zip(going, results, strict=True):
+                outcomes[i] = step.name, result
+        return outcomes
+
+    def _try_one_by_one(self, entries: Sequence[Pair | Skipped], first: int) -> None:
+        """Does to each pair alone what is done to a batch, and keeps nothing: it may be the end."""
+        steps = self._open_steps()
+        for number, entry in enumerate(entries, first):
+            if isinstance(entry, Pair):
+                self._work.write(PAIR, number, number + 1)
+                self._judge([entry], steps)
+
+    def wants(self, column: str) -> bool:
+        """Whether a column is read; of a step that reads the metadata every one is."""
+        return self._reads_all or column in self._fields
+
+    def finish(self) -> None:
+        """Records what the steps counted, once all rows are done."""
+        for step in self._steps:
+            step.record(self._log)
+
+    def _make_pair(self, row: dict[str, Any] | str) -> Pair | Skipped:
+        default_key = f"{self._stem}-{self._number:08d}"
+        self._number += 1
+        if isinstance(row, str):
+            return Skipped(default_key, "bad_row", row)
+        names = (self._columns["key_column"], "key", "uid")
+        values = (row.get(name) for name in names if name is not None)
+        key = next((clean_text(str(v)) for v in values if v not in (None, "")), "") or default_key
+        captions = pick_captions(row.get(self._columns["caption_column"]))
+        if not captions:
+            return Skipped(key, "no_caption", "")
+        return Pair(key, b"", captions[0], {**row, "captions": captions})
+
+
+def _filter_parquet(
+    source: SourceShard, path: pathlib.Path, rows: RowFilter, report: Report
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    file = open_parquet(source.path, (source.start, source.stop))
+    schema = file.schema_arrow
+    wanted = [name for name in schema.names if rows.wants(name)]
+    compression = _compression(file)
+    with pyarrow.parquet.ParquetWriter(path, schema, compression=compression) as writer:
+        waiting: list[Any] = []
+        with explain_errors(source.path, lambda: "damaged"):
+            for batch in file.iter_batches(_BATCH_ROWS, range(source.start, source.stop)):
+                kept = rows.filter(batch.select(wanted).to_pylist())
+                waiting.append(batch.filter(pyarrow.array(kept, pyarrow.bool_())))
+                if sum(part.num_rows for part in waiting) >= _WRITTEN_ROWS:
+                    writer.write_table(pyarrow.Table.from_batches(waiting, schema))
+                    waiting = []
+                report(batch.num_rows)
+        if waiting:
+            writer.write_table(pyarrow.Table.from_batches(waiting, schema))
+
+
+def _compression(file: Any) -> str:
+    """That of the first column; parquet allows one for each, but writers hardly use that."""
+    metadata = file.metadata
+    if not metadata.num_row_groups or not metadata.num_columns:
+        return "snappy"
+    name = metadata.row_group(0).column(0).compression.lower()
+    return "none" if name == "uncompressed" else name
+
+
+def _filter_jsonl(source: SourceShard, path: pathlib.Path, rows: RowFilter, report: Report) -> None:
+    remaining = _read_lines(source)
+    with open(path, "xb") as output:
+        while lines := list(itertools.islice(remaining, _BATCH_ROWS)):
+            kept = rows.filter([_parse_line(line) for line in lines])
+            output.writelines(line for line, is_kept in zip(lines, kept, strict=True) if is_kept)
+            report(len(lines))
+
+
+def _read_lines(source: SourceShard) -> Iterator[bytes]:
+    """The lines of a range that are not blank, each with a line break."""
+    with open_file(source.path) as file:
+        file.seek(source.start)
+        while file.tell() < source.stop and (line := file.readline()):
+            if line.strip():
+                yield line if line.endswith(b"\n") else line + b"\n"
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | str:
+    try:
+        return parse_json_object(line.decode("utf-8-sig"))
+    except ValueError as error:
+        return str(error)
