@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source .ci/environment.sh
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --quiet --check .
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -12,12 +12,46 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA leaves out what only makes programs faster, here and in the processes that tests start: most
 # of the suite's time would go into that, and nothing is timed.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# One thread for torch and NumPy, as there is a process of tests for each core: with two of them on
+# the same two cores, most of the time would go into waiting for each other.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
 import pytest  # noqa: E402
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+
+# Of 20 seconds and more, in this order at the front: at the end, one process would wait for the
+# other.
+LONGEST_FILES = (
+    "training/test_stopping.py",
+    "training/test_processes.py",
+    "training/test_loop.py",
+    "training/test_objective.py",
+    "training/test_recipes.py",
+    "docs/test_commands.py",
+    "data_prep/text_spotting/test_spotter.py",
+    "data_prep/jobs/test_ray.py",
+    "data_prep/filtering/test_interruptions.py",
+    "cost_model/test_compile.py",
+    "training/test_gradients.py",
+    "training/test_task_evaluation.py",
+    "weights/test_reference_models.py",
+    "training/test_compiler.py",
+    "training/workdir/test_staging.py",
+    "data_prep/synthetic/test_teacher.py",
+    "models/test_dual_encoder.py",
+    "fuzz/test_fuzz.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files of tests: `run_tests.sh` gives them to its processes in this order."""
+    ranks = {str(REPOSITORY / "tests" / name): rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(str(item.path), len(ranks)))
 
 
 def pytest_collection_finish() -> None:
