@@ -32,9 +32,10 @@ from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.schema import Record, decode_record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter, find_shards, read_records
-from diht_jax.data.records.vocabulary import read_vocabulary, write_vocabulary
+from diht_jax.data.records.vocabulary import STATS_KEY, read_vocabulary, write_vocabulary
 
 NUM_SCENES = 2000  # of the retrieval task
 UNSEEN = tuple(
@@ -85,14 +86,21 @@ class Data:
         maker, groups = _find_maker(name)
         with locked(folder.with_name(f"{name}.lock")):
             if not (complete.exists() and complete.read_text() == text):
-                if folder.exists():
-                    shutil.rmtree(folder)
-                folder.mkdir(parents=True)
+                self._begin(folder, text)
                 begin = time.monotonic()
                 maker(self, folder, *groups)
                 write_atomically(complete, text.encode())
                 logging.info("data '%s': %.0f s", name, time.monotonic() - begin)
         return folder
+
+    def _begin(self, folder: pathlib.Path, text: str) -> None:
+        """Keeps what was begun by the same rules: every command goes on where it was."""
+        begun = folder.with_name(f"{folder.name}.begun.json")
+        if folder.exists() and not (begun.exists() and begun.read_text() == text):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _COMPLETE).unlink(missing_ok=True)
+        write_atomically(begun, text.encode())
 
 
 def identity(name: str) -> dict:
@@ -309,7 +317,11 @@ def _shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
             for record, i in zip(records, order, strict=True)
         ],
     )
-    write_vocabulary(folder, read_vocabulary(labelled))
+    vocabulary = read_vocabulary(labelled)
+    write_vocabulary(folder, vocabulary)
+    # What training reads of the statistics of `data_prep.label`.
+    text = json.dumps({"counts": {STATS_KEY: vocabulary.describe()}})
+    write_atomically(folder / f"{_SHARD}{STATS_SUFFIX}", text.encode())
 
 
 def exchange(texts: Sequence[str], share: float, seed: int) -> list[str]:

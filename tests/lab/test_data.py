@@ -9,6 +9,12 @@ import pytest
 from benchmarks.lab import data
 from benchmarks.lab.data import Data, exchange
 from diht_jax.data.records.schema import Pair, Record
+from diht_jax.data.records.vocabulary import (
+    ConceptList,
+    Vocabulary,
+    find_vocabulary,
+    write_vocabulary,
+)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.75])
@@ -70,21 +76,27 @@ def test_a_variant_is_made_once_and_anew_when_its_rules_change(lab):
     folder = lab.make("oracle")
     (folder / "leftover").touch()
     assert lab.make("oracle") == folder and (folder / "leftover").exists()
-    (folder / "complete.json").write_text("{}")  # of other rules, or broken off
+    (folder / "complete.json").unlink()  # broken off: what is there is kept
+    assert keys(lab.make("oracle")) == [f"k{i}" for i in range(0, 20, 2)]
+    assert (folder / "leftover").exists()
+    for marker in (folder / "complete.json", folder.with_name("oracle.begun.json")):
+        marker.write_text("{}")  # by other rules
     assert keys(lab.make("oracle")) == [f"k{i}" for i in range(0, 20, 2)]
     assert not (folder / "leftover").exists()
 
 
-def test_shuffled_labels_are_those_of_other_records(lab, monkeypatch):
-    monkeypatch.setattr(data, "read_vocabulary", lambda folder: folder)
-    monkeypatch.setattr(data, "write_vocabulary", lambda folder, vocabulary: None)
+def test_shuffled_labels_are_those_of_other_records(lab):
     folder = lab.workdir / "data" / "shuffled"
     folder.mkdir()
+    words = {kind: ConceptList(kind, ("sun", "moon"), (5, 4)) for kind in ("objects", "attributes")}
+    write_vocabulary(lab.make("raw"), Vocabulary(**words))
     data._shuffle_labels(lab.make("raw"), folder)
     records = data._read(folder)
     assert [record.key for record in records] == keys(lab.make("raw"))
     labels = [int(record.object_ids[0]) for record in records]
     assert sorted(labels) == list(range(20)) and sum(i == j for i, j in enumerate(labels)) < 5
+    # Training finds what the labels mean.
+    assert find_vocabulary(folder).objects.names == ("sun", "moon")
 
 
 def test_commands_read_what_is_made_before_and_never_write_beside_it(lab, monkeypatch):
