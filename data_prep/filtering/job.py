@@ -27,7 +27,7 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, parts, resharding, reuse, stale_outputs
 from data_prep.filtering.resharding import Part
-from data_prep.jobs import files, manifest, shards
+from data_prep.jobs import claim, files, manifest, shards
 from data_prep.jobs.engine import Report, engine_options, print_failures, run_pending
 from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
 from data_prep.reports.merging import GROUPS, ReportSettings, gather_report
@@ -54,18 +54,69 @@ def run(
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)
     done = parts.settle_changes(config, tasks, mine, folder, overwrite)
     failures = parts.filter_parts(config, mine, done, folder, engine)
-    found = survey(tasks, done)
-    if is_unfinished(config.max_failed_shards, found, len(tasks)):
-        if num_tasks == 1 and found.parts:  # it needs the statistics of all of them
-            print_funnel(merge_parts(config, found, engine))
-        return print_failures(failures)
-    if config.examples_per_shard is None:
-        _describe_parts(config, found, folder, engine)
-    else:
-        found, unwritten = _reshard(config, tasks, mine, found, folder, engine)
+    finish = functools.partial(_finish, config, tasks, mine, folder, engine)
+    result, missing = finish(failures, done, has_begun=len(done) < len(mine))
+    if missing:
+        again = _filter_again(config, missing, mine, engine)
+        if again:
+            return Failures(print_failures(failures | again))
+        result, missing = finish(failures, {}, has_begun=False)
+    if missing:
+        print(f"{len(missing)} shards are read again by other jobs; run the command again")
+        error = "its records are missing"
+        result = Failures(failures | {str(task.source): error for task in missing})
+    return print_failures(result)
+
+
+def _finish(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[shards.ShardTask],
+    mine: Sequence[shards.ShardTask],
+    folder: str,
+    engine: str,
+    failures: Failures,
+    known: Mapping[str, dict[str, Any]],
+    *,
+    has_begun: bool,
+) -> tuple[Failures, list[shards.ShardTask]]:
+    """Writes the output if all jobs are done and no other job is writing it.
+
+    Args:
+        config: of the job.
+        tasks, mine: of all jobs, and of this one.
+        folder: of the output.
+        engine: one of `engine.ENGINES`.
+        failures: of this job.
+        known: of `survey`.
+        has_begun: whether this job had parts to filter.
+
+    Returns:
+        The failures to report, and the tasks that must be filtered again before there is output.
+    """
+    with claim.take(folder) as own:
+        if own is None:
+            return failures, []
+        if has_begun and (merged := parts.read_written(config, tasks, folder)) is not None:
+            print(f"{folder}: another job has written the output")
+            return with_output(failures, merged.get("failed", ())), []
+        found = survey(tasks, known)
+        if is_unfinished(config.max_failed_shards, found, len(tasks)):
+            if len(mine) == len(tasks) and found.parts:  # it needs the statistics of all
+                print_funnel(merge_parts(config, found, engine))
+            return failures, []
+        unwritten: dict[str, str] = {}
+        if config.examples_per_shard is None:
+            own.announce_writing()
+            _describe_parts(config, found, folder, engine)
+        else:
+            planned = plan_output(config, found.parts, folder)
+            if missing := _records_missing(found.parts, planned, folder):
+                return failures, missing
+            own.announce_writing()
+            unwritten = _reshard(config, tasks, found, planned, folder, engine)
         if unwritten:
-            return Failures(print_failures(failures | unwritten))
-    return print_failures(with_output(failures, found.failed))
+            return Failures(failures | unwritten), []
+        return with_output(failures, found.failed), []
 
 
 def merge_parts(config: ml_collections.ConfigDict, found: Survey, engine: str) -> FilterReport:
@@ -124,34 +175,21 @@ def plan_output(
 def _reshard(
     config: ml_collections.ConfigDict,
     tasks: Sequence[shards.ShardTask],
-    mine: Sequence[shards.ShardTask],
     found: Survey,
+    planned: Sequence[resharding.BalancedShard],
     folder: str,
     engine: str,
-) -> tuple[Survey, dict[str, str]]:
-    """Makes the output shards of the parts; what is still missing, by source, comes back, too."""
-    planned = plan_output(config, found.parts, folder)
-    missing = _records_missing(found.parts, planned, folder)
-    if missing:
-        failures = _filter_again(config, missing, mine, engine)
-        found = survey(tasks)
-        if failures or found.waiting:
-            return found, failures or {folder: "some parts are not done"}
-        planned = plan_output(config, found.parts, folder)
-        missing = _records_missing(found.parts, planned, folder)
-        if missing:
-            print(f"{len(missing)} shards are read again by other jobs; run the command again")
-            return found, {str(task.source): "its records are missing" for task in missing}
+) -> dict[str, str]:
+    """Makes the output shards of the parts; what could not be made, by source, comes back."""
     if not _is_complete(config, tasks, planned, folder):
         failures = _write_output(config, found, planned, folder, engine)
-        # Or another job of the array was faster, and has cleaned up.
-        if failures and not _is_complete(config, tasks, planned, folder):
-            return found, failures
+        if failures:
+            return failures
     _show(folder, len(planned))
     reuse.remove_previous(folder)
     if not config.keep_parts:
         resharding.remove_records(parts.parts_folder(config, folder), tasks)
-    return found, {}
+    return {}
 
 
 def _filter_again(

@@ -15,7 +15,8 @@ import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 from absl import logging
@@ -26,10 +27,17 @@ from data_prep.filtering import job as filter_job
 from data_prep.filtering import parts as filter_parts
 from data_prep.filtering.rows import PARQUET, filter_rows
 from data_prep.filtering.steps import registry
-from data_prep.jobs import files, shards
+from data_prep.jobs import claim, files, shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import engine_options, print_failures
-from data_prep.jobs.failures import Survey, is_unfinished, run_noting_failures, survey, with_output
+from data_prep.jobs.failures import (
+    Failures,
+    Survey,
+    is_unfinished,
+    run_noting_failures,
+    survey,
+    with_output,
+)
 from data_prep.reports.merging import GROUPS
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
@@ -97,13 +105,35 @@ def run(
     options = engine_options(config, engine)
     options |= {"label": "filter", "after_death": after_death}
     failures = run_noting_failures(function, pending, options)
-    found = survey(tasks, done)
-    if not is_unfinished(config.max_failed_shards, found, len(tasks)):
-        _finish(config, found, folder, engine)
-        failures = with_output(failures, found.failed)
-    elif num_tasks == 1 and found.parts:
-        filter_job.print_funnel(filter_job.merge_parts(config, found, engine))
+    with claim.take(folder) as own:
+        merged = filter_parts.read_written(config, tasks, folder) if pending and own else None
+        if merged is not None:
+            print(f"{folder}: another job has written the output")
+            failures = with_output(failures, merged.get("failed", ()))
+        elif own is not None:
+            failures = _end(config, tasks, mine, folder, engine, failures, done, own)
     return print_failures(failures)
+
+
+def _end(
+    config: ml_collections.ConfigDict,
+    tasks: Sequence[shards.ShardTask],
+    mine: Sequence[shards.ShardTask],
+    folder: str,
+    engine: str,
+    failures: Failures,
+    known: Mapping[str, dict[str, Any]],
+    own: claim.Claim,
+) -> Failures:
+    """Describes the folder if all jobs are done; returns the failures to report."""
+    found = survey(tasks, known)
+    if not is_unfinished(config.max_failed_shards, found, len(tasks)):
+        own.announce_writing()
+        _finish(config, found, folder, engine)
+        return with_output(failures, found.failed)
+    if len(mine) == len(tasks) and found.parts:
+        filter_job.print_funnel(filter_job.merge_parts(config, found, engine))
+    return failures
 
 
 def _finish(config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str) -> None:

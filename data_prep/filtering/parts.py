@@ -236,6 +236,24 @@ def _check_records(
         )
 
 
+def read_written(
+    config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask], folder: str
+) -> dict[str, Any] | None:
+    """The merged statistics of these tasks, if they are there; no other statistics are read.
+
+    A job that had parts to filter has removed older ones: then another job has written these, when
+    all were done.
+    """
+    merged = files.read_object(files.join(folder, shards.MERGED_STATS))
+    if merged is None or merged.get("config_hash") != tasks[0].config_hash:
+        return None
+    expected = {"inputs": len(tasks)} | layout(config)
+    is_same = all(expected.get(name) == value for name, value in layout(merged).items())
+    names = files.list_names(tasks[0].output.rpartition("/")[0])
+    failed = sum(name.endswith(shards.FAILED_SUFFIX) for name in names)
+    return merged if is_same and failed == len(merged.get("failed", ())) else None
+
+
 def layout(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What decides which output shards the parts make, of a config or of merged statistics.
 

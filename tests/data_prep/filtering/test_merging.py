@@ -5,8 +5,11 @@ import contextlib
 import json
 import os
 import sys
+import threading
+from concurrent import futures
 
 from data_prep.filter import run_filter
+from data_prep.filtering import parts
 from data_prep.reports import merging
 from tests.data_prep.filtering.jobs import job_config, snapshot, write_tars
 
@@ -77,3 +80,31 @@ def test_jobs_of_an_array_read_each_statistic_twice_at_most(tmp_path):
     )
     parts = {path: count for path, count in reads.items() if "/parts/" in path}
     assert len(parts) == 21 and max(parts.values()) <= 2
+
+
+def test_jobs_that_end_at_the_same_moment_read_no_more(tmp_path, monkeypatch):
+    source = write_tars(tmp_path / "in", 9, pairs_per_tar=1)
+    config = job_config(source, tmp_path / "out", report_samples=0, examples_per_shard=4)
+    assert run_filter(job_config(source, tmp_path / "alone", examples_per_shard=4)) == {}
+    all_filtered = threading.Barrier(6)
+    filter_parts = parts.filter_parts
+
+    def filter_and_wait(*args):
+        failures = filter_parts(*args)
+        all_filtered.wait(timeout=300)
+        return failures
+
+    monkeypatch.setattr(parts, "filter_parts", filter_and_wait)
+    with _listen() as opened, futures.ThreadPoolExecutor(6) as pool:
+        jobs = [pool.submit(run_filter, config, number, 6) for number in range(6)]
+        assert [job.result() for job in jobs] == [{}] * 6
+    reads = collections.Counter(
+        path for path, is_read in opened if is_read and path.endswith(".tfrecord.stats.json")
+    )
+    of_parts = {path: count for path, count in reads.items() if "/parts/" in path}
+    assert len(of_parts) == 9 and max(of_parts.values()) <= 2
+    assert not list((tmp_path / "out").glob(".claim*"))
+    shards = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tfrecord")}
+    assert len(shards) == 3
+    for name, data in shards.items():
+        assert (tmp_path / "alone" / name).read_bytes() == data
