@@ -23,8 +23,14 @@ from data_prep.duplicates.config import default_config
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """The threshold suits the descriptor; of CLIP's embeddings SemDeDup takes 0.95 and more."""
+    """Copies that were edited: the descriptor finds candidates, thumbnails decide.
+
+    For what merely shows the same, take embeddings of a model and no verification; of CLIP's
+    SemDeDup takes a threshold of 0.95 and more.
+    """
     config = default_config()
     config.embeddings.kind = "descriptor"
-    config.threshold = 0.9
+    config.threshold = 0.7
+    config.verify.correlation = 0.95
+    config.clusters.probes = 2
     return config

@@ -4,9 +4,9 @@
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
 Exact copies are found by their bytes, near-duplicates by embeddings: k-means on all devices, then
-cosines within each cluster (SemDeDup, arXiv 2303.09540). Run again it does only what is not done
-yet; with another threshold it goes on from the clusters. The filter drops what the table names with
---config.duplicates.table=/data/duplicates.
+cosines within each cluster (SemDeDup, arXiv 2303.09540), and thumbnails laid over one another. Run
+again it does only what is not done yet; with another threshold it goes on from the clusters. The
+filter drops what the table names with --config.duplicates.table=/data/duplicates.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
+from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
 from diht_jax.config import validate_config
 
@@ -25,16 +26,19 @@ from diht_jax.config import validate_config
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/duplicates.py.")
+    flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
+    command_line.define_job_array_flags()
 
 
 def main() -> None:
     """Runs what the flags ask for."""
-    config = flags.FLAGS.config
+    given = flags.FLAGS
+    config = given.config
     if config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/duplicates.py")
     validate_config(config, duplicates_config.default_config())
     duplicates_config.check_config(config)
-    if job.run(config):
+    if job.run(config, given.task_index, given.num_tasks, engine=given.engine):
         sys.exit(1)
 
 

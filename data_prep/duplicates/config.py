@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates.near import KEEP
+from data_prep.jobs.engine import RaySettings
 from data_prep.sources.list import default_source
 
 EMBEDDINGS = ("descriptor", "files", "none")
 # Keys that decide where and how fast, but not what is found.
-_NOT_RECORDED = ("input", "output", "num_workers", "retries", "report_pairs")
+_NOT_RECORDED = ("input", "output", "num_workers", "retries", "ray", "report_pairs")
 
 
 def default_config() -> ml_collections.ConfigDict:
     """Every key, with its default."""
     c = ml_collections.ConfigDict()
     c.input = placeholder(str)  # any source of docs/data.md; None: the keys of the embeddings
-    c.output = placeholder(str)  # folder of the table and the report, on a local disk
+    c.output = placeholder(str)  # folder of the table and the report, or a URL
     c.source = default_source()
 
     c.exact = True  # images of equal bytes are copies
@@ -29,14 +31,20 @@ def default_config() -> ml_collections.ConfigDict:
     c.embeddings.kind = "descriptor"
     c.embeddings.mirrored = True  # of the descriptor: a picture and its mirror image are alike
     # With an input the --output of diht_jax.embed on the same input. Without one a glob of .npz or
-    # .parquet files with "key" and "image_emb", by whomever.
+    # .parquet files with "key" and "image_emb", by whomever. Paths or URLs.
     c.embeddings.files = placeholder(str)
 
-    c.threshold = 0.95  # cosine from which two pictures are near-duplicates
+    c.threshold = 0.95  # cosine from which two pictures are near-duplicates, or are verified
+    c.verify = ml_collections.ConfigDict()
+    # Of pictures that the cosine finds those are copies whose thumbnails have this correlation when
+    # one is laid over the other, or over a part of it (0.95 finds crops); None: all of them are.
+    c.verify.correlation = placeholder(float)
+    c.verify.candidates = 8  # pictures of the highest cosines that each one is compared with
     c.keep = "farthest"  # from its cluster's centre (SemDeDup), or the "largest" or "first" picture
     c.clusters = ml_collections.ConfigDict()
     c.clusters.count = placeholder(int)  # None: by rows_per_cluster; 1 compares all with all
     c.clusters.rows_per_cluster = 5000
+    c.clusters.probes = 1  # nearest clusters in which each row is compared; more find more
     c.clusters.iterations = 20  # of k-means, at most
     c.clusters.train_rows_per_cluster = 256  # that k-means looks at, drawn at random
     c.clusters.chunk_rows = 65_536  # that lie on the devices at a time
@@ -45,6 +53,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.report_pairs = 24  # pairs of pictures on the page
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
     c.retries = 1
+    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # as of data_prep.filter
     return c
 
 
@@ -61,7 +70,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if not -1 <= config.threshold <= 1:
         raise ValueError(f"config.threshold={config.threshold}; expected a cosine, from -1 to 1")
     least = {f"clusters.{n}": v for n, v in config.clusters.items() if v is not None}
-    for name, value in (least | {"report_pairs": config.report_pairs + 1}).items():
+    least |= {"report_pairs": config.report_pairs + 1}
+    for name, value in (least | {"verify.candidates": config.verify.candidates}).items():
         if value < 1:
             raise ValueError(f"config.{name}={value}; expected at least 1")
     if (kind == "files") != (config.embeddings.files is not None):
@@ -71,6 +81,14 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             "config.input is not set: expected pairs, or config.embeddings.kind='files' with "
             "config.embeddings.files"
         )
+    correlation = config.verify.correlation
+    if correlation is not None and not 0 < correlation <= 1:
+        raise ValueError(
+            f"config.verify.correlation={correlation}; expected more than 0, at most 1"
+        )
+    if correlation is not None and config.input is None:
+        raise ValueError("config.verify.correlation needs config.input, to see the pictures")
+    RaySettings(**config.ray.to_dict()).check()
     if config.input is None and config.keep == "largest":
         raise ValueError("config.keep='largest' needs config.input, to know the pictures' sizes")
     if kind == "none" and not config.exact:

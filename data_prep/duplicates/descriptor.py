@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from data_prep.duplicates.aligned import SIDE
 from diht_jax.data.images.decode import load_rgb, open_image
 
 # Raised whenever equal pictures come to have other numbers.
@@ -23,7 +24,7 @@ _COLOR_WEIGHT = 0.5
 
 def describe_picture(
     data: bytes, *, mirrored: bool, max_pixels: int
-) -> tuple[np.ndarray, tuple[int, int]]:
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
     """The descriptor of an encoded picture.
 
     Args:
@@ -32,17 +33,13 @@ def describe_picture(
         max_pixels: of a picture that is decoded.
 
     Returns:
-        float32 [96] of length 1, or 0 for a picture of one grey; width and height.
+        float32 [96] of length 1, or 0 for a picture of one grey; the greys of `shrink_picture`;
+        width and height.
 
     Raises:
         ImageError: no picture.
     """
-    image = open_image(data, max_pixels=max_pixels)
-    size = image.size
-    if image.format == "JPEG":
-        image.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # decoded at a fraction of its size
-    image = load_rgb(image).convert("YCbCr").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    channels = np.asarray(image, np.float32)
+    channels, size = _decode_small(data, max_pixels)
     light = _average(channels[..., 0], _CELLS)
     light -= light.mean()
     light /= max(float(np.linalg.norm(light)), 1e-6)
@@ -51,7 +48,31 @@ def describe_picture(
     color = np.concatenate(parts[1:])
     color *= _COLOR_WEIGHT / max(float(np.linalg.norm(color)), _LEAST_COLOR)
     found = np.concatenate([parts[0], color])
-    return found / max(float(np.linalg.norm(found)), 1e-6), size
+    return found / max(float(np.linalg.norm(found)), 1e-6), _shrink(channels), size
+
+
+def shrink_picture(data: bytes, *, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """The greys of an encoded picture at 32 x 32, uint8, and its width and height.
+
+    Raises:
+        ImageError: no picture.
+    """
+    channels, size = _decode_small(data, max_pixels)
+    return _shrink(channels), size
+
+
+def _decode_small(data: bytes, max_pixels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """Lightness and two colour differences, float32 [64, 64, 3], and the size of the picture."""
+    image = open_image(data, max_pixels=max_pixels)
+    size = image.size
+    if image.format == "JPEG":
+        image.draft("RGB", (2 * _SIDE, 2 * _SIDE))  # decoded at a fraction of its size
+    image = load_rgb(image).convert("YCbCr").resize((_SIDE, _SIDE), Image.Resampling.BOX)
+    return np.asarray(image, np.float32), size
+
+
+def _shrink(channels: np.ndarray) -> np.ndarray:
+    return np.round(_average(channels[..., 0], SIDE)).astype(np.uint8)
 
 
 def _average(channel: np.ndarray, cells: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """A whole job: from pairs, or embeddings, to the table of duplicates and its report.
 
-The folder of the output:
+The folder of the output, on a local disk or in a store:
 
-    scan/            of each unit of the input: keys, content hashes, embeddings
+    scan/            of each unit of the input: keys, content hashes, embeddings, thumbnails
     exact.npz, centroids.npz, clusters.npz, groups/    what the stages found
     duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of, kept_key
     dropped.arrow    what the filter looks up
@@ -15,9 +15,8 @@ import functools
 import glob
 import json
 import os
-import pathlib
-import shutil
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -25,30 +24,43 @@ import numpy as np
 from absl import logging
 
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import descriptor, report, stages
-from data_prep.duplicates.near import Near
-from data_prep.duplicates.scan import Rows, Unit, scan_unit
+from data_prep.duplicates import descriptor, mapped, report, stages
+from data_prep.duplicates.near import Near, find_roots
+from data_prep.duplicates.scan import ROWS, Rows, Unit, scan_unit
 from data_prep.duplicates.table import LOOKUP, SUMMARY, read_summary, write_lookup, write_summary
-from data_prep.jobs.engine import print_failures, run_pending
-from data_prep.sources.list import check_output, list_sources
-from diht_jax.data.atomic_file import open_atomically, write_atomically
+from data_prep.jobs import claim, files
+from data_prep.jobs.engine import RaySettings, print_failures, run_pending
+from data_prep.sources.list import check_output, list_sources, shards_of_task
 from diht_jax.data.readers.base import SourceShard
-from diht_jax.data.records.remote import refuse_url
+from diht_jax.data.records.remote import file_size
+from diht_jax.data.stores import is_remote, open_system
 
 SETTINGS, TABLE, SCAN = "settings.json", "duplicates", "scan"
 # What a stage is decided by, and what goes when that changes; later stages go with it.
 _LATER = (
     (("exact",), (stages.EXACT,)),
     (("clusters", "seed"), (stages.CENTROIDS, stages.CLUSTERS)),
-    (("threshold", "keep"), (TABLE, stages.GROUPS, stages.ORDER, report.PAGE, LOOKUP, SUMMARY)),
+    (
+        ("threshold", "keep", "verify"),
+        (TABLE, stages.GROUPS, stages.ORDER, report.PAGE, LOOKUP, SUMMARY),
+    ),
 )
 
 
-def run(config: ml_collections.ConfigDict) -> dict[str, str]:
+def run(
+    config: ml_collections.ConfigDict,
+    task_index: int = 0,
+    num_tasks: int = 1,
+    *,
+    engine: str = "local",
+) -> dict[str, str]:
     """Does what is not done yet.
 
     Args:
         config: a valid one of `duplicates.config.default_config`.
+        task_index: number of this job of a job array.
+        num_tasks: jobs that share the scan; the last of them to end goes on alone.
+        engine: one of `engine.ENGINES`.
 
     Returns:
         Units that failed, with the reason; nothing when the table is complete.
@@ -57,50 +69,81 @@ def run(config: ml_collections.ConfigDict) -> dict[str, str]:
         ValueError: nothing to read, nowhere to write, or a folder of another input.
     """
     sources = [] if config.input is None else list_sources(config.input, config.source)
-    refuse_url(config.output, "config.output")
-    folder = pathlib.Path(check_output(config.output, sources))
+    folder = check_output(config.output, sources)
     units = _list_units(config, sources, folder)
-    _claim(config, units, folder)
+    for where in (folder, files.join(folder, SCAN)):
+        files.make_folder(where)
+    with claim.take(folder) as own:
+        if own is None:
+            return {}
+        _settle(config, units, folder)
     if read_summary(folder) is None:
-        failures = _find(config, units, folder)
+        options = {
+            "num_workers": config.num_workers,
+            "retries": config.retries,
+            "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
+        }
+        mine = shards_of_task(units, task_index, num_tasks)
+        failures = _scan(config, mine, folder, options)
+        if not failures and not _unscanned(units, folder):
+            with claim.take(folder) as own:
+                if own is None:
+                    return {}
+                own.announce_writing()
+                if read_summary(folder) is None:
+                    failures = _find(config, units, folder, options)
         if failures:
             return print_failures(failures)
     summary = read_summary(folder)
+    if summary is None:
+        missing = len(_unscanned(units, folder))
+        print(f"{missing} of {len(units)} units are not scanned; run again, or wait for other jobs")
+        return {}
+    mapped.forget(mapped.cache_folder(folder))
     print(report.describe(summary))
-    print(f"look at {folder / report.PAGE}")
+    print(f"look at {files.join(folder, report.PAGE)}")
     return {}
 
 
-def _find(
-    config: ml_collections.ConfigDict, units: Sequence[Unit], folder: pathlib.Path
+def _unscanned(units: Sequence[Unit], folder: str) -> list[Unit]:
+    present = set(files.list_names(files.join(folder, SCAN)))
+    return [unit for unit in units if os.path.basename(unit.stem) + ROWS not in present]
+
+
+def _scan(
+    config: ml_collections.ConfigDict,
+    units: Sequence[Unit],
+    folder: str,
+    options: Mapping[str, Any],
 ) -> dict[str, str]:
-    pending = [unit for unit in units if not unit.is_done()]
+    pending = _unscanned(units, folder)
     logging.info("%d units, %d of them done before", len(units), len(units) - len(pending))
-    failures = run_pending(
-        functools.partial(scan_unit, config=config),
-        pending,
-        num_workers=config.num_workers,
-        retries=config.retries,
-        label="scan",
-    )
-    if failures:
-        return failures
-    rows = Rows(units)
+    function = functools.partial(scan_unit, config=config)
+    return run_pending(function, pending, label="scan", **options)
+
+
+def _find(
+    config: ml_collections.ConfigDict,
+    units: Sequence[Unit],
+    folder: str,
+    options: dict[str, Any],
+) -> dict[str, str]:
+    rows = Rows(units, mapped.cache_folder(folder))
     if not len(rows):
         raise ValueError(f"config.input='{config.input}': no pairs")
     exact = {"dropped": np.empty(0, np.int64), "kept": np.empty(0, np.int64)}
     if config.exact and config.input is not None:
         exact = stages.find_exact(rows, folder)
     chosen = stages.rows_to_compare(rows, exact["dropped"])
-    near = Near(*(np.empty(0, np.int64) for _ in range(4)))
-    clusters = {"cluster": np.empty(0, np.int32)}
+    near = stages.NOTHING
+    clusters = {"cluster": np.empty((0, 1), np.int32)}
     if len(chosen):
         clusters = stages.make_clusters(rows, chosen, config, folder)
-        near, failures = stages.find_all_near(rows, chosen, clusters, config, folder)
+        near, failures = stages.find_all_near(rows, chosen, clusters, config, folder, options)
         if failures:
             return failures
     cluster_of = np.full(len(rows), -1, np.int32)
-    cluster_of[chosen] = clusters["cluster"]
+    cluster_of[chosen] = clusters["cluster"][:, 0]
     _write_table(config, rows, exact, near, cluster_of, folder)
     return {}
 
@@ -111,30 +154,31 @@ def _write_table(
     exact: dict[str, np.ndarray],
     near: Near,
     cluster_of: np.ndarray,
-    folder: pathlib.Path,
+    folder: str,
 ) -> None:
     import pyarrow
 
+    near_root = find_roots(near)
     # A copy stays with the picture that its own one stays with.
     kept = exact["kept"]
     position = np.minimum(np.searchsorted(near.dropped, kept), max(len(near.dropped) - 1, 0))
     root = kept.copy()
     if len(near.dropped):
-        root = np.where(near.dropped[position] == kept, near.root[position], kept)
+        root = np.where(near.dropped[position] == kept, near_root[position], kept)
     dropped = np.concatenate([exact["dropped"], near.dropped])
     order = np.argsort(dropped)
     dropped = dropped[order]
     alike = np.concatenate([kept, near.alike])[order]
-    root = np.concatenate([root, near.root])[order]
+    root = np.concatenate([root, near_root])[order]
     kinds = np.repeat([0, 1], [len(kept), len(near.dropped)])[order].astype(np.uint8)
-    cosines = np.concatenate([np.ones(len(kept)), near.cosine])[order].astype(np.float32)
+    cosines = np.concatenate([np.ones(len(kept)), near.similarity])[order].astype(np.float32)
     alike_keys = rows.keys(alike)
-    (folder / TABLE).mkdir(exist_ok=True)
+    files.make_folder(files.join(folder, TABLE))
     for unit in range(len(rows.units)):
         start, stop = np.searchsorted(dropped, rows.starts[unit : unit + 2])
         own = slice(int(start), int(stop))
         _write_part(
-            folder / TABLE / f"{unit:05d}.parquet",
+            files.join(folder, TABLE, f"{unit:05d}.parquet"),
             rows,
             unit,
             cluster_of,
@@ -153,6 +197,7 @@ def _write_table(
         cosines[clear],
         alike_keys.filter(pyarrow.array(is_clear)),
     )
+    least = config.verify.correlation
     summary = {
         "pairs": len(rows),
         "exact": int((kinds == 0).sum()),
@@ -161,19 +206,18 @@ def _write_table(
         "without_embedding": int((cluster_of < 0).sum()) - len(kept),
         "clusters": int(cluster_of.max(initial=-1)) + 1,
         "pairs_of_repeated_keys": int(counts[counts > 1].sum()),
-        "threshold": config.threshold,
+        "threshold": config.threshold if least is None else least,
+        "verified": least is not None,
         "keep": config.keep,
         "digest": digest,
     }
     shown = report.choose_pairs(dropped, alike, kinds, cosines, config)
     page = report.render(summary, shown, rows, cosines[kinds == 1], cluster_of)
-    write_atomically(folder / report.PAGE, page.encode("utf-8", "replace"))
+    files.write_bytes(files.join(folder, report.PAGE), page.encode("utf-8", "replace"))
     write_summary(folder, summary)
 
 
-def _write_part(
-    path: pathlib.Path, rows: Rows, unit: int, cluster_of: np.ndarray, found: tuple
-) -> None:
+def _write_part(path: str, rows: Rows, unit: int, cluster_of: np.ndarray, found: tuple) -> None:
     """The table of a unit: a row for each of its pairs, in their order."""
     import pyarrow
     import pyarrow.parquet
@@ -201,16 +245,16 @@ def _write_part(
             "kept_key": pyarrow.array(kept_key, pyarrow.string()),
         }
     )
-    with open_atomically(path) as file:
-        pyarrow.parquet.write_table(table, file)
+    with files.local_output(path) as local:
+        pyarrow.parquet.write_table(table, local)
 
 
 def _list_units(
-    config: ml_collections.ConfigDict, sources: Sequence[SourceShard], folder: pathlib.Path
+    config: ml_collections.ConfigDict, sources: Sequence[SourceShard], folder: str
 ) -> list[Unit]:
-    stem = str(folder / SCAN / "{:05d}")
+    stem = files.join(folder, SCAN, "{:05d}")
     if config.input is None:
-        paths = sorted(glob.glob(config.embeddings.files))
+        paths = _find_files(config.embeddings.files)
         if not paths:
             raise ValueError(
                 f"config.embeddings.files='{config.embeddings.files}': no such file; expected "
@@ -219,52 +263,64 @@ def _list_units(
         return [Unit(path, stem.format(i)) for i, path in enumerate(paths)]
     if config.embeddings.kind != "files":
         return [Unit(source, stem.format(i)) for i, source in enumerate(sources)]
-    files = [_embedded(config.embeddings.files, i) for i in range(len(sources))]
-    _check_embedded(config, sources, files)
+    given = _embedded(config.embeddings.files, len(sources))
+    _check_embedded(config, sources, given)
     return [
         Unit(source, stem.format(i), found)
-        for i, (source, found) in enumerate(zip(sources, files, strict=True))
+        for i, (source, found) in enumerate(zip(sources, given, strict=True))
     ]
 
 
-def _embedded(folder: str, number: int) -> tuple[str, ...]:
-    """The files that `diht_jax.embed` wrote of a shard."""
-    paths = glob.glob(os.path.join(glob.escape(folder), f"embeddings-{number:05d}-*"))
-    return tuple(sorted(path for path in paths if path.endswith((".npz", ".parquet"))))
+def _find_files(pattern: str) -> list[str]:
+    """The paths or URLs that a glob matches, sorted."""
+    if not is_remote(pattern):
+        return sorted(glob.glob(pattern))
+    system, path = open_system(pattern, use_listings_cache=False)
+    return sorted(system.unstrip_protocol(found) for found in system.glob(path))
+
+
+def _embedded(folder: str, num_shards: int) -> list[tuple[str, ...]]:
+    """The files that `diht_jax.embed` wrote of each shard."""
+    named = re.compile(r"embeddings-(\d{5,})-.*\.(npz|parquet)")
+    found: list[list[str]] = [[] for _ in range(num_shards)]
+    for name in files.list_names(folder):
+        match = named.fullmatch(name)
+        if match and int(match[1]) < num_shards:
+            found[int(match[1])].append(files.join(folder, name))
+    return [tuple(paths) for paths in found]
 
 
 def _check_embedded(
     config: ml_collections.ConfigDict,
     sources: Sequence[SourceShard],
-    files: Sequence[tuple[str, ...]],
+    given: Sequence[tuple[str, ...]],
 ) -> None:
-    path = pathlib.Path(config.embeddings.files) / "embeddings.json"
+    path = files.join(config.embeddings.files, "embeddings.json")
     try:
-        before = [(s["path"], s["start"]) for s in json.loads(path.read_bytes())["source"]]
+        before = [(s["path"], s["start"]) for s in json.loads(files.read_bytes(path))["source"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"config.embeddings.files='{config.embeddings.files}': expected the --output of "
             f"diht_jax.embed ({type(error).__name__}: {error})"
         ) from error
     now = [(s["path"], s["start"]) for s in (source.identity() for source in sources)]
-    if before != now or not all(files):
+    if before != now or not all(given):
         raise ValueError(
             f"config.embeddings.files='{config.embeddings.files}' is of another input than "
             f"config.input='{config.input}', or not complete; run diht_jax.embed on this input"
         )
 
 
-def _claim(config: ml_collections.ConfigDict, units: Sequence[Unit], folder: pathlib.Path) -> None:
-    """Makes the folder, or removes of it what other settings have decided.
+def _settle(config: ml_collections.ConfigDict, units: Sequence[Unit], folder: str) -> None:
+    """Removes of the folder what other settings have decided.
 
     Raises:
         ValueError: it holds the units of another input, or other embeddings.
     """
     settings = json.loads(json.dumps(_describe(config, units)))
-    path = folder / SETTINGS
-    (folder / SCAN).mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        before = json.loads(path.read_bytes())
+    path = files.join(folder, SETTINGS)
+    before = files.read_object(path)
+    if before is not None:
         later = {key for keys, _ in _LATER for key in keys}
         changed = sorted(k for k in settings if before.get(k) != settings[k])
         refused = [key for key in changed if key not in later]
@@ -276,8 +332,9 @@ def _claim(config: ml_collections.ConfigDict, units: Sequence[Unit], folder: pat
         if changed:
             first = min(i for i, (keys, _) in enumerate(_LATER) if set(keys) & set(changed))
             for name in reversed([name for _, names in _LATER[first:] for name in names]):
-                _remove(folder / name)
-    write_atomically(path, (json.dumps(settings, indent=1) + "\n").encode())
+                _remove(files.join(folder, name))
+    if before != settings:
+        files.write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
 
 
 def _describe(config: ml_collections.ConfigDict, units: Sequence[Unit]) -> dict[str, Any]:
@@ -286,15 +343,18 @@ def _describe(config: ml_collections.ConfigDict, units: Sequence[Unit]) -> dict[
     settings["clusters"].pop("chunk_rows")
     if config.embeddings.kind == "descriptor":
         settings["descriptor"] = descriptor.VERSION
+    elif config.verify.correlation is not None:
+        settings["thumbnails"] = True
     settings["units"] = [
         unit.source if isinstance(unit.source, str) else unit.source.identity() for unit in units
     ]
-    settings["given"] = [[p, os.path.getsize(p)] for unit in units for p in unit.embeddings]
+    settings["given"] = [[p, file_size(p)] for unit in units for p in unit.embeddings]
     return settings
 
 
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+def _remove(path: str) -> None:
+    """Removes a file, and the files of a folder."""
+    for name in files.list_names(path):
+        files.remove(files.join(path, name))
+    if is_remote(path) or not os.path.isdir(path):
+        files.remove(path)

@@ -8,6 +8,7 @@ the bit: every product has the same shape, and sums are made of integers (coordi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -29,12 +30,15 @@ class KMeans:
         chunk_rows: rows that go to the devices at a time.
     """
 
-    def __init__(self, chunk_rows: int, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self, chunk_rows: int, devices: Sequence[jax.Device] | None = None, *, probes: int = 1
+    ):
         """Prepares the devices.
 
         Args:
             chunk_rows: about so many rows; rounded up to whole blocks on every device.
             devices: all of this process by default; more than 128 are not used.
+            probes: how many of the nearest clusters `assign` gives for each row.
         """
         devices = list(jax.local_devices() if devices is None else devices)
         devices = devices[: _MOST_ROWS // _BLOCK]
@@ -45,7 +49,7 @@ class KMeans:
         self._whole = NamedSharding(mesh, PartitionSpec())
         rows, whole = PartitionSpec("data"), PartitionSpec()
         step = jax.shard_map(
-            _sum_rows,
+            functools.partial(_sum_rows, probes=probes),
             mesh=mesh,
             in_specs=(whole, whole, rows, rows),
             out_specs=(whole, rows, rows),
@@ -64,7 +68,7 @@ class KMeans:
             read: rows -> float32 [m, d], of unit length.
 
         Yields:
-            int32 [m] and float32 [m].
+            int32 [m] and float32 [m]; with several probes int32 and float32 [m, probes].
         """
         for clusters, cosines, _ in self._run(centroids, rows, read):
             yield clusters, cosines
@@ -104,19 +108,29 @@ class KMeans:
 
 
 def _sum_rows(
-    centroids: jax.Array, sums: tuple[jax.Array, jax.Array], rows: jax.Array, is_row: jax.Array
+    centroids: jax.Array,
+    sums: tuple[jax.Array, jax.Array],
+    rows: jax.Array,
+    is_row: jax.Array,
+    *,
+    probes: int,
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
     """Of a device's rows: their clusters and cosines; and the sums with those of all devices."""
 
     def of_block(block: jax.Array) -> tuple[jax.Array, jax.Array]:
         cosines = jnp.matmul(block, centroids.T, precision=jax.lax.Precision.HIGHEST)
-        found = jnp.argmax(cosines, axis=1)
-        return found.astype(jnp.int32), jnp.max(cosines, axis=1)
+        if probes > 1:
+            highest, found = jax.lax.top_k(cosines, probes)
+            return found.astype(jnp.int32), highest
+        return jnp.argmax(cosines, axis=1).astype(jnp.int32), jnp.max(cosines, axis=1)
 
     blocks = rows.reshape(-1, _BLOCK, rows.shape[1])
-    clusters, cosines = (part.reshape(-1) for part in jax.lax.map(of_block, blocks))
+    clusters, cosines = (
+        part.reshape(-1, *part.shape[2:]) for part in jax.lax.map(of_block, blocks)
+    )
+    nearest = clusters[:, 0] if probes > 1 else clusters
     steps = jnp.round(rows * 2.0**_BITS).astype(jnp.int32) * is_row[:, None]
-    added = jnp.zeros(centroids.shape, jnp.int32).at[clusters].add(steps)
+    added = jnp.zeros(centroids.shape, jnp.int32).at[nearest].add(steps)
     high, low = sums
     low = low + jax.lax.psum(added, "data")
     return (high + (low >> _BITS), low & (2**_BITS - 1)), clusters, cosines

@@ -6,6 +6,7 @@ cosine with any row of a better rank is at least the threshold.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,19 +18,17 @@ _BLOCK = 2048  # rows of a product: 16 MB of cosines
 
 
 class Near(NamedTuple):
-    """The dropped rows of a cluster, as positions in what was given.
+    """Dropped rows, as positions in what was given.
 
     Attributes:
         dropped: int64 [m].
         alike: int64 [m], the row of a better rank that each is most alike.
-        root: int64 [m], the kept row at the end of the chain that begins there.
-        cosine: float32 [m], with `alike`.
+        similarity: float32 [m], of the two.
     """
 
     dropped: np.ndarray
     alike: np.ndarray
-    root: np.ndarray
-    cosine: np.ndarray
+    similarity: np.ndarray
 
 
 def rank_rows(keep: str, cosines: np.ndarray, pixels: np.ndarray) -> np.ndarray:
@@ -48,32 +47,63 @@ def rank_rows(keep: str, cosines: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     return np.argsort(cosines if keep == "farthest" else -pixels, kind="stable")
 
 
-def find_near(embeddings: np.ndarray, order: np.ndarray, threshold: float) -> Near:
-    """Finds the near-duplicates of a cluster.
+def find_candidates(
+    embeddings: np.ndarray, order: np.ndarray, threshold: float, count: int = 1
+) -> Iterator[Near]:
+    """Finds the rows of a better rank that each row of a cluster is most alike.
 
     Args:
         embeddings: float32 [n, d], of unit length.
         order: of `rank_rows`.
         threshold: least cosine.
+        count: of them for each row, at most.
+
+    Yields:
+        `count` times: the best partner of each row that has one, then the second best, and so on.
     """
     ranked = embeddings[order]
-    count = len(ranked)
-    best = np.full(count, -np.inf, np.float32)
-    partner = np.full(count, -1)
-    for start in range(0, count, _BLOCK):
+    best = np.full((len(ranked), count), -np.inf, np.float32)
+    partner = np.full((len(ranked), count), -1)
+    for start in range(0, len(ranked), _BLOCK):
         later = ranked[start : start + _BLOCK]
         stop = start + len(later)
         for first in range(0, stop, _BLOCK):
-            cosines = ranked[first : first + _BLOCK] @ later.T
+            cosines = later @ ranked[first : first + _BLOCK].T
             if first == start:
-                cosines[np.tri(len(later), dtype=bool)] = -np.inf  # only rows before a row
-            found = cosines.argmax(axis=0)
-            value = cosines[found, np.arange(len(later))]
-            is_better = value > best[start:stop]
-            best[start:stop] = np.where(is_better, value, best[start:stop])
-            partner[start:stop] = np.where(is_better, found + first, partner[start:stop])
-    dropped = np.flatnonzero(best >= threshold)
-    root = np.arange(count)
-    for position in dropped:  # in order, so that the partner's root is known
-        root[position] = root[partner[position]]
-    return Near(order[dropped], order[partner[dropped]], order[root[dropped]], best[dropped])
+                cosines[~np.tri(len(later), k=-1, dtype=bool)] = -np.inf  # only rows before a row
+            numbers = np.broadcast_to(np.arange(first, first + cosines.shape[1]), cosines.shape)
+            best[start:stop], partner[start:stop] = _highest(
+                np.concatenate([best[start:stop], cosines], axis=1),
+                np.concatenate([partner[start:stop], numbers], axis=1),
+                count,
+            )
+    for number in range(count):
+        rows = np.flatnonzero(best[:, number] >= threshold)
+        yield Near(order[rows], order[partner[rows, number]], best[rows, number])
+
+
+def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The highest values of each row, and their numbers, the highest first."""
+    if count == 1:
+        chosen = values.argmax(axis=1)[:, None]
+    else:
+        chosen = np.argpartition(-values, count - 1, axis=1)[:, :count]
+        ordered = np.argsort(-np.take_along_axis(values, chosen, axis=1), axis=1, kind="stable")
+        chosen = np.take_along_axis(chosen, ordered, axis=1)
+    return np.take_along_axis(values, chosen, axis=1), np.take_along_axis(numbers, chosen, axis=1)
+
+
+def find_roots(near: Near) -> np.ndarray:
+    """The kept row at the end of the chain that begins at each dropped row.
+
+    Args:
+        near: by dropped row, each once; a chain leads to better ranks, so that it ends.
+    """
+    root = near.alike
+    while len(near.dropped):
+        position = np.searchsorted(near.dropped, root).clip(max=len(near.dropped) - 1)
+        is_dropped = near.dropped[position] == root
+        if not is_dropped.any():
+            break
+        root = np.where(is_dropped, near.alike[position], root)
+    return root

@@ -32,7 +32,7 @@ class Shown(NamedTuple):
 
     Attributes:
         kind: one of `table.KINDS`.
-        similarity: their cosine.
+        similarity: their cosine or correlation.
         dropped, alike: their rows.
     """
 
@@ -105,11 +105,11 @@ def render(
         cosines: float32 [m], of the near-duplicates.
         cluster_of: int32 [n], cluster of each row, or -1.
     """
+    measure = "correlation" if summary["verified"] else "cosine"
     parts = [f"<h1>Duplicates</h1><p>{html.escape(describe(summary))}.</p>"]
     if len(cosines):
-        parts.append(
-            f"<h2>Near-duplicates by cosine</h2>{_histogram(cosines, summary['threshold'])}"
-        )
+        histogram = _histogram(cosines, summary["threshold"], measure)
+        parts.append(f"<h2>Near-duplicates by {measure}</h2>{histogram}")
     sizes = np.bincount(cluster_of[cluster_of >= 0])
     if len(sizes):
         parts.append(
@@ -118,7 +118,7 @@ def render(
             f"stays; threshold {summary['threshold']}.</p>"
         )
     pictures = _read_pictures(shown, rows)
-    cards = "".join(_card(pair, pictures) for pair in shown)
+    cards = "".join(_card(pair, pictures, measure) for pair in shown)
     parts.append(
         "<h2>Pairs to look at</h2><p class=note>Left: dropped. Right: the picture that it is most "
         f'alike.</p><div class="images">{cards}</div>'
@@ -126,19 +126,19 @@ def render(
     return render_page("Duplicates", parts, _STYLE)
 
 
-def _histogram(cosines: np.ndarray, threshold: float) -> str:
+def _histogram(cosines: np.ndarray, threshold: float, measure: str) -> str:
     edges = np.linspace(min(threshold, 0.99), 1, _BINS + 1)
     counts, _ = np.histogram(np.clip(cosines, edges[0], 1), edges)
     rows = [
         [f"{low:.3f} to {high:.3f}", f"{count:,}", render_bar(count / counts.max(), 160)]
         for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
     ]
-    return render_table(["cosine", "pairs", ""], rows, bars=1)
+    return render_table([measure, "pairs", ""], rows, bars=1)
 
 
-def _card(pair: Shown, pictures: Mapping[int, tuple[str, str, bytes | None]]) -> str:
+def _card(pair: Shown, pictures: Mapping[int, tuple[str, str, bytes | None]], measure: str) -> str:
     figures = "".join(_figure(*pictures[row]) for row in (pair.dropped, pair.alike))
-    title = "equal bytes" if pair.kind == "exact" else f"cosine {pair.similarity:.3f}"
+    title = "equal bytes" if pair.kind == "exact" else f"{measure} {pair.similarity:.3f}"
     return f'<div class="card"><p><b>{title}</b></p><div class="pair">{figures}</div></div>'
 
 

@@ -1,7 +1,8 @@
 """One unit of the input: the keys, content hashes, sizes and embeddings of its pairs, to files.
 
-A unit is a source shard, or a file of given embeddings. Beside STEM.npy, float16 [n, d], lies
-STEM.arrow with a row for each pair: it is written last, and the unit is done with it.
+A unit is a source shard, or a file of given embeddings. Beside STEM.npy, float16 [n, d], and
+STEM.greys.npy, uint8 [n, 32, 32], lies STEM.arrow with a row for each pair: it is written last, and
+the unit is done with it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import os
-import pathlib
 import zipfile
 from collections.abc import Sequence
 from typing import Any
@@ -18,16 +17,18 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from data_prep.duplicates.descriptor import describe_picture
+from data_prep.duplicates import aligned, mapped
+from data_prep.duplicates.descriptor import describe_picture, shrink_picture
 from data_prep.duplicates.table import hash_keys
+from data_prep.jobs import files
 from data_prep.jobs.engine import Report
 from data_prep.sources.list import read_pairs
-from diht_jax.data.atomic_file import open_atomically
 from diht_jax.data.images.decode import MAX_PIXELS, ImageError, open_image
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.schema import Pair
+from diht_jax.data.stores import local_copy
 
-EMBEDDINGS, ROWS = ".npy", ".arrow"
+EMBEDDINGS, GREYS, ROWS = ".npy", ".greys.npy", ".arrow"
 
 _REPORTED = 256
 _OPEN_UNITS = 512
@@ -47,10 +48,6 @@ class Unit:
     stem: str
     embeddings: tuple[str, ...] = ()
 
-    def is_done(self) -> bool:
-        """Whether the outputs are there."""
-        return os.path.exists(self.stem + ROWS)
-
 
 def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) -> None:
     """Writes the outputs of a unit.
@@ -67,20 +64,21 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
         keys, found = read_embeddings(unit.source)
         report(len(keys))
         nothing = np.zeros((len(keys), 2), np.uint64)
-        _write(unit.stem, keys, nothing, np.zeros(len(keys), np.int64), found)
+        _write(unit.stem, keys, nothing, np.zeros(len(keys), np.int64), found, None)
         return
     given: dict[str, np.ndarray] = {}
     for path in unit.embeddings:
         keys, found = read_embeddings(path)
         given |= dict(zip(keys, found, strict=True))
-    keys, digests, pixels, rows = [], [], [], []
+    keys, digests, pixels, rows, greys = [], [], [], [], []
     for entry in read_pairs(unit.source):
         if isinstance(entry, Pair):
             keys.append(entry.key)
             digests.append(hashlib.blake2b(entry.image, digest_size=16).digest())
-            count, row = _look_at(entry, given, config)
+            count, row, thumbnail = _look_at(entry, given, config)
             pixels.append(count)
             rows.append(row)
+            greys.append(thumbnail)
         if len(keys) % _REPORTED == 0:
             report(_REPORTED if keys else 0)
     report(len(keys) % _REPORTED)
@@ -90,7 +88,7 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
         if row is not None:
             embeddings[number] = row
     hashes = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-    _write(unit.stem, keys, hashes, np.asarray(pixels, np.int64), embeddings)
+    _write(unit.stem, keys, hashes, np.asarray(pixels, np.int64), embeddings, greys)
 
 
 def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
@@ -106,16 +104,8 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
         ValueError: it holds something else.
     """
     try:
-        if path.endswith(".parquet"):
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.read_table(path, columns=["key", "image_emb"])
-            keys = table["key"].to_pylist()
-            values = table["image_emb"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            found = values.reshape(len(keys), -1)
-        else:
-            with np.load(path, allow_pickle=False) as file:
-                keys, found = file["key"].tolist(), file["image_emb"]
+        with local_copy(path) as name:
+            keys, found = _read_local(name)
         if found.ndim != 2 or len(keys) != len(found) or not np.isfinite(found).all():
             raise ValueError(f"{len(keys)} keys and embeddings {found.shape}, all finite")
     except FileNotFoundError:
@@ -128,20 +118,36 @@ def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
     return [str(key) for key in keys], np.asarray(found, np.float32)
 
 
+def _read_local(path: str) -> tuple[list[Any], np.ndarray]:
+    if path.endswith(".parquet"):
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(path, columns=["key", "image_emb"])
+        keys = table["key"].to_pylist()
+        values = table["image_emb"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return keys, values.reshape(len(keys), -1)
+    with np.load(path, allow_pickle=False) as file:
+        return file["key"].tolist(), file["image_emb"]
+
+
 def _look_at(
     pair: Pair, given: dict[str, np.ndarray], config: ml_collections.ConfigDict
-) -> tuple[int, np.ndarray | None]:
-    """Pixels of the picture, and its embedding; 0 and None where there is none."""
+) -> tuple[int, np.ndarray | None, np.ndarray | None]:
+    """Pixels of the picture, embedding and greys; 0 and None where there is none."""
+    greys = None
     try:
         if config.embeddings.kind == "descriptor":
-            row, (width, height) = describe_picture(
+            row, greys, (width, height) = describe_picture(
                 pair.image, mirrored=config.embeddings.mirrored, max_pixels=MAX_PIXELS
             )
-            return width * height, row
-        width, height = open_image(pair.image).size
-        return width * height, given.get(pair.key)
+            return width * height, row, greys
+        if config.verify.correlation is not None:
+            greys, (width, height) = shrink_picture(pair.image, max_pixels=MAX_PIXELS)
+        else:
+            width, height = open_image(pair.image).size
+        return width * height, given.get(pair.key), greys
     except ImageError:
-        return 0, None
+        return 0, None, None
 
 
 def _write(
@@ -150,11 +156,15 @@ def _write(
     hashes: np.ndarray,
     pixels: np.ndarray,
     embeddings: np.ndarray,
+    greys: Sequence[np.ndarray | None] | None,
 ) -> None:
     import pyarrow
 
-    with open_atomically(pathlib.Path(stem + EMBEDDINGS)) as file:
-        np.save(file, embeddings.astype(np.float16))
+    _save(stem + EMBEDDINGS, embeddings.astype(np.float16))
+    if greys is not None:
+        flat = np.zeros((aligned.SIDE, aligned.SIDE), np.uint8)
+        rows = [flat if row is None else row for row in greys]
+        _save(stem + GREYS, np.array(rows, np.uint8).reshape(-1, *flat.shape))
     batch = pyarrow.record_batch(
         {
             "key": pyarrow.array(keys, pyarrow.large_string()),
@@ -165,10 +175,15 @@ def _write(
         }
     )
     with (
-        open_atomically(pathlib.Path(stem + ROWS)) as file,
-        pyarrow.ipc.new_file(file, batch.schema) as writer,
+        files.local_output(stem + ROWS) as path,
+        pyarrow.ipc.new_file(str(path), batch.schema) as writer,
     ):
         writer.write_batch(batch)
+
+
+def _save(path: str, array: np.ndarray) -> None:
+    with files.local_output(path) as local, open(local, "wb") as file:
+        np.save(file, array)
 
 
 class Rows:
@@ -179,9 +194,12 @@ class Rows:
         starts: int64 [units + 1], the number of each unit's first row.
     """
 
-    def __init__(self, units: Sequence[Unit]):
+    def __init__(self, units: Sequence[Unit], cache: str):
+        """Opens what was scanned; `cache` is the folder of `mapped.fetch`."""
         self.units = list(units)
-        self._open = functools.lru_cache(maxsize=_OPEN_UNITS)(_open_unit)
+        self._cache = cache
+        opened = functools.partial(_open_unit, cache=cache)
+        self._open = functools.lru_cache(maxsize=_OPEN_UNITS)(opened)
         counts = [self._open(unit.stem)[0].num_rows for unit in self.units]
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
@@ -236,6 +254,14 @@ class Rows:
             found[positions] = self._open(self.units[unit].stem)[1][local]
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
+    def greys(self, rows: np.ndarray) -> np.ndarray:
+        """uint8 [n, side, side], the thumbnails of rows."""
+        found = np.empty((len(rows), aligned.SIDE, aligned.SIDE), np.uint8)
+        for unit, positions, local in self._by_unit(rows):
+            path = mapped.fetch(self.units[unit].stem + GREYS, self._cache)
+            found[positions] = np.load(path, mmap_mode="r")[local]
+        return found
+
     @functools.cached_property
     def _widths(self) -> set[int]:
         units = [i for i in range(len(self.units)) if self.starts[i + 1] > self.starts[i]]
@@ -265,8 +291,9 @@ class Rows:
         ]
 
 
-def _open_unit(stem: str) -> tuple[Any, np.ndarray]:
+def _open_unit(stem: str, *, cache: str) -> tuple[Any, np.ndarray]:
     import pyarrow
 
-    batch = pyarrow.ipc.open_file(pyarrow.memory_map(stem + ROWS)).get_batch(0)
-    return batch, np.load(stem + EMBEDDINGS, mmap_mode="r")
+    source = pyarrow.memory_map(mapped.fetch(stem + ROWS, cache))
+    embeddings = np.load(mapped.fetch(stem + EMBEDDINGS, cache), mmap_mode="r")
+    return pyarrow.ipc.open_file(source).get_batch(0), embeddings

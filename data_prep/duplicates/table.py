@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from diht_jax.data.atomic_file import open_atomically, write_atomically
+from data_prep.duplicates import mapped
+from data_prep.jobs import files
 
 LOOKUP = "dropped.arrow"
 SUMMARY = "duplicates.json"  # written last: the folder is complete with it
@@ -27,7 +28,7 @@ class Found(NamedTuple):
 
     Attributes:
         kind: one of `KINDS`.
-        similarity: cosine with the other picture; 1 for an exact copy.
+        similarity: with the other picture, a cosine or a correlation; 1 for an exact copy.
         duplicate_of: key of the pair with that picture.
     """
 
@@ -44,7 +45,7 @@ def hash_keys(keys: Sequence[str]) -> np.ndarray:
 
 
 def write_lookup(
-    folder: pathlib.Path,
+    folder: str,
     hashes: np.ndarray,
     kinds: np.ndarray,
     similarities: np.ndarray,
@@ -73,8 +74,8 @@ def write_lookup(
     }
     batch = pyarrow.record_batch(columns)
     with (
-        open_atomically(folder / LOOKUP) as file,
-        pyarrow.ipc.new_file(file, batch.schema) as writer,
+        files.local_output(files.join(folder, LOOKUP)) as path,
+        pyarrow.ipc.new_file(str(path), batch.schema) as writer,
     ):
         writer.write_batch(batch)
     digest = hashlib.blake2b(digest_size=16)
@@ -84,23 +85,21 @@ def write_lookup(
     return digest.hexdigest()
 
 
-def write_summary(folder: pathlib.Path, summary: dict[str, Any]) -> None:
+def write_summary(folder: str, summary: dict[str, Any]) -> None:
     """Writes `duplicates.json`."""
-    write_atomically(folder / SUMMARY, (json.dumps(summary, indent=1) + "\n").encode())
+    text = json.dumps(summary, indent=1) + "\n"
+    files.write_bytes(files.join(folder, SUMMARY), text.encode())
 
 
-def read_summary(folder: str | pathlib.Path) -> dict[str, Any] | None:
+def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What `write_summary` wrote; None where the folder is not complete."""
-    try:
-        return json.loads((pathlib.Path(folder) / SUMMARY).read_bytes())
-    except FileNotFoundError:
-        return None
+    return files.read_object(files.join(folder, SUMMARY))
 
 
 class Lookup:
     """Finds keys in the table of a folder."""
 
-    def __init__(self, folder: str | pathlib.Path):
+    def __init__(self, folder: str | os.PathLike[str]):
         """Maps the table into memory.
 
         Raises:
@@ -108,7 +107,9 @@ class Lookup:
         """
         import pyarrow
 
-        source = pyarrow.memory_map(str(pathlib.Path(folder) / LOOKUP))
+        folder = os.fspath(folder)
+        path = mapped.fetch(files.join(folder, LOOKUP), mapped.cache_folder(folder))
+        source = pyarrow.memory_map(path)
         batch = pyarrow.ipc.open_file(source).get_batch(0)
         self._hashes = batch.column("hash").to_numpy()
         self._kinds = batch.column("kind").to_numpy()

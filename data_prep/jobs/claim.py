@@ -69,11 +69,11 @@ class Claim:
             files.write_bytes(self.path, self._content())
 
     def release(self) -> None:
-        """Removes the file."""
+        """Removes the file; one that cannot be removed counts no more, once it is not renewed."""
         self._is_over.set()
+        _held.discard(self._token)
         with self._lock:
             files.remove(self.path)
-        _held.discard(self._token)
 
     def _renew(self) -> None:
         while not self._is_over.wait(_RENEWAL_SECS):
@@ -115,9 +115,11 @@ def take(folder: str) -> Iterator[Claim | None]:
     try:
         yield claim
     finally:
-        for name in _names(folder)[:-1]:  # of processes that have died
-            files.remove(files.join(folder, name))
-        claim.release()
+        try:
+            for name in _names(folder)[:-1]:  # of processes that have died
+                files.remove(files.join(folder, name))
+        finally:
+            claim.release()
 
 
 def _wait_for_turn(folder: str) -> Claim | None:

@@ -52,7 +52,7 @@ class DuplicateStep(Step):
             if known is None:
                 yield candidate
             else:
-                evidence = f"cosine {known.similarity:.3f} with {known.duplicate_of}"
+                evidence = f"similarity {known.similarity:.3f} with {known.duplicate_of}"
                 if known.kind == "exact":
                     evidence = f"equal bytes: {known.duplicate_of}"
                 yield Drop(candidate, known.kind, evidence=evidence)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_prep.duplicates import kmeans
-from data_prep.duplicates.near import find_near, rank_rows
+from data_prep.duplicates.near import Near, find_candidates, find_roots, rank_rows
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
@@ -80,7 +80,8 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     pixels = generator.integers(1, 5, 230)
     monkeypatch.setattr("data_prep.duplicates.near._BLOCK", 64)
     order = rank_rows(keep, cosines, pixels)
-    near = find_near(rows, order, 0.9)
+    near, second = find_candidates(rows, order, 0.9, 2)
+    (alone,) = find_candidates(rows, order, 0.9)
     # The reference: upper triangle of all cosines in the order of the rule, largest of a column.
     rule = {"farthest": cosines, "largest": -pixels, "first": np.arange(230)}[keep]
     expected_order = sorted(range(230), key=lambda i: (rule[i], i))
@@ -92,10 +93,17 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     assert 100 < len(dropped) < 200
     assert near.dropped.tolist() == [expected_order[i] for i in dropped]
     assert near.alike.tolist() == [expected_order[partner[i]] for i in dropped]
-    np.testing.assert_allclose(near.cosine, best[dropped], atol=1e-6)
-    assert not set(near.root) & set(near.dropped)
+    np.testing.assert_allclose(near.similarity, best[dropped], atol=1e-6)
+    assert all(np.array_equal(one, other) for one, other in zip(near, alone, strict=True))
+    upper[partner, np.arange(230)] = -1
+    dropped = np.flatnonzero(upper.max(0) >= 0.9)
+    assert second.dropped.tolist() == [expected_order[i] for i in dropped]
+    assert second.alike.tolist() == [expected_order[i] for i in upper.argmax(0)[dropped]]
+    near = Near(*(column[np.argsort(near.dropped)] for column in near))
+    roots = find_roots(near)
+    assert not set(roots) & set(near.dropped)
     parent = dict(zip(near.dropped, near.alike, strict=True))
-    for row, root in zip(near.dropped, near.root, strict=True):
+    for row, root in zip(near.dropped, roots, strict=True):
         while row in parent:
             row = parent[row]
         assert row == root

@@ -76,6 +76,7 @@ def _config(pairs, output, **changes):
     config = load_recipe("configs/prep/duplicates.py")
     config.update({"input": str(pairs / "*.tar"), "output": str(output), "num_workers": 0})
     config.update({"keep": "largest", "threshold": 0.98})
+    config.verify.correlation = None
     for name, value in changes.items():
         section, _, key = name.rpartition("__")
         (config[section] if section else config)[key] = value

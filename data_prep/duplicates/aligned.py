@@ -1,0 +1,115 @@
+"""Whether one picture is a part of another: thumbnails are laid over one another and correlated.
+
+Cosines of descriptors find candidates; a crop moves every cell of a descriptor, so that its cosine
+is no higher than that of some pictures that are merely alike. Here the whole of one thumbnail is
+compared with windows of the other, of 85% to 100% of its sides at offsets of 2.5%, both ways round
+and mirrored. The score is the highest correlation of the greys; copies reach 0.95, see
+docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from data_prep.duplicates.near import Near
+
+SIDE = 32  # px of a thumbnail
+
+_CELLS = 16  # of a window and side, that are compared
+_SIZES = (1.0, 0.95, 0.9, 0.85)
+_STEP = 0.025
+_LEAST_SPREAD = 2.0  # standard deviation of the greys; of flatter pictures noise would decide
+_CACHED = 2048  # pictures whose windows are kept: 86 kB each
+
+# int64 [m] numbers of pictures -> uint8 [m, SIDE, SIDE].
+Read = Callable[[np.ndarray], np.ndarray]
+
+
+class Aligner:
+    """Compares pictures by the numbers of their rows."""
+
+    def __init__(self, thumbnails: np.ndarray, *, mirrored: bool):
+        """Takes uint8 [n, SIDE, SIDE], and whether mirror images are alike."""
+        self._thumbnails = thumbnails
+        self._mirrored = mirrored
+        self._windows = functools.lru_cache(maxsize=_CACHED)(self._cut)
+
+    def correlate(self, first: int, second: int) -> float:
+        """The highest correlation of two pictures; 0 where one is flat."""
+        one, other = self._windows(first), self._windows(second)
+        if one is None or other is None:
+            return 0.0
+        # Row 0 is the whole picture.
+        best = max((one @ other[0]).max(), (other @ one[0]).max())
+        if self._mirrored:
+            best = max(best, (one @ _mirror(other[0])).max(), (other @ _mirror(one[0])).max())
+        return float(best)
+
+    def _cut(self, number: int) -> np.ndarray | None:
+        """All windows of a picture, float32 [84, 256], of mean 0 and length 1; None if it is flat.
+
+        A window without contrast is 0.
+        """
+        greys = self._thumbnails[number].astype(np.float32)
+        if greys.std() < _LEAST_SPREAD:
+            return None
+        found = []
+        for rows in _averages():
+            cells = (rows @ greys @ rows.T).reshape(-1, _CELLS, rows.shape[0] // _CELLS, _CELLS)
+            found.append(cells.transpose(0, 2, 1, 3).reshape(-1, _CELLS * _CELLS))
+        windows = np.concatenate(found)
+        windows -= windows.mean(1, keepdims=True)
+        lengths = np.linalg.norm(windows, axis=1, keepdims=True)
+        is_flat = lengths < _LEAST_SPREAD * _CELLS
+        return np.where(is_flat, 0, windows / np.maximum(lengths, 1e-6))
+
+
+def verify(candidates: Iterator[Near], aligner: Aligner, least: float) -> Near:
+    """Of the candidates of each row, the first that is a copy, with the correlation as similarity.
+
+    Args:
+        candidates: of `near.find_candidates`: the best partner of every row, then the second best.
+        aligner: of the same rows.
+        least: correlation from which two pictures are copies.
+    """
+    found: list[tuple[int, int, float]] = []
+    done: set[int] = set()
+    for rank in candidates:
+        for row, alike in zip(rank.dropped.tolist(), rank.alike.tolist(), strict=True):
+            if row in done:
+                continue
+            correlation = aligner.correlate(row, alike)
+            if correlation >= least:
+                done.add(row)
+                found.append((row, alike, correlation))
+    columns = zip(*found, strict=True) if found else ((), (), ())
+    dropped, alike, correlations = columns
+    return Near(
+        np.array(dropped, np.int64), np.array(alike, np.int64), np.array(correlations, np.float32)
+    )
+
+
+def _mirror(cells: np.ndarray) -> np.ndarray:
+    return cells.reshape(_CELLS, _CELLS)[:, ::-1].ravel()
+
+
+@functools.cache
+def _averages() -> list[np.ndarray]:
+    """For each size the windows along a side: float32 [windows * _CELLS, SIDE], means of cells."""
+    found = []
+    for size in _SIZES:
+        count = round((1 - size) / _STEP) + 1
+        rows = [_average_cells(number * _STEP, size) for number in range(count)]
+        found.append(np.concatenate(rows).astype(np.float32))
+    return found
+
+
+def _average_cells(start: float, size: float) -> np.ndarray:
+    """float [_CELLS, SIDE]: by how much each pixel counts for the cells of a window."""
+    edges = (start + size * np.arange(_CELLS + 1) / _CELLS) * SIDE
+    pixels = np.arange(SIDE)
+    shared = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return np.maximum(shared, 0) * (_CELLS / (size * SIDE))
