@@ -53,6 +53,8 @@ LAYERS = {
     "data_prep.duplicates.table": 11,
     "data_prep.batches": 12,
     "data_prep.duplicates.image_hashes": 11,
+    "data_prep.duplicates.given": 11,
+    "data_prep.duplicates.mapped": 11,
     "data_prep.filtering.steps": 12,
     "data_prep.reports": 13,
     "data_prep.filtering": 14,

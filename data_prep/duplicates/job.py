@@ -12,10 +12,8 @@ The folder of the output, on a local disk or in a store:
 from __future__ import annotations
 
 import functools
-import glob
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import descriptor, mapped, report, stages
+from data_prep.duplicates import descriptor, given, mapped, report, stages
 from data_prep.duplicates.near import Near, find_roots
 from data_prep.duplicates.scan import ROWS, Rows, Unit, scan_unit
 from data_prep.duplicates.table import LOOKUP, SUMMARY, read_summary, write_lookup, write_summary
@@ -33,7 +31,7 @@ from data_prep.jobs.engine import RaySettings, print_failures, run_pending
 from data_prep.sources.list import check_output, list_sources, shards_of_task
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.remote import file_size
-from diht_jax.data.stores import is_remote, open_system
+from diht_jax.data.stores import is_remote
 
 SETTINGS, TABLE, SCAN = "settings.json", "duplicates", "scan"
 # What a stage is decided by, and what goes when that changes; later stages go with it.
@@ -254,7 +252,7 @@ def _list_units(
 ) -> list[Unit]:
     stem = files.join(folder, SCAN, "{:05d}")
     if config.input is None:
-        paths = _find_files(config.embeddings.files)
+        paths = given.find_files(config.embeddings.files)
         if not paths:
             raise ValueError(
                 f"config.embeddings.files='{config.embeddings.files}': no such file; expected "
@@ -263,48 +261,25 @@ def _list_units(
         return [Unit(path, stem.format(i)) for i, path in enumerate(paths)]
     if config.embeddings.kind != "files":
         return [Unit(source, stem.format(i)) for i, source in enumerate(sources)]
-    given = _embedded(config.embeddings.files, len(sources))
-    _check_embedded(config, sources, given)
+    files_of = given.files_of_shards(config.embeddings.files, len(sources))
+    _check_embedded(config, sources, files_of)
     return [
         Unit(source, stem.format(i), found)
-        for i, (source, found) in enumerate(zip(sources, given, strict=True))
+        for i, (source, found) in enumerate(zip(sources, files_of, strict=True))
     ]
-
-
-def _find_files(pattern: str) -> list[str]:
-    """The paths or URLs that a glob matches, sorted."""
-    if not is_remote(pattern):
-        return sorted(glob.glob(pattern))
-    system, path = open_system(pattern, use_listings_cache=False)
-    return sorted(system.unstrip_protocol(found) for found in system.glob(path))
-
-
-def _embedded(folder: str, num_shards: int) -> list[tuple[str, ...]]:
-    """The files that `diht_jax.embed` wrote of each shard."""
-    named = re.compile(r"embeddings-(\d{5,})-.*\.(npz|parquet)")
-    found: list[list[str]] = [[] for _ in range(num_shards)]
-    for name in files.list_names(folder):
-        match = named.fullmatch(name)
-        if match and int(match[1]) < num_shards:
-            found[int(match[1])].append(files.join(folder, name))
-    return [tuple(paths) for paths in found]
 
 
 def _check_embedded(
     config: ml_collections.ConfigDict,
     sources: Sequence[SourceShard],
-    given: Sequence[tuple[str, ...]],
+    files_of: Sequence[tuple[str, ...]],
 ) -> None:
-    path = files.join(config.embeddings.files, "embeddings.json")
     try:
-        before = [(s["path"], s["start"]) for s in json.loads(files.read_bytes(path))["source"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"config.embeddings.files='{config.embeddings.files}': expected the --output of "
-            f"diht_jax.embed ({type(error).__name__}: {error})"
-        ) from error
+        before = given.list_shards(config.embeddings.files)
+    except ValueError as error:
+        raise ValueError(f"config.embeddings.files={error}") from error
     now = [(s["path"], s["start"]) for s in (source.identity() for source in sources)]
-    if before != now or not all(given):
+    if before != now or not all(files_of):
         raise ValueError(
             f"config.embeddings.files='{config.embeddings.files}' is of another input than "
             f"config.input='{config.input}', or not complete; run diht_jax.embed on this input"

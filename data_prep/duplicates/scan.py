@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from data_prep.duplicates import aligned, mapped
 from data_prep.duplicates.descriptor import describe_picture, shrink_picture
+from data_prep.duplicates.given import read_embeddings
 from data_prep.duplicates.table import hash_keys
 from data_prep.jobs import files
 from data_prep.jobs.engine import Report
@@ -26,7 +26,6 @@ from data_prep.sources.list import read_pairs
 from diht_jax.data.images.decode import MAX_PIXELS, ImageError, open_image
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.schema import Pair
-from diht_jax.data.stores import local_copy
 
 EMBEDDINGS, GREYS, ROWS = ".npy", ".greys.npy", ".arrow"
 
@@ -89,45 +88,6 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
             embeddings[number] = row
     hashes = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
     _write(unit.stem, keys, hashes, np.asarray(pixels, np.int64), embeddings, greys)
-
-
-def read_embeddings(path: str) -> tuple[list[str], np.ndarray]:
-    """The keys and image embeddings of a file of `diht_jax.embed`, or of the same form.
-
-    Args:
-        path: .npz with "key" and "image_emb", or .parquet with such columns.
-
-    Returns:
-        n keys, and float32 [n, d].
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    try:
-        with local_copy(path) as name:
-            keys, found = _read_local(name)
-        if found.ndim != 2 or len(keys) != len(found) or not np.isfinite(found).all():
-            raise ValueError(f"{len(keys)} keys and embeddings {found.shape}, all finite")
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: expected 'key' and 'image_emb' [n, d] as diht_jax.embed writes them "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return [str(key) for key in keys], np.asarray(found, np.float32)
-
-
-def _read_local(path: str) -> tuple[list[Any], np.ndarray]:
-    if path.endswith(".parquet"):
-        import pyarrow.parquet
-
-        table = pyarrow.parquet.read_table(path, columns=["key", "image_emb"])
-        keys = table["key"].to_pylist()
-        values = table["image_emb"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return keys, values.reshape(len(keys), -1)
-    with np.load(path, allow_pickle=False) as file:
-        return file["key"].tolist(), file["image_emb"]
 
 
 def _look_at(

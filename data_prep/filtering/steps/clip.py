@@ -6,9 +6,6 @@ a share of the scores that an earlier run has recorded (`filtering.score_quantil
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,17 +13,14 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
+from data_prep.filtering.steps import models
 from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.filtering.steps.recorded import NOT_KNOWN, PASSES, Recorded
 from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.readers.base import SourceShard
-from diht_jax.data.records.remote import is_remote
-from diht_jax.weights.releases import RELEASES
 
 SCORE = "clip_score"
-
-_READ_BYTES = 2**22
 
 
 class ClipStep(Step):
@@ -76,7 +70,9 @@ class ClipStep(Step):
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        return super().describe_rules(config) | {"clip_model": _fingerprint(config.clip.model)}
+        return super().describe_rules(config) | {
+            "clip_model": models.fingerprint(config.clip.model, "config.clip.model")
+        }
 
     @classmethod
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
@@ -99,7 +95,7 @@ class ClipStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._model = _load(config.clip.model, config.clip.batch_size)
+        self._model = models.load(config.clip.model, config.clip.batch_size)
 
     def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
         images, readable = [], []
@@ -153,40 +149,3 @@ class ClipStep(Step):
         if good.captions:
             return good
         return Drop(candidate, "low_score", evidence=f"CLIP score {best:.3f}, least {limit:.3f}")
-
-
-@functools.lru_cache(maxsize=1)
-def _load(model: str, batch_size: int) -> Any:
-    """The model; loaded once in a worker. JAX is imported where it is needed."""
-    from diht_jax.loading import load_model
-
-    return load_model(model, batch_size=batch_size)
-
-
-@functools.lru_cache(maxsize=4)
-def _fingerprint(model: str) -> str:
-    """What changes with the model, without loading it: of a file its bytes, of a folder its files.
-
-    A released model is its name: its bytes are checked when it is loaded.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    if os.path.isfile(model):
-        with open(model, "rb") as file:
-            while data := file.read(_READ_BYTES):
-                digest.update(data)
-        return digest.hexdigest()
-    if not os.path.isdir(model):
-        if model not in RELEASES and not is_remote(model):
-            raise ValueError(
-                f"config.clip.model='{model}': no such work directory or weight file, and no "
-                f"released model ({', '.join(RELEASES)})"
-            )
-        return model
-    for folder, folders, names in os.walk(model):
-        folders.sort()
-        for name in sorted(names):
-            path = os.path.join(folder, name)
-            state = os.stat(path)
-            described = f"{os.path.relpath(path, model)}\n{state.st_size}\n{state.st_mtime_ns}\n"
-            digest.update(described.encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()

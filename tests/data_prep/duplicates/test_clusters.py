@@ -58,6 +58,24 @@ def test_kmeans_is_that_of_the_books_on_any_number_of_devices(rows):
     assert again.tobytes() == found.tobytes()
 
 
+def test_the_nearest_clusters_are_those_of_all_cosines_on_any_number_of_devices(rows):
+    numbers = np.arange(len(rows))
+    centroids = kmeans.choose_centroids(numbers, 6, rows.__getitem__, seed=3)
+    results = []
+    for devices in (1, 8):
+        means = kmeans.KMeans(512, jax.devices()[:devices], probes=3)
+        parts = list(means.assign(centroids, numbers, rows.__getitem__))
+        clusters, cosines = (np.concatenate(part) for part in zip(*parts, strict=True))
+        results.append((clusters.tobytes(), cosines.tobytes()))
+    assert len(set(results)) == 1
+    expected = np.argsort(-(rows.astype(np.float64) @ centroids.T), axis=1)[:, :3]
+    assert (clusters == expected).mean() > 0.999
+    moved, nearest = means.improve(centroids, numbers, rows.__getitem__)
+    alone = kmeans.KMeans(512, jax.devices()[:1])
+    assert moved.tobytes() == alone.improve(centroids, numbers, rows.__getitem__)[0].tobytes()
+    assert nearest[:, 0].tolist() == clusters[:, 0].tolist()
+
+
 def test_a_centroid_without_rows_stays(rows):
     first = np.stack([rows[0], -rows[0], rows[1]])
     rows = np.stack([rows[0], rows[1]])

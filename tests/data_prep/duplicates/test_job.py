@@ -4,15 +4,16 @@ import io
 import json
 import tarfile
 
+import fsspec
 import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import job, kmeans, stages
+from data_prep.duplicates import job, kmeans, mapped, stages
 from data_prep.duplicates.__main__ import main
-from data_prep.duplicates.table import Lookup
+from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
 from data_prep.reports.summary import read_report
@@ -193,6 +194,8 @@ def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
         ({"keep": "best"}, "config.keep='best'; expected one of farthest, largest, first"),
         ({"embeddings__kind": "files"}, "config.embeddings.files goes with"),
         ({"input": None}, "config.input is not set"),
+        ({"verify__correlation": 2.0}, "config.verify.correlation=2.0; expected more than 0"),
+        ({"verify__candidates": 0}, "config.verify.candidates=0; expected at least 1"),
         ({"clusters__count": 0}, "config.clusters.count=0; expected at least 1"),
     ],
 )
@@ -252,3 +255,53 @@ def test_the_output_of_embed_is_joined_by_keys(pairs, tmp_path):
     exact = {"again": ("exact", "s00"), "again_small": ("exact", "small")}
     assert _dropped(tmp_path / "out") == exact | {"s07": ("near", "s02")}
     assert "6 pairs without an embedding are kept" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def cropped(tmp_path_factory):
+    """Thirty scenes and, in another tar, crops of 90% of the first ten of them."""
+    folder = tmp_path_factory.mktemp("cropped")
+    generator = np.random.default_rng(0)
+    scenes, crops = {}, {}
+    for number in range(30):
+        small = generator.integers(0, 256, (9, 9, 3)).astype(np.uint8)
+        scene = Image.fromarray(small).resize((200, 150), Image.Resampling.BICUBIC)
+        scenes[f"s{number:02d}"] = _encode(scene, "PNG")
+        if number < 10:
+            left, top = generator.integers(0, 21), generator.integers(0, 16)
+            crop = scene.crop((left, top, left + 180, top + 135))
+            crops[f"c{number:02d}"] = _encode(crop, "JPEG")
+    _write_tar(folder / "0.tar", scenes)
+    _write_tar(folder / "1.tar", crops)
+    return folder
+
+
+def test_crops_are_found_from_store_to_store_by_an_array_of_jobs(cropped, tmp_path, s3_bucket):
+    changes = {
+        "keep": "first", "threshold": 0.6, "verify__correlation": 0.95, "clusters__count": 4,
+        "clusters__probes": 2,
+    }  # fmt: skip
+    assert job.run(_config(cropped, tmp_path / "out", **changes)) == {}
+    expected = {f"c{number:02d}": ("near", f"s{number:02d}") for number in range(10)}
+    assert _dropped(tmp_path / "out") == expected
+    cosines = _config(cropped, tmp_path / "cosines", **changes | {"verify__correlation": None})
+    assert job.run(cosines) == {}
+    assert _dropped(tmp_path / "cosines").keys() > expected.keys()  # what they alone would drop
+    system = fsspec.filesystem("s3")
+    system.put(str(cropped), "bucket/duplicates/in", recursive=True)
+    url = f"{s3_bucket}/duplicates"
+    config = _config(cropped, f"{url}/out", **changes)
+    config.input = f"{url}/in/*.tar"
+    assert job.run(config, 0, 2) == {}
+    assert read_summary(f"{url}/out") is None  # the other tar is not scanned
+    assert job.run(config, 1, 2) == {}
+    system.invalidate_cache()
+    names = ("duplicates/00000.parquet", "duplicates/00001.parquet", "dropped.arrow")
+    for name in names:
+        stored = system.cat_file(f"bucket/duplicates/out/{name}")
+        assert stored == (tmp_path / "out" / name).read_bytes()
+    found = Lookup(f"{url}/out").find(["c03", "s03"])
+    assert (found[0].duplicate_of, found[1]) == ("s03", None)
+    assert job.run(_config(cropped, f"{url}/out", input=f"{url}/in/*.tar", **changes)) == {}
+    system.rm("bucket/duplicates", recursive=True)
+    mapped.forget(mapped.cache_folder(f"{url}/out"))

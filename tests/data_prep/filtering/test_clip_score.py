@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import decisions, replay
-from data_prep.filtering.steps import clip
+from data_prep.filtering.steps import clip, models
 from data_prep.filtering.steps.base import Candidate, Drop
 from data_prep.reports.summary import read_report
 from diht_jax import load_model
@@ -118,7 +118,7 @@ def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expec
 
 
 def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictures, expected):
-    model = clip._load(str(weights), 3)
+    model = models.load(str(weights), 3)
     buffer = io.BytesIO()
     pictures[0].save(buffer, "PNG")
     image_emb = model.encode_image([pictures[0]] * 8)[:1]

@@ -9,9 +9,15 @@ from PIL import Image
 
 from data_prep.duplicates import image_hashes
 from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
 from data_prep.reports.summary import read_report
+from diht_jax import load_model
 from diht_jax.data.images.decode import decode_rgb
+from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from diht_jax.models import Architecture
+from diht_jax.weights import clip_layout
+from diht_jax.weights.tensor_files import write_safetensors
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
 
 
@@ -139,6 +145,91 @@ def test_keys_are_checked(tmp_path):
         job_config("in.tar", tmp_path, decontaminate__sets="/data/a.tar")
     with pytest.raises(ValueError, match=r"config\.decontaminate\.max_bits=40; expected 0 to 16"):
         job_config("in.tar", tmp_path, decontaminate__max_bits=40)
+    config = job_config("in.tar", tmp_path)
+    config.decontaminate.embeddings.sets = "a=/data/a"
+    with pytest.raises(ValueError, match="goes with one of config.decontaminate.embeddings.pairs"):
+        filter_config.check_config(config)
     (tmp_path / "x.npz").write_bytes(b"")
     with pytest.raises(ValueError, match="expected an index of python -m"):
         image_hashes.open_index(str(tmp_path / "x.npz"))
+
+
+_ARCH = Architecture(
+    image_size=32, patch_size=8, vision_layers=1, vision_width=64, vision_heads=1, text_layers=1,
+    text_width=64, text_heads=1, embed_dim=24, context_length=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
+    rng = np.random.default_rng(0)
+    shapes = clip_layout.expected_shapes(_ARCH)
+    tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
+    write_safetensors(path, tensors, {})
+    return str(path)
+
+
+def _center_embeddings(folder):
+    """Without their mean: all pictures look much the same to a model that was never trained."""
+    paths = sorted(folder.rglob("embeddings-*.npz"))
+    loaded = [dict(np.load(path)) for path in paths]
+    mean = np.concatenate([file["image_emb"] for file in loaded]).mean(0)
+    for path, file in zip(paths, loaded, strict=True):
+        np.savez(path, **file | {"image_emb": file["image_emb"] - mean})
+
+
+def test_edited_copies_are_found_by_embeddings_and_counted_by_set(tmp_path, model):
+    scenes = {seed: _scene(seed) for seed in range(24)}
+    sets = {
+        name: _write_folder(tmp_path / name, {f"{i}.png": _encode(scenes[i], "PNG") for i in own})
+        for name, own in (("first", range(6)), ("second", range(6, 12)))
+    }
+    pictures = {f"other{i}.png": _encode(scenes[i], "PNG") for i in range(12, 24)}
+    pictures |= {
+        "jpeg1.jpg": _encode(scenes[1], "JPEG", quality=50),
+        "small2.jpg": _encode(scenes[2].resize((48, 48)), "JPEG"),
+        "crop7.png": _encode(scenes[7].crop((1, 1, 95, 95)), "PNG"),
+        "bright8.png": _encode(scenes[8].point(lambda value: value * 15 // 16 + 8), "PNG"),
+        "broken.png": b"<html>",
+    }
+    source = _write_folder(tmp_path / "in", pictures)
+    loaded, options = load_model(model, batch_size=4), EmbedOptions(modalities=["image"])
+    for name, path in (*sets.items(), ("pairs", source)):
+        embed_source(loaded, path, tmp_path / "embedded" / name, options)
+    embedded = ",".join(f"{name}={tmp_path}/embedded/{name}" for name in sets)
+    by_model = job_config(
+        source, tmp_path / "by_model", decontaminate__sets=f"first={sets['first']}",
+        decontaminate__perceptual=False,
+    )  # fmt: skip
+    by_model.decontaminate.embeddings.update(
+        {"sets": embedded, "model": model, "min_cosine": 0.9999, "batch_size": 4}
+    )
+    assert run_filter(by_model) == {}
+    # The same cosines, from the files of embeddings.
+    rows = {
+        name: np.load(tmp_path / "embedded" / name / "embeddings-00000-00000.npz")["image_emb"]
+        for name in (*sets, "pairs")
+    }
+    first, second = ((rows["pairs"] @ rows[n].T).max(1) >= 0.9999 for n in sets)
+    expected = {"first": int(first.sum()), "second": int((second & ~first).sum())}
+    assert 0 < expected["second"] < expected["first"] < 16
+    assert read_dropped(tmp_path / "by_model")["decontaminate"] == expected
+    _center_embeddings(tmp_path / "embedded")
+    by_files = job_config(source, tmp_path / "by_files")
+    by_files.decontaminate.embeddings.update(
+        {"sets": embedded, "pairs": f"{tmp_path}/embedded/pairs", "min_cosine": 0.97}
+    )
+    filter_config.check_config(by_files)
+    assert run_filter(by_files) == {}
+    assert read_dropped(tmp_path / "by_files")["decontaminate"] == {"first": 2, "second": 2}
+    kept = {record.caption for record in read_records(tmp_path / "by_files")}
+    assert kept == {f"other{i}.png" for i in range(12, 24)}
+    evidence = {s["caption"]: s.get("evidence") for s in read_report(tmp_path / "by_files").samples}
+    assert " of second: cosine 0.99" in evidence["crop7.png"]
+    again = Replay(str(tmp_path / "by_files")).run()  # without the sets
+    assert again.funnel.dropped["decontaminate"] == {"first": 2, "second": 2}
+    other = _write_folder(tmp_path / "elsewhere", pictures)
+    by_files.update({"input": other, "output": str(tmp_path / "elsewhere_out")})
+    (error,) = run_filter(by_files).values()
+    assert "has no embeddings of" in error and "run diht_jax.embed on this input" in error
