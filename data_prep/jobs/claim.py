@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pathlib
+import random
 import re
 import secrets
 import socket
@@ -23,7 +23,6 @@ from typing import Any
 from absl import logging
 
 from data_prep.jobs import files
-from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.retries import retry
 from diht_jax.data.stores import is_remote, open_system
 
@@ -32,7 +31,9 @@ EXPIRY_SECS = 300.0
 
 _RENEWAL_SECS = 30.0
 _POLL_SECS = 0.5
+_PATIENCE = 10  # polls for the contents of a file that was just created
 _NAME = re.compile(r"\.claim-(\d{4,})\.json")
+_TEMPORARY = re.compile(r"\.\.claim-.*\.tmp")
 
 _now = time.time  # tests put their own clock here; seconds since 1970, as other machines count
 _sleep = time.sleep
@@ -115,35 +116,57 @@ def take(folder: str) -> Iterator[Claim | None]:
     try:
         yield claim
     finally:
-        try:
-            for name in _names(folder)[:-1]:  # of processes that have died
-                files.remove(files.join(folder, name))
-        finally:
-            claim.release()
+        claim.release()
 
 
 def _wait_for_turn(folder: str) -> Claim | None:
     while True:
         names = _names(folder)
-        number = 0
-        if names:
-            number = int(_NAME.fullmatch(names[-1])[1]) + 1
-            path = files.join(folder, names[-1])
-            holder = files.read_object(path)
-            if holder is None and not files.exists(path):
-                continue  # released meanwhile
-            if holder is not None and not _has_ended(holder):
-                if holder["writing"]:
-                    print(f"{folder}: {_describe(holder)} writes the output, since all is done")
-                    return None
-                _sleep(_POLL_SECS)
+        for name in names:
+            holder = _read_holder(files.join(folder, name))
+            if holder is None or _has_ended(holder):
                 continue
-        claim = Claim(files.join(folder, f".claim-{number:04d}.json"))
-        if claim.create():
-            # A listing that was long ago may have missed a later number.
-            if _names(folder)[-1] == os.path.basename(claim.path):
-                return claim
-            claim.release()
+            if holder["writing"]:
+                print(f"{folder}: {_describe(holder)} writes the output, since all is done")
+                return None
+            _sleep(_POLL_SECS)
+            break
+        else:
+            number = int(_NAME.fullmatch(names[-1])[1]) + 1 if names else 0
+            claim = Claim(files.join(folder, f".claim-{number:04d}.json"))
+            if claim.create():
+                if _is_alone(claim, folder):
+                    _remove_ended(names, folder)
+                    return claim
+                claim.release()
+                _sleep(_POLL_SECS * random.random())
+
+
+def _is_alone(claim: Claim, folder: str) -> bool:
+    """Whether no other claim is held, now that this one is there.
+
+    Of two processes that create theirs at the same time at least one sees the other.
+    """
+    others = [name for name in _names(folder) if name != os.path.basename(claim.path)]
+    holders = (_read_holder(files.join(folder, name)) for name in others)
+    return all(holder is None or _has_ended(holder) for holder in holders)
+
+
+def _remove_ended(names: list[str], folder: str) -> None:
+    """Removes the claims of processes that have died, and what they left half-written."""
+    left = () if is_remote(folder) else files.list_names(folder)
+    for name in (*names, *filter(_TEMPORARY.fullmatch, left)):
+        files.remove(files.join(folder, name))
+
+
+def _read_holder(path: str) -> dict[str, Any] | None:
+    """Who holds a claim; None where it is gone, or whoever created it has died before it wrote."""
+    for _ in range(_PATIENCE):
+        holder = files.read_object(path)
+        if holder is not None or not files.exists(path):
+            return holder
+        _sleep(_POLL_SECS)
+    return None
 
 
 def _names(folder: str) -> list[str]:
@@ -190,23 +213,9 @@ def _create(path: str, content: bytes, token: str) -> bool:
                     return False
                 files.write_bytes(path, content)
         else:
-            _create_local(path, content)
+            with open(path, "xb") as file:
+                file.write(content)
     except FileExistsError:
         # A request whose answer was lost has succeeded all the same.
         return (files.read_object(path) or {}).get("token") == token
     return True
-
-
-def _create_local(path: str, content: bytes) -> None:
-    """As `_create`; the file has its contents from the beginning, where the disk knows links."""
-    temporary = temporary_path(pathlib.Path(path))
-    temporary.write_bytes(content)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        raise
-    except OSError:
-        with open(path, "xb") as file:
-            file.write(content)
-    finally:
-        temporary.unlink()

@@ -95,7 +95,7 @@ class DecontaminateStep(Step):
         c = config.decontaminate.embeddings
         if _embedded_sets(config):
             rules["decontaminate_embedded_sets"] = {
-                name: given.open_set(path).digest() for name, path in _embedded_sets(config).items()
+                name: known.digest() for name, known in _open_embedded(config).items()
             }
             rules["decontaminate_embeddings"] = (
                 models.fingerprint(c.model, f"{_EMBEDDINGS}.model")
@@ -112,7 +112,7 @@ class DecontaminateStep(Step):
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
         self._sets = {name: open_index(path) for name, path in _sets(config).items()}
-        self._embedded = {n: given.open_set(path) for n, path in _embedded_sets(config).items()}
+        self._embedded = _open_embedded(config)
         c = config.decontaminate.embeddings
         self._given = None if c.pairs is None else given.read_of_shard(c.pairs, source)
         self._model = None if c.model is None else models.load(c.model, c.batch_size)
@@ -193,6 +193,17 @@ def _sets(config: ml_collections.ConfigDict) -> dict[str, str]:
 def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
     """Name -> path of the embeddings of evaluation sets."""
     return _parse(config.decontaminate.embeddings.sets, f"{_EMBEDDINGS}.sets")
+
+
+def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, given.EmbeddedSet]:
+    """Name -> embeddings of the evaluation sets."""
+    found = {}
+    for name, path in _embedded_sets(config).items():
+        try:
+            found[name] = given.open_set(path)
+        except ValueError as error:
+            raise ValueError(f"{_EMBEDDINGS}.sets, {name}={error}") from error
+    return found
 
 
 def _parse(sets: str | ml_collections.ConfigDict | None, key: str) -> dict[str, str]:

@@ -64,6 +64,7 @@ def test_the_claim_of_a_process_that_has_died_ends(folder, monkeypatch):
         assert own is not None
         assert own.path.endswith(".claim-0001.json")  # whoever also saw it end cannot create this
         assert not claim.Claim(own.path).create()
+        assert files.list_names(folder) == [".claim-0001.json"]
     assert files.list_names(folder) == []
     # On this machine it is known at once: no such process, or this one, which holds no such claim.
     for pid in (2**22 + 1, os.getpid()):
