@@ -51,6 +51,7 @@ def run(
     inputs = source_list.list_inputs(config.input, config.source)
     folder = source_list.check_output(config.output, [found.shard for found in inputs])
     tasks = parts.plan_parts(config, inputs, folder, overwrite)
+    del inputs  # the tasks have them
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)
     done = parts.settle_changes(config, tasks, mine, folder, overwrite)
     failures = parts.filter_parts(config, mine, done, folder, engine)
@@ -218,7 +219,9 @@ def _records_missing(
     unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
     _, missing = reuse.find_records(found, unwritten, folder)
     if not files.exists(files.join(folder, kept.KEYS_FILE)):
-        present = set(files.list_names(files.join(folder, resharding.PARTS)))
+        listed = (decisions.SUFFIX, kept.KEPT_SUFFIX)
+        where = files.join(folder, resharding.PARTS)
+        present = set(files.list_names(where, lambda name: name.endswith(listed)))
         for task, _ in found:
             name = os.path.basename(task.output)
             if present.isdisjoint((name + decisions.SUFFIX, name + kept.KEPT_SUFFIX)):

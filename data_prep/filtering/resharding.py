@@ -58,7 +58,7 @@ class Piece(NamedTuple):
     stop: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Slice:
     """Consecutive records of a part: those from `start` on, before `stop`.
 
@@ -76,7 +76,7 @@ class Slice:
     pieces: tuple[Piece, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class BalancedShard:
     """One output shard.
 
@@ -343,10 +343,12 @@ def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
         tasks: whose records they are.
     """
     names = {os.path.basename(task.output) for task in tasks}
-    for name in files.list_names(folder):
-        for suffix in _OF_RECORDS:
-            if name.endswith(suffix) and name.removesuffix(suffix) in names:
-                files.remove(files.join(folder, name))
+
+    def is_of_records(name: str) -> bool:
+        return any(name.endswith(s) and name.removesuffix(s) in names for s in _OF_RECORDS)
+
+    for name in files.list_names(folder, is_of_records):
+        files.remove(files.join(folder, name))
 
 
 def _identify(stats: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Finished(NamedTuple):
     """What was done before.
 
     Attributes:
-        stats: output of a task that is done -> its statistics, without the counts.
+        stats: output of a task that is done -> what is held of its statistics.
         removed: whether anything was removed.
     """
 
@@ -64,11 +64,13 @@ def reject_or_remove_stale(
         ValueError: something else has changed, or more inputs, and `overwrite` is not set.
     """
     fingerprint.forget_linked()  # as an earlier run of this process saw them
-    present = set(files.list_names(folder))
+    suffixes = (shards.STATS_SUFFIX, shards.FAILED_SUFFIX)
+    present = set(files.list_names(folder, lambda name: name.endswith(suffixes)))
     there = [t for t in tasks if os.path.basename(t.stats_path) in present]
     changed, replaced, done = _compare(there, versions)
-    finished = {n.removesuffix(shards.STATS_SUFFIX) for n in present if _is_shard_stats(n)}
-    gone = sorted(finished - set(names))
+    own = set(names)
+    finished = [n.removesuffix(shards.STATS_SUFFIX) for n in present if _is_shard_stats(n)]
+    gone = sorted(name for name in finished if name not in own)
     allowed = allowed_number(max_changed, len(finished))
     is_everyday = replaced == len(changed) and len(changed) + len(gone) <= allowed
     if (changed or gone) and not (overwrite or is_everyday):
@@ -88,9 +90,10 @@ def reject_or_remove_stale(
         logging.warning("%s: removed, since %s is gone", files.join(folder, name), found["path"])
         remove_output(files.join(folder, name))
     notes = [name for name in present if name.endswith(shards.FAILED_SUFFIX)]
-    gone += {name.removesuffix(shards.FAILED_SUFFIX) for name in notes} - set(names) - finished
-    for name in shards.names_below(present, gone):  # its lists and samples, or why it failed
-        files.remove(files.join(folder, name))
+    gone += {n.removesuffix(shards.FAILED_SUFFIX) for n in notes} - own - set(gone)
+    if gone:
+        for name in shards.names_below(files.list_names(folder), gone):  # lists, samples, notes
+            files.remove(files.join(folder, name))
     if _read_settings(folder) != json.loads(json.dumps(settings)):
         shards.write_json(files.join(folder, SETTINGS), settings)
     return Finished(done, removed)
@@ -111,7 +114,7 @@ def _compare(
             continue
         other_version = _explain_versions(stats, versions)
         if reason is None and other_version is None:
-            done[task.output] = shards.without_counts(stats)
+            done[task.output] = shards.HeldStats(stats)
         else:
             changed.append((task.output, reason or other_version))
             replaced += other_version is None and stats.get("config_hash") == task.config_hash

@@ -14,7 +14,7 @@ from absl import logging
 
 from data_prep.jobs import files, shards
 from data_prep.jobs.engine import run_pending
-from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask
+from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, HeldStats, ShardTask
 
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3
@@ -72,7 +72,7 @@ def run_noting_failures(
         return Failures()
     names = {os.path.basename(task.output) + FAILED_SUFFIX for task in pending}
     where = pending[0].output.rpartition("/")[0]
-    for name in names.intersection(files.list_names(where)):
+    for name in names.intersection(files.list_names(where, _is_note)):
         files.remove(files.join(where, name))
     failures = Failures(run_pending(function, pending, **options))
     for task in pending:
@@ -81,6 +81,10 @@ def run_noting_failures(
             note = {"source": str(task.source), "error": error}
             shards.write_json(task.output + FAILED_SUFFIX, note)
     return failures
+
+
+def _is_note(name: str) -> bool:
+    return name.endswith(FAILED_SUFFIX)
 
 
 def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | None = None) -> Survey:
@@ -94,7 +98,8 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
         known: output -> such statistics that were read before, and need not be read again.
     """
     known = known or {}
-    present = set(files.list_names(tasks[0].output.rpartition("/")[0])) if tasks else set()
+    folder = tasks[0].output.rpartition("/")[0] if tasks else ""
+    present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
     there, failed_tasks = [], []
     for task in tasks:
         name = os.path.basename(task.output)
@@ -107,14 +112,17 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
     if waiting:
         parts = [(task, known.get(task.output, {})) for task in there]
         return Survey(parts, failed, waiting, failed_tasks)
+    del present
     unread = [task for task in there if task.output not in known]
-    read = {
-        task.output: shards.without_counts(stats)
-        for task, stats, change in shards.check_all(unread)
-        if stats is not None and change is None
-    }
-    found = {**known, **read}
-    parts = [(task, found[task.output]) for task in there if task.output in found]
+    checked = shards.check_all(unread)
+    parts = []
+    for task in there:
+        if task.output in known:
+            parts.append((task, known[task.output]))
+            continue
+        _, stats, change = next(checked)
+        if stats is not None and change is None:
+            parts.append((task, HeldStats(stats)))
     return Survey(parts, failed, len(there) - len(parts), failed_tasks)
 
 

@@ -115,12 +115,17 @@ def read_object(path: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def list_names(folder: str) -> list[str]:
-    """Names of the files in a folder, sorted, hidden ones too; none where it is missing."""
+def list_names(folder: str, wanted: Callable[[str], bool] = bool) -> list[str]:
+    """Names of the files in a folder, sorted, hidden ones too; none where it is missing.
+
+    Args:
+        folder: path or URL.
+        wanted: whether a name is; of a large folder the others take no memory.
+    """
     if not is_remote(folder):
         try:
             with os.scandir(folder) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file())
+                return sorted(e.name for e in entries if wanted(e.name) and e.is_file())
         except (FileNotFoundError, NotADirectoryError):
             return []
     try:
@@ -132,7 +137,7 @@ def list_names(folder: str) -> list[str]:
     names = (info["name"].lstrip("/") for info in infos if info["type"] == "file")
     # Some stores list a file as itself, and a folder as an empty file in it.
     below = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
-    return sorted(name for name in below if name)
+    return sorted(name for name in below if name and wanted(name))
 
 
 def remove(path: str) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from absl import logging
 
@@ -30,6 +31,7 @@ from diht_jax.data.records.remote import is_remote
 NAME = "manifest.json"
 
 _VERSION = 1
+_HEAD, _TAIL = f'{{"version": {_VERSION}, "parts": ['.encode(), b"]}"
 # The path of an input, its kind, and the part of it.
 _Unit = tuple[str, str, int, int | None]
 
@@ -54,7 +56,7 @@ class Input(NamedTuple):
         return below if below != path else path.rpartition("/")[2]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
     """A line of the manifest.
 
@@ -109,21 +111,28 @@ def plan_parts(
     suffix = FORMATS[output_format].suffix
     prefix = shard_name(dataset, split, 0, 1, "").removesuffix("00000")
     names = [f"{prefix}{found}{suffix}" for found in hash_inputs(inputs)]
-    entries = list(map(_describe, names, inputs))
-    present = files.list_names(folder)
-    known = read_manifest(folder) if NAME in present else []
     numbered = re.compile(rf"{re.escape(prefix)}(\d{{5,9}}){re.escape(suffix)}")
-    moves = _find_moves(entries, folder, present, numbered)
-    before = {entry.name: entry.before for entry in known}
-    for old, new in moves.items():
-        before[new] = tuple(dict.fromkeys((*before.get(new, ()), *before.get(old, ()), old)))
-    entries = [dataclasses.replace(e, before=before.get(e.name, ())) for e in entries]
-    if entries != known:
-        _write_manifest(folder, entries)
-    if moves:
-        _rename(folder, moves, present, suffix)
-    for name in _half_done(present, numbered):
-        files.remove(files.join(folder, name))
+    own = set(names)
+
+    def is_other(name: str) -> bool:
+        """Whether it belongs to a part of another name, or to one with a number."""
+        if name.endswith(STATS_SUFFIX):
+            return name.removesuffix(STATS_SUFFIX) not in own
+        return numbered.match(name.lstrip(".")) is not None
+
+    others = files.list_names(folder, is_other)
+    before = {entry.name: entry.before for entry in iterate_manifest(folder) if entry.before}
+    if others:
+        present = files.list_names(folder)
+        moves = _find_moves(list(map(_describe, names, inputs)), folder, present, numbered)
+        for old, new in moves.items():
+            before[new] = tuple(dict.fromkeys((*before.get(new, ()), *before.get(old, ()), old)))
+    _write_manifest(folder, map(_describe, names, inputs), before)
+    if others:
+        if moves:
+            _rename(folder, moves, present, suffix)
+        for name in _half_done(present, numbered):
+            files.remove(files.join(folder, name))
     return [
         ShardTask(found.shard, files.join(folder, name), config_hash, identity)
         for found, name in zip(inputs, names, strict=True)
@@ -138,42 +147,76 @@ def hash_inputs(inputs: Sequence[Input]) -> list[str]:
     many as tell them apart.
     """
     units = collections.Counter(found.shard.path for found in inputs)
-    rows: list[list[Any]] = []
-    alike: dict[str, list[int]] = collections.defaultdict(list)
-    for number, found in enumerate(inputs):
+    several = {path for path, count in units.items() if count > 1}
+    del units
+
+    def describe(found: Input, *root: str) -> bytes:
         shard = found.shard
-        part = [shard.start, shard.stop] if units[shard.path] > 1 else []
-        rows.append([found.path, shard.kind, *part])
-        alike[json.dumps(rows[-1])].append(number)
+        part = [shard.start, shard.stop] if shard.path in several else []
+        row = [found.path, shard.kind, *part, *root]
+        return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).digest()
+
+    hashes = list(map(describe, inputs))
+    counts = collections.Counter(hashes) if len(set(hashes)) < len(hashes) else {}
+    alike: dict[bytes, list[int]] = collections.defaultdict(list)
+    for number, found in enumerate(hashes):
+        if counts.get(found, 1) > 1:
+            alike[found].append(number)
     for numbers in alike.values():
-        if len(numbers) > 1:
-            roots = _tell_apart([_plain_path(inputs[number].root) for number in numbers])
-            for number, root in zip(numbers, roots, strict=True):
-                rows[number].append(root)
-    return [hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest() for row in rows]
+        roots = _tell_apart([_plain_path(inputs[number].root) for number in numbers])
+        for number, root in zip(numbers, roots, strict=True):
+            hashes[number] = describe(inputs[number], root)
+    return [found.hex() for found in hashes]
 
 
 def read_manifest(folder: str) -> list[Entry]:
     """The entries in their order; none where the manifest is missing or damaged."""
-    data = files.read_object(files.join(folder, NAME)) or {}
-    if data.get("version") != _VERSION:
-        return []
+    return list(iterate_manifest(folder))
+
+
+def iterate_manifest(folder: str) -> Iterator[Entry]:
+    """As `read_manifest`, one after the other: many are not held at once."""
     try:
-        return [Entry(**row | {"before": tuple(row["before"])}) for row in data["parts"]]
-    except (KeyError, TypeError):
-        return []
+        head, *lines = files.read_bytes(files.join(folder, NAME)).splitlines()
+    except (FileNotFoundError, ValueError):
+        return
+    if head != _HEAD or lines[-1:] != [_TAIL]:
+        return
+    for line in lines[:-1]:
+        try:
+            row = json.loads(line.removesuffix(b","))
+            yield Entry(**row | {"before": tuple(row["before"])})
+        except (ValueError, KeyError, TypeError):
+            return
 
 
 def earlier_names(folder: str) -> dict[str, str]:
     """Earlier name of a part -> its name now."""
-    return {old: entry.name for entry in read_manifest(folder) for old in entry.before}
+    return {old: entry.name for entry in iterate_manifest(folder) for old in entry.before}
 
 
-def _write_manifest(folder: str, entries: Iterable[Entry]) -> None:
-    """Writes one line for each part, for people and for tools that read lines."""
-    rows = (json.dumps(dataclasses.asdict(entry)) for entry in entries)
-    text = f'{{"version": {_VERSION}, "parts": [\n' + ",\n".join(rows) + "\n]}\n"
-    files.write_bytes(files.join(folder, NAME), text.encode())
+def _write_manifest(
+    folder: str, entries: Iterable[Entry], before: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Writes one line for each part, for people and for tools that read lines.
+
+    Args:
+        folder: of the parts.
+        entries: of all parts.
+        before: earlier names of those that had others.
+    """
+    path = files.join(folder, NAME)
+    written = io.BytesIO()
+    written.write(_HEAD)
+    for number, entry in enumerate(entries):
+        if entry.name in before:
+            entry = dataclasses.replace(entry, before=before[entry.name])
+        line = json.dumps(dataclasses.asdict(entry))
+        written.write(f"{',' if number else ''}\n{line}".encode())
+    written.write(b"\n" + _TAIL + b"\n")
+    data = written.getvalue()
+    if not files.exists(path) or files.read_bytes(path) != data:
+        files.write_bytes(path, data)
 
 
 def _describe(name: str, found: Input) -> Entry:

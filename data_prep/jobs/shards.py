@@ -38,7 +38,7 @@ Process = Callable[[SourceShard, RecordWriter], dict[str, Any]]
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class ShardTask:
     """One unit of offline work.
 
@@ -141,6 +141,35 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
         hashing = HashingWriter(writer)
         counts = process(task.source, hashing)
     return finish_task(task, described, counts, len(writer), beside, hashing.digest())
+
+
+class HeldStats(Mapping[str, Any]):
+    """What a driver holds of the statistics of a task: nothing that grows with the records.
+
+    As one text, and parsed when it is looked at: dicts would take six times the memory, and there
+    is one for each of 100,000 parts.
+    """
+
+    __slots__ = ("_text",)
+
+    def __init__(self, stats: Mapping[str, Any]):
+        """Of statistics as they lie in their file."""
+        held = {name: stats[name] for name in ("config_hash", "input", "output") if name in stats}
+        if "digest" in held.get("output", {}):
+            held.pop("input", None)  # the records are known by their hash
+        self._text = json.dumps(held, separators=(",", ":")).encode()
+
+    def _parse(self) -> dict[str, Any]:
+        return json.loads(self._text)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._parse()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parse())
+
+    def __len__(self) -> int:
+        return len(self._parse())
 
 
 class HashingWriter:
@@ -249,12 +278,7 @@ def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | Non
     return task, stats, None if stats is None else explain_change(task, stats)
 
 
-def without_counts(stats: dict[str, Any]) -> dict[str, Any]:
-    """What a driver holds of the statistics of every task: nothing that grows with the records."""
-    return {name: stats[name] for name in ("config_hash", "input", "output") if name in stats}
-
-
-def has_output(task: ShardTask, stats: dict[str, Any]) -> bool:
+def has_output(task: ShardTask, stats: Mapping[str, Any]) -> bool:
     """Whether the output and what lies beside it have the sizes that the statistics name."""
     try:
         output = stats["output"]
@@ -265,7 +289,7 @@ def has_output(task: ShardTask, stats: dict[str, Any]) -> bool:
         return False
 
 
-def whole_outputs(parts: Sequence[tuple[ShardTask, dict[str, Any]]]) -> set[str]:
+def whole_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
     """The outputs for which `has_output` is true; in a store many are looked at at once."""
 
     def look(part: tuple[ShardTask, dict[str, Any]]) -> str | None:
@@ -277,18 +301,19 @@ def whole_outputs(parts: Sequence[tuple[ShardTask, dict[str, Any]]]) -> set[str]
         return set(pool.map(look, parts)) - {None}
 
 
-def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
+def find_finished(tasks: Sequence[ShardTask]) -> dict[str, HeldStats]:
     """The tasks of one folder for which `load_finished` would give statistics; by many requests.
 
     Returns:
-        Output of each -> its statistics, without the counts.
+        Output of each -> what is held of its statistics.
     """
     if not tasks:
         return {}
-    present = set(files.list_names(tasks[0].output.rpartition("/")[0]))
+    folder = tasks[0].output.rpartition("/")[0]
+    present = set(files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)))
     there = [task for task in tasks if os.path.basename(task.stats_path) in present]
     found = [
-        (task, without_counts(stats))
+        (task, HeldStats(stats))
         for task, stats, change in check_all(there)
         if stats is not None and change is None
     ]
@@ -322,9 +347,8 @@ def remove_temporary_files(folder: str, names: Collection[str]) -> None:
     if is_remote(folder):
         return
     wanted = frozenset(names)
-    for name in files.list_names(folder):
-        match = _TEMPORARY.fullmatch(name)
-        if match and names_below([match[1]], wanted):
+    for name in files.list_names(folder, lambda name: _TEMPORARY.fullmatch(name) is not None):
+        if names_below([_TEMPORARY.fullmatch(name)[1]], wanted):
             files.remove(files.join(folder, name))
 
 

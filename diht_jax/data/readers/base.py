@@ -85,7 +85,10 @@ SOURCE_REASONS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+_NO_OPTIONS: Mapping[str, Any] = {}  # one for all, since there are many shards
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SourceShard:
     """One unit of work: a tar, a part of a table, one class, or a range of a record file.
 
@@ -102,7 +105,7 @@ class SourceShard:
     path: str
     start: int = 0
     stop: int | None = None
-    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NO_OPTIONS)
     reads_linked: bool = True
 
     def __str__(self) -> str:
