@@ -19,7 +19,6 @@ import pathlib
 import re
 import tarfile
 import tempfile
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,14 +120,12 @@ def _run(
         config.threshold, config.verify.correlation = threshold, correlation
         config.clusters.probes = probes
         duplicates_config.check_config(config)
-        start = time.perf_counter()
         if job.run(config):
             raise ValueError("the search failed")
-        secs = round(time.perf_counter() - start, 1)
         files = sorted(pathlib.Path(config.output, "duplicates").glob("*.parquet"))
         setting = {"threshold": threshold, "correlation": correlation, "probes": probes}
         rows = [row for file in files for row in pyarrow.parquet.read_table(file).to_pylist()]
-        yield setting | {"secs": secs}, rows
+        yield setting, rows
 
 
 def _score_photos(found: tuple[dict[str, Any], list[dict[str, Any]]]) -> dict[str, Any]:

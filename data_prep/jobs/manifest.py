@@ -177,8 +177,8 @@ def read_manifest(folder: str) -> list[Entry]:
 def iterate_manifest(folder: str) -> Iterator[Entry]:
     """As `read_manifest`, one after the other: many are not held at once."""
     try:
-        head, *lines = files.read_bytes(files.join(folder, NAME)).splitlines()
-    except (FileNotFoundError, ValueError):
+        head, *lines = files.read_bytes(files.join(folder, NAME)).splitlines() or [b""]
+    except FileNotFoundError:
         return
     if head != _HEAD or lines[-1:] != [_TAIL]:
         return
