@@ -81,7 +81,7 @@ def read_bytes(path: str) -> bytes:
     """
     if not is_remote(path):
         return read_file(path)
-    return _call(path, lambda system, name: system.cat_file(name))
+    return stores.read_whole(path)
 
 
 def read_many(paths: Sequence[str]) -> Iterator[bytes]:

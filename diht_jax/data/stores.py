@@ -92,6 +92,23 @@ def read_start(url: str, num_bytes: int) -> bytes:
     return retry(read, url)
 
 
+def read_whole(url: str) -> bytes:
+    """A file in a store; of up to 16 MiB by one request.
+
+    Without a range, some file systems ask for the size first.
+
+    Raises:
+        FileNotFoundError: there is none.
+        StorageError: it cannot be read, now and after some attempts.
+    """
+    data = read_start(url, BLOCK_BYTES)
+    if len(data) < BLOCK_BYTES:
+        return data
+    system, path = open_system(url, use_listings_cache=False)
+    size = int(retry(lambda: system.info(path), url)["size"])
+    return data if size <= len(data) else data + read_range(url, len(data), size)
+
+
 def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     """Opens a file, local or in a store; its reads are tried again.
 

@@ -24,7 +24,7 @@ from diht_jax.data.records.format import (
     walk_offsets,
 )
 from diht_jax.data.retries import retry
-from diht_jax.data.stores import is_remote, open_file, open_system, read_range
+from diht_jax.data.stores import is_remote, open_file, open_system, read_range, read_whole
 
 _DOWNLOAD_BYTES = 2**25  # of one request
 _DOWNLOAD_THREADS = 8
@@ -99,8 +99,7 @@ def read_bytes(path: str) -> bytes:
     if not is_remote(path):
         with open(path, "rb") as file:
             return file.read()
-    system, name = open_system(path)
-    return retry(lambda: system.cat_file(name), path)
+    return read_whole(path)
 
 
 def copy_once(
@@ -205,9 +204,8 @@ class RemoteFile:
 
 def read_index(path: str, size: int) -> np.ndarray | None:
     """The offsets of the index beside a shard in a store; None where there is none."""
-    system, _ = open_system(path)
     try:
-        data = retry(lambda: system.cat_file(path + INDEX_SUFFIX), path + INDEX_SUFFIX)
+        data = read_whole(path + INDEX_SUFFIX)
     except FileNotFoundError:
         return None
     return decode_index(path, data, size)
