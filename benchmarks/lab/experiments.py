@@ -9,7 +9,7 @@ refute it, before the runs are made; the history of this file shows when. To add
              claim="a large beta helps", refuted_by="it gains less than a point"),
 
 and `python -m benchmarks.lab.run --only cat_beta_2` makes the runs. `data.py` makes the data by
-their names, and `measure.py` what is measured of a student.
+their names, and `measure.py` what is measured of a student. Being a list, this file may be long.
 """
 
 from __future__ import annotations

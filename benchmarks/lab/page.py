@@ -9,20 +9,17 @@ definition are counted, and not used.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import math
 import pathlib
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from benchmarks.lab import figures
 from benchmarks.lab.experiments import (
     BLOCKS,
-    CONTRASTS,
     EXPERIMENTS,
     GAIN,
     GRIDS,
@@ -34,16 +31,9 @@ from benchmarks.lab.experiments import (
     metrics_of,
     seeds_of,
 )
-from benchmarks.lab.measure import unpack_items
-from benchmarks.lab.run import Run, read_result
-from benchmarks.lab.statistics import (
-    CONFIRMED,
-    Estimate,
-    decide,
-    estimate,
-    holm,
-)
+from benchmarks.lab.statistics import CONFIRMED, Estimate
 from benchmarks.lab.statistics import WAITING as NOT_COMPLETE
+from benchmarks.lab.verdicts import Row, judge, read_results
 from benchmarks.record import RESULTS
 from diht_jax import command_line
 from diht_jax.data.atomic_file import write_atomically
@@ -128,25 +118,6 @@ that host alone). A search with more samples, other rates or another recipe chan
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A contrast with what its runs have shown so far.
-
-    Attributes:
-        contrast: which one.
-        found: None without a pair of runs.
-        seeds: how many pairs there are.
-        verdict: of `statistics`.
-        corrected: Holm's p; None without a verdict.
-    """
-
-    contrast: Contrast
-    found: Estimate | None
-    seeds: int
-    verdict: str
-    corrected: float | None = None
-
-
 def define_flags() -> None:
     """The command line of `main`."""
     flags.DEFINE_string("results", str(RESULTS / "lab"), "Folder of the result files.")
@@ -174,49 +145,6 @@ def main() -> None:
     outdated = sum(1 for _ in pathlib.Path(flags.FLAGS.results).glob("*.json")) - len(results)
     write_atomically(page, format_page(rows, results, outdated).encode())
     print(f"{page}: {len(results)} runs")
-
-
-def read_results(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """The results of today's experiments by the names of their runs."""
-    runs = [Run(e, seed) for e in EXPERIMENTS.values() for seed in range(e.seeds)]
-    found = {run.name: read_result(run, folder) for run in runs}
-    return {name: result for name, result in found.items() if result is not None}
-
-
-def judge(results: dict[str, dict[str, Any]]) -> list[Row]:
-    """All registered contrasts, with estimates and verdicts where runs are there."""
-    rows = [_compare(contrast, results) for contrast in CONTRASTS]
-    complete = [row.verdict != NOT_COMPLETE for row in rows]
-    p_values = [
-        row.found.p_value if is_complete else 1.0
-        for row, is_complete in zip(rows, complete, strict=True)
-    ]
-    return [
-        dataclasses.replace(row, corrected=p) if is_complete else row
-        for row, is_complete, p in zip(rows, complete, holm(p_values), strict=True)
-    ]
-
-
-def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
-    metrics = metrics_of(contrast)
-    pairs = []
-    for seed in range(seeds_of(contrast)):
-        names = [f"{name}_seed{seed}" for name in (contrast.treated, contrast.control)]
-        if all(name in results for name in names):
-            pairs.append([results[name] for name in names])
-    if not pairs:
-        return Row(contrast, None, 0, NOT_COMPLETE)
-    values = [[pair[i]["metrics"][metrics[i]] for pair in pairs] for i in (0, 1)]
-    items = [[_items(pair[i], metrics[i]) for pair in pairs] for i in (0, 1)]
-    found = estimate(contrast, *values, *items)
-    is_complete = len(pairs) == seeds_of(contrast)
-    verdict = decide(contrast, found) if is_complete else NOT_COMPLETE
-    return Row(contrast, found, len(pairs), verdict)
-
-
-def _items(result: dict[str, Any], metric: str) -> np.ndarray:
-    """Each test item's result, the mean of its lists: a scene has one for each direction."""
-    return sum(map(unpack_items, result["items"][metric])) / len(result["items"][metric])
 
 
 def format_page(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdated: int) -> str:

@@ -88,6 +88,10 @@ def main() -> None:
     if given.list:
         print(format_list(runs, results))
         return
+    if not 0 <= given.task_index < given.num_tasks:
+        raise ValueError(
+            f"--task_index={given.task_index}: expected 0 to --num_tasks={given.num_tasks} minus 1"
+        )
     # A task's share is that of all runs, since tasks do not start when equally many are missing.
     share = runs[given.task_index :: given.num_tasks]
     missing = [run for run in share if not is_done(run, results)]

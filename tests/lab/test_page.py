@@ -7,7 +7,7 @@ import xml.etree.ElementTree
 import numpy as np
 import pytest
 
-from benchmarks.lab import page
+from benchmarks.lab import page, verdicts
 from benchmarks.lab.experiments import BLOCKS, CONTRASTS, EXPERIMENTS, STUDENTS
 from benchmarks.lab.figures import draw_contrasts
 from benchmarks.lab.measure import pack_bits, unpack_items
@@ -46,8 +46,8 @@ def rows_and_page(tmp_path_factory):
             # Equal seeds share what moves a run; contrasts differ by a little more.
             write(folder, name, seed, SHARE[name] + 0.01 * seed + 0.002 * (seed % 2) * (name > "d"))
     write(folder, "oracle", 0, 0.9, definition="of another recipe")
-    results = page.read_results(folder)
-    rows = page.judge(results)
+    results = verdicts.read_results(folder)
+    rows = verdicts.judge(results)
     return rows, results, page.format_page(rows, results, 1)
 
 
