@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 from PIL import Image
 
@@ -25,9 +26,10 @@ from diht_jax.evaluation.bootstrap import (
     resample,
 )
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
+from diht_jax.evaluation.embedding.entries import Entries
 from diht_jax.evaluation.pages.canvas import ImageLoader
 from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
-from diht_jax.evaluation.sources.registry import count_source, read_source
+from diht_jax.evaluation.sources.registry import count_source, open_units, read_source
 from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.progress import ProgressBar
@@ -94,7 +96,7 @@ def evaluate_task(
         }
     _warn_of_dropped(task, encoded)
     if page is not None and measured.draw is not None:
-        measured.draw(pathlib.Path(page), _image_loader(task))
+        measured.draw(pathlib.Path(page), _image_loader(task, encoded))
     return {
         "task": task.name,
         "kind": task.kind,
@@ -124,12 +126,13 @@ def _measure(
     """Runs the protocol on the entries of the task, with a bar over them."""
     try:
         with ProgressBar(
-            itertools.islice(read_entries(task), limit),
             desc=task.name,
             unit=" images",
             disable=not progress,
             total=_count_entries(task, limit) if progress else None,
-        ) as entries:
+        ) as bar:
+            units = open_units(task.source, task.source_options)
+            entries = Entries(units, limit=limit, count=bar.update)
             return protocol.run(model, task, entries, progress=progress, **batching)
     except ValueError as error:
         raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
@@ -154,9 +157,9 @@ def _warn_of_dropped(task: Task, encoded: EncodedImages) -> None:
 
 
 def _count_entries(task: Task, limit: int | None) -> int | None:
-    """What the bar goes to."""
+    """What the bar goes to: about this process's share of the entries."""
     known = [n for n in (count_source(task.source, task.source_options), limit) if n is not None]
-    return min(known, default=None)
+    return -(-min(known) // jax.process_count()) if known else None
 
 
 def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:
@@ -166,12 +169,21 @@ def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:
     return {"reported": [name for name in SUITE[task.name].metrics if name in metrics]}
 
 
-def _image_loader(task: Task) -> ImageLoader:
-    """Reads the source once more, instead of keeping all pictures of a first reading."""
+def _image_loader(task: Task, encoded: EncodedImages) -> ImageLoader:
+    """Reads the parts of the source that hold the images once more, instead of keeping them all."""
+    order_of = dict(zip(encoded.positions, encoded.orders, strict=True))
 
     def load_images(positions: Sequence[int]) -> dict[int, Image.Image]:
-        wanted = set(positions)
-        entries = itertools.islice(read_entries(task), max(wanted) + 1)
-        return {i: decode_rgb(entry.image) for i, entry in enumerate(entries) if i in wanted}
+        wanted: dict[int, dict[int, int]] = {}
+        for position in positions:
+            unit, offset = order_of[position]
+            wanted.setdefault(unit, {})[offset] = position
+        units = open_units(task.source, task.source_options)
+        return {
+            own[offset]: decode_rgb(entry.image)
+            for unit, own in wanted.items()
+            for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1))
+            if offset in own
+        }
 
     return load_images

@@ -7,7 +7,9 @@ NumPy arrays.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -18,11 +20,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import PIL.Image
-from jax.experimental import multihost_utils
 
-from diht_jax.data.images.decode import REASONS, ImageError, decode_rgb
+from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding.entries import Entries, Order, share_entries
+from diht_jax.evaluation.embedding.process_share import ProcessShare
 from diht_jax.progress import ProgressBar
 
 # Decoded images waiting for the device, in batches: enough to keep the threads busy while one
@@ -33,6 +36,7 @@ _BATCHES_AHEAD = 2
 _WAITING_BYTES = 2**28
 
 _DROPPED_KEYS_KEPT = 10
+_NOTHING = np.zeros((0, 0), np.float32)
 
 
 class EmbeddingModel(Protocol):
@@ -69,6 +73,7 @@ class EncodedImages:
         dropped_keys: keys of the first few of them.
         seconds: wall time of reading, decoding and encoding together.
         digest: of the keys of the usable pairs, in order: equal where two models saw the same.
+        orders: of each usable pair, the number of its unit of `Entries` and its own in it.
     """
 
     image_emb: np.ndarray
@@ -78,6 +83,7 @@ class EncodedImages:
     dropped_keys: list[str]
     seconds: float
     digest: str = ""
+    orders: list[Order] = dataclasses.field(default_factory=list)
 
 
 def encode_images(
@@ -96,7 +102,8 @@ def encode_images(
 
     Args:
         model: see `EmbeddingModel`; uses all its devices.
-        entries: consumed once, in order.
+        entries: consumed once, in order. In a job of several processes each reads its share of
+            `Entries`; any others are read by all, and each decodes its share.
         describe: called once per pair, in order; what it returns is kept, so it should be small.
             Raises `UnusablePair` to leave a pair out, any other ValueError to stop.
         batch_size: images a batch, over all devices.
@@ -110,40 +117,17 @@ def encode_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     start = time.perf_counter()
-    share = _Share.of(model, batch_size)
-    embeddings, notes, positions, keys = [], [], [], []
-    left_out: list[tuple[int, str, str]] = []
-    waiting: list[np.ndarray] = []
-
-    def encode_waiting() -> None:
-        fill = bool(embeddings) or share is not None
-        embeddings.append(_encode_padded(model.encode_image, waiting, batch_size, fill))
-        waiting.clear()
-
-    decoded = _decode_ahead(
-        entries, describe, model.preprocess, batch_size * _BATCHES_AHEAD, num_threads, share
-    )
-    for position, (key, note, outcome) in enumerate(decoded):
-        if share is not None and not isinstance(outcome, UnusablePair | Skipped):
-            outcome = share.take(key, outcome)
-        if isinstance(outcome, ImageError | UnusablePair | Skipped):
-            prefix = "image_" if isinstance(outcome, ImageError) else ""
-            left_out.append((position, key, f"{prefix}{outcome.reason}"))
-            continue
-        waiting.append(outcome)
-        notes.append(note)
-        positions.append(position)
-        keys.append(key)
-        if len(waiting) == batch_size:
-            encode_waiting()
-    if waiting:
-        encode_waiting()
-    image_emb = np.concatenate(embeddings or [np.zeros((0, 0), np.float32)])
-    if share is not None:
-        for slot, reason in share.failures_of_all():
-            left_out.append((positions[slot], share.keys[slot], f"image_{reason}"))
-        image_emb, notes, positions, keys = share.usable(image_emb, notes, positions, keys)
-    left_out.sort()
+    share = ProcessShare.of(model, batch_size)
+    encode = _encode_alone if share is None else functools.partial(_encode_share, share)
+    rows, left_out, image_emb = encode(model, entries, describe, batch_size, num_threads)
+    limit = entries.limit if isinstance(entries, Entries) else None
+    orders = sorted(order for order, _, _ in [*rows, *left_out])[:limit]
+    position_of = {order: position for position, order in enumerate(orders)}
+    # Of one process they are in order by now, and within the limit.
+    chosen = sorted((row[0], i) for i, row in enumerate(rows) if row[0] in position_of)
+    image_emb = image_emb[[i for _, i in chosen]]
+    kept = [rows[i] for _, i in chosen]
+    left_out = sorted(row for row in left_out if row[0] in position_of)
     dropped = dict(collections.Counter(reason for _, _, reason in left_out))
     if not len(image_emb) and not allow_empty:
         raise ValueError(
@@ -152,12 +136,117 @@ def encode_images(
     check_finite(image_emb, "image embeddings")
     return EncodedImages(
         image_emb=image_emb,
-        notes=notes,
-        positions=positions,
+        notes=[note for _, _, note in kept],
+        positions=[position_of[order] for order, _, _ in kept],
         dropped=dropped,
         dropped_keys=[key for _, key, _ in left_out[:_DROPPED_KEYS_KEPT]],
         seconds=time.perf_counter() - start,
-        digest=hashlib.blake2b("\n".join(keys).encode(), digest_size=16).hexdigest(),
+        digest=hashlib.blake2b(
+            "\n".join(key for _, key, _ in kept).encode(), digest_size=16
+        ).hexdigest(),
+        orders=[order for order, _, _ in kept],
+    )
+
+
+# Of an entry: its order, its key, and the note of a usable one or why it is left out.
+_Row = tuple[Order, str, Any]
+
+
+def _encode_alone(
+    model: EmbeddingModel,
+    entries: Iterable[Pair | Skipped],
+    describe: Callable[[Pair], Any],
+    batch_size: int,
+    num_threads: int | None,
+) -> tuple[list[_Row], list[_Row], np.ndarray]:
+    """The usable entries, the others, and the embeddings of the usable ones."""
+    kept: list[_Row] = []
+    left_out: list[_Row] = []
+    embeddings: list[np.ndarray] = []
+    waiting: list[np.ndarray] = []
+
+    def encode_waiting() -> None:
+        embeddings.append(_encode_padded(model.encode_image, waiting, batch_size, bool(embeddings)))
+        waiting.clear()
+
+    for row, pixels in _decode_ahead(
+        share_entries(entries, 0, 1),
+        describe,
+        model.preprocess,
+        batch_size * _BATCHES_AHEAD,
+        num_threads,
+    ):
+        if pixels is None:
+            left_out.append(row)
+            continue
+        waiting.append(pixels)
+        kept.append(row)
+        if len(waiting) == batch_size:
+            encode_waiting()
+    if waiting:
+        encode_waiting()
+    return kept, left_out, np.concatenate(embeddings or [_NOTHING])
+
+
+def _encode_share(
+    share: ProcessShare,
+    model: EmbeddingModel,
+    entries: Iterable[Pair | Skipped],
+    describe: Callable[[Pair], Any],
+    batch_size: int,
+    num_threads: int | None,
+) -> tuple[list[_Row], list[_Row], np.ndarray]:
+    """As `_encode_alone`, where each process reads, decodes and embeds its own entries.
+
+    Every batch holds rows of all processes, as many of each as it has, so that all call the model
+    equally often; what was found is exchanged once, at the end.
+    """
+    kept: list[_Row] = []
+    left_out: list[_Row] = []
+    embeddings: list[list[np.ndarray]] = [[] for _ in range(share.count)]
+    room = int(share.own_rows.sum())
+    decoded = _decode_ahead(
+        share_entries(entries, share.index, share.count),
+        describe,
+        model.preprocess,
+        room * _BATCHES_AHEAD,
+        num_threads,
+    )
+
+    def take(pixels: np.ndarray) -> int:
+        """Fills the own rows of a batch."""
+        filled = np.flatnonzero(share.own_rows)
+        for number in range(room):
+            for row, image in decoded:
+                if image is None:
+                    left_out.append(row)
+                    continue
+                kept.append(row)
+                pixels[filled[number]] = image
+                break
+            else:
+                return number
+        return room
+
+    with contextlib.closing(decoded):
+        while True:
+            pixels = np.zeros((share.batch_size, model.image_size, model.image_size, 3), np.uint8)
+            filled, error = 0, None
+            try:
+                filled = take(pixels)
+            except Exception as problem:  # the others would wait for this process without end
+                error = problem
+            counts = share.agree(filled, error)
+            if not counts.any():
+                break
+            found = np.asarray(model.encode_image(pixels), np.float32)
+            for process, count in enumerate(counts):
+                embeddings[process].append(found[share.rows[process]][:count])
+    shares = share.gather_objects((kept, left_out))
+    return (
+        [row for rows, _ in shares for row in rows],
+        [row for _, rows in shares for row in rows],
+        np.concatenate([array for arrays in embeddings for array in arrays] or [_NOTHING]),
     )
 
 
@@ -198,64 +287,6 @@ def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:
     return embeddings
 
 
-class _Share:
-    """This process's share of the decoding, where the model lies on several processes.
-
-    All processes read all entries, which costs little, and know from them which pairs there are.
-    Each decodes the pictures of the rows that its devices embed; rows of others, and pictures that
-    could not be decoded, are blank. What failed is exchanged once, at the end.
-
-    Attributes:
-        keys: of the pairs so far, by slot: the index among the pairs that take up a row.
-    """
-
-    def __init__(self, own_rows: np.ndarray, blank: np.ndarray):
-        self.keys: list[str] = []
-        self._own_rows = own_rows
-        self._blank = blank
-        self._failed: dict[int, str] = {}
-        self._failed_anywhere = np.zeros(0, np.int8)
-
-    @classmethod
-    def of(cls, model: EmbeddingModel, batch_size: int) -> _Share | None:
-        """None where this process has all rows."""
-        find_rows = getattr(model, "own_rows", None)
-        own_rows = None if find_rows is None else find_rows(batch_size)
-        if own_rows is None:
-            return None
-        size = model.image_size
-        return cls(own_rows, np.zeros((size, size, 3), np.uint8))
-
-    def has(self, slot: int) -> bool:
-        """Whether this process decodes the pair of a slot."""
-        return bool(self._own_rows[slot % len(self._own_rows)])
-
-    def take(self, key: str, outcome: np.ndarray | ImageError | None) -> np.ndarray:
-        """The row of the next slot; notes where it could not be decoded."""
-        slot = len(self.keys)
-        self.keys.append(key)
-        if isinstance(outcome, ImageError):
-            self._failed[slot] = outcome.reason
-        return outcome if isinstance(outcome, np.ndarray) else self._blank
-
-    def failures_of_all(self) -> list[tuple[int, str]]:
-        """Slots and reasons of what no process could decode. All processes must call."""
-        codes = np.zeros(len(self.keys), np.int8)
-        for slot, reason in self._failed.items():
-            codes[slot] = 1 + REASONS.index(reason)
-        if len(codes):
-            codes = np.asarray(multihost_utils.process_allgather(codes)).max(axis=0)
-        self._failed_anywhere = codes
-        return [(int(slot), REASONS[codes[slot] - 1]) for slot in np.flatnonzero(codes)]
-
-    def usable(
-        self, image_emb: np.ndarray, *lists: list[Any]
-    ) -> tuple[np.ndarray, list[Any], list[Any], list[Any]]:
-        """What is left of them without the failures."""
-        kept = np.flatnonzero(self._failed_anywhere == 0)
-        return image_emb[kept], *([values[i] for i in kept] for values in lists)
-
-
 def _encode_padded(
     encode: Callable[[np.ndarray], np.ndarray],
     images: list[np.ndarray],
@@ -271,17 +302,16 @@ def _encode_padded(
 
 
 def _decode_ahead(
-    entries: Iterable[Pair | Skipped],
+    entries: Iterable[tuple[Order, Pair | Skipped]],
     describe: Callable[[Pair], Any],
     preprocess: Callable[[PIL.Image.Image], np.ndarray],
     window: int,
     num_threads: int | None,
-    share: _Share | None,
-) -> Iterator[tuple[str, Any, np.ndarray | ImageError | UnusablePair | Skipped | None]]:
-    """Yields (key, note, pixels or why there are none) in order, up to `window` images in work.
+) -> Iterator[tuple[_Row, np.ndarray | None]]:
+    """Yields rows with their pixels, in order, up to `window` images in work.
 
-    Fewer are in work where their encoded bytes take much memory. None stands for the pixels that
-    another process decodes.
+    Fewer are in work where their encoded bytes take much memory. Without pixels is what is left
+    out, with its reason.
     """
 
     def decode(data: bytes) -> np.ndarray | ImageError:
@@ -291,30 +321,29 @@ def _decode_ahead(
             return error
 
     pool = futures.ThreadPoolExecutor(num_threads or min(os.cpu_count() or 1, 16))
-    queue: collections.deque[tuple[str, Any, Any, int]] = collections.deque()
-    slot = waiting_bytes = 0
+    queue: collections.deque[tuple[_Row, futures.Future | None, int]] = collections.deque()
+    waiting_bytes = 0
     try:
-        for entry in itertools.chain(entries, [None]):
-            size = 0
+        for order, entry in itertools.chain(entries, [(None, None)]):
             if isinstance(entry, Skipped):
-                queue.append((entry.key, None, entry, size))
+                queue.append(((order, entry.key, entry.reason), None, 0))
             elif entry is not None:
                 try:
                     note = describe(entry)
-                    work = None
-                    if share is None or share.has(slot):
-                        work, size = pool.submit(decode, entry.image), len(entry.image)
-                    queue.append((entry.key, note, work, size))
-                    slot += 1
                 except UnusablePair as unusable:
-                    queue.append((entry.key, None, unusable, size))
-            waiting_bytes += size
+                    queue.append(((order, entry.key, unusable.reason), None, 0))
+                else:
+                    work = pool.submit(decode, entry.image)
+                    queue.append(((order, entry.key, note), work, len(entry.image)))
+                    waiting_bytes += len(entry.image)
             while queue and (
                 entry is None or len(queue) > window or waiting_bytes > _WAITING_BYTES
             ):
-                key, note, outcome, size = queue.popleft()
+                row, work, size = queue.popleft()
                 waiting_bytes -= size
-                is_work = isinstance(outcome, futures.Future)
-                yield key, note, outcome.result() if is_work else outcome
+                outcome = None if work is None else work.result()
+                if isinstance(outcome, ImageError):
+                    row, outcome = (*row[:2], f"image_{outcome.reason}"), None
+                yield row, outcome
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -34,6 +34,9 @@ from diht_jax.evaluation.sources.pictures import Unit
 
 BENCHMARK, ANNOTATIONS, WINOGROUND = "clip_benchmark", "annotations", "winoground"
 
+# Few enough that processes can share the table of a small set.
+_TABLE_ROWS_PER_UNIT = 256
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -133,7 +136,8 @@ def open_units(source: str, options: Mapping[str, Any]) -> list[Unit]:
         layout = LAYOUTS[kind]
         _refuse_options(source, options, layout.options)
         return layout.units(rest, **options)
-    return [functools.partial(_read_shard, s) for s in registry.list_shards(source, **options)]
+    shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
+    return [functools.partial(_read_shard, shard) for shard in shards]
 
 
 def count_source(source: str, options: Mapping[str, Any]) -> int | None:

@@ -133,9 +133,10 @@ def test_large_pictures_wait_in_smaller_numbers(monkeypatch):
             taken += 1
             yield Pair(str(number), data, "")
 
-    pairs = encoding._decode_ahead(entries(), lambda pair: None, np.asarray, 512, 1, None)
+    numbered = enumerate(entries())
+    pairs = encoding._decode_ahead(numbered, lambda pair: None, np.asarray, 512, 1)
     keys = []
-    for yielded, (key, _, pixels) in enumerate(pairs, start=1):
+    for yielded, ((_, key, _), pixels) in enumerate(pairs, start=1):
         ahead.append(taken - yielded)
         keys.append(key)
         assert pixels.shape == (8, 8, 3)

@@ -1,0 +1,200 @@
+"""Processes that embed together, simulated by threads: who reads what, and equal results."""
+
+import collections
+import functools
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.embedding import encoding
+from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images
+from diht_jax.evaluation.embedding.entries import Entries
+from diht_jax.evaluation.embedding.process_share import ProcessShare
+
+
+class _Processes:
+    """Threads that stand for processes: each gets what all have given, once all have."""
+
+    def __init__(self, count):
+        self.count = count
+        self.own = threading.local()
+        self._given = [None] * count
+        self._barrier = threading.Barrier(count, timeout=60)
+
+    def gather(self, array):
+        self._given[self.own.index] = np.array(array)
+        self._barrier.wait()
+        found = np.stack(self._given)
+        self._barrier.wait()
+        return found
+
+    def run(self, work):
+        """The result of `work` in each process, or its error."""
+        results = [None] * self.count
+
+        def start(index):
+            self.own.index = index
+            try:
+                results[index] = work()
+            except Exception as error:
+                results[index] = error
+
+        threads = [threading.Thread(target=start, args=(i,)) for i in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+class _Model:
+    """A mean colour; each process puts its own rows, and all get the whole result."""
+
+    logit_scale, image_size = 1.0, 4
+
+    def __init__(self, processes=None):
+        self._processes = processes
+
+    def preprocess(self, image):
+        return np.asarray(image.resize((4, 4)))
+
+    def find_rows(self, size):
+        """Rows in blocks, one after the other; fewer rows than processes leave some without."""
+        each = max(1, size // self._processes.count)
+        return np.arange(size) // each == self._processes.own.index
+
+    def encode_image(self, images):
+        means = images.reshape(len(images), -1, 3).mean(axis=1).astype(np.float32)
+        if self._processes is None:
+            return means
+        own = self.find_rows(len(images))
+        return self._processes.gather(np.where(own[:, None], means, 0)).sum(axis=0)
+
+
+@functools.cache
+def _png(number):
+    file = io.BytesIO()
+    Image.new("RGB", (5, 5), (number % 251, number // 251, 7)).save(file, "PNG")
+    return file.getvalue()
+
+
+class _Source:
+    """Units of 2 to 5 entries, some of them unusable; counts the bytes that each process reads."""
+
+    def __init__(self, num_units, processes=None):
+        self.bytes_read = collections.Counter()
+        self._processes = processes
+        ends = np.cumsum([2 + number * number % 7 % 4 for number in range(num_units)])
+        self.units = [
+            functools.partial(self._read, range(*ends_of))
+            for ends_of in zip([0, *ends], ends, strict=False)
+        ]
+        self.num_entries = int(ends[-1])
+
+    def _read(self, numbers):
+        for number in numbers:
+            data = b"no picture" if number % 17 == 3 else _png(number)
+            process = 0 if self._processes is None else self._processes.own.index
+            self.bytes_read[process] += len(data)
+            if number % 23 == 5:
+                yield Skipped(f"k{number}", "bad_row", "")
+            else:
+                yield Pair(f"k{number}", data, f"c{number}")
+
+
+def _describe(pair):
+    if int(pair.key[1:]) % 29 == 11:
+        raise UnusablePair("no_caption")
+    return {"caption": pair.caption}
+
+
+def _encode(source, model, limit=None, batch_size=128):
+    entries = Entries(source.units, limit=limit)
+    return encode_images(model, entries, _describe, batch_size=batch_size, num_threads=1)
+
+
+def _together(monkeypatch, count, make_source, describe=_describe, **options):
+    processes = _Processes(count)
+    model, source = _Model(processes), make_source(processes)
+    monkeypatch.setattr(
+        encoding.ProcessShare,
+        "of",
+        lambda model, batch_size: ProcessShare.create(
+            processes.own.index, batch_size, model.find_rows, processes.gather
+        ),
+    )
+    monkeypatch.setitem(globals(), "_describe", describe)
+    return processes.run(lambda: _encode(source, model, **options)), source
+
+
+def _assert_equal(found, expected):
+    np.testing.assert_array_equal(found.image_emb, expected.image_emb)
+    for name in ("notes", "positions", "dropped", "dropped_keys", "digest", "orders"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 8), (3, 8), (64, 128), (64, 8)])
+def test_each_process_reads_its_share_only(count, batch_size, monkeypatch):
+    alone = _Source(128)
+    expected = _encode(alone, _Model())
+    found, source = _together(
+        monkeypatch, count, lambda processes: _Source(128, processes), batch_size=batch_size
+    )
+    for result in found:
+        if isinstance(result, Exception):
+            raise result
+        _assert_equal(result, expected)
+    # Together they read the source once, and each about as much: here 128 units of 2 to 5 entries.
+    total = alone.bytes_read.total()
+    assert source.bytes_read.total() == total and len(source.bytes_read) == count
+    assert max(source.bytes_read.values()) < 1.25 * total / count + 3 * len(_png(1))
+
+
+def test_limits_and_entries_that_cannot_be_divided(monkeypatch):
+    expected = _encode(_Source(40), _Model(), limit=31)
+    found, source = _together(monkeypatch, 4, lambda processes: _Source(40, processes), limit=31)
+    for result in found:
+        _assert_equal(result, expected)
+    assert source.bytes_read.total() <= 4 * 31 * len(_png(1))
+
+    class Undivided(_Source):
+        """One unit: a generator that all processes read."""
+
+        @property
+        def whole(self):
+            return (entry for unit in self.units for entry in unit())
+
+    processes = _Processes(3)
+    model, source = _Model(processes), Undivided(20, processes)
+    monkeypatch.setattr(
+        encoding.ProcessShare,
+        "of",
+        lambda model, batch_size: ProcessShare.create(
+            processes.own.index, batch_size, model.find_rows, processes.gather
+        ),
+    )
+    found = processes.run(lambda: encode_images(model, source.whole, _describe, batch_size=8))
+    monkeypatch.undo()
+    expected = encode_images(_Model(), Undivided(20).whole, _describe, batch_size=8)
+    for result in found:
+        _assert_equal(result, expected)
+
+
+def test_an_error_of_one_process_is_that_of_all(monkeypatch):
+    def describe(pair):
+        if pair.key == "k20":
+            raise ValueError("record 'k20' is damaged")
+        return pair.key
+
+    found, _ = _together(
+        monkeypatch, 4, lambda processes: _Source(16, processes), describe, batch_size=8
+    )
+    assert all(isinstance(result, ValueError) for result in found)
+    messages = sorted(str(result) for result in found)
+    assert messages[-1] == "record 'k20' is damaged"
+    assert all("of 4: record 'k20' is damaged" in message for message in messages[:-1])
