@@ -1,7 +1,8 @@
-"""The tasks that are known by name: the zero-shot suite of DiHT.
+"""The tasks that are known by name: the zero-shot suite of DiHT, and ImageNet's shifted versions.
 
 The list is the one of DiHT, arXiv 2301.02280, section "Evaluation", as far as it is known to us: 17
-classifications, retrieval both ways on 5 sets (10 numbers) and 2 on questions. Sources are TFDS
+classifications, retrieval both ways on 5 sets (10 numbers) and 2 on questions. Behind them stand
+the sets on which CLIP's robustness is measured, which count for none of the 29. Sources are TFDS
 where it has the images and labels that the task needs, else `NO_SOURCE`: then the user gives one,
 `split` is what of the data set belongs in it, and `form` how it is given. Class names that are not
 given here come with the data.
@@ -37,7 +38,7 @@ class SuiteEntry:
         source: of `sources.registry`, or `NO_SOURCE`.
         metrics: the first is the one that DiHT reports.
         split: what of the data set is evaluated.
-        numbers: how many of the 29 it gives.
+        numbers: how many of the 29 it gives; 0 outside of the suite.
         templates: makes the templates; the kind's own where None.
         class_names: makes the class names; they come with the data where None.
         tfds_class_names: makes better ones for a TFDS source, in the order of its labels.
@@ -70,6 +71,21 @@ def _names(name: str) -> Callable[[], tuple[str, ...]]:
 _FOLDER = "DIR, a folder with one sub-folder per class, or clip_benchmark:DIR"
 _TOP1 = ("top1", "top5", "mean_per_class")
 _BOTH_WAYS = ("t2i_r1", "i2t_r1")
+
+
+def _shifted_imagenet(source: str, split: str, *, with_images: bool = False) -> SuiteEntry:
+    """Other pictures of ImageNet's classes; of some sets only of those that have images."""
+    return SuiteEntry(
+        CLASSIFICATION,
+        source,
+        _TOP1,
+        split=split,
+        numbers=0,
+        templates=lambda: prompts.imagenet_prompts()[1],
+        class_names=lambda: prompts.imagenet_prompts()[0],
+        options={"candidates": "with_images"} if with_images else {},
+    )
+
 
 SUITE: dict[str, SuiteEntry] = {
     "birdsnap": SuiteEntry(
@@ -267,5 +283,24 @@ SUITE: dict[str, SuiteEntry] = {
             "vqa_val.json?image_root=DIR&class_names=answer_list.json, ALBEF's files and COCO's "
             "images with val2014 in DIR"
         ),
+    ),
+    "imagenet_v2": _shifted_imagenet(
+        "tfds:imagenet_v2/matched-frequency:test", "test, matched frequency (10,000 images)"
+    ),
+    "imagenet_sketch": _shifted_imagenet("tfds:imagenet_sketch:test", "test (50,889 images)"),
+    "imagenet_r": _shifted_imagenet(
+        "tfds:imagenet_r:test", "test (30,000 images; its 200 classes compete)", with_images=True
+    ),
+    "imagenet_a": _shifted_imagenet(
+        "tfds:imagenet_a:test", "test (7,500 images; its 200 classes compete)", with_images=True
+    ),
+    "objectnet": SuiteEntry(
+        CLASSIFICATION,
+        NO_SOURCE,
+        _TOP1,
+        split="the pictures of the 113 classes that it shares with ImageNet",
+        numbers=0,
+        templates=lambda: prompts.imagenet_prompts()[1],
+        form="objectnet:objectnet-1.0, the folder of objectnet-1.0.zip",
     ),
 }

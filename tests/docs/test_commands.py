@@ -175,7 +175,7 @@ def parse(command: Command) -> None:
             texts = [task_text(given.task, given.train), task_text(given.task, given.test)]
         for text in texts:
             # Of these the data would be read; tests/evaluation/sources/test_downloads.py does so.
-            if not re.search("clip_benchmark:|=list:|=open_images:|class_names=", text):
+            if not re.search("clip_benchmark:|=list:|=open_images:|=objectnet:|class_names=", text):
                 parse_tasks(text)
 
     parse_command(command.module, arguments, check)

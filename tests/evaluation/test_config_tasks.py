@@ -19,6 +19,7 @@ _VALUES = {
     "caption_template": ("x {caption}", "x {caption}"),
     "answer_template": ("{question} {answer}", "{question} {answer}"),
     "interpolation": ("11", 11),
+    "candidates": ("with_images", "with_images"),
 }
 
 

@@ -54,8 +54,8 @@ def test_every_task_can_be_named(name, tmp_path):
 _WITHOUT_SOURCE = [name for name, entry in SUITE.items() if entry.source == NO_SOURCE]
 
 
-def test_twelve_need_a_source_of_their_own():
-    assert len(_WITHOUT_SOURCE) == 12
+def test_twelve_of_the_suite_and_objectnet_need_a_source_of_their_own():
+    assert len(_WITHOUT_SOURCE) == 12 + 1
     assert all(entry.split for entry in SUITE.values())
 
 
@@ -77,6 +77,10 @@ def test_what_the_message_asks_for_can_be_given(name, tmp_path, monkeypatch):
     (tmp_path / "DIR" / "dataset_type.txt").write_text("multilabel")
     (tmp_path / "DIR" / "classnames.txt").write_text("dog\ncat\n")
     (tmp_path / "DIR" / "class-descriptions-boxable.csv").write_text("/m/011k07,Tortoise\n")
+    (tmp_path / "objectnet-1.0" / "mappings").mkdir(parents=True)
+    for mapping in ("folder_to_objectnet_label", "objectnet_to_imagenet_1k"):
+        path = tmp_path / "objectnet-1.0" / "mappings" / f"{mapping}.json"
+        path.write_text('{"Chair": "Chair"}')
     for name_of_list in ("test_images.txt", *(f"testlist{n:02}.txt" for n in (1, 2, 3))):
         (tmp_path / "DIR" / name_of_list).write_text("YoYo/v_YoYo_g01_c01.avi\n")
     (task,) = parse_tasks([typed])

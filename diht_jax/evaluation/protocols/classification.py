@@ -43,6 +43,7 @@ from diht_jax.evaluation.protocols.base import (
     TEMPLATES,
     Measured,
     Metric,
+    Option,
     Protocol,
     Task,
     short_source,
@@ -55,6 +56,7 @@ from diht_jax.evaluation.protocols.class_names import (
     resolve_label,
 )
 
+ALL_CLASSES, WITH_IMAGES = "all", "with_images"
 TOP_K = 5
 TIES = "among equally similar classes the first in the list wins"
 
@@ -120,6 +122,7 @@ def classify(
     templates: Sequence[str],
     *,
     label_field: str | None = None,
+    candidates: str = ALL_CLASSES,
     batch_size: int = 256,
     num_threads: int | None = None,
     progress: bool = False,
@@ -132,6 +135,8 @@ def classify(
         class_names: one per label; None derives them from the data (`derive_classes`).
         templates: each with one "{}".
         label_field: metadata field of the label, where it is not "label".
+        candidates: "all" classes compete, or those "with_images" alone, as in ImageNet-R, whose
+            labels are 200 of ImageNet's 1,000.
         batch_size: images, and prompts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         progress: show a bar for the prompts on stderr; `pairs` may be one itself.
@@ -156,6 +161,10 @@ def classify(
             templates = (CLASS_SLOT,)
     else:
         classes = Classes(names, np.array(labels, np.int32), "names given")
+        if candidates == WITH_IMAGES:
+            present, found = np.unique(classes.labels, return_inverse=True)
+            chosen = tuple(names[label] for label in present)
+            classes = Classes(chosen, found.astype(np.int32), "names given, of classes with images")
     members = {
         split: np.array([split in own for own in splits])
         for split in sorted(set(itertools.chain(*splits)))
@@ -325,6 +334,7 @@ def _run(
         task.class_names,
         task.templates,
         label_field=task.label_field,
+        candidates=task.options.get("candidates", ALL_CLASSES),
         **batching,
     )
     names, per_class = result.classes.names, result.per_class()
@@ -372,6 +382,12 @@ def _run(
     )
 
 
+def _parse_candidates(value: Any) -> str:
+    if value not in (ALL_CLASSES, WITH_IMAGES):
+        raise ValueError(f"candidates={value}: expected {ALL_CLASSES} or {WITH_IMAGES}")
+    return value
+
+
 PROTOCOL = Protocol(
     run=_run,
     metrics={
@@ -379,5 +395,10 @@ PROTOCOL = Protocol(
         "top5": Metric("share", "top-5"),
         "mean_per_class": Metric("share", "mean per class"),
     },
-    options={"class_names": CLASS_NAMES, "templates": TEMPLATES, "label": LABEL},
+    options={
+        "class_names": CLASS_NAMES,
+        "templates": TEMPLATES,
+        "label": LABEL,
+        "candidates": Option(_parse_candidates),
+    },
 )

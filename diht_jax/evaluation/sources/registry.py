@@ -7,6 +7,7 @@ Beside the texts of `diht_jax.data.readers`:
     winoground:FILE              Winoground's examples.jsonl (`annotations`)
     list:FILE                    a list of pictures in folders of classes (`picture_lists`)
     voc:DIR, open_images:DIR     several labels an image (`label_tables`)
+    objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`objectnet`)
 
 These hold labels, questions or pairs of pairs, which are nothing to train on. FILE and DIR may be
 URLs. Parquet files need no captions here (`diht_jax.data.readers.parquet`).
@@ -22,7 +23,13 @@ from typing import Any
 from diht_jax.data.readers import parquet, registry
 from diht_jax.data.readers.base import Skipped, SourceShard
 from diht_jax.data.records.schema import Pair
-from diht_jax.evaluation.sources import annotations, entry_counts, label_tables, picture_lists
+from diht_jax.evaluation.sources import (
+    annotations,
+    entry_counts,
+    label_tables,
+    objectnet,
+    picture_lists,
+)
 from diht_jax.evaluation.sources.benchmark_folder import (
     DEFAULT_SPLIT,
     RETRIEVAL,
@@ -102,6 +109,10 @@ LAYOUTS: dict[str, Layout] = {
     "open_images": Layout(
         units=label_tables.open_images_units,
         words=lambda rest: {"class_names": label_tables.open_images_class_names(rest)},
+    ),
+    "objectnet": Layout(
+        units=objectnet.objectnet_units,
+        words=lambda rest: {"class_names": objectnet.class_names(rest)},
     ),
 }
 OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))

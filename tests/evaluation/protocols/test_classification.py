@@ -1,11 +1,16 @@
 """Zero-shot classification: the classifier and its metrics against float64 formulas and tables."""
 
+import io
+
 import numpy as np
+import PIL.Image
 import pytest
 
+from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.protocols import classification
 from diht_jax.evaluation.protocols.classification import (
     classification_metrics,
+    classify,
     rank_labels,
     zero_shot_classifier,
 )
@@ -44,6 +49,41 @@ def test_classifier_is_the_normalised_mean_of_normalised_embeddings():
     np.testing.assert_allclose(classifier, expected, atol=1e-6)
     # 21 prompts in batches of 4: the last one is filled up, so one shape is compiled.
     assert encode_text.batch_sizes == [4] * 6
+
+
+def test_classes_without_images_compete_or_not():
+    class Model(_TextTable):
+        """Pictures are their own embeddings: 2 by 2 pixels in grey."""
+
+        def preprocess(self, image):
+            return np.asarray(image.convert("L").resize((4, 4)))
+
+        def encode_image(self, images):
+            return _unit(images.reshape(len(images), -1).astype(np.float32) + 1)
+
+        def encode_text(self, texts):
+            return self(texts)
+
+    def picture(seed):
+        file = io.BytesIO()
+        pixels = np.random.default_rng(seed).integers(0, 255, (4, 4), np.uint8)
+        PIL.Image.fromarray(pixels).save(file, "PNG")
+        return file.getvalue()
+
+    labels = [7, 2, 7, 2, 5, 2]
+    pairs = [Pair(f"{i}", picture(i), "", {"label": label}) for i, label in enumerate(labels)]
+    names = [f"class {i}" for i in range(9)]
+    every, some = (
+        classify(Model(), pairs, names, ["the {}"], candidates=candidates, batch_size=4)
+        for candidates in ("all", "with_images")
+    )
+    assert some.classes.names == ("class 2", "class 5", "class 7")
+    assert some.classes.labels.tolist() == [2, 0, 2, 0, 1, 0]
+    np.testing.assert_array_equal(some.classifier, every.classifier[[2, 5, 7]])
+    similarities = some.encoded.image_emb @ every.classifier[[2, 5, 7]].T
+    expected = np.mean(similarities.argmax(axis=1) == some.classes.labels)
+    assert some.metrics["top1"] == pytest.approx(expected)
+    assert every.metrics["top1"] <= some.metrics["top1"] and len(every.classes.names) == 9
 
 
 def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):

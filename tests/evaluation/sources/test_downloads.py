@@ -191,6 +191,17 @@ def _winoground(folder):
     _zip(folder / "images.zip", {f"images/ex_0_img_{side}.png": _jpeg(1) for side in (0, 1)})
 
 
+def _objectnet(folder):
+    mappings = {
+        "folder_to_objectnet_label": {"air_freshener": "Air freshener", "tv": "TV", "axe": "Axe"},
+        "objectnet_to_imagenet_1k": {"TV": "television, television system", "Axe": "hatchet"},
+    }
+    members = {f"mappings/{name}.json": json.dumps(m).encode() for name, m in mappings.items()}
+    pictures = ("air_freshener/0a.png", "axe/1b.png", "tv/2c.png", "tv/3d.png")
+    members |= {f"images/{name}": _jpeg(1) for name in pictures}
+    _zip(folder / "objectnet-1.0.zip", {f"objectnet-1.0/{k}": v for k, v in members.items()})
+
+
 # Heading of the section -> what makes its archives.
 _SECTIONS = {
     "birdsnap": _birdsnap,
@@ -202,6 +213,7 @@ _SECTIONS = {
     "flickr30k_retrieval, snli_ve and vqav2": _albef,
     "localized_narratives_coco and localized_narratives_flickr": _narratives,
     "winoground": _winoground,
+    "objectnet": _objectnet,
 }
 
 
@@ -365,6 +377,14 @@ def test_localized_narratives(run_section):
     assert [[pair.key for pair in pairs] for pairs in entries.values()] == [
         ["000000137576.jpg"],
         ["1007129816.jpg"],
+    ]
+
+
+def test_objectnet(run_section):
+    tasks, entries = run_section("objectnet")
+    assert tasks["objectnet"].class_names == ("axe", "tv")
+    assert [(pair.key, pair.metadata["label"]) for pair in entries["objectnet"]] == [
+        *(("axe/1b.png", 0), ("tv/2c.png", 1), ("tv/3d.png", 1))
     ]
 
 
