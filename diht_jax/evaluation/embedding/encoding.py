@@ -119,15 +119,15 @@ def encode_images(
     start = time.perf_counter()
     share = ProcessShare.of(model, batch_size)
     encode = _encode_alone if share is None else functools.partial(_encode_share, share)
-    rows, left_out, image_emb = encode(model, entries, describe, batch_size, num_threads)
-    limit = entries.limit if isinstance(entries, Entries) else None
-    orders = sorted(order for order, _, _ in [*rows, *left_out])[:limit]
+    kept, left_out, image_emb = encode(model, entries, describe, batch_size, num_threads)
+    orders = sorted(order for order, _, _ in [*kept, *left_out])
+    if share is not None:  # of one process they are in order by now, and within the limit
+        orders = orders[: entries.limit] if isinstance(entries, Entries) else orders
+        counted = set(orders)
+        chosen = sorted((row[0], i) for i, row in enumerate(kept) if row[0] in counted)
+        image_emb, kept = image_emb[[i for _, i in chosen]], [kept[i] for _, i in chosen]
+        left_out = sorted(row for row in left_out if row[0] in counted)
     position_of = {order: position for position, order in enumerate(orders)}
-    # Of one process they are in order by now, and within the limit.
-    chosen = sorted((row[0], i) for i, row in enumerate(rows) if row[0] in position_of)
-    image_emb = image_emb[[i for _, i in chosen]]
-    kept = [rows[i] for _, i in chosen]
-    left_out = sorted(row for row in left_out if row[0] in position_of)
     dropped = dict(collections.Counter(reason for _, _, reason in left_out))
     if not len(image_emb) and not allow_empty:
         raise ValueError(
