@@ -83,7 +83,8 @@ def export_model(
     from diht_jax.weights.model_card import (
         Origin,
         model_card,
-        read_data_statistics,
+        read_concepts,
+        read_data_facts,
         read_run_results,
     )
 
@@ -97,6 +98,7 @@ def export_model(
         logging.warning("%s: there are no concept heads to keep", model)
     params = jax.tree.map(np.asarray, source.params)
     config = json.loads(source.config.to_json_best_effort()) if source.is_run else None
+    data = (config["data"]["train"], config["data"].get("labels")) if config else (None, None)
     write_model(
         pathlib.Path(output),
         format,
@@ -111,7 +113,8 @@ def export_model(
             num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
             origin=Origin(model, source.step, source.ema, source.sha256),
             config=config,
-            data=read_data_statistics(config["data"]["train"]) if config else None,
+            data=read_data_facts(*data),
+            concepts=read_concepts(*data) if source.heads else None,
             results=measured,
             heads=sorted(heads),
             license=license,

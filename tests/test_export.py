@@ -12,6 +12,7 @@ from PIL import Image
 
 from diht_jax import load_model, sharding
 from diht_jax.config import default_config, parse_fields
+from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
 from diht_jax.models import Architecture, get_architecture
 from diht_jax.models.parameters import model_definition
@@ -151,6 +152,22 @@ def test_transformers_loads_it_and_agrees(exported, pictures):
         out = model.eval()(**processor(pictures, return_tensors="pt"), input_ids=tokens)
     np.testing.assert_allclose(ours.encode_image(pictures), out.image_embeds, atol=1e-5)
     np.testing.assert_allclose(ours.encode_text(TEXTS), out.text_embeds, atol=1e-5)
+
+
+def test_tokenizer_file_cleans_texts_as_ours(exported, shared_data):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.CLIPProcessor.from_pretrained(exported / "huggingface").tokenizer
+    captions = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
+    texts = [
+        *("It’s a “quoted” thing", "l‘homme", "ﬁne oﬃce", "ＡＢＣ　１２", "cafe\u0301 CAFÉ"),
+        *("AT&amp;T &lt;b&gt; &#39;x&#39;", "&amp;amp; &amp;quot;", "it&rsquo;s", "a\xa0b\tc  d"),
+        *("", " ", "\ufeffbom\x00", "don't", "x" * 500),
+        *captions[:1500],
+    ]
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=16)["input_ids"]
+    for text, own, other in zip(texts, tokenize(texts, 16).tolist(), tokens, strict=True):
+        end = own.index(49407)
+        assert own[: end + 1] == other[: end + 1], text
 
 
 def test_other_parts_of_an_architecture_reach_the_configs(tmp_path):

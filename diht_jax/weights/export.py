@@ -18,7 +18,7 @@ import numpy as np
 from diht_jax.data import tokenizer
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.models.zoo import Architecture
-from diht_jax.weights import clip_layout, huggingface, settings
+from diht_jax.weights import clip_layout, huggingface, settings, tokenizer_file
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
@@ -34,8 +34,6 @@ CARD_FILE = "README.md"
 
 # open_clip and transformers refuse parameters that they do not know.
 _FORMATS_WITH_HEADS = ("clip", "safetensors")
-# transformers' names of CLIP's two markers.
-_HF_START, _HF_END = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_model(
@@ -132,21 +130,24 @@ def _write_huggingface(
 
 
 def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> None:
-    pieces = [*tokenizer.vocabulary()[: tokenizer.START_OF_TEXT_ID], _HF_START, _HF_END]
+    pieces = tokenizer_file.pieces()
     _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges())]
     write_atomically(output / "merges.txt", ("\n".join(lines) + "\n").encode())
+    write_atomically(
+        output / "tokenizer.json", tokenizer_file.make_tokenizer().to_str(pretty=True).encode()
+    )
     markers = {
-        "bos_token": _HF_START,
-        "eos_token": _HF_END,
-        "unk_token": _HF_END,
-        "pad_token": _HF_END,
+        "bos_token": tokenizer_file.START_OF_TEXT,
+        "eos_token": tokenizer_file.END_OF_TEXT,
+        "unk_token": tokenizer_file.END_OF_TEXT,
+        "pad_token": tokenizer_file.END_OF_TEXT,
     }
     config = {
-        "tokenizer_class": "CLIPTokenizer",
+        # Not CLIPTokenizer, which would put its own normaliser before that of tokenizer.json.
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
-        "do_lower_case": True,
-        "errors": "replace",
+        "model_input_names": ["input_ids", "attention_mask"],
         **markers,
     }
     _write_json(output / "tokenizer_config.json", config)

@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from diht_jax.data.records import remote
+from diht_jax.data.records.labels.files import find_input, read_manifest
+from diht_jax.data.records.train_data import TrainSource, parse_train
+from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
 from diht_jax.models.zoo import Architecture
 
 # Sections of the training config that make the recipe, in the order of the card.
@@ -28,6 +33,24 @@ processor = CLIPProcessor.from_pretrained("DIRECTORY")""",
     "safetensors": """from safetensors.numpy import load_file
 tensors = load_file("model.safetensors")                 # names of OpenAI's CLIP and of DiHT""",
 }
+
+
+# What another program does otherwise than `diht_jax`.
+_LIMITS = {
+    "huggingface": (
+        "## Texts and pictures\n\nThe normaliser of `tokenizer.json` replaces typographic quotes, "
+        "ligatures, wide characters and the common HTML entities as `diht_jax` does. It cannot "
+        "repair broken encodings (`â€™` for an apostrophe), nor does it know every entity: for web "
+        "texts call `ftfy.fix_text` and `html.unescape` first. Do not load the folder with "
+        "`CLIPTokenizer`, which has a normaliser of its own. Compose transparent pictures on white "
+        "before the processor, which drops their transparency.",
+    ),
+    "open_clip": (
+        "## Pictures\n\nCompose transparent pictures on white before `preprocess`, which drops "
+        "their transparency.",
+    ),
+}
+_SHOWN_CONCEPTS = 40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +77,8 @@ def model_card(
     num_parameters: int,
     origin: Origin,
     config: Mapping[str, Any] | None,
-    data: Mapping[str, Any] | None,
+    data: Sequence[SourceFacts] = (),
+    concepts: Vocabulary | None = None,
     results: Sequence[tuple[str, Mapping[str, Any]]],
     heads: Sequence[str] = (),
     license: str | None = None,
@@ -66,7 +90,8 @@ def model_card(
         arch, num_parameters: of the model.
         origin: of the parameters.
         config: the training config as plain dicts; None for weights not trained here.
-        data: statistics of the training set, `stats.json` of data_prep; None where unknown.
+        data: of `read_data_facts`.
+        concepts: that a distilled model was trained with.
         results: (source, {metric: value}) of each evaluation.
         heads: names of the concept heads that were kept.
         license: of the weights, as the user states it.
@@ -81,19 +106,84 @@ def model_card(
         f"```python\n{_USAGE[format]}\n```",
         _architecture_section(arch, num_parameters, heads),
         _recipe_section(origin, config),
-        _data_section(config, data),
+        _data_section(config, data, concepts),
+        *_LIMITS.get(format, ()),
         _results_section(results),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def read_data_statistics(train: str | None) -> dict[str, Any] | None:
-    """`stats.json` of the training set, where the path in the config leads to one."""
-    path = pathlib.Path(train or "") / "stats.json"
+@dataclasses.dataclass(frozen=True)
+class SourceFacts:
+    """What is known of one source of the training data.
+
+    Attributes:
+        name: its key in `config.data.train`; "" of the only one.
+        path: as the config names it.
+        labelled: statistics of `data_prep.label`, where its records were labelled.
+        filtered: statistics of `data_prep.filter`, of the records or of what was labelled.
+    """
+
+    name: str
+    path: str
+    labelled: Mapping[str, Any] | None
+    filtered: Mapping[str, Any] | None
+
+
+def read_data_facts(train: Any, labels: str | None) -> list[SourceFacts]:
+    """The statistics beside the training data, as far as the paths in the config lead to them.
+
+    A folder of labels or of labelled records leads on to the records that were labelled.
+
+    Args:
+        train, labels: `config.data.train` and `config.data.labels`.
+    """
+    facts = []
+    for source in parse_train(train, labels) if train else []:
+        statistics = [_read_statistics(folder) for folder in _folders_of(source)]
+        found = [stats for stats in statistics if stats is not None]
+        facts.append(
+            SourceFacts(
+                source.name,
+                str(source.path),
+                next((stats for stats in found if "teacher" in stats), None),
+                next((stats for stats in found if "kept" in stats.get("counts", {})), None),
+            )
+        )
+    return facts
+
+
+def read_concepts(train: Any, labels: str | None) -> Vocabulary | None:
+    """The concepts that the training data are labelled with, where they can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if train else None
+        return find_train_vocabulary(train, labels)
     except (OSError, ValueError):
         return None
+
+
+def _folders_of(source: TrainSource) -> list[str]:
+    """Where statistics of a source may lie: its labels, its records, and what was labelled."""
+    if not isinstance(source.path, str):
+        return []
+    folders = [source.labels, source.path] if source.labels else [source.path]
+    inputs = []
+    for folder in folders:
+        try:
+            manifest = read_manifest(folder)
+        except (OSError, ValueError):
+            labelled = (_read_statistics(folder) or {}).get("config", {}).get("input")
+            inputs += [labelled] if isinstance(labelled, str) else []
+        else:
+            inputs += [find_input(text, folder) for text in manifest.inputs]
+    return [*folders, *inputs]
+
+
+def _read_statistics(folder: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(remote.read_bytes(os.path.join(folder, "stats.json")))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def read_run_results(workdir: pathlib.Path, step: int) -> list[tuple[str, dict[str, float]]]:
@@ -141,17 +231,41 @@ def _recipe_section(origin: Origin, config: Mapping[str, Any] | None) -> str:
     return f"## Recipe\n\nTrained by `diht_jax.train` (method: DiHT, arXiv 2301.02280).\n\n{text}"
 
 
-def _data_section(config: Mapping[str, Any] | None, data: Mapping[str, Any] | None) -> str:
+def _data_section(
+    config: Mapping[str, Any] | None, data: Sequence[SourceFacts], concepts: Vocabulary | None
+) -> str:
     if config is None:
         return "## Data\n\nNot known to `diht_jax`."
-    text = f"## Data\n\n`{config['data']['train']}`"
-    counts = (data or {}).get("counts", {})
-    if "kept" not in counts:
-        return f"{text}. Statistics of the set were not found at this path."
-    rows = [("pairs read", counts.get("read")), ("pairs kept", counts["kept"])]
-    for stage, reasons in counts.get("dropped", {}).items():
-        rows += [(f"dropped, {stage}: {reason}", n) for reason, n in reasons.items()]
-    return f"{text}\n\n" + _table(("pairs", "number"), rows)
+    parts = ["## Data", *map(_source_section, data)]
+    if concepts is not None:
+        names = [f"{part.kind} ({len(part):,}): {_most_frequent(part)}" for part in concepts]
+        parts.append(
+            "Labelled with concepts of the captions, the most frequent first: " + "; ".join(names)
+        )
+    return "\n\n".join(parts)
+
+
+def _source_section(source: SourceFacts) -> str:
+    title = f"{source.name}: `{source.path}`" if source.name else f"`{source.path}`"
+    if source.filtered is None and source.labelled is None:
+        return f"{title}. Statistics of the set were not found at this path."
+    rows: list[tuple[str, Any]] = []
+    if source.filtered is not None:
+        counts = source.filtered["counts"]
+        rows += [("pairs read", counts.get("read")), ("pairs kept", counts["kept"])]
+        for stage, reasons in counts.get("dropped", {}).items():
+            rows += [(f"dropped, {stage}: {reason}", n) for reason, n in reasons.items()]
+    text = f"{title}\n\n" + _table(("pairs", "number"), rows) if rows else title
+    if source.labelled is not None:
+        teacher = source.labelled["teacher"].get("kind", "unknown")
+        text += f"\n\nTeacher of the labels: {teacher}; labelled {source.labelled['labelled']:,}."
+    return text
+
+
+def _most_frequent(part: ConceptList) -> str:
+    order = sorted(range(len(part)), key=lambda number: -part.counts[number])
+    names = [part.names[number] for number in order[:_SHOWN_CONCEPTS]]
+    return ", ".join(names) + (" ..." if len(part) > _SHOWN_CONCEPTS else "")
 
 
 def _results_section(results: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

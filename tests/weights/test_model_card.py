@@ -1,0 +1,77 @@
+"""What the card of a distilled model states of its data and concepts."""
+
+import json
+
+import pytest
+
+from diht_jax.data.records.labels.files import Manifest
+from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from diht_jax.models.zoo import get_architecture
+from diht_jax.weights.model_card import Origin, model_card, read_concepts, read_data_facts
+
+VOCABULARY = Vocabulary(
+    ConceptList("objects", ("cat", "dog", "car"), (5, 70, 20)),
+    ConceptList("attributes", tuple(f"a{n}" for n in range(60)), tuple(range(60))),
+)
+FILTERED = {"counts": {"read": 100, "kept": 60, "dropped": {"caption": {"no_action": 40}}}}
+LABELLED = {"teacher": {"kind": "swag"}, "labelled": 59, "config": {"input": "elsewhere"}}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Filtered records, and a folder with their labels alone."""
+    for name, stats in (("filtered", FILTERED), ("labelled", LABELLED)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "stats.json").write_text(json.dumps(stats))
+    manifest = Manifest(("../filtered",), VOCABULARY.describe(), (2, 2), ())
+    (tmp_path / "labelled/labels.json").write_bytes(manifest.encode())
+    write_vocabulary(tmp_path / "labelled", VOCABULARY)
+    return tmp_path
+
+
+def card(train, labels=None):
+    model = {"dtype": "float32", "param_dtype": "float32"}
+    config = {"data": {"train": train, "labels": labels}, "model": model, "seed": 0}
+    return model_card(
+        "huggingface",
+        arch=get_architecture("tiny_32px"),
+        num_parameters=1,
+        origin=Origin("run", 7, False, None),
+        config=config,
+        data=read_data_facts(train, labels),
+        concepts=read_concepts(train, labels),
+        results=[],
+    )
+
+
+@pytest.mark.parametrize("given", [("labelled",), ("filtered", "labelled")])
+def test_labels_lead_to_the_statistics_of_what_was_labelled(folders, given):
+    text = card(*(str(folders / name) for name in given))
+    for line in (
+        "| pairs kept | 60 |",
+        "| dropped, caption: no_action | 40 |",
+        "Teacher of the labels: swag; labelled 59.",
+        "objects (3): dog, car, cat; attributes (60): a59, a58, ",
+    ):
+        assert line in text, text
+    assert "a20 ..." in text and "a19" not in text
+    assert "ftfy" in text and "Compose transparent pictures on white" in text
+
+
+def test_merged_labels_lead_there_by_their_config(folders):
+    (folders / "labelled/labels.json").unlink()
+    stats = LABELLED | {"config": {"input": str(folders / "filtered")}}
+    (folders / "labelled/stats.json").write_text(json.dumps(stats))
+    facts = read_data_facts(str(folders / "labelled"), None)
+    assert [fact.filtered for fact in facts] == [FILTERED] and facts[0].labelled == stats
+
+
+def test_sources_have_sections_of_their_own_and_what_is_gone_is_named(folders):
+    train = {
+        "web": {"path": str(folders / "filtered"), "weight": 1},
+        "gone": {"path": str(folders / "gone"), "weight": 1},
+    }
+    text = card(train)
+    assert f"web: `{folders}/filtered`" in text and "| pairs kept | 60 |" in text
+    assert f"gone: `{folders}/gone`. Statistics of the set were not found" in text
+    assert "Labelled with" not in text
