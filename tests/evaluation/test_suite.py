@@ -95,12 +95,19 @@ def test_names_prompts_and_splits_are_clips():
     (sun, cars) = parse_tasks(["sun397", "caltech101"])
     assert sun.source == "tfds:sun397/standard-part1-120k:test"
     # CLIP's names, in TFDS's order: its label 4 is the background.
-    labels = importlib.util.find_spec("tensorflow_datasets")
-    folder = pathlib.Path(labels.submodule_search_locations[0]) / "image_classification"
-    labels = (folder / "caltech101_labels.txt").read_text().split()
+    package = importlib.util.find_spec("tensorflow_datasets").submodule_search_locations[0]
+    file = pathlib.Path(package) / "image_classification" / "caltech101_labels.txt"
+    labels = file.read_text().split()
     assert sorted(cars.class_names) == sorted(prompts.benchmark_class_names("caltech101"))
     assert len(labels) == len(cars.class_names) == 102
     assert labels.index("background_google") == cars.class_names.index("background")
+    # What TFDS has: the partitions by number, and the versions of ImageNet.
+    builders = {
+        name: (pathlib.Path(package) / "datasets" / name / f"{name}_dataset_builder.py").read_text()
+        for name in ("sun397", "imagenet_v2", "imagenet_r", "imagenet_a", "imagenet_sketch")
+    }
+    assert '"standard-part%d-120k"' in builders["sun397"]
+    assert "'matched-frequency'" in builders["imagenet_v2"]
     assert len(set(prompts.UCF101_CLASSES)) == 101 and len(set(prompts.UCF101_TEMPLATES)) == 48
     assert prompts.UCF101_CLASSES[0] == "Apply Eye Makeup" and prompts.UCF101_CLASSES[-1] == "Yo Yo"
     assert prompts.UCF101_TEMPLATES[0] == "a photo of a person {}."

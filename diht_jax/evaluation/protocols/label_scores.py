@@ -8,7 +8,8 @@ recall (all points, as scikit-learn's `average_precision_score`), or with `inter
 PASCAL VOC 2007: the mean, over the recalls 0, 0.1, ... 1, of the best precision at such a recall or
 a higher one. Ours: the mean is over the classes that have an image, and images of equal score enter
 together. An image may count neither way for a class (`metadata["ignored_labels"]`), such as one
-with nothing but objects that VOC marks as difficult.
+with nothing but objects that VOC marks as difficult; or only for the classes that it names
+(`metadata["counted_labels"]`), as in Open Images those that people have verified.
 """
 
 from __future__ import annotations
@@ -172,7 +173,8 @@ def score_labels(
         pairs: consumed once. For yes and no the label is read as in a classification; else
             `metadata["labels"]` (or `label_field`) lists numbers or names of classes. An image
             without that list is left out as "no_label"; one with an empty list is a negative for
-            all classes but those in `metadata["ignored_labels"]`.
+            all classes but those in `metadata["ignored_labels"]`, or, if there is one, outside of
+            `metadata["counted_labels"]`.
         class_names: C names; for yes and no two, the second is yes.
         templates: each with one "{}".
         binary: whether it is yes and no.
@@ -198,13 +200,14 @@ def score_labels(
             for label in pair.metadata.get(field, ())
         ]
 
-    def describe(pair: Pair) -> tuple[list[int], list[int]]:
+    def describe(pair: Pair) -> tuple[list[int], list[int], list[int] | None]:
         if binary:
-            return [resolve_label(raw_label(pair, label_field), names, index)], []
+            return [resolve_label(raw_label(pair, label_field), names, index)], [], None
         field = label_field or "labels"
         if field not in pair.metadata:
             raise UnusablePair("no_label")
-        return resolve(pair, field), resolve(pair, "ignored_labels")
+        counted = resolve(pair, "counted_labels") if "counted_labels" in pair.metadata else None
+        return resolve(pair, field), resolve(pair, "ignored_labels"), counted
 
     encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
     classifier = zero_shot_classifier(
@@ -217,7 +220,9 @@ def score_labels(
         ]
     )
     targets, ignored = np.zeros(scores.shape, bool), np.zeros(scores.shape, bool)
-    for row, (labels, ignored_labels) in enumerate(encoded.notes):
+    for row, (labels, ignored_labels, counted) in enumerate(encoded.notes):
+        if counted is not None:
+            ignored[row], ignored[row, counted] = True, False
         ignored[row, ignored_labels] = True
         targets[row, labels], ignored[row, labels] = True, False
     if binary:

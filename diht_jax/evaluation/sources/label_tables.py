@@ -1,15 +1,15 @@
 """Several labels an image, as PASCAL VOC (`voc:DIR`) and Open Images (`open_images:DIR`) have them.
 
-In both an image can count neither way for a class (`metadata["ignored_labels"]`): in VOC, where all
-its objects of the class are marked as difficult (0 in the list of the class, which the devkit's own
-evaluation of the classification leaves out as well); in Open Images (ours), where nobody has
-verified whether the class is there.
+In both an image can count neither way for a class: in VOC, where all its objects of the class are
+marked as difficult (0 in the list of the class, which the devkit's own evaluation of the
+classification leaves out as well): these classes are `metadata["ignored_labels"]`. In Open Images
+(ours), where nobody has verified whether the class is there: the others are
+`metadata["counted_labels"]`, a handful of 601.
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 from collections.abc import Sequence
 
@@ -37,12 +37,8 @@ _OPEN_IMAGES_CLASSES = "class-descriptions-boxable.csv"
 _OPEN_IMAGES_PICTURES = "validation"
 
 
-@dataclasses.dataclass
-class _Image:
-    """Classes of one image, by number: those it has, and those for which it does not count."""
-
-    labels: list[int] = dataclasses.field(default_factory=list)
-    ignored_labels: list[int] = dataclasses.field(default_factory=list)
+# Of an image, the numbers of classes by the metadata field.
+_Labels = dict[str, list[int]]
 
 
 def voc_units(folder: str) -> list[Unit]:
@@ -54,7 +50,7 @@ def voc_units(folder: str) -> list[Unit]:
     Raises:
         ValueError: a list is missing or not as expected.
     """
-    images: dict[str, _Image] = {}
+    images: dict[str, _Labels] = {}
     for number, name in enumerate(VOC_CLASSES):
         path = join(folder, "ImageSets", "Main", f"{name}_test.txt")
         require(path, "VOC's list of a class; unpack VOCtest_06-Nov-2007.tar")
@@ -63,9 +59,9 @@ def voc_units(folder: str) -> list[Unit]:
             if state.strip() not in _VOC_STATES:
                 raise ValueError(f"{path}: expected 'IMAGE 1', 'IMAGE 0' or 'IMAGE -1': '{line}'")
             into = _VOC_STATES[state.strip()]
-            found = images.setdefault(image, _Image())
+            found = images.setdefault(image, {"labels": [], "ignored_labels": []})
             if into is not None:
-                getattr(found, into).append(number)
+                found[into].append(number)
     return _units(join(folder, "JPEGImages"), images)
 
 
@@ -82,8 +78,7 @@ def open_images_units(folder: str) -> list[Unit]:
     numbers = {mid: number for number, (mid, _) in enumerate(_open_images_classes(folder))}
     path = join(folder, _OPEN_IMAGES_LABELS)
     require(path, "Open Images' verified labels")
-    positives: dict[str, set[int]] = {}
-    verified: dict[str, set[int]] = {}
+    images: dict[str, _Labels] = {}
     for row in csv.DictReader(io.StringIO(read_text(path))):
         try:
             image, number = row["ImageID"], numbers.get(row["LabelName"])
@@ -93,16 +88,10 @@ def open_images_units(folder: str) -> list[Unit]:
                 f"{path}: expected the columns ImageID, LabelName and Confidence ({error!r})"
             ) from error
         if number is not None:
-            verified.setdefault(image, set()).add(number)
+            found = images.setdefault(image, {"labels": [], "counted_labels": []})
+            found["counted_labels"].append(number)
             if is_there:
-                positives.setdefault(image, set()).add(number)
-    images = {
-        image: _Image(
-            sorted(positives.get(image, ())),
-            [number for number in range(len(numbers)) if number not in known],
-        )
-        for image, known in verified.items()
-    }
+                found["labels"].append(number)
     return _units(join(folder, _OPEN_IMAGES_PICTURES), images)
 
 
@@ -122,14 +111,10 @@ def _open_images_classes(folder: str) -> list[tuple[str, str]]:
     return rows
 
 
-def _units(root: str, images: dict[str, _Image]) -> list[Unit]:
-    def make(item: tuple[str, _Image], read: ReadImage) -> Sequence[Pair | Skipped]:
-        name, found = item
+def _units(root: str, images: dict[str, _Labels]) -> list[Unit]:
+    def make(item: tuple[str, _Labels], read: ReadImage) -> Sequence[Pair | Skipped]:
+        name, labels = item
         image = read(f"{name}.jpg")
-        return [
-            image
-            if isinstance(image, Skipped)
-            else Pair(name, image, "", dataclasses.asdict(found))
-        ]
+        return [image if isinstance(image, Skipped) else Pair(name, image, "", dict(labels))]
 
     return picture_units(root, list(images.items()), make)

@@ -134,6 +134,15 @@ def test_images_that_count_neither_way(tiny_model, photos):
     ]
     values = [expected[i].interpolated_precision(np.ones(4 + i, int)) for i in (0, 1)]
     assert result.metrics == {"mean_average_precision": pytest.approx(np.mean(values))}
+    # The same, said by the classes that count.
+    for pair, counted in zip(pairs, [[0, 1], [1], [0, 1], [0, 1], [0, 1]], strict=True):
+        pair.metadata.pop("ignored_labels", None)
+        pair.metadata["counted_labels"] = counted
+    again = score_labels(
+        tiny_model, pairs, names, templates, binary=False, interpolation=11, batch_size=8
+    )
+    np.testing.assert_array_equal(again.ignored, result.ignored)
+    assert again.metrics == result.metrics
 
 
 def test_one_kind_only_has_no_number():

@@ -358,8 +358,8 @@ def test_open_images(run_section):
     tasks, entries = run_section("open_images")
     assert tasks["open_images"].class_names == ("Tortoise", "Person", "Airplane")
     assert [pair.metadata for pair in entries["open_images"]] == [
-        {"labels": [2], "ignored_labels": [0]},
-        {"labels": [1], "ignored_labels": [0, 2]},
+        {"labels": [2], "counted_labels": [2, 1]},
+        {"labels": [1], "counted_labels": [1]},
     ]
 
 
