@@ -58,8 +58,7 @@ def test_concept_losses_are_the_same_on_any_mesh_and_in_micro_batches(concept_co
 
 
 def test_heads_are_for_export_only(concept_config, tmp_path):
-    concept_config.total_steps = 5
-    state = train(concept_config, tmp_path / "run")
+    state = train(concept_config, tmp_path / "run", devices=jax.devices()[:1], stop_after_steps=5)
     assert state.params["concept_heads"]["objects"]["kernel"].shape == (32, 8)
     assert np.asarray(state.params["concept_heads"]["objects"]["kernel"]).any()
     heads = read_model(tmp_path / "run").heads
@@ -83,11 +82,12 @@ def test_data_without_labels_is_refused(config, tmp_path):
 def test_vocabularies_without_room_or_with_other_meanings_are_refused(
     concept_config, write_labelled, tmp_path
 ):
-    train(concept_config, tmp_path / "run", stop_after_steps=5)
+    device = jax.devices()[:1]
+    train(concept_config, tmp_path / "run", devices=device, stop_after_steps=1)
     other = write_labelled(tmp_path / "other", names=("light", "medium", "dark"))
     concept_config.data.train = str(other)
     with pytest.raises(ValueError, match="another config; changed: concepts.object_hash"):
-        train(concept_config, tmp_path / "run")
+        train(concept_config, tmp_path / "run", devices=device)
     concept_config.concepts.num_objects = 2
     with pytest.raises(ValueError, match="num_objects=2: the data's vocabulary has 3 objects"):
         train(concept_config, tmp_path / "fresh")
