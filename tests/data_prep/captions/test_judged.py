@@ -27,7 +27,7 @@ def read_rows(path: pathlib.Path) -> list[list[str]]:
 def test_the_rules_agree_with_judgements(shared_data, name, half, decisions, complexities):
     if name == JUDGED.name:
         captions = (shared_data / "captions_web.txt").read_text("utf-8").split("\n")
-        rows = [[captions[int(line) - 1], *row] for line, *row in read_rows(JUDGED)]
+        rows = [[captions[int(line) - 1], *row] for draw, line, *row in read_rows(JUDGED) if draw == "1"]
     else:
         rows = read_rows(shared_data.parent / name)
     rows = rows[half]
