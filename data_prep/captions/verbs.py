@@ -11,6 +11,7 @@ from data_prep.captions.graph import CaptionGraph, Edge, assemble_graph
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.repairs import repair_sentence
 from data_prep.captions.sentence import ADJECTIVE_TAGS, NOUN_TAGS, VERB_TAGS, Sentence
+from data_prep.captions.subjects import SubjectFinder
 
 _CLAUSES = frozenset(
     ("ROOT", "conj", "acl", "relcl", "xcomp", "ccomp", "advcl", "pcomp", "parataxis", "dep")
@@ -46,7 +47,7 @@ class _GraphBuilder:
             _RELATION: [],
         }
         self.predicated: dict[int, list[int]] = {}
-        self._subjects: dict[int, tuple[list[int], bool]] = {}
+        self.subjects = SubjectFinder(sentence)
 
     def build(self) -> CaptionGraph:
         sentence = self.sentence
@@ -93,9 +94,9 @@ class _GraphBuilder:
     def add_verb(self, i: int) -> None:
         sentence = self.sentence
         lemma = sentence.lemma[i]
-        subjects, grounded = self.find_subjects(i)
+        subjects, grounded = self.subjects.find(i)
         passive = self.is_passive(i)
-        agents = self.find_agents(i) if passive else []
+        agents = self.subjects.find_agents(i) if passive else []
         if self.is_unreal(i, grounded or bool(agents), passive):
             return
         if lemma == "be":
@@ -228,111 +229,6 @@ class _GraphBuilder:
             i = sentence.head[i]
         return sentence.tag[i] in ("VB", "VBP")
 
-    def find_subjects(self, i: int) -> tuple[list[int], bool]:
-        """The subjects of a verb, its own or inherited, and whether the grammar gives it one."""
-        if i not in self._subjects:
-            self._subjects[i] = self.infer_subjects(i)
-        return self._subjects[i]
-
-    def infer_subjects(self, i: int) -> tuple[list[int], bool]:
-        sentence = self.sentence
-        own = sentence.kids_of(i, "nsubj", "nsubjpass")
-        if own:
-            return [j for kid in own for j in nouns.find_referents(sentence, kid)], True
-        if sentence.has_kid(i, "expl", "csubj", "csubjpass"):
-            return [], True
-        dep, head = sentence.dep[i], sentence.head[i]
-        if dep == "acl":
-            return self.find_participle_subjects(i), True
-        if dep == "relcl":
-            return nouns.find_content(sentence, head), True
-        if dep == "pcomp":
-            return self.find_gerund_subjects(i)
-        if dep in ("conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"):
-            if sentence.tag[head] in VERB_TAGS:
-                controllers = sentence.kids_of(head, "dobj") if dep == "xcomp" else []
-                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS:
-                    return nouns.find_referents(sentence, controllers[0]), True
-                return self.find_subjects(head)
-            while sentence.dep[head] == "prep" and sentence.head[head] != head:
-                head = sentence.head[head]
-            if sentence.tag[head] in VERB_TAGS:
-                return self.find_subjects(head)
-            if sentence.dep[head] in ("acomp", "oprd"):
-                return self.find_subjects(sentence.head[head])
-            if sentence.has_kid(head, "nsubj"):
-                return self.infer_subjects(head)
-            shared = self.find_participle_subjects(i)
-            return shared, bool(shared)
-        return [], False
-
-    def find_participle_subjects(self, i: int) -> list[int]:
-        """The subjects of a participle behind a noun.
-
-        In "girl with a hat smiling" the parser gives the participle to the hat; a living thing
-        farther up is taken instead, unless things do that as well ("girl with hair blowing").
-        """
-        sentence = self.sentence
-        noun = sentence.head[i]
-        while sentence.dep[noun] == "prep" and sentence.head[noun] != noun:
-            noun = sentence.head[noun]
-        if sentence.tag[i] != "VBG" or sentence.lemma[i] in lexicon.THING_VERBS:
-            return self.share(noun, i)
-        content = nouns.find_content(sentence, noun)
-        if any(nouns.is_animate(sentence, j) for j in content):
-            return self.share(noun, i)
-        base = noun
-        deps = ("conj", "pobj", "prep", *(("dobj",) if sentence.dep[i] == "conj" else ()))
-        while sentence.dep[base] in deps:
-            base = sentence.head[base]
-            if sentence.tag[base] in VERB_TAGS:
-                above = self.find_subjects(base)[0]
-            else:
-                above = nouns.find_content(sentence, base)
-            if any(nouns.is_animate(sentence, j) for j in above):
-                return above
-        return self.share(noun, i)
-
-    def find_gerund_subjects(self, i: int) -> tuple[list[int], bool]:
-        """The subjects of a gerund behind a preposition ("after winning a race")."""
-        sentence = self.sentence
-        host = sentence.head[i]
-        while sentence.dep[host] == "prep" and sentence.head[host] != host:
-            host = sentence.head[host]
-        if sentence.tag[host] in VERB_TAGS:
-            return self.find_subjects(host)
-        if nouns.is_picture(sentence, host):
-            return [], True
-        actors = [j for j in nouns.find_content(sentence, host) if nouns.is_animate(sentence, j)]
-        return actors, bool(actors)
-
-    def share(self, noun: int, before: int) -> list[int]:
-        """A noun with the nouns coordinated with it that stand before a common modifier.
-
-        An earlier noun with a modifier of its own behind it does not share ("a man riding a horse
-        and a dog barking").
-        """
-        sentence = self.sentence
-        found = nouns.find_content(sentence, noun)
-        for kid in sentence.kids_of(noun, "conj"):
-            if kid < before:
-                found = found + nouns.find_referents(sentence, kid)
-        while sentence.dep[noun] == "conj":
-            noun = sentence.head[noun]
-            if sentence.has_kid(noun, "acl", "relcl", "prep"):
-                break
-            found = nouns.find_content(sentence, noun) + found
-        return found
-
-    def find_agents(self, i: int) -> list[int]:
-        sentence = self.sentence
-        return [
-            j
-            for by in sentence.kids_of(i, "agent")
-            for kid in sentence.kids_of(by, "pobj")
-            for j in nouns.find_referents(sentence, kid)
-        ]
-
     def find_objects(self, i: int, predicate: str) -> list[tuple[str, int]]:
         """Direct and indirect objects, with the gap of a relative clause filled in."""
         sentence = self.sentence
@@ -409,5 +305,5 @@ class _GraphBuilder:
                 continue
             if targets:
                 place = sentence.low[kid] in lexicon.PLACE_PREPOSITIONS
-                owners = self.share(i, kid) if place else nouns.find_content(sentence, i)
+                owners = self.subjects.share(i, kid) if place else nouns.find_content(sentence, i)
                 self.relate(owners, targets)
