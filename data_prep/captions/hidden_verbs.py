@@ -14,6 +14,7 @@ NOMINAL = frozenset(("ROOT", "pobj", "dobj", "nsubj", "conj", "attr", "appos"))
 _SINGULAR_DETERMINERS = frozenset(("a", "an", "another", "each", "every", "this"))
 _PLURAL_WORDS = frozenset(("few", "many", "dozen", "hundred", "thousand", "million", "couple"))
 _PHRASE_TAGS = frozenset(("DT", "JJ", "PRP$", "CD", "NN", "VBN", "POS"))
+_SUBJECT_PRONOUNS = frozenset(("he", "i", "she", "they", "we", "you"))
 _AFTER_VERB = frozenset(("IN", "DT", "TO", "RP", "PRP$"))
 
 
@@ -29,9 +30,14 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
       words: the English words.
     """
     noun = i - 1
+    low = sentence.low[i]
+    if sentence.low[noun] in _SUBJECT_PRONOUNS and sentence.head[noun] == i:
+        _correct_after_pronoun(sentence, i, words)
+        return
     if sentence.tag[noun] not in NOUN_TAGS and not _may_be_shape(sentence, noun, words):
         return
-    low = sentence.low[i]
+    if _correct_of_collective(sentence, i, words):
+        return
     if sentence.tag[i] == "NN" and low in words.verbs and sentence.has_kid(i, "nsubj"):
         if has_thing(sentence, i) and low not in lexicon.DESCRIBING_NOUNS:
             sentence.tag[i] = "VBP"
@@ -58,6 +64,36 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         for kid in sentence.kids_of(i, "appos"):
             sentence.dep[kid] = "dobj"
         _make_subject(sentence, noun, i)
+
+
+def _correct_after_pronoun(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
+    """Finds a verb behind its pronoun: "as she runs", read as a name."""
+    tag = {"NNS": "VBZ", "NN": "VBP"}.get(sentence.tag[i])
+    lemma = words.lemmatize(sentence.low[i], tag) if tag else ""
+    if lemma in words.verbs:
+        sentence.tag[i], sentence.lemma[i] = tag, lemma
+        sentence.dep[i - 1] = "nsubj"
+
+
+def _correct_of_collective(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
+    """Finds the verb behind many of a kind: "a flock of geese descends on a field".
+
+    Returns:
+      Whether it was one.
+    """
+    noun, of = i - 1, sentence.head[i]
+    if sentence.tag[i] != "NNS" or sentence.dep[i] != "pobj" or sentence.low[of] != "of":
+        return False
+    lemma, owner = words.lemmatize(sentence.low[i], "VBZ"), sentence.head[of]
+    if lemma not in words.verbs or sentence.tag[noun] != "NNS" or not _is_followed(sentence, i):
+        return False
+    if sentence.head[noun] != i or sentence.tag[owner] != "NN" or owner > of:
+        return False
+    sentence.tag[i], sentence.lemma[i] = "VBZ", lemma
+    sentence.attach(noun, of, "pobj")
+    _move_modifiers(sentence, i, noun)
+    sentence.attach(i, owner, "acl")
+    return True
 
 
 def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatizer) -> bool:
@@ -127,7 +163,7 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
     if (
         low in words.verbs
         and low not in lexicon.ANIMATE_NOUNS
-        and _reads_as_plural(sentence, i - 1, i)
+        and _reads_as_plural(sentence, i - 1, i, words.nouns)
     ):
         return "VBP"
     return "VBG" if low.endswith("ing") and low not in lexicon.NOMINAL_GERUNDS else None
@@ -158,10 +194,12 @@ def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmati
     return True
 
 
-def _reads_as_plural(sentence: Sentence, noun: int, i: int) -> bool:
+def _reads_as_plural(sentence: Sentence, noun: int, i: int, nouns: frozenset[str]) -> bool:
     """Whether a base form follows its plural subject: "firefighters battle a blaze"."""
     if has_thing(sentence, i) and sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
         return True
+    if sentence.low[i] not in nouns and sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
+        return True  # "artist perform during a festival"
     if not _is_followed(sentence, i):
         return False
     if sentence.dep[noun] != "compound" or sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS:

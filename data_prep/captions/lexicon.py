@@ -46,10 +46,10 @@ RELATIONAL_ADJECTIVES = word_set("adjacent close full next opposite similar")
 
 # Words tagged as adjectives that count, order or point instead of describing.
 NO_ATTRIBUTES = word_set("""
-    about all another any certain different double each eighth enough entire every few fewer fifth
+    about all another any certain double each eighth enough entire every few fewer fifth
     first former fourth further half individual last latter least less many more most much
     multiple next ninth numerous other overall own past previous same second seventh several
-    single sixth such tenth third total triple twice various whole
+    sixth such tenth third total triple twice various whole
 """)
 
 # Nouns that describe the noun behind them.
@@ -57,6 +57,11 @@ DESCRIBING_NOUNS = word_set("""
     antique beige black blue bronze brown crimson cyan gold gray green grey indigo ivory khaki
     lavender luxury magenta maroon navy orange pink premium purple red retro silver tan teal
     turquoise vintage violet white yellow
+""")
+
+# Words in -ed and -ing that make one description with the word before them: "green eyed".
+JOINED_PARTICIPLES = word_set("""
+    colored coloured eyed faced feeling haired legged looking shaped sized smelling tasting
 """)
 
 # Adjectives behind which an infinitive is as good as done: "about to land".
@@ -78,6 +83,24 @@ PURPOSE_NOUNS = word_set("""
     tour track trail trip truck van vehicle website
 """)
 
+# Forms in -ing that before a thing name what it is for, as in "living room".
+PURPOSE_GERUNDS = word_set("""
+    baking camping chewing cleaning cooking cutting dining drinking filming gardening hiking
+    knitting landing living meeting operating parking performing reading recording reviewing
+    sailing sewing shipping shopping sitting skating skiing surfing swimming training waiting
+    washing writing
+""")
+
+# Things whose color names a kind, no attribute: "orange juice", "lavender flowers".
+FRUIT_NAMES = word_set("lavender olive orange violet")
+FRUIT_PARTS = word_set("""
+    blossom field flower garden grove juice leaf marmalade oil peel plant segment slice soda sorbet
+    tree wedge zest
+""")
+
+# What is taken with no hand: the noun is a part of the verb.
+LIGHT_OBJECTS = {"take": word_set("advantage care part place")}
+
 # Nouns in -ing for things and occupations; behind a living thing they are still nouns.
 NOMINAL_GERUNDS = word_set("""
     breeding building carving ceiling clothing crossing drawing ending engraving evening fishing
@@ -89,7 +112,7 @@ NOMINAL_GERUNDS = word_set("""
 PLACE_ADVERBS = word_set("ashore backstage downstairs offshore offstage onstage overhead upstairs")
 
 # Forms in -s that without an object are plurals: "autumn leaves against the sky".
-PLURAL_NOUNS = word_set("designs details leaves lights photographs pictures ruins views")
+PLURAL_NOUNS = word_set("designs details holes leaves lights photographs pictures ruins views")
 
 # Forms in -ing that are prepositions when nobody does them: "comfortable considering his age".
 PREPOSITIONAL_GERUNDS = word_set("concerning considering excluding including regarding")
@@ -106,10 +129,26 @@ CLOTHES = word_set("""
 # Conditions that a thing is in: where it is so is where it is ("seafood for sale at a market").
 CONDITIONS = word_set("action display exhibition hire rent sale")
 
-# Times of the day and backgrounds, the setting of all that a caption names before them.
+# Times, weather and backgrounds, the setting of all that a caption names before them.
 SETTINGS = word_set("""
-    backdrop background dawn daytime dusk evening midnight morning night nightfall noon sunrise
-    sunset twilight
+    afternoon autumn backdrop background dawn day daylight daytime dusk evening midnight moonlight
+    morning motion night nightfall noon spring summer sun sunlight sunrise sunset sunshine twilight
+    weather winter
+""")
+
+# Parts of a picture's depth, in which a thing is that a scene is shown with.
+DISTANCES = word_set("background distance foreground")
+
+# Nouns that a "to" behind them belongs to, not to their verb: "a road to the village".
+DIRECTED_NOUNS = word_set("""
+    access alternative answer approach door entrance guide homage introduction key path pathway road
+    route solution stair staircase step tribute way
+""")
+
+# Works that a "by" behind them names the maker of.
+WORKS_OF_ART = word_set("""
+    album artwork book cartoon design drawing film illustration image movie mural novel painting
+    photo photograph picture poem portrait poster print sculpture sketch song statue
 """)
 
 # Rooms and landscapes, the setting of what somebody does.
@@ -121,7 +160,7 @@ SCENES = word_set("""
     store street studio sun sunlight town village water wedding wind winter wood workshop yard zoo
 """)
 
-# Calendar words: no things, and no adverbs of place either.
+# Calendar words: times that something is at or on, and no things elsewhere.
 CALENDAR = word_set("""
     april august century decade december february friday hour january july june monday month
     november october saturday september sunday thursday today tomorrow tonight tuesday wednesday
@@ -196,6 +235,13 @@ ANIMATE_NOUNS = FIRST_NAMES | word_set("""
     worshipper wren wrestler writer yak youngster youth zebra zombie
 """)
 
+# Endings of words for persons, and things that end so.
+ANIMATE_ENDINGS = ("caster", "eer", "ician", "ist", "man", "minister", "woman")
+THINGS_LIKE_PERSONS = word_set("""
+    beer career caster checklist cist fist gist list mist ottoman peer pier playlist sheer
+    shortlist talisman twist veneer waist whist wishlist wrist
+""")
+
 # Verbs that a thing does as well as a person: "girl with hair blowing" is hair that blows.
 THING_VERBS = word_set("""
     bloom blow burn dangle drip fall flap float flow flutter fly glow grow hang rise shine sparkle
@@ -206,6 +252,11 @@ THING_VERBS = word_set("""
 INTRANSITIVE_VERBS = word_set("""
     bark bloom crawl cry dance fall float flow fly gallop glow grin grow hover jump kneel laugh
     leap lie melt rise set shine sit sleep smile sparkle stand stroll swim twinkle walk weep
+""")
+
+# What people do with their bodies: behind a thing that somebody has, who has it does it.
+BODILY_VERBS = word_set("""
+    crouch frown grin kneel laugh look pose sit smile squat stand walk
 """)
 
 # Verbs of posture and motion that any thing may do: "a square resting on a circle".
@@ -276,8 +327,8 @@ CONDITION_VERBS = word_set("""
 
 # Verbs that hand their subject on to the verb behind them and are no deeds of their own.
 PHASE_VERBS = word_set("""
-    appear attempt begin continue decide go have hope keep like love manage need plan prefer seem
-    start stop tend try use want
+    appear attempt begin continue decide get go have hope keep like love manage need plan prefer
+    seem start stop tend try use want
 """)
 
 # Verbs whose object does what the next verb says: "watch a man ride".

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from data_prep.captions.graph import CaptionGraph
+from data_prep.captions.lexicon import CALENDAR
 from data_prep.jobs import files
 from diht_jax.data.records.vocabulary import KINDS
 from diht_jax.data.retries import is_storage_failure
@@ -39,8 +40,9 @@ def find_mentions(graphs: Iterable[CaptionGraph]) -> Mentions:
     """
     graphs = list(graphs)
     nodes = [node for graph in graphs for node in graph.objects.values()]
+    objects = {name for graph in graphs for name in graph.objects} - CALENDAR
     return {
-        "objects": _clean(itertools.chain.from_iterable(graph.objects for graph in graphs)),
+        "objects": _clean(objects),
         "attributes": _clean(itertools.chain.from_iterable(node.attributes for node in nodes)),
     }
 

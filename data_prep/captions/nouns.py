@@ -22,7 +22,7 @@ def is_absorbed(sentence: Sentence, i: int) -> bool:
     head = sentence.head[i]
     return (
         sentence.dep[i] in MODIFIERS
-        and sentence.tag[i] in NOUN_TAGS
+        and (sentence.tag[i] in NOUN_TAGS or sentence.low[i] in lexicon.FRUIT_NAMES)
         and i < head
         and (sentence.tag[head] in NOUN_TAGS or sentence.dep[head] in MODIFIERS)
         and (head == i + 1 or "," not in sentence.low[i:head])
@@ -52,7 +52,7 @@ def _is_thing(sentence: Sentence, i: int) -> bool:
         and len(low.rstrip(".")) > 1  # "b." at the end of a sentence is a letter
         and low[0].isalpha()
         and low not in lexicon.VAGUE_NOUNS
-        and sentence.lemma[i] not in lexicon.CALENDAR
+        and (sentence.lemma[i] not in lexicon.CALENDAR or sentence.dep[i] == "pobj")
         and not is_absorbed(sentence, i)
     )
 
@@ -92,6 +92,18 @@ def name_object(sentence: Sentence, i: int) -> str:
     return " ".join((*(sentence.low[part] for part in parts), sentence.lemma[i].rstrip(".")))
 
 
+def _joins_participle(sentence: Sentence, i: int) -> bool:
+    """Whether a modifier makes one word with the next: "gold plated", "good looking"."""
+    after = i + 1
+    if after >= sentence.head[i]:
+        return False
+    if sentence.head[after] != sentence.head[i] or sentence.dep[after] not in MODIFIERS:
+        return False
+    if sentence.low[after] in lexicon.JOINED_PARTICIPLES:
+        return sentence.tag[i] in ADJECTIVE_TAGS or sentence.low[i] in lexicon.DESCRIBING_NOUNS
+    return sentence.low[i] in lexicon.DESCRIBING_NOUNS and sentence.low[after].endswith("ed")
+
+
 def _compound_parts(sentence: Sentence, i: int) -> list[int]:
     parts = []
     for kid in sentence.kids[i]:
@@ -109,6 +121,8 @@ def describes(sentence: Sentence, i: int) -> bool:
         return False
     if low in lexicon.RELATIONAL_ADJECTIVES and sentence.has_kid(i, "prep"):
         return False
+    if low in lexicon.FRUIT_NAMES and sentence.lemma[sentence.head[i]] in lexicon.FRUIT_PARTS:
+        return False
     return tag in ADJECTIVE_TAGS or tag in PARTICIPLE_TAGS or low in lexicon.DESCRIBING_NOUNS
 
 
@@ -119,7 +133,8 @@ def list_attributes(sentence: Sentence, i: int) -> list[str]:
         dep = sentence.dep[kid]
         if dep in MODIFIERS:
             if describes(sentence, kid):
-                found.extend(expand_adjective(sentence, kid))
+                if not _joins_participle(sentence, kid):
+                    found.extend(expand_adjective(sentence, kid))
             elif is_absorbed(sentence, kid):
                 for part in (kid, *_compound_parts(sentence, kid)):
                     for inner in sentence.kids_of(part, "amod", "compound", "nmod"):
@@ -142,10 +157,14 @@ def expand_adjective(sentence: Sentence, i: int) -> list[int]:
 def name_attributes(sentence: Sentence, indices: list[int]) -> list[str]:
     """Attributes as words, in the order of the text."""
     return [
-        sentence.lemma[i] if sentence.tag[i] in ADJECTIVE_TAGS else sentence.low[i]
-        for i in sorted(set(indices))
-        if sentence.low[i][0].isalpha()
+        _name_attribute(sentence, i) for i in sorted(set(indices)) if sentence.low[i][0].isalpha()
     ]
+
+
+def _name_attribute(sentence: Sentence, i: int) -> str:
+    if sentence.dep[i] in MODIFIERS and i and _joins_participle(sentence, i - 1):
+        return f"{sentence.low[i - 1]}-{sentence.low[i]}"
+    return sentence.lemma[i] if sentence.tag[i] in ADJECTIVE_TAGS else sentence.low[i]
 
 
 def is_picture(sentence: Sentence, i: int) -> bool:
@@ -206,7 +225,10 @@ def find_clause(sentence: Sentence, i: int) -> int | None:
 
 def is_animate(sentence: Sentence, i: int) -> bool:
     """Whether an object is a living thing, by its head noun."""
-    return sentence.lemma[i] in lexicon.ANIMATE_NOUNS or is_person_pronoun(sentence, i)
+    lemma = sentence.lemma[i]
+    if lemma in lexicon.ANIMATE_NOUNS or is_person_pronoun(sentence, i):
+        return True
+    return lemma.endswith(lexicon.ANIMATE_ENDINGS) and lemma not in lexicon.THINGS_LIKE_PERSONS
 
 
 def find_prep_targets(sentence: Sentence, i: int) -> list[tuple[str, int]]:

@@ -6,6 +6,7 @@ that were not seen. What a correct parse means is not decided here.
 """
 
 from data_prep.captions import lexicon
+from data_prep.captions.attachments import correct_attachments
 from data_prep.captions.hidden_verbs import (
     HIDDEN_VERB_TAGS,
     NOMINAL,
@@ -16,8 +17,6 @@ from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.sentence import ADJECTIVE_TAGS, MODIFIERS, NOUN_TAGS, VERB_TAGS, Sentence
 
 _DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "RB", "UH"}
-# Behind an object these say where the deed is done, hardly ever which object is meant.
-_SCENE_PREPOSITIONS = frozenset(("across", "after", "along", "at", "before", "into", "onto"))
 _VERB_COMPLEMENTS = ("dobj", "prep", "ccomp", "xcomp", "acomp", "attr", "prt", "aux", "advmod")
 
 
@@ -36,14 +35,14 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
                 _correct_auxiliary(sentence, i)
             elif sentence.dep[i] not in MODIFIERS:
                 _correct_verb(sentence, i, words)
+            elif sentence.low[i] in lexicon.PURPOSE_GERUNDS:
+                _name_purpose(sentence, i)
         elif sentence.tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
     for i in range(1, len(sentence)):
         if sentence.tag[i] in HIDDEN_VERB_TAGS:
             correct_hidden_verb(sentence, i, words)
-    for i in range(1, len(sentence)):
-        if sentence.dep[i] == "prep" and sentence.tag[sentence.head[i]] in NOUN_TAGS:
-            _attach_setting(sentence, i)
+    correct_attachments(sentence)
 
 
 def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
@@ -65,7 +64,12 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             _replace(sentence, i, i - 1)
             sentence.attach(i, i - 1, "advmod")
     elif tag in ADJECTIVE_TAGS:
-        if low in words.nouns and (
+        if sentence.head[i] == i and _is_listed_color(sentence, i):
+            return
+        if low not in words.lexicon and words.lemmatize(low, "NNS") in lexicon.ANIMATE_NOUNS:
+            # "geese"
+            sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(low, "NNS")
+        elif low in words.nouns and (
             low not in words.adjectives
             or (
                 sentence.dep[i] in NOMINAL
@@ -86,6 +90,23 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         sentence.tag[i] = "NN"
         if sentence.tag[sentence.head[i]] in VERB_TAGS and sentence.head[i] > i:
             sentence.dep[i] = "nsubj"
+
+
+def _is_listed_color(sentence: Sentence, i: int) -> bool:
+    """Makes a description of the first of several at the root: "red, yellow and green peppers"."""
+    things = [kid for kid in sentence.kids_of(i, "appos") if sentence.tag[kid] in NOUN_TAGS]
+    if not things or i + 1 >= len(sentence) or sentence.low[i + 1] != ",":
+        return False
+    _replace(sentence, i, things[0])
+    sentence.attach(i, things[0], "amod")
+    return True
+
+
+def _name_purpose(sentence: Sentence, i: int) -> None:
+    """Makes "living" a part of the name in "living room"; a swimming child swims."""
+    thing = sentence.head[i]
+    if sentence.tag[thing] in NOUN_TAGS and sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS:
+        sentence.tag[i], sentence.dep[i], sentence.lemma[i] = "NN", "compound", sentence.low[i]
 
 
 def _has_article(sentence: Sentence, i: int) -> bool:
@@ -139,44 +160,6 @@ def _correct_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.dep[i] = "pobj"
         _replace(sentence, i, things[0])
         sentence.attach(i, things[0], "amod")
-
-
-def _attach_setting(sentence: Sentence, i: int) -> None:
-    """Gives a phrase of place or time to what it is the setting of, not to the last noun.
-
-    "A woman feeding pigeons in the park" feeds there, "a man in a shirt at the airport" is there,
-    and "a leopard in a tree at sunset" is no tree at sunset.
-    """
-    targets = sentence.kids_of(i, "pobj")
-    low, target = sentence.low[i], sentence.lemma[targets[0]] if targets else ""
-    is_setting = (
-        low == "during"
-        or (low == "against" and target not in lexicon.ANIMATE_NOUNS)
-        or target in lexicon.SETTINGS
-    )
-    is_scene = low in _SCENE_PREPOSITIONS or (
-        target in lexicon.SCENES and low in lexicon.PLACE_PREPOSITIONS
-    )
-    while True:
-        noun = sentence.head[i]
-        first = noun
-        while sentence.dep[first] == "conj":
-            first = sentence.head[first]
-        owner = sentence.head[first]
-        if sentence.dep[first] == "pobj" and sentence.dep[owner] == "prep":
-            is_direct, owner = False, sentence.head[owner]
-        elif sentence.dep[first] == "dobj" and sentence.tag[owner] in VERB_TAGS:
-            is_direct = True
-        else:
-            return
-        is_state = sentence.lemma[noun] in lexicon.CLOTHES | lexicon.CONDITIONS and (
-            low in lexicon.PLACE_PREPOSITIONS or low in ("against", "during", "for")
-        )
-        if not (is_state or is_setting or (is_scene and is_direct)) or owner > i:
-            return
-        sentence.attach(i, owner, "prep")
-        if sentence.tag[owner] not in NOUN_TAGS:
-            return
 
 
 def _stands_in_list(sentence: Sentence, i: int) -> bool:
@@ -241,8 +224,15 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
     """Whether a verb without a subject is a description of the bare noun read as its object."""
     if sentence.has_kid(thing, "det", "poss") or thing < i:
         return False
-    if sentence.dep[i] != "pcomp" and any(
-        sentence.tag[j] not in (*ADJECTIVE_TAGS, "RB") for j in range(i)
+    listed = sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in NOUN_TAGS
+    if listed and not (
+        sentence.tag[i] == "VBN" and thing == i + 1 and sentence.low[i - 1] == "and"
+    ):
+        return False
+    if (
+        not listed
+        and sentence.dep[i] != "pcomp"
+        and any(sentence.tag[j] not in (*ADJECTIVE_TAGS, "RB") for j in range(i))
     ):
         return False
     tag, low = sentence.tag[i], sentence.low[i]

@@ -63,22 +63,37 @@ class SubjectFinder:
         noun = sentence.head[i]
         while sentence.dep[noun] == "prep" and sentence.head[noun] != noun:
             noun = sentence.head[noun]
-        if sentence.tag[i] != "VBG" or sentence.lemma[i] in lexicon.THING_VERBS:
-            return self.share(noun, i)
         content = nouns.find_content(sentence, noun)
-        if any(nouns.is_animate(sentence, j) for j in content):
+        if sentence.tag[i] not in ("VBG", "VBZ") or any(
+            nouns.is_animate(sentence, j) for j in content
+        ):
             return self.share(noun, i)
-        base = noun
-        deps = ("conj", "pobj", "prep", *(("dobj",) if sentence.dep[i] == "conj" else ()))
-        while sentence.dep[base] in deps:
+        lemma, base = sentence.lemma[i], noun
+        while sentence.dep[base] in ("conj", "pobj", "prep", "dobj"):
+            if sentence.dep[base] == "dobj" and not (
+                sentence.dep[i] == "conj" or lemma in lexicon.BODILY_VERBS
+            ):
+                break
+            if lemma in lexicon.THING_VERBS and not self._carries(base):
+                break
             base = sentence.head[base]
             if sentence.tag[base] in VERB_TAGS:
                 above = self.find(base)[0]
+                if sentence.lemma[base] in lexicon.CONTROL_VERBS:
+                    break
             else:
                 above = nouns.find_content(sentence, base)
             if any(nouns.is_animate(sentence, j) for j in above):
                 return above
         return self.share(noun, i)
+
+    def _carries(self, base: int) -> bool:
+        """Whether who is in or on a thing does what it does: "girl in a kayak floating"."""
+        sentence = self.sentence
+        if sentence.dep[base] == "pobj":
+            worn = sentence.lemma[base] in lexicon.CLOTHES
+            return sentence.low[sentence.head[base]] in ("in", "on") and not worn
+        return sentence.dep[base] == "prep" or sentence.lemma[base] in lexicon.CLOTHES
 
     def _find_of_gerund(self, i: int) -> tuple[list[int], bool]:
         """The subjects of a gerund behind a preposition ("after winning a race")."""

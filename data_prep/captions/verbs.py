@@ -117,14 +117,19 @@ class _GraphBuilder:
         kind = self.classify(i, passive, agents, subjects)
         if kind is None:
             return
-        particles = [sentence.low[kid] for kid in sentence.kids_of(i, "prt")]
+        light = lexicon.LIGHT_OBJECTS.get(lemma, ())
+        particles = [
+            sentence.low[kid]
+            for kid in sentence.kids_of(i, "prt", "dobj")
+            if sentence.dep[kid] == "prt" or sentence.low[kid] in light
+        ]
         predicate = " ".join((lemma, *particles))
         targets = nouns.find_prep_targets(sentence, i)
         if kind == _PLACE:
             self.relate(subjects, targets)
             return
         # "jumps off a board into the sea": the particle belongs to the board.
-        bare = sentence.has_kid(i, "dobj")
+        bare = sentence.has_kid(i, "dobj") and not any(word in light for word in particles)
         targets = [
             (f"{lemma if bare or name.split()[0] in particles else predicate} {name}", target)
             for name, target in targets
@@ -163,8 +168,10 @@ class _GraphBuilder:
                 return None
             return _ACTION if animate else _RELATION
         if lemma in lexicon.PHASE_VERBS and any(
-            # Who stops to wash does two things, who stops washing one.
-            sentence.tag[kid] in VERB_TAGS and (lemma != "stop" or sentence.tag[kid] == "VBG")
+            # Who stops to wash does two things, who stops washing one; who gets to see does one.
+            sentence.tag[kid] in VERB_TAGS
+            and (lemma != "stop" or sentence.tag[kid] == "VBG")
+            and (lemma != "get" or sentence.tag[kid] == "VB")
             for kid in sentence.kids_of(i, "xcomp")
         ):
             return None
@@ -214,7 +221,12 @@ class _GraphBuilder:
             return True
         if any(sentence.tag[kid] == "TO" for kid in sentence.kids_of(i, "aux")):
             head = sentence.head[i]
-            if sentence.dep[i] not in ("xcomp", "advcl", "conj") or not grounded:
+            allowed = sentence.dep[i] == "ccomp" and sentence.has_kid(i, "nsubj")
+            if sentence.dep[i] not in ("xcomp", "advcl", "conj") and not (
+                allowed and sentence.lemma[head] in lexicon.CONTROL_VERBS
+            ):
+                return True
+            if not grounded:
                 return True
             if sentence.tag[head] not in VERB_TAGS and (
                 sentence.low[head] not in lexicon.IMMINENT_ADJECTIVES
@@ -232,7 +244,10 @@ class _GraphBuilder:
     def find_objects(self, i: int, predicate: str) -> list[tuple[str, int]]:
         """Direct and indirect objects, with the gap of a relative clause filled in."""
         sentence = self.sentence
-        direct = sentence.kids_of(i, "dobj", "attr")
+        light = lexicon.LIGHT_OBJECTS.get(sentence.lemma[i], ())
+        direct = [
+            kid for kid in sentence.kids_of(i, "dobj", "attr") if sentence.low[kid] not in light
+        ]
         found = [(predicate, j) for kid in direct for j in nouns.find_referents(sentence, kid)]
         for kid in sentence.kids_of(i, "dative"):
             if sentence.kids_of(kid, "pobj"):

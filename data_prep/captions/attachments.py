@@ -1,0 +1,144 @@
+"""Corrections of what a phrase or a coordinated noun belongs to, once the tags are right.
+
+It is a part of the repairs of the parse. What a correct parse means is not decided here.
+"""
+
+from data_prep.captions import lexicon
+from data_prep.captions.sentence import NOUN_TAGS, VERB_TAGS, Sentence
+
+# Behind an object these say where the deed is done, hardly ever which object is meant.
+_SCENE_PREPOSITIONS = frozenset(
+    ("across", "after", "along", "at", "before", "into", "onto", "since", "until")
+)
+
+
+def correct_attachments(sentence: Sentence) -> None:
+    """Corrects in place what phrases belong to.
+
+    Args:
+      sentence: the parsed caption, its tags corrected.
+    """
+    for i in range(1, len(sentence)):
+        dep = sentence.dep[i]
+        if dep == "conj":
+            _attach_partner(sentence, i)
+        elif dep == "prep" and sentence.low[i] == "as" and _begins_clause(sentence, i):
+            continue
+        elif dep == "prep" and sentence.low[i] != "of":
+            _attach_complement(sentence, i)
+            if sentence.tag[sentence.head[i]] in NOUN_TAGS:
+                _attach_setting(sentence, i)
+
+
+def _begins_clause(sentence: Sentence, i: int) -> bool:
+    """Makes a clause of "as a storm approaches", if it is one read as a phrase."""
+    things = sentence.kids_of(i, "pobj")
+    verb = things[0] + 1 if things else len(sentence)
+    if verb >= len(sentence) or sentence.tag[verb] not in ("VBZ", "VBP", "VBD"):
+        return False
+    if sentence.has_kid(verb, "nsubj", "nsubjpass", "aux", "auxpass", "agent"):
+        return False
+    owner = sentence.head[i]
+    if owner == i or sentence.dep[verb] not in ("acl", "advcl", "ccomp", "conj", "relcl"):
+        return False
+    sentence.attach(verb, owner, "advcl")
+    sentence.attach(things[0], verb, "nsubj")
+    sentence.attach(i, verb, "mark")
+    return True
+
+
+def _attach_partner(sentence: Sentence, i: int) -> None:
+    """Gives the second of a pair to the first: "portrait of a girl and a dog", "life with rings and
+    a daisy" show both.
+    """
+    noun = sentence.head[i]
+    if sentence.tag[noun] not in NOUN_TAGS or sentence.tag[i] not in NOUN_TAGS or i < noun:
+        return
+    if sentence.lemma[i] in lexicon.PICTURE_NOUNS and not sentence.has_kid(noun, "cc"):
+        sentence.dep[i] = "appos"  # "woman wearing a hat , historical photo"
+        return
+    for kid in reversed(sentence.kids_of(noun, "prep")):
+        if not noun < kid < i:
+            continue
+        partners = sentence.kids_of(kid, "pobj")
+        pictures = lexicon.PICTURE_NOUNS | lexicon.COUNTING_WORDS
+        if sentence.low[kid] == "of":
+            joins = sentence.lemma[noun] in pictures and sentence.lemma[i] not in pictures
+        else:
+            living = lexicon.ANIMATE_NOUNS
+            joins = sentence.low[kid] == "with" and not {
+                sentence.lemma[noun],
+                sentence.lemma[i],
+            } & (living | pictures)
+        if joins and partners:
+            sentence.attach(i, partners[0], "conj")
+        return
+
+
+def _attach_complement(sentence: Sentence, i: int) -> None:
+    """Gives a phrase to the noun before it that asks for it, or past a word that takes none.
+
+    "The casual approach to style", "a portrait by an artist"; but "a family of four in a park".
+    """
+    noun, head, low = i - 1, sentence.head[i], sentence.low[i]
+    if sentence.tag[head] in ("CD", "PRP") and sentence.dep[head] in ("pobj", "dobj"):
+        owner = sentence.head[head]
+        if sentence.dep[owner] == "prep":
+            owner = sentence.head[owner]
+        if owner < i:
+            sentence.attach(i, owner, "prep")
+    elif sentence.tag[noun] in NOUN_TAGS and sentence.dep[noun] in ("dobj", "pobj", "nsubj"):
+        lemma = sentence.lemma[noun]
+        if (low == "to" and lemma in lexicon.DIRECTED_NOUNS) or (
+            low == "by"
+            and lemma in lexicon.WORKS_OF_ART
+            and not any(
+                sentence.lemma[kid] in lexicon.CALENDAR or sentence.has_kid(kid, "poss")
+                for kid in sentence.kids_of(i, "pobj")
+            )
+        ):
+            sentence.attach(i, noun, "prep")
+
+
+def _attach_setting(sentence: Sentence, i: int) -> None:
+    """Gives a phrase of place or time to what it is the setting of, not to the last noun.
+
+    "A woman feeding pigeons in the park" feeds there, "a man in a shirt at the airport" is there,
+    and "a leopard in a tree at sunset" is no tree at sunset.
+    """
+    targets = sentence.kids_of(i, "pobj")
+    low, target = sentence.low[i], sentence.lemma[targets[0]] if targets else ""
+    is_setting = (
+        low == "during"
+        or (low == "against" and target not in lexicon.ANIMATE_NOUNS)
+        or (target in lexicon.SETTINGS and low in lexicon.PLACE_PREPOSITIONS)
+    )
+    is_scene = low in _SCENE_PREPOSITIONS or (
+        target in lexicon.SCENES and low in lexicon.PLACE_PREPOSITIONS
+    )
+    while True:
+        noun = sentence.head[i]
+        first = noun
+        while sentence.dep[first] == "conj":
+            first = sentence.head[first]
+        owner = sentence.head[first]
+        if sentence.dep[first] == "pobj" and sentence.dep[owner] == "prep":
+            is_direct, owner = False, sentence.head[owner]
+        elif sentence.dep[first] == "dobj" and sentence.tag[owner] in VERB_TAGS:
+            is_direct = True
+        else:
+            return
+        if (
+            low == "in"
+            and target in lexicon.DISTANCES
+            and sentence.low[sentence.head[first]] == "with"
+        ):
+            return  # "a lake with mountains in the background"
+        is_state = sentence.lemma[noun] in lexicon.CLOTHES | lexicon.CONDITIONS and (
+            low in lexicon.PLACE_PREPOSITIONS or low in ("against", "during", "for")
+        )
+        if not (is_state or is_setting or (is_scene and is_direct)) or owner > i:
+            return
+        sentence.attach(i, owner, "prep")
+        if sentence.tag[owner] not in NOUN_TAGS:
+            return
