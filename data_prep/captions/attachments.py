@@ -7,9 +7,7 @@ from data_prep.captions import lexicon
 from data_prep.captions.sentence import NOUN_TAGS, VERB_TAGS, Sentence
 
 # Behind an object these say where the deed is done, hardly ever which object is meant.
-_SCENE_PREPOSITIONS = frozenset(
-    ("across", "after", "along", "at", "before", "into", "onto", "since", "until")
-)
+_SCENE_PREPOSITIONS = frozenset(("across", "after", "along", "at", "before", "into", "onto"))
 
 
 def correct_attachments(sentence: Sentence) -> None:
@@ -87,6 +85,8 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
             owner = sentence.head[owner]
         if owner < i:
             sentence.attach(i, owner, "prep")
+    elif low in lexicon.PLACE_PREPOSITIONS and _is_held(sentence, noun, i):
+        sentence.attach(i, noun, "prep")
     elif sentence.tag[noun] in NOUN_TAGS and sentence.dep[noun] in ("dobj", "pobj", "nsubj"):
         lemma = sentence.lemma[noun]
         if (low == "to" and lemma in lexicon.DIRECTED_NOUNS) or (
@@ -100,6 +100,20 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
             sentence.attach(i, noun, "prep")
 
 
+def _is_held(sentence: Sentence, noun: int, i: int) -> bool:
+    """Whether a phrase behind "with a thing" is where that is: "a puppy in her arms"."""
+    preposition, targets = sentence.head[noun], sentence.kids_of(i, "pobj")
+    if sentence.dep[noun] != "pobj" or sentence.low[preposition] != "with" or not targets:
+        return False
+    if sentence.head[preposition] != sentence.head[i]:
+        return False
+    if sentence.low[targets[0]] in lexicon.PLACE_NOUNS:
+        inner = [kid for of in sentence.kids_of(targets[0], "prep") for kid in sentence.kids[of]]
+        targets = inner or targets
+    target = targets[0]
+    return sentence.has_kid(target, "poss") and sentence.lemma[target] not in lexicon.CLOTHES
+
+
 def _attach_setting(sentence: Sentence, i: int) -> None:
     """Gives a phrase of place or time to what it is the setting of, not to the last noun.
 
@@ -109,7 +123,7 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
     targets = sentence.kids_of(i, "pobj")
     low, target = sentence.low[i], sentence.lemma[targets[0]] if targets else ""
     is_setting = (
-        low == "during"
+        low in ("during", "since", "until")
         or (low == "against" and target not in lexicon.ANIMATE_NOUNS)
         or (target in lexicon.SETTINGS and low in lexicon.PLACE_PREPOSITIONS)
     )

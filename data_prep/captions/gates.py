@@ -51,6 +51,15 @@ _SPACED_HYPHEN = re.compile(
     re.VERBOSE,
 )
 
+# What follows a dash, or stands before it, and is no part of a word with hyphens.
+_DASH = re.compile(
+    r"""
+    [ ]-[ ](?=(?:an?|the|this|that|these|those|it|its|he|she|they|we|you|i|my|your|his|her|their|our
+      |with|on|in|at|from|for|if|but|not|no|what|how|who|which|where|when|is|are|was)\b)
+    """,
+    re.VERBOSE,
+)
+
 _CLOSE_UP = re.compile(r"\bclose(?: - | )up\b", re.IGNORECASE)
 _IMAGE_TALK = re.compile(
     r"(?:the |this )?(?:image|photo|picture)s? may (?:also )?contain\s*:?\s*", re.IGNORECASE
@@ -214,6 +223,7 @@ def _join_tokens(text: str) -> str:
     # In text with capitals a spaced hyphen is a dash.
     if " - " in text and text.islower():
         text = _SPACED_HYPHEN.sub(lambda match: f"{match[1] or ''}-", text)
+        text = _DASH.sub(" -- ", text)
     if "#" in text or "_" in text:
         text = text.replace("#", " ").replace("_", " ")
     return " ".join(text.split())

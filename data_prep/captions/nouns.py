@@ -94,10 +94,11 @@ def name_object(sentence: Sentence, i: int) -> str:
 
 def _joins_participle(sentence: Sentence, i: int) -> bool:
     """Whether a modifier makes one word with the next: "gold plated", "good looking"."""
-    after = i + 1
-    if after >= sentence.head[i]:
+    after, head = i + 1, sentence.head[i]
+    beside = after < head and sentence.head[after] == head and sentence.dep[after] in MODIFIERS
+    if not beside and (head != after or sentence.dep[i] not in MODIFIERS):
         return False
-    if sentence.head[after] != sentence.head[i] or sentence.dep[after] not in MODIFIERS:
+    if sentence.tag[after] not in ADJECTIVE_TAGS and sentence.tag[after] not in PARTICIPLE_TAGS:
         return False
     if sentence.low[after] in lexicon.JOINED_PARTICIPLES:
         return sentence.tag[i] in ADJECTIVE_TAGS or sentence.low[i] in lexicon.DESCRIBING_NOUNS
@@ -149,7 +150,11 @@ def expand_adjective(sentence: Sentence, i: int) -> list[int]:
     """An adjective with the adjectives that are coordinated with it or modify it."""
     found = [i]
     for kid in sentence.kids[i]:
-        if sentence.dep[kid] in ("conj", *MODIFIERS) and describes(sentence, kid):
+        if (
+            sentence.dep[kid] in ("conj", *MODIFIERS)
+            and describes(sentence, kid)
+            and not _joins_participle(sentence, kid)
+        ):
             found.extend(expand_adjective(sentence, kid))
     return found
 
