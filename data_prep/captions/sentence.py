@@ -74,6 +74,14 @@ class Sentence:
         if head != i:
             self.kids[head] = sorted((*self.kids[head], i))
 
+    def replace(self, old: int, new: int) -> None:
+        """Gives the position of a token in the tree, and its dependents, to another."""
+        at_root = self.head[old] == old
+        self.attach(new, new if at_root else self.head[old], self.dep[old])
+        for kid in list(self.kids[old]):
+            if kid != new:
+                self.attach(kid, new, self.dep[kid])
+
     def _join_hyphens(self, glued: list[bool]) -> None:
         """Makes one token of each hyphenated word ("hand-painted", "t-shirt", "close-up")."""
         groups: list[list[int]] = []
