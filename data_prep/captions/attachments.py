@@ -85,6 +85,11 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
             owner = sentence.head[owner]
         if owner < i:
             sentence.attach(i, owner, "prep")
+    elif low == "to" and _is_given(sentence, head):
+        first = head
+        while sentence.dep[first] == "conj":
+            first = sentence.head[first]
+        sentence.attach(i, sentence.head[first], "prep")
     elif low in lexicon.PLACE_PREPOSITIONS and _is_held(sentence, noun, i):
         sentence.attach(i, noun, "prep")
     elif sentence.tag[noun] in NOUN_TAGS and sentence.dep[noun] in ("dobj", "pobj", "nsubj"):
@@ -98,6 +103,19 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
             )
         ):
             sentence.attach(i, noun, "prep")
+
+
+def _is_given(sentence: Sentence, noun: int) -> bool:
+    """Whether a noun is what a verb brings somewhere, and does not lead there itself."""
+    if sentence.tag[noun] not in NOUN_TAGS or sentence.lemma[noun] in lexicon.DIRECTED_NOUNS:
+        return False
+    first = noun
+    while sentence.dep[first] == "conj":
+        first = sentence.head[first]
+    return (
+        sentence.dep[first] == "dobj"
+        and sentence.lemma[sentence.head[first]] in lexicon.GIVING_VERBS
+    )
 
 
 def _is_held(sentence: Sentence, noun: int, i: int) -> bool:
@@ -122,6 +140,10 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
     """
     targets = sentence.kids_of(i, "pobj")
     low, target = sentence.low[i], sentence.lemma[targets[0]] if targets else ""
+    if target in lexicon.PICTURE_NOUNS:
+        # "on a white background vector"
+        parts = [sentence.low[kid] for kid in sentence.kids_of(targets[0], "compound")]
+        target = "background" if "background" in parts else target
     is_setting = (
         low in ("during", "since", "until")
         or (low == "against" and target not in lexicon.ANIMATE_NOUNS)

@@ -23,6 +23,10 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
         for kid in sentence.kids_of(i, "dobj"):
             sentence.dep[kid] = "pobj"
         return
+    if sentence.tag[i] in ("VB", "VBP") and low not in words.lexicon:
+        past = words.lemmatize(low, "VBD")
+        if past in words.verbs:
+            sentence.tag[i], sentence.lemma[i], lemma = "VBD", past, past  # "took this picture"
     _leave_punctuation(sentence, i)
     following = sentence.low[i + 1] if i + 1 < len(sentence) else ""
     if low == "left" and i and sentence.low[i - 1] in (",", "(") and not following.isalpha():
@@ -34,6 +38,8 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
         or (lemma not in words.verbs and (low in words.nouns or lemma in words.nouns))
         or (lemma in words.nouns and (_names_part(sentence, i) or _stands_in_list(sentence, i)))
         or (low in lexicon.PLURAL_NOUNS and _is_of_thing(sentence, i))
+        or (sentence.tag[i] == "VBZ" and sentence.dep[i] == "pobj" and lemma in words.nouns)
+        or _begins_with_thing(sentence, i)
     ):
         sentence.tag[i] = "NN" if low in words.nouns else "NNS"
         sentence.lemma[i] = words.lemmatize(low, sentence.tag[i])
@@ -52,12 +58,21 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
         _make_modifier(sentence, i - 1, i, things[0])
         return
     if things and _describes_thing(sentence, i, things[0], words):
-        sentence.tag[i] = "JJ"
+        named = low in lexicon.ROOM_GERUNDS
+        sentence.tag[i] = "NN" if named else "JJ"
         sentence.lemma[i] = low
         if sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
         sentence.replace(i, things[0])
-        sentence.attach(i, things[0], "amod")
+        sentence.attach(i, things[0], "compound" if named else "amod")
+
+
+def _begins_with_thing(sentence: Sentence, i: int) -> bool:
+    """Whether a base form at the beginning is a thing with a phrase: "design for a shop"."""
+    if i or sentence.low[i] not in lexicon.FIRST_NOUNS or len(sentence) == 1:
+        return False
+    begins = sentence.tag[1] in ("IN", "TO") and sentence.low[1] not in ("out", "up", "through")
+    return begins and not sentence.has_kid(i, "dobj", "nsubj", "xcomp", "ccomp", "prt")
 
 
 def _stands_in_list(sentence: Sentence, i: int) -> bool:
@@ -137,6 +152,8 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
     if tag in ("VB", "VBP"):
         return i == 0 and low in words.adjectives
     if tag == "VBG":
+        if i == 0 and low in lexicon.ROOM_GERUNDS and thing == 1 and sentence.tag[1] == "NN":
+            return sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS
         if sentence.lemma[i] in lexicon.INTRANSITIVE_VERBS | lexicon.THING_VERBS:
             return True
         kinds = lexicon.ANIMATE_NOUNS | lexicon.PURPOSE_NOUNS

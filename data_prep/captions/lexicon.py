@@ -22,9 +22,9 @@ PICTURE_NOUNS = word_set("""
 # Nouns, numerals and determiners that count; before "of" they stand for what they count. A herd, a
 # collection and the like are things of their own.
 COUNTING_WORDS = word_set("""
-    all both bunch couple dozen dozens each few group hundred hundreds kind kinds lot lots majority
-    many million millions most none number one pair pairs plenty row rows several some sort sorts
-    thousand thousands three trio two
+    all both bunch couple dozen dozens each few group hundred hundreds kind kinds lot lots
+    majority many million millions most much none number one pair pairs plenty row rows several
+    some sort sorts thousand thousands three trio two
 """)
 
 # Nouns of place inside a compound preposition: "in front of", "on top of", "in the middle of".
@@ -38,7 +38,8 @@ PLACE_PREPOSITIONS = word_set("""
 
 # Prepositions that tie clauses or comparisons together, not things.
 NO_RELATION = word_set("""
-    according because concerning considering despite due except excluding per regarding than versus
+    according because concerning considering despite due except excluding per regarding than
+    versus vs vs.
 """)
 
 # Adjectives that make one predicate with their preposition: "full of", "close to".
@@ -64,6 +65,8 @@ JOINED_PARTICIPLES = word_set("""
     colored coloured eyed faced feeling haired legged looking shaped sized smelling tasting
 """)
 
+PLATINGS = word_set("bronze copper gold powder silver")
+
 # Adjectives behind which an infinitive is as good as done: "about to land".
 IMMINENT_ADJECTIVES = word_set("about able ready")
 
@@ -83,8 +86,10 @@ PURPOSE_NOUNS = word_set("""
     tour track trail trip truck van vehicle website
 """)
 
-# Forms in -ing that before a thing name what it is for, as in "living room".
-PURPOSE_GERUNDS = word_set("""
+# Forms in -ing that before a thing name what it is for, as in "living room"; the first at the
+# beginning as well, where "cutting cakes" is a deed.
+ROOM_GERUNDS = word_set("dining filming living parking reviewing sitting swimming waiting")
+PURPOSE_GERUNDS = ROOM_GERUNDS | word_set("""
     baking camping chewing cleaning cooking cutting dining drinking filming gardening hiking
     knitting landing living meeting operating parking performing reading recording reviewing
     sailing sewing shipping shopping sitting skating skiing surfing swimming training waiting
@@ -96,6 +101,12 @@ FRUIT_NAMES = word_set("lavender olive orange violet")
 FRUIT_PARTS = word_set("""
     blossom field flower garden grove juice leaf marmalade oil peel plant segment slice soda sorbet
     tree wedge zest
+""")
+
+# Words that at the beginning, without an object, are read as verbs and are things.
+FIRST_NOUNS = word_set("""
+    copy cover design dress face leak model pattern plan project ring sign stand talk view visit
+    work
 """)
 
 # What is taken with no hand: the noun is a part of the verb.
@@ -145,11 +156,20 @@ DIRECTED_NOUNS = word_set("""
     route solution stair staircase step tribute way
 """)
 
+# Verbs whose "to" says where they bring their object: "add a touch to the room".
+GIVING_VERBS = word_set("""
+    add apply attach award bring connect deliver donate feed give hand lead lend offer pass pin
+    present read recommend return sell send show sing speak take teach tell throw tie
+""")
+
 # Works that a "by" behind them names the maker of.
 WORKS_OF_ART = word_set("""
     album artwork book cartoon design drawing film illustration image movie mural novel painting
     photo photograph picture poem portrait poster print sculpture sketch song statue
 """)
+
+# Words for times and ways, in which a relative clause behind them happens.
+MANNERS = word_set("moment place reason time way")
 
 # Rooms and landscapes, the setting of what somebody does.
 SCENES = word_set("""
@@ -290,11 +310,11 @@ MOVING_VERBS = word_set("""
 
 # Verbs of state: they relate two objects, but nobody acts. Ours: wearing is an action.
 STATE_VERBS = word_set("""
-    adjoin appear await be become believe belong boast comprise concern consist contain cost depend
-    deserve doubt equal exist expect forget hate have hope include involve know lack like live love
-    matter mean need overlook own possess prefer realise realize relate remain remember represent
-    require resemble see seem signify span suggest suppose surround symbolise symbolize tend think
-    understand want wish
+    adjoin appear await be become believe belong boast border comprise concern consist contain
+    cost depend deserve doubt equal exist expect forget hate have hope include involve know lack
+    like live love matter mean need overlook own possess prefer realise realize relate remain
+    remember represent require resemble see seem signify span suggest suppose surround symbolise
+    symbolize tend think understand want wish
 """)
 
 # Verbs of showing. Active with a picture as subject, or passive, they speak of the picture.
@@ -320,9 +340,9 @@ NAMING_VERBS = word_set("call dub entitle name nickname title")
 
 # Participles of condition: passive and without an agent who acts, they relate and do not act.
 CONDITION_VERBS = word_set("""
-    adorn associate attach coat compose connect consider cover crowd decorate dedicate deem
-    describe dress fill garnish highlight inspire know line litter load make pack relate shape
-    strew stuff surround top trim use
+    accent adorn associate attach coat compose connect consider cover crowd decorate dedicate
+    deem describe dress equip fill finish fringe furnish garnish highlight inspire know line
+    litter load make pack relate shape strew stuff surround top trim use
 """)
 
 # Verbs that hand their subject on to the verb behind them and are no deeds of their own.

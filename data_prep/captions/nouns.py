@@ -102,7 +102,7 @@ def _joins_participle(sentence: Sentence, i: int) -> bool:
         return False
     if sentence.low[after] in lexicon.JOINED_PARTICIPLES:
         return sentence.tag[i] in ADJECTIVE_TAGS or sentence.low[i] in lexicon.DESCRIBING_NOUNS
-    return sentence.low[i] in lexicon.DESCRIBING_NOUNS and sentence.low[after].endswith("ed")
+    return sentence.low[i] in lexicon.PLATINGS and sentence.low[after].endswith("ed")
 
 
 def _compound_parts(sentence: Sentence, i: int) -> list[int]:

@@ -51,6 +51,11 @@ class SubjectFinder:
                 return self._infer(head)
             shared = self._find_of_participle(i)
             return shared, bool(shared)
+        if dep == "ROOT" and sentence.has_kid(i, "aux"):
+            # "a butterfly looking for nectar ... will pollinate a flower"
+            for kid in sentence.kids_of(i, "advcl", "ccomp"):
+                if kid < i and sentence.has_kid(kid, "nsubj") and not sentence.has_kid(kid, "mark"):
+                    return self.find(kid)
         return [], False
 
     def _find_of_participle(self, i: int) -> list[int]:

@@ -236,6 +236,8 @@ class _GraphBuilder:
             return False
         if passive or sentence.dep[i] not in _GERUND_CLAUSES:
             return True
+        if any(sentence.tag[kid] == "MD" for kid in sentence.kids_of(i, "aux")):
+            return False
         # A gerund shares the fate of its main verb: "visit the shop using this map".
         while sentence.dep[i] != "ROOT" and sentence.tag[i] not in ("VB", "VBP"):
             i = sentence.head[i]
@@ -257,15 +259,38 @@ class _GraphBuilder:
                 ]
             else:
                 found += [(f"{predicate} to", j) for j in nouns.find_referents(sentence, kid)]
-        if sentence.dep[i] == "relcl" and not direct:
+        if sentence.dep[i] == "relcl" and not direct and not self.is_setting(i):
             own = sentence.kids_of(i, "nsubj", "nsubjpass")
             if any(sentence.low[kid] not in lexicon.RELATIVE_PRONOUNS for kid in own):
                 stranded = [kid for kid in sentence.kids_of(i, "prep") if not sentence.kids[kid]]
                 name = f"{predicate} {sentence.low[stranded[0]]}" if stranded else predicate
-                if stranded or not sentence.kids_of(i, "prep"):
+                if stranded or self.takes_object(i):
                     head = sentence.head[i]
                     found += [(name, j) for j in nouns.find_content(sentence, head)]
         return found
+
+    def is_setting(self, i: int) -> bool:
+        """Whether a relative clause says what happens there: "a space where they meet"."""
+        sentence = self.sentence
+        return any(
+            sentence.low[kid] in ("how", "when", "where", "why")
+            for kid in sentence.kids_of(i, "advmod")
+        ) or any(
+            sentence.low[inner] in lexicon.RELATIVE_PRONOUNS
+            for kid in sentence.kids_of(i, "prep")
+            for inner in sentence.kids_of(kid, "pobj")
+        )
+
+    def takes_object(self, i: int) -> bool:
+        """Whether the noun before a relative clause is what its verb is done to."""
+        sentence = self.sentence
+        if not sentence.kids_of(i, "prep"):
+            return True
+        still = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
+        antecedent = sentence.lemma[sentence.head[i]]
+        return (
+            sentence.lemma[i] not in still and antecedent not in lexicon.SETTINGS | lexicon.MANNERS
+        )
 
     def add_copula(self, i: int, subjects: list[int]) -> None:
         """Adds what "be" states: attributes, "is" between nouns, and places."""
@@ -297,6 +322,17 @@ class _GraphBuilder:
 
     # Relations
 
+    def is_bare_pair(self, i: int) -> bool:
+        """Whether a noun is joined to one before it and both are bare: "leaves and fruit of"."""
+        sentence = self.sentence
+        partner = sentence.head[i]
+        return (
+            sentence.dep[i] == "conj"
+            and sentence.tag[partner] in NOUN_TAGS
+            and not sentence.has_kid(i, "det", "amod", "poss", "compound")
+            and not sentence.has_kid(partner, "amod", "poss", "compound", "prep", "acl")
+        )
+
     def relate(self, subjects: list[int], targets: list[tuple[str, int]]) -> None:
         for subject in subjects:
             for name, target in targets:
@@ -319,6 +355,8 @@ class _GraphBuilder:
             else:
                 continue
             if targets:
-                place = sentence.low[kid] in lexicon.PLACE_PREPOSITIONS
-                owners = self.subjects.share(i, kid) if place else nouns.find_content(sentence, i)
+                shared = sentence.low[kid] in lexicon.PLACE_PREPOSITIONS or (
+                    sentence.low[kid] == "of" and self.is_bare_pair(i)
+                )
+                owners = self.subjects.share(i, kid) if shared else nouns.find_content(sentence, i)
                 self.relate(owners, targets)
