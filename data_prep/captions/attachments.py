@@ -4,7 +4,8 @@ It is a part of the repairs of the parse. What a correct parse means is not deci
 """
 
 from data_prep.captions import lexicon
-from data_prep.captions.sentence import NOUN_TAGS, VERB_TAGS, Sentence
+from data_prep.captions.hidden_verbs import NOMINAL
+from data_prep.captions.sentence import MODIFIERS, NOUN_TAGS, VERB_TAGS, Sentence
 
 # Behind an object these say where the deed is done, hardly ever which object is meant.
 _SCENE_PREPOSITIONS = frozenset(("across", "after", "along", "at", "before", "into", "onto"))
@@ -18,6 +19,8 @@ def correct_attachments(sentence: Sentence) -> None:
     """
     for i in range(1, len(sentence)):
         dep = sentence.dep[i]
+        if i > 1 and dep in NOMINAL and sentence.tag[i] in NOUN_TAGS and "CC" in sentence.tag:
+            _part_pair(sentence, i)
         if dep == "conj":
             _attach_partner(sentence, i)
         elif dep == "prep" and sentence.low[i] == "as" and _begins_clause(sentence, i):
@@ -26,6 +29,36 @@ def correct_attachments(sentence: Sentence) -> None:
             _attach_complement(sentence, i)
             if sentence.tag[sentence.head[i]] in NOUN_TAGS:
                 _attach_setting(sentence, i)
+
+
+def _part_pair(sentence: Sentence, i: int) -> None:
+    """Makes two of a pair read as one: "a striped shirt and white jeans", "actor and tv producer".
+
+    Other pairs name one thing with the noun behind them ("a lace and chiffon dress").
+    """
+    for kid in sentence.kids[i]:
+        if sentence.dep[kid] not in MODIFIERS or sentence.tag[kid] not in NOUN_TAGS or kid > i:
+            continue
+        joints = [j for j in sentence.kids_of(kid, "cc") if j > kid]
+        if not joints:
+            continue
+        joint = joints[0]
+        living = {sentence.lemma[kid], sentence.lemma[i]} <= lexicon.ANIMATE_NOUNS
+        described = any(
+            joint < j < i and sentence.dep[j] in ("amod", "det", "poss") for j in sentence.kids[i]
+        )
+        if not living and not (described and sentence.low[kid] not in lexicon.DESCRIBING_NOUNS):
+            continue
+        at_root = sentence.head[i] == i
+        sentence.attach(kid, kid if at_root else sentence.head[i], sentence.dep[i])
+        for j in list(sentence.kids[i]):
+            if j < kid:
+                sentence.attach(j, kid, sentence.dep[j])
+        for j in sentence.kids_of(kid, "conj"):
+            if j < i:
+                sentence.attach(j, i, "compound")
+        sentence.attach(i, kid, "conj")
+        return
 
 
 def _begins_clause(sentence: Sentence, i: int) -> bool:

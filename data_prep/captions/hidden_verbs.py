@@ -31,6 +31,9 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     """
     noun = i - 1
     low = sentence.low[i]
+    if sentence.tag[i] in ("NNS", "NNPS") and _has_own_subject(sentence, i, words):
+        sentence.tag[i], sentence.lemma[i] = "VBZ", words.lemmatize(low, "VBZ")
+        return
     if sentence.low[noun] in _SUBJECT_PRONOUNS and sentence.head[noun] == i:
         _correct_after_pronoun(sentence, i, words)
         return
@@ -52,6 +55,8 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         return
     if tag == "VBG" and sentence.dep[i] in MODIFIERS:
         actor, thing = _find_actor(sentence, noun), _find_head_noun(sentence, i)
+        if actor is None and low in lexicon.OPEN_GERUNDS and sentence.head[noun] in (i, thing):
+            actor = noun  # "a mountain overlooking a town"
         if actor is None or thing is None:
             return
         if actor != noun or sentence.lemma[thing] not in lexicon.PURPOSE_NOUNS:
@@ -64,6 +69,17 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         for kid in sentence.kids_of(i, "appos"):
             sentence.dep[kid] = "dobj"
         _make_subject(sentence, noun, i)
+
+
+def _has_own_subject(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
+    """Whether a form in -s has a singular subject: "the branch of a bush moves in the wind"."""
+    subjects = sentence.kids_of(i, "nsubj")
+    return (
+        bool(subjects)
+        and all(sentence.tag[kid] in ("NN", "NNP") for kid in subjects)
+        and words.lemmatize(sentence.low[i], "VBZ") in words.verbs
+        and _is_followed(sentence, i)
+    )
 
 
 def _correct_after_pronoun(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:

@@ -74,8 +74,8 @@ class CaptionLemmatizer:
     """Sets `token.lemma_` from the word and its tag, in lower case.
 
     Attributes:
-      nouns, verbs, adjectives: lower-case base forms of English words.
-      lexicon: all of them.
+      nouns, verbs, adjectives, adverbs: lower-case base forms of English words.
+      lexicon: the first three.
     """
 
     def __init__(self, lookups: Lookups):
@@ -90,6 +90,7 @@ class CaptionLemmatizer:
             for kind in _EXCEPTIONS
         }
         self.nouns, self.verbs, self.adjectives = map(self._index.get, ("noun", "verb", "adj"))
+        self.adverbs = frozenset(index["adv"])
         self.lexicon = self.nouns | self.verbs | self.adjectives
         self._cache: dict[tuple[int, int], str] = {}
 

@@ -208,51 +208,80 @@ FIRST_NAMES = word_set("""
 
 # Nouns of living things: they act, so that "girl with a hat smiling" is a girl that smiles.
 ANIMATE_NOUNS = FIRST_NAMES | word_set("""
-    acrobat activist actor actress admiral adult agent airman alligator alpaca ambassador angel
-    angler animal ant anteater antelope ape archer architect armadillo army artist athlete attendant
-    audience aunt author baby babysitter badger baker ballerina band barber barista bartender
-    bassist bat batsman batter bear beaver bee beetle biker bird bishop bison blackbird blacksmith
-    bluebird boar bobcat boss bowler boxer boy bride bridesmaid brother buffalo builder bull
-    bumblebee bunny businessman businesswoman busker butcher butterfly cadet calf camel cameraman
-    captain caribou carp carpenter cat caterpillar celebrity cellist centipede chairman chameleon
-    cheerleader cheetah chef chicken child chimpanzee chipmunk choir cicada citizen clerk client
-    climber clown clownfish coach cockatoo colonel comedian comic commuter competitor conductor
-    contestant cook cop cormorant cougar couple cousin cow cowboy cowgirl coyote crab craftsman
-    crane creature crew cricket crocodile crow crowd customer cyclist dad dancer daughter deer
-    defender demonstrator dentist designer detective devotee dinosaur director diver doctor dog
-    dolphin donkey dove dragon dragonfly driver drummer duck duckling eagle editor eel elderly
-    electrician elephant elk emperor employee emu engineer entrepreneur executive fairy falcon
-    family fan farmer father fellow female ferret fielder figure finch firefighter fireman fish
-    fisherman flamingo flock fly foal folk footballer fox friend frog gardener gazelle gecko
-    gentleman gerbil giraffe girl gladiator goalkeeper goat goldfish golfer goose gorilla governor
-    graduate grandfather grandma grandmother grandpa granny grasshopper groom groundhog group guard
-    guest guitarist gull guy gymnast hairdresser hamster hand hare hawk hedgehog hen herd hero heron
-    hiker hippo hippopotamus hog honeybee hornet horse human hummingbird hunter husband hyena iguana
-    infant infantry inmate instructor jackal jaguar jellyfish jockey jogger journalist judge juggler
-    kangaroo kayaker kid king kingfisher kitten kiwi knight koala koi lad lady ladybird ladybug lamb
-    lawyer leader lemur leopard lieutenant lion lioness lizard llama lobster lynx macaw magician
-    magpie male man manager manatee mantis marcher mare marmot mayor mechanic medic meerkat member
-    merchant midfielder miner minister model mole mom monarch mongoose monk monkey monster moose
-    mosquito moth mother motorcyclist mourner mouse mule mum musician nanny native newborn ninja nun
-    nurse octopus officer opossum orangutan orca orchestra osprey ostrich otter owl owner ox paddler
-    painter panda panther parakeet paramedic parent parrot participant passenger patient peacock
-    peasant pedestrian pelican penguin people performer person pet pheasant photographer pianist pig
-    pigeon piglet pilgrim pilot pirate pitcher player plumber police policeman politician pony pope
-    porcupine possum postman potter preschooler president priest prince princess prisoner producer
-    professor protester puffin puma pupil puppeteer puppy quail quarterback queen rabbit raccoon
-    racer ranger rapper rat raven receptionist referee refugee reindeer reporter rescuer resident
-    rhino rhinoceros rider robin robot rooster rower runner sailor salesman salmon samurai sandpiper
-    santa saxophonist schoolboy schoolgirl scientist scorpion sculptor seagull seahorse seal
-    secretary seller senator sergeant shark sheep shepherd sheriff shopkeeper shopper sibling singer
-    sister skateboarder skater skier skunk skydiver sloth slug snail snake snowboarder snowman
-    soldier son sparrow spectator spider sprinter spy squad squid squirrel staff stallion starling
-    steward stewardess stingray stork striker student stylist superhero supporter surfer surgeon
-    survivor swan swimmer tailor tapir tarantula teacher team technician teen teenager therapist
-    thief tiger toad toddler tortoise toucan tourist trader trainee trainer traveler traveller troop
-    trout trumpeter turkey turtle twin umpire uncle vampire vendor veteran victim villager villain
-    violinist visitor vulture waiter waitress walker wallaby walrus warrior warthog wasp weasel
-    weaver welder whale wife wildebeest winner witch wizard wolf woman wombat woodpecker worker worm
-    worshipper wren wrestler writer yak youngster youth zebra zombie
+    acrobat activist actor actress admiral adolescent adult adventurer agent airman alligator
+    alpaca ambassador amphibian angel angler animal ant anteater antelope ape archer architect
+    armadillo army artist athlete attendant audience aunt author baby babysitter backpacker
+    badger baker ballerina band bandit bandmate barber barista bartender bassist bat batsman
+    batter beagle bear beaver bee beetle biker bird bishop bison blackbird blacksmith bluebird
+    boar bobcat bodyguard boss bowler boxer boy boyfriend bride bridegroom bridesmaid brother
+    buffalo bug builder bull bulldog bullfighter bumblebee bunny burglar businessman
+    businesswoman busker butcher butterfly cadet calf camel cameraman campaigner camper canary
+    cannibal captain carer caretaker caribou carp carpenter cashier cat catcher caterpillar
+    cattle caveman celebrity cellist centipede chairman chameleon champion cheerleader cheetah
+    chef chicken chieftain chihuahua child chimpanzee chipmunk choir choreographer cicada
+    citizen clan classmate cleaner clerk client climber clown clownfish coach cockatoo cockerel
+    cockroach colleague collie colonel comedian comic commander commuter companion competitor
+    condor conductor conqueror consultant contestant convict cook cop corgi cormorant cornerback
+    coroner correspondent cougar councillor couple courier cousin cow cowboy cowgirl coyote crab
+    craftsman crane creator creature crew cricket crocodile crow crowd cub cuckoo customer
+    cyclist dachshund dad damselfly dancer daughter dealer deer defender demonstrator dentist
+    deputy designer detective devotee dictator dinosaur diplomat director disciple diver doctor
+    dog dolphin donkey dove dragon dragonfly drinker driver drummer duchess duck duckling duke
+    dwarf eagle editor eel egret elder elderly electrician elephant elf elk emigrant emperor
+    employee emu engineer entertainer entrepreneur evacuee executive expert explorer fairy
+    falcon family fan farmer farmhand father feline fellow female ferret fiance fiancee fielder
+    fighter figure finalist finch firefighter firefly fireman fish fisher fisherman flamingo
+    flock fly foal folk follower footballer foreigner founder fox friend frog fugitive fullback
+    gardener gazelle gecko gentleman gerbil ghost giraffe girl girlfriend gladiator goalie
+    goalkeeper goat god goddess goldfish golfer goose gorilla gosling governor graduate
+    grandchild granddaughter grandfather grandma grandmother grandpa grandparent grandson granny
+    grasshopper groom groundhog group grouse guard guardian guest guitarist gull gunman guy
+    gymnast hacker hairdresser halfback hamster hand hare hawk hedgehog heiress hen herd herder
+    hermit hero heron hiker hippo hippopotamus hitchhiker hog homeowner honeybee hooligan hornet
+    horse host hostage hostess hound housewife human hummingbird hunter huntress husband husky
+    hyena ibis iguana imam immigrant infant infantry infielder inmate insect inspector
+    instructor intern interpreter interviewer inventor investigator investor jackal jaguar
+    jellyfish jeweler jockey jogger journalist judge juggler juror kangaroo kayaker kid
+    kidnapper king kingfisher kitten kiwi knight knitter koala koi laborer labourer lad lady
+    ladybird ladybug lamb landlady landlord lark larva lawyer leader lecturer lemur leopard
+    librarian lieutenant lifeguard linebacker lion lioness livestock lizard llama lobster locust
+    lover lynx macaw magician magpie maid male mammal man manager manatee mantis marcher mare
+    marmot masseuse matador mayor mechanic medic meerkat member mentor merchant mermaid
+    messenger midfielder migrant millionaire miner minion minister mistress model mole mom
+    monarch mongoose monk monkey monster moose mosquito moth mother motorcyclist mourner mouse
+    mule mum musician nanny narrator narwhal native navigator neighbor neighbour nephew newborn
+    newlywed niece nightingale ninja nomad nominee nun nurse observer occupant octopus offender
+    officer onlooker opossum opponent orangutan orca orchestra organiser organizer oriole orphan
+    osprey ostrich otter outfielder outlaw owl owner ox paddler painter panda panther parakeet
+    paramedic paratrooper parent parishioner parrot participant partner partridge passenger
+    passerby patient peacock peasant peddler pedestrian pelican penguin pensioner people
+    performer person pet pheasant philosopher photographer pianist pickpocket pig pigeon piglet
+    pilgrim pilot piranha pirate pitcher plaintiff player playwright plumber poacher poet police
+    policeman politician pony pooch poodle pope porcupine porpoise possum postman potter poultry
+    preacher preschooler presenter president priest primate prince princess prisoner prodigy
+    producer professor programmer promoter prophet prosecutor protester protestor publisher
+    puffin pug puma pup pupil puppeteer puppy quail quarterback queen rabbi rabbit raccoon racer
+    ranger rapper raptor rat raven reader rebel receptionist recipient referee refugee reindeer
+    reporter reptile rescuer researcher resident retiree retriever reveler reveller rhino
+    rhinoceros rider ringmaster rival robin robot rodent roofer rookie rooster rower ruler
+    runner sage sailor saint salesman salmon samaritan samurai sandpiper santa saxophonist
+    scholar schoolboy schoolgirl scientist scorpion scout sculptor seabird seagull seahorse seal
+    seamstress secretary seller semifinalist senator senior sergeant servant settler shark sheep
+    sheikh shepherd sheriff shooter shopkeeper shopper showgirl sibling singer sister
+    skateboarder skater skier skunk skydiver slave sloth slug smoker smuggler snail snake
+    snowboarder snowman soldier son songbird spaniel sparrow speaker spectator spider
+    spokesperson spouse sprinter spy squad squid squirrel staff stallion starfish starling
+    stepmother steward stewardess stingray stork stranger striker student stylist sultan
+    superhero supermodel supervisor supporter surfer surgeon surveyor survivor suspect swan
+    sweetheart swimmer tabby tadpole tailor tapir tarantula tattooist teacher team teammate
+    technician teen teenager tenant termite terrier therapist thief thrush tiger toad toddler
+    tortoise toucan tourist trader trainee trainer traveler traveller treasurer tribesman troop
+    troubadour trout trucker trumpeter tuna turkey turtle tutor twin tycoon umpire uncle
+    undergraduate unicorn usher valet vampire vandal vendor veteran victim villager villain
+    violinist visitor voter vulture waiter waitress walker wallaby walrus wanderer warbler
+    warden warrior warthog wasp weasel weaver weightlifter welder whale whaler widow wife
+    wildebeest winger winner witch wizard wolf woman wombat woodpecker worker worm worshipper
+    wren wrestler writer yak youngster youth zebra zombie zookeeper
 """)
 
 # Endings of words for persons, and things that end so.
@@ -345,6 +374,11 @@ CONDITION_VERBS = word_set("""
     litter load make pack relate shape strew stuff surround top trim use
 """)
 
+# Forms in -ing that behind a thing are verbs: "a tripod facing a mountain".
+OPEN_GERUNDS = word_set("""
+    bearing containing depicting facing featuring holding overlooking showing surrounding
+""")
+
 # Verbs that hand their subject on to the verb behind them and are no deeds of their own.
 PHASE_VERBS = word_set("""
     appear attempt begin continue decide get go have hope keep like love manage need plan prefer
@@ -353,8 +387,9 @@ PHASE_VERBS = word_set("""
 
 # Verbs whose object does what the next verb says: "watch a man ride".
 CONTROL_VERBS = word_set("""
-    allow ask catch cause encourage feel find force get have hear help invite keep leave let make
-    order see send show spot teach tell want watch
+    allow ask catch cause challenge commission convince enable encourage feel find force get
+    have hear help hire invite keep leave let make order persuade remind see send show spot
+    teach tell want watch
 """)
 
 # Verbs that join an adjective to their subject, as "be" does.

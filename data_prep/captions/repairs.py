@@ -58,6 +58,8 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
                 sentence.tag[i] = "JJ"
         elif sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
+        elif sentence.dep[i] == "npadvmod" and low in lexicon.ANIMATE_NOUNS - {"hand"}:
+            sentence.dep[i] = "dep"
         if tag == "NNP" and low.endswith("men") and low[:-2] + "an" in words.nouns:
             sentence.tag[i], sentence.lemma[i] = "NNS", low[:-2] + "an"
         if low in lexicon.PLACE_ADVERBS and i and sentence.dep[i - 1] == "compound":
@@ -81,9 +83,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         elif low in words.verbs and low not in words.adjectives and has_thing(sentence, i):
             sentence.tag[i] = "VBP"
     elif tag == "RB":
-        # "Windmill on a hill".
-        if sentence.head[i] == i and low in words.nouns and low not in words.adjectives:
-            sentence.tag[i] = "NN"
+        _correct_adverb(sentence, i, words)
     elif tag == "PRP":
         if low not in lexicon.PRONOUNS and low in words.nouns:
             sentence.tag[i] = "NN"
@@ -91,6 +91,26 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         sentence.tag[i] = "NN"
         if sentence.tag[sentence.head[i]] in VERB_TAGS and sentence.head[i] > i:
             sentence.dep[i] = "nsubj"
+
+
+def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
+    """Makes nouns of adverbs that are none: "Windmill on a hill", "wrist tattoo", "fold a napkin"."""
+    low, head = sentence.low[i], sentence.head[i]
+    if low not in words.nouns or low in words.adjectives:
+        return
+    if head == i:
+        sentence.tag[i] = "NN"
+        return
+    if low in words.adverbs or len(low) < 4 or not low.isalpha():
+        return
+    sentence.tag[i] = "NN"
+    if head == i - 1 and sentence.tag[head] in VERB_TAGS:
+        sentence.dep[i] = "dobj"
+    elif head == i - 1 and sentence.tag[head] in NOUN_TAGS:
+        sentence.replace(head, i)
+        sentence.attach(head, i, "compound")
+    elif head > i and sentence.tag[head] in NOUN_TAGS:
+        sentence.dep[i] = "compound"
 
 
 def _is_listed_color(sentence: Sentence, i: int) -> bool:
