@@ -182,8 +182,11 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
         or (low == "against" and target not in lexicon.ANIMATE_NOUNS)
         or (target in lexicon.SETTINGS and low in lexicon.PLACE_PREPOSITIONS)
     )
-    is_scene = low in _SCENE_PREPOSITIONS or (
-        target in lexicon.SCENES and low in lexicon.PLACE_PREPOSITIONS
+    is_time = target in lexicon.CALENDAR or target == "day"
+    is_scene = (
+        low in _SCENE_PREPOSITIONS
+        or (is_time and low in ("for", "in", "on"))
+        or (target in lexicon.SCENES and low in lexicon.PLACE_PREPOSITIONS)
     )
     while True:
         noun = sentence.head[i]

@@ -123,7 +123,9 @@ NOMINAL_GERUNDS = word_set("""
 PLACE_ADVERBS = word_set("ashore backstage downstairs offshore offstage onstage overhead upstairs")
 
 # Forms in -s that without an object are plurals: "autumn leaves against the sky".
-PLURAL_NOUNS = word_set("designs details holes leaves lights photographs pictures ruins views")
+PLURAL_NOUNS = word_set(
+    "colors colours designs details holes leaves lights photographs pictures ruins views"
+)
 
 # Forms in -ing that are prepositions when nobody does them: "comfortable considering his age".
 PREPOSITIONAL_GERUNDS = word_set("concerning considering excluding including regarding")
@@ -131,10 +133,10 @@ PREPOSITIONAL_GERUNDS = word_set("concerning considering excluding including reg
 # Clothes: what is said behind them of place and time is said of who wears them.
 CLOTHES = word_set("""
     apron attire bikini blazer blouse boot cap cape cardigan cloak clothes clothing coat costume
-    dress garment glove gown hat headdress helmet hoodie jacket jeans jersey jumpsuit kimono
-    kit leggings mask outfit overalls pajamas pants robe saree sari scarf shirt shoe short shorts
-    skirt sneaker suit sunglasses sweater sweatshirt swimsuit t-shirt tights top trousers tutu
-    tuxedo underwear uniform vest
+    dress garment glasses glove gown hat headdress helmet hoodie jacket jeans jersey jumpsuit
+    kimono kit leggings mask outfit overalls pajamas pants robe saree sari scarf shirt shoe
+    short shorts skirt sneaker suit sunglasses sweater sweatshirt swimsuit t-shirt tights top
+    trousers tutu tuxedo underwear uniform vest
 """)
 
 # Conditions that a thing is in: where it is so is where it is ("seafood for sale at a market").
@@ -305,8 +307,14 @@ INTRANSITIVE_VERBS = word_set("""
 
 # What people do with their bodies: behind a thing that somebody has, who has it does it.
 BODILY_VERBS = word_set("""
-    crouch frown grin kneel laugh look pose sit smile squat stand walk
+    carry cook crouch dance drink eat frown grin hold kneel laugh listen look play pose read
+    sing sit smile speak squat stand talk use walk wear write
 """)
+
+# Verbs behind whose object a form in -ing is what that does: "watch a train passing".
+PERCEIVING_VERBS = word_set(
+    "capture catch depict feel find hear leave photograph picture see show watch"
+)
 
 # Verbs of posture and motion that any thing may do: "a square resting on a circle".
 POSTURE_VERBS = word_set("""

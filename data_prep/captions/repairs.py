@@ -60,6 +60,8 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.dep[i] = "pobj"
         elif sentence.dep[i] == "npadvmod" and low in lexicon.ANIMATE_NOUNS - {"hand"}:
             sentence.dep[i] = "dep"
+        elif sentence.dep[i] == "npadvmod" and _is_brought_about(sentence, i):
+            sentence.dep[i] = "dobj"
         if tag == "NNP" and low.endswith("men") and low[:-2] + "an" in words.nouns:
             sentence.tag[i], sentence.lemma[i] = "NNS", low[:-2] + "an"
         if low in lexicon.PLACE_ADVERBS and i and sentence.dep[i - 1] == "compound":
@@ -94,7 +96,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
 
 
 def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Makes nouns of adverbs that are none: "Windmill on a hill", "wrist tattoo", "fold a napkin"."""
+    """Makes nouns of adverbs that are none: "windmill on a hill", "wrist tattoo", "fold napkin"."""
     low, head = sentence.low[i], sentence.head[i]
     if low not in words.nouns or low in words.adjectives:
         return
@@ -111,6 +113,17 @@ def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> Non
         sentence.attach(head, i, "compound")
     elif head > i and sentence.tag[head] in NOUN_TAGS:
         sentence.dep[i] = "compound"
+
+
+def _is_brought_about(sentence: Sentence, i: int) -> bool:
+    """Whether a noun is no time but an object: "a torch lighting up the night"."""
+    verb = sentence.head[i]
+    return (
+        verb < i
+        and sentence.has_kid(verb, "prt")
+        and not sentence.has_kid(verb, "dobj")
+        and any(sentence.low[kid] == "the" for kid in sentence.kids_of(i, "det"))
+    )
 
 
 def _is_listed_color(sentence: Sentence, i: int) -> bool:

@@ -76,7 +76,9 @@ class SubjectFinder:
         lemma, base = sentence.lemma[i], noun
         while sentence.dep[base] in ("conj", "pobj", "prep", "dobj"):
             if sentence.dep[base] == "dobj" and not (
-                sentence.dep[i] == "conj" or lemma in lexicon.BODILY_VERBS
+                sentence.dep[i] == "conj"
+                or lemma in lexicon.BODILY_VERBS
+                or sentence.lemma[base] in lexicon.CLOTHES
             ):
                 break
             if lemma in lexicon.THING_VERBS and not self._carries(base):
@@ -84,7 +86,7 @@ class SubjectFinder:
             base = sentence.head[base]
             if sentence.tag[base] in VERB_TAGS:
                 above = self.find(base)[0]
-                if sentence.lemma[base] in lexicon.CONTROL_VERBS:
+                if sentence.lemma[base] in lexicon.PERCEIVING_VERBS:
                     break
             else:
                 above = nouns.find_content(sentence, base)

@@ -219,8 +219,11 @@ class _GraphBuilder:
         sentence = self.sentence
         if sentence.has_kid(i, "neg"):
             return True
+        head = sentence.head[i]
+        if sentence.dep[i] == "ccomp" and sentence.low[head] == "let" and head < i:
+            if sentence.dep[head] == "ROOT" and not sentence.has_kid(head, "nsubj", "aux"):
+                return True  # "let 's talk", "let me see"
         if any(sentence.tag[kid] == "TO" for kid in sentence.kids_of(i, "aux")):
-            head = sentence.head[i]
             allowed = sentence.dep[i] == "ccomp" and sentence.has_kid(i, "nsubj")
             if sentence.dep[i] not in ("xcomp", "advcl", "conj") and not (
                 allowed and sentence.lemma[head] in lexicon.CONTROL_VERBS
