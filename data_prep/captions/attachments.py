@@ -118,6 +118,8 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
             owner = sentence.head[owner]
         if owner < i:
             sentence.attach(i, owner, "prep")
+    elif low == "with" and _is_part(sentence, noun, i):
+        sentence.attach(i, noun, "prep")
     elif low == "to" and _is_given(sentence, head):
         first = head
         while sentence.dep[first] == "conj":
@@ -136,6 +138,26 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
             )
         ):
             sentence.attach(i, noun, "prep")
+
+
+def _is_part(sentence: Sentence, noun: int, i: int) -> bool:
+    """Whether a "with" behind a verb's phrase says what belongs to the noun there.
+
+    "Sitting in a field with overgrown grass", "wears a hat with feathers".
+    """
+    verb, targets = sentence.head[i], sentence.kids_of(i, "pobj")
+    if sentence.tag[verb] not in VERB_TAGS or sentence.tag[noun] not in NOUN_TAGS or not targets:
+        return False
+    owner = sentence.head[noun]
+    if sentence.dep[noun] == "conj":
+        owner = sentence.head[owner]
+    if owner == verb:
+        return sentence.lemma[verb] == "wear"
+    return (
+        sentence.dep[noun] == "pobj"
+        and sentence.head[owner] == verb
+        and sentence.lemma[targets[0]] in lexicon.SCENERY
+    )
 
 
 def _is_given(sentence: Sentence, noun: int) -> bool:

@@ -98,17 +98,29 @@ def _correct_of_collective(sentence: Sentence, i: int, words: CaptionLemmatizer)
       Whether it was one.
     """
     noun, of = i - 1, sentence.head[i]
-    if sentence.tag[i] != "NNS" or sentence.dep[i] != "pobj" or sentence.low[of] != "of":
+    if sentence.dep[i] != "pobj":
+        return False
+    if sentence.tag[i] == "VBZ":
+        # "a woman with an umbrella waits in the rain"
+        if sentence.tag[noun] not in NOUN_TAGS or not 0 < sentence.head[of] + 1 <= of:
+            return False
+        return _give_to_owner(sentence, i, words.lemmatize(sentence.low[i], "VBZ"))
+    if sentence.tag[i] != "NNS" or sentence.low[of] != "of":
         return False
     lemma, owner = words.lemmatize(sentence.low[i], "VBZ"), sentence.head[of]
     if lemma not in words.verbs or sentence.tag[noun] != "NNS" or not _is_followed(sentence, i):
         return False
     if sentence.head[noun] != i or sentence.tag[owner] != "NN" or owner > of:
         return False
+    return _give_to_owner(sentence, i, lemma)
+
+
+def _give_to_owner(sentence: Sentence, i: int, lemma: str) -> bool:
+    noun, preposition = i - 1, sentence.head[i]
     sentence.tag[i], sentence.lemma[i] = "VBZ", lemma
-    sentence.attach(noun, of, "pobj")
+    sentence.attach(noun, preposition, "pobj")
     _move_modifiers(sentence, i, noun)
-    sentence.attach(i, owner, "acl")
+    sentence.attach(i, sentence.head[preposition], "acl")
     return True
 
 

@@ -170,6 +170,13 @@ WORKS_OF_ART = word_set("""
     photo photograph picture poem portrait poster print sculpture sketch song statue
 """)
 
+# Parts of landscapes and buildings: behind a place they are its parts.
+SCENERY = word_set("""
+    beach building bush ceiling chimney cloud curtain door flag floor flower furniture grass hill
+    lamp light mountain palm plant railing rock roof sand shrub sky skyscraper snow tower tree view
+    wall wave window
+""")
+
 # Words for times and ways, in which a relative clause behind them happens.
 MANNERS = word_set("moment place reason time way")
 

@@ -41,8 +41,17 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
         elif sentence.tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
     for i in range(1, len(sentence)):
-        if sentence.tag[i] in HIDDEN_VERB_TAGS:
+        if sentence.tag[i] in HIDDEN_VERB_TAGS or (
+            sentence.tag[i] == "VBZ" and sentence.dep[i] == "pobj"
+        ):
             correct_hidden_verb(sentence, i, words)
+        if (
+            sentence.dep[i - 1] == "compound"
+            and sentence.head[i - 1] == i
+            and sentence.tag[i] in ("VBZ", "VBP", "VBD")
+            and sentence.tag[i - 1] in NOUN_TAGS
+        ):
+            _make_subject(sentence, i - 1)  # "olympic athlete competes"
     correct_attachments(sentence)
 
 
@@ -59,7 +68,8 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         elif sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
         elif sentence.dep[i] == "npadvmod" and low in lexicon.ANIMATE_NOUNS - {"hand"}:
-            sentence.dep[i] = "dep"
+            if not _make_subject(sentence, i):
+                sentence.dep[i] = "dep"
         elif sentence.dep[i] == "npadvmod" and _is_brought_about(sentence, i):
             sentence.dep[i] = "dobj"
         if tag == "NNP" and low.endswith("men") and low[:-2] + "an" in words.nouns:
@@ -113,6 +123,20 @@ def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> Non
         sentence.attach(head, i, "compound")
     elif head > i and sentence.tag[head] in NOUN_TAGS:
         sentence.dep[i] = "compound"
+
+
+def _make_subject(sentence: Sentence, i: int) -> bool:
+    """Makes a noun the subject of the verb behind it that it hangs on, if that has none."""
+    verb = sentence.head[i]
+    if verb < i or sentence.tag[verb] not in VERB_TAGS or sentence.dep[verb] in MODIFIERS:
+        return False
+    if sentence.has_kid(verb, "nsubj", "nsubjpass"):
+        return False
+    sentence.dep[i] = "nsubj"
+    for kid in list(sentence.kids[verb]):
+        if kid < i and sentence.dep[kid] in ("det", "amod", "nummod", "poss", "compound"):
+            sentence.attach(kid, i, sentence.dep[kid])
+    return True
 
 
 def _is_brought_about(sentence: Sentence, i: int) -> bool:

@@ -220,9 +220,9 @@ class _GraphBuilder:
         if sentence.has_kid(i, "neg"):
             return True
         head = sentence.head[i]
-        if sentence.dep[i] == "ccomp" and sentence.low[head] == "let" and head < i:
-            if sentence.dep[head] == "ROOT" and not sentence.has_kid(head, "nsubj", "aux"):
-                return True  # "let 's talk", "let me see"
+        lets = sentence.low[head] == "let" and sentence.dep[head] == "ROOT"
+        if lets and sentence.dep[i] == "ccomp" and not sentence.has_kid(head, "nsubj", "aux"):
+            return True  # "let 's talk", "let me see"
         if any(sentence.tag[kid] == "TO" for kid in sentence.kids_of(i, "aux")):
             allowed = sentence.dep[i] == "ccomp" and sentence.has_kid(i, "nsubj")
             if sentence.dep[i] not in ("xcomp", "advcl", "conj") and not (
