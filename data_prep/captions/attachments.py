@@ -9,6 +9,9 @@ from data_prep.captions.sentence import MODIFIERS, NOUN_TAGS, VERB_TAGS, Sentenc
 
 # Behind an object these say where the deed is done, hardly ever which object is meant.
 _SCENE_PREPOSITIONS = frozenset(("across", "after", "along", "at", "before", "into", "onto"))
+_PICTURES = lexicon.PICTURE_NOUNS | lexicon.COUNTING_WORDS
+_LIVING_OR_PICTURES = lexicon.ANIMATE_NOUNS | _PICTURES
+_STATES = lexicon.CLOTHES | lexicon.CONDITIONS
 
 
 def correct_attachments(sentence: Sentence) -> None:
@@ -19,9 +22,9 @@ def correct_attachments(sentence: Sentence) -> None:
     """
     for i in range(1, len(sentence)):
         dep = sentence.dep[i]
-        if i > 1 and dep in NOMINAL and sentence.tag[i] in NOUN_TAGS and "CC" in sentence.tag:
+        if dep == "cc":
             _part_pair(sentence, i)
-        if dep == "conj":
+        elif dep == "conj":
             _attach_partner(sentence, i)
         elif dep == "prep" and sentence.low[i] == "as" and _begins_clause(sentence, i):
             continue
@@ -31,34 +34,33 @@ def correct_attachments(sentence: Sentence) -> None:
                 _attach_setting(sentence, i)
 
 
-def _part_pair(sentence: Sentence, i: int) -> None:
+def _part_pair(sentence: Sentence, joint: int) -> None:
     """Makes two of a pair read as one: "a striped shirt and white jeans", "actor and tv producer".
 
     Other pairs name one thing with the noun behind them ("a lace and chiffon dress").
     """
-    for kid in sentence.kids[i]:
-        if sentence.dep[kid] not in MODIFIERS or sentence.tag[kid] not in NOUN_TAGS or kid > i:
-            continue
-        joints = [j for j in sentence.kids_of(kid, "cc") if j > kid]
-        if not joints:
-            continue
-        joint = joints[0]
-        living = {sentence.lemma[kid], sentence.lemma[i]} <= lexicon.ANIMATE_NOUNS
-        described = any(
-            joint < j < i and sentence.dep[j] in ("amod", "det", "poss") for j in sentence.kids[i]
-        )
-        if not living and not (described and sentence.low[kid] not in lexicon.DESCRIBING_NOUNS):
-            continue
-        at_root = sentence.head[i] == i
-        sentence.attach(kid, kid if at_root else sentence.head[i], sentence.dep[i])
-        for j in list(sentence.kids[i]):
-            if j < kid:
-                sentence.attach(j, kid, sentence.dep[j])
-        for j in sentence.kids_of(kid, "conj"):
-            if j < i:
-                sentence.attach(j, i, "compound")
-        sentence.attach(i, kid, "conj")
+    first = sentence.head[joint]
+    last = sentence.head[first]
+    if sentence.dep[first] not in MODIFIERS or sentence.dep[last] not in NOMINAL:
         return
+    if not first < joint < last or not {sentence.tag[first], sentence.tag[last]} <= NOUN_TAGS:
+        return
+    living = {sentence.lemma[first], sentence.lemma[last]} <= lexicon.ANIMATE_NOUNS
+    described = any(
+        joint < kid < last and sentence.dep[kid] in ("amod", "det", "poss")
+        for kid in sentence.kids[last]
+    )
+    if not living and not (described and sentence.low[first] not in lexicon.DESCRIBING_NOUNS):
+        return
+    at_root = sentence.head[last] == last
+    sentence.attach(first, first if at_root else sentence.head[last], sentence.dep[last])
+    for kid in list(sentence.kids[last]):
+        if kid < first:
+            sentence.attach(kid, first, sentence.dep[kid])
+    for kid in sentence.kids_of(first, "conj"):
+        if kid < last:
+            sentence.attach(kid, last, "compound")
+    sentence.attach(last, first, "conj")
 
 
 def _begins_clause(sentence: Sentence, i: int) -> bool:
@@ -228,7 +230,7 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
             and sentence.low[sentence.head[first]] == "with"
         ):
             return  # "a lake with mountains in the background"
-        is_state = sentence.lemma[noun] in lexicon.CLOTHES | lexicon.CONDITIONS and (
+        is_state = sentence.lemma[noun] in _STATES and (
             low in lexicon.PLACE_PREPOSITIONS or low in ("against", "during", "for")
         )
         if not (is_state or is_setting or (is_scene and is_direct)) or owner > i:

@@ -67,7 +67,9 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
                 sentence.tag[i] = "JJ"
         elif sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
-        elif sentence.dep[i] == "npadvmod" and low in lexicon.ANIMATE_NOUNS - {"hand"}:
+        elif sentence.dep[i] == "npadvmod" and (
+            low in lexicon.ANIMATE_NOUNS and low != "hand"  # "hand painted"
+        ):
             if not _make_subject(sentence, i):
                 sentence.dep[i] = "dep"
         elif sentence.dep[i] == "npadvmod" and _is_brought_about(sentence, i):

@@ -17,6 +17,7 @@ _CLAUSES = frozenset(
     ("ROOT", "conj", "acl", "relcl", "xcomp", "ccomp", "advcl", "pcomp", "parataxis", "dep")
 )
 _GERUND_CLAUSES = frozenset(("ROOT", "conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"))
+_WITHOUT_OBJECT = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
 _ACTION, _RELATION, _PLACE = "action", "relation", "place"
 
 
@@ -289,11 +290,10 @@ class _GraphBuilder:
         sentence = self.sentence
         if not sentence.kids_of(i, "prep"):
             return True
-        still = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
+        if sentence.lemma[i] in _WITHOUT_OBJECT:
+            return False
         antecedent = sentence.lemma[sentence.head[i]]
-        return (
-            sentence.lemma[i] not in still and antecedent not in lexicon.SETTINGS | lexicon.MANNERS
-        )
+        return antecedent not in lexicon.SETTINGS and antecedent not in lexicon.MANNERS
 
     def add_copula(self, i: int, subjects: list[int]) -> None:
         """Adds what "be" states: attributes, "is" between nouns, and places."""
