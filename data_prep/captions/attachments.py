@@ -67,7 +67,7 @@ def _begins_clause(sentence: Sentence, i: int) -> bool:
     """Makes a clause of "as a storm approaches", if it is one read as a phrase."""
     things = sentence.kids_of(i, "pobj")
     verb = things[0] + 1 if things else len(sentence)
-    if verb >= len(sentence) or sentence.tag[verb] not in ("VBZ", "VBP", "VBD"):
+    if verb >= len(sentence) or sentence.tag[verb] not in ("VBZ", "VBP", "VBD", "VBG"):
         return False
     if sentence.has_kid(verb, "nsubj", "nsubjpass", "aux", "auxpass", "agent"):
         return False

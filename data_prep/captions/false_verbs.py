@@ -10,6 +10,8 @@ from data_prep.captions.sentence import ADJECTIVE_TAGS, NOUN_TAGS, Sentence
 
 _VERB_COMPLEMENTS = ("dobj", "prep", "ccomp", "xcomp", "acomp", "attr", "prt", "aux", "advmod")
 
+_BEARS = frozenset(("black", "brown", "grizzly", "koala", "panda", "polar", "teddy"))
+
 
 def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     """Takes back the tag of a verb from words that are no verbs in this position.
@@ -40,6 +42,7 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
         or (low in lexicon.PLURAL_NOUNS and _is_of_thing(sentence, i))
         or (sentence.tag[i] == "VBZ" and sentence.dep[i] == "pobj" and lemma in words.nouns)
         or _begins_with_thing(sentence, i)
+        or (low == "bear" and i > 0 and sentence.low[i - 1] in _BEARS)
     ):
         sentence.tag[i] = "NN" if low in words.nouns else "NNS"
         sentence.lemma[i] = words.lemmatize(low, sentence.tag[i])

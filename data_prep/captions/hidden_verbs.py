@@ -105,7 +105,16 @@ def _correct_of_collective(sentence: Sentence, i: int, words: CaptionLemmatizer)
         if sentence.tag[noun] not in NOUN_TAGS or not 0 < sentence.head[of] + 1 <= of:
             return False
         return _give_to_owner(sentence, i, words.lemmatize(sentence.low[i], "VBZ"))
-    if sentence.tag[i] != "NNS" or sentence.low[of] != "of":
+    if sentence.tag[i] != "NNS":
+        return False
+    if sentence.low[of] in ("at", "in", "on"):
+        # "a man in a turban walks out of a house"
+        lemma, owner = words.lemmatize(sentence.low[i], "VBZ"), sentence.head[of]
+        acts = lemma in lexicon.BODILY_VERBS and _is_followed(sentence, i) and owner < of
+        singular = sentence.tag[owner] in ("NN", "NNP") and sentence.head[noun] == i
+        if acts and singular and sentence.lemma[owner] in lexicon.ANIMATE_NOUNS:
+            return _give_to_owner(sentence, i, lemma)
+    if sentence.low[of] != "of":
         return False
     lemma, owner = words.lemmatize(sentence.low[i], "VBZ"), sentence.head[of]
     if lemma not in words.verbs or sentence.tag[noun] != "NNS" or not _is_followed(sentence, i):

@@ -182,11 +182,13 @@ MANNERS = word_set("moment place reason time way")
 
 # Rooms and landscapes, the setting of what somebody does.
 SCENES = word_set("""
-    airport arena backyard bar bathroom beach bedroom cafe ceremony church city classroom concert
-    countryside court desert event farm festival field forest front garden gym hall hospital kitchen
-    lake lab laboratory library market meadow mountain museum ocean office park party playground
-    pool premiere rain restaurant river road room school sea shop show snow space stadium stage
-    store street studio sun sunlight town village water wedding wind winter wood workshop yard zoo
+    accident airport arena attack backyard bar bathroom battle beach bedroom cafe ceremony
+    church city classroom competition concert contest countryside court crash desert earthquake
+    event farm festival field forest front game garden gym hall hospital kitchen lab laboratory
+    lake library market match meadow mountain museum ocean office park party playground pool
+    premiere race rain restaurant river road room school sea shop show snow space stadium stage
+    store street studio sun sunlight tournament town village war water wedding wind winter wood
+    workshop yard zoo
 """)
 
 # Calendar words: times that something is at or on, and no things elsewhere.
@@ -315,7 +317,7 @@ INTRANSITIVE_VERBS = word_set("""
 # What people do with their bodies: behind a thing that somebody has, who has it does it.
 BODILY_VERBS = word_set("""
     carry cook crouch dance drink eat frown grin hold kneel laugh listen look play pose read
-    sing sit smile speak squat stand talk use walk wear write
+    sing sit smile speak squat stand talk use wait walk wear work write
 """)
 
 # Verbs behind whose object a form in -ing is what that does: "watch a train passing".

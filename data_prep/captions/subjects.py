@@ -128,7 +128,8 @@ class SubjectFinder:
                 found = found + nouns.find_referents(sentence, kid)
         while sentence.dep[noun] == "conj":
             noun = sentence.head[noun]
-            if sentence.has_kid(noun, "acl", "relcl", "prep"):
+            phrases = sentence.kids_of(noun, "acl", "relcl", "prep")
+            if any(sentence.low[kid] != "of" for kid in phrases):
                 break
             found = nouns.find_content(sentence, noun) + found
         return found
