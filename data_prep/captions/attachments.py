@@ -20,18 +20,19 @@ def correct_attachments(sentence: Sentence) -> None:
     Args:
       sentence: the parsed caption, its tags corrected.
     """
-    for i in range(1, len(sentence)):
-        dep = sentence.dep[i]
-        if dep == "cc":
-            _part_pair(sentence, i)
-        elif dep == "conj":
-            _attach_partner(sentence, i)
-        elif dep == "prep" and sentence.low[i] == "as" and _begins_clause(sentence, i):
-            continue
-        elif dep == "prep" and sentence.low[i] != "of":
+    for i, dep in enumerate(sentence.dep):
+        if dep == "prep":
+            if not i or sentence.low[i] == "of":
+                continue
+            if sentence.low[i] == "as" and _begins_clause(sentence, i):
+                continue
             _attach_complement(sentence, i)
             if sentence.tag[sentence.head[i]] in NOUN_TAGS:
                 _attach_setting(sentence, i)
+        elif dep == "cc":
+            _part_pair(sentence, i)
+        elif dep == "conj":
+            _attach_partner(sentence, i)
 
 
 def _part_pair(sentence: Sentence, joint: int) -> None:

@@ -39,7 +39,7 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
         return
     if sentence.tag[noun] not in NOUN_TAGS and not _may_be_shape(sentence, noun, words):
         return
-    if _correct_of_collective(sentence, i, words):
+    if sentence.dep[i] == "pobj" and _correct_of_collective(sentence, i, words):
         return
     if sentence.tag[i] == "NN" and low in words.verbs and sentence.has_kid(i, "nsubj"):
         if has_thing(sentence, i) and low not in lexicon.DESCRIBING_NOUNS:
@@ -98,8 +98,6 @@ def _correct_of_collective(sentence: Sentence, i: int, words: CaptionLemmatizer)
       Whether it was one.
     """
     noun, of = i - 1, sentence.head[i]
-    if sentence.dep[i] != "pobj":
-        return False
     if sentence.tag[i] == "VBZ":
         # "a woman with an umbrella waits in the rain"
         if sentence.tag[noun] not in NOUN_TAGS or not 0 < sentence.head[of] + 1 <= of:

@@ -65,7 +65,7 @@ JOINED_PARTICIPLES = word_set("""
     colored coloured eyed faced feeling haired legged looking shaped sized smelling tasting
 """)
 
-PLATINGS = word_set("bronze copper gold powder silver")
+PLATINGS = word_set("bronze copper gold silver")
 
 # Adjectives behind which an infinitive is as good as done: "about to land".
 IMMINENT_ADJECTIVES = word_set("about able ready")

@@ -95,14 +95,19 @@ def name_object(sentence: Sentence, i: int) -> str:
 def _joins_participle(sentence: Sentence, i: int) -> bool:
     """Whether a modifier makes one word with the next: "gold plated", "good looking"."""
     after, head = i + 1, sentence.head[i]
-    beside = after < head and sentence.head[after] == head and sentence.dep[after] in MODIFIERS
-    if not beside and (head != after or sentence.dep[i] not in MODIFIERS):
+    if after > head:
         return False
-    if sentence.tag[after] not in ADJECTIVE_TAGS and sentence.tag[after] not in PARTICIPLE_TAGS:
+    low = sentence.low[after]
+    if low not in lexicon.JOINED_PARTICIPLES and (
+        sentence.low[i] not in lexicon.PLATINGS or not low.endswith("ed")
+    ):
         return False
-    if sentence.low[after] in lexicon.JOINED_PARTICIPLES:
-        return sentence.tag[i] in ADJECTIVE_TAGS or sentence.low[i] in lexicon.DESCRIBING_NOUNS
-    return sentence.low[i] in lexicon.PLATINGS and sentence.low[after].endswith("ed")
+    if head != after and (sentence.head[after] != head or sentence.dep[after] not in MODIFIERS):
+        return False
+    tag = sentence.tag[after]
+    if sentence.dep[i] not in MODIFIERS or not (tag in ADJECTIVE_TAGS or tag in PARTICIPLE_TAGS):
+        return False
+    return sentence.tag[i] in ADJECTIVE_TAGS or sentence.low[i] in lexicon.DESCRIBING_NOUNS
 
 
 def _compound_parts(sentence: Sentence, i: int) -> list[int]:

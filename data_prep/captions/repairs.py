@@ -18,6 +18,7 @@ from data_prep.captions.hidden_verbs import (
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.sentence import ADJECTIVE_TAGS, MODIFIERS, NOUN_TAGS, VERB_TAGS, Sentence
 
+_FINITE_TAGS = frozenset(("VBD", "VBP", "VBZ"))
 _DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "RB", "UH"}
 
 
@@ -28,29 +29,23 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
       sentence: the parsed caption.
       words: the English words.
     """
+    tag, dep, low = sentence.tag, sentence.dep, sentence.low
     for i in range(len(sentence)):
-        if sentence.dep[i] == "prt" and sentence.has_kid(i, "pobj"):
-            sentence.dep[i] = "prep"
-        if sentence.tag[i] in VERB_TAGS:
-            if sentence.dep[i] in ("aux", "auxpass"):
+        if dep[i] == "prt" and sentence.has_kid(i, "pobj"):
+            dep[i] = "prep"
+        if tag[i] in VERB_TAGS:
+            if dep[i] in ("aux", "auxpass"):
                 _correct_auxiliary(sentence, i)
-            elif sentence.dep[i] not in MODIFIERS:
+            elif dep[i] not in MODIFIERS:
                 correct_false_verb(sentence, i, words)
-            elif sentence.low[i] in lexicon.PURPOSE_GERUNDS:
+            elif low[i] in lexicon.PURPOSE_GERUNDS:
                 _name_purpose(sentence, i)
-        elif sentence.tag[i] in _DOUBTFUL_TAGS:
+        elif tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
     for i in range(1, len(sentence)):
-        if sentence.tag[i] in HIDDEN_VERB_TAGS or (
-            sentence.tag[i] == "VBZ" and sentence.dep[i] == "pobj"
-        ):
+        if tag[i] in HIDDEN_VERB_TAGS or (tag[i] == "VBZ" and dep[i] == "pobj"):
             correct_hidden_verb(sentence, i, words)
-        if (
-            sentence.dep[i - 1] == "compound"
-            and sentence.head[i - 1] == i
-            and sentence.tag[i] in ("VBZ", "VBP", "VBD")
-            and sentence.tag[i - 1] in NOUN_TAGS
-        ):
+        if dep[i - 1] == "compound" and tag[i] in _FINITE_TAGS and sentence.head[i - 1] == i:
             _make_subject(sentence, i - 1)  # "olympic athlete competes"
     correct_attachments(sentence)
 
@@ -130,7 +125,9 @@ def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> Non
 def _make_subject(sentence: Sentence, i: int) -> bool:
     """Makes a noun the subject of the verb behind it that it hangs on, if that has none."""
     verb = sentence.head[i]
-    if verb < i or sentence.tag[verb] not in VERB_TAGS or sentence.dep[verb] in MODIFIERS:
+    if verb < i or sentence.tag[i] not in NOUN_TAGS or sentence.tag[verb] not in VERB_TAGS:
+        return False
+    if sentence.dep[verb] in MODIFIERS:
         return False
     if sentence.has_kid(verb, "nsubj", "nsubjpass"):
         return False

@@ -156,6 +156,15 @@ def test_other_rules_are_refused_and_named(old, monkeypatch):
         run_filter(job_config(source, output, concepts=True, keep_parts=True))
 
 
+def test_a_folder_of_version_2_is_refused_and_named(tmp_path, monkeypatch):
+    config = job_config(write_tars(tmp_path / "in", 1), tmp_path / "out", concepts=True)
+    monkeypatch.setattr(captions.versions, "RULES_VERSION", 2)
+    run_filter(config)
+    monkeypatch.setattr(captions.versions, "RULES_VERSION", 3)
+    with pytest.raises(ValueError, match="caption_rules 2 -> 3"):
+        run_filter(config)
+
+
 def test_another_config_is_refused_and_named(old):
     source, output = old
     with pytest.raises(ValueError) as refused:
