@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.lab import page, verdicts
-from benchmarks.lab.experiments import BLOCKS, CONTRASTS, EXPERIMENTS, STUDENTS
+from benchmarks.lab.experiments import BLOCKS, CONTRASTS, EXPERIMENTS, SHOTS, STUDENTS
 from benchmarks.lab.figures import draw_contrasts
 from benchmarks.lab.measure import pack_bits, unpack_items
 from benchmarks.lab.run import Run, definition
@@ -105,3 +105,25 @@ def test_items_come_back_from_their_bits():
     hits = np.random.default_rng(0).random(1001) < 0.3
     np.testing.assert_array_equal(unpack_items(pack_bits(hits)), hits)
     np.testing.assert_array_equal(unpack_items([0.25, 1.0]), [0.25, 1.0])
+
+
+def test_every_block_can_be_shown(tmp_path):
+    shots = {f"{m}_{k}": 0.5 for m in ("prompts", "scratch", "penalty") for k in SHOTS}
+    metrics = {"emoji/t2i_r1": 0.1, "emoji/i2t_r1": 0.1, "zero_shot": 0.4, **shots}
+    for number, name in enumerate(EXPERIMENTS):
+        write(tmp_path, name, 0, 0.3 + 0.001 * number)
+        path = tmp_path / f"{name}_seed0.json"
+        result = json.loads(path.read_text())
+        result["metrics"] |= {k: v for k, v in metrics.items() if k not in result["metrics"]}
+        result["items"] |= {k: [[0.4, 0.6]] for k in ("zero_shot", *shots)}
+        path.write_text(json.dumps(result))
+    results = verdicts.read_results(tmp_path)
+    rows = verdicts.judge(results)
+    assert all(row.found is not None and row.seeds == 1 for row in rows)
+    text = page.format_page(rows, results, 0)
+    assert "has not been run yet" not in text and "| one run |" in text
+    few_shot = text.partition("## Few-shot")[2].partition("\n## ")[0]
+    assert "| 64 | 50.0% | 50.0% | 50.0% |" in few_shot and "Zero-shot: 40.0%." in few_shot
+    grid = text.partition("## Hyper-parameters\n")[2].partition("\n## ")[0]
+    best = [name for name in EXPERIMENTS if name.startswith("grid_")][-1]
+    assert grid.count("\n| `grid_") == 10 and grid.index(best) == grid.index("`grid_") + 1
