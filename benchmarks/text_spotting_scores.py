@@ -1,4 +1,4 @@
-"""Scores of the text spotter on the test set, and how they are printed.
+"""Scores of the readers of `benchmarks.text_spotting`, and how they are printed.
 
 No picture is read here.
 """
@@ -11,91 +11,69 @@ from typing import Any
 import numpy as np
 
 from benchmarks.text_spotting_testset import KINDS, TestPicture
-from data_prep.text_spotting.spotter import caption_matches
 
 FOREIGN_CAPTIONS = 40  # per picture
 
 
-def score(pictures: Sequence[TestPicture], drops: np.ndarray) -> dict[str, Any]:
-    """Share of drops by kind, and of all pictures that do not carry their caption."""
-    kinds = np.array([p.kind for p in pictures])
-    wrong = np.array([not p.carries_caption for p in pictures])
-    shares = {kind: float(drops[kinds == kind].mean()) for kind in KINDS}
-    return {**shares, "false_drops": float(drops[wrong].mean())}
-
-
-def wrong_drops(pictures: Sequence[TestPicture], drops: np.ndarray) -> list[dict[str, str]]:
-    """The false drops, to look at."""
+def foreign_captions(pictures: Sequence[TestPicture], index: int) -> list[str]:
+    """Captions of other pictures that the text in a picture does not come from; [] for no text."""
+    picture = pictures[index]
+    first_line = picture.drawn.split("\n")[0]
+    if not picture.drawn:
+        return []
+    others = (
+        pictures[(index + 4 * k + 1) % len(pictures)].caption for k in range(FOREIGN_CAPTIONS)
+    )
     return [
-        {"key": p.key, "caption": p.caption, "drawn": p.drawn}
-        for p, drop in zip(pictures, drops, strict=True)
-        if drop and not p.carries_caption
+        caption
+        for caption in others
+        if caption != picture.caption and not caption.startswith(first_line)
     ]
 
 
-def best_confidence(
-    read: Sequence[tuple[str, float]], caption: str, matching: tuple[int, int | None]
-) -> float:
-    """Of the lines that match the caption; -1 for none."""
-    min_chars, misread = matching
-    return max(
-        (
-            confidence
-            for text, confidence in read
-            if caption_matches([text], caption, min_chars, misread_min_chars=misread)
-        ),
-        default=-1.0,
-    )
+def score(pictures: Sequence[TestPicture], drops: Sequence[Sequence[bool]]) -> dict[str, Any]:
+    """Recall and false drops of one reader.
 
-
-def match_foreign_captions(
-    spots: Sequence[Sequence[tuple[str, float]]],
-    pictures: Sequence[TestPicture],
-    matching: tuple[int, int | None],
-) -> np.ndarray:
-    """Lines against captions of other pictures, which no drawn text repeats; best confidences.
-
-    The few pictures of the test set cannot show how rare false drops are; these pairs can.
+    Args:
+        pictures: of the test set.
+        drops: for each picture, whether it shows its caption, and whether it shows each of
+            `foreign_captions`.
     """
-    best = []
-    for i, (read, picture) in enumerate(zip(spots, pictures, strict=True)):
-        for k in range(1, FOREIGN_CAPTIONS + 1):
-            caption = pictures[(i + 4 * k) % len(pictures)].caption
-            if not caption_matches(picture.drawn.split("\n"), caption):
-                best.append(best_confidence(read, caption, matching))
-    return np.array(best)
+    kinds = np.array([p.kind for p in pictures])
+    carries = np.array([p.carries_caption for p in pictures])
+    dropped = np.array([found[0] for found in drops])
+    foreign = np.concatenate([found[1:] for found in drops])
+    return {
+        **{kind: _count(dropped[kinds == kind]) for kind in KINDS},
+        "found": _count(dropped[carries]),
+        "recall": float(dropped[carries].mean()),
+        "dropped_wrongly": _count(dropped[kinds == "unrelated"]),
+        "foreign_pairs": len(foreign),
+        "foreign_share": float(foreign.mean()),
+        "missed": [
+            p.key for p, drop in zip(pictures, dropped, strict=True) if p.carries_caption > drop
+        ],
+        "wrong": [
+            {"key": p.key, "caption": p.caption, "drawn": p.drawn}
+            for p, drop in zip(pictures, dropped, strict=True)
+            if p.carries_caption < drop
+        ],
+    }
 
 
-def print_curves(payload: dict[str, Any]) -> None:
-    """The choosing half."""
-    head = [*KINDS, "false_drops"]
-    print(
-        f"{'canvas':>6} {'match':>8} {'conf':>5} " + " ".join(f"{n:>11}" for n in head) + " foreign"
-    )
-    for row in payload["curve"]:
-        match = f"{row['min_chars']}/{row['misread_min_chars'] or '-'}"
-        shares = " ".join(f"{100 * row[name]:10.1f}%" for name in head)
-        foreign = f"{100 * row['foreign']:8.3f}%"
-        print(f"{row['canvas_size']:6} {match:>8} {row['min_confidence']:5.2f} {shares} {foreign}")
-    print(f"\n{'gate':>6} {'score':>6} {'bare skipped':>17} {'drops lost':>11}")
-    for row in payload["gates"]:
-        print(
-            f"{row['gate_size']:6} {row['gate_score']:6.2f} {100 * row['bare_passed_over']:16.1f}% "
-            f"{row['drops_lost']:5} of {row['drops']}"
-        )
+def _count(found: np.ndarray) -> list[int]:
+    """[dropped, of how many]."""
+    return [int(found.sum()), len(found)]
 
 
 def print_report(payload: dict[str, Any]) -> None:
-    """The reporting half."""
-    print("\nReporting half, at the defaults:")
-    for name in (*KINDS, "false_drops"):
-        plain = payload["agreement"]["plain"][name]
-        print(f"  {name:12} {100 * payload['report'][name]:6.1f}%   readtext {100 * plain:6.1f}%")
-    print(f"  decisions as readtext's: {100 * payload['agreement']['equal']:.1f}%")
+    """A line for each reader, and their speed."""
+    names = (*KINDS, "found", "dropped_wrongly")
+    print(" " * 10 + " ".join(f"{name:>15}" for name in names) + "  foreign")
+    for reader, scores in payload["scores"].items():
+        counts = " ".join(f"{'{} of {}'.format(*scores[name]):>15}" for name in names)
+        print(f"{reader:10}{counts} {100 * scores['foreign_share']:7.2f}%")
     speed = payload["speed"]
-    print(
-        f"Images/s of one core: ours {speed['ours_images_per_sec']:.2f}, EasyOCR's defaults "
-        f"{speed['easyocr_defaults_images_per_sec']:.2f}, ratio {speed['ratio']:.1f}"
-    )
-    for name, rate in payload["costs"].items():
-        print(f"  {name:22} {rate:6.2f} images/s")
+    for reader, rate in speed["images_per_sec"].items():
+        ratio = speed["times_easyocr"][reader]
+        print(f"{reader:10} {rate:6.2f} images/s of one core, {ratio:.1f} times EasyOCR's")

@@ -88,7 +88,9 @@ def make_test_set(
     *,
     seed: int = 0,
     photos: str | pathlib.Path | None = None,
-    captions: str | pathlib.Path | None = None,
+    captions: str | pathlib.Path | Sequence[str] | None = None,
+    fonts: Sequence[str | pathlib.Path] = _FONTS,
+    share_words: bool = False,
 ) -> list[TestPicture]:
     """Draws the test set; the same pictures for the same arguments.
 
@@ -96,13 +98,17 @@ def make_test_set(
         count: pictures, of the kinds in the shares of `KINDS`.
         seed: of everything that is chosen.
         photos: a tar of JPEG files to draw on; None for synthetic scenes.
-        captions: a text file with a caption a line; None for synthetic captions.
+        captions: a text file with a caption a line, or its lines; None for synthetic captions.
+        fonts: files, or names of fonts that matplotlib brings.
+        share_words: whether the unrelated text may share words with the caption, as any two
+            captions may; else it shares no run of five characters.
 
     Raises:
         ValueError: no pictures in `photos`, or too few captions in `captions`.
     """
     backgrounds = _read_photos(photos) if photos is not None else None
     lines = _read_captions(captions) if captions is not None else None
+    style = _Style(tuple(map(str, fonts)), lines, share_words)
     kinds = np.repeat(list(KINDS), [round(count * share) for share in KINDS.values()])[:count]
     kinds = np.concatenate([kinds, ["nothing"] * (count - len(kinds))])
     pictures = []
@@ -111,7 +117,7 @@ def make_test_set(
         # Neighbours in `kinds` get different photos, and every kind photos of both halves.
         group = index % len(backgrounds) if backgrounds else index
         ground = backgrounds[group].copy() if backgrounds else _synthetic(rng)
-        pictures.append(_make_picture(rng, str(kinds[index]), ground, lines, index, group))
+        pictures.append(_make_picture(rng, str(kinds[index]), ground, style, index, group))
     return pictures
 
 
@@ -123,15 +129,24 @@ def split_halves(
     return choosing, [picture for picture in pictures if picture.group % 2 == 1]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Style:
+    """What texts are drawn in which fonts; fields as the arguments of `make_test_set`."""
+
+    fonts: tuple[str, ...]
+    captions: list[str] | None
+    share_words: bool
+
+
 def _make_picture(
     rng: np.random.Generator,
     kind: str,
     ground: Image.Image,
-    lines: list[str] | None,
+    style: _Style,
     index: int,
     group: int,
 ) -> TestPicture:
-    caption, other = _choose_captions(rng, lines)
+    caption, other = _choose_captions(rng, style)
     drawn, font_px = "", 0
     if kind != "nothing":
         on_band = kind == "band" or (kind != "picture" and rng.random() < 0.5)
@@ -140,9 +155,11 @@ def _make_picture(
         # A turned block must not lose its ends.
         room = round(0.85 * ground.width) if angle else ground.width - 2 * _MARGIN
         while not (
-            layouts := _lay_out(rng, other if kind == "unrelated" else caption, sizes, room)
+            layouts := _lay_out(
+                rng, style.fonts, other if kind == "unrelated" else caption, sizes, room
+            )
         ):
-            caption, other = _choose_captions(rng, lines)  # with shorter words
+            caption, other = _choose_captions(rng, style)  # with shorter words
         drawn, font_px = _draw_text(rng, ground, layouts, on_band, angle)
     buffer = io.BytesIO()
     ground.save(buffer, "JPEG", quality=_JPEG_QUALITY)
@@ -150,24 +167,25 @@ def _make_picture(
     return TestPicture(key, buffer.getvalue(), caption, kind, drawn, font_px, group)
 
 
-def _choose_captions(rng: np.random.Generator, lines: list[str] | None) -> tuple[str, str]:
-    """A caption, and one that shares no run of five characters with it."""
+def _choose_captions(rng: np.random.Generator, style: _Style) -> tuple[str, str]:
+    """A caption, and another one."""
     while True:
-        if lines is None:
+        if style.captions is None:
             caption, other = (describe_scene(rng, sample_scene(rng)) for _ in range(2))
         else:
-            caption, other = (lines[i] for i in rng.choice(len(lines), 2, replace=False))
-        if not caption_matches([other], caption):
+            chosen = rng.choice(len(style.captions), 2, replace=False)
+            caption, other = (style.captions[i] for i in chosen)
+        if style.share_words or not caption_matches([other], caption):
             return caption, other
 
 
 def _lay_out(
-    rng: np.random.Generator, text: str, sizes: range, room: int
+    rng: np.random.Generator, fonts: Sequence[str], text: str, sizes: range, room: int
 ) -> list[tuple[int, ImageFont.FreeTypeFont, str]]:
     """Size, font and wrapped first words, for every size in which they are evidence."""
     layouts = []
     for size in sizes:
-        font = _load_font(str(_FONTS[rng.integers(len(_FONTS))]), size)
+        font = _load_font(fonts[rng.integers(len(fonts))], size)
         drawn = _wrap(text, font, room)
         if any(len(line.replace(" ", "")) >= 5 for line in drawn.split("\n")):
             layouts.append((size, font, drawn))
@@ -260,16 +278,21 @@ def _read_photos(path: str | pathlib.Path) -> list[Image.Image]:
     return photos
 
 
-def _read_captions(path: str | pathlib.Path) -> list[str]:
-    lines = [line.strip() for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines()]
+def _read_captions(captions: str | pathlib.Path | Sequence[str]) -> list[str]:
+    name = "captions"
+    if isinstance(captions, str | pathlib.Path):
+        name = f"'{captions}'"
+        captions = pathlib.Path(captions).read_text(encoding="utf-8").splitlines()
+    lines = [line.strip() for line in captions]
     lines = [line for line in lines if len(line) >= 20]
     if len(lines) < 100:
-        raise ValueError(f"'{path}' holds {len(lines)} captions of 20 characters; expected 100")
+        raise ValueError(f"{name} holds {len(lines)} captions of 20 characters; expected 100")
     return lines
 
 
 @functools.cache
 def _load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
+    # A path of its own, or one of matplotlib's.
     path = pathlib.Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name
     # The basic layout engine, so that the picture does not depend on whether raqm is installed.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)

@@ -20,22 +20,34 @@ from diht_jax.data.atomic_file import write_atomically
 
 
 @dataclasses.dataclass
-class Reading:
-    """What is known of one picture; None is what nobody has looked for.
+class Lines:
+    """The lines of text that one look found.
 
     Attributes:
-        gates: px of the longer side -> highest character score at that low resolution.
-        boxes: lines of text, in px.
+        boxes: in px.
         texts: for each box, text and confidence; None for a box that was not read.
     """
 
-    gates: dict[int, float] = dataclasses.field(default_factory=dict)
-    boxes: list[Box] | None = None
-    texts: list[tuple[str, float] | None] = dataclasses.field(default_factory=list)
+    boxes: list[Box]
+    texts: list[tuple[str, float] | None]
+
+
+@dataclasses.dataclass
+class Reading:
+    """What is known of one picture.
+
+    Attributes:
+        peaks: px of the longer side -> highest character score at that resolution.
+        looks: likewise -> the lines that were found.
+    """
+
+    peaks: dict[int, float] = dataclasses.field(default_factory=dict)
+    looks: dict[int, Lines] = dataclasses.field(default_factory=dict)
 
     def copy(self) -> Reading:
         """One whose changes do not show here."""
-        return Reading(dict(self.gates), self.boxes, list(self.texts))
+        looks = {side: Lines(look.boxes, list(look.texts)) for side, look in self.looks.items()}
+        return Reading(dict(self.peaks), looks)
 
 
 def hash_image(data: bytes) -> str:
@@ -118,13 +130,18 @@ class SpotCache:
         for line in data.splitlines():
             try:
                 entry = json.loads(line)
-                boxes = entry["boxes"]
                 self._readings[entry["image"]] = Reading(
-                    {int(side): score for side, score in entry["gates"].items()},
-                    None if boxes is None else [tuple(box) for box in boxes],
-                    [None if text is None else tuple(text) for text in entry["texts"]],
+                    {int(side): score for side, score in entry["peaks"].items()},
+                    {int(side): _parse_lines(look) for side, look in entry["looks"].items()},
                 )
             except (ValueError, KeyError, TypeError, AttributeError):
                 continue  # The end of a killed run; what it held is spotted again.
         if data and not data.endswith(b"\n"):
             self._lines.append("\n")
+
+
+def _parse_lines(entry: dict[str, Any]) -> Lines:
+    return Lines(
+        [tuple(box) for box in entry["boxes"]],
+        [None if text is None else tuple(text) for text in entry["texts"]],
+    )

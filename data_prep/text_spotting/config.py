@@ -16,13 +16,14 @@ from ml_collections.config_dict import placeholder
 from data_prep.text_spotting.cache import SpotCache
 from data_prep.text_spotting.networks import PRECISIONS, OcrSettings
 from data_prep.text_spotting.ocr import resolve_for_networks
-from data_prep.text_spotting.spotter import Settings, TextSpotter, Verdict
+from data_prep.text_spotting.settings import Settings
+from data_prep.text_spotting.spotter import TextSpotter, Verdict
 from diht_jax.data.records.remote import refuse_url
 
 # What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
 # decision may come out differently. tests/data_prep/text_spotting/test_rules_version.py fails when
 # decisions change and this number does not.
-RULES_VERSION = 2
+RULES_VERSION = 3
 
 # Keys of the section that decide where and how fast, but not what is written.
 NOT_HASHED = ("cache", "device", "window", "batch_size", "stop_at_match")
@@ -38,7 +39,7 @@ def default_spotter() -> ml_collections.ConfigDict:
     c.misread_min_chars = placeholder(int)  # such a run with one character misread; None: never
     if s.misread_min_chars is not None:
         c.misread_min_chars = s.misread_min_chars
-    c.weigh_words = s.weigh_words  # a run in one common word is half of a match; False: the paper's
+    c.weigh_words = s.weigh_words  # words count by how common they are; False: the paper's rule
     c.join_lines = s.join_lines  # lines that stand under one another are matched as one text too
     # Detection.
     c.canvas_size = s.ocr.canvas_size  # px of the longer side; larger pictures are shrunk
@@ -49,6 +50,10 @@ def default_spotter() -> ml_collections.ConfigDict:
     c.gate_size = s.gate_size  # px of the longer side; 0: no first look
     c.gate_score = s.gate_score  # 0 to 1; pictures below are taken to hold no text
     c.audit_share = s.audit_share  # of those, how many are read all the same, to count the misses
+    # The closer look at pictures of whose text hardly any could be read.
+    c.closer_size = s.closer_size  # px of the longer side; up to canvas_size: no closer look
+    c.closer_score = s.closer_score  # 0 to 1; character score of detection that shows text
+    c.closer_chars = s.closer_chars  # so many characters read with confidence are enough
     # Speed.
     c.precision = s.ocr.precision  # "bfloat16", "float32"; "auto": what the device is fast at
     c.device = s.ocr.device  # "cpu", "cuda", "cuda:N", "mps"; "auto": a GPU where there is one
@@ -75,8 +80,11 @@ def check_spotter(config: ml_collections.ConfigDict) -> None:
             f"config.spotter.gate_size={config.gate_size}; expected less than canvas_size="
             f"{config.canvas_size}, or 0 for no first look"
         )
+    for name in ("closer_size", "closer_chars"):
+        if config[name] < 0:
+            raise ValueError(f"config.spotter.{name}={config[name]}; expected at least 0")
     shares = ("min_confidence", "text_threshold", "low_text", "link_threshold", "gate_score")
-    for name in (*shares, "audit_share"):
+    for name in (*shares, "closer_score", "audit_share"):
         if not 0 <= config[name] <= 1:
             raise ValueError(f"config.spotter.{name}={config[name]}; expected 0 to 1")
     if config.precision not in PRECISIONS:

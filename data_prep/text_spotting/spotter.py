@@ -6,33 +6,23 @@ records written must not come in.
 
 Ours: the order of work. A caption that no spotter could read costs nothing. A look at low
 resolution skips pictures without a trace of text; a sample of those is read all the same,
-so that what the look misses is counted. Lines are read from the most promising on, until one
-matches.
+so that what the look misses is counted. Lines are read from the most promising on, until they
+match. Where there is text, but hardly any of it could be read, a closer look follows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
-from data_prep.text_spotting.cache import Reading, SpotCache, hash_image
-from data_prep.text_spotting.lines import stack_lines
+from data_prep.text_spotting.cache import Lines, Reading, SpotCache, hash_image
+from data_prep.text_spotting.looks import count_sure_chars, find_match, rank_lines
 from data_prep.text_spotting.match import can_match, caption_matches
-from data_prep.text_spotting.networks import OcrSettings
-from data_prep.text_spotting.ocr import (
-    Box,
-    Ocr,
-    Shrunk,
-    box_size,
-    crop_line,
-    load_ocr,
-    resolve_for_networks,
-    shrink,
-)
-from data_prep.text_spotting.weights import easyocr_version
+from data_prep.text_spotting.ocr import Box, Ocr, Shrunk, crop_line, load_ocr, shrink
+from data_prep.text_spotting.settings import Settings
 from diht_jax.data.images import decode as images
 
 __all__ = ["Settings", "Spot", "TextSpotter", "Verdict", "caption_matches"]
@@ -41,56 +31,6 @@ __all__ = ["Settings", "Spot", "TextSpotter", "Verdict", "caption_matches"]
 _MAX_WINDOW_PIXELS = 2**26
 # How many times the pixels of the first look detection must take for the look to be worth it.
 _GATE_GAIN = 1.5
-# A line of fewer heights than this in width can hardly hold five letters.
-_WORD_ASPECT = 1.5
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How pictures are read and what counts as a match; the defaults are calibrated.
-
-    docs/benchmarks.md shows the curves that they come from.
-
-    Attributes:
-        ocr: of the networks.
-        gate_size: px of the longer side at the first look; 0 for no first look.
-        gate_score: character score (0 to 1) at the first look from which a picture is read.
-        audit_share: of the pictures that the first look skips, how many are read anyway.
-        min_confidence: of a line (0 to 1) to count.
-        min_chars: length of the run that a line must share with the caption.
-        misread_min_chars: length of such a run with one character misread; None allows none.
-        weigh_words: whether a run is weighed by the words it lies in (`match.caption_matches`).
-        join_lines: whether lines that stand under one another are matched as one text as well.
-        stop_at_match: leave the other lines unread once one has matched.
-        window: pictures that are decoded and looked at together, unless they are very large;
-            batches are made of those of like size among them.
-        batch_size: most pictures that the networks take at once.
-        max_pixels: of a picture that is still decoded.
-    """
-
-    ocr: OcrSettings = OcrSettings()
-    gate_size: int = 160
-    gate_score: float = 0.03
-    audit_share: float = 0.01
-    min_confidence: float = 0.1
-    min_chars: int = 5
-    misread_min_chars: int | None = None
-    weigh_words: bool = True
-    join_lines: bool = True
-    stop_at_match: bool = True
-    window: int = 256
-    batch_size: int = 32
-    max_pixels: int = images.MAX_PIXELS
-
-    def describe_readings(self) -> dict[str, Any]:
-        """All that a reading depends on, JSON-able: the settings of a `SpotCache`.
-
-        Raises:
-            ValueError: EasyOCR is missing, or a setting cannot be met.
-        """
-        ocr = dataclasses.asdict(resolve_for_networks(self.ocr))
-        del ocr["device"]  # Another device rounds otherwise, as another processor does.
-        return {"easyocr": easyocr_version(), **ocr}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +60,7 @@ class Verdict:
         gate: highest character score at the first look; 1 for a picture that is too small for one
             to gain anything, None without one.
         audited: the first look saw no text, and it was read all the same.
-        spots: the lines, in the detector's order.
+        spots: the lines of the last look that was needed, in the detector's order.
         error: why the picture could not be decoded.
     """
 
@@ -175,16 +115,17 @@ class TextSpotter:
         if self._cache is not None:
             for picture in pictures:
                 picture.reading = self._cache.get(picture.hash)
-        unseen = [p for p in pictures if s.gate_size and s.gate_size not in p.reading.gates]
+        unseen = [p for p in pictures if s.gate_size and s.gate_size not in p.reading.peaks]
         self._gate([p for p in unseen if p.decode()])
-        unread = [p for p in pictures if p.is_open() and p.reading.boxes is None]
-        self._detect([p for p in unread if p.decode()])
-        lines = 1
-        while waiting := [
-            p for p in pictures if p.is_open() and p.next_lines(lines) and p.decode()
-        ]:
-            self._read_lines(waiting, lines)
-            lines *= 2
+        for size in (s.ocr.canvas_size, s.closer_size):
+            seen = [p for p in pictures if p.needs_look(size)]
+            self._detect([p for p in seen if size not in p.reading.looks and p.decode()], size)
+            lines = 1
+            while waiting := [
+                p for p in seen if p.is_open() and p.next_lines(size, lines) and p.decode()
+            ]:
+                self._read_lines(waiting, size, lines)
+                lines *= 2
         if self._cache is not None:
             for picture in pictures:
                 if picture.error is None:
@@ -195,31 +136,39 @@ class TextSpotter:
 
     def _gate(self, pictures: list[_Picture]) -> None:
         size = self.settings.gate_size
-        shrunk = [p for p in pictures if p.canvas.pixels.size > _GATE_GAIN * p.gate.pixels.size]
-        for picture in pictures:
-            picture.reading.gates[size] = 1.0  # a small one: nothing is gained by a first look
+        gates = [p.shrink(size) for p in pictures]
+        shrunk = []
+        for picture, gate in zip(pictures, gates, strict=True):
+            picture.reading.peaks[size] = 1.0  # a small one: nothing is gained by a first look
+            canvas = picture.shrink(self.settings.ocr.canvas_size)
+            if canvas.pixels.size > _GATE_GAIN * gate.pixels.size:
+                shrunk.append((picture, gate))
         if shrunk:
-            peaks = self._ocr.peaks([p.gate for p in shrunk], size, self.settings.batch_size)
-            for picture, peak in zip(shrunk, peaks, strict=True):
+            peaks = self._ocr.peaks([gate for _, gate in shrunk], size, self.settings.batch_size)
+            for (picture, _), peak in zip(shrunk, peaks, strict=True):
                 # Rounded, so that the cache holds what is compared.
-                picture.reading.gates[size] = round(peak, 4)
+                picture.reading.peaks[size] = round(peak, 4)
 
-    def _detect(self, pictures: list[_Picture]) -> None:
+    def _detect(self, pictures: list[_Picture], size: int) -> None:
         if pictures:
-            s = self.settings
-            canvases = [p.canvas for p in pictures]
-            maps = self._ocr.heat_maps(canvases, s.ocr.canvas_size, s.batch_size)
+            canvases = [p.shrink(size) for p in pictures]
+            maps = self._ocr.heat_maps(canvases, size, self.settings.batch_size)
             for picture, heat in zip(pictures, maps, strict=True):
-                picture.reading.boxes = self._ocr.find_boxes(heat)
-                picture.reading.texts = [None] * len(picture.reading.boxes)
+                boxes = self._ocr.find_boxes(heat)
+                picture.reading.looks[size] = Lines(boxes, [None] * len(boxes))
+                picture.reading.peaks[size] = round(float(heat.text.max()), 4)
 
-    def _read_lines(self, pictures: list[_Picture], count: int) -> None:
-        wanted = [(picture, i) for picture in pictures for i in picture.next_lines(count)]
-        crops = [crop_line(picture.grey, picture.reading.boxes[i]) for picture, i in wanted]
-        for (picture, i), (text, confidence) in zip(
+    def _read_lines(self, pictures: list[_Picture], size: int, count: int) -> None:
+        wanted = [
+            (picture, picture.reading.looks[size], i)
+            for picture in pictures
+            for i in picture.next_lines(size, count)
+        ]
+        crops = [crop_line(picture.grey, look.boxes[i]) for picture, look, i in wanted]
+        for (_, look, i), (text, confidence) in zip(
             wanted, self._ocr.read(crops, self.settings.batch_size), strict=True
         ):
-            picture.reading.texts[i] = (text, round(confidence, 4))
+            look.texts[i] = (text, round(confidence, 4))
 
     @property
     def _ocr(self) -> Ocr:
@@ -243,38 +192,45 @@ class _Picture:
         """Makes the pixels ready; False for a picture that cannot be decoded."""
         if self.error is None and self.grey is None:
             try:
-                rgb = images.decode_rgb(self._data, max_pixels=self._settings.max_pixels)
+                pixels = self._decode()
             except images.ImageError as error:
                 self.error = error
                 return False
             import cv2
 
-            image = np.ascontiguousarray(np.asarray(rgb)[..., ::-1])
-            self.grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
-            self.canvas = shrink(image, self._settings.ocr.canvas_size)
-            if self._settings.gate_size:
-                self.gate = shrink(image, self._settings.gate_size)
+            self.grey = cv2.cvtColor(pixels, cv2.COLOR_BGR2GRAY)
+            sizes = (self._settings.gate_size, self._settings.ocr.canvas_size)
+            self._shrunk = {size: shrink(pixels, size) for size in sizes if size}
         return self.error is None
 
     def forget_pixels(self) -> None:
         """Frees the memory of `decode`."""
         self.grey: np.ndarray | None = None
-        self.canvas: Shrunk | None = None
-        self.gate: Shrunk | None = None
+        self._shrunk: dict[int, Shrunk] = {}
 
-    def count_pixels(self) -> int:
-        """Of the decoded picture, from its header; 0 if it cannot be opened."""
+    def shrink(self, size: int) -> Shrunk:
+        """The picture with at most so many px on its longer side, once it is decoded."""
+        if size in self._shrunk:
+            return self._shrunk[size]
+        # Few need a closer look: decoding them again is cheaper than to hold all of all.
+        return shrink(self._decode(), size)
+
+    def _decode(self) -> np.ndarray:
+        rgb = images.decode_rgb(self._data, max_pixels=self._settings.max_pixels)
+        return np.ascontiguousarray(np.asarray(rgb)[..., ::-1])
+
+    def read_size(self) -> tuple[int, int]:
+        """Width and height in px, from its header; zeros if it cannot be opened."""
         try:
-            width, height = images.open_image(self._data, max_pixels=self._settings.max_pixels).size
+            return images.open_image(self._data, max_pixels=self._settings.max_pixels).size
         except images.ImageError:
-            return 0
-        return width * height
+            return 0, 0
 
     @property
     def shows_text(self) -> bool:
         """Whether the first look saw text; True without a first look."""
         s = self._settings
-        return not s.gate_size or self.reading.gates.get(s.gate_size, 0.0) >= s.gate_score
+        return not s.gate_size or self.reading.peaks.get(s.gate_size, 0.0) >= s.gate_score
 
     @property
     def is_audited(self) -> bool:
@@ -284,17 +240,34 @@ class _Picture:
         # The hash of the picture is as good as a random number, and the same in every run.
         return int(self.hash, 16) < self._settings.audit_share * 2**128
 
-    def is_open(self) -> bool:
-        """Whether lines, or more lines, have to be read."""
+    def needs_look(self, size: int) -> bool:
+        """Whether lines are looked for at a resolution, given what is known of those before."""
+        s = self._settings
+        first = s.ocr.canvas_size
         if self.error is not None or not (self.shows_text or self.is_audited):
             return False
-        if self.reading.boxes is None or not self._settings.stop_at_match:
+        if size == first:
             return True
-        return any(self._find_match(caption) is None for caption in self.captions)
+        look = self.reading.looks.get(first)
+        return (
+            size > first
+            and look is not None
+            and self.reading.peaks[first] >= s.closer_score
+            and count_sure_chars(look) < s.closer_chars
+            and not (s.stop_at_match and self._is_matched([look]))
+            and max(self.read_size()) > first
+        )
 
-    def next_lines(self, count: int) -> list[int]:
-        """The most promising lines that were not read."""
-        return [i for i in self._rank_lines() if self.reading.texts[i] is None][:count]
+    def is_open(self) -> bool:
+        """Whether more lines have to be read."""
+        return not (self._settings.stop_at_match and self._is_matched(self.reading.looks.values()))
+
+    def next_lines(self, size: int, count: int) -> list[int]:
+        """The most promising lines of a look that were not read."""
+        look = self.reading.looks.get(size)
+        if look is None:  # it cannot be decoded
+            return []
+        return [i for i in rank_lines(look) if look.texts[i] is None][:count]
 
     def verdict(self) -> Verdict:
         """What is known now."""
@@ -302,71 +275,35 @@ class _Picture:
             return Verdict((None,) * len(self._all_captions), "no_run")
         if self.error is not None:
             return Verdict((None,) * len(self._all_captions), "read", error=self.error)
-        is_read = self.shows_text or self.is_audited
-        spots = ()
-        if is_read:
-            pairs = zip(self.reading.boxes, self.reading.texts, strict=True)
-            spots = tuple(Spot(box, *(text or (None, None))) for box, text in pairs)
+        s = self._settings
+        sizes = (s.ocr.canvas_size, s.closer_size)
+        looks = [self.reading.looks[size] for size in sizes if self.needs_look(size)]
+        if looks and self._is_matched(looks[:1]):
+            looks = looks[:1]
         matches = tuple(
-            self._find_match(c) if is_read and c in self.captions else None
-            for c in self._all_captions
+            self._find_match(looks, c) if c in self.captions else None for c in self._all_captions
         )
+        spots = ()
+        if looks:
+            pairs = zip(looks[-1].boxes, looks[-1].texts, strict=True)
+            spots = tuple(Spot(box, *(text or (None, None))) for box, text in pairs)
         looked = "read" if self.shows_text else "gated"
-        gate = self.reading.gates.get(self._settings.gate_size)
-        return Verdict(matches, looked, gate, self.is_audited, spots)
+        return Verdict(matches, looked, self.reading.peaks.get(s.gate_size), self.is_audited, spots)
 
-    def _rank_lines(self) -> list[int]:
-        """All lines, tall ones that are wide enough for a word first."""
+    def _find_match(self, looks: Iterable[Lines], caption: str) -> str | None:
+        found = (find_match(look, caption, self._settings) for look in looks)
+        return next((text for text in found if text is not None), None)
 
-        def rank(index: int) -> tuple[bool, float, int]:
-            width, height = box_size(self.reading.boxes[index])
-            return width < _WORD_ASPECT * height, -height, index
-
-        return sorted(range(len(self.reading.texts)), key=rank)
-
-    def _find_match(self, caption: str) -> str | None:
-        """The text that matches: of a line, of a group of lines, or of all that it took."""
-        s = self._settings
-        known = [
-            i
-            for i in self._rank_lines()
-            if self.reading.texts[i] is not None and self.reading.texts[i][1] >= s.min_confidence
-        ]
-        groups = stack_lines(self.reading.boxes) if s.join_lines and known else []
-        if not known or not self._matches(known, groups, caption):
-            return None
-        # In the order of reading, so that lines that happen to be known do not change the answer.
-        count = 1
-        while not self._matches(known[:count], groups, caption):
-            count += 1
-        texts = [self.reading.texts[i][0] for i in known[:count]]
-        if self._matches(known[count - 1 : count], [], caption):
-            return texts[-1]
-        joined = self._join(known[:count], [g for g in groups if known[count - 1] in g])
-        return joined[0] if joined else " / ".join(texts)
-
-    def _matches(self, lines: Sequence[int], groups: Sequence[Sequence[int]], caption: str) -> bool:
-        s = self._settings
-        return caption_matches(
-            [self.reading.texts[i][0] for i in lines] + self._join(lines, groups),
-            caption,
-            s.min_chars,
-            misread_min_chars=s.misread_min_chars,
-            weigh_words=s.weigh_words,
-        )
-
-    def _join(self, lines: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:
-        """The texts of the groups that more than one of the lines is in."""
-        together = [[i for i in group if i in lines] for group in groups]
-        texts = self.reading.texts
-        return [" ".join(texts[i][0] for i in group) for group in together if len(group) > 1]
+    def _is_matched(self, looks: Iterable[Lines]) -> bool:
+        looks = list(looks)
+        return all(self._find_match(looks, caption) is not None for caption in self.captions)
 
 
 def _windows(pictures: Iterable[_Picture], size: int) -> Iterable[list[_Picture]]:
     """In order; as many together as the memory should hold, `size` at most."""
     window, pixels = [], 0
     for picture in pictures:
-        more = picture.count_pixels()
+        more = math.prod(picture.read_size())
         if window and (len(window) == size or pixels + more > _MAX_WINDOW_PIXELS):
             yield window
             window, pixels = [], 0

@@ -1,0 +1,89 @@
+"""What one look at a picture is worth: which lines to read first, and whether they match a caption.
+
+Pure functions of the lines that were found. Pictures and networks must not come in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from data_prep.text_spotting.cache import Lines
+from data_prep.text_spotting.evidence import SURE, fold_text, weigh_texts
+from data_prep.text_spotting.lines import stack_lines
+from data_prep.text_spotting.match import caption_matches, shares_misread_run
+from data_prep.text_spotting.ocr import box_size
+from data_prep.text_spotting.settings import Settings
+
+# A line of fewer heights than this in width can hardly hold five letters.
+_WORD_ASPECT = 1.5
+
+
+def rank_lines(look: Lines) -> list[int]:
+    """Indices of all lines, tall ones that are wide enough for a word first."""
+
+    def rank(index: int) -> tuple[bool, float, int]:
+        width, height = box_size(look.boxes[index])
+        return width < _WORD_ASPECT * height, -height, index
+
+    return sorted(range(len(look.boxes)), key=rank)
+
+
+def count_sure_chars(look: Lines) -> int:
+    """Characters of the lines that were read with confidence."""
+    return sum(len(fold_text(t[0])) for t in look.texts if t is not None and t[1] >= SURE)
+
+
+def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
+    """The text that matches a caption: of a line, of a group of lines, or of all that it took.
+
+    Args:
+        look: some lines may not have been read yet; what is only evidence if there is hardly
+            anything else counts when all have been.
+        caption: of the pair.
+        settings: of the match.
+    """
+    least = settings.min_confidence
+    known = [i for i in rank_lines(look) if look.texts[i] is not None and look.texts[i][1] >= least]
+    groups = stack_lines(look.boxes) if settings.join_lines and known else []
+
+    def is_match(lines: Sequence[int], groups: Sequence[Sequence[int]], is_all: bool) -> bool:
+        joined = _join(look, lines, groups)
+        return _matches([look.texts[i] for i in lines], joined, caption, settings, is_all)
+
+    # In the order of reading, so that lines that happen to be known do not change the answer.
+    for count in range(1, len(known) + 1):
+        if is_match(known[:count], groups, is_all=False):
+            last = known[count - 1]
+            if is_match([last], [], is_all=False):
+                return look.texts[last][0]
+            joined = _join(look, known[:count], [group for group in groups if last in group])
+            return joined[0] if joined else _list_texts(look, known[:count])
+    if known and None not in look.texts and is_match(known, groups, is_all=True):
+        return _list_texts(look, known)
+    return None
+
+
+def _matches(
+    texts: Sequence[tuple[str, float]],
+    joined: Sequence[str],
+    caption: str,
+    settings: Settings,
+    is_all: bool,
+) -> bool:
+    s = settings
+    plain = [text for text, _ in texts] + list(joined)
+    if not s.weigh_words:
+        return caption_matches(plain, caption, s.min_chars, misread_min_chars=s.misread_min_chars)
+    if s.misread_min_chars and shares_misread_run(plain, caption, s.misread_min_chars):
+        return True
+    return weigh_texts(texts, joined, caption, s.min_chars, is_all=is_all)
+
+
+def _join(look: Lines, lines: Sequence[int], groups: Sequence[Sequence[int]]) -> list[str]:
+    """The texts of the groups that more than one of the lines is in."""
+    together = [[i for i in group if i in lines] for group in groups]
+    return [" ".join(look.texts[i][0] for i in group) for group in together if len(group) > 1]
+
+
+def _list_texts(look: Lines, lines: Sequence[int]) -> str:
+    return " / ".join(look.texts[i][0] for i in lines)
