@@ -5,17 +5,19 @@ Pure functions of the lines that were found. Pictures and networks must not come
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from data_prep.text_spotting.cache import Lines
 from data_prep.text_spotting.evidence import SURE, fold_text, weigh_texts
 from data_prep.text_spotting.lines import stack_lines
-from data_prep.text_spotting.match import caption_matches, shares_misread_run
+from data_prep.text_spotting.match import can_match, caption_matches, shares_misread_run
 from data_prep.text_spotting.ocr import box_size
 from data_prep.text_spotting.settings import Settings
 
 # A line of fewer heights than this in width can hardly hold five letters.
 _WORD_ASPECT = 1.5
+_BETWEEN_LINES = " / "  # of a match that took several
 
 
 def rank_lines(look: Lines) -> list[int]:
@@ -48,7 +50,7 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
 
     def is_match(lines: Sequence[int], groups: Sequence[Sequence[int]], is_all: bool) -> bool:
         joined = _join(look, lines, groups)
-        return _matches([look.texts[i] for i in lines], joined, caption, settings, is_all)
+        return _matches([look.texts[i] for i in lines], joined, caption, settings, is_all=is_all)
 
     # In the order of reading, so that lines that happen to be known do not change the answer.
     for count in range(1, len(known) + 1):
@@ -63,11 +65,30 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
     return None
 
 
+def longest_match(text: str, caption: str, settings: Settings) -> int:
+    """The greatest `min_chars` with which a match remains one, whatever else the picture shows.
+
+    Args:
+        text: of `find_match` at the settings.
+        caption: that it matches.
+        settings: of the match.
+    """
+    texts = [(part, 1.0) for part in text.split(_BETWEEN_LINES)]
+    chars = settings.min_chars
+    while chars < len(text) and can_match(caption, chars + 1):
+        longer = dataclasses.replace(settings, min_chars=chars + 1)
+        if not _matches(texts, (), caption, longer, is_all=False):
+            break
+        chars += 1
+    return chars
+
+
 def _matches(
     texts: Sequence[tuple[str, float]],
     joined: Sequence[str],
     caption: str,
     settings: Settings,
+    *,
     is_all: bool,
 ) -> bool:
     s = settings
@@ -86,4 +107,4 @@ def _join(look: Lines, lines: Sequence[int], groups: Sequence[Sequence[int]]) ->
 
 
 def _list_texts(look: Lines, lines: Sequence[int]) -> str:
-    return " / ".join(look.texts[i][0] for i in lines)
+    return _BETWEEN_LINES.join(look.texts[i][0] for i in lines)

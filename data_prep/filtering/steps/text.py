@@ -19,7 +19,7 @@ from data_prep.filtering.steps.image import ImageStep
 from data_prep.filtering.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
 from data_prep.text_spotting import config as spotter_config
 from data_prep.text_spotting.cache import name_shard
-from data_prep.text_spotting.match import can_match, caption_matches
+from data_prep.text_spotting.looks import longest_match
 from data_prep.text_spotting.weights import easyocr_version
 from diht_jax.data.readers.base import SourceShard
 
@@ -124,24 +124,13 @@ class TextStep(Step):
             if good.captions:
                 yield good
             else:
-                longest = min(map(self._longest_run, verdict.matches, candidate.captions))
+                longest = min(
+                    longest_match(text, caption, self._spotter.settings)
+                    for text, caption in zip(verdict.matches, candidate.captions, strict=True)
+                )
                 yield Drop(
                     candidate, "shows_caption", match=verdict.matches[0], match_chars=longest
                 )
-
-    def _longest_run(self, text: str, caption: str) -> int:
-        """The greatest `min_chars` with which the text still repeats the caption."""
-        s = self.config.spotter
-        chars, options = s.min_chars, {"weigh_words": s.weigh_words}
-        while (
-            chars < len(text)
-            and can_match(caption, chars + 1)
-            and caption_matches(
-                [text], caption, chars + 1, misread_min_chars=s.misread_min_chars, **options
-            )
-        ):
-            chars += 1
-        return chars
 
     def record(self, log: Any) -> None:
         log.funnel.text_spotting.update(self._counts)

@@ -4,7 +4,6 @@ import collections
 import io
 import json
 import tarfile
-import types
 
 import duckdb
 import numpy as np
@@ -16,6 +15,8 @@ from data_prep.filter import run_filter
 from data_prep.filtering import decisions, replay
 from data_prep.filtering.score_quantiles import score_quantiles
 from data_prep.filtering.steps import recorded, text
+from data_prep.text_spotting.match import caption_matches
+from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
 from diht_jax.data.images.decode import decode_rgb
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records
@@ -54,7 +55,8 @@ class _Spotter:
     """Spots the text of `_text_of` with a confidence of 0.5, and matches as the real one."""
 
     def __init__(self, **settings):
-        self.settings = types.SimpleNamespace(**settings)
+        names = ("min_confidence", "min_chars", "misread_min_chars", "weigh_words")
+        self.settings = Settings(**{name: settings[name] for name in names})
 
     def judge(self, images, captions):
         verdicts = []
@@ -68,7 +70,7 @@ class _Spotter:
 
     def _matches(self, found, caption):
         s = self.settings
-        return text.caption_matches([found], caption, s.min_chars, weigh_words=s.weigh_words)
+        return caption_matches([found], caption, s.min_chars, weigh_words=s.weigh_words)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,11 @@ import types
 
 import pytest
 
+from benchmarks.text_spotting_testset import make_test_set
+from data_prep.filter import run_filter
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.engine_ray import _Actor
+from tests.data_prep.filtering.jobs import job_config, snapshot
 from tests.docs.pages import python_blocks
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -25,9 +28,11 @@ _SCRIPT = """
 import functools, json, os, pathlib, sys, time
 import ray
 from ray.cluster_utils import Cluster
+from data_prep.filter import run_filter
 from data_prep.jobs import engine_ray
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
+from tests.data_prep.filtering.jobs import job_config
 
 
 class Doubler:
@@ -95,6 +100,14 @@ def run_failing(settings, folder):
         yield [outcome.task, outcome.result, outcome.error]
 
 
+def spot_text(address, folder):
+    changes = json.loads(pathlib.Path(folder, "spotting.json").read_text())
+    config = job_config(f"{folder}/pairs.jsonl", pathlib.Path(folder, "on_ray"), **changes)
+    config.num_workers = 1
+    config.ray.update({"address": address, "model_actors": 1, "gpus_per_model_actor": 0.0})
+    return run_filter(config, engine="ray")
+
+
 def main(folder):
     os.chdir(folder)
     # A GPU in name only, to be reserved: nothing here computes on it.
@@ -114,6 +127,7 @@ def main(folder):
     print("toy", json.dumps(found), flush=True)
     failing = list(run_failing(RaySettings(cluster.address), folder))
     print("failing", json.dumps(failing), flush=True)
+    print("spotting", json.dumps(spot_text(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
@@ -125,6 +139,27 @@ if __name__ == "__main__":
 """
 
 
+# Small canvases: a first look, a look, and a closer one where hardly any text could be read.
+_SPOTTING = {"text_spotting": True} | {
+    f"spotter__{name}": value
+    for name, value in {
+        **{"canvas_size": 96, "gate_size": 64, "gate_score": 0.01, "closer_size": 160},
+        **{"precision": "float32", "device": "cpu"},
+    }.items()
+}
+
+
+def _write_pictures(folder: pathlib.Path) -> None:
+    """Pairs of which some show their caption, and the settings by which they are filtered."""
+    pictures = {picture.kind: picture for picture in make_test_set(10, seed=1)}
+    rows = []
+    for kind in ("band", "unrelated", "picture", "nothing"):
+        (folder / f"{kind}.jpg").write_bytes(pictures[kind].image)
+        rows.append(json.dumps({"image": f"{kind}.jpg", "caption": pictures[kind].caption}))
+    (folder / "pairs.jsonl").write_text("\n".join(rows))
+    (folder / "spotting.json").write_text(json.dumps(_SPOTTING))
+
+
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     """The folder in which the script ran, and what it printed by the word before it."""
@@ -134,6 +169,7 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     (example,) = python_blocks(_REPOSITORY / "docs" / "ray.md")[:1]
     (folder / "example.py").write_text(example)
     (folder / "script.py").write_text(_SCRIPT)
+    _write_pictures(folder)
     done = subprocess.run(
         [sys.executable, "script.py", str(folder)],
         cwd=folder,
@@ -174,6 +210,18 @@ def test_deaths_and_time_limits_are_those_of_local_workers(printed):
     assert outcomes["hangs"] == (None, stopped)
     assert len(list(folder.glob("hangs_*"))) == 2
     assert f"hangs: {stopped}; its task will run again" in found["stderr"]
+
+
+def test_text_is_spotted_as_by_the_local_engine(printed):
+    folder, found = printed
+    assert json.loads(found["spotting"]) == {}
+    config = job_config(str(folder / "pairs.jsonl"), folder / "local", **_SPOTTING)
+    assert run_filter(config) == {}
+    local, on_ray = (snapshot(folder / name) for name in ("local", "on_ray"))
+    assert on_ray == local
+    counts = json.loads(local["stats.json"])["counts"]
+    assert counts["text_spotting"]["read"] >= 2
+    assert counts["dropped"]["text"]["shows_caption"] >= 1
 
 
 def test_example_of_the_page(printed):

@@ -3,12 +3,16 @@
 import json
 import os
 
-from data_prep.text_spotting.cache import Reading, SpotCache, hash_image, name_shard
+from data_prep.text_spotting.cache import Lines, Reading, SpotCache, hash_image, name_shard
 
 _READING = Reading(
-    {128: 0.25},
-    [(1, 20, 3, 30), (0.5, 1.0, 9.25, 2.0, 9.0, 8.0, 1.0, 7.5)],
-    [("Grüße €", 0.75), None],
+    {128: 0.25, 256: 0.5},
+    {
+        256: Lines(
+            [(1, 20, 3, 30), (0.5, 1.0, 9.25, 2.0, 9.0, 8.0, 1.0, 7.5)], [("Grüße €", 0.75), None]
+        ),
+        512: Lines([], []),
+    },
 )
 
 
@@ -39,8 +43,8 @@ def test_what_is_got_can_be_changed_without_harm(tmp_path):
     cache = SpotCache(tmp_path, {}, "s")
     cache.put("a", _READING)
     mine = cache.get("a")
-    mine.texts[1] = ("more", 0.5)
-    mine.gates[96] = 0.5
+    mine.looks[256].texts[1] = ("more", 0.5)
+    mine.peaks[96] = 0.5
     assert cache.get("a") == _READING
     cache.put("a", mine)
     cache.flush()

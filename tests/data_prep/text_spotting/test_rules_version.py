@@ -3,21 +3,24 @@
     python -m tests.data_prep.text_spotting.test_rules_version
 
 writes the golden file anew, once the version was raised. It holds the settings and constants, the
-match decisions on fixed texts, and verdicts on lines that were read. No network runs: that its
-boxes and texts are EasyOCR's is in `test_spotter.py`.
+canvases of pictures, match decisions on fixed texts, and verdicts on lines that were read. No
+network runs: that its boxes and texts are EasyOCR's is in `test_spotter.py`.
 """
 
 import dataclasses
+import io
 import itertools
 import json
 import pathlib
 import random
+import zlib
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from data_prep.text_spotting import lines, match, networks, ocr, spotter
-from data_prep.text_spotting.cache import Reading
+from data_prep.text_spotting import evidence, lines, looks, match, networks, ocr, spotter
+from data_prep.text_spotting.cache import Lines, Reading
 from data_prep.text_spotting.config import NOT_HASHED, RULES_VERSION
 from data_prep.text_spotting.match import can_match, caption_matches
 from data_prep.text_spotting.spotter import Settings
@@ -50,10 +53,13 @@ def _match_decisions() -> dict[str, str]:
     found["random"] = "".join(
         str(int(caption_matches([text], caption, misread_min_chars=7))) for text, caption in pairs
     )
-    found["weighed"] = "".join(
-        str(int(caption_matches([text, "the white dog"], caption, weigh_words=True)))
-        for caption, text in itertools.product((*_CAPTIONS, "a pilgrimage of a person"), _SPOTTED)
-    )
+    for other in ("", "the white dog"):
+        found[f"weighed beside '{other}'"] = "".join(
+            str(int(caption_matches([text, other], caption, weigh_words=True)))
+            for caption, text in itertools.product(
+                (*_CAPTIONS, "a pilgrimage of a person"), (*_SPOTTED, "happv birthdav", "PERSON")
+            )
+        )
     found["can_match"] = "".join(str(int(can_match(caption))) for caption in _CAPTIONS)
     return found
 
@@ -65,13 +71,31 @@ def _verdicts() -> list[str]:
     found = []
     for gate, caption in itertools.product((0.01, 0.03, 0.5), _CAPTIONS[:7]):
         picture = spotter._Picture(b"data", [caption, "another text"], Settings())
-        picture.reading = Reading({160: gate}, list(boxes), list(texts))
+        picture.reading = Reading({160: gate, 256: 0.9}, {256: Lines(list(boxes), list(texts))})
         verdict = picture.verdict()
-        following = picture.next_lines(4)
+        following = picture.next_lines(256, 4)
         found.append(
             f"{gate} {caption}: {verdict.looked} {verdict.matches} audited={verdict.audited} "
-            f"open={picture.is_open()} next={following} order={picture._rank_lines()}"
+            f"open={picture.is_open()} next={following} "
+            f"order={looks.rank_lines(picture.reading.looks[256])}"
         )
+    return found
+
+
+def _closer_looks() -> list[str]:
+    """Which pictures are looked at more closely, and what is decided then."""
+    boxes = [(0, 90, 0, 20), (0, 90, 30, 50)]
+    closer = Lines(boxes, [("happy birthdav", 0.3), ("to you", 0.9)])
+    found = []
+    for side, peak, text in itertools.product(
+        (200, 400), (0.2, 0.3), (("hap", 0.9), ("a sign with many words", 0.9), ("tbirthda", 0.2))
+    ):
+        data = io.BytesIO()
+        Image.new("RGB", (side, 90)).save(data, "PNG")
+        picture = spotter._Picture(data.getvalue(), ["Happy Birthday to you"], Settings())
+        first = Lines(boxes[:1], [text])
+        picture.reading = Reading({160: 1.0, 256: peak}, {256: first, 512: closer})
+        found.append(f"{side} {peak} {text}: {picture.needs_look(512)} {picture.verdict().matches}")
     return found
 
 
@@ -79,24 +103,37 @@ def _describe_rules() -> dict:
     settings = dataclasses.asdict(Settings())
     ocr_settings = settings.pop("ocr")
     kept = {k: v for k, v in (settings | ocr_settings).items() if k not in NOT_HASHED}
-    constants = {name: getattr(ocr, name) for name in ("_MIN_BOX_SIDE", "_GROUPING")}
+    names = ("_MIN_BOX_SIDE", "_GROUPING", "CANVAS_STEPS")
+    constants = {name: getattr(ocr, name) for name in names}
     constants |= {"_CROP_HEIGHT": networks.CROP_HEIGHT}
     names = ("_CONTRAST_BELOW", "_TARGET_CONTRAST")
     constants |= {name: getattr(networks, name) for name in names}
-    constants |= {name: getattr(spotter, name) for name in ("_GATE_GAIN", "_WORD_ASPECT")}
+    constants |= {"_GATE_GAIN": spotter._GATE_GAIN, "_WORD_ASPECT": looks._WORD_ASPECT}
     blank = np.zeros((30, 400, 3), np.uint8)
-    constants |= {
-        name: getattr(match, name) for name in ("_LONG_RUN", "_MOST", "_LONG_PIECE", "_SHORT_PIECE")
-    }
+    names = (
+        *("_RARE", "_COMMON", "_ENOUGH", "_ENOUGH_ALONE", "SURE", "_MOST_OF_WORD", "_LONG_PIECE"),
+        *("_SHORT_RUN", "_MISREAD", "_MISREAD_MIN_CHARS"),
+    )
+    constants |= {name: getattr(evidence, name) for name in names}
     constants |= {name: getattr(lines, name) for name in ("_MAX_GAP", "_MIN_OVERLAP", "_MAX_RATIO")}
     shrunk = [ocr.shrink(blank[:h, :w], 160) for h, w in ((30, 400), (7, 90), (1, 400))]
     return {
         "settings": kept,
         "constants": constants,
         "recognizable": "".join(sorted(match.RECOGNIZABLE)),
+        "words": {
+            name: zlib.crc32(" ".join(sorted(getattr(evidence, name))).encode())
+            for name in ("_FUNCTION_WORDS", "_COMMON_WORDS")
+        },
         "shrunk": [[*s.pixels.shape, s.scale] for s in shrunk],
+        "canvases": [
+            ocr.canvas_shape(size, side)
+            for size in ((160, 160), (160, 107), (90, 256), (512, 300))
+            for side in (160, 256, 512)
+        ],
         "matches": _match_decisions(),
         "verdicts": _verdicts(),
+        "closer_looks": _closer_looks(),
     }
 
 
@@ -121,11 +158,24 @@ def test_decisions_change_only_with_the_version(golden):
 
 
 def test_a_changed_rule_is_noticed(golden, monkeypatch):
-    monkeypatch.setattr(spotter, "_WORD_ASPECT", 4.0)
-    assert set(_differences(golden["rules"], _describe_rules())) == {"constants", "verdicts"}
+    def differences() -> set[str]:
+        evidence.compare.cache_clear()
+        return set(_differences(golden["rules"], _describe_rules()))
+
+    monkeypatch.setattr(looks, "_WORD_ASPECT", 4.0)
+    assert differences() == {"constants", "verdicts"}
     monkeypatch.undo()
     monkeypatch.setattr(match, "fold_text", str.casefold)
-    assert "matches" in _differences(golden["rules"], _describe_rules())
+    assert "matches" in differences()
+    monkeypatch.undo()
+    # Pictures on other canvases are read otherwise: at the right and below other pixels are black.
+    monkeypatch.setattr(ocr, "CANVAS_STEPS", (1, 2, 3, 4))
+    assert differences() == {"constants", "canvases"}
+    monkeypatch.undo()
+    monkeypatch.setattr(evidence, "_MISREAD", 0.1)
+    assert differences() == {"constants", "matches"}
+    monkeypatch.undo()
+    assert differences() == set()
 
 
 def main() -> None:

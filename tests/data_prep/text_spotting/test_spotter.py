@@ -37,7 +37,7 @@ from tests.data_prep.filtering.jobs import job_config, snapshot  # noqa: E402
 _OTHER = "two zebras jump over my fence"
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _OCR = OcrSettings(canvas_size=176, precision="float32", device="cpu")
-_SETTINGS = Settings(ocr=_OCR, gate_size=0, min_confidence=0.2)
+_SETTINGS = Settings(ocr=_OCR, gate_size=0, closer_size=0, min_confidence=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +232,40 @@ def test_the_first_look_and_its_audit(pictures):
     assert audited[1].matches == second.matches
 
 
+def test_a_closer_look_where_hardly_any_text_was_read(pictures, tmp_path, monkeypatch):
+    picture, bare = pictures["band"], pictures["nothing"]
+    pairs = [(picture.image, [picture.caption, _OTHER]), (bare.image, [bare.caption])]
+    far = dataclasses.replace(_SETTINGS, ocr=dataclasses.replace(_OCR, canvas_size=80))
+    near = dataclasses.replace(far, closer_size=176)
+    sizes = []
+    heat_maps = Ocr.heat_maps
+
+    def count(self, pictures, side=None, batch_size=8):
+        sizes.append((side, len(pictures)))
+        return heat_maps(self, pictures, side, batch_size)
+
+    monkeypatch.setattr(Ocr, "heat_maps", count)
+    assert [v.matches for v in _judge(far, *pairs)] == [(None, None), (None,)]
+    assert sizes == [(80, 2)]
+    whole = dataclasses.replace(near, stop_at_match=False)
+    cache = SpotCache(tmp_path, whole.describe_readings(), "shard")
+    verdicts = _judge(whole, *pairs, cache=cache)
+    # The picture without text has nothing to be looked at more closely.
+    assert sizes[1:] == [(80, 2), (176, 1)]
+    assert [[match is not None for match in v.matches] for v in verdicts] == [
+        [True, False],
+        [False],
+    ]
+    assert verdicts[0].spots == _judge(dataclasses.replace(whole, ocr=_OCR), pairs[0])[0].spots
+    # All is known now, whether it was needed or not.
+    monkeypatch.setattr(text_spotting, "load_ocr", None)
+    again = SpotCache(tmp_path, whole.describe_readings(), "shard")
+    assert [v.matches for v in _judge(near, *pairs, cache=again)] == [v.matches for v in verdicts]
+    for changes in ({"closer_size": 0}, {"closer_chars": 0}, {"closer_score": 2.0}):
+        closed = dataclasses.replace(near, **changes)
+        assert _judge(closed, *pairs, cache=again)[0].matches == (None, None)
+
+
 def test_thresholds_are_replayed_without_reading(pictures, tmp_path, monkeypatch):
     settings = dataclasses.replace(
         _SETTINGS, gate_size=96, gate_score=0.0, stop_at_match=False, batch_size=2
@@ -328,6 +362,7 @@ def test_filter_drops_captions_that_stand_in_the_picture(pictures, tmp_path):
     config.spotter.update(
         {
             "canvas_size": 192,
+            "closer_size": 0,
             "gate_size": 128,
             "gate_score": 0.3,
             "precision": "float32",
@@ -376,6 +411,7 @@ def test_shared_networks_write_the_same_bytes(pictures, tmp_path, monkeypatch):
     rows = [{"image": f"{i}.jpg", "caption": pictures["band"].caption} for i in range(2)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = {"canvas_size": 96, "gate_size": 64, "gate_score": 0.01, "precision": "float32"}
+    settings["closer_size"] = 160
     changes = {f"spotter__{name}": value for name, value in settings.items()}
     for name in ("own", "shared"):
         config = job_config(
