@@ -44,7 +44,7 @@ class Settings:
     """
 
     ocr: OcrSettings = OcrSettings()
-    gate_size: int = 160
+    gate_size: int = 0
     gate_score: float = 0.03
     audit_share: float = 0.01
     closer_size: int = 512

@@ -33,6 +33,7 @@ def version_1(monkeypatch) -> None:
 def test_hashes_are_those_of_before(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "easyocr_version", lambda: "1.7.2")
     cat = job_config("a", tmp_path, "cat", text_spotting=True, image__max_side=300, label_field="n")
+    cat.spotter.gate_size = 160  # the default of versions 1 and 2
     settings = filter_config.describe_settings(cat)
     # Keys of versions 2 and 3.
     for later in ("weigh_words", "join_lines", "closer_size", "closer_score", "closer_chars"):

@@ -1,8 +1,9 @@
 """Which lines of text stand under one another, on boxes written by hand."""
 
-from data_prep.text_spotting import spotter
-from data_prep.text_spotting.cache import Reading
+from data_prep.text_spotting.cache import Lines
 from data_prep.text_spotting.lines import stack_lines
+from data_prep.text_spotting.looks import find_match
+from data_prep.text_spotting.settings import Settings
 
 
 def test_lines_under_one_another():
@@ -32,9 +33,7 @@ def test_columns_and_turned_lines():
 
 
 def _match(boxes, texts, caption, **settings) -> str | None:
-    picture = spotter._Picture(b"data", [caption], spotter.Settings(gate_size=0, **settings))
-    picture.reading = Reading({}, boxes, texts)
-    return picture.verdict().matches[0]
+    return find_match(Lines(boxes, texts), caption, Settings(**settings))
 
 
 def test_the_spotter_joins_lines():
@@ -53,8 +52,19 @@ def test_what_is_known_beyond_the_match_does_not_change_it():
     caption = "a giant red balloon at sunset"
     early = _match(boxes, [*texts[:2], None], caption)
     assert early == _match(boxes, texts, caption) == "red balloon"
-    # Halves of two lines that do not stand together.
-    apart = [(0, 200, 0, 40), (300, 400, 200, 230)]
-    halves = [("sunset", 0.9), ("beach", 0.9)]
-    assert _match(apart, halves, "beach at sunset") == "sunset / beach"
-    assert _match(apart, [halves[0], None], "beach at sunset") is None
+    # Words of two lines that do not stand together.
+    apart = [(0, 200, 0, 40), (300, 400, 200, 230), (600, 700, 400, 420)]
+    words = [("sunset", 0.9), ("balloon", 0.9)]
+    assert _match(apart, [*words, None], "balloon at sunset") == "sunset / balloon"
+    assert _match(apart, [words[0], None, None], "balloon at sunset") is None
+
+
+def test_little_is_a_match_when_all_lines_are_known():
+    boxes = [(0, 200, 0, 40), (300, 400, 200, 230), (600, 900, 400, 420)]
+    words = [("sunset", 0.9), ("beach", 0.9)]  # two that many captions hold
+    caption = "beach at sunset"
+    assert _match(boxes, [*words, None], caption) is None
+    assert _match(boxes, [*words, ("xqz", 0.2)], caption) == "sunset / beach / xqz"
+    much = ("a long summer day in the open air", 0.9)
+    assert _match(boxes, [*words, much], caption) is None
+    assert _match(boxes, [*words, (much[0], 0.4)], caption) is not None  # not read for sure

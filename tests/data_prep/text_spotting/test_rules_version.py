@@ -66,11 +66,12 @@ def _match_decisions() -> dict[str, str]:
 
 def _verdicts() -> list[str]:
     """What is decided about pictures whose lines are known, and which lines are read next."""
+    settings = Settings(gate_size=160)
     boxes = [(0, 90, 0, 20), (0, 40, 30, 60), (0, 12, 0, 40), (5, 5, 60, 8, 58, 30, 3, 27)]
     texts = [("HAPPY BIRTH", 0.9), ("red car", 0.09), None, ("stop sign", 0.4)]
     found = []
     for gate, caption in itertools.product((0.01, 0.03, 0.5), _CAPTIONS[:7]):
-        picture = spotter._Picture(b"data", [caption, "another text"], Settings())
+        picture = spotter._Picture(b"data", [caption, "another text"], settings)
         picture.reading = Reading({160: gate, 256: 0.9}, {256: Lines(list(boxes), list(texts))})
         verdict = picture.verdict()
         following = picture.next_lines(256, 4)
@@ -84,6 +85,7 @@ def _verdicts() -> list[str]:
 
 def _closer_looks() -> list[str]:
     """Which pictures are looked at more closely, and what is decided then."""
+    settings = Settings()
     boxes = [(0, 90, 0, 20), (0, 90, 30, 50)]
     closer = Lines(boxes, [("happy birthdav", 0.3), ("to you", 0.9)])
     found = []
@@ -92,7 +94,7 @@ def _closer_looks() -> list[str]:
     ):
         data = io.BytesIO()
         Image.new("RGB", (side, 90)).save(data, "PNG")
-        picture = spotter._Picture(data.getvalue(), ["Happy Birthday to you"], Settings())
+        picture = spotter._Picture(data.getvalue(), ["Happy Birthday to you"], settings)
         first = Lines(boxes[:1], [text])
         picture.reading = Reading({160: 1.0, 256: peak}, {256: first, 512: closer})
         found.append(f"{side} {peak} {text}: {picture.needs_look(512)} {picture.verdict().matches}")
