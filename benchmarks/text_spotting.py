@@ -55,7 +55,7 @@ from diht_jax import command_line
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.progress import ProgressBar
 
-AIMS = {"false_drops": 0.01, "speed": 4.0}
+AIMS = {"false_drops": 0.01, "speed": 3.5}
 _CHUNK = 16  # pictures that are read before the work directory is brought up to date
 
 

