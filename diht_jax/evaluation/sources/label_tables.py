@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
@@ -79,7 +80,7 @@ def open_images_units(folder: str) -> list[Unit]:
     path = join(folder, _OPEN_IMAGES_LABELS)
     require(path, "Open Images' verified labels")
     images: dict[str, _Labels] = {}
-    for row in csv.DictReader(io.StringIO(read_text(path))):
+    for row in _rows(path, csv.DictReader):
         try:
             image, number = row["ImageID"], numbers.get(row["LabelName"])
             is_there = float(row["Confidence"]) == 1
@@ -104,11 +105,18 @@ def _open_images_classes(folder: str) -> list[tuple[str, str]]:
     """(label, name) of each class; V7 has a line of column names, older versions have not."""
     path = join(folder, _OPEN_IMAGES_CLASSES)
     require(path, "Open Images' names of the boxable classes")
-    rows = [tuple(row) for row in csv.reader(io.StringIO(read_text(path))) if row]
+    rows = [tuple(row) for row in _rows(path, csv.reader) if row]
     rows = [row for row in rows if row != ("LabelName", "DisplayName")]
     if not rows or any(len(row) != 2 for row in rows):
         raise ValueError(f"{path}: expected lines such as '/m/011k07,Tortoise'")
     return rows
+
+
+def _rows(path: str, reader: Callable[[Iterable[str]], Iterable[Any]]) -> Iterator[Any]:
+    try:
+        yield from reader(io.StringIO(read_text(path)))
+    except csv.Error as error:
+        raise ValueError(f"{path}: cannot be read as csv ({error})") from error
 
 
 def _units(root: str, images: dict[str, _Labels]) -> list[Unit]:

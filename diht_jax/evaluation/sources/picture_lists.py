@@ -81,7 +81,7 @@ def _read_lists(path: str, splits: str | None) -> dict[str, list[int]]:
     numbers = sorted({int(number) for number in splits.split(",")})
     try:
         paths = [path.format(number) for number in numbers]
-    except (IndexError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: expected one field such as '{{:02}}' ({error!r})") from error
     if len(set(paths)) < len(numbers):
         raise ValueError(

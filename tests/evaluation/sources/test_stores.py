@@ -109,6 +109,38 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
             check_source(missing.format(url), {})
 
 
+@pytest.mark.parametrize(
+    ("source", "files", "message"),
+    [
+        ("list:{}/a.txt", {"a.txt": "path\n"}, "the list is empty"),
+        ("list:{}/a.txt", {"a.txt": "no_folder.jpg"}, "expected one picture a line"),
+        ("voc:{}", {"ImageSets/Main/aeroplane_test.txt": "000001 2"}, "'IMAGE -1'"),
+        ("open_images:{}", {"class-descriptions-boxable.csv": "a"}, "such as '/m/011k07,Tortoise'"),
+        (
+            "open_images:{}",
+            {
+                "class-descriptions-boxable.csv": "/m/1,A",
+                "validation-annotations-human-imagelabels-boxable.csv": "ImageID\nx",
+            },
+            "expected the columns ImageID, LabelName and Confidence",
+        ),
+        (
+            "open_images:{}",
+            {"class-descriptions-boxable.csv": '/m/1,"' + "x" * 2**25},
+            "cannot be read as csv",
+        ),
+        ("objectnet:{}", {"mappings/folder_to_objectnet_label.json": "[]"}, "object of texts"),
+    ],
+)
+def test_other_files_are_named(source, files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        check_source(source.format(tmp_path), {})
+    assert str(tmp_path) in str(raised.value)
+
+
 def test_labels_of_parquet(sets, tiny_model):
     source = f"{sets}/test-00000-of-00001.parquet"
     pairs = list(read_source(source, {}))
