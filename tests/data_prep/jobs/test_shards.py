@@ -2,10 +2,13 @@
 
 import os
 import pathlib
+import tracemalloc
 
 import pytest
 
-from data_prep.jobs import shards
+from data_prep.jobs import fingerprint, manifest, shards
+from data_prep.jobs.failures import survey
+from data_prep.sources.list import default_source, list_inputs
 from diht_jax.data.readers.registry import SourceShard, read_pairs
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
@@ -95,3 +98,31 @@ def test_shards_of_another_run_are_refused(tmp_path):
 def test_hash_ignores_order_and_nothing_else():
     assert shards.hash_config({"a": 1, "b": [2]}) == shards.hash_config({"b": [2], "a": 1})
     assert shards.hash_config({"a": 1}) != shards.hash_config({"a": 2})
+
+
+def test_a_driver_holds_a_kilobyte_of_each_part(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number in range(300):
+        (tmp_path / "in" / f"{number:05d}.tar").write_bytes(b"")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        inputs = list_inputs(str(tmp_path / "in" / "*.tar"), default_source())
+        folder = str(tmp_path / "out")
+        tasks = manifest.plan_parts(inputs, folder, dataset="web", split="train", config_hash="h")
+        del inputs
+        planned = tracemalloc.get_traced_memory()[0]
+        for task in tasks:
+            with open(task.output, "wb"):
+                pass
+            counts = {"names": [f"name {i}" for i in range(200)]}
+            described = fingerprint.describe(task.source)
+            shards.finish_task(task, described, counts, 7, digest="0123456789abcdef" * 2)
+        done = tracemalloc.get_traced_memory()[0]
+        found = survey(tasks)
+        held = planned - before + tracemalloc.get_traced_memory()[0] - done
+    finally:
+        tracemalloc.stop()
+    assert len(found.parts) == 300 and found.waiting == 0
+    assert {stats["output"]["records"] for _, stats in found.parts} == {7}
+    assert held / 300 < 900
