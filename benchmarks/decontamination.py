@@ -1,27 +1,37 @@
-"""What the perceptual hash of `config.decontaminate` finds: photos with planted copies.
+"""What `config.decontaminate` finds by hashes and by embeddings: photos with planted copies.
 
     python -m benchmarks.decontamination --data ../shared/data
 
 The edits are those of `benchmarks.duplicates`, of every photo of `photos.tar`; the evaluation set
 is `photos.tar` itself. Recall: copies that match their own photo. False: the 4,000 pictures of
-`cifar10_train.tar` that match a photo. Prints both, by the number of bits that may differ, and
-writes `benchmarks/results/decontamination.json`.
+`cifar10_train.tar`, or with embeddings its first 1,000, that match a photo, and the photos that
+match another one. Embeddings are those of EfficientNet-Lite0, the one network with trained weights
+that the package index ships; how far apart other models hold pictures is another matter. Prints
+both, by the number of bits that may differ and by the cosine, and writes
+`benchmarks/results/decontamination.json`.
 """
 
 from __future__ import annotations
 
+import itertools
 import pathlib
 import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from absl import flags
 
 from benchmarks.duplicates import EDITS, plant
 from benchmarks.record import write_result
+from data_prep.batches import Teacher
+from data_prep.duplicates.given import EmbeddedSet
 from data_prep.duplicates.image_hashes import Index, PictureHash, make_index, try_hash
 from diht_jax import command_line
 from diht_jax.data.readers.registry import open_source
+
+_OTHERS = 1000  # pictures that are embedded beside the photos
 
 
 def define_flags() -> None:
@@ -41,6 +51,7 @@ def main() -> None:
             path = pathlib.Path(folder) / f"{edit}.tar"
             plant(data / "photos.tar", path, edit, flags.FLAGS.seed)
             copies[edit] = _read(path)
+        embeddings = _measure_embeddings(data, pathlib.Path(folder))
     others = [hashed for _, hashed in _read(data / "cifar10_train.tar")]
     rows = []
     for bits in (0, 3, 6, 8, 10, 12):
@@ -48,7 +59,53 @@ def main() -> None:
         row |= {edit: _recall(index, found, bits) for edit, found in copies.items()}
         rows.append(row)
         print(row, flush=True)
-    write_result("decontamination", {"photos": len(index.columns["keys"]), "rows": rows})
+    write_result(
+        "decontamination",
+        {"photos": len(index.columns["keys"]), "rows": rows, "by_embeddings": embeddings},
+    )
+
+
+def _measure_embeddings(data: pathlib.Path, folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Recall of each edit and false matches, by the least cosine.
+
+    Args:
+        data: folder of the photos.
+        folder: of the tars with copies, named by their edits.
+    """
+    teacher = Teacher(
+        "torch",
+        function="data_prep.teachers.efficientnet_lite:build",
+        batch_size=8,
+        image_size=224,
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+    )
+
+    def embed(path: pathlib.Path, count: int | None = None) -> tuple[list[str], np.ndarray]:
+        pairs = list(itertools.islice(open_source(str(path)), count))
+        table = teacher(pa.table({"image": [pair.image for pair in pairs]}))
+        vectors = np.stack(table["embedding"].to_pylist()).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return [pair.key for pair in pairs], vectors
+
+    photos = EmbeddedSet(*embed(data / "photos.tar"))
+    copies = {edit: embed(folder / f"{edit}.tar") for edit in EDITS}
+    _, others = embed(data / "cifar10_train.tar", _OTHERS)
+    between = photos.embeddings @ photos.embeddings.T - 2 * np.eye(len(photos.keys))
+    rows = []
+    for least in (0.8, 0.85, 0.9, 0.95, 0.98):
+        row = {
+            "min_cosine": least,
+            f"false_of_{_OTHERS}": sum(m is not None for m in photos.find(others, least)),
+            "photos_like_others": int((between.max(1) >= least).sum()),
+        }
+        for edit, (keys, vectors) in copies.items():
+            matches = zip(keys, photos.find(vectors, least), strict=True)
+            right = sum(m is not None and key == f"copy-{m.key}" for key, m in matches)
+            row[edit] = round(right / len(keys), 4)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
 
 
 def _read(path: pathlib.Path) -> list[tuple[str, PictureHash | None]]:

@@ -55,7 +55,7 @@ class DecontaminateStep(Step):
         # or a model for diht_jax.load_model that makes them.
         c.embeddings.pairs = placeholder(str)
         c.embeddings.model = placeholder(str)
-        c.embeddings.min_cosine = 0.95  # from which two pictures are the same
+        c.embeddings.min_cosine = 0.85  # from which two pictures are the same; depends on the model
         c.embeddings.batch_size = 64  # pictures that the model gets at a time
 
     @classmethod
