@@ -48,12 +48,15 @@ evaluate() { # NAME SHOWN_NAME
 step "Generating 3,000 noisy pairs and clean evaluation sets" generate \
   data_prep.synthetic --output "$out/web" --num_pairs 3000
 show generate
-step "Filtering: complexity, action, text in the picture" filter \
+step "Filtering by captions: complexity, action" captions \
+  data_prep.filter --config configs/prep/cat.py --config.text_spotting=False \
+  --config.input="$out/web/train-*.tar" --config.output="$out/captions"
+step "Some pairs of every outcome" pairs data_prep.reports --input "$out/captions"
+show pairs
+step "Filtering again, by text in the picture too" filter \
   data_prep.filter --config configs/prep/cat.py --config.label_field=noise \
   --config.input="$out/web/train-*.tar" --config.output="$out/filtered"
 show filter
-"$python" -m data_prep.reports.demo --input "$out"
-echo
 step "Converting the raw pairs, unfiltered" convert \
   data_prep.filter --config configs/prep/convert.py \
   --config.input="$out/web/train-*.tar" --config.output="$out/raw"
@@ -77,8 +80,7 @@ done
 echo
 files=("${students[@]/#/$out/}")
 "$python" -m diht_jax.evaluate --compare "${files[@]/%/.json}" --output "$out/compared.png" 2> /dev/null
-"$python" -m data_prep.reports.demo --input "$out" --output "$out/index.html"
-echo
+step "Drawing the page" page data_prep.reports.demo --input "$out" --output "$out/index.html"
 pictures=("$out"/*.png "$out"/*/curves.png "$out"/{filtered,labelled}/report.html)
 echo "Pictures: ${pictures[*]}"
 echo "All of it on one page: $out/index.html"

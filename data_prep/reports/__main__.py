@@ -1,8 +1,10 @@
-"""Command: merges the reports of several filter jobs into one.
+"""Command: shows the report of a filter job on the terminal, or merges those of several into one.
 
+    python -m data_prep.reports --input=/data/kept
     python -m data_prep.reports --input=/data/kept_a,/data/kept_b --output=/data/both
 
-The output folder gets `report.json` and `report.html`, as those of one job.
+It prints the funnel and some pairs of every outcome. The output folder gets `report.json` and
+`report.html`, as those of one job.
 """
 
 from __future__ import annotations
@@ -14,24 +16,27 @@ from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import merge_reports
 from diht_jax import command_line
 
+_SHOWN_PAIRS = 2  # of each outcome
+
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     flags.DEFINE_list("input", None, "Folders with a report.json each.", required=True)
     flags.DEFINE_alias("inputs", "input")
-    flags.DEFINE_string("output", None, "Folder for the merged report.", required=True)
+    flags.DEFINE_string("output", None, "Folder for the merged report; unset: only print it.")
 
 
 def main() -> None:
-    """Merges the reports that the flags name."""
+    """Shows the reports that the flags name as one, and writes it."""
     report = merge_reports(flags.FLAGS.input)
-    folder = flags.FLAGS.output
-    files.make_folder(folder)
-    write_report(folder, report)
-    print(report.funnel.format_table())
+    print(f"{report.funnel.format_table()}\n\n{report.format_samples(_SHOWN_PAIRS)}")
     for warning in report.warnings():
         logging.warning("%s", warning)
-    print(f"look at {files.join(folder, PAGE)}")
+    folder = flags.FLAGS.output
+    if folder is not None:
+        files.make_folder(folder)
+        write_report(folder, report)
+        print(f"look at {files.join(folder, PAGE)}")
 
 
 if __name__ == "__main__":

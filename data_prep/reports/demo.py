@@ -1,11 +1,10 @@
-"""Command: the page of the demo, and some pairs of its filter on the terminal.
+"""Command: the page of the demo.
 
     python -m data_prep.reports.demo --input demo_output --output demo_output/index.html
-    python -m data_prep.reports.demo --input demo_output
 
-The page shows what `run_demo.sh` left in a folder: pairs with what became of them, the funnel, the
-curves of all students, their results with intervals, and examples of retrieval. It is one file
-without links to others. Without --output some pairs are printed.
+It shows what `run_demo.sh` left in a folder: results with intervals, the funnel, pairs with what
+became of them, the curves of all students, and examples of retrieval. It is one file without links
+to others.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from typing import Any
 
 from absl import flags
 
-from data_prep.reports.funnel import KEPT
+from data_prep.reports.funnel import spell_outcome
 from data_prep.reports.html import data_uri, render_page, render_table
 from data_prep.reports.page import (
     PAGE_STYLE,
     render_card,
     render_funnel,
     render_noise,
-    spell_outcome,
 )
 from data_prep.reports.summary import FilterReport, read_report
 from diht_jax import command_line
@@ -50,7 +48,6 @@ METRICS = {
     ("scenes", "i2t_r10"): "R@10",
 }
 _SHOWN_PAIRS = 4  # of each outcome
-_PRINTED_KEPT, _PRINTED_DROPPED = 4, 2
 _STYLE = """
 figure { margin: 0; } figure img { width: 100%; border: 1px solid #d0d7de; border-radius: 6px; }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr));
@@ -62,27 +59,14 @@ figure { margin: 0; } figure img { width: 100%; border: 1px solid #d0d7de; borde
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     flags.DEFINE_string("input", None, "The folder of run_demo.sh.", required=True)
-    flags.DEFINE_string("output", None, "The page (HTML); unset: print some pairs instead.")
+    flags.DEFINE_string("output", None, "The page (HTML).", required=True)
 
 
 def main() -> None:
-    """Writes the page, or prints pairs."""
-    folder, output = pathlib.Path(flags.FLAGS.input), flags.FLAGS.output
-    report = read_report(folder / "filtered")
-    if output is None:
-        print(format_pairs(report))
-        return
-    write_atomically(pathlib.Path(output), render_demo(folder, report).encode())
-
-
-def format_pairs(report: FilterReport) -> str:
-    """Some pairs of every outcome for the terminal, a line each: the outcome, and the caption."""
-    lines = []
-    for outcome, samples in _by_outcome(report):
-        count = _PRINTED_KEPT if outcome == KEPT else _PRINTED_DROPPED
-        name = KEPT if outcome == KEPT else f"dropped, {spell_outcome(outcome)}"
-        lines += [f"{name:44} {sample['caption'][:100]}" for sample in samples[:count]]
-    return "\n".join(lines)
+    """Writes the page."""
+    folder = pathlib.Path(flags.FLAGS.input)
+    page = render_demo(folder, read_report(folder / "filtered"))
+    write_atomically(pathlib.Path(flags.FLAGS.output), page.encode())
 
 
 def render_demo(folder: pathlib.Path, report: FilterReport) -> str:
@@ -97,9 +81,9 @@ def render_demo(folder: pathlib.Path, report: FilterReport) -> str:
     """
     results = {name: _read_results(folder / f"{name}.json") for name in STUDENTS}
     pairs = "".join(
-        f"<h3>{'Kept' if outcome == KEPT else 'Dropped, ' + html.escape(spell_outcome(outcome))}"
-        f'</h3><div class="images">{"".join(map(render_card, samples[:_SHOWN_PAIRS]))}</div>'
-        for outcome, samples in _by_outcome(report)
+        f"<h3>{html.escape(spell_outcome(outcome))}</h3>"
+        f'<div class="images">{"".join(map(render_card, samples[:_SHOWN_PAIRS]))}</div>'
+        for outcome, samples in report.samples_by_outcome()
     )
     curves = "".join(
         _picture(folder / name / "curves.png", title) for name, title in STUDENTS.items()
@@ -125,15 +109,6 @@ def render_demo(folder: pathlib.Path, report: FilterReport) -> str:
         f"<h2>Retrieval and classification, last student</h2>{examples}",
     ]
     return render_page("The demo of diht_jax", parts, PAGE_STYLE + _STYLE)
-
-
-def _by_outcome(report: FilterReport) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The samples of each outcome; what was kept comes first, then the order of the funnel."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for sample in report.samples:
-        found.setdefault(sample["outcome"], []).append(sample)
-    order = [KEPT, *(f"{stage}/{reason}" for stage, reason, _ in report.funnel.rows())]
-    return [(name, found[name]) for name in dict.fromkeys(order) if name in found]
 
 
 def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:

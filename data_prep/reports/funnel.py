@@ -34,6 +34,14 @@ def spell_reason(stage: str, reason: str) -> str:
     return stage_reasons().get(stage, {}).get(reason) or _spell_plainly(reason)
 
 
+def spell_outcome(outcome: str) -> str:
+    """An outcome of the samples for people: "Kept", or "Dropped, caption: no words"."""
+    if outcome == KEPT:
+        return "Kept"
+    stage, _, reason = outcome.partition("/")
+    return f"Dropped, {stage}: {spell_reason(stage, reason)}"
+
+
 def _spell_plainly(reason: str) -> str:
     """Names become words; a reason that is a phrase, with names of fields in it, stays."""
     return reason if " " in reason else reason.replace("_", " ")

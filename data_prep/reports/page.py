@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.filtering.steps.registry import ordered_steps
 from data_prep.jobs import files, shards
-from data_prep.reports.funnel import KEPT, spell_reason
+from data_prep.reports.funnel import KEPT, spell_outcome, spell_reason
 from data_prep.reports.html import render_bar, render_page, render_table
 from data_prep.reports.noise_scores import table_rows
 from data_prep.reports.statistics import BINS, DROPPED, NAMES, TITLES
@@ -233,16 +233,11 @@ def _names(report: FilterReport) -> str:
 
 
 def _samples(report: FilterReport) -> str:
-    by_outcome: dict[str, list[dict[str, Any]]] = {}
-    for sample in report.samples:
-        by_outcome.setdefault(sample["outcome"], []).append(sample)
-    sections = []
-    # What was kept first, then the reasons in the order of the funnel.
-    order = [KEPT, *(f"{stage}/{reason}" for stage, reason, _ in report.funnel.rows())]
-    for outcome in dict.fromkeys(name for name in order if name in by_outcome):
-        title = "Kept" if outcome == KEPT else f"Dropped, {spell_outcome(outcome)}"
-        cards = "".join(map(render_card, by_outcome[outcome]))
-        sections.append(f'<h3>{html.escape(title)}</h3><div class="images">{cards}</div>')
+    sections = [
+        f"<h3>{html.escape(spell_outcome(outcome))}</h3>"
+        f'<div class="images">{"".join(map(render_card, samples))}</div>'
+        for outcome, samples in report.samples_by_outcome()
+    ]
     if not sections:
         return ""
     return (
@@ -250,12 +245,6 @@ def _samples(report: FilterReport) -> str:
         "the first caption. Boxes: spotted text; <span class=m>red</span>: the line that repeats "
         f"the caption.</p>{''.join(sections)}"
     )
-
-
-def spell_outcome(outcome: str) -> str:
-    """An outcome of `samples` for people: "captions: no words"."""
-    stage, _, reason = outcome.partition("/")
-    return f"{stage}: {spell_reason(stage, reason)}"
 
 
 def render_card(sample: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from data_prep.filtering.steps.registry import ordered_steps
 from data_prep.jobs import files, shards
-from data_prep.reports.funnel import SOURCE, Funnel
+from data_prep.reports.funnel import KEPT, SOURCE, Funnel, spell_outcome
 from data_prep.reports.samples import SAMPLES_SUFFIX, choose_samples, read_samples
 from data_prep.reports.statistics import Measures
 from data_prep.sources.img2dataset import merge_download_stats
@@ -26,6 +26,7 @@ SECONDS_SUFFIX = ".seconds.json"
 
 _VERSION = 2
 _MAX_DAMAGED = 100
+_PRINTED_CHARS = 80  # of a caption
 
 
 @dataclasses.dataclass
@@ -112,6 +113,22 @@ class FilterReport:
     def _add_damaged(self, texts: Sequence[str], count: int | None = None) -> None:
         self.num_damaged += len(texts) if count is None else count
         self.damaged = [*self.damaged, *texts][:_MAX_DAMAGED]
+
+    def samples_by_outcome(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """The samples of each outcome: what was kept first, then the order of the funnel."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for sample in self.samples:
+            found.setdefault(sample["outcome"], []).append(sample)
+        order = [KEPT, *(f"{stage}/{reason}" for stage, reason, _ in self.funnel.rows())]
+        return [(name, found[name]) for name in dict.fromkeys(order) if name in found]
+
+    def format_samples(self, per_outcome: int) -> str:
+        """So many pairs of each outcome for a terminal, a line each: outcome and caption."""
+        return "\n".join(
+            f"{spell_outcome(outcome):36} {sample['caption'][:_PRINTED_CHARS]}"
+            for outcome, samples in self.samples_by_outcome()
+            for sample in samples[:per_outcome]
+        )
 
     def to_json(self, *, with_all_names: bool = False) -> dict[str, Any]:
         """All of it, with the funnel as rows of counts and shares for people.

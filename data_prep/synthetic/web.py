@@ -381,7 +381,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Writes the data set that the flags describe and prints the pairs of each kind."""
+    """Writes the data set that the flags describe and prints number and example of each kind."""
     given = flags.FLAGS
     names = [field.name for field in dataclasses.fields(Settings) if field.name != "noise"]
     settings = Settings(
@@ -390,7 +390,15 @@ def main() -> None:
     counts = write_dataset(settings, given.output, workers=given.num_workers)
     logging.info("%d training pairs in %s", settings.num_pairs, given.output)
     for kind, count in counts.items():
-        print(f"{kind:14s} {count:7d}  {count / max(settings.num_pairs, 1):6.1%}")
+        share = count / max(settings.num_pairs, 1)
+        print(f"{kind:14s} {count:7d}  {share:6.1%}  {_find_caption(settings, kind)}".rstrip())
+
+
+def _find_caption(settings: Settings, kind: str) -> str:
+    """The caption of the first training pair of a kind; empty where there is none."""
+    indices = (i for i in range(settings.num_pairs) if noise_kind(settings, i) == kind)
+    index = next(indices, None)
+    return "" if index is None else make_pair(settings, _TRAIN, index).caption
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def test_command_is_parsed(command):
         ("diht_jax.fewshot --model x --train a --test b --task cifr10 --output o", "cifar10"),
         ("diht_jax.embed --model x stray", "unexpected arguments: stray"),
         ("data_prep.filter --config configs/prep/cat.py --config.retries=-1", "retries"),
-        ("data_prep.reports --input=a", "output"),
+        ("data_prep.reports --output=a", "input"),
         ("benchmarks.captions --round 3", "round"),
     ],
 )

@@ -91,10 +91,10 @@ def test_differences_are_to_the_row_above_with_paired_intervals(folder):
 
 
 def test_pairs_are_printed_with_their_reasons(folder):
-    lines = demo.format_pairs(demo.read_report(folder / "filtered")).splitlines()
+    lines = demo.read_report(folder / "filtered").format_samples(2).splitlines()
     assert [re.split(r"  +", line) for line in lines] == [
-        ["kept", _OUTCOMES["kept"]],
-        ["dropped, caption: A: no action", "Leather Wallet"],
+        ["Kept", _OUTCOMES["kept"]],
+        ["Dropped, caption: A: no action", "Leather Wallet"],
     ]
 
 
