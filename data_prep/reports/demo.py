@@ -50,8 +50,6 @@ METRICS = {
 _SHOWN_PAIRS = 4  # of each outcome
 _STYLE = """
 figure { margin: 0; } figure img { width: 100%; border: 1px solid #d0d7de; border-radius: 6px; }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(480px, 100%), 1fr));
-       gap: 14px; }
 .beyond { font-weight: 600; }
 """
 
@@ -105,7 +103,7 @@ def render_demo(folder: pathlib.Path, report: FilterReport) -> str:
         "bootstrap; bold where 0 lies outside.</p>",
         f"<h2>Funnel</h2>{render_funnel(report)}{render_noise(report)}",
         f"<h2>Pairs</h2>{pairs}",
-        f'<h2>Training</h2><div class="two">{curves}</div>',
+        f"<h2>Training</h2>{curves}",
         f"<h2>Retrieval and classification, last student</h2>{examples}",
     ]
     return render_page("The demo of diht_jax", parts, PAGE_STYLE + _STYLE)
