@@ -70,7 +70,7 @@ train raw_infonce "raw pairs" raw --config.loss.beta=0.0
 train filtered_infonce "+ CAT (filtered pairs)" filtered --config.loss.beta=0.0
 train filtered_hn_nce "+ HN (hard negatives)" filtered
 train filtered_concepts "+ CD (concept labels)" labelled \
-  --config.concepts.object_weight=1.0 --config.concepts.attribute_weight=1.0 \
+  --config.concepts.object_weight=0.5 --config.concepts.attribute_weight=0.5 \
   --config.concepts.num_objects=32 --config.concepts.num_attributes=32
 students=(raw_infonce filtered_infonce filtered_hn_nce filtered_concepts)
 for name in "${students[@]}"; do

@@ -39,7 +39,6 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 20
     config.data.batch_size = 64
-    config.data.crop_scale = (1.0, 1.0)  # moved shapes take longer to learn
     config.topology = "local"
     config.data.num_workers = 0
     config.log_every_steps = 20
