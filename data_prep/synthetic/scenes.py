@@ -31,8 +31,8 @@ SINGLE_RELATIONS = ("floating", "standing", "falling")
 PAIR_RELATIONS = (
     *("on", "above", "beside", "against", "behind", "inside", "chasing", "dropping", "hanging"),
 )
-# A single object is drawn large and near the middle: a student of 32 px and patches of 8 px stays at
-# chance with small ones anywhere in the picture (docs/benchmarks.md).
+# A single object is drawn large and near the middle: with small ones anywhere in the picture, a
+# student of 32 px and patches of 8 px stays at chance (docs/benchmarks.md).
 _SINGLE_RADII = {"small": (0.19, 0.21), "large": (0.32, 0.35)}
 _PAIR_RADII = {"small": (0.13, 0.15), "large": (0.21, 0.24)}
 _SINGLE_SHIFT = 0.05
