@@ -96,11 +96,10 @@ PURPOSE_GERUNDS = ROOM_GERUNDS | word_set("""
     washing writing
 """)
 
-# Things whose color names a kind, no attribute: "orange juice", "lavender flowers".
-FRUIT_NAMES = word_set("lavender olive orange violet")
+# Things whose color names a kind, no attribute: "orange juice"; an orange flower is orange.
+FRUIT_NAMES = word_set("olive orange")
 FRUIT_PARTS = word_set("""
-    blossom field flower garden grove juice leaf marmalade oil peel plant segment slice soda sorbet
-    tree wedge zest
+    grove juice marmalade oil peel segment slice soda sorbet wedge zest
 """)
 
 # Words that at the beginning, without an object, are read as verbs and are things.

@@ -45,7 +45,8 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
     for i in range(1, len(sentence)):
         if tag[i] in HIDDEN_VERB_TAGS or (tag[i] == "VBZ" and dep[i] == "pobj"):
             correct_hidden_verb(sentence, i, words)
-        if dep[i - 1] == "compound" and tag[i] in _FINITE_TAGS and sentence.head[i - 1] == i:
+        named = dep[i - 1] == "compound" and tag[i] in _FINITE_TAGS and sentence.head[i - 1] == i
+        if named and sentence.lemma[i - 1] in lexicon.ANIMATE_NOUNS:
             _make_subject(sentence, i - 1)  # "olympic athlete competes"
     correct_attachments(sentence)
 
