@@ -97,10 +97,11 @@ PURPOSE_GERUNDS = ROOM_GERUNDS | word_set("""
 """)
 
 # Things whose color names a kind, no attribute: "orange juice"; an orange flower is orange.
-FRUIT_NAMES = word_set("olive orange")
-FRUIT_PARTS = word_set("""
-    grove juice marmalade oil peel segment slice soda sorbet wedge zest
-""")
+FRUIT_PARTS = {
+    "lavender": word_set("bush field flower garden oil plant"),
+    "olive": word_set("branch grove oil tree"),
+    "orange": word_set("grove juice marmalade peel segment slice soda sorbet wedge zest"),
+}
 
 # Words that at the beginning, without an object, are read as verbs and are things.
 FIRST_NOUNS = word_set("""

@@ -22,7 +22,7 @@ def is_absorbed(sentence: Sentence, i: int) -> bool:
     head = sentence.head[i]
     return (
         sentence.dep[i] in MODIFIERS
-        and (sentence.tag[i] in NOUN_TAGS or sentence.low[i] in lexicon.FRUIT_NAMES)
+        and (sentence.tag[i] in NOUN_TAGS or sentence.low[i] in lexicon.FRUIT_PARTS)
         and i < head
         and (sentence.tag[head] in NOUN_TAGS or sentence.dep[head] in MODIFIERS)
         and (head == i + 1 or "," not in sentence.low[i:head])
@@ -127,7 +127,7 @@ def describes(sentence: Sentence, i: int) -> bool:
         return False
     if low in lexicon.RELATIONAL_ADJECTIVES and sentence.has_kid(i, "prep"):
         return False
-    if low in lexicon.FRUIT_NAMES and sentence.lemma[sentence.head[i]] in lexicon.FRUIT_PARTS:
+    if sentence.lemma[sentence.head[i]] in lexicon.FRUIT_PARTS.get(low, ()):
         return False
     return tag in ADJECTIVE_TAGS or tag in PARTICIPLE_TAGS or low in lexicon.DESCRIBING_NOUNS
 
