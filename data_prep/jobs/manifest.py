@@ -115,19 +115,25 @@ def plan_parts(
     own = set(names)
 
     def is_other(name: str) -> bool:
-        """Whether it belongs to a part of another name, or to one with a number."""
+        """Whether it is the manifest, or belongs to a part of another name or with a number."""
         if name.endswith(STATS_SUFFIX):
             return name.removesuffix(STATS_SUFFIX) not in own
-        return numbered.match(name.lstrip(".")) is not None
+        return name == NAME or numbered.match(name.lstrip(".")) is not None
 
     others = files.list_names(folder, is_other)
-    before = {entry.name: entry.before for entry in iterate_manifest(folder) if entry.before}
+    old = b""
+    if NAME in others:
+        others.remove(NAME)
+        old = files.read_bytes(files.join(folder, NAME))
+    before = {entry.name: entry.before for entry in _parse_manifest(old) if entry.before}
     if others:
         present = files.list_names(folder)
         moves = _find_moves(list(map(_describe, names, inputs)), folder, present, numbered)
         for old, new in moves.items():
             before[new] = tuple(dict.fromkeys((*before.get(new, ()), *before.get(old, ()), old)))
-    _write_manifest(folder, map(_describe, names, inputs), before)
+    data = _format_manifest(map(_describe, names, inputs), before)
+    if data != old:
+        files.write_bytes(files.join(folder, NAME), data)
     if others:
         if moves:
             _rename(folder, moves, present, suffix)
@@ -177,9 +183,14 @@ def read_manifest(folder: str) -> list[Entry]:
 def iterate_manifest(folder: str) -> Iterator[Entry]:
     """As `read_manifest`, one after the other: many are not held at once."""
     try:
-        head, *lines = files.read_bytes(files.join(folder, NAME)).splitlines() or [b""]
+        data = files.read_bytes(files.join(folder, NAME))
     except FileNotFoundError:
         return
+    yield from _parse_manifest(data)
+
+
+def _parse_manifest(data: bytes) -> Iterator[Entry]:
+    head, *lines = data.splitlines() or [b""]
     if head != _HEAD or lines[-1:] != [_TAIL]:
         return
     for line in lines[:-1]:
@@ -195,17 +206,13 @@ def earlier_names(folder: str) -> dict[str, str]:
     return {old: entry.name for entry in iterate_manifest(folder) for old in entry.before}
 
 
-def _write_manifest(
-    folder: str, entries: Iterable[Entry], before: Mapping[str, tuple[str, ...]]
-) -> None:
-    """Writes one line for each part, for people and for tools that read lines.
+def _format_manifest(entries: Iterable[Entry], before: Mapping[str, tuple[str, ...]]) -> bytes:
+    """One line for each part, for people and for tools that read lines.
 
     Args:
-        folder: of the parts.
         entries: of all parts.
         before: earlier names of those that had others.
     """
-    path = files.join(folder, NAME)
     written = io.BytesIO()
     written.write(_HEAD)
     for number, entry in enumerate(entries):
@@ -214,9 +221,7 @@ def _write_manifest(
         line = json.dumps(dataclasses.asdict(entry))
         written.write(f"{',' if number else ''}\n{line}".encode())
     written.write(b"\n" + _TAIL + b"\n")
-    data = written.getvalue()
-    if not files.exists(path) or files.read_bytes(path) != data:
-        files.write_bytes(path, data)
+    return written.getvalue()
 
 
 def _describe(name: str, found: Input) -> Entry:
