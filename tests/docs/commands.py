@@ -140,7 +140,8 @@ def parse_command(
     """
 
     def parse_only(main: Callable[..., None], **options: Any) -> None:
-        parsing = {name: value for name, value in options.items() if name != "argv"}
+        unparsed = ("argv", "writes_to_stores")
+        parsing = {name: value for name, value in options.items() if name not in unparsed}
         command_line.parse_flags(sys.argv, **parsing)
         check(options)
 

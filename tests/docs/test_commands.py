@@ -49,7 +49,7 @@ RUN = (
         _NO_SPOTTER,
     ),
     ("docs/filter.md", "python -m data_prep.filter --replay", ""),
-    ("docs/filter.md", "python -m data_prep.reports", ""),
+    ("docs/filter.md", "python -m data_prep.reports --input=/data/kept_a", ""),
     ("docs/training.md", "python -m diht_jax.train --config configs/demo.py:debug=True", ""),
     ("docs/evaluation.md", "python -m diht_jax.evaluate --model runs/try", "--num_resamples=0"),
     ("docs/evaluation.md", "python -m diht_jax.evaluate --compare", ""),
