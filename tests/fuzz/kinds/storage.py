@@ -22,7 +22,6 @@ from diht_jax.data.readers import registry
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.data.tokenizer import tokenize
-from diht_jax.embed import EmbedOptions, embed_source
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
 from tests.data.readers.failing_disk import FailingDisk
@@ -107,7 +106,6 @@ def check_url_outputs(draw: Draw, folder: pathlib.Path) -> str:
             [
                 lambda: export_model("no model", "clip", url),
                 lambda: evaluate_model("no model", [], url),
-                lambda: embed_source(None, "no source", url, EmbedOptions()),
             ]
         )
     )
