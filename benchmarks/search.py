@@ -26,7 +26,7 @@ from absl import flags
 
 from benchmarks.record import write_result
 from diht_jax import command_line
-from diht_jax.evaluation.embedding import picture_index
+from diht_jax.evaluation.embedding import index_update, picture_index
 from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE
 from diht_jax.progress import ProgressBar
 
@@ -100,7 +100,7 @@ def write_indexes(
     for dtype in picture_index.DTYPES:
         (folder / dtype).mkdir()
         (folder / dtype / SETTINGS_FILE).write_text(json.dumps({"index": 1, "dtype": dtype}))
-    rows = picture_index.PART_ROWS
+    rows = index_update.PART_ROWS
     for number, first in enumerate(ProgressBar(range(0, count, rows), desc="parts", unit="part")):
         part = image_emb[first : first + rows]
         part[:] = perturb(rng, centres[rng.integers(0, _CENTRES, len(part))])

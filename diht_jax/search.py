@@ -96,7 +96,8 @@ def _search_source(queries: list[str]) -> None:
 def _search_index(queries: list[str]) -> None:
     """Brings the index up to date with the source, if there is one, and searches it."""
     from diht_jax.evaluation.embedding.files import list_inputs
-    from diht_jax.evaluation.embedding.picture_index import PictureIndex, update_index
+    from diht_jax.evaluation.embedding.index_update import update_index
+    from diht_jax.evaluation.embedding.picture_index import PictureIndex
     from diht_jax.evaluation.embedding.search import (
         fill_queries,
         format_matches,

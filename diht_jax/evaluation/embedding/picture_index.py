@@ -1,4 +1,4 @@
-"""An index of embedded pictures on disk: built once, updated by what is new, searched exactly.
+"""An index of embedded pictures on disk, searched exactly; `index_update.py` makes it.
 
 A part holds up to 10,000 pictures in three files: `NNNNN.npy` with the embeddings, which are read
 through a memory map, `NNNNN.arrow` with key, caption and thumbnail of each, and last `NNNNN.json`
@@ -10,43 +10,25 @@ usearch (Apache-2.0) compares a query with every embedding, in vector code and o
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import dataclasses
-import functools
 import io
-import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import filelock
 import numpy as np
 import pyarrow
 from PIL import Image
 
-from diht_jax.data import retries
 from diht_jax.data.atomic_file import temporary_path, write_atomically
 from diht_jax.data.images.decode import ImageError, load_rgb, open_image
-from diht_jax.data.readers import image_folder, registry
-from diht_jax.data.readers.base import Skipped, SourceShard
-from diht_jax.data.records.remote import refuse_url
+from diht_jax.data.readers import image_folder
 from diht_jax.data.records.schema import Pair
-from diht_jax.evaluation.embedding.encoding import encode_images
-from diht_jax.evaluation.embedding.files import (
-    PICTURES,
-    SETTINGS_FILE,
-    Peekable,
-    claim,
-    read_object,
-)
-from diht_jax.evaluation.sources.entry_counts import EntryProgress
+from diht_jax.evaluation.embedding.files import PICTURES, SETTINGS_FILE, read_object
 
 DTYPES = ("float16", "int8")
-# Pictures a part: what an interruption can cost.
-PART_ROWS = 10_000
 # Pixels, of the longer side.
 THUMBNAIL_SIDE = 160
 # Of each part, so many times the requested matches are compared again in float32: the comparison
@@ -75,214 +57,6 @@ class Hit:
     similarity: float
 
 
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """What `update_index` did.
-
-    Attributes:
-        added, removed, kept: numbers of pictures.
-        dropped: reason -> entries that were left out, in this update and before.
-    """
-
-    added: int
-    removed: int
-    kept: int
-    dropped: dict[str, int]
-
-
-def update_index(
-    model: Any,
-    shards: Sequence[SourceShard],
-    folder: str | os.PathLike[str],
-    *,
-    dtype: str = "float16",
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    thumbnails: bool = True,
-) -> Update:
-    """Makes the index of a source, or brings it up to date.
-
-    Pictures that were added to a folder are embedded, and those that were changed again; of any
-    other source a shard is the unit. What is no longer in the source leaves the index. An update
-    that is interrupted loses the part that it was making.
-
-    Args:
-        model: a `LoadedModel`.
-        shards: of `files.list_inputs`.
-        folder: of the index; is made.
-        dtype: of the stored embeddings, one of `DTYPES`.
-        batch_size: pictures a batch, over all devices.
-        num_threads: decoding threads; None is one per core.
-        thumbnails: keep a small picture of each entry. Those of a folder of pictures are read
-            from there instead.
-
-    Raises:
-        ValueError: the folder holds the index of another model or dtype, or another process is
-            updating it.
-    """
-    refuse_url(folder, "index")
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)} for an index")
-    folder = pathlib.Path(folder)
-    settings = {
-        "index": 1,
-        "model_sha256": model.fingerprint(),
-        "image_size": model.image_size,
-        "dtype": dtype,
-    }
-    claim(folder, settings)
-    encode = functools.partial(
-        encode_images, model, batch_size=batch_size, num_threads=num_threads, allow_empty=True
-    )
-    with _only_one_update(folder):
-        return _Updater(folder, dtype, model.embed_dim, encode, thumbnails).run(shards)
-
-
-@contextlib.contextmanager
-def _only_one_update(folder: pathlib.Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"--index={folder}: another process is updating it; wait for it") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _Updater:
-    """One update of an index."""
-
-    def __init__(
-        self, folder: pathlib.Path, dtype: str, dim: int, encode: Any, thumbnails: bool
-    ) -> None:
-        self._folder, self._dtype, self._dim = folder, dtype, dim
-        self._encode = encode
-        self._thumbnails = thumbnails
-        self._manifests = _read_manifests(folder)
-        self._added = self._removed = 0
-
-    def run(self, shards: Sequence[SourceShard]) -> Update:
-        identities = {_unit(shard): shard.identity() for shard in shards}
-        for number, manifest in list(self._manifests.items()):
-            identity = identities.get(manifest["unit"])
-            is_folder = manifest["identity"]["kind"] == PICTURES
-            if identity is None or not (is_folder or identity == manifest["identity"]):
-                self._remove_part(number)
-        with EntryProgress(shards) as progress:
-            for shard in shards:
-                add = self._add_pictures if shard.kind == PICTURES else self._add_shard
-                add(shard, identities[_unit(shard)], progress)
-                progress.finish_shard()
-        dropped: collections.Counter[str] = collections.Counter()
-        for manifest in self._manifests.values():
-            dropped.update(manifest["dropped"])
-        rows = len(PictureIndex(self._folder)) if self._manifests else 0
-        return Update(self._added, self._removed, rows - self._added, dict(dropped))
-
-    def _add_shard(
-        self, shard: SourceShard, identity: dict[str, Any], progress: EntryProgress
-    ) -> None:
-        """Adds the parts of a shard that are missing."""
-        done = [m for m in self._manifests.values() if m["unit"] == _unit(shard)]
-        progress.update(sum(manifest["entries"] for manifest in done))
-        if any(manifest["is_last"] for manifest in done):
-            return
-        entries = Peekable(registry.read_pairs(shard))
-        # Entries of finished parts; images are not decoded.
-        collections.deque(
-            itertools.islice(entries, sum(manifest["entries"] for manifest in done)), maxlen=0
-        )
-        is_last = False
-        while not is_last:
-            taken = itertools.islice(entries, PART_ROWS)
-            is_last = self._add_part(shard, identity, taken, progress, entries.is_exhausted)
-
-    def _add_pictures(
-        self, shard: SourceShard, identity: dict[str, Any], progress: EntryProgress
-    ) -> None:
-        """Adds the pictures of a folder that are new or changed, and marks those that are gone."""
-        listed = list(image_folder.list_pictures(shard.path))
-        states = {
-            key: _file_state(path) if reason is None else reason for path, key, reason in listed
-        }
-        known = set()
-        for number, manifest in list(self._manifests.items()):
-            if manifest["unit"] == _unit(shard):
-                current = {key for key, state in manifest["states"] if states.get(key) == state}
-                if self._keep_rows(number, current):
-                    known |= current
-        new = [entry for entry in listed if entry[1] not in known]
-        progress.update(len(listed) - len(new))
-        for first in range(0, len(new), PART_ROWS):
-            chunk = new[first : first + PART_ROWS]
-            entries = image_folder.read_listed(shard.path, chunk)
-            of_part = [(key, states[key]) for _, key, _ in chunk]
-            self._add_part(shard, identity, entries, progress, lambda: True, of_part)
-
-    def _keep_rows(self, number: int, keys: set[str]) -> bool:
-        """Marks the rows of a folder's part with other keys as removed; returns if any is left."""
-        part = _Part(self._folder, number)
-        removed = np.array([key not in keys for key in part.rows["key"].to_pylist()], bool)
-        if removed.all():
-            self._remove_part(number)
-            return False
-        if (removed != part.removed).any():
-            self._removed += int(removed.sum()) - int(part.removed.sum())
-            write_atomically(self._folder / f"{number:05d}.removed.npy", _to_npy(removed))
-        return True
-
-    def _remove_part(self, number: int) -> None:
-        part = _Part(self._folder, number)
-        self._removed += len(part.rows) - int(part.removed.sum())
-        del part, self._manifests[number]
-        for suffix in ("json", "removed.npy", "arrow", "npy"):  # what makes it a part goes first
-            (self._folder / f"{number:05d}.{suffix}").unlink(missing_ok=True)
-
-    def _add_part(
-        self,
-        shard: SourceShard,
-        identity: dict[str, Any],
-        entries: Iterable[Pair | Skipped],
-        progress: EntryProgress,
-        is_last: Callable[[], bool],
-        states: Sequence[tuple[str, str]] = (),
-    ) -> bool:
-        """Writes a part; returns what `is_last` says behind its last entry."""
-        count = 0
-
-        def counted() -> Iterator[Pair | Skipped]:
-            nonlocal count
-            for entry in entries:
-                count += 1
-                progress.update(1)
-                yield entry
-
-        keeps_thumbnails = self._thumbnails and shard.kind != PICTURES
-        encoded = self._encode(
-            counted(),
-            lambda pair: (
-                *(pair.key, pair.caption),
-                _thumbnail(pair.image) if keeps_thumbnails else b"",
-            ),
-        )
-        number = max(self._manifests, default=-1) + 1
-        image_emb = encoded.image_emb.reshape(len(encoded.notes), self._dim)
-        manifest = {
-            "unit": _unit(shard),
-            "identity": identity,
-            "entries": count,
-            "is_last": is_last(),
-            "dropped": encoded.dropped,
-            "states": list(states),
-        }
-        write_part(self._folder, number, quantize(image_emb, self._dtype), encoded.notes, manifest)
-        self._manifests[number] = manifest
-        self._added += len(image_emb)
-        return manifest["is_last"]
-
-
 def write_part(
     folder: pathlib.Path,
     number: int,
@@ -300,7 +74,7 @@ def write_part(
         manifest: what it was made of.
     """
     path = folder / f"{number:05d}"
-    write_atomically(path.with_suffix(".npy"), _to_npy(stored))
+    write_atomically(path.with_suffix(".npy"), to_npy(stored))
     _write_rows(path.with_suffix(".arrow"), notes)
     write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
 
@@ -319,8 +93,8 @@ class PictureIndex:
         if settings is None:
             raise ValueError(f"--index={folder}: no index; --input=SOURCE makes one")
         self.settings = settings
-        manifests = _read_manifests(folder)
-        self._parts = {number: _Part(folder, number) for number in sorted(manifests)}
+        manifests = read_manifests(folder)
+        self._parts = {number: Part(folder, number) for number in sorted(manifests)}
         self._folders = {
             number: manifest["identity"]["path"]
             for number, manifest in manifests.items()
@@ -373,7 +147,7 @@ class PictureIndex:
         key = rows["key"][row].as_py()
         root = self._folders[part]
         entry = next(image_folder.read_listed(root, [(os.path.join(root, key), key, None)]))
-        return _thumbnail(entry.image) or None if isinstance(entry, Pair) else None
+        return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
     def _hit(self, negative_similarity: float, number: int, row: int) -> Hit:
         rows = self._parts[number].rows
@@ -381,7 +155,7 @@ class PictureIndex:
         return Hit(number, row, key, caption, -negative_similarity)
 
 
-class _Part:
+class Part:
     """The files of one part.
 
     Attributes:
@@ -435,16 +209,7 @@ def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:
     return np.rint(embeddings * (127 / largest)).astype(np.int8)
 
 
-def _unit(shard: SourceShard) -> str:
-    return f"{shard.kind}:{shard.path}[{shard.start}:{shard.stop}]{json.dumps(dict(shard.options))}"
-
-
-def _file_state(path: str) -> str:
-    status = retries.stat(path)
-    return f"{status.st_size} {status.st_mtime_ns}"
-
-
-def _read_manifests(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+def read_manifests(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
     """The manifests of all parts, by number."""
     manifests = {}
     for path in sorted(folder.glob("[0-9]*.json")):
@@ -456,7 +221,7 @@ def _read_manifests(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
     return manifests
 
 
-def _thumbnail(data: bytes) -> bytes:
+def make_thumbnail(data: bytes) -> bytes:
     """A small JPEG of a picture; nothing where it cannot be read, which is counted elsewhere."""
     try:
         image = open_image(data)
@@ -485,7 +250,8 @@ def _write_rows(path: pathlib.Path, notes: Sequence[tuple[str, str, bytes]]) -> 
         temporary.unlink(missing_ok=True)
 
 
-def _to_npy(array: np.ndarray) -> bytes:
+def to_npy(array: np.ndarray) -> bytes:
+    """The contents of an `.npy` file."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     return buffer.getvalue()

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.embedding import picture_index
+from diht_jax.evaluation.embedding import index_update
 from diht_jax.evaluation.embedding.files import list_inputs
-from diht_jax.evaluation.embedding.picture_index import PictureIndex, quantize, update_index
+from diht_jax.evaluation.embedding.index_update import update_index
+from diht_jax.evaluation.embedding.picture_index import PictureIndex, quantize
 from diht_jax.evaluation.pages.web import make_server
 from tests.data.readers.inputs import write_tar
 
@@ -63,7 +64,7 @@ def folder(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    monkeypatch.setattr(picture_index, "PART_ROWS", 6)
+    monkeypatch.setattr(index_update, "PART_ROWS", 6)
 
 
 def update(model, source, index, **options):
