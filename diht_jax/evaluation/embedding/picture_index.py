@@ -74,6 +74,8 @@ def write_part(
         manifest: what it was made of.
     """
     path = folder / f"{number:05d}"
+    # A part whose manifest was deleted, to have it made again, may have left its marks.
+    path.with_suffix(".removed.npy").unlink(missing_ok=True)
     write_atomically(path.with_suffix(".npy"), to_npy(stored))
     _write_rows(path.with_suffix(".arrow"), notes)
     write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())

@@ -127,6 +127,18 @@ def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
     check_answers(tiny_model, folder, tmp_path / "index")
 
 
+def test_a_part_that_is_made_again_has_no_old_marks(tiny_model, folder, tmp_path):
+    update(tiny_model, folder, tmp_path / "index")
+    (folder / "sub" / "19.png").unlink()
+    update(tiny_model, folder, tmp_path / "index")
+    (marks,) = (tmp_path / "index").glob("*.removed.npy")
+    write_picture(folder / "sub" / "19.png", 19)
+    (tmp_path / "index" / marks.name.replace(".removed.npy", ".json")).unlink()
+    update(tiny_model, folder, tmp_path / "index")
+    assert len(PictureIndex(tmp_path / "index")) == 20
+    check_answers(tiny_model, folder, tmp_path / "index", count=20)
+
+
 def tar_of(path, seeds):
     members = {}
     for seed in seeds:
