@@ -186,6 +186,52 @@ class Ring:
             return parts
         return jax.lax.psum_scatter(parts, tiled=True, **self._members())
 
+    def tour(
+        self,
+        add_block: Callable[..., tuple[Any, Any]],
+        block: jax.Array,
+        *,
+        rows: Any = (),
+        sums: Any,
+        stays: Any,
+        merge: Callable[[Any, Any], Any] | None = None,
+    ) -> tuple[Any, Any]:
+        """Sends the texts of every device round the ring of groups, and what is summed for them.
+
+        All that travels is sent before the products of a round, so that it hides behind them.
+
+        Args:
+            add_block: round, texts at hand, their `rows`, `stays` -> the part of `sums` of these
+                texts with the images of this group, and `stays`.
+            block: tiles of the own texts.
+            rows: tree of what travels with them, in tiles of one shape.
+            sums: tree of what is summed for the texts, as it begins.
+            stays: tree of what a device keeps, as it begins.
+            merge: sums of the groups before, and a part -> both together; None adds arrays.
+
+        Returns:
+            `sums` of the own texts with the images of all groups, and `stays`.
+        """
+        shift_sums = self.shift_rows if merge else self.shift
+
+        def one_round(rounds, carry):
+            block, rows, sums, stays = carry
+            next_block, next_rows = self.shift(block), self.shift_rows(rows)
+            # Those of the block at hand, from the device that had it before.
+            sums = shift_sums(sums)
+            part, stays = add_block(rounds, block, rows, stays)
+            if self.num_rounds > 1:
+                # The barrier keeps the compiler from adding within a product, which would then
+                # wait for what arrives.
+                part = merge(sums, part) if merge else sums + jax.lax.optimization_barrier(part)
+            return next_block, next_rows, part, stays
+
+        _, _, sums, stays = jax.lax.fori_loop(
+            0, self.num_rounds, one_round, (block, rows, sums, stays)
+        )
+        # The last block of a device is that of the next group.
+        return shift_sums(sums), stays
+
     def masks(self, rounds: jax.Array, row_tile: jax.Array, column_tile: jax.Array):
         """bool tiles of logits: which are positives, and which are negatives."""
         rows = self.images.indices(row_tile)[:, None]

@@ -25,8 +25,6 @@ and Gimelshein (arXiv 1805.02867), applied to both directions of DiHT's loss at 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +38,7 @@ from diht_jax.losses.objective import (
     Scalars,
 )
 from diht_jax.losses.ring import Ring
+from diht_jax.losses.tiles import at, product, put, varying_axes, varying_over, zeros
 
 
 def streaming_loss(
@@ -76,8 +75,8 @@ def streaming_loss(
     )
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
-    varying = frozenset().union(*(_varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
-    loss, statistics = _ring_loss(ring, *jax.tree.map(_varying_over(varying), arguments))
+    varying = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
+    loss, statistics = _ring_loss(ring, *jax.tree.map(varying_over(varying), arguments))
     return loss, jax.lax.stop_gradient(statistics)
 
 
@@ -95,19 +94,14 @@ def _ring_loss(
 def _forward(ring, image_emb, text_emb, scale, scalars):
     objective = ring.objective
     images, texts = ring.images.split(ring.gather(image_emb)), ring.texts.split(text_emb)
-    zeros = _zeros(texts.shape[:2], scale)
-    no_texts = _no_statistics(objective, zeros)
-    no_images = _no_statistics(objective, _zeros(images.shape[:2], scale))
+    no_positives = zeros(texts.shape[:2], scale)
+    no_texts = _no_statistics(objective, no_positives)
+    no_images = _no_statistics(objective, zeros(images.shape[:2], scale))
 
-    def one_round(rounds, carry):
-        texts, text_statistics, image_statistics, positives = carry
-        next_texts = ring.shift(texts)
-        # Those of the block at hand, from the device that had it before.
-        text_statistics = ring.shift_rows(text_statistics)
-
+    def add_block(rounds, texts, _, stays):
         def add_tile(i, j, carry):
-            text_statistics, image_statistics, positives = carry
-            logits = scale * inner_products(_at(images, i), _at(texts, j))
+            text_statistics, (image_statistics, positives) = carry
+            logits = scale * inner_products(at(images, i), at(texts, j))
             is_positive, is_negative = ring.masks(rounds, i, j)
             add = functools.partial(
                 _accumulate,
@@ -116,34 +110,30 @@ def _forward(ring, image_emb, text_emb, scale, scalars):
                 is_negative=is_negative,
                 scalars=scalars,
             )
-            image_tile = add(_at(image_statistics, i), axis=1)
-            text_tile = add(_at(text_statistics, j), axis=0)
-            positive = _at(positives, j) + jnp.sum(logits, axis=0, where=is_positive)
+            image_tile = add(at(image_statistics, i), axis=1)
+            text_tile = add(at(text_statistics, j), axis=0)
+            positive = at(positives, j) + jnp.sum(logits, axis=0, where=is_positive)
             return (
-                _put(text_statistics, text_tile, j),
-                _put(image_statistics, image_tile, i),
-                _put(positives, positive, j),
+                put(text_statistics, text_tile, j),
+                (put(image_statistics, image_tile, i), put(positives, positive, j)),
             )
 
-        part, image_statistics, positives = ring.for_each_tile(
-            add_tile, (no_texts, image_statistics, positives)
-        )
-        if ring.num_rounds > 1:
-            part = _merge(objective, text_statistics, part, scalars)
-        return next_texts, part, image_statistics, positives
+        return ring.for_each_tile(add_tile, (no_texts, stays))
 
-    _, text_statistics, image_statistics, positives = jax.lax.fori_loop(
-        0, ring.num_rounds, one_round, (texts, no_texts, no_images, zeros)
+    text_statistics, (image_statistics, positives) = ring.tour(
+        add_block,
+        texts,
+        sums=no_texts,
+        stays=(no_images, no_positives),
+        merge=lambda before, part: _merge(objective, before, part, scalars),
     )
-    # The last block of a device is that of the next group.
-    text_statistics = ring.shift_rows(text_statistics)
     text_statistics, positives = jax.tree.map(ring.texts.join, (text_statistics, positives))
     image_statistics = jax.tree.map(ring.images.join, image_statistics)
     if ring.group > 1:
         parts = ring.exchange_rows(image_statistics)
         image_statistics = functools.reduce(
             lambda one, other: _merge(objective, one, other, scalars),
-            [_at(parts, member) for member in range(ring.group)],
+            [at(parts, member) for member in range(ring.group)],
         )
     finish = functools.partial(
         objective.finish, positives=positives, scalars=scalars, num_pairs=ring.num_pairs
@@ -168,54 +158,38 @@ def _backward(ring, residuals, cotangents):
     of_negatives = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_negatives[0]))
     text_tiles = jax.tree.map(ring.texts.split, of_negatives[1])
-    image_zeros, text_zeros = (_zeros(tiles.shape, scale) for tiles in (images, texts))
+    image_zeros, text_zeros = (zeros(tiles.shape, scale) for tiles in (images, texts))
 
-    def one_round(rounds, carry):
-        texts, text_slopes, text_grads, image_grads, scalar_grads = carry
-        next_texts, next_slopes = ring.shift(texts), ring.shift_rows(text_slopes)
-        text_grads = ring.shift(text_grads)
-
+    def add_block(rounds, texts, text_slopes, stays):
         def add_tile(i, j, carry):
-            text_grads, image_grads, scalar_grads = carry
-            image_tile, text_tile = _at(images, i), _at(texts, j)
+            text_grads, (image_grads, scalar_grads) = carry
+            image_tile, text_tile = at(images, i), at(texts, j)
             logits = scale * inner_products(image_tile, text_tile)
             _, is_negative = ring.masks(rounds, i, j)
             grad, by_scalars = (
                 jax.tree.map(lambda a, b: jnp.where(is_negative, a + b, 0), *directions)
                 for directions in zip(
-                    objective.negative_slope(logits, _at(image_tiles, i), 1, scalars),
-                    objective.negative_slope(logits, _at(text_slopes, j), 0, scalars),
+                    objective.negative_slope(logits, at(image_tiles, i), 1, scalars),
+                    objective.negative_slope(logits, at(text_slopes, j), 0, scalars),
                     strict=True,
                 )
             )
-            image_grad = _at(image_grads, i) + _product(grad, text_tile, 1)
-            text_grad = _at(text_grads, j) + _product(grad, image_tile, 0)
+            image_grad = at(image_grads, i) + product(grad, text_tile, 1)
+            text_grad = at(text_grads, j) + product(grad, image_tile, 0)
             scalar_grads = jax.tree.map(
                 lambda total, part: total + jnp.sum(part), scalar_grads, by_scalars
             )
             return (
-                _put(text_grads, text_grad, j),
-                _put(image_grads, image_grad, i),
-                scalar_grads,
+                put(text_grads, text_grad, j),
+                (put(image_grads, image_grad, i), scalar_grads),
             )
 
-        part, image_grads, scalar_grads = ring.for_each_tile(
-            add_tile, (text_zeros, image_grads, scalar_grads)
-        )
-        if ring.num_rounds > 1:
-            # The barrier keeps the compiler from adding within a product, which would then wait
-            # for what arrives.
-            part = text_grads + jax.lax.optimization_barrier(part)
-        return next_texts, next_slopes, part, image_grads, scalar_grads
+        return ring.for_each_tile(add_tile, (text_zeros, stays))
 
-    scalar_zeros = tuple(_zeros((), scale) for _ in objective.second_pass)
-    _, _, text_grads, image_grads, second_pass = jax.lax.fori_loop(
-        0,
-        ring.num_rounds,
-        one_round,
-        (texts, text_tiles, text_zeros, image_zeros, scalar_zeros),
+    scalar_zeros = tuple(zeros((), scale) for _ in objective.second_pass)
+    text_grads, (image_grads, second_pass) = ring.tour(
+        add_block, texts, rows=text_tiles, sums=text_zeros, stays=(image_zeros, scalar_zeros)
     )
-    text_grads = ring.shift(text_grads)
     positive_slopes = (image_slopes.positive + text_slopes.positive)[:, None]
     image_grads = ring.sum_of_members(ring.images.join(image_grads)) + positive_slopes * text_emb
     text_grads = ring.texts.join(text_grads) + positive_slopes * image_emb
@@ -276,7 +250,7 @@ def _merge(
 ) -> RowStatistics:
     """The statistics of two disjoint sets of negatives, of both together."""
     highest = jnp.maximum(one.highest, other.highest)
-    no_logits = _zeros((*highest.shape, 0), highest)
+    no_logits = zeros((*highest.shape, 0), highest)
 
     def sums_relative_to_highest(statistics: RowStatistics) -> tuple[jax.Array, ...]:
         # Another tile that is empty: the sums stay, but for what they are relative to.
@@ -307,42 +281,4 @@ def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
         slopes.negative * factor,
         slopes.offsets,
         tuple(slope * factor for slope in slopes.scalars),
-    )
-
-
-def _product(grad: jax.Array, emb: jax.Array, axis: int) -> jax.Array:
-    """[t, u] x [u, d] summed over u for axis 1; x [t, d] summed over t for axis 0."""
-    return jax.lax.dot_general(
-        grad,
-        emb.astype(grad.dtype),
-        (((axis,), (0,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-
-
-def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    """Of the dtype of `like`, and varying over the mesh as it does."""
-    return _varying_over(_varying_axes(like))(jnp.zeros(shape, like.dtype))
-
-
-def _varying_over(axes: frozenset[str]) -> Callable[[jax.Array], jax.Array]:
-    def cast(x: jax.Array) -> jax.Array:
-        missing = tuple(axes - _varying_axes(x))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-    return cast
-
-
-def _varying_axes(x: jax.Array) -> frozenset[str]:
-    """Mesh axes over which `x` differs from device to device; empty without check_vma."""
-    return jax.typeof(x).manual_axis_type.varying
-
-
-def _at(tree: Any, index: jax.Array | int) -> Any:
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
-
-
-def _put(tree: Any, part: Any, index: jax.Array | int) -> Any:
-    return jax.tree.map(
-        lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, index, 0), tree, part
     )
