@@ -68,6 +68,17 @@ def _names(name: str) -> Callable[[], tuple[str, ...]]:
     return lambda: prompts.benchmark_class_names(name)
 
 
+# Questions of SugarCrepe's files.
+_SUGARCREPE_SIZES = {
+    "add_att": 692,
+    "add_obj": 2062,
+    "replace_att": 788,
+    "replace_obj": 1652,
+    "replace_rel": 1406,
+    "swap_att": 666,
+    "swap_obj": 245,
+}
+
 _FOLDER = "DIR, a folder with one sub-folder per class, or clip_benchmark:DIR"
 _TOP1 = ("top1", "top5", "mean_per_class")
 _BOTH_WAYS = ("t2i_r1", "i2t_r1")
@@ -84,6 +95,27 @@ def _shifted_imagenet(source: str, split: str, *, with_images: bool = False) -> 
         templates=lambda: prompts.imagenet_prompts()[1],
         class_names=lambda: prompts.imagenet_prompts()[0],
         options={"candidates": "with_images"} if with_images else {},
+    )
+
+
+def _caption_choice(metrics: tuple[str, ...], split: str, form: str, **options: Any) -> SuiteEntry:
+    return SuiteEntry(
+        "caption_choice",
+        NO_SOURCE,
+        metrics,
+        split=split,
+        numbers=0,
+        options=options,
+        form=form,
+    )
+
+
+def _sugarcrepe(subset: str, size: int) -> SuiteEntry:
+    """One of SugarCrepe's seven subsets."""
+    return _caption_choice(
+        ("accuracy",),
+        f"the {size:,} questions of {subset}.json",
+        f"sugarcrepe:DIR/{subset}.json?image_root=val2017, SugarCrepe's file and COCO's pictures",
     )
 
 
@@ -302,5 +334,34 @@ SUITE: dict[str, SuiteEntry] = {
         numbers=0,
         templates=lambda: prompts.imagenet_prompts()[1],
         form="objectnet:objectnet-1.0, the folder of objectnet-1.0.zip",
+    ),
+    "sugarcrepe": _caption_choice(
+        ("macro_accuracy", "accuracy"),
+        "all seven files (7,511 questions)",
+        "sugarcrepe:DIR?image_root=val2017, SugarCrepe's folder `data` and COCO's pictures",
+    ),
+    **{f"sugarcrepe_{name}": _sugarcrepe(name, size) for name, size in _SUGARCREPE_SIZES.items()},
+    "aro_vg_relation": _caption_choice(
+        ("macro_accuracy", "accuracy"),
+        "all test cases (23,937); of them for macro accuracy those of relations with an order",
+        "aro:DIR/visual_genome_relation.json, with DIR/images beside it",
+    ),
+    "aro_vg_attribution": _caption_choice(
+        ("macro_accuracy", "accuracy"),
+        "all test cases (28,748); for macro accuracy pairs of attributes with 25 or more",
+        "aro:DIR/visual_genome_attribution.json, with DIR/images beside it",
+    ),
+    "aro_coco_order": _caption_choice(
+        ("accuracy",),
+        "the captions of Karpathy and Li's test split of COCO (5,000 images), each in four orders",
+        "aro:coco_order.json?image_root=DIR, the shuffled captions and COCO's val2014 in DIR",
+        ties="right",
+    ),
+    "aro_flickr30k_order": _caption_choice(
+        ("accuracy",),
+        "the captions of Karpathy and Li's test split of Flickr30K (1,000 images), each in four "
+        "orders",
+        "aro:flickr30k_order.json?image_root=DIR, the shuffled captions and Flickr30K's images",
+        ties="right",
     ),
 }

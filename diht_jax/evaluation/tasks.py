@@ -16,7 +16,6 @@ import jax
 from absl import logging
 from PIL import Image
 
-from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.bootstrap import (
@@ -29,6 +28,7 @@ from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
 from diht_jax.evaluation.embedding.entries import Entries
 from diht_jax.evaluation.pages.canvas import ImageLoader
 from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
+from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.evaluation.sources.registry import count_source, open_units, read_source
 from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
@@ -180,7 +180,7 @@ def _image_loader(task: Task, encoded: EncodedImages) -> ImageLoader:
             wanted.setdefault(unit, {})[offset] = position
         units = open_units(task.source, task.source_options)
         return {
-            own[offset]: decode_rgb(entry.image)
+            own[offset]: decode_picture(entry)
             for unit, own in wanted.items()
             for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1))
             if offset in own

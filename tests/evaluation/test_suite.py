@@ -54,8 +54,8 @@ def test_every_task_can_be_named(name, tmp_path):
 _WITHOUT_SOURCE = [name for name, entry in SUITE.items() if entry.source == NO_SOURCE]
 
 
-def test_twelve_of_the_suite_and_objectnet_need_a_source_of_their_own():
-    assert len(_WITHOUT_SOURCE) == 12 + 1
+def test_twelve_of_the_suite_objectnet_and_choices_of_captions_need_a_source_of_their_own():
+    assert len(_WITHOUT_SOURCE) == 12 + 1 + 12
     assert all(entry.split for entry in SUITE.values())
 
 

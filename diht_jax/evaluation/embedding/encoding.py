@@ -21,11 +21,12 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
-from diht_jax.data.images.decode import ImageError, decode_rgb
+from diht_jax.data.images.decode import ImageError
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.entries import Entries, Order, share_entries
 from diht_jax.evaluation.embedding.process_share import ProcessShare
+from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.progress import ProgressBar
 
 # Decoded images waiting for the device, in batches: enough to keep the threads busy while one
@@ -314,9 +315,9 @@ def _decode_ahead(
     out, with its reason.
     """
 
-    def decode(data: bytes) -> np.ndarray | ImageError:
+    def decode(pair: Pair) -> np.ndarray | ImageError:
         try:
-            return preprocess(decode_rgb(data))
+            return preprocess(decode_picture(pair))
         except ImageError as error:
             return error
 
@@ -333,7 +334,7 @@ def _decode_ahead(
                 except UnusablePair as unusable:
                     queue.append(((order, entry.key, unusable.reason), None, 0))
                 else:
-                    work = pool.submit(decode, entry.image)
+                    work = pool.submit(decode, entry)
                     queue.append(((order, entry.key, note), work, len(entry.image)))
                     waiting_bytes += len(entry.image)
             while queue and (

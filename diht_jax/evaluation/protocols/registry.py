@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diht_jax.evaluation.protocols import (
     answers,
+    caption_choice,
     classification,
     label_scores,
     retrieval,
@@ -17,6 +18,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "multilabel": label_scores.MULTILABEL,
     "binary": label_scores.BINARY,
     "winoground": winoground.PROTOCOL,
+    "caption_choice": caption_choice.PROTOCOL,
     "entailment": answers.ENTAILMENT,
     "vqa": answers.VQA,
 }

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from PIL import Image
+
+from diht_jax.data.images.decode import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.data.readers.base import Skipped, read_image
 from diht_jax.data.readers.tables import map_ahead
 from diht_jax.data.records.remote import exists, read_bytes
@@ -17,9 +21,37 @@ from diht_jax.data.stores import is_remote
 Unit = Callable[[], Iterator[Pair | Skipped]]
 ReadImage = Callable[[str], bytes | Skipped]
 Item = TypeVar("Item")
+# Left, top, right and bottom, in pixels.
+Box = tuple[int, int, int, int]
 
 # Small enough that 5,000 pictures are shared by 64 hosts.
 _PICTURES_PER_UNIT = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class CroppedPair(Pair):
+    """A pair on a part of a picture.
+
+    Attributes:
+        box: the part; what of it lies outside of the picture is black.
+    """
+
+    box: Box = dataclasses.field(kw_only=True)
+
+
+def decode_picture(pair: Pair) -> Image.Image:
+    """The picture of a pair as `decode_rgb` gives it, cut to its box where it has one.
+
+    Raises:
+        ImageError: as `decode_rgb`; "too_large" for a box, too.
+    """
+    picture = decode_rgb(pair.image)
+    if not isinstance(pair, CroppedPair):
+        return picture
+    left, top, right, bottom = pair.box
+    if (right - left) * (bottom - top) > MAX_PIXELS:
+        raise ImageError("too_large", f"box {pair.box}: at most {MAX_PIXELS} pixels are cut out")
+    return picture.crop(pair.box)
 
 
 def read_text(path: str) -> str:

@@ -8,9 +8,10 @@ Beside the texts of `diht_jax.data.readers`:
     list:FILE                    a list of pictures in folders of classes (`picture_lists`)
     voc:DIR, open_images:DIR     several labels an image (`label_tables`)
     objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`objectnet`)
+    sugarcrepe:PATH, aro:FILE    captions of which one is right (`caption_choices`)
 
-These hold labels, questions or pairs of pairs, which are nothing to train on. FILE and DIR may be
-URLs. Parquet files need no captions here (`diht_jax.data.readers.parquet`).
+These hold labels, questions, choices or pairs of pairs, which are nothing to train on. FILE and DIR
+may be URLs. Parquet files need no captions here (`diht_jax.data.readers.parquet`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from diht_jax.data.readers.base import Skipped, SourceShard
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.sources import (
     annotations,
+    caption_choices,
     entry_counts,
     label_tables,
     objectnet,
@@ -113,6 +115,16 @@ LAYOUTS: dict[str, Layout] = {
     "objectnet": Layout(
         units=objectnet.objectnet_units,
         words=lambda rest: {"class_names": objectnet.class_names(rest)},
+    ),
+    "sugarcrepe": Layout(
+        units=caption_choices.sugarcrepe_units,
+        options=("image_root",),
+        count=caption_choices.count_sugarcrepe,
+    ),
+    "aro": Layout(
+        units=caption_choices.aro_units,
+        options=("image_root",),
+        count=caption_choices.count_aro,
     ),
 }
 OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))

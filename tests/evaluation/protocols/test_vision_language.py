@@ -195,6 +195,9 @@ def test_tasks_from_the_command_line(folder, tiny_model):
     answers = _write(folder / "answers.json", ["so", "not so"])
     rows = [{"image": i, "caption": ["a dog", f"number {i}"]} for i in range(5)]
     captions = _write(folder / "captions.json", rows)
+    # Words of one caption in two ways of writing: the model sees equal tokens.
+    cases = [{"image": f"{i}.png", "caption_options": ["a dog's", "A  dog 's"]} for i in range(3)]
+    order = _write(folder / "order.json", cases)
     images = f"image_root={folder}/images&image_name={{}}.png"
     tasks = parse_tasks(
         [
@@ -202,6 +205,7 @@ def test_tasks_from_the_command_line(folder, tiny_model):
             f"snli_ve={ve}?{images}",
             f"vqav2={vqa}?{images}&class_names={answers}",
             f"flickr30k_retrieval={captions}?{images}",
+            f"aro_coco_order=aro:{order}?image_root={folder}/images",
         ]
     )
     found = [evaluate_task(tiny_model, task, batch_size=8, num_resamples=20) for task in tasks]
@@ -216,7 +220,9 @@ def test_tasks_from_the_command_line(folder, tiny_model):
         "accuracy",
         "accuracy",
         "i2t_median_rank",
+        "accuracy",
     ]
+    assert found[4]["metrics"] == {"accuracy": 1.0}
     assert found[0]["counts"]["incomplete_examples"] == 1
     assert found[2]["protocol"]["candidates"] == 2
     assert found[3]["counts"]["texts"] == 10

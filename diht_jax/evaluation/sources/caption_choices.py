@@ -1,0 +1,223 @@
+"""Images with captions of which one is right: `sugarcrepe:PATH` and `aro:FILE`.
+
+SugarCrepe (arXiv 2306.14610) has seven JSON files: {"0": {"filename": "000000544519.jpg",
+"caption": ..., "negative_caption": ...}, ...}, on COCO's val2017.
+
+ARO (arXiv 2210.01936) has JSON lists. Those of Visual Genome have a box of each picture
+(`image_path`, `bbox_x`, `bbox_y`, `bbox_w`, `bbox_h`), a `true_caption` and a `false_caption`, and
+`relation_name` or two `attributes`. Its orders are made when its code is run; kept as JSON, each
+test case is {"image": ..., "caption_options": [the right one, shuffled ones]}.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.sources.annotations import read_rows
+from diht_jax.evaluation.sources.pictures import (
+    Box,
+    CroppedPair,
+    ReadImage,
+    Unit,
+    join,
+    picture_units,
+    read_text,
+    require,
+)
+
+SUGARCREPE_SUBSETS = (
+    "add_att",
+    "add_obj",
+    "replace_att",
+    "replace_obj",
+    "replace_rel",
+    "swap_att",
+    "swap_obj",
+)
+# Pairs of attributes with fewer test cases count for no macro accuracy in ARO's code.
+FEWEST_OF_ATTRIBUTES = 25
+# Relations that ARO's notebook "Replicate ARO!" leaves out of the macro accuracy as symmetric.
+_UNCOUNTED = (
+    "adjusting;around;attached to;beside;between;bigger than;biting;boarding;brushing;by;"
+    "chewing;cleaning;climbing;close to;coming from;coming out of;contain;crossing;dragging;"
+    "draped over;drinking;drinking from;driving;driving down;driving on;eating from;eating in;"
+    "enclosing;exiting;facing;filled with;floating in;floating on;flying;flying above;"
+    "flying in;flying over;flying through;full of;going down;going into;going through;"
+    "grazing in;growing in;growing on;guiding;hanging from;hanging in;hanging off;"
+    "hanging over;higher than;holding onto;hugging;in between;jumping off;jumping on;"
+    "jumping over;kept in;larger than;leading;leaning over;leaving;licking;longer than;"
+    "looking in;looking into;looking out;looking over;looking through;lying next to;"
+    "lying on top of;making;mixed with;mounted on;moving;near;next to;of;on the back of;"
+    "on the edge of;on the front of;on the other side of;on the side of;opening;painted on;"
+    "parked at;parked beside;parked by;parked in;parked in front of;parked near;"
+    "parked next to;perched on;petting;piled on;playing;playing in;playing on;playing with;"
+    "pouring;reaching for;reading;reflected on;riding on;running in;running on;"
+    "running through;seen through;sitting behind;sitting beside;sitting by;"
+    "sitting in front of;sitting near;sitting next to;sitting under;skiing down;skiing on;"
+    "sleeping in;sleeping on;smiling at;sniffing;splashing;sprinkled on;stacked on;"
+    "standing against;standing around;standing behind;standing beside;standing in front of;"
+    "standing near;standing next to;staring at;stuck in;surrounding;swimming in;swinging;"
+    "talking to;topped with;touching;traveling down;traveling on;tying;typing on;underneath;"
+    "wading in;waiting for;walking across;walking by;walking down;walking next to;"
+    "walking through;with;working in;working on;worn on;wrapped around;wrapped in"
+)
+UNCOUNTED_RELATIONS = frozenset(_UNCOUNTED.split(";"))
+
+# Of a picture: its boxes (None: the whole), each with its questions.
+_Questions = dict[Box | None, list[dict[str, Any]]]
+
+
+def sugarcrepe_units(path: str, *, image_root: str | None = None) -> list[Unit]:
+    """The pictures of SugarCrepe, each once, with the questions on it.
+
+    Args:
+        path: one of the seven files, or a folder that holds them all: then the subsets are groups.
+        image_root: folder of COCO's val2017, or its URL; `val2017` beside the files by default.
+
+    Returns:
+        Units of pairs with `metadata["questions"]`, as `protocols.caption_choice` takes them.
+
+    Raises:
+        ValueError: a file is missing, or is no such file.
+    """
+    return _picture_units(_read_sugarcrepe(path), image_root or join(_folder(path), "val2017"))
+
+
+def count_sugarcrepe(path: str, **_: Any) -> int:
+    """Pictures that the files name."""
+    return len(_read_sugarcrepe(path))
+
+
+def aro_units(path: str, *, image_root: str | None = None) -> list[Unit]:
+    """The pictures of a file of ARO, cut to their boxes, with the questions on each box.
+
+    Args:
+        path: `visual_genome_relation.json`, `visual_genome_attribution.json`, or test cases of an
+            order.
+        image_root: folder of the pictures, or its URL; by default `images` beside a file of Visual
+            Genome, the folder itself of an order.
+
+    Returns:
+        Units of pairs with `metadata["questions"]`, as `protocols.caption_choice` takes them.
+
+    Raises:
+        ValueError: no such file, or a row lacks a field; names it.
+    """
+    by_picture, is_order = _read_aro(path)
+    folder = _folder(path)
+    return _picture_units(
+        by_picture, image_root or (folder if is_order else join(folder, "images"))
+    )
+
+
+def count_aro(path: str, **_: Any) -> int:
+    """Boxes that the rows name."""
+    return sum(len(boxes) for boxes in _read_aro(path)[0].values())
+
+
+def _read_sugarcrepe(path: str) -> dict[str, _Questions]:
+    is_file = path.endswith(".json")
+    subsets = {name: join(path, f"{name}.json") for name in SUGARCREPE_SUBSETS}
+    by_picture: dict[str, _Questions] = {}
+    for group, file in {None: path}.items() if is_file else subsets.items():
+        require(file, "one of SugarCrepe's files, such as add_att.json")
+        try:
+            rows = json.loads(read_text(file))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: expected a JSON object ({error})") from error
+        if not isinstance(rows, dict):
+            raise ValueError(f"{file}: expected a JSON object of numbered questions")
+        for number, row in rows.items():
+            _check_texts(file, number, row, ("filename", "caption", "negative_caption"))
+            question = {"captions": [row["caption"], row["negative_caption"]], "group": group}
+            by_picture.setdefault(row["filename"], {None: []})[None].append(question)
+    return by_picture
+
+
+def _read_aro(path: str) -> tuple[dict[str, _Questions], bool]:
+    """Picture -> its questions; and whether they are those of an order."""
+    require(path, "one of ARO's files, such as visual_genome_relation.json")
+    rows = read_rows(path)
+    is_order = bool(rows) and "caption_options" in rows[0]
+    find_group = _groups_of(rows)
+    by_picture: dict[str, _Questions] = {}
+    for number, row in enumerate(rows):
+        _check_texts(path, number, row, ("image",) if is_order else _TEXTS)
+        if is_order:
+            picture, box, captions = row["image"], None, row.get("caption_options")
+            is_list = isinstance(captions, list) and len(captions) > 1
+            if not (is_list and all(isinstance(caption, str) for caption in captions)):
+                raise ValueError(f"{path}: row {number}: expected texts as caption_options")
+        else:
+            picture, box = row["image_path"], _box_of(path, number, row)
+            captions = [row["true_caption"], row["false_caption"]]
+        question = {"captions": captions, "group": find_group(row)}
+        by_picture.setdefault(picture, {}).setdefault(box, []).append(question)
+    return by_picture, is_order
+
+
+_TEXTS = ("image_path", "true_caption", "false_caption")
+
+
+def _groups_of(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str | None]:
+    """What finds the group of a row that ARO's macro accuracy counts it for."""
+
+    def name(row: Mapping[str, Any]) -> str | None:
+        if isinstance(row.get("attributes"), list):
+            return "_".join(str(attribute) for attribute in row["attributes"][:2])
+        relation = row.get("relation_name")
+        return None if relation in UNCOUNTED_RELATIONS else relation
+
+    sizes = collections.Counter(name(row) for row in rows if "attributes" in row)
+    few = {group for group, size in sizes.items() if size < FEWEST_OF_ATTRIBUTES}
+    return lambda row: None if name(row) in few else name(row)
+
+
+def _box_of(path: str, number: int, row: Mapping[str, Any]) -> Box:
+    left, top, width, height = (row.get(f"bbox_{side}") for side in "xywh")
+    sides = (left, top, width, height)
+    is_box = all(isinstance(side, int) and not isinstance(side, bool) for side in sides)
+    if not is_box or width < 1 or height < 1:
+        raise ValueError(
+            f"{path}: row {number}: expected whole numbers of pixels as bbox_x, bbox_y, bbox_w "
+            f"and bbox_h, got {list(sides)!r:.80}"
+        )
+    return left, top, left + width, top + height
+
+
+def _check_texts(path: str, number: Any, row: Any, names: Sequence[str]) -> None:
+    missing = [
+        name for name in names if not (isinstance(row, dict) and isinstance(row.get(name), str))
+    ]
+    if missing:
+        raise ValueError(f"{path}: row {number!s:.20}: expected texts as {', '.join(missing)}")
+
+
+def _picture_units(by_picture: Mapping[str, _Questions], root: str) -> list[Unit]:
+    def make(item: tuple[str, _Questions], read: ReadImage) -> Sequence[Pair | Skipped]:
+        name, boxes = item
+        image = read(name)
+        if isinstance(image, Skipped):
+            return [image]
+        entries = []
+        for box, questions in boxes.items():
+            metadata = {"picture": name, "questions": questions}
+            caption = questions[0]["captions"][0]
+            if box is None:
+                entries.append(Pair(name, image, caption, metadata))
+            else:
+                key = f"{name}[{','.join(str(side) for side in box)}]"
+                entries.append(CroppedPair(key, image, caption, metadata, box=box))
+        return entries
+
+    return picture_units(root, list(by_picture.items()), make)
+
+
+def _folder(path: str) -> str:
+    return path if not path.endswith(".json") else os.path.dirname(path) or "."

@@ -1,0 +1,312 @@
+"""Choices between captions, against tables made by hand and the official scores, derived anew."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.evaluation.comparison import format_comparison
+from diht_jax.evaluation.protocols.caption_choice import choose_captions
+from diht_jax.evaluation.results import format_results
+from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
+from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.task_parsing import parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+
+
+class _Hashed:
+    """Embeds a picture's pixels, or a text, by a random vector that they alone decide."""
+
+    logit_scale = 1.0
+
+    def preprocess(self, image):
+        # A digest of all pixels, since the resized picture could hide a wrong box.
+        digest = np.random.default_rng(list(np.asarray(image).tobytes())).integers(0, 255, 12)
+        return digest.astype(np.uint8).reshape(2, 2, 3)
+
+    def encode_image(self, images):
+        return np.stack([embed(image.tobytes()) for image in images])
+
+    def encode_text(self, texts):
+        return np.stack([embed(text.encode()) for text in texts])
+
+
+def embed(data):
+    vector = np.random.default_rng(list(data)).normal(size=16).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+def _embed_picture(path, box=None):
+    picture = Image.open(path).convert("RGB")
+    model = _Hashed()
+    return embed(model.preprocess(picture.crop(box) if box else picture).tobytes())
+
+
+def _png_named(path, seed):
+    pixels = np.random.default_rng(seed).integers(0, 255, (24, 30, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+
+
+@pytest.fixture
+def sugarcrepe(tmp_path):
+    """All seven files on four pictures, of which one is missing."""
+    rng = np.random.default_rng(0)
+    names = [f"{number:012}.jpg" for number in range(4)]
+    for seed, name in enumerate(names[:3]):
+        _png_named(tmp_path / "val2017" / name, seed)
+    for size, subset in enumerate(SUGARCREPE_SUBSETS, start=3):
+        rows = {
+            # The numbers have gaps, as in the published files.
+            str(2 * number): {
+                "filename": names[rng.integers(4)],
+                "caption": f"{subset} right {number}",
+                "negative_caption": f"{subset} wrong {number}",
+            }
+            for number in range(2 * size)
+        }
+        (tmp_path / f"{subset}.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def _sugarcrepe_truth(folder):
+    """The accuracy of each subset as the official code counts it, and the number of questions."""
+    accuracies, total, missing = {}, 0, 0
+    for subset in SUGARCREPE_SUBSETS:
+        hits = []
+        for row in json.loads((folder / f"{subset}.json").read_text()).values():
+            path = folder / "val2017" / row["filename"]
+            if not path.exists():
+                missing += 1
+                continue
+            image = _embed_picture(path).astype(np.float64)
+            positive = float(embed(row["caption"].encode()) @ image)
+            hits.append(
+                1 if positive > float(embed(row["negative_caption"].encode()) @ image) else 0
+            )
+        accuracies[subset] = sum(hits) / len(hits)
+        total += len(hits)
+    return accuracies, total
+
+
+def test_sugarcrepe_is_scored_as_by_its_code(sugarcrepe):
+    accuracies, total = _sugarcrepe_truth(sugarcrepe)
+    texts = [f"sugarcrepe=sugarcrepe:{sugarcrepe}"]
+    texts += [
+        f"sugarcrepe_{name}=sugarcrepe:{sugarcrepe}/{name}.json" for name in SUGARCREPE_SUBSETS
+    ]
+    whole, *single = [
+        evaluate_task(_Hashed(), task, batch_size=8, num_resamples=50)
+        for task in parse_tasks(texts)
+    ]
+    for result, name in zip(single, SUGARCREPE_SUBSETS, strict=True):
+        assert result["metrics"] == {"accuracy": pytest.approx(accuracies[name])}
+        assert result["reported"] == ["accuracy"] and "per_group" not in result
+    assert whole["metrics"]["macro_accuracy"] == pytest.approx(sum(accuracies.values()) / 7)
+    found = {row["group"]: row["accuracy"] for row in whole["per_group"]}
+    assert found == {name: pytest.approx(value) for name, value in accuracies.items()}
+    sizes = {row["group"]: row["questions"] for row in whole["per_group"]}
+    micro = sum(accuracies[name] * sizes[name] for name in sizes) / total
+    assert whole["metrics"]["accuracy"] == pytest.approx(micro)
+    # Every picture is read and embedded once, and the one that is missing is counted.
+    assert whole["counts"] == {
+        "images": 3,
+        "pictures": 3,
+        "questions": total,
+        "texts": 2 * total,
+        "limit": None,
+        "dropped": {"no_image": 1},
+    }
+    assert whole["units"] == {"accuracy": "share", "macro_accuracy": "share"}
+    assert whole["protocol"]["caption_template"] == "{caption}"
+    low, high = whole["intervals"]["macro_accuracy"]
+    assert low <= whole["metrics"]["macro_accuracy"] <= high
+
+
+def _aro_rows(folder, names, rng, count):
+    """Test cases on two pictures, with boxes that several of them share, or that reach out."""
+    boxes = [(2, 3, 10, 8), (0, 0, 30, 24), (20, 10, 15, 20), (5, 5, 1, 1)]
+    rows = []
+    for number in range(count):
+        box = boxes[rng.integers(len(boxes))]
+        rows.append(
+            {
+                "image_id": str(number % 2),
+                "image_path": f"{number % 2}.jpg",
+                **{f"bbox_{side}": value for side, value in zip("xywh", box, strict=True)},
+                "true_caption": f"the {number} is {names[number]} it",
+                "false_caption": f"the it is {names[number]} {number}",
+            }
+        )
+    for number in range(2):
+        _png_named(folder / "images" / f"{number}.jpg", number)
+    return rows
+
+
+def _aro_hits(folder, rows):
+    """As ARO's code: [false, true] captions, and the index of the largest score is to be 1."""
+    hits = []
+    for row in rows:
+        left, top, width, height = (row[f"bbox_{side}"] for side in "xywh")
+        box = (left, top, left + width, top + height)
+        image = _embed_picture(folder / "images" / row["image_path"], box).astype(np.float64)
+        captions = [row["false_caption"], row["true_caption"]]
+        hits.append(int(np.argmax([embed(text.encode()) @ image for text in captions])) == 1)
+    return np.array(hits)
+
+
+def test_visual_genome_relations_and_attributes_are_scored_as_by_aros_code(tmp_path):
+    rng = np.random.default_rng(1)
+    relations = ["above", "riding", "next to", "of"]  # the last two are left out
+    names = [relations[rng.integers(4)] for _ in range(40)]
+    rows = _aro_rows(tmp_path, names, rng, 40)
+    for row, name in zip(rows, names, strict=True):
+        row["relation_name"] = name
+    (tmp_path / "visual_genome_relation.json").write_text(json.dumps(rows))
+    hits = _aro_hits(tmp_path, rows)
+    macro = np.mean([hits[[n == name for n in names]].mean() for name in ("above", "riding")])
+    (task,) = parse_tasks(f"aro_vg_relation=aro:{tmp_path}/visual_genome_relation.json")
+    result = evaluate_task(_Hashed(), task, batch_size=8)
+    assert result["metrics"] == pytest.approx({"accuracy": hits.mean(), "macro_accuracy": macro})
+    assert result["counts"]["pictures"] == 2 and result["counts"]["images"] <= 8
+
+    # 25 test cases of one pair of attributes, 24 of another, which does not count.
+    names = ["old"] * 25 + ["wet"] * 24
+    rows = _aro_rows(tmp_path, names, rng, 49)
+    for row, name in zip(rows, names, strict=True):
+        row["attributes"] = [name, "red"]
+    (tmp_path / "visual_genome_attribution.json").write_text(json.dumps(rows))
+    hits = _aro_hits(tmp_path, rows)
+    (task,) = parse_tasks(f"aro_vg_attribution=aro:{tmp_path}/visual_genome_attribution.json")
+    result = evaluate_task(_Hashed(), task, batch_size=8)
+    expected = {"accuracy": hits.mean(), "macro_accuracy": hits[:25].mean()}
+    assert result["metrics"] == pytest.approx(expected)
+    assert [row["group"] for row in result["per_group"]] == ["old_red"]
+
+
+class _Table(_Hashed):
+    """Texts of a hand-made table; "a b" and "a  b" have equal tokens."""
+
+    def __init__(self, similarities):
+        self._similarities = similarities
+
+    def tokenize(self, texts):
+        return np.array([list(f"{' '.join(text.split()):<9}".encode()) for text in texts])
+
+    def encode_image(self, images):
+        return np.tile(np.float32([1, 0]), (len(images), 1))
+
+    def encode_text(self, texts):
+        cosines = np.float32([self._similarities.get(text, 0.0) for text in texts])
+        # Equal texts need not get equal numbers in other rows of a batch.
+        cosines += np.float32(1e-6) * np.arange(len(texts), dtype=np.float32)
+        return np.stack([cosines, np.sqrt(1 - cosines**2)], axis=1)
+
+
+def test_orders_count_equal_captions_as_right_and_others_as_wrong(tmp_path):
+    _png_named(tmp_path / "val2014" / "a.jpg", 0)
+    cases = [
+        ["one a", "one b", "one c"],  # right
+        ["two a", "two b", "two c"],  # wrong: b is more similar
+        ["three a", "three  a", "three a"],  # as it was
+        ["four a", "four b"],  # right
+    ]
+    rows = [{"image": "val2014/a.jpg", "caption_options": options} for options in cases]
+    (tmp_path / "coco_order.json").write_text(json.dumps(rows))
+    model = _Table({"one a": 0.9, "one b": 0.8, "two a": 0.5, "two b": 0.6, "four a": 0.3})
+    (task,) = parse_tasks(f"aro_coco_order=aro:{tmp_path}/coco_order.json")
+    result = evaluate_task(model, task, batch_size=8)
+    assert result["metrics"] == {"accuracy": 3 / 4}
+    assert result["counts"]["texts"] == 11
+    (task,) = parse_tasks(f"caption_choice:aro:{tmp_path}/coco_order.json")
+    assert evaluate_task(model, task, batch_size=8)["metrics"] == {"accuracy": 2 / 4}
+
+
+def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):
+    result = choose_captions(_Hashed(), read_source(f"sugarcrepe:{sugarcrepe}", {}), batch_size=8)
+    np.testing.assert_allclose(
+        list(result.resampled_metrics(np.ones(3, int)).values()), list(result.metrics.values())
+    )
+    only = result.picture_of_question == 1
+    found = result.resampled_metrics(np.array([0, 2, 0]))
+    assert found["accuracy"] == pytest.approx(result.is_right[only].mean())
+    means = [
+        result.is_right[only & (result.group_of_question == group)].mean()
+        for group in set(result.group_of_question[only])
+    ]
+    assert found["macro_accuracy"] == pytest.approx(np.mean(means))
+
+
+def test_tables_comparisons_and_pages(sugarcrepe, tmp_path):
+    (task,) = parse_tasks(f"sugarcrepe=sugarcrepe:{sugarcrepe}")
+    page = tmp_path / "page.png"
+    results = []
+    for model in (_Hashed(), _Table({})):
+        result = evaluate_task(model, task, batch_size=8, num_resamples=50, page=page)
+        json.dumps(result, allow_nan=False)
+        results.append({"model": "m", "results": [result]})
+    rows = [line.split() for line in format_results(results[0]).splitlines()]
+    share = f"{100 * results[0]['results'][0]['metrics']['accuracy']:.2f}%"
+    assert rows[3][:3] == ["sugarcrepe", "accuracy", share]
+    assert rows[4][:2] == ["macro", "accuracy"]
+    assert "to" in format_comparison(*results)  # the paired interval of the difference
+    with Image.open(page) as drawn:
+        assert drawn.width == 2 * 1120 and drawn.height > 1500
+
+
+def test_other_sources_have_the_right_caption_first(tmp_path, photos):
+    rows = [{"image": "0.png", "caption": ["a dog", "a cat"]}, {"image": "1.png", "caption": "one"}]
+    for number in range(2):
+        (tmp_path / f"{number}.png").write_bytes(photos[number])
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (task,) = parse_tasks(
+        f"caption_choice:annotations:{tmp_path}/a.json?caption_template=see {{caption}}"
+    )
+    result = evaluate_task(_Hashed(), task, batch_size=8)
+    image = _embed_picture(tmp_path / "0.png")
+    truth = float(embed(b"see a dog") @ image > embed(b"see a cat") @ image)
+    assert result["metrics"] == {"accuracy": truth}
+    assert result["counts"]["dropped"] == {"no_wrong_caption": 1}
+
+
+@pytest.mark.parametrize(
+    ("source", "files", "message"),
+    [
+        ("sugarcrepe:{}", {}, "add_att.json'; expected one of SugarCrepe's files"),
+        ("sugarcrepe:{}/a.json", {"a.json": []}, "a.json: expected a JSON object"),
+        (
+            "sugarcrepe:{}/a.json",
+            {"a.json": {"7": {"filename": "a"}}},
+            "a.json: row 7: expected texts as caption, negative_caption",
+        ),
+        ("aro:{}/a.json", {"a.json": [{"image_path": "0"}]}, "row 0: expected texts as true_capt"),
+        (
+            "aro:{}/a.json",
+            {"a.json": [{"image": "0", "caption_options": ["one"]}]},
+            "row 0: expected texts as caption_options",
+        ),
+        (
+            "aro:{}/a.json",
+            {
+                "a.json": [
+                    {"image_path": "0", "true_caption": "", "false_caption": "", "bbox_x": 0.5}
+                ]
+            },
+            r"row 0: expected whole numbers of pixels as bbox_x, .* got \[0.5, None, None, None\]",
+        ),
+    ],
+)
+def test_bad_files_are_named(tmp_path, source, files, message):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        list(read_source(source.format(tmp_path), {}))
+
+
+def test_ties_are_checked():
+    with pytest.raises(ValueError, match="ties=maybe: expected wrong or right"):
+        parse_tasks("caption_choice:aro:a.json?ties=maybe")
