@@ -70,7 +70,8 @@ CHEAP = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 OTHER = re.compile(
     r"(?:python3 -m )?pip install |python3 -m uv |python3\.\d+ -m venv |source \.venv/"
     r"|git clone |ruff |tar |mkdir -p runs/\w+ && tar "
-    r"|wget |aws s3 |unzip |unrar |hf download |cd birdsnap |python middle_frames\.py "
+    r"|wget |aws s3 |gdown |unzip |unrar |hf download |cd birdsnap |python middle_frames\.py "
+    r"|python order_captions\.py |python -m (?:spacy download|nltk\.downloader) "
     r"|PYTHONPATH=\S+ python -m clip_benchmark\.cli "
 )
 SCRIPT = re.compile(r"bash (run_\w+\.sh)")

@@ -195,7 +195,7 @@ class _Table(_Hashed):
         self._similarities = similarities
 
     def tokenize(self, texts):
-        return np.array([list(f"{' '.join(text.split()):<9}".encode()) for text in texts])
+        return np.array([list(f"{' '.join(text.split()):<80}".encode()) for text in texts])
 
     def encode_image(self, images):
         return np.tile(np.float32([1, 0]), (len(images), 1))

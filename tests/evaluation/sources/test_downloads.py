@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import random
 import re
 import shlex
 import stat
@@ -24,7 +25,9 @@ from PIL import Image
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import Skipped
 from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, resolve_label
+from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
+from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
@@ -38,6 +41,8 @@ _PROGRAMS = {
     "unrar": 'unzip -q "$2"',
     "hf": 'mkdir -p data && cp "$DOWNLOADS/examples.jsonl" "$DOWNLOADS/images.zip" data/',
     # Of the two pictures of Birdsnap's script one is not on Flickr any more.
+    "git": 'cp -r "$DOWNLOADS/$(basename "$2")" .',
+    "gdown": 'cp "$DOWNLOADS/$3" .',
     "python2": 'mkdir -p download/images && cp -r "$DOWNLOADS/Acadian_Flycatcher" download/images/',
     "python": f'exec "{sys.executable}" "$@"',
 }
@@ -202,6 +207,67 @@ def _objectnet(folder):
     _zip(folder / "objectnet-1.0.zip", {f"objectnet-1.0/{k}": v for k, v in members.items()})
 
 
+def _sugarcrepe(folder):
+    pictures = ("000000544519", "000000057597")
+    _zip(folder / "val2017.zip", {f"val2017/{name}.jpg": _jpeg(1) for name in pictures})
+    (folder / "sugar-crepe" / "data").mkdir(parents=True)
+    for number, name in enumerate(SUGARCREPE_SUBSETS):
+        row = {
+            "filename": f"{pictures[number % 2]}.jpg",
+            "caption": "A girl with a green shirt and a blue toothbrush.",
+            "negative_caption": "A girl with a blue shirt and a green toothbrush.",
+        }
+        file = folder / "sugar-crepe" / "data" / f"{name}.json"
+        file.write_text(json.dumps({"0": row, "2": row}, indent=4))
+
+
+def _aro_visual_genome(folder):
+    _zip(folder / "vgr_vga_images.zip", {"images/2371327.jpg": _jpeg(1)})
+    row = {"image_id": "2371327", "image_path": "2371327.jpg"}
+    row |= {"bbox_x": 1, "bbox_y": 2, "bbox_w": 5, "bbox_h": 4}
+    rows = {
+        "relation": {
+            "true_caption": "the horse is eating the grass",
+            "false_caption": "the grass is eating the horse",
+            "relation_name": "eating",
+        },
+        "attribution": {
+            "true_caption": "the paved road and the white house",
+            "false_caption": "the white road and the paved house",
+            "attributes": ["paved", "white"],
+            "obj1_name": "road",
+            "obj2_name": "house",
+        },
+    }
+    for name, of_file in rows.items():
+        (folder / f"visual_genome_{name}.json").write_text(json.dumps([row | of_file] * 25))
+
+
+# In place of the two packages: words between spaces, each with the tag that stands behind it.
+_SPACY = """
+class load:
+    def __init__(self, name):
+        assert name == "en_core_web_sm"
+    def __call__(self, text):
+        return [type("Token", (), dict(text=w, tag_=w.rpartition("_")[2])) for w in text.split()]
+"""
+_ORDER_CAPTION = "A_DT Red_JJ dog_NN sees_VBZ big_JJ cats_NNS, near_IN it_PRP!"
+
+
+def _aro_order(folder):
+    _flickr30k(folder)
+    _zip(folder / "val2014.zip", {"val2014/COCO_val2014_000000391895.jpg": _jpeg(1)})
+    pictures = {
+        "coco_karpathy_test": "val2014/COCO_val2014_000000391895.jpg",
+        "flickr30k_test": "flickr30k-images/1007129816.jpg",
+    }
+    for name, picture in pictures.items():
+        rows = [{"image": picture, "caption": [_ORDER_CAPTION, "one_CD"]}]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    (folder / "spacy.py").write_text(_SPACY)
+    (folder / "nltk.py").write_text("word_tokenize = str.split\n")
+
+
 # Heading of the section -> what makes its archives.
 _SECTIONS = {
     "birdsnap": _birdsnap,
@@ -214,11 +280,15 @@ _SECTIONS = {
     "localized_narratives_coco and localized_narratives_flickr": _narratives,
     "winoground": _winoground,
     "objectnet": _objectnet,
+    "sugarcrepe": _sugarcrepe,
+    "aro_vg_relation and aro_vg_attribution": _aro_visual_genome,
+    "aro_coco_order and aro_flickr30k_order": _aro_order,
 }
 
 
 def test_every_task_without_a_source_has_a_section():
     named = {name for heading in _SECTIONS for name in re.split(", | and ", heading)}
+    named |= {f"sugarcrepe_{name}" for name in SUGARCREPE_SUBSETS}
     assert named == {name for name, entry in SUITE.items() if entry.source == NO_SOURCE}
     headings = re.findall("(?m)^## (.+)$", _PAGE.read_text("utf-8"))
     assert headings == [*_SECTIONS, "Beside CLIP"]
@@ -230,16 +300,18 @@ def _run_section(heading, folder):
     downloads.mkdir()
     programs.mkdir()
     _SECTIONS[heading](downloads)
-    # What is handed out by request lies in the folder already.
-    for name in ("flickr30k-images.tar.gz", "hateful_memes.zip"):
+    # What is handed out by request lies in the folder already, and so do packages.
+    for name in ("flickr30k-images.tar.gz", "hateful_memes.zip", "spacy.py", "nltk.py"):
         if (downloads / name).exists():
             (folder / name).write_bytes((downloads / name).read_bytes())
     for name, script in _PROGRAMS.items():
         (programs / name).write_text(f"#!/bin/bash -e\n{script}\n")
         (programs / name).chmod(stat.S_IRWXU)
     text = _PAGE.read_text("utf-8").partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    for block in re.findall(r"(?ms)^```python\n(.*?)^```", text):
-        (folder / "middle_frames.py").write_text(block)
+    scripts = re.findall(r"saved as `(\w+\.py)`", text)
+    blocks = re.findall(r"(?ms)^```python\n(.*?)^```", text)
+    for name, block in zip(scripts, blocks, strict=True):
+        (folder / name).write_text(block)
     (block,) = re.findall(r"(?:^ {4}.*\n)+", re.sub(r"(?ms)^```.*?^```", "", text), re.MULTILINE)
     lines = textwrap.dedent(block).replace("\\\n", " ").splitlines()
     own = [line for line in lines if line.startswith("python -m ")]
@@ -255,8 +327,8 @@ def _run_section(heading, folder):
         check=True,
         capture_output=True,
     )
-    tasks = [re.search(r"--tasks (\S+)", line)[1] for line in own]
-    return parse_tasks([shlex.split(task)[0] for task in tasks])
+    tasks = [shlex.split(re.search(r"--tasks (\S+)", line)[1])[0] for line in own]
+    return parse_tasks([task for text in tasks for task in text.split(",")])
 
 
 @pytest.fixture
@@ -391,3 +463,61 @@ def test_objectnet(run_section):
 def test_winoground(run_section):
     _, entries = run_section("winoground")
     assert [pair.metadata["side"] for pair in entries["winoground"]] == [0, 1]
+
+
+def test_sugarcrepe(run_section):
+    _, entries = run_section("sugarcrepe")
+    assert [pair.key for pair in entries["sugarcrepe"]] == ["000000544519.jpg", "000000057597.jpg"]
+    groups = [
+        question["group"]
+        for pair in entries["sugarcrepe"]
+        for question in pair.metadata["questions"]
+    ]
+    assert sorted(groups) == sorted(2 * SUGARCREPE_SUBSETS)
+    (pair,) = entries["sugarcrepe_swap_att"]
+    right, wrong = pair.metadata["questions"][0]["captions"]
+    assert (right[:20], wrong[:19]) == ("A girl with a green ", "A girl with a blue ")
+
+
+def test_aro_on_visual_genome(run_section):
+    tasks, entries = run_section("aro_vg_relation and aro_vg_attribution")
+    (relation,), (attribution,) = entries.values()
+    assert [q["group"] for q in relation.metadata["questions"]] == ["eating"] * 25
+    assert [q["group"] for q in attribution.metadata["questions"]] == ["paved_white"] * 25
+    assert relation.metadata["questions"][0]["captions"][0] == "the horse is eating the grass"
+    assert decode_picture(relation).size == (5, 4)
+    for task in tasks.values():
+        assert evaluate_task(_Random(), task)["counts"]["questions"] == 25
+
+
+def _cut(words):
+    return [words[start : start + 3] for start in range(0, len(words), 3)]
+
+
+def test_aro_orders(run_section):
+    tasks, entries = run_section("aro_coco_order and aro_flickr30k_order")
+    (pair,) = entries["aro_coco_order"]
+    first, second = (question["captions"] for question in pair.metadata["questions"])
+    assert first[0] == "a_dt red_jj dog_nn sees_vbz big_jj cats_nns, near_in it_prp"
+    # As ARO's code draws: the numbers of two generators, both seeded with 1, in this order.
+    numpy_draws, draws = np.random.RandomState(1), random.Random(1)
+    words = np.array(first[0].split(), object)
+    expected = words.copy()
+    for chosen in ([2, 5], [1, 4]):  # nouns, adjectives
+        expected[chosen] = numpy_draws.permutation(expected[chosen])
+    assert first[1].split() == expected.tolist()
+    expected = words.copy()
+    expected[[0, 3, 6, 7]] = numpy_draws.permutation(expected[[0, 3, 6, 7]])
+    assert first[2].split() == expected.tolist()
+    threes = _cut(words.tolist())
+    for three in threes:
+        draws.shuffle(three)
+    assert first[3].split() == sum(threes, [])
+    threes = _cut(words.tolist())
+    draws.shuffle(threes)
+    assert first[4].split() == sum(threes, [])
+    assert second == ["one_cd"] * 5
+    (pair,) = entries["aro_flickr30k_order"]
+    assert pair.key == "flickr30k-images/1007129816.jpg" and len(pair.metadata["questions"]) == 2
+    result = evaluate_task(_Random(), tasks["aro_coco_order"])
+    assert result["metrics"]["accuracy"] >= 0.5  # the caption of one word is as it was
