@@ -144,8 +144,12 @@ def default_config() -> ml_collections.ConfigDict:
         c[name] = ml_collections.ConfigDict(copy.deepcopy(term.settings))
 
     c.optimizer = ml_collections.ConfigDict()
+    c.optimizer.kind = "adamw"  # "muon": orthogonal updates for the matrices of blocks
     c.optimizer.learning_rate = 1e-3  # peak
+    # After the warm-up: "cosine", or "wsd": the peak until the last `decay_steps`.
+    c.optimizer.schedule = "cosine"
     c.optimizer.warmup_steps = 2000
+    c.optimizer.decay_steps = placeholder(int)
     c.optimizer.final_learning_rate = 0.0
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.98
@@ -159,6 +163,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.optimizer.multipliers = ()
     # Learning rate of a block relative to the one above it, in both towers; None: all the same.
     c.optimizer.layer_decay = placeholder(float)
+    c.optimizer.muon = ml_collections.ConfigDict()
+    c.optimizer.muon.momentum = 0.95
+    c.optimizer.muon.rms = 0.2  # of an update, as of AdamW's: rate and decay need no other values
 
     c.ema = ml_collections.ConfigDict()
     c.ema.decay = placeholder(float)  # of the parameters' moving average; None keeps none

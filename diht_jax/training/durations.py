@@ -7,6 +7,7 @@ import math
 import ml_collections
 
 from diht_jax.config import DURATION_UNITS
+from diht_jax.training.optimizer import decay_start
 
 
 def duration_in_steps(
@@ -74,3 +75,22 @@ def patch_dropout_steps(
             "config.model.patch_dropout=0"
         )
     return total_steps - last_steps
+
+
+def steps_before_end(config: ml_collections.ConfigDict, *, num_examples: int) -> int:
+    """How many steps of a run, from its start, would be the same in a run of another length.
+
+    Args:
+        config: the whole training config.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: the durations are wrong, or warm-up and decay do not fit into the run.
+    """
+    total_steps = duration_in_steps(
+        config, "total", batch_size=config.data.batch_size, num_examples=num_examples
+    )
+    return min(
+        decay_start(config.optimizer, total_steps),
+        patch_dropout_steps(config, total_steps, num_examples=num_examples),
+    )

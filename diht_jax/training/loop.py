@@ -32,7 +32,7 @@ from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import get_architecture
 from diht_jax.progress import ProgressBar
 from diht_jax.training.config_ranges import check_ranges
-from diht_jax.training.durations import duration_in_steps, patch_dropout_steps
+from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.input_supply import InputSupply
@@ -68,6 +68,7 @@ from diht_jax.training.workdir.resume_checks import (
     check_hosts_share_config,
     check_same_data,
     check_same_run,
+    check_same_start,
 )
 from diht_jax.training.workdir.staging import open_workdir
 from diht_jax.training.workdir.stored_run import local_run
@@ -113,7 +114,6 @@ def train(
         config = check_together(lambda: bind_order(config, workdir))
         check_hosts_share_config(config)
         check_together(lambda: check_same_run(config, workdir))
-        write_config(workdir, config)
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
         stop_request.listen()
@@ -156,6 +156,9 @@ class Run:
         self.patch_dropout_steps = patch_dropout_steps(
             config, self.total_steps, num_examples=num_records
         )
+        check_together(lambda: check_same_start(config, workdir, num_examples=num_records))
+        write_config(workdir, config)
+        self.kept_step = steps_before_end(config, num_examples=num_records)
         self.program = TrainProgram(
             with_trusted_attention(config, self.total_steps, devices), self.total_steps, devices
         )
@@ -186,6 +189,7 @@ class Run:
         self.checkpointer = Checkpointer(
             workdir,
             keep_last=config.checkpoint.keep_last,
+            keep_step=self.kept_step,
             best_metric=config.checkpoint.best_metric,
             lower_is_better=lowest,
             dataset=self.fingerprint.pack(),
@@ -296,7 +300,8 @@ class Run:
             progress.update()
             at_end = step == last_step
             stop_requested = stop_request.is_due(step)
-            saves = step % config.checkpoint.every_steps == 0 or at_end or stop_requested
+            saves = at_end or stop_requested or step == self.kept_step
+            saves = saves or step % config.checkpoint.every_steps == 0
             # A line where a checkpoint is, so that a run that goes on from it has the same lines.
             if step % config.log_every_steps == 0 or saves or step == self.patch_dropout_steps:
                 scalars = {**window.summary(), **self.data_metrics(step)}

@@ -1,6 +1,6 @@
-"""The optimiser of a recipe: clipped AdamW, and which parameters it trains how fast.
+"""The optimiser of a recipe: clipped AdamW or Muon, and which parameters it trains how fast.
 
-Warm-up and cosine decay, frozen towers, multipliers and layer-wise decay, all from the config
+The learning rate by step, frozen towers, multipliers and layer-wise decay, all from the config
 section `optimizer`. Parameters are named by their path, such as `vision/blocks/3/mlp/fc_in/kernel`.
 """
 
@@ -14,11 +14,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from diht_jax.sharding import path_name
+from diht_jax.training.muon import is_block_matrix, scale_by_muon
+
+KINDS = ("adamw", "muon")
+SCHEDULES = ("cosine", "wsd")
 
 _BLOCK = re.compile(r"^(\w+)/blocks/(\d+)/")
 _EMBEDDING = re.compile(
@@ -27,33 +33,77 @@ _EMBEDDING = re.compile(
 
 
 def learning_rate_schedule(config: ml_collections.ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then half a cosine down to the final value.
+    """Linear warm-up from 0 to the peak, then down to the final value.
+
+    "cosine" goes down along half a cosine. "wsd" (warm-up, stable, decay) stays at the peak until
+    `decay_steps` before the end, then follows 1 - sqrt, the best of the forms that arXiv 2405.18392
+    compares. Up to there the run does not depend on its length.
 
     Args:
         config: the section `optimizer`.
         total_steps: length of the run, warm-up included.
 
     Raises:
-        ValueError: the warm-up is not shorter than the run.
+        ValueError: an unknown schedule, or warm-up and decay do not fit into the run.
     """
     if not 0 <= config.warmup_steps < total_steps:
         raise ValueError(
             f"config.optimizer.warmup_steps={config.warmup_steps}: expected less than the "
             f"{total_steps} steps of the run; shorten the warm-up or train longer"
         )
-    return optax.schedules.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=total_steps,
-        end_value=config.final_learning_rate,
-    )
+    first_decayed = decay_start(config, total_steps)
+    if config.schedule == "cosine":
+        return optax.schedules.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            decay_steps=total_steps,
+            end_value=config.final_learning_rate,
+        )
+
+    def schedule(step: jax.Array) -> jax.Array:
+        warmed = jnp.minimum(step / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+        decayed = jnp.sqrt(jnp.clip((step - first_decayed) / config.decay_steps, 0.0, 1.0))
+        fall = config.learning_rate - config.final_learning_rate
+        return config.learning_rate * warmed - fall * decayed
+
+    return schedule
+
+
+def decay_start(config: ml_collections.ConfigDict, total_steps: int) -> int:
+    """How many steps of a run, from its start, do not depend on how long it is.
+
+    Args:
+        config: the section `optimizer`.
+        total_steps: length of the run.
+
+    Raises:
+        ValueError: an unknown schedule, or warm-up and decay do not fit into the run.
+    """
+    if config.schedule not in SCHEDULES:
+        raise ValueError(
+            f"config.optimizer.schedule='{config.schedule}': expected one of {', '.join(SCHEDULES)}"
+        )
+    if config.schedule == "cosine":
+        if config.decay_steps is not None:
+            raise ValueError(
+                f"config.optimizer.decay_steps={config.decay_steps} is of "
+                "config.optimizer.schedule='wsd'; a cosine goes down until the end of the run"
+            )
+        return 0
+    most = total_steps - config.warmup_steps
+    if config.decay_steps is None or config.decay_steps > most:
+        raise ValueError(
+            f"config.optimizer.decay_steps={config.decay_steps}: expected at most {most}, the "
+            f"{total_steps} steps of the run without the {config.warmup_steps} of the warm-up"
+        )
+    return total_steps - config.decay_steps
 
 
 def create_optimizer(
-    config: ml_collections.ConfigDict, schedule: optax.Schedule
+    config: ml_collections.ConfigDict, schedule: optax.Schedule, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with the factors of `update_rules`.
+    """Global-norm clip, then AdamW or Muon with the factors of `update_rules`.
 
     `init(params)` takes all parameters and makes moments for the trained ones only.
     `update(grads, state, params)` takes gradients of the trained ones
@@ -62,10 +112,22 @@ def create_optimizer(
     Args:
         config: the section `optimizer`.
         schedule: the learning rate by step.
+        mesh: the devices that parameters are split over; None for one.
+
+    Raises:
+        ValueError: no such optimiser.
     """
+    if config.kind not in KINDS:
+        raise ValueError(
+            f"config.optimizer.kind='{config.kind}': expected one of {', '.join(KINDS)}"
+        )
+    scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.kind == "muon":
+        matrices = scale_by_muon(config.muon.momentum, config.muon.rms, mesh)
+        scale = optax.partition({"muon": matrices, "adam": scale}, _muon_or_adam)
     inner = optax.chain(
         optax.clip_by_global_norm(config.clip_global_norm),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        scale,
         _decay_and_scale(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
@@ -78,6 +140,12 @@ def create_optimizer(
         return inner.update(grads, state, split_parameters(config, params)[0], rules=rules)
 
     return optax.GradientTransformation(init, update)
+
+
+def _muon_or_adam(params: dict[str, Any]) -> dict[str, Any]:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if is_block_matrix(path_name(path)) else "adam", params
+    )
 
 
 def _decay_and_scale(weight_decay: float) -> optax.GradientTransformationExtraArgs:

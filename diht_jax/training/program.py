@@ -71,7 +71,7 @@ class TrainProgram:
         self.keeps_ema = _check_ema(config)
         self.arch = get_architecture(config.model.name, config.model.overrides.to_dict())
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
-        self.optimizer = create_optimizer(optimizer_config(config), self.schedule)
+        self.optimizer = create_optimizer(optimizer_config(config), self.schedule, self.mesh)
         self.definition, init_params = model_definition(
             self.arch, config.model.dtype, config.model.param_dtype
         )

@@ -47,6 +47,7 @@ def seen(monkeypatch):
 def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_path, seen):
     config.model.patch_dropout = 0.0
     config.total_steps = 13  # of 16: four epochs of 52
+    config.optimizer.kind = "muon"
     config.checkpoint.every_steps = 100
     config.mesh.update(data=1, fsdp=1)
     train(config, tmp_path / "one", devices=jax.devices()[:1])
@@ -101,23 +102,32 @@ def test_a_mixture_is_trained_on_in_its_shares_and_resumed(config, squares, tmp_
         train(config, tmp_path / "two", devices=devices)
 
 
-def test_stop_and_resume_is_bit_identical_to_going_straight(config, tmp_path):
+def test_a_run_that_is_stopped_and_made_longer_is_bit_identical_to_going_straight(config, tmp_path):
     config.total_steps = 6
     config.mesh.update(data=2, fsdp=4)
     config.ema.decay = 0.9
     config.optimizer.layer_decay = 0.8
+    config.optimizer.update(kind="muon", schedule="wsd", warmup_steps=2, decay_steps=1)
     config.log_every_steps = 2  # a line is written at the checkpoint of step 3, too
-    config.checkpoint.every_steps = 3
+    config.checkpoint.update(every_steps=3, keep_last=1)
     straight = train(config, tmp_path / "straight")
+    assert sorted(p.name for p in (tmp_path / "straight" / "checkpoints").iterdir()) == ["5", "6"]
+    config.total_steps = 4  # its learning rate falls after step 3
     train(config, tmp_path / "stopped", stop_after_steps=3)
+    config.total_steps = 6
     resumed = train(config, tmp_path / "stopped")
     assert int(resumed.step) == 6
     assert_bitwise_equal(straight, resumed)
-    assert series(tmp_path / "stopped", "step").tolist() == [2, 3, 4, 6]
+    for name, steps in (("stopped", [2, 3, 4, 5, 6]), ("straight", [2, 3, 4, 5, 6])):
+        assert series(tmp_path / name, "step").tolist() == steps
     for metric in COMPARED:
         np.testing.assert_array_equal(
             series(tmp_path / "straight", metric), series(tmp_path / "stopped", metric)
         )
+    momentum = straight.opt_state[1].inner_states["muon"].inner_state[0].trace
+    for tree in (momentum, straight.params):
+        kernel = tree["vision"]["blocks"]["0"]["mlp"]["fc_in"]["kernel"]
+        assert kernel.sharding.shard_shape(kernel.shape) == (32, 32)
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,7 @@ class Checkpointer:
         *,
         keep_last: int,
         best_metric: str | None,
+        keep_step: int | None = None,
         lower_is_better: bool = False,
         dataset: dict[str, Any] | None = None,
     ):
@@ -70,12 +71,14 @@ class Checkpointer:
             keep_last: how many of the latest checkpoints stay.
             best_metric: name of an evaluation result; the checkpoint with the best value stays as
                 well. None keeps the latest ones only.
+            keep_step: the checkpoint of this step stays too.
             lower_is_better: whether the lowest value of that result is the best, not the highest.
             dataset: what the data look like, JSON-able; kept in every checkpoint.
         """
         self._workdir = absolute_path(workdir)
         self._root = checkpoint_root(workdir)
         self._keep_last = keep_last
+        self._keep_steps = [] if keep_step is None else [keep_step]
         self._best_metric = best_metric
         self._best = _BestMeasured(lower_is_better)
         self._dataset = dataset
@@ -211,7 +214,11 @@ class Checkpointer:
         return list(ocp.utils.checkpoint_steps(self._root)) if self._root.exists() else []
 
     def _open(self) -> ocp.CheckpointManager:
-        policies = [checkpoint_managers.LatestN(self._keep_last), self._best]
+        policies = [
+            checkpoint_managers.LatestN(self._keep_last),
+            checkpoint_managers.CustomSteps(self._keep_steps),
+            self._best,
+        ]
         return ocp.CheckpointManager(
             self._root,
             options=ocp.CheckpointManagerOptions(
@@ -228,7 +235,7 @@ class Checkpointer:
         if self._best_metric is None or self._failure is not None:
             return
         steps = sorted(self._manager.all_steps())
-        kept = {*steps[-self._keep_last :], self._best.step(steps)}
+        kept = {*steps[-self._keep_last :], *self._keep_steps, self._best.step(steps)}
         for step in (step for step in steps if step not in kept):
             self._manager.delete(step)
 

@@ -18,6 +18,7 @@ from etils import epath
 from diht_jax.data.input.order import ORDERS, resolve_order
 from diht_jax.data.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.data.records.train_data import describe_train
+from diht_jax.training.durations import steps_before_end
 from diht_jax.training.multihost import gather_texts
 from diht_jax.training.objectives.registry import TERMS
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
@@ -52,6 +53,13 @@ _FREE_IN_A_RUN = (
     "model.remat",
     "model.attention",
     "loss.impl",
+)
+# With a learning rate that is constant until its final decay, these decide about a run's end alone.
+_OF_THE_END = (
+    "total_",
+    "no_patch_dropout_",
+    "optimizer.decay_steps",
+    "optimizer.final_learning_rate",
 )
 # These may differ between the hosts of a job: paths of their own, and what suits their cores. Data
 # and tasks are compared by what they are.
@@ -112,21 +120,60 @@ def _run_order(
 
 
 def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Refuses to mix two runs in one directory; names the keys that differ."""
+    """Refuses to mix two runs in one directory; names the keys that differ.
+
+    With `optimizer.schedule="wsd"` another length may be right: see `check_same_start`.
+    """
     if not (workdir / CONFIG_FILE).exists():
         return
+    stored = read_config(workdir)
     fixed = (*_FIXED_IN_A_RUN, *(f"{name}." for name in TERMS))
+    free = _OF_THE_END if config.optimizer.schedule == "wsd" else ()
     changed = changed_keys(
-        read_config(workdir),
+        stored,
         config,
         lambda name: (
-            name.startswith(fixed) and name not in _FREE_IN_A_RUN and not _PATHS.fullmatch(name)
+            name.startswith(fixed)
+            and name not in _FREE_IN_A_RUN
+            and not name.startswith(free)
+            and not _PATHS.fullmatch(name)
         ),
     )
     if changed and (workdir / CHECKPOINT_DIRECTORY).exists():
         raise ValueError(
             f"{workdir} holds a run with another config; changed: {', '.join(changed)}. "
             "Take the same values to resume it, or another --workdir to start anew"
+        )
+
+
+def check_same_start(
+    config: ml_collections.ConfigDict, workdir: epath.Path, *, num_examples: int
+) -> None:
+    """Refuses another end of the run behind checkpoints that the end before has shaped.
+
+    Args:
+        config: of the run, which `check_same_run` has let pass.
+        workdir: of the run, with the config and the checkpoints that are there.
+        num_examples: size of one epoch, in examples.
+
+    Raises:
+        ValueError: names the checkpoints.
+    """
+    root = workdir / CHECKPOINT_DIRECTORY
+    if not (workdir / CONFIG_FILE).exists() or not root.exists():
+        return
+    stored = read_config(workdir)
+    if not changed_keys(stored, config, lambda name: name.startswith(_OF_THE_END)):
+        return
+    common = min(steps_before_end(c, num_examples=num_examples) for c in (stored, config))
+    steps = (int(path.name) for path in root.iterdir() if path.name.isdigit())
+    later = sorted(step for step in steps if step > common)
+    if later:
+        raise ValueError(
+            f"{root}: the run was to end otherwise, and only up to step {common} that makes no "
+            f"difference; the checkpoints after it are of steps {', '.join(map(str, later))}. To "
+            f"go on from step {common} or before, copy {workdir} and remove them from the copy; "
+            "or take the same values to resume this run"
         )
 
 

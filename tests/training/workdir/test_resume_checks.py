@@ -14,6 +14,7 @@ from diht_jax.training.workdir.resume_checks import (
     bind_order,
     check_hosts_share_config,
     check_same_run,
+    check_same_start,
 )
 
 
@@ -168,3 +169,34 @@ def test_hosts_have_paths_of_their_own_in_a_mixture_but_not_weights(check_job, c
     assert check_job({}, {"data.train.laion.path": "/local/1"}) == [None, None]
     errors = check_job({}, {"data.train.laion.weight": 0.7})
     assert errors[0].endswith("Different: data.train.laion.weight")
+
+
+def test_another_end_of_a_run_needs_checkpoints_from_before_it(config, tmp_path):
+    workdir = epath.Path(tmp_path)
+    config.optimizer.update(schedule="wsd", warmup_steps=2, decay_steps=4)
+    config.total_steps = 20
+    for step in (10, 16, 18, 20):
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    write_config(workdir, config)
+
+    def check(*, remove=None, **changes):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(changes)
+        if remove is not None:
+            (workdir / "checkpoints" / remove).rmdir()
+        check_same_run(changed, workdir)
+        check_same_start(changed, workdir, num_examples=52)
+
+    check()
+    with pytest.raises(ValueError, match=r"only up to step 16 .* steps 18, 20. To go on from step"):
+        check(total_steps=None, total_epochs=100.0)
+    with pytest.raises(ValueError, match=r"only up to step 10 .* steps 16, 18, 20"):
+        check(**{"optimizer.decay_steps": 10})
+    check(remove="20")
+    with pytest.raises(ValueError, match=r"steps 18\. "):
+        check(total_steps=40)
+    check(remove="18", total_steps=40)
+    with pytest.raises(ValueError, match="only up to step 11 .* steps 16"):
+        check(total_steps=15)
+    with pytest.raises(ValueError, match="changed: optimizer.schedule, total_steps"):
+        check(total_steps=40, **{"optimizer.schedule": "cosine"})
