@@ -23,7 +23,13 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, dense_loss
-from diht_jax.losses.objective import Objective, PairStatistics, Scalars, check_scalar
+from diht_jax.losses.objective import (
+    Objective,
+    PairStatistics,
+    Scalars,
+    check_equal_pairs,
+    check_scalar,
+)
 from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax, is_known_zero
 from diht_jax.losses.streaming import streaming_loss
@@ -44,6 +50,8 @@ def contrastive_loss(
     axis_name: AxisName = None,
     impl: str = "streaming",
     stop_weight_gradient: bool = False,
+    pair_ids: jax.Array | None = None,
+    equal_pairs: str = "mask",
 ) -> jax.Array:
     """Hard-negative contrastive loss (HN-NCE), the mean of both directions over the global batch.
 
@@ -55,6 +63,13 @@ def contrastive_loss(
     and text to image is the same on the transpose (weights normalised over images). `alpha=1,
     beta=0` is InfoNCE. Gradients flow through the weights unless `stop_weight_gradient`. The
     module docstring says how gradients come out inside and outside of `shard_map`.
+
+    Pairs with equal `pair_ids` are no negatives of one another: sums over j != i are then over the
+    others alone, and N - 1 is their number. As positives (UniCL's form, arXiv 2204.03610),
+
+        L_i = -mean_{p in P_i} log e^{s_ip} / (alpha sum_{q in P_i} e^{s_iq} + sum_j w_ij e^{s_ij})
+
+    with P_i all pairs equal to i, i itself included. A row without negatives counts 0.
 
     Args:
         image_emb: float [b, d], L2-normalised; row i and row i of `text_emb` are a pair. Inside
@@ -72,18 +87,24 @@ def contrastive_loss(
             its old name. "auto": "streaming", since the devices are not known here;
             `contrastive_objective` chooses by its mesh.
         stop_weight_gradient: treat `w_ij` as constants. Ours.
+        pair_ids: integer [b] or [b, k], which pairs are equal: those that agree in all k columns
+            (a 64-bit hash of the text without x64: two of uint32). Local rows, as `image_emb`.
+        equal_pairs: what equal pairs are to one another: "mask", nothing; "positive"; or
+            "negative", as without ids.
 
     Returns:
         Scalar, the same on every device: float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: wrong shapes, dtypes, alpha, beta or impl; a batch of one pair without
-            negatives to weigh.
+        ValueError: wrong shapes, dtypes, alpha, beta, impl, ids or equal_pairs; a batch of one
+            pair without negatives to weigh.
 
     Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; computed by the identity of
     `softmax.Softmax` rather than as a ratio of exponentials.
     """
-    objective, scalars = Softmax.create(alpha, beta, stop_weight_gradient)
+    check_equal_pairs(equal_pairs)
+    equal_pairs = "negative" if pair_ids is None else equal_pairs
+    objective, scalars = Softmax.create(alpha, beta, stop_weight_gradient, equal_pairs)
     check_embeddings(image_emb, text_emb)
     is_single = _num_pairs(image_emb, axis_name) == 1
     if is_single and (objective.weighted or is_known_zero(alpha)):
@@ -92,7 +113,14 @@ def contrastive_loss(
             f"with alpha > 0, got alpha={alpha}, beta={beta}"
         )
     return mean_loss(
-        objective, scalars, image_emb, text_emb, logit_scale, axis_name=axis_name, impl=impl
+        objective,
+        scalars,
+        image_emb,
+        text_emb,
+        logit_scale,
+        axis_name=axis_name,
+        impl=impl,
+        pair_ids=pair_ids,
     )[0]
 
 
@@ -104,28 +132,41 @@ def sigmoid_loss(
     *,
     axis_name: AxisName = None,
     impl: str = "streaming",
+    pair_ids: jax.Array | None = None,
+    equal_pairs: str = "mask",
 ) -> jax.Array:
     """SigLIP's loss: every image with every text is a yes-no question.
 
         -1/N sum_ij log sigmoid(z_ij (logit_scale <image_i, text_j> + logit_bias)),
 
-    with z = 1 for pairs and -1 for the others.
+    with z = 1 for pairs and -1 for the others; of equal pairs, all logits are left out ("mask") or
+    have z = 1 ("positive").
 
     Args:
-        image_emb, text_emb, logit_scale, axis_name, impl: see `contrastive_loss`.
+        image_emb, text_emb, logit_scale, axis_name, impl, pair_ids, equal_pairs: see
+            `contrastive_loss`.
         logit_bias: scalar; SigLIP starts at -10, with a scale of 10.
 
     Returns:
         Scalar, the same on every device: float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: wrong shapes, dtypes or impl.
+        ValueError: wrong shapes, dtypes, impl, ids or equal_pairs.
 
     Source: Zhai et al., arXiv 2303.15343.
     """
-    objective, scalars = Sigmoid.create(logit_bias)
+    check_equal_pairs(equal_pairs)
+    equal_pairs = "negative" if pair_ids is None else equal_pairs
+    objective, scalars = Sigmoid.create(logit_bias, equal_pairs)
     return mean_loss(
-        objective, scalars, image_emb, text_emb, logit_scale, axis_name=axis_name, impl=impl
+        objective,
+        scalars,
+        image_emb,
+        text_emb,
+        logit_scale,
+        axis_name=axis_name,
+        impl=impl,
+        pair_ids=pair_ids,
     )[0]
 
 
@@ -138,18 +179,20 @@ def mean_loss(
     *,
     axis_name: AxisName = None,
     impl: str = "streaming",
+    pair_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """Any contrastive loss: the mean of its rows and columns over the global batch.
 
     Args:
         objective, scalars: of `Objective.create`.
-        image_emb, text_emb, logit_scale, axis_name, impl: see `contrastive_loss`.
+        image_emb, text_emb, logit_scale, axis_name, impl, pair_ids: see `contrastive_loss`; ids
+            are not read where the objective has equal pairs as negatives.
 
     Returns:
         The loss, as `contrastive_loss` returns it, and statistics of the local rows.
 
     Raises:
-        ValueError: wrong shapes, dtypes or impl.
+        ValueError: wrong shapes, dtypes, impl or ids.
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
@@ -157,10 +200,17 @@ def mean_loss(
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of auto, {', '.join(IMPLS)}, got {impl!r}")
     num_pairs = _num_pairs(image_emb, axis_name)
+    # Left out where there are none: a loss of one's own need not know of them.
+    of_equal = {}
+    if objective.equal_pairs != "negative":
+        of_equal["pair_ids"] = _ids_as_columns(pair_ids, jnp.shape(image_emb)[0])
     # A single pair has no negative to stream.
     loss_fn = streaming_loss if impl == "streaming" and num_pairs > 1 else dense_loss
     total, statistics = loss_fn(
-        image_emb, text_emb, logit_scale, scalars, objective=objective, axis_name=axis_name
+        *(image_emb, text_emb, logit_scale, scalars),
+        objective=objective,
+        axis_name=axis_name,
+        **of_equal,
     )
     if axis_name:
         total = jax.lax.psum(total, axis_name)
@@ -181,6 +231,18 @@ def check_embeddings(image_emb: jax.Array, text_emb: jax.Array) -> None:
             "image_emb and text_emb: expected the same floating-point dtype, got "
             f"{dtypes[0]} and {dtypes[1]}; cast them before the loss"
         )
+
+
+def _ids_as_columns(pair_ids: jax.Array | None, num_rows: int) -> jax.Array:
+    """[b] or [b, k] -> [b, k]; raises ValueError for anything but integers."""
+    shape, dtype = (None, None) if pair_ids is None else (jnp.shape(pair_ids), pair_ids.dtype)
+    if shape is None or len(shape) not in (1, 2) or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"pair_ids: expected integer [{num_rows}] or [{num_rows}, k], got {dtype} {shape}"
+        )
+    if shape[0] != num_rows:
+        raise ValueError(f"pair_ids: expected {num_rows} rows, as of image_emb, got {shape[0]}")
+    return jnp.reshape(pair_ids, (num_rows, -1))
 
 
 def _num_pairs(image_emb: jax.Array, axis_name: AxisName) -> int:

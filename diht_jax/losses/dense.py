@@ -22,17 +22,33 @@ def dense_loss(
     *,
     objective: Objective,
     axis_name: AxisName,
+    pair_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """The losses of the local rows in both directions, summed; see `streaming.streaming_loss`."""
     i2t, t2i, is_positive = similarity_blocks(image_emb, text_emb, axis_name)
     scale = jnp.asarray(logit_scale, i2t.dtype)
+    is_negative, num_negatives, more = ~is_positive, None, ()
+    if pair_ids is not None:
+        is_equal = _is_equal(pair_ids, axis_name)
+        is_negative = ~(is_positive | is_equal)
+        num_negatives = jnp.sum(is_negative, axis=1).astype(i2t.dtype)
+        more = (is_equal & ~is_positive,)
     total = sum(
-        jnp.sum(objective.loss_of_rows(scale * block, is_positive, scalars)) for block in (i2t, t2i)
+        jnp.sum(objective.loss_of_rows(scale * block, is_positive, scalars, *more))
+        for block in (i2t, t2i)
     )
-    image_hardest, image_ties = _hardest(i2t, is_positive)
-    text_hardest, text_ties = _hardest(t2i, is_positive)
+    image_hardest, image_ties = _hardest(i2t, is_negative)
+    text_hardest, text_ties = _hardest(t2i, is_negative)
     positive = jnp.sum(i2t, axis=1, where=is_positive)
-    return total, PairStatistics(positive, image_hardest, image_ties, text_hardest, text_ties)
+    return total, PairStatistics(
+        positive, image_hardest, image_ties, text_hardest, text_ties, num_negatives
+    )
+
+
+def _is_equal(pair_ids: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Integer [b, k], local -> bool [b, N]: whether all columns agree."""
+    all_ids = jax.lax.all_gather(pair_ids, axis_name, tiled=True) if axis_name else pair_ids
+    return jnp.all(pair_ids[:, None] == all_ids[None, :], axis=-1)
 
 
 def similarity_blocks(
@@ -75,8 +91,8 @@ def inner_products(rows: jax.Array, columns: jax.Array) -> jax.Array:
     )
 
 
-def _hardest(block: jax.Array, is_positive: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _hardest(block: jax.Array, is_negative: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[b, N] -> [b], [b]: the highest similarity with a wrong partner, and how many reach it."""
     block = jax.lax.stop_gradient(block)
-    hardest = jnp.max(block, axis=1, where=~is_positive, initial=-jnp.inf)
-    return hardest, jnp.sum(~is_positive & (block == hardest[:, None]), axis=1).astype(block.dtype)
+    hardest = jnp.max(block, axis=1, where=is_negative, initial=-jnp.inf)
+    return hardest, jnp.sum(is_negative & (block == hardest[:, None]), axis=1).astype(block.dtype)

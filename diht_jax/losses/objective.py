@@ -7,6 +7,11 @@ turn give the derivative of the row's loss by each negative logit (`negative_slo
 needs `loss_of_rows` only; JAX differentiates it. All of this is elementwise: the products are in
 `dense.py` and `streaming.py`, and so is the ring of devices.
 
+Pairs with equal ids (equal captions, say) are negatives of one another unless `equal_pairs` has
+another value. "mask": they are no partners at all, for which an objective needs nothing but the
+number of negatives that are left. "positive": each is a positive of the others; then the streaming
+form also needs `accumulate_equal` and `equal_slope`.
+
 A new loss is a subclass of `Objective` in a file of its own and a line in `registry.py`.
 """
 
@@ -19,6 +24,8 @@ import jax.numpy as jnp
 
 # Scalars of an objective, in its own order: those of the config and the learnt ones.
 Scalars = tuple[jax.Array | float, ...]
+# What pairs with equal ids are to one another.
+EQUAL_PAIRS = ("negative", "mask", "positive")
 
 
 class PairStatistics(NamedTuple):
@@ -28,6 +35,7 @@ class PairStatistics(NamedTuple):
         positive: of the pair.
         image_hardest, text_hardest: highest one of the image (of the text) with a wrong partner.
         image_ties, text_ties: number of wrong partners that reach it.
+        num_negatives: of the image, and so of the text; None where all others are negatives.
     """
 
     positive: jax.Array
@@ -35,6 +43,21 @@ class PairStatistics(NamedTuple):
     image_ties: jax.Array
     text_hardest: jax.Array
     text_ties: jax.Array
+    num_negatives: jax.Array | None = None
+
+
+class Masks(NamedTuple):
+    """What the logits of a tile are; bool arrays of its shape. All false is no logit at all.
+
+    Attributes:
+        is_positive: the pair itself.
+        is_negative: a wrong partner.
+        is_equal: an equal pair that is neither; None where equal pairs are negatives.
+    """
+
+    is_positive: jax.Array
+    is_negative: jax.Array
+    is_equal: jax.Array | None = None
 
 
 class RowStatistics(NamedTuple):
@@ -44,11 +67,15 @@ class RowStatistics(NamedTuple):
         highest: highest negative logit so far; finite from the start.
         ties: number of negatives that reach it.
         sums: of the objective.
+        num_negatives: so far; None where all pairs but the own one are negatives.
+        equal: the same of equal pairs, where these are positives.
     """
 
     highest: jax.Array
     ties: jax.Array
     sums: tuple[jax.Array, ...]
+    num_negatives: jax.Array | None = None
+    equal: RowStatistics | None = None
 
 
 class RowSlopes(NamedTuple):
@@ -59,12 +86,14 @@ class RowSlopes(NamedTuple):
         negative: factor of the derivative by a negative logit.
         offsets: of the objective.
         scalars: derivatives by all scalars, without what the second pass adds.
+        equal: factors of the derivative by the logit of an equal pair, where these are positives.
     """
 
     positive: jax.Array
     negative: jax.Array
     offsets: tuple[jax.Array, ...]
     scalars: tuple[jax.Array, ...]
+    equal: tuple[jax.Array, ...] = ()
 
 
 class Objective:
@@ -78,6 +107,8 @@ class Objective:
         initial_logit_scale: what `logit_scale` starts from; None leaves the model's own start.
         num_sums: how many running sums a row has.
         second_pass: indices of the scalars whose derivative needs the negative logits once more.
+        equal_pairs: of `EQUAL_PAIRS`; a loss that has no such setting knows the first one only.
+        num_equal_sums: how many running sums a row has of its equal pairs.
     """
 
     title: ClassVar[str] = ""
@@ -86,6 +117,8 @@ class Objective:
     initial_logit_scale: ClassVar[float | None] = None
     num_sums: int = 1
     second_pass: tuple[int, ...] = ()
+    equal_pairs: str = EQUAL_PAIRS[0]
+    num_equal_sums: int = 0
 
     @classmethod
     def create(cls, **values: Any) -> tuple[Self, Scalars]:
@@ -152,8 +185,30 @@ class Objective:
         """
         raise NotImplementedError
 
+    def accumulate_equal(
+        self,
+        statistics: RowStatistics,
+        highest: jax.Array,
+        logits: jax.Array,
+        is_equal: jax.Array,
+        axis: int,
+        scalars: Scalars,
+    ) -> tuple[jax.Array, ...]:
+        """As `accumulate`, of the equal pairs of a tile: for `equal_pairs="positive"`."""
+        raise NotImplementedError
+
+    def equal_slope(
+        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """As `negative_slope`, by a tile of logits of equal pairs."""
+        raise NotImplementedError
+
     def loss_of_rows(
-        self, logits: jax.Array, is_positive: jax.Array, scalars: Scalars
+        self,
+        logits: jax.Array,
+        is_positive: jax.Array,
+        scalars: Scalars,
+        is_equal: jax.Array | None = None,
     ) -> jax.Array:
         """The dense form of one direction, differentiated by JAX: [b, N] -> [b].
 
@@ -161,8 +216,16 @@ class Objective:
             logits: [b, N].
             is_positive: bool [b, N], one in every row.
             scalars: of `create`.
+            is_equal: bool [b, N], the equal pairs; given unless these are negatives.
         """
         raise NotImplementedError
+
+
+def check_equal_pairs(value: str) -> None:
+    """Raises ValueError unless `value` is one of `EQUAL_PAIRS`."""
+    if value not in EQUAL_PAIRS:
+        known = ", ".join(f"'{name}'" for name in EQUAL_PAIRS)
+        raise ValueError(f"equal_pairs: expected one of {known}, got {value!r}")
 
 
 def check_scalar(name: str, value: Any) -> None:

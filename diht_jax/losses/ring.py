@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.cost_model.chips import Chip, find_chip
-from diht_jax.losses.objective import Objective
+from diht_jax.losses.objective import Masks, Objective
 
 # Sides of tiles, at most; every device launches a few kernels for each tile.
 TILES = (2048, 1024, 512)
@@ -147,6 +147,15 @@ class Ring:
     def num_rounds(self) -> int:
         return self.num_devices // self.group
 
+    def blocks(self, image_emb: jax.Array, text_emb: jax.Array, pair_ids: jax.Array | None) -> Any:
+        """Tiles of the group's images and of the own texts, each with their ids or None."""
+        images = self.images.split(self.gather(image_emb)), None
+        texts = self.texts.split(text_emb), None
+        if pair_ids is None:
+            return images, texts
+        image_ids = self.images.split(self.gather(pair_ids))
+        return (images[0], image_ids), (texts[0], self.texts.split(pair_ids))
+
     def shift(self, block: jax.Array) -> jax.Array:
         """Sends `block` to the next group, and returns that of the one before."""
         if self.num_rounds == 1:
@@ -186,10 +195,11 @@ class Ring:
             return parts
         return jax.lax.psum_scatter(parts, tiled=True, **self._members())
 
+<<<<<<< HEAD
     def tour(
         self,
         add_block: Callable[..., tuple[Any, Any]],
-        block: jax.Array,
+        block: Any,
         *,
         rows: Any = (),
         sums: Any,
@@ -203,7 +213,7 @@ class Ring:
         Args:
             add_block: round, texts at hand, their `rows`, `stays` -> the part of `sums` of these
                 texts with the images of this group, and `stays`.
-            block: tiles of the own texts.
+            block: tree of arrays: tiles of the own texts, and what their masks need.
             rows: tree of what travels with them, in tiles of one shape.
             sums: tree of what is summed for the texts, as it begins.
             stays: tree of what a device keeps, as it begins.
@@ -216,7 +226,7 @@ class Ring:
 
         def one_round(rounds, carry):
             block, rows, sums, stays = carry
-            next_block, next_rows = self.shift(block), self.shift_rows(rows)
+            next_block, next_rows = jax.tree.map(self.shift, block), self.shift_rows(rows)
             # Those of the block at hand, from the device that had it before.
             sums = shift_sums(sums)
             part, stays = add_block(rounds, block, rows, stays)
@@ -234,6 +244,23 @@ class Ring:
 
     def masks(self, rounds: jax.Array, row_tile: jax.Array, column_tile: jax.Array):
         """bool tiles of logits: which are positives, and which are negatives."""
+=======
+    def masks(
+        self,
+        rounds: jax.Array,
+        row_tile: jax.Array,
+        column_tile: jax.Array,
+        row_ids: jax.Array | None,
+        column_ids: jax.Array | None,
+    ) -> Masks:
+        """What the logits of a tile are.
+
+        Args:
+            rounds: of the ring.
+            row_tile, column_tile: indices of the tile.
+            row_ids, column_ids: integer [tile, k], where equal pairs are no negatives.
+        """
+>>>>>>> d2adcca (Pairs with equal ids are masked or count as positives, in the streaming and in the gathered form)
         rows = self.images.indices(row_tile)[:, None]
         columns = self.texts.indices(column_tile)[None, :]
         # In the first round the texts are the own ones.
@@ -245,7 +272,10 @@ class Ring:
         is_negative = ~is_positive
         if self.images.is_padded or self.texts.is_padded:
             is_negative &= (rows < self.images.num_rows) & (columns < self.texts.num_rows)
-        return is_positive, is_negative
+        if row_ids is None:
+            return Masks(is_positive, is_negative)
+        is_equal = jnp.all(row_ids[:, None] == column_ids[None, :], axis=-1)
+        return Masks(is_positive, is_negative & ~is_equal, is_negative & is_equal)
 
     def for_each_tile(self, body: Callable, carry: Any) -> Any:
         """Runs `body(row_tile, column_tile, carry) -> carry` on all tiles of a block."""

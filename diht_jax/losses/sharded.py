@@ -35,13 +35,16 @@ def contrastive_objective(
     beta: float = 0.0,
     impl: str = "streaming",
     stop_weight_gradient: bool = False,
+    pair_ids: jax.Array | None = None,
+    equal_pairs: str = "mask",
 ) -> tuple[jax.Array, Metrics]:
     """`contrastive_loss` or `sigmoid_loss` of a global batch on a mesh, with metrics.
 
     Args:
         image_emb, text_emb, logit_scale, mesh, axis_names, impl: see `sharded_loss`.
         logit_bias: scalar; given, the loss is `sigmoid_loss`, which has no alpha and beta.
-        alpha, beta, stop_weight_gradient: see `contrastive_loss`.
+        alpha, beta, stop_weight_gradient, equal_pairs: see `contrastive_loss`.
+        pair_ids: integer [N] or [N, k], global; see `contrastive_loss`.
 
     Returns:
         As `sharded_loss`.
@@ -49,11 +52,12 @@ def contrastive_objective(
     Raises:
         ValueError: wrong arguments, N < 2, or N not divisible by the devices.
     """
+    settings: dict[str, Any] = {"equal_pairs": "negative" if pair_ids is None else equal_pairs}
     if logit_bias is None:
         loss, learnt = Softmax, {}
-        settings = {"alpha": alpha, "beta": beta, "stop_weight_gradient": stop_weight_gradient}
+        settings.update(alpha=alpha, beta=beta, stop_weight_gradient=stop_weight_gradient)
     else:
-        loss, learnt, settings = Sigmoid, {"logit_bias": logit_bias}, {}
+        loss, learnt = Sigmoid, {"logit_bias": logit_bias}
     return sharded_loss(
         loss,
         image_emb,
@@ -64,6 +68,7 @@ def contrastive_objective(
         mesh=mesh,
         axis_names=axis_names,
         impl=impl,
+        pair_ids=pair_ids,
     )
 
 
@@ -78,6 +83,7 @@ def sharded_loss(
     mesh: Mesh,
     axis_names: str | tuple[str, ...] = ("data", "fsdp"),
     impl: str = "streaming",
+    pair_ids: jax.Array | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Any contrastive loss of a global batch on a mesh, with metrics.
 
@@ -94,6 +100,8 @@ def sharded_loss(
         mesh: the mesh of the step; other axes than `axis_names` hold copies.
         axis_names: axes that the batch is split over; their sizes must divide N.
         impl: see `contrastive_loss`; or "auto": see `choice.choose_impl`.
+        pair_ids: integer [N] or [N, k], global; needed where `settings` has another value of
+            `equal_pairs` than "negative".
 
     Returns:
         The loss (mean over the global batch, replicated), and a dict of float32 scalars that
@@ -104,6 +112,8 @@ def sharded_loss(
             that collapsed embeddings score 1/N and not 1.
         `positive_similarity`: cosine of a pair.
         `hardest_negative_similarity`: highest cosine with a wrong partner, over both directions.
+        `equal_pairs`: share of pairs that another pair of the batch is equal to; with ids alone.
+            Equal pairs then are no wrong partners for the other metrics.
 
     Raises:
         ValueError: wrong arguments, N < 2, or N not divisible by the devices.
@@ -113,17 +123,24 @@ def sharded_loss(
     _check_split(image_emb.shape[0], mesh, axis_names)
     impl = choose_impl(mesh, axis_names, *image_emb.shape, impl).impl
 
-    def on_device(image_emb, text_emb, logit_scale, learnt):
+    def on_device(image_emb, text_emb, pair_ids, logit_scale, learnt):
         objective, scalars = loss.create(**settings, **learnt)
         value, statistics = mean_loss(
-            objective, scalars, image_emb, text_emb, logit_scale, axis_name=axis_names, impl=impl
+            objective,
+            scalars,
+            image_emb,
+            text_emb,
+            logit_scale,
+            axis_name=axis_names,
+            impl=impl,
+            pair_ids=pair_ids,
         )
         return value, {"loss": jax.lax.stop_gradient(value), **_metrics(statistics, axis_names)}
 
     rows, whole = PartitionSpec(axis_names), PartitionSpec()
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(rows, rows, whole, whole), out_specs=whole
-    )(image_emb, text_emb, *jax.tree.map(jnp.asarray, (logit_scale, dict(learnt))))
+        on_device, mesh=mesh, in_specs=(rows, rows, rows, whole, whole), out_specs=whole
+    )(image_emb, text_emb, pair_ids, *jax.tree.map(jnp.asarray, (logit_scale, dict(learnt))))
 
 
 def _check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
@@ -147,6 +164,15 @@ def _metrics(statistics: PairStatistics, axis_name: AxisName) -> Metrics:
         return jax.lax.pmean(jnp.mean(values.astype(jnp.float32)), axis_name)
 
     statistics = jax.lax.stop_gradient(statistics)
+    metrics: Metrics = {}
+    if statistics.num_negatives is not None:
+        num_others = jax.lax.axis_size(axis_name) * len(statistics.positive) - 1
+        metrics["equal_pairs"] = mean(statistics.num_negatives < num_others)
+        # Without any negative it is as dissimilar as can be, and not infinitely.
+        statistics = statistics._replace(
+            image_hardest=jnp.maximum(statistics.image_hardest, -1),
+            text_hardest=jnp.maximum(statistics.text_hardest, -1),
+        )
     positive = statistics.positive
     hardest = (statistics.image_hardest + statistics.text_hardest) / 2
     return {
@@ -156,6 +182,7 @@ def _metrics(statistics: PairStatistics, axis_name: AxisName) -> Metrics:
         "t2i_accuracy": mean(_top1_credit(positive, statistics.text_hardest, statistics.text_ties)),
         "positive_similarity": mean(positive),
         "hardest_negative_similarity": mean(hardest),
+        **metrics,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from diht_jax.losses.objective import (
     RowSlopes,
     RowStatistics,
     Scalars,
+    check_equal_pairs,
     check_scalar,
 )
 
@@ -23,7 +24,8 @@ class Sigmoid(Objective):
 
         L_i = sum_{j != i} softplus(s_ij + bias) + softplus(-(s_ii + bias))
 
-    Summed over rows and over columns, every pair counts twice.
+    Summed over rows and over columns, every pair counts twice. Equal pairs as positives have the
+    loss of i with i.
 
     Source: Zhai et al., arXiv 2303.15343.
     """
@@ -32,14 +34,21 @@ class Sigmoid(Objective):
     # SigLIP's start: all pairs are taken for negatives, softly.
     parameters: ClassVar[dict[str, float]] = {"logit_bias": -10.0}
     initial_logit_scale: ClassVar[float | None] = 10.0
+    settings: ClassVar[dict[str, Any]] = {"equal_pairs": "negative"}  # see `softmax.py`
+
+    equal_pairs: str = "negative"
 
     second_pass = (0,)
+    num_equal_sums = 1
 
     @classmethod
-    def create(cls, logit_bias: jax.Array | float) -> tuple[Self, Scalars]:
+    def create(
+        cls, logit_bias: jax.Array | float, equal_pairs: str = "negative"
+    ) -> tuple[Self, Scalars]:
         """See `Objective.create`."""
         check_scalar("logit_bias", logit_bias)
-        return cls(), (logit_bias,)
+        check_equal_pairs(equal_pairs)
+        return cls(equal_pairs), (logit_bias,)
 
     def accumulate(
         self,
@@ -59,6 +68,8 @@ class Sigmoid(Objective):
     ) -> tuple[jax.Array, RowSlopes]:
         """See `Objective.finish`."""
         losses = statistics.sums[0] + jax.nn.softplus(-(positives + scalars[0]))
+        if statistics.equal is not None:
+            losses += statistics.equal.sums[0]
         slope = -jax.nn.sigmoid(-(positives + scalars[0]))
         return losses, RowSlopes(slope, jnp.ones_like(slope), (), (slope,))
 
@@ -69,9 +80,38 @@ class Sigmoid(Objective):
         slope = jnp.expand_dims(slopes.negative, axis) * jax.nn.sigmoid(logits + scalars[0])
         return slope, (slope,)
 
+    def accumulate_equal(
+        self,
+        statistics: RowStatistics,
+        highest: jax.Array,
+        logits: jax.Array,
+        is_equal: jax.Array,
+        axis: int,
+        scalars: Scalars,
+    ) -> tuple[jax.Array, ...]:
+        """See `Objective.accumulate_equal`."""
+        losses = jnp.where(is_equal, jax.nn.softplus(-(logits + scalars[0])), 0)
+        return (statistics.sums[0] + jnp.sum(losses, axis),)
+
+    def equal_slope(
+        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """See `Objective.equal_slope`."""
+        slope = -jnp.expand_dims(slopes.negative, axis) * jax.nn.sigmoid(-(logits + scalars[0]))
+        return slope, (slope,)
+
     def loss_of_rows(
-        self, logits: jax.Array, is_positive: jax.Array, scalars: Scalars
+        self,
+        logits: jax.Array,
+        is_positive: jax.Array,
+        scalars: Scalars,
+        is_equal: jax.Array | None = None,
     ) -> jax.Array:
         """See `Objective.loss_of_rows`."""
+        if self.equal_pairs == "positive":
+            is_positive = is_positive | is_equal
         signs = jnp.where(is_positive, 1, -1).astype(logits.dtype)
-        return -jnp.sum(jax.nn.log_sigmoid(signs * (logits + scalars[0])), axis=1)
+        losses = jax.nn.log_sigmoid(signs * (logits + scalars[0]))
+        if self.equal_pairs == "mask":
+            losses = jnp.where(is_equal, 0, losses)
+        return -jnp.sum(losses, axis=1)

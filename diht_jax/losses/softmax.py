@@ -15,6 +15,7 @@ from diht_jax.losses.objective import (
     RowSlopes,
     RowStatistics,
     Scalars,
+    check_equal_pairs,
     check_scalar,
 )
 
@@ -33,12 +34,21 @@ class Softmax(Objective):
     near zero keeps its digits because s_ii is taken off before the logaddexp. The sums are those of
     A and B, relative to the highest negative.
 
+    Where equal pairs are no negatives, N - 1 is the number of those that are left in the row, and a
+    row without any counts 0. Where they are positives, P_i, with their mean m = mean_p s_ip and
+    their spread r = LSE_p(s_ip - m),
+
+        L_i = logaddexp(log alpha + r, z)  with m in place of s_ii in z
+        dL_i/ds_ip = (1 - p) e^{s_ip - m - r} - 1/|P_i|       p = sigmoid(z - log alpha - r)
+
     Attributes:
         weighted: False when beta is known to be 0: B is log(N-1) and drops out.
         stop_weight_gradient: the weights count as constants: dL_i/ds_ij = p e^{(1+beta) s_ij - A}.
         differentiate_beta: beta is traced, so that its derivative may be requested.
+        equal_pairs: see `Objective`.
 
-    Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss".
+    Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; several positives: UniCL,
+    arXiv 2204.03610.
     """
 
     title: ClassVar[str] = "InfoNCE, HN-NCE"
@@ -46,17 +56,28 @@ class Softmax(Objective):
         "alpha": 1.0,  # weight of the positive in the denominator
         "beta": 0.0,  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
         "stop_weight_gradient": False,  # treat the weights of the negatives as constants
+        # What pairs with equal texts, or of one class, are to one another: "negative", "mask" (no
+        # partners) or "positive".
+        "equal_pairs": "negative",
     }
 
     weighted: bool
     stop_weight_gradient: bool = False
     differentiate_beta: bool = False
+    equal_pairs: str = "negative"
+
+    num_equal_sums = 3  # of `e^s`, of s, and how many
 
     @classmethod
     def create(
-        cls, alpha: jax.Array | float, beta: jax.Array | float, stop_weight_gradient: bool
+        cls,
+        alpha: jax.Array | float,
+        beta: jax.Array | float,
+        stop_weight_gradient: bool,
+        equal_pairs: str = "negative",
     ) -> tuple[Self, Scalars]:
         """See `Objective.create`; traced values are not checked and take the general path."""
+        check_equal_pairs(equal_pairs)
         check_scalar("alpha", alpha)
         check_scalar("beta", beta)
         _check_range("alpha", alpha, "a number in [0, 1]", lambda value: 0 <= value <= 1)
@@ -65,6 +86,7 @@ class Softmax(Objective):
             weighted=not is_known_zero(beta),
             stop_weight_gradient=stop_weight_gradient,
             differentiate_beta=isinstance(beta, jax.core.Tracer),
+            equal_pairs=equal_pairs,
         )
         return objective, (alpha, beta)
 
@@ -101,17 +123,32 @@ class Softmax(Objective):
     ) -> tuple[jax.Array, RowSlopes]:
         """See `Objective.finish`."""
         log_alpha = jnp.log(scalars[0])
+        log_count, has_negatives = math.log(num_pairs - 1), None
+        if statistics.num_negatives is not None:
+            has_negatives = statistics.num_negatives > 0
+            statistics = _with_some_negative(statistics, has_negatives)
+            log_count = jnp.log(statistics.num_negatives)
         offsets = tuple(
             factor * statistics.highest + jnp.log(total)
             for factor, total in zip(self._factors(scalars), statistics.sums, strict=True)
         )
+        log_spread, equal = 0.0, None
+        if statistics.equal is not None:
+            positives, log_spread, equal = _with_equal(statistics.equal, positives)
+            log_alpha += log_spread
         margin = offsets[0] - positives
         if self.weighted:
-            margin += math.log(num_pairs - 1) - offsets[1]
+            margin += log_count - offsets[1]
         losses = jnp.logaddexp(log_alpha, margin)
         slope = jax.nn.sigmoid(margin - log_alpha)
         by_beta = jnp.zeros_like(losses)
-        return losses, RowSlopes(-slope, slope, offsets, (jnp.exp(-losses), by_beta))
+        by_alpha = jnp.exp(log_spread - losses)
+        slopes = RowSlopes(-slope, slope, offsets, (by_alpha, by_beta))
+        if equal is not None:
+            slopes = _with_equal_slopes(slopes, *equal, jax.nn.sigmoid(log_alpha - margin))
+        if has_negatives is not None:
+            losses, slopes = _without_empty_rows(losses, slopes, has_negatives)
+        return losses, slopes
 
     def negative_slope(
         self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
@@ -129,8 +166,38 @@ class Softmax(Objective):
         by_beta = (factor * (share - weight) * logits,) if self.second_pass else ()
         return factor * ((1 + beta) * share - beta * weight), by_beta
 
+    def accumulate_equal(
+        self,
+        statistics: RowStatistics,
+        highest: jax.Array,
+        logits: jax.Array,
+        is_equal: jax.Array,
+        axis: int,
+        scalars: Scalars,
+    ) -> tuple[jax.Array, ...]:
+        """See `Objective.accumulate_equal`."""
+        below = jnp.where(is_equal, logits - jnp.expand_dims(highest, axis), -jnp.inf)
+        shrunk = statistics.sums[0] * jnp.exp(statistics.highest - highest)
+        return (
+            shrunk + jnp.sum(_exp(1.0, below, is_equal), axis),
+            statistics.sums[1] + jnp.sum(jnp.where(is_equal, logits, 0), axis),
+            statistics.sums[2] + jnp.sum(is_equal, axis).astype(logits.dtype),
+        )
+
+    def equal_slope(
+        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """See `Objective.equal_slope`."""
+        share, constant = (jnp.expand_dims(factor, axis) for factor in slopes.equal)
+        slope = share * jnp.exp(logits - jnp.expand_dims(slopes.offsets[-1], axis)) + constant
+        return slope, (0,) * len(self.second_pass)
+
     def loss_of_rows(
-        self, logits: jax.Array, is_positive: jax.Array, scalars: Scalars
+        self,
+        logits: jax.Array,
+        is_positive: jax.Array,
+        scalars: Scalars,
+        is_equal: jax.Array | None = None,
     ) -> jax.Array:
         """See `Objective.loss_of_rows`."""
         alpha, beta = scalars
@@ -138,18 +205,31 @@ class Softmax(Objective):
         log_alpha = jnp.log(jnp.asarray(alpha, logits.dtype))
         if logits.shape[1] == 1:
             return log_alpha + jnp.zeros_like(positives)
+        is_negative, log_count = ~is_positive, math.log(logits.shape[1] - 1)
+        if is_equal is not None:
+            is_negative &= ~is_equal
+            has_negatives = jnp.any(is_negative, axis=1)
+            # All of a row without any, so that its logarithms are finite; it counts 0 below.
+            is_negative |= ~has_negatives[:, None]
+            log_count = jnp.log(jnp.sum(is_negative, axis=1).astype(logits.dtype))
+        if self.equal_pairs == "positive":
+            is_positive = is_positive | is_equal
+            positives = jnp.mean(logits, axis=1, where=is_positive)
+            below = logits - positives[:, None]
+            log_alpha += jax.nn.logsumexp(below, axis=1, where=is_positive)
         if not self.weighted:
-            negatives = jax.nn.logsumexp(logits, axis=1, where=~is_positive)
+            negatives = jax.nn.logsumexp(logits, axis=1, where=is_negative)
         else:
             tilt = jnp.asarray(beta, logits.dtype) * logits
             if self.stop_weight_gradient:
                 tilt = jax.lax.stop_gradient(tilt)
             negatives = (
-                math.log(logits.shape[1] - 1)
-                + jax.nn.logsumexp(logits + tilt, axis=1, where=~is_positive)
-                - jax.nn.logsumexp(tilt, axis=1, where=~is_positive)
+                log_count
+                + jax.nn.logsumexp(logits + tilt, axis=1, where=is_negative)
+                - jax.nn.logsumexp(tilt, axis=1, where=is_negative)
             )
-        return jnp.logaddexp(log_alpha, negatives - positives)
+        losses = jnp.logaddexp(log_alpha, negatives - positives)
+        return losses if is_equal is None else jnp.where(has_negatives, losses, 0)
 
     def _factors(self, scalars: Scalars) -> tuple[jax.Array | float, ...]:
         beta = scalars[1]
@@ -169,3 +249,54 @@ def _check_range(name: str, value: Any, expected: str, is_right: Callable[[float
 def _exp(factor: jax.Array | float, below: jax.Array, is_negative: jax.Array) -> jax.Array:
     """e^(factor * below), and 0 where there is no negative, even for a factor of 0."""
     return jnp.where(is_negative, jnp.exp(factor * below), 0)
+
+
+def _with_some_negative(statistics: RowStatistics, has_negatives: jax.Array) -> RowStatistics:
+    """Rows without negatives get one of 0, so that their logarithms are finite."""
+    return statistics._replace(
+        highest=jnp.where(has_negatives, statistics.highest, 0),
+        sums=tuple(jnp.where(has_negatives, total, 1) for total in statistics.sums),
+        num_negatives=jnp.maximum(statistics.num_negatives, 1),
+    )
+
+
+def _with_equal(
+    equal: RowStatistics, own: jax.Array
+) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+    """The mean and the spread of all positives of rows, and what their slopes need.
+
+    Args:
+        equal: of the positives but the pairs themselves.
+        own: [b], logits of the pairs themselves.
+    """
+    exponentials, total, others = equal.sums
+    mean = (own + total) / (others + 1)
+    highest = jnp.maximum(own, equal.highest)
+    sums = jnp.exp(own - highest) + exponentials * jnp.exp(equal.highest - highest)
+    log_sum = highest + jnp.log(sums)
+    return mean, log_sum - mean, (own, others + 1, log_sum)
+
+
+def _with_equal_slopes(
+    slopes: RowSlopes, own: jax.Array, count: jax.Array, log_sum: jax.Array, share: jax.Array
+) -> RowSlopes:
+    """The slopes by all positives; `share` is what they have of the denominator."""
+    return slopes._replace(
+        positive=share * jnp.exp(own - log_sum) - 1 / count,
+        equal=(share, -1 / count),
+        offsets=(*slopes.offsets, log_sum),
+    )
+
+
+def _without_empty_rows(
+    losses: jax.Array, slopes: RowSlopes, has_negatives: jax.Array
+) -> tuple[jax.Array, RowSlopes]:
+    def keep(values: Any) -> Any:
+        return jax.tree.map(lambda x: jnp.where(has_negatives, x, 0), values)
+
+    return keep(losses), slopes._replace(
+        positive=keep(slopes.positive),
+        negative=keep(slopes.negative),
+        equal=keep(slopes.equal),
+        scalars=keep(slopes.scalars),
+    )

@@ -25,19 +25,16 @@ and Gimelshein (arXiv 1805.02867), applied to both directions of DiHT's loss at 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, inner_products
-from diht_jax.losses.objective import (
-    Objective,
-    PairStatistics,
-    RowSlopes,
-    RowStatistics,
-    Scalars,
-)
+from diht_jax.losses.objective import Masks, Objective, PairStatistics, RowSlopes, Scalars
 from diht_jax.losses.ring import Ring
+from diht_jax.losses.row_statistics import add_tile, merge, no_statistics, pair_statistics
 from diht_jax.losses.tiles import at, product, put, varying_axes, varying_over, zeros
 
 
@@ -49,6 +46,7 @@ def streaming_loss(
     *,
     objective: Objective,
     axis_name: AxisName,
+    pair_ids: jax.Array | None = None,
     tile: int | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """The losses of the local rows in both directions, summed.
@@ -59,6 +57,8 @@ def streaming_loss(
         scalars: of the objective.
         objective: the loss, one row of it.
         axis_name: mesh axes that the batch is split over, or None.
+        pair_ids: integer [b, k], equal in all columns for equal pairs; they travel with the texts.
+            Given unless `objective.equal_pairs` is "negative".
         tile: side of a tile, at most; None for `tile_of_block`.
 
     Returns:
@@ -72,6 +72,7 @@ def streaming_loss(
         text_emb,
         jnp.asarray(logit_scale, dtype),
         tuple(jnp.asarray(value, dtype) for value in scalars),
+        pair_ids,
     )
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
@@ -87,52 +88,51 @@ def _ring_loss(
     text_emb: jax.Array,
     scale: jax.Array,
     scalars: tuple[jax.Array, ...],
+    pair_ids: jax.Array | None,
 ) -> tuple[jax.Array, PairStatistics]:
-    return _forward(ring, image_emb, text_emb, scale, scalars)[0]
+    return _forward(ring, image_emb, text_emb, scale, scalars, pair_ids)[0]
 
 
-def _forward(ring, image_emb, text_emb, scale, scalars):
+def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids):
     objective = ring.objective
-    images, texts = ring.images.split(ring.gather(image_emb)), ring.texts.split(text_emb)
-    no_positives = zeros(texts.shape[:2], scale)
-    no_texts = _no_statistics(objective, no_positives)
-    no_images = _no_statistics(objective, zeros(images.shape[:2], scale))
+    (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
+    no_positives = zeros(own_texts[0].shape[:2], scale)
+    no_texts = no_statistics(objective, no_positives)
+    no_images = no_statistics(objective, zeros(images.shape[:2], scale))
 
-    def add_block(rounds, texts, _, stays):
-        def add_tile(i, j, carry):
+    def add_block(rounds, block, _, stays):
+        texts, text_ids = block
+
+        def one_tile(i, j, carry):
             text_statistics, (image_statistics, positives) = carry
             logits = scale * inner_products(at(images, i), at(texts, j))
-            is_positive, is_negative = ring.masks(rounds, i, j)
+            masks = ring.masks(rounds, i, j, at(image_ids, i), at(text_ids, j))
             add = functools.partial(
-                _accumulate,
-                objective,
-                logits=logits,
-                is_negative=is_negative,
-                scalars=scalars,
+                add_tile, objective, logits=logits, masks=masks, scalars=scalars
             )
             image_tile = add(at(image_statistics, i), axis=1)
             text_tile = add(at(text_statistics, j), axis=0)
-            positive = at(positives, j) + jnp.sum(logits, axis=0, where=is_positive)
+            positive = at(positives, j) + jnp.sum(logits, axis=0, where=masks.is_positive)
             return (
                 put(text_statistics, text_tile, j),
                 (put(image_statistics, image_tile, i), put(positives, positive, j)),
             )
 
-        return ring.for_each_tile(add_tile, (no_texts, stays))
+        return ring.for_each_tile(one_tile, (no_texts, stays))
 
     text_statistics, (image_statistics, positives) = ring.tour(
         add_block,
-        texts,
+        own_texts,
         sums=no_texts,
         stays=(no_images, no_positives),
-        merge=lambda before, part: _merge(objective, before, part, scalars),
+        merge=lambda before, part: merge(objective, before, part, scalars),
     )
     text_statistics, positives = jax.tree.map(ring.texts.join, (text_statistics, positives))
     image_statistics = jax.tree.map(ring.images.join, image_statistics)
     if ring.group > 1:
         parts = ring.exchange_rows(image_statistics)
         image_statistics = functools.reduce(
-            lambda one, other: _merge(objective, one, other, scalars),
+            lambda one, other: merge(objective, one, other, scalars),
             [at(parts, member) for member in range(ring.group)],
         )
     finish = functools.partial(
@@ -141,38 +141,35 @@ def _forward(ring, image_emb, text_emb, scale, scalars):
     image_losses, image_slopes = finish(image_statistics)
     text_losses, text_slopes = finish(text_statistics)
     loss = jnp.sum(image_losses) + jnp.sum(text_losses)
-    statistics = _pair_statistics(positives, image_statistics, text_statistics, scale)
-    residuals = (image_emb, text_emb, scale, scalars, image_slopes, text_slopes)
+    statistics = pair_statistics(positives, image_statistics, text_statistics, scale)
+    residuals = (image_emb, text_emb, scale, scalars, pair_ids, image_slopes, text_slopes)
     return (loss, statistics), residuals
 
 
 def _backward(ring, residuals, cotangents):
-    image_emb, text_emb, scale, scalars, image_slopes, text_slopes = residuals
+    image_emb, text_emb, scale, scalars, pair_ids, image_slopes, text_slopes = residuals
     loss_grad, _ = cotangents
     objective = ring.objective
-    images, texts = ring.images.split(ring.gather(image_emb)), ring.texts.split(text_emb)
+    (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     # The derivatives scale with the cotangent of the device that a row belongs to.
     image_slopes, text_slopes = (
         _scaled(slopes, loss_grad) for slopes in (image_slopes, text_slopes)
     )
-    of_negatives = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
-    image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_negatives[0]))
-    text_tiles = jax.tree.map(ring.texts.split, of_negatives[1])
-    image_zeros, text_zeros = (zeros(tiles.shape, scale) for tiles in (images, texts))
+    of_partners = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
+    image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_partners[0]))
+    text_tiles = jax.tree.map(ring.texts.split, of_partners[1])
+    image_zeros, text_zeros = (zeros(tiles.shape, scale) for tiles in (images, own_texts[0]))
 
-    def add_block(rounds, texts, text_slopes, stays):
-        def add_tile(i, j, carry):
+    def add_block(rounds, block, text_slopes, stays):
+        texts, text_ids = block
+
+        def one_tile(i, j, carry):
             text_grads, (image_grads, scalar_grads) = carry
             image_tile, text_tile = at(images, i), at(texts, j)
             logits = scale * inner_products(image_tile, text_tile)
-            _, is_negative = ring.masks(rounds, i, j)
-            grad, by_scalars = (
-                jax.tree.map(lambda a, b: jnp.where(is_negative, a + b, 0), *directions)
-                for directions in zip(
-                    objective.negative_slope(logits, at(image_tiles, i), 1, scalars),
-                    objective.negative_slope(logits, at(text_slopes, j), 0, scalars),
-                    strict=True,
-                )
+            masks = ring.masks(rounds, i, j, at(image_ids, i), at(text_ids, j))
+            grad, by_scalars = _tile_slopes(
+                objective, logits, masks, at(image_tiles, i), at(text_slopes, j), scalars
             )
             image_grad = at(image_grads, i) + product(grad, text_tile, 1)
             text_grad = at(text_grads, j) + product(grad, image_tile, 0)
@@ -184,11 +181,11 @@ def _backward(ring, residuals, cotangents):
                 (put(image_grads, image_grad, i), scalar_grads),
             )
 
-        return ring.for_each_tile(add_tile, (text_zeros, stays))
+        return ring.for_each_tile(one_tile, (text_zeros, stays))
 
     scalar_zeros = tuple(zeros((), scale) for _ in objective.second_pass)
     text_grads, (image_grads, second_pass) = ring.tour(
-        add_block, texts, rows=text_tiles, sums=text_zeros, stays=(image_zeros, scalar_zeros)
+        add_block, own_texts, rows=text_tiles, sums=text_zeros, stays=(image_zeros, scalar_zeros)
     )
     positive_slopes = (image_slopes.positive + text_slopes.positive)[:, None]
     image_grads = ring.sum_of_members(ring.images.join(image_grads)) + positive_slopes * text_emb
@@ -200,7 +197,30 @@ def _backward(ring, residuals, cotangents):
         (scale * text_grads).astype(text_emb.dtype),
         scale_grad,
         _scalar_grads(objective, image_slopes, text_slopes, second_pass),
+        None,
     )
+
+
+def _tile_slopes(
+    objective: Objective,
+    logits: jax.Array,
+    masks: Masks,
+    image_slopes: RowSlopes,
+    text_slopes: RowSlopes,
+    scalars: Scalars,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Derivatives of both directions by a tile of logits, and by the `second_pass` scalars."""
+
+    def add_part(slope: Callable, is_part: jax.Array, others: Any) -> Any:
+        images = slope(logits, image_slopes, 1, scalars)
+        texts = slope(logits, text_slopes, 0, scalars)
+        return jax.tree.map(lambda a, b, c: jnp.where(is_part, a + b, c), images, texts, others)
+
+    nothing = (0, (0,) * len(objective.second_pass))
+    slopes = add_part(objective.negative_slope, masks.is_negative, nothing)
+    if objective.equal_pairs == "positive":
+        slopes = add_part(objective.equal_slope, masks.is_equal, slopes)
+    return slopes
 
 
 def _scalar_grads(
@@ -221,64 +241,11 @@ def _scalar_grads(
 _ring_loss.defvjp(_forward, _backward)
 
 
-def _no_statistics(objective: Objective, zeros: jax.Array) -> RowStatistics:
-    # The lowest finite number, not -inf: differences of two of them must not be NaN.
-    lowest = zeros + jnp.finfo(zeros.dtype).min
-    return RowStatistics(lowest, zeros, (zeros,) * objective.num_sums)
-
-
-def _accumulate(
-    objective: Objective,
-    statistics: RowStatistics,
-    logits: jax.Array,
-    is_negative: jax.Array,
-    axis: int,
-    scalars: Scalars,
-) -> RowStatistics:
-    """Adds the negatives of a tile; `axis` is that of the tile which is summed over."""
-    lowest = jnp.finfo(logits.dtype).min
-    highest = jnp.maximum(statistics.highest, jnp.max(jnp.where(is_negative, logits, lowest), axis))
-    reached = is_negative & (logits == jnp.expand_dims(highest, axis))
-    ties = jnp.where(statistics.highest == highest, statistics.ties, 0)
-    ties = ties + jnp.sum(reached, axis).astype(logits.dtype)
-    sums = objective.accumulate(statistics, highest, logits, is_negative, axis, scalars)
-    return RowStatistics(highest, ties, sums)
-
-
-def _merge(
-    objective: Objective, one: RowStatistics, other: RowStatistics, scalars: Scalars
-) -> RowStatistics:
-    """The statistics of two disjoint sets of negatives, of both together."""
-    highest = jnp.maximum(one.highest, other.highest)
-    no_logits = zeros((*highest.shape, 0), highest)
-
-    def sums_relative_to_highest(statistics: RowStatistics) -> tuple[jax.Array, ...]:
-        # Another tile that is empty: the sums stay, but for what they are relative to.
-        return objective.accumulate(statistics, highest, no_logits, no_logits > 0, -1, scalars)
-
-    ties = sum(jnp.where(part.highest == highest, part.ties, 0) for part in (one, other))
-    sums = (sums_relative_to_highest(part) for part in (one, other))
-    return RowStatistics(highest, ties, jax.tree.map(jnp.add, *sums))
-
-
-def _pair_statistics(
-    positives: jax.Array, images: RowStatistics, texts: RowStatistics, scale: jax.Array
-) -> PairStatistics:
-    """As cosines; with a scale of 0 all logits are 0, and so are these."""
-    inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
-    return PairStatistics(
-        positive=positives * inverse,
-        image_hardest=images.highest * inverse,
-        image_ties=images.ties,
-        text_hardest=texts.highest * inverse,
-        text_ties=texts.ties,
-    )
-
-
 def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
     return RowSlopes(
         slopes.positive * factor,
         slopes.negative * factor,
         slopes.offsets,
         tuple(slope * factor for slope in slopes.scalars),
+        tuple(slope * factor for slope in slopes.equal),
     )

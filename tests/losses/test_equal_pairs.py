@@ -1,0 +1,129 @@
+"""Equal pairs of a batch, masked or as positives, against the formula in float64, on any mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
+from diht_jax.losses.dense import dense_loss
+from diht_jax.losses.sigmoid import Sigmoid
+from diht_jax.losses.softmax import Softmax
+from diht_jax.losses.streaming import streaming_loss
+
+NUM_PAIRS, WIDTH = 40, 6
+AXES = ("data", "fsdp")
+# 17 groups of 1, 2 and 4 equal pairs, spread over the devices. Some ids differ in one word only.
+GROUPS = np.random.default_rng(3).permutation(np.repeat(np.arange(17), [1] * 6 + [2] * 5 + [4] * 6))
+IDS = np.stack([GROUPS // 5, GROUPS % 5], axis=1).astype(np.uint32)
+IS_EQUAL = GROUPS[:, None] == GROUPS[None, :]
+
+
+@functools.cache
+def pairs():
+    """float64 [N, d]: noisy pairs, some with a wrong text."""
+    rng = np.random.default_rng(0)
+    image_emb = rng.normal(size=(NUM_PAIRS, WIDTH))
+    text_emb = image_emb + 0.3 * rng.normal(size=(NUM_PAIRS, WIDTH))
+    text_emb[::8] = np.roll(text_emb, 3, axis=0)[::8]
+    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image_emb, text_emb))
+
+
+def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs):
+    """The formulas as they are printed; leading axes are batched, and inputs may be complex."""
+    logits = scale[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
+    negative = ~IS_EQUAL
+    positive = IS_EQUAL if equal_pairs == "positive" else np.eye(NUM_PAIRS, dtype=bool)
+
+    def direction(s):
+        tilt = np.exp(beta[..., None, None] * s) * negative
+        weights = negative.sum(-1, keepdims=True) * tilt / tilt.sum(-1, keepdims=True)
+        exps = np.exp(s)
+        denominators = (
+            alpha[..., None] * (exps * positive).sum(-1) + (weights * exps * negative).sum(-1)
+        )
+        losses = -(np.log(exps / denominators[..., None]) * positive).sum(-1) / positive.sum(-1)
+        return losses.sum(-1)
+
+    return direction(logits) + direction(np.swapaxes(logits, -1, -2))
+
+
+def sigmoid_formula(image_emb, text_emb, scale, bias, equal_pairs):
+    logits = scale[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
+    positive = IS_EQUAL if equal_pairs == "positive" else np.eye(NUM_PAIRS, dtype=bool)
+    signs = np.where(positive, 1, np.where(IS_EQUAL, 0, -1))
+    losses = np.log(1 + np.exp(-signs * (logits + bias[..., None, None]))) * (signs != 0)
+    return 2 * losses.sum((-2, -1))
+
+
+def complex_step(formula, *arguments):
+    """Value, and gradients by all arguments, exact to rounding; no autodiff involved."""
+    step, sizes = 1e-30, [np.size(x) for x in arguments]
+    directions = np.split(np.eye(sum(sizes)) * 1j * step, np.cumsum(sizes)[:-1], axis=1)
+    moved = [x + d.reshape(-1, *np.shape(x)) for x, d in zip(arguments, directions, strict=True)]
+    slopes = np.split(formula(*moved).imag / step, np.cumsum(sizes)[:-1])
+    grads = [slope.reshape(np.shape(x)) for slope, x in zip(slopes, arguments, strict=True)]
+    return formula(*(np.asarray(x) for x in arguments)), grads
+
+
+def differentiate(loss_fn, objective, mesh_shape):
+    """Value and all gradients of a loss of this device, summed over the mesh."""
+    devices = np.asarray(jax.devices()[: np.prod(mesh_shape)]).reshape(mesh_shape)
+    rows, whole = PartitionSpec(AXES), PartitionSpec()
+
+    def local(image_emb, text_emb, scale, scalars, ids):
+        loss, _ = loss_fn(
+            *(image_emb, text_emb, scale, scalars),
+            objective=objective,
+            axis_name=AXES,
+            pair_ids=ids,
+        )
+        return jax.lax.psum(loss, AXES)
+
+    mapped = jax.shard_map(
+        local, mesh=Mesh(devices, AXES), in_specs=(rows, rows, whole, whole, rows), out_specs=whole
+    )
+    return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2, 3)))
+
+
+# Of 5 rows on a device and 20 in a group, in padded tiles of 3; the last two have one of the two.
+FORMS = {
+    "groups": (functools.partial(streaming_loss, tile=3), (2, 4)),
+    "ring": (streaming_loss, (8, 1)),
+    "gathered": (dense_loss, (2, 4)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("equal_pairs", ["mask", "positive"])
+def test_softmax_is_the_formula(equal_pairs, form):
+    objective = Softmax(weighted=True, differentiate_beta=True, equal_pairs=equal_pairs)
+    with jax.enable_x64(True):
+        step = differentiate(FORMS[form][0], objective, FORMS[form][1])
+        for scale, alpha, beta in ((20.0, 0.9, 0.5), (5.0, 1.0, 0.0)):
+            value, (*grads, (by_alpha, by_beta)) = step(*pairs(), scale, (alpha, beta), IDS)
+            expected, expected_grads = complex_step(
+                functools.partial(defining_loss, equal_pairs=equal_pairs),
+                *(*pairs(), np.float64(scale), np.float64(alpha), np.float64(beta)),
+            )
+            np.testing.assert_allclose(value, expected, rtol=1e-11)
+            for grad, other in zip((*grads, by_alpha, by_beta), expected_grads, strict=True):
+                np.testing.assert_allclose(grad, other, atol=1e-10 * np.max(np.abs(other)))
+
+
+@pytest.mark.parametrize("form", ["groups", "gathered"])
+@pytest.mark.parametrize("equal_pairs", ["mask", "positive"])
+def test_sigmoid_is_the_formula(equal_pairs, form):
+    with jax.enable_x64(True):
+        step = differentiate(FORMS[form][0], Sigmoid(equal_pairs), FORMS[form][1])
+        value, (*grads, (by_bias,)) = step(*pairs(), 5.0, (-2.0,), IDS)
+    expected, expected_grads = complex_step(
+        functools.partial(sigmoid_formula, equal_pairs=equal_pairs),
+        *(*pairs(), np.float64(5), np.float64(-2)),
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-11)
+    for grad, other in zip((*grads, by_bias), expected_grads, strict=True):
+        np.testing.assert_allclose(grad, other, atol=1e-10 * np.max(np.abs(other)))
