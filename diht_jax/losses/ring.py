@@ -195,7 +195,6 @@ class Ring:
             return parts
         return jax.lax.psum_scatter(parts, tiled=True, **self._members())
 
-<<<<<<< HEAD
     def tour(
         self,
         add_block: Callable[..., tuple[Any, Any]],
@@ -242,16 +241,13 @@ class Ring:
         # The last block of a device is that of the next group.
         return shift_sums(sums), stays
 
-    def masks(self, rounds: jax.Array, row_tile: jax.Array, column_tile: jax.Array):
-        """bool tiles of logits: which are positives, and which are negatives."""
-=======
     def masks(
         self,
         rounds: jax.Array,
         row_tile: jax.Array,
         column_tile: jax.Array,
-        row_ids: jax.Array | None,
-        column_ids: jax.Array | None,
+        row_ids: jax.Array | None = None,
+        column_ids: jax.Array | None = None,
     ) -> Masks:
         """What the logits of a tile are.
 
@@ -260,7 +256,6 @@ class Ring:
             row_tile, column_tile: indices of the tile.
             row_ids, column_ids: integer [tile, k], where equal pairs are no negatives.
         """
->>>>>>> d2adcca (Pairs with equal ids are masked or count as positives, in the streaming and in the gathered form)
         rows = self.images.indices(row_tile)[:, None]
         columns = self.texts.indices(column_tile)[None, :]
         # In the first round the texts are the own ones.

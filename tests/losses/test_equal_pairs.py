@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
@@ -42,9 +41,9 @@ def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs):
         tilt = np.exp(beta[..., None, None] * s) * negative
         weights = negative.sum(-1, keepdims=True) * tilt / tilt.sum(-1, keepdims=True)
         exps = np.exp(s)
-        denominators = (
-            alpha[..., None] * (exps * positive).sum(-1) + (weights * exps * negative).sum(-1)
-        )
+        denominators = alpha[..., None] * (exps * positive).sum(-1) + (
+            weights * exps * negative
+        ).sum(-1)
         losses = -(np.log(exps / denominators[..., None]) * positive).sum(-1) / positive.sum(-1)
         return losses.sum(-1)
 
@@ -114,8 +113,9 @@ def test_softmax_is_the_formula(equal_pairs, form):
                 np.testing.assert_allclose(grad, other, atol=1e-10 * np.max(np.abs(other)))
 
 
-@pytest.mark.parametrize("form", ["groups", "gathered"])
-@pytest.mark.parametrize("equal_pairs", ["mask", "positive"])
+@pytest.mark.parametrize(
+    "equal_pairs, form", [("mask", "gathered"), ("positive", "groups"), ("positive", "gathered")]
+)
 def test_sigmoid_is_the_formula(equal_pairs, form):
     with jax.enable_x64(True):
         step = differentiate(FORMS[form][0], Sigmoid(equal_pairs), FORMS[form][1])
@@ -127,3 +127,41 @@ def test_sigmoid_is_the_formula(equal_pairs, form):
     np.testing.assert_allclose(value, expected, rtol=1e-11)
     for grad, other in zip((*grads, by_bias), expected_grads, strict=True):
         np.testing.assert_allclose(grad, other, atol=1e-10 * np.max(np.abs(other)))
+
+
+@pytest.mark.parametrize("impl", ["streaming", "gathered"])
+def test_without_any_negative_nothing_is_lost_and_nothing_is_learnt(impl):
+    """And a batch of equal pairs is no reason to skip the update."""
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
+    image_emb, text_emb = (np.float32(x) for x in pairs())
+    step = jax.value_and_grad(contrastive_objective, argnums=(0, 1, 2), has_aux=True)
+    (loss, metrics), grads = jax.jit(
+        functools.partial(step, mesh=mesh, impl=impl, alpha=0.0, beta=0.25, equal_pairs="positive")
+    )(image_emb, text_emb, 20.0, pair_ids=np.zeros(NUM_PAIRS, np.int32))
+    assert loss == 0 and all(not np.any(grad) for grad in grads)
+    assert metrics["equal_pairs"] == 1 and metrics["i2t_accuracy"] == 1
+    assert metrics["hardest_negative_similarity"] == -1
+
+
+def test_equal_texts_are_no_wrong_partners_in_the_metrics():
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
+    image_emb = np.float32(np.eye(4)[[0, 0, 1, 2]])
+    objective = functools.partial(contrastive_objective, mesh=mesh)
+    metrics = objective(image_emb, image_emb, 20.0, pair_ids=np.int32([7, 7, 1, 2]))[1]
+    assert metrics["i2t_accuracy"] == 1 and metrics["equal_pairs"] == 0.5
+    assert objective(image_emb, image_emb, 20.0)[1]["i2t_accuracy"] == 0.75
+
+
+@pytest.mark.parametrize(
+    "ids, equal_pairs, message",
+    [
+        (np.zeros(4, np.int32), "masked", "equal_pairs: expected one of 'negative', 'mask'"),
+        (np.zeros(4, np.float32), "mask", r"pair_ids: expected integer \[4\] or \[4, k\], got"),
+        (np.zeros((3, 2), np.int32), "mask", "pair_ids: expected 4 rows, as of image_emb, got 3"),
+    ],
+)
+def test_wrong_ids_are_named(ids, equal_pairs, message):
+    emb = np.eye(4, dtype=np.float32)
+    for loss_fn in (contrastive_loss, functools.partial(sigmoid_loss, logit_bias=-1.0)):
+        with pytest.raises(ValueError, match=message):
+            loss_fn(emb, emb, 1.0, pair_ids=ids, equal_pairs=equal_pairs)
