@@ -69,9 +69,7 @@ def test_classification_counts_are_repetitions():
     similarities = image_emb @ classifier.T
     ranks = (similarities > similarities[np.arange(40), labels][:, None]).sum(axis=1)
     classes = Classes(tuple("abcdefg"), labels, "")
-    result = ClassificationResult(
-        {}, _encoded(image_emb), classes, ("{}",), classifier, None, ranks
-    )
+    result = ClassificationResult(_encoded(image_emb), classes, ("{}",), classifier, None, ranks)
     counts = rng.integers(0, 3, 40)
     repeated = np.repeat(np.arange(40), counts)
     expected = classification_metrics(image_emb[repeated], labels[repeated], classifier)

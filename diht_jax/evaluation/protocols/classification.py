@@ -15,22 +15,19 @@ of CLIP's ImageNet names occur twice; the official arg-max does the same.)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from diht_jax import sharding
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
-    check_finite,
     encode_images,
     encode_texts,
 )
@@ -46,7 +43,17 @@ from diht_jax.evaluation.protocols.base import (
     Option,
     Protocol,
     Task,
+    parse_text,
     short_source,
+)
+from diht_jax.evaluation.protocols.class_metrics import (
+    Groups,
+    describe_groups,
+    f1_macro,
+    metrics_of_groups,
+    metrics_of_ranks,
+    metrics_of_splits,
+    read_group,
 )
 from diht_jax.evaluation.protocols.class_names import (
     Classes,
@@ -55,13 +62,11 @@ from diht_jax.evaluation.protocols.class_names import (
     raw_label,
     resolve_label,
 )
+from diht_jax.evaluation.protocols.class_ranks import rank_labels
 
 ALL_CLASSES, WITH_IMAGES = "all", "with_images"
-TOP_K = 5
 TIES = "among equally similar classes the first in the list wins"
 
-# Images compared with all classes at once: a block is [images / devices, classes] float32.
-_IMAGE_BLOCK = 4096
 # A confusion matrix of more classes is left out of the results: they should stay readable.
 _MOST_CONFUSION_CLASSES = 50
 
@@ -71,7 +76,6 @@ class ClassificationResult:
     """What `classify` found; n images, C classes.
 
     Attributes:
-        metrics: see `classification_metrics`.
         encoded: the images.
         classes: names and labels.
         templates: the ones used.
@@ -79,9 +83,10 @@ class ClassificationResult:
         predictions: int32 [n], the first class.
         ranks: int32 [n], the rank of the right class, 0 when it is the first.
         members: number of a test split -> bool [n], its images; empty where there are none.
+        groups: of the images; None where they are not asked for.
+        with_f1: whether the macro F1 is one of the metrics.
     """
 
-    metrics: dict[str, float]
     encoded: EncodedImages
     classes: Classes
     templates: tuple[str, ...]
@@ -89,6 +94,8 @@ class ClassificationResult:
     predictions: np.ndarray
     ranks: np.ndarray
     members: dict[int, np.ndarray] = dataclasses.field(default_factory=dict)
+    groups: Groups | None = None
+    with_f1: bool = False
 
     def per_class(self) -> list[dict[str, str | int | float | None]]:
         """Name, number of images and accuracy of every class; None for one without images."""
@@ -104,9 +111,20 @@ class ClassificationResult:
         """Independent items: the images."""
         return len(self.ranks)
 
+    @functools.cached_property
+    def metrics(self) -> dict[str, float]:
+        """See `classification_metrics`; and those of the groups, and the macro F1."""
+        return self.resampled_metrics(np.ones(self.num_items, np.int64))
+
     def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
         """The metrics if image i had been there `counts[i]` times; int [n]."""
-        return _metrics_of_splits(self.ranks, self.classes, self.members, counts)
+        labels, number = self.classes.labels, len(self.classes.names)
+        metrics = metrics_of_splits(self.ranks, labels, number, self.members.values(), counts)
+        if self.groups is not None:
+            metrics |= metrics_of_groups(self.ranks, self.groups, number, counts)
+        if self.with_f1:
+            metrics["f1_macro"] = f1_macro(self.predictions, labels, counts)
+        return metrics
 
     def confusion(self) -> np.ndarray:
         """int [C, C]: images of the class of the row that were taken for that of the column."""
@@ -123,6 +141,8 @@ def classify(
     *,
     label_field: str | None = None,
     candidates: str = ALL_CLASSES,
+    group: str | None = None,
+    with_f1: bool = False,
     batch_size: int = 256,
     num_threads: int | None = None,
     progress: bool = False,
@@ -137,6 +157,8 @@ def classify(
         label_field: metadata field of the label, where it is not "label".
         candidates: "all" classes compete, or those "with_images" alone, as in ImageNet-R, whose
             labels are 200 of ImageNet's 1,000.
+        group: of the images, as `class_metrics.read_group` takes it; adds the worst group.
+        with_f1: adds the macro F1.
         batch_size: images, and prompts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         progress: show a bar for the prompts on stderr; `pairs` may be one itself.
@@ -148,13 +170,14 @@ def classify(
     names = None if class_names is None else tuple(class_names)
     index = None if names is None else name_index(names)
 
-    def describe(pair: Pair) -> tuple[Any, tuple[int, ...]]:
+    def describe(pair: Pair) -> tuple[Any, tuple[int, ...], int | str]:
         raw = raw_label(pair, label_field)
         label = raw if names is None else resolve_label(raw, names, index)
-        return label, tuple(pair.metadata.get("splits", ()))
+        own_group = "" if group is None else read_group(pair, group)
+        return label, tuple(pair.metadata.get("splits", ())), own_group
 
     encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
-    labels, splits = zip(*encoded.notes, strict=True)
+    labels, splits, groups = zip(*encoded.notes, strict=True)
     if names is None:
         classes = derive_classes(labels, templates)
         if classes.whole_captions:
@@ -174,7 +197,6 @@ def classify(
     )
     predictions, ranks = rank_labels(encoded.image_emb, classes.labels, classifier)
     return ClassificationResult(
-        metrics=_metrics_of_splits(ranks, classes, members, np.ones(len(ranks), np.int64)),
         encoded=encoded,
         classes=classes,
         templates=templates,
@@ -182,6 +204,8 @@ def classify(
         predictions=predictions,
         ranks=ranks,
         members=members,
+        groups=None if group is None else Groups.of(groups),
+        with_f1=with_f1,
     )
 
 
@@ -239,86 +263,7 @@ def classification_metrics(
     """
     labels = np.asarray(labels)
     _, ranks = rank_labels(image_emb, labels, classifier)
-    return _metrics_of_ranks(ranks, labels, len(classifier))
-
-
-def rank_labels(
-    image_emb: np.ndarray, labels: np.ndarray, classifier: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The predicted class and the rank of the right class, for every image.
-
-    Args and errors: as `classification_metrics`.
-
-    Returns:
-        int32 [n] predictions; int32 [n] ranks, 0 exactly where the prediction is the label.
-    """
-    labels = np.asarray(labels, np.int32)
-    if labels.shape != (len(image_emb),) or not len(labels):
-        raise ValueError(
-            f"labels: expected one per image, shape ({len(image_emb)},) and at least one, got "
-            f"{labels.shape}"
-        )
-    if labels.min() < 0 or labels.max() >= len(classifier):
-        raise ValueError(
-            f"labels: expected 0 to {len(classifier) - 1}, rows of the classifier; got "
-            f"{labels.min()} to {labels.max()}"
-        )
-    check_finite(image_emb, "image embeddings")
-    check_finite(classifier, "classifier")
-    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
-    split = sharding.batch_sharding(mesh)
-    block = -(-min(len(labels), _IMAGE_BLOCK) // mesh.size) * mesh.size
-    weights = jax.device_put(np.asarray(classifier, np.float32), sharding.replicated(mesh))
-    predictions, ranks = [], []
-    for start in range(0, len(labels), block):
-        images = np.asarray(image_emb[start : start + block], np.float32)
-        missing = block - len(images)
-        found = _rank_block(
-            jax.device_put(np.pad(images, ((0, missing), (0, 0))), split),
-            jax.device_put(np.pad(labels[start : start + block], (0, missing)), split),
-            weights,
-        )
-        block_predictions, block_ranks = (np.asarray(x)[: len(images)] for x in found)
-        predictions.append(block_predictions)
-        ranks.append(block_ranks)
-    return np.concatenate(predictions), np.concatenate(ranks)
-
-
-@jax.jit
-def _rank_block(
-    image_emb: jax.Array, labels: jax.Array, classifier: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    # Full float32: the default on TPUs would round to bfloat16.
-    logits = jnp.matmul(image_emb, classifier.T, precision=jax.lax.Precision.HIGHEST)
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    earlier = jnp.arange(len(classifier))[None, :] < labels[:, None]
-    before = (logits > own) | ((logits == own) & earlier)
-    return jnp.argmax(logits, axis=1).astype(jnp.int32), before.sum(axis=1, dtype=jnp.int32)
-
-
-def _metrics_of_splits(
-    ranks: np.ndarray, classes: Classes, members: dict[int, np.ndarray], counts: np.ndarray
-) -> dict[str, float]:
-    """The means over the test splits; an image that is in none counts where there are none."""
-    found = [
-        _metrics_of_ranks(ranks, classes.labels, len(classes.names), weights=counts * inside)
-        for inside in members.values() or [np.ones(len(ranks), np.int64)]
-    ]
-    return {name: float(np.mean([metrics[name] for metrics in found])) for name in found[0]}
-
-
-def _metrics_of_ranks(
-    ranks: np.ndarray, labels: np.ndarray, num_classes: int, *, weights: np.ndarray | None = None
-) -> dict[str, float]:
-    weights = np.ones(len(ranks), np.int64) if weights is None else weights
-    hits = np.bincount(labels, weights * (ranks == 0), num_classes)
-    totals = np.bincount(labels, weights, num_classes)
-    seen = totals > 0
-    metrics = {"top1": float(hits.sum() / totals.sum())}
-    if num_classes > TOP_K:
-        metrics["top5"] = float((weights * (ranks < TOP_K)).sum() / totals.sum())
-    metrics["mean_per_class"] = float(np.mean(hits[seen] / totals[seen]))
-    return metrics
+    return metrics_of_ranks(ranks, labels, len(classifier), np.ones(len(labels), np.int64))
 
 
 def _normalize(x: np.ndarray) -> np.ndarray:
@@ -335,12 +280,16 @@ def _run(
         task.templates,
         label_field=task.label_field,
         candidates=task.options.get("candidates", ALL_CLASSES),
+        group=task.options.get("group"),
+        with_f1=task.options.get("f1", False),
         **batching,
     )
     names, per_class = result.classes.names, result.per_class()
     details: dict[str, Any] = {"per_class": per_class}
     if len(names) <= _MOST_CONFUSION_CLASSES:
         details["confusion"] = result.confusion().tolist()
+    if result.groups is not None:
+        details["per_group"] = describe_groups(result.ranks, result.groups)
 
     def draw(path: pathlib.Path, load_images: ImageLoader) -> None:
         number = len(result.templates)
@@ -367,6 +316,7 @@ def _run(
             "text_embedding": "normalised, averaged over the templates, normalised",
             "ties": TIES,
             **({"mean_over_splits": list(result.members)} if result.members else {}),
+            **({"group": task.options["group"]} if result.groups is not None else {}),
         },
         counts={
             "images": len(result.predictions),
@@ -388,17 +338,28 @@ def _parse_candidates(value: Any) -> str:
     return value
 
 
+def _parse_f1(value: Any) -> bool:
+    if value != "macro":
+        raise ValueError(f"f1={value}: expected macro, the mean over the classes with images")
+    return True
+
+
 PROTOCOL = Protocol(
     run=_run,
     metrics={
         "top1": Metric("share", "top-1"),
         "top5": Metric("share", "top-5"),
         "mean_per_class": Metric("share", "mean per class"),
+        "worst_group": Metric("share", "top-1 of the worst group"),
+        "worst_group_top5": Metric("share", "top-5 of the worst group"),
+        "f1_macro": Metric("share", "macro F1"),
     },
     options={
         "class_names": CLASS_NAMES,
         "templates": TEMPLATES,
         "label": LABEL,
         "candidates": Option(_parse_candidates),
+        "group": Option(parse_text),
+        "f1": Option(_parse_f1),
     },
 )

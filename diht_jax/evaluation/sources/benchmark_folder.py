@@ -8,7 +8,8 @@ The layout is that of CLIP_benchmark 1.6, `clip_benchmark/datasets/builder.py`:
     DIR/zeroshot_classification_templates.txt   one a line, with "{c}" for the class name
     DIR/dataset_type.txt             "retrieval", "multilabel"; without it "classification"
 
-DIR may be a URL.
+Beside KEY.cls a KEY.npy holds numbers of the picture, as in DataComp's versions of WILDS, GeoDE and
+Dollar Street: where and when it was taken, and the like. DIR may be a URL.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
     if kind not in _NOTE_OF_TYPE:
         known = ", ".join(_NOTE_OF_TYPE)
         raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
+    if kind == RETRIEVAL:
+        # Their words are nothing to a retrieval, and may be empty files.
+        return BenchmarkFolder(kind, tuple(join(folder, split, name) for name in names), None, None)
     classes = join(folder, "classnames.txt")
     templates = join(folder, "zeroshot_classification_templates.txt")
     return BenchmarkFolder(
@@ -105,7 +109,8 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
 def read_benchmark_folder(folder: BenchmarkFolder) -> Iterator[Pair | Skipped]:
     """Yields the pairs of all shards.
 
-    `metadata["label"]` is an int for a classification; for a multi-label set
+    `metadata["label"]` is an int for a classification, and `metadata["numbers"]` lists what a
+    KEY.npy beside it holds; for a multi-label set
     `metadata["labels"]` lists the numbers of its classes, and `metadata["ignored_labels"]` those of
     the classes for which it does not count. Those pairs have no caption.
 
@@ -167,10 +172,13 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> 
         if not captions:
             return Skipped(key, "no_caption", "the txt is blank")
         return Pair(key, images[0], captions[0], merge_captions({}, captions))
+    numbers = dict(members).get("npy") if kind == CLASSIFICATION else None
     try:
         metadata = {"label": int(note)} if kind == CLASSIFICATION else _read_labels(note)
+        if numbers is not None:
+            metadata["numbers"] = _read_numbers(numbers)
     except ValueError as error:
-        return Skipped(key, "bad_row", f"{note_name}: {error}")
+        return Skipped(key, "bad_row", f"{note_name} or npy: {error}")
     return Pair(key, images[0], "", metadata)
 
 
@@ -183,6 +191,15 @@ def _read_labels(note: bytes) -> dict[str, list[int]]:
     labels = {"labels": np.flatnonzero(flags == 1).tolist()}
     ignored = np.flatnonzero(flags == -1).tolist()
     return {**labels, "ignored_labels": ignored} if ignored else labels
+
+
+def _read_numbers(note: bytes) -> list[int | float]:
+    numbers = parse_npy(note)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
+        raise ValueError(
+            f"expected an npy of numbers, one row, got {numbers.dtype} {list(numbers.shape)}"
+        )
+    return numbers.tolist()
 
 
 def _limit_of(extension: str) -> int | None:
