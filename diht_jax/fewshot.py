@@ -138,14 +138,15 @@ def task_text(task: str | None, source: str) -> str:
     Raises:
         ValueError: the task names a source as well.
     """
+    from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
-    from diht_jax.evaluation.suite import CLASSIFICATION, SUITE
+    from diht_jax.evaluation.suite import CLASSIFICATION
 
     options_begin = r"\?(?=\w+=)"  # a "?" alone also stands in globs
     body, *of_task = re.split(options_begin, task or CLASSIFICATION, maxsplit=1)
     path, *of_source = re.split(options_begin, source, maxsplit=1)
     name, equals, kind = body.rpartition("=")
-    is_kind = kind in PROTOCOLS and body not in SUITE
+    is_kind = kind in PROTOCOLS and body not in TASKS_BY_NAME
     if ":" in body or (equals and not (name and is_kind)):
         raise ValueError(
             f"--task='{task}': expected a built-in task such as cifar10, or NAME={CLASSIFICATION}; "

@@ -22,7 +22,7 @@ from diht_jax.evaluation.results import (
     format_value,
     metric_of,
 )
-from diht_jax.evaluation.suite_means import describe_missing, suite_numbers
+from diht_jax.evaluation.suite_means import Number, all_numbers, describe_missing
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
@@ -85,20 +85,18 @@ def _compare_means(by_task: Sequence[Mapping[str, dict[str, Any]]]) -> list[list
     from diht_jax.evaluation.protocols.base import Metric  # as in `results.metric_of`
 
     rows = []
-    for name, numbers in suite_numbers().items():
-        present = [
-            (task, metric)
-            for task, metric in numbers
-            if all(metric in tasks.get(task, {}).get("metrics", {}) for tasks in by_task)
-        ]
+    measured = [task for tasks in by_task for task in tasks]
+    for name, numbers in all_numbers(measured).items():
+        values = {
+            number: [number.value(tasks.get(number.task)) for tasks in by_task]
+            for number in numbers
+        }
+        present = [number for number in numbers if None not in values[number]]
         if not present:
             continue
         missing = describe_missing(len(numbers) - len(present))
         share = Metric("share", f"{name} ({missing})" if missing else name)
-        means = [
-            float(np.mean([tasks[task]["metrics"][metric] for task, metric in present]))
-            for tasks in by_task
-        ]
+        means = [float(mean) for mean in np.mean([values[number] for number in present], axis=0)]
         cells = [format_value(share, mean) for mean in means]
         for tasks, mean in zip(by_task[1:], means[1:], strict=True):
             samples = _mean_samples(by_task[0], tasks, present)
@@ -110,13 +108,21 @@ def _compare_means(by_task: Sequence[Mapping[str, dict[str, Any]]]) -> list[list
 def _mean_samples(
     first: Mapping[str, dict[str, Any]],
     second: Mapping[str, dict[str, Any]],
-    numbers: Sequence[tuple[str, str]],
+    numbers: Sequence[Number],
 ) -> np.ndarray | None:
     """Differences of the means over the resamples; None where a number cannot be paired."""
-    pairs = [paired_samples(first[task], second[task], metric) for task, metric in numbers]
-    if any(pair is None or len(pair[0]) != len(pairs[0][0]) for pair in pairs):
+    differences = []
+    for number in numbers:
+        pairs = [
+            paired_samples(first[number.task], second[number.task], metric)
+            for metric in number.metrics
+        ]
+        if any(pair is None for pair in pairs):
+            return None
+        differences.append(np.mean([pair[1].astype(float) - pair[0] for pair in pairs], axis=0))
+    if any(len(samples) != len(differences[0]) for samples in differences):
         return None
-    return np.mean([pair[1].astype(float) - pair[0] for pair in pairs], axis=0)
+    return np.mean(differences, axis=0)
 
 
 def _difference_cells(metric: Metric, value: float, samples: np.ndarray | None) -> list[str]:

@@ -17,11 +17,13 @@ from absl import logging
 
 from diht_jax.data.readers import tfds
 from diht_jax.data.readers.registry import name_options, option_defaults
+from diht_jax.evaluation import datacomp
+from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
 from diht_jax.evaluation.sources.registry import words_of_source
-from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SUITE, SuiteEntry
+from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SuiteEntry
 
 # The options of the readers whose values are texts, and those of the layouts of benchmarks.
 _SOURCE_OPTIONS = (
@@ -36,7 +38,7 @@ _SOURCE_OPTIONS = (
 
 def built_in_tasks() -> tuple[str, ...]:
     """Names that `parse_tasks` knows."""
-    return tuple(SUITE)
+    return tuple(TASKS_BY_NAME)
 
 
 def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
@@ -51,6 +53,7 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             NAME=KIND:SOURCE    the same under a name of one's own
             clip_benchmark:DIR[:SPLIT], NAME=clip_benchmark:DIR
                                 kind, class names and templates of a folder in that layout
+            datacomp:DIR        the tasks whose folders DataComp's download has put into DIR
 
             and after each of them options: "?templates=a {};the {}", "?class_names=FILE",
             "?label=FIELD", "?caption_template={caption}", or one of the source, such as
@@ -59,14 +62,15 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             whose protocol has such an option and that do not give it.
 
     Returns:
-        One task per text, in order.
+        One task per text, in order; of "datacomp:DIR" several.
 
     Raises:
         ValueError: an unknown task, kind or option (names the nearest), a name used twice, a
             built-in task without a source, default class names for several classifications.
     """
     texts = _join_numbers([texts] if isinstance(texts, str) else texts)
-    tasks = [_make_task(_read_text(text.strip()), defaults) for text in texts if text.strip()]
+    texts = [one for text in texts if text.strip() for one in datacomp.expand(text.strip())]
+    tasks = [_make_task(_read_text(text), defaults) for text in texts]
     classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
     if "class_names" in defaults and len(classifications) > 1:
         raise ValueError(
@@ -183,16 +187,18 @@ def _read_text(text: str) -> _Request:
     kind, _, source = body.partition(":")
     where = f"task '{text}'"
     # "winoground" is a task as well as a kind.
-    if kind in PROTOCOLS and body not in SUITE:
+    if kind in PROTOCOLS and body not in TASKS_BY_NAME:
         if not source:
             raise ValueError(f"{where}: expected a source after '{kind}:'")
         return _Request(name or _name_of_source(source), kind, source, options, where, True)
-    if name in SUITE:
-        return _Request(name, None, body, options, where, True, SUITE[name])
+    if name in TASKS_BY_NAME:
+        return _Request(name, None, body, options, where, True, TASKS_BY_NAME[name])
     if kind == registry.BENCHMARK:
         return _Request(name or _name_of_source(source), None, body, options, where, True)
-    if name is None and body in SUITE:
-        return _Request(body, None, SUITE[body].source, options, where, True, SUITE[body])
+    if name is None and body in TASKS_BY_NAME:
+        return _Request(
+            body, None, TASKS_BY_NAME[body].source, options, where, True, TASKS_BY_NAME[body]
+        )
     raise ValueError(_unknown_task_message(text, name or body))
 
 
@@ -207,7 +213,7 @@ def _read_section(name: str, section: Any) -> _Request:
         )
     options = {key: value for key, value in section.items() if value is not None}
     kind, source = options.pop("kind", None), options.pop("source", None)
-    entry = SUITE.get(name) if kind is None else None
+    entry = TASKS_BY_NAME.get(name) if kind is None else None
     if entry is not None and source is None:
         source = entry.source
     request = _Request(name, kind, source, options, where, False, entry)
@@ -219,7 +225,7 @@ def _read_section(name: str, section: Any) -> _Request:
     if kind is None and entry is None and not (source or "").startswith(f"{registry.BENCHMARK}:"):
         raise request.error(
             f"expected one of {', '.join(PROTOCOLS)}; no task '{name}' is built in that would "
-            f"need none ({_hint(name, SUITE)})",
+            f"need none ({_hint(name, TASKS_BY_NAME)})",
             "kind",
         )
     if entry is None and not source:
@@ -246,7 +252,9 @@ def _make_task(request: _Request, defaults: Mapping[str, Any]) -> Task:
         raise ValueError(f"{source} is a '{words['kind']}' set, not a '{kind}' one")
     fields = {**protocol.defaults, **words}
     if entry is not None:
-        fields.update(_fields_of_entry(entry, source, given))
+        # In CLIP_benchmark's layout the labels are those of the folder's own class names.
+        of_folder = words if source.startswith(f"{registry.BENCHMARK}:") else {}
+        fields.update(_fields_of_entry(entry, source, {**of_folder, **given}))
     fields.update(
         given,
         name=request.name,
@@ -367,8 +375,8 @@ def _no_source_error(request: _Request, entry: SuiteEntry) -> ValueError:
 
 
 def _unknown_task_message(text: str, name: str) -> str:
-    nearest = difflib.get_close_matches(name, SUITE, n=1, cutoff=0.5)
-    hint = f"did you mean '{nearest[0]}'?" if nearest else f"built in: {', '.join(SUITE)}"
+    nearest = difflib.get_close_matches(name, TASKS_BY_NAME, n=1, cutoff=0.5)
+    hint = f"did you mean '{nearest[0]}'?" if nearest else f"built in: {', '.join(TASKS_BY_NAME)}"
     return (
         f"unknown task '{text}'; {hint} For data of your own write 'classification:SOURCE' or "
         "'retrieval:SOURCE', or another kind of task: "

@@ -18,6 +18,7 @@ from PIL import Image
 
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
 from diht_jax.evaluation.bootstrap import (
     describe_bootstrap,
     describe_samples,
@@ -30,7 +31,6 @@ from diht_jax.evaluation.pages.canvas import ImageLoader
 from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
 from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.evaluation.sources.registry import count_source, open_units, read_source
-from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.progress import ProgressBar
 
@@ -164,9 +164,9 @@ def _count_entries(task: Task, limit: int | None) -> int | None:
 
 def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:
     """Which metrics of a task by name are the ones to report."""
-    if task.name not in SUITE or task.kind != SUITE[task.name].kind:
+    if task.name not in TASKS_BY_NAME or task.kind != TASKS_BY_NAME[task.name].kind:
         return {}
-    return {"reported": [name for name in SUITE[task.name].metrics if name in metrics]}
+    return {"reported": [name for name in TASKS_BY_NAME[task.name].metrics if name in metrics]}
 
 
 def _image_loader(task: Task, encoded: EncodedImages) -> ImageLoader:

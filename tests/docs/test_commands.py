@@ -72,6 +72,7 @@ OTHER = re.compile(
     r"|git clone |ruff |tar |mkdir -p runs/\w+ && tar "
     r"|wget |aws s3 |gdown |unzip |unrar |hf download |cd birdsnap |python middle_frames\.py "
     r"|python order_captions\.py |python -m (?:spacy download|nltk\.downloader) "
+    r"|python download_evalsets\.py "
     r"|PYTHONPATH=\S+ python -m clip_benchmark\.cli "
 )
 SCRIPT = re.compile(r"bash (run_\w+\.sh)")
@@ -176,7 +177,9 @@ def parse(command: Command) -> None:
             texts = [task_text(given.task, given.train), task_text(given.task, given.test)]
         for text in texts:
             # Of these the data would be read; tests/evaluation/sources/test_downloads.py does so.
-            if not re.search("clip_benchmark:|=list:|=open_images:|=objectnet:|class_names=", text):
+            if not re.search(
+                "clip_benchmark:|datacomp:|=list:|=open_images:|=objectnet:|class_names=", text
+            ):
                 parse_tasks(text)
 
     parse_command(command.module, arguments, check)

@@ -20,6 +20,8 @@ _VALUES = {
     "answer_template": ("{question} {answer}", "{question} {answer}"),
     "interpolation": ("11", 11),
     "candidates": ("with_images", "with_images"),
+    "group": ("0", "0"),
+    "f1": ("macro", "macro"),
 }
 
 

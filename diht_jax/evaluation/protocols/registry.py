@@ -8,6 +8,7 @@ from diht_jax.evaluation.protocols import (
     classification,
     label_scores,
     retrieval,
+    winogavil,
     winoground,
 )
 from diht_jax.evaluation.protocols.base import Protocol
@@ -19,6 +20,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "binary": label_scores.BINARY,
     "winoground": winoground.PROTOCOL,
     "caption_choice": caption_choice.PROTOCOL,
+    "winogavil": winogavil.PROTOCOL,
     "entailment": answers.ENTAILMENT,
     "vqa": answers.VQA,
 }

@@ -7,6 +7,7 @@ Beside the texts of `diht_jax.data.readers`:
     winoground:FILE              Winoground's examples.jsonl (`annotations`)
     list:FILE                    a list of pictures in folders of classes (`picture_lists`)
     voc:DIR, open_images:DIR     several labels an image (`label_tables`)
+    winogavil:FILE               WinoGAViL's winogavil_dataset.csv (`winogavil`)
     objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`objectnet`)
     sugarcrepe:PATH, aro:FILE    captions of which one is right (`caption_choices`)
 
@@ -31,6 +32,7 @@ from diht_jax.evaluation.sources import (
     label_tables,
     objectnet,
     picture_lists,
+    winogavil,
 )
 from diht_jax.evaluation.sources.benchmark_folder import (
     DEFAULT_SPLIT,
@@ -97,6 +99,10 @@ LAYOUTS: dict[str, Layout] = {
         units=annotations.winoground_units,
         options=("image_root", "image_name"),
         count=lambda rest, **options: 2 * len(annotations.read_rows(rest)),
+    ),
+    "winogavil": Layout(
+        units=winogavil.winogavil_units,
+        options=("image_root", "image_name"),
     ),
     "list": Layout(
         units=picture_lists.list_units,

@@ -1,0 +1,239 @@
+"""The names of DataComp and CLIP_benchmark: each has its task here, with their metric."""
+
+import ast
+import importlib.util
+import io
+import pathlib
+import re
+import tarfile
+
+import numpy as np
+import pytest
+
+from diht_jax.evaluation.benchmark_names import (
+    DATACOMP,
+    clip_benchmark_rows,
+    datacomp_rows,
+)
+from diht_jax.evaluation.benchmark_tasks import BENCHMARK_TASKS, TASKS_BY_NAME
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
+from diht_jax.evaluation.protocols.winogavil import cue_prompt, jaccard_index
+from diht_jax.evaluation.results import format_results
+from diht_jax.evaluation.suite_means import datacomp_numbers, suite_means
+from diht_jax.evaluation.task_parsing import parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+
+_PAGE = pathlib.Path(__file__).parents[2] / "docs" / "evaluation_sets.md"
+
+# The keys of DataComp's tasklist.yml (github.com/mlfoundations/datacomp, 4afedc4) with its
+# `main_metric`, which is acc1 where it gives none; FairFace and UTKFace, which follow, have none.
+_MAIN_METRICS = {
+    "top1": """
+        cifar10 vtab/cifar100 vtab/clevr_count_all vtab/clevr_closest_object_distance country211
+        vtab/dtd vtab/eurosat food101 gtsrb imagenet1k imagenet_sketch imagenetv2 imagenet-a
+        imagenet-o imagenet-r vtab/kitti_closest_vehicle_distance mnist objectnet voc2007 vtab/pcam
+        renderedsst2 vtab/resisc45 cars stl10 sun397 vtab/svhn wilds/camelyon17
+    """,
+    "mean_per_class": "vtab/caltech101 fgvc_aircraft vtab/flowers vtab/pets",
+    "t2i_r1 i2t_r1": """
+        retrieval/flickr_1k_test_image_text_retrieval
+        retrieval/mscoco_2014_5k_test_image_text_retrieval
+    """,
+    "jaccard_10_12": "misc/winogavil",
+    "f1_macro": "wilds/iwildcam",
+    "worst_group": "wilds/fmow fairness/geode",
+    "worst_group_top5": "fairness/dollar_street",
+}
+
+
+def test_the_38_names_of_datacomp():
+    expected = {name: m.split() for m, names in _MAIN_METRICS.items() for name in names.split()}
+    rows = {row.theirs: row for row in datacomp_rows()}
+    assert {name: list(row.metrics) for name, row in rows.items()} == expected
+    assert len(rows) == 38 and len({row.ours for row in rows.values()}) == 38
+    assert all(set(row.metrics) <= set(PROTOCOLS[row.kind].metrics) for row in rows.values())
+    assert rows["fairness/geode"].source == "clip_benchmark:wds_geode_test"
+    assert rows["wilds/fmow"].source == "clip_benchmark:wds_wilds-fmow_test"
+
+
+def _names_in_clip_benchmark():
+    """Names that the installed package compares `dataset_name` with, and those of its lists."""
+    spec = importlib.util.find_spec("clip_benchmark")
+    if spec is None:
+        pytest.skip("clip-benchmark is absent")
+    path = pathlib.Path(spec.submodule_search_locations[0]) / "datasets" / "builder.py"
+    text = path.read_text()
+    body, vtab = text.split("def build_vtab_dataset")
+    names = set(re.findall(r'dataset_name == ["\']([\w-]+)["\']', body)) - {"dummy"}
+    names |= {f"vtab/{name}" for name in re.findall(r'dataset_name == "([\w-]+)"', vtab)}
+    collections = ast.literal_eval(re.search(r"(?s)\ndataset_collection = (\{.*?\n\})", text)[1])
+    return names | {name for listed in collections.values() for name in listed}
+
+
+def test_every_name_of_clip_benchmark():
+    rows = {row.theirs: row for row in clip_benchmark_rows()}
+    names = _names_in_clip_benchmark()
+    assert len(names) > 65 and not names - set(rows), names - set(rows)
+    for theirs, row in rows.items():
+        assert row.ours == "NAME" or set(row.metrics) <= set(TASKS_BY_NAME[row.ours].metrics), row
+        # The same data set has the same name here, whichever benchmark names it.
+        if theirs in DATACOMP:
+            assert DATACOMP[theirs] == row.ours, theirs
+        assert rows.get(theirs.removeprefix("vtab/"), row).ours == row.ours, theirs
+    assert rows["voc2007_multilabel"].source.endswith("?interpolation=all")
+
+
+def test_the_table_of_the_page_has_all_of_them():
+    page = _PAGE.read_text()
+    found = re.findall(
+        r"(?m)^\| `([^`]+)` \| `([^`]+)` \| ([\w ]+) \| ([\w, ]*) \| `([^`]+)` \|$", page
+    )
+    expected = [
+        (row.theirs, row.ours, row.kind, ", ".join(row.metrics), row.source)
+        for row in (*datacomp_rows(), *clip_benchmark_rows())
+    ]
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", [n for n in BENCHMARK_TASKS if n != "winogavil"])
+def test_a_task_without_a_source_asks_for_its_folder(name):
+    with pytest.raises(ValueError, match=f"'{name}=clip_benchmark:DIR, DIR being .*wds_"):
+        parse_tasks([name])
+    assert TASKS_BY_NAME[name].split and TASKS_BY_NAME[name].numbers == 0
+
+
+def _write_folder(root, files, entries):
+    """A folder as DataComp's download makes it; entries are dicts of extension -> bytes."""
+    (root / "test").mkdir(parents=True)
+    (root / "test" / "nshards.txt").write_text("1\n")
+    with tarfile.open(root / "test" / "0.tar", "w") as tar:
+        for number, members in enumerate(entries):
+            for extension, data in members.items():
+                info = tarfile.TarInfo(f"s{number:07d}.{extension}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    for name, text in files.items():
+        (root / name).write_text(text)
+
+
+_WORDS = {
+    "classnames.txt": "ant\nbee\nelk\n",
+    "zeroshot_classification_templates.txt": "satellite photo of {c}.\n",
+}
+
+
+def _npy(*numbers):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(numbers))
+    return buffer.getvalue()
+
+
+def test_a_folder_of_datacomp(tiny_model, tmp_path, photos, caplog):
+    labels, regions = [0, 1, 2, 1, 0], [0, 3, 3, 0, 1]
+    _write_folder(
+        tmp_path / "wds_wilds-fmow_test",
+        _WORDS,
+        [
+            {
+                "png": photos[i],
+                "cls": str(labels[i]).encode(),
+                "npy": _npy(regions[i], 14, labels[i]),
+            }
+            for i in range(5)
+        ],
+    )
+    _write_folder(
+        tmp_path / "wds_imagenet-r_test",
+        _WORDS,
+        [{"png": photos[i], "cls": b"2"} for i in range(2)],
+    )
+    _write_folder(
+        tmp_path / "wds_mscoco_captions",
+        {"dataset_type.txt": "retrieval\n", "classnames.txt": ""},
+        [{"png": photos[i], "txt": f"photo {i}\nno {i}".encode()} for i in range(5)],
+    )
+    tasks = {task.name: task for task in parse_tasks([f"datacomp:{tmp_path}"])}
+    assert list(tasks) == ["imagenet_r", "coco_retrieval", "fmow"]
+    assert "35 folders are missing" in caplog.text and "wds_geode_test" in caplog.text
+    # Not ImageNet's 1,000 names: a folder's labels count in its own.
+    assert tasks["imagenet_r"].class_names == ("ant", "bee", "elk")
+    assert tasks["imagenet_r"].templates == ("satellite photo of {}.",)
+    assert tasks["coco_retrieval"].caption_template == "{caption}"
+
+    results = [evaluate_task(tiny_model, task, batch_size=8) for task in tasks.values()]
+    fmow = results[2]
+    assert fmow["reported"] == ["worst_group", "top1", "mean_per_class"]
+    groups = {row["group"]: row for row in fmow["per_group"]}
+    assert {group: row["images"] for group, row in groups.items()} == {0: 2, 1: 1, 3: 2}
+    assert fmow["metrics"]["worst_group"] == min(row["top1"] for row in groups.values())
+    total = sum(row["top1"] * row["images"] for row in groups.values())
+    assert total / 5 == pytest.approx(fmow["metrics"]["top1"])
+
+    table = format_results({"model": "m", "results": results})
+    means = {name: (value, missing) for name, value, missing in suite_means(results)}
+    retrieval = results[1]["metrics"]
+    assert means["DataComp: mean of 3 retrieval"] == (
+        pytest.approx((retrieval["t2i_r1"] + retrieval["i2t_r1"]) / 2),
+        "2 missing",
+    )
+    assert means["DataComp: mean of all 38"][1] == "35 missing"
+    assert "DataComp: mean of 6 ImageNet shifts" in table and "5 missing" in table
+    # Without a task that is DataComp's alone, its means would be nothing to read.
+    assert not any("DataComp" in name for name, *_ in suite_means(results[:2]))
+
+    with pytest.raises(
+        ValueError, match="none of DataComp's folders is in '/none', such as wds_vt"
+    ):
+        parse_tasks(["datacomp:/none"])
+
+
+def test_means_of_datacomp_are_over_its_groups():
+    numbers = datacomp_numbers()
+    assert [len(group) for group in numbers.values()] == [6, 13, 3, 38]
+    vtab = {number.task for number in numbers["DataComp: mean of 13 VTAB"]}
+    assert {"sun397", "caltech101", "svhn"} <= vtab and "cifar10" not in vtab
+    (sun,) = [n for n in numbers["DataComp: mean of all 38"] if n.task == "sun397"]
+    result = {"task": "sun397", "kind": "classification", "metrics": {"top1": 0.5}}
+    # Another split than DataComp's: 19,850 of its 108,754 pictures.
+    assert sun.value({**result, "source": "tfds:sun397/standard-part1-120k:test"}) is None
+    assert sun.value({**result, "source": "clip_benchmark:wds_sun397_test"}) == 0.5
+
+
+def test_the_jaccard_index():
+    rng = np.random.default_rng(0)
+    for size in (5, 6, 10, 12):
+        similarities = rng.normal(size=size)
+        right = set(rng.choice(size, 3, replace=False).tolist())
+        chosen = set(sorted(range(size), key=lambda i: similarities[i])[-3:])
+        is_association = np.isin(np.arange(size), list(right))
+        expected = len(right & chosen) / len(right | chosen)
+        assert jaccard_index(similarities, is_association) == pytest.approx(expected)
+    # Of equal ones the wrong ones come first.
+    assert jaccard_index(np.ones(5), np.array([True, True, False, False, True])) == 1 / 5
+    assert (cue_prompt("Oven"), cue_prompt("hubble")) == ("An oven", "A hubble")
+
+
+def test_winogavil_from_its_csv(tiny_model, tmp_path, photos):
+    (tmp_path / "winogavil_images").mkdir()
+    names = ["eagle", "teepee", "ash", "tea party", "metal"]
+    for name, data in zip(names[:4], photos, strict=False):
+        (tmp_path / "winogavil_images" / f"{name}.jpg").write_bytes(data)
+    quoted = [f'""{name}""' for name in names]
+    rows = [
+        f'0,"[{", ".join(quoted[:4])}]",bald,"[{quoted[0]}, {quoted[2]}]",0,2,4,1.0,0.0,0',
+        f'1,"[{", ".join(quoted[1:4])}]",old,"[{quoted[3]}]",67,1,3,1.0,0.0,1',
+        f'2,"[{", ".join(quoted)}]",plush,"[{quoted[4]}]",67,1,5,1.0,0.0,2',
+    ]
+    header = ",candidates,cue,associations,score_fool_the_ai,num_associations,num_candidates,"
+    file = tmp_path / "winogavil_dataset.csv"
+    file.write_text(f"{header}solvers_jaccard_mean,solvers_jaccard_std,ID\n" + "\n".join(rows))
+    (task,) = parse_tasks([f"winogavil={file}"])
+    assert task.source == f"winogavil:{file}"
+    result = evaluate_task(tiny_model, task, batch_size=8)
+    # The last game lacks the picture of "metal".
+    assert result["counts"]["games"] == 2 and result["counts"]["incomplete_games"] == 1
+    assert result["counts"]["images"] == 4 and result["counts"]["dropped"] == {"no_image": 1}
+    assert set(result["metrics"]) == {"jaccard", "jaccard_5_6"}
+    file.write_text(f"{header}\n0,eagle,bald,eagle")
+    with pytest.raises(ValueError, match="row 0: expected a JSON list of images as 'candidates'"):
+        evaluate_task(tiny_model, task)
