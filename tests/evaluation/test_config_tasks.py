@@ -22,6 +22,7 @@ _VALUES = {
     "candidates": ("with_images", "with_images"),
     "group": ("0", "0"),
     "f1": ("macro", "macro"),
+    "ties": ("right", "right"),
 }
 
 

@@ -281,7 +281,7 @@ def _run(
         label_field=task.label_field,
         candidates=task.options.get("candidates", ALL_CLASSES),
         group=task.options.get("group"),
-        with_f1=task.options.get("f1", False),
+        with_f1="f1" in task.options,
         **batching,
     )
     names, per_class = result.classes.names, result.per_class()
@@ -338,10 +338,15 @@ def _parse_candidates(value: Any) -> str:
     return value
 
 
-def _parse_f1(value: Any) -> bool:
+def _parse_f1(value: Any) -> str:
     if value != "macro":
         raise ValueError(f"f1={value}: expected macro, the mean over the classes with images")
-    return True
+    return value
+
+
+def _parse_group(value: Any) -> str:
+    is_position = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return str(value) if is_position else parse_text(value)
 
 
 PROTOCOL = Protocol(
@@ -359,7 +364,7 @@ PROTOCOL = Protocol(
         "templates": TEMPLATES,
         "label": LABEL,
         "candidates": Option(_parse_candidates),
-        "group": Option(parse_text),
+        "group": Option(_parse_group),
         "f1": Option(_parse_f1),
     },
 )
