@@ -98,6 +98,37 @@ def define_prompt_flags() -> None:
     )
 
 
+def define_task_flags() -> None:
+    """Defines `--tasks` and the flags that go with it, beside those for prompts."""
+    flags.DEFINE_list(
+        "tasks",
+        [],
+        "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
+        "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options "
+        "after '?'. docs/evaluation.md lists them.",
+    )
+    flags.DEFINE_string(
+        "caption_template",
+        None,
+        "Prompt around a caption; unset: 'a photo of {caption}.'; '{caption}' for none.",
+    )
+    flags.DEFINE_integer("limit", None, "Only the first so many pairs of each task; unset: all.")
+
+
+def task_defaults() -> dict[str, Any]:
+    """The arguments of `parse_tasks` beside the tasks, as the flags give them."""
+    from diht_jax.evaluation.prompts import parse_templates, read_class_names
+
+    given, defaults = flags.FLAGS, {}
+    if given.class_names is not None:
+        defaults["class_names"] = read_class_names(given.class_names)
+    if given.templates is not None:
+        defaults["templates"] = parse_templates(given.templates)
+    if given.caption_template is not None:
+        defaults["caption_template"] = given.caption_template
+    return defaults
+
+
 def define_job_array_flags() -> None:
     """Defines the flags that divide a command's shards between the jobs of an array."""
     flags.DEFINE_integer("task_index", 0, "Number of this job of a job array, from 0.")

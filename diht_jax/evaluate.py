@@ -43,21 +43,9 @@ def define_flags() -> None:
     command_line.define_model_flags()
     command_line.define_encoding_flags()
     command_line.define_prompt_flags()
+    command_line.define_task_flags()
     distributed.define_flags()
-    flags.DEFINE_list(
-        "tasks",
-        [],
-        "Comma-separated: cifar10, imagenet, coco_retrieval, flickr30k_retrieval=SOURCE, "
-        "classification:SOURCE, retrieval:SOURCE, clip_benchmark:DIR, NAME=KIND:SOURCE; options "
-        "after '?'. docs/evaluation.md lists them.",
-    )
     flags.DEFINE_string("output", None, "Results file (JSON); of --compare: the chart (PNG).")
-    flags.DEFINE_string(
-        "caption_template",
-        None,
-        "Prompt around a caption; unset: 'a photo of {caption}.'; '{caption}' for none.",
-    )
-    flags.DEFINE_integer("limit", None, "Only the first so many pairs of each task; unset: all.")
     flags.DEFINE_integer(
         "num_resamples", 1000, "Resamples for the confidence intervals; 0 for none."
     )
@@ -77,7 +65,7 @@ def main() -> None:
     command_line.require_flags("model", "tasks", "output")
     from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 
-    tasks = parse_tasks(given.tasks, **_task_defaults())
+    tasks = parse_tasks(given.tasks, **command_line.task_defaults())
     for task in tasks:
         check_source(task)  # a missing file should not have to wait for the model
     distributed.start_from_flags()
@@ -215,19 +203,6 @@ def _writes() -> bool:
     import jax
 
     return jax.process_index() == 0
-
-
-def _task_defaults() -> dict[str, Any]:
-    from diht_jax.evaluation.prompts import parse_templates, read_class_names
-
-    given, defaults = flags.FLAGS, {}
-    if given.class_names is not None:
-        defaults["class_names"] = read_class_names(given.class_names)
-    if given.templates is not None:
-        defaults["templates"] = parse_templates(given.templates)
-    if given.caption_template is not None:
-        defaults["caption_template"] = given.caption_template
-    return defaults
 
 
 def _join_compared_files(arguments: list[str]) -> list[str]:

@@ -111,6 +111,17 @@ def load_model(
     )
     if dtype is not None:
         model.config.model.dtype = dtype
+    return put_on_devices(model, mesh, batch_size=batch_size)
+
+
+def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> LoadedModel:
+    """The model of `read_model`, ready to embed.
+
+    Args:
+        model: its `config.model.dtype` is that of the computation.
+        mesh: the devices.
+        batch_size: of `load_model`.
+    """
     definition, _ = model_definition(
         model.arch, model.config.model.dtype, model.config.model.param_dtype
     )

@@ -16,6 +16,7 @@ COMMANDS = (
     "diht_jax.search",
     "diht_jax.embed",
     "diht_jax.export",
+    "diht_jax.average",
     "data_prep.filter",
     "data_prep.label",
     "data_prep.reports.__main__",
@@ -105,9 +106,9 @@ def test_one_convention(define):
             assert len(defaults - {None}) == 1, f"--{name} has several defaults: {defaults}"
     for name, commands in (
         ("model", {"evaluate", "fewshot", "search", "embed", "export"}),
-        ("batch_size", {"evaluate", "fewshot", "search", "embed", "compile"}),
-        ("num_threads", {"evaluate", "fewshot", "search", "embed"}),
-        ("caption_template", {"evaluate", "search", "embed"}),
+        ("batch_size", {"evaluate", "fewshot", "search", "embed", "compile", "average"}),
+        ("num_threads", {"evaluate", "fewshot", "search", "embed", "average"}),
+        ("caption_template", {"evaluate", "search", "embed", "average"}),
         ("task_index", {"filter", "label", "embed"}),
     ):
         assert {command.split(".")[1] for command in meanings[name]} == commands, name

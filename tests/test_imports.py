@@ -40,6 +40,7 @@ LAYERS = {
     "diht_jax.train": 8,
     "diht_jax.compile": 8,
     "diht_jax.evaluate": 8,
+    "diht_jax.average": 8,
     "diht_jax.export": 8,
     "diht_jax.embed": 8,
     "diht_jax.fewshot": 8,

@@ -62,12 +62,14 @@ class Origin:
         step: of a run of `diht_jax.train`; None for a weight file.
         ema: whether they are the moving average.
         sha256: of a weight file, in hex, or None.
+        members: (name, weight) of the models that they are a mean of; empty of a model by itself.
     """
 
     name: str
     step: int | None
     ema: bool
     sha256: str | None
+    members: tuple[tuple[str, float], ...] = ()
 
 
 def model_card(
@@ -212,6 +214,12 @@ def _architecture_section(arch: Architecture, num_parameters: int, heads: Sequen
 
 
 def _recipe_section(origin: Origin, config: Mapping[str, Any] | None) -> str:
+    if origin.members:
+        rows = [(f"`{name}`", f"{weight:g}") for name, weight in origin.members]
+        return (
+            "## Recipe\n\nA weighted mean of the parameters of models, by `diht_jax.average`.\n\n"
+            + _table(("model", "weight"), rows)
+        )
     if config is None:
         source = f"`{origin.name}`"
         if origin.sha256:

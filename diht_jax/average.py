@@ -1,0 +1,359 @@
+"""Command: average models: WiSE-FT, uniform and greedy soups.
+
+    python -m diht_jax.average --models runs/base,runs/tuned --method wise_ft --output averaged \
+        --tasks cifar10,retrieval:photos.tar --target cifar10/top1 --reference retrieval/t2i_r1
+
+Writes a model directory as `diht_jax.export` does, `average.json` in it, and for WiSE-FT with tasks
+the plot `average.png`. `docs/finetuning.md` describes the methods.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from diht_jax import command_line
+from diht_jax.config import parse_fields
+from diht_jax.data.escaping import escape_lines
+
+if TYPE_CHECKING:
+    from diht_jax.evaluation.protocols.base import Metric, Task
+    from diht_jax.weights.average import Ingredient
+
+METHODS = ("uniform", "greedy", "wise_ft")
+RECORD_FILE = "average.json"
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    command_line.define_encoding_flags()
+    command_line.define_prompt_flags()
+    command_line.define_task_flags()
+    flags.DEFINE_list("models", [], "Released names, work directories or weight files: A,B,...")
+    flags.DEFINE_string(
+        "method", "uniform", "uniform, greedy (needs --tasks), or wise_ft (of two models)."
+    )
+    flags.DEFINE_float("alpha", 0.5, "wise_ft: weight of the second model in what is written.")
+    flags.DEFINE_list(
+        "alphas",
+        [f"{i / 10:g}" for i in range(11)],
+        "wise_ft: weights of the second model that are evaluated.",
+    )
+    flags.DEFINE_string(
+        "target", None, "TASK/METRIC that the soup is chosen by, or that was fine-tuned for."
+    )
+    flags.DEFINE_string("reference", None, "wise_ft: TASK/METRIC of what should not be lost.")
+    flags.DEFINE_bool("ema", False, "Take the moving averages of the parameters.")
+    flags.DEFINE_list(
+        "architecture", [], "What a bare weight file does not hold: activation=quick_gelu,..."
+    )
+    flags.DEFINE_string("output", None, "Directory to make.")
+    flags.DEFINE_string("format", "safetensors", "clip, open_clip, huggingface or safetensors.")
+    flags.DEFINE_string("dtype", "float32", "Of the parameters: float32, bfloat16 or float16.")
+    flags.DEFINE_string("license", None, "Licence of the weights, for the card.")
+
+
+def main() -> None:
+    """Averages the models of the flags."""
+    from diht_jax.evaluation.task_parsing import check_source, parse_tasks
+
+    given = flags.FLAGS
+    command_line.require_flags("models", "output")
+    tasks = parse_tasks(given.tasks, **command_line.task_defaults()) if given.tasks else []
+    for task in tasks:
+        check_source(task)  # a missing file should not have to wait for the models
+    average_models(
+        given.models,
+        given.method,
+        given.output,
+        alpha=given.alpha,
+        alphas=_numbers(given.alphas),
+        tasks=tasks,
+        target=given.target,
+        reference=given.reference,
+        ema=given.ema,
+        architecture=parse_fields(given.architecture),
+        format=given.format,
+        dtype=given.dtype,
+        license=given.license,
+        batch_size=given.batch_size,
+        num_threads=given.num_threads,
+        limit=given.limit,
+    )
+
+
+def average_models(
+    models: Sequence[str],
+    method: str,
+    output: str | pathlib.Path,
+    *,
+    alpha: float = 0.5,
+    alphas: Sequence[float] = (),
+    tasks: Sequence[Task] = (),
+    target: str | None = None,
+    reference: str | None = None,
+    ema: bool = False,
+    architecture: dict[str, Any] | None = None,
+    format: str = "safetensors",
+    dtype: str = "float32",
+    license: str | None = None,
+    batch_size: int = 256,
+    num_threads: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Writes a weighted mean of models, and how good it is.
+
+    Args:
+        models: as `load_model` takes them; of WiSE-FT the zero-shot one, then the fine-tuned one.
+        method: one of `METHODS`.
+        output: directory to make; must be empty where it exists.
+        alpha, alphas: of WiSE-FT, weights of the fine-tuned model: written, and evaluated.
+        tasks: of `parse_tasks`, to evaluate on.
+        target, reference: "TASK/METRIC", see the flags.
+        ema, architecture: of `load_model`, for all of the models that they apply to.
+        format, dtype, license: of `diht_jax.export`.
+        batch_size, num_threads, limit: of `evaluate_task`.
+
+    Returns:
+        What `average.json` holds.
+
+    Raises:
+        ValueError: a model cannot be read, the models are not of one architecture, or the method
+            lacks what it needs.
+    """
+    from diht_jax.weights import average
+    from diht_jax.weights.export import check_target
+
+    output = pathlib.Path(output)
+    check_target(output, format, dtype)
+    metrics = _check(models, method, alpha, alphas, tasks, target, reference)
+    reader = _Reader(ema, architecture)
+    measure = functools.partial(
+        _Evaluation(reader, tasks, batch_size).run,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        limit=limit,
+    )
+    found: dict[str, Any] = {}
+    if method == "greedy":
+        model, trials = average.greedy_soup(
+            models,
+            reader.read,
+            lambda candidate: measure(candidate)[target],
+            lower_is_better=metrics[target].lower_is_better,
+        )
+        found["trials"] = [vars(trial) for trial in trials]
+        members = [(trial.name, 1.0) for trial in trials if trial.kept]
+    else:
+        weights = [1 - alpha, alpha] if method == "wise_ft" else [1.0] * len(models)
+        members = list(zip(models, weights, strict=True))
+        if method == "wise_ft" and tasks:
+            found["grid"] = _measure_alphas(models, alphas, reader.read, measure)
+        model = average.average_models(models, weights, reader.read)
+    if tasks:
+        found["metrics"] = measure(model)
+    record = {
+        "method": method,
+        "members": [{"model": name, "weight": weight} for name, weight in members],
+        "target": target,
+        "reference": reference,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **found,
+    }
+    _write(output, model, reader, members, record, metrics, format, dtype, license)
+    print(escape_lines(_format(record, metrics)))
+    return record
+
+
+def _numbers(texts: Sequence[str]) -> list[float]:
+    try:
+        return [float(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(f"--alphas={','.join(texts)}: expected numbers from 0 to 1") from error
+
+
+def _check(
+    models: Sequence[str],
+    method: str,
+    alpha: float,
+    alphas: Sequence[float],
+    tasks: Sequence[Task],
+    target: str | None,
+    reference: str | None,
+) -> dict[str, Metric]:
+    """The metrics of the tasks, by "TASK/METRIC", once the arguments are known to be right."""
+    from diht_jax.evaluation.task_parsing import check_task
+
+    if method not in METHODS:
+        raise ValueError(f"--method={method}: expected one of {', '.join(METHODS)}")
+    if len(models) < 2 or (method == "wise_ft" and len(models) != 2):
+        wanted = "two models, the zero-shot one first" if method == "wise_ft" else "several models"
+        raise ValueError(f"--models={','.join(models)}: --method={method} needs {wanted}")
+    for name, value in [("alpha", alpha), *(("alphas", each) for each in alphas)]:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--{name}: expected numbers from 0 to 1, got {value:g}")
+    metrics = {
+        f"{task.name}/{name}": metric
+        for task in tasks
+        for name, metric in check_task(task).metrics.items()
+    }
+    if method == "greedy" and not (tasks and target):
+        raise ValueError("--method=greedy needs --tasks and --target, held out for the choice")
+    for flag, name in (("target", target), ("reference", reference)):
+        if name is not None and name not in metrics:
+            known = ", ".join(metrics) or "none, as there are no --tasks"
+            raise ValueError(f"--{flag}={name}: not among the metrics of --tasks: {known}")
+    if (reference is None) != (target is None) and method == "wise_ft":
+        raise ValueError("--target and --reference go together: one is drawn against the other")
+    return metrics
+
+
+class _Reader:
+    """Reads the models, and keeps what the first one came with."""
+
+    def __init__(self, ema: bool, architecture: dict[str, Any] | None):
+        self._ema, self._architecture = ema, architecture
+        self.first: Any = None
+
+    def read(self, name: str) -> Ingredient:
+        import jax
+        import numpy as np
+
+        from diht_jax.loading import read_model
+        from diht_jax.weights.average import Ingredient
+
+        model = read_model(name, ema=self._ema, architecture=self._architecture)
+        params = jax.tree.map(np.asarray, model.params)
+        self.first = self.first or model
+        looks = model.preprocessing
+        return Ingredient(name, model.arch, params, tuple(looks.mean), tuple(looks.std))
+
+
+class _Evaluation:
+    """Measures averages on the tasks; the programs are compiled once."""
+
+    def __init__(self, reader: _Reader, tasks: Sequence[Task], batch_size: int):
+        self._reader, self._tasks, self._batch_size = reader, tasks, batch_size
+        self._loaded: Any = None
+
+    def run(self, model: Ingredient, **options: Any) -> dict[str, float]:
+        """The metrics of a model, by "TASK/METRIC"."""
+        import jax
+
+        from diht_jax import sharding
+        from diht_jax.evaluation.tasks import evaluate_task
+        from diht_jax.loading import put_on_devices
+
+        mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
+        if self._loaded is None:
+            files = dataclasses.replace(self._reader.first, params=model.params)
+            self._loaded = put_on_devices(files, mesh, batch_size=self._batch_size)
+        shardings = sharding.tree_shardings(model.params, mesh)
+        self._loaded.update(jax.device_put(model.params, shardings), step=None)
+        return {
+            f"{task.name}/{name}": value
+            for task in self._tasks
+            for name, value in evaluate_task(self._loaded, task, **options)["metrics"].items()
+        }
+
+
+def _measure_alphas(
+    models: Sequence[str],
+    alphas: Sequence[float],
+    read: Callable[[str], Ingredient],
+    measure: Callable[[Ingredient], dict[str, float]],
+) -> list[dict[str, Any]]:
+    from diht_jax.weights.average import average_models as mean_of
+
+    grid = []
+    for alpha in alphas:
+        metrics = measure(mean_of(models, [1 - alpha, alpha], read))
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        logging.info("alpha %g: %s", alpha, shown)
+        grid.append({"alpha": alpha, "metrics": metrics})
+    return grid
+
+
+def _write(
+    output: pathlib.Path,
+    model: Ingredient,
+    reader: _Reader,
+    members: Sequence[tuple[str, float]],
+    record: dict[str, Any],
+    metrics: dict[str, Metric],
+    format: str,
+    dtype: str,
+    license: str | None,
+) -> None:
+    """The model directory with its card, the record, and the plot where there is a grid."""
+    import jax
+
+    from diht_jax.evaluation.pages.trade_off import draw_trade_off
+    from diht_jax.evaluation.results import write_results
+    from diht_jax.weights.export import write_model
+    from diht_jax.weights.model_card import Origin, model_card
+
+    measured = record.get("metrics")
+    write_model(
+        output,
+        format,
+        arch=model.arch,
+        params=model.params,
+        preprocessing=reader.first.preprocessing,
+        heads={},
+        dtype=dtype,
+        card=model_card(
+            format,
+            arch=model.arch,
+            num_parameters=sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+            origin=Origin(output.name, None, False, None, tuple(members)),
+            config=None,
+            results=[("diht_jax.average", measured)] if measured else [],
+            license=license,
+        ),
+    )
+    write_results(output / RECORD_FILE, record)
+    if "grid" in record and record["target"]:
+        draw_trade_off(record, metrics, output / "average.png")
+    logging.info("wrote %s", output)
+
+
+def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
+    """What was measured, as tables."""
+    from diht_jax.evaluation.results import format_table, format_value
+
+    def value(name: str, number: float) -> str:
+        return "" if math.isnan(number) else format_value(metrics[name], number)
+
+    target, lines = record["target"], []
+    if "trials" in record:
+        rows = [
+            (t["name"], value(target, t["alone"]), value(target, t["with_it"]),
+             "kept" if t["kept"] else "left out")
+            for t in record["trials"]
+        ]  # fmt: skip
+        lines.append(format_table(("model", "alone", "soup with it", ""), rows, "lrrl"))
+    if "grid" in record:
+        names = list(record["grid"][0]["metrics"])
+        rows = [
+            (f"{row['alpha']:g}", *(value(name, row["metrics"][name]) for name in names))
+            for row in record["grid"]
+        ]
+        lines.append(format_table(("alpha", *names), rows, "r" * (1 + len(names))))
+    weights = ", ".join(f"{m['weight']:g} x {m['model']}" for m in record["members"])
+    lines.append(f"written: the mean of {weights}")
+    for name, number in record.get("metrics", {}).items():
+        lines.append(f"{name}: {value(name, number)}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,182 @@
+"""Averages of models: weighted means of their parameters, and the greedy soup.
+
+Model soups: Wortsman et al. 2022, arXiv 2203.05482. WiSE-FT, whose interpolation is a mean of two
+models: Wortsman et al. 2021, arXiv 2109.01903. Works on NumPy arrays; a model is read when its turn
+comes, so that not all of them are in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from diht_jax.config import ARCHITECTURE_FIELDS
+from diht_jax.models.parameters import parameter_shapes
+from diht_jax.models.zoo import Architecture
+
+Parameters = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ingredient:
+    """A model that goes into an average.
+
+    Attributes:
+        name: as the user typed it.
+        arch: sizes, activation and the like.
+        params: nested dict of arrays of `models.parameters`.
+        mean, std: of its pictures, per channel.
+    """
+
+    name: str
+    arch: Architecture
+    params: Parameters
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+Read = Callable[[str], Ingredient]
+
+
+def average_models(names: Sequence[str], weights: Sequence[float], read: Read) -> Ingredient:
+    """The mean of models, `sum_i w_i p_i / sum_i w_i` for each parameter.
+
+    Summed in float64, the logarithm of the logit scale as every other parameter. A model of weight
+    0 is not read, so that weights 1 and 0 give a model itself, bit for bit.
+
+    Args:
+        names: of the models.
+        weights: one for each, at least 0, not all of them 0.
+        read: reads a model by its name.
+
+    Returns:
+        The mean, in the dtypes of the first model that counts, with its name and settings.
+
+    Raises:
+        ValueError: the models are not of one architecture; names the first difference.
+    """
+    first, sums, total = None, None, 0.0
+    for name, weight in zip(names, weights, strict=True):
+        if not weight:
+            continue
+        model = read(name)
+        first = first or _without_values(model)
+        check_same_architecture(first, model)
+        sums, total = _add(sums, model.params, weight), total + weight
+    return _mean(first, sums, total)
+
+
+def _without_values(model: Ingredient) -> Ingredient:
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), model.params)
+    return dataclasses.replace(model, params=shapes)
+
+
+def _add(sums: Parameters | None, params: Parameters, weight: float = 1.0) -> Parameters:
+    added = jax.tree.map(lambda p: weight * np.asarray(p, np.float64), params)
+    return added if sums is None else jax.tree.map(np.add, sums, added)
+
+
+def _mean(like: Ingredient, sums: Parameters, total: float) -> Ingredient:
+    params = jax.tree.map(lambda s, p: (s / total).astype(p.dtype), sums, like.params)
+    return dataclasses.replace(like, params=params)
+
+
+def check_same_architecture(first: Ingredient, other: Ingredient) -> None:
+    """Raises ValueError where the parameters of two models mean different things.
+
+    The message names the parameter, or the setting that no parameter's shape shows.
+    """
+    found, expected = parameter_shapes(other.params), parameter_shapes(first.params)
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{other.name}: parameter '{name}' {_describe(found.get(name))}, and in "
+                f"{first.name} it {_describe(expected.get(name))}; models to average must have one "
+                "architecture"
+            )
+    settings = {
+        field: (getattr(other.arch, field), getattr(first.arch, field))
+        for field in ARCHITECTURE_FIELDS
+    }
+    settings["mean of the pictures"] = other.mean, first.mean
+    settings["deviation of the pictures"] = other.std, first.std
+    for name, (value, wanted) in settings.items():
+        if value != wanted and not _is_default_width(name, value, wanted):
+            raise ValueError(
+                f"{other.name}: {name} is {value!r}, and {wanted!r} in {first.name}; models to "
+                "average must have one architecture"
+            )
+
+
+def _describe(shape: tuple[int, ...] | None) -> str:
+    return "is missing" if shape is None else f"has shape {list(shape)}"
+
+
+def _is_default_width(name: str, *values: Any) -> bool:
+    """Whether one of two widths is left out, which the shapes have shown to be equal."""
+    return name.endswith("_mlp_width") and None in values
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One decision of the greedy soup.
+
+    Attributes:
+        name: of the model that was tried.
+        alone: what it reaches alone.
+        with_it: what the soup reaches with it.
+        kept: whether it stays in the soup.
+    """
+
+    name: str
+    alone: float
+    with_it: float
+    kept: bool
+
+
+def greedy_soup(
+    names: Sequence[str],
+    read: Read,
+    measure: Callable[[Ingredient], float],
+    *,
+    lower_is_better: bool = False,
+) -> tuple[Ingredient, list[Trial]]:
+    """The greedy soup (arXiv 2203.05482, recipe 1).
+
+    The models are tried in the order of what they reach alone, the best first and of equal ones the
+    first given. Each stays if the mean of all that stayed is then at least as good as before.
+
+    Args:
+        names: of the models.
+        read: reads a model by its name.
+        measure: how good a model is, on data that are held out for this choice.
+        lower_is_better: whether the lowest value is the best, not the highest.
+
+    Returns:
+        The soup, and the decisions in their order.
+
+    Raises:
+        ValueError: the models are not of one architecture.
+    """
+    sign = -1 if lower_is_better else 1
+    first, alone = None, []
+    for name in names:
+        model = read(name)
+        first = first or _without_values(model)
+        check_same_architecture(first, model)
+        alone.append(measure(model))
+    order = sorted(range(len(names)), key=lambda i: -sign * alone[i])
+    best, sums, size, trials = alone[order[0]], None, 0, []
+    for i in order:
+        candidate = _add(sums, read(names[i]).params)
+        # Of the first one it is known already.
+        value = measure(_mean(first, candidate, size + 1)) if size else best
+        is_kept = sign * value >= sign * best
+        trials.append(Trial(names[i], alone[i], value, is_kept))
+        if is_kept:
+            sums, size, best = candidate, size + 1, value
+    return _mean(first, sums, size), trials

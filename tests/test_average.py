@@ -1,0 +1,211 @@
+"""Averages of models, against NumPy in float64 and against a replay of the greedy rule."""
+
+import dataclasses
+import io
+import json
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.average import average_models as run
+from diht_jax.evaluation.task_parsing import parse_tasks
+from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.loading import load_model, read_model
+from diht_jax.models import Architecture
+from diht_jax.models.parameters import model_definition
+from diht_jax.weights.average import Ingredient, average_models, greedy_soup
+from diht_jax.weights.export import write_model
+from diht_jax.weights.settings import Preprocessing
+
+ARCH = Architecture(
+    image_size=16,
+    patch_size=8,
+    vision_layers=1,
+    vision_width=64,
+    vision_heads=1,
+    text_layers=1,
+    text_width=64,
+    text_heads=1,
+    embed_dim=16,
+    context_length=12,
+)
+
+
+def trees(count, dtype=np.float32):
+    """Models of two parameters, each its own."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(dtype)  # noqa: E731
+    return {
+        f"m{i}": Ingredient(f"m{i}", ARCH, {"a": {"kernel": draw(3, 4)}, "b": draw(2)})
+        for i in range(count)
+    }
+
+
+def test_mean_is_that_of_numpy():
+    models = trees(3)
+    weights = [0.25, 2.0, 1.0]
+    mean = average_models(list(models), weights, models.__getitem__)
+    expected = np.average(
+        [m.params["a"]["kernel"].astype(np.float64) for m in models.values()], 0, weights
+    )
+    np.testing.assert_array_equal(mean.params["a"]["kernel"], expected.astype(np.float32))
+    assert mean.params["b"].dtype == np.float32
+
+
+def test_ends_are_the_models_themselves():
+    models = trees(2)
+    for weights, name in (([1, 0], "m0"), ([0, 1.0], "m1")):
+        mean = average_models(list(models), weights, models.__getitem__)
+        jax.tree.map(np.testing.assert_array_equal, mean.params, models[name].params)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda m: dataclasses.replace(m, params={**m.params, "b": np.zeros(5, np.float32)}),
+            r"m1: parameter 'b' has shape \[5\], and in m0 it has shape \[2\]",
+        ),
+        (
+            lambda m: dataclasses.replace(m, params={"a": m.params["a"]}),
+            "m1: parameter 'b' is missing, and in m0 it has shape",
+        ),
+        (
+            lambda m: dataclasses.replace(
+                m, arch=dataclasses.replace(ARCH, activation="quick_gelu")
+            ),
+            "m1: activation is 'quick_gelu', and 'gelu' in m0",
+        ),
+        (lambda m: dataclasses.replace(m, mean=(0.5,) * 3), "m1: mean of the pictures is"),
+    ],
+)
+def test_other_architectures_are_refused(change, message):
+    models = trees(2)
+    models["m1"] = change(models["m1"])
+    with pytest.raises(ValueError, match=message):
+        average_models(list(models), [1, 1], models.__getitem__)
+    with pytest.raises(ValueError, match=message):
+        greedy_soup(list(models), models.__getitem__, lambda m: 0.0)
+
+
+@pytest.mark.parametrize("lower_is_better", [False, True])
+def test_greedy_soup_follows_the_rule(lower_is_better):
+    models = trees(6)
+    sign = -1 if lower_is_better else 1
+
+    def value(kernel):
+        return sign * -float(np.abs(kernel - 0.1).sum())
+
+    soup, trials = greedy_soup(
+        list(models),
+        models.__getitem__,
+        lambda m: value(m.params["a"]["kernel"]),
+        lower_is_better=lower_is_better,
+    )
+    # The recipe, word by word, on the one kernel.
+    kernels = {name: m.params["a"]["kernel"].astype(np.float64) for name, m in models.items()}
+    order = sorted(kernels, key=lambda name: sign * value(kernels[name]), reverse=True)
+    kept, best = [], -np.inf
+    for name in order:
+        reached = sign * value(np.mean([kernels[n] for n in (*kept, name)], 0))
+        if reached >= best:
+            kept, best = [*kept, name], reached
+    assert [t.name for t in trials] == order and [t.name for t in trials if t.kept] == kept
+    assert 1 < len(kept) < len(models)
+    expected = np.mean([kernels[name] for name in kept], 0).astype(np.float32)
+    np.testing.assert_allclose(soup.params["a"]["kernel"], expected, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory):
+    """Two weight directories of one architecture, and a third of another."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, (name, arch) in enumerate(
+        {"a": ARCH, "b": ARCH, "wide": dataclasses.replace(ARCH, text_mlp_width=128)}.items()
+    ):
+        _, init = model_definition(arch, jnp.float32, jnp.float32)
+        rng = np.random.default_rng(seed)
+        params = jax.tree.map(
+            lambda p, rng=rng: 0.1 * rng.standard_normal(p.shape, np.float32),
+            jax.eval_shape(init, jax.random.key(0)),
+        )
+        write_model(
+            folder / name,
+            "safetensors",
+            arch=arch,
+            params=params,
+            preprocessing=Preprocessing(),
+            heads={},
+            card="",
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A tar of six pictures, each with its caption."""
+    path = tmp_path_factory.mktemp("task") / "squares.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(6):
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16), (40 * i, 255 - 40 * i, 90)).save(buffer, "PNG")
+            for ending, data in (("png", buffer.getvalue()), ("txt", b"square %d" % i)):
+                member = tarfile.TarInfo(f"{i}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def test_wise_ft_writes_a_model_its_grid_and_its_plot(two_models, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    names = [str(two_models / "a"), str(two_models / "b")]
+    tasks = parse_tasks([f"retrieval:{pictures}"])
+    target, reference = "squares/t2i_r1", "squares/i2t_median_rank"
+    record = run(
+        names,
+        "wise_ft",
+        tmp_path / "out",
+        alpha=0.25,
+        alphas=[0.0, 0.5, 1.0],
+        tasks=tasks,
+        target=target,
+        reference=reference,
+    )
+    assert record == json.loads((tmp_path / "out/average.json").read_text())
+    a, b = (read_model(name).params for name in names)
+    jax.tree.map(
+        lambda x, y, found: np.testing.assert_array_equal(
+            found, (0.75 * x.astype(np.float64) + 0.25 * y.astype(np.float64)).astype(np.float32)
+        ),
+        *(a, b, read_model(tmp_path / "out").params),
+    )
+    for row, name in ((record["grid"][0], names[0]), (record["grid"][2], names[1])):
+        alone = evaluate_task(load_model(name), tasks[0])["metrics"]
+        assert row["metrics"] == {f"squares/{key}": value for key, value in alone.items()}
+    assert [row["alpha"] for row in record["grid"]] == [0.0, 0.5, 1.0]
+    with Image.open(tmp_path / "out/average.png") as plot:
+        assert plot.width > 500
+    assert f"| `{names[1]}` | 0.25 |" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("models", "method", "options", "message"),
+    [
+        (("a",), "uniform", {}, "--method=uniform needs several models"),
+        (("a", "b", "a"), "wise_ft", {}, "--method=wise_ft needs two models, the zero-shot"),
+        (("a", "b"), "wiseft", {}, "--method=wiseft: expected one of uniform, greedy, wise_ft"),
+        (("a", "b"), "wise_ft", {"alpha": 1.5}, "--alpha: expected numbers from 0 to 1, got 1.5"),
+        (("a", "b"), "greedy", {}, "--method=greedy needs --tasks and --target"),
+        (("a", "b"), "uniform", {"target": "x/top1"}, "--target=x/top1: not among the metrics"),
+        (("a", "wide"), "uniform", {}, "wide: parameter 'text/blocks/0/mlp/fc_in/bias' has shape"),
+        (("a", "b"), "uniform", {"ema": True}, "only work directories .* have steps and averages"),
+    ],
+)
+def test_wrong_arguments_are_named(two_models, tmp_path, models, method, options, message):
+    names = [str(two_models / name) for name in models]
+    with pytest.raises(ValueError, match=message):
+        run(names, method, tmp_path / "out", **options)
