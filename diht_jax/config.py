@@ -124,12 +124,20 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.scan_layers = False  # one compiled block for all layers; parameters stay per layer
     c.model.remat = "none"  # what a block computes again in the backward pass: see docs/training.md
     c.model.attention = "auto"  # "pallas" on TPUs, "cudnn" on NVIDIA GPUs, else "xla"
-    # Work directory whose parameters a new run starts from; image positions are resized to fit.
+    # Work directory, weight file or released name whose parameters a new run starts from; image
+    # positions are resized to fit.
     c.model.init_from = placeholder(str)
     # Fields of models.zoo.Architecture to replace.
     c.model.overrides = ml_collections.ConfigDict(
         {field: placeholder(kind) for field, kind in ARCHITECTURE_FIELDS.items()}
     )
+
+    # Low-rank adapters, which alone of the model are trained: models/lora.py, docs/finetuning.md.
+    c.lora = ml_collections.ConfigDict()
+    c.lora.rank = 0  # 0: no adapters
+    c.lora.alpha = 16.0  # the adapters' product counts alpha / rank times
+    c.lora.towers = ("vision", "text")
+    c.lora.matrices = ("in_proj", "out_proj", "fc_in", "fc_out")  # of each block
 
     c.loss = ml_collections.ConfigDict()
     c.loss.kind = "softmax"  # of diht_jax.losses.registry: InfoNCE and HN-NCE; "sigmoid": SigLIP

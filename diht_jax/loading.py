@@ -7,30 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.config import ARCHITECTURE_FIELDS, default_config, nearest_name
+from diht_jax.config import ARCHITECTURE_FIELDS, default_config
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
-from diht_jax.training.workdir.config_file import CONFIG_FILE
 from diht_jax.training.workdir.stored_run import local_run
-from diht_jax.training.workdir.trained_model import restore_model
+from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip
-from diht_jax.weights.releases import RELEASES, WEIGHTS_VARIABLE, fetch_release
+from diht_jax.weights.releases import RELEASES, locate_weights
 from diht_jax.weights.settings import Preprocessing
-from diht_jax.weights.source import list_weight_files, read_weights
+from diht_jax.weights.source import read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +155,7 @@ def read_model(
     """
     name = os.fspath(name_or_path)
     folder = local_run(name, step)
-    if _is_run(folder):
+    if is_run(folder):
         if architecture:
             raise ValueError(f"{name}: a work directory knows its architecture; give none")
         mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
@@ -167,7 +163,7 @@ def read_model(
         return dataclasses.replace(run, path=name)
     if step is not None or ema:
         raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
-    path = _locate(name)
+    path = locate_weights(name)
     weights = read_weights(path, architecture=architecture, image_size=image_size)
     if name in RELEASES:
         native = dataclasses.replace(weights.arch, image_size=ARCHITECTURES[name].image_size)
@@ -203,14 +199,6 @@ def config_of(arch: Architecture) -> ml_collections.ConfigDict:
     return config
 
 
-def _is_run(name: str) -> bool:
-    path = epath.Path(name)
-    if not (path / CONFIG_FILE).exists():
-        return False
-    # transformers' directories have a config.json as well, beside the weights.
-    return (path / CHECKPOINT_DIRECTORY).exists() or not list_weight_files(path)
-
-
 def _read_run(
     name: str, mesh: Mesh, *, step: int | None, ema: bool, image_size: int | None
 ) -> ModelFiles:
@@ -230,17 +218,4 @@ def _read_run(
         is_run=True,
         step=trained.step,
         ema=ema,
-    )
-
-
-def _locate(name: str) -> pathlib.Path:
-    if os.path.exists(name):
-        return pathlib.Path(name)
-    if name in RELEASES:
-        return fetch_release(name)
-    nearest = nearest_name(name, RELEASES)
-    hint = f"; did you mean '{nearest}'?" if nearest else ""
-    raise ValueError(
-        f"'{name}': no such work directory or weight file, and no released model{hint} (released: "
-        f"{', '.join(RELEASES)}; {WEIGHTS_VARIABLE} names local files of them)"
     )

@@ -9,16 +9,38 @@ from jax.ad_checkpoint import checkpoint_name
 from diht_jax.models.remat import LINEAR_OUT
 
 
-def linear(in_features: int, out_features: int, **settings) -> nnx.Linear:
-    """`nnx.Linear`, with a gradient that every compiler turns into plain matrix products."""
-    return nnx.Linear(in_features, out_features, dot_general=_dot_general, **settings)
+class Linear(nnx.Linear):
+    """`nnx.Linear`, with a gradient that every compiler turns into plain matrix products.
+
+    `models.lora` may put an adapter on it: parameters `lora_a` and `lora_b`, and `lora_scale`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, **settings):
+        super().__init__(in_features, out_features, dot_general=_dot_general, **settings)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in_features] -> [..., out_features]."""
+        y = super().__call__(x)
+        return y + adapter_product(self, x) if has_adapter(self) else y
 
 
-def apply_columns(layer: nnx.Linear, x: jax.Array, columns: slice) -> jax.Array:
+def has_adapter(layer: Linear) -> bool:
+    """Whether `models.lora` has put an adapter on the layer."""
+    return hasattr(layer, "lora_a")
+
+
+def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
+    """What the adapter of a layer adds, [..., len(columns)] in the layer's dtype."""
+    a, b = layer.lora_a[...], layer.lora_b[...][:, columns]
+    x, a, b = (value.astype(layer.dtype) for value in (x, a, b))
+    return (layer.lora_scale * (x @ a)) @ b
+
+
+def apply_columns(layer: Linear, x: jax.Array, columns: slice) -> jax.Array:
     """Some of the outputs of a layer, without computing the others.
 
     Args:
-        layer: of `linear`, with a bias.
+        layer: with a bias.
         x: [..., in_features].
         columns: which outputs.
 
@@ -30,12 +52,15 @@ def apply_columns(layer: nnx.Linear, x: jax.Array, columns: slice) -> jax.Array:
 
 
 def product_and_bias(
-    layer: nnx.Linear, x: jax.Array, columns: slice = slice(None)
+    layer: Linear, x: jax.Array, columns: slice = slice(None)
 ) -> tuple[jax.Array, jax.Array]:
     """The two parts of what `apply_columns` adds up, [..., len(columns)] and [len(columns)]."""
     kernel, bias = (layer.kernel[...][:, columns], layer.bias[...][columns])
     x, kernel, bias = (value.astype(layer.dtype) for value in (x, kernel, bias))
-    return checkpoint_name(_product(x, kernel), LINEAR_OUT), bias
+    product = checkpoint_name(_product(x, kernel), LINEAR_OUT)
+    if has_adapter(layer):
+        product += adapter_product(layer, x, columns)
+    return product, bias
 
 
 @jax.custom_vjp

@@ -19,6 +19,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from diht_jax.models.dual_encoder import DualEncoder
+from diht_jax.models.lora import Lora, add_adapters
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import Architecture
 
@@ -34,12 +35,14 @@ class ModelDefinition:
         dtype: of the computation.
         param_dtype: of the stored parameters.
         execution: how to compute.
+        lora: the adapters on its layers, or None.
     """
 
     arch: Architecture
     dtype: DTypeLike
     param_dtype: DTypeLike
     execution: Execution = Execution()
+    lora: Lora | None = None
 
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:
@@ -52,13 +55,16 @@ class ModelDefinition:
         return model_parameters(self._build(key, Execution()))
 
     def _build(self, key: jax.Array, execution: Execution) -> DualEncoder:
-        return DualEncoder(
+        model = DualEncoder(
             self.arch,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             execution=execution,
             rngs=nnx.Rngs(params=key),
         )
+        if self.lora is not None:
+            add_adapters(model, self.lora, key)
+        return model
 
 
 def model_definition(
@@ -66,9 +72,10 @@ def model_definition(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
     execution: Execution | None = None,
+    lora: Lora | None = None,
 ) -> tuple[ModelDefinition, Callable[[jax.Array], dict[str, Any]]]:
     """All of a model but its parameters, and a function that draws these from a key."""
-    definition = ModelDefinition(arch, dtype, param_dtype, execution or Execution())
+    definition = ModelDefinition(arch, dtype, param_dtype, execution or Execution(), lora)
     return definition, definition.init_params
 
 

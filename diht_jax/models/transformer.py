@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 
 from diht_jax.models.activations import activate
 from diht_jax.models.attention import Target, attend, attention_implementation, check_attention
-from diht_jax.models.linear import apply_columns, linear, product_and_bias
+from diht_jax.models.linear import Linear, apply_columns, product_and_bias
 from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
 from diht_jax.models.tpu_attention import attend_short
 
@@ -143,8 +143,8 @@ class Attention(nnx.Module):
         self.causal = causal
         self.implementation = implementation
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.in_proj = linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
-        self.out_proj = linear(width, width, kernel_init=init.attention_out, **dtypes)
+        self.in_proj = Linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
+        self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
 
     def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """[b, t, width] -> [b, t, width]; softmax in float32. `positions`: see `Block`."""
@@ -194,14 +194,14 @@ class Mlp(nnx.Module):
     ):
         dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.activation = activation
-        self.fc_in = linear(
+        self.fc_in = Linear(
             width,
             inner_width,
             kernel_init=init.mlp_in,
             bias_init=uniform_init(width**-0.5),
             **dtypes,
         )
-        self.fc_out = linear(
+        self.fc_out = Linear(
             inner_width,
             width,
             kernel_init=init.mlp_out,

@@ -70,6 +70,8 @@ RANGES = {
     },
     "model.overrides.end_of_text_id": _NOT_NEGATIVE,
     "model.overrides.layer_norm_epsilon": _NOT_NEGATIVE,
+    "lora.rank": _NOT_NEGATIVE,
+    "lora.alpha": _POSITIVE,
     "loss.alpha": Range(0, 1),
     "loss.beta": _NOT_NEGATIVE,
     "concepts.object_weight": _NOT_NEGATIVE,

@@ -27,12 +27,11 @@ from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.train_data import describe_train, lies_in_store, parse_train
 from diht_jax.data.records.vocabulary import train_vocabulary_sizes
-from diht_jax.models.parameters import parameter_shapes
-from diht_jax.models.positions import fit_positions
 from diht_jax.models.zoo import get_architecture
 from diht_jax.progress import ProgressBar
 from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
+from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.input_supply import InputSupply
@@ -71,8 +70,6 @@ from diht_jax.training.workdir.resume_checks import (
     check_same_start,
 )
 from diht_jax.training.workdir.staging import open_workdir
-from diht_jax.training.workdir.stored_run import local_run
-from diht_jax.training.workdir.trained_model import restore_model
 
 
 def train(
@@ -198,7 +195,7 @@ class Run:
         if self.checkpointer.latest_step is None:
             self.state = self.program.create_state()
             if config.model.init_from:
-                params = self.initial_parameters()
+                params = initial_parameters(config, self.arch, self.mesh, self.state.params)
                 average = initial_average(params) if self.program.keeps_ema else None
                 self.state = self.state.replace(params=params, ema_params=average)
         else:
@@ -237,24 +234,6 @@ class Run:
             jax.process_count(),
             share_from_first,
         )
-
-    def initial_parameters(self) -> dict[str, Any]:
-        """Those of `config.model.init_from`, with image positions resized to this run's size."""
-        trained = restore_model(local_run(self.config.model.init_from), self.mesh)
-        num_patches = (self.arch.image_size // self.arch.patch_size) ** 2
-        params = fit_positions(trained.params, num_patches)
-        # Heads and bias of the training objective start anew.
-        params = {**self.state.params, **params}
-        found, expected = parameter_shapes(params), parameter_shapes(self.state.params)
-        names = found.keys() | expected.keys()
-        wrong = sorted(name for name in names if found.get(name) != expected.get(name))
-        if wrong:
-            raise ValueError(
-                f"config.model.init_from={self.config.model.init_from}: shapes differ from those "
-                f"of '{self.config.model.name}' in {', '.join(wrong[:5])}"
-            )
-        logging.info("starts from step %d of %s", trained.step, self.config.model.init_from)
-        return jax.device_put(params, sharding.tree_shardings(params, self.mesh))
 
     def loop(
         self, stop_after_steps: int | None, stop_request: StopRequest | None = None

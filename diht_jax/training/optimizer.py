@@ -20,6 +20,7 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from diht_jax.models.lora import frozen_by_adapters
 from diht_jax.sharding import path_name
 from diht_jax.training.muon import is_block_matrix, scale_by_muon
 
@@ -186,7 +187,8 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     (final norm and projection, which get 1), the embeddings have all of them. This counting is
     BEiT's (arXiv 2106.08254), done for each tower. Weight decay is for matrices and higher only;
     biases, LayerNorm, class token and logit scale are not decayed. Positional embeddings are
-    matrices by shape and are decayed, as in open_clip.
+    matrices by shape and are decayed, as in open_clip. Frozen are the names in which one of
+    `frozen` is found, and beside adapters (`models.lora`) the rest of the model.
 
     Args:
         config: the section `optimizer`.
@@ -201,13 +203,14 @@ def update_rules(config: ml_collections.ConfigDict, params: Any) -> dict[str, Up
     }
     frozen = [_pattern("frozen", text, ranks) for text in _tuple(config, "frozen")]
     multipliers = [_multiplier(entry, ranks) for entry in _tuple(config, "multipliers")]
+    beside_adapters = frozen_by_adapters(ranks)
     decay, num_blocks = _layer_decay(config), _num_blocks(ranks)
     rules = {}
     for name, rank in ranks.items():
         found = (factors for pattern, *factors in multipliers if pattern.search(name))
         rate, weight_decay = next(found, (1.0, 1.0))
         rules[name] = UpdateRule(
-            frozen=any(pattern.search(name) for pattern in frozen),
+            frozen=name in beside_adapters or any(pattern.search(name) for pattern in frozen),
             learning_rate=rate * decay ** _layers_above(name, num_blocks),
             weight_decay=weight_decay if rank >= 2 else 0.0,
         )
@@ -231,9 +234,10 @@ def split_parameters(
         config: the section `optimizer`.
         params: nested dict of all parameters.
     """
-    if not config.frozen:
+    flat = flatten_dict(params, sep="/")
+    if not config.frozen and not frozen_by_adapters(flat):
         return params, {}
-    rules, flat = update_rules(config, params), flatten_dict(params, sep="/")
+    rules = update_rules(config, params)
     trained = {name: leaf for name, leaf in flat.items() if not rules[name].frozen}
     frozen = {name: leaf for name, leaf in flat.items() if rules[name].frozen}
     return unflatten_dict(trained, sep="/"), unflatten_dict(frozen, sep="/")

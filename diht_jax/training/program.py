@@ -17,6 +17,7 @@ from diht_jax import sharding
 from diht_jax.data.records.schema import CONCEPT_FIELDS
 from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
+from diht_jax.models.lora import lora_of
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
@@ -73,7 +74,7 @@ class TrainProgram:
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
         self.optimizer = create_optimizer(optimizer_config(config), self.schedule, self.mesh)
         self.definition, init_params = model_definition(
-            self.arch, config.model.dtype, config.model.param_dtype
+            *(self.arch, config.model.dtype, config.model.param_dtype), lora=lora_of(config.lora)
         )
         self.init_params = with_objective_parameters(init_params, config, self.arch)
         self.num_labels = num_labels(config)

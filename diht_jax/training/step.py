@@ -113,9 +113,10 @@ class TrainStep:
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = merge_parameters(optax.apply_updates(trained, updates), frozen)
-        params["log_logit_scale"] = jnp.minimum(
-            params["log_logit_scale"], math.log(config.optimizer.max_logit_scale)
-        )
+        if "log_logit_scale" in trained:
+            params["log_logit_scale"] = jnp.minimum(
+                params["log_logit_scale"], math.log(config.optimizer.max_logit_scale)
+            )
         metrics = {
             **metrics,
             "logit_scale": jnp.exp(state.params["log_logit_scale"]),

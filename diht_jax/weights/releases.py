@@ -19,6 +19,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
+from diht_jax.config import nearest_name
 from diht_jax.progress import ProgressBar
 
 CACHE_VARIABLE = "DIHT_JAX_CACHE"
@@ -58,6 +59,24 @@ RELEASES: dict[str, Release] = {
         "diht_vitl14_336px": "4864afccc0f28d5bbc24444672789cfe23320ada5980b730c915defcebe52e4c",
     }.items()
 }
+
+
+def locate_weights(name: str) -> pathlib.Path:
+    """A path itself, or the file of a released model, fetched where it is not here.
+
+    Raises:
+        ValueError: there is no such path and no such model.
+    """
+    if os.path.exists(name):
+        return pathlib.Path(name)
+    if name in RELEASES:
+        return fetch_release(name)
+    nearest = nearest_name(name, RELEASES)
+    hint = f"; did you mean '{nearest}'?" if nearest else ""
+    raise ValueError(
+        f"'{name}': no such work directory or weight file, and no released model{hint} (released: "
+        f"{', '.join(RELEASES)}; {WEIGHTS_VARIABLE} names local files of them)"
+    )
 
 
 def fetch_release(name: str) -> pathlib.Path:

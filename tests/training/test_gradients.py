@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diht_jax import sharding
 from diht_jax.config import default_config
+from diht_jax.cost_model.flops import count_flops
 from diht_jax.data.images.transforms import normalize
 from diht_jax.losses import contrastive_loss
 from diht_jax.models.dual_encoder import l2_normalize
@@ -78,8 +80,8 @@ def make_params() -> dict:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def make_state(mesh) -> TrainState:
-    params = make_params()
+def make_state(mesh, params=None) -> TrainState:
+    params = make_params() if params is None else params
     return TrainState(
         step=jnp.int32(3),
         params=jax.device_put(params, sharding.tree_shardings(params, mesh)),
@@ -103,10 +105,10 @@ def gradient_function(program):
     )
 
 
-def gradients(config, data, fsdp):
+def gradients(config, data, fsdp, params=None):
     program = program_of(config, data, fsdp)
     batch = sharding.put_batch(make_batch(), sharding.batch_sharding(program.mesh))
-    return gradient_function(program)(make_state(program.mesh), batch)
+    return gradient_function(program)(make_state(program.mesh, params), batch)
 
 
 @functools.cache
@@ -175,6 +177,57 @@ def test_frozen_parameters_get_no_gradient_and_change_nothing_else():
     expected, _ = split_parameters(config.optimizer, reference()[1])
     assert "text" not in grads and "0" not in grads["vision"]["blocks"]
     assert relative_error(grads, expected) < 2e-6
+
+
+def with_adapters(config):
+    """Parameters with random adapters, which compute what `make_params` do."""
+    program = program_of(config, 1, 1)
+    rng, scale = np.random.default_rng(2), config.lora.alpha / config.lora.rank
+    shapes = flatten_dict(jax.eval_shape(program.init_params, jax.random.key(0)), sep="/")
+    params = flatten_dict(make_params(), sep="/")
+    for name in shapes.keys() - params.keys():
+        params[name] = 0.1 * rng.standard_normal(shapes[name].shape, np.float32)
+    for name in (n.removesuffix("/lora_a") for n in shapes if n.endswith("/lora_a")):
+        change = scale * params[f"{name}/lora_a"] @ params[f"{name}/lora_b"]
+        params[f"{name}/kernel"] = params[f"{name}/kernel"] - change
+    return unflatten_dict(params, sep="/")
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp", "changes"),
+    [
+        (2, 2, {"model.scan_layers": True, "model.remat": "full", "micro_batch": 16}),
+        (1, 1, {"model.scan_layers": False, "lora.towers": ("vision",), "lora.rank": 2}),
+    ],
+)
+def test_adapters_alone_get_gradients_those_of_the_merged_kernels(data, fsdp, changes):
+    config = tiny_config(**{"lora.rank": 3, "lora.alpha": 6.0, **changes})
+    params = with_adapters(config)
+    scale, flat = config.lora.alpha / config.lora.rank, flatten_dict(params, sep="/")
+    grads, metrics = gradients(config, data, fsdp, params)
+    loss, whole = reference()
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    kernels, expected = flatten_dict(whole, sep="/"), {}
+    for name in (n.removesuffix("/lora_a") for n in flat if n.endswith("/lora_a")):
+        a, b, of_kernel = flat[f"{name}/lora_a"], flat[f"{name}/lora_b"], kernels[f"{name}/kernel"]
+        expected[f"{name}/lora_a"] = scale * of_kernel @ b.T
+        expected[f"{name}/lora_b"] = scale * a.T @ of_kernel
+    assert len(expected) == 2 * 4 * 2 * len(config.lora.towers)
+    assert relative_error(grads, unflatten_dict(expected, sep="/")) < 1e-5
+
+
+def test_a_step_with_adapters_computes_no_gradients_of_kernels():
+    """Of the three products of a layer, forward and the two gradients, one is left out."""
+
+    def flops(rank):
+        changes = {"lora.rank": rank, "model.remat": "none", "model.scan_layers": True}
+        config = tiny_config(**{**changes, "model.patch_dropout": 0.0, "lora.towers": ("vision",)})
+        config.model.overrides.update(vision_width=256, vision_layers=4)
+        program = program_of(config, 1, 1)
+        state = program.abstract_state()
+        return count_flops(program.step(state), state, program.abstract_batch()).matmul_flops
+
+    assert 0.6 < flops(1) / flops(0) < 0.7
 
 
 def test_what_is_computed_of_one_example_can_come_beside_the_embeddings():

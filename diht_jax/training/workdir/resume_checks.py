@@ -27,6 +27,7 @@ from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
 # A run cannot go on under other values of these and of the objective's terms, ...
 _FIXED_IN_A_RUN = (
     "model",
+    "lora",
     "loss",
     "optimizer",
     "ema",

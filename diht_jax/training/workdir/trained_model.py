@@ -11,15 +11,22 @@ from etils import epath
 from jax.sharding import Mesh
 
 from diht_jax.config import default_config, validate_config
+from diht_jax.models.lora import lora_of, merge_adapters
 from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.objective import with_objective_parameters
 from diht_jax.training.objectives.concepts import HEADS
 from diht_jax.training.state import abstract_parameters
-from diht_jax.training.workdir.checkpoint import STATE_ITEM, checkpoint_root, read_checks
+from diht_jax.training.workdir.checkpoint import (
+    CHECKPOINT_DIRECTORY,
+    STATE_ITEM,
+    checkpoint_root,
+    read_checks,
+)
 from diht_jax.training.workdir.checksums import describe_difference
 from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
 from diht_jax.training.workdir.error_causes import explain_error
+from diht_jax.weights.source import list_weight_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +36,8 @@ class TrainedModel:
     Attributes:
         config: the training config.
         arch: sizes.
-        params: nested dict of arrays, sharded by the partition rules; their moving average where
-            that was asked for.
+        params: nested dict of arrays, sharded by the partition rules, adapters merged; their moving
+            average where that was asked for.
         heads: concept heads of the training objective, `{name: {kernel, bias}}`; maybe none.
         step: optimiser step of the checkpoint.
     """
@@ -40,6 +47,15 @@ class TrainedModel:
     params: dict[str, Any]
     heads: dict[str, Any]
     step: int
+
+
+def is_run(name: str) -> bool:
+    """Whether a path is a work directory of `diht_jax.train`, and no model directory."""
+    path = epath.Path(name)
+    if not (path / CONFIG_FILE).exists():
+        return False
+    # transformers' directories have a config.json as well, beside the weights.
+    return (path / CHECKPOINT_DIRECTORY).exists() or not list_weight_files(path)
 
 
 def restore_model(
@@ -72,7 +88,10 @@ def restore_model(
     name = "ema_params" if ema else "params"
     try:
         arch = get_architecture(config.model.name, config.model.overrides.to_dict())
-        _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+        lora = lora_of(config.lora)
+        _, init_params = model_definition(
+            arch, config.model.dtype, config.model.param_dtype, lora=lora
+        )
         init_params = with_objective_parameters(init_params, config, arch)
         target = {name: abstract_parameters(init_params, mesh, ema=ema)}
     except (ValueError, TypeError) as error:
@@ -100,6 +119,7 @@ def restore_model(
     found = restored[name]
     # What the objective learns beside the model is left out, but for the concept heads.
     params = {part: found[part] for part in (*TOWERS, "log_logit_scale")}
+    params = merge_adapters(params, lora)
     heads = found.get(HEADS, {})
     return TrainedModel(config=config, arch=arch, params=params, heads=heads, step=step)
 
