@@ -1,0 +1,159 @@
+"""Runs with low-rank adapters: what is trained, what is stored, and what is loaded of them."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import diht_jax
+from diht_jax.inference import LoadedModel
+from diht_jax.models.lora import lora_of
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import get_architecture
+from diht_jax.sharding import create_mesh
+from diht_jax.training.initial_parameters import initial_parameters
+from diht_jax.training.loop import train
+from diht_jax.training.program import TrainProgram
+from diht_jax.weights.export import write_model
+from diht_jax.weights.settings import Preprocessing
+
+
+def flat(tree):
+    return {name: np.asarray(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+
+
+@pytest.fixture(scope="module")
+def weights(make_config, tmp_path_factory):
+    """A weight directory of the runs' architecture, and its parameters."""
+    model = make_config().model
+    arch = get_architecture(model.name, model.overrides.to_dict())
+    _, init = model_definition(arch, "float32", "float32")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: (0.1 * rng.standard_normal(p.shape) + (p.ndim == 0)).astype(np.float32),
+        jax.eval_shape(init, jax.random.key(0)),
+    )
+    folder = tmp_path_factory.mktemp("weights") / "model"
+    write_model(
+        folder,
+        "safetensors",
+        arch=arch,
+        params=params,
+        preprocessing=Preprocessing(),
+        heads={},
+        card="",
+    )
+    return folder, params
+
+
+@pytest.fixture(scope="module")
+def tuned(make_config, weights, tmp_path_factory):
+    """A run with adapters in the image tower that was resumed, and its last state."""
+    config = make_config()
+    config.model.init_from = str(weights[0])
+    config.lora.update(rank=2, alpha=4.0, towers=("vision",), matrices=("in_proj", "fc_out"))
+    config.mesh.update(data=1, fsdp=2)
+    devices = jax.devices()[:2]
+    config.total_steps = 4
+    config.checkpoint.every_steps = 2
+    config.optimizer.warmup_steps = 0
+    config.optimizer.learning_rate = 0.05
+    config.optimizer.max_logit_scale = 2.0  # below that of the weights, e
+    folder = tmp_path_factory.mktemp("tuned")
+    straight = train(config, folder / "run", devices=devices)
+    shutil.rmtree(folder / "run" / "checkpoints" / "4")  # as if it had been stopped after step 2
+    resumed = train(config, folder / "run", devices=devices)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), straight, resumed)
+    return config, folder / "run", resumed
+
+
+def test_adapters_alone_are_trained_and_have_moments(tuned, weights):
+    _, _, state = tuned
+    params, before = flat(state.params), flat(weights[1])
+    adapters = params.keys() - before.keys()
+    prefix = "vision/blocks/0/"
+    assert adapters == {
+        f"{prefix}{layer}/{part}"
+        for layer in ("attention/in_proj", "mlp/fc_out")
+        for part in ("lora_a", "lora_b")
+    }
+    for name, value in before.items():
+        np.testing.assert_array_equal(params[name], value, err_msg=name)
+    assert all(np.any(params[name]) for name in adapters)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert sorted(x.shape for x in moments) == sorted(2 * [params[name].shape for name in adapters])
+
+
+def test_model_of_the_run_is_the_one_with_adapters(tuned, weights):
+    config, run, state = tuned
+    program = TrainProgram(config, 4, jax.devices()[:2])
+    unmerged = LoadedModel(
+        program.definition,
+        state.params,
+        mesh=program.mesh,
+        config=config,
+        image_size=16,
+        context_length=24,
+        batch_size=8,
+    )
+    loaded = diht_jax.load_model(run, devices=jax.devices()[:1], batch_size=8)
+    assert flat(loaded._params).keys() == flat(weights[1]).keys()
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3)).astype(np.uint8)
+    found = loaded.encode_image(images)
+    np.testing.assert_allclose(found, unmerged.encode_image(images), atol=2e-6)
+    np.testing.assert_array_equal(flat(loaded._params)["text/projection/kernel"],
+                                  flat(weights[1])["text/projection/kernel"])  # fmt: skip
+    a, b = (
+        flat(state.params)[f"vision/blocks/0/mlp/fc_out/{part}"] for part in ("lora_a", "lora_b")
+    )
+    assert np.abs(a @ b).max() > 1e-3  # far from the model that it started as
+
+
+def test_run_with_adapters_is_not_resumed_with_others(tuned):
+    config, run, _ = tuned
+    config = config.copy_and_resolve_references()
+    config.lora.rank = 3
+    with pytest.raises(ValueError, match="another config; changed: lora.rank"):
+        train(config, run)
+
+
+def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
+    config.model.overrides.vocab_size = 64
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+    draw = jax.random.key(0)
+    plain, _ = model_definition(arch, "float32", "float32")
+    assert TrainProgram(config, 5).definition == plain and lora_of(config.lora) is None
+    config.lora.rank = 2
+    adapted = TrainProgram(config, 5).definition
+    before, after = (flat(jax.jit(d.init_params)(draw)) for d in (plain, adapted))
+    for name, value in before.items():
+        np.testing.assert_array_equal(after.pop(name), value)
+    assert len(after) == 2 * 4 * 2
+    assert all(np.any(v) == name.endswith("lora_a") for name, v in after.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"towers": ("image",)}, r"config.lora.towers=\('image',\): expected some of vision, text"),
+        ({"matrices": ()}, r"config.lora.matrices=\(\): expected some of in_proj, out_proj, fc_in"),
+    ],
+)
+def test_wrong_layers_are_named(config, changes, message):
+    config.lora.update(rank=2, **changes)
+    with pytest.raises(ValueError, match=message):
+        TrainProgram(config, 5)
+
+
+def test_weights_of_another_model_are_refused(config, weights, tmp_path):
+    mesh = create_mesh(1, 1, jax.devices()[:1])
+    config.model.init_from = str(weights[0])
+    config.model.overrides.activation = "quick_gelu"
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+    with pytest.raises(ValueError, match="init_from=.*activation is 'gelu', and 'quick_gelu' here"):
+        initial_parameters(config, arch, mesh, weights[1])
+    config.model.init_from = str(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="init_from=.*no such work directory or weight file"):
+        initial_parameters(config, arch, mesh, weights[1])
