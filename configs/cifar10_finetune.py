@@ -1,0 +1,51 @@
+"""Fine-tuning on CIFAR-10 with the class prompts as the start: FLYP, a probe, or adapters.
+
+FLYP (Goyal et al. 2022, arXiv 2212.00638) goes on with the contrastive loss on pairs of an image
+and the prompt of its class. So the classifier is at any time what the text tower makes of the
+prompts: it starts as the zero-shot one, and evaluation, WiSE-FT, soups and export need nothing of
+their own. The captions of `cifar10_train.tar` are such prompts ("a photo of a airplane."); where
+they are class names, set `--config.data.text_template="a photo of a {caption}."`.
+
+The argument `train` says what is trained:
+
+    all     both towers and the logit scale
+    probe   the projection of the image tower alone: a linear map of fixed features
+    lora    adapters of rank 8 in both towers
+
+Run, from a model of the same architecture, here the demo's:
+
+    python -m diht_jax.train --config configs/cifar10_finetune.py \\
+        --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \\
+        --workdir runs/tuned
+    python -m diht_jax.train --config configs/cifar10_finetune.py:train=lora \\
+        --config.model.init_from=runs/base --config.data.train=runs/cifar10_records \\
+        --workdir runs/tuned_lora
+
+Meant for the machine it is started on; a laptop will do (`config.topology`: local).
+
+Expected: docs/finetuning.md.
+"""
+
+import ml_collections
+
+from configs import common, demo
+
+TRAINED = ("all", "probe", "lora")
+
+
+def get_config(arg: str = "") -> ml_collections.ConfigDict:
+    """The recipe; `common.parse_arg` describes `arg`."""
+    args = common.parse_arg(arg, train="all")
+    if args.train not in TRAINED:
+        raise ValueError(f"recipe argument 'train={args.train}': expected {', '.join(TRAINED)}")
+    config = demo.get_config()
+    config.loss.beta = 0.0  # a batch holds equal prompts, which are no hard negatives
+    config.data.crop_scale = (0.5, 1.0)
+    config.optimizer.learning_rate = 3e-4
+    if args.train == "probe":
+        config.optimizer.frozen = ("^text/", "^vision/(?!projection)", "^log_logit_scale$")
+        config.optimizer.learning_rate = 3e-3
+    if args.train == "lora":
+        config.lora.rank = 8
+        config.optimizer.learning_rate = 1e-3
+    return common.finish(config, args)
