@@ -175,6 +175,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.optimizer.muon.momentum = 0.95
     c.optimizer.muon.rms = 0.2  # of an update, as of AdamW's: rate and decay need no other values
 
+    # Metrics of the gradient noise scale, from two backward passes over halves of the batch.
+    c.gradient_noise = False
+
     c.ema = ml_collections.ConfigDict()
     c.ema.decay = placeholder(float)  # of the parameters' moving average; None keeps none
 

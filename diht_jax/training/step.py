@@ -25,6 +25,7 @@ from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
+from diht_jax.training.gradient_noise import gradients_of_halves, micro_batch_of_halves
 from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.objectives.term import Term
 from diht_jax.training.optimizer import merge_parameters, split_parameters
@@ -64,6 +65,8 @@ class TrainStep:
             ValueError: a wrong `config.micro_batch` or `config.model` value.
         """
         check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
+        if config.gradient_noise:
+            micro_batch_of_halves(config.micro_batch, config.data.batch_size, mesh.size)
         if not 0.0 <= config.model.patch_dropout < 1.0:
             raise ValueError(
                 f"config.model.patch_dropout={config.model.patch_dropout}: expected a share of at "
@@ -173,18 +176,24 @@ def loss_gradients(
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
     trained, frozen = split_parameters(config.optimizer, state.params)
 
-    def loss_fn(trained: Any) -> tuple[jax.Array, Metrics]:
-        encoded = encode_on_mesh(
-            encode,
-            trained,
-            frozen,
-            examples,
-            mesh=mesh,
-            micro_batch=config.micro_batch,
-            scan_layers=definition.execution.scan_layers,
-        )
+    encode_rows = functools.partial(
+        encode_on_mesh, encode, mesh=mesh, scan_layers=definition.execution.scan_layers
+    )
+
+    def loss_of(encoded: dict[str, jax.Array], trained: Any) -> tuple[jax.Array, Metrics]:
         params = merge_parameters(trained, frozen)
         return total_loss(encoded, params, examples, terms=terms, mesh=mesh, config=config)
+
+    if config.gradient_noise:
+        micro_batch = micro_batch_of_halves(config.micro_batch, batch["images"].shape[0], mesh.size)
+        return gradients_of_halves(
+            lambda trained, rows: encode_rows(trained, frozen, rows, micro_batch=micro_batch),
+            *(loss_of, trained, examples),
+        )
+
+    def loss_fn(trained: Any) -> tuple[jax.Array, Metrics]:
+        encoded = encode_rows(trained, frozen, examples, micro_batch=config.micro_batch)
+        return loss_of(encoded, trained)
 
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     return grads, metrics

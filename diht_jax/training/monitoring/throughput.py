@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from diht_jax.cost_model.chips import peak_flops
 from diht_jax.cost_model.flops import count_flops
+from diht_jax.training.gradient_noise import with_noise_scale
 from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.program import TrainProgram
 
@@ -38,6 +39,7 @@ def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     plain.model.remat = "none"
     plain.model.attention = "xla"
     plain.concepts.chunk_rows = plain.data.batch_size
+    plain.gradient_noise = False
     plain.optimizer.update(kind="adamw", schedule="cosine", decay_steps=None)
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
     state = program.abstract_state()
@@ -147,9 +149,10 @@ class ThroughputWindow:
         """Means of the step's metrics, and speed; starts the next window.
 
         Beside the means: `images_per_sec`; `data_wait_secs`, and `data_wait_share` of the time;
-        `model_flops_per_sec`; `mfu`, where the devices' peak is known.
+        `model_flops_per_sec`; `mfu`, where the devices' peak is known; and `noise_scale`, where it
+        is measured.
         """
-        scalars = mean_scalars(self._measured)
+        scalars = with_noise_scale(mean_scalars(self._measured), self._batch_size)
         elapsed_secs = self._clock() - self._start
         steps_per_sec = len(self._measured) / elapsed_secs
         scalars["images_per_sec"] = steps_per_sec * self._batch_size
