@@ -123,6 +123,10 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
             sentence.attach(i, owner, "prep")
     elif low == "with" and _is_part(sentence, noun, i):
         sentence.attach(i, noun, "prep")
+    elif low == "with" and head > 0 and _is_ordered(sentence, head):
+        sentence.attach(i, 0, "prep")
+    elif low == "in" and _is_behind(sentence, noun, i):
+        sentence.attach(i, noun, "prep")
     elif low == "to" and _is_given(sentence, head):
         first = head
         while sentence.dep[first] == "conj":
@@ -161,6 +165,26 @@ def _is_part(sentence: Sentence, noun: int, i: int) -> bool:
         and sentence.head[owner] == verb
         and sentence.lemma[targets[0]] in lexicon.SCENERY
     )
+
+
+def _is_ordered(sentence: Sentence, noun: int) -> bool:
+    """Whether a noun is in a command to bring it somewhere: "add color to a room with art"."""
+    if sentence.lemma[0] not in lexicon.GIVING_VERBS or sentence.tag[0] not in ("VB", "VBP"):
+        return False
+    if sentence.head[0] != 0 or sentence.has_kid(0, "nsubj") or sentence.has_kid(noun, "relcl"):
+        return False
+    owner = sentence.head[noun]
+    return owner == 0 or (sentence.dep[owner] == "prep" and sentence.head[owner] == 0)
+
+
+def _is_behind(sentence: Sentence, noun: int, i: int) -> bool:
+    """Whether a phrase is where a thing of a scene is: "a man on a wall with hills in the back"."""
+    targets, owner = sentence.kids_of(i, "pobj"), sentence.head[noun]
+    if not targets or sentence.lemma[targets[0]] not in lexicon.DISTANCES:
+        return False
+    if sentence.dep[noun] == "conj":
+        owner = sentence.head[owner]
+    return sentence.low[owner] == "with" and sentence.tag[noun] in NOUN_TAGS
 
 
 def _is_given(sentence: Sentence, noun: int) -> bool:
@@ -204,7 +228,11 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
         target = "background" if "background" in parts else target
     is_setting = (
         low in ("during", "since", "until")
-        or (low == "against" and target not in lexicon.ANIMATE_NOUNS)
+        or (
+            low == "against"
+            and target not in lexicon.ANIMATE_NOUNS
+            and sentence.lemma[sentence.head[i]] not in lexicon.CONTESTS
+        )
         or (target in lexicon.SETTINGS and low in lexicon.PLACE_PREPOSITIONS)
     )
     is_time = target in lexicon.CALENDAR or target == "day"
@@ -220,7 +248,11 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
             first = sentence.head[first]
         owner = sentence.head[first]
         if sentence.dep[first] == "pobj" and sentence.dep[owner] == "prep":
-            is_direct, owner = False, sentence.head[owner]
+            preposition, owner = owner, sentence.head[owner]
+            is_direct = sentence.tag[owner] in VERB_TAGS and (
+                sentence.low[preposition] == "with"
+                or sentence.lemma[owner] in lexicon.DIRECTED_VERBS
+            )
         elif sentence.dep[first] == "dobj" and sentence.tag[owner] in VERB_TAGS:
             is_direct = True
         else:

@@ -36,6 +36,7 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
         return
     if (
         (following == "of" and (low in lexicon.PICTURE_NOUNS or low in lexicon.COUNTING_WORDS))
+        or (following == "of" and i == 0 and low in words.nouns)
         or low in lexicon.DESCRIBING_NOUNS
         or (lemma not in words.verbs and (low in words.nouns or lemma in words.nouns))
         or (lemma in words.nouns and (_names_part(sentence, i) or _stands_in_list(sentence, i)))
@@ -57,6 +58,9 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
     if sentence.tag[i] == "VBG" and sentence.dep[i] == "conj" and _joins_pair(sentence, i):
         return
     things = sentence.kids_of(i, "dobj")
+    if things and low == "themed" and i < things[0]:
+        _make_theme(sentence, i, things[0])
+        return
     if things and _is_inside_compound(sentence, i, things[0]):
         _make_modifier(sentence, i - 1, i, things[0])
         return
@@ -142,7 +146,9 @@ def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemma
         return False
     listed = sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in NOUN_TAGS
     if listed and not (
-        sentence.tag[i] == "VBN" and thing == i + 1 and sentence.low[i - 1] == "and"
+        (sentence.tag[i] == "VBN" or sentence.lemma[sentence.head[i]] not in lexicon.ANIMATE_NOUNS)
+        and thing == i + 1
+        and sentence.low[i - 1] == "and"
     ):
         return False
     if (
@@ -218,6 +224,17 @@ def _make_modifier(sentence: Sentence, noun: int, i: int, thing: int) -> None:
     sentence.lemma[i] = sentence.low[i]
     sentence.attach(i, thing, "amod")
     sentence.attach(noun, i, "compound")
+
+
+def _make_theme(sentence: Sentence, i: int, thing: int) -> None:
+    """Makes one noun of "a circus themed birthday cake", whatever stands before it."""
+    sentence.replace(i, thing)
+    for kid in list(sentence.kids[thing]):
+        if kid < i and sentence.dep[kid] == "nsubj":
+            for part in (*sentence.kids_of(kid, "conj"), kid):
+                sentence.attach(part, i, "compound")
+    sentence.tag[i], sentence.lemma[i] = "JJ", sentence.low[i]
+    sentence.attach(i, thing, "amod")
 
 
 def _leave_punctuation(sentence: Sentence, i: int) -> None:

@@ -64,6 +64,8 @@ _CLOSE_UP = re.compile(r"\bclose(?: - | )up\b", re.IGNORECASE)
 _IMAGE_TALK = re.compile(
     r"(?:the |this )?(?:image|photo|picture)s? may (?:also )?contain\s*:?\s*", re.IGNORECASE
 )
+# The number of a picture in a list ends what it belongs to: "property image # large pool".
+_PICTURE_NUMBER = re.compile(r"\b(image|photo|picture) ?# ?\d* (?=\w)", re.IGNORECASE)
 _LIST_NUMBER = re.compile(r"(?:\#\s*)?\d{1,3}\s*[.):]\s+(?=\D)")
 # Two-letter states behind a place name; only in the text's own capitals.
 _STATE = re.compile(
@@ -225,6 +227,7 @@ def _join_tokens(text: str) -> str:
         text = _SPACED_HYPHEN.sub(lambda match: f"{match[1] or ''}-", text)
         text = _DASH.sub(" -- ", text)
     if "#" in text or "_" in text:
+        text = _PICTURE_NUMBER.sub(r"\1 : ", text)
         text = text.replace("#", " ").replace("_", " ")
     return " ".join(text.split())
 

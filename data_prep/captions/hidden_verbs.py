@@ -34,6 +34,9 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     if sentence.tag[i] in ("NNS", "NNPS") and _has_own_subject(sentence, i, words):
         sentence.tag[i], sentence.lemma[i] = "VBZ", words.lemmatize(low, "VBZ")
         return
+    if sentence.tag[i] == "NNS" and _goes_on(sentence, i, words):
+        sentence.tag[i], sentence.lemma[i] = "VBZ", words.lemmatize(low, "VBZ")
+        return
     if sentence.low[noun] in _SUBJECT_PRONOUNS and sentence.head[noun] == i:
         _correct_after_pronoun(sentence, i, words)
         return
@@ -82,6 +85,21 @@ def _has_own_subject(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bo
     )
 
 
+def _goes_on(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
+    """Whether a form in -s is the next deed of a list: "a skier jumps , spins in mid air"."""
+    verb = sentence.head[i]
+    return (
+        sentence.low[i - 1] == ","
+        and sentence.dep[i] == "conj"
+        and sentence.tag[verb] == "VBZ"
+        and verb < i
+        and sentence.has_kid(verb, "nsubj")
+        and not sentence.has_kid(i, "amod", "det", "poss", "compound")
+        and words.lemmatize(sentence.low[i], "VBZ") in words.verbs
+        and _is_followed(sentence, i)
+    )
+
+
 def _correct_after_pronoun(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     """Finds a verb behind its pronoun: "as she runs", read as a name."""
     tag = {"NNS": "VBZ", "NN": "VBP"}.get(sentence.tag[i])
@@ -105,10 +123,11 @@ def _correct_of_collective(sentence: Sentence, i: int, words: CaptionLemmatizer)
         return _give_to_owner(sentence, i, words.lemmatize(sentence.low[i], "VBZ"))
     if sentence.tag[i] != "NNS":
         return False
-    if sentence.low[of] in ("at", "in", "on"):
+    if sentence.low[of] in ("at", "in", "on", "with"):
         # "a man in a turban walks out of a house"
         lemma, owner = words.lemmatize(sentence.low[i], "VBZ"), sentence.head[of]
         acts = lemma in lexicon.BODILY_VERBS and _is_followed(sentence, i) and owner < of
+        acts = acts or (sentence.tag[noun] == "NNS" and lemma in words.verbs)
         singular = sentence.tag[owner] in ("NN", "NNP") and sentence.head[noun] == i
         if acts and singular and sentence.lemma[owner] in lexicon.ANIMATE_NOUNS:
             return _give_to_owner(sentence, i, lemma)

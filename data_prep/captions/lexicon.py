@@ -65,6 +65,9 @@ JOINED_PARTICIPLES = word_set("""
     colored coloured eyed faced feeling haired legged looking shaped sized smelling tasting
 """)
 
+# Nouns that describe as adjectives do and are things where no noun follows: "isolated on white".
+COLORS = DESCRIBING_NOUNS - word_set("antique luxury premium retro vintage")
+
 PLATINGS = word_set("bronze copper gold silver")
 
 # Adjectives behind which an infinitive is as good as done: "about to land".
@@ -144,7 +147,7 @@ CONDITIONS = word_set("action display exhibition hire rent sale")
 
 # Times, weather and backgrounds, the setting of all that a caption names before them.
 SETTINGS = word_set("""
-    afternoon autumn backdrop background dawn day daylight daytime dusk evening midnight moonlight
+    afternoon autumn backdrop background dawn day daylight daytime dusk evening format midnight moonlight
     morning motion night nightfall noon spring summer sun sunlight sunrise sunset sunshine twilight
     weather winter
 """)
@@ -152,11 +155,21 @@ SETTINGS = word_set("""
 # Parts of a picture's depth, in which a thing is that a scene is shown with.
 DISTANCES = word_set("background distance foreground")
 
+# Games and struggles, which are against somebody: "a protest against the delay".
+CONTESTS = word_set("""
+    battle campaign case charge claim crime defeat defence defense demonstration fight final game
+    goal loss march match meeting protest race rally season series struggle title tournament
+    victory vote war warning win
+""")
+
 # Nouns that a "to" behind them belongs to, not to their verb: "a road to the village".
 DIRECTED_NOUNS = word_set("""
     access alternative answer approach door entrance guide homage introduction key path pathway road
     route solution stair staircase step tribute way
 """)
+
+# Verbs whose phrase names what they are done to: "looking at a tablet".
+DIRECTED_VERBS = word_set("gaze laugh listen look point smile speak stare talk wait wave")
 
 # Verbs whose "to" says where they bring their object: "add a touch to the room".
 GIVING_VERBS = word_set("""
@@ -182,13 +195,14 @@ MANNERS = word_set("moment place reason time way")
 
 # Rooms and landscapes, the setting of what somebody does.
 SCENES = word_set("""
-    accident airport arena attack backyard bar bathroom battle beach bedroom cafe ceremony
-    church city classroom competition concert contest countryside court crash desert earthquake
-    event farm festival field forest front game garden gym hall hospital kitchen lab laboratory
-    lake library market match meadow mountain museum ocean office park party playground pool
-    premiere race rain restaurant river road room school sea shop show snow space stadium stage
-    store street studio sun sunlight tournament town village war water wedding wind winter wood
-    workshop yard zoo
+    accident airport arena attack backyard balcony bar bathroom battle beach bedroom cafe canyon
+    ceremony church city classroom coast competition concert contest countryside court crash desert
+    earthquake event farm festival field forest front game garden gym hall hillside hospital jungle
+    kitchen lab laboratory lake library market match meadow mountain museum ocean office paddock
+    park party pasture playground pool premiere race rain ranch restaurant river road rooftop room
+    school sea seashore shop shore show snow space stadium stage store street studio summit sun
+    sunlight terrace tournament town valley village war water wedding wind winter wood workshop yard
+    zoo
 """)
 
 # Calendar words: times that something is at or on, and no things elsewhere.
@@ -201,6 +215,7 @@ CALENDAR = word_set("""
 PERSON_PRONOUNS = word_set("""
     anybody anyone everybody everyone he her him i me she somebody someone them they us we you
 """)
+SUBJECT_PRONOUNS = word_set("he i she they we")
 PRONOUNS = PERSON_PRONOUNS | word_set("""
     's hers herself himself his it itself mine myself one ours ourselves theirs themselves yours
     yourself yourselves
@@ -280,7 +295,7 @@ ANIMATE_NOUNS = FIRST_NAMES | word_set("""
     seamstress secretary seller semifinalist senator senior sergeant servant settler shark sheep
     sheikh shepherd sheriff shooter shopkeeper shopper showgirl sibling singer sister
     skateboarder skater skier skunk skydiver slave sloth slug smoker smuggler snail snake
-    snowboarder snowman soldier son songbird spaniel sparrow speaker spectator spider
+    snowboarder snowman soldier son songbird spaniel sparrow speaker species spectator spider
     spokesperson spouse sprinter spy squad squid squirrel staff stallion starfish starling
     stepmother steward stewardess stingray stork stranger striker student stylist sultan
     superhero supermodel supervisor supporter surfer surgeon surveyor survivor suspect swan

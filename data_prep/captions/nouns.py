@@ -60,14 +60,23 @@ def _is_thing(sentence: Sentence, i: int) -> bool:
 def _leads_on(sentence: Sentence, i: int) -> bool:
     """Whether a word before "of" stands for what follows.
 
-    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object) is a
-    thing of its own. So does the middle of a compound preposition ("in front of").
+    "photo of" and "group of" do; a picture that somebody holds or makes (a direct object), or that
+    a thing is with ("a room with a view of the sea"), is a thing of its own. So does the middle of
+    a compound preposition ("in front of").
     """
     if {sentence.low[i], sentence.lemma[i]} & lexicon.COUNTING_WORDS:
         return True
     if sentence.dep[i] == "pobj" and sentence.low[i] in lexicon.PLACE_NOUNS:
         return True
-    return is_picture(sentence, i) and sentence.dep[i] != "dobj"
+    if not is_picture(sentence, i) or sentence.dep[i] == "dobj":
+        return False
+    owner = sentence.head[i]
+    return not (
+        sentence.dep[i] == "pobj"
+        and sentence.low[owner] == "with"
+        and sentence.tag[sentence.head[owner]] in NOUN_TAGS
+        and not is_picture(sentence, sentence.head[owner])
+    )
 
 
 def is_person_pronoun(sentence: Sentence, i: int) -> bool:

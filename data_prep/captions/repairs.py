@@ -68,6 +68,8 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         ):
             if not _make_subject(sentence, i):
                 sentence.dep[i] = "dep"
+        elif sentence.dep[i] == "npadvmod" and _is_antecedent(sentence, i):
+            _make_relative(sentence, i)
         elif sentence.dep[i] == "npadvmod" and _is_brought_about(sentence, i):
             sentence.dep[i] = "dobj"
         if tag == "NNP" and low.endswith("men") and low[:-2] + "an" in words.nouns:
@@ -79,7 +81,9 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     elif tag in ADJECTIVE_TAGS:
         if sentence.head[i] == i and _is_listed_color(sentence, i):
             return
-        if low not in words.lexicon and words.lemmatize(low, "NNS") in lexicon.ANIMATE_NOUNS:
+        if low in lexicon.COLORS and sentence.dep[i] == "pobj" and not sentence.has_kid(i, "conj"):
+            sentence.tag[i] = "NN"  # "isolated on white"
+        elif low not in words.lexicon and words.lemmatize(low, "NNS") in lexicon.ANIMATE_NOUNS:
             # "geese"
             sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(low, "NNS")
         elif low in words.nouns and (
@@ -137,6 +141,25 @@ def _make_subject(sentence: Sentence, i: int) -> bool:
         if kid < i and sentence.dep[kid] in ("det", "amod", "nummod", "poss", "compound"):
             sentence.attach(kid, i, sentence.dep[kid])
     return True
+
+
+def _is_antecedent(sentence: Sentence, i: int) -> bool:
+    """Whether a noun at the beginning is what somebody did: "the necklace I made for a party"."""
+    verb = sentence.head[i]
+    return (
+        sentence.head[verb] == verb > i + 1
+        and sentence.low[i + 1] in lexicon.SUBJECT_PRONOUNS
+        and sentence.head[i + 1] == verb
+        and sentence.lemma[i] not in lexicon.CALENDAR | lexicon.SETTINGS | lexicon.MANNERS
+        and not sentence.has_kid(verb, "dobj", "ccomp", "xcomp", "aux")
+    )
+
+
+def _make_relative(sentence: Sentence, i: int) -> None:
+    """Makes the verb that a noun hangs on a relative clause of that noun."""
+    verb = sentence.head[i]
+    sentence.attach(i, i, "ROOT")
+    sentence.attach(verb, i, "relcl")
 
 
 def _is_brought_about(sentence: Sentence, i: int) -> bool:

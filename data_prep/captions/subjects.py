@@ -25,6 +25,8 @@ class SubjectFinder:
         sentence = self.sentence
         own = sentence.kids_of(i, "nsubj", "nsubjpass")
         if own:
+            if len(own) > 1 and ":" in sentence.low[own[0] : own[-1]]:
+                own = own[-1:]  # "hair today : the model has dyed hers"
             return [j for kid in own for j in nouns.find_referents(sentence, kid)], True
         if sentence.has_kid(i, "expl", "csubj", "csubjpass"):
             return [], True
@@ -66,6 +68,8 @@ class SubjectFinder:
         """
         sentence = self.sentence
         noun = sentence.head[i]
+        if sentence.lemma[i] == "isolate":
+            return self._find_of_picture(noun, i)
         while sentence.dep[noun] == "prep" and sentence.head[noun] != noun:
             noun = sentence.head[noun]
         content = nouns.find_content(sentence, noun)
@@ -93,6 +97,15 @@ class SubjectFinder:
             if any(nouns.is_animate(sentence, j) for j in above):
                 return above
         return self.share(noun, i)
+
+    def _find_of_picture(self, noun: int, before: int) -> list[int]:
+        """All that a picture is of: "a man with a dog isolated on white" is the man."""
+        sentence, i = self.sentence, noun
+        while sentence.dep[i] in ("acl", "conj", "dobj", "pobj", "prep") and sentence.head[i] < i:
+            i = sentence.head[i]
+        if sentence.tag[i] in VERB_TAGS:
+            return self.find(i)[0] or self.share(noun, before)
+        return self.share(i, before)
 
     def _carries(self, base: int) -> bool:
         """Whether who is in or on a thing does what it does: "girl in a kayak floating"."""

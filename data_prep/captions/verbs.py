@@ -200,7 +200,10 @@ class _GraphBuilder:
             return not sentence.has_kid(i, "dobj", "ccomp", "aux", "prt")
         if sentence.tag[i] not in ("VBN", "VBD") or sentence.has_kid(i, "aux", "dobj"):
             return False
-        if sentence.has_kid(i, "nsubj"):
+        subjects = sentence.kids_of(i, "nsubj")
+        if subjects:
+            if sentence.low[subjects[0]] in lexicon.SUBJECT_PRONOUNS:
+                return False  # "the necklace I made"
             # "house nestled in the hills", "boy named Max": no auxiliary, and nobody who does it.
             lemma = sentence.lemma[i]
             unacted = lexicon.PLACING_VERBS | lexicon.CONDITION_VERBS | lexicon.NAMING_VERBS
