@@ -98,6 +98,8 @@ def _attach_partner(sentence: Sentence, i: int) -> None:
         pictures = lexicon.PICTURE_NOUNS | lexicon.COUNTING_WORDS
         if sentence.low[kid] == "of":
             joins = sentence.lemma[noun] in pictures and sentence.lemma[i] not in pictures
+            living = {sentence.lemma[j] for j in (*partners, i)} <= lexicon.ANIMATE_NOUNS
+            joins = joins or (living and sentence.lemma[noun] not in lexicon.ANIMATE_NOUNS)
         else:
             living = lexicon.ANIMATE_NOUNS
             joins = sentence.low[kid] == "with" and not {

@@ -25,18 +25,31 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
         for kid in sentence.kids_of(i, "dobj"):
             sentence.dep[kid] = "pobj"
         return
+    if i and sentence.low[i - 1] in lexicon.NAMED_PLURALS.get(low, ()):
+        _name_plural(sentence, i, words)
+        return
     if sentence.tag[i] in ("VB", "VBP") and low not in words.lexicon:
         past = words.lemmatize(low, "VBD")
         if past in words.verbs:
             sentence.tag[i], sentence.lemma[i], lemma = "VBD", past, past  # "took this picture"
     _leave_punctuation(sentence, i)
+    if sentence.dep[i] == "advcl" and _describes_last(sentence, i):
+        sentence.tag[i] = "VBN"
+        sentence.attach(i, i - 1, "acl")
+        return
     following = sentence.low[i + 1] if i + 1 < len(sentence) else ""
     if low == "left" and i and sentence.low[i - 1] in (",", "(") and not following.isalpha():
         sentence.tag[i] = "RB"
         return
     if (
         (following == "of" and (low in lexicon.PICTURE_NOUNS or low in lexicon.COUNTING_WORDS))
-        or (following == "of" and i == 0 and low in words.nouns)
+        or (
+            following == "of"
+            and i == 0
+            and low in words.nouns
+            and sentence.tag[i][:2] == "VB"
+            and sentence.tag[i] != "VB"
+        )
         or low in lexicon.DESCRIBING_NOUNS
         or (lemma not in words.verbs and (low in words.nouns or lemma in words.nouns))
         or (lemma in words.nouns and (_names_part(sentence, i) or _stands_in_list(sentence, i)))
@@ -65,13 +78,42 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
         _make_modifier(sentence, i - 1, i, things[0])
         return
     if things and _describes_thing(sentence, i, things[0], words):
-        named = low in lexicon.ROOM_GERUNDS
+        named = low in lexicon.ROOM_GERUNDS or _names_trade(sentence, i, things[0])
         sentence.tag[i] = "NN" if named else "JJ"
         sentence.lemma[i] = low
         if sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
         sentence.replace(i, things[0])
         sentence.attach(i, things[0], "compound" if named else "amod")
+
+
+def _describes_last(sentence: Sentence, i: int) -> bool:
+    """Whether a participle is of the noun right before it: "in a room pasted to a closet"."""
+    return (
+        i > 1
+        and sentence.tag[i] in ("VBD", "VBN")
+        and sentence.tag[i - 1] in NOUN_TAGS
+        and sentence.dep[i - 1] == "pobj"
+        and sentence.lemma[i] not in lexicon.CONDITION_VERBS
+        and not sentence.has_kid(i, "nsubj", "nsubjpass", "mark", "aux", "auxpass", "dobj")
+    )
+
+
+def _names_trade(sentence: Sentence, i: int, thing: int) -> bool:
+    return sentence.low[i] in lexicon.TRADES and sentence.lemma[thing] in lexicon.ROLES
+
+
+def _name_plural(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
+    """Makes one thing of a plural read as a verb and the noun before it: "raking autumn leaves"."""
+    noun = i - 1
+    sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(sentence.low[i], "NNS")
+    if sentence.head[noun] != i:
+        for subject in sentence.kids_of(i, "nsubj"):
+            sentence.replace(i, subject)
+        sentence.replace(noun, i)
+        if sentence.dep[i] == "npadvmod":
+            sentence.dep[i] = "dobj"
+    sentence.attach(noun, i, "compound")
 
 
 def _begins_with_thing(sentence: Sentence, i: int) -> bool:

@@ -97,6 +97,7 @@ _SALES_WORDS = word_set("""
     pinterest price sale seller shutterstock size stock
 """)
 _TAIL_CHARS = 60
+_MOTION_TAIL = re.compile(r"(?<!\bin)(?<!\bof)(?:\s*,)? slow motion(?: \w+)?\W*$", re.IGNORECASE)
 _FIRST_PERSON = re.compile(r"\bi(?=[' ])")
 
 _MAX_CHARS = 1000
@@ -239,6 +240,8 @@ def _strip_talk(text: str) -> str:
     talk = _IMAGE_TALK.match(text)
     if talk:
         text = text[talk.end() :]
+    if text[-_TAIL_CHARS:].lower().find(" slow motion") > 0:
+        text = _MOTION_TAIL.sub("", text)
     while any(word in text[-_TAIL_CHARS:].lower() for word in _SALES_WORDS):
         tail = _SALES_TAIL.search(text, max(0, len(text) - _TAIL_CHARS))
         if not tail or tail.start() == 0:

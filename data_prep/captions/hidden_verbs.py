@@ -31,6 +31,12 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     """
     noun = i - 1
     low = sentence.low[i]
+    if sentence.low[noun] in lexicon.NAMED_PLURALS.get(low, ()):
+        return
+    if sentence.low[noun] == "fun" and low.endswith("ing") and sentence.dep[i] == "dobj":
+        sentence.tag[i], sentence.lemma[i] = "VBG", words.lemmatize(low, "VBG")
+        sentence.dep[i] = "xcomp"  # "having fun playing"
+        return
     if sentence.tag[i] in ("NNS", "NNPS") and _has_own_subject(sentence, i, words):
         sentence.tag[i], sentence.lemma[i] = "VBZ", words.lemmatize(low, "VBZ")
         return

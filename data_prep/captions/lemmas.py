@@ -32,7 +32,13 @@ _UNCHANGED = word_set("""
     people pyjamas scissors series shorts species sunglasses tights trousers
 """)
 _EXCEPTIONS = {
-    "noun": {**{word: word for word in _UNCHANGED}, "leaves": "leaf", "lives": "life"},
+    "noun": {
+        **{word: word for word in _UNCHANGED},
+        "bunches": "bunch",
+        "leaves": "leaf",
+        "lenses": "lens",
+        "lives": "life",
+    },
     "verb": {
         "bathed": "bathe",
         "bathing": "bathe",

@@ -62,7 +62,7 @@ DESCRIBING_NOUNS = word_set("""
 
 # Words in -ed and -ing that make one description with the word before them: "green eyed".
 JOINED_PARTICIPLES = word_set("""
-    colored coloured eyed faced feeling haired legged looking shaped sized smelling tasting
+    aged colored coloured eyed faced feeling haired legged looking shaped sized smelling tasting
 """)
 
 # Nouns that describe as adjectives do and are things where no noun follows: "isolated on white".
@@ -108,8 +108,8 @@ FRUIT_PARTS = {
 
 # Words that at the beginning, without an object, are read as verbs and are things.
 FIRST_NOUNS = word_set("""
-    copy cover design dress face leak model pattern plan project ring sign stand talk view visit
-    work
+    copy cover design dress face leak model pattern plan produce project ring sign stand talk view
+    visit work
 """)
 
 # What is taken with no hand: the noun is a part of the verb.
@@ -123,12 +123,38 @@ NOMINAL_GERUNDS = word_set("""
 """)
 
 # Adverbs of place that are read as nouns: "country artist onstage".
-PLACE_ADVERBS = word_set("ashore backstage downstairs offshore offstage onstage overhead upstairs")
+PLACE_ADVERBS = word_set("""
+    ashore backstage downstairs indoors offshore offstage onstage outdoors overhead upstairs
+""")
 
 # Forms in -s that without an object are plurals: "autumn leaves against the sky".
 PLURAL_NOUNS = word_set(
     "colors colours designs details holes leaves lights photographs pictures ruins views"
 )
+
+# Plurals read as verbs that make one name with these words before them: "autumn leaves".
+NAMED_PLURALS = {
+    "drops": word_set("blood dew rain water"),
+    "falls": word_set("water"),
+    "forces": word_set("air army police security"),
+    "leaves": word_set("autumn banana bay fall lotus maple mint oak palm tea tree"),
+    "mates": word_set("class house room school team"),
+}
+
+# Occupations in -ing name the kind of these: "painting artist", "dancing teacher".
+TRADES = word_set("""
+    acting boxing dancing driving fishing painting racing riding sailing singing skating skiing
+    surfing swimming training writing
+""")
+ROLES = word_set("artist champion coach instructor legend partner star teacher trainer")
+
+# At the beginning their -ing form before a plural is a deed: "riding bikes on a pier".
+DONE_DEEDS = word_set("""
+    build buy carry catch eat hold make pick plant play push pull ride sell throw wear
+""")
+
+# What one has while one does something: "having fun playing".
+PASTIMES = word_set("difficulty fun time trouble")
 
 # Forms in -ing that are prepositions when nobody does them: "comfortable considering his age".
 PREPOSITIONAL_GERUNDS = word_set("concerning considering excluding including regarding")
@@ -147,9 +173,9 @@ CONDITIONS = word_set("action display exhibition hire rent sale")
 
 # Times, weather and backgrounds, the setting of all that a caption names before them.
 SETTINGS = word_set("""
-    afternoon autumn backdrop background dawn day daylight daytime dusk evening format midnight moonlight
-    morning motion night nightfall noon spring summer sun sunlight sunrise sunset sunshine twilight
-    weather winter
+    afternoon autumn backdrop background dawn day daylight daytime dusk evening format midnight
+    moonlight morning motion night nightfall noon spring summer sun sunlight sunrise sunset
+    sunshine twilight weather winter
 """)
 
 # Parts of a picture's depth, in which a thing is that a scene is shown with.
@@ -242,72 +268,73 @@ ANIMATE_NOUNS = FIRST_NAMES | word_set("""
     boar bobcat bodyguard boss bowler boxer boy boyfriend bride bridegroom bridesmaid brother
     buffalo bug builder bull bulldog bullfighter bumblebee bunny burglar businessman
     businesswoman busker butcher butterfly cadet calf camel cameraman campaigner camper canary
-    cannibal captain carer caretaker caribou carp carpenter cashier cat catcher caterpillar
-    cattle caveman celebrity cellist centipede chairman chameleon champion cheerleader cheetah
-    chef chicken chieftain chihuahua child chimpanzee chipmunk choir choreographer cicada
-    citizen clan classmate cleaner clerk client climber clown clownfish coach cockatoo cockerel
-    cockroach colleague collie colonel comedian comic commander commuter companion competitor
-    condor conductor conqueror consultant contestant convict cook cop corgi cormorant cornerback
-    coroner correspondent cougar councillor couple courier cousin cow cowboy cowgirl coyote crab
-    craftsman crane creator creature crew cricket crocodile crow crowd cub cuckoo customer
-    cyclist dachshund dad damselfly dancer daughter dealer deer defender demonstrator dentist
-    deputy designer detective devotee dictator dinosaur diplomat director disciple diver doctor
-    dog dolphin donkey dove dragon dragonfly drinker driver drummer duchess duck duckling duke
-    dwarf eagle editor eel egret elder elderly electrician elephant elf elk emigrant emperor
-    employee emu engineer entertainer entrepreneur evacuee executive expert explorer fairy
-    falcon family fan farmer farmhand father feline fellow female ferret fiance fiancee fielder
-    fighter figure finalist finch firefighter firefly fireman fish fisher fisherman flamingo
-    flock fly foal folk follower footballer foreigner founder fox friend frog fugitive fullback
-    gardener gazelle gecko gentleman gerbil ghost giraffe girl girlfriend gladiator goalie
-    goalkeeper goat god goddess goldfish golfer goose gorilla gosling governor graduate
-    grandchild granddaughter grandfather grandma grandmother grandpa grandparent grandson granny
-    grasshopper groom groundhog group grouse guard guardian guest guitarist gull gunman guy
-    gymnast hacker hairdresser halfback hamster hand hare hawk hedgehog heiress hen herd herder
-    hermit hero heron hiker hippo hippopotamus hitchhiker hog homeowner honeybee hooligan hornet
-    horse host hostage hostess hound housewife human hummingbird hunter huntress husband husky
-    hyena ibis iguana imam immigrant infant infantry infielder inmate insect inspector
-    instructor intern interpreter interviewer inventor investigator investor jackal jaguar
-    jellyfish jeweler jockey jogger journalist judge juggler juror kangaroo kayaker kid
-    kidnapper king kingfisher kitten kiwi knight knitter koala koi laborer labourer lad lady
-    ladybird ladybug lamb landlady landlord lark larva lawyer leader lecturer lemur leopard
-    librarian lieutenant lifeguard linebacker lion lioness livestock lizard llama lobster locust
-    lover lynx macaw magician magpie maid male mammal man manager manatee mantis marcher mare
-    marmot masseuse matador mayor mechanic medic meerkat member mentor merchant mermaid
-    messenger midfielder migrant millionaire miner minion minister mistress model mole mom
-    monarch mongoose monk monkey monster moose mosquito moth mother motorcyclist mourner mouse
-    mule mum musician nanny narrator narwhal native navigator neighbor neighbour nephew newborn
-    newlywed niece nightingale ninja nomad nominee nun nurse observer occupant octopus offender
-    officer onlooker opossum opponent orangutan orca orchestra organiser organizer oriole orphan
-    osprey ostrich otter outfielder outlaw owl owner ox paddler painter panda panther parakeet
-    paramedic paratrooper parent parishioner parrot participant partner partridge passenger
-    passerby patient peacock peasant peddler pedestrian pelican penguin pensioner people
-    performer person pet pheasant philosopher photographer pianist pickpocket pig pigeon piglet
-    pilgrim pilot piranha pirate pitcher plaintiff player playwright plumber poacher poet police
-    policeman politician pony pooch poodle pope porcupine porpoise possum postman potter poultry
-    preacher preschooler presenter president priest primate prince princess prisoner prodigy
-    producer professor programmer promoter prophet prosecutor protester protestor publisher
-    puffin pug puma pup pupil puppeteer puppy quail quarterback queen rabbi rabbit raccoon racer
-    ranger rapper raptor rat raven reader rebel receptionist recipient referee refugee reindeer
-    reporter reptile rescuer researcher resident retiree retriever reveler reveller rhino
-    rhinoceros rider ringmaster rival robin robot rodent roofer rookie rooster rower ruler
-    runner sage sailor saint salesman salmon samaritan samurai sandpiper santa saxophonist
-    scholar schoolboy schoolgirl scientist scorpion scout sculptor seabird seagull seahorse seal
-    seamstress secretary seller semifinalist senator senior sergeant servant settler shark sheep
-    sheikh shepherd sheriff shooter shopkeeper shopper showgirl sibling singer sister
-    skateboarder skater skier skunk skydiver slave sloth slug smoker smuggler snail snake
-    snowboarder snowman soldier son songbird spaniel sparrow speaker species spectator spider
-    spokesperson spouse sprinter spy squad squid squirrel staff stallion starfish starling
-    stepmother steward stewardess stingray stork stranger striker student stylist sultan
-    superhero supermodel supervisor supporter surfer surgeon surveyor survivor suspect swan
-    sweetheart swimmer tabby tadpole tailor tapir tarantula tattooist teacher team teammate
-    technician teen teenager tenant termite terrier therapist thief thrush tiger toad toddler
-    tortoise toucan tourist trader trainee trainer traveler traveller treasurer tribesman troop
-    troubadour trout trucker trumpeter tuna turkey turtle tutor twin tycoon umpire uncle
-    undergraduate unicorn usher valet vampire vandal vendor veteran victim villager villain
-    violinist visitor voter vulture waiter waitress walker wallaby walrus wanderer warbler
-    warden warrior warthog wasp weasel weaver weightlifter welder whale whaler widow wife
-    wildebeest winger winner witch wizard wolf woman wombat woodpecker worker worm worshipper
-    wren wrestler writer yak youngster youth zebra zombie zookeeper
+    cannibal captain character carer caretaker caribou carp carpenter cashier cat catcher
+    caterpillar cattle caveman celebrity cellist centipede chairman chameleon champion
+    cheerleader cheetah chef chicken chieftain chihuahua child chimpanzee chipmunk choir
+    choreographer cicada citizen clan classmate cleaner clerk client climber clown clownfish
+    coach cockatoo cockerel cockroach colleague collie colonel comedian comic commander commuter
+    companion competitor condor conductor conqueror consultant contestant convict cook cop corgi
+    cormorant cornerback coroner correspondent cougar councillor couple courier cousin cow
+    cowboy cowgirl coyote crab craftsman crane creator creature crew cricket crocodile crow
+    crowd cub cuckoo customer cyclist dachshund dad damselfly dancer daughter dealer deer
+    defender demonstrator dentist deity deputy designer detective devotee dictator dinosaur
+    diplomat director disciple diver doctor dog dolphin donkey dove dragon dragonfly drinker
+    driver drummer duchess duck duckling duke dwarf eagle editor eel egret elder elderly
+    electrician elephant elf elk emigrant emperor employee emu engineer entertainer entrepreneur
+    evacuee executive expert explorer fairy falcon family fan farmer farmhand father feline
+    fellow female ferret fiance fiancee fielder fighter figure finalist finch firefighter
+    firefly fireman fish fisher fisherman flamingo flock fly foal folk follower footballer
+    foreigner founder fox friend frog fugitive fullback gardener gazelle gecko gentleman gerbil
+    ghost giraffe girl girlfriend gladiator goalie goalkeeper goat god goddess goldfish golfer
+    goose gorilla gosling governor graduate grandchild granddaughter grandfather grandma
+    grandmother grandpa grandparent grandson granny grasshopper groom groundhog group grouse
+    guard guardian guest guitarist gull gunman guy gymnast hacker hairdresser halfback hamster
+    hand hare hawk hedgehog heiress hen herd herder hermit hero heron hiker hippo hippopotamus
+    hitchhiker hog homeowner honeybee hooligan hornet horse host hostage hostess hound housewife
+    human hummingbird hunter huntress husband husky hyena ibis iguana imam immigrant infant
+    infantry infielder inmate insect inspector instructor intern interpreter interviewer
+    inventor investigator investor jackal jaguar jellyfish jeweler jockey jogger journalist
+    judge juggler juror kangaroo kayaker kid kidnapper king kingfisher kitten kiwi knight
+    knitter koala koi laborer labourer lad lady ladybird ladybug lamb landlady landlord lark
+    larva lawyer leader lecturer lemur leopard librarian lieutenant lifeguard linebacker lion
+    lioness livestock lizard llama lobster locust lover lynx macaw magician magpie maid male
+    mammal man manager manatee mantis marcher mare marmot masseuse matador mayor mechanic medic
+    meerkat member mentor merchant mermaid messenger midfielder migrant millionaire miner minion
+    minister mistress model mole mom monarch mongoose monk monkey monster moose mosquito moth
+    mother motorcyclist mourner mouse mule mum musician nanny narrator narwhal native navigator
+    neighbor neighbour nephew newborn newlywed niece nightingale ninja nomad nominee nun nurse
+    observer occupant octopus offender officer onlooker opossum opponent orangutan orca
+    orchestra organiser organizer oriole orphan osprey ostrich otter outfielder outlaw owl owner
+    ox paddler painter panda panther parakeet paramedic paratrooper parent parishioner parrot
+    participant partner partridge passenger passerby patient peacock peasant peddler pedestrian
+    pelican penguin pensioner people performer person personality pet pheasant philosopher
+    photographer pianist pickpocket pig pigeon piglet pilgrim pilot piranha pirate pitcher
+    plaintiff player playwright plumber poacher poet police policeman politician pony pooch
+    poodle pope porcupine porpoise possum postman potter poultry preacher preschooler presenter
+    president priest primate prince princess prisoner prodigy producer professor programmer
+    promoter prophet prosecutor protester protestor publisher puffin pug puma pup pupil
+    puppeteer puppy quail quarterback queen rabbi rabbit raccoon racer ranger rapper raptor rat
+    raven reader rebel receptionist recipient referee refugee reindeer reporter reptile rescuer
+    researcher resident retiree retriever reveler reveller rhino rhinoceros rider ringmaster
+    rival robin robot rodent roofer rookie rooster rower ruler runner sage sailor saint salesman
+    salmon samaritan samurai sandpiper santa saxophonist scholar schoolboy schoolgirl scientist
+    scorpion scout sculptor seabird seagull seahorse seal seamstress secretary seller
+    semifinalist senator senior sergeant servant settler shark sheep sheikh shepherd sheriff
+    shooter shopkeeper shopper showgirl sibling singer sister skateboarder skater skier skunk
+    skydiver slave sloth slug smoker smuggler snail snake snowboarder snowman soldier son
+    songbird spaniel sparrow speaker species spectator spider spokesperson spouse sprinter spy
+    squad squid squirrel staff stallion starfish starling stepmother steward stewardess stingray
+    stork stranger striker student stylist sultan superhero supermodel supervisor supporter
+    surfer surgeon surveyor survivor suspect swan sweetheart swimmer tabby tadpole tailor tapir
+    tarantula tattooist teacher team teammate technician teen teenager tenant termite terrier
+    therapist thief thrush tiger toad toddler tortoise toucan tourist trader trainee trainer
+    traveler traveller treasurer tribesman troop troubadour trout trucker trumpeter tuna turkey
+    turtle tutor twin tycoon umpire uncle undergraduate unicorn usher valet vampire vandal
+    vendor veteran victim villager villain violinist visitor voter vulture waiter waitress
+    walker wallaby walrus wanderer warbler warden warrior warthog wasp weasel weaver
+    weightlifter welder whale whaler widow wife wildebeest winger winner witch wizard wolf woman
+    wombat woodpecker worker worm worshipper wren wrestler writer yak youngster youth zebra
+    zombie zookeeper
 """)
 
 # Endings of words for persons, and things that end so.

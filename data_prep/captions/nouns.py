@@ -16,6 +16,8 @@ from data_prep.captions.sentence import (
 
 _NO_OBJECT = frozenset(("npadvmod", "poss", "intj", "meta", "aux", "det", "predet", "mark", "case"))
 
+_PARTING = frozenset((",", ":"))
+
 
 def is_absorbed(sentence: Sentence, i: int) -> bool:
     """Whether a noun is a part of a longer name or description ("ice" in "ice cream")."""
@@ -25,7 +27,7 @@ def is_absorbed(sentence: Sentence, i: int) -> bool:
         and (sentence.tag[i] in NOUN_TAGS or sentence.low[i] in lexicon.FRUIT_PARTS)
         and i < head
         and (sentence.tag[head] in NOUN_TAGS or sentence.dep[head] in MODIFIERS)
-        and (head == i + 1 or "," not in sentence.low[i:head])
+        and (head == i + 1 or not _PARTING.intersection(sentence.low[i:head]))
     )
 
 

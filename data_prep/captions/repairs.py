@@ -38,7 +38,9 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
                 _correct_auxiliary(sentence, i)
             elif dep[i] not in MODIFIERS:
                 correct_false_verb(sentence, i, words)
-            elif low[i] in lexicon.PURPOSE_GERUNDS:
+            elif i == 0 and sentence.lemma[0] in lexicon.DONE_DEEDS:
+                _begin_deed(sentence)
+            elif low[i] in lexicon.PURPOSE_GERUNDS or low[i] in lexicon.TRADES:
                 _name_purpose(sentence, i)
         elif tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
@@ -78,6 +80,8 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.tag[i] = "RB"
             sentence.replace(i, i - 1)
             sentence.attach(i, i - 1, "advmod")
+    elif tag in ADJECTIVE_TAGS and _is_side(sentence, i):
+        sentence.tag[i] = "RB"
     elif tag in ADJECTIVE_TAGS:
         if sentence.head[i] == i and _is_listed_color(sentence, i):
             return
@@ -105,6 +109,17 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         sentence.tag[i] = "NN"
         if sentence.tag[sentence.head[i]] in VERB_TAGS and sentence.head[i] > i:
             sentence.dep[i] = "nsubj"
+
+
+def _is_side(sentence: Sentence, i: int) -> bool:
+    """Whether a word says on which side of the picture somebody is: "a cat in a chair - left"."""
+    after = sentence.low[i + 1] if i + 1 < len(sentence) else ""
+    return (
+        sentence.low[i] in ("left", "right")
+        and i > 0
+        and sentence.low[i - 1] in (",", "(", "-", "--")
+        and not after.isalpha()
+    )
 
 
 def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
@@ -186,8 +201,23 @@ def _is_listed_color(sentence: Sentence, i: int) -> bool:
 def _name_purpose(sentence: Sentence, i: int) -> None:
     """Makes "living" a part of the name in "living room"; a swimming child swims."""
     thing = sentence.head[i]
-    if sentence.tag[thing] in NOUN_TAGS and sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS:
+    if sentence.low[i] in lexicon.TRADES and sentence.lemma[thing] in lexicon.ROLES:
+        fits = True  # "painting artist"
+    else:
+        fits = sentence.low[i] in lexicon.PURPOSE_GERUNDS and (
+            sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS
+        )
+    if sentence.tag[thing] in NOUN_TAGS and fits:
         sentence.tag[i], sentence.dep[i], sentence.lemma[i] = "NN", "compound", sentence.low[i]
+
+
+def _begin_deed(sentence: Sentence) -> None:
+    """Makes a deed of "riding bikes on a pier", read as bikes that ride."""
+    thing = sentence.head[0]
+    plural = sentence.tag[thing] == "NNS" and sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS
+    if thing == 1 and plural and sentence.tag[0] == "VBG":
+        sentence.replace(thing, 0)
+        sentence.attach(thing, 0, "dobj")
 
 
 def _has_article(sentence: Sentence, i: int) -> bool:

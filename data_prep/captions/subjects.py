@@ -40,7 +40,8 @@ class SubjectFinder:
         if dep in ("conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"):
             if sentence.tag[head] in VERB_TAGS:
                 controllers = sentence.kids_of(head, "dobj") if dep == "xcomp" else []
-                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS:
+                pastime = controllers and sentence.lemma[controllers[0]] in lexicon.PASTIMES
+                if controllers and sentence.lemma[head] in lexicon.CONTROL_VERBS and not pastime:
                     return nouns.find_referents(sentence, controllers[0]), True
                 return self.find(head)
             while sentence.dep[head] == "prep" and sentence.head[head] != head:
