@@ -31,7 +31,7 @@ def correct_attachments(sentence: Sentence) -> None:
                 _attach_setting(sentence, i)
         elif dep == "cc":
             _part_pair(sentence, i)
-        elif dep == "conj":
+        elif dep == "conj" and not _leave_verb(sentence, i):
             _attach_partner(sentence, i)
 
 
@@ -81,6 +81,21 @@ def _begins_clause(sentence: Sentence, i: int) -> bool:
     return True
 
 
+def _leave_verb(sentence: Sentence, i: int) -> bool:
+    """Gives a noun joined to a verb to the noun before the joint: "spread to cars and a home"."""
+    verb = sentence.head[i]
+    if sentence.tag[verb] not in VERB_TAGS or verb > i or sentence.tag[i] not in NOUN_TAGS:
+        return False
+    joints = [kid for kid in sentence.kids_of(verb, "cc") if verb < kid < i]
+    noun = joints[-1] - 1 if joints else verb
+    if noun <= verb or sentence.tag[noun] not in NOUN_TAGS or sentence.has_kid(i, "nsubj", "dobj"):
+        return False
+    if any(sentence.tag[j] in (*VERB_TAGS, "IN") for j in range(joints[-1] + 1, i)):
+        return False
+    sentence.attach(i, noun, "conj")
+    return True
+
+
 def _attach_partner(sentence: Sentence, i: int) -> None:
     """Gives the second of a pair to the first: "portrait of a girl and a dog", "life with rings and
     a daisy" show both.
@@ -117,7 +132,9 @@ def _attach_complement(sentence: Sentence, i: int) -> None:
     "The casual approach to style", "a portrait by an artist"; but "a family of four in a park".
     """
     noun, head, low = i - 1, sentence.head[i], sentence.low[i]
-    if sentence.tag[head] in ("CD", "PRP") and sentence.dep[head] in ("pobj", "dobj"):
+    if _is_way(sentence, head):
+        sentence.attach(i, sentence.head[head], "prep")
+    elif sentence.tag[head] in ("CD", "PRP") and sentence.dep[head] in ("pobj", "dobj"):
         owner = sentence.head[head]
         if sentence.dep[owner] == "prep":
             owner = sentence.head[owner]
@@ -166,6 +183,16 @@ def _is_part(sentence: Sentence, noun: int, i: int) -> bool:
         sentence.dep[noun] == "pobj"
         and sentence.head[owner] == verb
         and sentence.lemma[targets[0]] in lexicon.SCENERY
+    )
+
+
+def _is_way(sentence: Sentence, noun: int) -> bool:
+    """Whether a noun is the way that somebody makes, whose phrase says where he goes."""
+    return (
+        sentence.lemma[noun] == "way"
+        and sentence.dep[noun] == "dobj"
+        and sentence.has_kid(noun, "poss")
+        and sentence.lemma[sentence.head[noun]] in lexicon.WAY_VERBS
     )
 
 
@@ -253,7 +280,10 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
             preposition, owner = owner, sentence.head[owner]
             is_direct = sentence.tag[owner] in VERB_TAGS and (
                 sentence.low[preposition] == "with"
-                or sentence.lemma[owner] in lexicon.DIRECTED_VERBS
+                or (
+                    sentence.low[preposition] in ("at", "for", "into", "to")
+                    and sentence.lemma[owner] in lexicon.DIRECTED_VERBS
+                )
             )
         elif sentence.dep[first] == "dobj" and sentence.tag[owner] in VERB_TAGS:
             is_direct = True

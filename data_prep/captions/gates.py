@@ -9,7 +9,7 @@ import html
 import math
 import re
 
-from data_prep.captions.lexicon import word_set
+from data_prep.captions.lexicon import VAGUE_NOUNS, word_set
 
 _TAG = re.compile(r"<[^<>]{1,200}>")
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "`": "'", "“": '"', "”": '"', "\u00ad": None})
@@ -66,6 +66,7 @@ _IMAGE_TALK = re.compile(
 )
 # The number of a picture in a list ends what it belongs to: "property image # large pool".
 _PICTURE_NUMBER = re.compile(r"\b(image|photo|picture) ?# ?\d* (?=\w)", re.IGNORECASE)
+_TAG_JOINT = re.compile(r" ?, (?:and )?| and ")
 _LIST_NUMBER = re.compile(r"(?:\#\s*)?\d{1,3}\s*[.):]\s+(?=\D)")
 # Two-letter states behind a place name; only in the text's own capitals.
 _STATE = re.compile(
@@ -239,7 +240,7 @@ def _strip_talk(text: str) -> str:
     text = _STATE.sub("", text)
     talk = _IMAGE_TALK.match(text)
     if talk:
-        text = text[talk.end() :]
+        text = _part_tags(text[talk.end() :])
     if text[-_TAIL_CHARS:].lower().find(" slow motion") > 0:
         text = _MOTION_TAIL.sub("", text)
     while any(word in text[-_TAIL_CHARS:].lower() for word in _SALES_WORDS):
@@ -248,6 +249,20 @@ def _strip_talk(text: str) -> str:
             break
         text = text[: tail.start()]
     return text
+
+
+def _part_tags(text: str) -> str:
+    """Puts the bare words of a list of what a picture may contain behind what somebody does there.
+
+    "Person , riding on a horse , sky and outdoor" is no horse and sky.
+    """
+    items = [item for item in _TAG_JOINT.split(text.rstrip(" .")) if item]
+    bare = [item for item in items[1:] if " " not in item and not item.endswith("ing")]
+    if not bare or len(bare) == len(items) - 1:
+        return text
+    things = [item for item in bare if item not in VAGUE_NOUNS]
+    deeds = " , ".join(item for item in items if item not in bare)
+    return f"{deeds} . {' , '.join(things)}" if things else deeds
 
 
 def fold_case(text: str) -> str:

@@ -46,12 +46,15 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     if sentence.low[noun] in _SUBJECT_PRONOUNS and sentence.head[noun] == i:
         _correct_after_pronoun(sentence, i, words)
         return
+    if sentence.tag[i] == "NNS" and _acts_on_side(sentence, i, words):
+        return
     if sentence.tag[noun] not in NOUN_TAGS and not _may_be_shape(sentence, noun, words):
         return
     if sentence.dep[i] == "pobj" and _correct_of_collective(sentence, i, words):
         return
     if sentence.tag[i] == "NN" and low in words.verbs and sentence.has_kid(i, "nsubj"):
-        if has_thing(sentence, i) and low not in lexicon.DESCRIBING_NOUNS:
+        acts = has_thing(sentence, i) or sentence.has_kid(i, "prt")
+        if acts and low not in lexicon.DESCRIBING_NOUNS:
             sentence.tag[i] = "VBP"
             if sentence.head[noun] == i and sentence.dep[noun] == "compound":
                 _make_subject(sentence, noun, i)
@@ -145,6 +148,24 @@ def _correct_of_collective(sentence: Sentence, i: int, words: CaptionLemmatizer)
     if sentence.head[noun] != i or sentence.tag[owner] != "NN" or owner > of:
         return False
     return _give_to_owner(sentence, i, lemma)
+
+
+def _acts_on_side(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
+    """Finds the verb of "founder on the left greets a fan", read as a thing on the left."""
+    side, preposition = i - 1, sentence.head[i]
+    if sentence.low[side] not in ("left", "right") or sentence.head[side] != i:
+        return False
+    if sentence.dep[i] != "pobj" or sentence.low[preposition] not in ("at", "on"):
+        return False
+    owner, lemma = sentence.head[preposition], words.lemmatize(sentence.low[i], "VBZ")
+    if lemma not in words.verbs or owner > preposition or not _is_followed(sentence, i):
+        return False
+    sentence.tag[side] = "NN"
+    _give_to_owner(sentence, i, lemma)
+    for kid in sentence.kids_of(owner, "appos"):
+        if kid > i:
+            sentence.attach(kid, i, "dobj")
+    return True
 
 
 def _give_to_owner(sentence: Sentence, i: int, lemma: str) -> bool:

@@ -296,6 +296,10 @@ def expand_preposition(sentence: Sentence, preposition: int) -> list[tuple[str, 
                     ]
         elif dep == "pobj":
             found += [(low, target) for target in find_referents(sentence, kid)]
+        elif dep == "pcomp" and low == "with":
+            # "with their backs turned toward the camera"
+            for subject in sentence.kids_of(kid, "nsubj", "nsubjpass"):
+                found += [(low, target) for target in find_referents(sentence, subject)]
         elif dep == "prep":
             compound = not sentence.has_kid(preposition, "pobj")
             found += [

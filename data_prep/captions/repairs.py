@@ -65,6 +65,8 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
                 sentence.tag[i] = "JJ"
         elif sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
+        elif sentence.dep[i] in ("acl", "advcl", "xcomp") and i and sentence.tag[i - 1] == "TO":
+            _make_phrase(sentence, i - 1, i)
         elif sentence.dep[i] == "npadvmod" and (
             low in lexicon.ANIMATE_NOUNS and low != "hand"  # "hand painted"
         ):
@@ -80,7 +82,7 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.tag[i] = "RB"
             sentence.replace(i, i - 1)
             sentence.attach(i, i - 1, "advmod")
-    elif tag in ADJECTIVE_TAGS and _is_side(sentence, i):
+    elif low in ("left", "right") and tag in ADJECTIVE_TAGS and _is_side(sentence, i):
         sentence.tag[i] = "RB"
     elif tag in ADJECTIVE_TAGS:
         if sentence.head[i] == i and _is_listed_color(sentence, i):
@@ -114,12 +116,14 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
 def _is_side(sentence: Sentence, i: int) -> bool:
     """Whether a word says on which side of the picture somebody is: "a cat in a chair - left"."""
     after = sentence.low[i + 1] if i + 1 < len(sentence) else ""
-    return (
-        sentence.low[i] in ("left", "right")
-        and i > 0
-        and sentence.low[i - 1] in (",", "(", "-", "--")
-        and not after.isalpha()
-    )
+    return i > 0 and sentence.low[i - 1] in (",", "(", "-", "--") and not after.isalpha()
+
+
+def _make_phrase(sentence: Sentence, to: int, noun: int) -> None:
+    """Makes a phrase of "the memorial to politician", read as an infinitive."""
+    if sentence.head[to] == noun and not sentence.has_kid(noun, "dobj"):
+        sentence.attach(to, sentence.head[noun], "prep")
+        sentence.attach(noun, to, "pobj")
 
 
 def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:

@@ -176,7 +176,7 @@ class _GraphBuilder:
             for kid in sentence.kids_of(i, "xcomp")
         ):
             return None
-        if lemma == "have" and sentence.tag[i] == "VBG" and animate:
+        if lemma == "have" and sentence.tag[i] == "VBG" and (animate or not subjects):
             return _ACTION
         if lemma in lexicon.LINKING_VERBS and any(
             sentence.low[kid] == "like" for kid in sentence.kids_of(i, "prep")
