@@ -12,6 +12,7 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
+from data_prep.teachers import clip
 from data_prep.teachers.registry import default_teacher
 from diht_jax.data.records.formats.registry import check_format
 from diht_jax.data.records.schema import MAX_CONCEPTS
@@ -45,6 +46,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.output_format = "tfrecord"  # or "array_record": of merged shards
     c.dataset_name = "pairs"  # with the split it makes the names of merged shards
     c.split = "train"
+
+    c.concepts = True  # whether there are to be concept labels; False: CLIP embeddings alone
+    c.clip_teachers = clip.default_config()  # CLIPs whose embeddings are kept for training
 
     c.vocabulary = ml_collections.ConfigDict()
     c.vocabulary.min_count = 10  # pairs that must mention a concept
@@ -99,6 +103,16 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     """
     check_format(config.output_format, _OUTPUT_FORMATS)
     RaySettings(**config.ray.to_dict()).check()
+    clip.check_config(config.clip_teachers)
+    if not config.concepts and not config.clip_teachers.models:
+        raise ValueError(
+            "config.concepts=False: nothing is left to do; name config.clip_teachers.models"
+        )
+    if config.merge and config.clip_teachers.models:
+        raise ValueError(
+            "config.merge=True: embeddings of CLIPs lie beside the shards of the input and cannot "
+            "be merged into new ones; label without it"
+        )
     check_limit("max_failed_shards", config.max_failed_shards)
     check_limit("heads.max_changed_shards", config.heads.max_changed_shards)
     heads = config.heads

@@ -27,7 +27,7 @@ import numpy as np
 from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
-from data_prep.teachers.base import Embedded
+from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.data.records.remote import is_remote
@@ -149,7 +149,10 @@ def compute_embeddings(
 
     vectors, rows, missing, position = [], [], {}, 0
     with WorkRecord(record_beside or task.output, task.search) as work:
-        for results in _embed(read_hashing_keys(), teacher, task.search, work):
+        opened = open_teacher(teacher)
+        for results in embed_surviving(
+            read_hashing_keys(), opened, teacher.batch_size, task.search, work
+        ):
             for result in results:
                 if isinstance(result, str):
                     missing[result] = missing.get(result, 0) + 1
@@ -173,19 +176,26 @@ def compute_embeddings(
     return ShardEmbeddings(embeddings, np.array(rows, np.int64), arrays["key_hashes"], stats)
 
 
-def _embed(
+def embed_surviving(
     records: Iterator[Record],
-    config: ml_collections.ConfigDict,
+    teacher: Teacher,
+    batch_size: int,
     search: CrashSearch | None,
     work: WorkRecord,
 ) -> Iterator[list[Embedded]]:
-    """What `Teacher.embed` yields; looks for the record that ends the worker once one has died."""
-    teacher = open_teacher(config)
+    """What `Teacher.embed` yields; looks for the record that ends the worker once one has died.
+
+    Args:
+        records: of a shard.
+        teacher: that embeds them.
+        batch_size: records that are embedded at once in a search.
+        search, work: see `jobs.crash_search`.
+    """
     if search is None:
         yield from teacher.embed(records)
         return
     first, entries = 0, without_crashed(records, search.crashed)
-    while chunk := list(itertools.islice(entries, config.batch_size)):
+    while chunk := list(itertools.islice(entries, batch_size)):
         batch = first, first + len(chunk)
         if search.suspects == batch:
             for number, entry in enumerate(chunk, first):

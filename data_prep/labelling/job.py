@@ -6,6 +6,7 @@ The folder of the output:
     vocabulary_*.tsv        the concepts and their ids
     heads.npz, heads.json   the trained heads, their curves and metrics
     labels/, labels.json    the labels of every shard, one npz each (`diht_jax.data.records.labels`)
+    clip_embeddings/, clip_embeddings.json      with `config.clip_teachers.models`: likewise
     stats.json, report.html, curves.png
 
 With `config.merge`, instead of `labels/` and `labels.json`:
@@ -43,12 +44,15 @@ from data_prep.jobs.failures import (
     with_output,
 )
 from data_prep.jobs.shards import FAILED_SUFFIX
-from data_prep.labelling import embeddings, plan, summary
+from data_prep.labelling import clip_embeddings, embeddings, plan, summary
 from data_prep.labelling import shard as label_shard
 from data_prep.labelling.obtain_heads import obtain_heads, plan_heads
 from data_prep.sources import list as source_list
-from data_prep.teachers.base import TeacherInfo
+from data_prep.teachers.base import Teacher, TeacherInfo
+from data_prep.teachers.clip import load_clip_teachers
 from data_prep.teachers.registry import load_teacher
+from diht_jax.data.readers.registry import SourceShard
+from diht_jax.data.records.labels.clip_embeddings import CLIP_EMBEDDINGS
 
 
 def run(
@@ -75,18 +79,36 @@ def run(
     inputs = plan.find_inputs(config.input)
     folder = source_list.check_output(config.output, inputs)
     files.make_folder(folder)
-    config, teacher = plan.settle(config, folder)
     share = functools.partial(
         source_list.shards_of_task, task_index=task_index, num_tasks=num_tasks
     )
-    stage = _Stage(config, engine, teacher)
+    failures, is_complete = Failures(), True
+    if config.clip_teachers.models:
+        failures, is_complete = _embed_clips(config, inputs, folder, share, engine)
+    if not config.concepts or not is_complete:
+        return print_failures(failures)
+    return _label(config, inputs, folder, share, engine, failures)
+
+
+def _label(
+    config: ml_collections.ConfigDict,
+    inputs: Sequence[SourceShard],
+    folder: str,
+    share: Callable[[Sequence[Any]], Sequence[Any]],
+    engine: str,
+    failures: Failures,
+) -> Failures:
+    """The concept labels; arguments and result as of `run`, with this job's share of tasks."""
+    config, teacher = plan.settle(config, folder)
+    load = functools.partial(load_teacher, config.teacher)
+    stage = _Stage(config, engine, teacher, load)
     tasks = plan.plan_shards(config, inputs, folder)
     embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
     heads_plan = plan_heads(config, folder, embedding_tasks)
     # Merged shards are numbered, so that none may be missing.
     limit = 0 if config.merge else config.max_failed_shards
     first = embedding_tasks if config.merge else heads_plan.sample
-    failures = stage.embed(share(first))
+    failures |= stage.embed(share(first))
     embedded = survey(first)
     if first:
         if is_unfinished(limit, embedded, len(tasks), "embedded"):
@@ -117,6 +139,34 @@ def run(
     return print_failures(with_output(failures, found.failed))
 
 
+def _embed_clips(
+    config: ml_collections.ConfigDict,
+    inputs: Sequence[SourceShard],
+    folder: str,
+    share: Callable[[Sequence[Any]], Sequence[Any]],
+    engine: str,
+) -> tuple[Failures, bool]:
+    """Embeddings of the CLIP teachers; what failed, and whether those of all shards are there."""
+    load = functools.partial(load_clip_teachers, config.clip_teachers)
+    teachers = load()
+    tasks = clip_embeddings.plan_tasks(
+        plan.plan_shards(config, inputs, folder), folder, teachers.manifest
+    )
+    pending = _unfinished(share(tasks), "embed by CLIPs")
+    if pending:
+        files.remove(files.join(folder, CLIP_EMBEDDINGS.manifest))
+    function = functools.partial(
+        clip_embeddings.embed_shard, teachers=config.clip_teachers, manifest=teachers.manifest
+    )
+    stage = _Stage(config, engine, teachers.info, load)
+    failures = stage.run(function, pending, "embed by CLIPs")
+    found = survey(tasks)
+    if is_unfinished(config.max_failed_shards, found, len(tasks), "embedded by CLIPs"):
+        return failures, False
+    clip_embeddings.write_manifest(found, folder, teachers.manifest)
+    return with_output(failures, found.failed), True
+
+
 @dataclasses.dataclass(frozen=True)
 class _Stage:
     """Where and how the tasks of a stage run."""
@@ -124,13 +174,14 @@ class _Stage:
     config: ml_collections.ConfigDict
     engine: str
     teacher: TeacherInfo
+    load: Callable[[], Teacher]
 
     def embed(self, tasks: Sequence[shards.ShardTask]) -> Failures:
         """Computes the embeddings that are missing; returns what failed."""
         function = functools.partial(
             embeddings.embed_shard, teacher=self.config.teacher, dtype=self.config.embedding_dtype
         )
-        return self._run(function, _unfinished(tasks, "embed"), "embed")
+        return self.run(function, _unfinished(tasks, "embed"), "embed")
 
     def label(
         self, tasks: Sequence[shards.ShardTask], prepare: Callable[[], None], **heads: Any
@@ -147,23 +198,23 @@ class _Stage:
             prepare()
         if self.config.merge:
             function = functools.partial(label_shard.label_shard, **heads)
-            return self._run(function, pending, "label", is_light=True)
+            return self.run(function, pending, "label", is_light=True)
         there = shards.find_finished([task.embedding for task in pending])
         seen, unseen = [], []
         for task in pending:
             (seen if task.embedding.output in there else unseen).append(task)
         function = functools.partial(label_shard.write_labels, **heads)
-        failures = self._run(function, seen, "label", is_light=True)
+        failures = self.run(function, seen, "label", is_light=True)
         function = functools.partial(
             label_shard.embed_and_label,
             teacher=self.config.teacher,
             dtype=self.config.embedding_dtype,
             **heads,
         )
-        failures.update(self._run(function, unseen, "embed and label"))
+        failures.update(self.run(function, unseen, "embed and label"))
         return failures
 
-    def _run(
+    def run(
         self,
         function: Callable[..., Any],
         pending: Sequence[shards.ShardTask],
@@ -191,7 +242,7 @@ class _Stage:
             is_limited = self.config.shard_timeout_secs is not None
             options["num_workers"] = int(is_limited and self.config.num_workers != 0)
             if pending and not is_limited:
-                load_teacher(self.config.teacher)  # an error in it is raised once, not by shard
+                self.load()  # an error in it is raised once, not by shard
         return run_noting_failures(function, pending, options)
 
 

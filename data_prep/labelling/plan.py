@@ -28,7 +28,6 @@ from diht_jax.data.records.formats.registry import (
     name_format,
     open_source,
 )
-from diht_jax.data.records.labels.files import FOLDER as LABELS
 
 _LABELS_VERSION = 1
 
@@ -125,7 +124,6 @@ def plan_shards(
     ]
     if _are_numbered(folder, sorted(set(numbered) - set(names))):
         names = numbered
-    files.make_folder(files.join(folder, LABELS))
     return [
         shards.ShardTask(source, files.join(folder, name), "")
         for source, name in zip(inputs, names, strict=True)
@@ -184,6 +182,8 @@ def plan_labels(
     config_hash = shards.hash_config(settings)
     if config.merge:
         return [shards.ShardTask(task.source, task.output, config_hash) for task in tasks]
+    if tasks:
+        files.make_folder(os.path.dirname(label_path(tasks[0].output)))
     return [
         LabelTask(
             source=task.source,
@@ -192,11 +192,13 @@ def plan_labels(
             shard=shard,
             embedding=embedding,
         )
-        for task, embedding, shard in zip(tasks, embedded, _identify(tasks), strict=True)
+        for task, embedding, shard in zip(tasks, embedded, identify_shards(tasks), strict=True)
     ]
 
 
-def _identify(tasks: Sequence[shards.ShardTask]) -> Sequence[tuple[str, int, int, str] | None]:
+def identify_shards(
+    tasks: Sequence[shards.ShardTask],
+) -> Sequence[tuple[str, int, int, str] | None]:
     """The identity of every shard where an index describes them all; else each task looks."""
     try:
         return fingerprint_records(open_source([task.source.path for task in tasks])).shards

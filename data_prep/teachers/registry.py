@@ -107,15 +107,18 @@ def open_teacher(config: ml_collections.ConfigDict) -> Teacher:
     Raises:
         ValueError: as `load_teacher`; of a shared one at the first batch.
     """
-    return _SharedTeacher(config) if is_shared() else load_teacher(config)
+    if is_shared():
+        return SharedTeacher(functools.partial(load_teacher, config), config.batch_size)
+    return load_teacher(config)
 
 
-class _SharedTeacher(Teacher):
+class SharedTeacher(Teacher):
     """Stands for a teacher in other processes; sends it as many records as it takes at once."""
 
-    def __init__(self, config: ml_collections.ConfigDict):
-        self._batch_size = config.batch_size
-        self._teacher = open_model(functools.partial(load_teacher, config))
+    def __init__(self, load: Callable[[], Teacher], batch_size: int):
+        """Args: what makes the teacher ready there, and how many records it takes at once."""
+        self._batch_size = batch_size
+        self._teacher = open_model(load)
 
     def embed(self, records: Iterable[Record]) -> Iterator[list[Embedded]]:
         records = iter(records)

@@ -48,7 +48,7 @@ from diht_jax.training.multihost import (
     gather_texts,
     share_from_first,
 )
-from diht_jax.training.objective import bind_data, num_labels
+from diht_jax.training.objective import bind_data, num_labels, teacher_width
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
@@ -225,6 +225,7 @@ class Run:
             fast_decode=config.data.fast_decode,
             num_concepts=num_concepts,
             vocabulary_sizes=sizes,
+            teacher_width=teacher_width(config),
         )
         return open_mixture(
             config.data,

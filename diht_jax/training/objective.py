@@ -60,6 +60,11 @@ def num_labels(config: ml_collections.ConfigDict) -> int:
     return max((term.num_labels for term in active_terms(config)), default=0)
 
 
+def teacher_width(config: ml_collections.ConfigDict) -> int:
+    """Size of the CLIP teachers' embeddings that the terms read of a record; 0 for none."""
+    return max((term.teacher_width for term in active_terms(config)), default=0)
+
+
 def with_objective_parameters(
     init_params: Callable[[jax.Array], Parameters],
     config: ml_collections.ConfigDict,
@@ -162,7 +167,8 @@ def total_loss(
         return total, metrics
     metrics["contrastive_loss"] = metrics["loss"]
     for term in terms:
-        for name, (weight, part) in term.of_batch(encoded, params, examples).items():
+        parts = term.of_all_pairs(encoded, params, examples, mesh=mesh, impl=config.loss.impl)
+        for name, (weight, part) in parts.items():
             metrics[name] = jax.lax.stop_gradient(part)
             total += weight * part
     return total, {**metrics, "loss": jax.lax.stop_gradient(total)}

@@ -14,6 +14,7 @@ import ml_collections
 from absl import logging
 
 from diht_jax import sharding
+from diht_jax.data.input.fixed_crops import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.data.records.schema import CONCEPT_FIELDS
 from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
@@ -22,7 +23,12 @@ from diht_jax.models.parameters import model_definition
 from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.multihost import first_text
-from diht_jax.training.objective import num_labels, optimizer_config, with_objective_parameters
+from diht_jax.training.objective import (
+    num_labels,
+    optimizer_config,
+    teacher_width,
+    with_objective_parameters,
+)
 from diht_jax.training.optimizer import create_optimizer, learning_rate_schedule
 from diht_jax.training.state import TrainState, abstract_state, create_state
 from diht_jax.training.step import TrainStep, training_execution
@@ -43,6 +49,7 @@ class TrainProgram:
         schedule: learning rate by step.
         optimizer: as configured.
         num_labels: the teacher's labels of each kind that the step reads from a record.
+        teacher_width: size of the CLIP teachers' embeddings that it reads.
         keeps_ema: whether the state has a moving average of the parameters.
     """
 
@@ -78,6 +85,7 @@ class TrainProgram:
         )
         self.init_params = with_objective_parameters(init_params, config, self.arch)
         self.num_labels = num_labels(config)
+        self.teacher_width = teacher_width(config)
 
     def create_state(self) -> TrainState:
         """The state before the first step, on the devices."""
@@ -101,6 +109,9 @@ class TrainProgram:
             for ids, probs in CONCEPT_FIELDS:
                 fields[ids] = (self.num_labels,), jnp.int32
                 fields[probs] = (self.num_labels,), jnp.float32
+        if self.teacher_width:
+            for name in (IMAGE_FIELD, TEXT_FIELD):
+                fields[name] = (self.teacher_width,), jnp.float16
         return {
             name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=by_example)
             for name, (shape, dtype) in fields.items()

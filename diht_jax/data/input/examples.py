@@ -14,7 +14,9 @@ import numpy as np
 from diht_jax.data import tokenizer
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
+from diht_jax.data.input.fixed_crops import take_view
 from diht_jax.data.records import schema
+from diht_jax.data.records.labels.clip_embeddings import ClipRows, Manifest, decode_embedded
 from diht_jax.data.records.labels.rows import LabelRows, decode_joined
 
 # Replaced by the caption in a text template.
@@ -33,6 +35,7 @@ class DecodeExample(grain.transforms.RandomMap):
         fast_decode: bool = True,
         num_concepts: int = 0,
         vocabulary_sizes: Sequence[int] | None = None,
+        teacher_width: int = 0,
     ):
         """Settings, as in `config.data`.
 
@@ -45,6 +48,7 @@ class DecodeExample(grain.transforms.RandomMap):
             num_concepts: k, the teacher's labels to take of each kind; 0 for none.
             vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record
                 with an id beyond them is bad. None where that is not known.
+            teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
 
         Raises:
             ValueError: a template without a caption.
@@ -58,18 +62,28 @@ class DecodeExample(grain.transforms.RandomMap):
         self._fast_decode = fast_decode
         self._num_concepts = num_concepts
         self._vocabulary_sizes = vocabulary_sizes
+        self._teacher_width = teacher_width
+        self._clip_manifest: Manifest | None = None
         self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
 
-    def for_source(self, source: Any, labels: LabelRows | None = None) -> DecodeExample:
+    def for_source(
+        self, source: Any, labels: LabelRows | None = None, clips: ClipRows | None = None
+    ) -> DecodeExample:
         """The same for the elements of a source that has a form of its own, its `decode`.
 
         Args:
             source: of the records.
             labels: of these records; an element is then one of the source with a row of these.
+            clips: likewise; an element is then one of the above with a row of these.
         """
         other = copy.copy(self)
         decode = getattr(source, "decode", schema.decode_record)
-        other.decode_record = decode if labels is None else functools.partial(decode_joined, decode)
+        if labels is not None:
+            decode = functools.partial(decode_joined, decode)
+        if clips is not None:
+            decode = functools.partial(decode_embedded, decode)
+            other._clip_manifest = clips.manifest
+        other.decode_record = decode
         return other
 
     @property
@@ -78,9 +92,15 @@ class DecodeExample(grain.transforms.RandomMap):
         return self._num_concepts > 0
 
     @property
+    def needs_clip_embeddings(self) -> bool:
+        """Whether examples have the embeddings of CLIP teachers."""
+        return self._teacher_width > 0
+
+    @property
     def example_bytes(self) -> int:
         """Size of one example."""
         num_bytes = 3 * self._image_size**2 + 4 * self._context_length
+        num_bytes += 4 * self._teacher_width
         return num_bytes + 8 * self._num_concepts * len(schema.CONCEPT_FIELDS)
 
     def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -94,7 +114,7 @@ class DecodeExample(grain.transforms.RandomMap):
             `images` uint8 [size, size, 3] and `tokens` int32 [t]; with concepts also
             `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
             `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
-            where it has none.
+            where it has none. With a width of teachers also what `fixed_crops.take_view` gives.
 
         Raises:
             ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
@@ -121,6 +141,9 @@ class DecodeExample(grain.transforms.RandomMap):
         if self._num_concepts:
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
+        if self._teacher_width:
+            view, rng = take_view(record, self._clip_manifest, self._teacher_width, rng)
+            example.update(view)
         try:
             crop = self._plan_crop(record.image, rng)
         except images.ImageError as error:

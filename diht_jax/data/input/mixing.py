@@ -13,11 +13,13 @@ import numpy as np
 
 from diht_jax.data.input.block_order import BlockOrder, merge_needs
 from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.fixed_crops import check_crops
 from diht_jax.data.input.order import GlobalOrder, count_streams, make_order
 from diht_jax.data.input.read_ahead.fetching import try_patiently
 from diht_jax.data.input.shares import Shares
 from diht_jax.data.records.catalog import Share
 from diht_jax.data.records.fingerprint import Fingerprint, fingerprint_records
+from diht_jax.data.records.labels.clip_embeddings import ClipRows, open_clip_embeddings
 from diht_jax.data.records.labels.rows import LabelRows, open_labels, resolve_source
 from diht_jax.data.records.train_data import TrainSource, parse_train, switching_steps, weight_at
 
@@ -35,6 +37,7 @@ class Source:
         order: own position -> number of the record.
         decode: makes an example of an element of these records.
         labels: of these records; an element is then one of theirs together with its row of labels.
+        clips: of these records; an element is then one of the above together with its row.
     """
 
     name: str
@@ -42,11 +45,19 @@ class Source:
     order: GlobalOrder | BlockOrder
     decode: DecodeExample
     labels: LabelRows | None = None
+    clips: ClipRows | None = None
+
+    @property
+    def sidecars(self) -> tuple[LabelRows, ...]:
+        """What lies beside the records, in the order in which it is joined."""
+        return tuple(rows for rows in (self.labels, self.clips) if rows is not None)
 
     def element(self, record: int) -> Any:
         """What `decode` takes of a record."""
-        data = self.records[record]
-        return data if self.labels is None else (data, self.labels[record])
+        element = self.records[record]
+        for rows in self.sidecars:
+            element = element, rows[record]
+        return element
 
 
 class Mixture(Sequence[tuple[int, Any]]):
@@ -129,8 +140,8 @@ class Mixture(Sequence[tuple[int, Any]]):
         """Of all shards and labels; with several sources their names stand before those."""
         rows = []
         for source in self.sources:
-            labels = () if source.labels is None else source.labels.fingerprint()
-            for name, *rest in (*fingerprint_records(source.records).shards, *labels):
+            beside = [row for rows in source.sidecars for row in rows.fingerprint()]
+            for name, *rest in (*fingerprint_records(source.records).shards, *beside):
                 rows.append((f"{source.name}/{name}" if self._shares else name, *rest))
         return Fingerprint(tuple(rows))
 
@@ -258,11 +269,15 @@ def open_mixture(
         if isinstance(order, GlobalOrder) and hasattr(records, "make_offsets_local"):
             records.make_offsets_local(data.cache_dir)
         decode = make_decoder(source.text_template or data.text_template)
-        labels = None
+        labels = clips = None
         if source.labels and decode.needs_labels:
-            labels = _open_labels(source, records, data, share)
-        decode = decode.for_source(records, labels)
-        sources.append(Source(source.name, records, order, decode, labels))
+            labels = _open_sidecars(open_labels, source, records, data, share)
+        if source.labels and decode.needs_clip_embeddings:
+            clips = _open_sidecars(open_clip_embeddings, source, records, data, share)
+            if clips is not None:
+                check_crops(clips, f"{_labels_key(source)}={source.labels}")
+        decode = decode.for_source(records, labels, clips)
+        sources.append(Source(source.name, records, order, decode, labels, clips))
     if not parsed[0].name:
         return Mixture(sources)
     in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)
@@ -273,14 +288,25 @@ def open_mixture(
     return Mixture(sources, Shares(points, num_streams=streams, batch_size=data.batch_size))
 
 
-def _open_labels(
-    source: TrainSource, records: Any, data: ml_collections.ConfigDict, share: Share | None
-) -> LabelRows:
-    key = f"config.data.train.{source.name}.labels" if source.name else "config.data.labels"
-    patiently = functools.partial(try_patiently, timeout_secs=data.read_timeout_secs)
-    return open_labels(
-        source.labels, records, key, share=share, cache_dir=data.cache_dir, patiently=patiently
+def _open_sidecars(
+    open_rows: Callable[..., Any],
+    source: TrainSource,
+    records: Any,
+    data: ml_collections.ConfigDict,
+    share: Share | None,
+) -> Any:
+    return open_rows(
+        source.labels,
+        records,
+        _labels_key(source),
+        share=share,
+        cache_dir=data.cache_dir,
+        patiently=functools.partial(try_patiently, timeout_secs=data.read_timeout_secs),
     )
+
+
+def _labels_key(source: TrainSource) -> str:
+    return f"config.data.train.{source.name}.labels" if source.name else "config.data.labels"
 
 
 def _open_source(source: TrainSource, open_source: Callable[[str | list[str]], Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import ml_collections
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 Parameters = dict[str, Any]
@@ -24,6 +25,8 @@ class Term:
         num_labels: k, how many of the teacher's labels of each kind it reads from a record. They
             are in the batch as `object_ids` int32 [b, k], `object_probs` float32 [b, k],
             `attribute_ids` and `attribute_probs`; with 0 they may be absent.
+        teacher_width: D, of the CLIP teachers' embeddings that it reads. They are in the batch as
+            `teacher_image_emb` and `teacher_text_emb`, float16 [b, D]; with 0 they may be absent.
         multipliers: entries for `config.optimizer.multipliers`, for its own parameters.
         name: of its section.
         section: its section of the config.
@@ -31,6 +34,7 @@ class Term:
 
     settings: ClassVar[dict[str, Any]] = {"weight": 0.0}
     num_labels: int = 0
+    teacher_width: int = 0
     multipliers: tuple[tuple[str, float, float], ...] = ()
 
     def __init__(self, name: str, section: ml_collections.ConfigDict):
@@ -110,3 +114,21 @@ class Term:
             Weight and scalar by the name of a loss, which is that of its metric.
         """
         raise NotImplementedError
+
+    def of_all_pairs(
+        self,
+        encoded: dict[str, jax.Array],
+        params: Parameters,
+        examples: dict[str, jax.Array],
+        *,
+        mesh: Mesh,
+        impl: str,
+    ) -> dict[str, tuple[float, jax.Array]]:
+        """As `of_batch`, which it calls; for a term that compares all pairs of the global batch.
+
+        Args:
+            encoded, params, examples: see `of_batch`.
+            mesh: axes `data` and `fsdp`.
+            impl: `config.loss.impl`, how such losses are computed on it.
+        """
+        return self.of_batch(encoded, params, examples)

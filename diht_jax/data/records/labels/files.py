@@ -39,6 +39,23 @@ FOLDER = "labels"
 MANIFEST = "labels.json"
 SUFFIX = ".npz"
 
+
+class Sidecars(NamedTuple):
+    """One kind of files beside shards.
+
+    Attributes:
+        folder: that the files lie in.
+        manifest: lists them.
+        what: they hold, in messages.
+    """
+
+    folder: str
+    manifest: str
+    what: str
+
+
+LABELS = Sidecars(FOLDER, MANIFEST, "labels")
+
 _FORMAT_VERSION = 1
 # In the header of a member of a zip archive, of 30 bytes: the lengths of its name and extra field.
 _ZIP_HEADER_BYTES = 30
@@ -97,13 +114,7 @@ class Manifest:
         """Raises ValueError, TypeError or KeyError where its values contradict each other."""
         if len(self.sizes) != 2 or not all(0 <= k <= MAX_CONCEPTS for k in self.sizes):
             raise ValueError(f"sizes {self.sizes!r:.80}")
-        row_bytes = self.dtype.itemsize
-        for file in self.files:
-            end = file.rows_at + file.records * row_bytes
-            if min(file.rows_at, file.records) < 0 or end > file.file_bytes:
-                raise ValueError(f"{file.file}: its rows do not lie in {file.file_bytes} bytes")
-            if "/" in file.file or file.file in ("", ".", ".."):
-                raise ValueError(f"{file.file!r:.80} is no name of a file")
+        check_files(self.files, self.dtype.itemsize)
 
     def encode(self) -> bytes:
         """The contents of the file."""
@@ -138,6 +149,16 @@ class Manifest:
                 "run that command again"
             ) from error
         return manifest
+
+
+def check_files(files: Sequence[LabelFile], row_bytes: int) -> None:
+    """Raises ValueError or TypeError where the values of a file contradict each other."""
+    for file in files:
+        end = file.rows_at + file.records * row_bytes
+        if min(file.rows_at, file.records) < 0 or end > file.file_bytes:
+            raise ValueError(f"{file.file}: its rows do not lie in {file.file_bytes} bytes")
+        if "/" in file.file or file.file in ("", ".", ".."):
+            raise ValueError(f"{file.file!r:.80} is no name of a file")
 
 
 def row_dtype(vocabulary: Mapping[str, Any], sizes: Sequence[int]) -> np.dtype:
@@ -182,16 +203,36 @@ def encode_labels(
         for names, arrays in zip(CONCEPT_FIELDS, predicted, strict=True):
             for field, array in zip(names, arrays, strict=True):
                 labels[field][rows] = array
-    identity = {"shard": shard, "vocabulary": vocabulary}
+    return encode_rows(name, shard, labels, {"vocabulary": vocabulary})
+
+
+def encode_rows(
+    name: str,
+    shard: tuple[str, int, int, str],
+    rows: np.ndarray,
+    meaning: Mapping[str, Any],
+    member_name: str = "labels",
+) -> tuple[bytes, LabelFile]:
+    """The file of one shard with a row for each of its records; equal rows give equal bytes.
+
+    Args:
+        name: of the file.
+        shard: name, records, bytes and digest, as in a `Fingerprint`.
+        rows: [n], of a structured type.
+        meaning: of the rows, JSON-able; stands in the file's `identity`.
+        member_name: of the array in the file.
+    """
+    identity = {"shard": shard, **meaning}
+    text = np.bytes_(json.dumps(identity, sort_keys=True))
     buffer = io.BytesIO()
-    np.savez(buffer, labels=labels, identity=np.bytes_(json.dumps(identity, sort_keys=True)))
+    np.savez(buffer, **{member_name: rows}, identity=text)
     data = buffer.getvalue()
     with zipfile.ZipFile(buffer) as archive:
-        member = archive.getinfo("labels.npy")
+        member = archive.getinfo(f"{member_name}.npy")
     lengths = _ZIP_LENGTHS.unpack_from(data, member.header_offset + _ZIP_LENGTHS_AT)
     end = member.header_offset + _ZIP_HEADER_BYTES + sum(lengths) + member.file_size
     digest = hashlib.sha256(data).hexdigest()[:16]
-    file = LabelFile(*shard, name, len(data), digest, end - labels.nbytes)
+    file = LabelFile(*shard, name, len(data), digest, end - rows.nbytes)
     return data, file
 
 

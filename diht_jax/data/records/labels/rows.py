@@ -18,10 +18,11 @@ from diht_jax.data.records.catalog import Share, list_folder
 from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.data.records.format import TFRecordError
 from diht_jax.data.records.labels.files import (
-    FOLDER,
+    LABELS,
     MANIFEST,
     LabelFile,
     Manifest,
+    Sidecars,
     find_input,
     read_manifest,
 )
@@ -47,6 +48,7 @@ class LabelRows:
         dtype: np.dtype,
         cache_dir: str | None = None,
         patiently: Callable[[Callable[[], Any]], Any] | None = None,
+        kind: Sidecars = LABELS,
     ):
         """Opens nothing yet.
 
@@ -57,7 +59,9 @@ class LabelRows:
             cache_dir: gets the copies of files in a store; None is a folder of this user in the
                 system's temporary one.
             patiently: calls a function until a store answers; once where None.
+            kind: of the files.
         """
+        self.kind = kind
         self.files = tuple(files)
         self.dtype = dtype
         self._folder = folder
@@ -80,13 +84,13 @@ class LabelRows:
         start = self.files[number].rows_at + (index - int(self._starts[number])) * size
         data = self._open_file(number).read_range(start, start + size)
         if len(data) != size:
-            raise _changed(self._folder, self.files[number])
+            raise _changed(self.kind, self._folder, self.files[number])
         return np.frombuffer(data, self.dtype)[0]
 
     def fingerprint(self) -> tuple[tuple[str, int, int, str], ...]:
         """Rows of a `Fingerprint` for the files of labels."""
         return tuple(
-            (f"{FOLDER}/{file.file}", file.records, file.file_bytes, file.file_digest)
+            (f"{self.kind.folder}/{file.file}", file.records, file.file_bytes, file.file_digest)
             for file in self.files
         )
 
@@ -102,12 +106,13 @@ class LabelRows:
         # not refer to this object: as a cycle, it would keep files open for long.
         self._open_file = functools.lru_cache(_MAX_OPEN_FILES)(
             functools.partial(
-                _open_file, self._folder, self.files, self._cache_dir, self._patiently
+                _open_file, self.kind, self._folder, self.files, self._cache_dir, self._patiently
             )
         )
 
 
 def _open_file(
+    kind: Sidecars,
     folder: str,
     files: Sequence[LabelFile],
     cache_dir: str | None,
@@ -115,7 +120,7 @@ def _open_file(
     number: int,
 ) -> LocalFile:
     file = files[number]
-    path = os.path.join(folder, FOLDER, file.file)
+    path = os.path.join(folder, kind.folder, file.file)
     if remote.is_remote(path):
         copy = functools.partial(
             remote.copy_once, path, f"{file.file_digest}-{file.file}", file.file_bytes, cache_dir
@@ -124,16 +129,16 @@ def _open_file(
     try:
         opened = LocalFile(path)
     except FileNotFoundError as error:
-        raise _changed(folder, file) from error
+        raise _changed(kind, folder, file) from error
     if opened.size != file.file_bytes:
-        raise _changed(folder, file)
+        raise _changed(kind, folder, file)
     return opened
 
 
-def _changed(folder: str, file: LabelFile) -> TFRecordError:
+def _changed(kind: Sidecars, folder: str, file: LabelFile) -> TFRecordError:
     return TFRecordError(
-        f"{os.path.join(folder, FOLDER, file.file)} is not the file that {MANIFEST} describes: it "
-        "was removed, changed or cut off; run data_prep.label again"
+        f"{os.path.join(folder, kind.folder, file.file)} is not the file that {kind.manifest} "
+        "describes: it was removed, changed or cut off; run data_prep.label again"
     )
 
 
@@ -164,40 +169,61 @@ def open_labels(
 
     def read() -> bytes:
         manifest = read_manifest(folder, key)
-        _check_listing(manifest, folder, key)
+        check_listing(LABELS, manifest.files, folder, key)
         return manifest.encode()
 
     manifest = Manifest.parse(share(read) if share else read(), os.path.join(folder, MANIFEST))
-    by_name: dict[str, list[LabelFile]] = {}
-    for file in manifest.files:
-        by_name.setdefault(file.name, []).append(file)
-    found = fingerprint_records(records).shards
-    files = [
-        _match(by_name.get(shard[0], []), shard, path, f"{key}={folder}")
-        for shard, path in zip(found, records.paths, strict=True)
-    ]
+    files = files_of_shards(LABELS, manifest.files, records, f"{key}={folder}")
     return LabelRows(folder, files, manifest.dtype, cache_dir, patiently)
 
 
-def _check_listing(manifest: Manifest, folder: str, key: str) -> None:
+def files_of_shards(
+    kind: Sidecars, files: Sequence[LabelFile], records: ShardedRecords, where: str
+) -> list[LabelFile]:
+    """The file of every shard of some records.
+
+    Args:
+        kind: of the files.
+        files: that there are.
+        records: in shards.
+        where: begins the messages.
+
+    Raises:
+        ValueError: a shard has no file, or that of other records.
+    """
+    by_name: dict[str, list[LabelFile]] = {}
+    for file in files:
+        by_name.setdefault(file.name, []).append(file)
+    found = fingerprint_records(records).shards
+    return [
+        _match(kind, by_name.get(shard[0], []), shard, path, where)
+        for shard, path in zip(found, records.paths, strict=True)
+    ]
+
+
+def check_listing(kind: Sidecars, files: Sequence[LabelFile], folder: str, key: str) -> None:
     """Raises ValueError where a file is missing or has another size; one listing."""
     try:
-        sizes = list_folder(os.path.join(folder, FOLDER))
+        sizes = list_folder(os.path.join(folder, kind.folder))
     except FileNotFoundError:
         sizes = {}
-    wrong = [file for file in manifest.files if sizes.get(file.file) != file.file_bytes]
+    wrong = [file for file in files if sizes.get(file.file) != file.file_bytes]
     if wrong:
         first = wrong[0]
         state = f"has {sizes[first.file]} bytes" if first.file in sizes else "is missing"
         raise ValueError(
-            f"{key}={folder}: {len(wrong)} of {len(manifest.files)} files of labels are not those "
-            f"that {MANIFEST} describes, such as {FOLDER}/{first.file}, which {state} (expected "
-            f"{first.file_bytes}); copy the whole folder, or run data_prep.label again"
+            f"{key}={folder}: {len(wrong)} of {len(files)} files of {kind.what} are not those "
+            f"that {kind.manifest} describes, such as {kind.folder}/{first.file}, which {state} "
+            f"(expected {first.file_bytes}); copy the whole folder, or run data_prep.label again"
         )
 
 
 def _match(
-    candidates: Sequence[LabelFile], shard: tuple[str, int, int, str], path: str, where: str
+    kind: Sidecars,
+    candidates: Sequence[LabelFile],
+    shard: tuple[str, int, int, str],
+    path: str,
+    where: str,
 ) -> LabelFile:
     """The file that belongs to a shard, among those of its name."""
     for file in candidates:
@@ -205,13 +231,13 @@ def _match(
             return file
     advice = "label these records with `python -m data_prep.label`, or name the labels of theirs"
     if not candidates:
-        raise ValueError(f"{where}: no labels of the shard {path}; {advice}")
+        raise ValueError(f"{where}: no {kind.what} of the shard {path}; {advice}")
     _, records, num_bytes, digest = shard
     other = candidates[0]
     raise ValueError(
-        f"{where}: {FOLDER}/{other.file} belongs to another shard than {path}: to {other.records} "
-        f"records in {other.num_bytes} bytes with digest {other.digest}, and there are {records} "
-        f"in {num_bytes} bytes with digest {digest}; {advice}"
+        f"{where}: {kind.folder}/{other.file} belongs to another shard than {path}: to "
+        f"{other.records} records in {other.num_bytes} bytes with digest {other.digest}, and "
+        f"there are {records} in {num_bytes} bytes with digest {digest}; {advice}"
     )
 
 
