@@ -24,7 +24,7 @@ import pyarrow.parquet
 from absl import logging
 
 from benchmarks.distillation import write_pairs
-from benchmarks.lab.experiments import SHOTS, WEB_PAIRS
+from benchmarks.lab.experiments import CLIP_TEACHERS, SHOTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import locked, run_command
 from data_prep.captions.versions import RULES_VERSION
 from data_prep.synthetic import captions, drawing, sampling, web
@@ -43,6 +43,7 @@ UNSEEN = tuple(
 )
 
 GIVEN = "given"
+CLIPS = "clips"  # folder in a variant, with embeddings of a CLIP for its records
 
 _COMPLETE = "complete.json"
 _SHARD = "pairs-train-00000-of-00001.tfrecord"
@@ -60,12 +61,12 @@ class Data:
         workdir: they lie in its folder `data`.
         shared: folder with the public tars of emoji and CIFAR-10.
         given: path or URL of the variant "given", which is made elsewhere.
-        model_of: number of a seed -> work directory of the student trained on the raw pairs.
+        model_of: name of an experiment, number of a seed -> work directory of its student.
     """
 
     workdir: pathlib.Path
     shared: pathlib.Path
-    model_of: Callable[[int], pathlib.Path]
+    model_of: Callable[[str, int], pathlib.Path]
     given: str | None = None
 
     def make(self, name: str) -> pathlib.Path | str:
@@ -191,7 +192,9 @@ def _make_random(data: Data, folder: pathlib.Path, seed: str) -> None:
 
 def _make_clip_score(data: Data, folder: pathlib.Path, seed: str) -> None:
     scored = folder / "scored"
-    _filter(data, scored, "convert", "web", f"--config.clip.model={data.model_of(int(seed))}")
+    _filter(
+        data, scored, "convert", "web", f"--config.clip.model={data.model_of('raw', int(seed))}"
+    )
     score_of_key: dict[str, float] = {}
     for path in sorted(glob.glob(f"{scored}/**/*.decisions.parquet", recursive=True)):
         table = pyarrow.parquet.read_table(path, columns=["key", "clip_score"]).to_pydict()
@@ -324,6 +327,41 @@ def _shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
     write_atomically(folder / f"{_SHARD}{STATS_SUFFIX}", text.encode())
 
 
+def _make_clips(data: Data, folder: pathlib.Path, variant: str) -> None:
+    family = variant.partition("_")[0]
+    _write(folder, _read(data.make(variant)))
+    crop_scale = STUDENTS[family].config["data.crop_scale"]
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts.py",
+        "--config.concepts=False",
+        f"--config.clip_teachers.models={data.model_of(CLIP_TEACHERS[family], 0)}",
+        "--config.clip_teachers.crops=4",
+        f"--config.clip_teachers.crop_scale={crop_scale}",
+        f"--config.input={folder}",
+        f"--config.output={folder / CLIPS}",
+    )
+
+
+def _make_emoji_labelled(data: Data, folder: pathlib.Path) -> None:
+    """The emoji with labels of the teacher of the photos."""
+    kept = folder / "kept"
+    run_command(
+        "data_prep.filter",
+        "--config=configs/prep/convert.py",
+        "--config.concepts=True",
+        f"--config.input={data.shared / 'emoji_google.tar'}",
+        f"--config.output={kept}",
+    )
+    run_command(
+        "data_prep.label",
+        "--config=configs/prep/concepts_efficientnet.py",
+        f"--config.input={kept}",
+        f"--config.output={folder}",
+        "--config.merge=True",
+    )
+
+
 def exchange(texts: Sequence[str], share: float, seed: int) -> list[str]:
     """The texts, of which a share has changed hands: each of these is another text than before."""
     rng = np.random.default_rng(seed)
@@ -368,6 +406,8 @@ _MAKERS: dict[str, Callable] = {
     "unseen_shots": _make_unseen_shots,
     "emoji": _make_emoji,
     r"emoji_shuffled_(\d+)_(\d+)": _make_emoji_shuffled,
+    r"(emoji_shuffled_\d+_\d+|cifar10_wrong_\d+)_clips": _make_clips,
+    "emoji_labelled": _make_emoji_labelled,
     r"cifar10_wrong_(\d+)": _make_photos,
     r"cifar10_wrong_(\d+)_(teacher|random|shuffled)": _make_photo_labels,
 }

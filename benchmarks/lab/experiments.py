@@ -160,6 +160,8 @@ BLOCKS = {
     "emoji": ("Wrong captions", "Do hard negatives help where captions are unique, and do wrong "
               "captions take that away?"),
     "distillation": ("Distillation", "Is it the teacher's knowledge, or averaging of captions?"),
+    "affinity": ("Similarities of a CLIP", "Do stored embeddings of a CLIP teach more than "
+                 "concept labels, at equal samples seen?"),
     "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
     "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
                  "combinations of shape and colour that no training pair shows or names?"),
@@ -187,7 +189,12 @@ def _concepts(weight: float, is_large: bool = False) -> dict[str, Any]:
 
 _CONCEPTS = _concepts(0.5)  # as in the demo
 _PHOTO_CONCEPTS = _concepts(1.0)  # as in `benchmarks.distillation`
+_EMOJI_CONCEPTS = {**_CONCEPTS, "concepts.num_objects": 1024, "concepts.num_attributes": 1024}
 _LABELS = ("teacher", "random", "shuffled")
+# Trained on right captions, four times as long as a student; seed 0 teaches.
+CLIP_TEACHERS = {"cifar10": "cifar10_clip_teacher", "emoji": "emoji_clip_teacher"}
+_AFFINITY = {"affinity.weight": 1.0}
+_AFFINITY_SHARES = (0, 50)  # percent of wrong captions
 
 
 def _beta(beta: float) -> str:
@@ -262,6 +269,24 @@ DISTILLATION = [
         for share, labels in itertools.product(WRONG_SHARES, _LABELS)
     ),
 ]  # fmt: skip
+AFFINITY = [
+    *(
+        Experiment(name, f"{family}_{'wrong_0' if family == 'cifar10' else 'shuffled_0_0'}",
+                   {"total_examples": 245_760}, seeds=1, student=family, keep_model=True)
+        for family, name in CLIP_TEACHERS.items()
+    ),
+    *(
+        Experiment(f"cifar10_wrong_{share}_affinity", f"cifar10_wrong_{share}_clips", _AFFINITY,
+                   student="cifar10")
+        for share in _AFFINITY_SHARES
+    ),
+    *(
+        Experiment(f"emoji_shuffled_{share}_affinity", f"emoji_shuffled_{share}_{{seed}}_clips",
+                   _AFFINITY, student="emoji")
+        for share in _AFFINITY_SHARES
+    ),
+    Experiment("emoji_concepts", "emoji_labelled", _EMOJI_CONCEPTS, student="emoji"),
+]  # fmt: skip
 NOISE = [
     Experiment(f"{kind}_{change}_{kept}", f"{kept}_of_{kind}_{change}")
     for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
@@ -315,7 +340,7 @@ GRID_B32 = _grid("b32", "given", "b32")
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *EQUAL_CAPTIONS),
+        *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *AFFINITY, *EQUAL_CAPTIONS),
         *(*FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
     )
 }
@@ -399,6 +424,24 @@ _DISTILLATION_CONTRASTS = [
         for share in WRONG_SHARES
     ),
 ]  # fmt: skip
+_AFFINITY_CONTRASTS = [
+    *(
+        Contrast(f"{data}_{share}_affinity", f"{data}_{share}", "affinity", 0.02,
+                 f"similarities of a CLIP help on {name}, {share}% of the captions wrong",
+                 "they gain less than two points")
+        for (data, name), share in itertools.product(
+            (("cifar10_wrong", "CIFAR-10"), ("emoji_shuffled", "emoji")), _AFFINITY_SHARES)
+    ),
+    *(
+        Contrast(f"cifar10_wrong_{share}_affinity", f"cifar10_wrong_{share}_teacher", "affinity",
+                 0.01, f"similarities of a CLIP teach more than concept labels on CIFAR-10, "
+                 f"{share}% of the captions wrong", "they gain less than a point on the labels")
+        for share in _AFFINITY_SHARES
+    ),
+    Contrast("emoji_shuffled_0_affinity", "emoji_concepts", "affinity", 0.01,
+             "similarities of a CLIP teach more than concept labels on emoji",
+             "they gain less than a point on the labels"),
+]  # fmt: skip
 _OTHER_CONTRASTS = [
     *(
         Contrast(f"{kind}_{change}_cat", f"{kind}_{change}_raw", "noise", 0.02,
@@ -430,6 +473,7 @@ CONTRASTS = [
     *_FILTER_CONTRASTS,
     *_HARD_NEGATIVES_CONTRASTS,
     *_DISTILLATION_CONTRASTS,
+    *_AFFINITY_CONTRASTS,
     *_OTHER_CONTRASTS,
 ]
 
@@ -449,5 +493,7 @@ def seeds_of(contrast: Contrast) -> int:
 
 def block_of(name: str) -> str:
     """The first block whose contrasts need an experiment; a grid for the others."""
+    if name in CLIP_TEACHERS.values():
+        return "affinity"
     used = [c.block for c in CONTRASTS if name in (c.treated, c.control)]
     return min(used, key=list(BLOCKS).index) if used else name.partition("_")[0]

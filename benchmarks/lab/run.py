@@ -30,7 +30,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from benchmarks.lab.data import Data, identity
+from benchmarks.lab.data import CLIPS, Data, identity
 from benchmarks.lab.experiments import (
     BLOCKS,
     EXPERIMENTS,
@@ -207,7 +207,7 @@ class Lab:
         """
         self.workdir, self.shared, self.results = workdir, shared, results
         self.tasks = tasks
-        self.data = Data(workdir, shared, self.trained_on_raw, given)
+        self.data = Data(workdir, shared, self.trained, given)
 
     def make(self, runs: Sequence[Run]) -> list[str]:
         """Makes runs; returns the names of those that failed."""
@@ -263,6 +263,9 @@ class Lab:
         folder, data = self.folder_of(run), self.data.make(run.data)
         student = STUDENTS[run.experiment.student]
         changes = {**student.config, **run.experiment.config, "seed": run.seed}
+        clips = pathlib.Path(data) / CLIPS
+        if clips.exists():
+            changes["data.labels"] = str(clips)
         marker = folder / "definition"
         if folder.exists() and (not marker.exists() or marker.read_text() != definition(run)):
             shutil.rmtree(folder)  # begun by another recipe
@@ -279,9 +282,9 @@ class Lab:
         )
         return time.monotonic() - begin
 
-    def trained_on_raw(self, seed: int) -> pathlib.Path:
-        """The work directory of a student of the raw pairs."""
-        run = Run(EXPERIMENTS["raw"], seed)
+    def trained(self, name: str, seed: int) -> pathlib.Path:
+        """The work directory of a student of an experiment, which data are made with."""
+        run = Run(EXPERIMENTS[name], seed)
         folder = self.folder_of(run)
         with locked(folder.with_name(f"{run.name}.lock")):
             self.train(run)

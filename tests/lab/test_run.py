@@ -9,6 +9,7 @@ import pytest
 from benchmarks.lab import data, run
 from benchmarks.lab.experiments import (
     BLOCKS,
+    CLIP_TEACHERS,
     CONTRASTS,
     EXPERIMENTS,
     GRIDS,
@@ -45,8 +46,9 @@ def test_contrasts_compare_experiments_of_one_student():
         assert all(metrics_of(contrast)) and seeds_of(contrast) >= 3
     pairs = [(c.treated, c.control, metrics_of(c)) for c in CONTRASTS]
     assert len(set(pairs)) == len(pairs) and set(WAITING) <= set(BLOCKS)
-    # Every experiment serves a contrast, but for the grid.
+    # Every experiment serves a contrast, but for the grid and what data are made with.
     used = {name for c in CONTRASTS for name in (c.treated, c.control)}
+    used |= set(CLIP_TEACHERS.values())
     assert {name for name in EXPERIMENTS if name not in used} == {
         name for name in EXPERIMENTS if block_of(name) in GRIDS
     }

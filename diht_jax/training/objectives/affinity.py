@@ -89,6 +89,12 @@ class AffinityDistillation(Term):
                 f"config.{name}.teachers_hash={section.teachers_hash}: the embeddings in the data "
                 f"are of other teachers or crops, {found.hash}; take data of the same ones"
             )
+        captions = config.data.get("captions", "first")
+        if captions != "first":
+            raise ValueError(
+                f"config.data.captions='{captions}': the teachers have embedded the first caption "
+                "of every record, so the student must read it as well; set it to 'first'"
+            )
         crops, crop_scale = found.crops, tuple(config.data.crop_scale)
         if crops.count and crop_scale != crops.scale:
             raise ValueError(

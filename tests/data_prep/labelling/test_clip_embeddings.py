@@ -1,0 +1,165 @@
+"""Stored embeddings of CLIP teachers: what a student is shown is what the teachers have seen."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from data_prep.label import run_label
+from data_prep.labelling.config import default_config as label_defaults
+from diht_jax import load_model
+from diht_jax.config import default_config
+from diht_jax.data.index import update_index
+from diht_jax.data.input.examples import DecodeExample
+from diht_jax.data.input.fixed_crops import with_boxes
+from diht_jax.data.input.mixing import open_mixture
+from diht_jax.data.pipeline import TrainIterator, open_records
+from diht_jax.data.records.labels.clip_embeddings import Crops, quantize
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
+from diht_jax.models.parameters import model_definition
+from diht_jax.models.zoo import get_architecture
+from diht_jax.training.objective import bind_data
+from diht_jax.training.workdir.config_file import write_config
+from tests.data_prep.labelling.pictures import draw
+
+LENGTHS = (7, 5)
+BROKEN = 3  # its picture cannot be decoded
+SCALE = (0.3, 1.0)
+SIZES, WIDTHS = (16, 32), (12, 20)
+
+
+def write_teacher(folder, seed, image_size, width):
+    """A work directory with the initial weights of a small CLIP."""
+    config = default_config()
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    config.model.overrides.update(image_size=image_size, patch_size=8, embed_dim=width)
+    config.model.overrides.update(vision_layers=1, text_layers=1)
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+    _, init_params = model_definition(arch, config.model.dtype, config.model.param_dtype)
+    write_config(folder, config)
+    with ocp.StandardCheckpointer() as checkpointer:
+        state = {"params": jax.jit(init_params)(jax.random.key(seed))}
+        checkpointer.save(folder / "checkpoints" / "7" / "state", state)
+    return folder
+
+
+def label(folder, **changes):
+    config = label_defaults()
+    config.update({"input": str(folder / "kept"), "output": str(folder / "labels")})
+    config.update({"concepts": False, "num_workers": 0})
+    models = ",".join(str(folder / name) for name in "ab")
+    config.clip_teachers.update({"models": models, "crops": 3, "crop_scale": SCALE, **changes})
+    return run_label(config)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for seed, (name, size, width) in enumerate(zip("ab", SIZES, WIDTHS, strict=True)):
+        (folder / name).mkdir()
+        write_teacher(folder / name, seed, size, width)
+    (folder / "kept").mkdir()
+    number, rng = 0, np.random.default_rng(0)
+    for shard, count in enumerate(LENGTHS):
+        with TFRecordWriter(folder / "kept" / f"squares-{shard:05d}.tfrecord") as writer:
+            for _ in range(count):
+                image = draw("red", "car", rng)
+                image = b"no picture" if number == BROKEN else image
+                writer.write(encode_record(Record(f"key {number}", image, f"car {number}")))
+                number += 1
+    update_index(str(folder / "kept"))
+    assert label(folder) == {}
+    return folder
+
+
+def batches(folder, size, count, seed=5):
+    config = default_config()
+    config.data.update({"train": str(folder / "kept"), "labels": str(folder / "labels")})
+    config.data.update({"batch_size": 4, "order": "global"})
+    decoder = functools.partial(
+        DecodeExample, size, 32, SCALE, fast_decode=False, teacher_width=sum(WIDTHS)
+    )
+    mixture = open_mixture(config.data, seed, open_records, lambda text: decoder(text))
+    iterator = TrainIterator(mixture, batch_size=4, seed=seed, num_workers=0, on_bad_record="skip")
+    found = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return {name: np.concatenate([each[name] for each in found]) for name in found[0]}
+
+
+def test_teachers_see_what_the_student_is_shown(work):
+    """The second teacher, given the pictures of the batch, makes its embeddings again."""
+    found = batches(work, SIZES[1], 6)
+    model = load_model(work / "b")
+    expected = model.encode_image(found["images"]), model.encode_text(found["tokens"])
+    for name, right in zip(("teacher_image_emb", "teacher_text_emb"), expected, strict=True):
+        stored = found[name][:, WIDTHS[0] :].astype(np.float64)
+        stored /= np.linalg.norm(stored, axis=1, keepdims=True)
+        # Half a step of int8 in every number.
+        np.testing.assert_allclose(stored, right, atol=1.5 * np.abs(right).max() / 254)
+    # Several views of a record come up, each with an embedding of its own.
+    views, embeddings = (
+        {row.tobytes() for row in found[name]} for name in ("images", "teacher_image_emb")
+    )
+    assert len(views) == len(embeddings) > sum(LENGTHS)
+    again = batches(work, SIZES[1], 6)
+    for name, array in found.items():
+        np.testing.assert_array_equal(again[name], array)
+
+
+def test_files_hold_every_record_and_are_made_once(work):
+    manifest = json.loads((work / "labels" / "clip_embeddings.json").read_text())
+    assert [teacher["width"] for teacher in manifest["teachers"]] == list(WIDTHS)
+    paths = sorted((work / "labels" / "clip_embeddings").glob("*.npz"))
+    rows = np.concatenate([np.load(path)["clip_embeddings"] for path in paths])
+    assert rows["image_emb"].shape == (sum(LENGTHS), 3, sum(WIDTHS))
+    assert np.flatnonzero(rows["embedded"] == 0).tolist() == [BROKEN]
+    assert not rows["text_emb"][BROKEN].any() and rows["image_emb"].dtype == np.int8
+    before = [path.stat().st_mtime_ns for path in paths]
+    assert label(work) == {}
+    assert [path.stat().st_mtime_ns for path in paths] == before
+
+
+def test_the_run_is_bound_to_its_teachers_and_crops(work):
+    config = default_config()
+    config.affinity.weight = 1.0
+    config.data.train, config.data.labels = str(work / "kept"), str(work / "labels")
+    with pytest.raises(ValueError, match=r"config.data.crop_scale=\(0.9, 1.0\): the teachers have"):
+        bind_data(config)
+    config.data.crop_scale = SCALE
+    bound = bind_data(config)
+    assert tuple(bound.affinity.widths) == WIDTHS
+    np.testing.assert_allclose(bound.affinity.temperatures, [0.07, 0.07], rtol=1e-6)
+    config.affinity.teachers_hash = "other"
+    with pytest.raises(ValueError, match="config.affinity.teachers_hash=other: the embeddings in"):
+        bind_data(config)
+    config.affinity.update({"teachers_hash": None, "temperatures": (0.1, 0.1, 0.1)})
+    with pytest.raises(ValueError, match="one for each of the 2 teachers"):
+        bind_data(config)
+    config.data.labels = None
+    with pytest.raises(ValueError, match="no source has embeddings of CLIP teachers"):
+        bind_data(config)
+
+
+def test_wrong_keys_are_named(work):
+    with pytest.raises(ValueError, match="config.clip_teachers.models='nowhere': 'nowhere': no"):
+        label(work, models="nowhere")
+    with pytest.raises(ValueError, match="embedding_dtype='int4'; expected int8 or float16"):
+        label(work, embedding_dtype="int4")
+
+
+def test_crops_do_not_change():
+    """Fixed for ever: embeddings that lie on disks belong to them."""
+    assert with_boxes(Crops(4, (0.5, 1.0), 7)).boxes == "1d746604c12f9cb7"
+
+
+def test_int8_keeps_direction():
+    rows = np.random.default_rng(0).normal(size=(50, 512)).astype(np.float32)
+    stored = quantize(rows, "int8").astype(np.float64)
+    lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(stored, axis=1)
+    cosines = np.sum(rows * stored, axis=1) / lengths
+    assert cosines.min() > 0.9999 and not quantize(np.zeros((1, 4)), "int8").any()
