@@ -33,6 +33,7 @@ __all__ = [
     "IMAGE_EXTENSIONS",
     "MAX_IMAGE_BYTES",
     "SOURCE_REASONS",
+    "UNSUPPORTED_EXTENSIONS",
     "Format",
     "Skipped",
     "SourceShard",
@@ -66,7 +67,7 @@ FOLDER_EXTENSIONS = (
         "pbm",
     ),
 )
-_UNSUPPORTED_EXTENSIONS = (
+UNSUPPORTED_EXTENSIONS = (
     *("heic", "heif", "jxl", "svg", "svgz", "psd", "ico", "tga", "eps", "hdr", "exr", "dng"),
     *("cr2", "nef", "arw", "raw", "wmf", "emf", "xcf", "pcx", "dds", "jxr", "mng"),
 )
@@ -287,14 +288,14 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
     """
     for path, is_inside in walk_files(folder, root):
         extension = path.rpartition(".")[2].lower()
-        is_picture = extension in FOLDER_EXTENSIONS or extension in _UNSUPPORTED_EXTENSIONS
+        is_picture = extension in FOLDER_EXTENSIONS or extension in UNSUPPORTED_EXTENSIONS
         if not is_inside and (is_picture or os.path.isdir(path)):
             yield path, "refused_path"
         elif not is_inside:
             continue
         elif extension in FOLDER_EXTENSIONS:
             yield path, None
-        elif extension in _UNSUPPORTED_EXTENSIONS:
+        elif extension in UNSUPPORTED_EXTENSIONS:
             yield path, "unsupported_format"
 
 

@@ -12,7 +12,8 @@ Beside the texts of `diht_jax.data.readers`:
     sugarcrepe:PATH, aro:FILE    captions of which one is right (`caption_choices`)
 
 These hold labels, questions, choices or pairs of pairs, which are nothing to train on. FILE and DIR
-may be URLs. Parquet files need no captions here (`diht_jax.data.readers.parquet`).
+may be URLs, and so may a folder of classes (`stored_classes`). Parquet files need no captions here
+(`diht_jax.data.readers.parquet`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from diht_jax.evaluation.sources import (
     label_tables,
     objectnet,
     picture_lists,
+    stored_classes,
     winogavil,
 )
 from diht_jax.evaluation.sources.benchmark_folder import (
@@ -165,6 +167,9 @@ def open_units(source: str, options: Mapping[str, Any]) -> list[Unit]:
         layout = LAYOUTS[kind]
         _refuse_options(source, options, layout.options)
         return layout.units(rest, **options)
+    if (units := stored_classes.stored_class_units(source)) is not None:
+        _refuse_options(source, options, ())
+        return units
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
     return [functools.partial(_read_shard, shard) for shard in shards]
 
@@ -174,6 +179,8 @@ def count_source(source: str, options: Mapping[str, Any]) -> int | None:
     kind, _, rest = source.partition(":")
     if kind in LAYOUTS:
         return LAYOUTS[kind].count(rest, **options)
+    if (count := stored_classes.count_stored_classes(source)) is not None:
+        return count
     return entry_counts.count_entries(registry.list_shards(source, **options))
 
 

@@ -38,6 +38,10 @@ def sets(tmp_path_factory, photos):
         write(f"pictures/{number}.png", photo)
         write(f"voc/JPEGImages/{number}.jpg", photo)
         write(f"birds/images/Blue_Jay/{number}.jpg", photo)
+    for name in ("ant/1.png", "ant/deep/2.PNG", "ant/z.jpg", "wasp/3.png", "wasp/drawn.svg"):
+        write(f"classes/{name}", photos[len(name) % 5])
+    for name in ("bee_fly/notes.txt", ".hidden/4.png", "wasp/.5.png", "readme.md"):
+        write(f"classes/{name}", b"no picture of a class")
     rows = [{"image": f"{i}.png", "caption": f"text {i}"} for i in (0, 1, 2, 9)]
     write("captions.json", json.dumps(rows))
     example = {"id": 0, "image_0": "0", "image_1": "1", "caption_0": "a b", "caption_1": "b a"}
@@ -81,6 +85,7 @@ _SOURCES = {
     "voc": ("voc:{}/voc", {}, 5, 0),
     "clip_benchmark": ("clip_benchmark:{}/multi", {}, 2, 0),
     "clip_benchmark, split": ("clip_benchmark:{}/multi:test", {}, 2, 0),
+    "classes": ("{}/classes", {}, 4, 1),
     "table": ("{}/table.csv", {}, 2, 0),
     "parquet": ("{}/test-00000-of-00001.parquet", {}, 5, 0),
 }
@@ -102,6 +107,10 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
         if source.startswith(("annotations", "list")):  # the message names the file as it lies
             found = [[(e.key, getattr(e, "image", None)) for e in entries] for entries in found]
         assert found[0] == found[1], source
+    wasps = [pair for pair in read_source(f"{url}/classes/", {}) if "wasp" in pair.key]
+    assert wasps[0].metadata == {"label": 2, "class_name": "wasp"}
+    with pytest.raises(ValueError, match="has no option 'image_column'; it has none"):
+        check_source(f"{url}/classes", {"image_column": "image"})
     (task,) = parse_tasks(f"clip_benchmark:{url}/multi:test")
     assert (task.kind, task.class_names) == ("multilabel", ("ant", "bee"))
     for missing in ("voc:{}/none", "clip_benchmark:{}/none", "list:{}/none.txt"):
