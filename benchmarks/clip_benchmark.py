@@ -41,7 +41,7 @@ _TASKS = (
     "emoji=retrieval:../shared/data/emoji_twitter.tar?caption_template={caption}",
 )
 # CLIP_benchmark's metric -> ours.
-_NAMES = {
+METRIC_NAMES = {
     "acc1": "top1",
     "acc5": "top5",
     "mean_per_class_recall": "mean_per_class",
@@ -135,7 +135,7 @@ def _run_theirs(
     command += ["--recall_k", "1", "5", "10", "--num_workers", "0", "--quiet"]
     _run([*command, "--output", str(file)], packages=packages)
     metrics = json.loads(file.read_text())["metrics"]
-    return {_NAMES[name]: value for name, value in metrics.items()}
+    return {METRIC_NAMES[name]: value for name, value in metrics.items()}
 
 
 def _run(module: list[str], packages: str | None = None) -> None:

@@ -132,14 +132,22 @@ def _members(entry: Pair | Skipped, notes: _Notes) -> dict[str, bytes]:
         raise UnusablePair(f"image_{error.reason}") from error
     notes.check_pixels(image)
     extension, note = notes.note_of(entry)
-    with Image.open(io.BytesIO(entry.image)) as stored:
-        is_plain = stored.mode == "RGB" and stored.format in _EXTENSION_OF
-        name = _EXTENSION_OF.get(stored.format, "png")
+    return {**plain_picture(entry.image, image), extension: note.encode()}
+
+
+def plain_picture(data: bytes, image: Image.Image) -> dict[str, bytes]:
+    """The file of a picture of which CLIP_benchmark sees the same pixels: extension -> content.
+
+    Args:
+        data: the encoded picture.
+        image: the same as `decode_rgb` has it.
+    """
+    with Image.open(io.BytesIO(data)) as stored:
         # A colour key or a turned photo: CLIP_benchmark would show other pixels than we do.
+        is_plain = stored.mode == "RGB" and stored.format in _EXTENSION_OF
         is_plain = is_plain and "transparency" not in stored.info and not stored.getexif()
-    data = entry.image
-    if not is_plain:
-        name, buffer = "png", io.BytesIO()
-        image.save(buffer, format="PNG")
-        data = buffer.getvalue()
-    return {name: data, extension: note.encode()}
+        if is_plain:
+            return {_EXTENSION_OF[stored.format]: data}
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {"png": buffer.getvalue()}

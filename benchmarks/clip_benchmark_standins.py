@@ -1,0 +1,208 @@
+"""Small stand-ins of public data sets, in the folders of CLIP_benchmark and DataComp.
+
+The folder's files, class names and templates are those of the set (clip-benchmark's own, where it
+has them); the pictures are photos of CIFAR-10 and emoji. Where CIFAR-10's classes are among the
+names the labels are the true ones; else a label is drawn by a fixed seed, unevenly, so that accuracy
+and the mean over the classes differ and some classes have no picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import itertools
+import pathlib
+import tarfile
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from benchmarks.clip_benchmark_folder import plain_picture
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.schema import Pair
+from diht_jax.evaluation import prompts
+from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
+from diht_jax.evaluation.sources.registry import read_source
+from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
+
+PHOTOS, EMOJI = "cifar10_test.tar", "emoji_twitter.tar"
+
+
+@dataclasses.dataclass(frozen=True)
+class Standin:
+    """One small data set.
+
+    Attributes:
+        task: its name here.
+        kind: of the folder.
+        pictures: the tar they come from.
+        size: how many.
+        names: of the classes: those of clip-benchmark by this name, or given.
+        templates: of clip-benchmark by this name, or given.
+        num_countries: so many names of countries behind the names.
+        groups: how many groups the first number of KEY.npy tells apart; 0 writes none.
+        captions: of a retrieval, with "{}" for the words of the picture and its number.
+    """
+
+    task: str
+    kind: str
+    pictures: str
+    size: int
+    names: str | Sequence[str] = ()
+    templates: str | Sequence[str] = ()
+    groups: int = 0
+    num_countries: int = 0
+    captions: Sequence[str] = ()
+
+
+_FIVE_CAPTIONS = ("{}", "a drawing of {}", "{} on white", "this is {}", "one {} and no other")
+STANDINS: dict[str, Standin] = {
+    "wds_cifar10_test": Standin(
+        "cifar10", CLASSIFICATION, PHOTOS, 400, prompts.CIFAR10_CLASSES, "cifar10"
+    ),
+    "wds_vtab-eurosat_test": Standin("eurosat", CLASSIFICATION, PHOTOS, 300, "eurosat", "eurosat"),
+    "wds_fer2013": Standin("fer2013", CLASSIFICATION, PHOTOS, 300, "fer2013", "fer2013"),
+    "wds_mnist_test": Standin("mnist", CLASSIFICATION, EMOJI, 300, "mnist", "mnist"),
+    "wds_vtab-svhn_test": Standin("svhn", CLASSIFICATION, PHOTOS, 300, "svhn", "svhn"),
+    "wds_gtsrb_test": Standin("gtsrb", CLASSIFICATION, EMOJI, 400, "gtsrb", "gtsrb"),
+    "wds_vtab-pcam_test": Standin("pcam", CLASSIFICATION, PHOTOS, 300, "pcam", "pcam"),
+    "wds_vtab-kitti_closest_vehicle_distance_test": Standin(
+        "kitti_distance",
+        CLASSIFICATION,
+        PHOTOS,
+        300,
+        "kitti_closest_vehicle_distance",
+        "kitti_closest_vehicle_distance",
+    ),
+    "wds_vtab-clevr_count_all_test": Standin(
+        "clevr_counts", CLASSIFICATION, EMOJI, 300, "clevr_count_all", "clevr_count_all"
+    ),
+    "wds_vtab-flowers_test": Standin(
+        "flowers102", CLASSIFICATION, EMOJI, 400, "flowers", "flowers"
+    ),
+    "wds_country211_test": Standin(
+        "country211", CLASSIFICATION, EMOJI, 400, "country211", "country211"
+    ),
+    # No package has DataComp's words of these two: others stand in for them, too.
+    "wds_wilds-fmow_test": Standin(
+        "fmow",
+        CLASSIFICATION,
+        PHOTOS,
+        400,
+        prompts.CIFAR10_CLASSES,
+        ("satellite photo of {}.", "aerial photo of {}."),
+        groups=6,
+        num_countries=52,
+    ),
+    "wds_wilds-iwildcam_test": Standin(
+        "iwildcam",
+        CLASSIFICATION,
+        PHOTOS,
+        400,
+        prompts.CIFAR10_CLASSES,
+        ("a photo of {}.", "{} in the wild."),
+        groups=40,
+        num_countries=172,
+    ),
+    "wds_voc2007_multilabel": Standin(
+        "voc2007", MULTILABEL, PHOTOS, 300, VOC_CLASSES, "voc2007_multilabel"
+    ),
+    "wds_flickr8k": Standin("flickr8k_retrieval", RETRIEVAL, EMOJI, 300, captions=_FIVE_CAPTIONS),
+    "wds_mscoco_captions": Standin(
+        "coco_retrieval", RETRIEVAL, PHOTOS, 300, captions=("a {}", "photo {}")
+    ),
+}
+
+
+def write_standin(name: str, folder: pathlib.Path, data: pathlib.Path) -> int:
+    """Writes a stand-in as one shard of the split "test".
+
+    Args:
+        name: of `STANDINS`.
+        folder: to make.
+        data: with the tars of pictures.
+
+    Returns:
+        How many pictures it has.
+    """
+    standin = STANDINS[name]
+    rng = np.random.default_rng(list(name.encode()))
+    (folder / "test").mkdir(parents=True)
+    names, templates = _words(standin)
+    count = 0
+    with tarfile.open(folder / "test" / "0.tar", "w") as tar:
+        for pair, picture in itertools.islice(_pictures(data / standin.pictures), standin.size):
+            notes = _notes(standin, pair, count, len(names), rng)
+            for extension, content in {**picture, **notes}.items():
+                info = tarfile.TarInfo(f"s{count:07d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+            count += 1
+    texts = {"test/nshards.txt": "1"}
+    if standin.kind != CLASSIFICATION:  # DataComp's download has no such file
+        texts["dataset_type.txt"] = standin.kind
+    if standin.kind != RETRIEVAL:
+        texts["classnames.txt"] = "\n".join(names)
+        texts["zeroshot_classification_templates.txt"] = "\n".join(
+            template.replace(prompts.CLASS_SLOT, "{c}") for template in templates
+        )
+    for file, text in texts.items():
+        (folder / file).write_text(f"{text}\n", encoding="utf-8")
+    return count
+
+
+def _words(standin: Standin) -> tuple[Sequence[str], Sequence[str]]:
+    names, templates = standin.names, standin.templates
+    if isinstance(names, str):
+        names = prompts.benchmark_class_names(names)
+    if isinstance(templates, str):
+        templates = prompts.benchmark_templates(templates)
+    if standin.num_countries:
+        countries = prompts.benchmark_class_names("country211")
+        names = (*names, *countries[: standin.num_countries])
+    return names, templates
+
+
+def _pictures(tar: pathlib.Path) -> Iterator[tuple[Pair, dict[str, bytes]]]:
+    """Pictures that differ from all before them, and in their captions' words as well.
+
+    Between others there is a tie, which CLIP_benchmark leaves to chance.
+    """
+    seen: set[str] = set()
+    for pair in read_source(str(tar), {}):
+        if isinstance(pair, Skipped):
+            continue
+        image = decode_rgb(pair.image)
+        digest = hashlib.sha256(image.tobytes()).hexdigest()
+        if digest not in seen:
+            seen.add(digest)
+            yield pair, plain_picture(pair.image, image)
+
+
+def _notes(
+    standin: Standin, pair: Pair, number: int, num_classes: int, rng: np.random.Generator
+) -> dict[str, bytes]:
+    """What stands beside a picture: extension -> content."""
+    if standin.kind == RETRIEVAL:
+        # The number keeps captions apart that would be a tie otherwise.
+        words = f"{pair.caption} {number}"
+        return {"txt": "\n".join(c.format(words) for c in standin.captions).encode()}
+    if standin.kind == MULTILABEL:
+        flags = rng.random(num_classes) < np.linspace(0.02, 0.3, num_classes)
+        return {"npy": _npy(flags.astype(np.int64))}
+    shares = 1 / np.arange(1, num_classes + 1)
+    label = int(rng.choice(num_classes, p=shares / shares.sum()))
+    if standin.names is prompts.CIFAR10_CLASSES:
+        label = prompts.CIFAR10_CLASSES.index(pair.metadata["label"])
+    notes = {"cls": str(label).encode()}
+    if standin.groups:
+        notes["npy"] = _npy(np.array([rng.integers(standin.groups), 2017, label]))
+    return notes
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()

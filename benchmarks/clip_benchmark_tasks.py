@@ -1,0 +1,201 @@
+"""Sixteen tasks by CLIP_benchmark and by our protocols: is every sample judged the same?
+
+    pip install --no-deps --target runs/numpy "numpy<2.4" wilds
+    python -m benchmarks.clip_benchmark_tasks --model runs/emoji --packages runs/numpy
+
+writes small stand-ins of data sets in the folders that CLIP_benchmark and DataComp have them in
+(`clip_benchmark_standins`), exports the model for open_clip, and runs CLIP_benchmark's functions
+(`clip_benchmark_samples`) and those of `diht_jax.evaluate` on the same folders. Compared are the
+predicted class of every picture, the similarity of every picture and class where there are several
+labels (to 1e-5), whether each query of a retrieval is answered within 1, 5 and 10, and all metrics;
+the worst group and the macro F1 with WILDS, by whose functions DataComp has them. It exits with 1
+where a prediction, a query or a metric differs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from benchmarks.clip_benchmark import METRIC_NAMES
+from benchmarks.clip_benchmark_standins import STANDINS, write_standin
+from benchmarks.record import write_result
+from diht_jax import command_line, load_model
+from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.protocols.classification import classify
+from diht_jax.evaluation.protocols.label_scores import score_labels
+from diht_jax.evaluation.protocols.retrieval import retrieve
+from diht_jax.evaluation.results import format_table
+from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
+from diht_jax.evaluation.task_parsing import parse_tasks
+from diht_jax.evaluation.tasks import read_entries
+from diht_jax.export import export_model
+
+_NAMES = {
+    **METRIC_NAMES,
+    "mean_average_precision": "mean_average_precision",
+    **{name: name for name in ("worst_group", "worst_group_top5", "f1_macro")},
+}
+# Theirs are means in float32 of some hundreds of pictures; a similarity is a sum of products.
+_ROUNDING, _SCORE_ROUNDING = 1e-6, 1e-5
+_OPTIONS = {MULTILABEL: "?interpolation=all", RETRIEVAL: "?caption_template={caption}"}
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    flags.DEFINE_string("model", None, "Work directory, weight file or released name.")
+    flags.DEFINE_string("data", "../shared/data", "Folder of the tars of pictures.")
+    flags.DEFINE_string(
+        "output", "runs/clip_benchmark_tasks", "Directory to make: folders, model and results."
+    )
+    flags.DEFINE_string("packages", None, "Folder of packages that CLIP_benchmark takes first.")
+
+
+def main() -> None:
+    """Writes `benchmarks/results/clip_benchmark_tasks.json`."""
+    given = flags.FLAGS
+    command_line.require_flags("model")
+    output = pathlib.Path(given.output)
+    for name in STANDINS:
+        write_standin(name, output / name, pathlib.Path(given.data))
+    export_model(given.model, "open_clip", str(output / "open_clip"))
+    _run_theirs(output, given.packages)
+    model = load_model(given.model)
+    tasks = {name: compare_task(model, name, output) for name in STANDINS}
+    print(_table(tasks))
+    payload = {
+        "packages": {
+            name: importlib.metadata.version(name) for name in ("clip-benchmark", "open_clip_torch")
+        },
+        "model": given.model,
+        "tasks": tasks,
+    }
+    print(write_result("clip_benchmark_tasks", payload))
+    differing = [name for name, task in tasks.items() if not task["equal"]]
+    if differing:
+        print(f"error: not the same: {', '.join(differing)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run_theirs(output: pathlib.Path, packages: str | None) -> None:
+    """Runs CLIP_benchmark in a process of its own, which imports no JAX."""
+    root = str(pathlib.Path(__file__).parents[1])
+    paths = [os.path.abspath(packages), root] if packages else [root]
+    module = ["benchmarks.clip_benchmark_samples", str(output / "open_clip"), str(output)]
+    done = subprocess.run(
+        [sys.executable, "-m", *module, *(str(output / name) for name in STANDINS)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ValueError(f"python -m {module[0]} failed:\n{done.stderr[-2000:]}")
+
+
+def compare_task(model: Any, name: str, output: pathlib.Path) -> dict[str, Any]:
+    """Measures a folder here and compares it with what CLIP_benchmark has found.
+
+    Args:
+        model: a `LoadedModel`.
+        name: of `STANDINS`.
+        output: with the folder, its npz and its json.
+
+    Returns:
+        `task`, `samples` (pictures, or queries and depths), `different` ones, `largest_difference`
+        of similarities where they are compared, the metrics of both, and whether all is `equal`.
+    """
+    standin = STANDINS[name]
+    (task,) = parse_tasks(
+        [f"{standin.task}=clip_benchmark:{output / name}{_OPTIONS.get(standin.kind, '')}"]
+    )
+    with np.load(output / f"{name}.npz") as file:
+        theirs = dict(file)
+    samples, different, largest, metrics = _COMPARISONS[standin.kind](model, task, theirs)
+    written = json.loads((output / f"{name}.json").read_text())
+    # Of fewer than five classes CLIP_benchmark has a NaN as top-5, of exactly five a 1; we none.
+    their_metrics = {_NAMES[key]: value for key, value in written.items() if _NAMES[key] in metrics}
+    both = {key: metrics[key] for key in their_metrics}
+    return {
+        "task": task.name,
+        "kind": task.kind,
+        "samples": samples,
+        "different": different,
+        **({} if largest is None else {"largest_difference": largest}),
+        "equal": not different
+        and all(abs(both[key] - value) < _ROUNDING for key, value in their_metrics.items()),
+        "ours": both,
+        "clip_benchmark": their_metrics,
+    }
+
+
+# Samples, how many differ, the largest difference of similarities, and our metrics.
+_Found = tuple[int, int, float | None, dict[str, float]]
+
+
+def _classification(model: Any, task: Task, theirs: dict[str, np.ndarray]) -> _Found:
+    result = classify(
+        model,
+        read_entries(task),
+        task.class_names,
+        task.templates,
+        group=task.options.get("group"),
+        with_f1="f1" in task.options,
+    )
+    np.testing.assert_array_equal(result.classes.labels, theirs["targets"])
+    different = result.predictions != theirs["logits"].argmax(axis=1)
+    return len(different), int(different.sum()), None, result.metrics
+
+
+def _several_labels(model: Any, task: Task, theirs: dict[str, np.ndarray]) -> _Found:
+    result = score_labels(model, read_entries(task), task.class_names, task.templates, binary=False)
+    np.testing.assert_array_equal(result.targets, theirs["targets"] == 1)
+    ours, other = result.scores, theirs["logits"] / 100  # its logit scale
+    differences = np.abs(ours - other).max(axis=1)
+    different = int((differences > _SCORE_ROUNDING).sum())
+    return len(ours), different, float(differences.max()), result.metrics
+
+
+def _retrieval(model: Any, task: Task, theirs: dict[str, np.ndarray]) -> _Found:
+    result = retrieve(model, read_entries(task), task.caption_template)
+    samples = different = 0
+    for key, hits in theirs.items():
+        way, _, k = key.partition("_r")
+        ranks = result.t2i_ranks if way == "t2i" else result.i2t_ranks
+        samples += len(hits)
+        different += int(((ranks < int(k)) != hits).sum())
+    return samples, different, None, result.metrics
+
+
+_COMPARISONS = {
+    CLASSIFICATION: _classification,
+    MULTILABEL: _several_labels,
+    RETRIEVAL: _retrieval,
+}
+
+
+def _table(tasks: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        (
+            folder,
+            task["task"],
+            f"{task['samples']:,}",
+            str(task["different"]),
+            ", ".join(f"{name} {100 * value:.2f}%" for name, value in task["ours"].items()),
+            "equal" if task["equal"] else "NOT EQUAL",
+        )
+        for folder, task in tasks.items()
+    ]
+    return format_table(("folder", "task", "samples", "differ", "metrics", ""), rows, "llrrll")
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
