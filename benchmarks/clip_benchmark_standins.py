@@ -1,9 +1,9 @@
 """Small stand-ins of public data sets, in the folders of CLIP_benchmark and DataComp.
 
 The folder's files, class names and templates are those of the set (clip-benchmark's own, where it
-has them); the pictures are photos of CIFAR-10 and emoji. Where CIFAR-10's classes are among the
-names the labels are the true ones; else a label is drawn by a fixed seed, unevenly, so that accuracy
-and the mean over the classes differ and some classes have no picture.
+has them); the pictures are photos of CIFAR-10 and emoji. Labels are the true ones where CIFAR-10's
+classes are among the names; else they are drawn by a fixed seed, unevenly, so that accuracy and the
+mean over the classes differ and some classes have no picture.
 """
 
 from __future__ import annotations
