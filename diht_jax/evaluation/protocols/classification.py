@@ -53,6 +53,7 @@ from diht_jax.evaluation.protocols.class_metrics import (
     metrics_of_groups,
     metrics_of_ranks,
     metrics_of_splits,
+    rank_labels,
     read_group,
 )
 from diht_jax.evaluation.protocols.class_names import (
@@ -62,7 +63,6 @@ from diht_jax.evaluation.protocols.class_names import (
     raw_label,
     resolve_label,
 )
-from diht_jax.evaluation.protocols.class_ranks import rank_labels
 
 ALL_CLASSES, WITH_IMAGES = "all", "with_images"
 TIES = "among equally similar classes the first in the list wins"

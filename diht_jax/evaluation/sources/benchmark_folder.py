@@ -178,7 +178,7 @@ def _make_pair(key: str, members: list[tuple[str, bytes | None]], kind: str) -> 
         if numbers is not None:
             metadata["numbers"] = _read_numbers(numbers)
     except ValueError as error:
-        return Skipped(key, "bad_row", f"{note_name} or npy: {error}")
+        return Skipped(key, "bad_row", f"{note_name}: {error}")
     return Pair(key, images[0], "", metadata)
 
 
@@ -194,12 +194,13 @@ def _read_labels(note: bytes) -> dict[str, list[int]]:
 
 
 def _read_numbers(note: bytes) -> list[int | float]:
-    numbers = parse_npy(note)
-    if numbers.ndim != 1 or numbers.dtype.kind not in "biuf":
-        raise ValueError(
-            f"expected an npy of numbers, one row, got {numbers.dtype} {list(numbers.shape)}"
-        )
-    return numbers.tolist()
+    """The numbers of a picture; none where the npy is anything else, such as features."""
+    try:
+        numbers = parse_npy(note)
+    except ValueError:
+        return []
+    is_row = numbers.ndim == 1 and numbers.dtype.kind in "biuf"
+    return numbers.tolist() if is_row else []
 
 
 def _limit_of(extension: str) -> int | None:

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from diht_jax.data.records.schema import Pair
-from diht_jax.evaluation.protocols import class_ranks
+from diht_jax.evaluation.protocols import class_metrics
 from diht_jax.evaluation.protocols.classification import (
     classification_metrics,
     classify,
@@ -87,7 +87,7 @@ def test_classes_without_images_compete_or_not():
 
 
 def test_metrics_equal_sorting_in_float64_across_blocks(monkeypatch):
-    monkeypatch.setattr(class_ranks, "_IMAGE_BLOCK", 64)
+    monkeypatch.setattr(class_metrics, "_IMAGE_BLOCK", 64)
     rng = np.random.default_rng(0)
     num_classes = 23
     classifier = _unit(rng.normal(size=(num_classes, 12)))
