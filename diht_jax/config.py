@@ -215,6 +215,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.crop_scale = (0.9, 1.0)  # area of RandomResizedCrop
     c.data.fast_decode = True  # reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly
     c.data.text_template = "{caption}"
+    # Of a record with several captions: "first", or "sample" to draw one each time it comes.
+    c.data.captions = "first"
+    # By kind, such as "alt=1,synthetic=3", or a section whose weights may be schedules, as those of
+    # sources are; not set: each caption of a record is as likely as the others.
+    c.data.caption_weights = TextOrSections.reference()
+    # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
+    c.data.caption_columns = ""
     # A record that cannot be read: "error", or "skip" to replace it by another one, and count it.
     c.data.on_bad_record = "error"
     # Go on although the shards are others than when the checkpoint was saved.

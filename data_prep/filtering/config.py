@@ -18,6 +18,7 @@ from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
 from data_prep.jobs.fingerprint import check_identity
 from data_prep.sources.list import default_source
+from diht_jax.data.records.captions import USUAL_KIND, check_kind, parse_columns
 from diht_jax.data.records.formats.registry import check_format
 
 # Raised whenever the same config comes to mean other records.
@@ -42,6 +43,8 @@ _NOT_HASHED = (
     "max_failed_shards",
     "max_changed_shards",
 )
+# Keys of later versions, which are hashed where they have another value than this.
+_ADDED_KEYS = {"caption_kind": USUAL_KIND, "caption_columns": ""}
 # Folders that were filtered before the rules had versions were hashed with digests of the rules'
 # source code. These two mean version 1, and version 1 goes on to be hashed as them, so that such
 # folders are recognised.
@@ -57,6 +60,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.input = placeholder(str)  # any source of docs/data.md; several are separated by commas
     c.output = placeholder(str)  # folder of the shards
     c.source = default_source()
+    c.caption_kind = USUAL_KIND  # of the captions of the input, where they state none
+    # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
+    c.caption_columns = ""
     c.input_identity = "time"  # what counts as the same input, or "hash", "size"; docs/filter.md
     c.dataset_name = "pairs"  # with the split it makes the names of the shards
     c.split = "train"
@@ -110,6 +116,8 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.shard_timeout_secs={config.shard_timeout_secs}; expected more than 0"
         )
+    caption_columns(config)
+    check_kind(config.caption_kind, "config.caption_kind")
     check_format(config.output_format)
     check_identity(config.input_identity)
     if config.metadata_only and config.output_format != "tfrecord":
@@ -122,9 +130,17 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         step.check(config)
 
 
+def caption_columns(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Columns of the metadata with more captions -> their kinds."""
+    return parse_columns(config.caption_columns, "config.caption_columns")
+
+
 def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The part of the config that decides what is written, as plain JSON-able values."""
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_HASHED}
+    for key, value in _ADDED_KEYS.items():
+        if settings.get(key) == value:
+            del settings[key]
     for step in registry.ordered_steps():
         if step.section is not None:
             keys = settings.pop(step.section)

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 
+from data_prep.filtering import config as filter_config
 from data_prep.filtering.shard_log import ShardLog
 from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
 from data_prep.jobs import files, fingerprint, shards
@@ -106,7 +107,9 @@ class RowFilter:
             self._steps = [step(config, source) for step in steps]
         self._open_steps = lambda: [step(config, source) for step in steps]
         self._reads_all = any("metadata" in step.reads for step in steps)
+        self._caption_columns = filter_config.caption_columns(config)
         self._fields = [*self._columns.values(), "key", "uid", config.label_field]
+        self._fields += self._caption_columns
 
     def filter(self, rows: Sequence[dict[str, Any] | str]) -> list[bool]:
         """Whether each row is kept.
@@ -174,10 +177,15 @@ class RowFilter:
         names = (self._columns["key_column"], "key", "uid")
         values = (row.get(name) for name in names if name is not None)
         key = next((clean_text(str(v)) for v in values if v not in (None, "")), "") or default_key
-        captions = pick_captions(row.get(self._columns["caption_column"]))
+        names = (self._columns["caption_column"], *self._caption_columns)
+        captions = pick_captions([text for name in names for text in _texts(row.get(name))])
         if not captions:
             return Skipped(key, "no_caption", "")
         return Pair(key, b"", captions[0], {**row, "captions": captions})
+
+
+def _texts(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _filter_parquet(

@@ -17,10 +17,11 @@ import ml_collections
 from absl import logging
 
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
+from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions
 from data_prep.filtering.resharding import CommonImageWriter
 from data_prep.filtering.shard_log import ShardLog
-from data_prep.filtering.steps.base import Candidate, Drop, Step, all_captions, begin
+from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
@@ -30,7 +31,7 @@ from data_prep.sources.list import read_pairs
 from diht_jax.data.images import decode
 from diht_jax.data.readers.base import held_bytes
 from diht_jax.data.readers.registry import Skipped, SourceShard
-from diht_jax.data.records import schema
+from diht_jax.data.records import captions, schema
 from diht_jax.data.records.formats.registry import name_format
 from diht_jax.data.records.formats.tar_members import DamagedTarError
 from diht_jax.data.records.formats.writer import RecordWriter
@@ -105,7 +106,7 @@ def _process(
                 _write(candidate, writer, config, log)
         report(len(candidates))
 
-    entries = _with_sidecar(source)
+    entries = _with_more_captions(_with_sidecar(source), source, config)
     if config.keep_before_damage:
         entries = _until_damage(entries, log)
     entries = without_crashed(entries, search.crashed)
@@ -211,6 +212,26 @@ def _next_chunk(
         return chunk
 
 
+def _with_more_captions(
+    entries: Iterator[Pair | Skipped], source: SourceShard, config: ml_collections.ConfigDict
+) -> Iterator[Pair | Skipped]:
+    """The pairs with the captions in columns of their metadata, and the kinds of all of them."""
+    columns = filter_config.caption_columns(config)
+    if not columns and config.caption_kind == captions.USUAL_KIND:
+        yield from entries
+        return
+    missing = set(columns)
+    for entry in entries:
+        if isinstance(entry, Pair):
+            missing.difference_update(entry.metadata)
+            entry = captions.add_columns(entry, columns, config.caption_kind)
+        yield entry
+    for column in sorted(missing):
+        logging.warning(
+            "config.caption_columns: no pair of %s has '%s' in its metadata", source, column
+        )
+
+
 def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:
     """The pairs; those without metadata take it from img2dataset's parquet file, if there is one.
 
@@ -249,13 +270,12 @@ def _write(
 
 def _narrow(candidate: Candidate) -> Pair:
     """The pair without the captions that are no longer good."""
-    pair, captions = candidate.pair, candidate.captions
-    if len(captions) == len(all_captions(pair)):
+    pair, good = candidate.pair, candidate.captions
+    texts = captions.all_captions(pair)
+    if len(good) == len(texts):
         return pair
-    metadata = {k: v for k, v in pair.metadata.items() if k != "captions"}
-    if len(captions) > 1:
-        metadata["captions"] = captions
-    return dataclasses.replace(pair, caption=captions[0], metadata=metadata)
+    kind_of = dict(zip(texts, captions.caption_kinds(pair), strict=True))
+    return captions.with_captions(pair, good, [kind_of[text] for text in good])
 
 
 def _shrink(data: bytes, config: ml_collections.ConfigDict) -> bytes:

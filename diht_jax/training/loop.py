@@ -21,6 +21,7 @@ from etils import epath
 from diht_jax import sharding
 from diht_jax.config import default_config, validate_config
 from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
+from diht_jax.data.input.caption_choice import open_caption_choice
 from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.mixing import Mixture, open_mixture
 from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
@@ -217,6 +218,9 @@ class Run:
         config, num_concepts = self.config, num_labels(self.config)
         arch = get_architecture(config.model.name, config.model.overrides.to_dict())
         sizes = _vocabulary_sizes(config.data.train, config.data.labels) if num_concepts else None
+        choice = open_caption_choice(config.data)
+        if choice is not None:
+            logging.info("captions: %s", choice.describe())
         decoder = functools.partial(
             DecodeExample,
             arch.image_size,
@@ -226,6 +230,7 @@ class Run:
             num_concepts=num_concepts,
             vocabulary_sizes=sizes,
             teacher_width=teacher_width(config),
+            caption_choice=choice,
         )
         return open_mixture(
             config.data,

@@ -18,6 +18,7 @@ from data_prep.captions.graph import CaptionGraph
 from data_prep.filtering.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.records.captions import all_captions
 from diht_jax.data.records.schema import Pair
 
 
@@ -194,12 +195,6 @@ class Step:
 
     def record(self, log: Any) -> None:
         """Adds what the step counted beside its drops to a `ShardLog`, once the shard is done."""
-
-
-def all_captions(pair: Pair) -> list[str]:
-    """The captions of a pair, its first one first."""
-    several = pair.metadata.get("captions", ())
-    return [pair.caption, *(text for text in several if text != pair.caption)]
 
 
 def check_integers(least: Mapping[str, tuple[Any, int]]) -> None:

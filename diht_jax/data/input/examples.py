@@ -14,6 +14,7 @@ import numpy as np
 from diht_jax.data import tokenizer
 from diht_jax.data.images import decode as images
 from diht_jax.data.images import fast_crops, transforms
+from diht_jax.data.input.caption_choice import CaptionChoice
 from diht_jax.data.input.fixed_crops import take_view
 from diht_jax.data.records import schema
 from diht_jax.data.records.labels.clip_embeddings import ClipRows, Manifest, decode_embedded
@@ -36,6 +37,7 @@ class DecodeExample(grain.transforms.RandomMap):
         num_concepts: int = 0,
         vocabulary_sizes: Sequence[int] | None = None,
         teacher_width: int = 0,
+        caption_choice: CaptionChoice | None = None,
     ):
         """Settings, as in `config.data`.
 
@@ -49,6 +51,7 @@ class DecodeExample(grain.transforms.RandomMap):
             vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record
                 with an id beyond them is bad. None where that is not known.
             teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
+            caption_choice: draws one of a record's captions; None takes the first.
 
         Raises:
             ValueError: a template without a caption.
@@ -64,6 +67,7 @@ class DecodeExample(grain.transforms.RandomMap):
         self._vocabulary_sizes = vocabulary_sizes
         self._teacher_width = teacher_width
         self._clip_manifest: Manifest | None = None
+        self._caption_choice = caption_choice
         self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
 
     def for_source(
@@ -130,24 +134,32 @@ class DecodeExample(grain.transforms.RandomMap):
         return record
 
     def plan(
-        self, record: schema.Record, rng: np.random.Generator
+        self, record: schema.Record, rng: np.random.Generator, position: int = 0
     ) -> Callable[[], dict[str, np.ndarray]]:
         """The second step: everything but the pixels; what is returned decodes them.
 
         Either call may raise the errors of `random_map`.
+
+        Args:
+            record: of `parse`.
+            rng: decides the crop, and then the caption, so that the crop is the same either way.
+            position: of the example in the run, for a choice of captions that changes with it.
         """
-        text = self._text_template.replace(_CAPTION, record.caption)
-        example = {"tokens": tokenizer.tokenize(text, self._context_length)[0]}
+        view, crop_rng = {}, rng
+        if self._teacher_width:
+            view, crop_rng = take_view(record, self._clip_manifest, self._teacher_width, rng)
+        try:
+            crop = self._plan_crop(record.image, crop_rng)
+        except images.ImageError as error:
+            raise _bad_picture(record.key, error) from error
+        caption = record.caption
+        if self._caption_choice is not None:
+            caption = self._caption_choice.choose(record, rng.random(), position)
+        text = self._text_template.replace(_CAPTION, caption)
+        example = {"tokens": tokenizer.tokenize(text, self._context_length)[0], **view}
         if self._num_concepts:
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
-        if self._teacher_width:
-            view, rng = take_view(record, self._clip_manifest, self._teacher_width, rng)
-            example.update(view)
-        try:
-            crop = self._plan_crop(record.image, rng)
-        except images.ImageError as error:
-            raise _bad_picture(record.key, error) from error
         return functools.partial(_decode_pixels, record.key, crop, example)
 
     def _check_ids(self, record: schema.Record) -> None:
@@ -224,7 +236,7 @@ class RandomExamples(Sequence[dict[str, np.ndarray]]):
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
         """The example at a position; errors as of the records and of `decode`."""
         parsed = self._decode.parse(self._records[position])
-        return self._decode.plan(parsed, _generator(self._key, position))()
+        return self._decode.plan(parsed, _generator(self._key, position), position)()
 
     def plan(self, positions: Sequence[int]) -> list[Callable[[], dict[str, np.ndarray]] | None]:
         """Everything of the examples but their pixels, one step of it for all before the next one.
@@ -239,7 +251,7 @@ class RandomExamples(Sequence[dict[str, np.ndarray]]):
         elements = _attempt(self._records.__getitem__, positions)
         records = _attempt(self._decode.parse, elements)
         return _attempt(
-            lambda item: self._decode.plan(item[0], _generator(self._key, item[1])),
+            lambda item: self._decode.plan(item[0], _generator(self._key, item[1]), item[1]),
             [
                 None if record is None else (record, position)
                 for record, position in zip(records, positions, strict=True)

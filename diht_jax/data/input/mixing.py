@@ -188,11 +188,11 @@ class DecodeMixture:
         return number, self._decoders[number].parse(data)
 
     def plan(
-        self, parsed: tuple[int, Any], rng: np.random.Generator
+        self, parsed: tuple[int, Any], rng: np.random.Generator, position: int
     ) -> Callable[[], dict[str, Any]]:
-        """`DecodeExample.plan` for what `parse` gave."""
+        """`DecodeExample.plan` for what `parse` gave, at a position of the run."""
         number, record = parsed
-        return self._decoders[number].plan(record, rng)
+        return self._decoders[number].plan(record, rng, position)
 
 
 class SourcePlan:

@@ -249,7 +249,8 @@ def _make_pair(
         return Skipped(key, "no_caption", f"nothing in column '{caption_column}'")
     metadata = clean_row(row, ("key", image_column, caption_column or ""))
     caption = captions[0] if captions else ""
-    return Pair(key, image, caption, merge_captions(metadata, captions))
+    stated = row[caption_column] if caption_column else None
+    return Pair(key, image, caption, merge_captions(metadata, captions, stated))
 
 
 def _find_column(path: str, names: list[str], wanted: tuple[str, ...], what: str) -> str:

@@ -201,7 +201,8 @@ def _make_pair(
         return image
     used = (options.image_column, options.caption_column, options.key_column)
     metadata = {name: value for name, value in row.items() if name not in used}
-    return Pair(key, image, captions[0], merge_captions(metadata, captions))
+    stated = row[options.caption_column]
+    return Pair(key, image, captions[0], merge_captions(metadata, captions, stated))
 
 
 def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:

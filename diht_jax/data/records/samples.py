@@ -17,6 +17,10 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 # Nothing that is worth decoding has more bytes; keeps a hostile member from filling the memory.
 MAX_IMAGE_BYTES = 2**28
 
+# In the metadata, beside `captions`: the kind of each caption, see `captions.py`.
+CAPTION_KINDS = "caption_kinds"
+USUAL_KIND = "alt"
+
 _KEY, _TEXT, _IMAGE = "key", "txt", "image"
 _LISTS = ("bytes_list", "float_list", "int64_list")
 
@@ -67,11 +71,26 @@ def pick_captions(value: Any) -> list[str]:
     return list(dict.fromkeys(filter(None, cleaned)))
 
 
-def merge_captions(metadata: Mapping[str, Any], captions: list[str]) -> dict[str, Any]:
-    """Metadata with "captions" where there are several, without it where there is one."""
+def merge_captions(
+    metadata: Mapping[str, Any], captions: list[str], stated: Any = None
+) -> dict[str, Any]:
+    """Metadata with "captions" where there are several, without it where there is one.
+
+    Args:
+        metadata: of the pair; the kinds of its captions stay with their texts.
+        captions: of `pick_captions`.
+        stated: the texts as they came, which the kinds are of; None: they are the captions.
+    """
     merged = {name: value for name, value in metadata.items() if name != "captions"}
     if len(captions) > 1:
         merged["captions"] = captions
+    kinds = merged.get(CAPTION_KINDS)
+    texts = captions if stated is None else stated
+    texts = texts if isinstance(texts, list | tuple) else [texts]
+    if isinstance(kinds, list) and len(kinds) == len(texts):  # what does not fit stays as it is
+        named = [(clean_text(t), k) for t, k in zip(texts, kinds, strict=True) if type(t) is str]
+        kind_of = dict(reversed(named))
+        merged[CAPTION_KINDS] = [kind_of.get(text, USUAL_KIND) for text in captions]
     return merged
 
 
@@ -92,7 +111,8 @@ def take_caption(
     captions = pick_captions((text or b"").decode("utf-8-sig", "replace")) or in_metadata
     captions = pick_captions(captions + pick_captions(metadata.get("captions")))
     rest = {name: value for name, value in metadata.items() if name not in ("caption", _KEY)}
-    return (captions[0] if captions else None), merge_captions(rest, captions)
+    stated = metadata.get("captions") or captions[:1]
+    return (captions[0] if captions else None), merge_captions(rest, captions, stated)
 
 
 def has_sample_fields(fields: Mapping[str, Any]) -> bool:

@@ -99,7 +99,12 @@ def switching_steps(sources: Sequence[TrainSource]) -> list[int]:
 
 def weight_at(source: TrainSource, step: int) -> Fraction:
     """The weight of a source for the batch behind so many steps."""
-    return next(weight for first, weight in reversed(source.weights) if first <= step)
+    return weight_at_step(source.weights, step)
+
+
+def weight_at_step(points: Sequence[tuple[int, Fraction]], step: int) -> Fraction:
+    """The weight that holds at a step; points as of `TrainSource.weights`."""
+    return next(weight for first, weight in reversed(points) if first <= step)
 
 
 def _is_section(train: Any) -> bool:
@@ -134,7 +139,7 @@ def _parse_source(name: str, section: Any, labels: str | None) -> TrainSource:
         raise ValueError(
             f"{where}.labels={own_labels!r:.200}: expected a folder of `python -m data_prep.label`"
         )
-    weights = _parse_weights(f"{where}.weight", section["weight"])
+    weights = parse_weights(f"{where}.weight", section["weight"])
     return TrainSource(
         name,
         path if isinstance(path, str) else list(map(os.fspath, path)),
@@ -159,7 +164,12 @@ def _check_keys(where: str, section: Mapping[str, Any]) -> None:
             )
 
 
-def _parse_weights(where: str, weight: Any) -> tuple[tuple[int, Fraction], ...]:
+def parse_weights(where: str, weight: Any) -> tuple[tuple[int, Fraction], ...]:
+    """A weight, or a schedule of weights, as points: step from which on it holds, and weight.
+
+    Raises:
+        ValueError: another form; names `where`, the key as it is typed.
+    """
     if not isinstance(weight, list | tuple):
         return ((0, _parse_weight(where, weight)),)
     points = []

@@ -23,7 +23,7 @@ class Draw(grain.transforms.RandomMap):
     def parse(self, element):
         return element
 
-    def plan(self, element, rng):
+    def plan(self, element, rng, position):
         example = self.random_map(element, rng)
         return lambda: example
 
