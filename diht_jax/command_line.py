@@ -68,6 +68,9 @@ def define_model_flags() -> None:
     flags.DEFINE_integer(
         "image_size", None, "Resize the image positions to it, in pixels; unset: the model's own."
     )
+    flags.DEFINE_integer(
+        "context_length", None, "Stretch the text positions to so many tokens; unset: the model's."
+    )
     flags.DEFINE_list(
         "architecture", [], "What a bare weight file does not hold: activation=quick_gelu,..."
     )
@@ -80,6 +83,7 @@ def model_options() -> dict[str, Any]:
         "step": given.step,
         "ema": given.ema,
         "image_size": given.image_size,
+        "context_length": given.context_length,
         "architecture": parse_fields(given.architecture),
     }
 

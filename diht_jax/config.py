@@ -124,7 +124,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.model.scan_layers = False  # one compiled block for all layers; parameters stay per layer
     c.model.remat = "none"  # what a block computes again in the backward pass: see docs/training.md
     c.model.attention = "auto"  # "pallas" on TPUs, "cudnn" on NVIDIA GPUs, else "xla"
-    # Work directory, weight file or released name whose parameters a new run starts from; image
+    # Texts that share a row of the text tower, for long contexts and short texts; 1: none do.
+    c.model.texts_per_row = 1
+    # Work directory, weight file or released name whose parameters a new run starts from; its
     # positions are resized to fit.
     c.model.init_from = placeholder(str)
     # Fields of models.zoo.Architecture to replace.

@@ -121,6 +121,7 @@ def evaluate_model(
     step: int | None = None,
     ema: bool = False,
     image_size: int | None = None,
+    context_length: int | None = None,
     architecture: dict[str, Any] | None = None,
     batch_size: int = 256,
     num_threads: int | None = None,
@@ -131,7 +132,7 @@ def evaluate_model(
     """Evaluates a model on tasks; the results file is complete after every task.
 
     Args:
-        model, step, ema, image_size, architecture: of `load_model`.
+        model, step, ema, image_size, context_length, architecture: of `load_model`.
         tasks: of `parse_tasks`.
         output: the results file (JSON).
         batch_size, num_threads, limit, num_resamples: of `evaluate_task`.
@@ -151,6 +152,7 @@ def evaluate_model(
         step=step,
         ema=ema,
         image_size=image_size,
+        context_length=context_length,
         architecture=architecture,
         batch_size=batch_size,
         devices=jax.devices(),
@@ -192,6 +194,7 @@ def _describe_run(model: str, loaded: LoadedModel, *, ema: bool) -> dict[str, An
         "ema": ema,
         "fingerprint": loaded.fingerprint(),
         "image_size": loaded.image_size,
+        "context_length": loaded.context_length,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": jax.device_count(),
         "device_kind": jax.local_devices()[0].device_kind,

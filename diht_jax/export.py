@@ -52,6 +52,7 @@ def export_model(
     step: int | None = None,
     ema: bool = False,
     image_size: int | None = None,
+    context_length: int | None = None,
     architecture: dict[str, Any] | None = None,
     dtype: str = "float32",
     keep_heads: bool = False,
@@ -64,7 +65,7 @@ def export_model(
         model: released name, work directory or weight file, as `load_model` takes it.
         format: "clip", "open_clip", "huggingface" or "safetensors".
         output: directory to make; must be empty where it exists.
-        step, ema, image_size, architecture: of `load_model`.
+        step, ema, image_size, context_length, architecture: of `load_model`.
         dtype: of the stored parameters.
         keep_heads: keep the concept heads that the model has.
         results: files of `diht_jax.evaluate` for the card.
@@ -90,7 +91,14 @@ def export_model(
 
     check_target(pathlib.Path(output), format, dtype)
     measured = [_as_row(path, read_results(path)) for path in results or []]
-    source = read_model(model, step=step, ema=ema, image_size=image_size, architecture=architecture)
+    source = read_model(
+        model,
+        step=step,
+        ema=ema,
+        image_size=image_size,
+        context_length=context_length,
+        architecture=architecture,
+    )
     if source.is_run:
         measured = [*read_run_results(pathlib.Path(source.path), source.step), *measured]
     heads = source.heads if keep_heads else {}

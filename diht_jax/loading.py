@@ -19,7 +19,7 @@ from diht_jax import sharding
 from diht_jax.config import ARCHITECTURE_FIELDS, default_config
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import model_definition
-from diht_jax.models.positions import fit_positions
+from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
@@ -64,6 +64,7 @@ def load_model(
     step: int | None = None,
     ema: bool = False,
     image_size: int | None = None,
+    context_length: int | None = None,
     architecture: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     batch_size: int = 256,
@@ -82,6 +83,8 @@ def load_model(
         step: which checkpoint of a work directory; the latest by default.
         ema: load the moving average of the parameters (`config.ema.decay` of the run).
         image_size: pixels; position embeddings are resized to it. None keeps the model's.
+        context_length: tokens of a text; position embeddings are stretched to it, or cut
+            (`models.positions.stretch_positions`). None keeps the model's.
         architecture: fields of `models.Architecture` that a bare weight file does not hold, such
             as `{"activation": "quick_gelu"}`.
         dtype: of the computation, "float32" or "bfloat16"; as trained by default, and float32 for
@@ -102,6 +105,7 @@ def load_model(
         step=step,
         ema=ema,
         image_size=image_size,
+        context_length=context_length,
         architecture=architecture,
         mesh=mesh,
     )
@@ -141,13 +145,14 @@ def read_model(
     step: int | None = None,
     ema: bool = False,
     image_size: int | None = None,
+    context_length: int | None = None,
     architecture: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> ModelFiles:
     """Reads what `load_model` loads.
 
     Args:
-        name_or_path, step, ema, image_size, architecture: of `load_model`.
+        name_or_path, step, ema, image_size, context_length, architecture: of `load_model`.
         mesh: where the parameters of a work directory go; one device by default.
 
     Raises:
@@ -159,18 +164,25 @@ def read_model(
         if architecture:
             raise ValueError(f"{name}: a work directory knows its architecture; give none")
         mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
-        run = _read_run(folder, mesh, step=step, ema=ema, image_size=image_size)
+        run = _read_run(folder, mesh, step=step, ema=ema)
+        run = _fit_run(run, image_size=image_size, context_length=context_length)
         return dataclasses.replace(run, path=name)
     if step is not None or ema:
         raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
     path = locate_weights(name)
-    weights = read_weights(path, architecture=architecture, image_size=image_size)
+    weights = read_weights(
+        path, architecture=architecture, image_size=image_size, context_length=context_length
+    )
     if name in RELEASES:
-        native = dataclasses.replace(weights.arch, image_size=ARCHITECTURES[name].image_size)
-        if native != ARCHITECTURES[name]:
+        released = ARCHITECTURES[name]
+        native = dataclasses.replace(
+            weights.arch,
+            image_size=released.image_size,
+            context_length=released.context_length,
+        )
+        if native != released:
             raise ValueError(
-                f"{path}: expected the architecture of '{name}', {ARCHITECTURES[name]}; got "
-                f"{weights.arch}"
+                f"{path}: expected the architecture of '{name}', {released}; got {weights.arch}"
             )
     return ModelFiles(
         arch=weights.arch,
@@ -199,20 +211,23 @@ def config_of(arch: Architecture) -> ml_collections.ConfigDict:
     return config
 
 
-def _read_run(
-    name: str, mesh: Mesh, *, step: int | None, ema: bool, image_size: int | None
-) -> ModelFiles:
+def _fit_run(run: ModelFiles, *, image_size: int | None, context_length: int | None) -> ModelFiles:
+    params, arch = fit_model(
+        run.params, run.arch, image_size=image_size, context_length=context_length
+    )
+    for field in ("image_size", "context_length"):
+        if getattr(arch, field) != getattr(run.arch, field):
+            run.config.model.overrides[field] = getattr(arch, field)
+    return dataclasses.replace(run, params=params, arch=arch)
+
+
+def _read_run(name: str, mesh: Mesh, *, step: int | None, ema: bool) -> ModelFiles:
     trained = restore_model(name, mesh, step=step, ema=ema)
-    arch, params, config = trained.arch, trained.params, trained.config
-    if image_size is not None and image_size != arch.image_size:
-        arch = dataclasses.replace(arch, image_size=image_size)
-        params = fit_positions(params, (image_size // arch.patch_size) ** 2)
-        config.model.overrides.image_size = image_size
     return ModelFiles(
-        arch=arch,
-        params=params,
+        arch=trained.arch,
+        params=trained.params,
         heads=heads_to_clip(trained.heads),
-        config=config,
+        config=trained.config,
         preprocessing=Preprocessing(),
         path=name,
         is_run=True,

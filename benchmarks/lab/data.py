@@ -28,10 +28,11 @@ from benchmarks.lab.experiments import CLIP_TEACHERS, SHOTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import locked, run_command
 from data_prep.captions.versions import RULES_VERSION
 from data_prep.synthetic import captions, drawing, sampling, web
-from data_prep.synthetic.scenes import COLORS
+from data_prep.synthetic.scenes import COLORS, Scene, SceneObject
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.readers.registry import open_source
+from diht_jax.data.records.captions import USUAL_KIND, with_captions
 from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.schema import Record, decode_record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter, find_shards, read_records
@@ -262,6 +263,22 @@ def _make_unseen_shots(data: Data, folder: pathlib.Path) -> None:
                     tar.addfile(member, io.BytesIO(content))
 
 
+def _make_recaptioned(data: Data, folder: pathlib.Path, variant: str) -> None:
+    """The records of a variant with four more captions of what the picture shows, if anything."""
+    changed = []
+    for index, record in enumerate(_read(data.make(variant))):
+        texts, shown = [record.caption], record.metadata.get("scene")
+        if shown:
+            looks = [{k: v for k, v in o.items() if k != "box"} for o in shown["objects"]]
+            scene = Scene(shown["relation"], tuple(SceneObject(**look) for look in looks))
+            rng = np.random.default_rng([4, index])
+            texts += [captions.describe_scene(rng, scene) for _ in range(4)]
+        texts = list(dict.fromkeys(texts))
+        kinds = [USUAL_KIND, *["synthetic"] * (len(texts) - 1)]
+        changed.append(with_captions(record, texts, kinds))
+    _write(folder, changed)
+
+
 def _make_emoji(data: Data, folder: pathlib.Path) -> None:
     run_command(
         "data_prep.filter",
@@ -404,6 +421,7 @@ _MAKERS: dict[str, Callable] = {
     "cat_labelled": _make_cat_labelled,
     "unseen": _make_unseen,
     "unseen_shots": _make_unseen_shots,
+    "(raw|cat)_recaptioned": _make_recaptioned,
     "emoji": _make_emoji,
     r"emoji_shuffled_(\d+)_(\d+)": _make_emoji_shuffled,
     r"(emoji_shuffled_\d+_\d+|cifar10_wrong_\d+)_clips": _make_clips,

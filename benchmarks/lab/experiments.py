@@ -163,6 +163,8 @@ BLOCKS = {
     "affinity": ("Similarities of a CLIP", "Do stored embeddings of a CLIP teach more than "
                  "concept labels, at equal samples seen?"),
     "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
+    "captions": ("Several captions", "Does it help to draw one of several captions of a picture, "
+                 "and to mix new captions with those that came with it?"),
     "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
                  "combinations of shape and colour that no training pair shows or names?"),
     "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
@@ -287,6 +289,20 @@ AFFINITY = [
     ),
     Experiment("emoji_concepts", "emoji_labelled", _EMOJI_CONCEPTS, student="emoji"),
 ]  # fmt: skip
+# Four more captions of what each picture shows, of the kind "synthetic".
+CAPTIONS = [
+    Experiment(
+        f"{data}_captions_{name}",
+        f"{data}_recaptioned",
+        {"data.captions": "sample", "data.caption_weights": weights},
+        seeds=8,
+    )
+    for data, name, weights in (
+        ("cat", "mixed", "alt=1,synthetic=1"),
+        ("raw", "mixed", "alt=1,synthetic=1"),
+        ("raw", "synthetic", "alt=0,synthetic=1"),
+    )
+]
 NOISE = [
     Experiment(f"{kind}_{change}_{kept}", f"{kept}_of_{kind}_{change}")
     for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
@@ -341,7 +357,7 @@ EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
         *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *AFFINITY, *EQUAL_CAPTIONS),
-        *(*FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
+        *(*CAPTIONS, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
     )
 }
 
@@ -442,6 +458,16 @@ _AFFINITY_CONTRASTS = [
              "similarities of a CLIP teach more than concept labels on emoji",
              "they gain less than a point on the labels"),
 ]  # fmt: skip
+_CAPTIONS_CONTRASTS = [
+    Contrast("cat_captions_mixed", "cat", "captions", 0.01, "one of five captions, drawn each "
+             "time, teaches more than the first one, on filtered pairs",
+             "it gains less than a point"),
+    Contrast("raw_captions_mixed", "raw", "captions", 0.02, "new captions, half of the time, "
+             "repair raw pairs", "they gain less than two points"),
+    Contrast("raw_captions_mixed", "raw_captions_synthetic", "captions", 0.01, "what came with "
+             "the pictures costs nothing beside the new captions, noise and all",
+             "it costs more than a point", kind=NO_LOSS),
+]  # fmt: skip
 _OTHER_CONTRASTS = [
     *(
         Contrast(f"{kind}_{change}_cat", f"{kind}_{change}_raw", "noise", 0.02,
@@ -474,6 +500,7 @@ CONTRASTS = [
     *_HARD_NEGATIVES_CONTRASTS,
     *_DISTILLATION_CONTRASTS,
     *_AFFINITY_CONTRASTS,
+    *_CAPTIONS_CONTRASTS,
     *_OTHER_CONTRASTS,
 ]
 

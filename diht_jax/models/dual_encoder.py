@@ -63,6 +63,13 @@ class DualEncoder(nnx.Module):
         """int32 [b, t] -> float32 [b, d], L2-normalised."""
         return l2_normalize(self.text(tokens, gather=gather))
 
+    def encode_packed_texts(
+        self, tokens: jax.Array, *, gather: Gather | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """As `encode_text`, several texts in a row; and whether they fitted: see `text.packed`."""
+        embeddings, fits = self.text.packed(tokens, gather=gather)
+        return l2_normalize(embeddings), fits
+
 
 def l2_normalize(x: jax.Array) -> jax.Array:
     """[b, d] of any float dtype -> float32 [b, d] of unit length; zero vectors stay zero."""

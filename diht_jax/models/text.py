@@ -5,17 +5,21 @@ Takes token ids of `data.tokenizer`; text cleaning and BPE live there.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from diht_jax.models.packing import find_starts, pack
 from diht_jax.models.transformer import (
     Block,
     BlockInit,
     Execution,
     Gather,
     build_blocks,
+    in_shard_map,
     layer_norm,
     normal_init,
     run_blocks,
@@ -41,6 +45,8 @@ class TextTransformer(nnx.Module):
         self.remat = execution.remat
         self.context_length = arch.context_length
         self.end_of_text_id = arch.end_of_text_id
+        self.texts_per_row = execution.texts_per_row
+        self.packing_fallback = execution.packing_fallback
         # Looked up in the parameters' dtype: the gradient of a token sums over all its positions in
         # the batch, too many terms for bfloat16.
         self.token_embedding = nnx.Embed(
@@ -69,6 +75,7 @@ class TextTransformer(nnx.Module):
                     width // arch.text_heads,
                     num_tokens=arch.context_length,
                     num_heads=arch.text_heads,
+                    packed=execution.texts_per_row > 1,
                 ),
                 **dtypes,
             )
@@ -97,13 +104,61 @@ class TextTransformer(nnx.Module):
                 f"expected at most {self.context_length} tokens a text, got shape {tokens.shape}"
             )
         x = self.token_embedding(tokens) + self.positional_embedding[:t]
-        is_end = tokens if self.end_of_text_id is None else tokens == self.end_of_text_id
-        end_of_text = jnp.argmax(is_end, axis=-1)
         pooled = run_blocks(
             self.blocks,
             x.astype(self.dtype),
-            pooled=end_of_text,
+            pooled=self._end_of_text(tokens),
             remat=self.remat,
             gather=gather,
         )
         return self.projection(self.final_norm(pooled))
+
+    def packed(
+        self, tokens: jax.Array, *, gather: Gather | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Embeds texts, several in a row: the same embeddings for less work.
+
+        Where the texts of any device do not fit into their rows, all devices embed padded texts, in
+        as many parts, which takes longer and no more memory. Whether they fit is decided for all
+        together, because the parameters may have to be gathered on the way.
+
+        Args:
+            tokens: int32 [b, t] as of a call, b a multiple of `texts_per_row`.
+            gather: see `run_blocks`.
+
+        Returns:
+            [b, d] as of a call; and whether the texts have fitted, a bool.
+        """
+        b, t = tokens.shape
+        num_rows = b // self.texts_per_row
+        lengths = self._end_of_text(tokens).astype(jnp.int32) + 1
+        starts, fits = find_starts(lengths, num_rows, t)
+        if in_shard_map():
+            axes = jax.sharding.get_abstract_mesh().axis_names
+            fits = jax.lax.pmin(fits.astype(jnp.int32), axes) == 1
+
+        def embed_packed(tokens: jax.Array) -> jax.Array:
+            rows = pack(tokens, lengths, starts, num_rows)
+            x = self.token_embedding(rows.tokens) + self.positional_embedding[rows.positions]
+            x = run_blocks(
+                self.blocks,
+                x.astype(self.dtype),
+                texts=rows.texts,
+                remat=self.remat,
+                gather=gather,
+            )
+            pooled = x.reshape(num_rows * t, -1)[rows.ends]
+            return self.projection(self.final_norm(pooled))
+
+        def embed_padded(tokens: jax.Array) -> jax.Array:
+            embed = jax.checkpoint(functools.partial(self, gather=gather))
+            parts = jax.lax.map(embed, tokens.reshape(self.texts_per_row, num_rows, t))
+            return parts.reshape(b, -1)
+
+        if not self.packing_fallback:
+            return embed_packed(tokens), fits
+        return jax.lax.cond(fits, embed_packed, embed_padded, tokens), fits
+
+    def _end_of_text(self, tokens: jax.Array) -> jax.Array:
+        is_end = tokens if self.end_of_text_id is None else tokens == self.end_of_text_id
+        return jnp.argmax(is_end, axis=-1)

@@ -20,7 +20,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from diht_jax.models.activations import activate
-from diht_jax.models.attention import Target, attend, attention_implementation, check_attention
+from diht_jax.models.attention import (
+    Target,
+    attend,
+    attend_within_texts,
+    attention_implementation,
+    check_attention,
+)
 from diht_jax.models.linear import Linear, apply_columns, product_and_bias
 from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
 from diht_jax.models.tpu_attention import attend_short
@@ -37,21 +43,38 @@ class Execution:
         remat: what the backward pass computes again, a name of `remat.POLICIES`.
         attention: one of `attention.IMPLEMENTATIONS`.
         target: the devices that the model runs on; None is this process's default backend.
+        texts_per_row: texts that share a row of the text tower, on average; see `packing`.
+        packing_fallback: texts that do not fit into their rows are embedded all the same. Off, it
+            is the program of a batch whose texts do fit, for counting its FLOPs.
     """
 
     scan_layers: bool = False
     remat: str = "none"
     attention: str = "auto"
     target: Target | None = None
+    texts_per_row: int = 1
+    packing_fallback: bool = True
 
     def __post_init__(self):
         check_remat(self.remat)
         check_attention(self.attention)
 
     def attention_kernel(
-        self, dtype: DTypeLike, head_dim: int, *, num_tokens: int, num_heads: int
+        self,
+        dtype: DTypeLike,
+        head_dim: int,
+        *,
+        num_tokens: int,
+        num_heads: int,
+        packed: bool = False,
     ) -> str:
-        """The kernel of a tower: see `attention.attention_implementation`."""
+        """The kernel of a tower: see `attention.attention_implementation`.
+
+        Packed texts need a mask for each row. cuDNN would take it as a bias, and compute the
+        gradient of that as well; the Pallas kernel has no masks. So they have XLA's attention.
+        """
+        if packed:
+            return "xla"
         return attention_implementation(
             self.attention, dtype, head_dim, self.target, num_tokens=num_tokens, num_heads=num_heads
         )
@@ -146,8 +169,10 @@ class Attention(nnx.Module):
         self.in_proj = Linear(width, 3 * width, kernel_init=init.attention_in, **dtypes)
         self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
 
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """[b, t, width] -> [b, t, width]; softmax in float32. `positions`: see `Block`."""
+    def __call__(
+        self, x: jax.Array, positions: jax.Array | None = None, texts: jax.Array | None = None
+    ) -> jax.Array:
+        """[b, t, width] -> [b, t, width]; softmax in float32. `positions`, `texts`: see `Block`."""
         if positions is not None:
             return self._at(x, positions)
         b, t, width = x.shape
@@ -161,7 +186,10 @@ class Attention(nnx.Module):
         qkv = checkpoint_name(self.in_proj(x), QKV).reshape(b, t, 3, self.heads, head_dim)
         q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         kernel = "xla" if self.implementation == "pallas" else self.implementation
-        out = attend(q, k, v, causal=self.causal, implementation=kernel)
+        if texts is None:
+            out = attend(q, k, v, causal=self.causal, implementation=kernel)
+        else:
+            out = attend_within_texts(q, k, v, texts)
         return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
 
     def _at(self, x: jax.Array, positions: jax.Array) -> jax.Array:
@@ -240,17 +268,21 @@ class Block(nnx.Module):
         self.mlp_norm = layer_norm(width, epsilon, **dtypes)
         self.mlp = Mlp(width, mlp_width, init, activation=activation, **dtypes)
 
-    def __call__(self, x: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array | None = None, texts: jax.Array | None = None
+    ) -> jax.Array:
         """Runs the block.
 
         Args:
             x: [b, t, width].
             positions: int32 [b], the one token of each row whose output is wanted; all by default.
+            texts: int32 [b, t], which text of a row a token belongs to, and sees; None: all of the
+                row is one.
 
         Returns:
             [b, t, width], or [b, 1, width] of the tokens at `positions`.
         """
-        attended = self.attention(self.attention_norm(x), positions)
+        attended = self.attention(self.attention_norm(x), positions, texts)
         x = (x if positions is None else pick_tokens(x, positions)) + attended
         return x + self.mlp(self.mlp_norm(x))
 
@@ -284,6 +316,7 @@ def run_blocks(
     x: jax.Array,
     *,
     pooled: jax.Array | None = None,
+    texts: jax.Array | None = None,
     remat: str = "none",
     gather: Gather | None = None,
 ) -> jax.Array:
@@ -295,6 +328,7 @@ def run_blocks(
         x: [b, t, width].
         pooled: int32 [b], the one token of each row that the tower goes on with. In an unrolled
             loop the last block then computes no other one: of 12 layers, 7% less work.
+        texts: int32 [b, t], see `Block`; not together with `pooled`.
         remat: which intermediate values the backward pass computes again.
         gather: makes a block's parameters, as a nested dict, whole before use. Called inside of
             the block's backward pass as well, so that no more than one layer is whole at a time.
@@ -305,9 +339,13 @@ def run_blocks(
     scanned = isinstance(blocks, Block)
 
     def apply(
-        graphdef: nnx.GraphDef, params: dict[str, Any], x: jax.Array, positions: jax.Array | None
+        graphdef: nnx.GraphDef,
+        params: dict[str, Any],
+        x: jax.Array,
+        positions: jax.Array | None,
+        texts: jax.Array | None,
     ) -> jax.Array:
-        return nnx.merge(graphdef, gather(params) if gather else params)(x, positions)
+        return nnx.merge(graphdef, gather(params) if gather else params)(x, positions, texts)
 
     def layer(block: Block):
         graphdef, params = nnx.split(block, nnx.Param)
@@ -318,9 +356,9 @@ def run_blocks(
 
     if scanned:
         run, stacked = layer(blocks)
-        x = jax.lax.scan(lambda x, params: (run(params, x, None), None), x, stacked)[0]
+        x = jax.lax.scan(lambda x, params: (run(params, x, None, texts), None), x, stacked)[0]
         return x if pooled is None else pick_tokens(x, pooled)[:, 0]
     for i, block in enumerate(blocks):
         run, params = layer(block)
-        x = run(params, x, pooled if i == len(blocks) - 1 else None)
+        x = run(params, x, pooled if i == len(blocks) - 1 else None, texts)
     return x if pooled is None else x[:, 0]

@@ -63,6 +63,7 @@ RANGES = {
     **_DURATIONS,
     "micro_batch": _COUNT,
     "model.patch_dropout": _SHARE,
+    "model.texts_per_row": _COUNT,
     **{
         f"model.overrides.{field}": _COUNT
         for field, kind in ARCHITECTURE_FIELDS.items()

@@ -27,7 +27,7 @@ _SETTINGS = ("activation", "vision_heads", "text_heads", "layer_norm_epsilon")
 def initial_parameters(
     config: ml_collections.ConfigDict, arch: Architecture, mesh: Mesh, drawn: dict[str, Any]
 ) -> dict[str, Any]:
-    """The model of `config.model.init_from`, with image positions resized to this run's size.
+    """The model of `config.model.init_from`, with positions for this run's images and texts.
 
     Adapters, and what the objective learns beside the model, start anew.
 
@@ -51,7 +51,11 @@ def initial_parameters(
     else:
         weights = _read_weights(source)
         params, found_arch, version = weights.params, weights.arch, ""
-    params = fit_positions(params, (arch.image_size // arch.patch_size) ** 2)
+    num_patches = (arch.image_size // arch.patch_size) ** 2
+    try:
+        params = fit_positions(params, num_patches, arch.context_length)
+    except ValueError as error:
+        raise ValueError(f"config.model.init_from={source}: {error}") from error
     params = merge_parameters(drawn, params)
     found, expected = parameter_shapes(params), parameter_shapes(drawn)
     names = found.keys() | expected.keys()

@@ -142,6 +142,7 @@ class TrainProgram:
                     width // num_heads,
                     num_tokens=num_tokens if name == "text" else all_patches + 1,
                     num_heads=num_heads,
+                    packed=name == "text" and model.texts_per_row > 1,
                 ),
             )
             for name, (num_tokens, num_heads, width, causal) in towers.items()
@@ -155,15 +156,21 @@ class TrainProgram:
             *(config.data.batch_size, self.arch.embed_dim, config.loss.impl),
         )
 
-    def step(self, state: TrainState, *, patch_dropout: bool = True) -> TrainStep:
+    def step(
+        self, state: TrainState, *, patch_dropout: bool = True, packing_fallback: bool = True
+    ) -> TrainStep:
         """The jitted step for states like `state` (arrays, or shapes with shardings).
 
         Args:
             state: of the run.
             patch_dropout: False for the step of the run's last part, which drops no patches.
+            packing_fallback: see `Execution`.
         """
         config = self.config if patch_dropout else without_patch_dropout(self.config)
-        return TrainStep(self.definition, self.optimizer, self.schedule, self.mesh, config, state)
+        return TrainStep(
+            *(self.definition, self.optimizer, self.schedule, self.mesh, config, state),
+            packing_fallback=packing_fallback,
+        )
 
 
 def without_patch_dropout(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:

@@ -34,6 +34,9 @@ from diht_jax.training.state import TrainState, update_average
 
 Metrics = dict[str, jax.Array]
 
+# Share of the texts that shared rows as they were meant to.
+PACKED_TEXTS = "packed_texts"
+
 
 class TrainStep:
     """`step(state, batch) -> (state, metrics)`; the old state is donated.
@@ -50,6 +53,8 @@ class TrainStep:
         mesh: Mesh,
         config: ml_collections.ConfigDict,
         state: TrainState,
+        *,
+        packing_fallback: bool = True,
     ):
         """Prepares the jitted step.
 
@@ -60,6 +65,7 @@ class TrainStep:
             mesh: axes `data` and `fsdp`.
             config: the whole training config.
             state: any state (or shapes with shardings) of the run.
+            packing_fallback: see `Execution`.
 
         Raises:
             ValueError: a wrong `config.micro_batch` or `config.model` value.
@@ -67,14 +73,17 @@ class TrainStep:
         check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
         if config.gradient_noise:
             micro_batch_of_halves(config.micro_batch, config.data.batch_size, mesh.size)
+        _check_texts_per_row(config, mesh.size)
         if not 0.0 <= config.model.patch_dropout < 1.0:
             raise ValueError(
                 f"config.model.patch_dropout={config.model.patch_dropout}: expected a share of at "
                 "least 0 and less than 1"
             )
         self.trace_count = 0
+        execution = training_execution(config.model, mesh)
         self._definition = dataclasses.replace(
-            definition, execution=training_execution(config.model, mesh)
+            definition,
+            execution=dataclasses.replace(execution, packing_fallback=packing_fallback),
         )
         self._optimizer, self._schedule = optimizer, schedule
         self._mesh, self._config = mesh, config
@@ -182,7 +191,12 @@ def loss_gradients(
 
     def loss_of(encoded: dict[str, jax.Array], trained: Any) -> tuple[jax.Array, Metrics]:
         params = merge_parameters(trained, frozen)
-        return total_loss(encoded, params, examples, terms=terms, mesh=mesh, config=config)
+        encoded = dict(encoded)
+        packed = encoded.pop(PACKED_TEXTS, None)
+        loss, metrics = total_loss(encoded, params, examples, terms=terms, mesh=mesh, config=config)
+        if packed is not None:
+            metrics[PACKED_TEXTS] = jnp.mean(packed)
+        return loss, metrics
 
     if config.gradient_noise:
         micro_batch = micro_batch_of_halves(config.micro_batch, batch["images"].shape[0], mesh.size)
@@ -218,7 +232,8 @@ def encode_examples(
         gather: makes parameters whole.
 
     Returns:
-        `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b].
+        `image_emb` and `text_emb`, float32 [b, d], L2-normalised; losses of terms, float32 [b];
+        with several texts in a row `packed_texts`, float32 [b].
     """
     params = gather.outside_blocks(params)
     model = merge_model(definition, params)
@@ -228,10 +243,13 @@ def encode_examples(
         gather=gather.block("vision"),
     )
     projected = model.vision.projection(pooled)
-    encoded = {
-        "image_emb": l2_normalize(projected),
-        "text_emb": model.encode_text(examples["tokens"], gather=gather.block("text")),
-    }
+    encoded = {"image_emb": l2_normalize(projected)}
+    tokens, text_gather = examples["tokens"], gather.block("text")
+    if definition.execution.texts_per_row > 1:
+        encoded["text_emb"], fits = model.encode_packed_texts(tokens, gather=text_gather)
+        encoded[PACKED_TEXTS] = jnp.full(tokens.shape[0], fits, jnp.float32)
+    else:
+        encoded["text_emb"] = model.encode_text(tokens, gather=text_gather)
     features = {"pooled": pooled, "projected": projected, **encoded}
     for term in terms:
         encoded.update(term.of_examples(params, features, examples))
@@ -253,6 +271,18 @@ def _with_kept_patches(
     return {**batch, "kept_patches": jax.lax.with_sharding_constraint(kept, by_example)}
 
 
+def _check_texts_per_row(config: ml_collections.ConfigDict, num_devices: int) -> None:
+    size, at_once = config.data.batch_size, config.micro_batch
+    if config.gradient_noise:
+        size, at_once = size // 2, micro_batch_of_halves(at_once, size, num_devices)
+    at_once = (at_once or size) // num_devices
+    if at_once % config.model.texts_per_row:
+        raise ValueError(
+            f"config.model.texts_per_row={config.model.texts_per_row}: expected a divisor of the "
+            f"{at_once} texts that a device embeds at once"
+        )
+
+
 def training_execution(config: ml_collections.ConfigDict, mesh: Mesh) -> Execution:
     """How the step computes, as the config section `model` says, on the devices of the mesh.
 
@@ -263,4 +293,5 @@ def training_execution(config: ml_collections.ConfigDict, mesh: Mesh) -> Executi
         remat=config.remat,
         attention=config.attention,
         target=target_of(mesh.devices.flat[0]),
+        texts_per_row=config.texts_per_row,
     )

@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 
 from diht_jax.config import ARCHITECTURE_FIELDS, nearest_name
-from diht_jax.models.positions import fit_positions
+from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout, huggingface, settings
 from diht_jax.weights.releases import hash_file
@@ -78,6 +78,7 @@ def read_weights(
     *,
     architecture: Mapping[str, Any] | None = None,
     image_size: int | None = None,
+    context_length: int | None = None,
 ) -> Weights:
     """Reads the weights of a CLIP.
 
@@ -86,6 +87,7 @@ def read_weights(
         architecture: fields of `Architecture` that neither shapes nor a config beside the file
             tell, such as `{"activation": "quick_gelu", "vision_heads": 16}`.
         image_size: pixels; image positions are resized to it. None keeps the file's.
+        context_length: tokens; text positions are stretched to it. None keeps the file's.
 
     Raises:
         ValueError: nothing to read, a file that is damaged or could run code, parameters that are
@@ -113,11 +115,8 @@ def read_weights(
         raise ValueError(f"{file}: {len(tensors)} parameters for a model of {most_layers} layers")
     parameters, heads = clip_layout.split_heads(tensors)
     params = _arrange(parameters, arch, is_huggingface, str(file))
-    if image_size is not None and image_size != arch.image_size:
-        resized = dataclasses.replace(arch, image_size=image_size)
-        params = fit_positions(params, (image_size // arch.patch_size) ** 2)
-        params = jax.tree.map(np.asarray, params)
-        arch = resized
+    params, arch = fit_model(params, arch, image_size=image_size, context_length=context_length)
+    params = jax.tree.map(np.asarray, params)
     return Weights(
         arch=arch,
         params=params,

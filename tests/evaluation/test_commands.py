@@ -36,7 +36,8 @@ def pictures(tmp_path, photos):
 def test_help_lists_the_flags_that_commands_share():
     for command in ("export", "embed"):
         listed = _run(command, "--help").stdout
-        for flag in ("model", "step", "[no]ema", "image_size", "architecture", "output"):
+        sizes = ("image_size", "context_length")
+        for flag in ("model", "step", "[no]ema", *sizes, "architecture", "output"):
             assert f"--{flag}" in listed, (command, flag)
     assert "--coordinator_address" in _run("train", "--help").stdout
 

@@ -8,6 +8,8 @@ import pytest
 
 from benchmarks.lab import data
 from benchmarks.lab.data import Data, exchange
+from data_prep.synthetic import web
+from diht_jax.data.records.captions import all_captions, caption_kinds
 from diht_jax.data.records.schema import Pair, Record
 from diht_jax.data.records.vocabulary import (
     ConceptList,
@@ -70,6 +72,26 @@ def test_subsets_of_the_raw_and_of_the_kept_pairs(lab):
     assert keys(lab.make("unseen")) == ["k3", "k9", "k12", "k15"]
     with pytest.raises(ValueError, match="data 'nothing': no variant has such a name"):
         lab.make("nothing")
+
+
+def test_new_captions_are_of_what_the_pictures_show(tmp_path):
+    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
+    folder = tmp_path / "data" / "raw"
+    folder.mkdir(parents=True)
+    pairs = [web.make_pair(web.Settings(), "train", index) for index in range(12)]
+    data._write(folder, pairs)
+    (folder / "complete.json").write_text(json.dumps(data.identity("raw")))
+    records = data._read(lab.make("raw_recaptioned"))
+    described = 0
+    for record, pair in zip(records, pairs, strict=True):
+        assert (record.caption, record.image) == (pair.caption, pair.image)
+        new = all_captions(record)[1:]
+        assert caption_kinds(record) == ["alt", *["synthetic"] * len(new)]
+        assert bool(new) == bool(pair.metadata["scene"])
+        for text in new:
+            described += 1
+            assert any(o["color"] in text for o in pair.metadata["scene"]["objects"]), text
+    assert described > 20
 
 
 def test_a_variant_is_made_once_and_anew_when_its_rules_change(lab):

@@ -63,6 +63,17 @@ def make_batch() -> dict[str, np.ndarray]:
     }
 
 
+def short_and_long_texts() -> np.ndarray:
+    """Two texts whose largest id, the end, comes early, and two at whose end it stands; and so on.
+
+    A row has room for two of the former, and for one of the latter.
+    """
+    tokens = make_batch()["tokens"] % 63
+    ends = np.where(np.arange(BATCH_SIZE) % 4 < 2, np.arange(BATCH_SIZE) % 3 + 1, 7)
+    tokens[np.arange(BATCH_SIZE), ends] = 63
+    return tokens
+
+
 @functools.cache
 def make_params() -> dict:
     """Parameters of the right size, drawn without compiling anything."""
@@ -105,34 +116,40 @@ def gradient_function(program):
     )
 
 
-def gradients(config, data, fsdp, params=None):
+def gradients(config, data, fsdp, params=None, **changed):
     program = program_of(config, data, fsdp)
-    batch = sharding.put_batch(make_batch(), sharding.batch_sharding(program.mesh))
+    batch = {**make_batch(), **changed}
+    batch = sharding.put_batch(batch, sharding.batch_sharding(program.mesh))
     return gradient_function(program)(make_state(program.mesh, params), batch)
 
 
 @functools.cache
-def reference():
-    """Loss and gradient on one device, without any of what is tested here."""
+def reference_function():
+    """From parameters and tokens to loss and gradient, on one device and as simply as can be."""
     config = tiny_config(**{"model.scan_layers": False})
     program = program_of(config, 1, 1)
     batch = make_batch()
     key = jax.random.fold_in(jax.random.key(5), 3)
     kept = choose_patches(key, BATCH_SIZE, 16, 0.25)
 
-    def loss_fn(params):
+    def loss_fn(params, tokens):
         model = merge_model(program.definition, params)
         features = model.vision.features(normalize(batch["images"], jnp.float32), kept_patches=kept)
         return contrastive_loss(
             l2_normalize(model.vision.projection(features)),
-            model.encode_text(batch["tokens"]),
+            model.encode_text(tokens),
             jnp.exp(params["log_logit_scale"]),
             beta=0.25,
             impl="dense",
         )
 
-    compiled = jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICK_COMPILE)
-    return jax.device_get(compiled(make_params()))
+    return jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICK_COMPILE)
+
+
+@functools.cache
+def reference():
+    """Loss and gradient of the batch, without any of what is tested here."""
+    return jax.device_get(reference_function()(make_params(), make_batch()["tokens"]))
 
 
 def relative_error(found, expected):
@@ -203,6 +220,18 @@ def test_gradients_do_not_depend_on_how_the_batch_is_split(
         assert relative_error(grads[part], expected[part]) < 5e-6, part
     kernel = grads["vision"]["blocks"]["1"]["mlp"]["fc_in"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (32, 128 // fsdp)
+
+
+def test_packed_texts_give_the_gradients_of_padded_ones():
+    config = tiny_config(**{"model.texts_per_row": 2, "micro_batch": 16})
+    tokens = short_and_long_texts()
+    grads, metrics = gradients(config, 2, 4, tokens=tokens)
+    loss, expected = jax.device_get(reference_function()(make_params(), tokens))
+    # The first micro-batch has room for its texts on every device, the second on none.
+    assert metrics["packed_texts"] == 0.5
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    assert relative_error(grads, expected) < 4e-6
+    assert relative_error(grads["text"], expected["text"]) < 1e-5
 
 
 def test_frozen_parameters_get_no_gradient_and_change_nothing_else():
@@ -340,6 +369,7 @@ def test_micro_batches_that_do_not_fit_are_refused(micro_batch):
         ({"model.attention": "flash"}, "config.model.attention='flash': expected one of auto"),
         ({"model.patch_dropout": 1.0}, "config.model.patch_dropout=1.0"),
         ({"gradient_noise": True, "data.batch_size": 31}, "config.data.batch_size=31 to give each"),
+        ({"model.texts_per_row": 3}, "config.model.texts_per_row=3: expected a divisor of the 32"),
     ],
 )
 def test_wrong_settings_are_named(changes, message):

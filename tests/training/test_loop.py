@@ -279,12 +279,16 @@ def test_changed_shards_are_named_and_refused(finished, caplog):
     assert message in caplog.text and "the run goes on" in caplog.text
 
 
-def test_a_new_run_can_start_from_another_at_a_larger_image_size(config, finished, tmp_path):
+def test_a_new_run_can_start_from_another_with_larger_images_and_longer_texts(
+    config, finished, tmp_path
+):
     _, small, trained = finished
     config.total_steps = 2
     config.model.patch_dropout = 0.0
     config.model.init_from = str(small)
     config.model.overrides.image_size = 24
+    config.model.overrides.context_length = 30
+    config.model.texts_per_row = 2
     config.optimizer.learning_rate = 0.0
     config.optimizer.warmup_steps = 0
     fine_tuned = train(config, tmp_path / "large")
@@ -293,7 +297,13 @@ def test_a_new_run_can_start_from_another_at_a_larger_image_size(config, finishe
     np.testing.assert_array_equal(
         after["vision"]["positional_embedding"][0], before["vision"]["positional_embedding"][0]
     )
-    assert_bitwise_equal(before["text"], after["text"])
+    short, long = (dict(params["text"]) for params in (before, after))
+    old, new = (tower.pop("positional_embedding") for tower in (short, long))
+    assert_bitwise_equal(short, long)
+    assert new.shape == (30, *old.shape[1:])
+    np.testing.assert_array_equal(new[:20], old[:20])
+    np.testing.assert_array_equal(new[20:29:4], old[20:23])  # a step of the old ones is four
+    assert diht_jax.load_model(small, context_length=30).context_length == 30
     config.model.overrides.embed_dim = 8
     with pytest.raises(ValueError, match="text/projection/kernel, vision/projection/kernel"):
         train(config, tmp_path / "other")

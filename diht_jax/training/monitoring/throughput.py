@@ -28,7 +28,8 @@ def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     Model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B), a multiply-add being two:
     what settings that save memory compute a second time (rematerialisation, the first pass over
     micro-batches) is left out, so that they cannot raise the MFU. What a recipe spares itself
-    (patch dropout, a locked tower) is left out as well, and so are the optimiser's own products.
+    (patch dropout, a locked tower, padding of packed texts) is left out as well, and so are the
+    optimiser's own products.
 
     Args:
         config: the whole training config.
@@ -43,7 +44,8 @@ def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     plain.optimizer.update(kind="adamw", schedule="cosine", decay_steps=None)
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
     state = program.abstract_state()
-    return count_flops(program.step(state), state, program.abstract_batch()).matmul_flops
+    step = program.step(state, packing_fallback=False)
+    return count_flops(step, state, program.abstract_batch()).matmul_flops
 
 
 def mesh_peak_flops(mesh: Mesh) -> float | None:

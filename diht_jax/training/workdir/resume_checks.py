@@ -53,6 +53,7 @@ _FREE_IN_A_RUN = (
     "model.scan_layers",
     "model.remat",
     "model.attention",
+    "model.texts_per_row",
     "loss.impl",
 )
 # With a learning rate that is constant until its final decay, these decide about a run's end alone.
