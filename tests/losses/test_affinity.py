@@ -74,9 +74,7 @@ def on_mesh(shape, dtype, impl="streaming", tile=5):
     return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2)))(*arrays)
 
 
-@pytest.mark.parametrize(
-    "shape, impl", [((1, 1), "streaming"), ((8, 1), "streaming"), ((2, 4), "gathered")]
-)
+@pytest.mark.parametrize("shape, impl", [((8, 1), "streaming"), ((2, 4), "gathered")])
 def test_any_mesh_gives_the_formula_in_float64(shape, impl):
     with jax.enable_x64(True):
         value, grads = on_mesh(shape, np.float64, impl)
@@ -95,10 +93,9 @@ def test_float32_in_groups_of_four():
         np.testing.assert_allclose(grad, right, rtol=0, atol=2e-4 * np.abs(right).max())
 
 
-@pytest.mark.parametrize("impl", ["streaming", "gathered"])
-def test_a_student_that_is_the_teacher_loses_nothing_and_no_pairs_give_zero(impl):
+def test_a_student_that_is_the_teacher_loses_nothing_and_no_pairs_give_zero():
     image_emb, text_emb, *_ = map(jnp.float32, inputs()[:3])
-    loss = jax.jit(jax.value_and_grad(functools.partial(affinity_loss, impl=impl)))
+    loss = jax.jit(jax.value_and_grad(affinity_loss))
     value, grad = loss(image_emb, text_emb, 20.0, [TeacherEmbeddings(image_emb, text_emb, 1 / 20)])
     assert abs(value) < 1e-5 and np.abs(grad).max() < 1e-6
     nothing = TeacherEmbeddings(jnp.zeros_like(image_emb), text_emb, 1 / 20)

@@ -104,7 +104,8 @@ def test_off_it_leaves_the_program_as_it_is():
 def test_its_keys_are_checked():
     for changes, message in (
         ({"affinity.weight": -1.0}, "config.affinity.weight=-1.0: expected at least 0"),
-        ({"affinity.weight": 1.0}, "config.affinity.widths is not set: expected the sizes"),
+        ({"affinity.weight": 1.0}, "config.affinity.widths is not set: expected those of"),
+        ({**TERM, "affinity.temperatures": ()}, "config.affinity.temperatures is not set: expe"),
         ({**TERM, "affinity.temperatures": (0.1,) * 3}, "one for each of the 2 teachers"),
         ({"affinity.temperatures": (0.0,)}, "expected positive numbers, such as"),
     ):

@@ -57,13 +57,17 @@ class AffinityDistillation(Term):
         """See `Term`.
 
         Raises:
-            ValueError: the widths are known neither from data nor from the config.
+            ValueError: the teachers are known neither from data nor from the config.
         """
-        if not self.section.widths:
-            raise ValueError(
-                f"config.{self.name}.widths is not set: expected the sizes of the teachers' "
-                "embeddings, such as (768,); training takes them from config.data.labels"
-            )
+        for key, meaning in (
+            ("widths", "embeddings, (768,)"),
+            ("temperatures", "softmax, (0.01,)"),
+        ):
+            if not self.section[key]:
+                raise ValueError(
+                    f"config.{self.name}.{key} is not set: expected those of the teachers' "
+                    f"{meaning} for example; training takes them from config.data.labels"
+                )
         return sum(self.section.widths)
 
     def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
