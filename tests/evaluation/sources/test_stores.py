@@ -50,6 +50,10 @@ def sets(tmp_path_factory, photos):
     for name in VOC_CLASSES:
         states = "".join(f"{i} {(i + len(name)) % 3 - 1:2d}\n" for i in range(5))
         write(f"voc/ImageSets/Main/{name}_test.txt", states)
+    write("evalsets/wds_mnist_test/test/nshards.txt", "1")
+    write("evalsets/wds_mnist_test/test/0.tar", b"")
+    write("evalsets/wds_mnist_test/classnames.txt", "one\ntwo\n")
+    write("evalsets/wds_mnist_test/zeroshot_classification_templates.txt", "{c}\n")
     write("multi/test/nshards.txt", "2")
     write("multi/dataset_type.txt", "multilabel")
     write("multi/classnames.txt", "ant\nbee\n")
@@ -111,6 +115,9 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
     assert wasps[0].metadata == {"label": 2, "class_name": "wasp"}
     with pytest.raises(ValueError, match="has no option 'image_column'; it has none"):
         check_source(f"{url}/classes", {"image_column": "image"})
+    (task,) = parse_tasks(f"datacomp:{url}/evalsets")
+    assert (task.name, task.class_names) == ("mnist", ("one", "two"))
+    assert task.source == f"clip_benchmark:{url}/evalsets/wds_mnist_test"
     (task,) = parse_tasks(f"clip_benchmark:{url}/multi:test")
     assert (task.kind, task.class_names) == ("multilabel", ("ant", "bee"))
     for missing in ("voc:{}/none", "clip_benchmark:{}/none", "list:{}/none.txt"):
