@@ -145,7 +145,7 @@ def test_a_folder_of_datacomp(tiny_model, tmp_path, photos, caplog):
     _write_folder(
         tmp_path / "wds_imagenet-r_test",
         _WORDS,
-        # An npy that is none of numbers, such as features, is nothing to a task without groups.
+        # An npy of another form, such as features, does not matter to a task without groups.
         [{"png": photos[i], "cls": b"2", "npy": _npy([1, 2], [3, 4])} for i in range(2)],
     )
     _write_folder(

@@ -94,7 +94,7 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
         known = ", ".join(_NOTE_OF_TYPE)
         raise ValueError(f"{type_file}: expected one of {known}, got '{kind[:99]}'")
     if kind == RETRIEVAL:
-        # Their words are nothing to a retrieval, and may be empty files.
+        # A retrieval needs no words, whose files may be empty.
         return BenchmarkFolder(kind, tuple(join(folder, split, name) for name in names), None, None)
     classes = join(folder, "classnames.txt")
     templates = join(folder, "zeroshot_classification_templates.txt")

@@ -31,8 +31,8 @@ def stored_class_units(url: str) -> list[Unit] | None:
     that of a local folder.
 
     Returns:
-        None where the URL is none of such a folder: it names files that a reader knows, or holds
-        such files, or has no sub-folder with a picture.
+        None where the URL does not name such a folder: a reader knows it or a file in it, or no
+        sub-folder has a picture.
     """
     pictures = _list_pictures(url)
     return None if pictures is None else picture_units(url.rstrip("/"), pictures, _make)
