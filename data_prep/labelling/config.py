@@ -62,6 +62,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.heads = default_heads()
     c.top_k = 10  # objects, and attributes, that are kept of each image
 
+    # GB on the local disk for embeddings that go to a store and are read again in the same run.
+    c.scratch_gb = 8.0
+
     c.report_images = 36  # in report.html
     c.seed = 0  # of the held-out images, the order of training and the report's images
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
@@ -128,6 +131,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
         "top_k": (config.top_k, 1),
         "report_images": (config.report_images, 0),
         "retries": (config.retries, 0),
+        "scratch_gb": (config.scratch_gb, 0),
     }
     for name, (value, minimum) in least.items():
         if value is not None and value < minimum:

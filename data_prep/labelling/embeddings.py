@@ -27,6 +27,7 @@ import numpy as np
 from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
+from data_prep.labelling.scratch import Scratch
 from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
@@ -104,14 +105,19 @@ def embedding_path(labelled_shard: str) -> str:
 
 
 def embed_shard(
-    task: shards.ShardTask, report: Report, *, teacher: ml_collections.ConfigDict, dtype: str
+    task: shards.ShardTask,
+    report: Report,
+    *,
+    teacher: ml_collections.ConfigDict,
+    dtype: str,
+    scratch: Scratch | None = None,
 ) -> dict[str, Any]:
     """Embeds one shard; arguments and errors as of `compute_embeddings`.
 
     Returns:
         The statistics, as they lie beside the file.
     """
-    return compute_embeddings(task, report, teacher=teacher, dtype=dtype).stats
+    return compute_embeddings(task, report, teacher=teacher, dtype=dtype, scratch=scratch).stats
 
 
 def compute_embeddings(
@@ -121,6 +127,7 @@ def compute_embeddings(
     teacher: ml_collections.ConfigDict,
     dtype: str,
     record_beside: str | None = None,
+    scratch: Scratch | None = None,
 ) -> ShardEmbeddings:
     """Embeds one shard and writes its file.
 
@@ -130,6 +137,7 @@ def compute_embeddings(
         teacher: config section of `teachers.registry.default_teacher`.
         dtype: of the file.
         record_beside: output of the task whose worker may die of a record; None is this task's.
+        scratch: gets a copy of the file.
 
     Returns:
         What lies in the file.
@@ -171,6 +179,8 @@ def compute_embeddings(
     arrays = {"rows": np.array(rows, np.int32), "key_hashes": np.array(key_hashes, np.uint64)}
     np.savez(buffer, embeddings=embeddings, **arrays)
     files.write_bytes(task.output, buffer.getvalue())
+    if scratch is not None:
+        scratch.keep(task.output, buffer.getvalue())
     counts = {"embedded": len(rows), "missing": dict(sorted(missing.items()))}
     stats = shards.finish_task(task, described, counts, len(key_hashes))
     return ShardEmbeddings(embeddings, np.array(rows, np.int64), arrays["key_hashes"], stats)

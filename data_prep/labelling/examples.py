@@ -16,6 +16,7 @@ from absl import logging
 from data_prep.jobs import shards
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.embeddings import hash_key, key_ranks, open_embeddings
+from data_prep.labelling.scratch import Scratch
 from data_prep.labelling.vocabulary import Targets
 from diht_jax.data.records.vocabulary import ConceptList, Vocabulary
 
@@ -90,8 +91,15 @@ def gather_examples(
     config: ml_collections.ConfigDict,
     vocabulary: Vocabulary,
     embedded: Sequence[shards.ShardTask],
+    scratch: Scratch | None = None,
 ) -> tuple[Examples, Examples]:
     """Training and held-out examples; a sample by key, where there are more than the config wants.
+
+    Args:
+        config: of `labelling.config.default_config`.
+        vocabulary: whose concepts are the targets.
+        embedded: the embedding tasks of the shards to learn from.
+        scratch: where copies of their embeddings may be.
 
     Raises:
         ValueError: a file is damaged, or embeddings and mentions are not of the same records.
@@ -106,7 +114,8 @@ def gather_examples(
     vectors: tuple[list, list] = ([], [])
     targets = tuple({part.kind: [] for part in vocabulary} for _ in range(2))
     for task in embedded:
-        rows, key_hashes, take = open_embeddings(task.output)
+        path = task.output if scratch is None else scratch.find(task.output)
+        rows, key_hashes, take = open_embeddings(path)
         held_out = is_held_out(key_hashes, settings.held_out, config.seed)
         rank = key_ranks(key_hashes, 2 * config.seed + _SAMPLE)
         has_embedding = np.zeros(len(held_out), bool)

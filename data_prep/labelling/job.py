@@ -47,6 +47,7 @@ from data_prep.jobs.shards import FAILED_SUFFIX
 from data_prep.labelling import clip_embeddings, embeddings, plan, summary
 from data_prep.labelling import shard as label_shard
 from data_prep.labelling.obtain_heads import obtain_heads, plan_heads
+from data_prep.labelling.scratch import Scratch, open_scratch
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import Teacher, TeacherInfo
 from data_prep.teachers.clip import load_clip_teachers
@@ -87,7 +88,8 @@ def run(
         failures, is_complete = _embed_clips(config, inputs, folder, share, engine)
     if not config.concepts or not is_complete:
         return print_failures(failures)
-    return _label(config, inputs, folder, share, engine, failures)
+    with open_scratch(config, folder, engine) as scratch:
+        return _label(config, inputs, folder, share, engine, failures, scratch)
 
 
 def _label(
@@ -97,11 +99,12 @@ def _label(
     share: Callable[[Sequence[Any]], Sequence[Any]],
     engine: str,
     failures: Failures,
+    scratch: Scratch | None,
 ) -> Failures:
     """The concept labels; arguments and result as of `run`, with this job's share of tasks."""
     config, teacher = plan.settle(config, folder)
     load = functools.partial(load_teacher, config.teacher)
-    stage = _Stage(config, engine, teacher, load)
+    stage = _Stage(config, engine, teacher, load, scratch)
     tasks = plan.plan_shards(config, inputs, folder)
     embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
     heads_plan = plan_heads(config, folder, embedding_tasks)
@@ -115,7 +118,7 @@ def _label(
             return print_failures(failures)
         _check_embedded(config, [task for task, _ in embedded.parts])
     failed = [row["source"] for row in embedded.failed]
-    heads = obtain_heads(config, folder, heads_plan, embedding_tasks, failed, teacher)
+    heads = obtain_heads(config, folder, heads_plan, embedding_tasks, failed, teacher, scratch)
     tasks = plan.plan_labels(config, tasks, heads, embedding_tasks)
     embedding_of = {
         task.output: embedding for task, embedding in zip(tasks, embedding_tasks, strict=True)
@@ -175,11 +178,15 @@ class _Stage:
     engine: str
     teacher: TeacherInfo
     load: Callable[[], Teacher]
+    scratch: Scratch | None = None
 
     def embed(self, tasks: Sequence[shards.ShardTask]) -> Failures:
         """Computes the embeddings that are missing; returns what failed."""
         function = functools.partial(
-            embeddings.embed_shard, teacher=self.config.teacher, dtype=self.config.embedding_dtype
+            embeddings.embed_shard,
+            teacher=self.config.teacher,
+            dtype=self.config.embedding_dtype,
+            scratch=self.scratch,
         )
         return self.run(function, _unfinished(tasks, "embed"), "embed")
 
@@ -203,7 +210,7 @@ class _Stage:
         seen, unseen = [], []
         for task in pending:
             (seen if task.embedding.output in there else unseen).append(task)
-        function = functools.partial(label_shard.write_labels, **heads)
+        function = functools.partial(label_shard.write_labels, scratch=self.scratch, **heads)
         failures = self.run(function, seen, "label", is_light=True)
         function = functools.partial(
             label_shard.embed_and_label,

@@ -21,6 +21,7 @@ from data_prep.jobs.failures import allowed_number
 from data_prep.labelling import heads as head_files
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.examples import choose_shards, gather_examples, warn_of_few_mentions
+from data_prep.labelling.scratch import Scratch
 from data_prep.teachers.base import TeacherInfo
 from diht_jax.data.records.vocabulary import (
     Vocabulary,
@@ -94,6 +95,7 @@ def obtain_heads(
     embedded: Sequence[shards.ShardTask],
     failed: Collection[str],
     teacher: TeacherInfo,
+    scratch: Scratch | None = None,
 ) -> dict[str, Any]:
     """Heads and description of a folder, by the plan; writes the vocabulary as well.
 
@@ -104,6 +106,7 @@ def obtain_heads(
         embedded: the embedding task of every shard; those of the sample that are done are read.
         failed: sources of the sample that have no embeddings.
         teacher: whose embeddings they are.
+        scratch: where copies of them may be.
 
     Returns:
         The description, as `heads.json` has it.
@@ -124,7 +127,7 @@ def obtain_heads(
         # It needs JAX, which no worker should wait for: workers import this module as well.
         from data_prep.labelling.train_heads import train_and_measure
 
-        train, held_out = gather_examples(config, plan.vocabulary, sample)
+        train, held_out = gather_examples(config, plan.vocabulary, sample, scratch)
         warn_of_few_mentions(train, held_out)
         for part in plan.vocabulary:
             if len(part):

@@ -26,6 +26,7 @@ from data_prep.labelling.embeddings import (
     read_shard,
 )
 from data_prep.labelling.heads import Head, load_heads_once
+from data_prep.labelling.scratch import Scratch
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records import schema, vocabulary
 from diht_jax.data.records.fingerprint import fingerprint_records
@@ -106,6 +107,7 @@ def write_labels(
     top_k: int,
     described: dict[str, Any],
     found: ShardEmbeddings | None = None,
+    scratch: Scratch | None = None,
 ) -> dict[str, Any]:
     """Writes the labels of one shard, from its embeddings alone.
 
@@ -117,6 +119,7 @@ def write_labels(
         top_k: concepts of each kind.
         described: `Vocabulary.describe()`.
         found: its embeddings; None reads them.
+        scratch: where a copy of them may be.
 
     Returns:
         The statistics.
@@ -127,7 +130,8 @@ def write_labels(
     files.remove(task.stats_path)
     source = fingerprint.describe(task.source, task.identity)
     path = task.embedding.output
-    found = load_embeddings(path) if found is None else found
+    if found is None:
+        found = load_embeddings(path if scratch is None else scratch.find(path))
     heads = load_heads_once(heads_folder, weights_hash)
     shard = identify_shard(task)
     if shard[1] != len(found.key_hashes):

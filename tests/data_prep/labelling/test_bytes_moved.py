@@ -1,13 +1,16 @@
 """The bytes that filter and labels move together, and their requests, counted in a store."""
 
 import json
+import pathlib
 
 import fsspec
+import ml_collections
 import numpy as np
 import pytest
 
 from data_prep.filter import run_filter
 from data_prep.label import run_label
+from data_prep.labelling.scratch import Scratch, open_scratch
 from tests.data.readers.inputs import write_tar
 from tests.data.records.stores import MeteredStore
 from tests.data_prep.filtering.jobs import job_config
@@ -68,11 +71,36 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
     filtered = requests["bytes read"] + requests["bytes written"]
     # Of 280 million pairs the heads learn from 2 million; here from a sixth of the shards.
     learn = {"heads__steps": 20, "heads__max_examples": 45, "heads__max_held_out": 10}
-    for function in ("build", "build_wide"):
+    everything = {"heads__steps": 20}
+    for function, learnt in (("build", learn), ("build_wide", learn), ("build_wide", everything)):
         MeteredStore.requests.clear()
-        label = label_config("metered:///kept", f"metered:///{function}", merge=False, **learn)
+        output = f"metered:///{function}{len(learnt)}"
+        label = label_config("metered:///kept", output, merge=False, **learnt)
         label.teacher.torch.function = f"quarters:{function}"
         assert run_label(label) == {}
         moved = MeteredStore.requests["bytes read"] + MeteredStore.requests["bytes written"]
         assert 0.6 * sample < moved
-        assert filtered + moved <= 2.5 * sample  # 2.40 and 2.47
+        assert filtered + moved <= 2.5 * sample  # 2.40, 2.47 and 2.47
+
+
+def test_copies_of_embeddings_are_bounded_and_optional(tmp_path):
+    scratch = Scratch(str(tmp_path), max_bytes=10)
+    scratch.keep("s3://b/one", b"12345678")
+    scratch.keep("s3://b/two", b"12345678")
+    copy = scratch.find("s3://b/one")
+    assert pathlib.Path(copy).read_bytes() == b"12345678"
+    assert scratch.find("s3://b/two") == "s3://b/two"
+    config = ml_collections.ConfigDict({"scratch_gb": 1e-9})
+    with open_scratch(config, "s3://b", "local") as opened:
+        assert opened.max_bytes == 1
+        folder = pathlib.Path(opened.folder)
+        assert folder.is_dir()
+    assert not folder.exists()
+    for folder, engine, size in (
+        ("/b", "local", 1.0),
+        ("s3://b", "ray", 1.0),
+        ("s3://b", "local", 0),
+    ):
+        config.scratch_gb = float(size)
+        with open_scratch(config, folder, engine) as opened:
+            assert opened is None
