@@ -80,7 +80,7 @@ def test_filter_and_labels_move_two_and_a_half_times_the_input(sample):
         assert run_label(label) == {}
         moved = MeteredStore.requests["bytes read"] + MeteredStore.requests["bytes written"]
         assert 0.6 * sample < moved
-        assert filtered + moved <= 2.5 * sample  # 2.40, 2.47 and 2.47
+        assert filtered + moved <= 2.5 * sample  # 2.40, 2.47 and 2.46 (2.57 without copies)
 
 
 def test_copies_of_embeddings_are_bounded_and_optional(tmp_path):
