@@ -109,6 +109,11 @@ def start(
         logging.set_verbosity(logging.WARNING)
 
 
+def is_first() -> bool:
+    """Whether this process writes and prints; one of a job is enough."""
+    return jax.process_index() == 0
+
+
 def end_job(error: Exception, status: int = 1) -> None:
     """Prints the error and ends this process at once, if it is one of several.
 

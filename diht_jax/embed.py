@@ -5,7 +5,8 @@
 `--input` is any source of `diht_jax.data.readers` (tars, tables, folders, TFRecords, TFDS), or a
 folder of pictures without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
 beside a `.json` that says what went into it; the same command again goes on where it was stopped.
-Input and output may be URLs (`s3://BUCKET/photos/*.tar`).
+Input and output may be URLs (`s3://BUCKET/photos/*.tar`). On a cluster the same command runs on
+every host, and each embeds its share of the files (of the pictures of a folder).
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import dataclasses
 
 from absl import flags
 
-from diht_jax import command_line
+from diht_jax import command_line, distributed
 from diht_jax.data.stores import check_writable, is_remote
-from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source, list_inputs
+from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source
+from diht_jax.evaluation.embedding.inputs import list_inputs
 
 
 def define_flags() -> None:
@@ -24,6 +26,7 @@ def define_flags() -> None:
     command_line.define_model_flags()
     command_line.define_encoding_flags()
     command_line.define_job_array_flags()
+    distributed.define_flags()
     flags.DEFINE_list("input", None, "Source of pairs, or several; or a folder of pictures.")
     flags.DEFINE_string("output", None, "Directory of the embeddings, or its URL.")
     flags.DEFINE_string("format", "npz", "npz or parquet.")
@@ -43,7 +46,18 @@ def main() -> None:
     list_inputs(source)  # a missing file should not have to wait for the model
     if is_remote(given.output):
         check_writable(given.output, "--output")
+    distributed.start_from_flags()
+    import jax
+
     from diht_jax.loading import load_model
+    from diht_jax.training.multihost import wait_for_all
+
+    # The processes of a job divide what this task of an array has.
+    options = dataclasses.replace(
+        options,
+        task_index=options.task_index * jax.process_count() + jax.process_index(),
+        num_tasks=options.num_tasks * jax.process_count(),
+    )
 
     model = load_model(
         given.model,
@@ -51,6 +65,7 @@ def main() -> None:
         batch_size=given.batch_size,
     )
     embed_source(model, source, given.output, options)
+    wait_for_all("embedded")
 
 
 if __name__ == "__main__":

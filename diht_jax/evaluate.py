@@ -80,7 +80,7 @@ def main() -> None:
         num_resamples=given.num_resamples,
         pages=given.pages,
     )
-    if not _writes():
+    if not distributed.is_first():
         return
     print(escape_lines(format_results(results)))
     published = published_results(given.model)
@@ -167,12 +167,12 @@ def evaluate_model(
             batch_size=batch_size,
             num_threads=num_threads,
             limit=limit,
-            page=page if pages and _writes() else None,
+            page=page if pages and distributed.is_first() else None,
             num_resamples=num_resamples,
-            progress=_writes(),
+            progress=distributed.is_first(),
         )
         results["results"].append(result)
-        if _writes():
+        if distributed.is_first():
             write_results(output, results)
         logging.info(
             "task '%s': %d images in %.1f s, %.0f images/s",
@@ -199,13 +199,6 @@ def _describe_run(model: str, loaded: LoadedModel, *, ema: bool) -> dict[str, An
         "devices": jax.device_count(),
         "device_kind": jax.local_devices()[0].device_kind,
     }
-
-
-def _writes() -> bool:
-    """Whether this process writes and prints; one of a job is enough."""
-    import jax
-
-    return jax.process_index() == 0
 
 
 def _join_compared_files(arguments: list[str]) -> list[str]:

@@ -3,7 +3,9 @@
     python -m diht_jax.fewshot --model runs/b32 --task cifar10 \
         --train cifar10_train.tar --test cifar10_test.tar --output fewshot.json
 
-Writes the JSON file and, beside it, a plot. `docs/evaluation.md` describes the protocol.
+Writes the JSON file and, beside it, a plot. On a cluster the same command runs on every host: each
+reads its share of the pictures, and the first one writes. `docs/evaluation.md` describes the
+protocol.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from diht_jax import command_line
+from diht_jax import command_line, distributed
 from diht_jax.data.escaping import escape_lines
 
 
@@ -24,6 +26,7 @@ def define_flags() -> None:
     command_line.define_model_flags()
     command_line.define_encoding_flags()
     command_line.define_prompt_flags()
+    distributed.define_flags()
     flags.DEFINE_string("train", None, "Source the shots are drawn from; options after '?'.")
     flags.DEFINE_string("test", None, "Source the accuracy is measured on; options after '?'.")
     flags.DEFINE_string(
@@ -56,6 +59,9 @@ def main() -> None:
     tasks = _tasks()
     for task in tasks.values():
         check_source(task)  # a missing file should not have to wait for the model
+    distributed.start_from_flags()
+    import jax
+
     from diht_jax.evaluation.fewshot.grid import evaluate_few_shot, format_few_shot
     from diht_jax.evaluation.fewshot.page import draw_few_shot
     from diht_jax.evaluation.results import write_results
@@ -65,6 +71,7 @@ def main() -> None:
         given.model,
         **command_line.model_options(),
         batch_size=given.batch_size,
+        devices=jax.devices(),
     )
     result = {
         "model": given.model,
@@ -79,9 +86,11 @@ def main() -> None:
             options=options,
             batch_size=given.batch_size,
             num_threads=given.num_threads,
-            progress=True,
+            progress=distributed.is_first(),
         ),
     }
+    if not distributed.is_first():
+        return
     output = pathlib.Path(given.output)
     write_results(output, result)
     draw_few_shot(result, output.with_suffix(".png"))

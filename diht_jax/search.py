@@ -11,6 +11,9 @@ folder of pictures, or any source of `diht_jax.data.readers.registry`.
 With `--index` the embeddings stay on disk: pictures are embedded once, `--input` adds what is new
 and removes what is gone, and without `--input` the index is searched as it is. `--serve` answers a
 browser with a page that has a search field.
+
+On a cluster the same command runs on every host: each reads its share of the pictures, and the
+first one searches and writes. An index then lies in a folder that all hosts share.
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ from typing import Any
 
 from absl import flags, logging
 
-from diht_jax import command_line
+from diht_jax import command_line, distributed
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
     command_line.define_model_flags()
     command_line.define_encoding_flags()
+    distributed.define_flags()
     flags.DEFINE_string("input", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_alias("images", "input")
     flags.DEFINE_string("output", "search.png", "Page (PNG) to write.")
@@ -61,42 +65,55 @@ def main(queries: list[str]) -> None:
     _search_index(queries)
 
 
-def _load_model() -> Any:
+def _load_model(*, on_all_hosts: bool) -> Any:
+    """Joins the job, and loads the model: once on all devices of the job, or on those of each."""
+    distributed.start_from_flags()
+    import jax
+
     from diht_jax.loading import load_model
 
     given = flags.FLAGS
-    return load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
+    if given.serve and jax.process_count() > 1:
+        raise ValueError("--serve answers on one host: start it there when the index is made")
+    return load_model(
+        given.model,
+        **command_line.model_options(),
+        batch_size=given.batch_size,
+        devices=jax.devices() if on_all_hosts else None,
+    )
 
 
 def _search_source(queries: list[str]) -> None:
     """Embeds the source, and searches it."""
-    from diht_jax.evaluation.embedding.files import list_inputs
+    from diht_jax.evaluation.embedding.inputs import list_inputs
     from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
 
     given = flags.FLAGS
     shards = list_inputs(given.input)  # a missing folder should not have to wait for the model
     result = search_pictures(
-        _load_model(),
+        _load_model(on_all_hosts=True),
         shards,
         queries,
         count=given.num_matches,
         template=given.caption_template,
         batch_size=given.batch_size,
         num_threads=given.num_threads,
-        progress=True,
+        progress=distributed.is_first(),
     )
+    if not distributed.is_first():
+        return
     if result.encoded.dropped:
         logging.warning("left out: %s", result.encoded.dropped)
     print(format_matches(result.matches))
-    positions = {match.position for matches in result.matches.values() for match in matches}
-    pictures = load_pictures(shards, positions)
+    matches = [match for matches in result.matches.values() for match in matches]
+    pictures = load_pictures(shards, matches)
     _draw(result.matches, pictures, given.input, len(result.encoded.positions))
 
 
 def _search_index(queries: list[str]) -> None:
     """Brings the index up to date with the source, if there is one, and searches it."""
-    from diht_jax.evaluation.embedding.files import list_inputs
     from diht_jax.evaluation.embedding.index_update import update_index
+    from diht_jax.evaluation.embedding.inputs import list_inputs
     from diht_jax.evaluation.embedding.picture_index import PictureIndex
     from diht_jax.evaluation.embedding.search import (
         fill_queries,
@@ -109,7 +126,7 @@ def _search_index(queries: list[str]) -> None:
     if not shards:
         PictureIndex(given.index)  # a missing index should not have to wait for the model
     texts = fill_queries(queries, given.caption_template, given.num_matches) if queries else {}
-    model = _load_model()
+    model = _load_model(on_all_hosts=False)
     if shards:
         update = update_index(
             model,
@@ -119,11 +136,14 @@ def _search_index(queries: list[str]) -> None:
             batch_size=given.batch_size,
             num_threads=given.num_threads,
             thumbnails=given.thumbnails,
+            process=_process(),
         )
         logging.info(
             "%s: %d pictures added, %d removed, %d as before; left out: %s",
             *(given.index, update.added, update.removed, update.kept, update.dropped or "none"),
         )
+    if not distributed.is_first():
+        return
     index = PictureIndex(given.index)
     index.check_model(model)
     if texts:
@@ -133,6 +153,16 @@ def _search_index(queries: list[str]) -> None:
         _draw(matches, pictures, given.index, len(index))
     if given.serve:
         _serve(index, model)
+
+
+def _process() -> Any:
+    """This process among those of the job."""
+    import jax
+
+    from diht_jax.evaluation.embedding.process_share import JobProcess
+    from diht_jax.training.multihost import wait_for_all
+
+    return JobProcess(jax.process_index(), jax.process_count(), wait_for_all)
 
 
 def _draw(matches: dict[str, Any], pictures: dict[int, Any], source: str, count: int) -> None:

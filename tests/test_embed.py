@@ -1,5 +1,6 @@
 """Embeddings in files are those of the model, row by row, however often the work was stopped."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -11,6 +12,7 @@ from PIL import Image
 
 import diht_jax.evaluation.embedding.files as embedding_files
 from diht_jax import load_model
+from diht_jax.data.readers import image_folder
 from diht_jax.data.records.schema import Pair, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
@@ -245,6 +247,38 @@ def test_tasks_divide_the_shards(model, tmp_path):
         pairs.append(embed_source(model, source, tmp_path / "out", options)["pairs"])
     assert pairs == [4, 2]
     check_rows(model, read_all(tmp_path / "out"), range(6))
+
+
+def test_tasks_divide_the_parts_of_a_folder(model, tmp_path, monkeypatch):
+    (tmp_path / "flat").mkdir()
+    for i in range(9):
+        (tmp_path / "flat" / f"{i:03d}.png").write_bytes(png(i))
+    reads = []
+    real = image_folder.read_image
+    monkeypatch.setattr(
+        image_folder, "read_image", lambda *args: reads.append(args[1]) or real(*args)
+    )
+    options = EmbedOptions(modalities=("image",), shard_size=2, batch_size=8)
+    whole = embed_source(model, str(tmp_path / "flat"), tmp_path / "whole", options)
+    assert whole == {"pairs": 9, "dropped": {}, "files": 5} and len(reads) == 9
+    pairs = []
+    for task in (1, 0, 2):
+        reads.clear()
+        share = dataclasses.replace(options, task_index=task, num_tasks=3)
+        pairs.append(
+            embed_source(model, str(tmp_path / "flat"), tmp_path / "parts", share)["pairs"]
+        )
+        assert len(reads) == pairs[-1]  # nothing is read for the others
+    assert pairs == [3, 4, 2]
+    for path in (tmp_path / "whole").glob("embeddings-*"):
+        expected, found = path.read_bytes(), (tmp_path / "parts" / path.name).read_bytes()
+        if path.suffix == ".json":
+            expected, found = (json.loads(text) | {"seconds": 0} for text in (expected, found))
+        assert found == expected
+    # With another number of tasks the work is finished.
+    reads.clear()
+    assert embed_source(model, str(tmp_path / "flat"), tmp_path / "parts", options)["pairs"] == 9
+    assert not reads
 
 
 def test_tfds(model, tmp_path):

@@ -6,7 +6,6 @@ The model may be a loaded one or the live parameters of a training run.
 
 from __future__ import annotations
 
-import itertools
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from diht_jax.evaluation.bootstrap import (
     resample,
 )
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
-from diht_jax.evaluation.embedding.entries import Entries
+from diht_jax.evaluation.embedding.entries import Entries, read_again
 from diht_jax.evaluation.pages.canvas import ImageLoader
 from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
 from diht_jax.evaluation.sources.pictures import decode_picture
@@ -174,16 +173,8 @@ def _image_loader(task: Task, encoded: EncodedImages) -> ImageLoader:
     order_of = dict(zip(encoded.positions, encoded.orders, strict=True))
 
     def load_images(positions: Sequence[int]) -> dict[int, Image.Image]:
-        wanted: dict[int, dict[int, int]] = {}
-        for position in positions:
-            unit, offset = order_of[position]
-            wanted.setdefault(unit, {})[offset] = position
         units = open_units(task.source, task.source_options)
-        return {
-            own[offset]: decode_picture(entry)
-            for unit, own in wanted.items()
-            for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1))
-            if offset in own
-        }
+        found = read_again(units, {position: order_of[position] for position in positions})
+        return {position: decode_picture(entry) for position, entry in found.items()}
 
     return load_images

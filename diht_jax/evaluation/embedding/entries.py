@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from diht_jax.data.readers.base import Skipped
 from diht_jax.data.records.schema import Pair
@@ -58,6 +58,26 @@ class Entries(Iterable[Entry]):
         for order, entry in itertools.islice(own, self.limit):
             self._count()
             yield order, entry
+
+
+def read_again(
+    units: Sequence[Callable[[], Iterator[Entry]]], orders: Mapping[int, Order]
+) -> dict[int, Entry]:
+    """Chosen entries, of which only the units that hold them are read, up to the last of each.
+
+    Args:
+        units: as of `Entries`.
+        orders: of each entry, by whatever number.
+    """
+    wanted: dict[int, dict[int, int]] = {}
+    for number, (unit, offset) in orders.items():
+        wanted.setdefault(unit, {})[offset] = number
+    return {
+        own[offset]: entry
+        for unit, own in wanted.items()
+        for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1))
+        if offset in own
+    }
 
 
 def share_entries(

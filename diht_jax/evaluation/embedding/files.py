@@ -19,17 +19,13 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.data.readers import registry
-from diht_jax.data.readers.base import (
-    Skipped,
-    SourceShard,
-    image_files,
-    parse_json_object,
-)
+from diht_jax.data.readers import image_folder, registry
+from diht_jax.data.readers.base import Skipped, SourceShard, parse_json_object
 from diht_jax.data.records.remote import read_bytes
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.stores import is_remote, write_bytes
 from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
+from diht_jax.evaluation.embedding.inputs import PICTURES, list_inputs
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
 
 FORMATS = ("npz", "parquet")
@@ -40,10 +36,6 @@ _LINKED = "linked_files"  # in the settings: the state of the pictures that tabl
 
 # What a part's statistics must hold for a run to go on after it.
 _STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_last": bool}
-
-# Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
-# for any other purpose.
-PICTURES = "pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +50,8 @@ class EmbedOptions:
         shard_size: entries of the source a file, at most; what an interruption can cost.
         batch_size: examples embedded at once, over all devices.
         num_threads: decoding threads; None is one per core.
-        task_index, num_tasks: this process takes every `num_tasks`-th shard of the source.
+        task_index, num_tasks: this process takes every `num_tasks`-th shard of the source; of a
+            folder of pictures, every `num_tasks`-th part.
     """
 
     format: str = "npz"
@@ -120,12 +113,17 @@ def embed_source(
     if "text" in options.modalities and shards[0].kind == PICTURES:
         raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
     claim(output, _settings(model, shards, options))
-    mine = list(enumerate(shards))[options.task_index :: options.num_tasks]
+    mine = [
+        (index, shard)
+        for index, shard in enumerate(shards)
+        if shard.kind == PICTURES or index % options.num_tasks == options.task_index
+    ]
     total: collections.Counter[str] = collections.Counter()
     pairs, files = 0, 0
     with EntryProgress([shard for _, shard in mine]) as progress:
         for index, shard in mine:
-            for stats in _embed_shard(model, index, shard, output, options, progress):
+            embed = _embed_folder if shard.kind == PICTURES else _embed_shard
+            for stats in embed(model, index, shard, output, options, progress):
                 pairs, files = pairs + stats["pairs"], files + 1
                 total.update(stats["dropped"])
             progress.finish_shard()
@@ -135,20 +133,42 @@ def embed_source(
     return {"pairs": pairs, "dropped": dict(total), "files": files}
 
 
-def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[SourceShard]:
-    """The shards of a source; a folder of pictures, alone or beside other files, is one."""
-    if not isinstance(source, str) or not os.path.isdir(source):
-        return registry.list_shards(source, **source_options)
-    names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
-    pictures = {os.path.basename(path) for path in image_files(source)}
-    if names and names <= pictures:
-        return [SourceShard(PICTURES, source)]
-    try:
-        return registry.list_shards(source, **source_options)
-    except ValueError:
-        if names & pictures:
-            return [SourceShard(PICTURES, source)]
-        raise
+def _embed_folder(
+    model: Any,
+    index: int,
+    shard: SourceShard,
+    output: str,
+    options: EmbedOptions,
+    progress: EntryProgress,
+) -> Iterator[dict[str, Any]]:
+    """As `_embed_shard`, of a folder of pictures: yields the statistics of this task's parts."""
+    listed = list(image_folder.list_pictures(shard.path))
+    size = options.shard_size
+    num_parts = max(1, -(-len(listed) // size))
+    for part in range(options.task_index, num_parts, options.num_tasks):
+        stem = _stem(output, index, part)
+        stats = read_stats(f"{stem}.json")
+        if stats is not None:
+            progress.update(stats["entries"])
+        else:
+            chosen = listed[part * size : (part + 1) * size]
+            entries = Peekable(image_folder.read_listed(shard.path, chosen))
+            stats = _embed_part(model, entries, stem, options, progress)
+            stats["is_last"] = part == num_parts - 1
+            _finish_part(stem, stats, shard, index, part)
+        yield stats
+
+
+def _stem(output: str, index: int, part: int) -> str:
+    return f"{output}/embeddings-{index:05d}-{part:05d}"
+
+
+def _finish_part(
+    stem: str, stats: dict[str, Any], shard: SourceShard, index: int, part: int
+) -> None:
+    """Writes the statistics: last, since their presence means that the part is finished."""
+    stats |= {"source": str(shard), "shard": index, "part": part}
+    write_bytes(f"{stem}.json", (json.dumps(stats, indent=1) + "\n").encode())
 
 
 def _embed_shard(
@@ -163,7 +183,7 @@ def _embed_shard(
     entries: Iterator[Pair | Skipped] | None = None
     read = 0  # entries taken from `entries`
     for part in itertools.count():
-        stem = f"{output}/embeddings-{index:05d}-{part:05d}"
+        stem = _stem(output, index, part)
         stats = read_stats(f"{stem}.json")
         if stats is not None:
             progress.update(stats["entries"])
@@ -175,9 +195,7 @@ def _embed_shard(
             collections.deque(itertools.islice(entries, start - read), maxlen=0)
             stats = _embed_part(model, entries, stem, options, progress)
             read = start + stats["entries"]
-            stats |= {"source": str(shard), "shard": index, "part": part}
-            # Last, since its presence means that the part is finished.
-            write_bytes(f"{stem}.json", (json.dumps(stats, indent=1) + "\n").encode())
+            _finish_part(stem, stats, shard, index, part)
         yield stats
         if stats["is_last"]:
             return

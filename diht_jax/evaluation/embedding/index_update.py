@@ -23,7 +23,8 @@ from diht_jax.data.readers.base import Skipped, SourceShard
 from diht_jax.data.records.remote import refuse_url
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import encode_images
-from diht_jax.evaluation.embedding.files import PICTURES, Peekable, claim
+from diht_jax.evaluation.embedding.files import Peekable, claim
+from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.evaluation.embedding.picture_index import (
     DTYPES,
     Part,
@@ -34,6 +35,7 @@ from diht_jax.evaluation.embedding.picture_index import (
     to_npy,
     write_part,
 )
+from diht_jax.evaluation.embedding.process_share import ALONE, JobProcess
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
 
 # Pictures a part: what an interruption can cost.
@@ -64,6 +66,7 @@ def update_index(
     batch_size: int = 256,
     num_threads: int | None = None,
     thumbnails: bool = True,
+    process: JobProcess = ALONE,
 ) -> Update:
     """Makes the index of a source, or brings it up to date.
 
@@ -80,6 +83,11 @@ def update_index(
         num_threads: decoding threads; None is one per core.
         thumbnails: keep a small picture of each entry. Those of a folder of pictures are read
             from there instead.
+        process: of the processes of a job that call this alike, on a folder that all of them see:
+            each embeds its share of the shards, or of the pictures of a folder.
+
+    Returns:
+        What all processes together did.
 
     Raises:
         ValueError: the folder holds the index of another model or dtype, or another process is
@@ -95,12 +103,13 @@ def update_index(
         "image_size": model.image_size,
         "dtype": dtype,
     }
-    claim(folder, settings)
+    if process.is_first:
+        claim(folder, settings)
     encode = functools.partial(
         encode_images, model, batch_size=batch_size, num_threads=num_threads, allow_empty=True
     )
-    with _only_one_update(folder):
-        return _Updater(folder, dtype, model.embed_dim, encode, thumbnails).run(shards)
+    with _only_one_update(folder) if process.is_first else contextlib.nullcontext():
+        return _Updater(folder, dtype, model.embed_dim, encode, thumbnails, process).run(shards)
 
 
 @contextlib.contextmanager
@@ -120,37 +129,96 @@ class _Updater:
     """One update of an index."""
 
     def __init__(
-        self, folder: pathlib.Path, dtype: str, dim: int, encode: Any, thumbnails: bool
+        self,
+        folder: pathlib.Path,
+        dtype: str,
+        dim: int,
+        encode: Any,
+        thumbnails: bool,
+        process: JobProcess,
     ) -> None:
         self._folder, self._dtype, self._dim = folder, dtype, dim
         self._encode = encode
         self._thumbnails = thumbnails
-        self._manifests = read_manifests(folder)
-        self._added = self._removed = 0
+        self._process = process
+        self._manifests: dict[int, dict[str, Any]] = {}
+        self._next_number = 0
+        self._listed: dict[str, tuple[list[tuple[str, str, str | None]], dict[str, str]]] = {}
+        self._removed = 0
 
     def run(self, shards: Sequence[SourceShard]) -> Update:
         identities = {_unit(shard): shard.identity() for shard in shards}
+        if self._process.is_first:
+            self._manifests = read_manifests(self._folder)
+            self._remove_stale(shards, identities)
+        self._process.wait("stale parts are removed")
+        self._manifests = read_manifests(self._folder)
+        # Every process has numbers of its own for the parts that it makes.
+        first_new = max(self._manifests, default=-1) + 1
+        self._next_number = first_new + self._process.index
+        self._process.wait("parts are known")  # before the first one is made
+        mine = [
+            shard
+            for number, shard in enumerate(shards)
+            if shard.kind == PICTURES or number % self._process.count == self._process.index
+        ]
+        with EntryProgress(mine) as progress:
+            for shard in mine:
+                add = self._add_pictures if shard.kind == PICTURES else self._add_shard
+                add(shard, identities[_unit(shard)], progress)
+                progress.finish_shard()
+        self._process.wait("parts are made")
+        return self._describe(first_new)
+
+    def _remove_stale(
+        self, shards: Sequence[SourceShard], identities: dict[str, dict[str, Any]]
+    ) -> None:
+        """Removes what is gone or was changed: parts of shards, pictures of folders."""
         for number, manifest in list(self._manifests.items()):
             identity = identities.get(manifest["unit"])
             is_folder = manifest["identity"]["kind"] == PICTURES
             if identity is None or not (is_folder or identity == manifest["identity"]):
                 self._remove_part(number)
-        with EntryProgress(shards) as progress:
-            for shard in shards:
-                add = self._add_pictures if shard.kind == PICTURES else self._add_shard
-                add(shard, identities[_unit(shard)], progress)
-                progress.finish_shard()
+        for shard in shards:
+            if shard.kind == PICTURES:
+                for number, manifest in self._parts_of(shard):
+                    self._keep_rows(number, self._unchanged(shard, manifest))
+
+    def _parts_of(self, shard: SourceShard) -> list[tuple[int, dict[str, Any]]]:
+        parts = self._manifests.items()
+        return [(number, part) for number, part in parts if part["unit"] == _unit(shard)]
+
+    def _list(self, shard: SourceShard) -> tuple[list[tuple[str, str, str | None]], dict[str, str]]:
+        """The pictures of a folder as they are listed once, and the state of each by its key."""
+        if shard.path not in self._listed:
+            listed = list(image_folder.list_pictures(shard.path))
+            states = {
+                key: _file_state(path) if reason is None else reason for path, key, reason in listed
+            }
+            self._listed[shard.path] = listed, states
+        return self._listed[shard.path]
+
+    def _unchanged(self, shard: SourceShard, manifest: dict[str, Any]) -> set[str]:
+        """Keys of a part of a folder whose pictures are as they were."""
+        _, states = self._list(shard)
+        return {key for key, state in manifest["states"] if states.get(key) == state}
+
+    def _describe(self, first_new: int) -> Update:
+        """What was done, where the parts from a number on are new."""
+        manifests = read_manifests(self._folder)
         dropped: collections.Counter[str] = collections.Counter()
-        for manifest in self._manifests.values():
+        for manifest in manifests.values():
             dropped.update(manifest["dropped"])
-        rows = len(PictureIndex(self._folder)) if self._manifests else 0
-        return Update(self._added, self._removed, rows - self._added, dict(dropped))
+        rows = len(PictureIndex(self._folder)) if manifests else 0
+        new = [number for number in manifests if number >= first_new]
+        added = sum(len(Part(self._folder, number).rows) for number in new)
+        return Update(added, self._removed, rows - added, dict(dropped))
 
     def _add_shard(
         self, shard: SourceShard, identity: dict[str, Any], progress: EntryProgress
     ) -> None:
         """Adds the parts of a shard that are missing."""
-        done = [m for m in self._manifests.values() if m["unit"] == _unit(shard)]
+        done = [manifest for _, manifest in self._parts_of(shard)]
         progress.update(sum(manifest["entries"] for manifest in done))
         if any(manifest["is_last"] for manifest in done):
             return
@@ -167,36 +235,29 @@ class _Updater:
     def _add_pictures(
         self, shard: SourceShard, identity: dict[str, Any], progress: EntryProgress
     ) -> None:
-        """Adds the pictures of a folder that are new or changed, and marks those that are gone."""
-        listed = list(image_folder.list_pictures(shard.path))
-        states = {
-            key: _file_state(path) if reason is None else reason for path, key, reason in listed
+        """Adds this process's share of the pictures of a folder that are new or changed."""
+        listed, states = self._list(shard)
+        known = {
+            key for _, manifest in self._parts_of(shard) for key in self._unchanged(shard, manifest)
         }
-        known = set()
-        for number, manifest in list(self._manifests.items()):
-            if manifest["unit"] == _unit(shard):
-                current = {key for key, state in manifest["states"] if states.get(key) == state}
-                if self._keep_rows(number, current):
-                    known |= current
         new = [entry for entry in listed if entry[1] not in known]
         progress.update(len(listed) - len(new))
-        for first in range(0, len(new), PART_ROWS):
-            chunk = new[first : first + PART_ROWS]
+        size = max(1, min(PART_ROWS, -(-len(new) // self._process.count)))
+        for first in range(self._process.index * size, len(new), self._process.count * size):
+            chunk = new[first : first + size]
             entries = image_folder.read_listed(shard.path, chunk)
             of_part = [(key, states[key]) for _, key, _ in chunk]
             self._add_part(shard, identity, entries, progress, lambda: True, of_part)
 
-    def _keep_rows(self, number: int, keys: set[str]) -> bool:
-        """Marks the rows of a folder's part with other keys as removed; returns if any is left."""
+    def _keep_rows(self, number: int, keys: set[str]) -> None:
+        """Marks the rows of a folder's part with other keys as removed, or removes the part."""
         part = Part(self._folder, number)
         removed = np.array([key not in keys for key in part.rows["key"].to_pylist()], bool)
         if removed.all():
             self._remove_part(number)
-            return False
-        if (removed != part.removed).any():
+        elif (removed != part.removed).any():
             self._removed += int(removed.sum()) - int(part.removed.sum())
             write_atomically(self._folder / f"{number:05d}.removed.npy", to_npy(removed))
-        return True
 
     def _remove_part(self, number: int) -> None:
         part = Part(self._folder, number)
@@ -232,7 +293,8 @@ class _Updater:
                 make_thumbnail(pair.image) if keeps_thumbnails else b"",
             ),
         )
-        number = max(self._manifests, default=-1) + 1
+        number = self._next_number
+        self._next_number += self._process.count
         image_emb = encoded.image_emb.reshape(len(encoded.notes), self._dim)
         manifest = {
             "unit": _unit(shard),
@@ -244,7 +306,6 @@ class _Updater:
         }
         write_part(self._folder, number, quantize(image_emb, self._dtype), encoded.notes, manifest)
         self._manifests[number] = manifest
-        self._added += len(image_emb)
         return manifest["is_last"]
 
 

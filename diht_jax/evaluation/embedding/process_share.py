@@ -18,6 +18,29 @@ _FAILED = -1
 
 
 @dataclasses.dataclass(frozen=True)
+class JobProcess:
+    """A process of a job whose processes work side by side, each with a model of its own.
+
+    Attributes:
+        index: of this process.
+        count: of processes.
+        wait: returns when all processes have called it; takes a name of what for.
+    """
+
+    index: int = 0
+    count: int = 1
+    wait: Callable[[str], None] = lambda name: None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it does what one process does for all."""
+        return self.index == 0
+
+
+ALONE = JobProcess()
+
+
+@dataclasses.dataclass(frozen=True)
 class ProcessShare:
     """One process among several.
 

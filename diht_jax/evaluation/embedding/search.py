@@ -6,22 +6,22 @@ Similarities only; `pages.search` draws them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
 
 from diht_jax.data.escaping import escape
 from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.base import Skipped, SourceShard
-from diht_jax.data.readers.registry import read_pairs
-from diht_jax.data.records.schema import Pair
+from diht_jax.data.readers.base import SourceShard
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
     check_finite,
     encode_images,
 )
+from diht_jax.evaluation.embedding.entries import Entries, Order, read_again
+from diht_jax.evaluation.embedding.inputs import input_units
 from diht_jax.evaluation.embedding.picture_index import Hit, PictureIndex
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.entry_counts import count_entries
@@ -39,12 +39,14 @@ class Match:
         similarity: cosine of the angle between picture and query.
         position: index of the picture among the entries of the source.
         caption: that the source has for it, or "".
+        order: number of its unit of the source, and its own in it; None in an index.
     """
 
     key: str
     similarity: float
     position: int
     caption: str = ""
+    order: Order | None = None
 
     @property
     def label(self) -> str:
@@ -93,20 +95,19 @@ def search_pictures(
         ValueError: no query, a blank one, a bad template, or no readable picture.
     """
     texts = fill_queries(queries, template, count)
-    entries = ProgressBar(
-        _read_all(shards),
-        "pictures",
+    with ProgressBar(
+        desc="pictures",
         unit=" images",
         disable=not progress,
         total=count_entries(shards) if progress else None,
-    )
-    encoded = encode_images(
-        model,
-        entries,
-        lambda pair: (pair.key, pair.caption),
-        batch_size=batch_size,
-        num_threads=num_threads,
-    )
+    ) as bar:
+        encoded = encode_images(
+            model,
+            Entries(input_units(shards), count=bar.update),
+            lambda pair: (pair.key, pair.caption),
+            batch_size=batch_size,
+            num_threads=num_threads,
+        )
     text_emb = check_finite(
         np.asarray(model.encode_text(list(texts.values())), np.float32), "text embeddings"
     )
@@ -114,7 +115,13 @@ def search_pictures(
     for query, row in zip(texts, text_emb @ encoded.image_emb.T, strict=True):
         order = np.argsort(-row, kind="stable")[:count]
         matches[query] = [
-            Match(encoded.notes[i][0], float(row[i]), encoded.positions[i], encoded.notes[i][1])
+            Match(
+                encoded.notes[i][0],
+                float(row[i]),
+                encoded.positions[i],
+                encoded.notes[i][1],
+                encoded.orders[i],
+            )
             for i in order
         ]
     return SearchResult(matches, encoded)
@@ -165,15 +172,13 @@ def match_hits(
     return matches, pictures
 
 
-def load_pictures(source: Sequence[SourceShard], positions: set[int]) -> dict[int, Image.Image]:
-    """The pictures at some positions among the entries of a source, which is read once more."""
-    loaded = {}
-    for position, entry in enumerate(_read_all(source)):
-        if position in positions:
-            loaded[position] = decode_rgb(entry.image)
-        if len(loaded) == len(positions):
-            break
-    return loaded
+def load_pictures(
+    source: Sequence[SourceShard], matches: Iterable[Match]
+) -> dict[int, Image.Image]:
+    """The pictures of matches by their positions; the parts that hold them are read once more."""
+    orders = {match.position: match.order for match in matches}
+    found = read_again(input_units(source), orders)
+    return {position: decode_rgb(entry.image) for position, entry in found.items()}
 
 
 def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:
@@ -186,8 +191,3 @@ def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:
             shown = label if len(label) <= _MOST_SHOWN else f"{label[:_MOST_SHOWN]}…"
             lines.append(f"{rank:>4}  {match.similarity:6.3f}  {shown}")
     return "\n".join(lines)
-
-
-def _read_all(shards: Sequence[SourceShard]) -> Iterator[Pair | Skipped]:
-    for shard in shards:
-        yield from read_pairs(shard)

@@ -14,15 +14,15 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel
+from diht_jax.evaluation.embedding.entries import Entries
 from diht_jax.evaluation.fewshot.linear_probe import (
     LabelledEmbeddings,
     ProbeSettings,
@@ -31,8 +31,7 @@ from diht_jax.evaluation.fewshot.linear_probe import (
 )
 from diht_jax.evaluation.protocols import classification
 from diht_jax.evaluation.protocols.base import Task
-from diht_jax.evaluation.sources.registry import count_source
-from diht_jax.evaluation.tasks import read_entries
+from diht_jax.evaluation.sources.registry import count_source, open_units
 from diht_jax.progress import ProgressBar
 
 ALL = "all"
@@ -318,43 +317,44 @@ def _embed(
     progress: bool,
 ) -> tuple[list[LabelledEmbeddings], classification.ClassificationResult]:
     """All sources in one pass, so that they share their classes; the last task has the prompts."""
-    lengths = [0] * len(tasks)
-
-    def entries() -> Iterator[Pair | Skipped]:
-        for number, task in enumerate(tasks):
-            total = count_source(task.source, task.source_options) if progress else None
-            entries = read_entries(task)
-            bar = ProgressBar(entries, task.source, total, unit=" images", disable=not progress)
-            for entry in bar:
-                lengths[number] += 1
-                yield entry
-
     prompts = tasks[-1]
     try:
-        found = classification.classify(
-            model,
-            entries(),
-            prompts.class_names,
-            prompts.templates,
-            label_field=prompts.label_field,
-            batch_size=batch_size,
-            num_threads=num_threads,
-            progress=progress,
-        )
+        parts = [open_units(task.source, task.source_options) for task in tasks]
+        with ProgressBar(
+            desc="images",
+            unit=" images",
+            disable=not progress,
+            total=_count_entries(tasks) if progress else None,
+        ) as bar:
+            found = classification.classify(
+                model,
+                Entries([unit for units in parts for unit in units], count=bar.update),
+                prompts.class_names,
+                prompts.templates,
+                label_field=prompts.label_field,
+                batch_size=batch_size,
+                num_threads=num_threads,
+                progress=progress,
+            )
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error
-    positions = np.array(found.encoded.positions)
+    unit_of = np.array([unit for unit, _ in found.encoded.orders])
+    stops = list(itertools.accumulate(len(units) for units in parts))
     splits = []
-    for task, start, stop in zip(
-        tasks, itertools.accumulate([0, *lengths]), itertools.accumulate(lengths), strict=False
-    ):
-        chosen = np.flatnonzero((positions >= start) & (positions < stop))
+    for task, start, stop in zip(tasks, [0, *stops], stops, strict=False):
+        chosen = np.flatnonzero((unit_of >= start) & (unit_of < stop))
         if not len(chosen):
             raise ValueError(f"{task.source}: no usable image")
         splits.append(
             LabelledEmbeddings(found.encoded.image_emb[chosen], found.classes.labels[chosen])
         )
     return splits, found
+
+
+def _count_entries(tasks: Sequence[Task]) -> int | None:
+    """What the bar goes to: about this process's share of the entries."""
+    counts = [count_source(task.source, task.source_options) for task in tasks]
+    return None if None in counts else -(-sum(counts) // jax.process_count())
 
 
 def _indices_by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -19,6 +19,7 @@ from diht_jax.evaluation.embedding import index_update
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import update_index
 from diht_jax.evaluation.embedding.picture_index import PictureIndex, quantize
+from diht_jax.evaluation.embedding.process_share import JobProcess
 from diht_jax.evaluation.pages.web import make_server
 from tests.data.readers.inputs import write_tar
 
@@ -125,6 +126,68 @@ def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
     done = update(counting, folder, tmp_path / "index")
     assert done.added == counting.decoded and 0 < done.added <= 20 - 6
     check_answers(tiny_model, folder, tmp_path / "index")
+
+
+def update_together(model, source, index, count):
+    """By threads that stand for the processes of a job; returns what each did, and decoded."""
+    barrier, one_at_a_time = threading.Barrier(count, timeout=60), threading.Lock()
+    results = [None] * count
+
+    class Own(Counting):
+        def encode_image(self, images):
+            with one_at_a_time:
+                return super().encode_image(images)
+
+    models = [Own(model) for _ in range(count)]
+
+    def work(number):
+        process = JobProcess(number, count, lambda name: barrier.wait())
+        try:
+            results[number] = update(models[number], source, index, process=process)
+        except BaseException as error:
+            results[number] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results, [each.decoded for each in models]
+
+
+def test_processes_share_an_update(tiny_model, folder, tmp_path):
+    results, decoded = update_together(tiny_model, folder, tmp_path / "index", 3)
+    assert [(done.added, done.kept) for done in results] == [(20, 0)] * 3
+    # 21 files in parts of 6 or fewer; the broken one is decoded by nobody.
+    assert sum(decoded) == 20 and sorted(decoded) in ([6, 6, 8], [6, 7, 7], [5, 6, 9])
+    check_answers(tiny_model, folder, tmp_path / "index", count=20)
+    (folder / "00.png").unlink()
+    for i in range(30, 35):
+        write_picture(folder / f"{i}.png", i)
+    results, decoded = update_together(tiny_model, folder, tmp_path / "index", 2)
+    (first, second) = results
+    assert (first.added, first.removed, first.kept) == (5, 1, 19) and sorted(decoded) == [2, 3]
+    assert (second.added, second.kept) == (5, 19)
+    check_answers(tiny_model, folder, tmp_path / "index", count=24)
+    done = update(tiny_model, folder, tmp_path / "index")
+    assert (done.added, done.removed, done.kept) == (0, 0, 24)
+
+
+def test_processes_share_the_shards_of_an_index(tiny_model, photos, tmp_path):
+    for name in "abcde":
+        members = []
+        for i, photo in enumerate(photos):
+            members += [(f"{name}{i}.png", photo), (f"{name}{i}.txt", b"a caption")]
+        write_tar(tmp_path / f"{name}.tar", members)
+    source = f"{tmp_path}/*.tar"
+    results, decoded = update_together(tiny_model, source, tmp_path / "index", 2)
+    assert results[0].added == 25 and decoded == [15, 10]
+    keys = {
+        hit.key
+        for hit in PictureIndex(tmp_path / "index").search(tiny_model.encode_text(["x"]), 25)[0]
+    }
+    assert keys == {f"{name}{i}" for name in "abcde" for i in range(5)}
 
 
 def test_a_part_that_is_made_again_has_no_old_marks(tiny_model, folder, tmp_path):

@@ -9,12 +9,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.readers.base import Skipped
+from diht_jax.data.readers import image_folder
+from diht_jax.data.readers.base import Skipped, SourceShard, read_image
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images
 from diht_jax.evaluation.embedding.entries import Entries
+from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.evaluation.embedding.process_share import ProcessShare
+from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
+from diht_jax.evaluation.fewshot import grid
+from diht_jax.evaluation.sources import pictures
+from diht_jax.evaluation.task_parsing import parse_tasks
 
 
 class _Processes:
@@ -67,6 +73,11 @@ class _Model:
         """Rows in blocks, one after the other; fewer rows than processes leave some without."""
         each = max(1, size // self._processes.count)
         return np.arange(size) // each == self._processes.own.index
+
+    def encode_text(self, texts):
+        """The direction that the numbers of a text decide."""
+        vectors = [np.random.default_rng(list(text.encode())).normal(size=3) for text in texts]
+        return np.float32(vectors).reshape(-1, 3)
 
     def encode_image(self, images):
         means = images.reshape(len(images), -1, 3).mean(axis=1).astype(np.float32)
@@ -130,6 +141,77 @@ def _together(monkeypatch, count, make_source, describe=_describe, **options):
     )
     monkeypatch.setitem(globals(), "_describe", describe)
     return processes.run(lambda: _encode(source, model, **options)), source
+
+
+def _simulate(monkeypatch, count):
+    """Processes that share what is embedded, and what each of them reads of files."""
+    processes, reads = _Processes(count), collections.Counter()
+    model = _Model(processes)
+    monkeypatch.setattr(
+        encoding.ProcessShare,
+        "of",
+        lambda model, batch_size: ProcessShare.create(
+            processes.own.index, batch_size, model.find_rows, processes.gather
+        ),
+    )
+
+    def counted(root, name, key):
+        reads[processes.own.index] += 1
+        return read_image(root, name, key)
+
+    for module in (image_folder, pictures):
+        monkeypatch.setattr(module, "read_image", counted)
+    return processes, model, reads
+
+
+@pytest.fixture
+def photos_of_two_classes(tmp_path):
+    for number in range(640):
+        folder = tmp_path / "photos" / ("ant", "bee")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.png").write_bytes(_png(number))
+    return tmp_path
+
+
+def test_search_reads_the_share_of_each_process_once(photos_of_two_classes, monkeypatch):
+    shards = [SourceShard(PICTURES, str(photos_of_two_classes / "photos"))]
+    alone = search_pictures(_Model(), shards, ["a dog", "red"], count=3, batch_size=64)
+    processes, model, reads = _simulate(monkeypatch, 5)
+    found = processes.run(
+        lambda: search_pictures(model, shards, ["a dog", "red"], count=3, batch_size=64)
+    )
+    for result in found:
+        assert not isinstance(result, Exception), result
+        assert result.matches == alone.matches
+    assert reads == dict.fromkeys(range(5), 128)  # 2 of 10 units of 64 pictures each
+    # The pictures of the matches: of a unit no more is read than it takes.
+    processes.own.index = "again"
+    matches = alone.matches["a dog"]
+    loaded = load_pictures(shards, matches)
+    assert list(loaded) == [match.position for match in sorted(matches, key=lambda m: m.order)]
+    units = {match.order[0] for match in matches}
+    last = {unit: max(m.order[1] for m in matches if m.order[0] == unit) for unit in units}
+    assert reads["again"] == sum(offset + 1 for offset in last.values())
+
+
+def test_few_shot_reads_the_share_of_each_process_once(photos_of_two_classes, monkeypatch):
+    folder = photos_of_two_classes
+    names = sorted(path.relative_to(folder / "photos") for path in folder.glob("photos/*/*"))
+    tasks = []
+    for split, chosen in (("train", names[:512]), ("test", names[256:])):
+        (folder / f"{split}.txt").write_text("\n".join(map(str, chosen)))
+        source = f"classification:list:{folder}/{split}.txt?image_root={folder}/photos"
+        tasks += parse_tasks(source)
+    alone, _ = grid._embed(_Model(), tasks, 64, 1, False)
+    processes, model, reads = _simulate(monkeypatch, 4)
+    for result in processes.run(lambda: grid._embed(model, tasks, 64, 1, False)):
+        assert not isinstance(result, Exception), result
+        for split, expected in zip(result[0], alone, strict=True):
+            np.testing.assert_array_equal(split.image_emb, expected.image_emb)
+            np.testing.assert_array_equal(split.labels, expected.labels)
+    assert [len(split) for split in alone] == [512, 384]
+    # 8 and 6 units of 64 pictures: together each picture of a split once.
+    assert reads.total() == 896 and max(reads.values()) <= 4 * 64
 
 
 def _assert_equal(found, expected):

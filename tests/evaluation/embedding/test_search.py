@@ -46,7 +46,7 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
     assert (
         f"   1  {first.similarity:6.3f}  {first.key}" in format_matches(result.matches).splitlines()
     )
-    loaded = load_pictures(shards, {first.position})
+    loaded = load_pictures(shards, [first])
     expected = np.asarray(Image.open(folder / first.key))
     np.testing.assert_array_equal(np.asarray(loaded[first.position]), expected)
 
@@ -57,7 +57,7 @@ def test_page_has_a_row_for_every_eight(tiny_model, folder, tmp_path):
     for queries in (["a dog"], ["a dog", "a cat"]):
         result = search_pictures(tiny_model, shards, queries)
         assert len(result.matches["a dog"]) == 5
-        pictures = load_pictures(shards, {match.position for match in result.matches["a dog"]})
+        pictures = load_pictures(shards, result.matches["a dog"])
         page = tmp_path / "out" / f"{len(queries)}.png"
         draw_search_page(result.matches, pictures, page, title="Search", note="note")
         with Image.open(page) as image:

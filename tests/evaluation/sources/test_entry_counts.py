@@ -97,4 +97,4 @@ def test_bars_of_search_and_few_shot(tiny_model, data, capsys):
         shots=(1,), num_draws=1, num_steps=1, radii=(1.0,), bias_radii=(0.0,), weight_decays=(0.1,)
     )
     evaluate_few_shot(tiny_model, task, task, options=options, progress=True)
-    assert capsys.readouterr().err.count(" 5/5 [") == 2
+    assert " 10/10 [" in capsys.readouterr().err

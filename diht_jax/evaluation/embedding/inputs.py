@@ -1,0 +1,51 @@
+"""The sources of pictures that are embedded or searched, and how processes divide them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from diht_jax.data.readers import image_folder, registry
+from diht_jax.data.readers.base import Skipped, SourceShard, image_files
+from diht_jax.data.records.schema import Pair
+
+# Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
+# for any other purpose.
+PICTURES = "pictures"
+# Of a folder, so that processes can share a small one.
+_PICTURES_PER_UNIT = 64
+
+
+def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[SourceShard]:
+    """The shards of a source; a folder of pictures, alone or beside other files, is one."""
+    if not isinstance(source, str) or not os.path.isdir(source):
+        return registry.list_shards(source, **source_options)
+    names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
+    pictures = {os.path.basename(path) for path in image_files(source)}
+    if names and names <= pictures:
+        return [SourceShard(PICTURES, source)]
+    try:
+        return registry.list_shards(source, **source_options)
+    except ValueError:
+        if names & pictures:
+            return [SourceShard(PICTURES, source)]
+        raise
+
+
+def input_units(shards: Sequence[SourceShard]) -> list[Callable[[], Iterator[Pair | Skipped]]]:
+    """Parts of a source that can be read on their own; a folder of pictures has several."""
+    units: list[Callable[[], Iterator[Pair | Skipped]]] = []
+    for shard in shards:
+        if shard.kind != PICTURES:
+            units.append(functools.partial(registry.read_pairs, shard))
+            continue
+        listed = list(image_folder.list_pictures(shard.path))
+        units += [
+            functools.partial(
+                image_folder.read_listed, shard.path, listed[start : start + _PICTURES_PER_UNIT]
+            )
+            for start in range(0, len(listed), _PICTURES_PER_UNIT)
+        ]
+    return units
