@@ -56,6 +56,7 @@ _EXAMPLES = demo.get_config().total_examples
 _INFO_NCE = {ALPHA: 1.0, BETA: 0.0}
 STUDENTS = {
     "web": Student(_DEMO, _INFO_NCE, "scenes", "scenes/r10", 55),
+    "composition": Student(_DEMO, _INFO_NCE, "composition", "composition/swaps", 55),
     "unseen": Student(_DEMO, _INFO_NCE, "unseen", "prompts_4", 85),
     "emoji": Student(
         _DEMO,
@@ -159,6 +160,8 @@ BLOCKS = {
     "batch": ("Batch size", "Does what hard negatives bring depend on the batch?"),
     "emoji": ("Wrong captions", "Do hard negatives help where captions are unique, and do wrong "
               "captions take that away?"),
+    "composition": ("Composition", "Do hard negatives teach which object has which colour, and "
+                    "which does what to which: captions with the same words in another order?"),
     "distillation": ("Distillation", "Is it the teacher's knowledge, or averaging of captions?"),
     "affinity": ("Similarities of a CLIP", "Do stored embeddings of a CLIP teach more than "
                  "concept labels, at equal samples seen?"),
@@ -253,6 +256,16 @@ EMOJI += [
         student="emoji",
     )
     for beta in (0.25, 0.5)
+]
+COMPOSITION = [
+    Experiment(
+        "composition" + (f"_{_beta(beta)}" if beta else ""),
+        "cat",
+        {BETA: beta},
+        seeds=8,
+        student="composition",
+    )
+    for beta in (0.0, 0.25, 0.5, 1.0)
 ]
 EQUAL_CAPTIONS = [
     Experiment("cifar10_beta_025", "cifar10_wrong_0", {BETA: 0.25}, seeds=8, student="cifar10")
@@ -358,6 +371,7 @@ EXPERIMENTS = {
     for experiment in (
         *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *AFFINITY, *EQUAL_CAPTIONS),
         *(*CAPTIONS, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
+        *COMPOSITION,
     )
 }
 
@@ -411,6 +425,15 @@ _HARD_NEGATIVES_CONTRASTS = [
     Contrast("emoji_shuffled_0_alpha_0999_beta_025", "emoji_shuffled_0_alpha_0999_beta_050",
              "emoji", 0.01, "at alpha 0.999, beta 0.25 costs nothing against 0.5 on unique "
              "captions", "it costs more than a point", kind=NO_LOSS),
+    *(
+        Contrast(f"composition_{_beta(beta)}", "composition", "composition", 0.02,
+                 f"beta {beta:g} helps to choose between captions with the same words",
+                 "it gains less than two points")
+        for beta in (0.25, 0.5, 1.0)
+    ),
+    Contrast("composition_beta_025", "composition", "composition", 0.01,
+             "beta 0.25 costs nothing where a word tells the wrong caption",
+             "it costs more than a point", NO_LOSS, "composition/replacements"),
     Contrast("cifar10_beta_025", "cifar10_wrong_0", "equal_captions", 0.01,
              "beta 0.25 does no harm where a batch of 128 holds a dozen equal captions",
              "it costs more than a point: equal captions are pushed apart", kind=NO_LOSS),

@@ -34,7 +34,9 @@ def define_flags() -> None:
     """The command line of `main`."""
     flags.DEFINE_string("model", None, "Work directory of the student.")
     flags.DEFINE_string(
-        "measured", None, "What is measured: scenes, emoji, cifar10, unseen or given."
+        "measured",
+        None,
+        "What is measured: scenes, composition, emoji, cifar10, unseen or given.",
     )
     flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
     flags.DEFINE_list("tasks", None, "As of diht_jax.evaluate; what is measured of 'given'.")
@@ -63,6 +65,24 @@ def measure_scenes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
         templates = (web / f"val_{name}.templates.txt").read_text().splitlines()
         found = _classify(model, web / f"val_{name}.tar", name, templates)
         metrics, items = metrics | found[0], items | found[1]
+    return metrics, items
+
+
+def measure_composition(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Choices between the caption of a held-out scene and a wrong one; the items are questions."""
+    from benchmarks.lab.composition import REPLACEMENTS, SWAPS, ask
+    from diht_jax.evaluation.protocols.caption_choice import choose_captions
+
+    found = choose_captions(model, ask(open_source(str(tests["web"] / "val_retrieval.tar"))))
+    kinds = np.array([question.group for question in found.questions])
+    metrics = {
+        f"composition/{group['group']}": group["accuracy"] for group in found.describe_groups()
+    }
+    items = {}
+    for name, chosen in (("swaps", SWAPS), ("replacements", REPLACEMENTS)):
+        hits = found.is_right[np.isin(kinds, chosen)]
+        metrics[f"composition/{name}"] = float(hits.mean())
+        items[f"composition/{name}"] = [pack_bits(hits)]
     return metrics, items
 
 
@@ -150,6 +170,7 @@ def unpack_items(packed: Any) -> np.ndarray:
 
 MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
     "scenes": measure_scenes,
+    "composition": measure_composition,
     "emoji": measure_emoji,
     "cifar10": measure_photos,
     "unseen": measure_few_shot,

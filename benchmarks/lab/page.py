@@ -47,9 +47,20 @@ _BESIDE = {
         "color/top1": "colours",
         "shape/top1": "shapes",
     },
+    "composition": {
+        "composition/swap_color": "colours swapped",
+        "composition/swap_shape": "shapes swapped",
+        "composition/swap_objects": "objects swapped",
+        "composition/replacements": "colour or shape replaced",
+    },
     "emoji": {"emoji/t2i_r1": "text to image R@1", "emoji/i2t_r1": "image to text R@1"},
 }
-_NAMES = {"scenes/r10": "R@10, scenes", "emoji/r10": "R@10, emoji", "cifar10/top1": "top-1"}
+_NAMES = {
+    "composition/swaps": "swaps",
+    "scenes/r10": "R@10, scenes",
+    "emoji/r10": "R@10, emoji",
+    "cifar10/top1": "top-1",
+}
 _METHODS = {"prompts": "from the prompts", "penalty": "with an L2 penalty", "scratch": "scratch"}
 _MOST_GRID_ROWS = 10
 
@@ -72,7 +83,9 @@ these data. Nothing transfers to LAION by itself.
 **How it is measured.** Students of equal seeds begin with the same parameters, and see the same
 order where they have the same data. The primary metric on the web is the mean of text-to-image
 and image-to-text recall at 10 among 2,000 scenes whose combinations never occur in training
-(chance: 0.5%); on CIFAR-10 it is zero-shot top-1 on 1,000 photos. Differences are taken seed by
+(chance: 0.5%); of composition it is the share of these scenes' captions that are preferred to one
+with the same words in another order (chance: 50%); on CIFAR-10 it is zero-shot top-1 on 1,000
+photos. Differences are taken seed by
 seed. The interval is Student's t over the seeds, 95%; beside it stands a bootstrap over seeds and
 test items. A gain is *confirmed* where the lower bound is above 0 and the mean is at least the
 margin, and *refuted* where the upper bound is below the margin; that something costs nothing is

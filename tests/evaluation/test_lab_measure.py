@@ -3,8 +3,15 @@
 import numpy as np
 import pytest
 
-from benchmarks.lab.measure import measure_emoji, measure_scenes, unpack_items
+from benchmarks.lab.composition import SWAPS, wrong_captions
+from benchmarks.lab.measure import (
+    measure_composition,
+    measure_emoji,
+    measure_scenes,
+    unpack_items,
+)
 from data_prep.synthetic import captions, web
+from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.registry import open_source
 from diht_jax.evaluation.protocols.classification import classify
 from diht_jax.evaluation.protocols.retrieval import retrieve
@@ -38,3 +45,52 @@ def test_emoji_are_found_by_their_names(tiny_model, small_web, tmp_path):
     (tmp_path / "emoji_twitter.tar").write_bytes((small_web / "val_retrieval.tar").read_bytes())
     metrics, items = measure_emoji(tiny_model, {"shared": tmp_path})
     assert set(items) == {"emoji/r10"} and metrics["emoji/r10"] > 0
+
+
+def _scene(relation, *objects):
+    names = ("size", "texture", "color", "shape")
+    described = [dict(zip(names, words.split(), strict=True)) for words in objects]
+    return {"relation": relation, "objects": described}
+
+
+def test_wrong_captions_by_hand():
+    scene = _scene("chasing", "small plain red circle", "large striped blue star")
+    found = wrong_captions("a small red circle is chasing a large striped blue star", scene)
+    replaced = {kind: found.pop(kind) for kind in ("replace_color", "replace_shape")}
+    assert found == {
+        "swap_color": "a small blue circle is chasing a large striped red star",
+        "swap_shape": "a small red star is chasing a large striped blue circle",
+        "swap_objects": "a large striped blue star is chasing a small red circle",
+    }
+    for kind, words in (("replace_color", ("red", "blue")), ("replace_shape", ("circle", "star"))):
+        new = set(replaced[kind].split()) - set(scene_words(scene)) - {"a", "is", "chasing"}
+        assert len(new) == 1 and not new & set(words)
+    # What can be swapped without becoming wrong is not asked: side by side, it is the same scene.
+    scene = _scene("beside", "small plain red star", "small plain blue star")
+    found = wrong_captions("a small red star sitting beside a small blue star", scene)
+    assert sorted(found) == ["replace_color", "replace_shape"]
+    scene = _scene("inside", "small plain red star", "small plain red star")
+    assert wrong_captions("a small red star inside a small red star", scene) == {}
+
+
+def scene_words(scene):
+    return [word for item in scene["objects"] for word in item.values()]
+
+
+def test_composition_of_held_out_scenes(tiny_model, small_web):
+    metrics, items = measure_composition(tiny_model, {"web": small_web})
+    hits = []
+    for pair in open_source(str(small_web / "val_retrieval.tar")):
+        wrong = wrong_captions(pair.caption, pair.metadata["scene"])
+        assert len(wrong) >= 3 and pair.caption not in wrong.values()
+        for kind, caption in wrong.items():
+            same_words = sorted(caption.split()) == sorted(pair.caption.split())
+            assert same_words == (kind in SWAPS)
+        image = tiny_model.encode_image([decode_rgb(pair.image)])[0]
+        asked = [caption for kind, caption in wrong.items() if kind in SWAPS]
+        right, *others = tiny_model.encode_text([pair.caption, *asked]) @ image
+        hits += [right > other for other in others]
+    (found,) = items["composition/swaps"]
+    np.testing.assert_array_equal(unpack_items(found), hits)
+    assert metrics["composition/swaps"] == np.mean(hits)
+    assert set(metrics) >= {f"composition/{kind}" for kind in SWAPS}
