@@ -97,7 +97,7 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
     assert all(line.isprintable() for line in printed.splitlines())
     assert r"\x1b[2J" in printed and r"gpj.\u202egnp" in printed
     assert all(len(line) < 1100 for line in printed.splitlines() if "yyy" not in line)
-    pictures = load_pictures(shards, {match.position for match in result.matches[queries[0]]})
+    pictures = load_pictures(shards, result.matches[queries[0]])
     draw_search_page(
         result.matches, pictures, tmp_path / "page.png", title="\x1b[0m", note="\u202e"
     )
