@@ -82,7 +82,7 @@ def test_composition_of_held_out_scenes(tiny_model, small_web):
     hits = []
     for pair in open_source(str(small_web / "val_retrieval.tar")):
         wrong = wrong_captions(pair.caption, pair.metadata["scene"])
-        assert len(wrong) >= 3 and pair.caption not in wrong.values()
+        assert len(wrong) >= 2 and pair.caption not in wrong.values()
         for kind, caption in wrong.items():
             same_words = sorted(caption.split()) == sorted(pair.caption.split())
             assert same_words == (kind in SWAPS)

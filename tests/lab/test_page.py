@@ -110,12 +110,15 @@ def test_items_come_back_from_their_bits():
 def test_every_block_can_be_shown(tmp_path):
     shots = {f"{m}_{k}": 0.5 for m in ("prompts", "scratch", "penalty") for k in SHOTS}
     metrics = {"emoji/t2i_r1": 0.1, "emoji/i2t_r1": 0.1, "zero_shot": 0.4, **shots}
+    composed = [f"swap_{what}" for what in ("color", "shape", "objects")] + ["replacements"]
+    metrics |= {f"composition/{name}": 0.5 for name in composed}
     for number, name in enumerate(EXPERIMENTS):
         write(tmp_path, name, 0, 0.3 + 0.001 * number)
         path = tmp_path / f"{name}_seed0.json"
         result = json.loads(path.read_text())
         result["metrics"] |= {k: v for k, v in metrics.items() if k not in result["metrics"]}
-        result["items"] |= {k: [[0.4, 0.6]] for k in ("zero_shot", *shots)}
+        others = ("zero_shot", "composition/replacements", *shots)
+        result["items"] |= {k: [[0.4, 0.6]] for k in others}
         path.write_text(json.dumps(result))
     results = verdicts.read_results(tmp_path)
     rows = verdicts.judge(results)
