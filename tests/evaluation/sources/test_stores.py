@@ -65,6 +65,11 @@ def sets(tmp_path_factory, photos):
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         write(f"multi/test/{shard}.tar", file.getvalue())
+    row = {"filename": "0.png", "caption": "a", "negative_caption": "b"}
+    write("add_att.json", json.dumps({"0": row, "1": row | {"filename": "none.png"}}))
+    row = {"image_path": "1.png", "true_caption": "a", "false_caption": "b", "relation_name": "in"}
+    boxes = [{"bbox_x": 0, "bbox_y": 0, "bbox_w": w, "bbox_h": 2} for w in (2, 3)]
+    write("relations.json", json.dumps([row | box for box in boxes]))
     text = io.StringIO()
     table = csv.writer(text)
     table.writerows([("image", "caption"), ("pictures/0.png", "a"), ("pictures/1.png", "b")])
@@ -90,6 +95,8 @@ _SOURCES = {
     "clip_benchmark": ("clip_benchmark:{}/multi", {}, 2, 0),
     "clip_benchmark, split": ("clip_benchmark:{}/multi:test", {}, 2, 0),
     "classes": ("{}/classes", {}, 4, 1),
+    "sugarcrepe": ("sugarcrepe:{}/add_att.json", {"image_root": "{}/pictures"}, 1, 1),
+    "aro": ("aro:{}/relations.json", {"image_root": "{}/pictures"}, 2, 0),
     "table": ("{}/table.csv", {}, 2, 0),
     "parquet": ("{}/test-00000-of-00001.parquet", {}, 5, 0),
 }
@@ -108,7 +115,8 @@ def test_entries_of_a_store_are_those_of_the_folder(sets, s3_bucket):
             assert count in (None, pairs + skipped), (source, root)
         strange = [getattr(entry, "reason", None) for entry in found[0]]
         assert strange.count(None) == pairs and len(strange) == pairs + skipped, source
-        if source.startswith(("annotations", "list")):  # the message names the file as it lies
+        if source.startswith(("annotations", "list", "sugarcrepe")):
+            # The message names the file as it lies.
             found = [[(e.key, getattr(e, "image", None)) for e in entries] for entries in found]
         assert found[0] == found[1], source
     wasps = [pair for pair in read_source(f"{url}/classes/", {}) if "wasp" in pair.key]
