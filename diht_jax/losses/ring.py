@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.cost_model.chips import Chip, find_chip
-from diht_jax.losses.objective import Masks, Objective
+from diht_jax.losses.objective import Masks
 
 # Sides of tiles, at most; every device launches a few kernels for each tile.
 TILES = (2048, 1024, 512)
@@ -98,7 +98,8 @@ class Ring:
     """Sizes, known when the step is traced.
 
     Attributes:
-        objective: the loss, one row of it.
+        objective: the loss, one row of it; of a loss with sums of its own, what it must know to
+            compare a tile (`affinity.py`).
         axes: mesh axes that the batch is split over, in the mesh's order.
         num_devices: along them.
         group: G, neighbours along the last axis that gather their images.
@@ -106,7 +107,7 @@ class Ring:
         texts: tiles of the texts of a device, its columns.
     """
 
-    objective: Objective
+    objective: Any
     axes: tuple[str, ...]
     num_devices: int
     group: int
@@ -116,7 +117,7 @@ class Ring:
     @classmethod
     def create(
         cls,
-        objective: Objective,
+        objective: Any,
         axes: tuple[str, ...],
         block: jax.ShapeDtypeStruct,
         most_tile: int | None,
