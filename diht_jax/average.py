@@ -74,7 +74,7 @@ def main() -> None:
         given.method,
         given.output,
         alpha=given.alpha,
-        alphas=_numbers(given.alphas),
+        alphas=command_line.numbers("alphas"),
         tasks=tasks,
         target=given.target,
         reference=given.reference,
@@ -135,6 +135,8 @@ def average_models(
     check_target(output, format, dtype)
     metrics = _check(models, method, alpha, alphas, tasks, target, reference)
     reader = _Reader(ema, architecture)
+    # The two models of WiSE-FT stay in memory for all alphas.
+    read = functools.cache(reader.read) if method == "wise_ft" else reader.read
     measure = functools.partial(
         _Evaluation(reader, tasks, batch_size).run,
         batch_size=batch_size,
@@ -145,7 +147,7 @@ def average_models(
     if method == "greedy":
         model, trials = average.greedy_soup(
             models,
-            reader.read,
+            read,
             lambda candidate: measure(candidate)[target],
             lower_is_better=metrics[target].lower_is_better,
         )
@@ -155,8 +157,8 @@ def average_models(
         weights = [1 - alpha, alpha] if method == "wise_ft" else [1.0] * len(models)
         members = list(zip(models, weights, strict=True))
         if method == "wise_ft" and tasks:
-            found["grid"] = _measure_alphas(models, alphas, reader.read, measure)
-        model = average.average_models(models, weights, reader.read)
+            found["grid"] = _measure_alphas(models, alphas, read, measure)
+        model = average.average_models(models, weights, read)
     if tasks:
         found["metrics"] = measure(model)
     record = {
@@ -170,13 +172,6 @@ def average_models(
     _write(output, model, reader, members, record, metrics, format, dtype, license)
     print(escape_lines(_format(record, metrics)))
     return record
-
-
-def _numbers(texts: Sequence[str]) -> list[float]:
-    try:
-        return [float(text) for text in texts]
-    except ValueError as error:
-        raise ValueError(f"--alphas={','.join(texts)}: expected numbers from 0 to 1") from error
 
 
 def _check(

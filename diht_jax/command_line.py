@@ -139,6 +139,15 @@ def define_job_array_flags() -> None:
     flags.DEFINE_integer("num_tasks", 1, "Jobs in the array.")
 
 
+def numbers(name: str) -> tuple[float, ...]:
+    """The numbers of a flag that is a list; raises ValueError for something else in it."""
+    texts = flags.FLAGS[name].value
+    try:
+        return tuple(float(text) for text in texts)
+    except ValueError as error:
+        raise ValueError(f"--{name}={','.join(texts)}: expected numbers") from error
+
+
 def require_flags(*names: str) -> None:
     """Raises ValueError for a flag that is not given; `--help` works without it."""
     for name in names:

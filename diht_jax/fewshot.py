@@ -47,6 +47,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("validation_per_class", None, "Hold out at most so many; unset: no limit.")
     flags.DEFINE_integer("num_steps", 500, "Gradient steps of a fit.")
     flags.DEFINE_alias("fit_steps", "num_steps")
+    flags.DEFINE_list(
+        "alphas",
+        [],
+        "WiSE-FT of the classifier: weights of the fitted one in its mean with the zero-shot one.",
+    )
 
 
 def main() -> None:
@@ -113,6 +118,7 @@ def _options():
         validation_fraction=given.validation_fraction,
         validation_per_class=given.validation_per_class,
         num_steps=given.num_steps,
+        alphas=command_line.numbers("alphas"),
     )
 
 

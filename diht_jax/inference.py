@@ -99,7 +99,7 @@ class LoadedModel:
         """Size `d` of the embeddings."""
         return self._params["text"]["projection"]["kernel"].shape[1]
 
-    def update(self, params: dict[str, Any], step: int) -> None:
+    def update(self, params: dict[str, Any], step: int | None) -> None:
         """Takes the parameters of another step; same shapes, so nothing is compiled again."""
         self._params = params
         self.step = step

@@ -58,6 +58,10 @@ STUDENTS = {
     "web": Student(_DEMO, _INFO_NCE, "scenes", "scenes/r10", 55),
     "composition": Student(_DEMO, _INFO_NCE, "composition", "composition/swaps", 55),
     "unseen": Student(_DEMO, _INFO_NCE, "unseen", "prompts_4", 85),
+    # As many samples as half of the cifar10 student sees, which starts from nothing.
+    "tuned": Student(
+        "configs/cifar10_finetune.py", {"total_examples": 30_720}, "cifar10", "cifar10/top1", 60
+    ),
     "emoji": Student(
         _DEMO,
         {
@@ -111,7 +115,10 @@ class Experiment:
         config: changed keys of the recipe.
         seeds: how many runs; run i has seed i.
         student: of `STUDENTS`.
-        keep_model: the trained model stays in the work directory, since data are made with it.
+        init_from: name of the experiment whose model, of the same seed, it starts from; kept by
+            `keep_model`. None: from random parameters.
+        keep_model: the trained model stays in the work directory, since data are made with it, or
+            others start from it.
     """
 
     name: str
@@ -119,6 +126,7 @@ class Experiment:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seeds: int = 3
     student: str = "web"
+    init_from: str | None = None
     keep_model: bool = False
 
 
@@ -171,6 +179,8 @@ BLOCKS = {
     "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
                  "combinations of shape and colour that no training pair shows or names?"),
     "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
+    "fine_tuning": ("Fine-tuning", "Does a start from web pairs help on photos, and do adapters "
+                    "or the image projection do as well as all parameters?"),
     "order": ("Order", "Does an order by blocks cost anything?"),
     "grid": ("Hyper-parameters", "Which learning rate, decay, alpha, beta and concept weights?"),
     "b32": ("Hyper-parameters of B/32", "The same with a B/32 on data of your own."),
@@ -320,6 +330,28 @@ NOISE = [
     Experiment(f"{kind}_{change}_{kept}", f"{kept}_of_{kind}_{change}")
     for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
 ]
+_PHOTOS = "cifar10_wrong_0"
+FINE_TUNING = [
+    Experiment("tuned_from_nothing", _PHOTOS, student="tuned"),
+    Experiment("tuned_all", _PHOTOS, student="tuned", init_from="raw"),
+    Experiment(
+        "tuned_lora",
+        _PHOTOS,
+        {"lora.rank": 8, "optimizer.learning_rate": 1e-3},
+        student="tuned",
+        init_from="raw",
+    ),
+    Experiment(
+        "tuned_probe",
+        _PHOTOS,
+        {
+            "optimizer.frozen": ("^text/", "^vision/(?!projection)", "^log_logit_scale$"),
+            "optimizer.learning_rate": 3e-3,
+        },
+        student="tuned",
+        init_from="raw",
+    ),
+]
 FEW_SHOT = [Experiment("unseen", "unseen", student="unseen")]
 # Blocks as small as the data: a batch is drawn from 512 records, a third of them.
 ORDER = [
@@ -369,12 +401,23 @@ GRID_B32 = _grid("b32", "given", "b32")
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
+        *FINE_TUNING,
         *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *AFFINITY, *EQUAL_CAPTIONS),
         *(*CAPTIONS, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
         *COMPOSITION,
     )
 }
 
+_FINE_TUNING_CONTRASTS = [
+    Contrast("tuned_all", "tuned_from_nothing", "fine_tuning", 0.02,
+             "a start from web pairs helps on photos", "random parameters are as good a start"),
+    Contrast("tuned_lora", "tuned_all", "fine_tuning", 0.02,
+             "adapters of rank 8 do as well as all parameters", "they cost more than two points",
+             kind=NO_LOSS),
+    Contrast("tuned_lora", "tuned_probe", "fine_tuning", 0.02,
+             "adapters of the blocks beat a linear map of their features",
+             "a linear map does as well"),
+]  # fmt: skip
 _FILTER_CONTRASTS = [
     Contrast("cat", "raw", "filter", 0.02, "CAT pairs teach more than raw pairs, at equal samples "
              "seen", "what CAT drops teaches as much as what it keeps"),
@@ -519,6 +562,7 @@ _OTHER_CONTRASTS = [
 ]  # fmt: skip
 
 CONTRASTS = [
+    *_FINE_TUNING_CONTRASTS,
     *_FILTER_CONTRASTS,
     *_HARD_NEGATIVES_CONTRASTS,
     *_DISTILLATION_CONTRASTS,

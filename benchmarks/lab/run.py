@@ -67,6 +67,11 @@ class Run:
         """The variant it is trained on."""
         return self.experiment.data.format(seed=self.seed)
 
+    @property
+    def start(self) -> Run:
+        """The run whose model it starts from, of an experiment that has `init_from`."""
+        return Run(EXPERIMENTS[self.experiment.init_from], self.seed)
+
 
 def define_flags() -> None:
     """The command line of `main`."""
@@ -146,6 +151,8 @@ def definition(run: Run) -> str:
         "measured": student.measured,
         "seed": run.seed,
     }
+    if run.experiment.init_from is not None:
+        parts["init_from"] = definition(run.start)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -266,6 +273,8 @@ class Lab:
         clips = pathlib.Path(data) / CLIPS
         if clips.exists():
             changes["data.labels"] = str(clips)
+        if run.experiment.init_from is not None:
+            changes["model.init_from"] = self.trained(run.experiment.init_from, run.seed)
         marker = folder / "definition"
         if folder.exists() and (not marker.exists() or marker.read_text() != definition(run)):
             shutil.rmtree(folder)  # begun by another recipe
@@ -283,7 +292,7 @@ class Lab:
         return time.monotonic() - begin
 
     def trained(self, name: str, seed: int) -> pathlib.Path:
-        """The work directory of a student of an experiment, which data are made with."""
+        """The work directory of a student whose model is kept for others, once it is trained."""
         run = Run(EXPERIMENTS[name], seed)
         folder = self.folder_of(run)
         with locked(folder.with_name(f"{run.name}.lock")):

@@ -47,14 +47,15 @@ class ModelDefinition:
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:
         """The static half of the NNX model."""
-        abstract = nnx.eval_shape(lambda: self._build(jax.random.key(0), self.execution))
+        abstract = nnx.eval_shape(lambda: self.build(jax.random.key(0), self.execution))
         return nnx.split(abstract, nnx.Param)[0]
 
     def init_params(self, key: jax.Array) -> dict[str, Any]:
         """Draws the parameters, layer by layer; the same under every `execution`."""
-        return model_parameters(self._build(key, Execution()))
+        return model_parameters(self.build(key, Execution()))
 
-    def _build(self, key: jax.Array, execution: Execution) -> DualEncoder:
+    def build(self, key: jax.Array, execution: Execution) -> DualEncoder:
+        """The NNX model with parameters drawn from a key."""
         model = DualEncoder(
             self.arch,
             dtype=self.dtype,

@@ -232,7 +232,8 @@ def _recipe_section(origin: Origin, config: Mapping[str, Any] | None) -> str:
     rows: list[tuple[str, Any]] = [("checkpoint", f"{which} at step {origin.step}")]
     rows += [(key, value) for key, value in config.items() if key.startswith("total_") and value]
     rows += [(f"model.{key}", config["model"][key]) for key in ("dtype", "param_dtype")]
-    for section in _RECIPE:
+    has_adapters = config.get("lora", {}).get("rank")
+    for section in (*_RECIPE, "lora") if has_adapters else _RECIPE:
         rows += [(f"{section}.{key}", value) for key, value in config.get(section, {}).items()]
     rows.append(("seed", config["seed"]))
     text = _table(("key", "value"), [row for row in rows if row[1] is not None])

@@ -29,6 +29,9 @@ def test_experiments_name_data_students_and_keys_that_exist(name):
     student = STUDENTS[experiment.student]
     assert set(name) <= set(string.ascii_lowercase + string.digits + "_")
     data.identity(experiment.data.format(seed=0))
+    if experiment.init_from is not None:
+        start = EXPERIMENTS[experiment.init_from]
+        assert start.keep_model and start.seeds >= experiment.seeds
     config = load_recipe(student.recipe)
     for key, value in {**student.config, **experiment.config}.items():
         config.update_from_flattened_dict({key: value})
@@ -80,7 +83,9 @@ def test_a_definition_changes_with_all_that_decides_a_run(monkeypatch):
         Run(dataclasses.replace(experiment, config={"loss.beta": 0.1}), 0),
         Run(dataclasses.replace(experiment, student="cifar10"), 0),
     ]
-    assert len({definition(each) for each in (one, *others)}) == 5
+    tuned = Run(dataclasses.replace(experiment, init_from="raw"), 0)
+    others += [tuned, Run(dataclasses.replace(experiment, init_from="random"), 0)]
+    assert len({definition(each) for each in (one, *others)}) == 7
     assert definition(one) == definition(Run(experiment, 0))
     before = definition(one)
     monkeypatch.setattr(data, "WEB_PAIRS", 5000)

@@ -10,11 +10,12 @@ from flax.traverse_util import flatten_dict
 import diht_jax
 from diht_jax.inference import LoadedModel
 from diht_jax.models.lora import lora_of
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.sharding import create_mesh
 from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.loop import train
+from diht_jax.training.monitoring import debug_nans
 from diht_jax.training.program import TrainProgram
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import Preprocessing
@@ -132,6 +133,10 @@ def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):
         np.testing.assert_array_equal(after.pop(name), value)
     assert len(after) == 2 * 4 * 2
     assert all(np.any(v) == name.endswith("lora_a") for name, v in after.items())
+    # The model that looks for numbers that are not finite has them as well.
+    watched = debug_nans._watched(adapted, lambda x: True)
+    params = jax.eval_shape(adapted.init_params, draw)
+    assert hasattr(merge_model(watched, params).text.blocks[0].mlp.fc_in, "lora_a")
 
 
 @pytest.mark.parametrize(

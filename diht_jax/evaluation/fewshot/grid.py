@@ -24,6 +24,7 @@ from absl import logging
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel
 from diht_jax.evaluation.embedding.entries import Entries
 from diht_jax.evaluation.fewshot.linear_probe import (
+    FittedProbes,
     LabelledEmbeddings,
     ProbeSettings,
     fit_probes,
@@ -53,6 +54,8 @@ class FewShotOptions:
         bias_radii: the grid of ||b||_2, in logits.
         weight_decays: the grid of the probe from scratch, and of the penalty towards the prompts.
         num_steps: gradient steps of a fit.
+        alphas: WiSE-FT of the classifier (arXiv 2109.01903): weights of the fitted classifier in
+            its mean with the zero-shot one, each measured; empty for none.
     """
 
     shots: tuple[int | str, ...] = (1, 2, 4, 8, 16, ALL)
@@ -64,8 +67,11 @@ class FewShotOptions:
     bias_radii: tuple[float, ...] = (0.0, 0.3, 1.0, 3.0)
     weight_decays: tuple[float, ...] = tuple(10.0 ** (x / 2) for x in range(2, -15, -1))
     num_steps: int = 500
+    alphas: tuple[float, ...] = ()
 
     def __post_init__(self):
+        if any(not 0 <= alpha <= 1 for alpha in self.alphas):
+            raise ValueError(f"alphas: expected numbers from 0 to 1, got {self.alphas}")
         for shots in self.shots:
             if shots != ALL and (not isinstance(shots, int) or shots < 1):
                 raise ValueError(f"shots: expected numbers from 1 or '{ALL}', got {shots!r}")
@@ -186,7 +192,8 @@ def measure_few_shot(
         `zero_shot`: {"test", "validation"}, fractions of 1; `results`: one entry for each number
         of shots with `shots`, `examples` (a draw), `draws` and, for "prompt_init", "scratch" and
         "prompt_penalty", `test` and `validation` (a value a draw), `test_mean`, `test_std` (None
-        with one draw), `chosen` (a setting a draw).
+        with one draw), `chosen` (a setting a draw); with alphas also `wise_ft` for the two that
+        start from the prompts: `alpha` and `test_mean` of each.
     """
     no_bias = np.zeros(data.zero_shot.shape[1], np.float32)
     zero_shot = {
@@ -234,7 +241,25 @@ def measure_few_shot(
             ],
             "chosen": [_describe(settings[i], method, norm) for i in fitted.chosen],
         }
+        if options.alphas and method != SCRATCH:
+            results[-1][method]["wise_ft"] = _interpolate(data, fitted, options.alphas)
     return {"zero_shot": zero_shot, "results": results}
+
+
+def _interpolate(
+    data: FewShotData, fitted: FittedProbes, alphas: Sequence[float]
+) -> list[dict[str, float]]:
+    """Test accuracy of the means of the zero-shot and each draw's classifier."""
+    rows = []
+    for alpha in alphas:
+        test = [
+            probe_accuracy(
+                data.test, data.zero_shot + alpha * (weights - data.zero_shot), alpha * bias
+            )
+            for weights, bias in zip(fitted.weights, fitted.bias, strict=True)
+        ]
+        rows.append({"alpha": alpha, "test_mean": statistics.fmean(test)})
+    return rows
 
 
 def split_by_class(
@@ -301,6 +326,10 @@ def format_few_shot(result: dict[str, Any]) -> str:
     for row in result["results"]:
         cells = [_format_spread(row[method]) for method in (PROMPT_INIT, SCRATCH, PENALTY)]
         lines.append(f"{row['shots']:>6}  " + "  ".join(f"{cell:>18}" for cell in cells))
+    for row in result["results"]:
+        means = row[PROMPT_INIT].get("wise_ft", [])
+        cells = [f"{mean['alpha']:g}: {100 * mean['test_mean']:.2f}%" for mean in means]
+        lines += [f"{row['shots']:>6}  mean with zero-shot  {', '.join(cells)}"] if cells else []
     return "\n".join(lines)
 
 

@@ -19,7 +19,6 @@ import optax
 from flax import nnx
 
 from diht_jax import sharding
-from diht_jax.models.dual_encoder import DualEncoder
 from diht_jax.models.parameters import ModelDefinition
 from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
@@ -137,15 +136,7 @@ def _after_towers(
 def _watched(definition: ModelDefinition, is_finite: Callable[[Any], bool]) -> Any:
     """The definition of the same model with modules that look at what goes in and out."""
     plain = dataclasses.replace(definition, execution=Execution(attention="xla"))
-    model = nnx.eval_shape(
-        lambda: DualEncoder(
-            plain.arch,
-            dtype=plain.dtype,
-            param_dtype=plain.param_dtype,
-            execution=plain.execution,
-            rngs=nnx.Rngs(params=0),
-        )
-    )
+    model = nnx.eval_shape(lambda: plain.build(jax.random.key(0), plain.execution))
     for path, module in list(nnx.iter_modules(model)):
         name = "/".join(map(str, path))
         if name and callable(module) and not isinstance(module, nnx.List):

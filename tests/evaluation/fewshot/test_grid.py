@@ -91,6 +91,7 @@ def measured():
         radii=(0.02, 0.1, 0.5, 2.0),
         bias_radii=(0.0, 1.0),
         weight_decays=(1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
+        alphas=(0.0, 0.5, 1.0),
     )
     return data, measure_few_shot(data, options)
 
@@ -100,6 +101,26 @@ def test_zero_shot_is_the_start(measured):
     for name, examples in (("test", data.test), ("validation", data.validation)):
         hits = (examples.image_emb @ data.zero_shot).argmax(axis=1) == examples.labels
         assert result["zero_shot"][name] == pytest.approx(hits.mean())
+
+
+def test_means_with_the_zero_shot_classifier_go_from_it_to_the_probe(measured):
+    data, result = measured
+    everything = result["results"][1]
+    for method in ("prompt_init", "prompt_penalty"):
+        means = {row["alpha"]: row["test_mean"] for row in everything[method]["wise_ft"]}
+        assert means[0.0] == result["zero_shot"]["test"]
+        assert means[1.0] == everything[method]["test_mean"]
+    # Between them: the penalty that was chosen, fitted once more and averaged by hand.
+    decay = ProbeSettings(weight_decay=everything["prompt_penalty"]["chosen"][0]["weight_decay"])
+    fitted = fit_probes([data.train], data.validation, data.zero_shot, [decay], num_steps=100)
+    classifier = (data.zero_shot.astype(np.float64) + fitted.weights[0]) / 2
+    logits = data.test.image_emb @ classifier + fitted.bias[0] / 2
+    assert means[0.5] == pytest.approx((logits.argmax(axis=1) == data.test.labels).mean(), abs=2e-3)
+    assert "wise_ft" not in everything["scratch"]
+    text = format_few_shot({**result, "test": "x"})
+    assert (
+        f"   all  mean with zero-shot  0: {100 * result['zero_shot']['test']:.2f}%, 0.5: " in text
+    )
 
 
 def test_prompts_are_never_worse_on_validation_and_better_with_one_shot(measured):
