@@ -160,7 +160,7 @@ def pictures(tmp_path_factory):
     return path
 
 
-def test_wise_ft_writes_a_model_its_grid_and_its_plot(two_models, pictures, tmp_path, monkeypatch):
+def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     names = [str(two_models / "a"), str(two_models / "b")]
     tasks = parse_tasks([f"retrieval:{pictures}"])
@@ -183,13 +183,21 @@ def test_wise_ft_writes_a_model_its_grid_and_its_plot(two_models, pictures, tmp_
         ),
         *(a, b, read_model(tmp_path / "out").params),
     )
-    for row, name in ((record["grid"][0], names[0]), (record["grid"][2], names[1])):
-        alone = evaluate_task(load_model(name), tasks[0])["metrics"]
-        assert row["metrics"] == {f"squares/{key}": value for key, value in alone.items()}
+    alone = evaluate_task(load_model(names[1]), tasks[0])["metrics"]
+    assert record["grid"][2]["metrics"] == {f"squares/{key}": v for key, v in alone.items()}
     assert [row["alpha"] for row in record["grid"]] == [0.0, 0.5, 1.0]
     with Image.open(tmp_path / "out/average.png") as plot:
         assert plot.width > 500
     assert f"| `{names[1]}` | 0.25 |" in (tmp_path / "out/README.md").read_text()
+    # The ends of the grid are what the greedy soup finds of each model alone.
+    soup = run(names, "greedy", tmp_path / "soup", tasks=tasks, target=reference)
+    ends = [row["metrics"][reference] for row in (record["grid"][0], record["grid"][2])]
+    assert [t["alone"] for t in soup["trials"]] == sorted(ends)  # a rank: the lowest is the best
+    members = [t["name"] for t in soup["trials"] if t["kept"]]
+    assert soup["members"] == [{"model": name, "weight": 1.0} for name in members]
+    found = read_model(tmp_path / "soup").params["text"]["projection"]["kernel"]
+    kernels = [read_model(name).params["text"]["projection"]["kernel"] for name in members]
+    np.testing.assert_allclose(found, np.mean(kernels, 0), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(
