@@ -146,6 +146,9 @@ def default_config() -> ml_collections.ConfigDict:
     # How it is computed: "streaming" (memory [b, d]), "gathered" ([b, N], fewer transfers), or
     # "auto", by the mesh and the batch: losses/choice.py.
     c.loss.impl = "auto"
+    # Share of pairs that may be wrong, up to 0.5: losses count by how likely a pair is right, as
+    # losses/noise.py has it. 0: all alike.
+    c.loss.noise_share = 0.0
     c.loss.update(default_settings())  # such as alpha and beta; see losses/softmax.py
 
     # Terms of the objective beside the contrastive loss: `concepts`; see training/objectives/.
@@ -224,6 +227,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.data.caption_weights = TextOrSections.reference()
     # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
     c.data.caption_columns = ""
+    # Key of the records' metadata that names a class, such as "class_name": records that agree in
+    # it are equal pairs (loss.equal_pairs), those without it are equal by their texts.
+    c.data.class_key = placeholder(str)
     # A record that cannot be read: "error", or "skip" to replace it by another one, and count it.
     c.data.on_bad_record = "error"
     # Go on although the shards are others than when the checkpoint was saved.

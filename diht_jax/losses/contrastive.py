@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, dense_loss
+from diht_jax.losses.noise import check_noise_share, global_mean, right_probabilities
 from diht_jax.losses.objective import (
     Objective,
     PairStatistics,
@@ -52,6 +53,8 @@ def contrastive_loss(
     stop_weight_gradient: bool = False,
     pair_ids: jax.Array | None = None,
     equal_pairs: str = "mask",
+    max_weight: float | None = None,
+    noise_share: float = 0.0,
 ) -> jax.Array:
     """Hard-negative contrastive loss (HN-NCE), the mean of both directions over the global batch.
 
@@ -91,20 +94,24 @@ def contrastive_loss(
             (a 64-bit hash of the text without x64: two of uint32). Local rows, as `image_emb`.
         equal_pairs: what equal pairs are to one another: "mask", nothing; "positive"; or
             "negative", as without ids.
+        max_weight: of a negative, above 1, which is their mean: `min(w_ij, max_weight)` takes the
+            weight's part. The streaming form then sends the texts round once more. None: any.
+        noise_share: of the pairs that may be wrong, at most 0.5: losses of pairs count by how
+            likely they are right (`noise.py`). 0: all alike.
 
     Returns:
         Scalar, the same on every device: float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: wrong shapes, dtypes, alpha, beta, impl, ids or equal_pairs; a batch of one
-            pair without negatives to weigh.
+        ValueError: wrong shapes, dtypes, alpha, beta, impl, ids, equal_pairs, max_weight or
+            noise_share; a batch of one pair without negatives to weigh.
 
     Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; computed by the identity of
     `softmax.Softmax` rather than as a ratio of exponentials.
     """
     check_equal_pairs(equal_pairs)
     equal_pairs = "negative" if pair_ids is None else equal_pairs
-    objective, scalars = Softmax.create(alpha, beta, stop_weight_gradient, equal_pairs)
+    objective, scalars = Softmax.create(alpha, beta, stop_weight_gradient, equal_pairs, max_weight)
     check_embeddings(image_emb, text_emb)
     is_single = _num_pairs(image_emb, axis_name) == 1
     if is_single and (objective.weighted or is_known_zero(alpha)):
@@ -121,6 +128,7 @@ def contrastive_loss(
         axis_name=axis_name,
         impl=impl,
         pair_ids=pair_ids,
+        noise_share=noise_share,
     )[0]
 
 
@@ -180,6 +188,7 @@ def mean_loss(
     axis_name: AxisName = None,
     impl: str = "streaming",
     pair_ids: jax.Array | None = None,
+    noise_share: float = 0.0,
 ) -> tuple[jax.Array, PairStatistics]:
     """Any contrastive loss: the mean of its rows and columns over the global batch.
 
@@ -187,33 +196,41 @@ def mean_loss(
         objective, scalars: of `Objective.create`.
         image_emb, text_emb, logit_scale, axis_name, impl, pair_ids: see `contrastive_loss`; ids
             are not read where the objective has equal pairs as negatives.
+        noise_share: see `contrastive_loss`.
 
     Returns:
         The loss, as `contrastive_loss` returns it, and statistics of the local rows.
 
     Raises:
-        ValueError: wrong shapes, dtypes, impl or ids.
+        ValueError: wrong shapes, dtypes, impl, ids or noise_share.
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
+    check_noise_share(noise_share)
     impl = _CHOICES.get(impl, impl)
     if impl not in IMPLS:
         raise ValueError(f"impl: expected one of auto, {', '.join(IMPLS)}, got {impl!r}")
     num_pairs = _num_pairs(image_emb, axis_name)
     # Left out where there are none: a loss of one's own need not know of them.
-    of_equal = {}
+    of_rows = {}
     if objective.equal_pairs != "negative":
-        of_equal["pair_ids"] = _ids_as_columns(pair_ids, jnp.shape(image_emb)[0])
+        of_rows["pair_ids"] = _ids_as_columns(pair_ids, jnp.shape(image_emb)[0])
+    probability = None
+    if noise_share:
+        probability = right_probabilities(image_emb, text_emb, noise_share, axis_name)
+        of_rows["row_weights"] = probability / global_mean(probability, axis_name)
     # A single pair has no negative to stream.
     loss_fn = streaming_loss if impl == "streaming" and num_pairs > 1 else dense_loss
     total, statistics = loss_fn(
         *(image_emb, text_emb, logit_scale, scalars),
         objective=objective,
         axis_name=axis_name,
-        **of_equal,
+        **of_rows,
     )
     if axis_name:
         total = jax.lax.psum(total, axis_name)
+    if probability is not None:
+        statistics = statistics._replace(right_probability=probability)
     return total / (2 * num_pairs), statistics
 
 

@@ -23,6 +23,7 @@ def dense_loss(
     objective: Objective,
     axis_name: AxisName,
     pair_ids: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """The losses of the local rows in both directions, summed; see `streaming.streaming_loss`."""
     i2t, t2i, is_positive = similarity_blocks(image_emb, text_emb, axis_name)
@@ -33,10 +34,10 @@ def dense_loss(
         is_negative = ~(is_positive | is_equal)
         num_negatives = jnp.sum(is_negative, axis=1).astype(i2t.dtype)
         more = (is_equal & ~is_positive,)
-    total = sum(
-        jnp.sum(objective.loss_of_rows(scale * block, is_positive, scalars, *more))
-        for block in (i2t, t2i)
+    losses = (
+        objective.loss_of_rows(scale * block, is_positive, scalars, *more) for block in (i2t, t2i)
     )
+    total = sum(jnp.sum(part if row_weights is None else row_weights * part) for part in losses)
     image_hardest, image_ties = _hardest(i2t, is_negative)
     text_hardest, text_ties = _hardest(t2i, is_negative)
     positive = jnp.sum(i2t, axis=1, where=is_positive)

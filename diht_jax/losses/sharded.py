@@ -37,13 +37,16 @@ def contrastive_objective(
     stop_weight_gradient: bool = False,
     pair_ids: jax.Array | None = None,
     equal_pairs: str = "mask",
+    max_weight: float | None = None,
+    noise_share: float = 0.0,
 ) -> tuple[jax.Array, Metrics]:
     """`contrastive_loss` or `sigmoid_loss` of a global batch on a mesh, with metrics.
 
     Args:
         image_emb, text_emb, logit_scale, mesh, axis_names, impl: see `sharded_loss`.
         logit_bias: scalar; given, the loss is `sigmoid_loss`, which has no alpha and beta.
-        alpha, beta, stop_weight_gradient, equal_pairs: see `contrastive_loss`.
+        alpha, beta, stop_weight_gradient, equal_pairs, max_weight, noise_share: see
+            `contrastive_loss`.
         pair_ids: integer [N] or [N, k], global; see `contrastive_loss`.
 
     Returns:
@@ -55,7 +58,12 @@ def contrastive_objective(
     settings: dict[str, Any] = {"equal_pairs": "negative" if pair_ids is None else equal_pairs}
     if logit_bias is None:
         loss, learnt = Softmax, {}
-        settings.update(alpha=alpha, beta=beta, stop_weight_gradient=stop_weight_gradient)
+        settings.update(
+            alpha=alpha,
+            beta=beta,
+            stop_weight_gradient=stop_weight_gradient,
+            max_weight=max_weight,
+        )
     else:
         loss, learnt = Sigmoid, {"logit_bias": logit_bias}
     return sharded_loss(
@@ -69,6 +77,7 @@ def contrastive_objective(
         axis_names=axis_names,
         impl=impl,
         pair_ids=pair_ids,
+        noise_share=noise_share,
     )
 
 
@@ -84,6 +93,8 @@ def sharded_loss(
     axis_names: str | tuple[str, ...] = ("data", "fsdp"),
     impl: str = "streaming",
     pair_ids: jax.Array | None = None,
+    noise_share: float = 0.0,
+    scheduled: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Any contrastive loss of a global batch on a mesh, with metrics.
 
@@ -102,6 +113,8 @@ def sharded_loss(
         impl: see `contrastive_loss`; or "auto": see `choice.choose_impl`.
         pair_ids: integer [N] or [N, k], global; needed where `settings` has another value of
             `equal_pairs` than "negative".
+        noise_share: see `contrastive_loss`.
+        scheduled: values, traced or not, that replace some of `settings`; without derivative.
 
     Returns:
         The loss (mean over the global batch, replicated), and a dict of float32 scalars that
@@ -114,6 +127,7 @@ def sharded_loss(
         `hardest_negative_similarity`: highest cosine with a wrong partner, over both directions.
         `equal_pairs`: share of pairs that another pair of the batch is equal to; with ids alone.
             Equal pairs then are no wrong partners for the other metrics.
+        `doubted_pairs`: share of pairs that are rather wrong than right, with `noise_share` alone.
 
     Raises:
         ValueError: wrong arguments, N < 2, or N not divisible by the devices.
@@ -123,8 +137,9 @@ def sharded_loss(
     _check_split(image_emb.shape[0], mesh, axis_names)
     impl = choose_impl(mesh, axis_names, *image_emb.shape, impl).impl
 
-    def on_device(image_emb, text_emb, pair_ids, logit_scale, learnt):
-        objective, scalars = loss.create(**settings, **learnt)
+    def on_device(image_emb, text_emb, pair_ids, logit_scale, learnt, scheduled):
+        objective, scalars = loss.create(**{**settings, **scheduled}, **learnt)
+        objective = objective.with_constant_settings()
         value, statistics = mean_loss(
             objective,
             scalars,
@@ -134,13 +149,15 @@ def sharded_loss(
             axis_name=axis_names,
             impl=impl,
             pair_ids=pair_ids,
+            noise_share=noise_share,
         )
         return value, {"loss": jax.lax.stop_gradient(value), **_metrics(statistics, axis_names)}
 
     rows, whole = PartitionSpec(axis_names), PartitionSpec()
+    replicated = jax.tree.map(jnp.asarray, (logit_scale, dict(learnt), dict(scheduled or {})))
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(rows, rows, rows, whole, whole), out_specs=whole
-    )(image_emb, text_emb, pair_ids, *jax.tree.map(jnp.asarray, (logit_scale, dict(learnt))))
+        on_device, mesh=mesh, in_specs=(rows, rows, rows, whole, whole, whole), out_specs=whole
+    )(image_emb, text_emb, pair_ids, *replicated)
 
 
 def _check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
@@ -173,6 +190,8 @@ def _metrics(statistics: PairStatistics, axis_name: AxisName) -> Metrics:
             image_hardest=jnp.maximum(statistics.image_hardest, -1),
             text_hardest=jnp.maximum(statistics.text_hardest, -1),
         )
+    if statistics.right_probability is not None:
+        metrics["doubted_pairs"] = mean(statistics.right_probability < 0.5)
     positive = statistics.positive
     hardest = (statistics.image_hardest + statistics.text_hardest) / 2
     return {

@@ -32,7 +32,14 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.dense import AxisName, inner_products
-from diht_jax.losses.objective import Masks, Objective, PairStatistics, RowSlopes, Scalars
+from diht_jax.losses.objective import (
+    Masks,
+    Objective,
+    PairStatistics,
+    RowSlopes,
+    RowStatistics,
+    Scalars,
+)
 from diht_jax.losses.ring import Ring
 from diht_jax.losses.row_statistics import add_tile, merge, no_statistics, pair_statistics
 from diht_jax.losses.tiles import at, product, put, varying_axes, varying_over, zeros
@@ -47,6 +54,7 @@ def streaming_loss(
     objective: Objective,
     axis_name: AxisName,
     pair_ids: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
     tile: int | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """The losses of the local rows in both directions, summed.
@@ -59,6 +67,7 @@ def streaming_loss(
         axis_name: mesh axes that the batch is split over, or None.
         pair_ids: integer [b, k], equal in all columns for equal pairs; they travel with the texts.
             Given unless `objective.equal_pairs` is "negative".
+        row_weights: [b], of the losses of the rows, both directions; constants.
         tile: side of a tile, at most; None for `tile_of_block`.
 
     Returns:
@@ -73,6 +82,7 @@ def streaming_loss(
         jnp.asarray(logit_scale, dtype),
         tuple(jnp.asarray(value, dtype) for value in scalars),
         pair_ids,
+        row_weights,
     )
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
@@ -89,11 +99,12 @@ def _ring_loss(
     scale: jax.Array,
     scalars: tuple[jax.Array, ...],
     pair_ids: jax.Array | None,
+    row_weights: jax.Array | None,
 ) -> tuple[jax.Array, PairStatistics]:
-    return _forward(ring, image_emb, text_emb, scale, scalars, pair_ids)[0]
+    return _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights)[0]
 
 
-def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids):
+def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
     objective = ring.objective
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     no_positives = zeros(own_texts[0].shape[:2], scale)
@@ -135,26 +146,86 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids):
             lambda one, other: merge(objective, one, other, scalars),
             [at(parts, member) for member in range(ring.group)],
         )
+    if objective.num_weighted_sums:
+        image_statistics, text_statistics = _with_weighted_sums(
+            ring, (images, image_ids), own_texts, scale, scalars, image_statistics, text_statistics
+        )
     finish = functools.partial(
         objective.finish, positives=positives, scalars=scalars, num_pairs=ring.num_pairs
     )
     image_losses, image_slopes = finish(image_statistics)
     text_losses, text_slopes = finish(text_statistics)
+    if row_weights is not None:
+        image_losses, text_losses = row_weights * image_losses, row_weights * text_losses
     loss = jnp.sum(image_losses) + jnp.sum(text_losses)
     statistics = pair_statistics(positives, image_statistics, text_statistics, scale)
-    residuals = (image_emb, text_emb, scale, scalars, pair_ids, image_slopes, text_slopes)
-    return (loss, statistics), residuals
+    arguments = (image_emb, text_emb, scale, scalars, pair_ids, row_weights)
+    return (loss, statistics), (*arguments, image_slopes, text_slopes)
+
+
+def _with_weighted_sums(
+    ring: Ring,
+    images: tuple[jax.Array, jax.Array | None],
+    own_texts: tuple[jax.Array, jax.Array | None],
+    scale: jax.Array,
+    scalars: Scalars,
+    *statistics: RowStatistics,
+) -> list[RowStatistics]:
+    """The statistics of images and texts with `weighted`: another tour of the texts."""
+    objective = ring.objective
+    image_weighing, text_weighing = (
+        objective.weigh(part, scalars, ring.num_pairs) for part in statistics
+    )
+    image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(image_weighing))
+    text_tiles = jax.tree.map(ring.texts.split, text_weighing)
+    no_images, no_texts = (
+        (zeros(tiles[0].shape, scale),) * objective.num_weighted_sums
+        for tiles in (image_tiles, text_tiles)
+    )
+
+    def add_block(rounds, block, text_tiles, image_sums):
+        texts, text_ids = block
+
+        def one_tile(i, j, carry):
+            logits = scale * inner_products(at(images[0], i), at(texts, j))
+            masks = ring.masks(rounds, i, j, at(images[1], i), at(text_ids, j))
+            parts = (
+                objective.accumulate_weighted(
+                    at(tiles, index), logits, masks.is_negative, axis, scalars
+                )
+                for tiles, index, axis in ((text_tiles, j, 0), (image_tiles, i, 1))
+            )
+            return tuple(
+                put(sums, jax.tree.map(jnp.add, at(sums, index), part), index)
+                for sums, part, index in zip(carry, parts, (j, i), strict=True)
+            )
+
+        return ring.for_each_tile(one_tile, (no_texts, image_sums))
+
+    text_sums, image_sums = ring.tour(
+        add_block,
+        own_texts,
+        rows=text_tiles,
+        sums=no_texts,
+        stays=no_images,
+        merge=functools.partial(jax.tree.map, jnp.add),
+    )
+    image_sums = jax.tree.map(ring.images.join, image_sums)
+    if ring.group > 1:
+        image_sums = jax.tree.map(lambda parts: jnp.sum(parts, 0), ring.exchange_rows(image_sums))
+    sums = image_sums, jax.tree.map(ring.texts.join, text_sums)
+    return [part._replace(weighted=each) for part, each in zip(statistics, sums, strict=True)]
 
 
 def _backward(ring, residuals, cotangents):
-    image_emb, text_emb, scale, scalars, pair_ids, image_slopes, text_slopes = residuals
+    *arguments, image_slopes, text_slopes = residuals
+    image_emb, text_emb, scale, scalars, pair_ids, row_weights = arguments
     loss_grad, _ = cotangents
     objective = ring.objective
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     # The derivatives scale with the cotangent of the device that a row belongs to.
-    image_slopes, text_slopes = (
-        _scaled(slopes, loss_grad) for slopes in (image_slopes, text_slopes)
-    )
+    factor = loss_grad if row_weights is None else loss_grad * row_weights
+    image_slopes, text_slopes = (_scaled(slopes, factor) for slopes in (image_slopes, text_slopes))
     of_partners = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_partners[0]))
     text_tiles = jax.tree.map(ring.texts.split, of_partners[1])
@@ -197,6 +268,7 @@ def _backward(ring, residuals, cotangents):
         (scale * text_grads).astype(text_emb.dtype),
         scale_grad,
         _scalar_grads(objective, image_slopes, text_slopes, second_pass),
+        None,
         None,
     )
 

@@ -75,6 +75,7 @@ RANGES = {
     "lora.alpha": _POSITIVE,
     "loss.alpha": Range(0, 1),
     "loss.beta": _NOT_NEGATIVE,
+    "loss.noise_share": Range(0, 0.5),
     "concepts.object_weight": _NOT_NEGATIVE,
     "concepts.attribute_weight": _NOT_NEGATIVE,
     "concepts.num_objects": _COUNT,

@@ -49,7 +49,7 @@ from diht_jax.training.multihost import (
     gather_texts,
     share_from_first,
 )
-from diht_jax.training.objective import bind_data, num_labels, teacher_width
+from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, teacher_width
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
@@ -231,6 +231,8 @@ class Run:
             vocabulary_sizes=sizes,
             teacher_width=teacher_width(config),
             caption_choice=choice,
+            pair_ids=needs_pair_ids(config),
+            class_key=config.data.class_key,
         )
         return open_mixture(
             config.data,

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.losses.contrastive import IMPLS, OLD_IMPLS
+from diht_jax.losses.noise import check_noise_share
 from diht_jax.losses.objective import Objective
 from diht_jax.losses.registry import LOSSES
 from diht_jax.losses.sharded import sharded_loss
@@ -63,6 +64,23 @@ def num_labels(config: ml_collections.ConfigDict) -> int:
 def teacher_width(config: ml_collections.ConfigDict) -> int:
     """Size of the CLIP teachers' embeddings that the terms read of a record; 0 for none."""
     return max((term.teacher_width for term in active_terms(config)), default=0)
+
+
+def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
+    """Whether the contrastive loss asks which pairs of a batch are equal.
+
+    Raises:
+        ValueError: records have a class by `config.data.class_key`, which nothing asks for.
+    """
+    settings = LOSSES[config.loss.kind].settings if config.loss.kind in LOSSES else {}
+    needed = "equal_pairs" in settings and config.loss.equal_pairs != "negative"
+    if config.data.class_key is not None and not needed:
+        raise ValueError(
+            f"config.data.class_key='{config.data.class_key}' names equal pairs, but "
+            f"config.loss.kind='{config.loss.kind}' with config.loss.equal_pairs="
+            f"'{config.loss.equal_pairs}' does not ask; expected 'mask' or 'positive'"
+        )
+    return needed
 
 
 def with_objective_parameters(
@@ -113,11 +131,62 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
         known = ", ".join(("auto", *IMPLS))
         raise ValueError(f"config.loss.impl='{section.impl}': expected one of {known}")
     loss = LOSSES[section.kind]
+    settings = _settings(loss, section)
     try:
-        loss.create(**_settings(loss, section), **loss.parameters)
+        check_noise_share(section.noise_share)
+        loss.create(**settings, **loss.parameters)
     except ValueError as error:
         raise ValueError(f"config.loss.{error}") from error
+    for name in loss.scheduled:
+        for value in _points_of(section, name)[1]:
+            try:
+                loss.create(**{**settings, name: value}, **loss.parameters)
+            except ValueError as error:
+                raise ValueError(f"config.loss.{name}_schedule: {error}") from error
     return loss
+
+
+def scheduled_settings(
+    section: ml_collections.ConfigDict, step: jax.Array | int
+) -> dict[str, jax.Array]:
+    """The settings of the contrastive loss that have a schedule, as it has them at a step.
+
+    Args:
+        section: `config.loss`; each schedule is a list of points (step, value), between which
+            values are on a line, and before and behind which they stay.
+        step: updates done before; may be traced, so that one program serves all steps.
+    """
+    found = {}
+    for name in LOSSES[section.kind].scheduled:
+        steps, values = _points_of(section, name)
+        if steps:
+            found[name] = jnp.interp(
+                jnp.asarray(step, jnp.float32), *map(jnp.asarray, (steps, values))
+            )
+    return found
+
+
+def _points_of(
+    section: ml_collections.ConfigDict, name: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Steps and values of a schedule, both empty without one.
+
+    Raises:
+        ValueError: it is no list of points, or steps do not rise.
+    """
+    points = section[f"{name}_schedule"]
+    try:
+        steps, values = (
+            zip(*((float(s), float(v)) for s, v in points), strict=True) if points else ((), ())
+        )
+    except (TypeError, ValueError):
+        steps = None
+    if steps is None or any(step < 0 for step in steps) or list(steps) != sorted(set(steps)):
+        raise ValueError(
+            f"config.loss.{name}_schedule={points!r:.200}: expected points (step, value) of rising "
+            "steps, such as ((0, 0.0), (10000, 0.25))"
+        )
+    return steps, values
 
 
 def optimizer_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -136,6 +205,7 @@ def total_loss(
     terms: Sequence[Term],
     mesh: Mesh,
     config: ml_collections.ConfigDict,
+    step: jax.Array | int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """The weighted sum of all losses of the global batch, and metrics.
 
@@ -146,12 +216,14 @@ def total_loss(
         terms: of `active_terms`.
         mesh: axes `data` and `fsdp`.
         config: the whole training config.
+        step: updates done before, for schedules.
 
     Returns:
         Scalar loss, and the metrics of `sharded_loss`; with terms `loss` is the sum, and its parts
         stand beside it.
     """
     loss = LOSSES[config.loss.kind]
+    scheduled = scheduled_settings(config.loss, step)
     total, metrics = sharded_loss(
         loss,
         encoded["image_emb"],
@@ -162,7 +234,11 @@ def total_loss(
         mesh=mesh,
         axis_names=sharding.BATCH_AXES,
         impl=config.loss.impl,
+        pair_ids=examples.get("pair_ids"),
+        noise_share=config.loss.noise_share,
+        scheduled=scheduled,
     )
+    metrics.update(scheduled)
     if not terms:
         return total, metrics
     metrics["contrastive_loss"] = metrics["loss"]

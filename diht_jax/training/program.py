@@ -24,6 +24,7 @@ from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.multihost import first_text
 from diht_jax.training.objective import (
+    needs_pair_ids,
     num_labels,
     optimizer_config,
     teacher_width,
@@ -50,6 +51,7 @@ class TrainProgram:
         optimizer: as configured.
         num_labels: the teacher's labels of each kind that the step reads from a record.
         teacher_width: size of the CLIP teachers' embeddings that it reads.
+        pair_ids: whether the step reads which pairs of a batch are equal.
         keeps_ema: whether the state has a moving average of the parameters.
     """
 
@@ -86,6 +88,7 @@ class TrainProgram:
         self.init_params = with_objective_parameters(init_params, config, self.arch)
         self.num_labels = num_labels(config)
         self.teacher_width = teacher_width(config)
+        self.pair_ids = needs_pair_ids(config)
 
     def create_state(self) -> TrainState:
         """The state before the first step, on the devices."""
@@ -105,6 +108,8 @@ class TrainProgram:
             "images": ((side, side, 3), jnp.uint8),
             "tokens": ((self.arch.context_length,), jnp.int32),
         }
+        if self.pair_ids:
+            fields["pair_ids"] = (2,), jnp.uint32
         if self.num_labels:
             for ids, probs in CONCEPT_FIELDS:
                 fields[ids] = (self.num_labels,), jnp.int32

@@ -193,7 +193,9 @@ def loss_gradients(
         params = merge_parameters(trained, frozen)
         encoded = dict(encoded)
         packed = encoded.pop(PACKED_TEXTS, None)
-        loss, metrics = total_loss(encoded, params, examples, terms=terms, mesh=mesh, config=config)
+        loss, metrics = total_loss(
+            *(encoded, params, examples), terms=terms, mesh=mesh, config=config, step=state.step
+        )
         if packed is not None:
             metrics[PACKED_TEXTS] = jnp.mean(packed)
         return loss, metrics

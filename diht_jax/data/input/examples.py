@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
+import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -38,6 +40,8 @@ class DecodeExample(grain.transforms.RandomMap):
         vocabulary_sizes: Sequence[int] | None = None,
         teacher_width: int = 0,
         caption_choice: CaptionChoice | None = None,
+        pair_ids: bool = False,
+        class_key: str | None = None,
     ):
         """Settings, as in `config.data`.
 
@@ -52,6 +56,8 @@ class DecodeExample(grain.transforms.RandomMap):
                 with an id beyond them is bad. None where that is not known.
             teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
             caption_choice: draws one of a record's captions; None takes the first.
+            pair_ids: examples have ids that are equal for equal texts.
+            class_key: of the metadata; records with this key have the id of its value instead.
 
         Raises:
             ValueError: a template without a caption.
@@ -68,6 +74,8 @@ class DecodeExample(grain.transforms.RandomMap):
         self._teacher_width = teacher_width
         self._clip_manifest: Manifest | None = None
         self._caption_choice = caption_choice
+        self._pair_ids = pair_ids
+        self._class_key = class_key
         self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
 
     def for_source(
@@ -104,7 +112,7 @@ class DecodeExample(grain.transforms.RandomMap):
     def example_bytes(self) -> int:
         """Size of one example."""
         num_bytes = 3 * self._image_size**2 + 4 * self._context_length
-        num_bytes += 4 * self._teacher_width
+        num_bytes += 4 * self._teacher_width + 8 * self._pair_ids
         return num_bytes + 8 * self._num_concepts * len(schema.CONCEPT_FIELDS)
 
     def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -118,7 +126,8 @@ class DecodeExample(grain.transforms.RandomMap):
             `images` uint8 [size, size, 3] and `tokens` int32 [t]; with concepts also
             `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
             `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
-            where it has none. With a width of teachers also what `fixed_crops.take_view` gives.
+            where it has none. With a width of teachers also what `fixed_crops.take_view` gives;
+            with ids also `pair_ids` uint32 [2].
 
         Raises:
             ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
@@ -157,6 +166,9 @@ class DecodeExample(grain.transforms.RandomMap):
             caption = self._caption_choice.choose(record, rng.random(), position)
         text = self._text_template.replace(_CAPTION, caption)
         example = {"tokens": tokenizer.tokenize(text, self._context_length)[0], **view}
+        if self._pair_ids:
+            found = None if self._class_key is None else record.metadata.get(self._class_key)
+            example["pair_ids"] = pair_id(example["tokens"], found)
         if self._num_concepts:
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
@@ -193,6 +205,25 @@ class DecodeExample(grain.transforms.RandomMap):
         image = images.decode_rgb(data)
         crop = transforms.train_transform(image, self._image_size, rng, self._crop_scale)
         return lambda: crop
+
+
+def pair_id(tokens: np.ndarray, class_id: Any = None) -> np.ndarray:
+    """A hash of 64 bits that equal pairs share, as two words: JAX has no uint64 by default.
+
+    Two of the 2e9 combinations of a batch of 65,536 agree by chance once in 1e10 batches.
+
+    Args:
+        tokens: int [t], of the text.
+        class_id: what names the class, as JSON has it, in place of the text; None without one.
+
+    Returns:
+        uint32 [2].
+    """
+    data, kind = np.asarray(tokens, "<i4").tobytes(), b"text"
+    if class_id is not None:
+        data, kind = json.dumps(class_id, sort_keys=True).encode(), b"class"
+    digest = hashlib.blake2b(data, digest_size=8, person=kind).digest()
+    return np.frombuffer(digest, "<u4").astype(np.uint32)
 
 
 def _decode_pixels(

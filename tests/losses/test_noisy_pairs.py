@@ -1,4 +1,7 @@
-"""Equal pairs of a batch, masked or as positives, against the formula in float64, on any mesh."""
+"""Equal pairs masked or as positives, capped weights, doubted pairs: the formulas in float64.
+
+On groups, rings and gathered, with gradients; and what a batch without any negative does.
+"""
 
 import functools
 
@@ -9,6 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
 from diht_jax.losses.dense import dense_loss
+from diht_jax.losses.noise import right_probabilities
 from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax
 from diht_jax.losses.streaming import streaming_loss
@@ -19,6 +23,7 @@ AXES = ("data", "fsdp")
 GROUPS = np.random.default_rng(3).permutation(np.repeat(np.arange(17), [1] * 6 + [2] * 5 + [4] * 6))
 IDS = np.stack([GROUPS // 5, GROUPS % 5], axis=1).astype(np.uint32)
 IS_EQUAL = GROUPS[:, None] == GROUPS[None, :]
+ROW_WEIGHTS = np.random.default_rng(4).uniform(0, 2, NUM_PAIRS)
 
 
 @functools.cache
@@ -31,7 +36,7 @@ def pairs():
     return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image_emb, text_emb))
 
 
-def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs):
+def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs, max_weight, constant=False):
     """The formulas as they are printed; leading axes are batched, and inputs may be complex."""
     logits = scale[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
     negative = ~IS_EQUAL
@@ -40,12 +45,14 @@ def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs):
     def direction(s):
         tilt = np.exp(beta[..., None, None] * s) * negative
         weights = negative.sum(-1, keepdims=True) * tilt / tilt.sum(-1, keepdims=True)
+        weights = weights.real if constant else weights
+        weights = np.where(weights.real < (max_weight or np.inf), weights, max_weight or 0)
         exps = np.exp(s)
         denominators = alpha[..., None] * (exps * positive).sum(-1) + (
             weights * exps * negative
         ).sum(-1)
         losses = -(np.log(exps / denominators[..., None]) * positive).sum(-1) / positive.sum(-1)
-        return losses.sum(-1)
+        return (ROW_WEIGHTS * losses).sum(-1)
 
     return direction(logits) + direction(np.swapaxes(logits, -1, -2))
 
@@ -55,7 +62,7 @@ def sigmoid_formula(image_emb, text_emb, scale, bias, equal_pairs):
     positive = IS_EQUAL if equal_pairs == "positive" else np.eye(NUM_PAIRS, dtype=bool)
     signs = np.where(positive, 1, np.where(IS_EQUAL, 0, -1))
     losses = np.log(1 + np.exp(-signs * (logits + bias[..., None, None]))) * (signs != 0)
-    return 2 * losses.sum((-2, -1))
+    return ((ROW_WEIGHTS + ROW_WEIGHTS[:, None]) * losses).sum((-2, -1))
 
 
 def complex_step(formula, *arguments):
@@ -73,17 +80,21 @@ def differentiate(loss_fn, objective, mesh_shape):
     devices = np.asarray(jax.devices()[: np.prod(mesh_shape)]).reshape(mesh_shape)
     rows, whole = PartitionSpec(AXES), PartitionSpec()
 
-    def local(image_emb, text_emb, scale, scalars, ids):
+    def local(image_emb, text_emb, scale, scalars, ids, row_weights):
         loss, _ = loss_fn(
             *(image_emb, text_emb, scale, scalars),
             objective=objective,
             axis_name=AXES,
             pair_ids=ids,
+            row_weights=row_weights,
         )
         return jax.lax.psum(loss, AXES)
 
     mapped = jax.shard_map(
-        local, mesh=Mesh(devices, AXES), in_specs=(rows, rows, whole, whole, rows), out_specs=whole
+        local,
+        mesh=Mesh(devices, AXES),
+        in_specs=(rows, rows, whole, whole, rows, rows),
+        out_specs=whole,
     )
     return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1, 2, 3)))
 
@@ -96,16 +107,30 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("equal_pairs", ["mask", "positive"])
-def test_softmax_is_the_formula(equal_pairs, form):
-    objective = Softmax(weighted=True, differentiate_beta=True, equal_pairs=equal_pairs)
+@pytest.mark.parametrize(
+    "equal_pairs, max_weight, constant, form",
+    [
+        ("mask", 1.5, False, "groups"),
+        ("mask", 1.5, True, "ring"),
+        ("mask", 1.5, False, "gathered"),
+        ("positive", None, False, "groups"),
+        ("positive", 1.5, False, "ring"),
+        ("positive", None, False, "gathered"),
+    ],
+)
+def test_softmax_is_the_formula(equal_pairs, max_weight, constant, form):
+    settings = {"equal_pairs": equal_pairs, "max_weight": max_weight}
+    objective = Softmax(
+        weighted=True, stop_weight_gradient=constant, differentiate_beta=True, **settings
+    )
     with jax.enable_x64(True):
         step = differentiate(FORMS[form][0], objective, FORMS[form][1])
         for scale, alpha, beta in ((20.0, 0.9, 0.5), (5.0, 1.0, 0.0)):
-            value, (*grads, (by_alpha, by_beta)) = step(*pairs(), scale, (alpha, beta), IDS)
+            value, (*grads, (by_alpha, by_beta)) = step(
+                *(*pairs(), scale, (alpha, beta), IDS, ROW_WEIGHTS)
+            )
             expected, expected_grads = complex_step(
-                functools.partial(defining_loss, equal_pairs=equal_pairs),
+                functools.partial(defining_loss, constant=constant, **settings),
                 *(*pairs(), np.float64(scale), np.float64(alpha), np.float64(beta)),
             )
             np.testing.assert_allclose(value, expected, rtol=1e-11)
@@ -113,13 +138,11 @@ def test_softmax_is_the_formula(equal_pairs, form):
                 np.testing.assert_allclose(grad, other, atol=1e-10 * np.max(np.abs(other)))
 
 
-@pytest.mark.parametrize(
-    "equal_pairs, form", [("mask", "gathered"), ("positive", "groups"), ("positive", "gathered")]
-)
+@pytest.mark.parametrize("equal_pairs, form", [("positive", "groups"), ("mask", "gathered")])
 def test_sigmoid_is_the_formula(equal_pairs, form):
     with jax.enable_x64(True):
         step = differentiate(FORMS[form][0], Sigmoid(equal_pairs), FORMS[form][1])
-        value, (*grads, (by_bias,)) = step(*pairs(), 5.0, (-2.0,), IDS)
+        value, (*grads, (by_bias,)) = step(*pairs(), 5.0, (-2.0,), IDS, ROW_WEIGHTS)
     expected, expected_grads = complex_step(
         functools.partial(sigmoid_formula, equal_pairs=equal_pairs),
         *(*pairs(), np.float64(5), np.float64(-2)),
@@ -146,10 +169,10 @@ def test_without_any_negative_nothing_is_lost_and_nothing_is_learnt(impl):
 def test_equal_texts_are_no_wrong_partners_in_the_metrics():
     mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
     image_emb = np.float32(np.eye(4)[[0, 0, 1, 2]])
-    objective = functools.partial(contrastive_objective, mesh=mesh)
+    objective = jax.jit(functools.partial(contrastive_objective, mesh=mesh))
     metrics = objective(image_emb, image_emb, 20.0, pair_ids=np.int32([7, 7, 1, 2]))[1]
+    # Of the four, the first two would each be a tie.
     assert metrics["i2t_accuracy"] == 1 and metrics["equal_pairs"] == 0.5
-    assert objective(image_emb, image_emb, 20.0)[1]["i2t_accuracy"] == 0.75
 
 
 @pytest.mark.parametrize(
@@ -165,3 +188,78 @@ def test_wrong_ids_are_named(ids, equal_pairs, message):
     for loss_fn in (contrastive_loss, functools.partial(sigmoid_loss, logit_bias=-1.0)):
         with pytest.raises(ValueError, match=message):
             loss_fn(emb, emb, 1.0, pair_ids=ids, equal_pairs=equal_pairs)
+
+
+def test_without_equal_pairs_the_cap_is_the_formula(monkeypatch):
+    image_emb, text_emb = (np.float32(x) for x in pairs())
+    monkeypatch.setattr(f"{__name__}.IS_EQUAL", np.eye(NUM_PAIRS, dtype=bool))
+    monkeypatch.setattr(f"{__name__}.ROW_WEIGHTS", 1 / 2 / NUM_PAIRS)
+    arguments = (*pairs(), np.float64(20), np.float64(1), np.float64(0.5), "mask")
+    step = jax.jit(functools.partial(contrastive_loss, beta=0.5, max_weight=2.0))
+    np.testing.assert_allclose(
+        step(image_emb, text_emb, 20.0), defining_loss(*arguments, max_weight=2.0), rtol=1e-5
+    )
+
+
+def test_right_probabilities_are_bayes_rule_on_any_mesh_and_in_any_order():
+    noise_share = 0.25
+    image_emb, text_emb = pairs()
+    similarities = image_emb @ text_emb.T
+    wrong, variance = similarities.mean(), similarities.var()
+    right = wrong + (np.diagonal(similarities).mean() - wrong) / (1 - noise_share)
+
+    def density(mean):
+        return np.exp(-((np.diagonal(similarities) - mean) ** 2) / (2 * variance))
+
+    of_right, of_wrong = (1 - noise_share) * density(right), noise_share * density(wrong)
+    expected = of_right / (of_right + of_wrong)
+    assert expected.min() < 0.2 < 0.8 < expected.max()
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), AXES)
+    rows = PartitionSpec(AXES)
+    on_mesh = jax.shard_map(
+        functools.partial(right_probabilities, noise_share=noise_share, axis_name=AXES),
+        mesh=mesh,
+        in_specs=(rows, rows),
+        out_specs=rows,
+    )
+    order = np.random.default_rng(0).permutation(NUM_PAIRS)
+    found = np.asarray(jax.jit(on_mesh)(*(np.float32(x[order]) for x in pairs())))
+    np.testing.assert_allclose(found, expected[order], rtol=1e-4)
+    # Where right pairs do not stand out, all are alike: so the loss is what it is without weights.
+    opposed = jax.jit(on_mesh)(np.float32(image_emb), np.float32(-text_emb))
+    np.testing.assert_allclose(opposed, 1 - noise_share, rtol=1e-6)
+
+
+def test_doubted_pairs_count_less():
+    """The loss of the whole is the mean of the pairs' losses weighted by the probabilities."""
+    image_emb, text_emb = (np.float32(x) for x in pairs())
+    objective, scalars = Softmax.create(0.9, 0.25, False)
+
+    @jax.jit
+    def by_hand():
+        probabilities = right_probabilities(image_emb, text_emb, 0.25, None)
+        weights = probabilities / probabilities.sum() / 2
+        settings = {"objective": objective, "axis_name": None, "row_weights": weights}
+        return dense_loss(image_emb, text_emb, 20.0, scalars, **settings)[0], probabilities
+
+    expected, probabilities = by_hand()
+    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
+    settings = {"alpha": 0.9, "beta": 0.25, "noise_share": 0.25}
+    loss, metrics = jax.jit(functools.partial(contrastive_objective, mesh=mesh, **settings))(
+        image_emb, text_emb, 20.0
+    )
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics["doubted_pairs"] == np.mean(probabilities < 0.5) > 0
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"max_weight": 1.0}, "max_weight: expected a number above 1, or None, got 1.0"),
+        ({"noise_share": 0.6}, r"noise_share: expected a number in \[0, 0.5\], .* got 0.6"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message):
+    emb = np.eye(4, dtype=np.float32)
+    with pytest.raises(ValueError, match=message):
+        contrastive_loss(emb, emb, 1.0, beta=0.5, **setting)
