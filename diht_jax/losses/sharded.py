@@ -139,7 +139,8 @@ def sharded_loss(
 
     def on_device(image_emb, text_emb, pair_ids, logit_scale, learnt, scheduled):
         objective, scalars = loss.create(**{**settings, **scheduled}, **learnt)
-        objective = objective.with_constant_settings()
+        if scheduled:
+            objective = objective.with_constant_settings()
         value, statistics = mean_loss(
             objective,
             scalars,
