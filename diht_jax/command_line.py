@@ -71,6 +71,7 @@ def define_model_flags() -> None:
     flags.DEFINE_integer(
         "context_length", None, "Stretch the text positions to so many tokens; unset: the model's."
     )
+    flags.DEFINE_integer("dim", None, "First numbers of the embeddings to take; unset: all.")
     flags.DEFINE_list(
         "architecture", [], "What a bare weight file does not hold: activation=quick_gelu,..."
     )
@@ -84,6 +85,7 @@ def model_options() -> dict[str, Any]:
         "ema": given.ema,
         "image_size": given.image_size,
         "context_length": given.context_length,
+        "dim": given.dim,
         "architecture": parse_fields(given.architecture),
     }
 

@@ -151,6 +151,12 @@ def default_config() -> ml_collections.ConfigDict:
     c.loss.noise_share = 0.0
     c.loss.update(default_settings())  # such as alpha and beta; see losses/softmax.py
 
+    # The loss of the first numbers of the embeddings as well, such as (64, 128, 256), each with a
+    # weight; () weighs them like the whole embeddings, by 1: losses/nested.py.
+    c.matryoshka = ml_collections.ConfigDict()
+    c.matryoshka.sizes = ()
+    c.matryoshka.weights = ()
+
     # Terms of the objective beside the contrastive loss: `concepts`; see training/objectives/.
     for name, term in TERMS.items():
         # Copied, for placeholders would be shared with every other config.

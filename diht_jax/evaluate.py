@@ -122,6 +122,7 @@ def evaluate_model(
     ema: bool = False,
     image_size: int | None = None,
     context_length: int | None = None,
+    dim: int | None = None,
     architecture: dict[str, Any] | None = None,
     batch_size: int = 256,
     num_threads: int | None = None,
@@ -132,7 +133,7 @@ def evaluate_model(
     """Evaluates a model on tasks; the results file is complete after every task.
 
     Args:
-        model, step, ema, image_size, context_length, architecture: of `load_model`.
+        model, step, ema, image_size, context_length, dim, architecture: of `load_model`.
         tasks: of `parse_tasks`.
         output: the results file (JSON).
         batch_size, num_threads, limit, num_resamples: of `evaluate_task`.
@@ -153,6 +154,7 @@ def evaluate_model(
         ema=ema,
         image_size=image_size,
         context_length=context_length,
+        dim=dim,
         architecture=architecture,
         batch_size=batch_size,
         devices=jax.devices(),
@@ -195,6 +197,7 @@ def _describe_run(model: str, loaded: LoadedModel, *, ema: bool) -> dict[str, An
         "fingerprint": loaded.fingerprint(),
         "image_size": loaded.image_size,
         "context_length": loaded.context_length,
+        "embed_dim": loaded.embed_dim,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "devices": jax.device_count(),
         "device_kind": jax.local_devices()[0].device_kind,

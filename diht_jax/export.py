@@ -53,6 +53,7 @@ def export_model(
     ema: bool = False,
     image_size: int | None = None,
     context_length: int | None = None,
+    dim: int | None = None,
     architecture: dict[str, Any] | None = None,
     dtype: str = "float32",
     keep_heads: bool = False,
@@ -65,7 +66,7 @@ def export_model(
         model: released name, work directory or weight file, as `load_model` takes it.
         format: "clip", "open_clip", "huggingface" or "safetensors".
         output: directory to make; must be empty where it exists.
-        step, ema, image_size, context_length, architecture: of `load_model`.
+        step, ema, image_size, context_length, dim, architecture: of `load_model`.
         dtype: of the stored parameters.
         keep_heads: keep the concept heads that the model has.
         results: files of `diht_jax.evaluate` for the card.
@@ -97,6 +98,7 @@ def export_model(
         ema=ema,
         image_size=image_size,
         context_length=context_length,
+        dim=dim,
         architecture=architecture,
     )
     if source.is_run:

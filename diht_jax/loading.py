@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from diht_jax import sharding
 from diht_jax.config import ARCHITECTURE_FIELDS, default_config
 from diht_jax.inference import LoadedModel
-from diht_jax.models.parameters import model_definition
+from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.workdir.stored_run import local_run
@@ -65,6 +65,7 @@ def load_model(
     ema: bool = False,
     image_size: int | None = None,
     context_length: int | None = None,
+    dim: int | None = None,
     architecture: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     batch_size: int = 256,
@@ -85,6 +86,8 @@ def load_model(
         image_size: pixels; position embeddings are resized to it. None keeps the model's.
         context_length: tokens of a text; position embeddings are stretched to it, or cut
             (`models.positions.stretch_positions`). None keeps the model's.
+        dim: how many first numbers of the embeddings to take, at unit length; for models that
+            were trained with `config.matryoshka.sizes`. None takes all.
         architecture: fields of `models.Architecture` that a bare weight file does not hold, such
             as `{"activation": "quick_gelu"}`.
         dtype: of the computation, "float32" or "bfloat16"; as trained by default, and float32 for
@@ -106,6 +109,7 @@ def load_model(
         ema=ema,
         image_size=image_size,
         context_length=context_length,
+        dim=dim,
         architecture=architecture,
         mesh=mesh,
     )
@@ -146,19 +150,67 @@ def read_model(
     ema: bool = False,
     image_size: int | None = None,
     context_length: int | None = None,
+    dim: int | None = None,
     architecture: Mapping[str, Any] | None = None,
     mesh: Mesh | None = None,
 ) -> ModelFiles:
     """Reads what `load_model` loads.
 
     Args:
-        name_or_path, step, ema, image_size, context_length, architecture: of `load_model`.
+        name_or_path, step, ema, image_size, context_length, dim, architecture: of `load_model`.
         mesh: where the parameters of a work directory go; one device by default.
 
     Raises:
         ValueError: as `load_model`.
     """
-    name = os.fspath(name_or_path)
+    model = _read_whole(
+        os.fspath(name_or_path),
+        step=step,
+        ema=ema,
+        image_size=image_size,
+        context_length=context_length,
+        architecture=architecture,
+        mesh=mesh,
+    )
+    return model if dim is None else _with_dim(model, dim)
+
+
+def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
+    """The model whose embeddings are the first numbers of those of a model, at unit length.
+
+    Embeddings are made to unit length after the projections, so these need less columns only.
+    """
+    width = model.arch.embed_dim
+    if not 1 <= dim <= width:
+        raise ValueError(f"{model.path}: dim={dim}; expected 1 to {width}, the embeddings' size")
+    towers = {}
+    for tower in TOWERS:
+        kernel = model.params[tower]["projection"]["kernel"][:, :dim]
+        projection = {**model.params[tower]["projection"], "kernel": kernel}
+        towers[tower] = {**model.params[tower], "projection": projection}
+    config = model.config.copy_and_resolve_references()
+    config.model.overrides.embed_dim = dim
+    return dataclasses.replace(
+        model,
+        arch=dataclasses.replace(model.arch, embed_dim=dim),
+        params={**model.params, **towers},
+        # Heads on the whole embeddings have no place on a part of them.
+        heads={} if config.concepts.feature == "projected" else model.heads,
+        config=config,
+    )
+
+
+def _read_whole(
+    name: str,
+    *,
+    step: int | None,
+    ema: bool,
+    image_size: int | None,
+    context_length: int | None,
+    architecture: Mapping[str, Any] | None,
+    mesh: Mesh | None,
+) -> ModelFiles:
+    """As `read_model`, with all numbers of the embeddings."""
     folder = local_run(name, step)
     if is_run(folder):
         if architecture:

@@ -313,6 +313,20 @@ def test_work_directory_plain_and_averaged_with_its_card(workdir, tmp_path):
     assert "0.999" not in card
 
 
+def test_the_first_numbers_of_the_embeddings_are_a_model_of_their_own(source, tmp_path):
+    path, _, fields = source
+    whole, part = (load_model(path, architecture=fields, dim=dim) for dim in (None, 24))
+    export_model(str(path), "huggingface", tmp_path / "part", architecture=fields, dim=24)
+    expected = whole.encode_text(TEXTS)[:, :24].astype(np.float64)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    for model in (part, load_model(tmp_path / "part")):
+        assert model.embed_dim == 24
+        np.testing.assert_allclose(model.encode_text(TEXTS), expected, atol=1e-6)
+    assert part.fingerprint() != whole.fingerprint()
+    with pytest.raises(ValueError, match="dim=41; expected 1 to 40, the embeddings' size"):
+        load_model(path, architecture=fields, dim=41)
+
+
 def test_card_of_foreign_weights_says_what_is_not_known(source, exported):
     card = (exported / "huggingface" / "README.md").read_text()
     sha256 = read_weights(source[0], architecture=source[2]).sha256

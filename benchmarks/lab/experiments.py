@@ -53,6 +53,7 @@ WEB_PAIRS = 3000  # of a synthetic web, clean and noisy, as in the demo
 # The demo's student is the lab's; beta is 0 where an experiment does not set it.
 _DEMO = "configs/demo.py"
 _EXAMPLES = demo.get_config().total_examples
+_BATCH_SIZE = demo.get_config().data.batch_size
 _INFO_NCE = {ALPHA: 1.0, BETA: 0.0}
 STUDENTS = {
     "web": Student(_DEMO, _INFO_NCE, "scenes", "scenes/r10", 55),
@@ -62,6 +63,8 @@ STUDENTS = {
     "tuned": Student(
         "configs/cifar10_finetune.py", {"total_examples": 30_720}, "cifar10", "cifar10/top1", 60
     ),
+    # Measured once more by the first numbers of its embeddings, which are 128.
+    "sizes": Student(_DEMO, _INFO_NCE, "sizes", "scenes/r10", 60),
     "emoji": Student(
         _DEMO,
         {
@@ -181,6 +184,10 @@ BLOCKS = {
     "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
     "fine_tuning": ("Fine-tuning", "Does a start from web pairs help on photos, and do adapters "
                     "or the image projection do as well as all parameters?"),
+    "optimizer": ("Optimisers", "Does Muon help at the rates of AdamW, and does a constant rate "
+                  "with a final decay cost anything against a cosine?"),
+    "sizes": ("Sizes of embeddings", "What do the first 16 or 32 of 128 numbers know, and what "
+              "does that cost the whole?"),
     "order": ("Order", "Does an order by blocks cost anything?"),
     "grid": ("Hyper-parameters", "Which learning rate, decay, alpha, beta and concept weights?"),
     "b32": ("Hyper-parameters of B/32", "The same with a B/32 on data of your own."),
@@ -379,6 +386,18 @@ FINE_TUNING = [
         init_from="raw",
     ),
 ]
+# The last fifth of the steps, for the decay.
+_WSD = {"optimizer.schedule": "wsd", "optimizer.decay_steps": _EXAMPLES // _BATCH_SIZE // 5}
+OPTIMIZER = [
+    Experiment("cat_muon", "cat", {"optimizer.kind": "muon"}, seeds=8),
+    Experiment("cat_wsd", "cat", _WSD, seeds=8),
+]
+CUT_SIZES = (16, 32)
+SIZES = [
+    Experiment("cat_sizes", "cat", seeds=8, student="sizes"),
+    Experiment("cat_sizes_matryoshka", "cat", {"matryoshka.sizes": (16, 32, 64)}, seeds=8,
+               student="sizes"),
+]  # fmt: skip
 FEW_SHOT = [Experiment("unseen", "unseen", student="unseen")]
 # Blocks as small as the data: a batch is drawn from 512 records, a third of them.
 ORDER = [
@@ -430,6 +449,7 @@ EXPERIMENTS = {
     for experiment in (
         *FINE_TUNING,
         *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *AFFINITY, *EQUAL_CAPTIONS),
+        *(*OPTIMIZER, *SIZES),
         *(*CAPTIONS, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
         *COMPOSITION,
     )
@@ -587,6 +607,21 @@ _CAPTIONS_CONTRASTS = [
              "it costs more than a point", kind=NO_LOSS),
 ]  # fmt: skip
 _OTHER_CONTRASTS = [
+    Contrast("cat_muon", "cat", "optimizer", 0.01, "Muon helps at the learning rate and decay of "
+             "AdamW", "it gains less than a point"),
+    Contrast("cat_wsd", "cat", "optimizer", 0.01, "a constant rate with a decay in the last fifth "
+             "loses nothing against a cosine", "it loses more than a point", kind=NO_LOSS),
+    *(
+        Contrast("cat_sizes_matryoshka", "cat_sizes", "sizes", 0.02, f"a loss of their own helps "
+                 f"the first {size} numbers", "it gains less than two points: any numbers of an "
+                 "embedding do", metric=f"scenes_{size}/r10")
+        for size in CUT_SIZES
+    ),
+    Contrast("cat_sizes_matryoshka", "cat_sizes", "sizes", 0.01, "the losses of the first numbers "
+             "cost the whole embedding nothing", "they cost more than a point", kind=NO_LOSS),
+    Contrast("cat_sizes_matryoshka", "cat_sizes", "sizes", 0.01, "32 of 128 numbers with a loss of "
+             "their own are as good as the whole without", "they are worse by more than a point",
+             NO_LOSS, "scenes_32/r10", "scenes/r10"),
     *(
         Contrast(f"{kind}_{change}_cat", f"{kind}_{change}_raw", "noise", 0.02,
                  f"CAT helps with {'twice' if change == 'double' else 'half'} the share of "

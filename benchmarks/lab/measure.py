@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "measured",
         None,
-        "What is measured: scenes, composition, emoji, cifar10, unseen or given.",
+        "What is measured: scenes, sizes, composition, emoji, cifar10, unseen or given.",
     )
     flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
     flags.DEFINE_list("tasks", None, "As of diht_jax.evaluate; what is measured of 'given'.")
@@ -83,6 +83,20 @@ def measure_composition(model: Any, tests: Mapping[str, pathlib.Path]) -> Measur
         hits = found.is_right[np.isin(kinds, chosen)]
         metrics[f"composition/{name}"] = float(hits.mean())
         items[f"composition/{name}"] = [pack_bits(hits)]
+    return metrics, items
+
+
+def measure_sizes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Retrieval among the held-out scenes, by whole embeddings and by their first numbers."""
+    from benchmarks.lab.experiments import CUT_SIZES
+    from diht_jax.loading import load_model
+
+    source = tests["web"] / "val_retrieval.tar"
+    metrics, items = _retrieve(model, source, "scenes")
+    for size in CUT_SIZES:
+        part = load_model(flags.FLAGS.model, dim=size)
+        found = _retrieve(part, source, f"scenes_{size}")
+        metrics, items = metrics | found[0], items | found[1]
     return metrics, items
 
 
@@ -174,6 +188,7 @@ MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
     "emoji": measure_emoji,
     "cifar10": measure_photos,
     "unseen": measure_few_shot,
+    "sizes": measure_sizes,
     "given": measure_tasks,
 }
 

@@ -46,7 +46,12 @@ from diht_jax.config import default_config, load_recipe
 from diht_jax.progress import ProgressBar
 
 # Test data beside the shared folder, by what is measured.
-_TESTS = {"scenes": ("web",), "composition": ("web",), "unseen": ("unseen_shots",)}
+_TESTS = {
+    "scenes": ("web",),
+    "sizes": ("web",),
+    "composition": ("web",),
+    "unseen": ("unseen_shots",),
+}
 _PACKAGES = ("jax", "flax", "optax", "numpy", "pillow", "spacy", "easyocr")
 
 

@@ -19,9 +19,12 @@ How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from diht_jax.losses import nested
 from diht_jax.losses.dense import AxisName, dense_loss
 from diht_jax.losses.noise import check_noise_share, global_mean, right_probabilities
 from diht_jax.losses.objective import (
@@ -189,6 +192,7 @@ def mean_loss(
     impl: str = "streaming",
     pair_ids: jax.Array | None = None,
     noise_share: float = 0.0,
+    sizes: tuple[int, ...] = (),
 ) -> tuple[jax.Array, PairStatistics]:
     """Any contrastive loss: the mean of its rows and columns over the global batch.
 
@@ -197,9 +201,12 @@ def mean_loss(
         image_emb, text_emb, logit_scale, axis_name, impl, pair_ids: see `contrastive_loss`; ids
             are not read where the objective has equal pairs as negatives.
         noise_share: see `contrastive_loss`.
+        sizes: of how many first numbers of the embeddings, rising and the last one all of them;
+            see `nested.py`. Without sizes, of all.
 
     Returns:
-        The loss, as `contrastive_loss` returns it, and statistics of the local rows.
+        The loss, as `contrastive_loss` returns it (with sizes an array [k] of them), and statistics
+        of the local rows.
 
     Raises:
         ValueError: wrong shapes, dtypes, impl, ids or noise_share.
@@ -220,7 +227,13 @@ def mean_loss(
         probability = right_probabilities(image_emb, text_emb, noise_share, axis_name)
         of_rows["row_weights"] = probability / global_mean(probability, axis_name)
     # A single pair has no negative to stream.
-    loss_fn = streaming_loss if impl == "streaming" and num_pairs > 1 else dense_loss
+    is_streaming = impl == "streaming" and num_pairs > 1
+    loss_fn = streaming_loss if is_streaming else dense_loss
+    if sizes:
+        if noise_share or objective.num_weighted_sums:
+            raise ValueError("sizes: noise_share and max_weight are not known to their loss")
+        of_sizes = nested.streaming_losses if is_streaming else nested.gathered_losses
+        loss_fn = functools.partial(of_sizes, sizes=sizes)
     total, statistics = loss_fn(
         *(image_emb, text_emb, logit_scale, scalars),
         objective=objective,

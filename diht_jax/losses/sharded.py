@@ -95,6 +95,7 @@ def sharded_loss(
     pair_ids: jax.Array | None = None,
     noise_share: float = 0.0,
     scheduled: Mapping[str, jax.Array] | None = None,
+    sizes: Mapping[int, float] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Any contrastive loss of a global batch on a mesh, with metrics.
 
@@ -115,10 +116,12 @@ def sharded_loss(
             `equal_pairs` than "negative".
         noise_share: see `contrastive_loss`.
         scheduled: values, traced or not, that replace some of `settings`; without derivative.
+        sizes: how many first numbers of the embeddings have a loss of their own, and its weight;
+            rising, and the last one is d.
 
     Returns:
-        The loss (mean over the global batch, replicated), and a dict of float32 scalars that
-        carry no gradient; means over the global batch:
+        The loss (mean over the global batch, replicated; with sizes their weighted sum), and a dict
+        of float32 scalars that carry no gradient; means over the global batch:
         `loss`.
         `i2t_accuracy`, `t2i_accuracy`: share of queries whose own pair is the most similar of
             all N. Ours: a tie with t others counts 1/(1 + t), the chance of a fair draw, so
@@ -128,6 +131,8 @@ def sharded_loss(
         `equal_pairs`: share of pairs that another pair of the batch is equal to; with ids alone.
             Equal pairs then are no wrong partners for the other metrics.
         `doubted_pairs`: share of pairs that are rather wrong than right, with `noise_share` alone.
+        `loss_64` and the like, with sizes: the parts of the sum. The other metrics are those of the
+            whole embeddings.
 
     Raises:
         ValueError: wrong arguments, N < 2, or N not divisible by the devices.
@@ -135,6 +140,8 @@ def sharded_loss(
     check_embeddings(image_emb, text_emb)
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
     _check_split(image_emb.shape[0], mesh, axis_names)
+    if sizes and impl == "auto":
+        impl = "streaming"  # the only one with one exchange for all sizes, and without their logits
     impl = choose_impl(mesh, axis_names, *image_emb.shape, impl).impl
 
     def on_device(image_emb, text_emb, pair_ids, logit_scale, learnt, scheduled):
@@ -151,8 +158,14 @@ def sharded_loss(
             impl=impl,
             pair_ids=pair_ids,
             noise_share=noise_share,
+            sizes=tuple(sizes or ()),
         )
-        return value, {"loss": jax.lax.stop_gradient(value), **_metrics(statistics, axis_names)}
+        metrics = _metrics(statistics, axis_names)
+        if sizes:
+            for i, size in enumerate(sizes):
+                metrics[f"loss_{size}"] = jax.lax.stop_gradient(value[i])
+            value = sum(weight * value[i] for i, weight in enumerate(sizes.values()))
+        return value, {"loss": jax.lax.stop_gradient(value), **metrics}
 
     rows, whole = PartitionSpec(axis_names), PartitionSpec()
     replicated = jax.tree.map(jnp.asarray, (logit_scale, dict(learnt), dict(scheduled or {})))

@@ -73,6 +73,27 @@ def streaming_loss(
     Returns:
         A scalar of this device, at least float32, and statistics without gradient.
     """
+    ring, arguments = ring_and_arguments(
+        *(image_emb, text_emb, logit_scale, scalars, pair_ids, row_weights),
+        objective=objective,
+        axis_name=axis_name,
+        tile=tile,
+    )
+    loss, statistics = _ring_loss(ring, *arguments)
+    return loss, jax.lax.stop_gradient(statistics)
+
+
+def ring_and_arguments(
+    image_emb: jax.Array,
+    text_emb: jax.Array,
+    logit_scale: jax.Array,
+    scalars: Scalars,
+    *of_rows: jax.Array | None,
+    objective: Objective,
+    axis_name: AxisName,
+    tile: int | None,
+) -> tuple[Ring, tuple[Any, ...]]:
+    """The ring, and the arguments of a loss on it: of one dtype, all varying over the mesh."""
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
     ring = Ring.create(objective, axes, jax.ShapeDtypeStruct(image_emb.shape, dtype), tile)
@@ -81,14 +102,12 @@ def streaming_loss(
         text_emb,
         jnp.asarray(logit_scale, dtype),
         tuple(jnp.asarray(value, dtype) for value in scalars),
-        pair_ids,
-        row_weights,
+        *of_rows,
     )
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
     varying = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
-    loss, statistics = _ring_loss(ring, *jax.tree.map(varying_over(varying), arguments))
-    return loss, jax.lax.stop_gradient(statistics)
+    return ring, jax.tree.map(varying_over(varying), arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -225,7 +244,7 @@ def _backward(ring, residuals, cotangents):
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     # The derivatives scale with the cotangent of the device that a row belongs to.
     factor = loss_grad if row_weights is None else loss_grad * row_weights
-    image_slopes, text_slopes = (_scaled(slopes, factor) for slopes in (image_slopes, text_slopes))
+    image_slopes, text_slopes = (scaled(slopes, factor) for slopes in (image_slopes, text_slopes))
     of_partners = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_partners[0]))
     text_tiles = jax.tree.map(ring.texts.split, of_partners[1])
@@ -239,7 +258,7 @@ def _backward(ring, residuals, cotangents):
             image_tile, text_tile = at(images, i), at(texts, j)
             logits = scale * inner_products(image_tile, text_tile)
             masks = ring.masks(rounds, i, j, at(image_ids, i), at(text_ids, j))
-            grad, by_scalars = _tile_slopes(
+            grad, by_scalars = tile_slopes(
                 objective, logits, masks, at(image_tiles, i), at(text_slopes, j), scalars
             )
             image_grad = at(image_grads, i) + product(grad, text_tile, 1)
@@ -267,13 +286,13 @@ def _backward(ring, residuals, cotangents):
         (scale * image_grads).astype(image_emb.dtype),
         (scale * text_grads).astype(text_emb.dtype),
         scale_grad,
-        _scalar_grads(objective, image_slopes, text_slopes, second_pass),
+        scalar_grads(objective, image_slopes, text_slopes, second_pass),
         None,
         None,
     )
 
 
-def _tile_slopes(
+def tile_slopes(
     objective: Objective,
     logits: jax.Array,
     masks: Masks,
@@ -295,12 +314,13 @@ def _tile_slopes(
     return slopes
 
 
-def _scalar_grads(
+def scalar_grads(
     objective: Objective,
     image_slopes: RowSlopes,
     text_slopes: RowSlopes,
     second_pass: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, ...]:
+    """Derivatives by the scalars: those of the local rows, and what the second pass summed."""
     grads = [
         jnp.sum(by_image) + jnp.sum(by_text)
         for by_image, by_text in zip(image_slopes.scalars, text_slopes.scalars, strict=True)
@@ -313,7 +333,8 @@ def _scalar_grads(
 _ring_loss.defvjp(_forward, _backward)
 
 
-def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
+def scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
+    """The slopes of a loss that is multiplied by a factor."""
     return RowSlopes(
         slopes.positive * factor,
         slopes.negative * factor,

@@ -99,6 +99,13 @@ def with_objective_parameters(
         ValueError: wrong values in `config.loss` or in the section of a term.
     """
     loss, terms = checked_loss(config.loss), active_terms(config)
+    sizes = nested_sizes(config.matryoshka, arch.embed_dim)
+    if sizes and (config.loss.noise_share or config.loss.max_weight is not None):
+        raise ValueError(
+            f"config.matryoshka.sizes={tuple(config.matryoshka.sizes)}: expected "
+            "config.loss.noise_share=0 and config.loss.max_weight=None, which the loss of several "
+            "sizes does not have; unset one or the other"
+        )
     widths = {"pooled": arch.vision_width, "projected": arch.embed_dim}
     dtype = jnp.dtype(config.model.param_dtype)
 
@@ -189,6 +196,33 @@ def _points_of(
     return steps, values
 
 
+def nested_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[int, float] | None:
+    """The sizes of the embeddings that have a loss, with its weight; None: the whole ones alone.
+
+    Args:
+        section: `matryoshka` of a config.
+        embed_dim: size of the whole embeddings, whose weight is 1.
+
+    Raises:
+        ValueError: sizes that do not rise up to less than `embed_dim`, or wrong weights.
+    """
+    sizes, weights = tuple(section.sizes), tuple(section.weights)
+    wrong = [size for size in sizes if type(size) is not int or not 1 <= size < embed_dim]
+    if wrong or list(sizes) != sorted(set(sizes)):
+        raise ValueError(
+            f"config.matryoshka.sizes={sizes}: expected rising whole numbers from 1 to less than "
+            f"the {embed_dim} numbers of an embedding"
+        )
+    weights = weights or (1.0,) * len(sizes)
+    is_right = [isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights]
+    if len(weights) != len(sizes) or not all(is_right):
+        raise ValueError(
+            f"config.matryoshka.weights={weights}: expected a number of at least 0 for each of "
+            f"config.matryoshka.sizes={sizes}, or ()"
+        )
+    return {**dict(zip(sizes, weights, strict=True)), embed_dim: 1.0} if sizes else None
+
+
 def optimizer_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The section `optimizer`, with the multipliers of the terms' parameters at the end."""
     section = config.optimizer.copy_and_resolve_references()
@@ -237,6 +271,7 @@ def total_loss(
         pair_ids=examples.get("pair_ids"),
         noise_share=config.loss.noise_share,
         scheduled=scheduled,
+        sizes=nested_sizes(config.matryoshka, encoded["image_emb"].shape[1]),
     )
     metrics.update(scheduled)
     if not terms:

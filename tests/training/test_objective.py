@@ -15,11 +15,12 @@ from diht_jax.export import export_model
 from diht_jax.loading import read_model
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.objective import total_loss
+from diht_jax.training.objective import nested_sizes, total_loss
 from diht_jax.training.program import TrainProgram
 from diht_jax.weights.tensor_files import read_tensors
 
 LOSSES = ("loss", "contrastive_loss", "object_loss", "attribute_loss")
+SIZES = ("loss_4", "loss_8", "loss_16")
 
 
 @pytest.fixture
@@ -36,13 +37,14 @@ def series(workdir, name):
     return np.array([row[name] for row in read_metrics(workdir) if name in row])
 
 
-def test_concept_losses_are_the_same_on_any_mesh_and_in_micro_batches(concept_config, tmp_path):
+def test_losses_are_the_same_on_any_mesh_and_in_micro_batches(concept_config, tmp_path):
+    concept_config.matryoshka.update(sizes=(4, 8), weights=(0.5, 2.0))
     train(concept_config, tmp_path / "one", devices=jax.devices()[:1])
     concept_config.mesh.update(data=2, fsdp=4)
     concept_config.micro_batch = 8
     concept_config.model.scan_layers = True
     train(concept_config, tmp_path / "eight")
-    for name in LOSSES:
+    for name in LOSSES + SIZES:
         expected = series(tmp_path / "one", name)
         assert len(expected) == 8
         np.testing.assert_allclose(
@@ -52,6 +54,8 @@ def test_concept_losses_are_the_same_on_any_mesh_and_in_micro_batches(concept_co
     np.testing.assert_allclose(
         series(tmp_path / "one", "loss"), parts[0] + parts[1] + 0.5 * parts[2], rtol=1e-5
     )
+    sizes = [series(tmp_path / "one", name) for name in SIZES]
+    np.testing.assert_allclose(parts[0], 0.5 * sizes[0] + 2 * sizes[1] + sizes[2], rtol=1e-5)
     # Zero heads predict all ids of the head alike.
     np.testing.assert_allclose([parts[1][0], parts[2][0]], math.log(8), rtol=1e-5)
     assert parts[1][-1] < 0.8 * parts[1][0] and parts[2][-1] < 0.8 * parts[2][0]
@@ -71,6 +75,22 @@ def test_heads_are_for_export_only(concept_config, tmp_path):
     assert all(kept[name].tobytes() == np.asarray(heads[name]).tobytes() for name in heads)
     model = diht_jax.load_model(str(tmp_path / "run"))
     assert model.encode_text(["a square"]).shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    "sizes, weights, message",
+    [
+        ((8, 4), (), r"sizes=\(8, 4\): expected rising whole numbers from 1 to less than the 16"),
+        ((16,), (), "less than the 16 numbers"),
+        ((4.0,), (), "expected rising whole numbers"),
+        ((4, 8), (1.0,), r"weights=\(1.0,\): expected a number of at least 0 for each of"),
+        ((4,), (-1.0,), "expected a number of at least 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(config, sizes, weights, message):
+    config.matryoshka.update(sizes=sizes, weights=weights)
+    with pytest.raises(ValueError, match=f"config.matryoshka.*{message}"):
+        nested_sizes(config.matryoshka, 16)
 
 
 def test_data_without_labels_is_refused(config, tmp_path):

@@ -112,7 +112,7 @@ class PictureIndex:
         made_with = (self.settings.get("model_sha256"), self.settings.get("image_size"))
         if made_with != (model.fingerprint(), model.image_size):
             raise ValueError(
-                "--model: the index was made with another model, or another --image_size; take "
+                "--model: the index was made with another model, --image_size or --dim; take "
                 "that one, or another --index"
             )
 

@@ -29,6 +29,7 @@ _FIXED_IN_A_RUN = (
     "model",
     "lora",
     "loss",
+    "matryoshka",
     "optimizer",
     "ema",
     "data",
