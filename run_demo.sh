@@ -31,19 +31,45 @@ show() {
   echo
 }
 
-train() { # NAME SHOWN_NAME RECORDS FLAGS...
-  step "Training: $2" "train_$1" diht_jax.train --config configs/demo.py \
-    --config.data.train="$out/$3" --workdir "$out/$1" "${@:4}"
+# These two replace the shell that they run in, a background one, so that killing it kills the command.
+train() { # NAME RECORDS FLAGS...
+  exec "$python" -m diht_jax.train --config configs/demo.py \
+    --config.data.train="$out/$2" --workdir "$out/$1" "${@:3}" > "$out/logs/train_$1.log" 2>&1
 }
 
-evaluate() { # NAME SHOWN_NAME
+evaluate() { # NAME
   local web="$out/web"
   local tasks="shape=classification:$web/val_shape.tar?templates=@$web/val_shape.templates.txt"
   tasks+=",color=classification:$web/val_color.tar?templates=@$web/val_color.templates.txt"
   tasks+=",scenes=retrieval:$web/val_retrieval.tar?caption_template={caption}"
-  step "Evaluating: $2" "evaluate_$1" diht_jax.evaluate --model "$out/$1" --tasks "$tasks" \
-    --output "$out/$1.json"
+  exec "$python" -m diht_jax.evaluate --model "$out/$1" --tasks "$tasks" \
+    --output "$out/$1.json" > "$out/logs/evaluate_$1.log" 2>&1
 }
+
+# two SHOWN_NAME LOG_NAME LOG_NAME COMMAND... -- COMMAND...: both at the same time, since one of so small a
+# student keeps less than two cores busy. On a terminal the first shows its progress bars; when one fails,
+# the other is stopped as by ^C.
+two() {
+  local name=$1 logs=("$out/logs/$2.log" "$out/logs/$3.log") start=$SECONDS first=() ids=() follower=
+  shift 3
+  while [ "$1" != -- ]; do first+=("$1"); shift; done
+  shift
+  printf '%-58s' "$name" >&2
+  if [ -t 2 ]; then
+    printf '\n' >&2
+    : > "${logs[0]}"
+    tail -f "${logs[0]}" >&2 & follower=$!
+  fi
+  "${first[@]}" & ids+=($!)
+  "$@" & ids+=($!)
+  for i in 0 1; do
+    wait "${ids[i]}" || { printf '\n' >&2; tail -n 30 "${logs[i]}" >&2; exit 1; }
+  done
+  if [ -n "$follower" ]; then kill "$follower"; fi
+  printf '%5d s\n' "$((SECONDS - start))" >&2
+}
+# Commands in the background do not get ^C from the terminal.
+trap 'kill $(jobs -p) 2> /dev/null || true; wait' EXIT
 
 step "Generating 3,000 noisy pairs and clean evaluation sets" generate \
   data_prep.synthetic --output "$out/web" --num_pairs 3000
@@ -66,16 +92,17 @@ step "Labelling the filtered pairs with its concepts" label \
   data_prep.label --config configs/prep/concepts.py \
   --config.input="$out/filtered" --config.output="$out/labelled" \
   --config.teacher.kind=precomputed --config.teacher.precomputed.files="$out/teacher.npz"
-train raw_infonce "raw pairs" raw --config.loss.beta=0.0
-train filtered_infonce "+ CAT (filtered pairs)" filtered --config.loss.beta=0.0
-train filtered_hn_nce "+ HN (hard negatives)" filtered
-train filtered_concepts "+ CD (concept labels)" labelled \
-  --config.concepts.object_weight=0.5 --config.concepts.attribute_weight=0.5 \
-  --config.concepts.num_objects=32 --config.concepts.num_attributes=32
+concepts=(--config.concepts.object_weight=0.5 --config.concepts.attribute_weight=0.5
+  --config.concepts.num_objects=32 --config.concepts.num_attributes=32)
+two "Training: raw pairs, and + CAT (filtered pairs)" train_raw_infonce train_filtered_infonce \
+  train raw_infonce raw --config.loss.beta=0.0 -- train filtered_infonce filtered --config.loss.beta=0.0
+two "Training: + HN (hard negatives), and + CD (concepts)" train_filtered_hn_nce train_filtered_concepts \
+  train filtered_hn_nce filtered -- train filtered_concepts labelled "${concepts[@]}"
 students=(raw_infonce filtered_infonce filtered_hn_nce filtered_concepts)
-for name in "${students[@]}"; do
-  evaluate "$name" "$name"
-done
+two "Evaluating the first two" evaluate_raw_infonce evaluate_filtered_infonce \
+  evaluate raw_infonce -- evaluate filtered_infonce
+two "Evaluating the others" evaluate_filtered_hn_nce evaluate_filtered_concepts \
+  evaluate filtered_hn_nce -- evaluate filtered_concepts
 
 echo
 files=("${students[@]/#/$out/}")

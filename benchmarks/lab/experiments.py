@@ -414,7 +414,7 @@ ORDER = [
 ]
 
 
-def _grid(prefix: str, data: str, student: str) -> list[Experiment]:
+def _grid(prefix: str, data: str, student: str, rates: tuple[float, ...]) -> list[Experiment]:
     """72 settings, one seed each; names have rates in 1e-4, decays in percent, weights in 0.1."""
     return [
         Experiment(
@@ -432,7 +432,7 @@ def _grid(prefix: str, data: str, student: str) -> list[Experiment]:
             student=student,
         )
         for rate, decay, (alpha, beta), weight in itertools.product(
-            (5e-4, 1e-3, 2e-3),
+            rates,
             (0.1, 0.2),
             ((1.0, 0.0), (1.0, 0.25), (0.999, 0.25), (0.999, 0.5)),
             (0.0, 0.5, 1.0),
@@ -441,8 +441,8 @@ def _grid(prefix: str, data: str, student: str) -> list[Experiment]:
 
 
 # The paper chose its hyper-parameters with B/32 on a small scale.
-GRID = _grid("grid", "cat_labelled", "web")
-GRID_B32 = _grid("b32", "given", "b32")
+GRID = _grid("grid", "cat_labelled", "web", (1e-3, 3e-3, 1e-2))
+GRID_B32 = _grid("b32", "given", "b32", (5e-4, 1e-3, 2e-3))
 
 EXPERIMENTS = {
     experiment.name: experiment

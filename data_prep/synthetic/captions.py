@@ -117,6 +117,8 @@ COLOR_TEMPLATES = (
     "a {} shape falling to the ground",
 )
 
+# How often a thing's colour is named. Where it always is, a contrastive loss has little need of shapes.
+_COLOR_SHARE = 0.75
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _TEXTURE_WORDS = {
     "striped": ("striped",),
@@ -134,7 +136,7 @@ def describe_scene(rng: np.random.Generator, scene: Scene, *, complete: bool = F
     Args:
         rng: decides on the phrasing.
         scene: what to describe.
-        complete: name every size and texture, in the plainest words, without openings; for
+        complete: name every size, texture and colour, in the plainest words, without openings; for
             evaluation. Otherwise some are left out and synonyms come in.
     """
     phrases = [_noun_phrase(rng, o, complete) for o in scene.objects]
@@ -197,7 +199,9 @@ def _noun_phrase(rng: np.random.Generator, item: SceneObject, complete: bool) ->
         words.append(item.size if rng.random() < 0.7 else _pick(rng, _SIZE_WORDS[item.size]))
     if item.texture != "plain" and (complete or rng.random() < 0.8):
         words.append(item.texture if complete else _pick(rng, _TEXTURE_WORDS[item.texture]))
-    words += [item.color, item.shape]
+    if complete or rng.random() < _COLOR_SHARE:
+        words.append(item.color)
+    words.append(item.shape)
     article = "an" if words[0][0] in "aeio" else "a"
     return " ".join([article, *words])
 

@@ -25,7 +25,7 @@ from data_prep.synthetic.scenes import (
 )
 from data_prep.synthetic.shapes import SHAPES
 
-SINGLE_SHARE = 0.5  # Of the clean scenes, those with one object.
+SINGLE_SHARE = 0.7  # Of the clean scenes, those with one object.
 TEXTURE_SHARES = (0.52, 0.16, 0.16, 0.16)
 
 _COVERS = frozenset({"circle", "square", "heart", "diamond", "cloud", "flower"})

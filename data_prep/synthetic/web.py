@@ -57,7 +57,7 @@ MANIFEST_NAME = "synthetic.json"
 TEMPLATES_SUFFIX = ".templates.txt"
 
 # Raised whenever equal settings come to mean other pairs.
-_VERSION = 2
+_VERSION = 3
 _TRAIN, _RETRIEVAL, _SHAPE, _COLOR = "train", "val_retrieval", "val_shape", "val_color"
 _PNG_SHARE = 0.1
 _CHUNK = 32  # Pairs that a worker makes at a time.
