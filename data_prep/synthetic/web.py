@@ -178,8 +178,8 @@ def _make_mismatched(stream, side: int):
     image = drawing.render_scene(stream("drawing"), scene, side)
     rng = stream("other scene")
     other = sampling.sample_scene(rng)
-    # No object of the caption is in the picture, so that the caption is plainly wrong.
-    while set(sampling.kinds(scene)) & set(sampling.kinds(other)):
+    # No shape of the caption is in the picture, so that it is plainly wrong without colours, too.
+    while {o.shape for o in scene.objects} & {o.shape for o in other.objects}:
         other = sampling.sample_scene(rng)
     facts = {"scene": scene.describe(), "caption_scene": other.describe()}
     return image, captions.describe_scene(stream("caption"), other), facts
