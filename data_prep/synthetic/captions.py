@@ -117,7 +117,7 @@ COLOR_TEMPLATES = (
     "a {} shape falling to the ground",
 )
 
-# How often a thing's colour is named. Where it always is, a contrastive loss has little need of shapes.
+# How often a colour is named. Where it always is, a contrastive loss has little need of shapes.
 _COLOR_SHARE = 0.75
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
 _TEXTURE_WORDS = {
