@@ -389,7 +389,13 @@ FINE_TUNING = [
 # The last fifth of the steps, for the decay.
 _WSD = {"optimizer.schedule": "wsd", "optimizer.decay_steps": _EXAMPLES // _BATCH_SIZE // 5}
 OPTIMIZER = [
-    Experiment("cat_muon", "cat", {"optimizer.kind": "muon"}, seeds=8),
+    Experiment("cat_adamw", "cat", {"optimizer.kind": "adamw"}, seeds=8),
+    Experiment(
+        "cat_adamw_1e_3",
+        "cat",
+        {"optimizer.kind": "adamw", "optimizer.learning_rate": 1e-3},
+        seeds=8,
+    ),
     Experiment("cat_wsd", "cat", _WSD, seeds=8),
 ]
 CUT_SIZES = (16, 32)
@@ -607,8 +613,10 @@ _CAPTIONS_CONTRASTS = [
              "it costs more than a point", kind=NO_LOSS),
 ]  # fmt: skip
 _OTHER_CONTRASTS = [
-    Contrast("cat_muon", "cat", "optimizer", 0.01, "Muon helps at the learning rate and decay of "
-             "AdamW", "it gains less than a point"),
+    Contrast("cat", "cat_adamw", "optimizer", 0.01, "Muon beats AdamW at the same learning rate, "
+             "3e-3", "it gains less than a point"),
+    Contrast("cat", "cat_adamw_1e_3", "optimizer", 0.01, "Muon at 3e-3 beats AdamW at 1e-3",
+             "it gains less than a point"),
     Contrast("cat_wsd", "cat", "optimizer", 0.01, "a constant rate with a decay in the last fifth "
              "loses nothing against a cosine", "it loses more than a point", kind=NO_LOSS),
     *(

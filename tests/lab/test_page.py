@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from benchmarks.lab import page, verdicts
-from benchmarks.lab.experiments import BLOCKS, CONTRASTS, EXPERIMENTS, SHOTS, STUDENTS, WAITING
+from benchmarks.lab.experiments import (
+    BLOCKS,
+    CONTRASTS,
+    CUT_SIZES,
+    EXPERIMENTS,
+    SHOTS,
+    STUDENTS,
+    WAITING,
+)
 from benchmarks.lab.figures import draw_contrasts
 from benchmarks.lab.measure import pack_bits, unpack_items
 from benchmarks.lab.run import Run, definition
@@ -112,6 +120,8 @@ def test_every_block_can_be_shown(tmp_path):
     metrics = {"emoji/t2i_r1": 0.1, "emoji/i2t_r1": 0.1, "zero_shot": 0.4, **shots}
     composed = [f"swap_{what}" for what in ("color", "shape", "objects")] + ["replacements"]
     metrics |= {f"composition/{name}": 0.5 for name in composed}
+    cut = [f"scenes_{size}/r10" for size in CUT_SIZES]
+    metrics |= dict.fromkeys(cut, 0.2)
     for number, name in enumerate(EXPERIMENTS):
         write(tmp_path, name, 0, 0.3 + 0.001 * number)
         path = tmp_path / f"{name}_seed0.json"
@@ -119,6 +129,7 @@ def test_every_block_can_be_shown(tmp_path):
         result["metrics"] |= {k: v for k, v in metrics.items() if k not in result["metrics"]}
         others = ("zero_shot", "composition/replacements", *shots)
         result["items"] |= {k: [[0.4, 0.6]] for k in others}
+        result["items"] |= dict.fromkeys(cut, result["items"].get("scenes/r10"))
         path.write_text(json.dumps(result))
     results = verdicts.read_results(tmp_path)
     rows = verdicts.judge(results)
