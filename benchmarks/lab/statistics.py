@@ -9,6 +9,7 @@ the runs of another one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -123,13 +124,22 @@ def bootstrap_interval(
         seed: of the draws.
     """
     num_seeds, num_items = differences.shape
-    rng = np.random.default_rng(seed)
-    of_seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
-    of_items = rng.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples)
+    of_seeds, of_items = _draw(num_seeds, num_items, num_resamples, seed)
     means = ((of_seeds / num_seeds) @ differences * (of_items / num_items)).sum(axis=1)
     tail = 50 * (1 - level)
     low, high = np.percentile(means, [tail, 100 - tail]).tolist()
     return low, high
+
+
+@functools.lru_cache(maxsize=2)  # contrasts of as many seeds and items have the same draws
+def _draw(
+    num_seeds: int, num_items: int, num_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed, and each item, is in each resample: int64 [num_resamples, n]."""
+    rng = np.random.default_rng(seed)
+    of_seeds = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples)
+    of_items = rng.multinomial(num_items, np.full(num_items, 1 / num_items), num_resamples)
+    return of_seeds, of_items
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -90,7 +90,7 @@ def test_new_captions_are_of_what_the_pictures_show(tmp_path):
         assert bool(new) == bool(pair.metadata["scene"])
         for text in new:
             described += 1
-            assert any(o["color"] in text for o in pair.metadata["scene"]["objects"]), text
+            assert any(o["shape"] in text for o in pair.metadata["scene"]["objects"]), text
     assert described > 20
 
 

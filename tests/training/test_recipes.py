@@ -8,8 +8,20 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from tests.recipes import RECIPES, REPOSITORY
 
+# Its debug form is that of `diht_vitb16` but for two numbers.
+CLEAN = REPOSITORY / "configs" / "diht_vitb16_clean.py"
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+
+def test_the_recipe_for_clean_data_differs_in_alpha_and_beta(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    config = load_recipe(CLEAN, "debug=True")
+    config.loss.update(alpha=1.0, beta=0.25)
+    assert config == load_recipe(CLEAN.with_stem("diht_vitb16"), "debug=True")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in RECIPES if path != CLEAN], ids=lambda path: path.stem
+)
 def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
     recipe = load_recipe(path)

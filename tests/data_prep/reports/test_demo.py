@@ -106,5 +106,7 @@ def test_a_missing_student_is_named(folder):
 
 def test_the_script_trains_and_evaluates_the_students_of_the_page():
     script = (_REPOSITORY / "run_demo.sh").read_text("utf-8")
-    assert re.findall(r"^train (\w+)", script, re.MULTILINE) == list(demo.STUDENTS)
+    trained = re.findall(r"\btrain (\w+) (?:raw|filtered|labelled)\b", script)
+    evaluated = re.findall(r"^  evaluate (\w+) -- evaluate (\w+)$", script, re.MULTILINE)
+    assert trained == [name for both in evaluated for name in both] == list(demo.STUDENTS)
     assert f"students=({' '.join(demo.STUDENTS)})" in script
