@@ -196,9 +196,6 @@ BLOCKS = {
 # Without contrasts; made only where they are named.
 GRIDS = ("grid", "b32")
 
-# Not yet possible; the report lists them.
-WAITING: dict[str, str] = {}
-
 
 def _concepts(weight: float, is_large: bool = False) -> dict[str, Any]:
     """Both concept losses with one weight; no small vocabulary here has more than 64 words."""

@@ -25,14 +25,12 @@ from benchmarks.lab.experiments import (
     GRIDS,
     SHOTS,
     STUDENTS,
-    WAITING,
     Contrast,
     block_of,
     metrics_of,
     seeds_of,
 )
-from benchmarks.lab.statistics import CONFIRMED, Estimate
-from benchmarks.lab.statistics import WAITING as NOT_COMPLETE
+from benchmarks.lab.statistics import CONFIRMED, WAITING, Estimate
 from benchmarks.lab.verdicts import Row, judge, read_results
 from benchmarks.record import RESULTS
 from diht_jax import command_line
@@ -196,7 +194,7 @@ def _format_verdicts(rows: Sequence[Row]) -> str:
 
 
 def _verdict(row: Row) -> str:
-    if row.verdict == NOT_COMPLETE:
+    if row.verdict == WAITING:
         return "waiting for runs"
     # Only what is confirmed is weakened by the correction.
     weak = row.verdict == CONFIRMED and row.corrected >= 0.05
@@ -221,7 +219,6 @@ def _format_missing(results: dict[str, dict[str, Any]]) -> str:
         if block in GRIDS:
             names = "one for each setting"
         lines.append(f"- {title}, {total} runs, `--only {block}`: {names}")
-    lines += [f"- not possible yet, {BLOCKS[name][0]}: {text}" for name, text in WAITING.items()]
     return "\n".join([*lines, ""])
 
 
