@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.lab import data
 from benchmarks.lab.data import Data, exchange
+from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
 from diht_jax.data.records.captions import all_captions, caption_kinds
 from diht_jax.data.records.schema import Pair, Record
@@ -105,6 +106,18 @@ def test_a_variant_is_made_once_and_anew_when_its_rules_change(lab):
         marker.write_text("{}")  # by other rules
     assert keys(lab.make("oracle")) == [f"k{i}" for i in range(0, 20, 2)]
     assert not (folder / "leftover").exists()
+
+
+def test_rules_keep_the_same_pairs_and_words_as_when_the_data_were_made():
+    pairs = [web.make_pair(web.Settings(), "train", index) for index in range(200)]
+    photos = [f"a photo of {name}" for name in ("an airplane", "a deer", "a truck")]
+    graphs = parse_captions([*(pair.caption for pair in pairs), *photos])
+    kept = "".join(str(int(cat_reason(graph) is None)) for graph in graphs[: len(pairs)])
+    words = [list(graph.objects) for graph in graphs[len(pairs) :]]
+    assert (f"{int(kept, 2):x}", words) == (
+        "b8fb83b2fea9b3febdd5a597775f6f9447697763df8fdaed57",
+        [["airplane"], ["deer"], ["truck"]],
+    ), "the data are others: raise SAME_SINCE_RULES of benchmarks/lab/data.py to RULES_VERSION"
 
 
 def test_shuffled_labels_are_those_of_other_records(lab):
