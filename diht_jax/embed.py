@@ -6,7 +6,8 @@
 folder of pictures without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
 beside a `.json` that says what went into it; the same command again goes on where it was stopped.
 Input and output may be URLs (`s3://BUCKET/photos/*.tar`). On a cluster the same command runs on
-every host, and each embeds its share of the files (of the pictures of a folder).
+every host, and each embeds its share of the files (of the pictures of a folder, of the parts of
+few large files). Where one fails, the others finish theirs, and all end with its error.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     import jax
 
     from diht_jax.loading import load_model
-    from diht_jax.training.multihost import wait_for_all
+    from diht_jax.training.multihost import work_together
 
     # The processes of a job divide what this task of an array has.
     options = dataclasses.replace(
@@ -64,8 +65,7 @@ def main() -> None:
         **command_line.model_options(),
         batch_size=given.batch_size,
     )
-    embed_source(model, source, given.output, options)
-    wait_for_all("embedded")
+    work_together(lambda: embed_source(model, source, given.output, options))
 
 
 if __name__ == "__main__":

@@ -160,9 +160,9 @@ def _process() -> Any:
     import jax
 
     from diht_jax.evaluation.embedding.process_share import JobProcess
-    from diht_jax.training.multihost import wait_for_all
+    from diht_jax.training.multihost import work_together
 
-    return JobProcess(jax.process_index(), jax.process_count(), wait_for_all)
+    return JobProcess(jax.process_index(), jax.process_count(), work_together)
 
 
 def _draw(matches: dict[str, Any], pictures: dict[int, Any], source: str, count: int) -> None:

@@ -97,6 +97,17 @@ def check_rows(model, rows, numbers):
     np.testing.assert_allclose(np.linalg.norm(image_emb, axis=1), 1, atol=1e-5)
 
 
+def assert_same_files(expected_folder, found_folder):
+    """Byte by byte, but for the seconds that a part took."""
+    names = sorted(path.name for path in expected_folder.iterdir())
+    assert names == sorted(path.name for path in found_folder.iterdir())
+    for name in names:
+        expected, found = ((f / name).read_bytes() for f in (expected_folder, found_folder))
+        if name.endswith(".json"):
+            expected, found = (json.loads(text) | {"seconds": 0} for text in (expected, found))
+        assert found == expected, name
+
+
 def test_tars_with_unusable_entries(model, tmp_path):
     write_tar(tmp_path / "a.tar", range(11), broken=(4, 5, 6, 7), silent=(9,))
     write_tar(tmp_path / "b.tar", range(20, 24))
@@ -270,15 +281,45 @@ def test_tasks_divide_the_parts_of_a_folder(model, tmp_path, monkeypatch):
         )
         assert len(reads) == pairs[-1]  # nothing is read for the others
     assert pairs == [3, 4, 2]
-    for path in (tmp_path / "whole").glob("embeddings-*"):
-        expected, found = path.read_bytes(), (tmp_path / "parts" / path.name).read_bytes()
-        if path.suffix == ".json":
-            expected, found = (json.loads(text) | {"seconds": 0} for text in (expected, found))
-        assert found == expected
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
     # With another number of tasks the work is finished.
     reads.clear()
     assert embed_source(model, str(tmp_path / "flat"), tmp_path / "parts", options)["pairs"] == 9
     assert not reads
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_tasks_divide_a_large_file(model, tmp_path, monkeypatch, count):
+    write_tar(tmp_path / "a.tar", range(11), broken=(3,), silent=(6,))
+    source = str(tmp_path / "a.tar")
+    options = EmbedOptions(shard_size=3, batch_size=8)
+    whole = embed_source(model, source, tmp_path / "whole", options)
+    assert whole["files"] == 4
+    embedded = []
+    real = embedding_files.encode_images
+
+    def encode(*args, **more):
+        encoded = real(*args, **more)
+        embedded.extend(key for key, _ in encoded.notes)
+        return encoded
+
+    monkeypatch.setattr(embedding_files, "encode_images", encode)
+    shares = [
+        dataclasses.replace(options, task_index=task, num_tasks=count)
+        for task in reversed(range(count))
+    ]
+    done = [embed_source(model, source, tmp_path / "parts", share) for share in shares]
+    assert sum(each["pairs"] for each in done) == whole["pairs"] == 9
+    assert len(embedded) == len(set(embedded)) == 9  # nothing is embedded for another task
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
+    # A part is missing, and another number of tasks goes on: it alone is made.
+    embedded.clear()
+    (tmp_path / "parts" / "embeddings-00000-00002.json").unlink()
+    for task in range(3):
+        share = dataclasses.replace(options, task_index=task, num_tasks=3)
+        embed_source(model, source, tmp_path / "parts", share)
+    assert embedded == ["007", "008"]
+    assert_same_files(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_tfds(model, tmp_path):

@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import jax
 import ml_collections
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
 
 _LONGEST_TEXT_BYTES = 4096
+_LONGEST_WORK_MS = 7 * 24 * 60 * 60 * 1000
 
 Checked = TypeVar("Checked")
 
@@ -65,6 +67,33 @@ def check_together(check: Callable[[], Checked]) -> Checked:
         raise cause
     kind, _, text = problem.partition(":")
     raise (ValueError if kind == "lasting" else TemporaryError)(text) from cause
+
+
+def work_together(work: Callable[[], Checked]) -> Checked:
+    """As `check_together`, of work for which one process may take hours longer than another.
+
+    They meet at a barrier of the coordination service first: a collective fails where a process
+    comes late, with Gloo after half a minute.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except ValueError as error:
+        problem = error
+    if jax.process_count() > 1:
+        import orbax.checkpoint.multihost
+
+        if problem is not None:
+            logging.error("%s (the job ends when the other processes are through)", problem)
+        meet = orbax.checkpoint.multihost.get_barrier_sync_fn()
+        meet(key="work_together", timeout_ms=_LONGEST_WORK_MS)
+
+    def finish() -> Checked:
+        if problem is not None:
+            raise problem
+        return result
+
+    return check_together(finish)
 
 
 def share_from_first(read: Callable[[], bytes]) -> bytes:

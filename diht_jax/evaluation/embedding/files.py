@@ -25,7 +25,7 @@ from diht_jax.data.records.remote import read_bytes
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.stores import is_remote, write_bytes
 from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
-from diht_jax.evaluation.embedding.inputs import PICTURES, list_inputs
+from diht_jax.evaluation.embedding.inputs import PICTURES, Share, list_inputs, shares_of
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
 
 FORMATS = ("npz", "parquet")
@@ -50,8 +50,8 @@ class EmbedOptions:
         shard_size: entries of the source a file, at most; what an interruption can cost.
         batch_size: examples embedded at once, over all devices.
         num_threads: decoding threads; None is one per core.
-        task_index, num_tasks: this process takes every `num_tasks`-th shard of the source; of a
-            folder of pictures, every `num_tasks`-th part.
+        task_index, num_tasks: this process takes its share (`inputs.shares_of`) of the shards of
+            the source, or of the parts of a folder of pictures and of few large files.
     """
 
     format: str = "npz"
@@ -113,17 +113,13 @@ def embed_source(
     if "text" in options.modalities and shards[0].kind == PICTURES:
         raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
     claim(output, _settings(model, shards, options))
-    mine = [
-        (index, shard)
-        for index, shard in enumerate(shards)
-        if shard.kind == PICTURES or index % options.num_tasks == options.task_index
-    ]
+    mine = shares_of(shards, options.task_index, options.num_tasks)
     total: collections.Counter[str] = collections.Counter()
     pairs, files = 0, 0
-    with EntryProgress([shard for _, shard in mine]) as progress:
-        for index, shard in mine:
-            embed = _embed_folder if shard.kind == PICTURES else _embed_shard
-            for stats in embed(model, index, shard, output, options, progress):
+    with EntryProgress([share.shard for share in mine]) as progress:
+        for share in mine:
+            embed = _embed_folder if share.shard.kind == PICTURES else _embed_shard
+            for stats in embed(model, share, output, options, progress):
                 pairs, files = pairs + stats["pairs"], files + 1
                 total.update(stats["dropped"])
             progress.finish_shard()
@@ -135,18 +131,18 @@ def embed_source(
 
 def _embed_folder(
     model: Any,
-    index: int,
-    shard: SourceShard,
+    share: Share,
     output: str,
     options: EmbedOptions,
     progress: EntryProgress,
 ) -> Iterator[dict[str, Any]]:
-    """As `_embed_shard`, of a folder of pictures: yields the statistics of this task's parts."""
+    """As `_embed_shard`, of a folder of pictures."""
+    shard = share.shard
     listed = list(image_folder.list_pictures(shard.path))
     size = options.shard_size
     num_parts = max(1, -(-len(listed) // size))
-    for part in range(options.task_index, num_parts, options.num_tasks):
-        stem = _stem(output, index, part)
+    for part in range(share.first, num_parts, share.step):
+        stem = _stem(output, share.number, part)
         stats = read_stats(f"{stem}.json")
         if stats is not None:
             progress.update(stats["entries"])
@@ -155,7 +151,7 @@ def _embed_folder(
             entries = Peekable(image_folder.read_listed(shard.path, chosen))
             stats = _embed_part(model, entries, stem, options, progress)
             stats["is_last"] = part == num_parts - 1
-            _finish_part(stem, stats, shard, index, part)
+            _finish_part(stem, stats, share, part)
         yield stats
 
 
@@ -163,41 +159,42 @@ def _stem(output: str, index: int, part: int) -> str:
     return f"{output}/embeddings-{index:05d}-{part:05d}"
 
 
-def _finish_part(
-    stem: str, stats: dict[str, Any], shard: SourceShard, index: int, part: int
-) -> None:
+def _finish_part(stem: str, stats: dict[str, Any], share: Share, part: int) -> None:
     """Writes the statistics: last, since their presence means that the part is finished."""
-    stats |= {"source": str(shard), "shard": index, "part": part}
+    stats |= {"source": str(share.shard), "shard": share.number, "part": part}
     write_bytes(f"{stem}.json", (json.dumps(stats, indent=1) + "\n").encode())
 
 
 def _embed_shard(
     model: Any,
-    index: int,
-    shard: SourceShard,
+    share: Share,
     output: str,
     options: EmbedOptions,
     progress: EntryProgress,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the statistics of each part of a shard; makes the parts that are missing."""
-    entries: Iterator[Pair | Skipped] | None = None
+    """Yields the statistics of this task's parts of a shard; makes those that are missing."""
+    entries: Peekable | None = None
     read = 0  # entries taken from `entries`
     for part in itertools.count():
-        stem = _stem(output, index, part)
+        is_own = part % share.step == share.first
+        stem = _stem(output, share.number, part)
         stats = read_stats(f"{stem}.json")
-        if stats is not None:
+        if stats is not None and is_own:
             progress.update(stats["entries"])
-        else:
+        elif is_own:
             if entries is None:
-                entries = Peekable(registry.read_pairs(shard))
+                entries = Peekable(registry.read_pairs(share.shard))
             start = part * options.shard_size
-            # Entries of finished parts; images are not decoded.
+            # Entries of other parts; images are not decoded.
             collections.deque(itertools.islice(entries, start - read), maxlen=0)
+            if part and entries.is_exhausted():
+                return  # another task has the last part, and has not finished it yet
             stats = _embed_part(model, entries, stem, options, progress)
             read = start + stats["entries"]
-            _finish_part(stem, stats, shard, index, part)
-        yield stats
-        if stats["is_last"]:
+            _finish_part(stem, stats, share, part)
+        if is_own:
+            yield stats
+        if stats is not None and stats["is_last"]:
             return
 
 

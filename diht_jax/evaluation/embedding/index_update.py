@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import filelock
@@ -24,7 +24,7 @@ from diht_jax.data.records.remote import refuse_url
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import encode_images
 from diht_jax.evaluation.embedding.files import Peekable, claim
-from diht_jax.evaluation.embedding.inputs import PICTURES
+from diht_jax.evaluation.embedding.inputs import PICTURES, Share, shares_of
 from diht_jax.evaluation.embedding.picture_index import (
     DTYPES,
     Part,
@@ -84,7 +84,8 @@ def update_index(
         thumbnails: keep a small picture of each entry. Those of a folder of pictures are read
             from there instead.
         process: of the processes of a job that call this alike, on a folder that all of them see:
-            each embeds its share of the shards, or of the pictures of a folder.
+            each embeds its share of the shards, or of the pictures of a folder and of the parts of
+            few large files.
 
     Returns:
         What all processes together did.
@@ -103,12 +104,12 @@ def update_index(
         "image_size": model.image_size,
         "dtype": dtype,
     }
-    if process.is_first:
-        claim(folder, settings)
+    process.first(lambda: claim(folder, settings))
     encode = functools.partial(
         encode_images, model, batch_size=batch_size, num_threads=num_threads, allow_empty=True
     )
-    with _only_one_update(folder) if process.is_first else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        process.first(lambda: stack.enter_context(_only_one_update(folder)))
         return _Updater(folder, dtype, model.embed_dim, encode, thumbnails, process).run(shards)
 
 
@@ -148,32 +149,29 @@ class _Updater:
 
     def run(self, shards: Sequence[SourceShard]) -> Update:
         identities = {_unit(shard): shard.identity() for shard in shards}
-        if self._process.is_first:
-            self._manifests = read_manifests(self._folder)
-            self._remove_stale(shards, identities)
-        self._process.wait("stale parts are removed")
-        self._manifests = read_manifests(self._folder)
+        self._process.first(lambda: self._remove_stale(shards, identities))
+        # Read by all before the first part is made.
+        self._manifests = self._process.together(lambda: read_manifests(self._folder))
         # Every process has numbers of its own for the parts that it makes.
         first_new = max(self._manifests, default=-1) + 1
         self._next_number = first_new + self._process.index
-        self._process.wait("parts are known")  # before the first one is made
-        mine = [
-            shard
-            for number, shard in enumerate(shards)
-            if shard.kind == PICTURES or number % self._process.count == self._process.index
-        ]
-        with EntryProgress(mine) as progress:
-            for shard in mine:
-                add = self._add_pictures if shard.kind == PICTURES else self._add_shard
-                add(shard, identities[_unit(shard)], progress)
-                progress.finish_shard()
-        self._process.wait("parts are made")
+        self._process.together(lambda: self._add(shards, identities))
         return self._describe(first_new)
+
+    def _add(self, shards: Sequence[SourceShard], identities: dict[str, dict[str, Any]]) -> None:
+        """Makes this process's parts."""
+        mine = shares_of(shards, self._process.index, self._process.count)
+        with EntryProgress([share.shard for share in mine]) as progress:
+            for share in mine:
+                add = self._add_pictures if share.shard.kind == PICTURES else self._add_shard
+                add(share, identities[_unit(share.shard)], progress)
+                progress.finish_shard()
 
     def _remove_stale(
         self, shards: Sequence[SourceShard], identities: dict[str, dict[str, Any]]
     ) -> None:
         """Removes what is gone or was changed: parts of shards, pictures of folders."""
+        self._manifests = read_manifests(self._folder)
         for number, manifest in list(self._manifests.items()):
             identity = identities.get(manifest["unit"])
             is_folder = manifest["identity"]["kind"] == PICTURES
@@ -214,40 +212,51 @@ class _Updater:
         added = sum(len(Part(self._folder, number).rows) for number in new)
         return Update(added, self._removed, rows - added, dict(dropped))
 
-    def _add_shard(
-        self, shard: SourceShard, identity: dict[str, Any], progress: EntryProgress
-    ) -> None:
-        """Adds the parts of a shard that are missing."""
-        done = [manifest for _, manifest in self._parts_of(shard)]
-        progress.update(sum(manifest["entries"] for manifest in done))
-        if any(manifest["is_last"] for manifest in done):
-            return
-        entries = Peekable(registry.read_pairs(shard))
-        # Entries of finished parts; images are not decoded.
-        collections.deque(
-            itertools.islice(entries, sum(manifest["entries"] for manifest in done)), maxlen=0
-        )
-        is_last = False
-        while not is_last:
-            taken = itertools.islice(entries, PART_ROWS)
-            is_last = self._add_part(shard, identity, taken, progress, entries.is_exhausted)
+    def _add_shard(self, share: Share, identity: dict[str, Any], progress: EntryProgress) -> None:
+        """Adds this process's parts of a shard that are missing."""
+        done = {
+            manifest.get("part", rank): manifest
+            for rank, (_, manifest) in enumerate(sorted(self._parts_of(share.shard)))
+        }
+        entries: Peekable | None = None
+        read = 0  # entries taken from `entries`
+        for part in itertools.count():
+            is_last = part in done and done[part]["is_last"]
+            if part % share.step == share.first and part in done:
+                progress.update(done[part]["entries"])
+            elif part % share.step == share.first:
+                if entries is None:
+                    entries = Peekable(registry.read_pairs(share.shard))
+                # Entries of other parts; images are not decoded.
+                collections.deque(itertools.islice(entries, part * PART_ROWS - read), maxlen=0)
+                if part and entries.is_exhausted():
+                    return
+                taken = itertools.islice(entries, PART_ROWS)
+                own = {"part": part}
+                is_last = self._add_part(
+                    share.shard, identity, taken, progress, entries.is_exhausted, own
+                )
+                read = (part + 1) * PART_ROWS
+            if is_last:
+                return
 
     def _add_pictures(
-        self, shard: SourceShard, identity: dict[str, Any], progress: EntryProgress
+        self, share: Share, identity: dict[str, Any], progress: EntryProgress
     ) -> None:
         """Adds this process's share of the pictures of a folder that are new or changed."""
+        shard = share.shard
         listed, states = self._list(shard)
         known = {
             key for _, manifest in self._parts_of(shard) for key in self._unchanged(shard, manifest)
         }
         new = [entry for entry in listed if entry[1] not in known]
         progress.update(len(listed) - len(new))
-        size = max(1, min(PART_ROWS, -(-len(new) // self._process.count)))
-        for first in range(self._process.index * size, len(new), self._process.count * size):
+        size = max(1, min(PART_ROWS, -(-len(new) // share.step)))
+        for first in range(share.first * size, len(new), share.step * size):
             chunk = new[first : first + size]
             entries = image_folder.read_listed(shard.path, chunk)
             of_part = [(key, states[key]) for _, key, _ in chunk]
-            self._add_part(shard, identity, entries, progress, lambda: True, of_part)
+            self._add_part(shard, identity, entries, progress, lambda: True, {"states": of_part})
 
     def _keep_rows(self, number: int, keys: set[str]) -> None:
         """Marks the rows of a folder's part with other keys as removed, or removes the part."""
@@ -273,9 +282,9 @@ class _Updater:
         entries: Iterable[Pair | Skipped],
         progress: EntryProgress,
         is_last: Callable[[], bool],
-        states: Sequence[tuple[str, str]] = (),
+        own: Mapping[str, Any],
     ) -> bool:
-        """Writes a part; returns what `is_last` says behind its last entry."""
+        """Writes a part, with what is its own in the manifest; returns what `is_last` says then."""
         count = 0
 
         def counted() -> Iterator[Pair | Skipped]:
@@ -302,7 +311,8 @@ class _Updater:
             "entries": count,
             "is_last": is_last(),
             "dropped": encoded.dropped,
-            "states": list(states),
+            "states": [],
+            **own,
         }
         write_part(self._folder, number, quantize(image_emb, self._dtype), encoded.notes, manifest)
         self._manifests[number] = manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,43 @@ def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[Sour
         if names & pictures:
             return [SourceShard(PICTURES, source)]
         raise
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """What one of several processes has of a shard: every `step`-th part from number `first` on.
+
+    Attributes:
+        number: of the shard in its source.
+        shard: the shard.
+        first, step: 0 and 1 are all parts.
+    """
+
+    number: int
+    shard: SourceShard
+    first: int
+    step: int
+
+
+def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[Share]:
+    """What a process has of a source.
+
+    Every `count`-th shard. A folder of pictures is divided by all; a file where there are fewer
+    shards than processes: it has no index in general, so that each of those that divide it reads
+    through it, and decodes and embeds its own parts only.
+
+    Args:
+        shards: of the source.
+        index, count: of this process, and how many there are.
+    """
+    shares = []
+    for number, shard in enumerate(shards):
+        sharing = range(number % count, count, len(shards))
+        if shard.kind == PICTURES:
+            sharing = range(count)
+        if index in sharing:
+            shares.append(Share(number, shard, sharing.index(index), len(sharing)))
+    return shares
 
 
 def input_units(shards: Sequence[SourceShard]) -> list[Callable[[], Iterator[Pair | Skipped]]]:

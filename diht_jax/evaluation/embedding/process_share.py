@@ -24,17 +24,17 @@ class JobProcess:
     Attributes:
         index: of this process.
         count: of processes.
-        wait: returns when all processes have called it; takes a name of what for.
+        together: calls a function in every process, and returns what it has returned in this one
+            when all are through; where it has failed in one, it raises in all of them.
     """
 
     index: int = 0
     count: int = 1
-    wait: Callable[[str], None] = lambda name: None
+    together: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
-    @property
-    def is_first(self) -> bool:
-        """Whether it does what one process does for all."""
-        return self.index == 0
+    def first(self, work: Callable[[], object]) -> None:
+        """As `together`, of what one process does for all."""
+        self.together(work if self.index == 0 else lambda: None)
 
 
 ALONE = JobProcess()

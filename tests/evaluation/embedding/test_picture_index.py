@@ -1,5 +1,6 @@
 """Indexes of real pictures: exact answers, updates by what is new, and the web page."""
 
+import functools
 import io
 import itertools
 import json
@@ -18,7 +19,7 @@ from PIL import Image
 from diht_jax.evaluation.embedding import index_update
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import update_index
-from diht_jax.evaluation.embedding.picture_index import PictureIndex, quantize
+from diht_jax.evaluation.embedding.picture_index import Part, PictureIndex, quantize
 from diht_jax.evaluation.embedding.process_share import JobProcess
 from diht_jax.evaluation.pages.web import make_server
 from tests.data.readers.inputs import write_tar
@@ -128,9 +129,30 @@ def test_an_interrupted_update_goes_on(tiny_model, folder, tmp_path):
     check_answers(tiny_model, folder, tmp_path / "index")
 
 
+class Processes:
+    """Threads that stand for the processes of a job: where one fails, all raise."""
+
+    def __init__(self, count):
+        self._barrier = threading.Barrier(count, timeout=60)
+        self._errors = [None] * count
+
+    def together(self, number, work):
+        result, self._errors[number] = None, None
+        try:
+            result = work()
+        except ValueError as error:
+            self._errors[number] = error
+        self._barrier.wait()
+        failed = [error for error in self._errors if error]
+        self._barrier.wait()
+        if failed:
+            raise failed[0]
+        return result
+
+
 def update_together(model, source, index, count):
-    """By threads that stand for the processes of a job; returns what each did, and decoded."""
-    barrier, one_at_a_time = threading.Barrier(count, timeout=60), threading.Lock()
+    """By the processes of a job; returns what each did or its error, and how many it decoded."""
+    processes, one_at_a_time = Processes(count), threading.Lock()
     results = [None] * count
 
     class Own(Counting):
@@ -141,12 +163,11 @@ def update_together(model, source, index, count):
     models = [Own(model) for _ in range(count)]
 
     def work(number):
-        process = JobProcess(number, count, lambda name: barrier.wait())
+        process = JobProcess(number, count, functools.partial(processes.together, number))
         try:
             results[number] = update(models[number], source, index, process=process)
         except BaseException as error:
             results[number] = error
-            barrier.abort()
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
     for thread in threads:
@@ -188,6 +209,42 @@ def test_processes_share_the_shards_of_an_index(tiny_model, photos, tmp_path):
         for hit in PictureIndex(tmp_path / "index").search(tiny_model.encode_text(["x"]), 25)[0]
     }
     assert keys == {f"{name}{i}" for name in "abcde" for i in range(5)}
+
+
+def test_processes_share_a_large_file(tiny_model, tmp_path):
+    tar_of(tmp_path / "a.tar", range(15))
+    source = str(tmp_path / "a.tar")
+    results, decoded = update_together(tiny_model, source, tmp_path / "index", 4)
+    # Parts of 6, 6 and 3 for four processes.
+    assert [done.added for done in results] == [15] * 4 and decoded == [6, 6, 3, 0]
+    assert update(tiny_model, source, tmp_path / "alone").added == 15
+    parts = [[Part(tmp_path / name, n) for n in range(3)] for name in ("index", "alone")]
+    for found, expected in zip(*parts, strict=True):
+        assert found.rows.equals(expected.rows)
+    # A part that is made again, in the middle of the file, by another number of processes.
+    (tmp_path / "index/00001.json").unlink()
+    results, decoded = update_together(tiny_model, source, tmp_path / "index", 2)
+    assert [(done.added, done.kept) for done in results] == [(6, 9)] * 2 and decoded == [0, 6]
+    hits = PictureIndex(tmp_path / "index").search(tiny_model.encode_text(["x"]), 20)[0]
+    assert sorted(hit.caption for hit in hits) == sorted(f"caption {i}" for i in range(15))
+
+
+def test_an_error_of_one_process_ends_all(tiny_model, tmp_path):
+    for name in "ab":
+        tar_of(tmp_path / f"{name}.tar", range(8))
+    damaged = tmp_path / "b.tar"
+    damaged.write_bytes(damaged.read_bytes()[:2000])
+    results, _ = update_together(tiny_model, f"{tmp_path}/*.tar", tmp_path / "index", 2)
+    assert all(isinstance(error, ValueError) and "b.tar" in str(error) for error in results)
+    # What the other has made stays, and the lock is free again.
+    assert len(PictureIndex(tmp_path / "index")) == 8
+    tar_of(damaged, range(10, 18))
+    assert update(tiny_model, f"{tmp_path}/*.tar", tmp_path / "index").added == 8
+    # What only the first process checks is an error of all as well.
+    settings = tmp_path / "index" / "embeddings.json"
+    settings.write_text(settings.read_text().replace("float16", "int8"))
+    results, _ = update_together(tiny_model, str(damaged), tmp_path / "index", 2)
+    assert all("changed: dtype" in str(error) for error in results)
 
 
 def test_a_part_that_is_made_again_has_no_old_marks(tiny_model, folder, tmp_path):
