@@ -76,7 +76,7 @@ BENCHMARK_TASKS: dict[str, SuiteEntry] = {
     "dmlab": _task("wds_vtab-dmlab", "test of VTAB: 22,735 images", words="dmlab"),
     "dollar_street": _task(
         "DataComp's wds_dollar_street_test",
-        "3,503 images of 58 classes; the group is the quarter of incomes",
+        "3,503 images of 58 classes; the group is that of incomes",
         ("worst_group_top5", "top5", "top1"),
         options={"group": "0"},
     ),

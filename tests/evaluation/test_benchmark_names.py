@@ -45,6 +45,47 @@ _MAIN_METRICS = {
     "worst_group_top5": "fairness/dollar_street",
 }
 
+# The `size` of the tasks there that are DataComp's alone, by the names here, and of the sets whose
+# numbers the suite states.
+_SIZES = {
+    "camelyon17": 85_054,
+    "clevr_counts": 15_000,
+    "clevr_distance": 15_000,
+    "dollar_street": 3_503,
+    "eurosat": 5_400,
+    "fgvc_aircraft": 3_333,
+    "fmow": 22_108,
+    "geode": 12_488,
+    "gtsrb": 12_630,
+    "imagenet_a": 7_500,
+    "imagenet_o": 2_000,
+    "imagenet_r": 30_000,
+    "imagenet_sketch": 50_889,
+    "imagenet_v2": 10_000,
+    "iwildcam": 42_791,
+    "kitti_distance": 711,
+    "mnist": 10_000,
+    "pcam": 32_768,
+    "rendered_sst2": 1_821,
+    "resisc45": 6_300,
+    "svhn": 26_032,
+    "voc2007_objects": 14_976,
+    "winogavil": 3_563,
+    "flickr30k_retrieval": 1_000,
+    "coco_retrieval": 5_000,
+}
+
+
+def test_splits_have_the_sizes_of_datacomp():
+    alone = {ours for ours in DATACOMP.values() if ours in BENCHMARK_TASKS}
+    assert alone <= set(_SIZES) <= set(DATACOMP.values())
+    wrong = {
+        name: TASKS_BY_NAME[name].split
+        for name, size in _SIZES.items()
+        if f"{size:,}" not in TASKS_BY_NAME[name].split
+    }
+    assert not wrong
+
 
 def test_the_38_names_of_datacomp():
     expected = {name: m.split() for m, names in _MAIN_METRICS.items() for name in names.split()}
