@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 
 import jax
 import numpy as np
@@ -186,6 +187,19 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
     assert measured == pytest.approx({k: v for k, v in two[-1].items() if k != "step"})
     counts = found[0]["counts"]
     assert (counts["images"], counts["dropped"]) == (11, {"image_unreadable": 1})
+
+    # Each embeds a file of its own; one of them is damaged, and both end with that.
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for index in (0, 1):
+            tar.add(shades / "shade 0" / f"{index}.png", f"{index}.png")
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(whole[: len(whole) // 20])
+    embed = ("diht_jax.embed", "--model", str(run), "--input", f"{tmp_path}/?.tar")
+    job.start(*embed, "--output", str(tmp_path / "embedded"), "--batch_size=8")
+    outputs = job.outputs()
+    assert [process.returncode for process in job.processes] == [1, 1], outputs
+    assert all("error:" in output and "b.tar: the tar" in output for output in outputs), outputs
+    assert (tmp_path / "embedded" / "embeddings-00000-00000.json").exists()
 
 
 def test_a_run_in_a_store_goes_on_with_another_number_of_processes(
