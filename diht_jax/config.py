@@ -146,6 +146,8 @@ def default_config() -> ml_collections.ConfigDict:
     # How it is computed: "streaming" (memory [b, d]), "gathered" ([b, N], fewer transfers), or
     # "auto", by the mesh and the batch: losses/choice.py.
     c.loss.impl = "auto"
+    # Of the contrastive loss in the sum with the terms below; 0 leaves these alone to be learnt.
+    c.loss.weight = 1.0
     # Share of pairs that may be wrong, up to 0.5: losses count by how likely a pair is right, as
     # losses/noise.py has it. 0: all alike.
     c.loss.noise_share = 0.0

@@ -202,7 +202,8 @@ def mean_loss(
             are not read where the objective has equal pairs as negatives.
         noise_share: see `contrastive_loss`.
         sizes: of how many first numbers of the embeddings, rising and the last one all of them;
-            see `nested.py`. Without sizes, of all.
+            see `nested.py`. Without sizes, of all. How likely a pair is right, which `noise_share`
+            asks for, is decided by all.
 
     Returns:
         The loss, as `contrastive_loss` returns it (with sizes an array [k] of them), and statistics
@@ -230,8 +231,6 @@ def mean_loss(
     is_streaming = impl == "streaming" and num_pairs > 1
     loss_fn = streaming_loss if is_streaming else dense_loss
     if sizes:
-        if noise_share or objective.num_weighted_sums:
-            raise ValueError("sizes: noise_share and max_weight are not known to their loss")
         of_sizes = nested.streaming_losses if is_streaming else nested.gathered_losses
         loss_fn = functools.partial(of_sizes, sizes=sizes)
     total, statistics = loss_fn(

@@ -24,7 +24,13 @@ from diht_jax.losses.dense import AxisName, dense_loss, inner_products
 from diht_jax.losses.objective import Objective, PairStatistics, Scalars
 from diht_jax.losses.ring import Ring
 from diht_jax.losses.row_statistics import add_tile, merge, no_statistics, pair_statistics
-from diht_jax.losses.streaming import ring_and_arguments, scalar_grads, scaled, tile_slopes
+from diht_jax.losses.streaming import (
+    ring_and_arguments,
+    scalar_grads,
+    scaled,
+    tile_slopes,
+    with_weighted_sums,
+)
 from diht_jax.losses.tiles import at, product, put, zeros
 
 Sizes = tuple[int, ...]
@@ -40,6 +46,7 @@ def gathered_losses(
     axis_name: AxisName,
     sizes: Sizes,
     pair_ids: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """As `streaming_losses`, one size after the other, each gathered by `dense_loss`."""
     losses = []
@@ -52,6 +59,7 @@ def gathered_losses(
             objective=objective,
             axis_name=axis_name,
             pair_ids=pair_ids,
+            row_weights=row_weights,
         )
         losses.append(loss)
     return jnp.stack(losses), statistics
@@ -74,20 +82,21 @@ def streaming_losses(
     axis_name: AxisName,
     sizes: Sizes,
     pair_ids: jax.Array | None = None,
+    row_weights: jax.Array | None = None,
     tile: int | None = None,
 ) -> tuple[jax.Array, PairStatistics]:
     """The losses [k] of all sizes, each of the local rows in both directions, summed.
 
     Args:
-        image_emb, text_emb, logit_scale, scalars, objective, axis_name, pair_ids, tile: see
-            `streaming.streaming_loss`.
+        image_emb, text_emb, logit_scale, scalars, objective, axis_name, pair_ids, row_weights,
+            tile: see `streaming.streaming_loss`; the weights are those of all sizes.
         sizes: rising, the last one that of the embeddings.
 
     Returns:
         Losses of this device, and statistics of the whole embeddings, without gradient.
     """
     ring, arguments = ring_and_arguments(
-        *(image_emb, text_emb, logit_scale, scalars, pair_ids),
+        *(image_emb, text_emb, logit_scale, scalars, pair_ids, row_weights),
         objective=objective,
         axis_name=axis_name,
         tile=tile,
@@ -97,16 +106,19 @@ def streaming_losses(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _ring_losses(ring, sizes, image_emb, text_emb, scale, scalars, pair_ids):
-    return _forward(ring, sizes, image_emb, text_emb, scale, scalars, pair_ids)[0]
+def _ring_losses(ring, sizes, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
+    return _forward(ring, sizes, image_emb, text_emb, scale, scalars, pair_ids, row_weights)[0]
 
 
-def _forward(ring: Ring, sizes: Sizes, image_emb, text_emb, scale, scalars, pair_ids):
+def _forward(ring: Ring, sizes: Sizes, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
     objective = ring.objective
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     no_positives = [zeros(own_texts[0].shape[:2], scale)] * len(sizes)
     no_texts = [no_statistics(objective, nothing) for nothing in no_positives]
     no_images = [no_statistics(objective, zeros(images.shape[:2], scale))] * len(sizes)
+
+    def logits_of(image_tile, text_tile):
+        return [scale * p * r for p, r in _products(image_tile, text_tile, sizes)]
 
     def add_block(rounds, block, _, stays):
         texts, text_ids = block
@@ -115,7 +127,7 @@ def _forward(ring: Ring, sizes: Sizes, image_emb, text_emb, scale, scalars, pair
             text_statistics, (image_statistics, positives) = carry
             masks = ring.masks(rounds, i, j, at(image_ids, i), at(text_ids, j))
             add = functools.partial(add_tile, objective, masks=masks, scalars=scalars)
-            logits = [scale * p * r for p, r in _products(at(images, i), at(texts, j), sizes)]
+            logits = logits_of(at(images, i), at(texts, j))
             image_tiles = [
                 add(tile, s, axis=1)
                 for tile, s in zip(at(image_statistics, i), logits, strict=True)
@@ -147,6 +159,11 @@ def _forward(ring: Ring, sizes: Sizes, image_emb, text_emb, scale, scalars, pair
         parts = ring.exchange_rows(image_statistics)
         members = [at(parts, member) for member in range(ring.group)]
         image_statistics = functools.reduce(merge_sizes, members)
+    if objective.num_weighted_sums:
+        image_statistics, text_statistics = with_weighted_sums(
+            *(ring, (images, image_ids), own_texts, scalars, logits_of),
+            *(image_statistics, text_statistics),
+        )
     losses, image_slopes, text_slopes = [], [], []
     for positive, image_rows, text_rows in zip(
         positives, image_statistics, text_statistics, strict=True
@@ -155,21 +172,24 @@ def _forward(ring: Ring, sizes: Sizes, image_emb, text_emb, scale, scalars, pair
             objective.finish, positives=positive, scalars=scalars, num_pairs=ring.num_pairs
         )
         (of_images, by_images), (of_texts, by_texts) = finish(image_rows), finish(text_rows)
+        if row_weights is not None:
+            of_images, of_texts = row_weights * of_images, row_weights * of_texts
         losses.append(jnp.sum(of_images) + jnp.sum(of_texts))
         image_slopes.append(by_images)
         text_slopes.append(by_texts)
     statistics = pair_statistics(positives[-1], image_statistics[-1], text_statistics[-1], scale)
-    residuals = (image_emb, text_emb, scale, scalars, pair_ids, image_slopes, text_slopes)
-    return (jnp.stack(losses), statistics), residuals
+    arguments = (image_emb, text_emb, scale, scalars, pair_ids, row_weights)
+    return (jnp.stack(losses), statistics), (*arguments, image_slopes, text_slopes)
 
 
 def _backward(ring: Ring, sizes: Sizes, residuals, cotangents):
-    image_emb, text_emb, scale, scalars, pair_ids, image_slopes, text_slopes = residuals
+    *arguments, image_slopes, text_slopes = residuals
+    image_emb, text_emb, scale, scalars, pair_ids, row_weights = arguments
     objective = ring.objective
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     image_slopes, text_slopes = (
         [
-            scaled(size_slopes, by_loss)
+            scaled(size_slopes, by_loss if row_weights is None else by_loss * row_weights)
             for size_slopes, by_loss in zip(slopes, cotangents[0], strict=True)
         ]
         for slopes in (image_slopes, text_slopes)
@@ -241,6 +261,7 @@ def _backward(ring: Ring, sizes: Sizes, residuals, cotangents):
         text_grads.astype(text_emb.dtype),
         jnp.sum(image_emb * by_products),
         tuple(map(sum, zip(*of_scalars, strict=True))),
+        None,
         None,
     )
 

@@ -166,8 +166,10 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
             [at(parts, member) for member in range(ring.group)],
         )
     if objective.num_weighted_sums:
-        image_statistics, text_statistics = _with_weighted_sums(
-            ring, (images, image_ids), own_texts, scale, scalars, image_statistics, text_statistics
+        (image_statistics,), (text_statistics,) = with_weighted_sums(
+            *(ring, (images, image_ids), own_texts, scalars),
+            lambda image_tile, text_tile: [scale * inner_products(image_tile, text_tile)],
+            *([image_statistics], [text_statistics]),
         )
     finish = functools.partial(
         objective.finish, positives=positives, scalars=scalars, num_pairs=ring.num_pairs
@@ -182,23 +184,30 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
     return (loss, statistics), (*arguments, image_slopes, text_slopes)
 
 
-def _with_weighted_sums(
+def with_weighted_sums(
     ring: Ring,
     images: tuple[jax.Array, jax.Array | None],
     own_texts: tuple[jax.Array, jax.Array | None],
-    scale: jax.Array,
     scalars: Scalars,
-    *statistics: RowStatistics,
-) -> list[RowStatistics]:
-    """The statistics of images and texts with `weighted`: another tour of the texts."""
+    logits_of: Callable[[jax.Array, jax.Array], list[jax.Array]],
+    *statistics: list[RowStatistics],
+) -> list[list[RowStatistics]]:
+    """The statistics of images and texts with `weighted`: another tour of the texts.
+
+    Args:
+        ring, scalars: of the loss.
+        images, own_texts: of `ring.blocks`.
+        logits_of: from a tile of images and one of texts to their logits, of each size (`nested`).
+        statistics: of all images, and of all texts, each of the same sizes.
+    """
     objective = ring.objective
     image_weighing, text_weighing = (
-        objective.weigh(part, scalars, ring.num_pairs) for part in statistics
+        [objective.weigh(size, scalars, ring.num_pairs) for size in part] for part in statistics
     )
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(image_weighing))
     text_tiles = jax.tree.map(ring.texts.split, text_weighing)
     no_images, no_texts = (
-        (zeros(tiles[0].shape, scale),) * objective.num_weighted_sums
+        [(zeros(tiles[0][0].shape, tiles[0][0]),) * objective.num_weighted_sums for _ in tiles]
         for tiles in (image_tiles, text_tiles)
     )
 
@@ -206,12 +215,15 @@ def _with_weighted_sums(
         texts, text_ids = block
 
         def one_tile(i, j, carry):
-            logits = scale * inner_products(at(images[0], i), at(texts, j))
+            logits = logits_of(at(images[0], i), at(texts, j))
             masks = ring.masks(rounds, i, j, at(images[1], i), at(text_ids, j))
             parts = (
-                objective.accumulate_weighted(
-                    at(tiles, index), logits, masks.is_negative, axis, scalars
-                )
+                [
+                    objective.accumulate_weighted(
+                        weighing, size_logits, masks.is_negative, axis, scalars
+                    )
+                    for weighing, size_logits in zip(at(tiles, index), logits, strict=True)
+                ]
                 for tiles, index, axis in ((text_tiles, j, 0), (image_tiles, i, 1))
             )
             return tuple(
@@ -233,7 +245,10 @@ def _with_weighted_sums(
     if ring.group > 1:
         image_sums = jax.tree.map(lambda parts: jnp.sum(parts, 0), ring.exchange_rows(image_sums))
     sums = image_sums, jax.tree.map(ring.texts.join, text_sums)
-    return [part._replace(weighted=each) for part, each in zip(statistics, sums, strict=True)]
+    return [
+        [size._replace(weighted=weighted) for size, weighted in zip(part, each, strict=True)]
+        for part, each in zip(statistics, sums, strict=True)
+    ]
 
 
 def _backward(ring, residuals, cotangents):

@@ -73,6 +73,7 @@ RANGES = {
     "model.overrides.layer_norm_epsilon": _NOT_NEGATIVE,
     "lora.rank": _NOT_NEGATIVE,
     "lora.alpha": _POSITIVE,
+    "loss.weight": _NOT_NEGATIVE,
     "loss.alpha": Range(0, 1),
     "loss.beta": _NOT_NEGATIVE,
     "loss.noise_share": Range(0, 0.5),

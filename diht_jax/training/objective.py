@@ -99,12 +99,11 @@ def with_objective_parameters(
         ValueError: wrong values in `config.loss` or in the section of a term.
     """
     loss, terms = checked_loss(config.loss), active_terms(config)
-    sizes = nested_sizes(config.matryoshka, arch.embed_dim)
-    if sizes and (config.loss.noise_share or config.loss.max_weight is not None):
+    nested_sizes(config.matryoshka, arch.embed_dim)  # checks the section
+    if not terms and config.loss.weight == 0:
         raise ValueError(
-            f"config.matryoshka.sizes={tuple(config.matryoshka.sizes)}: expected "
-            "config.loss.noise_share=0 and config.loss.max_weight=None, which the loss of several "
-            "sizes does not have; unset one or the other"
+            "config.loss.weight=0: nothing is left to learn from; expected more than 0, or the "
+            f"weight of a term above 0 ({', '.join(TERMS)})"
         )
     widths = {"pooled": arch.vision_width, "projected": arch.embed_dim}
     dtype = jnp.dtype(config.model.param_dtype)
@@ -137,6 +136,8 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
     if section.impl not in ("auto", *IMPLS, *OLD_IMPLS):
         known = ", ".join(("auto", *IMPLS))
         raise ValueError(f"config.loss.impl='{section.impl}': expected one of {known}")
+    if not 0 <= section.weight < math.inf:
+        raise ValueError(f"config.loss.weight={section.weight}: expected at least 0")
     loss = LOSSES[section.kind]
     settings = _settings(loss, section)
     try:
@@ -253,8 +254,8 @@ def total_loss(
         step: updates done before, for schedules.
 
     Returns:
-        Scalar loss, and the metrics of `sharded_loss`; with terms `loss` is the sum, and its parts
-        stand beside it.
+        Scalar loss, and the metrics of `sharded_loss`; with terms or another weight than 1 of the
+        contrastive loss, `loss` is the sum, and its parts stand beside it as they are.
     """
     loss = LOSSES[config.loss.kind]
     scheduled = scheduled_settings(config.loss, step)
@@ -274,9 +275,13 @@ def total_loss(
         sizes=nested_sizes(config.matryoshka, encoded["image_emb"].shape[1]),
     )
     metrics.update(scheduled)
-    if not terms:
+    weight = config.loss.weight
+    if not terms and weight == 1:
         return total, metrics
     metrics["contrastive_loss"] = metrics["loss"]
+    if weight != 1:
+        # Of 0 times the loss the gradient would be computed all the same.
+        total = weight * total if weight else jnp.zeros_like(total)
     for term in terms:
         parts = term.of_all_pairs(encoded, params, examples, mesh=mesh, impl=config.loss.impl)
         for name, (weight, part) in parts.items():

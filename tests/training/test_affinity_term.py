@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from diht_jax import sharding
+from diht_jax.cost_model.flops import count_flops
 from diht_jax.data.images.transforms import normalize
+from diht_jax.losses import contrastive_loss
 from diht_jax.models.parameters import merge_model
+from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.program import TrainProgram
 from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config
 
@@ -86,19 +89,38 @@ def test_a_step_is_the_formula_whatever_the_mesh():
     )
 
 
-def test_off_it_leaves_the_program_as_it_is():
-    """With a weight of 0 neither the batch nor the state nor the step knows of teachers."""
-    programs = [
-        TrainProgram(tiny_config(changes), total_steps=10)
-        for changes in ({}, {**TERM, "affinity.weight": 0.0})
-    ]
-    texts = []
-    for program in programs:
-        assert program.abstract_batch().keys() == {"images", "tokens"}
-        state = program.abstract_state()
-        step = program.step(state)
-        texts.append(step.trace(state, program.abstract_batch()).lower().as_text())
-    assert texts[0] == texts[1]
+def test_the_contrastive_loss_has_a_weight():
+    """MobileCLIP's sum, (1 - lambda) and lambda: lambda = 1 spares the other's backward pass."""
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(2, BATCH_SIZE, 16))
+    rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
+    encoded = dict(zip(("image_emb", "text_emb"), np.float32(rows), strict=True))
+    scale, mesh = 5.0, sharding.create_mesh(1, 1, jax.devices()[:1])
+    logits = scale * rows[0] @ rows[1].T
+    contrastive = np.mean([np.log(np.exp(s).sum(1)) - np.diagonal(s) for s in (logits, logits.T)])
+    affinity = expected_loss(*rows, scale)
+    slopes = jax.grad(lambda e: contrastive_loss(*e.values(), scale, impl="gathered"))(encoded)
+
+    def measure(weight):
+        config = tiny_config({**TERM, "loss.weight": weight})
+        params = {"log_logit_scale": np.float32(np.log(scale))}
+        settings = {"terms": active_terms(config), "mesh": mesh, "config": config}
+        step = jax.value_and_grad(
+            lambda encoded: total_loss(encoded, params, batch(), **settings), has_aux=True
+        )
+        (loss, metrics), grads = jax.jit(step)(encoded)
+        expected = weight * contrastive + WEIGHT * affinity
+        np.testing.assert_allclose([loss, metrics["loss"]], expected, rtol=1e-5)
+        np.testing.assert_allclose(metrics["contrastive_loss"], contrastive, rtol=1e-5)
+        return grads, count_flops(step, encoded).matmul_flops
+
+    (without, few), (with_both, many) = measure(0.0), measure(0.25)
+    products = 2 * BATCH_SIZE**2 * 16
+    assert many - few == 3 * products  # logits once more, and the gradients of both sides
+    for name, slope in slopes.items():
+        difference = with_both[name] - without[name]
+        np.testing.assert_allclose(difference, 0.25 * slope, atol=1e-6)
+        assert np.abs(slope).max() > 1e-3
 
 
 def test_its_keys_are_checked():
@@ -107,6 +129,8 @@ def test_its_keys_are_checked():
         ({"affinity.weight": 1.0}, "config.affinity.widths is not set: expected those of"),
         ({**TERM, "affinity.temperatures": ()}, "config.affinity.temperatures is not set: expe"),
         ({**TERM, "affinity.temperatures": (0.1,) * 3}, "one for each of the 2 teachers"),
+        ({"loss.weight": 0.0}, "config.loss.weight=0: nothing is left to learn from; expected more"),
+        ({"loss.weight": -1.0}, "config.loss.weight=-1.0: expected at least 0"),
         ({"affinity.temperatures": (0.0,)}, "expected positive numbers, such as"),
     ):
         with pytest.raises(ValueError, match=message):

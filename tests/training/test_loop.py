@@ -45,6 +45,7 @@ def seen(monkeypatch):
 
 
 def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_path, seen):
+    """Of Muon, and the last part in micro-batches."""
     config.model.patch_dropout = 0.0
     config.total_steps = 13  # of 16: four epochs of 52
     config.optimizer.kind = "muon"
@@ -53,8 +54,9 @@ def test_a_run_that_goes_on_with_other_devices_is_the_run_on_one(config, tmp_pat
     train(config, tmp_path / "one", devices=jax.devices()[:1])
     straight = seen.copy()
     seen.clear()
-    for stop, data, fsdp in ((6, 2, 4), (13, 1, 2)):
+    for stop, data, fsdp, micro_batch in ((6, 2, 4, None), (13, 1, 2, 8)):
         config.mesh.update(data=data, fsdp=fsdp)
+        config.micro_batch = micro_batch
         devices = jax.devices()[: data * fsdp]
         train(config, tmp_path / "many", stop_after_steps=stop, devices=devices)
 
@@ -191,7 +193,10 @@ def test_the_loop_leaves_what_people_look_at(finished):
     assert_bitwise_equal(model._params, state.params)
 
 
-def test_skipped_records_are_counted(config, squares, tmp_path):
+def test_a_run_with_skipped_records_is_resumed_bit_by_bit_and_counts_them(
+    config, squares, tmp_path
+):
+    """With AdamW and a cosine, the defaults."""
     records = [decode_record(data) for data in TFRecordSource(squares)]
     broken = {5, 30}
     with TFRecordWriter(tmp_path / "broken.tfrecord") as writer:
@@ -203,9 +208,15 @@ def test_skipped_records_are_counted(config, squares, tmp_path):
     config.total_steps = 5  # 80 examples: each of the 52 records once, some of them twice
     config.mesh.update(data=1, fsdp=1)
     device = jax.devices()[:1]
-    train(config, tmp_path / "straight", devices=device)
+    straight = train(config, tmp_path / "straight", devices=device)
     for stop in (2, None):
-        train(config, tmp_path / "stopped", devices=device, stop_after_steps=stop)
+        resumed = train(config, tmp_path / "stopped", devices=device, stop_after_steps=stop)
+    assert config.optimizer.kind == "adamw" and int(resumed.step) == 5
+    assert_bitwise_equal(straight, resumed)
+    for metric in COMPARED:
+        np.testing.assert_array_equal(
+            series(tmp_path / "straight", metric), series(tmp_path / "stopped", metric)
+        )
     counts = series(tmp_path / "straight", "skipped_records")
     assert len(counts) == 5 and len(broken) <= counts.sum() <= 2 * len(broken)
     np.testing.assert_array_equal(series(tmp_path / "stopped", "skipped_records"), counts)

@@ -93,15 +93,6 @@ def test_sizes_that_do_not_fit_are_named(config, sizes, weights, message):
         nested_sizes(config.matryoshka, 16)
 
 
-def test_losses_that_know_no_sizes_are_refused_beside_them(config):
-    config.matryoshka.sizes = (4, 8)
-    for key, value in (("max_weight", 2.0), ("noise_share", 0.1)):
-        other = config.copy_and_resolve_references()
-        other.loss[key] = value
-        with pytest.raises(ValueError, match=r"sizes=\(4, 8\): expected config.loss.noise_share=0"):
-            TrainProgram(other, 20, jax.devices()[:1])
-
-
 def test_data_without_labels_is_refused(config, tmp_path):
     config.concepts.object_weight = 1.0
     with pytest.raises(ValueError, match="carry no concept labels.*data_prep.label"):

@@ -1,12 +1,14 @@
 """Stored embeddings of CLIP teachers: what a student is shown is what the teachers have seen."""
 
 import functools
+import io
 import json
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from PIL import Image
 
 from data_prep.label import run_label
 from data_prep.labelling.config import default_config as label_defaults
@@ -18,8 +20,9 @@ from diht_jax.data.input.fixed_crops import with_boxes
 from diht_jax.data.input.mixing import open_mixture
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.records.labels.clip_embeddings import Crops, quantize
-from diht_jax.data.records.schema import Record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter
+from diht_jax.data.records.schema import Record, decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.data.tokenizer import tokenize
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.objective import bind_data
@@ -48,9 +51,9 @@ def write_teacher(folder, seed, image_size, width):
     return folder
 
 
-def label(folder, **changes):
+def label(folder, output="labels", **changes):
     config = label_defaults()
-    config.update({"input": str(folder / "kept"), "output": str(folder / "labels")})
+    config.update({"input": str(folder / "kept"), "output": str(folder / output)})
     config.update({"concepts": False, "num_workers": 0})
     models = ",".join(str(folder / name) for name in "ab")
     config.clip_teachers.update({"models": models, "crops": 3, "crop_scale": SCALE, **changes})
@@ -77,12 +80,12 @@ def work(tmp_path_factory):
     return folder
 
 
-def batches(folder, size, count, seed=5):
+def batches(folder, size, count, seed=5, labels="labels", width=sum(WIDTHS)):
     config = default_config()
-    config.data.update({"train": str(folder / "kept"), "labels": str(folder / "labels")})
+    config.data.update({"train": str(folder / "kept"), "labels": str(folder / labels)})
     config.data.update({"batch_size": 4, "order": "global"})
     decoder = functools.partial(
-        DecodeExample, size, 32, SCALE, fast_decode=False, teacher_width=sum(WIDTHS)
+        DecodeExample, size, 32, SCALE, fast_decode=False, teacher_width=width
     )
     mixture = open_mixture(config.data, seed, open_records, lambda text: decoder(text))
     iterator = TrainIterator(mixture, batch_size=4, seed=seed, num_workers=0, on_bad_record="skip")
@@ -109,6 +112,26 @@ def test_teachers_see_what_the_student_is_shown(work):
     again = batches(work, SIZES[1], 6)
     for name, array in found.items():
         np.testing.assert_array_equal(again[name], array)
+
+
+def test_without_crops_teachers_see_the_whole_picture_and_the_student_its_own_crops(work):
+    assert label(work, "centre", models=str(work / "b"), crops=0) == {}
+    found = batches(work, SIZES[1], 6, labels="centre", width=WIDTHS[1])
+    model = load_model(work / "b")
+    for number, record in enumerate(map(decode_record, TFRecordSource(work / "kept"))):
+        if number == BROKEN:
+            continue
+        is_record = np.all(found["tokens"] == tokenize(record.caption, 32), axis=1)
+        stored = np.unique(found["teacher_image_emb"][is_record], axis=0).astype(np.float64)
+        assert len(stored) == 1 < len(np.unique(found["images"][is_record], axis=0))
+        picture = Image.open(io.BytesIO(record.image)).resize((SIZES[1],) * 2, Image.BICUBIC)
+        right = model.encode_image(np.asarray(picture))
+        stored /= np.linalg.norm(stored)
+        np.testing.assert_allclose(stored, right, atol=1.5 * np.abs(right).max() / 254)
+    config = default_config()
+    config.affinity.weight = 1.0
+    config.data.train, config.data.labels = str(work / "kept"), str(work / "centre")
+    assert tuple(bind_data(config).affinity.widths) == WIDTHS[1:]  # with any data.crop_scale
 
 
 def test_files_hold_every_record_and_are_made_once(work):

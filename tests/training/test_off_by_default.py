@@ -1,0 +1,87 @@
+"""What a recipe does not ask for costs nothing: its operations are not in the compiled step."""
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from diht_jax.config import default_config
+from diht_jax.training.program import TrainProgram
+from tests.contributing.tiny_runs import tiny_config
+
+# Of each feature the function that adds its operations to the step, and what switches it on.
+# Adapters freeze the matrices that Muon is for, so that they have a step of their own.
+FEATURES = {
+    "Softmax.accumulate_equal": {"loss.equal_pairs": "positive"},
+    "scheduled_settings": {"loss.beta_schedule": ((0, 0.0), (5, 0.5))},
+    "Softmax.accumulate_weighted": {"loss.beta": 0.25, "loss.max_weight": 2.0},
+    "right_probabilities": {"loss.noise_share": 0.25},
+    "_products": {"matryoshka.sizes": (4, 8), "matryoshka.weights": (0.5, 1.0)},
+    "affinity_loss": {
+        "affinity.weight": 1.0,
+        "affinity.widths": (6,),
+        "affinity.temperatures": (0.05,),
+    },
+    "gradients_of_halves": {"gradient_noise": True},
+    "pack": {"model.texts_per_row": 2},
+    "orthogonalize": {"optimizer.kind": "muon"},
+    "learning_rate_schedule.<locals>.schedule": {
+        "optimizer.schedule": "wsd",
+        "optimizer.decay_steps": 3,
+    },
+    "update_average": {"ema.decay": 0.9},
+}
+ADAPTERS = {"adapter_product": {"lora.rank": 2}}
+# Keys that say how a feature does it, or what the input pipeline does, while the feature is off.
+IDLE = {
+    "lora.alpha": 3.0,
+    "lora.towers": ("text",),
+    "lora.matrices": ("fc_in",),
+    "affinity.widths": (6,),
+    "affinity.temperatures": (0.05,),
+    "affinity.teachers_hash": "abc",
+    "optimizer.muon.momentum": 0.5,
+    "optimizer.muon.rms": 0.1,
+    "loss.max_weight": 2.0,  # without beta there are no weights
+    "data.captions": "sample",
+    "data.caption_weights": "alt=1,synthetic=3",
+    "data.caption_columns": "synthetic=re_caption",
+}
+
+
+def traced(changes):
+    program = TrainProgram(tiny_config({"data.batch_size": 32, **changes}), total_steps=10)
+    state, batch = program.abstract_state(), program.abstract_batch()
+    return program.step(state).trace(state, batch)
+
+
+def functions_of(jaxpr):
+    """Names of the project's functions that the operations of a program come from."""
+    found = set()
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        codes, _ = eqn.source_info.traceback.raw_frames()
+        found |= {code.co_qualname for code in codes if "/diht_jax/" in code.co_filename}
+        # Functions of jax.numpy are traced once, and keep the place where that was.
+        if eqn.primitive.name != "jit":
+            for value in eqn.params.values():
+                for part in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(part, ClosedJaxpr | Jaxpr):
+                        found |= functions_of(part)
+    return found
+
+
+def test_a_feature_that_is_off_adds_nothing_to_the_step():
+    plain = traced({})
+    assert plain.lower().as_text() == traced(IDLE).lower().as_text()
+    in_plain = functions_of(plain.jaxpr)
+    assert "TrainStep._step" in in_plain and "Softmax.accumulate" in in_plain
+    for features in (FEATURES, ADAPTERS):
+        settings = {key: value for keys in features.values() for key, value in keys.items()}
+        in_step = functions_of(traced(settings).jaxpr)
+        assert features.keys() - in_step == set(), "on, they are not in the step"
+        assert features.keys() & in_plain == set(), "off, they are in the step"
+
+
+def test_every_key_of_these_sections_is_tried():
+    tried = {*IDLE, *(key for keys in (FEATURES | ADAPTERS).values() for key in keys)}
+    config = default_config()
+    for section in ("lora", "matryoshka", "affinity"):
+        assert {f"{section}.{key}" for key in config[section]} <= tried
+    assert {f"optimizer.muon.{key}" for key in config.optimizer.muon} <= tried
