@@ -238,6 +238,8 @@ def default_config() -> ml_collections.ConfigDict:
     # Key of the records' metadata that names a class, such as "class_name": records that agree in
     # it are equal pairs (loss.equal_pairs), those without it are equal by their texts.
     c.data.class_key = placeholder(str)
+    # Texts of the same words are equal pairs, whatever their capitals, punctuation and articles.
+    c.data.near_equal = False
     # A record that cannot be read: "error", or "skip" to replace it by another one, and count it.
     c.data.on_bad_record = "error"
     # Go on although the shards are others than when the checkpoint was saved.

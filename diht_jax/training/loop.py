@@ -233,6 +233,7 @@ class Run:
             caption_choice=choice,
             pair_ids=needs_pair_ids(config),
             class_key=config.data.class_key,
+            near_equal=config.data.near_equal,
         )
         return open_mixture(
             config.data,

@@ -70,16 +70,17 @@ def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
     """Whether the contrastive loss asks which pairs of a batch are equal.
 
     Raises:
-        ValueError: records have a class by `config.data.class_key`, which nothing asks for.
+        ValueError: `config.data.class_key` or `near_equal` says which, and nothing asks.
     """
     settings = LOSSES[config.loss.kind].settings if config.loss.kind in LOSSES else {}
     needed = "equal_pairs" in settings and config.loss.equal_pairs != "negative"
-    if config.data.class_key is not None and not needed:
-        raise ValueError(
-            f"config.data.class_key='{config.data.class_key}' names equal pairs, but "
-            f"config.loss.kind='{config.loss.kind}' with config.loss.equal_pairs="
-            f"'{config.loss.equal_pairs}' does not ask; expected 'mask' or 'positive'"
-        )
+    for key in ("class_key", "near_equal"):
+        if config.data[key] and not needed:
+            raise ValueError(
+                f"config.data.{key}={config.data[key]!r} says which pairs are equal, but "
+                f"config.loss.kind='{config.loss.kind}' with config.loss.equal_pairs="
+                f"'{config.loss.equal_pairs}' does not ask; expected 'mask' or 'positive'"
+            )
     return needed
 
 

@@ -1,6 +1,7 @@
 """Equal captions, doubted pairs, capped weights and schedules in real runs, and their settings."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -19,12 +20,13 @@ SCHEDULE = ((1, 0.0), (3, 0.5))
 
 @pytest.fixture
 def repeated(squares, tmp_path):
-    """The squares with four captions; of every other one, the class counts and not the caption."""
+    """The squares with four captions, written in many ways; of every other one the class counts."""
     records = map(decode_record, TFRecordSource(sorted(squares.glob("*.tfrecord"))))
     with TFRecordWriter(tmp_path / "repeated-0.tfrecord") as writer:
         for index, record in enumerate(records):
             metadata = {"kind": index % 3} if index % 2 else {}
-            changed = {"caption": f"a square of shade {index % 4}", "metadata": metadata}
+            caption = f"{('a', 'The')[index % 8 // 4]} square of shade {index % 4}" + index * "!"
+            changed = {"caption": caption, "metadata": metadata}
             writer.write(encode_record(dataclasses.replace(record, **changed)))
     return tmp_path / "repeated-0.tfrecord"
 
@@ -33,7 +35,7 @@ def test_a_run_in_micro_batches_knows_equal_pairs_and_follows_the_schedule(
     config, repeated, tmp_path
 ):
     config.data.train = str(repeated)
-    config.data.class_key = "kind"
+    config.data.class_key, config.data.near_equal = "kind", True
     config.total_steps, config.optimizer.warmup_steps = 4, 1
     config.micro_batch = 8
     config.loss.update(
@@ -50,8 +52,9 @@ def test_a_run_in_micro_batches_knows_equal_pairs_and_follows_the_schedule(
 def test_ids_are_equal_for_equal_tokens_or_equal_classes(squares):
     image = decode_record(TFRecordSource(squares / "squares-0.tfrecord")[0]).image
 
-    def pair_id(caption, class_key="kind", **metadata):
-        decode = DecodeExample(8, 16, (1, 1), "{caption}", pair_ids=True, class_key=class_key)
+    def pair_id(caption, class_key="kind", near_equal=False, **metadata):
+        keys = {"pair_ids": True, "class_key": class_key, "near_equal": near_equal}
+        decode = DecodeExample(8, 16, (1, 1), "{caption}", **keys)
         data = encode_record(Record("key", image, caption, metadata))
         found = decode.random_map(data, np.random.default_rng(0))["pair_ids"]
         assert found.dtype == np.uint32 and found.shape == (2,)
@@ -64,6 +67,11 @@ def test_ids_are_equal_for_equal_tokens_or_equal_classes(squares):
     assert pair_id("a dog", class_key=None, kind=3) == pair_id("a dog")
     ids = {pair_id(f"number {i}")[word] for i in range(500) for word in (0, 1)}
     assert len(ids) == 1000
+    # Or the words, where that is asked for, as long as there are some.
+    near = functools.partial(pair_id, near_equal=True)
+    assert near("A dog, on the grass!") == near("the dog on Grass") != near("grass on the dog")
+    assert pair_id("a dog") != pair_id("the dog") and near("An") != near("the") != near("!")
+    assert near("a dog", kind=3) == near("cats", kind=3) == pair_id("a dog", kind=3)
 
 
 def test_schedules_are_lines_between_points():
@@ -96,11 +104,14 @@ def test_wrong_settings_are_named(settings, message):
         checked_loss(config.loss)
 
 
-def test_classes_that_nothing_asks_for_are_refused():
+def test_equal_pairs_that_nothing_asks_for_are_refused():
     config = default_config()
     assert not needs_pair_ids(config)
     config.data.class_key = "label"
     with pytest.raises(ValueError, match="config.data.class_key='label' .* 'mask' or 'positive'"):
+        needs_pair_ids(config)
+    config.data.update(class_key=None, near_equal=True)
+    with pytest.raises(ValueError, match="config.data.near_equal=True says which pairs are equal"):
         needs_pair_ids(config)
     config.loss.equal_pairs = "mask"
     assert needs_pair_ids(config)

@@ -80,12 +80,12 @@ def work(tmp_path_factory):
     return folder
 
 
-def batches(folder, size, count, seed=5, labels="labels", width=sum(WIDTHS)):
+def batches(folder, size, count, seed=5, labels="labels", width=None):
     config = default_config()
     config.data.update({"train": str(folder / "kept"), "labels": str(folder / labels)})
     config.data.update({"batch_size": 4, "order": "global"})
     decoder = functools.partial(
-        DecodeExample, size, 32, SCALE, fast_decode=False, teacher_width=width
+        DecodeExample, size, 32, SCALE, fast_decode=False, teacher_width=width or sum(WIDTHS)
     )
     mixture = open_mixture(config.data, seed, open_records, lambda text: decoder(text))
     iterator = TrainIterator(mixture, batch_size=4, seed=seed, num_workers=0, on_bad_record="skip")
