@@ -101,13 +101,14 @@ def test_the_contrastive_loss_has_a_weight():
     affinity = expected_loss(*rows, scale)
     slopes = jax.grad(lambda e: contrastive_loss(*e.values(), scale, impl="gathered"))(encoded)
 
-    def measure(weight):
+    def loss_function(weight):
         config = tiny_config({**TERM, "loss.weight": weight})
         params = {"log_logit_scale": np.float32(np.log(scale))}
         settings = {"terms": active_terms(config), "mesh": mesh, "config": config}
-        step = jax.value_and_grad(
-            lambda encoded: total_loss(encoded, params, batch(), **settings), has_aux=True
-        )
+        return lambda encoded: total_loss(encoded, params, batch(), **settings)
+
+    def measure(weight):
+        step = jax.value_and_grad(loss_function(weight), has_aux=True)
         (loss, metrics), grads = jax.jit(step)(encoded)
         expected = weight * contrastive + WEIGHT * affinity
         np.testing.assert_allclose([loss, metrics["loss"]], expected, rtol=1e-5)
@@ -121,6 +122,10 @@ def test_the_contrastive_loss_has_a_weight():
         difference = with_both[name] - without[name]
         np.testing.assert_allclose(difference, 0.25 * slope, atol=1e-6)
         assert np.abs(slope).max() > 1e-3
+    plain, weighted = (
+        str(jax.make_jaxpr(loss_function(weight))(encoded)).count(" mul ") for weight in (1.0, 0.25)
+    )
+    assert weighted == plain + 1
 
 
 def test_its_keys_are_checked():
