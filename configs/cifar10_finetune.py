@@ -23,7 +23,7 @@ Run, from a model of the same architecture, here the demo's:
 
 Meant for the machine it is started on; a laptop will do (`config.topology`: local).
 
-Expected: docs/finetuning.md.
+Expected: nothing is stated yet; the laboratory compares its forms (docs/experiments.md).
 """
 
 import ml_collections
