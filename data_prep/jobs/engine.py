@@ -77,6 +77,7 @@ def run_pending(
     timeout_secs: float | None = None,
     after_death: AfterDeath | None = None,
     ray: RaySettings | None = None,
+    on_result: Callable[[Any], None] = lambda _: None,
 ) -> dict[str, str]:
     """Runs tasks whose results lie in files, and logs every failure; arguments of `run_tasks`.
 
@@ -84,6 +85,7 @@ def run_pending(
         function: see `run_tasks`.
         tasks: those that are not done yet, each with a `source`.
         num_workers, label, retries, timeout_secs, after_death, ray: see `run_tasks`.
+        on_result: called with what the function has returned of a task.
 
     Returns:
         Sources that failed, with the reason.
@@ -102,6 +104,8 @@ def run_pending(
         if outcome.error is not None:
             failures[str(outcome.task.source)] = outcome.error
             logging.error("%s failed: %s", outcome.task.source, outcome.error)
+        else:
+            on_result(outcome.result)
     return failures
 
 

@@ -32,7 +32,8 @@ from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
 from diht_jax.data.records.remote import is_remote
-from diht_jax.data.records.schema import Record
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.data.retries import StorageError
 from diht_jax.data.stores import StoreEnd
 
@@ -111,13 +112,42 @@ def embed_shard(
     teacher: ml_collections.ConfigDict,
     dtype: str,
     scratch: Scratch | None = None,
+    keeps_records: bool = False,
 ) -> dict[str, Any]:
     """Embeds one shard; arguments and errors as of `compute_embeddings`.
+
+    Args:
+        task, report, teacher, dtype: as there.
+        scratch: gets a copy of the file.
+        keeps_records: whether it gets a copy of the records as well.
 
     Returns:
         The statistics, as they lie beside the file.
     """
-    return compute_embeddings(task, report, teacher=teacher, dtype=dtype, scratch=scratch).stats
+    keep = copy = None
+    if scratch is not None:
+        keep = scratch.keep
+        if keeps_records:
+            copy = scratch.reserve(task.source.path, files.size(task.source.path) or 0)
+    found = compute_embeddings(
+        task, report, teacher=teacher, dtype=dtype, keep=keep, records_copy=copy
+    )
+    return found.stats
+
+
+def embed_for_driver(
+    task: shards.ShardTask, report: Report, *, teacher: ml_collections.ConfigDict, dtype: str
+) -> list[tuple[str, bytes]]:
+    """Embeds one shard on another machine; arguments and errors as of `compute_embeddings`.
+
+    Returns:
+        Path and contents of the file, which the driver keeps a copy of.
+    """
+    written: list[tuple[str, bytes]] = []
+    compute_embeddings(
+        task, report, teacher=teacher, dtype=dtype, keep=lambda *file: written.append(file)
+    )
+    return written
 
 
 def compute_embeddings(
@@ -127,7 +157,8 @@ def compute_embeddings(
     teacher: ml_collections.ConfigDict,
     dtype: str,
     record_beside: str | None = None,
-    scratch: Scratch | None = None,
+    keep: Callable[[str, bytes], None] | None = None,
+    records_copy: str | None = None,
 ) -> ShardEmbeddings:
     """Embeds one shard and writes its file.
 
@@ -137,7 +168,8 @@ def compute_embeddings(
         teacher: config section of `teachers.registry.default_teacher`.
         dtype: of the file.
         record_beside: output of the task whose worker may die of a record; None is this task's.
-        scratch: gets a copy of the file.
+        keep: called with path and contents of the file.
+        records_copy: path of a TFRecord file that gets the records that were read.
 
     Returns:
         What lies in the file.
@@ -153,10 +185,15 @@ def compute_embeddings(
     def read_hashing_keys() -> Iterator[Record]:
         for record in read_shard(task.source):
             key_hashes.append(hash_key(record.key))
+            if copy is not None:
+                copy.write(encode_record(record))
             yield record
 
     vectors, rows, missing, position = [], [], {}, 0
-    with WorkRecord(record_beside or task.output, task.search) as work:
+    with (
+        WorkRecord(record_beside or task.output, task.search) as work,
+        TFRecordWriter(records_copy) if records_copy else contextlib.nullcontext() as copy,
+    ):
         opened = open_teacher(teacher)
         for results in embed_surviving(
             read_hashing_keys(), opened, teacher.batch_size, task.search, work
@@ -179,8 +216,8 @@ def compute_embeddings(
     arrays = {"rows": np.array(rows, np.int32), "key_hashes": np.array(key_hashes, np.uint64)}
     np.savez(buffer, embeddings=embeddings, **arrays)
     files.write_bytes(task.output, buffer.getvalue())
-    if scratch is not None:
-        scratch.keep(task.output, buffer.getvalue())
+    if keep is not None:
+        keep(task.output, buffer.getvalue())
     counts = {"embedded": len(rows), "missing": dict(sorted(missing.items()))}
     stats = shards.finish_task(task, described, counts, len(key_hashes))
     return ShardEmbeddings(embeddings, np.array(rows, np.int64), arrays["key_hashes"], stats)

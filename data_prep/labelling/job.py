@@ -17,8 +17,8 @@ With `config.merge`, instead of `labels/` and `labels.json`:
     dataset_info.json, features.json
 
 Every stage does only what is not done yet. The input is read once: the shards that new heads learn
-from for the embeddings, and each of the others for embeddings and labels in one pass. Merged shards
-read it again, and take the embeddings of all shards first.
+from for the embeddings, and each of the others for embeddings and labels in one pass. To be merged,
+the records of the former are read again, from a copy where there is room for it.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def run(
         failures, is_complete = _embed_clips(config, inputs, folder, share, engine)
     if not config.concepts or not is_complete:
         return print_failures(failures)
-    with open_scratch(config, folder, engine) as scratch:
+    # What is merged lies in the input, which is read again where the heads have learnt from it.
+    again = [inputs[0].path] if config.merge and engine == "local" else []
+    with open_scratch(config, folder, *again) as scratch:
         return _label(config, inputs, folder, share, engine, failures, scratch)
 
 
@@ -110,7 +112,7 @@ def _label(
     heads_plan = plan_heads(config, folder, embedding_tasks)
     # Merged shards are numbered, so that none may be missing.
     limit = 0 if config.merge else config.max_failed_shards
-    first = embedding_tasks if config.merge else heads_plan.sample
+    first = heads_plan.sample
     failures |= stage.embed(share(first))
     embedded = survey(first)
     if first:
@@ -182,13 +184,22 @@ class _Stage:
 
     def embed(self, tasks: Sequence[shards.ShardTask]) -> Failures:
         """Computes the embeddings that are missing; returns what failed."""
-        function = functools.partial(
-            embeddings.embed_shard,
-            teacher=self.config.teacher,
-            dtype=self.config.embedding_dtype,
-            scratch=self.scratch,
-        )
-        return self.run(function, _unfinished(tasks, "embed"), "embed")
+        pending = _unfinished(tasks, "embed")
+        settings = {"teacher": self.config.teacher, "dtype": self.config.embedding_dtype}
+        if self.engine == "local" or self.scratch is None:
+            function = functools.partial(
+                embeddings.embed_shard,
+                scratch=self.scratch,
+                keeps_records=self.config.merge,
+                **settings,
+            )
+            return self.run(function, pending, "embed")
+        function = functools.partial(embeddings.embed_for_driver, **settings)
+        return self.run(function, pending, "embed", on_result=self._keep)
+
+    def _keep(self, written: Sequence[tuple[str, bytes]]) -> None:
+        for path, data in written:
+            self.scratch.keep(path, data)
 
     def label(
         self, tasks: Sequence[shards.ShardTask], prepare: Callable[[], None], **heads: Any
@@ -203,17 +214,26 @@ class _Stage:
         pending = _unfinished(tasks, "label")
         if pending:
             prepare()
-        if self.config.merge:
-            function = functools.partial(label_shard.label_shard, **heads)
-            return self.run(function, pending, "label", is_light=True)
         there = shards.find_finished([task.embedding for task in pending])
-        seen, unseen = [], []
+        seen, unseen, here = [], [], []
         for task in pending:
             (seen if task.embedding.output in there else unseen).append(task)
-        function = functools.partial(label_shard.write_labels, scratch=self.scratch, **heads)
-        failures = self.run(function, seen, "label", is_light=True)
+        of_embedded, of_others = label_shard.write_labels, label_shard.embed_and_label
+        if self.config.merge:
+            of_embedded, of_others = label_shard.label_shard, label_shard.embed_and_merge
+        elif self.engine != "local" and self.scratch is not None:
+            # Whose embeddings lie on this machine is labelled on it: it costs less than to train
+            # the heads has cost here.
+            here = [task for task in seen if self.scratch.has(task.embedding.output)]
+            seen = [task for task in seen if not self.scratch.has(task.embedding.output)]
+        function = functools.partial(of_embedded, scratch=self.scratch, **heads)
+        on_this_machine = dataclasses.replace(self, engine="local")
+        failures = on_this_machine.run(function, here, "label", is_light=True)
+        scratch = self.scratch if self.engine == "local" else None
+        function = functools.partial(of_embedded, scratch=scratch, **heads)
+        failures.update(self.run(function, seen, "label", is_light=True))
         function = functools.partial(
-            label_shard.embed_and_label,
+            of_others,
             teacher=self.config.teacher,
             dtype=self.config.embedding_dtype,
             **heads,
@@ -228,6 +248,7 @@ class _Stage:
         label: str,
         *,
         is_light: bool = False,
+        on_result: Callable[[Any], None] = lambda _: None,
     ) -> Failures:
         """Runs tasks; what fails is noted beside their outputs.
 
@@ -236,8 +257,10 @@ class _Stage:
             pending: of this job.
             label: of the progress bar.
             is_light: whether no teacher is needed.
+            on_result: called here with what the function returns of a task.
         """
-        options = engine_options(self.config, self.engine) | {"label": label}
+        options = engine_options(self.config, self.engine)
+        options |= {"label": label, "on_result": on_result}
         if is_light:
             if options["ray"] is not None:
                 address, cpus = options["ray"].address, options["ray"].cpus_per_worker

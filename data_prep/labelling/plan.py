@@ -163,7 +163,7 @@ def plan_labels(
     tasks: Sequence[shards.ShardTask],
     heads: dict[str, Any],
     embedded: Sequence[shards.ShardTask],
-) -> list[shards.ShardTask]:
+) -> list[LabelTask]:
     """The labelling tasks.
 
     Args:
@@ -181,7 +181,10 @@ def plan_labels(
     }
     config_hash = shards.hash_config(settings)
     if config.merge:
-        return [shards.ShardTask(task.source, task.output, config_hash) for task in tasks]
+        return [
+            LabelTask(task.source, task.output, config_hash, embedding=embedding)
+            for task, embedding in zip(tasks, embedded, strict=True)
+        ]
     if tasks:
         files.make_folder(os.path.dirname(label_path(tasks[0].output)))
     return [

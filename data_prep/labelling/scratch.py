@@ -1,8 +1,9 @@
-"""Copies of embeddings on the local disk, for as long as a run will read them again.
+"""Copies on the local disk of what a run will read again: embeddings, and records to be merged.
 
 The heads learn from some shards, whose embeddings are computed, read for the training, and read
-once more for the labels. What lies in a store would be fetched twice for that, where the worker
-that has just computed it can leave a copy on this machine.
+once more for the labels; where labels are merged, so are their records. What lies in a store would
+be fetched again each time, where a worker that has just had it can leave a copy on this machine,
+and one on another machine can send its embeddings to the driver.
 """
 
 from __future__ import annotations
@@ -35,40 +36,44 @@ class Scratch:
 
     def keep(self, path: str, data: bytes) -> None:
         """Keeps what was just written to a path, if there is room for it."""
-        with os.scandir(self.folder) as entries:
-            kept = sum(entry.stat().st_size for entry in entries)
-        if kept + len(data) > self.max_bytes:
+        copy = self.reserve(path, len(data))
+        if copy is None:
             return
-        copy = self._copy_of(path)
         with open(f"{copy}.tmp", "wb") as file:
             file.write(data)
         os.replace(f"{copy}.tmp", copy)
 
+    def reserve(self, path: str, num_bytes: int) -> str | None:
+        """Where a copy of a path may be written; None where there is no room for it."""
+        with os.scandir(self.folder) as entries:
+            kept = sum(entry.stat().st_size for entry in entries)
+        return None if kept + num_bytes > self.max_bytes else self._copy_of(path)
+
     def find(self, path: str) -> str:
         """The copy of a path, or the path itself where there is none."""
-        copy = self._copy_of(path)
-        return copy if os.path.exists(copy) else path
+        return self._copy_of(path) if self.has(path) else path
+
+    def has(self, path: str) -> bool:
+        """Whether there is a copy of a path."""
+        return os.path.exists(self._copy_of(path))
 
     def _copy_of(self, path: str) -> str:
         digest = hashlib.blake2b(path.encode(), digest_size=16).hexdigest()
-        return os.path.join(self.folder, f"{digest}.npz")
+        return os.path.join(self.folder, digest)
 
 
 @contextlib.contextmanager
-def open_scratch(
-    config: ml_collections.ConfigDict, folder: str, engine: str
-) -> Iterator[Scratch | None]:
-    """A scratch folder for a run, removed at its end.
+def open_scratch(config: ml_collections.ConfigDict, *paths: str) -> Iterator[Scratch | None]:
+    """A scratch folder of the driver for a run, removed at its end.
 
     Args:
         config: of `labelling.config.default_config`.
-        folder: of the output.
-        engine: one of `engine.ENGINES`.
+        *paths: of the output, and of the input where it is read again.
 
     Yields:
-        None where it would save nothing: a local output, or workers on other machines.
+        None where it would save nothing, since none of the paths is in a store.
     """
-    if not is_remote(folder) or engine != "local" or not config.scratch_gb:
+    if not any(map(is_remote, paths)) or not config.scratch_gb:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="diht_label_") as local:

@@ -10,6 +10,8 @@ import dataclasses
 import functools
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -20,7 +22,6 @@ from data_prep.jobs.engine import Report
 from data_prep.labelling.embeddings import (
     ShardEmbeddings,
     compute_embeddings,
-    embedding_path,
     hash_key,
     load_embeddings,
     read_shard,
@@ -33,7 +34,8 @@ from diht_jax.data.records.fingerprint import fingerprint_records
 from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.labels.files import FOLDER, SUFFIX, LabelFile, encode_labels
-from diht_jax.data.records.schema import Record
+from diht_jax.data.records.schema import Record, decode_record
+from diht_jax.data.records.tfrecord import read_records
 
 _REPORT_EVERY = 256
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -41,11 +43,11 @@ _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 @dataclasses.dataclass(frozen=True)
 class LabelTask(shards.ShardTask):
-    """A task whose output is a file of labels.
+    """A task whose output is a file of labels, or a merged shard.
 
     Attributes:
         shard: name, records, bytes and digest of what is labelled, as in a `Fingerprint`; None
-            where the shard is still to be looked at.
+            where the shard is still to be looked at, and for merged shards.
         embedding: the task of its embeddings.
     """
 
@@ -86,16 +88,45 @@ def embed_and_label(
     Raises:
         ValueError: as of `compute_embeddings` and `write_labels`.
     """
+    found = _embed(task, report, teacher=teacher, dtype=dtype)
+    return write_labels(task, lambda _: None, found=found, **heads)
+
+
+def embed_and_merge(
+    task: LabelTask,
+    report: Report,
+    *,
+    teacher: ml_collections.ConfigDict,
+    dtype: str,
+    **heads: Any,
+) -> dict[str, Any]:
+    """Embeds one shard and writes it again, with labels; the input is read once.
+
+    The heads look at 512 images of a shard at a time, whoever calls them, so that labels do not
+    depend on it: the records wait for their labels in a temporary file.
+
+    Args:
+        task, report, teacher, dtype: as of `embed_and_label`.
+        **heads: arguments of `label_shard`.
+
+    Returns:
+        The shard's statistics.
+
+    Raises:
+        ValueError: as of `compute_embeddings` and `label_shard`.
+    """
+    with tempfile.TemporaryDirectory(prefix="diht_label_") as folder:
+        copy = os.path.join(folder, "records.tfrecord")
+        found = _embed(task, report, teacher=teacher, dtype=dtype, records_copy=copy)
+        return label_shard(task, lambda _: None, found=found, records_copy=copy, **heads)
+
+
+def _embed(task: LabelTask, report: Report, **options: Any) -> ShardEmbeddings:
+    """The embeddings of a shard that is labelled at once; options of `compute_embeddings`."""
     for path in (task.stats_path, task.embedding.output + shards.FAILED_SUFFIX):
         files.remove(path)
-    found = compute_embeddings(
-        dataclasses.replace(task.embedding, search=task.search),
-        report,
-        teacher=teacher,
-        dtype=dtype,
-        record_beside=task.output,
-    )
-    return write_labels(task, lambda _: None, found=found, **heads)
+    embedding = dataclasses.replace(task.embedding, search=task.search)
+    return compute_embeddings(embedding, report, record_beside=task.output, **options)
 
 
 def write_labels(
@@ -207,13 +238,16 @@ def label_file(stats: dict[str, Any]) -> LabelFile:
 
 
 def label_shard(
-    task: shards.ShardTask,
+    task: LabelTask,
     report: Report,
     *,
     heads_folder: str,
     weights_hash: str,
     top_k: int,
     described: dict[str, Any],
+    found: ShardEmbeddings | None = None,
+    records_copy: str | None = None,
+    scratch: Scratch | None = None,
 ) -> dict[str, Any]:
     """Writes one shard again, with labels in its records.
 
@@ -224,6 +258,9 @@ def label_shard(
         weights_hash: of these heads.
         top_k: concepts of each kind.
         described: `Vocabulary.describe()`, for the statistics.
+        found: its embeddings; None reads them.
+        records_copy: of `compute_embeddings`, to be read in place of the shard.
+        scratch: where copies of both may be.
 
     Returns:
         The shard's statistics.
@@ -231,9 +268,16 @@ def label_shard(
     Raises:
         ValueError: a damaged shard, or embeddings of other records.
     """
+    path = task.embedding.output
+    if found is None:
+        found = load_embeddings(path if scratch is None else scratch.find(path))
+    if scratch is not None and scratch.has(task.source.path):
+        records_copy = scratch.find(task.source.path)
     process = functools.partial(
         _process,
-        embeddings=embedding_path(task.output),
+        records_copy=records_copy,
+        embeddings=path,
+        found=found,
         heads=load_heads_once(heads_folder, weights_hash),
         top_k=top_k,
         described=described,
@@ -246,17 +290,19 @@ def _process(
     source: SourceShard,
     writer: RecordWriter,
     *,
+    records_copy: str | None,
     embeddings: str,
+    found: ShardEmbeddings,
     heads: dict[str, Head],
     top_k: int,
     described: dict[str, Any],
     report: Report,
 ) -> dict[str, Any]:
-    found = load_embeddings(embeddings)
     predicted = _predict(found, heads, top_k, embeddings)
     row_of = {number: row for row, number in enumerate(found.rows.tolist())}
     added_bytes, unreported = 0, 0
-    for number, record in enumerate(read_shard(source)):
+    records = read_shard(source) if records_copy is None else _read_copy(records_copy)
+    for number, record in enumerate(records):
         if number >= len(found.key_hashes) or found.key_hashes[number] != hash_key(record.key):
             raise ValueError(
                 f"{source}: record {number} ('{record.key}') is not the one that {embeddings} was "
@@ -275,6 +321,10 @@ def _process(
         "image_formats": _image_formats(source),
         vocabulary.STATS_KEY: described,
     }
+
+
+def _read_copy(path: str) -> Iterator[Record]:
+    return map(decode_record, read_records(path))
 
 
 def _predict(

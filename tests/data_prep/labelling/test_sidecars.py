@@ -1,5 +1,6 @@
 """Labels in files of their own: the numbers of merged records, and what is done when, and again."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import fsspec
 import ml_collections
 import numpy as np
 import pytest
@@ -184,7 +186,11 @@ if __name__ == "__main__":
     shutil.copy2(sys.argv[2], "kept")
     print("then:", json.dumps(run_label(config, engine="ray")))
     # Heads of its own, and teachers in actors that all workers share; the first one dies at work.
-    config = label_config("kept", "shared", merge=False, num_workers=2)
+    # From a store to a store; what the heads have learnt from is labelled in this process.
+    config = label_config(
+        "s3://bucket/ray/kept", "s3://bucket/ray/shared", merge=False, num_workers=0
+    )
+    config.report_images = 0
     config.ray.update({"address": cluster.address, "model_actors": 2, "gpus_per_model_actor": 0.5})
     pathlib.Path("die").touch()
     print("shared:", json.dumps(run_label(config, engine="ray")))
@@ -192,8 +198,10 @@ if __name__ == "__main__":
 """
 
 
-def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path):
+def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path, s3_bucket, s3_traffic):
     pytest.importorskip("ray")
+    system = fsspec.filesystem("s3")
+    system.put(str(work / "kept"), "bucket/ray/kept", recursive=True)
     shutil.copytree(work / "kept", tmp_path / "kept")
     with open(tmp_path / "kept/pairs-train-00001.tfrecord", "r+b") as file:
         file.seek(40)  # damaged, under the name that is read
@@ -214,6 +222,16 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     printed = {name: text for name, _, text in (x.partition(" ") for x in done.stdout.splitlines())}
+    moved = collections.Counter()  # and nothing else is read of shards and embeddings
+    for request, size in s3_traffic.items():
+        method, _, path = request.partition(" /bucket/ray/")
+        if path.endswith((".tfrecord", ".tfrecord.npz")):
+            moved[method, os.path.dirname(path)] += size
+    pictures = sum(path.stat().st_size for path in (work / "kept").glob("*.tfrecord"))
+    embedded = sum(path.stat().st_size for path in (sidecars / "embeddings").glob("*.npz"))
+    assert moved["GET", "kept"] == pictures
+    assert moved["GET", "shared/embeddings"] == 0
+    assert moved["PUT", "shared/embeddings"] >= embedded  # and what the protocol adds
     (name,) = json.loads(printed["first:"])
     assert name.endswith("pairs-train-00001.tfrecord") and f"failed: {name}: " in done.stderr
     assert "2 of 3 shards are labelled, 1 failed" in done.stdout
@@ -222,6 +240,8 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path):
     assert json.loads(printed["then:"]) == {}
     assert json.loads(printed["shared:"]) == {} and (tmp_path / "died").exists()
     assert "a model actor died" in done.stderr
+    system.invalidate_cache()
+    system.get("bucket/ray/shared", str(tmp_path / "shared"), recursive=True)
     for path in (*sidecars.glob("*/*.npz"), sidecars / "heads.npz"):
         for folder in ("out", "shared"):
             assert (
