@@ -6,20 +6,23 @@
 Exact copies are found by their bytes, near-duplicates by embeddings: k-means on all devices, then
 cosines within each cluster (SemDeDup, arXiv 2303.09540), and thumbnails laid over one another. Run
 again it does only what is not done yet; with another threshold it goes on from the clusters. The
-filter drops what the table names with --config.duplicates.table=/data/duplicates.
+filter drops what the table names with --config.duplicates.table=/data/duplicates. On several hosts
+the same command runs on each, and they share it (see `diht_jax.distributed`); or it is a job array,
+by --task_index=I --num_tasks=N.
 """
 
 from __future__ import annotations
 
 import sys
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
 from data_prep.jobs.engine import ENGINES
-from diht_jax import command_line
+from diht_jax import command_line, distributed
 from diht_jax.config import validate_config
 
 
@@ -28,6 +31,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/duplicates.py.")
     flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
     command_line.define_job_array_flags()
+    distributed.define_flags()
 
 
 def main() -> None:
@@ -38,7 +42,23 @@ def main() -> None:
         raise ValueError("--config is not set: expected a file such as configs/prep/duplicates.py")
     validate_config(config, duplicates_config.default_config())
     duplicates_config.check_config(config)
-    if job.run(config, given.task_index, given.num_tasks, engine=given.engine):
+    index, count, engine = given.task_index, given.num_tasks, given.engine
+    if count == 1:
+        distributed.start_from_flags()
+    elif given.coordinator_address is not None:
+        raise ValueError("--num_tasks and --coordinator_address: expected one of them")
+    in_step = jax.distributed.is_initialized() and jax.process_count() > 1
+    if in_step:
+        index, count = jax.process_index(), jax.process_count()
+        if engine != "local":
+            raise ValueError(f"--engine={engine} in {count} processes: expected one of the two")
+    try:
+        failures = job.run(config, index, count, engine=engine, in_step=in_step)
+    except Exception as error:
+        if in_step:
+            distributed.end_job(error)
+        raise
+    if failures:
         sys.exit(1)
 
 

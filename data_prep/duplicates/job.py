@@ -3,7 +3,8 @@
 The folder of the output, on a local disk or in a store:
 
     scan/            of each unit of the input: keys, content hashes, embeddings, thumbnails
-    exact.npz, centroids.npz, clusters.npz, groups/    what the stages found
+    centroids.npz    of the clusters
+    exact/, rows/, clusters/, groups/, partial/, found/, named/, described/, keys/    of the stages
     duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of, kept_key
     dropped.arrow    what the filter looks up
     report.html, duplicates.json
@@ -11,6 +12,7 @@ The folder of the output, on a local disk or in a store:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -21,10 +23,10 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from data_prep.duplicates import block_table, descriptor, given, mapped, report, stages
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import descriptor, given, mapped, report, stages
-from data_prep.duplicates.near import Near, find_roots
 from data_prep.duplicates.scan import ROWS, Rows, Unit, scan_unit
+from data_prep.duplicates.search import Processes, Search, StageFailedError
 from data_prep.duplicates.table import LOOKUP, SUMMARY, read_summary, write_lookup, write_summary
 from data_prep.jobs import claim, files
 from data_prep.jobs.engine import RaySettings, print_failures, run_pending
@@ -33,14 +35,17 @@ from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.remote import file_size
 from diht_jax.data.stores import is_remote
 
-SETTINGS, TABLE, SCAN = "settings.json", "duplicates", "scan"
+SETTINGS, SCAN = "settings.json", "scan"
 # What a stage is decided by, and what goes when that changes; later stages go with it.
 _LATER = (
-    (("exact",), (stages.EXACT,)),
+    (("exact",), (stages.EXACT, stages.ROWS)),
     (("clusters", "seed"), (stages.CENTROIDS, stages.CLUSTERS)),
     (
         ("threshold", "keep", "verify"),
-        (TABLE, stages.GROUPS, stages.ORDER, report.PAGE, LOOKUP, SUMMARY),
+        (
+            *(stages.GROUPS, stages.PARTIAL, stages.FOUND, *block_table.STAGES),
+            *(report.PAGE, LOOKUP, SUMMARY),
+        ),
     ),
 )
 
@@ -51,17 +56,21 @@ def run(
     num_tasks: int = 1,
     *,
     engine: str = "local",
+    in_step: bool = False,
 ) -> dict[str, str]:
     """Does what is not done yet.
 
     Args:
         config: a valid one of `duplicates.config.default_config`.
-        task_index: number of this job of a job array.
-        num_tasks: jobs that share the scan; the last of them to end goes on alone.
+        task_index: number of this job of a job array, or of this process of `jax.distributed`.
+        num_tasks: jobs, or processes, that share the work.
         engine: one of `engine.ENGINES`.
+        in_step: whether they are processes of `jax.distributed`: k-means runs on the devices of
+            all, and all go through the stages together. Jobs of an array do not wait for one
+            another: once all is scanned, each that comes takes part.
 
     Returns:
-        Units that failed, with the reason; nothing when the table is complete.
+        Units and tasks that failed, with the reason; nothing when the table is complete.
 
     Raises:
         ValueError: nothing to read, nowhere to write, or a folder of another input.
@@ -71,36 +80,60 @@ def run(
     units = _list_units(config, sources, folder)
     for where in (folder, files.join(folder, SCAN)):
         files.make_folder(where)
-    with claim.take(folder) as own:
-        if own is None:
+    options = {
+        "num_workers": config.num_workers,
+        "retries": config.retries,
+        "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
+    }
+    processes = Processes(task_index, num_tasks, in_step, options)
+    try:
+        if not _prepare(config, units, folder, processes):
             return {}
-        _settle(config, units, folder)
-    if read_summary(folder) is None:
-        options = {
-            "num_workers": config.num_workers,
-            "retries": config.retries,
-            "ray": RaySettings(**config.ray.to_dict()) if engine == "ray" else None,
-        }
-        mine = shards_of_task(units, task_index, num_tasks)
-        failures = _scan(config, mine, folder, options)
-        if not failures and not _unscanned(units, folder):
-            with claim.take(folder) as own:
-                if own is None:
-                    return {}
-                own.announce_writing()
-                if read_summary(folder) is None:
-                    failures = _find(config, units, folder, options)
-        if failures:
-            return print_failures(failures)
+        if read_summary(folder) is None:
+            failures = _scan(config, shards_of_task(units, task_index, num_tasks), folder, options)
+            processes.agree(failures)
+            if not _unscanned(units, folder):
+                _find(config, units, folder, processes)
+    except StageFailedError as error:
+        return print_failures(error.failures)
     summary = read_summary(folder)
     if summary is None:
         missing = len(_unscanned(units, folder))
-        print(f"{missing} of {len(units)} units are not scanned; run again, or wait for other jobs")
+        if missing:
+            print(
+                f"{missing} of {len(units)} units are not scanned; run again, or wait for other "
+                "jobs"
+            )
         return {}
     mapped.forget(mapped.cache_folder(folder))
-    print(report.describe(summary))
-    print(f"look at {files.join(folder, report.PAGE)}")
+    if processes.writes:
+        print(report.describe(summary))
+        print(f"look at {files.join(folder, report.PAGE)}")
     return {}
+
+
+def _prepare(
+    config: ml_collections.ConfigDict, units: Sequence[Unit], folder: str, processes: Processes
+) -> bool:
+    """Settles what the folder holds; whether nobody else is writing its output now."""
+    problems: dict[str, str] = {}
+    is_free, refusal = True, None
+    if processes.writes:
+        with claim.take(folder) as own:
+            is_free = own is not None
+            try:
+                if is_free:
+                    _settle(config, units, folder)
+            except ValueError as error:
+                refusal, problems = error, {folder: str(error)}
+    if processes.in_step:
+        if not is_free:
+            problems = {folder: "another job writes it"}
+        with contextlib.suppress(*([StageFailedError] if refusal else [])):
+            processes.agree(problems)
+    if refusal is not None:
+        raise refusal
+    return is_free
 
 
 def _unscanned(units: Sequence[Unit], folder: str) -> list[Unit]:
@@ -124,127 +157,47 @@ def _find(
     config: ml_collections.ConfigDict,
     units: Sequence[Unit],
     folder: str,
-    options: dict[str, Any],
-) -> dict[str, str]:
-    rows = Rows(units, mapped.cache_folder(folder))
-    if not len(rows):
-        raise ValueError(f"config.input='{config.input}': no pairs")
-    exact = {"dropped": np.empty(0, np.int64), "kept": np.empty(0, np.int64)}
-    if config.exact and config.input is not None:
-        exact = stages.find_exact(rows, folder)
-    chosen = stages.rows_to_compare(rows, exact["dropped"])
-    near = stages.NOTHING
-    clusters = {"cluster": np.empty((0, 1), np.int32)}
-    if len(chosen):
-        clusters = stages.make_clusters(rows, chosen, config, folder)
-        near, failures = stages.find_all_near(rows, chosen, clusters, config, folder, options)
-        if failures:
-            return failures
-    cluster_of = np.full(len(rows), -1, np.int32)
-    cluster_of[chosen] = clusters["cluster"][:, 0]
-    _write_table(config, rows, exact, near, cluster_of, folder)
-    return {}
-
-
-def _write_table(
-    config: ml_collections.ConfigDict,
-    rows: Rows,
-    exact: dict[str, np.ndarray],
-    near: Near,
-    cluster_of: np.ndarray,
-    folder: str,
+    processes: Processes,
 ) -> None:
-    import pyarrow
+    starts = Rows(units, mapped.cache_folder(folder)).starts
+    if not starts[-1]:
+        raise ValueError(f"config.input='{config.input}': no pairs")
+    search = Search(config, folder, tuple(units), starts)
+    stages.find_all(search, processes)
+    buckets = block_table.write_all(search, processes)
+    if processes.writes:
+        with claim.take(folder) as own:
+            if own is not None:
+                own.announce_writing()
+                if read_summary(folder) is None:
+                    _describe_all(search, buckets)
+    processes.agree({})
 
-    near_root = find_roots(near)
-    # A copy stays with the picture that its own one stays with.
-    kept = exact["kept"]
-    position = np.minimum(np.searchsorted(near.dropped, kept), max(len(near.dropped) - 1, 0))
-    root = kept.copy()
-    if len(near.dropped):
-        root = np.where(near.dropped[position] == kept, near_root[position], kept)
-    dropped = np.concatenate([exact["dropped"], near.dropped])
-    order = np.argsort(dropped)
-    dropped = dropped[order]
-    alike = np.concatenate([kept, near.alike])[order]
-    root = np.concatenate([root, near_root])[order]
-    kinds = np.repeat([0, 1], [len(kept), len(near.dropped)])[order].astype(np.uint8)
-    cosines = np.concatenate([np.ones(len(kept)), near.similarity])[order].astype(np.float32)
-    alike_keys = rows.keys(alike)
-    files.make_folder(files.join(folder, TABLE))
-    for unit in range(len(rows.units)):
-        start, stop = np.searchsorted(dropped, rows.starts[unit : unit + 2])
-        own = slice(int(start), int(stop))
-        _write_part(
-            files.join(folder, TABLE, f"{unit:05d}.parquet"),
-            rows,
-            unit,
-            cluster_of,
-            (dropped[own], kinds[own], cosines[own], alike_keys[own], rows.keys(root[own])),
-        )
-    hashes = rows.column("hash")
-    # A key that several pairs have names none of them.
-    values, counts = np.unique(hashes, return_counts=True)
-    repeated = values[counts > 1]
-    is_clear = ~np.isin(hashes[dropped], repeated)
-    clear = np.flatnonzero(is_clear)
-    digest = write_lookup(
-        folder,
-        hashes[dropped[clear]],
-        kinds[clear],
-        cosines[clear],
-        alike_keys.filter(pyarrow.array(is_clear)),
-    )
+
+def _describe_all(search: Search, buckets: int) -> None:
+    """Writes what is about all pairs: the table for the filter, the report and the summary."""
+    config, folder = search.config, search.folder
+    sizes = stages.cluster_sizes(search)
+    facts = block_table.read_facts(search)
+    exact, near = (sum(block[kind] for block in facts) for kind in ("exact", "near"))
     least = config.verify.correlation
     summary = {
-        "pairs": len(rows),
-        "exact": int((kinds == 0).sum()),
-        "near": int((kinds == 1).sum()),
-        "kept": len(rows) - len(dropped),
-        "without_embedding": int((cluster_of < 0).sum()) - len(kept),
-        "clusters": int(cluster_of.max(initial=-1)) + 1,
-        "pairs_of_repeated_keys": int(counts[counts > 1].sum()),
+        "pairs": len(search.rows),
+        "exact": exact,
+        "near": near,
+        "kept": len(search.rows) - exact - near,
+        "without_embedding": sum(block["without_cluster"] for block in facts) - exact,
+        "clusters": int(np.flatnonzero(sizes).max(initial=-1)) + 1,
+        "pairs_of_repeated_keys": block_table.count_repeated(search, buckets),
         "threshold": config.threshold if least is None else least,
         "verified": least is not None,
         "keep": config.keep,
-        "digest": digest,
+        "digest": write_lookup(folder, block_table.read_keys(search, buckets)),
     }
-    shown = report.choose_pairs(dropped, alike, kinds, cosines, config)
-    page = report.render(summary, shown, rows, cosines[kinds == 1], cluster_of)
+    shown = [block["report"] for block in facts]
+    page = report.render(summary, shown, sizes[sizes > 0], search.rows, config)
     files.write_bytes(files.join(folder, report.PAGE), page.encode("utf-8", "replace"))
     write_summary(folder, summary)
-
-
-def _write_part(path: str, rows: Rows, unit: int, cluster_of: np.ndarray, found: tuple) -> None:
-    """The table of a unit: a row for each of its pairs, in their order."""
-    import pyarrow
-    import pyarrow.parquet
-
-    dropped, kinds, cosines, alike_keys, root_keys = found
-    start, stop = rows.starts[unit : unit + 2]
-    count, local = int(stop - start), dropped - start
-    kind = np.full(count, 2, np.int8)
-    kind[local] = kinds
-    similarity: list[float | None] = [None] * count
-    duplicate_of: list[str | None] = [None] * count
-    kept_key: list[str | None] = [None] * count
-    keys = alike_keys.to_pylist(), root_keys.to_pylist()
-    for row, cosine, alike, root in zip(local, cosines, *keys, strict=True):
-        similarity[row], duplicate_of[row], kept_key[row] = float(cosine), alike, root
-    clusters = cluster_of[start:stop]
-    names = pyarrow.array(["exact", "near", "kept"])
-    table = pyarrow.table(
-        {
-            "key": rows.unit_keys(unit),
-            "kind": pyarrow.DictionaryArray.from_arrays(kind, names),
-            "cluster": pyarrow.array(clusters, mask=clusters < 0),
-            "similarity": pyarrow.array(similarity, pyarrow.float32()),
-            "duplicate_of": pyarrow.array(duplicate_of, pyarrow.string()),
-            "kept_key": pyarrow.array(kept_key, pyarrow.string()),
-        }
-    )
-    with files.local_output(path) as local:
-        pyarrow.parquet.write_table(table, local)
 
 
 def _list_units(

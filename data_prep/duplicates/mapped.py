@@ -1,7 +1,8 @@
 """Files of a job as local files that can be mapped into memory, wherever they lie.
 
 What lies in a store is fetched once by a machine, into a folder below the system's temporary one;
-all processes of the job share it.
+all processes of the job share it. Columns of numbers are kept as Arrow files: what is read of them
+is what is looked at.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ import os
 import pathlib
 import shutil
 import tempfile
+from typing import Any
 
+import numpy as np
+
+from data_prep.jobs import files
 from diht_jax.data.atomic_file import temporary_path
 from diht_jax.data.records.remote import file_version, is_remote
 from diht_jax.data.stores import local_copy
@@ -42,6 +47,31 @@ def fetch(path: str, cache: str) -> str:
             shutil.copyfile(copy, temporary)
         os.replace(temporary, target)
     return str(target)
+
+
+def write_columns(path: str, columns: dict[str, Any]) -> None:
+    """Writes columns of equal length, NumPy or Arrow arrays, to a file that appears whole."""
+    import pyarrow
+
+    batch = pyarrow.record_batch({name: pyarrow.array(part) for name, part in columns.items()})
+    with (
+        files.local_output(path) as local,
+        pyarrow.ipc.new_file(str(local), batch.schema) as writer,
+    ):
+        writer.write_batch(batch)
+
+
+def open_batch(path: str, cache: str) -> Any:
+    """What `write_columns` wrote, as a record batch that is mapped into memory."""
+    import pyarrow
+
+    return pyarrow.ipc.open_file(pyarrow.memory_map(fetch(path, cache))).get_batch(0)
+
+
+def open_columns(path: str, cache: str) -> dict[str, np.ndarray]:
+    """Columns of numbers that `write_columns` wrote, mapped into memory."""
+    batch = open_batch(path, cache)
+    return {name: batch.column(name).to_numpy() for name in batch.schema.names}
 
 
 def forget(cache: str) -> None:

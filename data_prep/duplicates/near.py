@@ -6,7 +6,7 @@ cosine with any row of a better rank is at least the threshold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -93,17 +93,17 @@ def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.nd
     return np.take_along_axis(values, chosen, axis=1), np.take_along_axis(numbers, chosen, axis=1)
 
 
-def find_roots(near: Near) -> np.ndarray:
-    """The kept row at the end of the chain that begins at each dropped row.
+def find_roots(rows: np.ndarray, follow: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """The kept row at the end of the chain that begins at each row.
 
     Args:
-        near: by dropped row, each once; a chain leads to better ranks, so that it ends.
+        rows: int64 [n].
+        follow: rows -> the row that each is alike, or -1 where it stays; a chain leads to better
+            ranks, so that it ends.
     """
-    root = near.alike
-    while len(near.dropped):
-        position = np.searchsorted(near.dropped, root).clip(max=len(near.dropped) - 1)
-        is_dropped = near.dropped[position] == root
-        if not is_dropped.any():
-            break
-        root = np.where(is_dropped, near.alike[position], root)
-    return root
+    roots, moving = rows.copy(), np.arange(len(rows))
+    while len(moving):
+        following = follow(roots[moving])
+        moving, following = moving[following >= 0], following[following >= 0]
+        roots[moving] = following
+    return roots

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from data_prep.duplicates.scan import Rows
-from data_prep.duplicates.table import KINDS
+from data_prep.duplicates.table import KINDS, random_ranks
 from data_prep.reports.html import data_uri, render_bar, render_page, render_table
 from data_prep.sources.list import read_pairs
 from diht_jax.data.images.decode import ImageError, decode_rgb
@@ -63,54 +63,85 @@ def describe(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def choose_pairs(
-    dropped: np.ndarray,
-    alike: np.ndarray,
-    kinds: np.ndarray,
-    cosines: np.ndarray,
-    config: ml_collections.ConfigDict,
-) -> list[Shown]:
-    """Pairs for the page, at random, a quarter of them exact copies at most; the least alike first.
+def describe_block(
+    found: Mapping[str, np.ndarray], config: ml_collections.ConfigDict
+) -> dict[str, Any]:
+    """What the page needs of a block of pairs, JSON-able; `merge_blocks` adds it up.
 
     Args:
-        dropped, alike: int64 [n], rows.
-        kinds: uint8 [n], positions in `KINDS`.
-        cosines: float32 [n].
-        config: how many, and the seed.
+        found: the duplicates, as `stages.merge_block` writes them.
+        config: of `duplicates.config.default_config`.
     """
-    generator = np.random.default_rng((config.seed, 2))
-    exact = generator.permutation(np.flatnonzero(kinds == 0))
-    near = generator.permutation(np.flatnonzero(kinds == 1))
+    is_near = found["kind"] == 1
+    counts, _ = np.histogram(found["similarity"][is_near].clip(max=1), _edges(config))
+    shown = {}
+    for number, kind in enumerate(KINDS):
+        own = np.flatnonzero(found["kind"] == number)
+        # A random number of each row, the same whatever lies beside it.
+        ranks = random_ranks(found["dropped"][own], config.seed)
+        first = own[np.argsort(ranks, kind="stable")[: config.report_pairs]]
+        ranks = np.sort(ranks)[: config.report_pairs]
+        columns = (found[name][first].tolist() for name in ("similarity", "dropped", "alike"))
+        shown[kind] = list(zip(ranks.tolist(), *columns, strict=True))
+    return {"histogram": counts.tolist(), "shown": shown}
+
+
+def merge_blocks(
+    blocks: Sequence[Mapping[str, Any]], config: ml_collections.ConfigDict
+) -> tuple[np.ndarray, list[Shown]]:
+    """Adds up what `describe_block` states of all blocks.
+
+    Returns:
+        histogram: int64, near-duplicates by similarity.
+        shown: pairs for the page, at random, a quarter of them exact copies at most; the least
+            alike first.
+    """
+    histogram = np.sum([block["histogram"] for block in blocks], axis=0)
+    exact, near = (
+        sorted(tuple(row) for block in blocks for row in block["shown"][kind])[
+            : config.report_pairs
+        ]
+        for kind in KINDS
+    )
     exact = exact[: max(config.report_pairs // 4, config.report_pairs - len(near))]
-    chosen = np.concatenate([near[: config.report_pairs - len(exact)], exact])
+    near = near[: config.report_pairs - len(exact)]
     shown = [
-        Shown(KINDS[kinds[i]], float(cosines[i]), int(dropped[i]), int(alike[i])) for i in chosen
+        Shown(kind, *row[1:])
+        for kind, rows in zip(KINDS, (exact, near), strict=True)
+        for row in rows
     ]
-    return sorted(shown, key=lambda pair: (pair.similarity, pair.dropped))
+    return histogram, sorted(shown, key=lambda pair: (pair.similarity, pair.dropped))
+
+
+def _edges(config: ml_collections.ConfigDict) -> np.ndarray:
+    """Of the bins of the histogram; what is below the first one, by rounding, is not shown."""
+    least = config.verify.correlation
+    least = config.threshold if least is None else least
+    return np.linspace(min(least, 0.99), 1, _BINS + 1)
 
 
 def render(
     summary: Mapping[str, Any],
-    shown: Sequence[Shown],
+    blocks: Sequence[Mapping[str, Any]],
+    sizes: np.ndarray,
     rows: Rows,
-    cosines: np.ndarray,
-    cluster_of: np.ndarray,
+    config: ml_collections.ConfigDict,
 ) -> str:
     """The page, as text.
 
     Args:
         summary: of the job.
-        shown: of `choose_pairs`.
+        blocks: of `describe_block`.
+        sizes: int64 [k], rows of each cluster.
         rows: all of the input.
-        cosines: float32 [m], of the near-duplicates.
-        cluster_of: int32 [n], cluster of each row, or -1.
+        config: of the job.
     """
+    histogram, shown = merge_blocks(blocks, config)
     measure = "correlation" if summary["verified"] else "cosine"
     parts = [f"<h1>Duplicates</h1><p>{html.escape(describe(summary))}.</p>"]
-    if len(cosines):
-        histogram = _histogram(cosines, summary["threshold"], measure)
-        parts.append(f"<h2>Near-duplicates by {measure}</h2>{histogram}")
-    sizes = np.bincount(cluster_of[cluster_of >= 0])
+    if histogram.any():
+        table = _render_histogram(histogram, _edges(config), measure)
+        parts.append(f"<h2>Near-duplicates by {measure}</h2>{table}")
     if len(sizes):
         parts.append(
             f"<p class=note>Rows of a cluster: {sizes.min():,} to {sizes.max():,}, median "
@@ -126,9 +157,7 @@ def render(
     return render_page("Duplicates", parts, _STYLE)
 
 
-def _histogram(cosines: np.ndarray, threshold: float, measure: str) -> str:
-    edges = np.linspace(min(threshold, 0.99), 1, _BINS + 1)
-    counts, _ = np.histogram(np.clip(cosines, edges[0], 1), edges)
+def _render_histogram(counts: np.ndarray, edges: np.ndarray, measure: str) -> str:
     rows = [
         [f"{low:.3f} to {high:.3f}", f"{count:,}", render_bar(count / counts.max(), 160)]
         for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)

@@ -125,20 +125,14 @@ def _write(
         flat = np.zeros((aligned.SIDE, aligned.SIDE), np.uint8)
         rows = [flat if row is None else row for row in greys]
         _save(stem + GREYS, np.array(rows, np.uint8).reshape(-1, *flat.shape))
-    batch = pyarrow.record_batch(
-        {
-            "key": pyarrow.array(keys, pyarrow.large_string()),
-            "hash": pyarrow.array(hash_keys(keys)),
-            "high": pyarrow.array(np.ascontiguousarray(hashes[:, 0])),
-            "low": pyarrow.array(np.ascontiguousarray(hashes[:, 1])),
-            "pixels": pyarrow.array(pixels),
-        }
-    )
-    with (
-        files.local_output(stem + ROWS) as path,
-        pyarrow.ipc.new_file(str(path), batch.schema) as writer,
-    ):
-        writer.write_batch(batch)
+    columns = {
+        "key": pyarrow.array(keys, pyarrow.large_string()),
+        "hash": hash_keys(keys),
+        "high": np.ascontiguousarray(hashes[:, 0]),
+        "low": np.ascontiguousarray(hashes[:, 1]),
+        "pixels": pixels,
+    }
+    mapped.write_columns(stem + ROWS, columns)
 
 
 def _save(path: str, array: np.ndarray) -> None:
@@ -154,21 +148,27 @@ class Rows:
         starts: int64 [units + 1], the number of each unit's first row.
     """
 
-    def __init__(self, units: Sequence[Unit], cache: str):
-        """Opens what was scanned; `cache` is the folder of `mapped.fetch`."""
+    def __init__(self, units: Sequence[Unit], cache: str, starts: np.ndarray | None = None):
+        """Opens what was scanned.
+
+        Args:
+            units: that were scanned.
+            cache: the folder of `mapped.fetch`.
+            starts: where they are known; else all units are looked at.
+        """
         self.units = list(units)
         self._cache = cache
-        opened = functools.partial(_open_unit, cache=cache)
-        self._open = functools.lru_cache(maxsize=_OPEN_UNITS)(opened)
-        counts = [self._open(unit.stem)[0].num_rows for unit in self.units]
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self._width: int | None = None
+        keep = functools.lru_cache(maxsize=_OPEN_UNITS)
+        self._table = keep(lambda unit: mapped.open_batch(self.units[unit].stem + ROWS, cache))
+        self._matrix = keep(lambda unit: self._map(unit, EMBEDDINGS))
+        if starts is None:
+            counts = [self._table(unit).num_rows for unit in range(len(self.units))]
+            starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.starts = starts
 
     def __len__(self) -> int:
         return int(self.starts[-1])
-
-    def column(self, name: str) -> np.ndarray:
-        """A column of numbers, of all rows."""
-        return np.concatenate([self.unit_column(i, name) for i in range(len(self.units))])
 
     def take(self, name: str, rows: np.ndarray) -> np.ndarray:
         """A column of numbers, of some rows."""
@@ -179,15 +179,15 @@ class Rows:
 
     def unit_column(self, number: int, name: str) -> np.ndarray:
         """A column of numbers, of the rows of a unit."""
-        return self._open(self.units[number].stem)[0].column(name).to_numpy()
+        return self._table(number).column(name).to_numpy()
 
     def unit_keys(self, number: int) -> list[str]:
         """The keys of a unit."""
-        return self._open(self.units[number].stem)[0].column("key").to_pylist()
+        return self._table(number).column("key").to_pylist()
 
     def unit_has_embedding(self, number: int) -> np.ndarray:
         """bool [n]: whose embedding is not missing, and has a direction."""
-        return np.any(self._open(self.units[number].stem)[1] != 0, axis=1)
+        return np.any(self._matrix(number) != 0, axis=1)
 
     def keys(self, rows: np.ndarray) -> Any:
         """The keys of rows, as a pyarrow array."""
@@ -196,7 +196,7 @@ class Rows:
         parts = [pyarrow.array([], pyarrow.large_string())]
         numbers = [np.empty(0, np.int64)]
         for unit, positions, local in self._by_unit(rows):
-            column = self._open(self.units[unit].stem)[0].column("key")
+            column = self._table(unit).column("key")
             parts.append(column.take(pyarrow.array(local)))
             numbers.append(positions)
         order = np.argsort(np.concatenate(numbers))
@@ -208,34 +208,31 @@ class Rows:
         Raises:
             ValueError: units have embeddings of another size.
         """
-        width = self.width()
-        found = np.empty((len(rows), width), np.float32)
-        for unit, positions, local in self._by_unit(rows):
-            found[positions] = self._open(self.units[unit].stem)[1][local]
-        return found / np.linalg.norm(found, axis=1, keepdims=True)
+        parts = self._by_unit(rows)
+        if self._width is None and parts:
+            self._width = self._matrix(parts[0][0]).shape[1]
+        found = np.empty((len(rows), self._width or 0), np.float32)
+        for unit, positions, local in parts:
+            matrix = self._matrix(unit)
+            if matrix.shape[1] != self._width:
+                raise ValueError(
+                    f"embeddings of several sizes: {matrix.shape[1]} of '{self.units[unit].source}'"
+                    f", {self._width} of others; expected those of one model"
+                )
+            found[positions] = matrix[local]
+        found /= np.linalg.norm(found, axis=1, keepdims=True)
+        return found
 
     def greys(self, rows: np.ndarray) -> np.ndarray:
         """uint8 [n, side, side], the thumbnails of rows."""
         found = np.empty((len(rows), aligned.SIDE, aligned.SIDE), np.uint8)
         for unit, positions, local in self._by_unit(rows):
-            path = mapped.fetch(self.units[unit].stem + GREYS, self._cache)
-            found[positions] = np.load(path, mmap_mode="r")[local]
+            found[positions] = self._map(unit, GREYS)[local]
         return found
 
-    @functools.cached_property
-    def _widths(self) -> set[int]:
-        units = [i for i in range(len(self.units)) if self.starts[i + 1] > self.starts[i]]
-        return {self._open(self.units[i].stem)[1].shape[1] for i in units} - {0}
-
-    def width(self) -> int:
-        """The size of the embeddings; 0 where there are none.
-
-        Raises:
-            ValueError: there are several.
-        """
-        if len(self._widths) > 1:
-            raise ValueError(f"embeddings of several sizes: {sorted(self._widths)}")
-        return max(self._widths, default=0)
+    def _map(self, unit: int, ending: str) -> np.ndarray:
+        path = mapped.fetch(self.units[unit].stem + ending, self._cache)
+        return np.load(path, mmap_mode="r")
 
     def _by_unit(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """Unit, positions in `rows`, and numbers within the unit."""
@@ -249,11 +246,3 @@ class Rows:
             (int(unit), positions, rows[positions] - self.starts[unit])
             for unit, positions in zip(found, groups, strict=True)
         ]
-
-
-def _open_unit(stem: str, *, cache: str) -> tuple[Any, np.ndarray]:
-    import pyarrow
-
-    source = pyarrow.memory_map(mapped.fetch(stem + ROWS, cache))
-    embeddings = np.load(mapped.fetch(stem + EMBEDDINGS, cache), mmap_mode="r")
-    return pyarrow.ipc.open_file(source).get_batch(0), embeddings

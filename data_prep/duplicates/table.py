@@ -6,10 +6,11 @@ searched where it lies: it is mapped into memory, and all workers of a machine s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,44 +45,31 @@ def hash_keys(keys: Sequence[str]) -> np.ndarray:
     return np.frombuffer(data, "<u8")
 
 
-def write_lookup(
-    folder: str,
-    hashes: np.ndarray,
-    kinds: np.ndarray,
-    similarities: np.ndarray,
-    duplicate_of: Any,
-) -> str:
+def write_lookup(folder: str, parts: Iterable[Any]) -> str:
     """Writes `dropped.arrow`.
 
     Args:
         folder: where it goes.
-        hashes: uint64 [n], of `hash_keys`.
-        kinds: uint8 [n], positions in `KINDS`.
-        similarities: float [n].
-        duplicate_of: n keys, a pyarrow array.
+        parts: record batches with the columns "hash", of `hash_keys`, "kind", a position in
+            `KINDS`, "similarity" and "duplicate_of". Each has a range of the hashes, of equal size
+            and in their order, and is sorted by them. One is held at a time.
 
     Returns:
         A hash of what it holds.
     """
     import pyarrow
 
-    order = np.argsort(hashes, kind="stable")
-    columns = {
-        "hash": pyarrow.array(hashes[order]),
-        "kind": pyarrow.array(kinds[order].astype(np.uint8)),
-        "similarity": pyarrow.array(similarities[order].astype(np.float32)),
-        "duplicate_of": duplicate_of.take(pyarrow.array(order)),
-    }
-    batch = pyarrow.record_batch(columns)
-    with (
-        files.local_output(files.join(folder, LOOKUP)) as path,
-        pyarrow.ipc.new_file(str(path), batch.schema) as writer,
-    ):
-        writer.write_batch(batch)
     digest = hashlib.blake2b(digest_size=16)
-    for column in batch.columns:
-        for buffer in column.buffers():
-            digest.update(buffer or b"")
+    with contextlib.ExitStack() as stack:
+        path = stack.enter_context(files.local_output(files.join(folder, LOOKUP)))
+        writer = None
+        for batch in parts:
+            if writer is None:
+                writer = stack.enter_context(pyarrow.ipc.new_file(str(path), batch.schema))
+            writer.write_batch(batch)
+            for column in batch.columns:
+                for buffer in column.buffers():
+                    digest.update(buffer or b"")
     return digest.hexdigest()
 
 
@@ -94,6 +82,15 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What `write_summary` wrote; None where the folder is not complete."""
     return files.read_object(files.join(folder, SUMMARY))
+
+
+def random_ranks(rows: np.ndarray, seed: int) -> np.ndarray:
+    """float64 [n] in [0, 1): a random number of each row, whatever lies beside it."""
+    x = rows.astype(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15)
+    # The finaliser of splitmix64 (Steele et al. 2014).
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Lookup:
@@ -109,29 +106,32 @@ class Lookup:
 
         folder = os.fspath(folder)
         path = mapped.fetch(files.join(folder, LOOKUP), mapped.cache_folder(folder))
-        source = pyarrow.memory_map(path)
-        batch = pyarrow.ipc.open_file(source).get_batch(0)
-        self._hashes = batch.column("hash").to_numpy()
-        self._kinds = batch.column("kind").to_numpy()
-        self._similarities = batch.column("similarity").to_numpy()
-        self._duplicate_of = batch.column("duplicate_of")
+        file = pyarrow.ipc.open_file(pyarrow.memory_map(path))
+        self._parts = [file.get_batch(number) for number in range(file.num_record_batches)]
 
     def find(self, keys: Sequence[str]) -> list[Found | None]:
         """What is known of each key; None for pairs that are no duplicates."""
         hashes = hash_keys(keys)
-        rows = np.searchsorted(self._hashes, hashes)
-        rows = np.minimum(rows, max(len(self._hashes) - 1, 0))
-        if not len(self._hashes):
-            return [None] * len(keys)
-        is_known = self._hashes[rows] == hashes
-        return [
-            self._row(int(row)) if known else None
-            for row, known in zip(rows, is_known, strict=True)
-        ]
+        found: list[Found | None] = [None] * len(keys)
+        buckets = bucket_of(hashes, len(self._parts))
+        for number in np.unique(buckets):
+            part, mine = self._parts[number], np.flatnonzero(buckets == number)
+            known = part.column("hash").to_numpy()
+            rows = np.searchsorted(known, hashes[mine])
+            for position, row in zip(mine.tolist(), rows.tolist(), strict=True):
+                if row < len(known) and known[row] == hashes[position]:
+                    found[position] = _read_row(part, row)
+        return found
 
-    def _row(self, row: int) -> Found:
-        return Found(
-            KINDS[self._kinds[row]],
-            float(self._similarities[row]),
-            self._duplicate_of[row].as_py(),
-        )
+
+def bucket_of(hashes: np.ndarray, buckets: int) -> np.ndarray:
+    """The range of uint64 hashes, of so many of equal size, in which each of them lies."""
+    return (hashes >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)
+
+
+def _read_row(part: Any, row: int) -> Found:
+    return Found(
+        KINDS[part.column("kind")[row].as_py()],
+        part.column("similarity")[row].as_py(),
+        part.column("duplicate_of")[row].as_py(),
+    )

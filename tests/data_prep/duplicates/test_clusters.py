@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_prep.duplicates import kmeans
-from data_prep.duplicates.near import Near, find_candidates, find_roots, rank_rows
+from data_prep.duplicates.near import find_candidates, find_roots, rank_rows
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
@@ -117,10 +117,10 @@ def test_near_duplicates_are_those_of_semdedup(keep, monkeypatch):
     dropped = np.flatnonzero(upper.max(0) >= 0.9)
     assert second.dropped.tolist() == [expected_order[i] for i in dropped]
     assert second.alike.tolist() == [expected_order[i] for i in upper.argmax(0)[dropped]]
-    near = Near(*(column[np.argsort(near.dropped)] for column in near))
-    roots = find_roots(near)
-    assert not set(roots) & set(near.dropped)
     parent = dict(zip(near.dropped, near.alike, strict=True))
+    follow = np.vectorize(lambda row: parent.get(row, -1), otypes=[np.int64])
+    roots = find_roots(near.alike, follow)
+    assert not set(roots) & set(near.dropped)
     for row, root in zip(near.dropped, roots, strict=True):
         while row in parent:
             row = parent[row]

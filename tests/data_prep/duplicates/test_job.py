@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from data_prep.duplicates import block_table, job, kmeans, mapped, stages
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates import job, kmeans, mapped, stages
 from data_prep.duplicates.__main__ import main
 from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
@@ -221,16 +221,20 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     done = []
-    for module, name in ((stages, "find_all_near"), (job, "_write_table")):
+    for module, name in ((stages, "_divide"), (block_table, "write_all"), (job, "_describe_all")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, stop)
             with pytest.raises(KeyboardInterrupt):
                 job.run(config)
-        done.append({path.name for path in (tmp_path / "out").rglob("*.np*")})
-    assert {"00000.npy", "centroids.npz", "clusters.npz"} <= done[0] < done[1]
-    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is made again
-    monkeypatch.setattr(stages, "find_in_group", pytest.fail)
-    monkeypatch.setattr(kmeans, "fit", pytest.fail)
+        done.append({str(path.relative_to(tmp_path)) for path in (tmp_path / "out").rglob("*.*")})
+    name = "00000000.arrow"
+    assert {"out/scan/00000.npy", "out/centroids.npz", f"out/clusters/{name}"} <= done[0]
+    assert f"out/found/{name}" in done[1] - done[0] and f"out/keys/{name}" in done[2] - done[1]
+    for module, name in (
+        (job, "scan_unit"), (kmeans, "fit"), (stages, "find_in_group"),
+        (block_table, "describe_block"), (block_table, "collect_keys"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, pytest.fail)  # nothing is made again
     assert job.run(config) == {}
     found = Lookup(tmp_path / "out").find([f"k{i}" for i in range(60)])
     assert [i for i, row in enumerate(found) if row] == list(range(50, 60))
