@@ -70,6 +70,7 @@ DATA_PREP_MAY_IMPORT = (
     "diht_jax.config",
     "diht_jax.command_line",
     "diht_jax.data",
+    "diht_jax.distributed",
     "diht_jax.evaluation.bootstrap",
     "diht_jax.loading",
     "diht_jax.models",
@@ -129,7 +130,7 @@ def test_imports_point_one_way(path):
             assert imported.startswith(DATA_PREP_MAY_IMPORT), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("command", ["filter", "label"])
+@pytest.mark.parametrize("command", ["filter", "label", "duplicates.__main__"])
 def test_workers_of_data_prep_start_without_jax(command):
     # A spawned worker imports the main module of its command before it can do anything.
     code = f"import sys, data_prep.{command}; sys.exit('jax' in sys.modules)"

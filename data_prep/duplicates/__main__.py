@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import sys
 
-import jax
 from absl import flags
 from ml_collections import config_flags
 
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
 from data_prep.jobs.engine import ENGINES
-from diht_jax import command_line, distributed
+from diht_jax import command_line
 from diht_jax.config import validate_config
 
 
 def define_flags() -> None:
     """Defines this command's flags; not at import, since commands share names."""
+    from diht_jax import distributed  # it needs JAX, which no worker should wait for
+
     config_flags.DEFINE_config_file("config", None, "Recipe, such as configs/prep/duplicates.py.")
     flags.DEFINE_enum("engine", "local", ENGINES, "Local processes, or a Ray cluster.")
     command_line.define_job_array_flags()
@@ -36,6 +37,10 @@ def define_flags() -> None:
 
 def main() -> None:
     """Runs what the flags ask for."""
+    import jax
+
+    from diht_jax import distributed
+
     given = flags.FLAGS
     config = given.config
     if config is None:
