@@ -17,6 +17,7 @@ What is done to a pair belongs in `shard`.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,6 +31,7 @@ from data_prep.filtering.resharding import Part
 from data_prep.jobs import claim, files, manifest, shards
 from data_prep.jobs.engine import Report, engine_options, print_failures, run_pending
 from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
+from data_prep.jobs.packed import PackedList
 from data_prep.reports.merging import GROUPS, ReportSettings, gather_report
 from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
@@ -122,7 +124,7 @@ def _finish(
 
 def merge_parts(config: ml_collections.ConfigDict, found: Survey, engine: str) -> FilterReport:
     """The report of the parts that are done, at least one; of many the engine merges groups."""
-    outputs = [task.output for task, _ in found.parts]
+    outputs = PackedList(task.output for task, _ in found.parts)
     return gather_report(
         outputs,
         folder=outputs[0].rpartition("/")[0],
@@ -161,7 +163,7 @@ def print_funnel(report: FilterReport) -> None:
 
 def plan_output(
     config: ml_collections.ConfigDict, parts: Sequence[Part], folder: str
-) -> list[resharding.BalancedShard]:
+) -> Sequence[resharding.BalancedShard]:
     """The output shards that all parts together make."""
     return resharding.plan_shards(
         parts,
@@ -216,7 +218,7 @@ def _records_missing(
     found: Sequence[Part], planned: Sequence[resharding.BalancedShard], folder: str
 ) -> list[shards.ShardTask]:
     """Parts whose records are needed for an output shard, or for the lists, and are nowhere."""
-    unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
+    unwritten = _find_unwritten(planned)
     _, missing = reuse.find_records(found, unwritten, folder)
     if not files.exists(files.join(folder, kept.KEYS_FILE)):
         listed = (decisions.SUFFIX, kept.KEPT_SUFFIX)
@@ -227,6 +229,13 @@ def _records_missing(
             if present.isdisjoint((name + decisions.SUFFIX, name + kept.KEPT_SUFFIX)):
                 missing.add(task.output)
     return [task for task, _ in found if task.output in missing]
+
+
+def _find_unwritten(
+    planned: Sequence[resharding.BalancedShard],
+) -> Sequence[resharding.BalancedShard]:
+    missing = (shard for shard in planned if resharding.load_written(shard) is None)
+    return PackedList(missing, per_block=1)
 
 
 def _is_complete(
@@ -262,7 +271,7 @@ def _write_output(
     """Re-shards, then writes all that describes the whole folder."""
     report = _merge_some(config, found, folder, engine)
     shards.remove_merged(folder)
-    unwritten = [shard for shard in planned if resharding.load_written(shard) is None]
+    unwritten = _find_unwritten(planned)
     located, missing = reuse.find_records(found.parts, unwritten, folder)
     if missing:
         return dict.fromkeys(sorted(missing), "its records are missing; run the command again")
@@ -272,10 +281,10 @@ def _write_output(
     shards.remove_temporary_files(folder, [*names, *parts.MERGED_FILES])
     described = [stale_outputs.SETTINGS, manifest.NAME, GROUPS]
     shards.remove_temporary_files(files.join(folder, resharding.PARTS), described)
-    lists = kept.KeptLists(folder, tuple(task.output for task, _ in found.parts))
+    lists = kept.KeptLists(folder, PackedList(task.output for task, _ in found.parts))
     failures = run_pending(
         _write_shard_or_lists,
-        [lists, *located],
+        PackedList(itertools.chain([lists], located), per_block=1),
         label="re-shard",
         **engine_options(config, engine),
     )
@@ -312,7 +321,7 @@ def write_lists(
     Raises:
         ValueError: they could not be written.
     """
-    task = kept.KeptLists(folder, tuple(outputs))
+    task = kept.KeptLists(folder, outputs)
     options = engine_options(config, engine)
     failures = run_pending(kept.write_kept_lists, [task], label="lists", **options)
     for error in failures.values():

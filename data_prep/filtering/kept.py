@@ -18,7 +18,7 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -65,7 +65,7 @@ class KeptLists:
     """
 
     folder: str
-    outputs: tuple[str, ...]
+    outputs: Sequence[str]
 
     @property
     def source(self) -> str:

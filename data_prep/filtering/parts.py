@@ -25,6 +25,7 @@ from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import engine_options
 from data_prep.jobs.failures import Failures, run_noting_failures
 from data_prep.jobs.manifest import Input
+from data_prep.jobs.packed import PackedList
 from data_prep.reports.page import PAGE
 from data_prep.reports.summary import REPORT
 from diht_jax.data.records import dataset_info
@@ -45,7 +46,7 @@ def parts_folder(config: ml_collections.ConfigDict, folder: str) -> str:
 
 def plan_parts(
     config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str, overwrite: bool
-) -> list[shards.ShardTask]:
+) -> Sequence[shards.ShardTask]:
     """The part of every input; makes the folders.
 
     Raises:
@@ -86,7 +87,7 @@ def settle_changes(
     """
     finished = stale_outputs.reject_or_remove_stale(
         mine,
-        [os.path.basename(task.output) for task in tasks],
+        PackedList(os.path.basename(task.output) for task in tasks),
         parts_folder(config, folder),
         filter_config.describe_settings(config),
         filter_config.package_versions(config),
@@ -107,8 +108,8 @@ def with_whole_outputs(
 ) -> dict[str, dict[str, Any]]:
     """The statistics of those tasks whose outputs are there, since nothing else holds them."""
     found = [(task, stats[task.output]) for task in tasks if task.output in stats]
-    whole = shards.whole_outputs(found)
-    return {task.output: known for task, known in found if task.output in whole}
+    damaged = shards.damaged_outputs(found)
+    return {task.output: known for task, known in found if task.output not in damaged}
 
 
 def forget_output(folder: str) -> None:
@@ -125,12 +126,12 @@ def filter_parts(
     engine: str,
 ) -> Failures:
     """Filters the inputs of this job whose parts are not done; failures are noted beside them."""
-    pending = [task for task in mine if task.output not in done]
+    pending = PackedList(task for task in mine if task.output not in done)
     logging.info("%d shards, %d of them done before", len(mine), len(mine) - len(pending))
     if pending:
         forget_output(folder)
     where = parts_folder(config, folder)
-    shards.remove_temporary_files(where, [os.path.basename(task.output) for task in mine])
+    shards.remove_temporary_files(where, (os.path.basename(task.output) for task in mine))
     return run_filter(config, pending, engine)
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ from data_prep.filtering.kept import KEPT_SUFFIX, read_formats
 from data_prep.jobs import files, shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.fingerprint import LOCATION_SUFFIX
+from data_prep.jobs.packed import PackedList
 from diht_jax.data.images import decode
 from diht_jax.data.records import schema
 from diht_jax.data.records.dataset_info import shard_name
@@ -43,7 +44,7 @@ from diht_jax.data.stores import BLOCK_BYTES, is_remote, read_range
 
 PARTS = "parts"
 
-Part = tuple[shards.ShardTask, dict[str, Any]]  # with its statistics
+Part = tuple[shards.ShardTask, Mapping[str, Any]]  # with its statistics
 
 # Files that go with the records of a part; the records themselves come last.
 _OF_RECORDS = (CONCEPTS_SUFFIX, INDEX_SUFFIX, "")
@@ -111,7 +112,7 @@ def plan_shards(
     split: str,
     examples_per_shard: int,
     output_format: str = "tfrecord",
-) -> list[BalancedShard]:
+) -> Sequence[BalancedShard]:
     """Divides the records of all parts among output shards.
 
     Args:
@@ -126,38 +127,38 @@ def plan_shards(
     Returns:
         One shard at least.
     """
-    records = [stats["output"]["records"] for _, stats in parts]
-    ends = np.cumsum(records, dtype=np.int64)
+    counts = (stats["output"]["records"] for _, stats in parts)
+    records = np.fromiter(counts, np.int64, len(parts))
+    ends = np.cumsum(records)
     total = int(ends[-1]) if len(ends) else 0
     count = max(1, -(-total // examples_per_shard))
     with_concepts = all(CONCEPTS_SUFFIX in stats["output"]["beside"] for _, stats in parts)
-    planned = []
-    for number in range(count):
+
+    def plan(number: int) -> BalancedShard:
         first, last = total * number // count, total * (number + 1) // count
         begin, end = np.searchsorted(ends, [first, last - 1], side="right") if total else (0, -1)
         slices, taken = [], []
         for i in range(int(begin), int(end) + 1):
             task, stats = parts[i]
-            offset = int(ends[i]) - records[i]
-            start, stop = max(first - offset, 0), min(last - offset, records[i])
+            offset = int(ends[i] - records[i])
+            start, stop = max(first - offset, 0), min(last - offset, int(records[i]))
             if start < stop:
                 slices.append(Slice(task.output, start, stop, hash_part(stats)))
                 taken.append((stats, start, stop))
         name = shard_name(dataset, split, number, count, FORMATS[output_format].suffix)
         plan_hash = hash_plan(taken, output_format, with_concepts=with_concepts)
-        planned.append(
-            BalancedShard(files.join(folder, name), tuple(slices), plan_hash, with_concepts)
-        )
-    return planned
+        return BalancedShard(files.join(folder, name), tuple(slices), plan_hash, with_concepts)
+
+    return PackedList(map(plan, range(count)), per_block=1)
 
 
-def hash_part(stats: dict[str, Any]) -> str:
+def hash_part(stats: Mapping[str, Any]) -> str:
     """A short hash of what the records of a part are."""
     return shards.hash_config(_identify(stats))
 
 
 def hash_plan(
-    slices: Sequence[tuple[dict[str, Any], int, int]], output_format: str, *, with_concepts: bool
+    slices: Sequence[tuple[Mapping[str, Any], int, int]], output_format: str, *, with_concepts: bool
 ) -> str:
     """The hash of an output shard: of its parts by their statistics, and of what it takes of each.
 
@@ -351,7 +352,7 @@ def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
         files.remove(files.join(folder, name))
 
 
-def _identify(stats: dict[str, Any]) -> dict[str, Any]:
+def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
     """What the records of a part are, not where they lay.
 
     Parts of before records were hashed are known by their input, which was hashed then.

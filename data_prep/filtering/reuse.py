@@ -20,6 +20,7 @@ from data_prep.filtering import resharding
 from data_prep.filtering.resharding import BalancedShard, Piece, Slice
 from data_prep.jobs import files, shards
 from data_prep.jobs.manifest import earlier_names
+from data_prep.jobs.packed import PackedList
 from diht_jax.data.records.format import INDEX_SUFFIX
 from diht_jax.data.records.formats.registry import name_format
 from diht_jax.data.records.remote import is_remote
@@ -49,7 +50,7 @@ class _OldShard:
 
 def find_records(
     parts: Sequence[resharding.Part], unwritten: Sequence[BalancedShard], folder: str
-) -> tuple[list[BalancedShard], set[str]]:
+) -> tuple[Sequence[BalancedShard], set[str]]:
     """Finds where the records of new output shards lie now.
 
     Args:
@@ -61,17 +62,16 @@ def find_records(
         The same shards, which know where their records are; and the parts some of whose records
         are nowhere.
     """
-    stats_of = {task.output: (task, stats) for task, stats in parts}
     needed = {piece.path for shard in unwritten for piece in shard.slices}
-    there = shards.whole_outputs([stats_of[path] for path in sorted(needed)])
-    if there == needed:
-        return list(unwritten), set()
+    lost = shards.damaged_outputs(PackedList(part for part in parts if part[0].output in needed))
+    if not lost:
+        return unwritten, set()
     stretches = _index_old_shards(parts, folder)
     found, missing = [], set()
     for shard in unwritten:
         slices = []
         for piece in shard.slices:
-            if piece.path not in there:
+            if piece.path in lost:
                 name = os.path.basename(piece.path)
                 pieces = _cover(piece, stretches.get(name, ()))
                 if pieces is None or (shard.with_concepts and not _have_concepts(pieces)):
@@ -83,7 +83,7 @@ def find_records(
     return found, missing
 
 
-def move_aside(found: Sequence[BalancedShard], folder: str) -> list[BalancedShard]:
+def move_aside(found: Sequence[BalancedShard], folder: str) -> Sequence[BalancedShard]:
     """Moves the old shards out of the way of the new ones.
 
     Args:
@@ -94,6 +94,8 @@ def move_aside(found: Sequence[BalancedShard], folder: str) -> list[BalancedShar
         The same shards, which know where their records are now.
     """
     used = {p.path for shard in found for piece in shard.slices for p in piece.pieces}
+    if not used:
+        return found
     new_paths = {}
     for path in sorted(used):
         if path.rpartition("/")[0] == folder.rstrip("/"):

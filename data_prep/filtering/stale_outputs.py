@@ -18,6 +18,7 @@ from data_prep.filtering.config import DECIDING_PACKAGES, upgrade_settings
 from data_prep.filtering.resharding import remove_output
 from data_prep.jobs import files, fingerprint, shards
 from data_prep.jobs.failures import allowed_number
+from data_prep.jobs.packed import PackedList
 
 SETTINGS = "settings.json"
 
@@ -66,9 +67,9 @@ def reject_or_remove_stale(
     fingerprint.forget_linked()  # as an earlier run of this process saw them
     suffixes = (shards.STATS_SUFFIX, shards.FAILED_SUFFIX)
     present = set(files.list_names(folder, lambda name: name.endswith(suffixes)))
-    there = [t for t in tasks if os.path.basename(t.stats_path) in present]
+    there = PackedList(t for t in tasks if os.path.basename(t.stats_path) in present)
     changed, replaced, done = _compare(there, versions)
-    own = set(names)
+    own = set(names) if present else set()
     finished = [n.removesuffix(shards.STATS_SUFFIX) for n in present if _is_shard_stats(n)]
     gone = sorted(name for name in finished if name not in own)
     allowed = allowed_number(max_changed, len(finished))

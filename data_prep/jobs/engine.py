@@ -26,6 +26,7 @@ from data_prep.jobs.progress import (
     Outcome,
     Progress,
     Report,
+    TaskQueue,
     call_function,
 )
 from diht_jax.data.escaping import escape_lines
@@ -164,9 +165,9 @@ def run_tasks(
     if not tasks:
         return
     policy = _Retries(retries, after_death)
-    alone: collections.deque[Any] = collections.deque()
+    alone = TaskQueue(())
     with Progress(len(tasks), label) as progress:
-        for pending, count in ((collections.deque(tasks), num_workers), (alone, 1)):
+        for pending, count in ((TaskQueue(tasks), num_workers), (alone, 1)):
             for outcome in _run_queue(function, pending, count, timeout_secs, ray, progress):
                 again = policy.next_attempt(outcome)
                 if again is None:
@@ -181,7 +182,7 @@ def run_tasks(
                     ", alone" if is_alone else "",
                 )
                 if is_alone:
-                    alone.append(again)
+                    alone.insert(len(alone), again)
                 else:
                     pending.insert(_OTHERS_FIRST, again)
 
@@ -219,7 +220,7 @@ class _Retries:
 
 def _run_queue(
     function: Function,
-    tasks: collections.deque[Any],
+    tasks: TaskQueue,
     num_workers: int | None,
     timeout_secs: float | None,
     ray: RaySettings | None,
@@ -237,7 +238,7 @@ def _run_queue(
 
 
 def _run_here(
-    function: Function, tasks: collections.deque[Any], progress: Progress
+    function: Function, tasks: TaskQueue, progress: Progress
 ) -> Iterator[Outcome[Any, Any]]:
     while tasks:
         yield call_function(function, tasks.popleft(), progress.add)

@@ -8,7 +8,6 @@ that start, while it cleans up after a death.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import multiprocessing
@@ -32,6 +31,7 @@ from data_prep.jobs.progress import (
     Function,
     Outcome,
     Progress,
+    TaskQueue,
     call_function,
     describe_error,
     failed_outcome,
@@ -98,7 +98,7 @@ class LocalWorkerPool:
     def __init__(
         self,
         function: Function,
-        tasks: collections.deque[Any],
+        tasks: TaskQueue,
         num_workers: int,
         progress: Progress,
         timeout_secs: float | None = None,

@@ -8,7 +8,6 @@ soon as the cluster has room, and the other actors go on.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -30,11 +29,12 @@ from data_prep.jobs.progress import (
     Function,
     Outcome,
     Progress,
+    TaskQueue,
     call_function,
     describe_error,
     timed_out,
 )
-from data_prep.jobs.ray_models import ModelPool, RemoteModel
+from data_prep.jobs.ray_models import ModelPool, RemoteModel, is_node_loss
 
 _MAX_FAILED_STARTS = 3  # in a row
 _WAITING_SECS = 60.0
@@ -80,7 +80,7 @@ class RaySettings:
 
 def run_on_ray(
     function: Function,
-    tasks: collections.deque[Any],
+    tasks: TaskQueue,
     settings: RaySettings,
     num_workers: int | None,
     progress: Progress,
@@ -205,7 +205,7 @@ class _RayWorkerPool:
     def __init__(
         self,
         function: Function,
-        tasks: collections.deque[Any],
+        tasks: TaskQueue,
         settings: RaySettings,
         num_workers: int | None,
         progress: Progress,
@@ -297,19 +297,17 @@ class _RayWorkerPool:
     def _handle_exit(self, worker: _Worker, error: Exception) -> Iterator[Outcome[Any, Any]]:
         with contextlib.suppress(Exception):  # it has most likely ended
             self._ray.kill(worker.actor)
-        reason = " ".join(str(error).split())
+        reason, is_lost = " ".join(str(error).split()), is_node_loss(self._ray, error)
         if worker.has_started:
             # The task is not to blame for the loss of its node, or for memory that others took.
-            is_lost = "node has died" in reason or isinstance(
-                error, self._ray.exceptions.OutOfMemoryError | self._ray.exceptions.NodeDiedError
-            )
+            is_lost = is_lost or isinstance(error, self._ray.exceptions.OutOfMemoryError)
             yield Outcome(
                 worker.task,
                 error=f"the Ray worker died at work, or its node was lost: {reason}",
                 cause=KILLED if is_lost else DEATH,
             )
             return
-        self._failed_starts += 1
+        self._failed_starts += not is_lost
         if self._failed_starts >= _MAX_FAILED_STARTS and not self._num_busy():
             while self._pending:
                 yield Outcome(self._pending.popleft(), error=f"no Ray worker could start: {reason}")

@@ -7,13 +7,14 @@ job of an array knows that nobody works on it. A later run tries it again.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
 from data_prep.jobs import files, shards
 from data_prep.jobs.engine import run_pending
+from data_prep.jobs.packed import PackedList
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, HeldStats, ShardTask
 
 # Status with which a command ends whose output is there, without the shards that failed.
@@ -47,7 +48,7 @@ class Survey(NamedTuple):
         failed_tasks: those of `failed`.
     """
 
-    parts: list[tuple[ShardTask, dict[str, Any]]]
+    parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]
     failed: list[dict[str, str]]
     waiting: int
     failed_tasks: list[ShardTask]
@@ -70,12 +71,12 @@ def run_noting_failures(
     """As `run_pending`; what failed is noted beside the outputs, until it succeeds."""
     if not pending:
         return Failures()
-    names = {os.path.basename(task.output) + FAILED_SUFFIX for task in pending}
-    where = pending[0].output.rpartition("/")[0]
-    for name in names.intersection(files.list_names(where, _is_note)):
-        files.remove(files.join(where, name))
+    notes = set(files.list_names(pending[0].output.rpartition("/")[0], _is_note))
+    for task in pending if notes else ():
+        if os.path.basename(task.output) + FAILED_SUFFIX in notes:
+            files.remove(task.output + FAILED_SUFFIX)
     failures = Failures(run_pending(function, pending, **options))
-    for task in pending:
+    for task in pending if failures else ():
         error = failures.get(str(task.source))
         if error is not None:
             note = {"source": str(task.source), "error": error}
@@ -100,29 +101,36 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
     known = known or {}
     folder = tasks[0].output.rpartition("/")[0] if tasks else ""
     present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
-    there, failed_tasks = [], []
-    for task in tasks:
-        name = os.path.basename(task.output)
-        if name + STATS_SUFFIX in present:
-            there.append(task)
-        elif name + FAILED_SUFFIX in present:
-            failed_tasks.append(task)
+    failed_tasks = []
+
+    def find_done() -> Iterator[ShardTask]:
+        for task in tasks:
+            name = os.path.basename(task.output)
+            if name + STATS_SUFFIX in present:
+                yield task
+            elif name + FAILED_SUFFIX in present:
+                failed_tasks.append(task)
+
+    there = PackedList(find_done())
     failed = [shards.read_json(task.output + FAILED_SUFFIX) for task in failed_tasks]
     waiting = len(tasks) - len(there) - len(failed)
     if waiting:
-        parts = [(task, known.get(task.output, {})) for task in there]
-        return Survey(parts, failed, waiting, failed_tasks)
-    del present
-    unread = [task for task in there if task.output not in known]
+        unread_parts = PackedList((task, known.get(task.output, {})) for task in there)
+        return Survey(unread_parts, failed, waiting, failed_tasks)
+    present.clear()
+    unread = PackedList(task for task in there if task.output not in known)
     checked = shards.check_all(unread)
-    parts = []
-    for task in there:
-        if task.output in known:
-            parts.append((task, known[task.output]))
-            continue
-        _, stats, change = next(checked)
-        if stats is not None and change is None:
-            parts.append((task, HeldStats(stats)))
+
+    def read_done() -> Iterator[tuple[ShardTask, Mapping[str, Any]]]:
+        for task in there:
+            if task.output in known:
+                yield task, known[task.output]
+                continue
+            _, stats, change = next(checked)
+            if stats is not None and change is None:
+                yield task, HeldStats(stats)
+
+    parts = PackedList(read_done())
     return Survey(parts, failed, len(there) - len(parts), failed_tasks)
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from absl import logging
 
 from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs.packed import PackedList
 from data_prep.jobs.shards import STATS_SUFFIX, ShardTask
 from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.records.dataset_info import shard_name
@@ -95,7 +96,7 @@ def plan_parts(
     config_hash: str,
     output_format: str = "tfrecord",
     identity: str = "time",
-) -> list[ShardTask]:
+) -> Sequence[ShardTask]:
     """Gives every input its part, makes the folder, and writes the manifest.
 
     Args:
@@ -110,17 +111,16 @@ def plan_parts(
     files.make_folder(folder)
     suffix = FORMATS[output_format].suffix
     prefix = shard_name(dataset, split, 0, 1, "").removesuffix("00000")
-    names = [f"{prefix}{found}{suffix}" for found in hash_inputs(inputs)]
+    names = PackedList(f"{prefix}{found}{suffix}" for found in hash_inputs(inputs))
     numbered = re.compile(rf"{re.escape(prefix)}(\d{{5,9}}){re.escape(suffix)}")
-    own = set(names)
 
-    def is_other(name: str) -> bool:
-        """Whether it is the manifest, or belongs to a part of another name or with a number."""
-        if name.endswith(STATS_SUFFIX):
-            return name.removesuffix(STATS_SUFFIX) not in own
-        return name == NAME or numbered.match(name.lstrip(".")) is not None
+    def may_be_other(name: str) -> bool:
+        """Whether it is the manifest, a part's statistics, or belongs to a part with a number."""
+        is_known = name == NAME or name.endswith(STATS_SUFFIX)
+        return is_known or numbered.match(name.lstrip(".")) is not None
 
-    others = files.list_names(folder, is_other)
+    others = set(files.list_names(folder, may_be_other))
+    others.difference_update(name + STATS_SUFFIX for name in names)
     old = b""
     if NAME in others:
         others.remove(NAME)
@@ -139,10 +139,10 @@ def plan_parts(
             _rename(folder, moves, present, suffix)
         for name in _half_done(present, numbered):
             files.remove(files.join(folder, name))
-    return [
+    return PackedList(
         ShardTask(found.shard, files.join(folder, name), config_hash, identity)
         for found, name in zip(inputs, names, strict=True)
-    ]
+    )
 
 
 def hash_inputs(inputs: Sequence[Input]) -> list[str]:

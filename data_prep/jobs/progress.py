@@ -5,10 +5,11 @@ How tasks are distributed belongs in `engine_local.py` and `engine_ray.py`.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from diht_jax.data.retries import is_storage_failure
@@ -49,6 +50,33 @@ class Outcome(Generic[_Task, _Result]):
     result: _Result | None = None
     error: str | None = None
     cause: str | None = None
+
+
+class TaskQueue:
+    """The tasks that wait for a worker; those that are run again are put among the others."""
+
+    def __init__(self, tasks: Sequence[Any]):
+        """Takes one after the other of `tasks`, so that a sequence may make them as they come."""
+        self._rest = iter(tasks)
+        self._num_rest = len(tasks)
+        self._front: collections.deque[Any] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._front) + self._num_rest
+
+    def popleft(self) -> Any:
+        """The next task, which is taken out; IndexError where there is none."""
+        if self._front or not self._num_rest:
+            return self._front.popleft()
+        self._num_rest -= 1
+        return next(self._rest)
+
+    def insert(self, index: int, task: Any) -> None:
+        """Puts a task behind `index` others, or at the end where there are fewer."""
+        while len(self._front) < index and self._num_rest:
+            self._num_rest -= 1
+            self._front.append(next(self._rest))
+        self._front.insert(index, task)
 
 
 def call_function(function: Function, task: _Task, report: Report) -> Outcome[_Task, Any]:

@@ -32,6 +32,21 @@ _MAX_DEATHS = 3
 _MAX_FAILED_STARTS = 3  # in a row
 
 
+def is_node_loss(ray: Any, error: Exception) -> bool:
+    """Whether an actor is gone, or its answer, because its node is: not of what the actor did.
+
+    Args:
+        ray: the module.
+        error: that Ray has raised.
+    """
+    known = ray.exceptions
+    # A node that does not answer is called unavailable until Ray gives it up, and its actors are
+    # ended by whoever has started them.
+    lost = known.NodeDiedError | known.ActorUnavailableError | known.ObjectLostError
+    reasons = ("node has died", "killed by `ray.kill`")
+    return isinstance(error, lost) or any(reason in str(error) for reason in reasons)
+
+
 class _ModelActor:
     """Holds models; one object lives in one process of the cluster."""
 
@@ -163,7 +178,7 @@ class ModelPool:
             try:
                 self._ray.get(reference)
             except self._ray.exceptions.RayError as error:
-                self._failed_starts += 1
+                self._failed_starts += not is_node_loss(self._ray, error)
                 if self._failed_starts >= _MAX_FAILED_STARTS and not self._ends:
                     raise ValueError(f"no model actor could start: {error}") from error
                 continue
@@ -175,7 +190,13 @@ class ModelPool:
     def _take_ended(self) -> int:
         ended = self._find_answered(self._ends)
         for reference in ended:
-            del self._ends[reference]
+            actor = self._ends.pop(reference)
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                try:
+                    self._ray.get(reference)
+                except self._ray.exceptions.ActorUnavailableError:
+                    # If only its node has not answered for a while, it would keep its GPU.
+                    self._ray.kill(actor)
             logging.warning("a model actor died, or its node was lost; others take its batches")
         return len(ended)
 
@@ -245,7 +266,8 @@ class _Run:
             except self._ray.exceptions.RayTaskError as error:
                 raise error.cause from error  # of the model itself, as if it had run here
             except self._ray.exceptions.RayError as error:
-                self._deaths[number] += 1
+                # A lost node takes several actors at once, and no batch is to blame for that.
+                self._deaths[number] += not is_node_loss(self._ray, error)
                 if self._deaths[number] >= _MAX_DEATHS:
                     raise ProcessDeath(
                         f"{_MAX_DEATHS} model actors died of one batch: "

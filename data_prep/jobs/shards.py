@@ -299,11 +299,11 @@ def has_output(task: ShardTask, stats: Mapping[str, Any]) -> bool:
         return False
 
 
-def whole_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
-    """The outputs for which `has_output` is true; in a store many are looked at at once."""
+def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
+    """The outputs for which `has_output` is false; in a store many are looked at at once."""
 
-    def look(part: tuple[ShardTask, dict[str, Any]]) -> str | None:
-        return part[0].output if has_output(*part) else None
+    def look(part: tuple[ShardTask, Mapping[str, Any]]) -> str | None:
+        return None if has_output(*part) else part[0].output
 
     if not parts or not is_remote(parts[0][0].output):
         return set(map(look, parts)) - {None}
@@ -327,8 +327,8 @@ def find_finished(tasks: Sequence[ShardTask]) -> dict[str, HeldStats]:
         for task, stats, change in check_all(there)
         if stats is not None and change is None
     ]
-    whole = whole_outputs(found)
-    return {task.output: stats for task, stats in found if task.output in whole}
+    damaged = damaged_outputs(found)
+    return {task.output: stats for task, stats in found if task.output not in damaged}
 
 
 def load_finished(task: ShardTask) -> dict[str, Any] | None:
@@ -346,7 +346,7 @@ def load_finished(task: ShardTask) -> dict[str, Any] | None:
     return stats
 
 
-def remove_temporary_files(folder: str, names: Collection[str]) -> None:
+def remove_temporary_files(folder: str, names: Iterable[str]) -> None:
     """Removes the half-written files that a killed run has left; in a store there are none.
 
     Args:
@@ -356,8 +356,9 @@ def remove_temporary_files(folder: str, names: Collection[str]) -> None:
     """
     if is_remote(folder):
         return
-    wanted = frozenset(names)
-    for name in files.list_names(folder, lambda name: _TEMPORARY.fullmatch(name) is not None):
+    found = files.list_names(folder, lambda name: _TEMPORARY.fullmatch(name) is not None)
+    wanted = frozenset(names) if found else ()
+    for name in found:
         if names_below([_TEMPORARY.fullmatch(name)[1]], wanted):
             files.remove(files.join(folder, name))
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.jobs import files
 from data_prep.jobs.engine import Report
+from data_prep.jobs.packed import PackedList
 from data_prep.reports.funnel import Funnel
 from data_prep.reports.summary import FilterReport
 
@@ -89,17 +90,17 @@ def gather_report(
     """
     # Unlike those of any other process that merges the same parts.
     stamp = f"{os.getpid()}-{secrets.token_hex(4)}"
-    members, are_parts, level = tuple(outputs), True, 0
+    members, are_parts, level = outputs, True, 0
     while len(members) > FAN_OUT:
-        groups = [
+        groups = PackedList(
             Group(
                 files.join(folder, f".{GROUPS}.{level}-{start // FAN_OUT}.{stamp}.tmp"),
-                members[start : start + FAN_OUT],
+                tuple(members[start : start + FAN_OUT]),
                 are_parts,
                 settings,
             )
             for start in range(0, len(members), FAN_OUT)
-        ]
+        )
         if failures := run(merge_group, groups):
             source, error = next(iter(failures.items()))
             raise ValueError(f"{source} could not be merged: {error}")

@@ -16,6 +16,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from data_prep.jobs.manifest import Input
+from data_prep.jobs.packed import PackedList
 from diht_jax.data.readers import registry
 from diht_jax.data.readers.registry import Skipped, SourceShard
 from diht_jax.data.records.formats.tar_members import DamagedTarError
@@ -42,7 +43,7 @@ def list_sources(pairs: str | None, source: ml_collections.ConfigDict) -> list[S
     return [found.shard for found in list_inputs(pairs, source)]
 
 
-def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> list[Input]:
+def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequence[Input]:
     """Divides the input into units of work, in a fixed order.
 
     Args:
@@ -58,15 +59,18 @@ def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> list[In
             "config.input is not set: expected tars, tables, a folder, TFRecord shards or "
             "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
         )
-    inputs = []
-    for text in typed_texts(pairs):
+    return PackedList(_list_each(typed_texts(pairs), source))
+
+
+def _list_each(texts: Sequence[str], source: ml_collections.ConfigDict) -> Iterator[Input]:
+    for text in texts:
         root = find_root(text)
         try:
             shards = registry.list_shards(text, **source.to_dict())
         except ValueError as error:
             _raise_as_typed(error)
-        inputs += [Input(shard, root) for shard in shards]
-    return inputs
+        for shard in shards:
+            yield Input(shard, root)
 
 
 def typed_texts(pairs: str) -> list[str]:
@@ -137,7 +141,7 @@ def _plain_path(path: str) -> str:
     return f"{protocol}://{name.strip('/')}"
 
 
-def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> list[_Task]:
+def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> Sequence[_Task]:
     """The tasks of one job of a job array: every `num_tasks`-th.
 
     Args:
@@ -153,4 +157,4 @@ def shards_of_task(tasks: Sequence[_Task], task_index: int, num_tasks: int) -> l
             f"--task_index={task_index} with --num_tasks={num_tasks}; expected an index from 0 to "
             f"{num_tasks - 1}"
         )
-    return list(tasks[task_index::num_tasks])
+    return tasks if num_tasks == 1 else tasks[task_index::num_tasks]

@@ -25,7 +25,7 @@ _LONGEST_SECS = 900  # of the script; a failure here means that it waits for eve
 _ENVIRONMENT = dict(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", RAY_worker_niceness="0")
 
 _SCRIPT = """
-import functools, json, os, pathlib, sys, time
+import functools, json, os, pathlib, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from data_prep.filter import run_filter
@@ -100,6 +100,51 @@ def run_failing(settings, folder):
         yield [outcome.task, outcome.result, outcome.error]
 
 
+class Holder:
+    def visit(self, folder, held):
+        pathlib.Path(folder, f"visited_{os.getpid()}").touch()
+        while held and pathlib.Path(folder, "hold").exists():  # until its node is lost
+            pathlib.Path(folder, "held").touch()
+            time.sleep(0.02)
+        return "done"
+
+
+def visit(task, report, folder):
+    model = open_model(Holder)
+    while len(list(pathlib.Path(folder).glob("visited_*"))) < 3:
+        list(model.map("visit", [(folder, False)]))
+        time.sleep(0.02)
+    return list(model.map("visit", [(folder, True)]))
+
+
+def lose_models(cluster, folder):
+    # The three model actors have room on one node alone: the batch that one of them holds meets
+    # all three dead.
+    settings = RaySettings(cluster.address, model_actors=3, gpus_per_model_actor=2.0)
+    node = cluster.add_node(num_cpus=0, num_gpus=6)
+    pathlib.Path(folder, "hold").touch()
+    found = []
+
+    def run():
+        function = functools.partial(visit, folder=folder)
+        for outcome in run_tasks(
+            function, [0], num_workers=1, label="lost", retries=0, ray=settings
+        ):
+            found.append([outcome.result, outcome.error])
+
+    ray.init(address=cluster.address, logging_level="ERROR")
+    thread = threading.Thread(target=run, daemon=True)  # nodes come and go in the main thread
+    thread.start()
+    while thread.is_alive() and not pathlib.Path(folder, "held").exists():
+        time.sleep(0.02)
+    cluster.remove_node(node, allow_graceful=False)
+    pathlib.Path(folder, "hold").unlink()
+    cluster.add_node(num_cpus=0, num_gpus=2)
+    thread.join()
+    ray.shutdown()
+    return found
+
+
 def spot_text(address, folder):
     changes = json.loads(pathlib.Path(folder, "spotting.json").read_text())
     config = job_config(f"{folder}/pairs.jsonl", pathlib.Path(folder, "on_ray"), **changes)
@@ -127,6 +172,7 @@ def main(folder):
     print("toy", json.dumps(found), flush=True)
     failing = list(run_failing(RaySettings(cluster.address), folder))
     print("failing", json.dumps(failing), flush=True)
+    print("lost", json.dumps(lose_models(cluster, folder)), flush=True)
     print("spotting", json.dumps(spot_text(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
@@ -198,6 +244,12 @@ def test_workers_share_models_that_die_and_nodes_that_join(printed):
     models = [path.name.split("_") for path in folder.glob("model_*")]
     assert 2 <= len(models) <= 6 and {tuple(name[2:]) for name in models} == {("0", "0.45")}
     assert "others take its batches" in found["stderr"]
+
+
+def test_a_lost_node_takes_its_models_along_and_no_batch_is_blamed(printed):
+    folder, found = printed
+    assert json.loads(found["lost"]) == [[["done"], None]]
+    assert len(list(folder.glob("visited_*"))) == 4  # three on the lost node, one on the next
 
 
 def test_deaths_and_time_limits_are_those_of_local_workers(printed):

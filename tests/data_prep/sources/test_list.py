@@ -18,7 +18,7 @@ from diht_jax.data.records import remote
 
 def test_jobs_of_an_array_share_all_tasks():
     parts = [shards_of_task(range(11), i, 4) for i in range(4)]
-    assert sorted(sum(parts, [])) == list(range(11))
+    assert sorted(number for part in parts for number in part) == list(range(11))
     for index in (-1, 4):
         with pytest.raises(ValueError, match="expected an index from 0 to 3"):
             shards_of_task(range(11), index, 4)
