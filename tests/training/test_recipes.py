@@ -1,4 +1,4 @@
-"""Every recipe of `configs/`, in its debug form, trains end to end."""
+"""Every program that the recipes of `configs/` make in their debug form trains end to end."""
 
 import numpy as np
 import pytest
@@ -10,21 +10,39 @@ from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from tests.recipes import RECIPES, REPOSITORY
 
-# Its debug form is that of `diht_vitb16` but for two numbers.
-CLEAN = REPOSITORY / "configs" / "diht_vitb16_clean.py"
+# Recipe -> one whose debug form is as good a trial, and the keys in which the two differ: numbers,
+# names of models, which a debug form replaces by the sizes of a small one, and another's `remat`.
+_RATE, _MODEL = "optimizer.learning_rate", "model.name"
+ALIKE = {
+    "clip_vitb16": ("clip_vitb32", {_MODEL, "model.remat", _RATE, "optimizer.weight_decay"}),
+    "diht_vitb16_clean": ("diht_vitb16", {"loss.alpha", "loss.beta"}),
+    "diht_vitb32": ("diht_vitb16", {_MODEL, "model.remat"}),
+    "diht_vitl14_336": ("diht_vitl14", {_MODEL, _RATE}),
+}
+
+
 # Arguments beside `debug`; without them the recipe trains like that of the demo.
 ARGUMENTS = {"cifar10_finetune": ",train=probe"}
 
 
-def test_the_recipe_for_clean_data_differs_in_alpha_and_beta(monkeypatch):
+@pytest.mark.parametrize("name", ALIKE)
+def test_recipes_that_differ_in_numbers(name, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
-    config = load_recipe(CLEAN, "debug=True")
-    config.loss.update(alpha=1.0, beta=0.25)
-    assert config == load_recipe(CLEAN.with_stem("diht_vitb16"), "debug=True")
+    other, keys = ALIKE[name]
+    config, other = (
+        load_recipe(REPOSITORY / "configs" / f"{each}.py", "debug=True").to_dict()
+        for each in (name, other)
+    )
+    for section, values in config.items():
+        if isinstance(values, dict):
+            found = {f"{section}.{key}" for key in values if values[key] != other[section][key]}
+            assert found == {key for key in keys if key.startswith(f"{section}.")}
+        else:
+            assert values == other[section]
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in RECIPES if path != CLEAN], ids=lambda path: path.stem
+    "path", [path for path in RECIPES if path.stem not in ALIKE], ids=lambda path: path.stem
 )
 def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
