@@ -106,6 +106,8 @@ def export_model(
     heads = source.heads if keep_heads else {}
     if keep_heads and not heads:
         logging.warning("%s: there are no concept heads to keep", model)
+    if source.decoder is not None:
+        logging.warning("%s: the caption decoder is left out, no format has one", model)
     params = jax.tree.map(np.asarray, source.params)
     config = json.loads(source.config.to_json_best_effort()) if source.is_run else None
     data = (config["data"]["train"], config["data"].get("labels")) if config else (None, None)

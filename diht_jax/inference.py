@@ -6,11 +6,12 @@ are given.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from diht_jax import sharding
 from diht_jax.data import tokenizer
 from diht_jax.data.images import transforms
 from diht_jax.data.images.decode import decode_rgb, load_rgb
+from diht_jax.models.caption_decoder import decode_captions, merge_decoder
 from diht_jax.models.parameters import ModelDefinition, merge_model
 
 # A picture: of PIL, the path of a file, or uint8 [h, w, 3].
@@ -54,6 +56,7 @@ class LoadedModel:
         step: int | None = None,
         mean: Sequence[float] = transforms.CLIP_MEAN,
         std: Sequence[float] = transforms.CLIP_STD,
+        decoder: dict[str, Any] | None = None,
     ):
         """Wraps parameters that lie on `mesh`.
 
@@ -66,12 +69,13 @@ class LoadedModel:
             batch_size: most examples embedded at once, over all devices.
             step: optimiser step of the parameters, where known.
             mean, std: of the pictures, per channel, for values in [0, 1].
+            decoder: parameters of the caption decoder, of a model that was trained with one.
         """
         self.config = config
         self.image_size = image_size
         self.context_length = context_length
         self.step = step
-        self._params = params
+        self._params, self._decoder = params, decoder
         self._batch_sharding = sharding.batch_sharding(mesh)
         num_devices = mesh.size
         self._batch_size = math.ceil(batch_size / num_devices) * num_devices
@@ -86,8 +90,28 @@ class LoadedModel:
         def encode_text(params, tokens):
             return merge_model(definition, params).encode_text(tokens)
 
+        def write_captions(
+            params, decoder_params, images, rows, key, *, length, top_k, temperature
+        ):
+            pixels = transforms.normalize(images, dtype, mean=mean, std=std)
+            image_tokens = merge_model(definition, params).vision.tokens(pixels)
+            decoder = merge_decoder(decoder_params, definition.arch, dtype=dtype)
+            # Of each picture's own key, so that a caption depends neither on batch nor on devices.
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+            return decode_captions(
+                *(decoder, image_tokens, keys),
+                start_id=tokenizer.START_OF_TEXT_ID,
+                end_id=tokenizer.END_OF_TEXT_ID,
+                length=length,
+                top_k=top_k,
+                temperature=temperature,
+            )
+
         self._encode_image = jax.jit(encode_image, out_shardings=whole)
         self._encode_text = jax.jit(encode_text, out_shardings=whole)
+        self._write_captions = jax.jit(
+            write_captions, static_argnames=("length", "top_k"), out_shardings=whole
+        )
 
     @property
     def logit_scale(self) -> float:
@@ -146,11 +170,7 @@ class LoadedModel:
 
     def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
         """Texts -> int32 [b, context_length]."""
-        if self._vocab_size < tokenizer.VOCAB_SIZE:
-            raise ValueError(
-                f"this model's vocabulary of {self._vocab_size} entries is not CLIP's; tokenize "
-                "its texts elsewhere and give `encode_text` the ids"
-            )
+        self._check_vocabulary()
         return tokenizer.tokenize(texts, self.context_length)
 
     def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
@@ -170,16 +190,7 @@ class LoadedModel:
             ValueError: an array of another dtype or shape, something that is no picture, or a file
                 that cannot be read as one.
         """
-        if isinstance(images, Image.Image | str | os.PathLike):
-            images = [images]
-        if isinstance(images, np.ndarray | jax.Array):
-            pixels = self._pixels_of_array(np.asarray(images), "images")
-        elif isinstance(images, Iterable) and not isinstance(images, bytes | dict):
-            rows = [self._pixels_of(image, f"images[{i}]") for i, image in enumerate(images)]
-            pixels = np.concatenate([self._no_images(), *rows])
-        else:
-            raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")
-        return self._in_batches(self._encode_image, pixels)
+        return self._embed(self._encode_image, self._pixels_of_all(images))
 
     def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
         """Embeds texts.
@@ -212,11 +223,82 @@ class LoadedModel:
                 f"texts: expected ids from 0 to {self._vocab_size - 1}, got {tokens.min()} to "
                 f"{tokens.max()}"
             )
-        return self._in_batches(self._encode_text, np.asarray(tokens))
+        return self._embed(self._encode_text, np.asarray(tokens))
+
+    def caption(
+        self,
+        images: Picture | Iterable[Picture],
+        *,
+        max_tokens: int | None = None,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Writes a caption of each picture, of a model trained with `config.captioning`.
+
+        Args:
+            images: see `encode_image`.
+            max_tokens: most tokens of a caption, its end not counted; as many as in training by
+                default.
+            top_k: draw each token of so many likeliest ones, by their probabilities; None takes
+                the likeliest one (greedy).
+            temperature: what logits are divided by before a token is drawn.
+            seed: of the draws; a picture at the same index gets the same caption.
+
+        Returns:
+            A text for each picture, in lower case, words and punctuation apart.
+
+        Raises:
+            ValueError: the model has no decoder, a value out of range, or see `encode_image`.
+        """
+        if self._decoder is None:
+            raise ValueError(
+                "this model has no caption decoder: it was trained without config.captioning.weight"
+            )
+        self._check_vocabulary()
+        most = self._decoder["positional_embedding"].shape[0] - 2
+        max_tokens = most if max_tokens is None else max_tokens
+        if not 1 <= max_tokens <= most:
+            raise ValueError(f"max_tokens={max_tokens}: expected 1 to {most}")
+        if top_k is not None and not 1 <= top_k <= self._vocab_size:
+            raise ValueError(f"top_k={top_k}: expected 1 to {self._vocab_size}, or None")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature}: expected a number above 0")
+        write = functools.partial(
+            self._write_captions,
+            key=jax.random.key(seed),
+            length=max_tokens + 1,  # the start is a token too; an end behind the last says nothing
+            top_k=top_k,
+            temperature=temperature,
+        )
+        pixels = self._pixels_of_all(images)
+        written = [np.zeros((0, 1), np.int32)]
+        rows = np.arange(len(pixels), dtype=np.int32)
+        for batch, batch_rows in zip(self._batches(pixels), self._batches(rows), strict=True):
+            written.append(np.asarray(write(self._params, self._decoder, batch, batch_rows)))
+        return [tokenizer.decode(row) for part in written for row in part][: len(pixels)]
 
     @property
     def _vocab_size(self) -> int:
         return self._params["text"]["token_embedding"]["embedding"].shape[0]
+
+    def _check_vocabulary(self) -> None:
+        if self._vocab_size < tokenizer.VOCAB_SIZE:
+            raise ValueError(
+                f"this model's vocabulary of {self._vocab_size} entries is not CLIP's; tokenize "
+                "its texts elsewhere and give `encode_text` the ids"
+            )
+
+    def _pixels_of_all(self, images: Picture | Iterable[Picture]) -> np.ndarray:
+        """uint8 [b, size, size, 3] of what `encode_image` takes."""
+        if isinstance(images, Image.Image | str | os.PathLike):
+            images = [images]
+        if isinstance(images, np.ndarray | jax.Array):
+            return self._pixels_of_array(np.asarray(images), "images")
+        if not isinstance(images, Iterable) or isinstance(images, bytes | dict):
+            raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")
+        rows = [self._pixels_of(image, f"images[{i}]") for i, image in enumerate(images)]
+        return np.concatenate([self._no_images(), *rows])
 
     def _pixels_of(self, image: Picture, name: str) -> np.ndarray:
         """uint8 [1, size, size, 3] of one picture among several."""
@@ -253,19 +335,22 @@ class LoadedModel:
     def _no_images(self) -> np.ndarray:
         return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
 
-    def _in_batches(self, encode: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
+    def _embed(self, encode: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
         outputs = [np.zeros((0, self.embed_dim), np.float32)]
+        for batch in self._batches(inputs):
+            outputs.append(np.asarray(encode(self._params, batch)))
+        return np.concatenate(outputs)[: len(inputs)]
+
+    def _batches(self, inputs: np.ndarray) -> Iterator[jax.Array]:
+        """Parts of the rows, on the devices; the last one is padded."""
         for start in range(0, len(inputs), self._batch_size):
             chunk = inputs[start : start + self._batch_size]
             padding = self._padded_size(len(chunk)) - len(chunk)
-            widths = [(0, padding)] + [(0, 0)] * (chunk.ndim - 1)
-            padded = np.pad(chunk, widths)
+            padded = np.pad(chunk, [(0, padding)] + [(0, 0)] * (chunk.ndim - 1))
             # By global index: with several processes each puts the rows of its own devices.
-            batch = jax.make_array_from_callback(
+            yield jax.make_array_from_callback(
                 padded.shape, self._batch_sharding, lambda index, rows=padded: rows[index]
             )
-            outputs.append(np.asarray(encode(self._params, batch))[: len(chunk)])
-        return np.concatenate(outputs)
 
     def _padded_size(self, size: int) -> int:
         """The next power-of-two multiple of the devices: few shapes, so few compilations."""

@@ -37,6 +37,7 @@ class ModelFiles:
         arch: sizes, activation and the like.
         params: nested dict of arrays of `models.parameters`.
         heads: concept heads that the source holds beside the dual encoder, by name.
+        decoder: parameters of the caption decoder of a run that trained one.
         config: the training config; for others' weights the defaults with their architecture.
         preprocessing: mean and deviation of the pictures.
         path: work directory, or weight file.
@@ -56,6 +57,7 @@ class ModelFiles:
     step: int | None = None
     sha256: str | None = None
     ema: bool = False
+    decoder: dict[str, Any] | None = None
 
 
 def load_model(
@@ -140,6 +142,7 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
         step=model.step,
         mean=model.preprocessing.mean,
         std=model.preprocessing.std,
+        decoder=jax.device_put(model.decoder, sharding.tree_shardings(model.decoder, mesh)),
     )
 
 
@@ -285,4 +288,5 @@ def _read_run(name: str, mesh: Mesh, *, step: int | None, ema: bool) -> ModelFil
         is_run=True,
         step=trained.step,
         ema=ema,
+        decoder=trained.decoder,
     )

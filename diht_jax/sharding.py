@@ -26,7 +26,7 @@ BATCH_AXES = ("data", "fsdp")
 PARTITION_RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"token_embedding/embedding$", PartitionSpec("fsdp", None)),
     (r"patch_embedding/kernel$", PartitionSpec(None, None, None, "fsdp")),
-    (r"(in_proj|fc_in)/kernel$", PartitionSpec(None, "fsdp")),
+    (r"(in_proj|[qkv]_proj|fc_in)/kernel$", PartitionSpec(None, "fsdp")),
     (r"concept_heads/\w+/kernel$", PartitionSpec(None, "fsdp")),
     (r"(out_proj|fc_out|projection)/kernel$", PartitionSpec("fsdp", None)),
 )

@@ -15,6 +15,7 @@ COMMANDS = (
     "diht_jax.fewshot",
     "diht_jax.search",
     "diht_jax.embed",
+    "diht_jax.caption",
     "diht_jax.export",
     "diht_jax.average",
     "data_prep.filter",
@@ -105,11 +106,11 @@ def test_one_convention(define):
             defaults = {flag.default for flag in by_command.values()}
             assert len(defaults - {None}) == 1, f"--{name} has several defaults: {defaults}"
     for name, commands in (
-        ("model", {"evaluate", "fewshot", "search", "embed", "export"}),
-        ("batch_size", {"evaluate", "fewshot", "search", "embed", "compile", "average"}),
-        ("num_threads", {"evaluate", "fewshot", "search", "embed", "average"}),
+        ("model", {"evaluate", "fewshot", "search", "embed", "caption", "export"}),
+        ("batch_size", {"evaluate", "fewshot", "search", "embed", "caption", "compile", "average"}),
+        ("num_threads", {"evaluate", "fewshot", "search", "embed", "caption", "average"}),
         ("caption_template", {"evaluate", "search", "embed", "average"}),
-        ("task_index", {"filter", "label", "embed"}),
+        ("task_index", {"filter", "label", "embed", "caption"}),
     ):
         assert {command.split(".")[1] for command in meanings[name]} == commands, name
 

@@ -1,22 +1,28 @@
 """A loaded model embeds any number of images and texts, on any number of devices, alike."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.config import default_config
+from diht_jax.data import tokenizer
+from diht_jax.data.images.transforms import normalize
 from diht_jax.inference import LoadedModel
 from diht_jax.models import get_architecture
-from diht_jax.models.parameters import merge_model, model_definition
+from diht_jax.models.caption_decoder import CaptionDecoder, merge_decoder
+from diht_jax.models.parameters import merge_model, model_definition, model_parameters
 
 ARCH = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
 GRAPHDEF, INIT = model_definition(ARCH, jnp.float32, jnp.float32)
 
 
-def loaded(num_devices, batch_size=16):
+def loaded(num_devices, batch_size=16, decoder=None):
     config = default_config()
     config.model.dtype = "float32"
     mesh = sharding.create_mesh(-1, 1, jax.devices()[:num_devices])
@@ -30,6 +36,7 @@ def loaded(num_devices, batch_size=16):
         context_length=ARCH.context_length,
         batch_size=batch_size,
         step=7,
+        decoder=decoder,
     )
 
 
@@ -134,3 +141,57 @@ def test_properties(model):
 def test_wrong_inputs_are_refused(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A decoder that looks at the picture rather than at what it has written."""
+    arch = dataclasses.replace(ARCH, context_length=7)
+    built = CaptionDecoder(arch, 1, rngs=nnx.Rngs(params=jax.random.key(1)))
+    params = model_parameters(built)
+    cross = params["blocks"]["0"]["cross_attention"]
+    cross["v_proj"]["kernel"] *= 8
+    cross["out_proj"]["kernel"] *= 40
+    return params
+
+
+def test_captions_whatever_the_batch_and_the_devices(decoder, images):
+    captions = loaded(8, decoder=decoder).caption(images)
+    assert len(captions) == len(images) and len(set(captions)) > 5
+    assert loaded(1, 5, decoder=decoder).caption(list(images)) == captions
+    drawn = loaded(8, decoder=decoder).caption(images, top_k=5, temperature=3.0, seed=1)
+    assert loaded(1, 5, decoder=decoder).caption(images, top_k=5, temperature=3.0, seed=1) == drawn
+    other = loaded(1, decoder=decoder).caption(images, top_k=5, temperature=3.0, seed=2)
+    assert drawn != captions and other != drawn
+    assert loaded(1, decoder=decoder).caption(images[:0]) == []
+
+    plain = merge_model(GRAPHDEF, INIT(jax.random.key(0)))
+    image_tokens = plain.vision.tokens(normalize(images[:3], jnp.float32))
+    model = merge_decoder(decoder, ARCH, dtype=jnp.float32)
+    start, end = tokenizer.START_OF_TEXT_ID, tokenizer.END_OF_TEXT_ID
+    for picture, caption in zip(image_tokens, captions, strict=False):
+        written = [start]
+        while len(written) < 6 and written[-1] != end:
+            features = model(jnp.asarray([written]), picture[None])[0, -1]
+            logits = np.array(features @ model.output_kernel())
+            logits[start] = -np.inf
+            written.append(int(np.argmax(logits)))
+        assert caption == tokenizer.decode(written)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 6}, "max_tokens=6: expected 1 to 5"),
+        ({"top_k": 0}, "top_k=0: expected 1 to 49408, or None"),
+        ({"temperature": 0.0}, "temperature=0.0: expected a number above 0"),
+    ],
+)
+def test_wrong_settings_of_captions(decoder, images, settings, message):
+    with pytest.raises(ValueError, match=message):
+        loaded(1, decoder=decoder).caption(images[:1], **settings)
+
+
+def test_a_model_without_a_decoder_writes_no_captions(model, images):
+    with pytest.raises(ValueError, match="no caption decoder: it was trained without config.capt"):
+        model.caption(images[:1])

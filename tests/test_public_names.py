@@ -85,6 +85,7 @@ def test_text_spotting():
         "diht_jax.fewshot",
         "diht_jax.search",
         "diht_jax.embed",
+        "diht_jax.caption",
         "diht_jax.export",
         "diht_jax.compile",
     ],

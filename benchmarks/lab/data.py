@@ -286,6 +286,15 @@ def _make_recaptioned(data: Data, folder: pathlib.Path, variant: str) -> None:
     _write(folder, changed)
 
 
+def _make_rewritten(data: Data, folder: pathlib.Path, seed: str) -> None:
+    run_command(
+        "diht_jax.caption",
+        f"--model={data.model_of('cat_captioning', int(seed))}",
+        f"--input={data.make('raw')}",
+        f"--output={folder}",
+    )
+
+
 def _make_emoji(data: Data, folder: pathlib.Path) -> None:
     run_command(
         "data_prep.filter",
@@ -429,6 +438,7 @@ _MAKERS: dict[str, Callable] = {
     "unseen": _make_unseen,
     "unseen_shots": _make_unseen_shots,
     "(raw|cat)_recaptioned": _make_recaptioned,
+    r"raw_rewritten_(\d+)": _make_rewritten,
     "emoji": _make_emoji,
     r"emoji_shuffled_(\d+)_(\d+)": _make_emoji_shuffled,
     r"(emoji_shuffled_\d+_\d+|cifar10_wrong_\d+)_clips": _make_clips,

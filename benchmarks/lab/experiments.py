@@ -179,6 +179,8 @@ BLOCKS = {
     "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
     "captions": ("Several captions", "Does it help to draw one of several captions of a picture, "
                  "and to mix new captions with those that came with it?"),
+    "captioning": ("A captioning decoder", "Does a decoder beside the contrastive loss help the "
+                   "towers, and do the captions that it writes repair raw pairs?"),
     "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
                  "combinations of shape and colour that no training pair shows or names?"),
     "noise": ("Shares of noise", "Does what CAT brings follow from how much noise there is?"),
@@ -357,6 +359,20 @@ CAPTIONS = [
         ("raw", "synthetic", "alt=0,synthetic=1"),
     )
 ]
+# The decoder learns from what CAT kept, and its captions go to the raw pairs, noise and all.
+CAPTIONING = [
+    Experiment(
+        "cat_captioning",
+        "cat",
+        {"captioning.weight": 1.0, "captioning.layers": 2},
+        keep_model=True,
+    ),
+    Experiment(
+        "raw_rewritten",
+        "raw_rewritten_{seed}",
+        {"data.captions": "sample", "data.caption_weights": "alt=1,synthetic=1"},
+    ),
+]
 NOISE = [
     Experiment(f"{kind}_{change}_{kept}", f"{kept}_of_{kind}_{change}")
     for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
@@ -453,7 +469,7 @@ EXPERIMENTS = {
         *FINE_TUNING,
         *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *AFFINITY, *EQUAL_CAPTIONS),
         *(*OPTIMIZER, *SIZES),
-        *(*CAPTIONS, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
+        *(*CAPTIONS, *CAPTIONING, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
         *COMPOSITION,
     )
 }
@@ -610,6 +626,10 @@ _CAPTIONS_CONTRASTS = [
              "it costs more than a point", kind=NO_LOSS),
 ]  # fmt: skip
 _OTHER_CONTRASTS = [
+    Contrast("cat_captioning", "cat", "captioning", 0.01, "a captioning loss beside the "
+             "contrastive one helps on filtered pairs", "it gains less than a point"),
+    Contrast("raw_rewritten", "raw", "captioning", 0.02, "captions of a student of the filtered "
+             "pairs, half of the time, repair raw pairs", "they gain less than two points"),
     Contrast("cat", "cat_adamw", "optimizer", 0.01, "Muon beats AdamW at the same learning rate, "
              "3e-3", "it gains less than a point"),
     Contrast("cat", "cat_adamw_1e_3", "optimizer", 0.01, "Muon at 3e-3 beats AdamW at 1e-3",

@@ -80,7 +80,7 @@ def model_definition(
     return definition, definition.init_params
 
 
-def model_parameters(model: DualEncoder) -> dict[str, Any]:
+def model_parameters(model: nnx.Module) -> dict[str, Any]:
     """The parameters of an NNX model as a nested dict with string keys."""
     return _string_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 

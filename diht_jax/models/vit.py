@@ -99,7 +99,7 @@ class VisionTransformer(nnx.Module):
         kept_patches: jax.Array | None = None,
         gather: Gather | None = None,
     ) -> jax.Array:
-        """The pooled feature of images, before the projection.
+        """The pooled feature of images, before the projection: the class token's.
 
         Args:
             images: float [b, size, size, 3], normalised with CLIP's mean and std.
@@ -110,6 +110,25 @@ class VisionTransformer(nnx.Module):
         Returns:
             [b, width] in the compute dtype.
         """
+        x = self._embed(images, kept_patches)
+        class_positions = jnp.zeros((x.shape[0],), jnp.int32)
+        return self.post_norm(
+            run_blocks(self.blocks, x, pooled=class_positions, remat=self.remat, gather=gather)
+        )
+
+    def tokens(
+        self,
+        images: jax.Array,
+        *,
+        kept_patches: jax.Array | None = None,
+        gather: Gather | None = None,
+    ) -> jax.Array:
+        """All tokens of images: [b, 1 + patches, width], the first of them `features`."""
+        x = self._embed(images, kept_patches)
+        return self.post_norm(run_blocks(self.blocks, x, remat=self.remat, gather=gather))
+
+    def _embed(self, images: jax.Array, kept_patches: jax.Array | None) -> jax.Array:
+        """What the blocks get, [b, 1 + patches, width]."""
         expected = (self.image_size, self.image_size, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"expected images of shape [b, {expected}], got {images.shape}")
@@ -122,11 +141,7 @@ class VisionTransformer(nnx.Module):
             patches = jnp.take_along_axis(patches, kept_patches[:, :, None], axis=1)
         class_token = self.class_embedding[...].astype(self.dtype) + positions[0]
         class_tokens = jnp.broadcast_to(class_token, (b, 1, class_token.shape[-1]))
-        x = self.pre_norm(jnp.concatenate([class_tokens, patches], axis=1))
-        class_places = jnp.zeros((b,), jnp.int32)
-        return self.post_norm(
-            run_blocks(self.blocks, x, pooled=class_places, remat=self.remat, gather=gather)
-        )
+        return self.pre_norm(jnp.concatenate([class_tokens, patches], axis=1))
 
 
 def choose_patches(

@@ -32,7 +32,7 @@ from diht_jax.sharding import path_name
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
-_MATRIX = re.compile(r"^(\w+/blocks/)\d+(/.*(in_proj|out_proj|fc_in|fc_out)/kernel)$")
+_MATRIX = re.compile(r"^(\w+/blocks/)\d+(/.*(in_proj|[qkv]_proj|out_proj|fc_in|fc_out)/kernel)$")
 _FSDP = "fsdp"
 
 

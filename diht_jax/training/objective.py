@@ -22,7 +22,7 @@ from diht_jax.losses.noise import check_noise_share
 from diht_jax.losses.objective import Objective
 from diht_jax.losses.registry import LOSSES
 from diht_jax.losses.sharded import sharded_loss
-from diht_jax.models.zoo import Architecture
+from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.objectives.registry import TERMS
 from diht_jax.training.objectives.term import Parameters, Term
 
@@ -36,9 +36,10 @@ def active_terms(config: ml_collections.ConfigDict) -> tuple[Term, ...]:
         config: the whole training config.
 
     Raises:
-        ValueError: wrong values in the section of a term, active or not.
+        ValueError: wrong values in the section of a term, active or not, or an unknown model.
     """
-    terms = [term(name, config[name]) for name, term in TERMS.items()]
+    arch = get_architecture(config.model.name, config.model.overrides.to_dict())
+    terms = [term(name, config[name], arch) for name, term in TERMS.items()]
     return tuple(term for term in terms if term.is_active)
 
 

@@ -19,6 +19,8 @@ FEATURES = {
         "affinity.widths": (6,),
         "affinity.temperatures": (0.05,),
     },
+    "CaptionDecoder.__call__": {"captioning.weight": 1.0},
+    "VisionTransformer.tokens": {"captioning.layers": 2},
     "gradients_of_halves": {"gradient_noise": True},
     "pack": {"model.texts_per_row": 2},
     "orthogonalize": {"optimizer.kind": "muon"},
@@ -37,6 +39,9 @@ IDLE = {
     "affinity.widths": (6,),
     "affinity.temperatures": (0.05,),
     "affinity.teachers_hash": "abc",
+    "captioning.layers": 3,
+    "captioning.remat": "full",
+    "captioning.chunk_tokens": 64,
     "optimizer.muon.momentum": 0.5,
     "optimizer.muon.rms": 0.1,
     "loss.max_weight": 2.0,  # without beta there are no weights
@@ -82,6 +87,6 @@ def test_a_feature_that_is_off_adds_nothing_to_the_step():
 def test_every_key_of_these_sections_is_tried():
     tried = {*IDLE, *(key for keys in (FEATURES | ADAPTERS).values() for key in keys)}
     config = default_config()
-    for section in ("lora", "matryoshka", "affinity"):
+    for section in ("lora", "matryoshka", "affinity", "captioning"):
         assert {f"{section}.{key}" for key in config[section]} <= tried
     assert {f"optimizer.muon.{key}" for key in config.optimizer.muon} <= tried

@@ -110,7 +110,7 @@ class AffinityDistillation(Term):
         config[name].teachers_hash = found.hash
         if not section.temperatures:
             config[name].temperatures = tuple(1 / t.logit_scale for t in found.teachers)
-        type(self)(name, config[name])  # checks that there are as many
+        type(self)(name, config[name], self.arch)  # checks that there are as many
         return config
 
     def of_all_pairs(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from diht_jax.training.objectives.affinity import AffinityDistillation
+from diht_jax.training.objectives.captioning import Captioning
 from diht_jax.training.objectives.concepts import ConceptDistillation
 from diht_jax.training.objectives.term import Term
 
 TERMS: dict[str, type[Term]] = {
     "concepts": ConceptDistillation,
     "affinity": AffinityDistillation,
+    "captioning": Captioning,
 }

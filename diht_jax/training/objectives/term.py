@@ -14,6 +14,8 @@ import ml_collections
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from diht_jax.models.zoo import Architecture
+
 Parameters = dict[str, Any]
 
 
@@ -27,27 +29,32 @@ class Term:
             `attribute_ids` and `attribute_probs`; with 0 they may be absent.
         teacher_width: D, of the CLIP teachers' embeddings that it reads. They are in the batch as
             `teacher_image_emb` and `teacher_text_emb`, float16 [b, D]; with 0 they may be absent.
+        reads_image_tokens: whether `of_examples` gets all tokens of the image tower. Without, the
+            last block computes the class token alone.
         multipliers: entries for `config.optimizer.multipliers`, for its own parameters.
         name: of its section.
         section: its section of the config.
+        arch: sizes of the model.
     """
 
     settings: ClassVar[dict[str, Any]] = {"weight": 0.0}
     num_labels: int = 0
     teacher_width: int = 0
+    reads_image_tokens: bool = False
     multipliers: tuple[tuple[str, float, float], ...] = ()
 
-    def __init__(self, name: str, section: ml_collections.ConfigDict):
+    def __init__(self, name: str, section: ml_collections.ConfigDict, arch: Architecture):
         """Keeps and checks the section.
 
         Args:
             name: of the section.
             section: of the config.
+            arch: sizes of the model.
 
         Raises:
             ValueError: a value out of range; names the key, such as `config.concepts.num_objects`.
         """
-        self.name, self.section = name, section
+        self.name, self.section, self.arch = name, section, arch
         self.check()
 
     def check(self) -> None:
@@ -91,7 +98,8 @@ class Term:
         Args:
             params: all parameters; those of the towers' blocks may be split over devices.
             features: float [b, ...]: `pooled` of the image tower before the projection,
-                `projected` after it, `image_emb` and `text_emb` L2-normalised.
+                `projected` after it, `image_emb` and `text_emb` L2-normalised; `image_tokens`
+                [b, s, width], the class token first, for a term that reads them.
             examples: the batch.
 
         Returns:

@@ -15,6 +15,7 @@ from diht_jax.models.lora import lora_of, merge_adapters
 from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.objective import with_objective_parameters
+from diht_jax.training.objectives.captioning import DECODER
 from diht_jax.training.objectives.concepts import HEADS
 from diht_jax.training.state import abstract_parameters
 from diht_jax.training.workdir.checkpoint import (
@@ -39,6 +40,7 @@ class TrainedModel:
         params: nested dict of arrays, sharded by the partition rules, adapters merged; their moving
             average where that was asked for.
         heads: concept heads of the training objective, `{name: {kernel, bias}}`; maybe none.
+        decoder: parameters of the caption decoder, or None.
         step: optimiser step of the checkpoint.
     """
 
@@ -46,6 +48,7 @@ class TrainedModel:
     arch: Architecture
     params: dict[str, Any]
     heads: dict[str, Any]
+    decoder: dict[str, Any] | None
     step: int
 
 
@@ -117,11 +120,17 @@ def restore_model(
     if problem is not None:
         raise ValueError(f"{directory} cannot be read: {problem}; steps found: {steps}")
     found = restored[name]
-    # What the objective learns beside the model is left out, but for the concept heads.
+    # What the objective learns beside the model is left out, but for concept heads and decoder.
     params = {part: found[part] for part in (*TOWERS, "log_logit_scale")}
     params = merge_adapters(params, lora)
-    heads = found.get(HEADS, {})
-    return TrainedModel(config=config, arch=arch, params=params, heads=heads, step=step)
+    return TrainedModel(
+        config=config,
+        arch=arch,
+        params=params,
+        heads=found.get(HEADS, {}),
+        decoder=found.get(DECODER),
+        step=step,
+    )
 
 
 def _saved_checksums(directory: epath.Path, part: str) -> dict[str, int] | None:

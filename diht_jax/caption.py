@@ -1,0 +1,219 @@
+"""Command: add captions that a model writes to the records of a data set.
+
+    python -m diht_jax.caption --model runs/captioner --input filtered --output recaptioned
+
+`--model` is a work directory of a run with `config.captioning.weight`. Each shard of `--input`
+(TFRecord, ArrayRecord or tars; also a URL) becomes a shard of the same name in `--output`, whose
+records have the new captions behind their own, of the kind `--kind`; training draws one of them
+with `config.data.captions=sample`. Shards that are there are left alone, so that the same command
+goes on where it was stopped; `--task_index` and `--num_tasks` divide the shards over the jobs of an
+array. What the records have beside their captions stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Iterable, Sequence
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+from diht_jax import command_line
+from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.images.decode import ImageError, decode_rgb
+from diht_jax.data.records.captions import all_captions, caption_kinds, with_captions
+from diht_jax.data.records.formats.registry import find_shards, open_source, open_writer
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.progress import ProgressBar
+
+SETTINGS_FILE = "captions.json"
+# Pictures of a call; their captions do not depend on `--batch_size`.
+_AT_ONCE = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionOptions:
+    """How captions are written; `LoadedModel.caption` describes the last four.
+
+    Attributes:
+        kind: of the new captions, as `config.data.caption_weights` names it.
+        num_captions: of each picture; equal ones are kept once.
+    """
+
+    kind: str = "synthetic"
+    num_captions: int = 1
+    max_tokens: int | None = None
+    top_k: int | None = None
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.num_captions < 1:
+            raise ValueError(f"--num_captions={self.num_captions}: expected at least 1")
+        if self.num_captions > 1 and self.top_k is None:
+            raise ValueError(
+                f"--num_captions={self.num_captions}: the likeliest caption is one; give --top_k, "
+                "such as 10, for others"
+            )
+
+
+def define_flags() -> None:
+    """Defines this command's flags; not at import, since commands share names."""
+    command_line.define_model_flags()
+    command_line.define_encoding_flags()
+    command_line.define_job_array_flags()
+    flags.DEFINE_list("input", None, "Shards: a folder, a glob, files or URLs, or several.")
+    flags.DEFINE_string("output", None, "Folder of the new shards.")
+    flags.DEFINE_string("kind", "synthetic", "Of the new captions.")
+    flags.DEFINE_integer("num_captions", 1, "New captions of a picture; several need --top_k.")
+    flags.DEFINE_integer("max_tokens", None, "Most tokens of a caption; unset: as in training.")
+    flags.DEFINE_integer("top_k", None, "Draw of so many likeliest tokens; unset: the likeliest.")
+    flags.DEFINE_float("temperature", 1.0, "Logits are divided by it before a draw.")
+    flags.DEFINE_integer("seed", 0, "Of the draws.")
+
+
+def main() -> None:
+    """Captions the shards of the flags."""
+    given = flags.FLAGS
+    command_line.require_flags("model", "input", "output")
+    fields = [field.name for field in dataclasses.fields(CaptionOptions)]
+    options = CaptionOptions(**{name: given[name].value for name in fields})
+    if not 0 <= given.task_index < given.num_tasks:
+        raise ValueError(
+            f"--task_index={given.task_index}: expected 0 to --num_tasks={given.num_tasks} minus 1"
+        )
+    shards = find_shards(given.input)  # a missing file should not have to wait for the model
+    from diht_jax.loading import load_model
+
+    model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
+    caption_shards(
+        model,
+        shards[given.task_index :: given.num_tasks],
+        pathlib.Path(given.output),
+        options,
+        num_threads=given.num_threads,
+    )
+
+
+def caption_shards(
+    model: Any,
+    shards: Iterable[str],
+    output: pathlib.Path,
+    options: CaptionOptions,
+    *,
+    num_threads: int | None = None,
+) -> None:
+    """Writes a shard with new captions for each that is not there yet.
+
+    Args:
+        model: a `LoadedModel` with a caption decoder.
+        shards: paths or URLs; their names are those of the new shards.
+        output: folder.
+        options: how captions are written.
+        num_threads: that decode pictures.
+
+    Raises:
+        ValueError: the model has no decoder, two shards have one name, a shard of the input lies in
+            `output`, or `output` has captions of another model or of other options.
+    """
+    shards = list(shards)
+    targets = {str(output / pathlib.PurePosixPath(shard).name): shard for shard in shards}
+    if len(targets) < len(shards):
+        raise ValueError("--input: two shards have the same name, and would be one in --output")
+    for target, shard in targets.items():
+        if pathlib.Path(target).absolute() == pathlib.Path(shard).absolute():
+            raise ValueError(f"--output={output}: holds the input, {shard}; name another folder")
+    _check_settings(model, output, options)
+    sources = {
+        target: open_source(shard)
+        for target, shard in targets.items()
+        if not pathlib.Path(target).exists()
+    }
+    logging.info("%d shards, of which %d are there", len(targets), len(targets) - len(sources))
+    write = functools.partial(_captions_of, model, options)
+    unreadable = 0
+    with (
+        futures.ThreadPoolExecutor(num_threads) as pool,
+        ProgressBar(total=sum(map(len, sources.values())), unit="image", desc="captions") as bar,
+    ):
+        for target, source in sources.items():
+            with open_writer(target) as writer:
+                for start in range(0, len(source), _AT_ONCE):
+                    indices = range(start, min(start + _AT_ONCE, len(source)))
+                    records = [source.decode(source[i]) for i in indices]
+                    pictures = list(pool.map(functools.partial(_preprocess, model), records))
+                    unreadable += sum(picture is None for picture in pictures)
+                    for record, texts in zip(records, write(pictures, start), strict=True):
+                        writer.write(encode_record(add_captions(record, texts, options.kind)))
+                    bar.update(len(records))
+    if unreadable:
+        logging.warning("%d pictures cannot be decoded: their records stay as they are", unreadable)
+
+
+def add_captions(record: Record, texts: Iterable[str], kind: str) -> Record:
+    """The record with the texts behind its captions, without empty ones and those it has."""
+    captions, kinds = all_captions(record), caption_kinds(record)
+    new = [text for text in dict.fromkeys(texts) if text and text not in captions]
+    return with_captions(record, [*captions, *new], [*kinds, *[kind] * len(new)]) if new else record
+
+
+def _preprocess(model: Any, record: Record) -> np.ndarray | None:
+    try:
+        return model.preprocess(decode_rgb(record.image))
+    except ImageError:
+        return None
+
+
+def _captions_of(
+    model: Any, options: CaptionOptions, pictures: Sequence[np.ndarray | None], start: int
+) -> list[list[str]]:
+    """New captions of each picture of a part of a shard; none for a missing picture.
+
+    Args:
+        model, options, pictures: see `caption_shards`.
+        start: index of the first picture in its shard.
+    """
+    found: list[list[str]] = [[] for _ in pictures]
+    readable = [i for i, picture in enumerate(pictures) if picture is not None]
+    pixels = [pictures[i] for i in readable]
+    for number in range(options.num_captions):
+        texts = model.caption(
+            pixels,
+            max_tokens=options.max_tokens,
+            top_k=options.top_k,
+            temperature=options.temperature,
+            # A picture has other draws in each part and for each of its captions.
+            seed=int(np.random.SeedSequence([options.seed, start, number]).generate_state(1)[0]),
+        )
+        for i, text in zip(readable, texts, strict=True):
+            found[i].append(text)
+    return found
+
+
+def _check_settings(model: Any, output: pathlib.Path, options: CaptionOptions) -> None:
+    """Notes in the output whose captions it holds; raises ValueError where it holds others."""
+    model.caption([])  # raises without a decoder
+    settings = {"model": model.fingerprint(), **dataclasses.asdict(options)}
+    path = output / SETTINGS_FILE
+    if not path.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(settings, indent=2).encode())
+        return
+    before = json.loads(path.read_text())
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed:
+        name = changed[0]
+        raise ValueError(
+            f"--output={output}: has captions of another {name} ({before.get(name)!r}, now "
+            f"{settings[name]!r}); name another folder"
+        )
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,301 @@
+"""A causal decoder of captions that looks at the tokens of the image tower.
+
+The encoder-decoder of CoCa (arXiv 2205.01917), simplified: the decoder has embeddings and blocks of
+its own, so that the text tower stays CLIP's, and looks at all tokens of the picture instead of a
+pooled few. Its blocks are torch's `nn.TransformerDecoderLayer` with the norms first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+
+from diht_jax.models.linear import Linear
+from diht_jax.models.remat import ATTENTION_OUT, QKV, checkpointed
+from diht_jax.models.transformer import (
+    Attention,
+    BlockInit,
+    Mlp,
+    layer_norm,
+    normal_init,
+)
+from diht_jax.models.zoo import Architecture
+
+# Keys and values of the captions so far, and of the pictures, of each block.
+Cache = list[dict[str, jax.Array]]
+
+
+class CrossAttention(nnx.Module):
+    """Multi-head attention of the caption's tokens to the picture's."""
+
+    def __init__(
+        self,
+        width: int,
+        image_width: int,
+        heads: int,
+        init: BlockInit,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.heads = heads
+        # Keys and values come from vectors of another width, and keep their scale.
+        image_init = normal_init(image_width**-0.5)
+        self.q_proj = Linear(width, width, kernel_init=init.attention_in, **dtypes)
+        self.k_proj = Linear(image_width, width, kernel_init=image_init, **dtypes)
+        self.v_proj = Linear(image_width, width, kernel_init=image_init, **dtypes)
+        self.out_proj = Linear(width, width, kernel_init=init.attention_out, **dtypes)
+
+    def __call__(self, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        """[b, t, width], and [b, s, heads, head_dim] of `keys_and_values` -> [b, t, width]."""
+        b, t, width = x.shape
+        q = checkpoint_name(self.q_proj(x), QKV).reshape(b, t, self.heads, -1)
+        out = jax.nn.dot_product_attention(q, keys, values)
+        return checkpoint_name(self.out_proj(out.reshape(b, t, width)), ATTENTION_OUT)
+
+    def keys_and_values(self, image_tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[b, s, image_width] -> keys and values, [b, s, heads, head_dim] each."""
+        b, s, _ = image_tokens.shape
+        return tuple(
+            checkpoint_name(layer(image_tokens), QKV).reshape(b, s, self.heads, -1)
+            for layer in (self.k_proj, self.v_proj)
+        )
+
+
+class DecoderBlock(nnx.Module):
+    """x + attention(norm(x)), then x + cross_attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        init: BlockInit,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, heads, epsilon = arch.text_width, arch.text_heads, arch.layer_norm_epsilon
+        self.attention_norm = layer_norm(width, epsilon, **dtypes)
+        self.attention = Attention(width, heads, init, causal=True, implementation="xla", **dtypes)
+        self.cross_attention_norm = layer_norm(width, epsilon, **dtypes)
+        self.cross_attention = CrossAttention(width, arch.vision_width, heads, init, **dtypes)
+        self.mlp_norm = layer_norm(width, epsilon, **dtypes)
+        self.mlp = Mlp(
+            width, arch.text_mlp_width or 4 * width, init, activation=arch.activation, **dtypes
+        )
+
+    def __call__(self, x: jax.Array, image_tokens: jax.Array) -> jax.Array:
+        """[b, t, width] and [b, s, image_width] -> [b, t, width]."""
+        x = x + self.attention(self.attention_norm(x))
+        return self._see_and_think(x, *self.cross_attention.keys_and_values(image_tokens))
+
+    def at(
+        self, x: jax.Array, position: jax.Array, cache: dict[str, jax.Array]
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """As a call for one token, [b, 1, width], with what the tokens before it have left."""
+        b, _, width = x.shape
+        layer = self.attention
+        qkv = layer.in_proj(self.attention_norm(x)).reshape(b, 1, 3, layer.heads, -1)
+        keys, values = (
+            jax.lax.dynamic_update_slice_in_dim(cache[name], qkv[:, :, i], position, axis=1)
+            for i, name in ((1, "keys"), (2, "values"))
+        )
+        is_past = jnp.arange(keys.shape[1]) <= position
+        out = jax.nn.dot_product_attention(
+            qkv[:, :, 0], keys, values, mask=is_past[None, None, None]
+        )
+        x = x + layer.out_proj(out.reshape(b, 1, width))
+        x = self._see_and_think(x, cache["image_keys"], cache["image_values"])
+        return x, {**cache, "keys": keys, "values": values}
+
+    def _see_and_think(self, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        x = x + self.cross_attention(self.cross_attention_norm(x), keys, values)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class CaptionDecoder(nnx.Module):
+    """Embeddings, blocks, and logits by the token embedding, which is the output layer too."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        layers: int,
+        *,
+        remat: str = "none",
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the decoder, of the text tower's width, with its initialisation.
+
+        Args:
+            arch: of the dual encoder; width, heads, context length and vocabulary are those of its
+                text tower.
+            layers: blocks.
+            remat: what the backward pass computes again, a name of `remat.POLICIES`.
+            dtype: of the computation; logits are float32.
+            param_dtype: of the stored parameters.
+            rngs: needs the stream `params`.
+        """
+        width = arch.text_width
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.dtype, self.remat, self.head_dim = dtype, remat, width // arch.text_heads
+        # In the parameters' dtype, as in the text tower.
+        self.token_embedding = nnx.Embed(
+            *(arch.vocab_size, width),
+            embedding_init=normal_init(0.02),
+            dtype=param_dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.positional_embedding = nnx.Param(
+            normal_init(0.01)(rngs.params(), (arch.context_length, width), param_dtype)
+        )
+        init = BlockInit.scaled_by_depth(width, layers)
+        self.blocks = nnx.List([DecoderBlock(arch, init, **dtypes) for _ in range(layers)])
+        self.final_norm = layer_norm(width, arch.layer_norm_epsilon, **dtypes)
+
+    def __call__(self, tokens: jax.Array, image_tokens: jax.Array) -> jax.Array:
+        """Features of which `output_kernel` makes the logits of each next token of a caption.
+
+        Args:
+            tokens: int32 [b, t] with t up to the context length.
+            image_tokens: float [b, s, image_width], of `VisionTransformer.tokens`.
+
+        Returns:
+            [b, t, width] in the compute dtype; that of a position knows the tokens up to it.
+        """
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x, image_tokens = x.astype(self.dtype), image_tokens.astype(self.dtype)
+        for block in self.blocks:
+            graphdef, params = nnx.split(block, nnx.Param)
+
+            def run(params, x, image_tokens, graphdef=graphdef):
+                return nnx.merge(graphdef, params)(x, image_tokens)
+
+            if self.remat != "none":
+                run = checkpointed(run, self.remat, scanned=False)
+            x = run(params, x, image_tokens)
+        return self.final_norm(x)
+
+    def output_kernel(self) -> jax.Array:
+        """[width, vocabulary]: features times this are logits."""
+        return self.token_embedding.embedding[...].T
+
+    def start(self, image_tokens: jax.Array, length: int) -> Cache:
+        """What `step` needs of the pictures, with room for captions of `length` tokens.
+
+        Args:
+            image_tokens: float [b, s, image_width].
+            length: up to the context length.
+        """
+        b, cache = image_tokens.shape[0], []
+        for block in self.blocks:
+            keys, values = block.cross_attention.keys_and_values(image_tokens.astype(self.dtype))
+            empty = jnp.zeros((b, length, keys.shape[2], self.head_dim), self.dtype)
+            cache.append(
+                {"keys": empty, "values": empty, "image_keys": keys, "image_values": values}
+            )
+        return cache
+
+    def step(self, tokens: jax.Array, position: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        """The logits of the next token, from one token and the cache of those before it.
+
+        Args:
+            tokens: int32 [b], those at `position`.
+            position: int32 scalar.
+            cache: of `start`, or of the step before.
+
+        Returns:
+            float32 [b, vocabulary], and the cache with this position.
+        """
+        x = self.token_embedding(tokens[:, None]) + self.positional_embedding[position]
+        x, after = x.astype(self.dtype), []
+        for block, of_block in zip(self.blocks, cache, strict=True):
+            x, of_block = block.at(x, position, of_block)
+            after.append(of_block)
+        features = self.final_norm(x)[:, 0]
+        kernel = self.output_kernel().astype(self.dtype)
+        logits = jnp.matmul(features, kernel, preferred_element_type=jnp.float32)
+        return logits, after
+
+
+def merge_decoder(
+    params: dict[str, Any], arch: Architecture, *, dtype: DTypeLike, remat: str = "none"
+) -> CaptionDecoder:
+    """The decoder with these parameters, whose number of blocks is theirs.
+
+    Args:
+        params: of `models.parameters.model_parameters`.
+        arch: of the dual encoder.
+        dtype, remat: see `CaptionDecoder`.
+    """
+    layers = len(params["blocks"])
+    abstract = nnx.eval_shape(
+        lambda: CaptionDecoder(
+            *(arch, layers), remat=remat, dtype=dtype, rngs=nnx.Rngs(params=jax.random.key(0))
+        )
+    )
+    return nnx.merge(nnx.split(abstract, nnx.Param)[0], nnx.restore_int_paths(params))
+
+
+def decode_captions(
+    decoder: CaptionDecoder,
+    image_tokens: jax.Array,
+    keys: jax.Array,
+    *,
+    start_id: int,
+    end_id: int,
+    length: int,
+    top_k: int | None = None,
+    temperature: jax.Array | float = 1.0,
+) -> jax.Array:
+    """Captions of pictures, token by token until all of them have ended.
+
+    Args:
+        decoder: with parameters.
+        image_tokens: float [b, s, image_width].
+        keys: random keys [b], of the draws.
+        start_id: first token of every caption; it is not drawn again.
+        end_id: last token of a caption.
+        length: most tokens, start and end included; up to the context length.
+        top_k: draw of so many likeliest tokens; None takes the likeliest.
+        temperature: what logits are divided by before a draw.
+
+    Returns:
+        int32 [b, length]: start, text, end, zeros. A caption that would be longer has no end.
+    """
+
+    def choose(logits: jax.Array, position: jax.Array) -> jax.Array:
+        logits = logits.at[:, start_id].set(-jnp.inf)
+        if top_k is None:
+            return jnp.argmax(logits, axis=1)
+        values, ids = jax.lax.top_k(logits, top_k)
+        draws = jax.vmap(
+            lambda key, row: jax.random.categorical(jax.random.fold_in(key, position), row)
+        )(keys, values / temperature)
+        return jnp.take_along_axis(ids, draws[:, None], axis=1)[:, 0]
+
+    def is_unfinished(carry: tuple[Any, ...]) -> jax.Array:
+        position, _, has_ended, _ = carry
+        return (position < length - 1) & ~jnp.all(has_ended)
+
+    def write(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        position, written, has_ended, cache = carry
+        logits, cache = decoder.step(written[:, position], position, cache)
+        chosen = jnp.where(has_ended, 0, choose(logits, position).astype(jnp.int32))
+        written = written.at[:, position + 1].set(chosen)
+        return position + 1, written, has_ended | (chosen == end_id), cache
+
+    b = image_tokens.shape[0]
+    start = jnp.zeros((b, length), jnp.int32).at[:, 0].set(start_id)
+    carry = (jnp.int32(0), start, jnp.zeros(b, bool), decoder.start(image_tokens, length))
+    return jax.lax.while_loop(is_unfinished, write, carry)[1]

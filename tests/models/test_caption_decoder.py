@@ -1,0 +1,181 @@
+"""The caption decoder against torch's, and decoding with a cache against decoding without."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from diht_jax.models import Architecture
+from diht_jax.models.caption_decoder import CaptionDecoder, decode_captions, merge_decoder
+from diht_jax.models.parameters import model_parameters
+
+ARCH = Architecture(
+    image_size=16,
+    patch_size=8,
+    vision_layers=1,
+    vision_width=48,
+    vision_heads=2,
+    text_layers=1,
+    text_width=32,
+    text_heads=4,
+    embed_dim=16,
+    context_length=10,
+    vocab_size=50,
+)
+LAYERS = 3
+START, END = 48, 49
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Parameters whose biases are no zeros and whose logits are far apart."""
+    decoder = CaptionDecoder(ARCH, LAYERS, rngs=nnx.Rngs(params=jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: np.float32(leaf + 0.2 * rng.standard_normal(leaf.shape)),
+        model_parameters(decoder),
+    )
+
+
+@pytest.fixture(scope="module")
+def decoder(params):
+    return merge_decoder(jax.tree.map(jnp.asarray, params), ARCH, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def image_tokens():
+    return np.random.default_rng(1).standard_normal((6, 5, ARCH.vision_width)).astype(np.float32)
+
+
+def torch_features(params, tokens, image_tokens):
+    """[b, t, width] of torch's decoder with the same parameters."""
+    torch = pytest.importorskip("torch")
+    width, image_width, heads = ARCH.text_width, ARCH.vision_width, ARCH.text_heads
+
+    def fill(parameter, array):
+        assert parameter.shape == array.shape
+        parameter.data = torch.tensor(array)
+
+    def fill_linear(layer, source):
+        fill(layer.weight, source["kernel"].T)
+        fill(layer.bias, source["bias"])
+
+    x = torch.from_numpy(
+        params["token_embedding"]["embedding"][tokens]
+        + params["positional_embedding"][: tokens.shape[1]]
+    )
+    memory = torch.from_numpy(image_tokens)
+    mask = torch.nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+    for i in range(LAYERS):
+        source = params["blocks"][str(i)]
+        layer = torch.nn.TransformerDecoderLayer(
+            *(width, heads, 4 * width, 0.0, "gelu"), batch_first=True, norm_first=True
+        ).eval()
+        layer.multihead_attn = torch.nn.MultiheadAttention(
+            width, heads, kdim=image_width, vdim=image_width, batch_first=True
+        ).eval()
+        attention, cross = source["attention"], source["cross_attention"]
+        fill(layer.self_attn.in_proj_weight, attention["in_proj"]["kernel"].T)
+        fill(layer.self_attn.in_proj_bias, attention["in_proj"]["bias"])
+        fill_linear(layer.self_attn.out_proj, attention["out_proj"])
+        for kind in "qkv":
+            weight = getattr(layer.multihead_attn, f"{kind}_proj_weight")
+            fill(weight, cross[f"{kind}_proj"]["kernel"].T)
+        biases = [cross[f"{kind}_proj"]["bias"] for kind in "qkv"]
+        fill(layer.multihead_attn.in_proj_bias, np.concatenate(biases))
+        fill_linear(layer.multihead_attn.out_proj, cross["out_proj"])
+        fill_linear(layer.linear1, source["mlp"]["fc_in"])
+        fill_linear(layer.linear2, source["mlp"]["fc_out"])
+        norms = ("attention_norm", "cross_attention_norm", "mlp_norm")
+        for norm, name in zip((layer.norm1, layer.norm2, layer.norm3), norms, strict=True):
+            fill(norm.weight, source[name]["scale"])
+            fill(norm.bias, source[name]["bias"])
+        x = layer(x, memory, tgt_mask=mask)
+    norm = torch.nn.LayerNorm(width)
+    fill(norm.weight, params["final_norm"]["scale"])
+    fill(norm.bias, params["final_norm"]["bias"])
+    return norm(x).detach().numpy()
+
+
+def test_features_equal_those_of_torch(params, decoder, image_tokens):
+    tokens = np.random.default_rng(2).integers(0, 50, (6, 8)).astype(np.int32)
+    found = decoder(tokens, image_tokens)
+    np.testing.assert_allclose(found, torch_features(params, tokens, image_tokens), atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "minimal"])
+def test_remat_changes_no_gradient(params, image_tokens, remat):
+    tokens = np.random.default_rng(2).integers(0, 50, (6, 8)).astype(np.int32)
+
+    @jax.jit
+    def gradient(params):
+        def loss(params, remat):
+            decoder = merge_decoder(params, ARCH, dtype=jnp.float32, remat=remat)
+            return jnp.mean(decoder(tokens, image_tokens) ** 3)
+
+        return jax.grad(loss)(params, "none"), jax.grad(loss)(params, remat)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *gradient(params)
+    )
+
+
+def next_logits(decoder, written, image_tokens):
+    """float64 [vocabulary] behind the tokens of one caption, without a cache."""
+    features = decoder(jnp.asarray([written]), image_tokens[None])[0, -1]
+    logits = np.asarray(features, np.float64) @ np.asarray(decoder.output_kernel(), np.float64)
+    logits[START] = -np.inf
+    return logits
+
+
+def decode(decoder, image_tokens, length=10, **settings):
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(6))
+    return np.asarray(
+        jax.jit(
+            lambda tokens: decode_captions(
+                *(decoder, tokens, keys), start_id=START, end_id=END, length=length, **settings
+            )
+        )(image_tokens)
+    )
+
+
+def test_greedy_captions_are_those_of_whole_passes(decoder, image_tokens):
+    written = decode(decoder, image_tokens)
+    lengths = set()
+    for row, picture in zip(written, image_tokens, strict=True):
+        expected = [START]
+        while len(expected) < 10 and expected[-1] != END:
+            expected.append(int(np.argmax(next_logits(decoder, expected, picture))))
+        lengths.add(len(expected))
+        assert row.tolist() == expected + [0] * (10 - len(expected))
+    assert len(lengths) > 1, "all captions end together: the test shows less than it should"
+    assert np.array_equal(decode(decoder, image_tokens, length=4), written[:, :4])
+
+
+def test_draws_are_of_the_likeliest_tokens(decoder, image_tokens):
+    greedy = decode(decoder, image_tokens)
+    assert np.array_equal(decode(decoder, image_tokens, top_k=1), greedy)
+    drawn = decode(decoder, image_tokens, top_k=3, temperature=2.0)
+    assert not np.array_equal(drawn, greedy)
+    for row, picture in zip(drawn, image_tokens, strict=True):
+        end = row.tolist().index(END) if END in row else 9
+        for position in range(end):
+            logits = next_logits(decoder, row[: position + 1].tolist(), picture)
+            assert row[position + 1] in np.argsort(logits)[-3:]
+
+
+def test_draws_have_the_probabilities_of_the_logits(decoder, image_tokens):
+    """The first token of 4,000 captions of one picture."""
+    count, picture = 4000, image_tokens[0]
+    keys = jax.random.split(jax.random.key(0), count)
+    written = decode_captions(
+        *(decoder, np.repeat(picture[None], count, 0), keys),
+        **{"start_id": START, "end_id": END, "length": 2, "top_k": 4, "temperature": 1.5},
+    )
+    logits = next_logits(decoder, [START], picture)
+    ids = np.argsort(logits)[-4:]
+    expected = np.exp(logits[ids] / 1.5) / np.sum(np.exp(logits[ids] / 1.5))
+    shares = np.mean(np.asarray(written)[:, 1:] == ids, axis=0)
+    np.testing.assert_allclose(shares, expected, atol=4 * np.sqrt(0.25 / count))
+    assert np.isclose(shares.sum(), 1)

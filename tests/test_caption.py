@@ -1,0 +1,131 @@
+"""New captions beside the records' own, shard by shard."""
+
+import dataclasses
+import io
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from diht_jax import sharding
+from diht_jax.caption import CaptionOptions, add_captions, caption_shards
+from diht_jax.config import default_config
+from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.records.formats.registry import open_source, open_writer
+from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.inference import LoadedModel
+from diht_jax.models import get_architecture
+from diht_jax.models.caption_decoder import CaptionDecoder
+from diht_jax.models.parameters import model_definition, model_parameters
+
+
+@pytest.fixture(scope="module")
+def model():
+    arch = get_architecture("tiny_32px", {"vision_layers": 1, "context_length": 6})
+    definition, init = model_definition(arch, jnp.float32, jnp.float32)
+    decoder = model_parameters(CaptionDecoder(arch, 1, rngs=nnx.Rngs(params=jax.random.key(1))))
+    config = default_config()
+    config.model.dtype = "float32"
+    return LoadedModel(
+        *(definition, init(jax.random.key(0))),
+        mesh=sharding.create_mesh(1, 1, jax.devices()[:1]),
+        config=config,
+        image_size=32,
+        context_length=6,
+        batch_size=8,
+        decoder=decoder,
+    )
+
+
+def records(count, first=0, labelled=True):
+    rng = np.random.default_rng(first)
+    for number in range(first, first + count):
+        file = io.BytesIO()
+        pixels = rng.integers(0, 256, (40, 36, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(file, "PNG")
+        # Cut off, behind the start by which a tar knows its kind.
+        image = file.getvalue()[:200] if number == 3 else file.getvalue()
+        labels = (np.int32([number]), np.float32([1.0])) if labelled else ()
+        yield Record(f"r{number}", image, f"caption {number}", {"punsafe": 0.1}, *labels)
+
+
+def write(folder, suffix="tfrecord"):
+    folder.mkdir()
+    labelled = suffix != "tar"  # which cannot hold labels
+    for name, count, first in (("a", 10, 0), ("b", 3, 20)):
+        with open_writer(folder / f"{name}.{suffix}") as writer:
+            for record in records(count, first, labelled):
+                writer.write(encode_record(record))
+    return [str(folder / f"{name}.{suffix}") for name in "ab"]
+
+
+def read(folder):
+    source = open_source(folder)
+    return [source.decode(source[i]) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("suffix", ["tfrecord", "array_record", "tar"])
+def test_records_have_the_captions_that_the_model_writes(model, tmp_path, suffix):
+    shards = write(tmp_path / "in", suffix)
+    caption_shards(model, shards, tmp_path / "out", CaptionOptions(kind="new"))
+    before, after = read(tmp_path / "in"), read(tmp_path / "out")
+    assert [record.key for record in after] == [record.key for record in before]
+    for old, new in zip(before, after, strict=True):
+        expected = old
+        if old.key != "r3":
+            (text,) = model.caption([decode_rgb(old.image)])
+            metadata = {"captions": [old.caption, text], "caption_kinds": ["alt", "new"]}
+            expected = dataclasses.replace(old, metadata={**old.metadata, **metadata})
+        assert encode_record(new) == encode_record(expected)
+
+
+def test_goes_on_where_it_was_and_leaves_no_half_shard(model, tmp_path, monkeypatch):
+    shards = write(tmp_path / "in")
+    options = CaptionOptions(num_captions=3, top_k=5, temperature=2.0)
+    caption_shards(model, shards, tmp_path / "straight", options)
+    calls, caption = [], LoadedModel.caption
+
+    def failing(self, images, **settings):
+        calls.append(len(images))
+        if len(calls) == 6:  # after the check and the first shard's three captions
+            raise RuntimeError("killed")
+        return caption(self, images, **settings)
+
+    monkeypatch.setattr(LoadedModel, "caption", failing)
+    with pytest.raises(RuntimeError, match="killed"):
+        caption_shards(model, shards, tmp_path / "out", options)
+    assert {path.name for path in (tmp_path / "out").glob("*.tfrecord")} == {"a.tfrecord"}
+    assert calls == [0, 9, 9, 9, 3, 3]
+    caption_shards(model, shards, tmp_path / "out", options)
+    assert calls[6:] == [0, 3, 3, 3]
+    for name in ("a.tfrecord", "b.tfrecord"):
+        straight = (tmp_path / "straight" / name).read_bytes()
+        assert straight == (tmp_path / "out" / name).read_bytes()
+    several = read(tmp_path / "out")[0].metadata["captions"]
+    assert len(several) > 2, "draws that are all alike"
+
+
+def test_errors(model, tmp_path):
+    shards = write(tmp_path / "in")
+    with pytest.raises(ValueError, match="holds the input, .*a.tfrecord; name another folder"):
+        caption_shards(model, shards, tmp_path / "in", CaptionOptions())
+    with pytest.raises(ValueError, match="two shards have the same name"):
+        caption_shards(model, [*shards, shards[0]], tmp_path / "out", CaptionOptions())
+    with pytest.raises(ValueError, match="--num_captions=2: the likeliest caption is one; give"):
+        CaptionOptions(num_captions=2)
+    caption_shards(model, shards[:1], tmp_path / "out", CaptionOptions())
+    with pytest.raises(ValueError, match=r"captions of another kind \('synthetic', now 'new'\)"):
+        caption_shards(model, shards, tmp_path / "out", CaptionOptions(kind="new"))
+    settings = json.loads((tmp_path / "out" / "captions.json").read_text())
+    assert settings["model"] == model.fingerprint()
+
+
+def test_captions_that_add_nothing_are_left_out():
+    (record,) = records(1)
+    assert add_captions(record, ["", record.caption], "new") is record
+    found = add_captions(record, ["b", "a", "b"], "new")
+    assert found.metadata["captions"] == [record.caption, "b", "a"]
