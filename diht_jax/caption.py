@@ -26,7 +26,12 @@ from absl import flags, logging
 from diht_jax import command_line
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.records.captions import all_captions, caption_kinds, with_captions
+from diht_jax.data.records.captions import (
+    all_captions,
+    caption_kinds,
+    check_kind,
+    with_captions,
+)
 from diht_jax.data.records.formats.registry import find_shards, open_source, open_writer
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.progress import ProgressBar
@@ -53,6 +58,7 @@ class CaptionOptions:
     seed: int = 0
 
     def __post_init__(self):
+        check_kind(self.kind, "--kind")
         if self.num_captions < 1:
             raise ValueError(f"--num_captions={self.num_captions}: expected at least 1")
         if self.num_captions > 1 and self.top_k is None:
@@ -92,10 +98,9 @@ def main() -> None:
 
     model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     caption_shards(
-        model,
-        shards[given.task_index :: given.num_tasks],
-        pathlib.Path(given.output),
-        options,
+        *(model, shards, pathlib.Path(given.output), options),
+        task_index=given.task_index,
+        num_tasks=given.num_tasks,
         num_threads=given.num_threads,
     )
 
@@ -106,6 +111,8 @@ def caption_shards(
     output: pathlib.Path,
     options: CaptionOptions,
     *,
+    task_index: int = 0,
+    num_tasks: int = 1,
     num_threads: int | None = None,
 ) -> None:
     """Writes a shard with new captions for each that is not there yet.
@@ -115,6 +122,7 @@ def caption_shards(
         shards: paths or URLs; their names are those of the new shards.
         output: folder.
         options: how captions are written.
+        task_index, num_tasks: every `num_tasks`-th shard from this number on is written.
         num_threads: that decode pictures.
 
     Raises:
@@ -129,26 +137,27 @@ def caption_shards(
         if pathlib.Path(target).absolute() == pathlib.Path(shard).absolute():
             raise ValueError(f"--output={output}: holds the input, {shard}; name another folder")
     _check_settings(model, output, options)
-    sources = {
-        target: open_source(shard)
-        for target, shard in targets.items()
-        if not pathlib.Path(target).exists()
-    }
-    logging.info("%d shards, of which %d are there", len(targets), len(targets) - len(sources))
+    own = list(targets)[task_index::num_tasks]
+    missing = [target for target in own if not pathlib.Path(target).exists()]
+    logging.info("%d shards, of which %d are there", len(own), len(own) - len(missing))
+    if not missing:
+        return
+    source = open_source([targets[target] for target in missing])
+    ends = np.cumsum(source.shard_lengths).tolist()
     write = functools.partial(_captions_of, model, options)
     unreadable = 0
     with (
         futures.ThreadPoolExecutor(num_threads) as pool,
-        ProgressBar(total=sum(map(len, sources.values())), unit="image", desc="captions") as bar,
+        ProgressBar(total=len(source), unit="image", desc="captions") as bar,
     ):
-        for target, source in sources.items():
+        for target, first, end in zip(missing, [0, *ends], ends, strict=False):
             with open_writer(target) as writer:
-                for start in range(0, len(source), _AT_ONCE):
-                    indices = range(start, min(start + _AT_ONCE, len(source)))
+                for start in range(first, end, _AT_ONCE):
+                    indices = range(start, min(start + _AT_ONCE, end))
                     records = [source.decode(source[i]) for i in indices]
                     pictures = list(pool.map(functools.partial(_preprocess, model), records))
                     unreadable += sum(picture is None for picture in pictures)
-                    for record, texts in zip(records, write(pictures, start), strict=True):
+                    for record, texts in zip(records, write(pictures, start - first), strict=True):
                         writer.write(encode_record(add_captions(record, texts, options.kind)))
                     bar.update(len(records))
     if unreadable:
@@ -198,7 +207,7 @@ def _captions_of(
 def _check_settings(model: Any, output: pathlib.Path, options: CaptionOptions) -> None:
     """Notes in the output whose captions it holds; raises ValueError where it holds others."""
     model.caption([])  # raises without a decoder
-    settings = {"model": model.fingerprint(), **dataclasses.asdict(options)}
+    settings = {"model": model.fingerprint(decoder=True), **dataclasses.asdict(options)}
     path = output / SETTINGS_FILE
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)

@@ -149,13 +149,17 @@ class LoadedModel:
                 own[start:][rows] = True
         return own
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, decoder: bool = False) -> str:
         """SHA-256 over names, shapes and float32 values of all parameters, in hex.
 
         Equal for the same parameters whatever file, format or placement they came from.
+
+        Args:
+            decoder: of the caption decoder as well, on which embeddings do not depend.
         """
+        params = (self._params, self._decoder) if decoder else self._params
         digest = hashlib.sha256()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self._params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             digest.update(f"{name} {tuple(leaf.shape)}\n".encode())
             digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).data)

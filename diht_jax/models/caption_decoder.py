@@ -95,7 +95,7 @@ class DecoderBlock(nnx.Module):
     def __call__(self, x: jax.Array, image_tokens: jax.Array) -> jax.Array:
         """[b, t, width] and [b, s, image_width] -> [b, t, width]."""
         x = x + self.attention(self.attention_norm(x))
-        return self._see_and_think(x, *self.cross_attention.keys_and_values(image_tokens))
+        return self._after_attention(x, *self.cross_attention.keys_and_values(image_tokens))
 
     def at(
         self, x: jax.Array, position: jax.Array, cache: dict[str, jax.Array]
@@ -113,10 +113,10 @@ class DecoderBlock(nnx.Module):
             qkv[:, :, 0], keys, values, mask=is_past[None, None, None]
         )
         x = x + layer.out_proj(out.reshape(b, 1, width))
-        x = self._see_and_think(x, cache["image_keys"], cache["image_values"])
+        x = self._after_attention(x, cache["image_keys"], cache["image_values"])
         return x, {**cache, "keys": keys, "values": values}
 
-    def _see_and_think(self, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    def _after_attention(self, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
         x = x + self.cross_attention(self.cross_attention_norm(x), keys, values)
         return x + self.mlp(self.mlp_norm(x))
 

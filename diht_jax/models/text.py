@@ -160,5 +160,18 @@ class TextTransformer(nnx.Module):
         return jax.lax.cond(fits, embed_packed, embed_padded, tokens), fits
 
     def _end_of_text(self, tokens: jax.Array) -> jax.Array:
-        is_end = tokens if self.end_of_text_id is None else tokens == self.end_of_text_id
-        return jnp.argmax(is_end, axis=-1)
+        return find_end_of_text(tokens, self.end_of_text_id)
+
+
+def find_end_of_text(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
+    """Where texts end.
+
+    Args:
+        tokens: int32 [b, t].
+        end_of_text_id: the end is the first token of this id; None: the first of the largest id.
+
+    Returns:
+        int [b], indices of tokens.
+    """
+    is_end = tokens if end_of_text_id is None else tokens == end_of_text_id
+    return jnp.argmax(is_end, axis=-1)

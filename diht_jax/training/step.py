@@ -239,15 +239,13 @@ def encode_examples(
     """
     params = gather.outside_blocks(params)
     model = merge_model(definition, params)
-    image_tokens = None
     reads_tokens = any(term.reads_image_tokens for term in terms)
-    pooled = (model.vision.tokens if reads_tokens else model.vision.features)(
+    seen = (model.vision.tokens if reads_tokens else model.vision.features)(
         normalize(examples["images"], jnp.dtype(definition.dtype)),
         kept_patches=examples.get("kept_patches"),
         gather=gather.block("vision"),
     )
-    if reads_tokens:
-        image_tokens, pooled = pooled, pooled[:, 0]
+    pooled = seen[:, 0] if reads_tokens else seen
     projected = model.vision.projection(pooled)
     encoded = {"image_emb": l2_normalize(projected)}
     tokens, text_gather = examples["tokens"], gather.block("text")
@@ -257,8 +255,8 @@ def encode_examples(
     else:
         encoded["text_emb"] = model.encode_text(tokens, gather=text_gather)
     features = {"pooled": pooled, "projected": projected, **encoded}
-    if image_tokens is not None:
-        features["image_tokens"] = image_tokens
+    if reads_tokens:
+        features["image_tokens"] = seen
     for term in terms:
         encoded.update(term.of_examples(params, features, examples))
     return encoded

@@ -74,7 +74,7 @@ def test_a_step_is_the_formula_and_trains_both_sides():
     assert min(jax.tree.leaves(moved[DECODER]["blocks"])) > 0
 
 
-def test_the_picture_decides_without_a_contrastive_loss():
+def test_alone_it_trains_the_image_tower_and_not_the_text_tower():
     changes = {"loss.weight": 0.0, "optimizer.weight_decay": 0.0}
     _, before, after, metrics = one_step(changes)
     np.testing.assert_allclose(metrics["loss"], 2 * metrics["captioning_loss"], rtol=1e-6)

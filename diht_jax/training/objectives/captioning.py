@@ -13,6 +13,7 @@ from diht_jax.losses.concepts import concept_losses_in_chunks
 from diht_jax.models.caption_decoder import CaptionDecoder, merge_decoder
 from diht_jax.models.parameters import model_parameters
 from diht_jax.models.remat import POLICIES
+from diht_jax.models.text import find_end_of_text
 from diht_jax.training.objectives.term import Parameters, Term
 
 DECODER = "caption_decoder"
@@ -90,8 +91,7 @@ def is_predicted(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
 
     Args:
         tokens: a start, the text, an end, and whatever fills up.
-        end_of_text_id: the end is the first of these; None: the largest id.
+        end_of_text_id: see `find_end_of_text`.
     """
-    is_end = tokens if end_of_text_id is None else tokens == end_of_text_id
-    end = jnp.argmax(is_end, axis=1)
+    end = find_end_of_text(tokens, end_of_text_id)
     return jnp.arange(1, tokens.shape[1]) <= end[:, None]
