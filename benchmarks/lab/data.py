@@ -17,7 +17,8 @@ import re
 import shutil
 import tarfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -274,16 +275,40 @@ def _make_recaptioned(data: Data, folder: pathlib.Path, variant: str) -> None:
     """The records of a variant with four more captions of what the picture shows, if anything."""
     changed = []
     for index, record in enumerate(_read(data.make(variant))):
-        texts, shown = [record.caption], record.metadata.get("scene")
-        if shown:
-            looks = [{k: v for k, v in o.items() if k != "box"} for o in shown["objects"]]
-            scene = Scene(shown["relation"], tuple(SceneObject(**look) for look in looks))
-            rng = np.random.default_rng([4, index])
-            texts += [captions.describe_scene(rng, scene) for _ in range(4)]
+        texts = [record.caption, *_describe(record.metadata, 4, index)]
         texts = list(dict.fromkeys(texts))
         kinds = [USUAL_KIND, *["synthetic"] * (len(texts) - 1)]
         changed.append(with_captions(record, texts, kinds))
     _write(folder, changed)
+
+
+def _make_long(data: Data, folder: pathlib.Path, variant: str) -> None:
+    """The records of a variant, their captions followed by three sentences about the picture."""
+    records = enumerate(_read(data.make(variant)))
+    texts = ((r, [r.caption, *_describe(r.metadata, 3, index)]) for index, r in records)
+    _write(folder, [dataclasses.replace(record, caption=_join(each)) for record, each in texts])
+
+
+def _make_long_scenes(data: Data, folder: pathlib.Path) -> None:
+    """The held-out scenes with four sentences each, in none of which all must be named."""
+    pairs = enumerate(open_source(str(data.make("web") / "val_retrieval.tar")))
+    texts = ((pair, _join(_describe(pair.metadata, 4, index))) for index, pair in pairs)
+    write_pairs(folder / "val_retrieval.tar", texts)
+
+
+def _describe(metadata: Mapping[str, Any], count: int, index: int) -> list[str]:
+    """Sentences about the scene that a picture shows; none where it shows no scene."""
+    shown = metadata.get("scene")
+    if not shown:
+        return []
+    looks = [{k: v for k, v in o.items() if k != "box"} for o in shown["objects"]]
+    scene = Scene(shown["relation"], tuple(SceneObject(**look) for look in looks))
+    rng = np.random.default_rng([count, index])
+    return [captions.describe_scene(rng, scene) for _ in range(count)]
+
+
+def _join(sentences: Sequence[str]) -> str:
+    return ". ".join(sentence.rstrip(".") for sentence in sentences)
 
 
 def _make_rewritten(data: Data, folder: pathlib.Path, seed: str) -> None:
@@ -438,6 +463,8 @@ _MAKERS: dict[str, Callable] = {
     "unseen": _make_unseen,
     "unseen_shots": _make_unseen_shots,
     "(raw|cat)_recaptioned": _make_recaptioned,
+    "(cat)_long": _make_long,
+    "long_scenes": _make_long_scenes,
     r"raw_rewritten_(\d+)": _make_rewritten,
     "emoji": _make_emoji,
     r"emoji_shuffled_(\d+)_(\d+)": _make_emoji_shuffled,

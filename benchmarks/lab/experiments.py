@@ -68,6 +68,8 @@ STUDENTS = {
     ),
     # Measured once more by the first numbers of its embeddings, which are 128.
     "sizes": Student(_DEMO, _INFO_NCE, "sizes", "scenes/r10", 60),
+    # A trained student goes on for half as many samples, with four sentences a picture.
+    "long": Student(_DEMO, {**_INFO_NCE, "total_examples": _EXAMPLES // 2}, "long", "long/r10", 60),
     "emoji": Student(
         _DEMO,
         {
@@ -182,6 +184,8 @@ BLOCKS = {
     "equal_captions": ("Equal captions", "Do hard negatives harm where a batch repeats captions?"),
     "captions": ("Several captions", "Does it help to draw one of several captions of a picture, "
                  "and to mix new captions with those that came with it?"),
+    "long_texts": ("Long texts", "Does a trained student learn from sentences behind its context "
+                   "once its positions are stretched, and does it keep short texts?"),
     "captioning": ("A captioning decoder", "Does a decoder beside the contrastive loss help the "
                    "towers, and do the captions that it writes repair raw pairs?"),
     "few_shot": ("Few-shot", "Do the prompts help as a start, on classes not trained on: 12 "
@@ -310,10 +314,12 @@ EQUAL_CAPTIONS = [
             f"cifar10_{name}" + (f"_{_beta(beta)}" if beta else ""),
             "cifar10_wrong_0",
             {BETA: beta, "loss.equal_pairs": name},
-            seeds=8,
+            seeds=seeds,
             student="cifar10",
         )
-        for name, beta in itertools.product(("mask", "positive"), (0.0, 0.25))
+        for (name, seeds), beta in itertools.product(
+            (("mask", 8), ("positive", FEW_SEEDS)), (0.0, 0.25)
+        )
     ),
 ]
 DISTILLATION = [
@@ -361,6 +367,18 @@ CAPTIONS = [
         ("raw", "mixed", "alt=1,synthetic=1"),
         ("raw", "synthetic", "alt=0,synthetic=1"),
     )
+]
+# 24 tokens hold about two of the four sentences, 72 all of them.
+LONG_TEXTS = [
+    Experiment("long_cut", "cat_long", seeds=FEW_SEEDS, student="long", init_from="raw"),
+    Experiment(
+        "long_stretched",
+        "cat_long",
+        {"model.overrides.context_length": 72},
+        seeds=FEW_SEEDS,
+        student="long",
+        init_from="raw",
+    ),
 ]
 # The decoder learns from what CAT kept, and its captions go to the raw pairs, noise and all.
 CAPTIONING = [
@@ -472,7 +490,7 @@ EXPERIMENTS = {
         *FINE_TUNING,
         *(*FILTER, *HARD_NEGATIVES, *BATCH, *EMOJI, *DISTILLATION, *AFFINITY, *EQUAL_CAPTIONS),
         *(*OPTIMIZER, *SIZES),
-        *(*CAPTIONS, *CAPTIONING, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
+        *(*CAPTIONS, *LONG_TEXTS, *CAPTIONING, *FEW_SHOT, *NOISE, *ORDER, *GRID, *GRID_B32),
         *COMPOSITION,
     )
 }
@@ -628,6 +646,12 @@ _CAPTIONS_CONTRASTS = [
              "the pictures costs nothing beside the new captions, noise and all",
              "it costs more than a point", kind=NO_LOSS),
 ]  # fmt: skip
+_LONG_TEXTS_CONTRASTS = [
+    Contrast("long_stretched", "long_cut", "long_texts", 0.02, "stretched positions help with "
+             "texts of four sentences", "they gain less than two points on the first 24 tokens"),
+    Contrast("long_stretched", "long_cut", "long_texts", 0.01, "they cost short texts nothing",
+             "they cost more than a point", NO_LOSS, "scenes/r10"),
+]  # fmt: skip
 _OTHER_CONTRASTS = [
     Contrast("cat_captioning", "cat", "captioning", 0.01, "a captioning loss beside the "
              "contrastive one helps on filtered pairs", "it gains less than a point"),
@@ -683,6 +707,7 @@ CONTRASTS = [
     *_DISTILLATION_CONTRASTS,
     *_AFFINITY_CONTRASTS,
     *_CAPTIONS_CONTRASTS,
+    *_LONG_TEXTS_CONTRASTS,
     *_OTHER_CONTRASTS,
 ]
 

@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "measured",
         None,
-        "What is measured: scenes, sizes, composition, emoji, cifar10, unseen or given.",
+        "What is measured: scenes, sizes, composition, long, emoji, cifar10, unseen or given.",
     )
     flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
     flags.DEFINE_list("tasks", None, "As of diht_jax.evaluate; what is measured of 'given'.")
@@ -98,6 +98,13 @@ def measure_sizes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
         found = _retrieve(part, source, f"scenes_{size}")
         metrics, items = metrics | found[0], items | found[1]
     return metrics, items
+
+
+def measure_long(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Retrieval among the held-out scenes, by short texts and by long ones."""
+    metrics, items = _retrieve(model, tests["web"] / "val_retrieval.tar", "scenes")
+    found = _retrieve(model, tests["long_scenes"] / "val_retrieval.tar", "long")
+    return metrics | found[0], items | found[1]
 
 
 def measure_emoji(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
@@ -189,6 +196,7 @@ MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
     "cifar10": measure_photos,
     "unseen": measure_few_shot,
     "sizes": measure_sizes,
+    "long": measure_long,
     "given": measure_tasks,
 }
 

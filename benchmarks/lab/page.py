@@ -51,11 +51,13 @@ _BESIDE = {
         "composition/swap_objects": "objects swapped",
         "composition/replacements": "colour or shape replaced",
     },
+    "long": {"scenes/r10": "R@10, short texts"},
     "emoji": {"emoji/t2i_r1": "text to image R@1", "emoji/i2t_r1": "image to text R@1"},
 }
 _NAMES = {
     "composition/swaps": "swaps",
     "scenes/r10": "R@10, scenes",
+    "long/r10": "R@10, long texts",
     "emoji/r10": "R@10, emoji",
     "cifar10/top1": "top-1",
 }

@@ -50,6 +50,7 @@ _TESTS = {
     "scenes": ("web",),
     "sizes": ("web",),
     "composition": ("web",),
+    "long": ("web", "long_scenes"),
     "unseen": ("unseen_shots",),
 }
 _PACKAGES = ("jax", "flax", "optax", "numpy", "pillow", "spacy", "easyocr")

@@ -7,6 +7,7 @@ from benchmarks.lab.composition import SWAPS, wrong_captions
 from benchmarks.lab.measure import (
     measure_composition,
     measure_emoji,
+    measure_long,
     measure_scenes,
     unpack_items,
 )
@@ -39,6 +40,16 @@ def test_scenes_shapes_and_colours(tiny_model, small_web):
     assert metrics["color/top1"] == colors.metrics["top1"]
     for name, lists in items.items():
         assert metrics[name] == pytest.approx(np.mean([unpack_items(each) for each in lists]))
+
+
+def test_long_texts_beside_short_ones(tiny_model, small_web):
+    tests = {"web": small_web, "long_scenes": small_web}
+    metrics, items = measure_long(tiny_model, tests)
+    assert set(items) == {"scenes/r10", "long/r10"}
+    truth = measure_scenes(tiny_model, tests)
+    for name in ("scenes/r10", "long/r10"):
+        assert metrics[name] == truth[0]["scenes/r10"]
+        assert items[name] == truth[1]["scenes/r10"]
 
 
 def test_emoji_are_found_by_their_names(tiny_model, small_web, tmp_path):

@@ -10,6 +10,7 @@ from benchmarks.lab import data
 from benchmarks.lab.data import Data, exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
+from diht_jax.data.readers.registry import open_source
 from diht_jax.data.records.captions import all_captions, caption_kinds
 from diht_jax.data.records.schema import Pair, Record
 from diht_jax.data.records.vocabulary import (
@@ -93,6 +94,40 @@ def test_new_captions_are_of_what_the_pictures_show(tmp_path):
             described += 1
             assert any(o["shape"] in text for o in pair.metadata["scene"]["objects"]), text
     assert described > 20
+
+
+def test_long_texts_go_on_about_what_the_pictures_show(tmp_path):
+    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
+    pairs = [web.make_pair(web.Settings(), "train", index) for index in range(12)]
+    folder = tmp_path / "data" / "cat"
+    folder.mkdir(parents=True)
+    data._write(folder, pairs)
+    (folder / "complete.json").write_text(json.dumps(data.identity("cat")))
+    records = data._read(lab.make("cat_long"))
+    for record, pair in zip(records, pairs, strict=True):
+        assert record.image == pair.image
+        if pair.metadata["scene"] is None:
+            assert record.caption == pair.caption.rstrip(".")
+            continue
+        first, *others = record.caption.rsplit(". ", 3)
+        assert first == pair.caption.rstrip(".") and len(others) == 3
+        for text in others:
+            assert any(o["shape"] in text for o in pair.metadata["scene"]["objects"]), text
+
+
+def test_long_texts_of_the_held_out_scenes(tmp_path):
+    lab = Data(tmp_path, tmp_path, lambda seed: pytest.fail("no model is needed"))
+    folder = tmp_path / "data" / "web"
+    settings = web.Settings(num_pairs=0, num_retrieval=6, num_classification=2)
+    web.write_dataset(settings, folder, workers=1)
+    (folder / "complete.json").write_text(json.dumps(data.identity("web")))
+    short = list(open_source(str(folder / "val_retrieval.tar")))
+    long = list(open_source(str(lab.make("long_scenes") / "val_retrieval.tar")))
+    for before, after in zip(short, long, strict=True):
+        assert (after.key, after.image) == (before.key, before.image)
+        assert len(after.caption.split(". ")) == 4
+        shapes = {o["shape"] for o in before.metadata["scene"]["objects"]}
+        assert all(shape in after.caption for shape in shapes)
 
 
 def test_a_variant_is_made_once_and_anew_when_its_rules_change(lab):

@@ -119,7 +119,7 @@ def test_every_block_can_be_shown(tmp_path):
     composed = [f"swap_{what}" for what in ("color", "shape", "objects")] + ["replacements"]
     metrics |= {f"composition/{name}": 0.5 for name in composed}
     cut = [f"scenes_{size}/r10" for size in CUT_SIZES]
-    metrics |= dict.fromkeys(cut, 0.2)
+    metrics |= dict.fromkeys([*cut, "scenes/r10"], 0.2)
     for number, name in enumerate(EXPERIMENTS):
         write(tmp_path, name, 0, 0.3 + 0.001 * number)
         path = tmp_path / f"{name}_seed0.json"
@@ -127,7 +127,8 @@ def test_every_block_can_be_shown(tmp_path):
         result["metrics"] |= {k: v for k, v in metrics.items() if k not in result["metrics"]}
         others = ("zero_shot", "composition/replacements", *shots)
         result["items"] |= {k: [[0.4, 0.6]] for k in others}
-        result["items"] |= dict.fromkeys(cut, result["items"].get("scenes/r10"))
+        items = result["items"].get("scenes/r10") or result["items"].get("long/r10")
+        result["items"] |= dict.fromkeys([*cut, "scenes/r10"], items)
         path.write_text(json.dumps(result))
     results = verdicts.read_results(tmp_path)
     rows = verdicts.judge(results)
