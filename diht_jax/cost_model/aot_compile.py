@@ -136,7 +136,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepR
         remat=config.model.remat,
         **memory,
         flops=flops // size,
-        model_flops=model_flops(config, topology.devices) // size,
+        model_flops=model_flops(config, topology.devices, traced) // size,
         traffic=traffic,
         trace_secs=traced_at - start,
         compile_secs=time.perf_counter() - traced_at,

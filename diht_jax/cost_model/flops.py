@@ -69,16 +69,26 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> FlopCount:
     return count_jaxpr_flops(jax.make_jaxpr(fn)(*args).jaxpr)
 
 
-def count_jaxpr_flops(jaxpr: Jaxpr) -> FlopCount:
-    """Counts the FLOPs of a jaxpr; see `count_flops`."""
+def count_jaxpr_flops(jaxpr: Jaxpr, *, leave_out: str | None = None) -> FlopCount:
+    """Counts the FLOPs of a jaxpr; see `count_flops`.
+
+    Args:
+        jaxpr: of the function.
+        leave_out: a `jax.named_scope` of the function whose operations do not count.
+    """
     live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
-    return _sum_equations(live)
+    counted = (eqn for eqn in live.eqns if not leave_out or leave_out not in _scopes(eqn))
+    return sum(map(_count_equation, counted), FlopCount())
+
+
+def _scopes(eqn: JaxprEqn) -> list[str]:
+    return str(eqn.source_info.name_stack).split("/")
 
 
 def _sum_equations(jaxpr: Jaxpr | ClosedJaxpr) -> FlopCount:
     if isinstance(jaxpr, ClosedJaxpr):
         jaxpr = jaxpr.jaxpr
-    return sum((_count_equation(eqn) for eqn in jaxpr.eqns), FlopCount())
+    return sum(map(_count_equation, jaxpr.eqns), FlopCount())
 
 
 def _count_equation(eqn: JaxprEqn) -> FlopCount:

@@ -44,11 +44,10 @@ class ModelDefinition:
     execution: Execution = Execution()
     lora: Lora | None = None
 
-    @functools.cached_property
+    @property
     def graphdef(self) -> nnx.GraphDef:
         """The static half of the NNX model."""
-        abstract = nnx.eval_shape(lambda: self.build(jax.random.key(0), self.execution))
-        return nnx.split(abstract, nnx.Param)[0]
+        return _make_graphdef(self)
 
     def init_params(self, key: jax.Array) -> dict[str, Any]:
         """Draws the parameters, layer by layer; the same under every `execution`."""
@@ -66,6 +65,13 @@ class ModelDefinition:
         if self.lora is not None:
             add_adapters(model, self.lora, key)
         return model
+
+
+@functools.lru_cache(maxsize=16)
+def _make_graphdef(definition: ModelDefinition) -> nnx.GraphDef:
+    """Kept, as it takes the time of building the model."""
+    abstract = nnx.eval_shape(lambda: definition.build(jax.random.key(0), definition.execution))
+    return nnx.split(abstract, nnx.Param)[0]
 
 
 def model_definition(

@@ -341,15 +341,16 @@ class Run:
         drops_patches = step <= self.patch_dropout_steps
         return self.config if drops_patches else without_patch_dropout(self.config)
 
-    def start_phase(self, step: int) -> tuple[TrainStep, ThroughputWindow]:
+    def start_phase(self, first_step: int) -> tuple[TrainStep, ThroughputWindow]:
         """The jitted step of the part of the run that begins here, and its measurements."""
-        config, drops_patches = self.config_at(step), step <= self.patch_dropout_steps
+        config, drops_patches = self.config_at(first_step), first_step <= self.patch_dropout_steps
         if not drops_patches:
             logging.info("no patches are dropped from step %d on", self.patch_dropout_steps + 1)
-        flops_per_step = model_flops(config, self.mesh.devices.flatten())
+        step = self.program.step(self.state, patch_dropout=drops_patches)
+        traced = step.trace(self.state, self.program.abstract_batch())
+        flops_per_step = model_flops(config, self.mesh.devices.flatten(), traced)
         log_flops(flops_per_step, config.data.batch_size, self.mesh)
-        window = ThroughputWindow(config.data.batch_size, flops_per_step, self.mesh)
-        return self.program.step(self.state, patch_dropout=drops_patches), window
+        return step, ThroughputWindow(config.data.batch_size, flops_per_step, self.mesh)
 
     def next_batch(self, stop_request: StopRequest) -> dict[str, jax.Array]:
         """The next global batch, on the devices.

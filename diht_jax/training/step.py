@@ -34,6 +34,8 @@ from diht_jax.training.state import TrainState, update_average
 
 Metrics = dict[str, jax.Array]
 
+# Name of the optimiser's operations in jaxprs and profiles.
+OPTIMIZER_SCOPE = "optimizer"
 # Share of the texts that shared rows as they were meant to.
 PACKED_TEXTS = "packed_texts"
 
@@ -123,7 +125,8 @@ class TrainStep:
         )
         trained, frozen = split_parameters(config.optimizer, state.params)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope(OPTIMIZER_SCOPE):
+            updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         params = merge_parameters(optax.apply_updates(trained, updates), frozen)
         if "log_logit_scale" in trained:
             params["log_logit_scale"] = jnp.minimum(

@@ -163,7 +163,7 @@ def test_the_loop_leaves_what_people_look_at(finished):
     assert row.keys() >= expected
     assert row["step"] == 6 and all(np.isfinite(value) for value in row.values())
     # TensorBoard's event files are TFRecords of protobuf events.
-    from tensorboardX.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event
 
     (events,) = (run / "tensorboard").iterdir()
     read = list(map(Event.FromString, TFRecordSource([events])))

@@ -3,8 +3,8 @@
 `metrics.jsonl` holds the same numbers: where events cannot be written, one warning is logged and
 the run goes on without them.
 
-An event file is a TFRecord file of `Event` messages, whose classes are tensorboardX's. Its writer
-is not used: it writes in a thread that dies with the first error, and then blocks the run.
+An event file is a TFRecord file of `Event` messages, whose classes are TensorBoard's. Its writer is
+not used: it writes in a thread that dies with the first error, and then blocks the run.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from absl import logging
 from etils import epath
+from tensorboard.compat.proto import event_pb2, summary_pb2
 
 from diht_jax.data.records.format import frame_footer, frame_header
 
@@ -33,10 +34,6 @@ class EventWriter:
             workdir: of the run; the files go into `tensorboard/`.
             start_step: TensorBoard hides what earlier files hold of later steps.
         """
-        # Not at the top: tensorboardX imports torch where it finds it.
-        from tensorboardX.proto import event_pb2, summary_pb2
-
-        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._directory = workdir / TENSORBOARD_DIRECTORY
         self._file = None
         try:
@@ -56,11 +53,11 @@ class EventWriter:
         if self._file is None:
             return
         values = [
-            self._summary.Value(tag=name, simple_value=float(value))
+            summary_pb2.Summary.Value(tag=name, simple_value=float(value))
             for name, value in scalars.items()
         ]
         try:
-            self._write(step=step, summary=self._summary(value=values))
+            self._write(step=step, summary=summary_pb2.Summary(value=values))
             self._file.flush()
         except OSError as error:
             self._give_up(error)
@@ -75,7 +72,7 @@ class EventWriter:
             self._give_up(error)
 
     def _write(self, **fields: Any) -> None:
-        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        data = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
         self._file.write(frame_header(len(data)) + data + frame_footer(data))
 
     def _give_up(self, error: OSError) -> None:

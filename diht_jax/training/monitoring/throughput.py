@@ -13,16 +13,21 @@ from absl import logging
 from jax.sharding import Mesh
 
 from diht_jax.cost_model.chips import peak_flops
-from diht_jax.cost_model.flops import count_flops
+from diht_jax.cost_model.flops import count_flops, count_jaxpr_flops
 from diht_jax.training.gradient_noise import with_noise_scale
 from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.program import TrainProgram
+from diht_jax.training.step import OPTIMIZER_SCOPE
 
 # A window that lost less of its time to waiting than this is not worth a word.
 _LEAST_LOSS = 0.1
 
 
-def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> int:
+def model_flops(
+    config: ml_collections.ConfigDict,
+    devices: Sequence[jax.Device],
+    traced: jax.stages.Traced | None = None,
+) -> int:
     """FLOPs of the matrix products that one step of the recipe needs, over all devices.
 
     Model FLOPs in the sense of PaLM (arXiv 2204.02311, appendix B), a multiply-add being two:
@@ -34,7 +39,12 @@ def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     Args:
         config: the whole training config.
         devices: that it runs on.
+        traced: its step, where that is at hand: one that computes nothing twice is counted as it
+            is, which saves tracing another one.
     """
+    if traced is not None and _computes_once(config, devices):
+        jaxpr = traced.jaxpr.jaxpr
+        return count_jaxpr_flops(jaxpr, leave_out=OPTIMIZER_SCOPE).matmul_flops
     plain = config.copy_and_resolve_references()
     plain.micro_batch = None
     plain.model.remat = "none"
@@ -46,6 +56,15 @@ def model_flops(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]
     state = program.abstract_state()
     step = program.step(state, packing_fallback=False)
     return count_flops(step, state, program.abstract_batch()).matmul_flops
+
+
+def _computes_once(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> bool:
+    """Whether a recipe's step shows all of its model's matrix products, and each of them once."""
+    program = TrainProgram(config, config.optimizer.warmup_steps + 1, devices)
+    again = config.micro_batch or config.gradient_noise or config.model.remat != "none"
+    chunked = program.num_labels and config.concepts.chunk_rows < config.data.batch_size
+    kernels = {tower.kernel for tower in program.attention().values()}
+    return not again and not chunked and config.model.texts_per_row == 1 and kernels == {"xla"}
 
 
 def mesh_peak_flops(mesh: Mesh) -> float | None:

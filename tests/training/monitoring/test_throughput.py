@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from diht_jax import sharding
+from diht_jax.cost_model.flops import count_jaxpr_flops
+from diht_jax.training.monitoring import throughput
 from diht_jax.training.monitoring.throughput import ThroughputWindow, mesh_peak_flops, model_flops
+from diht_jax.training.program import TrainProgram
 
 
 def tower_flops(tokens, width, layers):
@@ -35,6 +38,32 @@ def test_model_flops_are_three_times_the_forward_pass(config):
     config.optimizer.frozen = ("^vision/",)
     locked = batch * (vision + patches + 3 * text)
     assert locked < model_flops(config, jax.devices()) < 1.1 * locked
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer.kind": "muon"},
+        {"optimizer.frozen": ("^vision/",), "lora.rank": 2},
+        {"captioning.weight": 1.0, "captioning.layers": 1},
+    ],
+    ids=str,
+)
+def test_the_step_itself_is_counted_where_it_computes_nothing_twice(config, monkeypatch, changes):
+    for key, value in changes.items():
+        config.update_from_flattened_dict({key: value})
+    program = TrainProgram(config, 10)
+    state = program.abstract_state()
+    traced = program.step(state).trace(state, program.abstract_batch())
+    expected = model_flops(config, jax.devices())
+    with monkeypatch.context() as patched:
+        patched.delattr(throughput, "count_flops")
+        assert model_flops(config, jax.devices(), traced) == expected
+    config.model.remat = "full"
+    program = TrainProgram(config, 10)
+    traced = program.step(state).trace(state, program.abstract_batch())
+    assert model_flops(config, jax.devices(), traced) == expected
+    assert count_jaxpr_flops(traced.jaxpr.jaxpr).matmul_flops > expected
 
 
 class Device:
