@@ -31,9 +31,20 @@ show() {
   echo
 }
 
-# These two replace the shell that they run in, a background one, so that killing it kills the command.
+# The cores of this machine in two halves, such as "0" and "1"; nothing where commands cannot be kept on some.
+halves=()
+if command -v taskset > /dev/null; then
+  halves=($("$python" -c '
+import os
+cores = sorted(map(str, os.sched_getaffinity(0)))
+half = len(cores) // 2
+print(*([",".join(cores[:half]), ",".join(cores[half:])] if half else []))'))
+fi
+
+# These two replace the shell that they run in, a background one, so that killing it kills the command. They
+# keep to the cores in $cores.
 train() { # NAME RECORDS FLAGS...
-  exec "$python" -m diht_jax.train --config configs/demo.py \
+  exec ${cores:+taskset -c "$cores"} "$python" -m diht_jax.train --config configs/demo.py \
     --config.data.train="$out/$2" --workdir "$out/$1" "${@:3}" > "$out/logs/train_$1.log" 2>&1
 }
 
@@ -42,13 +53,13 @@ evaluate() { # NAME
   local tasks="shape=classification:$web/val_shape.tar?templates=@$web/val_shape.templates.txt"
   tasks+=",color=classification:$web/val_color.tar?templates=@$web/val_color.templates.txt"
   tasks+=",scenes=retrieval:$web/val_retrieval.tar?caption_template={caption}"
-  exec "$python" -m diht_jax.evaluate --model "$out/$1" --tasks "$tasks" \
+  exec ${cores:+taskset -c "$cores"} "$python" -m diht_jax.evaluate --model "$out/$1" --tasks "$tasks" \
     --output "$out/$1.json" > "$out/logs/evaluate_$1.log" 2>&1
 }
 
-# two SHOWN_NAME LOG_NAME LOG_NAME COMMAND... -- COMMAND...: both at the same time, since one of so small a
-# student keeps less than two cores busy. On a terminal the first shows its progress bars; when one fails,
-# the other is stopped as by ^C.
+# two SHOWN_NAME LOG_NAME LOG_NAME COMMAND... -- COMMAND...: both at the same time, each on half of the cores,
+# since one of so small a student keeps less than two cores busy, and two would get in each other's way. On a
+# terminal the first shows its progress bars; when one fails, the other is stopped as by ^C.
 two() {
   local name=$1 logs=("$out/logs/$2.log" "$out/logs/$3.log") start=$SECONDS first=() ids=() follower=
   shift 3
@@ -60,8 +71,8 @@ two() {
     : > "${logs[0]}"
     tail -f "${logs[0]}" >&2 & follower=$!
   fi
-  "${first[@]}" & ids+=($!)
-  "$@" & ids+=($!)
+  cores=${halves[0]:-} "${first[@]}" & ids+=($!)
+  cores=${halves[1]:-} "$@" & ids+=($!)
   for i in 0 1; do
     wait "${ids[i]}" || { printf '\n' >&2; tail -n 30 "${logs[i]}" >&2; exit 1; }
   done

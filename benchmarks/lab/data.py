@@ -52,6 +52,10 @@ CLIPS = "clips"  # folder in a variant, with embeddings of a CLIP for its record
 # not, this becomes their version, and the results are of earlier data.
 SAME_SINCE_RULES = 4
 
+# Labels that became others when the training of heads began to look at its first steps, where it
+# keeps heads of wrong captions and of random weights; all other heads are of later steps.
+_OF_EARLY_HEADS = r"cifar10_wrong_(0_random|(25|50|75)_(teacher|random|shuffled))|emoji_labelled"
+
 _COMPLETE = "complete.json"
 _SHARD = "pairs-train-00000-of-00001.tfrecord"
 _TEACHER_SCENES = 4000  # as in the demo
@@ -116,10 +120,11 @@ def identity(name: str) -> dict:
     if name == GIVEN:
         return {"name": name}
     _find_maker(name)
+    heads = {"heads": "early"} if re.fullmatch(_OF_EARLY_HEADS, name) else {}
     if name == "emoji_labelled":  # its vocabulary follows from two thousand different captions
-        return {"name": name, "caption_rules": RULES_VERSION}
+        return {"name": name, "caption_rules": RULES_VERSION, **heads}
     if name.startswith(("emoji", "cifar10")):
-        return {"name": name, "caption_rules": SAME_SINCE_RULES}
+        return {"name": name, "caption_rules": SAME_SINCE_RULES, **heads}
     return {
         "name": name,
         "pairs": WEB_PAIRS,
