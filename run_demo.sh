@@ -36,9 +36,11 @@ halves=()
 if command -v taskset > /dev/null; then
   halves=($("$python" -c '
 import os
-cores = sorted(map(str, os.sched_getaffinity(0)))
+cores = sorted(os.sched_getaffinity(0))
 half = len(cores) // 2
-print(*([",".join(cores[:half]), ",".join(cores[half:])] if half else []))'))
+if half:
+    for part in cores[:half], cores[half:]:
+        print(*part, sep=",")'))
 fi
 
 # These two replace the shell that they run in, a background one, so that killing it kills the command. They
