@@ -34,13 +34,13 @@ show() {
 # The cores of this machine in two halves, such as "0" and "1"; nothing where commands cannot be kept on some.
 halves=()
 if command -v taskset > /dev/null; then
-  halves=($("$python" -c '
+  mapfile -t halves < <("$python" -c '
 import os
 cores = sorted(os.sched_getaffinity(0))
 half = len(cores) // 2
 if half:
     for part in cores[:half], cores[half:]:
-        print(*part, sep=",")'))
+        print(*part, sep=",")')
 fi
 
 # These two replace the shell that they run in, a background one, so that killing it kills the command. They
