@@ -24,7 +24,12 @@ from configs import demo
 GAIN, NO_LOSS = "gain", "no_loss"
 ALPHA, BETA = "loss.alpha", "loss.beta"
 SHOTS = (1, 2, 4, 8, 16, 32, 64)
-NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")
+NOISE_NAMES = {
+    "product_title": "product titles",
+    "uninformative": "captions without information",
+    "rendered_text": "pictures of text",
+    "mismatched": "captions of other pictures",
+}
 WRONG_SHARES = (0, 25, 50, 75)  # percent of the captions of CIFAR-10
 SHUFFLED_SHARES = (0, 25, 50)  # percent of the captions of the emoji
 
@@ -396,7 +401,7 @@ CAPTIONING = [
 ]
 NOISE = [
     Experiment(f"{kind}_{change}_{kept}", f"{kept}_of_{kind}_{change}")
-    for kind, change, kept in itertools.product(NOISE_KINDS, ("double", "half"), ("raw", "cat"))
+    for kind, change, kept in itertools.product(NOISE_NAMES, ("double", "half"), ("raw", "cat"))
 ]
 _PHOTOS = "cifar10_wrong_0"
 FINE_TUNING = [
@@ -613,7 +618,7 @@ _DISTILLATION_CONTRASTS = [
     ),
     *(
         Contrast(f"cifar10_wrong_{share}_shuffled", f"cifar10_wrong_{share}", "distillation", 0.02,
-                 f"labels of other photos help with {share}% wrong captions",
+                 f"the teacher's labels of other photos help with {share}% wrong captions",
                  "labels must belong to their photo to help by two points")
         for share in WRONG_SHARES
     ),
@@ -664,9 +669,9 @@ _OTHER_CONTRASTS = [
     Contrast("cat_wsd", "cat", "optimizer", 0.01, "a constant rate with a decay in the last fifth "
              "loses nothing against a cosine", "it loses more than a point", kind=NO_LOSS),
     *(
-        Contrast("cat_sizes_matryoshka", "cat_sizes", "sizes", 0.02, f"a loss of their own helps "
-                 f"the first {size} numbers", "it gains less than two points: any numbers of an "
-                 "embedding do", metric=f"scenes_{size}/r10")
+        Contrast("cat_sizes_matryoshka", "cat_sizes", "sizes", 0.02, f"a loss of its own helps "
+                 f"the first {size} of 128 numbers", "it gains less than two points: any numbers "
+                 "of an embedding do", metric=f"scenes_{size}/r10")
         for size in CUT_SIZES
     ),
     Contrast("cat_sizes_matryoshka", "cat_sizes", "sizes", 0.01, "the losses of the first numbers "
@@ -677,13 +682,14 @@ _OTHER_CONTRASTS = [
     *(
         Contrast(f"{kind}_{change}_cat", f"{kind}_{change}_raw", "noise", 0.02,
                  f"CAT helps with {'twice' if change == 'double' else 'half'} the share of "
-                 f"{kind.replace('_', ' ')}", "it gains less than two points")
-        for kind, change in itertools.product(NOISE_KINDS, ("double", "half"))
+                 f"{NOISE_NAMES[kind]}", "it gains less than two points")
+        for kind, change in itertools.product(NOISE_NAMES, ("double", "half"))
     ),
     Contrast("unseen", "unseen", "few_shot", 0.01, "one shot from the prompts loses nothing "
              "against zero-shot", "it loses more than a point", NO_LOSS, "prompts_1", "zero_shot"),
     *(
-        Contrast("unseen", "unseen", "few_shot", 0.02, f"the prompts help at {k} shots",
+        Contrast("unseen", "unseen", "few_shot", 0.02,
+                 f"the prompts help at {k} {'shot' if k == 1 else 'shots'}",
                  "a probe from scratch is within two points", GAIN, f"prompts_{k}", f"scratch_{k}")
         for k in (1, 4, 16)
     ),
@@ -711,6 +717,17 @@ CONTRASTS = [
     *_OTHER_CONTRASTS,
 ]
 
+# Differences that were looked at once the runs were there: shown without a verdict, and no part of
+# Holm's correction.
+DESCRIBED = [
+    Contrast("cat_sizes", "cat", "sizes", 0.01, "the same training, at a later revision", ""),
+    *(
+        Contrast(f"cifar10_wrong_{share}_random", f"cifar10_wrong_{share}", "distillation", 0.02,
+                 f"labels of random weights against none, {share}% of the captions wrong", "")
+        for share in WRONG_SHARES
+    ),
+]  # fmt: skip
+
 
 def metrics_of(contrast: Contrast) -> tuple[str, str]:
     """The metric of `treated` and that of `control`."""
@@ -725,9 +742,14 @@ def seeds_of(contrast: Contrast) -> int:
     return fewest if contrast.seeds is None else min(contrast.seeds, fewest)
 
 
-def block_of(name: str) -> str:
-    """The first block whose contrasts need an experiment; a grid for the others."""
+def blocks_of(name: str) -> list[str]:
+    """The blocks whose contrasts need an experiment, in their order; a grid for the others."""
     if name in CLIP_TEACHERS.values():
-        return "affinity"
-    used = [c.block for c in CONTRASTS if name in (c.treated, c.control)]
-    return min(used, key=list(BLOCKS).index) if used else name.partition("_")[0]
+        return ["affinity"]
+    used = {c.block for c in CONTRASTS if name in (c.treated, c.control)}
+    return [block for block in BLOCKS if block in used] or [name.partition("_")[0]]
+
+
+def block_of(name: str) -> str:
+    """The block in whose turn an experiment is run: the first of `blocks_of`."""
+    return blocks_of(name)[0]

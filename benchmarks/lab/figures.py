@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 
 from benchmarks.lab.experiments import GAIN, Contrast
@@ -17,7 +18,7 @@ _WIDTH, _LABELS, _ROW, _TOP, _BOTTOM = 860, 400, 30, 34, 40
 _COLORS = {CONFIRMED: "#1a7f37", REFUTED: "#cf222e"}
 _OTHER = "#57606a"
 _STEPS = (0.25, 0.5, 1, 2, 5, 10, 20, 50)  # of the axis, in points
-_MOST_CHARACTERS = 64
+_LINE_CHARACTERS = 64
 
 
 def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -> str:
@@ -60,14 +61,16 @@ def draw_contrasts(rows: Sequence[tuple[Contrast, Estimate, str]], title: str) -
 def _draw_row(contrast: Contrast, found: Estimate, verdict: str, y: int, x) -> list[str]:
     color = _COLORS.get(verdict, _OTHER)
     margin = 100 * (contrast.margin if contrast.kind == GAIN else -contrast.margin)
-    claim = contrast.claim
-    if len(claim) > _MOST_CHARACTERS:
-        claim = f"{claim[: _MOST_CHARACTERS - 1]}…"
+    lines = textwrap.wrap(contrast.claim, _LINE_CHARACTERS, max_lines=2, placeholder="…")
     parts = [
-        f'<text x="{_LABELS - 12}" y="{y + 4}" text-anchor="end">{html.escape(claim)}</text>',
-        f'<line x1="{x(margin):.1f}" x2="{x(margin):.1f}" y1="{y - 9}" y2="{y + 9}" '
-        'stroke="#cf222e" stroke-dasharray="2 2"/>',
+        f'<text x="{_LABELS - 12}" y="{y + 4 + 13 * (number - (len(lines) - 1) / 2):g}" '
+        f'text-anchor="end">{html.escape(line)}</text>'
+        for number, line in enumerate(lines)
     ]
+    parts.append(
+        f'<line x1="{x(margin):.1f}" x2="{x(margin):.1f}" y1="{y - 9}" y2="{y + 9}" '
+        'stroke="#cf222e" stroke-dasharray="2 2"/>'
+    )
     if math.isfinite(found.low):
         parts.append(
             f'<line x1="{x(100 * found.low):.1f}" x2="{x(100 * found.high):.1f}" y1="{y}" '

@@ -20,6 +20,7 @@ from absl import flags
 from benchmarks.lab import figures
 from benchmarks.lab.experiments import (
     BLOCKS,
+    CUT_SIZES,
     EXPERIMENTS,
     GAIN,
     GRIDS,
@@ -30,8 +31,9 @@ from benchmarks.lab.experiments import (
     metrics_of,
     seeds_of,
 )
+from benchmarks.lab.prose import ENDING, INTRODUCTION, NOTES
 from benchmarks.lab.statistics import CONFIRMED, WAITING, Estimate
-from benchmarks.lab.verdicts import Row, judge, read_results
+from benchmarks.lab.verdicts import Row, describe, judge, read_results
 from benchmarks.record import RESULTS
 from diht_jax import command_line
 from diht_jax.data.atomic_file import write_atomically
@@ -52,6 +54,7 @@ _BESIDE = {
         "composition/replacements": "colour or shape replaced",
     },
     "long": {"scenes/r10": "R@10, short texts"},
+    "sizes": {f"scenes_{size}/r10": f"R@10, first {size} numbers" for size in CUT_SIZES},
     "emoji": {"emoji/t2i_r1": "text to image R@1", "emoji/i2t_r1": "image to text R@1"},
 }
 _NAMES = {
@@ -60,75 +63,11 @@ _NAMES = {
     "long/r10": "R@10, long texts",
     "emoji/r10": "R@10, emoji",
     "cifar10/top1": "top-1",
-}
+    **{metric: name for beside in _BESIDE.values() for metric, name in beside.items()
+       if metric != "scenes/r10"},
+}  # fmt: skip
 _METHODS = {"prompts": "from the prompts", "penalty": "with an L2 penalty", "scratch": "scratch"}
 _MOST_GRID_ROWS = 10
-
-_INTRODUCTION = """\
-# Experiments
-
-    python -m benchmarks.lab.run --list    # what is done, what is missing, and how long that takes
-    python -m benchmarks.lab.run           # makes the missing runs; kill and start it at will
-    python -m benchmarks.lab.page          # this page and its figures, from the result files
-
-Which of the paper's claims hold in the small: tiny students on the synthetic web of the demo, on
-emoji and on CIFAR-10. Every claim was registered with its margin, and with what would refute it,
-before its runs were made (`benchmarks/lab/experiments.py`; its history shows when). Each run is
-one file in `benchmarks/results/lab/`, with its command, revision, machine and versions.
-
-**What cannot be said.** The shares and the kinds of noise of the synthetic web are this project's
-choice, and its captions speak of shapes and colours. A verdict here is about these students on
-these data. Nothing transfers to LAION by itself.
-
-**How it is measured.** Students of equal seeds begin with the same parameters, and see the same
-order where they have the same data. The primary metric on the web is the mean of text-to-image
-and image-to-text recall at 10 among 2,000 scenes whose combinations never occur in training
-(chance: 0.5%); of composition it is the share of these scenes' captions that are preferred to one
-with the same words in another order (chance: 50%); on CIFAR-10 it is zero-shot top-1 on 1,000
-photos. Differences are taken seed by
-seed. The interval is Student's t over the seeds, 95%; beside it stands a bootstrap over seeds and
-test items. A gain is *confirmed* where the lower bound is above 0 and the mean is at least the
-margin, and *refuted* where the upper bound is below the margin; that something costs nothing is
-confirmed where the lower bound is above minus the margin, and refuted where the upper bound is
-below that. Everything else is *undecided*. There is no verdict before all registered runs are
-there. Holm's p corrects for all {count} contrasts, those without runs included; with three seeds
-hardly anything can survive that, so it stands beside the verdict.
-"""
-
-
-_ENDING = """\
-## Experiments of your own
-
-A line in a list of `benchmarks/lab/experiments.py`, and a contrast with its margin, before the
-first run:
-
-```python
-Experiment("cat_beta_200", data="cat", config={"loss.beta": 2.0}, seeds=8)
-Contrast("cat_beta_200", "cat", "hard_negatives", 0.01, "beta 2 helps", "less than a point")
-```
-
-Then `python -m benchmarks.lab.run --only cat_beta_200`, and `python -m benchmarks.lab.page`.
-
-## On a cluster
-
-    python -m benchmarks.lab.run --only grid --task_index=0 --num_tasks=72
-
-makes the first of 72 shares: one run a task. In a Slurm array these are
-`--task_index=$SLURM_ARRAY_TASK_ID --num_tasks=$SLURM_ARRAY_TASK_COUNT`. All tasks share one work
-directory (`--workdir`), where data are made once, under a lock, and one folder of results. A task
-that was stopped is started again as it was.
-
-The paper chose its hyper-parameters with B/32 on a small scale. The block `b32` is that search: the
-72 settings of `grid` with `configs/diht_vitb32.py`, 128 million samples in batches of 4,096, on
-labelled records of your own:
-
-    python -m benchmarks.lab.run --only b32 --train=/data/labelled --tasks=imagenet=/data/val \\
-        --workdir=/shared/lab --results=/shared/lab/results --task_index=0 --num_tasks=72
-
-A run uses all accelerators of its host, so that on a slice each host takes a task (JAX must see
-that host alone). A search with more samples, other rates or another recipe changes one line of
-`STUDENTS` or `_grid`. The block has not been run here.
-"""
 
 
 def define_flags() -> None:
@@ -164,18 +103,18 @@ def format_page(rows: Sequence[Row], results: dict[str, dict[str, Any]], outdate
     """The page as Markdown."""
     planned = sum(e.seeds for e in EXPERIMENTS.values() if block_of(e.name) not in GRIDS)
     made = sum(block_of(r["experiment"]["name"]) not in GRIDS for r in results.values())
-    counts = collections.Counter(row.verdict for row in rows)
-    state = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items()))
     parts = [
-        _INTRODUCTION.format(count=len(rows)),
-        f"## Verdicts\n\n{made} of {planned} runs are made; of {len(rows)} contrasts: {state}."
+        INTRODUCTION.format(count=len(rows)),
+        f"## Verdicts\n\n{made} of {planned} runs are made; of {len(rows)} contrasts "
+        f"{_count_verdicts(rows)}."
         + (f" {outdated} result files are of an earlier definition." if outdated else "")
         + " Gains are in points of the metric.\n",
         _format_verdicts(rows),
         _format_missing(results),
     ]
-    parts += [_format_block(block, rows, results) for block in BLOCKS]
-    return "\n".join([*parts, _ENDING])
+    described = describe(results)
+    parts += [_format_block(block, rows, described, results) for block in BLOCKS]
+    return "\n".join([*parts, ENDING])
 
 
 def _format_verdicts(rows: Sequence[Row]) -> str:
@@ -183,7 +122,7 @@ def _format_verdicts(rows: Sequence[Row]) -> str:
         "| claim | difference | 95% interval | margin | runs | Holm's p | verdict |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in sorted(rows, key=lambda row: list(BLOCKS).index(row.contrast.block)):
         contrast = row.contrast
         lines.append(
             f"| [{BLOCKS[contrast.block][0]}](#{_anchor(contrast.block)}): {contrast.claim} "
@@ -198,9 +137,21 @@ def _format_verdicts(rows: Sequence[Row]) -> str:
 def _verdict(row: Row) -> str:
     if row.verdict == WAITING:
         return "waiting for runs"
-    # Only what is confirmed is weakened by the correction.
-    weak = row.verdict == CONFIRMED and row.corrected >= 0.05
+    weak = row.verdict == CONFIRMED and not _is_left_by_holm(row)
     return f"**{row.verdict}**" + (", not after Holm" if weak else "")
+
+
+def _is_left_by_holm(row: Row) -> bool:
+    """Whether a confirmed contrast stays so; only what is confirmed is weakened."""
+    return row.corrected < 0.05
+
+
+def _count_verdicts(rows: Sequence[Row]) -> str:
+    counts = collections.Counter(row.verdict for row in rows)
+    left = sum(row.verdict == CONFIRMED and _is_left_by_holm(row) for row in rows)
+    words = [f"{count} {verdict}" for verdict, count in sorted(counts.items())]
+    weaker = f" confirmed ({left or 'none'} after Holm's correction)"
+    return ", ".join(words).replace(" confirmed", weaker)
 
 
 def _format_missing(results: dict[str, dict[str, Any]]) -> str:
@@ -224,15 +175,25 @@ def _format_missing(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _format_block(block: str, rows: Sequence[Row], results: dict[str, dict[str, Any]]) -> str:
+def _format_block(
+    block: str,
+    rows: Sequence[Row],
+    described: Sequence[Row],
+    results: dict[str, dict[str, Any]],
+) -> str:
     title, question = BLOCKS[block]
     inside = [row for row in rows if row.contrast.block == block]
+    beside = [row for row in described if row.contrast.block == block and row.found]
     used = dict.fromkeys(
         name for row in inside for name in (row.contrast.control, row.contrast.treated)
     )
     names = list(used) or [name for name in EXPERIMENTS if block_of(name) == block]
     files = {n: r for n, r in results.items() if r["experiment"]["name"] in names}
     lines = [f"## {title}", "", question, ""]
+    if inside:
+        lines += [f"Contrasts: {_count_verdicts(inside)}.", ""]
+    if block in NOTES:
+        lines += [NOTES[block], ""]
     lines += [f"`python -m benchmarks.lab.run --only {block}`{_describe_files(files)}", ""]
     if any(row.found for row in inside):
         lines += [f"![contrasts: {title}](images/lab_{block}.svg)", ""]
@@ -240,10 +201,14 @@ def _format_block(block: str, rows: Sequence[Row], results: dict[str, dict[str, 
         lines += _format_shots(files)
     elif files:
         lines += _format_experiments(block, names, files)
+    header = "| contrast | metric | means | difference | t interval | bootstrap |"
     if inside:
-        lines += ["| contrast | difference | t interval | bootstrap | refuted if |"]
-        lines += ["|---|---|---|---|---|"]
-        lines += [_format_contrast(row) for row in inside]
+        lines += [f"{header} refuted if |", "|---|---|---|---|---|---|---|"]
+        lines += [f"{_format_contrast(row)} {row.contrast.refuted_by} |" for row in inside]
+    if beside:
+        lines += ["", "Looked at afterwards, without a verdict:", "", f"{header} what it is |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        lines += [f"{_format_contrast(row)} {row.contrast.claim} |" for row in beside]
     return "\n".join([*lines, ""])
 
 
@@ -253,9 +218,8 @@ def _describe_files(files: dict[str, dict[str, Any]]) -> str:
     revisions = sorted({result["revision"][:7] for result in files.values()})
     changed = any(result["revision"].endswith("+changes") for result in files.values())
     dates = sorted({result["date_utc"][:10] for result in files.values()})
-    machines = sorted(
-        {f"{r['machine']['cores']} cores of {r['machine']['cpu']}" for r in files.values()}
-    )
+    kinds = sorted({(r["machine"]["cores"], r["machine"]["cpu"]) for r in files.values()})
+    machines = [f"{cores} {'core' if cores == 1 else 'cores'} of {cpu}" for cores, cpu in kinds]
     return (
         f": {len(files)} runs of revision {', '.join(revisions)}"
         f"{' with changes' if changed else ''}, {' and '.join(dates)}, {' and '.join(machines)}."
@@ -306,16 +270,17 @@ def _format_shots(files: dict[str, dict[str, Any]]) -> list[str]:
 
 def _format_contrast(row: Row) -> str:
     contrast, found = row.contrast, row.found
-    metrics = metrics_of(contrast)
-    names = (f"`{contrast.treated}`", f"`{contrast.control}`")
+    names = f"`{contrast.treated}` − `{contrast.control}`"
+    metrics = " − ".join(dict.fromkeys(_NAMES.get(m, f"`{m}`") for m in metrics_of(contrast)))
     if contrast.treated == contrast.control:
-        names = tuple(f"`{metric}`" for metric in metrics)
+        names = f"`{contrast.treated}`"
+    means = " − ".join(f"{100 * mean:.1f}" for mean in row.means)
     resampled = ""
     if found and found.resampled:
         resampled = f"{_points(found.resampled[0])} to {_points(found.resampled[1])}"
     return (
-        f"| {names[0]} − {names[1]} | {_points(found.mean) if found else ''} "
-        f"| {_interval(found) if found else ''} | {resampled} | {contrast.refuted_by} |"
+        f"| {names} | {metrics} | {means} | {_points(found.mean) if found else ''} "
+        f"| {_interval(found) if found else ''} | {resampled} |"
     )
 
 

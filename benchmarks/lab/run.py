@@ -38,6 +38,7 @@ from benchmarks.lab.experiments import (
     STUDENTS,
     Experiment,
     block_of,
+    blocks_of,
 )
 from benchmarks.lab.processes import locked, run_command
 from benchmarks.record import RESULTS, write_result
@@ -134,7 +135,7 @@ def select_runs(patterns: Sequence[str]) -> list[Run]:
             for run in runs
             if any(
                 fnmatch.fnmatchcase(name, pattern)
-                for name in (block_of(run.experiment.name), run.experiment.name, run.name)
+                for name in (*blocks_of(run.experiment.name), run.experiment.name, run.name)
             )
         ]
         if not found:

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab.experiments import CONTRASTS, EXPERIMENTS, Contrast, metrics_of, seeds_of
+from benchmarks.lab.experiments import (
+    CONTRASTS,
+    DESCRIBED,
+    EXPERIMENTS,
+    Contrast,
+    metrics_of,
+    seeds_of,
+)
 from benchmarks.lab.measure import unpack_items
 from benchmarks.lab.run import Run, read_result
 from benchmarks.lab.statistics import WAITING, Estimate, decide, estimate, holm
@@ -23,6 +30,7 @@ class Row:
         found: None without a pair of runs.
         seeds: how many pairs there are.
         verdict: of `statistics`.
+        means: of the metric, treated and control, over the compared seeds; empty without any.
         corrected: Holm's p; None without a verdict.
     """
 
@@ -30,6 +38,7 @@ class Row:
     found: Estimate | None
     seeds: int
     verdict: str
+    means: tuple[float, ...] = ()
     corrected: float | None = None
 
 
@@ -54,6 +63,13 @@ def judge(results: dict[str, dict[str, Any]]) -> list[Row]:
     ]
 
 
+def describe(results: dict[str, dict[str, Any]]) -> list[Row]:
+    """The differences that were not registered; they have no verdict."""
+    return [
+        dataclasses.replace(_compare(contrast, results), verdict=WAITING) for contrast in DESCRIBED
+    ]
+
+
 def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
     metrics = metrics_of(contrast)
     pairs = []
@@ -68,7 +84,7 @@ def _compare(contrast: Contrast, results: dict[str, dict[str, Any]]) -> Row:
     found = estimate(contrast, *values, *items)
     is_complete = len(pairs) == seeds_of(contrast)
     verdict = decide(contrast, found) if is_complete else WAITING
-    return Row(contrast, found, len(pairs), verdict)
+    return Row(contrast, found, len(pairs), verdict, tuple(float(np.mean(each)) for each in values))
 
 
 def _items(result: dict[str, Any], metric: str) -> np.ndarray:

@@ -80,6 +80,10 @@ def test_patterns_choose_blocks_experiments_and_runs():
     )
     assert everything[0].name == "raw_seed0" and everything[1].name == "cat_seed0"
     assert len(select_runs(["grid"])) == 72
+    # A block means all runs that its contrasts compare, also those of an earlier block.
+    order = {r.experiment.name for r in select_runs(["order"])}
+    assert order == {"cat", "cat_blocks"} and block_of("cat") == "filter"
+    assert {"raw", "cat"} < {r.experiment.name for r in select_runs(["captioning"])}
     with pytest.raises(ValueError, match="--only=filtre: no block, experiment or run"):
         select_runs(["filtre"])
 
