@@ -13,7 +13,7 @@ Meant for v5e:16x16 (`config.topology`, docs/scaling.md); whether it fits anothe
     python -m diht_jax.compile --config configs/clip_vitb16.py --topology h100:8
 
 Expected: 68.7% zero-shot top-1 on ImageNet with LAION-CAT, as published there; the released DiHT
-B/16 has 72.2%. This recipe has not been run at full length here.
+B/16 has 72.2%. This recipe has not been run at full length here, and not compiled for that pod.
 """
 
 import ml_collections
