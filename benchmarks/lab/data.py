@@ -25,7 +25,7 @@ import pyarrow.parquet
 from absl import logging
 
 from benchmarks.distillation import write_pairs
-from benchmarks.lab.experiments import CLIP_TEACHERS, SHOTS, STUDENTS, WEB_PAIRS
+from benchmarks.lab.experiments import EXPERIMENTS, SHOTS, STUDENTS, WEB_PAIRS
 from benchmarks.lab.processes import locked, run_command
 from data_prep.captions.versions import RULES_VERSION
 from data_prep.synthetic import captions, drawing, sampling, web
@@ -45,6 +45,15 @@ UNSEEN = tuple(
 )
 
 GIVEN = "given"
+# Variants that are made with a student -> the experiment that it is a seed of: the one of the name,
+# where it ends in a number that is one.
+_MADE_WITH = {
+    r"clip_score_(\d+)": "raw",
+    r"raw_rewritten_(\d+)": "cat_captioning",
+    r"cifar10_wrong_\d+_clips": "cifar10_clip_teacher",
+    r"cifar10_wrong_50_own_clips": "cifar10_wrong_50_clip_teacher",
+    r"emoji_shuffled_\d+_\d+_clips": "emoji_clip_teacher",
+}
 CLIPS = "clips"  # folder in a variant, with embeddings of a CLIP for its records
 
 # Version of the caption rules since which these data are what they are: later rules keep the same
@@ -121,17 +130,34 @@ def identity(name: str) -> dict:
         return {"name": name}
     _find_maker(name)
     heads = {"heads": "early"} if re.fullmatch(_OF_EARLY_HEADS, name) else {}
+    made_with = _made_with(name)
+    model = {}
+    if made_with is not None:
+        experiment = EXPERIMENTS[made_with[0]]
+        config = {**STUDENTS[experiment.student].config, **experiment.config}
+        trained_on = identity(experiment.data.format(seed=made_with[1]))
+        model = {"model": {"config": config, "data": trained_on}}
     if name == "emoji_labelled":  # its vocabulary follows from two thousand different captions
         return {"name": name, "caption_rules": RULES_VERSION, **heads}
     if name.startswith(("emoji", "cifar10")):
-        return {"name": name, "caption_rules": SAME_SINCE_RULES, **heads}
+        return {"name": name, "caption_rules": SAME_SINCE_RULES, **heads, **model}
     return {
         "name": name,
         "pairs": WEB_PAIRS,
         "scenes": NUM_SCENES,
         "web": _digest_of_web(),
         "caption_rules": SAME_SINCE_RULES,
+        **model,
     }
+
+
+def _made_with(name: str) -> tuple[str, int] | None:
+    """The experiment and the seed of the student that a variant is made with."""
+    for pattern, experiment in _MADE_WITH.items():
+        found = re.fullmatch(pattern, name)
+        if found:
+            return experiment, int(found.group(1)) if found.groups() else 0
+    return None
 
 
 @functools.cache
@@ -207,7 +233,11 @@ def _make_random(data: Data, folder: pathlib.Path, seed: str) -> None:
 def _make_clip_score(data: Data, folder: pathlib.Path, seed: str) -> None:
     scored = folder / "scored"
     _filter(
-        data, scored, "convert", "web", f"--config.clip.model={data.model_of('raw', int(seed))}"
+        data,
+        scored,
+        "convert",
+        "web",
+        f"--config.clip.model={data.model_of(*_made_with(folder.name))}",
     )
     score_of_key: dict[str, float] = {}
     for path in sorted(glob.glob(f"{scored}/**/*.decisions.parquet", recursive=True)):
@@ -319,7 +349,7 @@ def _join(sentences: Sequence[str]) -> str:
 def _make_rewritten(data: Data, folder: pathlib.Path, seed: str) -> None:
     run_command(
         "diht_jax.caption",
-        f"--model={data.model_of('cat_captioning', int(seed))}",
+        f"--model={data.model_of(*_made_with(folder.name))}",
         f"--input={data.make('raw')}",
         f"--output={folder}",
     )
@@ -398,7 +428,7 @@ def _make_clips(data: Data, folder: pathlib.Path, variant: str) -> None:
         "data_prep.label",
         "--config=configs/prep/concepts.py",
         "--config.concepts=False",
-        f"--config.clip_teachers.models={data.model_of(CLIP_TEACHERS[family], 0)}",
+        f"--config.clip_teachers.models={data.model_of(*_made_with(folder.name))}",
         "--config.clip_teachers.crops=4",
         f"--config.clip_teachers.crop_scale={crop_scale}",
         f"--config.input={folder}",
@@ -474,6 +504,7 @@ _MAKERS: dict[str, Callable] = {
     "emoji": _make_emoji,
     r"emoji_shuffled_(\d+)_(\d+)": _make_emoji_shuffled,
     r"(emoji_shuffled_\d+_\d+|cifar10_wrong_\d+)_clips": _make_clips,
+    "(cifar10_wrong_50)_own_clips": _make_clips,
     "emoji_labelled": _make_emoji_labelled,
     r"cifar10_wrong_(\d+)": _make_photos,
     r"cifar10_wrong_(\d+)_(teacher|random|shuffled)": _make_photo_labels,

@@ -71,6 +71,10 @@ STUDENTS = {
     "tuned": Student(
         "configs/cifar10_finetune.py", {"total_examples": 30_720}, "cifar10", "cifar10/top1", 60
     ),
+    # Measured once more as the mean with the model that it started from.
+    "averaged": Student(
+        "configs/cifar10_finetune.py", {"total_examples": 30_720}, "averaged", "scenes/r10", 70
+    ),
     # Measured once more by the first numbers of its embeddings, which are 128.
     "sizes": Student(_DEMO, _INFO_NCE, "sizes", "scenes/r10", 60),
     # A trained student goes on for half as many samples, with four sentences a picture.
@@ -222,8 +226,13 @@ _CONCEPTS = _concepts(0.5)  # as in the demo
 _PHOTO_CONCEPTS = _concepts(1.0)  # as in `benchmarks.distillation`
 _EMOJI_CONCEPTS = {**_CONCEPTS, "concepts.num_objects": 1024, "concepts.num_attributes": 1024}
 _LABELS = ("teacher", "random", "shuffled")
-# Trained on right captions, four times as long as a student; seed 0 teaches.
-CLIP_TEACHERS = {"cifar10": "cifar10_clip_teacher", "emoji": "emoji_clip_teacher"}
+# CLIPs that teach, trained four times as long as a student, seed 0 of each, and what on: the right
+# captions of the very pictures, or the captions that the student sees too.
+CLIP_TEACHERS = {
+    "cifar10_clip_teacher": "cifar10_wrong_0",
+    "cifar10_wrong_50_clip_teacher": "cifar10_wrong_50",
+    "emoji_clip_teacher": "emoji_shuffled_0_0",
+}
 _AFFINITY = {"affinity.weight": 1.0}
 _AFFINITY_SHARES = (0, 50)  # percent of wrong captions
 
@@ -343,9 +352,9 @@ DISTILLATION = [
 ]  # fmt: skip
 AFFINITY = [
     *(
-        Experiment(name, f"{family}_{'wrong_0' if family == 'cifar10' else 'shuffled_0_0'}",
-                   {"total_examples": 245_760}, seeds=1, student=family, keep_model=True)
-        for family, name in CLIP_TEACHERS.items()
+        Experiment(name, data, {"total_examples": 245_760}, seeds=1,
+                   student=data.partition("_")[0], keep_model=True)
+        for name, data in CLIP_TEACHERS.items()
     ),
     *(
         Experiment(f"cifar10_wrong_{share}_affinity", f"cifar10_wrong_{share}_clips", _AFFINITY,
@@ -358,6 +367,8 @@ AFFINITY = [
         for share in _AFFINITY_SHARES
     ),
     Experiment("emoji_concepts", "emoji_labelled", _EMOJI_CONCEPTS, student="emoji"),
+    Experiment("cifar10_wrong_50_own_affinity", "cifar10_wrong_50_own_clips", _AFFINITY,
+               student="cifar10"),
 ]  # fmt: skip
 # Four more captions of what each picture shows, of the kind "synthetic".
 CAPTIONS = [
@@ -425,6 +436,7 @@ FINE_TUNING = [
         init_from="raw",
     ),
 ]
+FINE_TUNING.append(Experiment("tuned_averaged", _PHOTOS, student="averaged", init_from="raw"))
 # The last fifth of the steps, for the decay.
 _WSD = {"optimizer.schedule": "wsd", "optimizer.decay_steps": _EXAMPLES // _BATCH_SIZE // 5}
 OPTIMIZER = [
@@ -509,6 +521,12 @@ _FINE_TUNING_CONTRASTS = [
     Contrast("tuned_lora", "tuned_probe", "fine_tuning", 0.02,
              "adapters of the blocks beat a linear map of their features",
              "a linear map does as well"),
+    Contrast("tuned_averaged", "tuned_averaged", "fine_tuning", 0.02,
+             "half of the way back to the start (WiSE-FT) the student knows more of the web",
+             "it gains less than two points of R@10", GAIN, "averaged_scenes/r10", "scenes/r10"),
+    Contrast("tuned_averaged", "tuned_averaged", "fine_tuning", 0.02,
+             "that costs photos nothing", "it costs more than two points of top-1", NO_LOSS,
+             "averaged_cifar10/top1", "cifar10/top1"),
 ]  # fmt: skip
 _FILTER_CONTRASTS = [
     Contrast("cat", "raw", "filter", 0.02, "CAT pairs teach more than raw pairs, at equal samples "
@@ -640,6 +658,12 @@ _AFFINITY_CONTRASTS = [
     Contrast("emoji_shuffled_0_affinity", "emoji_concepts", "affinity", 0.01,
              "similarities of a CLIP teach more than concept labels on emoji",
              "they gain less than a point on the labels"),
+    Contrast("cifar10_wrong_50_own_affinity", "cifar10_wrong_50", "affinity", 0.02,
+             "similarities of a CLIP that has seen the same wrong captions help on CIFAR-10, 50% "
+             "of them wrong", "they gain less than two points"),
+    Contrast("cifar10_wrong_50_own_affinity", "cifar10_wrong_50_teacher", "affinity", 0.01,
+             "they teach more than concept labels, whose heads have seen the same captions too",
+             "they gain less than a point on the labels"),
 ]  # fmt: skip
 _CAPTIONS_CONTRASTS = [
     Contrast("cat_captions_mixed", "cat", "captions", 0.01, "one of five captions, drawn each "
@@ -744,7 +768,7 @@ def seeds_of(contrast: Contrast) -> int:
 
 def blocks_of(name: str) -> list[str]:
     """The blocks whose contrasts need an experiment, in their order; a grid for the others."""
-    if name in CLIP_TEACHERS.values():
+    if name in CLIP_TEACHERS:
         return ["affinity"]
     used = {c.block for c in CONTRASTS if name in (c.treated, c.control)}
     return [block for block in BLOCKS if block in used] or [name.partition("_")[0]]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -36,7 +37,8 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "measured",
         None,
-        "What is measured: scenes, sizes, composition, long, emoji, cifar10, unseen or given.",
+        "What is measured: scenes, sizes, composition, long, emoji, cifar10, averaged, unseen or "
+        "given.",
     )
     flags.DEFINE_string("tests", "{}", "JSON: folders of test data by their names.")
     flags.DEFINE_list("tasks", None, "As of diht_jax.evaluate; what is measured of 'given'.")
@@ -117,6 +119,25 @@ def measure_photos(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     return _classify(model, tests["shared"] / "cifar10_test.tar", "cifar10", _PHOTO_TEMPLATES)
 
 
+def measure_averaged(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
+    """Scenes and photos, of the student and of its mean with the model that it started from."""
+    from diht_jax.average import average_models
+    from diht_jax.loading import load_model
+
+    metrics, items = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        models = (str(tests["start"]), flags.FLAGS.model)
+        average_models(models, "wise_ft", f"{folder}/mean", alpha=0.5)
+        for prefix, each in (("", model), ("averaged_", load_model(f"{folder}/mean"))):
+            scenes = _retrieve(each, tests["web"] / "val_retrieval.tar", f"{prefix}scenes")
+            photos = _classify(
+                each, tests["shared"] / "cifar10_test.tar", f"{prefix}cifar10", _PHOTO_TEMPLATES
+            )
+            metrics |= scenes[0] | photos[0]
+            items |= scenes[1] | photos[1]
+    return metrics, items
+
+
 def measure_few_shot(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Few-shot accuracy on the unseen combinations, by method and shots; the items are draws."""
     from benchmarks.lab.experiments import SHOTS
@@ -194,6 +215,7 @@ MEASURES: dict[str, Callable[[Any, Mapping[str, pathlib.Path]], Measured]] = {
     "composition": measure_composition,
     "emoji": measure_emoji,
     "cifar10": measure_photos,
+    "averaged": measure_averaged,
     "unseen": measure_few_shot,
     "sizes": measure_sizes,
     "long": measure_long,

@@ -54,6 +54,11 @@ _BESIDE = {
         "composition/replacements": "colour or shape replaced",
     },
     "long": {"scenes/r10": "R@10, short texts"},
+    "averaged": {
+        "averaged_scenes/r10": "R@10, scenes, mean with the start",
+        "cifar10/top1": "top-1",
+        "averaged_cifar10/top1": "top-1, mean with the start",
+    },
     "sizes": {f"scenes_{size}/r10": f"R@10, first {size} numbers" for size in CUT_SIZES},
     "emoji": {"emoji/t2i_r1": "text to image R@1", "emoji/i2t_r1": "image to text R@1"},
 }

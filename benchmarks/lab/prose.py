@@ -78,6 +78,25 @@ NOTES = {
         "network (ImageNet's weights) with random weights, and the teacher's labels of other "
         "photos. Wrong captions are one exchange, and the random weights one draw, for all seeds."
     ),
+    "affinity": (
+        "`cifar10_clip_teacher` and `emoji_clip_teacher` have seen the right captions of the very "
+        "pictures that the students see, four times as long: where captions are right this is "
+        "self-distillation, and where they are wrong the teacher knows what the student cannot. "
+        "`cifar10_wrong_50_clip_teacher` has seen the student's own captions, as the heads of the "
+        "concept labels have. The cost of teachers and labels is not counted."
+    ),
+    "equal_captions": (
+        "Equal captions are of one class here, so class ids would mean the same pairs."
+    ),
+    "captions": (
+        "The new captions are the generator's own descriptions of the scenes, as good as captions "
+        "can be; [below](#a-captioning-decoder) a student writes them. A picture without a scene "
+        "keeps the caption that it has, in `raw_captions_synthetic` too."
+    ),
+    "long_texts": (
+        "Students of the raw pairs go on with captions of four sentences, of which the context "
+        "of 24 tokens holds about two."
+    ),
     "few_shot": (
         "Five draws of the shots, 480 test pictures; a bootstrap draws seeds and draws. The "
         "settings (radii, decay) are chosen on 16 more pictures of each class, with few shots "
@@ -89,7 +108,10 @@ NOTES = {
         "between the rows were not registered, and points are of what a student of raw pairs "
         "reaches: much noise leaves little to begin with."
     ),
-    "fine_tuning": "The web pairs are the raw synthetic ones.",
+    "fine_tuning": (
+        "The web pairs are the raw synthetic ones, and the recipe is the demo's: Muon, but for "
+        "adapters, which AdamW trains. The mean with the start (WiSE-FT) has half of each."
+    ),
     "order": "A batch is drawn from 512 records, a third of them.",
 }
 

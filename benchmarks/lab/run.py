@@ -50,6 +50,7 @@ from diht_jax.progress import ProgressBar
 _TESTS = {
     "scenes": ("web",),
     "sizes": ("web",),
+    "averaged": ("web",),
     "composition": ("web",),
     "long": ("web", "long_scenes"),
     "unseen": ("unseen_shots",),
@@ -247,6 +248,8 @@ class Lab:
         with locked(folder.with_name(f"{run.name}.lock")):
             secs = self.train(run)
             measured = folder / "measured.json"
+            if run.experiment.init_from is not None:
+                tests["start"] = str(self.folder_of(run.start))
             begin = time.monotonic()
             run_command(
                 "benchmarks.lab.measure",

@@ -125,7 +125,9 @@ def test_every_block_can_be_shown(tmp_path):
     metrics = {"emoji/t2i_r1": 0.1, "emoji/i2t_r1": 0.1, "zero_shot": 0.4, **shots}
     composed = [f"swap_{what}" for what in ("color", "shape", "objects")] + ["replacements"]
     metrics |= {f"composition/{name}": 0.5 for name in composed}
-    cut = [f"scenes_{size}/r10" for size in CUT_SIZES]
+    photos = ["averaged_cifar10/top1", "cifar10/top1"]
+    metrics |= dict.fromkeys(photos, 0.3)
+    cut = [*(f"scenes_{size}/r10" for size in CUT_SIZES), "averaged_scenes/r10"]
     metrics |= dict.fromkeys([*cut, "scenes/r10"], 0.2)
     for number, name in enumerate(EXPERIMENTS):
         write(tmp_path, name, 0, 0.3 + 0.001 * number)
@@ -134,6 +136,7 @@ def test_every_block_can_be_shown(tmp_path):
         result["metrics"] |= {k: v for k, v in metrics.items() if k not in result["metrics"]}
         others = ("zero_shot", "composition/replacements", *shots)
         result["items"] |= {k: [[0.4, 0.6]] for k in others}
+        result["items"] = {k: [[0.4, 0.6]] for k in photos} | result["items"]
         items = result["items"].get("scenes/r10") or result["items"].get("long/r10")
         result["items"] |= dict.fromkeys([*cut, "scenes/r10"], items)
         path.write_text(json.dumps(result))

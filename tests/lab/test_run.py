@@ -52,7 +52,7 @@ def test_contrasts_compare_experiments_of_one_student():
     assert len(set(pairs)) == len(pairs)
     # Every experiment serves a contrast, but for the grid and what data are made with.
     used = {name for c in CONTRASTS for name in (c.treated, c.control)}
-    used |= set(CLIP_TEACHERS.values())
+    used |= set(CLIP_TEACHERS)
     assert {name for name in EXPERIMENTS if name not in used} == {
         name for name in EXPERIMENTS if block_of(name) in GRIDS
     }
@@ -101,6 +101,17 @@ def test_a_definition_changes_with_all_that_decides_a_run(monkeypatch):
     others += [tuned, Run(dataclasses.replace(experiment, init_from="random"), 0)]
     assert len({definition(each) for each in (one, *others)}) == 7
     assert definition(one) == definition(Run(experiment, 0))
+    # Data that a student made follow from how that student was trained.
+    made = ("clip_score", "raw_rewritten", "cifar10_wrong_50_affinity", "emoji_shuffled_0_affinity")
+    behind = ("raw", "cat_captioning", "cifar10_clip_teacher", "emoji_clip_teacher")
+    for name, trained in zip(made, behind, strict=True):
+        each = Run(EXPERIMENTS[name], 0)
+        before = definition(each)
+        with monkeypatch.context() as patch:
+            changed = dataclasses.replace(EXPERIMENTS[trained], config={"loss.beta": 0.1})
+            patch.setitem(EXPERIMENTS, trained, changed)
+            assert definition(each) != before
+        assert definition(each) == before
     before = definition(one)
     monkeypatch.setattr(data, "WEB_PAIRS", 5000)
     assert definition(one) != before
