@@ -60,7 +60,11 @@ def model_flops(
 
 def _computes_once(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> bool:
     """Whether a recipe's step shows all of its model's matrix products, and each of them once."""
-    program = TrainProgram(config, config.optimizer.warmup_steps + 1, devices)
+    optimizer = config.optimizer
+    # As short as its schedule may be: no length of a run changes what a step computes.
+    program = TrainProgram(
+        config, optimizer.warmup_steps + max(optimizer.decay_steps or 1, 1), devices
+    )
     again = config.micro_batch or config.gradient_noise or config.model.remat != "none"
     chunked = program.num_labels and config.concepts.chunk_rows < config.data.batch_size
     kernels = {tower.kernel for tower in program.attention().values()}

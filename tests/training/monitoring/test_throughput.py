@@ -44,6 +44,7 @@ def test_model_flops_are_three_times_the_forward_pass(config):
     "changes",
     [
         {"optimizer.kind": "muon"},
+        {"optimizer.schedule": "wsd", "optimizer.decay_steps": 4},
         {"optimizer.frozen": ("^vision/",), "lora.rank": 2},
         {"captioning.weight": 1.0, "captioning.layers": 1},
     ],
