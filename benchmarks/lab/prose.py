@@ -58,9 +58,10 @@ training of heads was mended for wrong captions.
 # Beside the question of a block: what its rows need to be read.
 NOTES = {
     "filter": (
-        "`random` and `clip_score` are as large as `cat`. The CLIP score is that of the student "
-        "trained on the raw pairs, on the very pairs that it was trained on; it is no independent "
-        "CLIP. At equal epochs the student of CAT pairs sees about half as many samples."
+        "Of 3,000 pairs, 1,480 of them clean (`oracle`), C keeps 2,485, A 1,944 and CAT 1,636, as "
+        "many as `random` and `clip_score` have. The CLIP score is that of the student trained on "
+        "the raw pairs, on the very pairs that it was trained on; it is no independent CLIP. At "
+        "equal epochs the student of CAT pairs sees about half as many samples."
     ),
     "batch": (
         "All see equally many samples at one learning rate: a batch of 512 has 60 updates, 20 of "
