@@ -138,6 +138,8 @@ class BucketStore(MemoryFileSystem):
     def makedirs(self, path, exist_ok=False):
         """Does nothing."""
 
+    pipe_file = AbstractFileSystem.pipe_file
+
     def cp_file(self, path1, path2, **kwargs):
         if self.isfile(path1):
             super().cp_file(path1, path2, **kwargs)

@@ -14,11 +14,17 @@ from diht_jax import sharding
 from diht_jax.loading import load_model
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
-from diht_jax.training.workdir.checkpoint import Checkpointer, CheckpointError, read_checks
+from diht_jax.training.workdir.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    SavedRun,
+    read_checks,
+)
 from diht_jax.training.workdir.checksums import tree_checksums
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.error_causes import suggest_remedy
 from diht_jax.training.workdir.trained_model import restore_model
+from tests.data.records.stores import BucketStore
 from tests.waiting import wait_until
 
 
@@ -163,6 +169,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     checkpointer, state, _ = restore(tmp_path)
     checkpointer.close()
     assert int(state.step) == 2
+
+
+@pytest.mark.parametrize("bucket", ["gcsfs"], indirect=True)
+def test_a_damaged_checkpoint_in_a_bucket_gives_way_too(bucket, monkeypatch, caplog):
+    for step in (1, 2):
+        for name in ("state/d/0", "commit_success.txt"):
+            (epath.Path(bucket) / "run" / "checkpoints" / str(step) / name).write_text(f"{step}")
+
+    def read_one(directory, target):
+        if directory.name == "2":
+            return None, "a flipped bit"
+        return SavedRun(state_of(1), {"next_example": 10}, {}), None
+
+    # The arrays would be read by TensorStore, which knows Google's servers only.
+    monkeypatch.setattr("diht_jax.training.workdir.checkpoint.read_checkpoint", read_one)
+    checkpointer, state, position = restore(f"{bucket}/run")
+    checkpointer.close()
+    assert int(state.step) == 1 and position.next_example == 10
+    assert "the checkpoint of step 2 is damaged (a flipped bit)" in caplog.text
+    files = {path.removeprefix("/bucket/run/") for path in BucketStore().find(f"{bucket}/run")}
+    assert {"checkpoints/1/state/d/0", "corrupt_checkpoints/2-0/state/d/0"} <= files
+    assert not any(path.startswith("checkpoints/2/") for path in files)
 
 
 def test_without_any_whole_checkpoint_the_error_says_why_for_each(two_steps, tmp_path):
