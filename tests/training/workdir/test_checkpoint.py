@@ -313,6 +313,19 @@ def test_reading_the_parameters_of_a_damaged_checkpoint_is_reported(config, tmp_
         restore_model(tmp_path, sharding.create_mesh(8, 1))
 
 
+@pytest.mark.parametrize("bucket", ["gcsfs"], indirect=True)
+def test_in_a_bucket_a_model_is_read_of_finished_checkpoints(bucket, config):
+    root, mesh = epath.Path(bucket) / "run" / "checkpoints", sharding.create_mesh(8, 1)
+    write_config(root.parent, config)
+    for step in (1, 2):
+        (root / str(step) / "state" / "_METADATA").write_text("{}")
+    with pytest.raises(ValueError, match="no finished checkpoint; steps found: none"):
+        restore_model(root.parent, mesh)
+    (root / "1" / "commit_success.txt").write_text("")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 2; steps found: \[1\]"):
+        restore_model(root.parent, mesh, step=2)
+
+
 def test_a_checkpoint_whose_checks_are_lost_is_not_trusted(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     checkpoint = epath.Path(tmp_path) / "checkpoints" / "1"
