@@ -7,11 +7,14 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import ml_collections
 import numpy as np
 import pytest
+from etils.epath import backend, gpath
+from fsspec.registry import _registry
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
@@ -20,6 +23,7 @@ from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.schema import Record, encode_record
 from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from tests.data.records.stores import BucketStore
 
 NUM_RECORDS = 52
 
@@ -170,6 +174,27 @@ def mount_tmpfs(tmp_path):
     yield mount
     for folder in mounted:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(params=["gcsfs", "tensorflow"])
+def bucket(request, monkeypatch):
+    """URL of a bucket in `BucketStore`, which etils reaches as gcsfs, or through TensorFlow."""
+    system = BucketStore()
+    for protocol in BucketStore.protocol:
+        monkeypatch.setitem(_registry, protocol, BucketStore)
+    through_tensorflow = request.param == "tensorflow"
+    monkeypatch.setattr(gpath, "_is_tf_installed", lambda: through_tensorflow)
+    gfile = types.SimpleNamespace(GFile=system.open, exists=system.exists)
+    monkeypatch.setattr(backend._TfBackend, "gfile", gfile)
+    # Orbax asks for the kind of a bucket.
+    client = types.SimpleNamespace(get_bucket=lambda name: object())
+    storage = types.SimpleNamespace(Client=lambda: client)
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", storage)
+    find_system = backend.fsspec_backend._get_filesystem
+    find_system.cache_clear()
+    yield "gs://bucket"
+    find_system.cache_clear()
+    BucketStore.reset()
 
 
 @pytest.fixture(scope="session")

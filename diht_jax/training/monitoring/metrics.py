@@ -20,6 +20,8 @@ from absl import logging
 from etils import epath
 
 from diht_jax.data.atomic_file import write_atomically
+from diht_jax.data.stores import is_remote
+from diht_jax.training.monitoring.growing_object import GrowingObject
 from diht_jax.training.monitoring.tensorboard import EventWriter
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,15 +42,16 @@ class MetricWriter:
             return
         workdir = epath.Path(workdir)
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        text = "".join(json.dumps(row) + "\n" for row in kept)
-        remote = "://" in os.fspath(workdir)
-        self._lines = (_RemoteLines if remote else _LocalLines)(workdir / METRICS_FILE, text)
+        data = "".join(json.dumps(row) + "\n" for row in kept).encode()
+        remote = is_remote(os.fspath(workdir))
+        self._lines = (_RemoteLines if remote else _LocalLines)(workdir / METRICS_FILE, data)
         self._tensorboard = EventWriter(workdir, start_step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Appends one line and the same scalars to TensorBoard.
 
-        A line for which there is no room is kept, and written before the next one.
+        A line for which there is no room, or that a store does not take, is kept, and written
+        before the next one.
 
         Args:
             step: optimiser steps done.
@@ -57,7 +60,7 @@ class MetricWriter:
         if self._lines is None:
             return
         row = {"step": step, **{name: float(value) for name, value in scalars.items()}}
-        self._lines.append(json.dumps(row) + "\n")
+        self._lines.append((json.dumps(row) + "\n").encode())
         self._tensorboard.write(step, scalars)
 
     def sync(self) -> None:
@@ -75,15 +78,15 @@ class MetricWriter:
 class _LocalLines:
     """A file that grows by whole lines, also when the disk is full in the middle of one."""
 
-    def __init__(self, path: epath.Path, text: str):
+    def __init__(self, path: epath.Path, data: bytes):
         # Replaced at once: a kill here must not cost the lines of weeks.
-        write_atomically(pathlib.Path(path), text.encode())
+        write_atomically(pathlib.Path(path), data)
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close
         self._waiting = b""
 
-    def append(self, line: str) -> None:
-        self._waiting += line.encode()
+    def append(self, line: bytes) -> None:
+        self._waiting += line
         end = self._file.tell()
         try:
             # May write a part only, without an error.
@@ -105,25 +108,12 @@ class _LocalLines:
         self._file.close()
 
 
-class _RemoteLines:
-    """The same in an object store, which cannot append: the object is written anew."""
+class _RemoteLines(GrowingObject):
+    """The same in an object store; one that takes nothing at the start ends the run."""
 
-    def __init__(self, path: epath.Path, text: str):
-        self._path, self._text = path, text
-        path.write_text(text)
-
-    def append(self, line: str) -> None:
-        self._text += line
-        try:
-            self._path.write_text(self._text)
-        except OSError as error:
-            logging.warning(_KEPT_LINE, self._path, error)
-
-    def sync(self) -> None:
-        """Every write is complete when it returns."""
-
-    def close(self) -> None:
-        """Nothing is open."""
+    def __init__(self, path: epath.Path, data: bytes):
+        path.write_bytes(data)
+        super().__init__(path, data)
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict[str, float]]:
@@ -166,12 +156,22 @@ def flatten_results(results: Mapping[str, object], prefix: str = "") -> dict[str
 
 
 def plot_curves(workdir: str | epath.Path) -> None:
-    """Draws `curves.png`: loss, batch accuracy, logit scale and evaluation results by step."""
+    """Draws `curves.png`: loss, batch accuracy, logit scale and evaluation results by step.
+
+    Where that fails, a warning is logged.
+    """
     if jax.process_index() != 0:
         return
+    path = epath.Path(workdir) / "curves.png"
+    try:
+        path.write_bytes(_draw_curves(read_metrics(workdir)))
+    except Exception as error:  # what it is depends on the store
+        logging.warning("%s cannot be written: %s", path, str(error) or type(error).__name__)
+
+
+def _draw_curves(rows: Sequence[Mapping[str, float]]) -> bytes:
     from matplotlib.figure import Figure
 
-    rows = read_metrics(workdir)
     evaluated = sorted({name for row in rows for name in row if name.startswith("evaluation/")})
     panels = [
         ("loss", ["loss"]),
@@ -191,13 +191,9 @@ def plot_curves(workdir: str | epath.Path) -> None:
         axes.grid(alpha=0.3)
         if len(names) > 1:
             axes.legend(fontsize=7)
-    path = epath.Path(workdir) / "curves.png"
     picture = io.BytesIO()
     figure.savefig(picture, dpi=110)
-    try:
-        path.write_bytes(picture.getvalue())
-    except OSError as error:
-        logging.warning("%s cannot be written: %s", path, error)
+    return picture.getvalue()
 
 
 _SHOWN_RESULTS = ("top1", "t2i_r1", "i2t_r1")

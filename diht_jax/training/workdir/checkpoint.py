@@ -270,6 +270,9 @@ class Checkpointer:
         folder = self._workdir / CORRUPT_DIRECTORY
         if jax.process_index() == 0:
             folder.mkdir(parents=True, exist_ok=True)
+            if "://" in os.fspath(folder):
+                # In a bucket, a folder exists once there is an object in it.
+                (folder / "README.txt").write_text("Damaged checkpoints, by step.\n")
             number = len(list(folder.glob(f"{step}-*")))
             (self._root / str(step)).rename(folder / f"{step}-{number}")
         wait_for_all(f"set aside {step}")

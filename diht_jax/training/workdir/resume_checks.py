@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
@@ -169,7 +170,8 @@ def check_same_start(
     if not changed_keys(stored, config, lambda name: name.startswith(_OF_THE_END)):
         return
     common = min(steps_before_end(c, num_examples=num_examples) for c in (stored, config))
-    steps = (int(path.name) for path in root.iterdir() if path.name.isdigit())
+    finished = ocp.utils.checkpoint_steps_paths(root)
+    steps = (int(path.name) for path in finished if path.name.isdigit())
     later = sorted(step for step in steps if step > common)
     if later:
         raise ValueError(

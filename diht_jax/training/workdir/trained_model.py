@@ -83,7 +83,9 @@ def restore_model(
             "config.ema.decay, or load the parameters themselves"
         )
     root = checkpoint_root(workdir)
-    steps = sorted(int(p.name) for p in root.iterdir() if p.name.isdigit()) if root.exists() else []
+    # In a bucket, one that is being saved has its final name from the beginning.
+    finished = ocp.utils.checkpoint_steps_paths(root)
+    steps = sorted(int(path.name) for path in finished if path.name.isdigit())
     if not steps or (step is not None and step not in steps):
         wanted = "no finished checkpoint" if step is None else f"no checkpoint of step {step}"
         raise ValueError(f"{root}: {wanted}; steps found: {steps or 'none'}")

@@ -1,13 +1,14 @@
-"""Object stores of tests: one that counts its requests, and one whose shards take no room."""
+"""Object stores of tests, which count requests, fail, or take no room."""
 
 import collections
 import errno
+import io
 import pathlib
 import threading
 
 import fsspec
 import numpy as np
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.spec import AbstractFileSystem
 
 from diht_jax.data.records.dataset_index import (
@@ -106,6 +107,69 @@ class MeteredStore(MemoryFileSystem):
         if not self.exists(path):
             raise FileNotFoundError(path)
         super()._rm(path)
+
+
+class BucketStore(MemoryFileSystem):
+    """Google's store as gcsfs has it; the fixture `bucket` puts it behind `gs://`.
+
+    An object is there once it is closed, and a folder as long as there is an object in it.
+
+    Attributes:
+        failures: how many more objects are refused.
+    """
+
+    protocol = ("gcs", "gs")
+    store, pseudo_dirs = {}, [""]
+    failures = 0
+
+    @classmethod
+    def reset(cls):
+        """Empties the store; nothing fails."""
+        cls.store.clear()
+        cls.failures = 0
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("gs://"))
+
+    def mkdir(self, path, create_parents=True, **kwargs):
+        """Does nothing."""
+
+    def makedirs(self, path, exist_ok=False):
+        """Does nothing."""
+
+    pipe_file = AbstractFileSystem.pipe_file
+
+    def cp_file(self, path1, path2, **kwargs):
+        if self.isfile(path1):
+            super().cp_file(path1, path2, **kwargs)
+
+    def _open(self, path, mode="rb", **kwargs):
+        if mode == "rb":
+            return super()._open(path, mode, **kwargs)
+        return _Upload(self, self._strip_protocol(path))
+
+
+class _Upload(io.BytesIO):
+    """An object of `BucketStore` that is being written."""
+
+    def __init__(self, system, path):
+        super().__init__()
+        self._system, self._path = system, path
+
+    def close(self):
+        if self.closed:
+            return
+        data = self.getvalue()
+        super().close()
+        if BucketStore.failures:
+            BucketStore.failures -= 1
+            raise HttpError("503 backend error")
+        self._system.store[self._path] = MemoryFile(self._system, self._path, data)
+
+
+class HttpError(Exception):
+    """As that of gcsfs: no OSError."""
 
 
 class Killed(BaseException):

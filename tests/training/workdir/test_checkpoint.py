@@ -14,11 +14,17 @@ from diht_jax import sharding
 from diht_jax.loading import load_model
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
-from diht_jax.training.workdir.checkpoint import Checkpointer, CheckpointError, read_checks
+from diht_jax.training.workdir.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    SavedRun,
+    read_checks,
+)
 from diht_jax.training.workdir.checksums import tree_checksums
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.error_causes import suggest_remedy
 from diht_jax.training.workdir.trained_model import restore_model
+from tests.data.records.stores import BucketStore
 from tests.waiting import wait_until
 
 
@@ -165,6 +171,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert int(state.step) == 2
 
 
+@pytest.mark.parametrize("bucket", ["gcsfs"], indirect=True)
+def test_a_damaged_checkpoint_in_a_bucket_gives_way_too(bucket, monkeypatch, caplog):
+    for step in (1, 2):
+        for name in ("state/d/0", "commit_success.txt"):
+            (epath.Path(bucket) / "run" / "checkpoints" / str(step) / name).write_text(f"{step}")
+
+    def read_one(directory, target):
+        if directory.name == "2":
+            return None, "a flipped bit"
+        return SavedRun(state_of(1), {"next_example": 10}, {}), None
+
+    # The arrays would be read by TensorStore, which knows Google's servers only.
+    monkeypatch.setattr("diht_jax.training.workdir.checkpoint.read_checkpoint", read_one)
+    checkpointer, state, position = restore(f"{bucket}/run")
+    checkpointer.close()
+    assert int(state.step) == 1 and position.next_example == 10
+    assert "the checkpoint of step 2 is damaged (a flipped bit)" in caplog.text
+    files = {path.removeprefix("/bucket/run/") for path in BucketStore().find(f"{bucket}/run")}
+    assert {"checkpoints/1/state/d/0", "corrupt_checkpoints/2-0/state/d/0"} <= files
+    assert not any(path.startswith("checkpoints/2/") for path in files)
+
+
 def test_without_any_whole_checkpoint_the_error_says_why_for_each(two_steps, tmp_path):
     shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
     for step in (1, 2):
@@ -283,6 +311,19 @@ def test_reading_the_parameters_of_a_damaged_checkpoint_is_reported(config, tmp_
     truncate(tmp_path / "checkpoints" / "1" / "state" / "_METADATA")
     with pytest.raises(ValueError, match="checkpoints/1/state cannot be read: "):
         restore_model(tmp_path, sharding.create_mesh(8, 1))
+
+
+@pytest.mark.parametrize("bucket", ["gcsfs"], indirect=True)
+def test_in_a_bucket_a_model_is_read_of_finished_checkpoints(bucket, config):
+    root, mesh = epath.Path(bucket) / "run" / "checkpoints", sharding.create_mesh(8, 1)
+    write_config(root.parent, config)
+    for step in (1, 2):
+        (root / str(step) / "state" / "_METADATA").write_text("{}")
+    with pytest.raises(ValueError, match="no finished checkpoint; steps found: none"):
+        restore_model(root.parent, mesh)
+    (root / "1" / "commit_success.txt").write_text("")
+    with pytest.raises(ValueError, match=r"no checkpoint of step 2; steps found: \[1\]"):
+        restore_model(root.parent, mesh, step=2)
 
 
 def test_a_checkpoint_whose_checks_are_lost_is_not_trusted(two_steps, tmp_path):

@@ -60,6 +60,7 @@ class ArrayRecordSource(ShardedRecords):
         Raises:
             IndexError: the index is negative or too large.
             TFRecordError: the record is damaged, or the shard was replaced.
+            StorageError: it cannot be read, now and after some attempts.
         """
         number, record = self._find(index)
         return self._open_shard(number).read(record)
@@ -108,27 +109,45 @@ class _OpenShard:
                 f"{path}: ArrayRecord shards are read from local or mounted folders only; mount or "
                 "copy them, or train on TFRecord shards or tars, which are read by their URL"
             )
-        from array_record.python import array_record_module
-
         self._path = path
-        retry(lambda: os.stat(path), path)  # its reader does not tell a missing file
-        self._reader = array_record_module.ArrayRecordReader(path, _READER_OPTIONS)
-        if not self._reader.ok():
-            check_readable(path)
-            raise TFRecordError(f"{path}: not a whole ArrayRecord shard; write or copy it again")
+        self._reader = self._open()
 
     def __len__(self) -> int:
         return self._reader.num_records()
 
     def read(self, record: int) -> bytes:
-        if record >= len(self):
-            raise TFRecordError(f"{self._path}: record {record}: the shard was replaced")
         try:
-            return self._reader.read([record])[0]
+            return self._read(record)
+        except RuntimeError:
+            # The same error as for damage comes of a disk that fails for a moment; after a restart
+            # of a file server, a descriptor stays stale.
+            check_readable(self._path)
+            self._reader = self._open()
+        try:
+            return self._read(record)
         except RuntimeError as error:
             raise DamagedRecordError(
                 f"{self._path}: record {record} cannot be read ({error}); write the shard again"
             ) from error
+
+    def _open(self) -> Any:
+        from array_record.python import array_record_module
+
+        retry(lambda: os.stat(self._path), self._path)  # its reader does not tell a missing file
+        reader = array_record_module.ArrayRecordReader(self._path, _READER_OPTIONS)
+        if not reader.ok():
+            check_readable(self._path)
+            reader = array_record_module.ArrayRecordReader(self._path, _READER_OPTIONS)
+        if not reader.ok():
+            raise TFRecordError(
+                f"{self._path}: not a whole ArrayRecord shard; write or copy it again"
+            )
+        return reader
+
+    def _read(self, record: int) -> bytes:
+        if record >= len(self):
+            raise TFRecordError(f"{self._path}: record {record}: the shard was replaced")
+        return self._reader.read([record])[0]
 
 
 def read_array_records(path: str) -> Iterator[bytes]:
@@ -141,10 +160,4 @@ def read_array_records(path: str) -> Iterator[bytes]:
     """
     shard = _OpenShard(path)
     for record in range(len(shard)):
-        try:
-            data = shard.read(record)
-        except DamagedRecordError:
-            # Its reader has the same error for a bad disk.
-            check_readable(path)
-            data = _OpenShard(path).read(record)
-        yield data
+        yield shard.read(record)
