@@ -83,7 +83,7 @@ def run(
     versions = filter_config.package_versions(config)
     finished = stale_outputs.reject_or_remove_stale(
         mine,
-        names,
+        tasks,
         folder,
         settings,
         versions,

@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import shutil
 import tarfile
@@ -110,6 +111,32 @@ def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, s
     run_filter(job_config(source, tmp_path / "fresh", **settings))
     assert snapshot(output) == snapshot(tmp_path / "fresh")
     assert gone == part_names(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("limit", [0.1, 2])
+def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(
+    tmp_path, filtered, limit
+):
+    """Of 20 parts 2 may change: with all 20, each job refuses; with 2, none does."""
+    source, output = write_tars(tmp_path / "in", 20, pairs_per_tar=1), tmp_path / "out"
+    config = job_config(source, output, max_changed_shards=limit)
+    run_filter(config)
+    before = snapshot(output)
+    tars = sorted((tmp_path / "in").glob("*.tar"))
+    times = [path.stat().st_mtime_ns for path in tars]
+    filtered.clear()
+    for path, time in zip(tars, times, strict=True):
+        os.utime(path, ns=(time, time + 10**9))
+    for num_tasks in (1, 4, 20):
+        for index in range(num_tasks):
+            with pytest.raises(ValueError, match="allows 2 inputs to be gone or replaced"):
+                run_filter(config, index, num_tasks)
+    assert filtered == [] and snapshot(output) == before
+    for number, (path, time) in enumerate(zip(tars, times, strict=True)):
+        os.utime(path, ns=(time, time + 10**9 * (number in (3, 4))))
+    for index in range(20):
+        assert run_filter(config, index, 20) == {}
+    assert filtered == ["00003.tar", "00004.tar"]
 
 
 def test_other_output_shards_are_copied_and_a_kill_while_they_are_loses_nothing(
