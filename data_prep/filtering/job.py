@@ -50,8 +50,9 @@ def run(
     overwrite: bool = False,
 ) -> Failures:
     """Does what is not done yet; arguments and errors as of `data_prep.filter.run_filter`."""
+    folder = source_list.check_folder(config.output)
     inputs = source_list.list_inputs(config.input, config.source)
-    folder = source_list.check_output(config.output, [found.shard for found in inputs])
+    source_list.check_not_input(folder, (found.shard for found in inputs))
     tasks = parts.plan_parts(config, inputs, folder, overwrite)
     del inputs  # the tasks have them
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)

@@ -67,10 +67,11 @@ def run(
             "config.metadata_only reads no images: set config.text_spotting=False and "
             "config.concepts=False, as configs/prep/metadata.py does"
         )
+    folder = source_list.check_folder(config.output)
     units = list_units(config.input, config.source)
     if not units:
         raise ValueError(f"config.input='{config.input}': the tables have no rows")
-    folder = source_list.check_output(config.output, units)
+    source_list.check_not_input(folder, units)
     files.make_folder(folder)
     settings = filter_config.describe_settings(config)
     config_hash = filter_config.hash_settings(settings)
