@@ -132,8 +132,8 @@ def _end(
         own.announce_writing()
         _finish(config, found, folder, engine)
         return with_output(failures, found.failed)
-    if len(mine) == len(tasks) and found.parts:
-        filter_job.print_funnel(filter_job.merge_parts(config, found, engine))
+    has_all = len(mine) == len(tasks)
+    filter_job.report_unfinished(config, found, folder, engine, has_all=has_all)
     return failures
 
 
