@@ -90,7 +90,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.seed = 0  # of the choice of examples
 
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    c.retries = 1  # how often a shard is run again when its worker died, or its storage failed
+    # How often a shard is run again when its worker died; 0: after no failure at all, not even of
+    # its storage or its node, which have limits of their own.
+    c.retries = 1
     # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
     c.shard_timeout_secs = placeholder(float)
     c.keep_before_damage = False  # of a tar that is cut off or damaged, keep the pairs before that

@@ -89,7 +89,10 @@ def run_noting_failures(
         error = failures.get(str(task.source))
         if error is not None:
             note = {"source": str(task.source), "error": error}
-            shards.write_json(task.output + FAILED_SUFFIX, note)
+            try:
+                shards.write_json(task.output + FAILED_SUFFIX, note)
+            except OSError as refused:  # without it, other jobs take the shard for waiting
+                logging.error("that %s failed could not be noted: %s", task.source, refused)
     return failures
 
 
