@@ -11,7 +11,8 @@ Run:
         --config.input=/data/kept --config.output=/data/labelled \\
         --config.teacher.swag.weights=vit_h_14_lc_swag-c1eb923e.pth
 
-Expected: labelled shards with the same pairs, the two vocabularies, and report.html to look at.
+Expected: a small file of labels for each shard, which training joins (config.data.labels), the two
+vocabularies, and report.html to look at. No pair is copied, unless config.merge=True.
 """
 
 import ml_collections

@@ -78,7 +78,8 @@ def default_config() -> ml_collections.ConfigDict:
     # About so many records make one output shard; None: each input shard makes one.
     c.examples_per_shard = 10_000
     c.keep_parts = False  # keep what was filtered of every input shard, once it was re-sharded
-    # The output is written without so many failed input shards: a share below 1, or a number.
+    # The output is written without so many failed input shards: a share below 1 (0: none; else one
+    # at least), or a number.
     c.max_failed_shards = 0.01
     # So many inputs of a finished folder may be gone or replaced without --overwrite.
     c.max_changed_shards = 0.01
@@ -89,7 +90,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.seed = 0  # of the choice of examples
 
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    c.retries = 1  # how often a shard is run again when its worker died, or its storage failed
+    # How often a shard is run again when its worker died; 0: after no failure at all, not even of
+    # its storage or its node, which have limits of their own.
+    c.retries = 1
     # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
     c.shard_timeout_secs = placeholder(float)
     c.keep_before_damage = False  # of a tar that is cut off or damaged, keep the pairs before that

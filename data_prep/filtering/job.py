@@ -50,8 +50,9 @@ def run(
     overwrite: bool = False,
 ) -> Failures:
     """Does what is not done yet; arguments and errors as of `data_prep.filter.run_filter`."""
+    folder = source_list.check_folder(config.output)
     inputs = source_list.list_inputs(config.input, config.source)
-    folder = source_list.check_output(config.output, [found.shard for found in inputs])
+    source_list.check_not_input(folder, (found.shard for found in inputs))
     tasks = parts.plan_parts(config, inputs, folder, overwrite)
     del inputs  # the tasks have them
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)
@@ -104,8 +105,7 @@ def _finish(
             return with_output(failures, merged.get("failed", ())), []
         found = survey(tasks, known)
         if is_unfinished(config.max_failed_shards, found, len(tasks)):
-            if len(mine) == len(tasks) and found.parts:  # it needs the statistics of all
-                print_funnel(merge_parts(config, found, engine))
+            report_unfinished(config, found, folder, engine, has_all=len(mine) == len(tasks))
             return failures, []
         unwritten: dict[str, str] = {}
         if config.examples_per_shard is None:
@@ -143,6 +143,29 @@ def merge_parts(config: ml_collections.ConfigDict, found: Survey, engine: str) -
             clean_label=config.clean_label,
         ),
     )
+
+
+def report_unfinished(
+    config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str, *, has_all: bool
+) -> None:
+    """Prints the funnel of the parts that are done, where no output can be written.
+
+    Once no part is waited for, the report is written as well: it lists what has failed.
+
+    Args:
+        config: of the job.
+        found: the parts; of none there is nothing to report.
+        folder: of the output.
+        engine: one of `engine.ENGINES`.
+        has_all: whether this job has the parts of all jobs.
+    """
+    if not found.parts or (found.waiting and not has_all):
+        return
+    report = merge_parts(config, found, engine)
+    print_funnel(report)
+    if not found.waiting:
+        write_report(folder, report)
+        print(f"what the shards that are done gave: {folder}/{PAGE}")
 
 
 def print_funnel(report: FilterReport) -> None:

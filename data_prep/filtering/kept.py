@@ -39,6 +39,7 @@ UID_DTYPE = np.dtype("u8,u8")
 _CHUNK = 2**16
 _MAX_SORTED = 2**24  # uids that are sorted at a time: 256 MB
 _LINE_BREAKS = r"[\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
+_LINE_BREAKS_AND_TABS = r"[\t\n\v\f\r\x1c-\x1e\x{85}\x{2028}\x{2029}]"
 
 
 class KeptPairs(NamedTuple):
@@ -132,14 +133,17 @@ def write_lists(folder: str, kept: Iterable[KeptPairs]) -> None:
 
 
 def write_lines(file: IO[bytes], *columns: pyarrow.Array) -> None:
-    """Writes rows of texts, with a tab between the columns; none of them ends its line early."""
+    """Writes rows of texts, with a tab between the columns; none ends its line or column early."""
     if not len(columns[0]):
         return
-    cleaned = []
+    cleaned, has_tabs = [], len(columns) > 1
     for texts in columns:
-        broken = pyarrow.compute.match_substring_regex(texts, _LINE_BREAKS)
+        breaks = _LINE_BREAKS_AND_TABS if has_tabs else _LINE_BREAKS
+        broken = pyarrow.compute.match_substring_regex(texts, breaks)
         if pyarrow.compute.any(broken).as_py():
             joined = (" ".join(text.splitlines()) for text in texts.to_pylist())
+            if has_tabs:
+                joined = (text.replace("\t", " ") for text in joined)
             texts = pyarrow.array(joined, pyarrow.string())
         cleaned.append(texts)
     rows = cleaned[0]

@@ -67,10 +67,11 @@ def run(
             "config.metadata_only reads no images: set config.text_spotting=False and "
             "config.concepts=False, as configs/prep/metadata.py does"
         )
+    folder = source_list.check_folder(config.output)
     units = list_units(config.input, config.source)
     if not units:
         raise ValueError(f"config.input='{config.input}': the tables have no rows")
-    folder = source_list.check_output(config.output, units)
+    source_list.check_not_input(folder, units)
     files.make_folder(folder)
     settings = filter_config.describe_settings(config)
     config_hash = filter_config.hash_settings(settings)
@@ -83,7 +84,7 @@ def run(
     versions = filter_config.package_versions(config)
     finished = stale_outputs.reject_or_remove_stale(
         mine,
-        names,
+        tasks,
         folder,
         settings,
         versions,
@@ -131,8 +132,8 @@ def _end(
         own.announce_writing()
         _finish(config, found, folder, engine)
         return with_output(failures, found.failed)
-    if len(mine) == len(tasks) and found.parts:
-        filter_job.print_funnel(filter_job.merge_parts(config, found, engine))
+    has_all = len(mine) == len(tasks)
+    filter_job.report_unfinished(config, found, folder, engine, has_all=has_all)
     return failures
 
 

@@ -87,7 +87,7 @@ def settle_changes(
     """
     finished = stale_outputs.reject_or_remove_stale(
         mine,
-        PackedList(os.path.basename(task.output) for task in tasks),
+        tasks,
         parts_folder(config, folder),
         filter_config.describe_settings(config),
         filter_config.package_versions(config),

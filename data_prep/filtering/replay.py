@@ -22,10 +22,10 @@ import numpy as np
 import pyarrow
 
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions, kept
+from data_prep.filtering import decisions, kept, resharding
 from data_prep.filtering.score_quantiles import score_quantiles
-from data_prep.filtering.stale_outputs import compare_settings
-from data_prep.filtering.steps import clip, recorded, registry
+from data_prep.filtering.stale_outputs import SETTINGS, compare_settings
+from data_prep.filtering.steps import clip, models, recorded, registry
 from data_prep.jobs import files, manifest, shards
 from data_prep.reports.funnel import KEPT, SOURCE, Funnel
 from diht_jax.data.escaping import escape_lines
@@ -250,12 +250,12 @@ def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
         config: its `clip.scores` is a finished folder whose decisions have the score.
 
     Raises:
-        ValueError: the folder is not finished, or has no scores.
+        ValueError: the folder is not finished, or has no scores, or those of another model.
     """
     c = config.clip
     if c.quantile is None:
         return
-    paths, _ = _find_decisions(c.scores, "config.clip.scores")
+    paths, stats = _find_decisions(c.scores, "config.clip.scores")
     try:
         found = score_quantiles(paths, clip.SCORE, [c.quantile])
     except KeyError:
@@ -265,7 +265,32 @@ def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
             f"config.clip.scores='{c.scores}': no pair has a score; filter into that folder with "
             "config.clip.model first"
         )
+    _check_model(config, stats["config"]["clip"]["model"])
     c.min_score = found[0]
+
+
+def _check_model(config: ml_collections.ConfigDict, scored_by: str) -> None:
+    """Refuses the scores of a model that is another one than `config.clip.model`.
+
+    A model is known by its files; where they are not here, or were not recorded, by its name.
+    """
+    c = config.clip
+    settings = [
+        files.read_object(files.join(c.scores, *below, SETTINGS)) or {}
+        for below in ((resharding.PARTS,), ())
+    ]
+    before = next((known["clip_model"] for known in settings if "clip_model" in known), None)
+    now = None
+    with contextlib.suppress(ValueError):
+        now = models.fingerprint(c.model, "config.clip.model")
+    is_known = before is not None and now is not None
+    if before != now if is_known else scored_by != c.model:
+        other = "with other files" if scored_by == c.model else "another model"
+        raise ValueError(
+            f"config.clip.scores='{c.scores}' has the scores of config.clip.model='{scored_by}', "
+            f"and config.clip.model='{c.model}' is {other}: expected scores of the same model; "
+            "filter into a folder with this model first, and name that folder"
+        )
 
 
 def run(folder: str, config: ml_collections.ConfigDict | None, lists: str | None) -> Result:

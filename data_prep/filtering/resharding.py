@@ -14,7 +14,7 @@ import dataclasses
 import io
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ from diht_jax.data.records.formats.registry import FORMATS, name_format, open_wr
 from diht_jax.data.records.formats.tar_writer import image_extension
 from diht_jax.data.records.formats.writer import RecordWriter
 from diht_jax.data.records.vocabulary import KINDS
-from diht_jax.data.stores import BLOCK_BYTES, is_remote, read_range
+from diht_jax.data.stores import BLOCK_BYTES, is_remote, local_copy, read_range
 
 PARTS = "parts"
 
@@ -189,12 +189,12 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     files.remove(shard.stats_path)
     formats: collections.Counter[str] = collections.Counter()
     concepts = ConceptLog()
-    with open_writer(shard.output) as plain_writer:
+    with open_writer(shard.output) as plain_writer, _readable_paths() as find_path:
         is_tar = name_format(shard.output) == "webdataset"
         writer = CommonImageWriter(plain_writer) if is_tar else plain_writer
         for part in shard.slices:
             for piece in part.pieces or (Piece(part.path, part.start, part.stop),):
-                records = _read_piece(piece)
+                records = _read_piece(piece._replace(path=find_path(piece.path)))
                 while some := list(itertools.islice(records, _REPORT_EVERY)):
                     for data in some:
                         writer.write(data)
@@ -225,6 +225,28 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
     }
     shards.write_json(shard.stats_path, stats)
     return stats
+
+
+@contextlib.contextmanager
+def _readable_paths() -> Iterator[Callable[[str], str]]:
+    """Gives the path of a shard from which its records can be read.
+
+    ArrayRecord shards are read from local files only: of one in a store that is a copy, which is
+    kept until another one is asked for.
+    """
+    with contextlib.ExitStack() as stack:
+        copies: dict[str, str] = {}
+
+        def find_path(path: str) -> str:
+            if not is_remote(path) or name_format(path) != "array_record":
+                return path
+            if path not in copies:
+                stack.close()
+                copies.clear()
+                copies[path] = stack.enter_context(local_copy(path))
+            return copies[path]
+
+        yield find_path
 
 
 def _read_piece(piece: Piece) -> Iterator[bytes]:

@@ -7,9 +7,10 @@ change costs itself, and a mistyped `config.input` costs nothing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
@@ -39,7 +40,7 @@ class Finished(NamedTuple):
 
 def reject_or_remove_stale(
     tasks: Sequence[shards.ShardTask],
-    names: Collection[str],
+    all_tasks: Sequence[shards.ShardTask],
     folder: str,
     settings: dict[str, Any],
     versions: Mapping[str, str],
@@ -49,11 +50,12 @@ def reject_or_remove_stale(
 ) -> Finished:
     """Refuses what was made by another config or model or from another input, or removes it.
 
-    The statistics of each task are read once.
+    The statistics of each task are read once. Those of other jobs are looked at only where this job
+    alone has more changes than its share of what is allowed.
 
     Args:
         tasks: those of this job.
-        names: file names of the outputs of all jobs.
+        all_tasks: those of all jobs of an array.
         folder: of the outputs.
         settings: what the config means; kept in the folder, so that differences can be named.
         versions: of the installed packages, of `config.package_versions`.
@@ -67,13 +69,23 @@ def reject_or_remove_stale(
     fingerprint.forget_linked()  # as an earlier run of this process saw them
     suffixes = (shards.STATS_SUFFIX, shards.FAILED_SUFFIX)
     present = set(files.list_names(folder, lambda name: name.endswith(suffixes)))
-    there = PackedList(t for t in tasks if os.path.basename(t.stats_path) in present)
+    there = PackedList(t for t in tasks if _stats_name(t) in present)
     changed, replaced, done = _compare(there, versions)
-    own = set(names) if present else set()
+    names = {os.path.basename(task.output) for task in all_tasks} if present else set()
     finished = [n.removesuffix(shards.STATS_SUFFIX) for n in present if _is_shard_stats(n)]
-    gone = sorted(name for name in finished if name not in own)
+    gone = sorted(name for name in finished if name not in names)
     allowed = allowed_number(max_changed, len(finished))
-    is_everyday = replaced == len(changed) and len(changed) + len(gone) <= allowed
+    spare = allowed - len(gone) - len(changed)
+    is_everyday, elsewhere = replaced == len(changed) and spare >= 0, 0
+    # Each job removes what has changed of its own: together they must stay within the limit.
+    share = (allowed - len(gone)) * len(there) // max(len(finished), 1)
+    if changed and is_everyday and not overwrite and len(changed) > share:
+        own = {task.output for task in tasks}
+        others = PackedList(
+            t for t in all_tasks if t.output not in own and _stats_name(t) in present
+        )
+        elsewhere = _count_changed(others, spare + 1)
+        is_everyday = elsewhere <= spare
     if (changed or gone) and not (overwrite or is_everyday):
         text = _describe(folder, changed, gone, settings, len(finished))
         if replaced or gone:
@@ -81,6 +93,8 @@ def reject_or_remove_stale(
                 f"; config.max_changed_shards={max_changed:g} allows {allowed} inputs to be gone "
                 "or replaced without it"
             )
+        if elsewhere:
+            text += f", and at least {elsewhere} of the other jobs of this array are replaced too"
         raise ValueError(text)
     removed = bool(changed or gone)
     for path, reason in changed:
@@ -91,7 +105,7 @@ def reject_or_remove_stale(
         logging.warning("%s: removed, since %s is gone", files.join(folder, name), found["path"])
         remove_output(files.join(folder, name))
     notes = [name for name in present if name.endswith(shards.FAILED_SUFFIX)]
-    gone += {n.removesuffix(shards.FAILED_SUFFIX) for n in notes} - own - set(gone)
+    gone += {n.removesuffix(shards.FAILED_SUFFIX) for n in notes} - names - set(gone)
     if gone:
         for name in shards.names_below(files.list_names(folder), gone):  # lists, samples, notes
             files.remove(files.join(folder, name))
@@ -120,6 +134,17 @@ def _compare(
             changed.append((task.output, reason or other_version))
             replaced += other_version is None and stats.get("config_hash") == task.config_hash
     return changed, replaced, done
+
+
+def _count_changed(tasks: Sequence[shards.ShardTask], limit: int) -> int:
+    """How many finished tasks have changed; no more are looked at once `limit` of them have."""
+    checked = shards.check_all(tasks)
+    changed = (task for task, stats, reason in checked if stats is not None and reason is not None)
+    return sum(1 for _ in itertools.islice(changed, limit))
+
+
+def _stats_name(task: shards.ShardTask) -> str:
+    return os.path.basename(task.stats_path)
 
 
 def _is_shard_stats(name: str) -> bool:

@@ -21,6 +21,8 @@ from data_prep.jobs.engine_ray import RaySettings, run_on_ray
 from data_prep.jobs.progress import (
     DEATH,
     KILLED,
+    LOST,
+    STORAGE,
     TIMEOUT,
     Function,
     Outcome,
@@ -44,8 +46,13 @@ __all__ = [
 
 ENGINES = ("local", "ray")
 
-# A task that failed goes behind so many others, so that a storage has a while to return.
+# A task that failed goes behind so many others.
 _OTHERS_FIRST = 8
+# Before each further attempt of one that its storage has failed: a store that is down, or a file
+# server that is moved, is away for minutes.
+_STORAGE_DELAYS_SECS = (30.0, 120.0, 480.0)
+# Nodes of a cluster that may be taken away at any time; the task has nothing to do with it.
+_MAX_LOST_NODES = 10
 
 _Task = TypeVar("_Task")
 
@@ -131,17 +138,19 @@ def run_tasks(
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
     A progress bar on stderr shows shards done, their ETA, and pairs per second. A task that may
-    succeed when it is run again soon runs again among the others: one that a disk or a store has
-    failed, one that took too long (once), and one whose worker died. But where a local worker was
-    killed from outside, as the kernel does when memory runs out, the task waits for the end of the
-    others and runs alone, with all the memory there is.
+    succeed when it is run again soon runs again among the others: one to which the system refused
+    something, one that took too long (once), and one whose worker died. One that a disk or a store
+    has failed runs again after some time, three times. But where a local worker was killed from
+    outside, as the kernel does when memory runs out, the task waits for the end of the others and
+    runs alone, with all the memory there is.
 
     Args:
         function: importable by its name; calls `report(n)` whenever it has done n more pairs.
         tasks: picklable.
         num_workers: processes; 0 runs in this process, None takes one per core (of the cluster).
         label: of the progress bar.
-        retries: how often a task is run again after failures of each kind.
+        retries: how often a task is run again after failures of each kind; failures of its storage,
+            and lost nodes of a cluster, have limits of their own, unless this is 0.
         timeout_secs: after which a task's worker is stopped; needs worker processes.
         after_death: called when the worker of a task has died, unless `retries` is 0: with the
             task, and whether it may be to blame. Returns the task to run next in place of it; None
@@ -168,23 +177,28 @@ def run_tasks(
     alone = TaskQueue(())
     with Progress(len(tasks), label) as progress:
         for pending, count in ((TaskQueue(tasks), num_workers), (alone, 1)):
-            for outcome in _run_queue(function, pending, count, timeout_secs, ray, progress):
-                again = policy.next_attempt(outcome)
-                if again is None:
-                    progress.advance()
-                    yield outcome
-                    continue
-                is_alone = outcome.cause == KILLED and ray is None
-                logging.warning(
-                    "%s: %s; its task will run again%s",
-                    getattr(outcome.task, "source", outcome.task),
-                    outcome.error,
-                    ", alone" if is_alone else "",
-                )
-                if is_alone:
-                    alone.insert(len(alone), again)
-                else:
-                    pending.insert(_OTHERS_FIRST, again)
+            while pending or pending.wait():
+                for outcome in _run_queue(function, pending, count, timeout_secs, ray, progress):
+                    again = policy.next_attempt(outcome)
+                    if again is None:
+                        progress.advance()
+                        yield outcome
+                        continue
+                    is_alone = outcome.cause == KILLED and ray is None
+                    delay_secs = policy.delay_secs(again) if outcome.cause == STORAGE else 0.0
+                    when = f", in {delay_secs:.0f} s" if delay_secs else ""
+                    logging.warning(
+                        "%s: %s; its task will run again%s",
+                        getattr(outcome.task, "source", outcome.task),
+                        outcome.error,
+                        ", alone" if is_alone else when,
+                    )
+                    if is_alone:
+                        alone.insert(len(alone), again)
+                    elif delay_secs:
+                        pending.insert_later(delay_secs, again)
+                    else:
+                        pending.insert(_OTHERS_FIRST, again)
 
 
 class _Retries:
@@ -207,15 +221,25 @@ class _Retries:
         _, failures = self._failures.pop(id(task), (task, collections.Counter()))
         failures[cause] += 1
         again = task
-        if is_searched and cause in (DEATH, KILLED):
+        if is_searched and cause in (DEATH, KILLED, LOST):
             again = self._after_death(task, cause == DEATH)
         if not (is_searched and cause == DEATH):
-            # A shard that took too long twice goes on to take too long.
-            limit = 1 if cause == TIMEOUT else self._retries
-            again = again if failures[cause] <= limit else None
+            again = again if failures[cause] <= self._limit(cause) else None
         if again is not None:
             self._failures[id(again)] = again, failures
         return again
+
+    def delay_secs(self, task: Any) -> float:
+        """How long a task waits that its storage has failed, and that `next_attempt` returned."""
+        _, failures = self._failures[id(task)]
+        return _STORAGE_DELAYS_SECS[failures[STORAGE] - 1]
+
+    def _limit(self, cause: str) -> int:
+        """How often a task is run again after failures of a kind."""
+        if cause == TIMEOUT:
+            return 1  # a shard that took too long twice goes on to take too long
+        limits = {STORAGE: len(_STORAGE_DELAYS_SECS), LOST: _MAX_LOST_NODES}
+        return limits.get(cause, self._retries) if self._retries else 0
 
 
 def _run_queue(

@@ -25,6 +25,7 @@ from data_prep.jobs.models import share_models
 from data_prep.jobs.progress import (
     DEATH,
     KILLED,
+    LOST,
     POLL_SECS,
     Function,
     Outcome,
@@ -300,11 +301,11 @@ class _RayWorkerPool:
         reason, is_lost = " ".join(str(error).split()), is_node_loss(self._ray, error)
         if worker.has_started:
             # The task is not to blame for the loss of its node, or for memory that others took.
-            is_lost = is_lost or isinstance(error, self._ray.exceptions.OutOfMemoryError)
+            was_killed = isinstance(error, self._ray.exceptions.OutOfMemoryError)
             yield Outcome(
                 worker.task,
                 error=f"the Ray worker died at work, or its node was lost: {reason}",
-                cause=KILLED if is_lost else DEATH,
+                cause=KILLED if was_killed else LOST if is_lost else DEATH,
             )
             return
         self._failed_starts += not is_lost

@@ -65,6 +65,15 @@ def allowed_number(limit: float, total: int) -> int:
     return int(limit * total + 1e-9) if limit < 1 else int(limit)
 
 
+def allowed_failures(limit: float, total: int) -> int:
+    """How many of so many input shards may fail: `allowed_number`, and one of several at least.
+
+    Of fewer than 100 shards one percent is none, and one bad tar would hold up all others.
+    """
+    least = 1 if limit > 0 and total > 1 else 0
+    return max(least, allowed_number(limit, total))
+
+
 def run_noting_failures(
     function: Any, pending: Sequence[ShardTask], options: Mapping[str, Any]
 ) -> Failures:
@@ -80,7 +89,10 @@ def run_noting_failures(
         error = failures.get(str(task.source))
         if error is not None:
             note = {"source": str(task.source), "error": error}
-            shards.write_json(task.output + FAILED_SUFFIX, note)
+            try:
+                shards.write_json(task.output + FAILED_SUFFIX, note)
+            except OSError as refused:  # without it, other jobs take the shard for waiting
+                logging.error("that %s failed could not be noted: %s", task.source, refused)
     return failures
 
 
@@ -143,7 +155,7 @@ def is_unfinished(limit: float, found: Survey, total: int, participle: str = "do
         total: number of all input shards.
         participle: what is done to a shard.
     """
-    num_done, failed, allowed = len(found.parts), len(found.failed), allowed_number(limit, total)
+    num_done, failed, allowed = len(found.parts), len(found.failed), allowed_failures(limit, total)
     num_tasks = num_done + failed + found.waiting
     if found.waiting:
         print(

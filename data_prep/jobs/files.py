@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ __all__ = [
     "rename",
     "size",
     "write_bytes",
+    "write_object",
 ]
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
@@ -113,6 +114,19 @@ def read_object(path: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def write_object(path: str, value: Mapping[str, Any]) -> None:
+    """Writes JSON for people and programs, atomically.
+
+    A name that is not UTF-8, which Python holds with lone surrogates, comes back as it was.
+    """
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        data = json.dumps(value, indent=1, sort_keys=True).encode()
+    write_bytes(path, data + b"\n")
 
 
 def list_names(folder: str, wanted: Callable[[str], bool] = bool) -> list[str]:

@@ -130,8 +130,7 @@ def forget_linked() -> None:
 
 def write_location(path: str, location: Mapping[str, Any]) -> None:
     """Writes the location that `describe` gave."""
-    text = json.dumps(location, indent=1, sort_keys=True, ensure_ascii=False)
-    files.write_bytes(path, f"{text}\n".encode())
+    files.write_object(path, location)
 
 
 def read_location(path: str) -> dict[str, Any] | None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import heapq
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from diht_jax.data.retries import is_storage_failure
+from diht_jax.data.retries import is_outage, is_storage_failure
 from diht_jax.progress import ProgressBar
 
 _Task = TypeVar("_Task")
@@ -25,9 +26,14 @@ POLL_SECS = 0.5
 
 # Why a task failed although it may succeed when it is run again.
 STORAGE = "storage"  # a disk, a network or a store has failed for longer than a read was tried
+REFUSED = "refused"  # the system or a store refused something, which waiting seldom changes
 DEATH = "death"  # the worker process ended while it was at work
-KILLED = "killed"  # from outside while others were at work: memory ran out, or a node was lost
+KILLED = "killed"  # from outside while others were at work: memory ran out
+LOST = "lost"  # the node of the worker is gone
 TIMEOUT = "timeout"  # the task took longer than it may
+
+
+now, sleep = time.monotonic, time.sleep  # of delayed tasks; tests put their own clock here
 
 
 class ProcessDeath(OSError):
@@ -60,12 +66,17 @@ class TaskQueue:
         self._rest = iter(tasks)
         self._num_rest = len(tasks)
         self._front: collections.deque[Any] = collections.deque()
+        self._delayed: list[tuple[float, int, Any]] = []  # a heap: when, and in which order
+        self._num_delays = 0
 
     def __len__(self) -> int:
+        """How many can be taken now: without those that are delayed."""
+        self._take_due()
         return len(self._front) + self._num_rest
 
     def popleft(self) -> Any:
         """The next task, which is taken out; IndexError where there is none."""
+        self._take_due()
         if self._front or not self._num_rest:
             return self._front.popleft()
         self._num_rest -= 1
@@ -78,6 +89,23 @@ class TaskQueue:
             self._front.append(next(self._rest))
         self._front.insert(index, task)
 
+    def insert_later(self, delay_secs: float, task: Any) -> None:
+        """Puts a task among the others once some time has passed."""
+        self._num_delays += 1
+        heapq.heappush(self._delayed, (now() + delay_secs, self._num_delays, task))
+
+    def _take_due(self) -> None:
+        while self._delayed and self._delayed[0][0] <= now():
+            self._front.append(heapq.heappop(self._delayed)[2])
+
+    def wait(self) -> bool:
+        """Waits until a delayed task can be taken; False where none is delayed."""
+        if not self._delayed:
+            return False
+        while not self:
+            sleep(max(self._delayed[0][0] - now(), 0))
+        return True
+
 
 def call_function(function: Function, task: _Task, report: Report) -> Outcome[_Task, Any]:
     """Does one task in this process; an exception becomes the error of the outcome."""
@@ -89,7 +117,9 @@ def call_function(function: Function, task: _Task, report: Report) -> Outcome[_T
 
 def failed_outcome(task: _Task, error: Exception) -> Outcome[_Task, Any]:
     """The outcome of a task that raised; what a disk or a store refused may pass later."""
-    cause = STORAGE if isinstance(error, OSError) or is_storage_failure(error) else None
+    cause = None
+    if isinstance(error, OSError) or is_storage_failure(error):
+        cause = STORAGE if is_outage(error) else REFUSED
     if isinstance(error, ProcessDeath):
         cause = DEATH
     return Outcome(task, error=describe_error(error), cause=cause)

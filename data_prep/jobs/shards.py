@@ -390,8 +390,7 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def write_json(path: str | os.PathLike[str], value: dict[str, Any]) -> None:
     """Writes JSON for people and programs, atomically."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False)
-    files.write_bytes(os.fspath(path), f"{text}\n".encode())
+    files.write_object(os.fspath(path), value)
 
 
 def names_below(names: Iterable[str], outputs: Collection[str]) -> list[str]:

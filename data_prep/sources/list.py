@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 import ml_collections
@@ -23,6 +23,8 @@ from diht_jax.data.records.formats.tar_members import DamagedTarError
 from diht_jax.data.records.remote import is_remote
 from diht_jax.data.records.schema import Pair
 from diht_jax.data.stores import check_writable
+
+_ONE_SLASH = re.compile(r"([a-z0-9]+):/([^/].*)", re.DOTALL)
 
 _Task = TypeVar("_Task")
 
@@ -121,16 +123,61 @@ def check_output(output: str | os.PathLike[str] | None, sources: Sequence[Source
         ValueError: it is not set, a folder that is being read, or a URL where nothing can be
             written.
     """
-    if not output:
-        raise ValueError("config.output is not set: expected a folder, which is made if missing")
-    folder = os.fspath(output).removeprefix("file://")
+    folder = _name_folder(output)
+    check_not_input(folder, sources)
+    _check_writable(folder)
+    return folder
+
+
+def check_folder(output: str | os.PathLike[str] | None) -> str:
+    """The output folder, once it is sure that it can be written; before the input is listed.
+
+    Args:
+        output: `config.output`.
+
+    Returns:
+        A path or URL without a slash at its end.
+
+    Raises:
+        ValueError: it is not set, is mistyped, or takes no file.
+    """
+    folder = _name_folder(output)
+    _check_writable(folder)
+    return folder
+
+
+def check_not_input(folder: str, sources: Iterable[SourceShard]) -> None:
+    """Raises ValueError where the output folder is one that is being read."""
     plain = _plain_path(folder)
     for source in sources:
         if os.path.dirname(_plain_path(source.path)) == plain:
-            raise ValueError(f"config.output='{output}' is the folder of the input '{source.path}'")
+            raise ValueError(f"config.output='{folder}' is the folder of the input '{source.path}'")
+
+
+def _name_folder(output: str | os.PathLike[str] | None) -> str:
+    if not output:
+        raise ValueError("config.output is not set: expected a folder, which is made if missing")
+    folder = os.fspath(output).removeprefix("file://")
+    if match := _ONE_SLASH.fullmatch(folder):
+        raise ValueError(
+            f"config.output='{output}': expected a local folder, or a URL with two slashes, such "
+            f"as {match[1]}://{match[2]}; a local folder of this name is ./{folder}"
+        )
+    return folder.rstrip("/") or folder
+
+
+def _check_writable(folder: str) -> None:
     if is_remote(folder):
         check_writable(folder, "config.output")
-    return folder.rstrip("/") or folder
+        return
+    present = os.path.abspath(folder)
+    while not os.path.lexists(present):
+        present = os.path.dirname(present)
+    if not os.path.isdir(present) or not os.access(present, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"config.output='{folder}': nothing can be written to '{present}'; expected a folder "
+            "that may be written to, or the name of a new one in such a folder"
+        )
 
 
 def _plain_path(path: str) -> str:

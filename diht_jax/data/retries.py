@@ -74,6 +74,11 @@ def is_storage_failure(error: BaseException) -> bool:
     return not types.isdisjoint(_PASSING_TYPES) and _http_status(error) is None
 
 
+def is_outage(error: BaseException) -> bool:
+    """Whether a storage has failed in a way that passes by itself: nothing was refused for good."""
+    return is_storage_failure(error) and not _is_final(error.__cause__ or error)
+
+
 def _http_status(error: BaseException) -> int | None:
     """The status of a server's answer, as aiohttp, botocore, gcsfs, azure and requests have it."""
     response = getattr(error, "response", None)

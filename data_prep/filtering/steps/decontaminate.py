@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import logging
 from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates import given
-from data_prep.duplicates.image_hashes import open_index, try_hash
+from data_prep.duplicates.image_hashes import SUFFIX, Index, open_index, try_hash
 from data_prep.filtering.steps import models
 from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
 from diht_jax.config import TextOrSections
 from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.records.remote import is_remote
+from diht_jax.data.stores import local_copy
 
 _EMBEDDINGS = "config.decontaminate.embeddings"
 
@@ -90,10 +94,11 @@ class DecontaminateStep(Step):
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        digests = {name: open_index(path).digest() for name, path in _sets(config).items()}
+        digests = {name: _open_index(path).digest() for name, path in _sets(config).items()}
         rules = super().describe_rules(config) | {"decontaminate_sets": digests}
         c = config.decontaminate.embeddings
         if _embedded_sets(config):
+            _open_set.cache_clear()  # a run begins with the files as they are now
             rules["decontaminate_embedded_sets"] = {
                 name: known.digest() for name, known in _open_embedded(config).items()
             }
@@ -111,9 +116,10 @@ class DecontaminateStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._sets = {name: open_index(path) for name, path in _sets(config).items()}
+        self._sets = {name: _open_index(path) for name, path in _sets(config).items()}
         self._embedded = _open_embedded(config)
         c = config.decontaminate.embeddings
+        self._source, self._without_embedding = source, 0
         self._given = None if c.pairs is None else given.read_of_shard(c.pairs, source)
         self._model = None if c.model is None else models.load(c.model, c.batch_size)
 
@@ -127,6 +133,16 @@ class DecontaminateStep(Step):
             else:
                 name, key, how = match
                 yield Drop(candidate, name, evidence=f"{key} of {name}: {how}")
+
+    def record(self, log: Any) -> None:
+        if self._without_embedding:
+            logging.warning(
+                "%s: %d pairs have no embedding in %s.pairs='%s', and went on without a comparison",
+                self._source,
+                self._without_embedding,
+                _EMBEDDINGS,
+                self.config.decontaminate.embeddings.pairs,
+            )
 
     def _find_hashed(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
         """What each candidate is a copy of, by its hashes; set by set, the first one last."""
@@ -159,6 +175,7 @@ class DecontaminateStep(Step):
         if self._given is not None:
             keys = [candidate.pair.key for candidate in candidates]
             rows = {i: self._given[key] for i, key in enumerate(keys) if key in self._given}
+            self._without_embedding += len(keys) - len(rows)
         else:
             pictures = {}
             for number, candidate in enumerate(candidates):
@@ -195,12 +212,30 @@ def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
     return _parse(config.decontaminate.embeddings.sets, f"{_EMBEDDINGS}.sets")
 
 
+@functools.lru_cache(maxsize=64)
+def _open_set(path: str) -> given.EmbeddedSet:
+    """As `given.open_set`; it is kept for the next shard."""
+    return given.open_set(path)
+
+
+@functools.lru_cache(maxsize=64)
+def _open_index(path: str) -> Index:
+    """As `open_index`; of a file in a store, too."""
+    if not path.endswith(SUFFIX) or not is_remote(path):
+        return open_index(path)
+    with local_copy(path) as copy:
+        try:
+            return open_index(copy)
+        except ValueError as error:
+            raise ValueError(str(error).replace(copy, path)) from error
+
+
 def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, given.EmbeddedSet]:
     """Name -> embeddings of the evaluation sets."""
     found = {}
     for name, path in _embedded_sets(config).items():
         try:
-            found[name] = given.open_set(path)
+            found[name] = _open_set(path)
         except ValueError as error:
             raise ValueError(f"{_EMBEDDINGS}.sets, {name}={error}") from error
     return found

@@ -13,7 +13,7 @@ from diht_jax.weights.releases import RELEASES
 _READ_BYTES = 2**22
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=4)  # several steps may have a model of their own
 def load(model: str, batch_size: int) -> Any:
     """The model; loaded once in a worker. JAX is imported where it is needed."""
     from diht_jax.loading import load_model

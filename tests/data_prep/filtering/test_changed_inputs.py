@@ -4,6 +4,7 @@ import collections
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import shutil
 import tarfile
@@ -54,19 +55,39 @@ def _add(folder: pathlib.Path, name: str, like: str) -> None:
 
 
 def test_a_tar_that_is_cut_off_and_deleted_later(tmp_path, filtered):
-    """19 of 20 parts are done; without the tar, the output is made of them."""
+    """The output is made of 19 of 20 parts, with the tar as with its damage."""
     source = write_tars(tmp_path / "in", 20, pairs_per_tar=2)
     broken = tmp_path / "in" / "00007.tar"
     broken.write_bytes(broken.read_bytes()[:3000])
     config = job_config(source, tmp_path / "out")
-    assert list(run_filter(config)) == [str(broken)]
+    failures = run_filter(config)  # one percent of 20 are none, and one may fail nevertheless
+    assert list(failures) == [str(broken)] and failures.exit_status == 3
+    assert read_counts(tmp_path / "out")["kept"] == 38
     broken.unlink()
     filtered.clear()
     assert run_filter(config) == {}
     assert filtered == []
     assert read_counts(tmp_path / "out")["kept"] == 38
     assert "00007.tar" not in part_names(tmp_path / "out")
+    assert "failed" not in json.loads((tmp_path / "out" / "stats.json").read_text())
     assert not list((tmp_path / "out" / "parts").glob("*.failed.json"))
+
+
+@pytest.mark.parametrize("num_tars", [1, 3])
+def test_more_failures_than_one_are_no_output_but_a_report(tmp_path, num_tars, capsys):
+    """Of three tars two fail; and the only one of another job, which leaves nothing to report."""
+    source, output = write_tars(tmp_path / "in", num_tars, pairs_per_tar=2), tmp_path / "out"
+    for path in sorted((tmp_path / "in").glob("*.tar"))[-2:]:
+        path.write_bytes(path.read_bytes()[:3000])
+    failures = run_filter(job_config(source, output))
+    assert len(failures) == min(num_tars, 2) and failures.exit_status == 1
+    assert f"max_failed_shards=0.01 allows {int(num_tars > 1)}: there is no" in (
+        capsys.readouterr().out
+    )
+    assert not (output / "stats.json").exists() and not (output / "dataset.index").exists()
+    if num_tars > 1:
+        assert len(json.loads((output / "report.json").read_text())["failed"]) == 2
+        assert "2 input shards failed" in (output / "report.html").read_text()
 
 
 # What becomes of the parts' records: they are kept, found in the output shards, or the output.
@@ -110,6 +131,32 @@ def test_tars_in_the_middle_are_added_replaced_and_removed(tmp_path, filtered, s
     run_filter(job_config(source, tmp_path / "fresh", **settings))
     assert snapshot(output) == snapshot(tmp_path / "fresh")
     assert gone == part_names(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("limit", [0.1, 2])
+def test_the_jobs_of_an_array_together_replace_no_more_than_one_job_would(
+    tmp_path, filtered, limit
+):
+    """Of 20 parts 2 may change: with all 20, each job refuses; with 2, none does."""
+    source, output = write_tars(tmp_path / "in", 20, pairs_per_tar=1), tmp_path / "out"
+    config = job_config(source, output, max_changed_shards=limit)
+    run_filter(config)
+    before = snapshot(output)
+    tars = sorted((tmp_path / "in").glob("*.tar"))
+    times = [path.stat().st_mtime_ns for path in tars]
+    filtered.clear()
+    for path, time in zip(tars, times, strict=True):
+        os.utime(path, ns=(time, time + 10**9))
+    for num_tasks in (1, 4, 20):
+        for index in range(num_tasks):
+            with pytest.raises(ValueError, match="allows 2 inputs to be gone or replaced"):
+                run_filter(config, index, num_tasks)
+    assert filtered == [] and snapshot(output) == before
+    for number, (path, time) in enumerate(zip(tars, times, strict=True)):
+        os.utime(path, ns=(time, time + 10**9 * (number in (3, 4))))
+    for index in range(20):
+        assert run_filter(config, index, 20) == {}
+    assert filtered == ["00003.tar", "00004.tar"]
 
 
 def test_other_output_shards_are_copied_and_a_kill_while_they_are_loses_nothing(
@@ -249,7 +296,7 @@ def test_an_input_that_is_reached_from_another_root_is_not_filtered_again(tmp_pa
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("allowed", "status"), [(0, 1), (1, 3)])
+@pytest.mark.parametrize(("allowed", "status"), [(0, 1), (1, 3), (0.01, 3)])
 def test_the_exit_code_shows_whether_there_is_an_output(tmp_path, monkeypatch, allowed, status):
     source = write_tars(tmp_path / "in", 2)
     broken = tmp_path / "in" / "00001.tar"

@@ -2,18 +2,24 @@
 
 import io
 
+import fsspec
 import numpy as np
 import pytest
 import scipy.fft
 from PIL import Image
 
-from data_prep.duplicates import image_hashes
+from data_prep.duplicates import given, image_hashes
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
+from data_prep.filtering.steps import decontaminate, models
+from data_prep.filtering.steps.base import Drop, begin
+from data_prep.filtering.steps.decontaminate import DecontaminateStep
 from data_prep.reports.summary import read_report
-from diht_jax import load_model
+from diht_jax import load_model, loading
 from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.models import Architecture
 from diht_jax.weights import clip_layout
@@ -152,6 +158,59 @@ def test_keys_are_checked(tmp_path):
     (tmp_path / "x.npz").write_bytes(b"")
     with pytest.raises(ValueError, match="expected an index of python -m"):
         image_hashes.open_index(str(tmp_path / "x.npz"))
+
+
+def test_an_index_may_lie_in_a_store(tmp_path):
+    red = _encode(Image.new("RGB", (20, 20), "red"), "PNG")
+    source = _write_folder(tmp_path / "in", {"0.png": red, "1.png": _encode(_scene(1), "PNG")})
+    index = image_hashes.make_index(_write_folder(tmp_path / "a", {"red.png": red}))
+    image_hashes.write_index(tmp_path / "a.npz", index)
+    system = fsspec.filesystem("memory")
+    system.pipe_file("/sets/a.npz", (tmp_path / "a.npz").read_bytes())
+    system.pipe_file("/sets/bad.npz", b"")
+    config = job_config(source, tmp_path / "out", decontaminate__sets="a=memory://sets/a.npz")
+    assert run_filter(config) == {}
+    assert read_dropped(tmp_path / "out") == {"decontaminate": {"a": 1}}
+    config.decontaminate.sets = "a=memory://sets/bad.npz"
+    with pytest.raises(ValueError, match=r"^memory://sets/bad\.npz: expected an index of python"):
+        DecontaminateStep.describe_rules(config)
+    system.rm("/sets", recursive=True)
+
+
+def test_a_worker_reads_sets_and_models_once(tmp_path, monkeypatch):
+    """Of several steps, each with a model of its own, none pushes out that of another."""
+    loaded, opened = [], []
+    known = given.EmbeddedSet(["k"], np.ones((1, 4)))
+    monkeypatch.setattr(given, "open_set", lambda path: opened.append(path) or known)
+    monkeypatch.setattr(loading, "load_model", lambda model, **_: loaded.append(model) or model)
+    models.load.cache_clear()
+    config = job_config("in.tar", tmp_path)
+    config.decontaminate.embeddings.update({"sets": "a=/a,b=/b", "model": "m"})
+    for _ in range(2):
+        DecontaminateStep(config, None)
+        models.load("of clip", 64)
+    assert (loaded, opened) == (["m", "of clip"], ["/a", "/b"])
+    models.load.cache_clear()
+    decontaminate._open_set.cache_clear()
+
+
+def test_pairs_without_an_embedding_are_reported(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(given, "open_set", lambda _: given.EmbeddedSet(["s"], np.ones((1, 4))))
+    monkeypatch.setattr(given, "read_of_shard", lambda *_: {"same": np.ones(4, np.float32)})
+    monkeypatch.setattr(
+        decontaminate.logging, "warning", lambda text, *args: warnings.append(text % args)
+    )
+    config = job_config("in.tar", tmp_path)
+    config.decontaminate.embeddings.update({"sets": "of_two=/x", "pairs": "/embedded"})
+    step = DecontaminateStep(config, SourceShard("webdataset", "in.tar"))
+    candidates = begin([Pair(key, b"", "a caption") for key in ("same", "absent", "absent too")])
+    results = list(step.judge(candidates))
+    assert [isinstance(result, Drop) for result in results] == [True, False, False]
+    step.record(None)
+    (warning,) = warnings
+    assert warning.startswith("in.tar: 2 pairs have no embedding in config.decontaminate.embedd")
+    decontaminate._open_set.cache_clear()
 
 
 _ARCH = Architecture(

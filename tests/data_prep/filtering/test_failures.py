@@ -5,6 +5,8 @@ import errno
 import functools
 import itertools
 import json
+import os
+import tarfile
 import types
 
 import aiohttp
@@ -144,6 +146,29 @@ def test_of_a_tar_that_is_cut_off_the_pairs_before_are_kept_where_the_config_ask
     assert report.damaged == [damaged]
     (warning,) = [text for text in report.warnings() if "damaged" in text]
     assert damaged in warning
+
+
+def test_names_that_are_not_utf8_are_filtered_and_reported(tmp_path, capsys):
+    """Of an input file, of one that is damaged, and of a picture of no known kind in a tar."""
+    write_tars(tmp_path / "in", 2, pairs_per_tar=2)
+    good, bad = (tmp_path / "in" / os.fsdecode(name) for name in (b"caf\xe9.tar", b"m\xe9.tar"))
+    os.rename(tmp_path / "in" / "00000.tar", good)
+    os.rename(tmp_path / "in" / "00001.tar", bad)
+    with tarfile.open(good, "a", encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("b.m\xe9sk.png"))
+    bad.write_bytes(bad.read_bytes()[:1000])
+    config = job_config(f"{tmp_path}/in/*.tar", tmp_path / "out", max_failed_shards=1)
+    for _ in range(2):
+        assert list(run_filter(config)) == [str(bad)]
+    assert [r.key for r in read_records(tmp_path / "out")] == ["0-0", "0-1"]
+    assert json.loads((tmp_path / "out" / "stats.json").read_bytes())["failed"][0]["source"] == (
+        str(bad)
+    )
+    (dropped,) = [s for s in read_report(tmp_path / "out").samples if s["outcome"] != "kept"]
+    assert dropped["outcome"] == "source/no_image"
+    assert "failed: " in capsys.readouterr().err
+    locations = [json.loads(p.read_bytes()) for p in (tmp_path / "out").glob("parts/*.place.json")]
+    assert [location["path"] for location in locations] == [str(good)]
 
 
 def test_a_crash_that_no_pair_explains_is_tried_without_the_pictures_of_the_report(

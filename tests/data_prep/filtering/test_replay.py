@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from data_prep.filtering import decisions, replay
+from data_prep.filtering import decisions, kept, replay
 from data_prep.filtering.score_quantiles import score_quantiles
 from data_prep.filtering.steps import recorded, text
 from data_prep.text_spotting.match import caption_matches
@@ -193,6 +193,15 @@ def test_the_lists_are_those_of_the_filter(work, capsys):
         finished / "kept_uids.npy"
     ).read_bytes()
     assert "settings: those of the folder" in capsys.readouterr().out
+
+
+def test_a_line_of_a_list_is_one_pair_whatever_its_key_holds():
+    keys = pyarrow.array(["a\tb", "c\nd", "e\u2028f\tg", "h"])
+    table, column = io.BytesIO(), io.BytesIO()
+    kept.write_lines(table, keys, pyarrow.array(["x/1", "x/2", "x/3", "x/4"]))
+    kept.write_lines(column, keys)
+    assert table.getvalue() == b"a b\tx/1\nc d\tx/2\ne f g\tx/3\nh\tx/4\n"
+    assert column.getvalue() == b"a\tb\nc d\ne f\tg\nh\n"
 
 
 def test_laxer_limits_name_the_pairs_that_would_have_to_be_filtered(work, capsys):

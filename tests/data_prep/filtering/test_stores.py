@@ -111,6 +111,20 @@ def test_a_run_that_is_killed_at_whatever_write_goes_on(metered):
         assert before.items() <= {n: MeteredStore.store[n].modified for n in _names(out)}.items()
 
 
+def test_an_input_is_added_to_array_records_in_a_store(metered, tmp_path):
+    pytest.importorskip("array_record")
+    settings = {"output_format": "array_record", "examples_per_shard": 4}
+    assert run_filter(metered("metered:///out", **settings)) == {}
+    write_tars(tmp_path / "more", 3)
+    added = (tmp_path / "more" / "00002.tar").read_bytes()
+    fsspec.filesystem("metered").pipe_file("metered:///in/00002.tar", added)
+    assert run_filter(metered("metered:///out", **settings)) == {}
+    assert run_filter(metered("metered:///fresh", **settings)) == {}
+    found, fresh = _snapshot("metered:///out"), _snapshot("metered:///fresh")
+    assert found.keys() == fresh.keys()
+    assert {n for n in found if found[n] != fresh[n]} <= set(_OWN)
+
+
 # Runs filter jobs in forked children; each stops itself first, so that somebody may wait for it.
 _JOBS = """
 import os, signal, sys

@@ -16,9 +16,10 @@ import types
 import aiohttp
 import pytest
 
-from data_prep.jobs import engine
+from data_prep.jobs import engine, failures, progress, shards
 from data_prep.jobs.engine import print_failures, run_pending, run_tasks
-from data_prep.jobs.progress import DEATH, KILLED, STORAGE, Outcome
+from data_prep.jobs.progress import DEATH, KILLED, LOST, REFUSED, STORAGE, Outcome
+from diht_jax.data.readers.registry import SourceShard
 from diht_jax.data.retries import StorageError
 from tests.waiting import wait_until
 
@@ -116,13 +117,13 @@ def test_what_may_pass_is_tried_again():
         list(run_tasks(work, range(2), num_workers=0, label="t", retries=-1))
 
 
-def test_what_a_storage_failed_runs_again_among_the_others():
+def test_what_was_refused_runs_again_among_the_others():
     order = []
 
     def work(task: int, report) -> None:
         order.append(task)
         if task in (2, 30) and order.count(task) == 1:
-            raise StorageError("the disk is away")
+            raise PermissionError("not yet")
 
     outcomes = list(run_tasks(work, range(40), num_workers=0, label="t"))
     assert sorted(o.task for o in outcomes) == list(range(40))
@@ -133,19 +134,78 @@ def test_what_a_storage_failed_runs_again_among_the_others():
     assert again[1] < len(order) - 1
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that have passed, in a list; those that are slept pass at once."""
+    passed = [1000.0]
+
+    def sleep(secs):
+        passed[0] += secs
+
+    monkeypatch.setattr(progress, "now", lambda: passed[0])
+    monkeypatch.setattr(progress, "sleep", sleep)
+    return passed
+
+
+@pytest.mark.parametrize("down_secs", [20, 100, 500, 2000])
+def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, down_secs):
+    """Every task takes a second; after 30 s, 2 min and 8 min more it is given up."""
+    attempts = collections.defaultdict(list)
+
+    def work(task: int, report) -> None:
+        attempts[task].append(clock[0] - 1000)
+        clock[0] += 1
+        if task < 3 and clock[0] < 1000 + down_secs:
+            raise StorageError("the store is away")
+
+    outcomes = {o.task: o for o in run_tasks(work, range(40), num_workers=0, label="t", retries=1)}
+    assert all(len(attempts[task]) == 1 for task in range(3, 40))
+    for task in range(3):
+        began = attempts[task]
+        assert outcomes[task].error == (None if down_secs < 700 else "the store is away")
+        assert len(began) == {20: 2, 100: 3, 500: 4, 2000: 4}[down_secs]
+        for before, after, delay in zip(began, began[1:], (30, 120, 480), strict=False):
+            assert delay <= after - before <= delay + 10
+    assert attempts[0][1] < 38  # the others go on meanwhile
+
+
+def test_a_lost_node_has_a_limit_of_its_own():
+    """Whatever the retries; deaths of workers count by themselves."""
+    policy = engine._Retries(1, after_death=lambda task, may_be_blamed: task)
+    lost = Outcome("task", error="lost", cause=LOST)
+    assert [policy.next_attempt(lost) for _ in range(11)] == ["task"] * 10 + [None]
+    assert engine._Retries(0, None).next_attempt(lost) is None
+
+
+def test_a_failure_that_cannot_be_noted_ends_no_job(tmp_path, monkeypatch):
+    def write(path, value):
+        raise StorageError(f"{path}: the store is away")
+
+    def work(task: shards.ShardTask, report) -> None:
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(shards, "write_json", write)
+    tasks = [shards.ShardTask(SourceShard("", n), f"{tmp_path}/{n}", "") for n in "ab"]
+    options = {"num_workers": 0, "label": "t"}
+    assert failures.run_noting_failures(work, tasks, options) == {"a": "damaged", "b": "damaged"}
+
+
 def test_damage_is_final_and_the_cause_of_a_failure_is_known():
     errors = {
         0: ValueError("damaged"),
         1: StorageError("a disk"),
         2: aiohttp.ServerDisconnectedError(),
         3: RuntimeError("a defect"),
+        4: FileNotFoundError("no file"),
     }
 
     def work(task: int, report) -> None:
         raise errors[task]
 
-    outcomes = {o.task: o for o in run_tasks(work, range(4), num_workers=0, label="t", retries=0)}
-    assert {t: o.cause for t, o in outcomes.items()} == {0: None, 1: STORAGE, 2: STORAGE, 3: None}
+    outcomes = {o.task: o for o in run_tasks(work, range(5), num_workers=0, label="t", retries=0)}
+    assert {t: o.cause for t, o in outcomes.items()} == {
+        0: None, 1: STORAGE, 2: STORAGE, 3: None, 4: REFUSED
+    }  # fmt: skip
 
 
 def test_a_task_that_takes_too_long_is_stopped_twice_and_holds_nobody_up(tmp_path):

@@ -4,7 +4,9 @@ import dataclasses
 
 import pytest
 
+from data_prep.filter import run_filter
 from data_prep.sources.list import (
+    check_folder,
     check_output,
     default_source,
     list_sources,
@@ -14,6 +16,7 @@ from data_prep.sources.list import (
 from data_prep.text_spotting.config import check_spotter, default_spotter
 from diht_jax.data.readers.registry import FORMATS, SourceShard
 from diht_jax.data.records import remote
+from tests.data_prep.filtering.jobs import job_config
 
 
 def test_jobs_of_an_array_share_all_tasks():
@@ -59,6 +62,20 @@ def test_an_output_in_a_store_is_tried_at_once(s3_bucket, tmp_path):
             check_output(url, [])
     with pytest.raises(ValueError, match=r"is the folder of the input 's3://bucket/in/a\.tar'"):
         check_output("s3://bucket/in", [SourceShard("webdataset", "s3://bucket/in/a.tar")])
+
+
+def test_an_output_that_takes_no_file_is_refused_before_the_input_is_listed(tmp_path):
+    (tmp_path / "file").write_text("")
+    for output, message in (
+        ("s3:/bucket/kept", "a URL with two slashes, such as s3://bucket/kept; a local folder of "),
+        (f"{tmp_path}/file/kept", f"nothing can be written to '{tmp_path}/file'; expected a fold"),
+        ("", "config.output is not set: expected a folder"),
+    ):
+        for recipe in ("convert", "metadata"):
+            with pytest.raises(ValueError, match=message):
+                run_filter(job_config("absent.tar", output, recipe))
+    assert check_folder(f"file://{tmp_path}/new/kept/") == f"{tmp_path}/new/kept"
+    assert check_folder("./s3:/bucket") == "./s3:/bucket"
 
 
 @pytest.mark.parametrize("url", ["s3://bucket/kept", "gs://bucket", "file:///tmp/kept"])
