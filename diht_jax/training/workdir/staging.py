@@ -172,18 +172,17 @@ class StagedDirectory:
     def _run(self) -> None:
         wait = _POLL_SECONDS
         while not self._ended.wait(wait):
-            if set(self._local_steps()) == self._read_record():
-                continue
             try:
-                self.send()
+                # The folder may lie on a network, where a mere listing may fail for a moment.
+                if set(self._local_steps()) != self._read_record():
+                    self.send()
                 wait = _POLL_SECONDS
             except Exception as error:  # as in `fetch`
                 logging.error(
-                    "%s cannot be written (%s); the run goes on in %s, and it is tried again in "
-                    "%d s",
+                    "copying %s to %s failed (%s); the run goes on, and it is tried again in %d s",
+                    self.folder,
                     self.url,
                     error,
-                    self.folder,
                     _RETRY_SECONDS,
                 )
                 wait = _RETRY_SECONDS

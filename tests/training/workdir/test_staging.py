@@ -1,5 +1,6 @@
 """Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
+import errno
 import shutil
 
 import fsspec
@@ -11,6 +12,7 @@ import pytest
 from diht_jax.loading import read_model
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.workdir import staging
 from diht_jax.training.workdir.checkpoint import CheckpointError
 from diht_jax.training.workdir.lock import lock_directory
 from diht_jax.training.workdir.staging import StagedDirectory
@@ -184,6 +186,29 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(mount_tmpfs, tmp_pat
     assert steps_in(again.folder) == [2, 4]
     again.close_after(None)
     assert steps_stored(url) == [2, 4]
+
+
+@pytest.mark.parametrize("fails", ["_local_steps", "_read_record", "send"])
+def test_uploads_go_on_after_any_error_of_a_moment(tmp_path, monkeypatch, caplog, fails):
+    monkeypatch.setattr(staging, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(staging, "_RETRY_SECONDS", 0.01)
+    url = f"memory://{tmp_path.name}/run"
+    staged = StagedDirectory(url, str(tmp_path / "machine"))
+    staged.fetch()
+    works, failed = getattr(staged, fails), []
+
+    def fail_once():
+        if not failed:
+            failed.append(OSError(errno.ESTALE, "Stale file handle"))
+            raise failed[0]
+        return works()
+
+    monkeypatch.setattr(staged, fails, fail_once)
+    put_checkpoint(staged.folder, 2)
+    staged.start()
+    wait_until(lambda: steps_stored(url) == [2])
+    staged.close_after(None)
+    assert f"to {url} failed ([Errno 116] Stale file handle)" in caplog.text
 
 
 def test_what_cannot_be_is_reported(config, tmp_path):
