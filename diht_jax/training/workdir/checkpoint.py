@@ -211,7 +211,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints."""
-        return list(ocp.utils.checkpoint_steps(self._root)) if self._root.exists() else []
+        return finished_steps(self._root)
 
     def _open(self) -> ocp.CheckpointManager:
         policies = [
@@ -370,6 +370,12 @@ def read_checks(directory: epath.Path) -> dict[str, Any]:
         directory,
     )
     return {}
+
+
+def finished_steps(root: epath.Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder of some, the latest last."""
+    paths = ocp.utils.checkpoint_steps_paths(root)
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:
