@@ -8,6 +8,7 @@ does not count. Writing is `staging`'s.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -68,11 +69,15 @@ def local_run(workdir: str | os.PathLike[str], step: int | None = None) -> str:
     checksum = google_crc32c.value(json.dumps(stored[step]).encode())
     folder = copy_folder(url, _COPIES) / f"{step}-{checksum:08x}"
     checkpoints = folder / CHECKPOINT_DIRECTORY
-    if not (checkpoints / str(step)).exists():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        problem = download_checkpoint(system, root, step, stored[step], checkpoints)
-        if problem:
-            raise ValueError(f"{url}: the checkpoint of step {step} is damaged: {problem}")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".download.lock", "ab") as lock:
+        # One of the processes that share this home copies, and the others wait for it.
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (checkpoints / str(step)).exists():
+            problem = download_checkpoint(system, root, step, stored[step], checkpoints)
+            if problem:
+                raise ValueError(f"{url}: the checkpoint of step {step} is damaged: {problem}")
     write_atomically(folder / CONFIG_FILE, system.cat_file(f"{root}/{CONFIG_FILE}"))
     return os.fspath(folder)
 
@@ -105,6 +110,8 @@ def download_checkpoint(
     system: Any, root: str, step: int, manifest: Manifest, checkpoints: pathlib.Path
 ) -> str | None:
     """Copies one into a folder of checkpoints, where it appears whole or not at all.
+
+    Nobody else may copy the same one there meanwhile.
 
     Returns:
         What is wrong with it in the store; None where it is as its manifest says.

@@ -1,7 +1,10 @@
 """Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
 import errno
+import fcntl
+import pathlib
 import shutil
+import threading
 
 import fsspec
 import jax
@@ -123,6 +126,43 @@ def test_a_damaged_or_unfinished_checkpoint_of_the_store_does_not_count(
     assert steps_in(other.folder) == steps_stored(url) == [2, 4]
     assert ("step 6 is damaged" in caplog.text) == (damage != "unfinished")
     assert not any("/6/" in name for name in stored_files(url))
+
+
+@pytest.mark.parametrize("url", ["memory"], indirect=True)
+def test_processes_that_share_a_home_copy_a_run_once(staged, url, monkeypatch):
+    (staged.folder / "config.json").write_text("{}")
+    staged.send()
+    system, root = fsspec.core.url_to_fs(url)
+    copied, found, get_file, flock = [], [], system.get_file, fcntl.flock
+    # The second one has come as far as it can.
+    waits_or_is_done = threading.Event()
+
+    def copy_too():
+        found.append(local_run(url))
+        waits_or_is_done.set()
+
+    second = threading.Thread(target=copy_too)
+
+    def take(file, operation):
+        if threading.current_thread() is second:
+            waits_or_is_done.set()
+        flock(file, operation)
+
+    def get(path, target):
+        copied.append(path)
+        if len(copied) == 1:
+            second.start()
+            waits_or_is_done.wait()
+        get_file(path, target)
+
+    monkeypatch.setattr(fcntl, "flock", take)
+    monkeypatch.setattr(system, "get_file", get)
+    found.append(local_run(url))
+    second.join()
+    assert len(found) == 2 and len(set(found)) == 1
+    manifest = read_manifests(system, root)[6]
+    assert make_manifest(pathlib.Path(found[0], "checkpoints", "6")) == manifest
+    assert sorted(copied) == sorted(f"{root}/checkpoints/6/{name}" for name in manifest)
 
 
 def test_the_store_is_what_counts(staged, url, tmp_path):
