@@ -214,7 +214,7 @@ def _read_whole(
     mesh: Mesh | None,
 ) -> ModelFiles:
     """As `read_model`, with all numbers of the embeddings."""
-    folder = local_run(name, step)
+    folder = local_run(name, step, mesh)
     if is_run(folder):
         if architecture:
             raise ValueError(f"{name}: a work directory knows its architecture; give none")

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import pathlib
 import shutil
 import threading
@@ -15,7 +16,7 @@ import pytest
 from diht_jax.loading import read_model
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.workdir import staging
+from diht_jax.training.workdir import staging, stored_run
 from diht_jax.training.workdir.checkpoint import CheckpointError
 from diht_jax.training.workdir.lock import lock_directory
 from diht_jax.training.workdir.staging import StagedDirectory
@@ -163,6 +164,16 @@ def test_processes_that_share_a_home_copy_a_run_once(staged, url, monkeypatch):
     manifest = read_manifests(system, root)[6]
     assert make_manifest(pathlib.Path(found[0], "checkpoints", "6")) == manifest
     assert sorted(copied) == sorted(f"{root}/checkpoints/6/{name}" for name in manifest)
+
+
+@pytest.mark.parametrize("url", ["memory"], indirect=True)
+def test_the_first_process_decides_which_checkpoint_of_a_store_is_read(staged, url, monkeypatch):
+    (staged.folder / "config.json").write_text("{}")
+    staged.send()
+    system, root = fsspec.core.url_to_fs(url)
+    listed = json.dumps({4: read_manifests(system, root)[4]}).encode()
+    monkeypatch.setattr(stored_run, "share_for", lambda mesh: lambda read: listed)
+    assert steps_in(pathlib.Path(local_run(url))) == [4]
 
 
 def test_the_store_is_what_counts(staged, url, tmp_path):
