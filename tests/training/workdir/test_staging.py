@@ -19,7 +19,7 @@ from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.workdir import staging, stored_run
 from diht_jax.training.workdir.checkpoint import CheckpointError
 from diht_jax.training.workdir.lock import lock_directory
-from diht_jax.training.workdir.staging import StagedDirectory
+from diht_jax.training.workdir.staging import StagedDirectory, open_workdir
 from diht_jax.training.workdir.stored_run import local_run, make_manifest, read_manifests
 from tests.waiting import wait_until
 
@@ -260,6 +260,31 @@ def test_uploads_go_on_after_any_error_of_a_moment(tmp_path, monkeypatch, caplog
     wait_until(lambda: steps_stored(url) == [2])
     staged.close_after(None)
     assert f"to {url} failed ([Errno 116] Stale file handle)" in caplog.text
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch, is_staged):
+    looks, pauses = [], []
+
+    def gather(text):
+        looks.append(text)
+        return [text, text if len(looks) == seen_at else "of another run"]
+
+    monkeypatch.setattr(staging, "gather_texts", gather)
+    monkeypatch.setattr(staging.time, "sleep", pauses.append)
+    workdir = "memory://not_shared/run" if is_staged else str(tmp_path / "run")
+    advice = "Set config.checkpoint.staging to" if is_staged else "take a folder that they share"
+    seen_at = None
+    with (
+        pytest.raises(ValueError, match=f"--workdir={workdir}: process 1 does not .*{advice}"),
+        open_workdir(workdir, str(tmp_path / "staging")),
+    ):
+        pass
+    assert len(looks) == len(pauses) + 1 and "pid" in looks[0]
+    # A network file system shows it late.
+    seen_at = len(looks) + 3
+    with open_workdir(workdir, str(tmp_path / "staging")):
+        assert len(looks) == seen_at
 
 
 def test_what_cannot_be_is_reported(config, tmp_path):
