@@ -33,7 +33,7 @@ from diht_jax.progress import ProgressBar
 from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
 from diht_jax.training.initial_parameters import initial_parameters
-from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
+from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.input_supply import InputSupply
 from diht_jax.training.monitoring.metrics import (
@@ -312,9 +312,11 @@ class Run:
         plot_curves(self.workdir)
         return self.state
 
-    def keys_of_step(self, step: int) -> list[str]:
-        """Keys of this process's records in the batch of a step."""
-        return self.iterator.keys(first_example=(step - 1) * self.config.data.batch_size)
+    def keys_of_step(self, step: int) -> str:
+        """Names this process's records in the batch of a step, for a message."""
+        batch_size = self.config.data.batch_size
+        keys = self.iterator.keys(first_example=(step - 1) * batch_size, most=SHOWN_KEYS)
+        return shown_keys(keys, batch_size // jax.process_count())
 
     def lowest_loss(self) -> float:
         """The lowest loss in the metrics of the steps before."""
@@ -332,7 +334,7 @@ class Run:
         where = explain_nonfinite(self.program, config, self.state, batch)
         raise NonFiniteError(
             f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
-            f"{shown_keys(self.keys_of_step(step))}. Parameters and the last checkpoint are as "
+            f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
             "before this step (config.debug_nans)"
         )
 

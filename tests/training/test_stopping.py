@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from diht_jax.data.batch_wait import BatchWait
+from diht_jax.data.input.bad_records import CheckedExamples
 from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
@@ -287,9 +288,22 @@ def test_a_diverged_run_stops_and_names_its_records(run, caplog):
     assert run.checkpointer.latest_step is None
 
 
+def test_a_message_reads_no_more_of_a_batch_than_the_records_that_it_names(run, monkeypatch):
+    looked, used = [], CheckedExamples.used_index
+
+    def look(examples, index):
+        looked.append(index)
+        return used(examples, index)
+
+    monkeypatch.setattr(CheckedExamples, "used_index", look)
+    text = run.keys_of_step(3)
+    assert text == f"{', '.join(run.iterator.keys(32)[:8])} and 8 more"
+    assert looked[:8] == looked[8:16] and len(looked) == 8 + 16
+
+
 def test_anomalies_count_in_a_row_and_in_all(config):
     config.max_skipped_steps = 2
-    monitor = AnomalyMonitor(config, lambda step: [f"record{step}"])
+    monitor = AnomalyMonitor(config, "record{}".format)
     finite = {"skipped": 0.0, "loss": 1.0, "grad_norm": 1.0}
     bad = {"skipped": 1.0, "loss": np.nan, "grad_norm": np.nan}
     for step, metrics in enumerate((bad, finite, bad, finite), start=1):
@@ -301,13 +315,13 @@ def test_anomalies_count_in_a_row_and_in_all(config):
 
 
 def test_spikes_and_a_capped_scale_are_reported(config, caplog):
-    monitor = AnomalyMonitor(config, list)
+    monitor = AnomalyMonitor(config, str)
     with caplog.at_level(logging.WARNING):
         for step, (loss, scale) in enumerate([(3.0, 15.0), (2.0, 99.95), (2.5, 100.0)], start=1):
             monitor.check_window(step, {"loss": loss, "logit_scale": scale})
         assert caplog.text.count("logit scale has reached") == 1 and "down to" not in caplog.text
         monitor.check_window(4, {"loss": 3.6, "logit_scale": 50.0})
     assert "step 4: loss 3.6, while it has been down to 2" in caplog.text
-    resumed = AnomalyMonitor(config, list, lowest_loss=2.0)
+    resumed = AnomalyMonitor(config, str, lowest_loss=2.0)
     resumed.check_window(5, {"loss": 3.7, "logit_scale": 50.0})
     assert "step 5: loss 3.7, while it has been down to 2" in caplog.text
