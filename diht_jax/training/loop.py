@@ -53,7 +53,7 @@ from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, t
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
-from diht_jax.training.stopping import Stopped, StopRequest
+from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
 from diht_jax.training.task_evaluation import (
     RunEvaluation,
     best_evaluation,
@@ -95,7 +95,7 @@ def train(
     Raises:
         ValueError: the config is wrong, or is not that of the run in `workdir`; another run works
             there, or it cannot be written; the data have changed; a checkpoint cannot be read, or
-            the last one could not be written.
+            the last one could not be written; the first step does not fit into the memory.
         DivergedError: too many updates in a row were not finite.
         Stopped: a signal came, and the state is saved.
     """
@@ -115,7 +115,8 @@ def train(
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
         stop_request.listen()
-        return run.loop(stop_after_steps, stop_request)
+        with without_memory_is_lasting(lambda: run.has_finished_step):
+            return run.loop(stop_after_steps, stop_request)
 
 
 def _bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -134,7 +135,13 @@ def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
 
 
 class Run:
-    """One process's part of a run: what the loop needs, built from the config."""
+    """One process's part of a run: what the loop needs, built from the config.
+
+    Attributes:
+        has_finished_step: whether the devices have finished a step in this process.
+    """
+
+    has_finished_step = False
 
     def __init__(
         self,
@@ -282,6 +289,7 @@ class Run:
             # Two steps in flight keep the device busy; more would only move the progress bar ahead.
             if in_flight is not None:
                 monitor.check_step(step - 1, in_flight)
+                self.has_finished_step = True
             in_flight = metrics
             if self.profiler.ends_at(step):
                 window.excluded(self.profiler.close)

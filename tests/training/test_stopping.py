@@ -20,6 +20,7 @@ from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
@@ -177,6 +178,34 @@ def raised_from(cause, error):
 )
 def test_errors_that_no_repetition_mends_have_a_status_of_their_own(error, status):
     assert exit_status(error) == status
+
+
+@pytest.mark.parametrize(
+    "text, failing_call, status",
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes", 1, 78),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes", 4, 1),
+        ("INTERNAL: connection closed by peer", 1, 1),
+    ],
+)
+def test_a_first_step_that_does_not_fit_is_not_tried_again(
+    config, tmp_path, monkeypatch, text, failing_call, status
+):
+    config.total_steps = 6
+    config.mesh.update(data=1, fsdp=1)
+    step, calls = TrainStep.__call__, []
+
+    def failing(train_step, *arguments):
+        calls.append(None)
+        if len(calls) == failing_call:
+            raise jax.errors.JaxRuntimeError(text)
+        return step(train_step, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", failing)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=text) as raised:
+        train(config, tmp_path, devices=jax.devices()[:1])
+    assert exit_status(raised.value) == status
+    assert ("Lower config.micro_batch" in str(raised.value)) == (status == LASTING_EXIT_CODE)
 
 
 def test_the_command_exits_with_the_status_of_its_error(tmp_path):
