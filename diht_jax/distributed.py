@@ -20,6 +20,8 @@ flags.disclaim_key_flags()  # they are the command's own, and its --help lists t
 HEARTBEAT_TIMEOUT_SECS = 100
 # At the end of a process, the wait for the others, which may be gone.
 SHUTDOWN_TIMEOUT_SECS = 60
+# What JAX reads of a Slurm step; a batch script that starts no step by `srun` has not all of it.
+_SLURM_STEP = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID")
 
 
 def define_flags() -> None:
@@ -146,7 +148,13 @@ def find_cluster() -> str | None:
     """
     env = os.environ
     if int(env.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in env:
-        return "Slurm"
+        if all(name in env for name in _SLURM_STEP):
+            return "Slurm"
+        logging.warning(
+            "the Slurm job has SLURM_NTASKS=%s tasks, but srun did not start this process: it runs "
+            "on its own; begin the command with srun to start all of them",
+            env["SLURM_NTASKS"],
+        )
     if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return "Open MPI"
     wants_tpu = env.get("JAX_PLATFORMS", "tpu").startswith("tpu")

@@ -51,7 +51,7 @@ def main() -> None:
     import jax
 
     from diht_jax.loading import load_model
-    from diht_jax.training.multihost import work_together
+    from diht_jax.training.multihost import check_same_step, work_together
 
     # The processes of a job divide what this task of an array has.
     options = dataclasses.replace(
@@ -65,6 +65,7 @@ def main() -> None:
         **command_line.model_options(),
         batch_size=given.batch_size,
     )
+    check_same_step(model.step)
     work_together(lambda: embed_source(model, source, given.output, options))
 
 

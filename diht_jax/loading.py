@@ -20,6 +20,7 @@ from diht_jax.config import ARCHITECTURE_FIELDS, default_config
 from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.positions import fit_model
+from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
@@ -128,8 +129,11 @@ def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> L
         mesh: the devices.
         batch_size: of `load_model`.
     """
+    section = model.config.model
+    # A kernel that a run insisted on need not apply here, but XLA's does everywhere.
+    attention = "xla" if section.attention == "xla" else "auto"
     definition, _ = model_definition(
-        model.arch, model.config.model.dtype, model.config.model.param_dtype
+        model.arch, section.dtype, section.param_dtype, Execution(attention=attention)
     )
     return LoadedModel(
         definition,
@@ -214,7 +218,7 @@ def _read_whole(
     mesh: Mesh | None,
 ) -> ModelFiles:
     """As `read_model`, with all numbers of the embeddings."""
-    folder = local_run(name, step)
+    folder = local_run(name, step, mesh)
     if is_run(folder):
         if architecture:
             raise ValueError(f"{name}: a work directory knows its architecture; give none")

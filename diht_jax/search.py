@@ -71,16 +71,19 @@ def _load_model(*, on_all_hosts: bool) -> Any:
     import jax
 
     from diht_jax.loading import load_model
+    from diht_jax.training.multihost import check_same_step
 
     given = flags.FLAGS
     if given.serve and jax.process_count() > 1:
         raise ValueError("--serve answers on one host: start it there when the index is made")
-    return load_model(
+    model = load_model(
         given.model,
         **command_line.model_options(),
         batch_size=given.batch_size,
         devices=jax.devices() if on_all_hosts else None,
     )
+    check_same_step(model.step)
+    return model
 
 
 def _search_source(queries: list[str]) -> None:

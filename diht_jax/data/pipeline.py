@@ -178,12 +178,17 @@ class TrainIterator:
                 read_ahead.advance(self._next_example)
             return batch
 
-    def keys(self, first_example: int) -> list[str]:
+    def keys(self, first_example: int, most: int | None = None) -> list[str]:
         """Keys of this process's records in the batch that begins at an index of the order.
 
-        Where bad records are replaced, the keys are those of the replacements.
+        Where bad records are replaced, the keys are those of the replacements; to find these, the
+        pictures are decoded.
+
+        Args:
+            first_example: the index.
+            most: so many first ones; None: all.
         """
-        used = map(self._checked.used_index, self._local_indices(first_example))
+        used = map(self._checked.used_index, self._local_indices(first_example)[:most])
         return [self._records.key(index) for index in used]
 
     def get_state(self) -> dict[str, int]:

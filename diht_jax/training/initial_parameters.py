@@ -44,7 +44,7 @@ def initial_parameters(
         ValueError: it cannot be read, or is a model of another architecture.
     """
     source = config.model.init_from
-    folder = local_run(source)
+    folder = local_run(source, mesh=mesh)
     if is_run(folder):
         trained = restore_model(folder, mesh)
         params, found_arch, version = trained.params, trained.arch, f"step {trained.step} of "

@@ -33,7 +33,7 @@ from diht_jax.progress import ProgressBar
 from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
 from diht_jax.training.initial_parameters import initial_parameters
-from diht_jax.training.monitoring.anomalies import AnomalyMonitor, shown_keys
+from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys
 from diht_jax.training.monitoring.debug_nans import NonFiniteError, explain_nonfinite
 from diht_jax.training.monitoring.input_supply import InputSupply
 from diht_jax.training.monitoring.metrics import (
@@ -53,7 +53,7 @@ from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, t
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
-from diht_jax.training.stopping import Stopped, StopRequest
+from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
 from diht_jax.training.task_evaluation import (
     RunEvaluation,
     best_evaluation,
@@ -95,7 +95,7 @@ def train(
     Raises:
         ValueError: the config is wrong, or is not that of the run in `workdir`; another run works
             there, or it cannot be written; the data have changed; a checkpoint cannot be read, or
-            the last one could not be written.
+            the last one could not be written; the first step does not fit into the memory.
         DivergedError: too many updates in a row were not finite.
         Stopped: a signal came, and the state is saved.
     """
@@ -115,7 +115,8 @@ def train(
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
         stop_request.listen()
-        return run.loop(stop_after_steps, stop_request)
+        with without_memory_is_lasting(lambda: run.has_finished_step):
+            return run.loop(stop_after_steps, stop_request)
 
 
 def _bind_data(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -134,7 +135,13 @@ def _vocabulary_sizes(train: Any, labels: str | None) -> tuple[int, ...] | None:
 
 
 class Run:
-    """One process's part of a run: what the loop needs, built from the config."""
+    """One process's part of a run: what the loop needs, built from the config.
+
+    Attributes:
+        has_finished_step: whether the devices have finished a step in this process.
+    """
+
+    has_finished_step = False
 
     def __init__(
         self,
@@ -282,6 +289,7 @@ class Run:
             # Two steps in flight keep the device busy; more would only move the progress bar ahead.
             if in_flight is not None:
                 monitor.check_step(step - 1, in_flight)
+                self.has_finished_step = True
             in_flight = metrics
             if self.profiler.ends_at(step):
                 window.excluded(self.profiler.close)
@@ -312,9 +320,11 @@ class Run:
         plot_curves(self.workdir)
         return self.state
 
-    def keys_of_step(self, step: int) -> list[str]:
-        """Keys of this process's records in the batch of a step."""
-        return self.iterator.keys(first_example=(step - 1) * self.config.data.batch_size)
+    def keys_of_step(self, step: int) -> str:
+        """Names this process's records in the batch of a step, for a message."""
+        batch_size = self.config.data.batch_size
+        keys = self.iterator.keys(first_example=(step - 1) * batch_size, most=SHOWN_KEYS)
+        return shown_keys(keys, batch_size // jax.process_count())
 
     def lowest_loss(self) -> float:
         """The lowest loss in the metrics of the steps before."""
@@ -332,7 +342,7 @@ class Run:
         where = explain_nonfinite(self.program, config, self.state, batch)
         raise NonFiniteError(
             f"step {step}: loss or gradients are not finite; {where}. The batch's records: "
-            f"{shown_keys(self.keys_of_step(step))}. Parameters and the last checkpoint are as "
+            f"{self.keys_of_step(step)}. Parameters and the last checkpoint are as "
             "before this step (config.debug_nans)"
         )
 

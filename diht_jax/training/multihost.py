@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from diht_jax.training.stopping import LASTING_EXIT_CODE, TemporaryError, exit_status
 
@@ -122,6 +123,30 @@ def share_from_first(read: Callable[[], bytes]) -> bytes:
     padded = np.zeros(int(size[0]) * 2**20 + int(size[1]), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes()
+
+
+def share_for(mesh: Mesh | None) -> Callable[[Callable[[], bytes]], bytes]:
+    """`share_from_first` where a mesh has devices of several processes; else just the call."""
+    if mesh is not None and mesh.is_multi_process:
+        return share_from_first
+    return lambda read: read()
+
+
+def check_same_step(step: int | None) -> None:
+    """Refuses a job whose processes have each read a model, and not all that of one step.
+
+    Args:
+        step: of this process's model; None where it is of no run. All processes must call.
+
+    Raises:
+        ValueError: names the steps.
+    """
+    steps = gather_texts(str(step))
+    if len(set(steps)) > 1:
+        raise ValueError(
+            f"--model: the processes have read checkpoints of steps {', '.join(steps)}, as the run "
+            "goes on; name one by --step"
+        )
 
 
 def bind_from_first(

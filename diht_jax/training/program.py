@@ -20,6 +20,7 @@ from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.lora import lora_of
 from diht_jax.models.parameters import model_definition
+from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.multihost import first_text
@@ -45,7 +46,7 @@ class TrainProgram:
         config: the whole training config.
         mesh: axes `data` and `fsdp`.
         arch: sizes of the model.
-        definition: of the model; the step and evaluation decide how it computes.
+        definition: of the model, as evaluation computes it; the step decides about more.
         init_params: draws the parameters from a key.
         schedule: learning rate by step.
         optimizer: as configured.
@@ -83,7 +84,9 @@ class TrainProgram:
         self.schedule = learning_rate_schedule(config.optimizer, total_steps)
         self.optimizer = create_optimizer(optimizer_config(config), self.schedule, self.mesh)
         self.definition, init_params = model_definition(
-            *(self.arch, config.model.dtype, config.model.param_dtype), lora=lora_of(config.lora)
+            *(self.arch, config.model.dtype, config.model.param_dtype),
+            Execution(attention=config.model.attention),
+            lora=lora_of(config.lora),
         )
         self.init_params = with_objective_parameters(init_params, config, self.arch)
         self.num_labels = num_labels(config)

@@ -11,6 +11,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -51,10 +52,12 @@ def create_state(
         init_params: draws the parameters from a key.
         optimizer: makes its state from the parameters.
         mesh: axes `data` and `fsdp`.
-        seed: of the run.
+        seed: of the run, 0 to 2^32 - 1.
         ema: keep a moving average of the parameters.
     """
     init = state_initializer(init_params, optimizer, ema=ema)
+    # As a Python int it would be an int32, which half of the seeds exceed.
+    seed = np.uint32(seed)
     shardings = sharding.tree_shardings(jax.eval_shape(init, seed), mesh)
     return jax.jit(init, out_shardings=shardings)(seed)
 

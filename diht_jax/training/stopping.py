@@ -9,9 +9,11 @@ service passes either on, so that all stop after the same step, whichever of the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import jax
@@ -52,7 +54,8 @@ def exit_status(error: BaseException) -> int:
     """The exit status of a run that ends with this error.
 
     Returns:
-        `LASTING_EXIT_CODE` for wrong config and input and for a run that has diverged; 1 for what
+        `LASTING_EXIT_CODE` for wrong config and input, for a run that has diverged and for one
+        whose first step does not fit into the memory (`without_memory_is_lasting`); 1 for what
         may have gone when the same command runs again: a full disk, a store or process that cannot
         be reached, a work directory that another run still holds, and all errors of other types
         than `ValueError` and `FileNotFoundError`.
@@ -68,6 +71,28 @@ def exit_status(error: BaseException) -> int:
         return LASTING_EXIT_CODE
     is_temporary = any(isinstance(link, OSError | TemporaryError) for link in chain)
     return 1 if is_temporary else LASTING_EXIT_CODE
+
+
+@contextlib.contextmanager
+def without_memory_is_lasting(is_running: Callable[[], bool]) -> Iterator[None]:
+    """Makes an error of a run whose first step does not fit into the memory a lasting one.
+
+    Args:
+        is_running: whether a step has been finished, after which others have taken the memory.
+
+    Raises:
+        ValueError: for XLA's "RESOURCE_EXHAUSTED" before that.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if is_running() or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise ValueError(
+            f"the first step does not fit into the devices' memory: {str(error)[:500]}\nLower "
+            "config.micro_batch or config.data.batch_size, take config.model.remat='minimal' or "
+            "'full', or split the parameters by config.mesh.fsdp"
+        ) from error
 
 
 class StopRequest:

@@ -103,7 +103,7 @@ def test_a_run_goes_on_under_another_form(tmp_path, old):
     config = default_config()
     config.loss.impl = old
     write_config(tmp_path, config)
-    (tmp_path / CHECKPOINT_DIRECTORY).mkdir()
+    (tmp_path / CHECKPOINT_DIRECTORY / "10").mkdir(parents=True)
     assert default_config().loss.impl == "auto"
     check_same_run(default_config(), epath.Path(tmp_path))
     config.loss.beta = 0.5

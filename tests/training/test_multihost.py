@@ -1,5 +1,7 @@
 """What one process reads for all: by broadcasts that are recorded and played to another process."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -71,3 +73,18 @@ def test_a_config_is_bound_once(play):
     for bound in play(lambda: multihost.bind_from_first(bind, own)):
         assert bound.concepts.object_hash == "0123" and bound.data.train == "gs://bucket/a"
     assert len(calls) == 1 and own.concepts.object_hash is None
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_only_a_mesh_of_several_processes_is_read_for_together(play, several):
+    mesh, numbers = types.SimpleNamespace(is_multi_process=several), iter(range(3))
+    shared = play(lambda: multihost.share_for(mesh)(lambda: b"%d" % next(numbers)))
+    assert shared == ([b"0"] * 3 if several else [b"0", b"1", b"2"])
+    assert multihost.share_for(None)(lambda: b"alone") == b"alone"
+
+
+def test_processes_that_have_read_other_checkpoints_are_refused(monkeypatch):
+    monkeypatch.setattr(multihost, "gather_texts", lambda text: ["20", text])
+    multihost.check_same_step(20)
+    with pytest.raises(ValueError, match="checkpoints of steps 20, 40, .* name one by --step"):
+        multihost.check_same_step(40)

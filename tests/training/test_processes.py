@@ -14,6 +14,7 @@ import tarfile
 import jax
 import numpy as np
 import pytest
+from jax._src.clusters.slurm_cluster import SlurmCluster
 from PIL import Image
 
 from diht_jax import distributed
@@ -259,18 +260,27 @@ def test_the_heartbeat_timeout_reaches_jax(monkeypatch):
     assert given == {"heartbeat_timeout_seconds": 7, "shutdown_timeout_seconds": 60}
 
 
+# Of a batch script, and what `srun` adds.
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+STEP = {**BATCH, "SLURM_STEP_NODELIST": "node[1-2]"}
+
+
 @pytest.mark.parametrize(
-    "environment, cluster",
+    "environment, cluster, warns",
     [
-        ({}, None),
-        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
-        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, "Slurm"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI"),
+        ({}, None, False),
+        ({**STEP, "SLURM_NTASKS": "1"}, None, False),
+        ({**STEP, "SLURM_NTASKS": "4"}, "Slurm", False),
+        ({**BATCH, "SLURM_NTASKS": "4"}, None, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "Open MPI", False),
     ],
 )
-def test_cluster_is_found_by_its_environment(monkeypatch, environment, cluster):
-    for name in ("SLURM_NTASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE"):
+def test_cluster_is_found_by_its_environment(monkeypatch, caplog, environment, cluster, warns):
+    for name in ("SLURM_NTASKS", *STEP, "OMPI_COMM_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert distributed.find_cluster() == cluster
+    assert ("begin the command with srun" in caplog.text) == warns
+    # Where it is Slurm, JAX finds all that it needs.
+    assert SlurmCluster.is_env_present() == ("SLURM_STEP_NODELIST" in environment)

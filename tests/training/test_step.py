@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from diht_jax import sharding
@@ -73,3 +74,21 @@ def test_step(build, config):
 
     step(state, random_batch(mesh, size=8))
     assert step.trace_count == 2, "a batch of another shape must show as a second trace"
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**31 - 1, 2**31, 2**32 - 1])
+def test_the_keys_of_a_run_are_those_of_its_seed(seed):
+    state = create_state(
+        lambda key: {"key": jax.random.key_data(key)},
+        optax.identity(),
+        sharding.create_mesh(4, 2),
+        seed,
+    )
+    # Threefry's key of a seed, in two words.
+    params_key, run_key = jax.random.split(
+        jax.random.wrap_key_data(np.array([0, seed], np.uint32), impl="threefry2x32")
+    )
+    np.testing.assert_array_equal(state.params["key"], jax.random.key_data(params_key))
+    np.testing.assert_array_equal(state.key_data, jax.random.key_data(run_key))
+    if seed < 2**31:
+        np.testing.assert_array_equal(jax.random.key_data(jax.random.key(seed)), [0, seed])

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 
 from diht_jax.data.batch_wait import BatchWait
+from diht_jax.data.input.bad_records import CheckedExamples
 from diht_jax.data.pipeline import TrainIterator
 from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
 from diht_jax.training.monitoring.debug_nans import NonFiniteError
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import (
     EXIT_CODE,
     LASTING_EXIT_CODE,
@@ -178,6 +180,34 @@ def test_errors_that_no_repetition_mends_have_a_status_of_their_own(error, statu
     assert exit_status(error) == status
 
 
+@pytest.mark.parametrize(
+    "text, failing_call, status",
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes", 1, 78),
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes", 4, 1),
+        ("INTERNAL: connection closed by peer", 1, 1),
+    ],
+)
+def test_a_first_step_that_does_not_fit_is_not_tried_again(
+    config, tmp_path, monkeypatch, text, failing_call, status
+):
+    config.total_steps = 6
+    config.mesh.update(data=1, fsdp=1)
+    step, calls = TrainStep.__call__, []
+
+    def failing(train_step, *arguments):
+        calls.append(None)
+        if len(calls) == failing_call:
+            raise jax.errors.JaxRuntimeError(text)
+        return step(train_step, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", failing)
+    with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=text) as raised:
+        train(config, tmp_path, devices=jax.devices()[:1])
+    assert exit_status(raised.value) == status
+    assert ("Lower config.micro_batch" in str(raised.value)) == (status == LASTING_EXIT_CODE)
+
+
 def test_the_command_exits_with_the_status_of_its_error(tmp_path):
     command = (
         *(sys.executable, "-m", "diht_jax.train", "--config=configs/demo.py:debug=True"),
@@ -287,9 +317,22 @@ def test_a_diverged_run_stops_and_names_its_records(run, caplog):
     assert run.checkpointer.latest_step is None
 
 
+def test_a_message_reads_no_more_of_a_batch_than_the_records_that_it_names(run, monkeypatch):
+    looked, used = [], CheckedExamples.used_index
+
+    def look(examples, index):
+        looked.append(index)
+        return used(examples, index)
+
+    monkeypatch.setattr(CheckedExamples, "used_index", look)
+    text = run.keys_of_step(3)
+    assert text == f"{', '.join(run.iterator.keys(32)[:8])} and 8 more"
+    assert looked[:8] == looked[8:16] and len(looked) == 8 + 16
+
+
 def test_anomalies_count_in_a_row_and_in_all(config):
     config.max_skipped_steps = 2
-    monitor = AnomalyMonitor(config, lambda step: [f"record{step}"])
+    monitor = AnomalyMonitor(config, "record{}".format)
     finite = {"skipped": 0.0, "loss": 1.0, "grad_norm": 1.0}
     bad = {"skipped": 1.0, "loss": np.nan, "grad_norm": np.nan}
     for step, metrics in enumerate((bad, finite, bad, finite), start=1):
@@ -301,13 +344,13 @@ def test_anomalies_count_in_a_row_and_in_all(config):
 
 
 def test_spikes_and_a_capped_scale_are_reported(config, caplog):
-    monitor = AnomalyMonitor(config, list)
+    monitor = AnomalyMonitor(config, str)
     with caplog.at_level(logging.WARNING):
         for step, (loss, scale) in enumerate([(3.0, 15.0), (2.0, 99.95), (2.5, 100.0)], start=1):
             monitor.check_window(step, {"loss": loss, "logit_scale": scale})
         assert caplog.text.count("logit scale has reached") == 1 and "down to" not in caplog.text
         monitor.check_window(4, {"loss": 3.6, "logit_scale": 50.0})
     assert "step 4: loss 3.6, while it has been down to 2" in caplog.text
-    resumed = AnomalyMonitor(config, list, lowest_loss=2.0)
+    resumed = AnomalyMonitor(config, str, lowest_loss=2.0)
     resumed.check_window(5, {"loss": 3.7, "logit_scale": 50.0})
     assert "step 5: loss 3.7, while it has been down to 2" in caplog.text

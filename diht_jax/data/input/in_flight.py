@@ -15,10 +15,9 @@ import pathlib
 from absl import logging
 
 from diht_jax.data.input.sub_batches import COPYING_THREADS
-from diht_jax.data.input.workers import SHARED_MEMORY
+from diht_jax.data.input.workers import CGROUP, SHARED_MEMORY
 
 _MEMINFO = pathlib.Path("/proc/meminfo")
-_CGROUP = pathlib.Path("/sys/fs/cgroup")
 # Limit, use, and statistics of the control group, as a container sees its own; version 2 and 1.
 _CGROUPS = (
     ("memory.max", "memory.current", "memory.stat"),
@@ -169,8 +168,8 @@ def available_memory() -> int | None:
 
 def _available_in_group(limit: str, use: str, statistics: str) -> int | None:
     try:
-        limit_bytes, used_bytes = (int((_CGROUP / name).read_text()) for name in (limit, use))
-        fields = _read_fields(_CGROUP / statistics)
+        limit_bytes, used_bytes = (int((CGROUP / name).read_text()) for name in (limit, use))
+        fields = _read_fields(CGROUP / statistics)
     except (OSError, ValueError):  # no such group, or "max"
         return None
     # Files that were read count as used until somebody needs the memory; shared memory does count.

@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import math
 import multiprocessing
 import os
 import pathlib
@@ -43,6 +44,10 @@ _STATES = {
 }
 # More have to be asked for: each takes memory, and so many feed eight of the fastest GPUs.
 _MOST_BY_DEFAULT = 64
+# The control group, as a container sees its own.
+CGROUP = pathlib.Path("/sys/fs/cgroup")
+# Its files with microseconds of processor time, and of what time; version 2 and 1.
+_CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
 # How often a worker looks for its parent.
 _POLL_SECS = 1.0
 # How long the kernel may take to end a process.
@@ -177,10 +182,22 @@ def processor_secs() -> float:
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on, which may be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use: those it may run on, or fewer by its container's quota."""
+    affine = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    quota = _quota_cores()
+    return cores if quota is None else min(cores, quota)
+
+
+def _quota_cores() -> int | None:
+    """The processor time that a container may take, in whole cores; None where it has no bound."""
+    for names in _CPU_QUOTAS:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            text = " ".join((CGROUP / name).read_text() for name in names)
+            quota, period = map(int, text.split())
+            if quota > 0 and period > 0:  # without a bound, -1
+                return math.ceil(quota / period)
+    return None
 
 
 def default_num_workers() -> int:
@@ -194,7 +211,7 @@ def warn_of_few_cores(num_workers: int) -> None:
     if num_workers > cores:
         logging.warning(
             "config.data.num_workers=%d, but this process may use %d cores; lower it, or give the "
-            "process more cores (Slurm: srun --cpus-per-task)",
+            "process more cores (Slurm: srun --cpus-per-task; Kubernetes: limits.cpu)",
             num_workers,
             cores,
         )

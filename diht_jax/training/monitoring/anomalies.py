@@ -14,7 +14,8 @@ from absl import logging
 
 # A window's mean loss this far above the lowest one so far is called a spike.
 SPIKE_FACTOR, SPIKE_MARGIN = 1.5, 0.5
-_SHOWN_KEYS = 8
+# Keys of a batch that a message names; each may cost the decoding of a picture.
+SHOWN_KEYS = 8
 
 
 class DivergedError(ValueError):
@@ -31,7 +32,7 @@ class AnomalyMonitor:
     def __init__(
         self,
         config: ml_collections.ConfigDict,
-        keys_of_step: Callable[[int], Sequence[str]],
+        keys_of_step: Callable[[int], str],
         *,
         lowest_loss: float = math.inf,
     ):
@@ -39,7 +40,7 @@ class AnomalyMonitor:
 
         Args:
             config: the whole training config.
-            keys_of_step: the keys of this process's records in the batch of a step.
+            keys_of_step: names this process's records in the batch of a step, by `shown_keys`.
             lowest_loss: of the windows before, where a run is resumed.
         """
         self._max_in_a_row = config.max_skipped_steps
@@ -71,7 +72,7 @@ class AnomalyMonitor:
             step,
             float(metrics["loss"]),
             float(metrics["grad_norm"]),
-            shown_keys(self._keys_of_step(step)),
+            self._keys_of_step(step),
         )
         if self._in_a_row >= self._max_in_a_row:
             raise DivergedError(
@@ -105,7 +106,12 @@ class AnomalyMonitor:
         self._scale_is_capped = is_capped
 
 
-def shown_keys(keys: Sequence[str]) -> str:
-    """The first few keys of a batch, for a message."""
-    rest = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
-    return f"{', '.join(keys[:_SHOWN_KEYS])}{rest}"
+def shown_keys(keys: Sequence[str], num_records: int) -> str:
+    """The first few keys of a batch, for a message.
+
+    Args:
+        keys: the first `SHOWN_KEYS`.
+        num_records: of the batch.
+    """
+    rest = f" and {num_records - len(keys)} more" if num_records > len(keys) else ""
+    return f"{', '.join(keys)}{rest}"

@@ -22,7 +22,13 @@ from orbax.checkpoint import checkpoint_managers
 
 from diht_jax.data.batch_wait import Position
 from diht_jax.data.pipeline import TrainIterator
-from diht_jax.training.multihost import first_text, wait_for_all
+from diht_jax.data.records.catalog import Share
+from diht_jax.training.multihost import (
+    first_text,
+    gather_texts,
+    share_from_first,
+    wait_for_all,
+)
 from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checksums import describe_difference, json_checksum, tree_checksums
@@ -64,7 +70,7 @@ class Checkpointer:
         lower_is_better: bool = False,
         dataset: dict[str, Any] | None = None,
     ):
-        """Opens or creates the directory.
+        """Opens or creates the directory. All processes of a job must call.
 
         Args:
             workdir: of the run.
@@ -85,15 +91,16 @@ class Checkpointer:
         self._saving: int | None = None
         self._failure: SaveError | None = None
         self.restored_dataset: dict[str, Any] | None = None
+        self._found = shared_steps(self._root, share_from_first)
         # Where there are checkpoints, the manager is opened once it is known which are whole.
-        self._manager = None if self.steps() else self._open()
+        self._manager = None if self._found else self._open()
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest finished checkpoint, or None."""
         if self._manager is not None:
             return self._manager.latest_step()
-        return max(self.steps(), default=None)
+        return max(self._found, default=None)
 
     def save(
         self,
@@ -171,9 +178,11 @@ class Checkpointer:
 
         Raises:
             CheckpointError: no checkpoint can be read; with the reason for each.
+            TemporaryError: a process does not see one yet.
         """
         problems: dict[int, str] = {}
-        for step in sorted(self.steps(), reverse=True):
+        for step in reversed(self._found):
+            self._check_seen(step)
             found, problem = read_checkpoint(self._root / str(step), target)
             problem = first_text(problem)
             if problem is None:
@@ -211,7 +220,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints."""
-        return list(ocp.utils.checkpoint_steps(self._root)) if self._root.exists() else []
+        return finished_steps(self._root)
 
     def _open(self) -> ocp.CheckpointManager:
         policies = [
@@ -226,6 +235,8 @@ class Checkpointer:
                 # The loop decides when to save.
                 save_decision_policy=checkpoint_managers.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
+                # What the first process finds, so that all save and remove the same steps.
+                single_host_load_and_broadcast=True,
             ),
             item_names=(STATE_ITEM, DATA_ITEM, CHECKS_ITEM),
         )
@@ -265,6 +276,19 @@ class Checkpointer:
         with contextlib.suppress(Exception):  # the same error once more
             self._manager.close()
         self._manager = self._open()  # removes what was written of it
+
+    def _check_seen(self, step: int) -> None:
+        """Raises where a process does not see a checkpoint that the first one has found.
+
+        It is not damaged: the folders of a network file system may reach some hosts later.
+        """
+        seen = gather_texts("seen" if (self._root / str(step)).exists() else "")
+        if not all(seen):
+            raise TemporaryError(
+                f"{self._root / str(step)}: process {seen.index('')} does not see this checkpoint, "
+                "which process 0 has found. Start the job again when the host of that process sees "
+                "it; all hosts must share the work directory"
+            )
 
     def _set_aside(self, step: int, problem: str, instead: int) -> None:
         folder = self._workdir / CORRUPT_DIRECTORY
@@ -373,6 +397,28 @@ def read_checks(directory: epath.Path) -> dict[str, Any]:
         directory,
     )
     return {}
+
+
+def finished_steps(root: epath.Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder of some, the latest last.
+
+    In a bucket, one that is being saved has its final name from the beginning.
+    """
+    paths = ocp.utils.checkpoint_steps_paths(root)
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
+
+
+def shared_steps(root: epath.Path, share: Share) -> list[int]:
+    """As `finished_steps`; of a job, what its first process sees.
+
+    Listings of a network file system may be older on some hosts, and a run that goes on may save
+    and remove checkpoints between two looks.
+
+    Args:
+        root: folder of the checkpoints.
+        share: of a job of several processes, which all call.
+    """
+    return json.loads(share(lambda: json.dumps(finished_steps(root)).encode()))
 
 
 def checkpoint_root(workdir: str | epath.Path) -> epath.Path:

@@ -82,6 +82,7 @@ def _take(file, workdir: epath.Path) -> None:
         file.truncate(0)
         file.write(_holder())
         file.flush()
+        os.fsync(file.fileno())  # for other hosts, which otherwise see it when it is closed
 
 
 def _holder() -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 
@@ -22,7 +21,7 @@ from diht_jax.data.records.train_data import describe_train
 from diht_jax.training.durations import steps_before_end
 from diht_jax.training.multihost import gather_texts
 from diht_jax.training.objectives.registry import TERMS
-from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
+from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, finished_steps
 from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
 
 # A run cannot go on under other values of these and of the objective's terms, ...
@@ -126,7 +125,8 @@ def _run_order(
 def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Refuses to mix two runs in one directory; names the keys that differ.
 
-    With `optimizer.schedule="wsd"` another length may be right: see `check_same_start`.
+    A run that ended before its first checkpoint may begin anew with any config. With
+    `optimizer.schedule="wsd"` another length may be right: see `check_same_start`.
     """
     if not (workdir / CONFIG_FILE).exists():
         return
@@ -143,7 +143,7 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
             and not _PATHS.fullmatch(name)
         ),
     )
-    if changed and (workdir / CHECKPOINT_DIRECTORY).exists():
+    if changed and finished_steps(workdir / CHECKPOINT_DIRECTORY):
         raise ValueError(
             f"{workdir} holds a run with another config; changed: {', '.join(changed)}. "
             "Take the same values to resume it, or another --workdir to start anew"
@@ -164,15 +164,13 @@ def check_same_start(
         ValueError: names the checkpoints.
     """
     root = workdir / CHECKPOINT_DIRECTORY
-    if not (workdir / CONFIG_FILE).exists() or not root.exists():
+    if not (workdir / CONFIG_FILE).exists():
         return
     stored = read_config(workdir)
     if not changed_keys(stored, config, lambda name: name.startswith(_OF_THE_END)):
         return
     common = min(steps_before_end(c, num_examples=num_examples) for c in (stored, config))
-    finished = ocp.utils.checkpoint_steps_paths(root)
-    steps = (int(path.name) for path in finished if path.name.isdigit())
-    later = sorted(step for step in steps if step > common)
+    later = [step for step in finished_steps(root) if step > common]
     if later:
         raise ValueError(
             f"{root}: the run was to end otherwise, and only up to step {common} that makes no "

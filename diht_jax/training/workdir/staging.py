@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -44,6 +45,8 @@ _RECORD_FILE = "uploaded.json"
 _DEFAULT_STAGING = "~/.cache/diht_jax/staging"
 _POLL_SECONDS = 1.0
 _RETRY_SECONDS = 30.0
+# At a file of the first process, before hosts are taken to share no folder.
+_LOOKS = 10
 
 
 @contextlib.contextmanager
@@ -60,7 +63,8 @@ def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterat
 
     Raises:
         ValueError: another run works there, or it cannot be read or written; hosts do not share
-            the folder on disk; nothing installed knows such URLs.
+            the folder on disk, which is that of the run or the one it is staged in; nothing
+            installed knows such URLs.
     """
     staged = StagedDirectory(os.fspath(workdir), staging) if is_staged(workdir, staging) else None
     path = epath.Path(staged.folder if staged else workdir)
@@ -76,7 +80,7 @@ def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterat
                 stack.push(staged.close_after)
 
         check_together(prepare)
-        if staged:
+        if not is_remote(os.fspath(path)):
             _check_shared(path, workdir)
         yield path
 
@@ -172,18 +176,17 @@ class StagedDirectory:
     def _run(self) -> None:
         wait = _POLL_SECONDS
         while not self._ended.wait(wait):
-            if set(self._local_steps()) == self._read_record():
-                continue
             try:
-                self.send()
+                # The folder may lie on a network, where a mere listing may fail for a moment.
+                if set(self._local_steps()) != self._read_record():
+                    self.send()
                 wait = _POLL_SECONDS
             except Exception as error:  # as in `fetch`
                 logging.error(
-                    "%s cannot be written (%s); the run goes on in %s, and it is tried again in "
-                    "%d s",
+                    "copying %s to %s failed (%s); the run goes on, and it is tried again in %d s",
+                    self.folder,
                     self.url,
                     error,
-                    self.folder,
                     _RETRY_SECONDS,
                 )
                 wait = _RETRY_SECONDS
@@ -307,14 +310,26 @@ class StagedDirectory:
 def _check_shared(folder: epath.Path, workdir: str | os.PathLike[str]) -> None:
     """Raises where a process does not see the lock file that the first one has just written."""
     lock = folder / LOCK_FILE
-    seen = gather_texts(lock.read_text() if lock.exists() else "")
-    without = [index for index, text in enumerate(seen) if text != seen[0]]
-    if without:
-        raise ValueError(
-            f"--workdir={workdir}: process {without[0]} does not see {folder} of process 0. Set "
-            "config.checkpoint.staging to a folder that all hosts share (NFS, Lustre), or take a "
-            "gs:// work directory, which needs none"
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_POLL_SECONDS)  # a network file system may show it a moment later
+        seen = gather_texts(lock.read_text() if lock.exists() else "")
+        without = [index for index, text in enumerate(seen) if text != seen[0]]
+        if not without:
+            return
+    if is_remote(os.fspath(workdir)):
+        advice = (
+            "Set config.checkpoint.staging to a folder that all hosts share (NFS, Lustre), or take "
+            "a gs:// work directory, which needs none"
         )
+    else:
+        advice = (
+            "All hosts write their part of a checkpoint there: take a folder that they share (NFS, "
+            "Lustre), or a URL such as gs://BUCKET/run"
+        )
+    raise ValueError(
+        f"--workdir={workdir}: process {without[0]} does not see {folder} of process 0. {advice}"
+    )
 
 
 def _is_file_of_run(name: str) -> bool:

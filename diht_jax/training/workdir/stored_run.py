@@ -8,6 +8,7 @@ does not count. Writing is `staging`'s.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -18,9 +19,11 @@ from typing import Any
 
 import google_crc32c
 from absl import logging
+from jax.sharding import Mesh
 
 from diht_jax.data.atomic_file import write_atomically
 from diht_jax.data.records.remote import is_remote, open_system
+from diht_jax.training.multihost import share_for
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
 from diht_jax.training.workdir.config_file import CONFIG_FILE
 
@@ -32,12 +35,16 @@ _READ_BYTES = 2**22
 Manifest = dict[str, tuple[int, int]]
 
 
-def local_run(workdir: str | os.PathLike[str], step: int | None = None) -> str:
+def local_run(
+    workdir: str | os.PathLike[str], step: int | None = None, mesh: Mesh | None = None
+) -> str:
     """A run that can be read: itself, or a copy of its config and one checkpoint on disk.
 
     Args:
         workdir: a path or a URL.
-        step: which checkpoint; the latest by default.
+        step: which checkpoint; the latest by default, of a job the latest for its first process.
+        mesh: devices that the run is read for; the processes of a job that have some of them must
+            all call.
 
     Returns:
         `workdir`, unless it is a URL with manifests; else the copy, in `~/.cache/diht_jax/runs`.
@@ -51,10 +58,16 @@ def local_run(workdir: str | os.PathLike[str], step: int | None = None) -> str:
     if not is_remote(url):
         return url
     system, root = open_system(url.rstrip("/"))
-    try:
-        stored = read_manifests(system, root)
-    except Exception as error:  # what it is depends on the store
-        raise ValueError(f"{url} cannot be read: {error}") from error
+
+    def read() -> bytes:
+        try:
+            return json.dumps(read_manifests(system, root)).encode()
+        except Exception as error:  # what it is depends on the store
+            raise ValueError(f"{url} cannot be read: {error}") from error
+
+    # One that goes on may save and remove checkpoints between the looks of two processes.
+    listed = json.loads(share_for(mesh)(read))
+    stored = {int(name): _parse_manifest(files) for name, files in listed.items()}
     if not stored and url.startswith("gs://"):
         return url
     if not stored:
@@ -68,11 +81,15 @@ def local_run(workdir: str | os.PathLike[str], step: int | None = None) -> str:
     checksum = google_crc32c.value(json.dumps(stored[step]).encode())
     folder = copy_folder(url, _COPIES) / f"{step}-{checksum:08x}"
     checkpoints = folder / CHECKPOINT_DIRECTORY
-    if not (checkpoints / str(step)).exists():
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        problem = download_checkpoint(system, root, step, stored[step], checkpoints)
-        if problem:
-            raise ValueError(f"{url}: the checkpoint of step {step} is damaged: {problem}")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".download.lock", "ab") as lock:
+        # One of the processes that share this home copies, and the others wait for it.
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (checkpoints / str(step)).exists():
+            problem = download_checkpoint(system, root, step, stored[step], checkpoints)
+            if problem:
+                raise ValueError(f"{url}: the checkpoint of step {step} is damaged: {problem}")
     write_atomically(folder / CONFIG_FILE, system.cat_file(f"{root}/{CONFIG_FILE}"))
     return os.fspath(folder)
 
@@ -87,9 +104,12 @@ def read_manifests(system: Any, root: str) -> dict[int, Manifest]:
             continue
         # One that is cut off, where a store does not write whole files, is one not written yet.
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            files = json.loads(system.cat_file(path))["files"]
-            found[int(name)] = {n: (int(size), int(crc)) for n, (size, crc) in files.items()}
+            found[int(name)] = _parse_manifest(json.loads(system.cat_file(path))["files"])
     return found
+
+
+def _parse_manifest(files: dict[str, Any]) -> Manifest:
+    return {name: (int(size), int(crc)) for name, (size, crc) in files.items()}
 
 
 def make_manifest(folder: pathlib.Path) -> Manifest:
@@ -105,6 +125,8 @@ def download_checkpoint(
     system: Any, root: str, step: int, manifest: Manifest, checkpoints: pathlib.Path
 ) -> str | None:
     """Copies one into a folder of checkpoints, where it appears whole or not at all.
+
+    Nobody else may copy the same one there meanwhile.
 
     Returns:
         What is wrong with it in the store; None where it is as its manifest says.

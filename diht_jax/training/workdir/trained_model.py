@@ -14,6 +14,7 @@ from diht_jax.config import default_config, validate_config
 from diht_jax.models.lora import lora_of, merge_adapters
 from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.zoo import Architecture, get_architecture
+from diht_jax.training.multihost import share_for
 from diht_jax.training.objective import with_objective_parameters
 from diht_jax.training.objectives.captioning import DECODER
 from diht_jax.training.objectives.concepts import HEADS
@@ -23,6 +24,7 @@ from diht_jax.training.workdir.checkpoint import (
     STATE_ITEM,
     checkpoint_root,
     read_checks,
+    shared_steps,
 )
 from diht_jax.training.workdir.checksums import describe_difference
 from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
@@ -68,8 +70,9 @@ def restore_model(
 
     Args:
         workdir: of the run.
-        mesh: the devices to put the parameters on.
-        step: which checkpoint; the latest by default.
+        mesh: the devices to put the parameters on; the processes of a job that have some of them
+            must all call.
+        step: which checkpoint; the latest by default, of a job the latest for its first process.
         ema: read the parameters' moving average instead of the parameters.
 
     Raises:
@@ -83,9 +86,7 @@ def restore_model(
             "config.ema.decay, or load the parameters themselves"
         )
     root = checkpoint_root(workdir)
-    # In a bucket, one that is being saved has its final name from the beginning.
-    finished = ocp.utils.checkpoint_steps_paths(root)
-    steps = sorted(int(path.name) for path in finished if path.name.isdigit())
+    steps = shared_steps(root, share_for(mesh))
     if not steps or (step is not None and step not in steps):
         wanted = "no finished checkpoint" if step is None else f"no checkpoint of step {step}"
         raise ValueError(f"{root}: {wanted}; steps found: {steps or 'none'}")

@@ -55,7 +55,7 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(os, "statvfs", {"/dev/shm": stats}.__getitem__)
         (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable: {memory // 1024} kB\n")
         monkeypatch.setattr(in_flight, "_MEMINFO", tmp_path / "meminfo")
-        monkeypatch.setattr(in_flight, "_CGROUP", tmp_path)
+        monkeypatch.setattr(in_flight, "CGROUP", tmp_path)
 
     return set_them
 

@@ -200,8 +200,9 @@ def started_workers(wait):
 
 
 @pytest.fixture
-def shared_memory(monkeypatch):
+def shared_memory(monkeypatch, tmp_path):
     """Sets the free shared memory, in blocks of 4,096 bytes, and the cores of this process."""
+    monkeypatch.setattr(workers, "CGROUP", tmp_path / "no_cgroup")
 
     def set_them(blocks: int, cores: int) -> None:
         stats = types.SimpleNamespace(f_bavail=blocks, f_frsize=4096)
@@ -258,3 +259,27 @@ def test_by_default_there_is_a_worker_for_each_core_up_to_64(shared_memory):
     for cores, expected in ((1, 1), (3, 3), (64, 64), (208, 64)):
         shared_memory(2**30, cores)
         assert workers.default_num_workers() == expected
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "800000 100000\n"}, 8),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, 48),
+        ({"cpu.max": "19200000 100000\n"}, 48),
+        ({"cpu/cpu.cfs_quota_us": "800000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 48),
+        ({}, 48),
+    ],
+)
+def test_a_container_has_the_cores_of_its_quota(
+    shared_memory, monkeypatch, tmp_path, files, expected
+):
+    shared_memory(2**30, cores=48)
+    monkeypatch.setattr(workers, "CGROUP", tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert workers.usable_cores() == workers.default_num_workers() == expected

@@ -14,6 +14,8 @@ from diht_jax import sharding
 from diht_jax.loading import load_model
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
+from diht_jax.training.stopping import TemporaryError
+from diht_jax.training.workdir import checkpoint, trained_model
 from diht_jax.training.workdir.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -303,6 +305,34 @@ def test_an_unknown_best_metric_names_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="'val/top1' is not among .*: cifar10/top1"):
         checkpointer.record_metrics(1, {"cifar10/top1": 0.5})
     checkpointer.close()
+
+
+def test_the_first_process_decides_which_checkpoint_is_the_latest(
+    config, two_steps, tmp_path, monkeypatch
+):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    write_config(tmp_path, config)
+    listed = json.dumps([1]).encode()
+    monkeypatch.setattr(checkpoint, "share_from_first", lambda read: listed)
+    checkpointer = Checkpointer(tmp_path, keep_last=5, best_metric=None)
+    assert checkpointer.latest_step == 1
+    assert int(checkpointer.restore(state_of(0), Position(0)).step) == 1
+    checkpointer.close()
+    # It has no parameters of this config's model; which one was read is what matters.
+    monkeypatch.setattr(trained_model, "share_for", lambda mesh: lambda read: listed)
+    with pytest.raises(ValueError, match=r"checkpoints/1/state cannot be read: .*found: \[1\]"):
+        restore_model(tmp_path, sharding.create_mesh(8, 1))
+
+
+def test_a_checkpoint_that_a_process_does_not_see_yet_is_not_a_damaged_one(
+    two_steps, tmp_path, monkeypatch
+):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(checkpoint, "share_from_first", lambda read: b"[1, 2, 3]")
+    monkeypatch.setattr(checkpoint, "gather_texts", lambda text: ["seen", text])
+    with pytest.raises(TemporaryError, match="checkpoints/3: process 1 does not see this"):
+        restore(tmp_path)
+    assert steps_in(tmp_path) == [1, 2] and not (tmp_path / "corrupt_checkpoints").exists()
 
 
 def test_reading_the_parameters_of_a_damaged_checkpoint_is_reported(config, tmp_path):

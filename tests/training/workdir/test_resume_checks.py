@@ -90,7 +90,7 @@ def test_equal_configs_and_paths_of_their_own_are_fine(check_job):
 
 def begun_run(config, tmp_path):
     """A work directory with a checkpoint of a run of this config."""
-    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True, exist_ok=True)
     write_config(tmp_path, config)
     return epath.Path(tmp_path)
 
@@ -110,6 +110,18 @@ def test_auto_goes_on_in_the_order_of_the_run(config, tmp_path):
     config.data.order = "global"
     with pytest.raises(ValueError, match="another config; changed: data.order"):
         check_same_run(bind_order(config, workdir), workdir)
+
+
+@pytest.mark.parametrize("left", [[], ["checkpoints"], ["checkpoints/10.orbax-checkpoint-tmp-1"]])
+def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_path, left):
+    for name in left:
+        (tmp_path / name).mkdir(parents=True)
+    write_config(tmp_path, config)
+    config.data.batch_size *= 2
+    check_same_run(config, epath.Path(tmp_path))
+    workdir = begun_run(read_config(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="another config; changed: data.batch_size"):
+        check_same_run(config, workdir)
 
 
 def test_a_run_of_an_older_version_goes_on_in_the_global_order(config, tmp_path):

@@ -1,6 +1,11 @@
 """Runs in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
 
+import errno
+import fcntl
+import json
+import pathlib
 import shutil
+import threading
 
 import fsspec
 import jax
@@ -11,9 +16,10 @@ import pytest
 from diht_jax.loading import read_model
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
+from diht_jax.training.workdir import staging, stored_run
 from diht_jax.training.workdir.checkpoint import CheckpointError
 from diht_jax.training.workdir.lock import lock_directory
-from diht_jax.training.workdir.staging import StagedDirectory
+from diht_jax.training.workdir.staging import StagedDirectory, open_workdir
 from diht_jax.training.workdir.stored_run import local_run, make_manifest, read_manifests
 from tests.waiting import wait_until
 
@@ -123,6 +129,53 @@ def test_a_damaged_or_unfinished_checkpoint_of_the_store_does_not_count(
     assert not any("/6/" in name for name in stored_files(url))
 
 
+@pytest.mark.parametrize("url", ["memory"], indirect=True)
+def test_processes_that_share_a_home_copy_a_run_once(staged, url, monkeypatch):
+    (staged.folder / "config.json").write_text("{}")
+    staged.send()
+    system, root = fsspec.core.url_to_fs(url)
+    copied, found, get_file, flock = [], [], system.get_file, fcntl.flock
+    # The second one has come as far as it can.
+    waits_or_is_done = threading.Event()
+
+    def copy_too():
+        found.append(local_run(url))
+        waits_or_is_done.set()
+
+    second = threading.Thread(target=copy_too)
+
+    def take(file, operation):
+        if threading.current_thread() is second:
+            waits_or_is_done.set()
+        flock(file, operation)
+
+    def get(path, target):
+        copied.append(path)
+        if len(copied) == 1:
+            second.start()
+            waits_or_is_done.wait()
+        get_file(path, target)
+
+    monkeypatch.setattr(fcntl, "flock", take)
+    monkeypatch.setattr(system, "get_file", get)
+    found.append(local_run(url))
+    second.join()
+    assert len(found) == 2 and len(set(found)) == 1
+    manifest = read_manifests(system, root)[6]
+    assert make_manifest(pathlib.Path(found[0], "checkpoints", "6")) == manifest
+    assert sorted(copied) == sorted(f"{root}/checkpoints/6/{name}" for name in manifest)
+
+
+@pytest.mark.parametrize("url", ["memory"], indirect=True)
+def test_the_first_process_decides_which_checkpoint_of_a_store_is_read(staged, url, monkeypatch):
+    (staged.folder / "config.json").write_text("{}")
+    staged.send()
+    system, root = fsspec.core.url_to_fs(url)
+    listed = json.dumps({4: read_manifests(system, root)[4]}).encode()
+    monkeypatch.setattr(stored_run, "share_for", lambda mesh: lambda read: listed)
+    assert steps_in(pathlib.Path(local_run(url))) == [4]
+
+
 def test_the_store_is_what_counts(staged, url, tmp_path):
     """Whatever a machine still has: gone on elsewhere, taken back, or begun anew."""
     another = StagedDirectory(url, str(tmp_path / "another machine"))
@@ -184,6 +237,54 @@ def test_what_the_store_did_not_take_is_kept_and_sent_later(mount_tmpfs, tmp_pat
     assert steps_in(again.folder) == [2, 4]
     again.close_after(None)
     assert steps_stored(url) == [2, 4]
+
+
+@pytest.mark.parametrize("fails", ["_local_steps", "_read_record", "send"])
+def test_uploads_go_on_after_any_error_of_a_moment(tmp_path, monkeypatch, caplog, fails):
+    monkeypatch.setattr(staging, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(staging, "_RETRY_SECONDS", 0.01)
+    url = f"memory://{tmp_path.name}/run"
+    staged = StagedDirectory(url, str(tmp_path / "machine"))
+    staged.fetch()
+    works, failed = getattr(staged, fails), []
+
+    def fail_once():
+        if not failed:
+            failed.append(OSError(errno.ESTALE, "Stale file handle"))
+            raise failed[0]
+        return works()
+
+    monkeypatch.setattr(staged, fails, fail_once)
+    put_checkpoint(staged.folder, 2)
+    staged.start()
+    wait_until(lambda: steps_stored(url) == [2])
+    staged.close_after(None)
+    assert f"to {url} failed ([Errno 116] Stale file handle)" in caplog.text
+
+
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_a_folder_that_hosts_do_not_share_is_refused(tmp_path, monkeypatch, is_staged):
+    looks, pauses = [], []
+
+    def gather(text):
+        looks.append(text)
+        return [text, text if len(looks) == seen_at else "of another run"]
+
+    monkeypatch.setattr(staging, "gather_texts", gather)
+    monkeypatch.setattr(staging.time, "sleep", pauses.append)
+    workdir = "memory://not_shared/run" if is_staged else str(tmp_path / "run")
+    advice = "Set config.checkpoint.staging to" if is_staged else "take a folder that they share"
+    seen_at = None
+    with (
+        pytest.raises(ValueError, match=f"--workdir={workdir}: process 1 does not .*{advice}"),
+        open_workdir(workdir, str(tmp_path / "staging")),
+    ):
+        pass
+    assert len(looks) == len(pauses) + 1 and "pid" in looks[0]
+    # A network file system shows it late.
+    seen_at = len(looks) + 3
+    with open_workdir(workdir, str(tmp_path / "staging")):
+        assert len(looks) == seen_at
 
 
 def test_what_cannot_be_is_reported(config, tmp_path):
