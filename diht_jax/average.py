@@ -50,7 +50,7 @@ def define_flags() -> None:
         "target", None, "TASK/METRIC that the soup is chosen by, or that was fine-tuned for."
     )
     flags.DEFINE_string("reference", None, "wise_ft: TASK/METRIC of what should not be lost.")
-    flags.DEFINE_bool("ema", False, "Take the moving averages of the parameters.")
+    flags.DEFINE_bool("ema", False, "Of work directories: take the parameters' moving average.")
     flags.DEFINE_list(
         "architecture", [], "What a bare weight file does not hold: activation=quick_gelu,..."
     )
@@ -117,7 +117,8 @@ def average_models(
         alpha, alphas: of WiSE-FT, weights of the fine-tuned model: written, and evaluated.
         tasks: of `parse_tasks`, to evaluate on.
         target, reference: "TASK/METRIC", see the flags.
-        ema, architecture: of `load_model`, for all of the models that they apply to.
+        ema: take the moving average of the parameters of those models that are work directories.
+        architecture: of `load_model`, for those that are not.
         format, dtype, license: of `diht_jax.export`.
         batch_size, num_threads, limit: of `evaluate_task`.
 
@@ -125,8 +126,8 @@ def average_models(
         What `average.json` holds.
 
     Raises:
-        ValueError: a model cannot be read, the models are not of one architecture, or the method
-            lacks what it needs.
+        ValueError: a model cannot be read, the models are not of one architecture, the method
+            lacks what it needs, or `ema` or `architecture` applies to none of the models.
     """
     from diht_jax.weights import average
     from diht_jax.weights.export import check_target
@@ -134,7 +135,7 @@ def average_models(
     output = pathlib.Path(output)
     check_target(output, format, dtype)
     metrics = _check(models, method, alpha, alphas, tasks, target, reference)
-    reader = _Reader(ema, architecture)
+    reader = _Reader(models, ema, architecture)
     # The two models of WiSE-FT stay in memory for all alphas.
     read = functools.cache(reader.read) if method == "wise_ft" else reader.read
     measure = functools.partial(
@@ -213,9 +214,19 @@ def _check(
 class _Reader:
     """Reads the models, and keeps what the first one came with."""
 
-    def __init__(self, ema: bool, architecture: dict[str, Any] | None):
+    def __init__(self, models: Sequence[str], ema: bool, architecture: dict[str, Any] | None):
+        from diht_jax.training.workdir.stored_run import local_run
+        from diht_jax.training.workdir.trained_model import is_run
+
+        self._runs = {name for name in models if is_run(local_run(name))}
         self._ema, self._architecture = ema, architecture
+        self._without_decoder: set[str] = set()
         self.first: Any = None
+        named = f"--models={','.join(models)}"
+        if ema and not self._runs:
+            raise ValueError(f"--ema: only work directories of diht_jax.train have one; {named}")
+        if architecture and self._runs.issuperset(models):
+            raise ValueError(f"--architecture: work directories know theirs; give none for {named}")
 
     def read(self, name: str) -> Ingredient:
         import jax
@@ -224,7 +235,15 @@ class _Reader:
         from diht_jax.loading import read_model
         from diht_jax.weights.average import Ingredient
 
-        model = read_model(name, ema=self._ema, architecture=self._architecture)
+        is_run = name in self._runs
+        model = read_model(
+            name,
+            ema=self._ema and is_run,
+            architecture=None if is_run else self._architecture,
+        )
+        if model.decoder is not None and name not in self._without_decoder:
+            logging.warning("%s: the caption decoder is left out, no format has one", name)
+            self._without_decoder.add(name)
         params = jax.tree.map(np.asarray, model.params)
         self.first = self.first or model
         looks = model.preprocessing

@@ -7,14 +7,17 @@
 records have the new captions behind their own, of the kind `--kind`; training draws one of them
 with `config.data.captions=sample`. Shards that are there are left alone, so that the same command
 goes on where it was stopped; `--task_index` and `--num_tasks` divide the shards over the jobs of an
-array. What the records have beside their captions stays as it is.
+array. What the records have beside their captions stays as it is, concept labels within them too,
+whose vocabulary is copied; labels in files beside the shards are of the records as they were.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from concurrent import futures
@@ -32,8 +35,16 @@ from diht_jax.data.records.captions import (
     check_kind,
     with_captions,
 )
+from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.formats.registry import find_shards, open_source, open_writer
+from diht_jax.data.records.labels.files import MANIFEST
+from diht_jax.data.records.remote import exists
+from diht_jax.data.records.samples import SampleError
 from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.sharded import ShardedRecords
+from diht_jax.data.records.tfrecord import DamagedRecordError, TFRecordError
+from diht_jax.data.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
+from diht_jax.data.retries import StorageError
 from diht_jax.progress import ProgressBar
 
 SETTINGS_FILE = "captions.json"
@@ -127,7 +138,8 @@ def caption_shards(
 
     Raises:
         ValueError: the model has no decoder, two shards have one name, a shard of the input lies in
-            `output`, or `output` has captions of another model or of other options.
+            `output`, `output` has captions of another model or of other options, or a whole shard
+            is damaged.
     """
     shards = list(shards)
     targets = {str(output / pathlib.PurePosixPath(shard).name): shard for shard in shards}
@@ -138,6 +150,7 @@ def caption_shards(
             raise ValueError(f"--output={output}: holds the input, {shard}; name another folder")
     _check_settings(model, output, options)
     own = list(targets)[task_index::num_tasks]
+    _copy_vocabulary(shards, own, output)
     missing = [target for target in own if not pathlib.Path(target).exists()]
     logging.info("%d shards, of which %d are there", len(own), len(own) - len(missing))
     if not missing:
@@ -145,7 +158,7 @@ def caption_shards(
     source = open_source([targets[target] for target in missing])
     ends = np.cumsum(source.shard_lengths).tolist()
     write = functools.partial(_captions_of, model, options)
-    unreadable = 0
+    unreadable, left_out = 0, collections.Counter[str]()
     with (
         futures.ThreadPoolExecutor(num_threads) as pool,
         ProgressBar(total=len(source), unit="image", desc="captions") as bar,
@@ -154,21 +167,81 @@ def caption_shards(
             with open_writer(target) as writer:
                 for start in range(first, end, _AT_ONCE):
                     indices = range(start, min(start + _AT_ONCE, end))
-                    records = [source.decode(source[i]) for i in indices]
+                    records = _read_records(source, indices, left_out)
                     pictures = list(pool.map(functools.partial(_preprocess, model), records))
                     unreadable += sum(picture is None for picture in pictures)
                     for record, texts in zip(records, write(pictures, start - first), strict=True):
                         writer.write(encode_record(add_captions(record, texts, options.kind)))
-                    bar.update(len(records))
+                    bar.update(len(indices))
     if unreadable:
         logging.warning("%d pictures cannot be decoded: their records stay as they are", unreadable)
+    if left_out:
+        counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(left_out.items()))
+        logging.warning("%d records are left out: %s", left_out.total(), counts)
 
 
 def add_captions(record: Record, texts: Iterable[str], kind: str) -> Record:
     """The record with the texts behind its captions, without empty ones and those it has."""
-    captions, kinds = all_captions(record), caption_kinds(record)
-    new = [text for text in dict.fromkeys(texts) if text and text not in captions]
-    return with_captions(record, [*captions, *new], [*kinds, *[kind] * len(new)]) if new else record
+    kind_of = dict(zip(all_captions(record), caption_kinds(record), strict=True))
+    new = [text for text in dict.fromkeys(texts) if text and text not in kind_of]
+    if not new:
+        return record
+    kind_of |= dict.fromkeys(new, kind)
+    kind_of.pop("", None)  # a picture without a caption has the new one as its own
+    return with_captions(record, list(kind_of), list(kind_of.values()))
+
+
+def _read_records(
+    source: ShardedRecords, indices: Iterable[int], left_out: collections.Counter[str]
+) -> list[Record]:
+    """The records that are pairs; counts the others by reason, and logs the first of each reason.
+
+    Raises:
+        TFRecordError, StorageError: a whole shard is damaged, or cannot be read.
+    """
+    records = []
+    for index in indices:
+        try:
+            record = source.decode(source[index])
+            caption_kinds(record)  # raises where captions or kinds are damaged
+        except ValueError as error:
+            if isinstance(error, TFRecordError | StorageError) and not isinstance(
+                error, DamagedRecordError
+            ):
+                raise
+            reason = error.skipped.reason if isinstance(error, SampleError) else "damaged"
+            if not left_out[reason]:
+                logging.warning("left out: %s: record %d: %s", *source.locate(index), error)
+            left_out[reason] += 1
+        else:
+            records.append(record)
+    return records
+
+
+def _copy_vocabulary(shards: Sequence[str], targets: Iterable[str], output: pathlib.Path) -> None:
+    """Writes what the concept labels within records mean beside the new shards.
+
+    Args:
+        shards: of the input. Labels in files beside them are of these shards alone.
+        targets: new shards, each of which gets statistics that name the vocabulary.
+        output: folder, which gets the vocabulary.
+    """
+    by_folder = collections.defaultdict(list)
+    for shard in shards:
+        by_folder[os.path.dirname(shard)].append(shard)
+    within = [
+        shard
+        for folder, its_shards in by_folder.items()
+        if not exists(os.path.join(folder, MANIFEST))
+        for shard in its_shards
+    ]
+    vocabulary = find_vocabulary(within) if within else None
+    if vocabulary is None:
+        return
+    write_vocabulary(output, vocabulary)
+    stats = json.dumps({"counts": {STATS_KEY: vocabulary.describe()}}).encode()
+    for target in targets:
+        write_atomically(pathlib.Path(f"{target}{STATS_SUFFIX}"), stats)
 
 
 def _preprocess(model: Any, record: Record) -> np.ndarray | None:

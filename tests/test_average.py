@@ -200,6 +200,31 @@ def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_
     np.testing.assert_allclose(found, np.mean(kernels, 0), rtol=1e-6, atol=1e-8)
 
 
+def test_flags_are_for_the_models_that_they_apply_to(two_models, tmp_path, monkeypatch, caplog):
+    """A work directory has an average, a weight file takes an architecture."""
+    run_folder, weights = tmp_path / "run", str(two_models / "a")
+    (run_folder / "checkpoints").mkdir(parents=True)
+    (run_folder / "config.json").write_text("{}")
+    given = {}
+
+    def read(name, **options):
+        given[name] = options
+        decoder = {"kernel": np.zeros(1)} if name == str(run_folder) else None
+        return dataclasses.replace(read_model(weights), decoder=decoder)
+
+    monkeypatch.setattr("diht_jax.loading.read_model", read)
+    names, flags = [weights, str(run_folder)], {"ema": True, "architecture": {"vision_heads": 1}}
+    run(names, "uniform", tmp_path / "out", **flags)
+    assert given == {
+        weights: {"ema": False, "architecture": {"vision_heads": 1}},
+        str(run_folder): {"ema": True, "architecture": None},
+    }
+    assert f"{run_folder}: the caption decoder is left out" in caplog.text
+    assert caplog.text.count("decoder") == 1
+    with pytest.raises(ValueError, match="--architecture: work directories know theirs; give none"):
+        run([str(run_folder)] * 2, "uniform", tmp_path / "none", architecture={"vision_heads": 1})
+
+
 @pytest.mark.parametrize(
     ("models", "method", "options", "message"),
     [
@@ -210,7 +235,7 @@ def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_
         (("a", "b"), "greedy", {}, "--method=greedy needs --tasks and --target"),
         (("a", "b"), "uniform", {"target": "x/top1"}, "--target=x/top1: not among the metrics"),
         (("a", "wide"), "uniform", {}, "wide: parameter 'text/blocks/0/mlp/fc_in/bias' has shape"),
-        (("a", "b"), "uniform", {"ema": True}, "only work directories .* have steps and averages"),
+        (("a", "b"), "uniform", {"ema": True}, "--ema: only work directories .* have one"),
     ],
 )
 def test_wrong_arguments_are_named(two_models, tmp_path, models, method, options, message):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import json
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,15 @@ from diht_jax import sharding
 from diht_jax.caption import CaptionOptions, add_captions, caption_shards
 from diht_jax.config import default_config
 from diht_jax.data.images.decode import decode_rgb
+from diht_jax.data.records.dataset_info import STATS_SUFFIX
 from diht_jax.data.records.formats.registry import open_source, open_writer
-from diht_jax.data.records.schema import Record, encode_record
+from diht_jax.data.records.schema import Example, Record, encode_record
+from diht_jax.data.records.vocabulary import (
+    ConceptList,
+    Vocabulary,
+    find_train_vocabulary,
+    write_vocabulary,
+)
 from diht_jax.inference import LoadedModel
 from diht_jax.models import get_architecture
 from diht_jax.models.caption_decoder import CaptionDecoder
@@ -144,6 +152,51 @@ def test_tasks_of_an_array_write_the_shards_of_one(model, tmp_path):
         caption_shards(
             *(model, [*shards, shards[0]], tmp_path / "out", CaptionOptions()), num_tasks=3
         )
+
+
+def test_labels_within_records_keep_their_vocabulary(model, tmp_path):
+    shards = write(tmp_path / "in")
+    names = tuple(f"object {number}" for number in range(30))
+    vocabulary = Vocabulary(
+        ConceptList("objects", names, (1,) * len(names)), ConceptList("attributes", (), ())
+    )
+    stats = {"counts": {"kept": 3, "vocabulary": vocabulary.describe()}}
+    for shard in shards:
+        (tmp_path / "in" / f"{shard}{STATS_SUFFIX}").write_text(json.dumps(stats))
+    write_vocabulary(tmp_path / "in", vocabulary)
+    for index in (0, 1):
+        caption_shards(
+            *(model, shards, tmp_path / "out", CaptionOptions()), task_index=index, num_tasks=2
+        )
+    assert find_train_vocabulary(str(tmp_path / "out")) == vocabulary
+    # Labels in files are of the shards as they were, whose vocabulary may lie beside them as well.
+    for shard in shards:
+        (tmp_path / "in" / f"{shard}{STATS_SUFFIX}").unlink()
+    (tmp_path / "in" / "labels.json").write_text("{}")
+    caption_shards(model, shards, tmp_path / "beside", CaptionOptions())
+    assert find_train_vocabulary(str(tmp_path / "beside")) is None
+
+
+def test_what_is_no_pair_is_left_out_and_counted(model, tmp_path, caplog):
+    (good, empty, wrong), other = records(3), Example()
+    empty = dataclasses.replace(empty, caption="")
+    wrong = dataclasses.replace(wrong, metadata={"caption_kinds": ["alt", "alt"]})
+    for name, data in (("key", b"img2dataset"), ("png", good.image), ("txt", b"")):
+        other.features.feature[name].bytes_list.value.append(data)
+    (tmp_path / "in").mkdir()
+    with open_writer(tmp_path / "in" / "a.tfrecord") as writer:
+        for data in (*map(encode_record, (empty, wrong)), other.SerializeToString()):
+            writer.write(data)
+        writer.write(encode_record(good))
+    shard = str(tmp_path / "in" / "a.tfrecord")
+    caption_shards(model, [shard], tmp_path / "out", CaptionOptions())
+    found = {record.key: record for record in read(tmp_path / "out")}
+    assert list(found) == ["r1", "r0"]
+    # The one without a caption has the new one as its own.
+    assert found["r1"].caption == model.caption([decode_rgb(empty.image)])[0]
+    assert found["r1"].metadata == {"punsafe": 0.1, "caption_kinds": ["synthetic"]}
+    assert "2 records are left out: damaged 1, no_caption 1" in caplog.text
+    assert f"{shard}: record 1: record 'r2': expected the kind of each" in caplog.text
 
 
 def test_captions_that_add_nothing_are_left_out():

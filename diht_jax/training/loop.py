@@ -64,6 +64,7 @@ from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.resume_checks import (
     bind_order,
+    check_adapted_model,
     check_hosts_agree,
     check_hosts_share_config,
     check_same_data,
@@ -112,6 +113,7 @@ def train(
         config = check_together(lambda: bind_order(config, workdir))
         check_hosts_share_config(config)
         check_together(lambda: check_same_run(config, workdir))
+        check_together(lambda: check_adapted_model(config, workdir))
         run = Run(config, workdir, devices)
         stack.push(run.close_after)
         stop_request.listen()

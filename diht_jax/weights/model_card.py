@@ -20,6 +20,14 @@ from diht_jax.models.zoo import Architecture
 
 # Sections of the training config that make the recipe, in the order of the card.
 _RECIPE = ("loss", "optimizer", "data", "ema", "mesh")
+# And those that are part of it where one of these keys is set.
+_SWITCHED_ON_BY = {
+    "matryoshka": ("sizes",),
+    "concepts": ("object_weight", "attribute_weight"),
+    "affinity": ("weight",),
+    "captioning": ("weight",),
+    "lora": ("rank",),
+}
 
 _USAGE = {
     "clip": """import torch
@@ -232,8 +240,12 @@ def _recipe_section(origin: Origin, config: Mapping[str, Any] | None) -> str:
     rows: list[tuple[str, Any]] = [("checkpoint", f"{which} at step {origin.step}")]
     rows += [(key, value) for key, value in config.items() if key.startswith("total_") and value]
     rows += [(f"model.{key}", config["model"][key]) for key in ("dtype", "param_dtype")]
-    has_adapters = config.get("lora", {}).get("rank")
-    for section in (*_RECIPE, "lora") if has_adapters else _RECIPE:
+    switched_on = (
+        section
+        for section, keys in _SWITCHED_ON_BY.items()
+        if any(config.get(section, {}).get(key) for key in keys)
+    )
+    for section in (*_RECIPE, *switched_on):
         rows += [(f"{section}.{key}", value) for key, value in config.get(section, {}).items()]
     rows.append(("seed", config["seed"]))
     text = _table(("key", "value"), [row for row in rows if row[1] is not None])

@@ -90,6 +90,8 @@ def test_export_writes_what_loads_to_the_same_model(workdir, tmp_path):
             ("--architecture", "activation=gelu"),
             "a work directory knows its architecture",
         ),
+        ("evaluate", ("--dim", 10_000), "dim=10000; expected 1 to"),
+        ("search", ("--dim", 10_000), "dim=10000; expected 1 to"),
         ("fewshot", ("--image_size", 33), "image_size 33 is no multiple of patch_size"),
         ("search", ("--image_size", 33), "image_size 33 is no multiple of patch_size"),
     ],

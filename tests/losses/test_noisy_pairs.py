@@ -138,7 +138,9 @@ def test_softmax_is_the_formula(equal_pairs, max_weight, constant, form):
                 np.testing.assert_allclose(grad, other, atol=1e-10 * np.max(np.abs(other)))
 
 
-@pytest.mark.parametrize("equal_pairs, form", [("positive", "groups"), ("mask", "gathered")])
+@pytest.mark.parametrize(
+    "equal_pairs, form", [("positive", "groups"), ("mask", "groups"), ("mask", "gathered")]
+)
 def test_sigmoid_is_the_formula(equal_pairs, form):
     with jax.enable_x64(True):
         step = differentiate(FORMS[form][0], Sigmoid(equal_pairs), FORMS[form][1])
@@ -152,10 +154,12 @@ def test_sigmoid_is_the_formula(equal_pairs, form):
         np.testing.assert_allclose(grad, other, atol=1e-10 * np.max(np.abs(other)))
 
 
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
 @pytest.mark.parametrize("impl", ["streaming", "gathered"])
-def test_without_any_negative_nothing_is_lost_and_nothing_is_learnt(impl):
+def test_without_any_negative_nothing_is_lost_and_nothing_is_learnt(impl, mesh_shape):
     """And a batch of equal pairs is no reason to skip the update."""
-    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
+    devices = jax.devices()[: np.prod(mesh_shape)]
+    mesh = Mesh(np.asarray(devices).reshape(mesh_shape), AXES)
     image_emb, text_emb = (np.float32(x) for x in pairs())
     step = jax.value_and_grad(contrastive_objective, argnums=(0, 1, 2), has_aux=True)
     (loss, metrics), grads = jax.jit(
@@ -231,24 +235,30 @@ def test_right_probabilities_are_bayes_rule_on_any_mesh_and_in_any_order():
 
 
 def test_doubted_pairs_count_less():
-    """The loss of the whole is the mean of the pairs' losses weighted by the probabilities."""
-    image_emb, text_emb = (np.float32(x) for x in pairs())
+    """The loss of the whole is the mean of the pairs' losses weighted by the probabilities.
+
+    These are constants: nothing is learnt by doubting a pair.
+    """
+    embeddings = tuple(np.float32(x) for x in pairs())
     objective, scalars = Softmax.create(0.9, 0.25, False)
+    probabilities = np.asarray(right_probabilities(*embeddings, 0.25, None))
+    weights = probabilities / probabilities.sum() / 2
 
-    @jax.jit
-    def by_hand():
-        probabilities = right_probabilities(image_emb, text_emb, 0.25, None)
-        weights = probabilities / probabilities.sum() / 2
+    def by_hand(image_emb, text_emb, scale):
         settings = {"objective": objective, "axis_name": None, "row_weights": weights}
-        return dense_loss(image_emb, text_emb, 20.0, scalars, **settings)[0], probabilities
+        return dense_loss(image_emb, text_emb, scale, scalars, **settings)[0]
 
-    expected, probabilities = by_hand()
+    expected, expected_grads = jax.jit(jax.value_and_grad(by_hand, argnums=(0, 1, 2)))(
+        *embeddings, 20.0
+    )
     mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
     settings = {"alpha": 0.9, "beta": 0.25, "noise_share": 0.25}
-    loss, metrics = jax.jit(functools.partial(contrastive_objective, mesh=mesh, **settings))(
-        image_emb, text_emb, 20.0
-    )
+    whole = functools.partial(contrastive_objective, mesh=mesh, **settings)
+    step = jax.jit(jax.value_and_grad(whole, argnums=(0, 1, 2), has_aux=True))
+    (loss, metrics), grads = step(*embeddings, 20.0)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, other, atol=1e-5 * np.max(np.abs(other)))
     assert metrics["doubted_pairs"] == np.mean(probabilities < 0.5) > 0
 
 

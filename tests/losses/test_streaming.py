@@ -153,11 +153,15 @@ def compiled(impl, num_pairs, width, mesh_shape=(2, 4), **settings):
     return step, (rows, rows, jax.ShapeDtypeStruct((), np.float32))
 
 
-def test_memory_grows_with_the_local_batch_and_not_with_the_global_one():
+@pytest.mark.parametrize("settings", [{}, {"equal_pairs": "positive"}], ids=str)
+def test_memory_grows_with_the_local_batch_and_not_with_the_global_one(settings):
     temporaries = {}
     for impl, num_pairs in itertools.product(("streaming", "dense"), (8192, 16384)):
-        step, arguments = compiled(impl, num_pairs, 64, beta=0.25)
-        memory = jax.jit(step).lower(*arguments).compile().memory_analysis()
+        step, arguments = compiled(impl, num_pairs, 64, beta=0.25, **settings)
+        sharding = arguments[0].sharding
+        ids = jax.ShapeDtypeStruct((num_pairs, 2), np.uint32, sharding=sharding)
+        ids = {"pair_ids": ids} if settings else {}
+        memory = jax.jit(step).lower(*arguments, **ids).compile().memory_analysis()
         temporaries[impl, num_pairs] = memory.temp_size_in_bytes
     # Doubling the batch doubles [b, d] and quadruples [b, N].
     assert temporaries["dense", 16384] > 3 * temporaries["dense", 8192]

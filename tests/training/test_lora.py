@@ -17,6 +17,7 @@ from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring import debug_nans
 from diht_jax.training.program import TrainProgram
+from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import Preprocessing
 
@@ -118,6 +119,21 @@ def test_run_with_adapters_is_not_resumed_with_others(tuned):
     config.lora.rank = 3
     with pytest.raises(ValueError, match="another config; changed: lora.rank"):
         train(config, run)
+
+
+def test_a_new_run_with_adapters_needs_a_model_to_adapt(config, tuned, tmp_path):
+    config.lora.rank = 2
+    with pytest.raises(ValueError, match="config.lora.rank=2: adapters alone .* config.model.init"):
+        train(config, tmp_path / "new")
+    assert not (tmp_path / "new" / "config.json").exists()
+    # What a run has begun from lies in its checkpoints.
+    config, run, state = tuned
+    config = config.copy_and_resolve_references()
+    config.model.init_from, config.data.order = None, read_config(run).data.order
+    shutil.copytree(run, tmp_path / "old")
+    write_config(tmp_path / "old", config)
+    resumed = train(config, tmp_path / "old", devices=jax.devices()[:2])
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
 
 
 def test_model_begins_as_it_was_and_without_adapters_nothing_changes(config):

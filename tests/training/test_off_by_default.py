@@ -3,17 +3,26 @@
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from diht_jax.config import default_config
+from diht_jax.training.objectives.registry import TERMS
 from diht_jax.training.program import TrainProgram
 from tests.contributing.tiny_runs import tiny_config
 
 # Of each feature the function that adds its operations to the step, and what switches it on.
-# Adapters freeze the matrices that Muon is for, so that they have a step of their own.
+# Adapters freeze the matrices that Muon is for, and equal pairs are one thing or the other, so that
+# these have a step of their own.
 FEATURES = {
     "Softmax.accumulate_equal": {"loss.equal_pairs": "positive"},
-    "scheduled_settings": {"loss.beta_schedule": ((0, 0.0), (5, 0.5))},
+    "scheduled_settings": {
+        "loss.beta_schedule": ((0, 0.0), (5, 0.5)),
+        "loss.alpha_schedule": ((0, 1.0), (5, 0.9)),
+    },
     "Softmax.accumulate_weighted": {"loss.beta": 0.25, "loss.max_weight": 2.0},
     "right_probabilities": {"loss.noise_share": 0.25},
     "_products": {"matryoshka.sizes": (4, 8), "matryoshka.weights": (0.5, 1.0)},
+    "ConceptDistillation.of_examples": {
+        "concepts.object_weight": 1.0,
+        "concepts.attribute_weight": 0.5,
+    },
     "affinity_loss": {
         "affinity.weight": 1.0,
         "affinity.widths": (6,),
@@ -30,12 +39,24 @@ FEATURES = {
     },
     "update_average": {"ema.decay": 0.9},
 }
-ADAPTERS = {"adapter_product": {"lora.rank": 2}}
+ADAPTERS = {
+    "adapter_product": {"lora.rank": 2},
+    "_without_empty_rows": {"loss.equal_pairs": "mask"},
+}
 # Keys that say how a feature does it, or what the input pipeline does, while the feature is off.
 IDLE = {
     "lora.alpha": 3.0,
     "lora.towers": ("text",),
     "lora.matrices": ("fc_in",),
+    "concepts.num_objects": 7,
+    "concepts.num_attributes": 7,
+    "concepts.top_k": 3,
+    "concepts.feature": "projected",
+    "concepts.learning_rate_multiplier": 2.0,
+    "concepts.weight_decay_multiplier": 0.5,
+    "concepts.chunk_rows": 4,
+    "concepts.object_hash": "abc",
+    "concepts.attribute_hash": "abc",
     "affinity.widths": (6,),
     "affinity.temperatures": (0.05,),
     "affinity.teachers_hash": "abc",
@@ -87,6 +108,6 @@ def test_a_feature_that_is_off_adds_nothing_to_the_step():
 def test_every_key_of_these_sections_is_tried():
     tried = {*IDLE, *(key for keys in (FEATURES | ADAPTERS).values() for key in keys)}
     config = default_config()
-    for section in ("lora", "matryoshka", "affinity", "captioning"):
+    for section in ("lora", "matryoshka", *TERMS):
         assert {f"{section}.{key}" for key in config[section]} <= tried
     assert {f"optimizer.muon.{key}" for key in config.optimizer.muon} <= tried

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from diht_jax.config import default_config
 from diht_jax.data.records.labels.files import Manifest
 from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
 from diht_jax.models.zoo import get_architecture
+from diht_jax.training.objectives.registry import TERMS
 from diht_jax.weights.model_card import Origin, model_card, read_concepts, read_data_facts
 
 VOCABULARY = Vocabulary(
@@ -29,9 +31,9 @@ def folders(tmp_path):
     return tmp_path
 
 
-def card(train, labels=None):
+def card(train, labels=None, **sections):
     model = {"dtype": "float32", "param_dtype": "float32"}
-    config = {"data": {"train": train, "labels": labels}, "model": model, "seed": 0}
+    config = {"data": {"train": train, "labels": labels}, "model": model, "seed": 0, **sections}
     return model_card(
         "huggingface",
         arch=get_architecture("tiny_32px"),
@@ -64,6 +66,27 @@ def test_merged_labels_lead_there_by_their_config(folders):
     (folders / "labelled/stats.json").write_text(json.dumps(stats))
     facts = read_data_facts(str(folders / "labelled"), None)
     assert [fact.filtered for fact in facts] == [FILTERED] and facts[0].labelled == stats
+
+
+def test_the_recipe_has_what_is_switched_on():
+    defaults = default_config()
+    sections = ("matryoshka", *TERMS, "lora")
+    off = card(None, **{name: defaults[name].to_dict() for name in sections})
+    assert not any(f"| {name}." in off for name in sections)
+    defaults.matryoshka.sizes = (8, 16)
+    defaults.concepts.attribute_weight = 0.5
+    defaults.affinity.weight = defaults.captioning.weight = 2.0
+    defaults.lora.rank = 3
+    on = card(None, **{name: defaults[name].to_dict() for name in sections})
+    for line in (
+        "| matryoshka.sizes | (8, 16) |",
+        "| concepts.attribute_weight | 0.5 |",
+        "| affinity.weight | 2.0 |",
+        "| captioning.weight | 2.0 |",
+        "| captioning.layers | 6 |",
+        "| lora.rank | 3 |",
+    ):
+        assert line in on, on
 
 
 def test_sources_have_sections_of_their_own_and_what_is_gone_is_named(folders):

@@ -18,8 +18,17 @@ _KIND = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def all_captions(pair: Pair) -> list[str]:
-    """The captions of a pair, its first one first."""
+    """The captions of a pair, its first one first.
+
+    Raises:
+        ValueError: `captions` of its metadata is no list of texts.
+    """
     several = pair.metadata.get("captions", ())
+    if not isinstance(several, list | tuple) or not all(isinstance(t, str) for t in several):
+        raise ValueError(
+            f"record '{pair.key}': expected a list of texts in 'captions' of its metadata, got "
+            f"{several!r:.200}"
+        )
     return [pair.caption, *(text for text in several if text != pair.caption)]
 
 

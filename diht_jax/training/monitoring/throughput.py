@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from diht_jax.cost_model.chips import peak_flops
 from diht_jax.cost_model.flops import count_flops, count_jaxpr_flops
+from diht_jax.models.zoo import get_architecture
 from diht_jax.training.gradient_noise import with_noise_scale
 from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.program import TrainProgram
@@ -50,6 +51,9 @@ def model_flops(
     plain.model.remat = "none"
     plain.model.attention = "xla"
     plain.concepts.chunk_rows = plain.data.batch_size
+    arch = get_architecture(plain.model.name, plain.model.overrides.to_dict())
+    plain.captioning.chunk_tokens = plain.data.batch_size * arch.context_length
+    plain.captioning.remat = "none"
     plain.gradient_noise = False
     plain.optimizer.update(kind="adamw", schedule="cosine", decay_steps=None)
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
@@ -65,8 +69,12 @@ def _computes_once(config: ml_collections.ConfigDict, devices: Sequence[jax.Devi
     program = TrainProgram(
         config, optimizer.warmup_steps + max(optimizer.decay_steps or 1, 1), devices
     )
+    batch_size, captioning = config.data.batch_size, config.captioning
     again = config.micro_batch or config.gradient_noise or config.model.remat != "none"
-    chunked = program.num_labels and config.concepts.chunk_rows < config.data.batch_size
+    chunked = program.num_labels and config.concepts.chunk_rows < batch_size
+    if captioning.weight:
+        again = again or captioning.remat != "none"
+        chunked = chunked or captioning.chunk_tokens < batch_size * program.arch.context_length
     kernels = {tower.kernel for tower in program.attention().values()}
     return not again and not chunked and config.model.texts_per_row == 1 and kernels == {"xla"}
 

@@ -150,6 +150,18 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
         )
 
 
+def check_adapted_model(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Raises ValueError for a new run with adapters and no model that they adapt."""
+    if not config.lora.rank or config.model.init_from:
+        return
+    root = workdir / CHECKPOINT_DIRECTORY
+    if not root.exists() or not any(path.name.isdigit() for path in root.iterdir()):
+        raise ValueError(
+            f"config.lora.rank={config.lora.rank}: adapters alone are trained, and the model would "
+            "stay as it was drawn; set config.model.init_from to the model that they adapt"
+        )
+
+
 def check_same_start(
     config: ml_collections.ConfigDict, workdir: epath.Path, *, num_examples: int
 ) -> None:

@@ -18,7 +18,7 @@ from diht_jax.data.input.examples import DecodeExample
 from diht_jax.data.input.mixing import open_mixture
 from diht_jax.data.pipeline import TrainIterator, open_records
 from diht_jax.data.readers.base import merge_captions, pick_captions
-from diht_jax.data.records.captions import add_columns, caption_kinds
+from diht_jax.data.records.captions import add_columns, all_captions, caption_kinds
 from diht_jax.data.records.schema import Pair, Record, decode_record, encode_record
 from diht_jax.data.records.sharded import block_starts
 from diht_jax.data.tokenizer import decode, tokenize
@@ -196,6 +196,13 @@ def test_kinds_stay_with_their_captions():
     # Records of before kinds were known.
     assert caption_kinds(Pair("k", b"", "a", {"captions": ["a", "b"]})) == ["alt", "alt"]
     assert "caption_kinds" not in add_columns(Pair("k", b"", "a"), {"re": "synthetic"}).metadata
+
+
+@pytest.mark.parametrize("captions", [None, "a text", ["a", 3], {"a": 1}])
+def test_captions_that_are_no_texts_are_a_bad_record(captions):
+    pair = Pair("k", b"", "a", {"captions": captions})
+    with pytest.raises(ValueError, match="record 'k': expected a list of texts in 'captions'"):
+        all_captions(pair)
 
 
 @pytest.mark.parametrize(

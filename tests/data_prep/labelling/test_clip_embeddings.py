@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -25,6 +26,8 @@ from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
+from diht_jax.training.loop import train
+from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import bind_data
 from diht_jax.training.workdir.config_file import write_config
 from tests.data_prep.labelling.pictures import draw
@@ -166,6 +169,30 @@ def test_the_run_is_bound_to_its_teachers_and_crops(work):
     config.data.labels = None
     with pytest.raises(ValueError, match="no source has embeddings of CLIP teachers"):
         bind_data(config)
+
+
+def test_a_run_goes_on_bit_by_bit_and_with_its_teachers_only(work, tmp_path):
+    config = default_config()
+    config.model.name, config.model.dtype = "tiny_32px", "float32"
+    config.model.overrides.update(image_size=16, patch_size=8, vision_layers=1, text_layers=1)
+    config.model.overrides.update(context_length=16, embed_dim=8)
+    config.affinity.weight = 1.0
+    config.data.update({"train": str(work / "kept"), "labels": str(work / "labels")})
+    config.data.update({"batch_size": 4, "num_workers": 0, "on_bad_record": "skip"})
+    config.data.crop_scale = SCALE
+    config.optimizer.warmup_steps, config.total_steps = 1, 4
+    config.log_every_steps, config.checkpoint.every_steps = 1, 2
+    devices = jax.devices()[:2]
+    straight = train(config, tmp_path, devices=devices)
+    losses = [row["affinity_loss"] for row in read_metrics(tmp_path)]
+    assert len(losses) == 4 and all(0 < loss < 10 for loss in losses)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")  # as if it had been stopped after step 2
+    resumed = train(config, tmp_path, devices=devices)
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+    assert label(work, "others", models=str(work / "b")) == {}
+    config.data.labels = str(work / "others")
+    with pytest.raises(ValueError, match="another config; changed: .*affinity.teachers_hash"):
+        train(config, tmp_path, devices=devices)
 
 
 def test_wrong_keys_are_named(work):

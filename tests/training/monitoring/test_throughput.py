@@ -60,11 +60,14 @@ def test_the_step_itself_is_counted_where_it_computes_nothing_twice(config, monk
     with monkeypatch.context() as patched:
         patched.delattr(throughput, "count_flops")
         assert model_flops(config, jax.devices(), traced) == expected
-    config.model.remat = "full"
-    program = TrainProgram(config, 10)
-    traced = program.step(state).trace(state, program.abstract_batch())
-    assert model_flops(config, jax.devices(), traced) == expected
-    assert count_jaxpr_flops(traced.jaxpr.jaxpr).matmul_flops > expected
+    again = {"model.remat": "full"}, {"captioning.chunk_tokens": 4}, {"captioning.remat": "full"}
+    for setting in again if "captioning.weight" in changes else again[:1]:
+        twice = config.copy_and_resolve_references()
+        twice.update_from_flattened_dict(setting)
+        program = TrainProgram(twice, 10)
+        traced = program.step(state).trace(state, program.abstract_batch())
+        assert model_flops(twice, jax.devices(), traced) == expected
+        assert count_jaxpr_flops(traced.jaxpr.jaxpr).matmul_flops > expected
 
 
 class Device:
