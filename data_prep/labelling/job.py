@@ -44,7 +44,7 @@ from data_prep.jobs.failures import (
     with_output,
 )
 from data_prep.jobs.shards import FAILED_SUFFIX
-from data_prep.labelling import clip_embeddings, embeddings, plan, summary
+from data_prep.labelling import clip_embeddings, embeddings, plan, summary, unchanged
 from data_prep.labelling import shard as label_shard
 from data_prep.labelling.obtain_heads import obtain_heads, plan_heads
 from data_prep.labelling.scratch import Scratch, open_scratch
@@ -108,7 +108,10 @@ def _label(
     load = functools.partial(load_teacher, config.teacher)
     stage = _Stage(config, engine, teacher, load, scratch)
     tasks = plan.plan_shards(config, inputs, folder)
-    embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
+    embedding_tasks = embeddings.plan_embeddings(
+        tasks, teacher.identity, config.embedding_dtype, plan.identify_shards(tasks)
+    )
+    unchanged.keep_touched(embedding_tasks, "embeddings")
     heads_plan = plan_heads(config, folder, embedding_tasks)
     # Merged shards are numbered, so that none may be missing.
     limit = 0 if config.merge else config.max_failed_shards
@@ -122,6 +125,8 @@ def _label(
     failed = [row["source"] for row in embedded.failed]
     heads = obtain_heads(config, folder, heads_plan, embedding_tasks, failed, teacher, scratch)
     tasks = plan.plan_labels(config, tasks, heads, embedding_tasks)
+    if not config.merge:
+        unchanged.keep_touched(tasks, "labels")
     embedding_of = {
         task.output: embedding for task, embedding in zip(tasks, embedding_tasks, strict=True)
     }
@@ -141,6 +146,9 @@ def _label(
     if not first:
         _check_embedded(config, [embedding_of[task.output] for task, _ in found.parts])
     summary.summarize(config, found, embedding_of, folder, vocabulary, heads, teacher)
+    if not config.merge:
+        unchanged.remove_gone(tasks, config.max_changed_shards)
+    unchanged.remove_gone(embedding_tasks, config.max_changed_shards)
     return print_failures(with_output(failures, found.failed))
 
 
@@ -157,6 +165,7 @@ def _embed_clips(
     tasks = clip_embeddings.plan_tasks(
         plan.plan_shards(config, inputs, folder), folder, teachers.manifest
     )
+    unchanged.keep_touched(tasks, "embeddings by CLIPs")
     pending = _unfinished(share(tasks), "embed by CLIPs")
     if pending:
         files.remove(files.join(folder, CLIP_EMBEDDINGS.manifest))
@@ -169,6 +178,7 @@ def _embed_clips(
     if is_unfinished(config.max_failed_shards, found, len(tasks), "embedded by CLIPs"):
         return failures, False
     clip_embeddings.write_manifest(found, folder, teachers.manifest)
+    unchanged.remove_gone(tasks, config.max_changed_shards)
     return with_output(failures, found.failed), True
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import pathlib
 import shutil
 
@@ -18,6 +19,8 @@ from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
 from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.labels.rows import open_labels
+from diht_jax.data.records.schema import decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter, read_records
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
 
 _DEADLY: set[bytes] = set()
@@ -127,16 +130,66 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
     config.output = str(tmp_path / "out")
     # A shard that is written again is labelled again; the heads stay while few are others.
     config.heads.max_changed_shards = 1
-    (tmp_path / "kept" / "pairs-train-00002.tfrecord").touch()
+    _write_again(tmp_path / "kept" / "pairs-train-00002.tfrecord")
     reads.clear()
     assert run_label(config) == {}
     assert reads == {"00002": 1} and _times(config, "heads.npz") == heads
     now = _times(config, "*/*.npz")
     assert {name for name in now if now[name] != before[name]} == {"pairs-train-00002.tfrecord.npz"}
     config.heads.max_changed_shards = 0
-    (tmp_path / "kept" / "pairs-train-00001.tfrecord").touch()
+    _write_again(tmp_path / "kept" / "pairs-train-00001.tfrecord")
     assert run_label(config) == {}
     assert _times(config, "heads.npz") != heads
+
+
+def _write_again(path):
+    """With other metadata in the first record."""
+    records = [decode_record(data) for data in read_records(path)]
+    records[0].metadata["again"] = True
+    with TFRecordWriter(path) as writer:
+        for record in records:
+            writer.write(encode_record(record))
+    path.with_name("dataset.index").unlink(missing_ok=True)
+
+
+def test_shards_that_were_only_touched_are_not_embedded_again(job, caplog):
+    config, reads = job
+    config.heads.max_changed_shards = 0
+    assert run_label(config) == {}
+    before = _times(config, "**/*.npz")
+    kept = pathlib.Path(config.input)
+    for number, path in enumerate(sorted(kept.glob("*.tfrecord"))):
+        os.utime(path, ns=(number, number))
+    reads.clear()
+    assert run_label(config) == {}
+    assert not reads and _times(config, "**/*.npz") == before
+    # Now they are known by these times; one that has other records is named.
+    _write_again(kept / "pairs-train-00001.tfrecord")
+    config.heads.max_changed_shards = 1
+    with caplog.at_level("WARNING"):
+        assert run_label(config) == {}
+    assert reads == {"00001": 1}
+    assert "embeddings of 1 of 3 shards count no more" in caplog.text
+
+
+def test_files_of_shards_that_are_gone_are_removed_while_they_are_few(job, caplog):
+    config, _ = job
+    config.heads.max_changed_shards = 3
+    assert run_label(config) == {}
+    out, kept = pathlib.Path(config.output), pathlib.Path(config.input)
+    (out / "labels" / "mine.npz").write_bytes(b"of somebody else")
+    for path in (*kept.glob("*-00001.tfrecord*"), kept / "dataset.index"):
+        path.unlink()
+    with caplog.at_level("WARNING"):
+        assert run_label(config) == {}
+    assert "holds files of 1 shards that config.input no longer names" in caplog.text
+    assert len(list(out.glob("*/*-00001.tfrecord.npz"))) == 2
+    config.max_changed_shards = 1
+    assert run_label(config) == {}
+    for name in ("labels", "embeddings"):
+        left = {path.name[:17] for path in (out / name).iterdir()} - {"mine.npz"}
+        assert left == {"pairs-train-00000", "pairs-train-00002"}
+    assert (out / "labels" / "mine.npz").exists()
 
 
 def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, tmp_path):
