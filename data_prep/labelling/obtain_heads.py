@@ -65,9 +65,7 @@ def plan_heads(
     Raises:
         ValueError: a shard without counts of concepts, or no concept is frequent enough.
     """
-    description = head_files.read_description(folder)
-    if description and description["weights_hash"] != head_files.hash_heads(folder):
-        description = None
+    description = _read_heads(folder)
     if config.heads.load:
         vocabulary = read_vocabulary(config.heads.load)
         return HeadsPlan(vocabulary, [], _of_load(config, description, vocabulary, embedded))
@@ -87,6 +85,32 @@ def plan_heads(
         return HeadsPlan(vocabulary, [], description)
     chosen = choose_shards(counted.records, list(map(_name, embedded)), config)
     return HeadsPlan(vocabulary, [embedded[number] for number in chosen])
+
+
+def use_trained(
+    config: ml_collections.ConfigDict,
+    folder: str,
+    plan: HeadsPlan,
+    embedded: Sequence[EmbeddingTask],
+) -> HeadsPlan:
+    """The plan with the heads of another job, where one has trained them since it was made."""
+    if plan.kept is not None:
+        return plan
+    description = _read_heads(folder)
+    if config.heads.load:
+        kept = _of_load(config, description, plan.vocabulary, embedded)
+        return dataclasses.replace(plan, kept=kept)
+    if description and _are_kept(config, description, embedded):
+        return HeadsPlan(read_vocabulary(folder), plan.sample, description)
+    return plan
+
+
+def _read_heads(folder: str) -> dict[str, Any] | None:
+    """The description of the heads of a folder, where it has both."""
+    description = head_files.read_description(folder)
+    if description and description["weights_hash"] != head_files.hash_heads(folder):
+        return None
+    return description
 
 
 def obtain_heads(
