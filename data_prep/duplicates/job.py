@@ -8,7 +8,7 @@ The folder of the output, on a local disk or in a store:
     exact/, rows/, clusters/, groups/, partial/, found/, named/, described/, keys/    of the stages
     duplicates/      a row for each pair: key, kind, cluster, similarity, duplicate_of, kept_key
     dropped.arrow    what the filter looks up
-    report.html, duplicates.json
+    report.html, inputs.json, duplicates.json
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ from data_prep.duplicates import block_table, descriptor, mapped, report, stages
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates.scan import scan_unit
 from data_prep.duplicates.search import Processes, Search, StageFailedError
-from data_prep.duplicates.table import LOOKUP, SUMMARY, read_summary, write_lookup, write_summary
+from data_prep.duplicates.table import (
+    LOOKUP,
+    SUMMARY,
+    read_summary,
+    write_inputs,
+    write_lookup,
+    write_summary,
+)
 from data_prep.duplicates.units import Unit
 from data_prep.jobs import claim, crash_search, files, shards
 from data_prep.jobs.engine import RaySettings, print_failures
@@ -223,6 +230,8 @@ def _describe_all(search: Search, buckets: int, found: Survey) -> None:
     shown = [block["report"] for block in facts]
     page = report.render(summary, shown, sizes[sizes > 0], search.rows, config)
     files.write_bytes(files.join(folder, report.PAGE), page.encode("utf-8", "replace"))
+    if config.input is not None:
+        write_inputs(folder, (unit.source for unit in search.units))
     write_summary(folder, summary)
 
 
