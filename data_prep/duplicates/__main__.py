@@ -64,7 +64,7 @@ def main() -> None:
             distributed.end_job(error)
         raise
     if failures:
-        sys.exit(1)
+        sys.exit(failures.exit_status)
 
 
 if __name__ == "__main__":

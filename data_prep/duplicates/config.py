@@ -10,11 +10,17 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates.near import KEEP
 from data_prep.jobs.engine import RaySettings
+from data_prep.jobs.failures import check_limit
+from data_prep.jobs.fingerprint import check_identity
 from data_prep.sources.list import default_source
 
 EMBEDDINGS = ("descriptor", "files", "none")
 # Keys that decide where and how fast, but not what is found.
-_NOT_RECORDED = ("input", "output", "num_workers", "retries", "ray", "report_pairs")
+_NOT_RECORDED = (
+    *("input", "output", "num_workers", "retries", "ray", "report_pairs"),
+    *("input_identity", "max_failed_shards", "max_changed_shards", "shard_timeout_secs"),
+    "keep_before_damage",
+)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -23,6 +29,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.input = placeholder(str)  # any source of docs/data.md; None: the keys of the embeddings
     c.output = placeholder(str)  # folder of the table and the report, or a URL
     c.source = default_source()
+    c.input_identity = "time"  # what counts as the same input, or "hash", "size"; docs/filter.md
 
     c.exact = True  # images of equal bytes are copies
     c.embeddings = ml_collections.ConfigDict()
@@ -50,9 +57,16 @@ def default_config() -> ml_collections.ConfigDict:
     c.clusters.chunk_rows = 65_536  # that lie on the devices at a time
     c.seed = 0
 
+    # The table is made without so many failed units: a share below 1, or a number.
+    c.max_failed_shards = 0.01
+    # So many scanned inputs may be gone or replaced, as a share or a number; more are refused.
+    c.max_changed_shards = 0.01
     c.report_pairs = 24  # pairs of pictures on the page
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    c.retries = 1
+    c.retries = 1  # how often a task is run again when its worker died, or its storage failed
+    # Seconds after which the scan of a unit is stopped; the second time the unit has failed.
+    c.shard_timeout_secs = placeholder(float)
+    c.keep_before_damage = False  # of a tar that is cut off or damaged, scan the pairs before that
     c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # as of data_prep.filter
     return c
 
@@ -89,6 +103,13 @@ def check_config(config: ml_collections.ConfigDict) -> None:
     if correlation is not None and config.input is None:
         raise ValueError("config.verify.correlation needs config.input, to see the pictures")
     RaySettings(**config.ray.to_dict()).check()
+    check_identity(config.input_identity)
+    for name in ("max_failed_shards", "max_changed_shards"):
+        check_limit(name, config[name])
+    if config.shard_timeout_secs is not None and config.shard_timeout_secs <= 0:
+        raise ValueError(
+            f"config.shard_timeout_secs={config.shard_timeout_secs}; expected more than 0"
+        )
     if config.input is None and config.keep == "largest":
         raise ValueError("config.keep='largest' needs config.input, to know the pictures' sizes")
     if kind == "none" and not config.exact:

@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.duplicates.scan import Rows
 from data_prep.duplicates.table import KINDS, random_ranks
+from data_prep.duplicates.units import EMBEDDED
 from data_prep.reports.html import data_uri, render_bar, render_page, render_table
 from data_prep.sources.list import read_pairs
 from diht_jax.data.images.decode import ImageError, decode_rgb
@@ -21,6 +22,7 @@ PAGE = "report.html"
 
 _THUMBNAIL = 200  # px of the longer side
 _BINS = 10
+_NAMED = 4  # units that failed
 _STYLE = """
 .pair { display: flex; gap: 8px; } .pair figure { margin: 0; flex: 1; min-width: 0; }
 .pair img { max-width: 100%; max-height: 160px; } figcaption { font-size: 12px; }
@@ -60,6 +62,10 @@ def describe(summary: Mapping[str, Any]) -> str:
             f"; {summary['pairs_of_repeated_keys']:,} pairs share their key with others: a filter "
             "by keys keeps them"
         )
+    if failed := summary.get("failed"):
+        names = ", ".join(found["source"] for found in failed[:_NAMED])
+        text += f"; {len(failed)} of {summary['units']:,} units failed and are not among them: "
+        text += names + (", ..." if len(failed) > _NAMED else "")
     return text
 
 
@@ -192,8 +198,8 @@ def _read_pictures(shown: Sequence[Shown], rows: Rows) -> dict[int, tuple[str, s
     units = np.searchsorted(rows.starts, wanted, side="right") - 1
     for unit in np.unique(units):
         source, start = rows.units[unit].source, rows.starts[unit]
-        if isinstance(source, str):
-            continue  # a file of embeddings
+        if source.kind == EMBEDDED:
+            continue
         own = {int(row - start) for row in wanted[units == unit]}
         pairs = (entry for entry in read_pairs(source) if isinstance(entry, Pair))
         for number, pair in zip(range(max(own) + 1), pairs, strict=False):

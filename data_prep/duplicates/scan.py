@@ -1,51 +1,41 @@
 """One unit of the input: the keys, content hashes, sizes and embeddings of its pairs, to files.
 
-A unit is a source shard, or a file of given embeddings. Beside STEM.npy, float16 [n, d], and
-STEM.greys.npy, uint8 [n, 32, 32], lies STEM.arrow with a row for each pair: it is written last, and
-the unit is done with it.
+A unit is a source shard, or a file of given embeddings. NAME.arrow has a row for each pair. Beside
+it lie NAME.arrow.npy, float16 [n, d], and NAME.arrow.greys.npy, uint8 [n, 32, 32]; the statistics,
+with what the input was, are written last, and the unit is done with them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from data_prep.duplicates import aligned, mapped
 from data_prep.duplicates.descriptor import describe_picture, shrink_picture
 from data_prep.duplicates.given import read_embeddings
 from data_prep.duplicates.table import hash_keys
-from data_prep.jobs import files
+from data_prep.duplicates.units import EMBEDDED, Unit
+from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources.list import read_pairs
 from diht_jax.data.images.decode import MAX_PIXELS, ImageError, open_image
-from diht_jax.data.readers.base import SourceShard
+from diht_jax.data.readers.base import Skipped
+from diht_jax.data.records.formats.tar_members import DamagedTarError
 from diht_jax.data.records.schema import Pair
 
-EMBEDDINGS, GREYS, ROWS = ".npy", ".greys.npy", ".arrow"
+EMBEDDINGS, GREYS = ".npy", ".greys.npy"  # behind the name of the file with the rows
 
-_REPORTED = 256
+_BATCH = 256  # entries after which progress is reported, and among which a crash is searched for
 _OPEN_UNITS = 512
-
-
-@dataclasses.dataclass(frozen=True)
-class Unit:
-    """What is scanned.
-
-    Attributes:
-        source: a shard of pairs, or the path of a file of embeddings.
-        stem: path of the outputs without their endings.
-        embeddings: files with the embeddings of the shard's pairs.
-    """
-
-    source: SourceShard | str
-    stem: str
-    embeddings: tuple[str, ...] = ()
 
 
 def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) -> None:
@@ -59,35 +49,80 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
     Raises:
         ValueError: the input is damaged, or no file of embeddings.
     """
-    if isinstance(unit.source, str):
-        keys, found = read_embeddings(unit.source)
-        report(len(keys))
-        nothing = np.zeros((len(keys), 2), np.uint64)
-        _write(unit.stem, keys, nothing, np.zeros(len(keys), np.int64), found, None)
-        return
+    if unit.search is not None:  # workers have died of it, and left half-written files
+        folder, name = os.path.split(unit.output)
+        shards.remove_temporary_files(folder, [name])
+    files.remove(unit.stats_path)
+    described = fingerprint.describe(unit.source, unit.identity)
+    with WorkRecord(unit.output, unit.search) as work:
+        if unit.source.kind == EMBEDDED:
+            keys, found = read_embeddings(unit.source.path)
+            report(len(keys))
+            nothing = np.zeros((len(keys), 2), np.uint64)
+            columns = keys, nothing, np.zeros(len(keys), np.int64), found, None
+        else:
+            columns = _scan_pairs(unit, report, work, config)
+        digest = _write(unit.output, *columns)
+        beside = (EMBEDDINGS,) if columns[-1] is None else (EMBEDDINGS, GREYS)
+        shards.finish_task(unit, described, {}, len(columns[0]), beside, digest)
+
+
+def _scan_pairs(
+    unit: Unit, report: Report, work: WorkRecord, config: ml_collections.ConfigDict
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, list[np.ndarray | None]]:
+    """Keys, halves of the content hashes, pixels, embeddings and greys of the pairs of a shard."""
     given: dict[str, np.ndarray] = {}
     for path in unit.embeddings:
-        keys, found = read_embeddings(path)
-        given |= dict(zip(keys, found, strict=True))
+        names, found = read_embeddings(path)
+        given |= dict(zip(names, found, strict=True))
     keys, digests, pixels, rows, greys = [], [], [], [], []
-    for entry in read_pairs(unit.source):
+    for entry, is_deadly in _entries(unit, report, work, config):
         if isinstance(entry, Pair):
             keys.append(entry.key)
             digests.append(hashlib.blake2b(entry.image, digest_size=16).digest())
-            count, row, thumbnail = _look_at(entry, given, config)
-            pixels.append(count)
-            rows.append(row)
-            greys.append(thumbnail)
-        if len(keys) % _REPORTED == 0:
-            report(_REPORTED if keys else 0)
-    report(len(keys) % _REPORTED)
+            looks = (0, None, None) if is_deadly else _look_at(entry, given, config)
+            for column, value in zip((pixels, rows, greys), looks, strict=True):
+                column.append(value)
     width = max((len(row) for row in rows if row is not None), default=0)
     embeddings = np.zeros((len(keys), width), np.float16)
     for number, row in enumerate(rows):
         if row is not None:
             embeddings[number] = row
     hashes = np.frombuffer(b"".join(digests), "<u8").reshape(-1, 2)
-    _write(unit.stem, keys, hashes, np.asarray(pixels, np.int64), embeddings, greys)
+    return keys, hashes, np.asarray(pixels, np.int64), embeddings, greys
+
+
+def _entries(
+    unit: Unit, report: Report, work: WorkRecord, config: ml_collections.ConfigDict
+) -> Iterator[tuple[Pair | Skipped, bool]]:
+    """The entries of a shard, and of each whether its picture has ended the worker before.
+
+    Once a worker has died it is recorded what this one works on: the batch, and in the batch of the
+    last death each entry, while it is looked at.
+    """
+    search, number = unit.search or CrashSearch(), 0
+    entries = read_pairs(unit.source)
+    try:
+        while True:
+            first = number - number % _BATCH
+            batch = first, first + _BATCH
+            is_suspect = search.suspects == batch
+            if number == first or is_suspect:
+                work.write(BATCH, *batch)
+            entry = next(entries, None)
+            if entry is None:
+                break
+            if is_suspect:
+                work.write(PAIR, number, number + 1)
+            yield entry, number in search.crashed
+            number += 1
+            if number % _BATCH == 0:
+                report(_BATCH)
+    except DamagedTarError as error:
+        if not config.keep_before_damage:
+            raise
+        logging.warning("%s; the pairs before the damage are compared", error)
+    report(number % _BATCH)
 
 
 def _look_at(
@@ -111,20 +146,24 @@ def _look_at(
 
 
 def _write(
-    stem: str,
+    path: str,
     keys: Sequence[str],
     hashes: np.ndarray,
     pixels: np.ndarray,
     embeddings: np.ndarray,
     greys: Sequence[np.ndarray | None] | None,
-) -> None:
+) -> str:
+    """Writes the rows and what lies beside them; returns a hash of all."""
     import pyarrow
 
-    _save(stem + EMBEDDINGS, embeddings.astype(np.float16))
+    embeddings = embeddings.astype(np.float16)
+    hashed = [hashes, pixels, embeddings]
+    _save(path + EMBEDDINGS, embeddings)
     if greys is not None:
         flat = np.zeros((aligned.SIDE, aligned.SIDE), np.uint8)
-        rows = [flat if row is None else row for row in greys]
-        _save(stem + GREYS, np.array(rows, np.uint8).reshape(-1, *flat.shape))
+        rows = np.array([flat if row is None else row for row in greys], np.uint8)
+        hashed.append(rows.reshape(-1, *flat.shape))
+        _save(path + GREYS, hashed[-1])
     columns = {
         "key": pyarrow.array(keys, pyarrow.large_string()),
         "hash": hash_keys(keys),
@@ -132,7 +171,11 @@ def _write(
         "low": np.ascontiguousarray(hashes[:, 1]),
         "pixels": pixels,
     }
-    mapped.write_columns(stem + ROWS, columns)
+    mapped.write_columns(path, columns)
+    digest = hashlib.blake2b(json.dumps(list(keys)).encode(), digest_size=16)
+    for array in hashed:
+        digest.update(repr(array.shape).encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def _save(path: str, array: np.ndarray) -> None:
@@ -148,23 +191,20 @@ class Rows:
         starts: int64 [units + 1], the number of each unit's first row.
     """
 
-    def __init__(self, units: Sequence[Unit], cache: str, starts: np.ndarray | None = None):
+    def __init__(self, units: Sequence[Unit], cache: str, starts: np.ndarray):
         """Opens what was scanned.
 
         Args:
             units: that were scanned.
             cache: the folder of `mapped.fetch`.
-            starts: where they are known; else all units are looked at.
+            starts: see above.
         """
         self.units = list(units)
         self._cache = cache
         self._width: int | None = None
         keep = functools.lru_cache(maxsize=_OPEN_UNITS)
-        self._table = keep(lambda unit: mapped.open_batch(self.units[unit].stem + ROWS, cache))
+        self._table = keep(lambda unit: mapped.open_batch(self.units[unit].output, cache))
         self._matrix = keep(lambda unit: self._map(unit, EMBEDDINGS))
-        if starts is None:
-            counts = [self._table(unit).num_rows for unit in range(len(self.units))]
-            starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.starts = starts
 
     def __len__(self) -> int:
@@ -231,7 +271,7 @@ class Rows:
         return found
 
     def _map(self, unit: int, ending: str) -> np.ndarray:
-        path = mapped.fetch(self.units[unit].stem + ending, self._cache)
+        path = mapped.fetch(self.units[unit].output + ending, self._cache)
         return np.load(path, mmap_mode="r")
 
     def _by_unit(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:

@@ -17,9 +17,11 @@ import numpy as np
 
 from data_prep.duplicates import mapped
 from data_prep.jobs import files
+from diht_jax.data.readers.base import SourceShard
 
 LOOKUP = "dropped.arrow"
 SUMMARY = "duplicates.json"  # written last: the folder is complete with it
+INPUTS = "inputs.json"  # hashes of names and sizes of the shards whose pairs are in the table
 EXACT, NEAR = "exact", "near"
 KINDS = (EXACT, NEAR)
 
@@ -82,6 +84,24 @@ def write_summary(folder: str, summary: dict[str, Any]) -> None:
 def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
     """What `write_summary` wrote; None where the folder is not complete."""
     return files.read_object(files.join(folder, SUMMARY))
+
+
+def hash_input(source: SourceShard) -> str:
+    """16 hexadecimal digits of the name and size of a shard's file, wherever it lies."""
+    row = [os.path.basename(source.path), source.identity()["size_bytes"]]
+    return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest()
+
+
+def write_inputs(folder: str, sources: Iterable[SourceShard]) -> None:
+    """Writes `inputs.json`."""
+    text = json.dumps({"inputs": sorted(set(map(hash_input, sources)))}, indent=1) + "\n"
+    files.write_bytes(files.join(folder, INPUTS), text.encode())
+
+
+def read_inputs(folder: str | os.PathLike[str]) -> set[str] | None:
+    """The hashes that `write_inputs` wrote; None where the table does not state them."""
+    found = files.read_object(files.join(folder, INPUTS))
+    return None if found is None else set(found["inputs"])
 
 
 def random_ranks(rows: np.ndarray, seed: int) -> np.ndarray:

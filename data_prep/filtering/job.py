@@ -28,6 +28,7 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, parts, resharding, reuse, stale_outputs
 from data_prep.filtering.resharding import Part
+from data_prep.filtering.steps.registry import active_steps
 from data_prep.jobs import claim, files, manifest, shards
 from data_prep.jobs.engine import Report, engine_options, print_failures, run_pending
 from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
@@ -53,6 +54,8 @@ def run(
     folder = source_list.check_folder(config.output)
     inputs = source_list.list_inputs(config.input, config.source)
     source_list.check_not_input(folder, (found.shard for found in inputs))
+    for step in active_steps(config):
+        step.check_inputs(config, inputs)
     tasks = parts.plan_parts(config, inputs, folder, overwrite)
     del inputs  # the tasks have them
     mine = source_list.shards_of_task(tasks, task_index, num_tasks)

@@ -70,6 +70,9 @@ def default_config() -> ml_collections.ConfigDict:
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
     # The labels are written without so many failed shards: a share below 1, or a number.
     c.max_failed_shards = 0.01
+    # Labels and embeddings of so many shards that are gone are removed; where they are more, all
+    # stay. A share below 1, or a number.
+    c.max_changed_shards = 0.01
     c.retries = 1  # how often a shard is run again when its worker died, or its storage failed
     # Seconds after which the worker of a shard is stopped; the second time the shard has failed.
     c.shard_timeout_secs = placeholder(float)
@@ -117,6 +120,7 @@ def check_config(config: ml_collections.ConfigDict) -> None:
             "be merged into new ones; label without it"
         )
     check_limit("max_failed_shards", config.max_failed_shards)
+    check_limit("max_changed_shards", config.max_changed_shards)
     check_limit("heads.max_changed_shards", config.heads.max_changed_shards)
     heads = config.heads
     least = {

@@ -64,15 +64,31 @@ class ShardEmbeddings:
     stats: dict[str, Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingTask(shards.ShardTask):
+    """A task whose output is a file of embeddings.
+
+    Attributes:
+        shard: name, records, bytes and digest of what is embedded, as in a `Fingerprint`; None
+            where they are not known.
+    """
+
+    shard: tuple[str, int, int, str] | None = None
+
+
 def plan_embeddings(
-    label_tasks: Sequence[shards.ShardTask], identity: dict[str, Any], dtype: str
-) -> list[shards.ShardTask]:
+    label_tasks: Sequence[shards.ShardTask],
+    identity: dict[str, Any],
+    dtype: str,
+    identified: Sequence[tuple[str, int, int, str] | None] | None = None,
+) -> list[EmbeddingTask]:
     """The embedding task of every labelling task, in the folder `embeddings` of its output.
 
     Args:
         label_tasks: shards in, labelled shards out.
         identity: of the teacher.
         dtype: of the files, one of `DTYPES`.
+        identified: the `shard` of each task.
 
     Raises:
         ValueError: another dtype.
@@ -82,9 +98,10 @@ def plan_embeddings(
     config_hash = hash_embeddings(identity, dtype)
     for folder in {os.path.dirname(task.output) for task in label_tasks}:
         files.make_folder(files.join(folder, FOLDER))
+    identified = identified or [None] * len(label_tasks)
     return [
-        shards.ShardTask(task.source, embedding_path(task.output), config_hash)
-        for task in label_tasks
+        EmbeddingTask(task.source, embedding_path(task.output), config_hash, shard=shard)
+        for task, shard in zip(label_tasks, identified, strict=True)
     ]
 
 
@@ -151,7 +168,7 @@ def embed_for_driver(
 
 
 def compute_embeddings(
-    task: shards.ShardTask,
+    task: EmbeddingTask,
     report: Report,
     *,
     teacher: ml_collections.ConfigDict,
@@ -218,7 +235,7 @@ def compute_embeddings(
     files.write_bytes(task.output, buffer.getvalue())
     if keep is not None:
         keep(task.output, buffer.getvalue())
-    counts = {"embedded": len(rows), "missing": dict(sorted(missing.items()))}
+    counts = {"embedded": len(rows), "missing": dict(sorted(missing.items())), "shard": task.shard}
     stats = shards.finish_task(task, described, counts, len(key_hashes))
     return ShardEmbeddings(embeddings, np.array(rows, np.int64), arrays["key_hashes"], stats)
 

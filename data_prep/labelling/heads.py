@@ -86,9 +86,18 @@ def load_heads_once(folder: str, weights_hash: str) -> dict[str, Head]:
     Args:
         folder: of the heads.
         weights_hash: of `hash_heads`.
+
+    Raises:
+        ValueError: the heads there are others, or as of `load_heads`.
     """
-    del weights_hash  # what else would tell heads that were trained again from those before
-    return load_heads(folder)
+    data = _read_weights(folder)
+    found = _hash_weights(data)
+    if found != weights_hash:
+        raise ValueError(
+            f"{files.join(folder, WEIGHTS)}: other heads (hash {found}) than this job labels with "
+            f"({weights_hash}); they were trained again meanwhile: run data_prep.label again"
+        )
+    return _parse_weights(folder, data)
 
 
 def load_heads(folder: str) -> dict[str, Head]:
@@ -97,15 +106,30 @@ def load_heads(folder: str) -> dict[str, Head]:
     Raises:
         ValueError: the file is missing or damaged.
     """
-    path = files.join(folder, WEIGHTS)
+    return _parse_weights(folder, _read_weights(folder))
+
+
+def _read_weights(folder: str) -> bytes:
     try:
-        with np.load(io.BytesIO(files.read_bytes(path)), allow_pickle=False) as file:
+        return files.read_bytes(files.join(folder, WEIGHTS))
+    except OSError as error:
+        raise _no_heads(folder, error) from error
+
+
+def _parse_weights(folder: str, data: bytes) -> dict[str, Head]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
             kinds = sorted({name.rpartition("_")[0] for name in file.files})
             return {kind: Head(file[f"{kind}_kernel"], file[f"{kind}_bias"]) for kind in kinds}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{path}: no heads of data_prep.label ({error}); expected the output folder of a run"
-        ) from error
+        raise _no_heads(folder, error) from error
+
+
+def _no_heads(folder: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{files.join(folder, WEIGHTS)}: no heads of data_prep.label ({error}); expected the "
+        "output folder of a run"
+    )
 
 
 def hash_heads(folder: str) -> str | None:
@@ -114,6 +138,10 @@ def hash_heads(folder: str) -> str | None:
         data = files.read_bytes(files.join(folder, WEIGHTS))
     except FileNotFoundError:
         return None
+    return _hash_weights(data)
+
+
+def _hash_weights(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 

@@ -24,6 +24,7 @@ the records of the former are read again, from a copy where there is room for it
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,7 +34,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import files, shards
+from data_prep.jobs import claim, files, shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import RaySettings, engine_options, print_failures
 from data_prep.jobs.failures import (
@@ -44,9 +45,9 @@ from data_prep.jobs.failures import (
     with_output,
 )
 from data_prep.jobs.shards import FAILED_SUFFIX
-from data_prep.labelling import clip_embeddings, embeddings, plan, summary
+from data_prep.labelling import clip_embeddings, embeddings, plan, summary, unchanged
 from data_prep.labelling import shard as label_shard
-from data_prep.labelling.obtain_heads import obtain_heads, plan_heads
+from data_prep.labelling.obtain_heads import obtain_heads, plan_heads, use_trained
 from data_prep.labelling.scratch import Scratch, open_scratch
 from data_prep.sources import list as source_list
 from data_prep.teachers.base import Teacher, TeacherInfo
@@ -108,7 +109,10 @@ def _label(
     load = functools.partial(load_teacher, config.teacher)
     stage = _Stage(config, engine, teacher, load, scratch)
     tasks = plan.plan_shards(config, inputs, folder)
-    embedding_tasks = embeddings.plan_embeddings(tasks, teacher.identity, config.embedding_dtype)
+    embedding_tasks = embeddings.plan_embeddings(
+        tasks, teacher.identity, config.embedding_dtype, plan.identify_shards(tasks)
+    )
+    unchanged.keep_touched(embedding_tasks, "embeddings")
     heads_plan = plan_heads(config, folder, embedding_tasks)
     # Merged shards are numbered, so that none may be missing.
     limit = 0 if config.merge else config.max_failed_shards
@@ -120,14 +124,22 @@ def _label(
             return print_failures(failures)
         _check_embedded(config, [task for task, _ in embedded.parts])
     failed = [row["source"] for row in embedded.failed]
-    heads = obtain_heads(config, folder, heads_plan, embedding_tasks, failed, teacher, scratch)
+    with contextlib.nullcontext() if heads_plan.kept else claim.take(folder) as own:
+        if heads_plan.kept is None:
+            # One job makes them; others that come meanwhile wait, and label with what it has made.
+            if own is None:
+                return print_failures(failures)
+            heads_plan = use_trained(config, folder, heads_plan, embedding_tasks)
+        heads = obtain_heads(config, folder, heads_plan, embedding_tasks, failed, teacher, scratch)
     tasks = plan.plan_labels(config, tasks, heads, embedding_tasks)
+    if not config.merge:
+        unchanged.keep_touched(tasks, "labels")
     embedding_of = {
         task.output: embedding for task, embedding in zip(tasks, embedding_tasks, strict=True)
     }
     _note_failed(tasks, embedded.failed)
     vocabulary = heads_plan.vocabulary
-    failures |= stage.label(
+    labelled, has_begun = stage.label(
         share([task for task in tasks if str(task.source) not in failed]),
         functools.partial(summary.remove_summary, folder),
         heads_folder=folder,
@@ -135,12 +147,22 @@ def _label(
         top_k=config.top_k,
         described=vocabulary.describe(),
     )
-    found = survey(tasks)
-    if is_unfinished(limit, found, len(tasks), "labelled"):
-        return print_failures(failures)
-    if not first:
-        _check_embedded(config, [embedding_of[task.output] for task, _ in found.parts])
-    summary.summarize(config, found, embedding_of, folder, vocabulary, heads, teacher)
+    failures |= labelled
+    with claim.take(folder) as own:
+        if own is None:
+            return print_failures(failures)
+        found = survey(tasks)
+        if is_unfinished(limit, found, len(tasks), "labelled"):
+            return print_failures(failures)
+        own.announce_writing()
+        if has_begun and files.exists(files.join(folder, shards.MERGED_STATS)):
+            print(f"{folder}: another job has described the labels")
+        else:
+            if not first:
+                _check_embedded(config, [embedding_of[task.output] for task, _ in found.parts])
+            summary.summarize(config, found, embedding_of, folder, vocabulary, heads, teacher)
+            for made in (embedding_tasks,) if config.merge else (tasks, embedding_tasks):
+                unchanged.remove_gone(made, config.max_changed_shards)
     return print_failures(with_output(failures, found.failed))
 
 
@@ -157,6 +179,7 @@ def _embed_clips(
     tasks = clip_embeddings.plan_tasks(
         plan.plan_shards(config, inputs, folder), folder, teachers.manifest
     )
+    unchanged.keep_touched(tasks, "embeddings by CLIPs")
     pending = _unfinished(share(tasks), "embed by CLIPs")
     if pending:
         files.remove(files.join(folder, CLIP_EMBEDDINGS.manifest))
@@ -169,6 +192,7 @@ def _embed_clips(
     if is_unfinished(config.max_failed_shards, found, len(tasks), "embedded by CLIPs"):
         return failures, False
     clip_embeddings.write_manifest(found, folder, teachers.manifest)
+    unchanged.remove_gone(tasks, config.max_changed_shards)
     return with_output(failures, found.failed), True
 
 
@@ -203,8 +227,8 @@ class _Stage:
 
     def label(
         self, tasks: Sequence[shards.ShardTask], prepare: Callable[[], None], **heads: Any
-    ) -> Failures:
-        """Labels the shards that are not labelled yet; returns what failed.
+    ) -> tuple[Failures, bool]:
+        """Labels the shards that are not labelled yet; what failed, and whether there were any.
 
         Args:
             tasks: of `plan.plan_labels`.
@@ -239,7 +263,7 @@ class _Stage:
             **heads,
         )
         failures.update(self.run(function, unseen, "embed and label"))
-        return failures
+        return failures, bool(pending)
 
     def run(
         self,

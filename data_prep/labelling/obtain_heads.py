@@ -20,6 +20,7 @@ from data_prep.jobs import files, shards
 from data_prep.jobs.failures import allowed_number
 from data_prep.labelling import heads as head_files
 from data_prep.labelling import vocabulary as concept_vocabulary
+from data_prep.labelling.embeddings import EmbeddingTask
 from data_prep.labelling.examples import choose_shards, gather_examples, warn_of_few_mentions
 from data_prep.labelling.scratch import Scratch
 from data_prep.teachers.base import TeacherInfo
@@ -47,12 +48,12 @@ class HeadsPlan:
     """
 
     vocabulary: Vocabulary
-    sample: list[shards.ShardTask]
+    sample: list[EmbeddingTask]
     kept: dict[str, Any] | None = None
 
 
 def plan_heads(
-    config: ml_collections.ConfigDict, folder: str, embedded: Sequence[shards.ShardTask]
+    config: ml_collections.ConfigDict, folder: str, embedded: Sequence[EmbeddingTask]
 ) -> HeadsPlan:
     """Decides whether the heads of a folder stay, and else what they are made of.
 
@@ -64,9 +65,7 @@ def plan_heads(
     Raises:
         ValueError: a shard without counts of concepts, or no concept is frequent enough.
     """
-    description = head_files.read_description(folder)
-    if description and description["weights_hash"] != head_files.hash_heads(folder):
-        description = None
+    description = _read_heads(folder)
     if config.heads.load:
         vocabulary = read_vocabulary(config.heads.load)
         return HeadsPlan(vocabulary, [], _of_load(config, description, vocabulary, embedded))
@@ -88,11 +87,37 @@ def plan_heads(
     return HeadsPlan(vocabulary, [embedded[number] for number in chosen])
 
 
+def use_trained(
+    config: ml_collections.ConfigDict,
+    folder: str,
+    plan: HeadsPlan,
+    embedded: Sequence[EmbeddingTask],
+) -> HeadsPlan:
+    """The plan with the heads of another job, where one has trained them since it was made."""
+    if plan.kept is not None:
+        return plan
+    description = _read_heads(folder)
+    if config.heads.load:
+        kept = _of_load(config, description, plan.vocabulary, embedded)
+        return dataclasses.replace(plan, kept=kept)
+    if description and _are_kept(config, description, embedded):
+        return HeadsPlan(read_vocabulary(folder), plan.sample, description)
+    return plan
+
+
+def _read_heads(folder: str) -> dict[str, Any] | None:
+    """The description of the heads of a folder, where it has both."""
+    description = head_files.read_description(folder)
+    if description and description["weights_hash"] != head_files.hash_heads(folder):
+        return None
+    return description
+
+
 def obtain_heads(
     config: ml_collections.ConfigDict,
     folder: str,
     plan: HeadsPlan,
-    embedded: Sequence[shards.ShardTask],
+    embedded: Sequence[EmbeddingTask],
     failed: Collection[str],
     teacher: TeacherInfo,
     scratch: Scratch | None = None,
@@ -154,7 +179,7 @@ def _of_load(
     config: ml_collections.ConfigDict,
     description: dict[str, Any] | None,
     vocabulary: Vocabulary,
-    embedded: Sequence[shards.ShardTask],
+    embedded: Sequence[EmbeddingTask],
 ) -> dict[str, Any] | None:
     """The description of heads that were taken over before; whatever the shards, they stay."""
     if description is None or description["vocabulary"] != vocabulary.describe():
@@ -168,17 +193,21 @@ def _of_load(
 def _are_kept(
     config: ml_collections.ConfigDict,
     description: Mapping[str, Any],
-    embedded: Sequence[shards.ShardTask],
+    embedded: Sequence[EmbeddingTask],
 ) -> bool:
     """Whether heads are of this config, and few shards are others than those they were made for."""
     if description.get("recipe") != _hash_recipe(config, embedded):
         return False
-    before, now = description["inputs"], _identify(embedded)
+    now = _identify(embedded)
+    before = {
+        name: (known,) if isinstance(known, str) else known
+        for name, known in description["inputs"].items()
+    }
     # A shard that had failed at that time may come, however often it was written again.
     others = [
         name
         for name in before.keys() | now.keys()
-        if before.get(name, "") not in (now.get(name), None)
+        if before.get(name, ()) is not None and not {*before.get(name, ())} & {*now.get(name, ())}
     ]
     allowed = allowed_number(config.heads.max_changed_shards, len(before))
     if others:
@@ -194,7 +223,7 @@ def _are_kept(
     return len(others) <= allowed
 
 
-def _hash_recipe(config: ml_collections.ConfigDict, embedded: Sequence[shards.ShardTask]) -> str:
+def _hash_recipe(config: ml_collections.ConfigDict, embedded: Sequence[EmbeddingTask]) -> str:
     """Of all that decides vocabulary and heads but the shards."""
     heads = {k: v for k, v in config.heads.to_dict().items() if k not in _NOT_HASHED}
     settings = {
@@ -210,7 +239,7 @@ def _hash_recipe(config: ml_collections.ConfigDict, embedded: Sequence[shards.Sh
 def _hash_all(
     config: ml_collections.ConfigDict,
     vocabulary: Vocabulary,
-    embedded: Sequence[shards.ShardTask],
+    embedded: Sequence[EmbeddingTask],
 ) -> str:
     """Of all that decides the heads, the shards that they learn from as well."""
     settings = {
@@ -223,9 +252,13 @@ def _hash_all(
     return shards.hash_config(settings)
 
 
-def _identify(embedded: Sequence[shards.ShardTask]) -> dict[str, str | None]:
-    """Name of each shard -> a hash of what is known of it without reading it."""
-    return {_name(task): shards.hash_config(task.source.identity()) for task in embedded}
+def _identify(embedded: Sequence[EmbeddingTask]) -> dict[str, list[str] | None]:
+    """Name of each shard -> hashes by which it is known: of its state, and of its records."""
+    found = {}
+    for task in embedded:
+        known = [task.source.identity()] + ([{"shard": task.shard}] if task.shard else [])
+        found[_name(task)] = list(map(shards.hash_config, known))
+    return found
 
 
 def _name(task: shards.ShardTask) -> str:

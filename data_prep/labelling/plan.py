@@ -162,7 +162,7 @@ def plan_labels(
     config: ml_collections.ConfigDict,
     tasks: Sequence[shards.ShardTask],
     heads: dict[str, Any],
-    embedded: Sequence[shards.ShardTask],
+    embedded: Sequence[embeddings.EmbeddingTask],
 ) -> list[LabelTask]:
     """The labelling tasks.
 
@@ -192,10 +192,10 @@ def plan_labels(
             source=task.source,
             output=label_path(task.output),
             config_hash=config_hash,
-            shard=shard,
+            shard=embedding.shard,
             embedding=embedding,
         )
-        for task, embedding, shard in zip(tasks, embedded, identify_shards(tasks), strict=True)
+        for task, embedding in zip(tasks, embedded, strict=True)
     ]
 
 

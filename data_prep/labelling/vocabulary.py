@@ -20,6 +20,9 @@ from data_prep.jobs import files
 from diht_jax.data.records.schema import MAX_CONCEPT_ID
 from diht_jax.data.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
 
+# Concepts of a kind that are held at once, some 100 MB; the web's captions name ever new ones.
+_MAX_HELD = 2**20
+
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
@@ -80,7 +83,7 @@ class Counted(NamedTuple):
 
 
 def read_counts(shards: Sequence[str]) -> Counted:
-    """Adds up what the filter counted.
+    """Adds up what the filter counted; of very many concepts the rarest so far are let go.
 
     Args:
         shards: paths of the record shards, each with its statistics beside it.
@@ -97,6 +100,10 @@ def read_counts(shards: Sequence[str]) -> Counted:
             found = stats["counts"]["concepts"]
             for kind in KINDS:
                 counts[kind].update(found[kind])
+                if len(counts[kind]) > _MAX_HELD:
+                    counts[kind] = collections.Counter(
+                        dict(counts[kind].most_common(_MAX_HELD // 2))
+                    )
             records.append(stats["output"]["records"])
     except FileNotFoundError as error:
         raise ValueError(

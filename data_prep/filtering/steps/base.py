@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.captions.graph import CaptionGraph
 from data_prep.filtering.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
+from data_prep.jobs.manifest import Input
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.captions import all_captions
@@ -132,6 +133,10 @@ class Step:
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         """What decides beside the config; hashed where the step is active."""
         return {f"{cls.name}_rules": cls.rules_version}
+
+    @classmethod
+    def check_inputs(cls, config: ml_collections.ConfigDict, inputs: Sequence[Input]) -> None:
+        """Warns where the step has nothing to do with these inputs; called once in a job."""
 
     @classmethod
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:

@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
+from absl import logging
 from ml_collections.config_dict import placeholder
 
-from data_prep.duplicates.table import Lookup, read_summary
+from data_prep.duplicates.table import Lookup, hash_input, read_inputs, read_summary
 from data_prep.filtering.steps.base import Candidate, Drop, Step
+from data_prep.jobs.manifest import Input
 from diht_jax.data.readers.base import SourceShard
+
+_LOOKED_AT = 32  # inputs that are compared with those of the table
 
 
 class DuplicateStep(Step):
@@ -41,6 +45,21 @@ class DuplicateStep(Step):
                 "data_prep.duplicates; run that command (again)"
             )
         return super().describe_rules(config) | {"duplicates_table": summary["digest"]}
+
+    @classmethod
+    def check_inputs(cls, config: ml_collections.ConfigDict, inputs: Sequence[Input]) -> None:
+        folder = config.duplicates.table
+        known = read_inputs(folder)
+        looked_at = inputs[:: max(1, len(inputs) // _LOOKED_AT)]
+        if known is None or any(hash_input(found.shard) in known for found in looked_at):
+            return
+        logging.warning(
+            "config.duplicates.table='%s' was made of other files: none of the %d shards of "
+            "config.input that were looked at has the name and size of one of its inputs. Pairs "
+            "are dropped by their keys: where both data sets number theirs, the wrong ones",
+            folder,
+            len(looked_at),
+        )
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)

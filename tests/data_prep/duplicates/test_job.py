@@ -133,8 +133,10 @@ def test_a_finished_folder_is_read_and_another_threshold_goes_on(pairs, found, c
     assert job.run(_config(pairs, found)) == {}
     assert _dropped(found) == _EXPECTED
     assert scanned == {path: path.stat().st_mtime_ns for path in (found / "scan").iterdir()}
-    with pytest.raises(ValueError, match="other settings; changed: units"):
+    with pytest.raises(ValueError, match="holds 1 scans of inputs that .* no longer names"):
         job.run(_config(pairs, found, input=str(pairs / "0.tar")))
+    with pytest.raises(ValueError, match="other settings; changed: embeddings"):
+        job.run(_config(pairs, found, embeddings__mirrored=False))
 
 
 def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
@@ -151,6 +153,18 @@ def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     assert again.funnel.dropped["duplicates"] == {"exact": 2, "near": 4}
     with pytest.raises(ValueError, match="no complete output of python -m data_prep.duplicates"):
         run_filter(job_config(str(pairs / "*.tar"), tmp_path / "b", duplicates__table=str(pairs)))
+
+
+def test_the_filter_warns_of_a_table_of_other_files(pairs, found, tmp_path, caplog):
+    """Both have the keys s00 to s05: those of a table that knows nothing of them are dropped."""
+    with tarfile.open(pairs / "0.tar") as old, tarfile.open(tmp_path / "00000.tar", "w") as new:
+        for member in old.getmembers():
+            new.addfile(member, old.extractfile(member))
+    for pattern, expected in ((pairs / "*.tar", 0), (tmp_path / "*.tar", 1)):
+        config = job_config(str(pattern), tmp_path / f"out{expected}", duplicates__table=str(found))
+        with caplog.at_level("WARNING"):
+            assert run_filter(config) == {}
+        assert caplog.text.count("was made of other files") == expected
 
 
 def test_given_embeddings_need_no_pictures(tmp_path, capsys):
@@ -197,6 +211,9 @@ def test_the_output_of_embed_must_be_of_the_same_input(pairs, tmp_path):
         ({"verify__correlation": 2.0}, "config.verify.correlation=2.0; expected more than 0"),
         ({"verify__candidates": 0}, "config.verify.candidates=0; expected at least 1"),
         ({"clusters__count": 0}, "config.clusters.count=0; expected at least 1"),
+        ({"max_failed_shards": -1.0}, "config.max_failed_shards=-1.0; expected a share below 1"),
+        ({"input_identity": "name"}, "config.input_identity='name'; expected one of time, hash"),
+        ({"shard_timeout_secs": 0.0}, "config.shard_timeout_secs=0.0; expected more than 0"),
     ],
 )
 def test_settings_are_checked(pairs, tmp_path, changes, message):
@@ -228,7 +245,7 @@ def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
                 job.run(config)
         done.append({str(path.relative_to(tmp_path)) for path in (tmp_path / "out").rglob("*.*")})
     name = "00000000.arrow"
-    assert {"out/scan/00000.npy", "out/centroids.npz", f"out/clusters/{name}"} <= done[0]
+    assert {"out/centroids.npz", f"out/clusters/{name}"} <= done[0]
     assert f"out/found/{name}" in done[1] - done[0] and f"out/keys/{name}" in done[2] - done[1]
     for module, name in (
         (job, "scan_unit"), (kmeans, "fit"), (stages, "find_in_group"),

@@ -2,22 +2,28 @@
 
 import collections
 import json
+import os
 import pathlib
 import shutil
+import threading
+from concurrent import futures
 
 import fsspec
 import ml_collections
 import pytest
 
+from data_prep.jobs import claim
 from data_prep.jobs.progress import ProcessDeath
 from data_prep.label import run_label
-from data_prep.labelling import embeddings, obtain_heads
+from data_prep.labelling import embeddings, heads, obtain_heads, summary
 from data_prep.labelling.config import default_config
 from data_prep.labelling.examples import choose_shards
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
 from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.labels.rows import open_labels
+from diht_jax.data.records.schema import decode_record, encode_record
+from diht_jax.data.records.tfrecord import TFRecordWriter, read_records
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
 
 _DEADLY: set[bytes] = set()
@@ -115,7 +121,7 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
     config.heads.update({"max_examples": 20, "max_held_out": 5})
     assert run_label(config) == {}
     assert reads == {"00000": 1, "00001": 1, "00002": 1}
-    before, heads = _times(config, "*/*.npz"), _times(config, "heads.npz")
+    before, trained = _times(config, "*/*.npz"), _times(config, "heads.npz")
     # By the jobs of an array: what the heads learn from, then the rest.
     reads.clear()
     config.output = str(tmp_path / "array")
@@ -128,16 +134,66 @@ def test_every_picture_is_read_once_also_those_the_heads_learn_from(job, tmp_pat
     config.output = str(tmp_path / "out")
     # A shard that is written again is labelled again; the heads stay while few are others.
     config.heads.max_changed_shards = 1
-    (tmp_path / "kept" / "pairs-train-00002.tfrecord").touch()
+    _write_again(tmp_path / "kept" / "pairs-train-00002.tfrecord")
     reads.clear()
     assert run_label(config) == {}
-    assert reads == {"00002": 1} and _times(config, "heads.npz") == heads
+    assert reads == {"00002": 1} and _times(config, "heads.npz") == trained
     now = _times(config, "*/*.npz")
     assert {name for name in now if now[name] != before[name]} == {"pairs-train-00002.tfrecord.npz"}
     config.heads.max_changed_shards = 0
-    (tmp_path / "kept" / "pairs-train-00001.tfrecord").touch()
+    _write_again(tmp_path / "kept" / "pairs-train-00001.tfrecord")
     assert run_label(config) == {}
-    assert _times(config, "heads.npz") != heads
+    assert _times(config, "heads.npz") != trained
+
+
+def _write_again(path):
+    """With other metadata in the first record."""
+    records = [decode_record(data) for data in read_records(path)]
+    records[0].metadata["again"] = True
+    with TFRecordWriter(path) as writer:
+        for record in records:
+            writer.write(encode_record(record))
+    path.with_name("dataset.index").unlink(missing_ok=True)
+
+
+def test_shards_that_were_only_touched_are_not_embedded_again(job, caplog):
+    config, reads = job
+    config.heads.max_changed_shards = 0
+    assert run_label(config) == {}
+    before = _times(config, "**/*.npz")
+    kept = pathlib.Path(config.input)
+    for number, path in enumerate(sorted(kept.glob("*.tfrecord"))):
+        os.utime(path, ns=(number, number))
+    reads.clear()
+    assert run_label(config) == {}
+    assert not reads and _times(config, "**/*.npz") == before
+    # Now they are known by these times; one that has other records is named.
+    _write_again(kept / "pairs-train-00001.tfrecord")
+    config.heads.max_changed_shards = 1
+    with caplog.at_level("WARNING"):
+        assert run_label(config) == {}
+    assert reads == {"00001": 1}
+    assert "embeddings of 1 of 3 shards count no more" in caplog.text
+
+
+def test_files_of_shards_that_are_gone_are_removed_while_they_are_few(job, caplog):
+    config, _ = job
+    config.heads.max_changed_shards = 3
+    assert run_label(config) == {}
+    out, kept = pathlib.Path(config.output), pathlib.Path(config.input)
+    (out / "labels" / "mine.npz").write_bytes(b"of somebody else")
+    for path in (*kept.glob("*-00001.tfrecord*"), kept / "dataset.index"):
+        path.unlink()
+    with caplog.at_level("WARNING"):
+        assert run_label(config) == {}
+    assert "holds files of 1 shards that config.input no longer names" in caplog.text
+    assert len(list(out.glob("*/*-00001.tfrecord.npz"))) == 2
+    config.max_changed_shards = 1
+    assert run_label(config) == {}
+    for name in ("labels", "embeddings"):
+        left = {path.name[:17] for path in (out / name).iterdir()} - {"mine.npz"}
+        assert left == {"pairs-train-00000", "pairs-train-00002"}
+    assert (out / "labels" / "mine.npz").exists()
 
 
 def test_pictures_that_kill_their_worker_are_found_and_stay_without_labels(job, tmp_path):
@@ -169,6 +225,46 @@ def test_so_many_shards_are_chosen_as_have_the_wanted_images():
     config.heads.max_held_out = 500
     assert len(choose_shards([100] * 100, names, config)) == 50
     assert choose_shards([100] * 20, names[:20], config) == list(range(20))
+
+
+def test_one_job_of_an_array_trains_the_heads_and_one_describes_the_labels(job, monkeypatch):
+    config, _ = job
+    assert run_label(config, 0, 2) == {}  # the heads learn from all shards; one is missing
+    monkeypatch.setattr(claim, "_POLL_SECS", 0.01)
+    is_second_there, gathered, described = threading.Event(), [], []
+    gather, take = obtain_heads.gather_examples, claim.take
+    summarize = summary.summarize
+
+    def take_noting(folder):
+        if gathered:
+            is_second_there.set()
+        return take(folder)
+
+    def gather_slowly(*given):
+        gathered.append(given)
+        futures_of_others.append(pool.submit(run_label, config, 0, 2))
+        assert is_second_there.wait(timeout=600)
+        return gather(*given)
+
+    monkeypatch.setattr(claim, "take", take_noting)
+    monkeypatch.setattr(obtain_heads, "gather_examples", gather_slowly)
+    monkeypatch.setattr(
+        summary, "summarize", lambda *given: described.append(given) or summarize(*given)
+    )
+    futures_of_others = []
+    with futures.ThreadPoolExecutor(2) as pool:
+        assert run_label(config, 1, 2) == {}
+        assert [other.result() for other in futures_of_others] == [{}]
+    assert len(gathered) == len(described) == 1
+    assert _labelled(config) == [30, 30, 30]
+
+
+def test_labels_are_made_with_the_heads_of_their_hash(work):
+    folder = str(work / "labelled")
+    weights_hash = heads.hash_heads(folder)
+    assert sorted(heads.load_heads_once(folder, weights_hash)) == ["attributes", "objects"]
+    with pytest.raises(ValueError, match=f"other heads .hash {weights_hash}. than this"):
+        heads.load_heads_once(folder, "0" * 16)
 
 
 def test_heads_of_before_are_recognised(job, monkeypatch):

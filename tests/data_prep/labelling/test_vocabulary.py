@@ -63,6 +63,19 @@ def test_filter_counts_what_kept_captions_name(filtered):
     assert (stats["kept"], stats["dropped"]["image"]) == (3, {"unreadable": 1})
 
 
+def test_of_very_many_concepts_the_frequent_ones_are_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(concept_vocabulary, "_MAX_HELD", 6)
+    for number in range(4):
+        rare = {f"rare {number} {i}": 1 for i in range(3)}
+        counts = {"concepts": {"objects": {"dog": 9, "cat": 5} | rare, "attributes": {}}}
+        path = tmp_path / f"{number}.tfrecord.stats.json"
+        path.write_text(json.dumps({"counts": counts, "output": {"records": 20}}))
+    shards = [str(tmp_path / f"{number}.tfrecord") for number in range(4)]
+    found = concept_vocabulary.read_counts(shards)
+    assert found.records == [20] * 4 and len(found.concepts["objects"]) <= 6
+    assert (found.concepts["objects"]["dog"], found.concepts["objects"]["cat"]) == (36, 20)
+
+
 def test_filter_keeps_what_each_record_names(filtered):
     shards = find_shards(filtered / "convert")
     assert len(shards) == 3

@@ -1,0 +1,184 @@
+"""Inputs that fail, go, come or change: only they are scanned again, and the table follows."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from data_prep.duplicates import job, scan
+from data_prep.jobs.failures import INCOMPLETE_STATUS
+from diht_jax.config import load_recipe
+
+
+def _write_tar(path, seeds) -> None:
+    with tarfile.open(path, "w") as tar:
+        for number, seed in enumerate(seeds):
+            small = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
+            buffer = io.BytesIO()
+            Image.fromarray(small).resize((60, 45)).save(buffer, "PNG")
+            key = f"{path.stem}-{number}"
+            for extension, value in (("png", buffer.getvalue()), ("txt", key.encode())):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(value)
+                tar.addfile(info, io.BytesIO(value))
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Three tars of four pairs; each one's first picture is the same."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in range(3):
+        _write_tar(folder / f"{name}.tar", [0, *range(10 * name + 1, 10 * name + 4)])
+    return folder
+
+
+@pytest.fixture
+def scanned(monkeypatch):
+    """The names of the inputs that are scanned."""
+    names = []
+
+    def counted(unit, report, *, config):
+        names.append(os.path.basename(unit.source.path))
+        scan.scan_unit(unit, report, config=config)
+
+    monkeypatch.setattr(job, "scan_unit", counted)
+    return names
+
+
+def _config(tars, output, **changes):
+    config = load_recipe("configs/prep/duplicates.py")
+    config.update({"input": str(tars / "*.tar"), "output": str(output), "num_workers": 0})
+    config.update({"keep": "first", "max_failed_shards": 1.0, "max_changed_shards": 1.0})
+    config.update(changes)
+    return config
+
+
+def _dropped(output):
+    rows = []
+    for path in sorted((output / "duplicates").iterdir()):
+        rows += pyarrow.parquet.read_table(path).to_pylist()
+    return len(rows), {row["key"]: row["kept_key"] for row in rows if row["kind"] != "kept"}
+
+
+def _cut(path) -> bytes:
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2 + 100])
+    return whole
+
+
+def test_a_cut_off_tar_is_left_out_and_made_up_for(tars, tmp_path, scanned, capsys):
+    out = tmp_path / "out"
+    whole = _cut(tars / "1.tar")
+    failures = job.run(_config(tars, out, max_failed_shards=0.01))
+    assert list(failures) == [str(tars / "1.tar")] and failures.exit_status == 1
+    assert "config.max_failed_shards=0.01 allows 0" in capsys.readouterr().out
+    failures = job.run(_config(tars, out))
+    assert list(failures) == [str(tars / "1.tar")] and failures.exit_status == INCOMPLETE_STATUS
+    assert scanned == ["0.tar", "1.tar", "2.tar", "1.tar"]
+    assert _dropped(out) == (8, {"2-0": "0-0"})
+    summary = json.loads((out / "duplicates.json").read_text())
+    assert [found["source"] for found in summary["failed"]] == [str(tars / "1.tar")]
+    assert "1 of 3 units failed and are not among them" in (out / "report.html").read_text()
+
+    scanned.clear()
+    (tars / "1.tar").rename(tmp_path / "1.tar")
+    assert job.run(_config(tars, out)) == {}
+    assert "failed" not in json.loads((out / "duplicates.json").read_text())
+    assert scanned == []
+    (tars / "1.tar").write_bytes(whole)
+    assert job.run(_config(tars, out)) == {}
+    assert scanned == ["1.tar"]
+    assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
+
+
+def test_only_inputs_that_came_or_changed_are_scanned(tars, tmp_path, scanned):
+    out = tmp_path / "out"
+    assert job.run(_config(tars, out)) == {}
+    scanned.clear()
+    os.remove(tars / "0.tar")
+    assert job.run(_config(tars, out)) == {}
+    assert scanned == []
+    assert _dropped(out) == (8, {"2-0": "1-0"})
+    assert len(list((out / "scan").glob("*.arrow"))) == 2
+    _write_tar(tars / "05.tar", [0, 51])
+    assert job.run(_config(tars, out)) == {}
+    assert scanned == ["05.tar"]
+    assert _dropped(out) == (10, {"1-0": "05-0", "2-0": "05-0"})
+    made = (out / "dropped.arrow").stat().st_mtime_ns
+    os.utime(tars / "2.tar", ns=(1, 1))  # the same bytes: the search stands
+    assert job.run(_config(tars, out)) == {}
+    assert scanned == ["05.tar", "2.tar"]
+    assert (out / "dropped.arrow").stat().st_mtime_ns == made
+    os.utime(tars / "2.tar", ns=(2, 2))
+    assert job.run(_config(tars, out, input_identity="size")) == {}
+    assert scanned == ["05.tar", "2.tar"]
+    for path in tars.iterdir():
+        os.utime(path, ns=(3, 3))
+    before = sorted((out / "scan").iterdir())
+    with pytest.raises(ValueError, match=r"and 3 of inputs that were replaced.*max_changed_shards"):
+        job.run(_config(tars, out))
+    assert sorted((out / "scan").iterdir()) == before
+
+
+def test_a_search_that_has_begun_is_finished_before_more_units_count(tars, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    whole = _cut(tars / "1.tar")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.block_table, "write_all", stop)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(_config(tars, out))
+    (tars / "1.tar").write_bytes(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(job.stages, "find_in_group", pytest.fail)  # what another job may be at
+        failures = job.run(_config(tars, out))
+    assert failures == {str(tars / "1.tar"): job._LATE}
+    assert failures.exit_status == INCOMPLETE_STATUS
+    assert _dropped(out) == (8, {"2-0": "0-0"})
+    assert job.run(_config(tars, out)) == {}
+    assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
+
+
+def test_pairs_before_the_damage_of_a_tar_are_compared(tars, tmp_path):
+    _cut(tars / "1.tar")
+    assert job.run(_config(tars, tmp_path / "out", keep_before_damage=True)) == {}
+    count, dropped = _dropped(tmp_path / "out")
+    assert 8 < count < 12 and dropped == {"1-0": "0-0", "2-0": "0-0"}
+
+
+def test_a_folder_with_numbered_scans_is_refused(tars, tmp_path):
+    (tmp_path / "settings.json").write_text('{"units": []}')
+    with pytest.raises(ValueError, match="made by an older version"):
+        job.run(_config(tars, tmp_path))
+
+
+def _scan_or_die(unit, report, *, config):
+    """As `scan_unit`, but one picture ends the process."""
+    look = scan._look_at
+
+    def deadly(pair, *rest):
+        if pair.key == "1-2":
+            os._exit(7)
+        return look(pair, *rest)
+
+    scan._look_at = deadly
+    scan.scan_unit(unit, report, config=config)
+
+
+def test_a_picture_that_ends_its_worker_is_compared_with_none(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "scan_unit", _scan_or_die)
+    assert job.run(_config(tars, tmp_path / "out", num_workers=1)) == {}
+    count, dropped = _dropped(tmp_path / "out")
+    assert (count, dropped) == (12, {"1-0": "0-0", "2-0": "0-0"})
+    summary = json.loads((tmp_path / "out" / "duplicates.json").read_text())
+    assert summary["without_embedding"] == 1
+    assert not list((tmp_path / "out" / "scan").glob(".*"))
