@@ -5,6 +5,7 @@ import random
 import pytest
 
 from data_prep.captions.parse import load_parser
+from data_prep.jobs import engine
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +25,9 @@ def web_captions(shared_data) -> list[str]:
     """400 captions of the web, always the same ones."""
     lines = (shared_data / "captions_web.txt").read_text(encoding="utf-8").splitlines()
     return random.Random(0).sample(lines, 400)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_storage(monkeypatch):
+    """A failed store is tried again at once, not after minutes."""
+    monkeypatch.setattr(engine, "_STORAGE_DELAYS_SECS", (0.0, 0.0, 0.0))

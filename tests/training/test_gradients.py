@@ -373,8 +373,8 @@ def test_micro_batches_that_do_not_fit_are_refused(micro_batch):
     ],
 )
 def test_wrong_settings_are_named(changes, message):
-    program = program_of(tiny_config(**changes), 1, 1)
     with pytest.raises(ValueError, match=message):
+        program = program_of(tiny_config(**changes), 1, 1)
         program.step(program.abstract_state())
 
 

@@ -113,7 +113,7 @@ def test_a_command_line_may_use_the_old_names(tmp_path, monkeypatch):
 def test_a_work_directory_with_the_old_names_is_resumed(config, tmp_path):
     config.no_patch_dropout_steps = 3
     write_config(tmp_path, config)
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     path = tmp_path / "config.json"
     text = path.read_text().replace("no_patch_dropout_", "unmasked_")
     path.write_text(text)

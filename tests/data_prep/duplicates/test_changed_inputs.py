@@ -75,9 +75,9 @@ def _cut(path) -> bytes:
 def test_a_cut_off_tar_is_left_out_and_made_up_for(tars, tmp_path, scanned, capsys):
     out = tmp_path / "out"
     whole = _cut(tars / "1.tar")
-    failures = job.run(_config(tars, out, max_failed_shards=0.01))
+    failures = job.run(_config(tars, out, max_failed_shards=0.0))
     assert list(failures) == [str(tars / "1.tar")] and failures.exit_status == 1
-    assert "config.max_failed_shards=0.01 allows 0" in capsys.readouterr().out
+    assert "config.max_failed_shards=0 allows 0" in capsys.readouterr().out
     failures = job.run(_config(tars, out))
     assert list(failures) == [str(tars / "1.tar")] and failures.exit_status == INCOMPLETE_STATUS
     assert scanned == ["0.tar", "1.tar", "2.tar", "1.tar"]

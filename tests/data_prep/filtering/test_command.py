@@ -258,7 +258,9 @@ def test_command(tmp_path):
     refused = _run(*arguments)
     assert refused.returncode == 1
     assert "changed: the input" in refused.stderr and "--overwrite" in refused.stderr
-    failed = _run(*arguments, "--config.num_workers=0", "--overwrite")
+    failed = _run(
+        *arguments, "--config.num_workers=0", "--overwrite", "--config.max_failed_shards=0"
+    )
     assert failed.returncode == 1
     assert f"failed: {tmp_path}/in/00001.tar: " in failed.stderr
 

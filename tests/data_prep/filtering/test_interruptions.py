@@ -123,6 +123,7 @@ def main(folder):
     config = load_recipe("configs/prep/convert.py")
     config.update({"input": f"{folder}/in/*.tar,{folder}/damaged.tar"})
     config.update({"output": f"{folder}/cluster", "examples_per_shard": 20})
+    config.max_failed_shards = 0
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()

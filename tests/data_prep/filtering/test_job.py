@@ -98,7 +98,7 @@ def test_a_damaged_shard_does_not_stop_the_others(tmp_path, capsys):
     broken = tmp_path / "in" / "00001.tar"
     whole = broken.read_bytes()
     broken.write_bytes(whole[:3000])
-    config = job_config(source, tmp_path / "out")
+    config = job_config(source, tmp_path / "out", max_failed_shards=0)
     failures = run_filter(config)
     assert list(failures) == [str(broken)]
     assert "cannot be read to its end" in failures[str(broken)]

@@ -148,8 +148,9 @@ def clock(monkeypatch):
 
 
 @pytest.mark.parametrize("down_secs", [20, 100, 500, 2000])
-def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, down_secs):
+def test_an_outage_of_minutes_is_waited_for_whatever_the_retries(clock, monkeypatch, down_secs):
     """Every task takes a second; after 30 s, 2 min and 8 min more it is given up."""
+    monkeypatch.setattr(engine, "_STORAGE_DELAYS_SECS", (30.0, 120.0, 480.0))
     attempts = collections.defaultdict(list)
 
     def work(task: int, report) -> None:

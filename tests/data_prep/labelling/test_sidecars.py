@@ -182,6 +182,7 @@ if __name__ == "__main__":
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1})
     config = label_config("kept", "out", merge=False, num_workers=2, heads__load=sys.argv[1])
     config.ray.update({"address": cluster.address, "gpus_per_worker": 0.5})
+    config.max_failed_shards = 0
     print("first:", json.dumps(run_label(config, engine="ray")), flush=True)
     print("loads:", json.dumps([path.read_text() for path in pathlib.Path().glob("*.loaded")]))
     shutil.copy2(sys.argv[2], "kept")

@@ -180,6 +180,8 @@ def test_a_store_that_goes_on_failing_ends_all_workers(store, cache, monkeypatch
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs Linux")
 def test_a_stop_while_a_block_is_awaited(store, cache, monkeypatch, hang_guard):
+    # With all blocks fetched before the process is halted, no block would ever be awaited.
+    monkeypatch.setenv(slow_store.LATENCY_SECS, "0.2")
     said = []
     monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
     batches = train_iterator(store, cache)
