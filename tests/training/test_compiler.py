@@ -252,7 +252,7 @@ def test_a_second_start_compiles_nothing_and_has_the_same_numbers(tmp_path, labe
 
 def test_a_run_from_before_the_key_can_go_on(tmp_path, config):
     write_config(tmp_path, config)
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     path = tmp_path / "config.json"
     written = json.loads(path.read_text())
     del written["compilation_cache"]
