@@ -38,7 +38,8 @@ if ! is_done installed "$requirements_state"; then
   fi
   echo "Installing into .venv (once, a few minutes) ..." >&2
   [ -x "$python" ] || "$base" -m venv .venv || { rm -rf .venv; exit 1; }
-  "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt || {
+  # Python compiles what it imports, a small part of all that is installed.
+  "$python" -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt || {
     echo "error: requirements.txt could not be installed. It is meant for Python 3.11, 3.12 and 3.13; this is" \
       "$(version_of "$python"). For another one: rm -r .venv, and set PYTHON=/path/to/python3.13" >&2
     exit 1
