@@ -435,8 +435,8 @@ FINE_TUNING = [
         student="tuned",
         init_from="raw",
     ),
+    Experiment("tuned_averaged", _PHOTOS, student="averaged", init_from="raw"),
 ]
-FINE_TUNING.append(Experiment("tuned_averaged", _PHOTOS, student="averaged", init_from="raw"))
 # The last fifth of the steps, for the decay.
 _WSD = {"optimizer.schedule": "wsd", "optimizer.decay_steps": _EXAMPLES // _BATCH_SIZE // 5}
 OPTIMIZER = [

@@ -57,7 +57,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.clusters.chunk_rows = 65_536  # that lie on the devices at a time
     c.seed = 0
 
-    # The table is made without so many failed units: a share below 1, or a number.
+    # The table is made without so many failed units: a share below 1 (0: none; else one at
+    # least), or a number.
     c.max_failed_shards = 0.01
     # So many scanned inputs may be gone or replaced, as a share or a number; more are refused.
     c.max_changed_shards = 0.01

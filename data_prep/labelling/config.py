@@ -68,7 +68,8 @@ def default_config() -> ml_collections.ConfigDict:
     c.report_images = 36  # in report.html
     c.seed = 0  # of the held-out images, the order of training and the report's images
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
-    # The labels are written without so many failed shards: a share below 1, or a number.
+    # The labels are written without so many failed shards: a share below 1 (0: none; else one at
+    # least), or a number.
     c.max_failed_shards = 0.01
     # Labels and embeddings of so many shards that are gone are removed; where they are more, all
     # stay. A share below 1, or a number.
