@@ -4,16 +4,16 @@
 #     docker build --target tpu --tag diht_jax:tpu .
 #
 # CUDA and libtpu come with JAX from the package index; of the host they need the driver alone.
-# Versions are those of requirements.txt, the tested set.
+# Versions are those of requirements.txt and requirements-dev.txt, the tested set.
 
 FROM python:3.11-slim-bookworm AS base
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
 WORKDIR /diht_jax
 # Packages come before the sources, so that a change there does not install them again.
-COPY LICENSE README.md pyproject.toml requirements.txt ./
+COPY LICENSE README.md pyproject.toml requirements.txt requirements-dev.txt ./
 # Constraints may not have extras. The two packages give class names and prompts of the evaluation
 # from their data files, which need neither torch nor what else they depend on.
-RUN sed 's/\[.*\]//' requirements.txt > /constraints.txt \
+RUN sed 's/\[.*\]//' requirements.txt requirements-dev.txt > /constraints.txt \
     && pip install --constraint /constraints.txt '.[cloud]' \
     && pip install --constraint /constraints.txt --no-deps clip-benchmark open_clip_torch
 

@@ -3,6 +3,7 @@
 #   bash run_tests.sh -k contrastive
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+requirements=(requirements.txt requirements-dev.txt)
 source .ci/environment.sh
 "$python" -m ruff check --quiet .
 "$python" -m ruff format --quiet --check .

@@ -1,6 +1,7 @@
-# Sourced by run_tests.sh and run_demo.sh in the repository's root. Makes .venv with everything in
-# requirements.txt and with the project itself, so that `import diht_jax` works from any folder, unless
-# that has been done. Leaves the environment's Python in $python.
+# Sourced by run_tests.sh and run_demo.sh in the repository's root. Makes .venv with everything in the
+# files of the array `requirements` (default: requirements.txt) and with the project itself, so that
+# `import diht_jax` works from any folder, unless that has been done. Leaves the environment's Python in
+# $python.
 # $PYTHON names the interpreter to build it with; the default is the first that runs of python3.11,
 # python3.12, python3.13 (the versions that requirements.txt is meant for) and python3.
 
@@ -29,8 +30,12 @@ if [ -n "${PYTHON:-}" ] && [ -f .venv/pyvenv.cfg ]; then
   fi
 fi
 
-requirements_state=$(cksum < requirements.txt)
-if ! is_done installed "$requirements_state"; then
+requirements=("${requirements[@]:-requirements.txt}")
+missing=
+for file in "${requirements[@]}"; do
+  is_done "installed_$file" "$(cksum < "$file")" || missing=yes
+done
+if [ -n "$missing" ]; then
   base=${PYTHON:-$(find_python)}
   if [ -z "$base" ] || ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     echo "error: Python 3.11 or newer is needed; found '${base:-none}'. Set PYTHON=/path/to/python3.11" >&2
@@ -39,12 +44,12 @@ if ! is_done installed "$requirements_state"; then
   echo "Installing into .venv (once, a few minutes) ..." >&2
   [ -x "$python" ] || "$base" -m venv .venv || { rm -rf .venv; exit 1; }
   # Python compiles what it imports, a small part of all that is installed.
-  "$python" -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt || {
-    echo "error: requirements.txt could not be installed. It is meant for Python 3.11, 3.12 and 3.13; this is" \
+  "$python" -m pip install --quiet --no-compile --disable-pip-version-check "${requirements[@]/#/-r}" || {
+    echo "error: ${requirements[*]} could not be installed. Meant for Python 3.11, 3.12 and 3.13; this is" \
       "$(version_of "$python"). For another one: rm -r .venv, and set PYTHON=/path/to/python3.13" >&2
     exit 1
   }
-  echo "$requirements_state" > .venv/installed
+  for file in "${requirements[@]}"; do cksum < "$file" > ".venv/installed_$file"; done
 fi
 
 # The project, as a link to this folder: again where pyproject.toml or the folder's path has changed.

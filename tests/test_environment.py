@@ -17,20 +17,31 @@ RECORDER = '#!/bin/sh\necho "$@" >> calls\n'
 def checkout(tmp_path):
     """A folder with the set-up's files, and an environment whose Python only records its calls."""
     folder = tmp_path / "checkout"
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    for name in ("requirements.txt", "pyproject.toml"):
+    folder.mkdir()
+    for name in ("requirements.txt", "requirements-dev.txt", "pyproject.toml"):
         shutil.copy(REPOSITORY / name, folder)
     shutil.copytree(REPOSITORY / ".ci", folder / ".ci")
-    python = folder / ".venv" / "bin" / "python"
-    python.write_text(RECORDER)
-    python.chmod(0o755)
+    make_environment(folder)
     return folder
 
 
-def source_script(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
-    """Sources the script as run_demo.sh does."""
+def make_environment(folder: pathlib.Path) -> None:
+    python = folder / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(RECORDER)
+    python.chmod(0o755)
+
+
+DEMO = "source .ci/environment.sh"
+TESTS = f"requirements=(requirements.txt requirements-dev.txt); {DEMO}"
+
+
+def source_script(
+    folder: pathlib.Path, script: str = DEMO, **environment: str
+) -> subprocess.CompletedProcess:
+    """Sources the script as run_demo.sh does, or as run_tests.sh does."""
     return subprocess.run(
-        ["bash", "-c", "set -euo pipefail; source .ci/environment.sh; echo $python"],
+        ["bash", "-c", f"set -euo pipefail; {script}; echo $python"],
         cwd=folder,
         env={"PATH": "/usr/bin:/bin", **environment},
         capture_output=True,
@@ -38,9 +49,9 @@ def source_script(folder: pathlib.Path, **environment: str) -> subprocess.Comple
     )
 
 
-def set_up(folder: pathlib.Path) -> list[str]:
+def set_up(folder: pathlib.Path, script: str = DEMO) -> list[str]:
     """The calls of the environment's Python since the last time."""
-    done = source_script(folder, PYTHON=sys.executable)
+    done = source_script(folder, script, PYTHON=sys.executable)
     assert (done.returncode, done.stdout) == (0, ".venv/bin/python\n"), done.stderr
     calls = folder / "calls"
     lines = calls.read_text().splitlines() if calls.exists() else []
@@ -50,9 +61,33 @@ def set_up(folder: pathlib.Path) -> list[str]:
 
 def test_everything_is_installed_once(checkout):
     requirements, project = set_up(checkout)
-    assert requirements.endswith("-r requirements.txt")
+    assert requirements.endswith("-rrequirements.txt")
     assert project.endswith("--no-deps --no-build-isolation -e .")
     assert set_up(checkout) == []
+
+
+def test_tests_get_what_the_demo_needs_and_more(checkout):
+    for start in (TESTS, DEMO):
+        shutil.rmtree(checkout / ".venv", ignore_errors=True)
+        make_environment(checkout)
+        set_up(checkout, start)
+        assert set_up(checkout) == []
+        both = set_up(checkout, TESTS)
+        if start == DEMO:
+            # Both are named again, so that versions of the one hold for the other.
+            assert [call.split()[-2:] for call in both] == [
+                ["-rrequirements.txt", "-rrequirements-dev.txt"]
+            ]
+        else:
+            assert both == []
+    (checkout / "requirements-dev.txt").write_text("changed")
+    assert set_up(checkout) == []
+    assert len(set_up(checkout, TESTS)) == 1
+    scripts = {name: (REPOSITORY / name).read_text() for name in ("run_tests.sh", "run_demo.sh")}
+    assert (
+        "\nrequirements=(requirements.txt requirements-dev.txt)\nsource" in scripts["run_tests.sh"]
+    )
+    assert "requirements=" not in scripts["run_demo.sh"]
 
 
 def test_environment_of_an_earlier_revision_gets_the_project_alone(checkout):
@@ -67,7 +102,7 @@ def test_changes_are_installed(checkout):
     (checkout / "pyproject.toml").write_text("changed")
     assert [call.split()[-1] for call in set_up(checkout)] == ["."]
     (checkout / "requirements.txt").write_text("changed")
-    assert [call.split()[-1] for call in set_up(checkout)] == ["requirements.txt"]
+    assert [call.split()[-1] for call in set_up(checkout)] == ["-rrequirements.txt"]
 
 
 def test_checkout_that_was_moved_is_linked_again(checkout):
@@ -107,10 +142,13 @@ def test_requirements_that_cannot_be_installed_say_which_pythons_they_are_for(ch
     write_command(checkout / ".venv" / "bin" / "python", '[ "$1" = -c ] && echo 3.14')
     done = source_script(checkout, PYTHON=sys.executable)
     assert done.returncode == 1
-    assert "meant for Python 3.11, 3.12 and 3.13; this is 3.14" in done.stderr
+    assert "Meant for Python 3.11, 3.12 and 3.13; this is 3.14" in done.stderr
 
 
 def test_what_installs_the_project_is_among_the_requirements():
     lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
     wanted = (REPOSITORY / "pyproject.toml").read_text().partition("requires = [")[2]
     assert wanted.partition("]")[0].strip('"') in lines
+    # The tests' file has nothing twice.
+    others = (REPOSITORY / "requirements-dev.txt").read_text().splitlines()
+    assert not {line for line in lines if line and line[0] != "#"} & set(others)

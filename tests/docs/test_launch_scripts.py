@@ -195,6 +195,9 @@ def test_the_dockerfile_has_what_it_copies_and_the_packages_of_eval():
         assert re.split("[><=]", package)[0] in text
     assert re.findall(r"(?m)^FROM base AS (\w+)$", text) == ["cuda", "tpu"]
     # pip does not take constraints with extras.
-    requirements = (REPOSITORY / "requirements.txt").read_text()
-    (pattern,) = re.findall(r"sed 's/(.+)//' requirements\.txt", text)
-    assert "[" not in re.sub(r"(?m)#.*$", "", re.sub(pattern, "", requirements))
+    ((pattern, names),) = re.findall(
+        r"sed 's/(.+)//' (requirements\.txt requirements-dev\.txt) ", text
+    )
+    for name in names.split():
+        requirements = (REPOSITORY / name).read_text()
+        assert "[" not in re.sub(r"(?m)#.*$", "", re.sub(pattern, "", requirements))
