@@ -110,18 +110,19 @@ def _finish(
         if is_unfinished(config.max_failed_shards, found, len(tasks)):
             report_unfinished(config, found, folder, engine, has_all=len(mine) == len(tasks))
             return failures, []
-        unwritten: dict[str, str] = {}
+        not_made: dict[str, str] = {}
         if config.examples_per_shard is None:
             own.announce_writing()
             _describe_parts(config, found, folder, engine)
         else:
             planned = plan_output(config, found.parts, folder)
-            if missing := _records_missing(found.parts, planned, folder):
+            unwritten = _find_unwritten(planned)
+            if missing := _records_missing(found.parts, unwritten, folder):
                 return failures, missing
             own.announce_writing()
-            unwritten = _reshard(config, tasks, found, planned, folder, engine)
-        if unwritten:
-            return Failures(failures | unwritten), []
+            not_made = _reshard(config, tasks, found, planned, unwritten, folder, engine)
+        if not_made:
+            return Failures(failures | not_made), []
         return with_output(failures, found.failed), []
 
 
@@ -206,12 +207,13 @@ def _reshard(
     tasks: Sequence[shards.ShardTask],
     found: Survey,
     planned: Sequence[resharding.BalancedShard],
+    unwritten: Sequence[resharding.BalancedShard],
     folder: str,
     engine: str,
 ) -> dict[str, str]:
     """Makes the output shards of the parts; what could not be made, by source, comes back."""
-    if not _is_complete(config, tasks, planned, folder):
-        failures = _write_output(config, found, planned, folder, engine)
+    if unwritten or not _is_described(config, tasks, folder):
+        failures = _write_output(config, found, planned, unwritten, folder, engine)
         if failures:
             return failures
     _show(folder, len(planned))
@@ -241,10 +243,9 @@ def _filter_again(
 
 
 def _records_missing(
-    found: Sequence[Part], planned: Sequence[resharding.BalancedShard], folder: str
+    found: Sequence[Part], unwritten: Sequence[resharding.BalancedShard], folder: str
 ) -> list[shards.ShardTask]:
     """Parts whose records are needed for an output shard, or for the lists, and are nowhere."""
-    unwritten = _find_unwritten(planned)
     _, missing = reuse.find_records(found, unwritten, folder)
     if not files.exists(files.join(folder, kept.KEYS_FILE)):
         listed = (decisions.SUFFIX, kept.KEPT_SUFFIX)
@@ -260,23 +261,21 @@ def _records_missing(
 def _find_unwritten(
     planned: Sequence[resharding.BalancedShard],
 ) -> Sequence[resharding.BalancedShard]:
-    missing = (shard for shard in planned if resharding.load_written(shard) is None)
+    written = resharding.load_written(planned)
+    missing = (s for s, stats in zip(planned, written, strict=True) if stats is None)
     return PackedList(missing, per_block=1)
 
 
-def _is_complete(
-    config: ml_collections.ConfigDict,
-    tasks: Sequence[shards.ShardTask],
-    planned: Sequence[resharding.BalancedShard],
-    folder: str,
+def _is_described(
+    config: ml_collections.ConfigDict, tasks: Sequence[shards.ShardTask], folder: str
 ) -> bool:
+    """Whether the files are there that describe the output of these parts as a whole."""
     described = _described_by(config)
     names = (shards.MERGED_STATS, REPORT, PAGE, *described)
     if not all(files.exists(files.join(folder, name)) for name in names):
         return False
     merged = shards.read_json(files.join(folder, shards.MERGED_STATS))
-    same = parts.layout(merged) == {"inputs": len(tasks)} | parts.layout(config)
-    return same and all(resharding.load_written(shard) is not None for shard in planned)
+    return parts.layout(merged) == {"inputs": len(tasks)} | parts.layout(config)
 
 
 def _described_by(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -291,13 +290,13 @@ def _write_output(
     config: ml_collections.ConfigDict,
     found: Survey,
     planned: Sequence[resharding.BalancedShard],
+    unwritten: Sequence[resharding.BalancedShard],
     folder: str,
     engine: str,
 ) -> dict[str, str]:
     """Re-shards, then writes all that describes the whole folder."""
     report = _merge_some(config, found, folder, engine)
     shards.remove_merged(folder)
-    unwritten = _find_unwritten(planned)
     located, missing = reuse.find_records(found.parts, unwritten, folder)
     if missing:
         return dict.fromkeys(sorted(missing), "its records are missing; run the command again")
@@ -316,7 +315,7 @@ def _write_output(
     )
     if failures:
         return failures
-    outputs = [resharding.load_written(shard)["output"] for shard in planned]
+    outputs = [stats["output"] for stats in resharding.load_written(planned)]
     _describe_output(config, found, outputs, folder, report)
     return {}
 

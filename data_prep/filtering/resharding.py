@@ -295,11 +295,17 @@ def with_common_image(data: bytes) -> bytes:
     return schema.encode_record(dataclasses.replace(record, image=buffer.getvalue()))
 
 
-def load_written(shard: BalancedShard) -> dict[str, Any] | None:
-    """The statistics of an output shard that was written from the same parts; else None."""
-    stats = files.read_object(shard.stats_path) or {}
-    is_same = stats.get("config_hash") == shard.plan_hash and shards.has_output(shard, stats)
-    return stats if is_same else None
+def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any] | None]:
+    """Of each output shard the statistics if it was written from the same parts; else None."""
+    sizes = shards.Sizes()
+
+    def load(shard: BalancedShard) -> dict[str, Any] | None:
+        stats = files.read_object(shard.stats_path) or {}
+        is_same = stats.get("config_hash") == shard.plan_hash
+        return stats if is_same and shards.has_output(shard, stats, sizes) else None
+
+    if planned:
+        yield from files.map_many(load, planned, planned[0].output)
 
 
 def remove_stale_shards(
@@ -318,33 +324,29 @@ def remove_stale_shards(
         path = files.join(folder, name)
         if name_format(name) is None:
             continue
-        with contextlib.suppress(FileNotFoundError):
-            if name in read or _is_ours(path):
-                remove_output(path)
+        if name in read or _is_ours(path):
+            remove_output(path)
 
 
 def find_foreign(folder: str, output_format: str = "tfrecord") -> list[str]:
     """Names of the shards in a folder that training would read, and re-sharding has not written."""
-    foreign = []
-    for name in shards.read_shards(folder, output_format):
-        try:
-            if not _is_ours(files.join(folder, name)):
-                foreign.append(name)
-        except FileNotFoundError:
-            # Ours too, if it was killed between the shard and its statistics.
-            if not files.list_names(files.join(folder, PARTS)):
-                foreign.append(name)
+    names = shards.read_shards(folder, output_format)
+    if not names:
+        return []
+    present = set(files.list_names(folder, lambda name: name.endswith(shards.STATS_SUFFIX)))
+    described = [name for name in names if name + shards.STATS_SUFFIX in present]
+    paths = [files.join(folder, name) for name in described]
+    ours = files.map_many(_is_ours, paths, folder)
+    foreign = [name for name, is_ours in zip(described, ours, strict=True) if not is_ours]
+    bare = set(names) - set(described)
+    # Ours too, if it was killed between the shard and its statistics.
+    if bare and not files.list_names(files.join(folder, PARTS)):
+        foreign += bare
     return sorted(foreign)
 
 
 def _is_ours(path: str) -> bool:
-    """Whether re-sharding has written a shard, by its statistics.
-
-    Raises:
-        FileNotFoundError: it has none.
-    """
-    if not files.exists(path + shards.STATS_SUFFIX):
-        raise FileNotFoundError(path + shards.STATS_SUFFIX)
+    """Whether re-sharding has written a shard, by its statistics."""
     stats = files.read_object(path + shards.STATS_SUFFIX) or {}
     return isinstance(stats.get("input"), dict) and "parts" in stats["input"]
 

@@ -26,8 +26,10 @@ __all__ = [
     "exists",
     "join",
     "list_names",
+    "list_sizes",
     "local_output",
     "make_folder",
+    "map_many",
     "read_bytes",
     "read_many",
     "read_object",
@@ -43,6 +45,7 @@ _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs"
 
 _READ_THREADS, _READ_AHEAD = 32, 256  # of small files in a store
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -91,12 +94,28 @@ def read_many(paths: Sequence[str]) -> Iterator[bytes]:
     Yields:
         One at a time; few are held. Errors as of `read_bytes`.
     """
-    if not paths or not is_remote(paths[0]):
-        yield from map(read_bytes, paths)
+    yield from map_many(read_bytes, paths, paths[0] if paths else "")
+
+
+def map_many(
+    function: Callable[[_Item], _Result], items: Sequence[_Item], where: str
+) -> Iterator[_Result]:
+    """A function's result for every item, in their order; for a store many are asked for at once.
+
+    Args:
+        function: looks at a small file; called by threads where the files are in a store.
+        items: what it is given.
+        where: one of the files, or their folder.
+
+    Yields:
+        One at a time; few are held.
+    """
+    if not is_remote(where):
+        yield from map(function, items)
         return
     with futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-        for start in range(0, len(paths), _READ_AHEAD):
-            yield from pool.map(read_bytes, paths[start : start + _READ_AHEAD])
+        for start in range(0, len(items), _READ_AHEAD):
+            yield from pool.map(function, items[start : start + _READ_AHEAD])
 
 
 def read_object(path: str) -> dict[str, Any] | None:
@@ -142,16 +161,27 @@ def list_names(folder: str, wanted: Callable[[str], bool] = bool) -> list[str]:
                 return sorted(e.name for e in entries if wanted(e.name) and e.is_file())
         except (FileNotFoundError, NotADirectoryError):
             return []
+    return sorted(name for name, _ in _list_remote(folder) if wanted(name))
+
+
+def list_sizes(folder: str, wanted: Callable[[str], bool] = bool) -> dict[str, int]:
+    """Bytes of the files in a store's folder by name, as its listing says; see `list_names`."""
+    return {name: int(info["size"] or 0) for name, info in _list_remote(folder) if wanted(name)}
+
+
+def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Names of the files in a store's folder, with what the store says of each."""
     try:
         infos = _call(folder, lambda system, name: system.ls(name, detail=True))
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return
     _, path = open_system(folder)
     prefix = f"{path.strip('/')}/"
-    names = (info["name"].lstrip("/") for info in infos if info["type"] == "file")
-    # Some stores list a file as itself, and a folder as an empty file in it.
-    below = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
-    return sorted(name for name in below if name and wanted(name))
+    for info in infos:
+        name = info["name"].lstrip("/")
+        # Some stores list a file as itself, and a folder as an empty file in it.
+        if info["type"] == "file" and name.startswith(prefix) and name != prefix:
+            yield name.removeprefix(prefix), info
 
 
 def remove(path: str) -> None:

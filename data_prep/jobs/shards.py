@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import re
+import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent import futures
 from typing import Any
 
 from data_prep.jobs import files, fingerprint
@@ -30,8 +30,6 @@ from diht_jax.data.records.remote import is_remote
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
 FAILED_SUFFIX = ".failed.json"  # beside an output that could not be made: why
-
-_READ_THREADS, _READ_AHEAD = 32, 256  # of statistics in a store
 
 # Of statistics that are held packed, what all of them have in common.
 _TYPICAL_STATS = (
@@ -275,12 +273,8 @@ def check_all(
     Yields:
         One at a time, so that the counts are held of a few only.
     """
-    if not tasks or not is_remote(tasks[0].output):
-        yield from map(_check, tasks)
-        return
-    with futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-        for start in range(0, len(tasks), _READ_AHEAD):
-            yield from pool.map(_check, tasks[start : start + _READ_AHEAD])
+    if tasks:
+        yield from files.map_many(_check, tasks, tasks[0].output)
 
 
 def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | None]:
@@ -288,27 +282,47 @@ def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | Non
     return task, stats, None if stats is None else explain_change(task, stats)
 
 
-def has_output(task: ShardTask, stats: Mapping[str, Any]) -> bool:
+class Sizes:
+    """Bytes of outputs and of what lies beside them: of a store by one listing of each folder."""
+
+    def __init__(self) -> None:
+        self._listed: dict[str, dict[str, int]] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str) -> int | None:
+        """As `files.size`; of a store's folder, as it was at the first call for it."""
+        if not is_remote(path):
+            return files.size(path)
+        folder, _, name = path.rpartition("/")
+        with self._lock:
+            if folder not in self._listed:
+                self._listed[folder] = files.list_sizes(folder, _is_of_output)
+        return self._listed[folder].get(name)
+
+
+def _is_of_output(name: str) -> bool:
+    return not name.endswith(STATS_SUFFIX)
+
+
+def has_output(
+    task: ShardTask,
+    stats: Mapping[str, Any],
+    size_of: Callable[[str], int | None] = files.size,
+) -> bool:
     """Whether the output and what lies beside it have the sizes that the statistics name."""
     try:
         output = stats["output"]
-        return output["bytes"] == files.size(task.output) and all(
-            size == files.size(task.output + suffix) for suffix, size in output["beside"].items()
+        return output["bytes"] == size_of(task.output) and all(
+            size == size_of(task.output + suffix) for suffix, size in output["beside"].items()
         )
     except (KeyError, TypeError, AttributeError):
         return False
 
 
 def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
-    """The outputs for which `has_output` is false; in a store many are looked at at once."""
-
-    def look(part: tuple[ShardTask, Mapping[str, Any]]) -> str | None:
-        return None if has_output(*part) else part[0].output
-
-    if not parts or not is_remote(parts[0][0].output):
-        return set(map(look, parts)) - {None}
-    with futures.ThreadPoolExecutor(_READ_THREADS) as pool:
-        return set(pool.map(look, parts)) - {None}
+    """The outputs for which `has_output` is false."""
+    sizes = Sizes()
+    return {task.output for task, stats in parts if not has_output(task, stats, sizes)}
 
 
 def find_finished(tasks: Sequence[ShardTask]) -> dict[str, HeldStats]:

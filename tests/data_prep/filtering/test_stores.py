@@ -8,6 +8,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 
 import fsspec
 import pyarrow
@@ -109,6 +110,34 @@ def test_a_run_that_is_killed_at_whatever_write_goes_on(metered):
         assert {n for n in found if found[n] != expected[n]} <= {"stats.json", "dataset_info.json"}
         # What was done is not done again.
         assert before.items() <= {n: MeteredStore.store[n].modified for n in _names(out)}.items()
+
+
+def test_a_finished_output_shard_costs_two_requests(metered, monkeypatch):
+    costs, threads = {}, set()
+    read = MeteredStore.cat_file
+
+    def cat_file(store, path, *args, **kwargs):
+        if path.endswith(".tfrecord.stats.json") and "/parts/" not in path:
+            threads.add(threading.current_thread())
+        return read(store, path, *args, **kwargs)
+
+    for number in (6, 1):
+        config = metered(f"metered:///out{number}", examples_per_shard=number)
+        assert run_filter(config) == {}
+        with monkeypatch.context() as patch:
+            patch.setattr(MeteredStore, "cat_file", cat_file)
+            MeteredStore.requests.clear()
+            assert run_filter(config) == {}
+        names = [name for name in _names(config.output) if name.endswith(".tfrecord")]
+        costs[len(names)] = MeteredStore.requests.copy()
+    (few, of_few), (many, of_many) = sorted(costs.items())
+    assert many >= few + 4
+    # Its statistics, once to see whose shard it is and once for its plan; sizes come with listings.
+    assert of_many["get"] - of_few["get"] == 2 * (many - few)
+    for kind in ("list", "info", "put", "remove"):
+        assert of_many[kind] == of_few[kind]
+    # Many at once.
+    assert threading.main_thread() not in threads and len(threads) > 1
 
 
 def test_an_input_is_added_to_array_records_in_a_store(metered, tmp_path):
