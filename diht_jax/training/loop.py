@@ -48,6 +48,7 @@ from diht_jax.training.multihost import (
     check_together,
     gather_texts,
     share_from_first,
+    wait_for_all,
 )
 from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, teacher_width
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
@@ -362,6 +363,10 @@ class Run:
         traced = step.trace(self.state, self.program.abstract_batch())
         flops_per_step = model_flops(config, self.mesh.devices.flatten(), traced)
         log_flops(flops_per_step, config.data.batch_size, self.mesh)
+        # The first call finds the compiled step. Some processes compile for longer than the first
+        # collective of a group waits for the others (30 s on CPUs).
+        traced.lower().compile()
+        wait_for_all(f"compiled for step {first_step}")
         return step, ThroughputWindow(config.data.batch_size, flops_per_step, self.mesh)
 
     def next_batch(self, stop_request: StopRequest) -> dict[str, jax.Array]:

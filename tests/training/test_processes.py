@@ -31,6 +31,8 @@ from tests.waiting import wait_until
 NUM_PROCESSES, DEVICES_EACH = 2, 2
 TOTAL_STEPS = 16
 SMALLER = {"model.overrides.vision_layers": 1, "model.overrides.text_layers": 1}
+# With fields of the batch, and texts that all devices pack or none.
+PACKED = {"loss.equal_pairs": "mask", "data.captions": "sample", "model.texts_per_row": 2}
 HEARTBEAT_SECS = 10
 LONGEST_SECS = 900  # only against hanging
 
@@ -129,7 +131,8 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
         *("diht_jax.train", "--config", "configs/demo.py:debug=True"),
         *(f"--config.data.train={squares}", "--workdir", str(run), "--config.mesh.fsdp=2"),
         *(f"--config.total_steps={TOTAL_STEPS}", f"--config.evaluation.tasks={tasks}"),
-        *("--config.evaluation.batch_size=8", *(f"--config.{k}={v}" for k, v in SMALLER.items())),
+        "--config.evaluation.batch_size=8",
+        *(f"--config.{k}={v}" for k, v in (SMALLER | PACKED).items()),
     )
     # One of the processes is told to stop, and both do.
     processes = job.start(*command)
@@ -162,7 +165,7 @@ def test_a_job_that_is_stopped_and_loses_a_process_is_the_run_of_one(
     config.total_steps = TOTAL_STEPS
     config.evaluation.tasks = tasks
     config.evaluation.batch_size = 8
-    config.update_from_flattened_dict(SMALLER)
+    config.update_from_flattened_dict(SMALLER | PACKED)
     train(config, tmp_path / "one", devices=jax.devices()[:4])
     one, two = read_metrics(tmp_path / "one"), read_metrics(run)
     assert [row["step"] for row in two] == [row["step"] for row in one]
