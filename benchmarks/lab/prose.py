@@ -74,7 +74,9 @@ NOTES = {
     ),
     "emoji": (
         "Differences between the shares were not registered, and points are of what a student "
-        "reaches, which wrong captions lower."
+        "reaches, which wrong captions lower. `doubted` takes a quarter of the pairs for wrong, "
+        "whatever the share is; `ramp` raises beta over the first half of the run; `cap` bounds "
+        "weights by 4."
     ),
     "distillation": (
         "The teacher of the web is a small network trained on clean scenes with the generator's "
