@@ -151,7 +151,6 @@ def test_a_step_finds_its_program_compiled(config, tmp_path, monkeypatch):
     # Without patch dropout the last step is another program.
     config.update(total_steps=6, no_patch_dropout_steps=2)
     config.model.patch_dropout = 0.5
-    config.mesh.update(data=4, fsdp=2)
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         train(config, tmp_path / "run")
