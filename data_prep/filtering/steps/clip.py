@@ -6,6 +6,7 @@ a share of the scores that an earlier run has recorded (`filtering.score_quantil
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from data_prep.filtering.steps import models
 from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
 from data_prep.filtering.steps.image import ImageStep
 from data_prep.filtering.steps.recorded import NOT_KNOWN, PASSES, Recorded
-from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.readers.base import SourceShard
 
 SCORE = "clip_score"
@@ -76,7 +76,7 @@ class ClipStep(Step):
 
     @classmethod
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
-        return config.clip.batch_size
+        return models.BATCHES * config.clip.batch_size
 
     @classmethod
     def replay(
@@ -95,49 +95,23 @@ class ClipStep(Step):
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._model = models.load(config.clip.model, config.clip.batch_size)
+        self._model = models.Encoder(config.clip.model, config.clip.batch_size)
 
     def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        images, readable = [], []
-        for candidate in candidates:
-            try:
-                images.append(self._model.preprocess(decode_rgb(candidate.pair.image)))
-                readable.append(None)
-            except ImageError as error:
-                readable.append(error.reason)
-        scores = iter(self._score(images, [
-            candidate.captions
-            for candidate, error in zip(candidates, readable, strict=True)
-            if error is None
-        ]))  # fmt: skip
-        for candidate, error in zip(candidates, readable, strict=True):
-            if error is not None:
+        images = self._model.embed_images(candidate.pair.image for candidate in candidates)
+        is_readable = [not isinstance(image, str) for image in images]
+        readable = itertools.compress(candidates, is_readable)
+        texts = iter(
+            self._model.embed_texts([text for candidate in readable for text in candidate.captions])
+        )
+        for candidate, image in zip(candidates, images, strict=True):
+            if isinstance(image, str):
                 # Its size was read from a header that lied.
-                yield Drop(candidate._replace(header=None), error, stage=ImageStep.name)
+                yield Drop(candidate._replace(header=None), image, stage=ImageStep.name)
             else:
-                yield self._decide(candidate, next(scores))
-
-    def _score(
-        self, images: Sequence[np.ndarray], captions: Sequence[Sequence[str]]
-    ) -> list[np.ndarray]:
-        """The cosines of each picture with its captions, float32.
-
-        Batches have one shape, filled up with empty ones, so that the model is compiled once.
-        """
-        if not images:
-            return []
-        size = self.config.clip.batch_size
-        side = self._model.image_size
-        texts = [text for several in captions for text in several]
-        pixels = np.zeros((-(-len(images) // size) * size, side, side, 3), np.uint8)
-        pixels[: len(images)] = images
-        filled = [*texts, *[""] * (-len(texts) % size)]
-        image_emb = self._model.encode_image(pixels)[: len(images)]
-        text_emb = self._model.encode_text(filled)[: len(texts)]
-        counts = [len(several) for several in captions]
-        # Row by row, so that a score does not depend on the others of its batch.
-        cosines = (np.repeat(image_emb, counts, axis=0) * text_emb).sum(axis=1)
-        return np.split(cosines, np.cumsum(counts)[:-1])
+                of_captions = list(itertools.islice(texts, len(candidate.captions)))
+                # Row by row, so that a score does not depend on the others of its batch.
+                yield self._decide(candidate, (image * np.stack(of_captions)).sum(axis=1))
 
     def _decide(self, candidate: Candidate, cosines: np.ndarray) -> Candidate | Drop:
         best = float(cosines.max())

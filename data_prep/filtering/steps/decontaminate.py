@@ -7,7 +7,6 @@ How pictures are hashed belongs in `data_prep.duplicates.image_hashes`, how embe
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +21,6 @@ from data_prep.duplicates.image_hashes import SUFFIX, Index, open_index, try_has
 from data_prep.filtering.steps import models
 from data_prep.filtering.steps.base import Candidate, Drop, Step, check_integers
 from diht_jax.config import TextOrSections
-from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.remote import is_remote
 from diht_jax.data.stores import local_copy
@@ -112,7 +110,7 @@ class DecontaminateStep(Step):
     @classmethod
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
         c = config.decontaminate.embeddings
-        return None if c.model is None else c.batch_size
+        return None if c.model is None else models.BATCHES * c.batch_size
 
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
@@ -121,7 +119,7 @@ class DecontaminateStep(Step):
         c = config.decontaminate.embeddings
         self._source, self._without_embedding = source, 0
         self._given = None if c.pairs is None else given.read_of_shard(c.pairs, source)
-        self._model = None if c.model is None else models.load(c.model, c.batch_size)
+        self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
 
     def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
         found = [None] * len(candidates)
@@ -177,25 +175,14 @@ class DecontaminateStep(Step):
             rows = {i: self._given[key] for i, key in enumerate(keys) if key in self._given}
             self._without_embedding += len(keys) - len(rows)
         else:
-            pictures = {}
-            for number, candidate in enumerate(candidates):
-                with contextlib.suppress(ImageError):
-                    pictures[number] = self._model.preprocess(decode_rgb(candidate.pair.image))
-            if pictures:
-                rows = dict(zip(pictures, self._encode(list(pictures.values())), strict=True))
+            images = self._model.embed_images(candidate.pair.image for candidate in candidates)
+            rows = {i: image for i, image in enumerate(images) if not isinstance(image, str)}
         known = next(iter(self._embedded.values())).embeddings
         width = len(next(iter(rows.values()), known[0]))
         found = np.zeros((len(candidates), width), np.float32)
         for number, row in rows.items():
             found[number] = row / max(float(np.linalg.norm(row)), 1e-12)
         return found
-
-    def _encode(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-        """Embeddings; batches have one shape, so that the model is compiled once."""
-        size = self.config.decontaminate.embeddings.batch_size
-        padded = np.zeros((-(-len(pictures) // size) * size, *pictures[0].shape), np.uint8)
-        padded[: len(pictures)] = pictures
-        return self._model.encode_image(padded)[: len(pictures)]
 
 
 def _describe_bits(bits: int | None) -> str:

@@ -10,6 +10,7 @@ import tarfile
 from typing import Any
 
 import ml_collections
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 from PIL import Image
@@ -19,6 +20,9 @@ from data_prep.jobs.manifest import read_manifest
 from diht_jax.config import load_recipe, validate_config
 from diht_jax.data.records.formats.registry import open_source
 from diht_jax.data.records.schema import Record, decode_record
+from diht_jax.models import Architecture
+from diht_jax.weights import clip_layout
+from diht_jax.weights.tensor_files import write_safetensors
 
 _RECIPES = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep"
 # Where the input lay, and what tells how long it took.
@@ -64,6 +68,19 @@ def write_tars(folder: pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
     return str(folder / "*.tar")
+
+
+def write_clip(path: pathlib.Path, image_size: int) -> str:
+    """Weights of a small CLIP that was never trained; their path."""
+    arch = Architecture(
+        image_size=image_size, patch_size=8, vision_layers=1, vision_width=64, vision_heads=1,
+        text_layers=1, text_width=64, text_heads=1, embed_dim=24, context_length=8,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = clip_layout.expected_shapes(arch)
+    tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
+    write_safetensors(path, tensors, {})
+    return str(path)
 
 
 def part_names(output: pathlib.Path) -> dict[str, str]:

@@ -10,20 +10,14 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import decisions, replay
-from data_prep.filtering.steps import clip, models
+from data_prep.filtering.steps import clip
 from data_prep.filtering.steps.base import Candidate, Drop
+from data_prep.jobs import models as jobs_models
 from data_prep.reports.summary import read_report
 from diht_jax import load_model
 from diht_jax.data.records.schema import Pair
-from diht_jax.models import Architecture
-from diht_jax.weights import clip_layout
-from diht_jax.weights.tensor_files import write_safetensors
-from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
+from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 
-_ARCH = Architecture(
-    image_size=16, patch_size=8, vision_layers=1, vision_width=64, vision_heads=1, text_layers=1,
-    text_width=64, text_heads=1, embed_dim=24, context_length=8,
-)  # fmt: skip
 _CAPTIONS = [
     "a dog",
     "two cats",
@@ -39,10 +33,7 @@ _CAPTIONS = [
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    rng = np.random.default_rng(0)
-    shapes = clip_layout.expected_shapes(_ARCH)
-    tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
-    write_safetensors(path, tensors, {})
+    write_clip(path, image_size=16)
     return path
 
 
@@ -137,7 +128,7 @@ def test_scores_of_another_model_give_no_quantile(scored, source, weights, tmp_p
 
 
 def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictures, expected):
-    model = models.load(str(weights), 3)
+    model = load_model(weights, batch_size=3)
     buffer = io.BytesIO()
     pictures[0].save(buffer, "PNG")
     image_emb = model.encode_image([pictures[0]] * 8)[:1]
@@ -158,6 +149,26 @@ def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictu
     assert isinstance(single, Drop) and single.reason == "low_score"
     assert single.candidate.scores[clip.SCORE] == pytest.approx(float(cosines.min()), abs=1e-5)
     assert (unreadable.stage, unreadable.reason) == ("image", "unreadable")
+
+
+def test_models_are_those_that_workers_share(source, weights, tmp_path, scored, monkeypatch):
+    """The step sends full batches to where models lie, and takes results of any split of them."""
+    sent = []
+
+    class Elsewhere(jobs_models.LocalModel):
+        def map(self, method, calls):
+            calls = list(calls)  # several are under way before the first result comes
+            sent.extend((method, *(len(value) for value in call[:1])) for call in calls)
+            return super().map(method, calls)
+
+    monkeypatch.setattr(jobs_models, "_open", Elsewhere)
+    config = job_config(source, tmp_path / "out", clip__model=str(weights), clip__batch_size=3)
+    config.batch_size = 5
+    assert run_filter(config) == {}
+    assert _read_scores(tmp_path / "out") == _read_scores(scored)
+    # 8 pairs come as 5 and 3.
+    images, texts = [("encode_images", 3)], [("encode_texts", 3)]
+    assert sent == [("find_image_size",), *images * 2, *texts * 2, *images, *texts]
 
 
 def test_a_model_that_is_not_there_is_refused_at_once(source, tmp_path):

@@ -1,6 +1,7 @@
 """Pictures of evaluation sets: the hashes against SciPy, and what the filter drops."""
 
 import io
+import types
 
 import fsspec
 import numpy as np
@@ -21,10 +22,7 @@ from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.base import SourceShard
 from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
-from diht_jax.models import Architecture
-from diht_jax.weights import clip_layout
-from diht_jax.weights.tensor_files import write_safetensors
-from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
+from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 
 
 def _scene(seed: int, side: int = 96) -> Image.Image:
@@ -182,15 +180,16 @@ def test_a_worker_reads_sets_and_models_once(tmp_path, monkeypatch):
     loaded, opened = [], []
     known = given.EmbeddedSet(["k"], np.ones((1, 4)))
     monkeypatch.setattr(given, "open_set", lambda path: opened.append(path) or known)
-    monkeypatch.setattr(loading, "load_model", lambda model, **_: loaded.append(model) or model)
-    models.load.cache_clear()
+    sized = types.SimpleNamespace(image_size=16)
+    monkeypatch.setattr(loading, "load_model", lambda model, **_: loaded.append(model) or sized)
+    models._load.cache_clear()
     config = job_config("in.tar", tmp_path)
     config.decontaminate.embeddings.update({"sets": "a=/a,b=/b", "model": "m"})
     for _ in range(2):
-        DecontaminateStep(config, None)
-        models.load("of clip", 64)
+        step = DecontaminateStep(config, None)
+        assert step._model.image_size == models.Encoder("of clip", 64).image_size == 16
     assert (loaded, opened) == (["m", "of clip"], ["/a", "/b"])
-    models.load.cache_clear()
+    models._load.cache_clear()
     decontaminate._open_set.cache_clear()
 
 
@@ -213,20 +212,9 @@ def test_pairs_without_an_embedding_are_reported(tmp_path, monkeypatch):
     decontaminate._open_set.cache_clear()
 
 
-_ARCH = Architecture(
-    image_size=32, patch_size=8, vision_layers=1, vision_width=64, vision_heads=1, text_layers=1,
-    text_width=64, text_heads=1, embed_dim=24, context_length=8,
-)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "a.safetensors"
-    rng = np.random.default_rng(0)
-    shapes = clip_layout.expected_shapes(_ARCH)
-    tensors = {k: rng.standard_normal(s).astype(np.float32) * 0.1 for k, s in shapes.items()}
-    write_safetensors(path, tensors, {})
-    return str(path)
+    return write_clip(tmp_path_factory.mktemp("weights") / "a.safetensors", image_size=32)
 
 
 def _center_embeddings(folder):

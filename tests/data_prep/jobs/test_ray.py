@@ -10,13 +10,16 @@ import subprocess
 import sys
 import types
 
+import ml_collections
+import numpy as np
 import pytest
 
 from benchmarks.text_spotting_testset import make_test_set
 from data_prep.filter import run_filter
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.engine_ray import _Actor
-from tests.data_prep.filtering.jobs import job_config, snapshot
+from diht_jax import load_model
+from tests.data_prep.filtering.jobs import job_config, snapshot, write_clip
 from tests.docs.pages import python_blocks
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -33,6 +36,7 @@ from data_prep.jobs import engine_ray
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
 from tests.data_prep.filtering.jobs import job_config
+from tests.data_prep.jobs.test_ray import embedding_config
 
 
 class Doubler:
@@ -153,6 +157,13 @@ def spot_text(address, folder):
     return run_filter(config, engine="ray")
 
 
+def embed_pairs(address, folder):
+    config = embedding_config(pathlib.Path(folder), "embedded_on_ray")
+    config.num_workers = 1
+    config.ray.update({"address": address, "model_actors": 1, "gpus_per_model_actor": 0.0})
+    return run_filter(config, engine="ray")
+
+
 def main(folder):
     os.chdir(folder)
     # A GPU in name only, to be reserved: nothing here computes on it.
@@ -174,6 +185,7 @@ def main(folder):
     print("failing", json.dumps(failing), flush=True)
     print("lost", json.dumps(lose_models(cluster, folder)), flush=True)
     print("spotting", json.dumps(spot_text(cluster.address, folder)), flush=True)
+    print("embedding", json.dumps(embed_pairs(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
@@ -193,6 +205,23 @@ _SPOTTING = {"text_spotting": True} | {
         **{"precision": "float32", "device": "cpu"},
     }.items()
 }
+
+
+def embedding_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
+    """Scores pairs and drops pictures of a set, by the files of `_write_models`."""
+    model = str(folder / "clip.safetensors")
+    config = job_config(str(folder / "pairs.jsonl"), folder / output, clip__model=model)
+    config.clip.batch_size = 3
+    config.decontaminate.embeddings.update(
+        {"sets": f"known={folder}/known.npz", "model": model, "min_cosine": 0.99999}
+    )
+    return config
+
+
+def _write_models(folder: pathlib.Path) -> None:
+    """Weights of a CLIP, and its embedding of one of the pictures."""
+    model = load_model(write_clip(folder / "clip.safetensors", image_size=32))
+    np.savez(folder / "known.npz", key=["a"], image_emb=model.encode_image(folder / "picture.jpg"))
 
 
 def _write_pictures(folder: pathlib.Path) -> None:
@@ -216,6 +245,7 @@ def printed(tmp_path_factory) -> tuple[pathlib.Path, dict]:
     (folder / "example.py").write_text(example)
     (folder / "script.py").write_text(_SCRIPT)
     _write_pictures(folder)
+    _write_models(folder)
     done = subprocess.run(
         [sys.executable, "script.py", str(folder)],
         cwd=folder,
@@ -274,6 +304,17 @@ def test_text_is_spotted_as_by_the_local_engine(printed):
     counts = json.loads(local["stats.json"])["counts"]
     assert counts["text_spotting"]["read"] >= 2
     assert counts["dropped"]["text"]["shows_caption"] >= 1
+
+
+def test_models_of_embeddings_lie_in_actors_too(printed):
+    """CLIP scores and the comparison with embedded sets, equal to the local engine's."""
+    folder, found = printed
+    assert json.loads(found["embedding"]) == {}
+    assert run_filter(embedding_config(folder, "embedded")) == {}
+    local, on_ray = (snapshot(folder / name) for name in ("embedded", "embedded_on_ray"))
+    assert on_ray == local
+    dropped = json.loads(local["stats.json"])["counts"]["dropped"]
+    assert dropped["decontaminate"] == {"known": 1}
 
 
 def test_example_of_the_page(printed):
