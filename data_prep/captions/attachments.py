@@ -285,8 +285,18 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
                     and sentence.lemma[owner] in lexicon.DIRECTED_VERBS
                 )
             )
+            is_direct = is_direct or (
+                # "a man with a surfboard on the beach"
+                sentence.low[preposition] == "with"
+                and low == "on"
+                and sentence.lemma[owner] in lexicon.ANIMATE_NOUNS
+            )
+            # "a bunch of daffodils in the vase"
+            is_amount = sentence.low[preposition] == "of" and (
+                sentence.lemma[owner] in lexicon.AMOUNTS and low in lexicon.PLACE_PREPOSITIONS
+            )
         elif sentence.dep[first] == "dobj" and sentence.tag[owner] in VERB_TAGS:
-            is_direct = True
+            is_direct, is_amount = True, False
         else:
             return
         if (
@@ -298,7 +308,8 @@ def _attach_setting(sentence: Sentence, i: int) -> None:
         is_state = sentence.lemma[noun] in _STATES and (
             low in lexicon.PLACE_PREPOSITIONS or low in ("against", "during", "for")
         )
-        if not (is_state or is_setting or (is_scene and is_direct)) or owner > i:
+        is_moved = is_state or is_setting or is_amount or (is_scene and is_direct)
+        if not is_moved or owner > i:
             return
         sentence.attach(i, owner, "prep")
         if sentence.tag[owner] not in NOUN_TAGS:

@@ -12,7 +12,7 @@ def word_set(text: str) -> frozenset[str]:
 
 # Nouns that name the picture; before "of" they stand for what the picture shows.
 PICTURE_NOUNS = word_set("""
-    animation art artwork background capture cartoon clip clipart close-up closeup concept
+    animation artwork background capture cartoon clip clipart close-up closeup concept
     depiction detail doodle drawing engraving footage frame graphic icon illustration image
     infographic landscape lapse macro painting panorama photo photograph photography pic picture
     portrait print profile render rendering scene screenshot selfie series shot silhouette sketch
@@ -27,10 +27,10 @@ COUNTING_WORDS = word_set("""
     some sort sorts thousand thousands three trio two
 """)
 
-# Nouns of place inside a compound preposition: "in front of", "on top of", "in the middle of".
-PLACE_NOUNS = word_set("""
-    back bottom center centre edge end front left middle midst rear right side top
-""")
+# Nouns of place inside a compound preposition: "in front of", "in the middle of"; some without an
+# article only: "on top of", but "at the top of the tower".
+PLACE_NOUNS = word_set("back center centre front middle midst top")
+BARE_PLACE_NOUNS = word_set("back top")
 PLACE_PREPOSITIONS = word_set("""
     above across against along among around at before behind below beneath beside between by in
     inside near next on opposite outside over through under underneath
@@ -58,6 +58,27 @@ DESCRIBING_NOUNS = word_set("""
     antique beige black blue bronze brown crimson cyan gold gray green grey indigo ivory khaki
     lavender luxury magenta maroon navy orange pink premium purple red retro silver tan teal
     turquoise vintage violet white yellow
+""")
+
+# Adjectives that the dictionary has as nouns too; before a noun they describe it.
+ADJECTIVES = word_set("""
+    african american arabian arctic asian australian austrian automatic belgian bohemian
+    brazilian bridal british canadian celtic chinese christian classic contemporary cuban
+    custom danish decorative derelict digital domestic dutch egyptian elastic electric english
+    european exotic finnish floral french funny german gothic gourmet greek hawaiian historic
+    hungarian hybrid indian indie indonesian inflatable international irish islamic italian
+    japanese jewish korean local manual marine matte metallic mexican military miniature modern
+    moroccan muslim national native natural newlywed nordic norwegian olympic organic oriental
+    ornamental persian peruvian plastic polish portable portuguese professional romanian
+    russian rustic sacred scandinavian scottish spanish suburban swedish swiss synthetic tender
+    thai tibetan tropical turkish ukrainian urban vegan vegetarian vertical victorian
+    vietnamese welsh
+""")
+
+# Nouns that are read as adjectives and name a kind of what follows: "pet dog", "attic window".
+KIND_NOUNS = word_set("""
+    arch attic ballet calico chicken christmas coral locomotive mosaic net pedal pet premiere
+    rooftop sign tabby teen terminal thanksgiving
 """)
 
 # Words in -ed and -ing that make one description with the word before them: "green eyed".
@@ -94,10 +115,14 @@ PURPOSE_NOUNS = word_set("""
 # beginning as well, where "cutting cakes" is a deed.
 ROOM_GERUNDS = word_set("dining filming living parking reviewing sitting swimming waiting")
 PURPOSE_GERUNDS = ROOM_GERUNDS | word_set("""
-    baking camping chewing cleaning cooking cutting dining drinking filming gardening hiking
-    knitting landing living meeting operating parking performing reading recording reviewing
-    sailing sewing shipping shopping sitting skating skiing surfing swimming training waiting
-    washing writing
+    baking bathing bidding blending bowling breeding building camping carving charging chewing
+    cleaning cooking cutting cycling dining diving dressing drinking drying filling filming
+    fishing frying gaming gardening greeting grooming hiking hunting ironing jogging knitting
+    landing living loading mating meeting mining mixing nursing operating packing parking
+    performing polling pouring reading reclining recording reviewing roasting rocking rowing
+    sailing sanding seating serving sewing shaving shipping shopping sitting skating skiing
+    snorkeling soldering steering storing studying sunbathing surfing swimming tanning trading
+    training voting waiting washing wedding welding wrapping wrestling writing
 """)
 
 # Things whose color names a kind, no attribute: "orange juice"; an orange flower is orange.
@@ -109,8 +134,8 @@ FRUIT_PARTS = {
 
 # Words that at the beginning, without an object, are read as verbs and are things.
 FIRST_NOUNS = word_set("""
-    copy cover design dress face leak model pattern plan produce project ring sign stand talk view
-    visit work
+    copy cover design dish dress face journey leak model pattern plan produce project ring seating
+    shadow sign stand talk view visit work
 """)
 
 # What is taken with no hand: the noun is a part of the verb.
@@ -169,6 +194,13 @@ CLOTHES = word_set("""
     trousers tutu tuxedo underwear uniform vest
 """)
 
+# What holds or counts so much of a thing: where it is, the thing is.
+AMOUNTS = word_set("""
+    assortment bag basket bottle bouquet bowl box bucket bunch bundle can cluster crate cup glass
+    handful heap jar loaf mixture mug pack piece pile pitcher plate platter pot row sack set
+    slice stack tray vase
+""")
+
 # Conditions that a thing is in: where it is so is where it is ("seafood for sale at a market").
 CONDITIONS = word_set("action display exhibition hire rent sale")
 
@@ -225,14 +257,21 @@ MANNERS = word_set("moment place reason time way")
 
 # Rooms and landscapes, the setting of what somebody does.
 SCENES = word_set("""
-    accident airport arena attack backyard balcony bar bathroom battle beach bedroom cafe canyon
-    ceremony church city classroom coast competition concert contest countryside court crash desert
-    earthquake event farm festival field forest front game garden gym hall hillside hospital jungle
-    kitchen lab laboratory lake library market match meadow mountain museum ocean office paddock
-    park party pasture playground pool premiere race rain ranch restaurant river road rooftop room
-    school sea seashore shop shore show snow space stadium stage store street studio summit sun
-    sunlight terrace tournament town valley village war water wedding wind winter wood workshop yard
-    zoo
+    accident airfield airport alley aquarium arena attack backyard balcony bar barn basement
+    bathroom battle bay beach bedroom boardwalk cafe campground campus canyon cave cemetery
+    ceremony church city classroom clearing cliff club coast coastline competition concert
+    contest corridor cottage countryside court courtyard crash deck desert dock driveway
+    earthquake estate event exhibition expo factory farm farmland festival field forest front
+    gala game garage garden gathering grassland greenhouse gym hall hallway harbor harbour
+    highway hillside hospital hotel jail jungle kitchen lab laboratory lagoon lake lane lawn
+    library lounge mall marina market marsh match meadow mountain museum nightclub ocean office
+    orchard paddock palace parade park party pasture pavement picnic pier playground plaza pond
+    pool port prairie premiere promenade quarry race rain rainforest ranch reef resort
+    restaurant rink river road rooftop room runway salon savanna savannah school sea seashore
+    shop shore show sidewalk snow space square stable stadium stage station store stream street
+    studio suburb summit sun sunlight supermarket swamp tarmac temple terrace theater theatre
+    tournament town track trail tunnel university valley village vineyard war water wedding
+    wetland wharf wilderness wind winter wood woodland woods workshop yard zoo
 """)
 
 # Calendar words: times that something is at or on, and no things elsewhere.

@@ -69,7 +69,7 @@ def _leads_on(sentence: Sentence, i: int) -> bool:
     if {sentence.low[i], sentence.lemma[i]} & lexicon.COUNTING_WORDS:
         return True
     if sentence.dep[i] == "pobj" and sentence.low[i] in lexicon.PLACE_NOUNS:
-        return True
+        return sentence.low[i] not in lexicon.BARE_PLACE_NOUNS or not sentence.has_kid(i, "det")
     if not is_picture(sentence, i) or sentence.dep[i] == "dobj":
         return False
     owner = sentence.head[i]
@@ -152,6 +152,10 @@ def list_attributes(sentence: Sentence, i: int) -> list[str]:
             if describes(sentence, kid):
                 if not _joins_participle(sentence, kid):
                     found.extend(expand_adjective(sentence, kid))
+                for part in _compound_parts(sentence, kid):
+                    found.extend(
+                        j for j in sentence.kids_of(part, "amod") if describes(sentence, j)
+                    )
             elif is_absorbed(sentence, kid):
                 for part in (kid, *_compound_parts(sentence, kid)):
                     for inner in sentence.kids_of(part, "amod", "compound", "nmod"):

@@ -42,6 +42,8 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
                 _begin_deed(sentence)
             elif low[i] in lexicon.PURPOSE_GERUNDS or low[i] in lexicon.TRADES:
                 _name_purpose(sentence, i)
+            elif sentence.lemma[i] not in words.verbs and low[i] in words.nouns:
+                tag[i], dep[i], sentence.lemma[i] = "NN", "compound", low[i]  # "thanksgiving meal"
         elif tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)
     for i in range(1, len(sentence)):
@@ -61,10 +63,14 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
     low, tag = sentence.low[i], sentence.tag[i]
     if tag in NOUN_TAGS:
         if sentence.dep[i] in MODIFIERS and low in words.adjectives:
-            if low not in words.nouns or (tag == "NNP" and sentence.dep[i] == "amod"):
+            is_name = tag == "NNP" and sentence.dep[i] == "amod"
+            if low not in words.nouns or low in lexicon.ADJECTIVES or is_name:
                 sentence.tag[i] = "JJ"
         elif sentence.dep[i] == "pcomp":
             sentence.dep[i] = "pobj"
+        elif sentence.dep[i] == "poss" and sentence.lemma[i] in lexicon.SETTINGS:
+            for kid in sentence.kids_of(i, "amod"):  # "a cold winter 's day"
+                sentence.attach(kid, sentence.head[i], "amod")
         elif sentence.dep[i] in ("acl", "advcl", "xcomp") and i and sentence.tag[i - 1] == "TO":
             _make_phrase(sentence, i - 1, i)
         elif sentence.dep[i] == "npadvmod" and (
@@ -86,6 +92,9 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         sentence.tag[i] = "RB"
     elif tag in ADJECTIVE_TAGS:
         if sentence.head[i] == i and _is_listed_color(sentence, i):
+            return
+        if sentence.dep[i] in MODIFIERS and low in lexicon.KIND_NOUNS:
+            sentence.tag[i], sentence.dep[i] = "NN", "compound"
             return
         if low in lexicon.COLORS and sentence.dep[i] == "pobj" and not sentence.has_kid(i, "conj"):
             sentence.tag[i] = "NN"  # "isolated on white"
