@@ -96,6 +96,7 @@ def is_unknown_deed(sentence: Sentence, i: int) -> bool:
     return (
         sentence.tag[i] in ("VBZ", "VBD")
         and has_thing(sentence, i)
+        and sentence.has_kid(i, "prt")
         and any(
             sentence.lemma[kid] in lexicon.ANIMATE_NOUNS for kid in sentence.kids_of(i, "nsubj")
         )
