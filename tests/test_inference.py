@@ -156,24 +156,27 @@ def decoder():
 
 
 def test_captions_whatever_the_batch_and_the_devices(decoder, images):
-    captions = loaded(8, decoder=decoder).caption(images)
+    on_eight, in_fives = loaded(8, decoder=decoder), loaded(1, 5, decoder=decoder)
+    captions = on_eight.caption(images)
     assert len(captions) == len(images) and len(set(captions)) > 5
-    assert loaded(1, 5, decoder=decoder).caption(list(images)) == captions
-    drawn = loaded(8, decoder=decoder).caption(images, top_k=5, temperature=3.0, seed=1)
-    assert loaded(1, 5, decoder=decoder).caption(images, top_k=5, temperature=3.0, seed=1) == drawn
-    other = loaded(1, decoder=decoder).caption(images, top_k=5, temperature=3.0, seed=2)
+    assert in_fives.caption(list(images)) == captions
+    drawn = on_eight.caption(images, top_k=5, temperature=3.0, seed=1)
+    assert in_fives.caption(images, top_k=5, temperature=3.0, seed=1) == drawn
+    other = in_fives.caption(images, top_k=5, temperature=3.0, seed=2)
     assert drawn != captions and other != drawn
-    assert loaded(1, decoder=decoder).caption(images[:0]) == []
+    assert in_fives.caption(images[:0]) == []
 
     plain = merge_model(GRAPHDEF, INIT(jax.random.key(0)))
-    image_tokens = plain.vision.tokens(normalize(images[:3], jnp.float32))
+    image_tokens = jax.jit(plain.vision.tokens)(normalize(images[:3], jnp.float32))
     model = merge_decoder(decoder, ARCH, dtype=jnp.float32)
+    read = jax.jit(lambda tokens, picture: model(tokens, picture) @ model.output_kernel())
     start, end = tokenizer.START_OF_TEXT_ID, tokenizer.END_OF_TEXT_ID
     for picture, caption in zip(image_tokens, captions, strict=False):
         written = [start]
         while len(written) < 6 and written[-1] != end:
-            features = model(jnp.asarray([written]), picture[None])[0, -1]
-            logits = np.array(features @ model.output_kernel())
+            # What stands behind the last token is not looked at.
+            filled = np.int32([written + [end] * (6 - len(written))])
+            logits = np.array(read(filled, picture[None])[0, len(written) - 1])
             logits[start] = -np.inf
             written.append(int(np.argmax(logits)))
         assert caption == tokenizer.decode(written)

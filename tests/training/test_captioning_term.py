@@ -65,7 +65,9 @@ def test_a_step_is_the_formula_and_trains_both_sides():
     images = normalize(batch()["images"], np.float32)
     model = merge_model(program.definition, params)
     image_tokens = jax.jit(model.vision.tokens)(images)
-    np.testing.assert_allclose(image_tokens[:, 0], model.vision.features(images), atol=1e-6)
+    np.testing.assert_allclose(
+        image_tokens[:, 0], jax.jit(model.vision.features)(images), atol=1e-6
+    )
     expected = expected_loss(program, params, image_tokens)
     np.testing.assert_allclose(metrics["captioning_loss"], expected, rtol=1e-5)
     total = metrics["contrastive_loss"] + 2 * metrics["captioning_loss"]

@@ -24,6 +24,16 @@ from diht_jax.models import Architecture
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
 
+# Of processes that start a Ray cluster. Workers start when they are needed, not one for each core
+# at once, and do not wait for every other process of the machine. That a node is gone is noticed
+# after a few refused connections in two seconds; one that is slow has as long as ever.
+RAY_ENVIRONMENT = {
+    "RAY_health_check_period_ms": "400",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_worker_niceness": "0",
+}
 _RECIPES = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep"
 # Where the input lay, and what tells how long it took.
 _NOT_COMPARED = re.compile(r"^report\.|\.(seconds|place)\.json$|^manifest\.json$")

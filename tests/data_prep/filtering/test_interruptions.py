@@ -22,7 +22,7 @@ from PIL import Image
 from data_prep.filter import run_filter
 from diht_jax.data.records.schema import decode_record
 from diht_jax.data.records.tfrecord import TFRecordSource
-from tests.data_prep.filtering.jobs import job_config, snapshot
+from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot
 from tests.waiting import wait_until
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
@@ -162,7 +162,7 @@ def test_cluster_loses_a_node(work):
     script = work / "cluster.py"
     script.write_text(_CLUSTER)
     (work / "damaged.tar").write_bytes((work / "in" / "00000.tar").read_bytes()[:3000])
-    environment = os.environ | {"PYTHONPATH": str(_REPOSITORY), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | RAY_ENVIRONMENT | {"PYTHONPATH": str(_REPOSITORY)}
     done = subprocess.run(
         [sys.executable, str(script), str(work)],
         cwd=_REPOSITORY,

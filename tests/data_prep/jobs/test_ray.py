@@ -3,6 +3,7 @@
 One cluster in one process serves them all, since starting it takes most of the time.
 """
 
+import io
 import json
 import os
 import pathlib
@@ -12,31 +13,34 @@ import types
 
 import ml_collections
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from benchmarks.text_spotting_testset import make_test_set
+from data_prep.duplicates import config as duplicates_config
+from data_prep.duplicates import job
 from data_prep.filter import run_filter
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.engine_ray import _Actor
 from diht_jax import load_model
-from tests.data_prep.filtering.jobs import job_config, snapshot, write_clip
+from diht_jax.config import load_recipe
+from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
 from tests.docs.pages import python_blocks
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _LONGEST_SECS = 900  # of the script; a failure here means that it waits for ever
-# Without the last one Ray's workers wait for every other process of the machine.
-_ENVIRONMENT = dict(RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1", RAY_worker_niceness="0")
+_ENVIRONMENT = RAY_ENVIRONMENT | {"OMP_NUM_THREADS": "1"}
 
 _SCRIPT = """
 import functools, json, os, pathlib, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
+from data_prep.duplicates import job
 from data_prep.filter import run_filter
 from data_prep.jobs import engine_ray
 from data_prep.jobs.engine import RaySettings, run_tasks
 from data_prep.jobs.models import open_model
-from tests.data_prep.filtering.jobs import job_config
-from tests.data_prep.jobs.test_ray import embedding_config
+from tests.data_prep.jobs.test_ray import copies_config, models_config
 
 
 class Doubler:
@@ -149,19 +153,18 @@ def lose_models(cluster, folder):
     return found
 
 
-def spot_text(address, folder):
-    changes = json.loads(pathlib.Path(folder, "spotting.json").read_text())
-    config = job_config(f"{folder}/pairs.jsonl", pathlib.Path(folder, "on_ray"), **changes)
+def run_models(address, folder):
+    config = models_config(pathlib.Path(folder), "on_ray")
     config.num_workers = 1
     config.ray.update({"address": address, "model_actors": 1, "gpus_per_model_actor": 0.0})
     return run_filter(config, engine="ray")
 
 
-def embed_pairs(address, folder):
-    config = embedding_config(pathlib.Path(folder), "embedded_on_ray")
+def find_copies(address, folder):
+    config = copies_config(pathlib.Path(folder), "copies_on_ray")
     config.num_workers = 1
-    config.ray.update({"address": address, "model_actors": 1, "gpus_per_model_actor": 0.0})
-    return run_filter(config, engine="ray")
+    config.ray.address = address
+    return job.run(config, engine="ray")
 
 
 def main(folder):
@@ -184,8 +187,8 @@ def main(folder):
     failing = list(run_failing(RaySettings(cluster.address), folder))
     print("failing", json.dumps(failing), flush=True)
     print("lost", json.dumps(lose_models(cluster, folder)), flush=True)
-    print("spotting", json.dumps(spot_text(cluster.address, folder)), flush=True)
-    print("embedding", json.dumps(embed_pairs(cluster.address, folder)), flush=True)
+    print("models", json.dumps(run_models(cluster.address, folder)), flush=True)
+    print("copies", json.dumps(find_copies(cluster.address, folder)), flush=True)
     ray.init(address=cluster.address, logging_level="ERROR")
     exec(pathlib.Path("example.py").read_text(), {"__name__": "example"})
     ray.shutdown()
@@ -207,14 +210,27 @@ _SPOTTING = {"text_spotting": True} | {
 }
 
 
-def embedding_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
-    """Scores pairs and drops pictures of a set, by the files of `_write_models`."""
+def models_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
+    """Drops pictures that a set has or that show their caption, and scores pairs: three models."""
     model = str(folder / "clip.safetensors")
-    config = job_config(str(folder / "pairs.jsonl"), folder / output, clip__model=model)
-    config.clip.batch_size = 3
+    config = job_config(
+        str(folder / "pairs.jsonl"),
+        folder / output,
+        clip__model=model,
+        clip__batch_size=3,
+        **_SPOTTING,
+    )
     config.decontaminate.embeddings.update(
         {"sets": f"known={folder}/known.npz", "model": model, "min_cosine": 0.99999}
     )
+    return config
+
+
+def copies_config(folder: pathlib.Path, output: str) -> ml_collections.ConfigDict:
+    """Looks for copies among the pictures of two files, of which the second has them all again."""
+    config = load_recipe(_REPOSITORY / "configs/prep/duplicates.py")
+    config.update({"input": f"{folder}/pairs*.jsonl", "output": str(folder / output)})
+    duplicates_config.check_config(config)
     return config
 
 
@@ -225,14 +241,14 @@ def _write_models(folder: pathlib.Path) -> None:
 
 
 def _write_pictures(folder: pathlib.Path) -> None:
-    """Pairs of which some show their caption, and the settings by which they are filtered."""
+    """Pairs of which some show their caption."""
     pictures = {picture.kind: picture for picture in make_test_set(10, seed=1)}
     rows = []
     for kind in ("band", "unrelated", "picture", "nothing"):
         (folder / f"{kind}.jpg").write_bytes(pictures[kind].image)
         rows.append(json.dumps({"image": f"{kind}.jpg", "caption": pictures[kind].caption}))
-    (folder / "pairs.jsonl").write_text("\n".join(rows))
-    (folder / "spotting.json").write_text(json.dumps(_SPOTTING))
+    for name in ("pairs.jsonl", "pairs_again.jsonl"):
+        (folder / name).write_text("\n".join(rows))
 
 
 @pytest.fixture(scope="module")
@@ -294,27 +310,29 @@ def test_deaths_and_time_limits_are_those_of_local_workers(printed):
     assert f"hangs: {stopped}; its task will run again" in found["stderr"]
 
 
-def test_text_is_spotted_as_by_the_local_engine(printed):
+def test_models_find_what_they_find_in_the_local_engine(printed):
     folder, found = printed
-    assert json.loads(found["spotting"]) == {}
-    config = job_config(str(folder / "pairs.jsonl"), folder / "local", **_SPOTTING)
-    assert run_filter(config) == {}
+    assert json.loads(found["models"]) == {}
+    assert run_filter(models_config(folder, "local")) == {}
     local, on_ray = (snapshot(folder / name) for name in ("local", "on_ray"))
     assert on_ray == local
     counts = json.loads(local["stats.json"])["counts"]
+    assert counts["dropped"]["decontaminate"] == {"known": 1}
     assert counts["text_spotting"]["read"] >= 2
     assert counts["dropped"]["text"]["shows_caption"] >= 1
 
 
-def test_models_of_embeddings_lie_in_actors_too(printed):
-    """CLIP scores and the comparison with embedded sets, equal to the local engine's."""
+def test_copies_are_those_of_the_local_engine(printed):
     folder, found = printed
-    assert json.loads(found["embedding"]) == {}
-    assert run_filter(embedding_config(folder, "embedded")) == {}
-    local, on_ray = (snapshot(folder / name) for name in ("embedded", "embedded_on_ray"))
-    assert on_ray == local
-    dropped = json.loads(local["stats.json"])["counts"]["dropped"]
-    assert dropped["decontaminate"] == {"known": 1}
+    assert json.loads(found["copies"]) == {}
+    config = copies_config(folder, "copies")
+    config.num_workers = 0
+    assert job.run(config) == {}
+    local, on_ray = (snapshot(folder / name / "duplicates") for name in ("copies", "copies_on_ray"))
+    assert on_ray == local and len(local) >= 2
+    rows = [pyarrow.parquet.read_table(io.BytesIO(data)).to_pylist() for data in local.values()]
+    kinds = [row["kind"] for part in rows for row in part]
+    assert sorted(kinds) == ["exact"] * 4 + ["kept"] * 4
 
 
 def test_example_of_the_page(printed):

@@ -21,6 +21,7 @@ from diht_jax.data.records.labels.rows import decode_joined, open_labels
 from diht_jax.data.records.remote import open_system
 from diht_jax.data.records.schema import CONCEPT_FIELDS
 from diht_jax.data.records.vocabulary import find_train_vocabulary, read_vocabulary
+from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT
 from tests.data_prep.labelling.pictures import (
     NUM_IMAGES,
     REPOSITORY,
@@ -225,9 +226,7 @@ def test_actors_of_a_cluster_write_the_same_bytes(work, sidecars, tmp_path, s3_b
         file.write(b"?")
     (tmp_path / "quarters.py").write_text(_NOTING)
     (tmp_path / "script.py").write_text(_ON_RAY)
-    # Without the last one Ray's workers wait for every other process of the machine.
-    environment = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    environment["PYTHONPATH"] = f"{tmp_path}:{REPOSITORY}"
+    environment = RAY_ENVIRONMENT | {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}
 
     good = work / "kept/pairs-train-00001.tfrecord"
     done = subprocess.run(
