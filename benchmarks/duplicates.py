@@ -9,6 +9,11 @@ Precision: share of these in all dropped photos and copies. The emoji of one nam
 tones or directions count as duplicates of one another, all others do not. Prints both, for cosines
 alone and for thumbnails that verify what the cosines find, and writes
 `benchmarks/results/duplicates.json`. Embeddings are the descriptor's; no model is needed.
+
+    python -m benchmarks.duplicates --data ../shared/data --model runs/emoji
+
+compares the emoji by the embeddings that `diht_jax.embed` makes of them by a model, and writes
+`benchmarks/results/duplicates_model.json`.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ import pathlib
 import re
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
@@ -31,9 +36,10 @@ from PIL import Image
 from benchmarks.record import write_result
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
-from diht_jax import command_line
+from diht_jax import command_line, load_model
 from diht_jax.data.images.decode import decode_rgb
 from diht_jax.data.readers.registry import open_source
+from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 
 EDITS = ("resized", "re-encoded", "cropped 90%", "cropped 85%", "flipped")
 # Least cosine, least correlation of thumbnails (None: they are not compared), clusters of a row.
@@ -44,6 +50,11 @@ SETTINGS = (
     *((0.7, correlation, 2) for correlation in (0.9, 0.93, 0.95, 0.97)),
     (0.6, 0.95, 2),
 )
+# The same for the embeddings of a model.
+MODEL_SETTINGS = (
+    tuple((threshold, None, 2) for threshold in (0.8, 0.9, 0.95, 0.98)),
+    tuple((threshold, 0.95, 2) for threshold in (0.5, 0.7, 0.9)),
+)
 _TONE = re.compile(r"( facing right)?( with [\w, -]+ skin tone)?$")
 
 
@@ -51,6 +62,7 @@ def define_flags() -> None:
     """The command line of `main`."""
     flags.DEFINE_string("data", None, "Folder with photos.tar, cifar10_train.tar and emoji_*.tar.")
     flags.DEFINE_integer("seed", 0, "Of the crops.")
+    flags.DEFINE_string("model", None, "What diht_jax.load_model reads: emoji alone, by it.")
 
 
 def main() -> None:
@@ -60,6 +72,10 @@ def main() -> None:
     photos, emoji = [], []
     with tempfile.TemporaryDirectory() as folder:
         work = pathlib.Path(folder)
+        if flags.FLAGS.model is not None:
+            emoji = list(_compare_by_model(flags.FLAGS.model, data, work))
+            write_result("duplicates_model", {"model": flags.FLAGS.model, "emoji": emoji})
+            return
         for edit in EDITS:
             path = work / f"{edit}.tar"
             plant(data / "photos.tar", path, edit, flags.FLAGS.seed)
@@ -68,11 +84,30 @@ def main() -> None:
                 photos.append({"edit": edit} | _score_photos(found))
                 print(photos[-1], flush=True)
         for name in ("emoji_google", "emoji_twitter"):
-            captions = {pair.key: pair.caption for pair in open_source(str(data / f"{name}.tar"))}
+            captions = _read_captions(data / f"{name}.tar")
             for found in _run(_config(str(data / f"{name}.tar"), work / name)):
                 emoji.append({"set": name} | _score_emoji(found, captions))
                 print(emoji[-1], flush=True)
     write_result("duplicates", {"photos": photos, "emoji": emoji})
+
+
+def _compare_by_model(model: str, data: pathlib.Path, work: pathlib.Path) -> Iterator[dict]:
+    """The scores of the emoji of both artists, by the embeddings of a model."""
+    loaded = load_model(model)
+    for name in ("emoji_google", "emoji_twitter"):
+        source, embedded = data / f"{name}.tar", work / "embedded" / name
+        embed_source(loaded, str(source), embedded, EmbedOptions(modalities=["image"]))
+        for number, settings in enumerate(MODEL_SETTINGS):
+            config = _config(str(source), work / f"{name}_{number}")
+            config.embeddings.update({"kind": "files", "files": str(embedded)})
+            for found in _run(config, settings):
+                scores = {"set": name} | _score_emoji(found, _read_captions(source))
+                print(scores, flush=True)
+                yield scores
+
+
+def _read_captions(source: pathlib.Path) -> dict[str, str]:
+    return {pair.key: pair.caption for pair in open_source(str(source))}
 
 
 def plant(source: pathlib.Path, target: pathlib.Path, edit: str, seed: int) -> None:
@@ -114,9 +149,10 @@ def _config(inputs: str, output: pathlib.Path) -> ml_collections.ConfigDict:
 
 def _run(
     config: ml_collections.ConfigDict,
+    settings: Sequence[tuple[float, float | None, int]] = SETTINGS,
 ) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
-    """Each of `SETTINGS`, and the rows of the table that it makes."""
-    for threshold, correlation, probes in SETTINGS:
+    """Each of some settings, and the rows of the table that it makes."""
+    for threshold, correlation, probes in settings:
         config.threshold, config.verify.correlation = threshold, correlation
         config.clusters.probes = probes
         duplicates_config.check_config(config)
