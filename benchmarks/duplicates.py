@@ -96,12 +96,13 @@ def _compare_by_model(model: str, data: pathlib.Path, work: pathlib.Path) -> Ite
     loaded = load_model(model)
     for name in ("emoji_google", "emoji_twitter"):
         source, embedded = data / f"{name}.tar", work / "embedded" / name
+        captions = _read_captions(source)
         embed_source(loaded, str(source), embedded, EmbedOptions(modalities=["image"]))
         for number, settings in enumerate(MODEL_SETTINGS):
             config = _config(str(source), work / f"{name}_{number}")
             config.embeddings.update({"kind": "files", "files": str(embedded)})
             for found in _run(config, settings):
-                scores = {"set": name} | _score_emoji(found, _read_captions(source))
+                scores = {"set": name} | _score_emoji(found, captions)
                 print(scores, flush=True)
                 yield scores
 

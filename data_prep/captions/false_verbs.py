@@ -51,11 +51,7 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
             and sentence.tag[i] != "VB"
         )
         or low in lexicon.DESCRIBING_NOUNS
-        or (
-            lemma not in words.verbs
-            and (low in words.nouns or lemma in words.nouns)
-            and not is_unknown_deed(sentence, i)
-        )
+        or (lemma not in words.verbs and (low in words.nouns or lemma in words.nouns))
         or (lemma in words.nouns and (_names_part(sentence, i) or _stands_in_list(sentence, i)))
         or (low in lexicon.PLURAL_NOUNS and _is_of_thing(sentence, i))
         or (sentence.tag[i] == "VBZ" and sentence.dep[i] == "pobj" and lemma in words.nouns)
@@ -89,18 +85,6 @@ def correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> 
             sentence.dep[i] = "pobj"
         sentence.replace(i, things[0])
         sentence.attach(i, things[0], "compound" if named else "amod")
-
-
-def is_unknown_deed(sentence: Sentence, i: int) -> bool:
-    """Whether a word that no table has as a verb is one: "a person toughs out the rain"."""
-    return (
-        sentence.tag[i] in ("VBZ", "VBD")
-        and has_thing(sentence, i)
-        and sentence.has_kid(i, "prt")
-        and any(
-            sentence.lemma[kid] in lexicon.ANIMATE_NOUNS for kid in sentence.kids_of(i, "nsubj")
-        )
-    )
 
 
 def _describes_last(sentence: Sentence, i: int) -> bool:

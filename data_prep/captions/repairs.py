@@ -42,7 +42,12 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
                 _begin_deed(sentence)
             elif low[i] in lexicon.PURPOSE_GERUNDS or low[i] in lexicon.TRADES:
                 _name_purpose(sentence, i)
-            elif sentence.lemma[i] not in words.verbs and low[i] in words.nouns:
+            elif (
+                sentence.lemma[i] not in words.verbs
+                and low[i] in words.nouns
+                and tag[sentence.head[i]] in NOUN_TAGS
+                and sentence.head[i] > i
+            ):
                 tag[i], dep[i], sentence.lemma[i] = "NN", "compound", low[i]  # "thanksgiving meal"
         elif tag[i] in _DOUBTFUL_TAGS:
             _correct_tag(sentence, i, words)

@@ -7,7 +7,6 @@ tests/data_prep/captions/caption_examples.toml.
 from spacy.tokens import Doc
 
 from data_prep.captions import lexicon, nouns
-from data_prep.captions.false_verbs import is_unknown_deed
 from data_prep.captions.graph import CaptionGraph, Edge, assemble_graph
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.repairs import repair_sentence
@@ -85,8 +84,7 @@ class _GraphBuilder:
     def is_clause(self, i: int) -> bool:
         """Whether a verb heads a clause and is no auxiliary and no participle of a noun."""
         sentence = self.sentence
-        is_known = sentence.lemma[i].rpartition("-")[2] in self.verbs
-        if not is_known and not is_unknown_deed(sentence, i):
+        if sentence.lemma[i].rpartition("-")[2] not in self.verbs:
             return False
         while sentence.dep[i] == "conj":
             i = sentence.head[i]
@@ -268,20 +266,13 @@ class _GraphBuilder:
                 ]
             else:
                 found += [(f"{predicate} to", j) for j in nouns.find_referents(sentence, kid)]
-        if sentence.dep[i] == "conj" and not direct:
-            first = sentence.head[i]
-            if self.has_gap(first) and sentence.lemma[i] not in lexicon.INTRANSITIVE_VERBS:
-                # "shutters i found and hung on a wall"
-                found += [
-                    (predicate, j) for j in nouns.find_content(sentence, sentence.head[first])
-                ]
         if sentence.dep[i] == "relcl" and not direct and not self.is_setting(i):
             own = sentence.kids_of(i, "nsubj", "nsubjpass")
             if any(sentence.low[kid] not in lexicon.RELATIVE_PRONOUNS for kid in own):
                 stranded = [kid for kid in sentence.kids_of(i, "prep") if not sentence.kids[kid]]
                 name = f"{predicate} {sentence.low[stranded[0]]}" if stranded else predicate
-                head = sentence.head[i]
-                if stranded or self.takes_object(i, head):
+                if stranded or self.takes_object(i):
+                    head = sentence.head[i]
                     found += [(name, j) for j in nouns.find_content(sentence, head)]
         return found
 
@@ -297,28 +288,15 @@ class _GraphBuilder:
             for inner in sentence.kids_of(kid, "pobj")
         )
 
-    def has_gap(self, i: int) -> bool:
-        """Whether a relative clause says who does something to the noun before it."""
-        sentence = self.sentence
-        own = sentence.kids_of(i, "nsubj", "nsubjpass")
-        return (
-            sentence.dep[i] == "relcl"
-            and any(sentence.low[kid] not in lexicon.RELATIVE_PRONOUNS for kid in own)
-            and not sentence.has_kid(i, "dobj", "attr")
-            and not self.is_setting(i)
-            and not any(not sentence.kids[kid] for kid in sentence.kids_of(i, "prep"))
-            and self.takes_object(i, sentence.head[i])
-        )
-
-    def takes_object(self, i: int, antecedent: int) -> bool:
+    def takes_object(self, i: int) -> bool:
         """Whether the noun before a relative clause is what its verb is done to."""
         sentence = self.sentence
         if not sentence.kids_of(i, "prep"):
             return True
         if sentence.lemma[i] in _WITHOUT_OBJECT:
             return False
-        lemma = sentence.lemma[antecedent]
-        return lemma not in lexicon.SETTINGS and lemma not in lexicon.MANNERS
+        antecedent = sentence.lemma[sentence.head[i]]
+        return antecedent not in lexicon.SETTINGS and antecedent not in lexicon.MANNERS
 
     def add_copula(self, i: int, subjects: list[int]) -> None:
         """Adds what "be" states: attributes, "is" between nouns, and places."""

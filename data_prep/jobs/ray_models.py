@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import os
+import platform
 import random
 import threading
 import time
@@ -56,8 +57,12 @@ class _ModelActor:
         Args:
             folder: in which the driver runs.
         """
-        with contextlib.suppress(OSError):
+        self._no_folder = ""
+        try:
             os.chdir(folder)
+        except OSError as error:
+            self._no_folder = f"; the job runs in '{folder}', which node {platform.node()} lacks"
+            self._no_folder += f" ({error.strerror}): name models by absolute paths or URLs"
 
     def wait(self) -> None:
         """Never returns, so that an answer means the end of the actor."""
@@ -67,7 +72,11 @@ class _ModelActor:
         return True
 
     def call(self, load: Load, method: str, arguments: tuple[Any, ...]) -> Any:
-        return getattr(load(), method)(*arguments)
+        try:
+            model = load()
+        except ValueError as error:
+            raise ValueError(f"{error}{self._no_folder}") from error
+        return getattr(model, method)(*arguments)
 
 
 class _Roster:
@@ -151,10 +160,13 @@ class ModelPool:
 
     def _start(self) -> None:
         options: dict[str, Any] = {}
-        if 0 < self._gpus_each < 1:
-            # Else the first JAX process of a GPU takes three quarters of its memory.
-            fraction = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 * self._gpus_each:.2f}"}
-            options["runtime_env"] = {"env_vars": fraction}
+        if self._gpus_each:
+            # Else JAX takes three quarters of a GPU's memory at once, which the other actors of the
+            # GPU need, and in the same actor the text spotter, whose networks are of torch.
+            memory = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            if self._gpus_each < 1:
+                memory["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * self._gpus_each:.2f}"
+            options["runtime_env"] = {"env_vars": memory}
         actor_class = self._ray.remote(
             num_cpus=0,  # the GPUs limit them, and workers cannot take their room
             num_gpus=self._gpus_each,

@@ -46,7 +46,7 @@ class ClipStep(Step):
         # folder `scores`, an earlier run of the same model.
         c.quantile = placeholder(float)
         c.scores = placeholder(str)
-        c.batch_size = 64  # pairs at a time
+        c.batch_size = 64  # pictures, or texts, that the model gets at a time
 
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
@@ -98,7 +98,7 @@ class ClipStep(Step):
         self._model = models.Encoder(config.clip.model, config.clip.batch_size)
 
     def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        images = self._model.embed_images(candidate.pair.image for candidate in candidates)
+        images = self._model.embed_images([candidate.pair.image for candidate in candidates])
         is_readable = [not isinstance(image, str) for image in images]
         readable = itertools.compress(candidates, is_readable)
         texts = iter(

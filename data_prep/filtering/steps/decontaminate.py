@@ -175,7 +175,7 @@ class DecontaminateStep(Step):
             rows = {i: self._given[key] for i, key in enumerate(keys) if key in self._given}
             self._without_embedding += len(keys) - len(rows)
         else:
-            images = self._model.embed_images(candidate.pair.image for candidate in candidates)
+            images = self._model.embed_images([candidate.pair.image for candidate in candidates])
             rows = {i: image for i, image in enumerate(images) if not isinstance(image, str)}
         known = next(iter(self._embedded.values())).embeddings
         width = len(next(iter(rows.values()), known[0]))

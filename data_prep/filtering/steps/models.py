@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from data_prep.jobs.models import open_model
+from data_prep.jobs.models import is_shared, open_model
 from diht_jax.data.images.decode import ImageError, decode_rgb
 from diht_jax.data.images.transforms import eval_transform
 from diht_jax.data.records.remote import is_remote
@@ -31,7 +31,7 @@ class Encoder:
     """
 
     def __init__(self, model: str, batch_size: int):
-        """The model is loaded for the first picture.
+        """Loads the model, or leaves that to who shares it.
 
         Args:
             model: for `diht_jax.load_model`.
@@ -39,6 +39,8 @@ class Encoder:
         """
         self._model = open_model(functools.partial(_load, model, batch_size))
         self._batch_size = batch_size
+        if not is_shared():
+            _ = self.image_size  # loading is no pair's fault, and no part of a step's time
 
     @functools.cached_property
     def image_size(self) -> int:
@@ -46,8 +48,8 @@ class Encoder:
         (size,) = self._model.map("find_image_size", [()])
         return size
 
-    def embed_images(self, images: Iterable[bytes]) -> list[np.ndarray | str]:
-        """Decodes pictures while the model works on those before.
+    def embed_images(self, images: Sequence[bytes]) -> list[np.ndarray | str]:
+        """Decodes pictures, while a shared model works on those before.
 
         Args:
             images: encoded pictures.
@@ -55,6 +57,8 @@ class Encoder:
         Returns:
             float32 [d] of unit length for each, or the reason why it cannot be decoded.
         """
+        if not images:
+            return []
         found: list[np.ndarray | str] = []
         numbers: list[int] = []  # of those that the model gets
 
@@ -83,6 +87,8 @@ class Encoder:
 
     def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
         """float32 [d] of unit length for each text."""
+        if not texts:
+            return []
         chunks = _chunks(texts, self._batch_size)
         filled = ((chunk + [""] * (self._batch_size - len(chunk)), len(chunk)) for chunk in chunks)
         return list(itertools.chain.from_iterable(self._model.map("encode_texts", filled)))

@@ -151,8 +151,10 @@ def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictu
     assert (unreadable.stage, unreadable.reason) == ("image", "unreadable")
 
 
-def test_models_are_those_that_workers_share(source, weights, tmp_path, scored, monkeypatch):
-    """The step sends full batches to where models lie, and takes results of any split of them."""
+def test_models_are_those_that_workers_share(
+    source, weights, pictures, tmp_path, scored, monkeypatch
+):
+    """The steps send full batches to where models lie, and load none themselves."""
     sent = []
 
     class Elsewhere(jobs_models.LocalModel):
@@ -164,11 +166,17 @@ def test_models_are_those_that_workers_share(source, weights, tmp_path, scored, 
     monkeypatch.setattr(jobs_models, "_open", Elsewhere)
     config = job_config(source, tmp_path / "out", clip__model=str(weights), clip__batch_size=3)
     config.batch_size = 5
+    opposite = -load_model(weights).encode_image(pictures[0])
+    np.savez(tmp_path / "set.npz", key=["a"], image_emb=opposite)
+    config.decontaminate.embeddings.update(
+        {"sets": f"set={tmp_path}/set.npz", "model": str(weights), "batch_size": 3}
+    )
     assert run_filter(config) == {}
     assert _read_scores(tmp_path / "out") == _read_scores(scored)
-    # 8 pairs come as 5 and 3.
-    images, texts = [("encode_images", 3)], [("encode_texts", 3)]
-    assert sent == [("find_image_size",), *images * 2, *texts * 2, *images, *texts]
+    # 8 pairs come as 5 and 3, to the comparison with the set and to the scores.
+    size, images, texts = [("find_image_size",)], [("encode_images", 3)], [("encode_texts", 3)]
+    first = [*size, *images * 2, *size, *images * 2, *texts * 2]
+    assert sent == [*first, *images, *images, *texts]
 
 
 def test_a_model_that_is_not_there_is_refused_at_once(source, tmp_path):

@@ -22,6 +22,7 @@ from data_prep.duplicates import job
 from data_prep.filter import run_filter
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.engine_ray import _Actor
+from data_prep.jobs.ray_models import _ModelActor
 from diht_jax import load_model
 from diht_jax.config import load_recipe
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot, write_clip
@@ -355,6 +356,12 @@ def test_relative_paths_need_the_folder_of_the_job(tmp_path, monkeypatch):
     assert "'in/a.tar' is a relative path, and the job runs in" in outcome.error
     assert "absolute paths or URLs" in outcome.error
     assert lost.work(work, absolute)[0].error is None
+
+    def load():
+        raise ValueError("runs/b32: no such model")
+
+    with pytest.raises(ValueError, match="no such model; the job runs in .* name models by abs"):
+        _ModelActor(str(tmp_path / "gone")).call(load, "encode", ())
 
 
 def test_settings_that_cannot_be():
