@@ -1,0 +1,186 @@
+"""How often spaCy's small parser is right about captions, before and after the repairs.
+
+    python -m benchmarks.caption_parser
+    python -m benchmarks.caption_parser --retrain
+
+`caption_trees.tsv` beside this file has trees of web captions that were corrected by reading.
+Prints the shares of words with the right tag, the right head, and the right head and label
+(punctuation left out), of captions without an error, and of prepositions other than "of" that hang
+on the right word: as parsed, and as `data_prep.captions.repairs` leaves them. With `--retrain`
+tagger and parser learn from four fifths of the trees and are compared on the last fifth with what
+is installed. Writes `benchmarks/results/caption_parser.json`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import spacy
+from absl import flags
+from spacy.language import Language
+from spacy.tokens import Doc
+from spacy.training import Example
+from thinc.api import Adam
+
+from benchmarks.record import write_result
+from data_prep.captions.gates import gate_caption
+from data_prep.captions.lemmas import CaptionLemmatizer
+from data_prep.captions.parse import load_parser
+from data_prep.captions.repairs import repair_sentence
+from data_prep.captions.sentence import Sentence
+from diht_jax import command_line
+
+_TREES = pathlib.Path(__file__).with_name("caption_trees.tsv")
+_EPOCHS, _BATCH, _LEARNING_RATE, _DROPOUT = 10, 32, 2e-4, 0.25
+
+
+class Tree(NamedTuple):
+    """A caption as it is parsed, and its tree: tag, label and head of each token."""
+
+    text: str
+    tokens: list[tuple[str, str, int]]
+
+
+def define_flags() -> None:
+    """The command line of `main`."""
+    flags.DEFINE_string(
+        "captions", "../shared/data/captions_web.txt", "The captions of the trees, one a line."
+    )
+    flags.DEFINE_bool("retrain", False, "Train tagger and parser on four fifths, compare on one.")
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    path = pathlib.Path(flags.FLAGS.captions)
+    if not path.is_file():
+        raise ValueError(f"--captions='{path}': no such file; expected one caption a line")
+    nlp = load_parser()
+    words = nlp.get_pipe("caption_lemmatizer")
+    trees = read_trees(path.read_text("utf-8").split("\n"), words)
+    result: dict[str, Any] = {"trees": len(trees), "installed": score(nlp, trees)}
+    result["prepositions"] = score_prepositions(nlp, trees, words)
+    if flags.FLAGS.retrain:
+        held_out = trees[::5]
+        learnt = [tree for number, tree in enumerate(trees) if number % 5]
+        result["trained"] = {
+            "trees": len(learnt),
+            "on": len(held_out),
+            "installed": score(nlp, held_out),
+            "after": score(train(learnt), held_out),
+        }
+    print(result)
+    print(write_result("caption_parser", result))
+
+
+def read_trees(captions: Sequence[str], words: CaptionLemmatizer) -> list[Tree]:
+    """The trees with their captions, in an order of chance.
+
+    Args:
+        captions: the lines of captions_web.txt.
+        words: the English words, for the gates.
+
+    Raises:
+        ValueError: a caption is not the one that the tree was made of.
+    """
+    rows = _TREES.read_text("utf-8").splitlines()
+    tokenizer = spacy.blank("en")
+    trees = []
+    for row in rows[[row.startswith("line\t") for row in rows].index(True) + 1 :]:
+        line, tokens = row.split("\t")
+        text, reason = gate_caption(captions[int(line) - 1], words.lexicon)
+        parts = [token.split("/") for token in tokens.split(" ")]
+        if reason is not None or len(tokenizer(text)) != len(parts):
+            raise ValueError(
+                f"{_TREES.name}, line {line}: another caption, or tokens; the trees are those of "
+                "captions_web.txt of the shared data, and of this tokenizer and these gates"
+            )
+        trees.append(Tree(text, [(tag, label, int(head)) for tag, label, head in parts]))
+    random.Random(0).shuffle(trees)
+    return trees
+
+
+def score(nlp: Language, trees: Sequence[Tree]) -> dict[str, float]:
+    """Shares of words, and of captions, that a pipeline parses as the trees have them."""
+    right = dict.fromkeys(("tags", "heads", "labelled_heads"), 0)
+    num_words = whole = 0
+    for doc, tree in zip(nlp.pipe(tree.text for tree in trees), trees, strict=True):
+        is_whole = True
+        for token, (tag, label, head) in zip(doc, tree.tokens, strict=True):
+            if token.is_punct:
+                continue
+            num_words += 1
+            same = token.tag_ == tag, token.head.i == head, token.dep_ == label
+            right["tags"] += same[0]
+            right["heads"] += same[1]
+            right["labelled_heads"] += same[1] and same[2]
+            is_whole = is_whole and all(same)
+        whole += is_whole
+    shares = {name: count / num_words for name, count in right.items()}
+    return shares | {"captions": whole / len(trees)}
+
+
+def score_prepositions(
+    nlp: Language, trees: Sequence[Tree], words: CaptionLemmatizer
+) -> dict[str, float]:
+    """Shares of prepositions that hang on the right word, as parsed and after the repairs.
+
+    Captions with hyphens, which the repairs join, are left out.
+    """
+    count = parsed = repaired = 0
+    for doc, tree in zip(nlp.pipe(tree.text for tree in trees), trees, strict=True):
+        if any(token.text == "-" for token in doc):
+            continue
+        sentence = Sentence(doc)
+        repair_sentence(sentence, words)
+        for token, (_, label, head) in zip(doc, tree.tokens, strict=True):
+            if label == "prep" and token.lower_ != "of":
+                count += 1
+                parsed += token.head.i == head
+                repaired += sentence.head[token.i] == head
+    return {"count": count, "as_parsed": parsed / count, "repaired": repaired / count}
+
+
+def train(trees: Sequence[Tree]) -> Language:
+    """The installed model after some epochs over trees; the averages of its parameters."""
+    nlp = load_parser()
+    examples = list(_make_examples(nlp, trees))
+    optimizer = Adam(_LEARNING_RATE, L2=0.0, grad_clip=1.0, use_averages=True)
+    spacy.util.fix_random_seed(0)
+    for _ in range(_EPOCHS):
+        random.shuffle(examples)
+        for start in range(0, len(examples), _BATCH):
+            batch = [
+                Example(nlp.make_doc(example.text), example.reference)
+                for example in examples[start : start + _BATCH]
+            ]
+            nlp.update(batch, drop=_DROPOUT, sgd=optimizer)
+    for _, component in nlp.pipeline:
+        model = getattr(component, "model", None)
+        for node in model.walk() if model is not None else ():
+            for name in node.param_names:
+                if (node.id, name) in optimizer.averages:
+                    node.set_param(name, optimizer.averages[node.id, name])
+    return nlp
+
+
+def _make_examples(nlp: Language, trees: Sequence[Tree]) -> Iterator[Example]:
+    for tree in trees:
+        doc = nlp.make_doc(tree.text)
+        tags, labels, heads = (list(column) for column in zip(*tree.tokens, strict=True))
+        reference = Doc(
+            nlp.vocab,
+            words=[token.text for token in doc],
+            spaces=[bool(token.whitespace_) for token in doc],
+            tags=tags,
+            deps=labels,
+            heads=heads,
+        )
+        yield Example(doc, reference)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
