@@ -239,6 +239,7 @@ class _GraphBuilder:
                 sentence.low[head] not in lexicon.IMMINENT_ADJECTIVES
             ):
                 return True
+        # "being carried to a car" is going on, whoever it is that is carried.
         if grounded or any(sentence.low[kid] == "being" for kid in sentence.kids_of(i, "auxpass")):
             return False
         if passive or sentence.dep[i] not in _GERUND_CLAUSES:
