@@ -6,13 +6,16 @@
 `caption_trees.tsv` beside this file has trees of web captions that were corrected by reading.
 Prints the shares of words with the right tag, the right head, and the right head and label
 (punctuation left out), of captions without an error, and of prepositions other than "of" that hang
-on the right word: as parsed, and as `data_prep.captions.repairs` leaves them. With `--retrain`
-tagger and parser learn from four fifths of the trees and are compared on the last fifth with what
-is installed. Writes `benchmarks/results/caption_parser.json`.
+on the right word: as parsed, and as `data_prep.captions.repairs` leaves them. Then how often the
+rules agree with judgements of the same captions (`tests/data_prep/captions/judged_captions.tsv`),
+on parses and on the corrected trees: what a perfect parser would bring. With `--retrain` tagger and
+parser learn from four fifths of the trees and are compared on the last fifth with what is
+installed. Writes `benchmarks/results/caption_parser.json`.
 """
 
 from __future__ import annotations
 
+import collections
 import pathlib
 import random
 from collections.abc import Iterator, Sequence
@@ -27,19 +30,23 @@ from thinc.api import Adam
 
 from benchmarks.record import write_result
 from data_prep.captions.gates import gate_caption
+from data_prep.captions.graph import cat_reason
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.parse import load_parser
 from data_prep.captions.repairs import repair_sentence
 from data_prep.captions.sentence import Sentence
+from data_prep.captions.verbs import build_graph
 from diht_jax import command_line
 
 _TREES = pathlib.Path(__file__).with_name("caption_trees.tsv")
+_JUDGED = _TREES.parents[1] / "tests/data_prep/captions/judged_captions.tsv"
 _EPOCHS, _BATCH, _LEARNING_RATE, _DROPOUT = 10, 32, 2e-4, 0.25
 
 
 class Tree(NamedTuple):
     """A caption as it is parsed, and its tree: tag, label and head of each token."""
 
+    line: int
     text: str
     tokens: list[tuple[str, str, int]]
 
@@ -62,6 +69,7 @@ def main() -> None:
     trees = read_trees(path.read_text("utf-8").split("\n"), words)
     result: dict[str, Any] = {"trees": len(trees), "installed": score(nlp, trees)}
     result["prepositions"] = score_prepositions(nlp, trees, words)
+    result["judged"] = score_judged(nlp, trees, words)
     if flags.FLAGS.retrain:
         held_out = trees[::5]
         learnt = [tree for number, tree in enumerate(trees) if number % 5]
@@ -97,7 +105,7 @@ def read_trees(captions: Sequence[str], words: CaptionLemmatizer) -> list[Tree]:
                 f"{_TREES.name}, line {line}: another caption, or tokens; the trees are those of "
                 "captions_web.txt of the shared data, and of this tokenizer and these gates"
             )
-        trees.append(Tree(text, [(tag, label, int(head)) for tag, label, head in parts]))
+        trees.append(Tree(int(line), text, [(tag, label, int(head)) for tag, label, head in parts]))
     random.Random(0).shuffle(trees)
     return trees
 
@@ -143,6 +151,38 @@ def score_prepositions(
     return {"count": count, "as_parsed": parsed / count, "repaired": repaired / count}
 
 
+def score_judged(
+    nlp: Language, trees: Sequence[Tree], words: CaptionLemmatizer
+) -> dict[str, dict[str, int]]:
+    """How often the rules agree with judgements, by draw of captions that all have trees.
+
+    Returns:
+        Draw -> the number of captions ("count"), and of these the decisions and the complexities
+        that are as they were judged, on parses ("decisions_parsed", "complexities_parsed") and on
+        the corrected trees ("decisions_on_trees", "complexities_on_trees").
+    """
+    by_line = {tree.line: tree for tree in trees}
+    draws: dict[str, list[list[str]]] = {}
+    for row in _JUDGED.read_text("utf-8").splitlines():
+        if row[0].isdigit():
+            draw, *judgement = row.split("\t")
+            draws.setdefault(draw, []).append(judgement)
+    found = {}
+    for draw, rows in draws.items():
+        if not all(int(line) in by_line for line, *_ in rows):
+            continue
+        counts = collections.Counter(count=len(rows))
+        for line, decision, _, complexity in rows:
+            tree = by_line[int(line)]
+            docs = {"parsed": nlp(tree.text), "on_trees": words(_make_doc(nlp, tree))}
+            for name, doc in docs.items():
+                graph = build_graph(doc, words)
+                counts[f"decisions_{name}"] += (cat_reason(graph) is None) == (decision == "keep")
+                counts[f"complexities_{name}"] += graph.complexity == int(complexity)
+        found[draw] = dict(counts)
+    return found
+
+
 def train(trees: Sequence[Tree]) -> Language:
     """The installed model after some epochs over trees; the averages of its parameters."""
     nlp = load_parser()
@@ -168,17 +208,21 @@ def train(trees: Sequence[Tree]) -> Language:
 
 def _make_examples(nlp: Language, trees: Sequence[Tree]) -> Iterator[Example]:
     for tree in trees:
-        doc = nlp.make_doc(tree.text)
-        tags, labels, heads = (list(column) for column in zip(*tree.tokens, strict=True))
-        reference = Doc(
-            nlp.vocab,
-            words=[token.text for token in doc],
-            spaces=[bool(token.whitespace_) for token in doc],
-            tags=tags,
-            deps=labels,
-            heads=heads,
-        )
-        yield Example(doc, reference)
+        yield Example(nlp.make_doc(tree.text), _make_doc(nlp, tree))
+
+
+def _make_doc(nlp: Language, tree: Tree) -> Doc:
+    """A tree as spaCy would have parsed it, without lemmas."""
+    tokens = nlp.make_doc(tree.text)
+    tags, labels, heads = (list(column) for column in zip(*tree.tokens, strict=True))
+    return Doc(
+        nlp.vocab,
+        words=[token.text for token in tokens],
+        spaces=[bool(token.whitespace_) for token in tokens],
+        tags=tags,
+        deps=labels,
+        heads=heads,
+    )
 
 
 if __name__ == "__main__":

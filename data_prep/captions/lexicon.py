@@ -38,7 +38,7 @@ PLACE_PREPOSITIONS = word_set("""
 
 # Prepositions that tie clauses or comparisons together, not things.
 NO_RELATION = word_set("""
-    according because concerning considering despite due except excluding per regarding than
+    according because concerning considering despite due except excluding per regarding
     versus vs vs.
 """)
 
@@ -441,8 +441,8 @@ MOVING_VERBS = word_set("""
 
 # Verbs of state: they relate two objects, but nobody acts. Ours: wearing is an action.
 STATE_VERBS = word_set("""
-    adjoin appear await be become believe belong boast border comprise concern consist contain
-    cost depend deserve doubt equal exist expect forget hate have hope include involve know lack
+    adjoin await be become believe belong boast border comprise concern consist contain cost
+    depend deserve doubt equal exist expect feel forget hate have hope include involve know lack
     like live love matter mean need overlook own possess prefer realise realize relate remain
     remember represent require resemble see seem signify span suggest suppose surround symbolise
     symbolize tend think understand want wish
@@ -462,7 +462,7 @@ PICTURE_MAKING_VERBS = word_set("""
 
 # Participles of place and kind: passive, they leave only their preposition as a relation.
 PLACING_VERBS = word_set("""
-    accommodate arrange base centre center enclose find house isolate locate lodge nestle place
+    accommodate arrange base centre center enclose house isolate locate lodge nestle place
     position set situate stage
 """)
 
@@ -473,7 +473,7 @@ NAMING_VERBS = word_set("call dub entitle name nickname title")
 CONDITION_VERBS = word_set("""
     accent adorn associate attach coat compose connect consider cover crowd decorate dedicate
     deem describe dress equip fill finish fringe furnish garnish highlight inspire know line
-    litter load make pack relate shape strew stuff surround top trim use
+    litter load make overlay pack relate shape strew stuff surround top trim use
 """)
 
 # Forms in -ing that behind a thing are verbs: "a tripod facing a mountain".

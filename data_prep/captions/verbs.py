@@ -13,11 +13,13 @@ from data_prep.captions.repairs import repair_sentence
 from data_prep.captions.sentence import ADJECTIVE_TAGS, NOUN_TAGS, VERB_TAGS, Sentence
 from data_prep.captions.subjects import SubjectFinder
 
-_CLAUSES = frozenset(
-    ("ROOT", "conj", "acl", "relcl", "xcomp", "ccomp", "advcl", "pcomp", "parataxis", "dep")
+_GERUND_CLAUSES = frozenset(
+    ("ROOT", "csubj", "conj", "xcomp", "advcl", "ccomp", "parataxis", "dep")
 )
-_GERUND_CLAUSES = frozenset(("ROOT", "conj", "xcomp", "advcl", "ccomp", "parataxis", "dep"))
+_CLAUSES = _GERUND_CLAUSES | {"acl", "relcl", "pcomp"}
+_FINITE_TAGS = frozenset(("VBD", "VBP", "VBZ"))
 _WITHOUT_OBJECT = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
+_GOVERNING = lexicon.CONTROL_VERBS | lexicon.PHASE_VERBS
 _ACTION, _RELATION, _PLACE = "action", "relation", "place"
 
 
@@ -115,6 +117,10 @@ class _GraphBuilder:
             if linking:
                 self.relate(subjects, nouns.find_prep_targets(sentence, i))
                 return
+        for clause in sentence.kids_of(i, "ccomp"):
+            if sentence.tag[clause] in ADJECTIVE_TAGS:  # "make the event possible"
+                things = sentence.kids_of(clause, "nsubj")
+                self.predicate([clause], self.expand(things))
         kind = self.classify(i, passive, agents, subjects)
         if kind is None:
             return
@@ -221,7 +227,7 @@ class _GraphBuilder:
           passive: whether the verb is passive.
         """
         sentence = self.sentence
-        if sentence.has_kid(i, "neg"):
+        if sentence.has_kid(i, "neg") or self.hangs_on_unreal(i):
             return True
         head = sentence.head[i]
         lets = sentence.low[head] == "let" and sentence.dep[head] == "ROOT"
@@ -242,7 +248,10 @@ class _GraphBuilder:
         # "being carried to a car" is going on, whoever it is that is carried.
         if grounded or any(sentence.low[kid] == "being" for kid in sentence.kids_of(i, "auxpass")):
             return False
-        if passive or sentence.dep[i] not in _GERUND_CLAUSES:
+        first = i
+        while sentence.dep[first] == "conj" and sentence.tag[sentence.head[first]] in VERB_TAGS:
+            first = sentence.head[first]
+        if passive or sentence.dep[first] not in _GERUND_CLAUSES:
             return True
         if any(sentence.tag[kid] == "MD" for kid in sentence.kids_of(i, "aux")):
             return False
@@ -251,6 +260,25 @@ class _GraphBuilder:
             i = sentence.head[i]
         return sentence.tag[i] in ("VB", "VBP")
 
+    def hangs_on_unreal(self, i: int) -> bool:
+        """Whether what a verb hangs on is not done, and so it is not done either.
+
+        "Ideas to help you decorate", "does not want to go", "mix until all is incorporated".
+        """
+        sentence = self.sentence
+        while sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in VERB_TAGS:
+            i = sentence.head[i]
+        head = sentence.head[i]
+        if sentence.dep[i] == "advcl" and sentence.tag[head] == "VB":
+            awaited = any(sentence.low[kid] == "until" for kid in sentence.kids_of(i, "mark"))
+            return awaited and not sentence.has_kid(head, "nsubj", "aux")
+        if sentence.dep[i] not in ("ccomp", "xcomp") or sentence.lemma[head] not in _GOVERNING:
+            return False
+        return sentence.has_kid(head, "neg") or (
+            sentence.dep[head] in ("acl", "relcl")
+            and any(sentence.tag[kid] == "TO" for kid in sentence.kids_of(head, "aux"))
+        )
+
     def find_objects(self, i: int, predicate: str) -> list[tuple[str, int]]:
         """Direct and indirect objects, with the gap of a relative clause filled in."""
         sentence = self.sentence
@@ -258,7 +286,13 @@ class _GraphBuilder:
         direct = [
             kid for kid in sentence.kids_of(i, "dobj", "attr") if sentence.low[kid] not in light
         ]
-        found = [(predicate, j) for kid in direct for j in nouns.find_referents(sentence, kid)]
+        found = [(predicate, j) for j in self.expand(direct)]
+        if not direct and sentence.lemma[i] in lexicon.CONTROL_VERBS - {"let"}:
+            for clause in sentence.kids_of(i, "ccomp"):  # "watch a man ride"
+                if sentence.tag[clause] in _FINITE_TAGS or sentence.has_kid(clause, "mark"):
+                    continue
+                things = sentence.kids_of(clause, "nsubj", "nsubjpass")
+                found += [(predicate, j) for j in self.expand(things)]
         for kid in sentence.kids_of(i, "dative"):
             if sentence.kids_of(kid, "pobj"):
                 found += [
@@ -276,6 +310,10 @@ class _GraphBuilder:
                     head = sentence.head[i]
                     found += [(name, j) for j in nouns.find_content(sentence, head)]
         return found
+
+    def expand(self, phrases: list[int]) -> list[int]:
+        """The objects that noun phrases stand for."""
+        return [j for kid in phrases for j in nouns.find_referents(self.sentence, kid)]
 
     def is_setting(self, i: int) -> bool:
         """Whether a relative clause says what happens there: "a space where they meet"."""
@@ -303,7 +341,7 @@ class _GraphBuilder:
         """Adds what "be" states: attributes, "is" between nouns, and places."""
         sentence = self.sentence
         complements = sentence.kids_of(i, "attr")
-        found = [j for kid in complements for j in nouns.find_referents(sentence, kid)]
+        found = self.expand(complements)
         if sentence.has_kid(i, "expl"):
             subjects = found
         else:
