@@ -30,10 +30,10 @@ def judged(shared_data) -> dict[str, list[list[str]]]:
     return sets
 
 
-# The limits are what the rules reach. All but draws 7, 9 and 11 were looked at while rules were made;
-# before that the rules of their day reached 113 and 88 on draw 2, 117 and 94 on draw 3, 114 and 101
-# on draw 4, 113 and 95 on draw 5, 105 and 84 on draw 6, 284 and 217 on draw 8, 551 and 418 on
-# draw 10.
+# The limits are what the rules reach. All but draws 7, 9 and 11 were looked at while rules were
+# made; before that the rules of their day reached 113 and 88 on draw 2, 117 and 94 on draw 3, 114
+# and 101 on draw 4, 113 and 95 on draw 5, 105 and 84 on draw 6, 284 and 217 on draw 8, 551 and 418
+# on draw 10.
 @pytest.mark.parametrize(
     ("name", "count", "decisions", "complexities"),
     [
