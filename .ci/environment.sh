@@ -6,6 +6,8 @@
 # python3.12, python3.13 (the versions that requirements.txt is meant for) and python3.
 
 python=.venv/bin/python
+# Images of containers often set it. Every command would then compile all packages that it imports.
+unset PYTHONDONTWRITEBYTECODE
 
 # is_done FILE STATE: whether .venv/FILE records that this state has been installed.
 is_done() { [ "$(cat ".venv/$1" 2>/dev/null || true)" = "$2" ]; }

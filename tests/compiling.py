@@ -18,4 +18,7 @@ def xla_flags(num_devices: int | None = None) -> str:
     # the time. A process with a flag that its version does not know ends.
     if importlib.metadata.version("jaxlib").startswith("0.10."):
         flags.append("--xla_cpu_use_fusion_emitters=false")
+        # One module for LLVM, not 32 for as many threads: what it costs to divide small programs
+        # is a tenth of compiling them.
+        flags.append("--xla_cpu_parallel_codegen_split_count=1")
     return " ".join(flags)

@@ -20,6 +20,7 @@ ALIKE = {
     "diht_vitl14_336": ("diht_vitl14", {_MODEL, _RATE}),
 }
 
+TRAINED_BY_ITS_COMMAND = ("emoji",)  # twice, by tests/training/test_compiler.py
 
 # Arguments beside `debug`; without them the recipe trains like that of the demo.
 ARGUMENTS = {"cifar10_finetune": ",train=probe"}
@@ -42,7 +43,9 @@ def test_recipes_that_differ_in_numbers(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in RECIPES if path.stem not in ALIKE], ids=lambda path: path.stem
+    "path",
+    [path for path in RECIPES if path.stem not in (*ALIKE, *TRAINED_BY_ITS_COMMAND)],
+    ids=lambda path: path.stem,
 )
 def test_debug_form_trains(path, labelled, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(REPOSITORY))
