@@ -16,9 +16,15 @@ from data_prep.captions.hidden_verbs import (
     has_thing,
 )
 from data_prep.captions.lemmas import CaptionLemmatizer
-from data_prep.captions.sentence import ADJECTIVE_TAGS, MODIFIERS, NOUN_TAGS, VERB_TAGS, Sentence
+from data_prep.captions.sentence import (
+    ADJECTIVE_TAGS,
+    FINITE_TAGS,
+    MODIFIERS,
+    NOUN_TAGS,
+    VERB_TAGS,
+    Sentence,
+)
 
-_FINITE_TAGS = frozenset(("VBD", "VBP", "VBZ"))
 _DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "RB", "UH"}
 
 
@@ -54,7 +60,7 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
     for i in range(1, len(sentence)):
         if tag[i] in HIDDEN_VERB_TAGS or (tag[i] == "VBZ" and dep[i] == "pobj"):
             correct_hidden_verb(sentence, i, words)
-        named = dep[i - 1] == "compound" and tag[i] in _FINITE_TAGS and sentence.head[i - 1] == i
+        named = dep[i - 1] == "compound" and tag[i] in FINITE_TAGS and sentence.head[i - 1] == i
         if named and sentence.lemma[i - 1] in lexicon.ANIMATE_NOUNS:
             _make_subject(sentence, i - 1)  # "olympic athlete competes"
     correct_attachments(sentence)

@@ -8,6 +8,7 @@ from spacy.tokens import Doc
 
 NOUN_TAGS = frozenset(("NN", "NNS", "NNP", "NNPS"))
 VERB_TAGS = frozenset(("VB", "VBD", "VBG", "VBN", "VBP", "VBZ"))
+FINITE_TAGS = frozenset(("VBD", "VBP", "VBZ"))
 ADJECTIVE_TAGS = frozenset(("JJ", "JJR", "JJS"))
 PARTICIPLE_TAGS = frozenset(("VBN", "VBD", "VBG"))
 MODIFIERS = frozenset(("amod", "compound", "nmod"))

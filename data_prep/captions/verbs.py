@@ -10,14 +10,13 @@ from data_prep.captions import lexicon, nouns
 from data_prep.captions.graph import CaptionGraph, Edge, assemble_graph
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.repairs import repair_sentence
-from data_prep.captions.sentence import ADJECTIVE_TAGS, NOUN_TAGS, VERB_TAGS, Sentence
+from data_prep.captions.sentence import ADJECTIVE_TAGS, FINITE_TAGS, NOUN_TAGS, VERB_TAGS, Sentence
 from data_prep.captions.subjects import SubjectFinder
 
 _GERUND_CLAUSES = frozenset(
     ("ROOT", "csubj", "conj", "xcomp", "advcl", "ccomp", "parataxis", "dep")
 )
 _CLAUSES = _GERUND_CLAUSES | {"acl", "relcl", "pcomp"}
-_FINITE_TAGS = frozenset(("VBD", "VBP", "VBZ"))
 _WITHOUT_OBJECT = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
 _GOVERNING = lexicon.CONTROL_VERBS | lexicon.PHASE_VERBS
 _ACTION, _RELATION, _PLACE = "action", "relation", "place"
@@ -289,7 +288,7 @@ class _GraphBuilder:
         found = [(predicate, j) for j in self.expand(direct)]
         if not direct and sentence.lemma[i] in lexicon.CONTROL_VERBS - {"let"}:
             for clause in sentence.kids_of(i, "ccomp"):  # "watch a man ride"
-                if sentence.tag[clause] in _FINITE_TAGS or sentence.has_kid(clause, "mark"):
+                if sentence.tag[clause] in FINITE_TAGS or sentence.has_kid(clause, "mark"):
                     continue
                 things = sentence.kids_of(clause, "nsubj", "nsubjpass")
                 found += [(predicate, j) for j in self.expand(things)]

@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from benchmarks.caption_parser import read_trees, score_prepositions
+from benchmarks.caption_parser import read_trees, score_judged, score_prepositions
 from data_prep.captions import cat_reason, parse_captions
 
 JUDGED = pathlib.Path(__file__).with_name("judged_captions.tsv")
@@ -72,3 +72,14 @@ def test_repairs_mend_more_prepositions_than_they_break(shared_data, parser, lem
         ValueError, match=r"caption_trees\.tsv, line \d+: another caption, or tokens"
     ):
         read_trees([f"{caption} twice" for caption in captions], lemmatizer)
+
+
+def test_right_trees_bring_complexities_but_not_85_of_100(shared_data, parser, lemmatizer):
+    captions = (shared_data / "captions_web.txt").read_text("utf-8").split("\n")
+    found = score_judged(parser, read_trees(captions, lemmatizer), lemmatizer)
+    counts = {draw: counts["count"] for draw, counts in found.items()}
+    assert counts == {"7": 120, "8": 300, "9": 200, "10": 600, "11": 300}
+    for counts in found.values():
+        assert counts["decisions_parsed"] <= counts["decisions_on_trees"]
+        assert counts["complexities_parsed"] + 8 < counts["complexities_on_trees"]
+        assert counts["complexities_on_trees"] < 0.85 * counts["count"]
