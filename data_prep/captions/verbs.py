@@ -19,6 +19,7 @@ _GERUND_CLAUSES = frozenset(
 _CLAUSES = _GERUND_CLAUSES | {"acl", "relcl", "pcomp"}
 _WITHOUT_OBJECT = lexicon.INTRANSITIVE_VERBS | lexicon.POSTURE_VERBS | lexicon.MOVING_VERBS
 _GOVERNING = lexicon.CONTROL_VERBS | lexicon.PHASE_VERBS
+_BRINGING_ABOUT = lexicon.CONTROL_VERBS - {"let"}  # "let your home shine" asks for it
 _ACTION, _RELATION, _PLACE = "action", "relation", "place"
 
 
@@ -286,7 +287,7 @@ class _GraphBuilder:
             kid for kid in sentence.kids_of(i, "dobj", "attr") if sentence.low[kid] not in light
         ]
         found = [(predicate, j) for j in self.expand(direct)]
-        if not direct and sentence.lemma[i] in lexicon.CONTROL_VERBS - {"let"}:
+        if not direct and sentence.lemma[i] in _BRINGING_ABOUT:
             for clause in sentence.kids_of(i, "ccomp"):  # "watch a man ride"
                 if sentence.tag[clause] in FINITE_TAGS or sentence.has_kid(clause, "mark"):
                     continue
