@@ -15,9 +15,6 @@ from collections import Counter
 
 from PIL import Image
 
-from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import UnusablePair
 from diht_jax.evaluation.prompts import CLASS_SLOT, fill_caption_template
 from diht_jax.evaluation.protocols.base import Task
@@ -26,6 +23,9 @@ from diht_jax.evaluation.protocols.retrieval import captions_of
 from diht_jax.evaluation.sources.benchmark_folder import DEFAULT_SPLIT
 from diht_jax.evaluation.suite import CLASSIFICATION, RETRIEVAL
 from diht_jax.evaluation.tasks import read_entries
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 _EXTENSION_OF = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 

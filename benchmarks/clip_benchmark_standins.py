@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from benchmarks.clip_benchmark_folder import plain_picture
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.suite import CLASSIFICATION, MULTILABEL, RETRIEVAL
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 PHOTOS, EMOJI = "cifar10_test.tar", "emoji_twitter.tar"
 

@@ -27,9 +27,9 @@ from absl import app, flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.record import write_result
-from diht_jax.cost_model.flops import count_flops
-from diht_jax.cost_model.hlo_traffic import count_traffic
-from diht_jax.cost_model.topologies import get_topology
+from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.hlo_traffic import count_traffic
+from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss
 from diht_jax.progress import ProgressBar
 

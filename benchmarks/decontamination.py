@@ -29,7 +29,7 @@ from data_prep.batches import Teacher
 from data_prep.duplicates.given import EmbeddedSet
 from data_prep.duplicates.image_hashes import Index, PictureHash, make_index, try_hash
 from diht_jax import command_line
-from diht_jax.data.readers.registry import open_source
+from diht_jax.readers.registry import open_source
 
 _OTHERS = 1000  # pictures that are embedded beside the photos
 

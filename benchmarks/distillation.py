@@ -29,9 +29,9 @@ from absl import flags, logging
 
 from benchmarks.record import write_result
 from diht_jax import command_line
-from diht_jax.data.images import decode
-from diht_jax.data.readers.registry import open_source
-from diht_jax.data.records.schema import Pair
+from diht_jax.input import decode
+from diht_jax.readers.registry import open_source
+from diht_jax.records.schema import Pair
 
 CAPTIONS = ("given", "noisy", "described")
 ARMS = ("contrastive", "distilled")  # without and with the concept losses

@@ -37,9 +37,9 @@ from benchmarks.record import write_result
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
 from diht_jax import command_line, load_model
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.registry import open_source
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.registry import open_source
 
 EDITS = ("resized", "re-encoded", "cropped 90%", "cropped 85%", "flipped")
 # Least cosine, least correlation of thumbnails (None: they are not compared), clusters of a row.

@@ -38,13 +38,13 @@ from benchmarks import slow_store
 from benchmarks.record import write_result
 from diht_jax import command_line
 from diht_jax.data.index import update_index
-from diht_jax.data.input.block_order import BlockOrder
-from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
-from diht_jax.data.pipeline import TrainIterator
-from diht_jax.data.records.schema import Record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.input.block_order import BlockOrder
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.progress import ProgressBar
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 STORE, LOCAL, GLOBAL = "diht_jax, store", "diht_jax, local disk", "diht_jax, global order, store"

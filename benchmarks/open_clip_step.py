@@ -15,7 +15,7 @@ import numpy as np
 import open_clip
 import torch
 
-from diht_jax.data.images.transforms import CLIP_MEAN, CLIP_STD
+from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD
 from diht_jax.models import Architecture
 
 

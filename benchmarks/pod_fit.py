@@ -30,8 +30,8 @@ from absl import app, flags, logging
 
 from benchmarks.record import RESULTS, command_line, utc_now, write_result
 from diht_jax.config import load_recipe
-from diht_jax.cost_model.aot_compile import StepReport, compile_step, roofline
-from diht_jax.cost_model.topologies import LOCAL, get_topology
+from diht_jax.hardware.aot_compile import StepReport, compile_step, roofline
+from diht_jax.hardware.topologies import LOCAL, get_topology
 from diht_jax.models.zoo import get_architecture
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"

@@ -16,7 +16,7 @@ import re
 import sys
 from typing import Any
 
-from diht_jax.data.atomic_file import write_atomically
+from diht_jax.storage.atomic_file import write_atomically
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 

@@ -100,7 +100,7 @@ def compare(model: str, *, device: str, batch_size: int, rounds: int, steps: int
     """
     import jax
 
-    from diht_jax.cost_model.chips import peak_flops
+    from diht_jax.hardware.chips import peak_flops
     from diht_jax.models import get_architecture
     from diht_jax.training.monitoring.throughput import model_flops
 

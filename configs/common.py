@@ -14,7 +14,7 @@ import ml_collections
 from absl import logging
 
 from diht_jax.config import default_config
-from diht_jax.cost_model.topologies import LOCAL, parse_topology
+from diht_jax.hardware.topologies import LOCAL, parse_topology
 
 # Architecture -> examples that a GPU of 80 GB takes at once with all values kept for the backward
 # pass (remat "none"): with the whole state on every GPU, as on one host, and with an eighth of it.

@@ -27,12 +27,12 @@ from ml_collections import config_flags
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import metadata, replay
-from data_prep.filtering.steps.captions import caption_limits
 from data_prep.jobs.engine import ENGINES
 from data_prep.jobs.failures import Failures
+from data_prep.steps.captions import caption_limits
 from diht_jax import command_line
 from diht_jax.config import validate_config
-from diht_jax.data.escaping import escape_lines
+from diht_jax.records.escaping import escape_lines
 
 
 def define_flags() -> None:

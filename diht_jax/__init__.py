@@ -12,11 +12,11 @@ __all__ = ["LoadedModel", "load_model"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that tools which read records only do not pay for the import of JAX and Orbax.
     if name == "load_model":
-        from diht_jax.loading import load_model
+        from diht_jax.weights.loading import load_model
 
         return load_model
     if name == "LoadedModel":
-        from diht_jax.inference import LoadedModel
+        from diht_jax.weights.inference import LoadedModel
 
         return LoadedModel
     raise AttributeError(f"module 'diht_jax' has no attribute '{name}'")

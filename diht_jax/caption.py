@@ -27,25 +27,20 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.records.captions import (
-    all_captions,
-    caption_kinds,
-    check_kind,
-    with_captions,
-)
-from diht_jax.data.records.dataset_info import STATS_SUFFIX
-from diht_jax.data.records.formats.registry import find_shards, open_source, open_writer
-from diht_jax.data.records.labels.files import MANIFEST
-from diht_jax.data.records.remote import exists
-from diht_jax.data.records.samples import SampleError
-from diht_jax.data.records.schema import Record, encode_record
-from diht_jax.data.records.sharded import ShardedRecords
-from diht_jax.data.records.tfrecord import DamagedRecordError, TFRecordError
-from diht_jax.data.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
-from diht_jax.data.retries import StorageError
+from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.progress import ProgressBar
+from diht_jax.records.captions import all_captions, caption_kinds, check_kind, with_captions
+from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.formats.registry import find_shards, open_source, open_writer
+from diht_jax.records.labels.files import MANIFEST
+from diht_jax.records.remote import exists
+from diht_jax.records.samples import SampleError
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.sharded import ShardedRecords
+from diht_jax.records.tfrecord import DamagedRecordError, TFRecordError
+from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
+from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.retries import StorageError
 
 SETTINGS_FILE = "captions.json"
 # Pictures of a call; their captions do not depend on `--batch_size`.
@@ -105,7 +100,7 @@ def main() -> None:
             f"--task_index={given.task_index}: expected 0 to --num_tasks={given.num_tasks} minus 1"
         )
     shards = find_shards(given.input)  # a missing file should not have to wait for the model
-    from diht_jax.loading import load_model
+    from diht_jax.weights.loading import load_model
 
     model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     caption_shards(

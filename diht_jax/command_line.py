@@ -23,9 +23,9 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from diht_jax.config import parse_fields, rename_old_flags
-from diht_jax.config_overrides import apply_overrides, take_unset_keys
-from diht_jax.data.escaping import escape_lines
-from diht_jax.data.records.remote import refuse_url
+from diht_jax.config.overrides import apply_overrides, take_unset_keys
+from diht_jax.records.escaping import escape_lines
+from diht_jax.records.remote import refuse_url
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 

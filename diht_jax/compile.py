@@ -17,7 +17,7 @@ from ml_collections import config_flags
 
 from diht_jax import command_line
 from diht_jax.config import default_config, validate_config
-from diht_jax.training.config_ranges import check_ranges
+from diht_jax.config.ranges import check_ranges
 
 
 def define_flags() -> None:
@@ -56,9 +56,9 @@ def main() -> None:
         # The machine's own devices are of no use here.
         jax.config.update("jax_platforms", "cpu")
 
-    from diht_jax.cost_model.aot_compile import compile_step, settings_that_fit
-    from diht_jax.cost_model.report import describe_settings, describe_step
-    from diht_jax.cost_model.topologies import get_topology
+    from diht_jax.hardware.aot_compile import compile_step, settings_that_fit
+    from diht_jax.hardware.report import describe_settings, describe_step
+    from diht_jax.hardware.topologies import get_topology
 
     topology = get_topology(name)
     logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _print_try(report: Any) -> None:
-    from diht_jax.cost_model.report import describe_try
+    from diht_jax.hardware.report import describe_try
 
     print(describe_try(report), flush=True)
 

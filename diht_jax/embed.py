@@ -2,7 +2,7 @@
 
     python -m diht_jax.embed --model runs/b32 --input 'photos/*.tar' --output embedded
 
-`--input` is any source of `diht_jax.data.readers` (tars, tables, folders, TFRecords, TFDS), or a
+`--input` is any source of `diht_jax.readers` (tars, tables, folders, TFRecords, TFDS), or a
 folder of pictures without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
 beside a `.json` that says what went into it; the same command again goes on where it was stopped.
 Input and output may be URLs (`s3://BUCKET/photos/*.tar`). On a cluster the same command runs on
@@ -17,9 +17,9 @@ import dataclasses
 from absl import flags
 
 from diht_jax import command_line, distributed
-from diht_jax.data.stores import check_writable, is_remote
 from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source
 from diht_jax.evaluation.embedding.inputs import list_inputs
+from diht_jax.storage.stores import check_writable, is_remote
 
 
 def define_flags() -> None:
@@ -50,8 +50,8 @@ def main() -> None:
     distributed.start_from_flags()
     import jax
 
-    from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step, work_together
+    from diht_jax.weights.loading import load_model
 
     # The processes of a job divide what this task of an array has.
     options = dataclasses.replace(

@@ -21,8 +21,6 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from diht_jax import command_line, distributed
-from diht_jax.data.escaping import escape_lines
-from diht_jax.data.records.remote import refuse_url
 from diht_jax.evaluation.comparison import format_comparison
 from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.results import (
@@ -32,10 +30,12 @@ from diht_jax.evaluation.results import (
     read_results,
     write_results,
 )
+from diht_jax.records.escaping import escape_lines
+from diht_jax.records.remote import refuse_url
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Task
-    from diht_jax.inference import LoadedModel
+    from diht_jax.weights.inference import LoadedModel
 
 
 def define_flags() -> None:
@@ -146,7 +146,7 @@ def evaluate_model(
     import jax
 
     from diht_jax.evaluation.tasks import evaluate_task
-    from diht_jax.loading import load_model
+    from diht_jax.weights.loading import load_model
 
     loaded = load_model(
         model,

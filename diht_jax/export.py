@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.data.records.remote import refuse_url
+from diht_jax.records.remote import refuse_url
 
 
 def define_flags() -> None:
@@ -80,8 +80,8 @@ def export_model(
     import numpy as np
 
     from diht_jax.evaluation.results import read_results
-    from diht_jax.loading import read_model
     from diht_jax.weights.export import check_target, write_model
+    from diht_jax.weights.loading import read_model
     from diht_jax.weights.model_card import (
         Origin,
         model_card,

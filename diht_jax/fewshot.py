@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from diht_jax import command_line, distributed
-from diht_jax.data.escaping import escape_lines
+from diht_jax.records.escaping import escape_lines
 
 
 def define_flags() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     from diht_jax.evaluation.fewshot.grid import evaluate_few_shot, format_few_shot
     from diht_jax.evaluation.fewshot.page import draw_few_shot
     from diht_jax.evaluation.results import write_results
-    from diht_jax.loading import load_model
+    from diht_jax.weights.loading import load_model
 
     model = load_model(
         given.model,

@@ -3,7 +3,7 @@
     python -m diht_jax.search --model runs/b32 --input photos "a red car" "two dogs on a beach"
 
 Prints the best matches of every query, and draws them on a page (`--output`). `--input` is a
-folder of pictures, or any source of `diht_jax.data.readers.registry`.
+folder of pictures, or any source of `diht_jax.readers.registry`.
 
     python -m diht_jax.search --model runs/b32 --input photos --index photos_index "a red car"
     python -m diht_jax.search --model runs/b32 --index photos_index --serve
@@ -70,8 +70,8 @@ def _load_model(*, on_all_hosts: bool) -> Any:
     distributed.start_from_flags()
     import jax
 
-    from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
+    from diht_jax.weights.loading import load_model
 
     given = flags.FLAGS
     if given.serve and jax.process_count() > 1:

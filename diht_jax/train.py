@@ -18,8 +18,8 @@ from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
 from diht_jax.config import default_config, validate_config
+from diht_jax.config.ranges import check_ranges
 from diht_jax.training import compiler
-from diht_jax.training.config_ranges import check_ranges
 from diht_jax.training.stopping import EXIT_CODE, Stopped, exit_status
 
 

@@ -15,20 +15,20 @@ from PIL import Image
 from diht_jax import sharding
 from diht_jax.caption import CaptionOptions, add_captions, caption_shards
 from diht_jax.config import default_config
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.records.dataset_info import STATS_SUFFIX
-from diht_jax.data.records.formats.registry import open_source, open_writer
-from diht_jax.data.records.schema import Example, Record, encode_record
-from diht_jax.data.records.vocabulary import (
+from diht_jax.input.decode import decode_rgb
+from diht_jax.models import get_architecture
+from diht_jax.models.caption_decoder import CaptionDecoder
+from diht_jax.models.parameters import model_definition, model_parameters
+from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.formats.registry import open_source, open_writer
+from diht_jax.records.schema import Example, Record, encode_record
+from diht_jax.records.vocabulary import (
     ConceptList,
     Vocabulary,
     find_train_vocabulary,
     write_vocabulary,
 )
-from diht_jax.inference import LoadedModel
-from diht_jax.models import get_architecture
-from diht_jax.models.caption_decoder import CaptionDecoder
-from diht_jax.models.parameters import model_definition, model_parameters
+from diht_jax.weights.inference import LoadedModel
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from PIL import Image
 
 import diht_jax.evaluation.embedding.files as embedding_files
 from diht_jax import load_model
-from diht_jax.data.readers import image_folder
-from diht_jax.data.records.schema import Pair, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.models import Architecture
+from diht_jax.readers import image_folder
+from diht_jax.records.schema import Pair, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
 
@@ -324,7 +324,7 @@ def test_tasks_divide_a_large_file(model, tmp_path, monkeypatch, count):
 
 def test_tfds(model, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")  # noqa: F841
-    from diht_jax.data.records.dataset_info import shard_name, write_dataset_info
+    from diht_jax.records.dataset_info import shard_name, write_dataset_info
 
     name = shard_name("few", "train", 0, 1)
     with TFRecordWriter(tmp_path / name) as writer:

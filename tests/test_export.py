@@ -46,7 +46,7 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    """Models on one device: that eight give the same is the matter of tests/test_inference.py."""
+    """Runs models on one device; tests/weights/test_inference.py compares with eight."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
 
 

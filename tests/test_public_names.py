@@ -46,7 +46,7 @@ def test_tokenizer():
 
 
 def test_records_at_the_old_and_at_the_new_path(tmp_path):
-    from diht_jax.data.records import tfrecord
+    from diht_jax.records import tfrecord
 
     assert (tfrecord.TFRecordWriter, tfrecord.TFRecordSource) == (TFRecordWriter, TFRecordSource)
     with TFRecordWriter(tmp_path / "a.tfrecord") as writer:

@@ -14,8 +14,8 @@ from typing import Any
 
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 SWAPS = ("swap_color", "swap_shape", "swap_objects")
 REPLACEMENTS = ("replace_color", "replace_shape")

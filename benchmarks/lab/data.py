@@ -31,13 +31,13 @@ from data_prep.captions.versions import RULES_VERSION
 from data_prep.synthetic import captions, drawing, sampling, web
 from data_prep.synthetic.scenes import COLORS, Scene, SceneObject
 from data_prep.synthetic.shapes import SHAPES
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.readers.registry import open_source
-from diht_jax.data.records.captions import USUAL_KIND, with_captions
-from diht_jax.data.records.dataset_info import STATS_SUFFIX
-from diht_jax.data.records.schema import Record, decode_record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter, find_shards, read_records
-from diht_jax.data.records.vocabulary import STATS_KEY, read_vocabulary, write_vocabulary
+from diht_jax.readers.registry import open_source
+from diht_jax.records.captions import USUAL_KIND, with_captions
+from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.schema import Record, decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter, find_shards, read_records
+from diht_jax.records.vocabulary import STATS_KEY, read_vocabulary, write_vocabulary
+from diht_jax.storage.atomic_file import write_atomically
 
 NUM_SCENES = 2000  # of the retrieval task
 UNSEEN = tuple(

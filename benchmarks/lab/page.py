@@ -36,7 +36,7 @@ from benchmarks.lab.statistics import CONFIRMED, WAITING, Estimate
 from benchmarks.lab.verdicts import Row, describe, judge, read_results
 from benchmarks.record import RESULTS
 from diht_jax import command_line
-from diht_jax.data.atomic_file import write_atomically
+from diht_jax.storage.atomic_file import write_atomically
 
 _DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 # Metrics that stand beside the primary one, by student.

@@ -14,7 +14,7 @@ import pyarrow as pa
 from data_prep.batches.columns import append_columns, read_column
 from data_prep.teachers.base import Embedded
 from data_prep.teachers.registry import default_teacher, open_teacher
-from diht_jax.data.records.schema import Record
+from diht_jax.records.schema import Record
 
 
 class Teacher:

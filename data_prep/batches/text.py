@@ -13,7 +13,7 @@ import pyarrow as pa
 from data_prep.batches.columns import append_columns, read_column
 from data_prep.text_spotting.config import check_spotter, default_spotter, open_spotter
 from data_prep.text_spotting.spotter import Settings, Verdict
-from diht_jax.data.images.decode import MAX_PIXELS
+from diht_jax.input.decode import MAX_PIXELS
 
 
 class TextSpotter:

@@ -22,9 +22,9 @@ import numpy as np
 
 from data_prep.captions.graph import CaptionGraph
 from data_prep.captions.lexicon import CALENDAR
-from data_prep.jobs import files
-from diht_jax.data.records.vocabulary import KINDS
-from diht_jax.data.retries import is_storage_failure
+from diht_jax.records.vocabulary import KINDS
+from diht_jax.storage import files
+from diht_jax.storage.retries import is_storage_failure
 
 CONCEPTS_SUFFIX = ".concepts.npz"
 

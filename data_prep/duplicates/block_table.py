@@ -21,8 +21,8 @@ from data_prep.duplicates import mapped, report, stages
 from data_prep.duplicates.near import find_roots
 from data_prep.duplicates.search import Processes, Search, Task, file_name, rows_between
 from data_prep.duplicates.table import bucket_of
-from data_prep.jobs import files
 from data_prep.jobs.engine import Report
+from diht_jax.storage import files
 
 TABLE, NAMED, DESCRIBED, KEYS = STAGES = "duplicates", "named", "described", "keys"
 

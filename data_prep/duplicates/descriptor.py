@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.duplicates.aligned import SIDE
-from diht_jax.data.images.decode import load_rgb, open_image
+from diht_jax.input.decode import load_rgb, open_image
 
 # Raised whenever equal pictures come to have other numbers.
 VERSION = 1

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.jobs import files
-from diht_jax.data.readers.base import SourceShard
-from diht_jax.data.stores import is_remote, local_copy, open_system
+from diht_jax.readers.base import SourceShard
+from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote, local_copy, open_system
 
 DESCRIPTION = "embeddings.json"
 

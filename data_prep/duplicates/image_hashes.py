@@ -22,10 +22,10 @@ from absl import flags, logging
 from PIL import Image
 
 from diht_jax import command_line
-from diht_jax.data.atomic_file import open_atomically
-from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.readers.registry import open_source
-from diht_jax.data.records.schema import Pair
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.readers.registry import open_source
+from diht_jax.records.schema import Pair
+from diht_jax.storage.atomic_file import open_atomically
 
 SUFFIX = ".npz"
 
@@ -152,7 +152,7 @@ def make_index(source: str) -> Index:
     """Reads a set of pictures.
 
     Args:
-        source: of `diht_jax.data.readers`: a tar, a table, a folder of classes.
+        source: of `diht_jax.readers`: a tar, a table, a folder of classes.
 
     Raises:
         ValueError: nothing to read, or no picture in it.

@@ -37,7 +37,7 @@ from data_prep.duplicates.table import (
     write_summary,
 )
 from data_prep.duplicates.units import Unit
-from data_prep.jobs import claim, crash_search, files, shards
+from data_prep.jobs import crash_search, shards
 from data_prep.jobs.engine import RaySettings, print_failures
 from data_prep.jobs.failures import (
     Failures,
@@ -50,7 +50,8 @@ from data_prep.jobs.failures import (
 )
 from data_prep.jobs.shards import STATS_SUFFIX
 from data_prep.sources.list import check_output, shards_of_task
-from diht_jax.data.stores import is_remote
+from diht_jax.storage import claim, files
+from diht_jax.storage.stores import is_remote
 
 SETTINGS, SCANNED = "settings.json", "scanned.json"
 _LATE = "it was scanned after the search had begun; run the command again"

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.jobs import files
-from diht_jax.data.atomic_file import temporary_path
-from diht_jax.data.records.remote import file_version, is_remote
-from diht_jax.data.stores import local_copy
+from diht_jax.records.remote import file_version, is_remote
+from diht_jax.storage import files
+from diht_jax.storage.atomic_file import temporary_path
+from diht_jax.storage.stores import local_copy
 
 
 def cache_folder(output: str) -> str:

@@ -15,8 +15,8 @@ from data_prep.duplicates.table import KINDS, random_ranks
 from data_prep.duplicates.units import EMBEDDED
 from data_prep.reports.html import data_uri, render_bar, render_page, render_table
 from data_prep.sources.list import read_pairs
-from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.records.schema import Pair
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.records.schema import Pair
 
 PAGE = "report.html"
 

@@ -23,14 +23,15 @@ from data_prep.duplicates.descriptor import describe_picture, shrink_picture
 from data_prep.duplicates.given import read_embeddings
 from data_prep.duplicates.table import hash_keys
 from data_prep.duplicates.units import EMBEDDED, Unit
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.sources.list import read_pairs
-from diht_jax.data.images.decode import MAX_PIXELS, ImageError, open_image
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.formats.tar_members import DamagedTarError
-from diht_jax.data.records.schema import Pair
+from diht_jax.input.decode import MAX_PIXELS, ImageError, open_image
+from diht_jax.readers.base import Skipped
+from diht_jax.records.formats.tar_members import DamagedTarError
+from diht_jax.records.schema import Pair
+from diht_jax.storage import files
 
 EMBEDDINGS, GREYS = ".npy", ".greys.npy"  # behind the name of the file with the rows
 

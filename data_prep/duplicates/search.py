@@ -20,9 +20,9 @@ import numpy as np
 from data_prep.duplicates import mapped
 from data_prep.duplicates.scan import Rows
 from data_prep.duplicates.units import Unit
-from data_prep.jobs import files
 from data_prep.jobs.engine import Report, run_pending
 from data_prep.sources.list import shards_of_task
+from diht_jax.storage import files
 
 _BLOCK_ROWS = 2**22
 _SUFFIX = ".arrow"

@@ -28,9 +28,9 @@ from data_prep.duplicates.aligned import Aligner, verify
 from data_prep.duplicates.near import Near, find_candidates, rank_rows
 from data_prep.duplicates.search import Processes, Search, Task, file_name, rows_between
 from data_prep.duplicates.table import bucket_of
-from data_prep.jobs import files
 from data_prep.jobs.engine import Report
-from diht_jax.data.stores import local_copy
+from diht_jax.storage import files
+from diht_jax.storage.stores import local_copy
 
 EXACT, ROWS, CLUSTERS, GROUPS, PARTIAL, FOUND = (
     "exact", "rows", "clusters", "groups", "partial", "found",

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_prep.duplicates import mapped
-from data_prep.jobs import files
-from diht_jax.data.readers.base import SourceShard
+from diht_jax.readers.base import SourceShard
+from diht_jax.storage import files
 
 LOOKUP = "dropped.arrow"
 SUMMARY = "duplicates.json"  # written last: the folder is complete with it

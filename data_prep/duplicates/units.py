@@ -16,12 +16,13 @@ import ml_collections
 from absl import logging
 
 from data_prep.duplicates import given
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.failures import allowed_number
 from data_prep.jobs.manifest import Input, hash_inputs
 from data_prep.jobs.shards import ShardTask
 from data_prep.sources.list import find_root, list_inputs
-from diht_jax.data.readers.base import SourceShard
+from diht_jax.readers.base import SourceShard
+from diht_jax.storage import files
 
 EMBEDDED = "embeddings"  # kind of a source that is a file of keys and vectors
 FOLDER = "scan"

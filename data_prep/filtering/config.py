@@ -11,15 +11,15 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from data_prep.filtering.steps import registry
-from data_prep.filtering.steps.base import check_integers
 from data_prep.jobs import shards
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
 from data_prep.jobs.fingerprint import check_identity
 from data_prep.sources.list import default_source
-from diht_jax.data.records.captions import USUAL_KIND, check_kind, parse_columns
-from diht_jax.data.records.formats.registry import check_format
+from data_prep.steps import registry
+from data_prep.steps.base import check_integers
+from diht_jax.records.captions import USUAL_KIND, check_kind, parse_columns
+from diht_jax.records.formats.registry import check_format
 
 # Raised whenever the same config comes to mean other records.
 _FORMAT_VERSION = 4

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.jobs import files
+from diht_jax.storage import files
 
 SUFFIX = ".decisions.parquet"
 FOLDER = "decisions"  # of those of tables

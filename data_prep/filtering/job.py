@@ -28,8 +28,7 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, parts, resharding, reuse, stale_outputs
 from data_prep.filtering.resharding import Part
-from data_prep.filtering.steps.registry import active_steps
-from data_prep.jobs import claim, files, manifest, shards
+from data_prep.jobs import manifest, shards
 from data_prep.jobs.engine import Report, engine_options, print_failures, run_pending
 from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
 from data_prep.jobs.packed import PackedList
@@ -38,8 +37,10 @@ from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import REPORT, FilterReport, read_report
 from data_prep.sources import list as source_list
-from diht_jax.data.records import dataset_info
-from diht_jax.data.records.formats.registry import FORMATS
+from data_prep.steps.registry import active_steps
+from diht_jax.records import dataset_info
+from diht_jax.records.formats.registry import FORMATS
+from diht_jax.storage import claim, files
 
 
 def run(

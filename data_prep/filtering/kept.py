@@ -27,9 +27,9 @@ import pyarrow.compute
 from absl import logging
 
 from data_prep.filtering import decisions
-from data_prep.jobs import files
 from data_prep.jobs.engine import Report
-from diht_jax.data.records.remote import is_remote
+from diht_jax.records.remote import is_remote
+from diht_jax.storage import files
 
 KEPT_SUFFIX = ".kept.json"  # of parts from before decisions were recorded
 KEYS_FILE = "kept_keys.txt"

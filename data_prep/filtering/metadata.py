@@ -26,8 +26,7 @@ from data_prep.filtering import decisions, stale_outputs
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import parts as filter_parts
 from data_prep.filtering.rows import PARQUET, filter_rows
-from data_prep.filtering.steps import registry
-from data_prep.jobs import claim, files, shards
+from data_prep.jobs import shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import engine_options, print_failures
 from data_prep.jobs.failures import (
@@ -41,10 +40,12 @@ from data_prep.jobs.failures import (
 from data_prep.reports.merging import GROUPS
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
-from diht_jax.data.readers.base import SourceShard
-from diht_jax.data.readers.parquet import open_parquet
-from diht_jax.data.readers.registry import list_shards
-from diht_jax.data.stores import is_remote
+from data_prep.steps import registry
+from diht_jax.readers.base import SourceShard
+from diht_jax.readers.parquet import open_parquet
+from diht_jax.readers.registry import list_shards
+from diht_jax.storage import claim, files
+from diht_jax.storage.stores import is_remote
 
 JSONL_SUFFIX = ".jsonl"
 

@@ -19,8 +19,7 @@ from absl import logging
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, resharding, reuse, stale_outputs
 from data_prep.filtering import shard as filter_shard_module
-from data_prep.filtering.steps import registry
-from data_prep.jobs import files, manifest, shards
+from data_prep.jobs import manifest, shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import engine_options
 from data_prep.jobs.failures import Failures, run_noting_failures
@@ -28,9 +27,11 @@ from data_prep.jobs.manifest import Input
 from data_prep.jobs.packed import PackedList
 from data_prep.reports.page import PAGE
 from data_prep.reports.summary import REPORT
-from diht_jax.data.records import dataset_info
-from diht_jax.data.records.dataset_index import INDEX_NAME
-from diht_jax.data.records.formats.registry import FORMATS
+from data_prep.steps import registry
+from diht_jax.records import dataset_info
+from diht_jax.records.dataset_index import INDEX_NAME
+from diht_jax.records.formats.registry import FORMATS
+from diht_jax.storage import files
 
 # What describes the whole output.
 MERGED_FILES = (

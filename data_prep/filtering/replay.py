@@ -25,11 +25,12 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions, kept, resharding
 from data_prep.filtering.score_quantiles import score_quantiles
 from data_prep.filtering.stale_outputs import SETTINGS, compare_settings
-from data_prep.filtering.steps import clip, models, recorded, registry
-from data_prep.jobs import files, manifest, shards
+from data_prep.jobs import manifest, shards
 from data_prep.reports.funnel import KEPT, SOURCE, Funnel
-from diht_jax.data.escaping import escape_lines
-from diht_jax.data.retries import StorageError
+from data_prep.steps import clip, models, recorded, registry
+from diht_jax.records.escaping import escape_lines
+from diht_jax.storage import files
+from diht_jax.storage.retries import StorageError
 
 DROPPED_FILE = "dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
 NOT_KNOWN_FILE = "not_known.txt"  # keys of the pairs that would have to be filtered

@@ -28,19 +28,20 @@ from data_prep.captions.mentions import (
 )
 from data_prep.filtering import decisions
 from data_prep.filtering.kept import KEPT_SUFFIX, read_formats
-from data_prep.jobs import files, shards
+from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.fingerprint import LOCATION_SUFFIX
 from data_prep.jobs.packed import PackedList
-from diht_jax.data.images import decode
-from diht_jax.data.records import schema
-from diht_jax.data.records.dataset_info import shard_name
-from diht_jax.data.records.format import INDEX_SUFFIX, TFRecordError
-from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
-from diht_jax.data.records.formats.tar_writer import image_extension
-from diht_jax.data.records.formats.writer import RecordWriter
-from diht_jax.data.records.vocabulary import KINDS
-from diht_jax.data.stores import BLOCK_BYTES, is_remote, local_copy, read_range
+from diht_jax.input import decode
+from diht_jax.records import schema
+from diht_jax.records.dataset_info import shard_name
+from diht_jax.records.format import INDEX_SUFFIX, TFRecordError
+from diht_jax.records.formats.registry import FORMATS, name_format, open_writer
+from diht_jax.records.formats.tar_writer import image_extension
+from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.vocabulary import KINDS
+from diht_jax.storage import files
+from diht_jax.storage.stores import BLOCK_BYTES, is_remote, local_copy, read_range
 
 PARTS = "parts"
 

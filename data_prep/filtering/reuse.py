@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.filtering import resharding
 from data_prep.filtering.resharding import BalancedShard, Piece, Slice
-from data_prep.jobs import files, shards
+from data_prep.jobs import shards
 from data_prep.jobs.manifest import earlier_names
 from data_prep.jobs.packed import PackedList
-from diht_jax.data.records.format import INDEX_SUFFIX
-from diht_jax.data.records.formats.registry import name_format
-from diht_jax.data.records.remote import is_remote
+from diht_jax.records.format import INDEX_SUFFIX
+from diht_jax.records.formats.registry import name_format
+from diht_jax.records.remote import is_remote
+from diht_jax.storage import files
 
 PREVIOUS = "previous"  # below the folder of the parts
 

@@ -15,20 +15,15 @@ import ml_collections
 
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.shard_log import ShardLog
-from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
-from diht_jax.data.readers.base import (
-    Skipped,
-    SourceShard,
-    clean_text,
-    parse_json_object,
-    pick_captions,
-)
-from diht_jax.data.readers.parquet import explain_errors, open_parquet
-from diht_jax.data.records.schema import Pair
-from diht_jax.data.stores import open_file
+from data_prep.steps.base import Candidate, Drop, Step, begin
+from diht_jax.readers.base import Skipped, SourceShard, clean_text, parse_json_object, pick_captions
+from diht_jax.readers.parquet import explain_errors, open_parquet
+from diht_jax.records.schema import Pair
+from diht_jax.storage import files
+from diht_jax.storage.stores import open_file
 
 PARQUET = "parquet"  # the kind of its units
 

@@ -21,21 +21,21 @@ from data_prep.filtering import config as filter_config
 from data_prep.filtering import decisions
 from data_prep.filtering.resharding import CommonImageWriter
 from data_prep.filtering.shard_log import ShardLog
-from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
-from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
 from data_prep.sources.list import read_pairs
-from diht_jax.data.images import decode
-from diht_jax.data.readers.base import held_bytes
-from diht_jax.data.readers.registry import Skipped, SourceShard
-from diht_jax.data.records import captions, schema
-from diht_jax.data.records.formats.registry import name_format
-from diht_jax.data.records.formats.tar_members import DamagedTarError
-from diht_jax.data.records.formats.writer import RecordWriter
-from diht_jax.data.records.schema import Pair
+from data_prep.steps.base import Candidate, Drop, Step, begin
+from data_prep.steps.image import ImageStep
+from diht_jax.input import decode
+from diht_jax.readers.base import held_bytes
+from diht_jax.readers.registry import Skipped, SourceShard
+from diht_jax.records import captions, schema
+from diht_jax.records.formats.registry import name_format
+from diht_jax.records.formats.tar_members import DamagedTarError
+from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.schema import Pair
 
 # Of pairs that are held at once; an ordinary batch takes a tenth of it.
 _CHUNK_BYTES = 2**28

@@ -21,16 +21,16 @@ from data_prep.captions.graph import CaptionGraph
 from data_prep.captions.mentions import ConceptLog, concept_path, find_mentions
 from data_prep.filtering.config import package_versions
 from data_prep.filtering.decisions import DecisionLog, decisions_path, pack_uid
-from data_prep.filtering.steps import registry
-from data_prep.filtering.steps.base import Candidate, Drop
 from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, Funnel
 from data_prep.reports.samples import SAMPLES_SUFFIX, SampleLog
 from data_prep.reports.statistics import DROPPED, Measures
 from data_prep.reports.summary import SECONDS_SUFFIX
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.captions import all_captions
-from diht_jax.data.records.schema import Pair
+from data_prep.steps import registry
+from data_prep.steps.base import Candidate, Drop
+from diht_jax.readers.base import Skipped
+from diht_jax.records.captions import all_captions
+from diht_jax.records.schema import Pair
 
 _MOST = 255  # of the small numbers of the decisions
 

@@ -17,9 +17,10 @@ from absl import logging
 
 from data_prep.filtering.config import DECIDING_PACKAGES, upgrade_settings
 from data_prep.filtering.resharding import remove_output
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.failures import allowed_number
 from data_prep.jobs.packed import PackedList
+from diht_jax.storage import files
 
 SETTINGS = "settings.json"
 

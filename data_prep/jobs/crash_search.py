@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from absl import logging
 
-from data_prep.jobs import files
 from data_prep.jobs.progress import ProcessDeath
-from diht_jax.data.readers.registry import Skipped
+from diht_jax.readers.registry import Skipped
+from diht_jax.storage import files
 
 BATCH, PAIR = "batch", "pair"  # what a run records: it works on a batch, or tries one pair of it
 

@@ -31,7 +31,7 @@ from data_prep.jobs.progress import (
     TaskQueue,
     call_function,
 )
-from diht_jax.data.escaping import escape_lines
+from diht_jax.records.escaping import escape_lines
 
 __all__ = [
     "ENGINES",

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 from absl import logging
 
-from data_prep.jobs import files, shards
+from data_prep.jobs import shards
 from data_prep.jobs.engine import run_pending
 from data_prep.jobs.packed import PackedList
 from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, HeldStats, ShardTask
+from diht_jax.storage import files
 
 # Status with which a command ends whose output is there, without the shards that failed.
 INCOMPLETE_STATUS = 3

@@ -23,17 +23,11 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from data_prep.jobs import files
-from diht_jax.data.readers.base import read_image, walk_files
-from diht_jax.data.readers.registry import (
-    FORMATS,
-    Skipped,
-    SourceShard,
-    describe_linked,
-    names_files,
-)
-from diht_jax.data.records.remote import file_size, is_remote
-from diht_jax.data.stores import open_file
+from diht_jax.readers.base import read_image, walk_files
+from diht_jax.readers.registry import FORMATS, Skipped, SourceShard, describe_linked, names_files
+from diht_jax.records.remote import file_size, is_remote
+from diht_jax.storage import files
+from diht_jax.storage.stores import open_file
 
 # The ending of the files with locations; folders that were written before have it, so it stays.
 LOCATION_SUFFIX = ".place.json"

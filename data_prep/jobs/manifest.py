@@ -21,13 +21,14 @@ from typing import NamedTuple
 
 from absl import logging
 
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.packed import PackedList
 from data_prep.jobs.shards import STATS_SUFFIX, ShardTask
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records.dataset_info import shard_name
-from diht_jax.data.records.formats.registry import FORMATS
-from diht_jax.data.records.remote import is_remote
+from diht_jax.readers.registry import SourceShard
+from diht_jax.records.dataset_info import shard_name
+from diht_jax.records.formats.registry import FORMATS
+from diht_jax.records.remote import is_remote
+from diht_jax.storage import files
 
 NAME = "manifest.json"
 

@@ -13,8 +13,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
-from diht_jax.data.retries import is_outage, is_storage_failure
 from diht_jax.progress import ProgressBar
+from diht_jax.storage.retries import is_outage, is_storage_failure
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")

@@ -17,15 +17,16 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from data_prep.jobs import files, fingerprint
+from data_prep.jobs import fingerprint
 from data_prep.jobs.crash_search import CrashSearch
 from diht_jax.data.index import is_indexable, update_index
-from diht_jax.data.readers.registry import SourceShard, names_files
-from diht_jax.data.records import dataset_info
-from diht_jax.data.records.dataset_index import INDEX_NAME
-from diht_jax.data.records.formats.registry import FORMATS, name_format, open_writer
-from diht_jax.data.records.formats.writer import RecordWriter
-from diht_jax.data.records.remote import is_remote
+from diht_jax.readers.registry import SourceShard, names_files
+from diht_jax.records import dataset_info
+from diht_jax.records.dataset_index import INDEX_NAME
+from diht_jax.records.formats.registry import FORMATS, name_format, open_writer
+from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.remote import is_remote
+from diht_jax.storage import files
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"

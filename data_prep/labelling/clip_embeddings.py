@@ -1,6 +1,6 @@
 """Embeddings of CLIP teachers: one file beside each shard, joined by training as labels are.
 
-What lies in them belongs in `diht_jax.data.records.labels.clip_embeddings`.
+What lies in them belongs in `diht_jax.records.labels.clip_embeddings`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import WorkRecord
 from data_prep.jobs.engine import Report
 from data_prep.jobs.failures import Survey
@@ -22,8 +22,9 @@ from data_prep.labelling.embeddings import embed_surviving, read_shard
 from data_prep.labelling.plan import identify_shards
 from data_prep.labelling.shard import LabelTask, identify_shard
 from data_prep.teachers.clip import open_clip_teachers
-from diht_jax.data.records.labels.clip_embeddings import CLIP_EMBEDDINGS, Manifest, quantize
-from diht_jax.data.records.labels.files import SUFFIX, LabelFile, encode_rows
+from diht_jax.records.labels.clip_embeddings import CLIP_EMBEDDINGS, Manifest, quantize
+from diht_jax.records.labels.files import SUFFIX, LabelFile, encode_rows
+from diht_jax.storage import files
 
 _FORMAT_VERSION = 1
 

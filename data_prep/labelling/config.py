@@ -14,8 +14,8 @@ from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
 from data_prep.teachers import clip
 from data_prep.teachers.registry import default_teacher
-from diht_jax.data.records.formats.registry import check_format
-from diht_jax.data.records.schema import MAX_CONCEPTS
+from diht_jax.records.formats.registry import check_format
+from diht_jax.records.schema import MAX_CONCEPTS
 
 # Those that have room for concepts.
 _OUTPUT_FORMATS = ("tfrecord", "array_record")

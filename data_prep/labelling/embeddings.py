@@ -24,18 +24,19 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
 from data_prep.labelling.scratch import Scratch
 from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
-from diht_jax.data.readers.registry import Skipped, SourceShard, read_pairs
-from diht_jax.data.records.remote import is_remote
-from diht_jax.data.records.schema import Record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter
-from diht_jax.data.retries import StorageError
-from diht_jax.data.stores import StoreEnd
+from diht_jax.readers.registry import Skipped, SourceShard, read_pairs
+from diht_jax.records.remote import is_remote
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.storage import files
+from diht_jax.storage.retries import StorageError
+from diht_jax.storage.stores import StoreEnd
 
 FOLDER = "embeddings"
 DTYPES = ("float16", "float32")

@@ -18,7 +18,7 @@ from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.embeddings import hash_key, key_ranks, open_embeddings
 from data_prep.labelling.scratch import Scratch
 from data_prep.labelling.vocabulary import Targets
-from diht_jax.data.records.vocabulary import ConceptList, Vocabulary
+from diht_jax.records.vocabulary import ConceptList, Vocabulary
 
 # Seeds of independent choices by key.
 _SPLIT, _SAMPLE = 0, 1

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.jobs import files
 from data_prep.teachers.base import TeacherInfo
-from diht_jax.data.records.vocabulary import check_vocabulary, read_vocabulary
+from diht_jax.records.vocabulary import check_vocabulary, read_vocabulary
+from diht_jax.storage import files
 
 WEIGHTS = "heads.npz"
 DESCRIPTION = "heads.json"

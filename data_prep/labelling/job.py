@@ -5,7 +5,7 @@ The folder of the output:
     embeddings/             the teacher's embeddings of every shard, one npz each
     vocabulary_*.tsv        the concepts and their ids
     heads.npz, heads.json   the trained heads, their curves and metrics
-    labels/, labels.json    the labels of every shard, one npz each (`diht_jax.data.records.labels`)
+    labels/, labels.json    the labels of every shard, one npz each (`diht_jax.records.labels`)
     clip_embeddings/, clip_embeddings.json      with `config.clip_teachers.models`: likewise
     stats.json, report.html, curves.png
 
@@ -34,7 +34,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import claim, files, shards
+from data_prep.jobs import shards
 from data_prep.jobs.crash_search import after_death
 from data_prep.jobs.engine import RaySettings, engine_options, print_failures
 from data_prep.jobs.failures import (
@@ -53,8 +53,9 @@ from data_prep.sources import list as source_list
 from data_prep.teachers.base import Teacher, TeacherInfo
 from data_prep.teachers.clip import load_clip_teachers
 from data_prep.teachers.registry import load_teacher
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records.labels.clip_embeddings import CLIP_EMBEDDINGS
+from diht_jax.readers.registry import SourceShard
+from diht_jax.records.labels.clip_embeddings import CLIP_EMBEDDINGS
+from diht_jax.storage import claim, files
 
 
 def run(

@@ -16,7 +16,7 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import files, shards
+from data_prep.jobs import shards
 from data_prep.jobs.failures import allowed_number
 from data_prep.labelling import heads as head_files
 from data_prep.labelling import vocabulary as concept_vocabulary
@@ -24,12 +24,13 @@ from data_prep.labelling.embeddings import EmbeddingTask
 from data_prep.labelling.examples import choose_shards, gather_examples, warn_of_few_mentions
 from data_prep.labelling.scratch import Scratch
 from data_prep.teachers.base import TeacherInfo
-from diht_jax.data.records.vocabulary import (
+from diht_jax.records.vocabulary import (
     Vocabulary,
     encode_concepts,
     read_vocabulary,
     vocabulary_path,
 )
+from diht_jax.storage import files
 
 _HEADS_VERSION = 1
 # Keys of `config.heads` that do not decide what the heads become.

@@ -12,22 +12,23 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.labelling import embeddings
 from data_prep.labelling import heads as head_files
 from data_prep.labelling.shard import LabelTask, label_path
 from data_prep.teachers.base import TeacherInfo
 from data_prep.teachers.registry import settle_precision
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records.dataset_info import shard_name
-from diht_jax.data.records.fingerprint import fingerprint_records
-from diht_jax.data.records.formats.registry import (
+from diht_jax.readers.registry import SourceShard
+from diht_jax.records.dataset_info import shard_name
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.formats.registry import (
     FORMATS,
     find_shards,
     format_of,
     name_format,
     open_source,
 )
+from diht_jax.storage import files
 
 _LABELS_VERSION = 1
 

@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.jobs import files
 from data_prep.jobs.shards import ShardTask
 from data_prep.labelling.embeddings import hash_key, load_keys
 from data_prep.labelling.examples import is_held_out
 from data_prep.reports.html import data_uri, render_bar, render_page
-from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.records.formats.registry import open_source
-from diht_jax.data.records.labels.rows import decode_joined, open_labels
-from diht_jax.data.records.schema import Record
-from diht_jax.data.records.vocabulary import KINDS, ConceptList, Vocabulary
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.records.formats.registry import open_source
+from diht_jax.records.labels.rows import decode_joined, open_labels
+from diht_jax.records.schema import Record
+from diht_jax.records.vocabulary import KINDS, ConceptList, Vocabulary
+from diht_jax.storage import files
 
 PAGE = "report.html"
 CURVES = "curves.png"

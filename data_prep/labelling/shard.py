@@ -17,7 +17,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.engine import Report
 from data_prep.labelling.embeddings import (
     ShardEmbeddings,
@@ -28,14 +28,15 @@ from data_prep.labelling.embeddings import (
 )
 from data_prep.labelling.heads import Head, load_heads_once
 from data_prep.labelling.scratch import Scratch
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records import schema, vocabulary
-from diht_jax.data.records.fingerprint import fingerprint_records
-from diht_jax.data.records.formats.registry import open_source
-from diht_jax.data.records.formats.writer import RecordWriter
-from diht_jax.data.records.labels.files import FOLDER, SUFFIX, LabelFile, encode_labels
-from diht_jax.data.records.schema import Record, decode_record
-from diht_jax.data.records.tfrecord import read_records
+from diht_jax.readers.registry import SourceShard
+from diht_jax.records import schema, vocabulary
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.formats.registry import open_source
+from diht_jax.records.formats.writer import RecordWriter
+from diht_jax.records.labels.files import FOLDER, SUFFIX, LabelFile, encode_labels
+from diht_jax.records.schema import Record, decode_record
+from diht_jax.records.tfrecord import read_records
+from diht_jax.storage import files
 
 _REPORT_EVERY = 256
 _NOTHING = (np.zeros(0, np.int32), np.zeros(0, np.float32))

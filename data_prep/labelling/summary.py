@@ -9,15 +9,16 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from data_prep.jobs import files, shards
+from data_prep.jobs import shards
 from data_prep.jobs.failures import Survey
 from data_prep.labelling import plan
 from data_prep.labelling import report as label_report
 from data_prep.labelling.shard import LabelTask, label_file, write_no_labels
 from data_prep.teachers.base import TeacherInfo
-from diht_jax.data.records.dataset_info import write_dataset_info
-from diht_jax.data.records.labels.files import MANIFEST, Manifest, relative_input
-from diht_jax.data.records.vocabulary import Vocabulary
+from diht_jax.records.dataset_info import write_dataset_info
+from diht_jax.records.labels.files import MANIFEST, Manifest, relative_input
+from diht_jax.records.vocabulary import Vocabulary
+from diht_jax.storage import files
 
 
 def remove_summary(folder: str) -> None:

@@ -25,8 +25,8 @@ from data_prep.labelling import metrics
 from data_prep.labelling.examples import Examples, Split
 from data_prep.labelling.heads import Head
 from data_prep.labelling.vocabulary import Targets, concept_factors, repeat_factors
-from diht_jax.data.records.vocabulary import ConceptList
 from diht_jax.progress import ProgressBar
+from diht_jax.records.vocabulary import ConceptList
 
 _NUM_EVALUATIONS = 20
 _PATIENCE = 5  # of these

@@ -8,8 +8,9 @@ from typing import Any
 
 from absl import logging
 
-from data_prep.jobs import files, fingerprint, shards
+from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.failures import allowed_number
+from diht_jax.storage import files
 
 
 def keep_touched(tasks: Sequence[Any], what: str) -> None:

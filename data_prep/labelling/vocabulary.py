@@ -2,7 +2,7 @@
 
 Method: DiHT, arXiv 2301.02280, "Concept Distillation". The counts and mentions lie beside the
 filtered shards; no caption is parsed here. The files of vocabularies are defined in
-`diht_jax.data.records.vocabulary`.
+`diht_jax.records.vocabulary`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.captions import mentions
-from data_prep.jobs import files
-from diht_jax.data.records.schema import MAX_CONCEPT_ID
-from diht_jax.data.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
+from diht_jax.records.schema import MAX_CONCEPT_ID
+from diht_jax.records.vocabulary import KINDS, STATS_SUFFIX, ConceptList, Vocabulary
+from diht_jax.storage import files
 
 # Concepts of a kind that are held at once, some 100 MB; the web's captions name ever new ones.
 _MAX_HELD = 2**20

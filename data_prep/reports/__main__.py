@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from absl import flags, logging
 
-from data_prep.jobs import files
 from data_prep.reports.page import PAGE, write_report
 from data_prep.reports.summary import merge_reports
 from diht_jax import command_line
+from diht_jax.storage import files
 
 _SHOWN_PAIRS = 2  # of each outcome
 

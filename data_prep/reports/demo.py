@@ -28,8 +28,8 @@ from data_prep.reports.page import (
 )
 from data_prep.reports.summary import FilterReport, read_report
 from diht_jax import command_line
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.evaluation.bootstrap import paired_samples, percentile_interval
+from diht_jax.storage.atomic_file import write_atomically
 
 # Folder of a student -> what it is; each changes one thing of the one before.
 STUDENTS = {

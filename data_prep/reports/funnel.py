@@ -13,9 +13,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from data_prep.filtering.steps.registry import ordered_steps
+from data_prep.steps.registry import ordered_steps
 from data_prep.text_spotting.config import describe_counts
-from diht_jax.data.readers.base import SOURCE_REASONS
+from diht_jax.readers.base import SOURCE_REASONS
 
 KEPT = "kept"
 SOURCE = "source"  # the stage of entries that are no pairs

@@ -15,11 +15,11 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data_prep.jobs import files
 from data_prep.jobs.engine import Report
 from data_prep.jobs.packed import PackedList
 from data_prep.reports.funnel import Funnel
 from data_prep.reports.summary import FilterReport
+from diht_jax.storage import files
 
 FAN_OUT = 128
 # Beginning of the names of the groups' files, which are temporary: `shards.remove_temporary_files`

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from data_prep.reports.funnel import KEPT, spell_reason, stage_reasons
-from diht_jax.data.escaping import escape
+from diht_jax.records.escaping import escape
 
 _RECALL = "recall: "
 

@@ -13,14 +13,15 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.filtering.steps.registry import ordered_steps
-from data_prep.jobs import files, shards
+from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, spell_outcome, spell_reason
 from data_prep.reports.html import render_bar, render_page, render_table
 from data_prep.reports.noise_scores import table_rows
 from data_prep.reports.statistics import BINS, DROPPED, NAMES, TITLES
 from data_prep.reports.summary import REPORT, FilterReport
+from data_prep.steps.registry import ordered_steps
 from data_prep.text_spotting.config import describe_counts
+from diht_jax.storage import files
 
 PAGE = "report.html"
 

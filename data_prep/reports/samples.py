@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from data_prep.captions.graph import CaptionGraph, format_edges, format_objects
-from data_prep.jobs import files
 from data_prep.text_spotting.spotter import Spot
-from diht_jax.data.images.decode import ImageError, decode_rgb
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.storage import files
 
 SAMPLES_SUFFIX = ".samples.json"
 

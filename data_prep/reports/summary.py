@@ -13,13 +13,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_prep.filtering.steps.registry import ordered_steps
-from data_prep.jobs import files, shards
+from data_prep.jobs import shards
 from data_prep.reports.funnel import KEPT, SOURCE, Funnel, spell_outcome
 from data_prep.reports.samples import SAMPLES_SUFFIX, choose_samples, read_samples
 from data_prep.reports.statistics import Measures
 from data_prep.sources.img2dataset import merge_download_stats
+from data_prep.steps.registry import ordered_steps
 from data_prep.text_spotting.config import name_machine, warn_of_machines
+from diht_jax.storage import files
 
 REPORT = "report.json"
 SECONDS_SUFFIX = ".seconds.json"

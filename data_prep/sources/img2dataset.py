@@ -2,11 +2,11 @@
 
 A shard of img2dataset's is
 
-    00000.tar           read by diht_jax.data.readers.webdataset; in the output format "tfrecord"
-                        00000.tfrecord instead, read by diht_jax.data.readers.records
+    00000.tar           read by diht_jax.readers.webdataset; in the output format "tfrecord"
+                        00000.tfrecord instead, read by diht_jax.readers.records
     00000.parquet       the rows of the shard, those that could not be downloaded too; in the output
                         format "parquet" it holds the images as well, and there is no tar
-                        (diht_jax.data.readers.parquet reads those)
+                        (diht_jax.readers.parquet reads those)
     00000_stats.json    rows, successes, and how the others failed
 """
 
@@ -17,9 +17,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from data_prep.jobs import files
-from diht_jax.data.readers.base import IMAGE_EXTENSIONS, SourceShard
-from diht_jax.data.readers.parquet import (
+from diht_jax.readers.base import IMAGE_EXTENSIONS, SourceShard
+from diht_jax.readers.parquet import (
     CAPTION_COLUMNS,
     SUFFIX,
     clean_row,
@@ -27,8 +26,9 @@ from diht_jax.data.readers.parquet import (
     open_parquet,
     read_rows,
 )
-from diht_jax.data.readers.webdataset import TAR_SUFFIXES
-from diht_jax.data.retries import StorageError, is_missing
+from diht_jax.readers.webdataset import TAR_SUFFIXES
+from diht_jax.storage import files
+from diht_jax.storage.retries import StorageError, is_missing
 
 COUNTS = ("count", "successes", "failed_to_download", "failed_to_resize")
 

@@ -1,6 +1,6 @@
 """From the `input` of a preparation config to units of work.
 
-The readers themselves live in `diht_jax.data.readers`, where the evaluation finds them too; this
+The readers themselves live in `diht_jax.readers`, where the evaluation finds them too; this
 module holds what only offline jobs need: the config section, the check of the output folder, and
 the share of one job.
 """
@@ -17,12 +17,12 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.jobs.manifest import Input
 from data_prep.jobs.packed import PackedList
-from diht_jax.data.readers import registry
-from diht_jax.data.readers.registry import Skipped, SourceShard
-from diht_jax.data.records.formats.tar_members import DamagedTarError
-from diht_jax.data.records.remote import is_remote
-from diht_jax.data.records.schema import Pair
-from diht_jax.data.stores import check_writable
+from diht_jax.readers import registry
+from diht_jax.readers.registry import Skipped, SourceShard
+from diht_jax.records.formats.tar_members import DamagedTarError
+from diht_jax.records.remote import is_remote
+from diht_jax.records.schema import Pair
+from diht_jax.storage.stores import check_writable
 
 _ONE_SLASH = re.compile(r"([a-z0-9]+):/([^/].*)", re.DOTALL)
 
@@ -49,7 +49,7 @@ def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequenc
     """Divides the input into units of work, in a fixed order.
 
     Args:
-        pairs: `config.input`: any source of `diht_jax.data.readers`, TFRecord shards by their URL,
+        pairs: `config.input`: any source of `diht_jax.readers`, TFRecord shards by their URL,
             or several with commas between them.
         source: the section of `default_source`.
 

@@ -30,10 +30,10 @@ from data_prep.synthetic import drawing, sampling
 from data_prep.synthetic.scenes import COLORS, SIZES, TEXTURES, Scene
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax import command_line
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.images import decode
-from diht_jax.data.readers.registry import open_source
+from diht_jax.input import decode
 from diht_jax.progress import ProgressBar
+from diht_jax.readers.registry import open_source
+from diht_jax.storage.atomic_file import write_atomically
 
 CONCEPTS: tuple[str, ...] = (*SHAPES, *COLORS, *SIZES, *TEXTURES)
 
@@ -174,7 +174,7 @@ def write_embeddings(
     """Trains a teacher and writes its embeddings of all pictures of a source.
 
     Args:
-        source: of `diht_jax.data.readers.registry.open_source`.
+        source: of `diht_jax.readers.registry.open_source`.
         output: npz file with `key` [n] and `image_emb` float32 [n, d].
         num_scenes, epochs, seed: of `train_teacher`.
 

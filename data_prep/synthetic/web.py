@@ -40,8 +40,8 @@ from data_prep.synthetic import captions, drawing, sampling
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax import command_line
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.progress import ProgressBar
+from diht_jax.storage.atomic_file import write_atomically
 
 CLEAN = "clean"
 NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")

@@ -17,9 +17,9 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from diht_jax.data.images import transforms
-from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.records.schema import Record
+from diht_jax.input import transforms
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.records.schema import Record
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

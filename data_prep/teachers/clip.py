@@ -23,11 +23,11 @@ from ml_collections.config_dict import placeholder
 from data_prep.jobs.models import is_shared
 from data_prep.teachers.base import Embedded, Teacher, TeacherInfo
 from data_prep.teachers.registry import SharedTeacher
-from diht_jax.data.images import transforms
-from diht_jax.data.images.decode import ImageError, decode_rgb
-from diht_jax.data.input.fixed_crops import crop_box, with_boxes
-from diht_jax.data.records.labels.clip_embeddings import DTYPES, ClipTeacher, Crops, Manifest
-from diht_jax.data.records.schema import Record
+from diht_jax.input import transforms
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.fixed_crops import crop_box, with_boxes
+from diht_jax.records.labels.clip_embeddings import DTYPES, ClipTeacher, Crops, Manifest
+from diht_jax.records.schema import Record
 
 _MAX_DECODING_THREADS = 16
 # What a record that could be embedded is prepared as: side in px -> uint8 [views, side, side, 3].
@@ -101,7 +101,7 @@ class ClipTeachers(Teacher):
         Raises:
             ValueError: a model that `load_model` does not read; names it.
         """
-        from diht_jax.loading import load_model
+        from diht_jax.weights.loading import load_model
 
         models = {}
         for name in map(str.strip, config.models.split(",")):

@@ -18,8 +18,8 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind
-from diht_jax.data.readers.array_files import read_npz_array
-from diht_jax.data.records.schema import Record
+from diht_jax.readers.array_files import read_npz_array
+from diht_jax.records.schema import Record
 
 SUFFIXES = (".npz", ".parquet")
 _OPEN_FILES = 4

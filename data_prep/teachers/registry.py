@@ -19,7 +19,7 @@ from absl import logging
 from data_prep.jobs.models import is_shared, open_model
 from data_prep.teachers import precomputed, swag, torch_module
 from data_prep.teachers.base import Embedded, Teacher, TeacherInfo, TeacherKind
-from diht_jax.data.records.schema import Record
+from diht_jax.records.schema import Record
 
 TEACHERS: dict[str, TeacherKind] = {
     # SWAG's vision transformer in Flax, on all local devices (the paper's teacher).

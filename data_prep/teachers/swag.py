@@ -24,7 +24,7 @@ from data_prep.teachers.base import (
     TeacherInfo,
     TeacherKind,
 )
-from diht_jax.data.images import transforms
+from diht_jax.input import transforms
 
 WEIGHTS_VARIABLE = "DIHT_JAX_SWAG_WEIGHTS"
 DTYPES = ("bfloat16", "float32")  # the default first

@@ -23,7 +23,7 @@ from data_prep.teachers.base import (
     TeacherInfo,
     TeacherKind,
 )
-from diht_jax.data.images import transforms
+from diht_jax.input import transforms
 
 # Functions of this project that have moved: their first name -> their name today. Configs of that
 # time still name the first one, and hashes keep it, so that labelled folders stay valid.

@@ -16,7 +16,7 @@ import zlib
 from typing import Any
 
 from data_prep.text_spotting.ocr import Box
-from diht_jax.data.atomic_file import write_atomically
+from diht_jax.storage.atomic_file import write_atomically
 
 
 @dataclasses.dataclass

@@ -11,7 +11,7 @@ from typing import Any
 from data_prep.text_spotting.networks import OcrSettings
 from data_prep.text_spotting.ocr import CANVAS_STEPS, resolve_for_networks
 from data_prep.text_spotting.weights import easyocr_version
-from diht_jax.data.images import decode as images
+from diht_jax.input import decode as images
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,15 +30,10 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.data.atomic_file import open_atomically, write_atomically
-from diht_jax.data.records import remote, tfrecord
-from diht_jax.data.records.catalog import (
-    IndexedOffsets,
-    describe_stale,
-    has_shard_name,
-    list_folder,
-)
-from diht_jax.data.records.dataset_index import (
+from diht_jax.progress import ProgressBar
+from diht_jax.records import remote, tfrecord
+from diht_jax.records.catalog import IndexedOffsets, describe_stale, has_shard_name, list_folder
+from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
     END_BYTES,
     INDEX_NAME,
@@ -50,17 +45,17 @@ from diht_jax.data.records.dataset_index import (
     encode_preamble,
     read_table,
 )
-from diht_jax.data.records.format import (
+from diht_jax.records.format import (
     FRAME_BYTES,
     INDEX_SUFFIX,
     TFRecordError,
     framed_length,
     wrong_index,
 )
-from diht_jax.data.records.formats import tar_records
-from diht_jax.data.records.sharded import LocalFile
-from diht_jax.data.records.vocabulary import folder_vocabulary
-from diht_jax.progress import ProgressBar
+from diht_jax.records.formats import tar_records
+from diht_jax.records.sharded import LocalFile
+from diht_jax.records.vocabulary import folder_vocabulary
+from diht_jax.storage.atomic_file import open_atomically, write_atomically
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _PART = struct.Struct("<Q16sI")  # shard size, digest, CRC32C of the offsets

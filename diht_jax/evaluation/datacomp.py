@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from absl import logging
 
-from diht_jax.data.records.remote import exists
 from diht_jax.evaluation.benchmark_names import DATACOMP, datacomp_folder, datacomp_source
 from diht_jax.evaluation.sources.pictures import join
+from diht_jax.records.remote import exists
 
 _PREFIX = "datacomp:"
 

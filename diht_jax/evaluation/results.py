@@ -11,8 +11,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.evaluation.suite_means import suite_means
+from diht_jax.storage.atomic_file import write_atomically
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric

@@ -15,8 +15,6 @@ from typing import Any
 
 from absl import logging
 
-from diht_jax.data.readers import tfds
-from diht_jax.data.readers.registry import name_options, option_defaults
 from diht_jax.evaluation import datacomp
 from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
@@ -24,6 +22,8 @@ from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
 from diht_jax.evaluation.sources.registry import words_of_source
 from diht_jax.evaluation.suite import CLASSIFICATION, NO_SOURCE, RETRIEVAL, SuiteEntry
+from diht_jax.readers import tfds
+from diht_jax.readers.registry import name_options, option_defaults
 
 # The options of the readers whose values are texts, and those of the layouts of benchmarks.
 _SOURCE_OPTIONS = (

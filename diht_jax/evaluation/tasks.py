@@ -15,8 +15,6 @@ import jax
 from absl import logging
 from PIL import Image
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
 from diht_jax.evaluation.bootstrap import (
     describe_bootstrap,
@@ -32,6 +30,8 @@ from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.evaluation.sources.registry import count_source, open_units, read_source
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.progress import ProgressBar
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from diht_jax.cost_model.chips import LATENCY_SECS, START_SECS, STEP_SECS, Chip, find_chip
+from diht_jax.hardware.chips import LATENCY_SECS, START_SECS, STEP_SECS, Chip, find_chip
 from diht_jax.losses.ring import group_size
 
 # Transfers in a round of the ring, both passes together: two and three in the program

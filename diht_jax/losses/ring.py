@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diht_jax.cost_model.chips import Chip, find_chip
+from diht_jax.hardware.chips import Chip, find_chip
 from diht_jax.losses.objective import Masks
 
 # Sides of tiles, at most; every device launches a few kernels for each tile.

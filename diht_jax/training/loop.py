@@ -20,17 +20,17 @@ from etils import epath
 
 from diht_jax import sharding
 from diht_jax.config import default_config, validate_config
-from diht_jax.data.batch_wait import BatchWait, Position, StoppedWaiting
-from diht_jax.data.input.caption_choice import open_caption_choice
-from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.input.mixing import Mixture, open_mixture
-from diht_jax.data.input.read_ahead.bound import ReadAheadOptions
-from diht_jax.data.pipeline import TrainIterator, open_records
-from diht_jax.data.records.train_data import describe_train, lies_in_store, parse_train
-from diht_jax.data.records.vocabulary import train_vocabulary_sizes
+from diht_jax.config.ranges import check_ranges
+from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
+from diht_jax.input.caption_choice import open_caption_choice
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.mixing import Mixture, open_mixture
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.models.zoo import get_architecture
 from diht_jax.progress import ProgressBar
-from diht_jax.training.config_ranges import check_ranges
+from diht_jax.records.train_data import describe_train, lies_in_store, parse_train
+from diht_jax.records.vocabulary import train_vocabulary_sizes
 from diht_jax.training.durations import duration_in_steps, patch_dropout_steps, steps_before_end
 from diht_jax.training.initial_parameters import initial_parameters
 from diht_jax.training.monitoring.anomalies import SHOWN_KEYS, AnomalyMonitor, shown_keys

@@ -23,8 +23,8 @@ from diht_jax.losses.objective import Objective
 from diht_jax.losses.registry import LOSSES
 from diht_jax.losses.sharded import sharded_loss
 from diht_jax.models.zoo import Architecture, get_architecture
-from diht_jax.training.objectives.registry import TERMS
-from diht_jax.training.objectives.term import Parameters, Term
+from diht_jax.training.terms.registry import TERMS
+from diht_jax.training.terms.term import Parameters, Term
 
 Metrics = dict[str, jax.Array]
 

@@ -14,8 +14,7 @@ import ml_collections
 from absl import logging
 
 from diht_jax import sharding
-from diht_jax.data.input.fixed_crops import IMAGE_FIELD, TEXT_FIELD
-from diht_jax.data.records.schema import CONCEPT_FIELDS
+from diht_jax.input.fixed_crops import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.lora import lora_of
@@ -23,6 +22,7 @@ from diht_jax.models.parameters import model_definition
 from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import num_kept_patches
 from diht_jax.models.zoo import get_architecture
+from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.training.multihost import first_text
 from diht_jax.training.objective import (
     needs_pair_ids,

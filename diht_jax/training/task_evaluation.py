@@ -20,11 +20,11 @@ from etils import epath
 from diht_jax.evaluation.results import describe_metrics
 from diht_jax.evaluation.task_parsing import check_task
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_config_tasks, read_entries
-from diht_jax.inference import LoadedModel
 from diht_jax.training.monitoring.metrics import MetricWriter, flatten_results, read_metrics
 from diht_jax.training.multihost import check_together, gather_texts
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.state import TrainState
+from diht_jax.weights.inference import LoadedModel
 
 FAILED = "evaluation_failed"
 _PREFIX = "evaluation/"

@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from diht_jax.data import tokenizer
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.models.zoo import Architecture
+from diht_jax.storage.atomic_file import write_atomically
 from diht_jax.weights import clip_layout, huggingface, settings, tokenizer_file
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import (

@@ -12,11 +12,11 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diht_jax.data.records import remote
-from diht_jax.data.records.labels.files import find_input, read_manifest
-from diht_jax.data.records.train_data import TrainSource, parse_train
-from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
 from diht_jax.models.zoo import Architecture
+from diht_jax.records import remote
+from diht_jax.records.labels.files import find_input, read_manifest
+from diht_jax.records.train_data import TrainSource, parse_train
+from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
 
 # Sections of the training config that make the recipe, in the order of the card.
 _RECIPE = ("loss", "optimizer", "data", "ema", "mesh")

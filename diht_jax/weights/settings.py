@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from diht_jax.config import ARCHITECTURE_FIELDS
-from diht_jax.data.images.transforms import CLIP_MEAN, CLIP_STD
+from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights.config_section import ConfigSection, is_number
 

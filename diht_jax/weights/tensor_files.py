@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from diht_jax.data.atomic_file import temporary_path
+from diht_jax.storage.atomic_file import temporary_path
 from diht_jax.weights.torchscript import (
     check_archive,
     check_sizes,

@@ -10,8 +10,8 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
-from data_prep.filtering.steps import registry
 from data_prep.reports.summary import read_report
+from data_prep.steps import registry
 from tests.contributing.blocks import load_example
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records, snapshot
 

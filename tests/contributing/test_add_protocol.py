@@ -10,14 +10,14 @@ from PIL import Image
 
 from diht_jax import load_model
 from diht_jax.config import default_config
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.records.schema import Record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.evaluate import evaluate_model
 from diht_jax.evaluation.comparison import format_comparison
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.results import format_results, read_results
 from diht_jax.evaluation.tasks import parse_config_tasks, parse_tasks
+from diht_jax.input.decode import decode_rgb
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from tests.contributing.blocks import load_example

@@ -13,14 +13,14 @@ from data_prep.filter import run_filter
 from data_prep.reports.summary import read_report
 from diht_jax import load_model
 from diht_jax.config import load_recipe
-from diht_jax.data.readers import registry
-from diht_jax.data.records.schema import decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
 from diht_jax.evaluation.embedding.search import search_pictures
 from diht_jax.evaluation.sources.registry import check_source, count_source
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
 from diht_jax.models import Architecture
+from diht_jax.readers import registry
+from diht_jax.records.schema import decode_record
+from diht_jax.records.tfrecord import TFRecordSource
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
 from tests.contributing.blocks import load_example

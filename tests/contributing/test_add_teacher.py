@@ -13,9 +13,9 @@ from data_prep.label import run_label
 from data_prep.labelling.embeddings import load_embeddings
 from data_prep.teachers import registry
 from diht_jax.config import load_recipe
-from diht_jax.data.records.schema import decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
-from diht_jax.data.records.vocabulary import read_vocabulary
+from diht_jax.records.schema import decode_record
+from diht_jax.records.tfrecord import TFRecordSource
+from diht_jax.records.vocabulary import read_vocabulary
 from tests.contributing.blocks import load_example
 
 _RECIPES = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep"

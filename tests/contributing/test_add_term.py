@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from diht_jax.training.objectives.registry import TERMS
 from diht_jax.training.program import TrainProgram
+from diht_jax.training.terms.registry import TERMS
 from tests.contributing.blocks import load_example
 from tests.contributing.tiny_runs import tiny_config, train_two_steps
 

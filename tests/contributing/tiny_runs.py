@@ -6,7 +6,7 @@ import numpy as np
 
 from diht_jax import sharding
 from diht_jax.config import default_config, validate_config
-from diht_jax.data.images.transforms import normalize
+from diht_jax.input.transforms import normalize
 from diht_jax.models.parameters import merge_model
 from diht_jax.training.program import TrainProgram
 

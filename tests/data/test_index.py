@@ -12,10 +12,10 @@ import pytest
 
 from diht_jax.data import index as index_command
 from diht_jax.data.index import update_index
-from diht_jax.data.records.fingerprint import fingerprint_records
-from diht_jax.data.records.formats.tar_records import TarRecordSource
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
-from tests.data.records.stores import CountingStore
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.formats.tar_records import TarRecordSource
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests.records.stores import CountingStore
 
 RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(300)]
 

@@ -24,9 +24,9 @@ from data_prep.duplicates import config as duplicates_config
 from data_prep.filtering import config as filter_config
 from data_prep.labelling import config as label_config
 from diht_jax.config import validate_config
+from diht_jax.config.ranges import check_ranges
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.fewshot import task_text
-from diht_jax.training.config_ranges import check_ranges
 from tests.compiling import xla_flags
 from tests.docs.commands import OWN, Command, commands_of, find_commands, parse_command
 from tests.docs.pages import REPOSITORY

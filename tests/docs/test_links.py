@@ -147,7 +147,7 @@ def test_keys_in_backticks_exist(path):
 
 @every_page
 def test_python_names_exist(path):
-    """Such as `diht_jax.data.pipeline.TrainIterator`: a module, or an attribute of one."""
+    """Such as `diht_jax.input.pipeline.TrainIterator`: a module, or an attribute of one."""
     text = path.read_text("utf-8")
     for name in set(re.findall(r"`((?:diht_jax|data_prep)(?:\.\w+)+)(?:\([^`]*\))?`", text)):
         parts = name.split(".")

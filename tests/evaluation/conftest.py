@@ -10,10 +10,10 @@ from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.config import default_config
-from diht_jax.inference import LoadedModel
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.workdir.config_file import write_config
+from diht_jax.weights.inference import LoadedModel
 
 
 @pytest.fixture(scope="package")

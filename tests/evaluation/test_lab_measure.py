@@ -12,10 +12,10 @@ from benchmarks.lab.measure import (
     unpack_items,
 )
 from data_prep.synthetic import captions, web
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.registry import open_source
 from diht_jax.evaluation.protocols.classification import classify
 from diht_jax.evaluation.protocols.retrieval import retrieve
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.registry import open_source
 
 
 @pytest.fixture(scope="module")

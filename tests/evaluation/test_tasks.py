@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.registry import open_source
 from diht_jax.evaluation.pages.canvas import GREEN, RED
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.registry import open_source
 
 
 def _write_tar(path, members):

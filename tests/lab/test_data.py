@@ -10,15 +10,10 @@ from benchmarks.lab import data
 from benchmarks.lab.data import Data, exchange
 from data_prep.captions import cat_reason, parse_captions
 from data_prep.synthetic import web
-from diht_jax.data.readers.registry import open_source
-from diht_jax.data.records.captions import all_captions, caption_kinds
-from diht_jax.data.records.schema import Pair, Record
-from diht_jax.data.records.vocabulary import (
-    ConceptList,
-    Vocabulary,
-    find_vocabulary,
-    write_vocabulary,
-)
+from diht_jax.readers.registry import open_source
+from diht_jax.records.captions import all_captions, caption_kinds
+from diht_jax.records.schema import Pair, Record
+from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_vocabulary, write_vocabulary
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.75])

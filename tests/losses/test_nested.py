@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from diht_jax.cost_model.flops import count_flops
+from diht_jax.hardware.flops import count_flops
 from diht_jax.losses.nested import gathered_losses, streaming_losses
 from diht_jax.losses.softmax import Softmax
 from diht_jax.losses.streaming import streaming_loss

@@ -11,8 +11,8 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from diht_jax.cost_model.chips import find_chip
-from diht_jax.cost_model.topologies import get_topology
+from diht_jax.hardware.chips import find_chip
+from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss, ring
 from diht_jax.losses.ring import group_size, tile_of_block
 

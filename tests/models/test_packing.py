@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diht_jax.cost_model.flops import count_flops
+from diht_jax.hardware.flops import count_flops
 from diht_jax.models import Architecture
 from diht_jax.models.packing import find_starts, pack
 from diht_jax.models.parameters import merge_model, model_definition

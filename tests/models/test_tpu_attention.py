@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from diht_jax.cost_model.flops import count_flops
-from diht_jax.cost_model.topologies import get_topology
+from diht_jax.hardware.flops import count_flops
+from diht_jax.hardware.topologies import get_topology
 from diht_jax.models import transformer
 from diht_jax.models.tpu_attention import attend_short, short_attention_obstacle
 from diht_jax.models.transformer import Block, BlockInit, build_blocks, run_blocks

@@ -19,11 +19,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from diht_jax.config import default_config
-from diht_jax.data.records.dataset_info import STATS_SUFFIX
-from diht_jax.data.records.schema import Record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter
-from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
-from tests.data.records.stores import BucketStore
+from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from tests.records.stores import BucketStore
 
 NUM_RECORDS = 52
 

@@ -330,8 +330,8 @@ def write_squares(folder: pathlib.Path, num_records: int = 64) -> pathlib.Path:
     import numpy as np
     from PIL import Image
 
-    from diht_jax.data.records.schema import Record, encode_record
-    from diht_jax.data.records.tfrecord import TFRecordWriter
+    from diht_jax.records.schema import Record, encode_record
+    from diht_jax.records.tfrecord import TFRecordWriter
 
     folder.mkdir()
     for shard in range(2):

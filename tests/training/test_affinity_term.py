@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from diht_jax import sharding
-from diht_jax.cost_model.flops import count_flops
-from diht_jax.data.images.transforms import normalize
+from diht_jax.hardware.flops import count_flops
+from diht_jax.input.transforms import normalize
 from diht_jax.losses import contrastive_loss
 from diht_jax.models.parameters import merge_model
 from diht_jax.training.objective import active_terms, total_loss

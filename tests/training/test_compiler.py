@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diht_jax.config import default_config
-from diht_jax.cost_model.topologies import get_topology
+from diht_jax.hardware.topologies import get_topology
 from diht_jax.training import compiler
 from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.training.workdir.resume_checks import check_same_run
@@ -28,7 +28,7 @@ UNKNOWN_FLAG = "--xla_gpu_no_such_flag=true"
 # Compiles for a TPU that is not here; the compiler refuses flags that it does not know.
 COMPILE_FOR_TPU = """
 import jax, jax.numpy as jnp
-from diht_jax.cost_model.topologies import get_topology
+from diht_jax.hardware.topologies import get_topology
 device = get_topology("v5e:2x2").devices[0]
 x = jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
 jax.jit(lambda x: x @ x).lower(x).compile()

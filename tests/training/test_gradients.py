@@ -12,8 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from diht_jax import sharding
 from diht_jax.config import default_config
-from diht_jax.cost_model.flops import count_flops
-from diht_jax.data.images.transforms import normalize
+from diht_jax.hardware.flops import count_flops
+from diht_jax.input.transforms import normalize
 from diht_jax.losses import contrastive_loss
 from diht_jax.models.dual_encoder import l2_normalize
 from diht_jax.models.parameters import merge_model

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import diht_jax
-from diht_jax.data.pipeline import TrainIterator
-from diht_jax.data.records.schema import decode_record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.schema import decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.storage.workdir_lock import lock_directory
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.step import TrainStep
-from diht_jax.training.workdir.lock import lock_directory
 
 COMPARED = ("loss", "grad_norm", "param_norm", "logit_scale", "i2t_accuracy")
 NUM_RECORDS = 52

@@ -8,7 +8,6 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import diht_jax
-from diht_jax.inference import LoadedModel
 from diht_jax.models.lora import lora_of
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.models.zoo import get_architecture
@@ -19,6 +18,7 @@ from diht_jax.training.monitoring import debug_nans
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.weights.export import write_model
+from diht_jax.weights.inference import LoadedModel
 from diht_jax.weights.settings import Preprocessing
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from diht_jax.config import default_config, validate_config
-from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.records.schema import Record, decode_record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.input.examples import DecodeExample
+from diht_jax.records.schema import Record, decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import checked_loss, needs_pair_ids, scheduled_settings

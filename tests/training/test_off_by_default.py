@@ -3,8 +3,8 @@
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from diht_jax.config import default_config
-from diht_jax.training.objectives.registry import TERMS
 from diht_jax.training.program import TrainProgram
+from diht_jax.training.terms.registry import TERMS
 from tests.contributing.tiny_runs import tiny_config
 
 # Of each feature the function that adds its operations to the step, and what switches it on.

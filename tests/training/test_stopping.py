@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diht_jax.data.batch_wait import BatchWait
-from diht_jax.data.input.bad_records import CheckedExamples
-from diht_jax.data.pipeline import TrainIterator
+from diht_jax.input.bad_records import CheckedExamples
+from diht_jax.input.batch_wait import BatchWait
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from diht_jax.data.pipeline import TrainIterator
+from diht_jax.input.pipeline import TrainIterator
 from diht_jax.training import task_evaluation
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from diht_jax.config import default_config
-from diht_jax.data.records.labels.files import Manifest
-from diht_jax.data.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.objectives.registry import TERMS
+from diht_jax.records.labels.files import Manifest
+from diht_jax.records.vocabulary import ConceptList, Vocabulary, write_vocabulary
+from diht_jax.training.terms.registry import TERMS
 from diht_jax.weights.model_card import Origin, model_card, read_concepts, read_data_facts
 
 VOCABULARY = Vocabulary(

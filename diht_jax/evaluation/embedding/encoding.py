@@ -21,13 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
-from diht_jax.data.images.decode import ImageError
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.entries import Entries, Order, share_entries
 from diht_jax.evaluation.embedding.process_share import ProcessShare
 from diht_jax.evaluation.sources.pictures import decode_picture
+from diht_jax.input.decode import ImageError
 from diht_jax.progress import ProgressBar
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 # Decoded images waiting for the device, in batches: enough to keep the threads busy while one
 # batch is on the device, small enough for the memory of a laptop.
@@ -41,7 +41,7 @@ _NOTHING = np.zeros((0, 0), np.float32)
 
 
 class EmbeddingModel(Protocol):
-    """What evaluation needs of a model; `diht_jax.loading.LoadedModel` is one."""
+    """What evaluation needs of a model; `diht_jax.weights.loading.LoadedModel` is one."""
 
     @property
     def logit_scale(self) -> float: ...

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 Entry = Pair | Skipped
 # Of an entry: the number of its unit, and its own in it.

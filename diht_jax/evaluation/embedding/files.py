@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from diht_jax.data.readers import image_folder, registry
-from diht_jax.data.readers.base import Skipped, SourceShard, parse_json_object
-from diht_jax.data.records.remote import read_bytes
-from diht_jax.data.records.schema import Pair
-from diht_jax.data.stores import is_remote, write_bytes
 from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
 from diht_jax.evaluation.embedding.inputs import PICTURES, Share, list_inputs, shares_of
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
+from diht_jax.readers import image_folder, registry
+from diht_jax.readers.base import Skipped, SourceShard, parse_json_object
+from diht_jax.records.remote import read_bytes
+from diht_jax.records.schema import Pair
+from diht_jax.storage.stores import is_remote, write_bytes
 
 FORMATS = ("npz", "parquet")
 MODALITIES = ("image", "text")

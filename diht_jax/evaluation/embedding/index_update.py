@@ -16,12 +16,6 @@ from typing import Any
 import filelock
 import numpy as np
 
-from diht_jax.data import retries
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.readers import image_folder, registry
-from diht_jax.data.readers.base import Skipped, SourceShard
-from diht_jax.data.records.remote import refuse_url
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import encode_images
 from diht_jax.evaluation.embedding.files import Peekable, claim
 from diht_jax.evaluation.embedding.inputs import PICTURES, Share, shares_of
@@ -37,6 +31,12 @@ from diht_jax.evaluation.embedding.picture_index import (
 )
 from diht_jax.evaluation.embedding.process_share import ALONE, JobProcess
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
+from diht_jax.readers import image_folder, registry
+from diht_jax.readers.base import Skipped, SourceShard
+from diht_jax.records.remote import refuse_url
+from diht_jax.records.schema import Pair
+from diht_jax.storage import retries
+from diht_jax.storage.atomic_file import write_atomically
 
 # Pictures a part: what an interruption can cost.
 PART_ROWS = 10_000

@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from diht_jax.data.readers import image_folder, registry
-from diht_jax.data.readers.base import Skipped, SourceShard, image_files
-from diht_jax.data.records.schema import Pair
+from diht_jax.readers import image_folder, registry
+from diht_jax.readers.base import Skipped, SourceShard, image_files
+from diht_jax.records.schema import Pair
 
 # Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
 # for any other purpose.

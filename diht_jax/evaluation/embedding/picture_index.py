@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow
 from PIL import Image
 
-from diht_jax.data.atomic_file import temporary_path, write_atomically
-from diht_jax.data.images.decode import ImageError, load_rgb, open_image
-from diht_jax.data.readers import image_folder
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.files import SETTINGS_FILE, read_object
 from diht_jax.evaluation.embedding.inputs import PICTURES
+from diht_jax.input.decode import ImageError, load_rgb, open_image
+from diht_jax.readers import image_folder
+from diht_jax.records.schema import Pair
+from diht_jax.storage.atomic_file import temporary_path, write_atomically
 
 DTYPES = ("float16", "int8")
 # Pixels, of the longer side.

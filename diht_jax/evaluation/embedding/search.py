@@ -11,9 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from diht_jax.data.escaping import escape
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.base import SourceShard
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -25,7 +22,10 @@ from diht_jax.evaluation.embedding.inputs import input_units
 from diht_jax.evaluation.embedding.picture_index import Hit, PictureIndex
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.entry_counts import count_entries
+from diht_jax.input.decode import decode_rgb
 from diht_jax.progress import ProgressBar
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.escaping import escape
 
 _MOST_SHOWN = 1000  # characters of key and caption
 

@@ -9,8 +9,8 @@ import io
 import pathlib
 from typing import Any
 
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.evaluation.fewshot.grid import PENALTY, PROMPT_INIT, SCRATCH
+from diht_jax.storage.atomic_file import write_atomically
 
 _LOOKS = {
     PROMPT_INIT: ("from the prompts (DiHT)", "#0969da", "o-"),

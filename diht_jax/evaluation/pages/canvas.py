@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.escaping import escape
+from diht_jax.records.escaping import escape
+from diht_jax.storage.atomic_file import write_atomically
 
 INK = (31, 35, 40)
 GREY = (101, 109, 118)

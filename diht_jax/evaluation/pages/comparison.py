@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.evaluation.results import LETTERS, describe_model, metric_of
+from diht_jax.storage.atomic_file import write_atomically
 
 _COLORS = ("#8c959f", "#0969da", "#1a7f37", "#bf3989", "#9a6700")
 _ROOM = 0.76  # of the bars of one metric, the distance of metrics being 1

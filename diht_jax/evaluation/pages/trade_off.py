@@ -10,8 +10,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from diht_jax.data.atomic_file import write_atomically
 from diht_jax.evaluation.protocols.base import Metric
+from diht_jax.storage.atomic_file import write_atomically
 
 
 def draw_trade_off(

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -41,6 +39,8 @@ from diht_jax.evaluation.protocols.base import (
 )
 from diht_jax.evaluation.protocols.vqa_credit import vqa_credit
 from diht_jax.progress import ProgressBar
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 ENTAILMENT_PROMPTS = {
     "entailment": "{}",

@@ -14,11 +14,11 @@ from typing import Protocol as Interface
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
 from diht_jax.evaluation.pages.canvas import ImageLoader
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 Unit = Literal["share", "score", "rank"]
 

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -40,6 +38,8 @@ from diht_jax.evaluation.protocols.base import (
     Task,
     short_source,
 )
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 TIES = {
     "wrong": "a wrong caption as similar as the right one is the answer",

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from diht_jax import sharding
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import check_finite
+from diht_jax.records.schema import Pair
 
 TOP_K = 5
 # Images compared with all classes at once: a block is [images / devices, classes] float32.

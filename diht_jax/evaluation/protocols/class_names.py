@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.prompts import CLASS_SLOT
+from diht_jax.records.schema import Pair
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -63,6 +61,8 @@ from diht_jax.evaluation.protocols.class_names import (
     raw_label,
     resolve_label,
 )
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 ALL_CLASSES, WITH_IMAGES = "all", "with_images"
 TIES = "among equally similar classes the first in the list wins"

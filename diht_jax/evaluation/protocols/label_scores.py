@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -42,6 +40,8 @@ from diht_jax.evaluation.protocols.base import (
 )
 from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, raw_label, resolve_label
 from diht_jax.evaluation.protocols.classification import zero_shot_classifier
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 _SCORES_AT_ONCE = 4096
 _RECALL_POINTS = 10  # and recall 0

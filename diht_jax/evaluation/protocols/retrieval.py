@@ -23,8 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from diht_jax import sharding
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -44,6 +42,8 @@ from diht_jax.evaluation.protocols.base import (
     Task,
     short_source,
 )
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 RECALL_AT = (1, 5, 10)
 TIES = "a wrong item as similar as the right one ranks before it"

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -24,6 +22,8 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_texts,
 )
 from diht_jax.evaluation.protocols.base import Measured, Metric, Protocol, Task
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 _FEW, _MANY = 6, 10  # candidates of the smaller games at most, of the larger ones at least
 

@@ -14,8 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
@@ -25,6 +23,8 @@ from diht_jax.evaluation.embedding.encoding import (
 from diht_jax.evaluation.prompts import fill_caption_template
 from diht_jax.evaluation.protocols.base import CAPTION_TEMPLATE, Measured, Metric, Protocol, Task
 from diht_jax.evaluation.sources.registry import WINOGROUND
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 
 @dataclasses.dataclass(frozen=True)

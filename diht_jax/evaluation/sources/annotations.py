@@ -12,13 +12,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from diht_jax.data.readers.base import (
-    Skipped,
-    merge_captions,
-    parse_json_object,
-    pick_captions,
-)
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.sources.pictures import (
     ReadImage,
     Unit,
@@ -27,6 +20,8 @@ from diht_jax.evaluation.sources.pictures import (
     read_text,
     require,
 )
+from diht_jax.readers.base import Skipped, merge_captions, parse_json_object, pick_captions
+from diht_jax.records.schema import Pair
 
 IMAGE_COLUMN = "image"
 CAPTION_FIELDS = ("caption", "sentence", "question")

@@ -22,20 +22,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from diht_jax.data.readers.array_files import parse_npy
-from diht_jax.data.readers.base import (
+from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_templates
+from diht_jax.evaluation.sources.pictures import Unit, join, read_text
+from diht_jax.readers.array_files import parse_npy
+from diht_jax.readers.base import (
     IMAGE_EXTENSIONS,
     MAX_IMAGE_BYTES,
     Skipped,
     merge_captions,
     pick_captions,
 )
-from diht_jax.data.readers.webdataset import read_groups
-from diht_jax.data.records.remote import exists, list_files
-from diht_jax.data.records.schema import Pair
-from diht_jax.data.stores import is_remote
-from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_templates
-from diht_jax.evaluation.sources.pictures import Unit, join, read_text
+from diht_jax.readers.webdataset import read_groups
+from diht_jax.records.remote import exists, list_files
+from diht_jax.records.schema import Pair
+from diht_jax.storage.stores import is_remote
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
 DEFAULT_SPLIT = "test"

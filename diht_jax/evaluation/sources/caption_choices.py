@@ -17,8 +17,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.sources.annotations import read_rows
 from diht_jax.evaluation.sources.pictures import (
     Box,
@@ -30,6 +28,8 @@ from diht_jax.evaluation.sources.pictures import (
     read_text,
     require,
 )
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 SUGARCREPE_SUBSETS = (
     "add_att",

@@ -10,11 +10,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from diht_jax.data.readers.base import SourceShard
-from diht_jax.data.readers.registry import FORMATS
-from diht_jax.data.readers.webdataset import count_images
-from diht_jax.data.stores import is_remote
 from diht_jax.progress import ProgressBar
+from diht_jax.readers.base import SourceShard
+from diht_jax.readers.registry import FORMATS
+from diht_jax.readers.webdataset import count_images
+from diht_jax.storage.stores import is_remote
 
 
 def count_entries(shards: Sequence[SourceShard]) -> int | None:

@@ -14,8 +14,6 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.sources.pictures import (
     ReadImage,
     Unit,
@@ -24,6 +22,8 @@ from diht_jax.evaluation.sources.pictures import (
     read_text,
     require,
 )
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 # In the devkit's order, the one of the alphabet.
 VOC_CLASSES = (

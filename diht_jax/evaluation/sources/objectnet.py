@@ -12,10 +12,6 @@ import os
 import posixpath
 from collections.abc import Sequence
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.remote import list_files
-from diht_jax.data.records.schema import Pair
-from diht_jax.data.stores import is_remote
 from diht_jax.evaluation.sources.pictures import (
     ReadImage,
     Unit,
@@ -24,6 +20,10 @@ from diht_jax.evaluation.sources.pictures import (
     read_text,
     require,
 )
+from diht_jax.readers.base import Skipped
+from diht_jax.records.remote import list_files
+from diht_jax.records.schema import Pair
+from diht_jax.storage.stores import is_remote
 
 
 def objectnet_units(folder: str) -> list[Unit]:

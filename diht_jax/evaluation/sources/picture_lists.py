@@ -12,14 +12,14 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from diht_jax.data.readers.base import IMAGE_EXTENSIONS, Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.sources.pictures import (
     ReadImage,
     Unit,
     picture_units,
     read_text,
 )
+from diht_jax.readers.base import IMAGE_EXTENSIONS, Skipped
+from diht_jax.records.schema import Pair
 
 _CLIP_SUFFIX = ".avi"
 _HEADER = "path"

@@ -9,13 +9,13 @@ from typing import TypeVar
 
 from PIL import Image
 
-from diht_jax.data.images.decode import MAX_PIXELS, ImageError, decode_rgb
-from diht_jax.data.readers.base import Skipped, read_image
-from diht_jax.data.readers.tables import map_ahead
-from diht_jax.data.records.remote import exists, read_bytes
-from diht_jax.data.records.schema import Pair
-from diht_jax.data.retries import StorageError
-from diht_jax.data.stores import is_remote
+from diht_jax.input.decode import MAX_PIXELS, ImageError, decode_rgb
+from diht_jax.readers.base import Skipped, read_image
+from diht_jax.readers.tables import map_ahead
+from diht_jax.records.remote import exists, read_bytes
+from diht_jax.records.schema import Pair
+from diht_jax.storage.retries import StorageError
+from diht_jax.storage.stores import is_remote
 
 # Reads a part of a source.
 Unit = Callable[[], Iterator[Pair | Skipped]]

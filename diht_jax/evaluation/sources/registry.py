@@ -1,6 +1,6 @@
-"""The way in to evaluation data: what `diht_jax.data.readers` reads, and layouts of benchmarks.
+"""The way in to evaluation data: what `diht_jax.readers` reads, and layouts of benchmarks.
 
-Beside the texts of `diht_jax.data.readers`:
+Beside the texts of `diht_jax.readers`:
 
     clip_benchmark:DIR[:SPLIT]   CLIP_benchmark's layout (`benchmark_folder`); SPLIT is "test"
     annotations:FILE             ALBEF's JSON, Localized Narratives (`annotations`)
@@ -13,7 +13,7 @@ Beside the texts of `diht_jax.data.readers`:
 
 These hold labels, questions, choices or pairs of pairs, which are nothing to train on. FILE and DIR
 may be URLs, and so may a folder of classes (`stored_classes`). Parquet files need no captions here
-(`diht_jax.data.readers.parquet`).
+(`diht_jax.readers.parquet`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from diht_jax.data.readers import parquet, registry
-from diht_jax.data.readers.base import Skipped, SourceShard
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.sources import (
     annotations,
     caption_choices,
@@ -44,6 +41,9 @@ from diht_jax.evaluation.sources.benchmark_folder import (
     open_benchmark_folder,
 )
 from diht_jax.evaluation.sources.pictures import Unit
+from diht_jax.readers import parquet, registry
+from diht_jax.readers.base import Skipped, SourceShard
+from diht_jax.records.schema import Pair
 
 BENCHMARK, ANNOTATIONS, WINOGROUND = "clip_benchmark", "annotations", "winoground"
 

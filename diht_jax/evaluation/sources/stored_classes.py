@@ -5,17 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from diht_jax.data.readers import registry
-from diht_jax.data.readers.base import (
-    FOLDER_EXTENSIONS,
-    UNSUPPORTED_EXTENSIONS,
-    Skipped,
-    clean_text,
-)
-from diht_jax.data.records.remote import is_glob, list_files
-from diht_jax.data.records.schema import Pair
-from diht_jax.data.stores import is_remote, open_system
 from diht_jax.evaluation.sources.pictures import ReadImage, Unit, join, picture_units
+from diht_jax.readers import registry
+from diht_jax.readers.base import FOLDER_EXTENSIONS, UNSUPPORTED_EXTENSIONS, Skipped, clean_text
+from diht_jax.records.remote import is_glob, list_files
+from diht_jax.records.schema import Pair
+from diht_jax.storage.stores import is_remote, open_system
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from diht_jax.data.readers.base import Skipped
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.sources.pictures import (
     ReadImage,
     Unit,
@@ -23,6 +21,8 @@ from diht_jax.evaluation.sources.pictures import (
     read_text,
     require,
 )
+from diht_jax.readers.base import Skipped
+from diht_jax.records.schema import Pair
 
 
 def winogavil_units(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import ml_collections
 from absl import logging
 
-from diht_jax.data.input import workers
+from diht_jax.input import workers
 from diht_jax.training.monitoring.throughput import InputRate
 
 # Of training, before the first look: a run starts with empty buffers.

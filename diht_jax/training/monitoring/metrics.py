@@ -19,8 +19,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.stores import is_remote
+from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.stores import is_remote
 from diht_jax.training.monitoring.growing_object import GrowingObject
 from diht_jax.training.monitoring.tensorboard import EventWriter
 

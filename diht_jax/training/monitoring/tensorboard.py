@@ -19,8 +19,8 @@ from absl import logging
 from etils import epath
 from tensorboard.compat.proto import event_pb2, summary_pb2
 
-from diht_jax.data.records.format import frame_footer, frame_header
-from diht_jax.data.stores import is_remote
+from diht_jax.records.format import frame_footer, frame_header
+from diht_jax.storage.stores import is_remote
 from diht_jax.training.monitoring.growing_object import GrowingObject
 
 TENSORBOARD_DIRECTORY = "tensorboard"

@@ -12,8 +12,8 @@ import ml_collections
 from absl import logging
 from jax.sharding import Mesh
 
-from diht_jax.cost_model.chips import peak_flops
-from diht_jax.cost_model.flops import count_flops, count_jaxpr_flops
+from diht_jax.hardware.chips import peak_flops
+from diht_jax.hardware.flops import count_flops, count_jaxpr_flops
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.gradient_noise import with_noise_scale
 from diht_jax.training.monitoring.metrics import mean_scalars

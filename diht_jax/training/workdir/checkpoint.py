@@ -20,9 +20,9 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from diht_jax.data.batch_wait import Position
-from diht_jax.data.pipeline import TrainIterator
-from diht_jax.data.records.catalog import Share
+from diht_jax.input.batch_wait import Position
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.catalog import Share
 from diht_jax.training.multihost import (
     first_text,
     gather_texts,

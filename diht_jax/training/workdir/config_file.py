@@ -12,7 +12,7 @@ import ml_collections
 from etils import epath
 
 from diht_jax.config import default_config, rename_old_keys
-from diht_jax.data.atomic_file import write_atomically
+from diht_jax.storage.atomic_file import write_atomically
 
 CONFIG_FILE = "config.json"
 # What older versions did, where it is not what the default of a newer key does.

@@ -15,12 +15,12 @@ import ml_collections
 from absl import logging
 from etils import epath
 
-from diht_jax.data.input.order import ORDERS, resolve_order
-from diht_jax.data.records.fingerprint import Fingerprint, describe_changes
-from diht_jax.data.records.train_data import describe_train
+from diht_jax.input.order import ORDERS, resolve_order
+from diht_jax.records.fingerprint import Fingerprint, describe_changes
+from diht_jax.records.train_data import describe_train
 from diht_jax.training.durations import steps_before_end
 from diht_jax.training.multihost import gather_texts
-from diht_jax.training.objectives.registry import TERMS
+from diht_jax.training.terms.registry import TERMS
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, finished_steps
 from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
 

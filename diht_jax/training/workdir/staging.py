@@ -20,8 +20,9 @@ import jax
 from absl import logging
 from etils import epath
 
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.records.remote import is_remote, open_system
+from diht_jax.records.remote import is_remote, open_system
+from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.workdir_lock import LOCK_FILE, lock_directory
 from diht_jax.training.multihost import check_together, gather_texts
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checkpoint import (
@@ -29,7 +30,6 @@ from diht_jax.training.workdir.checkpoint import (
     CORRUPT_DIRECTORY,
     SaveError,
 )
-from diht_jax.training.workdir.lock import LOCK_FILE, lock_directory
 from diht_jax.training.workdir.stored_run import (
     MANIFEST_DIRECTORY,
     copy_folder,

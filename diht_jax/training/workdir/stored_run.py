@@ -21,8 +21,8 @@ import google_crc32c
 from absl import logging
 from jax.sharding import Mesh
 
-from diht_jax.data.atomic_file import write_atomically
-from diht_jax.data.records.remote import is_remote, open_system
+from diht_jax.records.remote import is_remote, open_system
+from diht_jax.storage.atomic_file import write_atomically
 from diht_jax.training.multihost import share_for
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
 from diht_jax.training.workdir.config_file import CONFIG_FILE

@@ -14,7 +14,7 @@ from data_prep.captions import cat_reason, parse_captions
 from data_prep.jobs import models
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
-from diht_jax.data.records.schema import Record
+from diht_jax.records.schema import Record
 
 _CAPTIONS = ["a black cat is chasing a small bird", "blue sky", None, "https://example.com/a.jpg"]
 

@@ -18,9 +18,9 @@ from PIL import Image
 from data_prep.filtering import config as filter_config
 from data_prep.jobs.manifest import read_manifest
 from diht_jax.config import load_recipe, validate_config
-from diht_jax.data.records.formats.registry import open_source
-from diht_jax.data.records.schema import Record, decode_record
 from diht_jax.models import Architecture
+from diht_jax.records.formats.registry import open_source
+from diht_jax.records.schema import Record, decode_record
 from diht_jax.weights import clip_layout
 from diht_jax.weights.tensor_files import write_safetensors
 

@@ -16,10 +16,10 @@ from PIL import Image
 from data_prep import filter as command
 from data_prep.filter import run_filter
 from data_prep.filtering import shard
-from data_prep.jobs import files
 from data_prep.jobs.manifest import read_manifest
 from data_prep.labelling.vocabulary import read_counts as read_concepts
-from diht_jax.data.records.dataset_index import read_table
+from diht_jax.records.dataset_index import read_table
+from diht_jax.storage import files
 from tests.data_prep.filtering.jobs import (
     job_config,
     part_names,

@@ -10,12 +10,12 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import decisions, replay
-from data_prep.filtering.steps import clip
-from data_prep.filtering.steps.base import Candidate, Drop
 from data_prep.jobs import models as jobs_models
 from data_prep.reports.summary import read_report
+from data_prep.steps import clip
+from data_prep.steps.base import Candidate, Drop
 from diht_jax import load_model
-from diht_jax.data.records.schema import Pair
+from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 
 _CAPTIONS = [

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_prep.filter import explain, run_filter
 from data_prep.filtering import config as filter_config
-from diht_jax.data.images.decode import decode_rgb
+from diht_jax.input.decode import decode_rgb
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,

@@ -8,15 +8,15 @@ import tarfile
 
 from data_prep.filter import run_filter
 from data_prep.filtering.shard import filter_shard
-from data_prep.filtering.steps import registry
-from data_prep.filtering.steps.base import Candidate, Step
-from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import crash_search
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch
 from data_prep.jobs.engine import run_tasks
 from data_prep.jobs.progress import ProcessDeath
 from data_prep.jobs.shards import ShardTask
-from diht_jax.data.readers.registry import SourceShard
+from data_prep.steps import registry
+from data_prep.steps.base import Candidate, Step
+from data_prep.steps.image import ImageStep
+from diht_jax.readers.registry import SourceShard
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_records, write_tars
 
 

@@ -19,13 +19,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from data_prep.filter import run_filter
 from data_prep.filtering.shard import filter_shard
-from data_prep.filtering.steps.registry import active_steps
 from data_prep.jobs.crash_search import CrashSearch
 from data_prep.jobs.shards import ShardTask
 from data_prep.reports.summary import read_report
-from diht_jax.data import retries, stores
-from diht_jax.data.readers.registry import SourceShard, open_source
-from tests.data.readers.failing_disk import FailingDisk
+from data_prep.steps.registry import active_steps
+from diht_jax.readers.registry import SourceShard, open_source
+from diht_jax.storage import retries, stores
 from tests.data_prep.filtering.jobs import (
     job_config,
     read_counts,
@@ -33,6 +32,7 @@ from tests.data_prep.filtering.jobs import (
     snapshot,
     write_tars,
 )
+from tests.readers.failing_disk import FailingDisk
 
 
 def _write_inputs(folder) -> str:

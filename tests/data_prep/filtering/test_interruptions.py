@@ -20,8 +20,8 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from diht_jax.data.records.schema import decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.records.schema import decode_record
+from diht_jax.records.tfrecord import TFRecordSource
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT, job_config, snapshot
 from tests.waiting import wait_until
 

@@ -10,9 +10,8 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import shard
-from diht_jax.data.readers.base import held_bytes
-from diht_jax.data.records.schema import Pair
-from tests.data.readers.failing_disk import FailingDisk
+from diht_jax.readers.base import held_bytes
+from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import (
     job_config,
     part_names,
@@ -22,6 +21,7 @@ from tests.data_prep.filtering.jobs import (
     when_done,
     write_tars,
 )
+from tests.readers.failing_disk import FailingDisk
 
 
 def test_run_again_does_only_what_is_missing(tmp_path):

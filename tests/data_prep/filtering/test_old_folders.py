@@ -14,9 +14,9 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering import resharding, shard_log, stale_outputs
-from data_prep.filtering.steps import captions, text
 from data_prep.jobs import fingerprint, manifest, shards
-from diht_jax.data.readers.registry import SourceShard
+from data_prep.steps import captions, text
+from diht_jax.readers.registry import SourceShard
 from tests.data_prep.filtering.jobs import job_config, part_names, read_counts, write_tars
 
 _CAPTION_DIGEST = "947b331d88dcbba05ef3b1aa118324f52bb19d07ec7ef5de25b9bc904598522d"

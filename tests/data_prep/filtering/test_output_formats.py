@@ -14,10 +14,10 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
-from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.pipeline import TrainIterator, open_records
-from diht_jax.data.readers.registry import open_source
-from diht_jax.data.records.formats.tar_records import encode_index, scan_samples
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.readers.registry import open_source
+from diht_jax.records.formats.tar_records import encode_index, scan_samples
 from tests.data_prep.filtering.jobs import job_config, read_records, snapshot
 
 _FORMATS = ("tfrecord", "array_record", "webdataset")

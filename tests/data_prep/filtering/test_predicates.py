@@ -9,8 +9,8 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
-from data_prep.filtering.steps.expressions import parse_condition
 from data_prep.reports.summary import read_report
+from data_prep.steps.expressions import parse_condition
 from tests.data_prep.filtering.jobs import job_config, read_counts
 
 _ATOMS = (

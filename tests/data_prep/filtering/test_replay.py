@@ -14,11 +14,11 @@ from PIL import Image
 from data_prep.filter import run_filter
 from data_prep.filtering import decisions, kept, replay
 from data_prep.filtering.score_quantiles import score_quantiles
-from data_prep.filtering.steps import recorded, text
+from data_prep.steps import recorded, text
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
-from diht_jax.data.images.decode import decode_rgb
+from diht_jax.input.decode import decode_rgb
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records
 from tests.docs.pages import REPOSITORY, python_blocks
 

@@ -12,10 +12,10 @@ from data_prep.filtering import kept as kept_keys
 from data_prep.filtering import resharding
 from data_prep.filtering.decisions import DecisionLog, decisions_path, pack_uid
 from data_prep.jobs import shards
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.records.dataset_info import write_dataset_info
-from diht_jax.data.records.schema import Pair, decode_record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.readers.registry import SourceShard
+from diht_jax.records.dataset_info import write_dataset_info
+from diht_jax.records.schema import Pair, decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 _DROPPED = "0123456789abcdef" * 2
 _UIDS = ["ffffffffffffffff0000000000000001", "00000000000000020000000000000003"]

@@ -11,16 +11,16 @@ from data_prep.captions.graph import CAT_REASONS, GATE_REASONS
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.shard import filter_shard
-from data_prep.filtering.steps import registry
-from data_prep.filtering.steps.base import Candidate, Drop, Step, begin
-from data_prep.filtering.steps.captions import CaptionStep
-from data_prep.filtering.steps.image import ImageStep
 from data_prep.jobs import shards
 from data_prep.reports.funnel import Funnel, stage_reasons
 from data_prep.sources.list import list_sources
-from diht_jax.data.images.decode import REASONS as DECODE_REASONS
-from diht_jax.data.readers.base import SourceShard
-from diht_jax.data.records.schema import Pair
+from data_prep.steps import registry
+from data_prep.steps.base import Candidate, Drop, Step, begin
+from data_prep.steps.captions import CaptionStep
+from data_prep.steps.image import ImageStep
+from diht_jax.input.decode import REASONS as DECODE_REASONS
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_outcomes, write_tars
 
 _SOURCE = SourceShard("table", "t.jsonl")

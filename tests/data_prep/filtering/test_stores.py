@@ -17,11 +17,10 @@ import pytest
 
 from data_prep.filter import run_filter
 from data_prep.filtering import parts
-from data_prep.jobs import files
 from data_prep.sources.list import check_output, list_inputs
-from diht_jax.data import retries
-from tests.data.records.stores import Killed, MeteredStore
+from diht_jax.storage import files, retries
 from tests.data_prep.filtering.jobs import _NOT_COMPARED, job_config, snapshot, write_tars
+from tests.records.stores import Killed, MeteredStore
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 # What states where the output lies, or what it has cost.

@@ -7,7 +7,7 @@ from concurrent import futures
 
 import pytest
 
-from data_prep.jobs import claim, files
+from diht_jax.storage import claim, files
 
 
 @pytest.fixture(params=["disk", "s3"])

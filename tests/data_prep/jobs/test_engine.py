@@ -19,8 +19,8 @@ import pytest
 from data_prep.jobs import engine, failures, progress, shards
 from data_prep.jobs.engine import print_failures, run_pending, run_tasks
 from data_prep.jobs.progress import DEATH, KILLED, LOST, REFUSED, STORAGE, Outcome
-from diht_jax.data.readers.registry import SourceShard
-from diht_jax.data.retries import StorageError
+from diht_jax.readers.registry import SourceShard
+from diht_jax.storage.retries import StorageError
 from tests.waiting import wait_until
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]

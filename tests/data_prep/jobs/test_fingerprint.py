@@ -14,9 +14,9 @@ from PIL import Image
 from data_prep.filter import run_filter
 from data_prep.jobs import fingerprint
 from diht_jax.config import load_recipe
-from diht_jax.data.readers.registry import SourceShard, list_shards
-from diht_jax.data.records.schema import Pair, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter
+from diht_jax.readers.registry import SourceShard, list_shards
+from diht_jax.records.schema import Pair, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _BIG = 2**20  # bytes

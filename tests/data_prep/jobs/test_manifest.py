@@ -7,10 +7,11 @@ import pathlib
 import ml_collections
 import pytest
 
-from data_prep.jobs import files, manifest
+from data_prep.jobs import manifest
 from data_prep.jobs.manifest import Input
 from data_prep.sources.list import default_source, find_root, list_inputs
-from diht_jax.data.readers.registry import SourceShard
+from diht_jax.readers.registry import SourceShard
+from diht_jax.storage import files
 
 
 def _inputs(folder: str, *names: str) -> list[Input]:

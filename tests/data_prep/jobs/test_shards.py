@@ -10,9 +10,9 @@ import pytest
 from data_prep.jobs import fingerprint, manifest, shards
 from data_prep.jobs.failures import survey
 from data_prep.sources.list import default_source, list_inputs
-from diht_jax.data.readers.registry import SourceShard, read_pairs
-from diht_jax.data.records.schema import Pair, encode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.readers.registry import SourceShard, read_pairs
+from diht_jax.records.schema import Pair, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 
 
 def _make_source(folder: pathlib.Path, name: str, count: int) -> SourceShard:

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from diht_jax.config import load_recipe
-from diht_jax.data.records.schema import Record, decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.records.schema import Record, decode_record
+from diht_jax.records.tfrecord import TFRecordSource
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 COLORS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220)}

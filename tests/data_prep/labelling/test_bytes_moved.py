@@ -11,10 +11,10 @@ import pytest
 from data_prep.filter import run_filter
 from data_prep.label import run_label
 from data_prep.labelling.scratch import Scratch, open_scratch
-from tests.data.readers.inputs import write_tar
-from tests.data.records.stores import MeteredStore
 from tests.data_prep.filtering.jobs import job_config
 from tests.data_prep.labelling.pictures import COLORS, NAMES, TEACHER, draw, label_config
+from tests.readers.inputs import write_tar
+from tests.records.stores import MeteredStore
 
 # As LAION's at 256 pixels: 8 TB are 280 million pairs.
 _IMAGE_BYTES = 28_600

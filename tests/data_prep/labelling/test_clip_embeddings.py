@@ -16,16 +16,16 @@ from data_prep.labelling.config import default_config as label_defaults
 from diht_jax import load_model
 from diht_jax.config import default_config
 from diht_jax.data.index import update_index
-from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.input.fixed_crops import with_boxes
-from diht_jax.data.input.mixing import open_mixture
-from diht_jax.data.pipeline import TrainIterator, open_records
-from diht_jax.data.records.labels.clip_embeddings import Crops, quantize
-from diht_jax.data.records.schema import Record, decode_record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.data.tokenizer import tokenize
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.fixed_crops import with_boxes
+from diht_jax.input.mixing import open_mixture
+from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
+from diht_jax.records.labels.clip_embeddings import Crops, quantize
+from diht_jax.records.schema import Record, decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import bind_data

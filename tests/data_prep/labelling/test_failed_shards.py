@@ -12,7 +12,6 @@ import fsspec
 import ml_collections
 import pytest
 
-from data_prep.jobs import claim
 from data_prep.jobs.progress import ProcessDeath
 from data_prep.label import run_label
 from data_prep.labelling import embeddings, heads, obtain_heads, summary
@@ -20,10 +19,11 @@ from data_prep.labelling.config import default_config
 from data_prep.labelling.examples import choose_shards
 from data_prep.teachers import registry
 from data_prep.teachers.base import ImageTeacher, TeacherInfo, TeacherKind
-from diht_jax.data.records.formats.registry import open_source
-from diht_jax.data.records.labels.rows import open_labels
-from diht_jax.data.records.schema import decode_record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter, read_records
+from diht_jax.records.formats.registry import open_source
+from diht_jax.records.labels.rows import open_labels
+from diht_jax.records.schema import decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter, read_records
+from diht_jax.storage import claim
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
 
 _DEADLY: set[bytes] = set()

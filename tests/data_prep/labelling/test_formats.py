@@ -13,8 +13,8 @@ from PIL import Image
 from data_prep.filter import run_filter
 from data_prep.label import run_label
 from diht_jax.config import load_recipe
-from diht_jax.data.pipeline import open_records
-from diht_jax.data.records.vocabulary import find_vocabulary, vocabulary_sizes
+from diht_jax.input.pipeline import open_records
+from diht_jax.records.vocabulary import find_vocabulary, vocabulary_sizes
 
 _RECIPES = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep"
 _TEACHER = """

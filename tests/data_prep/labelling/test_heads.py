@@ -14,7 +14,7 @@ from data_prep.labelling.heads import Head, hash_heads, load_heads, write_heads
 from data_prep.labelling.metrics import Predictions, frequency_baseline, summarize
 from data_prep.labelling.train_heads import soft_target_loss, train_and_measure, train_head
 from data_prep.labelling.vocabulary import Targets
-from diht_jax.data.records.vocabulary import ConceptList
+from diht_jax.records.vocabulary import ConceptList
 
 
 def _targets(rows: list[list[int]]) -> Targets:

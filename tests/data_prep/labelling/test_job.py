@@ -20,16 +20,11 @@ from data_prep.labelling import report as label_report
 from data_prep.labelling.examples import gather_examples
 from data_prep.teachers.registry import describe_teacher
 from diht_jax.config import load_recipe, validate_config
-from diht_jax.data.readers.registry import list_shards
-from diht_jax.data.records.dataset_index import read_table
-from diht_jax.data.records.schema import Record, encode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.data.records.vocabulary import (
-    ConceptList,
-    Vocabulary,
-    find_vocabulary,
-    read_vocabulary,
-)
+from diht_jax.readers.registry import list_shards
+from diht_jax.records.dataset_index import read_table
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_vocabulary, read_vocabulary
 from tests.data_prep.labelling.pictures import (
     COLORS,
     NUM_IMAGES,

@@ -15,8 +15,8 @@ from data_prep.filter import run_filter
 from data_prep.labelling import vocabulary as concept_vocabulary
 from data_prep.labelling.vocabulary import Targets
 from diht_jax.config import load_recipe
-from diht_jax.data.records.tfrecord import find_shards
-from diht_jax.data.records.vocabulary import ConceptList
+from diht_jax.records.tfrecord import find_shards
+from diht_jax.records.vocabulary import ConceptList
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 

@@ -16,14 +16,14 @@ from data_prep.filter import run_filter
 from data_prep.reports.summary import read_report
 from data_prep.sources import img2dataset
 from diht_jax.config import load_recipe
-from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.pipeline import TrainIterator, open_records
-from diht_jax.data.readers.base import Skipped, SourceShard
-from diht_jax.data.readers.registry import read_pairs
-from diht_jax.data.records.format import index_path
-from diht_jax.data.records.schema import decode_record
-from diht_jax.data.records.tfrecord import TFRecordSource, TFRecordWriter
-from tests.data.records.test_samples import write_sample
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.readers.base import Skipped, SourceShard
+from diht_jax.readers.registry import read_pairs
+from diht_jax.records.format import index_path
+from diht_jax.records.schema import decode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests.records.test_samples import write_sample
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _BUFFER = io.BytesIO()

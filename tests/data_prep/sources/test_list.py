@@ -14,8 +14,8 @@ from data_prep.sources.list import (
     shards_of_task,
 )
 from data_prep.text_spotting.config import check_spotter, default_spotter
-from diht_jax.data.readers.registry import FORMATS, SourceShard
-from diht_jax.data.records import remote
+from diht_jax.readers.registry import FORMATS, SourceShard
+from diht_jax.records import remote
 from tests.data_prep.filtering.jobs import job_config
 
 

@@ -6,8 +6,8 @@ from data_prep.synthetic import sampling, teacher, web
 from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
 from data_prep.teachers.precomputed import EmbeddingTable
-from diht_jax.data.images import decode
-from diht_jax.data.readers.registry import open_source
+from diht_jax.input import decode
+from diht_jax.readers.registry import open_source
 
 
 def names_in(targets):

@@ -25,9 +25,9 @@ from data_prep.teachers.registry import (
     settle_precision,
 )
 from data_prep.teachers.swag import WEIGHTS_VARIABLE
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.registry import open_source
-from diht_jax.data.records.schema import Record
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.registry import open_source
+from diht_jax.records.schema import Record
 from diht_jax.weights import swag_layout
 
 _MODULE = """

@@ -28,9 +28,9 @@ from data_prep.text_spotting.ocr import Ocr, crop_line, shrink  # noqa: E402
 from data_prep.text_spotting.spotter import Settings, TextSpotter, caption_matches  # noqa: E402
 from data_prep.text_spotting.weights import find_weights  # noqa: E402
 from diht_jax.config import load_recipe  # noqa: E402
-from diht_jax.data.images.decode import decode_rgb  # noqa: E402
-from diht_jax.data.records.schema import decode_record  # noqa: E402
-from diht_jax.data.records.tfrecord import TFRecordSource  # noqa: E402
+from diht_jax.input.decode import decode_rgb  # noqa: E402
+from diht_jax.records.schema import decode_record  # noqa: E402
+from diht_jax.records.tfrecord import TFRecordSource  # noqa: E402
 from tests.data_prep.filtering.jobs import job_config, snapshot  # noqa: E402
 
 # Shares no five characters with what the pictures show.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images, encode_texts
+from diht_jax.records.schema import Pair
 
 
 class _MeanColor:

@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.readers import image_folder
-from diht_jax.data.readers.base import Skipped, SourceShard, read_image
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images
 from diht_jax.evaluation.embedding.entries import Entries
@@ -21,6 +18,9 @@ from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 from diht_jax.evaluation.fewshot import grid
 from diht_jax.evaluation.sources import pictures
 from diht_jax.evaluation.task_parsing import parse_tasks
+from diht_jax.readers import image_folder
+from diht_jax.readers.base import Skipped, SourceShard, read_image
+from diht_jax.records.schema import Pair
 
 
 class _Processes:

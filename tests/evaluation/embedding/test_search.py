@@ -12,7 +12,7 @@ from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
 from diht_jax.evaluation.pages.search import draw_search_page
 from tests.compiling import xla_flags
-from tests.data.readers.inputs import write_tar
+from tests.readers.inputs import write_tar
 
 
 @pytest.fixture

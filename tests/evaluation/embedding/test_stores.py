@@ -9,7 +9,7 @@ from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
-from tests.data.readers.inputs import write_tar
+from tests.readers.inputs import write_tar
 
 
 def test_pairs_on_s3_are_embedded_evaluated_and_searched(tiny_model, photos, tmp_path, s3_bucket):

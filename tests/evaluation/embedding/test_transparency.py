@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from diht_jax.data.images.decode import decode_rgb
+from diht_jax.input.decode import decode_rgb
 
 
 def test_transparency_is_white(tiny_model):

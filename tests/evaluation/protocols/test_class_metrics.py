@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.protocols.class_metrics import (
     Groups,
     describe_groups,
@@ -11,6 +10,7 @@ from diht_jax.evaluation.protocols.class_metrics import (
     metrics_of_groups,
     read_group,
 )
+from diht_jax.records.schema import Pair
 
 
 def test_f1_is_that_of_scikit_learn_over_the_classes_with_images():

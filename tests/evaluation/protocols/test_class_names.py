@@ -2,13 +2,13 @@
 
 import pytest
 
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.protocols.class_names import (
     derive_classes,
     name_index,
     raw_label,
     resolve_label,
 )
+from diht_jax.records.schema import Pair
 
 TEMPLATES = ("a photo of a {}.",)
 

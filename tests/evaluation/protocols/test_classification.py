@@ -6,7 +6,6 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.protocols import class_metrics
 from diht_jax.evaluation.protocols.classification import (
     classification_metrics,
@@ -14,6 +13,7 @@ from diht_jax.evaluation.protocols.classification import (
     rank_labels,
     zero_shot_classifier,
 )
+from diht_jax.records.schema import Pair
 
 
 def _unit(x):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding.encoding import EncodedImages
 from diht_jax.evaluation.protocols.label_scores import (
     LabelScores,
@@ -17,6 +16,7 @@ from diht_jax.evaluation.protocols.label_scores import (
     score_labels,
 )
 from diht_jax.evaluation.suite import SUITE
+from diht_jax.records.schema import Pair
 
 
 def _scores(seed, n=40):

@@ -6,7 +6,6 @@ import pathlib
 import numpy as np
 import pytest
 
-from diht_jax.data.readers.base import Skipped
 from diht_jax.evaluation.protocols.answers import (
     answer_entailment,
     answer_questions,
@@ -17,6 +16,7 @@ from diht_jax.evaluation.sources.annotations import read_annotations, read_rows,
 from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.readers.base import Skipped
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ class _Oracle:
 
 def _oracle(photos, text_emb):
     """The i-th picture is the i-th unit vector, so that a text's entries are its similarities."""
-    from diht_jax.data.images.decode import decode_rgb
+    from diht_jax.input.decode import decode_rgb
 
     keys = [np.asarray(decode_rgb(photo).resize((2, 2))).tobytes() for photo in photos]
     # Pictures that fill up a batch are black.

@@ -9,11 +9,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from diht_jax.data.images.decode import decode_rgb
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.sources.registry import check_source, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.input.decode import decode_rgb
 
 
 def _npy(values):

@@ -15,12 +15,12 @@ from benchmarks.clip_benchmark_folder import write_folder
 from benchmarks.clip_benchmark_standins import STANDINS, write_standin
 from benchmarks.clip_benchmark_tasks import compare_task
 from diht_jax import load_model
-from diht_jax.data.images.decode import decode_rgb
 from diht_jax.evaluation.prompts import CIFAR10_CLASSES
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.export import export_model
+from diht_jax.input.decode import decode_rgb
 
 _SIZE = 64
 

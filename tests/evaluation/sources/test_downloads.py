@@ -22,8 +22,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.data.images.decode import decode_rgb
-from diht_jax.data.readers.base import Skipped
 from diht_jax.evaluation.protocols.class_names import RawLabel, name_index, resolve_label
 from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
@@ -31,6 +29,8 @@ from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.evaluation.suite import NO_SOURCE, SUITE
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task, read_entries
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.base import Skipped
 
 _PAGE = pathlib.Path(__file__).parents[3] / "docs" / "evaluation_sets.md"
 _FETCH = 'for last; do :; done; cp "$DOWNLOADS/${last##*/}" .'

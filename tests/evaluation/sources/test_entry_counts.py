@@ -6,13 +6,13 @@ import tarfile
 
 import pytest
 
-from diht_jax.data.readers.base import SourceShard
 from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.search import search_pictures
 from diht_jax.evaluation.fewshot.grid import FewShotOptions, evaluate_few_shot
 from diht_jax.evaluation.sources.entry_counts import estimate_total, shard_lengths
 from diht_jax.evaluation.sources.registry import count_source, read_source
 from diht_jax.evaluation.tasks import evaluate_task, parse_tasks
+from diht_jax.readers.base import SourceShard
 
 
 def _write_tar(path, photos, note):

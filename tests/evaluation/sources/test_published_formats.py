@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from diht_jax import load_model
-from diht_jax.data.images.decode import decode_rgb
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import read_entries
+from diht_jax.input.decode import decode_rgb
 from tests.compiling import xla_flags
 
 _SIZE = 48

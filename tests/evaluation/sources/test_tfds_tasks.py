@@ -4,10 +4,10 @@ of classes as TFDS has them."""
 import numpy as np
 import pytest
 
-from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.evaluation.protocols.class_names import RawLabel, derive_classes
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.records.tfrecord import TFRecordWriter
 
 tfds = pytest.importorskip("tensorflow_datasets")
 

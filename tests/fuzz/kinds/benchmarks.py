@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.data.records.schema import Pair
 from diht_jax.evaluation.embedding import files
 from diht_jax.evaluation.sources.registry import check_source, read_source
+from diht_jax.records.schema import Pair
 from tests.fuzz import damage
 from tests.fuzz.damage import DEEP_JSON, NO_OBJECT, NOT_UTF8, ODD, Draw, noise, words
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_read, require

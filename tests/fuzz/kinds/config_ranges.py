@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax import config as configs
-from diht_jax.training.config_ranges import RANGES, check_ranges
+from diht_jax.config.ranges import RANGES, check_ranges
 from tests.fuzz.damage import Draw
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 

@@ -18,7 +18,7 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 from PIL import Image
 
-from diht_jax.data.images import decode, fast_crops
+from diht_jax.input import decode, fast_crops
 from tests.fuzz.damage import Draw, cut, damaged, flipped, noise, seeds
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 

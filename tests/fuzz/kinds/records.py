@@ -1,6 +1,6 @@
 """TFRecord shards, their indices, and the records in them.
 
-Read in order by `diht_jax.data.readers`, at random by `TFRecordSource`, decoded by `schema`.
+Read in order by `diht_jax.readers`, at random by `TFRecordSource`, decoded by `schema`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from hypothesis.strategies import sampled_from as one
 from PIL import Image
 
 from diht_jax.data.index import update_index
-from diht_jax.data.readers import registry
-from diht_jax.data.records import schema
-from diht_jax.data.records.tfrecord import TFRecordSource
+from diht_jax.readers import registry
+from diht_jax.records import schema
+from diht_jax.records.tfrecord import TFRecordSource
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, cut, damaged, flipped, noise, words
 from tests.fuzz.framing import dataset_index, example, frame, index, with_preamble
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require

@@ -18,15 +18,15 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
 from data_prep.filtering.shard import _next_chunk
-from diht_jax.data.readers import registry
-from diht_jax.data.records.schema import Pair, encode_record
-from diht_jax.data.records.tfrecord import TFRecordWriter
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.evaluate import evaluate_model
 from diht_jax.export import export_model
-from tests.data.readers.failing_disk import FailingDisk
+from diht_jax.readers import registry
+from diht_jax.records.schema import Pair, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
 from tests.fuzz.damage import Draw, noise, words
 from tests.fuzz.judge import ERROR, SKIP, SUCCESS, Refused, attempt, must_refuse, require
+from tests.readers.failing_disk import FailingDisk
 
 _ERRORS = (*(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN), errno.EACCES, errno.ENOMEM)
 _URLS = ("s3://bucket/out", "gs://b/x/y.json", "memory://out", "file:///tmp/out", "hdfs://h:9/o")

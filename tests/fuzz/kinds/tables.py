@@ -1,4 +1,4 @@
-"""Tables beside images (jsonl, csv, tsv) and class folders, through `diht_jax.data.readers`."""
+"""Tables beside images (jsonl, csv, tsv) and class folders, through `diht_jax.readers`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.data.readers import registry
+from diht_jax.readers import registry
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, ODD, Draw, damaged, flipped, noise, words
 from tests.fuzz.judge import ERROR, Refused, attempt, judge_entries, judge_read, require
 

@@ -1,4 +1,4 @@
-"""Webdataset tars, through `diht_jax.data.readers`: damaged members, headers and archives.
+"""Webdataset tars, through `diht_jax.readers`: damaged members, headers and archives.
 
 The archives are put together block by block, so that a case knows where each member lies.
 """
@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy, integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.data.readers import registry
-from diht_jax.data.records.format import index_path
-from diht_jax.data.records.formats.tar_records import TarRecordSource
+from diht_jax.readers import registry
+from diht_jax.records.format import index_path
+from diht_jax.records.formats.tar_records import TarRecordSource
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, damaged, flipped, noise, words
 from tests.fuzz.judge import SKIP, SUCCESS, Refused, attempt, judge_read, require
 

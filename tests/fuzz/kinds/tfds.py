@@ -9,8 +9,8 @@ from absl import logging
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.data.readers import registry
-from diht_jax.data.records.dataset_info import FILES, shard_name, write_dataset_info
+from diht_jax.readers import registry
+from diht_jax.records.dataset_info import FILES, shard_name, write_dataset_info
 from tests.fuzz.damage import NOT_UTF8, Draw, damage_folder, damaged, noise
 from tests.fuzz.framing import example, frame
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_read, require

@@ -14,8 +14,8 @@ from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 from PIL import Image
 
-from diht_jax.data.input.examples import DecodeExample
-from diht_jax.data.pipeline import TrainIterator, open_records
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.pipeline import TrainIterator, open_records
 from tests.fuzz.damage import Draw, flipped, noise
 from tests.fuzz.framing import example, frame, index
 from tests.fuzz.judge import ERROR, SKIP, SUCCESS, Refused, attempt, require

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.data.records import vocabulary
-from diht_jax.data.records.tfrecord import TFRecordWriter
-from diht_jax.data.records.vocabulary import ConceptList, Vocabulary
 from diht_jax.evaluation import prompts
+from diht_jax.records import vocabulary
+from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.records.vocabulary import ConceptList, Vocabulary
 from tests.fuzz.damage import NOT_UTF8, Draw, changed_text, damage_folder, damaged, words
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, judge_value, must_refuse, require
 

@@ -5,7 +5,7 @@ import pytest
 from absl import logging
 
 from diht_jax.config import default_config
-from diht_jax.data.input import workers
+from diht_jax.input import workers
 from diht_jax.training.monitoring.input_supply import InputSupply, advise
 from diht_jax.training.monitoring.throughput import InputRate, ThroughputWindow
 

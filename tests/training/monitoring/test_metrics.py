@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tensorboard.compat.proto import event_pb2
 
-from diht_jax.data.records.format import read_records
+from diht_jax.records.format import read_records
 from diht_jax.training.monitoring import tensorboard
 from diht_jax.training.monitoring.metrics import (
     MetricWriter,
@@ -15,7 +15,7 @@ from diht_jax.training.monitoring.metrics import (
     plot_curves,
     read_metrics,
 )
-from tests.data.records.stores import BucketStore
+from tests.records.stores import BucketStore
 
 
 def write_steps(workdir, start, steps):

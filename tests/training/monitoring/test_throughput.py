@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from diht_jax import sharding
-from diht_jax.cost_model.flops import count_jaxpr_flops
+from diht_jax.hardware.flops import count_jaxpr_flops
 from diht_jax.training.monitoring import throughput
 from diht_jax.training.monitoring.throughput import ThroughputWindow, mesh_peak_flops, model_flops
 from diht_jax.training.program import TrainProgram

@@ -7,13 +7,13 @@ import sys
 import pytest
 from etils import epath
 
+from diht_jax.storage.workdir_lock import lock_directory
 from diht_jax.training.loop import train
-from diht_jax.training.workdir.lock import lock_directory
 
 HOLD = """
 import sys, time
 from etils import epath
-from diht_jax.training.workdir.lock import lock_directory
+from diht_jax.storage.workdir_lock import lock_directory
 with lock_directory(epath.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -1,0 +1,251 @@
+"""Pictures that are in an evaluation set: by their pixels, a perceptual hash, or embeddings.
+
+How pictures are hashed belongs in `data_prep.duplicates.image_hashes`, how embeddings are read in
+`data_prep.duplicates.given`.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from absl import logging
+from ml_collections.config_dict import placeholder
+
+from data_prep.duplicates import given
+from data_prep.duplicates.image_hashes import SUFFIX, Index, open_index, try_hash
+from data_prep.steps import models
+from data_prep.steps.base import Candidate, Drop, Step, check_integers
+from diht_jax.config import TextOrSections
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.remote import is_remote
+from diht_jax.storage.stores import local_copy
+
+_EMBEDDINGS = "config.decontaminate.embeddings"
+
+# Name of a set, key of its picture, and how it was recognised.
+_Match = tuple[str, str, str]
+
+
+class DecontaminateStep(Step):
+    """Drops pairs whose picture is in one of the sets; the name of the set is the reason."""
+
+    name = "decontaminate"
+    order = 22  # pictures are decoded; those that cannot be are gone
+    reads = ("image",)
+    reasons = {}
+    section = "decontaminate"
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        c = config.decontaminate = ml_collections.ConfigDict()
+        # name -> a source of docs/data.md, or an index of data_prep.duplicates.image_hashes, such
+        # as sets.cifar10 = "/data/cifar10_test.tar"; or a text, "cifar10=/data/cifar10_test.tar"
+        # with commas between several.
+        c.sets = TextOrSections.reference()
+        c.perceptual = True  # compare perceptual hashes too; False: equal pixels only
+        c.max_bits = 6  # of 64 that may differ between perceptual hashes
+        c.embeddings = ml_collections.ConfigDict()
+        # name -> the --output of diht_jax.embed on the set, or a glob of .npz or .parquet files
+        # with "key" and "image_emb"; or a text, as above. The names may be those of `sets`.
+        c.embeddings.sets = TextOrSections.reference()
+        # Embeddings of the pairs by the same model: the --output of diht_jax.embed on config.input,
+        # or a model for diht_jax.load_model that makes them.
+        c.embeddings.pairs = placeholder(str)
+        c.embeddings.model = placeholder(str)
+        c.embeddings.min_cosine = 0.85  # from which two pictures are the same; depends on the model
+        c.embeddings.batch_size = 64  # pictures that the model gets at a time
+
+    @classmethod
+    def check(cls, config: ml_collections.ConfigDict) -> None:
+        bits, c = config.decontaminate.max_bits, config.decontaminate.embeddings
+        if not 0 <= bits <= 16:
+            raise ValueError(f"config.decontaminate.max_bits={bits}; expected 0 to 16")
+        check_integers({"decontaminate.embeddings.batch_size": (c.batch_size, 1)})
+        if not -1 <= c.min_cosine <= 1:
+            raise ValueError(
+                f"config.decontaminate.embeddings.min_cosine={c.min_cosine}; expected a cosine"
+            )
+        _sets(config)
+        if (c.pairs is not None) + (c.model is not None) != bool(_embedded_sets(config)):
+            raise ValueError(
+                "config.decontaminate.embeddings.sets goes with one of "
+                "config.decontaminate.embeddings.pairs and config.decontaminate.embeddings.model"
+            )
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        return bool(_sets(config) or _embedded_sets(config))
+
+    @classmethod
+    def settings(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        found = super().settings(config)
+        # Folders of before embeddings were compared stay valid; what the sets hold is in the rules.
+        del found[cls.name]["embeddings"]
+        if _embedded_sets(config):
+            found[cls.name]["min_cosine"] = config.decontaminate.embeddings.min_cosine
+        return found
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        digests = {name: _open_index(path).digest() for name, path in _sets(config).items()}
+        rules = super().describe_rules(config) | {"decontaminate_sets": digests}
+        c = config.decontaminate.embeddings
+        if _embedded_sets(config):
+            _open_set.cache_clear()  # a run begins with the files as they are now
+            rules["decontaminate_embedded_sets"] = {
+                name: known.digest() for name, known in _open_embedded(config).items()
+            }
+            rules["decontaminate_embeddings"] = (
+                models.fingerprint(c.model, f"{_EMBEDDINGS}.model")
+                if c.model is not None
+                else given.describe(c.pairs)
+            )
+        return rules
+
+    @classmethod
+    def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
+        c = config.decontaminate.embeddings
+        return None if c.model is None else models.BATCHES * c.batch_size
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        super().__init__(config, source)
+        self._sets = {name: _open_index(path) for name, path in _sets(config).items()}
+        self._embedded = _open_embedded(config)
+        c = config.decontaminate.embeddings
+        self._source, self._without_embedding = source, 0
+        self._given = None if c.pairs is None else given.read_of_shard(c.pairs, source)
+        self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
+
+    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+        found = [None] * len(candidates)
+        for matches in (*self._find_embedded(candidates), *self._find_hashed(candidates)):
+            found = [match or before for match, before in zip(matches, found, strict=True)]
+        for candidate, match in zip(candidates, found, strict=True):
+            if match is None:
+                yield candidate
+            else:
+                name, key, how = match
+                yield Drop(candidate, name, evidence=f"{key} of {name}: {how}")
+
+    def record(self, log: Any) -> None:
+        if self._without_embedding:
+            logging.warning(
+                "%s: %d pairs have no embedding in %s.pairs='%s', and went on without a comparison",
+                self._source,
+                self._without_embedding,
+                _EMBEDDINGS,
+                self.config.decontaminate.embeddings.pairs,
+            )
+
+    def _find_hashed(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
+        """What each candidate is a copy of, by its hashes; set by set, the first one last."""
+        c = self.config.decontaminate
+        if not self._sets:
+            return
+        pictures = [try_hash(candidate.pair.image) for candidate in candidates]
+        for name, index in reversed(self._sets.items()):
+            found = index.find(pictures, c.max_bits if c.perceptual else None)
+            yield [
+                None if match is None else (name, match.key, _describe_bits(match.bits))
+                for match in found
+            ]
+
+    def _find_embedded(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
+        """As `_find_hashed`, by embeddings."""
+        if not self._embedded:
+            return
+        embeddings = self._embed(candidates)
+        least = self.config.decontaminate.embeddings.min_cosine
+        for name, known in reversed(self._embedded.items()):
+            yield [
+                None if match is None else (name, match.key, f"cosine {match.cosine:.3f}")
+                for match in known.find(embeddings, least)
+            ]
+
+    def _embed(self, candidates: Sequence[Candidate]) -> np.ndarray:
+        """float32 [n, d] of the pictures, of length 1; 0 where there is no embedding."""
+        rows = {}
+        if self._given is not None:
+            keys = [candidate.pair.key for candidate in candidates]
+            rows = {i: self._given[key] for i, key in enumerate(keys) if key in self._given}
+            self._without_embedding += len(keys) - len(rows)
+        else:
+            images = self._model.embed_images([candidate.pair.image for candidate in candidates])
+            rows = {i: image for i, image in enumerate(images) if not isinstance(image, str)}
+        known = next(iter(self._embedded.values())).embeddings
+        width = len(next(iter(rows.values()), known[0]))
+        found = np.zeros((len(candidates), width), np.float32)
+        for number, row in rows.items():
+            found[number] = row / max(float(np.linalg.norm(row)), 1e-12)
+        return found
+
+
+def _describe_bits(bits: int | None) -> str:
+    return "equal pixels" if bits is None else f"{bits} of 64 bits differ"
+
+
+def _sets(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Name -> path of the evaluation sets that are hashed."""
+    return _parse(config.decontaminate.sets, "config.decontaminate.sets")
+
+
+def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
+    """Name -> path of the embeddings of evaluation sets."""
+    return _parse(config.decontaminate.embeddings.sets, f"{_EMBEDDINGS}.sets")
+
+
+@functools.lru_cache(maxsize=64)
+def _open_set(path: str) -> given.EmbeddedSet:
+    """As `given.open_set`; it is kept for the next shard."""
+    return given.open_set(path)
+
+
+@functools.lru_cache(maxsize=64)
+def _open_index(path: str) -> Index:
+    """As `open_index`; of a file in a store, too."""
+    if not path.endswith(SUFFIX) or not is_remote(path):
+        return open_index(path)
+    with local_copy(path) as copy:
+        try:
+            return open_index(copy)
+        except ValueError as error:
+            raise ValueError(str(error).replace(copy, path)) from error
+
+
+def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, given.EmbeddedSet]:
+    """Name -> embeddings of the evaluation sets."""
+    found = {}
+    for name, path in _embedded_sets(config).items():
+        try:
+            found[name] = _open_set(path)
+        except ValueError as error:
+            raise ValueError(f"{_EMBEDDINGS}.sets, {name}={error}") from error
+    return found
+
+
+def _parse(sets: str | ml_collections.ConfigDict | None, key: str) -> dict[str, str]:
+    """Name -> path.
+
+    Raises:
+        ValueError: they are written in another form.
+    """
+    if isinstance(sets, str):
+        entries = [text.partition("=") for text in filter(None, sets.split(","))]
+        found = [(name.strip(), path.strip()) for name, _, path in entries]
+    else:
+        found = list((sets or {}).items())
+    repeated = [
+        name for name, count in collections.Counter(n for n, _ in found).items() if count > 1
+    ]
+    wrong = [name for name, path in found if not name or not isinstance(path, str) or not path]
+    if repeated or wrong:
+        raise ValueError(
+            f"{key}={sets!r}; expected a different name and a path for each, "
+            "such as 'cifar10=/data/cifar10_test.tar,coco=/data/coco.npz'"
+        )
+    return dict(found)

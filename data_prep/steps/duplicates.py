@@ -1,0 +1,77 @@
+"""Duplicates of other pairs, by the table that `python -m data_prep.duplicates` has written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from absl import logging
+from ml_collections.config_dict import placeholder
+
+from data_prep.duplicates.table import Lookup, hash_input, read_inputs, read_summary
+from data_prep.jobs.manifest import Input
+from data_prep.steps.base import Candidate, Drop, Step
+from diht_jax.readers.base import SourceShard
+
+_LOOKED_AT = 32  # inputs that are compared with those of the table
+
+
+class DuplicateStep(Step):
+    """Drops the pairs that the table names by their keys."""
+
+    name = "duplicates"
+    order = 6  # a search in a sorted table
+    reasons = {"exact": "copy of another image", "near": "near-duplicate of another image"}
+    section = "duplicates"
+
+    @classmethod
+    def add_defaults(cls, config: ml_collections.ConfigDict) -> None:
+        config.duplicates = ml_collections.ConfigDict()
+        # The output folder of data_prep.duplicates on the same pairs; None: nothing is dropped.
+        config.duplicates.table = placeholder(str)
+
+    @classmethod
+    def is_active(cls, config: ml_collections.ConfigDict) -> bool:
+        return config.duplicates.table is not None
+
+    @classmethod
+    def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        folder = config.duplicates.table
+        summary = read_summary(folder)
+        if summary is None:
+            raise ValueError(
+                f"config.duplicates.table='{folder}': no complete output of python -m "
+                "data_prep.duplicates; run that command (again)"
+            )
+        return super().describe_rules(config) | {"duplicates_table": summary["digest"]}
+
+    @classmethod
+    def check_inputs(cls, config: ml_collections.ConfigDict, inputs: Sequence[Input]) -> None:
+        folder = config.duplicates.table
+        known = read_inputs(folder)
+        looked_at = inputs[:: max(1, len(inputs) // _LOOKED_AT)]
+        if known is None or any(hash_input(found.shard) in known for found in looked_at):
+            return
+        logging.warning(
+            "config.duplicates.table='%s' was made of other files: none of the %d shards of "
+            "config.input that were looked at has the name and size of one of its inputs. Pairs "
+            "are dropped by their keys: where both data sets number theirs, the wrong ones",
+            folder,
+            len(looked_at),
+        )
+
+    def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
+        super().__init__(config, source)
+        self._lookup = Lookup(config.duplicates.table)
+
+    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+        found = self._lookup.find([candidate.pair.key for candidate in candidates])
+        for candidate, known in zip(candidates, found, strict=True):
+            if known is None:
+                yield candidate
+            else:
+                evidence = f"similarity {known.similarity:.3f} with {known.duplicate_of}"
+                if known.kind == "exact":
+                    evidence = f"equal bytes: {known.duplicate_of}"
+                yield Drop(candidate, known.kind, evidence=evidence)

@@ -1,0 +1,163 @@
+"""Models that steps take embeddings from: in the worker or in actors that workers share.
+
+A model is known by its files. Where it runs is decided in `data_prep.jobs.models`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from data_prep.jobs.models import is_shared, open_model
+from diht_jax.input.decode import ImageError, decode_rgb
+from diht_jax.input.transforms import eval_transform
+from diht_jax.records.remote import is_remote
+from diht_jax.weights.releases import RELEASES
+
+_READ_BYTES = 2**22
+# Batches of candidates that a step takes at once, so that shared models have several under way.
+BATCHES = 4
+
+
+class Encoder:
+    """A model that `diht_jax.load_model` reads, for pictures and captions.
+
+    Its batches have one shape, filled up with what does not count, so that it is compiled once.
+    """
+
+    def __init__(self, model: str, batch_size: int):
+        """Loads the model, or leaves that to who shares it.
+
+        Args:
+            model: for `diht_jax.load_model`.
+            batch_size: pictures, or texts, that it gets at a time.
+        """
+        self._model = open_model(functools.partial(_load, model, batch_size))
+        self._batch_size = batch_size
+        if not is_shared():
+            _ = self.image_size  # loading is no pair's fault, and no part of a step's time
+
+    @functools.cached_property
+    def image_size(self) -> int:
+        """Side of the pictures that the model takes, in pixels."""
+        (size,) = self._model.map("find_image_size", [()])
+        return size
+
+    def embed_images(self, images: Sequence[bytes]) -> list[np.ndarray | str]:
+        """Decodes pictures, while a shared model works on those before.
+
+        Args:
+            images: encoded pictures.
+
+        Returns:
+            float32 [d] of unit length for each, or the reason why it cannot be decoded.
+        """
+        if not images:
+            return []
+        found: list[np.ndarray | str] = []
+        numbers: list[int] = []  # of those that the model gets
+
+        def decode() -> Iterator[tuple[np.ndarray, int]]:
+            for chunk in _chunks(images, self._batch_size):
+                pixels = self._no_pixels()
+                before = len(numbers)
+                for image in chunk:
+                    try:
+                        picture = eval_transform(decode_rgb(image), self.image_size)
+                    except ImageError as error:
+                        found.append(error.reason)
+                        continue
+                    pixels[len(numbers) - before] = picture
+                    numbers.append(len(found))
+                    found.append("")
+                if len(numbers) > before:
+                    yield pixels, len(numbers) - before
+
+        embedded = 0
+        for rows in self._model.map("encode_images", decode()):
+            for row in rows:
+                found[numbers[embedded]] = row
+                embedded += 1
+        return found
+
+    def embed_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """float32 [d] of unit length for each text."""
+        if not texts:
+            return []
+        chunks = _chunks(texts, self._batch_size)
+        filled = ((chunk + [""] * (self._batch_size - len(chunk)), len(chunk)) for chunk in chunks)
+        return list(itertools.chain.from_iterable(self._model.map("encode_texts", filled)))
+
+    def _no_pixels(self) -> np.ndarray:
+        return np.zeros((self._batch_size, self.image_size, self.image_size, 3), np.uint8)
+
+
+class _Loaded:
+    """The model where it runs; JAX is imported here only."""
+
+    def __init__(self, model: str, batch_size: int):
+        from diht_jax.weights.loading import load_model
+
+        self._model = load_model(model, batch_size=batch_size)
+
+    def find_image_size(self) -> int:
+        return self._model.image_size
+
+    def encode_images(self, pixels: np.ndarray, count: int) -> np.ndarray:
+        """float32 [count, d] of the first of uint8 [b, size, size, 3]."""
+        return self._model.encode_image(pixels)[:count]
+
+    def encode_texts(self, texts: list[str], count: int) -> np.ndarray:
+        """float32 [count, d] of the first texts."""
+        return self._model.encode_text(texts)[:count]
+
+
+@functools.lru_cache(maxsize=4)  # several steps may have a model of their own
+def _load(model: str, batch_size: int) -> _Loaded:
+    return _Loaded(model, batch_size)
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    return iter(lambda: list(itertools.islice(items, size)), [])
+
+
+@functools.lru_cache(maxsize=4)
+def fingerprint(model: str, name: str) -> str:
+    """What changes with the model, without loading it: of a file its bytes, of a folder its files.
+
+    A released model is its name: its bytes are checked when it is loaded.
+
+    Args:
+        model: for `diht_jax.load_model`.
+        name: key of the config, for errors.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    if os.path.isfile(model):
+        with open(model, "rb") as file:
+            while data := file.read(_READ_BYTES):
+                digest.update(data)
+        return digest.hexdigest()
+    if not os.path.isdir(model):
+        if model not in RELEASES and not is_remote(model):
+            raise ValueError(
+                f"{name}='{model}': no such work directory or weight file, and no "
+                f"released model ({', '.join(RELEASES)})"
+            )
+        return model
+    for folder, folders, names in os.walk(model):
+        folders.sort()
+        for name in sorted(names):
+            path = os.path.join(folder, name)
+            state = os.stat(path)
+            described = f"{os.path.relpath(path, model)}\n{state.st_size}\n{state.st_mtime_ns}\n"
+            digest.update(described.encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

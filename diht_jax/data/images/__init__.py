@@ -1,1 +1,0 @@
-"""Pictures: decoding, and the transforms of training and evaluation."""

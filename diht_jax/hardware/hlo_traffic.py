@@ -1,0 +1,419 @@
+"""What a compiled program moves: memory traffic and collectives, read from its optimised HLO.
+
+XLA's cost analysis counts the body of a loop once; here every instruction counts as often as it
+runs, by the trip counts of the loops around it. FLOPs are counted by `flops`, on the jaxpr.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from diht_jax.hardware.replica_groups import read_groups
+
+COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+    "collective-broadcast",
+)
+
+_BITS = {"pred": 8, "bf16": 16, "f8": 8, "token": 0, "tuple": 0, "opaque": 0}
+_PRODUCTS = ("dot", "convolution")
+# Instructions that read and write nothing themselves.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "domain",
+        "opt-barrier",
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One kind of communication, summed over the program, for one device.
+
+    Attributes:
+        kind: one of `COLLECTIVES`.
+        group_size: devices that take part together; 2 for a permutation.
+        count: how often it runs.
+        payload_bytes: of the array that is reduced, gathered (its whole) or passed on.
+        sent_bytes: what a device sends over its links with a bandwidth-optimal algorithm:
+            (g-1)/g of the payload to gather, to scatter or to exchange, twice that to reduce, all
+            of it to permute.
+        span: devices of the mesh from the first to the last one that communicate with each other,
+            at most; None where that is not known.
+    """
+
+    kind: str
+    group_size: int
+    count: int
+    payload_bytes: int
+    sent_bytes: int
+    span: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """What a program moves on one device.
+
+    Attributes:
+        memory_bytes: read from and written to the device's main memory (HBM), by the operands and
+            results of the program's instructions.
+        collectives: by kind and group size, largest first.
+        unknown_loops: loops whose trip count could not be read; their bodies are counted once.
+        bytes_by_kind: `memory_bytes` by what the instructions do, largest first: "products",
+            "kernels" (attention), "element-wise" (with sums), "copies", "collectives".
+    """
+
+    memory_bytes: int
+    collectives: tuple[Collective, ...]
+    unknown_loops: int
+    bytes_by_kind: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Over the links, all collectives together."""
+        return sum(c.sent_bytes for c in self.collectives)
+
+
+def count_traffic(hlo_text: str) -> Traffic:
+    """Counts what the program moves.
+
+    Args:
+        hlo_text: `compiled.as_text()` of one program.
+    """
+    return _Counter(_parse_module(hlo_text)).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type_text: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str  # what follows the operands
+    is_root: bool
+
+    def called(self, attribute: str) -> str | None:
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+        return found.group(1) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Module:
+    computations: dict[str, dict[str, _Instruction]]
+    entry: str
+    num_devices: int
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+
+
+def _parse_module(text: str) -> _Module:
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = computations[header.group(2)] = {}
+            entry = header.group(2) if header.group(1) else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found and current is not None:
+            instruction = _parse_instruction(line[found.end() :], found.group(2), found.group(1))
+            current[instruction.name] = instruction
+    partitions, replicas = (
+        re.search(rf"\b{name}=(\d+)", text[: text.find("\n")])
+        for name in ("num_partitions", "replica_count")
+    )
+    num_devices = math.prod(int(found.group(1)) for found in (partitions, replicas) if found)
+    return _Module(computations, entry, num_devices)
+
+
+def _parse_instruction(text: str, name: str, root: str | None) -> _Instruction:
+    type_end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    type_text, rest = text[:type_end], text[type_end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    end = _closing(rest, len(opcode))
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : end]))
+    if opcode in ("constant", "parameter"):
+        operands = (rest[len(opcode) + 1 : end],)
+    return _Instruction(name, type_text, opcode, operands, rest[end + 1 :], root is not None)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis opened at `start` closes."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    raise ValueError(f"HLO line without its closing parenthesis: {text[:80]}")
+
+
+def _arrays(type_text: str) -> Iterator[tuple[int, bool]]:
+    """(bytes, whether in main memory) of the arrays of a type, which may be a tuple."""
+    pattern = r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?"
+    for dtype, sizes, layout in re.findall(pattern, type_text):
+        elements = math.prod(int(size) for size in sizes.split(",") if size)
+        yield elements * _bits(dtype) // 8, not re.search(r"S\([1-9]", layout)
+
+
+def _bits(dtype: str) -> int:
+    for prefix in (dtype, dtype[:2]):
+        if prefix in _BITS:
+            return _BITS[prefix]
+    return int(re.search(r"\d+", dtype).group())
+
+
+def _all_bytes(type_text: str) -> int:
+    return sum(size for size, _ in _arrays(type_text))
+
+
+def _main_memory_bytes(type_text: str) -> int:
+    return sum(size for size, in_main_memory in _arrays(type_text) if in_main_memory)
+
+
+def _is_collective(instruction: _Instruction) -> bool:
+    return instruction.opcode.removesuffix("-start") in COLLECTIVES
+
+
+def _is_bookkeeping(instruction: _Instruction) -> bool:
+    return instruction.opcode == "custom-call" and bool(
+        re.search(r"AllocateBuffer|AsyncCollective", instruction.text)
+    )
+
+
+class _Counter:
+    """Walks the computations from the entry, with how often each is run."""
+
+    def __init__(self, module: _Module):
+        self._module = module
+        self._bytes_by_kind: collections.Counter[str] = collections.Counter()
+        self._unknown_loops = 0
+        self._chains: set[str] = set()
+        self._collectives: dict[tuple[str, int, int], list[int]] = collections.defaultdict(
+            lambda: [0, 0, 0]
+        )
+
+    def run(self) -> Traffic:
+        self._visit(self._module.entry, 1, touches_memory=True)
+        rows = [
+            Collective(kind, size, *values, span)
+            for (kind, size, span), values in self._collectives.items()
+        ]
+        rows.sort(key=lambda row: -row.sent_bytes)
+        by_kind = dict(self._bytes_by_kind.most_common())
+        return Traffic(sum(by_kind.values()), tuple(rows), self._unknown_loops, by_kind)
+
+    def _visit(self, name: str, times: int, touches_memory: bool) -> None:
+        computation = self._module.computations[name]
+        for instruction in computation.values():
+            opcode = instruction.opcode
+            kind = opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                self._add_collective(kind, instruction, name, times)
+                continue
+            if opcode == "while":
+                trips = self._trip_count(instruction, computation)
+                for attribute, runs in (("body", trips), ("condition", trips + 1)):
+                    self._visit(instruction.called(attribute), times * runs, touches_memory)
+                continue
+            if opcode == "conditional":
+                for branch in re.findall(r"%([\w.\-]+)", instruction.text):
+                    if branch in self._module.computations:
+                        self._visit(branch, times, touches_memory)
+                continue
+            callee = instruction.called("calls") or instruction.called("to_apply")
+            if opcode == "call":
+                self._visit(callee, times, touches_memory)
+                continue
+            if opcode in ("fusion", "async-start"):
+                self._visit(callee, times, touches_memory=False)
+            if touches_memory and (size := self._instruction_bytes(instruction, computation)):
+                self._bytes_by_kind[self._kind(instruction)] += times * size
+
+    def _kind(self, instruction: _Instruction) -> str:
+        if instruction.opcode == "custom-call":
+            is_attention = re.search(r"tpu_custom_call|fmha", instruction.text)
+            return "kernels" if is_attention else "products"
+        if instruction.opcode == "fusion" and self._has_product(instruction.called("calls")):
+            return "products"
+        if instruction.opcode in _PRODUCTS:
+            return "products"
+        is_copy = instruction.opcode.removesuffix("-start") in ("copy", "transpose")
+        return "copies" if is_copy else "element-wise"
+
+    def _has_product(self, name: str) -> bool:
+        """Whether a computation holds a matrix product, at any depth."""
+        return any(
+            instruction.opcode in _PRODUCTS
+            or (instruction.opcode == "fusion" and self._has_product(instruction.called("calls")))
+            for instruction in self._module.computations[name].values()
+        )
+
+    def _instruction_bytes(self, instruction: _Instruction, computation) -> int:
+        opcode = instruction.opcode
+        if opcode in _FREE or opcode.endswith(("-done", "-update")):
+            return 0
+        if _is_bookkeeping(instruction):
+            return 0
+        operands = [computation[name] for name in instruction.operands if name in computation]
+        written = _main_memory_bytes(instruction.type_text)
+        if opcode == "copy-start":
+            # (destination, source, context)
+            arrays = list(_arrays(instruction.type_text))[:2]
+            return sum(size for size, in_main_memory in arrays if in_main_memory)
+        if opcode.endswith("-start"):
+            written = _main_memory_bytes(operands[0].type_text) if operands else 0
+        if opcode in ("dynamic-slice", "slice", "gather", "broadcast"):
+            return 2 * written if opcode != "broadcast" else written
+        if opcode == "dynamic-update-slice":
+            return 2 * _main_memory_bytes(operands[1].type_text)
+        read = [_main_memory_bytes(operand.type_text) for operand in operands]
+        if opcode == "fusion":
+            return self._fusion_bytes(self._module.computations[instruction.called("calls")], read)
+        return sum(read) + written
+
+    def _fusion_bytes(self, body: dict[str, _Instruction], read: list[int]) -> int:
+        """Like its parts: a slice of an operand reads the slice, an update in place writes it."""
+        total = 0
+        users = collections.defaultdict(list)
+        for instruction in body.values():
+            for position, name in enumerate(instruction.operands):
+                users[name].append((instruction, position))
+        for instruction in body.values():
+            if instruction.opcode == "parameter":
+                whole = read[int(instruction.operands[0])]
+                total += min(whole, self._bytes_used(instruction, users, body, whole))
+            if instruction.is_root:
+                total += self._bytes_made(instruction, body)
+        return total
+
+    def _bytes_used(self, parameter, users, body, whole: int) -> int:
+        used, pending = 0, [parameter]
+        while pending:
+            source = pending.pop()
+            for user, position in users[source.name]:
+                if user.opcode in ("bitcast", "copy", "get-tuple-element"):
+                    pending.append(user)
+                elif user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
+                    used += _all_bytes(user.type_text)
+                elif (
+                    user.opcode == "dynamic-update-slice"
+                    and position == 0
+                    or user.opcode == "tuple"
+                    or _is_collective(user)
+                    or _is_bookkeeping(user)
+                ):
+                    continue
+                else:
+                    return whole
+        return used
+
+    def _bytes_made(self, root: _Instruction, body) -> int:
+        if root.opcode == "tuple":
+            return sum(self._bytes_made(body[name], body) for name in root.operands)
+        if root.opcode in ("bitcast", "copy") and root.operands[0] in body:
+            inner = body[root.operands[0]]
+            if inner.opcode == "dynamic-update-slice":
+                return self._bytes_made(inner, body)
+        if root.opcode == "dynamic-update-slice":
+            return _all_bytes(body[root.operands[1]].type_text)
+        if root.opcode == "parameter" or _is_collective(root) or _is_bookkeeping(root):
+            return 0
+        return _main_memory_bytes(root.type_text)
+
+    def _add_collective(
+        self, kind: str, instruction: _Instruction, computation_name: str, times: int
+    ) -> None:
+        # The TPU compiler spreads one collective over several fusions, each a link of a chain.
+        chain = re.search(r'chain_id="(\d+)"', instruction.text)
+        if chain and chain.group(1) in self._chains:
+            return
+        if chain:
+            self._chains.add(chain.group(1))
+        computation = self._module.computations[computation_name]
+        operands = [computation[name] for name in instruction.operands if name in computation]
+        read = sum(_main_memory_bytes(operand.type_text) for operand in operands)
+        written = _main_memory_bytes(instruction.type_text)
+        if instruction.opcode == "collective-permute-start":
+            written = read
+        elif instruction.opcode == "all-gather-start":
+            written = max(0, written - read)  # the type repeats the operands
+        if read + written:
+            self._bytes_by_kind["collectives"] += times * (read + written)
+
+        payload = sum(_all_bytes(operand.type_text) for operand in operands)
+        groups = read_groups(instruction.text, self._module.num_devices)
+        size = 2 if kind == "collective-permute" else groups.shape[1]
+        span = int((groups.max(1) - groups.min(1)).max()) + 1
+        share = (size - 1) / size
+        sent = share * payload
+        if kind == "all-reduce" and computation_name.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # which the TPU compiler fuses of an all-reduce and a slice
+        elif kind == "all-reduce":
+            sent = 2 * share * payload
+        elif kind == "all-gather":
+            payload *= size
+            sent = share * payload
+        elif kind in ("collective-permute", "collective-broadcast"):
+            sent = payload
+        row = self._collectives[kind, size, span]
+        row[0] += times
+        row[1] += times * payload
+        row[2] += times * round(sent)
+
+    def _trip_count(self, loop: _Instruction, computation) -> int:
+        known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
+        if known:
+            return int(known.group(1))
+        condition = self._module.computations[loop.called("condition")]
+        root = next(i for i in condition.values() if i.is_root)
+        test = root
+        if root.opcode == "fusion":
+            return self._unknown_loop()
+        ends = [condition.get(name) for name in test.operands]
+        if (
+            test.opcode != "compare"
+            or "direction=LT" not in test.text
+            or None in ends
+            or ends[0].opcode != "get-tuple-element"
+            or ends[1].opcode != "constant"
+        ):
+            return self._unknown_loop()
+        index = int(re.search(r"index=(\d+)", ends[0].text).group(1))
+        start = self._start_value(loop, index, computation)
+        return self._unknown_loop() if start is None else int(ends[1].operands[0]) - start
+
+    def _start_value(self, loop: _Instruction, index: int, computation) -> int | None:
+        """The constant that a loop's counter starts from."""
+        state = computation.get(loop.operands[0])
+        if state is None or state.opcode != "tuple":
+            return None
+        value = computation.get(state.operands[index])
+        while value is not None and value.opcode in ("copy", "bitcast"):
+            value = computation.get(value.operands[0])
+        if value is None or value.opcode != "constant":
+            return None
+        return int(value.operands[0])
+
+    def _unknown_loop(self) -> int:
+        self._unknown_loops += 1
+        return 1

@@ -1,0 +1,185 @@
+"""Formats what is known of a compiled step as text; the numbers are `aot_compile`'s."""
+
+from __future__ import annotations
+
+from diht_jax.hardware.aot_compile import Roofline, StepReport, crosses_hosts, roofline
+
+_GIB = 1 << 30
+
+
+def describe_step(report: StepReport) -> str:
+    """Memory, FLOPs, traffic, communication, roofline and verdict, on a page."""
+    devices = report.topology.devices
+    lines = [
+        f"{report.topology.name}: {len(devices)} x {devices[0].device_kind}, mesh "
+        + " ".join(f"{name}={size}" for name, size in report.mesh.items()),
+        f"global batch {report.batch_size:,} ({report.batch_size // len(devices):,} a device), "
+        f"micro-batch {_micro_batch(report)}, remat {report.remat}",
+        "attention kernels: "
+        + ", ".join(f"{kernel} ({tower})" for tower, kernel in report.attention.items()),
+        f"form of the loss: {report.loss_form.impl} ({report.loss_form.reason})",
+        f"compiler options: {_options(report)}",
+        f"traced in {report.trace_secs:.0f} s, compiled in {report.compile_secs:.0f} s",
+        "",
+        "on one device, for one step",
+        *_memory_lines(report),
+        *_flops_lines(report),
+    ]
+    if report.traffic is not None:
+        lines += _traffic_lines(report)
+        lines += ["", *_roofline_lines(report, roofline(report))]
+    lines += ["", _verdict(report)]
+    return "\n".join(lines)
+
+
+def describe_try(report: StepReport) -> str:
+    """One line about an attempt to make a step fit."""
+    outcome = "fits" if report.fits else "too large"
+    return (
+        f"  config.model.remat={report.remat} config.micro_batch={report.micro_batch}: "
+        f"{_gib(report.needed_bytes)}, {report.flops.matmul_flops / 1e12:.2f} TFLOP: {outcome}"
+    )
+
+
+def describe_settings(found: StepReport | None) -> str:
+    """What to change, after the search."""
+    if found is None:
+        return (
+            "no setting of config.model.remat and config.micro_batch fits; take more devices, a "
+            "larger config.mesh.fsdp, or a smaller config.data.batch_size"
+        )
+    changes = [f"--config.model.remat={found.remat}"]
+    if found.micro_batch is not None:
+        changes.append(f"--config.micro_batch={found.micro_batch}")
+    return f"the nearest settings that fit: {' '.join(changes)}"
+
+
+def _memory_lines(report: StepReport) -> list[str]:
+    def of_limit(num_bytes: int) -> str:
+        limit = report.memory_limit_bytes
+        return _gib(num_bytes) + (f" of {_gib(limit)} ({num_bytes / limit:.0%})" if limit else "")
+
+    lines = [_row("arguments (state and batch)", _gib(report.argument_bytes))]
+    if report.temporary_bytes is None:
+        return [*lines, _row("needed", of_limit(report.needed_bytes))]
+    return [
+        *lines,
+        _row("temporaries", _gib(report.temporary_bytes)),
+        _row("peak", _gib(report.peak_bytes)),
+        _row("needed", of_limit(report.needed_bytes)),
+    ]
+
+
+def _flops_lines(report: StepReport) -> list[str]:
+    counted = report.flops
+    again = counted.matmul_flops / report.model_flops - 1
+    return [
+        _row("floating-point operations", f"{counted.flops / 1e12:.3f} TFLOP"),
+        _row("  in matrix products", f"{counted.matmul_flops / 1e12:.3f} TFLOP"),
+        _row("  of the model alone", f"{report.model_flops / 1e12:.3f} TFLOP ({again:+.0%} again)"),
+    ]
+
+
+def _traffic_lines(report: StepReport) -> list[str]:
+    traffic = report.traffic
+    lines = [
+        _row("memory traffic", f"{traffic.memory_bytes / 1e9:.2f} GB"),
+        *(_row(f"  {kind}", f"{n / 1e9:.2f} GB") for kind, n in traffic.bytes_by_kind.items()),
+        _row("sent to other devices", f"{traffic.sent_bytes / 1e9:.3f} GB"),
+    ]
+    for row in traffic.collectives:
+        where = ""
+        if _has_hosts(report):
+            where = " between hosts" if crosses_hosts(row, report) else " in a host"
+        who = "neighbours" if row.kind == "collective-permute" else f"{row.group_size} devices"
+        lines.append(
+            _row(
+                f"  {row.kind}, {who}",
+                f"{row.sent_bytes / 1e9:.3f} GB in {row.count:,} x "
+                f"{row.payload_bytes / row.count / 1e6:.2f} MB{where}",
+            )
+        )
+    if traffic.unknown_loops:
+        lines.append(f"  ({traffic.unknown_loops} loops of unknown length are counted once)")
+    return lines
+
+
+def _roofline_lines(report: StepReport, estimate: Roofline | None) -> list[str]:
+    if estimate is None:
+        kind = report.topology.devices[0].device_kind
+        return [f"no estimate of the time: the peak rates of '{kind}' are not known"]
+    chip, collectives = report.topology.chip, report.traffic.collectives
+    network = f"at up to {chip.link_bytes_per_sec / 1e9:.0f} GB/s"
+    if _has_hosts(report) and chip.network_bytes_per_sec:
+        network += f", {chip.network_bytes_per_sec / 1e9:.0f} GB/s a GPU between hosts"
+    return [
+        "roofline estimate (a bound, not a measurement)",
+        _row(
+            "compute = products / peak",
+            f"{_ms(estimate.compute_secs)} at {chip.peak_flops / 1e12:.0f} TFLOP/s",
+        ),
+        _row(
+            "memory = traffic / bandwidth",
+            f"{_ms(estimate.memory_secs)} at {chip.hbm_bytes_per_sec / 1e9:.0f} GB/s",
+        ),
+        _row(
+            "network = sent / links",
+            f"{_ms(estimate.network_secs)} {network}",
+        ),
+        _row(
+            "  + latency of the collectives",
+            f"{_ms(estimate.latency_secs)} in {sum(row.count for row in collectives):,}, one after "
+            "the other",
+        ),
+        _row("step >= max of the three", _ms(estimate.step_secs)),
+        _row("step, nothing overlapped", f"{_ms(estimate.serial_secs)} (their sum)"),
+        _row(
+            "examples per second <=",
+            f"{report.batch_size / estimate.step_secs:,.0f}",
+        ),
+        _row(
+            "MFU <= model / (peak x step)",
+            f"{estimate.mfu:.1%}; {estimate.serial_mfu:.1%} with nothing overlapped",
+        ),
+    ]
+
+
+def _verdict(report: StepReport) -> str:
+    needed, limit = report.needed_bytes, report.memory_limit_bytes
+    if limit is None:
+        return f"needs {_gib(needed)}; the memory of this kind is not known"
+    if report.fits:
+        return f"fits, with {_gib(limit - needed)} to spare"
+    return (
+        f"OUT OF MEMORY: needs {_gib(needed)}, {_gib(needed - limit)} more than the {_gib(limit)} "
+        "there are"
+    )
+
+
+def _has_hosts(report: StepReport) -> bool:
+    """Whether the topology is GPUs of several hosts."""
+    chip, shape = report.topology.chip, report.topology.shape
+    return chip is not None and not chip.num_links and len(shape) > 1
+
+
+def _micro_batch(report: StepReport) -> str:
+    return "none" if report.micro_batch is None else f"{report.micro_batch:,}"
+
+
+def _options(report: StepReport) -> str:
+    names = sorted(report.topology.compiler_options)
+    return f"{len(names)}, training's flags among them: {names[0]}, ..." if names else "none"
+
+
+def _row(name: str, value: str) -> str:
+    return f"  {name:<32} {value}"
+
+
+def _gib(num_bytes: float) -> str:
+    if num_bytes < _GIB / 10:
+        return f"{num_bytes / (1 << 20):.1f} MiB"
+    return f"{num_bytes / _GIB:.2f} GiB"
+
+
+def _ms(secs: float) -> str:
+    return f"{1e3 * secs:.1f} ms" if secs >= 1e-3 else f"{1e6 * secs:.1f} us"

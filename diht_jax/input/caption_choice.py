@@ -1,0 +1,168 @@
+"""Which caption of a record an example has, where the record has several.
+
+A function of (seed, position), as the crop is: another one each time that the record comes, the
+same one on any hosts and after any restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import ml_collections
+
+from diht_jax.records.captions import (
+    add_columns,
+    all_captions,
+    caption_kinds,
+    check_kind,
+    parse_columns,
+)
+from diht_jax.records.schema import Pair
+from diht_jax.records.train_data import parse_weights, weight_at_step
+
+Points = tuple[tuple[int, Fraction], ...]
+
+CHOICES = ("first", "sample")
+_WEIGHTS = "config.data.caption_weights"
+
+
+class CaptionChoice:
+    """Draws one caption of a record by the weights of their kinds.
+
+    A kind is drawn first, among those that the record has, then one of its captions, all of them
+    alike: so the share of a kind does not depend on how many captions of it there are.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Points] | None = None,
+        columns: Mapping[str, str] | None = None,
+        *,
+        batch_size: int,
+    ):
+        """Makes the tables.
+
+        Args:
+            weights: kind -> points of `parse_weights`; None: each caption of a record is as likely
+                as the others, whatever its kind.
+            columns: column of the metadata that holds captions -> their kind.
+            batch_size: global; so many positions of the run are a step.
+        """
+        self._columns = dict(columns or {})
+        self._batch_size = batch_size
+        steps = sorted({step for points in (weights or {}).values() for step, _ in points})
+        # From the last step on, for the first that a step has reached is the one that holds.
+        self._segments = [
+            (step, {kind: float(weight_at_step(points, step)) for kind, points in weights.items()})
+            for step in reversed(steps)
+        ]
+
+    def choose(self, record: Pair, number: float, position: int) -> str:
+        """The caption of an example.
+
+        Args:
+            record: with at least one caption.
+            number: drawn from [0, 1).
+            position: of the example in the run.
+
+        Returns:
+            One of the record's captions; its first one where the weights of all its kinds are 0.
+
+        Raises:
+            ValueError: a kind without weight, or kinds that do not fit the record's captions.
+        """
+        if self._columns:
+            record = add_columns(record, self._columns)
+        captions = all_captions(record)
+        if not self._segments:
+            return captions[int(number * len(captions))]
+        by_kind: dict[str, list[str]] = {}
+        for text, kind in zip(captions, caption_kinds(record), strict=True):
+            by_kind.setdefault(kind, []).append(text)
+        weights = self._weights(record, by_kind, position // self._batch_size)
+        rest = number * sum(weights)
+        for weight, texts in zip(weights, by_kind.values(), strict=True):
+            if rest < weight:
+                return texts[min(int(rest / weight * len(texts)), len(texts) - 1)]
+            rest -= weight
+        return captions[0]
+
+    def describe(self) -> str:
+        """The weights, for the log."""
+        if not self._segments:
+            return "one of each record's, all alike"
+        parts = [
+            (f"from step {step} on " if step else "")
+            + ", ".join(f"{kind} {weight:g}" for kind, weight in weights.items())
+            for step, weights in reversed(self._segments)
+        ]
+        return f"one of each record's, by kind: {'; '.join(parts)}"
+
+    def _weights(self, record: Pair, kinds: Sequence[str], step: int) -> list[float]:
+        found = next(weights for first, weights in self._segments if first <= step)
+        for kind in kinds:
+            if kind not in found:
+                raise ValueError(
+                    f"record '{record.key}': {_WEIGHTS} has no weight for its captions of kind "
+                    f"'{kind}', only for {', '.join(found)}; add {kind}=0 to leave them out"
+                )
+        return [found[kind] for kind in kinds]
+
+
+def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None:
+    """What `config.data` asks for; None for the first caption of every record.
+
+    Raises:
+        ValueError: `captions`, `caption_weights` or `caption_columns` are wrong; names the key.
+    """
+    if data.captions not in CHOICES:
+        raise ValueError(
+            f"config.data.captions='{data.captions}': expected {' or '.join(map(repr, CHOICES))}"
+        )
+    weights = _parse_kinds(data.caption_weights)
+    columns = parse_columns(data.caption_columns, "config.data.caption_columns")
+    if data.captions == "first":
+        for name, value in (("caption_weights", weights), ("caption_columns", columns)):
+            if value:
+                raise ValueError(
+                    f"config.data.{name} needs config.data.captions='sample'; with 'first' it "
+                    "would do nothing"
+                )
+        return None
+    for kind in columns.values():
+        if weights and kind not in weights:
+            raise ValueError(
+                f"config.data.caption_columns: {_WEIGHTS} has no weight for kind '{kind}', only "
+                f"for {', '.join(weights)}"
+            )
+    return CaptionChoice(weights or None, columns, batch_size=data.batch_size)
+
+
+def _parse_kinds(given: str | Mapping[str, Any] | None) -> dict[str, Points]:
+    """Kind -> points, of a text or a section; empty where none is given."""
+    if isinstance(given, str):
+        section: dict[str, Any] = {}
+        for part in filter(None, given.split(",")):
+            kind, _, weight = (piece.strip() for piece in part.partition("="))
+            try:
+                number = float(weight)
+            except ValueError:
+                number = None
+            if number is None or kind in section:
+                raise ValueError(
+                    f"{_WEIGHTS}='{given}': expected each kind once with its weight, such as "
+                    "alt=1,synthetic=3; a schedule is a section of the recipe, "
+                    "dict(alt=((0, 1.0), (10000, 0.5)), synthetic=1.0)"
+                )
+            section[kind] = number
+        given = section
+    weights = {}
+    for kind, weight in (given or {}).items():
+        check_kind(kind, _WEIGHTS)
+        weights[kind] = parse_weights(f"{_WEIGHTS}.{kind}", weight)
+    for step in sorted({step for points in weights.values() for step, _ in points}):
+        if not any(weight_at_step(points, step) for points in weights.values()):
+            raise ValueError(f"{_WEIGHTS}: all weights are 0 from step {step} on")
+    return weights

@@ -1,0 +1,336 @@
+"""Decodes one record into one training example: a random crop and token ids."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from diht_jax.data import tokenizer
+from diht_jax.input import decode as images
+from diht_jax.input import fast_crops, transforms
+from diht_jax.input.caption_choice import CaptionChoice
+from diht_jax.input.fixed_crops import take_view
+from diht_jax.records import schema
+from diht_jax.records.labels.clip_embeddings import ClipRows, Manifest, decode_embedded
+from diht_jax.records.labels.rows import LabelRows, decode_joined
+
+# Replaced by the caption in a text template.
+_CAPTION = "{caption}"
+
+_WORD = re.compile(r"[^\W_]+")
+_ARTICLES = frozenset(("a", "an", "the"))
+
+
+class DecodeExample(grain.transforms.RandomMap):
+    """One serialised record -> one training example: random crop and token ids."""
+
+    def __init__(
+        self,
+        image_size: int,
+        context_length: int,
+        crop_scale: tuple[float, float],
+        text_template: str,
+        fast_decode: bool = True,
+        num_concepts: int = 0,
+        vocabulary_sizes: Sequence[int] | None = None,
+        teacher_width: int = 0,
+        caption_choice: CaptionChoice | None = None,
+        pair_ids: bool = False,
+        class_key: str | None = None,
+        near_equal: bool = False,
+    ):
+        """Settings, as in `config.data`.
+
+        Args:
+            image_size: pixels, of both sides.
+            context_length: t, token ids per text.
+            crop_scale: range of the crop's share of the picture's area.
+            text_template: with `{caption}` in it.
+            fast_decode: as `fast_crops` does it; otherwise as exactly as evaluation does.
+            num_concepts: k, the teacher's labels to take of each kind; 0 for none.
+            vocabulary_sizes: how many concepts of each of `vocabulary.KINDS` there are; a record
+                with an id beyond them is bad. None where that is not known.
+            teacher_width: D, of the CLIP teachers' embeddings to take; 0 for none.
+            caption_choice: draws one of a record's captions; None takes the first.
+            pair_ids: examples have ids that are equal for equal texts.
+            class_key: of the metadata; records with this key have the id of its value instead.
+            near_equal: texts of the same words have equal ids; see `words_of`.
+
+        Raises:
+            ValueError: a template without a caption.
+        """
+        if _CAPTION not in text_template:
+            raise ValueError(f"config.data.text_template='{text_template}': lacks {_CAPTION}")
+        self._image_size = image_size
+        self._context_length = context_length
+        self._crop_scale = tuple(crop_scale)
+        self._text_template = text_template
+        self._fast_decode = fast_decode
+        self._num_concepts = num_concepts
+        self._vocabulary_sizes = vocabulary_sizes
+        self._teacher_width = teacher_width
+        self._clip_manifest: Manifest | None = None
+        self._caption_choice = caption_choice
+        self._pair_ids = pair_ids
+        self._class_key = class_key
+        self._near_equal = near_equal
+        self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
+
+    def for_source(
+        self, source: Any, labels: LabelRows | None = None, clips: ClipRows | None = None
+    ) -> DecodeExample:
+        """The same for the elements of a source that has a form of its own, its `decode`.
+
+        Args:
+            source: of the records.
+            labels: of these records; an element is then one of the source with a row of these.
+            clips: likewise; an element is then one of the above with a row of these.
+        """
+        other = copy.copy(self)
+        decode = getattr(source, "decode", schema.decode_record)
+        if labels is not None:
+            decode = functools.partial(decode_joined, decode)
+        if clips is not None:
+            decode = functools.partial(decode_embedded, decode)
+            other._clip_manifest = clips.manifest
+        other.decode_record = decode
+        return other
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether examples have the teacher's labels."""
+        return self._num_concepts > 0
+
+    @property
+    def needs_clip_embeddings(self) -> bool:
+        """Whether examples have the embeddings of CLIP teachers."""
+        return self._teacher_width > 0
+
+    @property
+    def example_bytes(self) -> int:
+        """Size of one example."""
+        num_bytes = 3 * self._image_size**2 + 4 * self._context_length
+        num_bytes += 4 * self._teacher_width + 8 * self._pair_ids
+        return num_bytes + 8 * self._num_concepts * len(schema.CONCEPT_FIELDS)
+
+    def random_map(self, element: bytes, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Decodes one record.
+
+        Args:
+            element: a serialised `tf.train.Example`, or what the source has instead of it.
+            rng: decides the crop.
+
+        Returns:
+            `images` uint8 [size, size, 3] and `tokens` int32 [t]; with concepts also
+            `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
+            `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
+            where it has none. With a width of teachers also what `fixed_crops.take_view` gives;
+            with ids also `pair_ids` uint32 [2].
+
+        Raises:
+            ValueError: the image cannot be decoded, or a label is beyond its vocabulary; names the
+                record's key.
+        """
+        return self.plan(self.parse(element), rng)()
+
+    def parse(self, element: bytes) -> schema.Record:
+        """The first step of `random_map`: the record, its labels checked; errors as there."""
+        record = self.decode_record(element)
+        if self._num_concepts and self._vocabulary_sizes is not None:
+            self._check_ids(record)
+        return record
+
+    def plan(
+        self, record: schema.Record, rng: np.random.Generator, position: int = 0
+    ) -> Callable[[], dict[str, np.ndarray]]:
+        """The second step: everything but the pixels; what is returned decodes them.
+
+        Either call may raise the errors of `random_map`.
+
+        Args:
+            record: of `parse`.
+            rng: decides the crop, and then the caption, so that the crop is the same either way.
+            position: of the example in the run, for a choice of captions that changes with it.
+        """
+        view, crop_rng = {}, rng
+        if self._teacher_width:
+            view, crop_rng = take_view(record, self._clip_manifest, self._teacher_width, rng)
+        try:
+            crop = self._plan_crop(record.image, crop_rng)
+        except images.ImageError as error:
+            raise _bad_picture(record.key, error) from error
+        caption = record.caption
+        if self._caption_choice is not None:
+            caption = self._caption_choice.choose(record, rng.random(), position)
+        text = self._text_template.replace(_CAPTION, caption)
+        example = {"tokens": tokenizer.tokenize(text, self._context_length)[0], **view}
+        if self._pair_ids:
+            found = None if self._class_key is None else record.metadata.get(self._class_key)
+            words = words_of(text) if self._near_equal else ()
+            example["pair_ids"] = pair_id(example["tokens"], found, words)
+        if self._num_concepts:
+            for names in schema.CONCEPT_FIELDS:
+                example.update(self._concepts(record, *names))
+        return functools.partial(_decode_pixels, record.key, crop, example)
+
+    def _check_ids(self, record: schema.Record) -> None:
+        """Raises ValueError for an id that means no concept: its loss would be NaN, or nonsense."""
+        for (name, _), size in zip(schema.CONCEPT_FIELDS, self._vocabulary_sizes, strict=True):
+            ids = getattr(record, name)
+            if ids is not None and len(ids) and not 0 <= ids.min() <= ids.max() < size:
+                raise ValueError(
+                    f"record '{record.key}': {name} {ids.tolist()} are beyond the vocabulary of "
+                    f"{size}; label the data again (python -m data_prep.label)"
+                )
+
+    def _concepts(
+        self, record: schema.Record, ids_name: str, probs_name: str
+    ) -> dict[str, np.ndarray]:
+        """The first k labels of one kind, their probabilities summing to 1 again."""
+        ids = np.zeros(self._num_concepts, np.int32)
+        probs = np.zeros(self._num_concepts, np.float32)
+        found = getattr(record, ids_name)
+        if found is not None and len(found):
+            count = min(len(found), self._num_concepts)
+            ids[:count] = found[:count]
+            probs[:count] = getattr(record, probs_name)[:count]
+            if probs.any():
+                probs /= probs.sum()
+        return {ids_name: ids, probs_name: probs}
+
+    def _plan_crop(self, data: bytes, rng: np.random.Generator) -> Callable[[], np.ndarray]:
+        if self._fast_decode:
+            return fast_crops.plan_random_crop(data, self._image_size, rng, self._crop_scale)
+        image = images.decode_rgb(data)
+        crop = transforms.train_transform(image, self._image_size, rng, self._crop_scale)
+        return lambda: crop
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in their order, without capitals, punctuation and English articles."""
+    return [word for word in _WORD.findall(tokenizer.clean_text(text)) if word not in _ARTICLES]
+
+
+def pair_id(tokens: np.ndarray, class_id: Any = None, words: Sequence[str] = ()) -> np.ndarray:
+    """A hash of 64 bits that equal pairs share, as two words: JAX has no uint64 by default.
+
+    Two of the 2e9 combinations of a batch of 65,536 agree by chance once in 1e10 batches.
+
+    Args:
+        tokens: int [t], of the text.
+        class_id: what names the class, as JSON has it, in place of the text; None without one.
+        words: of `words_of`, in place of the tokens; empty, the tokens count.
+
+    Returns:
+        uint32 [2].
+    """
+    data, kind = np.asarray(tokens, "<i4").tobytes(), b"text"
+    if class_id is not None:
+        data, kind = json.dumps(class_id, sort_keys=True).encode(), b"class"
+    elif words:
+        data, kind = " ".join(words).encode("utf-8", "surrogatepass"), b"words"
+    digest = hashlib.blake2b(data, digest_size=8, person=kind).digest()
+    return np.frombuffer(digest, "<u4").astype(np.uint32)
+
+
+def _decode_pixels(
+    key: str, crop: Callable[[], np.ndarray], example: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    try:
+        return {"images": crop(), **example}
+    except images.ImageError as error:
+        raise _bad_picture(key, error) from error
+
+
+def _bad_picture(key: str, error: images.ImageError) -> ValueError:
+    return ValueError(
+        f"record '{key}': {error}; training expects readable images, which "
+        "`python -m data_prep.filter` makes sure of"
+    )
+
+
+class RandomExamples(Sequence[dict[str, np.ndarray]]):
+    """The examples of records, each with a generator of its own: grain's `random_map`.
+
+    Without what grain does beside it, for each record and each of its transforms: its statistics
+    take longer than everything else of this file but the picture.
+    """
+
+    def __init__(self, records: Sequence[bytes], decode: DecodeExample, seed: int):
+        """Decodes nothing yet.
+
+        Args:
+            records: position -> a record.
+            decode: makes an example of it, by its `parse` and `plan`.
+            seed: of the generators, which are functions of it and of the position.
+        """
+        self._records = records
+        self._decode = decode
+        self._key = np.random.Philox(seed).state["state"]["key"]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        """The example at a position; errors as of the records and of `decode`."""
+        parsed = self._decode.parse(self._records[position])
+        return self._decode.plan(parsed, _generator(self._key, position), position)()
+
+    def plan(self, positions: Sequence[int]) -> list[Callable[[], dict[str, np.ndarray]] | None]:
+        """Everything of the examples but their pixels, one step of it for all before the next one.
+
+        A picture pushes everything else out of the processor's caches: done between pictures, these
+        steps take twice as long.
+
+        Returns:
+            What decodes the pixels of each; None where a step failed, whose error `self[position]`
+            raises.
+        """
+        elements = _attempt(self._records.__getitem__, positions)
+        records = _attempt(self._decode.parse, elements)
+        return _attempt(
+            lambda item: self._decode.plan(item[0], _generator(self._key, item[1]), item[1]),
+            [
+                None if record is None else (record, position)
+                for record, position in zip(records, positions, strict=True)
+            ],
+        )
+
+
+def _attempt(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
+    """The function's result for each value; None for those of which it raises a ValueError."""
+    results = []
+    for value in values:
+        try:
+            results.append(None if value is None else function(value))
+        except ValueError:
+            results.append(None)
+    return results
+
+
+def _generator(key: np.ndarray, position: int) -> np.random.Generator:
+    """This thread's generator, at the state of a position; a new one would ask for entropy."""
+    rng = getattr(_kept, "rng", None)
+    if rng is None:
+        rng = _kept.rng = np.random.Generator(np.random.Philox(0))
+    rng.bit_generator.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": np.array([0, 0, 0, position], np.uint64), "key": key},
+        "buffer": np.zeros(4, np.uint64),
+        "buffer_pos": 4,
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return rng
+
+
+_kept = threading.local()

@@ -1,0 +1,376 @@
+"""The training input: record shards -> shuffled, decoded, tokenized uint8 batches (grain).
+
+The order of examples is a function of (seed, position) alone: it does not depend on workers, hosts
+or devices, so that a run can be continued anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from diht_jax.input import workers
+from diht_jax.input.bad_records import SKIPPED_RECORDS, CheckedExamples
+from diht_jax.input.crash_search import find_crashing_index
+from diht_jax.input.examples import DecodeExample, RandomExamples
+from diht_jax.input.in_flight import InFlight
+from diht_jax.input.mixing import DecodeMixture, Mixture, Source
+from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
+from diht_jax.input.read_ahead.bound import ReadAheadOptions
+from diht_jax.input.read_ahead.process import open_read_aheads
+from diht_jax.input.sub_batches import SubBatches, join_parts
+from diht_jax.records.catalog import Share
+from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
+from diht_jax.records.formats import registry as formats
+from diht_jax.records.sharded import ShardedRecords
+from diht_jax.records.train_data import check_is_set
+
+# Deaths of decoding workers, without a batch between them, that a run survives.
+MAX_RESTARTS = 3
+# Bad records that are named in the log; further ones are only counted.
+_MAX_NAMED = 100
+# Files that a message names.
+_MAX_FILES = 3
+# Depth below the seed at which grain's graph of old had its random crops.
+_CROP_DEPTH = 3
+# So many shards in a store should have an index.
+_MANY_SHARDS = 16
+_READ_AHEAD = ReadAheadOptions()
+
+
+class TrainIterator:
+    """Endless batches of this process's share of the global batch.
+
+    Batch i of the run holds the examples [i * N, (i + 1) * N) of one endless order, which holds
+    each record once an epoch; process p of P takes every P-th of them.
+
+    Attributes:
+        skipped_records: bad records of this process's share so far, each replaced by another one.
+        read_aheads: what fetches the blocks of an object store; empty for local data.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[bytes] | Mixture,
+        decode: DecodeExample | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+        num_workers: int | None = None,
+        prefetch_batches: int = 2,
+        process_index: int = 0,
+        process_count: int = 1,
+        on_bad_record: str = "error",
+        max_in_flight_gib: float | None = None,
+        order: GlobalOrder | BlockOrder | None = None,
+        read_ahead: ReadAheadOptions = _READ_AHEAD,
+    ):
+        """Builds the graph; reading starts with the first batch.
+
+        Args:
+            source: random-access records, such as `TFRecordSource`, or a mixture of some.
+            decode: makes an example of a record; a mixture has its own.
+            batch_size: global, over all processes.
+            seed: of shuffling and cropping.
+            num_workers: decoding processes; 0 decodes in threads of this process, None takes one
+                for each core that this process may use.
+            prefetch_batches: batches decoded ahead, by all workers together.
+            process_index, process_count: this host's number, and how many there are.
+            on_bad_record: "error", or "skip" to replace it by another record, see
+                `bad_records.py`.
+            max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
+            order: of the records, see `order.py`; a permutation of all of them where None. A
+                mixture has its own.
+            read_ahead: how blocks are fetched from an object store.
+
+        Raises:
+            ValueError: numbers that do not fit, no record, or too little memory.
+        """
+        if batch_size % process_count:
+            raise ValueError(
+                f"config.data.batch_size={batch_size} is no multiple of the {process_count} "
+                "processes; choose a multiple"
+            )
+        if not isinstance(source, Mixture):
+            if not len(source):
+                raise ValueError(f"config.data.train: {source!r} holds no record")
+            order = order or GlobalOrder(len(source), seed)
+            source = Mixture([Source("", source, order, decode.for_source(source))])
+        _check_streams(source, batch_size, process_count)
+        if num_workers is None:
+            num_workers = workers.default_num_workers()
+        self.read_aheads, source = open_read_aheads(
+            source,
+            read_ahead,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            prefetch_batches=prefetch_batches,
+            process_index=process_index,
+            process_count=process_count,
+        )
+        self._records = source
+        self._checked = CheckedExamples(
+            RandomExamples(source, DecodeMixture(source), derived_seed(seed, _CROP_DEPTH)),
+            source.describe,
+            mode=on_bad_record,
+            stride=batch_size * source.same_source_batches,
+            record_number=source.record_number,
+        )
+        self._skips = on_bad_record == "skip"
+        self._batch_size = batch_size
+        self._process_index = process_index
+        self._process_count = process_count
+        self._next_example = 0
+        self._parts = self._sub_batches()
+        self._in_flight = InFlight(
+            num_workers=num_workers,
+            num_threads=min(16, workers.usable_cores()),
+            prefetch_batches=prefetch_batches,
+            rows=self._parts.rows,
+            parts_per_batch=self._parts.parts_per_batch,
+            example_bytes=source.example_bytes,
+        )
+        if num_workers:
+            workers.warn_of_few_cores(num_workers)
+            workers.segment_mark()  # removes what others have left, before memory is measured
+        self._in_flight.check(max_in_flight_gib)
+        self.skipped_records = 0
+        self._num_workers = num_workers
+        self._parts_taken = 0  # since the workers were started
+        self._abandoned = False
+        self._batches: Any = None
+
+    def __iter__(self) -> TrainIterator:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """`images` uint8 [b, h, w, 3] and `tokens` int32 [b, t], b of this process.
+
+        Decoding workers that died (a crash in a codec, the kernel's out-of-memory killer) are
+        started again at the batch that they owed. A record whose picture crashes its decoder is
+        found, and is a bad record then.
+
+        Raises:
+            ValueError: a bad record, unless these are skipped.
+            RuntimeError: workers die again and again at the same batch; the message names it.
+        """
+        deaths = 0
+        while True:
+            if self._batches is None:
+                self._batches = self._start()
+            try:
+                batch = join_parts(self._next_part, self._parts.parts_per_batch)
+            except RuntimeError as error:
+                if self._abandoned or not workers.has_died(error):
+                    raise
+                deaths = self._handle_death(error, deaths + 1)
+                continue
+            self._count_bad_records(batch.pop(SKIPPED_RECORDS, ()))
+            self._next_example += self._batch_size
+            for read_ahead in self.read_aheads:
+                read_ahead.advance(self._next_example)
+            return batch
+
+    def keys(self, first_example: int, most: int | None = None) -> list[str]:
+        """Keys of this process's records in the batch that begins at an index of the order.
+
+        Where bad records are replaced, the keys are those of the replacements; to find these, the
+        pictures are decoded.
+
+        Args:
+            first_example: the index.
+            most: so many first ones; None: all.
+        """
+        used = map(self._checked.used_index, self._local_indices(first_example)[:most])
+        return [self._records.key(index) for index in used]
+
+    def get_state(self) -> dict[str, int]:
+        """The position in the global order, as a JSON-able dict."""
+        return {"next_example": self._next_example}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues at a position that `get_state` gave, maybe on other hosts."""
+        self.close()
+        self._next_example = int(state["next_example"])
+
+    def describe_awaited(self) -> str:
+        """Which batch is the next one, where its records lie, and what the workers do."""
+        text = f"waiting for examples {self._batch_text(self._next_example)}"
+        paths = dict.fromkeys(map(self._records.path, self._local_indices(self._next_example)))
+        named = [path for path in paths if path][:_MAX_FILES]
+        if named:
+            more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
+            text += f", in {', '.join(named)}{more}"
+        text += "".join(f"; {read_ahead.describe()}" for read_ahead in self.read_aheads)
+        if not self._num_workers:
+            return f"{text}; they are read in threads of this process"
+        number = self._parts_taken % self._num_workers
+        return f"{text}, from worker {number} of {self._num_workers}; {workers.describe_workers()}"
+
+    def abandon(self) -> None:
+        """Gives up the batch that another thread waits for: it ends with an error there."""
+        self._abandoned = True
+        self._stop_reading()
+        workers.kill_workers()
+
+    def close(self) -> None:
+        """Ends the workers and the read-ahead; the next batch starts them again."""
+        self._stop_reading()  # first: threads may wait for a block
+        self._close_batches()
+
+    def _stop_reading(self) -> None:
+        for read_ahead in self.read_aheads:
+            read_ahead.stop()
+
+    def _close_batches(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def _local_indices(self, first_example: int) -> range:
+        """This process's part of the batch that begins at an index of the order."""
+        end = first_example + self._batch_size
+        return range(first_example + self._process_index, end, self._process_count)
+
+    def _batch_text(self, first_example: int) -> str:
+        return f"{first_example} to {first_example + self._batch_size - 1} of the run's order"
+
+    def _handle_death(self, error: RuntimeError, deaths: int) -> int:
+        """Logs the death of a worker, and looks for its cause; the next batch starts new ones.
+
+        Returns:
+            How many deaths in a row have no known cause.
+        """
+        logging.warning(
+            "examples %s: %s; the workers are started again",
+            self._batch_text(self._next_example),
+            error,
+        )
+        self._close_batches()  # what was fetched ahead stays
+        # Another end than by a crash may come from outside, the first time.
+        if deaths > 1 or workers.has_crashed(error):
+            while (index := self._find_crashing_index()) is not None:
+                key = self._records.key(index)
+                self._checked.exclude(index, f"record '{key}': its picture crashes its decoder")
+                if not self._skips:
+                    raise ValueError(self._checked.explain(index)) from error
+                deaths = 0
+        if deaths > MAX_RESTARTS:
+            raise RuntimeError(
+                f"decoding workers died {deaths} times in a row at examples "
+                f"{self._batch_text(self._next_example)}, and none of its pictures is the cause; "
+                "if memory is short, lower config.data.num_workers or config.data.prefetch_batches"
+            ) from error
+        return deaths
+
+    def _find_crashing_index(self) -> int | None:
+        """Among the records that the worker which died may have been decoding."""
+        logging.warning("looking for a picture that crashes its decoder, in a process of its own")
+        # It works ahead, and what it had finished may have been lost with it.
+        parts = range(self._parts_taken, sys.maxsize, self._num_workers)
+        near = parts[: self._in_flight.queue_parts + 2]
+        return find_crashing_index(
+            self._checked, [index for part in near for index in self._parts.indices(part)]
+        )
+
+    def _count_bad_records(self, skipped: Sequence[int]) -> None:
+        """Counts and names the records that were skipped for the rows of a batch."""
+        for row in np.flatnonzero(skipped):
+            index = self._next_example + self._process_index + int(row) * self._process_count
+            for bad in self._checked.skipped_indices(index, int(skipped[row])):
+                self.skipped_records += 1
+                if self.skipped_records <= _MAX_NAMED:
+                    logging.warning(
+                        "skipped (%d so far): %s", self.skipped_records, self._checked.explain(bad)
+                    )
+        if np.any(skipped) and self.skipped_records > _MAX_NAMED:
+            logging.warning("%d bad records skipped so far", self.skipped_records)
+
+    def _next_part(self) -> dict[str, np.ndarray]:
+        """The next sub-batch of those that are decoded."""
+        part = next(self._batches)
+        self._parts_taken += 1
+        return part
+
+    def _sub_batches(self) -> SubBatches:
+        """Of the batches from the next one on."""
+        return SubBatches(
+            self._checked.rows,
+            batch_size=self._batch_size,
+            first_example=self._next_example,
+            process_index=self._process_index,
+            process_count=self._process_count,
+        )
+
+    def _start(self) -> Any:
+        for read_ahead in self.read_aheads:
+            if not read_ahead.is_running:
+                read_ahead.start(self._next_example)
+        self._parts, self._parts_taken = self._sub_batches(), 0
+        in_flight = self._in_flight
+        # Sub-batches are formed before workers or threads share the work, so that their number does
+        # not change which examples make a batch. A worker decodes in its main thread, and the queue
+        # behind it is all that it works ahead.
+        options = (0, 0) if self._num_workers else (in_flight.num_threads, in_flight.thread_parts)
+        dataset = grain.MapDataset.source(self._parts).to_iter_dataset(
+            grain.ReadOptions(num_threads=options[0], prefetch_buffer_size=options[1])
+        )
+        if self._num_workers:
+            # grain hands absl's flags on to its workers, also where no command has parsed any.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            dataset = dataset.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._num_workers, per_worker_buffer_size=in_flight.queue_parts
+                ),
+                worker_init_fn=functools.partial(
+                    workers.start_worker, os.getpid(), workers.segment_mark()
+                ),
+            )
+        return iter(dataset)
+
+
+def _check_streams(mixture: Mixture, batch_size: int, process_count: int) -> None:
+    for source in mixture.sources:
+        streams = getattr(source.order, "num_streams", process_count)
+        if batch_size % streams or streams % process_count:
+            raise ValueError(
+                f"an order of {streams} streams: expected a divisor of the batch size "
+                f"{batch_size} and a multiple of the {process_count} processes"
+            )
+
+
+def open_records(train: str | Sequence[str] | None, share: Share | None = None) -> ShardedRecords:
+    """The records of `config.data.train`.
+
+    Args:
+        train: a directory, a glob, or a list of shards.
+        share: for a run of several processes, which all call: what a `dataset.index` describes is
+            then read by the first one alone; see `catalog.open_catalog`.
+
+    Raises:
+        ValueError: it is not set, or leads to no shards, to those of several formats, or to a
+            compressed tar.
+    """
+    check_is_set(train)
+    try:
+        form = formats.shared_format(train, share)
+    except ValueError as error:
+        raise ValueError(f"config.data.train: {error}") from error
+    source = formats.FORMATS[form].source(train, share=share)
+    unindexed = source.unindexed_urls
+    if len(unindexed) > _MANY_SHARDS:
+        folder = os.path.dirname(unindexed[0])
+        logging.warning(
+            "no %s describes %d shards, such as %s: every process reads the size and the index of "
+            "each of them; `%s` writes one",
+            *(INDEX_NAME, len(unindexed), unindexed[0], rebuild_command(folder)),
+        )
+    return source

@@ -1,0 +1,215 @@
+"""RGB pictures to the square uint8 arrays of a batch, and the normalisation on the device.
+
+NumPy and Pillow only, so that workers start fast; decoding belongs in `decode.py`. Batches stay
+uint8 up to the device, where `normalize` runs inside the jitted step: a quarter of the bytes to
+copy.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+# Of CLIP (arXiv 2103.00020), per channel, for values in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Above this, a picture scaled to its short side is never made whole. 100 MB of pixels.
+_MAX_SCALED_PIXELS = 2**25
+_CROP_TRIES = 10
+
+
+def eval_transform(image: Image.Image, size: int) -> np.ndarray:
+    """Scales the short side to `size` and crops the centre.
+
+    Equal to torchvision's `Resize(size, BICUBIC)` and `CenterCrop(size)` on Pillow images. Ours:
+    of a picture hundreds of times longer than wide, whose scaled version would not fit in
+    memory, only the centre is scaled.
+
+    Args:
+        image: mode "RGB", any size.
+        size: pixels, of both sides of the result.
+
+    Returns:
+        uint8 [size, size, 3], writable.
+
+    Raises:
+        ValueError: not an RGB picture, or no positive size.
+    """
+    size = _check_input(image, size)
+    width, height = image.size
+    if width <= height:
+        scaled_width, scaled_height = size, int(size * height / width)
+    else:
+        scaled_width, scaled_height = int(size * width / height), size
+    # Python's round, to even: torchvision's choice of the centre.
+    left = round((scaled_width - size) / 2)
+    top = round((scaled_height - size) / 2)
+    crop = (left, top, left + size, top + size)
+    if scaled_width * scaled_height <= _MAX_SCALED_PIXELS:
+        scaled = image.resize((scaled_width, scaled_height), Image.Resampling.BICUBIC)
+        return np.array(scaled.crop(crop))
+    scaling = (scaled_width / width, scaled_height / height)
+    return np.array(_scale_part(image, crop, scaling))
+
+
+def train_transform(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """A random crop, scaled to a square (bicubic, antialiased).
+
+    Args:
+        image: mode "RGB", any size.
+        size: pixels, of both sides of the result.
+        rng: decides the crop.
+        scale: range of the crop's share of the picture's area.
+        ratio: range of the crop's width / height.
+
+    Returns:
+        uint8 [size, size, 3], writable.
+
+    Raises:
+        ValueError: not an RGB picture, no positive size, or an invalid range.
+    """
+    size = _check_input(image, size)
+    return crop_to_square(image, sample_crop_box(*image.size, rng, scale, ratio), size)
+
+
+def crop_to_square(image: Image.Image, box: tuple[int, int, int, int], size: int) -> np.ndarray:
+    """A part of a picture, scaled to a square (bicubic, antialiased).
+
+    Equal to torchvision's `resized_crop` on Pillow images.
+
+    Args:
+        image: mode "RGB".
+        box: left, top, right, bottom in pixels, inside of the picture.
+        size: pixels, of both sides of the result.
+
+    Returns:
+        uint8 [size, size, 3], writable.
+    """
+    return np.array(image.crop(box).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def sample_crop_box(
+    width: int,
+    height: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """The crop of `RandomResizedCrop`, by torchvision's algorithm.
+
+    The area is uniform and the aspect ratio log-uniform; a crop that does not fit is drawn again,
+    ten times at most, and then the largest centre crop with an allowed ratio is taken.
+
+    Args:
+        width, height: of the picture, pixels.
+        rng: source of randomness.
+        scale, ratio: see `train_transform`.
+
+    Returns:
+        left, top, right, bottom in pixels, inside of the picture.
+
+    Raises:
+        ValueError: an invalid range.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale: expected 0 < low <= high <= 1, got {tuple(scale)}")
+    if not 0 < ratio[0] <= ratio[1] < math.inf:
+        raise ValueError(f"ratio: expected 0 < low <= high, got {tuple(ratio)}")
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
+    for _ in range(_CROP_TRIES):
+        # What `rng.uniform` does, in a fifth of its time.
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        aspect = math.exp(log_ratio[0] + (log_ratio[1] - log_ratio[0]) * rng.random())
+        crop_width = round(math.sqrt(area * aspect))
+        crop_height = round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(rng.integers(height - crop_height + 1))
+            left = int(rng.integers(width - crop_width + 1))
+            return left, top, left + crop_width, top + crop_height
+    crop_width, crop_height = width, height
+    if width / height < ratio[0]:
+        crop_height = round(width / ratio[0])
+    elif width / height > ratio[1]:
+        crop_width = round(height * ratio[1])
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def normalize(
+    images: Any,
+    dtype: Any = np.float32,
+    *,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Any:
+    """CLIP's normalisation of a uint8 batch, for use inside a jitted function.
+
+    Args:
+        images: uint8 [..., 3], a JAX array (traced or not) or a NumPy array.
+        dtype: of the result; the arithmetic is in float32.
+        mean, std: per channel, for values in [0, 1]; others' models may have their own.
+
+    Returns:
+        [..., 3], of the kind of array that came: (images / 255 - mean) / std.
+
+    Raises:
+        ValueError: not uint8, or no three channels at the end.
+    """
+    if images.dtype != np.uint8 or images.shape[-1:] != (3,):
+        raise ValueError(
+            "images: expected uint8 [..., 3] as the transforms give it, got "
+            f"{images.dtype} {tuple(images.shape)}"
+        )
+    deviation = np.asarray(std, np.float64)
+    factor = (1 / (255 * deviation)).astype(np.float32)
+    offset = (np.asarray(mean, np.float64) / deviation).astype(np.float32)
+    return (images.astype(np.float32) * factor - offset).astype(dtype)
+
+
+def _scale_part(
+    image: Image.Image, crop: tuple[int, int, int, int], scaling: tuple[float, float]
+) -> Image.Image:
+    """`crop` (left, top, right, bottom) of the picture scaled by `scaling` (x, y)."""
+    box = [edge / factor for edge, factor in zip(crop, scaling * 2, strict=True)]
+    # All the pixels that Pillow's bicubic filter, two output pixels wide, can reach.
+    margins = [math.ceil(2 * max(1 / factor, 1)) + 1 for factor in scaling]
+    left, top = (max(0, math.floor(box[i]) - margins[i]) for i in (0, 1))
+    right, bottom = (min(image.size[i], math.ceil(box[2 + i]) + margins[i]) for i in (0, 1))
+    part = image.crop((left, top, right, bottom))
+    box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+    width, height = crop[2] - crop[0], crop[3] - crop[1]
+    # Rows before columns, as Pillow does for such a picture: the 8-bit result between differs.
+    across = part.resize(
+        (width, part.height), Image.Resampling.BICUBIC, box=(box[0], 0, box[2], part.height)
+    )
+    return across.resize((width, height), Image.Resampling.BICUBIC, box=(0, box[1], width, box[3]))
+
+
+def _check_input(image: Image.Image, size: int) -> int:
+    if not isinstance(image, Image.Image) or image.mode != "RGB":
+        got = f"mode {image.mode!r}" if isinstance(image, Image.Image) else type(image).__name__
+        raise ValueError(
+            f"image: expected a Pillow image of mode 'RGB', got {got}; diht_jax.input.decode."
+            "decode_rgb makes one from bytes, image.convert('RGB') from another mode"
+        )
+    if 0 in image.size:
+        raise ValueError(f"image: expected at least one pixel, got size {image.size}")
+    try:
+        pixels = operator.index(size)
+    except TypeError:
+        pixels = 0
+    if pixels < 1:
+        raise ValueError(f"size: expected a positive integer of pixels, got {size!r}")
+    return pixels

@@ -1,0 +1,342 @@
+"""What all readers of pairs share: the form of a source format, the unit of work, cleaned input.
+
+Every reader ends with a `Format`, which stands in the table of `registry.py`; that module is the
+way in for everybody else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import posixpath
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from diht_jax.records import remote
+
+# The readers clean and parse as records are read.
+from diht_jax.records.samples import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    Skipped,
+    clean_text,
+    merge_captions,
+    pick_captions,
+)
+from diht_jax.records.schema import Pair, parse_json_object
+from diht_jax.storage import retries
+from diht_jax.storage.stores import is_remote, read_start
+
+__all__ = [
+    "FOLDER_EXTENSIONS",
+    "IMAGE_EXTENSIONS",
+    "MAX_IMAGE_BYTES",
+    "SOURCE_REASONS",
+    "UNSUPPORTED_EXTENSIONS",
+    "Format",
+    "Skipped",
+    "SourceShard",
+    "clean_text",
+    "held_bytes",
+    "image_files",
+    "merge_captions",
+    "parse_json_object",
+    "pick_captions",
+    "read_image",
+    "walk_files",
+    "walk_images",
+]
+
+# In folders people keep other pictures, too.
+FOLDER_EXTENSIONS = (
+    *IMAGE_EXTENSIONS,
+    *(
+        "gif",
+        "bmp",
+        "tif",
+        "tiff",
+        "jfif",
+        "jpe",
+        "avif",
+        "jp2",
+        "j2k",
+        "apng",
+        "ppm",
+        "pgm",
+        "pbm",
+    ),
+)
+UNSUPPORTED_EXTENSIONS = (
+    *("heic", "heif", "jxl", "svg", "svgz", "psd", "ico", "tga", "eps", "hdr", "exr", "dng"),
+    *("cr2", "nef", "arw", "raw", "wmf", "emf", "xcf", "pcx", "dds", "jxr", "mng"),
+)
+# Why an entry is no pair, in the order of a funnel. "too_large" is the image's reason, and what has
+# crashed is skipped by whoever works on it.
+SOURCE_REASONS = (
+    "bad_row",
+    "bad_json",
+    "refused_path",
+    "no_image",
+    "unsupported_format",
+    "duplicate",
+    "no_caption",
+    "too_large",
+    "crashed",
+)
+
+
+_NO_OPTIONS: Mapping[str, Any] = {}  # one for all, since there are many shards
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceShard:
+    """One unit of work: a tar, a part of a table, one class, or a range of a record file.
+
+    Attributes:
+        kind: name of the format in `registry.FORMATS`.
+        path: of the file or folder; a URL where it lies in an object store.
+        start: where the part begins: a byte of a table, a record of a TFDS file.
+        stop: where it ends (exclusive); None for the end of the file.
+        options: what else its reader needs, JSON-able.
+        reads_linked: whether files that a table only names, such as its images, are read, too.
+    """
+
+    kind: str
+    path: str
+    start: int = 0
+    stop: int | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: _NO_OPTIONS)
+    reads_linked: bool = True
+
+    def __str__(self) -> str:
+        part = "" if self.stop is None else f"[{self.start}:{self.stop}]"
+        return f"{self.path}{part}"
+
+    @property
+    def root(self) -> str:
+        """The folder of the source that the path of a folder belongs to."""
+        # A class lies in the folder that was named, pictures are that folder themselves.
+        return os.path.dirname(self.path) if self.kind == "folder" else self.path
+
+    def identity(self) -> dict[str, Any]:
+        """Describes the input, to compare with it later: path, part, size and time of change.
+
+        Returns:
+            A JSON-able dict. For a folder, size and time are those of the files in it together,
+            but for links that lead out; for a URL, the time is the version that the object store
+            states, or None.
+        """
+        described = {
+            "kind": self.kind,
+            "path": self.path if remote.is_remote(self.path) else os.path.abspath(self.path),
+            "start": self.start,
+            "stop": self.stop,
+            "options": dict(self.options),
+        }
+        if remote.is_remote(self.path):
+            size, version = remote.file_version(self.path)
+            return described | {"files": 1, "size_bytes": size, "changed_ns": version}
+        if os.path.isdir(self.path):
+            found = walk_files(self.path, self.root)
+            files = [retries.stat(path) for path, is_inside in found if is_inside]
+        else:
+            files = [retries.stat(self.path)]
+        return described | {
+            "files": len(files),
+            "size_bytes": sum(file.st_size for file in files),
+            "changed_ns": max((file.st_mtime_ns for file in files), default=0),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A source format: how it is recognised, divided into shards, read and counted.
+
+    Attributes:
+        read: yields the pairs of one shard, and `Skipped` for an entry that is no pair; raises
+            ValueError naming the file if it is damaged.
+        suffixes: endings of the names of its files.
+        matches: whether a path is such a file, where the ending alone does not decide it.
+        prefix: start of texts that name a data set rather than files, such as "tfds:".
+        is_folder: reads folders in which no file of any other format lies.
+        list_shards: divides a path (or a text with the prefix) into units of work; takes an
+            instance of `options` as second argument. None: one unit for each file.
+        options: dataclass of the options that a user may set; each has a default, and the type of
+            one whose default is None is `str | None`. Names are unique over all formats.
+        count: entries of a shard, exactly or nearly, without reading images; None if unknown.
+        count_reads_file: counting goes through the whole file, so that only the first shard is
+            counted, and the others are estimated by their bytes.
+        metadata_of: kinds of the files beside which the files of this format hold metadata only.
+        list_linked_files: of a shard, the files that its own file only names, such as the images
+            of a table, as `read_image` takes them: folder, path in it. They may be missing. None
+            where there are no such files.
+    """
+
+    read: Callable[[SourceShard], Iterator[Pair | Skipped]]
+    suffixes: tuple[str, ...] = ()
+    matches: Callable[[str], bool] | None = None
+    prefix: str = ""
+    is_folder: bool = False
+    list_shards: Callable[[str, Any], list[SourceShard]] | None = None
+    options: type | None = None
+    count: Callable[[SourceShard], int | None] = lambda shard: None
+    count_reads_file: bool = False
+    metadata_of: tuple[str, ...] = ()
+    list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
+
+    def is_file(self, path: str) -> bool:
+        """Whether a path is a file of this format, by its name."""
+        if self.matches is not None:
+            return self.matches(path)
+        return path.endswith(self.suffixes)
+
+
+def held_bytes(entry: Pair | Skipped) -> int:
+    """About how much memory an entry takes, at most: its image, its texts, its metadata."""
+    if isinstance(entry, Skipped):
+        return 0
+    total, values = len(entry.image), [entry.caption, entry.metadata]
+    while values:
+        value = values.pop()
+        total += 64 + (4 * len(value) if isinstance(value, str) else 0)
+        if isinstance(value, Mapping):
+            values += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            values += value
+    return total
+
+
+def read_image(root: str, name: str, key: str) -> bytes | Skipped:
+    """The bytes of an image below a folder, or why there are none.
+
+    Args:
+        root: the folder, a real path or a URL. What leads out of it, by ".." or a link, is refused.
+        name: path of the image, relative to `root` or absolute.
+        key: of the pair.
+
+    Raises:
+        StorageError: the file exists and cannot be read, now and after some attempts.
+    """
+    if is_remote(root):
+        return _read_stored_image(root, name, key)
+    try:
+        # Resolved first, so that neither ".." nor a link leads out of the folder.
+        path = os.path.realpath(os.path.join(root, name))
+    except ValueError as error:
+        return Skipped(key, "refused_path", f"{_shortened(name)} can name no file ({error})")
+    if os.path.commonpath([root, path]) != root:
+        return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
+    try:
+        status = retries.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            return Skipped(key, "no_image", f"{_shortened(name)} is no ordinary file")
+        if status.st_size > MAX_IMAGE_BYTES:
+            detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
+            return Skipped(key, "too_large", detail)
+        return retries.read_file(path)
+    except OSError as error:
+        # Anything else is no reason to lose a pair: the file may well be there.
+        if not retries.is_missing(error):
+            raise
+        return Skipped(key, "no_image", f"{_shortened(name)}: {error.strerror}")
+
+
+def _read_stored_image(root: str, name: str, key: str) -> bytes | Skipped:
+    """As `read_image`, below a folder in a store."""
+    folder = f"{root.rstrip('/')}/"
+    inner = name.removeprefix(folder)
+    path = posixpath.normpath(inner)
+    if is_remote(inner) or f"{path}/".startswith(("/", "../")):
+        return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
+    try:
+        image = read_start(folder + path, MAX_IMAGE_BYTES + 1)
+    except UnicodeEncodeError as error:
+        return Skipped(key, "refused_path", f"{_shortened(name)} can name no file ({error})")
+    except OSError as error:
+        if not retries.is_missing(error):
+            raise
+        return Skipped(key, "no_image", f"{_shortened(name)}: no such file in the store")
+    if len(image) > MAX_IMAGE_BYTES:
+        detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
+        return Skipped(key, "too_large", detail)
+    return image
+
+
+def image_files(folder: str) -> list[str]:
+    """Paths of the images in a folder and below it, sorted; hidden ones are left out.
+
+    Raises:
+        ValueError: a link makes a folder hold itself.
+    """
+    return [path for path, reason in walk_images(folder, folder) if reason is None]
+
+
+def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
+    """Yields the images in a folder and below it, sorted; hidden ones are left out.
+
+    Args:
+        folder: where to look.
+        root: folder that no link may lead out of.
+
+    Returns:
+        Paths, and the reason for which one cannot be read: "unsupported_format", or
+        "refused_path" for a link that leads out, whatever is behind it; None for the others.
+
+    Raises:
+        ValueError: a link makes a folder hold itself.
+    """
+    for path, is_inside in walk_files(folder, root):
+        extension = path.rpartition(".")[2].lower()
+        is_picture = extension in FOLDER_EXTENSIONS or extension in UNSUPPORTED_EXTENSIONS
+        if not is_inside and (is_picture or os.path.isdir(path)):
+            yield path, "refused_path"
+        elif not is_inside:
+            continue
+        elif extension in FOLDER_EXTENSIONS:
+            yield path, None
+        elif extension in UNSUPPORTED_EXTENSIONS:
+            yield path, "unsupported_format"
+
+
+def walk_files(folder: str, root: str) -> Iterator[tuple[str, bool]]:
+    """Yields the path of every file that is not hidden, and whether it lies inside of `root`.
+
+    A link that leads out of `root` is yielded, and not followed.
+
+    Raises:
+        ValueError: a link makes a folder hold itself.
+    """
+    real_root = os.path.realpath(root)
+    if not _is_inside(folder, real_root):
+        yield folder, False
+        return
+    for entry, is_inside in _walk(folder, real_root, ()):
+        yield entry.path, is_inside
+
+
+def _walk(
+    folder: str, root: str, above: tuple[str, ...]
+) -> Iterator[tuple[os.DirEntry[str], bool]]:
+    real_path = os.path.realpath(folder)
+    if real_path in above:
+        raise ValueError(f"'{folder}' leads back to '{real_path}', which holds it; remove the link")
+    with os.scandir(folder) as entries:
+        children = sorted(entries, key=lambda entry: entry.name)
+    for entry in children:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink() and not _is_inside(entry.path, root):
+            yield entry, False
+        elif entry.is_dir():
+            yield from _walk(entry.path, root, (*above, real_path))
+        elif entry.is_file():
+            yield entry, True
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return os.path.commonpath([root, os.path.realpath(path)]) == root
+
+
+def _shortened(name: str) -> str:
+    return repr(name if len(name) <= 200 else f"{name[:200]}...")

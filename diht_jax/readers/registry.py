@@ -1,0 +1,342 @@
+"""Pairs from anywhere: the table of source formats, `open_source`, and `list_shards`.
+
+`open_source` iterates over all pairs; `list_shards` divides a source into units of work, each of
+which `read_pairs` reads, in whatever process. What the text of a source may be:
+
+    PATH.tar, GLOB/*.tar             webdataset, as img2dataset writes it
+    PATH.jsonl, PATH.csv, PATH.tsv   a table beside a folder of images
+    PATH.parquet                     images and captions in columns
+    FOLDER                           shards, tars, tables or parquet files in it; else classes
+    PATH.tfrecord, GLOB              our own records, and img2dataset's
+    PATH.array_record, GLOB          our own records
+    URL of one of these              the same, in an object store; but folders of classes
+    tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
+
+Options of one source of several stand behind it: "a.csv?image_column=file&caption_column=title".
+
+Images are not decoded here.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from diht_jax.readers import image_folder, parquet, records, tables, tfds, webdataset
+from diht_jax.readers.base import Format, Skipped, SourceShard
+from diht_jax.records import remote
+from diht_jax.records.schema import Pair
+from diht_jax.storage import retries
+from diht_jax.storage.stores import open_system
+
+__all__ = [
+    "FORMATS",
+    "PairSource",
+    "Skipped",
+    "SourceShard",
+    "describe_linked",
+    "list_shards",
+    "name_options",
+    "names_files",
+    "open_source",
+    "option_defaults",
+    "read_pairs",
+]
+
+# Kind of a shard -> format. The first that recognises a text or a file reads it.
+FORMATS: dict[str, Format] = {
+    "webdataset": webdataset.FORMAT,
+    "table": tables.FORMAT,
+    "tfds": tfds.FORMAT,
+    "tfrecord": records.FORMAT,
+    "array_record": records.ARRAY_RECORD,
+    "parquet": parquet.FORMAT,
+    "folder": image_folder.CLASSES,
+    "pictures": image_folder.PICTURES,
+}
+
+_LARGEST_LISTING = 5
+
+
+class PairSource(Iterable[Pair]):
+    """The pairs of a source, in a fixed order; can be iterated again and again.
+
+    Attributes:
+        shards: the units of work.
+        skipped: reason -> count of the last complete iteration.
+    """
+
+    def __init__(self, name: str, shards: list[SourceShard]):
+        self.name = name
+        self.shards = shards
+        self.skipped: collections.Counter[str] = collections.Counter()
+
+    def __iter__(self) -> Iterator[Pair]:
+        skipped: collections.Counter[str] = collections.Counter()
+        for shard in self.shards:
+            for entry in read_pairs(shard):
+                if isinstance(entry, Pair):
+                    yield entry
+                else:
+                    skipped[entry.reason] += 1
+        self.skipped = skipped
+        if skipped:
+            counts = ", ".join(f"{reason} {count}" for reason, count in sorted(skipped.items()))
+            logging.warning("%s: %d entries are no pairs: %s", self.name, skipped.total(), counts)
+
+
+def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
+    """Opens a source of pairs.
+
+    Args:
+        spec: one of the texts above, or a list of them.
+        **options: of the formats, such as the fields of `tables.TableOptions`, for all sources that
+            do not state their own.
+
+    Returns:
+        An iterable of `schema.Pair`. Metadata may hold "captions", "label" and "class_name".
+
+    Raises:
+        ValueError: nothing is found, or an option does not exist.
+    """
+    return PairSource(str(spec), list_shards(spec, **options))
+
+
+def names_files(source: SourceShard) -> bool:
+    """Whether an input is a table that names other files, which are read with it."""
+    form = FORMATS.get(source.kind)
+    return source.reads_linked and form is not None and form.list_linked_files is not None
+
+
+def describe_linked(source: SourceShard) -> str | None:
+    """Hash of size and time of change of the files that an input names; opens none of them.
+
+    Args:
+        source: `names_files` is true of it.
+
+    Returns:
+        None where it names no file.
+    """
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    for root, name in FORMATS[source.kind].list_linked_files(source):
+        count += 1
+        try:
+            path = os.path.join(root, name)
+            status = retries.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        except (OSError, ValueError) as error:  # no file can have such a name, either
+            if isinstance(error, OSError) and not retries.is_missing(error):
+                raise
+            state = "missing"
+        digest.update(f"{state}\n".encode())
+    return digest.hexdigest() if count else None
+
+
+def list_shards(spec: str | Sequence[str], **options: Any) -> list[SourceShard]:
+    """Divides a source into units of work, in a fixed order.
+
+    Args:
+        spec: one of the texts above, or a list of them.
+        **options: as for `open_source`.
+
+    Raises:
+        ValueError: nothing is found, or an option does not exist.
+    """
+    _check_options(options)
+    texts = [spec] if isinstance(spec, str) else list(spec)
+    shards = [shard for text in texts for shard in _list_text(text, options)]
+    if not shards:
+        raise ValueError(
+            f"no source of pairs: got {spec!r}; see diht_jax/readers/registry.py for forms"
+        )
+    return shards
+
+
+def read_pairs(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Reads one unit of work.
+
+    Args:
+        shard: one of `list_shards`.
+
+    Returns:
+        Pairs, and `Skipped` with its reason for each entry that is no pair.
+
+    Raises:
+        ValueError: the file is damaged; names it.
+    """
+    return FORMATS[shard.kind].read(shard)
+
+
+def option_defaults() -> dict[str, dataclasses.Field]:
+    """Every option of the formats by its name, as a field with type and default."""
+    types = [form.options for form in FORMATS.values() if form.options]
+    return {field.name: field for kind in types for field in dataclasses.fields(kind)}
+
+
+def name_options(message: str, form: str) -> str:
+    """A message with the options of the formats named as a user types them.
+
+    Args:
+        message: of an error, with names such as "image_column".
+        form: such as "--config.source.{}".
+    """
+    names = "|".join(option_defaults())
+    return re.sub(
+        rf"(?<![\w.'?/-])({names})(?![\w'/]|\.\w)", lambda name: form.format(name[1]), message
+    )
+
+
+def _list_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
+    path, own = _split_options(text)
+    shards = _list_plain_text(path, options | own)
+    for kind in dict.fromkeys(shard.kind for shard in shards):
+        known = _option_names(kind)
+        for name in own:
+            if name not in known:
+                raise ValueError(
+                    f"{text}: this source ({kind}) has no option '{name}'; it has "
+                    f"{', '.join(known) or 'none'}"
+                )
+    return shards
+
+
+def _split_options(text: str) -> tuple[str, dict[str, Any]]:
+    """Path and options of "PATH?NAME=VALUE&NAME=VALUE"; a "?" may also belong to a glob."""
+    match = re.fullmatch(r"(.+?)\?(\w+=[^?&]*(?:&\w+=[^?&]*)*)", text, re.DOTALL)
+    if match is None:
+        return text, {}
+    own: dict[str, Any] = dict(part.split("=", 1) for part in match[2].split("&"))
+    if remote.is_remote(text):
+        if own.keys().isdisjoint(option_defaults()):
+            return text, {}
+    elif os.path.exists(text) or glob.glob(text):
+        return text, {}
+    try:
+        _check_options(own)
+        for name, field in option_defaults().items():
+            if name in own and isinstance(field.default, int):
+                own[name] = int(own[name])
+    except ValueError as error:
+        raise ValueError(f"{text}: {error}") from error
+    return match[1], own
+
+
+def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
+    for kind, form in FORMATS.items():
+        if form.prefix and text.startswith(form.prefix):
+            return _list_one(kind, text, options)
+    if remote.is_remote(text):
+        return _list_remote(text, options)
+    if os.path.isdir(text):
+        return _list_folder(text, options)
+    paths = [text] if os.path.isfile(text) else sorted(glob.glob(text, recursive=True))
+    return _list_files(text, paths, options)
+
+
+def _list_files(text: str, paths: Sequence[str], options: dict[str, Any]) -> list[SourceShard]:
+    """The units of the files that a text means; none of them may be of an unknown kind."""
+    paths = [path for path in paths if not path.endswith(".idx")]
+    if not paths:
+        raise ValueError(
+            f"nothing at '{text}'; expected a file, a folder, a glob that matches some, or "
+            "tfds:NAME:SPLIT"
+        )
+    kinds = _recognise(paths)
+    unknown = [path for path, kind in kinds.items() if kind is None]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown[:_LARGEST_LISTING])}: not a source of pairs; expected names that "
+            f"end in {_known_suffixes()}"
+        )
+    return [shard for path, kind in kinds.items() for shard in _list_one(kind, path, options)]
+
+
+def _list_folder(folder: str, options: dict[str, Any]) -> list[SourceShard]:
+    files = sorted(entry.path for entry in os.scandir(folder) if entry.is_file())
+    if shards := _list_files_in(folder, files, options):
+        return shards
+    for kind, form in FORMATS.items():
+        if form.is_folder and (shards := _list_one(kind, folder, options)):
+            return shards
+    raise ValueError(
+        f"folder '{folder}' holds neither TFRecord shards, tars or tables nor sub-folders of images"
+    )
+
+
+def _list_files_in(folder: str, files: Sequence[str], options: dict[str, Any]) -> list[SourceShard]:
+    """The units of the files of a folder that a format reads; maybe none."""
+    found = {path: kind for path, kind in _recognise(files).items() if kind}
+    if len(set(found.values())) > 1:
+        raise ValueError(
+            f"folder '{folder}' holds several kinds of source "
+            f"({', '.join(sorted(set(found.values())))}); name the files by a glob"
+        )
+    return [shard for path, kind in found.items() for shard in _list_one(kind, path, options)]
+
+
+def _list_remote(url: str, options: dict[str, Any]) -> list[SourceShard]:
+    paths = [path for path in sorted(remote.list_files(url)) if _kind_of(path)]
+    if paths:
+        is_glob = remote.is_glob(open_system(url)[1])
+        return (_list_files if is_glob else _list_files_in)(url, paths, options)
+    raise ValueError(
+        f"nothing to read at '{url}'; of an object store tars, tables, parquet files and record "
+        f"shards are read, by names that end in {_known_suffixes()}; folders of images must be "
+        "copied or mounted"
+    )
+
+
+def _recognise(paths: Sequence[str]) -> dict[str, str | None]:
+    """Path -> kind, None where no format reads it; files that only hold metadata are left out."""
+    kinds = {path: _kind_of(path) for path in paths}
+    present = set(kinds.values()) - {None}
+    return {
+        path: kind
+        for path, kind in kinds.items()
+        if kind is None or present.isdisjoint(FORMATS[kind].metadata_of)
+    }
+
+
+def _kind_of(path: str) -> str | None:
+    if os.path.basename(path).startswith("."):
+        return None
+    return next((kind for kind, form in FORMATS.items() if form.is_file(path)), None)
+
+
+def _list_one(kind: str, path: str, options: dict[str, Any]) -> list[SourceShard]:
+    form = FORMATS[kind]
+    if form.list_shards is None:
+        return [SourceShard(kind, path)]
+    own = None
+    if form.options is not None:
+        names = _option_names(kind)
+        own = form.options(**{name: options[name] for name in names if name in options})
+    return form.list_shards(path, own)
+
+
+def _option_names(kind: str) -> list[str]:
+    kinds = FORMATS[kind].options
+    return [field.name for field in dataclasses.fields(kinds)] if kinds else []
+
+
+def _known_suffixes() -> str:
+    *most, last = [suffix for form in FORMATS.values() for suffix in form.suffixes]
+    return f"{', '.join(most)} or {last}"
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    known = list(option_defaults())
+    for name in options:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+            raise ValueError(f"sources have no option '{name}'{hint}")

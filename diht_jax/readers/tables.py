@@ -1,0 +1,360 @@
+"""Tables of captions beside a folder of images: jsonl, csv and tsv.
+
+A table is cut into parts of so many rows, so that many workers can share a large one; for that it
+is read once more. One in an object store is a single part, and read once.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import csv
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
+from typing import Any, BinaryIO
+
+from absl import logging
+
+from diht_jax.readers.base import (
+    Format,
+    Skipped,
+    SourceShard,
+    clean_text,
+    merge_captions,
+    parse_json_object,
+    pick_captions,
+    read_image,
+)
+from diht_jax.records.remote import file_size
+from diht_jax.records.schema import Pair
+from diht_jax.storage.stores import is_remote, open_file, read_start
+
+TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
+
+_MAX_FIELD_CHARS = 2**24
+_MAX_LINE_BYTES = 2**28
+_BLOCK_BYTES = 2**20
+_HEAD_BYTES = 2**18  # of a table in a store, in which its columns are looked for
+_LARGE_TABLE_BYTES = 2**30
+_IMAGES_AHEAD = 16  # requests at a time, where each image is one
+# Texts in UTF-16 and UTF-32 begin so, with zeros among the bytes that follow.
+_OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableOptions:
+    """How to read a table.
+
+    Attributes:
+        image_column: holds the image's path, relative to `image_root`.
+        caption_column: holds the caption; in jsonl it may be a list of captions.
+        key_column: holds the key; keys are made of table name and row number where it is None.
+        image_root: folder of the images, or its URL; the table's own folder where it is None.
+            Paths that lead out of it are refused.
+        rows_per_shard: size of the parts of a local table.
+    """
+
+    image_column: str = "image"
+    caption_column: str = "caption"
+    key_column: str | None = None
+    image_root: str | None = None
+    rows_per_shard: int = 10_000
+
+
+def list_table_shards(path: str, options: TableOptions) -> list[SourceShard]:
+    """Cuts a table into parts.
+
+    Args:
+        path: of a jsonl, csv or tsv file.
+        options: of the table.
+
+    Raises:
+        ValueError: the table is empty, lacks a column, is no UTF-8 text, or `rows_per_shard` is not
+            positive.
+        StorageError: it cannot be read, now and after some attempts.
+    """
+    if options.rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard={options.rows_per_shard}; expected at least 1")
+    root = options.image_root or os.path.dirname(path) or "."
+    if not is_remote(root) and not os.path.isdir(root):
+        raise ValueError(f"{path}: there is no image folder '{root}'; set image_root")
+    shared = dataclasses.asdict(options) | {"image_root": root}
+    if is_remote(path):
+        return [_whole_table(path, options, shared)]
+    header: list[str] | None = None
+    boundaries, row_count, position = [], 0, 0
+    with open_file(path) as file:
+        _check_encoding(path, file)
+        if path.endswith(".jsonl"):
+            _check_jsonl_columns(path, file, options)
+        else:
+            header, position = _read_csv_header(path, file, options)
+        file.seek(position)
+        for row_start, row_end in _row_extents(path, file, position):
+            if row_count % options.rows_per_shard == 0:
+                boundaries.append((row_start, row_count))
+            row_count, position = row_count + 1, row_end
+    if not row_count:
+        raise ValueError(f"{path}: the table has no rows")
+    stops = [start for start, _ in boundaries[1:]] + [position]
+    return [
+        SourceShard(
+            "table",
+            path,
+            start,
+            stop,
+            shared | {"first_row": first_row, "header": header},
+            reads_linked=not is_remote(root),
+        )
+        for (start, first_row), stop in zip(boundaries, stops, strict=True)
+    ]
+
+
+def _whole_table(path: str, options: TableOptions, shared: dict[str, Any]) -> SourceShard:
+    """The one part of a table in a store; only the beginning of the table is read for it.
+
+    Images in a store are not compared with those of an earlier run: that would be a request each.
+    """
+    size = file_size(path)
+    start = io.BytesIO(read_start(path, _HEAD_BYTES))
+    _check_encoding(path, start)
+    header, position = None, 0
+    if path.endswith(".jsonl"):
+        _check_jsonl_columns(path, start, options)
+    else:
+        header, position = _read_csv_header(path, start, options)
+    if position >= size:
+        raise ValueError(f"{path}: the table has no rows")
+    if size > _LARGE_TABLE_BYTES:
+        logging.warning(
+            "%s: %d MB in a store are a single unit of work; several smaller tables would let "
+            "several workers read them",
+            path,
+            size // 10**6,
+        )
+    own = shared | {"first_row": 0, "header": header}
+    return SourceShard("table", path, position, size, own, reads_linked=False)
+
+
+def read_table(shard: SourceShard) -> Iterator[Pair | Skipped]:
+    """Yields the pairs of one part of a table; images are read from the folder.
+
+    Args:
+        shard: as `list_table_shards` gives.
+
+    Raises:
+        ValueError: csv quoting that cannot be resolved.
+        StorageError: the table, or an image, cannot be read, now and after some attempts.
+    """
+    first_row, header = shard.options["first_row"], shard.options["header"]
+    options = TableOptions(
+        **{f.name: shard.options[f.name] for f in dataclasses.fields(TableOptions)}
+    )
+    is_stored = is_remote(options.image_root)
+    root = options.image_root if is_stored else os.path.realpath(options.image_root)
+    stem = clean_text(pathlib.Path(shard.path).stem)
+
+    def make(numbered: tuple[int, dict[str, Any] | str]) -> Pair | Skipped:
+        number, row = numbered
+        default_key = f"{stem}-{number:08d}"
+        if isinstance(row, str):
+            return Skipped(default_key, "bad_row", row)
+        return _make_pair(row, options, root, default_key)
+
+    rows = enumerate(_read_rows(shard, header), start=first_row)
+    yield from map_ahead(make, rows) if is_stored else map(make, rows)
+
+
+def map_ahead(make: Callable[[Any], Any], rows: Iterable[Any]) -> Iterator[Any]:
+    """The results in order, of which some are made at the same time."""
+    waiting: collections.deque[futures.Future[Any]] = collections.deque()
+    with futures.ThreadPoolExecutor(_IMAGES_AHEAD) as pool:
+        try:
+            for row in rows:
+                waiting.append(pool.submit(make, row))
+                if len(waiting) == _IMAGES_AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _make_pair(
+    row: dict[str, Any], options: TableOptions, root: str, default_key: str
+) -> Pair | Skipped:
+    own_key = row.get(options.key_column)
+    key = ("" if own_key is None else clean_text(str(own_key))) or default_key
+    relative = row.get(options.image_column)
+    if not isinstance(relative, str) or not relative.strip():
+        return Skipped(key, "no_image", f"nothing in column '{options.image_column}'")
+    captions = pick_captions(row.get(options.caption_column))
+    if not captions:
+        return Skipped(key, "no_caption", f"nothing in column '{options.caption_column}'")
+    image = read_image(root, relative.strip(), key)
+    if isinstance(image, Skipped):
+        return image
+    used = (options.image_column, options.caption_column, options.key_column)
+    metadata = {name: value for name, value in row.items() if name not in used}
+    stated = row[options.caption_column]
+    return Pair(key, image, captions[0], merge_captions(metadata, captions, stated))
+
+
+def list_table_images(shard: SourceShard) -> Iterator[tuple[str, str]]:
+    """Yields folder and path in it of every image that one part of a table names."""
+    options = shard.options
+    if "header" not in options:
+        return  # not a part that `list_table_shards` has made
+    for row in _read_rows(shard, options["header"]):
+        name = None if isinstance(row, str) else row.get(options["image_column"])
+        if isinstance(name, str) and name.strip():
+            yield options["image_root"], name.strip()
+
+
+def _read_rows(shard: SourceShard, header: list[str] | None) -> Iterator[dict[str, Any] | str]:
+    """Yields rows, or what is wrong with them."""
+    with open_file(shard.path) as file:
+        file.seek(shard.start)
+        lines = _Lines(shard.path, file, shard.start, shard.stop)
+        if header is None:
+            for line in lines.raw():
+                if line.strip():
+                    try:
+                        yield parse_json_object(line.decode("utf-8-sig"))
+                    except ValueError as error:
+                        yield str(error)
+            return
+        for values in _csv_reader(shard.path, lines):
+            if not values:
+                continue
+            if len(values) == len(header):
+                yield dict(zip(header, values, strict=True))
+            else:
+                yield f"{len(values)} fields; the header has {len(header)}"
+
+
+def _row_extents(path: str, file: BinaryIO, position: int) -> Iterator[tuple[int, int]]:
+    """Yields the first and last (exclusive) byte of every row that is not blank."""
+    lines = _Lines(path, file, position)
+    rows = lines.raw() if path.endswith(".jsonl") else _csv_reader(path, lines)
+    for row in rows:
+        start, position = position, lines.position
+        if row.strip() if isinstance(row, bytes) else row:
+            yield start, position
+
+
+def _check_encoding(path: str, file: BinaryIO) -> None:
+    head = file.read(64)
+    file.seek(0)
+    if head.startswith(_OTHER_ENCODINGS) and b"\0" in head:
+        raise ValueError(
+            f"{path}: the text is in UTF-16 or UTF-32; expected UTF-8: save it so, or convert it "
+            "with `iconv -f UTF-16 -t UTF-8`"
+        )
+
+
+def _check_jsonl_columns(path: str, file: BinaryIO, options: TableOptions) -> None:
+    """Looks for rows with the columns, as a csv has them in its header; goes no further."""
+    needed = [options.image_column, options.caption_column, options.key_column]
+    missing = {name for name in needed if name}
+    first: dict[str, Any] | None = None
+    for line in _Lines(path, file, 0).raw():
+        try:
+            row = parse_json_object(line.decode("utf-8-sig"))
+        except ValueError:
+            continue  # it is counted when the rows are read
+        first = row if first is None else first
+        missing -= row.keys()
+        if not missing:
+            return
+    if first is not None:
+        raise ValueError(
+            f"{path}: no row has {', '.join(map(repr, sorted(missing)))}; the first one has "
+            f"{', '.join(map(repr, list(first)[:20])) or 'nothing':.500}; set image_column, "
+            "caption_column or key_column"
+        )
+
+
+def _read_csv_header(path: str, file: BinaryIO, options: TableOptions) -> tuple[list[str], int]:
+    lines = _Lines(path, file, 0)
+    header = next(_csv_reader(path, lines), [])
+    header = [name.removeprefix("\ufeff").strip() for name in header]
+    needed = [options.image_column, options.caption_column, options.key_column]
+    missing = [name for name in needed if name and name not in header]
+    if missing:
+        raise ValueError(
+            f"{path}: no column {', '.join(map(repr, missing))}; the header has "
+            f"{', '.join(map(repr, header)) or 'nothing'}; set image_column, caption_column or "
+            "key_column"
+        )
+    return header, lines.position
+
+
+def _csv_reader(path: str, lines: Iterator[str]) -> Iterator[list[str]]:
+    csv.field_size_limit(_MAX_FIELD_CHARS)
+    delimiter = "\t" if path.endswith(".tsv") else ","
+    # Strict: a quote that is never closed is an error, instead of swallowing all rows behind it.
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {reader.line_num} of this part: {error}") from error
+
+
+class _Lines(Iterator[str]):
+    """Decoded lines of a part of a file, and the byte after the last one that was taken."""
+
+    def __init__(self, path: str, file: BinaryIO, position: int, stop: int | None = None):
+        self._path = path
+        self._file = file
+        self._stop = stop
+        self.position = position
+
+    def __next__(self) -> str:
+        line = self._read()
+        if not line:
+            raise StopIteration
+        return line.decode("utf-8", "replace")
+
+    def raw(self) -> Iterator[bytes]:
+        """Yields the bytes of the lines."""
+        return iter(self._read, b"")
+
+    def _read(self) -> bytes:
+        if self._stop is not None and self.position >= self._stop:
+            return b""
+        line = self._file.readline(_MAX_LINE_BYTES + 1)
+        if len(line) > _MAX_LINE_BYTES:
+            raise ValueError(
+                f"{self._path}: at byte {self.position} is a line of over {_MAX_LINE_BYTES} bytes; "
+                "expected a row of text"
+            )
+        self.position += len(line)
+        return line
+
+
+def _count_lines(shard: SourceShard) -> int | None:
+    """Lines of a part; a row of a csv with line breaks in it counts too often. None in a store."""
+    if is_remote(shard.path):
+        return None  # it would be read once more
+    count, last, left = 0, b"\n", shard.stop - shard.start
+    with open_file(shard.path) as file:
+        file.seek(shard.start)
+        while block := file.read(min(left, _BLOCK_BYTES)):
+            count, last, left = count + block.count(b"\n"), block[-1:], left - len(block)
+    return count + (last != b"\n")
+
+
+FORMAT = Format(
+    suffixes=TABLE_SUFFIXES,
+    list_shards=list_table_shards,
+    options=TableOptions,
+    read=read_table,
+    count=_count_lines,
+    list_linked_files=list_table_images,
+)

@@ -1,0 +1,142 @@
+"""The metadata files that make a folder of shards a data set for others.
+
+They are written when all shards are there. With two of them, `tfds.builder_from_directory(FOLDER)`
+opens a folder of TFRecord or ArrayRecord shards; a third one tells webdataset's users how many
+samples each tar has. `tensorflow_datasets` is imported inside the function; TensorFlow is not
+needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+
+from diht_jax.records import schema
+from diht_jax.storage.stores import is_remote, write_bytes
+
+FILES = ("dataset_info.json", "features.json")
+# Name -> samples, of tars; open_clip takes the size of its epochs from it.
+SIZES = "sizes.json"
+# Beside each shard that `data_prep` writes: what went into it and what came out.
+STATS_SUFFIX = ".stats.json"
+
+# What TFDS can decode; a folder with any other format is declared to hold encoded bytes.
+_TFDS_IMAGE_FORMATS = frozenset(("JPEG", "PNG"))
+_SHARD_TEMPLATE = "{DATASET}-{SPLIT}-{SHARD_INDEX}.{FILEFORMAT}"
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def shard_name(
+    dataset: str, split: str, index: int, num_shards: int, suffix: str = ".tfrecord"
+) -> str:
+    """File name of one shard, as TFDS forms it from our template.
+
+    Args:
+        dataset: name of the data set, lower case with underscores.
+        split: name of the split, in the same form.
+        index: of the shard, from 0.
+        num_shards: of the split; more than 99,999 make the number longer.
+        suffix: of the format.
+
+    Raises:
+        ValueError: a name is of another form.
+    """
+    for name in (dataset, split):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"name '{name}': expected lower-case letters, digits and underscores")
+    digits = max(5, len(str(num_shards)))
+    return f"{dataset}-{split}-{index:0{digits}d}{suffix}"
+
+
+def write_dataset_info(
+    folder: str | os.PathLike[str],
+    *,
+    dataset: str,
+    split: str,
+    shard_lengths: Sequence[int],
+    num_bytes: int,
+    image_formats: Collection[str],
+    with_concepts: bool = False,
+    description: str = "",
+    file_format: str = "tfrecord",
+) -> None:
+    """Writes `dataset_info.json` and `features.json`.
+
+    Args:
+        folder: of the shards, or its URL; their names are those of `shard_name`.
+        dataset: name of the data set.
+        split: name of the split.
+        shard_lengths: records per shard.
+        num_bytes: size of all shards.
+        image_formats: formats that occur. TFDS decodes JPEG and PNG only: where anything else
+            occurs, the feature `image` is declared as encoded bytes.
+        with_concepts: whether every record has the field `concepts`, declared as bytes.
+        description: a text for people.
+        file_format: of the shards, "tfrecord" or "array_record".
+    """
+    import tensorflow_datasets as tfds
+
+    # TFDS knows few stores, and what is written does not name the folder.
+    data_dir = "." if is_remote(os.fspath(folder)) else os.fspath(folder)
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=dataset,
+        version=tfds.core.Version("1.0.0"),
+        data_dir=data_dir,
+        module_name="",
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=_make_features(image_formats, with_concepts),
+        description=description,
+    )
+    info.set_file_format(tfds.core.FileFormat(file_format))
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=data_dir,
+        template=_SHARD_TEMPLATE,
+        dataset_name=dataset,
+        split=split,
+        filetype_suffix=file_format,
+    )
+    split_info = tfds.core.SplitInfo(
+        name=split,
+        shard_lengths=list(shard_lengths),
+        num_bytes=num_bytes,
+        filename_template=template,
+    )
+    info.set_splits(tfds.core.splits.SplitDict([split_info]))
+    with tempfile.TemporaryDirectory() as scratch:
+        info.write_to_directory(scratch)
+        for name in FILES:
+            data = (pathlib.Path(scratch) / name).read_bytes()
+            write_bytes(f"{os.fspath(folder)}/{name}", data)
+
+
+def write_sizes(folder: str | os.PathLike[str], sizes: Mapping[str, int]) -> None:
+    """Writes `sizes.json`.
+
+    Args:
+        folder: of the shards.
+        sizes: name of each shard -> records.
+    """
+    text = json.dumps(dict(sizes), indent=1)
+    write_bytes(f"{os.fspath(folder)}/{SIZES}", f"{text}\n".encode())
+
+
+def _make_features(image_formats: Collection[str], with_concepts: bool):
+    import tensorflow_datasets as tfds
+
+    decodable = set(image_formats) <= _TFDS_IMAGE_FORMATS
+    image = tfds.features.Image(shape=(None, None, 3)) if decodable else tfds.features.Text()
+    features = {
+        schema.KEY: tfds.features.Text(),
+        schema.IMAGE: image,
+        schema.CAPTION: tfds.features.Text(),
+        schema.METADATA: tfds.features.Text(),
+    }
+    if with_concepts:
+        features[schema.CONCEPTS] = tfds.features.Text()
+    return tfds.features.FeaturesDict(features)

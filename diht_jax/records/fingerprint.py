@@ -1,0 +1,115 @@
+"""What a data set looked like when a checkpoint was saved, shard by shard.
+
+It is kept in every checkpoint and compared when a run is resumed: the position in the data means
+nothing once the data are others.
+"""
+
+from __future__ import annotations
+
+import base64
+import collections
+import dataclasses
+import hashlib
+import os
+import zlib
+from concurrent import futures
+
+from diht_jax.records.dataset_index import END_BYTES, digest_shard
+from diht_jax.records.sharded import ShardedRecords
+
+_READING_THREADS = 16
+_NAMES_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """The shards of a data set, in their order.
+
+    Attributes:
+        shards: name (without folder), number of records, size in bytes, and a digest of 16 hex
+            digits, for every shard.
+    """
+
+    shards: tuple[tuple[str, int, int, str], ...]
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits over all shards and their order."""
+        return hashlib.sha256(_table(self.shards)).hexdigest()[:16]
+
+    def pack(self) -> dict[str, int | str]:
+        """A JSON-able form; 30 bytes a shard or less."""
+        table = base64.b85encode(zlib.compress(_table(self.shards), 9)).decode()
+        return {"num_shards": len(self.shards), "digest": self.digest, "table": table}
+
+    @classmethod
+    def unpack(cls, packed: dict[str, int | str]) -> Fingerprint:
+        """The inverse of `pack`."""
+        lines = zlib.decompress(base64.b85decode(packed["table"])).decode().splitlines()
+        rows = (line.rsplit("\t", 3) for line in lines)
+        return cls(tuple((name, int(n), int(size), digest) for name, n, size, digest in rows))
+
+
+def fingerprint_records(source: ShardedRecords) -> Fingerprint:
+    """Looks at every shard that no `dataset.index` describes: two small reads each.
+
+    A shard's digest covers where its records lie, hence the length of each of them, and its first
+    and last 4 KiB. So it notices shards that are missing, new, renamed, in another order, or
+    written again with other records. It does not notice a change in the middle of a shard that
+    leaves all lengths as they are, such as a flipped bit; the records' checksums find damage when
+    they are read.
+
+    Args:
+        source: of the training data.
+    """
+
+    def look(number: int) -> tuple[int, int, str]:
+        size, offsets, head, tail = source.describe_shard(number, END_BYTES)
+        return len(offsets), size, digest_shard(offsets, head, tail)
+
+    rows = [source.known_identity(number) for number in range(len(source.paths))]
+    unknown = [number for number, row in enumerate(rows) if row is None]
+    with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
+        for number, row in zip(unknown, pool.map(look, unknown), strict=True):
+            rows[number] = row
+    names = map(os.path.basename, source.paths)
+    return Fingerprint(tuple((name, *row) for name, row in zip(names, rows, strict=True)))
+
+
+def describe_changes(before: Fingerprint, now: Fingerprint) -> list[str]:
+    """What differs between two looks at a data set, in words; empty where nothing does.
+
+    Args:
+        before: kept in a checkpoint.
+        now: of the shards that are there.
+    """
+    if before == now:
+        return []
+    old, new = _by_name(before), _by_name(now)
+    found = {
+        "missing": [name for name in old if name not in new],
+        "added": [name for name in new if name not in old],
+        "changed": [name for name in old if name in new and old[name] != new[name]],
+    }
+    changes = [f"{kind}: {_names(names)}" for kind, names in found.items() if names]
+    return changes or ["the same shards in another order"]
+
+
+def _by_name(fingerprint: Fingerprint) -> dict[str, tuple[int, int, str]]:
+    """Shards by name; of equal names in several folders, the second becomes `NAME (2)`."""
+    seen: collections.Counter[str] = collections.Counter()
+    shards = {}
+    for name, *rest in fingerprint.shards:
+        seen[name] += 1
+        shards[name if seen[name] == 1 else f"{name} ({seen[name]})"] = tuple(rest)
+    return shards
+
+
+def _names(names: list[str]) -> str:
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    rest = len(names) - _NAMES_SHOWN
+    return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+def _table(shards: tuple[tuple[str, int, int, str], ...]) -> bytes:
+    return "".join("\t".join(map(str, shard)) + "\n" for shard in shards).encode()

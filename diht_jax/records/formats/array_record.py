@@ -1,0 +1,163 @@
+"""ArrayRecord shards, as TFDS's `data_source`, grain and MaxText read them.
+
+The bytes are the package `array_record`'s, which is imported inside of the functions. A shard holds
+the same records as a TFRecord shard would, each in a group of its own, so that any of them is read
+alone. It has no offsets that we know, and its reader takes local or mounted files only.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from diht_jax.records import schema
+from diht_jax.records.catalog import Shard
+from diht_jax.records.format import DamagedRecordError, TFRecordError
+from diht_jax.records.formats.writer import ShardWriter
+from diht_jax.records.remote import is_remote
+from diht_jax.records.sharded import LocalFile, ShardedRecords
+from diht_jax.storage.retries import check_readable, retry
+
+# Encoded images cannot be compressed any further.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+# The fastest for random access.
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class ArrayRecordWriter(ShardWriter):
+    """Writes one shard; equal records give equal bytes."""
+
+    def _open(self, path: pathlib.Path) -> None:
+        from array_record.python import array_record_module
+
+        self._writer = array_record_module.ArrayRecordWriter(os.fspath(path), _WRITER_OPTIONS)
+
+    def _append(self, data: bytes) -> None:
+        self._writer.write(data)
+
+    def _finish(self) -> None:
+        self._writer.close()
+
+
+class ArrayRecordSource(ShardedRecords):
+    """Random access to the records of many shards, in the order of the shards.
+
+    As `TFRecordSource`; but no extent of several records is known.
+    """
+
+    kind = "array_record"
+
+    def __getitem__(self, index: int) -> bytes:
+        """The bytes of one record.
+
+        Args:
+            index: in [0, len).
+
+        Raises:
+            IndexError: the index is negative or too large.
+            TFRecordError: the record is damaged, or the shard was replaced.
+            StorageError: it cannot be read, now and after some attempts.
+        """
+        number, record = self._find(index)
+        return self._open_shard(number).read(record)
+
+    def extent(self, first: int, last: int) -> tuple[str, int, int]:
+        """Not known of this format.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{self.locate(first)[0]}: ArrayRecord shards are not read by ranges of bytes; set "
+            'config.data.order="global", or train on TFRecord shards or tars'
+        )
+
+    def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
+        """As `TFRecordSource.describe_shard`, with the numbers of the records for offsets."""
+        file = LocalFile(self.paths[number])
+        offsets = np.arange(self.shard_lengths[number], dtype=np.uint64)
+        tail_start = max(0, file.size - end_bytes)
+        return (
+            file.size,
+            offsets,
+            file.read_range(0, end_bytes),
+            file.read_range(tail_start, file.size),
+        )
+
+    @staticmethod
+    def decode(element: bytes) -> schema.Record:
+        """The record of an element; errors as of `schema.decode_record`."""
+        return schema.decode_record(element)
+
+    @staticmethod
+    def _count_records(shard: Shard) -> tuple[int, int, np.ndarray | None]:
+        return len(_OpenShard(shard.path)), os.path.getsize(shard.path), None
+
+    @staticmethod
+    def _open(shards: Sequence[Shard], in_memory: Any, number: int) -> _OpenShard:
+        return _OpenShard(shards[number].path)
+
+
+class _OpenShard:
+    def __init__(self, path: str):
+        if is_remote(path):
+            raise ValueError(
+                f"{path}: ArrayRecord shards are read from local or mounted folders only; mount or "
+                "copy them, or train on TFRecord shards or tars, which are read by their URL"
+            )
+        self._path = path
+        self._reader = self._open()
+
+    def __len__(self) -> int:
+        return self._reader.num_records()
+
+    def read(self, record: int) -> bytes:
+        try:
+            return self._read(record)
+        except RuntimeError:
+            # The same error as for damage comes of a disk that fails for a moment; after a restart
+            # of a file server, a descriptor stays stale.
+            check_readable(self._path)
+            self._reader = self._open()
+        try:
+            return self._read(record)
+        except RuntimeError as error:
+            raise DamagedRecordError(
+                f"{self._path}: record {record} cannot be read ({error}); write the shard again"
+            ) from error
+
+    def _open(self) -> Any:
+        from array_record.python import array_record_module
+
+        retry(lambda: os.stat(self._path), self._path)  # its reader does not tell a missing file
+        reader = array_record_module.ArrayRecordReader(self._path, _READER_OPTIONS)
+        if not reader.ok():
+            check_readable(self._path)
+            reader = array_record_module.ArrayRecordReader(self._path, _READER_OPTIONS)
+        if not reader.ok():
+            raise TFRecordError(
+                f"{self._path}: not a whole ArrayRecord shard; write or copy it again"
+            )
+        return reader
+
+    def _read(self, record: int) -> bytes:
+        if record >= len(self):
+            raise TFRecordError(f"{self._path}: record {record}: the shard was replaced")
+        return self._reader.read([record])[0]
+
+
+def read_array_records(path: str) -> Iterator[bytes]:
+    """Yields the records of one shard in order.
+
+    Raises:
+        TFRecordError: the shard or a record is damaged.
+        FileNotFoundError: there is none.
+        StorageError: it cannot be read, now and after some attempts.
+    """
+    shard = _OpenShard(path)
+    for record in range(len(shard)):
+        yield shard.read(record)

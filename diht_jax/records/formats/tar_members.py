@@ -1,0 +1,225 @@
+"""The members of a tar, read from front to back, with nothing lost in silence and nothing trusted.
+
+Nothing is ever written to disk, so that no path in an archive can do harm. What the members mean
+belongs in `tar_samples.py`.
+
+Python's `tarfile` believes the headers: it reserves whatever size an extended header claims,
+searches it with patterns that take quadratic time, goes backwards at a negative size, and takes a
+damaged header or a hole of zeros for the end. Each of these is an error here, and so is an archive
+that unpacks to far more than it takes.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from diht_jax.storage.retries import check_failure, is_storage_failure
+from diht_jax.storage.stores import open_file
+
+# A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
+# compressed already.
+_UNPACKED_BYTES = 2**30
+_MAX_EXPANSION = 200
+
+# Names of 4,096 bytes and some attributes; `tarfile` needs a second to search so many digits.
+_MAX_EXTENDED_BYTES = 2**14
+_EXTENDED_TYPES = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+_CHUNK_BYTES = 2**20
+# What `tarfile` raises on damaged archives; the last five escape from its parsing of headers.
+_BROKEN = (
+    *(tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError),
+    *(ValueError, OverflowError, IndexError, KeyError, TypeError),
+)
+
+
+class ExpansionError(ValueError):
+    """A file unpacks to far more than it takes; names it."""
+
+
+class DamagedTarError(ValueError):
+    """An archive cannot be read to its end; names it.
+
+    Attributes:
+        member: the one whose contents are not whole, where that is known.
+    """
+
+    def __init__(self, message: str, member: str | None = None):
+        super().__init__(message)
+        self.member = member
+
+
+class ExpansionCheck:
+    """Notices a file that would fill any memory, or go on for ever, once it is unpacked."""
+
+    def __init__(self, path: str, num_bytes: int):
+        """Begins to count.
+
+        Args:
+            path: of the file, for the message.
+            num_bytes: its size.
+        """
+        self._path = path
+        self._limit = max(_UNPACKED_BYTES, _MAX_EXPANSION * num_bytes)
+        self._total = 0
+
+    def add(self, num_bytes: int) -> None:
+        """Counts unpacked bytes.
+
+        Raises:
+            ExpansionError: there are too many by now.
+        """
+        self.check(self._total + num_bytes)
+
+    def check(self, total_bytes: int) -> None:
+        """The same, given the bytes so far."""
+        self._total = total_bytes
+        if total_bytes > self._limit:
+            raise ExpansionError(
+                f"{self._path}: unpacks to over {self._limit >> 20} MiB, more than "
+                f"{_MAX_EXPANSION} times its size; no file of pictures does"
+            )
+
+
+class Member(NamedTuple):
+    """An ordinary file in an archive.
+
+    Attributes:
+        offset: of its first header, in the archive (unpacked, if it is compressed).
+        name: with its folders.
+        data: its contents; None where they are over the limit, empty where they were not wanted.
+    """
+
+    offset: int
+    name: str
+    data: bytes | None
+
+
+def read_members(path: str, size_limit: Callable[[str], int | None]) -> Iterator[Member]:
+    """Yields the ordinary files of an archive, in its order.
+
+    Args:
+        path: of the archive, plain or compressed.
+        size_limit: of a name, the bytes up to which the contents are wanted; None skips the
+            member.
+
+    Raises:
+        DamagedTarError: the archive is damaged, cut off, or goes on behind its end; names it. All
+            whole members before the damage were yielded.
+        ExpansionError: it unpacks to far more than it takes; names it.
+        StorageError: it cannot be read, now and after some attempts; names it.
+        FileNotFoundError: there is none.
+    """
+    file = open_file(path)
+    with file:
+        try:
+            yield from walk_members(file, path, size_limit, mode="r:*")
+        except ValueError:
+            check_failure(file)  # the archive itself may be good
+            raise
+
+
+def walk_members(
+    file: BinaryIO,
+    path: str,
+    size_limit: Callable[[str], int | None],
+    *,
+    mode: str = "r:",
+    is_piece: bool = False,
+    is_divisible: bool = False,
+    is_read: Callable[[str], bool] = lambda name: True,
+) -> Iterator[Member]:
+    """Yields the ordinary files of an open archive, in its order.
+
+    Args:
+        file: the archive, or a piece of one, open for reading and seeking.
+        path: of the archive, for messages.
+        size_limit: as of `read_members`.
+        mode: of `tarfile.open`; "r:" for an archive that is not compressed.
+        is_piece: whether the end marker may be missing.
+        is_divisible: whether the members must mean the same when they are read one by one.
+        is_read: of a name, whether the contents within the limit are read.
+
+    Raises:
+        DamagedTarError, ExpansionError: as of `read_members`.
+    """
+    num_bytes = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    expansion, contents = ExpansionCheck(path, num_bytes), ExpansionCheck(path, num_bytes)
+    unread = None  # the member whose contents have not come yet
+    try:
+        with tarfile.open(path, mode, fileobj=file, tarinfo=_BoundedInfo) as tar:
+            position = -1
+            while (member := tar.next()) is not None:
+                unread = member.name
+                tar.members.clear()  # kept for random access, which nobody needs here
+                if tar.offset <= position:
+                    raise tarfile.ReadError(f"the size of '{member.name}' leads backwards")
+                position = tar.offset
+                if tar.fileobj is not file:  # compressed; `position` is where the contents end
+                    expansion.check(position)
+                limit = size_limit(member.name) if member.isreg() else None
+                if limit is None:
+                    continue
+                # The size is checked first: a sparse member may claim terabytes of zeros.
+                is_wanted = 0 <= member.size <= limit
+                contents.add(member.size if is_wanted else 0)
+                data = None
+                if is_wanted and is_read(member.name):
+                    data, unread = tar.extractfile(member).read(), None
+                elif is_wanted:
+                    data = b""
+                yield Member(member.offset, member.name, data)
+            _check_end(tar, is_piece)
+            if is_divisible and tar.pax_headers.keys() - {"comment"}:
+                names = ", ".join(sorted(tar.pax_headers))
+                raise tarfile.ReadError(f"it has a global header ({names}), so has no index")
+    except ExpansionError:
+        raise
+    except _BROKEN as error:
+        if is_storage_failure(error):  # the archive itself may be good
+            raise
+        raise DamagedTarError(
+            f"{path}: the tar archive cannot be read to its end ({type(error).__name__}: {error}); "
+            "download or write it again",
+            unread,
+        ) from error
+
+
+class _BoundedInfo(tarfile.TarInfo):
+    """A header whose size is checked before `tarfile` acts upon it."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0:
+            raise tarfile.ReadError(f"a member of {info.size} bytes")
+        if info.type in _EXTENDED_TYPES and info.size > _MAX_EXTENDED_BYTES:
+            raise tarfile.ReadError(
+                f"an extended header of {info.size} bytes; at most {_MAX_EXTENDED_BYTES} are read"
+            )
+        return info
+
+
+def _check_end(tar: tarfile.TarFile, is_piece: bool) -> None:
+    """Raises if the archive goes on or breaks off here; reads a compressed file to its checksum."""
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE and not (is_piece and not block):
+        raise tarfile.ReadError(f"cut off at byte {tar.offset}, where an end marker should be")
+    if any(block):
+        raise tarfile.ReadError(f"damaged member header at byte {tar.offset}")
+    while block:
+        block = tar.fileobj.read(_CHUNK_BYTES)
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"more data behind the end marker at byte {tar.offset}: a hole in the file, or "
+                "archives one after the other, which `tar --concatenate` joins"
+            )

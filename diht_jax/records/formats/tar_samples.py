@@ -1,0 +1,152 @@
+"""Samples of a webdataset tar: members that belong together, and the pair that they make.
+
+As webdataset groups them, members that follow each other with the same name up to the first dot of
+the base name are one sample: `KEY.jpg`, `KEY.txt` and `KEY.json`, as img2dataset writes them. How
+archives are read, damaged ones too, is the matter of `tar_members.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from diht_jax.records.formats.tar_members import DamagedTarError, Member
+from diht_jax.records.samples import (
+    IMAGE_EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    Skipped,
+    clean_text,
+    take_caption,
+)
+from diht_jax.records.schema import Pair, parse_json_object
+
+_TEXT_EXTENSIONS = ("txt", "json")
+_SIZE_LIMITS = dict.fromkeys(IMAGE_EXTENSIONS, MAX_IMAGE_BYTES) | dict.fromkeys(
+    _TEXT_EXTENSIONS, 2**24
+)
+
+
+class Sample(NamedTuple):
+    """The members of one sample.
+
+    Attributes:
+        offset: of its first header, in the archive.
+        key: the common name.
+        members: extensions, in lower case, and contents; None in place of contents that are over
+            the limit, of a second image, or of a second member with the same extension.
+    """
+
+    offset: int
+    key: str
+    members: list[tuple[str, bytes | None]]
+
+
+def sample_limit(extension: str) -> int | None:
+    """The bytes up to which members of a sample are worth reading; 0 for those only named."""
+    # An extension of several parts ("mask.png") makes it another kind of member, but still one to
+    # be named.
+    if extension.rpartition(".")[2] not in _SIZE_LIMITS:
+        return None
+    return _SIZE_LIMITS.get(extension, 0)
+
+
+def size_limit(name: str, limit_of: Callable[[str], int | None] = sample_limit) -> int | None:
+    """The bytes up to which a member is worth reading, by its name; None where it is no part.
+
+    Args:
+        name: of the member.
+        limit_of: the same, of an extension (lower case, maybe empty or of several parts).
+    """
+    stem, extension = _split_name(name)
+    return limit_of(extension) if stem else None
+
+
+def is_image(name: str) -> bool:
+    """Whether a member is an image, by its name."""
+    return _split_name(name)[1] in IMAGE_EXTENSIONS
+
+
+def group_members(members: Iterable[Member]) -> Iterator[Sample]:
+    """Yields the samples of an archive; of a damaged one those that are whole, before the error.
+
+    Args:
+        members: of the archive, in order, without those that `size_limit` leaves out.
+    """
+    sample, has_image, before = None, False, None
+    try:
+        for offset, name, data in members:
+            stem, extension = _split_name(name)
+            if sample is None or stem != sample.key:
+                if sample is not None:
+                    yield sample
+                sample, has_image, before = Sample(offset, stem, []), False, sample
+            is_image_too = extension in IMAGE_EXTENSIONS
+            if (is_image_too and has_image) or extension in dict(sample.members):
+                data = None
+            has_image |= is_image_too
+            sample.members.append((extension, data))
+    except DamagedTarError as error:
+        if sample is not None and _is_whole(sample, before, error.member):
+            yield sample
+        raise
+    if sample is not None:
+        yield sample
+
+
+def _is_whole(sample: Sample, before: Sample | None, damaged: str | None) -> bool:
+    """Whether the last sample before the damage has all of its members.
+
+    Args:
+        sample: the last one.
+        before: the one before it.
+        damaged: the member whose contents are not whole, where that is known.
+    """
+    if damaged is not None:
+        return _split_name(damaged)[0] != sample.key
+    # Nothing shows what came next; it is whole where it has all that the one before has.
+    return before is not None and set(dict(before.members)) <= set(dict(sample.members))
+
+
+def make_pairs(samples: Iterable[Sample]) -> Iterator[tuple[int, Pair | Skipped]]:
+    """Yields the pairs of the samples of one archive, each with its offset; a key occurs once."""
+    seen: set[str] = set()
+    for sample in samples:
+        if sample.key in seen:
+            yield sample.offset, Skipped(sample.key, "duplicate", "the key was there before")
+            continue
+        seen.add(sample.key)
+        yield sample.offset, make_pair(sample)
+
+
+def make_pair(sample: Sample) -> Pair | Skipped:
+    """The pair of a sample, or why it is none.
+
+    The caption is the `txt`, or else "caption" of the `json`, whose other fields become the
+    metadata. Members of other kinds are ignored.
+    """
+    key, members = sample.key, sample.members
+    images = [data for extension, data in members if extension in IMAGE_EXTENSIONS]
+    texts = dict(member for member in members if member[0] in _TEXT_EXTENSIONS)
+    names = [extension for extension, _ in members]
+    if not images:
+        return Skipped(key, "no_image", f"found only {', '.join(names)}")
+    if len(images) > 1 or len(set(names)) < len(names):
+        return Skipped(key, "duplicate", f"found {', '.join(names)}")
+    if images[0] is None:
+        return Skipped(key, "too_large", f"an image file of over {MAX_IMAGE_BYTES} bytes")
+    metadata: dict[str, Any] = {}
+    if texts.get("json"):
+        try:
+            metadata = parse_json_object(texts["json"])
+        except ValueError as error:
+            return Skipped(key, "bad_json", str(error))
+    caption, metadata = take_caption(texts.get("txt"), metadata)
+    if caption is None:
+        return Skipped(key, "no_caption", "neither a txt nor a json has one")
+    return Pair(key, images[0], caption, metadata)
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return (clean_text(f"{folder}{slash}{stem}") if stem else ""), extension.lower()

@@ -1,0 +1,331 @@
+"""Records that are numbered through many shards: the part that all formats of shards share.
+
+A block is a run of consecutive records of one shard, which one ranged request brings.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import operator
+import os
+from collections.abc import Sequence
+from concurrent import futures
+
+import numpy as np
+
+from diht_jax.records.catalog import Paths, Shard, Share, open_catalog
+from diht_jax.records.dataset_index import rebuild_command
+from diht_jax.records.format import TFRecordError, wrong_index
+from diht_jax.records.remote import RemoteFile, is_remote
+from diht_jax.storage.retries import retry
+
+_MAX_OPEN_SHARDS = (
+    128  # two descriptors each, of local ones: well under the usual limit of 1024 for a process
+)
+_OPENING_THREADS = 16  # counting the records of many shards waits for the file system
+
+
+class ShardedRecords(Sequence[bytes]):
+    """A sequence over the records of several shards, in the order of the shards.
+
+    It can be pickled, shared by threads (every read carries its own offset) and inherited by
+    forks; the number of open files is bounded, whatever the number of shards. Shards that a
+    `dataset.index` describes are not looked at before they are read.
+
+    Attributes:
+        paths: of the shards.
+    """
+
+    kind: str  # of the shards, one of `dataset_index.KINDS`
+
+    def __init__(self, paths: Paths, *, share: Share | None = None):
+        """Finds the shards, and counts the records of those that no `dataset.index` describes.
+
+        Args:
+            paths: a shard, a folder of shards, a glob, or a list of any of them; also their URLs
+                in an object store.
+            share: see `catalog.open_catalog`.
+
+        Raises:
+            ValueError: nothing is found, or (`TFRecordError`) a shard or an index is broken.
+        """
+        self._shards = open_catalog(paths, self.kind, share)
+        self.paths = [shard.path for shard in self._shards]
+        others = [n for n, shard in enumerate(self._shards) if shard.index is None]
+        with futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
+            looked_at = pool.map(lambda n: self._count_records(self._shards[n]), others)
+            counted = dict(zip(others, looked_at, strict=True))
+        self._offsets_in_memory = {
+            number: offsets for number, (_, _, offsets) in counted.items() if offsets is not None
+        }
+        lengths, identity = [], []
+        for number, shard in enumerate(self._shards):
+            if shard.index is None:
+                count, size, _ = counted[number]
+            else:
+                count, size = shard.index.table.num_records.item(shard.row), shard.num_bytes
+            lengths.append(count)
+            identity.append(f"{os.path.basename(shard.path)} {count} {size}")
+        self._starts = np.cumsum([0, *lengths], dtype=np.int64)
+        self._digest = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
+        self._reset_open_shards()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def shard_lengths(self) -> np.ndarray:
+        """int64 [shards], the records of each shard."""
+        return np.diff(self._starts)
+
+    def block_starts(self, block_records: int) -> np.ndarray:
+        """See the function of this name, for the shards of this source."""
+        return block_starts(self.shard_lengths, block_records)
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Shard path and number within the shard of a record, for messages.
+
+        Args:
+            index: in [0, len).
+        """
+        number, record = self._find(index)
+        return self.paths[number], record
+
+    def extent(self, first: int, last: int) -> tuple[str, int, int]:
+        """Where the records [first, last) of one shard lie: one ranged request brings them.
+
+        Args:
+            first, last: in [0, len), of the same shard.
+
+        Returns:
+            Path of the shard, first byte, end.
+
+        Raises:
+            IndexError: there is no such record, or they do not lie in one shard.
+        """
+        number, begin, end = self._find_range(first, last)
+        shard = self._shards[number]
+        if shard.index is not None:  # no file is opened
+            return shard.path, *shard.index.extent(shard.row, begin, end)
+        return shard.path, *self._open_shard(number).extent(begin, end)
+
+    def make_offsets_local(self, cache_dir: str | os.PathLike[str] | None = None) -> None:
+        """Downloads what is needed to read single records of a store by one request each.
+
+        Nothing happens for local shards, nor for those that no `dataset.index` describes.
+
+        Args:
+            cache_dir: gets the files; None is a folder of this user in the system's temporary one.
+        """
+        for index in {id(shard.index): shard.index for shard in self._shards}.values():
+            if index is not None:
+                index.make_local(cache_dir)
+
+    @property
+    def unindexed_urls(self) -> list[str]:
+        """Shards in a store that no `dataset.index` describes: to open one costs requests."""
+        return [
+            shard.path for shard in self._shards if shard.index is None and is_remote(shard.path)
+        ]
+
+    def known_identity(self, number: int) -> tuple[int, int, str] | None:
+        """Records, bytes and digest of a shard, where a `dataset.index` states them."""
+        shard = self._shards[number]
+        if shard.index is None:
+            return None
+        table = shard.index.table
+        return table.num_records.item(shard.row), shard.num_bytes, table.digest(shard.row)
+
+    def describe_shard(self, number: int, end_bytes: int) -> tuple[int, np.ndarray, bytes, bytes]:
+        """Identifies every shard without reading all of it.
+
+        Args:
+            number: of the shard, from 0; no `dataset.index` describes it.
+            end_bytes: how much to read at either end of it.
+
+        Returns:
+            Size in bytes; uint64 [n], where its records begin; its first and its last bytes.
+        """
+        # Not through the cache: a look at all shards would throw out those that are being read.
+        shard = type(self)._open(self._shards, self._offsets_in_memory, number)
+        tail_start = max(0, shard.size - end_bytes)
+        head, tail = shard.read_range(0, end_bytes), shard.read_range(tail_start, shard.size)
+        return shard.size, shard.offsets.array, head, tail
+
+    def __repr__(self) -> str:
+        # Grain compares it when it restores an iterator: the same data must give the same text,
+        # wherever the folder lies.
+        return (
+            f"{type(self).__name__}(shards={len(self.paths)}, records={len(self)}, "
+            f"digest={self._digest})"
+        )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "_open_shard"}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._reset_open_shards()
+
+    @staticmethod
+    def _count_records(shard: Shard) -> tuple[int, int, np.ndarray | None]:
+        """Record count, size in bytes, and the offsets where they could not be kept in a file."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _open(shards: Sequence[Shard], in_memory: dict[int, np.ndarray], number: int) -> OpenShard:
+        """Opens a shard, with its offsets in memory where there are any."""
+        raise NotImplementedError
+
+    def _find(self, index: int) -> tuple[int, int]:
+        """The number of a record's shard, and of the record within it."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {self!r}")
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, index - int(self._starts[number])
+
+    def _find_range(self, first: int, last: int) -> tuple[int, int, int]:
+        """The shard of the records [first, last), and the first and the end within it.
+
+        Raises:
+            IndexError: there is no such record, or they do not lie in one shard.
+        """
+        number, begin = self._find(first)
+        end = begin + last - first
+        if not begin < end <= self._starts[number + 1] - self._starts[number]:
+            raise IndexError(f"records {first} to {last - 1} of {self!r} are not in one shard")
+        return number, begin, end
+
+    def _reset_open_shards(self) -> None:
+        # The cache locks in C, under the interpreter's lock: there is no lock of ours that a fork
+        # could inherit locked. A shard that falls out is closed when its last reader is done.
+        # It must not refer to this object: as a cycle, it would keep files open for long.
+        self._open_shard = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(
+            functools.partial(type(self)._open, self._shards, self._offsets_in_memory)
+        )
+
+
+class ArrayOffsets:
+    """Where the records of one shard begin and end, of an array in memory or of its own index."""
+
+    def __init__(self, path: str, array: np.ndarray, shard_bytes: int):
+        self.array = array
+        self._path = path
+        self._shard_bytes = shard_bytes
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def extent(self, begin: int, end: int) -> tuple[int, int]:
+        """First byte and end of some records."""
+        is_last = end == len(self.array)
+        return int(self.array[begin]), self._shard_bytes if is_last else int(self.array[end])
+
+    def wrong(self, detail: str) -> TFRecordError:
+        """The error for offsets that do not describe the shard."""
+        return wrong_index(self._path, detail)
+
+
+class RowOffsets:
+    """As `ArrayOffsets`, of a shard in a `dataset.index`."""
+
+    def __init__(self, shard: Shard):
+        self._shard = shard
+
+    def __len__(self) -> int:
+        return int(self._shard.index.table.num_records[self._shard.row])
+
+    def extent(self, begin: int, end: int) -> tuple[int, int]:
+        """First byte and end of some records."""
+        return self._shard.index.extent(self._shard.row, begin, end)
+
+    def wrong(self, detail: str) -> TFRecordError:
+        """The error for offsets that do not describe the shard."""
+        location = self._shard.index.location
+        return TFRecordError(
+            f"{location} does not belong to {self._shard.path} ({detail}); make it again by "
+            f"`{rebuild_command(os.path.dirname(location))} --overwrite`"
+        )
+
+
+class OpenShard:
+    """One open shard with its offsets; closed by the garbage collector.
+
+    Attributes:
+        path: of the shard.
+        size: in bytes.
+        offsets: `ArrayOffsets` or `RowOffsets`.
+    """
+
+    offsets: ArrayOffsets | RowOffsets
+
+    def __init__(self, shard: Shard):
+        """Opens the file; whoever derives from it sets the offsets of a shard without an index.
+
+        Raises:
+            TFRecordError: its size is not that of its index.
+        """
+        self.path = shard.path
+        opened = (RemoteFile if is_remote(shard.path) else LocalFile)(shard.path, shard.num_bytes)
+        self.size, self.read_range = opened.size, opened.read_range
+        if shard.index is not None:
+            self.offsets = RowOffsets(shard)
+            if self.size != shard.num_bytes:
+                raise self.offsets.wrong(
+                    f"it was made for {shard.num_bytes} bytes, the shard has {self.size}"
+                )
+
+    def extent(self, begin: int, end: int) -> tuple[int, int]:
+        """First byte and end of some records."""
+        return self.offsets.extent(begin, end)
+
+
+class LocalFile:
+    """An open file whose reads are tried again."""
+
+    def __init__(self, path: str, num_bytes: int | None = None):
+        """Opens it, whatever size a listing stated."""
+        del num_bytes
+        self._path = path
+        self._file = retry(self._open, path)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """Some bytes of the file."""
+        return retry(lambda: self._read_once(start, end), self._path)
+
+    def _read_once(self, start: int, end: int) -> bytes:
+        file = self._file  # held here, so that another thread that opens it again does not close it
+        try:
+            return os.pread(file.fileno(), max(0, end - start), start)
+        except OSError:
+            # The descriptor of a file server that was started again stays stale.
+            self._file = self._open()
+            raise
+
+    def _open(self) -> io.FileIO:
+        return open(self._path, "rb", buffering=0)  # lives as long as the object
+
+
+def block_starts(shard_lengths: np.ndarray | Sequence[int], block_records: int) -> np.ndarray:
+    """Where blocks of consecutive records begin, none of which crosses the end of a shard.
+
+    Within a shard they begin at multiples of `block_records`. What is left at its end, if less than
+    half a block, joins the block before.
+
+    Args:
+        shard_lengths: int [shards], how many records each has.
+        block_records: K, the usual length of a block.
+
+    Returns:
+        int64 [B + 1]: the first record of each block; the last entry is the number of records.
+    """
+    lengths = np.asarray(shard_lengths, np.int64)
+    whole, left = np.divmod(lengths, block_records)
+    counts = whole + ((left > 0) & ((2 * left >= block_records) | (whole == 0)))
+    within_shard = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = np.repeat(np.cumsum(lengths) - lengths, counts) + within_shard * block_records
+    return np.append(starts, lengths.sum())

@@ -1,0 +1,338 @@
+"""The vocabularies of concept distillation: which object or attribute an id of a record means.
+
+They lie beside the labelled shards, and give the student's heads their sizes. How concepts are
+chosen belongs in `data_prep.labelling.vocabulary`. One file per kind, for people as well as
+programs::
+
+    # objects 0f3a5c... 312 concepts
+    id<TAB>concept<TAB>count
+    0<TAB>man<TAB>5120
+
+The hash covers the kind and the concepts in the order of their ids, not the counts: two data sets
+with the same hash have the same meaning of every id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from concurrent import futures
+from typing import Any
+
+from diht_jax.records.dataset_index import INDEX_NAME, read_table
+from diht_jax.records.dataset_info import STATS_SUFFIX
+from diht_jax.records.formats.registry import find_shards
+from diht_jax.records.labels.files import MANIFEST, read_manifest
+from diht_jax.records.labels.rows import resolve_source
+from diht_jax.records.remote import exists, read_bytes
+from diht_jax.records.train_data import parse_train
+from diht_jax.storage.atomic_file import write_atomically
+
+KINDS = ("objects", "attributes")
+# In the statistics of a labelled shard, under "counts".
+STATS_KEY = "vocabulary"
+
+_COLUMNS = "id\tconcept\tcount"
+_READING_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptList:
+    """The concepts of one kind.
+
+    Attributes:
+        kind: one of `KINDS`.
+        names: the concepts; the index is the id.
+        counts: pairs that mention each.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hexadecimal digits; equal for equal meanings of the ids."""
+        text = "\n".join((self.kind, *self.names))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """Objects and attributes."""
+
+    objects: ConceptList
+    attributes: ConceptList
+
+    def __iter__(self):
+        return iter((self.objects, self.attributes))
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Kind -> size and hash, JSON-able: what shards and checkpoints carry."""
+        return {part.kind: {"size": len(part), "hash": part.hash} for part in self}
+
+
+def vocabulary_path(folder: str | os.PathLike[str], kind: str) -> str:
+    """Where the vocabulary of a labelled folder lies; the folder may be a URL."""
+    return os.path.join(folder, f"vocabulary_{kind}.tsv")
+
+
+def encode_concepts(part: ConceptList) -> bytes:
+    """The contents of the file of one kind.
+
+    Raises:
+        ValueError: a concept that cannot stand in such a file.
+    """
+    for name in part.names:
+        if not name or "\t" in name or len(name.splitlines()) != 1 or name != name.strip():
+            raise ValueError(f"{part.kind}: {name!r} cannot be kept as a concept in one line")
+    rows = zip(part.names, part.counts, strict=True)
+    lines = [f"# {part.kind} {part.hash} {len(part)} concepts", _COLUMNS]
+    lines += [f"{i}\t{name}\t{count}" for i, (name, count) in enumerate(rows)]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> None:
+    """Writes both files into a local folder; errors as of `encode_concepts`."""
+    for part in vocabulary:
+        path = pathlib.Path(vocabulary_path(folder, part.kind))
+        write_atomically(path, encode_concepts(part))
+
+
+def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:
+    """Reads both files of a folder.
+
+    Raises:
+        ValueError: one is missing, damaged, or does not have the hash in its first line.
+    """
+    return Vocabulary(*(_read_concepts(vocabulary_path(folder, kind), kind) for kind in KINDS))
+
+
+def find_vocabulary(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> Vocabulary | None:
+    """The vocabulary that the records of a data set are labelled with.
+
+    Every shard in a labelled folder is checked against the folder's vocabulary, by the hashes in
+    its statistics, and all labelled folders against each other; others (records without concepts)
+    may stand beside them.
+
+    Args:
+        paths: as `TFRecordSource` takes them: a shard, a folder, a glob, or a list of these.
+
+    Returns:
+        None where no shard is labelled.
+
+    Raises:
+        ValueError: two vocabularies differ (the error names both), or a file is missing.
+    """
+    by_folder: dict[str, list[str]] = {}
+    for shard in find_shards(paths):
+        by_folder.setdefault(os.path.dirname(shard) or ".", []).append(shard)
+    first: tuple[str, Vocabulary] | None = None
+    for folder, shards in by_folder.items():
+        vocabulary = folder_vocabulary(folder, shards, _indexed_vocabulary(folder))
+        if vocabulary is None:
+            continue
+        if first is None:
+            first = folder, vocabulary
+        check_vocabulary(vocabulary.describe(), first[1].describe(), folder, first[0])
+    return first[1] if first else None
+
+
+def vocabulary_sizes(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> tuple[int, ...] | None:
+    """How many concepts of each of `KINDS` the ids of a data set may mean; None without labels.
+
+    Reads the vocabulary of one folder: `find_vocabulary` has compared it with the others.
+    """
+    for folder in dict.fromkeys(os.path.dirname(shard) or "." for shard in find_shards(paths)):
+        if exists(vocabulary_path(folder, KINDS[0])):
+            return tuple(map(len, read_vocabulary(folder)))
+    return None
+
+
+def find_train_vocabulary(train: Any, labels: str | None = None) -> Vocabulary | None:
+    """The vocabulary of `config.data.train`, whose sources may have several formats.
+
+    Args:
+        train, labels: `config.data.train` and `config.data.labels`.
+
+    Raises:
+        ValueError: as `find_vocabulary`, also of two sources that differ.
+    """
+    first: tuple[str, Vocabulary] | None = None
+    for source in map(resolve_source, parse_train(train, labels)):
+        where = source.labels or str(source.path)
+        found = _labels_vocabulary(where) if source.labels else find_vocabulary(source.path)
+        if found is not None:
+            first = first or (where, found)
+            check_vocabulary(found.describe(), first[1].describe(), where, first[0])
+    return first[1] if first else None
+
+
+def train_vocabulary_sizes(train: Any, labels: str | None = None) -> tuple[int, ...] | None:
+    """`vocabulary_sizes` of the first source of `config.data.train` that has labels.
+
+    Args:
+        train, labels: `config.data.train` and `config.data.labels`.
+    """
+    for source in map(resolve_source, parse_train(train, labels)):
+        if source.labels:
+            return tuple(map(len, read_vocabulary(source.labels)))
+        if (sizes := vocabulary_sizes(source.path)) is not None:
+            return sizes
+    return None
+
+
+def _labels_vocabulary(folder: str) -> Vocabulary:
+    """The vocabulary of a folder of labels, which must be that of the labels."""
+    stated = read_manifest(folder).vocabulary
+    vocabulary = read_vocabulary(folder)
+    check_vocabulary(stated, vocabulary.describe(), os.path.join(folder, MANIFEST), folder)
+    return vocabulary
+
+
+def check_vocabulary(
+    found: Mapping[str, Mapping[str, Any]],
+    expected: Mapping[str, Mapping[str, Any]],
+    found_in: str,
+    expected_in: str,
+) -> None:
+    """Compares two results of `Vocabulary.describe`.
+
+    Args:
+        found, expected: kind -> size and hash; such as those of shards and of a checkpoint.
+        found_in, expected_in: where each comes from, for the message.
+
+    Raises:
+        ValueError: they differ; names the kinds.
+    """
+    wrong = []
+    for kind in KINDS:
+        here, there = found.get(kind), expected.get(kind)
+        if not here or not there or here["hash"] != there["hash"]:
+            wrong.append(
+                f"the {kind} of '{found_in}' are {_describe(here)}, those of '{expected_in}' are "
+                f"{_describe(there)}"
+            )
+    if wrong:
+        raise ValueError(
+            f"concept vocabularies differ: {'; '.join(wrong)}. Ids would mean other concepts: use "
+            "data labelled with the same vocabulary (config.heads.load of data_prep.label takes "
+            "over another folder's)"
+        )
+
+
+def _describe(part: Mapping[str, Any] | None) -> str:
+    return f"{part['size']} with hash {part['hash']}" if part else "absent"
+
+
+def folder_vocabulary(
+    folder: str,
+    shards: Sequence[str],
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Vocabulary | None:
+    """The vocabulary of a folder, which is that of all its shards.
+
+    Args:
+        folder: of the shards.
+        shards: their paths.
+        known: what they are all labelled with, where the `dataset.index` states it; otherwise the
+            statistics of every shard are read.
+
+    Returns:
+        None where no shard is labelled.
+
+    Raises:
+        ValueError: as of `find_vocabulary`.
+    """
+    present = [exists(vocabulary_path(folder, kind)) for kind in KINDS]
+    if not any(present):
+        # One shard is enough: a folder is labelled by one run.
+        if _read_label(shards[0]):
+            raise ValueError(
+                f"'{shards[0]}' is labelled, but {vocabulary_path(folder, KINDS[0])} is missing; "
+                "copy the vocabulary files together with the shards"
+            )
+        return None
+    vocabulary = read_vocabulary(folder)
+    if known is not None:
+        index_path = os.path.join(folder, INDEX_NAME)
+        check_vocabulary(known, vocabulary.describe(), index_path, folder)
+        return vocabulary
+    with futures.ThreadPoolExecutor(_READING_THREADS) as pool:
+        labels = list(pool.map(_read_label, shards))
+    for shard, label in zip(shards, labels, strict=True):
+        if label is None:
+            raise ValueError(
+                f"{shard}{STATS_SUFFIX}: names no vocabulary, though the folder has one; the shard "
+                "was not written by `python -m data_prep.label`, or its statistics were not copied"
+            )
+        check_vocabulary(label, vocabulary.describe(), shard, folder)
+    return vocabulary
+
+
+def _indexed_vocabulary(folder: str) -> Mapping[str, Mapping[str, Any]] | None:
+    """What the index of a folder states of its labels; None where there is none."""
+    try:
+        known = read_table(os.path.join(folder, INDEX_NAME)).vocabulary
+    except FileNotFoundError:
+        return None
+    return known if _is_description(known) else None
+
+
+def _read_label(shard: str) -> Mapping[str, Mapping[str, Any]] | None:
+    """The vocabulary in the statistics of a shard; None where there is none."""
+    try:
+        label = json.loads(read_bytes(shard + STATS_SUFFIX))["counts"].get(STATS_KEY)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise ValueError(f"{shard}{STATS_SUFFIX}: not the statistics of a shard") from error
+    if label is not None and not _is_description(label):
+        raise ValueError(
+            f"{shard}{STATS_SUFFIX}: '{STATS_KEY}' is {label!r:.200}; expected size and hash of "
+            f"{' and '.join(KINDS)}"
+        )
+    return label
+
+
+def _is_description(label: Any) -> bool:
+    """Whether a value has the form of `Vocabulary.describe`."""
+    parts = [label.get(kind) for kind in KINDS] if isinstance(label, dict) else [None]
+    return all(isinstance(part, dict) and {"size", "hash"} <= part.keys() for part in parts)
+
+
+def _read_concepts(path: str, kind: str) -> ConceptList:
+    try:
+        lines = read_bytes(path).decode("utf-8").split("\n")
+        _, found_kind, expected_hash, *_ = lines[0].split(" ")
+        columns = lines[1]
+        rows = [line.split("\t") for line in lines[2:] if line]
+        in_order = [int(row[0]) for row in rows] == list(range(len(rows)))
+        names = tuple(name for _, name, _ in rows)
+        counts = tuple(int(count) for _, _, count in rows)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} is missing; expected a folder of `python -m data_prep.label`"
+        ) from error
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path}: not a vocabulary of `python -m data_prep.label`") from error
+    found = ConceptList(kind, names, counts)
+    if found_kind != kind or columns != _COLUMNS or not in_order or found.hash != expected_hash:
+        raise ValueError(
+            f"{path}: {len(found)} {kind} with hash {found.hash}, while its first line states "
+            f"{lines[0]!r:.200}; the file was changed after it was written. Take the original: the "
+            "records' ids are indices into it"
+        )
+    return found

@@ -1,0 +1,204 @@
+"""Concept distillation: heads on the image tower predict the teacher's objects and attributes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.typing import DTypeLike
+from ml_collections.config_dict import placeholder
+
+from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
+from diht_jax.training.terms.term import Parameters, Term
+
+HEADS = "concept_heads"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConceptKind:
+    """One of the two heads, by the names of its things.
+
+    Attributes:
+        head: in the parameters, and the kind of vocabulary.
+        size, weight, hash: keys of `config.concepts`.
+        ids, probs: in the batch.
+        loss: in the metrics.
+    """
+
+    head: str
+    size: str
+    weight: str
+    hash: str
+    ids: str
+    probs: str
+    loss: str
+
+
+CONCEPT_KINDS = (
+    ConceptKind(
+        head="objects",
+        size="num_objects",
+        weight="object_weight",
+        hash="object_hash",
+        ids="object_ids",
+        probs="object_probs",
+        loss="object_loss",
+    ),
+    ConceptKind(
+        head="attributes",
+        size="num_attributes",
+        weight="attribute_weight",
+        hash="attribute_hash",
+        ids="attribute_ids",
+        probs="attribute_probs",
+        loss="attribute_loss",
+    ),
+)
+
+
+class ConceptDistillation(Term):
+    """Soft-target cross-entropy of two linear heads; a weight of 0 leaves its head out.
+
+    The data must be labelled (`data_prep.label`) with vocabularies that the heads have room for.
+
+    Source: DiHT, arXiv 2301.02280, "Concept distillation".
+    """
+
+    settings: ClassVar[dict[str, Any]] = {
+        "object_weight": 0.0,
+        "attribute_weight": 0.0,
+        "num_objects": 10_000,
+        "num_attributes": 2_000,
+        "top_k": 10,  # labels of each kind that are taken from a record
+        "feature": "pooled",  # or "projected": of the image tower, before or after projection
+        "learning_rate_multiplier": 10.0,  # of the heads
+        "weight_decay_multiplier": 0.01,
+        "chunk_rows": 512,  # examples of a device whose logits are held at once
+        # Of the vocabularies in the data; training fills them in.
+        "object_hash": placeholder(str),
+        "attribute_hash": placeholder(str),
+    }
+
+    def check(self) -> None:
+        """See `Term.check`."""
+        name, section = self.name, self.section
+        for kind in CONCEPT_KINDS:
+            if not 0 <= section[kind.weight] < math.inf:
+                raise ValueError(
+                    f"config.{name}.{kind.weight}={section[kind.weight]}: expected at least 0"
+                )
+            if section[kind.size] < 1:
+                raise ValueError(
+                    f"config.{name}.{kind.size}={section[kind.size]}: expected at least 1"
+                )
+        if section.feature not in ("pooled", "projected"):
+            raise ValueError(
+                f"config.{name}.feature='{section.feature}': expected 'pooled' (before the "
+                "projection) or 'projected'"
+            )
+
+    @property
+    def kinds(self) -> tuple[ConceptKind, ...]:
+        """Those that count in this run."""
+        return tuple(kind for kind in CONCEPT_KINDS if self.section[kind.weight] > 0)
+
+    @property
+    def is_active(self) -> bool:
+        """See `Term.is_active`."""
+        return bool(self.kinds)
+
+    @property
+    def num_labels(self) -> int:
+        """See `Term`."""
+        return self.section.top_k
+
+    @property
+    def multipliers(self) -> tuple[tuple[str, float, float], ...]:
+        """See `Term`."""
+        section = self.section
+        factors = (section.learning_rate_multiplier, section.weight_decay_multiplier)
+        return ((f"^{HEADS}/", *factors),)
+
+    def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+        """The config with the hashes of the vocabularies that the data are labelled with.
+
+        They are part of the run's config, so that a run cannot be resumed on data whose ids mean
+        other concepts.
+
+        Raises:
+            ValueError: the data are not labelled, a vocabulary has no room in its head, or is not
+                the one that the config names.
+        """
+        # Here, since the defaults of a config are read without any data.
+        from diht_jax.records.train_data import describe_train
+        from diht_jax.records.vocabulary import find_train_vocabulary
+
+        vocabulary = find_train_vocabulary(config.data.train, config.data.labels)
+        data = describe_train(config.data.train)
+        if vocabulary is None:
+            raise ValueError(
+                f"config.data.train={data}: the records carry no concept labels, "
+                "which config.concepts.object_weight and attribute_weight ask for; label them "
+                "with `python -m data_prep.label` and name its folder by config.data.labels, or "
+                "set both weights to 0 to train without concepts"
+            )
+        config = config.copy_and_resolve_references()
+        for kind, concepts in zip(CONCEPT_KINDS, vocabulary, strict=True):
+            room = config.concepts[kind.size]
+            if len(concepts) > room:
+                raise ValueError(
+                    f"config.concepts.{kind.size}={room}: the data's vocabulary has "
+                    f"{len(concepts)} {concepts.kind}; raise it to at least that"
+                )
+            expected = config.concepts[kind.hash]
+            if expected is not None and expected != concepts.hash:
+                raise ValueError(
+                    f"config.concepts.{kind.hash}={expected}: the {concepts.kind} of "
+                    f"{data} have the hash {concepts.hash}; take data labelled with "
+                    "the same vocabulary"
+                )
+            config.concepts[kind.hash] = concepts.hash
+        return config
+
+    def parameters(self, key: jax.Array, widths: dict[str, int], dtype: DTypeLike) -> Parameters:
+        """Heads of zeros: the first predictions are uniform, whatever the features."""
+        width = widths[self.section.feature]
+        heads = {}
+        for kind in self.kinds:
+            size = self.section[kind.size]
+            heads[kind.head] = {
+                "kernel": jnp.zeros((width, size), dtype),
+                "bias": jnp.zeros(size, dtype),
+            }
+        return {HEADS: heads}
+
+    def of_examples(
+        self, params: Parameters, features: dict[str, jax.Array], examples: dict[str, jax.Array]
+    ) -> dict[str, jax.Array]:
+        """The losses of each example, 0 for unlabelled ones; see `Term.of_examples`."""
+        return {
+            kind.loss: concept_losses_in_chunks(
+                features[self.section.feature],
+                params[HEADS][kind.head]["kernel"],
+                params[HEADS][kind.head]["bias"],
+                examples[kind.ids],
+                examples[kind.probs],
+                chunk_rows=self.section.chunk_rows,
+            )[0]
+            for kind in self.kinds
+        }
+
+    def of_batch(
+        self, encoded: dict[str, jax.Array], params: Parameters, examples: dict[str, jax.Array]
+    ) -> dict[str, tuple[float, jax.Array]]:
+        """The means over labelled examples; see `Term.of_batch`."""
+        losses = {}
+        for kind in self.kinds:
+            is_labelled = jnp.sum(examples[kind.probs], axis=1) > 0
+            part = mean_over_labelled(encoded[kind.loss], is_labelled)
+            losses[kind.loss] = (self.section[kind.weight], part)
+        return losses

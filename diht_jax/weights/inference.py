@@ -1,0 +1,364 @@
+"""A model ready to embed images and texts, on all devices of its mesh.
+
+`diht_jax.load_model` makes it from files. Of files only pictures are read here, where their paths
+are given.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from diht_jax import sharding
+from diht_jax.data import tokenizer
+from diht_jax.input import transforms
+from diht_jax.input.decode import decode_rgb, load_rgb
+from diht_jax.models.caption_decoder import decode_captions, merge_decoder
+from diht_jax.models.parameters import ModelDefinition, merge_model
+
+# A picture: of PIL, the path of a file, or uint8 [h, w, 3].
+Picture = Image.Image | str | os.PathLike | np.ndarray
+_EXPECTED_PICTURES = "expected PIL images, paths of pictures, or uint8 arrays [h, w, 3]"
+
+
+class LoadedModel:
+    """Encodes images and texts into the shared, L2-normalised space.
+
+    Attributes:
+        config: the training config that the model came with.
+        image_size: side of the images it takes, in pixels.
+        context_length: length of the texts it takes, in tokens.
+        step: optimiser step of the parameters, or None.
+    """
+
+    def __init__(
+        self,
+        definition: ModelDefinition,
+        params: dict[str, Any],
+        *,
+        mesh: Mesh,
+        config: ml_collections.ConfigDict,
+        image_size: int,
+        context_length: int,
+        batch_size: int = 256,
+        step: int | None = None,
+        mean: Sequence[float] = transforms.CLIP_MEAN,
+        std: Sequence[float] = transforms.CLIP_STD,
+        decoder: dict[str, Any] | None = None,
+    ):
+        """Wraps parameters that lie on `mesh`.
+
+        Args:
+            definition, params: of `models.parameters`.
+            mesh: axes `data` and `fsdp`.
+            config: kept for the reader.
+            image_size: in pixels.
+            context_length: in tokens.
+            batch_size: most examples embedded at once, over all devices.
+            step: optimiser step of the parameters, where known.
+            mean, std: of the pictures, per channel, for values in [0, 1].
+            decoder: parameters of the caption decoder, of a model that was trained with one.
+        """
+        self.config = config
+        self.image_size = image_size
+        self.context_length = context_length
+        self.step = step
+        self._params, self._decoder = params, decoder
+        self._batch_sharding = sharding.batch_sharding(mesh)
+        num_devices = mesh.size
+        self._batch_size = math.ceil(batch_size / num_devices) * num_devices
+        self._num_devices = num_devices
+        dtype = jnp.dtype(config.model.dtype)
+        whole = sharding.replicated(mesh)
+
+        def encode_image(params, images):
+            pixels = transforms.normalize(images, dtype, mean=mean, std=std)
+            return merge_model(definition, params).encode_image(pixels)
+
+        def encode_text(params, tokens):
+            return merge_model(definition, params).encode_text(tokens)
+
+        def write_captions(
+            params, decoder_params, images, rows, key, *, length, top_k, temperature
+        ):
+            pixels = transforms.normalize(images, dtype, mean=mean, std=std)
+            image_tokens = merge_model(definition, params).vision.tokens(pixels)
+            decoder = merge_decoder(decoder_params, definition.arch, dtype=dtype)
+            # Of each picture's own key, so that a caption depends neither on batch nor on devices.
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+            return decode_captions(
+                *(decoder, image_tokens, keys),
+                start_id=tokenizer.START_OF_TEXT_ID,
+                end_id=tokenizer.END_OF_TEXT_ID,
+                length=length,
+                top_k=top_k,
+                temperature=temperature,
+            )
+
+        self._encode_image = jax.jit(encode_image, out_shardings=whole)
+        self._encode_text = jax.jit(encode_text, out_shardings=whole)
+        self._write_captions = jax.jit(
+            write_captions, static_argnames=("length", "top_k"), out_shardings=whole
+        )
+
+    @property
+    def logit_scale(self) -> float:
+        """The factor on cosine similarities, after exp."""
+        return float(np.exp(np.asarray(self._params["log_logit_scale"], np.float64)))
+
+    @property
+    def embed_dim(self) -> int:
+        """Size `d` of the embeddings."""
+        return self._params["text"]["projection"]["kernel"].shape[1]
+
+    def update(self, params: dict[str, Any], step: int | None) -> None:
+        """Takes the parameters of another step; same shapes, so nothing is compiled again."""
+        self._params = params
+        self.step = step
+
+    def own_rows(self, size: int) -> np.ndarray | None:
+        """Which rows of a batch this process embeds, in a job of several processes.
+
+        Of the other rows it does not look at the values, so they need not be decoded here.
+
+        Args:
+            size: rows of the batch given to `encode_image`; a multiple of `batch_size`, or less.
+
+        Returns:
+            bool [size]; None where this process has all devices of the mesh, and so all rows.
+        """
+        if self._batch_sharding.is_fully_addressable:
+            return None
+        own = np.zeros(size, bool)
+        for start in range(0, size, self._batch_size):
+            padded = self._padded_size(min(size - start, self._batch_size))
+            indices = self._batch_sharding.addressable_devices_indices_map((padded,))
+            for (rows,) in indices.values():
+                own[start:][rows] = True
+        return own
+
+    def fingerprint(self, *, decoder: bool = False) -> str:
+        """SHA-256 over names, shapes and float32 values of all parameters, in hex.
+
+        Equal for the same parameters whatever file, format or placement they came from.
+
+        Args:
+            decoder: of the caption decoder as well, on which embeddings do not depend.
+        """
+        params = (self._params, self._decoder) if decoder else self._params
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            digest.update(f"{name} {tuple(leaf.shape)}\n".encode())
+            digest.update(np.ascontiguousarray(np.asarray(leaf, np.float32)).data)
+        return digest.hexdigest()
+
+    def preprocess(self, image: Image.Image) -> np.ndarray:
+        """PIL image of any size and mode -> uint8 [size, size, 3].
+
+        Transparency is composed on white, as in training; short side resized, centre cropped.
+        """
+        return transforms.eval_transform(load_rgb(image), self.image_size)
+
+    def tokenize(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Texts -> int32 [b, context_length]."""
+        self._check_vocabulary()
+        return tokenizer.tokenize(texts, self.context_length)
+
+    def encode_image(self, images: Picture | Iterable[Picture]) -> np.ndarray:
+        """Embeds images.
+
+        Args:
+            images: a picture or several: PIL images, paths of files, uint8 arrays [h, w, 3], or one
+                array [b, h, w, 3]. Pictures of another size than [image_size, image_size] go
+                through `preprocess`.
+
+        Returns:
+            float32 [b, d], rows of unit length; b is 1 for a single picture. Where the model lies
+            on several processes, all call with as many rows, each row is taken from the process
+            that `own_rows` names, and all get the whole result.
+
+        Raises:
+            ValueError: an array of another dtype or shape, something that is no picture, or a file
+                that cannot be read as one.
+        """
+        return self._embed(self._encode_image, self._pixels_of_all(images))
+
+    def encode_text(self, texts: str | Iterable[str] | np.ndarray) -> np.ndarray:
+        """Embeds texts.
+
+        Args:
+            texts: a string or several, or int32 [b, context_length] of `tokenize`.
+
+        Returns:
+            float32 [b, d], rows of unit length; b is 1 for a single string.
+
+        Raises:
+            ValueError: an array of another dtype or shape, something that is no string, or an id
+                outside of the vocabulary.
+        """
+        tokens = texts
+        if not isinstance(texts, np.ndarray | jax.Array) or texts.dtype.kind in "UO":
+            if isinstance(texts, bytes | dict) or not isinstance(texts, Iterable):
+                raise ValueError(
+                    f"texts: expected a string, strings or int32 [b, {self.context_length}], got "
+                    f"{type(texts).__name__}"
+                )
+            tokens = self.tokenize(texts if isinstance(texts, str) else list(texts))
+        if tokens.ndim != 2 or tokens.dtype != np.int32 or tokens.shape[1] != self.context_length:
+            raise ValueError(
+                f"texts: expected strings or int32 [b, {self.context_length}], got {tokens.dtype} "
+                f"{list(tokens.shape)}; `tokenize` makes such an array of strings"
+            )
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            raise ValueError(
+                f"texts: expected ids from 0 to {self._vocab_size - 1}, got {tokens.min()} to "
+                f"{tokens.max()}"
+            )
+        return self._embed(self._encode_text, np.asarray(tokens))
+
+    def caption(
+        self,
+        images: Picture | Iterable[Picture],
+        *,
+        max_tokens: int | None = None,
+        top_k: int | None = None,
+        temperature: float = 1.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """Writes a caption of each picture, of a model trained with `config.captioning`.
+
+        Args:
+            images: see `encode_image`.
+            max_tokens: most tokens of a caption, its end not counted; as many as in training by
+                default.
+            top_k: draw each token of so many likeliest ones, by their probabilities; None takes
+                the likeliest one (greedy).
+            temperature: what logits are divided by before a token is drawn.
+            seed: of the draws; a picture at the same index gets the same caption.
+
+        Returns:
+            A text for each picture, in lower case, words and punctuation apart.
+
+        Raises:
+            ValueError: the model has no decoder, a value out of range, or see `encode_image`.
+        """
+        if self._decoder is None:
+            raise ValueError(
+                "this model has no caption decoder: it was trained without config.captioning.weight"
+            )
+        self._check_vocabulary()
+        most = self._decoder["positional_embedding"].shape[0] - 2
+        max_tokens = most if max_tokens is None else max_tokens
+        if not 1 <= max_tokens <= most:
+            raise ValueError(f"max_tokens={max_tokens}: expected 1 to {most}")
+        if top_k is not None and not 1 <= top_k <= self._vocab_size:
+            raise ValueError(f"top_k={top_k}: expected 1 to {self._vocab_size}, or None")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature}: expected a number above 0")
+        write = functools.partial(
+            self._write_captions,
+            key=jax.random.key(seed),
+            length=max_tokens + 1,  # the start is a token too; an end behind the last says nothing
+            top_k=top_k,
+            temperature=temperature,
+        )
+        pixels = self._pixels_of_all(images)
+        written = [np.zeros((0, 1), np.int32)]
+        rows = np.arange(len(pixels), dtype=np.int32)
+        for batch, batch_rows in zip(self._batches(pixels), self._batches(rows), strict=True):
+            written.append(np.asarray(write(self._params, self._decoder, batch, batch_rows)))
+        return [tokenizer.decode(row) for part in written for row in part][: len(pixels)]
+
+    @property
+    def _vocab_size(self) -> int:
+        return self._params["text"]["token_embedding"]["embedding"].shape[0]
+
+    def _check_vocabulary(self) -> None:
+        if self._vocab_size < tokenizer.VOCAB_SIZE:
+            raise ValueError(
+                f"this model's vocabulary of {self._vocab_size} entries is not CLIP's; tokenize "
+                "its texts elsewhere and give `encode_text` the ids"
+            )
+
+    def _pixels_of_all(self, images: Picture | Iterable[Picture]) -> np.ndarray:
+        """uint8 [b, size, size, 3] of what `encode_image` takes."""
+        if isinstance(images, Image.Image | str | os.PathLike):
+            images = [images]
+        if isinstance(images, np.ndarray | jax.Array):
+            return self._pixels_of_array(np.asarray(images), "images")
+        if not isinstance(images, Iterable) or isinstance(images, bytes | dict):
+            raise ValueError(f"images: {_EXPECTED_PICTURES}, got {type(images).__name__}")
+        rows = [self._pixels_of(image, f"images[{i}]") for i, image in enumerate(images)]
+        return np.concatenate([self._no_images(), *rows])
+
+    def _pixels_of(self, image: Picture, name: str) -> np.ndarray:
+        """uint8 [1, size, size, 3] of one picture among several."""
+        if isinstance(image, np.ndarray | jax.Array):
+            array = np.asarray(image)
+            if array.ndim == 4:
+                raise ValueError(f"{name}: expected one picture, got {list(array.shape)}")
+            return self._pixels_of_array(array, name)
+        if isinstance(image, str | os.PathLike):
+            try:
+                image = decode_rgb(pathlib.Path(image).read_bytes())
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"{name}: '{image}' cannot be read as a picture: {error}"
+                ) from error
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"{name}: {_EXPECTED_PICTURES}, got {type(image).__name__}")
+        return self.preprocess(image)[None]
+
+    def _pixels_of_array(self, array: np.ndarray, name: str) -> np.ndarray:
+        """uint8 [b, size, size, 3] of [b, h, w, 3], or of one picture [h, w, 3]."""
+        is_picture = array.ndim in (3, 4) and array.shape[-1] == 3 and 0 not in array.shape[-3:]
+        if array.dtype != np.uint8 or not is_picture:
+            raise ValueError(
+                f"{name}: expected uint8 [h, w, 3] or [b, h, w, 3] with values from 0 to 255, got "
+                f"{array.dtype} {list(array.shape)}"
+            )
+        array = array[None] if array.ndim == 3 else array
+        if array.shape[1:3] == (self.image_size, self.image_size):
+            return array
+        rows = [self.preprocess(Image.fromarray(image))[None] for image in array]
+        return np.concatenate([self._no_images(), *rows])
+
+    def _no_images(self) -> np.ndarray:
+        return np.zeros((0, self.image_size, self.image_size, 3), np.uint8)
+
+    def _embed(self, encode: Callable[..., jax.Array], inputs: np.ndarray) -> np.ndarray:
+        outputs = [np.zeros((0, self.embed_dim), np.float32)]
+        for batch in self._batches(inputs):
+            outputs.append(np.asarray(encode(self._params, batch)))
+        return np.concatenate(outputs)[: len(inputs)]
+
+    def _batches(self, inputs: np.ndarray) -> Iterator[jax.Array]:
+        """Parts of the rows, on the devices; the last one is padded."""
+        for start in range(0, len(inputs), self._batch_size):
+            chunk = inputs[start : start + self._batch_size]
+            padding = self._padded_size(len(chunk)) - len(chunk)
+            padded = np.pad(chunk, [(0, padding)] + [(0, 0)] * (chunk.ndim - 1))
+            # By global index: with several processes each puts the rows of its own devices.
+            yield jax.make_array_from_callback(
+                padded.shape, self._batch_sharding, lambda index, rows=padded: rows[index]
+            )
+
+    def _padded_size(self, size: int) -> int:
+        """The next power-of-two multiple of the devices: few shapes, so few compilations."""
+        padded = self._num_devices
+        while padded < size:
+            padded *= 2
+        return min(padded, self._batch_size)

@@ -1,0 +1,296 @@
+"""`load_model`: from a name, a work directory or a weight file to a `LoadedModel`.
+
+`read_model` is the same without the devices; `diht_jax.export` works on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from diht_jax import sharding
+from diht_jax.config import ARCHITECTURE_FIELDS, default_config
+from diht_jax.models.parameters import TOWERS, model_definition
+from diht_jax.models.positions import fit_model
+from diht_jax.models.transformer import Execution
+from diht_jax.models.zoo import ARCHITECTURES, Architecture
+from diht_jax.training.workdir.stored_run import local_run
+from diht_jax.training.workdir.trained_model import is_run, restore_model
+from diht_jax.weights.clip_layout import heads_to_clip
+from diht_jax.weights.inference import LoadedModel
+from diht_jax.weights.releases import RELEASES, locate_weights
+from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.source import read_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+    """A model as it lies in files, with where it came from.
+
+    Attributes:
+        arch: sizes, activation and the like.
+        params: nested dict of arrays of `models.parameters`.
+        heads: concept heads that the source holds beside the dual encoder, by name.
+        decoder: parameters of the caption decoder of a run that trained one.
+        config: the training config; for others' weights the defaults with their architecture.
+        preprocessing: mean and deviation of the pictures.
+        path: work directory, or weight file.
+        is_run: whether `path` is a work directory of `diht_jax.train`.
+        step: optimiser step, of a work directory.
+        sha256: of the weight file, in hex.
+        ema: whether these are the moving average of the parameters.
+    """
+
+    arch: Architecture
+    params: dict[str, Any]
+    heads: dict[str, np.ndarray]
+    config: ml_collections.ConfigDict
+    preprocessing: Preprocessing
+    path: str
+    is_run: bool
+    step: int | None = None
+    sha256: str | None = None
+    ema: bool = False
+    decoder: dict[str, Any] | None = None
+
+
+def load_model(
+    name_or_path: str | os.PathLike,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    dim: int | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    batch_size: int = 256,
+    devices: Sequence[jax.Device] | None = None,
+) -> LoadedModel:
+    """Loads a model onto all local devices.
+
+    Args:
+        name_or_path: one of
+            - a released DiHT model, such as "diht_vitb32_224px": downloaded once and checked, or
+              taken from the environment variable DIHT_JAX_WEIGHTS (`weights.releases`);
+            - a work directory of `diht_jax.train`, also in an object store (`s3://bucket/run`);
+            - a weight file in CLIP's layout (OpenAI, open_clip, DiHT): .safetensors, .pt, .ckpt,
+              .bin; nothing in it is executed;
+            - a directory of transformers' CLIPModel, of open_clip, or of `diht_jax.export`.
+        step: which checkpoint of a work directory; the latest by default.
+        ema: load the moving average of the parameters (`config.ema.decay` of the run).
+        image_size: pixels; position embeddings are resized to it. None keeps the model's.
+        context_length: tokens of a text; position embeddings are stretched to it, or cut
+            (`models.positions.stretch_positions`). None keeps the model's.
+        dim: how many first numbers of the embeddings to take, at unit length; for models that
+            were trained with `config.matryoshka.sizes`. None takes all.
+        architecture: fields of `models.Architecture` that a bare weight file does not hold, such
+            as `{"activation": "quick_gelu"}`.
+        dtype: of the computation, "float32" or "bfloat16"; as trained by default, and float32 for
+            weights of others.
+        batch_size: most examples embedded at once, over all devices.
+        devices: other devices than the local ones, such as `jax.devices()` in a job of several
+            processes; all of them must then make the same calls.
+
+    Returns:
+        The model; its `config` is the training config, its `step` the checkpoint's.
+
+    Raises:
+        ValueError: nothing there, a damaged or dangerous file, or parameters that do not fit.
+    """
+    mesh = sharding.create_mesh(data=-1, fsdp=1, devices=devices or jax.local_devices())
+    model = read_model(
+        name_or_path,
+        step=step,
+        ema=ema,
+        image_size=image_size,
+        context_length=context_length,
+        dim=dim,
+        architecture=architecture,
+        mesh=mesh,
+    )
+    if dtype is not None:
+        model.config.model.dtype = dtype
+    return put_on_devices(model, mesh, batch_size=batch_size)
+
+
+def put_on_devices(model: ModelFiles, mesh: Mesh, *, batch_size: int = 256) -> LoadedModel:
+    """The model of `read_model`, ready to embed.
+
+    Args:
+        model: its `config.model.dtype` is that of the computation.
+        mesh: the devices.
+        batch_size: of `load_model`.
+    """
+    section = model.config.model
+    # A kernel that a run insisted on need not apply here, but XLA's does everywhere.
+    attention = "xla" if section.attention == "xla" else "auto"
+    definition, _ = model_definition(
+        model.arch, section.dtype, section.param_dtype, Execution(attention=attention)
+    )
+    return LoadedModel(
+        definition,
+        jax.device_put(model.params, sharding.tree_shardings(model.params, mesh)),
+        mesh=mesh,
+        config=model.config,
+        image_size=model.arch.image_size,
+        context_length=model.arch.context_length,
+        batch_size=batch_size,
+        step=model.step,
+        mean=model.preprocessing.mean,
+        std=model.preprocessing.std,
+        decoder=jax.device_put(model.decoder, sharding.tree_shardings(model.decoder, mesh)),
+    )
+
+
+def read_model(
+    name_or_path: str | os.PathLike,
+    *,
+    step: int | None = None,
+    ema: bool = False,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    dim: int | None = None,
+    architecture: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> ModelFiles:
+    """Reads what `load_model` loads.
+
+    Args:
+        name_or_path, step, ema, image_size, context_length, dim, architecture: of `load_model`.
+        mesh: where the parameters of a work directory go; one device by default.
+
+    Raises:
+        ValueError: as `load_model`.
+    """
+    model = _read_whole(
+        os.fspath(name_or_path),
+        step=step,
+        ema=ema,
+        image_size=image_size,
+        context_length=context_length,
+        architecture=architecture,
+        mesh=mesh,
+    )
+    return model if dim is None else _with_dim(model, dim)
+
+
+def _with_dim(model: ModelFiles, dim: int) -> ModelFiles:
+    """The model whose embeddings are the first numbers of those of a model, at unit length.
+
+    Embeddings are made to unit length after the projections, so these need less columns only.
+    """
+    width = model.arch.embed_dim
+    if not 1 <= dim <= width:
+        raise ValueError(f"{model.path}: dim={dim}; expected 1 to {width}, the embeddings' size")
+    towers = {}
+    for tower in TOWERS:
+        kernel = model.params[tower]["projection"]["kernel"][:, :dim]
+        projection = {**model.params[tower]["projection"], "kernel": kernel}
+        towers[tower] = {**model.params[tower], "projection": projection}
+    config = model.config.copy_and_resolve_references()
+    config.model.overrides.embed_dim = dim
+    return dataclasses.replace(
+        model,
+        arch=dataclasses.replace(model.arch, embed_dim=dim),
+        params={**model.params, **towers},
+        # Heads on the whole embeddings have no place on a part of them.
+        heads={} if config.concepts.feature == "projected" else model.heads,
+        config=config,
+    )
+
+
+def _read_whole(
+    name: str,
+    *,
+    step: int | None,
+    ema: bool,
+    image_size: int | None,
+    context_length: int | None,
+    architecture: Mapping[str, Any] | None,
+    mesh: Mesh | None,
+) -> ModelFiles:
+    """As `read_model`, with all numbers of the embeddings."""
+    folder = local_run(name, step, mesh)
+    if is_run(folder):
+        if architecture:
+            raise ValueError(f"{name}: a work directory knows its architecture; give none")
+        mesh = mesh or sharding.create_mesh(1, 1, jax.local_devices()[:1])
+        run = _read_run(folder, mesh, step=step, ema=ema)
+        run = _fit_run(run, image_size=image_size, context_length=context_length)
+        return dataclasses.replace(run, path=name)
+    if step is not None or ema:
+        raise ValueError(f"{name}: only work directories of diht_jax.train have steps and averages")
+    path = locate_weights(name)
+    weights = read_weights(
+        path, architecture=architecture, image_size=image_size, context_length=context_length
+    )
+    if name in RELEASES:
+        released = ARCHITECTURES[name]
+        native = dataclasses.replace(
+            weights.arch,
+            image_size=released.image_size,
+            context_length=released.context_length,
+        )
+        if native != released:
+            raise ValueError(
+                f"{path}: expected the architecture of '{name}', {released}; got {weights.arch}"
+            )
+    return ModelFiles(
+        arch=weights.arch,
+        params=weights.params,
+        heads=weights.heads,
+        config=config_of(weights.arch),
+        preprocessing=weights.preprocessing,
+        path=str(weights.path),
+        is_run=False,
+        sha256=weights.sha256,
+    )
+
+
+def config_of(arch: Architecture) -> ml_collections.ConfigDict:
+    """The default training config with this architecture, computing in float32."""
+    config = default_config()
+    config.model.dtype = "float32"
+    same = [name for name, known in ARCHITECTURES.items() if known == arch]
+    if same:
+        config.model.name = same[0]
+        return config
+    base = ARCHITECTURES[config.model.name]
+    for field in ARCHITECTURE_FIELDS:
+        if getattr(arch, field) != getattr(base, field):
+            config.model.overrides[field] = getattr(arch, field)
+    return config
+
+
+def _fit_run(run: ModelFiles, *, image_size: int | None, context_length: int | None) -> ModelFiles:
+    params, arch = fit_model(
+        run.params, run.arch, image_size=image_size, context_length=context_length
+    )
+    for field in ("image_size", "context_length"):
+        if getattr(arch, field) != getattr(run.arch, field):
+            run.config.model.overrides[field] = getattr(arch, field)
+    return dataclasses.replace(run, params=params, arch=arch)
+
+
+def _read_run(name: str, mesh: Mesh, *, step: int | None, ema: bool) -> ModelFiles:
+    trained = restore_model(name, mesh, step=step, ema=ema)
+    return ModelFiles(
+        arch=trained.arch,
+        params=trained.params,
+        heads=heads_to_clip(trained.heads),
+        config=trained.config,
+        preprocessing=Preprocessing(),
+        path=name,
+        is_run=True,
+        step=trained.step,
+        ema=ema,
+        decoder=trained.decoder,
+    )

@@ -1,0 +1,329 @@
+"""Validation of configs, durations, and the recipes of `configs/`."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import ml_collections
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from diht_jax.config import default_config, load_recipe, validate_config
+from diht_jax.config.ranges import check_ranges
+from diht_jax.models import get_architecture
+from diht_jax.sharding import create_mesh
+from diht_jax.training.durations import duration_in_steps
+from diht_jax.training.sharded_encode import check_micro_batch
+from tests.recipes import RECIPES, REPOSITORY
+from tests.test_sharding import gpu_hosts
+
+
+@pytest.fixture(autouse=True)
+def repository_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+
+
+def test_the_recipes_of_the_project_are_there():
+    expected = {"diht_vitb32", "diht_vitb16", "diht_vitl14", "diht_vitl14_336", "clip_vitb32"}
+    expected |= {"clip_vitb16", "diht_vitb16_clean"}
+    assert {path.stem for path in RECIPES} >= expected | {"emoji", "demo"}
+
+
+@pytest.mark.parametrize("arg", ["", "debug=True"])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_builds_and_validates(path, arg):
+    config = load_recipe(path, arg)
+    validate_config(config, default_config())
+    get_architecture(config.model.name, config.model.overrides.to_dict())
+    steps = duration_in_steps(
+        config, "total", batch_size=config.data.batch_size, num_examples=10_000
+    )
+    assert config.optimizer.warmup_steps < steps
+    if arg:
+        assert steps <= 4 and config.data.batch_size <= 16
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_header_gives_run_command_and_expectation(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert f"--config configs/{path.stem}.py" in docstring
+    assert "Expected:" in docstring
+
+
+def values(name, arg=""):
+    return load_recipe(REPOSITORY / "configs" / f"{name}.py", arg).to_dict()
+
+
+def differences(a, b, prefix=""):
+    """Dotted names of the keys in which two configs differ."""
+    found = set()
+    for key in a.keys() | b.keys():
+        if isinstance(a[key], dict):
+            found |= differences(a[key], b[key], f"{prefix}{key}.")
+        elif a[key] != b[key]:
+            found.add(f"{prefix}{key}")
+    return found
+
+
+@pytest.mark.parametrize("topology", ["h100:8", "h100:64x8", "h100:4x8", "h200:8", "a100_80gb:2x4"])
+@pytest.mark.parametrize(
+    "name",
+    ["clip_vitb32", "clip_vitb16", "diht_vitb32", "diht_vitb16", "diht_vitl14", "diht_vitl14_336"],
+)
+def test_recipe_for_gpus(name, topology):
+    config = load_recipe(REPOSITORY / "configs" / f"{name}.py", f"topology={topology}")
+    validate_config(config, default_config())
+    check_ranges(config, default_config())
+    num_hosts, gpus_per_host = (1, *map(int, topology.partition(":")[2].split("x")))[-2:]
+    mesh = create_mesh(config.mesh.data, config.mesh.fsdp, gpu_hosts(num_hosts, gpus_per_host))
+    assert mesh.size == num_hosts * gpus_per_host and config.mesh.fsdp <= 8
+    for group in mesh.devices:
+        assert len({device.slice_index for device in group}) == 1
+    assert config.data.batch_size == (33792 if name == "clip_vitb16" else 65536)
+    check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
+    # All values of that many examples fit into a GPU of 80 GB, and of no more (pod_fit_gpus.json).
+    at_once = (config.micro_batch or config.data.batch_size) // mesh.size
+    assert at_once <= {"b32": 1024, "b16": 512, "l14": 128, "336": 128}[name[-3:]]
+    how = {"micro_batch", "model.remat", "model.scan_layers", "mesh.fsdp", "topology"}
+    assert differences(values(name, f"topology={topology}"), values(name)) <= how
+
+
+def test_recipe_keeps_its_settings_on_machines_that_have_none(caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        other, emoji = values("diht_vitb16", "topology=a100:8"), values("emoji", "topology=h100:8")
+    assert differences(other, values("diht_vitb16")) == {"topology"}
+    assert differences(emoji, values("emoji")) == {"topology"}
+    assert "diht_vitb16_224px on a100:8; it keeps those for v5e:16x16" in caplog.text
+    assert "small_64px on h100:8; it keeps those for local" in caplog.text
+
+
+@pytest.mark.parametrize("arg", ["", "debug=True", "topology=v5p:4x4x4", "topology=h100:8"])
+def test_clip_vitb32_differs_from_diht_vitb32_in_the_loss_alone(arg):
+    clip, diht = values("clip_vitb32", arg), values("diht_vitb32", arg)
+    assert differences(clip, diht) == {
+        "loss.beta",
+        "concepts.object_weight",
+        "concepts.attribute_weight",
+    }
+    assert clip["loss"]["alpha"] == 1.0 and clip["loss"]["beta"] == 0.0
+    assert clip["concepts"]["object_weight"] == clip["concepts"]["attribute_weight"] == 0.0
+
+
+def test_recipes_with_published_values_have_them():
+    clip, clean, diht = map(values, ("clip_vitb16", "diht_vitb16_clean", "diht_vitb16"))
+    loss = {"loss.beta", "concepts.object_weight", "concepts.attribute_weight"}
+    optimizer = {"optimizer.learning_rate", "optimizer.weight_decay"}
+    assert differences(clip, diht) == loss | optimizer | {"total_examples", "data.batch_size"}
+    assert clip["loss"]["beta"] == 0.0 and clip["data"]["batch_size"] == 33_792
+    rates = [clip["optimizer"][k] for k in ("learning_rate", "weight_decay", "warmup_steps")]
+    assert rates == [5e-4, 0.2, 2000] and clip["total_examples"] == 32 * 440e6
+    assert differences(clean, diht) == {"loss.alpha", "loss.beta", "total_examples"}
+    assert (clean["loss"]["alpha"], clean["loss"]["beta"]) == (0.999, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("diht_vitb16", {"model.name", "model.remat"}),
+        (
+            "diht_vitl14",
+            {"model.name", "model.remat", "total_examples", "optimizer.learning_rate"},
+        ),
+    ],
+)
+def test_diht_recipes_differ_in_size_and_duration_alone(name, own):
+    assert differences(values(name), values("diht_vitb32")) == own
+
+
+def test_argument_of_a_recipe_sets_debug_and_topology():
+    plain, other = values("diht_vitb32"), values("diht_vitb32", "topology=v5p:4x4x4,debug=False")
+    assert differences(plain, other) == {"topology"} and other["topology"] == "v5p:4x4x4"
+    shrunk, both = values("emoji", "debug=True"), values("emoji", "debug=True,topology=v5e:2x2")
+    assert differences(shrunk, both) == {"topology"} and both["topology"] == "v5e:2x2"
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("debug=Tru", "'debug=Tru': expected True or False"),
+        ("debug", "'debug': expected key=value, such as debug=True"),
+        ("debug=True,toplogy=v5e:2x2", "'toplogy=v5e:2x2': .*did you mean 'topology'"),
+        ("xyzzy=1", "'xyzzy=1': unknown key; known keys: debug, topology$"),
+        ("debug=True,debug=False", "'debug' is given twice"),
+        ("topology=h10:8", "unknown topology 'h10:8'; did you mean 'h100:...'?"),
+        ("topology=h100:8x", "unknown topology 'h100:8x'"),
+        ("debug=True,topology=v5e:3x5", "v5e slices are 1x1, 2x2"),
+    ],
+)
+def test_recipe_refuses_another_argument(arg, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(REPOSITORY / "configs" / "diht_vitb32.py", arg)
+
+
+def test_keys_of_a_recipes_own_are_converted_to_the_type_of_their_default():
+    from configs.common import parse_arg
+
+    args = parse_arg("res=336,lr=3e-4,name=b,debug=True", res=224, lr=1e-3, name="a", wide=True)
+    assert args.to_dict() == {
+        **{"debug": True, "topology": None, "res": 336, "lr": 3e-4, "name": "b", "wide": True}
+    }
+    with pytest.raises(ValueError, match="'res=big': expected int, such as 224"):
+        parse_arg("res=big", res=224)
+
+
+def test_missing_recipe_is_named():
+    with pytest.raises(ValueError, match="configs/nothing.py: no such config file"):
+        load_recipe("configs/nothing.py")
+
+
+def unlocked_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.unlock()
+    for section in (config.loss, config.optimizer, config.model, config.model.overrides):
+        section.unlock()
+    return config
+
+
+@pytest.mark.parametrize(
+    "section, key, value, message",
+    [
+        ("loss", "betta", 0.5, "unknown config key 'loss.betta'; did you mean 'loss.beta'"),
+        ("", "optimzer", 1, "unknown config key 'optimzer'; did you mean 'optimizer'"),
+        ("", "learning_rate", 1.0, "did you mean 'optimizer.learning_rate'"),
+        ("model.overrides", "text_layer", 2, "did you mean 'model.overrides.text_layers'"),
+        ("optimizer", "xyzzy", 1, "known keys: .*optimizer.b1"),
+    ],
+)
+def test_unknown_key_names_the_nearest(section, key, value, message):
+    config = unlocked_config()
+    target = config
+    for name in filter(None, section.split(".")):
+        target = target[name]
+    target[key] = value
+    with pytest.raises(ValueError, match=message):
+        validate_config(config, default_config())
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("seed", "zero", "'seed': expected int .*got str 'zero'"),
+        ("loss", 3, "'loss': expected ConfigDict"),
+    ],
+)
+def test_wrong_type_is_named(name, value, message):
+    values = default_config().to_dict()
+    values[name] = value
+    with pytest.raises(ValueError, match=message):
+        validate_config(ml_collections.ConfigDict(values), default_config())
+
+
+def test_int_is_fine_for_float_but_bool_is_not():
+    values = default_config().to_dict()
+    values["loss"]["beta"] = 1
+    validate_config(ml_collections.ConfigDict(values), default_config())
+    values["loss"]["beta"] = True
+    with pytest.raises(ValueError, match="'loss.beta': expected float"):
+        validate_config(ml_collections.ConfigDict(values), default_config())
+
+
+@pytest.mark.parametrize(
+    "name, value, steps",
+    [("total_steps", 7, 7), ("total_examples", 640, 10), ("total_epochs", 2.5, 39)],
+)
+def test_durations(name, value, steps):
+    config = default_config()
+    config[name] = value
+    assert duration_in_steps(config, "total", batch_size=64, num_examples=1000) == steps
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({}, "set exactly one of"),
+        ({"total_steps": 3, "total_epochs": 1.0}, "set exactly one of"),
+        ({"total_examples": 10}, "at least one step"),
+    ],
+)
+def test_wrong_durations(values, message):
+    config = default_config()
+    config.update(values)
+    with pytest.raises(ValueError, match=message):
+        duration_in_steps(config, "total", batch_size=64, num_examples=1000)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config.loss.betta=0.5"], 'Did you mean "beta"'),
+        (["--config.loss.beta=much"], "--config.loss.beta=much"),
+        (["--workdri=/tmp/x"], "Did you mean: workdir"),
+        (["stray"], "unexpected arguments: stray"),
+        (
+            ["--config=configs/diht_vitb32.py:debg=True"],
+            "error: --config: recipe argument 'debg=True': unknown key; known keys: debug",
+        ),
+    ],
+)
+def test_command_line_slips_end_in_one_clear_line(arguments, message):
+    command = [sys.executable, "-m", "diht_jax.train", "--config=configs/diht_vitb32.py"]
+    done = subprocess.run(
+        [*command, "--workdir=/nonexistent/never", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+_MIXTURE_RECIPE = """
+from diht_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.data.train = dict(
+        laion=dict(path="/data/laion", weight=0.8), curated=dict(path="/data/curated", weight=0.2)
+    )
+    return config
+"""
+
+
+def _parse_mixture(tmp_path, *arguments):
+    (tmp_path / "recipe.py").write_text(_MIXTURE_RECIPE)
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    argv = ["command", f"--config={tmp_path / 'recipe.py'}", *arguments]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("sys.argv", argv)
+        values(argv)
+    validate_config(values.config, default_config())
+    return values.config.data.train
+
+
+def test_training_data_is_a_path_or_sections_on_the_command_line_too(tmp_path):
+    assert _parse_mixture(tmp_path).to_dict() == {
+        "laion": {"path": "/data/laion", "weight": 0.8},
+        "curated": {"path": "/data/curated", "weight": 0.2},
+    }
+    assert _parse_mixture(tmp_path, "--config.data.train=/data/kept") == "/data/kept"
+    changed = _parse_mixture(tmp_path, "--config.data.train.curated.weight=0.5")
+    assert changed.curated.weight == 0.5 and changed.laion.weight == 0.8
+
+
+def test_training_data_of_another_kind_is_refused():
+    config = default_config()
+    assert config.data.train is None
+    config.data.train = ["/a", "/b"]
+    validate_config(config, default_config())
+    with pytest.raises(TypeError, match="expected a path, a list of paths or a section of sources"):
+        config.data.train = 3
+    stored = ml_collections.ConfigDict(json.loads(config.to_json_best_effort()))
+    validate_config(stored, default_config())
+    stored.data = {**stored.data, "train": 3}
+    with pytest.raises(ValueError, match="'data.train': expected a path, a list of paths or"):
+        validate_config(stored, default_config())

@@ -1,0 +1,105 @@
+"""Every number of a training config has a range, and a value outside of it is named at once."""
+
+import dataclasses
+import math
+
+import ml_collections
+import pytest
+
+from diht_jax.config import default_config, load_recipe
+from diht_jax.config.ranges import RANGES, Range, check_ranges
+from diht_jax.training.terms.registry import TERMS
+from tests.recipes import RECIPES
+
+# Sections whose keys come from the files of losses and terms, which check them.
+EXTENSIBLE = ("loss.", *(f"{name}." for name in TERMS))
+
+
+def numbers_of(config, prefix=""):
+    """Dotted names of all keys that hold an int or a float."""
+    found = set()
+    for key in config:
+        if isinstance(config[key], ml_collections.ConfigDict):
+            found |= numbers_of(config[key], f"{prefix}{key}.")
+        elif config.get_type(key) in (int, float):
+            found.add(f"{prefix}{key}")
+    return found
+
+
+def test_every_number_has_a_range_and_no_other_key_has():
+    numbers = numbers_of(default_config())
+    assert {name for name in numbers - RANGES.keys() if not name.startswith(EXTENSIBLE)} == set()
+    assert RANGES.keys() - numbers == set()
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_defaults_and_recipes_are_within(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(path.parent.parent))
+    for arg in ("", "debug=True"):
+        check_ranges(load_recipe(path, arg), default_config())
+    check_ranges(default_config(), default_config())
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_values_beyond_both_ends_are_refused(name):
+    def attempt(value):
+        config = default_config()
+        config.update_from_flattened_dict({name: value})
+        check_ranges(config, default_config())
+
+    expected = dataclasses.asdict(RANGES[name])
+    kind = int if _is_int(name) else float
+    wrong = [kind(expected["low"] - 3)]
+    if expected["excludes_low"]:
+        wrong.append(kind(expected["low"]))
+    else:
+        attempt(kind(expected["low"]))
+    if expected["high"] is not None and expected["high"] < math.inf:
+        wrong.append(kind(expected["high"] + 1))
+        if expected["excludes_high"]:
+            wrong.append(kind(expected["high"]))
+        else:
+            attempt(kind(expected["high"]))
+    if kind is float and expected["high"] is None:
+        wrong.append(math.inf)
+    for value in wrong:
+        with pytest.raises(ValueError, match=rf"^config\.{name}={value}: expected "):
+            attempt(value)
+
+
+def _is_int(name):
+    section, _, key = name.rpartition(".")
+    config = default_config()
+    for part in filter(None, section.split(".")):
+        config = config[part]
+    return config.get_type(key) is int
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"checkpoint.keep_last": 0}, "config.checkpoint.keep_last=0: expected at least 1"),
+        ({"data.batch_size": 0}, "config.data.batch_size=0: expected at least 1"),
+        ({"data.num_workers": -1}, "config.data.num_workers=-1: expected at least 0"),
+        ({"checkpoint.every_steps": 0}, "config.checkpoint.every_steps=0: expected at least 1"),
+        ({"log_every_steps": 0}, "config.log_every_steps=0: expected at least 1"),
+        ({"log_every_steps": None}, "config.log_every_steps=None: expected at least 1"),
+        ({"mesh.data": 0}, "config.mesh.data=0: expected -1, or at least 1"),
+        ({"total_epochs": math.inf}, "total_epochs=inf: expected a finite number, more than 0"),
+        ({"ema.decay": 1.0}, "config.ema.decay=1.0: expected at least 0 and less than 1"),
+        ({"data.crop_scale": (0.9, 0.5)}, "crop_scale=.*: expected two numbers, the lower first"),
+        ({"data.crop_scale": (0.9,)}, "crop_scale=.*: expected two numbers"),
+    ],
+)
+def test_messages_name_key_value_and_range(changes, message):
+    config = default_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message):
+        check_ranges(config, default_config())
+
+
+def test_what_is_right_beside_a_range():
+    config = default_config()
+    config.mesh.update(data=-1, fsdp=-1)
+    check_ranges(config, default_config())
+    assert str(Range(0, 1, excludes_low=True)) == "more than 0, at most 1"

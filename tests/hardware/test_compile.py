@@ -1,0 +1,373 @@
+"""Compiling for machines that are not here: reports, verdicts, errors, and the recipes' claims."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from diht_jax.config import load_recipe
+from diht_jax.hardware import aot_compile
+from diht_jax.hardware.aot_compile import (
+    StepReport,
+    compile_step,
+    link_bandwidth,
+    roofline,
+    settings_that_fit,
+)
+from diht_jax.hardware.chips import find_chip
+from diht_jax.hardware.flops import FlopCount, count_flops
+from diht_jax.hardware.hlo_traffic import Collective, Traffic
+from diht_jax.hardware.report import describe_settings, describe_step, describe_try
+from diht_jax.hardware.topologies import Topology, get_topology
+from diht_jax.losses.choice import Choice
+from diht_jax.training.program import TrainProgram
+from tests.recipes import RECIPES, REPOSITORY
+
+GIB = 1 << 30
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is absent: pip install 'jax[tpu]'",
+)
+
+
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="the CUDA compiler is absent: pip install 'jax[cuda12]'",
+)
+
+
+def recipe(name, **changes):
+    config = load_recipe(REPOSITORY / "configs" / f"{name}.py", "debug=True")
+    config.model.overrides.vision_layers = config.model.overrides.text_layers = 1
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(autouse=True, scope="module")
+def recipes_can_be_imported():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY))
+        yield
+
+
+@pytest.fixture(scope="module")
+def local():
+    """A recipe compiled for the eight CPU devices: its config and its report."""
+    config = recipe("clip_vitb32", **{"data.batch_size": 4096, "mesh.fsdp": 1})
+    return config, compile_step(config, get_topology("local"))
+
+
+def run_command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "diht_jax.compile", *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+@needs_libtpu
+def test_debug_recipe_compiles_for_a_slice():
+    config = recipe("diht_vitl14")
+    report = compile_step(config, get_topology("v5e:2x4"))
+    assert report.mesh == {"data": 1, "fsdp": 8} and report.fits
+    # The compiler of a v5e, and not of this machine, has seen it.
+    assert report.topology.devices[0].device_kind == "TPU v5 lite"
+    assert 0 < report.argument_bytes < report.peak_bytes < report.memory_limit_bytes == 16 * GIB
+    assert report.needed_bytes == report.peak_bytes  # as the TPU compiler counts
+    kinds = {row.kind: row for row in report.traffic.collectives}
+    # fsdp: parameters are gathered, gradients come back as parts; each at least once.
+    embedding = 49408 * 32 * 4
+    assert kinds["all-gather"].group_size == kinds["reduce-scatter"].group_size == 8
+    assert kinds["all-gather"].payload_bytes > embedding
+    assert kinds["reduce-scatter"].payload_bytes > embedding
+    estimate = roofline(report)
+    assert 0 < estimate.mfu < 1 and estimate.step_secs < estimate.serial_secs
+    text = describe_step(report)
+    assert "v5e:2x4: 8 x TPU v5 lite, mesh data=1 fsdp=8" in text
+    assert "fits, with" in text and "all-gather, 8 devices" in text and "MFU <=" in text
+
+
+@needs_libtpu
+def test_the_tpu_compiler_s_out_of_memory_is_a_verdict():
+    config = recipe(
+        "diht_vitb32",
+        **{"data.batch_size": 1 << 20, "model.dtype": "bfloat16", "mesh.fsdp": 1},
+    )
+    report = compile_step(config, get_topology("v5e:1x1"))
+    assert not report.fits and report.needed_bytes > 16 * GIB
+    assert 15 * GIB < report.memory_limit_bytes <= 16 * GIB
+    assert report.temporary_bytes is None and report.traffic is None and roofline(report) is None
+    assert "OUT OF MEMORY: needs" in describe_step(report)
+
+
+def test_arguments_are_the_state_and_the_batch(local):
+    """Replicated parameters and their two moments, and an eighth of the batch."""
+    config, report = local
+    program = TrainProgram(config, total_steps=10)
+    shapes = jax.eval_shape(program.init_params, jax.random.key(0))
+    num_params = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    batch = 512 * (32 * 32 * 3 + 77 * 4)
+    assert report.argument_bytes == pytest.approx(3 * 4 * num_params + batch, rel=1e-3)
+    assert report.batch_size == 4096 and report.mesh == {"data": 8, "fsdp": 1}
+    assert report.peak_bytes > report.argument_bytes
+    assert report.needed_bytes >= report.argument_bytes + report.temporary_bytes
+    text = describe_step(report)
+    assert "\n    products  " in text and "\n    element-wise  " in text
+    assert "compiler options: none" in text
+
+
+def test_work_is_that_of_the_model(local):
+    """The matrix products of towers and loss by hand."""
+    config, report = local
+    width = 32
+
+    def tower(tokens):
+        return tokens * 2 * (4 + 8) * width**2 + 2 * 2 * tokens**2 * width + 2 * width**2
+
+    patches = 2 * 16 * (8 * 8 * 3) * width
+    # Three times for the gradients; the pixels need none. Four products for the loss.
+    towers = 512 * (3 * (tower(17) + tower(77)) + 2 * patches)
+    loss = 4 * 2 * 512 * 4096 * width
+    assert report.model_flops == pytest.approx(towers + loss, rel=0.01)
+    assert report.flops.matmul_flops == report.model_flops < report.flops.flops
+    config = config.copy_and_resolve_references()
+    config.model.remat = "full"
+    program = TrainProgram(config, total_steps=10)
+    state = program.abstract_state()
+    again = count_flops(program.step(state), state, program.abstract_batch()).matmul_flops // 8
+    # The blocks again, without the MLP's last layer, a third of their linear layers.
+    blocks = sum(tokens * 2 * 8 * width**2 + 4 * tokens**2 * width for tokens in (17, 77))
+    assert again - report.model_flops == pytest.approx(512 * blocks, rel=0.02)
+
+
+def test_search_takes_the_cheapest_settings(monkeypatch):
+    """On one device, and with two of the policies: to compile less."""
+    monkeypatch.setattr(aot_compile, "POLICIES", ("none", "full"))
+    local = get_topology("local")
+    local = dataclasses.replace(local, devices=local.devices[:1])
+    config = recipe("clip_vitb32", **{"data.batch_size": 512, "mesh.fsdp": 1})
+    whole = compile_step(config, local)
+    topology = dataclasses.replace(local, memory_limit_bytes=int(0.7 * whole.needed_bytes))
+    too_large = dataclasses.replace(
+        whole, fits=False, memory_limit_bytes=topology.memory_limit_bytes
+    )
+    tried = []
+    found = settings_that_fit(config, topology, too_large, on_try=tried.append)
+    assert found.fits and found.needed_bytes <= topology.memory_limit_bytes
+    assert tried[-1] is found and not any(report.fits for report in tried[:-1])
+    assert all(report.flops.matmul_flops <= found.flops.matmul_flops for report in tried)
+    text = describe_settings(found)
+    assert text.startswith("the nearest settings that fit: --config.model.remat=")
+    assert ": fits" in describe_try(found) and "no setting" in describe_settings(None)
+
+
+def test_command_says_out_of_memory_and_exits_with_one():
+    """More than this machine's memory, none of which is touched."""
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    batch_size = 8 << (memory_bytes // 8 // 300_000).bit_length()
+    done = run_command(
+        f"--config={REPOSITORY}/configs/diht_vitb32.py:debug=True",
+        "--topology=local",
+        f"--global_batch={batch_size}",
+        "--search=false",
+        "--config.model.overrides.vision_layers=1",
+        "--config.model.overrides.text_layers=1",
+    )
+    assert done.returncode == 1, done.stderr
+    assert f"global batch {batch_size:,}" in done.stdout
+    assert "OUT OF MEMORY: needs" in done.stdout
+
+
+def test_command_lists_known_topologies():
+    done = run_command(
+        f"--config={REPOSITORY}/configs/diht_vitb32.py:debug=True", "--topology=v7e:4x4"
+    )
+    assert done.returncode == 1
+    for name in ("unknown topology 'v7e:4x4'", "v4:", "v5e:16x16", "v5p:", "v6e:", "h100:8"):
+        assert name in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "unknown topology 'v5e'; known"),
+        ("v5f:2x2", "did you mean 'v5"),
+        ("v5e:3x5", "v5e slices are 1x1, 2x2"),
+        ("v5e:32x32", "unknown topology 'v5e:32x32'"),
+        ("v4:4x4", "multiples of 4 up to 16x16x16"),
+        ("v5p:4x4x6", "multiples of 4"),
+        ("h100:2x2x2", "hosts x GPUs"),
+        ("h100:0", "hosts x GPUs"),
+    ],
+)
+def test_wrong_topologies_are_errors(name, message):
+    with pytest.raises(ValueError, match=message):
+        get_topology(name)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "kind", "count"),
+    [
+        ("v4:4x4x4", "TPU v4", 64),
+        ("v5e:16x16", "TPU v5 lite", 256),
+        ("v5e:1x1", "TPU v5 lite", 1),
+        ("v5p:2x2x2", "TPU v5", 8),
+        ("v6e:2x4", "TPU v6 lite", 8),
+    ],
+)
+def test_slices_have_their_devices(name, kind, count):
+    topology = get_topology(name)
+    assert len(topology.devices) == count
+    assert topology.devices[0].device_kind == kind
+    assert topology.chip is find_chip(kind) and topology.chip.name == name.partition(":")[0]
+
+
+def test_missing_compilers_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]'"):
+        get_topology("v5e:2x2")
+    if importlib.util.find_spec("jax_plugins") is None:
+        with pytest.raises(ValueError, match=r"pip install 'jax\[cuda12\]'"):
+            get_topology("h100:8")
+
+
+@needs_cuda
+def test_the_step_is_compiled_with_the_attention_that_a_gpu_runs():
+    config = recipe("diht_vitb16", **{"data.batch_size": 64, "mesh.fsdp": 1})
+    config.model.dtype = "bfloat16"
+    report = compile_step(config, get_topology("h100:8"))
+    assert report.attention == {"vision": "cudnn", "text": "cudnn"}
+    assert "attention kernels: cudnn (vision), cudnn (text)" in describe_step(report)
+
+
+def report_with(traffic, topology):
+    return StepReport(
+        topology=topology,
+        mesh={"data": 256, "fsdp": 1},
+        batch_size=65536,
+        attention={"vision": "cudnn", "text": "xla"},
+        loss_form=Choice("streaming", "there is one device"),
+        micro_batch=None,
+        remat="none",
+        memory_limit_bytes=16 * GIB,
+        argument_bytes=GIB,
+        temporary_bytes=GIB,
+        peak_bytes=2 * GIB,
+        needed_bytes=2 * GIB,
+        fits=True,
+        flops=FlopCount(flops=300 * 10**12, matmul_flops=197 * 10**12),
+        model_flops=98_500_000_000_000,
+        traffic=traffic,
+        trace_secs=1.0,
+        compile_secs=1.0,
+    )
+
+
+def test_roofline_by_hand():
+    topology = Topology("v5e:16x16", find_chip("v5e"), (16, 16), (None,) * 256, 16 * GIB)
+    collectives = (
+        Collective("all-reduce", 256, 1, 0, 200 * 10**9),  # all 4 links: 1 s
+        Collective("all-gather", 8, 1, 0, 50 * 10**9),  # 2 links: 0.5 s
+        Collective("collective-permute", 2, 1, 0, 5 * 10**9),  # 1 link: 0.1 s
+    )
+    report = report_with(Traffic(409_500_000_000, collectives, 0), topology)
+    estimate = roofline(report)
+    assert estimate.compute_secs == pytest.approx(1.0)
+    assert estimate.memory_secs == pytest.approx(0.5)
+    assert estimate.network_secs == pytest.approx(1.6)
+    assert estimate.latency_secs == pytest.approx(3e-6)  # three collectives
+    assert estimate.step_secs == pytest.approx(1.600003, rel=1e-9)
+    assert estimate.serial_secs == pytest.approx(3.100003, rel=1e-9)
+    assert estimate.mfu == pytest.approx(0.5 / 1.600003)
+    assert estimate.serial_mfu == pytest.approx(0.5 / 3.100003)
+
+
+@pytest.mark.parametrize(
+    "transfers, in_host, total",
+    [
+        (5 * 512, 10, "57.5 ms in 2,571"),  # a ring of all GPUs, five transfers a round
+        (5 * 64, 14, "7.4 ms in 335"),  # of hosts, whose GPUs have four collectives more
+    ],
+    ids=["one_level", "two_levels"],
+)
+def test_latency_of_many_small_transfers_by_hand(transfers, in_host, total):
+    """The loss on 512 GPUs: its bytes take nothing, its latencies 57 ms, or 7 ms."""
+    shape = (64, 8)
+    devices = (types.SimpleNamespace(device_kind="NVIDIA H100"),) * 512
+    topology = Topology("h100:64x8", find_chip("h100"), shape, devices, 60 * GIB)
+    collectives = (
+        Collective("collective-permute", 2, transfers, transfers, transfers),  # over the network
+        Collective("all-gather", 8, in_host, 0, 0),
+        Collective("all-reduce", 512, 1, 0, 0),
+    )
+    report = report_with(Traffic(0, collectives, 0), topology)
+    expected = (transfers + 1) * 22.4e-6 + in_host * 11.8e-6
+    estimate = roofline(report)
+    assert estimate.latency_secs == pytest.approx(expected)
+    assert estimate.serial_secs - estimate.compute_secs == pytest.approx(expected, rel=1e-6)
+    text = describe_step(report)
+    assert "+ latency of the collectives" in text and f"{total}, one after" in text
+
+
+def test_links_of_a_torus_and_of_a_switch():
+    torus = report_with(None, Topology("v5p:4x4x4", find_chip("v5p"), (4, 4, 4), (None,) * 64, 0))
+
+    def on_torus(kind, size):
+        return link_bandwidth(find_chip("v5p"), Collective(kind, size, 1, 0, 0), torus)
+
+    assert on_torus("all-reduce", 64) == 600e9
+    assert on_torus("all-gather", 4) == 200e9
+    assert on_torus("collective-permute", 2) == 100e9
+    switch = report_with(None, Topology("h100:8", find_chip("h100"), (8,), (None,) * 8, 0))
+    permutation = Collective("collective-permute", 2, 1, 0, 0, span=8)
+    assert link_bandwidth(find_chip("h100"), permutation, switch) == 450e9
+
+
+@pytest.mark.parametrize(
+    "kind, size, span, gb_per_sec, between_hosts",
+    [
+        ("collective-permute", 2, 32, 50, True),  # one ring of all GPUs
+        ("collective-permute", 2, 25, 50, True),  # a ring of four hosts for each GPU of a host
+        ("collective-permute", 2, 8, 450, False),  # a ring of the GPUs of a host
+        ("all-reduce", 32, 32, 400, True),  # eight network cards a host for all eight GPUs
+        ("all-reduce", 4, 25, 50, True),  # along `data`, fsdp=8: one GPU of each host
+        ("all-reduce", 8, 29, 100, True),  # along `data`, fsdp=4: two GPUs of each host
+        ("all-gather", 8, 8, 450, False),
+        ("all-gather", 4, 4, 450, False),
+    ],
+)
+def test_links_inside_and_between_gpu_hosts(kind, size, span, gb_per_sec, between_hosts):
+    h100 = find_chip("h100")
+    devices = (types.SimpleNamespace(device_kind="NVIDIA H100"),) * 32
+    traffic = Traffic(0, (Collective(kind, size, 1, 0, 0, span=span),), 0)
+    report = report_with(traffic, Topology("h100:4x8", h100, (4, 8), devices, 60 * GIB))
+    assert link_bandwidth(h100, traffic.collectives[0], report) == gb_per_sec * 1e9
+    assert roofline(report).latency_secs == pytest.approx(22.4e-6 if between_hosts else 11.8e-6)
+    text = describe_step(report)
+    assert ("MB between hosts" if between_hosts else "MB in a host") in text
+    assert "450 GB/s, 50 GB/s a GPU between hosts" in text
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_name_a_topology_that_they_divide(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    config = load_recipe(path)
+    assert config.topology, f"{path.name} names no config.topology"
+    assert config.topology in path.read_text().split('"""')[1], "the header does not say it"
+    if config.topology == "local":
+        return
+    num_devices = int(np.prod([int(n) for n in config.topology.partition(":")[2].split("x")]))
+    assert num_devices % config.mesh.fsdp == 0
+    assert (config.micro_batch or config.data.batch_size) % num_devices == 0
+    published = {"clip_vitb16": 33_792}  # of a run that others made
+    assert config.data.batch_size == published.get(path.stem, 65_536)

@@ -1,0 +1,275 @@
+"""Counted FLOPs against formulas by hand."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from diht_jax.hardware.flops import count_flops
+
+M, K, N = 6, 10, 14
+LEFT = jax.ShapeDtypeStruct((M, K), jnp.float32)
+RIGHT = jax.ShapeDtypeStruct((K, N), jnp.float32)
+SQUARE = jax.ShapeDtypeStruct((K, K), jnp.float32)
+
+
+def mesh_of(count: int) -> jax.sharding.Mesh:
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def test_product_elementwise_and_reduction():
+    def fn(a, b):
+        return jnp.sum(jnp.exp(a @ b))
+
+    counted = count_flops(fn, LEFT, RIGHT)
+    assert counted.matmul_flops == 2 * M * K * N
+    assert counted.flops == 2 * M * K * N + M * N + M * N
+    assert counted.matmul_bytes == 4 * (M * K + K * N + M * N)
+
+
+def test_batched_product_over_several_axes():
+    a = jax.ShapeDtypeStruct((3, 5, 7, 11), jnp.bfloat16)
+    b = jax.ShapeDtypeStruct((3, 13, 7, 11), jnp.bfloat16)
+    counted = count_flops(lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), a, b)
+    assert counted.matmul_flops == 2 * 3 * 7 * 5 * 13 * 11
+
+
+def test_integers_and_moves_cost_nothing():
+    def fn(x):
+        indices = jnp.arange(K) * 3 % K
+        return jnp.concatenate([x[indices].T, x], axis=1).astype(jnp.bfloat16)
+
+    assert count_flops(fn, SQUARE).flops == 0
+
+
+def test_gradient_is_three_products():
+    counted = count_flops(jax.grad(lambda a, b: jnp.sum((a @ b) ** 2), argnums=(0, 1)), LEFT, RIGHT)
+    assert counted.matmul_flops == 3 * 2 * M * K * N
+
+
+def test_dead_code_costs_nothing():
+    def fn(a, b):
+        unused = jnp.tanh(a @ b)
+        return a + 1, jax.jit(lambda u: (u, u @ b))(a)[0], unused.shape
+
+    assert count_flops(fn, LEFT, RIGHT).flops == M * K
+
+
+def test_scan_counts_every_trip():
+    def fn(x):
+        return lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, None, length=7)[0]
+
+    counted = count_flops(fn, SQUARE)
+    assert counted.matmul_flops == 7 * 2 * K**3
+    assert counted.flops == 7 * (2 * K**3 + K**2)
+
+
+def test_remat_counts_the_recomputation():
+    def layer(x, w):
+        return jnp.sin(jnp.sin(x @ w) @ w)
+
+    def loss(x, w, layer):
+        def body(c, _):
+            return layer(c, w), None
+
+        return jnp.sum(lax.scan(body, x, None, length=5)[0])
+
+    one = 2 * M * K * K
+
+    def grads(layer):
+        return count_flops(
+            lambda x, w: jax.grad(loss, argnums=(0, 1))(x, w, layer), LEFT, SQUARE
+        ).matmul_flops
+
+    # Forward 2 products, backward 4; recomputed, both again, since the cosines need their values.
+    assert grads(layer) == 5 * 6 * one
+    assert grads(jax.checkpoint(layer)) == 5 * 8 * one
+    saved = jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_saveable)
+    assert grads(saved) == 5 * 6 * one
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_shard_map_counts_every_device(count):
+    """Each device multiplies its rows by all columns: together one whole product."""
+    by_rows, whole = PartitionSpec("data"), PartitionSpec()
+    rows = jax.ShapeDtypeStruct((16, K), jnp.float32)
+
+    def local(a, b):
+        return a @ b, lax.psum(jnp.sum(a), "data")
+
+    def fn(a, b):
+        return jax.shard_map(
+            local, mesh=mesh_of(count), in_specs=(by_rows, whole), out_specs=(by_rows, whole)
+        )(a, b)
+
+    counted = count_flops(fn, rows, SQUARE)
+    assert counted.matmul_flops == 2 * 16 * K * K
+    assert counted.flops == 2 * 16 * K * K + 16 * K
+
+    def replicated(a, b):
+        return jax.shard_map(
+            lambda a, b: a @ b, mesh=mesh_of(count), in_specs=(whole, whole), out_specs=whole
+        )(a, b)
+
+    assert count_flops(replicated, rows, SQUARE).matmul_flops == count * 2 * 16 * K * K
+
+
+@pytest.mark.parametrize("loop", ["scan", "fori_loop"])
+def test_ring_of_blocks_is_the_whole_matrix(loop):
+    """The shape of the streaming loss: a block travels, every device meets every block."""
+    count, batch, depth = 8, 32, 12
+    emb = jax.ShapeDtypeStruct((batch, depth), jnp.float32)
+    shift = [(i, (i + 1) % count) for i in range(count)]
+
+    def trip(carry, _=None):
+        images, texts, total = carry
+        total += jnp.sum(images @ texts.T, keepdims=True)
+        return (images, lax.ppermute(texts, "data", shift), total), None
+
+    def local(images, texts):
+        carry = images, texts, lax.pcast(jnp.zeros((1, 1)), "data", to="varying")
+        if loop == "scan":
+            carry, _ = lax.scan(trip, carry, None, length=count)
+        else:
+            carry = lax.fori_loop(0, count, lambda _, c: trip(c)[0], carry)
+        return carry[2]
+
+    spec = PartitionSpec("data")
+
+    def fn(images, texts):
+        return jax.shard_map(local, mesh=mesh_of(count), in_specs=spec, out_specs=spec)(
+            images, texts
+        )
+
+    assert count_flops(fn, emb, emb).matmul_flops == 2 * batch * batch * depth
+
+
+def test_while_loop_by_its_trip_count():
+    def trips(first, last, step, compare):
+        def fn(x):
+            return lax.while_loop(
+                lambda s: compare(s[0], last), lambda s: (s[0] + step, s[1] @ s[1]), (first, x)
+            )[1]
+
+        return count_flops(fn, SQUARE).matmul_flops // (2 * K**3)
+
+    assert trips(0, 4, 1, lax.lt) == 4
+    assert trips(1, 10, 3, lax.lt) == 3
+    assert trips(1, 10, 3, lax.le) == 4
+    assert trips(5, 5, 1, lax.lt) == 0
+
+
+def test_while_loop_of_unknown_length_is_an_error():
+    def fn(x, n):
+        return lax.fori_loop(0, n, lambda _, c: c @ c, x)
+
+    with pytest.raises(ValueError, match="trip count"):
+        count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def until_converged(x):
+        return lax.while_loop(lambda c: jnp.sum(c) < 1.0, lambda c: c @ c, x)
+
+    with pytest.raises(ValueError, match="trip count"):
+        count_flops(until_converged, SQUARE)
+
+
+def test_cond_counts_the_dearer_branch():
+    def fn(x, flag):
+        return lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    counted = count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.bool_))
+    assert counted.matmul_flops == 2 * 2 * K**3
+
+
+def test_custom_derivatives_count_what_runs():
+    @jax.custom_vjp
+    def square(x):
+        return x @ x
+
+    square.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x.T @ x @ x,))
+    assert count_flops(square, SQUARE).matmul_flops == 2 * K**3
+    # The loss alone is not asked for, but the forward product makes it.
+    value_and_grad = jax.value_and_grad(lambda x: jnp.sum(square(x)))
+    assert count_flops(value_and_grad, SQUARE).matmul_flops == 4 * 2 * K**3
+
+
+def test_patch_convolution_and_its_gradients():
+    """Patches do not overlap, so each of the three is a product of a matrix of patches."""
+    examples, side, patch, channels = 4, 32, 8, 24
+    images = jax.ShapeDtypeStruct((examples, side, side, 3), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((patch, patch, 3, channels), jnp.float32)
+
+    def conv(images, kernel):
+        return lax.conv_general_dilated(
+            images, kernel, (patch, patch), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    one = 2 * examples * (side // patch) ** 2 * patch * patch * 3 * channels
+    assert count_flops(conv, images, kernel).matmul_flops == one
+    grads = jax.grad(lambda *args: jnp.sum(conv(*args) ** 2), argnums=(0, 1))
+    assert count_flops(grads, images, kernel).matmul_flops == 3 * one
+
+
+def test_depthwise_convolution_counts_its_groups():
+    images = jax.ShapeDtypeStruct((2, 50, 16), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((5, 1, 16), jnp.float32)
+
+    def conv(images, kernel):
+        return lax.conv_general_dilated(
+            images,
+            kernel,
+            (1,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+            feature_group_count=16,
+        )
+
+    assert count_flops(conv, images, kernel).matmul_flops == 2 * 2 * 46 * 5 * 16
+
+
+def test_cudnn_attention_by_formula(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda *_: True)
+    monkeypatch.setattr(fused, "is_cuda_compute_capability_equal", lambda *_: False)
+    batch, tokens, heads, depth = 2, 64, 4, 64
+    query = jax.ShapeDtypeStruct((batch, tokens, heads, depth), jnp.bfloat16)
+
+    def attend(q):
+        return jnp.sum(jax.nn.dot_product_attention(q, q, q, implementation="cudnn") ** 2)
+
+    one = 2 * batch * heads * tokens * tokens * depth
+    assert count_flops(attend, query).matmul_flops == 2 * one
+    assert count_flops(jax.grad(attend), query).matmul_flops == (2 + 5) * one
+
+
+def test_pallas_kernel_counts_its_grid():
+    from jax.experimental import pallas as pl
+
+    def kernel(a_ref, b_ref, out_ref):
+        out_ref[...] = a_ref[...] @ b_ref[...]
+
+    def fn(a, b):
+        return pl.pallas_call(
+            kernel,
+            grid=(4,),
+            in_specs=[
+                pl.BlockSpec((8, 32), lambda i: (i, 0)),
+                pl.BlockSpec((32, 16), lambda i: (0, 0)),
+            ],
+            out_specs=pl.BlockSpec((8, 16), lambda i: (i, 0)),
+            out_shape=jax.ShapeDtypeStruct((32, 16), jnp.float32),
+        )(a, b)
+
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((32, 32), (32, 16)))
+    assert count_flops(fn, a, b).matmul_flops == 2 * 32 * 32 * 16
+
+
+def test_foreign_kernel_is_an_error():
+    def fn(x):
+        return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    with pytest.raises(ValueError, match="pure_callback"):
+        count_flops(fn, SQUARE)

@@ -1,0 +1,257 @@
+"""Traffic counted from HLO: against programs written by hand, and against XLA's own count."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from diht_jax.hardware.hlo_traffic import Collective, count_traffic
+
+# A ring of 3 trips round 4 devices around a sum over all, and a gather over pairs.
+RING = """\
+HloModule ring, is_scheduled=true, num_partitions=4
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%body (state: (s32[], bf16[128,64])) -> (s32[], bf16[128,64]) {
+  %state = (s32[], bf16[128,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %one = s32[] constant(1)
+  %x = bf16[128,64]{1,0} get-tuple-element(%state), index=1
+  %start = (bf16[128,64]{1,0}, bf16[128,64]{1,0}, u32[], u32[]) collective-permute-start(%x), \
+channel_id=1, source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
+  %next = s32[] add(%i, %one)
+  %done = bf16[128,64]{1,0} collective-permute-done(%start)
+  ROOT %out = (s32[], bf16[128,64]{1,0}) tuple(%next, %done)
+}
+
+%condition (state.1: (s32[], bf16[128,64])) -> pred[] {
+  %state.1 = (s32[], bf16[128,64]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state.1), index=0
+  %limit = s32[] constant(LIMIT)
+  ROOT %go = pred[] compare(%i.1, %limit), direction=LT
+}
+
+ENTRY %main (p: bf16[128,64], q: f32[10,10]) -> (bf16[128,64], f32[10,10], f32[20,10]) {
+  %p = bf16[128,64]{1,0} parameter(0)
+  %q = f32[10,10]{1,0} parameter(1)
+  %zero = s32[] constant(2)
+  %initial = (s32[], bf16[128,64]{1,0}) tuple(%zero, %p)
+  %loop = (s32[], bf16[128,64]{1,0}) while(%initial), condition=%condition, body=%body
+  %r = bf16[128,64]{1,0} get-tuple-element(%loop), index=1
+  %sum = f32[10,10]{1,0} all-reduce(%q), replica_groups=GROUPS, to_apply=%add
+  %pair = f32[20,10]{1,0} all-gather(%q), replica_groups=[2,2]<=[4], dimensions={0}
+  ROOT %result = (bf16[128,64]{1,0}, f32[10,10]{1,0}, f32[20,10]{1,0}) tuple(%r, %sum, %pair)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "groups",
+    ["{{0,1,2,3}}", "{}", "[1,4]<=[4]", "mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a','b'}"],
+)
+def test_collectives_run_as_often_as_their_loop(groups):
+    traffic = count_traffic(RING.replace("LIMIT", "5").replace("GROUPS", groups))
+    block = 128 * 64 * 2
+    assert traffic.unknown_loops == 0
+    assert traffic.collectives == (
+        Collective("collective-permute", 2, 3, 3 * block, 3 * block, span=4),
+        Collective("all-reduce", 4, 1, 400, 600, span=4),  # 2 (4-1)/4 of it
+        Collective("all-gather", 2, 1, 800, 400, span=2),
+    )
+    assert traffic.sent_bytes == 3 * block + 1000
+    # Reads and writes the travelling block, and operand and result of the other two; the counter
+    # and its comparison, 4 + 4 + 4 and 4 + 4 + 1 bytes, come on top.
+    assert traffic.memory_bytes == 3 * (2 * block + 12) + 4 * 9 + 800 + 1200
+
+
+@pytest.mark.parametrize(
+    "groups, size, span",
+    [
+        ("{{0,2},{1,3}}", 2, 3),
+        ("[2,2]<=[2,2]T(1,0)", 2, 3),
+        ("[2,2]<=[4]", 2, 2),
+        ("mesh['a'=2,'b'=2] {'a'}", 2, 3),
+        ("mesh['a'=2,'b'=2] {'b'}", 2, 2),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", 2, 3),
+    ],
+)
+def test_span_of_a_group(groups, size, span):
+    traffic = count_traffic(RING.replace("LIMIT", "5").replace("GROUPS", groups))
+    found = {row.kind: row for row in traffic.collectives}["all-reduce"]
+    assert (found.group_size, found.span) == (size, span)
+
+
+def test_a_loop_of_unknown_length_is_reported():
+    text = RING.replace("GROUPS", "{}").replace("constant(LIMIT)", "parameter(0)")
+    traffic = count_traffic(text)
+    assert traffic.unknown_loops == 1
+    assert traffic.collectives[0].count == 1
+
+
+def test_slices_of_a_stack_count_as_slices():
+    """Scanned layers read one layer's slice of a stacked array on each trip, not the stack."""
+    text = """\
+HloModule slices
+
+%fused (p0: f32[24,1000], p1: s32[], p2: f32[24,1000]) -> f32[24,1000] {
+  %p0 = f32[24,1000]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %p2 = f32[24,1000]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %layer = f32[1,1000]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,1000}
+  %double = f32[1,1000]{1,0} add(%layer, %layer)
+  ROOT %updated = f32[24,1000]{1,0} dynamic-update-slice(%p2, %double, %p1, %zero)
+}
+
+ENTRY %main (a: f32[24,1000], i: s32[], b: f32[24,1000]) -> f32[24,1000] {
+  %a = f32[24,1000]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[24,1000]{1,0} parameter(2)
+  ROOT %f = f32[24,1000]{1,0} fusion(%a, %i, %b), kind=kLoop, calls=%fused
+}
+"""
+    assert count_traffic(text).memory_bytes == 4000 + 4 + 4000
+
+
+def test_what_stays_in_fast_memory_is_no_traffic():
+    text = """\
+HloModule fast
+
+ENTRY %main (a: f32[1000]) -> f32[1000] {
+  %a = f32[1000]{0:T(1024)} parameter(0)
+  %b = f32[1000]{0:T(1024)S(1)} add(%a, %a)
+  ROOT %c = f32[1000]{0:T(1024)} multiply(%b, %b)
+}
+"""
+    assert count_traffic(text).memory_bytes == 2 * 4000 + 4000
+
+
+def test_a_chain_of_the_tpu_compiler_is_one_collective():
+    """One gather, advanced by two fusions that also compute."""
+    text = """\
+HloModule chain, num_partitions=8
+
+%step.1 (p.1: f32[10,4], d.1: f32[80,4], x.1: f32[6]) -> (f32[6], f32[80,4]) {
+  %p.1 = f32[10,4]{1,0} parameter(0)
+  %d.1 = f32[80,4]{1,0} parameter(1)
+  %x.1 = f32[6]{0} parameter(2)
+  %y.1 = f32[6]{0} add(%x.1, %x.1)
+  %g.1 = f32[80,4]{1,0} all-gather(%p.1), replica_groups={}, frontend_attributes={chain_id="0"}
+  ROOT %t.1 = (f32[6]{0}, f32[80,4]{1,0}) tuple(%y.1, %g.1)
+}
+
+%step.2 (p.2: f32[10,4], d.2: f32[80,4], x.2: f32[6]) -> (f32[6], f32[80,4]) {
+  %p.2 = f32[10,4]{1,0} parameter(0)
+  %d.2 = f32[80,4]{1,0} parameter(1)
+  %x.2 = f32[6]{0} parameter(2)
+  %y.2 = f32[6]{0} add(%x.2, %x.2)
+  %g.2 = f32[80,4]{1,0} all-gather(%p.2), replica_groups={}, frontend_attributes={chain_id="0"}
+  ROOT %t.2 = (f32[6]{0}, f32[80,4]{1,0}) tuple(%y.2, %g.2)
+}
+
+ENTRY %main (p: f32[10,4], d: f32[80,4], x: f32[6]) -> (f32[6], f32[80,4]) {
+  %p = f32[10,4]{1,0} parameter(0)
+  %d = f32[80,4]{1,0} parameter(1)
+  %x = f32[6]{0} parameter(2)
+  %one = (f32[6]{0}, f32[80,4]{1,0}) fusion(%p, %d, %x), kind=kCustom, calls=%step.1
+  %y = f32[6]{0} get-tuple-element(%one), index=0
+  %g = f32[80,4]{1,0} get-tuple-element(%one), index=1
+  ROOT %two = (f32[6]{0}, f32[80,4]{1,0}) fusion(%p, %g, %y), kind=kCustom, calls=%step.2
+}
+"""
+    traffic = count_traffic(text)
+    assert traffic.collectives == (Collective("all-gather", 8, 1, 1280, 1120, span=8),)
+    assert traffic.memory_bytes == 160 + 1280 + 2 * (24 + 24)
+
+
+def test_memory_traffic_without_loops_is_xla_s_own():
+    def layer(x, w):
+        return jax.nn.gelu(x @ w)
+
+    def fn(x, w):
+        return jax.grad(lambda w: jnp.sum(layer(layer(x, w), w) ** 2))(w)
+
+    x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((512, 256), (256, 256)))
+    compiled = jax.jit(fn).lower(x, w).compile()
+    expected = compiled.cost_analysis()["bytes accessed"]
+    assert count_traffic(compiled.as_text()).memory_bytes == pytest.approx(expected, rel=0.1)
+
+
+def test_collectives_of_compiled_loops():
+    """A ring and gathered parameters, compiled for eight devices of this machine."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    rows = PartitionSpec(("data", "fsdp"))
+    trips, shift = 8, [(i, (i + 1) % 8) for i in range(8)]
+
+    def local(x, w):
+        def trip(block, _):
+            whole = lax.all_gather(w, "fsdp", tiled=True)
+            return lax.ppermute(block @ whole, ("data", "fsdp"), shift), None
+
+        return lax.scan(trip, x, None, length=trips)[0]
+
+    fn = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(rows, PartitionSpec("fsdp")), out_specs=rows)
+    )
+    x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=NamedSharding(mesh, rows))
+    w = jax.ShapeDtypeStruct(
+        (128, 128), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))
+    )
+    traffic = count_traffic(fn.lower(x, w).compile().as_text())
+    found = {row.kind: row for row in traffic.collectives}
+    ring = 8 * 8 * 128 * 4
+    assert found["collective-permute"] == Collective("collective-permute", 2, 8, ring, ring, span=8)
+    gather = found["all-gather"]
+    assert gather.group_size == 4 and gather.count in (1, 8)  # the compiler may hoist it
+    assert gather.sent_bytes == gather.count * 3 * 128 * 128
+    assert traffic.unknown_loops == 0
+
+
+BY_KIND = """\
+HloModule kinds, is_scheduled=true
+
+%inner (a: f32[10,10]) -> f32[10,10] {
+  %a = f32[10,10]{1,0} parameter(0)
+  ROOT %p = f32[10,10]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%outer (b: f32[10,10]) -> f32[10,10] {
+  %b = f32[10,10]{1,0} parameter(0)
+  %q = f32[10,10]{1,0} fusion(%b), kind=kOutput, calls=%inner
+  ROOT %r = f32[10,10]{1,0} negate(%q)
+}
+
+ENTRY %main (x: f32[10,10]) -> f32[10,10] {
+  %x = f32[10,10]{1,0} parameter(0)
+  %product = f32[10,10]{1,0} fusion(%x), kind=kOutput, calls=%outer
+  %kernel = f32[10,10]{1,0} custom-call(%product, %x, %x), custom_call_target="TARGET"
+  %copy = f32[10,10]{0,1} copy(%kernel)
+  %sum = f32[10,10]{1,0} add(%copy, %copy)
+  %all = f32[10,10]{1,0} all-reduce(%sum), replica_groups={}, to_apply=%inner
+  ROOT %more = f32[10,10]{1,0} multiply(%all, %sum)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "target, kind",
+    [
+        ("tpu_custom_call", "kernels"),
+        ("__cudnn$fmhaSoftmax", "kernels"),
+        ("__cublas$gemm", "products"),
+    ],
+)
+def test_traffic_by_what_the_instructions_do(target, kind):
+    traffic = count_traffic(BY_KIND.replace("TARGET", target))
+    expected = {"products": 2, "kernels": 0, "copies": 2, "element-wise": 6, "collectives": 2}
+    expected[kind] += 4
+    expected = {name: 400 * arrays for name, arrays in expected.items() if arrays}
+    assert traffic.bytes_by_kind == expected
+    assert traffic.memory_bytes == sum(expected.values())
+    assert list(traffic.bytes_by_kind.values()) == sorted(expected.values(), reverse=True)

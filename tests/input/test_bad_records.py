@@ -1,0 +1,208 @@
+"""Bad records in the training input: skipped, counted, named; the same with workers."""
+
+import errno
+import io
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from diht_jax.config import default_config
+from diht_jax.input.bad_records import MAX_IN_A_ROW, CheckedExamples
+from diht_jax.input.examples import DecodeExample, RandomExamples
+from diht_jax.input.order import make_order
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordError, TFRecordWriter
+from diht_jax.storage import retries
+from diht_jax.storage.retries import StorageError
+
+DECODE = DecodeExample(4, 8, (0.9, 1.0), "{caption}")
+BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory) -> pathlib.Path:
+    """24 records whose picture number i has the grey value i; three are bad, each in its way."""
+    path = tmp_path_factory.mktemp("records") / "pairs-train-00000.tfrecord"
+    with TFRecordWriter(path) as writer:
+        for number in range(24):
+            buffer = io.BytesIO()
+            Image.new("RGB", (6, 5), (number,) * 3).save(buffer, "PNG")
+            image = BAD.get(number, buffer.getvalue())
+            record = Record(key=f"key{number}", image=image, caption="text")
+            writer.write(encode_record(record) if image else b"no record")
+    return path
+
+
+def read(shard, mode, num_workers=0, order="global"):
+    source = open_records(str(shard))
+    data = default_config().data
+    data.update(batch_size=8, block_records=3, window_blocks=2)
+    iterator = TrainIterator(
+        source,
+        DECODE,
+        batch_size=8,
+        seed=1,
+        num_workers=num_workers,
+        on_bad_record=mode,
+        order=make_order(source, order, data, seed=1),
+    )
+    try:
+        batches = [next(iterator) for _ in range(3)]
+    finally:
+        iterator.close()
+    return np.array([batch["images"][:, 0, 0, 0] for batch in batches]), iterator.skipped_records
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_skipping_is_counted_and_the_same_with_worker_processes(shard, monkeypatch, order):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    values, skipped_records = read(shard, "skip", order=order)
+    assert values.shape == (3, 8)
+    assert set(values.flatten().tolist()) == set(range(24)) - BAD.keys()
+    assert skipped_records >= len(BAD)
+    for number in BAD:
+        assert any(f"{shard}: record {number}: " in text for text in said)
+    assert any("'key3'" in text for text in said)
+    if order == "blocks":
+        return  # workers take the rows from the same function
+    in_workers, counted = read(shard, "skip", num_workers=2)
+    np.testing.assert_array_equal(in_workers, values)
+    assert counted == skipped_records
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_by_default_a_bad_record_is_an_error_that_names_it(shard, num_workers):
+    assert default_config().data.on_bad_record == "error"
+    with pytest.raises(ValueError, match=rf"{shard}: record (3|11|17): "):
+        read(shard, "error", num_workers)
+
+
+def test_another_mode_is_refused(shard):
+    with pytest.raises(ValueError, match="config.data.on_bad_record='ignore': expected 'error' or"):
+        read(shard, "ignore")
+
+
+class Places:
+    """An order whose example at place p is p; some places are bad."""
+
+    def __init__(self, errors):
+        self._errors = errors
+
+    def __len__(self):
+        return 10**9
+
+    def __getitem__(self, place):
+        if place in self._errors:
+            raise self._errors[place]
+        return {"place": np.int32(place)}
+
+
+def checked(errors, stride=10):
+    return CheckedExamples(Places(errors), lambda place: f"p{place}", mode="skip", stride=stride)
+
+
+def test_a_stand_in_comes_from_a_later_batch():
+    examples = checked({4: ValueError("a"), 14: ValueError("b"), 25: ValueError("c")})
+    assert [examples[4]["place"], examples[4]["skipped_records"]] == [24, 2]
+    assert [examples[5]["place"], examples[5]["skipped_records"]] == [5, 0]
+    assert list(examples.skipped_indices(4, 2)) == [4, 14]
+    assert examples.used_index(4) == 24 and examples.explain(14) == "p14: b"
+
+
+def mixed_records(count):
+    """Serialised records of which those of `BAD_AT` fail, each in another step."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    files = {}
+    for name in ("JPEG", "PNG"):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, name)
+        files[name] = buffer.getvalue()
+    files["no picture"] = b"no picture"
+    files["cut off"] = files["JPEG"][: len(files["JPEG"]) // 2]
+    records = []
+    for number in range(count):
+        image = files[BAD_AT.get(number, "PNG" if number % 3 else "JPEG")]
+        record = Record(key=f"key{number}", image=image, caption=f"text {number}")
+        records.append(encode_record(record) if number != 9 else b"no record")
+    return records
+
+
+BAD_AT = {5: "cut off", 7: "no picture", 38: "cut off"}
+
+
+@pytest.mark.parametrize("excluded", [(), (8,)])
+def test_rows_in_groups_are_the_examples_one_by_one(excluded):
+    decode = DecodeExample(16, 12, (0.5, 1.0), "a {caption}")
+    examples = CheckedExamples(
+        RandomExamples(mixed_records(120), decode, seed=3), str, mode="skip", stride=41
+    )
+    for index in excluded:
+        examples.exclude(index, "it crashes its decoder")
+    rows = list(examples.rows(range(2, 80, 2))) + list(examples.rows(range(1, 80, 2)))
+    for index, row in zip([*range(2, 80, 2), *range(1, 80, 2)], rows, strict=True):
+        expected = examples[index]
+        assert row.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_array_equal(row[name], expected[name])
+        assert row["skipped_records"] == (index in {5, 7, 9, 38, *excluded})
+
+
+def test_rows_in_groups_raise_as_examples_do_one_by_one():
+    decode = DecodeExample(16, 12, (0.5, 1.0), "{caption}")
+    records = RandomExamples(mixed_records(12), decode, seed=3)
+    examples = CheckedExamples(records, lambda index: f"shard: {index}", mode="error", stride=1)
+    errors = {5: "5: record 'key5'", 7: "7: record 'key7'", 9: "9: .*Example"}
+    for bad, message in errors.items():
+        with pytest.raises(ValueError, match=f"shard: {message}"):
+            list(examples.rows(range(bad, 12)))
+
+
+def test_a_broken_shard_is_never_skipped():
+    with pytest.raises(TFRecordError, match="index"):
+        checked({4: TFRecordError("the index is another's")})[4]
+
+
+def test_the_search_for_a_good_record_ends():
+    errors = {4 + 10 * n: ValueError(f"bad {n}") for n in range(MAX_IN_A_ROW)}
+    with pytest.raises(ValueError, match=f"{MAX_IN_A_ROW} records in a row are bad.*bad 99"):
+        checked(errors)[4]
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])
+def test_a_disk_that_fails_for_a_moment_changes_no_batch(shard, monkeypatch, error):
+    undisturbed = read(shard, "skip")
+    really_read, failures, slept = os.pread, [], []
+    failing_at = {}
+
+    def failing(descriptor, size, offset):
+        # Several threads read at once: one record fails three times, and not three records once.
+        if offset == failing_at.setdefault("offset", offset) and len(failures) < 3:
+            failures.append(descriptor)
+            raise OSError(error, os.strerror(error))
+        return really_read(descriptor, size, offset)
+
+    monkeypatch.setattr(retries, "sleep", slept.append)
+    monkeypatch.setattr(os, "pread", failing)
+    values, skipped_records = read(shard, "skip")
+    np.testing.assert_array_equal(values, undisturbed[0])
+    assert skipped_records == undisturbed[1]
+    assert slept == list(retries.DELAYS_SECS[:3])
+    # The file was opened again for each attempt: a stale descriptor stays stale.
+    assert len(set(failures)) > 1
+
+
+@pytest.mark.parametrize("mode", ["skip", "error"])
+def test_a_disk_that_goes_on_failing_is_no_bad_record(shard, monkeypatch, mode):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(retries, "sleep", lambda secs: None)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(StorageError, match=f"{shard}: could not be read in 5 attempts"):
+        read(shard, mode)

@@ -1,0 +1,241 @@
+"""Which of a record's captions an example has: shares by kind, steps, hosts, formats, errors."""
+
+import collections
+import io
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from data_prep.filtering.shard import _narrow
+from data_prep.steps.base import begin
+from diht_jax.config import default_config, load_recipe
+from diht_jax.data.tokenizer import decode, tokenize
+from diht_jax.input.caption_choice import CaptionChoice, open_caption_choice
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.mixing import open_mixture
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.readers.base import merge_captions, pick_captions
+from diht_jax.records.captions import add_columns, all_captions, caption_kinds
+from diht_jax.records.schema import Pair, Record, decode_record, encode_record
+from diht_jax.records.sharded import block_starts
+from tests.readers.inputs import JPEG, write_tar
+
+_CONVERT = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep" / "convert.py"
+# One usual caption, two synthetic ones, and one of a third kind.
+PAIR = Record(
+    key="k",
+    image=JPEG,
+    caption="usual",
+    metadata={
+        "captions": ["usual", "first drawn", "second drawn", "title"],
+        "caption_kinds": ["alt", "synthetic", "synthetic", "title"],
+    },
+)
+
+
+def settings(**values):
+    config = default_config()
+    config.data.update({"captions": "sample", "batch_size": 8, **values})
+    return config.data
+
+
+def counts(choice, position=0, size=4000):
+    numbers = (np.arange(size) + 0.5) / size  # every draw there is, in equal steps
+    return collections.Counter(choice.choose(PAIR, number, position) for number in numbers)
+
+
+def test_captions_come_by_the_weights_of_their_kinds():
+    found = counts(open_caption_choice(settings(caption_weights="alt=1,synthetic=2,title=1")))
+    assert found == {"usual": 1000, "first drawn": 1000, "second drawn": 1000, "title": 1000}
+    found = counts(open_caption_choice(settings(caption_weights="alt=3,synthetic=1,title=0")))
+    assert found == {"usual": 3000, "first drawn": 500, "second drawn": 500}
+    assert set(counts(open_caption_choice(settings())).values()) == {1000}
+    # A kind that a record lacks leaves its share to the others; without any, the first it is.
+    only = Record("k", JPEG, "a", {"caption_kinds": ["synthetic"]})
+    choice = open_caption_choice(settings(caption_weights="alt=1,synthetic=0"))
+    assert choice.choose(only, 0.9, 0) == "a"
+
+
+def test_weights_change_with_the_step():
+    weights = {"alt": ((0, 1.0), (10, 0.5)), "synthetic": ((0, 0), (10, 0.5)), "title": 0}
+    choice = open_caption_choice(settings(caption_weights=weights))
+    assert counts(choice, 0) == counts(choice, 8 * 10 - 1) == {"usual": 4000}
+    late = counts(choice, 8 * 10)
+    assert late == {"usual": 2000, "first drawn": 1000, "second drawn": 1000}
+    assert choice.describe() == (
+        "one of each record's, by kind: alt 1, synthetic 0, title 0; "
+        "from step 10 on alt 0.5, synthetic 0.5, title 0"
+    )
+
+
+class Colours:
+    """Records of several captions; their pictures are large enough for crops that differ."""
+
+    def __init__(self, size=24):
+        self._size = size
+
+    def __len__(self):
+        return self._size
+
+    def block_starts(self, block_records):
+        return block_starts([self._size], block_records)
+
+    def __getitem__(self, index):
+        image = np.random.default_rng(index).integers(0, 255, (9, 9, 3), np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        texts = [f"{index} {word}" for word in ("one", "two", "three")]
+        kinds = ["alt", "synthetic", "synthetic"]
+        metadata = {"captions": texts, "caption_kinds": kinds}
+        return encode_record(Record(f"{index}", buffer.getvalue(), texts[0], metadata))
+
+
+def batches(count, first=0, process_count=1, process_index=0, order="global", **values):
+    data = settings(train="/x", order=order, block_records=4, window_blocks=2, **values)
+    data.num_streams = 8
+    choice = open_caption_choice(data)
+
+    def make_decoder(template):
+        return DecodeExample(4, 8, (0.2, 0.9), template, caption_choice=choice)
+
+    mixture = open_mixture(data, 3, lambda path: Colours(), make_decoder, process_count)
+    iterator = TrainIterator(
+        mixture,
+        batch_size=8,
+        seed=3,
+        num_workers=0,
+        process_count=process_count,
+        process_index=process_index,
+    )
+    iterator.set_state({"next_example": first})
+    found = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return found
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_a_run_goes_on_with_the_same_captions_on_other_hosts(order):
+    weights = {"alt": ((0, 1), (6, 0.25)), "synthetic": ((0, 0), (6, 0.75))}
+    whole = batches(24, order=order, caption_weights=weights, text_template="a {caption}")
+    for process in range(2):
+        parts = batches(
+            4,
+            first=8 * 20,
+            process_count=2,
+            process_index=process,
+            order=order,
+            caption_weights=weights,
+            text_template="a {caption}",
+        )
+        for part, batch in zip(parts, whole[20:], strict=True):
+            np.testing.assert_array_equal(part["tokens"], batch["tokens"][process::2])
+            np.testing.assert_array_equal(part["images"], batch["images"][process::2])
+    words = [[decode(row).split() for row in batch["tokens"]] for batch in whole]
+    assert all(row[0] == "a" for batch in words for row in batch)
+    assert {row[-1] for batch in words[:6] for row in batch} == {"one"}
+    late = [row[-1] for batch in words[6:] for row in batch]
+    assert set(late) == {"one", "two", "three"} and 0.1 < late.count("one") / len(late) < 0.4
+    # The pictures and their crops are those of a run that takes the first captions.
+    for batch, first in zip(whole, batches(24, order=order, captions="first"), strict=True):
+        np.testing.assert_array_equal(batch["images"], first["images"])
+
+
+def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(tmp_path):
+    texts = [f"picture {i}" for i in range(6)]
+    members = {}
+    for i, text in enumerate(texts):
+        members[f"{i}.jpg"] = JPEG
+        members[f"{i}.txt"] = text.encode()
+        members[f"{i}.json"] = json.dumps({"re_caption": f"drawn {i}", "width": 8}).encode()
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in" / "a.tar", list(members.items()))
+    columns = "synthetic=re_caption"
+    weights = "alt=1,synthetic=1"
+
+    def tokens(path, **values):
+        choice = open_caption_choice(settings(caption_weights=weights, **values))
+        decoder = DecodeExample(8, 8, (0.9, 1.0), "{caption}", caption_choice=choice)
+        iterator = TrainIterator(
+            open_records(str(path)), decoder, batch_size=3, seed=2, num_workers=0
+        )
+        return np.concatenate([next(iterator)["tokens"] for _ in range(8)])
+
+    raw = tokens(tmp_path / "in", caption_columns=columns)
+    assert {decode(row).split()[0] for row in raw} == {"picture", "drawn"}
+    for output_format in ("tfrecord", "array_record", "webdataset"):
+        config = load_recipe(_CONVERT)
+        config.update(
+            {"input": f"{tmp_path}/in/*.tar", "output": f"{tmp_path}/{output_format}"}
+            | {"num_workers": 0, "output_format": output_format, "caption_columns": columns}
+        )
+        assert run_filter(config) == {}
+        np.testing.assert_array_equal(tokens(tmp_path / output_format), raw)
+    record = decode_record(open_records(str(tmp_path / "tfrecord"))[0])
+    assert record.metadata["caption_kinds"] == ["alt", "synthetic"]
+    assert record.metadata["captions"] == ["picture 0", "drawn 0"]
+    assert "re_caption" not in record.metadata and record.metadata["width"] == 8
+
+
+def test_kinds_stay_with_their_captions():
+    candidate = begin([PAIR])[0]
+    narrow = _narrow(candidate._replace(captions=["second drawn", "title"]))
+    assert (narrow.caption, caption_kinds(narrow)) == ("second drawn", ["synthetic", "title"])
+    (one,) = caption_kinds(_narrow(candidate._replace(captions=["first drawn"])))
+    assert one == "synthetic"
+    # Texts of a table are cleaned, and repeated ones are left out.
+    stated = ["  usual ", None, "usual", "drawn\n"]
+    kinds = {"caption_kinds": ["alt", "x", "y", "synthetic"]}
+    merged = merge_captions(kinds, pick_captions(stated), stated)
+    assert merged == {"captions": ["usual", "drawn"], "caption_kinds": ["alt", "synthetic"]}
+    own = add_columns(Pair("k", b"", "text", {"re": ["new", "text"]}), {"re": "synthetic"}, "title")
+    assert own.metadata == {"captions": ["text", "new"], "caption_kinds": ["title", "synthetic"]}
+    # Records of before kinds were known.
+    assert caption_kinds(Pair("k", b"", "a", {"captions": ["a", "b"]})) == ["alt", "alt"]
+    assert "caption_kinds" not in add_columns(Pair("k", b"", "a"), {"re": "synthetic"}).metadata
+
+
+@pytest.mark.parametrize("captions", [None, "a text", ["a", 3], {"a": 1}])
+def test_captions_that_are_no_texts_are_a_bad_record(captions):
+    pair = Pair("k", b"", "a", {"captions": captions})
+    with pytest.raises(ValueError, match="record 'k': expected a list of texts in 'captions'"):
+        all_captions(pair)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"captions": "all"}, "config.data.captions='all': expected 'first' or 'sample'"),
+        ({"captions": "first", "caption_weights": "alt=1"}, "needs config.data.captions='sample'"),
+        ({"caption_weights": "alt"}, "config.data.caption_weights='alt': expected each kind once"),
+        ({"caption_weights": "alt=1,alt=2"}, "expected each kind once"),
+        ({"caption_weights": {"alt": -1}}, "config.data.caption_weights.alt=-1: expected a finite"),
+        ({"caption_weights": {"alt": ((5, 1),)}}, "expected steps that begin with 0"),
+        ({"caption_weights": {"alt": ((0, 1), (9, 0))}}, "all weights are 0 from step 9 on"),
+        ({"caption_columns": "re_caption"}, "such as synthetic=re_caption"),
+        (
+            {"caption_weights": "alt=1", "caption_columns": "synthetic=re"},
+            "has no weight for kind 'synthetic', only for alt",
+        ),
+    ],
+)
+def test_wrong_settings_name_their_key(values, message):
+    with pytest.raises(ValueError, match=message):
+        open_caption_choice(settings(**values))
+
+
+def test_wrong_records_are_bad_records():
+    choice = open_caption_choice(settings(caption_weights="alt=1,synthethic=1"))
+    with pytest.raises(ValueError, match="record 'k': config.data.caption_weights has no weight"):
+        choice.choose(PAIR, 0.5, 0)
+    broken = Record("k", JPEG, "a", {"captions": ["a", "b"], "caption_kinds": ["alt"]})
+    choice = CaptionChoice({"alt": ((0, 1),)}, batch_size=8)
+    with pytest.raises(ValueError, match="expected the kind of each of its 2 captions"):
+        choice.choose(broken, 0.5, 0)
+    # Without a choice nobody looks at the kinds.
+    decoder = DecodeExample(8, 8, (0.9, 1.0), "{caption}")
+    example = decoder.random_map(encode_record(broken), np.random.default_rng(0))
+    np.testing.assert_array_equal(example["tokens"], tokenize("a", 8)[0])

@@ -1,0 +1,324 @@
+"""The fast crops of training: how near to exact they are, and what they leave to the exact way."""
+
+import io
+import random
+import tarfile
+from concurrent import futures
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.input import decode, fast_crops, transforms
+from diht_jax.input.decode import ImageError
+
+RATIO = (3 / 4, 4 / 3)
+
+
+def encode(image, name="JPEG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, name, **options)
+    return buffer.getvalue()
+
+
+def textured(width, height, seed=0):
+    """Smooth waves and a little noise: something of every frequency, as photos have it."""
+    rng = np.random.default_rng(seed)
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    pixels = rng.normal(0, 6, (height, width, 3))
+    for channel in range(3):
+        for period in (400, 90, 25, 9):
+            angle, phase = rng.uniform(0, 2 * np.pi, 2)
+            wave = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / period
+            pixels[..., channel] += period**0.6 * np.sin(wave + phase)
+    return Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8))
+
+
+def exact_crop(data, size, seed, scale=(0.9, 1.0)):
+    return transforms.train_transform(
+        decode.decode_rgb(data), size, np.random.default_rng(seed), scale
+    )
+
+
+def fast_crop(data, size, seed, scale=(0.9, 1.0)):
+    return fast_crops.decode_random_crop(data, size, np.random.default_rng(seed), scale)
+
+
+def psnr(ours, exact):
+    difference = ours.astype(np.float64) - exact
+    return 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-4))
+
+
+@pytest.fixture(scope="module")
+def photos(shared_data):
+    with tarfile.open(shared_data / "photos.tar") as tar:
+        members = [member for member in tar.getmembers() if member.name.endswith(".jpg")]
+        return [tar.extractfile(member).read() for member in members[::3]]
+
+
+def compare_with_exact(photos, size, resampling=None):
+    """PSNR (dB) and mean absolute difference (grey levels), one of each per photo.
+
+    Truth is Pillow's antialiased bicubic on the whole decoded photo, cropped at the same place;
+    `resampling` compares Pillow's own other filters with it instead of ours.
+    """
+    qualities, differences, reductions = [], [], set()
+    for seed, data in enumerate(photos):
+        whole = decode.decode_rgb(data)
+        rng = np.random.default_rng(seed)
+        box = transforms.sample_crop_box(*whole.size, rng, (0.9, 1.0), RATIO)
+        reduction = fast_crops.choose_reduction(box, size)
+        box = fast_crops.reduce_box(box, whole.size, reduction)
+        exact = transforms.crop_to_square(whole, box, size).astype(np.float64)
+        if resampling is None:
+            ours = fast_crop(data, size, seed)
+        else:
+            ours = np.asarray(whole.crop(box).resize((size, size), resampling))
+        qualities.append(psnr(ours, exact))
+        differences.append(np.abs(ours - exact).mean())
+        reductions.add(reduction)
+    return np.array(qualities), np.array(differences), reductions
+
+
+def test_fidelity_on_photos_decoded_whole(photos):
+    """At 224 px the mean error is under one grey level, and less than Pillow's bilinear makes."""
+    quality, difference, reductions = compare_with_exact(photos, 224)
+    assert reductions == {1}
+    assert quality.mean() > 56 and quality.min() > 50
+    assert difference.mean() < 1.0 and difference.max() < 2.5
+    bilinear, _, _ = compare_with_exact(photos, 224, Image.Resampling.BILINEAR)
+    assert quality.mean() > bilinear.mean() + 3
+    assert (quality > bilinear).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "size, reduction, mean, least", [(112, 2, 40, 32), (56, 4, 39, 32), (28, 8, 38, 32)]
+)
+def test_fidelity_on_photos_decoded_smaller(photos, size, reduction, mean, least):
+    quality, difference, reductions = compare_with_exact(photos, size)
+    assert reduction in reductions
+    assert quality.mean() > mean and quality.min() > least
+    assert difference.mean() < 2.2
+
+
+def test_fidelity_where_a_picture_is_enlarged():
+    for seed, side in enumerate((40, 100, 223)):
+        data = encode(textured(side + 9, side, seed), quality=95)
+        assert psnr(fast_crop(data, 224, seed), exact_crop(data, 224, seed)) > 40
+
+
+def test_fidelity_on_a_picture_larger_than_the_decoder_can_reduce():
+    data = encode(textured(1000, 900), quality=90)
+    box = transforms.sample_crop_box(1000, 900, np.random.default_rng(3), (0.9, 1.0), RATIO)
+    assert fast_crops.choose_reduction(box, 20) == 8
+    box = fast_crops.reduce_box(box, (1000, 900), 8)
+    exact = transforms.crop_to_square(decode.decode_rgb(data), box, 20)
+    assert psnr(fast_crop(data, 20, 3), exact) > 36
+
+
+@pytest.mark.parametrize(
+    "sides, size, reduction",
+    [
+        ((384, 288), 224, 1),
+        ((559, 559), 224, 1),
+        ((560, 560), 224, 2),
+        ((4000, 559), 224, 1),
+        ((1120, 1200), 224, 4),
+        ((2240, 2240), 224, 8),
+        ((9000, 9000), 224, 8),
+        ((9, 7), 224, 1),
+    ],
+)
+def test_reduction_leaves_five_pixels_for_four(sides, size, reduction):
+    assert fast_crops.choose_reduction((3, 5, 3 + sides[0], 5 + sides[1]), size) == reduction
+
+
+def test_reduced_boxes_stay_inside_and_near():
+    assert fast_crops.reduce_box((3, 5, 100, 95), (101, 97), 1) == (3, 5, 100, 95)
+    assert fast_crops.reduce_box((3, 5, 101, 97), (101, 97), 4) == (4, 4, 100, 96)
+    assert fast_crops.reduce_box((0, 11, 66, 67), (71, 67), 8) == (0, 8, 64, 64)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: encode(textured(300, 200)),
+        lambda: encode(textured(300, 200), progressive=True),
+        lambda: encode(textured(300, 200), subsampling=0),
+        lambda: encode(textured(300, 200), subsampling="4:2:2", optimize=True),
+        lambda: encode(textured(300, 200), keep_rgb=True),
+        lambda: encode(textured(300, 200).convert("L")),
+        lambda: encode(textured(300, 200), exif=exif_with_orientation(1)),
+        lambda: encode(textured(300, 200), exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage"),
+        lambda: encode(textured(300, 200), "MPO", save_all=True, append_images=[textured(9, 9)]),
+        lambda: encode(textured(300, 200), icc_profile=b"x" * 70_000, comment=b"long"),
+        lambda: encode(textured(300, 200)) + b"bytes after the end",
+    ],
+    ids=[
+        "plain",
+        "progressive",
+        "444",
+        "422",
+        "rgb",
+        "grey",
+        "upright",
+        "broken",
+        "mpo",
+        "icc",
+        "tail",
+    ],
+)
+@pytest.mark.parametrize("size", [160, 64])
+def test_ordinary_jpegs_are_decoded_fast_and_look_the_same(make, size, monkeypatch):
+    data = make()
+    exact = exact_crop(data, size, 1, (0.3, 0.5) if size == 64 else (0.9, 1.0))
+    monkeypatch.setattr(decode, "load_rgb", None)  # the exact way would stop here
+    ours = fast_crop(data, size, 1, (0.3, 0.5) if size == 64 else (0.9, 1.0))
+    assert ours.dtype == np.uint8 and ours.shape == (size, size, 3)
+    assert ours.flags.c_contiguous
+    assert psnr(ours, exact) > 36
+    if decode.open_image(data).mode == "L":
+        assert (ours[..., 0] == ours[..., 1]).all()
+
+
+def exif_with_orientation(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def transparent():
+    rgba = np.dstack([np.asarray(textured(90, 60)), np.asarray(textured(90, 60, 7))[..., 0]])
+    return Image.fromarray(rgba)
+
+
+ODD = {
+    "png": lambda: encode(textured(90, 60), "PNG"),
+    "transparent": lambda: encode(transparent(), "PNG"),
+    "palette": lambda: encode(textured(90, 60).quantize(16), "PNG", transparency=bytes(range(16))),
+    "sixteen_bits": lambda: encode(
+        Image.fromarray(np.asarray(textured(90, 60))[..., 0].astype(np.uint16) * 257), "PNG"
+    ),
+    "cmyk": lambda: encode(textured(90, 60).convert("CMYK")),
+    "rotated": lambda: encode(textured(90, 60), exif=exif_with_orientation(6)),
+    "mirrored": lambda: encode(textured(90, 60), exif=exif_with_orientation(2)),
+    "webp": lambda: encode(textured(90, 60), "WEBP"),
+    "gif": lambda: encode(textured(90, 60), "GIF"),
+    "needs_a_warning": lambda: insert_zeros(encode(textured(90, 60))),
+}
+
+
+def insert_zeros(data):
+    """Bytes between two segments, which libjpeg skips with a warning."""
+    scan = data.index(b"\xff\xda")
+    return data[:scan] + bytes(3) + data[scan:]
+
+
+@pytest.mark.parametrize("name", sorted(ODD))
+def test_all_else_goes_the_exact_way(name):
+    data = ODD[name]()
+    for seed in range(3):
+        np.testing.assert_array_equal(fast_crop(data, 32, seed), exact_crop(data, 32, seed))
+
+
+def test_orientation_in_xmp_is_seen():
+    xmp = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF '
+        b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
+        b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+    )
+    data = encode(textured(90, 60), xmp=xmp)
+    assert decode.decode_rgb(data).size == (60, 90)
+    np.testing.assert_array_equal(fast_crop(data, 32, 0), exact_crop(data, 32, 0))
+
+
+def bomb():
+    """A JPEG header of 60000 x 60000 pixels."""
+    data = bytearray(encode(Image.new("RGB", (16, 16))))
+    frame = data.index(b"\xff\xc0") + 5
+    data[frame : frame + 4] = b"\xea\x60\xea\x60"
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "empty"),
+        (b"<html>404</html>", "unreadable"),
+        (encode(textured(64, 64))[:900], "unreadable"),
+        (encode(textured(64, 64), progressive=True)[:900], "unreadable"),
+        (bomb(), "too_large"),
+        (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
+    ],
+    ids=["empty", "html", "truncated", "truncated_progressive", "bomb", "float"],
+)
+def test_refusals_are_those_of_exact_decoding(data, reason):
+    with pytest.raises(ImageError) as exact:
+        decode.decode_rgb(data)
+    with pytest.raises(ImageError) as ours:
+        fast_crop(data, 32, 0)
+    assert ours.value.reason == exact.value.reason == reason
+    assert str(ours.value).split("0x")[0] == str(exact.value).split("0x")[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_jpegs_are_refused_or_read_as_exact_decoding_does():
+    """Damage that only spoils pixels must give the same pixels, whoever decodes them."""
+    rng = random.Random(0)
+    files = [encode(textured(64, 48)), encode(textured(64, 48), progressive=True)]
+    readable = refused = 0
+    for data in files:
+        for _ in range(150):
+            damaged = bytearray(data)
+            for _ in range(rng.choice((1, 2, 6))):
+                damaged[rng.randrange(len(data))] = rng.randrange(256)
+            damaged = bytes(damaged)
+            try:
+                exact = exact_crop(damaged, 48, 0)
+            except ImageError as error:
+                with pytest.raises(ImageError) as ours:
+                    fast_crop(damaged, 48, 0)
+                assert ours.value.reason == error.reason
+                refused += 1
+            else:
+                assert psnr(fast_crop(damaged, 48, 0), exact) > 30
+                readable += 1
+    assert readable > 30 and refused > 30
+
+
+def test_the_crop_follows_the_generator():
+    data = encode(textured(300, 200))
+    np.testing.assert_array_equal(fast_crop(data, 32, 1), fast_crop(data, 32, 1))
+    assert (fast_crop(data, 32, 1, (0.2, 0.5)) != fast_crop(data, 32, 2, (0.2, 0.5))).any()
+
+
+def test_wrong_ranges_are_refused():
+    with pytest.raises(ValueError, match="scale: "):
+        fast_crop(encode(textured(30, 20)), 8, 0, (0.9, 0.1))
+
+
+def test_scaling_is_pillows_to_a_rounding_with_and_without_the_fast_resizer(monkeypatch):
+    pixels = np.asarray(textured(411, 305))
+    exact = transforms.crop_to_square(Image.fromarray(pixels), (7, 3, 391, 300), 224)
+    view = pixels[3:300, 7:391]
+    scaled = fast_crops.scale_to_square(view, 224)
+    assert psnr(scaled, exact) > 53
+    monkeypatch.setattr(fast_crops, "cykooz_resizer", None)
+    np.testing.assert_array_equal(fast_crops.scale_to_square(view, 224), exact)
+
+
+def test_a_crop_stays_what_it_is_while_the_next_one_is_decoded(monkeypatch):
+    files = [encode(textured(300 + 40 * n, 280, n)) for n in range(3)]
+    expected = [fast_crop(data, 64, 0).copy() for data in files]
+    np.testing.assert_array_equal([fast_crop(data, 64, 0) for data in files], expected)
+    monkeypatch.setattr(fast_crops, "_MOST_KEPT_BYTES", 0)
+    np.testing.assert_array_equal([fast_crop(data, 64, 0) for data in files], expected)
+
+
+def test_threads_scale_alike():
+    pictures = [np.asarray(textured(300 + n, 250, n)) for n in range(8)]
+    expected = [fast_crops.scale_to_square(pixels, 64) for pixels in pictures]
+    with futures.ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pixels: fast_crops.scale_to_square(pixels, 64), pictures * 8))
+    np.testing.assert_array_equal(found, expected * 8)

@@ -1,0 +1,105 @@
+"""The memory of the input: counted, stated, and bounded."""
+
+import os
+import types
+
+import pytest
+from absl import logging
+
+from diht_jax.input import in_flight
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.in_flight import InFlight
+from diht_jax.input.pipeline import TrainIterator
+
+# 65,536 examples of 224 px on one host with eight workers.
+_LARGE = {
+    "num_workers": 8,
+    "num_threads": 16,
+    "prefetch_batches": 2,
+    "rows": 256,
+    "parts_per_batch": 256,
+    "example_bytes": 3 * 224**2 + 4 * 77,
+}
+
+
+def test_a_large_batch_is_in_flight_four_times_and_not_fifty_times():
+    large = InFlight(**_LARGE)
+    batch_bytes = 65_536 * large.example_bytes
+    assert batch_bytes / 1e9 == pytest.approx(9.9, abs=0.05)
+    # When a worker's unit was the host's batch: 2 in each of its two queues, one on its way into
+    # each, and two of the training loop. One more of each was being decoded.
+    before = (8 * (2 * 2 + 2) + 2) * batch_bytes
+    assert before / 1e9 == pytest.approx(494, abs=1)
+    # Now two batches ahead, in sub-batches that 8 workers share, and two that are joined.
+    assert large.shared_bytes == 2 * batch_bytes + 4 * large.part_bytes
+    assert large.process_bytes == 2 * batch_bytes + 8 * large.part_bytes
+    assert (large.shared_bytes + large.process_bytes) / 1e9 == pytest.approx(40, abs=0.5)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3, 8, 64])
+@pytest.mark.parametrize("prefetch_batches", [1, 2, 5])
+def test_the_workers_together_are_ahead_by_what_the_config_says(num_workers, prefetch_batches):
+    settings = _LARGE | {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
+    planned = InFlight(**settings)
+    ahead = num_workers * (2 * planned.queue_parts + 2)
+    wanted = prefetch_batches * planned.parts_per_batch
+    assert wanted <= ahead < wanted + 2 * num_workers
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Sets the free bytes of shared memory, and those of the machine."""
+
+    def set_them(shared: int, memory: int) -> None:
+        stats = types.SimpleNamespace(f_bavail=shared, f_frsize=1)
+        monkeypatch.setattr(os, "statvfs", {"/dev/shm": stats}.__getitem__)
+        (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable: {memory // 1024} kB\n")
+        monkeypatch.setattr(in_flight, "_MEMINFO", tmp_path / "meminfo")
+        monkeypatch.setattr(in_flight, "CGROUP", tmp_path)
+
+    return set_them
+
+
+def test_more_than_what_is_free_or_allowed_is_an_error_that_names_the_keys(machine):
+    planned = InFlight(**_LARGE)
+    machine(shared=30 * 10**9, memory=50 * 10**9)
+    planned.check(None)
+    planned.check(40.0)
+    with pytest.raises(ValueError, match=r"max_in_flight_gib=20.0 is 21\.5 GB, but .* 40\.0 GB"):
+        planned.check(20.0)
+    machine(shared=30 * 10**9, memory=35 * 10**9)
+    with pytest.raises(ValueError, match="may take 35.0 GB more memory, but .* need 40.0") as error:
+        planned.check(None)
+    for key in ("num_workers=8", "prefetch_batches=2", "max_in_flight_gib"):
+        assert f"config.data.{key}" in str(error.value)
+    planned.check(40.0)  # given, it replaces what is measured
+    machine(shared=10 * 10**9, memory=50 * 10**9)
+    with pytest.raises(ValueError, match="/dev/shm has 10.0 GB free, but .* need 19.9 GB"):
+        planned.check(40.0)
+
+
+def test_the_memory_of_a_container_counts_without_the_files_that_it_has_read(machine, tmp_path):
+    machine(shared=0, memory=9000 * 1024)
+    assert in_flight.available_memory() == 9000 * 1024
+    for name, text in {
+        "memory.max": "5000\n",
+        "memory.current": "4500\n",
+        "memory.stat": "anon 1000\nfile 3500\nshmem 500\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    assert in_flight.available_memory() == 5000 - 4500 + 3500 - 500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert in_flight.available_memory() == 9000 * 1024
+
+
+def test_the_start_states_what_is_in_flight(machine, monkeypatch):
+    stated = []
+    monkeypatch.setattr(logging, "info", lambda text, *args: stated.append(text % args))
+    machine(shared=10**9, memory=10**10)
+    decode = DecodeExample(224, 77, (0.9, 1.0), "{caption}")
+    TrainIterator([b"record"], decode, batch_size=1024, seed=0, num_workers=2)
+    assert stated == [
+        "input: 2 workers decode sub-batches of 256 examples (38.6 MB); in flight are at most "
+        "849.5 MB: 463.4 MB in shared memory, 386.1 MB in processes "
+        "(config.data.prefetch_batches=2)"
+    ]

@@ -1,0 +1,238 @@
+"""Mixtures of sources in a run: shares, epochs, captions, hosts, resume and read-ahead."""
+
+import collections
+import io
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diht_jax.config import default_config
+from diht_jax.data.tokenizer import tokenize
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.mixing import Mixture, open_mixture
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.sharded import block_starts
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+
+
+class Grey:
+    """Records of one flat grey, from `first` on, so that a batch shows where it comes from."""
+
+    def __init__(self, first, size, bad=()):
+        self._first = first
+        self._size = size
+        self._bad = bad
+
+    def __len__(self):
+        return self._size
+
+    def locate(self, index):
+        return f"{self._first}.tfrecord", index
+
+    def block_starts(self, block_records):
+        return block_starts([self._size], block_records)
+
+    def __getitem__(self, index):
+        buffer = io.BytesIO()
+        Image.new("RGB", (2, 2), (self._first + index,) * 3).save(buffer, "PNG")
+        image = b"no picture" if index in self._bad else buffer.getvalue()
+        return encode_record(Record(key=f"{self._first}+{index}", image=image, caption="text"))
+
+
+SOURCES = {"/many": Grey(0, 90), "/few": Grey(100, 17), "/third": Grey(200, 30)}
+
+
+def section(**values):
+    config = default_config()
+    config.data.update({"batch_size": 8, "block_records": 4, "window_blocks": 2, **values})
+    return config.data
+
+
+def mixture(train, process_count=1, sources=SOURCES, **values):
+    return open_mixture(
+        section(train=train, **values),
+        seed=3,
+        open_source=sources.__getitem__,
+        make_decoder=lambda template: DecodeExample(2, 8, (1.0, 1.0), template),
+        process_count=process_count,
+    )
+
+
+def two(order):
+    return {
+        "many": {"path": "/many", "weight": 0.8, "order": order},
+        "few": {"path": "/few", "weight": 0.2, "text_template": "a photo of {caption}"},
+    }
+
+
+def batches(mixed, count=1, first=0, **options):
+    iterator = TrainIterator(mixed, batch_size=8, seed=3, num_workers=0, **options)
+    iterator.set_state({"next_example": first})
+    found = [next(iterator) for _ in range(count)]
+    iterator.close()
+    return found
+
+
+@pytest.mark.parametrize("order", ["global", "blocks"])
+def test_every_source_has_its_share_and_its_own_epochs(order):
+    mixed = mixture(two(order))
+    greys = [int(g) for b in batches(mixed, 60) for g in b["images"][:, 0, 0, 0]]
+    is_few = np.array(greys) >= 100
+    windows = np.convolve(is_few, np.ones(5, int), "valid")
+    assert set(windows.tolist()) == {1}  # batches have 8 rows, and 8 and 5 have no common factor
+    # Positions of a source are epochs of it, up to the rows by which streams are ahead.
+    few = np.array(greys)[is_few]
+    for start in range(0, len(few) - 17, 17):
+        seen = collections.Counter(few[max(0, start - 8) : start + 17 + 8].tolist())
+        assert set(seen) == set(range(100, 117))
+    many = np.array(greys)[~is_few]
+    assert len(set(many[: 90 + 8].tolist())) == 90
+    metrics = mixed.metrics(480)
+    assert metrics == {
+        "sources/many/examples": 384.0,
+        "sources/many/epochs": 384 / 90,
+        "sources/few/examples": 96.0,
+        "sources/few/epochs": 96 / 17,
+    }
+    assert mixed.num_records == 107
+
+
+def test_each_source_has_its_own_captions_and_keys():
+    mixed = mixture(two("blocks"))
+    (batch,) = batches(mixed)
+    for grey, tokens in zip(batch["images"][:, 0, 0, 0], batch["tokens"], strict=True):
+        text = "a photo of text" if grey >= 100 else "text"
+        np.testing.assert_array_equal(tokens, tokenize([text], 8)[0])
+    keys = TrainIterator(mixed, batch_size=8, seed=3, num_workers=0).keys(0)
+    assert [int(key.split("+")[0]) >= 100 for key in keys] == (
+        batch["images"][:, 0, 0, 0] >= 100
+    ).tolist()
+    assert {mixed.path(position) for position in range(8)} == {"0.tfrecord", "100.tfrecord"}
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4, 8])
+def test_hosts_share_the_rows_of_a_mixture_and_resume_it(process_count):
+    whole = batches(mixture(two("blocks")), 7)
+    for process in range(process_count):
+        part = batches(
+            pickle.loads(pickle.dumps(mixture(two("blocks"), process_count))),
+            first=48,
+            process_index=process,
+            process_count=process_count,
+        )
+        for name, values in part[0].items():
+            np.testing.assert_array_equal(values, whole[6][name][process::process_count])
+
+
+def test_weights_change_with_the_step():
+    train = {
+        "many": {"path": "/many", "weight": 1},
+        "third": {"path": "/third", "weight": ((0, 0), (3, 1), (5, 0.5))},
+    }
+    greys = [b["images"][:, 0, 0, 0] for b in batches(mixture(train), 11)]
+    assert [int((each >= 200).sum()) for each in greys[:5]] == [0, 0, 0, 4, 4]
+    assert sum(int((each >= 200).sum()) for each in greys[5:11]) == 16  # a third of 48
+    lines = mixture(train).describe_orders(8)
+    assert lines[0].startswith("many (1, from step 3 on 1/2, from step 5 on 2/3 of the examples):")
+
+
+def test_a_bad_record_is_replaced_by_one_of_its_source():
+    bad = {**SOURCES, "/few": Grey(100, 17, bad=(3, 4, 5))}
+    options = {"on_bad_record": "skip", "count": 40}
+    plain = [b["images"][:, 0, 0, 0] >= 100 for b in batches(mixture(two("blocks")), **options)]
+    found = batches(mixture(two("blocks"), sources=bad), **options)
+    np.testing.assert_array_equal(plain, [b["images"][:, 0, 0, 0] >= 100 for b in found])
+    greys = {int(grey) for b in found for grey in b["images"][:, 0, 0, 0]}
+    assert greys == {*range(90), *range(100, 117)} - {103, 104, 105}
+
+
+@pytest.mark.parametrize("process_count", [1, 4])
+def test_the_blocks_of_each_source_are_announced_in_positions_of_the_run(process_count):
+    mixed = mixture(two("blocks"), process_count, order="blocks")
+    first, count = 8 * 30, 8 * 20
+    for process in range(process_count):
+        used = collections.defaultdict(list)
+        for position in range(first + process, first + count, process_count):
+            number, record = mixed.record_number(position)
+            starts = mixed.sources[number].order.block_starts
+            used[number, int(np.searchsorted(starts, record, side="right")) - 1].append(position)
+        listed = collections.defaultdict(list)
+        for number in range(2):
+            plan = mixed.plan(number)
+            assert plan.num_streams == 8 and plan.block_starts[-1] == plan.num_records
+            for block, begin, end in plan.upcoming_blocks(first, count, process, process_count):
+                assert first <= begin <= end
+                listed[number, block].append((begin, end))
+        for block, positions in used.items():
+            for position in positions:
+                assert any(begin <= position <= end for begin, end in listed[block])
+
+
+def test_the_fingerprint_covers_all_sources(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with TFRecordWriter(tmp_path / name / "x.tfrecord") as writer:
+            writer.write(SOURCES["/many"][ord(name) - 90])
+    train = {name: {"path": str(tmp_path / name), "weight": 1} for name in ("a", "b")}
+
+    def fingerprint(train):
+        sources = {str(tmp_path / name): TFRecordSource(tmp_path / name) for name in ("a", "b")}
+        return mixture(train, sources=sources).fingerprint()
+
+    both = fingerprint(train)
+    assert [shard[0] for shard in both.shards] == ["a/x.tfrecord", "b/x.tfrecord"]
+    alone = fingerprint(str(tmp_path / "a"))
+    assert alone == fingerprint_records(TFRecordSource(tmp_path / "a"))
+    assert isinstance(mixture("/many"), Mixture) and mixture("/many").metrics(8) == {}
+
+
+@pytest.mark.parametrize(
+    ("train", "values", "message"),
+    [
+        ({"a": "/many"}, {}, r"config.data.train.a: expected a section such as dict\(path="),
+        ({"a": {"path": "/many"}}, {}, "config.data.train.a.weight is not set"),
+        ({"a": {"weight": 1}}, {}, "config.data.train.a.path is not set"),
+        (
+            {"a": {"path": "/many", "weight": 1, "tempalte": "x"}},
+            {},
+            "config.data.train.a.tempalte: no such key; did you mean 'text_template'",
+        ),
+        ({"a": {"path": "/many", "weight": -1}}, {}, "config.data.train.a.weight=-1: expected"),
+        ({"a": {"path": "/many", "weight": True}}, {}, "config.data.train.a.weight=True"),
+        ({"a": {"path": "/many", "weight": "1"}}, {}, "config.data.train.a.weight='1'"),
+        ({"a": {"path": "/many", "weight": 0}}, {}, "all weights are 0 from step 0 on"),
+        (
+            {"a": {"path": "/many", "weight": [(0, 1), (9, 0)]}},
+            {},
+            "all weights are 0 from step 9 on",
+        ),
+        (
+            {"a": {"path": "/many", "weight": 1}, "b": {"path": "/few", "weight": 0}},
+            {},
+            "config.data.train.b.weight=0: it is never used",
+        ),
+        ({"a": {"path": "/many", "weight": [(5, 1)]}}, {}, "a.weight=.*expected steps that begin"),
+        ({"a": {"path": "/many", "weight": [3]}}, {}, "a.weight=.* pairs of a step and a weight"),
+        (
+            {"a": {"path": "/many", "weight": 1, "text_template": "no"}},
+            {},
+            "config.data.train.a.text_template='no': lacks {caption}",
+        ),
+        (
+            {"a": {"path": "/many", "weight": 1, "order": "random"}},
+            {},
+            "config.data.train.a.order='random': expected 'auto', 'global' or 'blocks'",
+        ),
+        ({"a": {"path": 3, "weight": 1}}, {}, "config.data.train.a.path: expected a directory"),
+        ({"a": {"path": "/none", "weight": 1}}, {}, "config.data.train.a.path: .*holds no record"),
+        (None, {}, "config.data.train is not set"),
+        ({}, {}, "config.data.train is not set"),
+    ],
+)
+def test_errors_name_the_key_as_it_is_typed(train, values, message):
+    with pytest.raises(ValueError, match=message):
+        mixture(train, sources={**SOURCES, "/none": Grey(0, 0)}, **values)

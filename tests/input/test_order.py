@@ -1,0 +1,208 @@
+"""The orders of examples: whole epochs, one order on any number of hosts, and how well they mix."""
+
+import collections
+import pickle
+
+import numpy as np
+import pytest
+
+from diht_jax.config import default_config
+from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, resolve_order
+
+# Records, block, streams, window: odd numbers, streams without a record, one block, one stream.
+SHAPES = [
+    (1000, 16, 8, 4),
+    (997, 13, 7, 3),
+    (101, 7, 64, 2),
+    (5, 8, 16, 2),
+    (64, 64, 4, 16),
+    (250, 1, 1, 5),
+    (1, 1, 1, 1),
+]
+
+
+def block_order(records, block, streams, window, seed=0):
+    # A rest of less than half a block joins the block before it, as in `ShardedRecords`.
+    starts = [*range(0, max(1, records - (block - 1) // 2), block), records]
+    return BlockOrder(np.array(starts), seed, num_streams=streams, window_blocks=window)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_epoch_holds_each_record_once(shape):
+    order, n = block_order(*shape), shape[0]
+    epochs = [[order[epoch * n + row] for row in range(n)] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(n))
+    assert len(set(map(tuple, epochs))) == (3 if n >= 64 else min(3, len(set(map(tuple, epochs)))))
+
+
+def test_the_order_is_a_function_of_seed_and_position():
+    shape = SHAPES[1]
+    order, other = block_order(*shape), block_order(*shape, seed=1)
+    expected = [order[position] for position in range(3000)]
+    again = pickle.loads(pickle.dumps(order))
+    assert [again[position] for position in reversed(range(3000))] == expected[::-1]
+    assert [other[position] for position in range(3000)] != expected
+    # Another result here would mean that no run in this order can be resumed.
+    order = block_order(40, 4, 4, 2, seed=7)
+    assert [order[p] for p in range(12)] == [33, 36, 31, 16, 32, 37, 28, 19, 34, 2, 30, 17]
+
+
+def test_a_stream_reads_one_window_of_blocks_after_the_other():
+    n, block, streams, window = 4096, 16, 4, 8
+    order = block_order(n, block, streams, window, seed=3)
+    for stream in range(streams):
+        blocks = [order[position] // block for position in range(stream, n, streams)]
+        assert len(blocks) == 1024
+        spans = [np.flatnonzero(np.equal(blocks, number)) for number in set(blocks)]
+        assert all(len(span) == block for span in spans)
+        assert max(span[-1] - span[0] for span in spans) < window * block
+        assert np.mean([span[-1] - span[0] for span in spans]) > window * block / 2
+    # Which blocks meet in a window is another one every epoch.
+    first = [{order[e * n + 4 * row] // block for row in range(16)} for e in range(2)]
+    assert first[0] != first[1]
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4, 64])
+def test_hosts_read_the_blocks_that_are_announced_to_them(process_count):
+    n, streams = 5003, 64
+    order = block_order(n, 16, streams, 3)
+    starts = order.block_starts
+    first, count = 2 * n - 1501, 3000  # over the end of an epoch
+    for process in range(0, process_count, max(1, process_count // 4)):
+        needs = order.upcoming_blocks(first, count, process, process_count)
+        assert [need[1] for need in needs] == sorted(need[1] for need in needs)
+        used = collections.defaultdict(list)
+        for position in range(first, first + count):
+            if position % process_count == process:
+                block = int(np.searchsorted(starts, order[position], side="right")) - 1
+                used[block].append(position)
+        listed = collections.defaultdict(list)
+        for block, begin, end in needs:
+            assert first <= begin <= end
+            listed[block].append((begin, end))
+        for block, positions in used.items():
+            spans = listed[block]
+            assert all(any(a <= p <= b for a, b in spans) for p in positions)
+            assert all(a in positions for a, _ in spans if a < first + count)
+            assert all(b in positions for _, b in spans if b < first + count)
+        # Beyond what the range needs, only the rest of windows that it touches.
+        assert all(block in used or min(listed[block])[0] >= first + count for block in listed)
+
+
+def test_a_host_needs_the_blocks_of_its_own_streams_only():
+    order = block_order(64 * 256, 16, 64, 4)
+    needed = [
+        {block for block, _, _ in order.upcoming_blocks(0, 64 * 256, process, 16)}
+        for process in range(16)
+    ]
+    assert sum(map(len, needed)) == len(set.union(*needed)) == 1024
+
+
+@pytest.mark.parametrize("process_count", [1, 16])
+def test_the_streams_of_a_host_do_not_change_windows_together(process_count):
+    """Of the blocks that the next windows need, no eighth of the time needs far more than one."""
+    block, streams, window = 16, 256, 16
+    order = block_order(streams * block * 64, block, streams, window)
+    per_window = window * block * streams  # positions in which every stream uses up a window
+    start = 2 * per_window
+    before = {need[0] for need in order.upcoming_blocks(start, streams, 0, process_count)}
+    needs = order.upcoming_blocks(start, per_window, 0, process_count)
+    fresh = [need for need in needs if need[0] not in before and need[1] < start + per_window]
+    eighths = np.bincount([(need[1] - start) * 8 // per_window for need in fresh], minlength=8)
+    assert eighths.max() <= 1.6 * streams / process_count * window / 8
+
+
+def test_more_than_four_billion_records():
+    n, block, streams = 2**32 + 77, 2**14, 16
+    order = block_order(n, block, streams, 1)
+    assert order[0] != order[2**32] and 0 <= order[2**32] < n
+    # A window in the midst of a stream holds each record of a block once, also beyond 2^32.
+    for stream in (0, streams - 1):
+        rows = range(stream, n, streams)[-3 * block :]
+        number = order[rows[len(rows) // 2]] // block
+        drawn = [order[p] for p in rows if order[p] // block == number]
+        assert sorted(drawn) == list(range(number * block, (number + 1) * block))
+    last = {order[position] for position in range(n - 5000, n)}
+    assert len(last) == 5000 and max(last) < n
+    with pytest.raises(ValueError, match="config.data.order='blocks'"):
+        GlobalOrder(n, seed=0)
+    with pytest.raises(ValueError, match="at most 4294967295 records, and there are 4294967296"):
+        GlobalOrder(2**32, seed=0)
+    GlobalOrder(2**32 - 1, seed=0)
+
+
+def rows_of_the_same_block(order, block, batch_size, batches):
+    count = 0
+    for batch in batches:
+        rows = range(batch * batch_size, (batch + 1) * batch_size)
+        sizes = collections.Counter(order[position] // block for position in rows)
+        count += sum(size * (size - 1) for size in sizes.values())
+    return count / (len(batches) * batch_size)
+
+
+def test_neighbours_in_a_batch_are_as_many_as_the_formula_says():
+    n, block, streams, window, batch = 2**16, 32, 16, 8, 256
+    blocks = block_order(n, block, streams, window)
+    counted = rows_of_the_same_block(blocks, block, batch, range(256))
+    # Sixteen rows of a stream: 2 sum_d (16 - d) (1 - d / 256) 31 / 255 / 16.
+    assert blocks.same_block_rows(batch) == pytest.approx(1.78316, abs=1e-5)
+    assert counted == pytest.approx(blocks.same_block_rows(batch), rel=0.1)
+    everywhere = GlobalOrder(n, seed=0)
+    expected = everywhere.same_block_rows(batch, block)
+    assert expected == pytest.approx(255 * 31 / 65535)
+    # Grain's shuffle spreads neighbours somewhat more than a random permutation does.
+    counted = rows_of_the_same_block(everywhere, block, batch, range(128))
+    assert 0.7 * expected < counted < 1.1 * expected
+    # The recipes' batch: of 65,535 other rows, some four.
+    large = BlockOrder(np.arange(2**17) * 256, 0, num_streams=1024, window_blocks=16)
+    assert large.same_block_rows(65536) == pytest.approx(63 * 255 / 4095, rel=0.01)
+
+
+def test_wrong_blocks_are_refused():
+    for starts in ([0], [0, 3, 3], [1, 4]):
+        with pytest.raises(ValueError, match="expected at least one block"):
+            BlockOrder(np.array(starts), 0, num_streams=1, window_blocks=1)
+    with pytest.raises(ValueError, match="num_streams=0, window_blocks=1: expected at least 1"):
+        BlockOrder(np.array([0, 4]), 0, num_streams=0, window_blocks=1)
+
+
+def section(**values):
+    config = default_config().data
+    config.update(values)
+    return config
+
+
+def test_streams_divide_the_batch_and_hosts_divide_the_streams():
+    assert count_streams(section()) == 1024
+    assert count_streams(section(batch_size=48), process_count=3) == 48
+    with pytest.raises(ValueError, match=r"num_streams=1000 does not divide .*=65536; .* is 512$"):
+        count_streams(section(num_streams=1000))
+    with pytest.raises(ValueError, match="num_streams=1024 is no multiple of the 3 processes"):
+        count_streams(section(batch_size=3072), process_count=3)
+
+
+def test_auto_takes_blocks_where_the_data_has_a_url():
+    cases = [
+        ("auto", "/data/kept", "global"),
+        ("auto", "gs://bucket/kept", "blocks"),
+        ("auto", ["/data/kept", "s3://bucket/kept"], "blocks"),
+        ("auto", None, "global"),
+        ("global", "gs://bucket/kept", "global"),
+        ("blocks", "/data/kept", "blocks"),
+    ]
+    for order, train, expected in cases:
+        assert resolve_order(order, train) == expected
+    with pytest.raises(
+        ValueError, match="config.data.order='random': expected 'auto', 'global' or"
+    ):
+        resolve_order("random", None)
+
+
+def test_the_log_has_the_mixing_pool():
+    order = BlockOrder(np.arange(2**17 + 1) * 256, 0, num_streams=1024, window_blocks=16)
+    text = order.describe(65536)
+    assert "131,072 blocks of 256 records" in text
+    assert "1024 streams with windows of 16 blocks mix a pool of 4,194,304 of 33,554,432" in text
+    assert "a row's block has 3.9 other rows of its batch" in text
+    assert GlobalOrder(1000, 0).describe(8) == "every epoch is a permutation of all 1,000 records"

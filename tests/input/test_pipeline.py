@@ -1,0 +1,381 @@
+"""The training input: exact epochs, one order on any number of hosts and workers, exact resume."""
+
+import collections
+import dataclasses
+import io
+import os
+import signal
+
+import grain
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from diht_jax.data.tokenizer import tokenize
+from diht_jax.input import decode as images
+from diht_jax.input import fast_crops, pipeline, sub_batches, transforms
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.order import BlockOrder
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.records.schema import Record, decode_record, encode_record
+
+
+class Numbered:
+    """Twenty-three records whose images are one flat grey of the record's number."""
+
+    def __init__(self, size=23):
+        self._records = []
+        for number in range(size):
+            buffer = io.BytesIO()
+            Image.new("RGB", (9, 7), (number, number, number)).save(buffer, "PNG")
+            self._records.append(
+                encode_record(
+                    Record(key=str(number), image=buffer.getvalue(), caption=f"number {number}")
+                )
+            )
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        return self._records[index]
+
+    def __repr__(self):
+        return f"Numbered({len(self)})"
+
+
+class Textured:
+    """Nine JPEG records of noise, so that a crop shows where it was taken."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self._records = []
+        for number in range(9):
+            buffer = io.BytesIO()
+            noise = rng.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((100, 80)).save(buffer, "JPEG")
+            self._records.append(
+                encode_record(Record(key=str(number), image=buffer.getvalue(), caption="noise"))
+            )
+
+    def __len__(self):
+        return len(self._records)
+
+    def __getitem__(self, index):
+        return self._records[index]
+
+
+DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
+
+
+def iterator(**options):
+    settings = {"batch_size": 4, "seed": 0, "num_workers": 0, **options}
+    return TrainIterator(Numbered(), DECODE, **settings)
+
+
+def numbers(batches):
+    return [int(image[0, 0, 0]) for batch in batches for image in batch["images"]]
+
+
+def take(batches, count):
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def test_every_epoch_holds_each_record_once_in_a_new_order():
+    order = numbers(take(iterator(), 23))
+    epochs = [order[start : start + 23] for start in range(0, 92, 23)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(23))
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
+    """What all runs have had so far; one of them may go on at any time."""
+    source = Textured()
+    graph = grain.MapDataset.source(source).seed(17).shuffle().repeat().random_map(DECODE)
+    batches = TrainIterator(source, DECODE, batch_size=4, seed=17, num_workers=0)
+    for step, batch in enumerate(take(batches, 6)):
+        expected = [graph[4 * step + row] for row in range(4)]
+        np.testing.assert_array_equal(batch["images"], [e["images"] for e in expected])
+        np.testing.assert_array_equal(batch["tokens"], [e["tokens"] for e in expected])
+
+
+def in_blocks(size, streams=4):
+    """An order in blocks of three, with one record left in a block of its own where it must be."""
+    starts = np.array([*range(0, size, 3), size])
+    return BlockOrder(starts, 0, num_streams=streams, window_blocks=2)
+
+
+def test_blocks_hold_each_record_once_an_epoch():
+    order = numbers(take(iterator(order=in_blocks(23)), 23))
+    epochs = [order[start : start + 23] for start in range(0, 92, 23)]
+    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4, 64])
+def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count):
+    def batches(process_index, process_count):
+        return TrainIterator(
+            Textured(),
+            DECODE,
+            batch_size=64,
+            seed=2,
+            num_workers=0,
+            order=in_blocks(9, streams=64),
+            process_index=process_index,
+            process_count=process_count,
+        )
+
+    whole = take(batches(0, 1), 2)
+    state = {"next_example": 64}
+    for process in range(0, process_count, max(1, process_count // 4)):
+        part = batches(process, process_count)
+        part.set_state(state)
+        (found,) = take(part, 1)
+        for name, values in found.items():
+            np.testing.assert_array_equal(values, whole[1][name][process::process_count])
+        assert part.get_state() == {"next_example": 128}
+
+
+def test_images_and_tokens_belong_together():
+    for batch in take(iterator(), 3):
+        assert batch["images"].dtype == np.uint8 and batch["images"].shape == (4, 8, 8, 3)
+        assert batch["tokens"].dtype == np.int32 and batch["tokens"].shape == (4, 16)
+        texts = [f"the number {image[0, 0, 0]}" for image in batch["images"]]
+        np.testing.assert_array_equal(batch["tokens"], tokenize(texts, 16))
+
+
+def test_the_seed_decides_the_order():
+    assert numbers(take(iterator(), 6)) == numbers(take(iterator(), 6))
+    assert numbers(take(iterator(), 6)) != numbers(take(iterator(seed=1), 6))
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_hosts_share_each_global_batch(process_count):
+    whole = take(iterator(), 8)
+    parts = [
+        take(iterator(process_index=index, process_count=process_count), 8)
+        for index in range(process_count)
+    ]
+    for step, batch in enumerate(whole):
+        shared = [number for part in parts for number in numbers([part[step]])]
+        assert collections.Counter(shared) == collections.Counter(numbers([batch]))
+        assert len(parts[0][step]["tokens"]) == 4 // process_count
+
+
+def test_worker_processes_change_nothing(monkeypatch):
+    def batches(num_workers, max_rows):
+        monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
+        return TrainIterator(Textured(), DECODE, batch_size=4, seed=0, num_workers=num_workers)
+
+    for a, b in zip(take(batches(0, 256), 7), take(batches(2, 2), 7), strict=True):
+        np.testing.assert_array_equal(a["images"], b["images"])
+        np.testing.assert_array_equal(a["tokens"], b["tokens"])
+
+
+@pytest.mark.parametrize("process_count", [1, 2])
+def test_resume_is_exact_on_any_number_of_hosts(process_count):
+    first = iterator()
+    before = take(first, 5)
+    state = first.get_state()
+    assert state == {"next_example": 20}
+    resumed = []
+    for index in range(process_count):
+        part = iterator(process_index=index, process_count=process_count)
+        part.set_state(state)
+        resumed.append(take(part, 6))
+    whole = numbers(take(iterator(), 11))
+    assert numbers(before) == whole[:20]
+    for step in range(6):
+        shared = sorted(number for part in resumed for number in numbers([part[step]]))
+        assert shared == sorted(whole[20 + 4 * step : 24 + 4 * step])
+
+
+@pytest.mark.parametrize("fast_decode", [True, False])
+def test_fast_decoding_can_be_switched_off(fast_decode):
+    """The same crop of the same picture; Pillow's own pixels where it is off."""
+    decode = DecodeExample(48, 16, (0.3, 0.9), "{caption}", fast_decode=fast_decode)
+    for seed in range(4):
+        example = decode.random_map(Textured()[seed], np.random.default_rng(seed))
+        data = decode_record(Textured()[seed]).image
+        exact = transforms.train_transform(
+            images.decode_rgb(data), 48, np.random.default_rng(seed), (0.3, 0.9)
+        )
+        fast = fast_crops.decode_random_crop(data, 48, np.random.default_rng(seed), (0.3, 0.9))
+        assert (fast != exact).any()
+        np.testing.assert_array_equal(example["images"], fast if fast_decode else exact)
+        assert np.abs(fast.astype(float) - exact).mean() < 2
+
+
+def test_an_unreadable_image_names_its_record():
+    bad = encode_record(Record(key="broken_7", image=b"\x89PNG nothing", caption="x"))
+    with pytest.raises(ValueError, match="record 'broken_7'"):
+        DECODE.random_map(bad, np.random.default_rng(0))
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="no multiple of the 3 processes"):
+        iterator(process_count=3)
+    with pytest.raises(ValueError, match="an order of 3 streams: expected a divisor of the batch"):
+        iterator(order=in_blocks(23, streams=3))
+    with pytest.raises(ValueError, match="order of 1 streams: .* multiple of the 2 processes"):
+        iterator(order=in_blocks(23, streams=1), process_count=2)
+    with pytest.raises(ValueError, match="holds no record"):
+        TrainIterator([], DECODE, batch_size=4, seed=0, num_workers=0)
+    with pytest.raises(ValueError, match="config.data.train is not set"):
+        open_records(None)
+
+
+class Deadly(DecodeExample):
+    """Kills its own process at picture 5, as often as there are files to take away."""
+
+    def __init__(self, lives):
+        super().__init__(8, 8, (1.0, 1.0), "{caption}", fast_decode=False)
+        self._lives = str(lives)
+
+    def parse(self, element):
+        if decode_record(element).key == "5" and os.listdir(self._lives):
+            os.unlink(os.path.join(self._lives, os.listdir(self._lives)[0]))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().parse(element)
+
+
+def deadly_batches(directory, deaths, count):
+    for number in range(deaths):
+        (directory / str(number)).touch()
+    iterator = TrainIterator(
+        Numbered(), Deadly(directory), batch_size=4, seed=3, num_workers=1, prefetch_batches=1
+    )
+    try:
+        return [next(iterator)["images"] for _ in range(count)]
+    finally:
+        iterator.close()
+
+
+def test_a_worker_that_dies_costs_no_example(tmp_path, monkeypatch):
+    monkeypatch.setattr(sub_batches, "MAX_ROWS", 2)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "two").mkdir()
+    undisturbed = deadly_batches(tmp_path / "none", 0, 6)
+    disturbed = deadly_batches(tmp_path / "two", 2, 6)
+    assert not list((tmp_path / "two").iterdir())
+    np.testing.assert_array_equal(disturbed, undisturbed)
+
+
+def test_a_record_that_always_kills_its_worker_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(ValueError, match="record '5': its picture crashes its decoder"):
+        deadly_batches(tmp_path, 100, 6)
+
+
+def test_workers_that_always_die_are_an_error(monkeypatch):
+    def dead():
+        raise RuntimeError("Worker process was terminated unexpectedly with exit code -9.")
+        yield
+
+    starts, searches = [], []
+    monkeypatch.setattr(TrainIterator, "_start", lambda self: starts.append(None) or dead())
+    monkeypatch.setattr(pipeline, "find_crashing_index", lambda *args: searches.append(args))
+    with pytest.raises(RuntimeError, match="died 4 times in a row at examples 0 to 3 of"):
+        next(iterator(batch_size=4, num_workers=1))
+    assert len(starts) == 4 and len(searches) == 3
+
+
+class Crashing(DecodeExample):
+    """Picture 5 crashes the codec."""
+
+    def parse(self, element):
+        if decode_record(element).key == "5":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().parse(element)
+
+
+class Unreadable(DecodeExample):
+    """Picture 5 is a bad one."""
+
+    def parse(self, element):
+        if decode_record(element).key == "5":
+            raise ValueError("record '5': bad")
+        return super().parse(element)
+
+
+def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+
+    def read(kind, num_workers):
+        batches = TrainIterator(
+            Numbered(),
+            kind(8, 8, (1.0, 1.0), "{caption}"),
+            batch_size=4,
+            seed=3,
+            num_workers=num_workers,
+            prefetch_batches=1,
+            on_bad_record="skip",
+        )
+        try:
+            # Two epochs: the second one knows the record.
+            images = [next(batches)["images"] for _ in range(2 * -(-len(Numbered()) // 4))]
+        finally:
+            batches.close()
+        return images, batches.skipped_records
+
+    expected, num_bad = read(Unreadable, 0)
+    monkeypatch.setattr(sub_batches, "MAX_ROWS", 2)
+    said.clear()
+    found, num_skipped = read(Crashing, 1)
+    np.testing.assert_array_equal(found, expected)
+    assert num_skipped == num_bad >= 2
+    assert sum("record '5': its picture crashes its decoder" in text for text in said) == num_bad
+    assert sum("the workers are started again" in text for text in said) == 1
+
+
+def test_labels_beyond_the_vocabulary_make_a_bad_record():
+    image = decode_record(Numbered()[0]).image
+    decode = DecodeExample(8, 8, (1.0, 1.0), "{caption}", num_concepts=1, vocabulary_sizes=(4, 2))
+
+    def example(objects, attributes):
+        record = Record(
+            key="a",
+            image=image,
+            caption="a cat",
+            object_ids=np.int32(objects),
+            object_probs=np.full(len(objects), 0.25, np.float32),
+            attribute_ids=np.int32(attributes),
+            attribute_probs=np.full(len(attributes), 0.5, np.float32),
+        )
+        return decode.random_map(encode_record(record), np.random.default_rng(0))
+
+    assert example([3, 0], [1])["object_ids"] == [3]
+    assert example([], [])["object_probs"] == [0]
+    with pytest.raises(ValueError, match=r"record 'a': object_ids \[0, 4\] are beyond .* of 4;"):
+        example([0, 4], [1])  # also beyond the labels that are taken
+    with pytest.raises(ValueError, match=r"record 'a': attribute_ids \[2\] are beyond .* of 2;"):
+        example([3], [2])
+
+
+def test_concepts_are_cut_to_k_renormalised_and_padded():
+    record = Record(
+        key="a",
+        image=decode_record(Numbered()[0]).image,
+        caption="a cat",
+        object_ids=np.int32([7, 3, 5]),
+        object_probs=np.float32([0.5, 0.25, 0.25]),
+    )
+    bare = dataclasses.replace(record, object_ids=None, object_probs=None)
+
+    def example(record, num_concepts):
+        decode = DecodeExample(8, 8, (1.0, 1.0), "{caption}", num_concepts=num_concepts)
+        return decode.random_map(encode_record(record), np.random.default_rng(0))
+
+    two, five = example(record, 2), example(record, 5)
+    np.testing.assert_array_equal(two["object_ids"], [7, 3])
+    np.testing.assert_allclose(two["object_probs"], [2 / 3, 1 / 3], rtol=1e-3)
+    np.testing.assert_array_equal(five["object_ids"], [7, 3, 5, 0, 0])
+    np.testing.assert_allclose(five["object_probs"], [0.5, 0.25, 0.25, 0, 0], rtol=1e-3)
+    assert not five["attribute_probs"].any() and not example(bare, 5)["object_probs"].any()
+    assert five["object_ids"].dtype == np.int32 and five["object_probs"].dtype == np.float32
+    assert example(record, 0).keys() == {"images", "tokens"}

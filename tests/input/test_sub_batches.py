@@ -1,0 +1,87 @@
+"""Sub-batches: they are formed and joined so that nobody can tell it from the batches."""
+
+import grain
+import numpy as np
+import pytest
+
+from diht_jax.input import sub_batches
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.input.sub_batches import SubBatches, join_parts, rows_of_part
+
+
+class Draw(grain.transforms.RandomMap):
+    """A record's number, and what its generator draws, in arrays of several shapes."""
+
+    example_bytes = 8 + 4 * 6
+
+    def for_source(self, source):
+        return self
+
+    def random_map(self, element, rng):
+        return {"number": np.int64(element), "drawn": rng.random((2, 3), dtype=np.float32)}
+
+    def parse(self, element):
+        return element
+
+    def plan(self, element, rng, position):
+        example = self.random_map(element, rng)
+        return lambda: example
+
+
+def host_batches(first, count, process_index, process_count):
+    """The host's batches of 24 rows on all hosts, by grain's own transforms."""
+    examples = grain.MapDataset.source(range(50)).seed(7).shuffle().repeat().random_map(Draw())
+    batches = examples[first + process_index :: process_count].batch(24 // process_count)
+    return [batches[number] for number in range(count)]
+
+
+@pytest.mark.parametrize("max_rows", [256, 4, 1])
+@pytest.mark.parametrize("process_count", [1, 3])
+@pytest.mark.parametrize("first", [0, 48, 31])
+def test_joined_parts_are_the_batches_of_grain(monkeypatch, max_rows, process_count, first):
+    monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
+    host = {"process_index": process_count - 1, "process_count": process_count}
+    batches = TrainIterator(range(50), Draw(), batch_size=24, seed=7, num_workers=0, **host)
+    batches.set_state({"next_example": first})
+    for expected in host_batches(first, 5, **host):
+        batch = next(batches)
+        assert batch.keys() == expected.keys()
+        for name in expected:
+            assert batch[name].dtype == expected[name].dtype
+            np.testing.assert_array_equal(batch[name], expected[name])
+    batches.close()
+
+
+@pytest.mark.parametrize(
+    "local, rows", [(1, 1), (96, 96), (256, 256), (257, 1), (320, 160), (8192, 256), (65536, 256)]
+)
+def test_a_part_has_the_largest_divisor_of_the_batch_up_to_256_rows(local, rows):
+    assert rows_of_part(local) == rows
+
+
+def test_parts_name_the_examples_that_they_hold():
+    def examples(indices):
+        return ({"x": np.int32(index)} for index in indices)
+
+    parts = SubBatches(examples, batch_size=6, first_example=12, process_index=1, process_count=2)
+    assert parts.rows == 3 and parts.parts_per_batch == 1
+    for part in range(5):
+        assert parts[part]["x"].tolist() == list(parts.indices(part))
+    assert list(parts.indices(1)) == [19, 21, 23]
+
+
+def test_few_parts_wait_to_be_copied(monkeypatch):
+    """The next part is taken only when one of those before has been copied."""
+    copied, taken = [], []
+    copy = sub_batches._copy_part
+    monkeypatch.setattr(
+        sub_batches, "_copy_part", lambda *args: copied.append(args[2]) or copy(*args)
+    )
+
+    def next_part():
+        taken.append(None)
+        assert len(taken) - len(copied) <= sub_batches.COPYING_THREADS + 1
+        return {"x": np.full((2, 3), len(taken), np.int8)}
+
+    batch = join_parts(next_part, 50)
+    assert batch["x"].shape == (100, 3) and batch["x"][:, 0].tolist() == sorted([*range(1, 51)] * 2)

@@ -1,0 +1,219 @@
+"""The transforms against torchvision's, on Pillow images."""
+
+import io
+import subprocess
+import sys
+import tarfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from diht_jax.input import transforms
+
+SIZES = [
+    (640, 480),
+    (333, 517),
+    (31, 47),
+    (47, 31),
+    (225, 224),
+    (224, 225),
+    (224, 224),
+    (1, 1),
+    (5, 1),
+    (1000, 37),
+    (37, 1000),
+    (3, 800),
+    (2000, 10),
+]
+
+
+def noise(width, height, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def torchvision_eval(image, size):
+    from torchvision import transforms as torchvision_transforms
+
+    transform = torchvision_transforms.Compose(
+        [
+            torchvision_transforms.Resize(
+                size, torchvision_transforms.InterpolationMode.BICUBIC, antialias=True
+            ),
+            torchvision_transforms.CenterCrop(size),
+        ]
+    )
+    return np.asarray(transform(image))
+
+
+def largest_difference(ours, theirs):
+    assert ours.dtype == theirs.dtype == np.uint8 and ours.shape == theirs.shape
+    return np.abs(ours.astype(int) - theirs.astype(int)).max()
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+@pytest.mark.parametrize("size", [31, 32, 224])
+def test_eval_transform_equals_torchvision(width, height, size):
+    image = noise(width, height)
+    ours = transforms.eval_transform(image, size)
+    assert ours.shape == (size, size, 3) and ours.flags.writeable and ours.flags.c_contiguous
+    assert largest_difference(ours, torchvision_eval(image, size)) <= 1
+
+
+def test_eval_transform_equals_torchvision_on_photos(shared_data):
+    with tarfile.open(shared_data / "photos.tar") as tar:
+        names = [name for name in tar.getnames() if name.endswith((".jpg", ".png"))][:12]
+        images = [Image.open(io.BytesIO(tar.extractfile(name).read())) for name in names]
+    assert len(images) == 12
+    for image in images:
+        image = image.convert("RGB")
+        ours = transforms.eval_transform(image, 224)
+        assert largest_difference(ours, torchvision_eval(image, 224)) <= 1
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_only_the_centre_of_a_thread_like_picture_is_scaled(upright):
+    """2 x 2000 at 224 pixels would be 224 x 224,000 on the way: 150 MB, and more for worse."""
+    image = noise(2, 2000) if upright else noise(2000, 2)
+    ours = transforms.eval_transform(image, 224)
+    assert largest_difference(ours, torchvision_eval(image, 224)) <= 1
+    assert ours.std() > 20
+
+
+def test_picture_that_would_scale_to_gigabytes():
+    image = noise(1, 60_000)  # 224 x 13,440,000 pixels
+    centre = transforms.eval_transform(image.crop((0, 29_900, 1, 30_100)), 224)
+    assert largest_difference(transforms.eval_transform(image, 224), centre) <= 1
+
+
+@pytest.mark.parametrize("width, height", SIZES)
+@pytest.mark.parametrize("size", [32, 224])
+def test_train_transform_equals_torchvision_on_the_same_box(width, height, size):
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import resized_crop
+
+    image = noise(width, height)
+    scale, ratio = (0.3, 1.0), (3 / 4, 4 / 3)
+    box = transforms.sample_crop_box(width, height, np.random.default_rng(5), scale, ratio)
+    left, top, right, bottom = box
+    expected = resized_crop(
+        image, top, left, bottom - top, right - left, [size, size], InterpolationMode.BICUBIC
+    )
+    ours = transforms.train_transform(image, size, np.random.default_rng(5), scale, ratio)
+    assert ours.flags.writeable
+    np.testing.assert_array_equal(ours, np.asarray(expected))
+
+
+def describe_boxes(boxes, width, height):
+    """Shares of area, log aspect ratios, and places in [0, 1], of boxes [n, 4]."""
+    left, top, right, bottom = np.asarray(boxes, float).T
+    box_width, box_height = right - left, bottom - top
+    return {
+        "area": box_width * box_height / (width * height),
+        "log_aspect": np.log(box_width / box_height),
+        "left": left / width,
+        "top": top / height,
+    }
+
+
+@pytest.mark.parametrize("width, height", [(500, 375), (300, 900), (64, 64)])
+@pytest.mark.parametrize("scale", [(0.9, 1.0), (0.08, 1.0)])
+def test_crops_are_distributed_as_torchvision_draws_them(width, height, scale):
+    import torch
+    from torchvision.transforms import RandomResizedCrop
+
+    ratio, count = (3 / 4, 4 / 3), 3000
+    rng = np.random.default_rng(11)
+    ours = [transforms.sample_crop_box(width, height, rng, scale, ratio) for _ in range(count)]
+    torch.manual_seed(11)
+    image = Image.new("RGB", (width, height))
+    theirs = []
+    for _ in range(count):
+        top, left, box_height, box_width = RandomResizedCrop.get_params(image, scale, ratio)
+        theirs.append((left, top, left + box_width, top + box_height))
+    expected = describe_boxes(theirs, width, height)
+    for name, values in describe_boxes(ours, width, height).items():
+        assert stats.ks_2samp(values, expected[name]).pvalue > 1e-3, name
+
+
+@pytest.mark.parametrize("width, height", [(1000, 10), (10, 1000), (3, 7), (7, 3), (641, 101)])
+def test_fallback_crop_equals_torchvision(width, height):
+    from torchvision.transforms import RandomResizedCrop
+
+    scale, ratio = (0.9, 1.0), (0.99, 1.01)  # never fits in these pictures
+    rng = np.random.default_rng(0)
+    left, top, right, bottom = transforms.sample_crop_box(width, height, rng, scale, ratio)
+    expected = RandomResizedCrop.get_params(Image.new("RGB", (width, height)), scale, ratio)
+    assert (top, left, bottom - top, right - left) == expected
+
+
+def test_crop_follows_the_generator():
+    image = noise(120, 90)
+    first, again, other = (
+        transforms.train_transform(image, 32, np.random.default_rng(seed), scale=(0.2, 0.5))
+        for seed in (1, 1, 2)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_normalize_equals_torchvision():
+    from torchvision.transforms import functional
+
+    pixels = np.array(noise(20, 16))
+    expected = functional.normalize(
+        functional.to_tensor(pixels), transforms.CLIP_MEAN, transforms.CLIP_STD
+    )
+    expected = expected.permute(1, 2, 0).numpy()
+    on_device = jax.jit(transforms.normalize)(jnp.asarray(pixels)[None])
+    assert on_device.dtype == jnp.float32 and on_device.shape == (1, 16, 20, 3)
+    np.testing.assert_allclose(on_device[0], expected, atol=2e-6)
+    np.testing.assert_allclose(transforms.normalize(pixels), expected, atol=2e-6)
+    half = jax.jit(lambda images: transforms.normalize(images, jnp.bfloat16))(pixels)
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half, jnp.asarray(on_device[0]).astype(jnp.bfloat16))
+
+
+def test_constants_are_those_of_open_clip():
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
+    assert transforms.CLIP_MEAN == OPENAI_DATASET_MEAN
+    assert transforms.CLIP_STD == OPENAI_DATASET_STD
+
+
+def test_workers_that_only_transform_load_no_framework():
+    code = (
+        "import sys, diht_jax.input.transforms\n"
+        "print([name for name in ('torch', 'torchvision', 'tensorflow') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "[]\n"), result.stderr
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: transforms.eval_transform(Image.new("RGBA", (4, 4)), 8), "'RGB', got mode 'RGBA'"),
+        (lambda: transforms.eval_transform(np.zeros((4, 4, 3), np.uint8), 8), "got ndarray"),
+        (lambda: transforms.eval_transform(Image.new("RGB", (0, 4)), 8), "at least one pixel"),
+        (lambda: transforms.eval_transform(noise(4, 4), 0), "size: expected a positive integer"),
+        (lambda: transforms.eval_transform(noise(4, 4), 7.5), "got 7.5"),
+        (lambda: train(noise(4, 4), scale=(0.9, 0.1)), r"scale: .* got \(0.9, 0.1\)"),
+        (lambda: train(noise(4, 4), scale=(0.0, 1.0)), "scale"),
+        (lambda: train(noise(4, 4), ratio=(2.0, 1.0)), "ratio"),
+        (lambda: train(Image.new("L", (4, 4))), "'RGB', got mode 'L'"),
+        (lambda: transforms.normalize(np.zeros((4, 4, 3))), "expected uint8"),
+        (lambda: transforms.normalize(np.zeros((3, 4, 4), np.uint8)), r"\(3, 4, 4\)"),
+    ],
+)
+def test_wrong_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def train(image, **settings):
+    return transforms.train_transform(image, 8, np.random.default_rng(0), **settings)

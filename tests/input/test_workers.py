@@ -1,0 +1,285 @@
+"""Decoding workers: nothing of them outlives a killed parent; shared memory is checked."""
+
+import fcntl
+import io
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from diht_jax.input import workers
+from diht_jax.input.batch_wait import BatchWait, StoppedWaiting
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+# Takes one batch from two workers, then waits to be killed.
+PARENT = """
+import multiprocessing, sys, time
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.pipeline import TrainIterator, open_records
+
+if __name__ == "__main__":
+    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+    batches = TrainIterator(
+        open_records(sys.argv[1]), decode, batch_size=4, seed=0, num_workers=2, prefetch_batches=1
+    )
+    batch = next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(10_000)
+"""
+
+
+# The same without grain: a worker that leaves a segment to its parent.
+PARENT_OF_ONE = """
+import multiprocessing, os, time
+from multiprocessing import resource_tracker, shared_memory
+from diht_jax.input import workers
+
+def work(parent, mark):
+    workers.start_worker(parent, mark)
+    segment = shared_memory.SharedMemory(create=True, size=8)
+    print(os.getpid(), segment.name, flush=True)
+    segment.close()
+    time.sleep(10_000)
+
+if __name__ == "__main__":
+    resource_tracker.ensure_running()
+    print(resource_tracker._resource_tracker._pid, flush=True)
+    arguments = os.getpid(), workers.segment_mark()
+    multiprocessing.get_context("spawn").Process(target=work, args=arguments).start()
+    time.sleep(10_000)
+"""
+
+
+def grey_square(number: int) -> Record:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), (number,) * 3).save(buffer, "PNG")
+    return Record(key=str(number), image=buffer.getvalue(), caption="grey")
+
+
+def segments_of(pid: int) -> set[pathlib.Path]:
+    """Shared memory that a process has mapped."""
+    maps = pathlib.Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {pathlib.Path(line.split()[5]) for line in maps if "/dev/shm/diht_jax_" in line}
+
+
+def is_running(pid: int) -> bool:
+    """False also for one that has ended and that nobody has waited for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def records(tmp_path) -> pathlib.Path:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    with TFRecordWriter(folder / "grey-0.tfrecord") as writer:
+        for number in range(20):
+            writer.write(encode_record(grey_square(number)))
+    return folder
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_killed_parent_leaves_no_worker_and_no_shared_memory(tmp_path, records, hang_guard):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    command = [sys.executable, str(script), str(records)]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        children = [int(pid) for pid in parent.stdout.readline().split()]
+        segments = set().union(*map(segments_of, [parent.pid, *children]))
+        parent.send_signal(signal.SIGKILL)
+    assert len(children) == 2
+    assert segments
+    while any(map(is_running, children)) or any(path.exists() for path in segments):
+        time.sleep(0.05)  # `hang_guard` ends it
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/shm").exists(), reason="needs Linux")
+def test_workers_remove_shared_memory_where_its_tracker_was_killed_too(tmp_path, hang_guard):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT_OF_ONE)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+        tracker = int(parent.stdout.readline())
+        worker, name = parent.stdout.readline().split()
+        segment = pathlib.Path("/dev/shm", name)
+        assert name.startswith("diht_jax_") and segment.exists()
+        os.kill(tracker, signal.SIGKILL)
+        parent.send_signal(signal.SIGKILL)
+    while is_running(int(worker)) or segment.exists():
+        time.sleep(0.05)  # `hang_guard` ends it
+
+
+@pytest.fixture
+def segment_folder(monkeypatch, tmp_path):
+    """Stands in for /dev/shm; no mark is given yet."""
+    monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path))
+    workers.segment_mark.cache_clear()
+    yield tmp_path
+    workers.segment_mark.cache_clear()
+
+
+def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
+    kept = {"psm_1234", "diht_jax_running.lock", "diht_jax_running_1", "diht_jax_unknown_1"}
+    stale = {"diht_jax_killed.lock", "diht_jax_killed_1", "diht_jax_killed_2"}
+    for name in kept | stale:
+        (segment_folder / name).touch()
+    with (segment_folder / "diht_jax_running.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        mark = workers.segment_mark()
+    assert {path.name for path in segment_folder.iterdir()} == kept | {f"{mark}.lock"}
+    assert workers.segment_mark() == mark
+    # Its own lock keeps others off.
+    (segment_folder / f"{mark}_1").touch()
+    workers.segment_mark.cache_clear()
+    workers.segment_mark()
+    assert (segment_folder / f"{mark}_1").exists()
+
+
+def test_no_folder_of_shared_memory_is_no_error(segment_folder, monkeypatch):
+    monkeypatch.setattr(workers, "SHARED_MEMORY", str(segment_folder / "missing"))
+    assert workers.segment_mark() is None
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_stopped_workers_are_reported_and_do_not_keep_a_run_from_stopping(
+    records, monkeypatch, hang_guard
+):
+    said, taken = [], 0
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+    batches = TrainIterator(
+        open_records(str(records)),
+        decode,
+        batch_size=4,
+        seed=0,
+        num_workers=2,
+        prefetch_batches=1,
+    )
+    wait = BatchWait(batches, poll_secs=0.01, warn_after_secs=0.02, grace_secs=0.05)
+    stopped = [f"{child.pid} (stopped by a signal)" for child in started_workers(wait)]
+    taken += 1
+    with pytest.raises(StoppedWaiting) as raised:
+        while True:  # what they had decoded before
+            wait.take(lambda: any(all(worker in text for worker in stopped) for text in said))
+            taken += 1
+    assert raised.value.position.get_state() == {"next_example": 4 * taken}
+    last = said[-1]
+    assert f"waiting for examples {4 * taken} to {4 * taken + 3} of the run's order" in last
+    assert f"in {records}/grey-0.tfrecord, from worker {taken % 2} of 2; worker proc" in last
+    assert all(text in last for text in stopped)
+    assert not multiprocessing.active_children()
+    batches.close()
+
+
+def started_workers(wait):
+    """Takes a batch, and stops the workers that have made it."""
+    wait.take(lambda: False)
+    children = multiprocessing.active_children()
+    assert len(children) == 2
+    for child in children:
+        os.kill(child.pid, signal.SIGSTOP)
+    return children
+
+
+@pytest.fixture
+def shared_memory(monkeypatch, tmp_path):
+    """Sets the free shared memory, in blocks of 4,096 bytes, and the cores of this process."""
+    monkeypatch.setattr(workers, "CGROUP", tmp_path / "no_cgroup")
+
+    def set_them(blocks: int, cores: int) -> None:
+        stats = types.SimpleNamespace(f_bavail=blocks, f_frsize=4096)
+        monkeypatch.setattr(os, "statvfs", {"/dev/shm": stats}.__getitem__)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+
+    return set_them
+
+
+def iterator(**settings) -> TrainIterator:
+    decode = DecodeExample(64, 77, (0.9, 1.0), "{caption}", num_concepts=5)
+    return TrainIterator([b"record"], decode, batch_size=512, seed=0, **settings)
+
+
+def test_too_little_shared_memory_is_an_error_with_both_numbers(shared_memory):
+    # Pixels, token ids, and ids and probabilities of objects and attributes.
+    batch_bytes = 256 * (64 * 64 * 3 + 77 * 4 + 2 * 5 * (4 + 4))
+    needed = (8 * (2 * 1 + 2) + 2) * batch_bytes  # 110 MB
+    blocks = -(-needed // 4096)
+    shared_memory(blocks, cores=8)
+    settings = {"num_workers": 8, "prefetch_batches": 2, "process_count": 2}
+    iterator(**settings)
+    shared_memory(64 * 2**20 // 4096, cores=8)
+    with pytest.raises(ValueError, match=r"67\.1 MB free.*need 110\.3 MB") as error:
+        iterator(**settings)
+    for advice in ("--shm-size", "medium: Memory", "config.data.num_workers=0"):
+        assert advice in str(error.value)
+    shared_memory(0, cores=8)
+    iterator(num_workers=0)  # threads need none
+
+
+def test_the_bytes_of_an_example_are_those_of_its_arrays():
+    record = encode_record(grey_square(7))
+    for num_concepts in (0, 5):
+        decode = DecodeExample(8, 16, (1.0, 1.0), "{caption}", num_concepts=num_concepts)
+        example = decode.random_map(record, np.random.default_rng(0))
+        assert decode.example_bytes == sum(array.nbytes for array in example.values())
+
+
+def test_more_workers_than_cores_are_a_warning(shared_memory, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    shared_memory(2**30, cores=3)
+    iterator(num_workers=3)
+    assert not said
+    iterator(num_workers=4)
+    assert len(said) == 1
+    iterator()  # one for each core
+    assert len(said) == 1
+    assert "num_workers=4" in said[0] and "3 cores" in said[0] and "--cpus-per-task" in said[0]
+
+
+def test_by_default_there_is_a_worker_for_each_core_up_to_64(shared_memory):
+    for cores, expected in ((1, 1), (3, 3), (64, 64), (208, 64)):
+        shared_memory(2**30, cores)
+        assert workers.default_num_workers() == expected
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"cpu.max": "800000 100000\n"}, 8),
+        ({"cpu.max": "50000 100000\n"}, 1),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, 48),
+        ({"cpu.max": "19200000 100000\n"}, 48),
+        ({"cpu/cpu.cfs_quota_us": "800000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 48),
+        ({}, 48),
+    ],
+)
+def test_a_container_has_the_cores_of_its_quota(
+    shared_memory, monkeypatch, tmp_path, files, expected
+):
+    shared_memory(2**30, cores=48)
+    monkeypatch.setattr(workers, "CGROUP", tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert workers.usable_cores() == workers.default_num_workers() == expected

@@ -1,0 +1,71 @@
+"""A disk whose reads fail for a while, and the time that a program then waits."""
+
+import builtins
+import contextlib
+import errno
+import io
+import os
+from unittest import mock
+
+from diht_jax.storage import retries
+
+
+class FailingDisk:
+    """Files under a folder whose reads raise: while `failures` are left, or each `every`-th.
+
+    Attributes:
+        failures: how many more reads fail.
+        spared: reads that succeed before.
+        every: of so many reads one fails; 0 for none.
+        reads: how many there were.
+        failed: how many of them have failed.
+        error: number of the error.
+        slept: seconds that were waited in all; no time passes.
+    """
+
+    def __init__(
+        self, folder, failures: int, spared: int = 0, error: int = errno.EIO, every: int = 0
+    ):
+        self.folder, self.failures, self.spared, self.error = str(folder), failures, spared, error
+        self.every, self.reads, self.failed, self.slept = every, 0, 0, 0.0
+
+    @contextlib.contextmanager
+    def mounted(self):
+        """Files are opened through this disk meanwhile."""
+        real_open, disk = builtins.open, self
+
+        class File(io.FileIO):
+            def readinto(self, buffer):
+                disk.read()
+                return super().readinto(buffer)
+
+            def readall(self):
+                disk.read()
+                return super().readall()
+
+        def open_(path, mode="r", buffering=-1, *args, **kwargs):
+            is_ours = isinstance(path, str | os.PathLike) and os.fspath(path).startswith(
+                self.folder
+            )
+            if not is_ours or mode != "rb":
+                return real_open(path, mode, buffering, *args, **kwargs)
+            return File(path) if buffering == 0 else io.BufferedReader(File(path))
+
+        def sleep(secs):
+            self.slept += secs
+
+        with (
+            mock.patch.object(builtins, "open", open_),
+            mock.patch.object(retries, "sleep", sleep),
+        ):
+            yield self
+
+    def read(self):
+        """One read: raises, or does nothing."""
+        self.reads += 1
+        if self.spared:
+            self.spared -= 1
+        elif self.failures or (self.every and self.reads % self.every == 0):
+            self.failures -= bool(self.failures)
+            self.failed += 1
+            raise OSError(self.error, os.strerror(self.error))

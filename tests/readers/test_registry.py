@@ -1,0 +1,210 @@
+"""Readers of pairs: the right one for every source, and a counted reason for what is no pair."""
+
+import os
+import re
+
+import fsspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import features
+
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.base import clean_text, pick_captions
+from diht_jax.readers.registry import FORMATS, Skipped, list_shards, open_source, read_pairs
+from diht_jax.records.schema import Pair, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
+from tests.readers.inputs import JPEG, PNG, encoded_image, read_entries, skip_reasons, write_tar
+
+
+def test_class_folders(tmp_path):
+    for name in ("b/2.png", "b/1.jpg", "b/deep/3.PNG", "a_c/x.webp", ".cache/z.png", "b/.y.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(PNG)
+    (tmp_path / "b" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    shards = list_shards(str(tmp_path))
+    assert len(shards) == 3
+    pairs = [pair for shard in shards for pair in read_pairs(shard)]
+    assert [(p.key, p.caption, p.metadata["label"]) for p in pairs] == [
+        ("a_c/x.webp", "a c", 0),
+        ("b/1.jpg", "b", 1),
+        ("b/2.png", "b", 1),
+        ("b/deep/3.PNG", "b", 1),
+    ]
+    assert pairs[0].metadata["class_name"] == "a_c"
+
+
+def test_class_folders_read_what_pillow_reads_and_count_the_rest(tmp_path):
+    folder = tmp_path / "classes" / "dog"
+    formats = {"gif": "GIF", "bmp": "BMP", "TIFF": "TIFF", "jfif": "JPEG", "jp2": "JPEG2000"}
+    formats |= {"avif": "AVIF"} if features.check("avif") else {}
+    folder.mkdir(parents=True)
+    for extension, name in formats.items():
+        (folder / f"a.{extension}").write_bytes(encoded_image(name))
+    for name in ("b.heic", "c.SVG"):
+        (folder / name).write_bytes(b"another format")
+    entries = read_entries(str(tmp_path / "classes"))
+    found = {entry.key: entry for entry in entries if isinstance(entry, Pair)}
+    assert found.keys() == {f"dog/a.{extension}" for extension in formats}
+    for pair in found.values():
+        assert decode_rgb(pair.image).size == (4, 3)
+    assert skip_reasons(entries) == dict.fromkeys(("dog/b.heic", "dog/c.SVG"), "unsupported_format")
+
+
+def test_links_of_class_folders_that_lead_out_are_refused(tmp_path):
+    root, outside = tmp_path / "classes", tmp_path / "outside"
+    for name in (root / "cat", root / "dog", outside / "deep"):
+        name.mkdir(parents=True)
+        (name / "a.png").write_bytes(PNG)
+    (root / "dog" / "inside.png").symlink_to(root / "cat" / "a.png")
+    (root / "dog" / "out.png").symlink_to(outside / "deep" / "a.png")
+    (root / "dog" / "out").symlink_to(outside)
+    (root / "dog" / "notes.txt").symlink_to("/etc/hostname")
+    (root / "fox").symlink_to(outside)
+    entries = read_entries(str(root))
+    assert [e.key for e in entries if isinstance(e, Pair)] == [
+        "cat/a.png",
+        "dog/a.png",
+        "dog/inside.png",
+    ]
+    assert skip_reasons(entries) == dict.fromkeys(("dog/out", "dog/out.png", "fox"), "refused_path")
+    sizes = [shard.identity()["files"] for shard in list_shards(str(root))]
+    assert sizes == [1, 2, 0]
+
+
+def test_own_records_and_lists_of_sources(tmp_path):
+    expected = []
+    for shard in range(2):
+        with TFRecordWriter(tmp_path / f"p-train-{shard:05d}.tfrecord") as writer:
+            for i in range(3):
+                pair = Pair(f"{shard}/{i}", PNG, f"caption {i}", {"label": i})
+                writer.write(encode_record(pair))
+                expected.append((pair.key, pair.image, pair.caption, pair.metadata))
+    for spec in (str(tmp_path), str(tmp_path / "*.tfrecord"), str(tmp_path / "p-*")):
+        pairs = list(open_source(spec))
+        assert [(p.key, p.image, p.caption, p.metadata) for p in pairs] == expected
+    tar = write_tar(tmp_path / "x.tar", [("k.png", PNG), ("k.txt", b"text")])
+    one = str(tmp_path / "p-train-00001.tfrecord")
+    assert [p.key for p in open_source([tar, one])] == ["k", "1/0", "1/1", "1/2"]
+
+
+def test_parquet_with_images(tmp_path):
+    rows = [
+        {"key": "a", "jpg": JPEG, "txt": "one", "width": 4},
+        {"key": "b", "jpg": None, "txt": "two", "width": None},
+        {"key": "c", "jpg": PNG, "txt": " ", "width": 4},
+        {"key": "a", "jpg": JPEG, "txt": "again", "width": 4},
+    ]
+    path = tmp_path / "00000.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    expected = [
+        Pair("a", JPEG, "one", {"width": 4}),
+        Skipped("b", "no_image", "nothing in the column"),
+        Skipped("c", "no_caption", "nothing in column 'txt'"),
+        Skipped("a", "duplicate", "the key was there before"),
+    ]
+    for spec in (str(path), str(tmp_path), str(tmp_path / "*.parquet")):
+        assert read_entries(spec) == expected
+        source = open_source(spec)  # what evaluation, embed, search and users see
+        assert list(source) == expected[:1]
+        assert source.skipped == {"no_image": 1, "no_caption": 1, "duplicate": 1}
+    assert FORMATS["parquet"].count(list_shards(str(path))[0]) == 4
+    # Beside tars, such files hold the metadata of the tars' pairs.
+    tar = write_tar(tmp_path / "00000.tar", [("k.png", PNG), ("k.txt", b"text")])
+    for spec in (str(tmp_path), str(tmp_path / "0*")):
+        assert [shard.path for shard in list_shards(spec)] == [tar]
+
+
+def test_own_records_in_an_object_store(tmp_path):
+    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
+        for i in range(3):
+            writer.write(encode_record(Pair(f"k{i}", PNG, f"caption {i}")))
+    system, url = fsspec.filesystem("memory"), "memory://test_readers"
+    system.pipe_file("/test_readers/a.tfrecord", (tmp_path / "a.tfrecord").read_bytes())
+    source = open_source(url)
+    assert [pair.key for pair in source] == ["k0", "k1", "k2"]
+    (shard,) = source.shards
+    assert FORMATS["tfrecord"].count(shard) is None  # a bar is no reason to read it
+    system.pipe_file("/test_readers/a.tfrecord.idx", (tmp_path / "a.tfrecord.idx").read_bytes())
+    assert FORMATS["tfrecord"].count(shard) == 3
+    identity = shard.identity()
+    assert identity["path"] == "memory:///test_readers/a.tfrecord"
+    assert identity["size_bytes"] == (tmp_path / "a.tfrecord").stat().st_size
+    system.pipe_file("/test_readers/b.tar", b"")
+    system.pipe_file("/test_readers/notes.txt", b"")
+    with pytest.raises(ValueError, match="holds several kinds of source"):
+        open_source(url)
+    assert [s.kind for s in list_shards(f"{url}/*")] == ["tfrecord", "webdataset"]
+    for missing in ("nothing", "notes.txt", "*.csv"):
+        with pytest.raises(ValueError, match=rf"nothing to read at '{url}/{re.escape(missing)}'; "):
+            open_source(f"{url}/{missing}")
+
+
+def test_foreign_record_names_file_and_record(tmp_path):
+    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
+        writer.write(encode_record(Pair("k", PNG, "c")))
+        writer.write(b"\xff not an example")
+    with pytest.raises(ValueError, match=r"a\.tfrecord: record 1: .*no tf.train.Example"):
+        list(open_source(str(tmp_path / "a.tfrecord")))
+
+
+def test_nothing_or_too_much_found(tmp_path):
+    with pytest.raises(ValueError, match="nothing at"):
+        open_source(str(tmp_path / "*.tar"))
+    with pytest.raises(ValueError, match="holds neither"):
+        open_source(str(tmp_path))
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"notes\.txt: not a source of pairs"):
+        open_source(str(tmp_path / "notes.txt"))
+    write_tar(tmp_path / "a.tar", [])
+    (tmp_path / "t.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="several kinds of source"):
+        open_source(str(tmp_path))
+
+
+def test_identity_changes_with_the_input(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("k.png", PNG), ("k.txt", b"text")])
+    shard = list_shards(path)[0]
+    before = shard.identity()
+    assert before == list_shards(path)[0].identity()
+    os.utime(path, ns=(0, 1))
+    assert shard.identity() != before
+    folder = tmp_path / "classes"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "1.png").write_bytes(PNG)
+    shard = list_shards(str(folder))[0]
+    before = shard.identity()
+    (folder / "a" / "2.png").write_bytes(PNG)
+    assert shard.identity() != before
+
+
+def test_texts_are_cleaned():
+    assert clean_text("  \ud83d\ude00 ok \ud83d ") == "\N{GRINNING FACE} ok \ufffd"
+    assert pick_captions(["a", 3, None, " a ", "", "b"]) == ["a", "b"]
+    assert pick_captions({"a": 1}) == []
+
+
+def test_each_source_may_have_options_of_its_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(PNG)
+    (tmp_path / "a.csv").write_text("file,title\na.png,one\na.png,two\n")
+    (tmp_path / "b.csv").write_text("image,caption,id\na.png,three,k\n")
+    first = f"{tmp_path}/a.csv?image_column=file&caption_column=title&rows_per_shard=1"
+    shards = list_shards([first, f"{tmp_path}/b.csv"], key_column=None)
+    assert [shard.options["rows_per_shard"] for shard in shards] == [1, 1, 10_000]
+    source = open_source([first, f"{tmp_path}/b.csv?key_column=id"])
+    assert [(p.key, p.caption) for p in source][1:] == [("a-00000001", "two"), ("k", "three")]
+    # The options of all sources hold where a source has none of its own.
+    source = open_source([f"{tmp_path}/a.csv?caption_column=title"], image_column="file")
+    assert [p.caption for p in source] == ["one", "two"]
+    tar = write_tar(tmp_path / "x1=a.tar", [("k.png", PNG), ("k.txt", b"text")])
+    assert [s.path for s in list_shards(f"{tmp_path}/x?=a.tar")] == [tar]  # a glob
+    for spec, message in (
+        ("a.csv?image_colum=file", r"a\.csv\?image_colum=file: .*did you mean 'image_column'"),
+        ("a.csv?rows_per_shard=many", r"a\.csv.*invalid literal for int.*'many'"),
+        ("x1=a.tar?image_column=file", r"\(webdataset\) has no option 'image_column'; it has none"),
+        ("b.csv?data_dir=x", r"\(table\) has no option 'data_dir'; it has image_column, "),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list_shards(f"{tmp_path}/{spec}")

@@ -1,0 +1,173 @@
+"""Disks that fail, for a moment or for good, and files that unpack to giants."""
+
+import errno
+import gzip
+import io
+import json
+import tarfile
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from diht_jax.readers.registry import open_source
+from diht_jax.records.formats import tar_members
+from diht_jax.records.schema import Pair, encode_record
+from diht_jax.records.tfrecord import TFRecordWriter
+from diht_jax.storage import retries
+from tests.readers.failing_disk import FailingDisk
+from tests.readers.inputs import JPEG, PNG, read_entries, skip_reasons, write_tar
+
+_KEYS = [f"k{number}" for number in range(6)]
+
+
+def _table(folder):
+    rows = [{"id": key, "image": f"{key}.png", "caption": key} for key in _KEYS]
+    for row in rows:
+        (folder / row["image"]).write_bytes(PNG)
+    path = folder / "t.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+def _tar(folder, mode="w"):
+    # Pictures of many blocks, so that the disk is asked again and again.
+    members = [
+        member for key in _KEYS for member in ((f"{key}.png", PNG * 5000), (f"{key}.txt", b"c"))
+    ]
+    return write_tar(folder / ("a.tar" if mode == "w" else "a.tar.gz"), members, mode)
+
+
+def _parquet(folder):
+    rows = [{"key": key, "jpg": JPEG, "txt": key} for key in _KEYS]
+    path = folder / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def _records(folder):
+    path = folder / "a.tfrecord"
+    with TFRecordWriter(path) as writer:
+        for key in _KEYS:
+            writer.write(encode_record(Pair(key, PNG, key)))
+    return path
+
+
+def _classes(folder):
+    (folder / "classes" / "dog").mkdir(parents=True)
+    for key in _KEYS:
+        (folder / "classes" / "dog" / f"{key}.png").write_bytes(PNG)
+    return folder / "classes"
+
+
+# Each with numbers of reads that succeed before the disk fails.
+_SOURCES = {
+    "table": (_table, (0, 1, 2, 4)),
+    "tar": (_tar, (0, 1, 2, 4)),
+    "tar.gz": (lambda folder: _tar(folder, "w:gz"), (0, 1, 2)),
+    "parquet": (_parquet, (0, 1)),
+    "tfrecord": (_records, (0, 1)),
+    "classes": (_classes, (0, 3)),
+}
+_CASES = [
+    pytest.param(make, spared, id=f"{name}-{spared}")
+    for name, (make, counts) in _SOURCES.items()
+    for spared in counts
+]
+
+
+@pytest.mark.parametrize(("make", "spared"), _CASES)
+def test_a_moment_without_the_disk_loses_nothing(tmp_path, make, spared):
+    spec = str(make(tmp_path))
+    expected = [(p.key, p.image, p.caption) for p in open_source(spec)]
+    assert len(expected) == len(_KEYS)
+    with FailingDisk(tmp_path, len(retries.DELAYS_SECS), spared).mounted() as disk:
+        source = open_source(spec)
+        assert [(p.key, p.image, p.caption) for p in source] == expected
+    assert not source.skipped
+    assert not disk.failures
+    assert disk.slept == sum(retries.DELAYS_SECS)
+
+
+@pytest.mark.parametrize(("make", "spared"), _CASES)
+def test_an_outage_is_an_error_that_does_not_speak_of_damage(tmp_path, make, spared):
+    spec = str(make(tmp_path))
+    with (
+        FailingDisk(tmp_path, 10**9, spared).mounted() as disk,
+        pytest.raises(retries.StorageError, match=f"{tmp_path}.*could not be read") as caught,
+    ):
+        list(open_source(spec))
+    assert not disk.spared
+    for wrong in ("damaged", "write it again", "cut off"):
+        assert wrong not in str(caught.value)
+    assert isinstance(caught.value, OSError)  # so that an engine tries the task again
+
+
+def test_only_a_missing_picture_is_no_image(tmp_path):
+    path = _table(tmp_path)
+    (tmp_path / "k1.png").unlink()
+    (tmp_path / "k2.png").unlink()
+    (tmp_path / "k2.png").mkdir()
+    assert skip_reasons(read_entries(str(path), key_column="id")) == {
+        "k1": "no_image",
+        "k2": "no_image",
+    }
+    with (
+        FailingDisk(tmp_path / "k0.png", 10**9, error=errno.EACCES).mounted() as disk,
+        pytest.raises(
+            retries.StorageError, match=r"k0\.png: could not be read \(Permission denied\)"
+        ),
+    ):
+        read_entries(str(path), key_column="id")
+    assert disk.slept == 0  # waiting does not change a permission
+
+
+def test_a_damaged_file_is_not_taken_for_a_bad_disk(tmp_path):
+    tar = tmp_path / "a.tar.gz"
+    _tar(tmp_path, "w:gz")
+    tar.write_bytes(tar.read_bytes()[:-100])
+    parquet = _parquet(tmp_path)
+    data = bytearray(parquet.read_bytes())
+    data[4:40] = b"\xff" * 36
+    parquet.write_bytes(data)
+    for path in (tar, parquet):
+        with pytest.raises(ValueError, match=str(path)) as caught:
+            list(open_source(str(path)))
+        assert not isinstance(caught.value, retries.StorageError)
+
+
+def test_a_small_parquet_of_giant_rows_is_refused_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_members, "_UNPACKED_BYTES", 2**24)
+    zeros, count = bytes(2**22), 1000
+    path = tmp_path / "bomb.parquet"
+    table = pyarrow.table({"jpg": [zeros], "txt": ["x"]}).take([0] * 64)
+    with pyarrow.parquet.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        writer.write_table(table)
+    assert path.stat().st_size < 10_000
+    pyarrow_bytes = pyarrow.total_allocated_bytes()
+    entries = []
+    with pytest.raises(ValueError, match=r"bomb\.parquet: unpacks to over 16 MiB"):
+        for entry in open_source(str(path)):
+            entries.append(entry.key)
+            # Arrow never holds many rows at once.
+            assert pyarrow.total_allocated_bytes() - pyarrow_bytes < 2**25
+    assert len(entries) == 4, count
+
+
+def test_a_small_tar_of_giant_members_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar_members, "_UNPACKED_BYTES", 2**22)
+    path = tmp_path / "bomb.tar.gz"
+    zeros = bytes(2**20)
+    with tarfile.open(path, "w:gz") as tar:
+        for key in range(64):
+            info = tarfile.TarInfo(f"{key}.png")
+            info.size = len(zeros)
+            tar.addfile(info, io.BytesIO(zeros))
+    assert path.stat().st_size < 2**17
+    with pytest.raises(ValueError, match=r"bomb\.tar\.gz: unpacks to over \d+ MiB"):
+        read_entries(str(path))
+    # What a gzip file of captions reaches is no reason to refuse it.
+    members = [(f"{key}.txt", b"the same words again " * 50) for key in range(1000)]
+    write_tar(tmp_path / "text.tar", members)
+    (tmp_path / "text.tar.gz").write_bytes(gzip.compress((tmp_path / "text.tar").read_bytes()))
+    assert len(read_entries(str(tmp_path / "text.tar.gz"))) == 1000

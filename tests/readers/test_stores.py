@@ -1,0 +1,274 @@
+"""Pairs from object stores: the same as from a disk, and by few requests."""
+
+import errno
+import json
+import math
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from diht_jax.readers import parquet
+from diht_jax.readers.registry import FORMATS, list_shards, open_source
+from diht_jax.records.formats.registry import open_writer
+from diht_jax.records.schema import Pair, encode_record
+from diht_jax.storage import retries, stores
+from tests.readers.inputs import PNG, read_entries, skip_reasons, write_tar
+from tests.records.stores import MeteredStore
+
+_KEYS = [f"k{number:03d}" for number in range(40)]
+_RANDOM = np.random.default_rng(0)
+# Random bytes behind a picture, so that nothing can be compressed; 400 kB in all.
+_IMAGES = {key: PNG + _RANDOM.bytes(int(_RANDOM.integers(1_000, 20_000))) for key in _KEYS}
+
+
+def _tar(folder, mode="w", name="a.tar"):
+    members = [
+        (f"{key}.{end}", data)
+        for key in _KEYS
+        for end, data in (("png", _IMAGES[key]), ("txt", f"caption {key}".encode()))
+    ]
+    write_tar(folder / name, members, mode)
+
+
+def _parquet(folder, rows_per_group):
+    rows = [
+        {"key": key, "png": _IMAGES[key], "txt": f"caption {key}", "note": f"note {key} " * 40}
+        for key in _KEYS
+    ]
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=rows_per_group)
+
+
+def _records(folder, suffix):
+    with open_writer(folder / f"a.{suffix}") as writer:
+        for key in _KEYS:
+            writer.write(encode_record(Pair(key, _IMAGES[key], f"caption {key}", {"n": key})))
+
+
+def _table(folder, suffix):
+    rows = [
+        {"image": f"i/{key}.png", "caption": f'caption "{key}",\nof two lines'} for key in _KEYS
+    ]
+    (folder / "i").mkdir()
+    for row, key in zip(rows, _KEYS, strict=True):
+        (folder / row["image"]).write_bytes(_IMAGES[key])
+    if suffix == "jsonl":
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    else:
+        lines = (f'{r["image"]},"{r["caption"].replace(chr(34), chr(34) * 2)}"\n' for r in rows)
+        text = "image,caption\n" + "".join(lines)
+    (folder / f"a.{suffix}").write_text(text)
+
+
+_MAKERS = {
+    "tar": _tar,
+    "tar.gz": lambda folder: _tar(folder, "w:gz", "a.tar.gz"),
+    "parquet of many groups": lambda folder: _parquet(folder, 2),
+    "parquet of a group": lambda folder: _parquet(folder, 40),
+    "jsonl": lambda folder: _table(folder, "jsonl"),
+    "csv": lambda folder: _table(folder, "csv"),
+    "tfrecord": lambda folder: _records(folder, "tfrecord"),
+    "array_record": lambda folder: _records(folder, "array_record"),
+}
+
+
+@pytest.fixture(scope="module", params=_MAKERS)
+def local(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("local")
+    _MAKERS[request.param](folder)
+    return folder
+
+
+def _upload(local, url):
+    system = fsspec.filesystem(url.split(":")[0])
+    for path in local.rglob("*"):
+        if path.is_file() and not path.name.endswith(".idx"):
+            system.pipe_file(f"{url}/{path.relative_to(local)}", path.read_bytes())
+    return system
+
+
+@pytest.fixture
+def metered(local, monkeypatch):
+    """The folder in a store; blocks are small, so that a file has many."""
+    monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**16)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**12)
+    _upload(local, "metered://folder")
+    MeteredStore.requests.clear()
+    yield "metered://folder"
+    MeteredStore.failing_every = 0
+    MeteredStore.store.clear()
+
+
+def test_pairs_of_a_store_are_those_of_a_disk_and_fetched_once(local, metered):
+    expected = read_entries(str(local))
+    assert len(expected) == len(_KEYS)
+    assert read_entries(metered) == expected
+    assert [entry.key for entry in open_source(f"{metered}/a.*")] == [e.key for e in expected]
+    MeteredStore.requests.clear()
+    assert read_entries(f"{metered}/a.*") == expected
+    (size,) = [path.stat().st_size for path in local.glob("a.*") if path.suffix != ".idx"]
+    pictures = list(local.glob("i/*"))
+    total = size + sum(path.stat().st_size for path in pictures)
+    requests = MeteredStore.requests
+    assert total - len(b"PAR1") <= requests["bytes read"] <= 1.01 * total
+    # More than the blocks: the footer of parquet; the head of a table, and each of its pictures.
+    is_parquet = (local / "a.parquet").exists()
+    assert requests["get"] <= math.ceil(size / 2**16) + is_parquet + bool(pictures) + len(pictures)
+    assert requests["list"] + requests["info"] <= 4
+    # The end of a progress bar does not cost a reading.
+    MeteredStore.requests.clear()
+    (shard,) = list_shards(f"{metered}/a.*")
+    assert FORMATS[shard.kind].count(shard) in (None, len(_KEYS))
+    assert MeteredStore.requests["bytes read"] <= 2**17
+
+
+def test_a_store_that_fails_one_request_in_twenty_loses_nothing(local, metered, monkeypatch):
+    delays = []
+    monkeypatch.setattr(retries, "sleep", delays.append)
+    expected = read_entries(str(local))
+    MeteredStore.failing_every = 20 if len(list(local.glob("i/*"))) else 7
+    for _ in range(3):
+        assert read_entries(metered) == expected
+    assert delays and set(delays) <= set(retries.DELAYS_SECS[:2])
+    assert not fsspec.filesystem("metered").exists("/folder/a.tfrecord.idx")  # nothing is written
+
+
+@pytest.mark.parametrize(
+    "local", ["tar", "parquet of many groups", "jsonl", "tfrecord"], indirect=True
+)
+def test_pairs_are_read_from_s3(local, s3_bucket):
+    url = f"{s3_bucket}/readers"
+    system = _upload(local, url)
+    try:
+        assert read_entries(url) == read_entries(str(local))
+        (shard,) = list_shards(f"{url}/a.*")
+        identity = shard.identity()
+        assert identity["size_bytes"] == system.info(shard.path)["size"]
+        assert identity["changed_ns"]  # the etag
+    finally:
+        system.rm(url, recursive=True)
+
+
+def test_a_tar_takes_a_request_for_sixteen_mebibytes(tmp_path):
+    image = PNG + bytes(_RANDOM.bytes(2**20)) * 5
+    members = [
+        (f"{n}.{end}", image if end == "png" else b"c") for n in range(8) for end in ("png", "txt")
+    ]
+    write_tar(tmp_path / "a.tar", members)
+    size = (tmp_path / "a.tar").stat().st_size
+    _upload(tmp_path, "metered://large")
+    MeteredStore.requests.clear()
+    assert sum(len(pair.image) for pair in open_source("metered://large/a.tar")) == 8 * len(image)
+    assert MeteredStore.requests["bytes read"] == size
+    assert MeteredStore.requests["get"] == math.ceil(size / 2**24) <= size / 8e6
+    MeteredStore.store.clear()
+
+
+def test_a_part_of_a_parquet_file_fetches_that_part(tmp_path, monkeypatch):
+    """Also where Arrow reads the columns by several threads."""
+    monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**15)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**12)
+    values = {name: _RANDOM.integers(0, 2**62, 40_000) for name in "abcdef"}
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table(values)
+    pyarrow.parquet.write_table(table, path, row_group_size=2_000, use_dictionary=False)
+    _upload(tmp_path, "metered://parts")
+    size, url = path.stat().st_size, "metered:///parts/a.parquet"
+    MeteredStore.requests.clear()
+    found = []
+    for start in range(0, 20, 5):
+        file = parquet.open_parquet(url, (start, start + 5))
+        batches = file.iter_batches(700, range(start, start + 5))
+        found.append(pyarrow.Table.from_batches(batches))
+    assert pyarrow.concat_tables(found).equals(table)
+    footers = 4 * 2**16
+    assert MeteredStore.requests["bytes read"] <= size + footers
+    assert MeteredStore.requests["get"] <= size / 2**15 + 2 * 4
+    MeteredStore.store.clear()
+
+
+def test_blocks_of_a_large_group_do_not_pile_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**15)
+    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**12)
+    _parquet(tmp_path, len(_KEYS))
+    _upload(tmp_path, "metered://pile")
+    held = []
+    forget = parquet._ColumnsFile._forget
+
+    def watch(file, position):
+        forget(file, position)
+        held.append(len(file._blocks))
+
+    monkeypatch.setattr(parquet._ColumnsFile, "_forget", watch)
+    assert len(read_entries("metered://pile/a.parquet")) == len(_KEYS)
+    assert len(held) > 10
+    assert max(held) <= 6  # of four columns, and the footer
+    MeteredStore.store.clear()
+
+
+def test_paths_of_a_table_do_not_lead_out_of_its_folder():
+    system = fsspec.filesystem("metered")
+    system.pipe_file("/box/in/a.png", PNG)
+    system.pipe_file("/box/secret.png", PNG)
+    names = {
+        "inside": "a.png",
+        "dotted": "x/../a.png",
+        "url": "metered:///box/in/a.png",
+        "above": "../secret.png",
+        "far": "../../box/secret.png",
+        "absolute": "/box/secret.png",
+        "other": "metered:///box/secret.png",
+        "gone": "b.png",
+        "half": "\ud83d.png",
+    }
+    rows = [{"key": key, "image": name, "caption": "c"} for key, name in names.items()]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    system.pipe_file("/box/in/t.jsonl", text.encode())
+    entries = read_entries("metered:///box/in/t.jsonl?key_column=key")
+    assert [e.key for e in entries if isinstance(e, Pair)] == ["inside", "dotted", "url"]
+    refused = dict.fromkeys(("above", "far", "absolute", "other"), "refused_path")
+    reasons = skip_reasons(entries)
+    assert reasons.pop("half") in ("refused_path", "no_image")
+    assert reasons == refused | {"gone": "no_image"}
+    # The folder may lie elsewhere.
+    rows = '{"image": "secret.png", "caption": "c"}\n'
+    system.pipe_file("/box/in/t.jsonl", rows.encode())
+    (pair,) = open_source("metered:///box/in/t.jsonl", image_root="metered:///box")
+    assert pair.image == PNG
+    MeteredStore.store.clear()
+
+
+def test_what_cannot_be_read_is_refused_at_once(monkeypatch):
+    system = fsspec.filesystem("metered")
+    system.pipe_file("/bad/cut.tar", b"x" * 700)
+    system.pipe_file("/bad/cut.parquet", b"PAR1" + bytes(70))
+    system.pipe_file("/bad/empty.csv", b"image,caption\n")
+    system.pipe_file("/bad/other.csv", b"picture,caption\na,b\n")
+    system.pipe_file("/bad/other.jsonl", b'{"image": "a"}\n' * 9)
+    for name, message in (
+        ("empty.csv", "the table has no rows"),
+        ("other.csv", "no column 'image'; the header has 'picture', 'caption'"),
+        ("other.jsonl", "no row has 'caption'"),
+    ):
+        with pytest.raises(ValueError, match=f"metered:///bad/{name}: {message}"):
+            list_shards(f"metered:///bad/{name}")
+    for name in ("cut.tar", "cut.parquet"):
+        with pytest.raises(ValueError, match=f"metered:///bad/{name}: ") as caught:
+            list(open_source(f"metered:///bad/{name}"))
+        assert not isinstance(caught.value, retries.StorageError)
+    with pytest.raises(ValueError, match=r"nosuch:// cannot be read: .*pip install s3fs"):
+        list_shards("nosuch://bucket/a.tar")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Access Denied")
+
+    monkeypatch.setattr(MeteredStore, "cat_file", refuse)
+    with pytest.raises(
+        retries.StorageError, match=r"other\.csv: could not be read \(Access Denied\)"
+    ):
+        list_shards("metered:///bad/other.csv")
+    MeteredStore.store.clear()

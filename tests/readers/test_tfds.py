@@ -1,0 +1,399 @@
+"""TensorFlow and TFDS read what we write, and we read what they write.
+
+TensorFlow runs in one subprocess, which writes and reads everything that the tests then compare:
+it must never come into the process that tests the training path.
+"""
+
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.sources import list as source_list
+from diht_jax.input.decode import decode_rgb
+from diht_jax.readers.registry import Skipped, list_shards, open_source, read_pairs
+from diht_jax.records import dataset_info
+from diht_jax.records.schema import Record, decode_record, encode_record
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+_TENSORFLOW_SCRIPT = '''
+import io, json, pathlib, sys
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from PIL import Image
+
+work = pathlib.Path(sys.argv[1])
+result = {}
+
+def encode_png(value):
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((3, 5, 3), value, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+# 1. Our shards by tf.data.
+spec = {
+    name: tf.io.FixedLenFeature([], tf.string)
+    for name in ("key", "image", "caption", "metadata", "concepts")
+}
+files = sorted(map(str, (work / "ours").glob("*.tfrecord")))
+result["parsed"] = []
+for data in tf.data.TFRecordDataset(files):
+    example = tf.io.parse_single_example(data, spec)
+    pixels = tf.io.decode_image(example["image"], channels=3).numpy()
+    packed = example["concepts"]
+    k = int(tf.io.decode_raw(tf.strings.substr(packed, 0, 1), tf.uint8)[0])
+    digits = tf.io.decode_raw(tf.strings.substr(packed, 1, 3 * k), tf.uint8)
+    ids = tf.cast(tf.reshape(digits, [k, 3]), tf.int32) @ tf.constant([[1], [2**8], [2**16]])
+    probs = tf.io.decode_raw(tf.strings.substr(packed, 1 + 3 * k, 2 * k), tf.float16)
+    result["parsed"].append({
+        "key": example["key"].numpy().decode(),
+        "caption": example["caption"].numpy().decode(),
+        "metadata": json.loads(example["metadata"].numpy()),
+        "object_ids": ids[:, 0].numpy().tolist(),
+        "object_probs": probs.numpy().tolist(),
+        "pixel_sum": int(pixels.sum()),
+    })
+
+# 2. A folder of ours by TFDS; with images that it decodes, and with bytes.
+for name in ("ours", "webp"):
+    builder = tfds.builder_from_directory(work / name)
+    rows = list(tfds.as_numpy(builder.as_dataset(split="train", shuffle_files=False)))
+    result[name] = {
+        "name": builder.info.name,
+        "count": builder.info.splits["train"].num_examples,
+        "keys": [row["key"].decode() for row in rows],
+        "images": [
+            [int(row["image"].sum()), list(row["image"].shape)]
+            if isinstance(row["image"], np.ndarray) else row["image"].hex() for row in rows
+        ],
+        "num_objects": [row["concepts"][0] for row in rows if "concepts" in row],
+    }
+
+# 3. A shard by TensorFlow's writer.
+def bytes_feature(value):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+
+with tf.io.TFRecordWriter(str(work / "theirs.tfrecord")) as writer:
+    for i in range(7):
+        feature = {
+            "key": bytes_feature(b"%d" % i),
+            "image": bytes_feature(encode_png(i)),
+            "caption": bytes_feature("n\\u00famero {}".format(i).encode()),
+            "attribute_ids": tf.train.Feature(int64_list=tf.train.Int64List(value=[i, 9])),
+            "attribute_probs": tf.train.Feature(float_list=tf.train.FloatList(value=[0.75, 0.25])),
+        }
+        example = tf.train.Example(features=tf.train.Features(feature=feature))
+        writer.write(example.SerializeToString())
+
+# 4. Data sets by TFDS.
+class TinyCaptions(tfds.core.GeneratorBasedBuilder):
+    """Laid out as COCO captions."""
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(),
+            "image/filename": tfds.features.Text(),
+            "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+        }))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(20), "val": self._generate_examples(3)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            texts = [f"first {i}", f"second {i}"] if i else []
+            yield i, {
+                "image": io.BytesIO(encode_png(i)),
+                "image/filename": f"{i}.png",
+                "captions": [{"id": n, "text": text} for n, text in enumerate(texts)],
+            }
+
+for file_format in ("tfrecord", "array_record"):
+    builder = TinyCaptions(data_dir=work / file_format, file_format=file_format)
+    builder.download_and_prepare()
+
+class Mnist(tfds.core.GeneratorBasedBuilder):
+    """With the name of a set that TFDS knows, so that its own code meets the files."""
+    VERSION = tfds.core.Version("3.0.1")
+
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(28, 28, 1)),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(12):
+            label = i % 10 if i else -1
+            yield i, {"image": np.full((28, 28, 1), 20 * i, np.uint8), "label": label}
+
+Mnist(data_dir=work / "labels").download_and_prepare()
+
+# 5. Random data made by tfds.testing: with one caption, with several, and with a label.
+class DummyCaptions(tfds.testing.DummyDataset):
+    def _info(self):
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
+            "image": tfds.features.Image(encoding_format="png"),
+            "title": tfds.features.Text(),
+            "captions": tfds.features.Sequence(tfds.features.Text()),
+        }))
+
+    def _generate_examples(self):
+        yield from enumerate(examples)
+
+builder = DummyCaptions(data_dir=work / "testing")
+with tfds.testing.mock_data(num_examples=5):
+    examples = list(tfds.as_numpy(builder.as_dataset(split="train")))
+builder.download_and_prepare()
+tfds.testing.DummyMnist(data_dir=work / "testing").download_and_prepare()
+result["testing"] = [
+    {"image": e["image"].tolist(), "title": [e["title"].decode()],
+     "captions": [text.decode() for text in e["captions"]]} for e in examples
+]
+(work / "result.json").write_text(json.dumps(result))
+'''
+
+
+def _encode(image: Image.Image, name: str) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name)
+    return buffer.getvalue()
+
+
+def _make_record(index: int, image_format: str) -> Record:
+    image = Image.new("RGB", (4 + index, 3), (index, 2 * index, 250))
+    return Record(
+        key=f"k{index}",
+        image=_encode(image, image_format),
+        caption=f"a “caption” {index}",
+        metadata={"index": index},
+        object_ids=np.arange(index, dtype=np.int32),
+        object_probs=np.full(index, 0.125, np.float32),
+        attribute_ids=np.zeros(0, np.int32),
+        attribute_probs=np.zeros(0, np.float32),
+    )
+
+
+def _write_folder(folder: pathlib.Path, image_formats: list[str], shard_lengths: list[int]) -> None:
+    folder.mkdir()
+    index = 0
+    for shard, length in enumerate(shard_lengths):
+        name = dataset_info.shard_name("pairs", "train", shard, len(shard_lengths))
+        with TFRecordWriter(folder / name) as writer:
+            for _ in range(length):
+                image_format = image_formats[index % len(image_formats)]
+                writer.write(encode_record(_make_record(index, image_format)))
+                index += 1
+    dataset_info.write_dataset_info(
+        folder,
+        dataset="pairs",
+        split="train",
+        shard_lengths=shard_lengths,
+        num_bytes=sum(path.stat().st_size for path in folder.glob("*.tfrecord")),
+        image_formats=image_formats,
+        with_concepts=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> pathlib.Path:
+    """A folder in which TensorFlow has done its part; see the script."""
+    folder = tmp_path_factory.mktemp("tensorflow")
+    _write_folder(folder / "ours", ["PNG"], [3, 0, 2])
+    _write_folder(folder / "webp", ["PNG", "WEBP"], [2])
+    # In a module of its own: TFDS looks for files beside the source of a builder.
+    (folder / "script").mkdir()
+    (folder / "script" / "write_and_read.py").write_text(_TENSORFLOW_SCRIPT)
+    script = subprocess.run(
+        [sys.executable, str(folder / "script" / "write_and_read.py"), str(folder)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert script.returncode == 0, script.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(work) -> dict:
+    return json.loads((work / "result.json").read_text())
+
+
+def _pixel_sum(index: int) -> int:
+    return (4 + index) * 3 * (index + 2 * index + 250)
+
+
+def test_tensorflow_reads_our_shards(result):
+    assert result["parsed"] == [
+        {
+            "key": f"k{i}",
+            "caption": f"a “caption” {i}",
+            "metadata": {"index": i},
+            "object_ids": list(range(i)),
+            "object_probs": [0.125] * i,
+            "pixel_sum": _pixel_sum(i),
+        }
+        for i in range(5)
+    ]
+
+
+def test_tfds_opens_our_folder(result):
+    ours = result["ours"]
+    assert (ours["name"], ours["count"]) == ("pairs", 5)
+    assert ours["keys"] == [f"k{i}" for i in range(5)]
+    assert ours["images"] == [[_pixel_sum(i), [3, 4 + i, 3]] for i in range(5)]
+    assert ours["num_objects"] == list(range(5))
+
+
+def test_tfds_gives_bytes_where_it_cannot_decode(result):
+    files = [bytes.fromhex(image) for image in result["webp"]["images"]]
+    assert files == [_make_record(0, "PNG").image, _make_record(1, "WEBP").image]
+
+
+def test_we_read_tensorflows_shard(work):
+    source = TFRecordSource(work / "theirs.tfrecord")
+    records = [decode_record(data) for data in source]
+    assert [(r.key, r.caption) for r in records] == [(str(i), f"número {i}") for i in range(7)]
+    assert [np.asarray(decode_rgb(r.image)).max() for r in records] == list(range(7))
+    assert records[3].attribute_ids.tolist() == [3, 9]
+    assert records[3].attribute_probs.tolist() == [0.75, 0.25]
+    assert [pair.key for pair in open_source(str(work / "theirs.tfrecord"))] == list("0123456")
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_we_read_a_tfds_data_set(work, file_format):
+    source = open_source("tfds:tiny_captions:train", data_dir=str(work / file_format))
+    pairs = list(source)
+    numbers = [int(pair.caption.split()[1]) for pair in pairs]
+    assert sorted(numbers) == list(range(1, 20))
+    assert source.skipped == {"no_caption": 1}
+    for pair, number in zip(pairs, numbers, strict=True):
+        assert pair.metadata == {"captions": [f"first {number}", f"second {number}"]}
+        assert (np.asarray(decode_rgb(pair.image)) == number).all()
+    assert len({pair.key for pair in pairs}) == 19
+
+
+@pytest.mark.parametrize("file_format", ["tfrecord", "array_record"])
+def test_parts_of_a_split(work, file_format):
+    def keys(split):
+        shards = list_shards(f"tfds:tiny_captions:{split}", data_dir=str(work / file_format))
+        return [entry.key for shard in shards for entry in read_pairs(shard)]
+
+    whole = keys("train")
+    assert len(whole) == 20
+    assert keys("train[:25%]") == whole[:5]
+    assert keys("train[5:]") == whole[5:]
+    folder = work / file_format / "tiny_captions" / "1.0.0"
+    entries = [e for s in list_shards(f"tfds:{folder}:val") for e in read_pairs(s)]
+    assert len(entries) == 3
+    assert sum(isinstance(entry, Skipped) for entry in entries) == 1
+
+
+def test_labels_become_captions(work):
+    source = open_source("tfds:mnist:train", data_dir=str(work / "labels"))
+    pairs = list(source)
+    assert len(pairs) == 11
+    assert source.skipped == {"no_caption": 1}
+    for pair in pairs:
+        image = decode_rgb(pair.image)
+        assert image.size == (28, 28)
+        label = np.asarray(image)[0, 0, 0] // 20 % 10
+        assert pair.metadata == {"label": label, "class_name": str(label)}
+        assert pair.caption == str(label)
+
+
+def test_features_can_be_named(work):
+    options = {"data_dir": str(work / "tfrecord"), "caption_feature": "image/filename"}
+    pairs = list(open_source("tfds:tiny_captions:val", **options))
+    assert sorted(pair.caption for pair in pairs) == ["0.png", "1.png", "2.png"]
+    with pytest.raises(ValueError, match="caption_feature='title' is none of captions/text"):
+        open_source("tfds:tiny_captions:val", **options | {"caption_feature": "title"})
+
+
+@pytest.mark.parametrize("caption_feature", ["title", "captions"])
+def test_we_read_what_tfds_testing_makes(work, result, caption_feature):
+    options = {"data_dir": str(work / "testing"), "caption_feature": caption_feature}
+    pairs = {p.caption: p for p in open_source("tfds:dummy_captions:train", **options)}
+    assert len(pairs) == len(result["testing"]) == 5
+    for example in result["testing"]:
+        texts = [text.strip() for text in example[caption_feature]]
+        pair = pairs[texts[0]]
+        assert pair.metadata == ({"captions": texts} if len(texts) > 1 else {})
+        assert np.asarray(decode_rgb(pair.image)).tolist() == example["image"]
+
+
+def test_filter_sources_reach_tfds_testing_data(work):
+    settings = source_list.default_source()
+    settings.data_dir = str(work / "testing")
+    names = "tfds:dummy_mnist:3.0.1:train[5:],tfds:dummy_mnist:test"
+    shards = source_list.list_sources(names, settings)
+    pairs = [pair for shard in shards for pair in read_pairs(shard)]
+    assert len(pairs) == 15 + 20
+    assert {pair.caption for pair in pairs} == set("0123456789")
+    assert all((np.asarray(decode_rgb(pair.image)) == 1).all() for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("tfds:tiny_captions:test", "no split 'test'; there are train, val"),
+        ("tfds:tiny_captions", "expected tfds:NAME:SPLIT"),
+        ("tfds:tiny_captions:1.0.0", "expected tfds:NAME:SPLIT"),
+        ("tfds:no_such_set:train", "TFDS knows no such data set"),
+        ("tfds:mnist:train", "not prepared.*`tfds build mnist`"),
+        ("tfds:./absent:train", "no dataset_info.json in './absent'"),
+    ],
+)
+def test_wrong_names(work, spec, message):
+    with pytest.raises(ValueError, match=message):
+        open_source(spec, data_dir=str(work / "tfrecord"))
+
+
+def test_reading_and_describing_need_no_tensorflow(work):
+    code = f"""
+import sys
+from diht_jax.records import dataset_info
+from diht_jax.readers.registry import open_source
+for file_format in ("tfrecord", "array_record"):
+    source = open_source("tfds:tiny_captions:val", data_dir={str(work)!r} + "/" + file_format)
+    assert len(list(source)) == 2
+dataset_info.write_dataset_info({str(work / "webp")!r}, dataset="pairs", split="train",
+    shard_lengths=[2], num_bytes=1, image_formats=["JPEG"])
+assert "tensorflow" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
+
+
+def test_metadata_bytes_depend_on_the_data_only(work):
+    before = [(work / "ours" / name).read_bytes() for name in dataset_info.FILES]
+    (work / "ours_again").mkdir()
+    for path in (work / "ours").glob("*.tfrecord"):
+        (work / "ours_again" / path.name).symlink_to(path)
+    dataset_info.write_dataset_info(
+        work / "ours_again",
+        dataset="pairs",
+        split="train",
+        shard_lengths=[3, 0, 2],
+        num_bytes=sum(path.stat().st_size for path in (work / "ours").glob("*.tfrecord")),
+        image_formats=["PNG"],
+        with_concepts=True,
+    )
+    assert [(work / "ours_again" / name).read_bytes() for name in dataset_info.FILES] == before
+
+
+@pytest.mark.parametrize("name", ["Upper", "with-dash", "", "1st"])
+def test_names_that_tfds_would_refuse(name):
+    with pytest.raises(ValueError, match="expected lower-case"):
+        dataset_info.shard_name(name, "train", 0, 1)

@@ -1,0 +1,132 @@
+"""ArrayRecord shards: random access against grain's own reader, and what is refused."""
+
+import pickle
+
+import fsspec
+import pytest
+from array_record.python import array_record_module
+from grain.sources import ArrayRecordDataSource
+
+from diht_jax.input.order import BlockOrder
+from diht_jax.input.pipeline import open_records
+from diht_jax.records.fingerprint import describe_changes, fingerprint_records
+from diht_jax.records.format import DamagedRecordError, TFRecordError
+from diht_jax.records.formats.array_record import (
+    ArrayRecordSource,
+    ArrayRecordWriter,
+    read_array_records,
+)
+from diht_jax.records.formats.registry import open_writer
+from diht_jax.storage.retries import StorageError
+from tests.readers.failing_disk import FailingDisk
+
+
+def _write(folder, counts=(5, 0, 3)):
+    records = []
+    for number, count in enumerate(counts):
+        shard = [f"record {number} {i}".encode() * 50 for i in range(count)]
+        with open_writer(folder / f"x-train-{number:05d}.array_record") as writer:
+            for record in shard:
+                writer.write(record)
+            assert len(writer) == count
+        records += shard
+    return records
+
+
+def test_records_are_those_that_grain_reads(tmp_path):
+    records = _write(tmp_path)
+    source = open_records(str(tmp_path))
+    assert isinstance(source, ArrayRecordSource)
+    theirs = ArrayRecordDataSource([path for path in source.paths if "00001" not in path])
+    again = pickle.loads(pickle.dumps(source))
+    for number, record in enumerate(records):
+        assert source[number] == again[number] == theirs[number] == record
+    assert source.shard_lengths.tolist() == [5, 0, 3]
+    assert source.locate(6) == (str(tmp_path / "x-train-00002.array_record"), 1)
+    assert source.block_starts(2).tolist() == [0, 2, 4, 5, 7, 8]
+    BlockOrder(source.block_starts(2), 0, num_streams=2, window_blocks=1)
+    with pytest.raises(ValueError, match='00000.array_record: .* config.data.order="global"'):
+        source.extent(0, 2)
+    with pytest.raises(IndexError):
+        source[8]
+    before = fingerprint_records(source)
+    assert fingerprint_records(again) == before
+    _write(tmp_path, (5, 0, 4))
+    now = fingerprint_records(ArrayRecordSource(tmp_path))
+    assert describe_changes(before, now) == ["changed: x-train-00002.array_record"]
+
+
+def test_damage_is_named(tmp_path):
+    records = _write(tmp_path, (4,))
+    path = tmp_path / "x-train-00000.array_record"
+    data = bytearray(path.read_bytes())
+    data[data.find(records[2]) + 7] ^= 1
+    path.write_bytes(data)
+    source = ArrayRecordSource(path)
+    assert source[1] == records[1] and source[3] == records[3]
+    with pytest.raises(DamagedRecordError, match="00000.array_record: record 2 cannot be read"):
+        source[2]
+    with pytest.raises(DamagedRecordError, match="00000.array_record: record 2 cannot be read"):
+        list(read_array_records(str(path)))
+    # Its reader has the same error where the disk fails, which is looked at before damage is named.
+    with FailingDisk(tmp_path, 10**9).mounted():
+        with pytest.raises(StorageError):
+            list(read_array_records(str(path)))
+        with pytest.raises(StorageError):
+            source[2]
+    path.write_bytes(data[:5000])
+    with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):
+        ArrayRecordSource(path)
+    with pytest.raises(TFRecordError, match="not a whole ArrayRecord shard; write or copy it"):
+        ArrayRecordSource(path)
+    fsspec.filesystem("memory").pipe_file("memory://a/b.array_record", bytes(data))
+    with pytest.raises(ValueError, match="memory:.*/a/b.array_record: .* local or mounted"):
+        ArrayRecordSource("memory://a/b.array_record")
+
+
+def test_a_disk_that_fails_for_a_moment_damages_no_record(tmp_path, monkeypatch):
+    class FailingReader:
+        """The package's reader, whose next opening and next read fail."""
+
+        failures = {"open": 0, "read": 0}
+
+        def __init__(self, *args):
+            self._reader, self._is_open = reader(*args), not self._fails("open")
+
+        def _fails(self, action):
+            self.failures[action] -= 1
+            return self.failures[action] >= 0
+
+        def ok(self):
+            return self._is_open and self._reader.ok()
+
+        def num_records(self):
+            return self._reader.num_records()
+
+        def read(self, numbers):
+            if self._fails("read"):
+                raise RuntimeError("Stale file handle")
+            return self._reader.read(numbers)
+
+    reader = array_record_module.ArrayRecordReader
+    monkeypatch.setattr(array_record_module, "ArrayRecordReader", FailingReader)
+    records = _write(tmp_path, (3,))
+    FailingReader.failures["open"] = 1
+    source = ArrayRecordSource(tmp_path)
+    for number, record in enumerate(records):
+        FailingReader.failures["read"] = 1
+        assert source[number] == record
+    FailingReader.failures["open"] = FailingReader.failures["read"] = 1
+    assert source[0] == records[0]
+    FailingReader.failures["read"] = 2
+    with pytest.raises(DamagedRecordError, match="record 0 cannot be read .Stale file handle"):
+        source[0]
+
+
+def test_a_writer_leaves_a_whole_shard_or_nothing(tmp_path):
+    with pytest.raises(KeyError), ArrayRecordWriter(tmp_path / "a.array_record") as writer:
+        writer.write(b"x")
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="not the name of a shard; expected .* .tfrecord, .array"):
+        open_writer(tmp_path / "a.zip")

@@ -1,0 +1,268 @@
+"""Tars as record shards, against the reader of tars and against the same data as TFRecords."""
+
+import io
+import json
+import logging as python_logging
+import pathlib
+import pickle
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.filter import run_filter
+from diht_jax.config import load_recipe
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.order import BlockOrder, GlobalOrder
+from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.readers.base import Skipped
+from diht_jax.readers.webdataset import read_tar
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.format import TFRecordError
+from diht_jax.records.formats import tar_records
+from diht_jax.records.formats.tar_records import TarRecordSource, scan_samples
+from tests.readers.inputs import JPEG, PNG, write_tar
+
+_RECIPE = pathlib.Path(__file__).resolve().parents[3] / "configs" / "prep" / "convert.py"
+
+# Whatever a tar may hold: names that need extended headers, members of other kinds, no pairs.
+MEMBERS = [
+    ("__index__.npy", b"not a part of any sample"),
+    ("0.jpg", JPEG),
+    ("0.txt", b"first"),
+    ("0.json", b'{"url": "http://x", "key": "0"}'),
+    ("no_caption.png", PNG),
+    ("f" * 300 + "/" + "k" * 120 + ".png", PNG),
+    ("f" * 300 + "/" + "k" * 120 + ".txt", b"long name"),
+    ("caf\u00e9.webp", b"RIFF"),
+    ("caf\u00e9.npy", b"in between" * 100),
+    ("caf\u00e9.json", b'{"captions": ["a", "b"]}'),
+    ("no_image.txt", b"text"),
+    ("0.jpg", JPEG),
+    ("0.txt", b"the key was there before"),
+    ("two.png", PNG),
+    ("two.jpg", JPEG),
+    ("two.txt", b"two images"),
+    ("bad_json.png", PNG),
+    ("bad_json.json", b"{"),
+    ("a.mask.png", PNG),
+    ("last.JPEG", JPEG),
+    ("last.txt", b"last"),
+]
+_KEPT = ["0", "f" * 300 + "/" + "k" * 120, "caf\u00e9", "last"]
+
+
+def write_members(path, members, tar_format=tarfile.PAX_FORMAT) -> str:
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_records_are_what_the_reader_of_tars_gives(tmp_path, tar_format, caplog):
+    path = write_members(tmp_path / "a.tar", MEMBERS, tar_format)
+    pairs = [entry for entry in read_tar(path) if not isinstance(entry, Skipped)]
+    assert [pair.key for pair in pairs] == _KEPT
+    with caplog.at_level(python_logging.WARNING, logger="absl"):
+        source = TarRecordSource(path)
+    assert (
+        f"{path}: 6 samples are left out: bad_json 1, duplicate 2, no_caption 1, no_image 2"
+        in caplog.text
+    )
+    records = [source.decode(source[number]) for number in range(len(source))]
+    assert [(r.key, r.image, r.caption, r.metadata) for r in records] == [
+        (p.key, p.image, p.caption, p.metadata) for p in pairs
+    ]
+    assert source.locate(3) == (path, 3)
+    # The index lies there now, and says the same; nothing is scanned or logged again.
+    caplog.clear()
+    again = pickle.loads(pickle.dumps(TarRecordSource(tmp_path)))
+    assert [again[number] for number in range(4)] == [source[number] for number in range(4)]
+    assert not caplog.text and repr(again) == repr(source)
+    assert fingerprint_records(again) == fingerprint_records(source)
+    with open(path, "rb") as file, tarfile.open(path) as tar:
+        offsets = {member.name: member.offset for member in tar}
+        found = scan_samples(file, path)[0].tolist()
+        # The first header of a sample, and the last one of a key that is there twice.
+        assert found[1:] == [
+            offsets[name] for name in (MEMBERS[5][0], "caf\u00e9.webp", "last.JPEG")
+        ]
+
+
+def test_an_extent_is_cut_into_its_elements(tmp_path):
+    for number in range(2):
+        members = [
+            (f"{number}-{i}.{name}", data)
+            for i in range(5)
+            for name, data in (("png", PNG * (i + 1)), ("txt", b"c"))
+        ]
+        write_tar(tmp_path / f"{number}.tar", members)
+    source = open_records(str(tmp_path / "*.tar"))
+    assert isinstance(source, TarRecordSource)
+    assert source.shard_lengths.tolist() == [5, 5]
+    assert source.block_starts(2).tolist() == [0, 2, 4, 5, 7, 9, 10]
+    for first, last in ((0, 3), (3, 5), (6, 7), (5, 10)):
+        path, start, end = source.extent(first, last)
+        with open(path, "rb") as file:
+            data = file.read()[start:end]
+        elements = [source[n] for n in range(first, last)]
+        assert source.split(first, last, data) == elements
+        # As the read-ahead does it: pieces are cut by one process, and unpacked by another.
+        starts = source.cut(first, last, data)
+        pieces = [data[i:j] for i, j in zip(starts[:-1], starts[1:], strict=True)]
+        assert [source.unpack(first + n, piece) for n, piece in enumerate(pieces)] == elements
+    with pytest.raises(IndexError, match="records 4 to 5 .* are not in one shard"):
+        source.extent(4, 6)
+    with pytest.raises(TFRecordError, match=r"samples 0 to 2: \d+ bytes were read, and \d+ exp"):
+        source.split(0, 3, b"x" * 100)
+
+
+def test_an_extent_of_a_store_is_cut_without_the_offsets(tmp_path, monkeypatch):
+    pairs = [
+        (f"{i}.{name}", data) for i in range(7) for name, data in (("png", PNG), ("txt", b"c"))
+    ]
+    plain = TarRecordSource(write_members(tmp_path / "plain.tar", pairs))
+    data = pathlib.Path(plain.paths[0]).read_bytes()
+    extents = [(0, 3), (2, 5), (4, 7), (6, 7)]
+    expected = [plain.cut(*records, _piece(plain, data, records)) for records in extents]
+    # A key that was there before counts in the piece alone: there the index decides.
+    odd = TarRecordSource(write_members(tmp_path / "odd.tar", [*pairs, *MEMBERS]))
+    odd_data, every = pathlib.Path(odd.paths[0]).read_bytes(), (1, len(odd))
+    odd_expected = odd.cut(*every, _piece(odd, odd_data, every))
+    opened = []
+    monkeypatch.setattr(tar_records, "is_remote", lambda path: True)
+    for source in (plain, odd):
+        monkeypatch.setattr(
+            source, "_open_shard", lambda n, real=source._open_shard: opened.append(n) or real(n)
+        )
+    for records, starts in zip(extents, expected, strict=True):
+        np.testing.assert_array_equal(plain.cut(*records, _piece(plain, data, records)), starts)
+    piece = _piece(plain, data, (0, 3))
+    opened.clear()
+    plain.cut(0, 3, piece)
+    assert not opened
+    np.testing.assert_array_equal(odd.cut(*every, _piece(odd, odd_data, every)), odd_expected)
+    assert opened
+    with pytest.raises(TFRecordError, match=r"samples 0 to 2: \d+ bytes were read, and \d+ exp"):
+        plain.cut(0, 3, b"x" * 1024)
+
+
+def _piece(source, data, records) -> bytes:
+    _, start, end = source.extent(*records)
+    return data[start:end]
+
+
+def test_what_is_no_plain_tar_is_refused(tmp_path):
+    compressed = write_tar(tmp_path / "a.tar.gz", [("0.png", PNG), ("0.txt", b"c")], "w:gz")
+    (tmp_path / "gz.tar").write_bytes((tmp_path / "a.tar.gz").read_bytes())
+    for paths in (compressed, str(tmp_path / "*.tar.gz"), [compressed]):
+        with pytest.raises(ValueError, match=r"config.data.train: .*a.tar.gz: a tar that is compr"):
+            open_records(paths)
+    with pytest.raises(TFRecordError, match=r"gz.tar: a tar that is compressed \(gzip\) has no"):
+        TarRecordSource(str(tmp_path / "gz.tar"))
+    whole = write_tar(tmp_path / "b.tar", [("0.png", PNG * 50), ("0.txt", b"c")])
+    (tmp_path / "cut.tar").write_bytes((tmp_path / "b.tar").read_bytes()[:1024])
+    with pytest.raises(TFRecordError, match="cut.tar: the tar archive cannot be read to its end"):
+        TarRecordSource(str(tmp_path / "cut.tar"))
+    with tarfile.open(tmp_path / "c.tar", "w", pax_headers={"path": "same"}) as tar:
+        tar.addfile(tarfile.TarInfo("0.txt"))
+    with pytest.raises(TFRecordError, match=r"c.tar: .*a global header \(path\), so has no index"):
+        TarRecordSource(str(tmp_path / "c.tar"))
+    with pytest.raises(ValueError, match=r"config.data.train: no TFRecord shard at .*, \*.array_r"):
+        open_records(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="config.data.train: shards of several formats: .*b.tar, "):
+        open_records([whole, str(tmp_path / "x.tfrecord")])
+
+
+def test_a_stale_index_and_damaged_headers_are_noticed(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, [("0.png", PNG), ("0.txt", b"c"), ("1.png", PNG), ("1.txt", b"d")])
+    source = TarRecordSource(path)
+    data = bytearray(path.read_bytes())
+    start = source.extent(1, 2)[1]
+    data[start : start + 4] = b"\xff\xff\xff\xff"  # the name in the first header of the second
+    path.write_bytes(data)
+    assert source.decode(source[0]).key == "0"
+    with pytest.raises(ValueError, match="cannot be read to its end"):
+        source.decode(source[1])
+    # In a header within the sample: nothing of it is lost in silence.
+    data[start : start + 4] = b"1.pn"
+    data[start + 1024] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged member header at byte 1024"):
+        source.decode(source[1])
+    path.write_bytes(bytes(data) + bytes(512))
+    with pytest.raises(TFRecordError, match="a.tar.idx does not belong to .*delete the index"):
+        TarRecordSource(path)
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    """Three tars as img2dataset writes them, some samples without caption, and the same records."""
+    folder, rng = tmp_path_factory.mktemp("web"), np.random.default_rng(0)
+    (folder / "tars").mkdir()
+    for number in range(3):
+        members = []
+        for i in range(7):
+            key = f"{number:05d}{i:04d}"
+            buffer = io.BytesIO()
+            noise = rng.integers(0, 256, (8, 10, 3), dtype=np.uint8)
+            Image.fromarray(noise).resize((60, 40)).save(buffer, "JPEG")
+            members.append((f"{key}.jpg", buffer.getvalue()))
+            if i != 2:
+                members.append((f"{key}.txt", f"noise {key}".encode()))
+            members.append((f"{key}.json", json.dumps({"url": f"http://{key}"}).encode()))
+        write_tar(folder / "tars" / f"{number:05d}.tar", members)
+    config = load_recipe(_RECIPE)
+    config.update({"input": f"{folder}/tars/*.tar", "output": f"{folder}/records"})
+    config.update({"num_workers": 0, "examples_per_shard": 6})
+    assert run_filter(config) == {}
+    return folder
+
+
+def _batches(paths, in_blocks, count=5):
+    decode, source = DecodeExample(24, 16, (0.3, 1.0), "a {caption}"), open_records(paths)
+    order = GlobalOrder(len(source), 7)
+    if in_blocks:
+        order = BlockOrder(source.block_starts(2), 7, num_streams=4, window_blocks=2)
+    settings = {"batch_size": 4, "seed": 7, "num_workers": 0, "order": order}
+    iterator = TrainIterator(source, decode, **settings)
+    try:
+        return [next(iterator) for _ in range(count)], iterator.keys(0)
+    finally:
+        iterator.close()
+
+
+def _compare(paths, expected, in_blocks):
+    found, keys = _batches(paths, in_blocks)
+    assert keys == expected[1]
+    for batch, other in zip(expected[0], found, strict=True):
+        for name, values in batch.items():
+            np.testing.assert_array_equal(values, other[name])
+
+
+def test_batches_of_tars_are_those_of_tfrecords(web):
+    stores = fsspec.filesystem("memory")
+    stores.put(f"{web}/tars", "memory://web/tars", recursive=True)
+    stores.put(f"{web}/records", "memory://web/records", recursive=True)
+    expected = _batches(f"{web}/records", False)
+    for paths in (f"{web}/tars", "memory://web/tars", "memory://web/records"):
+        _compare(paths, expected, False)
+    assert stores.exists("memory://web/tars/00000.tar.idx")
+
+
+def test_batches_in_blocks_are_those_of_tfrecords(web):
+    # Blocks end with their shards, so that these are the same here, six records each.
+    assert open_records(f"{web}/records").shard_lengths.tolist() == [6, 6, 6]
+    expected = _batches(f"{web}/records", True)
+    _compare(f"{web}/tars", expected, True)
+    # A URL: blocks are fetched ahead, by a process of its own.
+    _compare(f"file://{web}/tars", expected, True)

@@ -1,0 +1,220 @@
+"""What a start from a `dataset.index` looks at, and what it notices of a folder that changed."""
+
+import os
+import pathlib
+import shutil
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+
+from diht_jax.data.index import update_index
+from diht_jax.records import remote
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from tests.records.stores import CountingStore, SparseStore
+
+RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(500)]
+OPENED: list[str] = []
+_watched: list[str] = []
+
+
+def _note(event, arguments):
+    if event == "open" and _watched and str(arguments[0]).startswith(_watched[0]):
+        OPENED.append(os.path.basename(arguments[0]))
+
+
+sys.addaudithook(_note)  # it stays; it notes nothing where nothing is watched
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "kept"
+    folder.mkdir()
+    for shard in range(4):
+        with TFRecordWriter(folder / f"part-{shard}.tfrecord") as writer:
+            for record in RECORDS[shard * 125 : shard * 125 + 125]:
+                writer.write(record)
+    update_index(folder)
+    yield folder
+    _watched.clear()
+    OPENED.clear()
+
+
+@pytest.fixture
+def url(folder):
+    system = fsspec.filesystem("counting")
+    for path in folder.iterdir():
+        system.pipe_file(f"/kept/{path.name}", path.read_bytes())
+    CountingStore.requests.clear()
+    yield "counting:///kept"
+    system.rm("/kept", recursive=True)
+
+
+class Broadcast:
+    """What the first process of a run reads, given to all."""
+
+    data = None
+
+    def __call__(self, read):
+        if self.data is None:
+            self.data = read()
+        return self.data
+
+
+def without_index(folder: pathlib.Path) -> TFRecordSource:
+    """The same shards as they are read without a `dataset.index`."""
+    other = folder.parent / "other"
+    shutil.copytree(folder, other, ignore=shutil.ignore_patterns("dataset.index"))
+    return TFRecordSource(other)
+
+
+def test_an_indexed_folder_has_the_records_and_the_fingerprint_of_its_shards(folder, url):
+    plain = without_index(folder)
+    for source in (TFRecordSource(folder), TFRecordSource(url), TFRecordSource(f"{url}/part-*")):
+        assert repr(source) == repr(plain)
+        assert fingerprint_records(source) == fingerprint_records(plain)
+        assert [source[number] for number in range(500)] == RECORDS
+        for block in (64, 100):
+            starts = source.block_starts(block)
+            assert starts.tolist() == plain.block_starts(block).tolist()
+            for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+                path, start, end = source.extent(first, last)
+                data = (folder / os.path.basename(path)).read_bytes()[start:end]
+                assert source.split(first, last, data) == RECORDS[first:last]
+    part = TFRecordSource([folder / "part-2.tfrecord", folder / "part-0.tfrecord"])
+    assert [part[number] for number in (0, 125)] == [RECORDS[250], RECORDS[0]]
+
+
+def test_a_start_on_a_disk_opens_one_file_and_reading_opens_each_shard_once(folder):
+    for path in folder.glob("*.idx"):
+        path.unlink()
+    _watched.append(str(folder))
+    source = TFRecordSource(folder)
+    fingerprint_records(source)
+    source.extent(0, 64)
+    assert OPENED == ["dataset.index"]
+    assert [source[number] for number in range(500)] == RECORDS
+    shards = [f"part-{number}.tfrecord" for number in range(4)]
+    assert sorted(set(OPENED)) == ["dataset.index", *shards] and len(OPENED) <= 7
+
+
+@pytest.mark.parametrize(("shards", "processes"), [(40, 512), (40_000, 2)])
+def test_a_start_takes_three_requests_whatever_the_shards_and_processes(shards, processes):
+    SparseStore.requests.clear()
+    share = Broadcast()
+    for number in range(processes):  # every process gets all, and only the first asks the store
+        source = TFRecordSource(f"sparse://{shards}/data", share=share)
+        assert len(source) == 128 * shards
+        if number in (0, processes - 1):
+            assert fingerprint_records(source).shards[-1][3] == f"{shards - 1:016x}"
+            starts = source.block_starts(64)
+            assert len(starts) == 2 * shards + 1
+            for block in (0, 17, 2 * shards - 1):
+                path, start, end = source.extent(int(starts[block]), int(starts[block + 1]))
+                assert path.endswith(f"{shards}/data/part-{block // 2:05d}.tfrecord")
+                assert (start, end) == (64_000 * (block % 2), 64_000 * (block % 2 + 1))
+    assert SparseStore.requests["list"] == 1
+    assert SparseStore.requests["read"] <= 2 and SparseStore.requests["info"] == 0
+
+
+def test_a_block_is_one_request_and_a_record_too_once_the_offsets_are_there(url, tmp_path):
+    source = TFRecordSource(url)
+    assert sum(CountingStore.requests.values()) == 2  # a listing, and the index
+    starts = source.block_starts(64).tolist()
+    CountingStore.requests.clear()
+    for first, last in zip(starts[:-1], starts[1:], strict=True):
+        path, start, end = source.extent(first, last)
+        assert source.split(first, last, remote.read_range(path, start, end)) == RECORDS[first:last]
+    assert CountingStore.requests == {"read": len(starts) - 1}
+    # Single records, by offsets that are read 64 at a time.
+    CountingStore.requests.clear()
+    assert [source[number] for number in range(500)] == RECORDS
+    assert CountingStore.requests == {"read": 500 + 4 * 2}
+    # With the offsets on this host, which two processes of it share.
+    CountingStore.requests.clear()
+    for reader in (source, TFRecordSource(url, share=lambda read: read())):
+        CountingStore.requests.clear()
+        reader.make_offsets_local(tmp_path / "cache")
+        downloads = CountingStore.requests["read"]
+        assert [reader[number] for number in range(500)] == RECORDS
+        assert CountingStore.requests == {"read": 500 + downloads}
+        assert downloads == (1 if reader is source else 0)
+    assert len(list((tmp_path / "cache").glob("*.index"))) == 1
+
+
+def test_shards_that_changed_are_named_with_what_to_do(folder, url):
+    system = fsspec.filesystem("counting")
+
+    def write(name, data):
+        system.pipe_file(f"/kept/{name}", data)
+        (folder / name).write_bytes(data)
+
+    def remove(name):
+        system.rm_file(f"/kept/{name}")
+        (folder / name).unlink()
+
+    data = (folder / "part-1.tfrecord").read_bytes()
+    write("part-1.tfrecord", (folder / "part-2.tfrecord").read_bytes())
+    for path in (url, str(folder)):
+        with pytest.raises(ValueError, match=r"dataset.index does not fit.* 1 changed \(part-1.tf"):
+            TFRecordSource(path)
+        TFRecordSource(f"{path}/part-0.tfrecord")
+    write("part-1.tfrecord", data)
+    write("part-9.tfrecord", data)
+    remove("part-3.tfrecord")
+    for path in (url, str(folder)):
+        expected = rf"1 added \(part-9.tfrecord\); 1 removed \(part-3.*python -m .*index {path}`"
+        with pytest.raises(ValueError, match=expected):
+            TFRecordSource(path)
+        assert len(TFRecordSource(f"{path}/part-[0-2].tfrecord")) == 375
+        update_index(path)
+        assert len(TFRecordSource(path)) == 500
+
+
+def test_a_shard_of_the_same_size_that_was_written_again_is_noticed_when_it_is_read(folder):
+    path = folder / "part-0.tfrecord"
+    with TFRecordWriter(folder / "new") as writer:
+        for record in reversed(RECORDS[:125]):
+            writer.write(record)
+    assert (folder / "new").stat().st_size == path.stat().st_size
+    os.replace(folder / "new", path)
+    source = TFRecordSource(folder)
+    with pytest.raises(TFRecordError, match=r"dataset.index does not belong to .*--overwrite"):
+        source[7]
+    with pytest.raises(ValueError, match=r"part-0.tfrecord.idx does not belong to .* delete the"):
+        (folder / "dataset.index").unlink()
+        update_index(folder)
+    update_index(folder, overwrite=True)
+    assert TFRecordSource(folder)[7] == RECORDS[117]
+
+
+def test_other_processes_look_at_their_own_copy_of_the_index(folder, tmp_path):
+    share = Broadcast()
+    TFRecordSource(folder, share=share)
+    # Mounted under another name, and read without a listing.
+    mounted = tmp_path / "mounted"
+    shutil.copytree(folder, mounted)
+    _watched.append(str(mounted))
+    source = TFRecordSource(mounted, share=share)
+    assert OPENED == ["dataset.index"]
+    assert source[499] == RECORDS[499] and source.paths[3] == str(mounted / "part-3.tfrecord")
+    (mounted / "dataset.index").unlink()
+    with pytest.raises(ValueError, match=r"mounted/dataset.index is missing on this host"):
+        TFRecordSource(mounted, share=share)
+    (mounted / "part-3.tfrecord").unlink()
+    update_index(mounted)
+    with pytest.raises(ValueError, match=r"mounted/dataset.index is another index than the first"):
+        TFRecordSource(mounted, share=share)
+
+
+def test_folders_without_an_index_are_looked_at_by_every_process(folder, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(folder, plain, ignore=shutil.ignore_patterns("dataset.index"))
+    share = Broadcast()
+    first = TFRecordSource([folder, plain], share=share)
+    (plain / "part-3.tfrecord").unlink()
+    other = TFRecordSource([folder, plain], share=share)
+    assert (len(first), len(other)) == (1000, 875)  # and the fingerprints tell
+    assert other[874] == RECORDS[374]

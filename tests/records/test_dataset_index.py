@@ -1,0 +1,178 @@
+"""The bytes of `dataset.index`, read by hand, and what becomes of damaged ones."""
+
+import json
+import pathlib
+import struct
+import threading
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from diht_jax.data.index import update_index
+from diht_jax.records.dataset_index import (
+    ShardEntry,
+    ShardTable,
+    encode_head,
+    encode_preamble,
+    read_table,
+)
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+
+LENGTHS = (130, 0, 64, 1, 200)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random = np.random.default_rng(0)
+    for number, count in enumerate(LENGTHS):
+        with TFRecordWriter(tmp_path / f"part-{number}.tfrecord") as writer:
+            for _ in range(count):
+                writer.write(random.bytes(int(random.integers(0, 90))))
+    update_index(tmp_path)
+    return tmp_path
+
+
+def offsets_of(path: pathlib.Path) -> list[int]:
+    """Where the frames of a shard begin, by their lengths."""
+    data, found, position = path.read_bytes(), [], 0
+    while position < len(data):
+        found.append(position)
+        position += 16 + struct.unpack_from("<Q", data, position)[0]
+    return found
+
+
+def test_the_file_is_as_its_format_is_described(folder):
+    data = (folder / "dataset.index").read_bytes()
+    magic, head_bytes, checksum, zero = struct.unpack_from("<8sQII", data)
+    head = data[24 : 24 + head_bytes]
+    assert (magic, checksum, zero) == (b"DIHTSET1", google_crc32c.value(head), 0)
+    (json_bytes,) = struct.unpack_from("<Q", head)
+    facts = json.loads(head[8 : 8 + json_bytes])
+    shards, anchors = len(LENGTHS), 3 + 0 + 1 + 1 + 4
+    names = b"".join(b"part-%d.tfrecord\0" % number for number in range(shards))
+    assert facts == {
+        **{"shards": shards, "records": sum(LENGTHS), "anchors": anchors},
+        **{"names_bytes": len(names), "kinds": ["tfrecord"]},
+    }
+    position = -(-(8 + json_bytes) // 8) * 8
+    words = struct.unpack_from(f"<{3 * shards + anchors}Q", head, position)
+    paths = [folder / f"part-{number}.tfrecord" for number in range(shards)]
+    assert words[:shards] == LENGTHS
+    assert words[shards : 2 * shards] == tuple(path.stat().st_size for path in paths)
+    rows = fingerprint_records(TFRecordSource(list(map(str, paths)))).shards
+    assert words[2 * shards : 3 * shards] == tuple(int(row[3], 16) for row in rows)
+    offsets = [offsets_of(path) for path in paths]
+    assert words[3 * shards :] == tuple(at for each in offsets for at in each[::64])
+    rest = head[position + 8 * len(words) :]
+    assert rest[:shards] == bytes(shards) and rest[shards:].rstrip(b"\0") + b"\0" == names
+    assert len(head) % 8 == 0
+    every = struct.unpack_from(f"<{sum(LENGTHS)}Q", data, 24 + head_bytes)
+    assert every == tuple(at for each in offsets for at in each)
+    assert len(data) == 24 + head_bytes + 8 * sum(LENGTHS)
+
+
+def _entry(**changes):
+    sizes = {"num_records": 100, "num_bytes": 9000, "anchors": np.array([0, 6000], np.uint64)}
+    fields = {"name": "a.tfrecord", "kind": "tfrecord", "digest": "0" * 16} | sizes
+    return ShardEntry(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [_entry(name="../a.tfrecord")],
+        [_entry(name="..")],
+        [_entry(name="")],
+        [_entry(), _entry()],
+        [_entry(num_records=600)],
+        [_entry(num_records=10**15, num_bytes=2**63)],
+        [_entry(anchors=np.array([0], np.uint64))],
+        [_entry(anchors=np.array([0, 900], np.uint64))],
+        [_entry(anchors=np.array([0, 8990], np.uint64))],
+        [_entry(anchors=np.array([0, 2**64 - 1], np.uint64))],
+        [_entry(anchors=np.array([2**63, 6000], np.uint64))],
+    ],
+)
+def test_a_head_whose_numbers_contradict_each_other_is_refused(entries):
+    ShardTable(encode_head([_entry()]), "good")
+    with pytest.raises(
+        TFRecordError, match=r"x/dataset.index: this index is damaged .*--overwrite"
+    ):
+        ShardTable(encode_head(entries), "x/dataset.index")
+
+
+@pytest.mark.parametrize("key", ["shards", "records", "anchors", "names_bytes", "kinds"])
+def test_a_head_with_other_facts_is_refused(key):
+    head = encode_head([_entry()])
+    (size,) = struct.unpack_from("<Q", head)
+    facts = json.loads(head[8 : 8 + size])
+    for value in (None, -1, 0, 3, 2**60, 2**70, True, 1.0, "1", [], ["zip"], {}):
+        text = json.dumps(facts | {key: value}).encode()
+        changed = struct.pack("<Q", len(text)) + text + bytes(-len(text) % 8)
+        with pytest.raises(TFRecordError):
+            ShardTable(changed + head[8 + size + -size % 8 :], "x")
+
+
+def test_a_damaged_file_is_refused(folder):
+    path = folder / "dataset.index"
+    good = path.read_bytes()
+    head_bytes = struct.unpack_from("<Q", good, 8)[0]
+    changed = [good[:20], good[:-8], good + bytes(8), b"x" + good[1:], b""]
+    changed += [good[:8] + struct.pack("<Q", n) + good[16:] for n in (2**64 - 1, 10**9, 0, 8)]
+    flipped = bytearray(good)
+    flipped[24 + head_bytes - 30] ^= 1
+    for data in [*changed, bytes(flipped)]:
+        path.write_bytes(data)
+        with pytest.raises(TFRecordError, match=r"dataset.index: this index is damaged \("):
+            TFRecordSource(folder)
+    path.write_bytes(good)
+    assert len(TFRecordSource(folder)) == sum(LENGTHS)
+
+
+def test_a_wrong_offset_is_noticed_where_it_is_used(folder):
+    path = folder / "dataset.index"
+    good, start = path.read_bytes(), read_table(str(path)).offsets_start
+    expected = [TFRecordSource(folder)[number] for number in range(sum(LENGTHS))]
+    for value in (0, 2**64 - 1, 2**63, 5):
+        path.write_bytes(good[: start + 80] + struct.pack("<Q", value) + good[start + 88 :])
+        source = TFRecordSource(folder)
+        for number in (9, 10):
+            with pytest.raises(TFRecordError, match=r"dataset.index.*--overwrite"):
+                source[number]
+        assert [source[number] for number in range(11, 300)] == expected[11:300]
+        assert source.split(64, 128, source_bytes(source, 64, 128)) == expected[64:128]
+    update_index(folder, overwrite=True)
+    assert path.read_bytes() == good
+
+
+def test_a_record_can_be_read_while_another_thread_maps_the_index(folder, monkeypatch):
+    source, found = TFRecordSource(folder), []
+    expected = [TFRecordSource(folder)[number] for number in range(sum(LENGTHS))]
+
+    def read_meanwhile(*args, really_map=np.memmap):
+        monkeypatch.setattr(np, "memmap", really_map)
+        reader = threading.Thread(target=lambda: found.append(source[10]))
+        reader.start()
+        reader.join()
+        return really_map(*args)
+
+    monkeypatch.setattr(np, "memmap", read_meanwhile)
+    assert source[9] == expected[9]
+    assert found == [expected[10]]
+
+
+def source_bytes(source: TFRecordSource, first: int, last: int) -> bytes:
+    """The bytes of an extent."""
+    path, start, end = source.extent(first, last)
+    return pathlib.Path(path).read_bytes()[start:end]
+
+
+def test_an_index_of_no_shard_and_of_empty_shards(tmp_path):
+    head = encode_head([])
+    (tmp_path / "dataset.index").write_bytes(encode_preamble(head) + head)
+    assert len(read_table(str(tmp_path / "dataset.index"))) == 0
+    TFRecordWriter(tmp_path / "a.tfrecord").close()
+    update_index(tmp_path)
+    assert len(TFRecordSource(tmp_path)) == 0

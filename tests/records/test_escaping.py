@@ -1,0 +1,42 @@
+"""Foreign texts on a terminal: nothing in them steers it, and everything else stays readable."""
+
+import sys
+import unicodedata
+
+import pytest
+
+from diht_jax.records.escaping import escape, escape_lines
+
+_BIDI = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("a\r\nb\tc\x00\x7f\x9b31m", r"a\x0d\x0ab\x09c\x00\x7f\x9b31m"),
+        ("gpj.\u202egnp", r"gpj.\u202egnp"),
+        ("\ud800 \u2028 \ufeff \U000e0041", r"\ud800 \u2028 \ufeff \U000e0041"),
+        (
+            "größe 犬 🐕 👩\u200d👩\u200d👧 עברית العربية é",
+            "größe 犬 🐕 👩\u200d👩\u200d👧 עברית العربية é",
+        ),
+        (r"C:\new\x1b", r"C:\new\x1b"),
+    ],
+)
+def test_what_is_shown(text, shown):
+    assert escape(text) == shown
+
+
+def test_every_character_that_unicode_calls_a_control_is_escaped():
+    for code in range(sys.maxunicode + 1):
+        letter = chr(code)
+        is_control = unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")
+        if is_control or unicodedata.bidirectional(letter) in _BIDI:
+            assert escape(letter).isascii() and escape(letter).isprintable(), hex(code)
+        elif letter.isprintable():
+            assert escape(letter) == letter
+
+
+def test_lines_of_our_own_stay_lines():
+    assert escape_lines("a\n\tb\x1b[1m\r\n") == "a\n\tb\\x1b[1m\\x0d\n"

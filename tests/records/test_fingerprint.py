@@ -1,0 +1,89 @@
+"""What a data set's fingerprint notices, and what it costs to keep."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from diht_jax.records.fingerprint import Fingerprint, describe_changes, fingerprint_records
+from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+
+
+def write(path, sizes, fill=b"a"):
+    with TFRecordWriter(path) as writer:
+        for size in sizes:
+            writer.write(fill * size)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for shard in range(4):
+        write(tmp_path / f"part-{shard}.tfrecord", (9000, 10 + shard, 9000))
+    return tmp_path
+
+
+def look(paths):
+    return fingerprint_records(TFRecordSource(paths))
+
+
+def test_the_same_shards_elsewhere_are_the_same(folder, tmp_path_factory):
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("copy") / "x")
+    (copy / "part-2.tfrecord.idx").unlink()
+    before, now = look(folder), look(copy)
+    assert before == now and before.digest == now.digest and describe_changes(before, now) == []
+    assert Fingerprint.unpack(json.loads(json.dumps(before.pack()))) == before
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (lambda f: write(f / "part-1.tfrecord", (9000, 12, 9000)), ["changed: part-1.tfrecord"]),
+        # Of equal lengths, but the ends are others.
+        (
+            lambda f: write(f / "part-1.tfrecord", (9000, 11, 9000), b"b"),
+            ["changed: part-1.tfrecord"],
+        ),
+        # Two records exchanged: the same size, and the same ends.
+        (lambda f: write(f / "part-1.tfrecord", (9000, 9000, 11)), ["changed: part-1.tfrecord"]),
+        (lambda f: (f / "part-0.tfrecord").unlink(), ["missing: part-0.tfrecord"]),
+        (lambda f: write(f / "part-9.tfrecord", (1,)), ["added: part-9.tfrecord"]),
+        (
+            lambda f: (f / "part-3.tfrecord").rename(f / "part-4.tfrecord"),
+            ["missing: part-3.tfrecord", "added: part-4.tfrecord"],
+        ),
+    ],
+)
+def test_changes_are_named(folder, change, expected):
+    before = look(folder)
+    change(folder)
+    for index in folder.glob("*.idx"):
+        index.unlink()
+    now = look(folder)
+    assert now.digest != before.digest and describe_changes(before, now) == expected
+
+
+def test_another_order_and_equal_names_are_reported(folder, tmp_path_factory):
+    paths = sorted(folder.glob("*.tfrecord"))
+    before, now = look(paths), look(paths[::-1])
+    assert describe_changes(before, now) == ["the same shards in another order"]
+    other = tmp_path_factory.mktemp("other")
+    write(other / "part-0.tfrecord", (5,))
+    both = look([*paths, other])
+    assert describe_changes(before, both) == ["added: part-0.tfrecord (2)"]
+
+
+def test_a_table_of_many_shards_is_small():
+    rng = np.random.default_rng(0)
+    shards = tuple(
+        (f"part-{i:06d}.tfrecord", 10_000, 10**8 + int(rng.integers(10**7)), rng.bytes(8).hex())
+        for i in range(20_000)
+    )
+    packed = json.dumps(Fingerprint(shards).pack())
+    assert len(packed) < 30 * len(shards)
+    assert Fingerprint.unpack(json.loads(packed)).shards == shards
+    many = Fingerprint(shards[:100])
+    assert describe_changes(Fingerprint(shards[:110]), many) == [
+        "missing: part-000100.tfrecord, part-000101.tfrecord, part-000102.tfrecord, "
+        "part-000103.tfrecord, part-000104.tfrecord and 5 more"
+    ]

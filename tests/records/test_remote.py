@@ -1,0 +1,140 @@
+"""Records in object stores: fsspec's in memory, and S3 as a server in this process (moto)."""
+
+import json
+import math
+
+import fsspec
+import numpy as np
+import pytest
+
+from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.formats.registry import open_source
+from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_vocabulary, write_vocabulary
+from diht_jax.storage import stores
+from tests.readers.inputs import PNG, write_tar
+from tests.records.stores import MeteredStore
+
+RECORDS = [bytes([i]) * (1 + 700 * i) for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("local")
+    for shard in range(2):
+        with TFRecordWriter(folder / f"part-{shard}.tfrecord") as writer:
+            for record in RECORDS[shard * 10 : shard * 10 + 10]:
+                writer.write(record)
+    return folder
+
+
+@pytest.fixture(params=["memory", "s3"])
+def folder(request, local):
+    url = (
+        "memory:///records"
+        if request.param == "memory"
+        else f"{request.getfixturevalue('s3_bucket')}/records"
+    )
+    system = fsspec.filesystem(request.param)
+    for path in local.iterdir():
+        system.pipe_file(f"{url}/{path.name}", path.read_bytes())
+    yield url
+    system.rm(url, recursive=True)
+
+
+def test_records_are_those_of_the_local_shards(folder, local):
+    for paths in (
+        folder,
+        f"{folder}/part-*.tfrecord",
+        [f"{folder}/part-{i}.tfrecord" for i in (0, 1)],
+    ):
+        source = TFRecordSource(paths)
+        assert [source[i] for i in range(len(source))] == RECORDS
+    assert repr(source) == repr(TFRecordSource(local))
+    assert fingerprint_records(source) == fingerprint_records(TFRecordSource(local))
+    assert source.locate(13) == (f"{folder}/part-1.tfrecord", 3)
+    path, start, end = source.extent(12, 19)
+    data = fsspec.filesystem(folder.split(":")[0]).cat_file(path, start=start, end=end)
+    assert source.split(12, 19, data) == RECORDS[12:19]
+
+
+def test_a_missing_index_is_made_and_kept(folder, local):
+    system = fsspec.filesystem(folder.split(":")[0])
+    system.rm_file(f"{folder}/part-1.tfrecord.idx")
+    source = TFRecordSource(folder)
+    assert source[19] == RECORDS[19]
+    kept = system.cat_file(f"{folder}/part-1.tfrecord.idx")
+    assert kept == (local / "part-1.tfrecord.idx").read_bytes()
+
+
+def test_damage_is_reported(folder):
+    system = fsspec.filesystem(folder.split(":")[0])
+    path = f"{folder}/part-0.tfrecord"
+    data = bytearray(system.cat_file(path))
+    data[-20] ^= 1
+    system.pipe_file(path, bytes(data))
+    source = TFRecordSource(folder)
+    assert source[8] == RECORDS[8]
+    with pytest.raises(TFRecordError, match=f"{path}: record 9 is damaged"):
+        source[9]
+    system.pipe_file(f"{path}.idx", system.cat_file(f"{path}.idx")[:-8])
+    with pytest.raises(TFRecordError, match=f"{path}.idx does not belong to {path}"):
+        TFRecordSource(folder)
+
+
+def test_what_is_not_there_is_reported():
+    with pytest.raises(ValueError, match="no TFRecord shard at 'memory://nothing'"):
+        TFRecordSource("memory://nothing")
+    with pytest.raises(ValueError, match="nosuch:// cannot be read"):
+        TFRecordSource("nosuch://bucket/records")
+
+
+def test_training_reads_them(local):
+    """Grain's worker processes take the source by pickle."""
+    import pickle
+
+    system = fsspec.filesystem("memory")
+    for path in local.iterdir():
+        system.pipe_file(f"memory:///pickled/{path.name}", path.read_bytes())
+    source = pickle.loads(pickle.dumps(TFRecordSource("memory:///pickled")))
+    order = np.random.default_rng(0).permutation(len(source))
+    assert [source[i] for i in order] == [RECORDS[i] for i in order]
+
+
+def test_the_vocabulary_of_a_labelled_folder_is_read_there(folder, tmp_path):
+    parts = [
+        ConceptList(kind, (f"a {kind}", "other"), (5, 4)) for kind in ("objects", "attributes")
+    ]
+    vocabulary = Vocabulary(*parts)
+    write_vocabulary(tmp_path, vocabulary)
+    system = fsspec.filesystem(folder.split(":")[0])
+    for path in tmp_path.iterdir():
+        system.put_file(str(path), f"{folder}/{path.name}")
+    with pytest.raises(ValueError, match=r"part-0\.tfrecord\.stats\.json: names no vocabulary"):
+        find_vocabulary(folder)
+    stats = {"counts": {"vocabulary": vocabulary.describe()}}
+    for shard in range(2):
+        system.pipe_file(f"{folder}/part-{shard}.tfrecord.stats.json", json.dumps(stats).encode())
+    assert find_vocabulary(f"{folder}/part-*.tfrecord") == vocabulary
+    system.rm_file(f"{folder}/vocabulary_objects.tsv")
+    with pytest.raises(ValueError, match=f"{folder}/vocabulary_objects.tsv is missing"):
+        find_vocabulary(folder)
+
+
+def test_shards_without_index_are_walked_through_by_large_requests(tmp_path, monkeypatch):
+    monkeypatch.setattr(stores, "BLOCK_BYTES", 2**16)
+    image = PNG + np.random.default_rng(0).bytes(20_000)
+    write_tar(tmp_path / "a.tar", [(f"{n}.{e}", image) for n in range(40) for e in ("png", "txt")])
+    with TFRecordWriter(tmp_path / "a.tfrecord") as writer:
+        for number in range(40):
+            writer.write(image[number:])
+    for name in ("a.tar", "a.tfrecord"):
+        data = (tmp_path / name).read_bytes()
+        fsspec.filesystem("metered").pipe_file(f"/walked/{name}", data)
+        MeteredStore.requests.clear()
+        source = open_source(f"metered:///walked/{name}")
+        assert len(source) == len(open_source(tmp_path / name)) == 40
+        blocks = math.ceil(len(data) / 2**16)
+        assert MeteredStore.requests["get"] <= blocks
+        assert MeteredStore.requests["bytes read"] <= len(data)
+    MeteredStore.reset()

@@ -1,0 +1,190 @@
+"""The record against the protobuf classes that TFDS ships, and its refusals."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tensorflow_datasets.proto import tf_example_pb2
+
+from diht_jax.records.schema import Example, Pair, Record, decode_record, encode_record
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_IMAGE = bytes(range(256)) * 3
+
+
+def _make_record() -> Record:
+    return Record(
+        key="00012",
+        image=_IMAGE,
+        caption="un café noir ☕",
+        metadata={"label": 3, "captions": ["a", "b"], "nested": {"x": None, "y": 0.5}},
+        object_ids=np.array([7, 0, 2**24 - 1], np.int32),
+        object_probs=np.array([0.5, 0.25, 0.25], np.float32),
+        attribute_ids=np.array([1], np.int64),
+        attribute_probs=np.array([1.0], np.float32),
+    )
+
+
+def test_bytes_are_those_of_tensorflows_message():
+    example = tf_example_pb2.Example.FromString(encode_record(_make_record()))
+    feature = example.features.feature
+    assert feature["key"].bytes_list.value == [b"00012"]
+    assert feature["image"].bytes_list.value == [_IMAGE]
+    assert feature["caption"].bytes_list.value == ["un café noir ☕".encode()]
+    # By hand: 3 objects, ids of three bytes, halves of two (0.5 is 0x3800); then 1 attribute.
+    ids = "070000000000ffffff"
+    probs = "003800340034"
+    assert feature["concepts"].bytes_list.value[0].hex() == f"03{ids}{probs}01010000003c"
+    assert set(feature) == {"key", "image", "caption", "metadata", "concepts"}
+    # The other class writes the very same bytes: field numbers and packing agree.
+    assert example.SerializeToString(deterministic=True) == encode_record(_make_record())
+
+
+def test_decode_gives_back_what_was_encoded():
+    record, decoded = _make_record(), decode_record(encode_record(_make_record()))
+    for name in ("key", "image", "caption", "metadata"):
+        assert getattr(decoded, name) == getattr(record, name)
+    np.testing.assert_array_equal(decoded.object_ids, record.object_ids)
+    np.testing.assert_array_equal(decoded.object_probs, record.object_probs)
+    assert decoded.object_ids.dtype == np.int32
+    assert decoded.object_probs.dtype == np.float32
+
+
+def test_twenty_concepts_cost_at_most_130_bytes():
+    rng = np.random.default_rng(0)
+    probs = np.sort(rng.dirichlet(np.ones(10), 2).astype(np.float32))[:, ::-1]
+    labels = {
+        "object_ids": rng.integers(0, 10_000, 10),
+        "object_probs": probs[0],
+        "attribute_ids": rng.integers(0, 2_000, 10),
+        "attribute_probs": probs[1],
+    }
+    for image in (b"i", b"i" * 20_000):
+        plain, labelled = (
+            encode_record(Record("k", image, "a caption", {"n": 1}, **fields))
+            for fields in ({}, labels)
+        )
+        assert 100 < len(labelled) - len(plain) <= 130
+    decoded = decode_record(labelled)
+    for name, value in labels.items():
+        # Half precision: 11 significant bits.
+        tolerance = 2**-11 if name.endswith("probs") else 0
+        np.testing.assert_allclose(getattr(decoded, name), value, rtol=tolerance)
+        assert getattr(decoded, name).dtype == (np.float32 if tolerance else np.int32)
+
+
+def test_one_kind_alone_is_empty_in_the_other():
+    record = Record("k", b"i", "c", attribute_ids=np.array([4]), attribute_probs=np.array([1.0]))
+    decoded = decode_record(encode_record(record))
+    assert decoded.object_ids.shape == decoded.object_probs.shape == (0,)
+    assert decoded.attribute_ids.tolist() == [4]
+
+
+def test_reads_the_four_lists_of_other_writers():
+    example = tf_example_pb2.Example()
+    for name, value in {"key": b"k", "image": b"i", "caption": b"c"}.items():
+        example.features.feature[name].bytes_list.value.append(value)
+    for kind in ("object", "attribute"):
+        example.features.feature[f"{kind}_ids"].int64_list.value.extend([3, 2**31 - 1])
+        example.features.feature[f"{kind}_probs"].float_list.value.extend([0.75, 0.1])
+    record = decode_record(example.SerializeToString())
+    assert record.object_ids.tolist() == record.attribute_ids.tolist() == [3, 2**31 - 1]
+    assert record.object_probs.tolist() == [0.75, np.float32(0.1)]
+
+
+def test_pair_has_no_concepts():
+    decoded = decode_record(encode_record(Pair("k", b"i", "", {})))
+    assert decoded.object_ids is None
+    assert decoded.attribute_probs is None
+    assert decoded.caption == ""
+    assert decoded.metadata == {}
+
+
+def test_reads_what_others_write_with_fewer_and_more_fields():
+    example = tf_example_pb2.Example()
+    for name, value in {"key": b"k", "image": b"i", "caption": b"c", "extra": b"e"}.items():
+        example.features.feature[name].bytes_list.value.append(value)
+    record = decode_record(example.SerializeToString())
+    assert (record.key, record.image, record.caption) == ("k", b"i", "c")
+
+
+def test_equal_records_give_equal_bytes():
+    first = Pair("k", b"i", "c", {"a": 1, "b": 2})
+    second = Pair("k", b"i", "c", {"b": 2, "a": 1})
+    assert encode_record(first) == encode_record(second)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"key": ""}, "empty key"),
+        ({"image": b""}, "image is empty"),
+        ({"caption": "lone \ud83d surrogate"}, "caption cannot be written as UTF-8"),
+        ({"metadata": {"x": float("nan")}}, "metadata is no JSON"),
+        ({"metadata": {"x": b"bytes"}}, "metadata is no JSON"),
+        ({"object_probs": None}, "object_probs is missing"),
+        ({"object_ids": None}, "object_ids is missing"),
+        ({"object_ids": np.array([1, 2])}, "expected object_ids integer"),
+        ({"object_ids": np.array([1.0, 2.0, 3.0])}, "expected object_ids integer"),
+        ({"object_ids": np.array([1, 2, -1])}, "outside of"),
+        ({"object_ids": np.array([1, 2, 2**24])}, "outside of"),
+        (
+            {"object_ids": np.zeros(256, int), "object_probs": np.zeros(256)},
+            "256 entries in object_ids; at most 255",
+        ),
+        ({"object_probs": np.array([0.5, np.nan, 0.0])}, "finite"),
+        ({"object_probs": np.array([0.5, -0.1, 0.0])}, "not negative"),
+        ({"object_probs": np.array([0.5, 1.1, 0.0])}, "at most 1"),
+    ],
+)
+def test_refuses_to_encode(changes, message):
+    record = Record(**{**_make_record().__dict__, **changes})
+    with pytest.raises(ValueError, match=message) as error:
+        encode_record(record)
+    if changes.get("key") != "":
+        assert "00012" in str(error.value)
+
+
+def _serialize(**features) -> bytes:
+    example = Example()
+    for name, value in features.items():
+        if isinstance(value, bytes):
+            example.features.feature[name].bytes_list.value.append(value)
+        else:
+            example.features.feature[name].int64_list.value.append(value)
+    # Deterministic, since the bytes become the names of tests.
+    return example.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\xff\xff not a message", "no tf.train.Example"),
+        (b"", "field 'key'"),
+        (_serialize(key=b"k7", caption=b"c"), r"record 'k7'.*'image', got 0.*\['caption', 'key'\]"),
+        (_serialize(key=b"k7", image=3, caption=b"c"), "record 'k7'.*'image', got 0"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", metadata=b"{"), "'k7'.*'metadata' is no"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", metadata=b"[]"), "expected an object"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b""), "cut off within object"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\0"), "cut off within attrib"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\1abcd\0"), "'k7'.*cut off"),
+        (_serialize(key=b"k7", image=b"i", caption=b"c", concepts=b"\0\0\0"), "1 bytes too many"),
+    ],
+)
+def test_refuses_to_decode(data, message):
+    with pytest.raises(ValueError, match=message):
+        decode_record(data)
+
+
+def test_reading_records_imports_neither_tfds_nor_jax():
+    code = (
+        "import sys, diht_jax.records.schema, diht_jax.data.tfrecord\n"
+        "import diht_jax.input.decode, "
+        "diht_jax.readers.registry\n"
+        "heavy = {'tensorflow', 'tensorflow_datasets', 'jax', 'torch', 'spacy'}\n"
+        "heavy &= set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)

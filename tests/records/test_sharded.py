@@ -1,0 +1,85 @@
+"""Blocks of consecutive records: their limits, their bytes, and what damage costs."""
+
+import numpy as np
+import pytest
+
+from diht_jax.records import schema
+from diht_jax.records.sharded import ShardedRecords
+from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+
+
+class Counted(ShardedRecords):
+    """Shards of some lengths, without contents."""
+
+    def __init__(self, lengths):
+        """Of these numbers of records."""
+        self._starts = np.cumsum([0, *lengths])
+
+    def __getitem__(self, index):
+        raise NotImplementedError
+
+
+def divide(lengths: list[int], block_records: int) -> list[int]:
+    """The limits of the blocks, shard by shard."""
+    starts, first = [], 0
+    for length in lengths:
+        mine = list(range(0, length, block_records))
+        if len(mine) > 1 and (length - mine[-1]) * 2 < block_records:
+            mine.pop()
+        starts += [first + start for start in mine]
+        first += length
+    return [*starts, first]
+
+
+def test_blocks_end_with_their_shard_and_a_short_rest_joins_the_one_before():
+    assert Counted([10, 0, 3, 9, 1]).block_starts(4).tolist() == [0, 4, 8, 10, 13, 17, 22, 23]
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths, size = random.integers(0, 40, 9).tolist(), int(random.integers(1, 20))
+        starts = Counted(lengths).block_starts(size)
+        assert starts.dtype == np.int64 and starts.tolist() == divide(lengths, size)
+    assert Counted([7, 5]).shard_lengths.tolist() == [7, 5]
+
+
+@pytest.fixture
+def shard(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    random = np.random.default_rng(0)
+    with TFRecordWriter(path) as writer:
+        for length in (0, 40, 3, 3, 90, 17):
+            writer.write(random.bytes(length))
+    with TFRecordWriter(tmp_path / "b.tfrecord") as writer:
+        writer.write(b"another shard")
+    return path
+
+
+def test_one_range_holds_the_records_of_an_extent(shard):
+    source, contents = TFRecordSource(shard.parent), shard.read_bytes()
+    for first in range(6):
+        for last in range(first + 1, 7):
+            path, start, end = source.extent(first, last)
+            assert path == str(shard)
+            expected = [source[number] for number in range(first, last)]
+            assert source.split(first, last, contents[start:end]) == expected
+    assert source.extent(0, 6)[1:] == (0, len(contents))
+    for first, last in ((5, 7), (3, 3), (6, 8), (-1, 2)):
+        with pytest.raises(IndexError):
+            source.extent(first, last)
+    with pytest.raises(TFRecordError, match=r"a.tfrecord: records 0 to 5: 8 bytes were read"):
+        source.split(0, 6, contents[:8])
+
+
+@pytest.mark.parametrize("field", ["length", "contents"])
+def test_a_damaged_record_is_the_only_one_that_an_extent_loses(shard, field):
+    source, contents = TFRecordSource(shard.parent), bytearray(shard.read_bytes())
+    expected = [source[number] for number in range(6)]
+    _, start, end = source.extent(4, 5)
+    contents[start if field == "length" else end - 10] ^= 1
+    elements = source.split(0, 6, bytes(contents))
+    assert isinstance(elements[4], TFRecordError) and "record 4" in str(elements[4])
+    assert elements[:4] + elements[5:] == expected[:4] + expected[5:]
+
+
+def test_an_element_decodes_to_its_record():
+    element = schema.encode_record(schema.Pair("key", b"image", "caption", {}))
+    assert TFRecordSource.decode(element).key == "key"

@@ -1,0 +1,327 @@
+"""Shards: framing against a bit-by-bit CRC, random access, an error for every kind of damage."""
+
+import concurrent.futures
+import os
+import pathlib
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+
+import grain
+import numpy as np
+import pytest
+
+from diht_jax.records import sharded, tfrecord
+from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter, read_records
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+
+
+def _crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def _frame(data: bytes) -> bytes:
+    def masked(part):
+        crc = _crc32c(part)
+        return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+    length = struct.pack("<Q", len(data))
+    return length + masked(length) + data + masked(data)
+
+
+def _write(path: pathlib.Path, records: list[bytes]) -> pathlib.Path:
+    with TFRecordWriter(path) as writer:
+        for record in records:
+            writer.write(record)
+    return path
+
+
+def _index(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".idx")
+
+
+_RECORDS = [b"", b"a", b"hello world", bytes(1000), b"\x00\xff" * 7]
+
+
+def test_crc_transcription_has_the_published_check_value():
+    assert _crc32c(b"123456789") == 0xE3069283
+
+
+def test_writer_frames_records_and_their_offsets(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", _RECORDS)
+    assert path.read_bytes() == b"".join(map(_frame, _RECORDS))
+    index = _index(path).read_bytes()
+    magic, size, count = struct.unpack("<8sQQ", index[:24])
+    offsets = np.cumsum([0] + [len(record) + 16 for record in _RECORDS])[:-1]
+    assert (magic, size, count) == (b"DIHTIDX1", path.stat().st_size, len(_RECORDS))
+    assert index[24:] == offsets.astype("<u8").tobytes()
+    assert sorted(os.listdir(tmp_path)) == ["a.tfrecord", "a.tfrecord.idx"]
+
+
+def test_nothing_is_visible_before_close_nor_after_an_error(tmp_path):
+    path = tmp_path / "a.tfrecord"
+    writer = TFRecordWriter(path)
+    writer.write(b"x")
+    assert not path.exists()
+    writer.discard()
+    assert os.listdir(tmp_path) == []
+
+    _write(path, [b"old"])
+    with pytest.raises(KeyError), TFRecordWriter(path) as writer:
+        writer.write(b"new")
+        raise KeyError
+    assert sorted(os.listdir(tmp_path)) == ["a.tfrecord", "a.tfrecord.idx"]
+    assert list(TFRecordSource(path)) == [b"old"]
+
+
+def test_rewriting_a_shard_replaces_its_index(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", [b"1", b"2"])
+    _write(path, [b"one", b"two", b"three"])
+    assert list(TFRecordSource(path)) == [b"one", b"two", b"three"]
+
+
+def test_a_crash_before_the_index_is_written_leaves_no_wrong_one(tmp_path, monkeypatch):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tfrecord, "write_index", crash)
+        with pytest.raises(KeyboardInterrupt):
+            _write(path, [b"second", b"first"])
+    assert not _index(path).exists()
+    assert list(TFRecordSource(path)) == [b"second", b"first"]
+
+
+def _many_shards(folder: pathlib.Path) -> list[bytes]:
+    expected = []
+    for shard, count in enumerate([3, 0, 5, 1, 4]):
+        records = [f"{shard}/{i}".encode() * (i + 1) for i in range(count)]
+        _write(folder / f"pairs-train-{shard:05d}.tfrecord", records)
+        expected += records
+    return expected
+
+
+def test_random_access_over_shards(tmp_path):
+    expected = _many_shards(tmp_path)
+    source = TFRecordSource(tmp_path)
+    assert len(source) == len(expected) == 13
+    assert list(source) == expected
+    for index in random.Random(0).sample(range(13), 13):
+        assert source[np.int64(index)] == expected[index]
+    for index in (-1, 13, 10**6):
+        with pytest.raises(IndexError):
+            source[index]
+    assert source.locate(3) == (str(tmp_path / "pairs-train-00002.tfrecord"), 0)
+    assert list(TFRecordSource(str(tmp_path / "*-0000[02].tfrecord"))) == expected[:8]
+    last_first = [tmp_path / "pairs-train-00004.tfrecord", tmp_path / "pairs-train-00000.tfrecord"]
+    assert list(TFRecordSource(last_first)) == expected[9:] + expected[:3]
+
+
+def test_finds_shards_with_tfds_names_only(tmp_path):
+    for name in ("a.tfrecord-00000-of-00002", "a.tfrecord-00001-of-00002", "b.tfrecord"):
+        _write(tmp_path / name, [name.encode()])
+    for name in (".b.tfrecord.1-ff.tmp", "b.tfrecord.stats.json", "c.tfrecords.bak"):
+        (tmp_path / name).write_bytes(b"not a shard")
+    assert len(TFRecordSource(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("where", ["", "absent", "*.tfrecord", []])
+def test_nothing_found(tmp_path, where):
+    paths = where if isinstance(where, list) else str(tmp_path / where)
+    with pytest.raises(ValueError, match="no TFRecord shard"):
+        TFRecordSource(paths)
+
+
+def test_works_under_grain(tmp_path):
+    expected = _many_shards(tmp_path)
+    dataset = grain.MapDataset.source(TFRecordSource(tmp_path)).seed(3).shuffle()
+    assert sorted(dataset[i] for i in range(13)) == sorted(expected)
+    assert [dataset[i] for i in range(13)] != expected
+
+
+def test_repr_depends_on_the_data_and_not_on_the_place(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    _many_shards(here)
+    shutil.copytree(here, there)
+    assert repr(TFRecordSource(here)) == repr(TFRecordSource(there))
+    _write(there / "pairs-train-00003.tfrecord", [b"another length"])
+    assert repr(TFRecordSource(here)) != repr(TFRecordSource(there))
+
+
+def test_pickled_and_read_by_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(sharded, "_MAX_OPEN_SHARDS", 2)  # so that shards open and close all along
+    expected = _many_shards(tmp_path)
+    source = pickle.loads(pickle.dumps(TFRecordSource(tmp_path)))
+    order = random.Random(0).choices(range(13), k=2000)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(source.__getitem__, order)) == [expected[i] for i in order]
+    open_files = [os.readlink(f"/proc/self/fd/{fd}") for fd in _open_descriptors()]
+    assert sum(str(tmp_path) in path for path in open_files) <= 4  # shard and index of each
+
+
+def _open_descriptors() -> list[str]:
+    return [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")]
+
+
+def test_inherited_by_forks(tmp_path):
+    _many_shards(tmp_path)
+    code = f"""
+import multiprocessing
+from diht_jax.data.tfrecord import TFRecordSource
+source = TFRecordSource({str(tmp_path)!r})
+expected = list(source)
+def read(index): return source[index]
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.map(read, list(range(13)) * 20, chunksize=1) == expected * 20
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=_REPOSITORY)
+
+
+def test_missing_index_is_built_and_kept(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", _RECORDS)
+    original = _index(path).read_bytes()
+    _index(path).unlink()
+    assert list(TFRecordSource(path)) == _RECORDS
+    assert _index(path).read_bytes() == original
+
+
+def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch):
+    path = _write(tmp_path / "a.tfrecord", _RECORDS)
+    _index(path).unlink()
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    # Tests may run as root, whom no permission stops.
+    monkeypatch.setattr(tfrecord, "write_index", refuse)
+    source = pickle.loads(pickle.dumps(TFRecordSource(path)))
+    assert list(source) == _RECORDS
+    assert not _index(path).exists()
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("missing_bytes", [1, 4, 5, 13, 30])
+def test_truncated_shard(tmp_path, missing_bytes, with_index):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])  # frames of 21 and 22 bytes
+    data = path.read_bytes()
+    path.write_bytes(data[:-missing_bytes])
+    if not with_index:
+        _index(path).unlink()
+    record = 1 if missing_bytes < 22 else 0
+    with pytest.raises(TFRecordError, match=rf"a\.tfrecord: record {record} is truncated"):
+        TFRecordSource(path)
+    with pytest.raises(TFRecordError, match=rf"a\.tfrecord: record {record} is truncated"):
+        list(read_records(path))
+
+
+def test_shard_truncated_between_records_does_not_fit_its_index(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    path.write_bytes(path.read_bytes()[:21])
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord\.idx does not belong.*43 bytes.*has 21"):
+        TFRecordSource(path)
+
+
+def _flip(path: pathlib.Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+# Frames: bytes 0-20 "first", 21-42 "second"; each 8 length, 4 CRC, contents, 4 CRC.
+@pytest.mark.parametrize("position", [33, 38, 39, 42])
+def test_damaged_contents(tmp_path, position):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    _flip(path, position)
+    source = TFRecordSource(path)
+    assert source[0] == b"first"
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord: record 1 is damaged"):
+        source[1]
+    reader = read_records(path)
+    assert next(reader) == b"first"
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord: record 1 is damaged"):
+        next(reader)
+
+
+@pytest.mark.parametrize("position", [21, 28, 29, 32])
+def test_damaged_length(tmp_path, position):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    _flip(path, position)
+    source = TFRecordSource(path)
+    assert source[0] == b"first"
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord: record 1: its length is damaged"):
+        source[1]
+    _index(path).unlink()
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord: record 1: its length is damaged"):
+        TFRecordSource(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"PK\x03\x04 this is a zip archive", "not a TFRecord file"),
+        (b"short", "not a TFRecord file"),
+        (b"\x1f\x8b\x08\x00" + bytes(30), "compressed with gzip"),
+    ],
+)
+def test_not_a_tfrecord(tmp_path, data, kind):
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(data)
+    with pytest.raises(TFRecordError, match=rf"a\.tfrecord: record 0: the file is {kind}"):
+        TFRecordSource(path)
+
+
+def test_index_of_another_shard_of_another_size(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    other = _write(tmp_path / "b.tfrecord", [b"something else"])
+    shutil.copy(_index(other), _index(path))
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord\.idx does not belong to .*a\.tfrecord"):
+        TFRecordSource(path)
+
+
+def test_index_of_another_shard_of_the_same_size(tmp_path):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    other = _write(tmp_path / "b.tfrecord", [b"second", b"first"])
+    shutil.copy(_index(other), _index(path))
+    source = TFRecordSource(path)
+    for record in (0, 1):
+        with pytest.raises(
+            TFRecordError, match=rf"a\.tfrecord\.idx does not belong.*record {record} is not where"
+        ):
+            source[record]
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "magic", "first", "last", "empty"])
+def test_damaged_index(tmp_path, damage):
+    path = _write(tmp_path / "a.tfrecord", [b"first", b"second"])
+    index = _index(path).read_bytes()
+    changed = {
+        "cut": index[:-1],
+        "longer": index + bytes(8),
+        "magic": b"X" + index[1:],
+        "first": index[:8] + struct.pack("<QQQ", 43, 1, 21),  # as if "second" were all
+        "last": index[:-8] + struct.pack("<Q", 20),
+        "empty": b"",
+    }
+    _index(path).write_bytes(changed[damage])
+    with pytest.raises(TFRecordError, match=r"a\.tfrecord\.idx does not belong.*delete the index"):
+        list(TFRecordSource(path))
+    _index(path).unlink()
+    assert list(TFRecordSource(path)) == [b"first", b"second"]
+
+
+def test_pickle_leaves_the_offsets_on_disk(tmp_path):
+    source = TFRecordSource(_write(tmp_path / "a.tfrecord", [b"x"] * 5000))
+    assert len(pickle.dumps(source)) < 1000

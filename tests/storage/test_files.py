@@ -1,0 +1,144 @@
+"""Files of an output folder: on a disk, in fsspec's memory, and on an S3 server (moto)."""
+
+import errno
+
+import fsspec
+import pytest
+
+from data_prep.filtering import stale_outputs
+from data_prep.filtering.resharding import BalancedShard, load_written
+from data_prep.jobs import manifest
+from data_prep.jobs.fingerprint import read_location
+from data_prep.jobs.shards import STATS_SUFFIX, ShardTask, read_stats
+from diht_jax.storage import files, retries
+from diht_jax.storage.retries import StorageError
+from tests.readers.failing_disk import FailingDisk
+from tests.records.stores import CountingStore
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def folder(request, tmp_path):
+    if request.param == "local":
+        path = str(tmp_path / "out")
+    elif request.param == "memory":
+        path = "memory:///files/out"
+    else:
+        path = f"{request.getfixturevalue('s3_bucket')}/files/out"
+    files.make_folder(path)
+    yield path
+    for name in files.list_names(path):
+        files.remove(files.join(path, name))
+
+
+def test_a_file_is_written_listed_read_and_removed(folder):
+    path = files.join(folder, "part.tfrecord")
+    assert files.list_names(folder) == []
+    assert (files.exists(path), files.size(path)) == (False, None)
+    with pytest.raises(FileNotFoundError):
+        files.read_bytes(path)
+    files.write_bytes(path, b"old")
+    files.write_bytes(path, b"new contents")
+    files.write_bytes(files.join(folder, ".hidden"), b"")
+    assert files.read_bytes(path) == b"new contents"
+    assert (files.exists(path), files.size(path)) == (True, 12)
+    assert files.size(files.join(folder, ".hidden")) == 0
+    assert files.list_names(folder) == [".hidden", "part.tfrecord"]
+    assert files.list_names(files.join(folder, "missing")) == []
+    files.remove(path)
+    files.remove(path)
+    assert files.list_names(folder) == [".hidden"]
+
+
+def test_an_object_that_cannot_be_read_is_not_taken_for_missing(tmp_path):
+    path = tmp_path / "a.json"
+    assert files.read_object(str(path)) is None
+    for text, value in (("half {", None), ("[1]", None), (b"\xff", None), ('{"a": 1}', {"a": 1})):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        assert files.read_object(str(path)) == value
+    task = ShardTask(None, str(tmp_path / "part"), "hash")
+    shard = BalancedShard(str(tmp_path / "part"), (), "hash", False)
+    for name in (f"part{STATS_SUFFIX}", manifest.NAME, stale_outputs.SETTINGS):
+        (tmp_path / name).write_text("{}")
+    for read in (
+        lambda: files.read_object(str(path)),
+        lambda: read_stats(task),
+        lambda: next(load_written([shard])),
+        lambda: manifest.read_manifest(str(tmp_path)),
+        lambda: stale_outputs._read_settings(str(tmp_path)),
+        lambda: read_location(str(path)),
+    ):
+        with FailingDisk(tmp_path, 10**9).mounted(), pytest.raises(StorageError):
+            read()
+
+
+def test_files_of_a_folder_below_are_not_listed(folder):
+    below = files.join(folder, "parts")
+    files.make_folder(below)
+    files.write_bytes(files.join(below, "a.json"), b"{}")
+    assert files.list_names(folder) == []
+    assert files.list_names(below) == ["a.json"]
+    assert files.list_names(f"{below}/") == ["a.json"]
+    files.remove(files.join(below, "a.json"))
+
+
+def test_an_output_appears_whole_or_not_at_all(folder):
+    path = files.join(folder, "report.html")
+    with pytest.raises(RuntimeError, match="killed"), files.local_output(path) as local:
+        local.write_bytes(b"half")
+        raise RuntimeError("killed")
+    assert files.list_names(folder) == []
+    with files.local_output(path) as local:
+        local.write_bytes(b"whole")
+        assert files.list_names(folder) in ([], [local.name])
+    assert files.read_bytes(path) == b"whole"
+    assert files.list_names(folder) == ["report.html"]
+    assert not local.exists()
+
+
+def test_what_another_process_writes_is_seen(s3_bucket):
+    folder = f"{s3_bucket}/files/seen"
+    other = fsspec.filesystem("s3", skip_instance_cache=True)
+    other.pipe_file(f"{folder}/a", b"1")
+    assert files.list_names(folder) == ["a"]
+    other.pipe_file(f"{folder}/b", b"22")
+    assert files.list_names(folder) == ["a", "b"]
+    other.pipe_file(f"{folder}/a", b"333")
+    assert files.size(files.join(folder, "a")) == 3
+    other.rm(folder, recursive=True)
+    assert files.list_names(folder) == []
+
+
+def test_a_store_that_fails_for_a_moment_is_tried_again(monkeypatch):
+    delays, failures = [], []
+
+    def fail(*_, **__):
+        failures.append(1)
+        raise OSError(errno.EIO, "503 Slow Down")
+
+    monkeypatch.setattr(retries, "sleep", delays.append)
+    path = "counting://files/a"
+    files.write_bytes(path, b"contents")
+    good = CountingStore.cat_file
+
+    def fail_twice(*args, **kwargs):
+        return good(*args, **kwargs) if len(failures) == 2 else fail()
+
+    monkeypatch.setattr(CountingStore, "cat_file", fail_twice)
+    assert files.read_bytes(path) == b"contents"
+    assert delays == list(retries.DELAYS_SECS[:2])
+    monkeypatch.setattr(CountingStore, "pipe_file", fail)
+    with pytest.raises(StorageError, match=r"^counting://files/a: could not be written in 5"):
+        files.write_bytes(path, b"other")
+
+
+def test_one_listing_is_one_request():
+    for number in range(3):
+        files.write_bytes(f"counting://listed/{number}", b"x")
+    CountingStore.requests.clear()
+    assert files.list_names("counting://listed") == ["0", "1", "2"]
+    assert CountingStore.requests == {"list": 1}
+
+
+def test_an_unknown_store_is_reported():
+    with pytest.raises(ValueError, match="nosuch:// cannot be read"):
+        files.write_bytes("nosuch://a/b", b"")

@@ -1,0 +1,130 @@
+"""Which errors mean that a storage failed, and which that the contents are bad."""
+
+import errno
+import http.client
+import types
+import urllib.error
+
+import aiohttp
+import botocore.exceptions
+import fsspec.exceptions
+import httpx
+import pyarrow
+import pytest
+import requests
+import yarl
+from s3fs.errors import translate_boto_error
+
+from diht_jax.storage import retries
+from diht_jax.storage.retries import StorageError, is_storage_failure
+
+
+def _answer(status: int) -> aiohttp.ClientResponseError:
+    url = yarl.URL("https://storage.googleapis.com/bucket/a.tar")
+    return aiohttp.ClientResponseError(types.SimpleNamespace(real_url=url), (), status=status)
+
+
+def _boto(code: str, status: int) -> botocore.exceptions.ClientError:
+    response = {"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return botocore.exceptions.ClientError(response, "GetObject")
+
+
+def _requests(status: int) -> requests.HTTPError:
+    response = requests.Response()
+    response.status_code = status
+    return requests.HTTPError("an answer", response=response)
+
+
+class _GcsError(Exception):
+    """As gcsfs has it."""
+
+    code = 503
+
+
+_FAILURES = {
+    "EIO": OSError(errno.EIO, "Input/output error"),
+    "ESTALE": OSError(errno.ESTALE, "Stale file handle"),
+    "ETIMEDOUT": OSError(errno.ETIMEDOUT, "Connection timed out"),
+    "fsspec timeout": fsspec.exceptions.FSTimeoutError(),
+    "timeout": TimeoutError(),
+    "aiohttp lost": aiohttp.ServerDisconnectedError(),
+    "aiohttp timeout": aiohttp.ServerTimeoutError(),
+    "aiohttp payload": aiohttp.ClientPayloadError("half an answer"),
+    **{f"aiohttp {status}": _answer(status) for status in (408, 429, 500, 502, 503, 504)},
+    "boto 503": _boto("SlowDown", 503),
+    "boto 500": _boto("InternalError", 500),
+    "boto connection": botocore.exceptions.EndpointConnectionError(endpoint_url="http://s3"),
+    "boto timeout": botocore.exceptions.ReadTimeoutError(endpoint_url="http://s3"),
+    "s3fs 503": translate_boto_error(_boto("SlowDown", 503)),
+    "s3fs RequestTimeout": translate_boto_error(_boto("RequestTimeout", 400)),
+    "s3fs unknown": translate_boto_error(_boto("NeverHeardOf", 500)),
+    "gcsfs 503": _GcsError(),
+    "requests 503": _requests(503),
+    "requests connection": requests.ConnectionError(),
+    "requests timeout": requests.ReadTimeout(),
+    "httpx timeout": httpx.ReadTimeout("slow"),
+    "half an answer": http.client.IncompleteRead(b"half"),
+    "urllib 503": urllib.error.HTTPError("http://x", 503, "busy", {}, None),
+    "urllib connection": urllib.error.URLError("no route to host"),
+    "permissions": PermissionError("AccessDenied"),
+}
+_OTHERS = {
+    "missing": FileNotFoundError("NoSuchKey"),
+    "ENOENT": OSError(errno.ENOENT, "No such file"),
+    "a folder": IsADirectoryError("a folder"),
+    "aiohttp 404": _answer(404),
+    "boto 404": _boto("NoSuchKey", 404),
+    "s3fs 404": translate_boto_error(_boto("NoSuchKey", 404)),
+    "requests 404": _requests(404),
+    "urllib 404": urllib.error.HTTPError("http://x", 404, "gone", {}, None),
+    "damage": ValueError("damaged"),
+    "arrow": pyarrow.ArrowInvalid("not a parquet file"),
+    "arrow's OSError": OSError("Couldn't deserialize thrift"),
+    "a defect": AttributeError("status"),
+}
+
+
+@pytest.fixture
+def slept(monkeypatch) -> list[float]:
+    """The seconds that were waited; no time passes."""
+    found: list[float] = []
+    monkeypatch.setattr(retries, "sleep", found.append)
+    return found
+
+
+@pytest.mark.parametrize("error", [pytest.param(e, id=name) for name, e in _FAILURES.items()])
+def test_a_failure_of_a_storage_is_tried_again_and_never_called_damage(error, slept):
+    assert is_storage_failure(error)
+    left = types.SimpleNamespace(failures=2)
+
+    def read() -> str:
+        left.failures -= 1
+        if left.failures >= 0:
+            raise error
+        return "contents"
+
+    if isinstance(error, PermissionError):  # waiting does not change it
+        left.failures = 10**6
+    else:
+        assert retries.retry(read, "s3://bucket/a.tar") == "contents"
+        assert slept == list(retries.DELAYS_SECS[:2])
+        left.failures = 10**6
+        slept.clear()
+    with pytest.raises(StorageError, match=r"^s3://bucket/a\.tar: could not be read.*\([^)]") as e:
+        retries.retry(read, "s3://bucket/a.tar")
+    assert sum(slept) == (0 if isinstance(error, PermissionError) else sum(retries.DELAYS_SECS))
+    assert "damage" not in str(e.value)
+    assert e.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [pytest.param(e, id=name) for name, e in _OTHERS.items()])
+def test_other_errors_are_raised_at_once_as_they_are(error, slept):
+    assert not is_storage_failure(error)
+
+    def read() -> None:
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        retries.retry(read, "a.tar")
+    assert caught.value is error
+    assert not slept

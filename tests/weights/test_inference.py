@@ -1,0 +1,200 @@
+"""A loaded model embeds any number of images and texts, on any number of devices, alike."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from diht_jax import sharding
+from diht_jax.config import default_config
+from diht_jax.data import tokenizer
+from diht_jax.input.transforms import normalize
+from diht_jax.models import get_architecture
+from diht_jax.models.caption_decoder import CaptionDecoder, merge_decoder
+from diht_jax.models.parameters import merge_model, model_definition, model_parameters
+from diht_jax.weights.inference import LoadedModel
+
+ARCH = get_architecture("tiny_32px", {"vision_layers": 1, "text_layers": 1})
+GRAPHDEF, INIT = model_definition(ARCH, jnp.float32, jnp.float32)
+
+
+def loaded(num_devices, batch_size=16, decoder=None):
+    config = default_config()
+    config.model.dtype = "float32"
+    mesh = sharding.create_mesh(-1, 1, jax.devices()[:num_devices])
+    params = jax.device_put(INIT(jax.random.key(0)), sharding.replicated(mesh))
+    return LoadedModel(
+        GRAPHDEF,
+        params,
+        mesh=mesh,
+        config=config,
+        image_size=ARCH.image_size,
+        context_length=ARCH.context_length,
+        batch_size=batch_size,
+        step=7,
+        decoder=decoder,
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return loaded(8)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (37, 32, 32, 3)).astype(np.uint8)
+
+
+def test_embeddings_equal_the_plain_model_on_every_batch_size(model, images):
+    plain = merge_model(GRAPHDEF, INIT(jax.random.key(0)))
+    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+    std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+    expected = np.asarray(plain.encode_image((images / np.float32(255) - mean) / std))
+    for count in (0, 1, 16, 37):
+        found = model.encode_image(images[:count])
+        assert found.dtype == np.float32 and found.shape == (count, ARCH.embed_dim)
+        np.testing.assert_allclose(found, expected[:count], atol=2e-6)
+    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, atol=1e-6)
+    np.testing.assert_allclose(loaded(1).encode_image(images[:5]), expected[:5], atol=2e-6)
+
+
+def test_texts_as_strings_and_as_tokens(model):
+    texts = [f"a picture of {i} cats" for i in range(19)]
+    by_text = model.encode_text(texts)
+    np.testing.assert_array_equal(by_text, model.encode_text(model.tokenize(texts)))
+    assert by_text.shape == (19, ARCH.embed_dim)
+    assert np.abs(by_text[0] - by_text[1]).max() > 1e-3
+
+
+def test_pil_images_of_any_size_and_mode(model):
+    pictures = [Image.new("RGB", (50, 40), "red"), Image.new("L", (32, 99), 80)]
+    arrays = np.stack([model.preprocess(picture) for picture in pictures])
+    assert arrays.shape == (2, 32, 32, 3) and arrays.dtype == np.uint8
+    np.testing.assert_array_equal(model.encode_image(pictures), model.encode_image(arrays))
+    assert model.encode_image([]).shape == (0, ARCH.embed_dim)
+
+
+def test_one_string_is_one_text(model):
+    found = model.encode_text("red flag")
+    assert found.shape == (1, ARCH.embed_dim)
+    np.testing.assert_array_equal(found, model.encode_text(["red flag"]))
+    several = [model.encode_text(texts) for texts in (["a", "b c"], np.array(["a", "b c"]))]
+    np.testing.assert_array_equal(*several)
+    np.testing.assert_array_equal(several[0], model.encode_text(text for text in ("a", "b c")))
+
+
+def test_pictures_in_every_form_give_the_same(model, images, tmp_path):
+    pictures = [Image.fromarray(image).resize((40, 50)) for image in images[:2]]
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    for picture, path in zip(pictures, paths, strict=True):
+        picture.save(path)
+    arrays = [np.asarray(picture) for picture in pictures]
+    expected = model.encode_image(np.stack([model.preprocess(picture) for picture in pictures]))
+    for several in (pictures, paths, [str(path) for path in paths], arrays, np.stack(arrays)):
+        np.testing.assert_array_equal(model.encode_image(several), expected)
+    mixed = [pictures[0], str(paths[1])]
+    np.testing.assert_array_equal(model.encode_image(iter(mixed)), expected)
+    alone = model.encode_image(pictures[0])
+    assert alone.shape == (1, ARCH.embed_dim)
+    for one in (paths[0], str(paths[0]), arrays[0], jnp.asarray(arrays[0])):
+        np.testing.assert_array_equal(model.encode_image(one), alone)
+
+
+def test_properties(model):
+    assert model.logit_scale == pytest.approx(1 / 0.07, rel=1e-6)
+    assert model.embed_dim == ARCH.embed_dim and model.step == 7
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.encode_image(np.zeros((2, 32, 32, 3))), "got float64"),
+        (lambda m: m.encode_image(np.zeros((2, 16, 16, 4), np.uint8)), r"\[2, 16, 16, 4\]"),
+        (lambda m: m.encode_image(np.zeros((16, 16), np.uint8)), r"got uint8 \[16, 16\]"),
+        (lambda m: m.encode_image(np.zeros((0, 16, 3), np.uint8)), r"got uint8 \[0, 16, 3\]"),
+        (
+            lambda m: m.encode_image([np.zeros((1, 8, 8, 3), np.uint8)]),
+            r"images\[0\]: expected one",
+        ),
+        (
+            lambda m: m.encode_image("no.png"),
+            r"images\[0\]: 'no.png' cannot be read .*No such file",
+        ),
+        (
+            lambda m: m.encode_image([__file__]),
+            r"test_inference.py' cannot be read .*no picture in",
+        ),
+        (lambda m: m.encode_image([None]), r"images\[0\]: expected PIL images, paths .*NoneType"),
+        (lambda m: m.encode_image(b"png"), "images: expected PIL images, paths .*got bytes"),
+        (lambda m: m.encode_text(b"red"), "texts: expected a string, strings .*got bytes"),
+        (lambda m: m.encode_text(None), "texts: expected a string, strings .*got NoneType"),
+        (lambda m: m.encode_text(["a", 3]), r"texts\[1\]: expected a str, got int"),
+        (lambda m: m.encode_text(np.zeros((2, 77), np.int32)), r"\[b, 32\], got int32 \[2, 77\]"),
+        (lambda m: m.encode_text(np.zeros((2, 32), np.int64)), "got int64"),
+    ],
+)
+def test_wrong_inputs_are_refused(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A decoder that looks at the picture rather than at what it has written."""
+    arch = dataclasses.replace(ARCH, context_length=7)
+    built = CaptionDecoder(arch, 1, rngs=nnx.Rngs(params=jax.random.key(1)))
+    params = model_parameters(built)
+    cross = params["blocks"]["0"]["cross_attention"]
+    cross["v_proj"]["kernel"] *= 8
+    cross["out_proj"]["kernel"] *= 40
+    return params
+
+
+def test_captions_whatever_the_batch_and_the_devices(decoder, images):
+    on_eight, in_fives = loaded(8, decoder=decoder), loaded(1, 5, decoder=decoder)
+    captions = on_eight.caption(images)
+    assert len(captions) == len(images) and len(set(captions)) > 5
+    assert in_fives.caption(list(images)) == captions
+    drawn = on_eight.caption(images, top_k=5, temperature=3.0, seed=1)
+    assert in_fives.caption(images, top_k=5, temperature=3.0, seed=1) == drawn
+    other = in_fives.caption(images, top_k=5, temperature=3.0, seed=2)
+    assert drawn != captions and other != drawn
+    assert in_fives.caption(images[:0]) == []
+
+    plain = merge_model(GRAPHDEF, INIT(jax.random.key(0)))
+    image_tokens = jax.jit(plain.vision.tokens)(normalize(images[:3], jnp.float32))
+    model = merge_decoder(decoder, ARCH, dtype=jnp.float32)
+    read = jax.jit(lambda tokens, picture: model(tokens, picture) @ model.output_kernel())
+    start, end = tokenizer.START_OF_TEXT_ID, tokenizer.END_OF_TEXT_ID
+    for picture, caption in zip(image_tokens, captions, strict=False):
+        written = [start]
+        while len(written) < 6 and written[-1] != end:
+            # What stands behind the last token is not looked at.
+            filled = np.int32([written + [end] * (6 - len(written))])
+            logits = np.array(read(filled, picture[None])[0, len(written) - 1])
+            logits[start] = -np.inf
+            written.append(int(np.argmax(logits)))
+        assert caption == tokenizer.decode(written)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_tokens": 6}, "max_tokens=6: expected 1 to 5"),
+        ({"top_k": 0}, "top_k=0: expected 1 to 49408, or None"),
+        ({"temperature": 0.0}, "temperature=0.0: expected a number above 0"),
+    ],
+)
+def test_wrong_settings_of_captions(decoder, images, settings, message):
+    with pytest.raises(ValueError, match=message):
+        loaded(1, decoder=decoder).caption(images[:1], **settings)
+
+
+def test_a_model_without_a_decoder_writes_no_captions(model, images):
+    with pytest.raises(ValueError, match="no caption decoder: it was trained without config.capt"):
+        model.caption(images[:1])
