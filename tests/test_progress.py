@@ -8,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from diht_jax.progress import ProgressBar
-from tests.recipes import REPOSITORY
+from tests.make import REPOSITORY
 
 
 class Clock:

@@ -16,7 +16,7 @@ from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
 from diht_jax.training.durations import duration_in_steps
 from diht_jax.training.sharded_encode import check_micro_batch
-from tests.recipes import RECIPES, REPOSITORY
+from tests.make import RECIPES, REPOSITORY
 from tests.test_sharding import gpu_hosts
 
 

@@ -12,7 +12,7 @@ from data_prep.labelling.config import default_config as label_config
 from diht_jax import command_line
 from diht_jax.config import PathsOrSections, default_config, validate_config
 from diht_jax.training.durations import duration_in_steps
-from tests.recipes import REPOSITORY
+from tests.make import REPOSITORY
 
 EMOJI = REPOSITORY / "configs" / "emoji.py"
 

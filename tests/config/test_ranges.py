@@ -9,7 +9,7 @@ import pytest
 from diht_jax.config import default_config, load_recipe
 from diht_jax.config.ranges import RANGES, Range, check_ranges
 from diht_jax.training.terms.registry import TERMS
-from tests.recipes import RECIPES
+from tests.make import RECIPES
 
 # Sections whose keys come from the files of losses and terms, which check them.
 EXTENSIBLE = ("loss.", *(f"{name}." for name in TERMS))

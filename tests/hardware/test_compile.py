@@ -27,7 +27,7 @@ from diht_jax.hardware.report import describe_settings, describe_step, describe_
 from diht_jax.hardware.topologies import Topology, get_topology
 from diht_jax.losses.choice import Choice
 from diht_jax.training.program import TrainProgram
-from tests.recipes import RECIPES, REPOSITORY
+from tests.make import RECIPES, REPOSITORY
 
 GIB = 1 << 30
 

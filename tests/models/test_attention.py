@@ -29,7 +29,7 @@ from diht_jax.training.task_evaluation import RunEvaluation
 from diht_jax.weights import loading
 from diht_jax.weights.loading import ModelFiles, config_of
 from diht_jax.weights.settings import Preprocessing
-from tests.recipes import REPOSITORY
+from tests.make import REPOSITORY
 
 
 def device(platform, capability=None, version=""):

@@ -22,7 +22,7 @@ from diht_jax.training import compiler
 from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.training.workdir.resume_checks import check_same_run
 from tests.compiling import xla_flags
-from tests.recipes import REPOSITORY
+from tests.make import REPOSITORY
 
 UNKNOWN_FLAG = "--xla_gpu_no_such_flag=true"
 # Compiles for a TPU that is not here; the compiler refuses flags that it does not know.

@@ -8,7 +8,7 @@ from diht_jax.config import load_recipe
 from diht_jax.sharding import path_name
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from tests.recipes import RECIPES, REPOSITORY
+from tests.make import RECIPES, REPOSITORY
 
 # Recipe -> one whose debug form is as good a trial, and the keys in which the two differ: numbers,
 # names of models, which a debug form replaces by the sizes of a small one, and another's `remat`.

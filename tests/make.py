@@ -1,0 +1,160 @@
+"""Small pictures, tars, records and runs for tests."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from diht_jax.data.tfrecord import TFRecordWriter
+from diht_jax.records.schema import Pair, Record, encode_record
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+RECIPES = sorted(path for path in (REPOSITORY / "configs").glob("*.py") if path.stem != "common")
+PREP_RECIPES = REPOSITORY / "configs" / "prep"
+
+
+def noise(seed: int, size: tuple[int, int] = (30, 24), cell: int = 1) -> Image.Image:
+    """A picture of random colours.
+
+    Args:
+        seed: another one gives another picture.
+        size: width and height in pixels.
+        cell: side of the squares of one colour, so that JPEG keeps most of them.
+    """
+    width, height = size
+    cells = (-(-height // cell), -(-width // cell), 3)
+    small = Image.fromarray(np.random.default_rng(seed).integers(0, 256, cells, np.uint8))
+    large = small.resize((cells[1] * cell, cells[0] * cell), Image.Resampling.NEAREST)
+    return large.crop((0, 0, width, height))
+
+
+def plain(color: Any, size: tuple[int, int] = (40, 20)) -> Image.Image:
+    """A picture of one colour."""
+    return Image.new("RGB", size, color)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """The bytes of a picture file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def png(seed: int = 0, size: tuple[int, int] = (30, 24)) -> bytes:
+    """`noise`, as PNG."""
+    return encoded(noise(seed, size))
+
+
+def write_tar(
+    path: str | pathlib.Path,
+    members: Mapping[str, bytes] | Iterable[tuple[str, bytes]],
+    mode: str = "w",
+    **options: Any,
+) -> str:
+    """Writes a tar and returns its path.
+
+    Args:
+        path: of the tar; its folder is made.
+        members: name and contents of each file. As pairs, names may repeat.
+        mode: of `tarfile.open`, such as "w:gz".
+        **options: of `tarfile.open`, such as `format=tarfile.PAX_FORMAT`.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode, **options) as tar:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return str(path)
+
+
+def pair_members(key: str, caption: str, image: bytes, suffix: str = "png") -> dict[str, bytes]:
+    """The files of one pair of a webdataset tar."""
+    return {f"{key}.{suffix}": image, f"{key}.txt": caption.encode()}
+
+
+def write_pair_tar(
+    path: str | pathlib.Path, captions: Sequence[str], first: int = 0, mode: str = "w"
+) -> str:
+    """Writes a webdataset tar with one pair for each caption, and returns its path.
+
+    Args:
+        path: of the tar; its folder is made.
+        captions: keys are their numbers, and so are the seeds of the pictures.
+        first: number of the first pair.
+        mode: of `tarfile.open`.
+    """
+    members: dict[str, bytes] = {}
+    for number, caption in enumerate(captions, start=first):
+        members |= pair_members(f"{number:05d}", caption, png(number))
+    return write_tar(path, members, mode)
+
+
+def write_pair_tars(folder: str | pathlib.Path, count: int, pairs_per_tar: int = 5) -> str:
+    """Writes `00000.tar` and so on, with captions "name TAR PAIR"; returns the glob pattern."""
+    for number in range(count):
+        captions = [f"name {number} {i}" for i in range(pairs_per_tar)]
+        path = pathlib.Path(folder) / f"{number:05d}.tar"
+        write_pair_tar(path, captions, first=number * pairs_per_tar)
+    return str(pathlib.Path(folder) / "*.tar")
+
+
+def record(number: int, **fields: Any) -> Record:
+    """A record of a picture of noise, with key and caption from its number."""
+    defaults = {"key": f"{number:05d}", "image": png(number), "caption": f"picture {number}"}
+    return Record(**defaults | fields)
+
+
+def write_records(
+    folder: str | pathlib.Path, records: Sequence[Pair] | int, lengths: Sequence[int] | None = None
+) -> pathlib.Path:
+    """Writes TFRecord shards `train-00000.tfrecord` and so on, and returns their folder.
+
+    Args:
+        folder: is made.
+        records: what to write; a number stands for that many of `record`.
+        lengths: records of each shard; None for one shard.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rest = iter([record(i) for i in range(records)] if isinstance(records, int) else records)
+    total = records if isinstance(records, int) else len(records)
+    for shard, length in enumerate([total] if lengths is None else lengths):
+        with TFRecordWriter(folder / f"train-{shard:05d}.tfrecord") as writer:
+            for _ in range(length):
+                writer.write(encode_record(next(rest)))
+    return folder
+
+
+def tiny_config(**changes: Any) -> ml_collections.ConfigDict:
+    """A config that trains a model of one layer in seconds; `section__key=value` changes it."""
+    from diht_jax.config import default_config, validate_config
+
+    config = default_config()
+    config.total_steps = 20
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    config.model.overrides.update(
+        image_size=16,
+        patch_size=8,
+        vision_layers=1,
+        vision_width=32,
+        text_layers=1,
+        text_width=32,
+        embed_dim=16,
+        context_length=24,
+    )
+    config.optimizer.warmup_steps = 0
+    config.data.batch_size = 16
+    config.data.num_workers = 0
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    validate_config(config, default_config())
+    return config
