@@ -12,6 +12,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # A module may import modules of its own layer and of lower ones; the longest name counts.
 LAYERS = {
     "diht_jax.losses": 0,
+    "diht_jax.pages": 1,
     "diht_jax.progress": 0,
     "diht_jax.records.escaping": 0,
     "diht_jax.storage": 0,
@@ -76,6 +77,7 @@ DATA_PREP_MAY_IMPORT = (
     "diht_jax.records",
     "diht_jax.storage",
     "diht_jax.evaluation.bootstrap",
+    "diht_jax.pages",
     "diht_jax.weights.loading",
     "diht_jax.models",
     "diht_jax.progress",

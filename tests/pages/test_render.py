@@ -1,0 +1,57 @@
+"""Pages: escaped texts, embedded pictures, files in folders that did not exist."""
+
+import base64
+import io
+
+import jinja2
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from diht_jax.pages import render as pages
+
+
+@pytest.fixture
+def templates(tmp_path, monkeypatch):
+    """A folder with the common templates, and what a test adds."""
+    for name in ("base.html", "parts.html"):
+        (tmp_path / name).write_text((pages.TEMPLATES / name).read_text())
+    monkeypatch.setattr(pages, "TEMPLATES", tmp_path)
+    pages._environment.cache_clear()
+    yield tmp_path
+    pages._environment.cache_clear()
+
+
+def test_texts_of_a_page_are_escaped_and_missing_ones_are_an_error(templates):
+    """Markup of a caption stays text, in cells, captions and attributes; bars are markup."""
+    (templates / "x.html").write_text(
+        '{% extends "base.html" %}{% import "parts.html" as parts %}{% block body %}'
+        '{{ parts.table(["<b>", "n", ""], [["<u>", 7, bar(0.5, 40)]], bars=1) }}'
+        '{{ parts.grid([(none, "<caption>", "\\" onload=x")]) }}{% endblock %}'
+    )
+    path = templates / "new" / "folder" / "x.html"
+    page = pages.render("x.html", path, title="</title> \ud83d")
+    assert path.read_text() == page.replace("\ud83d", "?")
+    assert not any(text in page for text in ("<b>", "<u>", "<caption>", '" onload', "</title> "))
+    assert "&lt;u&gt;" in page and '<td class="n">7</td>' in page
+    assert '<td><span class="bar " style="width:calc(20.0 * var(--unit))"></span></td>' in page
+    with pytest.raises(jinja2.UndefinedError, match="title"):
+        pages.render("x.html")
+
+
+def test_data_uris_hold_the_picture():
+    """Encoded bytes stay as they are; images and figures are encoded."""
+
+    def decode(uri):
+        kind, _, data = uri.partition(";base64,")
+        return kind, base64.b64decode(data)
+
+    image = Image.new("RGBA", (300, 100), "red")
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    assert decode(pages.data_uri(png.getvalue())) == ("data:image/png", png.getvalue())
+    kind, data = decode(pages.thumbnail(image, 30))
+    assert kind == "data:image/jpeg" and Image.open(io.BytesIO(data)).size == (30, 10)
+    assert image.size == (300, 100)
+    kind, data = decode(pages.data_uri(Figure(figsize=(2, 1))))
+    assert kind == "data:image/png" and Image.open(io.BytesIO(data)).size == (300, 150)
