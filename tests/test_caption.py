@@ -15,9 +15,9 @@ from PIL import Image
 from diht_jax import sharding
 from diht_jax.caption import CaptionOptions, add_captions, caption_shards
 from diht_jax.config import default_config
+from diht_jax.extras.caption_decoder import CaptionDecoder
 from diht_jax.input.decode import decode_rgb
 from diht_jax.models import get_architecture
-from diht_jax.models.caption_decoder import CaptionDecoder
 from diht_jax.models.parameters import model_definition, model_parameters
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats.registry import open_source, open_writer

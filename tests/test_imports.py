@@ -22,6 +22,8 @@ LAYERS = {
     "diht_jax.config": 1,
     "diht_jax.records": 1,
     "diht_jax.data.tfrecord": 1,
+    "diht_jax.losses.term": 1,
+    "diht_jax.extras": 1,
     "diht_jax.training.terms": 1,
     "diht_jax.sharding": 1,
     "diht_jax.models": 1,

@@ -304,6 +304,7 @@ COMPOSITION = [
 ]
 # What may keep hard negatives from harm where captions are wrong; a run has 480 steps, and nobody
 # knows the share of wrong captions beforehand.
+# `ramp` and `cap` brought nothing, and their settings are gone: they have results, and no new runs.
 _DOUBTED = {"loss.noise_share": 0.25}
 _AGAINST_NOISE = {
     "doubted": _DOUBTED,

@@ -6,6 +6,9 @@ come in here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -65,7 +68,7 @@ def concept_losses_in_chunks(
     *,
     chunk_rows: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """`concept_losses` of a linear head, which holds the logits of `chunk_rows` rows at a time.
+    """`concept_losses` of a linear head, with the logits of `chunk_rows` rows at a time.
 
     The backward pass makes the logits of a chunk again; a single chunk keeps them.
 
@@ -79,10 +82,6 @@ def concept_losses_in_chunks(
     Returns:
         As `concept_losses`.
     """
-    num_rows = features.shape[0]
-    chunk_rows = max(
-        size for size in range(1, min(chunk_rows, num_rows) + 1) if num_rows % size == 0
-    )
 
     def of_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         features, ids, probs = chunk
@@ -94,11 +93,26 @@ def concept_losses_in_chunks(
         )
         return concept_losses(logits + bias, ids, probs)
 
+    return map_in_chunks(of_chunk, (features, ids, probs), chunk_rows)
+
+
+def map_in_chunks(function: Callable[[Any], Any], rows: Any, chunk_rows: int) -> Any:
+    """`function(rows)`, computed for some rows at a time, and again in the backward pass.
+
+    Args:
+        function: from a tree of arrays [b, ...] to a tree of arrays [b]; row i of the result
+            depends on row i alone.
+        rows: tree of arrays [b, ...].
+        chunk_rows: rows at a time, at most; the largest divisor of b up to it is taken. A single
+            chunk is not computed again.
+    """
+    num_rows = len(jax.tree.leaves(rows)[0])
+    chunk_rows = max(n for n in range(1, min(chunk_rows, num_rows) + 1) if num_rows % n == 0)
     if chunk_rows == num_rows:
-        return of_chunk((features, ids, probs))
-    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_rows, *x.shape[1:]), (features, ids, probs))
-    losses, is_labelled = jax.lax.map(jax.checkpoint(of_chunk), chunks)
-    return losses.reshape(num_rows), is_labelled.reshape(num_rows)
+        return function(rows)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_rows, *x.shape[1:]), rows)
+    found = jax.lax.map(jax.checkpoint(function), chunks)
+    return jax.tree.map(lambda x: x.reshape(num_rows), found)
 
 
 def mean_over_labelled(losses: jax.Array, is_labelled: jax.Array) -> jax.Array:

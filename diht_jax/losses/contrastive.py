@@ -1,8 +1,8 @@
 """The losses over pairs of the global batch: InfoNCE, HN-NCE and the sigmoid loss.
 
-For a training step of one's own. Everything here is a pure function of embeddings: no parameters,
-no mesh, no metrics. The formulas are in `softmax.py` and `sigmoid.py`, the two ways to compute them
-in `streaming.py` and `dense.py`.
+For custom training loops: pure functions of embeddings, without parameters, mesh or metrics. The
+formulas are in `softmax.py` and `sigmoid.py`, the two ways to compute them in `streaming.py` and
+`dense.py`.
 
 How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`:
 
@@ -19,14 +19,11 @@ How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
-from diht_jax.losses import nested
 from diht_jax.losses.dense import AxisName, dense_loss
-from diht_jax.losses.noise import check_noise_share, global_mean, right_probabilities
 from diht_jax.losses.objective import (
     Objective,
     PairStatistics,
@@ -39,26 +36,22 @@ from diht_jax.losses.softmax import Softmax, is_known_zero
 from diht_jax.losses.streaming import streaming_loss
 
 IMPLS = ("streaming", "gathered")
-# Old names, which stay.
-OLD_IMPLS = {"dense": "gathered"}
-_CHOICES = {**OLD_IMPLS, "auto": "streaming"}
 
 
 def contrastive_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array | float,
+    image_emb: Float[Array, "b d"],
+    text_emb: Float[Array, "b d"],
+    logit_scale: Float[Array, ""] | float,
     *,
     alpha: jax.Array | float = 1.0,
     beta: jax.Array | float = 0.0,
     axis_name: AxisName = None,
     impl: str = "streaming",
     stop_weight_gradient: bool = False,
-    pair_ids: jax.Array | None = None,
+    pair_ids: Integer[Array, "b ..."] | None = None,
     equal_pairs: str = "mask",
-    max_weight: float | None = None,
-    noise_share: float = 0.0,
-) -> jax.Array:
+    pair_weights: Float[Array, " b"] | None = None,
+) -> Float[Array, ""]:
     """Hard-negative contrastive loss (HN-NCE), the mean of both directions over the global batch.
 
     With `s_ij = logit_scale * <image_i, text_j>` and global batch size N, image to text is
@@ -78,10 +71,10 @@ def contrastive_loss(
     with P_i all pairs equal to i, i itself included. A row without negatives counts 0.
 
     Args:
-        image_emb: float [b, d], L2-normalised; row i and row i of `text_emb` are a pair. Inside
-            `shard_map`, this device's rows.
-        text_emb: float [b, d], L2-normalised, same shape and dtype.
-        logit_scale: scalar, after exp; the same on every device.
+        image_emb: L2-normalised; row i and row i of `text_emb` are a pair. Inside `shard_map`, the
+            rows of this device.
+        text_emb: L2-normalised, of the same dtype.
+        logit_scale: after exp; the same on every device.
         alpha: weight of the positive in the denominator, in [0, 1].
         beta: concentration of the weights on hard negatives, >= 0. Values that are traced cannot
             be checked, and always take the general path.
@@ -89,32 +82,30 @@ def contrastive_loss(
             batch's PartitionSpec); None when the arrays hold the whole batch.
         impl: "streaming": texts travel round the ring of devices, memory O(b d); over several axes,
             neighbours along the last one gather their images where these are small. "gathered":
-            every device gathers all embeddings and holds two [b, N] blocks of logits; "dense" is
-            its old name. "auto": "streaming", since the devices are not known here;
-            `contrastive_objective` chooses by its mesh.
+            every device gathers all embeddings and holds two [b, N] blocks of logits. "auto":
+            "streaming", since the devices are not known here; `contrastive_objective` chooses by
+            its mesh.
         stop_weight_gradient: treat `w_ij` as constants. Ours.
-        pair_ids: integer [b] or [b, k], which pairs are equal: those that agree in all k columns
-            (a 64-bit hash of the text without x64: two of uint32). Local rows, as `image_emb`.
+        pair_ids: [b] or [b, k], which pairs are equal: those that agree in all k columns (a 64-bit
+            hash of the text without x64: two of uint32).
         equal_pairs: what equal pairs are to one another: "mask", nothing; "positive"; or
             "negative", as without ids.
-        max_weight: of a negative, above 1, which is their mean: `min(w_ij, max_weight)` takes the
-            weight's part. The streaming form then sends the texts round once more. None: any.
-        noise_share: of the pairs that may be wrong, at most 0.5: losses of pairs count by how
-            likely they are right (`noise.py`). 0: all alike.
+        pair_weights: factors of the losses of pairs, both directions, as constants; the mean is
+            still taken over N. None: 1.
 
     Returns:
         Scalar, the same on every device: float32, or float64 for float64 embeddings.
 
     Raises:
-        ValueError: wrong shapes, dtypes, alpha, beta, impl, ids, equal_pairs, max_weight or
-            noise_share; a batch of one pair without negatives to weigh.
+        ValueError: wrong shapes, dtypes, alpha, beta, impl, ids or equal_pairs; a batch of one pair
+            without negatives to weigh.
 
     Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; computed by the identity of
     `softmax.Softmax` rather than as a ratio of exponentials.
     """
     check_equal_pairs(equal_pairs)
     equal_pairs = "negative" if pair_ids is None else equal_pairs
-    objective, scalars = Softmax.create(alpha, beta, stop_weight_gradient, equal_pairs, max_weight)
+    objective, scalars = Softmax.create(alpha, beta, stop_weight_gradient, equal_pairs)
     check_embeddings(image_emb, text_emb)
     is_single = _num_pairs(image_emb, axis_name) == 1
     if is_single and (objective.weighted or is_known_zero(alpha)):
@@ -131,21 +122,21 @@ def contrastive_loss(
         axis_name=axis_name,
         impl=impl,
         pair_ids=pair_ids,
-        noise_share=noise_share,
+        row_weights=pair_weights,
     )[0]
 
 
 def sigmoid_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array | float,
+    image_emb: Float[Array, "b d"],
+    text_emb: Float[Array, "b d"],
+    logit_scale: Float[Array, ""] | float,
     logit_bias: jax.Array | float,
     *,
     axis_name: AxisName = None,
     impl: str = "streaming",
-    pair_ids: jax.Array | None = None,
+    pair_ids: Integer[Array, "b ..."] | None = None,
     equal_pairs: str = "mask",
-) -> jax.Array:
+) -> Float[Array, ""]:
     """SigLIP's loss: every image with every text is a yes-no question.
 
         -1/N sum_ij log sigmoid(z_ij (logit_scale <image_i, text_j> + logit_bias)),
@@ -184,65 +175,52 @@ def sigmoid_loss(
 def mean_loss(
     objective: Objective,
     scalars: Scalars,
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array | float,
+    image_emb: Float[Array, "b d"],
+    text_emb: Float[Array, "b d"],
+    logit_scale: Float[Array, ""] | float,
     *,
     axis_name: AxisName = None,
     impl: str = "streaming",
-    pair_ids: jax.Array | None = None,
-    noise_share: float = 0.0,
-    sizes: tuple[int, ...] = (),
-) -> tuple[jax.Array, PairStatistics]:
+    pair_ids: Integer[Array, "b ..."] | None = None,
+    row_weights: Float[Array, " b"] | None = None,
+) -> tuple[Float[Array, ""], PairStatistics]:
     """Any contrastive loss: the mean of its rows and columns over the global batch.
 
     Args:
         objective, scalars: of `Objective.create`.
         image_emb, text_emb, logit_scale, axis_name, impl, pair_ids: see `contrastive_loss`; ids
             are not read where the objective has equal pairs as negatives.
-        noise_share: see `contrastive_loss`.
-        sizes: of how many first numbers of the embeddings, rising and the last one all of them;
-            see `nested.py`. Without sizes, of all. How likely a pair is right, which `noise_share`
-            asks for, is decided by all.
+        row_weights: `pair_weights` of `contrastive_loss`.
 
     Returns:
-        The loss, as `contrastive_loss` returns it (with sizes an array [k] of them), and statistics
-        of the local rows.
+        The loss, as `contrastive_loss` returns it, and statistics of the local rows.
 
     Raises:
-        ValueError: wrong shapes, dtypes, impl, ids or noise_share.
+        ValueError: wrong shapes, dtypes, impl or ids.
     """
     check_embeddings(image_emb, text_emb)
     check_scalar("logit_scale", logit_scale)
-    check_noise_share(noise_share)
-    impl = _CHOICES.get(impl, impl)
-    if impl not in IMPLS:
+    if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl: expected one of auto, {', '.join(IMPLS)}, got {impl!r}")
+    if objective.equal_pairs == "negative":
+        pair_ids = None
+    else:
+        pair_ids = _ids_as_columns(pair_ids, jnp.shape(image_emb)[0])
     num_pairs = _num_pairs(image_emb, axis_name)
-    # Left out where there are none: a loss of one's own need not know of them.
-    of_rows = {}
-    if objective.equal_pairs != "negative":
-        of_rows["pair_ids"] = _ids_as_columns(pair_ids, jnp.shape(image_emb)[0])
-    probability = None
-    if noise_share:
-        probability = right_probabilities(image_emb, text_emb, noise_share, axis_name)
-        of_rows["row_weights"] = probability / global_mean(probability, axis_name)
     # A single pair has no negative to stream.
-    is_streaming = impl == "streaming" and num_pairs > 1
-    loss_fn = streaming_loss if is_streaming else dense_loss
-    if sizes:
-        of_sizes = nested.streaming_losses if is_streaming else nested.gathered_losses
-        loss_fn = functools.partial(of_sizes, sizes=sizes)
-    total, statistics = loss_fn(
-        *(image_emb, text_emb, logit_scale, scalars),
+    is_dense = impl == "gathered" or num_pairs == 1
+    total, statistics = (dense_loss if is_dense else streaming_loss)(
+        image_emb,
+        text_emb,
+        logit_scale,
+        scalars,
         objective=objective,
         axis_name=axis_name,
-        **of_rows,
+        pair_ids=pair_ids,
+        row_weights=row_weights,
     )
     if axis_name:
         total = jax.lax.psum(total, axis_name)
-    if probability is not None:
-        statistics = statistics._replace(right_probability=probability)
     return total / (2 * num_pairs), statistics
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from diht_jax.losses.objective import Objective, PairStatistics, Scalars
 
@@ -89,6 +90,18 @@ def inner_products(rows: jax.Array, columns: jax.Array) -> jax.Array:
         (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.promote_types(rows.dtype, jnp.float32),
+    )
+
+
+def product(
+    grad: Float[Array, "rows columns"], emb: Float[Array, "n d"], axis: int
+) -> Float[Array, "m d"]:
+    """`grad @ emb` for axis 1, `grad.T @ emb` for axis 0, in the dtype of `grad`."""
+    return jax.lax.dot_general(
+        grad,
+        emb.astype(grad.dtype),
+        (((axis,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
     )
 
 

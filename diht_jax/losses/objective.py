@@ -36,7 +36,6 @@ class PairStatistics(NamedTuple):
         image_hardest, text_hardest: highest one of the image (of the text) with a wrong partner.
         image_ties, text_ties: number of wrong partners that reach it.
         num_negatives: of the image, and so of the text; None where all others are negatives.
-        right_probability: that the pair is a right one; None where that is not estimated.
     """
 
     positive: jax.Array
@@ -45,7 +44,6 @@ class PairStatistics(NamedTuple):
     text_hardest: jax.Array
     text_ties: jax.Array
     num_negatives: jax.Array | None = None
-    right_probability: jax.Array | None = None
 
 
 class Masks(NamedTuple):
@@ -71,7 +69,6 @@ class RowStatistics(NamedTuple):
         sums: of the objective.
         num_negatives: so far; None where all pairs but the own one are negatives.
         equal: the same of equal pairs, where these are positives.
-        weighted: sums of `Objective.accumulate_weighted`, where there are some.
     """
 
     highest: jax.Array
@@ -79,7 +76,6 @@ class RowStatistics(NamedTuple):
     sums: tuple[jax.Array, ...]
     num_negatives: jax.Array | None = None
     equal: RowStatistics | None = None
-    weighted: tuple[jax.Array, ...] = ()
 
 
 class RowSlopes(NamedTuple):
@@ -113,21 +109,16 @@ class Objective:
         second_pass: indices of the scalars whose derivative needs the negative logits once more.
         equal_pairs: of `EQUAL_PAIRS`; a loss that has no such setting knows the first one only.
         num_equal_sums: how many running sums a row has of its equal pairs.
-        num_weighted_sums: how many sums of a row need weights that all its negatives decide, so
-            another pass over them, by `weigh` and `accumulate_weighted`.
-        scheduled: settings that a schedule may replace, by `config.loss.NAME_schedule`.
     """
 
     title: ClassVar[str] = ""
     settings: ClassVar[dict[str, Any]] = {}
     parameters: ClassVar[dict[str, float]] = {}
-    scheduled: ClassVar[tuple[str, ...]] = ()
     initial_logit_scale: ClassVar[float | None] = None
     num_sums: int = 1
     second_pass: tuple[int, ...] = ()
     equal_pairs: str = EQUAL_PAIRS[0]
     num_equal_sums: int = 0
-    num_weighted_sums: int = 0
 
     @classmethod
     def create(cls, **values: Any) -> tuple[Self, Scalars]:
@@ -140,10 +131,6 @@ class Objective:
             ValueError: a value out of range; the message begins with its name and a colon.
         """
         raise NotImplementedError
-
-    def with_constant_settings(self) -> Self:
-        """The objective where no derivative by a setting is asked for, though it is traced."""
-        return self
 
     def accumulate(
         self,
@@ -195,28 +182,6 @@ class Objective:
 
         Returns:
             Arrays [t, t].
-        """
-        raise NotImplementedError
-
-    def weigh(
-        self, statistics: RowStatistics, scalars: Scalars, num_pairs: int
-    ) -> tuple[jax.Array, ...]:
-        """What decides the weights of a row's negatives, [b] each; arguments as for `finish`."""
-        raise NotImplementedError
-
-    def accumulate_weighted(
-        self,
-        weighing: tuple[jax.Array, ...],
-        logits: jax.Array,
-        is_negative: jax.Array,
-        axis: int,
-        scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
-        """The sums of a tile's negatives with their weights: they are added up as they are.
-
-        Args:
-            weighing: of `weigh`, [t] each.
-            logits, is_negative, axis, scalars: see `accumulate`.
         """
         raise NotImplementedError
 

@@ -19,7 +19,6 @@ def default_settings() -> dict[str, Any]:
     """The keys of `config.loss` that belong to losses; a loss ignores those of the others."""
     found: dict[str, Any] = {}
     for kind, loss in LOSSES.items():
-        schedules = {f"{name}_schedule": () for name in loss.scheduled}
-        for key, value in {**loss.settings, **schedules}.items():
+        for key, value in loss.settings.items():
             assert found.setdefault(key, value) == value, f"{kind}: another default of {key}"
     return copy.deepcopy(found)

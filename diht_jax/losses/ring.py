@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.hardware.chips import Chip, find_chip
-from diht_jax.losses.objective import Masks
+from diht_jax.losses.objective import Masks, Objective
 
 # Sides of tiles, at most; every device launches a few kernels for each tile.
 TILES = (2048, 1024, 512)
@@ -98,8 +98,7 @@ class Ring:
     """Sizes, known when the step is traced.
 
     Attributes:
-        objective: the loss, one row of it; of a loss with sums of its own, what it must know to
-            compare a tile (`affinity.py`).
+        objective: the loss of one row.
         axes: mesh axes that the batch is split over, in the mesh's order.
         num_devices: along them.
         group: G, neighbours along the last axis that gather their images.
@@ -107,7 +106,7 @@ class Ring:
         texts: tiles of the texts of a device, its columns.
     """
 
-    objective: Any
+    objective: Objective
     axes: tuple[str, ...]
     num_devices: int
     group: int
@@ -117,7 +116,7 @@ class Ring:
     @classmethod
     def create(
         cls,
-        objective: Any,
+        objective: Objective,
         axes: tuple[str, ...],
         block: jax.ShapeDtypeStruct,
         most_tile: int | None,
@@ -302,3 +301,35 @@ def _as_one(send: Callable[[jax.Array], jax.Array], rows: Any) -> Any:
 def _chip_of(mesh: jax.sharding.AbstractMesh) -> Chip | None:
     device = getattr(mesh, "abstract_device", None)
     return find_chip(device.device_kind) if device else None
+
+
+def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Zeros of the dtype of `like`, varying over the mesh as it does."""
+    return varying_over(varying_axes(like))(jnp.zeros(shape, like.dtype))
+
+
+def varying_over(axes: frozenset[str]) -> Callable[[jax.Array], jax.Array]:
+    """A function that lets an array differ from device to device along these mesh axes."""
+
+    def cast(x: jax.Array) -> jax.Array:
+        missing = tuple(axes - varying_axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return cast
+
+
+def varying_axes(x: jax.Array) -> frozenset[str]:
+    """Mesh axes over which `x` differs from device to device; empty without check_vma."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def at(tree: Any, index: jax.Array | int) -> Any:
+    """Takes one tile of each array [num_tiles, ...] of a tree."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
+
+
+def put(tree: Any, part: Any, index: jax.Array | int) -> Any:
+    """Replaces one tile of each array of a tree; the inverse of `at`."""
+    return jax.tree.map(
+        lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, index, 0), tree, part
+    )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from diht_jax.losses.objective import Masks, Objective, PairStatistics, RowStatistics, Scalars
-from diht_jax.losses.tiles import zeros
+from diht_jax.losses.ring import zeros
 
 _Accumulate = Callable[..., tuple[jax.Array, ...]]
 

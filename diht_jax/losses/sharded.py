@@ -1,4 +1,4 @@
-"""A contrastive loss on global arrays: on the devices of a mesh, and what is measured beside it.
+"""A contrastive loss of global arrays on the devices of a mesh, with its metrics.
 
 Embeddings of the global batch come in from inside `jax.jit`, and are differentiated from outside.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Integer
 
 from diht_jax.losses.choice import choose_impl
 from diht_jax.losses.contrastive import check_embeddings, mean_loss
@@ -24,9 +25,9 @@ Metrics = dict[str, jax.Array]
 
 
 def contrastive_objective(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array | float,
+    image_emb: Float[Array, "N d"],
+    text_emb: Float[Array, "N d"],
+    logit_scale: Float[Array, ""] | float,
     logit_bias: jax.Array | float | None = None,
     *,
     mesh: Mesh,
@@ -35,19 +36,17 @@ def contrastive_objective(
     beta: float = 0.0,
     impl: str = "streaming",
     stop_weight_gradient: bool = False,
-    pair_ids: jax.Array | None = None,
+    pair_ids: Integer[Array, "N ..."] | None = None,
     equal_pairs: str = "mask",
-    max_weight: float | None = None,
-    noise_share: float = 0.0,
+    pair_weights: Float[Array, " N"] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """`contrastive_loss` or `sigmoid_loss` of a global batch on a mesh, with metrics.
 
     Args:
         image_emb, text_emb, logit_scale, mesh, axis_names, impl: see `sharded_loss`.
         logit_bias: scalar; given, the loss is `sigmoid_loss`, which has no alpha and beta.
-        alpha, beta, stop_weight_gradient, equal_pairs, max_weight, noise_share: see
-            `contrastive_loss`.
-        pair_ids: integer [N] or [N, k], global; see `contrastive_loss`.
+        alpha, beta, stop_weight_gradient, equal_pairs: see `contrastive_loss`.
+        pair_ids, pair_weights: global; see `contrastive_loss`.
 
     Returns:
         As `sharded_loss`.
@@ -58,12 +57,7 @@ def contrastive_objective(
     settings: dict[str, Any] = {"equal_pairs": "negative" if pair_ids is None else equal_pairs}
     if logit_bias is None:
         loss, learnt = Softmax, {}
-        settings.update(
-            alpha=alpha,
-            beta=beta,
-            stop_weight_gradient=stop_weight_gradient,
-            max_weight=max_weight,
-        )
+        settings.update(alpha=alpha, beta=beta, stop_weight_gradient=stop_weight_gradient)
     else:
         loss, learnt = Sigmoid, {"logit_bias": logit_bias}
     return sharded_loss(
@@ -77,25 +71,23 @@ def contrastive_objective(
         axis_names=axis_names,
         impl=impl,
         pair_ids=pair_ids,
-        noise_share=noise_share,
+        pair_weights=pair_weights,
     )
 
 
 def sharded_loss(
     loss: type[Objective],
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array | float,
+    image_emb: Float[Array, "N d"],
+    text_emb: Float[Array, "N d"],
+    logit_scale: Float[Array, ""] | float,
     learnt: Mapping[str, jax.Array | float],
     *,
     settings: Mapping[str, Any],
     mesh: Mesh,
     axis_names: str | tuple[str, ...] = ("data", "fsdp"),
     impl: str = "streaming",
-    pair_ids: jax.Array | None = None,
-    noise_share: float = 0.0,
-    scheduled: Mapping[str, jax.Array] | None = None,
-    sizes: Mapping[int, float] | None = None,
+    pair_ids: Integer[Array, "N ..."] | None = None,
+    pair_weights: Float[Array, " N"] | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """Any contrastive loss of a global batch on a mesh, with metrics.
 
@@ -104,24 +96,21 @@ def sharded_loss(
 
     Args:
         loss: such as those of `registry.LOSSES`.
-        image_emb: float [N, d], L2-normalised, global; row i is the pair of row i of `text_emb`.
-        text_emb: float [N, d], L2-normalised, global.
-        logit_scale: scalar, after exp.
+        image_emb: L2-normalised, global; row i is the pair of row i of `text_emb`.
+        text_emb: L2-normalised, global.
+        logit_scale: after exp.
         learnt: a scalar for each name in `loss.parameters`.
         settings: a value for each key in `loss.settings`.
         mesh: the mesh of the step; other axes than `axis_names` hold copies.
         axis_names: axes that the batch is split over; their sizes must divide N.
         impl: see `contrastive_loss`; or "auto": see `choice.choose_impl`.
-        pair_ids: integer [N] or [N, k], global; needed where `settings` has another value of
-            `equal_pairs` than "negative".
-        noise_share: see `contrastive_loss`.
-        scheduled: values, traced or not, that replace some of `settings`; without derivative.
-        sizes: how many first numbers of the embeddings have a loss of their own, and its weight;
-            rising, and the last one is d.
+        pair_ids: global; needed where `settings` has another value of `equal_pairs` than
+            "negative".
+        pair_weights: global; see `contrastive_loss`.
 
     Returns:
-        The loss (mean over the global batch, replicated; with sizes their weighted sum), and a dict
-        of float32 scalars that carry no gradient; means over the global batch:
+        The loss (mean over the global batch, replicated), and a dict of float32 scalars that carry
+        no gradient; means over the global batch:
         `loss`.
         `i2t_accuracy`, `t2i_accuracy`: share of queries whose own pair is the most similar of
             all N. Ours: a tie with t others counts 1/(1 + t), the chance of a fair draw, so
@@ -130,9 +119,6 @@ def sharded_loss(
         `hardest_negative_similarity`: highest cosine with a wrong partner, over both directions.
         `equal_pairs`: share of pairs that another pair of the batch is equal to; with ids alone.
             Equal pairs then are no wrong partners for the other metrics.
-        `doubted_pairs`: share of pairs that are rather wrong than right, with `noise_share` alone.
-        `loss_64` and the like, with sizes: the parts of the sum. The other metrics are those of the
-            whole embeddings.
 
     Raises:
         ValueError: wrong arguments, N < 2, or N not divisible by the devices.
@@ -140,14 +126,10 @@ def sharded_loss(
     check_embeddings(image_emb, text_emb)
     axis_names = (axis_names,) if isinstance(axis_names, str) else tuple(axis_names)
     _check_split(image_emb.shape[0], mesh, axis_names)
-    if sizes and impl == "auto":
-        impl = "streaming"  # the only one with one exchange for all sizes, and without their logits
     impl = choose_impl(mesh, axis_names, *image_emb.shape, impl).impl
 
-    def on_device(image_emb, text_emb, pair_ids, logit_scale, learnt, scheduled):
-        objective, scalars = loss.create(**{**settings, **scheduled}, **learnt)
-        if scheduled:
-            objective = objective.with_constant_settings()
+    def on_device(image_emb, text_emb, pair_ids, pair_weights, logit_scale, learnt):
+        objective, scalars = loss.create(**settings, **learnt)
         value, statistics = mean_loss(
             objective,
             scalars,
@@ -157,21 +139,15 @@ def sharded_loss(
             axis_name=axis_names,
             impl=impl,
             pair_ids=pair_ids,
-            noise_share=noise_share,
-            sizes=tuple(sizes or ()),
+            row_weights=pair_weights,
         )
-        metrics = _metrics(statistics, axis_names)
-        if sizes:
-            for i, size in enumerate(sizes):
-                metrics[f"loss_{size}"] = jax.lax.stop_gradient(value[i])
-            value = sum(weight * value[i] for i, weight in enumerate(sizes.values()))
-        return value, {"loss": jax.lax.stop_gradient(value), **metrics}
+        return value, {"loss": jax.lax.stop_gradient(value), **_metrics(statistics, axis_names)}
 
     rows, whole = PartitionSpec(axis_names), PartitionSpec()
-    replicated = jax.tree.map(jnp.asarray, (logit_scale, dict(learnt), dict(scheduled or {})))
+    replicated = jax.tree.map(jnp.asarray, (logit_scale, dict(learnt)))
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(rows, rows, rows, whole, whole, whole), out_specs=whole
-    )(image_emb, text_emb, pair_ids, *replicated)
+        on_device, mesh=mesh, in_specs=(rows, rows, rows, rows, whole, whole), out_specs=whole
+    )(image_emb, text_emb, pair_ids, pair_weights, *replicated)
 
 
 def _check_split(num_pairs: int, mesh: Mesh, axis_names: tuple[str, ...]) -> None:
@@ -204,8 +180,6 @@ def _metrics(statistics: PairStatistics, axis_name: AxisName) -> Metrics:
             image_hardest=jnp.maximum(statistics.image_hardest, -1),
             text_hardest=jnp.maximum(statistics.text_hardest, -1),
         )
-    if statistics.right_probability is not None:
-        metrics["doubted_pairs"] = mean(statistics.right_probability < 0.5)
     positive = statistics.positive
     hardest = (statistics.image_hardest + statistics.text_hardest) / 2
     return {

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from ml_collections.config_dict import placeholder
 
 from diht_jax.losses.objective import (
     Objective,
@@ -42,22 +41,11 @@ class Softmax(Objective):
         L_i = logaddexp(log alpha + r, z)  with m in place of s_ii in z
         dL_i/ds_ip = (1 - p) e^{s_ip - m - r} - 1/|P_i|       p = sigmoid(z - log alpha - r)
 
-    With `max_weight` c, U the sum of w_ij e^{s_ij} over the negatives whose weight
-    `w_ij = e^{log(N-1) + beta s_ij - B}` is below c, and C that of c e^{s_ij} over the others,
-
-        z = log(U + C) - s_ii = log Z - s_ii
-        dL_i/ds_ij = p ([w_ij < c] (1+beta) w_ij e^{s_ij} / Z + [w_ij >= c] c e^{s_ij} / Z
-                        - beta U / Z e^{beta s_ij - B})
-
-    Weights are known once B is, so U and C take another pass over the negatives. They are sums
-    relative to the highest one, whose weight is at least 1, so nothing underflows.
-
     Attributes:
         weighted: False when beta is known to be 0: B is log(N-1) and drops out.
         stop_weight_gradient: the weights count as constants: dL_i/ds_ij = p e^{(1+beta) s_ij - A}.
         differentiate_beta: beta is traced, so that its derivative may be requested.
         equal_pairs: see `Objective`.
-        max_weight: c; None where weights are not capped.
 
     Source: DiHT, arXiv 2301.02280, "Hard-negative contrastive loss"; several positives: UniCL,
     arXiv 2204.03610.
@@ -71,15 +59,12 @@ class Softmax(Objective):
         # What pairs with equal texts, or of one class, are to one another: "negative", "mask" (no
         # partners) or "positive".
         "equal_pairs": "negative",
-        "max_weight": placeholder(float),  # of a negative; their mean is 1. None: any
     }
-    scheduled: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     weighted: bool
     stop_weight_gradient: bool = False
     differentiate_beta: bool = False
     equal_pairs: str = "negative"
-    max_weight: float | None = None
 
     num_equal_sums = 3  # of `e^s`, of s, and how many
 
@@ -90,7 +75,6 @@ class Softmax(Objective):
         beta: jax.Array | float,
         stop_weight_gradient: bool,
         equal_pairs: str = "negative",
-        max_weight: float | None = None,
     ) -> tuple[Self, Scalars]:
         """See `Objective.create`; traced values are not checked and take the general path."""
         check_equal_pairs(equal_pairs)
@@ -98,15 +82,11 @@ class Softmax(Objective):
         check_scalar("beta", beta)
         _check_range("alpha", alpha, "a number in [0, 1]", lambda value: 0 <= value <= 1)
         _check_range("beta", beta, "a finite number >= 0", lambda value: 0 <= value < math.inf)
-        if max_weight is not None and not 1 < max_weight < math.inf:
-            raise ValueError(f"max_weight: expected a number above 1, or None, got {max_weight}")
-        weighted = not is_known_zero(beta)
         objective = cls(
-            weighted=weighted,
+            weighted=not is_known_zero(beta),
             stop_weight_gradient=stop_weight_gradient,
             differentiate_beta=isinstance(beta, jax.core.Tracer),
             equal_pairs=equal_pairs,
-            max_weight=max_weight if weighted else None,
         )
         return objective, (alpha, beta)
 
@@ -114,15 +94,6 @@ class Softmax(Objective):
     def num_sums(self) -> int:
         """Of `e^{(1+beta) s}` and, for weights, of `e^{beta s}`."""
         return 2 if self.weighted else 1
-
-    @property
-    def num_weighted_sums(self) -> int:
-        """Below the cap, and at it."""
-        return 0 if self.max_weight is None else 2
-
-    def with_constant_settings(self) -> Self:
-        """See `Objective.with_constant_settings`."""
-        return dataclasses.replace(self, differentiate_beta=False)
 
     @property
     def second_pass(self) -> tuple[int, ...]:
@@ -165,10 +136,8 @@ class Softmax(Objective):
         if statistics.equal is not None:
             positives, log_spread, equal = _with_equal(statistics.equal, positives)
             log_alpha += log_spread
-        if self.max_weight is not None:
-            offsets = self._capped_offsets(statistics, offsets[1], log_count)
         margin = offsets[0] - positives
-        if self.weighted and self.max_weight is None:
+        if self.weighted:
             margin += log_count - offsets[1]
         losses = jnp.logaddexp(log_alpha, margin)
         slope = jax.nn.sigmoid(margin - log_alpha)
@@ -190,78 +159,12 @@ class Softmax(Objective):
         offsets = [jnp.expand_dims(offset, axis) for offset in slopes.offsets]
         if not self.weighted:
             return factor * jnp.exp(logits - offsets[0]), ()
-        if self.max_weight is not None:
-            return self._capped_slope(logits, factor, offsets, beta)
         share = jnp.exp((1 + beta) * logits - offsets[0])
         if self.stop_weight_gradient:
             return factor * share, ()
         weight = jnp.exp(beta * logits - offsets[1])
         by_beta = (factor * (share - weight) * logits,) if self.second_pass else ()
         return factor * ((1 + beta) * share - beta * weight), by_beta
-
-    def weigh(
-        self, statistics: RowStatistics, scalars: Scalars, num_pairs: int
-    ) -> tuple[jax.Array, ...]:
-        """See `Objective.weigh`: `log w_ij - beta s_ij`, and the highest negative."""
-        log_count = math.log(num_pairs - 1)
-        if statistics.num_negatives is not None:
-            statistics = _with_some_negative(statistics, statistics.num_negatives > 0)
-            log_count = jnp.log(statistics.num_negatives)
-        log_sum = scalars[1] * statistics.highest + jnp.log(statistics.sums[1])
-        return log_count - log_sum, statistics.highest
-
-    def accumulate_weighted(
-        self,
-        weighing: tuple[jax.Array, ...],
-        logits: jax.Array,
-        is_negative: jax.Array,
-        axis: int,
-        scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
-        """See `Objective.accumulate_weighted`."""
-        log_factor, highest = (jnp.expand_dims(values, axis) for values in weighing)
-        weights = jnp.exp(log_factor + scalars[1] * logits)
-        exponentials = jnp.where(is_negative, jnp.exp(logits - highest), 0)
-        is_below = weights < self.max_weight
-        return (
-            jnp.sum(jnp.where(is_below, weights * exponentials, 0), axis),
-            jnp.sum(jnp.where(is_below, 0, self.max_weight * exponentials), axis),
-        )
-
-    def _capped_offsets(
-        self, statistics: RowStatistics, log_sum: jax.Array, log_count: jax.Array | float
-    ) -> tuple[jax.Array, ...]:
-        """log Z, B, `log w_ij - beta s_ij`, and U / Z."""
-        below, capped = statistics.weighted
-        if statistics.num_negatives is not None:
-            # The one negative of an empty row; see `_with_some_negative`.
-            capped = jnp.where(below + capped > 0, capped, 1)
-        total = below + capped
-        return (
-            statistics.highest + jnp.log(total),
-            log_sum,
-            log_count - log_sum,
-            below / total,
-        )
-
-    def _capped_slope(
-        self,
-        logits: jax.Array,
-        factor: jax.Array,
-        offsets: list[jax.Array],
-        beta: jax.Array | float,
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """`negative_slope` with `max_weight`."""
-        log_total, log_sum, log_factor, uncapped = offsets[:4]
-        log_weight = log_factor + beta * logits
-        is_below = log_weight < math.log(self.max_weight)
-        share = jnp.exp(logits - log_total + jnp.minimum(log_weight, math.log(self.max_weight)))
-        if self.stop_weight_gradient:
-            return factor * share, ()
-        weight = uncapped * jnp.exp(beta * logits - log_sum)
-        by_log_weight = jnp.where(is_below, share, 0) - weight
-        by_beta = (factor * by_log_weight * logits,) if self.second_pass else ()
-        return factor * (share + beta * by_log_weight), by_beta
 
     def accumulate_equal(
         self,
@@ -321,14 +224,9 @@ class Softmax(Objective):
             if self.stop_weight_gradient:
                 tilt = jax.lax.stop_gradient(tilt)
             log_sum = jax.nn.logsumexp(tilt, axis=1, where=is_negative)
-            if self.max_weight is None:
-                negatives = (
-                    log_count + jax.nn.logsumexp(logits + tilt, axis=1, where=is_negative) - log_sum
-                )
-            else:
-                log_weights = tilt + (log_count - log_sum)[:, None]
-                log_weights = jnp.minimum(log_weights, math.log(self.max_weight))
-                negatives = jax.nn.logsumexp(logits + log_weights, axis=1, where=is_negative)
+            negatives = (
+                log_count + jax.nn.logsumexp(logits + tilt, axis=1, where=is_negative) - log_sum
+            )
         losses = jnp.logaddexp(log_alpha, negatives - positives)
         return losses if is_equal is None else jnp.where(has_negatives, losses, 0)
 

@@ -1,9 +1,9 @@
-"""The streaming forms of the losses: memory O(b d + tile^2) per device, exact on any mesh.
+"""The streaming form of the losses: memory O(b d + tile^2) per device, exact on any mesh.
 
-Images stay where they are; blocks of texts travel round the ring of devices, their column
-statistics with them. Each block of logits is made once in the forward pass and serves both
-directions; the backward pass makes it once more and sends the texts' gradients round with them.
-No device ever holds a [b, N] or an [N, d] array. Inside a block, tiles bound the memory.
+Images stay where they are; blocks of texts travel round the ring of devices together with their
+column statistics. Each block of logits is made once in the forward pass and serves both
+directions; the backward pass makes it once more and sends the texts' gradients round. No device
+ever holds a [b, N] or an [N, d] array. Inside a block, tiles bound the memory.
 
 Where the images of a few neighbours are small, these gather them first and the texts travel from
 group to group (`ring.py`): fewer rounds, each with more products. A member then has the rows of
@@ -16,7 +16,7 @@ So every transfer has the products of a whole round to hide behind. The row stat
 slopes, in the backward pass) travel as one array, since a ring of many devices is bound by the
 number of its transfers and not by their bytes.
 
-What is summed is the objective's own (`objective.py`); this file knows none of them.
+What is summed is defined by the objective (`objective.py`).
 
 Source: ring attention's communication (arXiv 2310.01889) and the online log-sum-exp of Milakov
 and Gimelshein (arXiv 1805.02867), applied to both directions of DiHT's loss at once. Ours.
@@ -30,84 +30,53 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
 
-from diht_jax.losses.dense import AxisName, inner_products
-from diht_jax.losses.objective import (
-    Masks,
-    Objective,
-    PairStatistics,
-    RowSlopes,
-    RowStatistics,
-    Scalars,
-)
-from diht_jax.losses.ring import Ring
+from diht_jax.losses.dense import AxisName, inner_products, product
+from diht_jax.losses.objective import Masks, Objective, PairStatistics, RowSlopes, Scalars
+from diht_jax.losses.ring import Ring, at, put, varying_axes, varying_over, zeros
 from diht_jax.losses.row_statistics import add_tile, merge, no_statistics, pair_statistics
-from diht_jax.losses.tiles import at, product, put, varying_axes, varying_over, zeros
 
 
 def streaming_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array,
+    image_emb: Float[Array, "b d"],
+    text_emb: Float[Array, "b d"],
+    logit_scale: Float[Array, ""] | float,
     scalars: Scalars,
     *,
     objective: Objective,
     axis_name: AxisName,
-    pair_ids: jax.Array | None = None,
-    row_weights: jax.Array | None = None,
+    pair_ids: Integer[Array, "b k"] | None = None,
+    row_weights: Float[Array, " b"] | None = None,
     tile: int | None = None,
-) -> tuple[jax.Array, PairStatistics]:
-    """The losses of the local rows in both directions, summed.
+) -> tuple[Float[Array, ""], PairStatistics]:
+    """Sums the losses of the local rows in both directions.
 
     Args:
-        image_emb, text_emb: float [b, d], local rows; at least two pairs in the global batch.
-        logit_scale: scalar.
+        image_emb, text_emb: local rows; at least two pairs in the global batch.
+        logit_scale: after exp.
         scalars: of the objective.
-        objective: the loss, one row of it.
+        objective: the loss of one row.
         axis_name: mesh axes that the batch is split over, or None.
-        pair_ids: integer [b, k], equal in all columns for equal pairs; they travel with the texts.
-            Given unless `objective.equal_pairs` is "negative".
-        row_weights: [b], of the losses of the rows, both directions; constants.
-        tile: side of a tile, at most; None for `tile_of_block`.
+        pair_ids: equal in all columns for equal pairs; they travel with the texts. Needed unless
+            `objective.equal_pairs` is "negative".
+        row_weights: of the losses of the rows, both directions; constants.
+        tile: largest side of a tile; None for `ring.tile_of_block`.
 
     Returns:
-        A scalar of this device, at least float32, and statistics without gradient.
+        The sum on this device, at least float32, and statistics without gradient.
     """
-    ring, arguments = ring_and_arguments(
-        *(image_emb, text_emb, logit_scale, scalars, pair_ids, row_weights),
-        objective=objective,
-        axis_name=axis_name,
-        tile=tile,
-    )
-    loss, statistics = _ring_loss(ring, *arguments)
-    return loss, jax.lax.stop_gradient(statistics)
-
-
-def ring_and_arguments(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array,
-    scalars: Scalars,
-    *of_rows: jax.Array | None,
-    objective: Objective,
-    axis_name: AxisName,
-    tile: int | None,
-) -> tuple[Ring, tuple[Any, ...]]:
-    """The ring, and the arguments of a loss on it: of one dtype, all varying over the mesh."""
     axes = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
     dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
     ring = Ring.create(objective, axes, jax.ShapeDtypeStruct(image_emb.shape, dtype), tile)
-    arguments = (
-        image_emb,
-        text_emb,
-        jnp.asarray(logit_scale, dtype),
-        tuple(jnp.asarray(value, dtype) for value in scalars),
-        *of_rows,
-    )
+    scale = jnp.asarray(logit_scale, dtype)
+    scalars = tuple(jnp.asarray(value, dtype) for value in scalars)
+    arguments = (image_emb, text_emb, scale, scalars, pair_ids, row_weights)
     # Every argument differs from device to device as far as the rule below is concerned: JAX
     # then sums the gradients of replicated ones itself, outside of it.
     varying = frozenset().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(arguments)))
-    return ring, jax.tree.map(varying_over(varying), arguments)
+    loss, statistics = _ring_loss(ring, *jax.tree.map(varying_over(varying), arguments))
+    return loss, jax.lax.stop_gradient(statistics)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -165,12 +134,6 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
             lambda one, other: merge(objective, one, other, scalars),
             [at(parts, member) for member in range(ring.group)],
         )
-    if objective.num_weighted_sums:
-        (image_statistics,), (text_statistics,) = with_weighted_sums(
-            *(ring, (images, image_ids), own_texts, scalars),
-            lambda image_tile, text_tile: [scale * inner_products(image_tile, text_tile)],
-            *([image_statistics], [text_statistics]),
-        )
     finish = functools.partial(
         objective.finish, positives=positives, scalars=scalars, num_pairs=ring.num_pairs
     )
@@ -184,86 +147,19 @@ def _forward(ring, image_emb, text_emb, scale, scalars, pair_ids, row_weights):
     return (loss, statistics), (*arguments, image_slopes, text_slopes)
 
 
-def with_weighted_sums(
-    ring: Ring,
-    images: tuple[jax.Array, jax.Array | None],
-    own_texts: tuple[jax.Array, jax.Array | None],
-    scalars: Scalars,
-    logits_of: Callable[[jax.Array, jax.Array], list[jax.Array]],
-    *statistics: list[RowStatistics],
-) -> list[list[RowStatistics]]:
-    """The statistics of images and texts with `weighted`: another tour of the texts.
-
-    Args:
-        ring, scalars: of the loss.
-        images, own_texts: of `ring.blocks`.
-        logits_of: from a tile of images and one of texts to their logits, of each size (`nested`).
-        statistics: of all images, and of all texts, each of the same sizes.
-    """
-    objective = ring.objective
-    image_weighing, text_weighing = (
-        [objective.weigh(size, scalars, ring.num_pairs) for size in part] for part in statistics
-    )
-    image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(image_weighing))
-    text_tiles = jax.tree.map(ring.texts.split, text_weighing)
-    no_images, no_texts = (
-        [(zeros(tiles[0][0].shape, tiles[0][0]),) * objective.num_weighted_sums for _ in tiles]
-        for tiles in (image_tiles, text_tiles)
-    )
-
-    def add_block(rounds, block, text_tiles, image_sums):
-        texts, text_ids = block
-
-        def one_tile(i, j, carry):
-            logits = logits_of(at(images[0], i), at(texts, j))
-            masks = ring.masks(rounds, i, j, at(images[1], i), at(text_ids, j))
-            parts = (
-                [
-                    objective.accumulate_weighted(
-                        weighing, size_logits, masks.is_negative, axis, scalars
-                    )
-                    for weighing, size_logits in zip(at(tiles, index), logits, strict=True)
-                ]
-                for tiles, index, axis in ((text_tiles, j, 0), (image_tiles, i, 1))
-            )
-            return tuple(
-                put(sums, jax.tree.map(jnp.add, at(sums, index), part), index)
-                for sums, part, index in zip(carry, parts, (j, i), strict=True)
-            )
-
-        return ring.for_each_tile(one_tile, (no_texts, image_sums))
-
-    text_sums, image_sums = ring.tour(
-        add_block,
-        own_texts,
-        rows=text_tiles,
-        sums=no_texts,
-        stays=no_images,
-        merge=functools.partial(jax.tree.map, jnp.add),
-    )
-    image_sums = jax.tree.map(ring.images.join, image_sums)
-    if ring.group > 1:
-        image_sums = jax.tree.map(lambda parts: jnp.sum(parts, 0), ring.exchange_rows(image_sums))
-    sums = image_sums, jax.tree.map(ring.texts.join, text_sums)
-    return [
-        [size._replace(weighted=weighted) for size, weighted in zip(part, each, strict=True)]
-        for part, each in zip(statistics, sums, strict=True)
-    ]
-
-
 def _backward(ring, residuals, cotangents):
-    *arguments, image_slopes, text_slopes = residuals
-    image_emb, text_emb, scale, scalars, pair_ids, row_weights = arguments
+    image_emb, text_emb, scale, scalars, pair_ids, row_weights, *slopes = residuals
     loss_grad, _ = cotangents
     objective = ring.objective
     (images, image_ids), own_texts = ring.blocks(image_emb, text_emb, pair_ids)
     # The derivatives scale with the cotangent of the device that a row belongs to.
     factor = loss_grad if row_weights is None else loss_grad * row_weights
-    image_slopes, text_slopes = (scaled(slopes, factor) for slopes in (image_slopes, text_slopes))
+    image_slopes, text_slopes = (_scaled(part, factor) for part in slopes)
     of_partners = [s._replace(scalars=(), positive=()) for s in (image_slopes, text_slopes)]
     image_tiles = jax.tree.map(ring.images.split, ring.gather_rows(of_partners[0]))
     text_tiles = jax.tree.map(ring.texts.split, of_partners[1])
-    image_zeros, text_zeros = (zeros(tiles.shape, scale) for tiles in (images, own_texts[0]))
+    no_images, no_texts = (zeros(tiles.shape, scale) for tiles in (images, own_texts[0]))
+    no_scalars = tuple(zeros((), scale) for _ in objective.second_pass)
 
     def add_block(rounds, block, text_slopes, stays):
         texts, text_ids = block
@@ -273,7 +169,7 @@ def _backward(ring, residuals, cotangents):
             image_tile, text_tile = at(images, i), at(texts, j)
             logits = scale * inner_products(image_tile, text_tile)
             masks = ring.masks(rounds, i, j, at(image_ids, i), at(text_ids, j))
-            grad, by_scalars = tile_slopes(
+            grad, by_scalars = _tile_slopes(
                 objective, logits, masks, at(image_tiles, i), at(text_slopes, j), scalars
             )
             image_grad = at(image_grads, i) + product(grad, text_tile, 1)
@@ -286,28 +182,44 @@ def _backward(ring, residuals, cotangents):
                 (put(image_grads, image_grad, i), scalar_grads),
             )
 
-        return ring.for_each_tile(one_tile, (text_zeros, stays))
+        return ring.for_each_tile(one_tile, (no_texts, stays))
 
-    scalar_zeros = tuple(zeros((), scale) for _ in objective.second_pass)
     text_grads, (image_grads, second_pass) = ring.tour(
-        add_block, own_texts, rows=text_tiles, sums=text_zeros, stays=(image_zeros, scalar_zeros)
+        add_block, own_texts, rows=text_tiles, sums=no_texts, stays=(no_images, no_scalars)
     )
     positive_slopes = (image_slopes.positive + text_slopes.positive)[:, None]
     image_grads = ring.sum_of_members(ring.images.join(image_grads)) + positive_slopes * text_emb
     text_grads = ring.texts.join(text_grads) + positive_slopes * image_emb
-    # sum_ij G_ij <image_i, text_j>, which the gradient of the images holds already.
-    scale_grad = jnp.sum(image_emb * image_grads)
+    scalar_grads = [
+        jnp.sum(by_image) + jnp.sum(by_text)
+        for by_image, by_text in zip(image_slopes.scalars, text_slopes.scalars, strict=True)
+    ]
+    for index, total in zip(objective.second_pass, second_pass, strict=True):
+        scalar_grads[index] += total
     return (
         (scale * image_grads).astype(image_emb.dtype),
         (scale * text_grads).astype(text_emb.dtype),
-        scale_grad,
-        scalar_grads(objective, image_slopes, text_slopes, second_pass),
+        # sum_ij G_ij <image_i, text_j>, which the gradient of the images holds already.
+        jnp.sum(image_emb * image_grads),
+        tuple(scalar_grads),
         None,
         None,
     )
 
 
-def tile_slopes(
+_ring_loss.defvjp(_forward, _backward)
+
+
+def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
+    """The slopes of a loss that is multiplied by a factor."""
+    scaled = {
+        name: jax.tree.map(lambda slope: slope * factor, getattr(slopes, name))
+        for name in ("positive", "negative", "scalars", "equal")
+    }
+    return slopes._replace(**scaled)
+
+
+def _tile_slopes(
     objective: Objective,
     logits: jax.Array,
     masks: Masks,
@@ -327,33 +239,3 @@ def tile_slopes(
     if objective.equal_pairs == "positive":
         slopes = add_part(objective.equal_slope, masks.is_equal, slopes)
     return slopes
-
-
-def scalar_grads(
-    objective: Objective,
-    image_slopes: RowSlopes,
-    text_slopes: RowSlopes,
-    second_pass: tuple[jax.Array, ...],
-) -> tuple[jax.Array, ...]:
-    """Derivatives by the scalars: those of the local rows, and what the second pass summed."""
-    grads = [
-        jnp.sum(by_image) + jnp.sum(by_text)
-        for by_image, by_text in zip(image_slopes.scalars, text_slopes.scalars, strict=True)
-    ]
-    for index, total in zip(objective.second_pass, second_pass, strict=True):
-        grads[index] += total
-    return tuple(grads)
-
-
-_ring_loss.defvjp(_forward, _backward)
-
-
-def scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
-    """The slopes of a loss that is multiplied by a factor."""
-    return RowSlopes(
-        slopes.positive * factor,
-        slopes.negative * factor,
-        slopes.offsets,
-        tuple(slope * factor for slope in slopes.scalars),
-        tuple(slope * factor for slope in slopes.equal),
-    )

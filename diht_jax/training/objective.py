@@ -1,7 +1,7 @@
-"""The training objective: the contrastive loss of the config, and the terms beside it.
+"""The training objective: the contrastive loss of the config, and the terms added to it.
 
-What they learn lies beside the parameters of the model (`logit_bias`, `concept_heads`); inference
-never sees it. The losses themselves are in `diht_jax.losses` and in `objectives`.
+What they learn is stored with the parameters of the model (`logit_bias`, `concept_heads`);
+inference never sees it. The losses themselves are in `diht_jax.losses` and in `terms`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import ml_collections
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.losses.contrastive import IMPLS, OLD_IMPLS
-from diht_jax.losses.noise import check_noise_share
+from diht_jax.extras.matryoshka import loss_of_sizes, weighted_sizes
+from diht_jax.extras.noisy_pairs import check_noise_share, right_probabilities
+from diht_jax.losses.contrastive import IMPLS
 from diht_jax.losses.objective import Objective
 from diht_jax.losses.registry import LOSSES
 from diht_jax.losses.sharded import sharded_loss
+from diht_jax.losses.term import Parameters, Term
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.terms.registry import TERMS
-from diht_jax.training.terms.term import Parameters, Term
 
 Metrics = dict[str, jax.Array]
 
@@ -71,17 +72,16 @@ def needs_pair_ids(config: ml_collections.ConfigDict) -> bool:
     """Whether the contrastive loss asks which pairs of a batch are equal.
 
     Raises:
-        ValueError: `config.data.class_key` or `near_equal` says which, and nothing asks.
+        ValueError: `config.data.class_key` says which, and nothing asks.
     """
     settings = LOSSES[config.loss.kind].settings if config.loss.kind in LOSSES else {}
     needed = "equal_pairs" in settings and config.loss.equal_pairs != "negative"
-    for key in ("class_key", "near_equal"):
-        if config.data[key] and not needed:
-            raise ValueError(
-                f"config.data.{key}={config.data[key]!r} says which pairs are equal, but "
-                f"config.loss.kind='{config.loss.kind}' with config.loss.equal_pairs="
-                f"'{config.loss.equal_pairs}' does not ask; expected 'mask' or 'positive'"
-            )
+    if config.data.class_key and not needed:
+        raise ValueError(
+            f"config.data.class_key={config.data.class_key!r} says which pairs are equal, but "
+            f"config.loss.kind='{config.loss.kind}' with config.loss.equal_pairs="
+            f"'{config.loss.equal_pairs}' does not ask; expected 'mask' or 'positive'"
+        )
     return needed
 
 
@@ -101,7 +101,7 @@ def with_objective_parameters(
         ValueError: wrong values in `config.loss` or in the section of a term.
     """
     loss, terms = checked_loss(config.loss), active_terms(config)
-    nested_sizes(config.matryoshka, arch.embed_dim)  # checks the section
+    weighted_sizes(config.matryoshka, arch.embed_dim)  # checks the section
     if not terms and config.loss.weight == 0:
         raise ValueError(
             "config.loss.weight=0: nothing is left to learn from; expected more than 0, or the "
@@ -135,7 +135,7 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
     if section.kind not in LOSSES:
         known = " or ".join(f"'{kind}' ({loss.title})" for kind, loss in LOSSES.items())
         raise ValueError(f"config.loss.kind='{section.kind}': expected {known}")
-    if section.impl not in ("auto", *IMPLS, *OLD_IMPLS):
+    if section.impl not in ("auto", *IMPLS):
         known = ", ".join(("auto", *IMPLS))
         raise ValueError(f"config.loss.impl='{section.impl}': expected one of {known}")
     if not 0 <= section.weight < math.inf:
@@ -147,83 +147,7 @@ def checked_loss(section: ml_collections.ConfigDict) -> type[Objective]:
         loss.create(**settings, **loss.parameters)
     except ValueError as error:
         raise ValueError(f"config.loss.{error}") from error
-    for name in loss.scheduled:
-        for value in _points_of(section, name)[1]:
-            try:
-                loss.create(**{**settings, name: value}, **loss.parameters)
-            except ValueError as error:
-                raise ValueError(f"config.loss.{name}_schedule: {error}") from error
     return loss
-
-
-def scheduled_settings(
-    section: ml_collections.ConfigDict, step: jax.Array | int
-) -> dict[str, jax.Array]:
-    """The settings of the contrastive loss that have a schedule, as it has them at a step.
-
-    Args:
-        section: `config.loss`; each schedule is a list of points (step, value), between which
-            values are on a line, and before and behind which they stay.
-        step: updates done before; may be traced, so that one program serves all steps.
-    """
-    found = {}
-    for name in LOSSES[section.kind].scheduled:
-        steps, values = _points_of(section, name)
-        if steps:
-            found[name] = jnp.interp(
-                jnp.asarray(step, jnp.float32), *map(jnp.asarray, (steps, values))
-            )
-    return found
-
-
-def _points_of(
-    section: ml_collections.ConfigDict, name: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Steps and values of a schedule, both empty without one.
-
-    Raises:
-        ValueError: it is no list of points, or steps do not rise.
-    """
-    points = section[f"{name}_schedule"]
-    try:
-        steps, values = (
-            zip(*((float(s), float(v)) for s, v in points), strict=True) if points else ((), ())
-        )
-    except (TypeError, ValueError):
-        steps = None
-    if steps is None or any(step < 0 for step in steps) or list(steps) != sorted(set(steps)):
-        raise ValueError(
-            f"config.loss.{name}_schedule={points!r:.200}: expected points (step, value) of rising "
-            "steps, such as ((0, 0.0), (10000, 0.25))"
-        )
-    return steps, values
-
-
-def nested_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[int, float] | None:
-    """The sizes of the embeddings that have a loss, with its weight; None: the whole ones alone.
-
-    Args:
-        section: `matryoshka` of a config.
-        embed_dim: size of the whole embeddings, whose weight is 1.
-
-    Raises:
-        ValueError: sizes that do not rise up to less than `embed_dim`, or wrong weights.
-    """
-    sizes, weights = tuple(section.sizes), tuple(section.weights)
-    wrong = [size for size in sizes if type(size) is not int or not 1 <= size < embed_dim]
-    if wrong or list(sizes) != sorted(set(sizes)):
-        raise ValueError(
-            f"config.matryoshka.sizes={sizes}: expected rising whole numbers from 1 to less than "
-            f"the {embed_dim} numbers of an embedding"
-        )
-    weights = weights or (1.0,) * len(sizes)
-    is_right = [isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights]
-    if len(weights) != len(sizes) or not all(is_right):
-        raise ValueError(
-            f"config.matryoshka.weights={weights}: expected a number of at least 0 for each of "
-            f"config.matryoshka.sizes={sizes}, or ()"
-        )
-    return {**dict(zip(sizes, weights, strict=True)), embed_dim: 1.0} if sizes else None
 
 
 def optimizer_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -259,24 +183,7 @@ def total_loss(
         Scalar loss, and the metrics of `sharded_loss`; with terms or another weight than 1 of the
         contrastive loss, `loss` is the sum, and its parts stand beside it as they are.
     """
-    loss = LOSSES[config.loss.kind]
-    scheduled = scheduled_settings(config.loss, step)
-    total, metrics = sharded_loss(
-        loss,
-        encoded["image_emb"],
-        encoded["text_emb"],
-        jnp.exp(params["log_logit_scale"]),
-        {name: params[name] for name in loss.parameters},
-        settings=_settings(loss, config.loss),
-        mesh=mesh,
-        axis_names=sharding.BATCH_AXES,
-        impl=config.loss.impl,
-        pair_ids=examples.get("pair_ids"),
-        noise_share=config.loss.noise_share,
-        scheduled=scheduled,
-        sizes=nested_sizes(config.matryoshka, encoded["image_emb"].shape[1]),
-    )
-    metrics.update(scheduled)
+    total, metrics = _contrastive_loss(encoded, params, examples, mesh=mesh, config=config)
     weight = config.loss.weight
     if not terms and weight == 1:
         return total, metrics
@@ -285,11 +192,51 @@ def total_loss(
         # Of 0 times the loss the gradient would be computed all the same.
         total = weight * total if weight else jnp.zeros_like(total)
     for term in terms:
-        parts = term.of_all_pairs(encoded, params, examples, mesh=mesh, impl=config.loss.impl)
+        parts = term.of_all_pairs(encoded, params, examples, mesh=mesh)
         for name, (weight, part) in parts.items():
             metrics[name] = jax.lax.stop_gradient(part)
             total += weight * part
     return total, {**metrics, "loss": jax.lax.stop_gradient(total)}
+
+
+def _contrastive_loss(
+    encoded: dict[str, jax.Array],
+    params: Parameters,
+    examples: dict[str, jax.Array],
+    *,
+    mesh: Mesh,
+    config: ml_collections.ConfigDict,
+) -> tuple[jax.Array, Metrics]:
+    """The contrastive loss of the global batch, and its metrics; arguments as for `total_loss`."""
+    image_emb, text_emb = encoded["image_emb"], encoded["text_emb"]
+    loss, noise_share = LOSSES[config.loss.kind], config.loss.noise_share
+    pair_weights, metrics = None, {}
+    if noise_share:
+        probabilities = right_probabilities(image_emb, text_emb, noise_share)
+        pair_weights = probabilities / jnp.mean(probabilities)
+        metrics["doubted_pairs"] = jnp.mean((probabilities < 0.5).astype(jnp.float32))
+
+    def loss_of(image_emb: jax.Array, text_emb: jax.Array) -> tuple[jax.Array, Metrics]:
+        return sharded_loss(
+            loss,
+            image_emb,
+            text_emb,
+            jnp.exp(params["log_logit_scale"]),
+            {name: params[name] for name in loss.parameters},
+            settings=_settings(loss, config.loss),
+            mesh=mesh,
+            axis_names=sharding.BATCH_AXES,
+            impl=config.loss.impl,
+            pair_ids=examples.get("pair_ids"),
+            pair_weights=pair_weights,
+        )
+
+    sizes = weighted_sizes(config.matryoshka, image_emb.shape[1])
+    if sizes is None:
+        total, of_loss = loss_of(image_emb, text_emb)
+    else:
+        total, of_loss = loss_of_sizes(loss_of, image_emb, text_emb, sizes)
+    return total, {**of_loss, **metrics}
 
 
 def _settings(loss: type[Objective], section: ml_collections.ConfigDict) -> dict[str, Any]:

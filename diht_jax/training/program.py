@@ -159,8 +159,6 @@ class TrainProgram:
     def loss_form(self) -> Choice:
         """How the contrastive loss is computed on this mesh, and why."""
         config = self.config
-        if config.matryoshka.sizes and config.loss.impl == "auto":
-            return Choice("streaming", "one ring serves all sizes of config.matryoshka.sizes")
         return choose_impl(
             *(self.mesh, sharding.BATCH_AXES),
             *(config.data.batch_size, self.arch.embed_dim, config.loss.impl),

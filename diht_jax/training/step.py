@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from diht_jax import sharding
 from diht_jax.input.transforms import normalize
+from diht_jax.losses.term import Term
 from diht_jax.models.attention import target_of
 from diht_jax.models.dual_encoder import l2_normalize
 from diht_jax.models.parameters import ModelDefinition, merge_model
@@ -30,7 +31,6 @@ from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.optimizer import merge_parameters, split_parameters
 from diht_jax.training.sharded_encode import ParameterGather, check_micro_batch, encode_on_mesh
 from diht_jax.training.state import TrainState, update_average
-from diht_jax.training.terms.term import Term
 
 Metrics = dict[str, jax.Array]
 

@@ -23,9 +23,9 @@ from PIL import Image
 
 from diht_jax import sharding
 from diht_jax.data import tokenizer
+from diht_jax.extras.caption_decoder import decode_captions, merge_decoder
 from diht_jax.input import transforms
 from diht_jax.input.decode import decode_rgb, load_rgb
-from diht_jax.models.caption_decoder import decode_captions, merge_decoder
 from diht_jax.models.parameters import ModelDefinition, merge_model
 
 # A picture: of PIL, the path of a file, or uint8 [h, w, 3].

@@ -27,7 +27,7 @@ def by_hand(image_emb, text_emb, scale):
 
 def test_it_trains_on_eight_devices_in_both_forms():
     runs = {}
-    for impl in ("streaming", "dense"):
+    for impl in ("streaming", "gathered"):
         config = tiny_config(
             {"loss.kind": "squared_error", "loss.impl": impl, "loss.target": TARGET}
         )

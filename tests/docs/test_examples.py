@@ -23,7 +23,7 @@ assert jax.device_count() == 4 and not loss.sharding.device_set - set(mesh.devic
 def single_device_loss(params):
     image_emb, text_emb = embed(params["image"], images), embed(params["text"], texts)
     scale = jnp.exp(params["log_logit_scale"])
-    return contrastive_loss(image_emb, text_emb, scale, beta=0.25, impl="dense")
+    return contrastive_loss(image_emb, text_emb, scale, beta=0.25, impl="gathered")
 
 
 expected_loss, expected_grads = jax.jit(jax.value_and_grad(single_device_loss))(params)

@@ -27,7 +27,7 @@ def test_hard_negatives_cost_at_most_2_percent_more_work_than_infonce():
 
 
 def test_the_streaming_loss_saves_work_in_the_step():
-    streaming, dense = (step_work(recipe(impl=impl)) for impl in ("streaming", "dense"))
+    streaming, dense = (step_work(recipe(impl=impl)) for impl in ("streaming", "gathered"))
     config = recipe()
     # Four products of N x N x d against six.
     product = 2 * config.data.batch_size**2 * 512

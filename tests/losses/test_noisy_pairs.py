@@ -1,4 +1,4 @@
-"""Equal pairs masked or as positives, capped weights, doubted pairs: the formulas in float64.
+"""Equal pairs masked or as positives, and weights of pairs: the formulas in float64.
 
 On groups, rings and gathered, with gradients; and what a batch without any negative does.
 """
@@ -12,7 +12,6 @@ from jax.sharding import Mesh, PartitionSpec
 
 from diht_jax.losses import contrastive_loss, contrastive_objective, sigmoid_loss
 from diht_jax.losses.dense import dense_loss
-from diht_jax.losses.noise import right_probabilities
 from diht_jax.losses.sigmoid import Sigmoid
 from diht_jax.losses.softmax import Softmax
 from diht_jax.losses.streaming import streaming_loss
@@ -36,7 +35,7 @@ def pairs():
     return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image_emb, text_emb))
 
 
-def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs, max_weight, constant=False):
+def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs, constant=False):
     """The formulas as they are printed; leading axes are batched, and inputs may be complex."""
     logits = scale[..., None, None] * (image_emb @ np.swapaxes(text_emb, -1, -2))
     negative = ~IS_EQUAL
@@ -46,7 +45,6 @@ def defining_loss(image_emb, text_emb, scale, alpha, beta, equal_pairs, max_weig
         tilt = np.exp(beta[..., None, None] * s) * negative
         weights = negative.sum(-1, keepdims=True) * tilt / tilt.sum(-1, keepdims=True)
         weights = weights.real if constant else weights
-        weights = np.where(weights.real < (max_weight or np.inf), weights, max_weight or 0)
         exps = np.exp(s)
         denominators = alpha[..., None] * (exps * positive).sum(-1) + (
             weights * exps * negative
@@ -108,20 +106,22 @@ FORMS = {
 
 
 @pytest.mark.parametrize(
-    "equal_pairs, max_weight, constant, form",
+    "equal_pairs, constant, form",
     [
-        ("mask", 1.5, False, "groups"),
-        ("mask", 1.5, True, "ring"),
-        ("mask", 1.5, False, "gathered"),
-        ("positive", None, False, "groups"),
-        ("positive", 1.5, False, "ring"),
-        ("positive", None, False, "gathered"),
+        ("mask", False, "groups"),
+        ("mask", True, "ring"),
+        ("mask", False, "gathered"),
+        ("positive", False, "groups"),
+        ("positive", False, "ring"),
+        ("positive", False, "gathered"),
     ],
 )
-def test_softmax_is_the_formula(equal_pairs, max_weight, constant, form):
-    settings = {"equal_pairs": equal_pairs, "max_weight": max_weight}
+def test_softmax_is_the_formula(equal_pairs, constant, form):
     objective = Softmax(
-        weighted=True, stop_weight_gradient=constant, differentiate_beta=True, **settings
+        weighted=True,
+        stop_weight_gradient=constant,
+        differentiate_beta=True,
+        equal_pairs=equal_pairs,
     )
     with jax.enable_x64(True):
         step = differentiate(FORMS[form][0], objective, FORMS[form][1])
@@ -130,7 +130,7 @@ def test_softmax_is_the_formula(equal_pairs, max_weight, constant, form):
                 *(*pairs(), scale, (alpha, beta), IDS, ROW_WEIGHTS)
             )
             expected, expected_grads = complex_step(
-                functools.partial(defining_loss, constant=constant, **settings),
+                functools.partial(defining_loss, constant=constant, equal_pairs=equal_pairs),
                 *(*pairs(), np.float64(scale), np.float64(alpha), np.float64(beta)),
             )
             np.testing.assert_allclose(value, expected, rtol=1e-11)
@@ -194,82 +194,16 @@ def test_wrong_ids_are_named(ids, equal_pairs, message):
             loss_fn(emb, emb, 1.0, pair_ids=ids, equal_pairs=equal_pairs)
 
 
-def test_without_equal_pairs_the_cap_is_the_formula(monkeypatch):
-    image_emb, text_emb = (np.float32(x) for x in pairs())
+def test_pair_weights_are_constants_of_the_mean(monkeypatch):
     monkeypatch.setattr(f"{__name__}.IS_EQUAL", np.eye(NUM_PAIRS, dtype=bool))
-    monkeypatch.setattr(f"{__name__}.ROW_WEIGHTS", 1 / 2 / NUM_PAIRS)
-    arguments = (*pairs(), np.float64(20), np.float64(1), np.float64(0.5), "mask")
-    step = jax.jit(functools.partial(contrastive_loss, beta=0.5, max_weight=2.0))
-    np.testing.assert_allclose(
-        step(image_emb, text_emb, 20.0), defining_loss(*arguments, max_weight=2.0), rtol=1e-5
-    )
-
-
-def test_right_probabilities_are_bayes_rule_on_any_mesh_and_in_any_order():
-    noise_share = 0.25
-    image_emb, text_emb = pairs()
-    similarities = image_emb @ text_emb.T
-    wrong, variance = similarities.mean(), similarities.var()
-    right = wrong + (np.diagonal(similarities).mean() - wrong) / (1 - noise_share)
-
-    def density(mean):
-        return np.exp(-((np.diagonal(similarities) - mean) ** 2) / (2 * variance))
-
-    of_right, of_wrong = (1 - noise_share) * density(right), noise_share * density(wrong)
-    expected = of_right / (of_right + of_wrong)
-    assert expected.min() < 0.2 < 0.8 < expected.max()
+    weights = np.float32(ROW_WEIGHTS)
+    expected = defining_loss(*pairs(), *map(np.float64, (20, 0.9, 0.5)), "mask") / 2 / NUM_PAIRS
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), AXES)
-    rows = PartitionSpec(AXES)
-    on_mesh = jax.shard_map(
-        functools.partial(right_probabilities, noise_share=noise_share, axis_name=AXES),
-        mesh=mesh,
-        in_specs=(rows, rows),
-        out_specs=rows,
+    step = jax.value_and_grad(contrastive_objective, argnums=(0, 1), has_aux=True)
+    (loss, _), grads = jax.jit(functools.partial(step, mesh=mesh, alpha=0.9, beta=0.5))(
+        *map(np.float32, pairs()), 20.0, pair_weights=weights
     )
-    order = np.random.default_rng(0).permutation(NUM_PAIRS)
-    found = np.asarray(jax.jit(on_mesh)(*(np.float32(x[order]) for x in pairs())))
-    np.testing.assert_allclose(found, expected[order], rtol=1e-4)
-    # Where right pairs do not stand out, all are alike: so the loss is what it is without weights.
-    opposed = jax.jit(on_mesh)(np.float32(image_emb), np.float32(-text_emb))
-    np.testing.assert_allclose(opposed, 1 - noise_share, rtol=1e-6)
-
-
-def test_doubted_pairs_count_less():
-    """The loss of the whole is the mean of the pairs' losses weighted by the probabilities.
-
-    These are constants: nothing is learnt by doubting a pair.
-    """
-    embeddings = tuple(np.float32(x) for x in pairs())
-    objective, scalars = Softmax.create(0.9, 0.25, False)
-    probabilities = np.asarray(right_probabilities(*embeddings, 0.25, None))
-    weights = probabilities / probabilities.sum() / 2
-
-    def by_hand(image_emb, text_emb, scale):
-        settings = {"objective": objective, "axis_name": None, "row_weights": weights}
-        return dense_loss(image_emb, text_emb, scale, scalars, **settings)[0]
-
-    expected, expected_grads = jax.jit(jax.value_and_grad(by_hand, argnums=(0, 1, 2)))(
-        *embeddings, 20.0
-    )
-    mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), AXES)
-    settings = {"alpha": 0.9, "beta": 0.25, "noise_share": 0.25}
-    whole = functools.partial(contrastive_objective, mesh=mesh, **settings)
-    step = jax.jit(jax.value_and_grad(whole, argnums=(0, 1, 2), has_aux=True))
-    (loss, metrics), grads = step(*embeddings, 20.0)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    for grad, other in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(grad, other, atol=1e-5 * np.max(np.abs(other)))
-    assert metrics["doubted_pairs"] == np.mean(probabilities < 0.5) > 0
-
-
-@pytest.mark.parametrize(
-    "setting, message",
-    [
-        ({"max_weight": 1.0}, "max_weight: expected a number above 1, or None, got 1.0"),
-        ({"noise_share": 0.6}, r"noise_share: expected a number in \[0, 0.5\], .* got 0.6"),
-    ],
-)
-def test_wrong_settings_are_named(setting, message):
-    emb = np.eye(4, dtype=np.float32)
-    with pytest.raises(ValueError, match=message):
-        contrastive_loss(emb, emb, 1.0, beta=0.5, **setting)
+    alone = jax.jit(jax.grad(functools.partial(contrastive_loss, alpha=0.9, beta=0.5)))
+    plain = alone(*map(np.float32, pairs()), 20.0, pair_weights=weights)
+    np.testing.assert_allclose(grads[0], plain, atol=1e-5 * np.abs(plain).max())

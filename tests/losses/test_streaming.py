@@ -117,7 +117,7 @@ def test_the_tile_does_not_matter(tile):
     assert_same(found, expected, 1e-5, num_compared=3)
 
 
-@pytest.mark.parametrize("impl", ["streaming", "dense"])
+@pytest.mark.parametrize("impl", ["streaming", "gathered"])
 def test_sigmoid_loss_equals_its_formula_in_float64(impl):
     image_emb, text_emb = pairs(32)
     x, t = np.float64(image_emb), np.float64(text_emb)
@@ -156,7 +156,7 @@ def compiled(impl, num_pairs, width, mesh_shape=(2, 4), **settings):
 @pytest.mark.parametrize("settings", [{}, {"equal_pairs": "positive"}], ids=str)
 def test_memory_grows_with_the_local_batch_and_not_with_the_global_one(settings):
     temporaries = {}
-    for impl, num_pairs in itertools.product(("streaming", "dense"), (8192, 16384)):
+    for impl, num_pairs in itertools.product(("streaming", "gathered"), (8192, 16384)):
         step, arguments = compiled(impl, num_pairs, 64, beta=0.25, **settings)
         sharding = arguments[0].sharding
         ids = jax.ShapeDtypeStruct((num_pairs, 2), np.uint32, sharding=sharding)
@@ -164,9 +164,9 @@ def test_memory_grows_with_the_local_batch_and_not_with_the_global_one(settings)
         memory = jax.jit(step).lower(*arguments, **ids).compile().memory_analysis()
         temporaries[impl, num_pairs] = memory.temp_size_in_bytes
     # Doubling the batch doubles [b, d] and quadruples [b, N].
-    assert temporaries["dense", 16384] > 3 * temporaries["dense", 8192]
+    assert temporaries["gathered", 16384] > 3 * temporaries["gathered", 8192]
     assert temporaries["streaming", 16384] < 2.5 * temporaries["streaming", 8192]
-    assert temporaries["streaming", 16384] < temporaries["dense", 16384] / 4
+    assert temporaries["streaming", 16384] < temporaries["gathered", 16384] / 4
 
 
 def gathered_rows(program):
@@ -184,20 +184,20 @@ def test_nothing_is_gathered():
     step, arguments = compiled("streaming", 256, 32, beta=0.25)
     program = jax.jit(step).lower(*arguments).compile().as_text()
     assert gathered_rows(program) == {128} and "collective-permute" in program
-    step, arguments = compiled("dense", 256, 32, beta=0.25)
+    step, arguments = compiled("gathered", 256, 32, beta=0.25)
     assert "all-gather" in jax.jit(step).lower(*arguments).compile().as_text()
 
 
 def test_work_is_at_most_four_fifths_of_the_dense_form():
     work = {}
-    for impl in ("streaming", "dense"):
+    for impl in ("streaming", "gathered"):
         step, arguments = compiled(impl, 512, 768, beta=0.25)
         work[impl] = count_flops(step, *arguments)
     # Four products of N x N x d against six.
     product = 2 * 512 * 512 * 768
     assert work["streaming"].matmul_flops == pytest.approx(4 * product)
-    assert work["dense"].matmul_flops == pytest.approx(6 * product)
-    assert work["streaming"].flops <= 0.8 * work["dense"].flops
+    assert work["gathered"].matmul_flops == pytest.approx(6 * product)
+    assert work["streaming"].flops <= 0.8 * work["gathered"].flops
 
 
 def test_metrics_are_those_of_the_dense_form():
@@ -207,7 +207,7 @@ def test_metrics_are_those_of_the_dense_form():
         jax.jit(functools.partial(contrastive_objective, mesh=mesh, beta=0.25, impl=impl))(
             *arrays, 50.0
         )[1]
-        for impl in ("streaming", "dense")
+        for impl in ("streaming", "gathered")
     )
     assert 0.2 < expected["i2t_accuracy"] < 1
     for name in expected:
@@ -220,7 +220,7 @@ def test_the_objective_with_a_bias_is_the_sigmoid_loss():
     loss, metrics = jax.jit(functools.partial(contrastive_objective, mesh=mesh))(
         *arrays, 10.0, -8.0
     )
-    np.testing.assert_allclose(loss, sigmoid_loss(*arrays, 10.0, -8.0, impl="dense"), rtol=1e-5)
+    np.testing.assert_allclose(loss, sigmoid_loss(*arrays, 10.0, -8.0, impl="gathered"), rtol=1e-5)
     assert metrics["loss"] == loss
 
 
@@ -237,6 +237,6 @@ def test_embeddings_that_vary_over_one_axis_of_two():
     )
     np.testing.assert_allclose(
         jax.jit(mapped)(*arrays, 20.0),
-        contrastive_loss(*arrays, 20.0, beta=0.5, impl="dense"),
+        contrastive_loss(*arrays, 20.0, beta=0.5, impl="gathered"),
         rtol=1e-5,
     )

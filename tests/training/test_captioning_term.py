@@ -8,13 +8,13 @@ import pytest
 import diht_jax
 from diht_jax import sharding
 from diht_jax.export import export_model
+from diht_jax.extras.caption_decoder import merge_decoder
+from diht_jax.extras.captioning import DECODER
 from diht_jax.input.transforms import normalize
 from diht_jax.models import get_architecture
-from diht_jax.models.caption_decoder import merge_decoder
 from diht_jax.models.parameters import merge_model, model_definition
 from diht_jax.training.loop import train
 from diht_jax.training.program import TrainProgram
-from diht_jax.training.terms.captioning import DECODER
 from diht_jax.weights.inference import LoadedModel
 from tests.contributing.tiny_runs import BATCH_SIZE, tiny_config
 

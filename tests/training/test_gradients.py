@@ -46,7 +46,7 @@ def tiny_config(**changes) -> ml_collections.ConfigDict:
         context_length=8,
         vocab_size=64,
     )
-    config.loss.impl = "dense"
+    config.loss.impl = "gathered"
     config.loss.beta = 0.25
     config.data.batch_size = BATCH_SIZE
     config.optimizer.warmup_steps = 0
@@ -140,7 +140,7 @@ def reference_function():
             model.encode_text(tokens),
             jnp.exp(params["log_logit_scale"]),
             beta=0.25,
-            impl="dense",
+            impl="gathered",
         )
 
     return jax.jit(jax.value_and_grad(loss_fn), compiler_options=QUICK_COMPILE)
@@ -178,7 +178,7 @@ def noise_of_examples():
     def squared_difference(params):
         embeddings, back = jax.vjp(embed, params)
         scale = jnp.exp(params["log_logit_scale"])
-        slopes = jax.grad(lambda e: contrastive_loss(*e, scale, beta=0.25, impl="dense"))(
+        slopes = jax.grad(lambda e: contrastive_loss(*e, scale, beta=0.25, impl="gathered"))(
             embeddings
         )
         signs = jnp.where(jnp.arange(BATCH_SIZE) % 2 == 0, 1.0, -1.0)[:, None]

@@ -14,7 +14,7 @@ from diht_jax.export import export_model
 from diht_jax.hardware.flops import count_flops
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.objective import nested_sizes, total_loss
+from diht_jax.training.objective import total_loss
 from diht_jax.training.program import TrainProgram
 from diht_jax.weights.loading import read_model
 from diht_jax.weights.tensor_files import read_tensors
@@ -75,22 +75,6 @@ def test_heads_are_for_export_only(concept_config, tmp_path):
     assert all(kept[name].tobytes() == np.asarray(heads[name]).tobytes() for name in heads)
     model = diht_jax.load_model(str(tmp_path / "run"))
     assert model.encode_text(["a square"]).shape == (1, 16)
-
-
-@pytest.mark.parametrize(
-    "sizes, weights, message",
-    [
-        ((8, 4), (), r"sizes=\(8, 4\): expected rising whole numbers from 1 to less than the 16"),
-        ((16,), (), "less than the 16 numbers"),
-        ((4.0,), (), "expected rising whole numbers"),
-        ((4, 8), (1.0,), r"weights=\(1.0,\): expected a number of at least 0 for each of"),
-        ((4,), (-1.0,), "expected a number of at least 0"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_named(config, sizes, weights, message):
-    config.matryoshka.update(sizes=sizes, weights=weights)
-    with pytest.raises(ValueError, match=f"config.matryoshka.*{message}"):
-        nested_sizes(config.matryoshka, 16)
 
 
 def test_data_without_labels_is_refused(config, tmp_path):

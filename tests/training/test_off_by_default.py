@@ -12,13 +12,8 @@ from tests.contributing.tiny_runs import tiny_config
 # these have a step of their own.
 FEATURES = {
     "Softmax.accumulate_equal": {"loss.equal_pairs": "positive"},
-    "scheduled_settings": {
-        "loss.beta_schedule": ((0, 0.0), (5, 0.5)),
-        "loss.alpha_schedule": ((0, 1.0), (5, 0.9)),
-    },
-    "Softmax.accumulate_weighted": {"loss.beta": 0.25, "loss.max_weight": 2.0},
     "right_probabilities": {"loss.noise_share": 0.25},
-    "_products": {"matryoshka.sizes": (4, 8), "matryoshka.weights": (0.5, 1.0)},
+    "first_numbers": {"matryoshka.sizes": (4, 8), "matryoshka.weights": (0.5, 1.0)},
     "ConceptDistillation.of_examples": {
         "concepts.object_weight": 1.0,
         "concepts.attribute_weight": 0.5,
@@ -65,7 +60,6 @@ IDLE = {
     "captioning.chunk_tokens": 64,
     "optimizer.muon.momentum": 0.5,
     "optimizer.muon.rms": 0.1,
-    "loss.max_weight": 2.0,  # without beta there are no weights
     "data.captions": "sample",
     "data.caption_weights": "alt=1,synthetic=3",
     "data.caption_columns": "synthetic=re_caption",

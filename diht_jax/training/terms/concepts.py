@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from ml_collections.config_dict import placeholder
 
 from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
-from diht_jax.training.terms.term import Parameters, Term
+from diht_jax.losses.term import Parameters, Term
 
 HEADS = "concept_heads"
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from diht_jax.training.terms.affinity import AffinityDistillation
-from diht_jax.training.terms.captioning import Captioning
+from diht_jax.extras.affinity import AffinityDistillation
+from diht_jax.extras.captioning import Captioning
+from diht_jax.losses.term import Term
 from diht_jax.training.terms.concepts import ConceptDistillation
-from diht_jax.training.terms.term import Term
 
 TERMS: dict[str, type[Term]] = {
     "concepts": ConceptDistillation,

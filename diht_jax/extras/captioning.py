@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from diht_jax.extras.caption_decoder import CaptionDecoder, merge_decoder
 from diht_jax.losses.concepts import concept_losses_in_chunks
-from diht_jax.models.caption_decoder import CaptionDecoder, merge_decoder
+from diht_jax.losses.term import Parameters, Term
 from diht_jax.models.parameters import model_parameters
 from diht_jax.models.remat import POLICIES
 from diht_jax.models.text import find_end_of_text
-from diht_jax.training.terms.term import Parameters, Term
 
 DECODER = "caption_decoder"
 

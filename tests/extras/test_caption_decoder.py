@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from diht_jax.extras.caption_decoder import CaptionDecoder, decode_captions, merge_decoder
 from diht_jax.models import Architecture
-from diht_jax.models.caption_decoder import CaptionDecoder, decode_captions, merge_decoder
 from diht_jax.models.parameters import model_parameters
 
 ARCH = Architecture(

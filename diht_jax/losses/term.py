@@ -130,13 +130,11 @@ class Term:
         examples: dict[str, jax.Array],
         *,
         mesh: Mesh,
-        impl: str,
     ) -> dict[str, tuple[float, jax.Array]]:
-        """As `of_batch`, which it calls; for a term that compares all pairs of the global batch.
+        """Like `of_batch`, which it calls, for a term that compares all pairs of the global batch.
 
         Args:
             encoded, params, examples: see `of_batch`.
             mesh: axes `data` and `fsdp`.
-            impl: `config.loss.impl`, how such losses are computed on it.
         """
         return self.of_batch(encoded, params, examples)

@@ -1,0 +1,307 @@
+"""Affinity distillation: pairs of the batch are as similar as stored CLIP teachers find them.
+
+With similarities `s_ij = logit_scale * <image_i, text_j>` of the student, those of teacher k,
+`t_ij = <image_i, text_j>_k / temperature_k`, and K teachers, a row of images has
+
+    L_i = 1/K sum_k KL(softmax_j t_ij || softmax_j s_ij)
+
+over all texts j of the global batch, and a row of texts the same over all images; the loss is the
+mean of both directions. Pairs that a teacher has not embedded are neither rows nor columns.
+
+Every device gathers the embeddings of all, [N, d] of the student and of each teacher, and compares
+some of its rows with them at a time; the backward pass compares them again. So no [b, N] array is
+held, but [N, d] arrays are.
+
+Source: MobileCLIP, arXiv 2311.17049, "Multi-modal distillation loss".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Num
+from ml_collections.config_dict import placeholder
+
+from diht_jax.losses.concepts import map_in_chunks
+from diht_jax.losses.contrastive import check_embeddings
+from diht_jax.losses.dense import AxisName, inner_products
+from diht_jax.losses.objective import check_scalar
+from diht_jax.losses.term import Parameters, Term
+from diht_jax.sharding import BATCH_AXES
+
+# Similarities of one model that a device holds at once.
+_MOST_SIMILARITIES = 1 << 24
+
+
+class TeacherEmbeddings(NamedTuple):
+    """One teacher's embeddings of the pairs.
+
+    Attributes:
+        image_emb, text_emb: of any length; rows of zeros where it has not embedded the pair.
+        temperature: divides its similarities.
+    """
+
+    image_emb: Num[Array, "b D"]
+    text_emb: Num[Array, "b D"]
+    temperature: Float[Array, ""] | float
+
+
+class _Rows(NamedTuple):
+    """Images or texts: the student's, those of each teacher, and which ones count."""
+
+    student: Float[Array, "b d"]
+    teachers: tuple[Float[Array, "b D"], ...]
+    counts: Bool[Array, " b"]
+
+
+def affinity_loss(
+    image_emb: Float[Array, "b d"],
+    text_emb: Float[Array, "b d"],
+    logit_scale: Float[Array, ""] | float,
+    teachers: Sequence[TeacherEmbeddings],
+    *,
+    axis_name: AxisName = None,
+) -> Float[Array, ""]:
+    """The mean loss of the pairs of the global batch that all teachers have embedded.
+
+    Args:
+        image_emb: L2-normalised; row i and row i of `text_emb` are a pair. Inside `shard_map`, the
+            rows of this device.
+        text_emb: L2-normalised, of the same dtype.
+        logit_scale: after exp; the same on every device.
+        teachers: at least one; nothing is propagated back to them.
+        axis_name: mesh axes that the batch is split over, or None.
+
+    Returns:
+        The same scalar on every device: float32, or float64 for float64 embeddings; 0 where no
+        pair counts.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or no teacher.
+    """
+    check_embeddings(image_emb, text_emb)
+    check_scalar("logit_scale", logit_scale)
+    _check_teachers(teachers, len(image_emb))
+    dtype = jnp.promote_types(image_emb.dtype, jnp.float32)
+    teachers = jax.lax.stop_gradient(tuple(teachers))
+    counts = functools.reduce(
+        jnp.logical_and, [jnp.any(emb != 0, axis=1) for t in teachers for emb in t[:2]]
+    )
+    temperatures = [jnp.asarray(t.temperature, dtype) for t in teachers]
+    images = _Rows(
+        jnp.asarray(logit_scale, dtype) * image_emb.astype(dtype),
+        tuple(
+            _normalized(t.image_emb, dtype) / temperature
+            for t, temperature in zip(teachers, temperatures, strict=True)
+        ),
+        counts,
+    )
+    texts = _Rows(
+        text_emb.astype(dtype), tuple(_normalized(t.text_emb, dtype) for t in teachers), counts
+    )
+    total = _sum_over_rows(images, texts, axis_name) + _sum_over_rows(texts, images, axis_name)
+    num_counting = jnp.sum(counts)
+    if axis_name:
+        total, num_counting = jax.lax.psum((total, num_counting), axis_name)
+    return total / (2 * jnp.maximum(num_counting, 1))
+
+
+def sharded_affinity_loss(
+    image_emb: Float[Array, "N d"],
+    text_emb: Float[Array, "N d"],
+    logit_scale: Float[Array, ""] | float,
+    teachers: Sequence[TeacherEmbeddings],
+    *,
+    mesh: Mesh,
+    axis_names: tuple[str, ...] = BATCH_AXES,
+) -> Float[Array, ""]:
+    """`affinity_loss` of a global batch on a mesh, replicated.
+
+    Args:
+        image_emb, text_emb, logit_scale, teachers: see `affinity_loss`; global.
+        mesh, axis_names: see `sharded.sharded_loss`.
+    """
+    rows, whole = PartitionSpec(axis_names), PartitionSpec()
+    return jax.shard_map(
+        functools.partial(affinity_loss, axis_name=axis_names),
+        mesh=mesh,
+        in_specs=(rows, rows, whole, [TeacherEmbeddings(rows, rows, whole)] * len(teachers)),
+        out_specs=whole,
+    )(image_emb, text_emb, jnp.asarray(logit_scale), list(jax.tree.map(jnp.asarray, teachers)))
+
+
+def _check_teachers(teachers: Sequence[TeacherEmbeddings], num_rows: int) -> None:
+    if not teachers:
+        raise ValueError("teachers: expected at least one")
+    for number, teacher in enumerate(teachers):
+        shapes = jnp.shape(teacher.image_emb), jnp.shape(teacher.text_emb)
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2 or shapes[0][0] != num_rows:
+            raise ValueError(
+                f"teachers[{number}]: expected image_emb and text_emb [{num_rows}, D], got "
+                f"{shapes[0]} and {shapes[1]}"
+            )
+
+
+def _normalized(rows: Num[Array, "b D"], dtype: Any) -> Float[Array, "b D"]:
+    rows = rows.astype(dtype)
+    norms = jnp.linalg.norm(rows, axis=1, keepdims=True)
+    return rows / jnp.where(norms > 0, norms, 1)
+
+
+def _sum_over_rows(rows: _Rows, partners: _Rows, axis_name: AxisName) -> Float[Array, ""]:
+    """Sums the losses of the local rows, compared with the partners of all devices."""
+    everyone = partners
+    if axis_name:
+        everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, axis_name, tiled=True), partners)
+    lowest = jnp.finfo(rows.student.dtype).min
+
+    def losses_of(rows: _Rows) -> Float[Array, " chunk"]:
+        def log_probs(rows: Float[Array, "chunk d"], columns: Float[Array, "N d"]) -> jax.Array:
+            logits = jnp.where(everyone.counts, inner_products(rows, columns), lowest)
+            return jax.nn.log_softmax(logits, axis=1)
+
+        student = log_probs(rows.student, everyone.student)
+        total = jnp.zeros_like(rows.student[:, 0])
+        for own, columns in zip(rows.teachers, everyone.teachers, strict=True):
+            target = log_probs(own, columns)
+            terms = jnp.where(everyone.counts, jnp.exp(target) * (target - student), 0)
+            total += jnp.sum(terms, axis=1)
+        return jnp.where(rows.counts, total, 0) / len(rows.teachers)
+
+    chunk_rows = max(1, _MOST_SIMILARITIES // len(everyone.counts))
+    return jnp.sum(map_in_chunks(losses_of, rows, chunk_rows))
+
+
+class AffinityDistillation(Term):
+    """The affinity loss against teachers whose embeddings are stored with the data.
+
+    The data must be labelled (`data_prep.label` with `config.clip_teachers`).
+
+    Source: MobileCLIP, arXiv 2311.17049.
+    """
+
+    settings: ClassVar[dict[str, Any]] = {
+        "weight": 0.0,
+        # What each teacher's similarities are divided by, or one for all; (): 1 / its logit scale.
+        "temperatures": (),
+        # Of the teachers in the data; training fills them in.
+        "widths": (),
+        "teachers_hash": placeholder(str),
+    }
+
+    def check(self) -> None:
+        """See `Term.check`."""
+        super().check()
+        name, section = self.name, self.section
+        for value in section.temperatures:
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(
+                    f"config.{name}.temperatures={tuple(section.temperatures)}: expected positive "
+                    "numbers, such as (0.01,)"
+                )
+        if any(not isinstance(width, int) or width < 1 for width in section.widths):
+            raise ValueError(
+                f"config.{name}.widths={tuple(section.widths)}: expected positive numbers"
+            )
+        if section.widths and len(section.temperatures) not in (0, 1, len(section.widths)):
+            raise ValueError(
+                f"config.{name}.temperatures={tuple(section.temperatures)}: expected one for all, "
+                f"or one for each of the {len(section.widths)} teachers"
+            )
+
+    @property
+    def teacher_width(self) -> int:
+        """See `Term`.
+
+        Raises:
+            ValueError: the teachers are known neither from data nor from the config.
+        """
+        for key, meaning in (
+            ("widths", "embeddings, (768,)"),
+            ("temperatures", "softmax, (0.01,)"),
+        ):
+            if not self.section[key]:
+                raise ValueError(
+                    f"config.{self.name}.{key} is not set: expected those of the teachers' "
+                    f"{meaning} for example; training takes them from config.data.labels"
+                )
+        return sum(self.section.widths)
+
+    def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+        """The config with widths, temperatures and hash of the teachers of the data.
+
+        Raises:
+            ValueError: the data have no embeddings, or others than the config names, or they are of
+                other crops than the student is to see.
+        """
+        # Here, since the defaults of a config are read without any data.
+        from diht_jax.records.labels.clip_embeddings import find_clip_embeddings
+
+        name, section = self.name, self.section
+        found = find_clip_embeddings(config.data.train, config.data.labels)
+        if found is None:
+            raise ValueError(
+                f"config.{name}.weight={section.weight}: no source has embeddings of CLIP "
+                "teachers; make them with `python -m data_prep.label "
+                "--config.clip_teachers.models=...`, and name its folder by config.data.labels"
+            )
+        if section.teachers_hash not in (None, found.hash):
+            raise ValueError(
+                f"config.{name}.teachers_hash={section.teachers_hash}: the embeddings in the data "
+                f"are of other teachers or crops, {found.hash}; take data of the same ones"
+            )
+        captions = config.data.get("captions", "first")
+        if captions != "first":
+            raise ValueError(
+                f"config.data.captions='{captions}': the teachers have embedded the first caption "
+                "of every record, so the student must read it as well; set it to 'first'"
+            )
+        crops, crop_scale = found.crops, tuple(config.data.crop_scale)
+        if crops.count and crop_scale != crops.scale:
+            raise ValueError(
+                f"config.data.crop_scale={crop_scale}: the teachers have seen crops of "
+                f"{crops.scale}, which the student is to see as well; set it to that"
+            )
+        config = config.copy_and_resolve_references()
+        config[name].widths = tuple(teacher.width for teacher in found.teachers)
+        config[name].teachers_hash = found.hash
+        if not section.temperatures:
+            config[name].temperatures = tuple(1 / t.logit_scale for t in found.teachers)
+        type(self)(name, config[name], self.arch)  # checks that there are as many
+        return config
+
+    def of_all_pairs(
+        self,
+        encoded: dict[str, jax.Array],
+        params: Parameters,
+        examples: dict[str, jax.Array],
+        *,
+        mesh: Mesh,
+    ) -> dict[str, tuple[float, jax.Array]]:
+        """The loss over the pairs that all teachers have embedded; see `Term.of_all_pairs`."""
+        temperatures = tuple(self.section.temperatures)
+        if len(temperatures) == 1:
+            temperatures *= len(self.section.widths)
+        teachers, start = [], 0
+        for width, temperature in zip(self.section.widths, temperatures, strict=True):
+            columns = slice(start, start + width)
+            images, texts = (
+                examples[field][:, columns] for field in ("teacher_image_emb", "teacher_text_emb")
+            )
+            teachers.append(TeacherEmbeddings(images, texts, temperature))
+            start += width
+        loss = sharded_affinity_loss(
+            encoded["image_emb"],
+            encoded["text_emb"],
+            jnp.exp(params["log_logit_scale"]),
+            teachers,
+            mesh=mesh,
+        )
+        return {"affinity_loss": (self.section.weight, loss)}

@@ -1,0 +1,82 @@
+"""Matryoshka representations: the loss of the first numbers of the embeddings as well.
+
+The first 64, 128, ... numbers of an embedding, made to unit length again, count as an embedding of
+their own, so that embeddings can be cut afterwards (`load_model(RUN, dim=128)`). All sizes together
+cost at most as much as their sum is longer than the whole embeddings.
+
+Source: Kusupati et al., arXiv 2205.13147.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jaxtyping import Array, Float
+
+Metrics = dict[str, jax.Array]
+Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, Metrics]]
+
+
+def loss_of_sizes(
+    loss: Loss,
+    image_emb: Float[Array, "N d"],
+    text_emb: Float[Array, "N d"],
+    sizes: dict[int, float],
+) -> tuple[Float[Array, ""], Metrics]:
+    """The weighted sum of a loss over sizes of the embeddings.
+
+    Args:
+        loss: from embeddings of images and texts to a scalar and metrics, `loss` among them.
+        image_emb, text_emb: L2-normalised.
+        sizes: numbers of an embedding -> weight; rising, and the last one is d.
+
+    Returns:
+        The sum, and the metrics of the whole embeddings, with `loss_64` and the like for each size.
+    """
+    total, parts, metrics = 0.0, {}, {}
+    for size, weight in sizes.items():
+        value, metrics = loss(first_numbers(image_emb, size), first_numbers(text_emb, size))
+        total += weight * value
+        parts[f"loss_{size}"] = metrics["loss"]
+    return total, {**metrics, **parts, "loss": jax.lax.stop_gradient(total)}
+
+
+def first_numbers(emb: Float[Array, "N d"], size: int) -> Float[Array, "N size"]:
+    """The first numbers at unit length; the whole embeddings as they are."""
+    if size == emb.shape[1]:
+        return emb
+    cut = emb[:, :size].astype(jnp.promote_types(emb.dtype, jnp.float32))
+    # The floor keeps the gradient of an all-zero vector finite.
+    squared = jnp.sum(cut * cut, axis=1, keepdims=True)
+    return (cut * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))).astype(emb.dtype)
+
+
+def weighted_sizes(section: ml_collections.ConfigDict, embed_dim: int) -> dict[int, float] | None:
+    """The sizes of the embeddings that have a loss, with its weight; None: the whole ones alone.
+
+    Args:
+        section: `matryoshka` of a config.
+        embed_dim: size of the whole embeddings, whose weight is 1.
+
+    Raises:
+        ValueError: sizes that do not rise up to less than `embed_dim`, or wrong weights.
+    """
+    sizes, weights = tuple(section.sizes), tuple(section.weights)
+    wrong = [size for size in sizes if type(size) is not int or not 1 <= size < embed_dim]
+    if wrong or list(sizes) != sorted(set(sizes)):
+        raise ValueError(
+            f"config.matryoshka.sizes={sizes}: expected rising whole numbers from 1 to less than "
+            f"the {embed_dim} numbers of an embedding"
+        )
+    weights = weights or (1.0,) * len(sizes)
+    is_right = [isinstance(weight, int | float) and 0 <= weight < math.inf for weight in weights]
+    if len(weights) != len(sizes) or not all(is_right):
+        raise ValueError(
+            f"config.matryoshka.weights={weights}: expected a number of at least 0 for each of "
+            f"config.matryoshka.sizes={sizes}, or ()"
+        )
+    return {**dict(zip(sizes, weights, strict=True)), embed_dim: 1.0} if sizes else None

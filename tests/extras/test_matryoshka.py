@@ -1,0 +1,77 @@
+"""The losses of several sizes of the embeddings, against the float64 sum of their formulas."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from diht_jax.config import default_config
+from diht_jax.extras.matryoshka import first_numbers, loss_of_sizes, weighted_sizes
+from diht_jax.losses import contrastive_objective
+
+SIZES = {3: 0.5, 8: 2.0, 16: 1.0}
+NUM_PAIRS = 48
+
+
+def pairs():
+    rng = np.random.default_rng(0)
+    image_emb = rng.normal(size=(NUM_PAIRS, 16))
+    text_emb = image_emb + 0.3 * rng.normal(size=(NUM_PAIRS, 16))
+    return [emb / np.linalg.norm(emb, axis=1, keepdims=True) for emb in (image_emb, text_emb)]
+
+
+def infonce_of_sizes(image_emb, text_emb, scale):
+    total = 0
+    for size, weight in SIZES.items():
+        x, t = (
+            emb[..., :size] / np.sqrt(np.sum(emb[..., :size] ** 2, axis=-1, keepdims=True))
+            for emb in (image_emb, text_emb)
+        )
+        for s in (scale * x @ np.swapaxes(t, -1, -2), scale * t @ np.swapaxes(x, -1, -2)):
+            diagonal = np.diagonal(s, axis1=-2, axis2=-1)
+            total += weight / 2 * np.mean(np.log(np.exp(s).sum(-1)) - diagonal, axis=-1)
+    return total
+
+
+def test_the_sum_and_its_gradients_are_the_formula():
+    image_emb, text_emb = pairs()
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+
+    def loss(image_emb, text_emb):
+        one_size = functools.partial(contrastive_objective, logit_scale=20.0, mesh=mesh)
+        return loss_of_sizes(one_size, image_emb, text_emb, SIZES)
+
+    with jax.enable_x64(True):
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+        (value, metrics), (by_images, _) = step(jnp.asarray(image_emb), jnp.asarray(text_emb))
+    np.testing.assert_allclose(value, infonce_of_sizes(image_emb, text_emb, 20.0), rtol=1e-12)
+    assert metrics["loss"] == value and {"loss_3", "loss_8", "loss_16"} < metrics.keys()
+    step = 1e-30  # by the complex step, exact to rounding
+    directions = 1j * step * np.eye(image_emb.size).reshape(-1, *image_emb.shape)
+    expected = infonce_of_sizes(image_emb + directions, text_emb, 20.0).imag / step
+    np.testing.assert_allclose(by_images, expected.reshape(image_emb.shape), rtol=0, atol=1e-12)
+
+
+def test_an_embedding_that_begins_with_zeros_has_a_finite_gradient():
+    emb = jnp.zeros((1, 4)).at[0, 3].set(1.0)
+    assert np.isfinite(jax.grad(lambda emb: first_numbers(emb, 2).sum())(emb)).all()
+
+
+@pytest.mark.parametrize(
+    "sizes, weights, message",
+    [
+        ((8, 4), (), r"sizes=\(8, 4\): expected rising whole numbers from 1 to less than the 16"),
+        ((16,), (), "less than the 16 numbers"),
+        ((4.0,), (), "expected rising whole numbers"),
+        ((4, 8), (1.0,), r"weights=\(1.0,\): expected a number of at least 0 for each of"),
+        ((4,), (-1.0,), "expected a number of at least 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(sizes, weights, message):
+    section = default_config().matryoshka
+    section.update(sizes=sizes, weights=weights)
+    with pytest.raises(ValueError, match=f"config.matryoshka.*{message}"):
+        weighted_sizes(section, 16)

@@ -1,0 +1,43 @@
+"""How likely pairs are right, against Bayes' rule on all pairs in float64."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diht_jax.extras.noisy_pairs import right_probabilities
+
+NUM_PAIRS, WIDTH, NOISE_SHARE = 40, 6, 0.25
+
+
+def pairs():
+    """Noisy pairs, some with a wrong text."""
+    rng = np.random.default_rng(0)
+    image_emb = rng.normal(size=(NUM_PAIRS, WIDTH))
+    text_emb = image_emb + 0.3 * rng.normal(size=(NUM_PAIRS, WIDTH))
+    text_emb[::8] = np.roll(text_emb, 3, axis=0)[::8]
+    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (image_emb, text_emb))
+
+
+def test_they_are_bayes_rule_on_any_mesh_and_in_any_order():
+    image_emb, text_emb = pairs()
+    similarities = image_emb @ text_emb.T
+    wrong, variance = similarities.mean(), similarities.var()
+    right = wrong + (np.diagonal(similarities).mean() - wrong) / (1 - NOISE_SHARE)
+
+    def density(mean):
+        return np.exp(-((np.diagonal(similarities) - mean) ** 2) / (2 * variance))
+
+    of_right, of_wrong = (1 - NOISE_SHARE) * density(right), NOISE_SHARE * density(wrong)
+    expected = of_right / (of_right + of_wrong)
+    assert expected.min() < 0.2 < 0.8 < expected.max()
+    mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("data", "fsdp"))
+    by_example = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    probabilities = jax.jit(
+        lambda *emb: right_probabilities(*emb, NOISE_SHARE), in_shardings=by_example
+    )
+    order = np.random.default_rng(0).permutation(NUM_PAIRS)
+    found = np.asarray(probabilities(*(np.float32(x[order]) for x in pairs())))
+    np.testing.assert_allclose(found, expected[order], rtol=1e-4)
+    # Where right pairs do not stand out, all are alike: so the loss is what it is without weights.
+    opposed = probabilities(np.float32(image_emb), np.float32(-text_emb))
+    np.testing.assert_allclose(opposed, 1 - NOISE_SHARE, rtol=1e-6)
