@@ -121,6 +121,6 @@ echo
 files=("${students[@]/#/$out/}")
 "$python" -m diht_jax.evaluate --compare "${files[@]/%/.json}" --output "$out/compared.png" 2> /dev/null
 step "Drawing the page" page data_prep.reports.demo --input "$out" --output "$out/index.html"
-pictures=("$out"/*.png "$out"/*/curves.png "$out"/{filtered,labelled}/report.html)
+pictures=("$out"/compared.png "$out"/*_*.html "$out"/*/curves.png "$out"/{filtered,labelled}/report.html)
 echo "Pictures: ${pictures[*]}"
 echo "All of it on one page: $out/index.html"

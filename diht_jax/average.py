@@ -309,7 +309,7 @@ def _write(
     """The model directory with its card, the record, and the plot where there is a grid."""
     import jax
 
-    from diht_jax.evaluation.pages.trade_off import draw_trade_off
+    from diht_jax.evaluation.charts import draw_trade_off
     from diht_jax.evaluation.results import write_results
     from diht_jax.weights.export import write_model
     from diht_jax.weights.model_card import Origin, model_card

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from diht_jax import command_line, distributed
+from diht_jax.evaluation.charts import draw_comparison
 from diht_jax.evaluation.comparison import format_comparison
-from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.results import (
     LETTERS,
     format_results,
@@ -50,7 +50,7 @@ def define_flags() -> None:
         "num_resamples", 1000, "Resamples for the confidence intervals; 0 for none."
     )
     flags.DEFINE_alias("bootstrap", "num_resamples")
-    flags.DEFINE_bool("pages", True, "Write PNG pages: one a task, or the chart.")
+    flags.DEFINE_bool("pages", True, "Write the page with examples (HTML), or the chart.")
     flags.DEFINE_list(
         "compare", None, "Results files, A B ... or A,B,...: the others beside the first."
     )
@@ -137,7 +137,7 @@ def evaluate_model(
         tasks: of `parse_tasks`.
         output: the results file (JSON).
         batch_size, num_threads, limit, num_resamples: of `evaluate_task`.
-        pages: whether to write a page (PNG) for each task, beside the results file.
+        pages: whether to write a page (HTML) with the numbers and examples next to it.
 
     Returns:
         What the results file holds.
@@ -145,6 +145,7 @@ def evaluate_model(
     refuse_url(output, "output")
     import jax
 
+    from diht_jax.evaluation.page import ResultsPage
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.weights.loading import load_model
 
@@ -161,21 +162,23 @@ def evaluate_model(
     )
     output = pathlib.Path(output)
     results = {**_describe_run(model, loaded, ema=ema), "results": []}
+    page = ResultsPage(output.with_suffix(".html")) if pages and distributed.is_first() else None
     for task in tasks:
-        page = output.with_name(f"{output.stem}.{task.name}.png")
         result = evaluate_task(
             loaded,
             task,
             batch_size=batch_size,
             num_threads=num_threads,
             limit=limit,
-            page=page if pages and distributed.is_first() else None,
+            page=page,
             num_resamples=num_resamples,
             progress=distributed.is_first(),
         )
         results["results"].append(result)
         if distributed.is_first():
             write_results(output, results)
+        if page is not None:
+            page.write(results)
         logging.info(
             "task '%s': %d images in %.1f s, %.0f images/s",
             task.name,

@@ -67,8 +67,8 @@ def main() -> None:
     distributed.start_from_flags()
     import jax
 
+    from diht_jax.evaluation.charts import draw_few_shot
     from diht_jax.evaluation.fewshot.grid import evaluate_few_shot, format_few_shot
-    from diht_jax.evaluation.fewshot.page import draw_few_shot
     from diht_jax.evaluation.results import write_results
     from diht_jax.weights.loading import load_model
 

@@ -35,7 +35,7 @@ def define_flags() -> None:
     distributed.define_flags()
     flags.DEFINE_string("input", None, "Folder of pictures, tar, or another source.")
     flags.DEFINE_alias("images", "input")
-    flags.DEFINE_string("output", "search.png", "Page (PNG) to write.")
+    flags.DEFINE_string("output", "search.html", "Page (HTML) to write.")
     flags.DEFINE_integer("num_matches", 8, "Pictures a query.")
     flags.DEFINE_alias("count", "num_matches")
     flags.DEFINE_string("index", None, "Folder of an index, which is made or brought up to date.")
@@ -169,10 +169,10 @@ def _process() -> Any:
 
 
 def _draw(matches: dict[str, Any], pictures: dict[int, Any], source: str, count: int) -> None:
-    from diht_jax.evaluation.pages.search import draw_search_page
+    from diht_jax.evaluation.embedding.search import draw_matches
 
     given = flags.FLAGS
-    draw_search_page(
+    draw_matches(
         matches,
         pictures,
         given.output,
@@ -183,7 +183,7 @@ def _draw(matches: dict[str, Any], pictures: dict[int, Any], source: str, count:
 
 
 def _serve(index: Any, model: Any) -> None:
-    from diht_jax.evaluation.pages.web import make_server
+    from diht_jax.evaluation.embedding.search_server import make_server
     from diht_jax.evaluation.prompts import fill_caption_template
 
     given = flags.FLAGS

@@ -50,6 +50,7 @@ METRICS = {
 _SHOWN_PAIRS = 4  # of each outcome
 _STYLE = """
 figure { margin: 0; } figure img { width: 100%; border: 1px solid #d0d7de; border-radius: 6px; }
+iframe { width: 100%; height: 90vh; border: 1px solid #d0d7de; border-radius: 6px; }
 .beyond { font-weight: 600; }
 """
 
@@ -87,10 +88,10 @@ def render_demo(folder: pathlib.Path, report: FilterReport) -> str:
         _picture(folder / name / "curves.png", title) for name, title in STUDENTS.items()
     )
     last = list(STUDENTS)[-1]
-    examples = "".join(
-        _picture(folder / f"{last}.{task}.png", f"{task}, {STUDENTS[last]}")
-        for task in ("scenes", "shape", "color")
-    )
+    page = folder / f"{last}.html"
+    if not page.is_file():
+        raise ValueError(f"{page}: no such page; run bash run_demo.sh to the end")
+    examples = f'<iframe srcdoc="{html.escape(page.read_text("utf-8"))}"></iframe>'
     parts = [
         "<h1>The demo</h1><p>Noisy pairs are filtered and labelled, and four tiny students are "
         "trained for the same number of samples. Each row of the first table changes one thing of "

@@ -87,34 +87,31 @@ def read_results(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """A table of all tasks and metrics, each by its unit, and the means over the suite."""
+    """Formats all tasks and metrics, each by its unit, and the means over the suite, as a table."""
+    rows = result_rows(results)
+    header = ("task", "metric", "result", "95% interval" if any(row[3] for row in rows) else "", "")
+    return f"{describe_model(results)}\n{format_table(header, rows, 'llrll')}"
+
+
+def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Task, metric, value, interval and a note of every metric, and of the means over the suite."""
     # Here, as in `metric_of`.
     from diht_jax.evaluation.protocols.base import Metric
 
     rows = []
     for result in results["results"]:
-        first = True
-        intervals = result.get("intervals", {})
+        counts, intervals = result["counts"], result.get("intervals", {})
+        dropped = sum(counts["dropped"].values())
+        about = f"{counts['images']:,} images" + (f", {dropped:,} dropped" if dropped else "")
+        task = result["task"]
         for name, value in result["metrics"].items():
             metric = metric_of(result, name)
-            counts = result["counts"]
-            dropped = sum(counts["dropped"].values())
-            about = f"{counts['images']:,} images" + (f", {dropped:,} dropped" if dropped else "")
-            rows.append(
-                (
-                    result["task"] if first else "",
-                    metric.label,
-                    format_value(metric, value),
-                    _format_interval(metric, intervals[name]) if name in intervals else "",
-                    about if first else "",
-                )
-            )
-            first = False
+            interval = _format_interval(metric, intervals[name]) if name in intervals else ""
+            rows.append((task, metric.label, format_value(metric, value), interval, about))
+            task = about = ""
     for name, value, missing in suite_means(results["results"]):
-        metric = Metric("share", name)
-        rows.append(("suite", metric.label, format_value(metric, value), "", missing))
-    header = ("task", "metric", "result", "95% interval" if any(row[3] for row in rows) else "", "")
-    return f"{describe_model(results)}\n{format_table(header, rows, 'llrll')}"
+        rows.append(("suite", name, format_value(Metric("share"), value), "", missing))
+    return rows
 
 
 def published_results(model: str) -> dict[str, Any] | None:

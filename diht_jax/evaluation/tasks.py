@@ -6,14 +6,13 @@ The model may be a loaded one or the live parameters of a training run.
 
 from __future__ import annotations
 
-import pathlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from absl import logging
-from PIL import Image
 
 from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
 from diht_jax.evaluation.bootstrap import (
@@ -23,15 +22,16 @@ from diht_jax.evaluation.bootstrap import (
     resample,
 )
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
-from diht_jax.evaluation.embedding.entries import Entries, read_again
-from diht_jax.evaluation.pages.canvas import ImageLoader
+from diht_jax.evaluation.embedding.entries import Entries
 from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
-from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.evaluation.sources.registry import count_source, open_units, read_source
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+
+if TYPE_CHECKING:
+    from diht_jax.evaluation.page import ResultsPage
 
 __all__ = ["Task", "evaluate_task", "parse_config_tasks", "parse_tasks"]
 
@@ -43,7 +43,7 @@ def evaluate_task(
     batch_size: int = 256,
     num_threads: int | None = None,
     limit: int | None = None,
-    page: str | pathlib.Path | None = None,
+    page: ResultsPage | None = None,
     num_resamples: int = 0,
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def evaluate_task(
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
         limit: only the first so many entries of the source; None is all.
-        page: PNG to write with examples of a classification or retrieval; None writes nothing.
+        page: gets the examples of a classification, retrieval or choice of captions; None for none.
         num_resamples: for bootstrap intervals; 0 leaves them out.
         progress: show bars on stderr.
 
@@ -84,32 +84,35 @@ def evaluate_task(
         progress=progress,
     )
     encoded, described, resampled = measured.encoded, measured.protocol, {}
+    metrics = measured.measure(np.ones(measured.num_items, np.int64))
     if num_resamples:
         described = {**described, "intervals": describe_bootstrap(num_resamples)}
         samples = resample(
-            measured.resample, measured.num_items, num_resamples=num_resamples, progress=progress
+            measured.measure, measured.num_items, num_resamples=num_resamples, progress=progress
         )
         resampled = {
             "intervals": {name: percentile_interval(values) for name, values in samples.items()},
             "resamples": describe_samples(samples, encoded.digest, measured.num_items),
         }
     _warn_of_dropped(task, encoded)
-    if page is not None and measured.draw is not None:
-        measured.draw(pathlib.Path(page), _image_loader(task, encoded))
-    return {
+    result = {
         "task": task.name,
         "kind": task.kind,
         "source": task.source,
         "protocol": described,
-        "metrics": measured.metrics,
-        "units": {name: protocol.metrics[name].unit for name in measured.metrics},
+        "metrics": metrics,
+        "units": {name: protocol.metrics[name].unit for name in metrics},
         "counts": {**measured.counts, "limit": limit, "dropped": encoded.dropped},
         **measured.details,
         **resampled,
-        **_reported(task, measured.metrics),
+        **_reported(task, metrics),
+    }
+    is_drawn = page is not None and page.add(task, measured, result, model.logit_scale)
+    return {
+        **result,
         "seconds": time.perf_counter() - start,
         "images_per_sec": len(encoded.positions) / encoded.seconds,
-        "page": None if page is None or measured.draw is None else str(page),
+        "page": str(page.path) if is_drawn else None,
     }
 
 
@@ -166,15 +169,3 @@ def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:
     if task.name not in TASKS_BY_NAME or task.kind != TASKS_BY_NAME[task.name].kind:
         return {}
     return {"reported": [name for name in TASKS_BY_NAME[task.name].metrics if name in metrics]}
-
-
-def _image_loader(task: Task, encoded: EncodedImages) -> ImageLoader:
-    """Reads the parts of the source that hold the images once more, instead of keeping them all."""
-    order_of = dict(zip(encoded.positions, encoded.orders, strict=True))
-
-    def load_images(positions: Sequence[int]) -> dict[int, Image.Image]:
-        units = open_units(task.source, task.source_options)
-        found = read_again(units, {position: order_of[position] for position in positions})
-        return {position: decode_picture(entry) for position, entry in found.items()}
-
-    return load_images

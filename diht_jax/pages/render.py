@@ -53,7 +53,7 @@ def data_uri(picture: bytes | Image.Image | Figure) -> str:
         picture: encoded PNG, JPEG, GIF or WebP; or a Pillow image, which becomes a JPEG; or a
             figure of matplotlib, which becomes a PNG.
     """
-    data = picture if isinstance(picture, bytes) else _encode(picture)
+    data = picture if isinstance(picture, bytes) else encode_picture(picture)
     kinds = {b"\x89PNG": "png", b"GIF8": "gif", b"RIFF": "webp"}
     kind = kinds.get(data[:4], "jpeg")
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
@@ -104,7 +104,8 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _encode(picture: Image.Image | Figure) -> bytes:
+def encode_picture(picture: Image.Image | Figure) -> bytes:
+    """Encodes a Pillow image as JPEG, a figure of matplotlib as PNG."""
     buffer = io.BytesIO()
     if hasattr(picture, "savefig"):
         picture.savefig(buffer, format="png", dpi=150, metadata={"Software": None})

@@ -283,8 +283,8 @@ def test_commands_run(tmp_path):
     written = (
         *("runs/web/val_retrieval.tar", "runs/kept/report.html", "runs/both/report.html"),
         "runs/lists/dropped.tsv",
-        *("runs/emoji_records/stats.json", "runs/try/metrics.jsonl", "runs/try.scenes.png"),
-        *("runs/exported/open_clip_config.json", "runs/search.png", "filtered.compared.png"),
+        *("runs/emoji_records/stats.json", "runs/try/metrics.jsonl", "runs/try.html"),
+        *("runs/exported/open_clip_config.json", "runs/search.html", "filtered.compared.png"),
     )
     for name in written:
         assert (checkout / name).is_file(), (name, sorted(map(str, checkout.rglob("*")))[:80])

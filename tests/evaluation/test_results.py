@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.bootstrap import describe_samples
+from diht_jax.evaluation.charts import draw_comparison
 from diht_jax.evaluation.comparison import format_comparison
-from diht_jax.evaluation.pages.comparison import draw_comparison
 from diht_jax.evaluation.results import (
     describe_metrics,
     format_results,

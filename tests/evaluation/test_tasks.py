@@ -2,13 +2,14 @@
 
 import io
 import json
+import re
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diht_jax.evaluation.pages.canvas import GREEN, RED
+from diht_jax.evaluation.page import ResultsPage, draw_rows
 from diht_jax.evaluation.tasks import Task, evaluate_task, parse_tasks
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.registry import open_source
@@ -29,16 +30,15 @@ def _png(seed):
     return buffer.getvalue()
 
 
-def _colours(path):
-    """Colours of a page and how often each occurs."""
-    with Image.open(path) as page:
-        return {colour: count for count, colour in page.getcolors(page.width * page.height)}
+def _write(page, result):
+    page.write({"model": "m", "results": [result]})
+    return page.path.read_text()
 
 
 def test_classification_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp_path):
     source = str(shared_data / "cifar10_test.tar")
     (task,) = parse_tasks([f"cifar10={source}"])
-    page = tmp_path / "page.png"
+    page = ResultsPage(tmp_path / "page.html")
     result = evaluate_task(tiny_model, task, batch_size=64, limit=128, page=page)
 
     pairs = [pair for pair, _ in zip(open_source(source), range(128), strict=False)]
@@ -67,23 +67,25 @@ def test_classification_equals_the_protocol_done_by_hand(tiny_model, shared_data
     bird = next(entry for entry in result["per_class"] if entry["class"] == "bird")
     assert bird["accuracy"] == pytest.approx(hits[labels == 2].mean())
     assert json.loads(json.dumps(result)) == result
-    colours = _colours(page)
-    assert colours[GREEN] > 1000
-    assert colours[RED] > 1000
+    text, chosen = _write(page, result), draw_rows(128, 24)
+    marks = [mark == "right" for mark in re.findall(r'class="tile (right|wrong)"', text)]
+    assert marks == hits[chosen].tolist()
+    assert f"{100 * hits.mean():.2f}%" in text
 
 
 def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp_path):
     source = str(shared_data / "emoji_twitter.tar")
     (task,) = parse_tasks([f"retrieval:{source}"])
-    page = tmp_path / "new" / "page.png"
+    page = ResultsPage(tmp_path / "new" / "page.html")
     result = evaluate_task(tiny_model, task, batch_size=64, limit=128, page=page)
 
     pairs = [pair for pair, _ in zip(open_source(source), range(128), strict=False)]
     image_emb = tiny_model.encode_image([decode_rgb(pair.image) for pair in pairs])
     text_emb = tiny_model.encode_text([f"a photo of {pair.caption}." for pair in pairs])
-    similarities = text_emb @ image_emb.T
+    similarities, ranks_of = text_emb @ image_emb.T, {}
     for direction, matrix in (("t2i", similarities), ("i2t", similarities.T)):
         ranks = [list(np.argsort(-row)).index(own) for own, row in enumerate(matrix)]
+        ranks_of[direction] = np.array(ranks)
         for k in (1, 5, 10):
             expected = np.mean([rank < k for rank in ranks])
             assert result["metrics"][f"{direction}_r{k}"] == pytest.approx(expected)
@@ -91,7 +93,10 @@ def test_retrieval_equals_the_protocol_done_by_hand(tiny_model, shared_data, tmp
     assert result["protocol"]["caption_template"] == "a photo of {caption}."
     assert result["images_per_sec"] > 0
     assert json.loads(json.dumps(result)) == result
-    assert _colours(page)[RED] > 1000
+    text = _write(page, result)
+    shown = [re.findall(rf"right {query}at rank\s+(\d+)", text) for query in ("image ", "")]
+    chosen = (ranks_of["t2i"][draw_rows(128, 6)], ranks_of["i2t"][draw_rows(128, 6, seed=1)])
+    assert [list(map(int, ranks)) for ranks in shown] == [(ranks + 1).tolist() for ranks in chosen]
 
 
 def test_several_captions_and_broken_images(tiny_model, tmp_path):
@@ -111,7 +116,7 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
             ("d.json", sidecar("two", "six")),
         ],
     )
-    page = tmp_path / "x.png"
+    page = ResultsPage(tmp_path / "x.html")
     task = Task("x", "retrieval", str(path), caption_template="{caption}")
     result = evaluate_task(tiny_model, task, page=page)
     assert result["counts"] == {
@@ -122,7 +127,7 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
         "dropped": {"image_unreadable": 1, "no_image": 1},
     }
     assert result["metrics"]["t2i_r5"] == 1.0
-    assert page.exists()
+    assert _write(page, result).count("data:image") == 2 * 5 + 2
 
 
 def test_a_class_folder_names_its_classes(tiny_model, tmp_path):

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any, Protocol
 
@@ -253,7 +253,19 @@ def _encode_share(
 
 def encode_texts(
     encode_text: Callable[[Sequence[str]], np.ndarray],
-    texts: Collection[str],
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> np.ndarray:
+    """float32 [n, d] embeddings of at least one text, in order; see `encode_text_batches`."""
+    batches = encode_text_batches(encode_text, texts, batch_size=batch_size, progress=progress)
+    return np.concatenate(list(batches))
+
+
+def encode_text_batches(
+    encode_text: Callable[[Sequence[str]], np.ndarray],
+    texts: Sequence[str],
     *,
     batch_size: int,
     progress: bool = False,

@@ -230,9 +230,11 @@ def _embed_part(
                 dropped[entry.reason] = dropped.get(entry.reason, 0) + 1
     if "text" in options.modalities:
         texts = [options.caption_template.replace("{caption}", caption) for _, caption in notes]
-        empty = np.zeros((0, model.embed_dim), np.float32)
-        batches = encode_texts(model.encode_text, texts, batch_size=options.batch_size)
-        columns["text_emb"] = np.concatenate([empty, *batches])
+        columns["text_emb"] = np.zeros((0, model.embed_dim), np.float32)
+        if texts:
+            columns["text_emb"] = encode_texts(
+                model.encode_text, texts, batch_size=options.batch_size
+            )
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
     path = f"{stem}.{options.format}"
     encode = _encode_npz if options.format == "npz" else _encode_parquet

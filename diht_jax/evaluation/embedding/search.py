@@ -1,11 +1,9 @@
-"""Searching pictures by text.
-
-Similarities only; `pages.search` draws them.
-"""
+"""Searching pictures by text, and the page of what was found."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -23,6 +21,7 @@ from diht_jax.evaluation.embedding.picture_index import Hit, PictureIndex
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.entry_counts import count_entries
 from diht_jax.input.decode import decode_rgb
+from diht_jax.pages.render import render, thumbnail
 from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.escaping import escape
@@ -179,6 +178,46 @@ def load_pictures(
     orders = {match.position: match.order for match in matches}
     found = read_again(input_units(source), orders)
     return {position: decode_rgb(entry.image) for position, entry in found.items()}
+
+
+def draw_matches(
+    matches_of: Mapping[str, Sequence[Match]],
+    pictures: Mapping[int, Image.Image],
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    note: str,
+) -> None:
+    """Writes a page with the matches of every query, the best first.
+
+    Args:
+        matches_of: query -> its matches, the best first.
+        pictures: by position, all that are matches.
+        path: of the HTML file.
+        title: heading of the page.
+        note: text below it.
+
+    Raises:
+        ValueError: the path is not of an HTML file.
+    """
+    if not os.fspath(path).endswith((".html", ".htm")):
+        raise ValueError(f"--output={path}: the page is HTML; expected a name that ends in .html")
+    uris = {position: thumbnail(picture) for position, picture in pictures.items()}
+    queries = [
+        (
+            query,
+            [
+                (
+                    uris[match.position],
+                    f"{rank}   {match.similarity:.3f}",
+                    (match.caption or match.key)[:_MOST_SHOWN],
+                )
+                for rank, match in enumerate(matches, start=1)
+            ],
+        )
+        for query, matches in matches_of.items()
+    ]
+    render("search.html", path, title=title, note=note, queries=queries)
 
 
 def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:

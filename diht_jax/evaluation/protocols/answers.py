@@ -207,9 +207,7 @@ def _answer(
         part = texts[start : start + at_once]
         prompts = [fill(text, choice) for text in part for choice in choices]
         prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once
-        text_emb = np.concatenate(
-            list(encode_texts(model.encode_text, prompts, batch_size=batch_size))
-        )
+        text_emb = encode_texts(model.encode_text, prompts, batch_size=batch_size)
         for index, text in enumerate(part):
             own = text_emb[index * len(choices) : (index + 1) * len(choices)]
             images = [rows[number][0] for number in by_text[text]]
@@ -230,15 +228,14 @@ def _answer(
 def _measured(result: AnswersResult, protocol: dict[str, Any]) -> Measured:
     return Measured(
         encoded=result.encoded,
-        metrics=result.metrics,
+        num_items=result.num_items,
+        measure=result.resampled_metrics,
         protocol=protocol,
         counts={
             "images": result.num_items,
             "questions": len(result.answers),
             "texts": result.num_texts,
         },
-        num_items=result.num_items,
-        resample=result.resampled_metrics,
     )
 
 

@@ -1,13 +1,13 @@
 """What a task and a protocol are: a protocol measures all tasks of one kind.
 
 A file of this folder makes one `Protocol`, and `registry.PROTOCOLS` lists it under its kind. The
-parsing of tasks, the results file, the tables and the pages take everything from that object.
+parsing of tasks, the results file and the tables take everything from that object. What a protocol
+gives is data; `evaluation/page.py` makes pictures of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 from typing import Protocol as Interface
@@ -16,7 +16,6 @@ import numpy as np
 
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
-from diht_jax.evaluation.pages.canvas import ImageLoader
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
 
@@ -123,23 +122,22 @@ class Measured:
 
     Attributes:
         encoded: the images.
-        metrics: name -> value, of `Protocol.metrics`.
+        num_items: number of independent items to resample, such as images.
+        measure: the metrics if item i had been there `counts[i]` times, int [num_items]; with ones
+            the result.
         protocol: for the results file, how it was measured (prompts, ties).
         counts: for the results file; "images" at the least.
-        num_items: how many independent items there are to resample, such as images.
-        resample: the metrics if item i had been there `counts[i]` times, int [num_items].
-        details: what else stands in the results file.
-        draw: writes the page of examples; None where the protocol has none.
+        details: other entries of the results file.
+        result: what `evaluation/page.py` draws examples of; None for no examples.
     """
 
     encoded: EncodedImages
-    metrics: dict[str, float]
+    num_items: int
+    measure: Callable[[np.ndarray], dict[str, float]]
     protocol: dict[str, Any]
     counts: dict[str, int]
-    num_items: int
-    resample: Callable[[np.ndarray], dict[str, float]]
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
-    draw: Callable[[pathlib.Path, ImageLoader], None] | None = None
+    result: Any = None
 
 
 class Run(Interface):
@@ -198,8 +196,3 @@ def check_has_class_names(task: Task, what: str = "class names") -> None:
             f"a '{task.kind}' task needs {what}; add '?class_names=FILE' (or '&class_names=FILE' "
             "behind another option)"
         )
-
-
-def short_source(source: str) -> str:
-    """A source as the notes of pages name it: the last part of a path."""
-    return source if source.startswith("tfds:") else pathlib.PurePath(source).name

@@ -13,7 +13,6 @@ right one is (`ties=right`). Texts of equal tokens are encoded once, so such tie
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,8 +25,6 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_images,
     encode_texts,
 )
-from diht_jax.evaluation.pages.canvas import ImageLoader
-from diht_jax.evaluation.pages.caption_choice import draw_caption_choice_page
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.protocols.base import (
     CAPTION_TEMPLATE,
@@ -36,7 +33,6 @@ from diht_jax.evaluation.protocols.base import (
     Option,
     Protocol,
     Task,
-    short_source,
 )
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -142,7 +138,7 @@ def choose_captions(
         ties: a key of `TIES`.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
-        progress: show a bar for the texts on stderr; `pairs` may be one itself.
+        progress: show a bar for the texts on stderr.
 
     Raises:
         ValueError: a bad template, or no pair with a question.
@@ -161,13 +157,8 @@ def choose_captions(
     texts = [fill_caption_template(template, text) for q in questions for text in q.captions]
     sizes = [len(question.captions) for question in questions]
     distinct, index_of_text = _distinct_texts(model, texts)
-    batches = encode_texts(model.encode_text, distinct, batch_size=batch_size, progress=progress)
-    flat = _similarities(
-        encoded.image_emb,
-        np.repeat(images, sizes),
-        np.concatenate(list(batches)),
-        index_of_text,
-    )
+    text_emb = encode_texts(model.encode_text, distinct, batch_size=batch_size, progress=progress)
+    flat = _similarities(encoded.image_emb, np.repeat(images, sizes), text_emb, index_of_text)
     similarities = np.split(flat, np.cumsum(sizes)[:-1])
     own = np.array([row[0] for row in similarities])
     best_wrong = np.array([row[1:].max() for row in similarities])
@@ -238,20 +229,10 @@ def _run(
 ) -> Measured:
     ties = task.options.get("ties", "wrong")
     result = choose_captions(model, entries, task.caption_template, ties, **batching)
-    num_questions = len(result.questions)
-
-    def draw(path: pathlib.Path, load_images: ImageLoader) -> None:
-        note = (
-            f"{num_questions:,} questions on {len(result.encoded.positions):,} images of "
-            f"{short_source(task.source)}. Green is the right caption, red are wrong ones."
-        )
-        draw_caption_choice_page(
-            result, load_images, path, title=f"Choice of a caption: {task.name}", note=note
-        )
-
     return Measured(
         encoded=result.encoded,
-        metrics=result.metrics,
+        num_items=result.num_items,
+        measure=result.resampled_metrics,
         protocol={
             "caption_template": task.caption_template,
             "decision": "the caption most similar to the image",
@@ -261,13 +242,11 @@ def _run(
         counts={
             "images": len(result.encoded.positions),
             "pictures": result.num_items,
-            "questions": num_questions,
+            "questions": len(result.questions),
             "texts": sum(len(question.captions) for question in result.questions),
         },
-        num_items=result.num_items,
-        resample=result.resampled_metrics,
         details={"per_group": result.describe_groups()} if result.groups else {},
-        draw=draw,
+        result=result,
     )
 
 

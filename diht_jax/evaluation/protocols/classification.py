@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,11 +26,9 @@ from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
     EncodedImages,
     encode_images,
-    encode_texts,
+    encode_text_batches,
 )
-from diht_jax.evaluation.pages.canvas import ImageLoader
-from diht_jax.evaluation.pages.classification import draw_classification_page
-from diht_jax.evaluation.prompts import CLASS_SLOT, check_templates, fill_template
+from diht_jax.evaluation.prompts import check_templates, fill_template
 from diht_jax.evaluation.protocols.base import (
     CLASS_NAMES,
     LABEL,
@@ -42,7 +39,6 @@ from diht_jax.evaluation.protocols.base import (
     Protocol,
     Task,
     parse_text,
-    short_source,
 )
 from diht_jax.evaluation.protocols.class_metrics import (
     Groups,
@@ -73,7 +69,7 @@ _MOST_CONFUSION_CLASSES = 50
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationResult:
-    """What `classify` found; n images, C classes.
+    """Result of `classify`; n images, C classes.
 
     Attributes:
         encoded: the images.
@@ -106,18 +102,13 @@ class ClassificationResult:
             for name, total, hit in zip(self.classes.names, totals, hits.tolist(), strict=True)
         ]
 
-    @property
-    def num_items(self) -> int:
-        """Independent items: the images."""
-        return len(self.ranks)
-
     @functools.cached_property
     def metrics(self) -> dict[str, float]:
         """See `classification_metrics`; and those of the groups, and the macro F1."""
-        return self.resampled_metrics(np.ones(self.num_items, np.int64))
+        return self.resampled_metrics(np.ones(len(self.ranks), np.int64))
 
     def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if image i had been there `counts[i]` times; int [n]."""
+        """Metrics if image i had been there `counts[i]` times; int [n]."""
         labels, number = self.classes.labels, len(self.classes.names)
         metrics = metrics_of_splits(self.ranks, labels, number, self.members.values(), counts)
         if self.groups is not None:
@@ -161,7 +152,7 @@ def classify(
         with_f1: adds the macro F1.
         batch_size: images, and prompts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
-        progress: show a bar for the prompts on stderr; `pairs` may be one itself.
+        progress: show a bar for the prompts on stderr.
 
     Raises:
         ValueError: a bad template, a label that cannot be resolved, no usable pair.
@@ -180,18 +171,12 @@ def classify(
     labels, splits, groups = zip(*encoded.notes, strict=True)
     if names is None:
         classes = derive_classes(labels, templates)
-        if classes.whole_captions:
-            templates = (CLASS_SLOT,)
     else:
         classes = Classes(names, np.array(labels, np.int32), "names given")
         if candidates == WITH_IMAGES:
             present, found = np.unique(classes.labels, return_inverse=True)
             chosen = tuple(names[label] for label in present)
             classes = Classes(chosen, found.astype(np.int32), "names given, of classes with images")
-    members = {
-        split: np.array([split in own for own in splits])
-        for split in sorted(set(itertools.chain(*splits)))
-    }
     classifier = zero_shot_classifier(
         model.encode_text, classes.names, templates, batch_size=batch_size, progress=progress
     )
@@ -203,7 +188,10 @@ def classify(
         classifier=classifier,
         predictions=predictions,
         ranks=ranks,
-        members=members,
+        members={
+            split: np.array([split in own for own in splits])
+            for split in sorted(set(itertools.chain(*splits)))
+        },
         groups=None if group is None else Groups.of(groups),
         with_f1=with_f1,
     )
@@ -234,9 +222,10 @@ def zero_shot_classifier(
     if not len(class_names):
         raise ValueError("class_names: expected at least one class name, got none")
     prompts = [fill_template(template, name) for name in class_names for template in templates]
-    sums, start = None, 0
-    for text_emb in encode_texts(encode_text, prompts, batch_size=batch_size, progress=progress):
-        if sums is None:
+    batches = encode_text_batches(encode_text, prompts, batch_size=batch_size, progress=progress)
+    sums, start = 0.0, 0
+    for text_emb in batches:
+        if not start:
             sums = np.zeros((len(class_names), text_emb.shape[-1]), np.float64)
         class_of_prompt = np.arange(start, start + len(text_emb)) // len(templates)
         np.add.at(sums, class_of_prompt, _normalize(text_emb.astype(np.float64)))
@@ -288,36 +277,23 @@ def _run(
     details: dict[str, Any] = {"per_class": per_class}
     if len(names) <= _MOST_CONFUSION_CLASSES:
         details["confusion"] = result.confusion().tolist()
+    protocol = {
+        "class_names_from": result.classes.origin,
+        "label_field": task.label_field or "label",
+        "templates": list(result.templates),
+        "text_embedding": "normalised, averaged over the templates, normalised",
+        "ties": TIES,
+    }
+    if result.members:
+        protocol["mean_over_splits"] = list(result.members)
     if result.groups is not None:
+        protocol["group"] = task.options["group"]
         details["per_group"] = describe_groups(result.ranks, result.groups)
-
-    def draw(path: pathlib.Path, load_images: ImageLoader) -> None:
-        number = len(result.templates)
-        prompt = f"{number} prompts" if number > 1 else f"prompt “{result.templates[0]}”"
-        draw_classification_page(
-            result,
-            load_images,
-            path,
-            logit_scale=model.logit_scale,
-            title=f"Classification: {task.name}",
-            note=(
-                f"{len(result.predictions):,} images of {short_source(task.source)}, "
-                f"{len(names):,} classes, {prompt}. Green is right, red is wrong."
-            ),
-        )
-
     return Measured(
         encoded=result.encoded,
-        metrics=result.metrics,
-        protocol={
-            "class_names_from": result.classes.origin,
-            "label_field": task.label_field or "label",
-            "templates": list(result.templates),
-            "text_embedding": "normalised, averaged over the templates, normalised",
-            "ties": TIES,
-            **({"mean_over_splits": list(result.members)} if result.members else {}),
-            **({"group": task.options["group"]} if result.groups is not None else {}),
-        },
+        num_items=len(result.ranks),
+        measure=result.resampled_metrics,
+        protocol=protocol,
         counts={
             "images": len(result.predictions),
             **{f"images_of_split_{split}": int(x.sum()) for split, x in result.members.items()},
@@ -325,10 +301,8 @@ def _run(
             "classes_without_images": sum(not entry["images"] for entry in per_class),
             "texts": len(names) * len(result.templates),
         },
-        num_items=result.num_items,
-        resample=result.resampled_metrics,
         details=details,
-        draw=draw,
+        result=result,
     )
 
 

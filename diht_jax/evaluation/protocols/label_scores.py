@@ -182,7 +182,7 @@ def score_labels(
         interpolation: 11 for the points of VOC 2007; None for all points.
         batch_size: images, and prompts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
-        progress: show a bar for the prompts on stderr; `pairs` may be one itself.
+        progress: show a bar for the prompts on stderr.
 
     Raises:
         ValueError: a label that cannot be resolved, targets of one kind only, no usable pair.
@@ -303,7 +303,8 @@ def _run(
     points = "all points" if result.interpolation is None else f"{result.interpolation} points"
     return Measured(
         encoded=result.encoded,
-        metrics=result.metrics,
+        num_items=result.num_items,
+        measure=result.resampled_metrics,
         protocol={
             "class_names": list(task.class_names) if binary else "names given",
             "label_field": task.label_field or ("label" if binary else "labels"),
@@ -321,8 +322,6 @@ def _run(
             **({} if binary else {"ignored": int(result.ignored.sum())}),
             "classes_without_images": int((~result.targets.any(axis=0)).sum()),
         },
-        num_items=result.num_items,
-        resample=result.resampled_metrics,
     )
 
 

@@ -14,7 +14,6 @@ Similarities exist only as blocks on the device, never as the full matrix of que
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,16 +30,13 @@ from diht_jax.evaluation.embedding.encoding import (
     encode_images,
     encode_texts,
 )
-from diht_jax.evaluation.pages.canvas import ImageLoader
-from diht_jax.evaluation.pages.retrieval import draw_retrieval_page
-from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
+from diht_jax.evaluation.prompts import fill_caption_template
 from diht_jax.evaluation.protocols.base import (
     CAPTION_TEMPLATE,
     Measured,
     Metric,
     Protocol,
     Task,
-    short_source,
 )
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -58,7 +54,6 @@ class RetrievalResult:
     """What `retrieve` found; n images, m captions.
 
     Attributes:
-        metrics: see `retrieval_metrics`.
         encoded: the images; `notes` holds the captions of each one.
         captions: m captions, before the template.
         text_emb: float32 [m, d].
@@ -68,7 +63,6 @@ class RetrievalResult:
         num_unique_texts: how many different texts were encoded.
     """
 
-    metrics: dict[str, float]
     encoded: EncodedImages
     captions: list[str]
     text_emb: np.ndarray
@@ -78,9 +72,9 @@ class RetrievalResult:
     num_unique_texts: int
 
     @property
-    def num_items(self) -> int:
-        """Independent items: the images."""
-        return len(self.i2t_ranks)
+    def metrics(self) -> dict[str, float]:
+        """See `retrieval_metrics`."""
+        return _metrics_of_ranks(self.t2i_ranks, self.i2t_ranks)
 
     def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
         """The metrics if image i and its captions had been asked `counts[i]` times; int [n]."""
@@ -108,7 +102,7 @@ def retrieve(
         template: put around each caption, such as "a photo of {caption}."; "{caption}" for none.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
-        progress: show a bar for the texts on stderr; `pairs` may be one itself.
+        progress: show a bar for the texts on stderr.
 
     Raises:
         ValueError: a template without "{caption}", or no usable pair.
@@ -124,15 +118,12 @@ def retrieve(
     texts = [fill_caption_template(template, caption) for caption in captions]
     # Equal texts are encoded once: it saves work, and a tie between them is then an exact tie.
     index_of_text = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    unique_emb = np.concatenate(
-        list(
-            encode_texts(model.encode_text, index_of_text, batch_size=batch_size, progress=progress)
-        )
+    unique_emb = encode_texts(
+        model.encode_text, list(index_of_text), batch_size=batch_size, progress=progress
     )
     text_emb = unique_emb[[index_of_text[text] for text in texts]]
     t2i_ranks, i2t_ranks = retrieval_ranks(encoded.image_emb, text_emb, image_of_text)
     return RetrievalResult(
-        metrics=_metrics_of_ranks(t2i_ranks, i2t_ranks),
         encoded=encoded,
         captions=captions,
         text_emb=text_emb,
@@ -289,20 +280,10 @@ def _run(
     model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
 ) -> Measured:
     result = retrieve(model, entries, task.caption_template, **batching)
-    num_images, num_texts = len(result.i2t_ranks), len(result.t2i_ranks)
-
-    def draw(path: pathlib.Path, load_images: ImageLoader) -> None:
-        plain = task.caption_template == CAPTION_SLOT
-        prompt = "no prompt" if plain else f"prompt “{task.caption_template}”"
-        note = (
-            f"{num_images:,} images and {num_texts:,} captions of {short_source(task.source)}, "
-            f"{prompt}. Green is right, red is wrong."
-        )
-        draw_retrieval_page(result, load_images, path, title=f"Retrieval: {task.name}", note=note)
-
     return Measured(
         encoded=result.encoded,
-        metrics=result.metrics,
+        num_items=len(result.i2t_ranks),
+        measure=result.resampled_metrics,
         protocol={
             "caption_template": task.caption_template,
             "text_to_image": "every caption is a query, its own image the only right answer",
@@ -310,13 +291,11 @@ def _run(
             "ties": TIES,
         },
         counts={
-            "images": num_images,
-            "texts": num_texts,
+            "images": len(result.i2t_ranks),
+            "texts": len(result.t2i_ranks),
             "different_texts": result.num_unique_texts,
         },
-        num_items=result.num_items,
-        resample=result.resampled_metrics,
-        draw=draw,
+        result=result,
     )
 
 

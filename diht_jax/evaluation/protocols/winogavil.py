@@ -79,7 +79,7 @@ def evaluate_winogavil(
         pairs: of `winogavil.winogavil_units`, consumed once.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
-        progress: show a bar for the texts on stderr; `pairs` may be one itself.
+        progress: show a bar for the texts on stderr.
 
     Raises:
         ValueError: pairs of another source, no complete game.
@@ -99,12 +99,8 @@ def evaluate_winogavil(
     if not complete:
         raise ValueError("no game of which all images can be used")
     prompts = {own[0][1]["cue"]: cue_prompt(own[0][1]["cue"]) for own in complete}
-    text_emb = np.concatenate(
-        list(
-            encode_texts(
-                model.encode_text, list(prompts.values()), batch_size=batch_size, progress=progress
-            )
-        )
+    text_emb = encode_texts(
+        model.encode_text, list(prompts.values()), batch_size=batch_size, progress=progress
     )
     text_of = dict(zip(prompts, text_emb, strict=True))
     jaccard = []
@@ -146,7 +142,8 @@ def _run(
     result = evaluate_winogavil(model, entries, **batching)
     return Measured(
         encoded=result.encoded,
-        metrics=result.resampled_metrics(np.ones(result.num_items, np.int64)),
+        num_items=result.num_items,
+        measure=result.resampled_metrics,
         protocol={
             "prompt": "'A' or 'An' before the cue in lower case",
             "score": "Jaccard index of the associations and as many of the most similar images",
@@ -157,8 +154,6 @@ def _run(
             "games": result.num_items,
             "incomplete_games": result.incomplete,
         },
-        num_items=result.num_items,
-        resample=result.resampled_metrics,
     )
 
 

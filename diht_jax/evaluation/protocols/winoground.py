@@ -80,7 +80,7 @@ def evaluate_winoground(
         template: put around each caption.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
-        progress: show a bar for the texts on stderr; `pairs` may be one itself.
+        progress: show a bar for the texts on stderr.
 
     Raises:
         ValueError: a bad template, pairs of another source, no complete example.
@@ -100,9 +100,7 @@ def evaluate_winoground(
     if not complete:
         raise ValueError("no example has two usable images")
     texts = [text for _, _, text in encoded.notes]
-    text_emb = np.concatenate(
-        list(encode_texts(model.encode_text, texts, batch_size=batch_size, progress=progress))
-    )
+    text_emb = encode_texts(model.encode_text, texts, batch_size=batch_size, progress=progress)
     rows = np.array(complete)
     similarities = np.einsum("eid,ejd->eij", encoded.image_emb[rows], text_emb[rows])
     own = np.diagonal(similarities, axis1=1, axis2=2)
@@ -121,7 +119,8 @@ def _run(
     result = evaluate_winoground(model, entries, task.caption_template, **batching)
     return Measured(
         encoded=result.encoded,
-        metrics=result.metrics,
+        num_items=result.num_items,
+        measure=result.resampled_metrics,
         protocol={
             "caption_template": task.caption_template,
             "text": "for each image its own caption is the more similar one, in both cases",
@@ -133,8 +132,6 @@ def _run(
             "examples": result.num_items,
             "incomplete_examples": result.incomplete,
         },
-        num_items=result.num_items,
-        resample=result.resampled_metrics,
     )
 
 

@@ -21,7 +21,7 @@ from diht_jax.evaluation.embedding.files import list_inputs
 from diht_jax.evaluation.embedding.index_update import update_index
 from diht_jax.evaluation.embedding.picture_index import Part, PictureIndex, quantize
 from diht_jax.evaluation.embedding.process_share import JobProcess
-from diht_jax.evaluation.pages.web import make_server
+from diht_jax.evaluation.embedding.search_server import make_server
 from tests.readers.inputs import write_tar
 
 pytest.importorskip("usearch")

@@ -9,8 +9,12 @@ import pytest
 from PIL import Image
 
 from diht_jax.evaluation.embedding.files import list_inputs
-from diht_jax.evaluation.embedding.search import format_matches, load_pictures, search_pictures
-from diht_jax.evaluation.pages.search import draw_search_page
+from diht_jax.evaluation.embedding.search import (
+    draw_matches,
+    format_matches,
+    load_pictures,
+    search_pictures,
+)
 from tests.compiling import xla_flags
 from tests.readers.inputs import write_tar
 
@@ -51,22 +55,6 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
     np.testing.assert_array_equal(np.asarray(loaded[first.position]), expected)
 
 
-def test_page_has_a_row_for_every_eight(tiny_model, folder, tmp_path):
-    shards = list_inputs(str(folder))
-    heights = []
-    for queries in (["a dog"], ["a dog", "a cat"]):
-        result = search_pictures(tiny_model, shards, queries)
-        assert len(result.matches["a dog"]) == 5
-        pictures = load_pictures(shards, result.matches["a dog"])
-        page = tmp_path / "out" / f"{len(queries)}.png"
-        draw_search_page(result.matches, pictures, page, title="Search", note="note")
-        with Image.open(page) as image:
-            heights.append(image.height)
-            # Noise is far from white on average; the page behind it is not.
-            assert np.asarray(image.convert("L")).mean() < 254
-    assert heights[1] > heights[0] + 200
-
-
 def test_pictures_beside_other_files_are_found(folder):
     (folder / "notes.md").write_text("no picture")
     (shard,) = list_inputs(str(folder))
@@ -98,10 +86,12 @@ def test_a_hostile_tar_is_searched_printed_and_drawn(tiny_model, folder, tmp_pat
     assert r"\x1b[2J" in printed and r"gpj.\u202egnp" in printed
     assert all(len(line) < 1100 for line in printed.splitlines() if "yyy" not in line)
     pictures = load_pictures(shards, result.matches[queries[0]])
-    draw_search_page(
-        result.matches, pictures, tmp_path / "page.png", title="\x1b[0m", note="\u202e"
-    )
-    assert (tmp_path / "page.png").stat().st_size > 1000
+    page = tmp_path / "new" / "page.html"
+    draw_matches(result.matches, pictures, page, title="\x1b[0m", note="<script>")
+    text = page.read_text()
+    assert text.count('src="data:image') == 2 * (len(texts) - 1) and "<script" not in text
+    with pytest.raises(ValueError, match=r"page\.png: the page is HTML"):
+        draw_matches(result.matches, pictures, tmp_path / "page.png", title="", note="")
 
 
 @pytest.mark.parametrize("queries", [[], [" "]])
@@ -116,7 +106,7 @@ def test_the_command(workdir, shared_data, tmp_path):
         environment = {**os.environ, "XLA_FLAGS": xla_flags()}
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
 
-    page = tmp_path / "page.png"
+    page = tmp_path / "page.html"
     flags = ["--model", workdir, "--images", shared_data / "photos.tar", "--output", page]
     done = run(*flags, "--count", 2, "a dog", "a red car")
     assert done.returncode == 0, done.stderr

@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diht_jax.evaluation.comparison import format_comparison
+from diht_jax.evaluation.page import ResultsPage
 from diht_jax.evaluation.protocols.caption_choice import choose_captions
 from diht_jax.evaluation.results import format_results
 from diht_jax.evaluation.sources.caption_choices import SUGARCREPE_SUBSETS
@@ -243,7 +245,7 @@ def test_pictures_are_resampled_with_all_their_questions(sugarcrepe):
 
 def test_tables_comparisons_and_pages(sugarcrepe, tmp_path):
     (task,) = parse_tasks(f"sugarcrepe=sugarcrepe:{sugarcrepe}")
-    page = tmp_path / "page.png"
+    page = ResultsPage(tmp_path / "page.html")
     results = []
     for model in (_Hashed(), _Table({})):
         result = evaluate_task(model, task, batch_size=8, num_resamples=50, page=page)
@@ -254,8 +256,9 @@ def test_tables_comparisons_and_pages(sugarcrepe, tmp_path):
     assert rows[3][:3] == ["sugarcrepe", "accuracy", share]
     assert rows[4][:2] == ["macro", "accuracy"]
     assert "to" in format_comparison(*results)  # the paired interval of the difference
-    with Image.open(page) as drawn:
-        assert drawn.width == 2 * 1120 and drawn.height > 1500
+    page.write(results[0])
+    marks = re.findall(r'question"><div class="(right|wrong)"', page.path.read_text())
+    assert len(marks) == 20 and set(marks[10:]) == {"wrong"}  # the second model has ties alone
 
 
 def test_other_sources_have_the_right_caption_first(tmp_path, photos):

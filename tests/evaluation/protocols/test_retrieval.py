@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.pages.retrieval import closest_items
+from diht_jax.evaluation.page import closest_items
 from diht_jax.evaluation.protocols import retrieval
 from diht_jax.evaluation.protocols.retrieval import retrieval_metrics, retrieval_ranks
 

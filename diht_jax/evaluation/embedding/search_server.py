@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.embedding.picture_index import PictureIndex
+from diht_jax.pages.render import render
 
 _MOST_MATCHES = 200
 _LONGEST_QUERY = 1000  # characters
@@ -25,58 +26,6 @@ _POLICY = (
     "default-src 'none'; img-src 'self'; connect-src 'self'; form-action 'self'; "
     "script-src 'nonce-page'; style-src 'nonce-page'"
 )
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>diht_jax search</title>
-<meta name="viewport" content="width=device-width">
-<style nonce="page">
-body { font: 15px system-ui, sans-serif; margin: 24px; color: #222; background: #fafafa; }
-form { display: flex; gap: 8px; max-width: 720px; }
-input { flex: 1; font: inherit; padding: 10px 14px; border: 1px solid #bbb; border-radius: 8px; }
-button { font: inherit; padding: 10px 18px; border: 0; border-radius: 8px; color: #fff;
-  background: #1f5fbf; }
-#note { color: #666; margin: 12px 2px; min-height: 1.3em; }
-#results { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 14px; }
-figure { margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 8px; }
-figure img { width: 100%; height: 150px; object-fit: contain; background: #f0f0f0; }
-figcaption { font-size: 12px; margin-top: 6px; overflow-wrap: anywhere; max-height: 4.2em;
-  overflow: hidden; }
-b { color: #1f5fbf; }
-</style></head><body>
-<form><input name="q" autofocus placeholder="a red car" aria-label="query"><button>Search</button>
-</form><div id="note"></div><div id="results"></div>
-<script nonce="page">
-const form = document.forms[0], note = document.getElementById("note");
-const results = document.getElementById("results");
-let last = 0;
-async function search() {
-  const number = ++last, query = form.q.value.trim();
-  if (!query) return;
-  history.replaceState(null, "", "?q=" + encodeURIComponent(query));
-  note.textContent = "searching ...";
-  const answer = await fetch("search?q=" + encodeURIComponent(query));
-  const found = await answer.json();
-  if (number !== last) return;  // a later query has been sent
-  results.replaceChildren();
-  if (!answer.ok) { note.textContent = found.error; return; }
-  note.textContent = `${found.matches.length} of ${found.pictures.toLocaleString()} pictures, ` +
-    `${found.seconds.toFixed(2)} s; cosine, caption or key`;
-  for (const match of found.matches) {
-    const figure = document.createElement("figure"), image = document.createElement("img");
-    const caption = document.createElement("figcaption"), cosine = document.createElement("b");
-    image.src = `picture?part=${match.part}&row=${match.row}`;
-    image.alt = image.title = match.key;
-    cosine.textContent = match.similarity.toFixed(3) + " ";
-    caption.append(cosine, match.caption || match.key);
-    figure.append(image, caption);
-    results.append(figure);
-  }
-}
-form.addEventListener("submit", event => { event.preventDefault(); search(); });
-const given = new URLSearchParams(location.search).get("q");
-if (given) { form.q.value = given; search(); }
-</script></body></html>
-"""
 
 
 def make_server(
@@ -134,7 +83,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         fields = dict(urllib.parse.parse_qsl(url.query))
         if url.path == "/":
-            self._send(200, "text/html; charset=utf-8", _PAGE.encode())
+            self._send(200, "text/html; charset=utf-8", render("search_server.html").encode())
         elif url.path == "/search":
             self._search(fields)
         elif url.path == "/picture":

@@ -1,0 +1,163 @@
+"""Charts of results as PNG files, drawn with matplotlib: comparisons, few-shot, interpolations."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from diht_jax.evaluation.results import LETTERS, describe_model, metric_of
+from diht_jax.pages.render import encode_picture
+from diht_jax.storage import files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from diht_jax.evaluation.protocols.base import Metric
+
+_GREY, _BLUE, _RED, _PURPLE = "#656d76", "#0969da", "#cf222e", "#8250df"
+_BAR_COLORS = ("#8c959f", _BLUE, "#1a7f37", "#bf3989", "#9a6700")
+_BARS_ROOM = 0.76  # height of the bars of one metric, the distance of metrics being 1
+# Method of few-shot learning -> label, color and marker.
+_METHODS = {
+    "prompt_init": ("from the prompts (DiHT)", _BLUE, "o-"),
+    "scratch": ("linear probe from scratch", _RED, "s--"),
+    "prompt_penalty": ("from the prompts, L2 penalty", _PURPLE, "^:"),
+}
+
+
+def draw_comparison(results: Sequence[dict[str, Any]], path: str | os.PathLike[str]) -> None:
+    """Draws a bar for each result, and its interval, for every share that all of them have.
+
+    Metrics of other units are left out: they do not fit on an axis in percent.
+
+    Args:
+        results: of `results.read_results`.
+        path: of the PNG.
+
+    Raises:
+        ValueError: they have no task with a common metric that is a share.
+    """
+    first, *others = [{result["task"]: result for result in r["results"]} for r in results]
+    rows = [
+        (f"{task}  {metric.label}", name, [tasks[task] for tasks in (first, *others)])
+        for task, result in first.items()
+        if all(task in tasks for tasks in others)
+        for name in result["metrics"]
+        if (metric := metric_of(result, name)).unit == "share"
+        and all(name in tasks[task]["metrics"] for tasks in others)
+    ]
+    if not rows:
+        raise ValueError("the results have no task in common, so there is nothing to draw")
+    bar = _BARS_ROOM / len(results)
+    figure = _new_figure(9, 1.2 + 0.25 * len(results) * (1 + len(rows)))
+    axes = figure.add_subplot()
+    for side, (letter, described) in enumerate(zip(LETTERS, results, strict=False)):
+        offset = (side - (len(results) - 1) / 2) * bar
+        color = _BAR_COLORS[side % len(_BAR_COLORS)]
+        for row, (_, name, measured) in enumerate(rows):
+            result = measured[side]
+            value = end = 100 * result["metrics"][name]
+            label = f"{letter}: {describe_model(described)}" if row == 0 else None
+            axes.barh(row + offset, value, bar, color=color, label=label)
+            if name in result.get("intervals", {}):
+                low, high = (100 * bound for bound in result["intervals"][name])
+                axes.plot([low, high], [row + offset] * 2, color="#1f2328", linewidth=1.2)
+                end = max(value, high)
+            axes.text(end + 0.6, row + offset, f"{value:.1f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel("%; the thin lines are 95% intervals, where there are any")
+    axes.set_axisbelow(True)
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def draw_few_shot(result: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Draws the test accuracy of each method by the number of shots.
+
+    Every draw is a faint dot, the line goes through the means, the bars are one standard deviation.
+
+    Args:
+        result: of `fewshot.grid.evaluate_few_shot`.
+        path: of the PNG.
+    """
+    figure = _new_figure(7.2, 4.6)
+    axes = figure.add_subplot()
+    rows = result["results"]
+    positions = range(len(rows))
+    zero_shot = 100 * result["zero_shot"]["test"]
+    axes.axhline(zero_shot, color=_GREY, linestyle=":", label=f"zero-shot, {zero_shot:.1f}%")
+    for method, (label, color, style) in _METHODS.items():
+        means = [100 * row[method]["test_mean"] for row in rows]
+        spreads = [100 * (row[method]["test_std"] or 0.0) for row in rows]
+        axes.errorbar(positions, means, spreads, fmt=style, color=color, capsize=3, label=label)
+        for position, row in zip(positions, rows, strict=True):
+            values = [100 * value for value in row[method]["test"]]
+            axes.plot([position] * len(values), values, ".", color=color, alpha=0.3)
+    axes.set_xticks(list(positions), [str(row["shots"]) for row in rows])
+    axes.set_xlabel("training images per class")
+    axes.set_ylabel("accuracy on the test split, %")
+    counts = result["counts"]
+    axes.set_title(
+        f"{pathlib.PurePath(result['test']).name}: {counts['test']:,} test images, "
+        f"{counts['classes']:,} classes",
+        fontsize=11,
+    )
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, path)
+
+
+def draw_trade_off(
+    record: Mapping[str, Any], metrics: Mapping[str, Metric], path: str | os.PathLike[str]
+) -> None:
+    """Draws WiSE-FT: the target metric against the reference metric, a point for each alpha.
+
+    Args:
+        record: of `diht_jax.average`, with `grid`, `target` and `reference`.
+        metrics: of the tasks, by "TASK/METRIC".
+        path: of the PNG.
+    """
+    figure = _new_figure(6.2, 4.8)
+    axes = figure.add_subplot()
+    rows = sorted(record["grid"], key=lambda row: row["alpha"])
+    values = {}
+    for axis, name in (("x", record["reference"]), ("y", record["target"])):
+        is_share = metrics[name].unit == "share"
+        values[axis] = [(100 if is_share else 1) * row["metrics"][name] for row in rows]
+        label = f"{name.rpartition('/')[0]}: {metrics[name].label or name.rpartition('/')[2]}"
+        axes.set(**{f"{axis}label": label + (", %" if is_share else "")})
+        if metrics[name].lower_is_better:
+            (axes.xaxis if axis == "x" else axes.yaxis).set_inverted(True)
+    axes.plot(values["x"], values["y"], "o-", color=_BLUE)
+    for row, x, y in zip(rows, values["x"], values["y"], strict=True):
+        axes.annotate(
+            f"{row['alpha']:g}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8
+        )
+    ends = ((0, 0, "alpha 0: first model", _GREY), (-1, 1, "alpha 1: second", _RED))
+    for index, alpha, label, color in ends:
+        if rows[index]["alpha"] == alpha:
+            axes.plot(values["x"][index], values["y"][index], "s", color=color, label=label, ms=8)
+    axes.set_title("interpolated weights (WiSE-FT); the numbers are alpha", fontsize=11)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    _save(figure, path)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    # A figure without pyplot, which would keep it and choose a window system.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    path = os.fspath(path)
+    files.make_folder(os.path.dirname(path) or ".")
+    files.write_bytes(path, encode_picture(figure))

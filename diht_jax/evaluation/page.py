@@ -1,0 +1,285 @@
+"""The page of a results file: all numbers, and examples of each task.
+
+Examples are drawn at random with a fixed seed, never picked. A protocol gives its result as data;
+`EXAMPLES` has what makes an example section of it, and `pages/templates/evaluation.html` draws it.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from diht_jax.evaluation.embedding.encoding import EncodedImages
+from diht_jax.evaluation.embedding.entries import read_again
+from diht_jax.evaluation.prompts import CAPTION_SLOT
+from diht_jax.evaluation.protocols.base import Measured, Task
+from diht_jax.evaluation.protocols.caption_choice import CaptionChoiceResult
+from diht_jax.evaluation.protocols.classification import ClassificationResult
+from diht_jax.evaluation.protocols.retrieval import RetrievalResult
+from diht_jax.evaluation.results import describe_model, format_value, metric_of, result_rows
+from diht_jax.evaluation.sources.pictures import decode_picture
+from diht_jax.evaluation.sources.registry import open_units
+from diht_jax.pages.render import render, thumbnail
+
+# Rows of `EncodedImages` -> their pictures as data URIs.
+PictureLoader = Callable[[Sequence[int]], dict[int, str]]
+
+_QUERIES, _ANSWERS = 6, 5
+_SAMPLES = 24
+_MOST_CONFUSION_CLASSES = 20
+_MOST_BARS = 20
+_QUESTIONS, _MOST_CAPTIONS = 10, 5
+
+
+class ResultsPage:
+    """The page beside a results file; written anew after each task."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """An empty page.
+
+        Args:
+            path: of the HTML file.
+        """
+        self.path = pathlib.Path(path)
+        self._sections: list[dict[str, Any]] = []
+
+    def add(
+        self, task: Task, measured: Measured, result: dict[str, Any], logit_scale: float
+    ) -> bool:
+        """Adds the examples of a task; returns whether its kind has any.
+
+        Args:
+            task: what was measured; the chosen pictures are read from its source once more.
+            measured: by the task's protocol.
+            result: the task's entry in the results file.
+            logit_scale: turns cosine similarities into the probabilities of classes.
+        """
+        if task.kind not in EXAMPLES:
+            return False
+
+        def load(rows: Sequence[int]) -> dict[int, str]:
+            return _load_pictures(task, measured.encoded, rows)
+
+        section = EXAMPLES[task.kind](task, measured.result, load, logit_scale)
+        metrics = [(metric_of(result, name), value) for name, value in result["metrics"].items()]
+        cards = [(metric.label, format_value(metric, value)) for metric, value in metrics]
+        self._sections.append({"name": task.name, "kind": task.kind, "cards": cards, **section})
+        return True
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Writes the page.
+
+        Args:
+            results: what the results file holds.
+        """
+        render(
+            "evaluation.html",
+            self.path,
+            title=f"Evaluation of {describe_model(results)}",
+            rows=result_rows(results),
+            sections=self._sections,
+        )
+
+
+def retrieval_examples(
+    task: Task, result: RetrievalResult, load: PictureLoader, logit_scale: float
+) -> dict[str, Any]:
+    """Queries both ways, each with its first answers, and the right one where it is not among them.
+
+    Args:
+        task: what was measured.
+        result: of `retrieve`.
+        load: reads the pictures.
+        logit_scale: not used.
+    """
+    image_emb, owners = result.encoded.image_emb, result.image_of_text
+    texts = draw_rows(len(result.captions), _QUERIES)
+    images = draw_rows(len(image_emb), _QUERIES, seed=1)
+    image_ids = np.arange(len(image_emb))
+    found = closest_items(result.text_emb[texts], owners[texts], image_emb, image_ids, _ANSWERS)
+    named = closest_items(image_emb[images], images, result.text_emb, owners, _ANSWERS)
+    pictures = load([*found[0].ravel(), *owners[texts], *images])
+
+    def tile(image: int, own: int, label: str) -> dict[str, Any]:
+        caption = result.encoded.notes[image][0]
+        right = image == own
+        return {"picture": pictures[image], "label": label, "caption": caption, "right": right}
+
+    text_queries = []
+    for text, answers, cosines in zip(texts.tolist(), *(x.tolist() for x in found), strict=True):
+        own, rank = int(owners[text]), int(result.t2i_ranks[text]) + 1
+        tiles = [
+            tile(image, own, f"{number}  {cosine:.3f}")
+            for number, (image, cosine) in enumerate(zip(answers, cosines, strict=True), 1)
+        ]
+        right = None if own in answers else tile(own, own, f"rank {rank:,}")
+        text_queries.append(
+            {"text": result.captions[text], "rank": rank, "tiles": tiles, "right": right}
+        )
+    image_queries = []
+    for image, answers, cosines in zip(images.tolist(), *(x.tolist() for x in named), strict=True):
+        rank = int(result.i2t_ranks[image]) + 1
+        lines = [
+            (number, result.captions[text], f"{cosine:.3f}", bool(owners[text] == image))
+            for number, (text, cosine) in enumerate(zip(answers, cosines, strict=True), 1)
+        ]
+        right = None
+        if not any(is_right for *_, is_right in lines):
+            own_texts = np.flatnonzero(owners == image)
+            best = own_texts[np.argmax(result.text_emb[own_texts] @ image_emb[image])]
+            right = (rank, result.captions[best], "", True)
+        query = {"picture": pictures[image], "rank": rank, "lines": lines, "right": right}
+        image_queries.append(query)
+    template = task.caption_template
+    prompt = "no prompt" if template == CAPTION_SLOT else f"prompt “{template}”"
+    return {
+        "title": f"Retrieval: {task.name}",
+        "note": f"{len(image_emb):,} images and {len(result.captions):,} captions of "
+        f"{_short_source(task)}, {prompt}. Green is right, red is wrong.",
+        "text_queries": text_queries,
+        "image_queries": image_queries,
+    }
+
+
+def classification_examples(
+    task: Task, result: ClassificationResult, load: PictureLoader, logit_scale: float
+) -> dict[str, Any]:
+    """Classified samples, the confusions of few classes, and the accuracy of each class.
+
+    Args:
+        task: what was measured.
+        result: of `classify`.
+        load: reads the pictures.
+        logit_scale: turns cosine similarities into the probabilities of the samples.
+    """
+    names, labels = result.classes.names, result.classes.labels
+    chosen = draw_rows(len(result.predictions), _SAMPLES).tolist()
+    pictures = load(chosen)
+    logits = logit_scale * (result.encoded.image_emb[chosen] @ result.classifier.T)
+    probs = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probs /= probs.sum(axis=1, keepdims=True)
+    samples = []
+    for row, prob in zip(chosen, probs, strict=True):
+        predicted = int(result.predictions[row])
+        right = predicted == labels[row]
+        detail = f"{100 * prob[predicted]:.0f}%" + ("" if right else f", is {names[labels[row]]}")
+        sample = {"picture": pictures[row], "label": names[predicted], "right": right}
+        samples.append(sample | {"caption": detail})
+    bars = [
+        (entry["class"], entry["accuracy"], entry["images"])
+        for entry in sorted(result.per_class(), key=lambda entry: -(entry["accuracy"] or 0))
+        if entry["images"]
+    ]
+    confusion = None
+    if len(names) <= _MOST_CONFUSION_CLASSES:
+        counts = result.confusion()
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        confusion = list(zip(names, shares.tolist(), strict=True))
+        columns = [("Accuracy by class", "", bars)]
+    else:
+        count = min(len(bars) // 2, _MOST_BARS)
+        note = f"{count} of {len(bars):,}"
+        worst = bars[len(bars) - count :][::-1]
+        columns = [("Best classes", note, bars[:count]), ("Worst classes", note, worst)]
+    number = len(result.templates)
+    prompt = f"{number} prompts" if number > 1 else f"prompt “{result.templates[0]}”"
+    return {
+        "title": f"Classification: {task.name}",
+        "note": f"{len(labels):,} images of {_short_source(task)}, {len(names):,} classes, "
+        f"{prompt}. Green is right, red is wrong.",
+        "samples": samples,
+        "confusion": confusion,
+        "columns": columns,
+    }
+
+
+def caption_choice_examples(
+    task: Task, result: CaptionChoiceResult, load: PictureLoader, logit_scale: float
+) -> dict[str, Any]:
+    """Questions with the similarity of each caption, and the groups with the lowest accuracy.
+
+    Args:
+        task: what was measured.
+        result: of `choose_captions`.
+        load: reads the pictures.
+        logit_scale: not used.
+    """
+    chosen = draw_rows(len(result.questions), _QUESTIONS).tolist()
+    rows = result.image_of_question[chosen].tolist()
+    pictures = load(rows)
+    questions = []
+    for number, row in zip(chosen, rows, strict=True):
+        question, cosines = result.questions[number], result.similarities[number]
+        right = bool(result.is_right[number])
+        by_cosine = 1 + np.argsort(-cosines[1:], kind="stable")
+        taken = 0 if right else int(by_cosine[0])
+        order: Sequence[int] = range(len(cosines))
+        if len(cosines) > _MOST_CAPTIONS:  # the right one, and the most similar wrong ones
+            order = [0, *by_cosine[: _MOST_CAPTIONS - 1].tolist()]
+        lines = [(question.captions[i], f"{cosines[i]:.3f}", i == 0, i == taken) for i in order]
+        asked = {"picture": pictures[row], "right": right, "lines": lines}
+        questions.append(asked | {"group": question.group or ""})
+    groups = sorted(result.describe_groups(), key=lambda group: group["accuracy"])[:_MOST_BARS]
+    return {
+        "title": f"Choice of a caption: {task.name}",
+        "note": f"{len(result.questions):,} questions on {len(result.encoded.positions):,} images "
+        f"of {_short_source(task)}. Green is the right caption, red are wrong ones.",
+        "questions": questions,
+        "num_groups": len(result.groups),
+        "bars": [(group["group"], group["accuracy"], group["questions"]) for group in groups],
+    }
+
+
+# Kind of a task -> what makes its example section: (task, result, pictures, logit scale).
+EXAMPLES: dict[str, Callable[[Task, Any, PictureLoader, float], dict[str, Any]]] = {
+    "classification": classification_examples,
+    "retrieval": retrieval_examples,
+    "caption_choice": caption_choice_examples,
+}
+
+
+def draw_rows(population: int, count: int, *, seed: int = 0) -> np.ndarray:
+    """Draws up to `count` different rows, in increasing order, the same every time."""
+    return np.sort(np.random.default_rng(seed).permutation(population)[:count])
+
+
+def closest_items(
+    queries: np.ndarray,
+    query_ids: np.ndarray,
+    gallery: np.ndarray,
+    gallery_ids: np.ndarray,
+    count: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the first items of the gallery for a few queries, in the order of the ranks.
+
+    Args:
+        queries: float [q, d].
+        query_ids: int [q]; an item whose id equals the query's is right.
+        gallery: float [m, d].
+        gallery_ids: int [m].
+        count: items per query.
+
+    Returns:
+        int [q, count] indices into the gallery, and float [q, count] similarities.
+    """
+    similarities = np.asarray(queries, np.float32) @ np.asarray(gallery, np.float32).T
+    right = np.asarray(query_ids)[:, None] == np.asarray(gallery_ids)[None, :]
+    # Among equals the right one goes last, as in the ranks.
+    order = np.lexsort((right, -similarities), axis=-1)[:, :count]
+    return order, np.take_along_axis(similarities, order, axis=-1)
+
+
+def _load_pictures(task: Task, encoded: EncodedImages, rows: Sequence[int]) -> dict[int, str]:
+    """Reads the parts of the source that hold the pictures once more, instead of keeping all."""
+    orders = {int(row): encoded.orders[row] for row in rows}
+    found = read_again(open_units(task.source, task.source_options), orders)
+    return {row: thumbnail(decode_picture(entry)) for row, entry in found.items()}
+
+
+def _short_source(task: Task) -> str:
+    is_path = not task.source.startswith("tfds:")
+    return pathlib.PurePath(task.source).name if is_path else task.source

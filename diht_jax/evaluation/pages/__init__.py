@@ -1,1 +1,0 @@
-"""Pictures for people: result pages of evaluations."""
