@@ -30,9 +30,9 @@ from absl import app, flags, logging
 
 from benchmarks.record import RESULTS, command_line, utc_now, write_result
 from diht_jax.config import load_recipe
-from diht_jax.hardware.aot_compile import StepReport, compile_step, roofline
 from diht_jax.hardware.topologies import LOCAL, get_topology
 from diht_jax.models.zoo import get_architecture
+from diht_jax.training.aot_compile import StepReport, compile_step, roofline
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 NAME, GPU_NAME = "pod_fit", "pod_fit_gpus"

@@ -31,7 +31,7 @@ from data_prep.jobs.engine import ENGINES
 from data_prep.jobs.failures import Failures
 from data_prep.steps.captions import caption_limits
 from diht_jax import command_line
-from diht_jax.config import validate_config
+from diht_jax.config.checks import validate_config
 from diht_jax.records.escaping import escape_lines
 
 

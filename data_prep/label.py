@@ -24,7 +24,7 @@ from data_prep.jobs.failures import Failures
 from data_prep.labelling import config as label_config
 from data_prep.labelling import job as label_job
 from diht_jax import command_line
-from diht_jax.config import validate_config
+from diht_jax.config.checks import validate_config
 
 
 def define_flags() -> None:

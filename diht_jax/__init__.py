@@ -12,7 +12,7 @@ __all__ = ["LoadedModel", "load_model"]
 def __getattr__(name: str) -> Any:
     # Lazy, so that tools which read records only do not pay for the import of JAX and Orbax.
     if name == "load_model":
-        from diht_jax.weights.loading import load_model
+        from diht_jax.loading import load_model
 
         return load_model
     if name == "LoadedModel":

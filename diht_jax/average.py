@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.config import parse_fields
+from diht_jax.config.architecture import parse_fields
 from diht_jax.records.escaping import escape_lines
 
 if TYPE_CHECKING:
@@ -232,8 +232,8 @@ class _Reader:
         import jax
         import numpy as np
 
+        from diht_jax.loading import read_model
         from diht_jax.weights.average import Ingredient
-        from diht_jax.weights.loading import read_model
 
         is_run = name in self._runs
         model = read_model(
@@ -263,7 +263,7 @@ class _Evaluation:
 
         from diht_jax import sharding
         from diht_jax.evaluation.tasks import evaluate_task
-        from diht_jax.weights.loading import put_on_devices
+        from diht_jax.loading import put_on_devices
 
         mesh = sharding.create_mesh(data=-1, fsdp=1, devices=jax.local_devices())
         if self._loaded is None:

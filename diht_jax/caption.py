@@ -100,7 +100,7 @@ def main() -> None:
             f"--task_index={given.task_index}: expected 0 to --num_tasks={given.num_tasks} minus 1"
         )
     shards = find_shards(given.input)  # a missing file should not have to wait for the model
-    from diht_jax.weights.loading import load_model
+    from diht_jax.loading import load_model
 
     model = load_model(given.model, **command_line.model_options(), batch_size=given.batch_size)
     caption_shards(

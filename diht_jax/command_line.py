@@ -22,7 +22,7 @@ import ml_collections
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from diht_jax.config import parse_fields, rename_old_flags
+from diht_jax.config.architecture import parse_fields
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
 from diht_jax.records.escaping import escape_lines
 from diht_jax.records.remote import refuse_url
@@ -193,7 +193,7 @@ def parse_flags(
     A wrong flag or config key exits with 2.
     """
     try:
-        given, unset = rename_old_flags(argv), []
+        given, unset = list(argv), []
         if config_defaults is not None:
             given = flags.FLAGS.read_flags_from_files(given, force_gnu=False)
         if any(re.search(r"(^|=)None$", argument) for argument in given) and config_defaults:

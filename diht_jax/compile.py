@@ -16,8 +16,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from diht_jax import command_line
-from diht_jax.config import default_config, validate_config
-from diht_jax.config.ranges import check_ranges
+from diht_jax.training.recipe import check_config, default_config
 
 
 def define_flags() -> None:
@@ -41,8 +40,7 @@ def main() -> None:
     """Compiles, prints the report, and exits with the verdict."""
     values = flags.FLAGS
     config = values.config
-    validate_config(config, default_config())
-    check_ranges(config, default_config())
+    check_config(config)
     name = values.topology or config.topology
     if not name:
         raise ValueError(
@@ -56,9 +54,9 @@ def main() -> None:
         # The machine's own devices are of no use here.
         jax.config.update("jax_platforms", "cpu")
 
-    from diht_jax.hardware.aot_compile import compile_step, settings_that_fit
-    from diht_jax.hardware.report import describe_settings, describe_step
     from diht_jax.hardware.topologies import get_topology
+    from diht_jax.training.aot_compile import compile_step, settings_that_fit
+    from diht_jax.training.step_report import describe_settings, describe_step
 
     topology = get_topology(name)
     logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
@@ -74,7 +72,7 @@ def main() -> None:
 
 
 def _print_try(report: Any) -> None:
-    from diht_jax.hardware.report import describe_try
+    from diht_jax.training.step_report import describe_try
 
     print(describe_try(report), flush=True)
 

@@ -12,7 +12,7 @@ import traceback
 import jax
 from absl import flags, logging
 
-from diht_jax.training.compiler import has_tpu
+from diht_jax.hardware.compiler import has_tpu
 
 flags.disclaim_key_flags()  # they are the command's own, and its --help lists them
 

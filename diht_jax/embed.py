@@ -50,8 +50,8 @@ def main() -> None:
     distributed.start_from_flags()
     import jax
 
+    from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step, work_together
-    from diht_jax.weights.loading import load_model
 
     # The processes of a job divide what this task of an array has.
     options = dataclasses.replace(

@@ -147,7 +147,7 @@ def evaluate_model(
 
     from diht_jax.evaluation.page import ResultsPage
     from diht_jax.evaluation.tasks import evaluate_task
-    from diht_jax.weights.loading import load_model
+    from diht_jax.loading import load_model
 
     loaded = load_model(
         model,

@@ -80,8 +80,8 @@ def export_model(
     import numpy as np
 
     from diht_jax.evaluation.results import read_results
+    from diht_jax.loading import read_model
     from diht_jax.weights.export import check_target, write_model
-    from diht_jax.weights.loading import read_model
     from diht_jax.weights.model_card import (
         Origin,
         model_card,

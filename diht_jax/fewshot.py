@@ -70,7 +70,7 @@ def main() -> None:
     from diht_jax.evaluation.charts import draw_few_shot
     from diht_jax.evaluation.fewshot.grid import evaluate_few_shot, format_few_shot
     from diht_jax.evaluation.results import write_results
-    from diht_jax.weights.loading import load_model
+    from diht_jax.loading import load_model
 
     model = load_model(
         given.model,

@@ -70,8 +70,8 @@ def _load_model(*, on_all_hosts: bool) -> Any:
     distributed.start_from_flags()
     import jax
 
+    from diht_jax.loading import load_model
     from diht_jax.training.multihost import check_same_step
-    from diht_jax.weights.loading import load_model
 
     given = flags.FLAGS
     if given.serve and jax.process_count() > 1:

@@ -17,9 +17,8 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from diht_jax import command_line, distributed
-from diht_jax.config import default_config, validate_config
-from diht_jax.config.ranges import check_ranges
-from diht_jax.training import compiler
+from diht_jax.hardware import compiler
+from diht_jax.training.recipe import check_config, default_config
 from diht_jax.training.stopping import EXIT_CODE, Stopped, exit_status
 
 
@@ -35,8 +34,7 @@ def main() -> None:
     """Validates the config, then trains."""
     config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
     try:
-        validate_config(config, default_config())
-        check_ranges(config, default_config())
+        check_config(config)
         if command_line.computes_on_cpu():
             command_line.keep_freed_memory()
         xla_flags = compiler.set_flags(compiler.accelerator())

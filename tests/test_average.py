@@ -14,11 +14,11 @@ from PIL import Image
 from diht_jax.average import average_models as run
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.loading import load_model, read_model
 from diht_jax.models import Architecture
 from diht_jax.models.parameters import model_definition
 from diht_jax.weights.average import Ingredient, average_models, greedy_soup
 from diht_jax.weights.export import write_model
-from diht_jax.weights.loading import load_model, read_model
 from diht_jax.weights.settings import Preprocessing
 
 ARCH = Architecture(
@@ -212,7 +212,7 @@ def test_flags_are_for_the_models_that_they_apply_to(two_models, tmp_path, monke
         decoder = {"kernel": np.zeros(1)} if name == str(run_folder) else None
         return dataclasses.replace(read_model(weights), decoder=decoder)
 
-    monkeypatch.setattr("diht_jax.weights.loading.read_model", read)
+    monkeypatch.setattr("diht_jax.loading.read_model", read)
     names, flags = [weights, str(run_folder)], {"ema": True, "architecture": {"vision_heads": 1}}
     run(names, "uniform", tmp_path / "out", **flags)
     assert given == {

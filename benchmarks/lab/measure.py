@@ -47,7 +47,7 @@ def define_flags() -> None:
 
 def main() -> None:
     """Loads, measures, writes."""
-    from diht_jax.weights.loading import load_model
+    from diht_jax.loading import load_model
 
     given = flags.FLAGS
     command_line.require_flags("model", "measured", "output")
@@ -91,7 +91,7 @@ def measure_composition(model: Any, tests: Mapping[str, pathlib.Path]) -> Measur
 def measure_sizes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Retrieval among the held-out scenes, by whole embeddings and by their first numbers."""
     from benchmarks.lab.experiments import CUT_SIZES
-    from diht_jax.weights.loading import load_model
+    from diht_jax.loading import load_model
 
     source = tests["web"] / "val_retrieval.tar"
     metrics, items = _retrieve(model, source, "scenes")
@@ -122,7 +122,7 @@ def measure_photos(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
 def measure_averaged(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:
     """Scenes and photos, of the student and of its mean with the model that it started from."""
     from diht_jax.average import average_models
-    from diht_jax.weights.loading import load_model
+    from diht_jax.loading import load_model
 
     metrics, items = {}, {}
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates import job
 from data_prep.jobs.engine import ENGINES
 from diht_jax import command_line
-from diht_jax.config import validate_config
+from diht_jax.config.checks import validate_config
 
 
 def define_flags() -> None:

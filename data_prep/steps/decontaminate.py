@@ -20,7 +20,7 @@ from data_prep.duplicates import given
 from data_prep.duplicates.image_hashes import SUFFIX, Index, open_index, try_hash
 from data_prep.steps import models
 from data_prep.steps.base import Candidate, Drop, Step, check_integers
-from diht_jax.config import TextOrSections
+from diht_jax.config.checks import TextOrSections
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.remote import is_remote
 from diht_jax.storage.stores import local_copy

@@ -101,7 +101,7 @@ class _Loaded:
     """The model where it runs; JAX is imported here only."""
 
     def __init__(self, model: str, batch_size: int):
-        from diht_jax.weights.loading import load_model
+        from diht_jax.loading import load_model
 
         self._model = load_model(model, batch_size=batch_size)
 

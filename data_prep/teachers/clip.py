@@ -101,7 +101,7 @@ class ClipTeachers(Teacher):
         Raises:
             ValueError: a model that `load_model` does not read; names it.
         """
-        from diht_jax.weights.loading import load_model
+        from diht_jax.loading import load_model
 
         models = {}
         for name in map(str.strip, config.models.split(",")):

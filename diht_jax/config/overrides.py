@@ -12,8 +12,10 @@ from collections.abc import Collection, Sequence
 import ml_collections
 from absl import logging
 
-from diht_jax.config import DURATION_UNITS, TextOrSections
+from diht_jax.config.checks import TextOrSections
 
+# Units of a duration; a recipe sets one of them.
+DURATION_UNITS = ("steps", "examples", "epochs")
 _DURATIONS = [
     [f"{prefix}_{unit}" for unit in DURATION_UNITS] for prefix in ("total", "no_patch_dropout")
 ]

@@ -16,9 +16,9 @@ import re
 import jax
 from jax.experimental import topologies
 
-from diht_jax.config import nearest_name
+from diht_jax.config.checks import nearest_name
 from diht_jax.hardware.chips import Chip, find_chip
-from diht_jax.training.compiler import compiler_options
+from diht_jax.hardware.compiler import compiler_options
 
 LOCAL = "local"
 

@@ -46,7 +46,6 @@ class DecodeExample(grain.transforms.RandomMap):
         caption_choice: CaptionChoice | None = None,
         pair_ids: bool = False,
         class_key: str | None = None,
-        near_equal: bool = False,
     ):
         """Settings, as in `config.data`.
 
@@ -63,7 +62,6 @@ class DecodeExample(grain.transforms.RandomMap):
             caption_choice: draws one of a record's captions; None takes the first.
             pair_ids: examples have ids that are equal for equal texts.
             class_key: of the metadata; records with this key have the id of its value instead.
-            near_equal: texts of the same words have equal ids; see `words_of`.
 
         Raises:
             ValueError: a template without a caption.
@@ -82,7 +80,6 @@ class DecodeExample(grain.transforms.RandomMap):
         self._caption_choice = caption_choice
         self._pair_ids = pair_ids
         self._class_key = class_key
-        self._near_equal = near_equal
         self.decode_record: Callable[[bytes], schema.Record] = schema.decode_record
 
     def for_source(
@@ -175,8 +172,7 @@ class DecodeExample(grain.transforms.RandomMap):
         example = {"tokens": tokenizer.tokenize(text, self._context_length)[0], **view}
         if self._pair_ids:
             found = None if self._class_key is None else record.metadata.get(self._class_key)
-            words = words_of(text) if self._near_equal else ()
-            example["pair_ids"] = pair_id(example["tokens"], found, words)
+            example["pair_ids"] = pair_id(example["tokens"], found)
         if self._num_concepts:
             for names in schema.CONCEPT_FIELDS:
                 example.update(self._concepts(record, *names))
@@ -215,12 +211,7 @@ class DecodeExample(grain.transforms.RandomMap):
         return lambda: crop
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a text in their order, without capitals, punctuation and English articles."""
-    return [word for word in _WORD.findall(tokenizer.clean_text(text)) if word not in _ARTICLES]
-
-
-def pair_id(tokens: np.ndarray, class_id: Any = None, words: Sequence[str] = ()) -> np.ndarray:
+def pair_id(tokens: np.ndarray, class_id: Any = None) -> np.ndarray:
     """A hash of 64 bits that equal pairs share, as two words: JAX has no uint64 by default.
 
     Two of the 2e9 combinations of a batch of 65,536 agree by chance once in 1e10 batches.
@@ -228,7 +219,6 @@ def pair_id(tokens: np.ndarray, class_id: Any = None, words: Sequence[str] = ())
     Args:
         tokens: int [t], of the text.
         class_id: what names the class, as JSON has it, in place of the text; None without one.
-        words: of `words_of`, in place of the tokens; empty, the tokens count.
 
     Returns:
         uint32 [2].
@@ -236,8 +226,6 @@ def pair_id(tokens: np.ndarray, class_id: Any = None, words: Sequence[str] = ())
     data, kind = np.asarray(tokens, "<i4").tobytes(), b"text"
     if class_id is not None:
         data, kind = json.dumps(class_id, sort_keys=True).encode(), b"class"
-    elif words:
-        data, kind = " ".join(words).encode("utf-8", "surrogatepass"), b"words"
     digest = hashlib.blake2b(data, digest_size=8, person=kind).digest()
     return np.frombuffer(digest, "<u4").astype(np.uint32)
 

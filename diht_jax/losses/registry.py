@@ -16,7 +16,10 @@ LOSSES: dict[str, type[Objective]] = {
 
 
 def default_settings() -> dict[str, Any]:
-    """The keys of `config.loss` that belong to losses; a loss ignores those of the others."""
+    """The keys of `config.loss` that belong to losses, each a default or a `Key` with its range.
+
+    A loss ignores those of the others.
+    """
     found: dict[str, Any] = {}
     for kind, loss in LOSSES.items():
         for key, value in loss.settings.items():

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 import jax
 import jax.numpy as jnp
 
+from diht_jax.config.keys import NOT_NEGATIVE, Key, Range
 from diht_jax.losses.objective import (
     Objective,
     RowSlopes,
@@ -53,8 +54,8 @@ class Softmax(Objective):
 
     title: ClassVar[str] = "InfoNCE, HN-NCE"
     settings: ClassVar[dict[str, Any]] = {
-        "alpha": 1.0,  # weight of the positive in the denominator
-        "beta": 0.0,  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
+        "alpha": Key(1.0, Range(0, 1)),  # weight of the positive in the denominator
+        "beta": Key(0.0, NOT_NEGATIVE),  # hardness of the negatives; alpha 1 and beta 0 is InfoNCE
         "stop_weight_gradient": False,  # treat the weights of the negatives as constants
         # What pairs with equal texts, or of one class, are to one another: "negative", "mask" (no
         # partners) or "positive".

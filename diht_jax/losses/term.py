@@ -6,7 +6,6 @@ is the name of its section in the config.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +13,7 @@ import ml_collections
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from diht_jax.config.keys import NOT_NEGATIVE, Key, check_ranges
 from diht_jax.models.zoo import Architecture
 
 Parameters = dict[str, Any]
@@ -23,7 +23,8 @@ class Term:
     """A term of the objective, as its section of the config describes it.
 
     Attributes:
-        settings: the keys of its section with their defaults; a `weight` of 0 leaves it out.
+        settings: the keys of its section, each with its default or, for one with a range, a
+            `diht_jax.config.keys.Key`; a `weight` of 0 leaves the term out.
         num_labels: k, how many of the teacher's labels of each kind it reads from a record. They
             are in the batch as `object_ids` int32 [b, k], `object_probs` float32 [b, k],
             `attribute_ids` and `attribute_probs`; with 0 they may be absent.
@@ -59,10 +60,10 @@ class Term:
 
     def check(self) -> None:
         """Raises ValueError for a value out of range in the section."""
-        if not 0 <= self.section.weight < math.inf:
-            raise ValueError(
-                f"config.{self.name}.weight={self.section.weight}: expected at least 0"
-            )
+        keys = dict(self.settings)
+        if "weight" in keys:
+            keys["weight"] = Key(0.0, NOT_NEGATIVE)
+        check_ranges(self.section, keys, f"config.{self.name}.")
 
     @property
     def is_active(self) -> bool:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from diht_jax.config import ARCHITECTURE_FIELDS, nearest_name
+from diht_jax.config.architecture import ARCHITECTURE_FIELDS
+from diht_jax.config.checks import nearest_name
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 # Far above any model's, and small enough that looking at the parameters' shapes ends.

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from diht_jax.config import nearest_name
+from diht_jax.config.checks import nearest_name
 from diht_jax.records.remote import is_remote
 
 _CAPTION = "{caption}"

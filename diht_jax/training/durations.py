@@ -6,7 +6,7 @@ import math
 
 import ml_collections
 
-from diht_jax.config import DURATION_UNITS
+from diht_jax.config.overrides import DURATION_UNITS
 from diht_jax.training.optimizer import decay_start
 
 

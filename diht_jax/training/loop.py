@@ -19,8 +19,6 @@ from absl import logging
 from etils import epath
 
 from diht_jax import sharding
-from diht_jax.config import default_config, validate_config
-from diht_jax.config.ranges import check_ranges
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.input.caption_choice import open_caption_choice
 from diht_jax.input.examples import DecodeExample
@@ -52,6 +50,7 @@ from diht_jax.training.multihost import (
 )
 from diht_jax.training.objective import bind_data, needs_pair_ids, num_labels, teacher_width
 from diht_jax.training.program import TrainProgram, with_trusted_attention, without_patch_dropout
+from diht_jax.training.recipe import check_config
 from diht_jax.training.state import TrainState, initial_average
 from diht_jax.training.step import TrainStep
 from diht_jax.training.stopping import Stopped, StopRequest, without_memory_is_lasting
@@ -101,8 +100,7 @@ def train(
         DivergedError: too many updates in a row were not finite.
         Stopped: a signal came, and the state is saved.
     """
-    validate_config(config, default_config())
-    check_ranges(config, default_config())
+    check_config(config)
     parse_train(config.data.train, config.data.labels)
     config = _bind_data(config)
     check_hosts_share_config(config)
@@ -243,7 +241,6 @@ class Run:
             caption_choice=choice,
             pair_ids=needs_pair_ids(config),
             class_key=config.data.class_key,
-            near_equal=config.data.near_equal,
         )
         return open_mixture(
             config.data,

@@ -166,7 +166,6 @@ def total_loss(
     terms: Sequence[Term],
     mesh: Mesh,
     config: ml_collections.ConfigDict,
-    step: jax.Array | int = 0,
 ) -> tuple[jax.Array, Metrics]:
     """The weighted sum of all losses of the global batch, and metrics.
 
@@ -177,7 +176,6 @@ def total_loss(
         terms: of `active_terms`.
         mesh: axes `data` and `fsdp`.
         config: the whole training config.
-        step: updates done before, for schedules.
 
     Returns:
         Scalar loss, and the metrics of `sharded_loss`; with terms or another weight than 1 of the

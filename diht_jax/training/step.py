@@ -26,7 +26,6 @@ from diht_jax.models.parameters import ModelDefinition, merge_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.vit import choose_patches
 from diht_jax.models.zoo import Architecture
-from diht_jax.training.gradient_noise import gradients_of_halves, micro_batch_of_halves
 from diht_jax.training.objective import active_terms, total_loss
 from diht_jax.training.optimizer import merge_parameters, split_parameters
 from diht_jax.training.sharded_encode import ParameterGather, check_micro_batch, encode_on_mesh
@@ -73,8 +72,6 @@ class TrainStep:
             ValueError: a wrong `config.micro_batch` or `config.model` value.
         """
         check_micro_batch(config.micro_batch, config.data.batch_size, mesh.size)
-        if config.gradient_noise:
-            micro_batch_of_halves(config.micro_batch, config.data.batch_size, mesh.size)
         _check_texts_per_row(config, mesh.size)
         if not 0.0 <= config.model.patch_dropout < 1.0:
             raise ValueError(
@@ -188,31 +185,22 @@ def loss_gradients(
     # Differentiating by the trained parameters alone spares a locked tower its backward pass.
     trained, frozen = split_parameters(config.optimizer, state.params)
 
-    encode_rows = functools.partial(
-        encode_on_mesh, encode, mesh=mesh, scan_layers=definition.execution.scan_layers
-    )
-
-    def loss_of(encoded: dict[str, jax.Array], trained: Any) -> tuple[jax.Array, Metrics]:
-        params = merge_parameters(trained, frozen)
-        encoded = dict(encoded)
-        packed = encoded.pop(PACKED_TEXTS, None)
-        loss, metrics = total_loss(
-            *(encoded, params, examples), terms=terms, mesh=mesh, config=config, step=state.step
+    def loss_fn(trained: Any) -> tuple[jax.Array, Metrics]:
+        encoded = encode_on_mesh(
+            encode,
+            trained,
+            frozen,
+            examples,
+            mesh=mesh,
+            micro_batch=config.micro_batch,
+            scan_layers=definition.execution.scan_layers,
         )
+        packed = encoded.pop(PACKED_TEXTS, None)
+        params = merge_parameters(trained, frozen)
+        loss, metrics = total_loss(encoded, params, examples, terms=terms, mesh=mesh, config=config)
         if packed is not None:
             metrics[PACKED_TEXTS] = jnp.mean(packed)
         return loss, metrics
-
-    if config.gradient_noise:
-        micro_batch = micro_batch_of_halves(config.micro_batch, batch["images"].shape[0], mesh.size)
-        return gradients_of_halves(
-            lambda trained, rows: encode_rows(trained, frozen, rows, micro_batch=micro_batch),
-            *(loss_of, trained, examples),
-        )
-
-    def loss_fn(trained: Any) -> tuple[jax.Array, Metrics]:
-        encoded = encode_rows(trained, frozen, examples, micro_batch=config.micro_batch)
-        return loss_of(encoded, trained)
 
     (_, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
     return grads, metrics
@@ -281,10 +269,7 @@ def _with_kept_patches(
 
 
 def _check_texts_per_row(config: ml_collections.ConfigDict, num_devices: int) -> None:
-    size, at_once = config.data.batch_size, config.micro_batch
-    if config.gradient_noise:
-        size, at_once = size // 2, micro_batch_of_halves(at_once, size, num_devices)
-    at_once = (at_once or size) // num_devices
+    at_once = (config.micro_batch or config.data.batch_size) // num_devices
     if at_once % config.model.texts_per_row:
         raise ValueError(
             f"config.model.texts_per_row={config.model.texts_per_row}: expected a divisor of the "

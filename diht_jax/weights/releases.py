@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from diht_jax.config import nearest_name
+from diht_jax.config.checks import nearest_name
 from diht_jax.progress import ProgressBar
 
 CACHE_VARIABLE = "DIHT_JAX_CACHE"

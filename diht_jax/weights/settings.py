@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from diht_jax.config import ARCHITECTURE_FIELDS
+from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.input.transforms import CLIP_MEAN, CLIP_STD
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights.config_section import ConfigSection, is_number

@@ -25,7 +25,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from diht_jax.config import ARCHITECTURE_FIELDS, nearest_name
+from diht_jax.config.architecture import ARCHITECTURE_FIELDS
+from diht_jax.config.checks import nearest_name
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
 from diht_jax.weights import clip_layout, huggingface, settings

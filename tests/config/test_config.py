@@ -11,10 +11,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from diht_jax.config import default_config, load_recipe, validate_config
-from diht_jax.config.ranges import check_ranges
 from diht_jax.models import get_architecture
 from diht_jax.sharding import create_mesh
 from diht_jax.training.durations import duration_in_steps
+from diht_jax.training.recipe import check_config
 from diht_jax.training.sharded_encode import check_micro_batch
 from tests.make import RECIPES, REPOSITORY
 from tests.test_sharding import gpu_hosts
@@ -74,8 +74,7 @@ def differences(a, b, prefix=""):
 )
 def test_recipe_for_gpus(name, topology):
     config = load_recipe(REPOSITORY / "configs" / f"{name}.py", f"topology={topology}")
-    validate_config(config, default_config())
-    check_ranges(config, default_config())
+    check_config(config)
     num_hosts, gpus_per_host = (1, *map(int, topology.partition(":")[2].split("x")))[-2:]
     mesh = create_mesh(config.mesh.data, config.mesh.fsdp, gpu_hosts(num_hosts, gpus_per_host))
     assert mesh.size == num_hosts * gpus_per_host and config.mesh.fsdp <= 8

@@ -7,12 +7,17 @@ import ml_collections
 import pytest
 
 from diht_jax.config import default_config, load_recipe
-from diht_jax.config.ranges import RANGES, Range, check_ranges
-from diht_jax.training.terms.registry import TERMS
+from diht_jax.config.keys import Key, Range
+from diht_jax.training.recipe import all_keys, check_config
 from tests.make import RECIPES
 
-# Sections whose keys come from the files of losses and terms, which check them.
-EXTENSIBLE = ("loss.", *(f"{name}." for name in TERMS))
+RANGES = {
+    name: key.range
+    for name, key in all_keys().items()
+    if isinstance(key, Key) and key.range and not isinstance(key.default, tuple)
+}
+# Settings that these files check themselves.
+CHECKED_ELSEWHERE = ("loss.max_weight", "affinity.", "captioning.")
 
 
 def numbers_of(config, prefix=""):
@@ -28,7 +33,9 @@ def numbers_of(config, prefix=""):
 
 def test_every_number_has_a_range_and_no_other_key_has():
     numbers = numbers_of(default_config())
-    assert {name for name in numbers - RANGES.keys() if not name.startswith(EXTENSIBLE)} == set()
+    assert {
+        name for name in numbers - RANGES.keys() if not name.startswith(CHECKED_ELSEWHERE)
+    } == set()
     assert RANGES.keys() - numbers == set()
 
 
@@ -36,8 +43,8 @@ def test_every_number_has_a_range_and_no_other_key_has():
 def test_defaults_and_recipes_are_within(path, monkeypatch):
     monkeypatch.syspath_prepend(str(path.parent.parent))
     for arg in ("", "debug=True"):
-        check_ranges(load_recipe(path, arg), default_config())
-    check_ranges(default_config(), default_config())
+        check_config(load_recipe(path, arg))
+    check_config(default_config())
 
 
 @pytest.mark.parametrize("name", sorted(RANGES))
@@ -45,7 +52,7 @@ def test_values_beyond_both_ends_are_refused(name):
     def attempt(value):
         config = default_config()
         config.update_from_flattened_dict({name: value})
-        check_ranges(config, default_config())
+        check_config(config)
 
     expected = dataclasses.asdict(RANGES[name])
     kind = int if _is_int(name) else float
@@ -95,11 +102,11 @@ def test_messages_name_key_value_and_range(changes, message):
     config = default_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message):
-        check_ranges(config, default_config())
+        check_config(config)
 
 
 def test_what_is_right_beside_a_range():
     config = default_config()
     config.mesh.update(data=-1, fsdp=-1)
-    check_ranges(config, default_config())
+    check_config(config)
     assert str(Range(0, 1, excludes_low=True)) == "more than 0, at most 1"

@@ -23,10 +23,11 @@ from PIL import Image
 from data_prep.duplicates import config as duplicates_config
 from data_prep.filtering import config as filter_config
 from data_prep.labelling import config as label_config
-from diht_jax.config import validate_config
-from diht_jax.config.ranges import check_ranges
+from diht_jax.config.checks import validate_config
+from diht_jax.config.keys import check_ranges
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.fewshot import task_text
+from diht_jax.training.recipe import all_keys
 from tests.compiling import xla_flags
 from tests.docs.commands import OWN, Command, commands_of, find_commands, parse_command
 from tests.docs.pages import REPOSITORY
@@ -171,7 +172,7 @@ def parse(command: Command) -> None:
             if command.module in CHECKS:
                 CHECKS[command.module](given.config)
             else:
-                check_ranges(given.config, defaults)
+                check_ranges(given.config, all_keys())
         texts = given.tasks if command.module == "diht_jax.evaluate" else []
         if command.module == "diht_jax.fewshot":
             texts = [task_text(given.task, given.train), task_text(given.task, given.test)]

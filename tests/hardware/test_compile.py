@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 
 from diht_jax.config import load_recipe
-from diht_jax.hardware import aot_compile
-from diht_jax.hardware.aot_compile import (
+from diht_jax.hardware.chips import find_chip
+from diht_jax.hardware.flops import FlopCount, count_flops
+from diht_jax.hardware.hlo_traffic import Collective, Traffic
+from diht_jax.hardware.topologies import Topology, get_topology
+from diht_jax.losses.choice import Choice
+from diht_jax.training import aot_compile
+from diht_jax.training.aot_compile import (
     StepReport,
     compile_step,
     link_bandwidth,
     roofline,
     settings_that_fit,
 )
-from diht_jax.hardware.chips import find_chip
-from diht_jax.hardware.flops import FlopCount, count_flops
-from diht_jax.hardware.hlo_traffic import Collective, Traffic
-from diht_jax.hardware.report import describe_settings, describe_step, describe_try
-from diht_jax.hardware.topologies import Topology, get_topology
-from diht_jax.losses.choice import Choice
 from diht_jax.training.program import TrainProgram
+from diht_jax.training.step_report import describe_settings, describe_step, describe_try
 from tests.make import RECIPES, REPOSITORY
 
 GIB = 1 << 30

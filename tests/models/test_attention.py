@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diht_jax import sharding
+from diht_jax import loading, sharding
 from diht_jax.config import load_recipe
+from diht_jax.loading import ModelFiles, config_of
 from diht_jax.models import attention
 from diht_jax.models.attention import (
     Target,
@@ -26,8 +27,6 @@ from diht_jax.training import task_evaluation
 from diht_jax.training.program import TrainProgram, with_trusted_attention
 from diht_jax.training.step import training_execution
 from diht_jax.training.task_evaluation import RunEvaluation
-from diht_jax.weights import loading
-from diht_jax.weights.loading import ModelFiles, config_of
 from diht_jax.weights.settings import Preprocessing
 from tests.make import REPOSITORY
 

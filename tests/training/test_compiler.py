@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from diht_jax.config import default_config
+from diht_jax.hardware import compiler
 from diht_jax.hardware.topologies import get_topology
-from diht_jax.training import compiler
 from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.training.workdir.resume_checks import check_same_run
 from tests.compiling import xla_flags

@@ -1,20 +1,12 @@
 """The last part of a run with patch dropout, trained on whole images."""
 
-import json
-import sys
-
 import jax
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
-from diht_jax import command_line
-from diht_jax.config import default_config, validate_config
+from diht_jax.config import default_config
 from diht_jax.training.durations import patch_dropout_steps
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
-from diht_jax.training.workdir.config_file import read_config, write_config
-from diht_jax.training.workdir.resume_checks import check_same_run
 
 
 def test_a_run_ends_on_whole_images_and_is_resumed_on_them(config, tmp_path):
@@ -78,48 +70,3 @@ def test_wrong_last_parts_are_refused(changes, message):
     config.update(changes)
     with pytest.raises(ValueError, match=message):
         patch_dropout_steps(config, 100, num_examples=1024)
-
-
-def test_a_recipe_may_use_the_old_names():
-    config = default_config()
-    config.unmasked_epochs, config.unmasked_steps = 1, None
-    validate_config(config, default_config())
-    assert config.no_patch_dropout_epochs == 1
-    assert "unmasked_epochs" not in config and "unmasked_steps" not in config
-    config.unmasked_epochs = 2.0
-    with pytest.raises(ValueError, match="unmasked_epochs is the old name of config.no_patch_drop"):
-        validate_config(config, default_config())
-    wrong = default_config()
-    wrong.unmasked_steps = "many"
-    with pytest.raises(ValueError, match="'no_patch_dropout_steps': expected int.*got str 'many'"):
-        validate_config(wrong, default_config())
-
-
-def test_a_command_line_may_use_the_old_names(tmp_path, monkeypatch):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text("from diht_jax.config import default_config as get_config\n")
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    monkeypatch.setattr(flags, "FLAGS", values)
-    argv = ["train", f"--config={recipe}"]
-    argv += ["--config.unmasked_epochs=1.5", "--config.unmasked_steps", "7"]
-    monkeypatch.setattr(sys, "argv", argv)
-    command_line.parse_flags(argv, config_defaults=default_config)
-    assert values.config.no_patch_dropout_epochs == 1.5
-    assert values.config.no_patch_dropout_steps == 7
-    assert "unmasked_epochs" not in values.config
-
-
-def test_a_work_directory_with_the_old_names_is_resumed(config, tmp_path):
-    config.no_patch_dropout_steps = 3
-    write_config(tmp_path, config)
-    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    path = tmp_path / "config.json"
-    text = path.read_text().replace("no_patch_dropout_", "unmasked_")
-    path.write_text(text)
-    assert {"unmasked_steps", "unmasked_examples", "unmasked_epochs"} <= json.loads(text).keys()
-    assert read_config(tmp_path).no_patch_dropout_steps == 3
-    check_same_run(config, tmp_path)
-    config.no_patch_dropout_steps = 4
-    with pytest.raises(ValueError, match="changed: no_patch_dropout_steps"):
-        check_same_run(config, tmp_path)

@@ -12,11 +12,11 @@ from diht_jax import sharding
 from diht_jax.config import load_recipe
 from diht_jax.export import export_model
 from diht_jax.hardware.flops import count_flops
+from diht_jax.loading import read_model
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.objective import total_loss
 from diht_jax.training.program import TrainProgram
-from diht_jax.weights.loading import read_model
 from diht_jax.weights.tensor_files import read_tensors
 
 LOSSES = ("loss", "contrastive_loss", "object_loss", "attribute_loss")

@@ -41,7 +41,7 @@ _NOTHING = np.zeros((0, 0), np.float32)
 
 
 class EmbeddingModel(Protocol):
-    """What evaluation needs of a model; `diht_jax.weights.loading.LoadedModel` is one."""
+    """What evaluation needs of a model; `diht_jax.loading.LoadedModel` is one."""
 
     @property
     def logit_scale(self) -> float: ...

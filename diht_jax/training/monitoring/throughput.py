@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 from diht_jax.hardware.chips import peak_flops
 from diht_jax.hardware.flops import count_flops, count_jaxpr_flops
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.gradient_noise import with_noise_scale
 from diht_jax.training.monitoring.metrics import mean_scalars
 from diht_jax.training.program import TrainProgram
 from diht_jax.training.step import OPTIMIZER_SCOPE
@@ -54,7 +53,6 @@ def model_flops(
     arch = get_architecture(plain.model.name, plain.model.overrides.to_dict())
     plain.captioning.chunk_tokens = plain.data.batch_size * arch.context_length
     plain.captioning.remat = "none"
-    plain.gradient_noise = False
     plain.optimizer.update(kind="adamw", schedule="cosine", decay_steps=None)
     program = TrainProgram(plain, plain.optimizer.warmup_steps + 1, devices)
     state = program.abstract_state()
@@ -70,7 +68,7 @@ def _computes_once(config: ml_collections.ConfigDict, devices: Sequence[jax.Devi
         config, optimizer.warmup_steps + max(optimizer.decay_steps or 1, 1), devices
     )
     batch_size, captioning = config.data.batch_size, config.captioning
-    again = config.micro_batch or config.gradient_noise or config.model.remat != "none"
+    again = config.micro_batch or config.model.remat != "none"
     chunked = program.num_labels and config.concepts.chunk_rows < batch_size
     if captioning.weight:
         again = again or captioning.remat != "none"
@@ -182,10 +180,9 @@ class ThroughputWindow:
         """Means of the step's metrics, and speed; starts the next window.
 
         Beside the means: `images_per_sec`; `data_wait_secs`, and `data_wait_share` of the time;
-        `model_flops_per_sec`; `mfu`, where the devices' peak is known; and `noise_scale`, where it
-        is measured.
+        `model_flops_per_sec`; and `mfu`, where the devices' peak is known.
         """
-        scalars = with_noise_scale(mean_scalars(self._measured), self._batch_size)
+        scalars = mean_scalars(self._measured)
         elapsed_secs = self._clock() - self._start
         steps_per_sec = len(self._measured) / elapsed_secs
         scalars["images_per_sec"] = steps_per_sec * self._batch_size

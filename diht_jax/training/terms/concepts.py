@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 from jax.typing import DTypeLike
-from ml_collections.config_dict import placeholder
 
+from diht_jax.config.keys import COUNT, NOT_NEGATIVE, Key
 from diht_jax.losses.concepts import concept_losses_in_chunks, mean_over_labelled
 from diht_jax.losses.term import Parameters, Term
 
@@ -69,32 +68,24 @@ class ConceptDistillation(Term):
     """
 
     settings: ClassVar[dict[str, Any]] = {
-        "object_weight": 0.0,
-        "attribute_weight": 0.0,
-        "num_objects": 10_000,
-        "num_attributes": 2_000,
-        "top_k": 10,  # labels of each kind that are taken from a record
-        "feature": "pooled",  # or "projected": of the image tower, before or after projection
-        "learning_rate_multiplier": 10.0,  # of the heads
-        "weight_decay_multiplier": 0.01,
-        "chunk_rows": 512,  # examples of a device whose logits are held at once
-        # Of the vocabularies in the data; training fills them in.
-        "object_hash": placeholder(str),
-        "attribute_hash": placeholder(str),
+        "object_weight": Key(0.0, NOT_NEGATIVE),
+        "attribute_weight": Key(0.0, NOT_NEGATIVE),
+        "num_objects": Key(10_000, COUNT),
+        "num_attributes": Key(2_000, COUNT),
+        "top_k": Key(10, COUNT),  # labels of each kind that are taken from a record
+        "feature": "pooled",  # or "projected": the image tower's, before or after projection
+        "learning_rate_multiplier": Key(10.0, NOT_NEGATIVE),  # for the heads
+        "weight_decay_multiplier": Key(0.01, NOT_NEGATIVE),
+        "chunk_rows": Key(512, COUNT),  # examples of a device whose logits are held at once
+        # Hashes of the data's vocabularies; training fills them in.
+        "object_hash": Key(str),
+        "attribute_hash": Key(str),
     }
 
     def check(self) -> None:
         """See `Term.check`."""
+        super().check()
         name, section = self.name, self.section
-        for kind in CONCEPT_KINDS:
-            if not 0 <= section[kind.weight] < math.inf:
-                raise ValueError(
-                    f"config.{name}.{kind.weight}={section[kind.weight]}: expected at least 0"
-                )
-            if section[kind.size] < 1:
-                raise ValueError(
-                    f"config.{name}.{kind.size}={section[kind.size]}: expected at least 1"
-                )
         if section.feature not in ("pooled", "projected"):
             raise ValueError(
                 f"config.{name}.feature='{section.feature}': expected 'pooled' (before the "

@@ -11,12 +11,10 @@ import jax
 import ml_collections
 from etils import epath
 
-from diht_jax.config import default_config, rename_old_keys
 from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.training.recipe import default_config
 
 CONFIG_FILE = "config.json"
-# What older versions did, where it is not what the default of a newer key does.
-_BEFORE = {"data": {"order": "global"}}
 
 
 def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -> None:
@@ -33,11 +31,7 @@ def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -
 
 
 def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
-    """The config that `write_config` left, with values for the keys that it lacks.
-
-    Keys are missing where an older version of the code wrote the file; they get what that version
-    did, which is the default but for those in `_BEFORE`. Keys that were renamed since get their new
-    names.
+    """The config that `write_config` left, with the defaults of the keys that it lacks.
 
     Raises:
         ValueError: the file is missing or is no JSON.
@@ -52,12 +46,8 @@ def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:
     if not isinstance(written, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(written).__name__}")
     defaults = json.loads(default_config().to_json_best_effort())
-    for section, values in _BEFORE.items():
-        defaults[section].update(values)
     try:
-        config = ml_collections.ConfigDict(_completed(written, defaults))
-        rename_old_keys(config)
-        return config
+        return ml_collections.ConfigDict(_completed(written, defaults))
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: names that no config can have ({error!s:.200})") from error
 

@@ -15,74 +15,17 @@ import ml_collections
 from absl import logging
 from etils import epath
 
+from diht_jax.config.keys import END, FIXED, FREE
 from diht_jax.input.order import ORDERS, resolve_order
 from diht_jax.records.fingerprint import Fingerprint, describe_changes
 from diht_jax.records.train_data import describe_train
 from diht_jax.training.durations import steps_before_end
 from diht_jax.training.multihost import gather_texts
-from diht_jax.training.terms.registry import TERMS
+from diht_jax.training.recipe import key_of
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, finished_steps
 from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config
 
-# A run cannot go on under other values of these and of the objective's terms, ...
-_FIXED_IN_A_RUN = (
-    "model",
-    "lora",
-    "loss",
-    "matryoshka",
-    "optimizer",
-    "ema",
-    "data",
-    "seed",
-    "total_",
-    "no_patch_dropout_",
-)
-# ... but for these.
-_FREE_IN_A_RUN = (
-    "data.train",
-    "data.labels",
-    "data.num_workers",
-    "data.prefetch_batches",
-    "data.max_in_flight_gib",
-    "data.cache_dir",
-    "data.read_ahead_gib",
-    "data.read_threads",
-    "data.read_timeout_secs",
-    "data.on_bad_record",
-    "data.allow_changed",
-    # Other ways to compute the same.
-    "model.scan_layers",
-    "model.remat",
-    "model.attention",
-    "model.texts_per_row",
-    "loss.impl",
-)
-# With a learning rate that is constant until its final decay, these decide about a run's end alone.
-_OF_THE_END = (
-    "total_",
-    "no_patch_dropout_",
-    "optimizer.decay_steps",
-    "optimizer.final_learning_rate",
-)
-# These may differ between the hosts of a job: paths of their own, and what suits their cores. Data
-# and tasks are compared by what they are.
-_OWN_OF_A_HOST = (
-    "data.train",
-    "data.labels",
-    "data.num_workers",
-    "data.prefetch_batches",
-    "data.max_in_flight_gib",
-    "data.cache_dir",
-    "data.read_ahead_gib",
-    "data.read_threads",
-    "data.read_timeout_secs",
-    "model.init_from",
-    "checkpoint.staging",
-    "compilation_cache",
-    "compilation_cache_max_gib",
-    "evaluation.tasks",
-)
-# Of the sources of a mixture; weights, templates and orders are as fixed as other keys.
+# Free in the sources of a mixture, whose weights, templates and orders are fixed.
 _PATHS = re.compile(r"data\.train\.[^.]+\.(path|labels)")
 _LONGEST_CONFIG_BYTES = 2**16
 
@@ -131,18 +74,8 @@ def check_same_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> No
     if not (workdir / CONFIG_FILE).exists():
         return
     stored = read_config(workdir)
-    fixed = (*_FIXED_IN_A_RUN, *(f"{name}." for name in TERMS))
-    free = _OF_THE_END if config.optimizer.schedule == "wsd" else ()
-    changed = changed_keys(
-        stored,
-        config,
-        lambda name: (
-            name.startswith(fixed)
-            and name not in _FREE_IN_A_RUN
-            and not name.startswith(free)
-            and not _PATHS.fullmatch(name)
-        ),
-    )
+    fixed = (FIXED,) if config.optimizer.schedule == "wsd" else (FIXED, END)
+    changed = changed_keys(stored, config, lambda name: policy_of(name) in fixed)
     if changed and finished_steps(workdir / CHECKPOINT_DIRECTORY):
         raise ValueError(
             f"{workdir} holds a run with another config; changed: {', '.join(changed)}. "
@@ -179,7 +112,7 @@ def check_same_start(
     if not (workdir / CONFIG_FILE).exists():
         return
     stored = read_config(workdir)
-    if not changed_keys(stored, config, lambda name: name.startswith(_OF_THE_END)):
+    if not changed_keys(stored, config, lambda name: policy_of(name) == END):
         return
     common = min(steps_before_end(c, num_examples=num_examples) for c in (stored, config))
     later = [step for step in finished_steps(root) if step > common]
@@ -198,13 +131,12 @@ def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
     Raises:
         ValueError: names the processes that differ from the first one, and the keys.
     """
-    values = _shared_values(config)
-    digests = gather_texts(_digest(values))
-    others = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
+    own = {name: _digest(value) for name, value in _shared_values(config).items()}
+    texts = gather_texts(json.dumps(own, sort_keys=True), longest_bytes=_LONGEST_CONFIG_BYTES)
+    others = [str(i) for i, text in enumerate(texts) if text != texts[0]]
     if not others:
         return
-    own = json.dumps({name: _digest(value)[:8] for name, value in values.items()})
-    found = [json.loads(text) for text in gather_texts(own, longest_bytes=_LONGEST_CONFIG_BYTES)]
+    found = [json.loads(text) for text in texts]
     differing = sorted(
         name for name in set().union(*found) if len({each.get(name) for each in found}) > 1
     )
@@ -216,25 +148,27 @@ def check_hosts_share_config(config: ml_collections.ConfigDict) -> None:
 
 def _shared_values(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Values by dotted name, without those that may differ between hosts."""
-    flat: dict[str, Any] = {}
+    flat = _flat(json.loads(config.to_json_best_effort()))
+    return {
+        name: value
+        for name, value in flat.items()
+        if not _PATHS.fullmatch(name) and (_in_mixture(name) or not key_of(name).per_host)
+    }
 
-    def walk(section: Mapping[str, Any], prefix: str) -> None:
-        for key, value in section.items():
-            name = f"{prefix}{key}"
-            is_mixture = name == "data.train" and isinstance(value, dict)
-            if (name in _OWN_OF_A_HOST and not is_mixture) or _PATHS.fullmatch(name):
-                continue
-            if isinstance(value, dict):
-                walk(value, f"{name}.")
-            else:
-                flat[name] = value
 
-    walk(json.loads(config.to_json_best_effort()), "")
-    return flat
+def policy_of(name: str) -> str:
+    """What a resumed run may change of a key: FIXED, END or FREE."""
+    if _in_mixture(name):
+        return FREE if _PATHS.fullmatch(name) else FIXED
+    return key_of(name).resume
+
+
+def _in_mixture(name: str) -> bool:
+    return name.startswith("data.train.")
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_hosts_agree(train: Any, fingerprint: Fingerprint) -> None:
@@ -290,16 +224,18 @@ def changed_keys(
     new: ml_collections.ConfigDict,
     matter: Callable[[str], bool],
 ) -> list[str]:
-    """Dotted names of the keys that differ and of which `matter(name)` is true."""
-    old_flat, new_flat = (json.loads(c.to_json_best_effort()) for c in (old, new))
-    return sorted(name for name in _differences(old_flat, new_flat) if matter(name))
+    """Dotted names of the keys that differ and for which `matter(name)` is true."""
+    old_flat, new_flat = (_flat(json.loads(c.to_json_best_effort())) for c in (old, new))
+    names = old_flat.keys() | new_flat.keys()
+    return sorted(n for n in names if old_flat.get(n) != new_flat.get(n) and matter(n))
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            name
-            for key in old.keys() | new.keys()
-            for name in _differences(old.get(key), new.get(key), f"{prefix}{key}.")
-        ]
-    return [] if old == new else [prefix.rstrip(".")]
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -10,13 +10,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from diht_jax.config import default_config, validate_config
+from diht_jax.config.checks import validate_config
 from diht_jax.extras.captioning import DECODER
 from diht_jax.models.lora import lora_of, merge_adapters
 from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.zoo import Architecture, get_architecture
 from diht_jax.training.multihost import share_for
 from diht_jax.training.objective import with_objective_parameters
+from diht_jax.training.recipe import default_config
 from diht_jax.training.state import abstract_parameters
 from diht_jax.training.terms.concepts import HEADS
 from diht_jax.training.workdir.checkpoint import (

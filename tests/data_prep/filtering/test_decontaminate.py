@@ -17,12 +17,11 @@ from data_prep.reports.summary import read_report
 from data_prep.steps import decontaminate, models
 from data_prep.steps.base import Drop, begin
 from data_prep.steps.decontaminate import DecontaminateStep
-from diht_jax import load_model
+from diht_jax import load_model, loading
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
 from diht_jax.input.decode import decode_rgb
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
-from diht_jax.weights import loading
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
 
 

@@ -12,10 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax import config as configs
-from diht_jax.config.ranges import RANGES, check_ranges
+from diht_jax.config.keys import Key, check_ranges
+from diht_jax.training.recipe import all_keys
 from tests.fuzz.damage import Draw
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 
+_RANGED = sorted(
+    name
+    for name, key in all_keys().items()
+    if isinstance(key, Key) and key.range and not isinstance(key.default, tuple)
+)
 # Keys by what a number must be at the least to make sense; of the others only their type is known.
 _COUNTS = (
     *("data.batch_size", "data.prefetch_batches", "log_every_steps", "checkpoint.every_steps"),
@@ -46,7 +52,7 @@ def _check(values: dict[str, Any], *names: str) -> Any:
 
     def check() -> None:
         configs.validate_config(config, defaults)
-        check_ranges(config, defaults)
+        check_ranges(config, all_keys())
 
     return attempt(check, *names)
 
@@ -61,7 +67,7 @@ def _is_whole(name: str) -> bool:
 
 def check_numbers(draw: Draw, folder: pathlib.Path) -> str:
     """No key takes a number that makes no sense, and what is refused is named as it is typed."""
-    name = draw(one(sorted(RANGES)))
+    name = draw(one(_RANGED))
     value = draw(_WHOLE if _is_whole(name) else _REAL)
     result = _check({name: value}, f"config.{name}={value}", f"'{name}'")
     is_refused = isinstance(result, Refused)

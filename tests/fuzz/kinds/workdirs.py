@@ -15,12 +15,12 @@ from hypothesis.strategies import booleans, integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.config import default_config
+from diht_jax.loading import read_model
 from diht_jax.models.parameters import model_definition
 from diht_jax.models.zoo import get_architecture
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY, CHECKS_ITEM, STATE_ITEM
 from diht_jax.training.workdir.checksums import tree_checksums
 from diht_jax.training.workdir.config_file import CONFIG_FILE, write_config
-from diht_jax.weights.loading import read_model
 from tests.fuzz.damage import Draw, changed_json, cut, damage_folder
 from tests.fuzz.judge import ERROR, SUCCESS, Refused, attempt, require
 from tests.fuzz.kinds.weights import FIELDS

@@ -11,6 +11,7 @@ import pytest
 from etils import epath
 
 from diht_jax import sharding
+from diht_jax.loading import load_model
 from diht_jax.training.monitoring.metrics import MetricWriter, read_metrics
 from diht_jax.training.state import TrainState
 from diht_jax.training.stopping import TemporaryError
@@ -25,7 +26,6 @@ from diht_jax.training.workdir.checksums import tree_checksums
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.training.workdir.error_causes import suggest_remedy
 from diht_jax.training.workdir.trained_model import restore_model
-from diht_jax.weights.loading import load_model
 from tests.records.stores import BucketStore
 from tests.waiting import wait_until
 

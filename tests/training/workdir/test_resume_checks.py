@@ -3,13 +3,11 @@
 The texts that hosts exchange are injected here.
 """
 
-import json
-
 import pytest
 from etils import epath
 
 from diht_jax.training.workdir import resume_checks
-from diht_jax.training.workdir.config_file import CONFIG_FILE, read_config, write_config
+from diht_jax.training.workdir.config_file import read_config, write_config
 from diht_jax.training.workdir.resume_checks import (
     bind_order,
     check_hosts_share_config,
@@ -22,44 +20,30 @@ from diht_jax.training.workdir.resume_checks import (
 def check_job(config, monkeypatch):
     """Runs the check on each process of a job whose configs have the given changes."""
 
+    def text_of(own):
+        with monkeypatch.context() as patched:
+            sent = []
+            patched.setattr(
+                resume_checks, "gather_texts", lambda text, longest_bytes: sent.append(text) or sent
+            )
+            check_hosts_share_config(own)
+        return sent[0]
+
     def check(*changes):
         configs = []
         for change in changes:
             configs.append(config.copy_and_resolve_references())
             configs[-1].update_from_flattened_dict(change)
+        texts = [text_of(each) for each in configs]
+        monkeypatch.setattr(resume_checks, "gather_texts", lambda text, longest_bytes: texts)
         errors = []
         for own in configs:
-            calls = []
-
-            def gather(text, longest_bytes=4096, own=own, calls=calls):
-                """What the others would send in their call of the same number."""
-                calls.append(text)
-                assert len(text.encode()) <= longest_bytes
-                texts = [sent(each)[len(calls) - 1] for each in configs]
-                assert texts[configs.index(own)] == text
-                return texts
-
-            monkeypatch.setattr(resume_checks, "gather_texts", gather)
             try:
                 check_hosts_share_config(own)
                 errors.append(None)
             except ValueError as error:
                 errors.append(str(error))
         return errors
-
-    def sent(other):
-        """The texts that a process with this config sends where another one differs."""
-        texts = []
-
-        def record(text, longest_bytes=4096):
-            texts.append(text)
-            return [text, "another"] if len(texts) == 1 else [text]
-
-        with monkeypatch.context() as patched:
-            patched.setattr(resume_checks, "gather_texts", record)
-            with pytest.raises(ValueError):
-                check_hosts_share_config(other)
-        return texts
 
     return check
 
@@ -122,18 +106,6 @@ def test_a_run_without_a_checkpoint_begins_anew_with_another_config(config, tmp_
     workdir = begun_run(read_config(tmp_path), tmp_path)
     with pytest.raises(ValueError, match="another config; changed: data.batch_size"):
         check_same_run(config, workdir)
-
-
-def test_a_run_of_an_older_version_goes_on_in_the_global_order(config, tmp_path):
-    workdir = begun_run(config, tmp_path)
-    stored = json.loads((tmp_path / CONFIG_FILE).read_text())
-    for key in ("order", "block_records", "num_streams", "window_blocks"):
-        del stored["data"][key]
-    (tmp_path / CONFIG_FILE).write_text(json.dumps(stored))
-    config.data.train = "gs://bucket/kept"
-    assert read_config(workdir).data.order == "global"
-    assert bind_order(config, workdir).data.order == "global"
-    check_same_run(bind_order(config, workdir), workdir)
 
 
 @pytest.mark.parametrize("key", ["block_records", "num_streams", "window_blocks"])

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from diht_jax.loading import read_model
 from diht_jax.storage.workdir_lock import lock_directory
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
@@ -20,7 +21,6 @@ from diht_jax.training.workdir import staging, stored_run
 from diht_jax.training.workdir.checkpoint import CheckpointError
 from diht_jax.training.workdir.staging import StagedDirectory, open_workdir
 from diht_jax.training.workdir.stored_run import local_run, make_manifest, read_manifests
-from diht_jax.weights.loading import read_model
 from tests.waiting import wait_until
 
 

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from diht_jax import sharding
-from diht_jax.config import ARCHITECTURE_FIELDS, default_config
+from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.models.parameters import TOWERS, model_definition
 from diht_jax.models.positions import fit_model
 from diht_jax.models.transformer import Execution
 from diht_jax.models.zoo import ARCHITECTURES, Architecture
+from diht_jax.training.recipe import default_config
 from diht_jax.training.workdir.stored_run import local_run
 from diht_jax.training.workdir.trained_model import is_run, restore_model
 from diht_jax.weights.clip_layout import heads_to_clip

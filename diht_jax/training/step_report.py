@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diht_jax.hardware.aot_compile import Roofline, StepReport, crosses_hosts, roofline
+from diht_jax.training.aot_compile import Roofline, StepReport, crosses_hosts, roofline
 
 _GIB = 1 << 30
 

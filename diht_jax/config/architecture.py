@@ -1,0 +1,61 @@
+"""The fields of an architecture that users may name, in a config or on a command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from diht_jax.config.checks import nearest_name
+
+# Fields of models.zoo.Architecture and their types.
+ARCHITECTURE_FIELDS = {
+    "image_size": int,
+    "patch_size": int,
+    "vision_layers": int,
+    "vision_width": int,
+    "vision_heads": int,
+    "text_layers": int,
+    "text_width": int,
+    "text_heads": int,
+    "embed_dim": int,
+    "context_length": int,
+    "vocab_size": int,
+    "activation": str,
+    "layer_norm_epsilon": float,
+    "vision_mlp_width": int,
+    "text_mlp_width": int,
+    "end_of_text_id": int,
+}
+_FIELD_NAMES = ", ".join(ARCHITECTURE_FIELDS)
+
+
+def parse_fields(settings: Iterable[str]) -> dict[str, Any]:
+    """Fields of an architecture, as a command line gives them.
+
+    Args:
+        settings: such as "activation=quick_gelu" and "vision_heads=16".
+
+    Returns:
+        Names and values, of the types of `ARCHITECTURE_FIELDS`.
+
+    Raises:
+        ValueError: not of this form, or no such field.
+    """
+    fields = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if equals and name and name not in ARCHITECTURE_FIELDS:
+            nearest = nearest_name(name[:200], ARCHITECTURE_FIELDS)
+            hint = f"did you mean '{nearest}'?" if nearest else f"known: {_FIELD_NAMES}"
+            raise ValueError(f"--architecture {setting[:200]}: no field '{name[:200]}'; {hint}")
+        try:
+            value = ARCHITECTURE_FIELDS.get(name, str)(text)
+        except ValueError:
+            equals = ""
+        if not name or not equals or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(
+                f"--architecture: expected a pair like activation=quick_gelu, got '{setting[:200]}'"
+            )
+        fields[name] = value
+    return fields

@@ -1,0 +1,152 @@
+"""Validation of a config: the name and the type of every key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+
+class TextOrSections:
+    """Type of a key that is a text, or a section of named sections that others check."""
+
+    expected = "a text or a section of sections"
+    kinds: tuple[type, ...] = (str, ml_collections.ConfigDict)
+
+    @classmethod
+    def reference(cls) -> ml_collections.FieldReference:
+        """An empty section that a text may replace, and the other way round."""
+        return _TextOrSectionsReference(ml_collections.ConfigDict(), field_type=cls)
+
+    @classmethod
+    def check(cls, value: Any) -> None:
+        """Raises TypeError for a value of another kind; None is none."""
+        if value is not None and not isinstance(value, cls.kinds):
+            raise TypeError(f"expected {cls.expected}, got {type(value).__name__} {value!r:.200}")
+
+
+class PathsOrSections(TextOrSections):
+    """Type of a key that is a path, a list of paths, or a section of named sections."""
+
+    expected = "a path, a list of paths or a section of sources"
+    kinds = (*TextOrSections.kinds, list, tuple)
+
+    @classmethod
+    def reference(cls) -> ml_collections.FieldReference:
+        """Not set."""
+        return _TextOrSectionsReference(None, field_type=cls)
+
+
+class _TextOrSectionsReference(ml_collections.FieldReference):
+    def set(self, value: Any, type_safe: bool = True) -> None:
+        if isinstance(value, dict):
+            value = ml_collections.ConfigDict(value)
+        self.get_type().check(value)
+        super().set(value, type_safe=False)
+
+
+class _TextOrSectionsParser(flags.ArgumentParser):
+    """Parser of `--config.evaluation.tasks=TEXT`; the default is the recipe's own value."""
+
+    def parse(self, argument: Any) -> Any:
+        return argument
+
+
+for _kind in (TextOrSections, PathsOrSections):
+    config_flags.register_flag_parser_for_type(_kind, _TextOrSectionsParser())
+
+
+def validate_config(config: ml_collections.ConfigDict, defaults: ml_collections.ConfigDict) -> None:
+    """Checks names and types of every key of `config` against `defaults`.
+
+    Args:
+        config: values of the recipe and the command line.
+        defaults: all known keys, except those inside a `TextOrSections`. None is accepted for
+            every key except a section, and an int for a float; a default of None without a
+            type accepts everything. The elements of a tuple must be of the type of those in the
+            default, where it has any. NaN is no value of anything.
+
+    Raises:
+        ValueError: an unknown key (names the nearest known one) or a value of another type.
+    """
+    known = dict(walk(defaults))
+    free = tuple(
+        f"{name}." for name, (_, kind) in known.items() if issubclass(kind, TextOrSections)
+    )
+    for name, (value, _) in walk(config).items():
+        if name.startswith(free):
+            continue
+        if name not in known:
+            raise ValueError(_unknown_key_message(name, list(known)))
+        default, expected = known[name]
+        if issubclass(expected, TextOrSections):
+            try:
+                expected.check(value)
+            except TypeError as error:
+                raise ValueError(f"config key '{name}': {error}") from error
+            continue
+        if not _type_matches(value, expected) or not _elements_match(value, default):
+            such_as = f" (such as {default!r})" if default is not None else ""
+            raise ValueError(
+                f"config key '{name}': expected {expected.__name__}{such_as:.200}, "
+                f"got {type(value).__name__} {value!r:.200}"
+            )
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, or None when nothing is alike."""
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def walk(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, tuple[Any, type]]:
+    """Dotted name -> (value, type); the type of an unset key is that of its placeholder."""
+    found = {}
+    for key in sorted(config.keys()):
+        value, name = config[key], f"{prefix}{key}"
+        found[name] = (value, config.get_type(key))
+        if isinstance(value, ml_collections.ConfigDict):
+            found.update(walk(value, f"{name}."))
+    return found
+
+
+def _unknown_key_message(name: str, known: list[str]) -> str:
+    section, _, last = name.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    # A right name in a wrong section is a common slip: config.beta for config.loss.beta.
+    anywhere = {k.rpartition(".")[2]: k for k in known}
+    for candidates in (siblings, anywhere):
+        nearest = nearest_name(last[:200], candidates)
+        if nearest:
+            return f"unknown config key '{name[:200]}'; did you mean '{candidates[nearest]}'?"
+    return f"unknown config key '{name[:200]}'; known keys: {', '.join(sorted(siblings.values()))}"
+
+
+def _elements_match(value: Any, default: Any) -> bool:
+    if not isinstance(value, list | tuple) or not isinstance(default, list | tuple) or not default:
+        return True
+    kinds = {type(element) for element in default}
+    return len(kinds) > 1 or all(
+        element is not None and _type_matches(element, *kinds) for element in value
+    )
+
+
+def _type_matches(value: Any, expected: type) -> bool:
+    if isinstance(value, float) and math.isnan(value):
+        return False
+    if value is None:
+        return not issubclass(expected, ml_collections.ConfigDict)
+    if expected is type(None):
+        return True
+    if bool in (expected, type(value)):
+        return isinstance(value, bool) and expected is bool
+    if expected is float:
+        return isinstance(value, int | float)
+    if expected in (list, tuple):
+        return isinstance(value, list | tuple)
+    return isinstance(value, expected)

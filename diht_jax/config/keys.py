@@ -1,0 +1,300 @@
+"""The keys of a training recipe: default, range, and what a resumed run may change.
+
+Each key is written once, here. The settings of losses and of terms of the objective are in their
+own files (`diht_jax/losses/`, `diht_jax/training/terms/`), as a `Key` where they have a range;
+`diht_jax.training.recipe` puts all of them together.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from diht_jax.config.architecture import ARCHITECTURE_FIELDS
+from diht_jax.config.checks import PathsOrSections, TextOrSections, walk
+
+# What a resumed run may change of a key. FIXED: nothing. END: it decides about the end of a run
+# alone, which `optimizer.schedule="wsd"` leaves open. FREE: anything.
+FIXED, END, FREE = "fixed", "end", "free"
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`.
+
+    Attributes:
+        low: the least.
+        high: the greatest; None means any finite number.
+        excludes_low: `low` itself is outside.
+        excludes_high: `high` itself is outside.
+        also: an extra allowed value.
+    """
+
+    low: float
+    high: float | None = None
+    excludes_low: bool = False
+    excludes_high: bool = False
+    also: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        if value == self.also:
+            return True
+        above = value > self.low if self.excludes_low else value >= self.low
+        high = math.inf if self.high is None else self.high
+        below = value < high if self.excludes_high or self.high is None else value <= high
+        return above and below
+
+    def __str__(self) -> str:
+        text = f"more than {self.low}" if self.excludes_low else f"at least {self.low}"
+        if self.high is not None and self.high < math.inf:
+            text += (" and less than " if self.excludes_high else ", at most ") + str(self.high)
+        return text if self.also is None else f"{self.also}, or {text}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of a config.
+
+    Attributes:
+        default: its value, or the type of a key that is not set by default.
+        range: of a number; a tuple of numbers has it for each of them.
+        resume: FIXED, END or FREE.
+        per_host: the hosts of a job may have different values, such as paths of their own.
+    """
+
+    default: Any
+    range: Range | None = None
+    resume: str = FIXED
+    per_host: bool = False
+
+    def initial(self) -> Any:
+        """The default as an entry of a `ConfigDict`, which shares nothing with other configs."""
+        if not isinstance(self.default, type):
+            return copy.deepcopy(self.default)
+        if issubclass(self.default, TextOrSections):
+            return self.default.reference()
+        return placeholder(self.default)
+
+
+COUNT = Range(1)
+NOT_NEGATIVE = Range(0)
+POSITIVE = Range(0, excludes_low=True)
+POSITIVE_OR_INF = Range(0, math.inf, excludes_low=True)
+SHARE = Range(0, 1, excludes_high=True)
+SHARE_NOT_0 = Range(0, 1, excludes_low=True)
+DEVICES = Range(1, also=-1)
+
+KEYS: dict[str, Key] = {
+    "seed": Key(0, Range(0, 2**32, excludes_high=True)),
+    # Length of the run: exactly one of the three.
+    "total_steps": Key(int, COUNT, END),
+    "total_examples": Key(int, COUNT, END),
+    "total_epochs": Key(float, POSITIVE, END),
+    # The last part of the run, trained without patch dropout: at most one of the three.
+    "no_patch_dropout_steps": Key(int, COUNT, END),
+    "no_patch_dropout_examples": Key(int, COUNT, END),
+    "no_patch_dropout_epochs": Key(float, POSITIVE, END),
+    # Examples (global) embedded and back-propagated at once, with the exact gradient of the whole
+    # batch (GradCache); None takes the whole batch at once.
+    "micro_batch": Key(int, COUNT, FREE),
+    # A name of diht_jax.models.zoo.
+    "model.name": Key("diht_vitb32_224px"),
+    "model.dtype": Key("bfloat16"),  # compute; softmax, LayerNorm statistics, losses stay float32
+    "model.param_dtype": Key("float32"),
+    # Share of patches left out in training (FLIP, arXiv 2212.00794).
+    "model.patch_dropout": Key(0.0, SHARE),
+    # One compiled block for all layers; parameters stay per layer.
+    "model.scan_layers": Key(False, resume=FREE),
+    # Values that a block computes again in the backward pass: see docs/training.md.
+    "model.remat": Key("none", resume=FREE),
+    # "auto": "pallas" on TPUs, "cudnn" on NVIDIA GPUs, else "xla".
+    "model.attention": Key("auto", resume=FREE),
+    # Texts that share a row of the text tower, for long contexts and short texts; 1: none do.
+    "model.texts_per_row": Key(1, COUNT, FREE),
+    # Work directory, weight file or released name whose parameters a new run starts from; its
+    # positions are resized to fit.
+    "model.init_from": Key(str, per_host=True),
+    # Fields of models.zoo.Architecture to replace.
+    **{
+        f"model.overrides.{field}": Key(kind, COUNT if kind is int else None)
+        for field, kind in ARCHITECTURE_FIELDS.items()
+    },
+    "model.overrides.end_of_text_id": Key(int, NOT_NEGATIVE),
+    "model.overrides.layer_norm_epsilon": Key(float, NOT_NEGATIVE),
+    # Low-rank adapters; nothing else of the model is trained then: docs/finetuning.md.
+    "lora.rank": Key(0, NOT_NEGATIVE),  # 0: no adapters
+    "lora.alpha": Key(16.0, POSITIVE),  # the adapters' product counts alpha / rank times
+    "lora.towers": Key(("vision", "text")),
+    "lora.matrices": Key(("in_proj", "out_proj", "fc_in", "fc_out")),  # of each block
+    # A name of diht_jax.losses.registry: "softmax" (InfoNCE, HN-NCE) or "sigmoid" (SigLIP).
+    "loss.kind": Key("softmax"),
+    # "streaming" (memory [b, d]), "gathered" ([b, N], fewer transfers), or "auto", by the mesh and
+    # the batch: losses/choice.py.
+    "loss.impl": Key("auto", resume=FREE),
+    # Weight of the contrastive loss next to the terms below; 0 trains these alone.
+    "loss.weight": Key(1.0, NOT_NEGATIVE),
+    # Share of pairs that may be wrong; losses count by how likely a pair is right. 0: all alike.
+    "loss.noise_share": Key(0.0, Range(0, 0.5)),
+    # Sizes of leading parts of the embeddings, such as (64, 128, 256), that have a loss of their
+    # own, each with a weight; () weighs them like the whole embeddings, by 1.
+    "matryoshka.sizes": Key(()),
+    "matryoshka.weights": Key(()),
+    "optimizer.kind": Key("adamw"),  # "muon": orthogonal updates for the matrices of blocks
+    "optimizer.learning_rate": Key(1e-3, NOT_NEGATIVE),  # peak
+    # After the warm-up: "cosine", or "wsd": the peak until the last `decay_steps`.
+    "optimizer.schedule": Key("cosine"),
+    "optimizer.warmup_steps": Key(2000, NOT_NEGATIVE),
+    "optimizer.decay_steps": Key(int, COUNT, END),
+    "optimizer.final_learning_rate": Key(0.0, NOT_NEGATIVE, END),
+    "optimizer.b1": Key(0.9, SHARE),
+    "optimizer.b2": Key(0.98, SHARE),
+    "optimizer.eps": Key(1e-6, NOT_NEGATIVE),
+    "optimizer.weight_decay": Key(0.1, NOT_NEGATIVE),  # on matrices only
+    "optimizer.clip_global_norm": Key(1.0, POSITIVE_OR_INF),
+    "optimizer.max_logit_scale": Key(100.0, POSITIVE_OR_INF),
+    # Patterns (regular expressions) of parameters that stay as they are: ("^vision/",) is LiT.
+    "optimizer.frozen": Key(()),
+    # (pattern, learning-rate factor, weight-decay factor); the first found in a name counts.
+    "optimizer.multipliers": Key(()),
+    # Learning rate of a block relative to the one above it, in both towers; None: all the same.
+    "optimizer.layer_decay": Key(float, SHARE_NOT_0),
+    "optimizer.muon.momentum": Key(0.95, SHARE),
+    # Root mean square of an update, as of AdamW's: rate and decay need no other values.
+    "optimizer.muon.rms": Key(0.2, POSITIVE),
+    # Decay of the parameters' moving average; None keeps none.
+    "ema.decay": Key(float, SHARE),
+    # Devices along the axis; -1 takes those that are left.
+    "mesh.data": Key(-1, DEVICES, FREE),
+    "mesh.fsdp": Key(1, DEVICES, FREE),
+    # The machine that the recipe is meant for, as --topology of diht_jax.compile: "v5e:16x16".
+    "topology": Key(str, resume=FREE),
+    # Directory, glob or list of TFRecord shards; or several sources, name -> dict(path=...,
+    # weight=...): records/train_data.py. Must be set.
+    "data.train": Key(PathsOrSections, resume=FREE, per_host=True),
+    # Folder of data_prep.label with the labels of these records; None: they are in the records.
+    "data.labels": Key(str, resume=FREE, per_host=True),
+    "data.batch_size": Key(65536, COUNT),  # global
+    # Decoding processes; None: one for each core that this process may use; 0 decodes in threads.
+    "data.num_workers": Key(int, NOT_NEGATIVE, FREE, per_host=True),
+    # Order of the records: "global" (every epoch a permutation of all records), "blocks" (of
+    # consecutive records, as object stores need it), or "auto": blocks where the data has a URL.
+    "data.order": Key("auto"),
+    "data.block_records": Key(256, COUNT),  # K, records that one request brings
+    "data.num_streams": Key(1024, COUNT),  # V, of blocks; divides the batch, the hosts divide it
+    "data.window_blocks": Key(16, COUNT),  # W per stream: a batch draws from V * W * K records
+    # Batches of this host decoded ahead, by all workers together.
+    "data.prefetch_batches": Key(2, COUNT, FREE, per_host=True),
+    # Bound of the decoded examples that wait; None: the free memory. The log says what they take.
+    "data.max_in_flight_gib": Key(float, POSITIVE, FREE, per_host=True),
+    # Blocks of an object store are fetched ahead, and wait in shared memory, or in this folder.
+    "data.cache_dir": Key(str, resume=FREE, per_host=True),
+    # Bound of these blocks on each host; None: half of the free space there, and of shared memory
+    # at most a quarter of the free memory. The log says what they take.
+    "data.read_ahead_gib": Key(float, POSITIVE, FREE, per_host=True),
+    # Blocks that a host requests at the same time.
+    "data.read_threads": Key(32, COUNT, FREE, per_host=True),
+    # Time for which a store may fail before the run ends.
+    "data.read_timeout_secs": Key(600.0, POSITIVE, FREE, per_host=True),
+    # Area of RandomResizedCrop, lowest and highest.
+    "data.crop_scale": Key((0.9, 1.0), SHARE_NOT_0),
+    # Reduced-scale JPEG decoding and OpenCV; False: Pillow, exactly.
+    "data.fast_decode": Key(True),
+    "data.text_template": Key("{caption}"),
+    # For a record with several captions: "first", or "sample" to draw one each time it comes.
+    "data.captions": Key("first"),
+    # By kind, such as "alt=1,synthetic=3", or a section whose weights may be schedules, as those of
+    # sources are; not set: each caption of a record is as likely as the others.
+    "data.caption_weights": Key(TextOrSections),
+    # More captions in columns of the metadata, by kind, such as "synthetic=re_caption".
+    "data.caption_columns": Key(""),
+    # Key of the records' metadata that names a class, such as "class_name": records that agree in
+    # it are equal pairs (loss.equal_pairs), those without it are equal by their texts.
+    "data.class_key": Key(str),
+    # A record that cannot be read: "error", or "skip" to replace it by another one, and count it.
+    "data.on_bad_record": Key("error", resume=FREE),
+    # Go on although the shards have changed since the checkpoint was saved.
+    "data.allow_changed": Key(False, resume=FREE),
+    # Folder where compiled programs are kept for the next start; empty: every start compiles.
+    "compilation_cache": Key("~/.cache/diht_jax/compiled", resume=FREE, per_host=True),
+    # The least recently used programs are deleted; inf: none are.
+    "compilation_cache_max_gib": Key(10.0, POSITIVE_OR_INF, FREE, per_host=True),
+    "log_every_steps": Key(50, COUNT, FREE),
+    # This many updates in a row with numbers that are not finite end the run.
+    "max_skipped_steps": Key(10, COUNT, FREE),
+    # The first update with such numbers ends the run, and the error names where they begin.
+    "debug_nans": Key(False, resume=FREE),
+    # Profiles these steps, both included.
+    "profile.start_step": Key(int, COUNT, FREE),
+    "profile.stop_step": Key(int, COUNT, FREE),
+    "checkpoint.every_steps": Key(1000, COUNT, FREE),
+    "checkpoint.keep_last": Key(3, COUNT, FREE),
+    # Where a run in s3:// and the like works on disk; None: ~/.cache/diht_jax/staging. Hosts of one
+    # job must share it. With a folder given, gs:// goes by way of it as well.
+    "checkpoint.staging": Key(str, resume=FREE, per_host=True),
+    # Evaluation result that the best checkpoint is kept by, such as "cifar10/top1"; None keeps the
+    # last checkpoints only.
+    "checkpoint.best_metric": Key(str, resume=FREE),
+    "evaluation.every_steps": Key(int, NOT_NEGATIVE, FREE),  # None and 0: at the end only
+    # name -> dict(kind=..., source=..., OPTION=...), such as tasks.pets = dict(kind="retrieval",
+    # source="/data/pets.tar"); or a text with commas, as --tasks of diht_jax.evaluate.
+    "evaluation.tasks": Key(TextOrSections, resume=FREE, per_host=True),
+    "evaluation.batch_size": Key(512, COUNT, FREE),
+    # Evaluates the moving average of the parameters.
+    "evaluation.use_ema": Key(False, resume=FREE),
+}
+
+
+def build_config(keys: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A config with the defaults of some keys.
+
+    Args:
+        keys: dotted name -> `Key`, or the default of a key without a range.
+    """
+    config = ml_collections.ConfigDict()
+    for name, key in keys.items():
+        *sections, last = name.split(".")
+        section = config
+        for part in sections:
+            if part not in section:
+                section[part] = ml_collections.ConfigDict()
+            section = section[part]
+        section[last] = (key if isinstance(key, Key) else Key(key)).initial()
+    return config
+
+
+def check_ranges(
+    config: ml_collections.ConfigDict, keys: Mapping[str, Any], prefix: str = "config."
+) -> None:
+    """Checks the numbers of a config, or of a section.
+
+        Args:
+            config: with names and types that `validate_config` has checked.
+            keys: dotted name -> `Key`; None is right for a key that is not set by default. Other
+    XX:
+            ValueError: names the first key whose value is outside of its range, and the range.
+    """
+    values = {name: value for name, (value, _) in walk(config).items()}
+    for name, key in keys.items():
+        if not isinstance(key, Key) or key.range is None:
+            continue
+        value = values.get(name)
+        if isinstance(key.default, tuple):
+            _check_ends(prefix + name, value, key.range)
+        elif (value is None and not isinstance(key.default, type)) or (
+            value is not None and value not in key.range
+        ):
+            finite = "a finite number, " if value == math.inf else ""
+            raise ValueError(f"{prefix}{name}={value}: expected {finite}{key.range}")
+
+
+def _check_ends(name: str, ends: tuple[float, ...], allowed: Range) -> None:
+    if len(ends) != 2 or not ends[0] <= ends[1] or any(end not in allowed for end in ends):
+        raise ValueError(
+            f"{name}={tuple(ends)}: expected two numbers, the lower first, each {allowed}"
+        )
