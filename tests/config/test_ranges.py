@@ -17,7 +17,7 @@ RANGES = {
     if isinstance(key, Key) and key.range and not isinstance(key.default, tuple)
 }
 # Settings that these files check themselves.
-CHECKED_ELSEWHERE = ("loss.max_weight", "affinity.", "captioning.")
+CHECKED_ELSEWHERE = ("affinity.", "captioning.")
 
 
 def numbers_of(config, prefix=""):
