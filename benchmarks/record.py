@@ -16,7 +16,7 @@ import re
 import sys
 from typing import Any
 
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -81,7 +81,7 @@ def write_result(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    write_atomically(path, f"{text}\n".encode())
+    write_bytes(path, f"{text}\n".encode())
     return path
 
 

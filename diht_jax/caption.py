@@ -33,13 +33,12 @@ from diht_jax.records.captions import all_captions, caption_kinds, check_kind, w
 from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats.registry import find_shards, open_source, open_writer
 from diht_jax.records.labels.files import MANIFEST
-from diht_jax.records.remote import exists
 from diht_jax.records.samples import SampleError
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import DamagedRecordError, TFRecordError
 from diht_jax.records.vocabulary import STATS_KEY, find_vocabulary, write_vocabulary
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import exists, write_bytes
 from diht_jax.storage.retries import StorageError
 
 SETTINGS_FILE = "captions.json"
@@ -236,7 +235,7 @@ def _copy_vocabulary(shards: Sequence[str], targets: Iterable[str], output: path
     write_vocabulary(output, vocabulary)
     stats = json.dumps({"counts": {STATS_KEY: vocabulary.describe()}}).encode()
     for target in targets:
-        write_atomically(pathlib.Path(f"{target}{STATS_SUFFIX}"), stats)
+        write_bytes(pathlib.Path(f"{target}{STATS_SUFFIX}"), stats)
 
 
 def _preprocess(model: Any, record: Record) -> np.ndarray | None:
@@ -279,7 +278,7 @@ def _check_settings(model: Any, output: pathlib.Path, options: CaptionOptions) -
     path = output / SETTINGS_FILE
     if not path.exists():
         output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(settings, indent=2).encode())
+        write_bytes(path, json.dumps(settings, indent=2).encode())
         return
     before = json.loads(path.read_text())
     changed = [name for name in settings if settings[name] != before.get(name)]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from diht_jax.config.architecture import parse_fields
 from diht_jax.config.overrides import apply_overrides, take_unset_keys
 from diht_jax.records.escaping import escape_lines
-from diht_jax.records.remote import refuse_url
+from diht_jax.storage.files import refuse_url
 
 flags.disclaim_key_flags()  # what is defined here are the command's own: its --help lists them
 

@@ -19,7 +19,8 @@ from absl import flags
 from diht_jax import command_line, distributed
 from diht_jax.evaluation.embedding.files import MODALITIES, EmbedOptions, embed_source
 from diht_jax.evaluation.embedding.inputs import list_inputs
-from diht_jax.storage.stores import check_writable, is_remote
+from diht_jax.storage.files import check_writable
+from diht_jax.storage.stores import is_remote
 
 
 def define_flags() -> None:

@@ -31,7 +31,7 @@ from diht_jax.evaluation.results import (
     write_results,
 )
 from diht_jax.records.escaping import escape_lines
-from diht_jax.records.remote import refuse_url
+from diht_jax.storage.files import refuse_url
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Task

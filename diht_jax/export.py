@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags, logging
 
 from diht_jax import command_line
-from diht_jax.records.remote import refuse_url
+from diht_jax.storage.files import refuse_url
 
 
 def define_flags() -> None:

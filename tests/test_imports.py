@@ -39,6 +39,18 @@ def test_no_circle_of_imports():
     assert [name for name, circle in zip(names, circle_of, strict=True) if sizes[circle] > 1] == []
 
 
+def test_only_storage_opens_stores_locks_and_retries():
+    graph = grimp.build_graph(*PACKAGES, include_external_packages=True, cache_dir=None)
+    packages = {"fsspec", "fcntl", "filelock", "tenacity", "backoff", "s3fs", "gcsfs"}
+    importers = {
+        name
+        for package in packages & graph.modules
+        for name in graph.find_modules_that_directly_import(package)
+    }
+    assert {name for name in importers if not name.startswith("diht_jax.storage.")} == set()
+    assert importers
+
+
 @pytest.mark.parametrize("command", ["filter", "label", "duplicates.__main__"])
 def test_workers_of_data_prep_start_without_jax(command):
     # A spawned worker imports the main module of its command before it can do anything.

@@ -37,7 +37,7 @@ from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.schema import Record, decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter, find_shards, read_records
 from diht_jax.records.vocabulary import STATS_KEY, read_vocabulary, write_vocabulary
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 NUM_SCENES = 2000  # of the retrieval task
 UNSEEN = tuple(
@@ -110,7 +110,7 @@ class Data:
                 self._begin(folder, text)
                 begin = time.monotonic()
                 maker(self, folder, *groups)
-                write_atomically(complete, text.encode())
+                write_bytes(complete, text.encode())
                 logging.info("data '%s': %.0f s", name, time.monotonic() - begin)
         return folder
 
@@ -121,7 +121,7 @@ class Data:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _COMPLETE).unlink(missing_ok=True)
-        write_atomically(begun, text.encode())
+        write_bytes(begun, text.encode())
 
 
 def identity(name: str) -> dict:
@@ -417,7 +417,7 @@ def _shuffle_labels(labelled: pathlib.Path, folder: pathlib.Path) -> None:
     write_vocabulary(folder, vocabulary)
     # What training reads of the statistics of `data_prep.label`.
     text = json.dumps({"counts": {STATS_KEY: vocabulary.describe()}})
-    write_atomically(folder / f"{_SHARD}{STATS_SUFFIX}", text.encode())
+    write_bytes(folder / f"{_SHARD}{STATS_SUFFIX}", text.encode())
 
 
 def _make_clips(data: Data, folder: pathlib.Path, variant: str) -> None:

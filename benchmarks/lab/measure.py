@@ -21,7 +21,7 @@ from absl import flags
 
 from diht_jax import command_line
 from diht_jax.readers.registry import open_source
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 RECALL_AT = 10
 _PHOTO_TEMPLATES = ("a photo of a {}.",)
@@ -56,7 +56,7 @@ def main() -> None:
     tests = {name: pathlib.Path(path) for name, path in json.loads(given.tests).items()}
     metrics, items = MEASURES[given.measured](load_model(given.model), tests)
     text = json.dumps({"metrics": metrics, "items": items})
-    write_atomically(pathlib.Path(given.output), text.encode())
+    write_bytes(pathlib.Path(given.output), text.encode())
 
 
 def measure_scenes(model: Any, tests: Mapping[str, pathlib.Path]) -> Measured:

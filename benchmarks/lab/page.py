@@ -36,7 +36,7 @@ from benchmarks.lab.statistics import CONFIRMED, WAITING, Estimate
 from benchmarks.lab.verdicts import Row, describe, judge, read_results
 from benchmarks.record import RESULTS
 from diht_jax import command_line
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 _DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
 # Metrics that stand beside the primary one, by student.
@@ -98,9 +98,9 @@ def main() -> None:
         figure.unlink(missing_ok=True)
         if drawn:
             text = figures.draw_contrasts(drawn, f"Contrasts: {BLOCKS[block][0]}")
-            write_atomically(figure, text.encode())
+            write_bytes(figure, text.encode())
     outdated = sum(1 for _ in pathlib.Path(flags.FLAGS.results).glob("*.json")) - len(results)
-    write_atomically(page, format_page(rows, results, outdated).encode())
+    write_bytes(page, format_page(rows, results, outdated).encode())
     print(f"{page}: {len(results)} runs")
 
 

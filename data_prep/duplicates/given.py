@@ -19,7 +19,8 @@ import numpy as np
 
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
-from diht_jax.storage.stores import is_remote, local_copy, open_system
+from diht_jax.storage.copies import local_copy
+from diht_jax.storage.stores import is_remote, open_system
 
 DESCRIPTION = "embeddings.json"
 

@@ -25,7 +25,7 @@ from diht_jax import command_line
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.readers.registry import open_source
 from diht_jax.records.schema import Pair
-from diht_jax.storage.atomic_file import open_atomically
+from diht_jax.storage.files import local_output
 
 SUFFIX = ".npz"
 
@@ -189,7 +189,7 @@ def try_hash(data: bytes) -> PictureHash | None:
 
 def write_index(path: pathlib.Path, index: Index) -> None:
     """Writes the file that `open_index` reads."""
-    with open_atomically(path) as file:
+    with local_output(path) as local, open(local, "wb") as file:
         np.savez(file, **index.columns)
 
 

@@ -50,7 +50,7 @@ from data_prep.jobs.failures import (
 )
 from data_prep.jobs.shards import STATS_SUFFIX
 from data_prep.sources.list import check_output, shards_of_task
-from diht_jax.storage import claim, files
+from diht_jax.storage import files, locks
 from diht_jax.storage.stores import is_remote
 
 SETTINGS, SCANNED = "settings.json", "scanned.json"
@@ -109,8 +109,6 @@ def run(
     failures = Failures()
     try:
         known = _prepare(config, planned, folder, processes)
-        if known is None:
-            return failures
         mine = shards_of_task(planned, task_index, num_tasks)
         failures = _scan(config, mine, folder, options)
         processes.agree({})
@@ -120,8 +118,6 @@ def run(
             failures |= {unit["source"]: unit["error"] for unit in others}
             return Failures(print_failures(failures))
         found = _choose_units(config, planned, found, folder, processes)
-        if found is None:
-            return failures
         _find(config, found, folder, processes)
     except StageFailedError as error:
         return Failures(print_failures(error.failures))
@@ -137,33 +133,28 @@ def run(
 
 def _prepare(
     config: ml_collections.ConfigDict, planned: Sequence[Unit], folder: str, processes: Processes
-) -> Mapping[str, Any] | None:
+) -> Mapping[str, Any]:
     """Settles what the folder holds.
 
     Returns:
-        Output -> statistics of units that are scanned, of those that were looked at; None where
-        another job writes the output now.
+        Output -> statistics of units that are scanned, of those that were looked at.
     """
     problems: dict[str, str] = {}
     known: Mapping[str, Any] = {}
-    is_free, refusal = True, None
+    refusal = None
     if processes.writes:
-        with claim.take(folder) as own:
-            is_free = own is not None
+        with locks.leader_lock(folder):
             try:
-                if is_free:
-                    _settle(config, folder)
-                    known = units.reject_or_remove_stale(planned, folder, config.max_changed_shards)
+                _settle(config, folder)
+                known = units.reject_or_remove_stale(planned, folder, config.max_changed_shards)
             except ValueError as error:
                 refusal, problems = error, {folder: str(error)}
     if processes.in_step:
-        if not is_free:
-            problems = {folder: "another job writes it"}
         with contextlib.suppress(*([StageFailedError] if refusal else [])):
             processes.agree(problems)
     if refusal is not None:
         raise refusal
-    return known if is_free else None
+    return known
 
 
 def _scan(
@@ -197,11 +188,9 @@ def _find(
     stages.find_all(search, processes)
     buckets = block_table.write_all(search, processes)
     if processes.writes:
-        with claim.take(folder) as own:
-            if own is not None:
-                own.announce_writing()
-                if read_summary(folder) is None:
-                    _describe_all(search, buckets, found)
+        with locks.leader_lock(folder):
+            if read_summary(folder) is None:
+                _describe_all(search, buckets, found)
     processes.agree({})
 
 
@@ -282,24 +271,15 @@ def _choose_units(
     found: Survey,
     folder: str,
     processes: Processes,
-) -> Survey | None:
-    """The units that the search is made of; the others count as failed.
-
-    Returns:
-        None where another job writes the output now.
-    """
-    is_free = True
+) -> Survey:
+    """The units that the search is made of; the others count as failed."""
     if processes.writes:
-        with claim.take(folder) as own:
-            is_free = own is not None
-            if is_free:
-                # Another job may have scanned more before it had the claim.
-                found = survey(planned, {unit.output: stats for unit, stats in found.parts})
-                _settle_scanned(config, planned, found, folder)
+        with locks.leader_lock(folder):
+            # Another job may have scanned more before this one had the lock.
+            found = survey(planned, {unit.output: stats for unit, stats in found.parts})
+            _settle_scanned(config, planned, found, folder)
     if processes.in_step:
-        processes.agree({} if is_free else {folder: "another job writes it"})
-    if not is_free:
-        return None
+        processes.agree({})
     chosen = {name for name, _ in _read_scanned(folder)}
     parts, failed = [], list(found.failed)
     for unit, stats in found.parts:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pathlib
 import shutil
 import tempfile
 from typing import Any
 
 import numpy as np
 
-from diht_jax.records.remote import file_version, is_remote
 from diht_jax.storage import files
-from diht_jax.storage.atomic_file import temporary_path
-from diht_jax.storage.stores import local_copy
+from diht_jax.storage.copies import cached_copy
+from diht_jax.storage.files import input_version
+from diht_jax.storage.stores import is_remote
 
 
 def cache_folder(output: str) -> str:
@@ -37,16 +36,10 @@ def fetch(path: str, cache: str) -> str:
     """
     if not is_remote(path):
         return path
-    identity = f"{path}\n{file_version(path)}"
+    size, version = input_version(path)
+    identity = f"{path}\n{size} {version}"
     digest = hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()
-    target = pathlib.Path(cache, digest)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_path(target)
-        with local_copy(path) as copy:
-            shutil.copyfile(copy, temporary)
-        os.replace(temporary, target)
-    return str(target)
+    return cached_copy(path, digest, size, cache)
 
 
 def write_columns(path: str, columns: dict[str, Any]) -> None:

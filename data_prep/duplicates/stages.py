@@ -30,7 +30,7 @@ from data_prep.duplicates.search import Processes, Search, Task, file_name, rows
 from data_prep.duplicates.table import bucket_of
 from data_prep.jobs.engine import Report
 from diht_jax.storage import files
-from diht_jax.storage.stores import local_copy
+from diht_jax.storage.copies import local_copy
 
 EXACT, ROWS, CLUSTERS, GROUPS, PARTIAL, FOUND = (
     "exact", "rows", "clusters", "groups", "partial", "found",

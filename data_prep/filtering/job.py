@@ -40,7 +40,7 @@ from data_prep.sources import list as source_list
 from data_prep.steps.registry import active_steps
 from diht_jax.records import dataset_info
 from diht_jax.records.formats.registry import FORMATS
-from diht_jax.storage import claim, files
+from diht_jax.storage import files, locks
 
 
 def run(
@@ -87,7 +87,7 @@ def _finish(
     *,
     has_begun: bool,
 ) -> tuple[Failures, list[shards.ShardTask]]:
-    """Writes the output if all jobs are done and no other job is writing it.
+    """Writes the output if all jobs are done and no other job has written it.
 
     Args:
         config: of the job.
@@ -101,9 +101,7 @@ def _finish(
     Returns:
         The failures to report, and the tasks that must be filtered again before there is output.
     """
-    with claim.take(folder) as own:
-        if own is None:
-            return failures, []
+    with locks.leader_lock(folder):
         if has_begun and (merged := parts.read_written(config, tasks, folder)) is not None:
             print(f"{folder}: another job has written the output")
             return with_output(failures, merged.get("failed", ())), []
@@ -113,14 +111,12 @@ def _finish(
             return failures, []
         not_made: dict[str, str] = {}
         if config.examples_per_shard is None:
-            own.announce_writing()
             _describe_parts(config, found, folder, engine)
         else:
             planned = plan_output(config, found.parts, folder)
             unwritten = _find_unwritten(planned)
             if missing := _records_missing(found.parts, unwritten, folder):
                 return failures, missing
-            own.announce_writing()
             not_made = _reshard(config, tasks, found, planned, unwritten, folder, engine)
         if not_made:
             return Failures(failures | not_made), []

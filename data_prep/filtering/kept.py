@@ -28,8 +28,8 @@ from absl import logging
 
 from data_prep.filtering import decisions
 from data_prep.jobs.engine import Report
-from diht_jax.records.remote import is_remote
 from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote
 
 KEPT_SUFFIX = ".kept.json"  # of parts from before decisions were recorded
 KEYS_FILE = "kept_keys.txt"

@@ -44,7 +44,7 @@ from data_prep.steps import registry
 from diht_jax.readers.base import SourceShard
 from diht_jax.readers.parquet import open_parquet
 from diht_jax.readers.registry import list_shards
-from diht_jax.storage import claim, files
+from diht_jax.storage import files, locks
 from diht_jax.storage.stores import is_remote
 
 JSONL_SUFFIX = ".jsonl"
@@ -107,13 +107,13 @@ def run(
     options = engine_options(config, engine)
     options |= {"label": "filter", "after_death": after_death}
     failures = run_noting_failures(function, pending, options)
-    with claim.take(folder) as own:
-        merged = filter_parts.read_written(config, tasks, folder) if pending and own else None
+    with locks.leader_lock(folder):
+        merged = filter_parts.read_written(config, tasks, folder) if pending else None
         if merged is not None:
             print(f"{folder}: another job has written the output")
             failures = with_output(failures, merged.get("failed", ()))
-        elif own is not None:
-            failures = _end(config, tasks, mine, folder, engine, failures, done, own)
+        else:
+            failures = _end(config, tasks, mine, folder, engine, failures, done)
     return print_failures(failures)
 
 
@@ -125,12 +125,10 @@ def _end(
     engine: str,
     failures: Failures,
     known: Mapping[str, dict[str, Any]],
-    own: claim.Claim,
 ) -> Failures:
     """Describes the folder if all jobs are done; returns the failures to report."""
     found = survey(tasks, known)
     if not is_unfinished(config.max_failed_shards, found, len(tasks)):
-        own.announce_writing()
         _finish(config, found, folder, engine)
         return with_output(failures, found.failed)
     has_all = len(mine) == len(tasks)

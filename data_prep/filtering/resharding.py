@@ -41,7 +41,8 @@ from diht_jax.records.formats.tar_writer import image_extension
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.vocabulary import KINDS
 from diht_jax.storage import files
-from diht_jax.storage.stores import BLOCK_BYTES, is_remote, local_copy, read_range
+from diht_jax.storage.copies import local_copy
+from diht_jax.storage.stores import BLOCK_BYTES, is_remote, read_range
 
 PARTS = "parts"
 

@@ -23,8 +23,8 @@ from data_prep.jobs.manifest import earlier_names
 from data_prep.jobs.packed import PackedList
 from diht_jax.records.format import INDEX_SUFFIX
 from diht_jax.records.formats.registry import name_format
-from diht_jax.records.remote import is_remote
 from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote
 
 PREVIOUS = "previous"  # below the folder of the parts
 

@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 from diht_jax.readers.base import read_image, walk_files
 from diht_jax.readers.registry import FORMATS, Skipped, SourceShard, describe_linked, names_files
-from diht_jax.records.remote import file_size, is_remote
 from diht_jax.storage import files
-from diht_jax.storage.stores import open_file
+from diht_jax.storage.files import input_size
+from diht_jax.storage.stores import is_remote, open_file
 
 # The ending of the files with locations; folders that were written before have it, so it stays.
 LOCATION_SUFFIX = ".place.json"
@@ -164,7 +164,7 @@ def _hash_all(source: SourceShard) -> str:
     """The hash of every byte of a file, of its part, or of a folder's files with their names."""
     digest = hashlib.blake2b(digest_size=16)
     for name, path in _list_files(source):
-        size = file_size(path)
+        size = input_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
         version = SourceShard(source.kind, path).identity()["changed_ns"]
         digest.update(_hash_range(path, *_range(source, size), version))

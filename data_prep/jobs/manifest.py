@@ -27,8 +27,8 @@ from data_prep.jobs.shards import STATS_SUFFIX, ShardTask
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.dataset_info import shard_name
 from diht_jax.records.formats.registry import FORMATS
-from diht_jax.records.remote import is_remote
 from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote
 
 NAME = "manifest.json"
 

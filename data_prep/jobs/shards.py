@@ -25,8 +25,8 @@ from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
 from diht_jax.records.formats.registry import FORMATS, name_format, open_writer
 from diht_jax.records.formats.writer import RecordWriter
-from diht_jax.records.remote import is_remote
 from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote
 
 STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
@@ -40,7 +40,7 @@ _TYPICAL_STATS = (
 
 Process = Callable[[SourceShard, RecordWriter], dict[str, Any]]
 
-# The names of `atomic_file.temporary_path`.
+# The names of `files.temporary_path`.
 _TEMPORARY = re.compile(r"\.(.+)\.\d+-[0-9a-f]{8}\.tmp")
 
 

@@ -31,12 +31,11 @@ from data_prep.labelling.scratch import Scratch
 from data_prep.teachers.base import Embedded, Teacher
 from data_prep.teachers.registry import open_teacher
 from diht_jax.readers.registry import Skipped, SourceShard, read_pairs
-from diht_jax.records.remote import is_remote
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter
 from diht_jax.storage import files
 from diht_jax.storage.retries import StorageError
-from diht_jax.storage.stores import StoreEnd
+from diht_jax.storage.stores import StoreEnd, is_remote
 
 FOLDER = "embeddings"
 DTYPES = ("float16", "float32")

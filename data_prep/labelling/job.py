@@ -55,7 +55,7 @@ from data_prep.teachers.clip import load_clip_teachers
 from data_prep.teachers.registry import load_teacher
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.labels.clip_embeddings import CLIP_EMBEDDINGS
-from diht_jax.storage import claim, files
+from diht_jax.storage import files, locks
 
 
 def run(
@@ -125,11 +125,9 @@ def _label(
             return print_failures(failures)
         _check_embedded(config, [task for task, _ in embedded.parts])
     failed = [row["source"] for row in embedded.failed]
-    with contextlib.nullcontext() if heads_plan.kept else claim.take(folder) as own:
+    with contextlib.nullcontext() if heads_plan.kept else locks.leader_lock(folder):
         if heads_plan.kept is None:
             # One job makes them; others that come meanwhile wait, and label with what it has made.
-            if own is None:
-                return print_failures(failures)
             heads_plan = use_trained(config, folder, heads_plan, embedding_tasks)
         heads = obtain_heads(config, folder, heads_plan, embedding_tasks, failed, teacher, scratch)
     tasks = plan.plan_labels(config, tasks, heads, embedding_tasks)
@@ -149,13 +147,10 @@ def _label(
         described=vocabulary.describe(),
     )
     failures |= labelled
-    with claim.take(folder) as own:
-        if own is None:
-            return print_failures(failures)
+    with locks.leader_lock(folder):
         found = survey(tasks)
         if is_unfinished(limit, found, len(tasks), "labelled"):
             return print_failures(failures)
-        own.announce_writing()
         if has_begun and files.exists(files.join(folder, shards.MERGED_STATS)):
             print(f"{folder}: another job has described the labels")
         else:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import ml_collections
 
-from diht_jax.records.remote import is_remote
+from diht_jax.storage.stores import is_remote
 
 _GB = 10**9
 

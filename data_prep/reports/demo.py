@@ -29,7 +29,7 @@ from data_prep.reports.page import (
 from data_prep.reports.summary import FilterReport, read_report
 from diht_jax import command_line
 from diht_jax.evaluation.bootstrap import paired_samples, percentile_interval
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 # Folder of a student -> what it is; each changes one thing of the one before.
 STUDENTS = {
@@ -65,7 +65,7 @@ def main() -> None:
     """Writes the page."""
     folder = pathlib.Path(flags.FLAGS.input)
     page = render_demo(folder, read_report(folder / "filtered"))
-    write_atomically(pathlib.Path(flags.FLAGS.output), page.encode())
+    write_bytes(pathlib.Path(flags.FLAGS.output), page.encode())
 
 
 def render_demo(folder: pathlib.Path, report: FilterReport) -> str:

@@ -20,9 +20,9 @@ from data_prep.jobs.packed import PackedList
 from diht_jax.readers import registry
 from diht_jax.readers.registry import Skipped, SourceShard
 from diht_jax.records.formats.tar_members import DamagedTarError
-from diht_jax.records.remote import is_remote
 from diht_jax.records.schema import Pair
-from diht_jax.storage.stores import check_writable
+from diht_jax.storage.files import check_writable
+from diht_jax.storage.stores import is_remote
 
 _ONE_SLASH = re.compile(r"([a-z0-9]+):/([^/].*)", re.DOTALL)
 

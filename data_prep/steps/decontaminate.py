@@ -22,8 +22,8 @@ from data_prep.steps import models
 from data_prep.steps.base import Candidate, Drop, Step, check_integers
 from diht_jax.config.checks import TextOrSections
 from diht_jax.readers.base import SourceShard
-from diht_jax.records.remote import is_remote
-from diht_jax.storage.stores import local_copy
+from diht_jax.storage.copies import local_copy
+from diht_jax.storage.stores import is_remote
 
 _EMBEDDINGS = "config.decontaminate.embeddings"
 

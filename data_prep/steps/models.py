@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.jobs.models import is_shared, open_model
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.input.transforms import eval_transform
-from diht_jax.records.remote import is_remote
+from diht_jax.storage.stores import is_remote
 from diht_jax.weights.releases import RELEASES
 
 _READ_BYTES = 2**22

@@ -33,7 +33,7 @@ from diht_jax import command_line
 from diht_jax.input import decode
 from diht_jax.progress import ProgressBar
 from diht_jax.readers.registry import open_source
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 CONCEPTS: tuple[str, ...] = (*SHAPES, *COLORS, *SIZES, *TEXTURES)
 
@@ -190,7 +190,7 @@ def write_embeddings(
     np.savez(buffer, key=np.array(keys), image_emb=embed(network, np.stack(pictures)))
     output = pathlib.Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, buffer.getvalue())
+    write_bytes(output, buffer.getvalue())
     return len(keys)
 
 

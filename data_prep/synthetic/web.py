@@ -41,7 +41,7 @@ from data_prep.synthetic.scenes import COLORS
 from data_prep.synthetic.shapes import SHAPES
 from diht_jax import command_line
 from diht_jax.progress import ProgressBar
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 CLEAN = "clean"
 NOISE_KINDS = ("product_title", "uninformative", "rendered_text", "mismatched")
@@ -272,7 +272,7 @@ def write_dataset(
     _claim_directory(output, manifest)
     for split, templates in _TEMPLATES.items():
         text = "".join(f"{template}\n" for template in templates)
-        write_atomically(output / f"{split}{TEMPLATES_SUFFIX}", text.encode())
+        write_bytes(output / f"{split}{TEMPLATES_SUFFIX}", text.encode())
     plan = {k: v for k, v in planned_tars(settings).items() if not (output / k).exists()}
     total = sum(len(indices) for _, indices in plan.values())
     # One stream over all tars keeps the workers busy across the borders of tars.
@@ -300,7 +300,7 @@ def _claim_directory(output: pathlib.Path, manifest: dict) -> None:
             f"{output} holds {foreign[0]} but no {MANIFEST_NAME}, so the tars are of unknown "
             "origin; give another --output"
         )
-    write_atomically(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def _make_all(

@@ -16,7 +16,7 @@ import zlib
 from typing import Any
 
 from data_prep.text_spotting.ocr import Box
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 
 @dataclasses.dataclass
@@ -88,7 +88,7 @@ class SpotCache:
         directory = pathlib.Path(folder) / digest
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "settings.json").exists():  # for people
-            write_atomically(directory / "settings.json", f"{text}\n".encode())
+            write_bytes(directory / "settings.json", f"{text}\n".encode())
         self.path = directory / f"{shard}.jsonl"
         self._readings: dict[str, Reading] = {}
         self._lines: list[str] = []

@@ -18,7 +18,7 @@ from data_prep.text_spotting.networks import PRECISIONS, OcrSettings
 from data_prep.text_spotting.ocr import resolve_for_networks
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import TextSpotter, Verdict
-from diht_jax.records.remote import refuse_url
+from diht_jax.storage.files import refuse_url
 
 # What is decided about a picture that EasyOCR has read, and how it is read: raised whenever a
 # decision may come out differently. tests/data_prep/text_spotting/test_rules_version.py fails when

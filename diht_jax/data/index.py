@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import pathlib
@@ -31,7 +30,7 @@ from absl import flags, logging
 
 from diht_jax import command_line
 from diht_jax.progress import ProgressBar
-from diht_jax.records import remote, tfrecord
+from diht_jax.records import tfrecord
 from diht_jax.records.catalog import IndexedOffsets, describe_stale, has_shard_name, list_folder
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
@@ -53,9 +52,11 @@ from diht_jax.records.format import (
     wrong_index,
 )
 from diht_jax.records.formats import tar_records
-from diht_jax.records.sharded import LocalFile
+from diht_jax.records.sharded import LocalFile, RemoteFile
 from diht_jax.records.vocabulary import folder_vocabulary
-from diht_jax.storage.atomic_file import open_atomically, write_atomically
+from diht_jax.storage.files import local_output, upload, write_bytes
+from diht_jax.storage.locks import lock_file
+from diht_jax.storage.stores import is_remote
 
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _PART = struct.Struct("<Q16sI")  # shard size, digest, CRC32C of the offsets
@@ -223,14 +224,13 @@ class _Builder:
 
     def write(self, path: str, vocabulary: Mapping[str, Any] | None) -> None:
         """Writes the index, in a store by way of a local file."""
-        if not remote.is_remote(path):
+        if not is_remote(path):
             write_dataset_index(path, self.entries, self._load_offsets, vocabulary)
             return
         local = self._work / INDEX_NAME
         write_dataset_index(local, self.entries, self._load_offsets, vocabulary)
-        system, name = remote.open_system(path)
         try:
-            system.put_file(str(local), name)
+            upload(local, path)
         except OSError as error:
             raise ValueError(
                 f"{path}: cannot be written ({error}); the index lies at {local}, copy it there"
@@ -254,7 +254,7 @@ class _Builder:
         path, size = os.path.join(self._folder, name), self._sizes[name]
         kind, trusts = _kind_of(name), self._trusts_shard_indices
         offsets = _FINDERS[kind](path, size, trust_index=trusts)
-        file = (remote.RemoteFile if remote.is_remote(path) else LocalFile)(path, size)
+        file = (RemoteFile if is_remote(path) else LocalFile)(path, size)
         if file.size != size:
             raise ValueError(f"{path}: is being written; run the command again when it is done")
         head = file.read_range(0, END_BYTES)
@@ -265,7 +265,7 @@ class _Builder:
         if not (trusts and _has_own_index(path)):
             data = offsets.astype("<u8").tobytes()
             header = _PART.pack(size, digest.encode(), google_crc32c.value(data))
-            write_atomically(self._part_path(name), header + data)
+            write_bytes(self._part_path(name), header + data)
         return self._make_entry(name, offsets, digest)
 
     def _make_entry(self, name: str, offsets: np.ndarray, digest: str) -> ShardEntry:
@@ -307,7 +307,7 @@ def write_dataset_index(
     path = pathlib.Path(path)
     head = encode_head(entries, vocabulary)
     ShardTable(head, os.fspath(path))  # so that nothing is written that no reader takes
-    with open_atomically(path) as file:
+    with local_output(path) as local, open(local, "wb") as file:
         file.write(encode_preamble(head))
         file.write(head)
         for entry in entries:
@@ -324,7 +324,7 @@ def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Iterat
     Raises:
         ValueError: there is no such folder of shards, or it cannot be written.
     """
-    if work_dir is not None or remote.is_remote(folder):
+    if work_dir is not None or is_remote(folder):
         base = pathlib.Path(work_dir or f"{tempfile.gettempdir()}/diht_jax-{os.getuid()}")
         work = base / f"index-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
     elif not os.path.isdir(folder):
@@ -333,12 +333,10 @@ def _locked_work(folder: str, work_dir: str | os.PathLike[str] | None) -> Iterat
         work = pathlib.Path(folder) / _WORK
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "ab")  # noqa: SIM115 - closed below
+        lock = lock_file(work / "lock")
     except OSError as error:
         raise ValueError(f"{work}: cannot be written ({error.strerror})") from error
     with lock:
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
         work.mkdir(parents=True, exist_ok=True)  # another process may have had the lock, and ended
         try:
             yield work
@@ -407,7 +405,7 @@ def _fits_head(offsets: np.ndarray, head: bytes) -> bool:
 
 
 def _has_own_index(path: str) -> bool:
-    return not remote.is_remote(path) and os.path.exists(path + INDEX_SUFFIX)
+    return not is_remote(path) and os.path.exists(path + INDEX_SUFFIX)
 
 
 def _read_part(path: pathlib.Path, shard_bytes: int) -> tuple[str, np.ndarray] | None:

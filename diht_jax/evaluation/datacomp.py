@@ -6,7 +6,7 @@ from absl import logging
 
 from diht_jax.evaluation.benchmark_names import DATACOMP, datacomp_folder, datacomp_source
 from diht_jax.evaluation.sources.pictures import join
-from diht_jax.records.remote import exists
+from diht_jax.storage.files import exists
 
 _PREFIX = "datacomp:"
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from diht_jax.evaluation.suite_means import suite_means
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
@@ -65,7 +65,7 @@ def write_results(path: str | pathlib.Path, results: dict[str, Any]) -> None:
     """Writes the results of a run as JSON; the folder is made when missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json.dumps(results, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_results(path: str | pathlib.Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from diht_jax.input.block_order import BlockOrder
-from diht_jax.records.remote import is_remote
+from diht_jax.storage.stores import is_remote
 
 # Of `config.data.order`, beside "auto".
 ORDERS = ("global", "blocks")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import functools
 import math
 import multiprocessing
@@ -24,8 +23,11 @@ import threading
 import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker, shared_memory
+from typing import BinaryIO
 
 from absl import logging
+
+from diht_jax.storage.locks import lock_file
 
 SHARED_MEMORY = "/dev/shm"
 # How grain names its workers, and how it reports one that is gone.
@@ -48,6 +50,8 @@ _MOST_BY_DEFAULT = 64
 CGROUP = pathlib.Path("/sys/fs/cgroup")
 # Its files with microseconds of processor time, and of what time; version 2 and 1.
 _CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
+# The locks of this process, which are not to be closed.
+_held: list[BinaryIO] = []
 # How often a worker looks for its parent.
 _POLL_SECS = 1.0
 # How long the kernel may take to end a process.
@@ -99,12 +103,11 @@ def segment_mark() -> str | None:
     lock = pathlib.Path(SHARED_MEMORY, f"{mark}.lock")
     try:
         _remove_stale_segments()
-        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+        # Held until the process ends. One that starts at this very moment may hold it for an
+        # instant and remove the file: then no other run cleans up after this one.
+        _held.append(lock_file(lock))
     except OSError:
         return None
-    # Held until the process ends. One that starts at this very moment may hold it for an instant
-    # and remove the file: then no other run cleans up after this one.
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
     atexit.register(lambda: lock.unlink(missing_ok=True))
     return mark
 
@@ -112,8 +115,7 @@ def segment_mark() -> str | None:
 def _remove_stale_segments() -> None:
     """Removes shared memory whose owner's lock is free, and the lock's file."""
     for path in pathlib.Path(SHARED_MEMORY).glob("diht_jax_*.lock"):
-        with contextlib.suppress(OSError), path.open("rb+") as file:  # another user's, or held
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(OSError), lock_file(path, wait=False):  # another user's, or held
             _remove_segments(path.stem)
             path.unlink()
 

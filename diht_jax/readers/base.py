@@ -13,8 +13,6 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from diht_jax.records import remote
-
 # The readers clean and parse as records are read.
 from diht_jax.records.samples import (
     IMAGE_EXTENSIONS,
@@ -25,7 +23,8 @@ from diht_jax.records.samples import (
     pick_captions,
 )
 from diht_jax.records.schema import Pair, parse_json_object
-from diht_jax.storage import retries
+from diht_jax.storage import files, retries
+from diht_jax.storage.files import input_version
 from diht_jax.storage.stores import is_remote, read_start
 
 __all__ = [
@@ -129,23 +128,23 @@ class SourceShard:
         """
         described = {
             "kind": self.kind,
-            "path": self.path if remote.is_remote(self.path) else os.path.abspath(self.path),
+            "path": self.path if is_remote(self.path) else os.path.abspath(self.path),
             "start": self.start,
             "stop": self.stop,
             "options": dict(self.options),
         }
-        if remote.is_remote(self.path):
-            size, version = remote.file_version(self.path)
+        if is_remote(self.path):
+            size, version = input_version(self.path)
             return described | {"files": 1, "size_bytes": size, "changed_ns": version}
         if os.path.isdir(self.path):
             found = walk_files(self.path, self.root)
-            files = [retries.stat(path) for path, is_inside in found if is_inside]
+            states = [files.stat(path) for path, is_inside in found if is_inside]
         else:
-            files = [retries.stat(self.path)]
+            states = [files.stat(self.path)]
         return described | {
-            "files": len(files),
-            "size_bytes": sum(file.st_size for file in files),
-            "changed_ns": max((file.st_mtime_ns for file in files), default=0),
+            "files": len(states),
+            "size_bytes": sum(state.st_size for state in states),
+            "changed_ns": max((state.st_mtime_ns for state in states), default=0),
         }
 
 
@@ -228,13 +227,13 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
     if os.path.commonpath([root, path]) != root:
         return Skipped(key, "refused_path", f"{_shortened(name)} leads out of '{root}'")
     try:
-        status = retries.stat(path)
+        status = files.stat(path)
         if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
             return Skipped(key, "no_image", f"{_shortened(name)} is no ordinary file")
         if status.st_size > MAX_IMAGE_BYTES:
             detail = f"{_shortened(name)} has over {MAX_IMAGE_BYTES} bytes"
             return Skipped(key, "too_large", detail)
-        return retries.read_file(path)
+        return files.read_bytes(path)
     except OSError as error:
         # Anything else is no reason to lose a pair: the file may well be there.
         if not retries.is_missing(error):

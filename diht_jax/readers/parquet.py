@@ -28,10 +28,10 @@ from diht_jax.readers.base import (
     pick_captions,
 )
 from diht_jax.records.formats.tar_members import ExpansionCheck
-from diht_jax.records.remote import file_size
 from diht_jax.records.schema import Pair
-from diht_jax.storage.retries import check_failure, is_storage_failure
-from diht_jax.storage.stores import BLOCK_BYTES, StoreFile, is_remote, open_file
+from diht_jax.storage.files import input_size
+from diht_jax.storage.retries import is_storage_failure
+from diht_jax.storage.stores import BLOCK_BYTES, StoreFile, check_failure, is_remote, open_file
 
 SUFFIX = ".parquet"
 IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
@@ -196,7 +196,7 @@ def read_parquet(source: SourceShard, *, needs_caption: bool = True) -> Iterator
     stem = os.path.basename(source.path).removesuffix(SUFFIX)
     seen: set[str] = set()
     number = 0
-    expansion = ExpansionCheck(source.path, file_size(source.path))
+    expansion = ExpansionCheck(source.path, input_size(source.path))
     with explain_errors(source.path, lambda: f"damaged at row {number}"):
         for row in read_rows(file):
             key = clean_text(str(row.get("key") or "")) or f"{stem}-{number:08d}"

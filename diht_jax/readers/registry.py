@@ -33,10 +33,10 @@ from absl import logging
 
 from diht_jax.readers import image_folder, parquet, records, tables, tfds, webdataset
 from diht_jax.readers.base import Format, Skipped, SourceShard
-from diht_jax.records import remote
 from diht_jax.records.schema import Pair
-from diht_jax.storage import retries
-from diht_jax.storage.stores import open_system
+from diht_jax.storage import files, retries
+from diht_jax.storage.files import find_inputs, is_glob
+from diht_jax.storage.stores import is_remote, open_system
 
 __all__ = [
     "FORMATS",
@@ -131,7 +131,7 @@ def describe_linked(source: SourceShard) -> str | None:
         count += 1
         try:
             path = os.path.join(root, name)
-            status = retries.stat(path)
+            status = files.stat(path)
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError) as error:  # no file can have such a name, either
             if isinstance(error, OSError) and not retries.is_missing(error):
@@ -215,7 +215,7 @@ def _split_options(text: str) -> tuple[str, dict[str, Any]]:
     if match is None:
         return text, {}
     own: dict[str, Any] = dict(part.split("=", 1) for part in match[2].split("&"))
-    if remote.is_remote(text):
+    if is_remote(text):
         if own.keys().isdisjoint(option_defaults()):
             return text, {}
     elif os.path.exists(text) or glob.glob(text):
@@ -234,7 +234,7 @@ def _list_plain_text(text: str, options: dict[str, Any]) -> list[SourceShard]:
     for kind, form in FORMATS.items():
         if form.prefix and text.startswith(form.prefix):
             return _list_one(kind, text, options)
-    if remote.is_remote(text):
+    if is_remote(text):
         return _list_remote(text, options)
     if os.path.isdir(text):
         return _list_folder(text, options)
@@ -284,10 +284,10 @@ def _list_files_in(folder: str, files: Sequence[str], options: dict[str, Any]) -
 
 
 def _list_remote(url: str, options: dict[str, Any]) -> list[SourceShard]:
-    paths = [path for path in sorted(remote.list_files(url)) if _kind_of(path)]
+    paths = [path for path in sorted(find_inputs(url)) if _kind_of(path)]
     if paths:
-        is_glob = remote.is_glob(open_system(url)[1])
-        return (_list_files if is_glob else _list_files_in)(url, paths, options)
+        of_glob = is_glob(open_system(url)[1])
+        return (_list_files if of_glob else _list_files_in)(url, paths, options)
     raise ValueError(
         f"nothing to read at '{url}'; of an object store tars, tables, parquet files and record "
         f"shards are read, by names that end in {_known_suffixes()}; folders of images must be "

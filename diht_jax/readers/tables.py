@@ -29,8 +29,8 @@ from diht_jax.readers.base import (
     pick_captions,
     read_image,
 )
-from diht_jax.records.remote import file_size
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import input_size
 from diht_jax.storage.stores import is_remote, open_file, read_start
 
 TABLE_SUFFIXES = (".jsonl", ".csv", ".tsv")
@@ -119,7 +119,7 @@ def _whole_table(path: str, options: TableOptions, shared: dict[str, Any]) -> So
 
     Images in a store are not compared with those of an earlier run: that would be a request each.
     """
-    size = file_size(path)
+    size = input_size(path)
     start = io.BytesIO(read_start(path, _HEAD_BYTES))
     _check_encoding(path, start)
     header, position = None, 0

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.records import remote
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
     INDEX_NAME,
@@ -35,6 +34,9 @@ from diht_jax.records.dataset_index import (
     read_table,
     rebuild_command,
 )
+from diht_jax.storage.copies import cached_copy
+from diht_jax.storage.files import find_inputs, input_size, is_glob
+from diht_jax.storage.stores import is_remote, read_range
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 # Calls a function in the first process of a run, and gives its result in all of them.
@@ -69,7 +71,7 @@ class IndexedOffsets:
         """
         self.table = table
         self.location = location
-        self._file = None if remote.is_remote(location) else location
+        self._file = None if is_remote(location) else location
         self._reset()
 
     def extent(self, row: int, begin: int, end: int) -> tuple[int, int]:
@@ -101,12 +103,13 @@ class IndexedOffsets:
             ValueError: there is no room for it.
         """
         if self._file is None:
-            self._file = remote.copy_once(
+            self._file = cached_copy(
                 self.location,
                 f"dataset-{self.table.identity}.index",
                 self.table.file_bytes,
                 cache_dir,
-                ', or take config.data.order="blocks", which does not need it',
+                "name another folder by config.data.cache_dir, or take "
+                'config.data.order="blocks", which does not need it',
             )
             self._reset()
 
@@ -212,7 +215,7 @@ def open_catalog(paths: Paths, kind: str = "tfrecord", share: Share | None = Non
 
 def is_shard(path: str, kind: str = "tfrecord") -> bool:
     """Whether a path is a file with the name of a shard; a URL is taken at its name."""
-    return has_shard_name(path, kind) and (remote.is_remote(path) or os.path.isfile(path))
+    return has_shard_name(path, kind) and (is_remote(path) or os.path.isfile(path))
 
 
 def has_shard_name(path: str, kind: str = "tfrecord") -> bool:
@@ -226,8 +229,8 @@ def list_folder(folder: str) -> dict[str, int]:
     Raises:
         FileNotFoundError: there is no such folder.
     """
-    if remote.is_remote(folder):
-        found = remote.list_sizes(folder)
+    if is_remote(folder):
+        found = find_inputs(folder)
         return {os.path.basename(path): size for path, size in found.items() if size is not None}
     with os.scandir(folder) as listed:
         return {entry.name: entry.stat().st_size for entry in listed if entry.is_file()}
@@ -272,7 +275,7 @@ class _Lister:
         Raises:
             ValueError: there are none.
         """
-        if not remote.is_remote(entry) and os.path.isfile(entry):
+        if not is_remote(entry) and os.path.isfile(entry):
             return {entry: None}, False
         found, is_whole = self._candidates(entry)
         shards = {path: found[path] for path in sorted(found) if has_shard_name(path, self._kind)}
@@ -308,13 +311,13 @@ class _Lister:
 
     def _candidates(self, entry: str) -> tuple[dict[str, int | None], bool]:
         """Files with their sizes, where these are known, and whether they are a whole folder."""
-        if remote.is_remote(entry):
+        if is_remote(entry):
             parent = os.path.dirname(entry)
             if self._entries_of[parent] > 1 and has_shard_name(entry, self._kind):
                 listed = self._list_remote(parent)  # one request for all of them
                 return {entry: listed[entry]} if entry in listed else {}, False
             listed = self._list_remote(entry)
-            is_folder = not (entry in listed or remote.is_glob(entry))
+            is_folder = not (entry in listed or is_glob(entry))
             if is_folder and listed:
                 self._folders[os.path.dirname(next(iter(listed)))] = listed
             return listed, is_folder
@@ -329,7 +332,7 @@ class _Lister:
 
     def _list_remote(self, url: str) -> dict[str, int | None]:
         if url not in self._folders:
-            self._folders[url] = remote.list_sizes(url)
+            self._folders[url] = find_inputs(url)
         return self._folders[url]
 
     def _index_of(self, folder: str) -> IndexedOffsets | None:
@@ -346,7 +349,7 @@ class _Lister:
         self, table: ShardTable, folder: str, sizes: dict[str, int | None], is_whole: bool
     ) -> None:
         found = {
-            os.path.basename(path): remote.file_size(path) if size is None else size
+            os.path.basename(path): input_size(path) if size is None else size
             for path, size in sizes.items()
         }
         known = {
@@ -412,7 +415,7 @@ def _unpack(packed: bytes, entries: Sequence[str], lister: _Lister) -> list[list
     def shards_in(folder: str, number: int, rows: list[int]) -> list[Shard]:
         if folder not in opened:
             location = os.path.join(folder, INDEX_NAME)
-            if not remote.is_remote(location):
+            if not is_remote(location):
                 check_same(location, tables[number])
             opened[folder] = IndexedOffsets(tables[number], location)
         return _shards_of(opened[folder], folder, rows)
@@ -438,7 +441,7 @@ def _shards_of(index: IndexedOffsets, folder: str, rows: Iterable[int]) -> list[
 
 def _read_offsets(location: str, offsets_start: int, begin: int, end: int) -> np.ndarray:
     """Some offsets of an index in a store, numbered through all shards."""
-    data = remote.read_range(location, offsets_start + 8 * begin, offsets_start + 8 * end)
+    data = read_range(location, offsets_start + 8 * begin, offsets_start + 8 * end)
     if len(data) != 8 * (end - begin):
         raise damaged(location, "it is cut off")
     return np.frombuffer(data, "<u8")

@@ -37,8 +37,7 @@ import google_crc32c
 import numpy as np
 
 from diht_jax.records.format import TFRecordError
-from diht_jax.records.remote import is_remote, read_range
-from diht_jax.storage.retries import open_file
+from diht_jax.storage.stores import is_remote, open_file, read_range
 
 INDEX_NAME = "dataset.index"
 ANCHOR_RECORDS = 64

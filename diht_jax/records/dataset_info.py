@@ -16,7 +16,8 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 
 from diht_jax.records import schema
-from diht_jax.storage.stores import is_remote, write_bytes
+from diht_jax.storage.files import write_bytes
+from diht_jax.storage.stores import is_remote
 
 FILES = ("dataset_info.json", "features.json")
 # Name -> samples, of tars; open_clip takes the size of its epochs from it.

@@ -16,13 +16,13 @@ from __future__ import annotations
 import os
 import pathlib
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import google_crc32c
 import numpy as np
 
-from diht_jax.storage.atomic_file import write_atomically
-from diht_jax.storage.stores import open_file
+from diht_jax.storage.files import read_bytes, write_bytes
+from diht_jax.storage.stores import is_remote, open_file
 
 INDEX_SUFFIX = ".idx"
 
@@ -93,10 +93,10 @@ def framed_length(header: bytes) -> int | None:
 
 
 def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
-    """Walks through a shard from length to length; contents are not read.
+    """Walks through a shard from length to length; contents of a local one are not read.
 
     Args:
-        path: of the shard.
+        path: of the shard, or its URL.
 
     Returns:
         uint64 [n], where each record's frame starts.
@@ -104,30 +104,18 @@ def scan_offsets(path: str | os.PathLike[str]) -> np.ndarray:
     Raises:
         TFRecordError: not a TFRecord file, or cut off, or damaged between two records.
     """
-    with open(path, "rb", buffering=0) as file:
-        descriptor = file.fileno()
-        size = os.fstat(descriptor).st_size
-        return walk_offsets(
-            os.fspath(path), size, lambda position, length: os.pread(descriptor, length, position)
-        )
-
-
-def walk_offsets(path: str, size: int, read_at: Callable[[int, int], bytes]) -> np.ndarray:
-    """`scan_offsets` of a shard that is read in another way than as a local file.
-
-    Args:
-        path: of the shard, for messages.
-        size: of the shard, in bytes.
-        read_at: position and length -> bytes, fewer at the end of the shard.
-    """
+    path = os.fspath(path)
     offsets, position = [], 0
-    while position < size:
-        header = read_at(position, _LENGTH.size)
-        end = position + FRAME_BYTES + _check_header(path, len(offsets), header)
-        if end > size:
-            raise _truncated(path, len(offsets), end - size)
-        offsets.append(position)
-        position = end
+    with open_file(path) if is_remote(path) else open(path, "rb", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        while position < size:
+            file.seek(position)
+            header = file.read(_LENGTH.size)
+            end = position + FRAME_BYTES + _check_header(path, len(offsets), header)
+            if end > size:
+                raise _truncated(path, len(offsets), end - size)
+            offsets.append(position)
+            position = end
     return np.array(offsets, np.uint64)
 
 
@@ -162,20 +150,33 @@ def index_path(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def write_index(path: str | os.PathLike[str], offsets: np.ndarray, shard_bytes: int) -> None:
-    """Writes the index of a shard beside it.
+    """Writes the index of a shard next to it.
 
     Args:
-        path: of the shard.
+        path: of the shard, or its URL.
         offsets: uint64 [n], as `scan_offsets` gives.
         shard_bytes: size of the shard that the offsets belong to.
     """
-    write_atomically(index_path(path), encode_index(offsets, shard_bytes))
+    write_bytes(os.fspath(path) + INDEX_SUFFIX, encode_index(offsets, shard_bytes))
 
 
 def encode_index(offsets: np.ndarray, shard_bytes: int) -> bytes:
     """The contents of an index; see `write_index`."""
     header = _INDEX_HEADER.pack(_INDEX_MAGIC, shard_bytes, len(offsets))
     return header + offsets.astype("<u8").tobytes()
+
+
+def read_stored_index(url: str, shard_bytes: int) -> np.ndarray | None:
+    """The offsets of the index next to a shard in a store; None where there is none.
+
+    Raises:
+        TFRecordError: the index is damaged or another shard's.
+    """
+    try:
+        data = read_bytes(url + INDEX_SUFFIX)
+    except FileNotFoundError:
+        return None
+    return decode_index(url, data, shard_bytes)
 
 
 def decode_index(path: str, data: bytes, shard_bytes: int) -> np.ndarray:

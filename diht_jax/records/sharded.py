@@ -18,8 +18,9 @@ import numpy as np
 from diht_jax.records.catalog import Paths, Shard, Share, open_catalog
 from diht_jax.records.dataset_index import rebuild_command
 from diht_jax.records.format import TFRecordError, wrong_index
-from diht_jax.records.remote import RemoteFile, is_remote
+from diht_jax.storage.files import input_size
 from diht_jax.storage.retries import retry
+from diht_jax.storage.stores import is_remote, read_range
 
 _MAX_OPEN_SHARDS = (
     128  # two descriptors each, of local ones: well under the usual limit of 1024 for a process
@@ -281,6 +282,19 @@ class OpenShard:
     def extent(self, begin: int, end: int) -> tuple[int, int]:
         """First byte and end of some records."""
         return self.offsets.extent(begin, end)
+
+
+class RemoteFile:
+    """A file in a store; every read is one ranged request."""
+
+    def __init__(self, path: str, num_bytes: int | None = None):
+        """Of a URL, and its size; None costs a request."""
+        self._path = path
+        self.size = input_size(path) if num_bytes is None else num_bytes
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """Some bytes of the file."""
+        return read_range(self._path, start, end)
 
 
 class LocalFile:

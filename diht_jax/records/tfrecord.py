@@ -25,13 +25,14 @@ from diht_jax.records.format import (
     load_offsets,
     read_index_count,
     read_records,
+    read_stored_index,
     scan_offsets,
     unframe,
     write_index,
 )
-from diht_jax.records.remote import count_records, find_remote_offsets, is_remote
 from diht_jax.records.sharded import ArrayOffsets, OpenShard, ShardedRecords
-from diht_jax.storage.atomic_file import temporary_path
+from diht_jax.storage.files import input_size, temporary_path
+from diht_jax.storage.stores import is_remote
 
 __all__ = [
     "DamagedRecordError",
@@ -218,11 +219,15 @@ class TFRecordSource(ShardedRecords):
     def _count_records(shard: Shard) -> tuple[int, int, np.ndarray | None]:
         path = shard.path
         if is_remote(path):
-            return count_records(path, shard.num_bytes)
-        size = os.stat(path).st_size
-        count = read_index_count(path, size)
-        if count is not None:
-            return count, size, None
+            size = input_size(path) if shard.num_bytes is None else shard.num_bytes
+            offsets = read_stored_index(path, size)
+            if offsets is not None:
+                return len(offsets), size, None
+        else:
+            size = os.stat(path).st_size
+            count = read_index_count(path, size)
+            if count is not None:
+                return count, size, None
         offsets = scan_offsets(path)
         with contextlib.suppress(OSError):
             write_index(path, offsets, size)
@@ -290,7 +295,6 @@ def find_offsets(path: str, shard_bytes: int, *, trust_index: bool = True) -> np
     Raises:
         TFRecordError: the shard or its index is broken.
     """
-    if is_remote(path):
-        return find_remote_offsets(path, shard_bytes, trust_index=trust_index)
-    offsets = load_offsets(path, shard_bytes) if trust_index else None
+    load = read_stored_index if is_remote(path) else load_offsets
+    offsets = load(path, shard_bytes) if trust_index else None
     return scan_offsets(path) if offsets is None else offsets

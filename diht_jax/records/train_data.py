@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 from diht_jax.config.checks import nearest_name
-from diht_jax.records.remote import is_remote
+from diht_jax.storage.stores import is_remote
 
 _CAPTION = "{caption}"
 _KEYS = ("path", "weight", "text_template", "order", "labels")

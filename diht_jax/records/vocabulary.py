@@ -29,9 +29,8 @@ from diht_jax.records.dataset_info import STATS_SUFFIX
 from diht_jax.records.formats.registry import find_shards
 from diht_jax.records.labels.files import MANIFEST, read_manifest
 from diht_jax.records.labels.rows import resolve_source
-from diht_jax.records.remote import exists, read_bytes
 from diht_jax.records.train_data import parse_train
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import exists, read_bytes, write_bytes
 
 KINDS = ("objects", "attributes")
 # In the statistics of a labelled shard, under "counts".
@@ -104,7 +103,7 @@ def write_vocabulary(folder: str | os.PathLike[str], vocabulary: Vocabulary) -> 
     """Writes both files into a local folder; errors as of `encode_concepts`."""
     for part in vocabulary:
         path = pathlib.Path(vocabulary_path(folder, part.kind))
-        write_atomically(path, encode_concepts(part))
+        write_bytes(path, encode_concepts(part))
 
 
 def read_vocabulary(folder: str | os.PathLike[str]) -> Vocabulary:

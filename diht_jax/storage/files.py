@@ -1,7 +1,7 @@
-"""Files of an output folder, on a local disk or in any store that fsspec knows (`s3://`, `gs://`).
+"""Files by path or URL, on a local disk or in any store that fsspec knows (`s3://`, `gs://`).
 
-Paths and URLs are texts here, and every function takes both. A file appears whole or not at all,
-and is seen by others at once: no listing of a store is remembered. What fails for a moment is tried
+Every function takes both. A file that is written appears whole or not at all, and others see it
+at once: no listing is remembered of a folder that is written to. What fails for a moment is tried
 again (`diht_jax.storage.retries`).
 """
 
@@ -17,32 +17,16 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 from diht_jax.storage import stores
-from diht_jax.storage.atomic_file import sync_file, temporary_path
-from diht_jax.storage.retries import read_file, retry
-from diht_jax.storage.stores import is_remote, open_system, write_bytes
-
-__all__ = [
-    "exists",
-    "join",
-    "list_names",
-    "list_sizes",
-    "local_output",
-    "make_folder",
-    "map_many",
-    "read_bytes",
-    "read_many",
-    "read_object",
-    "remove",
-    "rename",
-    "size",
-    "write_bytes",
-    "write_object",
-]
+from diht_jax.storage.retries import retry
+from diht_jax.storage.stores import is_remote, open_system
 
 # Stores whose folders must be made before a file is written; in the others a name is enough.
 _HAVE_FOLDERS = ("file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "arrow_hdfs")
-
 _READ_THREADS, _READ_AHEAD = 32, 256  # of small files in a store
+# What object stores call the version of a file, the most telling name first.
+_VERSIONS = ("etag", "ETag", "generation", "mtime", "LastModified", "updated", "created")
+# File system and folder -> the listing that it remembers, and the same by the names of the files.
+_listings: dict[tuple[int, str], tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]] = {}
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -56,13 +40,18 @@ def join(folder: str | os.PathLike[str], *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names])
 
 
+def is_glob(path: str) -> bool:
+    """Whether a path or URL is a pattern."""
+    return any(letter in path for letter in "*?[")
+
+
 def exists(path: str) -> bool:
-    """Whether there is such a file."""
+    """Whether there is such a file or folder."""
     return size(path) is not None
 
 
 def size(path: str) -> int | None:
-    """Bytes of a file; None where it is missing.
+    """Bytes of a file as it is now; None where it is missing.
 
     Raises:
         StorageError: it cannot be looked at, now and after some attempts.
@@ -75,23 +64,57 @@ def size(path: str) -> int | None:
         return None
 
 
-def read_bytes(path: str) -> bytes:
+def input_size(path: str) -> int:
+    """Bytes of an input file; a listing of its folder that this process has made is believed.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(path):
+        return os.path.getsize(path)
+    system, name = open_system(path)
+    return int(retry(lambda: system.size(name), path))
+
+
+def input_version(url: str) -> tuple[int, str | None]:
+    """Bytes of an input file in a store, and its version; None where the store states none.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    system, name = open_system(url)
+    info = _find_listed(system, name) or retry(lambda: system.info(name), url)
+    return int(info["size"]), next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
+
+
+def stat(path: str | os.PathLike[str]) -> os.stat_result:
+    """Size and times of a local file; errors are those of `retries.retry`."""
+    return retry(lambda: os.stat(path), path)
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
     """The contents of a file.
 
     Raises:
         FileNotFoundError: there is none.
         StorageError: it cannot be read, now and after some attempts.
     """
-    if not is_remote(path):
-        return read_file(path)
-    return stores.read_whole(path)
+    name = os.fspath(path)
+    if is_remote(name):
+        return stores.read_whole(name)
+
+    def read() -> bytes:
+        with open(name, "rb") as file:
+            return file.read()
+
+    return retry(read, name)
 
 
 def read_many(paths: Sequence[str]) -> Iterator[bytes]:
     """The contents of files in their order; of a store by many requests at once.
 
     Yields:
-        One at a time; few are held. Errors as of `read_bytes`.
+        One at a time; few are held. Errors are those of `read_bytes`.
     """
     yield from map_many(read_bytes, paths, paths[0] if paths else "")
 
@@ -103,7 +126,7 @@ def map_many(
 
     Args:
         function: looks at a small file; called by threads where the files are in a store.
-        items: what it is given.
+        items: its arguments.
         where: one of the files, or their folder.
 
     Yields:
@@ -134,6 +157,23 @@ def read_object(path: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a whole file; an old one is replaced.
+
+    Args:
+        path: of the file; a local folder must exist.
+        data: its contents.
+
+    Raises:
+        StorageError: the store does not take it, now and after some attempts.
+    """
+    if is_remote(os.fspath(path)):
+        _call(os.fspath(path), lambda system, name: system.pipe_file(name, data), "written")
+        return
+    with local_output(path) as local:
+        local.write_bytes(data)
+
+
 def write_object(path: str, value: Mapping[str, Any]) -> None:
     """Writes JSON for people and programs, atomically.
 
@@ -145,6 +185,59 @@ def write_object(path: str, value: Mapping[str, Any]) -> None:
     except UnicodeEncodeError:
         data = json.dumps(value, indent=1, sort_keys=True).encode()
     write_bytes(path, data + b"\n")
+
+
+@contextlib.contextmanager
+def local_output(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A file that has its name once the block has ended well; an old one is replaced then.
+
+    Args:
+        path: of the file; a local folder must exist.
+
+    Yields:
+        Where the block writes a file: a temporary name in the same folder, or in the system's
+        temporary folder for a URL, from where it is uploaded.
+
+    Raises:
+        StorageError: the store does not take it, now and after some attempts.
+    """
+    if is_remote(os.fspath(path)):
+        with tempfile.TemporaryDirectory(prefix="diht_jax-") as folder:
+            local = pathlib.Path(folder) / os.fspath(path).rsplit("/", 1)[1]
+            yield local
+            upload(local, os.fspath(path))
+        return
+    temporary = temporary_path(path)
+    try:
+        yield temporary
+        commit(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A hidden name in the same folder, which no other process takes and no search finds."""
+    path = pathlib.Path(path)
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+
+
+def commit(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Gives a local file its final name once all of it is on the disk."""
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+
+
+def upload(path: str | os.PathLike[str], url: str) -> None:
+    """Copies a local file into a store, where it appears whole; an old one is replaced.
+
+    Raises:
+        StorageError: the store does not take it, now and after some attempts.
+    """
+    _call(url, lambda system, name: system.put_file(os.fspath(path), name), "written")
 
 
 def list_names(folder: str, wanted: Callable[[str], bool] = bool) -> list[str]:
@@ -168,27 +261,42 @@ def list_sizes(folder: str, wanted: Callable[[str], bool] = bool) -> dict[str, i
     return {name: int(info["size"] or 0) for name, info in _list_remote(folder) if wanted(name)}
 
 
-def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Names of the files in a store's folder, with what the store says of each."""
+def find_inputs(pattern: str) -> dict[str, int | None]:
+    """The files of a store that the URL of a file, a folder or a glob stands for; one listing.
+
+    `input_size` and `input_version` then know them without a request.
+
+    Returns:
+        Bytes by URL, None where the store does not state them; empty where there is nothing.
+
+    Raises:
+        ValueError: nothing installed knows such URLs.
+    """
+    system, path = open_system(pattern)
+    system.invalidate_cache(path)  # other processes may have written there
+
+    def look() -> list[dict[str, Any]]:
+        if is_glob(path):
+            return list(system.glob(path, detail=True).values())
+        if os.path.splitext(path)[1] and system.isfile(path):
+            return [system.info(path)]  # some stores list a file by listing its whole folder
+        return system.ls(path, detail=True)
+
     try:
-        infos = _call(folder, lambda system, name: system.ls(name, detail=True))
+        infos = retry(look, pattern)
     except (FileNotFoundError, NotADirectoryError):
-        return
-    _, path = open_system(folder)
-    prefix = f"{path.strip('/')}/"
-    for info in infos:
-        name = info["name"].lstrip("/")
-        # Some stores list a file as itself, and a folder as an empty file in it.
-        if info["type"] == "file" and name.startswith(prefix) and name != prefix:
-            yield name.removeprefix(prefix), info
+        return {}
+    files = [info for info in infos if info["type"] != "directory"]
+    return {system.unstrip_protocol(info["name"]): info.get("size") for info in files}
 
 
 def remove(path: str) -> None:
     """Removes a file, if it is there."""
-    if is_remote(path):
-        stores.remove(path)
-    else:
-        pathlib.Path(path).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if is_remote(path):
+            _call(path, lambda system, name: system.rm_file(name), "removed")
+        else:
+            os.unlink(path)
 
 
 def rename(path: str, new: str) -> None:
@@ -208,36 +316,80 @@ def make_folder(folder: str) -> None:
         _call(folder, lambda system, name: system.makedirs(name, exist_ok=True), "made")
 
 
-@contextlib.contextmanager
-def local_output(path: str) -> Iterator[pathlib.Path]:
-    """A file that has its name once the block has ended well; an old one is replaced then.
+def refuse_url(path: str | os.PathLike[str] | None, name: str) -> None:
+    """Raises ValueError for an output that would need an object store.
 
     Args:
-        path: of the file; a local folder must exist.
+        path: where something is to be written; None passes.
+        name: of the flag or argument, such as "--output".
+    """
+    if path is not None and is_remote(os.fspath(path)):
+        raise ValueError(
+            f"{name}={os.fspath(path)}: this is written to local or mounted folders only; write it "
+            "to one, and copy it to the store"
+        )
 
-    Yields:
-        Where the block writes a file: a temporary name beside a local path, or in the system's
-        temporary folder for a URL, from where it is uploaded.
+
+def check_writable(folder: str, name: str) -> None:
+    """Writes a small file into a folder of a store and removes it.
+
+    Args:
+        folder: URL of an output.
+        name: of the flag, for the message, such as "--output".
 
     Raises:
-        StorageError: the store does not take it, now and after some attempts.
+        ValueError: the store takes no file: no such bucket, no permission, no writing.
     """
-    if is_remote(path):
-        with tempfile.TemporaryDirectory(prefix="diht_jax-") as folder:
-            local = pathlib.Path(folder) / path.rsplit("/", 1)[1]
-            yield local
-            stores.upload(local, path)
-        return
-    temporary = temporary_path(pathlib.Path(path))
+    probe = join(folder, ".probe")
     try:
-        yield temporary
-        sync_file(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_bytes(probe, b"")
+        remove(probe)
+    except ValueError:
+        raise
+    except Exception as error:  # a missing bucket, a store that is read only, no credentials
+        raise ValueError(
+            f"{name}='{folder}': nothing can be written there "
+            f"({str(error) or type(error).__name__}); expected a local folder, or one in a bucket "
+            "that exists and may be written to"
+        ) from error
+
+
+def _list_remote(folder: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Names of the files in a store's folder, with what the store says of each."""
+    try:
+        infos = _call(folder, lambda system, name: system.ls(name, detail=True))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    _, path = open_system(folder)
+    prefix = f"{path.strip('/')}/"
+    for info in infos:
+        name = info["name"].lstrip("/")
+        # Some stores list a file as itself, and a folder as an empty file in it.
+        if info["type"] == "file" and name.startswith(prefix) and name != prefix:
+            yield name.removeprefix(prefix), info
+
+
+def _find_listed(system: Any, name: str) -> dict[str, Any] | None:
+    """What the listing that a file system remembers has of a file; None where it remembers none.
+
+    The file system would find it too, but looks through the whole listing for each file.
+    """
+    folder = name.rpartition("/")[0]
+    try:
+        listing = system.dircache[folder]
+    except (AttributeError, KeyError):
+        return None
+    known, by_name = _listings.get((id(system), folder), (None, {}))
+    if known is not listing:
+        by_name = {info["name"]: info for info in listing if info["type"] != "directory"}
+        _listings[id(system), folder] = listing, by_name
+    return by_name.get(name)
 
 
 def _call(url: str, function: Callable[[Any, str], _Result], participle: str = "read") -> _Result:
     """Calls a function with the store of a URL and the path there, and again after a failure."""
     system, name = open_system(url, use_listings_cache=False)
-    return retry(lambda: function(system, name), url, participle)
+    result = retry(lambda: function(system, name), url, participle)
+    if participle != "read":
+        open_system(url)[0].invalidate_cache(name)  # of a listing that inputs are looked up in
+    return result

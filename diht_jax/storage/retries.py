@@ -9,7 +9,6 @@ FileNotFoundError at once.
 from __future__ import annotations
 
 import errno
-import io
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -117,120 +116,6 @@ def retry(
                 raise _storage_error(path, error, participle) from error
         sleep(delay_secs)
     raise AssertionError("the last attempt returns or raises")
-
-
-def stat(path: str | os.PathLike[str]) -> os.stat_result:
-    """Size and times of a file; errors as of `retry`."""
-    return retry(lambda: os.stat(path), path)
-
-
-def read_file(path: str | os.PathLike[str]) -> bytes:
-    """The bytes of a file; errors as of `retry`."""
-
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            return file.read()
-
-    return retry(read, path)
-
-
-def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
-    """Opens a file whose reads are tried again; errors, of every read too, as of `retry`."""
-    return io.BufferedReader(_RetryingFile(os.fspath(path)), 2**16)
-
-
-def check_readable(path: str | os.PathLike[str]) -> None:
-    """Raises the StorageError of a file that cannot be read to its end; errors as of `retry`.
-
-    For libraries that read by themselves, and name the same error for a bad disk and a bad file.
-    """
-    with open_file(path) as file:
-        while file.read(2**22):
-            pass
-
-
-def check_failure(file: io.BufferedReader) -> None:
-    """Raises the StorageError of a file from `open_file`, which a library may have wrapped."""
-    if file.raw.failure is not None:
-        raise file.raw.failure
-
-
-class PositionedFile(io.RawIOBase):
-    """What files that are read in their own way have in common.
-
-    Attributes:
-        name: path or URL.
-        size: in bytes; set by the class that derives from it.
-        failure: the StorageError that a read has raised, else None.
-    """
-
-    size: int
-
-    def __init__(self, name: str):
-        self.name = name
-        self.failure: StorageError | None = None
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        if start + offset < 0:
-            raise ValueError(f"{self.name}: negative position {start + offset}")
-        self._position = start + offset
-        return self._position
-
-
-class _RetryingFile(PositionedFile):
-    """A file that is opened again, at the same position, where a read fails."""
-
-    def __init__(self, path: str):
-        super().__init__(path)
-        self._file: io.FileIO | None = None
-        self.size = retry(self._measure, path)
-
-    def readinto(self, buffer: memoryview) -> int:
-        try:
-            count = retry(lambda: self._read(buffer), self.name)
-        except StorageError as error:
-            self.failure = error
-            raise
-        self._position += count
-        return count
-
-    def close(self) -> None:
-        self._drop()
-        super().close()
-
-    def _measure(self) -> int:
-        return os.fstat(self._opened().fileno()).st_size
-
-    def _read(self, buffer: memoryview) -> int:
-        try:
-            file = self._opened()
-            file.seek(self._position)
-            return file.readinto(buffer)
-        except OSError:
-            # The descriptor of a file server that was started again stays stale.
-            self._drop()
-            raise
-
-    def _opened(self) -> io.FileIO:
-        if self._file is None:
-            self._file = open(self.name, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
-        return self._file
-
-    def _drop(self) -> None:
-        file, self._file = self._file, None
-        if file is not None:
-            file.close()
 
 
 def _is_final(error: BaseException) -> bool:

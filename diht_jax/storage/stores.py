@@ -1,26 +1,20 @@
-"""Files in object stores (`gs://`, `s3://`, `memory://`, anything fsspec knows), by few requests.
+"""Opened files, local or in a store (`gs://`, `s3://`, anything fsspec knows), by few requests.
 
-`open_file` opens a file for reading from front to back, wherever it lies: one in a store is fetched
-by large blocks, each once, and the next one while a block is being read. Local files are read
-without fsspec.
+`open_file` opens a file, local or in a store, for reading from front to back: one in a store is
+fetched by large blocks, each once, and the next one while a block is being read. Local files are
+read without fsspec.
 """
 
 from __future__ import annotations
 
 import bisect
-import contextlib
 import errno
 import functools
 import io
 import os
-import pathlib
-import tempfile
-from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
 
-from diht_jax.storage import retries
-from diht_jax.storage.atomic_file import write_atomically
 from diht_jax.storage.retries import StorageError, retry
 
 BLOCK_BYTES = 2**24  # of one request
@@ -115,93 +109,114 @@ def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
     Raises:
         FileNotFoundError: there is none.
         StorageError: it cannot be read, now and after some attempts; every read can raise it, and
-            `retries.check_failure` finds it where a library has wrapped it.
+            `check_failure` finds it where a library has wrapped it.
     """
     name = os.fspath(path)
-    return (
-        io.BufferedReader(StoreFile(name), _BUFFER_BYTES)
-        if is_remote(name)
-        else (retries.open_file(name))
-    )
+    return io.BufferedReader((StoreFile if is_remote(name) else LocalFile)(name), _BUFFER_BYTES)
 
 
-@contextlib.contextmanager
-def local_copy(path: str) -> Iterator[str]:
-    """The path of a local file; of one in a store, that of a copy, which is deleted in the end."""
-    if not is_remote(path):
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="diht_jax-") as folder:
-        copy = os.path.join(folder, path.rsplit("/", 1)[1])
-        with StoreFile(path) as source, open(copy, "xb") as target:
-            while data := source.read(BLOCK_BYTES):
-                target.write(data)
-        yield copy
+def check_readable(path: str | os.PathLike[str]) -> None:
+    """Raises the StorageError of a file that cannot be read to its end; see `retry`.
 
-
-def write_bytes(path: str, data: bytes) -> None:
-    """Writes a whole file, local or in a store; an old one is replaced.
-
-    Args:
-        path: of the file; a local folder must exist.
-        data: its contents.
-
-    Raises:
-        StorageError: the store does not take it, now and after some attempts.
+    For libraries that read by themselves, and name the same error for a bad disk and a bad file.
     """
-    if not is_remote(path):
-        write_atomically(pathlib.Path(path), data)
-        return
-    system, name = open_system(path, use_listings_cache=False)
-    retry(lambda: system.pipe_file(name, data), path, "written")
+    with open_file(path) as file:
+        while file.read(2**22):
+            pass
 
 
-def upload(path: str | os.PathLike[str], url: str) -> None:
-    """Copies a local file into a store, where it appears whole; an old one is replaced.
+def check_failure(file: io.BufferedReader) -> None:
+    """Raises the StorageError of a file from `open_file`, which a library may have wrapped."""
+    if file.raw.failure is not None:
+        raise file.raw.failure
 
-    Raises:
-        StorageError: the store does not take it, now and after some attempts.
+
+class PositionedFile(io.RawIOBase):
+    """Base of `LocalFile` and `StoreFile`: a position, and the failure of a read.
+
+    Attributes:
+        name: path or URL.
+        size: in bytes; set by the class that derives from it.
+        failure: the StorageError that a read has raised, else None.
     """
-    system, name = open_system(url, use_listings_cache=False)
-    retry(lambda: system.put_file(os.fspath(path), name), url, "written")
+
+    size: int
+
+    def __init__(self, name: str):
+        self.name = name
+        self.failure: StorageError | None = None
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
+        if start + offset < 0:
+            raise ValueError(f"{self.name}: negative position {start + offset}")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        try:
+            count = self._fill(buffer)
+        except StorageError as error:
+            self.failure = error
+            raise
+        self._position += count
+        return count
+
+    def _fill(self, buffer: memoryview) -> int:
+        """Reads bytes at the position into a buffer; returns their number."""
+        raise NotImplementedError
 
 
-def remove(url: str) -> None:
-    """Removes a file of a store, if it is there.
+class LocalFile(PositionedFile):
+    """A file that is opened again, at the same position, where a read fails."""
 
-    Raises:
-        StorageError: the store does not do it, now and after some attempts.
-    """
-    system, name = open_system(url, use_listings_cache=False)
-    with contextlib.suppress(FileNotFoundError):
-        retry(lambda: system.rm_file(name), url, "removed")
+    def __init__(self, path: str):
+        super().__init__(path)
+        self._file: io.FileIO | None = None
+        self.size = retry(self._measure, path)
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _fill(self, buffer: memoryview) -> int:
+        return retry(lambda: self._read(buffer), self.name)
+
+    def _measure(self) -> int:
+        return os.fstat(self._opened().fileno()).st_size
+
+    def _read(self, buffer: memoryview) -> int:
+        try:
+            file = self._opened()
+            file.seek(self._position)
+            return file.readinto(buffer)
+        except OSError:
+            # The descriptor of a file server that was started again stays stale.
+            self._drop()
+            raise
+
+    def _opened(self) -> io.FileIO:
+        if self._file is None:
+            self._file = open(self.name, "rb", buffering=0)  # noqa: SIM115 - closed by `close`
+        return self._file
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
-def check_writable(folder: str, name: str) -> None:
-    """Writes a small file into a folder of a store and removes it.
-
-    Args:
-        folder: URL of an output.
-        name: of the flag, for the message, such as "--output".
-
-    Raises:
-        ValueError: the store takes no file: no such bucket, no permission, no writing.
-    """
-    probe = f"{folder.rstrip('/')}/.probe"
-    try:
-        write_bytes(probe, b"")
-        remove(probe)
-    except ValueError:
-        raise
-    except Exception as error:  # a missing bucket, a store that is read only, no credentials
-        raise ValueError(
-            f"{name}='{folder}': nothing can be written there "
-            f"({str(error) or type(error).__name__}); expected a local folder, or one in a bucket "
-            "that exists and may be written to"
-        ) from error
-
-
-class StoreFile(retries.PositionedFile):
+class StoreFile(PositionedFile):
     """A file in a store; every block of it is one request where it is read from front to back."""
 
     def __init__(self, url: str):
@@ -219,20 +234,15 @@ class StoreFile(retries.PositionedFile):
         self._pool: futures.ThreadPoolExecutor | None = None
         self._ahead: tuple[int, futures.Future[bytes]] | None = None  # and its first byte
 
-    def readinto(self, buffer: memoryview) -> int:
+    def _fill(self, buffer: memoryview) -> int:
         if self._position >= self.size or not len(buffer):
             return 0
         number = bisect.bisect_right(self._borders, self._position) - 1
         start = self._borders[number]
         if start not in self._blocks:
-            try:
-                self._load(number)
-            except StorageError as error:
-                self.failure = error
-                raise
+            self._load(number)
         part = memoryview(self._blocks[start])[self._position - start :][: len(buffer)]
         buffer[: len(part)] = part
-        self._position += len(part)
         return len(part)
 
     def close(self) -> None:
@@ -283,7 +293,7 @@ class StoreEnd(StoreFile):
     """
 
     def __init__(self, url: str, num_bytes: int):
-        """Of a URL, and how many bytes at its end; errors as of `StoreFile`."""
+        """Of a URL, and how many bytes at its end; errors are those of `StoreFile`."""
         super().__init__(url)
         self._borders = sorted({0, max(0, self.size - num_bytes), self.size})
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from diht_jax.data import tokenizer
 from diht_jax.models.zoo import Architecture
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 from diht_jax.weights import clip_layout, huggingface, settings, tokenizer_file
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import (
@@ -74,7 +74,7 @@ def write_model(
     output.mkdir(parents=True, exist_ok=True)
     tensors = {**clip_layout.to_clip(params, arch), **heads}
     tensors = {name: np.asarray(v).astype(DTYPES[dtype]) for name, v in tensors.items()}
-    write_atomically(output / CARD_FILE, card.encode())
+    write_bytes(output / CARD_FILE, card.encode())
     if format == "huggingface":
         _write_huggingface(output, tensors, arch, preprocessing, dtype)
     elif format == "open_clip":
@@ -133,8 +133,8 @@ def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> N
     pieces = tokenizer_file.pieces()
     _write_json(output / "vocab.json", {piece: i for i, piece in enumerate(pieces)})
     lines = ["#version: 0.2", *(" ".join(pair) for pair in tokenizer.merges())]
-    write_atomically(output / "merges.txt", ("\n".join(lines) + "\n").encode())
-    write_atomically(
+    write_bytes(output / "merges.txt", ("\n".join(lines) + "\n").encode())
+    write_bytes(
         output / "tokenizer.json", tokenizer_file.make_tokenizer().to_str(pretty=True).encode()
     )
     markers = {
@@ -169,4 +169,4 @@ def _tokenizer_settings(arch: Architecture) -> dict[str, Any]:
 
 
 def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diht_jax.models.zoo import Architecture
-from diht_jax.records import remote
 from diht_jax.records.labels.files import find_input, read_manifest
 from diht_jax.records.train_data import TrainSource, parse_train
 from diht_jax.records.vocabulary import ConceptList, Vocabulary, find_train_vocabulary
+from diht_jax.storage.files import read_bytes
 
 # Sections of the training config that make the recipe, in the order of the card.
 _RECIPE = ("loss", "optimizer", "data", "ema", "mesh")
@@ -190,7 +190,7 @@ def _folders_of(source: TrainSource) -> list[str]:
 
 def _read_statistics(folder: str) -> dict[str, Any] | None:
     try:
-        found = json.loads(remote.read_bytes(os.path.join(folder, "stats.json")))
+        found = json.loads(read_bytes(os.path.join(folder, "stats.json")))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -6,21 +6,19 @@ hold is read by `source.py`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import http.client
 import os
 import pathlib
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 
 from absl import logging
 
 from diht_jax.config.checks import nearest_name
 from diht_jax.progress import ProgressBar
+from diht_jax.storage.locks import lock_file
 
 CACHE_VARIABLE = "DIHT_JAX_CACHE"
 WEIGHTS_VARIABLE = "DIHT_JAX_WEIGHTS"
@@ -120,7 +118,7 @@ def download(url: str, path: pathlib.Path, sha256: str) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with lock_file(path.with_name(f".{path.name}.lock")):
         if path.exists():
             if hash_file(path) == sha256:
                 return
@@ -216,10 +214,3 @@ def _transfer(url: str, part: pathlib.Path, have_bytes: int) -> bool:
                 file.write(chunk)
                 progress.update(len(chunk))
     return total_bytes is None or part.stat().st_size >= total_bytes
-
-
-@contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

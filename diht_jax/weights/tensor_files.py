@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from diht_jax.storage.atomic_file import temporary_path
+from diht_jax.storage.files import local_output
 from diht_jax.weights.torchscript import (
     check_archive,
     check_sizes,
@@ -87,28 +87,20 @@ def write_safetensors(
     """Writes arrays of any memory order; the file appears whole or not at all."""
     # Not `ascontiguousarray`, which makes vectors of scalars.
     contiguous = {name: np.array(value, order="C") for name, value in tensors.items()}
-    temporary = temporary_path(path)
-    try:
+    with local_output(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
         safetensors.numpy.save_file(contiguous, temporary, metadata=dict(metadata))
         # The library lets only the owner read its files.
         temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_torch(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a plain torch state dict; the file appears whole or not at all."""
     torch = _import_torch(path)
     state = {name: _to_torch(torch, value) for name, value in tensors.items()}
-    temporary = temporary_path(path)
-    try:
+    with local_output(path) as temporary:
         torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _is_zip(path: pathlib.Path) -> bool:

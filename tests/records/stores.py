@@ -99,7 +99,7 @@ class MeteredStore(MemoryFileSystem):
 
     def rm_file(self, path):
         self._request("remove")
-        if not self.exists(path):
+        if self._strip_protocol(path) not in self.store:
             raise FileNotFoundError(path)
         super()._rm(path)
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from diht_jax.data.index import update_index
-from diht_jax.records import remote
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.storage.stores import read_range
 from tests.records.stores import CountingStore, SparseStore
 
 RECORDS = [np.random.default_rng(i).bytes(i % 50) for i in range(500)]
@@ -126,7 +126,7 @@ def test_a_block_is_one_request_and_a_record_too_once_the_offsets_are_there(url,
     CountingStore.requests.clear()
     for first, last in zip(starts[:-1], starts[1:], strict=True):
         path, start, end = source.extent(first, last)
-        assert source.split(first, last, remote.read_range(path, start, end)) == RECORDS[first:last]
+        assert source.split(first, last, read_range(path, start, end)) == RECORDS[first:last]
     assert CountingStore.requests == {"read": len(starts) - 1}
     # Single records, by offsets that are read 64 at a time.
     CountingStore.requests.clear()

@@ -23,7 +23,6 @@ from diht_jax.records.formats.registry import open_writer
 from diht_jax.records.labels import files, rows
 from diht_jax.records.labels.files import Manifest, encode_labels
 from diht_jax.records.labels.rows import LabelRows, open_labels
-from diht_jax.records.remote import open_system
 from diht_jax.records.schema import encode_record
 from diht_jax.records.vocabulary import (
     ConceptList,
@@ -32,6 +31,7 @@ from diht_jax.records.vocabulary import (
     train_vocabulary_sizes,
     write_vocabulary,
 )
+from diht_jax.storage.stores import open_system
 from tests.training.conftest import colored_square
 
 LENGTHS = (9, 1, 14)

@@ -13,7 +13,7 @@ import diht_jax
 from diht_jax.input.pipeline import TrainIterator
 from diht_jax.records.schema import decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-from diht_jax.storage.workdir_lock import lock_directory
+from diht_jax.storage.locks import lock_folder
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.step import TrainStep
@@ -288,7 +288,7 @@ def test_another_config_in_the_same_directory_is_refused(finished):
 def test_a_second_run_in_the_same_directory_is_refused(finished):
     config, run, _ = finished
     with (
-        lock_directory(run),
+        lock_folder(run, "--workdir", "run.lock"),
         pytest.raises(ValueError, match=r"another run works in .*: process \d+ on "),
     ):
         train(config, run)

@@ -20,7 +20,7 @@ from PIL import Image
 from diht_jax import distributed
 from diht_jax.config import load_recipe
 from diht_jax.data.index import update_index
-from diht_jax.records.remote import open_system
+from diht_jax.storage.stores import open_system
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.stopping import EXIT_CODE

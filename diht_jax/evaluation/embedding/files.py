@@ -24,9 +24,9 @@ from diht_jax.evaluation.embedding.inputs import PICTURES, Share, list_inputs, s
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
 from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import Skipped, SourceShard, parse_json_object
-from diht_jax.records.remote import read_bytes
 from diht_jax.records.schema import Pair
-from diht_jax.storage.stores import is_remote, write_bytes
+from diht_jax.storage.files import read_bytes, write_bytes
+from diht_jax.storage.stores import is_remote
 
 FORMATS = ("npz", "parquet")
 MODALITIES = ("image", "text")

@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import filelock
 import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import encode_images
@@ -33,10 +32,10 @@ from diht_jax.evaluation.embedding.process_share import ALONE, JobProcess
 from diht_jax.evaluation.sources.entry_counts import EntryProgress
 from diht_jax.readers import image_folder, registry
 from diht_jax.readers.base import Skipped, SourceShard
-from diht_jax.records.remote import refuse_url
 from diht_jax.records.schema import Pair
-from diht_jax.storage import retries
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage import files
+from diht_jax.storage.files import refuse_url, write_bytes
+from diht_jax.storage.locks import lock_folder
 
 # Pictures a part: what an interruption can cost.
 PART_ROWS = 10_000
@@ -109,21 +108,8 @@ def update_index(
         encode_images, model, batch_size=batch_size, num_threads=num_threads, allow_empty=True
     )
     with contextlib.ExitStack() as stack:
-        process.first(lambda: stack.enter_context(_only_one_update(folder)))
+        process.first(lambda: stack.enter_context(lock_folder(folder, "--index", ".lock")))
         return _Updater(folder, dtype, model.embed_dim, encode, thumbnails, process).run(shards)
-
-
-@contextlib.contextmanager
-def _only_one_update(folder: pathlib.Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise ValueError(f"--index={folder}: another process is updating it; wait for it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class _Updater:
@@ -266,7 +252,7 @@ class _Updater:
             self._remove_part(number)
         elif (removed != part.removed).any():
             self._removed += int(removed.sum()) - int(part.removed.sum())
-            write_atomically(self._folder / f"{number:05d}.removed.npy", to_npy(removed))
+            write_bytes(self._folder / f"{number:05d}.removed.npy", to_npy(removed))
 
     def _remove_part(self, number: int) -> None:
         part = Part(self._folder, number)
@@ -324,5 +310,5 @@ def _unit(shard: SourceShard) -> str:
 
 
 def _file_state(path: str) -> str:
-    status = retries.stat(path)
+    status = files.stat(path)
     return f"{status.st_size} {status.st_mtime_ns}"

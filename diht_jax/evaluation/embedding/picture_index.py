@@ -27,7 +27,7 @@ from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.input.decode import ImageError, load_rgb, open_image
 from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
-from diht_jax.storage.atomic_file import temporary_path, write_atomically
+from diht_jax.storage.files import local_output, write_bytes
 
 DTYPES = ("float16", "int8")
 # Pixels, of the longer side.
@@ -77,9 +77,9 @@ def write_part(
     path = folder / f"{number:05d}"
     # A part whose manifest was deleted, to have it made again, may have left its marks.
     path.with_suffix(".removed.npy").unlink(missing_ok=True)
-    write_atomically(path.with_suffix(".npy"), to_npy(stored))
+    write_bytes(path.with_suffix(".npy"), to_npy(stored))
     _write_rows(path.with_suffix(".arrow"), notes)
-    write_atomically(path.with_suffix(".json"), json.dumps(manifest).encode())
+    write_bytes(path.with_suffix(".json"), json.dumps(manifest).encode())
 
 
 class PictureIndex:
@@ -241,16 +241,8 @@ def make_thumbnail(data: bytes) -> bytes:
 def _write_rows(path: pathlib.Path, notes: Sequence[tuple[str, str, bytes]]) -> None:
     columns = list(zip(*notes, strict=True)) or [(), (), ()]
     table = pyarrow.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
-    temporary = temporary_path(path)
-    try:
-        with (
-            pyarrow.OSFile(str(temporary), "wb") as file,
-            pyarrow.ipc.new_file(file, _SCHEMA) as to,
-        ):
-            to.write_table(table)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with local_output(path) as local, pyarrow.ipc.new_file(str(local), _SCHEMA) as to:
+        to.write_table(table)
 
 
 def to_npy(array: np.ndarray) -> bytes:

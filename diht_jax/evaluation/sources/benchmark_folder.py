@@ -33,8 +33,8 @@ from diht_jax.readers.base import (
     pick_captions,
 )
 from diht_jax.readers.webdataset import read_groups
-from diht_jax.records.remote import exists, list_files
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import exists, find_inputs
 from diht_jax.storage.stores import is_remote
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -138,7 +138,7 @@ def _read_shard(path: str, kind: str) -> Iterator[Pair | Skipped]:
 
 def _names_in(folder: str) -> set[str]:
     if is_remote(folder):
-        return {posixpath.basename(url) for url in list_files(folder)}
+        return {posixpath.basename(url) for url in find_inputs(folder)}
     return {entry.name for entry in os.scandir(folder) if entry.is_file()}
 
 

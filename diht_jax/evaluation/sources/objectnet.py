@@ -21,8 +21,8 @@ from diht_jax.evaluation.sources.pictures import (
     require,
 )
 from diht_jax.readers.base import Skipped
-from diht_jax.records.remote import list_files
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import find_inputs
 from diht_jax.storage.stores import is_remote
 
 
@@ -79,5 +79,5 @@ def _read_mapping(path: str) -> dict[str, str]:
 def _pictures(folder: str) -> list[str]:
     require(folder, "the pictures of a class of ObjectNet")
     if is_remote(folder):
-        return sorted(posixpath.basename(url) for url in list_files(folder))
+        return sorted(posixpath.basename(url) for url in find_inputs(folder))
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))

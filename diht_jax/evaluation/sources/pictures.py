@@ -12,8 +12,8 @@ from PIL import Image
 from diht_jax.input.decode import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.base import Skipped, read_image
 from diht_jax.readers.tables import map_ahead
-from diht_jax.records.remote import exists, read_bytes
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import exists, read_bytes
 from diht_jax.storage.retries import StorageError
 from diht_jax.storage.stores import is_remote
 

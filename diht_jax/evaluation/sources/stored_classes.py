@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from diht_jax.evaluation.sources.pictures import ReadImage, Unit, join, picture_units
 from diht_jax.readers import registry
 from diht_jax.readers.base import FOLDER_EXTENSIONS, UNSUPPORTED_EXTENSIONS, Skipped, clean_text
-from diht_jax.records.remote import is_glob, list_files
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import find_inputs, is_glob
 from diht_jax.storage.stores import is_remote, open_system
 
 
@@ -43,11 +43,11 @@ def _list_pictures(url: str) -> list[_Picture] | None:
     if not is_remote(url) or _is_read_otherwise(url):
         return None
     root = url.rstrip("/")
-    if any(map(_is_read_otherwise, list_files(root))):
+    if any(map(_is_read_otherwise, find_inputs(root))):
         return None
     system, path = open_system(root)
     start = len(system.unstrip_protocol(path).rstrip("/")) + 1
-    files = [tuple(found[start:].split("/")) for found in list_files(join(root, "*", "**"))]
+    files = [tuple(found[start:].split("/")) for found in find_inputs(join(root, "*", "**"))]
     files = [parts for parts in files if not any(part.startswith(".") for part in parts)]
     label_of = {name: label for label, name in enumerate(sorted({parts[0] for parts in files}))}
     pictures = [

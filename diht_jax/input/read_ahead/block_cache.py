@@ -11,7 +11,6 @@ A file has the places of the block's records, and the bytes of its extent as the
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pathlib
 import shutil
@@ -19,11 +18,12 @@ import struct
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from diht_jax.storage.atomic_file import temporary_path
+from diht_jax.storage.files import temporary_path
+from diht_jax.storage.locks import lock_file
 from diht_jax.storage.retries import StorageError, retry
 
 # States of a block. One that is not planned, or has no room, is read record by record.
@@ -263,7 +263,7 @@ def new_folder(parent: pathlib.Path) -> pathlib.Path:
     return parent / f"{_PREFIX}{os.urandom(8).hex()}"
 
 
-def claim_folder(folder: pathlib.Path) -> int:
+def claim_folder(folder: pathlib.Path) -> BinaryIO:
     """Makes the folder of a cache, and deletes those beside it of runs that were killed.
 
     This process holds a lock on a file in it, which the kernel frees at its end; process ids would
@@ -273,25 +273,23 @@ def claim_folder(folder: pathlib.Path) -> int:
         folder: of `new_folder`.
 
     Returns:
-        The descriptor that holds its lock.
+        The file that holds its lock until it is closed.
 
     Raises:
         OSError: the folder above it cannot be written to.
     """
     for stale in folder.parent.glob(f"{_PREFIX}*"):
         try:
-            with (stale / "lock").open("rb+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with lock_file(stale / "lock", wait=False):
                 shutil.rmtree(stale, ignore_errors=True)
         except OSError:  # of another user, or in use
             continue
     # The lock is held before the folder has the name that others look for.
     unnamed = folder.with_name(f".{folder.name}")
     unnamed.mkdir(0o700)
-    descriptor = os.open(unnamed / "lock", os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    lock = lock_file(unnamed / "lock")
     unnamed.rename(folder)
-    return descriptor
+    return lock
 
 
 def remove_folder(folder: pathlib.Path) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 import threading
-from typing import Any
+from typing import Any, BinaryIO
 
 from absl import logging
 
@@ -24,7 +24,7 @@ from diht_jax.input.read_ahead.block_cache import (
 from diht_jax.input.read_ahead.bound import ReadAheadOptions, measure_footprint
 from diht_jax.input.read_ahead.reader import ReadSettings, run_reader
 from diht_jax.input.sub_batches import rows_of_part
-from diht_jax.records.remote import is_remote
+from diht_jax.storage.stores import is_remote
 
 # Deaths of the reader process, without a block between them, that a run survives.
 MAX_RESTARTS = 3
@@ -161,7 +161,7 @@ class ReadAhead:
 class _Run:
     """A reader process, and the thread that starts it again and logs its progress."""
 
-    def __init__(self, cache: BlockCache, lock: int, arguments: tuple[Any, ...]):
+    def __init__(self, cache: BlockCache, lock: BinaryIO, arguments: tuple[Any, ...]):
         self.cache = cache
         self._lock = lock
         self._arguments = arguments
@@ -178,7 +178,7 @@ class _Run:
         self.process.kill()
         self.process.join(_KILL_SECS)
         remove_folder(self.cache.folder)
-        os.close(self._lock)
+        self._lock.close()
 
     def describe(self) -> str:
         cache = self.cache

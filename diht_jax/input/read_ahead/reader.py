@@ -22,8 +22,8 @@ from diht_jax.input.read_ahead.block_cache import DIRECT, PLANNED, READY, BlockC
 from diht_jax.input.read_ahead.fetching import Fetcher, try_patiently
 from diht_jax.input.workers import start_worker
 from diht_jax.records.format import TFRecordError
-from diht_jax.records.remote import is_remote, open_system
 from diht_jax.storage.retries import StorageError
+from diht_jax.storage.stores import is_remote, open_system
 
 # How long the reader waits for an answer before it looks at the position again.
 _POLL_SECS = 0.01

@@ -18,9 +18,9 @@ from diht_jax.records import schema
 from diht_jax.records.catalog import Shard
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats.writer import ShardWriter
-from diht_jax.records.remote import is_remote
 from diht_jax.records.sharded import LocalFile, ShardedRecords
-from diht_jax.storage.retries import check_readable, retry
+from diht_jax.storage.retries import retry
+from diht_jax.storage.stores import check_readable, is_remote
 
 # Encoded images cannot be compressed any further.
 _WRITER_OPTIONS = "group_size:1,uncompressed"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from diht_jax.records import catalog, remote
+from diht_jax.records import catalog
 from diht_jax.records.catalog import Paths, Share
 from diht_jax.records.formats.array_record import ArrayRecordSource, ArrayRecordWriter
 from diht_jax.records.formats.tar_records import TarRecordSource
@@ -16,6 +16,8 @@ from diht_jax.records.formats.tar_writer import TarWriter
 from diht_jax.records.formats.writer import StoreWriter
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from diht_jax.storage.files import find_inputs
+from diht_jax.storage.stores import is_remote
 
 _COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -82,7 +84,7 @@ def open_writer(path: str | os.PathLike[str]) -> Any:
     if name is None:
         suffixes = ", ".join(form.suffix for form in FORMATS.values())
         raise ValueError(f"{path}: not the name of a shard; expected one that ends in {suffixes}")
-    if remote.is_remote(os.fspath(path)):
+    if is_remote(os.fspath(path)):
         return StoreWriter(os.fspath(path), FORMATS[name].writer)
     return FORMATS[name].writer(path)
 
@@ -125,14 +127,14 @@ def format_of(paths: Paths) -> str:
 
 
 def _entry_format(entry: str) -> str | None:
-    if not remote.is_remote(entry) and os.path.isfile(entry):
+    if not is_remote(entry) and os.path.isfile(entry):
         files = [entry]
     elif os.path.isdir(entry):
         files = os.listdir(entry)
     elif (name := name_format(entry)) is not None:  # of a glob, too
         return name
-    elif remote.is_remote(entry):
-        files = remote.list_files(entry)
+    elif is_remote(entry):
+        files = find_inputs(entry)
     else:
         files = glob.glob(entry, recursive=True)
     found = {name_format(path) for path in files}

@@ -18,8 +18,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
-from diht_jax.storage.retries import check_failure, is_storage_failure
-from diht_jax.storage.stores import open_file
+from diht_jax.storage.retries import is_storage_failure
+from diht_jax.storage.stores import check_failure, open_file
 
 # A file that unpacks to so much, and to so many times its own size, holds no pictures: these are
 # compressed already.

@@ -26,15 +26,13 @@ from absl import logging
 
 from diht_jax.records import schema
 from diht_jax.records.catalog import Shard
-from diht_jax.records.format import INDEX_SUFFIX, DamagedRecordError, TFRecordError, index_path
+from diht_jax.records.format import INDEX_SUFFIX, DamagedRecordError, TFRecordError
 from diht_jax.records.formats import tar_samples
 from diht_jax.records.formats.tar_members import walk_members
-from diht_jax.records.remote import file_size, is_remote, open_system, read_bytes
 from diht_jax.records.samples import SampleError, Skipped
 from diht_jax.records.sharded import ArrayOffsets, OpenShard, ShardedRecords
-from diht_jax.storage.atomic_file import write_atomically
-from diht_jax.storage.retries import check_failure
-from diht_jax.storage.stores import open_file
+from diht_jax.storage.files import input_size, read_bytes, write_bytes
+from diht_jax.storage.stores import check_failure, is_remote, open_file
 
 BLOCK_BYTES = 512  # headers and contents begin at multiples of it
 TAR_SUFFIX = ".tar"
@@ -190,7 +188,7 @@ class TarRecordSource(ShardedRecords):
 
     @staticmethod
     def _count_records(shard: Shard) -> tuple[int, int, np.ndarray | None]:
-        size = file_size(shard.path) if shard.num_bytes is None else shard.num_bytes
+        size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
         offsets = _read_index(shard.path, size)
         if offsets is not None:
             return len(offsets), size, None
@@ -258,10 +256,7 @@ def _read_index(path: str, shard_bytes: int) -> np.ndarray | None:
 def _write_index(path: str, data: bytes) -> bool:
     """Writes the index beside a tar; returns whether that was possible."""
     with contextlib.suppress(OSError):
-        if is_remote(path):
-            open_system(path)[0].pipe_file(path + INDEX_SUFFIX, data)
-        else:
-            write_atomically(index_path(path), data)
+        write_bytes(path + INDEX_SUFFIX, data)
         return True
     return False
 

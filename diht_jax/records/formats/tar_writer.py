@@ -20,7 +20,7 @@ from diht_jax.records import schema
 from diht_jax.records.format import index_path
 from diht_jax.records.formats import tar_records
 from diht_jax.records.formats.writer import ShardWriter
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 
 # How the files of the formats begin that webdataset knows.
 _SIGNATURES = ((b"\xff\xd8", 0, "jpg"), (b"\x89PNG", 0, "png"), (b"WEBP", 8, "webp"))
@@ -64,7 +64,7 @@ class TarWriter(ShardWriter):
         super()._replace()
         offsets = np.array(self._offsets, np.uint64)
         index = tar_records.encode_index(offsets, self.path.stat().st_size)
-        write_atomically(index_path(self.path), index)
+        write_bytes(index_path(self.path), index)
 
     def _add(self, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)

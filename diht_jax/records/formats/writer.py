@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from diht_jax.records.format import INDEX_SUFFIX, index_path
-from diht_jax.storage.atomic_file import sync_file, temporary_path
-from diht_jax.storage.stores import remove, upload
+from diht_jax.storage.files import commit, remove, temporary_path, upload
 
 
 class RecordWriter(Protocol):
@@ -68,7 +67,6 @@ class ShardWriter:
         try:
             self._finish()
             self._is_open = False
-            sync_file(self._temporary)
             self._replace()
         except BaseException:
             self.discard()
@@ -104,7 +102,7 @@ class ShardWriter:
 
     def _replace(self) -> None:
         """Gives the complete file its name."""
-        os.replace(self._temporary, self.path)
+        commit(self._temporary, self.path)
 
 
 class StoreWriter:

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diht_jax.records import remote
 from diht_jax.records.catalog import Share
 from diht_jax.records.labels.files import LabelFile, Sidecars, check_files
 from diht_jax.records.labels.rows import LabelRows, check_listing, files_of_shards, resolve_source
 from diht_jax.records.schema import Record
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import parse_train
+from diht_jax.storage.files import read_bytes
 
 CLIP_EMBEDDINGS = Sidecars("clip_embeddings", "clip_embeddings.json", "CLIP embeddings")
 DTYPES = ("int8", "float16")
@@ -216,7 +216,7 @@ def read_clip_manifest(folder: str) -> Manifest | None:
     """What `clip_embeddings.json` of a folder states; None where there is none."""
     path = os.path.join(folder, CLIP_EMBEDDINGS.manifest)
     try:
-        return Manifest.parse(remote.read_bytes(path), path)
+        return Manifest.parse(read_bytes(path), path)
     except FileNotFoundError:
         return None
 

@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diht_jax.records import remote
 from diht_jax.records.schema import CONCEPT_FIELDS, MAX_CONCEPTS
+from diht_jax.storage.files import read_bytes
+from diht_jax.storage.stores import is_remote
 
 FOLDER = "labels"
 MANIFEST = "labels.json"
@@ -244,7 +245,7 @@ def relative_input(path: str, folder: str) -> str:
 
 def find_input(text: str, folder: str) -> str:
     """The inverse of `relative_input`, wherever the folder lies now."""
-    if remote.is_remote(text) or os.path.isabs(text):
+    if is_remote(text) or os.path.isabs(text):
         return text
     system, folder_there = _split(folder)
     return f"{system}{posixpath.normpath(posixpath.join(folder_there, text))}"
@@ -252,7 +253,7 @@ def find_input(text: str, folder: str) -> str:
 
 def _split(path: str) -> tuple[str, str]:
     """The protocol of a URL, or nothing, and the absolute path behind it."""
-    if remote.is_remote(path):
+    if is_remote(path):
         system, _, rest = path.partition("://")
         return f"{system}://", rest
     return "", os.path.abspath(path)
@@ -270,7 +271,7 @@ def read_manifest(folder: str, key: str = "config.data.labels") -> Manifest:
     """
     path = os.path.join(folder, MANIFEST)
     try:
-        return Manifest.parse(remote.read_bytes(path), path)
+        return Manifest.parse(read_bytes(path), path)
     except FileNotFoundError as error:
         raise ValueError(
             f"{key}={folder}: {MANIFEST} is missing; expected the output folder of a run of "

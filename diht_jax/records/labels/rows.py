@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.records import remote
 from diht_jax.records.catalog import Share, list_folder
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.format import TFRecordError
@@ -29,6 +28,9 @@ from diht_jax.records.labels.files import (
 from diht_jax.records.schema import CONCEPT_FIELDS, Record, check_concepts
 from diht_jax.records.sharded import LocalFile, ShardedRecords
 from diht_jax.records.train_data import TrainSource
+from diht_jax.storage.copies import cached_copy
+from diht_jax.storage.files import exists, is_glob
+from diht_jax.storage.stores import is_remote
 
 _MAX_OPEN_FILES = 128
 _EMPTY = (np.zeros(0, np.int32), np.zeros(0, np.float32))
@@ -121,9 +123,14 @@ def _open_file(
 ) -> LocalFile:
     file = files[number]
     path = os.path.join(folder, kind.folder, file.file)
-    if remote.is_remote(path):
+    if is_remote(path):
         copy = functools.partial(
-            remote.copy_once, path, f"{file.file_digest}-{file.file}", file.file_bytes, cache_dir
+            cached_copy,
+            path,
+            f"{file.file_digest}-{file.file}",
+            file.file_bytes,
+            cache_dir,
+            "name another folder by config.data.cache_dir",
         )
         path = patiently(copy) if patiently else copy()
     try:
@@ -243,10 +250,10 @@ def _match(
 
 def resolve_source(source: TrainSource) -> TrainSource:
     """A source whose path is a folder of labels alone as the records that these belong to."""
-    if source.labels or not isinstance(source.path, str) or remote.is_glob(source.path):
+    if source.labels or not isinstance(source.path, str) or is_glob(source.path):
         return source
     path = os.path.join(source.path, MANIFEST)
-    if not remote.exists(path):
+    if not exists(path):
         return source
     inputs = [find_input(text, source.path) for text in read_manifest(source.path).inputs]
     return dataclasses.replace(source, path=inputs, labels=source.path)

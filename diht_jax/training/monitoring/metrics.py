@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 from diht_jax.storage.stores import is_remote
 from diht_jax.training.monitoring.growing_object import GrowingObject
 from diht_jax.training.monitoring.tensorboard import EventWriter
@@ -80,7 +80,7 @@ class _LocalLines:
 
     def __init__(self, path: epath.Path, data: bytes):
         # Replaced at once: a kill here must not cost the lines of weeks.
-        write_atomically(pathlib.Path(path), data)
+        write_bytes(pathlib.Path(path), data)
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close
         self._waiting = b""

@@ -11,7 +11,7 @@ import jax
 import ml_collections
 from etils import epath
 
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
 from diht_jax.training.recipe import default_config
 
 CONFIG_FILE = "config.json"
@@ -27,7 +27,7 @@ def write_config(workdir: str | epath.Path, config: ml_collections.ConfigDict) -
         path.write_text(text)
     else:
         # A kill in the middle of it must not leave a run that cannot be resumed.
-        write_atomically(pathlib.Path(path), text.encode())
+        write_bytes(pathlib.Path(path), text.encode())
 
 
 def read_config(workdir: str | epath.Path) -> ml_collections.ConfigDict:

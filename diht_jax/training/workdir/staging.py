@@ -20,9 +20,9 @@ import jax
 from absl import logging
 from etils import epath
 
-from diht_jax.records.remote import is_remote, open_system
-from diht_jax.storage.atomic_file import write_atomically
-from diht_jax.storage.workdir_lock import LOCK_FILE, lock_directory
+from diht_jax.storage.files import write_bytes
+from diht_jax.storage.locks import lock_folder
+from diht_jax.storage.stores import is_remote, open_system
 from diht_jax.training.multihost import check_together, gather_texts
 from diht_jax.training.stopping import TemporaryError
 from diht_jax.training.workdir.checkpoint import (
@@ -40,6 +40,7 @@ from diht_jax.training.workdir.stored_run import (
     read_manifests,
 )
 
+LOCK_FILE = "run.lock"
 # In the folder: the steps that it has in common with the store.
 _RECORD_FILE = "uploaded.json"
 _DEFAULT_STAGING = "~/.cache/diht_jax/staging"
@@ -73,7 +74,7 @@ def open_workdir(workdir: str | os.PathLike[str], staging: str | None) -> Iterat
         def prepare() -> None:
             if jax.process_index() != 0:
                 return
-            stack.enter_context(lock_directory(path))
+            stack.enter_context(lock_folder(path, "--workdir", LOCK_FILE))
             if staged:
                 staged.fetch()
                 staged.start()
@@ -243,7 +244,7 @@ class StagedDirectory:
         for name in sorted(names):
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, self._system.cat_file(prefix + name))
+            write_bytes(path, self._system.cat_file(prefix + name))
             self._sent_files[name] = _stamp(path)
 
     def _send_files(self) -> None:
@@ -304,7 +305,7 @@ class StagedDirectory:
         return set(json.loads(path.read_text())) if path.exists() else set()
 
     def _write_record(self, steps: set[int]) -> None:
-        write_atomically(self.folder / _RECORD_FILE, json.dumps(sorted(steps)).encode())
+        write_bytes(self.folder / _RECORD_FILE, json.dumps(sorted(steps)).encode())
 
 
 def _check_shared(folder: epath.Path, workdir: str | os.PathLike[str]) -> None:

@@ -8,7 +8,6 @@ does not count. Writing is `staging`'s.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -21,8 +20,9 @@ import google_crc32c
 from absl import logging
 from jax.sharding import Mesh
 
-from diht_jax.records.remote import is_remote, open_system
-from diht_jax.storage.atomic_file import write_atomically
+from diht_jax.storage.files import write_bytes
+from diht_jax.storage.locks import lock_file
+from diht_jax.storage.stores import is_remote, open_system
 from diht_jax.training.multihost import share_for
 from diht_jax.training.workdir.checkpoint import CHECKPOINT_DIRECTORY
 from diht_jax.training.workdir.config_file import CONFIG_FILE
@@ -82,15 +82,13 @@ def local_run(
     folder = copy_folder(url, _COPIES) / f"{step}-{checksum:08x}"
     checkpoints = folder / CHECKPOINT_DIRECTORY
     checkpoints.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".download.lock", "ab") as lock:
-        # One of the processes that share this home copies, and the others wait for it.
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    # One of the processes that share this home copies, and the others wait for it.
+    with lock_file(folder / ".download.lock"):
         if not (checkpoints / str(step)).exists():
             problem = download_checkpoint(system, root, step, stored[step], checkpoints)
             if problem:
                 raise ValueError(f"{url}: the checkpoint of step {step} is damaged: {problem}")
-    write_atomically(folder / CONFIG_FILE, system.cat_file(f"{root}/{CONFIG_FILE}"))
+    write_bytes(folder / CONFIG_FILE, system.cat_file(f"{root}/{CONFIG_FILE}"))
     return os.fspath(folder)
 
 

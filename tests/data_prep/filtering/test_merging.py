@@ -103,7 +103,7 @@ def test_jobs_that_end_at_the_same_moment_read_no_more(tmp_path, monkeypatch):
     )
     of_parts = {path: count for path, count in reads.items() if "/parts/" in path}
     assert len(of_parts) == 9 and max(of_parts.values()) <= 2
-    assert not list((tmp_path / "out").glob(".claim*"))
+    assert not list((tmp_path / "out").glob(".leader*"))
     shards = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tfrecord")}
     assert len(shards) == 3
     for name, data in shards.items():

@@ -23,7 +23,7 @@ from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.rows import open_labels
 from diht_jax.records.schema import decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordWriter, read_records
-from diht_jax.storage import claim
+from diht_jax.storage import locks
 from tests.data_prep.labelling.pictures import NUM_IMAGES, label_config
 
 _DEADLY: set[bytes] = set()
@@ -230,9 +230,9 @@ def test_so_many_shards_are_chosen_as_have_the_wanted_images():
 def test_one_job_of_an_array_trains_the_heads_and_one_describes_the_labels(job, monkeypatch):
     config, _ = job
     assert run_label(config, 0, 2) == {}  # the heads learn from all shards; one is missing
-    monkeypatch.setattr(claim, "_POLL_SECS", 0.01)
+    monkeypatch.setattr(locks, "_POLL_SECS", 0.01)
     is_second_there, gathered, described = threading.Event(), [], []
-    gather, take = obtain_heads.gather_examples, claim.take
+    gather, take = obtain_heads.gather_examples, locks.leader_lock
     summarize = summary.summarize
 
     def take_noting(folder):
@@ -246,7 +246,7 @@ def test_one_job_of_an_array_trains_the_heads_and_one_describes_the_labels(job, 
         assert is_second_there.wait(timeout=600)
         return gather(*given)
 
-    monkeypatch.setattr(claim, "take", take_noting)
+    monkeypatch.setattr(locks, "leader_lock", take_noting)
     monkeypatch.setattr(obtain_heads, "gather_examples", gather_slowly)
     monkeypatch.setattr(
         summary, "summarize", lambda *given: described.append(given) or summarize(*given)

@@ -18,9 +18,9 @@ from data_prep.teachers import registry
 from data_prep.teachers.base import Teacher, TeacherInfo, TeacherKind
 from diht_jax.records.formats.registry import open_source
 from diht_jax.records.labels.rows import decode_joined, open_labels
-from diht_jax.records.remote import open_system
 from diht_jax.records.schema import CONCEPT_FIELDS
 from diht_jax.records.vocabulary import find_train_vocabulary, read_vocabulary
+from diht_jax.storage.stores import open_system
 from tests.data_prep.filtering.jobs import RAY_ENVIRONMENT
 from tests.data_prep.labelling.pictures import (
     NUM_IMAGES,

@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from diht_jax.loading import read_model
-from diht_jax.storage.workdir_lock import lock_directory
+from diht_jax.storage.locks import lock_folder
 from diht_jax.training.loop import train
 from diht_jax.training.monitoring.metrics import read_metrics
 from diht_jax.training.workdir import staging, stored_run
@@ -295,7 +295,7 @@ def test_what_cannot_be_is_reported(config, tmp_path):
     config.checkpoint.staging = str(tmp_path)
     staged = StagedDirectory("memory://locked/run", str(tmp_path))
     with (
-        lock_directory(staged.folder),
+        lock_folder(staged.folder, "--workdir", "run.lock"),
         pytest.raises(ValueError, match=f"another run works in {staged.folder}"),
     ):
         train(config, "memory://locked/run")

@@ -1,0 +1,107 @@
+"""Locks between processes: on a local disk, and on an S3 server (moto)."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent import futures
+
+import pytest
+
+from diht_jax.storage import files, locks
+
+HOLD = """
+import sys, time
+from diht_jax.storage.locks import lock_folder
+with lock_folder(sys.argv[1], "--workdir", "run.lock"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture(params=["disk", "s3"])
+def folder(request, tmp_path):
+    return str(tmp_path) if request.param == "disk" else request.getfixturevalue("s3_bucket") + "/c"
+
+
+@pytest.fixture
+def time_passes(monkeypatch):
+    """A clock that only moves by sleeping; its time can be set."""
+    now = [1000.0]
+    monkeypatch.setattr(locks, "_now", lambda: now[0])
+    monkeypatch.setattr(locks, "_sleep", lambda secs: now.__setitem__(0, now[0] + secs))
+    return now
+
+
+def _leave(folder, name=".leader-0000.json", **changes):
+    """A lock as another process would have left it."""
+    holder = {
+        "token": "other", "host": "node7", "machine": "another machine", "pid": 12,
+        "since": "yesterday", "renewed": 1000.0,
+    } | changes  # fmt: skip
+    files.write_bytes(files.join(folder, name), json.dumps(holder).encode())
+
+
+def test_a_killed_holder_leaves_nothing_behind(tmp_path):
+    run = str(tmp_path / "run")
+    process = subprocess.Popen([sys.executable, "-c", HOLD, run], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with (
+        pytest.raises(ValueError, match=f"another run works in {run}: process {process.pid} on "),
+        locks.lock_folder(run, "--workdir", "run.lock"),
+    ):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(2):  # one that ends leaves nothing behind, either
+        with locks.lock_folder(run, "--workdir", "run.lock"):
+            pass
+
+
+def test_of_many_at_once_one_leads(folder, monkeypatch):
+    monkeypatch.setattr(locks, "_POLL_SECS", 0.01)
+    inside, most = [], []
+    start = threading.Barrier(6)
+
+    def work(number):
+        start.wait(timeout=300)
+        with locks.leader_lock(folder):
+            inside.append(number)
+            most.append(len(inside))
+            inside.remove(number)
+
+    with futures.ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))
+    assert most == [1] * 6  # one after the other
+    assert files.list_names(folder) == []
+
+
+def test_the_lock_of_a_leader_on_another_machine_expires(folder, time_passes):
+    _leave(folder)
+    with locks.leader_lock(folder):
+        assert locks.EXPIRY_SECS < time_passes[0] - 1000 <= locks.EXPIRY_SECS + 2
+        # A process that also saw the old one end cannot create this one.
+        assert files.list_names(folder) == [".leader-0001.json"]
+        assert not locks._LeaderLock(files.join(folder, ".leader-0001.json")).create()
+    assert files.list_names(folder) == []
+
+
+def test_a_dead_leader_of_this_machine_is_known_at_once(folder, time_passes):
+    # No such process, or this one, which holds no such lock.
+    for pid in (2**22 + 1, os.getpid()):
+        _leave(folder, machine=locks._machine(), pid=pid)
+        with locks.leader_lock(folder):
+            assert time_passes[0] == 1000
+    _leave(folder, machine=locks._machine(), pid=os.getppid())
+    with locks.leader_lock(folder):
+        assert time_passes[0] > 1000 + locks.EXPIRY_SECS
+
+
+def test_a_request_whose_answer_was_lost_has_succeeded(folder):
+    own = locks._LeaderLock(files.join(folder, ".leader-0000.json"))
+    files.write_bytes(own.path, own._content())
+    assert own.create()
+    own.release()
+    assert files.list_names(folder) == []
