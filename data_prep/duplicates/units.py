@@ -139,7 +139,7 @@ def reject_or_remove_stale(
     done, changed = {}, []
     for unit, stats, change in shards.check_all(there):
         if stats is not None and change is None:
-            done[unit.output] = unit, shards.HeldStats(stats)
+            done[unit.output] = unit, shards.trim_stats(stats)
         elif stats is not None:
             changed.append(unit)
     allowed = allowed_number(max_changed, len(scanned))

@@ -98,7 +98,7 @@ def default_config() -> ml_collections.ConfigDict:
     c.keep_before_damage = False  # of a tar that is cut off or damaged, keep the pairs before that
     # Pairs that are read and parsed together; what C and A leave of them fills a spotter's window.
     c.batch_size = 1024
-    # For --engine=ray; `engine_ray.RaySettings` describes each key.
+    # For --engine=ray; `jobs.cluster.RaySettings` describes each key.
     c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))
     return c
 

@@ -299,15 +299,16 @@ def with_common_image(data: bytes) -> bytes:
 
 def load_written(planned: Sequence[BalancedShard]) -> Iterator[dict[str, Any] | None]:
     """Of each output shard the statistics if it was written from the same parts; else None."""
-    sizes = shards.Sizes()
+    if not planned:
+        return
+    sizes = shards.open_sizes(planned[0].output.rpartition("/")[0])
 
     def load(shard: BalancedShard) -> dict[str, Any] | None:
         stats = files.read_object(shard.stats_path) or {}
         is_same = stats.get("config_hash") == shard.plan_hash
         return stats if is_same and shards.has_output(shard, stats, sizes) else None
 
-    if planned:
-        yield from files.map_many(load, planned, planned[0].output)
+    yield from files.map_many(load, planned, planned[0].output)
 
 
 def remove_stale_shards(

@@ -19,7 +19,6 @@ from data_prep.captions.mentions import CONCEPTS_SUFFIX
 from data_prep.filtering import resharding
 from data_prep.filtering.resharding import BalancedShard, Piece, Slice
 from data_prep.jobs import shards
-from data_prep.jobs.manifest import earlier_names
 from data_prep.jobs.packed import PackedList
 from diht_jax.records.format import INDEX_SUFFIX
 from diht_jax.records.formats.registry import name_format
@@ -143,11 +142,9 @@ def _move(path: str, new: str) -> None:
 def _index_old_shards(parts: Sequence[resharding.Part], folder: str) -> dict[str, list[_Stretch]]:
     """Name of a part -> where records of it lie in old output shards, sorted."""
     stats_of = {os.path.basename(task.output): stats for task, stats in parts}
-    renamed = earlier_names(files.join(folder, resharding.PARTS))
     stretches: dict[str, list[_Stretch]] = collections.defaultdict(list)
     for shard in _old_shards(folder):
         rows = shard.stats["input"]["parts"]
-        rows = [[renamed.get(name, name), *rest] for name, *rest in rows]
         first, known = 0, _knows_parts(rows, shard.stats, stats_of)
         for (name, start, stop, *_), is_known in zip(rows, known, strict=True):
             if is_known:

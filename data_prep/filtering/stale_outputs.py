@@ -130,7 +130,7 @@ def _compare(
             continue
         other_version = _explain_versions(stats, versions)
         if reason is None and other_version is None:
-            done[task.output] = shards.HeldStats(stats)
+            done[task.output] = shards.trim_stats(stats)
         else:
             changed.append((task.output, reason or other_version))
             replaced += other_version is None and stats.get("config_hash") == task.config_hash

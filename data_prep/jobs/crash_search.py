@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from absl import logging
 
-from data_prep.jobs.progress import ProcessDeath
+from data_prep.jobs.outcome import ProcessDeath
 from diht_jax.readers.registry import Skipped
 from diht_jax.storage import files
 

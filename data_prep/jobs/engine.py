@@ -1,71 +1,67 @@
-"""Runs shard tasks: in local processes, or on a Ray cluster.
+"""Runs tasks: in this process, in processes of this machine, or on a Ray cluster.
 
-What a task does, and whether it has to be done, is not known here. The engines are
-`engine_local.py` and `engine_ray.py`; since a task is a function of its input alone, they write the
-same bytes.
+What a task does, and whether it has to be done, is not known here. Since a task is a function of
+its input alone, all engines write the same bytes.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
+import heapq
+import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import ml_collections
 from absl import logging
 
-from data_prep.jobs.engine_local import LocalWorkerPool
-from data_prep.jobs.engine_ray import RaySettings, run_on_ray
-from data_prep.jobs.progress import (
+from data_prep.jobs.cluster import RayPool, RaySettings
+from data_prep.jobs.outcome import (
     DEATH,
     KILLED,
     LOST,
+    POLL_SECS,
     STORAGE,
     TIMEOUT,
+    Attempt,
     Function,
     Outcome,
-    Progress,
     Report,
-    TaskQueue,
     call_function,
 )
+from data_prep.jobs.processes import LocalPool
+from diht_jax.progress import ProgressBar
 from diht_jax.records.escaping import escape_lines
 
-__all__ = [
-    "ENGINES",
-    "Outcome",
-    "RaySettings",
-    "Report",
-    "engine_options",
-    "print_failures",
-    "run_pending",
-    "run_tasks",
-]
+__all__ = ["ENGINES", "Outcome", "RaySettings", "Report", "engine_options", "run_tasks"]
 
 ENGINES = ("local", "ray")
 
-# A task that failed goes behind so many others.
+# A task that failed goes behind this many others.
 _OTHERS_FIRST = 8
 # Before each further attempt of one that its storage has failed: a store that is down, or a file
 # server that is moved, is away for minutes.
 _STORAGE_DELAYS_SECS = (30.0, 120.0, 480.0)
 # Nodes of a cluster that may be taken away at any time; the task has nothing to do with it.
 _MAX_LOST_NODES = 10
+_STALL_SECS = 300.0
 
-_Task = TypeVar("_Task")
+_now, _sleep = time.monotonic, time.sleep  # of delayed tasks; tests put their own clock here
 
 # Task, and whether it is to blame for the end of its worker -> the task to run next, or None.
 AfterDeath = Callable[[Any, bool], Any]
 
 
 def engine_options(config: ml_collections.ConfigDict, engine: str) -> dict[str, Any]:
-    """How the tasks of a config are run: keywords of `run_pending`.
+    """Keywords of `run_pending` that say how the tasks of a config are run.
 
     Args:
         config: how many workers, retries, and which cluster.
-        engine: one of `engine.ENGINES`.
+        engine: one of `ENGINES`.
     """
     return {
         "num_workers": config.num_workers,
@@ -79,36 +75,22 @@ def run_pending(
     function: Function,
     tasks: Sequence[Any],
     *,
-    num_workers: int | None,
-    label: str,
-    retries: int = 1,
-    timeout_secs: float | None = None,
-    after_death: AfterDeath | None = None,
-    ray: RaySettings | None = None,
     on_result: Callable[[Any], None] = lambda _: None,
+    **options: Any,
 ) -> dict[str, str]:
-    """Runs tasks whose results lie in files, and logs every failure; arguments of `run_tasks`.
+    """Runs tasks whose results are files, and logs every failure.
 
     Args:
         function: see `run_tasks`.
         tasks: those that are not done yet, each with a `source`.
-        num_workers, label, retries, timeout_secs, after_death, ray: see `run_tasks`.
         on_result: called with what the function has returned of a task.
+        **options: of `run_tasks`.
 
     Returns:
         Sources that failed, with the reason.
     """
     failures = {}
-    for outcome in run_tasks(
-        function,
-        tasks,
-        num_workers=num_workers,
-        label=label,
-        retries=retries,
-        timeout_secs=timeout_secs,
-        after_death=after_death,
-        ray=ray,
-    ):
+    for outcome in run_tasks(function, tasks, **options):
         if outcome.error is not None:
             failures[str(outcome.task.source)] = outcome.error
             logging.error("%s failed: %s", outcome.task.source, outcome.error)
@@ -126,7 +108,7 @@ def print_failures(failures: dict[str, str]) -> dict[str, str]:
 
 def run_tasks(
     function: Function,
-    tasks: Sequence[_Task],
+    tasks: Sequence[Any],
     *,
     num_workers: int | None,
     label: str,
@@ -134,7 +116,7 @@ def run_tasks(
     timeout_secs: float | None = None,
     after_death: AfterDeath | None = None,
     ray: RaySettings | None = None,
-) -> Iterator[Outcome[_Task, Any]]:
+) -> Iterator[Outcome]:
     """Calls `function(task, report)` for every task; a failure does not stop the others.
 
     A progress bar on stderr shows shards done, their ETA, and pairs per second. A task that may
@@ -161,7 +143,7 @@ def run_tasks(
         One outcome for each task, in the order in which they end; `task` is what ran last.
 
     Raises:
-        ValueError: a number is out of its range, or there is no such cluster.
+        ValueError: a number is out of its range, no worker can start, or there is no such cluster.
     """
     for name, value in (("num_workers", num_workers), ("retries", retries)):
         if value is not None and value < 0:
@@ -173,96 +155,180 @@ def run_tasks(
         )
     if not tasks:
         return
-    policy = _Retries(retries, after_death)
-    alone = TaskQueue(())
-    with Progress(len(tasks), label) as progress:
-        for pending, count in ((TaskQueue(tasks), num_workers), (alone, 1)):
-            while pending or pending.wait():
-                for outcome in _run_queue(function, pending, count, timeout_secs, ray, progress):
-                    again = policy.next_attempt(outcome)
+    pool = _open_pool(function, num_workers, len(tasks), timeout_secs, ray)
+    queue = _Queue(tasks)
+    try:
+        with _Progress(len(tasks), label) as progress:
+            while queue.fill(pool):
+                for attempt, outcome in pool.wait(progress.add):
+                    outcome = dataclasses.replace(outcome, task=attempt.task)
+                    again = _next_attempt(attempt, outcome.cause, retries, after_death)
                     if again is None:
                         progress.advance()
                         yield outcome
-                        continue
-                    is_alone = outcome.cause == KILLED and ray is None
-                    delay_secs = policy.delay_secs(again) if outcome.cause == STORAGE else 0.0
-                    when = f", in {delay_secs:.0f} s" if delay_secs else ""
-                    logging.warning(
-                        "%s: %s; its task will run again%s",
-                        getattr(outcome.task, "source", outcome.task),
-                        outcome.error,
-                        ", alone" if is_alone else when,
-                    )
-                    if is_alone:
-                        alone.insert(len(alone), again)
-                    elif delay_secs:
-                        pending.insert_later(delay_secs, again)
                     else:
-                        pending.insert(_OTHERS_FIRST, again)
+                        when = queue.put_back(again, outcome.cause)
+                        name = getattr(outcome.task, "source", outcome.task)
+                        logging.warning("%s: %s; it will run again%s", name, outcome.error, when)
+                progress.refresh()
+    finally:
+        pool.stop()
 
 
-class _Retries:
-    """Decides whether a task that failed is run again, and as what."""
+class Pool(Protocol):
+    """Runs a few tasks at a time."""
 
-    def __init__(self, retries: int, after_death: AfterDeath | None):
-        self._retries = retries
-        self._after_death = after_death
-        # By identity of the task, which is kept so that no other gets its number.
-        self._failures: dict[int, tuple[Any, collections.Counter[str]]] = {}
+    room: int  # tasks that may be under way
 
-    def next_attempt(self, outcome: Outcome[Any, Any]) -> Any:
-        """The task to run next in place of one that ended; None where its outcome is final."""
-        task, cause = outcome.task, outcome.cause
-        if cause is None:
-            return None
-        is_searched = self._after_death is not None and self._retries > 0
-        if cause == KILLED and not is_searched:
-            cause = DEATH  # of whatever, the second one is the last
-        _, failures = self._failures.pop(id(task), (task, collections.Counter()))
-        failures[cause] += 1
-        again = task
-        if is_searched and cause in (DEATH, KILLED, LOST):
-            again = self._after_death(task, cause == DEATH)
-        if not (is_searched and cause == DEATH):
-            again = again if failures[cause] <= self._limit(cause) else None
-        if again is not None:
-            self._failures[id(again)] = again, failures
-        return again
+    def __len__(self) -> int:
+        """Tasks under way."""
 
-    def delay_secs(self, task: Any) -> float:
-        """How long a task waits that its storage has failed, and that `next_attempt` returned."""
-        _, failures = self._failures[id(task)]
-        return _STORAGE_DELAYS_SECS[failures[STORAGE] - 1]
+    def submit(self, attempt: Attempt) -> None:
+        """Starts a task."""
 
-    def _limit(self, cause: str) -> int:
-        """How often a task is run again after failures of a kind."""
-        if cause == TIMEOUT:
-            return 1  # a shard that took too long twice goes on to take too long
-        limits = {STORAGE: len(_STORAGE_DELAYS_SECS), LOST: _MAX_LOST_NODES}
-        return limits.get(cause, self._retries) if self._retries else 0
+    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
+        """Yields what ends within `POLL_SECS`, and counts the pairs that are done meanwhile."""
+
+    def narrow(self) -> None:
+        """Leaves all memory to a single task."""
+
+    def stop(self) -> None:
+        """Ends all workers, at work or not."""
 
 
-def _run_queue(
+class _ThisProcess:
+    """A `Pool` that runs tasks one after the other, here."""
+
+    room = 1
+
+    def __init__(self, function: Function):
+        self._function = function
+        self._attempts: list[Attempt] = []
+
+    def __len__(self) -> int:
+        return len(self._attempts)
+
+    def submit(self, attempt: Attempt) -> None:
+        self._attempts.append(attempt)
+
+    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
+        attempt = self._attempts.pop()
+        yield attempt, call_function(self._function, attempt.task, add_pairs)
+
+    def narrow(self) -> None:
+        """One task at a time is all that there is."""
+
+    def stop(self) -> None:
+        """There are no workers."""
+
+
+def _open_pool(
     function: Function,
-    tasks: TaskQueue,
     num_workers: int | None,
+    num_tasks: int,
     timeout_secs: float | None,
     ray: RaySettings | None,
-    progress: Progress,
-) -> Iterator[Outcome[Any, Any]]:
-    """Runs the tasks of a queue, also those that are put into it when an outcome is yielded."""
-    if not tasks:
-        return iter(())
+) -> Pool:
     if ray is not None:
-        return run_on_ray(function, tasks, ray, num_workers, progress, timeout_secs)
+        return RayPool(function, ray, num_workers, timeout_secs)
     if num_workers == 0:
-        return _run_here(function, tasks, progress)
+        return _ThisProcess(function)
     count = len(os.sched_getaffinity(0)) if num_workers is None else num_workers
-    return LocalWorkerPool(function, tasks, count, progress, timeout_secs).run()
+    return LocalPool(function, min(count, num_tasks), timeout_secs)
 
 
-def _run_here(
-    function: Function, tasks: TaskQueue, progress: Progress
-) -> Iterator[Outcome[Any, Any]]:
-    while tasks:
-        yield call_function(function, tasks.popleft(), progress.add)
+class _Queue:
+    """Tasks that wait for a worker, and those that are to run again."""
+
+    def __init__(self, tasks: Sequence[Any]):
+        self._ready = collections.deque(map(Attempt, tasks))
+        self._delayed: list[tuple[float, int, Attempt]] = []  # a heap: when, and in which order
+        self._alone: list[Attempt] = []  # those that want all memory, after all others
+        self._numbers = itertools.count()
+
+    def fill(self, pool: Pool) -> bool:
+        """Gives the pool what it has room for, after a while if need be; False at the end."""
+        while True:
+            while self._delayed and self._delayed[0][0] <= _now():
+                self._ready.appendleft(heapq.heappop(self._delayed)[2])
+            if self._alone and not (self._ready or self._delayed or len(pool)):
+                pool.narrow()
+                self._ready.extend(self._alone)
+                self._alone.clear()
+            while self._ready and len(pool) < pool.room:
+                pool.submit(self._ready.popleft())
+            if len(pool) or not self._delayed:
+                return len(pool) > 0
+            _sleep(max(self._delayed[0][0] - _now(), 0))
+
+    def put_back(self, attempt: Attempt, cause: str) -> str:
+        """Takes a task that failed; returns when it runs again, for the log."""
+        if cause == KILLED:
+            self._alone.append(attempt)
+            return ", alone"
+        if cause != STORAGE or not (secs := _STORAGE_DELAYS_SECS[attempt.failures[cause] - 1]):
+            self._ready.insert(_OTHERS_FIRST, attempt)
+            return ""
+        heapq.heappush(self._delayed, (_now() + secs, next(self._numbers), attempt))
+        return f", in {secs:.0f} s"
+
+
+def _next_attempt(
+    attempt: Attempt, cause: str | None, retries: int, after_death: AfterDeath | None
+) -> Attempt | None:
+    """What to run in place of a task that ended; None where its outcome is final."""
+    if cause is None or not (retries or cause == TIMEOUT):
+        return None
+    is_searched = after_death is not None and retries > 0
+    counted = DEATH if cause == KILLED and not is_searched else cause
+    attempt.failures[counted] += 1
+    limits = {TIMEOUT: 1, STORAGE: len(_STORAGE_DELAYS_SECS), LOST: _MAX_LOST_NODES}
+    is_allowed = attempt.failures[counted] <= limits.get(counted, retries)
+    if is_searched and cause in (DEATH, KILLED, LOST):
+        # The search ends by itself.
+        task = after_death(attempt.task, cause == DEATH)
+        is_allowed = task is not None and (is_allowed or cause == DEATH)
+        attempt = dataclasses.replace(attempt, task=task)
+    return attempt if is_allowed else None
+
+
+class _Progress:
+    """The progress bar, and a warning where nothing happens for long."""
+
+    def __init__(self, num_tasks: int, label: str):
+        self._pairs = 0
+        self._bar = ProgressBar(total=num_tasks, desc=label, unit="shard", dynamic_ncols=True)
+        self._start_secs = self._drawn_secs = self._heard_secs = time.monotonic()
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._describe_rate()
+        self._bar.close()
+
+    def advance(self) -> None:
+        """Counts a task that has ended."""
+        self._heard_secs = time.monotonic()
+        self._describe_rate()
+        self._bar.update(1)
+
+    def add(self, pairs: int) -> None:
+        """Counts pairs that are done."""
+        self._heard_secs = time.monotonic()
+        self._pairs += pairs
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Draws the bar, if it was not drawn for some time."""
+        if time.monotonic() - self._drawn_secs >= POLL_SECS:
+            self._describe_rate()
+            self._bar.refresh()
+        if time.monotonic() - self._heard_secs >= _STALL_SECS:
+            self._heard_secs = time.monotonic()
+            logging.warning("no sign of life from any worker for %.0f s", _STALL_SECS)
+
+    def _describe_rate(self) -> None:
+        self._drawn_secs = time.monotonic()
+        rate = self._pairs / max(self._drawn_secs - self._start_secs, 1e-9)
+        self._bar.set_postfix_str(f"{self._pairs:,} pairs, {rate:,.0f} pairs/s", refresh=False)

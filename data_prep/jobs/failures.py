@@ -7,15 +7,14 @@ job of an array knows that nobody works on it. A later run tries it again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
 from data_prep.jobs import shards
 from data_prep.jobs.engine import run_pending
-from data_prep.jobs.packed import PackedList
-from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, HeldStats, ShardTask
+from data_prep.jobs.shards import FAILED_SUFFIX, STATS_SUFFIX, ShardTask, trim_stats
 from diht_jax.storage import files
 
 # Status with which a command ends whose output is there, without the shards that failed.
@@ -111,40 +110,27 @@ def survey(tasks: Sequence[ShardTask], known: Mapping[str, dict[str, Any]] | Non
         tasks: of one folder, in order.
         known: output -> such statistics that were read before, and need not be read again.
     """
-    known = known or {}
+    known = dict(known or {})
     folder = tasks[0].output.rpartition("/")[0] if tasks else ""
     present = set(files.list_names(folder, lambda n: n.endswith((STATS_SUFFIX, FAILED_SUFFIX))))
-    failed_tasks = []
-
-    def find_done() -> Iterator[ShardTask]:
-        for task in tasks:
-            name = os.path.basename(task.output)
-            if name + STATS_SUFFIX in present:
-                yield task
-            elif name + FAILED_SUFFIX in present:
-                failed_tasks.append(task)
-
-    there = PackedList(find_done())
+    there, failed_tasks = [], []
+    for task in tasks:
+        name = os.path.basename(task.output)
+        if name + STATS_SUFFIX in present:
+            there.append(task)
+        elif name + FAILED_SUFFIX in present:
+            failed_tasks.append(task)
     failed = [shards.read_json(task.output + FAILED_SUFFIX) for task in failed_tasks]
     waiting = len(tasks) - len(there) - len(failed)
-    if waiting:
-        unread_parts = PackedList((task, known.get(task.output, {})) for task in there)
-        return Survey(unread_parts, failed, waiting, failed_tasks)
-    present.clear()
-    unread = PackedList(task for task in there if task.output not in known)
-    checked = shards.check_all(unread)
-
-    def read_done() -> Iterator[tuple[ShardTask, Mapping[str, Any]]]:
-        for task in there:
-            if task.output in known:
-                yield task, known[task.output]
-                continue
-            _, stats, change = next(checked)
+    if not waiting:
+        unread = [task for task in there if task.output not in known]
+        for task, stats, change in shards.check_all(unread):
             if stats is not None and change is None:
-                yield task, HeldStats(stats)
-
-    parts = PackedList(read_done())
-    return Survey(parts, failed, len(there) - len(parts), failed_tasks)
+                known[task.output] = trim_stats(stats)
+        done = [task for task in there if task.output in known]
+        waiting, there = len(there) - len(done), done
+    parts = [(task, known.get(task.output, {})) for task in there]
+    return Survey(parts, failed, waiting, failed_tasks)
 
 
 def is_unfinished(limit: float, found: Survey, total: int, participle: str = "done") -> bool:

@@ -1,14 +1,14 @@
 """Whether an input is still the one that an output was made of.
 
-Of every input two things are kept beside the output: its contents, as part, options and size, in
+Of every input two things are kept next to the output: its contents, as part, options and size, in
 the statistics; and its location (path, size and time of change), in a file of its own, since that
 differs from one machine to the next. How inputs are read belongs in the readers.
 
 What counts as the same is one of `IDENTITIES`:
 
     time   size and time of change, or the version that an object store states; nothing is read
-    hash   as "time"; and a file that was touched or copied is known by a hash of every byte, which
-           costs a reading of its own
+    hash   like "time"; and a file that was touched or copied is known by a hash of every byte,
+           which costs a reading of its own
     size   size alone, after a copy that has lost the times
 
 The files that a table names are part of it, and are compared in the same way.
@@ -29,8 +29,7 @@ from diht_jax.storage import files
 from diht_jax.storage.files import input_size
 from diht_jax.storage.stores import is_remote, open_file
 
-# The ending of the files with locations; folders that were written before have it, so it stays.
-LOCATION_SUFFIX = ".place.json"
+LOCATION_SUFFIX = ".place.json"  # of the files with locations
 
 IDENTITIES = ("time", "hash", "size")
 
@@ -40,12 +39,12 @@ _states_of_linked: dict[str, str | None] = {}
 
 
 class Description(NamedTuple):
-    """What is kept of an input.
+    """What is kept of an input, JSON-able.
 
     Attributes:
-        contents: what it holds, wherever it lies: part, options, size, and the hash of every byte
-            where it was asked for. JSON-able.
-        location: path, size and time of change. JSON-able.
+        contents: what it holds, independent of where it is: part, options, size, and the hash of
+            every byte where it was asked for.
+        location: path, size and time of change.
     """
 
     contents: dict[str, Any]
@@ -69,14 +68,12 @@ def describe(source: SourceShard, identity: str = "time") -> Description:
         FileNotFoundError: it is gone.
     """
     forget_linked()  # whatever was seen before, this is what will be read
-    found = source.identity()
-    location = _locate(source, found)
-    contents = _part(source, found) | {"files": found["files"]}
+    contents, location = _look_at(source)
     if identity == "hash":
         contents["digest"] = _hash_all(source)
         if "linked" in location:
             contents["linked"] = _hash_linked(source)
-    return Description(_plain(contents), location)
+    return Description(contents, location)
 
 
 def is_same(
@@ -96,15 +93,12 @@ def is_same(
     Raises:
         FileNotFoundError: the input is gone.
     """
-    found = source.identity()
-    if any(contents.get(name) != value for name, value in _plain(_part(source, found)).items()):
+    now, location = _look_at(source)
+    if any(contents.get(name) != value for name, value in now.items() if name != "files"):
         return False
-    before, now = read_location(location_path), _locate(source, found)
-    if before is not None and "linked" not in before:
-        # Written before the files that a table names were looked at.
-        before |= {name: now[name] for name in ("linked",) if name in now}
+    before = read_location(location_path)
     # The path is no part of it: what was moved is the same file.
-    if before is not None and before | {"path": now["path"]} == now:
+    if before is not None and before | {"path": location["path"]} == location:
         return True
     if "digest" in contents:
         if contents["digest"] != _hash_all(source):
@@ -113,7 +107,7 @@ def is_same(
             return False
     elif identity != "size":
         return False
-    write_location(location_path, now)
+    write_location(location_path, location)
     return True
 
 
@@ -132,32 +126,26 @@ def read_location(path: str) -> dict[str, Any] | None:
     return files.read_object(path)
 
 
-def _part(source: SourceShard, found: Mapping[str, Any]) -> dict[str, Any]:
-    """What an input must have in common with one that was described before."""
-    return {
+def _look_at(source: SourceShard) -> Description:
+    """The description of an input, of which nothing is read."""
+    found = source.identity()
+    location = {"path": found["path"], "size_bytes": found["size_bytes"]}
+    location["changed"] = found["changed_ns"]
+    if names_files(source):
+        key = json.dumps([str(source), found["changed_ns"], dict(source.options)], sort_keys=True)
+        if key not in _states_of_linked:
+            _states_of_linked[key] = describe_linked(source)
+        if (linked := _states_of_linked[key]) is not None:
+            location["linked"] = linked
+    contents = {
         "kind": source.kind,
         "start": source.start,
         "stop": source.stop,
         "options": dict(source.options),
         "size_bytes": found["size_bytes"],
+        "files": found["files"],
     }
-
-
-def _locate(source: SourceShard, found: Mapping[str, Any]) -> dict[str, Any]:
-    location = {
-        "path": found["path"],
-        "size_bytes": found["size_bytes"],
-        "changed": found["changed_ns"],
-    }
-    if not names_files(source):
-        return location
-    linked = _state_of_linked(source, found["changed_ns"])
-    return location if linked is None else location | {"linked": linked}
-
-
-def _plain(value: Any) -> Any:
-    """The value as it comes back from JSON."""
-    return json.loads(json.dumps(value))
+    return Description(json.loads(json.dumps(contents)), location)
 
 
 def _hash_all(source: SourceShard) -> str:
@@ -167,7 +155,11 @@ def _hash_all(source: SourceShard) -> str:
         size = input_size(path)
         digest.update(f"{name}\n{size}\n".encode("utf-8", "surrogatepass"))
         version = SourceShard(source.kind, path).identity()["changed_ns"]
-        digest.update(_hash_range(path, *_range(source, size), version))
+        start, stop = 0, size
+        # Parts of a table are given in bytes; other parts are numbered, and the file is hashed.
+        if source.kind == "table":
+            start, stop = source.start, size if source.stop is None else min(source.stop, size)
+        digest.update(_hash_range(path, start, stop, version))
     return digest.hexdigest()
 
 
@@ -184,21 +176,6 @@ def _hash_range(path: str, start: int, stop: int, version: int | str | None) -> 
     return digest.digest()
 
 
-def _range(source: SourceShard, size: int) -> tuple[int, int]:
-    # Parts of a table are given in bytes; other parts are numbered, and the whole file is hashed.
-    if source.kind != "table":
-        return 0, size
-    return source.start, size if source.stop is None else min(source.stop, size)
-
-
-def _state_of_linked(source: SourceShard, version: int | None) -> str | None:
-    """The remembered `describe_linked` of a source, whose file has this version."""
-    key = json.dumps([str(source), version, dict(source.options)], sort_keys=True)
-    if key not in _states_of_linked:
-        _states_of_linked[key] = describe_linked(source)
-    return _states_of_linked[key]
-
-
 def _hash_linked(source: SourceShard) -> str:
     """Hash of every byte of the files that a table names, in the order of its rows."""
     digest = hashlib.blake2b(digest_size=16)
@@ -210,15 +187,9 @@ def _hash_linked(source: SourceShard) -> str:
 
 
 def _list_files(source: SourceShard) -> Iterator[tuple[str, str]]:
-    """Name and path of every file of an input: of itself, or of those in a folder, in order."""
+    """Name and path of the file of an input, or of every file in a folder, by name."""
     if is_remote(source.path) or not os.path.isdir(source.path):
         yield "", source.path
         return
     found = [path for path, is_inside in walk_files(source.path, source.root) if is_inside]
-    names = [os.path.relpath(path, source.path) for path in found]
-
-    def files_before_folders(pair: tuple[str, str]) -> list[tuple[bool, str]]:
-        *folders, name = pair[0].split(os.sep)
-        return [*((True, folder) for folder in folders), (False, name)]
-
-    yield from sorted(zip(names, found, strict=True), key=files_before_folders)
+    yield from sorted((os.path.relpath(path, source.path), path) for path in found)

@@ -1,7 +1,7 @@
 """Models that a task uses: in the worker's own process, or in actors that share the GPUs.
 
 A task asks for a model with `open_model` and need not know which of the two it gets. How an engine
-starts such actors belongs in `ray_models.py`.
+starts such actors belongs in `cluster_models.py`.
 """
 
 from __future__ import annotations

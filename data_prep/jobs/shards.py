@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import re
-import threading
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,12 +30,8 @@ STATS_SUFFIX = dataset_info.STATS_SUFFIX
 MERGED_STATS = "stats.json"
 FAILED_SUFFIX = ".failed.json"  # beside an output that could not be made: why
 
-# Of statistics that are held packed, what all of them have in common.
-_TYPICAL_STATS = (
-    b'","output":{"beside":{".concepts.npz":},"bytes":,"digest":"","file":"web-train-.tfrecord",'
-    b'"records":}}{"config_hash":"'
-)
-
+# Path -> bytes, None where the file is missing.
+Sizes = Callable[[str], int | None]
 Process = Callable[[SourceShard, RecordWriter], dict[str, Any]]
 
 # The names of `files.temporary_path`.
@@ -149,36 +143,12 @@ def run_task(task: ShardTask, process: Process, beside: Sequence[str] = ()) -> d
     return finish_task(task, described, counts, len(writer), beside, hashing.digest())
 
 
-class HeldStats(Mapping[str, Any]):
-    """What a driver holds of the statistics of a task: nothing that grows with the records.
-
-    As a packed text, which is parsed when it is looked at: dicts would take fifteen times the
-    memory, and there is one for each of 100,000 parts.
-    """
-
-    __slots__ = ("_packed",)
-
-    def __init__(self, stats: Mapping[str, Any]):
-        """Of statistics as they lie in their file."""
-        held = {name: stats[name] for name in ("config_hash", "input", "output") if name in stats}
-        if "digest" in held.get("output", {}):
-            held.pop("input", None)  # the records are known by their hash
-        text = json.dumps(held, separators=(",", ":"), sort_keys=True).encode()
-        packer = zlib.compressobj(wbits=-9, memLevel=1, zdict=_TYPICAL_STATS)
-        self._packed = packer.compress(text) + packer.flush()
-
-    def _parse(self) -> dict[str, Any]:
-        unpacker = zlib.decompressobj(wbits=-9, zdict=_TYPICAL_STATS)
-        return json.loads(unpacker.decompress(self._packed))
-
-    def __getitem__(self, name: str) -> Any:
-        return self._parse()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parse())
-
-    def __len__(self) -> int:
-        return len(self._parse())
+def trim_stats(stats: Mapping[str, Any]) -> dict[str, Any]:
+    """What a driver holds of the statistics of a task: nothing that grows with the records."""
+    held = {name: stats[name] for name in ("config_hash", "input", "output") if name in stats}
+    if "digest" in held.get("output", {}):
+        held.pop("input", None)  # the records are known by their hash
+    return held
 
 
 class HashingWriter:
@@ -283,34 +253,8 @@ def _check(task: ShardTask) -> tuple[ShardTask, dict[str, Any] | None, str | Non
     return task, stats, None if stats is None else explain_change(task, stats)
 
 
-class Sizes:
-    """Bytes of outputs and of what lies beside them: of a store by one listing of each folder."""
-
-    def __init__(self) -> None:
-        self._listed: dict[str, dict[str, int]] = {}
-        self._lock = threading.Lock()
-
-    def __call__(self, path: str) -> int | None:
-        """As `files.size`; of a store's folder, as it was at the first call for it."""
-        if not is_remote(path):
-            return files.size(path)
-        folder, _, name = path.rpartition("/")
-        with self._lock:
-            if folder not in self._listed:
-                self._listed[folder] = files.list_sizes(folder, _is_of_output)
-        return self._listed[folder].get(name)
-
-
-def _is_of_output(name: str) -> bool:
-    return not name.endswith(STATS_SUFFIX)
-
-
-def has_output(
-    task: ShardTask,
-    stats: Mapping[str, Any],
-    size_of: Callable[[str], int | None] = files.size,
-) -> bool:
-    """Whether the output and what lies beside it have the sizes that the statistics name."""
+def has_output(task: ShardTask, stats: Mapping[str, Any], size_of: Sizes = files.size) -> bool:
+    """Whether the output and the files next to it have the sizes that the statistics name."""
     try:
         output = stats["output"]
         return output["bytes"] == size_of(task.output) and all(
@@ -320,14 +264,24 @@ def has_output(
         return False
 
 
+def open_sizes(folder: str) -> Sizes:
+    """Bytes of the files of a folder by their path; those of a store are listed at once."""
+    if not is_remote(folder):
+        return files.size
+    listed = files.list_sizes(folder, lambda name: not name.endswith(STATS_SUFFIX))
+    return lambda path: listed.get(path.rpartition("/")[2])
+
+
 def damaged_outputs(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> set[str]:
-    """The outputs for which `has_output` is false."""
-    sizes = Sizes()
+    """The outputs, all of one folder, for which `has_output` is false."""
+    if not parts:
+        return set()
+    sizes = open_sizes(parts[0][0].output.rpartition("/")[0])
     return {task.output for task, stats in parts if not has_output(task, stats, sizes)}
 
 
-def find_finished(tasks: Sequence[ShardTask]) -> dict[str, HeldStats]:
-    """The tasks of one folder for which `load_finished` would give statistics; by many requests.
+def find_finished(tasks: Sequence[ShardTask]) -> dict[str, dict[str, Any]]:
+    """The tasks of one folder that were done before, by the same config on the same input.
 
     Returns:
         Output of each -> what is held of its statistics.
@@ -338,27 +292,12 @@ def find_finished(tasks: Sequence[ShardTask]) -> dict[str, HeldStats]:
     present = set(files.list_names(folder, lambda name: name.endswith(STATS_SUFFIX)))
     there = [task for task in tasks if os.path.basename(task.stats_path) in present]
     found = [
-        (task, HeldStats(stats))
+        (task, trim_stats(stats))
         for task, stats, change in check_all(there)
         if stats is not None and change is None
     ]
     damaged = damaged_outputs(found)
     return {task.output: stats for task, stats in found if task.output not in damaged}
-
-
-def load_finished(task: ShardTask) -> dict[str, Any] | None:
-    """The statistics of a task that was done before, by the same config on the same input.
-
-    Args:
-        task: what would be done.
-
-    Returns:
-        None where it has to be done (again).
-    """
-    stats = read_stats(task)
-    if stats is None or explain_change(task, stats) or not has_output(task, stats):
-        return None
-    return stats
 
 
 def remove_temporary_files(folder: str, names: Iterable[str]) -> None:

@@ -16,7 +16,6 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from data_prep.jobs.manifest import Input
-from data_prep.jobs.packed import PackedList
 from diht_jax.readers import registry
 from diht_jax.readers.registry import Skipped, SourceShard
 from diht_jax.records.formats.tar_members import DamagedTarError
@@ -61,7 +60,7 @@ def list_inputs(pairs: str | None, source: ml_collections.ConfigDict) -> Sequenc
             "config.input is not set: expected tars, tables, a folder, TFRecord shards or "
             "tfds:NAME:SPLIT, such as --config.input='/data/*.tar'"
         )
-    return PackedList(_list_each(typed_texts(pairs), source))
+    return list(_list_each(typed_texts(pairs), source))
 
 
 def _list_each(texts: Sequence[str], source: ml_collections.ConfigDict) -> Iterator[Input]:

@@ -11,7 +11,7 @@ from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import crash_search
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch
 from data_prep.jobs.engine import run_tasks
-from data_prep.jobs.progress import ProcessDeath
+from data_prep.jobs.outcome import ProcessDeath
 from data_prep.jobs.shards import ShardTask
 from data_prep.steps import registry
 from data_prep.steps.base import Candidate, Step

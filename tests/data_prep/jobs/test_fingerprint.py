@@ -234,14 +234,3 @@ def test_the_images_of_an_unchanged_table_are_not_read_again(table, monkeypatch)
 
     monkeypatch.setattr(fingerprint, "read_image", fail)
     assert _is_same_now(table)
-
-
-def test_a_table_that_was_described_without_its_images_stays_the_same(table, tmp_path):
-    """As in folders that were filtered before images were looked at."""
-    table.described.contents.pop("linked")
-    location = json.loads(table.location_path.read_text())
-    location.pop("linked")
-    table.location_path.write_text(json.dumps(location))
-    assert _is_same_now(table)
-    os.utime(tmp_path / "data" / "t.csv", ns=(5, 5))
-    assert _is_same_now(table)

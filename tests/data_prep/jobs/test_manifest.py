@@ -11,7 +11,6 @@ from data_prep.jobs import manifest
 from data_prep.jobs.manifest import Input
 from data_prep.sources.list import default_source, find_root, list_inputs
 from diht_jax.readers.registry import SourceShard
-from diht_jax.storage import files
 
 
 def _inputs(folder: str, *names: str) -> list[Input]:
@@ -85,25 +84,8 @@ def test_the_manifest_states_order_and_identity(tmp_path):
     rows = json.loads((tmp_path / "parts" / "manifest.json").read_text())["parts"]
     assert [row["name"] for row in rows] == names
     first = {"path": "2", "source": f"{tmp_path}/2", "kind": "webdataset", "start": 0, "stop": None}
-    first |= {"size_bytes": 2, "changed": (tmp_path / "2").stat().st_mtime_ns, "before": []}
+    first |= {"size_bytes": 2, "changed": (tmp_path / "2").stat().st_mtime_ns}
     assert rows[0] == {"name": names[0], **first}
     written_ns = (tmp_path / "parts" / "manifest.json").stat().st_mtime_ns
     assert _plan(tmp_path / "parts", _inputs(str(tmp_path), "2", "1")) == names
     assert (tmp_path / "parts" / "manifest.json").stat().st_mtime_ns == written_ns
-
-
-def test_parts_follow_an_input_that_is_reached_from_another_root(tmp_path):
-    folder = tmp_path / "parts"
-    (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "1").touch()
-    (old,) = _plan(folder, _inputs(f"{tmp_path}/in", "1"))
-    stats = {"input": {"kind": "webdataset", "start": 0, "stop": None}}
-    location = {"path": f"{tmp_path}/in/1", "size_bytes": 0, "changed": 0}
-    for suffix, value in ((".stats.json", stats), (".place.json", location), ("", {})):
-        (folder / f"{old}{suffix}").write_text(json.dumps(value))
-    (new,) = _plan(folder, _inputs(str(tmp_path), "in/1"))
-    assert new != old
-    assert files.list_names(str(folder)) == [
-        "manifest.json", new, f"{new}.place.json", f"{new}.stats.json"
-    ]  # fmt: skip
-    assert manifest.earlier_names(str(folder)) == {old: new}

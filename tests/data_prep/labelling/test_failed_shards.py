@@ -12,7 +12,7 @@ import fsspec
 import ml_collections
 import pytest
 
-from data_prep.jobs.progress import ProcessDeath
+from data_prep.jobs.outcome import ProcessDeath
 from data_prep.label import run_label
 from data_prep.labelling import embeddings, heads, obtain_heads, summary
 from data_prep.labelling.config import default_config

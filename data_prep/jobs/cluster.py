@@ -1,0 +1,311 @@
+"""Tasks on a Ray cluster: in actors that keep the models they have loaded, or that share some.
+
+The nodes must see the same paths, and have the same packages and this repository, installed or
+under the same path. Ray is imported only when it is asked for. An actor dies with its node or its
+process; its task may pass at another try, and another actor is started wherever the cluster has
+room. Models that need a GPU can be in actors of their own, which Ray restarts after their death,
+and which all workers use (`cluster_models.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging as python_logging
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from data_prep.jobs.cluster_models import ClusterActor, ModelActors, SharedModel, start_models
+from data_prep.jobs.models import share_models
+from data_prep.jobs.outcome import (
+    DEATH,
+    LOST,
+    POLL_SECS,
+    Attempt,
+    Function,
+    Outcome,
+    Report,
+    call_function,
+    describe_error,
+    timed_out,
+)
+
+_MAX_FAILED_STARTS = 3  # in a row
+_WAITING_SECS = 60.0
+
+_now = time.monotonic  # of the limit of a task; tests put their own clock here
+
+
+@dataclasses.dataclass(frozen=True)
+class RaySettings:
+    """Which cluster, and what a worker takes of it.
+
+    Attributes:
+        address: "auto" for the running cluster (or $RAY_ADDRESS), "local" to start one on this
+            machine for the time of the job, else HOST:PORT.
+        cpus_per_worker: cores that a worker reserves.
+        gpus_per_worker: GPUs, or a part of one, that a worker reserves and sees.
+        model_actors: actors at most that hold the networks for all workers, as many as the GPUs
+            have room for; 0 for none: each worker has its own.
+        gpus_per_model_actor: GPUs, or a part of one, that such an actor reserves and sees.
+    """
+
+    address: str = "auto"
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    model_actors: int = 0
+    gpus_per_model_actor: float = 1.0
+
+    def check(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            ValueError: a number is negative, or a worker would reserve nothing.
+        """
+        for field in dataclasses.fields(self)[1:]:
+            if (value := getattr(self, field.name)) < 0:
+                raise ValueError(f"config.ray.{field.name}={value}; expected at least 0")
+        if not self.cpus_per_worker and not self.gpus_per_worker:
+            raise ValueError(
+                "config.ray.cpus_per_worker=0 and config.ray.gpus_per_worker=0; expected one of "
+                "them to be more: they limit how many workers run on a node"
+            )
+
+
+@contextlib.contextmanager
+def _connect(settings: RaySettings) -> Iterator[Any]:
+    """Gives the module, connected."""
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--engine=ray needs Ray; run: pip install ray") from error
+    if ray.is_initialized():  # by the program that calls us; it is theirs to end
+        yield ray
+        return
+    # So that the workers find this very code, where it is not installed as a package.
+    paths = [str(pathlib.Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    options: dict[str, Any] = {"include_dashboard": False} if settings.address == "local" else {}
+    try:
+        ray.init(
+            address=settings.address,
+            runtime_env={"env_vars": environment},
+            logging_level=python_logging.WARNING,
+            **options,
+        )
+    except ConnectionError as error:
+        raise ValueError(
+            f"config.ray.address='{settings.address}': no Ray cluster there ({error}); start one "
+            "with `ray start --head`, or set config.ray.address='local'"
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@dataclasses.dataclass(eq=False)
+class _Worker:
+    """An actor at work."""
+
+    actor: Any
+    started: Any  # reference that is ready when the process has started
+    attempt: Attempt
+    began_secs: float | None = None
+
+
+class RayPool:
+    """Actors on a cluster, one task at a time in each; see `engine.Pool`."""
+
+    def __init__(
+        self,
+        function: Function,
+        settings: RaySettings,
+        num_workers: int | None,
+        timeout_secs: float | None,
+    ):
+        """Connects to the cluster.
+
+        Args:
+            function: importable by its name, or picklable.
+            settings: of the cluster.
+            num_workers: actors at most; None fills the cluster, also with nodes that join.
+            timeout_secs: after which a task is stopped; None for no limit.
+
+        Raises:
+            ValueError: Ray is not installed, or there is no such cluster.
+        """
+        self._connection = contextlib.ExitStack()
+        self._ray = self._connection.enter_context(_connect(settings))
+        self._settings = settings
+        self._num_workers = num_workers
+        self._timeout_secs = timeout_secs
+        self._function = self._ray.put(function)
+        self._models = start_models(self._ray, settings.model_actors, settings.gpus_per_model_actor)
+        self._idle: list[tuple[Any, Any]] = []
+        self._busy: dict[Any, _Worker] = {}  # by the reference of the outcome
+        self._failed_starts = 0
+        self._heard_secs = time.monotonic()
+
+    def __len__(self) -> int:
+        """Tasks under way."""
+        return len(self._busy)
+
+    @property
+    def room(self) -> int:
+        """Actors that the cluster has room for now."""
+        if self._num_workers is not None:
+            return max(1, self._num_workers)
+        has, s = self._ray.cluster_resources(), self._settings
+        needs = (("CPU", s.cpus_per_worker), ("GPU", s.gpus_per_worker))
+        return max(1, int(min(has.get(name, 0) / each for name, each in needs if each)))
+
+    def submit(self, attempt: Attempt) -> None:
+        """Starts a task."""
+        if self._idle:
+            actor, started = self._idle.pop()
+        else:
+            remote = self._ray.remote(
+                num_cpus=self._settings.cpus_per_worker,
+                num_gpus=self._settings.gpus_per_worker,
+                max_restarts=0,
+            )
+            actor = remote(_WorkerActor).remote(os.getcwd(), self._models)
+            started = actor.start.remote()
+        outcome = actor.work.remote(self._function, attempt.task)
+        self._busy[outcome] = _Worker(actor, started, attempt)
+
+    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
+        """Yields what ends before long, and counts its pairs.
+
+        Raises:
+            ValueError: no actor can start.
+        """
+        while self._idle:  # no task is left for them
+            self._ray.kill(self._idle.pop()[0])
+        done, _ = self._ray.wait(list(self._busy), timeout=POLL_SECS)
+        for reference in done:
+            worker = self._busy.pop(reference)
+            outcome, pairs = self._read_outcome(worker, reference)
+            add_pairs(pairs)
+            yield worker.attempt, outcome
+        self._note_starts()
+        yield from self._stop_overdue()
+
+    def narrow(self) -> None:
+        """Memory of a cluster is no reason to run one task at a time."""
+
+    def stop(self) -> None:
+        """Ends all actors."""
+        actors = [worker.actor for worker in self._busy.values()]
+        for actor in (*actors, *(actor for actor, _ in self._idle), *self._models):
+            self._ray.kill(actor)
+        self._connection.close()
+
+    def _read_outcome(self, worker: _Worker, reference: Any) -> tuple[Outcome, int]:
+        known = self._ray.exceptions
+        self._heard_secs = time.monotonic()
+        try:
+            found = self._ray.get(reference)
+        except known.RayTaskError as error:
+            # The function's own errors come as outcomes: this one is in packing or unpacking.
+            found = Outcome(error=describe_error(error)), 0
+        except known.RayError as error:
+            return self._died(worker, error), 0
+        self._failed_starts = 0
+        self._idle.append((worker.actor, worker.started))
+        return found
+
+    def _died(self, worker: _Worker, error: Exception) -> Outcome:
+        with contextlib.suppress(Exception):  # it has most likely ended
+            self._ray.kill(worker.actor)
+        reason = " ".join(str(error).split())
+        # The task is not to blame for the loss of its node, or for memory that others took.
+        is_lost = _is_node_loss(self._ray, error)
+        is_lost |= isinstance(error, self._ray.exceptions.OutOfMemoryError)
+        if not is_lost and not self._has_started(worker.started):
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                raise ValueError(f"no Ray worker could start: {reason}")
+        return Outcome(
+            error=f"the Ray worker died at work, or its node was lost: {reason}",
+            cause=LOST if is_lost else DEATH,
+        )
+
+    def _has_started(self, started: Any) -> bool:
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            return self._ray.get(started, timeout=0)
+        return False
+
+    def _note_starts(self) -> None:
+        """Begins to count the time of tasks whose actor has started."""
+        for worker in self._busy.values():
+            if worker.began_secs is None and self._has_started(worker.started):
+                worker.began_secs = _now()
+        is_waiting = all(worker.began_secs is None for worker in self._busy.values())
+        if is_waiting and self._busy and time.monotonic() - self._heard_secs > _WAITING_SECS:
+            self._heard_secs = time.monotonic()
+            logging.warning(
+                "no Ray worker has started for %.0f s; each asks for %g CPUs and %g GPUs, and the "
+                "cluster has free: %s",
+                _WAITING_SECS,
+                self._settings.cpus_per_worker,
+                self._settings.gpus_per_worker,
+                self._ray.available_resources(),
+            )
+
+    def _stop_overdue(self) -> Iterator[tuple[Attempt, Outcome]]:
+        for reference, worker in list(self._busy.items()):
+            if self._timeout_secs is None or worker.began_secs is None:
+                continue
+            if _now() - worker.began_secs > self._timeout_secs:
+                del self._busy[reference]
+                self._ray.kill(worker.actor)
+                yield worker.attempt, timed_out(self._timeout_secs)
+
+
+def _is_node_loss(ray: Any, error: Exception) -> bool:
+    """Whether an actor is gone because its node is, and not because of what it did."""
+    known = ray.exceptions
+    # A node that does not answer is called unavailable until Ray gives it up, and its actors are
+    # ended by whoever has started them.
+    lost = known.NodeDiedError | known.ActorUnavailableError | known.ObjectLostError
+    reasons = ("node has died", "killed by `ray.kill`")
+    return isinstance(error, lost) or any(reason in str(error) for reason in reasons)
+
+
+class _WorkerActor(ClusterActor):
+    """Does tasks."""
+
+    def __init__(self, folder: str, models: Sequence[Any]):
+        super().__init__(folder)
+        if models:
+            share_models(functools.partial(SharedModel, actors=ModelActors(models)))
+
+    def work(self, function: Function, task: Any) -> tuple[Outcome, int]:
+        """Does one task; returns the outcome and the number of pairs."""
+        relative = _find_relative_path(task)
+        if relative is not None and self.no_folder:
+            error = (
+                f"'{relative}' is a relative path, and {self.no_folder}; name input and output by "
+                "absolute paths or URLs, or start the job in a folder that all nodes have"
+            )
+            return Outcome(error=error), 0
+        pairs: list[int] = []
+        outcome = call_function(function, task, pairs.append)
+        return outcome, sum(pairs)
+
+
+def _find_relative_path(task: Any) -> str | None:
+    """The input or the output of a task, where it is a relative path."""
+    source = getattr(task, "source", None)
+    for path in (getattr(source, "path", source), getattr(task, "output", None)):
+        if isinstance(path, str) and "://" not in path and not os.path.isabs(path):
+            return path
+    return None

@@ -1,0 +1,225 @@
+"""Tasks in processes of this machine: pebble's pool, and what a shard job asks of its workers.
+
+The pool stops tasks at their time limit, and the death of a worker is an error of its task alone.
+Workers are spawned, since the parent may have threads. They count their pairs through one pipe,
+whose short messages are written as a whole; no lock is shared that a dead worker could hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from typing import Any
+
+import pebble
+
+from data_prep.jobs.outcome import (
+    DEATH,
+    KILLED,
+    POLL_SECS,
+    Attempt,
+    Function,
+    Outcome,
+    Report,
+    call_function,
+    describe_error,
+    failed_outcome,
+    timed_out,
+)
+
+_STOP_SECS = 5.0
+_MAX_FAILED_STARTS = 3  # in a row
+# The libraries under spaCy and NumPy would start a thread per core in every worker.
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class LocalPool:
+    """Worker processes; see `engine.Pool`."""
+
+    def __init__(self, function: Function, num_workers: int, timeout_secs: float | None):
+        """Starts no worker before there is a task.
+
+        Args:
+            function: importable by its name, or picklable.
+            num_workers: processes at most.
+            timeout_secs: after which a task is stopped; None for no limit.
+        """
+        self.room = num_workers
+        self._function = function
+        self._timeout_secs = timeout_secs
+        self._pool: pebble.ProcessPool | None = None
+        self._busy: dict[futures.Future[bytes], Attempt] = {}
+        self._failed_starts = 0
+        self._context = multiprocessing.get_context("spawn")
+        self._receiver, self._sender = self._context.Pipe(duplex=False)  # of numbers of pairs
+        self._added = [name for name in _ONE_THREAD if name not in os.environ]
+        os.environ.update(dict.fromkeys(self._added, "1"))  # which workers inherit
+
+    def __len__(self) -> int:
+        """Tasks under way."""
+        return len(self._busy)
+
+    def submit(self, attempt: Attempt) -> None:
+        """Starts a task."""
+        try:
+            data = pickle.dumps((self._function, attempt.task))
+        except Exception as error:
+            text = f"the task cannot be pickled: {describe_error(error)}"
+            future: futures.Future[bytes] = futures.Future()
+            future.set_result(pickle.dumps(Outcome(error=text)))
+            self._busy[future] = attempt
+            return
+        if self._pool is not None and not self._pool.active:
+            self._stop_workers()  # an idle worker has died
+        if self._pool is None:
+            self._pool = pebble.ProcessPool(
+                max_workers=self.room,
+                initializer=_begin,
+                initargs=(self._sender,),
+                context=self._context,
+            )
+        self._busy[self._pool.schedule(_work, (data,), timeout=self._timeout_secs)] = attempt
+
+    def wait(self, add_pairs: Report) -> Iterator[tuple[Attempt, Outcome]]:
+        """Yields what ends before long, and counts the pairs that are done meanwhile.
+
+        Raises:
+            ValueError: no worker can start.
+        """
+        done, _ = futures.wait(self._busy, POLL_SECS, futures.FIRST_COMPLETED)
+        while self._receiver.poll():
+            add_pairs(int.from_bytes(self._receiver.recv_bytes(), "little"))
+        for future in done:
+            if isinstance(future.exception(), BrokenProcessPool):
+                self._start_again()
+                return
+            self._failed_starts = 0
+            yield self._busy.pop(future), self._read_outcome(future)
+
+    def _read_outcome(self, future: futures.Future[bytes]) -> Outcome:
+        error = future.exception()
+        if isinstance(error, pebble.ProcessExpired):
+            return self._died(error.exitcode)
+        if isinstance(error, TimeoutError):
+            return timed_out(self._timeout_secs)
+        try:
+            return pickle.loads(future.result())
+        except Exception as error:
+            return Outcome(error=f"the result cannot be unpickled: {describe_error(error)}")
+
+    def _died(self, code: int) -> Outcome:
+        end = f"exit code {code}"
+        if code < 0:
+            end = f"signal {-code}"
+            with contextlib.suppress(ValueError):
+                end += f", {signal.Signals(-code).name}"
+        # The kernel kills the largest process when the memory of all of them runs out.
+        is_shared = code == -signal.SIGKILL and self.room > 1
+        return Outcome(
+            error=f"the worker process died at work ({end}): either memory ran out, and fewer "
+            "workers (num_workers) may help, or a library crashed; see what it printed above",
+            cause=KILLED if is_shared else DEATH,
+        )
+
+    def _start_again(self) -> None:
+        """Takes new workers where one has ended before any had a task."""
+        self._failed_starts += 1
+        if self._failed_starts >= _MAX_FAILED_STARTS:
+            raise ValueError(
+                "no worker process could start: either a module cannot be imported, and its "
+                "traceback is above, or memory ran out, and fewer workers (num_workers) may help"
+            )
+        attempts = list(self._busy.values())
+        self._busy.clear()
+        self._stop_workers()
+        for attempt in attempts:
+            self.submit(attempt)
+
+    def narrow(self) -> None:
+        """Goes on with one worker; the others end, and give their memory back."""
+        self.room = 1
+        self._stop_workers()
+
+    def stop(self) -> None:
+        """Ends all workers, at work or not."""
+        self._stop_workers()
+        for name in self._added:
+            os.environ.pop(name, None)
+
+    def _stop_workers(self) -> None:
+        pool, self._pool = self._pool, None
+        if pool is None:
+            return
+        pool.stop()
+        for process in multiprocessing.active_children():  # at once, not one after the other
+            if process.name == pebble.pool.process.WORKERS_NAME:
+                process.terminate()
+        pool.join()
+
+
+_sender: connection.Connection | None = None  # of this process, if it is a worker
+
+
+def _begin(sender: connection.Connection) -> None:
+    """Prepares a worker process."""
+    global _sender
+    _sender = sender
+    signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _leave(*_: Any) -> None:
+    """Ends a worker by an exception, so that half-written files are removed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the parent was killed: another run may begin."""
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_STOP_SECS)
+    os._exit(1)
+
+
+def _work(data: bytes) -> bytes:
+    """Does one task; returns its outcome. Both are pickled here: a fault in that is the task's."""
+    counter = _PairCounter()
+    try:
+        function, task = pickle.loads(data)
+        reply = pickle.dumps(call_function(function, task, counter.add))
+    except Exception as error:
+        reply = pickle.dumps(failed_outcome(error))
+    except SystemExit:
+        os._exit(1)
+    counter.send()
+    return reply
+
+
+class _PairCounter:
+    """Tells the parent how many pairs are done, but not too often."""
+
+    def __init__(self) -> None:
+        self._pairs = 0
+        self._last_secs = time.monotonic()
+
+    def add(self, pairs: int) -> None:
+        self._pairs += pairs
+        if time.monotonic() - self._last_secs >= POLL_SECS:
+            self.send()
+
+    def send(self) -> None:
+        if self._pairs:
+            _sender.send_bytes(self._pairs.to_bytes(8, "little"))
+        self._pairs = 0
+        self._last_secs = time.monotonic()
