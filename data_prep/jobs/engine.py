@@ -169,7 +169,9 @@ def run_tasks(
                     else:
                         when = queue.put_back(again, outcome.cause)
                         name = getattr(outcome.task, "source", outcome.task)
-                        logging.warning("%s: %s; it will run again%s", name, outcome.error, when)
+                        logging.warning(
+                            "%s: %s; its task will run again%s", name, outcome.error, when
+                        )
                 progress.refresh()
     finally:
         pool.stop()

@@ -244,7 +244,7 @@ if __name__ == "__main__":
     assert {t: outcomes[t] for t in range(1, 8)} == {t: (t, None) for t in range(1, 8)}
     stopped = "stopped after config.shard_timeout_secs=4 seconds"
     assert outcomes[0] == (None, stopped)
-    assert errors.count(f"0: {stopped}; it will run again") == 1
+    assert errors.count(f"0: {stopped}; its task will run again") == 1
     assert len(list(tmp_path.glob("stuck-*"))) == 2  # in a worker of its own each time
 
 
@@ -285,8 +285,8 @@ def work(task, report):
     assert "pickle" in outcomes[4][1]
     assert "Odd: an odd exception" in outcomes[5][1]
     # Only who was killed from outside, maybe for the memory of all, waits for the others.
-    assert errors.count("it will run again") == 3
-    assert re.findall(r"(\d): .* it will run again, alone", errors) == ["3"]
+    assert errors.count("its task will run again") == 3
+    assert re.findall(r"(\d): .* its task will run again, alone", errors) == ["3"]
     # The reports of six tasks arrive.
     assert "8/8" in errors and int(errors.rpartition(" pairs,")[0].rpartition(", ")[2]) >= 60
 

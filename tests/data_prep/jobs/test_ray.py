@@ -306,7 +306,7 @@ def test_deaths_and_time_limits_are_those_of_local_workers(printed):
     assert outcomes[again] == (again, None)
     stopped = "stopped after config.shard_timeout_secs=60 seconds"
     assert outcomes["hangs"] == (None, stopped)
-    assert found["stderr"].count(f"hangs: {stopped}; it will run again") == 1
+    assert found["stderr"].count(f"hangs: {stopped}; its task will run again") == 1
 
 
 def test_models_find_what_they_find_in_the_local_engine(printed):
