@@ -1,16 +1,14 @@
-"""How often spaCy's small parser is right about captions, before and after the repairs.
+"""Accuracy of spaCy's small parser on captions, and what a perfect parser would bring.
 
     python -m benchmarks.caption_parser
     python -m benchmarks.caption_parser --retrain
 
-`caption_trees.tsv` beside this file has trees of web captions that were corrected by reading.
-Prints the shares of words with the right tag, the right head, and the right head and label
-(punctuation left out), of captions without an error, and of prepositions other than "of" that hang
-on the right word: as parsed, and as `data_prep.captions.repairs` leaves them. Then how often the
-rules agree with judgements of the same captions (`tests/data_prep/captions/judged_captions.tsv`),
-on parses and on the corrected trees: what a perfect parser would bring. With `--retrain` tagger and
-parser learn from four fifths of the trees and are compared on the last fifth with what is
-installed. Writes `benchmarks/results/caption_parser.json`.
+`caption_trees.tsv` holds trees of web captions that were corrected by reading. Prints the shares of
+words with the right tag, the right head, and the right head and label (punctuation left out), and
+of captions without an error. Then how often the rules agree with judgements of the same captions
+(`tests/data_prep/captions/judged_captions.tsv`), on parses and on the corrected trees. With
+`--retrain` tagger and parser learn from four fifths of the trees and are compared on the last fifth
+with what is installed. Writes `benchmarks/results/caption_parser.json`.
 """
 
 from __future__ import annotations
@@ -33,8 +31,6 @@ from data_prep.captions.gates import gate_caption
 from data_prep.captions.graph import cat_reason
 from data_prep.captions.lemmas import CaptionLemmatizer
 from data_prep.captions.parse import load_parser
-from data_prep.captions.repairs import repair_sentence
-from data_prep.captions.sentence import Sentence
 from data_prep.captions.verbs import build_graph
 from diht_jax import command_line
 
@@ -68,7 +64,6 @@ def main() -> None:
     words = nlp.get_pipe("caption_lemmatizer")
     trees = read_trees(path.read_text("utf-8").split("\n"), words)
     result: dict[str, Any] = {"trees": len(trees), "installed": score(nlp, trees)}
-    result["prepositions"] = score_prepositions(nlp, trees, words)
     result["judged"] = score_judged(nlp, trees, words)
     if flags.FLAGS.retrain:
         held_out = trees[::5]
@@ -128,27 +123,6 @@ def score(nlp: Language, trees: Sequence[Tree]) -> dict[str, float]:
         whole += is_whole
     shares = {name: count / num_words for name, count in right.items()}
     return shares | {"captions": whole / len(trees)}
-
-
-def score_prepositions(
-    nlp: Language, trees: Sequence[Tree], words: CaptionLemmatizer
-) -> dict[str, float]:
-    """Shares of prepositions that hang on the right word, as parsed and after the repairs.
-
-    Captions with hyphens, which the repairs join, are left out.
-    """
-    count = parsed = repaired = 0
-    for doc, tree in zip(nlp.pipe(tree.text for tree in trees), trees, strict=True):
-        if any(token.text == "-" for token in doc):
-            continue
-        sentence = Sentence(doc)
-        repair_sentence(sentence, words)
-        for token, (_, label, head) in zip(doc, tree.tokens, strict=True):
-            if label == "prep" and token.lower_ != "of":
-                count += 1
-                parsed += token.head.i == head
-                repaired += sentence.head[token.i] == head
-    return {"count": count, "as_parsed": parsed / count, "repaired": repaired / count}
 
 
 def score_judged(

@@ -40,17 +40,7 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
     if sentence.tag[i] in ("NNS", "NNPS") and _has_own_subject(sentence, i, words):
         sentence.tag[i], sentence.lemma[i] = "VBZ", words.lemmatize(low, "VBZ")
         return
-    if sentence.tag[i] == "NNS" and _goes_on(sentence, i, words):
-        sentence.tag[i], sentence.lemma[i] = "VBZ", words.lemmatize(low, "VBZ")
-        return
-    if sentence.low[noun] in _SUBJECT_PRONOUNS and sentence.head[noun] == i:
-        _correct_after_pronoun(sentence, i, words)
-        return
-    if sentence.tag[i] == "NNS" and _acts_on_side(sentence, i, words):
-        return
     if sentence.tag[noun] not in NOUN_TAGS and not _may_be_shape(sentence, noun, words):
-        return
-    if sentence.dep[i] == "pobj" and _correct_of_collective(sentence, i, words):
         return
     if sentence.tag[i] == "NN" and low in words.verbs and sentence.has_kid(i, "nsubj"):
         acts = has_thing(sentence, i) or sentence.has_kid(i, "prt")
@@ -92,89 +82,6 @@ def _has_own_subject(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bo
         and words.lemmatize(sentence.low[i], "VBZ") in words.verbs
         and _is_followed(sentence, i)
     )
-
-
-def _goes_on(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
-    """Whether a form in -s is the next deed of a list: "a skier jumps , spins in mid air"."""
-    verb = sentence.head[i]
-    return (
-        sentence.low[i - 1] == ","
-        and sentence.dep[i] == "conj"
-        and sentence.tag[verb] == "VBZ"
-        and verb < i
-        and sentence.has_kid(verb, "nsubj")
-        and not sentence.has_kid(i, "amod", "det", "poss", "compound")
-        and words.lemmatize(sentence.low[i], "VBZ") in words.verbs
-        and _is_followed(sentence, i)
-    )
-
-
-def _correct_after_pronoun(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Finds a verb behind its pronoun: "as she runs", read as a name."""
-    tag = {"NNS": "VBZ", "NN": "VBP"}.get(sentence.tag[i])
-    lemma = words.lemmatize(sentence.low[i], tag) if tag else ""
-    if lemma in words.verbs:
-        sentence.tag[i], sentence.lemma[i] = tag, lemma
-        sentence.dep[i - 1] = "nsubj"
-
-
-def _correct_of_collective(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
-    """Finds the verb behind many of a kind: "a flock of geese descends on a field".
-
-    Returns:
-      Whether it was one.
-    """
-    noun, of = i - 1, sentence.head[i]
-    if sentence.tag[i] == "VBZ":
-        # "a woman with an umbrella waits in the rain"
-        if sentence.tag[noun] not in NOUN_TAGS or not 0 < sentence.head[of] + 1 <= of:
-            return False
-        return _give_to_owner(sentence, i, words.lemmatize(sentence.low[i], "VBZ"))
-    if sentence.tag[i] != "NNS":
-        return False
-    if sentence.low[of] in ("at", "in", "on", "with"):
-        # "a man in a turban walks out of a house"
-        lemma, owner = words.lemmatize(sentence.low[i], "VBZ"), sentence.head[of]
-        acts = lemma in lexicon.BODILY_VERBS and _is_followed(sentence, i) and owner < of
-        acts = acts or (sentence.tag[noun] == "NNS" and lemma in words.verbs)
-        singular = sentence.tag[owner] in ("NN", "NNP") and sentence.head[noun] == i
-        if acts and singular and sentence.lemma[owner] in lexicon.ANIMATE_NOUNS:
-            return _give_to_owner(sentence, i, lemma)
-    if sentence.low[of] != "of":
-        return False
-    lemma, owner = words.lemmatize(sentence.low[i], "VBZ"), sentence.head[of]
-    if lemma not in words.verbs or sentence.tag[noun] != "NNS" or not _is_followed(sentence, i):
-        return False
-    if sentence.head[noun] != i or sentence.tag[owner] != "NN" or owner > of:
-        return False
-    return _give_to_owner(sentence, i, lemma)
-
-
-def _acts_on_side(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
-    """Finds the verb of "founder on the left greets a fan", read as a thing on the left."""
-    side, preposition = i - 1, sentence.head[i]
-    if sentence.low[side] not in ("left", "right") or sentence.head[side] != i:
-        return False
-    if sentence.dep[i] != "pobj" or sentence.low[preposition] not in ("at", "on"):
-        return False
-    owner, lemma = sentence.head[preposition], words.lemmatize(sentence.low[i], "VBZ")
-    if lemma not in words.verbs or owner > preposition or not _is_followed(sentence, i):
-        return False
-    sentence.tag[side] = "NN"
-    _give_to_owner(sentence, i, lemma)
-    for kid in sentence.kids_of(owner, "appos"):
-        if kid > i:
-            sentence.attach(kid, i, "dobj")
-    return True
-
-
-def _give_to_owner(sentence: Sentence, i: int, lemma: str) -> bool:
-    noun, preposition = i - 1, sentence.head[i]
-    sentence.tag[i], sentence.lemma[i] = "VBZ", lemma
-    sentence.attach(noun, preposition, "pobj")
-    _move_modifiers(sentence, i, noun)
-    sentence.attach(i, sentence.head[preposition], "acl")
-    return True
 
 
 def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatizer) -> bool:

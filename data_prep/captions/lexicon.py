@@ -153,11 +153,6 @@ PLACE_ADVERBS = word_set("""
     ashore backstage downstairs indoors offshore offstage onstage outdoors overhead upstairs
 """)
 
-# Forms in -s that without an object are plurals: "autumn leaves against the sky".
-PLURAL_NOUNS = word_set(
-    "colors colours designs details holes leaves lights photographs pictures ruins views"
-)
-
 # Plurals read as verbs that make one name with these words before them: "autumn leaves".
 NAMED_PLURALS = {
     "drops": word_set("blood dew rain water"),
@@ -166,18 +161,6 @@ NAMED_PLURALS = {
     "leaves": word_set("autumn banana bay fall lotus maple mint oak palm tea tree"),
     "mates": word_set("class house room school team"),
 }
-
-# Occupations in -ing name the kind of these: "painting artist", "dancing teacher".
-TRADES = word_set("""
-    acting boxing dancing driving fishing painting racing riding sailing singing skating skiing
-    surfing swimming training writing
-""")
-ROLES = word_set("artist champion coach instructor legend partner star teacher trainer")
-
-# At the beginning their -ing form before a plural is a deed: "riding bikes on a pier".
-DONE_DEEDS = word_set("""
-    build buy carry catch eat hold make pick plant play push pull ride sell throw wear
-""")
 
 # What one has while one does something: "having fun playing".
 PASTIMES = word_set("difficulty fun time trouble")
@@ -194,16 +177,6 @@ CLOTHES = word_set("""
     trousers tutu tuxedo underwear uniform vest
 """)
 
-# What holds or counts so much of a thing: where it is, the thing is.
-AMOUNTS = word_set("""
-    assortment bag basket bottle bouquet bowl box bucket bunch bundle can cluster crate cup glass
-    handful heap jar loaf mixture mug pack piece pile pitcher plate platter pot row sack set
-    slice stack tray vase
-""")
-
-# Conditions that a thing is in: where it is so is where it is ("seafood for sale at a market").
-CONDITIONS = word_set("action display exhibition hire rent sale")
-
 # Times, weather and backgrounds, the setting of all that a caption names before them.
 SETTINGS = word_set("""
     afternoon autumn backdrop background dawn day daylight daytime dusk evening format midnight
@@ -211,68 +184,8 @@ SETTINGS = word_set("""
     sunshine twilight weather winter
 """)
 
-# Parts of a picture's depth, in which a thing is that a scene is shown with.
-DISTANCES = word_set("background distance foreground")
-
-# Games and struggles, which are against somebody: "a protest against the delay".
-CONTESTS = word_set("""
-    battle campaign case charge claim crime defeat defence defense demonstration fight final game
-    goal loss march match meeting protest race rally season series struggle title tournament
-    victory vote war warning win
-""")
-
-# Nouns that a "to" behind them belongs to, not to their verb: "a road to the village".
-DIRECTED_NOUNS = word_set("""
-    access alternative answer approach door entrance guide homage introduction key path pathway road
-    route solution stair staircase step tribute way
-""")
-
-# Verbs that with "their way" move their subject.
-WAY_VERBS = word_set("feel fight find make push thread wave weave wind work")
-
-# Verbs whose phrase names what they are done to: "looking at a tablet".
-DIRECTED_VERBS = word_set("gaze laugh listen look point smile speak stare talk wait wave")
-
-# Verbs whose "to" says where they bring their object: "add a touch to the room".
-GIVING_VERBS = word_set("""
-    add apply attach award bring connect deliver donate feed give hand lead lend offer pass pin
-    present read recommend return sell send show sing speak take teach tell throw tie
-""")
-
-# Works that a "by" behind them names the maker of.
-WORKS_OF_ART = word_set("""
-    album artwork book cartoon design drawing film illustration image movie mural novel painting
-    photo photograph picture poem portrait poster print sculpture sketch song statue
-""")
-
-# Parts of landscapes and buildings: behind a place they are its parts.
-SCENERY = word_set("""
-    beach building bush ceiling chimney cloud curtain door flag floor flower furniture grass hill
-    lamp light mountain palm plant railing rock roof sand shrub sky skyscraper snow tower tree view
-    wall wave window
-""")
-
 # Words for times and ways, in which a relative clause behind them happens.
 MANNERS = word_set("moment place reason time way")
-
-# Rooms and landscapes, the setting of what somebody does.
-SCENES = word_set("""
-    accident airfield airport alley aquarium arena attack backyard balcony bar barn basement
-    bathroom battle bay beach bedroom boardwalk cafe campground campus canyon cave cemetery
-    ceremony church city classroom clearing cliff club coast coastline competition concert
-    contest corridor cottage countryside court courtyard crash deck desert dock driveway
-    earthquake estate event exhibition expo factory farm farmland festival field forest front
-    gala game garage garden gathering grassland greenhouse gym hall hallway harbor harbour
-    highway hillside hospital hotel jail jungle kitchen lab laboratory lagoon lake lane lawn
-    library lounge mall marina market marsh match meadow mountain museum nightclub ocean office
-    orchard paddock palace parade park party pasture pavement picnic pier playground plaza pond
-    pool port prairie premiere promenade quarry race rain rainforest ranch reef resort
-    restaurant rink river road rooftop room runway salon savanna savannah school sea seashore
-    shop shore show sidewalk snow space square stable stadium stage station store stream street
-    studio suburb summit sun sunlight supermarket swamp tarmac temple terrace theater theatre
-    tournament town track trail tunnel university valley village vineyard war water wedding
-    wetland wharf wilderness wind winter wood woodland woods workshop yard zoo
-""")
 
 # Calendar words: times that something is at or on, and no things elsewhere.
 CALENDAR = word_set("""

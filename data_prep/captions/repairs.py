@@ -1,14 +1,12 @@
 """Corrections to the parse where the small English model goes astray on captions.
 
 Captions are mostly noun phrases, and the model was trained on sentences. Each rule corrects a kind
-of error seen in web captions: here wrong tags, in `false_verbs` words that are no verbs, in
-`hidden_verbs` verbs that were not seen, in `attachments` phrases that belong elsewhere. What a
-correct parse means is not decided here.
+of error seen in web captions: here wrong tags and words that are no verbs, in `hidden_verbs` verbs
+that were not seen. What a correct parse means is not decided here. Rules that
+changed no decision on captions that nobody had looked at are not kept.
 """
 
 from data_prep.captions import lexicon
-from data_prep.captions.attachments import correct_attachments
-from data_prep.captions.false_verbs import correct_false_verb
 from data_prep.captions.hidden_verbs import (
     HIDDEN_VERB_TAGS,
     NOMINAL,
@@ -25,7 +23,11 @@ from data_prep.captions.sentence import (
     Sentence,
 )
 
-_DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "RB", "UH"}
+_VERB_COMPLEMENTS = ("dobj", "prep", "ccomp", "xcomp", "acomp", "attr", "prt", "aux", "advmod")
+
+_BEARS = frozenset(("black", "brown", "grizzly", "koala", "panda", "polar", "teddy"))
+
+_DOUBTFUL_TAGS = NOUN_TAGS | ADJECTIVE_TAGS | {"PRP", "UH"}
 
 
 def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
@@ -41,12 +43,10 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
             dep[i] = "prep"
         if tag[i] in VERB_TAGS:
             if dep[i] in ("aux", "auxpass"):
-                _correct_auxiliary(sentence, i)
-            elif dep[i] not in MODIFIERS:
-                correct_false_verb(sentence, i, words)
-            elif i == 0 and sentence.lemma[0] in lexicon.DONE_DEEDS:
-                _begin_deed(sentence)
-            elif low[i] in lexicon.PURPOSE_GERUNDS or low[i] in lexicon.TRADES:
+                continue
+            if dep[i] not in MODIFIERS:
+                _correct_false_verb(sentence, i, words)
+            elif low[i] in lexicon.PURPOSE_GERUNDS:
                 _name_purpose(sentence, i)
             elif (
                 sentence.lemma[i] not in words.verbs
@@ -63,7 +63,6 @@ def repair_sentence(sentence: Sentence, words: CaptionLemmatizer) -> None:
         named = dep[i - 1] == "compound" and tag[i] in FINITE_TAGS and sentence.head[i - 1] == i
         if named and sentence.lemma[i - 1] in lexicon.ANIMATE_NOUNS:
             _make_subject(sentence, i - 1)  # "olympic athlete competes"
-    correct_attachments(sentence)
 
 
 def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
@@ -82,28 +81,18 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         elif sentence.dep[i] == "poss" and sentence.lemma[i] in lexicon.SETTINGS:
             for kid in sentence.kids_of(i, "amod"):  # "a cold winter 's day"
                 sentence.attach(kid, sentence.head[i], "amod")
-        elif sentence.dep[i] in ("acl", "advcl", "xcomp") and i and sentence.tag[i - 1] == "TO":
-            _make_phrase(sentence, i - 1, i)
         elif sentence.dep[i] == "npadvmod" and (
             low in lexicon.ANIMATE_NOUNS and low != "hand"  # "hand painted"
         ):
-            if not _make_subject(sentence, i):
-                sentence.dep[i] = "dep"
-        elif sentence.dep[i] == "npadvmod" and _is_antecedent(sentence, i):
-            _make_relative(sentence, i)
-        elif sentence.dep[i] == "npadvmod" and _is_brought_about(sentence, i):
-            sentence.dep[i] = "dobj"
+            is_subject = _make_subject(sentence, i)
+            sentence.dep[i] = "nsubj" if is_subject else "dep"
         if tag == "NNP" and low.endswith("men") and low[:-2] + "an" in words.nouns:
             sentence.tag[i], sentence.lemma[i] = "NNS", low[:-2] + "an"
         if low in lexicon.PLACE_ADVERBS and i and sentence.dep[i - 1] == "compound":
             sentence.tag[i] = "RB"
             sentence.replace(i, i - 1)
             sentence.attach(i, i - 1, "advmod")
-    elif low in ("left", "right") and tag in ADJECTIVE_TAGS and _is_side(sentence, i):
-        sentence.tag[i] = "RB"
     elif tag in ADJECTIVE_TAGS:
-        if sentence.head[i] == i and _is_listed_color(sentence, i):
-            return
         if sentence.dep[i] in MODIFIERS and low in lexicon.KIND_NOUNS:
             sentence.tag[i], sentence.dep[i] = "NN", "compound"
             return
@@ -114,16 +103,11 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
             sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(low, "NNS")
         elif low in words.nouns and (
             low not in words.adjectives
-            or (
-                sentence.dep[i] in NOMINAL
-                and (low in lexicon.ANIMATE_NOUNS or _has_article(sentence, i))
-            )
+            or (sentence.dep[i] in NOMINAL and low in lexicon.ANIMATE_NOUNS)
         ):
             sentence.tag[i] = "NN"
         elif low in words.verbs and low not in words.adjectives and has_thing(sentence, i):
             sentence.tag[i] = "VBP"
-    elif tag == "RB":
-        _correct_adverb(sentence, i, words)
     elif tag == "PRP":
         if low not in lexicon.PRONOUNS and low in words.nouns:
             sentence.tag[i] = "NN"
@@ -131,39 +115,6 @@ def _correct_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
         sentence.tag[i] = "NN"
         if sentence.tag[sentence.head[i]] in VERB_TAGS and sentence.head[i] > i:
             sentence.dep[i] = "nsubj"
-
-
-def _is_side(sentence: Sentence, i: int) -> bool:
-    """Whether a word says on which side of the picture somebody is: "a cat in a chair - left"."""
-    after = sentence.low[i + 1] if i + 1 < len(sentence) else ""
-    return i > 0 and sentence.low[i - 1] in (",", "(", "-", "--") and not after.isalpha()
-
-
-def _make_phrase(sentence: Sentence, to: int, noun: int) -> None:
-    """Makes a phrase of "the memorial to politician", read as an infinitive."""
-    if sentence.head[to] == noun and not sentence.has_kid(noun, "dobj"):
-        sentence.attach(to, sentence.head[noun], "prep")
-        sentence.attach(noun, to, "pobj")
-
-
-def _correct_adverb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
-    """Makes nouns of adverbs that are none: "windmill on a hill", "wrist tattoo", "fold napkin"."""
-    low, head = sentence.low[i], sentence.head[i]
-    if low not in words.nouns or low in words.adjectives:
-        return
-    if head == i:
-        sentence.tag[i] = "NN"
-        return
-    if low in words.adverbs or len(low) < 4 or not low.isalpha():
-        return
-    sentence.tag[i] = "NN"
-    if head == i - 1 and sentence.tag[head] in VERB_TAGS:
-        sentence.dep[i] = "dobj"
-    elif head == i - 1 and sentence.tag[head] in NOUN_TAGS:
-        sentence.replace(head, i)
-        sentence.attach(head, i, "compound")
-    elif head > i and sentence.tag[head] in NOUN_TAGS:
-        sentence.dep[i] = "compound"
 
 
 def _make_subject(sentence: Sentence, i: int) -> bool:
@@ -182,77 +133,147 @@ def _make_subject(sentence: Sentence, i: int) -> bool:
     return True
 
 
-def _is_antecedent(sentence: Sentence, i: int) -> bool:
-    """Whether a noun at the beginning is what somebody did: "the necklace I made for a party"."""
-    verb = sentence.head[i]
-    return (
-        sentence.head[verb] == verb > i + 1
-        and sentence.low[i + 1] in lexicon.SUBJECT_PRONOUNS
-        and sentence.head[i + 1] == verb
-        and sentence.lemma[i] not in lexicon.CALENDAR | lexicon.SETTINGS | lexicon.MANNERS
-        and not sentence.has_kid(verb, "dobj", "ccomp", "xcomp", "aux")
-    )
-
-
-def _make_relative(sentence: Sentence, i: int) -> None:
-    """Makes the verb that a noun hangs on a relative clause of that noun."""
-    verb = sentence.head[i]
-    sentence.attach(i, i, "ROOT")
-    sentence.attach(verb, i, "relcl")
-
-
-def _is_brought_about(sentence: Sentence, i: int) -> bool:
-    """Whether a noun is no time but an object: "a torch lighting up the night"."""
-    verb = sentence.head[i]
-    return (
-        verb < i
-        and sentence.has_kid(verb, "prt")
-        and not sentence.has_kid(verb, "dobj")
-        and any(sentence.low[kid] == "the" for kid in sentence.kids_of(i, "det"))
-    )
-
-
-def _is_listed_color(sentence: Sentence, i: int) -> bool:
-    """Makes a description of the first of several at the root: "red, yellow and green peppers"."""
-    things = [kid for kid in sentence.kids_of(i, "appos") if sentence.tag[kid] in NOUN_TAGS]
-    if not things or i + 1 >= len(sentence) or sentence.low[i + 1] != ",":
-        return False
-    sentence.replace(i, things[0])
-    sentence.attach(i, things[0], "amod")
-    return True
-
-
 def _name_purpose(sentence: Sentence, i: int) -> None:
     """Makes "living" a part of the name in "living room"; a swimming child swims."""
     thing = sentence.head[i]
-    if sentence.low[i] in lexicon.TRADES and sentence.lemma[thing] in lexicon.ROLES:
-        fits = True  # "painting artist"
-    else:
-        fits = sentence.low[i] in lexicon.PURPOSE_GERUNDS and (
-            sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS
-        )
-    if sentence.tag[thing] in NOUN_TAGS and fits:
+    if sentence.tag[thing] in NOUN_TAGS and sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS:
         sentence.tag[i], sentence.dep[i], sentence.lemma[i] = "NN", "compound", sentence.low[i]
 
 
-def _begin_deed(sentence: Sentence) -> None:
-    """Makes a deed of "riding bikes on a pier", read as bikes that ride."""
-    thing = sentence.head[0]
-    plural = sentence.tag[thing] == "NNS" and sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS
-    if thing == 1 and plural and sentence.tag[0] == "VBG":
-        sentence.replace(thing, 0)
-        sentence.attach(thing, 0, "dobj")
+def _correct_false_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
+    """Takes back the tag of a verb from words that are no verbs in this position.
 
-
-def _has_article(sentence: Sentence, i: int) -> bool:
-    return any(sentence.low[kid] in ("a", "an") for kid in sentence.kids_of(i, "det"))
-
-
-def _correct_auxiliary(sentence: Sentence, i: int) -> None:
-    """Makes a verb of posture the head of its clause: "machines sitting broken in the hall"."""
-    described = sentence.head[i]
-    if sentence.lemma[i] not in lexicon.RESTING_VERBS or sentence.tag[i] not in VERB_TAGS:
+    Nouns ("goat on the grass", "studio shot of"), places ("person, left, and"), adjectives and
+    participles before a bare noun ("wet stones", "stacked pipes", "picture of sleeping cats").
+    """
+    low, lemma = sentence.low[i], sentence.lemma[i]
+    if low in lexicon.PREPOSITIONAL_GERUNDS and not sentence.has_kid(i, "nsubj", "aux"):
+        sentence.tag[i], sentence.dep[i] = "IN", "prep"
+        for kid in sentence.kids_of(i, "dobj"):
+            sentence.dep[kid] = "pobj"
         return
-    sentence.replace(described, i)
-    sentence.tag[described], sentence.lemma[described] = "JJ", sentence.low[described]
-    sentence.attach(described, i, "acomp")
+    if i and sentence.low[i - 1] in lexicon.NAMED_PLURALS.get(low, ()):
+        _name_plural(sentence, i, words)
+        return
+    if sentence.tag[i] in ("VB", "VBP") and low not in words.lexicon:
+        past = words.lemmatize(low, "VBD")
+        if past in words.verbs:
+            sentence.tag[i], sentence.lemma[i], lemma = "VBD", past, past  # "took this picture"
+    following = sentence.low[i + 1] if i + 1 < len(sentence) else ""
+    if low == "left" and i and sentence.low[i - 1] in (",", "(") and not following.isalpha():
+        sentence.tag[i] = "RB"
+        return
+    if (
+        (following == "of" and (low in lexicon.PICTURE_NOUNS or low in lexicon.COUNTING_WORDS))
+        or (
+            following == "of"
+            and i == 0
+            and low in words.nouns
+            and sentence.tag[i][:2] == "VB"
+            and sentence.tag[i] != "VB"
+        )
+        or low in lexicon.DESCRIBING_NOUNS
+        or (lemma not in words.verbs and (low in words.nouns or lemma in words.nouns))
+        or (lemma in words.nouns and _names_part(sentence, i))
+        or (sentence.tag[i] == "VBZ" and sentence.dep[i] == "pobj" and lemma in words.nouns)
+        or _begins_with_thing(sentence, i)
+        or (low == "bear" and i > 0 and sentence.low[i - 1] in _BEARS)
+    ):
+        sentence.tag[i] = "NN" if low in words.nouns else "NNS"
+        sentence.lemma[i] = words.lemmatize(low, sentence.tag[i])
+        if i and sentence.dep[i - 1] == "nsubj" and sentence.head[i - 1] == i:
+            sentence.dep[i - 1] = "compound"
+        return
+    if sentence.tag[i] == "VBP" and _reads_as_name(sentence, i) and low in words.nouns:
+        sentence.tag[i] = "NN"
+        sentence.lemma[i] = low
+        sentence.dep[i - 1] = "compound"
+        return
+    things = sentence.kids_of(i, "dobj")
+    if things and _describes_thing(sentence, i, things[0], words):
+        named = low in lexicon.ROOM_GERUNDS
+        sentence.tag[i] = "NN" if named else "JJ"
+        sentence.lemma[i] = low
+        if sentence.dep[i] == "pcomp":
+            sentence.dep[i] = "pobj"
+        sentence.replace(i, things[0])
+        sentence.attach(i, things[0], "compound" if named else "amod")
+
+
+def _name_plural(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
+    """Makes one thing of a plural read as a verb and the noun before it: "raking autumn leaves"."""
+    noun = i - 1
+    sentence.tag[i], sentence.lemma[i] = "NNS", words.lemmatize(sentence.low[i], "NNS")
+    if sentence.head[noun] != i:
+        for subject in sentence.kids_of(i, "nsubj"):
+            sentence.replace(i, subject)
+        sentence.replace(noun, i)
+        if sentence.dep[i] == "npadvmod":
+            sentence.dep[i] = "dobj"
+    sentence.attach(noun, i, "compound")
+
+
+def _begins_with_thing(sentence: Sentence, i: int) -> bool:
+    """Whether a base form at the beginning is a thing with a phrase: "design for a shop"."""
+    if i or sentence.low[i] not in lexicon.FIRST_NOUNS or len(sentence) == 1:
+        return False
+    begins = sentence.tag[1] in ("IN", "TO") and sentence.low[1] not in ("out", "up", "through")
+    return begins and not sentence.has_kid(i, "dobj", "nsubj", "xcomp", "ccomp", "prt")
+
+
+def _names_part(sentence: Sentence, i: int) -> bool:
+    """Whether a finite form has an article, or "of" behind it: "the stone ruins of a villa"."""
+    if sentence.has_kid(i, "det") and sentence.tag[i] in ("VB", "VBP", "VBZ"):
+        return True
+    subjects = sentence.kids_of(i, "nsubj")
+    return (
+        sentence.tag[i] == "VBZ"
+        and i + 1 < len(sentence)
+        and sentence.low[i + 1] == "of"
+        and subjects == [i - 1]
+        and sentence.lemma[i - 1] not in lexicon.ANIMATE_NOUNS
+    )
+
+
+def _reads_as_name(sentence: Sentence, i: int) -> bool:
+    """Whether a base form behind a singular thing is a noun with it ("logo design for a shop")."""
+    return (
+        i > 0
+        and sentence.dep[i - 1] == "nsubj"
+        and sentence.head[i - 1] == i
+        and sentence.tag[i - 1] in ("NN", "NNP")
+        and sentence.lemma[i - 1] not in lexicon.ANIMATE_NOUNS
+        and not sentence.has_kid(i, "aux", "ccomp", "xcomp")
+        and not has_thing(sentence, i)
+        and len(sentence.kids_of(i, "nsubj")) == 1
+    )
+
+
+def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemmatizer) -> bool:
+    """Whether a verb without a subject is a description of the bare noun read as its object."""
+    if sentence.has_kid(thing, "det", "poss") or thing < i:
+        return False
+    listed = sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in NOUN_TAGS
+    if listed and not (
+        (sentence.tag[i] == "VBN" or sentence.lemma[sentence.head[i]] not in lexicon.ANIMATE_NOUNS)
+        and thing == i + 1
+        and sentence.low[i - 1] == "and"
+    ):
+        return False
+    if (
+        not listed
+        and sentence.dep[i] != "pcomp"
+        and any(sentence.tag[j] not in (*ADJECTIVE_TAGS, "RB") for j in range(i))
+    ):
+        return False
+    tag, low = sentence.tag[i], sentence.low[i]
+    if tag in ("VB", "VBP"):
+        return i == 0 and low in words.adjectives
+    if tag == "VBG":
+        if i == 0 and low in lexicon.ROOM_GERUNDS and thing == 1 and sentence.tag[1] == "NN":
+            return sentence.lemma[thing] not in lexicon.ANIMATE_NOUNS
+        if sentence.lemma[i] in lexicon.INTRANSITIVE_VERBS | lexicon.THING_VERBS:
+            return True
+        kinds = lexicon.ANIMATE_NOUNS | lexicon.PURPOSE_NOUNS
+        return sentence.lemma[thing] in kinds and sentence.tag[thing] != "NNS"
+    return tag in ("VBN", "VBD") and low.endswith(("ed", "en", "rn", "wn"))
