@@ -181,16 +181,3 @@ def test_checks_see_what_is_wrong(tmp_path):
     for check in checks:
         with pytest.raises(AssertionError):
             check(page)
-
-
-def test_map_of_the_house_has_every_folder():
-    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
-    (picture,) = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
-    shown = set(re.findall(r"([\w/]+)/(?=\s)", picture))
-    for top in ("diht_jax", "data_prep"):
-        for file in (REPOSITORY / top).glob("*/__init__.py"):
-            assert file.parent.name in shown, f"{top}/{file.parent.name} is not on the map"
-    packages = ("diht_jax", "data_prep")
-    exists = {path.name for top in packages for path in (REPOSITORY / top).rglob("*")}
-    for name in shown:
-        assert name.rpartition("/")[2] in exists or (REPOSITORY / name).is_dir(), name
