@@ -29,7 +29,8 @@ and gain 7.2 on the projection alone; the synthetic web is a bad start for photo
 
 import ml_collections
 
-from configs import common, demo
+from configs import common
+from diht_jax.config import default_config
 
 TRAINED = ("all", "probe", "lora")
 
@@ -39,14 +40,34 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     args = common.parse_arg(arg, train="all")
     if args.train not in TRAINED:
         raise ValueError(f"recipe argument 'train={args.train}': expected {', '.join(TRAINED)}")
-    config = demo.get_config()
-    config.loss.beta = 0.0  # a batch holds equal prompts, which are no hard negatives
+    config = default_config()
+
+    # The model of the demo.
+    config.model.name = "tiny_32px"
+    config.model.dtype = "float32"
+    config.model.overrides.context_length = 24  # the longest caption has 24 tokens
+    config.model.overrides.text_width = 64
+    config.model.overrides.text_heads = 1
+
+    config.data.batch_size = 64
     config.data.crop_scale = (0.5, 1.0)
+    config.data.num_workers = 0
+    config.total_examples = 30_720
+
+    config.loss.alpha = 1.0
+    config.loss.beta = 0.0  # a batch holds equal prompts, which are no hard negatives
+
+    config.optimizer.kind = "muon"
     config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 20
     if args.train == "probe":
         config.optimizer.frozen = ("^text/", "^vision/(?!projection)", "^log_logit_scale$")
         config.optimizer.learning_rate = 3e-3
     if args.train == "lora":
         config.lora.rank = 8
         config.optimizer.learning_rate = 1e-3
+
+    config.topology = "local"
+    config.log_every_steps = 20
+    config.checkpoint.every_steps = 200
     return common.finish(config, args)

@@ -1,4 +1,4 @@
-"""What all recipes share: the argument after the colon, the debug form, and the DiHT settings.
+"""Shared by all recipes: the argument after the colon, the debug form, the settings of a machine.
 
 The argument holds any number of `key=value`, with commas between them:
 
@@ -13,7 +13,6 @@ from typing import Any
 import ml_collections
 from absl import logging
 
-from diht_jax.config import default_config
 from diht_jax.hardware.topologies import LOCAL, parse_topology
 
 # Architecture -> examples that a GPU of 80 GB takes at once with all values kept for the backward
@@ -60,26 +59,6 @@ def parse_arg(arg: str, **defaults: Any) -> ml_collections.ConfigDict:
             raise ValueError(f"{where}: '{key}' is given twice")
         given[key] = _convert(text, known[key], where)
     return ml_collections.ConfigDict({**known, **given})
-
-
-def diht() -> ml_collections.ConfigDict:
-    """The settings that all DiHT recipes share: a pod of 256 chips, HN-NCE and concept labels.
-
-    What differs is in the recipe: architecture, remat, duration and learning rate.
-    """
-    config = default_config()
-    config.model.scan_layers = True
-    config.loss.alpha = 1.0
-    config.loss.beta = 0.25
-    config.concepts.object_weight = 1.0
-    config.concepts.attribute_weight = 1.0
-    config.data.batch_size = 65536
-    config.topology = "v5e:16x16"
-    config.mesh.fsdp = 8
-    config.evaluation.every_steps = 10_000
-    config.evaluation.tasks = "imagenet"
-    config.checkpoint.best_metric = "imagenet/top1"
-    return config
 
 
 def finish(

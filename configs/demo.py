@@ -29,21 +29,26 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The recipe; `common.parse_arg` describes `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
+
+    config.data.batch_size = 64
+    config.data.crop_scale = (0.8, 1.0)
+    config.data.num_workers = 0
+    config.total_examples = 30_720
+
     config.model.name = "tiny_32px"
     config.model.dtype = "float32"
     config.model.overrides.context_length = 24  # the longest caption has 24 tokens
     config.model.overrides.text_width = 64
     config.model.overrides.text_heads = 1
-    config.total_examples = 30_720
-    config.loss.alpha = 1.0
+
+    config.loss.alpha = 1.0  # of the web recipes
     config.loss.beta = 0.25
-    config.optimizer.kind = "muon"
+
+    config.optimizer.kind = "muon"  # the schedule is a cosine
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 20
-    config.data.batch_size = 64
-    config.data.crop_scale = (0.8, 1.0)
+
     config.topology = "local"
-    config.data.num_workers = 0
     config.log_every_steps = 20
     config.checkpoint.every_steps = 200
     return common.finish(config, args)

@@ -33,20 +33,25 @@ def get_config(arg: str = "") -> ml_collections.ConfigDict:
     """The recipe; `common.parse_arg` describes `arg`."""
     args = common.parse_arg(arg)
     config = default_config()
+
+    config.data.batch_size = 256
+    config.data.crop_scale = (0.25, 1.0)
+    config.data.num_workers = 0
+    config.total_epochs = 40.0
+
     config.model.name = "small_64px"
     config.model.dtype = "float32"
     config.model.overrides.context_length = 24  # the longest name has 19 tokens
     config.model.patch_dropout = 0.5
-    config.total_epochs = 40.0
+
     config.loss.alpha = 0.999
     config.loss.beta = 0.25
-    config.optimizer.learning_rate = 1e-3
+
+    config.optimizer.learning_rate = 1e-3  # AdamW with a cosine
     config.optimizer.warmup_steps = 50
     config.optimizer.weight_decay = 0.2
-    config.data.batch_size = 256
+
     config.topology = "local"
-    config.data.num_workers = 0
-    config.data.crop_scale = (0.25, 1.0)
     config.log_every_steps = 10
     config.checkpoint.every_steps = 200
     return common.finish(config, args)
