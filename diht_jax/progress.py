@@ -27,11 +27,13 @@ class ProgressBar(tqdm):
         clock: Callable[[], float] = time.monotonic,
         **kwargs: Any,
     ):
-        """As tqdm.
+        """Takes the arguments of tqdm.
 
         Args:
-            iterable, *args, **kwargs: of tqdm.
+            iterable: of tqdm.
+            *args: of tqdm.
             clock: seconds, from any start.
+            **kwargs: of tqdm.
         """
         self._clock = clock
         self._on_terminal = (kwargs.get("file") or sys.stderr).isatty()
@@ -46,6 +48,7 @@ class ProgressBar(tqdm):
             self.start_t = self.last_print_t = clock()
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Draws the bar, or writes a line where it is time for one."""
         if self._on_terminal:
             return super().display(msg, pos)
         if self._clock() - self._last_line_secs >= LINE_SECS:
@@ -53,14 +56,17 @@ class ProgressBar(tqdm):
         return None
 
     def clear(self, nolock: bool = False) -> None:
+        """Clears the bar; a line that was written stays."""
         if self._on_terminal:
             super().clear(nolock)
 
     def moveto(self, n: int) -> None:
+        """Moves the cursor on a terminal."""
         if self._on_terminal:
             super().moveto(n)
 
     def close(self) -> None:
+        """Ends the bar, with a last line where there is no terminal."""
         if self._on_terminal or self.disable:
             return super().close()
         self.disable = True

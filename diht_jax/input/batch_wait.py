@@ -18,17 +18,17 @@ from diht_jax.input.pipeline import TrainIterator
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """A position in the data that stays, whatever its iterator does."""
+    """A position in the data that stays while its iterator goes on."""
 
     state: dict[str, int]
 
     def get_state(self) -> dict[str, int]:
-        """As of `TrainIterator`."""
+        """The state that `TrainIterator.set_state` takes."""
         return self.state
 
 
 class StoppedWaiting(Exception):
-    """The run is to stop, and the batch that it waits for does not come.
+    """Raised where the run is to stop, and the batch that it waits for does not come.
 
     Attributes:
         position: before that batch.

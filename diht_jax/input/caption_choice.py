@@ -1,4 +1,4 @@
-"""Which caption of a record an example has, where the record has several.
+"""The choice of a caption for an example, where its record has several.
 
 A function of (seed, position), as the crop is: another one each time that the record comes, the
 same one on any hosts and after any restart.
@@ -46,9 +46,9 @@ class CaptionChoice:
 
         Args:
             weights: kind -> points of `parse_weights`; None: each caption of a record is as likely
-                as the others, whatever its kind.
+                as the others, of any kind.
             columns: column of the metadata that holds captions -> their kind.
-            batch_size: global; so many positions of the run are a step.
+            batch_size: global: the positions of the run that make a step.
         """
         self._columns = dict(columns or {})
         self._batch_size = batch_size
@@ -112,7 +112,7 @@ class CaptionChoice:
 
 
 def open_caption_choice(data: ml_collections.ConfigDict) -> CaptionChoice | None:
-    """What `config.data` asks for; None for the first caption of every record.
+    """The choice that `config.data` asks for; None for the first caption of every record.
 
     Raises:
         ValueError: `captions`, `caption_weights` or `caption_columns` are wrong; names the key.

@@ -7,8 +7,7 @@ import functools
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -104,12 +103,12 @@ class DecodeExample(grain.transforms.RandomMap):
 
     @property
     def needs_labels(self) -> bool:
-        """Whether examples have the teacher's labels."""
+        """True where examples have the teacher's labels."""
         return self._num_concepts > 0
 
     @property
     def needs_clip_embeddings(self) -> bool:
-        """Whether examples have the embeddings of CLIP teachers."""
+        """True where examples have the embeddings of CLIP teachers."""
         return self._teacher_width > 0
 
     @property
@@ -244,81 +243,3 @@ def _bad_picture(key: str, error: images.ImageError) -> ValueError:
         f"record '{key}': {error}; training expects readable images, which "
         "`python -m data_prep.filter` makes sure of"
     )
-
-
-class RandomExamples(Sequence[dict[str, np.ndarray]]):
-    """The examples of records, each with a generator of its own: grain's `random_map`.
-
-    Without what grain does beside it, for each record and each of its transforms: its statistics
-    take longer than everything else of this file but the picture.
-    """
-
-    def __init__(self, records: Sequence[bytes], decode: DecodeExample, seed: int):
-        """Decodes nothing yet.
-
-        Args:
-            records: position -> a record.
-            decode: makes an example of it, by its `parse` and `plan`.
-            seed: of the generators, which are functions of it and of the position.
-        """
-        self._records = records
-        self._decode = decode
-        self._key = np.random.Philox(seed).state["state"]["key"]
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        """The example at a position; errors as of the records and of `decode`."""
-        parsed = self._decode.parse(self._records[position])
-        return self._decode.plan(parsed, _generator(self._key, position), position)()
-
-    def plan(self, positions: Sequence[int]) -> list[Callable[[], dict[str, np.ndarray]] | None]:
-        """Everything of the examples but their pixels, one step of it for all before the next one.
-
-        A picture pushes everything else out of the processor's caches: done between pictures, these
-        steps take twice as long.
-
-        Returns:
-            What decodes the pixels of each; None where a step failed, whose error `self[position]`
-            raises.
-        """
-        elements = _attempt(self._records.__getitem__, positions)
-        records = _attempt(self._decode.parse, elements)
-        return _attempt(
-            lambda item: self._decode.plan(item[0], _generator(self._key, item[1]), item[1]),
-            [
-                None if record is None else (record, position)
-                for record, position in zip(records, positions, strict=True)
-            ],
-        )
-
-
-def _attempt(function: Callable[[Any], Any], values: Iterable[Any]) -> list[Any]:
-    """The function's result for each value; None for those of which it raises a ValueError."""
-    results = []
-    for value in values:
-        try:
-            results.append(None if value is None else function(value))
-        except ValueError:
-            results.append(None)
-    return results
-
-
-def _generator(key: np.ndarray, position: int) -> np.random.Generator:
-    """This thread's generator, at the state of a position; a new one would ask for entropy."""
-    rng = getattr(_kept, "rng", None)
-    if rng is None:
-        rng = _kept.rng = np.random.Generator(np.random.Philox(0))
-    rng.bit_generator.state = {
-        "bit_generator": "Philox",
-        "state": {"counter": np.array([0, 0, 0, position], np.uint64), "key": key},
-        "buffer": np.zeros(4, np.uint64),
-        "buffer_pos": 4,
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
-    return rng
-
-
-_kept = threading.local()

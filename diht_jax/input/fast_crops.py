@@ -111,7 +111,7 @@ def _decode_crop(
 
 
 def choose_reduction(box: tuple[int, int, int, int], size: int) -> int:
-    """By how much (1, 2, 4 or 8) a picture may be decoded smaller for a crop.
+    """The factor (1, 2, 4 or 8) by which a picture may be decoded smaller for a crop.
 
     Args:
         box: left, top, right, bottom of the crop.

@@ -28,7 +28,8 @@ def crop_box(
         crops: with a count of at least 1.
         key: of the record.
         number: of the crop.
-        width, height: of the upright picture.
+        width: of the upright picture.
+        height: likewise.
     """
     return sample_crop_box(width, height, crops.generator(key, number), crops.scale, CROP_RATIO)
 

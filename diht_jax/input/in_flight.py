@@ -1,4 +1,4 @@
-"""Memory of the training input: the decoded examples that are in flight, and their bound.
+"""Sub-batches in flight: how far the input works ahead, the memory for it, and joining them.
 
 Examples wait in four places: one sub-batch in the memory of each worker, being decoded; sub-batches
 in shared memory, between a worker and this process; those that are being joined; and two joined
@@ -7,82 +7,83 @@ batches of the host, the one that is made and the one that goes to the devices.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import os
-import pathlib
+import collections
+import math
+from collections.abc import Callable, Sequence
+from concurrent import futures
 
+import numpy as np
 from absl import logging
 
-from diht_jax.input.sub_batches import COPYING_THREADS
-from diht_jax.input.workers import CGROUP, SHARED_MEMORY
-
-_MEMINFO = pathlib.Path("/proc/meminfo")
-# Limit, use, and statistics of the control group, as a container sees its own; version 2 and 1.
-_CGROUPS = (
-    ("memory.max", "memory.current", "memory.stat"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+from diht_jax.input.blocks import BlockStore, ReadAheadOptions
+from diht_jax.input.workers import (
+    SHARED_MEMORY,
+    available_memory,
+    describe_bytes,
+    free_shared_memory,
 )
-# Batches of this process beside the workers': one that is joined, one on its way to the devices.
+
+# Threads that copy sub-batches into their batch. One thread would copy about as fast as eight GPUs
+# train. A copy does not hold the interpreter's lock.
+COPYING_THREADS = 4
+# Batches of this process in addition to the workers': one is joined, one goes to the devices.
 _JOINED_BATCHES = 2
+# Blocks fetched ahead, in multiples of those that are requested at the same time.
+_ROUNDS_AHEAD = 2
 
 
-@dataclasses.dataclass(frozen=True)
 class InFlight:
-    """How far the input works ahead, and what that takes at most.
+    """The distance by which the input works ahead, and the memory for it.
 
     Attributes:
-        num_workers: decoding processes; 0 decodes in threads of this process.
-        num_threads: those threads.
-        prefetch_batches: the host's batches to decode ahead.
-        rows: of a sub-batch.
-        parts_per_batch: sub-batches of the host's batch.
-        example_bytes: of one decoded example.
+        num_threads: of this process that decode where there are no workers.
+        queue_parts: sub-batches in each of the two queues of a worker, on its side and on this one.
+            One more is on its way into each; so `prefetch_batches` are ahead, or what that rounds
+            up to: every worker works ahead by four sub-batches at least.
+        thread_parts: sub-batches that the threads of this process have begun or done.
+        part_bytes: of a sub-batch.
+        shared_bytes: at most, in shared memory.
+        process_bytes: at most, in the memory of the processes.
     """
 
-    num_workers: int
-    num_threads: int
-    prefetch_batches: int
-    rows: int
-    parts_per_batch: int
-    example_bytes: int
+    def __init__(
+        self,
+        *,
+        num_workers: int,
+        num_threads: int,
+        prefetch_batches: int,
+        rows: int,
+        parts_per_batch: int,
+        example_bytes: int,
+    ):
+        """Counts the sub-batches.
 
-    @property
-    def part_bytes(self) -> int:
-        """Of a sub-batch."""
-        return self.rows * self.example_bytes
-
-    @property
-    def queue_parts(self) -> int:
-        """Sub-batches in each of the two queues of a worker, on its side and on this one.
-
-        One more is on its way into each; so `prefetch_batches` are ahead, or what that rounds up
-        to: every worker works ahead by four sub-batches at the least.
+        Args:
+            num_workers: decoding processes; 0 decodes in threads of this process.
+            num_threads: those threads.
+            prefetch_batches: the host's batches to decode ahead.
+            rows: of a sub-batch.
+            parts_per_batch: sub-batches of the host's batch.
+            example_bytes: of one decoded example.
         """
-        ahead = self.prefetch_batches * self.parts_per_batch
-        return max(1, -(-ahead // (2 * max(1, self.num_workers))) - 1)
-
-    @property
-    def thread_parts(self) -> int:
-        """Sub-batches that the threads of this process have begun or done."""
-        return max(self.num_threads, self.prefetch_batches * self.parts_per_batch)
-
-    @property
-    def shared_bytes(self) -> int:
-        """At most, in shared memory."""
-        if not self.num_workers:
-            return 0
-        parts = self.num_workers * (2 * self.queue_parts + 2)
-        # A batch of one part stays where it is.
-        parts += _JOINED_BATCHES if self.parts_per_batch == 1 else COPYING_THREADS
-        return parts * self.part_bytes
-
-    @property
-    def process_bytes(self) -> int:
-        """At most, in the memory of the processes."""
-        is_joined = self.parts_per_batch > 1 or not self.num_workers
-        joined = _JOINED_BATCHES * self.parts_per_batch if is_joined else 0
-        return ((self.num_workers or self.thread_parts) + joined) * self.part_bytes
+        self.num_threads = num_threads
+        self._num_workers, self._prefetch_batches = num_workers, prefetch_batches
+        self._rows, self._parts_per_batch = rows, parts_per_batch
+        self.part_bytes = rows * example_bytes
+        ahead = prefetch_batches * parts_per_batch
+        self.queue_parts = max(1, -(-ahead // (2 * max(1, num_workers))) - 1)
+        self.thread_parts = max(num_threads, ahead)
+        shared_parts, process_parts = 0, self.thread_parts + _JOINED_BATCHES * parts_per_batch
+        if num_workers:
+            shared_parts = num_workers * (2 * self.queue_parts + 2)
+            process_parts = num_workers
+            if parts_per_batch == 1:  # a batch of one part stays where it is
+                shared_parts += _JOINED_BATCHES
+            else:
+                shared_parts += COPYING_THREADS
+                process_parts += _JOINED_BATCHES * parts_per_batch
+        self.shared_bytes = shared_parts * self.part_bytes
+        self.process_bytes = process_parts * self.part_bytes
 
     def check(self, max_gib: float | None) -> None:
         """Logs what is in flight at most, and compares it with its bound.
@@ -96,20 +97,20 @@ class InFlight:
         """
         total = self.shared_bytes + self.process_bytes
         decoders = (
-            f"{self.num_workers} workers"
-            if self.num_workers
+            f"{self._num_workers} workers"
+            if self._num_workers
             else f"{self.num_threads} threads of this process"
         )
         logging.info(
             "input: %s decode sub-batches of %d examples (%s); in flight are at most %s: %s in "
             "shared memory, %s in processes (config.data.prefetch_batches=%d)",
             decoders,
-            self.rows,
+            self._rows,
             describe_bytes(self.part_bytes),
             describe_bytes(total),
             describe_bytes(self.shared_bytes),
             describe_bytes(self.process_bytes),
-            self.prefetch_batches,
+            self._prefetch_batches,
         )
         if max_gib is not None and total > max_gib * 2**30:
             self._refuse(
@@ -135,54 +136,159 @@ class InFlight:
                 "this bound",
             )
 
+    def plan_blocks(
+        self,
+        stores: Sequence[BlockStore],
+        options: ReadAheadOptions,
+        *,
+        batch_size: int,
+        process_count: int,
+    ) -> range:
+        """Plans which blocks are fetched ahead, and checks that there is room for them.
+
+        Args:
+            stores: the blocks of all sources that have some.
+            options: see there.
+            batch_size: global.
+            process_count: number of hosts.
+
+        Returns:
+            The sub-batches whose blocks are fetched when one is decoded, relative to it; the step
+            is the number of workers.
+
+        Raises:
+            ValueError: see `check_room`.
+        """
+        stride = max(1, self._num_workers)
+        block_records = min(
+            store.order.num_records / (len(store.order.block_starts) - 1) for store in stores
+        )
+        rounds = _ROUNDS_AHEAD * options.read_threads * block_records / self._rows
+        parts = math.ceil(rounds / stride) * stride
+        # Decoding is ahead of the batch that is taken, and fetching ahead of that.
+        decoded = max(self._parts_per_batch, self.thread_parts)
+        if self._num_workers:
+            decoded = self._num_workers * (2 * self.queue_parts + 3)
+        check_room(
+            stores,
+            options,
+            ahead_blocks=math.ceil((decoded + parts) * self._rows / block_records),
+            batch_size=batch_size,
+            process_count=process_count,
+        )
+        return range(0, parts + stride, stride)
+
     def _refuse(self, bound: str, needed: int, advice: str) -> None:
-        batch_bytes = self.parts_per_batch * self.part_bytes
+        batch_bytes = self._parts_per_batch * self.part_bytes
         raise ValueError(
-            f"{bound}, but decoded examples in flight (config.data.num_workers={self.num_workers}, "
-            f"config.data.prefetch_batches={self.prefetch_batches}; this host's batch has "
+            f"{bound}, but decoded examples in flight "
+            f"(config.data.num_workers={self._num_workers}, "
+            f"config.data.prefetch_batches={self._prefetch_batches}; this host's batch has "
             f"{describe_bytes(batch_bytes)}, a sub-batch {describe_bytes(self.part_bytes)}) need "
             f"{describe_bytes(needed)}; {advice}"
         )
 
 
-def free_shared_memory() -> int | None:
-    """Bytes; None where shared memory is no file system that can be asked."""
-    try:
-        stats = os.statvfs(SHARED_MEMORY)
-    except OSError:
-        return None
-    return stats.f_bavail * stats.f_frsize
+def check_room(
+    stores: Sequence[BlockStore],
+    options: ReadAheadOptions,
+    *,
+    ahead_blocks: int,
+    batch_size: int,
+    process_count: int,
+) -> None:
+    """Compares what the blocks of a host need with their bound, and logs both.
 
+    A stream holds one window of W blocks. Further ones are held because they are fetched ahead, and
+    from windows that these have begun.
 
-def available_memory() -> int | None:
-    """Bytes that this process can still take, of the machine and of its container.
+    Args:
+        stores: of all sources.
+        options: of all sources.
+        ahead_blocks: that are fetched ahead.
+        batch_size: global.
+        process_count: hosts that share the streams.
 
-    Returns:
-        None where the system does not tell.
+    Raises:
+        ValueError: the blocks need more; names the keys, and values of them that would fit.
     """
-    found = [_available_in_group(*names) for names in _CGROUPS]
-    with contextlib.suppress(OSError, KeyError):
-        found.append(1024 * _read_fields(_MEMINFO)["MemAvailable:"])
-    return min((size for size in found if size is not None), default=None)
+    block_bytes = [store.mean_block_bytes() for store in stores]
+    num_blocks = [len(store.order.block_starts) - 1 for store in stores]
+    streams, window = stores[0].order.num_streams, stores[0].order.window_blocks
+
+    def needed_bytes(streams: int, window: int) -> int:
+        held = -(-streams * window // process_count) + window + ahead_blocks
+        return int(sum(np.minimum(num_blocks, held) * block_bytes))
+
+    needed, bound = needed_bytes(streams, window), options.bound_bytes()
+    logging.info(
+        "blocks of the object store: about %s are kept in %s, which may take %s "
+        "(config.data.read_ahead_gib)",
+        describe_bytes(needed),
+        options.parent,
+        describe_bytes(bound),
+    )
+    if needed <= bound:
+        return
+    fewer = [
+        f"config.data.num_streams={n}"
+        for n in range(1, streams)
+        if batch_size % n == n % process_count == 0 and needed_bytes(n, window) <= bound
+    ]
+    shorter = [
+        f"config.data.window_blocks={n}"
+        for n in range(1, window)
+        if needed_bytes(streams, n) <= bound
+    ]
+    fitting = " or ".join(fewer[-1:] + shorter[-1:])
+    raise ValueError(
+        f"the blocks that are fetched ahead need {describe_bytes(needed)} on this host "
+        f"(config.data.num_streams={streams} over {process_count} processes, windows of "
+        f"config.data.window_blocks={window} blocks of {describe_bytes(max(block_bytes))}, and "
+        f"{ahead_blocks} blocks on their way), but may take {describe_bytes(bound)} in "
+        f"{options.parent} (config.data.read_ahead_gib={options.read_ahead_gib}). Set "
+        f"{f'{fitting} (which mixes less), or ' if fitting else ''}config.data.cache_dir to a "
+        f"folder on a local disk with {describe_bytes(2 * needed)} free, or "
+        f"config.data.read_ahead_gib={np.ceil(needed / 2**30 * 1000) / 1000:.3f} where there is "
+        "room for it; on more hosts each needs less"
+    )
 
 
-def _available_in_group(limit: str, use: str, statistics: str) -> int | None:
-    try:
-        limit_bytes, used_bytes = (int((CGROUP / name).read_text()) for name in (limit, use))
-        fields = _read_fields(CGROUP / statistics)
-    except (OSError, ValueError):  # no such group, or "max"
-        return None
-    # Files that were read count as used until somebody needs the memory; shared memory does count.
-    cached = fields.get("file", fields.get("cache", 0)) - fields.get("shmem", 0)
-    return max(0, limit_bytes - used_bytes + max(0, cached))
+def join_parts(
+    next_part: Callable[[], dict[str, np.ndarray]], num_parts: int
+) -> dict[str, np.ndarray]:
+    """Joins the next parts to a batch; each is copied as it comes, while the next one is awaited.
+
+    Args:
+        next_part: gives the parts in their order, [rows, ...] each.
+        num_parts: of a batch. A batch of one part is that part.
+    """
+    part = next_part()
+    if num_parts == 1:
+        return part
+    rows = len(next(iter(part.values())))
+    batch = {name: empty_rows(num_parts * rows, array[0]) for name, array in part.items()}
+    copies: collections.deque[futures.Future] = collections.deque()
+    with futures.ThreadPoolExecutor(COPYING_THREADS, "join_batch") as pool:
+        for number in range(num_parts):
+            if number:
+                part = next_part()
+            # A part that waits to be copied takes memory as well.
+            if len(copies) == COPYING_THREADS:
+                copies.popleft().result()
+            copies.append(pool.submit(_copy_part, batch, part, number * rows))
+        del part
+        for copy in copies:
+            copy.result()
+    return batch
 
 
-def _read_fields(path: pathlib.Path) -> dict[str, int]:
-    """The lines "name number ..." of a file."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+def _copy_part(batch: dict[str, np.ndarray], part: dict[str, np.ndarray], first_row: int) -> None:
+    for name, array in part.items():
+        batch[name][first_row : first_row + len(array)] = array
 
 
-def describe_bytes(size: float) -> str:
-    """Such as "67.1 MB" or "12.3 GB"."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+def empty_rows(rows: int, value: np.ndarray) -> np.ndarray:
+    """An array for rows of the form and type of a value."""
+    value = np.asarray(value)
+    return np.empty((rows, *value.shape), value.dtype)

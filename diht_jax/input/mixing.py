@@ -1,25 +1,24 @@
-"""What stands at each position of a run: a record of one source, or of several in given shares."""
+"""The records of a run, position by position: of one source, or of several in given shares."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from diht_jax.input.block_order import BlockOrder, merge_needs
+from diht_jax.input.blocks import BlockStore, read_patiently
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.fixed_crops import check_crops
-from diht_jax.input.order import GlobalOrder, count_streams, make_order
-from diht_jax.input.read_ahead.fetching import try_patiently
-from diht_jax.input.shares import Shares
+from diht_jax.input.mixture_weights import MixtureWeights
+from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
 from diht_jax.records.catalog import Share
 from diht_jax.records.fingerprint import Fingerprint, fingerprint_records
-from diht_jax.records.labels.clip_embeddings import ClipRows, open_clip_embeddings
+from diht_jax.records.labels.clip_embeddings import open_clip_embeddings
 from diht_jax.records.labels.rows import LabelRows, open_labels, resolve_source
 from diht_jax.records.train_data import TrainSource, parse_train, switching_steps, weight_at
 
@@ -35,26 +34,24 @@ class Source:
         name: its key in `config.data.train`; "" of the only one.
         records: number of the record -> its element.
         order: own position -> number of the record.
-        decode: makes an example of an element of these records.
-        labels: of these records; an element is then one of theirs together with its row of labels.
-        clips: of these records; an element is then one of the above together with its row.
+        decode: makes an example of an element.
+        sidecars: labels of these records and embeddings of CLIP teachers, where there are some; an
+            element is then a pair of one of the above and a row, for each of them in turn.
+        blocks: of these records, where they are fetched from an object store.
     """
 
     name: str
     records: Sequence[Any]
     order: GlobalOrder | BlockOrder
     decode: DecodeExample
-    labels: LabelRows | None = None
-    clips: ClipRows | None = None
-
-    @property
-    def sidecars(self) -> tuple[LabelRows, ...]:
-        """What lies beside the records, in the order in which it is joined."""
-        return tuple(rows for rows in (self.labels, self.clips) if rows is not None)
+    sidecars: tuple[LabelRows, ...] = ()
+    blocks: BlockStore | None = None
 
     def element(self, record: int) -> Any:
-        """What `decode` takes of a record."""
-        element = self.records[record]
+        """The input of `decode` for a record."""
+        element = None if self.blocks is None else self.blocks.read(record)
+        if element is None:
+            element = self.records[record]
         for rows in self.sidecars:
             element = element, rows[record]
         return element
@@ -65,17 +62,30 @@ class Mixture(Sequence[tuple[int, Any]]):
 
     Attributes:
         sources: at least one.
+        num_records: of all sources together: an epoch of the run.
+        example_bytes: size of one decoded example.
+        same_source_batches: batches after which a row comes from the same source again, unless
+            weights change.
+        has_blocks: whether records come from blocks of an object store.
     """
 
-    def __init__(self, sources: Sequence[Source], shares: Shares | None = None):
+    def __init__(self, sources: Sequence[Source], weights: MixtureWeights | None = None):
         """Reads nothing yet.
 
         Args:
             sources: at least one.
-            shares: of several sources; None with the only one.
+            weights: of several sources; None with the only one.
         """
         self.sources = tuple(sources)
-        self._shares = shares
+        self._weights = weights
+        self.num_records = self.example_bytes = 0
+        self.has_blocks = False
+        for source in sources:
+            self.num_records += len(source.records)
+            self.example_bytes = max(self.example_bytes, source.decode.example_bytes)
+            self.has_blocks |= source.blocks is not None
+        period = weights.period if weights else 1
+        self.same_source_batches = period if period < _LONGEST_CYCLE else 1
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -88,7 +98,7 @@ class Mixture(Sequence[tuple[int, Any]]):
     def record_number(self, position: int) -> int | tuple[int, int]:
         """The number of the record at a position; of several sources, behind the source's own."""
         number, record = self._find(position)
-        return (number, record) if self._shares else record
+        return (number, record) if self._weights else record
 
     def key(self, position: int) -> str:
         """The key of the record at a position."""
@@ -104,137 +114,87 @@ class Mixture(Sequence[tuple[int, Any]]):
         path, record = self._locate(position)
         return f"{path}: record {record}" if path else ""
 
-    @property
-    def num_records(self) -> int:
-        """Of all sources together: an epoch of the run."""
-        return sum(len(source.records) for source in self.sources)
-
-    @property
-    def num_streams(self) -> int:
-        """V; 1 where no source is read in blocks."""
-        if self._shares:
-            return self._shares.num_streams
-        return getattr(self.sources[0].order, "num_streams", 1)
-
-    @property
-    def example_bytes(self) -> int:
-        """Size of one decoded example."""
-        return max(source.decode.example_bytes for source in self.sources)
-
-    @property
-    def same_source_batches(self) -> int:
-        """So many batches further, a row comes from the same source, unless weights change."""
-        return self._shares.period if self._shares and self._shares.period < _LONGEST_CYCLE else 1
-
     def metrics(self, position: int) -> dict[str, float]:
         """Examples and epochs of each source before a position; nothing with the only one."""
-        if not self._shares:
+        if not self._weights:
             return {}
         found = {}
-        for source, count in zip(self.sources, self._shares.counts(position), strict=True):
+        for source, count in zip(self.sources, self._weights.counts(position), strict=True):
             found[f"sources/{source.name}/examples"] = float(count)
             found[f"sources/{source.name}/epochs"] = count / len(source.records)
         return found
 
     def fingerprint(self) -> Fingerprint:
-        """Of all shards and labels; with several sources their names stand before those."""
+        """Identifies all shards and labels; those of several sources begin with its name."""
         rows = []
         for source in self.sources:
-            beside = [row for rows in source.sidecars for row in rows.fingerprint()]
-            for name, *rest in (*fingerprint_records(source.records).shards, *beside):
-                rows.append((f"{source.name}/{name}" if self._shares else name, *rest))
+            shards = list(fingerprint_records(source.records).shards)
+            for sidecar in source.sidecars:
+                shards += sidecar.fingerprint()
+            for name, *rest in shards:
+                rows.append((f"{source.name}/{name}" if self._weights else name, *rest))
         return Fingerprint(tuple(rows))
 
     def describe_orders(self, batch_size: int) -> list[str]:
         """The order of each source, and its shares of the run, for the log."""
-        if not self._shares:
+        if not self._weights:
             return [self.sources[0].order.describe(batch_size)]
-        shares = self._shares.describe()
+        shares = self._weights.describe()
         return [
             f"{source.name} ({share} of the examples): {source.order.describe(batch_size)}"
             for source, share in zip(self.sources, shares, strict=True)
         ]
 
-    def plan(self, number: int) -> BlockOrder | SourcePlan:
-        """Which blocks of a source the run needs when, for a source that is read in blocks."""
-        order = self.sources[number].order
-        return SourcePlan(order, self._shares, number) if self._shares else order
+    def request(self, positions: Iterable[int]) -> None:
+        """Begins to fetch the blocks that some positions need."""
+        for store, records in self._by_store(positions):
+            store.request(records)
 
-    def with_records(self, number: int, records: Sequence[Any]) -> Mixture:
-        """The same, with a source's records read from elsewhere."""
-        sources = list(self.sources)
-        sources[number] = dataclasses.replace(sources[number], records=records)
-        return Mixture(sources, self._shares)
+    def fetch(self, positions: Iterable[int]) -> None:
+        """Waits for the blocks that some positions need; errors as `BlockStore.fetch`."""
+        for store, records in self._by_store(positions):
+            store.fetch(records)
+
+    def finished_block(self, position: int) -> int:
+        """A number for the block that is not needed behind a position; -1 where there is none."""
+        number, own = self._find_source(position)
+        source = self.sources[number]
+        block = source.order.finished_block(own) if source.blocks else None
+        return -1 if block is None else block * len(self.sources) + number
+
+    def delete_block(self, number: int) -> None:
+        """Deletes a block by the number that `finished_block` gave."""
+        block, source = divmod(number, len(self.sources))
+        self.sources[source].blocks.delete(block)
+
+    def with_sources(self, sources: Sequence[Source]) -> Mixture:
+        """The same mixture of other forms of its sources."""
+        return Mixture(sources, self._weights)
+
+    def _by_store(self, positions: Iterable[int]) -> list[tuple[BlockStore, list[int]]]:
+        found: list[list[int]] = [[] for _ in self.sources]
+        for position in positions:
+            number, record = self._find(position)
+            found[number].append(record)
+        return [
+            (source.blocks, records)
+            for source, records in zip(self.sources, found, strict=True)
+            if source.blocks
+        ]
+
+    def _find_source(self, position: int) -> tuple[int, int]:
+        """The number of the source at a position, and its own position for it."""
+        return self._weights.find(position) if self._weights else (0, position)
 
     def _find(self, position: int) -> tuple[int, int]:
-        number, own = self._shares.find(position) if self._shares else (0, position)
+        """The number of the source at a position, and that of the record."""
+        number, own = self._find_source(position)
         return number, self.sources[number].order[own]
 
     def _locate(self, position: int) -> tuple[str, int]:
         number, record = self._find(position)
         records = self.sources[number].records
         return records.locate(record) if hasattr(records, "locate") else ("", record)
-
-
-class DecodeMixture:
-    """Decodes the elements of a mixture, each as its source wants it."""
-
-    def __init__(self, mixture: Mixture):
-        self._decoders = [source.decode for source in mixture.sources]
-
-    def parse(self, element: tuple[int, Any]) -> tuple[int, Any]:
-        """`DecodeExample.parse` for the number of a source and an element of it."""
-        number, data = element
-        return number, self._decoders[number].parse(data)
-
-    def plan(
-        self, parsed: tuple[int, Any], rng: np.random.Generator, position: int
-    ) -> Callable[[], dict[str, Any]]:
-        """`DecodeExample.plan` for what `parse` gave, at a position of the run."""
-        number, record = parsed
-        return self._decoders[number].plan(record, rng, position)
-
-
-class SourcePlan:
-    """A source's order in blocks, with the positions of the run in place of its own ones.
-
-    Attributes:
-        share: the largest that the source has in the run.
-    """
-
-    def __init__(self, order: BlockOrder, shares: Shares, number: int):
-        """Args: the source's order, the shares of the run, and the number of the source."""
-        self.block_starts = order.block_starts
-        self.num_records = order.num_records
-        self.num_streams = order.num_streams
-        self.window_blocks = order.window_blocks
-        self.share = shares.largest(number)
-        self._order, self._shares, self._number = order, shares, number
-
-    def upcoming_blocks(
-        self, first_position: int, num_positions: int, process_index: int, process_count: int
-    ) -> list[tuple[int, int, int]]:
-        """As of `BlockOrder`; a last position that never comes is the largest number there is."""
-        end = first_position + num_positions
-        own = self._shares.own_range(self._number, first_position, end)
-        if not own:
-            return []
-        return merge_needs(
-            self._in_the_run(
-                self._order.needs(own.start, len(own), process_index, process_count), first_position
-            )
-        )
-
-    def _in_the_run(
-        self, needs: Iterable[tuple[int, int, int]], first_position: int
-    ) -> Iterator[tuple[int, int, int]]:
-        # Of one stream at a time: between streams, own positions are in another order than the
-        # positions of the run.
-        for block, *need in needs:
-            first, last = (self._shares.position(self._number, own) for own in need)
-            last = sys.maxsize if last is None else last
-            if first is not None and last >= first_position:
-                yield block, max(first, first_position), last
 
 
 def open_mixture(
@@ -277,7 +237,8 @@ def open_mixture(
             if clips is not None:
                 check_crops(clips, f"{_labels_key(source)}={source.labels}")
         decode = decode.for_source(records, labels, clips)
-        sources.append(Source(source.name, records, order, decode, labels, clips))
+        sidecars = tuple(rows for rows in (labels, clips) if rows is not None)
+        sources.append(Source(source.name, records, order, decode, sidecars))
     if not parsed[0].name:
         return Mixture(sources)
     in_blocks = any(isinstance(source.order, BlockOrder) for source in sources)
@@ -285,7 +246,7 @@ def open_mixture(
         (step, [weight_at(source, step) for source in parsed]) for step in switching_steps(parsed)
     ]
     streams = count_streams(data, process_count) if in_blocks else 1
-    return Mixture(sources, Shares(points, num_streams=streams, batch_size=data.batch_size))
+    return Mixture(sources, MixtureWeights(points, num_streams=streams, batch_size=data.batch_size))
 
 
 def _open_sidecars(
@@ -301,7 +262,7 @@ def _open_sidecars(
         _labels_key(source),
         share=share,
         cache_dir=data.cache_dir,
-        patiently=functools.partial(try_patiently, timeout_secs=data.read_timeout_secs),
+        patiently=functools.partial(read_patiently, timeout_secs=data.read_timeout_secs),
     )
 
 

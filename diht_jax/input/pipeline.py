@@ -6,6 +6,7 @@ or devices, so that a run can be continued anywhere.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import sys
@@ -17,20 +18,23 @@ import numpy as np
 from absl import flags, logging
 
 from diht_jax.input import workers
-from diht_jax.input.bad_records import SKIPPED_RECORDS, CheckedExamples
-from diht_jax.input.crash_search import find_crashing_index
-from diht_jax.input.examples import DecodeExample, RandomExamples
-from diht_jax.input.in_flight import InFlight
-from diht_jax.input.mixing import DecodeMixture, Mixture, Source
+from diht_jax.input.blocks import BlockStore, ReadAheadOptions
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.in_flight import InFlight, join_parts
+from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import BlockOrder, GlobalOrder, derived_seed
-from diht_jax.input.read_ahead.bound import ReadAheadOptions
-from diht_jax.input.read_ahead.process import open_read_aheads
-from diht_jax.input.sub_batches import SubBatches, join_parts
+from diht_jax.input.sub_batches import (
+    FINISHED_BLOCKS,
+    SKIPPED_RECORDS,
+    SubBatches,
+    find_crashing_index,
+)
 from diht_jax.records.catalog import Share
 from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
 from diht_jax.records.formats import registry as formats
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.train_data import check_is_set
+from diht_jax.storage.stores import is_remote
 
 # Deaths of decoding workers, without a batch between them, that a run survives.
 MAX_RESTARTS = 3
@@ -40,7 +44,7 @@ _MAX_NAMED = 100
 _MAX_FILES = 3
 # Depth below the seed at which grain's graph of old had its random crops.
 _CROP_DEPTH = 3
-# So many shards in a store should have an index.
+# From this many shards in a store on, an index pays.
 _MANY_SHARDS = 16
 _READ_AHEAD = ReadAheadOptions()
 
@@ -53,7 +57,7 @@ class TrainIterator:
 
     Attributes:
         skipped_records: bad records of this process's share so far, each replaced by another one.
-        read_aheads: what fetches the blocks of an object store; empty for local data.
+        block_stores: the blocks of each source in an object store; empty for local data.
     """
 
     def __init__(
@@ -82,9 +86,10 @@ class TrainIterator:
             num_workers: decoding processes; 0 decodes in threads of this process, None takes one
                 for each core that this process may use.
             prefetch_batches: batches decoded ahead, by all workers together.
-            process_index, process_count: this host's number, and how many there are.
+            process_index: number of this host, from 0.
+            process_count: how many hosts there are.
             on_bad_record: "error", or "skip" to replace it by another record, see
-                `bad_records.py`.
+                `sub_batches.py`.
             max_in_flight_gib: bound of the decoded examples that wait; None: what is free.
             order: of the records, see `order.py`; a permutation of all of them where None. A
                 mixture has its own.
@@ -106,43 +111,42 @@ class TrainIterator:
         _check_streams(source, batch_size, process_count)
         if num_workers is None:
             num_workers = workers.default_num_workers()
-        self.read_aheads, source = open_read_aheads(
-            source,
-            read_ahead,
+        if num_workers:
+            workers.warn_of_few_cores(num_workers)
+            workers.claim_mark(workers.SHARED_MEMORY)  # removes what others left, before measuring
+        records = _with_block_stores(source, read_ahead, num_workers)
+        self.block_stores = [each.blocks for each in records.sources if each.blocks]
+        self._records = records
+        self._examples = SubBatches(
+            records,
+            seed=derived_seed(seed, _CROP_DEPTH),
             batch_size=batch_size,
-            num_workers=num_workers,
-            prefetch_batches=prefetch_batches,
             process_index=process_index,
             process_count=process_count,
+            on_bad_record=on_bad_record,
         )
-        self._records = source
-        self._checked = CheckedExamples(
-            RandomExamples(source, DecodeMixture(source), derived_seed(seed, _CROP_DEPTH)),
-            source.describe,
-            mode=on_bad_record,
-            stride=batch_size * source.same_source_batches,
-            record_number=source.record_number,
-        )
+        self._parts = self._examples
         self._skips = on_bad_record == "skip"
+        self._num_workers = num_workers
         self._batch_size = batch_size
         self._process_index = process_index
         self._process_count = process_count
         self._next_example = 0
-        self._parts = self._sub_batches()
         self._in_flight = InFlight(
             num_workers=num_workers,
             num_threads=min(16, workers.usable_cores()),
             prefetch_batches=prefetch_batches,
-            rows=self._parts.rows,
-            parts_per_batch=self._parts.parts_per_batch,
-            example_bytes=source.example_bytes,
+            rows=self._examples.rows,
+            parts_per_batch=self._examples.parts_per_batch,
+            example_bytes=records.example_bytes,
         )
-        if num_workers:
-            workers.warn_of_few_cores(num_workers)
-            workers.segment_mark()  # removes what others have left, before memory is measured
         self._in_flight.check(max_in_flight_gib)
+        self._parts_ahead = range(0)
+        if self.block_stores:
+            self._parts_ahead = self._in_flight.plan_blocks(
+                self.block_stores, read_ahead, batch_size=batch_size, process_count=process_count
+            )
         self.skipped_records = 0
-        self._num_workers = num_workers
         self._parts_taken = 0  # since the workers were started
         self._abandoned = False
         self._batches: Any = None
@@ -166,16 +170,18 @@ class TrainIterator:
             if self._batches is None:
                 self._batches = self._start()
             try:
-                batch = join_parts(self._next_part, self._parts.parts_per_batch)
+                batch = join_parts(self._next_part, self._examples.parts_per_batch)
             except RuntimeError as error:
                 if self._abandoned or not workers.has_died(error):
                     raise
                 deaths = self._handle_death(error, deaths + 1)
                 continue
-            self._count_bad_records(batch.pop(SKIPPED_RECORDS, ()))
+            if SKIPPED_RECORDS in batch:
+                self._count_bad_records(batch.pop(SKIPPED_RECORDS))
             self._next_example += self._batch_size
-            for read_ahead in self.read_aheads:
-                read_ahead.advance(self._next_example)
+            for number in batch.pop(FINISHED_BLOCKS, ()):
+                if number >= 0:
+                    self._records.delete_block(int(number))
             return batch
 
     def keys(self, first_example: int, most: int | None = None) -> list[str]:
@@ -186,9 +192,9 @@ class TrainIterator:
 
         Args:
             first_example: the index.
-            most: so many first ones; None: all.
+            most: number of keys, from the first on; None: all.
         """
-        used = map(self._checked.used_index, self._local_indices(first_example)[:most])
+        used = map(self._examples.used_index, self._local_indices(first_example)[:most])
         return [self._records.key(index) for index in used]
 
     def get_state(self) -> dict[str, int]:
@@ -201,14 +207,14 @@ class TrainIterator:
         self._next_example = int(state["next_example"])
 
     def describe_awaited(self) -> str:
-        """Which batch is the next one, where its records lie, and what the workers do."""
+        """Names the next batch, the files of its records, and the state of the workers."""
         text = f"waiting for examples {self._batch_text(self._next_example)}"
         paths = dict.fromkeys(map(self._records.path, self._local_indices(self._next_example)))
         named = [path for path in paths if path][:_MAX_FILES]
         if named:
             more = f" and {len(paths) - len(named)} more files" if len(paths) > len(named) else ""
             text += f", in {', '.join(named)}{more}"
-        text += "".join(f"; {read_ahead.describe()}" for read_ahead in self.read_aheads)
+        text += "".join(f"; {store.describe()}" for store in self.block_stores)
         if not self._num_workers:
             return f"{text}; they are read in threads of this process"
         number = self._parts_taken % self._num_workers
@@ -221,13 +227,13 @@ class TrainIterator:
         workers.kill_workers()
 
     def close(self) -> None:
-        """Ends the workers and the read-ahead; the next batch starts them again."""
+        """Ends the workers and deletes their blocks; the next batch starts them again."""
         self._stop_reading()  # first: threads may wait for a block
         self._close_batches()
 
     def _stop_reading(self) -> None:
-        for read_ahead in self.read_aheads:
-            read_ahead.stop()
+        for store in self.block_stores:
+            store.stop()
 
     def _close_batches(self) -> None:
         if self._batches is not None:
@@ -258,9 +264,9 @@ class TrainIterator:
         if deaths > 1 or workers.has_crashed(error):
             while (index := self._find_crashing_index()) is not None:
                 key = self._records.key(index)
-                self._checked.exclude(index, f"record '{key}': its picture crashes its decoder")
+                self._examples.exclude(index, f"record '{key}': its picture crashes its decoder")
                 if not self._skips:
-                    raise ValueError(self._checked.explain(index)) from error
+                    raise ValueError(self._examples.explain(index)) from error
                 deaths = 0
         if deaths > MAX_RESTARTS:
             raise RuntimeError(
@@ -277,18 +283,18 @@ class TrainIterator:
         parts = range(self._parts_taken, sys.maxsize, self._num_workers)
         near = parts[: self._in_flight.queue_parts + 2]
         return find_crashing_index(
-            self._checked, [index for part in near for index in self._parts.indices(part)]
+            self._parts, [index for part in near for index in self._parts.indices(part)]
         )
 
     def _count_bad_records(self, skipped: Sequence[int]) -> None:
         """Counts and names the records that were skipped for the rows of a batch."""
         for row in np.flatnonzero(skipped):
             index = self._next_example + self._process_index + int(row) * self._process_count
-            for bad in self._checked.skipped_indices(index, int(skipped[row])):
+            for bad in self._examples.skipped_indices(index, int(skipped[row])):
                 self.skipped_records += 1
                 if self.skipped_records <= _MAX_NAMED:
                     logging.warning(
-                        "skipped (%d so far): %s", self.skipped_records, self._checked.explain(bad)
+                        "skipped (%d so far): %s", self.skipped_records, self._examples.explain(bad)
                     )
         if np.any(skipped) and self.skipped_records > _MAX_NAMED:
             logging.warning("%d bad records skipped so far", self.skipped_records)
@@ -299,21 +305,11 @@ class TrainIterator:
         self._parts_taken += 1
         return part
 
-    def _sub_batches(self) -> SubBatches:
-        """Of the batches from the next one on."""
-        return SubBatches(
-            self._checked.rows,
-            batch_size=self._batch_size,
-            first_example=self._next_example,
-            process_index=self._process_index,
-            process_count=self._process_count,
-        )
-
     def _start(self) -> Any:
-        for read_ahead in self.read_aheads:
-            if not read_ahead.is_running:
-                read_ahead.start(self._next_example)
-        self._parts, self._parts_taken = self._sub_batches(), 0
+        for store in self.block_stores:
+            store.start()
+        self._parts = self._examples.starting_at(self._next_example, self._parts_ahead)
+        self._parts_taken = 0
         in_flight = self._in_flight
         # Sub-batches are formed before workers or threads share the work, so that their number does
         # not change which examples make a batch. A worker decodes in its main thread, and the queue
@@ -331,10 +327,30 @@ class TrainIterator:
                     num_workers=self._num_workers, per_worker_buffer_size=in_flight.queue_parts
                 ),
                 worker_init_fn=functools.partial(
-                    workers.start_worker, os.getpid(), workers.segment_mark()
+                    workers.start_worker,
+                    os.getpid(),
+                    workers.claim_mark(workers.SHARED_MEMORY),
+                    folders=[store.folder for store in self.block_stores],
                 ),
             )
         return iter(dataset)
+
+
+def _with_block_stores(mixture: Mixture, options: ReadAheadOptions, num_workers: int) -> Mixture:
+    """The mixture with a store of blocks for each source that is read in blocks from a store."""
+    sources = []
+    for source in mixture.sources:
+        if isinstance(source.order, BlockOrder) and _is_in_store(source.records):
+            blocks = BlockStore(source.records, source.order, options, num_processes=num_workers)
+            source = dataclasses.replace(source, blocks=blocks)
+        sources.append(source)
+    return mixture.with_sources(sources)
+
+
+def _is_in_store(records: Any) -> bool:
+    # Files in fsspec's memory are known to this process alone.
+    paths = getattr(records, "paths", ())
+    return any(is_remote(path) and not path.startswith("memory://") for path in paths)
 
 
 def _check_streams(mixture: Mixture, batch_size: int, process_count: int) -> None:

@@ -1,71 +1,129 @@
-"""Sub-batches: the parts of a host's batch that workers decode, and how they are joined.
+"""The examples of a run, decoded in sub-batches, with other records in place of the bad ones.
 
 A host's batch may have ten gigabytes. One worker would need a minute for it, and several of them in
-each worker's queue would fill the machine. A part of 256 rows is some forty megabytes.
+each worker's queue would fill the machine. A part of 256 rows has some forty megabytes.
+
+A bad record is replaced by the one whose index in the order is larger by a stride. With a multiple
+of the batch size as stride, the replacement is never in the same batch (where the same pair twice
+would be each other's negative), unless the data set is smaller than that. The choice is a function
+of the index alone, so that it is the same on any number of hosts and workers, and after a restart.
+What makes a record bad is decided where it is read: `records/tfrecord.py` for its frame,
+`records/schema.py` for its fields, `decode.py` for its picture.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
+import copy
+import multiprocessing
+import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from concurrent import futures
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
 
 import numpy as np
 
-# A part has at most so many rows.
+from diht_jax.input.in_flight import empty_rows
+from diht_jax.input.mixing import Mixture
+from diht_jax.input.workers import start_worker
+from diht_jax.records.tfrecord import DamagedRecordError, TFRecordError
+from diht_jax.storage.retries import StorageError
+
+# Values of `config.data.on_bad_record`.
+MODES = ("error", "skip")
+# In a batch, for each row: bad records that were skipped to find this one, and the block of records
+# that nobody needs any more, as `Mixture.finished_block` numbers them.
+SKIPPED_RECORDS, FINISHED_BLOCKS = "skipped_records", "finished_blocks"
+# Rows of a part at most.
 MAX_ROWS = 256
-# One thread would copy about as fast as eight GPUs train. A copy does not hold the interpreter's
-# lock.
-COPYING_THREADS = 4
+# Records tried for one row of a batch. If all are bad, more than single records is damaged.
+MAX_IN_A_ROW = 100
+# Records that are read before the first of their pictures is decoded. Few enough for their memory.
+_GROUP_ROWS = 32
 
 
 def rows_of_part(local_batch_size: int) -> int:
     """The largest divisor of a host's batch that is at most `MAX_ROWS`."""
-    return next(
-        rows
-        for rows in range(min(MAX_ROWS, local_batch_size), 0, -1)
-        if local_batch_size % rows == 0
-    )
+    rows = min(MAX_ROWS, local_batch_size)
+    while local_batch_size % rows:
+        rows -= 1
+    return rows
 
 
 class SubBatches(Sequence[dict[str, np.ndarray]]):
     """The parts of one host's batches, one batch after the other, as a grain data source.
 
-    Part i of the run has the host's rows [i * rows, (i + 1) * rows).
+    Part i of the run has the host's rows [i * rows, (i + 1) * rows). An example is a function of
+    the seed and of its index in the run's order.
     """
 
     def __init__(
         self,
-        decode_rows: Callable[[range], Iterable[dict[str, np.ndarray]]],
+        records: Mixture,
         *,
+        seed: int,
         batch_size: int,
-        first_example: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        on_bad_record: str = "error",
     ):
-        """Decodes nothing yet.
+        """Reads nothing yet.
 
         Args:
-            decode_rows: gives the decoded examples at indices of the run's order.
+            records: index in the order -> number of its source, and the record.
+            seed: of the generators that examples are drawn by.
             batch_size: global, a multiple of `process_count`.
-            first_example: of the batch that part 0 begins.
-            process_index, process_count: this host's number, and how many there are.
+            process_index: number of this host, from 0.
+            process_count: how many hosts there are.
+            on_bad_record: one of `MODES`.
+
+        Raises:
+            ValueError: another mode.
         """
-        self._decode_rows = decode_rows
-        self._batch_size = batch_size
-        self._first_example = first_example
-        self._process_index = process_index
-        self._process_count = process_count
+        if on_bad_record not in MODES:
+            raise ValueError(
+                f"config.data.on_bad_record='{on_bad_record}': expected "
+                f"{' or '.join(map(repr, MODES))}"
+            )
+        self._records = records
+        self._key = np.random.Philox(seed).state["state"]["key"]
+        self._skips = on_bad_record == "skip"
+        self._stride = batch_size * records.same_source_batches
+        self._process_index, self._process_count = process_index, process_count
+        self._first_example = 0
+        self._ahead = range(0)
+        self._planned = 0
+        self._planning = threading.Lock()
+        self._excluded: dict[Hashable, str] = {}
         self.rows = rows_of_part(batch_size // process_count)
         self.parts_per_batch = batch_size // process_count // self.rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_planning"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _planning=threading.Lock())
+
+    def starting_at(self, first_example: int, ahead: range = range(0)) -> SubBatches:
+        """The same examples with other numbers of parts.
+
+        Args:
+            first_example: index in the order at which part 0 begins.
+            ahead: of each part that is decoded, the numbers (relative to its own) of the parts
+                whose blocks are then requested; its step is the number of workers.
+        """
+        other = copy.copy(self)
+        other._first_example, other._ahead, other._planned = first_example, ahead, 0
+        return other
 
     def __len__(self) -> int:
         """Endless, as far as grain can count."""
         return sys.maxsize // (self.rows * self._process_count) // 2
 
     def __repr__(self) -> str:
-        return f"SubBatches(rows={self.rows}, batch_size={self._batch_size})"
+        return f"SubBatches(rows={self.rows}, first_example={self._first_example})"
 
     def indices(self, part: int) -> range:
         """The indices in the run's order of the examples of a part."""
@@ -74,50 +132,205 @@ class SubBatches(Sequence[dict[str, np.ndarray]]):
         return range(first, first + self.rows * stride, stride)
 
     def __getitem__(self, part: int) -> dict[str, np.ndarray]:
-        """The arrays of a part, [rows, ...] each."""
+        """The arrays of a part, [rows, ...] each.
+
+        Raises:
+            ValueError: a record is bad, or too many in a row are; names file and record.
+            StorageError: the disk or the store fails.
+        """
+        if self._ahead:
+            self._request_blocks(part)
         arrays: dict[str, np.ndarray] = {}
-        for row, example in enumerate(self._decode_rows(self.indices(part))):
+        for row, example in enumerate(self._examples(self.indices(part))):
             if not arrays:
-                arrays = {name: _empty_rows(self.rows, value) for name, value in example.items()}
+                arrays = {name: empty_rows(self.rows, value) for name, value in example.items()}
             for name, array in arrays.items():
                 array[row] = example[name]
         return arrays
 
+    def exclude(self, index: int, problem: str) -> None:
+        """Makes the record at an index a bad one, which nobody decodes any more."""
+        self._excluded[self._records.record_number(index)] = problem
 
-def join_parts(
-    next_part: Callable[[], dict[str, np.ndarray]], num_parts: int
-) -> dict[str, np.ndarray]:
-    """One batch of the next parts; each is copied as it comes, while the next one is awaited.
+    def candidates(self, index: int) -> Iterator[int]:
+        """The indices whose records are tried for an index, in their order."""
+        last = index + (MAX_IN_A_ROW if self._skips else 1) * self._stride
+        return iter(range(index, last, self._stride))
+
+    def used_index(self, index: int) -> int:
+        """The index of the record that the example at an index really comes from."""
+        return self._find(index)[1] if self._skips else index
+
+    def skipped_indices(self, index: int, count: int) -> list[int]:
+        """The indices of the `count` bad records that were skipped for an index."""
+        return list(range(index, index + count * self._stride, self._stride))
+
+    def explain(self, index: int) -> str:
+        """The reason for which a record is bad."""
+        try:
+            self.decode(index)
+        except ValueError as error:
+            return str(error)
+        return f"{self._records.describe(index)}: could be read at the second attempt"
+
+    def decode(self, index: int) -> dict[str, Any]:
+        """The example of the very record at an index.
+
+        Raises:
+            ValueError: the record is bad; names file and record.
+        """
+        try:
+            if self._excluded:
+                problem = self._excluded.get(self._records.record_number(index))
+                if problem is not None:
+                    raise ValueError(problem)
+            number, element = self._records[index]
+            decoder = self._records.sources[number].decode
+            return decoder.plan(decoder.parse(element), self._generator(index), index)()
+        except (TFRecordError, StorageError):
+            raise  # names file and record
+        except ValueError as error:
+            where = self._records.describe(index)
+            raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+    def _examples(self, indices: range) -> Iterator[dict[str, Any]]:
+        """The examples at indices, each step before the pixels for a group of them at once.
+
+        A picture pushes everything else out of the processor's caches: done between pictures, these
+        steps take twice as long.
+        """
+        has_blocks = self._records.has_blocks
+        for first in range(0, len(indices), _GROUP_ROWS):
+            group = indices[first : first + _GROUP_ROWS]
+            if has_blocks:
+                self._records.fetch(group)
+            plans = self._plan(group)
+            for index in group:
+                example, used = None, index
+                if index in plans:
+                    with contextlib.suppress(ValueError):
+                        example = plans[index]()
+                # What failed is tried again, for its error or its replacement.
+                if example is None and self._skips:
+                    example, used = self._find(index)
+                elif example is None:
+                    example = self.decode(index)
+                if self._skips:
+                    example[SKIPPED_RECORDS] = np.int32((used - index) // self._stride)
+                if has_blocks:
+                    example[FINISHED_BLOCKS] = np.int64(self._records.finished_block(index))
+                yield example
+
+    def _plan(self, indices: Sequence[int]) -> dict[int, Callable[[], dict[str, Any]]]:
+        """Everything of the examples but their pixels, by index; without those that fail."""
+        elements, parsed, plans = {}, {}, {}
+        for index in indices:
+            if not self._excluded or self._records.record_number(index) not in self._excluded:
+                with contextlib.suppress(ValueError):
+                    elements[index] = self._records[index]
+        for index, (number, element) in elements.items():
+            decoder = self._records.sources[number].decode
+            with contextlib.suppress(ValueError):
+                parsed[index] = decoder, decoder.parse(element)
+        for index, (decoder, record) in parsed.items():
+            with contextlib.suppress(ValueError):
+                plans[index] = decoder.plan(record, self._generator(index), index)
+        return plans
+
+    def _find(self, index: int) -> tuple[dict[str, Any], int]:
+        """The first good example among the candidates for an index, and its own index."""
+        for tried in self.candidates(index):
+            try:
+                return self.decode(tried), tried
+            except DamagedRecordError as error:
+                last = error
+            except (TFRecordError, StorageError):
+                raise  # not of one record, but of a whole shard or of the disk
+            except ValueError as error:
+                last = error
+        raise ValueError(
+            f"{MAX_IN_A_ROW} records in a row are bad, more than config.data.on_bad_record='skip' "
+            f"replaces; the last one: {last}"
+        )
+
+    def _request_blocks(self, part: int) -> None:
+        """Begins to fetch what the next parts of this process need."""
+        with self._planning:
+            parts = [part + n for n in self._ahead if part + n >= self._planned]
+            self._planned = max(self._planned, part + self._ahead.stop)
+            for ahead in parts:
+                self._records.request(self.indices(ahead))
+
+    def _generator(self, index: int) -> np.random.Generator:
+        """This thread's generator, at the state of an index; a new one would ask for entropy."""
+        rng = getattr(_kept, "rng", None)
+        if rng is None:
+            rng = _kept.rng = np.random.Generator(np.random.Philox(0))
+        rng.bit_generator.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": np.array([0, 0, 0, index], np.uint64), "key": self._key},
+            "buffer": np.zeros(4, np.uint64),
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        return rng
+
+
+_kept = threading.local()
+
+
+def find_crashing_index(examples: SubBatches, indices: Iterable[int]) -> int | None:
+    """The index of a record whose decoding ends its process, each time.
+
+    A crash in a codec takes the whole worker with it, and nobody is left to tell which picture it
+    was. So a process of its own decodes the records in question one after the other, and reports
+    each before it begins. The one that it reported last is decoded once more, alone in a fresh
+    process: only a record that ends that one as well is to blame, and not, for example, a lack of
+    memory.
 
     Args:
-        next_part: gives the parts in their order, [rows, ...] each.
-        num_parts: of a batch. A batch of one part is that part.
+        examples: to be decoded; goes to the other process by pickle.
+        indices: of the order; those of replacements are tried as well.
+
+    Returns:
+        The first such index; None where all can be decoded, or are bad in another way.
     """
-    part = next_part()
-    if num_parts == 1:
-        return part
-    rows = len(next(iter(part.values())))
-    batch = {name: _empty_rows(num_parts * rows, array[0]) for name, array in part.items()}
-    copies: collections.deque[futures.Future] = collections.deque()
-    with futures.ThreadPoolExecutor(COPYING_THREADS, "join_batch") as pool:
-        for number in range(num_parts):
-            if number:
-                part = next_part()
-            # A part that waits to be copied takes memory as well.
-            if len(copies) == COPYING_THREADS:
-                copies.popleft().result()
-            copies.append(pool.submit(_copy_part, batch, part, number * rows))
-        del part
-        for copy in copies:
-            copy.result()
-    return batch
+    suspect = _index_at_death(examples, indices)
+    if suspect is None:
+        return None
+    return suspect if _index_at_death(examples, [suspect]) == suspect else None
 
 
-def _copy_part(batch: dict[str, np.ndarray], part: dict[str, np.ndarray], first_row: int) -> None:
-    for name, array in part.items():
-        batch[name][first_row : first_row + len(array)] = array
+def _index_at_death(examples: SubBatches, indices: Iterable[int]) -> int | None:
+    """The index that a new process was decoding when it died; None where it did not die."""
+    context = multiprocessing.get_context("spawn")  # as grain starts its workers
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (os.getpid(), examples, list(indices), sender)
+    process = context.Process(target=_decode_all, args=arguments, name="crash_search", daemon=True)
+    process.start()
+    sender.close()
+    last = None
+    try:
+        while True:
+            last = receiver.recv()
+    except EOFError:
+        process.join()
+    return last
 
 
-def _empty_rows(rows: int, value: np.ndarray) -> np.ndarray:
-    value = np.asarray(value)
-    return np.empty((rows, *value.shape), value.dtype)
+def _decode_all(
+    parent: int, examples: SubBatches, indices: Sequence[int], sender: Connection
+) -> None:
+    start_worker(parent, None)
+    for index in indices:
+        for tried in examples.candidates(index):
+            sender.send(tried)
+            try:
+                examples.decode(tried)
+            except StorageError:
+                raise
+            except ValueError:
+                continue
+            break
+    sender.send(None)

@@ -113,9 +113,11 @@ def sample_crop_box(
     ten times at most, and then the largest centre crop with an allowed ratio is taken.
 
     Args:
-        width, height: of the picture, pixels.
+        width: of the picture, pixels.
+        height: of the picture, pixels.
         rng: source of randomness.
-        scale, ratio: see `train_transform`.
+        scale: see `train_transform`.
+        ratio: see `train_transform`.
 
     Returns:
         left, top, right, bottom in pixels, inside of the picture.
@@ -159,7 +161,8 @@ def normalize(
     Args:
         images: uint8 [..., 3], a JAX array (traced or not) or a NumPy array.
         dtype: of the result; the arithmetic is in float32.
-        mean, std: per channel, for values in [0, 1]; others' models may have their own.
+        mean: per channel, for values in [0, 1]; others' models may have their own.
+        std: likewise.
 
     Returns:
         [..., 3], of the kind of array that came: (images / 255 - mean) / std.

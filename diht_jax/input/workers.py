@@ -1,10 +1,11 @@
-"""Decoding worker processes: what they need of this machine, what they do, and how they end.
+"""Decoding worker processes: how many, the memory that they need, what they do, and how they end.
 
 grain starts the workers by `spawn` and hands batches on in segments of POSIX shared memory.
 Python's resource tracker, a process of its own, removes the segments that are left when parent and
 workers have all ended; so a worker that outlives its parent keeps them all. The tracker may be
-killed too, as at the end of a cgroup. Therefore the names of a run's segments begin with a mark:
-workers remove them in its stead, and if none was left, the next run on this machine does.
+killed too, for example at the end of a cgroup. Therefore the names of a run's segments begin with a
+mark: workers remove them in its stead, and if no worker was left, the next run on this machine
+does. Folders of blocks from an object store (`blocks.py`) are marked and removed in the same way.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ import os
 import pathlib
 import re
 import secrets
+import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from multiprocessing import resource_tracker, shared_memory
-from typing import BinaryIO
 
 from absl import logging
 
-from diht_jax.storage.locks import lock_file
+from diht_jax.storage.locks import LockedError, lock_file
 
 SHARED_MEMORY = "/dev/shm"
+
 # How grain names its workers, and how it reports one that is gone.
 _WORKER_NAME = "grain-process-prefetch"
 _WORKER_DIED = re.compile(r"[Ww]orker process.*(terminated|died|exit)")
 _EXIT_CODE = re.compile(r"exit code -(\d+)")
-# What a crash within a library ends a process with.
+# Signals that end a process which crashes within a library.
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
 _STATES = {
     "R": "running",
@@ -44,22 +46,24 @@ _STATES = {
     "t": "stopped by a debugger",
     "Z": "ended",
 }
-# More have to be asked for: each takes memory, and so many feed eight of the fastest GPUs.
+# Workers by default at most: each takes memory, and 64 feed eight of the fastest GPUs.
 _MOST_BY_DEFAULT = 64
-# The control group, as a container sees its own.
-CGROUP = pathlib.Path("/sys/fs/cgroup")
-# Its files with microseconds of processor time, and of what time; version 2 and 1.
+# The control group, as a container sees its own, and the memory of the machine.
+CGROUP, _MEMINFO = pathlib.Path("/sys/fs/cgroup"), pathlib.Path("/proc/meminfo")
+# Microseconds of processor time, and the period that they are for; cgroup version 2 and 1.
 _CPU_QUOTAS = (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"))
-# The locks of this process, which are not to be closed.
-_held: list[BinaryIO] = []
-# How often a worker looks for its parent.
-_POLL_SECS = 1.0
-# How long the kernel may take to end a process.
-_KILL_SECS = 5.0
+# Limit, use and statistics of memory; cgroup version 2 and 1.
+_MEMORY_LIMITS = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
+_POLL_SECS = 1.0  # how often a worker looks for its parent
+_KILL_SECS = 5.0  # how long the kernel may take to end a process
+_REMOVALS = 100  # attempts to delete a folder, each of which a file being written may spoil
 
 
 def start_worker(
-    parent: int, mark: str | None, *_: int, clean_up: Callable[[], None] | None = None
+    parent: int, mark: str | None, *_: int, folders: Sequence[pathlib.Path] = ()
 ) -> None:
     """Marks this process's shared memory, and ends the process soon after its parent has ended.
 
@@ -68,8 +72,8 @@ def start_worker(
 
     Args:
         parent: process id of the process that started this one.
-        mark: the parent's `segment_mark`.
-        clean_up: called when the parent has ended.
+        mark: the parent's `claim_mark` of shared memory.
+        folders: removed when the parent has ended.
     """
     if mark is not None:
         # Python has no public way to name the segments that other code makes.
@@ -79,9 +83,9 @@ def start_worker(
         while os.getppid() == parent:
             time.sleep(_POLL_SECS)
         if mark is not None and not _tracker_is_alive():
-            _remove_segments(mark)
-        if clean_up is not None:
-            clean_up()
+            _remove_marked(SHARED_MEMORY, mark)
+        for folder in folders:
+            remove_folder(folder)
         # Without clean-up: that waits for the parent, to empty the queues to it.
         os._exit(1)
 
@@ -89,56 +93,70 @@ def start_worker(
 
 
 @functools.cache
-def segment_mark() -> str | None:
-    """How the names of shared memory begin that this process's workers make.
+def claim_mark(folder: str) -> str | None:
+    """The beginning of the names of what this process and its workers make in a folder.
 
-    The first call also removes the segments of processes that have ended. A process holds a lock
-    on a file with its mark, which the kernel frees at its end; process ids would not do, since
-    containers with ids of their own may share the memory.
+    The first call also removes what processes that have ended have left there. A process holds a
+    lock on a file with its mark, which the kernel frees at its end; process ids would not do, since
+    containers with ids of their own may share the folder.
 
     Returns:
-        A name in `SHARED_MEMORY`; None where that is no folder that can be written to.
+        The mark; None where there is no such folder that can be written to.
     """
     mark = f"diht_jax_{secrets.token_hex(8)}"
-    lock = pathlib.Path(SHARED_MEMORY, f"{mark}.lock")
+    path = pathlib.Path(folder, f"{mark}.lock")
     try:
-        _remove_stale_segments()
-        # Held until the process ends. One that starts at this very moment may hold it for an
-        # instant and remove the file: then no other run cleans up after this one.
-        _held.append(lock_file(lock))
+        lock = lock_file(path, wait=False)
+        # Held until the process ends.
+        atexit.register(lambda: (path.unlink(missing_ok=True), lock.close()))
+        if _is_locked(path):  # the file system has locks
+            for other in pathlib.Path(folder).glob("diht_jax_*.lock"):
+                with contextlib.suppress(OSError), lock_file(other, wait=False):
+                    _remove_marked(folder, other.stem)
+                    other.unlink()
     except OSError:
         return None
-    atexit.register(lambda: lock.unlink(missing_ok=True))
     return mark
 
 
-def _remove_stale_segments() -> None:
-    """Removes shared memory whose owner's lock is free, and the lock's file."""
-    for path in pathlib.Path(SHARED_MEMORY).glob("diht_jax_*.lock"):
-        with contextlib.suppress(OSError), lock_file(path, wait=False):  # another user's, or held
-            _remove_segments(path.stem)
-            path.unlink()
+def _is_locked(path: pathlib.Path) -> bool:
+    try:
+        lock_file(path, wait=False).close()
+    except LockedError:
+        return True
+    return False
 
 
-def _remove_segments(mark: str) -> None:
-    """Removes shared memory with this mark."""
-    for path in pathlib.Path(SHARED_MEMORY).glob(f"{mark}_*"):
-        path.unlink(missing_ok=True)  # another worker may be faster
+def _remove_marked(folder: str, mark: str) -> None:
+    """Removes the files and folders with a mark."""
+    for path in pathlib.Path(folder).glob(f"{mark}_*"):
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)  # another worker may be faster
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+    """Deletes a folder, also while others still write to it."""
+    for _ in range(_REMOVALS):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
 
 
 def _tracker_is_alive() -> bool:
-    """Whether Python's resource tracker, which warns of segments that it does not find, runs."""
+    """True while Python's resource tracker runs, which warns of segments that it misses."""
     is_alive = getattr(resource_tracker._resource_tracker, "_check_alive", None)
     return is_alive is None or is_alive()
 
 
 def has_died(error: BaseException) -> bool:
-    """Whether an error of grain's tells that a worker is gone."""
+    """True for an error by which grain reports that a worker is gone."""
     return _WORKER_DIED.search(str(error)) is not None
 
 
 def has_crashed(error: BaseException) -> bool:
-    """Whether such a worker ended as by a fault in a library, not from outside."""
+    """True where such a worker ended by a fault in a library, not from outside."""
     found = _EXIT_CODE.search(str(error))
     return found is not None and int(found[1]) in _CRASHES
 
@@ -203,7 +221,7 @@ def _quota_cores() -> int | None:
 
 
 def default_num_workers() -> int:
-    """Of `config.data.num_workers=None`: one for each core that this process may use."""
+    """The meaning of `config.data.num_workers=None`: a worker for each core that may be used."""
     return min(usable_cores(), _MOST_BY_DEFAULT)
 
 
@@ -217,3 +235,46 @@ def warn_of_few_cores(num_workers: int) -> None:
             num_workers,
             cores,
         )
+
+
+def free_shared_memory() -> int | None:
+    """Bytes; None where shared memory is no file system that can be asked."""
+    try:
+        stats = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return stats.f_bavail * stats.f_frsize
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, of the machine and of its container.
+
+    Returns:
+        None where the system does not tell.
+    """
+    found = [_available_in_group(*names) for names in _MEMORY_LIMITS]
+    with contextlib.suppress(OSError, KeyError):
+        found.append(1024 * _read_fields(_MEMINFO)["MemAvailable:"])
+    return min((size for size in found if size is not None), default=None)
+
+
+def _available_in_group(limit: str, use: str, statistics: str) -> int | None:
+    try:
+        limit_bytes, used_bytes = (int((CGROUP / name).read_text()) for name in (limit, use))
+        fields = _read_fields(CGROUP / statistics)
+    except (OSError, ValueError):  # no such group, or "max"
+        return None
+    # Files that were read count as used until somebody needs the memory; shared memory does count.
+    cached = fields.get("file", fields.get("cache", 0)) - fields.get("shmem", 0)
+    return max(0, limit_bytes - used_bytes + max(0, cached))
+
+
+def _read_fields(path: pathlib.Path) -> dict[str, int]:
+    """The lines "name number ..." of a file."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+
+
+def describe_bytes(size: float) -> str:
+    """A size for people, such as "67.1 MB" or "12.3 GB"."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

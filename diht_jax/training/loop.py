@@ -20,11 +20,11 @@ from etils import epath
 
 from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
+from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.caption_choice import open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
-from diht_jax.input.read_ahead.bound import ReadAheadOptions
 from diht_jax.models.zoo import get_architecture
 from diht_jax.progress import ProgressBar
 from diht_jax.records.train_data import describe_train, lies_in_store, parse_train

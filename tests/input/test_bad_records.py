@@ -11,10 +11,11 @@ from absl import logging
 from PIL import Image
 
 from diht_jax.config import default_config
-from diht_jax.input.bad_records import MAX_IN_A_ROW, CheckedExamples
-from diht_jax.input.examples import DecodeExample, RandomExamples
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.order import make_order
 from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.sub_batches import MAX_IN_A_ROW, SubBatches
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordError, TFRecordWriter
 from diht_jax.storage import retries
@@ -89,7 +90,9 @@ def test_another_mode_is_refused(shard):
 
 
 class Places:
-    """An order whose example at place p is p; some places are bad."""
+    """Records that are their own numbers, and decode to them; some are bad."""
+
+    example_bytes = 8
 
     def __init__(self, errors):
         self._errors = errors
@@ -98,21 +101,33 @@ class Places:
         return 10**9
 
     def __getitem__(self, place):
+        return place
+
+    def locate(self, place):
+        return "places", place
+
+    def parse(self, place):
         if place in self._errors:
             raise self._errors[place]
-        return {"place": np.int32(place)}
+        return place
+
+    def plan(self, place, rng, index):
+        return lambda: {"place": np.int32(place)}
 
 
-def checked(errors, stride=10):
-    return CheckedExamples(Places(errors), lambda place: f"p{place}", mode="skip", stride=stride)
+def places(errors, stride=10):
+    source = Places(errors)
+    records = Mixture([Source("", source, range(10**9), source)])
+    return SubBatches(records, seed=0, batch_size=stride, on_bad_record="skip")
 
 
 def test_a_stand_in_comes_from_a_later_batch():
-    examples = checked({4: ValueError("a"), 14: ValueError("b"), 25: ValueError("c")})
-    assert [examples[4]["place"], examples[4]["skipped_records"]] == [24, 2]
-    assert [examples[5]["place"], examples[5]["skipped_records"]] == [5, 0]
-    assert list(examples.skipped_indices(4, 2)) == [4, 14]
-    assert examples.used_index(4) == 24 and examples.explain(14) == "p14: b"
+    examples = places({4: ValueError("a"), 14: ValueError("b"), 25: ValueError("c")})
+    part = examples[0]
+    assert part["place"].tolist() == [0, 1, 2, 3, 24, 5, 6, 7, 8, 9]
+    assert part["skipped_records"].tolist() == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0]
+    assert examples.skipped_indices(4, 2) == [4, 14]
+    assert examples.used_index(4) == 24 and examples.explain(14) == "places: record 14: b"
 
 
 def mixed_records(count):
@@ -136,42 +151,43 @@ def mixed_records(count):
 BAD_AT = {5: "cut off", 7: "no picture", 38: "cut off"}
 
 
+def examples_of(records, mode, batch_size, shift=0):
+    decode = DecodeExample(16, 12, (0.5, 1.0), "a {caption}")
+    mixture = Mixture([Source("", records, range(shift, 10**9), decode)])
+    return SubBatches(mixture, seed=3, batch_size=batch_size, on_bad_record=mode)
+
+
 @pytest.mark.parametrize("excluded", [(), (8,)])
 def test_rows_in_groups_are_the_examples_one_by_one(excluded):
-    decode = DecodeExample(16, 12, (0.5, 1.0), "a {caption}")
-    examples = CheckedExamples(
-        RandomExamples(mixed_records(120), decode, seed=3), str, mode="skip", stride=41
-    )
+    examples = examples_of(mixed_records(120), "skip", batch_size=41)
     for index in excluded:
         examples.exclude(index, "it crashes its decoder")
-    rows = list(examples.rows(range(2, 80, 2))) + list(examples.rows(range(1, 80, 2)))
-    for index, row in zip([*range(2, 80, 2), *range(1, 80, 2)], rows, strict=True):
-        expected = examples[index]
-        assert row.keys() == expected.keys()
+    part = examples[0]
+    for index in range(41):
+        is_bad = index in {5, 7, 9, 38, *excluded}
+        assert part["skipped_records"][index] == is_bad
+        expected = examples.decode(index + 41 * is_bad)
         for name in expected:
-            np.testing.assert_array_equal(row[name], expected[name])
-        assert row["skipped_records"] == (index in {5, 7, 9, 38, *excluded})
+            np.testing.assert_array_equal(part[name][index], expected[name])
 
 
 def test_rows_in_groups_raise_as_examples_do_one_by_one():
-    decode = DecodeExample(16, 12, (0.5, 1.0), "{caption}")
-    records = RandomExamples(mixed_records(12), decode, seed=3)
-    examples = CheckedExamples(records, lambda index: f"shard: {index}", mode="error", stride=1)
-    errors = {5: "5: record 'key5'", 7: "7: record 'key7'", 9: "9: .*Example"}
+    records = mixed_records(12)
+    errors = {5: "record 'key5'", 7: "record 'key7'", 9: "Example"}
     for bad, message in errors.items():
-        with pytest.raises(ValueError, match=f"shard: {message}"):
-            list(examples.rows(range(bad, 12)))
+        with pytest.raises(ValueError, match=message):
+            examples_of(records, "error", batch_size=12 - bad, shift=bad)[0]
 
 
 def test_a_broken_shard_is_never_skipped():
     with pytest.raises(TFRecordError, match="index"):
-        checked({4: TFRecordError("the index is another's")})[4]
+        places({4: TFRecordError("the index is another's")})[0]
 
 
 def test_the_search_for_a_good_record_ends():
     errors = {4 + 10 * n: ValueError(f"bad {n}") for n in range(MAX_IN_A_ROW)}
     with pytest.raises(ValueError, match=f"{MAX_IN_A_ROW} records in a row are bad.*bad 99"):
-        checked(errors)[4]
+        places(errors)[0]
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE])

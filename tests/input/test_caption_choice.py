@@ -10,8 +10,6 @@ import pytest
 from PIL import Image
 
 from data_prep.filter import run_filter
-from data_prep.filtering.shard import _narrow
-from data_prep.steps.base import begin
 from diht_jax.config import default_config, load_recipe
 from diht_jax.data.tokenizer import decode, tokenize
 from diht_jax.input.caption_choice import CaptionChoice, open_caption_choice
@@ -181,11 +179,6 @@ def test_every_format_gives_the_same_captions_and_the_filter_keeps_their_kinds(t
 
 
 def test_kinds_stay_with_their_captions():
-    candidate = begin([PAIR])[0]
-    narrow = _narrow(candidate._replace(captions=["second drawn", "title"]))
-    assert (narrow.caption, caption_kinds(narrow)) == ("second drawn", ["synthetic", "title"])
-    (one,) = caption_kinds(_narrow(candidate._replace(captions=["first drawn"])))
-    assert one == "synthetic"
     # Texts of a table are cleaned, and repeated ones are left out.
     stated = ["  usual ", None, "usual", "drawn\n"]
     kinds = {"caption_kinds": ["alt", "x", "y", "synthetic"]}

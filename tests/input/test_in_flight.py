@@ -6,7 +6,7 @@ import types
 import pytest
 from absl import logging
 
-from diht_jax.input import in_flight
+from diht_jax.input import workers
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.in_flight import InFlight
 from diht_jax.input.pipeline import TrainIterator
@@ -24,7 +24,7 @@ _LARGE = {
 
 def test_a_large_batch_is_in_flight_four_times_and_not_fifty_times():
     large = InFlight(**_LARGE)
-    batch_bytes = 65_536 * large.example_bytes
+    batch_bytes = 65_536 * _LARGE["example_bytes"]
     assert batch_bytes / 1e9 == pytest.approx(9.9, abs=0.05)
     # When a worker's unit was the host's batch: 2 in each of its two queues, one on its way into
     # each, and two of the training loop. One more of each was being decoded.
@@ -42,7 +42,7 @@ def test_the_workers_together_are_ahead_by_what_the_config_says(num_workers, pre
     settings = _LARGE | {"num_workers": num_workers, "prefetch_batches": prefetch_batches}
     planned = InFlight(**settings)
     ahead = num_workers * (2 * planned.queue_parts + 2)
-    wanted = prefetch_batches * planned.parts_per_batch
+    wanted = prefetch_batches * _LARGE["parts_per_batch"]
     assert wanted <= ahead < wanted + 2 * num_workers
 
 
@@ -54,8 +54,8 @@ def machine(monkeypatch, tmp_path):
         stats = types.SimpleNamespace(f_bavail=shared, f_frsize=1)
         monkeypatch.setattr(os, "statvfs", {"/dev/shm": stats}.__getitem__)
         (tmp_path / "meminfo").write_text(f"MemFree: 1 kB\nMemAvailable: {memory // 1024} kB\n")
-        monkeypatch.setattr(in_flight, "_MEMINFO", tmp_path / "meminfo")
-        monkeypatch.setattr(in_flight, "CGROUP", tmp_path)
+        monkeypatch.setattr(workers, "_MEMINFO", tmp_path / "meminfo")
+        monkeypatch.setattr(workers, "CGROUP", tmp_path)
 
     return set_them
 
@@ -80,16 +80,16 @@ def test_more_than_what_is_free_or_allowed_is_an_error_that_names_the_keys(machi
 
 def test_the_memory_of_a_container_counts_without_the_files_that_it_has_read(machine, tmp_path):
     machine(shared=0, memory=9000 * 1024)
-    assert in_flight.available_memory() == 9000 * 1024
+    assert workers.available_memory() == 9000 * 1024
     for name, text in {
         "memory.max": "5000\n",
         "memory.current": "4500\n",
         "memory.stat": "anon 1000\nfile 3500\nshmem 500\n",
     }.items():
         (tmp_path / name).write_text(text)
-    assert in_flight.available_memory() == 5000 - 4500 + 3500 - 500
+    assert workers.available_memory() == 5000 - 4500 + 3500 - 500
     (tmp_path / "memory.max").write_text("max\n")
-    assert in_flight.available_memory() == 9000 * 1024
+    assert workers.available_memory() == 9000 * 1024
 
 
 def test_the_start_states_what_is_in_flight(machine, monkeypatch):

@@ -150,28 +150,6 @@ def test_a_bad_record_is_replaced_by_one_of_its_source():
     assert greys == {*range(90), *range(100, 117)} - {103, 104, 105}
 
 
-@pytest.mark.parametrize("process_count", [1, 4])
-def test_the_blocks_of_each_source_are_announced_in_positions_of_the_run(process_count):
-    mixed = mixture(two("blocks"), process_count, order="blocks")
-    first, count = 8 * 30, 8 * 20
-    for process in range(process_count):
-        used = collections.defaultdict(list)
-        for position in range(first + process, first + count, process_count):
-            number, record = mixed.record_number(position)
-            starts = mixed.sources[number].order.block_starts
-            used[number, int(np.searchsorted(starts, record, side="right")) - 1].append(position)
-        listed = collections.defaultdict(list)
-        for number in range(2):
-            plan = mixed.plan(number)
-            assert plan.num_streams == 8 and plan.block_starts[-1] == plan.num_records
-            for block, begin, end in plan.upcoming_blocks(first, count, process, process_count):
-                assert first <= begin <= end
-                listed[number, block].append((begin, end))
-        for block, positions in used.items():
-            for position in positions:
-                assert any(begin <= position <= end for begin, end in listed[block])
-
-
 def test_the_fingerprint_covers_all_sources(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

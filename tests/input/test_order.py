@@ -63,38 +63,29 @@ def test_a_stream_reads_one_window_of_blocks_after_the_other():
     assert first[0] != first[1]
 
 
-@pytest.mark.parametrize("process_count", [1, 2, 4, 64])
-def test_hosts_read_the_blocks_that_are_announced_to_them(process_count):
+def test_a_block_is_finished_where_its_stream_uses_it_last():
     n, streams = 5003, 64
     order = block_order(n, 16, streams, 3)
-    starts = order.block_starts
-    first, count = 2 * n - 1501, 3000  # over the end of an epoch
-    for process in range(0, process_count, max(1, process_count // 4)):
-        needs = order.upcoming_blocks(first, count, process, process_count)
-        assert [need[1] for need in needs] == sorted(need[1] for need in needs)
-        used = collections.defaultdict(list)
-        for position in range(first, first + count):
-            if position % process_count == process:
-                block = int(np.searchsorted(starts, order[position], side="right")) - 1
-                used[block].append(position)
-        listed = collections.defaultdict(list)
-        for block, begin, end in needs:
-            assert first <= begin <= end
-            listed[block].append((begin, end))
-        for block, positions in used.items():
-            spans = listed[block]
-            assert all(any(a <= p <= b for a, b in spans) for p in positions)
-            assert all(a in positions for a, _ in spans if a < first + count)
-            assert all(b in positions for _, b in spans if b < first + count)
-        # Beyond what the range needs, only the rest of windows that it touches.
-        assert all(block in used or min(listed[block])[0] >= first + count for block in listed)
+    used = collections.defaultdict(list)  # stream, block, window -> positions
+    for position in range(2 * n - 1501, 2 * n + 1500):  # over the end of an epoch
+        epoch, row = divmod(position, n)
+        used[epoch, row % streams, order.block_of(order[position])].append(position)
+    ends = {
+        position: block
+        for (epoch, _, block), positions in used.items()
+        for position in [positions[-1]]
+        if epoch == 1  # the later windows go on behind the range
+    }
+    for position in range(2 * n - 1501, 2 * n):
+        assert order.finished_block(position) == ends.get(position)
 
 
-def test_a_host_needs_the_blocks_of_its_own_streams_only():
+@pytest.mark.parametrize("process_count", [1, 16])
+def test_a_host_needs_the_blocks_of_its_own_streams_only(process_count):
     order = block_order(64 * 256, 16, 64, 4)
     needed = [
-        {block for block, _, _ in order.upcoming_blocks(0, 64 * 256, process, 16)}
-        for process in range(16)
+        {order.block_of(order[p]) for p in range(process, 64 * 256, process_count)}
+        for process in range(process_count)
     ]
     assert sum(map(len, needed)) == len(set.union(*needed)) == 1024
 
@@ -105,11 +96,12 @@ def test_the_streams_of_a_host_do_not_change_windows_together(process_count):
     block, streams, window = 16, 256, 16
     order = block_order(streams * block * 64, block, streams, window)
     per_window = window * block * streams  # positions in which every stream uses up a window
-    start = 2 * per_window
-    before = {need[0] for need in order.upcoming_blocks(start, streams, 0, process_count)}
-    needs = order.upcoming_blocks(start, per_window, 0, process_count)
-    fresh = [need for need in needs if need[0] not in before and need[1] < start + per_window]
-    eighths = np.bincount([(need[1] - start) * 8 // per_window for need in fresh], minlength=8)
+    begun = {}
+    for position in range(per_window, 3 * per_window):
+        if position % process_count == 0:
+            begun.setdefault(order.block_of(order[position]), position)
+    fresh = [first - 2 * per_window for first in begun.values() if first >= 2 * per_window]
+    eighths = np.bincount(np.array(fresh) * 8 // per_window, minlength=8)
     assert eighths.max() <= 1.6 * streams / process_count * window / 8
 
 
@@ -148,12 +140,6 @@ def test_neighbours_in_a_batch_are_as_many_as_the_formula_says():
     # Sixteen rows of a stream: 2 sum_d (16 - d) (1 - d / 256) 31 / 255 / 16.
     assert blocks.same_block_rows(batch) == pytest.approx(1.78316, abs=1e-5)
     assert counted == pytest.approx(blocks.same_block_rows(batch), rel=0.1)
-    everywhere = GlobalOrder(n, seed=0)
-    expected = everywhere.same_block_rows(batch, block)
-    assert expected == pytest.approx(255 * 31 / 65535)
-    # Grain's shuffle spreads neighbours somewhat more than a random permutation does.
-    counted = rows_of_the_same_block(everywhere, block, batch, range(128))
-    assert 0.7 * expected < counted < 1.1 * expected
     # The recipes' batch: of 65,535 other rows, some four.
     large = BlockOrder(np.arange(2**17) * 256, 0, num_streams=1024, window_blocks=16)
     assert large.same_block_rows(65536) == pytest.approx(63 * 255 / 4095, rel=0.01)

@@ -109,13 +109,6 @@ def in_blocks(size, streams=4):
     return BlockOrder(starts, 0, num_streams=streams, window_blocks=2)
 
 
-def test_blocks_hold_each_record_once_an_epoch():
-    order = numbers(take(iterator(order=in_blocks(23)), 23))
-    epochs = [order[start : start + 23] for start in range(0, 92, 23)]
-    assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-
-
 @pytest.mark.parametrize("process_count", [1, 2, 4, 64])
 def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count):
     def batches(process_index, process_count):

@@ -4,9 +4,10 @@ import grain
 import numpy as np
 import pytest
 
-from diht_jax.input import sub_batches
+from diht_jax.input import in_flight, sub_batches
+from diht_jax.input.in_flight import join_parts
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.input.sub_batches import SubBatches, join_parts, rows_of_part
+from diht_jax.input.sub_batches import rows_of_part
 
 
 class Draw(grain.transforms.RandomMap):
@@ -59,28 +60,17 @@ def test_a_part_has_the_largest_divisor_of_the_batch_up_to_256_rows(local, rows)
     assert rows_of_part(local) == rows
 
 
-def test_parts_name_the_examples_that_they_hold():
-    def examples(indices):
-        return ({"x": np.int32(index)} for index in indices)
-
-    parts = SubBatches(examples, batch_size=6, first_example=12, process_index=1, process_count=2)
-    assert parts.rows == 3 and parts.parts_per_batch == 1
-    for part in range(5):
-        assert parts[part]["x"].tolist() == list(parts.indices(part))
-    assert list(parts.indices(1)) == [19, 21, 23]
-
-
 def test_few_parts_wait_to_be_copied(monkeypatch):
     """The next part is taken only when one of those before has been copied."""
     copied, taken = [], []
-    copy = sub_batches._copy_part
+    copy = in_flight._copy_part
     monkeypatch.setattr(
-        sub_batches, "_copy_part", lambda *args: copied.append(args[2]) or copy(*args)
+        in_flight, "_copy_part", lambda *args: copied.append(args[2]) or copy(*args)
     )
 
     def next_part():
         taken.append(None)
-        assert len(taken) - len(copied) <= sub_batches.COPYING_THREADS + 1
+        assert len(taken) - len(copied) <= in_flight.COPYING_THREADS + 1
         return {"x": np.full((2, 3), len(taken), np.int8)}
 
     batch = join_parts(next_part, 50)

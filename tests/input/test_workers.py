@@ -25,16 +25,26 @@ from diht_jax.records.tfrecord import TFRecordWriter
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
-# Takes one batch from two workers, then waits to be killed.
+# Takes one batch from two workers, which read blocks from a store; then waits to be killed.
 PARENT = """
 import multiprocessing, sys, time
+from benchmarks import slow_store
+from diht_jax.input.blocks import ReadAheadOptions
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.pipeline import TrainIterator, open_records
+from diht_jax.input.order import BlockOrder
+from diht_jax.input.pipeline import TrainIterator
 
 if __name__ == "__main__":
-    decode = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+    source = slow_store.SlowRecords("slow://" + sys.argv[1])
     batches = TrainIterator(
-        open_records(sys.argv[1]), decode, batch_size=4, seed=0, num_workers=2, prefetch_batches=1
+        source,
+        DecodeExample(8, 16, (0.9, 1.0), "{caption}"),
+        batch_size=4,
+        seed=0,
+        num_workers=2,
+        prefetch_batches=1,
+        order=BlockOrder(source.block_starts(5), 0, num_streams=2, window_blocks=2),
+        read_ahead=ReadAheadOptions(cache_dir=sys.argv[2]),
     )
     batch = next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
@@ -58,7 +68,7 @@ def work(parent, mark):
 if __name__ == "__main__":
     resource_tracker.ensure_running()
     print(resource_tracker._resource_tracker._pid, flush=True)
-    arguments = os.getpid(), workers.segment_mark()
+    arguments = os.getpid(), workers.claim_mark(workers.SHARED_MEMORY)
     multiprocessing.get_context("spawn").Process(target=work, args=arguments).start()
     time.sleep(10_000)
 """
@@ -95,17 +105,22 @@ def records(tmp_path) -> pathlib.Path:
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_a_killed_parent_leaves_no_worker_and_no_shared_memory(tmp_path, records, hang_guard):
-    script = tmp_path / "parent.py"
+def test_a_killed_parent_leaves_no_worker_no_shared_memory_and_no_blocks(
+    tmp_path, records, hang_guard
+):
+    script, cache = tmp_path / "parent.py", tmp_path / "cache"
     script.write_text(PARENT)
-    command = [sys.executable, str(script), str(records)]
+    cache.mkdir()
+    command = [sys.executable, str(script), str(records), str(cache)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         children = [int(pid) for pid in parent.stdout.readline().split()]
         segments = set().union(*map(segments_of, [parent.pid, *children]))
+        segments |= {path for path in cache.iterdir() if path.is_dir()}
+        assert list(cache.glob("*/*.block"))
         parent.send_signal(signal.SIGKILL)
     assert len(children) == 2
-    assert segments
+    assert len(segments) > 1
     while any(map(is_running, children)) or any(path.exists() for path in segments):
         time.sleep(0.05)  # `hang_guard` ends it
 
@@ -131,31 +146,33 @@ def test_workers_remove_shared_memory_where_its_tracker_was_killed_too(tmp_path,
 def segment_folder(monkeypatch, tmp_path):
     """Stands in for /dev/shm; no mark is given yet."""
     monkeypatch.setattr(workers, "SHARED_MEMORY", str(tmp_path))
-    workers.segment_mark.cache_clear()
+    workers.claim_mark.cache_clear()
     yield tmp_path
-    workers.segment_mark.cache_clear()
+    workers.claim_mark.cache_clear()
 
 
 def test_a_start_removes_shared_memory_of_runs_that_were_killed(segment_folder):
+    (segment_folder / "diht_jax_killed_blocks").mkdir()
+    (segment_folder / "diht_jax_killed_blocks" / "0.block").touch()
     kept = {"psm_1234", "diht_jax_running.lock", "diht_jax_running_1", "diht_jax_unknown_1"}
     stale = {"diht_jax_killed.lock", "diht_jax_killed_1", "diht_jax_killed_2"}
     for name in kept | stale:
         (segment_folder / name).touch()
     with (segment_folder / "diht_jax_running.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        mark = workers.segment_mark()
+        mark = workers.claim_mark(workers.SHARED_MEMORY)
     assert {path.name for path in segment_folder.iterdir()} == kept | {f"{mark}.lock"}
-    assert workers.segment_mark() == mark
+    assert workers.claim_mark(workers.SHARED_MEMORY) == mark
     # Its own lock keeps others off.
     (segment_folder / f"{mark}_1").touch()
-    workers.segment_mark.cache_clear()
-    workers.segment_mark()
+    workers.claim_mark.cache_clear()
+    workers.claim_mark(workers.SHARED_MEMORY)
     assert (segment_folder / f"{mark}_1").exists()
 
 
 def test_no_folder_of_shared_memory_is_no_error(segment_folder, monkeypatch):
     monkeypatch.setattr(workers, "SHARED_MEMORY", str(segment_folder / "missing"))
-    assert workers.segment_mark() is None
+    assert workers.claim_mark(workers.SHARED_MEMORY) is None
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="needs Linux")

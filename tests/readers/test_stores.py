@@ -191,25 +191,6 @@ def test_a_part_of_a_parquet_file_fetches_that_part(tmp_path, monkeypatch):
     MeteredStore.store.clear()
 
 
-def test_blocks_of_a_large_group_do_not_pile_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(parquet, "BLOCK_BYTES", 2**15)
-    monkeypatch.setattr(parquet, "_BUFFER_BYTES", 2**12)
-    _parquet(tmp_path, len(_KEYS))
-    _upload(tmp_path, "metered://pile")
-    held = []
-    forget = parquet._ColumnsFile._forget
-
-    def watch(file, position):
-        forget(file, position)
-        held.append(len(file._blocks))
-
-    monkeypatch.setattr(parquet._ColumnsFile, "_forget", watch)
-    assert len(read_entries("metered://pile/a.parquet")) == len(_KEYS)
-    assert len(held) > 10
-    assert max(held) <= 6  # of four columns, and the footer
-    MeteredStore.store.clear()
-
-
 def test_paths_of_a_table_do_not_lead_out_of_its_folder():
     system = fsspec.filesystem("metered")
     system.pipe_file("/box/in/a.png", PNG)

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diht_jax.input.bad_records import CheckedExamples
 from diht_jax.input.batch_wait import BatchWait
 from diht_jax.input.pipeline import TrainIterator
+from diht_jax.input.sub_batches import SubBatches
 from diht_jax.training import loop
 from diht_jax.training.loop import Run, train
 from diht_jax.training.monitoring.anomalies import AnomalyMonitor, DivergedError
@@ -318,13 +318,13 @@ def test_a_diverged_run_stops_and_names_its_records(run, caplog):
 
 
 def test_a_message_reads_no_more_of_a_batch_than_the_records_that_it_names(run, monkeypatch):
-    looked, used = [], CheckedExamples.used_index
+    looked, used = [], SubBatches.used_index
 
     def look(examples, index):
         looked.append(index)
         return used(examples, index)
 
-    monkeypatch.setattr(CheckedExamples, "used_index", look)
+    monkeypatch.setattr(SubBatches, "used_index", look)
     text = run.keys_of_step(3)
     assert text == f"{', '.join(run.iterator.keys(32)[:8])} and 8 more"
     assert looked[:8] == looked[8:16] and len(looked) == 8 + 16

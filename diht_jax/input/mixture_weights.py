@@ -1,7 +1,7 @@
-"""Which of several sources each position of a run takes its example from, in exact shares.
+"""The source of each position of a run that mixes several sources, in exact shares.
 
-A function of the position alone, in closed form in both directions, so that a run can begin
-anywhere. Positions are those of `order.py`: position p is row p // V of stream p % V.
+A function of the position alone, in closed form, so that a run can begin anywhere. Positions are
+those of `order.py`: position p is row p // V of stream p % V.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-# Of a cycle; shares with a larger common denominator are rounded to multiples of one in so many.
+# Longest cycle; shares with a larger common denominator are rounded to multiples of 1 / MAX_CYCLE.
 MAX_CYCLE = 10_000
 
 
@@ -41,7 +41,7 @@ def exact_shares(weights: Sequence[Fraction]) -> list[Fraction]:
 def make_cycle(shares: Sequence[Fraction]) -> np.ndarray:
     """The sources of D positions in a row, D the common denominator of their shares.
 
-    The c-th entry of a source with share w lies within the positions [c / w, (c + 1) / w): the
+    The c-th entry of a source with share w is within the positions [c / w, (c + 1) / w): the
     earliest deadline goes first, and of equal ones that of the larger share (Liu and Layland,
     Journal of the ACM 1973; Baruah et al., Algorithmica 1996).
 
@@ -83,17 +83,11 @@ class _Rotation:
         is_source = self.turned == np.arange(len(shares))[:, None]
         self.before = np.cumsum(np.pad(is_source, ((0, 0), (1, 0))), axis=1)  # [sources, D + 1]
         self.per_cycle = self.before[:, -1]
-        self.entries = [np.flatnonzero(row) for row in is_source]
 
     def count(self, source: int, entries: int | np.ndarray) -> int | np.ndarray:
-        """How many of the first entries of the endless `turned` are of a source."""
+        """Counts the entries of a source among the first ones of the endless `turned`."""
         cycles, rest = np.divmod(entries, self.length)
         return cycles * self.per_cycle[source] + self.before[source, rest]
-
-    def find(self, source: int, count: int) -> int:
-        """The index in the endless `turned` of an entry of a source, from 0."""
-        cycles, rest = divmod(count, int(self.per_cycle[source]))
-        return cycles * self.length + int(self.entries[source][rest])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +105,10 @@ class _Segment:
     taken: np.ndarray
 
 
-class Shares:
+class MixtureWeights:
     """The source of each position, and that source's own position for it.
 
-    A source's own positions are a run's as well: row i of stream s is own position i V + s, where
+    Own positions are numbered like those of a run: row i of stream s is own position i V + s, where
     i counts the rows of the stream that came from the source. So every own position is used once,
     and a stream stays on its host.
     """
@@ -140,7 +134,7 @@ class Shares:
             rotation = _Rotation(shares, num_streams)
             self._segments.append(_Segment(first_row, rotation, taken))
         self._first_rows = [segment.first_row for segment in self._segments]
-        # After so many batches each stream is at the same entry of every cycle.
+        # Batches after which each stream is at the same entry of every cycle again.
         self.period = math.lcm(*(segment.rotation.length for segment in self._segments))
 
     def describe(self) -> list[str]:
@@ -153,10 +147,6 @@ class Shares:
             for source in range(len(self._points[0][1]))
         ]
 
-    def largest(self, source: int) -> float:
-        """The largest share that a source ever has."""
-        return float(max(shares[source] for _, shares in self._points))
-
     def find(self, position: int) -> tuple[int, int]:
         """The source of a position, and its own position for it."""
         row, stream = divmod(position, self.num_streams)
@@ -168,31 +158,11 @@ class Shares:
         count = rotation.count(source, end) - rotation.count(source, begin)
         return source, int(count + segment.taken[source, stream]) * self.num_streams + stream
 
-    def position(self, source: int, own: int) -> int | None:
-        """The position of the run that a source's own position serves; None if none ever does."""
-        count, stream = divmod(own, self.num_streams)
-        taken = [int(segment.taken[source, stream]) for segment in self._segments]
-        segment = self._segments[bisect.bisect_right(taken, count) - 1]
-        rotation = segment.rotation
-        if not rotation.per_cycle[source]:
-            return None
-        begin = int(rotation.begins[stream])
-        within = count - int(segment.taken[source, stream]) + int(rotation.count(source, begin))
-        row = segment.first_row + rotation.find(source, within) - begin
-        return row * self.num_streams + stream
-
-    def own_range(self, source: int, first: int, end: int) -> range:
-        """Own positions of a source that contain all those of the positions [first, end)."""
-        rows = first // self.num_streams, -(-end // self.num_streams)
-        low, high = (self._taken_before(row)[source] for row in rows)
-        return range(int(low.min()) * self.num_streams, int(high.max()) * self.num_streams)
-
     def counts(self, position: int) -> list[int]:
-        """How many examples each source has given before a position, a multiple of V."""
-        return self._taken_before(position // self.num_streams).sum(axis=1).tolist()
-
-    def _taken_before(self, row: int) -> np.ndarray:
-        return self._taken(self._segments[bisect.bisect_right(self._first_rows, row) - 1], row)
+        """Examples that each source has given before a position, a multiple of V."""
+        row = position // self.num_streams
+        segment = self._segments[bisect.bisect_right(self._first_rows, row) - 1]
+        return self._taken(segment, row).sum(axis=1).tolist()
 
     def _taken(self, segment: _Segment, row: int) -> np.ndarray:
         rotation = segment.rotation

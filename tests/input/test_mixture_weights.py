@@ -6,7 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from diht_jax.input.shares import MAX_CYCLE, Shares, exact_shares, make_cycle
+from diht_jax.input.mixture_weights import MAX_CYCLE, MixtureWeights, exact_shares, make_cycle
 
 
 def fractions(*values):
@@ -35,7 +35,7 @@ def test_every_window_of_one_by_the_weight_has_its_example(weights, num_streams)
     weights = fractions(*weights)
     if num_streams > 1 and make_cycle(weights).size % 3 == 0:
         num_streams //= 3
-    shares = Shares([(0, weights)], num_streams=num_streams, batch_size=4 * num_streams)
+    shares = MixtureWeights([(0, weights)], num_streams=num_streams, batch_size=4 * num_streams)
     sources = [shares.find(position)[0] for position in range(2000)]
     for source, weight in enumerate(weights):
         if weight.numerator == 1:
@@ -48,7 +48,7 @@ def test_every_window_of_one_by_the_weight_has_its_example(weights, num_streams)
 
 def test_streams_that_share_a_factor_with_the_cycle_cost_one_example_at_most():
     weights = fractions("1/2", "1/4", "1/4")
-    shares = Shares([(0, weights)], num_streams=64, batch_size=256)
+    shares = MixtureWeights([(0, weights)], num_streams=64, batch_size=256)
     sources = [shares.find(position)[0] for position in range(64 * 64)]
     for source, weight in enumerate(weights):
         found = windows(sources, source, weight.denominator)
@@ -76,25 +76,20 @@ SCHEDULE = [(0, fractions("0.8", "0.2", 0)), (3, fractions(1, 1, 1)), (10, fract
 
 @pytest.mark.parametrize("num_streams", [1, 4, 6, 12])
 def test_own_positions_are_used_once_and_stay_in_their_stream(num_streams):
-    shares = Shares(SCHEDULE, num_streams=num_streams, batch_size=12)
+    shares = MixtureWeights(SCHEDULE, num_streams=num_streams, batch_size=12)
     rows = [shares.find(position) for position in range(12 * 60)]
     used = collections.defaultdict(list)
     for position, (source, own) in enumerate(rows):
         assert own % num_streams == position % num_streams
-        assert shares.position(source, own) == position
         used[source, own % num_streams].append(own // num_streams)
     for counts in used.values():
         assert counts == list(range(len(counts)))
     for position in range(0, len(rows), 12):
         before = collections.Counter(source for source, _ in rows[:position])
         assert shares.counts(position) == [before[source] for source in range(3)]
-        for source in range(3):
-            needed = [own for found, own in rows[position : position + 24] if found == source]
-            assert set(needed) <= set(shares.own_range(source, position, position + 24))
     # The schedule: nothing of the third source before step 3, nothing of the first from 10 on.
     assert all(source != 2 for source, _ in rows[: 3 * 12])
     assert all(source != 0 for source, _ in rows[10 * 12 :])
-    assert shares.position(0, 10**6 * num_streams) is None
 
 
 def test_shares_are_those_of_the_weights_however_they_are_typed():
@@ -105,10 +100,3 @@ def test_shares_are_those_of_the_weights_however_they_are_typed():
     assert sum(rounded) == 1 and min(rounded) > 0
     for share, size in zip(rounded, sizes, strict=True):
         assert abs(share - size / sum(sizes)) <= Fraction(3, MAX_CYCLE)
-
-
-def test_a_long_run_costs_no_more_than_a_short_one():
-    shares = Shares(SCHEDULE, num_streams=1024, batch_size=65536)
-    position = 10**13 + 12345
-    source, own = shares.find(position)
-    assert shares.position(source, own) == position

@@ -1,0 +1,372 @@
+"""Blocks of records from an object store, fetched before they are decoded.
+
+Every decoding worker looks up which blocks its next sub-batches need, and fetches them in threads
+into a folder that all workers of the host share: in shared memory, or on a local disk. A lock on
+each block makes sure that one worker fetches it while the others wait; it ends with its holder, so
+that a worker that dies holds up nobody. The training process deletes a block when it has taken the
+batch with the block's last record.
+
+A file has the places of the block's records, and the bytes of its extent as they came::
+
+    uint64 [n + 1] where each record begins in the file, and the end of the last one | extent
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import queue
+import random
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import numpy as np
+from absl import logging
+
+from diht_jax.input.order import BlockOrder
+from diht_jax.input.workers import (
+    SHARED_MEMORY,
+    available_memory,
+    claim_mark,
+    describe_bytes,
+    remove_folder,
+)
+from diht_jax.records.format import TFRecordError
+from diht_jax.storage.locks import LockedError, lock_file
+from diht_jax.storage.retries import StorageError, is_missing, is_outage, retry
+from diht_jax.storage.stores import is_remote, read_range
+
+_Result = TypeVar("_Result")
+
+_PLACES = struct.Struct("<2Q")
+# A request without an answer is sent again after this time, then after twice as long, and so on.
+_PATIENCE_SECS, _MAX_REQUESTS = 10.0, 4
+_POLL_SECS = 0.5  # between two looks at whether the input was closed
+_FIRST_PAUSE_SECS, _LONGEST_PAUSE_SECS = 0.1, 5.0  # after a failure
+_LOG_SECS = 15  # between two lines about failures
+# Errors that no waiting ends.
+_LASTING = (ValueError, LookupError, TypeError, AttributeError, ImportError, NotImplementedError)
+# Blocks whose size is looked at, to estimate that of all.
+_SAMPLED_BLOCKS = 64
+
+clock, sleep = time.monotonic, time.sleep  # tests put their own here
+
+
+class ReadAheadStopped(RuntimeError):
+    """The record does not come any more: the input was closed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReadAheadOptions:
+    """The keys of `config.data` for reading from object stores.
+
+    Attributes:
+        read_threads: blocks that a host requests at the same time.
+        cache_dir: folder on a local disk for the blocks; None: shared memory.
+        read_ahead_gib: bound of the blocks; None: half of what is free in `cache_dir`; of shared
+            memory also at most a quarter of the memory that this process may still take.
+        read_timeout_secs: how long a store may fail.
+    """
+
+    read_threads: int = 32
+    cache_dir: str | None = None
+    read_ahead_gib: float | None = None
+    read_timeout_secs: float = 600.0
+
+    @property
+    def parent(self) -> str:
+        """The folder for the folders of blocks."""
+        return self.cache_dir or SHARED_MEMORY
+
+    def bound_bytes(self) -> int:
+        """Bytes that the blocks of all sources may take."""
+        if self.read_ahead_gib is not None:
+            return int(self.read_ahead_gib * 2**30)
+        stats = os.statvfs(self.parent)
+        free = stats.f_bavail * stats.f_frsize // 2
+        memory = available_memory()
+        return free if self.cache_dir or memory is None else min(free, memory // 4)
+
+
+class BlockStore:
+    """The blocks of one source that a host has fetched; every process has an object of its own.
+
+    Attributes:
+        folder: of the files, between `start` and `stop`.
+        order: of the records.
+    """
+
+    def __init__(
+        self, source: Any, order: BlockOrder, options: ReadAheadOptions, *, num_processes: int = 1
+    ):
+        """Fetches nothing yet.
+
+        Args:
+            source: records with `extent`, `cut` and `unpack`, such as `TFRecordSource`.
+            order: of these records.
+            options: see there.
+            num_processes: that decode on this host, and share `read_threads`; 0 for threads.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
+        mark = claim_mark(options.parent)
+        if mark is None:
+            raise ValueError(
+                f"config.data.cache_dir={options.cache_dir}: {options.parent} is no folder that "
+                "can be written to; expected one on a local disk, for the blocks that are fetched "
+                "ahead"
+            )
+        self._prefix = f"{options.parent}/{mark}_blocks_"
+        self.order = order
+        self._source, self._options = source, options
+        self._num_threads = -(-options.read_threads // max(1, num_processes))
+        self.folder: pathlib.Path | None = None
+        self._prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: v for name, v in self.__dict__.items() if name not in ("_queue", "_stopped")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._prepare()
+
+    def start(self) -> None:
+        """Makes an empty folder for blocks, unless there is one."""
+        if self.folder is None:
+            self.folder = pathlib.Path(self._prefix + secrets.token_hex(8))
+            self.folder.mkdir(0o700)
+
+    def stop(self) -> None:
+        """Deletes all blocks; threads of this process that wait for one end with an error."""
+        self._stopped.set()
+        if self.folder is not None:
+            remove_folder(self.folder)
+        self.folder = None
+        self._prepare()
+
+    def request(self, records: Iterable[int]) -> None:
+        """Begins to fetch the blocks of some records."""
+        if self._queue is None:
+            self._queue = queue.SimpleQueue()
+            for _ in range(self._num_threads):
+                arguments = (self._queue, self._stopped)
+                threading.Thread(target=self._fetch_queued, args=arguments, daemon=True).start()
+        for block in self._blocks(records):
+            if not self._path(block).exists():
+                self._queue.put(block)
+
+    def fetch(self, records: Iterable[int]) -> None:
+        """Waits until the blocks of some records are here.
+
+        Raises:
+            StorageError: a block cannot be read from the store, or not be written here.
+            ReadAheadStopped: the input was closed.
+        """
+        for block in self._blocks(records):
+            if not self._path(block).exists():
+                self._fetch(block, wait=True)
+
+    def read(self, record: int) -> Any:
+        """The element of a record; None where its block is not here.
+
+        Raises:
+            TFRecordError: the record is damaged.
+            StorageError: the disk of the folder fails.
+        """
+        if self.folder is None:  # in a process that does not decode
+            return None
+        block = self.order.block_of(record)
+        path, number = self._path(block), record - int(self.order.block_starts[block])
+
+        def read_piece() -> bytes:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                places = os.pread(descriptor, _PLACES.size, 8 * number)
+                if not places:  # of a block whose frames are damaged
+                    return b""
+                start, end = _PLACES.unpack(places)
+                return os.pread(descriptor, end - start, start)
+            finally:
+                os.close(descriptor)
+
+        try:
+            piece = retry(read_piece, path)
+        except FileNotFoundError:
+            return None
+        return self._source.unpack(record, piece) if piece else None
+
+    def delete(self, block: int) -> None:
+        """Deletes a block whose last record was used."""
+        if self.folder is not None:
+            self._path(block).unlink(missing_ok=True)
+            self._path(block).with_suffix(".lock").unlink(missing_ok=True)
+
+    def describe(self) -> str:
+        """Number and size of the blocks that are here, for people who wait for one."""
+        if self.folder is None:
+            return "no block of the object store is here"
+        sizes = [path.stat().st_size for path in self.folder.glob("*.block")]
+        return f"{len(sizes)} blocks ({describe_bytes(sum(sizes))}) are in {self.folder}"
+
+    def mean_block_bytes(self) -> float:
+        """Bytes of a block on average, by the extents of some of them."""
+        starts = self.order.block_starts
+        sampled = np.unique(np.linspace(0, len(starts) - 2, _SAMPLED_BLOCKS).astype(int))
+        extents = [self._source.extent(int(starts[n]), int(starts[n + 1])) for n in sampled]
+        return sum(end - start for _, start, end in extents) / len(extents)
+
+    def _prepare(self) -> None:
+        self._queue: queue.SimpleQueue[int] | None = None
+        self._stopped = threading.Event()
+
+    def _blocks(self, records: Iterable[int]) -> list[int]:
+        return list(dict.fromkeys(map(self.order.block_of, records)))
+
+    def _path(self, block: int) -> pathlib.Path:
+        if self.folder is None:
+            raise ReadAheadStopped("the input was closed")
+        return self.folder / f"{block}.block"
+
+    def _fetch_queued(self, blocks: queue.SimpleQueue[int], stopped: threading.Event) -> None:
+        while not stopped.is_set():
+            # Whoever needs the block meets its error again.
+            with contextlib.suppress(queue.Empty, ValueError, OSError, ReadAheadStopped):
+                self._fetch(blocks.get(timeout=_POLL_SECS), wait=False)
+
+    def _fetch(self, block: int, *, wait: bool) -> None:
+        """Fetches a block unless it is here; one that another process fetches is waited for."""
+        path, stopped = self._path(block), self._stopped
+        with contextlib.suppress(LockedError), lock_file(path.with_suffix(".lock"), wait=wait):
+            if path.exists():
+                return
+            parts = self._read_block(block, stopped)
+            unfinished = path.with_suffix(".part")
+            try:
+                with open(unfinished, "wb") as file:
+                    file.writelines(parts)
+                os.replace(unfinished, path)
+            except OSError as error:
+                if stopped.is_set():
+                    raise ReadAheadStopped("the input was closed") from error
+                raise StorageError(
+                    f"{path.parent}: a block that was fetched ahead cannot be written "
+                    f"({error.strerror or error}); free some space, set config.data.cache_dir to "
+                    "another disk, or lower config.data.num_streams or config.data.window_blocks"
+                ) from error
+
+    def _read_block(self, block: int, stopped: threading.Event) -> list[bytes]:
+        """The contents of the file of a block: none where a frame is damaged.
+
+        Its records are then read one by one, which tells which of them is damaged, and how.
+        """
+        first, end = map(int, self.order.block_starts[block : block + 2])
+        path, patience_secs = self._source.locate(first)[0], self._options.read_timeout_secs
+        try:
+            extent = read_patiently(lambda: self._source.extent(first, end), patience_secs)
+            data = read_patiently(
+                lambda: _first_answer(lambda: read_extent(*extent), stopped), patience_secs
+            )
+        except (TFRecordError, ReadAheadStopped):
+            raise
+        except Exception as error:
+            text = str(error)
+            if not isinstance(error, StorageError):
+                text = (
+                    f"{path}: could not be read ({error}); look at the network, the store's status "
+                    "and the credentials, and run the command again"
+                )
+            raise StorageError(
+                f"{text}; config.data.read_timeout_secs={patience_secs:g} is how long a store may "
+                "fail"
+            ) from error
+        try:
+            starts = np.asarray(self._source.cut(first, end, data), np.int64)
+        except TFRecordError:
+            return []
+        return [(starts + 8 * len(starts)).astype("<u8").tobytes(), data]
+
+
+def read_patiently(read: Callable[[], _Result], timeout_secs: float) -> _Result:
+    """Calls a function until it succeeds, with pauses that double up to 5 s.
+
+    Args:
+        read: reads from a store.
+        timeout_secs: after which its error is raised; one that waiting does not change is raised at
+            once. Every store has error classes of its own, so that all others are tried again.
+    """
+    began, pause_secs = clock(), _FIRST_PAUSE_SECS
+    while True:
+        try:
+            return read()
+        except Exception as error:
+            if not _may_pass(error) or clock() - began >= timeout_secs:
+                raise
+            message = "%s; reading it is tried again for %g s at most"
+            logging.log_every_n_seconds(logging.WARNING, message, _LOG_SECS, error, timeout_secs)
+        sleep(pause_secs * (0.5 + random.random() / 2))  # hosts that fail together go on apart
+        pause_secs = min(2 * pause_secs, _LONGEST_PAUSE_SECS)
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, StorageError):
+        return is_outage(error)
+    if isinstance(error, OSError):
+        return not (is_missing(error) or isinstance(error, PermissionError))
+    return not isinstance(error, _LASTING)
+
+
+def _first_answer(read: Callable[[], bytes], stopped: threading.Event) -> bytes:
+    """The result of a request, which is sent again where no answer comes; the first one counts.
+
+    Requests run in threads of their own, since nobody can end a thread to which a library never
+    returns.
+
+    Raises:
+        TimeoutError: no answer came at all.
+        ReadAheadStopped: the input was closed.
+    """
+    answers: queue.SimpleQueue[tuple[bytes, BaseException | None]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((read(), None))
+        except BaseException as error:
+            answers.put((b"", error))
+
+    for number in range(_MAX_REQUESTS):
+        threading.Thread(target=ask, name="read_block", daemon=True).start()
+        asked = clock()
+        while clock() - asked < _PATIENCE_SECS * 2**number:
+            try:
+                data, error = answers.get(timeout=_POLL_SECS)
+            except queue.Empty:
+                if stopped.is_set():
+                    raise ReadAheadStopped("the input was closed") from None
+                continue
+            if error is not None:
+                raise error
+            return data
+    raise TimeoutError("no answer came")
+
+
+def read_extent(path: str, start: int, end: int) -> bytes:
+    """Some bytes of a file, local or in a store.
+
+    Raises:
+        TimeoutError: fewer came.
+    """
+    if is_remote(path):
+        data = read_range(path, start, end)
+    else:
+        with open(path, "rb", buffering=0) as file:
+            data = os.pread(file.fileno(), end - start, start)
+    if len(data) != end - start:
+        raise TimeoutError(f"{path}: {len(data)} bytes came instead of {end - start}")
+    return data

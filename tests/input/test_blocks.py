@@ -1,0 +1,339 @@
+"""Training from an object store gives the batches of local files, and asks for each block once."""
+
+import io
+import pathlib
+import threading
+import types
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from absl import logging
+from PIL import Image
+
+from benchmarks import slow_store
+from diht_jax.input import blocks
+from diht_jax.input.batch_wait import BatchWait, StoppedWaiting
+from diht_jax.input.blocks import BlockStore, ReadAheadOptions, read_patiently
+from diht_jax.input.examples import DecodeExample
+from diht_jax.input.in_flight import check_room
+from diht_jax.input.mixing import Mixture, Source
+from diht_jax.input.mixture_weights import MixtureWeights
+from diht_jax.input.order import BlockOrder, GlobalOrder
+from diht_jax.input.pipeline import TrainIterator
+from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.tfrecord import DamagedRecordError, TFRecordSource, TFRecordWriter
+from diht_jax.storage import retries
+from diht_jax.storage.retries import StorageError
+
+RECORDS, BATCH, BLOCK, BAD = 300, 20, 10, 7
+EPOCH, BLOCKS = RECORDS // BATCH, RECORDS // BLOCK
+DECODE = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> pathlib.Path:
+    """A folder of pictures that all look different; one cannot be decoded. Requests are counted."""
+    folder, counts = tmp_path / "records", tmp_path / "counts"
+    folder.mkdir()
+    counts.mkdir()
+    for shard in range(2):
+        with TFRecordWriter(folder / f"a-{shard}.tfrecord") as writer:
+            for number in range(shard, RECORDS, 2):
+                buffer = io.BytesIO()
+                Image.new("RGB", (9, 7), (number % 256, number // 256, 0)).save(buffer, "PNG")
+                image = b"no picture" if number == BAD else buffer.getvalue()
+                writer.write(encode_record(Record(str(number), image, "grey")))
+    monkeypatch.setenv(slow_store.COUNTS, str(counts))
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path) -> pathlib.Path:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    return folder
+
+
+def open_source(folder, cache) -> TFRecordSource:
+    """The store where there is a folder for its blocks, else the local files."""
+    return TFRecordSource(folder) if cache is None else slow_store.SlowRecords(f"slow://{folder}")
+
+
+def block_order(source, seed=0) -> BlockOrder:
+    return BlockOrder(source.block_starts(BLOCK), seed, num_streams=4, window_blocks=2)
+
+
+def train_iterator(folder, cache=None, **options) -> TrainIterator:
+    source = open_source(folder, cache)
+    given = {"num_workers": 0, "prefetch_batches": 1, "on_bad_record": "skip", **options}
+    return TrainIterator(
+        source,
+        DECODE,
+        batch_size=BATCH,
+        seed=0,
+        order=block_order(source),
+        read_ahead=ReadAheadOptions(cache_dir=cache and str(cache), read_threads=2),
+        **given,
+    )
+
+
+def check_same(batches, expected, count):
+    for _ in range(count):
+        ours, theirs = next(batches), next(expected)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def requests_for_bytes(store) -> int:
+    return slow_store.read_counts(store.parent / "counts").get("bytes", 0)
+
+
+def folders_in(cache) -> list[pathlib.Path]:
+    return [path for path in cache.iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_of_a_store_are_those_of_local_files(store, cache, num_workers, hang_guard):
+    batches = train_iterator(store, cache, num_workers=num_workers)
+    local = train_iterator(store)
+    before = requests_for_bytes(store)
+    check_same(batches, local, 2 * EPOCH)
+    assert batches.skipped_records == local.skipped_records >= 1
+    # Two epochs and what is ahead of them; a block that a cut between two streams runs through may
+    # come for both. The bad record is read once more for its message, and what replaces it.
+    ahead = batches._parts_ahead.stop * batches._examples.rows / BLOCK + 4 * 2
+    assert 2 * BLOCKS <= requests_for_bytes(store) - before <= 2 * (BLOCKS + 3 + 2) + ahead
+    (folder,) = folders_in(cache)
+    assert 0 < len(list(folder.glob("*.block"))) <= 4 * 2 + 2 + ahead
+    batches.close()
+    local.close()
+    assert not folders_in(cache)
+
+
+def test_it_goes_on_at_another_position_on_other_hosts(store, cache, hang_guard):
+    first = train_iterator(store, cache)
+    next(first)
+    position = {"next_example": first.get_state()["next_example"] + 5 * BATCH}
+    first.close()
+    for index in range(2):
+        host = train_iterator(store, cache, process_index=index, process_count=2)
+        expected = train_iterator(store, process_index=index, process_count=2)
+        for iterator in (host, expected):
+            next(iterator)
+            iterator.set_state(position)
+        check_same(host, expected, 2)
+        host.close()
+        expected.close()
+    assert not folders_in(cache)
+
+
+def test_each_source_of_a_mixture_has_blocks_of_its_own(store, cache, hang_guard):
+    def mixed(cache=None):
+        """Two thirds in one order of the records, a third in another one."""
+        source = open_source(store, cache)
+        sources = [Source(str(n), source, block_order(source, seed=n), DECODE) for n in range(2)]
+        weights = MixtureWeights([(0, [Fraction(2), Fraction(1)])], num_streams=4, batch_size=BATCH)
+        return TrainIterator(
+            Mixture(sources, weights),
+            batch_size=BATCH,
+            seed=0,
+            num_workers=0,
+            prefetch_batches=1,
+            on_bad_record="skip",
+            read_ahead=ReadAheadOptions(cache_dir=cache and str(cache), read_threads=4),
+        )
+
+    batches, local = mixed(cache), mixed()
+    check_same(batches, local, EPOCH + 4)
+    assert len(batches.block_stores) == len(folders_in(cache)) == 2
+    batches.close()
+    local.close()
+    assert not folders_in(cache)
+
+
+def test_only_orders_in_blocks_from_a_store_have_blocks(store, tmp_path):
+    local, stored = TFRecordSource(store), open_source(store, tmp_path)
+    for source, order, expected in (
+        (local, block_order(local), 0),
+        (stored, GlobalOrder(RECORDS, 0), 0),
+        (stored, block_order(stored), 1),
+    ):
+        mixture = Mixture([Source("", source, order, DECODE)])
+        batches = TrainIterator(mixture, batch_size=8, seed=0, num_workers=0)
+        assert len(batches.block_stores) == expected
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Pauses cost no time, and are on the clock."""
+    now = [0.0]
+
+    def sleep(secs):
+        now[0] += secs
+
+    monkeypatch.setattr(retries, "sleep", sleep)
+    monkeypatch.setattr(blocks, "sleep", sleep)
+    return now
+
+
+def test_failing_requests_are_sent_again(store, cache, monkeypatch, no_waiting, hang_guard):
+    batches, local = train_iterator(store, cache), train_iterator(store)
+    monkeypatch.setenv(slow_store.FAIL_EVERY, "5")
+    check_same(batches, local, EPOCH)
+    assert requests_for_bytes(store) > 1.2 * BLOCKS
+    batches.close()
+
+
+def test_a_store_that_goes_on_failing_is_an_error(
+    store, cache, monkeypatch, no_waiting, hang_guard
+):
+    monkeypatch.setattr(blocks, "clock", lambda: no_waiting[0])
+    batches = train_iterator(store, cache)
+    monkeypatch.setenv(slow_store.FAIL_EVERY, "1")  # of all requests
+    with pytest.raises(StorageError, match=r"slow:///.*tfrecord.*503 Service") as error:
+        next(batches)
+    assert "config.data.read_timeout_secs=600" in str(error.value)
+    assert no_waiting[0] >= 600
+    batches.close()
+    assert not folders_in(cache)
+    # The store is there again.
+    monkeypatch.delenv(slow_store.FAIL_EVERY)
+    check_same(batches, train_iterator(store), 1)
+    batches.close()
+
+
+def test_a_read_is_tried_until_its_time_is_over(monkeypatch, no_waiting):
+    monkeypatch.setattr(blocks, "clock", lambda: no_waiting[0])
+    monkeypatch.setattr(logging, "warning", lambda *_: None)
+
+    def until(secs, error):
+        def read():
+            if no_waiting[0] < secs:
+                raise error
+            return "there"
+
+        return read
+
+    assert read_patiently(until(60, OSError("503")), 600.0) == "there"
+    assert 60 <= no_waiting[0] <= 70
+    with pytest.raises(OSError, match="503"):
+        read_patiently(until(1e9, StorageError("503")), 30.0)
+    assert 90 <= no_waiting[0] <= 105
+    denied = StorageError("403")
+    denied.__cause__ = PermissionError("403")
+    for error in (FileNotFoundError("a"), ValueError("damaged"), denied):
+        with pytest.raises(type(error)):
+            read_patiently(until(1e9, error), 600.0)
+    assert no_waiting[0] <= 105
+
+
+def test_a_request_without_an_answer_is_sent_again(monkeypatch):
+    monkeypatch.setattr(blocks, "_PATIENCE_SECS", 0.01)
+    monkeypatch.setattr(blocks, "_POLL_SECS", 0.01)
+    never, asked = threading.Event(), []
+
+    def read():
+        asked.append(None)
+        if len(asked) < 3:
+            never.wait()
+        return b"bytes"
+
+    assert blocks._first_answer(read, threading.Event()) == b"bytes"
+    asked.clear()
+    with pytest.raises(TimeoutError, match="no answer came"):
+        blocks._first_answer(never.wait, threading.Event())
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(blocks.ReadAheadStopped):
+        blocks._first_answer(never.wait, stopped)
+    never.set()
+
+
+def test_a_stop_while_a_block_is_awaited(store, cache, monkeypatch, hang_guard):
+    said, never = [], threading.Event()
+    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
+    monkeypatch.setattr(blocks, "_POLL_SECS", 0.01)
+    batches = train_iterator(store, cache)
+    monkeypatch.setattr(blocks, "read_extent", lambda *_: never.wait())
+    wait = BatchWait(batches, poll_secs=0.01, warn_after_secs=0.02, grace_secs=0.05)
+    with pytest.raises(StoppedWaiting) as raised:
+        wait.take(lambda: any("no batch for" in text for text in said))
+    assert raised.value.position.get_state() == {"next_example": 0}
+    assert any("0 blocks (0.0 MB) are in" in text for text in said)
+    batches.close()
+    assert not folders_in(cache)
+    never.set()
+
+
+def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache):
+    path = tmp_path / "a-0.tfrecord"
+    with TFRecordWriter(path) as writer:
+        for number in range(BLOCK):
+            writer.write(b"record %d" % number)
+    data = bytearray(path.read_bytes())
+    second = TFRecordSource(tmp_path).extent(0, 1)[2]
+    for damaged_byte in (second + 13, second + 2):  # of the contents, of the length
+        path.write_bytes(data[:damaged_byte] + b"\xff" + data[damaged_byte + 1 :])
+        source = TFRecordSource(tmp_path)
+        options = ReadAheadOptions(cache_dir=str(cache))
+        blocks_of = BlockStore(source, block_order(source), options)
+        blocks_of.start()
+        blocks_of.fetch(range(BLOCK))
+
+        def read(number, blocks_of=blocks_of, source=source):
+            found = blocks_of.read(number)
+            return source[number] if found is None else found
+
+        assert [read(n) for n in (0, 2, 9)] == [b"record 0", b"record 2", b"record 9"]
+        with pytest.raises(DamagedRecordError, match="record 1"):
+            read(1)
+        blocks_of.stop()
+
+
+def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch, hang_guard):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    batches = train_iterator(store, cache)
+    monkeypatch.setattr(blocks.os, "replace", full)
+    with pytest.raises(StorageError, match=r"No space left on device.*config.data.cache_dir"):
+        next(batches)
+    batches.close()
+
+
+def test_blocks_that_do_not_fit_are_an_error_with_values_that_do():
+    starts = np.arange(0, 256 * 100_000 + 1, 256)
+    order = BlockOrder(starts, 0, num_streams=1024, window_blocks=16)
+    store = types.SimpleNamespace(order=order, mean_block_bytes=lambda: 10e6)
+    needed = (256 * 16 + 16 + 100) * 10**7
+
+    def check(gib):
+        options = ReadAheadOptions(read_ahead_gib=gib)
+        check_room([store], options, ahead_blocks=100, batch_size=65536, process_count=4)
+
+    check(needed / 2**30)
+    with pytest.raises(ValueError, match=r"need 42\.1 GB on this host") as error:
+        check(30.0)
+    text = str(error.value)
+    # 30 GiB are 3,221 blocks: 512 streams on 4 hosts take 2,048 + 16 + 100, windows of 12 blocks
+    # 3,072 + 12 + 100.
+    assert "config.data.num_streams=512 or config.data.window_blocks=12 " in text
+    assert "config.data.cache_dir" in text and "config.data.read_ahead_gib=39.228" in text
+
+
+def test_the_bound_is_half_of_what_is_free_and_a_quarter_of_the_memory(tmp_path, monkeypatch):
+    stats = types.SimpleNamespace(f_bavail=1000, f_frsize=4096)
+    monkeypatch.setattr(blocks.os, "statvfs", lambda path: stats)
+    assert ReadAheadOptions(cache_dir=str(tmp_path)).bound_bytes() == 500 * 4096
+    assert ReadAheadOptions().bound_bytes() == 500 * 4096
+    stats.f_bavail = 2**60
+    monkeypatch.setattr(blocks, "available_memory", lambda: 8000)
+    assert ReadAheadOptions().bound_bytes() == 2000
+    assert ReadAheadOptions(read_ahead_gib=0.5).bound_bytes() == 2**29
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(store, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.data\.cache_dir=.*missing: .* is no folder"):
+        train_iterator(store, tmp_path / "missing")
