@@ -745,7 +745,7 @@ CONTRASTS = [
 # Differences that were looked at once the runs were there: shown without a verdict, and no part of
 # Holm's correction.
 DESCRIBED = [
-    Contrast("cat_sizes", "cat", "sizes", 0.01, "the same training, at a later revision", ""),
+    Contrast("cat_sizes", "cat", "sizes", 0.01, "the same training again", ""),
     *(
         Contrast(f"cifar10_wrong_{share}_random", f"cifar10_wrong_{share}", "distillation", 0.02,
                  f"labels of random weights against none, {share}% of the captions wrong", "")

@@ -220,15 +220,7 @@ def _format_block(
 def _describe_files(files: dict[str, dict[str, Any]]) -> str:
     if not files:
         return " has not been run yet."
-    revisions = sorted({result["revision"][:7] for result in files.values()})
-    changed = any(result["revision"].endswith("+changes") for result in files.values())
-    dates = sorted({result["date_utc"][:10] for result in files.values()})
-    kinds = sorted({(r["machine"]["cores"], r["machine"]["cpu"]) for r in files.values()})
-    machines = [f"{cores} {'core' if cores == 1 else 'cores'} of {cpu}" for cores, cpu in kinds]
-    return (
-        f": {len(files)} runs of revision {', '.join(revisions)}"
-        f"{' with changes' if changed else ''}, {' and '.join(dates)}, {' and '.join(machines)}."
-    )
+    return f": {len(files)} runs."
 
 
 def _format_experiments(

@@ -12,7 +12,7 @@ INTRODUCTION = """\
 Which of the paper's claims hold in the small: tiny students on the synthetic web of the demo, on
 emoji and on CIFAR-10. Every claim was registered with its margin, and with what would refute it,
 before its runs were made (`benchmarks/lab/experiments.py`; its history shows when). Each run is one
-file in `benchmarks/results/lab/`, with its command, revision, machine and versions.
+file in `benchmarks/results/lab/`, with its command, machine and versions.
 
 **Words.** CAT is the filter: C keeps captions with a relation or an attribute (complexity), A those
 with an action, T drops pairs whose picture shows the caption as text. `raw` and `cat` are all 3,000
@@ -42,20 +42,17 @@ experiment; a contrast compares those that both have.
 choice, and its captions speak of shapes and colours. All seeds share one web, one pass of the
 filter, one teacher and one set of its heads, so that intervals are about initialisation, order and
 test items, and not about other webs or teachers. Optimiser, learning rate and crops were chosen in
-trials of one seed with concept labels on filtered pairs, on the first quarter of these scenes
-([what was tried](benchmarks.md#demo-and-emoji)); raw pairs and InfoNCE were not tuned for
-themselves. Runs that are compared may be of several revisions and processors; `cat_sizes` repeats
-`cat` at a later one ([the difference](#sizes-of-embeddings)). A verdict here is about these
-students on these data. Nothing transfers to LAION by itself.
+trials of one seed with concept labels on filtered pairs, on the first quarter of these scenes; raw
+pairs and InfoNCE were not tuned for themselves. Runs that are compared may be of several versions
+of this project; `cat_sizes` repeats `cat` ([the difference](#sizes-of-embeddings)). A verdict here
+is about these students on these data. Nothing transfers to LAION by itself.
 
-**Made anew.** Three contrasts were seen before. CAT against raw pairs
-was +13.6 (9.1 to 18.2, eight seeds, 03055b7) with an earlier web and AdamW; both were changed so
-that shapes are learnt. One seed of CIFAR-10 with half of the captions wrong had 42.3, 33.4 and
-31.7% with labels of the teacher, of random weights and of other photos (e5d14c7), before the
-training of heads was mended for wrong captions. The best fraction by CLIP score was made anew when
-data made with a student came to follow from its training: CAT was 3.8 points better (2.5 to 5.0,
-three seeds, confirmed; 2236f6a) than pairs chosen by students of raw pairs that were trained on
-another processor, at an earlier revision. So what three seeds of it say depends on the students.
+**Repeated.** Three contrasts had been seen before they were registered. CAT against raw pairs was
++13.6 (9.1 to 18.2, eight seeds) with another web and AdamW; both were changed so that shapes are
+learnt. One seed of CIFAR-10 with half of the captions wrong had 42.3, 33.4 and 31.7% with labels of
+the teacher, of random weights and of other photos. CAT was 3.8 points better (2.5 to 5.0, three
+seeds) than the best fraction by CLIP score with other students. So what three seeds of it say
+depends on the students.
 """
 
 # Beside the question of a block: what its rows need to be read.

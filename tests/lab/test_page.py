@@ -95,7 +95,7 @@ def test_the_page_states_what_is_there_and_what_is_missing(rows_and_page):
     missing = text.partition("## Missing runs")[2].partition("\n## ")[0]
     assert "`only_c` (seeds 2)" in missing and "`oracle`," in missing and "`cat`" not in missing
     assert "1 result files are of an earlier definition" in text
-    assert "21 runs of revision 0123456, 2026-11-26, 2 cores of abacus" in text
+    assert ": 21 runs." in text
     anchors = set(re.findall(r"\]\(#([\w-]+)\)", text))
     titles = {title.lower().replace(" ", "-") for title in re.findall(r"(?m)^## (.*)$", text)}
     assert anchors == {page._anchor(c.block) for c in CONTRASTS} and anchors <= titles
