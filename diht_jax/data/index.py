@@ -46,12 +46,11 @@ from diht_jax.records.dataset_index import (
 )
 from diht_jax.records.format import (
     FRAME_BYTES,
-    INDEX_SUFFIX,
     TFRecordError,
     framed_length,
-    wrong_index,
 )
 from diht_jax.records.formats import tar_records
+from diht_jax.records.shard_index import INDEX_SUFFIX, wrong_index
 from diht_jax.records.sharded import LocalFile, RemoteFile
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import local_output, upload, write_bytes
@@ -61,7 +60,7 @@ from diht_jax.storage.stores import is_remote
 _WORK = f".{INDEX_NAME}.parts"  # within a local folder
 _PART = struct.Struct("<Q16sI")  # shard size, digest, CRC32C of the offsets
 _NAMES_SHOWN = 3
-_FINDERS = {"tfrecord": tfrecord.find_offsets, "tar": tar_records.find_offsets}
+_INDICES = {"tfrecord": tfrecord.INDEX, "tar": tar_records.INDEX}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +252,7 @@ class _Builder:
         """Looks at a shard: where its records begin, and at its ends."""
         path, size = os.path.join(self._folder, name), self._sizes[name]
         kind, trusts = _kind_of(name), self._trusts_shard_indices
-        offsets = _FINDERS[kind](path, size, trust_index=trusts)
+        offsets = _INDICES[kind].find(path, size, trust_index=trusts)
         file = (RemoteFile if is_remote(path) else LocalFile)(path, size)
         if file.size != size:
             raise ValueError(f"{path}: is being written; run the command again when it is done")
@@ -281,7 +280,7 @@ class _Builder:
         part = _read_part(self._part_path(entry.name), entry.num_bytes)
         if part is not None:
             return part[1]
-        return _FINDERS[entry.kind](os.path.join(self._folder, entry.name), entry.num_bytes)
+        return _INDICES[entry.kind].find(os.path.join(self._folder, entry.name), entry.num_bytes)
 
     def _part_path(self, name: str) -> pathlib.Path:
         return self._work / f"{name}.part"
@@ -370,7 +369,7 @@ def _find_vocabulary(folder: str, names: Iterable[str]) -> dict[str, Any] | None
 
 
 def _kind_of(name: str) -> str | None:
-    return next((kind for kind in _FINDERS if has_shard_name(name, kind)), None)
+    return next((kind for kind in _INDICES if has_shard_name(name, kind)), None)
 
 
 def _old_index(folder: str, work: pathlib.Path) -> IndexedOffsets | None:

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 from diht_jax.readers.base import Format, SourceShard
 from diht_jax.records import schema
-from diht_jax.records.format import read_stored_index
 from diht_jax.records.formats.array_record import ArrayRecordSource, read_array_records
 from diht_jax.records.samples import SampleError, Skipped, has_sample_fields
 from diht_jax.records.schema import Pair
-from diht_jax.records.tfrecord import TFRecordSource, is_shard, read_records
+from diht_jax.records.tfrecord import INDEX, TFRecordSource, is_shard, read_records
 from diht_jax.storage.copies import local_copy
 from diht_jax.storage.files import input_size
 from diht_jax.storage.stores import is_remote
@@ -55,7 +54,7 @@ def _count_records(shard: SourceShard) -> int | None:
     """Records of a TFRecord shard; of one in a store by the index beside it, if there is one."""
     if not is_remote(shard.path):
         return len(TFRecordSource([shard.path]))
-    offsets = read_stored_index(shard.path, input_size(shard.path))
+    offsets = INDEX.load(shard.path, input_size(shard.path))
     return None if offsets is None else len(offsets)
 
 

@@ -1,36 +1,24 @@
-"""The bytes of a TFRecord shard and of its index: framing, checksums, and errors.
+"""The bytes of a TFRecord shard: framing, checksums, and errors.
 
 The framing is TensorFlow's, little-endian::
 
     uint64 length | uint32 masked CRC32C of length | bytes | uint32 masked CRC32C of bytes
-
-The index `SHARD.idx` is ours; its header ties it to one shard::
-
-    8 bytes "DIHTIDX1" | uint64 shard size | uint64 n | n x uint64 offset
-
-It needs no checksum: every read compares a record's frame with both of its offsets.
 """
 
 from __future__ import annotations
 
 import os
-import pathlib
 import struct
 from collections.abc import Iterator
 
 import google_crc32c
 import numpy as np
 
-from diht_jax.storage.files import read_bytes, write_bytes
 from diht_jax.storage.stores import is_remote, open_file
-
-INDEX_SUFFIX = ".idx"
 
 _LENGTH = struct.Struct("<QI")
 _CRC = struct.Struct("<I")
 FRAME_BYTES = _LENGTH.size + _CRC.size
-_INDEX_MAGIC = b"DIHTIDX1"
-_INDEX_HEADER = struct.Struct("<8sQQ")
 _MASK_DELTA = 0xA282EAD8
 
 
@@ -142,145 +130,6 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[bytes]:
             _check_contents(name, record, data, file.read(_CRC.size))
             yield data
             record += 1
-
-
-def index_path(path: str | os.PathLike[str]) -> pathlib.Path:
-    """Where the index of a shard lies."""
-    return pathlib.Path(os.fspath(path) + INDEX_SUFFIX)
-
-
-def write_index(path: str | os.PathLike[str], offsets: np.ndarray, shard_bytes: int) -> None:
-    """Writes the index of a shard next to it.
-
-    Args:
-        path: of the shard, or its URL.
-        offsets: uint64 [n], as `scan_offsets` gives.
-        shard_bytes: size of the shard that the offsets belong to.
-    """
-    write_bytes(os.fspath(path) + INDEX_SUFFIX, encode_index(offsets, shard_bytes))
-
-
-def encode_index(offsets: np.ndarray, shard_bytes: int) -> bytes:
-    """The contents of an index; see `write_index`."""
-    header = _INDEX_HEADER.pack(_INDEX_MAGIC, shard_bytes, len(offsets))
-    return header + offsets.astype("<u8").tobytes()
-
-
-def read_stored_index(url: str, shard_bytes: int) -> np.ndarray | None:
-    """The offsets of the index next to a shard in a store; None where there is none.
-
-    Raises:
-        TFRecordError: the index is damaged or another shard's.
-    """
-    try:
-        data = read_bytes(url + INDEX_SUFFIX)
-    except FileNotFoundError:
-        return None
-    return decode_index(url, data, shard_bytes)
-
-
-def decode_index(path: str, data: bytes, shard_bytes: int) -> np.ndarray:
-    """The offsets of an index that has been read whole.
-
-    Args:
-        path: of the shard, for messages.
-        data: contents of the index.
-        shard_bytes: size of the shard, which the index must confirm.
-
-    Raises:
-        TFRecordError: the index is damaged or another shard's.
-    """
-    count, expected_bytes = _check_index_header(path, data[: _INDEX_HEADER.size], len(data))
-    if expected_bytes != shard_bytes:
-        raise wrong_index(
-            path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
-        )
-    offsets = np.frombuffer(data, "<u8", count, _INDEX_HEADER.size)
-    return _check_offsets(path, offsets, shard_bytes)
-
-
-def read_index_count(path: str, shard_bytes: int) -> int | None:
-    """The number of records according to the index; None where there is none.
-
-    Args:
-        path: of the shard.
-        shard_bytes: its size, which the index must confirm.
-
-    Raises:
-        TFRecordError: the index is damaged or another shard's, or the shard is cut off.
-    """
-    try:
-        with open(index_path(path), "rb") as file:
-            data = file.read(_INDEX_HEADER.size)
-            index_bytes = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        return None
-    count, expected_bytes = _check_index_header(path, data, index_bytes)
-    if expected_bytes != shard_bytes:
-        # A shard that was cut off has the right index: the scan finds that and raises.
-        scan_offsets(path)
-        raise wrong_index(
-            path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
-        )
-    return count
-
-
-def load_offsets(path: str, shard_bytes: int) -> np.ndarray | None:
-    """The offsets, memory-mapped: processes that read the same shards share the pages.
-
-    Args:
-        path: of the shard.
-        shard_bytes: its size, which the index must confirm.
-
-    Returns:
-        uint64 [n]; None where there is no index.
-
-    Raises:
-        TFRecordError: the index is damaged or another shard's, or the shard is cut off.
-    """
-    count = read_index_count(path, shard_bytes)
-    if count is None:
-        return None
-    if not count:
-        return np.zeros(0, np.uint64)
-    offsets = np.memmap(
-        index_path(path), dtype="<u8", mode="r", offset=_INDEX_HEADER.size, shape=(count,)
-    )
-    return _check_offsets(path, offsets, shard_bytes)
-
-
-def wrong_index(path: str, detail: str) -> TFRecordError:
-    """The error for an index that does not describe its shard."""
-    return TFRecordError(
-        f"{path}{INDEX_SUFFIX} does not belong to {path} ({detail}); delete the index, it is built "
-        "again on the next use"
-    )
-
-
-def _check_index_header(path: str, header: bytes, index_bytes: int) -> tuple[int, int]:
-    """Number of records and size of the shard that an index states."""
-    if len(header) < _INDEX_HEADER.size or not header.startswith(_INDEX_MAGIC):
-        raise wrong_index(path, "it has no valid header")
-    _, shard_bytes, count = _INDEX_HEADER.unpack(header)
-    if index_bytes != _INDEX_HEADER.size + 8 * count:
-        raise wrong_index(path, f"its size is not that of an index of {count} records")
-    if bool(count) != bool(shard_bytes):
-        raise wrong_index(path, f"it has {count} records for {shard_bytes} bytes")
-    return count, shard_bytes
-
-
-def _check_offsets(path: str, offsets: np.ndarray, shard_bytes: int) -> np.ndarray:
-    """Rejects offsets at which no record can lie: a read there could request any size."""
-    if not len(offsets):
-        return offsets
-    if offsets[0] != 0:
-        raise wrong_index(path, "the first record does not begin the shard")
-    ends = np.append(offsets[1:], np.uint64(shard_bytes))
-    # Compared without a difference, which would wrap around.
-    if (ends < FRAME_BYTES).any() or (offsets > ends - np.uint64(FRAME_BYTES)).any():
-        number = int(np.argmax((ends < FRAME_BYTES) | (offsets > ends - np.uint64(FRAME_BYTES))))
-        raise wrong_index(path, f"record {number} would be at byte {offsets[number]}")
-    return offsets
 
 
 def _check_header(path: str, record: int, header: bytes) -> int:

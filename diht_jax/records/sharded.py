@@ -5,6 +5,7 @@ A block is a run of consecutive records of one shard, which one ranged request b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -15,9 +16,11 @@ from concurrent import futures
 
 import numpy as np
 
+from diht_jax.records import schema
 from diht_jax.records.catalog import Paths, Shard, Share, open_catalog
 from diht_jax.records.dataset_index import rebuild_command
-from diht_jax.records.format import TFRecordError, wrong_index
+from diht_jax.records.format import TFRecordError
+from diht_jax.records.shard_index import ShardIndex, wrong_index
 from diht_jax.storage.files import input_size
 from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import is_remote, read_range
@@ -39,7 +42,8 @@ class ShardedRecords(Sequence[bytes]):
         paths: of the shards.
     """
 
-    kind: str  # of the shards, one of `dataset_index.KINDS`
+    kind: str  # of the shards, one of `catalog.KINDS`
+    index: ShardIndex  # of a shard that no `dataset.index` describes
 
     def __init__(self, paths: Paths, *, share: Share | None = None):
         """Finds the shards, and counts the records of those that no `dataset.index` describes.
@@ -56,7 +60,7 @@ class ShardedRecords(Sequence[bytes]):
         self.paths = [shard.path for shard in self._shards]
         others = [n for n, shard in enumerate(self._shards) if shard.index is None]
         with futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:
-            looked_at = pool.map(lambda n: self._count_records(self._shards[n]), others)
+            looked_at = pool.map(lambda n: self._count(self._shards[n]), others)
             counted = dict(zip(others, looked_at, strict=True))
         self._offsets_in_memory = {
             number: offsets for number, (_, _, offsets) in counted.items() if offsets is not None
@@ -153,7 +157,90 @@ class ShardedRecords(Sequence[bytes]):
         shard = type(self)._open(self._shards, self._offsets_in_memory, number)
         tail_start = max(0, shard.size - end_bytes)
         head, tail = shard.read_range(0, end_bytes), shard.read_range(tail_start, shard.size)
-        return shard.size, shard.offsets.array, head, tail
+        return shard.size, shard.offsets, head, tail
+
+    def __getitem__(self, index: int) -> bytes:
+        """The bytes of one element.
+
+        Args:
+            index: in [0, len).
+
+        Raises:
+            IndexError: the index is negative or too large.
+            TFRecordError: the record is damaged, or the shard or its index was replaced.
+            StorageError: it cannot be read, now and after some attempts.
+        """
+        number, record = self._find(index)
+        return self._open_shard(number).read(record)
+
+    def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
+        """Where each record lies in the bytes of an extent.
+
+        Args:
+            first, last: of the extent.
+            data: its bytes.
+
+        Returns:
+            int64 [last - first + 1], where each record's piece begins; the last entry is its end.
+
+        Raises:
+            TFRecordError: these are not the bytes of the extent.
+        """
+        number, begin, end = self._find_range(first, last)
+        starts = self._starts_within(self.paths[number], data)
+        if len(starts) == last - first + 1 and (starts[0], starts[-1]) == (0, len(data)):
+            return np.array(starts, np.int64)
+        # Damaged, or not to be seen in the bytes: the index knows where the next record begins.
+        shard = self._open_shard(number)
+        extents = [shard.extent(record, record + 1) for record in range(begin, end)]
+        starts = np.array([extents[0][0], *(stop for _, stop in extents)], np.int64)
+        if starts[-1] - starts[0] != len(data):
+            raise TFRecordError(
+                f"{self.paths[number]}: records {begin} to {end - 1}: {len(data)} bytes were read, "
+                f"and {starts[-1] - starts[0]} expected; the shard was replaced or cut off"
+            )
+        return starts - starts[0]
+
+    def unpack(self, index: int, piece: bytes) -> bytes:
+        """The element of a record, of its piece of an extent.
+
+        Args:
+            index: in [0, len).
+            piece: the bytes between two entries of `cut`.
+
+        Raises:
+            TFRecordError: the record is damaged.
+        """
+        del index
+        return piece
+
+    def split(self, first: int, last: int, data: bytes) -> list[bytes | TFRecordError]:
+        """Cuts the bytes of an extent into elements.
+
+        Args:
+            first, last: of the extent.
+            data: its bytes.
+
+        Returns:
+            What `self[n]` gives, for n in [first, last); the error that it raises where a record is
+            damaged.
+
+        Raises:
+            TFRecordError: these are not the bytes of the extent.
+        """
+        starts, elements = self.cut(first, last, data), []
+        for number in range(last - first):
+            try:
+                piece = data[starts[number] : starts[number + 1]]
+                elements.append(self.unpack(first + number, piece))
+            except TFRecordError as error:
+                elements.append(error)
+        return elements
+
+    @staticmethod
+    def decode(element: bytes) -> schema.Record:
+        """The record of an element; errors are those of `schema.decode_record`."""
+        return schema.decode_record(element)
 
     def __repr__(self) -> str:
         # Grain compares it when it restores an iterator: the same data must give the same text,
@@ -170,14 +257,31 @@ class ShardedRecords(Sequence[bytes]):
         self.__dict__.update(state)
         self._reset_open_shards()
 
-    @staticmethod
-    def _count_records(shard: Shard) -> tuple[int, int, np.ndarray | None]:
+    @classmethod
+    def _count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
         """Record count, size in bytes, and the offsets where they could not be kept in a file."""
-        raise NotImplementedError
+        size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
+        count = cls.index.count(shard.path, size)
+        if count is not None:
+            return count, size, None
+        offsets = cls.index.scan(shard.path)
+        with contextlib.suppress(OSError):
+            cls.index.write(shard.path, offsets, size)
+            return len(offsets), size, None
+        return len(offsets), size, offsets
 
-    @staticmethod
-    def _open(shards: Sequence[Shard], in_memory: dict[int, np.ndarray], number: int) -> OpenShard:
+    @classmethod
+    def _open(
+        cls, shards: Sequence[Shard], in_memory: dict[int, np.ndarray], number: int
+    ) -> OpenShard:
         """Opens a shard, with its offsets in memory where there are any."""
+        return OpenShard(shards[number], cls.index, in_memory.get(number))
+
+    def _starts_within(self, path: str, data: bytes) -> list[int]:
+        """Where records begin in the bytes of an extent of a shard, and where the last one ends.
+
+        As far as the bytes themselves show it.
+        """
         raise NotImplementedError
 
     def _find(self, index: int) -> tuple[int, int]:
@@ -209,79 +313,62 @@ class ShardedRecords(Sequence[bytes]):
         )
 
 
-class ArrayOffsets:
-    """Where the records of one shard begin and end, of an array in memory or of its own index."""
-
-    def __init__(self, path: str, array: np.ndarray, shard_bytes: int):
-        self.array = array
-        self._path = path
-        self._shard_bytes = shard_bytes
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def extent(self, begin: int, end: int) -> tuple[int, int]:
-        """First byte and end of some records."""
-        is_last = end == len(self.array)
-        return int(self.array[begin]), self._shard_bytes if is_last else int(self.array[end])
-
-    def wrong(self, detail: str) -> TFRecordError:
-        """The error for offsets that do not describe the shard."""
-        return wrong_index(self._path, detail)
-
-
-class RowOffsets:
-    """As `ArrayOffsets`, of a shard in a `dataset.index`."""
-
-    def __init__(self, shard: Shard):
-        self._shard = shard
-
-    def __len__(self) -> int:
-        return int(self._shard.index.table.num_records[self._shard.row])
-
-    def extent(self, begin: int, end: int) -> tuple[int, int]:
-        """First byte and end of some records."""
-        return self._shard.index.extent(self._shard.row, begin, end)
-
-    def wrong(self, detail: str) -> TFRecordError:
-        """The error for offsets that do not describe the shard."""
-        location = self._shard.index.location
-        return TFRecordError(
-            f"{location} does not belong to {self._shard.path} ({detail}); make it again by "
-            f"`{rebuild_command(os.path.dirname(location))} --overwrite`"
-        )
-
-
 class OpenShard:
-    """One open shard with its offsets; closed by the garbage collector.
+    """One open shard; closed by the garbage collector.
 
     Attributes:
         path: of the shard.
         size: in bytes.
-        offsets: `ArrayOffsets` or `RowOffsets`.
+        num_records: how many it has.
+        offsets: uint64 [n], where they begin; None where a `dataset.index` states it.
     """
 
-    offsets: ArrayOffsets | RowOffsets
+    def __init__(self, shard: Shard, index: ShardIndex, offsets: np.ndarray | None):
+        """Opens the file.
 
-    def __init__(self, shard: Shard):
-        """Opens the file; whoever derives from it sets the offsets of a shard without an index.
+        Args:
+            shard: which one.
+            index: of its format.
+            offsets: where its records begin, if that is known.
 
         Raises:
-            TFRecordError: its size is not that of its index.
+            TFRecordError: its size is not that of its index, or the index is damaged.
         """
         self.path = shard.path
+        self._shard = shard
         opened = (RemoteFile if is_remote(shard.path) else LocalFile)(shard.path, shard.num_bytes)
         self.size, self.read_range = opened.size, opened.read_range
-        if shard.index is not None:
-            self.offsets = RowOffsets(shard)
-            if self.size != shard.num_bytes:
-                raise self.offsets.wrong(
-                    f"it was made for {shard.num_bytes} bytes, the shard has {self.size}"
-                )
+        if shard.index is None:
+            self.offsets = index.find(self.path, self.size) if offsets is None else offsets
+            self.num_records = len(self.offsets)
+            return
+        self.offsets = None
+        self.num_records = int(shard.index.table.num_records[shard.row])
+        if self.size != shard.num_bytes:
+            raise self.wrong(f"it was made for {shard.num_bytes} bytes, the shard has {self.size}")
+
+    def read(self, record: int) -> bytes:
+        """The bytes of an element."""
+        if record >= self.num_records:
+            raise self.wrong(f"record {record}: the shard or its index was replaced")
+        return self.read_range(*self.extent(record, record + 1))
 
     def extent(self, begin: int, end: int) -> tuple[int, int]:
         """First byte and end of some records."""
-        return self.offsets.extent(begin, end)
+        if self.offsets is None:
+            return self._shard.index.extent(self._shard.row, begin, end)
+        stop = self.size if end == self.num_records else int(self.offsets[end])
+        return int(self.offsets[begin]), stop
+
+    def wrong(self, detail: str) -> TFRecordError:
+        """The error for an index that does not describe the shard."""
+        if self._shard.index is None:
+            return wrong_index(self.path, detail)
+        location = self._shard.index.location
+        return TFRecordError(
+            f"{location} does not belong to {self.path} ({detail}); make it again by "
+            f"`{rebuild_command(os.path.dirname(location))} --overwrite`"
+        )
 
 
 class RemoteFile:

@@ -10,10 +10,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from diht_jax.data import index as index_command
 from diht_jax.data.index import update_index
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.formats.tar_records import TarRecordSource
+from diht_jax.records.shard_index import ShardIndex
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from tests.records.stores import CountingStore
 
@@ -83,15 +83,15 @@ def test_a_broken_shard_is_named_and_the_others_are_not_read_again(folder):
 
 
 def test_a_run_that_is_stopped_goes_on(folder, monkeypatch):
-    read = index_command._FINDERS["tfrecord"]
+    find = ShardIndex.find
 
-    def stop(path, size, **options):
+    def stop(self, path, size, **options):
         if path.endswith("part-2.tfrecord"):
             raise KeyboardInterrupt
-        return read(path, size, **options)
+        return find(self, path, size, **options)
 
     with monkeypatch.context() as patch:
-        patch.setitem(index_command._FINDERS, "tfrecord", stop)
+        patch.setattr(ShardIndex, "find", stop)
         with pytest.raises(KeyboardInterrupt):
             update_index(folder, num_threads=1)
     assert not (folder / "dataset.index").exists()

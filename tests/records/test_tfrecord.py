@@ -14,7 +14,8 @@ import grain
 import numpy as np
 import pytest
 
-from diht_jax.records import sharded, tfrecord
+from diht_jax.records import sharded
+from diht_jax.records.shard_index import ShardIndex
 from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter, read_records
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -96,7 +97,7 @@ def test_a_crash_before_the_index_is_written_leaves_no_wrong_one(tmp_path, monke
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tfrecord, "write_index", crash)
+        patch.setattr(ShardIndex, "write", crash)
         with pytest.raises(KeyboardInterrupt):
             _write(path, [b"second", b"first"])
     assert not _index(path).exists()
@@ -206,7 +207,7 @@ def test_missing_index_stays_in_memory_on_a_read_only_disk(tmp_path, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     # Tests may run as root, whom no permission stops.
-    monkeypatch.setattr(tfrecord, "write_index", refuse)
+    monkeypatch.setattr(ShardIndex, "write", refuse)
     source = pickle.loads(pickle.dumps(TFRecordSource(path)))
     assert list(source) == _RECORDS
     assert not _index(path).exists()

@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from diht_jax.records import schema
 from diht_jax.records.catalog import Shard
 from diht_jax.records.format import DamagedRecordError, TFRecordError
-from diht_jax.records.formats.writer import ShardWriter
+from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import LocalFile, ShardedRecords
 from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import check_readable, is_remote
@@ -28,7 +27,7 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 
 
-class ArrayRecordWriter(ShardWriter):
+class ArrayRecordWriter(RecordWriter):
     """Writes one shard; equal records give equal bytes."""
 
     def _open(self, path: pathlib.Path) -> None:
@@ -50,20 +49,6 @@ class ArrayRecordSource(ShardedRecords):
     """
 
     kind = "array_record"
-
-    def __getitem__(self, index: int) -> bytes:
-        """The bytes of one record.
-
-        Args:
-            index: in [0, len).
-
-        Raises:
-            IndexError: the index is negative or too large.
-            TFRecordError: the record is damaged, or the shard was replaced.
-            StorageError: it cannot be read, now and after some attempts.
-        """
-        number, record = self._find(index)
-        return self._open_shard(number).read(record)
 
     def extent(self, first: int, last: int) -> tuple[str, int, int]:
         """Not known of this format.
@@ -88,17 +73,12 @@ class ArrayRecordSource(ShardedRecords):
             file.read_range(tail_start, file.size),
         )
 
-    @staticmethod
-    def decode(element: bytes) -> schema.Record:
-        """The record of an element; errors as of `schema.decode_record`."""
-        return schema.decode_record(element)
-
-    @staticmethod
-    def _count_records(shard: Shard) -> tuple[int, int, np.ndarray | None]:
+    @classmethod
+    def _count(cls, shard: Shard) -> tuple[int, int, np.ndarray | None]:
         return len(_OpenShard(shard.path)), os.path.getsize(shard.path), None
 
-    @staticmethod
-    def _open(shards: Sequence[Shard], in_memory: Any, number: int) -> _OpenShard:
+    @classmethod
+    def _open(cls, shards: Sequence[Shard], in_memory: Any, number: int) -> _OpenShard:
         return _OpenShard(shards[number].path)
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import glob
 import os
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 from diht_jax.records import catalog
 from diht_jax.records.catalog import Paths, Share
 from diht_jax.records.formats.array_record import ArrayRecordSource, ArrayRecordWriter
 from diht_jax.records.formats.tar_records import TarRecordSource
 from diht_jax.records.formats.tar_writer import TarWriter
-from diht_jax.records.formats.writer import StoreWriter
+from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from diht_jax.storage.files import find_inputs
@@ -35,7 +34,7 @@ class ShardFormat:
 
     suffix: str
     source: type[ShardedRecords]
-    writer: Callable[[str], Any]
+    writer: type[RecordWriter]
     tfds_name: str | None = None
 
 
@@ -78,14 +77,12 @@ def is_shard(path: str) -> bool:
     return any(catalog.is_shard(path, form.source.kind) for form in FORMATS.values())
 
 
-def open_writer(path: str | os.PathLike[str]) -> Any:
+def open_writer(path: str | os.PathLike[str]) -> RecordWriter:
     """A writer of one shard, such as `TFRecordWriter`, by the name of the shard or its URL."""
     name = name_format(os.fspath(path))
     if name is None:
         suffixes = ", ".join(form.suffix for form in FORMATS.values())
         raise ValueError(f"{path}: not the name of a shard; expected one that ends in {suffixes}")
-    if is_remote(os.fspath(path)):
-        return StoreWriter(os.fspath(path), FORMATS[name].writer)
     return FORMATS[name].writer(path)
 
 

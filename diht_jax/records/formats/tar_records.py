@@ -2,43 +2,33 @@
 
 An element is a piece of the archive, from the first header of a sample to that of the next one that
 is a pair; its first sample is the record. Samples without image or caption, and those whose key was
-there before, are left out when the index is made. The index is ours, `SHARD.tar.idx`,
-little-endian::
-
-    8 bytes "DIHTTAR1" | uint64 shard size | uint64 n | n x uint64 offset
-
-What the members mean belongs in `tar_samples.py`; the same samples give the same records as the
-reader of tars gives pairs. A tar has checksums of its headers alone: contents that were damaged are
-noticed where they cannot be decoded.
+there before, are left out when the index is made (`shard_index.py`). What the members mean is
+described in `tar_samples.py`; the same samples give the same records as the reader of tars gives
+pairs. A tar has checksums of its headers alone: contents that were damaged are noticed where they
+cannot be decoded.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import io
-import struct
-from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
 from absl import logging
 
 from diht_jax.records import schema
-from diht_jax.records.catalog import Shard
-from diht_jax.records.format import INDEX_SUFFIX, DamagedRecordError, TFRecordError
+from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats import tar_samples
 from diht_jax.records.formats.tar_members import walk_members
 from diht_jax.records.samples import SampleError, Skipped
-from diht_jax.records.sharded import ArrayOffsets, OpenShard, ShardedRecords
-from diht_jax.storage.files import input_size, read_bytes, write_bytes
+from diht_jax.records.shard_index import ShardIndex
+from diht_jax.records.sharded import ShardedRecords
 from diht_jax.storage.stores import check_failure, is_remote, open_file
 
 BLOCK_BYTES = 512  # headers and contents begin at multiples of it
 TAR_SUFFIX = ".tar"
 
-_MAGIC = b"DIHTTAR1"
-_HEADER = struct.Struct("<8sQQ")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
 
@@ -131,91 +121,6 @@ def decode_element(element: bytes, where: str = "a tar") -> schema.Record:
     return schema.Record(pair.key, pair.image, pair.caption, pair.metadata)
 
 
-class TarRecordSource(ShardedRecords):
-    """Random access to the samples of many tars, in the order of the tars.
-
-    As `TFRecordSource`, with one ranged request for a sample. An index that is missing is made, and
-    kept beside its tar where the folder can be written, in memory where it cannot.
-    """
-
-    kind = "tar"
-
-    def __getitem__(self, index: int) -> bytes:
-        """The bytes of one element.
-
-        Args:
-            index: in [0, len).
-
-        Raises:
-            IndexError: the index is negative or too large.
-            TFRecordError: the tar or its index was replaced.
-        """
-        number, record = self._find(index)
-        return self._open_shard(number).read(record)
-
-    def cut(self, first: int, last: int, data: bytes) -> np.ndarray:
-        """Where each element lies in the bytes of an extent; as `TFRecordSource.cut`."""
-        number, begin, end = self._find_range(first, last)
-        # The offsets of a tar in a store may have to be requested, its headers are here.
-        if is_remote(self.paths[number]):
-            starts = _scan_piece(data, self.paths[number])
-            if len(starts) == last - first and not starts[0]:
-                return np.array([*starts, len(data)], np.int64)
-        shard = self._open_shard(number)
-        extents = [shard.extent(record, record + 1) for record in range(begin, end)]
-        starts = np.array([extents[0][0], *(stop for _, stop in extents)], np.int64)
-        if starts[-1] - starts[0] != len(data):
-            raise TFRecordError(
-                f"{self.paths[number]}: samples {begin} to {end - 1}: {len(data)} bytes were read, "
-                f"and {starts[-1] - starts[0]} expected; the tar was replaced or cut off"
-            )
-        return starts - starts[0]
-
-    def unpack(self, index: int, piece: bytes) -> bytes:
-        """The element of a record, of its piece of an extent: the piece itself."""
-        del index
-        return piece
-
-    def split(self, first: int, last: int, data: bytes) -> list[bytes]:
-        """Cuts the bytes of an extent into elements; as `TFRecordSource.split`."""
-        starts = self.cut(first, last, data)
-        return [data[begin:end] for begin, end in zip(starts[:-1], starts[1:], strict=True)]
-
-    @staticmethod
-    def decode(element: bytes) -> schema.Record:
-        """The record of an element; errors as of `decode_element`."""
-        return decode_element(element)
-
-    @staticmethod
-    def _count_records(shard: Shard) -> tuple[int, int, np.ndarray | None]:
-        size = input_size(shard.path) if shard.num_bytes is None else shard.num_bytes
-        offsets = _read_index(shard.path, size)
-        if offsets is not None:
-            return len(offsets), size, None
-        offsets = scan_tar(shard.path)
-        is_kept = _write_index(shard.path, encode_index(offsets, size))
-        return len(offsets), size, None if is_kept else offsets
-
-    @staticmethod
-    def _open(shards: Sequence[Shard], in_memory: dict[int, np.ndarray], number: int) -> _OpenTar:
-        return _OpenTar(shards[number], in_memory.get(number))
-
-
-class _OpenTar(OpenShard):
-    def __init__(self, shard: Shard, offsets: np.ndarray | None):
-        super().__init__(shard)
-        if shard.index is None:
-            if offsets is None:
-                offsets = find_offsets(self.path, self.size)
-            self.offsets = ArrayOffsets(self.path, offsets, self.size)
-
-    def read(self, record: int) -> bytes:
-        """The bytes of an element."""
-        if record >= len(self.offsets):
-            raise self.offsets.wrong(f"sample {record}: the tar or its index was replaced")
-        return self.read_range(*self.extent(record, record + 1))
-
-
 def scan_tar(path: str) -> np.ndarray:
     """Where the samples of a tar begin, local or in a store; those that are no pairs are logged.
 
@@ -238,66 +143,24 @@ def scan_tar(path: str) -> np.ndarray:
     return offsets
 
 
-def find_offsets(path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
-    """Where the samples of a tar begin; as `tfrecord.find_offsets`, nothing is written."""
-    offsets = _read_index(path, shard_bytes) if trust_index else None
-    return scan_tar(path) if offsets is None else offsets
+INDEX = ShardIndex(b"DIHTTAR1", BLOCK_BYTES, BLOCK_BYTES, is_gapless=False, scan=scan_tar)
 
 
-def _read_index(path: str, shard_bytes: int) -> np.ndarray | None:
-    """The offsets of the index beside a tar; None where there is none."""
-    try:
-        data = read_bytes(path + INDEX_SUFFIX)
-    except FileNotFoundError:
-        return None
-    return decode_index(path, data, shard_bytes)
+class TarRecordSource(ShardedRecords):
+    """Random access to the samples of many tars, in the order of the tars.
 
-
-def _write_index(path: str, data: bytes) -> bool:
-    """Writes the index beside a tar; returns whether that was possible."""
-    with contextlib.suppress(OSError):
-        write_bytes(path + INDEX_SUFFIX, data)
-        return True
-    return False
-
-
-def encode_index(offsets: np.ndarray, shard_bytes: int) -> bytes:
-    """The contents of the index of a tar."""
-    return _HEADER.pack(_MAGIC, shard_bytes, len(offsets)) + offsets.astype("<u8").tobytes()
-
-
-def decode_index(path: str, data: bytes, shard_bytes: int) -> np.ndarray:
-    """The offsets of an index.
-
-    Args:
-        path: of the tar, for messages.
-        data: contents of the index.
-        shard_bytes: size of the tar, which the index must confirm.
-
-    Raises:
-        TFRecordError: the index is damaged or another tar's.
+    As `TFRecordSource`, with one ranged request for a sample. An index that is missing is made, and
+    kept next to its tar where the folder can be written, in memory where it cannot.
     """
-    if len(data) < _HEADER.size or not data.startswith(_MAGIC):
-        raise wrong_index(path, "it has no valid header")
-    _, expected_bytes, count = _HEADER.unpack_from(data)
-    if len(data) != _HEADER.size + 8 * count:
-        raise wrong_index(path, f"its size is not that of an index of {count} records")
-    if expected_bytes != shard_bytes:
-        raise wrong_index(
-            path, f"it was made for {expected_bytes} bytes, the tar has {shard_bytes}"
-        )
-    offsets = np.frombuffer(data, "<u8", count, _HEADER.size)
-    ends = np.append(offsets[1:], np.uint64(shard_bytes))
-    # Compared without a difference, which would wrap around.
-    if count and ((offsets % BLOCK_BYTES).any() or (offsets >= ends).any()):
-        number = int(np.argmax((offsets % BLOCK_BYTES > 0) | (offsets >= ends)))
-        raise wrong_index(path, f"sample {number} would be at byte {offsets[number]}")
-    return offsets
 
+    kind = "tar"
+    index = INDEX
 
-def wrong_index(path: str, detail: str) -> TFRecordError:
-    """The error for an index that does not describe its tar."""
-    return TFRecordError(
-        f"{path}{INDEX_SUFFIX} does not belong to {path} ({detail}); delete the index, it is built "
-        "again on the next use"
-    )
+    @staticmethod
+    def decode(element: bytes) -> schema.Record:
+        """The record of an element; errors are those of `decode_element`."""
+        return decode_element(element)
+
+    def _starts_within(self, path: str, data: bytes) -> list[int]:
+        # The offsets of a tar in a store may have to be requested, its headers are here.
+        return [*_scan_piece(data, path), len(data)] if is_remote(path) else [0]

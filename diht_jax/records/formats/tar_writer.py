@@ -14,26 +14,23 @@ import json
 import pathlib
 import tarfile
 
-import numpy as np
-
 from diht_jax.records import schema
-from diht_jax.records.format import index_path
 from diht_jax.records.formats import tar_records
-from diht_jax.records.formats.writer import ShardWriter
-from diht_jax.storage.files import write_bytes
+from diht_jax.records.formats.writer import RecordWriter
 
 # How the files of the formats begin that webdataset knows.
 _SIGNATURES = ((b"\xff\xd8", 0, "jpg"), (b"\x89PNG", 0, "png"), (b"WEBP", 8, "webp"))
 _MAX_KEY_LETTERS = 200
 
 
-class TarWriter(ShardWriter):
+class TarWriter(RecordWriter):
     """Writes one tar of records, and its index."""
+
+    index = tar_records.INDEX
 
     def _open(self, path: pathlib.Path) -> None:
         self._tar = tarfile.open(path, "x", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         self._seen: collections.Counter[str] = collections.Counter()
-        self._offsets: list[int] = []
 
     def _append(self, data: bytes) -> None:
         record = schema.decode_record(data)
@@ -57,14 +54,6 @@ class TarWriter(ShardWriter):
 
     def _finish(self) -> None:
         self._tar.close()
-
-    def _replace(self) -> None:
-        # An old index must not stand beside the new shard, not even for a moment.
-        index_path(self.path).unlink(missing_ok=True)
-        super()._replace()
-        offsets = np.array(self._offsets, np.uint64)
-        index = tar_records.encode_index(offsets, self.path.stat().st_size)
-        write_bytes(index_path(self.path), index)
 
     def _add(self, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)

@@ -20,7 +20,6 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.readers.registry import read_pairs
-from diht_jax.records.format import index_path
 from diht_jax.records.schema import decode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from tests.records.test_samples import write_sample
@@ -89,7 +88,7 @@ def _write_tfrecord(folder: pathlib.Path, rows: list[dict]) -> None:
         for row in rows:
             if row["status"] == "success":
                 writer.write(write_sample({"jpg": _JPEG, "txt": row["caption"], **row}))
-    index_path(folder / "00000.tfrecord").unlink()  # img2dataset writes none
+    (folder / "00000.tfrecord.idx").unlink()  # img2dataset writes none
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "00000.parquet")
     (folder / "00000_stats.json").write_text(json.dumps(_STATS))
 

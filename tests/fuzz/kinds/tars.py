@@ -18,7 +18,6 @@ from hypothesis.strategies import SearchStrategy, integers
 from hypothesis.strategies import sampled_from as one
 
 from diht_jax.readers import registry
-from diht_jax.records.format import index_path
 from diht_jax.records.formats.tar_records import TarRecordSource
 from tests.fuzz.damage import NO_OBJECT, NOT_UTF8, Draw, damaged, flipped, noise, words
 from tests.fuzz.judge import SKIP, SUCCESS, Refused, attempt, judge_read, require
@@ -203,7 +202,7 @@ def _compare_shard(path: pathlib.Path) -> None:
         # A global header is what members cannot be read alone with.
         require(isinstance(pairs, Refused) or "global header" in str(records), "refused as shard")
         return
-    index_path(path).unlink()
+    pathlib.Path(f"{path}.idx").unlink()
     require(not isinstance(pairs, Refused), "read as a shard, and refused as an archive")
     parts = [[(p.key, p.image, p.caption, p.metadata) for p in found] for found in (pairs, records)]
     require(parts[0] == parts[1], "other records than pairs")

@@ -1,0 +1,152 @@
+"""The index of one shard, the file `SHARD.idx` next to it: where each of its records begins.
+
+It is little-endian, and its header ties it to one shard::
+
+    8 bytes magic | uint64 shard size | uint64 n | n x uint64 offset
+
+The magic is "DIHTIDX1" of a TFRecord shard and "DIHTTAR1" of a tar. An index needs no checksum: a
+record's own frame or header must fit its offsets when it is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import struct
+from collections.abc import Callable
+
+import numpy as np
+
+from diht_jax.records.format import TFRecordError
+from diht_jax.storage.files import read_bytes, write_bytes
+from diht_jax.storage.stores import is_remote
+
+INDEX_SUFFIX = ".idx"
+
+_HEADER = struct.Struct("<8sQQ")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardIndex:
+    """Reads and writes the indices of shards of one format.
+
+    Attributes:
+        magic: the first 8 bytes.
+        record_bytes: fewest of a record.
+        alignment: records begin at multiples of it.
+        is_gapless: whether the records fill the shard.
+        scan: finds the offsets of a shard, uint64 [n], without an index; raises `TFRecordError`
+            where the shard is damaged.
+    """
+
+    magic: bytes
+    record_bytes: int
+    alignment: int
+    is_gapless: bool
+    scan: Callable[[str], np.ndarray]
+
+    def count(self, path: str, shard_bytes: int) -> int | None:
+        """The number of records that the index states; None where there is no index.
+
+        Args:
+            path: of the shard, or its URL.
+            shard_bytes: its size, which the index must confirm.
+
+        Raises:
+            TFRecordError: the index is damaged or another shard's, or the shard is cut off.
+        """
+        if is_remote(path):
+            offsets = self.load(path, shard_bytes)
+            return None if offsets is None else len(offsets)
+        try:
+            with open(path + INDEX_SUFFIX, "rb") as file:
+                header, index_bytes = file.read(_HEADER.size), os.fstat(file.fileno()).st_size
+        except FileNotFoundError:
+            return None
+        return self._check_header(path, header, index_bytes, shard_bytes)
+
+    def load(self, path: str, shard_bytes: int) -> np.ndarray | None:
+        """The offsets of the index, uint64 [n]; None where there is no index.
+
+        Those of a local shard are memory-mapped: processes that read the same shards share them.
+
+        Raises:
+            TFRecordError: the index is damaged or another shard's, or the shard is cut off.
+        """
+        if is_remote(path):
+            try:
+                data = read_bytes(path + INDEX_SUFFIX)
+            except FileNotFoundError:
+                return None
+            count = self._check_header(path, data[: _HEADER.size], len(data), shard_bytes)
+            return self._check_offsets(
+                path, np.frombuffer(data, "<u8", count, _HEADER.size), shard_bytes
+            )
+        count = self.count(path, shard_bytes)
+        if not count:
+            return None if count is None else np.zeros(0, np.uint64)
+        offsets = np.memmap(path + INDEX_SUFFIX, "<u8", "r", _HEADER.size, (count,))
+        return self._check_offsets(path, offsets, shard_bytes)
+
+    def find(self, path: str, shard_bytes: int, *, trust_index: bool = True) -> np.ndarray:
+        """The offsets of a shard, from its index or by a scan; nothing is written.
+
+        Args:
+            path: of the shard, or its URL.
+            shard_bytes: its size.
+            trust_index: whether an index is taken.
+        """
+        offsets = self.load(path, shard_bytes) if trust_index else None
+        return self.scan(path) if offsets is None else offsets
+
+    def write(self, path: str, offsets: np.ndarray, shard_bytes: int) -> None:
+        """Writes the index of a shard.
+
+        Args:
+            path: of the shard, or its URL.
+            offsets: uint64 [n].
+            shard_bytes: size of the shard.
+        """
+        header = _HEADER.pack(self.magic, shard_bytes, len(offsets))
+        write_bytes(path + INDEX_SUFFIX, header + offsets.astype("<u8").tobytes())
+
+    def _check_header(self, path: str, header: bytes, index_bytes: int, shard_bytes: int) -> int:
+        """The number of records that an index states."""
+        if len(header) < _HEADER.size or not header.startswith(self.magic):
+            raise wrong_index(path, "it has no valid header")
+        _, expected_bytes, count = _HEADER.unpack(header)
+        if index_bytes != _HEADER.size + 8 * count:
+            raise wrong_index(path, f"its size is not that of an index of {count} records")
+        if self.is_gapless and bool(count) != bool(expected_bytes):
+            raise wrong_index(path, f"it has {count} records for {expected_bytes} bytes")
+        if expected_bytes != shard_bytes:
+            # A shard that was cut off has the right index: the scan finds that and raises.
+            self.scan(path)
+            raise wrong_index(
+                path, f"it was made for {expected_bytes} bytes, the shard has {shard_bytes}"
+            )
+        return count
+
+    def _check_offsets(self, path: str, offsets: np.ndarray, shard_bytes: int) -> np.ndarray:
+        """Rejects offsets at which no record can begin: a read there could request any size."""
+        if not len(offsets):
+            return offsets
+        if self.is_gapless and offsets[0] != 0:
+            raise wrong_index(path, "the first record does not begin the shard")
+        ends = np.append(offsets[1:], np.uint64(shard_bytes))
+        # Compared without a difference, which would wrap around.
+        smallest = np.uint64(self.record_bytes)
+        is_wrong = (ends < smallest) | (offsets % np.uint64(self.alignment) > 0)
+        is_wrong |= offsets > np.maximum(ends, smallest) - smallest
+        if is_wrong.any():
+            number = int(np.argmax(is_wrong))
+            raise wrong_index(path, f"record {number} would be at byte {offsets[number]}")
+        return offsets
+
+
+def wrong_index(path: str, detail: str) -> TFRecordError:
+    """The error for an index that does not describe its shard."""
+    return TFRecordError(
+        f"{path}{INDEX_SUFFIX} does not belong to {path} ({detail}); delete the index, it is built "
+        "again on the next use"
+    )
