@@ -162,10 +162,10 @@ def _process() -> Any:
     """This process among those of the job."""
     import jax
 
-    from diht_jax.evaluation.embedding.process_share import JobProcess
+    from diht_jax.evaluation.embedding.index_update import IndexProcess
     from diht_jax.training.multihost import work_together
 
-    return JobProcess(jax.process_index(), jax.process_count(), work_together)
+    return IndexProcess(jax.process_index(), jax.process_count(), work_together)
 
 
 def _draw(matches: dict[str, Any], pictures: dict[int, Any], source: str, count: int) -> None:

@@ -172,11 +172,6 @@ def test_a_replaced_picture_of_a_table_is_noticed(model, tmp_path):
     (tmp_path / "1.png").write_bytes(png(5))
     with pytest.raises(ValueError, match="other settings; changed: linked_files"):
         embed_source(model, str(table), out, OPTIONS)
-    # As written before such pictures were looked at.
-    settings = json.loads((out / embedding_files.SETTINGS_FILE).read_text())
-    del settings["linked_files"]
-    (out / embedding_files.SETTINGS_FILE).write_text(json.dumps(settings))
-    assert embed_source(model, str(table), out, OPTIONS)["pairs"] == 2
 
 
 def test_other_work_in_the_directory_is_refused(model, weights, tmp_path):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import itertools
 import os
@@ -21,8 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import PIL.Image
 
-from diht_jax.evaluation.embedding.entries import Entries, Order, share_entries
-from diht_jax.evaluation.embedding.process_share import ProcessShare
+from diht_jax.evaluation.embedding.entries import Entries, Order, ProcessRows
 from diht_jax.evaluation.sources.pictures import decode_picture
 from diht_jax.input.decode import ImageError
 from diht_jax.progress import ProgressBar
@@ -37,7 +35,6 @@ _BATCHES_AHEAD = 2
 _WAITING_BYTES = 2**28
 
 _DROPPED_KEYS_KEPT = 10
-_NOTHING = np.zeros((0, 0), np.float32)
 
 
 class EmbeddingModel(Protocol):
@@ -118,11 +115,12 @@ def encode_images(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     start = time.perf_counter()
-    share = ProcessShare.of(model, batch_size)
-    encode = _encode_alone if share is None else functools.partial(_encode_share, share)
-    kept, left_out, image_emb = encode(model, entries, describe, batch_size, num_threads)
+    rows = ProcessRows.of(model, batch_size)
+    shares, image_emb = _encode_share(rows, model, entries, describe, num_threads)
+    kept = [row for own, _ in shares for row in own]
+    left_out = [row for _, own in shares for row in own]
     orders = sorted(order for order, _, _ in [*kept, *left_out])
-    if share is not None:  # of one process they are in order by now, and within the limit
+    if rows.count > 1:  # in order again, and within the limit
         orders = orders[: entries.limit] if isinstance(entries, Entries) else orders
         counted = set(orders)
         chosen = sorted((row[0], i) for i, row in enumerate(kept) if row[0] in counted)
@@ -135,6 +133,7 @@ def encode_images(
             f"no usable pair in the source: {len(left_out)} entries, left out for {dropped}"
         )
     check_finite(image_emb, "image embeddings")
+    keys = "\n".join(key for _, key, _ in kept)
     return EncodedImages(
         image_emb=image_emb,
         notes=[note for _, _, note in kept],
@@ -142,113 +141,74 @@ def encode_images(
         dropped=dropped,
         dropped_keys=[key for _, key, _ in left_out[:_DROPPED_KEYS_KEPT]],
         seconds=time.perf_counter() - start,
-        digest=hashlib.blake2b(
-            "\n".join(key for _, key, _ in kept).encode(), digest_size=16
-        ).hexdigest(),
+        digest=hashlib.blake2b(keys.encode(), digest_size=16).hexdigest(),
         orders=[order for order, _, _ in kept],
     )
 
 
-# Of an entry: its order, its key, and the note of a usable one or why it is left out.
+# An entry's order, its key, and the note of a usable one or the reason why it is left out.
 _Row = tuple[Order, str, Any]
 
 
-def _encode_alone(
-    model: EmbeddingModel,
-    entries: Iterable[Pair | Skipped],
-    describe: Callable[[Pair], Any],
-    batch_size: int,
-    num_threads: int | None,
-) -> tuple[list[_Row], list[_Row], np.ndarray]:
-    """The usable entries, the others, and the embeddings of the usable ones."""
-    kept: list[_Row] = []
-    left_out: list[_Row] = []
-    embeddings: list[np.ndarray] = []
-    waiting: list[np.ndarray] = []
-
-    def encode_waiting() -> None:
-        embeddings.append(_encode_padded(model.encode_image, waiting, batch_size, bool(embeddings)))
-        waiting.clear()
-
-    for row, pixels in _decode_ahead(
-        share_entries(entries, 0, 1),
-        describe,
-        model.preprocess,
-        batch_size * _BATCHES_AHEAD,
-        num_threads,
-    ):
-        if pixels is None:
-            left_out.append(row)
-            continue
-        waiting.append(pixels)
-        kept.append(row)
-        if len(waiting) == batch_size:
-            encode_waiting()
-    if waiting:
-        encode_waiting()
-    return kept, left_out, np.concatenate(embeddings or [_NOTHING])
-
-
 def _encode_share(
-    share: ProcessShare,
+    rows: ProcessRows,
     model: EmbeddingModel,
     entries: Iterable[Pair | Skipped],
     describe: Callable[[Pair], Any],
-    batch_size: int,
     num_threads: int | None,
-) -> tuple[list[_Row], list[_Row], np.ndarray]:
-    """As `_encode_alone`, where each process reads, decodes and embeds its own entries.
+) -> tuple[list[tuple[list[_Row], list[_Row]]], np.ndarray]:
+    """Decodes and embeds the entries of this process, together with the others.
 
     Every batch holds rows of all processes, as many of each as it has, so that all call the model
     equally often; what was found is exchanged once, at the end.
+
+    Returns:
+        The usable and the other entries of each process, and all embeddings of usable ones, process
+        by process.
     """
     kept: list[_Row] = []
     left_out: list[_Row] = []
-    embeddings: list[list[np.ndarray]] = [[] for _ in range(share.count)]
-    room = int(share.own_rows.sum())
-    decoded = _decode_ahead(
-        share_entries(entries, share.index, share.count),
-        describe,
-        model.preprocess,
-        room * _BATCHES_AHEAD,
-        num_threads,
-    )
+    embeddings: list[list[np.ndarray]] = [[] for _ in range(rows.count)]
+    room = len(rows.own)
+    window = room * _BATCHES_AHEAD
+    decoded = _decode_ahead(rows.share(entries), describe, model.preprocess, window, num_threads)
 
-    def take(pixels: np.ndarray) -> int:
-        """Fills the own rows of a batch."""
-        filled = np.flatnonzero(share.own_rows)
-        for number in range(room):
-            for row, image in decoded:
-                if image is None:
-                    left_out.append(row)
-                    continue
-                kept.append(row)
-                pixels[filled[number]] = image
+    def take() -> list[np.ndarray]:
+        pixels: list[np.ndarray] = []
+        for row, image in decoded:
+            if image is None:
+                left_out.append(row)
+                continue
+            kept.append(row)
+            pixels.append(image)
+            if len(pixels) == room:
                 break
-            else:
-                return number
-        return room
+        return pixels
 
     with contextlib.closing(decoded):
         while True:
-            pixels = np.zeros((share.batch_size, model.image_size, model.image_size, 3), np.uint8)
-            filled, error = 0, None
+            pixels, error = [], None
             try:
-                filled = take(pixels)
+                pixels = take()
             except Exception as problem:  # the others would wait for this process without end
                 error = problem
-            counts = share.agree(filled, error)
-            if not counts.any():
+            counts = rows.agree(len(pixels), error)
+            if not any(counts):
                 break
-            found = np.asarray(model.encode_image(pixels), np.float32)
+            if rows.count == 1 and not embeddings[0]:
+                # A source smaller than one batch needs no filling: nothing is compiled yet.
+                batch = np.stack(pixels)
+            else:
+                shape = pixels[0].shape if pixels else (model.image_size, model.image_size, 3)
+                batch = np.zeros((rows.batch_size, *shape), np.uint8)
+                if pixels:
+                    batch[rows.own[: len(pixels)]] = pixels
+            found = np.asarray(model.encode_image(batch), np.float32)
             for process, count in enumerate(counts):
-                embeddings[process].append(found[share.rows[process]][:count])
-    shares = share.gather_objects((kept, left_out))
-    return (
-        [row for rows, _ in shares for row in rows],
-        [row for _, rows in shares for row in rows],
-        np.concatenate([array for arrays in embeddings for array in arrays] or [_NOTHING]),
-    )
+                embeddings[process].append(found[rows.of_process(process)[:count]])
+    nothing = np.zeros((0, 0), np.float32)
+    found = [batch for batches in embeddings for batch in batches]
+    return rows.gather_objects((kept, left_out)), np.concatenate(found or [nothing])
 
 
 def encode_texts(
@@ -298,20 +258,6 @@ def check_finite(embeddings: np.ndarray, what: str) -> np.ndarray:
             "the model has diverged or its weights are broken"
         )
     return embeddings
-
-
-def _encode_padded(
-    encode: Callable[[np.ndarray], np.ndarray],
-    images: list[np.ndarray],
-    batch_size: int,
-    fill_up: bool,
-) -> np.ndarray:
-    batch = np.stack(images)
-    # A source smaller than one batch needs no filling: nothing has been compiled for it yet.
-    if fill_up and len(batch) < batch_size:
-        fill = np.zeros((batch_size - len(batch), *batch.shape[1:]), batch.dtype)
-        batch = np.concatenate([batch, fill])
-    return np.asarray(encode(batch), np.float32)[: len(images)]
 
 
 def _decode_ahead(

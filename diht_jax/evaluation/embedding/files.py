@@ -1,17 +1,17 @@
 """Embeddings of a data set in files that other tools read: npz or parquet, in resumable parts.
 
-A part is the unit of work: its `.json` is written last, and the part is complete with it.
+The `.json` of a part is written last, and the part is complete with it.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import io
 import itertools
 import json
 import os
-import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,19 +20,25 @@ import numpy as np
 from absl import logging
 
 from diht_jax.evaluation.embedding.encoding import encode_images, encode_texts
-from diht_jax.evaluation.embedding.inputs import PICTURES, Share, list_inputs, shares_of
-from diht_jax.evaluation.sources.entry_counts import EntryProgress
-from diht_jax.readers import image_folder, registry
-from diht_jax.readers.base import Skipped, SourceShard, parse_json_object
-from diht_jax.records.schema import Pair
-from diht_jax.storage.files import read_bytes, write_bytes
-from diht_jax.storage.stores import is_remote
+from diht_jax.evaluation.embedding.entries import Entry
+from diht_jax.evaluation.embedding.inputs import (
+    PICTURES,
+    PartReader,
+    ShardParts,
+    list_inputs,
+    shares_of,
+)
+from diht_jax.evaluation.sources.registry import count_shards
+from diht_jax.progress import ProgressBar
+from diht_jax.readers import registry
+from diht_jax.readers.base import SourceShard
+from diht_jax.records.schema import Pair, parse_json_object
+from diht_jax.storage import files
 
 FORMATS = ("npz", "parquet")
 MODALITIES = ("image", "text")
 DTYPES = ("float32", "float16")
 SETTINGS_FILE = "embeddings.json"
-_LINKED = "linked_files"  # in the settings: the state of the pictures that tables name
 
 # What a part's statistics must hold for a run to go on after it.
 _STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_last": bool}
@@ -47,11 +53,11 @@ class EmbedOptions:
         modalities: of `MODALITIES`, which embeddings to write.
         dtype: of the embeddings in the files.
         caption_template: text that is embedded for a caption.
-        shard_size: entries of the source a file, at most; what an interruption can cost.
+        shard_size: most entries of the source a file; what an interruption can cost.
         batch_size: examples embedded at once, over all devices.
         num_threads: decoding threads; None is one per core.
-        task_index, num_tasks: this process takes its share (`inputs.shares_of`) of the shards of
-            the source, or of the parts of a folder of pictures and of few large files.
+        task_index: number of this process; it takes its share (`inputs.shares_of`).
+        num_tasks: of processes.
     """
 
     format: str = "npz"
@@ -85,7 +91,7 @@ class EmbedOptions:
 def embed_source(
     model: Any,
     source: str | Sequence[str],
-    output: str | pathlib.Path,
+    output: str | os.PathLike[str],
     options: EmbedOptions,
     **source_options: Any,
 ) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def embed_source(
 
     Rows have the order of the source. In a file: `key` (text), `image_emb` and `text_emb`
     [n, d], rows of unit length; in parquet `caption` too. An image that cannot be read, and an
-    entry that is no pair, is left out and counted by its reason in the `.json` beside the file.
+    entry that is no pair, is left out and counted by its reason in the `.json` of the part.
 
     Args:
         model: a `LoadedModel`.
@@ -112,86 +118,42 @@ def embed_source(
     shards = list_inputs(source, **source_options)
     if "text" in options.modalities and shards[0].kind == PICTURES:
         raise ValueError(f"{shards[0].path}: pictures without captions; take --modalities image")
-    claim(output, _settings(model, shards, options))
+    check_settings(output, _settings(model, shards, options))
     mine = shares_of(shards, options.task_index, options.num_tasks)
-    total: collections.Counter[str] = collections.Counter()
-    pairs, files = 0, 0
-    with EntryProgress([share.shard for share in mine]) as progress:
+    dropped: collections.Counter[str] = collections.Counter()
+    pairs, count = 0, 0
+    with entries_bar([share.shard for share in mine]) as bar:
         for share in mine:
-            embed = _embed_folder if share.shard.kind == PICTURES else _embed_shard
-            for stats in embed(model, share, output, options, progress):
-                pairs, files = pairs + stats["pairs"], files + 1
-                total.update(stats["dropped"])
-            progress.finish_shard()
-    if total:
-        logging.warning("left out: %s", ", ".join(f"{k} {n}" for k, n in sorted(total.items())))
-    logging.info("%d pairs in %d files of %s", pairs, files, output)
-    return {"pairs": pairs, "dropped": dict(total), "files": files}
-
-
-def _embed_folder(
-    model: Any,
-    share: Share,
-    output: str,
-    options: EmbedOptions,
-    progress: EntryProgress,
-) -> Iterator[dict[str, Any]]:
-    """As `_embed_shard`, of a folder of pictures."""
-    shard = share.shard
-    listed = list(image_folder.list_pictures(shard.path))
-    size = options.shard_size
-    num_parts = max(1, -(-len(listed) // size))
-    for part in range(share.first, num_parts, share.step):
-        stem = _stem(output, share.number, part)
-        stats = read_stats(f"{stem}.json")
-        if stats is not None:
-            progress.update(stats["entries"])
-        else:
-            chosen = listed[part * size : (part + 1) * size]
-            entries = Peekable(image_folder.read_listed(shard.path, chosen))
-            stats = _embed_part(model, entries, stem, options, progress)
-            stats["is_last"] = part == num_parts - 1
-            _finish_part(stem, stats, share, part)
-        yield stats
-
-
-def _stem(output: str, index: int, part: int) -> str:
-    return f"{output}/embeddings-{index:05d}-{part:05d}"
-
-
-def _finish_part(stem: str, stats: dict[str, Any], share: Share, part: int) -> None:
-    """Writes the statistics: last, since their presence means that the part is finished."""
-    stats |= {"source": str(share.shard), "shard": share.number, "part": part}
-    write_bytes(f"{stem}.json", (json.dumps(stats, indent=1) + "\n").encode())
+            for stats in _embed_shard(model, share, output, options, bar):
+                pairs, count = pairs + stats["pairs"], count + 1
+                dropped.update(stats["dropped"])
+    if dropped:
+        logging.warning("left out: %s", ", ".join(f"{k} {n}" for k, n in sorted(dropped.items())))
+    logging.info("%d pairs in %d files of %s", pairs, count, output)
+    return {"pairs": pairs, "dropped": dict(dropped), "files": count}
 
 
 def _embed_shard(
-    model: Any,
-    share: Share,
-    output: str,
-    options: EmbedOptions,
-    progress: EntryProgress,
+    model: Any, share: ShardParts, output: str, options: EmbedOptions, bar: ProgressBar
 ) -> Iterator[dict[str, Any]]:
     """Yields the statistics of this task's parts of a shard; makes those that are missing."""
-    entries: Peekable | None = None
-    read = 0  # entries taken from `entries`
+    reader: PartReader | None = None
     for part in itertools.count():
         is_own = part % share.step == share.first
-        stem = _stem(output, share.number, part)
+        stem = f"{output}/embeddings-{share.number:05d}-{part:05d}"
         stats = read_stats(f"{stem}.json")
-        if stats is not None and is_own:
-            progress.update(stats["entries"])
+        if is_own and stats is not None:
+            bar.update(stats["entries"])
         elif is_own:
-            if entries is None:
-                entries = Peekable(registry.read_pairs(share.shard))
-            start = part * options.shard_size
-            # Entries of other parts; images are not decoded.
-            collections.deque(itertools.islice(entries, start - read), maxlen=0)
-            if part and entries.is_exhausted():
+            reader = reader or PartReader(share.shard)
+            if not reader.seek(part * options.shard_size) and part:
                 return  # another task has the last part, and has not finished it yet
-            stats = _embed_part(model, entries, stem, options, progress)
-            read = start + stats["entries"]
-            _finish_part(stem, stats, share, part)
+            counted = CountedEntries(reader.take(options.shard_size), bar)
+            stats = _embed_part(model, counted, stem, options)
+            stats |= {"entries": counted.count, "is_last": reader.is_exhausted()}
+            stats |= {"source": str(share.shard), "shard": share.number, "part": part}
+            # Last, since its presence means that the part is finished.
+            files.write_bytes(f"{stem}.json", (json.dumps(stats, indent=1) + "\n").encode())
         if is_own:
             yield stats
         if stats is not None and stats["is_last"]:
@@ -199,21 +161,17 @@ def _embed_shard(
 
 
 def _embed_part(
-    model: Any,
-    entries: Peekable,
-    stem: str,
-    options: EmbedOptions,
-    progress: EntryProgress,
+    model: Any, entries: Iterator[Entry], stem: str, options: EmbedOptions
 ) -> dict[str, Any]:
+    """Writes the file of a part; returns its statistics."""
     start = time.perf_counter()
-    taken = _Counted(itertools.islice(entries, options.shard_size), progress)
     columns: dict[str, np.ndarray] = {}
     dropped: dict[str, int] = {}
     dropped_keys: list[str] = []
     if "image" in options.modalities:
         encoded = encode_images(
             model,
-            taken,
+            entries,
             lambda pair: (pair.key, pair.caption),
             batch_size=options.batch_size,
             num_threads=options.num_threads,
@@ -223,7 +181,7 @@ def _embed_part(
         columns["image_emb"] = encoded.image_emb.reshape(len(notes), model.embed_dim)
     else:
         notes = []
-        for entry in taken:
+        for entry in entries:
             if isinstance(entry, Pair):
                 notes.append((entry.key, entry.caption))
             else:
@@ -238,15 +196,15 @@ def _embed_part(
     columns = {name: value.astype(options.dtype) for name, value in columns.items()}
     path = f"{stem}.{options.format}"
     encode = _encode_npz if options.format == "npz" else _encode_parquet
-    write_bytes(path, encode(notes, columns))
+    files.write_bytes(path, encode(notes, columns))
     return {
         "file": os.path.basename(path),
         "pairs": len(notes),
-        "entries": taken.count,
+        "entries": 0,
         "dropped": dropped,
         "dropped_keys": dropped_keys,
         "seconds": round(time.perf_counter() - start, 3),
-        "is_last": entries.is_exhausted(),
+        "is_last": False,
     }
 
 
@@ -290,29 +248,28 @@ def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> d
         "caption_template": options.caption_template,
         "shard_size": options.shard_size,
         "source": [shard.identity() for shard in shards],
-        **({_LINKED: linked} if linked else {}),
+        # The state of the pictures that tables name.
+        **({"linked_files": linked} if linked else {}),
     }
 
 
-def claim(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-    """Writes the settings, or compares them with those that are there.
+def check_settings(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+    """Writes the settings of a work, or compares them with those that are there.
 
     Args:
-        output: directory; is made. Or its URL.
+        output: directory, or its URL; is made.
         settings: what must be the same for the directory to be gone on with, JSON-able.
 
     Raises:
         ValueError: it holds embeddings made with others, or a damaged file.
     """
-    if not is_remote(os.fspath(output)):
-        os.makedirs(output, exist_ok=True)
-    path = f"{os.fspath(output)}/{SETTINGS_FILE}"
+    output = os.fspath(output)
+    files.make_folder(output)
+    path = f"{output}/{SETTINGS_FILE}"
     found = read_object(path)
     if found is None:
-        write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
+        files.write_bytes(path, (json.dumps(settings, indent=1) + "\n").encode())
         return
-    if _LINKED in settings and _LINKED not in found:
-        found[_LINKED] = settings[_LINKED]  # written before such files were looked at
     changed = sorted(k for k in settings.keys() | found.keys() if settings.get(k) != found.get(k))
     if changed:
         shown = ", ".join(changed[:20])[:500]
@@ -322,13 +279,13 @@ def claim(output: str | os.PathLike[str], settings: dict[str, Any]) -> None:
         )
 
 
-def read_stats(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The statistics of a finished part; None where it is not finished.
+def read_stats(path: str) -> dict[str, Any] | None:
+    """Reads the statistics of a finished part; None where it is not finished.
 
     Raises:
         ValueError: the file is damaged.
     """
-    stats = read_object(os.fspath(path))
+    stats = read_object(path)
     if stats is None:
         return None
     for name, kind in _STATS_TYPES.items():
@@ -341,43 +298,34 @@ def read_stats(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def read_object(path: str) -> dict[str, Any] | None:
-    """The JSON object in a file; None where there is no file."""
+    """Reads the JSON object in a file; None where there is no file, an error for anything else."""
     try:
-        data = read_bytes(path)
+        return parse_json_object(files.read_bytes(path))
     except FileNotFoundError:
         return None
-    try:
-        return parse_json_object(data)
     except ValueError as error:
         raise ValueError(f"{path}: expected a JSON object ({error}); delete it") from error
 
 
-class Peekable(Iterator[Pair | Skipped]):
-    """An iterator that knows whether it has more."""
-
-    def __init__(self, entries: Iterator[Pair | Skipped]):
-        self._entries = entries
-        self._ahead: list[Pair | Skipped] = []
-
-    def __next__(self) -> Pair | Skipped:
-        return self._ahead.pop() if self._ahead else next(self._entries)
-
-    def is_exhausted(self) -> bool:
-        if not self._ahead:
-            self._ahead.extend(itertools.islice(self._entries, 1))
-        return not self._ahead
+@contextlib.contextmanager
+def entries_bar(shards: Sequence[SourceShard]) -> Iterator[ProgressBar]:
+    """A bar over the entries of all shards; their number may be an estimate until the end."""
+    with ProgressBar(unit="pair", dynamic_ncols=True, total=count_shards(shards)) as bar:
+        yield bar
+        bar.total = bar.n
+        bar.refresh()
 
 
-class _Counted(Iterator[Pair | Skipped]):
-    """Counts what is taken from it, and shows it."""
+class CountedEntries(Iterator[Entry]):
+    """Counts what is taken from an iterator, and shows it."""
 
-    def __init__(self, entries: Iterator[Pair | Skipped], progress: EntryProgress):
-        self._entries = entries
-        self._progress = progress
+    def __init__(self, entries: Iterator[Entry], bar: ProgressBar):
+        """Wraps the entries; `count` is the number taken."""
+        self._entries, self._bar = entries, bar
         self.count = 0
 
-    def __next__(self) -> Pair | Skipped:
+    def __next__(self) -> Entry:
         entry = next(self._entries)
         self.count += 1
-        self._progress.update(1)
+        self._bar.update(1)
         return entry

@@ -10,14 +10,12 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
 from diht_jax.evaluation.embedding.encoding import encode_images
-from diht_jax.evaluation.embedding.files import Peekable, claim
-from diht_jax.evaluation.embedding.inputs import PICTURES, Share, shares_of
+from diht_jax.evaluation.embedding.files import CountedEntries, check_settings, entries_bar
+from diht_jax.evaluation.embedding.inputs import PICTURES, PartReader, ShardParts, shares_of
 from diht_jax.evaluation.embedding.picture_index import (
     DTYPES,
     Part,
@@ -25,16 +23,14 @@ from diht_jax.evaluation.embedding.picture_index import (
     make_thumbnail,
     quantize,
     read_manifests,
-    to_npy,
+    write_manifest,
     write_part,
 )
-from diht_jax.evaluation.embedding.process_share import ALONE, JobProcess
-from diht_jax.evaluation.sources.entry_counts import EntryProgress
-from diht_jax.readers import image_folder, registry
-from diht_jax.readers.base import Skipped, SourceShard
+from diht_jax.progress import ProgressBar
+from diht_jax.readers import image_folder
+from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
-from diht_jax.storage.files import refuse_url, write_bytes
 from diht_jax.storage.locks import lock_folder
 
 # Pictures a part: what an interruption can cost.
@@ -46,7 +42,9 @@ class Update:
     """What `update_index` did.
 
     Attributes:
-        added, removed, kept: numbers of pictures.
+        added: number of pictures that were embedded.
+        removed: of pictures that left the index.
+        kept: of the others.
         dropped: reason -> entries that were left out, in this update and before.
     """
 
@@ -54,6 +52,26 @@ class Update:
     removed: int
     kept: int
     dropped: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexProcess:
+    """One of the processes of a job that update an index together, on a folder all of them see.
+
+    Attributes:
+        index: of this process.
+        count: of processes.
+        together: calls a function in every process, and returns what it has returned in this one
+            when all are through; where it has failed in one, it raises in all of them.
+    """
+
+    index: int = 0
+    count: int = 1
+    together: Callable[[Callable[[], Any]], Any] = lambda work: work()
+
+    def first(self, work: Callable[[], object]) -> None:
+        """Like `together`, but only the first process calls the function."""
+        self.together(work if self.index == 0 else lambda: None)
 
 
 def update_index(
@@ -65,7 +83,7 @@ def update_index(
     batch_size: int = 256,
     num_threads: int | None = None,
     thumbnails: bool = True,
-    process: JobProcess = ALONE,
+    process: IndexProcess | None = None,
 ) -> Update:
     """Makes the index of a source, or brings it up to date.
 
@@ -75,16 +93,14 @@ def update_index(
 
     Args:
         model: a `LoadedModel`.
-        shards: of `files.list_inputs`.
+        shards: of `inputs.list_inputs`.
         folder: of the index; is made.
         dtype: of the stored embeddings, one of `DTYPES`.
         batch_size: pictures a batch, over all devices.
         num_threads: decoding threads; None is one per core.
         thumbnails: keep a small picture of each entry. Those of a folder of pictures are read
             from there instead.
-        process: of the processes of a job that call this alike, on a folder that all of them see:
-            each embeds its share of the shards, or of the pictures of a folder and of the parts of
-            few large files.
+        process: of a job; each embeds its share (`inputs.shares_of`).
 
     Returns:
         What all processes together did.
@@ -93,222 +109,172 @@ def update_index(
         ValueError: the folder holds the index of another model or dtype, or another process is
             updating it.
     """
-    refuse_url(folder, "index")
+    files.refuse_url(folder, "index")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype={dtype}: expected one of {', '.join(DTYPES)} for an index")
-    folder = pathlib.Path(folder)
+    folder, process = pathlib.Path(folder), process or IndexProcess()
     settings = {
         "index": 1,
         "model_sha256": model.fingerprint(),
         "image_size": model.image_size,
         "dtype": dtype,
     }
-    process.first(lambda: claim(folder, settings))
+    process.first(lambda: check_settings(folder, settings))
     encode = functools.partial(
         encode_images, model, batch_size=batch_size, num_threads=num_threads, allow_empty=True
     )
+    updater = _Updater(folder, dtype, model.embed_dim, encode, thumbnails)
     with contextlib.ExitStack() as stack:
         process.first(lambda: stack.enter_context(lock_folder(folder, "--index", ".lock")))
-        return _Updater(folder, dtype, model.embed_dim, encode, thumbnails, process).run(shards)
+        process.first(lambda: updater.remove_stale(shards))
+        # Read by all before the first part is made.
+        process.together(lambda: updater.read(process.index, process.count))
+        process.together(lambda: updater.add(shares_of(shards, process.index, process.count)))
+        return updater.describe()
 
 
 class _Updater:
     """One update of an index."""
 
     def __init__(
-        self,
-        folder: pathlib.Path,
-        dtype: str,
-        dim: int,
-        encode: Any,
-        thumbnails: bool,
-        process: JobProcess,
+        self, folder: pathlib.Path, dtype: str, dim: int, encode: Any, thumbnails: bool
     ) -> None:
         self._folder, self._dtype, self._dim = folder, dtype, dim
-        self._encode = encode
-        self._thumbnails = thumbnails
-        self._process = process
+        self._encode, self._thumbnails = encode, thumbnails
         self._manifests: dict[int, dict[str, Any]] = {}
-        self._next_number = 0
-        self._listed: dict[str, tuple[list[tuple[str, str, str | None]], dict[str, str]]] = {}
+        self._first_new = self._next_number = self._step = 0
         self._removed = 0
 
-    def run(self, shards: Sequence[SourceShard]) -> Update:
-        identities = {_unit(shard): shard.identity() for shard in shards}
-        self._process.first(lambda: self._remove_stale(shards, identities))
-        # Read by all before the first part is made.
-        self._manifests = self._process.together(lambda: read_manifests(self._folder))
-        # Every process has numbers of its own for the parts that it makes.
-        first_new = max(self._manifests, default=-1) + 1
-        self._next_number = first_new + self._process.index
-        self._process.together(lambda: self._add(shards, identities))
-        return self._describe(first_new)
+    def remove_stale(self, shards: Sequence[SourceShard]) -> None:
+        """Removes what is gone or was changed: parts of shards, pictures of folders."""
+        by_unit = {_unit(shard): shard for shard in shards}
+        states = {unit: _states(s) for unit, s in by_unit.items() if s.kind == PICTURES}
+        for number, manifest in read_manifests(self._folder).items():
+            unit, part = manifest["unit"], Part(self._folder, number, manifest)
+            if unit in states:
+                known = {key for key, state in manifest["states"] if states[unit].get(key) == state}
+                keys = part.rows["key"].to_pylist()
+                removed = [row for row, key in enumerate(keys) if key not in known]
+                is_gone = len(removed) == len(keys)
+            else:
+                shard = by_unit.get(unit)
+                removed = list(range(len(part.rows)))
+                is_gone = shard is None or shard.identity() != manifest["identity"]
+            if is_gone or unit in states:
+                self._removed += len(removed) - int(part.removed.sum())
+            if is_gone:
+                del part
+                for suffix in ("json", "arrow", "npy"):  # what makes it a part goes first
+                    (self._folder / f"{number:05d}.{suffix}").unlink(missing_ok=True)
+            elif unit in states and removed != manifest["removed"]:
+                write_manifest(self._folder, number, manifest | {"removed": removed})
 
-    def _add(self, shards: Sequence[SourceShard], identities: dict[str, dict[str, Any]]) -> None:
+    def read(self, index: int, count: int) -> None:
+        """Reads the manifests; every process has numbers of its own for the parts that it makes."""
+        self._manifests = read_manifests(self._folder)
+        self._first_new = max(self._manifests, default=-1) + 1
+        self._next_number, self._step = self._first_new + index, count
+
+    def add(self, mine: Sequence[ShardParts]) -> None:
         """Makes this process's parts."""
-        mine = shares_of(shards, self._process.index, self._process.count)
-        with EntryProgress([share.shard for share in mine]) as progress:
+        with entries_bar([share.shard for share in mine]) as bar:
             for share in mine:
                 add = self._add_pictures if share.shard.kind == PICTURES else self._add_shard
-                add(share, identities[_unit(share.shard)], progress)
-                progress.finish_shard()
+                add(share, bar)
 
-    def _remove_stale(
-        self, shards: Sequence[SourceShard], identities: dict[str, dict[str, Any]]
-    ) -> None:
-        """Removes what is gone or was changed: parts of shards, pictures of folders."""
-        self._manifests = read_manifests(self._folder)
-        for number, manifest in list(self._manifests.items()):
-            identity = identities.get(manifest["unit"])
-            is_folder = manifest["identity"]["kind"] == PICTURES
-            if identity is None or not (is_folder or identity == manifest["identity"]):
-                self._remove_part(number)
-        for shard in shards:
-            if shard.kind == PICTURES:
-                for number, manifest in self._parts_of(shard):
-                    self._keep_rows(number, self._unchanged(shard, manifest))
-
-    def _parts_of(self, shard: SourceShard) -> list[tuple[int, dict[str, Any]]]:
-        parts = self._manifests.items()
-        return [(number, part) for number, part in parts if part["unit"] == _unit(shard)]
-
-    def _list(self, shard: SourceShard) -> tuple[list[tuple[str, str, str | None]], dict[str, str]]:
-        """The pictures of a folder as they are listed once, and the state of each by its key."""
-        if shard.path not in self._listed:
-            listed = list(image_folder.list_pictures(shard.path))
-            states = {
-                key: _file_state(path) if reason is None else reason for path, key, reason in listed
-            }
-            self._listed[shard.path] = listed, states
-        return self._listed[shard.path]
-
-    def _unchanged(self, shard: SourceShard, manifest: dict[str, Any]) -> set[str]:
-        """Keys of a part of a folder whose pictures are as they were."""
-        _, states = self._list(shard)
-        return {key for key, state in manifest["states"] if states.get(key) == state}
-
-    def _describe(self, first_new: int) -> Update:
-        """What was done, where the parts from a number on are new."""
+    def describe(self) -> Update:
+        """Counts what was done by all processes."""
         manifests = read_manifests(self._folder)
         dropped: collections.Counter[str] = collections.Counter()
         for manifest in manifests.values():
             dropped.update(manifest["dropped"])
         rows = len(PictureIndex(self._folder)) if manifests else 0
-        new = [number for number in manifests if number >= first_new]
-        added = sum(len(Part(self._folder, number).rows) for number in new)
+        new = {number: found for number, found in manifests.items() if number >= self._first_new}
+        added = sum(len(Part(self._folder, number, found).rows) for number, found in new.items())
         return Update(added, self._removed, rows - added, dict(dropped))
 
-    def _add_shard(self, share: Share, identity: dict[str, Any], progress: EntryProgress) -> None:
+    def _parts_of(self, shard: SourceShard) -> list[dict[str, Any]]:
+        unit = _unit(shard)
+        return [manifest for manifest in self._manifests.values() if manifest["unit"] == unit]
+
+    def _add_shard(self, share: ShardParts, bar: ProgressBar) -> None:
         """Adds this process's parts of a shard that are missing."""
-        done = {
-            manifest.get("part", rank): manifest
-            for rank, (_, manifest) in enumerate(sorted(self._parts_of(share.shard)))
-        }
-        entries: Peekable | None = None
-        read = 0  # entries taken from `entries`
+        done = {manifest["part"]: manifest for manifest in self._parts_of(share.shard)}
+        reader: PartReader | None = None
         for part in itertools.count():
-            is_last = part in done and done[part]["is_last"]
-            if part % share.step == share.first and part in done:
-                progress.update(done[part]["entries"])
+            found = done.get(part)
+            if part % share.step == share.first and found is not None:
+                bar.update(found["entries"])
             elif part % share.step == share.first:
-                if entries is None:
-                    entries = Peekable(registry.read_pairs(share.shard))
-                # Entries of other parts; images are not decoded.
-                collections.deque(itertools.islice(entries, part * PART_ROWS - read), maxlen=0)
-                if part and entries.is_exhausted():
+                reader = reader or PartReader(share.shard)
+                if not reader.seek(part * PART_ROWS) and part:
                     return
-                taken = itertools.islice(entries, PART_ROWS)
-                own = {"part": part}
-                is_last = self._add_part(
-                    share.shard, identity, taken, progress, entries.is_exhausted, own
-                )
-                read = (part + 1) * PART_ROWS
-            if is_last:
+                entries = CountedEntries(reader.take(PART_ROWS), bar)
+                found = self._add_part(share.shard, part, entries, reader.is_exhausted, [])
+            if found is not None and found["is_last"]:
                 return
 
-    def _add_pictures(
-        self, share: Share, identity: dict[str, Any], progress: EntryProgress
-    ) -> None:
+    def _add_pictures(self, share: ShardParts, bar: ProgressBar) -> None:
         """Adds this process's share of the pictures of a folder that are new or changed."""
-        shard = share.shard
-        listed, states = self._list(shard)
+        shard, states = share.shard, _states(share.shard)
         known = {
-            key for _, manifest in self._parts_of(shard) for key in self._unchanged(shard, manifest)
+            key
+            for manifest in self._parts_of(shard)
+            for key, state in manifest["states"]
+            if states.get(key) == state
         }
+        listed = list(image_folder.list_pictures(shard.path))
         new = [entry for entry in listed if entry[1] not in known]
-        progress.update(len(listed) - len(new))
+        bar.update(len(listed) - len(new))
         size = max(1, min(PART_ROWS, -(-len(new) // share.step)))
         for first in range(share.first * size, len(new), share.step * size):
             chunk = new[first : first + size]
-            entries = image_folder.read_listed(shard.path, chunk)
-            of_part = [(key, states[key]) for _, key, _ in chunk]
-            self._add_part(shard, identity, entries, progress, lambda: True, {"states": of_part})
-
-    def _keep_rows(self, number: int, keys: set[str]) -> None:
-        """Marks the rows of a folder's part with other keys as removed, or removes the part."""
-        part = Part(self._folder, number)
-        removed = np.array([key not in keys for key in part.rows["key"].to_pylist()], bool)
-        if removed.all():
-            self._remove_part(number)
-        elif (removed != part.removed).any():
-            self._removed += int(removed.sum()) - int(part.removed.sum())
-            write_bytes(self._folder / f"{number:05d}.removed.npy", to_npy(removed))
-
-    def _remove_part(self, number: int) -> None:
-        part = Part(self._folder, number)
-        self._removed += len(part.rows) - int(part.removed.sum())
-        del part, self._manifests[number]
-        for suffix in ("json", "removed.npy", "arrow", "npy"):  # what makes it a part goes first
-            (self._folder / f"{number:05d}.{suffix}").unlink(missing_ok=True)
+            entries = CountedEntries(image_folder.read_listed(shard.path, chunk), bar)
+            own = [(key, states[key]) for _, key, _ in chunk]
+            self._add_part(shard, first // size, entries, lambda: True, own)
 
     def _add_part(
         self,
         shard: SourceShard,
-        identity: dict[str, Any],
-        entries: Iterable[Pair | Skipped],
-        progress: EntryProgress,
+        part: int,
+        entries: CountedEntries,
         is_last: Callable[[], bool],
-        own: Mapping[str, Any],
-    ) -> bool:
-        """Writes a part, with what is its own in the manifest; returns what `is_last` says then."""
-        count = 0
-
-        def counted() -> Iterator[Pair | Skipped]:
-            nonlocal count
-            for entry in entries:
-                count += 1
-                progress.update(1)
-                yield entry
-
+        states: Sequence[tuple[str, str]],
+    ) -> dict[str, Any]:
+        """Writes a part; returns its manifest."""
         keeps_thumbnails = self._thumbnails and shard.kind != PICTURES
-        encoded = self._encode(
-            counted(),
-            lambda pair: (
-                *(pair.key, pair.caption),
-                make_thumbnail(pair.image) if keeps_thumbnails else b"",
-            ),
-        )
-        number = self._next_number
-        self._next_number += self._process.count
+
+        def describe(pair: Pair) -> tuple[str, str, bytes]:
+            thumbnail = make_thumbnail(pair.image) if keeps_thumbnails else b""
+            return pair.key, pair.caption, thumbnail
+
+        encoded = self._encode(entries, describe)
+        number, self._next_number = self._next_number, self._next_number + self._step
         image_emb = encoded.image_emb.reshape(len(encoded.notes), self._dim)
         manifest = {
             "unit": _unit(shard),
-            "identity": identity,
-            "entries": count,
+            "identity": shard.identity(),
+            "part": part,
             "is_last": is_last(),
+            "entries": entries.count,
             "dropped": encoded.dropped,
-            "states": [],
-            **own,
+            "states": list(states),
+            "removed": [],
         }
         write_part(self._folder, number, quantize(image_emb, self._dtype), encoded.notes, manifest)
-        self._manifests[number] = manifest
-        return manifest["is_last"]
+        return manifest
 
 
 def _unit(shard: SourceShard) -> str:
     return f"{shard.kind}:{shard.path}[{shard.start}:{shard.stop}]{json.dumps(dict(shard.options))}"
 
 
-def _file_state(path: str) -> str:
-    status = files.stat(path)
-    return f"{status.st_size} {status.st_mtime_ns}"
+def _states(shard: SourceShard) -> dict[str, str]:
+    """Size and time of change of each picture of a folder by its key, or why it cannot be read."""
+    states = {}
+    for path, key, reason in image_folder.list_pictures(shard.path):
+        if reason is None:
+            status = files.stat(path)
+            reason = f"{status.st_size} {status.st_mtime_ns}"
+        states[key] = reason
+    return states

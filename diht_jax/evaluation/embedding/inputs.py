@@ -1,21 +1,26 @@
-"""The sources of pictures that are embedded or searched, and how processes divide them."""
+"""The sources of pictures that are embedded or searched, and how processes divide them.
+
+A part is a run of consecutive entries of a shard: the unit of work of `diht_jax.embed` and of an
+index, and what an interruption can cost.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from diht_jax.evaluation.embedding.entries import Entry, Unit
 from diht_jax.readers import image_folder, registry
-from diht_jax.readers.base import Skipped, SourceShard, image_files
-from diht_jax.records.schema import Pair
+from diht_jax.readers.base import SourceShard, image_files
 
 # Kind of a folder that holds pictures and nothing else; without captions, it is no source of pairs
 # for any other purpose.
 PICTURES = "pictures"
-# Of a folder, so that processes can share a small one.
+# Few enough that processes can share a small folder.
 _PICTURES_PER_UNIT = 64
 
 
@@ -36,13 +41,14 @@ def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[Sour
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
-    """What one of several processes has of a shard: every `step`-th part from number `first` on.
+class ShardParts:
+    """The parts of a shard that one of several processes makes.
 
     Attributes:
         number: of the shard in its source.
         shard: the shard.
-        first, step: 0 and 1 are all parts.
+        first: number of the first part.
+        step: distance to the next; 1 for all parts.
     """
 
     number: int
@@ -51,8 +57,8 @@ class Share:
     step: int
 
 
-def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[Share]:
-    """What a process has of a source.
+def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[ShardParts]:
+    """Divides a source between processes.
 
     Every `count`-th shard. A folder of pictures is divided by all; a file where there are fewer
     shards than processes: it has no index in general, so that each of those that divide it reads
@@ -60,7 +66,8 @@ def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[Sha
 
     Args:
         shards: of the source.
-        index, count: of this process, and how many there are.
+        index: of this process.
+        count: of processes.
     """
     shares = []
     for number, shard in enumerate(shards):
@@ -68,13 +75,13 @@ def shares_of(shards: Sequence[SourceShard], index: int, count: int) -> list[Sha
         if shard.kind == PICTURES:
             sharing = range(count)
         if index in sharing:
-            shares.append(Share(number, shard, sharing.index(index), len(sharing)))
+            shares.append(ShardParts(number, shard, sharing.index(index), len(sharing)))
     return shares
 
 
-def input_units(shards: Sequence[SourceShard]) -> list[Callable[[], Iterator[Pair | Skipped]]]:
-    """Parts of a source that can be read on their own; a folder of pictures has several."""
-    units: list[Callable[[], Iterator[Pair | Skipped]]] = []
+def input_units(shards: Sequence[SourceShard]) -> list[Unit]:
+    """Divides a source into parts that can be read on their own; several of a folder."""
+    units: list[Unit] = []
     for shard in shards:
         if shard.kind != PICTURES:
             units.append(functools.partial(registry.read_pairs, shard))
@@ -87,3 +94,40 @@ def input_units(shards: Sequence[SourceShard]) -> list[Callable[[], Iterator[Pai
             for start in range(0, len(listed), _PICTURES_PER_UNIT)
         ]
     return units
+
+
+class PartReader:
+    """Reads a shard part by part, forwards; skipped pictures of a folder stay closed."""
+
+    def __init__(self, shard: SourceShard):
+        """Opens a shard before its first entry."""
+        self._folder = shard.path if shard.kind == PICTURES else None
+        self._items: Iterator[Any] = (
+            registry.read_pairs(shard)
+            if self._folder is None
+            else image_folder.list_pictures(self._folder)
+        )
+        self._position = 0
+
+    def seek(self, position: int) -> bool:
+        """Goes forwards to an entry by its number; returns whether there is one."""
+        for _ in itertools.islice(self._items, position - self._position):
+            pass
+        self._position = max(position, self._position)
+        return not self.is_exhausted()
+
+    def is_exhausted(self) -> bool:
+        """Whether no entry is left."""
+        for item in self._items:
+            self._items = itertools.chain([item], self._items)
+            return False
+        return True
+
+    def take(self, count: int) -> Iterator[Entry]:
+        """Yields up to `count` entries from where the reader is."""
+        for item in itertools.islice(self._items, count):
+            self._position += 1
+            if self._folder is None:
+                yield item
+            else:
+                yield from image_folder.read_listed(self._folder, [item])

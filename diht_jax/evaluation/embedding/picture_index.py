@@ -2,8 +2,8 @@
 
 A part holds up to 10,000 pictures in three files: `NNNNN.npy` with the embeddings, which are read
 through a memory map, `NNNNN.arrow` with key, caption and thumbnail of each, and last `NNNNN.json`
-with what the part was made of; without it the part does not exist. Of a part of a folder whose
-pictures were removed since, `NNNNN.removed.npy` says which.
+with what the part was made of and the rows that were removed since; without it the part does not
+exist.
 
 usearch (Apache-2.0) compares a query with every embedding, in vector code and on all cores.
 """
@@ -27,14 +27,15 @@ from diht_jax.evaluation.embedding.inputs import PICTURES
 from diht_jax.input.decode import ImageError, load_rgb, open_image
 from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import local_output, write_bytes
+from diht_jax.storage.files import write_bytes
 
 DTYPES = ("float16", "int8")
 # Pixels, of the longer side.
 THUMBNAIL_SIDE = 160
-# Of each part, so many times the requested matches are compared again in float32: the comparison
-# in eight bits rounds the query, too.
+# Matches of each part that are compared again in float32, as a multiple of the requested ones: the
+# comparison in eight bits rounds the query, too.
 _CANDIDATES = 4
+_MANIFEST_KEYS = {"unit", "identity", "part", "is_last", "entries", "dropped", "states", "removed"}
 _SCHEMA = pyarrow.schema(
     [("key", pyarrow.string()), ("caption", pyarrow.string()), ("thumbnail", pyarrow.binary())]
 )
@@ -74,12 +75,21 @@ def write_part(
         notes: key, caption and thumbnail of each of the n pictures.
         manifest: what it was made of.
     """
-    path = folder / f"{number:05d}"
-    # A part whose manifest was deleted, to have it made again, may have left its marks.
-    path.with_suffix(".removed.npy").unlink(missing_ok=True)
-    write_bytes(path.with_suffix(".npy"), to_npy(stored))
-    _write_rows(path.with_suffix(".arrow"), notes)
-    write_bytes(path.with_suffix(".json"), json.dumps(manifest).encode())
+    path, buffer = folder / f"{number:05d}", io.BytesIO()
+    np.save(buffer, stored)
+    write_bytes(path.with_suffix(".npy"), buffer.getvalue())
+    columns = list(zip(*notes, strict=True)) or [(), (), ()]
+    table = pyarrow.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
+    buffer = io.BytesIO()
+    with pyarrow.ipc.new_file(buffer, _SCHEMA) as to:
+        to.write_table(table)
+    write_bytes(path.with_suffix(".arrow"), buffer.getvalue())
+    write_manifest(folder, number, manifest)
+
+
+def write_manifest(folder: pathlib.Path, number: int, manifest: dict[str, Any]) -> None:
+    """Writes what a part was made of: the last of its files."""
+    write_bytes(folder / f"{number:05d}.json", json.dumps(manifest).encode())
 
 
 class PictureIndex:
@@ -97,7 +107,7 @@ class PictureIndex:
             raise ValueError(f"--index={folder}: no index; --input=SOURCE makes one")
         self.settings = settings
         manifests = read_manifests(folder)
-        self._parts = {number: Part(folder, number) for number in sorted(manifests)}
+        self._parts = {number: Part(folder, number, found) for number, found in manifests.items()}
         self._folders = {
             number: manifest["identity"]["path"]
             for number, manifest in manifests.items()
@@ -166,20 +176,21 @@ class Part:
         removed: bool [n], the rows that are no longer in the source.
     """
 
-    def __init__(self, folder: pathlib.Path, number: int):
+    def __init__(self, folder: pathlib.Path, number: int, manifest: dict[str, Any]):
+        """Opens the files of a part with its manifest."""
         path = folder / f"{number:05d}"
         try:
             self._image_emb = np.load(path.with_suffix(".npy"), mmap_mode="r")
             with pyarrow.memory_map(str(path.with_suffix(".arrow"))) as file:
                 self.rows = pyarrow.ipc.open_file(file).read_all()
-            marks = path.with_suffix(".removed.npy")
-            self.removed = np.load(marks) if marks.exists() else np.zeros(len(self.rows), bool)
-        except (ValueError, OSError, EOFError, pyarrow.ArrowException) as error:
+            self.removed = np.zeros(len(self.rows), bool)
+            self.removed[manifest["removed"]] = True
+        except (ValueError, OSError, EOFError, IndexError, pyarrow.ArrowException) as error:
             raise ValueError(
                 f"{path}.*: damaged part of an index ({error}); delete {path.name}.json to have "
                 "it made again"
             ) from error
-        if not len(self._image_emb) == len(self.rows) == len(self.removed):
+        if len(self._image_emb) != len(self.rows):
             raise ValueError(f"{path}.*: files of different lengths; delete {path.name}.json")
 
     def search(self, queries: np.ndarray, count: int) -> Iterator[list[tuple[float, int]]]:
@@ -213,13 +224,12 @@ def quantize(embeddings: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def read_manifests(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
-    """The manifests of all parts, by number."""
+    """Reads the manifests of all parts, by number."""
     manifests = {}
     for path in sorted(folder.glob("[0-9]*.json")):
         manifest = read_object(str(path)) or {}
-        if not {"unit", "identity", "entries", "is_last", "states"} <= manifest.keys():
+        if not manifest.keys() >= _MANIFEST_KEYS:
             raise ValueError(f"{path}: no manifest of a part of an index; delete it")
-        manifest["states"] = [tuple(state) for state in manifest["states"]]
         manifests[int(path.stem)] = manifest
     return manifests
 
@@ -235,18 +245,4 @@ def make_thumbnail(data: bytes) -> bytes:
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
-
-
-def _write_rows(path: pathlib.Path, notes: Sequence[tuple[str, str, bytes]]) -> None:
-    columns = list(zip(*notes, strict=True)) or [(), (), ()]
-    table = pyarrow.table(dict(zip(_SCHEMA.names, columns, strict=True)), schema=_SCHEMA)
-    with local_output(path) as local, pyarrow.ipc.new_file(str(local), _SCHEMA) as to:
-        to.write_table(table)
-
-
-def to_npy(array: np.ndarray) -> bytes:
-    """The contents of an `.npy` file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
     return buffer.getvalue()

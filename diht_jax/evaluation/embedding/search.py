@@ -19,7 +19,7 @@ from diht_jax.evaluation.embedding.entries import Entries, Order, read_again
 from diht_jax.evaluation.embedding.inputs import input_units
 from diht_jax.evaluation.embedding.picture_index import Hit, PictureIndex
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
-from diht_jax.evaluation.sources.entry_counts import count_entries
+from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.input.decode import decode_rgb
 from diht_jax.pages.render import render, thumbnail
 from diht_jax.progress import ProgressBar
@@ -98,7 +98,7 @@ def search_pictures(
         desc="pictures",
         unit=" images",
         disable=not progress,
-        total=count_entries(shards) if progress else None,
+        total=count_shards(shards) if progress else None,
     ) as bar:
         encoded = encode_images(
             model,

@@ -94,7 +94,7 @@ def answer_entailment(
 
     Args:
         model: see `EmbeddingModel`.
-        pairs: of `annotations.read_annotations`, consumed once.
+        pairs: of `annotations.annotation_units`, consumed once.
         prompts: relation -> prompt with "{}" for the hypothesis; `ENTAILMENT_PROMPTS` by default.
         **batching: `batch_size`, `num_threads` and `progress`, as `retrieval.retrieve` has them.
 
@@ -131,7 +131,7 @@ def answer_questions(
 
     Args:
         model: see `EmbeddingModel`.
-        pairs: of `annotations.read_annotations`, consumed once. `answer` lists what people said;
+        pairs: of `annotations.annotation_units`, consumed once. `answer` lists what people said;
             a row without it (a test split) is left out.
         candidates: answers to choose from, the same for all questions.
         template: with "{question}" and "{answer}".

@@ -76,7 +76,7 @@ def evaluate_winoground(
 
     Args:
         model: see `EmbeddingModel`.
-        pairs: of `annotations.read_winoground`, consumed once.
+        pairs: of `annotations.winoground_units`, consumed once.
         template: put around each caption.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.

@@ -1,62 +1,55 @@
 """Annotation files of vision-and-language sets: many rows, several of them on one image.
 
 One pair comes out per image, whatever the number of its rows, so that each image is decoded and
-embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2) and
-jsonl (Localized Narratives; Winoground's `examples.jsonl`).
+embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2), jsonl
+(Localized Narratives; Winoground's `examples.jsonl`) and WinoGAViL's csv.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from diht_jax.evaluation.sources.pictures import (
-    ReadImage,
-    Unit,
-    join,
+    Units,
+    check_texts,
     picture_units,
+    read_json,
     read_text,
     require,
 )
-from diht_jax.readers.base import Skipped, merge_captions, parse_json_object, pick_captions
+from diht_jax.readers.base import merge_captions, parse_json_object, pick_captions
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import join
 
 IMAGE_COLUMN = "image"
 CAPTION_FIELDS = ("caption", "sentence", "question")
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:
-    """The rows of a `.json` list or a `.jsonl` file.
+    """Reads the rows of a `.json` list or a `.jsonl` file.
 
     Raises:
         ValueError: no such file, not JSON, or a row that is no object; names file and row.
     """
-    text = read_text(path)
     if path.endswith(".jsonl"):
         rows = []
         # Not `splitlines`: JSON texts may hold other characters that it takes for line breaks.
-        for number, line in enumerate(text.split("\n"), start=1):
+        for number, line in enumerate(read_text(path).split("\n"), start=1):
             if line.strip():
                 try:
                     rows.append(parse_json_object(line))
                 except ValueError as error:
                     raise ValueError(f"{path}: line {number}: {error}") from error
         return rows
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected a JSON list ({error})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    rows = read_json(path, list, "a JSON list")
+    if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a JSON list of objects")
     return rows
-
-
-def read_annotations(path: str, **options: str) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of `annotation_units`, which has the arguments."""
-    for unit in annotation_units(path, **options):
-        yield from unit()
 
 
 def annotation_units(
@@ -65,13 +58,12 @@ def annotation_units(
     image_root: str | None = None,
     image_column: str = IMAGE_COLUMN,
     image_name: str = "{}",
-) -> list[Unit]:
+) -> Units:
     """One pair per image, in the order in which the images first occur.
 
     Args:
         path: `.json` or `.jsonl`, local or in a store.
-        image_root: folder of the images, or its URL; that of the file by default. Paths that lead
-            out of it are refused.
+        image_root: folder of the images, or its URL; that of the file by default.
         image_column: field of a row that names the image.
         image_name: how the file's name follows from it, such as "{}.jpg" or, for COCO's numbers,
             "{:0>12}.jpg".
@@ -98,34 +90,17 @@ def annotation_units(
                 "or a number"
             )
         by_image.setdefault(image_name.format(value), []).append(row)
-
-    def make(item: tuple[str, list[dict[str, Any]]], read: ReadImage) -> Sequence[Pair | Skipped]:
-        name, rows = item
-        image = read(name)
-        if isinstance(image, Skipped):
-            return [image]
+    items = []
+    for name, rows in by_image.items():
         captions = pick_captions([text for row in rows for text in _captions(row)])
         metadata = merge_captions({"rows": rows}, captions)
-        return [Pair(name, image, captions[0] if captions else "", metadata)]
-
-    root = image_root or os.path.dirname(path) or "."
-    return picture_units(root, list(by_image.items()), make)
-
-
-def count_annotations(path: str, *, image_column: str = IMAGE_COLUMN, **_: str) -> int:
-    """Images that the rows name."""
-    return len({str(row.get(image_column)) for row in read_rows(path)})
-
-
-def read_winoground(path: str, **options: str) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of `winoground_units`, which has the arguments."""
-    for unit in winoground_units(path, **options):
-        yield from unit()
+        items.append((name, [Pair(name, b"", captions[0] if captions else "", metadata)]))
+    return picture_units(image_root or os.path.dirname(path) or ".", items)
 
 
 def winoground_units(
     path: str, *, image_root: str | None = None, image_name: str = "{}.png"
-) -> list[Unit]:
+) -> Units:
     """Both images of every example of Winoground (arXiv 2204.03162), one after the other.
 
     The caption is the image's own; `metadata` holds `example` (its `id`) and `side` (0 or 1).
@@ -133,35 +108,81 @@ def winoground_units(
     Args:
         path: of `examples.jsonl`, with `caption_0`, `caption_1`, `image_0` and `image_1`; local or
             in a store.
-        image_root: folder of the images, or its URL; `images` beside the file by default.
+        image_root: folder of the images, or its URL; `images` next to the file by default.
         image_name: how the file's name follows from `image_0`.
 
     Raises:
         ValueError: as `read_rows`; or a row without those fields.
     """
     require(path, "Winoground's examples.jsonl")
-    rows = read_rows(path)
-    for number, row in enumerate(rows):
-        needed = [f"{what}_{side}" for what in ("image", "caption") for side in (0, 1)]
-        missing = [name for name in needed if not isinstance(row.get(name), str)]
-        if missing:
-            raise ValueError(f"{path}: row {number}: expected texts as {', '.join(missing)}")
-
-    def make(item: tuple[int, dict[str, Any]], read: ReadImage) -> Sequence[Pair | Skipped]:
-        number, row = item
-        entries: list[Pair | Skipped] = []
+    items = []
+    for number, row in enumerate(read_rows(path)):
+        check_texts(path, number, row, ("image_0", "image_1", "caption_0", "caption_1"))
         for side in (0, 1):
-            image = read(image_name.format(row[f"image_{side}"]))
             metadata = {"example": str(row.get("id", number)), "side": side}
-            entries.append(
-                image
-                if isinstance(image, Skipped)
-                else Pair(f"{number}_{side}", image, row[f"caption_{side}"], metadata)
-            )
-        return entries
+            pair = Pair(f"{number}_{side}", b"", row[f"caption_{side}"], metadata)
+            items.append((image_name.format(row[f"image_{side}"]), [pair]))
+    return picture_units(image_root or join(os.path.dirname(path), "images"), items)
 
-    root = image_root or join(os.path.dirname(path), "images")
-    return picture_units(root, list(enumerate(rows)), make)
+
+def winogavil_units(
+    path: str, *, image_root: str | None = None, image_name: str = "{}.jpg"
+) -> Units:
+    """WinoGAViL (arXiv 2207.12576): a csv of games in which a cue goes with some of the images.
+
+    Images occur in several games; one pair comes out for each, in the order in which they occur.
+
+    Args:
+        path: of `winogavil_dataset.csv`, with the columns `candidates` and `associations` (JSON
+            lists of images) and `cue`; local or in a store.
+        image_root: folder of the images, or its URL; `winogavil_images` next to the file by
+            default.
+        image_name: how the file's name follows from that of the image.
+
+    Returns:
+        Units of pairs whose `metadata["games"]` lists the games of the image, by `game` (number of
+        the row), `cue`, `is_association` and the number of `candidates`.
+
+    Raises:
+        ValueError: no such file, or a row without those columns.
+    """
+    require(path, "WinoGAViL's winogavil_dataset.csv")
+    games: dict[str, list[dict[str, Any]]] = {}
+    for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path)))):
+        candidates, associations = (
+            _read_images(path, number, row, name) for name in ("candidates", "associations")
+        )
+        if not row.get("cue") or not 0 < len(associations) < len(candidates):
+            raise ValueError(
+                f"{path}: row {number}: expected a cue, and fewer associations than candidates"
+            )
+        for image in candidates:
+            game = {
+                "game": number,
+                "cue": row["cue"],
+                "is_association": image in associations,
+                "candidates": len(candidates),
+            }
+            games.setdefault(image, []).append(game)
+    root = image_root or join(os.path.dirname(path) or ".", "winogavil_images")
+    items = [
+        (image_name.format(name), [Pair(name, b"", "", {"games": own})])
+        for name, own in games.items()
+    ]
+    return picture_units(root, items)
+
+
+def _read_images(path: str, number: int, row: dict[str, str], column: str) -> list[str]:
+    try:
+        images = json.loads(row[column])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        images = error
+    if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
+        raise ValueError(
+            f"{path}: row {number}: expected a JSON list of images as '{column}'; it has "
+            f"{', '.join(str(name) for name in row)[:200]}"
+        )
+    return images
 
 
 def _captions(row: Mapping[str, Any]) -> list[str]:

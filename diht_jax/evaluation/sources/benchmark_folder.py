@@ -18,12 +18,12 @@ import dataclasses
 import functools
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from diht_jax.evaluation.prompts import CLASS_SLOT, check_class_names, check_templates
-from diht_jax.evaluation.sources.pictures import Unit, join, read_text
+from diht_jax.evaluation.sources.pictures import Units, read_text
 from diht_jax.readers.array_files import parse_npy
 from diht_jax.readers.base import (
     IMAGE_EXTENSIONS,
@@ -32,9 +32,9 @@ from diht_jax.readers.base import (
     merge_captions,
     pick_captions,
 )
-from diht_jax.readers.webdataset import read_groups
+from diht_jax.readers.webdataset import count_images, read_groups
 from diht_jax.records.schema import Pair
-from diht_jax.storage.files import exists, find_inputs
+from diht_jax.storage.files import exists, find_inputs, join
 from diht_jax.storage.stores import is_remote
 
 CLASSIFICATION, MULTILABEL, RETRIEVAL = "classification", "multilabel", "retrieval"
@@ -43,7 +43,7 @@ DEFAULT_SPLIT = "test"
 _NOTE_OF_TYPE = {CLASSIFICATION: "cls", MULTILABEL: "npy", RETRIEVAL: "txt"}
 _NOTE_EXTENSIONS = tuple(_NOTE_OF_TYPE.values())
 _LARGEST_NOTE_BYTES = 2**24
-# Of shards of a data set; more would take for ever to look for.
+# Shards of a data set; more would take for ever to look for.
 _MOST_SHARDS = 10**6
 
 
@@ -106,24 +106,29 @@ def open_benchmark_folder(folder: str, split: str = DEFAULT_SPLIT) -> BenchmarkF
     )
 
 
-def read_benchmark_folder(folder: BenchmarkFolder) -> Iterator[Pair | Skipped]:
-    """Yields the pairs of all shards.
+def benchmark_units(folder: BenchmarkFolder) -> Units:
+    """One unit for each shard, which yields its pairs.
 
     `metadata["label"]` is an int for a classification, and `metadata["numbers"]` lists what a
     KEY.npy beside it holds; for a multi-label set
     `metadata["labels"]` lists the numbers of its classes, and `metadata["ignored_labels"]` those of
     the classes for which it does not count. Those pairs have no caption.
 
-    Raises:
-        ValueError: a damaged archive.
+    A damaged archive is a ValueError.
     """
-    for unit in benchmark_units(folder):
-        yield from unit()
+    units = [functools.partial(_read_shard, path, folder.type) for path in folder.paths]
+    return Units(units, lambda: _count_pictures(folder.paths))
 
 
-def benchmark_units(folder: BenchmarkFolder) -> list[Unit]:
-    """One unit for each shard; `read_benchmark_folder` describes the pairs."""
-    return [functools.partial(_read_shard, path, folder.type) for path in folder.paths]
+def _count_pictures(paths: Sequence[str]) -> int | None:
+    """Estimates the pictures in tars by the headers of the first one, and the sizes of all.
+
+    None for those in a store, which would be fetched for it.
+    """
+    if is_remote(paths[0]):
+        return None
+    sizes = [os.path.getsize(path) for path in paths]
+    return round(count_images(paths[0]) * sum(sizes) / max(1, sizes[0]))
 
 
 def _read_shard(path: str, kind: str) -> Iterator[Pair | Skipped]:

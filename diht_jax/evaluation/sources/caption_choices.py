@@ -12,7 +12,6 @@ test case is {"image": ..., "caption_options": [the right one, shuffled ones]}.
 from __future__ import annotations
 
 import collections
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,15 +20,14 @@ from diht_jax.evaluation.sources.annotations import read_rows
 from diht_jax.evaluation.sources.pictures import (
     Box,
     CroppedPair,
-    ReadImage,
-    Unit,
-    join,
+    Units,
+    check_texts,
     picture_units,
-    read_text,
+    read_json,
     require,
 )
-from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import join
 
 SUGARCREPE_SUBSETS = (
     "add_att",
@@ -69,11 +67,11 @@ _UNCOUNTED = (
 )
 UNCOUNTED_RELATIONS = frozenset(_UNCOUNTED.split(";"))
 
-# Of a picture: its boxes (None: the whole), each with its questions.
+# Boxes of a picture (None: the whole), each with its questions.
 _Questions = dict[Box | None, list[dict[str, Any]]]
 
 
-def sugarcrepe_units(path: str, *, image_root: str | None = None) -> list[Unit]:
+def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
     """The pictures of SugarCrepe, each once, with the questions on it.
 
     Args:
@@ -89,12 +87,7 @@ def sugarcrepe_units(path: str, *, image_root: str | None = None) -> list[Unit]:
     return _picture_units(_read_sugarcrepe(path), image_root or join(_folder(path), "val2017"))
 
 
-def count_sugarcrepe(path: str, **_: Any) -> int:
-    """Pictures that the files name."""
-    return len(_read_sugarcrepe(path))
-
-
-def aro_units(path: str, *, image_root: str | None = None) -> list[Unit]:
+def aro_units(path: str, *, image_root: str | None = None) -> Units:
     """The pictures of a file of ARO, cut to their boxes, with the questions on each box.
 
     Args:
@@ -116,25 +109,15 @@ def aro_units(path: str, *, image_root: str | None = None) -> list[Unit]:
     )
 
 
-def count_aro(path: str, **_: Any) -> int:
-    """Boxes that the rows name."""
-    return sum(len(boxes) for boxes in _read_aro(path)[0].values())
-
-
 def _read_sugarcrepe(path: str) -> dict[str, _Questions]:
     is_file = path.endswith(".json")
     subsets = {name: join(path, f"{name}.json") for name in SUGARCREPE_SUBSETS}
     by_picture: dict[str, _Questions] = {}
     for group, file in {None: path}.items() if is_file else subsets.items():
         require(file, "one of SugarCrepe's files, such as add_att.json")
-        try:
-            rows = json.loads(read_text(file))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file}: expected a JSON object ({error})") from error
-        if not isinstance(rows, dict):
-            raise ValueError(f"{file}: expected a JSON object of numbered questions")
+        rows = read_json(file, dict, "a JSON object of numbered questions")
         for number, row in rows.items():
-            _check_texts(file, number, row, ("filename", "caption", "negative_caption"))
+            check_texts(file, number, row, ("filename", "caption", "negative_caption"))
             question = {"captions": [row["caption"], row["negative_caption"]], "group": group}
             by_picture.setdefault(row["filename"], {None: []})[None].append(question)
     return by_picture
@@ -148,7 +131,7 @@ def _read_aro(path: str) -> tuple[dict[str, _Questions], bool]:
     find_group = _groups_of(rows)
     by_picture: dict[str, _Questions] = {}
     for number, row in enumerate(rows):
-        _check_texts(path, number, row, ("image",) if is_order else _TEXTS)
+        check_texts(path, number, row, ("image",) if is_order else _TEXTS)
         if is_order:
             picture, box, captions = row["image"], None, row.get("caption_options")
             is_list = isinstance(captions, list) and len(captions) > 1
@@ -191,32 +174,20 @@ def _box_of(path: str, number: int, row: Mapping[str, Any]) -> Box:
     return left, top, left + width, top + height
 
 
-def _check_texts(path: str, number: Any, row: Any, names: Sequence[str]) -> None:
-    missing = [
-        name for name in names if not (isinstance(row, dict) and isinstance(row.get(name), str))
-    ]
-    if missing:
-        raise ValueError(f"{path}: row {number!s:.20}: expected texts as {', '.join(missing)}")
-
-
-def _picture_units(by_picture: Mapping[str, _Questions], root: str) -> list[Unit]:
-    def make(item: tuple[str, _Questions], read: ReadImage) -> Sequence[Pair | Skipped]:
-        name, boxes = item
-        image = read(name)
-        if isinstance(image, Skipped):
-            return [image]
-        entries = []
+def _picture_units(by_picture: Mapping[str, _Questions], root: str) -> Units:
+    items = []
+    for name, boxes in by_picture.items():
+        pairs = []
         for box, questions in boxes.items():
             metadata = {"picture": name, "questions": questions}
             caption = questions[0]["captions"][0]
             if box is None:
-                entries.append(Pair(name, image, caption, metadata))
+                pairs.append(Pair(name, b"", caption, metadata))
             else:
                 key = f"{name}[{','.join(str(side) for side in box)}]"
-                entries.append(CroppedPair(key, image, caption, metadata, box=box))
-        return entries
-
-    return picture_units(root, list(by_picture.items()), make)
+                pairs.append(CroppedPair(key, b"", caption, metadata, box=box))
+        items.append((name, pairs))
+    return picture_units(root, items)
 
 
 def _folder(path: str) -> str:

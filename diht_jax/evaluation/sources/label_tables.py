@@ -11,25 +11,35 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from diht_jax.evaluation.sources.pictures import (
-    ReadImage,
-    Unit,
-    join,
-    picture_units,
-    read_text,
-    require,
-)
-from diht_jax.readers.base import Skipped
+from diht_jax.evaluation.sources.pictures import Units, picture_units, read_text, require
 from diht_jax.records.schema import Pair
+from diht_jax.storage.files import join
 
 # In the devkit's order, the one of the alphabet.
 VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
-    *("train", "tvmonitor"),
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
 )
 _VOC_STATES = {"1": "labels", "0": "ignored_labels", "-1": None}
 
@@ -38,11 +48,11 @@ _OPEN_IMAGES_CLASSES = "class-descriptions-boxable.csv"
 _OPEN_IMAGES_PICTURES = "validation"
 
 
-# Of an image, the numbers of classes by the metadata field.
+# Metadata field -> numbers of classes of an image.
 _Labels = dict[str, list[int]]
 
 
-def voc_units(folder: str) -> list[Unit]:
+def voc_units(folder: str) -> Units:
     """The test images of VOC 2007, or of another year with the same files.
 
     Args:
@@ -66,7 +76,7 @@ def voc_units(folder: str) -> list[Unit]:
     return _units(join(folder, "JPEGImages"), images)
 
 
-def open_images_units(folder: str) -> list[Unit]:
+def open_images_units(folder: str) -> Units:
     """The validation images of Open Images with their verified image-level labels.
 
     Args:
@@ -119,10 +129,6 @@ def _rows(path: str, reader: Callable[[Iterable[str]], Iterable[Any]]) -> Iterat
         raise ValueError(f"{path}: cannot be read as csv ({error})") from error
 
 
-def _units(root: str, images: dict[str, _Labels]) -> list[Unit]:
-    def make(item: tuple[str, _Labels], read: ReadImage) -> Sequence[Pair | Skipped]:
-        name, labels = item
-        image = read(f"{name}.jpg")
-        return [image if isinstance(image, Skipped) else Pair(name, image, "", dict(labels))]
-
-    return picture_units(root, list(images.items()), make)
+def _units(root: str, images: dict[str, _Labels]) -> Units:
+    items = [(f"{name}.jpg", [Pair(name, b"", "", labels)]) for name, labels in images.items()]
+    return picture_units(root, items)

@@ -1,14 +1,17 @@
-"""What the readers of lists and annotations share: texts and pictures, local or in a store."""
+"""Texts and pictures of the layouts of benchmarks, local or in a store."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 
+from diht_jax.evaluation.embedding.entries import Unit
 from diht_jax.input.decode import MAX_PIXELS, ImageError, decode_rgb
 from diht_jax.readers.base import Skipped, read_image
 from diht_jax.readers.tables import map_ahead
@@ -17,12 +20,10 @@ from diht_jax.storage.files import exists, read_bytes
 from diht_jax.storage.retries import StorageError
 from diht_jax.storage.stores import is_remote
 
-# Reads a part of a source.
-Unit = Callable[[], Iterator[Pair | Skipped]]
-ReadImage = Callable[[str], bytes | Skipped]
-Item = TypeVar("Item")
 # Left, top, right and bottom, in pixels.
 Box = tuple[int, int, int, int]
+# File of a picture below some folder, and its pairs, still without the image; or why it has none.
+Item = tuple[str, "Sequence[Pair] | Skipped"]
 
 # Small enough that 5,000 pictures are shared by 64 hosts.
 _PICTURES_PER_UNIT = 64
@@ -33,10 +34,24 @@ class CroppedPair(Pair):
     """A pair on a part of a picture.
 
     Attributes:
-        box: the part; what of it lies outside of the picture is black.
+        box: the part; what of it is outside of the picture is black.
     """
 
     box: Box = dataclasses.field(kw_only=True)
+
+
+class Units(list[Unit]):
+    """The parts of a source, and about how many entries they have."""
+
+    def __init__(self, units: Iterable[Unit], count: Callable[[], int | None] = lambda: None):
+        """Joins them.
+
+        Args:
+            units: in the order of the entries.
+            count: makes the number of entries, which may be an estimate; None where it is unknown.
+        """
+        super().__init__(units)
+        self.count_entries = count
 
 
 def decode_picture(pair: Pair) -> Image.Image:
@@ -55,7 +70,7 @@ def decode_picture(pair: Pair) -> Image.Image:
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 text file, local or in a store, without a byte order mark.
+    """Reads a UTF-8 text file, local or in a store, without a byte order mark.
 
     Raises:
         ValueError: there is none, or it is no such text.
@@ -69,13 +84,26 @@ def read_text(path: str) -> str:
         raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({error})") from error
 
 
-def join(folder: str, *names: str) -> str:
-    """A path below a folder or below the URL of one."""
-    return (
-        "/".join([folder.rstrip("/"), *names])
-        if is_remote(folder)
-        else os.path.join(folder, *names)
-    )
+def read_json(path: str, kind: type, what: str) -> Any:
+    """Reads a JSON file, local or in a store.
+
+    Args:
+        path: of the file.
+        kind: of its value, `list` or `dict`.
+        what: what is expected, for the message.
+
+    Raises:
+        ValueError: no such file, or another value.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except RecursionError as error:
+        raise ValueError(f"{path}: expected {what} ({error})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected {what} ({error})") from error
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: expected {what}")
+    return value
 
 
 def require(path: str, what: str) -> None:
@@ -84,24 +112,34 @@ def require(path: str, what: str) -> None:
         raise ValueError(f"nothing at '{path}'; expected {what}")
 
 
-def picture_units(
-    root: str, items: Sequence[Item], make: Callable[[Item, ReadImage], Sequence[Pair | Skipped]]
-) -> list[Unit]:
-    """Divides items into units, and reads their pictures; several at a time from a store.
+def check_texts(path: str, number: Any, row: Any, names: Sequence[str]) -> None:
+    """Raises ValueError where a row of a file lacks one of these texts; names file and row."""
+    missing = [n for n in names if not (isinstance(row, dict) and isinstance(row.get(n), str))]
+    if missing:
+        raise ValueError(f"{path}: row {number!s:.20}: expected texts as {', '.join(missing)}")
+
+
+def picture_units(root: str, items: Sequence[Item]) -> Units:
+    """Divides pictures into units that read them; several at a time from a store.
 
     Args:
-        root: folder of the pictures, or its URL.
-        items: what `make` takes.
-        make: the entries of an item, given a function that reads a picture below `root`.
+        root: folder of the pictures, or its URL. What leads out of it is refused.
+        items: a picture that cannot be read is one `Skipped`, however many pairs it has.
     """
     root = root if is_remote(root) else os.path.realpath(root)
 
-    def make_one(item: Item) -> Sequence[Pair | Skipped]:
-        return make(item, lambda name: read_image(root, name, name))
+    def read_item(item: Item) -> Sequence[Pair | Skipped]:
+        name, pairs = item
+        image = pairs if isinstance(pairs, Skipped) else read_image(root, name, name)
+        if isinstance(image, Skipped):
+            return [image]
+        return [dataclasses.replace(pair, image=image) for pair in pairs]
 
     def read(part: Sequence[Item]) -> Iterator[Pair | Skipped]:
-        for entries in map_ahead(make_one, part) if is_remote(root) else map(make_one, part):
+        for entries in (map_ahead if is_remote(root) else map)(read_item, part):
             yield from entries
 
     starts = range(0, len(items), _PICTURES_PER_UNIT)
-    return [lambda part=items[start : start + _PICTURES_PER_UNIT]: read(part) for start in starts]
+    parts = [items[start : start + _PICTURES_PER_UNIT] for start in starts]
+    count = sum(1 if isinstance(pairs, Skipped) else len(pairs) for _, pairs in items)
+    return Units([functools.partial(read, part) for part in parts], lambda: count)

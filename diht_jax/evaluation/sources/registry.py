@@ -1,38 +1,28 @@
 """The way in to evaluation data: what `diht_jax.readers` reads, and layouts of benchmarks.
 
-Beside the texts of `diht_jax.readers`:
+In addition to the texts of `diht_jax.readers`:
 
     clip_benchmark:DIR[:SPLIT]   CLIP_benchmark's layout (`benchmark_folder`); SPLIT is "test"
     annotations:FILE             ALBEF's JSON, Localized Narratives (`annotations`)
     winoground:FILE              Winoground's examples.jsonl (`annotations`)
-    list:FILE                    a list of pictures in folders of classes (`picture_lists`)
+    winogavil:FILE               WinoGAViL's winogavil_dataset.csv (`annotations`)
+    list:FILE                    a list of pictures in folders of classes (`class_folders`)
+    objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`class_folders`)
     voc:DIR, open_images:DIR     several labels an image (`label_tables`)
-    winogavil:FILE               WinoGAViL's winogavil_dataset.csv (`winogavil`)
-    objectnet:DIR                ObjectNet's classes that are ImageNet's, too (`objectnet`)
     sugarcrepe:PATH, aro:FILE    captions of which one is right (`caption_choices`)
 
 These hold labels, questions, choices or pairs of pairs, which are nothing to train on. FILE and DIR
-may be URLs, and so may a folder of classes (`stored_classes`). Parquet files need no captions here
-(`diht_jax.readers.parquet`).
+may be URLs, and so may a folder of classes. Parquet files need no captions here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from diht_jax.evaluation.sources import (
-    annotations,
-    caption_choices,
-    entry_counts,
-    label_tables,
-    objectnet,
-    picture_lists,
-    stored_classes,
-    winogavil,
-)
+from diht_jax.evaluation.sources import annotations, caption_choices, class_folders, label_tables
 from diht_jax.evaluation.sources.benchmark_folder import (
     DEFAULT_SPLIT,
     RETRIEVAL,
@@ -40,7 +30,7 @@ from diht_jax.evaluation.sources.benchmark_folder import (
     benchmark_units,
     open_benchmark_folder,
 )
-from diht_jax.evaluation.sources.pictures import Unit
+from diht_jax.evaluation.sources.pictures import Units
 from diht_jax.readers import parquet, registry
 from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.schema import Pair
@@ -58,13 +48,11 @@ class Layout:
     Attributes:
         units: divides it; takes what is behind the colon, and the options. Raises ValueError.
         options: their names.
-        count: entries, without reading an image; None where that is unknown.
         words: what of a task comes with the data, by the field of `Task` (and its `kind`).
     """
 
-    units: Callable[..., list[Unit]]
+    units: Callable[..., Units]
     options: tuple[str, ...] = ()
-    count: Callable[..., int | None] = lambda rest, **options: None
     words: Callable[..., dict[str, Any]] = lambda rest, **options: {}
 
 
@@ -88,29 +76,19 @@ def _words_of_folder(rest: str) -> dict[str, Any]:
 
 LAYOUTS: dict[str, Layout] = {
     BENCHMARK: Layout(
-        units=lambda rest: benchmark_units(find_benchmark_folder(rest)),
-        count=lambda rest: entry_counts.count_tars(find_benchmark_folder(rest).paths),
-        words=_words_of_folder,
+        units=lambda rest: benchmark_units(find_benchmark_folder(rest)), words=_words_of_folder
     ),
     ANNOTATIONS: Layout(
-        units=annotations.annotation_units,
-        options=("image_root", "image_column", "image_name"),
-        count=annotations.count_annotations,
+        units=annotations.annotation_units, options=("image_root", "image_column", "image_name")
     ),
-    WINOGROUND: Layout(
-        units=annotations.winoground_units,
-        options=("image_root", "image_name"),
-        count=lambda rest, **options: 2 * len(annotations.read_rows(rest)),
-    ),
-    "winogavil": Layout(
-        units=winogavil.winogavil_units,
-        options=("image_root", "image_name"),
-    ),
+    WINOGROUND: Layout(units=annotations.winoground_units, options=("image_root", "image_name")),
+    "winogavil": Layout(units=annotations.winogavil_units, options=("image_root", "image_name")),
     "list": Layout(
-        units=picture_lists.list_units,
+        units=class_folders.list_units,
         options=("image_root", "splits"),
-        count=picture_lists.count,
-        words=lambda rest, **options: {"class_names": picture_lists.class_names(rest, **options)},
+        words=lambda rest, **options: {
+            "class_names": class_folders.list_class_names(rest, **options)
+        },
     ),
     "voc": Layout(
         units=label_tables.voc_units,
@@ -121,19 +99,11 @@ LAYOUTS: dict[str, Layout] = {
         words=lambda rest: {"class_names": label_tables.open_images_class_names(rest)},
     ),
     "objectnet": Layout(
-        units=objectnet.objectnet_units,
-        words=lambda rest: {"class_names": objectnet.class_names(rest)},
+        units=class_folders.objectnet_units,
+        words=lambda rest: {"class_names": class_folders.objectnet_class_names(rest)},
     ),
-    "sugarcrepe": Layout(
-        units=caption_choices.sugarcrepe_units,
-        options=("image_root",),
-        count=caption_choices.count_sugarcrepe,
-    ),
-    "aro": Layout(
-        units=caption_choices.aro_units,
-        options=("image_root",),
-        count=caption_choices.count_aro,
-    ),
+    "sugarcrepe": Layout(units=caption_choices.sugarcrepe_units, options=("image_root",)),
+    "aro": Layout(units=caption_choices.aro_units, options=("image_root",)),
 }
 OPTIONS = tuple(dict.fromkeys(name for layout in LAYOUTS.values() for name in layout.options))
 
@@ -157,7 +127,7 @@ def read_source(source: str, options: Mapping[str, Any]) -> Iterator[Pair | Skip
         yield from unit()
 
 
-def open_units(source: str, options: Mapping[str, Any]) -> list[Unit]:
+def open_units(source: str, options: Mapping[str, Any]) -> Units:
     """Divides a source into parts that can be read on their own, in the order of their entries.
 
     Args and errors: as `read_source`.
@@ -167,21 +137,39 @@ def open_units(source: str, options: Mapping[str, Any]) -> list[Unit]:
         layout = LAYOUTS[kind]
         _refuse_options(source, options, layout.options)
         return layout.units(rest, **options)
-    if (units := stored_classes.stored_class_units(source)) is not None:
+    if (units := class_folders.stored_class_units(source)) is not None:
         _refuse_options(source, options, ())
         return units
     shards = registry.list_shards(source, **{"rows_per_shard": _TABLE_ROWS_PER_UNIT, **options})
-    return [functools.partial(_read_shard, shard) for shard in shards]
+    units = [functools.partial(_read_shard, shard) for shard in shards]
+    return Units(units, lambda: count_shards(shards))
 
 
 def count_source(source: str, options: Mapping[str, Any]) -> int | None:
     """Entries of a source for a progress bar, estimated for tars; None where that takes reading."""
-    kind, _, rest = source.partition(":")
-    if kind in LAYOUTS:
-        return LAYOUTS[kind].count(rest, **options)
-    if (count := stored_classes.count_stored_classes(source)) is not None:
-        return count
-    return entry_counts.count_entries(registry.list_shards(source, **options))
+    return open_units(source, options).count_entries()
+
+
+def count_shards(shards: Sequence[SourceShard]) -> int | None:
+    """About how many entries shards have, for progress bars; None where none has a known number.
+
+    Shards of a format that can count without reading a file are counted; of others the first is,
+    and the rest are estimated from what is known, by their bytes.
+    """
+    formats = [registry.FORMATS[shard.kind] for shard in shards]
+    lengths = [
+        None if form.count_reads_file else form.count(shard)
+        for form, shard in zip(formats, shards, strict=True)
+    ]
+    if shards and not any(lengths):
+        lengths[0] = formats[0].count(shards[0])
+    sizes = [shard.identity()["size_bytes"] for shard in shards]
+    known = [(n, size) for n, size in zip(lengths, sizes, strict=True) if n is not None]
+    if not known:
+        return None
+    per_byte = sum(n for n, _ in known) / max(1, sum(size for _, size in known))
+    pairs = zip(lengths, sizes, strict=True)
+    return round(sum(size * per_byte if n is None else n for n, size in pairs))
 
 
 def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,8 +114,8 @@ def test_texts_come_back_in_order_from_calls_of_one_size():
         return np.array([[len(text), 1] for text in texts], np.float32)
 
     texts = ["x" * i for i in range(1, 12)]
-    batches = list(encode_texts(encode_text, texts, batch_size=4))
-    assert np.concatenate(batches)[:, 0].tolist() == list(range(1, 12))
+    embedded = encode_texts(encode_text, texts, batch_size=4)
+    assert embedded[:, 0].tolist() == list(range(1, 12))
     assert sizes == [4, 4, 4]
 
 

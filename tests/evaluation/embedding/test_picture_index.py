@@ -18,9 +18,13 @@ from PIL import Image
 
 from diht_jax.evaluation.embedding import index_update
 from diht_jax.evaluation.embedding.files import list_inputs
-from diht_jax.evaluation.embedding.index_update import update_index
-from diht_jax.evaluation.embedding.picture_index import Part, PictureIndex, quantize
-from diht_jax.evaluation.embedding.process_share import JobProcess
+from diht_jax.evaluation.embedding.index_update import IndexProcess, update_index
+from diht_jax.evaluation.embedding.picture_index import (
+    Part,
+    PictureIndex,
+    quantize,
+    read_manifests,
+)
 from diht_jax.evaluation.embedding.search_server import make_server
 from tests.readers.inputs import write_tar
 
@@ -163,7 +167,7 @@ def update_together(model, source, index, count):
     models = [Own(model) for _ in range(count)]
 
     def work(number):
-        process = JobProcess(number, count, functools.partial(processes.together, number))
+        process = IndexProcess(number, count, functools.partial(processes.together, number))
         try:
             results[number] = update(models[number], source, index, process=process)
         except BaseException as error:
@@ -218,7 +222,10 @@ def test_processes_share_a_large_file(tiny_model, tmp_path):
     # Parts of 6, 6 and 3 for four processes.
     assert [done.added for done in results] == [15] * 4 and decoded == [6, 6, 3, 0]
     assert update(tiny_model, source, tmp_path / "alone").added == 15
-    parts = [[Part(tmp_path / name, n) for n in range(3)] for name in ("index", "alone")]
+    parts = [
+        [Part(tmp_path / name, n, found) for n, found in read_manifests(tmp_path / name).items()]
+        for name in ("index", "alone")
+    ]
     for found, expected in zip(*parts, strict=True):
         assert found.rows.equals(expected.rows)
     # A part that is made again, in the middle of the file, by another number of processes.
@@ -245,18 +252,6 @@ def test_an_error_of_one_process_ends_all(tiny_model, tmp_path):
     settings.write_text(settings.read_text().replace("float16", "int8"))
     results, _ = update_together(tiny_model, str(damaged), tmp_path / "index", 2)
     assert all("changed: dtype" in str(error) for error in results)
-
-
-def test_a_part_that_is_made_again_has_no_old_marks(tiny_model, folder, tmp_path):
-    update(tiny_model, folder, tmp_path / "index")
-    (folder / "sub" / "19.png").unlink()
-    update(tiny_model, folder, tmp_path / "index")
-    (marks,) = (tmp_path / "index").glob("*.removed.npy")
-    write_picture(folder / "sub" / "19.png", 19)
-    (tmp_path / "index" / marks.name.replace(".removed.npy", ".json")).unlink()
-    update(tiny_model, folder, tmp_path / "index")
-    assert len(PictureIndex(tmp_path / "index")) == 20
-    check_answers(tiny_model, folder, tmp_path / "index", count=20)
 
 
 def tar_of(path, seeds):

@@ -11,9 +11,8 @@ from PIL import Image
 
 from diht_jax.evaluation.embedding import encoding
 from diht_jax.evaluation.embedding.encoding import UnusablePair, encode_images
-from diht_jax.evaluation.embedding.entries import Entries
+from diht_jax.evaluation.embedding.entries import Entries, ProcessRows
 from diht_jax.evaluation.embedding.inputs import PICTURES
-from diht_jax.evaluation.embedding.process_share import ProcessShare
 from diht_jax.evaluation.embedding.search import load_pictures, search_pictures
 from diht_jax.evaluation.fewshot import grid
 from diht_jax.evaluation.sources import pictures
@@ -130,15 +129,8 @@ def _encode(source, model, limit=None, batch_size=128):
 
 
 def _together(monkeypatch, count, make_source, describe=_describe, **options):
-    processes = _Processes(count)
-    model, source = _Model(processes), make_source(processes)
-    monkeypatch.setattr(
-        encoding.ProcessShare,
-        "of",
-        lambda model, batch_size: ProcessShare.create(
-            processes.own.index, batch_size, model.find_rows, processes.gather
-        ),
-    )
+    processes, model, _ = _simulate(monkeypatch, count)
+    source = make_source(processes)
     monkeypatch.setitem(globals(), "_describe", describe)
     return processes.run(lambda: _encode(source, model, **options)), source
 
@@ -148,9 +140,9 @@ def _simulate(monkeypatch, count):
     processes, reads = _Processes(count), collections.Counter()
     model = _Model(processes)
     monkeypatch.setattr(
-        encoding.ProcessShare,
+        encoding.ProcessRows,
         "of",
-        lambda model, batch_size: ProcessShare.create(
+        lambda model, batch_size: ProcessRows.create(
             processes.own.index, batch_size, model.find_rows, processes.gather
         ),
     )
@@ -251,15 +243,8 @@ def test_limits_and_entries_that_cannot_be_divided(monkeypatch):
         def whole(self):
             return (entry for unit in self.units for entry in unit())
 
-    processes = _Processes(3)
-    model, source = _Model(processes), Undivided(20, processes)
-    monkeypatch.setattr(
-        encoding.ProcessShare,
-        "of",
-        lambda model, batch_size: ProcessShare.create(
-            processes.own.index, batch_size, model.find_rows, processes.gather
-        ),
-    )
+    processes, model, _ = _simulate(monkeypatch, 3)
+    source = Undivided(20, processes)
     found = processes.run(lambda: encode_images(model, source.whole, _describe, batch_size=8))
     monkeypatch.undo()
     expected = encode_images(_Model(), Undivided(20).whole, _describe, batch_size=8)

@@ -12,7 +12,8 @@ from diht_jax.evaluation.protocols.answers import (
 )
 from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
 from diht_jax.evaluation.protocols.winoground import evaluate_winoground
-from diht_jax.evaluation.sources.annotations import read_annotations, read_rows, read_winoground
+from diht_jax.evaluation.sources.annotations import read_rows
+from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.suite import SUITE
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
@@ -26,6 +27,14 @@ def folder(tmp_path, photos):
     for number, photo in enumerate(photos):
         (tmp_path / "images" / f"{number}.png").write_bytes(photo)
     return tmp_path
+
+
+def read_annotations(path, **options):
+    return read_source(f"annotations:{path}", options)
+
+
+def read_winoground(path):
+    return read_source(f"winoground:{path}", {})
 
 
 class _Oracle:

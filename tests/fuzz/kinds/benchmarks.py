@@ -231,10 +231,10 @@ def check_winoground(draw: Draw, folder: pathlib.Path) -> str:
 def check_state_of_an_embedding_run(draw: Draw, folder: pathlib.Path) -> str:
     """`embeddings.json` and the parts' statistics, with which an embedding run goes on."""
     settings = {"model_sha256": "0" * 64, "format": "npz", "shard_size": 9, "source": []}
-    files.claim(folder, settings)
-    files.claim(folder, settings)  # the same again is fine
+    files.check_settings(folder, settings)
+    files.check_settings(folder, settings)  # the same again is fine
     damage.damage_folder(draw, folder)
-    result = attempt(lambda: files.claim(folder, settings), folder)
+    result = attempt(lambda: files.check_settings(folder, settings), folder)
     same = isinstance(result, Refused) or json.loads((folder / files.SETTINGS_FILE).read_bytes())
     require(same is True or same == settings, "other settings were taken for the same")
     part = folder / "embeddings-00000-00000.json"

@@ -1,0 +1,204 @@
+"""Pictures in folders of classes: published lists of them, ObjectNet, and folders in a store.
+
+`list:FILE`: Birdsnap's `test_images.txt` (a line "path", then "Acadian_Flycatcher/299764.jpg") and
+UCF-101's `testlist01.txt` ("ApplyEyeMakeup/v_ApplyEyeMakeup_g01_c01.avi") are such. A clip stands
+for a picture of the same name, which is to be made of its middle frame.
+
+`objectnet:DIR`: of ObjectNet's 313 classes 113 are classes of ImageNet, by its own
+`mappings/objectnet_to_imagenet_1k.json`; the pictures of the others are not read. Class names are
+ObjectNet's in lower case, as CLIP_benchmark has them. The red border of two pixels around each
+picture stays.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+from typing import Any
+
+from diht_jax.evaluation.sources.pictures import (
+    Item,
+    Units,
+    picture_units,
+    read_json,
+    read_text,
+    require,
+)
+from diht_jax.readers import registry
+from diht_jax.readers.base import (
+    FOLDER_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    UNSUPPORTED_EXTENSIONS,
+    Skipped,
+    clean_text,
+)
+from diht_jax.records.schema import Pair
+from diht_jax.storage.files import find_inputs, is_glob, join
+from diht_jax.storage.stores import is_remote, open_system
+
+_CLIP_SUFFIX = ".avi"
+_LIST_HEADER = "path"
+
+
+def list_units(path: str, *, image_root: str | None = None, splits: str | None = None) -> Units:
+    """The pictures of one list, or of several, each picture once.
+
+    Args:
+        path: of the list; with `splits` its name holds a field for the number, such as
+            "testlist{:02}.txt".
+        image_root: folder of the pictures; that of the list by default.
+        splits: numbers of test splits with commas between them.
+
+    Returns:
+        Units of pairs with `class_name`, and `splits` where there are some, in their metadata.
+
+    Raises:
+        ValueError: no such list, a line without a folder, or splits that are no numbers.
+    """
+    items: list[Item] = []
+    for name, members in _read_lists(path, splits).items():
+        stem, suffix = posixpath.splitext(name)
+        class_name = name.split("/", 1)[0]
+        metadata: dict[str, Any] = {"class_name": class_name}
+        if splits is not None:
+            metadata["splits"] = members
+        file = f"{stem}.{IMAGE_EXTENSIONS[0]}" if suffix.lower() == _CLIP_SUFFIX else name
+        items.append((file, [Pair(name, b"", class_name.replace("_", " "), metadata)]))
+    return picture_units(image_root or posixpath.dirname(path) or ".", items)
+
+
+def list_class_names(
+    path: str, *, image_root: str | None = None, splits: str | None = None
+) -> tuple[str, ...]:
+    """The folders in order, "_" as a space; those whose pictures are missing, too."""
+    folders = sorted({name.split("/", 1)[0] for name in _read_lists(path, splits)})
+    return tuple(folder.replace("_", " ") for folder in folders)
+
+
+def _read_lists(path: str, splits: str | None) -> dict[str, list[int]]:
+    """Picture -> the numbers of the lists that have it; in the order of the lists."""
+    if splits is None:
+        return dict.fromkeys(_read_list(path), [])
+    if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?)*", splits):
+        raise ValueError(f"splits={splits}: expected numbers, such as 1 or 1,2,3")
+    numbers = sorted({int(number) for number in splits.split(",")})
+    try:
+        paths = [path.format(number) for number in numbers]
+    except (AttributeError, IndexError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected one field such as '{{:02}}' ({error!r})") from error
+    if len(set(paths)) < len(numbers):
+        raise ValueError(
+            f"{path}: {len(numbers)} splits in one list; expected a field for the number in its "
+            "name, such as 'testlist{:02}.txt'"
+        )
+    members: dict[str, list[int]] = {}
+    for number, one in zip(numbers, paths, strict=True):
+        for name in _read_list(one):
+            members.setdefault(name, []).append(number)
+    return members
+
+
+def _read_list(path: str) -> list[str]:
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    # A training list of UCF-101 has the number of the class behind each clip.
+    names = [re.sub(r"\s+\d+$", "", line) for line in lines if line and line != _LIST_HEADER]
+    bad = next((name for name in names if "/" not in name.strip("/")), None)
+    if bad is not None or not names:
+        raise ValueError(
+            f"{path}: expected one picture a line, such as 'Archery/v_Archery_g01_c01.avi', "
+            + ("the list is empty" if bad is None else f"got '{bad[:99]}'")
+        )
+    return list(dict.fromkeys(names))
+
+
+def objectnet_units(folder: str) -> Units:
+    """The pictures of the classes that ObjectNet shares with ImageNet.
+
+    Args:
+        folder: such as objectnet-1.0, with `mappings` and `images`.
+
+    Raises:
+        ValueError: a mapping, or the folder of a class, is missing.
+    """
+    images = join(folder, "images")
+    items: list[Item] = []
+    for label, (name, _) in enumerate(_shared_classes(folder)):
+        for picture in _list_folder(join(images, name)):
+            file = f"{name}/{picture}"
+            items.append((file, [Pair(file, b"", "", {"label": label})]))
+    return picture_units(images, items)
+
+
+def objectnet_class_names(folder: str) -> tuple[str, ...]:
+    """The names of the shared classes, in the order of their folders."""
+    return tuple(label.lower() for _, label in _shared_classes(folder))
+
+
+def _shared_classes(folder: str) -> list[tuple[str, str]]:
+    """(folder, ObjectNet's name) of each class that is one of ImageNet, too."""
+    names = _read_mapping(join(folder, "mappings", "folder_to_objectnet_label.json"))
+    shared = _read_mapping(join(folder, "mappings", "objectnet_to_imagenet_1k.json"))
+    unknown = sorted(set(shared) - set(names.values()))
+    if unknown or not shared:
+        raise ValueError(f"{folder}: its two mappings have different classes: {unknown[:5]}")
+    return sorted((name, label) for name, label in names.items() if label in shared)
+
+
+def _read_mapping(path: str) -> dict[str, str]:
+    require(path, "ObjectNet's mapping of classes, as in objectnet-1.0.zip")
+    mapping = read_json(path, dict, "a JSON object of texts")
+    if not all(isinstance(value, str) for value in mapping.values()):
+        raise ValueError(f"{path}: expected a JSON object of texts")
+    return mapping
+
+
+def _list_folder(folder: str) -> list[str]:
+    require(folder, "the pictures of a class of ObjectNet")
+    if is_remote(folder):
+        return sorted(posixpath.basename(url) for url in find_inputs(folder))
+    return sorted(name for name in os.listdir(folder) if not name.startswith("."))
+
+
+def stored_class_units(url: str) -> Units | None:
+    """The pictures of a folder of classes in a store: the entries of `readers.image_folder`.
+
+    The sorted sub-folders are the classes, numbered from 0; the order of the pictures is that of a
+    local folder.
+
+    Returns:
+        None where the URL does not name such a folder: a reader knows it or a file in it, or no
+        sub-folder has a picture.
+    """
+    root = url.rstrip("/")
+    if (
+        not is_remote(url)
+        or _is_read_otherwise(url)
+        or any(map(_is_read_otherwise, find_inputs(root)))
+    ):
+        return None
+    system, path = open_system(root)
+    start = len(system.unstrip_protocol(path).rstrip("/")) + 1
+    files = [tuple(found[start:].split("/")) for found in find_inputs(join(root, "*", "**"))]
+    files = [parts for parts in files if not any(part.startswith(".") for part in parts)]
+    label_of = {name: label for label, name in enumerate(sorted({parts[0] for parts in files}))}
+    items: list[Item] = []
+    for parts in sorted(files):
+        extension = parts[-1].rpartition(".")[2].lower()
+        if extension not in (*FOLDER_EXTENSIONS, *UNSUPPORTED_EXTENSIONS):
+            continue
+        class_name = clean_text(parts[0])
+        key = clean_text("/".join([class_name, *parts[1:]]))
+        caption = " ".join(class_name.replace("_", " ").split()) or class_name
+        metadata = {"label": label_of[parts[0]], "class_name": class_name}
+        entry: list[Pair] | Skipped = [Pair(key, b"", caption, metadata)]
+        if extension not in FOLDER_EXTENSIONS:
+            detail = f"expected one of {', '.join(FOLDER_EXTENSIONS)}"
+            entry = Skipped(key, "unsupported_format", detail)
+        items.append(("/".join(parts), entry))
+    return picture_units(root, items) if items else None
+
+
+def _is_read_otherwise(url: str) -> bool:
+    is_known = any(form.is_file(url) for form in registry.FORMATS.values())
+    return is_known or is_glob(open_system(url)[1])
