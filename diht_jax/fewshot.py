@@ -153,7 +153,7 @@ def task_text(task: str | None, source: str) -> str:
     Raises:
         ValueError: the task names a source as well.
     """
-    from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
+    from diht_jax.evaluation.benchmarks import TASKS_BY_NAME
     from diht_jax.evaluation.protocols.registry import PROTOCOLS
     from diht_jax.evaluation.suite import CLASSIFICATION
 

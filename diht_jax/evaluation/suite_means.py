@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diht_jax.evaluation.benchmark_names import DATACOMP, datacomp_metrics
+from diht_jax.evaluation.benchmarks import DATACOMP, main_metrics
 from diht_jax.evaluation.prompts import CAPTION_SLOT
 from diht_jax.evaluation.suite import CLASSIFICATION, SUITE
 
@@ -69,7 +69,7 @@ def suite_numbers() -> dict[str, list[Number]]:
 
 def datacomp_numbers() -> dict[str, list[Number]]:
     """DataComp's, by the name of their mean."""
-    numbers = {name: Number(ours, datacomp_metrics(ours), True) for name, ours in DATACOMP.items()}
+    numbers = {name: Number(ours, main_metrics(ours), True) for name, ours in DATACOMP.items()}
     groups = {
         f"DataComp: mean of {len(names)} {group}": [numbers[name] for name in names]
         for group, names in _DATACOMP_GROUPS.items()

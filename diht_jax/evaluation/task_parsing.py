@@ -15,8 +15,7 @@ from typing import Any
 
 from absl import logging
 
-from diht_jax.evaluation import datacomp
-from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
+from diht_jax.evaluation.benchmarks import TASKS_BY_NAME, expand_datacomp
 from diht_jax.evaluation.protocols.base import Option, Protocol, Task, parse_text
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.sources import registry
@@ -69,7 +68,7 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             built-in task without a source, default class names for several classifications.
     """
     texts = _join_numbers([texts] if isinstance(texts, str) else texts)
-    texts = [one for text in texts if text.strip() for one in datacomp.expand(text.strip())]
+    texts = [one for text in texts if text.strip() for one in expand_datacomp(text.strip())]
     tasks = [_make_task(_read_text(text), defaults) for text in texts]
     classifications = [task.name for task in tasks if task.kind == CLASSIFICATION]
     if "class_names" in defaults and len(classifications) > 1:
@@ -343,14 +342,12 @@ def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -
     What the user gives is not made: it may come with a package that is absent.
     """
     fields: dict[str, Any] = dict(entry.options)
-    make_class_names = entry.class_names
-    if make_class_names is None and source.startswith(tfds.PREFIX):
-        make_class_names = entry.tfds_class_names
-    if make_class_names is not None and "class_names" not in given:
-        fields["class_names"] = make_class_names()
-    if entry.templates is not None and "templates" not in given:
-        fields["templates"] = entry.templates()
-    return fields
+    if "class_names" not in given:
+        fields["class_names"] = entry.load_class_names(source.startswith(tfds.PREFIX))
+    if "templates" not in given:
+        fields["templates"] = entry.load_templates()
+    made = ("class_names", "templates")
+    return {name: x for name, x in fields.items() if x is not None or name not in made}
 
 
 def _complete_source(protocol: Protocol, source: str, options: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from diht_jax.evaluation.benchmark_tasks import TASKS_BY_NAME
+from diht_jax.evaluation.benchmarks import TASKS_BY_NAME
 from diht_jax.evaluation.bootstrap import (
     describe_bootstrap,
     describe_samples,

@@ -10,12 +10,14 @@ import tarfile
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.benchmark_names import (
+from diht_jax.evaluation.benchmarks import (
+    BENCHMARK_TASKS,
     DATACOMP,
-    clip_benchmark_rows,
-    datacomp_rows,
+    TASKS_BY_NAME,
+    datacomp_folder,
+    datacomp_source,
+    main_metrics,
 )
-from diht_jax.evaluation.benchmark_tasks import BENCHMARK_TASKS, TASKS_BY_NAME
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.protocols.winogavil import cue_prompt, jaccard_index
 from diht_jax.evaluation.results import format_results
@@ -87,14 +89,25 @@ def test_splits_have_the_sizes_of_datacomp():
     assert not wrong
 
 
-def test_the_38_names_of_datacomp():
+@pytest.fixture(scope="module")
+def tables():
+    """Rows of docs/evaluation_sets.md by the other benchmark's name: DataComp's, and theirs."""
+    row = r"(?m)^\| `([^`]+)` \| `([^`]+)` \| ([\w ]+) \| ([\w, ]*) \| `([^`]+)` \|$"
+    found = re.findall(row, _PAGE.read_text())
+    assert len(found) > 38 + 65
+    return {name: rest for name, *rest in found[:38]}, {name: rest for name, *rest in found[38:]}
+
+
+def test_the_38_names_of_datacomp(tables):
     expected = {name: m.split() for m, names in _MAIN_METRICS.items() for name in names.split()}
-    rows = {row.theirs: row for row in datacomp_rows()}
-    assert {name: list(row.metrics) for name, row in rows.items()} == expected
-    assert len(rows) == 38 and len({row.ours for row in rows.values()}) == 38
-    assert all(set(row.metrics) <= set(PROTOCOLS[row.kind].metrics) for row in rows.values())
-    assert rows["fairness/geode"].source == "clip_benchmark:wds_geode_test"
-    assert rows["wilds/fmow"].source == "clip_benchmark:wds_wilds-fmow_test"
+    assert list(tables[0]) == list(DATACOMP) and len(set(DATACOMP.values())) == 38
+    for theirs, (ours, kind, metrics, source) in tables[0].items():
+        assert ours == DATACOMP[theirs] and kind == TASKS_BY_NAME[ours].kind
+        assert metrics.split(", ") == list(main_metrics(ours)) == expected[theirs]
+        assert set(main_metrics(ours)) <= set(PROTOCOLS[kind].metrics)
+        assert source == datacomp_source(theirs, datacomp_folder(theirs))
+    assert tables[0]["fairness/geode"][-1] == "clip_benchmark:wds_geode_test"
+    assert tables[0]["wilds/fmow"][-1] == "clip_benchmark:wds_wilds-fmow_test"
 
 
 def _names_in_clip_benchmark():
@@ -111,29 +124,18 @@ def _names_in_clip_benchmark():
     return names | {name for listed in collections.values() for name in listed}
 
 
-def test_every_name_of_clip_benchmark():
-    rows = {row.theirs: row for row in clip_benchmark_rows()}
+def test_every_name_of_clip_benchmark(tables):
     names = _names_in_clip_benchmark()
-    assert len(names) > 65 and not names - set(rows), names - set(rows)
-    for theirs, row in rows.items():
-        assert row.ours == "NAME" or set(row.metrics) <= set(TASKS_BY_NAME[row.ours].metrics), row
+    assert len(names) > 65 and not names - set(tables[1]), names - set(tables[1])
+    for theirs, (ours, kind, metrics, source) in tables[1].items():
+        if ours == "NAME":  # the folder decides everything
+            assert source == f"clip_benchmark:wds_{theirs.replace('/', '-')}"
+            continue
+        assert kind == TASKS_BY_NAME[ours].kind and metrics == ", ".join(main_metrics(ours))
         # The same data set has the same name here, whichever benchmark names it.
-        if theirs in DATACOMP:
-            assert DATACOMP[theirs] == row.ours, theirs
-        assert rows.get(theirs.removeprefix("vtab/"), row).ours == row.ours, theirs
-    assert rows["voc2007_multilabel"].source.endswith("?interpolation=all")
-
-
-def test_the_table_of_the_page_has_all_of_them():
-    page = _PAGE.read_text()
-    found = re.findall(
-        r"(?m)^\| `([^`]+)` \| `([^`]+)` \| ([\w ]+) \| ([\w, ]*) \| `([^`]+)` \|$", page
-    )
-    expected = [
-        (row.theirs, row.ours, row.kind, ", ".join(row.metrics), row.source)
-        for row in (*datacomp_rows(), *clip_benchmark_rows())
-    ]
-    assert found == expected
+        assert DATACOMP.get(theirs, ours) == ours, theirs
+        assert tables[1].get(theirs.removeprefix("vtab/"), [ours])[0] == ours, theirs
+    assert tables[1]["voc2007_multilabel"][-1].endswith("?interpolation=all")
 
 
 @pytest.mark.parametrize("name", [n for n in BENCHMARK_TASKS if n != "winogavil"])
