@@ -13,7 +13,6 @@ Each image is embedded once, and each question with its answers once for all its
 from __future__ import annotations
 
 import collections
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ import numpy as np
 
 from diht_jax.evaluation.embedding.encoding import (
     EmbeddingModel,
-    EncodedImages,
     UnusablePair,
     encode_images,
     encode_texts,
@@ -50,58 +48,11 @@ ENTAILMENT_PROMPTS = {
 ANSWER_TEMPLATE = "question: {question} answer: {answer}"
 
 
-@dataclasses.dataclass(frozen=True)
-class AnswersResult:
-    """What was answered; q questions.
-
-    Attributes:
-        encoded: the images.
-        image_of_question: int [q].
-        answers: q texts.
-        credits: float [q], between 0 and 1.
-        num_texts: how many prompts were encoded.
-    """
-
-    encoded: EncodedImages
-    image_of_question: np.ndarray
-    answers: list[str]
-    credits: np.ndarray
-    num_texts: int
-
-    @property
-    def num_items(self) -> int:
-        """Independent items: the images."""
-        return len(self.encoded.positions)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """A fraction: `accuracy`."""
-        return {"accuracy": float(self.credits.mean())}
-
-    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if image i and its questions had been there `counts[i]` times."""
-        weights = counts[self.image_of_question]
-        return {"accuracy": float((weights * self.credits).sum() / weights.sum())}
-
-
-def answer_entailment(
-    model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
-    prompts: dict[str, str] | None = None,
-    **batching: Any,
-) -> AnswersResult:
-    """Decides between the relations for every row with `sentence` and `label`.
-
-    Args:
-        model: see `EmbeddingModel`.
-        pairs: of `annotations.annotation_units`, consumed once.
-        prompts: relation -> prompt with "{}" for the hypothesis; `ENTAILMENT_PROMPTS` by default.
-        **batching: `batch_size`, `num_threads` and `progress`, as `retrieval.retrieve` has them.
-
-    Raises:
-        ValueError: a row lacks a field or has another label; no usable row.
-    """
-    prompts = prompts or ENTAILMENT_PROMPTS
+def run_entailment(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    """Decides between the relations for every row with `sentence` and `label`."""
+    prompts = dict(zip(ENTAILMENT_PROMPTS, task.templates, strict=True))
 
     def check(row: dict[str, Any]) -> bool:
         if row["label"] not in prompts:
@@ -110,76 +61,62 @@ def answer_entailment(
 
     return _answer(
         model,
-        pairs,
+        entries,
         ("sentence", "label"),
         check,
         list(prompts),
         lambda sentence, relation: prompts[relation].replace("{}", sentence),
         lambda row, answer: float(row["label"] == answer),
+        {"prompts": prompts, "decision": "the prompt most similar to the image"},
         **batching,
     )
 
 
-def answer_questions(
-    model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
-    candidates: Sequence[str],
-    template: str = ANSWER_TEMPLATE,
-    **batching: Any,
-) -> AnswersResult:
-    """Chooses among candidate answers for every row with `question` and `answer`.
+def run_vqa(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    """Chooses among candidate answers, the task's class names, for every row with `question`.
 
-    Args:
-        model: see `EmbeddingModel`.
-        pairs: of `annotations.annotation_units`, consumed once. `answer` lists what people said;
-            a row without it (a test split) is left out.
-        candidates: answers to choose from, the same for all questions.
-        template: with "{question}" and "{answer}".
-        **batching: `batch_size`, `num_threads` and `progress`, as `retrieval.retrieve` has them.
-
-    Raises:
-        ValueError: a bad template, no candidate, no usable row.
+    `answer` of a row lists what people said; a row without it (a test split) is left out.
     """
-    if not candidates:
-        raise ValueError("expected candidate answers (class_names=FILE), got none")
-    check_answer_template(template)
+    template = task.options.get("answer_template", ANSWER_TEMPLATE)
+    protocol = {
+        "answer_template": template,
+        "candidates": len(task.class_names),
+        "decision": "the answer whose prompt is most similar to the image",
+        "accuracy": "VQA v2's, answers normalised as in its official evaluation code",
+    }
     return _answer(
         model,
-        pairs,
+        entries,
         ("question",),
         lambda row: bool(row.get("answer")),
-        list(candidates),
+        list(task.class_names),
         lambda question, answer: template.replace("{question}", question).replace(
             "{answer}", answer
         ),
         lambda row, answer: vqa_credit(answer, row["answer"]),
+        protocol,
         **batching,
     )
 
 
-def check_answer_template(template: str) -> str:
-    """The template; raises ValueError where it lacks "{question}" or "{answer}"."""
-    if template.count("{question}") != 1 or template.count("{answer}") != 1:
-        raise ValueError(
-            f"answer template {template!r}: expected '{{question}}' and '{{answer}}' once each, "
-            f"such as '{ANSWER_TEMPLATE}'"
-        )
-    return template
-
-
 def _answer(
     model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
+    entries: Iterable[Pair | Skipped],
     needed: tuple[str, ...],
     is_usable: Callable[[dict[str, Any]], bool],
     choices: list[str],
     fill: Callable[[str, str], str],
     credit: Callable[[dict[str, Any], str], float],
+    protocol: dict[str, Any],
     *,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
-) -> AnswersResult:
+    batch_size: int,
+    num_threads: int | None,
+    progress: bool,
+) -> Measured:
+    """Answers the rows of `annotations.annotation_units`; items are the images."""
+
     def describe(pair: Pair) -> list[dict[str, Any]]:
         rows = pair.metadata.get("rows")
         if rows is None:
@@ -193,73 +130,74 @@ def _answer(
             raise UnusablePair("no_answer")
         return usable
 
-    encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
+    encoded = encode_images(
+        model, entries, describe, batch_size=batch_size, num_threads=num_threads
+    )
     rows = [(image, row) for image, note in enumerate(encoded.notes) for row in note]
+    texts = [row[needed[0]] for _, row in rows]
+    images = np.array([image for image, _ in rows], np.int32)
+    answers = _choose(model, encoded.image_emb[images], texts, choices, fill, batch_size, progress)
+    credits = np.array(
+        [credit(row, answer) for (_, row), answer in zip(rows, answers, strict=True)]
+    )
+
+    def measure(counts: np.ndarray) -> dict[str, float]:
+        weights = counts[images]
+        return {"accuracy": float((weights * credits).sum() / weights.sum())}
+
+    return Measured(
+        encoded=encoded,
+        num_items=len(encoded.positions),
+        measure=measure,
+        protocol=protocol,
+        counts={
+            "images": len(encoded.positions),
+            "questions": len(answers),
+            "texts": len(set(texts)) * len(choices),
+        },
+        result=answers,
+    )
+
+
+def _choose(
+    model: EmbeddingModel,
+    image_emb: np.ndarray,
+    texts: Sequence[str],
+    choices: Sequence[str],
+    fill: Callable[[str, str], str],
+    batch_size: int,
+    progress: bool,
+) -> list[str]:
+    """The choice whose filled prompt is most similar to the image, for each image and its text."""
     by_text: dict[str, list[int]] = collections.defaultdict(list)
-    for number, (_, row) in enumerate(rows):
-        by_text[row[needed[0]]].append(number)
-    answers: list[str] = [""] * len(rows)
-    texts = list(by_text)
+    for number, text in enumerate(texts):
+        by_text[text].append(number)
+    distinct = list(by_text)
     at_once = max(1, batch_size // len(choices))
-    starts = range(0, len(texts), at_once)
+    starts = range(0, len(distinct), at_once)
     hidden = not progress or len(starts) < 2
+    answers = [""] * len(texts)
     for start in ProgressBar(starts, "questions", unit=" batches", disable=hidden):
-        part = texts[start : start + at_once]
+        part = distinct[start : start + at_once]
         prompts = [fill(text, choice) for text in part for choice in choices]
         prompts += [""] * (at_once * len(choices) - len(prompts))  # one shape: compiled once
         text_emb = encode_texts(model.encode_text, prompts, batch_size=batch_size)
         for index, text in enumerate(part):
             own = text_emb[index * len(choices) : (index + 1) * len(choices)]
-            images = [rows[number][0] for number in by_text[text]]
-            best = (encoded.image_emb[images] @ own.T).argmax(axis=1)
+            best = (image_emb[by_text[text]] @ own.T).argmax(axis=1)
             for number, choice in zip(by_text[text], best, strict=True):
                 answers[number] = choices[choice]
-    return AnswersResult(
-        encoded=encoded,
-        image_of_question=np.array([image for image, _ in rows], np.int32),
-        answers=answers,
-        credits=np.array(
-            [credit(row, answer) for (_, row), answer in zip(rows, answers, strict=True)]
-        ),
-        num_texts=len(texts) * len(choices),
-    )
+    return answers
 
 
-def _measured(result: AnswersResult, protocol: dict[str, Any]) -> Measured:
-    return Measured(
-        encoded=result.encoded,
-        num_items=result.num_items,
-        measure=result.resampled_metrics,
-        protocol=protocol,
-        counts={
-            "images": result.num_items,
-            "questions": len(result.answers),
-            "texts": result.num_texts,
-        },
-    )
-
-
-def _run_entailment(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
-) -> Measured:
-    prompts = dict(zip(ENTAILMENT_PROMPTS, task.templates, strict=True))
-    result = answer_entailment(model, entries, prompts, **batching)
-    decision = "the prompt most similar to the image"
-    return _measured(result, {"prompts": prompts, "decision": decision})
-
-
-def _run_vqa(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
-) -> Measured:
-    template = task.options.get("answer_template", ANSWER_TEMPLATE)
-    result = answer_questions(model, entries, task.class_names, template, **batching)
-    protocol = {
-        "answer_template": template,
-        "candidates": len(task.class_names),
-        "decision": "the answer whose prompt is most similar to the image",
-        "accuracy": "VQA v2's, answers normalised as in its official evaluation code",
-    }
-    return _measured(result, protocol)
+def check_answer_template(template: str) -> str:
+    """The template; raises ValueError where it lacks "{question}" or "{answer}"."""
+    if template.count("{question}") != 1 or template.count("{answer}") != 1:
+        raise ValueError(
+            f"answer template {template!r}: expected '{{question}}' and '{{answer}}' once each, "
+            f"such as '{ANSWER_TEMPLATE}'"
+        )
+    return template
 
 
 def _check_three_prompts(task: Task) -> None:
@@ -272,14 +210,14 @@ def _check_three_prompts(task: Task) -> None:
 
 _METRICS = {"accuracy": Metric("share", "accuracy")}
 ENTAILMENT = Protocol(
-    run=_run_entailment,
+    run=run_entailment,
     metrics=_METRICS,
     options={"templates": TEMPLATES},
     defaults={"templates": tuple(ENTAILMENT_PROMPTS.values())},
     check=_check_three_prompts,
 )
 VQA = Protocol(
-    run=_run_vqa,
+    run=run_vqa,
     metrics=_METRICS,
     options={
         "class_names": CLASS_NAMES,

@@ -8,19 +8,13 @@ that is no association comes before one that is exactly as similar.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from diht_jax.evaluation.embedding.encoding import (
-    EmbeddingModel,
-    EncodedImages,
-    encode_images,
-    encode_texts,
-)
+from diht_jax.evaluation.embedding.encoding import EmbeddingModel, encode_images, encode_texts
 from diht_jax.evaluation.protocols.base import Measured, Metric, Protocol, Task
 from diht_jax.readers.base import Skipped
 from diht_jax.records.schema import Pair
@@ -28,69 +22,21 @@ from diht_jax.records.schema import Pair
 _FEW, _MANY = 6, 10  # candidates of the smaller games at most, of the larger ones at least
 
 
-@dataclasses.dataclass(frozen=True)
-class WinogavilResult:
-    """What was found; g games of which all images can be used.
+def run(
+    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
+) -> Measured:
+    """Embeds all images and cues of `annotations.winogavil_units`, and chooses for each game.
 
-    Attributes:
-        encoded: the images, those of other games as well.
-        jaccard: float [g].
-        candidates: int [g], images of each game.
-        incomplete: games left out since one of their images cannot be used.
+    Games of which an image cannot be used are left out. Items are the games.
     """
-
-    encoded: EncodedImages
-    jaccard: np.ndarray
-    candidates: np.ndarray
-    incomplete: int
-
-    @property
-    def num_items(self) -> int:
-        """Independent items: the games."""
-        return len(self.jaccard)
-
-    def resampled_metrics(self, counts: np.ndarray) -> dict[str, float]:
-        """The metrics if game i had been there `counts[i]` times; int [g]."""
-        parts = {
-            "jaccard_10_12": self.candidates >= _MANY,
-            "jaccard_5_6": self.candidates <= _FEW,
-            "jaccard": np.ones(self.num_items, bool),
-        }
-        weights = {name: counts * part for name, part in parts.items() if part.any()}
-        return {
-            # Of few games a resample may have none; then there is no mean.
-            name: float((own * self.jaccard).sum() / own.sum()) if own.any() else float("nan")
-            for name, own in weights.items()
-        }
-
-
-def evaluate_winogavil(
-    model: EmbeddingModel,
-    pairs: Iterable[Pair | Skipped],
-    *,
-    batch_size: int = 256,
-    num_threads: int | None = None,
-    progress: bool = False,
-) -> WinogavilResult:
-    """Embeds all images and cues, and chooses the associations of each game.
-
-    Args:
-        model: see `EmbeddingModel`.
-        pairs: of `winogavil.winogavil_units`, consumed once.
-        batch_size: images, and texts, a batch over all devices.
-        num_threads: decoding threads; None is one per core.
-        progress: show a bar for the texts on stderr.
-
-    Raises:
-        ValueError: pairs of another source, no complete game.
-    """
+    progress = batching.pop("progress")
 
     def describe(pair: Pair) -> list[dict[str, Any]]:
         if "games" not in pair.metadata:
             raise ValueError(f"record '{pair.key}': expected a source 'winogavil:FILE'")
         return pair.metadata["games"]
 
-    encoded = encode_images(model, pairs, describe, batch_size=batch_size, num_threads=num_threads)
+    encoded = encode_images(model, entries, describe, **batching)
     games: dict[int, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for row, own in enumerate(encoded.notes):
         for game in own:
@@ -98,22 +44,45 @@ def evaluate_winogavil(
     complete = [own for _, own in sorted(games.items()) if len(own) == own[0][1]["candidates"]]
     if not complete:
         raise ValueError("no game of which all images can be used")
-    prompts = {own[0][1]["cue"]: cue_prompt(own[0][1]["cue"]) for own in complete}
-    text_emb = encode_texts(
-        model.encode_text, list(prompts.values()), batch_size=batch_size, progress=progress
-    )
-    text_of = dict(zip(prompts, text_emb, strict=True))
-    jaccard = []
+    cues = list(dict.fromkeys(own[0][1]["cue"] for own in complete))
+    prompts = [cue_prompt(cue) for cue in cues]
+    size = batching["batch_size"]
+    text_emb = encode_texts(model.encode_text, prompts, batch_size=size, progress=progress)
+    text_of = dict(zip(cues, text_emb, strict=True))
+    found = []
     for own in complete:
-        rows = [row for row, _ in own]
         is_association = np.array([game["is_association"] for _, game in own])
-        similarities = encoded.image_emb[rows] @ text_of[own[0][1]["cue"]]
-        jaccard.append(jaccard_index(similarities, is_association))
-    return WinogavilResult(
+        similarities = encoded.image_emb[[row for row, _ in own]] @ text_of[own[0][1]["cue"]]
+        found.append(jaccard_index(similarities, is_association))
+    jaccard, candidates = np.array(found), np.array([len(own) for own in complete])
+
+    def measure(counts: np.ndarray) -> dict[str, float]:
+        parts = {
+            "jaccard_10_12": candidates >= _MANY,
+            "jaccard_5_6": candidates <= _FEW,
+            "jaccard": np.ones(len(jaccard), bool),
+        }
+        weights = {name: counts * part for name, part in parts.items() if part.any()}
+        return {
+            # A resample of few games may have none of a part; then there is no mean.
+            name: float((own * jaccard).sum() / own.sum()) if own.any() else float("nan")
+            for name, own in weights.items()
+        }
+
+    return Measured(
         encoded=encoded,
-        jaccard=np.array(jaccard),
-        candidates=np.array([len(own) for own in complete]),
-        incomplete=len(games) - len(complete),
+        num_items=len(jaccard),
+        measure=measure,
+        protocol={
+            "prompt": "'A' or 'An' before the cue in lower case",
+            "score": "Jaccard index of the associations and as many of the most similar images",
+            "ties": "an image that is no association comes first",
+        },
+        counts={
+            "images": len(encoded.positions),
+            "games": len(jaccard),
+            "incomplete_games": len(games) - len(complete),
+        },
     )
 
 
@@ -124,7 +93,7 @@ def cue_prompt(cue: str) -> str:
 
 
 def jaccard_index(similarities: np.ndarray, is_association: np.ndarray) -> float:
-    """Of the associated images and as many of those most similar: common ones by all of them.
+    """Jaccard index of the associated images and as many of those most similar.
 
     Args:
         similarities: float [k].
@@ -136,29 +105,8 @@ def jaccard_index(similarities: np.ndarray, is_association: np.ndarray) -> float
     return common / (2 * number - common)
 
 
-def _run(
-    model: EmbeddingModel, task: Task, entries: Iterable[Pair | Skipped], **batching: Any
-) -> Measured:
-    result = evaluate_winogavil(model, entries, **batching)
-    return Measured(
-        encoded=result.encoded,
-        num_items=result.num_items,
-        measure=result.resampled_metrics,
-        protocol={
-            "prompt": "'A' or 'An' before the cue in lower case",
-            "score": "Jaccard index of the associations and as many of the most similar images",
-            "ties": "an image that is no association comes first",
-        },
-        counts={
-            "images": len(result.encoded.positions),
-            "games": result.num_items,
-            "incomplete_games": result.incomplete,
-        },
-    )
-
-
 PROTOCOL = Protocol(
-    run=_run,
+    run=run,
     metrics={
         "jaccard_10_12": Metric("share", "Jaccard index of 10 and 12 images"),
         "jaccard_5_6": Metric("share", "Jaccard index of 5 and 6 images"),

@@ -46,7 +46,7 @@ def read_rows(path: str) -> list[dict[str, Any]]:
                 except ValueError as error:
                     raise ValueError(f"{path}: line {number}: {error}") from error
         return rows
-    rows = read_json(path, list, "a JSON list")
+    rows = read_json(path, list, "a JSON list of objects")
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a JSON list of objects")
     return rows

@@ -6,12 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.protocols.answers import (
-    answer_entailment,
-    answer_questions,
-)
+from diht_jax.evaluation.protocols.registry import PROTOCOLS
 from diht_jax.evaluation.protocols.vqa_credit import normalise_answer, vqa_credit
-from diht_jax.evaluation.protocols.winoground import evaluate_winoground
 from diht_jax.evaluation.sources.annotations import read_rows
 from diht_jax.evaluation.sources.registry import read_source
 from diht_jax.evaluation.suite import SUITE
@@ -33,8 +29,11 @@ def read_annotations(path, **options):
     return read_source(f"annotations:{path}", options)
 
 
-def read_winoground(path):
-    return read_source(f"winoground:{path}", {})
+def _measure(model, text):
+    (task,) = parse_tasks([text])
+    entries = read_source(task.source, task.source_options)
+    run = PROTOCOLS[task.kind].run
+    return run(model, task, entries, batch_size=8, num_threads=None, progress=False)
 
 
 class _Oracle:
@@ -99,19 +98,18 @@ def test_winoground_scores(folder, photos):
             "e": [0, 0, 0, 0, 1],
         },
     )
-    result = evaluate_winoground(model, read_winoground(_winoground(folder)), "{caption}")
-    assert result.metrics == {"text": 1.0, "image": 0.5, "group": 0.5}
-    assert result.incomplete == 1
+    result = _measure(model, f"winoground={_winoground(folder)}?caption_template={{caption}}")
+    assert result.measure(np.ones(2, int)) == {"text": 1.0, "image": 0.5, "group": 0.5}
+    assert result.counts["incomplete_examples"] == 1
     assert result.encoded.dropped == {"no_image": 1}
-    assert result.resampled_metrics(np.array([0, 2])) == {"text": 1.0, "image": 0.0, "group": 0.0}
+    assert result.measure(np.array([0, 2])) == {"text": 1.0, "image": 0.0, "group": 0.0}
 
 
 def test_equal_similarities_are_wrong(folder, photos):
     same = dict.fromkeys("abcde", [1.0] * 5)
-    result = evaluate_winoground(
-        _oracle(photos, same), read_winoground(_winoground(folder)), "{caption}"
-    )
-    assert set(result.metrics.values()) == {0.0}
+    text = f"winoground={_winoground(folder)}?caption_template={{caption}}"
+    result = _measure(_oracle(photos, same), text)
+    assert set(result.measure(np.ones(2, int)).values()) == {0.0}
 
 
 def test_rows_of_one_image_are_one_pair(folder):
@@ -143,7 +141,6 @@ def test_entailment(folder, photos):
         {"image": 2, "sentence": "a dog", "label": "neutral"},
     ]
     path = _write(folder / "ve.json", rows)
-    pairs = read_annotations(path, image_root=str(folder / "images"), image_name="{}.png")
     model = _oracle(
         photos,
         {
@@ -153,12 +150,13 @@ def test_entailment(folder, photos):
             "maybe a cat": [0, 0, 0.4, 0, 0],
         },
     )
-    result = answer_entailment(model, pairs, batch_size=8)
-    assert result.answers == ["entailment", "contradiction", "neutral", "entailment"]
-    assert result.metrics == {"accuracy": 0.75}
-    assert result.num_texts == 6
+    text = f"entailment:{path}?image_root={folder}/images&image_name={{}}.png"
+    result = _measure(model, text)
+    assert result.result == ["entailment", "contradiction", "neutral", "entailment"]
+    assert result.measure(np.ones(3, int)) == {"accuracy": 0.75}
+    assert result.counts["texts"] == 6
     # The third image with its two questions three times, the first once.
-    assert result.resampled_metrics(np.array([1, 0, 3]))["accuracy"] == pytest.approx(4 / 7)
+    assert result.measure(np.array([1, 0, 3]))["accuracy"] == pytest.approx(4 / 7)
 
 
 def test_questions(folder, photos):
@@ -169,12 +167,15 @@ def test_questions(folder, photos):
         {"image": 4, "question": "unanswered?"},
     ]
     path = _write(folder / "vqa.json", rows)
-    pairs = read_annotations(path, image_root=str(folder / "images"), image_name="{}.png")
+    names = _write(folder / "answers.json", ["dog", "2"])
     model = _oracle(photos, {"what? dog": [0.8, 0.1, 0, 0, 0], "what? 2": [0.5, 0.9, 0, 0, 0]})
-    result = answer_questions(model, pairs, ["dog", "2"], "{question} {answer}", batch_size=8)
-    assert result.answers == ["dog", "2"]
+    options = f"class_names={names}&answer_template={{question}} {{answer}}"
+    text = f"vqa:{path}?image_root={folder}/images&image_name={{}}.png&{options}"
+    result = _measure(model, text)
+    assert result.result == ["dog", "2"]
     # Two of ten: those two have one other who agrees (1/3), the eight have two (2/3).
-    np.testing.assert_allclose(result.credits, [1.0, (2 / 3 + 8 * 2 / 3) / 10])
+    credits = [result.measure(counts)["accuracy"] for counts in np.eye(2, dtype=int)]
+    np.testing.assert_allclose(credits, [1.0, (2 / 3 + 8 * 2 / 3) / 10])
     assert result.encoded.dropped == {"no_answer": 1}
 
 
@@ -259,4 +260,4 @@ def test_a_missing_field_is_named(folder):
         list(read_annotations(path))
     path = _write(folder / "w.jsonl", [{"image_0": "0"}])
     with pytest.raises(ValueError, match="expected texts as image_1, caption_0, caption_1"):
-        list(read_winoground(path))
+        list(read_source(f"winoground:{path}", {}))
