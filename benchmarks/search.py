@@ -106,10 +106,16 @@ def write_indexes(
         part[:] = perturb(rng, centres[rng.integers(0, _CENTRES, len(part))])
         notes = [(f"{first + row:09d}.jpg", "", b"") for row in range(len(part))]
         identity = {"kind": PICTURES, "path": str(folder)}
-        manifest = {"unit": "", "identity": identity, "entries": len(part), "is_last": True}
+        manifest = {
+            "unit": "",
+            "identity": identity,
+            "entries": len(part),
+            "is_last": True,
+            "part": 0,
+        }
         for dtype in picture_index.DTYPES:
             stored = picture_index.quantize(part, dtype)
-            manifest |= {"states": [], "dropped": {}}
+            manifest |= {"part": 0, "states": [], "dropped": {}, "removed": []}
             picture_index.write_part(folder / dtype, number, stored, notes, manifest)
     return image_emb
 

@@ -118,26 +118,25 @@ def evaluate_model(
     tasks: Sequence[Task],
     output: str | pathlib.Path,
     *,
-    step: int | None = None,
-    ema: bool = False,
-    image_size: int | None = None,
-    context_length: int | None = None,
-    dim: int | None = None,
-    architecture: dict[str, Any] | None = None,
     batch_size: int = 256,
     num_threads: int | None = None,
     limit: int | None = None,
     num_resamples: int = 1000,
     pages: bool = True,
+    **model_options: Any,
 ) -> dict[str, Any]:
     """Evaluates a model on tasks; the results file is complete after every task.
 
     Args:
-        model, step, ema, image_size, context_length, dim, architecture: of `load_model`.
+        model: of `load_model`.
         tasks: of `parse_tasks`.
         output: the results file (JSON).
-        batch_size, num_threads, limit, num_resamples: of `evaluate_task`.
+        batch_size: images, and texts, a batch over all devices.
+        num_threads: decoding threads; None is one per core.
+        limit: number of entries of each source, from the first on; None is all.
+        num_resamples: for bootstrap intervals; 0 leaves them out.
         pages: whether to write a page (HTML) with the numbers and examples next to it.
+        **model_options: of `load_model`, such as `step` and `ema`.
 
     Returns:
         What the results file holds.
@@ -149,19 +148,9 @@ def evaluate_model(
     from diht_jax.evaluation.tasks import evaluate_task
     from diht_jax.loading import load_model
 
-    loaded = load_model(
-        model,
-        step=step,
-        ema=ema,
-        image_size=image_size,
-        context_length=context_length,
-        dim=dim,
-        architecture=architecture,
-        batch_size=batch_size,
-        devices=jax.devices(),
-    )
+    loaded = load_model(model, batch_size=batch_size, devices=jax.devices(), **model_options)
     output = pathlib.Path(output)
-    results = {**_describe_run(model, loaded, ema=ema), "results": []}
+    results = {**_describe_run(model, loaded, ema=model_options.get("ema", False)), "results": []}
     page = ResultsPage(output.with_suffix(".html")) if pages and distributed.is_first() else None
     for task in tasks:
         result = evaluate_task(

@@ -19,6 +19,7 @@ first one searches and writes. An index then lies in a folder that all hosts sha
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pathlib
 import time
 from typing import Any
@@ -108,8 +109,7 @@ def _search_source(queries: list[str]) -> None:
     if result.encoded.dropped:
         logging.warning("left out: %s", result.encoded.dropped)
     print(format_matches(result.matches))
-    matches = [match for matches in result.matches.values() for match in matches]
-    pictures = load_pictures(shards, matches)
+    pictures = load_pictures(shards, itertools.chain(*result.matches.values()))
     _draw(result.matches, pictures, given.input, len(result.encoded.positions))
 
 
@@ -121,7 +121,7 @@ def _search_index(queries: list[str]) -> None:
     from diht_jax.evaluation.embedding.search import (
         fill_queries,
         format_matches,
-        match_hits,
+        load_indexed_pictures,
     )
 
     given = flags.FLAGS
@@ -150,8 +150,9 @@ def _search_index(queries: list[str]) -> None:
     index = PictureIndex(given.index)
     index.check_model(model)
     if texts:
-        hits = index.search(model.encode_text(list(texts.values())), given.num_matches)
-        matches, pictures = match_hits(index, dict(zip(texts, hits, strict=True)))
+        found = index.search(model.encode_text(list(texts.values())), given.num_matches)
+        pictures = load_indexed_pictures(index, itertools.chain(*found))
+        matches = dict(zip(texts, found, strict=True))
         print(format_matches(matches))
         _draw(matches, pictures, given.index, len(index))
     if given.serve:
@@ -168,7 +169,7 @@ def _process() -> Any:
     return IndexProcess(jax.process_index(), jax.process_count(), work_together)
 
 
-def _draw(matches: dict[str, Any], pictures: dict[int, Any], source: str, count: int) -> None:
+def _draw(matches: dict[str, Any], pictures: dict[Any, Any], source: str, count: int) -> None:
     from diht_jax.evaluation.embedding.search import draw_matches
 
     given = flags.FLAGS

@@ -276,8 +276,9 @@ def closest_items(
 def _load_pictures(task: Task, encoded: EncodedImages, rows: Sequence[int]) -> dict[int, str]:
     """Reads the parts of the source that hold the pictures once more, instead of keeping all."""
     orders = {int(row): encoded.orders[row] for row in rows}
-    found = read_again(open_units(task.source, task.source_options), orders)
-    return {row: thumbnail(decode_picture(entry)) for row, entry in found.items()}
+    found = read_again(open_units(task.source, task.source_options), orders.values())
+    pictures = {order: thumbnail(decode_picture(entry)) for order, entry in found.items()}
+    return {row: pictures[order] for row, order in orders.items()}
 
 
 def _short_source(task: Task) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,21 +67,21 @@ class Entries(Iterable[Entry]):
             yield order, entry
 
 
-def read_again(units: Sequence[Unit], orders: Mapping[int, Order]) -> dict[int, Entry]:
+def read_again(units: Sequence[Unit], orders: Iterable[Order]) -> dict[Order, Entry]:
     """Reads chosen entries; only the units that hold them are opened, up to the last of each.
 
     Args:
         units: as given to `Entries`.
-        orders: number -> order of each entry; the numbers name the results.
+        orders: of the entries.
     """
-    wanted: dict[int, dict[int, list[int]]] = {}
-    for number, (unit, offset) in orders.items():
-        wanted.setdefault(unit, {}).setdefault(offset, []).append(number)
+    wanted: dict[int, set[int]] = {}
+    for unit, offset in orders:
+        wanted.setdefault(unit, set()).add(offset)
     return {
-        number: entry
+        (unit, offset): entry
         for unit, own in wanted.items()
         for offset, entry in enumerate(itertools.islice(units[unit](), max(own) + 1))
-        for number in own.get(offset, ())
+        if offset in own
     }
 
 

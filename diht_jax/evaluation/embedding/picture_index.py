@@ -29,6 +29,8 @@ from diht_jax.readers import image_folder
 from diht_jax.records.schema import Pair
 from diht_jax.storage.files import write_bytes
 
+Place = tuple[int, int]
+
 DTYPES = ("float16", "int8")
 # Pixels, of the longer side.
 THUMBNAIL_SIDE = 160
@@ -42,21 +44,20 @@ _SCHEMA = pyarrow.schema(
 
 
 @dataclasses.dataclass(frozen=True)
-class Hit:
+class Match:
     """A picture that was found.
 
     Attributes:
-        part, row: where it stands in the index.
         key: its path in the folder, or its key in the source.
         caption: that the source has for it, or "".
         similarity: cosine of the angle between picture and query.
+        place: of an index the part and the row; else of the source the unit and the entry in it.
     """
 
-    part: int
-    row: int
     key: str
     caption: str
     similarity: float
+    place: Place
 
 
 def write_part(
@@ -126,7 +127,7 @@ class PictureIndex:
                 "that one, or another --index"
             )
 
-    def search(self, text_emb: np.ndarray, count: int) -> list[list[Hit]]:
+    def search(self, text_emb: np.ndarray, count: int) -> list[list[Match]]:
         """The pictures nearest to each query, all pictures compared.
 
         Args:
@@ -144,7 +145,7 @@ class PictureIndex:
         for number, part in self._parts.items():
             for matches, nearest in zip(found, part.search(queries, count), strict=True):
                 matches.extend((-similarity, number, row) for similarity, row in nearest)
-        return [[self._hit(*match) for match in sorted(matches)[:count]] for matches in found]
+        return [[self._match(*match) for match in sorted(matches)[:count]] for matches in found]
 
     def picture(self, part: int, row: int) -> bytes | None:
         """The thumbnail of a picture, a JPEG file.
@@ -162,10 +163,10 @@ class PictureIndex:
         entry = next(image_folder.read_listed(root, [(os.path.join(root, key), key, None)]))
         return make_thumbnail(entry.image) or None if isinstance(entry, Pair) else None
 
-    def _hit(self, negative_similarity: float, number: int, row: int) -> Hit:
+    def _match(self, negative_similarity: float, number: int, row: int) -> Match:
         rows = self._parts[number].rows
         key, caption = rows["key"][row].as_py(), rows["caption"][row].as_py()
-        return Hit(number, row, key, caption, -negative_similarity)
+        return Match(key, caption, -negative_similarity, (number, row))
 
 
 class Part:

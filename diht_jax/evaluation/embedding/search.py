@@ -15,9 +15,9 @@ from diht_jax.evaluation.embedding.encoding import (
     check_finite,
     encode_images,
 )
-from diht_jax.evaluation.embedding.entries import Entries, Order, read_again
+from diht_jax.evaluation.embedding.entries import Entries, read_again
 from diht_jax.evaluation.embedding.inputs import input_units
-from diht_jax.evaluation.embedding.picture_index import Hit, PictureIndex
+from diht_jax.evaluation.embedding.picture_index import Match, PictureIndex, Place
 from diht_jax.evaluation.prompts import CAPTION_SLOT, fill_caption_template
 from diht_jax.evaluation.sources.registry import count_shards
 from diht_jax.input.decode import decode_rgb
@@ -27,30 +27,6 @@ from diht_jax.readers.base import SourceShard
 from diht_jax.records.escaping import escape
 
 _MOST_SHOWN = 1000  # characters of key and caption
-
-
-@dataclasses.dataclass(frozen=True)
-class Match:
-    """One answer.
-
-    Attributes:
-        key: of the picture: its path in the folder, or its key in the source.
-        similarity: cosine of the angle between picture and query.
-        position: index of the picture among the entries of the source.
-        caption: that the source has for it, or "".
-        order: number of its unit of the source, and its own in it; None in an index.
-    """
-
-    key: str
-    similarity: float
-    position: int
-    caption: str = ""
-    order: Order | None = None
-
-    @property
-    def label(self) -> str:
-        """Key and caption, for people."""
-        return f"{self.key}  {self.caption}".strip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +90,7 @@ def search_pictures(
     for query, row in zip(texts, text_emb @ encoded.image_emb.T, strict=True):
         order = np.argsort(-row, kind="stable")[:count]
         matches[query] = [
-            Match(
-                encoded.notes[i][0],
-                float(row[i]),
-                encoded.positions[i],
-                encoded.notes[i][1],
-                encoded.orders[i],
-            )
+            Match(*encoded.notes[i], similarity=float(row[i]), place=encoded.orders[i])
             for i in order
         ]
     return SearchResult(matches, encoded)
@@ -141,48 +111,30 @@ def fill_queries(queries: Sequence[str], template: str, count: int) -> dict[str,
     return {query: fill_caption_template(template, query) for query in queries}
 
 
-def match_hits(
-    index: PictureIndex, hits: Mapping[str, Sequence[Hit]]
-) -> tuple[dict[str, list[Match]], dict[int, Image.Image]]:
-    """What an index found, as matches, and their pictures by `Match.position`.
-
-    Args:
-        index: that was searched.
-        hits: query -> of `PictureIndex.search`.
-    """
-    positions: dict[tuple[int, int], int] = {}
-    matches = {
-        query: [
-            Match(
-                hit.key,
-                hit.similarity,
-                positions.setdefault((hit.part, hit.row), len(positions)),
-                hit.caption,
-            )
-            for hit in found
-        ]
-        for query, found in hits.items()
-    }
-    pictures = {}
-    for (part, row), position in positions.items():
-        data = index.picture(part, row)
-        # An index may have been made without thumbnails, and a file may be gone.
-        pictures[position] = Image.new("RGB", (8, 8), "white") if data is None else decode_rgb(data)
-    return matches, pictures
-
-
 def load_pictures(
     source: Sequence[SourceShard], matches: Iterable[Match]
-) -> dict[int, Image.Image]:
-    """The pictures of matches by their positions; the parts that hold them are read once more."""
-    orders = {match.position: match.order for match in matches}
-    found = read_again(input_units(source), orders)
-    return {position: decode_rgb(entry.image) for position, entry in found.items()}
+) -> dict[Place, Image.Image]:
+    """Reads the pictures of matches by their places; only the parts that hold them are opened."""
+    found = read_again(input_units(source), {match.place for match in matches})
+    return {place: decode_rgb(entry.image) for place, entry in found.items()}
+
+
+def load_indexed_pictures(
+    index: PictureIndex, matches: Iterable[Match]
+) -> dict[Place, Image.Image]:
+    """Reads the thumbnails of an index's matches by their places; white where there is none."""
+    pictures = {}
+    for match in matches:
+        data = index.picture(*match.place)
+        # An index may have been made without thumbnails, and a file may be gone.
+        image = Image.new("RGB", (8, 8), "white") if data is None else decode_rgb(data)
+        pictures[match.place] = image
+    return pictures
 
 
 def draw_matches(
     matches_of: Mapping[str, Sequence[Match]],
-    pictures: Mapping[int, Image.Image],
+    pictures: Mapping[Place, Image.Image],
     path: str | os.PathLike[str],
     *,
     title: str,
@@ -192,7 +144,7 @@ def draw_matches(
 
     Args:
         matches_of: query -> its matches, the best first.
-        pictures: by position, all that are matches.
+        pictures: by place, all that are matches.
         path: of the HTML file.
         title: heading of the page.
         note: text below it.
@@ -202,13 +154,13 @@ def draw_matches(
     """
     if not os.fspath(path).endswith((".html", ".htm")):
         raise ValueError(f"--output={path}: the page is HTML; expected a name that ends in .html")
-    uris = {position: thumbnail(picture) for position, picture in pictures.items()}
+    uris = {place: thumbnail(picture) for place, picture in pictures.items()}
     queries = [
         (
             query,
             [
                 (
-                    uris[match.position],
+                    uris[match.place],
                     f"{rank}   {match.similarity:.3f}",
                     (match.caption or match.key)[:_MOST_SHOWN],
                 )
@@ -226,7 +178,7 @@ def format_matches(matches_of: Mapping[str, Sequence[Match]]) -> str:
     for query, matches in matches_of.items():
         lines.append(escape(query))
         for rank, match in enumerate(matches, start=1):
-            label = escape(match.label[: _MOST_SHOWN + 1])
+            label = escape(f"{match.key}  {match.caption}".strip()[: _MOST_SHOWN + 1])
             shown = label if len(label) <= _MOST_SHOWN else f"{label[:_MOST_SHOWN]}…"
             lines.append(f"{rank:>4}  {match.similarity:6.3f}  {shown}")
     return "\n".join(lines)

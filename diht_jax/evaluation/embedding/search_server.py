@@ -6,6 +6,7 @@ pictures; it can name no file.
 
 from __future__ import annotations
 
+import dataclasses
 import http.server
 import json
 import threading
@@ -57,7 +58,7 @@ def make_server(
         with encoding:
             text_emb = np.asarray(encode_text([query]), np.float32)
         hits = index.search(text_emb, count)[0]
-        matches = [hit.__dict__ for hit in hits]
+        matches = [dataclasses.asdict(hit) for hit in hits]
         return {"matches": matches, "pictures": len(index), "seconds": clock() - start}
 
     class Handler(_Handler):

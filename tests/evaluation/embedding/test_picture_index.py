@@ -282,7 +282,7 @@ def test_shards_are_followed_by_their_identity(tiny_model, tmp_path):
     hits = index.search(tiny_model.encode_text(["a"]), 15)[0]
     seeds = [*range(8), *range(50, 53), *range(60, 64)]
     assert sorted(hit.caption for hit in hits) == sorted(f"caption {seed}" for seed in seeds)
-    with Image.open(io.BytesIO(index.picture(hits[0].part, hits[0].row))) as thumbnail:
+    with Image.open(io.BytesIO(index.picture(*hits[0].place))) as thumbnail:
         assert thumbnail.size == (160, 16)
 
 
@@ -349,7 +349,9 @@ def test_the_page_finds_pictures_and_refuses_everything_else(tiny_model, server,
     assert [match["key"] for match in found["matches"]] == [hit.key for hit in expected]
     assert found["pictures"] == 20 and found["seconds"] == 1
     first = found["matches"][0]
-    status, headers, data = get(server, f"/picture?part={first['part']}&row={first['row']}")
+    status, headers, data = get(
+        server, f"/picture?part={first['place'][0]}&row={first['place'][1]}"
+    )
     assert status == 200 and headers["Content-Type"] == "image/jpeg"
     with Image.open(io.BytesIO(data)) as image:
         assert image.size == (50, 40)

@@ -180,9 +180,9 @@ def test_search_reads_the_share_of_each_process_once(photos_of_two_classes, monk
     processes.own.index = "again"
     matches = alone.matches["a dog"]
     loaded = load_pictures(shards, matches)
-    assert list(loaded) == [match.position for match in sorted(matches, key=lambda m: m.order)]
-    units = {match.order[0] for match in matches}
-    last = {unit: max(m.order[1] for m in matches if m.order[0] == unit) for unit in units}
+    assert set(loaded) == {match.place for match in matches}
+    units = {unit for unit, _ in loaded}
+    last = {unit: max(offset for own, offset in loaded if own == unit) for unit in units}
     assert reads["again"] == sum(offset + 1 for offset in last.values())
 
 

@@ -52,7 +52,7 @@ def test_matches_are_the_closest_pictures(tiny_model, folder):
     )
     loaded = load_pictures(shards, [first])
     expected = np.asarray(Image.open(folder / first.key))
-    np.testing.assert_array_equal(np.asarray(loaded[first.position]), expected)
+    np.testing.assert_array_equal(np.asarray(loaded[first.place]), expected)
 
 
 def test_pictures_beside_other_files_are_found(folder):
