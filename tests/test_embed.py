@@ -243,18 +243,6 @@ def test_folder_of_pictures_classes_and_records(model, tmp_path):
             np.testing.assert_allclose(text_emb, model.encode_text(["red car"] * 5), atol=1e-5)
 
 
-def test_tasks_divide_the_shards(model, tmp_path):
-    for name, numbers in (("a", range(3)), ("b", range(3, 5)), ("c", range(5, 6))):
-        write_tar(tmp_path / f"{name}.tar", numbers)
-    pairs = []
-    for task in range(2):
-        options = EmbedOptions(shard_size=4, batch_size=8, task_index=task, num_tasks=2)
-        source = str(tmp_path / "*.tar")
-        pairs.append(embed_source(model, source, tmp_path / "out", options)["pairs"])
-    assert pairs == [4, 2]
-    check_rows(model, read_all(tmp_path / "out"), range(6))
-
-
 def test_tasks_divide_the_parts_of_a_folder(model, tmp_path, monkeypatch):
     (tmp_path / "flat").mkdir()
     for i in range(9):
@@ -315,42 +303,3 @@ def test_tasks_divide_a_large_file(model, tmp_path, monkeypatch, count):
         embed_source(model, source, tmp_path / "parts", share)
     assert embedded == ["007", "008"]
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_tfds(model, tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")  # noqa: F841
-    from diht_jax.records.dataset_info import shard_name, write_dataset_info
-
-    name = shard_name("few", "train", 0, 1)
-    with TFRecordWriter(tmp_path / name) as writer:
-        for i in range(5):
-            writer.write(encode_record(Pair(f"{i}", png(i), f"caption {i}")))
-    write_dataset_info(
-        tmp_path,
-        dataset="few",
-        split="train",
-        shard_lengths=[5],
-        num_bytes=(tmp_path / name).stat().st_size,
-        image_formats=["PNG"],
-    )
-    done = embed_source(model, f"tfds:{tmp_path}:train", tmp_path / "out", OPTIONS)
-    assert done == {"pairs": 5, "dropped": {}, "files": 2}
-    found = np.concatenate([row[0][None] for row in read_all(tmp_path / "out").values()])
-    expected = model.encode_image([picture(i) for i in range(5)])
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"format": "csv"}, "format 'csv': expected one of npz, parquet"),
-        ({"dtype": "int8"}, "dtype 'int8'"),
-        ({"modalities": ("sound",)}, r"got \('sound',\)"),
-        ({"caption_template": "a photo"}, "lacks {caption}"),
-        ({"shard_size": 0}, "must be at least 1"),
-        ({"task_index": 2, "num_tasks": 2}, "task_index 2: expected 0 to 1"),
-    ],
-)
-def test_wrong_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        EmbedOptions(**options)

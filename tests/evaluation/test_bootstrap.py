@@ -81,9 +81,7 @@ def test_retrieval_counts_ask_an_image_with_its_captions():
     image_emb, text_emb = _unit(rng, 12, 4), _unit(rng, 30, 4)
     image_of_text = np.concatenate([np.arange(12), rng.integers(0, 12, 18)]).astype(np.int32)
     t2i, i2t = retrieval_ranks(image_emb, text_emb, image_of_text)
-    result = RetrievalResult(
-        {}, _encoded(image_emb), [""] * 30, text_emb, image_of_text, t2i, i2t, 30
-    )
+    result = RetrievalResult(_encoded(image_emb), [""] * 30, text_emb, image_of_text, t2i, i2t, 30)
     once = np.ones(12, int)
     assert result.resampled_metrics(once) == retrieval_metrics(image_emb, text_emb, image_of_text)
     only = np.zeros(12, int)

@@ -4,8 +4,6 @@ import json
 
 import ml_collections
 import pytest
-from absl import flags
-from ml_collections import config_flags
 
 from diht_jax.config import default_config, validate_config
 from diht_jax.evaluation.protocols.registry import PROTOCOLS
@@ -124,13 +122,6 @@ def test_mistakes_name_the_key(section, message):
         parse_config_tasks(config.evaluation.tasks)
 
 
-def test_a_built_in_task_without_a_source_says_what_to_give():
-    with pytest.raises(ValueError, match="config.evaluation.tasks.birdsnap.source: .*measured on"):
-        parse_config_tasks({"birdsnap": {}})
-    with pytest.raises(ValueError, match="did you mean 'cifar10'"):
-        parse_config_tasks({"cifar01": {}})
-
-
 def test_a_key_takes_a_text_or_sections():
     config = default_config()
     assert parse_config_tasks(config.evaluation.tasks) == []
@@ -155,52 +146,3 @@ def test_a_key_takes_a_text_or_sections():
         validate_config(stored, default_config())
     config.evaluation.tasks = None
     assert parse_config_tasks(config.evaluation.tasks) == []
-
-
-_RECIPE = """
-from diht_jax.config import default_config
-
-def get_config():
-    config = default_config()
-    {line}
-    return config
-"""
-
-
-_TEXT = "config.evaluation.tasks = 'x=retrieval:/x'"
-_SECTION = "config.evaluation.tasks.x = dict(kind='retrieval', source='/x')"
-_FLAG = "--config.evaluation.tasks"
-
-
-def _parse(monkeypatch, folder, line, *arguments):
-    recipe = folder / "recipe.py"
-    recipe.write_text(_RECIPE.format(line=line))
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    argv = ["command", f"--config={recipe}", *arguments]
-    monkeypatch.setattr("sys.argv", argv)
-    values(argv)
-    validate_config(values.config, default_config())
-    return parse_config_tasks(values.config.evaluation.tasks)
-
-
-@pytest.mark.parametrize(
-    ("line", "arguments", "names"),
-    [
-        ("", [], []),
-        (_TEXT, [], ["x"]),
-        (_TEXT, [f"{_FLAG}=y=retrieval:/y"], ["y"]),
-        (_TEXT, [_FLAG, "y=retrieval:/y,z=retrieval:/z"], ["y", "z"]),
-        (_SECTION, [], ["x"]),
-        (_SECTION, [f"{_FLAG}=y=retrieval:/y"], ["y"]),
-        (_SECTION, [f"{_FLAG}="], []),
-    ],
-)
-def test_command_lines_replace_texts_and_sections(line, arguments, names, tmp_path, monkeypatch):
-    assert [task.name for task in _parse(monkeypatch, tmp_path, line, *arguments)] == names
-
-
-def test_a_command_line_replaces_a_key_of_a_section(tmp_path, monkeypatch):
-    assert _parse(monkeypatch, tmp_path, _SECTION, f"{_FLAG}.x.source=/y") == parse_tasks(
-        "x=retrieval:/y"
-    )

@@ -5,8 +5,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from diht_jax.evaluation.results import write_results
 from tests.compiling import xla_flags
 
@@ -75,18 +73,3 @@ def test_compare_needs_no_model(tmp_path):
             "50.00%",
             "+25.00",
         ]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--compare", "a.json"], "expected two to 8 results files, got a.json"),
-        (["--tasks", "cifar10"], "--model is required"),
-        (["--model", "m", "--tasks", "cifar01", "--output", "o.json"], "did you mean 'cifar10'"),
-    ],
-)
-def test_mistakes_are_one_line(arguments, message):
-    done = _run(*arguments)
-    assert done.returncode == 1
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr

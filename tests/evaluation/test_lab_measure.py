@@ -6,8 +6,6 @@ import pytest
 from benchmarks.lab.composition import SWAPS, wrong_captions
 from benchmarks.lab.measure import (
     measure_composition,
-    measure_emoji,
-    measure_long,
     measure_scenes,
     unpack_items,
 )
@@ -40,24 +38,6 @@ def test_scenes_shapes_and_colours(tiny_model, small_web):
     assert metrics["color/top1"] == colors.metrics["top1"]
     for name, lists in items.items():
         assert metrics[name] == pytest.approx(np.mean([unpack_items(each) for each in lists]))
-
-
-def test_long_texts_beside_short_ones(tiny_model, small_web, tmp_path):
-    other = web.Settings(num_pairs=0, num_retrieval=18, num_classification=12)
-    web.write_dataset(other, tmp_path, workers=1)
-    metrics, items = measure_long(tiny_model, {"web": small_web, "long_scenes": tmp_path})
-    assert set(items) == {"scenes/r10", "long/r10"}
-    for name, folder, count in (("scenes/r10", small_web, 24), ("long/r10", tmp_path, 18)):
-        truth = measure_scenes(tiny_model, {"web": folder})
-        assert metrics[name] == truth[0]["scenes/r10"]
-        assert items[name] == truth[1]["scenes/r10"]
-        assert [len(unpack_items(each)) for each in items[name]] == [count, count]
-
-
-def test_emoji_are_found_by_their_names(tiny_model, small_web, tmp_path):
-    (tmp_path / "emoji_twitter.tar").write_bytes((small_web / "val_retrieval.tar").read_bytes())
-    metrics, items = measure_emoji(tiny_model, {"shared": tmp_path})
-    assert set(items) == {"emoji/r10"} and metrics["emoji/r10"] > 0
 
 
 def _scene(relation, *objects):

@@ -1,12 +1,10 @@
 """The text form of tasks."""
 
-import importlib.util
-
 import pytest
 
 from diht_jax.evaluation import prompts
 from diht_jax.evaluation.protocols.base import Task
-from diht_jax.evaluation.task_parsing import built_in_tasks, check_source, parse_tasks
+from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 
 
 @pytest.mark.parametrize(
@@ -72,20 +70,6 @@ def test_defaults_reach_the_tasks_they_belong_to():
     assert [task.caption_template for task in tasks[1:]] == ["{caption}", "x {caption}"]
 
 
-def test_class_names_of_a_file(tmp_path):
-    (tmp_path / "n.txt").write_text("ant\nbee\n")
-    (task,) = parse_tasks([f"classification:/a.tar?class_names={tmp_path}/n.txt"])
-    assert task.class_names == ("ant", "bee")
-
-
-def test_imagenet_has_its_names_and_templates():
-    if importlib.util.find_spec("open_clip") is None:
-        pytest.skip("open_clip, which has the words, is absent")
-    (task,) = parse_tasks(["imagenet"])
-    assert (len(task.class_names), len(task.templates)) == (1000, 80)
-    assert task.source == "tfds:imagenet2012:validation"
-
-
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
@@ -106,19 +90,10 @@ def test_mistakes_are_explained(texts, message):
     assert message in str(raised.value)
 
 
-def test_one_file_of_names_for_several_tasks_is_refused():
-    with pytest.raises(ValueError, match=r"one file of class names for 2 tasks"):
-        parse_tasks(["cifar10", "classification:/a.tar"], class_names=("a", "b"))
-
-
 def test_a_missing_source_is_found_before_any_work(tmp_path):
     (task,) = parse_tasks([f"retrieval:{tmp_path}/missing.tar"])
     with pytest.raises(ValueError, match=r"missing\.tar"):
         check_source(task)
-
-
-def test_built_in_names():
-    assert set(built_in_tasks()) >= {"cifar10", "imagenet", "coco_retrieval", "flickr30k_retrieval"}
 
 
 def test_columns_are_named_as_they_are_typed(tmp_path):

@@ -130,15 +130,6 @@ def test_several_captions_and_broken_images(tiny_model, tmp_path):
     assert _write(page, result).count("data:image") == 2 * 5 + 2
 
 
-def test_a_class_folder_names_its_classes(tiny_model, tmp_path):
-    for number, name in enumerate(["sea_lion", "ant", "sea_lion"]):
-        (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name / f"{number}.png").write_bytes(_png(number))
-    result = evaluate_task(tiny_model, Task("x", "classification", str(tmp_path / "data")))
-    assert [(e["class"], e["images"]) for e in result["per_class"]] == [("ant", 1), ("sea lion", 2)]
-    assert result["protocol"]["class_names_from"] == "class_name of the data"
-
-
 def test_an_error_names_task_source_and_record(tiny_model, tmp_path):
     path = tmp_path / "x.tar"
     _write_tar(path, [("a.png", _png(0)), ("a.txt", b"t"), ("a.json", b'{"label": 12}')])

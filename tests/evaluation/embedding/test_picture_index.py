@@ -5,8 +5,6 @@ import io
 import itertools
 import json
 import os
-import subprocess
-import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -199,22 +197,6 @@ def test_processes_share_an_update(tiny_model, folder, tmp_path):
     assert (done.added, done.removed, done.kept) == (0, 0, 24)
 
 
-def test_processes_share_the_shards_of_an_index(tiny_model, photos, tmp_path):
-    for name in "abcde":
-        members = []
-        for i, photo in enumerate(photos):
-            members += [(f"{name}{i}.png", photo), (f"{name}{i}.txt", b"a caption")]
-        write_tar(tmp_path / f"{name}.tar", members)
-    source = f"{tmp_path}/*.tar"
-    results, decoded = update_together(tiny_model, source, tmp_path / "index", 2)
-    assert results[0].added == 25 and decoded == [15, 10]
-    keys = {
-        hit.key
-        for hit in PictureIndex(tmp_path / "index").search(tiny_model.encode_text(["x"]), 25)[0]
-    }
-    assert keys == {f"{name}{i}" for name in "abcde" for i in range(5)}
-
-
 def test_processes_share_a_large_file(tiny_model, tmp_path):
     tar_of(tmp_path / "a.tar", range(15))
     source = str(tmp_path / "a.tar")
@@ -360,50 +342,3 @@ def test_the_page_finds_pictures_and_refuses_everything_else(tiny_model, server,
         assert status == 400 and "expected q, 1 to 1000" in json.loads(answer)["error"]
     for path in ("/picture", "/picture?part=0&row=-1", "/picture?part=9&row=0", "/etc/passwd"):
         assert get(server, path)[0] == 404
-
-
-# Chromium, as Qt brings it: types a query, sends the form, and prints what the page shows then.
-BROWSER = """
-import json, sys
-from PySide6.QtCore import QTimer, QUrl
-from PySide6.QtWebEngineWidgets import QWebEngineView
-from PySide6.QtWidgets import QApplication
-app = QApplication([])
-view = QWebEngineView()
-READ = '''JSON.stringify({note: document.getElementById("note").textContent,
-  captions: [...document.querySelectorAll("figcaption")].map(e => e.textContent),
-  widths: [...document.images].map(e => e.naturalWidth)})'''
-def look():
-    view.page().runJavaScript(READ, 0, seen)
-def seen(text):
-    shown = json.loads(text)
-    if shown["widths"] and all(shown["widths"]):
-        print(text)
-        app.quit()
-    else:
-        QTimer.singleShot(100, look)
-def send(_):
-    view.page().runJavaScript("document.forms[0].q.value = 'red car';"
-                              "document.forms[0].requestSubmit()")
-    look()
-view.loadFinished.connect(send)
-view.load(QUrl(sys.argv[1]))
-app.exec()
-"""
-
-
-def test_the_page_in_a_browser(tiny_model, server, tmp_path):
-    pytest.importorskip("PySide6.QtWebEngineWidgets", exc_type=ImportError)
-    shown = subprocess.run(
-        [sys.executable, "-c", BROWSER, f"http://127.0.0.1:{server.server_port}/"],
-        env=os.environ
-        | {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": "--no-sandbox"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    shown = json.loads(shown.stdout.splitlines()[-1])
-    index = PictureIndex(tmp_path / "index")
-    hits = index.search(tiny_model.encode_text(["red car"]), 7)[0]
-    assert shown["captions"] == [f"{hit.similarity:.3f} {hit.key}" for hit in hits]
-    assert shown["widths"] == [50] * 7 and shown["note"].startswith("7 of 20 pictures, 1.00 s")

@@ -308,8 +308,3 @@ def test_bad_files_are_named(tmp_path, source, files, message):
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         list(read_source(source.format(tmp_path), {}))
-
-
-def test_ties_are_checked():
-    with pytest.raises(ValueError, match="ties=maybe: expected wrong or right"):
-        parse_tasks("caption_choice:aro:a.json?ties=maybe")

@@ -115,24 +115,12 @@ def _unit_sum(x):
     return x / x.sum()
 
 
-def test_top5_needs_more_than_five_classes():
-    assert "top5" not in classification_metrics(np.eye(5), np.arange(5), np.eye(5))
-    assert classification_metrics(np.eye(6), np.arange(6), np.eye(6))["top5"] == 1.0
-
-
 def test_the_first_of_equal_classes_wins_whichever_is_right():
     classifier = np.array([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0]])
     image_emb = np.array([[1.0, 0.0]] * 3)
     predictions, ranks = rank_labels(image_emb, np.array([0, 1, 2]), classifier)
     assert predictions.tolist() == [1, 1, 1]
     assert ranks.tolist() == [2, 0, 1]
-
-
-def test_a_model_that_gives_everything_one_embedding_is_at_chance():
-    ones = _unit(np.ones((10, 4)))
-    metrics = classification_metrics(ones, np.arange(10), ones)
-    assert metrics["top1"] == pytest.approx(0.1)
-    assert metrics["top5"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -84,15 +84,6 @@ def test_several_labels(tiny_model, tmp_path, photos):
     assert result["counts"]["positives"] == 5
 
 
-def test_retrieval(tiny_model, tmp_path, photos):
-    notes = [("txt", f"one {i}\n\ntwo {i}\n".encode()) for i in range(5)]
-    source = _write(tmp_path / "x", notes, photos, files={"dataset_type.txt": "retrieval"})
-    (task,) = parse_tasks([f"emoji={source}:test"])
-    result = evaluate_task(tiny_model, task, batch_size=8)
-    assert result["kind"] == "retrieval"
-    assert (result["counts"]["images"], result["counts"]["texts"]) == (5, 10)
-
-
 def test_entries_without_a_usable_note_are_skipped(tmp_path, photos):
     notes = [("cls", b"1"), ("cls", b"first"), ("txt", b"a dog"), ("cls", b"0")]
     source = _write(tmp_path / "x", notes, photos, files=_WORDS)
@@ -136,9 +127,3 @@ def test_words_of_the_package():
     assert json.loads(done.stdout) == [211, ["a photo of {}, a type of food."], False]
     with pytest.raises(ValueError, match=r"has no 'x'; it has babel|has no 'x'; it has c"):
         prompts.benchmark_class_names("x")
-
-
-def test_words_without_the_package(monkeypatch):
-    monkeypatch.setattr(prompts.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install clip-benchmark"):
-        prompts.benchmark_templates("dtd")

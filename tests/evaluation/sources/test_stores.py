@@ -14,7 +14,6 @@ import pytest
 from diht_jax.evaluation.sources.label_tables import VOC_CLASSES
 from diht_jax.evaluation.sources.registry import check_source, count_source, read_source
 from diht_jax.evaluation.task_parsing import parse_tasks
-from diht_jax.evaluation.tasks import evaluate_task
 
 _FEATURES = {"label": {"names": ["ant", "hot_dog"], "_type": "ClassLabel"}}
 
@@ -163,15 +162,3 @@ def test_other_files_are_named(source, files, message, tmp_path):
     with pytest.raises(ValueError, match=message) as raised:
         check_source(source.format(tmp_path), {})
     assert str(tmp_path) in str(raised.value)
-
-
-def test_labels_of_parquet(sets, tiny_model):
-    source = f"{sets}/test-00000-of-00001.parquet"
-    pairs = list(read_source(source, {}))
-    assert [pair.metadata["label"] for pair in pairs] == [1, 0, 1, 0, 1]
-    assert [pair.metadata["class_name"] for pair in pairs[:2]] == ["hot_dog", "ant"]
-    assert not any(pair.caption for pair in pairs)
-    (task,) = parse_tasks(f"classification:{source}")
-    result = evaluate_task(tiny_model, task, batch_size=8)
-    assert [row["class"] for row in result["per_class"]] == ["ant", "hot dog"]
-    assert [row["images"] for row in result["per_class"]] == [2, 3]

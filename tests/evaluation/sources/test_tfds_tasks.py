@@ -4,7 +4,6 @@ of classes as TFDS has them."""
 import numpy as np
 import pytest
 
-from diht_jax.evaluation.protocols.class_names import RawLabel, derive_classes
 from diht_jax.evaluation.task_parsing import check_source, parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
 from diht_jax.records.tfrecord import TFRecordWriter
@@ -54,27 +53,6 @@ def test_coco_captions(tiny_model, tmp_path):
     assert (counts["images"], counts["texts"], counts["different_texts"]) == (4, 10, 10)
 
 
-def test_cifar10(tiny_model, tmp_path):
-    names = ("airplane", "automobile", "bird")
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "image": tfds.features.Image(shape=(32, 32, 3)),
-            "label": tfds.features.ClassLabel(names=names),
-        }
-    )
-    rng = np.random.default_rng(0)
-    examples = [
-        {"id": f"t{i}", "image": rng.integers(0, 255, (32, 32, 3), np.uint8), "label": i % 2 + 1}
-        for i in range(5)
-    ]
-    _write_dataset(tmp_path / "cifar10" / "3.0.2", features, examples)
-    (task,) = parse_tasks(f"cifar10=tfds:{tmp_path}/cifar10/3.0.2:test")
-    result = evaluate_task(tiny_model, task)
-    assert [entry["images"] for entry in result["per_class"]][:4] == [0, 3, 2, 0]
-    assert result["counts"]["classes_without_images"] == 8
-
-
 def _label_names(name, tmp_path):
     return tfds.builder(name, data_dir=tmp_path).info.features["label"].names
 
@@ -121,16 +99,6 @@ def test_names_of_clip_benchmark_have_the_order_of_tfds(task, builder, tmp_path)
     assert found == [name.casefold() for name in expected]
     # Another source numbers its labels as it likes.
     assert parse_tasks(f"{task}=/data/folder")[0].class_names is None
-
-
-def test_names_of_places_are_words(tmp_path):
-    names = _label_names("sun397", tmp_path)
-    raws = [RawLabel(str(i), i, name, "") for i, name in enumerate(names)]
-    classes = derive_classes(raws, ("a photo of a {}.",))
-    assert classes.names[0] == "abbey"
-    assert "apartment building outdoor" in classes.names
-    assert len(set(classes.names)) == 397
-    assert all("/" not in name and "_" not in name for name in classes.names)
 
 
 def test_a_manual_download_is_explained(tmp_path):
