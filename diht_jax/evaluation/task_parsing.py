@@ -35,11 +35,6 @@ _SOURCE_OPTIONS = (
 )
 
 
-def built_in_tasks() -> tuple[str, ...]:
-    """Names that `parse_tasks` knows."""
-    return tuple(TASKS_BY_NAME)
-
-
 def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
     """Tasks from their text form.
 
