@@ -23,8 +23,9 @@ from diht_jax.evaluation.bootstrap import (
 )
 from diht_jax.evaluation.embedding.encoding import EmbeddingModel, EncodedImages
 from diht_jax.evaluation.embedding.entries import Entries
-from diht_jax.evaluation.protocols.base import Measured, Protocol, Task
-from diht_jax.evaluation.sources.registry import count_source, open_units, read_source
+from diht_jax.evaluation.protocols.base import Task
+from diht_jax.evaluation.sources.pictures import Units
+from diht_jax.evaluation.sources.registry import open_units, read_source
 from diht_jax.evaluation.task_parsing import check_task, parse_config_tasks, parse_tasks
 from diht_jax.progress import ProgressBar
 from diht_jax.readers.base import Skipped
@@ -74,15 +75,19 @@ def evaluate_task(
     """
     start = time.perf_counter()
     protocol = check_task(task)
-    measured = _measure(
-        protocol,
-        model,
-        task,
-        limit,
-        batch_size=batch_size,
-        num_threads=num_threads,
-        progress=progress,
-    )
+    try:
+        units = open_units(task.source, task.source_options)
+        with entries_bar(task.name, units, limit, hidden=not progress) as bar:
+            measured = protocol.run(
+                model,
+                task,
+                Entries(units, limit=limit, count=bar.update),
+                batch_size=batch_size,
+                num_threads=num_threads,
+                progress=progress,
+            )
+    except ValueError as error:
+        raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
     encoded, described, resampled = measured.encoded, measured.protocol, {}
     metrics = measured.measure(np.ones(measured.num_items, np.int64))
     if num_resamples:
@@ -116,30 +121,6 @@ def evaluate_task(
     }
 
 
-def _measure(
-    protocol: Protocol,
-    model: EmbeddingModel,
-    task: Task,
-    limit: int | None,
-    *,
-    progress: bool,
-    **batching: Any,
-) -> Measured:
-    """Runs the protocol on the entries of the task, with a bar over them."""
-    try:
-        with ProgressBar(
-            desc=task.name,
-            unit=" images",
-            disable=not progress,
-            total=_count_entries(task, limit) if progress else None,
-        ) as bar:
-            units = open_units(task.source, task.source_options)
-            entries = Entries(units, limit=limit, count=bar.update)
-            return protocol.run(model, task, entries, progress=progress, **batching)
-    except ValueError as error:
-        raise ValueError(f"task '{task.name}' ({task.source}): {error}") from error
-
-
 def read_entries(task: Task) -> Iterator[Pair | Skipped]:
     """The pairs of a task's source, with a `Skipped` and its reason for each that is unusable."""
     return read_source(task.source, task.source_options)
@@ -158,10 +139,11 @@ def _warn_of_dropped(task: Task, encoded: EncodedImages) -> None:
         )
 
 
-def _count_entries(task: Task, limit: int | None) -> int | None:
-    """What the bar goes to: about this process's share of the entries."""
-    known = [n for n in (count_source(task.source, task.source_options), limit) if n is not None]
-    return -(-min(known) // jax.process_count()) if known else None
+def entries_bar(name: str, units: Units, limit: int | None = None, *, hidden: bool) -> ProgressBar:
+    """A bar over about this process's share of the entries of a source."""
+    known = [] if hidden else [n for n in (units.count_entries(), limit) if n is not None]
+    total = -(-min(known) // jax.process_count()) if known else None
+    return ProgressBar(desc=name, unit=" images", disable=hidden, total=total)
 
 
 def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:

@@ -17,7 +17,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
 
@@ -32,7 +31,9 @@ from diht_jax.evaluation.fewshot.linear_probe import (
 )
 from diht_jax.evaluation.protocols import classification
 from diht_jax.evaluation.protocols.base import Task
-from diht_jax.evaluation.sources.registry import count_source, open_units
+from diht_jax.evaluation.sources.pictures import Units
+from diht_jax.evaluation.sources.registry import open_units
+from diht_jax.evaluation.tasks import entries_bar
 from diht_jax.progress import ProgressBar
 
 ALL = "all"
@@ -349,15 +350,15 @@ def _embed(
     prompts = tasks[-1]
     try:
         parts = [open_units(task.source, task.source_options) for task in tasks]
-        with ProgressBar(
-            desc="images",
-            unit=" images",
-            disable=not progress,
-            total=_count_entries(tasks) if progress else None,
-        ) as bar:
+        counts = [part.count_entries() for part in parts]
+        units = Units(
+            [unit for part in parts for unit in part],
+            lambda: None if None in counts else sum(counts),
+        )
+        with entries_bar("images", units, hidden=not progress) as bar:
             found = classification.classify(
                 model,
-                Entries([unit for units in parts for unit in units], count=bar.update),
+                Entries(units, count=bar.update),
                 prompts.class_names,
                 prompts.templates,
                 label_field=prompts.label_field,
@@ -368,7 +369,7 @@ def _embed(
     except ValueError as error:
         raise ValueError(f"{', '.join(task.source for task in tasks)}: {error}") from error
     unit_of = np.array([unit for unit, _ in found.encoded.orders])
-    stops = list(itertools.accumulate(len(units) for units in parts))
+    stops = list(itertools.accumulate(map(len, parts)))
     splits = []
     for task, start, stop in zip(tasks, [0, *stops], stops, strict=False):
         chosen = np.flatnonzero((unit_of >= start) & (unit_of < stop))
@@ -378,12 +379,6 @@ def _embed(
             LabelledEmbeddings(found.encoded.image_emb[chosen], found.classes.labels[chosen])
         )
     return splits, found
-
-
-def _count_entries(tasks: Sequence[Task]) -> int | None:
-    """What the bar goes to: about this process's share of the entries."""
-    counts = [count_source(task.source, task.source_options) for task in tasks]
-    return None if None in counts else -(-sum(counts) // jax.process_count())
 
 
 def _indices_by_class(labels: np.ndarray) -> list[tuple[int, np.ndarray]]:
