@@ -4,7 +4,7 @@
 
 `--input` is any source of `diht_jax.readers` (tars, tables, folders, TFRecords, TFDS), or a
 folder of pictures without captions. The output is `embeddings-SHARD-PART.npz` (or `.parquet`), each
-beside a `.json` that says what went into it; the same command again goes on where it was stopped.
+with a `.json` that says what went into it; the same command again goes on where it was stopped.
 Input and output may be URLs (`s3://BUCKET/photos/*.tar`). On a cluster the same command runs on
 every host, and each embeds its share of the files (of the pictures of a folder, of the parts of
 few large files). Where one fails, the others finish theirs, and all end with its error.

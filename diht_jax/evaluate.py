@@ -52,7 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_alias("bootstrap", "num_resamples")
     flags.DEFINE_bool("pages", True, "Write the page with examples (HTML), or the chart.")
     flags.DEFINE_list(
-        "compare", None, "Results files, A B ... or A,B,...: the others beside the first."
+        "compare", None, "Results files, A B ... or A,B,...: the others next to the first."
     )
 
 
@@ -93,11 +93,11 @@ def compare(files: Sequence[str], chart: str | None = None, *, draw: bool = True
 
     Args:
         files: two or more results files.
-        chart: PNG to write; beside the last file where None.
+        chart: PNG to write; next to the last file where None.
         draw: whether to draw at all.
 
     Raises:
-        ValueError: not so many files, or one is no results file.
+        ValueError: fewer or more files, or one is no results file.
     """
     if not 2 <= len(files) <= len(LETTERS):
         raise ValueError(
@@ -179,7 +179,7 @@ def evaluate_model(
 
 
 def _describe_run(model: str, loaded: LoadedModel, *, ema: bool) -> dict[str, Any]:
-    """What the results file holds beside the results."""
+    """Model, date and devices, for the results file."""
     import jax
 
     return {

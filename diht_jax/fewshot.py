@@ -1,9 +1,9 @@
-"""Command: few-shot linear probing from the prompts, beside a probe from scratch.
+"""Command: few-shot linear probing from the prompts, and from scratch.
 
     python -m diht_jax.fewshot --model runs/b32 --task cifar10 \
         --train cifar10_train.tar --test cifar10_test.tar --output fewshot.json
 
-Writes the JSON file and, beside it, a plot. On a cluster the same command runs on every host: each
+Writes the JSON file and, next to it, a plot. On a cluster the same command runs on every host: each
 reads its share of the pictures, and the first one writes. `docs/evaluation.md` describes the
 protocol.
 """
@@ -32,7 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "validation", None, "Source the settings are chosen on; unset: a part of --train."
     )
-    flags.DEFINE_string("output", None, "Results file (JSON) to write; the plot goes beside it.")
+    flags.DEFINE_string("output", None, "Results file (JSON) to write; the plot goes next to it.")
     flags.DEFINE_string(
         "task",
         None,
@@ -44,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_alias("draws", "num_draws")
     flags.DEFINE_integer("seed", 0, "Of the draws and of the validation split.")
     flags.DEFINE_float("validation_fraction", 0.2, "Share of --train held out, class by class.")
-    flags.DEFINE_integer("validation_per_class", None, "Hold out at most so many; unset: no limit.")
+    flags.DEFINE_integer("validation_per_class", None, "Most images to hold out; unset: no limit.")
     flags.DEFINE_integer("num_steps", 500, "Gradient steps of a fit.")
     flags.DEFINE_alias("fit_steps", "num_steps")
     flags.DEFINE_list(

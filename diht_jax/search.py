@@ -13,7 +13,7 @@ and removes what is gone, and without `--input` the index is searched as it is. 
 browser with a page that has a search field.
 
 On a cluster the same command runs on every host: each reads its share of the pictures, and the
-first one searches and writes. An index then lies in a folder that all hosts share.
+first one searches and writes. An index is then in a folder that all hosts share.
 """
 
 from __future__ import annotations

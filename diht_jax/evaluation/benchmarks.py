@@ -145,7 +145,7 @@ BENCHMARK_TASKS: dict[str, SuiteEntry] = {
         ("jaccard_10_12", "jaccard"),
         split="test: 3,563 games",
         numbers=0,
-        form="DIR/winogavil_dataset.csv, with DIR/winogavil_images beside it",
+        form="DIR/winogavil_dataset.csv, with DIR/winogavil_images next to it",
     ),
 }
 

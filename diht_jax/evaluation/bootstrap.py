@@ -66,12 +66,13 @@ def percentile_interval(samples: np.ndarray, level: float = LEVEL) -> list[float
 def describe_samples(
     samples: dict[str, np.ndarray], items: str, num_items: int, seed: int = SEED
 ) -> dict[str, Any]:
-    """For the results file: what a comparison needs to pair the resamples of two models.
+    """Describes samples for the results file: all that pairing two models needs.
 
     Args:
         samples: of `resample`.
         items: a digest of the items, in order.
-        num_items, seed: of `resample`.
+        num_items: of `resample`.
+        seed: of `resample`.
     """
     return {
         "draws": [items, num_items, len(next(iter(samples.values()))), seed],
@@ -88,7 +89,8 @@ def paired_samples(
     """The resamples of a metric in two results; None where they cannot be paired.
 
     Args:
-        first, second: results of one task, with "resamples" of `describe_samples` or without.
+        first: result of a task, with "resamples" of `describe_samples` or without.
+        second: another of the same task.
         name: of the metric.
 
     Returns:
@@ -104,7 +106,7 @@ def paired_samples(
 
 
 def describe_bootstrap(num_resamples: int) -> str:
-    """For the results file."""
+    """Describes the intervals for the results file."""
     return (
         f"{LEVEL:.0%}, percentiles of {num_resamples:,} bootstrap resamples of the images with "
         "all that belongs to them; the classes and the gallery stay as they are"

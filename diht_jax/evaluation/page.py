@@ -36,7 +36,7 @@ _QUESTIONS, _MOST_CAPTIONS = 10, 5
 
 
 class ResultsPage:
-    """The page beside a results file; written anew after each task."""
+    """The page of a results file; written anew after each task."""
 
     def __init__(self, path: str | os.PathLike[str]):
         """An empty page.

@@ -1,6 +1,6 @@
 """The results file, its table on the terminal, and the published numbers of the released weights.
 
-Every number is shown by its unit (`protocols.base.Metric`), which stands in the file beside the
+Every number is shown by its unit (`protocols.base.Metric`), which the file states next to the
 metrics; in files without units it follows from the metric's name.
 """
 
@@ -17,7 +17,7 @@ from diht_jax.storage.files import write_bytes
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric
 
-# What the results of a comparison are called; as many as a table has room for.
+# Names of the results of a comparison; a table has room for these.
 LETTERS = "ABCDEFGH"
 
 # Zero-shot numbers of the released DiHT weights, in percent, from the official repository
@@ -38,7 +38,7 @@ _PUBLISHED_PERCENT = {
 
 
 def metric_of(result: Mapping[str, Any], name: str) -> Metric:
-    """How a metric of one task's result is shown.
+    """The unit and the label of a metric of one task's result.
 
     Args:
         result: an entry of `results` in a results file, of any age.

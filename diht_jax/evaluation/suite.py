@@ -188,7 +188,7 @@ SUITE: dict[str, SuiteEntry] = {
         templates=("a {}.",),
         class_names=("meme", "hatespeech meme"),
         source_options={"image_column": "img", "caption_column": "text"},
-        form="DIR/dev_seen.jsonl, with DIR/img beside it",
+        form="DIR/dev_seen.jsonl, with DIR/img next to it",
     ),
     "voc2007": SuiteEntry(
         MULTILABEL,
@@ -240,7 +240,7 @@ SUITE: dict[str, SuiteEntry] = {
         ("image", "text", "group"),
         split="all 400 examples",
         numbers=2,
-        form="DIR/examples.jsonl, with DIR/images beside it",
+        form="DIR/examples.jsonl, with DIR/images next to it",
     ),
     "snli_ve": SuiteEntry(
         "entailment",
@@ -290,12 +290,12 @@ SUITE: dict[str, SuiteEntry] = {
     "sugarcrepe_swap_obj": _sugarcrepe("swap_obj", 245),
     "aro_vg_relation": _choice(
         "all test cases (23,937); of them for macro accuracy those of relations with an order",
-        "aro:DIR/visual_genome_relation.json, with DIR/images beside it",
+        "aro:DIR/visual_genome_relation.json, with DIR/images next to it",
         macro=True,
     ),
     "aro_vg_attribution": _choice(
         "all test cases (28,748); for macro accuracy pairs of attributes with 25 or more",
-        "aro:DIR/visual_genome_attribution.json, with DIR/images beside it",
+        "aro:DIR/visual_genome_attribution.json, with DIR/images next to it",
         macro=True,
     ),
     "aro_coco_order": _choice(

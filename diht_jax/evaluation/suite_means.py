@@ -104,7 +104,7 @@ def suite_means(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, 
 
 
 def describe_missing(number: int) -> str:
-    """ "3 missing", or nothing."""
+    """Tells how many are missing, such as "3 missing"; nothing for 0."""
     return f"{number} missing" if number else ""
 
 

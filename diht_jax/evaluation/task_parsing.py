@@ -44,7 +44,7 @@ def parse_tasks(texts: str | Sequence[str], **defaults: Any) -> list[Task]:
             NAME                a built-in task, such as "cifar10"
             NAME=SOURCE         the same on another source, such as "cifar10=/data/test.tar"
             KIND:SOURCE         "retrieval:/data/a.tar", "classification:tfds:food101:validation"
-            NAME=KIND:SOURCE    the same under a name of one's own
+            NAME=KIND:SOURCE    the same under a name of your choice
             clip_benchmark:DIR[:SPLIT], NAME=clip_benchmark:DIR
                                 kind, class names and templates of a folder in that layout
             datacomp:DIR        the tasks whose folders DataComp's download has put into DIR
@@ -145,7 +145,7 @@ def check_task(task: Task) -> Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class _Request:
-    """What a user writes of one task, before anything is looked up.
+    """One task as a user writes it, before anything is looked up.
 
     Attributes:
         name: of the task.
@@ -272,8 +272,12 @@ _TASK_FIELDS = {field.name for field in dataclasses.fields(Task)}
 def _parse_options(
     request: _Request, kind: str, protocol: Protocol
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values by the field of `Task` (or by the option's name, where it has none); and options of
-    the source."""
+    """Parses the options of a task.
+
+    Returns:
+        Values by the field of `Task`, or by the option's name where it has none; and the options
+        of the source.
+    """
     given: dict[str, Any] = {}
     source_options: dict[str, str] = {}
     for name, value in request.options.items():
@@ -324,7 +328,7 @@ def _source_options_of_entry(entry: SuiteEntry, source: str) -> dict[str, str]:
 def _words(
     request: _Request, source: str, options: Mapping[str, str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What of the task comes with its data; not asked for where the user gives all of it."""
+    """Fields of the task that come with its data; not read where the user gives all of them."""
     if request.kind is not None and "class_names" in given:
         return {}
     words = words_of_source(source, options)
@@ -332,7 +336,7 @@ def _words(
 
 
 def _fields_of_entry(entry: SuiteEntry, source: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a task by name; class names that it lacks are those of its data.
+    """Fields of a task by name; class names that it lacks are those of its data.
 
     What the user gives is not made: it may come with a package that is absent.
     """
@@ -383,7 +387,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 
 def _name_of_source(source: str) -> str:
-    """ "/data/emoji.tar" -> "emoji", "tfds:food101:validation" -> "food101_validation"."""
+    """Names a task: "/data/emoji.tar" -> "emoji", "tfds:food101:test" -> "food101_test"."""
     is_path = "/" in source or "." in source
     stem = pathlib.PurePath(source).name.split(".")[0] if is_path else source.removeprefix("tfds:")
     return re.sub(r"[^\w-]+", "_", stem).strip("_") or "task"

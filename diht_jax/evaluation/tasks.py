@@ -55,7 +55,7 @@ def evaluate_task(
         task: what on.
         batch_size: images, and texts, a batch over all devices.
         num_threads: decoding threads; None is one per core.
-        limit: only the first so many entries of the source; None is all.
+        limit: number of entries of the source, from the first on; None is all.
         page: gets the examples of a classification, retrieval or choice of captions; None for none.
         num_resamples: for bootstrap intervals; 0 leaves them out.
         progress: show bars on stderr.
@@ -147,7 +147,7 @@ def entries_bar(name: str, units: Units, limit: int | None = None, *, hidden: bo
 
 
 def _reported(task: Task, metrics: Mapping[str, float]) -> dict[str, list[str]]:
-    """Which metrics of a task by name are the ones to report."""
+    """The metrics of a task by name that are to be reported."""
     if task.name not in TASKS_BY_NAME or task.kind != TASKS_BY_NAME[task.name].kind:
         return {}
     return {"reported": [name for name in TASKS_BY_NAME[task.name].metrics if name in metrics]}

@@ -1,4 +1,4 @@
-"""From pairs and texts to embeddings, in batches of one shape, with decoding ahead of the device.
+"""Embeds pairs and texts in batches of one shape, with decoding ahead of the device.
 
 Nothing here knows a metric, a task or a file: pairs come in as an iterator, embeddings go out as
 NumPy arrays.
@@ -38,16 +38,20 @@ _DROPPED_KEYS_KEPT = 10
 
 
 class EmbeddingModel(Protocol):
-    """What evaluation needs of a model; `diht_jax.loading.LoadedModel` is one."""
+    """The methods of a model that evaluation uses; `diht_jax.loading.LoadedModel` is one."""
 
     @property
-    def logit_scale(self) -> float: ...
+    def logit_scale(self) -> float:
+        """The factor of cosines, after exp."""
 
-    def encode_image(self, images: np.ndarray) -> np.ndarray: ...
+    def encode_image(self, images: np.ndarray) -> np.ndarray:
+        """Embeds uint8 [b, h, w, 3]: float32 [b, d], L2-normalised."""
 
-    def encode_text(self, texts: Sequence[str]) -> np.ndarray: ...
+    def encode_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeds texts: float32 [b, d], L2-normalised."""
 
-    def preprocess(self, image: PIL.Image.Image) -> np.ndarray: ...
+    def preprocess(self, image: PIL.Image.Image) -> np.ndarray:
+        """Crops and resizes a picture: uint8 [h, w, 3]."""
 
 
 class UnusablePair(ValueError):

@@ -46,7 +46,7 @@ _STATS_TYPES = {"file": str, "pairs": int, "entries": int, "dropped": dict, "is_
 
 @dataclasses.dataclass(frozen=True)
 class EmbedOptions:
-    """How embeddings are written.
+    """Options of `embed_source`.
 
     Attributes:
         format: "npz" or "parquet".
@@ -231,7 +231,7 @@ def _encode_parquet(notes: list[tuple[str, str]], columns: dict[str, np.ndarray]
 
 
 def _settings(model: Any, shards: list[SourceShard], options: EmbedOptions) -> dict[str, Any]:
-    """What must be the same for a directory to be gone on with."""
+    """Settings that must be the same for a directory to be gone on with."""
     linked = [
         registry.describe_linked(shard)
         for shard in shards

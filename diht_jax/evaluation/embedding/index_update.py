@@ -39,7 +39,7 @@ PART_ROWS = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What `update_index` did.
+    """Result of `update_index`.
 
     Attributes:
         added: number of pictures that were embedded.

@@ -25,7 +25,7 @@ _PICTURES_PER_UNIT = 64
 
 
 def list_inputs(source: str | Sequence[str], **source_options: Any) -> list[SourceShard]:
-    """The shards of a source; a folder of pictures, alone or beside other files, is one."""
+    """Lists the shards of a source; a folder of pictures, even among other files, is one."""
     if not isinstance(source, str) or not os.path.isdir(source):
         return registry.list_shards(source, **source_options)
     names = {e.name for e in os.scandir(source) if not e.name.startswith(".") and e.is_file()}
@@ -117,7 +117,7 @@ class PartReader:
         return not self.is_exhausted()
 
     def is_exhausted(self) -> bool:
-        """Whether no entry is left."""
+        """Tells whether no entry is left."""
         for item in self._items:
             self._items = itertools.chain([item], self._items)
             return False

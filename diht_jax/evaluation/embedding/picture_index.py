@@ -151,7 +151,7 @@ class PictureIndex:
         """The thumbnail of a picture, a JPEG file.
 
         Returns:
-            None where there is none, such as of a file that was removed since.
+            None where there is none, such as for a file that was removed since.
         """
         if part not in self._parts or not 0 <= row < len(self._parts[part].rows):
             return None
@@ -195,7 +195,7 @@ class Part:
             raise ValueError(f"{path}.*: files of different lengths; delete {path.name}.json")
 
     def search(self, queries: np.ndarray, count: int) -> Iterator[list[tuple[float, int]]]:
-        """For each query the rows nearest to it, with their similarities."""
+        """Yields the rows nearest to each query, with their similarities."""
         # With the package, since JAX and Orbax need none of it.
         try:
             from usearch.index import MetricKind, search

@@ -31,7 +31,7 @@ _MOST_SHOWN = 1000  # characters of key and caption
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What `search_pictures` found.
+    """Result of `search_pictures`.
 
     Attributes:
         matches: query -> its matches, the best first; pictures of equal similarity in the order

@@ -1,4 +1,4 @@
-"""Few-shot linear probing that starts at the prompts, beside two other probes.
+"""Few-shot linear probing that starts at the prompts, and two other probes.
 
 DiHT, arXiv 2301.02280, section "Few-shot linear probing": the classifier starts at the zero-shot
 one and may move only inside a ball, whose radius a validation split chooses; the baseline is a
@@ -50,7 +50,7 @@ class FewShotOptions:
         seed: of the draws and of the split.
         validation_fraction: of the training images, class by class, held out to choose settings
             on, where there is no validation source.
-        validation_per_class: at most so many held-out images a class; None for no limit.
+        validation_per_class: most held-out images a class; None for no limit.
         radii: the grid of ||W||_2, as fractions of the norm of the zero-shot classifier.
         bias_radii: the grid of ||b||_2, in logits.
         weight_decays: the grid of the probe from scratch, and of the penalty towards the prompts.
@@ -124,7 +124,8 @@ def evaluate_few_shot(
 
     Args:
         model: a `LoadedModel`, or anything with the same methods.
-        train, test: classification tasks; class names, templates and label field are `test`'s.
+        train: classification task that shots are drawn from.
+        test: one to measure on; its class names, templates and label field count.
         validation: settings are chosen on it; by default a part of `train` is held out.
         options: the protocol; the defaults of `FewShotOptions` where None.
         batch_size: images, and texts, a batch over all devices.

@@ -24,12 +24,12 @@ _MOST_EXAMPLES_A_BLOCK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class ProbeSettings:
-    """How far a classifier may go, or what going costs.
+    """The limits of a classifier's distance from its start, or the cost of it.
 
     Attributes:
         radius: most that the Euclidean norm of W (all entries) may be; infinity for no limit.
         bias_radius: the same of b.
-        weight_decay: factor `c` of the penalty `c / 2 * ||W||^2` beside the mean loss.
+        weight_decay: factor `c` of the penalty `c / 2 * ||W||^2` that is added to the mean loss.
     """
 
     radius: float = math.inf

@@ -1,4 +1,4 @@
-"""What a task and a protocol are: a protocol measures all tasks of one kind.
+"""Tasks and protocols: a protocol measures all tasks of one kind.
 
 A file of this folder makes one `Protocol`, and `registry.PROTOCOLS` lists it under its kind. The
 parsing of tasks, the results file and the tables take everything from that object. What a protocol
@@ -57,7 +57,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """How a metric is shown.
+    """Unit and label of a metric.
 
     Attributes:
         unit: "share" of 1, shown in percent; "score", a number of any size, shown as it is; "rank",
@@ -70,7 +70,7 @@ class Metric:
 
     @property
     def lower_is_better(self) -> bool:
-        """Whether a smaller value is the better one."""
+        """True where a smaller value is the better one."""
         return self.unit == "rank"
 
 
@@ -118,7 +118,7 @@ CAPTION_TEMPLATE = Option(parse_text, "caption_template")
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a protocol found on a task.
+    """Result of a protocol on a task.
 
     Attributes:
         encoded: the images.
@@ -164,12 +164,13 @@ class Run(Interface):
         batch_size: int,
         num_threads: int | None,
         progress: bool,
-    ) -> Measured: ...
+    ) -> Measured:
+        """See the class."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How tasks of one kind are parsed, checked, measured and shown.
+    """The parsing, checks, measurement and metrics of tasks of one kind.
 
     Attributes:
         run: measures a task.

@@ -42,7 +42,7 @@ TIES = {
     "right": "the right caption is the answer where a wrong one is as similar",
 }
 
-# Similarities at once: two float32 arrays of so many rows.
+# Rows of two float32 arrays that are multiplied at once.
 _BLOCK = 16_384
 
 
@@ -61,7 +61,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class CaptionChoiceResult:
-    """What `choose_captions` found; n images, q questions, p pictures.
+    """Result of `choose_captions`; n images, q questions, p pictures.
 
     Attributes:
         encoded: the images; a picture may be cut into several.
@@ -111,7 +111,7 @@ class CaptionChoiceResult:
         ]
 
     def _of_groups(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """float [groups]: their accuracies, 0 without questions, and the weights of these."""
+        """Accuracies of the groups, 0 without questions, and the sums of weights: float [groups]."""
         inside = self.group_of_question >= 0
         group, weights = self.group_of_question[inside], weights[inside]
         sizes = np.bincount(group, weights, len(self.groups))
@@ -210,7 +210,7 @@ def _distinct_texts(model: EmbeddingModel, texts: Sequence[str]) -> tuple[list[s
 def _similarities(
     image_emb: np.ndarray, images: np.ndarray, text_emb: np.ndarray, texts: np.ndarray
 ) -> np.ndarray:
-    """float32 [n], cosines of the chosen rows, each summed in the same order."""
+    """Cosines of the chosen rows, each summed in the same order: float32 [n]."""
     starts = range(0, len(texts), _BLOCK)
     parts = [slice(start, start + _BLOCK) for start in starts]
     return np.concatenate(
@@ -219,7 +219,7 @@ def _similarities(
 
 
 def _number(names: Sequence[str]) -> np.ndarray:
-    """int [n], equal for equal names, from 0 in the order in which they first occur."""
+    """Numbers names from 0 in the order in which they first occur: int [n]."""
     number_of = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([number_of[name] for name in names], np.int32)
 

@@ -27,7 +27,7 @@ _IMAGE_BLOCK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-    """Which group each of n images belongs to, such as the region where it was taken.
+    """The group of each of n images, such as the region where it was taken.
 
     Attributes:
         names: G of them, sorted; numbers or texts as the data have them.
@@ -108,6 +108,10 @@ def metrics_of_splits(
     """The means of `metrics_of_ranks` over test splits.
 
     Args:
+        ranks: see `metrics_of_ranks`.
+        labels: see `metrics_of_ranks`.
+        num_classes: C.
+        weights: [n].
         members: bool [n] for each split, its images; without any, all images are one split.
     """
     found = [

@@ -18,7 +18,7 @@ from diht_jax.records.schema import Pair
 
 @dataclasses.dataclass(frozen=True)
 class RawLabel:
-    """What one pair has about its class.
+    """All that one pair has about its class.
 
     Attributes:
         key: of the pair, for messages.
@@ -82,7 +82,7 @@ def resolve_label(raw: RawLabel, names: Sequence[str], index: dict[str, int | No
     """The integer label of one pair among given class names.
 
     Args:
-        raw: an integer label counts in the order of `names`; a name is looked up, whatever its
+        raw: an integer label counts in the order of `names`; a name is looked up in any
             case and with "_" for " ".
         names: the class names.
         index: `name_index(names)`.
@@ -225,8 +225,10 @@ def _plain(name: str) -> str:
 
 
 def _spaced(name: str) -> str:
-    """Names of folders and of TFDS have "_" where a prompt needs a space; those of SUN397 are
-    paths: "/a/apse/indoor" is "apse indoor"."""
+    """Puts spaces where names of folders and of TFDS have "_".
+
+    Those of SUN397 are paths: "/a/apse/indoor" is "apse indoor".
+    """
     path = re.fullmatch("/[a-z]/(.+)", name)
     return (path[1].replace("/", " ") if path else name).replace("_", " ")
 

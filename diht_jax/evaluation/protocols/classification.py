@@ -118,7 +118,7 @@ class ClassificationResult:
         return metrics
 
     def confusion(self) -> np.ndarray:
-        """int [C, C]: images of the class of the row that were taken for that of the column."""
+        """Images of the class of the row that were taken for that of the column: int [C, C]."""
         counts = np.zeros((len(self.classes.names),) * 2, np.int64)
         np.add.at(counts, (self.classes.labels, self.predictions), 1)
         return counts

@@ -92,7 +92,7 @@ class Ranking:
         return float(np.where(reached, precision, 0).max(axis=1).mean())
 
     def _steps(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each recall step the positives in it, those up to it, and the precision there."""
+        """Positives of each recall step, those up to it, and the precision there."""
         if not len(self.positives):
             return np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1)
         gained = np.add.reduceat(counts[self.positives], self.positive_starts)

@@ -51,7 +51,7 @@ _GALLERY_BLOCK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalResult:
-    """What `retrieve` found; n images, m captions.
+    """Result of `retrieve`; n images, m captions.
 
     Attributes:
         encoded: the images; `notes` holds the captions of each one.

@@ -2,7 +2,7 @@
 
 The rules are those of `PythonEvaluationTools/vqaEvaluation/vqaEval.py` of GT-Vision-Lab/VQA in its
 last state, oddities included: what people said is normalised only where they do not all agree to
-the letter, a punctuation mark becomes a space unless it stands beside one (or the answer has a
+the letter, a punctuation mark becomes a space unless it stands next to one (or the answer has a
 number such as 1,000), and "somebody'd" loses its apostrophe.
 """
 

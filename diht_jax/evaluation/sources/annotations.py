@@ -1,6 +1,6 @@
 """Annotation files of vision-and-language sets: many rows, several of them on one image.
 
-One pair comes out per image, whatever the number of its rows, so that each image is decoded and
+One pair comes out per image, however many rows name it, so that each image is decoded and
 embedded once. Read are a JSON list (ALBEF's files for COCO, Flickr30K, SNLI-VE and VQA v2), jsonl
 (Localized Narratives; Winoground's `examples.jsonl`) and WinoGAViL's csv.
 """

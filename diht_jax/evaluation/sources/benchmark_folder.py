@@ -8,7 +8,7 @@ The layout is that of CLIP_benchmark 1.6, `clip_benchmark/datasets/builder.py`:
     DIR/zeroshot_classification_templates.txt   one a line, with "{c}" for the class name
     DIR/dataset_type.txt             "retrieval", "multilabel"; without it "classification"
 
-Beside KEY.cls a KEY.npy holds numbers of the picture, as in DataComp's versions of WILDS, GeoDE and
+A KEY.npy with a KEY.cls holds numbers of the picture, as in DataComp's versions of WILDS, GeoDE and
 Dollar Street: where and when it was taken, and the like. DIR may be a URL.
 """
 
@@ -110,7 +110,7 @@ def benchmark_units(folder: BenchmarkFolder) -> Units:
     """One unit for each shard, which yields its pairs.
 
     `metadata["label"]` is an int for a classification, and `metadata["numbers"]` lists what a
-    KEY.npy beside it holds; for a multi-label set
+    KEY.npy of the same key holds; for a multi-label set
     `metadata["labels"]` lists the numbers of its classes, and `metadata["ignored_labels"]` those of
     the classes for which it does not count. Those pairs have no caption.
 

@@ -76,7 +76,7 @@ def sugarcrepe_units(path: str, *, image_root: str | None = None) -> Units:
 
     Args:
         path: one of the seven files, or a folder that holds them all: then the subsets are groups.
-        image_root: folder of COCO's val2017, or its URL; `val2017` beside the files by default.
+        image_root: folder of COCO's val2017, or its URL; `val2017` next to the files by default.
 
     Returns:
         Units of pairs with `metadata["questions"]`, as `protocols.caption_choice` takes them.
@@ -93,7 +93,7 @@ def aro_units(path: str, *, image_root: str | None = None) -> Units:
     Args:
         path: `visual_genome_relation.json`, `visual_genome_attribution.json`, or test cases of an
             order.
-        image_root: folder of the pictures, or its URL; by default `images` beside a file of Visual
+        image_root: folder of the pictures, or its URL; by default `images` next to a file of Visual
             Genome, the folder itself of an order.
 
     Returns:
@@ -149,7 +149,7 @@ _TEXTS = ("image_path", "true_caption", "false_caption")
 
 
 def _groups_of(rows: Sequence[Mapping[str, Any]]) -> Callable[[Mapping[str, Any]], str | None]:
-    """What finds the group of a row that ARO's macro accuracy counts it for."""
+    """Makes a function that finds the group of a row for ARO's macro accuracy."""
 
     def name(row: Mapping[str, Any]) -> str | None:
         if isinstance(row.get("attributes"), list):

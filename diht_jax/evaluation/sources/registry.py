@@ -173,7 +173,7 @@ def count_shards(shards: Sequence[SourceShard]) -> int | None:
 
 
 def words_of_source(source: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a task comes with its data: `kind`, `class_names` or `templates`; maybe nothing.
+    """Fields of a task that come with its data: `kind`, `class_names`, `templates`; maybe none.
 
     Raises:
         ValueError: the source cannot be read, or has no such option.
