@@ -111,7 +111,7 @@ class CaptionChoiceResult:
         ]
 
     def _of_groups(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Accuracies of the groups, 0 without questions, and the sums of weights: float [groups]."""
+        """Accuracies of the groups, 0 without questions, and their weights: float [groups]."""
         inside = self.group_of_question >= 0
         group, weights = self.group_of_question[inside], weights[inside]
         sizes = np.bincount(group, weights, len(self.groups))
