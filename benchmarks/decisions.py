@@ -29,8 +29,8 @@ from absl import app, flags
 from benchmarks.record import write_result
 from data_prep.captions import parse_captions
 from data_prep.captions.graph import cat_reason
+from data_prep.decisions import table
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions
 from data_prep.jobs import shards
 from diht_jax.config import load_recipe
 
@@ -45,6 +45,7 @@ _GROUPS = {
     "keys": ("key",),
     "uids": ("uid",),
     "sizes": ("width", "height"),
+    "names": ("object_names.list.element", "action_names.list.element"),
 }
 
 
@@ -75,23 +76,27 @@ def main(_: Sequence[str]) -> None:
 def _measure_caption(graph: Any) -> dict[str, Any]:
     """The columns of a caption and what the first step decided."""
     reason = cat_reason(graph)
-    values = {"captions": 1, "outcome": "caption" if reason else decisions.KEPT, "reason": reason}
+    values = {"captions": 1, "outcome": "caption" if reason else table.KEPT, "reason": reason}
     if graph.drop_reason is None:
         values |= {"complexity": graph.complexity, "actions": len(graph.actions)}
+        values["object_names"] = list(graph.objects)
+        values["action_names"] = sorted({edge.predicate for edge in graph.actions})
+    else:
+        values["gate"] = graph.drop_reason
     return values
 
 
 def _write_parts(folder: pathlib.Path, measured: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Writes all files and statistics; returns the bytes of a row by groups of columns."""
     rng = np.random.default_rng(0)
-    paths = [folder / "parts" / f"{n:05d}{decisions.SUFFIX}" for n in range(_PARTS.value)]
+    paths = [folder / "parts" / f"{n:05d}{table.SUFFIX}" for n in range(_PARTS.value)]
     distinct = min(_DISTINCT.value, _PARTS.value)
     for number, path in enumerate(paths[:distinct]):
-        log = decisions.DecisionLog()
+        log = table.DecisionWriter()
         for i, chosen in enumerate(rng.integers(len(measured), size=_ROWS)):
             # Keys as img2dataset numbers them.
             values = measured[chosen] | {"key": f"{number:05d}{i:04d}", "uid": rng.bytes(16)}
-            if values["outcome"] == decisions.KEPT:
+            if values["outcome"] == table.KEPT:
                 values["width"], values["height"] = np.exp(rng.normal(6.3, 0.5, 2)).astype(int)
                 values |= _spot(rng)
             log.add(i, values)

@@ -6,6 +6,7 @@ The keys of the steps stand in the steps' own files.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -43,15 +44,7 @@ _NOT_HASHED = (
     "max_failed_shards",
     "max_changed_shards",
 )
-# Keys of later versions, which are hashed where they have another value than this.
-_ADDED_KEYS = {"caption_kind": USUAL_KIND, "caption_columns": ""}
-# Folders that were filtered before the rules had versions were hashed with digests of the rules'
-# source code. These two mean version 1, and version 1 goes on to be hashed as them, so that such
-# folders are recognised.
-_DIGESTS_OF_VERSION_1 = {
-    "caption_rules": "947b331d88dcbba05ef3b1aa118324f52bb19d07ec7ef5de25b9bc904598522d",
-    "spotting_rules": "5fb768f15315445486dfa738e7d08d516284d3302c62ab5ea5005a76f2d86a09",
-}
+SETTINGS = "settings.json"  # in the folder of the parts: what the config means
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -141,9 +134,6 @@ def caption_columns(config: ml_collections.ConfigDict) -> dict[str, str]:
 def record_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """The part of the config that decides what is written, as plain JSON-able values."""
     settings = {k: v for k, v in config.to_dict().items() if k not in _NOT_HASHED}
-    for key, value in _ADDED_KEYS.items():
-        if settings.get(key) == value:
-            del settings[key]
     for step in registry.ordered_steps():
         if step.section is not None:
             keys = settings.pop(step.section)
@@ -169,25 +159,13 @@ def describe_settings(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return settings
 
 
-def hash_settings(settings: dict[str, Any]) -> str:
-    """The fingerprint of what `describe_settings` gave."""
-    as_before = {k: v for k, v in _DIGESTS_OF_VERSION_1.items() if settings.get(k) == 1}
-    return shards.hash_config(settings | as_before)
-
-
-def upgrade_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an older folder in today's form: digests of the rules become versions."""
-    known = {k: 1 for k, digest in _DIGESTS_OF_VERSION_1.items() if settings.get(k) == digest}
-    return settings | known
-
-
 def hash_config(config: ml_collections.ConfigDict) -> str:
     """The fingerprint of `describe_settings`.
 
     Raises:
         ValueError: text-spotting is asked for, and EasyOCR is not installed.
     """
-    return hash_settings(describe_settings(config))
+    return shards.hash_config(describe_settings(config))
 
 
 def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
@@ -196,8 +174,7 @@ def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
     They are recorded and not hashed. What another version of them means for a folder that is not
     finished: another model of spaCy is refused like another config, since it gives other graphs
     (`DECIDING_PACKAGES`). Another version of spaCy, py3langid or Pillow seldom decides otherwise,
-    so the job goes on, and the report warns of shards that were made with unlike versions. Shards
-    of before versions were recorded are taken as they are.
+    so the job goes on, and the report warns of shards that were made with unlike versions.
 
     Raises:
         ValueError: a package that the config needs is not installed.
@@ -206,3 +183,17 @@ def package_versions(config: ml_collections.ConfigDict) -> dict[str, str]:
     for step in registry.active_steps(config):
         versions |= step.package_versions(config)
     return versions
+
+
+def compare_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    """What differs between two configs, as "image.min_side 1 -> 2"."""
+    if not before:
+        return
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from compare_settings(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield f"{prefix}{name} {old} -> {new}"

@@ -17,7 +17,6 @@ What is done to a pair belongs in `shard`.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,17 +24,17 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from data_prep.decisions import lists, table
+from data_prep.decisions.noise_scores import format_noise_table
+from data_prep.decisions.report import REPORT, Report, gather, get_funnel, read_report
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions, kept, parts, resharding, reuse, stale_outputs
+from data_prep.filtering import parts, resharding, reuse
 from data_prep.filtering.resharding import Part
 from data_prep.jobs import manifest, shards
-from data_prep.jobs.engine import Report, engine_options, print_failures, run_pending
+from data_prep.jobs.engine import engine_options, print_failures, run_pending
 from data_prep.jobs.failures import Failures, Survey, is_unfinished, survey, with_output
 from data_prep.jobs.packed import PackedList
-from data_prep.reports.merging import GROUPS, ReportSettings, gather_report
-from data_prep.reports.noise_scores import format_noise_table
 from data_prep.reports.page import PAGE, write_report
-from data_prep.reports.summary import REPORT, FilterReport, read_report
 from data_prep.sources import list as source_list
 from data_prep.steps.registry import active_steps
 from diht_jax.records import dataset_info
@@ -107,11 +106,11 @@ def _finish(
             return with_output(failures, merged.get("failed", ())), []
         found = survey(tasks, known)
         if is_unfinished(config.max_failed_shards, found, len(tasks)):
-            report_unfinished(config, found, folder, engine, has_all=len(mine) == len(tasks))
+            report_unfinished(config, found, folder, has_all=len(mine) == len(tasks))
             return failures, []
         not_made: dict[str, str] = {}
         if config.examples_per_shard is None:
-            _describe_parts(config, found, folder, engine)
+            _describe_parts(config, found, folder)
         else:
             planned = plan_output(config, found.parts, folder)
             unwritten = _find_unwritten(planned)
@@ -123,31 +122,27 @@ def _finish(
         return with_output(failures, found.failed), []
 
 
-def merge_parts(config: ml_collections.ConfigDict, found: Survey, engine: str) -> FilterReport:
-    """The report of the parts that are done, at least one; of many the engine merges groups."""
-    outputs = PackedList(task.output for task, _ in found.parts)
-    return gather_report(
-        outputs,
-        folder=outputs[0].rpartition("/")[0],
-        run=functools.partial(run_pending, label="merge", **engine_options(config, engine)),
-        job={
-            "input": config.input,
-            "output": config.output,
-            "settings": filter_config.record_settings(config),
-            "config_hash": found.parts[0][0].config_hash,
-            "failed": found.failed,
-        },
-        settings=ReportSettings(
-            samples_per_outcome=config.samples_per_outcome,
-            report_samples=config.report_samples,
-            seed=config.seed,
-            clean_label=config.clean_label,
-        ),
+def merge_parts(config: ml_collections.ConfigDict, found: Survey) -> Report:
+    """The report of the parts that are done, at least one."""
+    job = {
+        "input": config.input,
+        "output": config.output,
+        "settings": filter_config.record_settings(config),
+        "config_hash": found.parts[0][0].config_hash,
+        "failed": found.failed,
+        "shards": len(found.parts),
+    }
+    return gather(
+        [task.output for task, _ in found.parts],
+        [job],
+        samples_per_outcome=config.samples_per_outcome,
+        report_samples=config.report_samples,
+        clean_label=config.clean_label,
     )
 
 
 def report_unfinished(
-    config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str, *, has_all: bool
+    config: ml_collections.ConfigDict, found: Survey, folder: str, *, has_all: bool
 ) -> None:
     """Prints the funnel of the parts that are done, where no output can be written.
 
@@ -157,32 +152,31 @@ def report_unfinished(
         config: of the job.
         found: the parts; of none there is nothing to report.
         folder: of the output.
-        engine: one of `engine.ENGINES`.
         has_all: whether this job has the parts of all jobs.
     """
     if not found.parts or (found.waiting and not has_all):
         return
-    report = merge_parts(config, found, engine)
+    report = merge_parts(config, found)
     print_funnel(report)
     if not found.waiting:
         write_report(folder, report)
         print(f"what the shards that are done gave: {folder}/{PAGE}")
 
 
-def print_funnel(report: FilterReport) -> None:
+def print_funnel(report: Report) -> None:
     """The funnel, what img2dataset counted, and the filters against known noise."""
-    if report.download:
-        d = report.download
+    if report["download"]:
+        d = report["download"]
         print(
             f"img2dataset: {d['count']:,} rows, {d['successes']:,} downloaded, "
             f"{d['failed_to_download']:,} failed to download, {d['failed_to_resize']:,} to resize"
         )
-    print(report.funnel.format_table())
-    for warning in report.warnings():
+    print(get_funnel(report).format_table())
+    for warning in report["warnings"]:
         logging.warning("%s", warning)
-    if report.measures.labels:
+    if report["measures"]["labels"]:
         print()
-        print(format_noise_table(report.measures.labels, report.clean_label))
+        print(format_noise_table(report["measures"]["labels"], report["clean_label"]))
 
 
 def plan_output(
@@ -244,13 +238,11 @@ def _records_missing(
 ) -> list[shards.ShardTask]:
     """Parts whose records are needed for an output shard, or for the lists, and are nowhere."""
     _, missing = reuse.find_records(found, unwritten, folder)
-    if not files.exists(files.join(folder, kept.KEYS_FILE)):
-        listed = (decisions.SUFFIX, kept.KEPT_SUFFIX)
+    if not files.exists(files.join(folder, lists.KEYS_FILE)):
         where = files.join(folder, resharding.PARTS)
-        present = set(files.list_names(where, lambda name: name.endswith(listed)))
+        present = set(files.list_names(where, lambda name: name.endswith(table.SUFFIX)))
         for task, _ in found:
-            name = os.path.basename(task.output)
-            if present.isdisjoint((name + decisions.SUFFIX, name + kept.KEPT_SUFFIX)):
+            if os.path.basename(task.output) + table.SUFFIX not in present:
                 missing.add(task.output)
     return [task for task, _ in found if task.output in missing]
 
@@ -292,7 +284,7 @@ def _write_output(
     engine: str,
 ) -> dict[str, str]:
     """Re-shards, then writes all that describes the whole folder."""
-    report = _merge_some(config, found, folder, engine)
+    report = _merge_some(config, found, folder)
     shards.remove_merged(folder)
     located, missing = reuse.find_records(found.parts, unwritten, folder)
     if missing:
@@ -301,15 +293,11 @@ def _write_output(
     resharding.remove_stale_shards(folder, planned, config.output_format)
     names = [os.path.basename(shard.output) for shard in planned]
     shards.remove_temporary_files(folder, [*names, *parts.MERGED_FILES])
-    described = [stale_outputs.SETTINGS, manifest.NAME, GROUPS]
+    described = [filter_config.SETTINGS, manifest.NAME]
     shards.remove_temporary_files(files.join(folder, resharding.PARTS), described)
-    lists = kept.KeptLists(folder, PackedList(task.output for task, _ in found.parts))
-    failures = run_pending(
-        _write_shard_or_lists,
-        PackedList(itertools.chain([lists], located), per_block=1),
-        label="re-shard",
-        **engine_options(config, engine),
-    )
+    lists.write_lists(folder, lists.read_kept(task.output for task, _ in found.parts))
+    options = engine_options(config, engine) | {"label": "re-shard"}
+    failures = run_pending(resharding.write_shard, located, **options)
     if failures:
         return failures
     outputs = [stats["output"] for stats in resharding.load_written(planned)]
@@ -317,61 +305,35 @@ def _write_output(
     return {}
 
 
-def _describe_parts(
-    config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str
-) -> None:
+def _describe_parts(config: ml_collections.ConfigDict, found: Survey, folder: str) -> None:
     """Writes all that describes a folder whose parts are the output."""
     # As training reads them, which is the order of their names.
     ordered = sorted(found.parts, key=lambda part: part[0].output)
-    names = (shards.MERGED_STATS, REPORT, PAGE, kept.KEYS_FILE, *_described_by(config))
+    names = (shards.MERGED_STATS, REPORT, PAGE, lists.KEYS_FILE, *_described_by(config))
     if not all(files.exists(files.join(folder, name)) for name in names):
-        report = _merge_some(config, found, folder, engine)
+        report = _merge_some(config, found, folder)
         shards.remove_merged(folder)
-        described = [stale_outputs.SETTINGS, manifest.NAME, GROUPS, *parts.MERGED_FILES]
+        described = [filter_config.SETTINGS, manifest.NAME, *parts.MERGED_FILES]
         shards.remove_temporary_files(folder, described)
-        write_lists(config, [task.output for task, _ in ordered], folder, engine)
+        lists.write_lists(folder, lists.read_kept(task.output for task, _ in ordered))
         outputs = [stats["output"] for _, stats in ordered]
         _describe_output(config, found, outputs, folder, report)
     _show(folder, len(ordered))
 
 
-def write_lists(
-    config: ml_collections.ConfigDict, outputs: Sequence[str], folder: str, engine: str
-) -> None:
-    """Has the lists of kept pairs written by a worker.
-
-    Raises:
-        ValueError: they could not be written.
-    """
-    task = kept.KeptLists(folder, outputs)
-    options = engine_options(config, engine)
-    failures = run_pending(kept.write_kept_lists, [task], label="lists", **options)
-    for error in failures.values():
-        raise ValueError(f"{files.join(folder, kept.KEYS_FILE)} could not be written: {error}")
-
-
-def _write_shard_or_lists(task: resharding.BalancedShard | kept.KeptLists, report: Report) -> None:
-    if isinstance(task, kept.KeptLists):
-        kept.write_kept_lists(task, report)
-    else:
-        resharding.write_shard(task, report)
-
-
-def _merge_some(
-    config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str
-) -> FilterReport:
+def _merge_some(config: ml_collections.ConfigDict, found: Survey, folder: str) -> Report:
     """The report of the parts.
 
     Raises:
         ValueError: no pair was kept.
     """
-    report = merge_parts(config, found, engine)
-    if not report.funnel.kept:
+    report = merge_parts(config, found)
+    if not report["counts"]["kept"]:
         print_funnel(report)
         write_report(folder, report)
         raise ValueError(
-            f"none of the {report.funnel.read} pairs of '{config.input}' was kept; the reasons are "
-            f"in the table above, examples in {folder}/{PAGE}"
+            f"none of the {report['counts']['read']} pairs of '{config.input}' was kept; the "
+            f"reasons are in the table above, examples in {folder}/{PAGE}"
         )
     return report
 
@@ -381,7 +343,7 @@ def _describe_output(
     found: Survey,
     outputs: Sequence[Mapping[str, Any]],
     folder: str,
-    report: FilterReport,
+    report: Report,
 ) -> None:
     """Writes report and index, what other programs need, and the merged statistics last.
 
@@ -403,7 +365,7 @@ def _describe_output(
             split=config.split,
             shard_lengths=[output["records"] for output in outputs],
             num_bytes=sum(output["bytes"] for output in outputs),
-            image_formats=report.funnel.image_formats,
+            image_formats=report["counts"]["image_formats"],
             description=f"Image-text pairs of {config.input}, by data_prep.filter.",
             file_format=FORMATS[config.output_format].tfds_name,
         )
@@ -414,12 +376,11 @@ def _describe_output(
         "config_hash": found.parts[0][1]["config_hash"],
         "inputs": len(found.parts) + len(found.failed),
         "examples_per_shard": config.examples_per_shard,
+        "output_format": config.output_format,
         "shards": len(outputs),
-        "versions": report.versions_json(),
-        "counts": report.funnel.to_json() | {"measures": report.measures.to_json()},
+        "versions": report["versions"],
+        "counts": report["counts"] | {"measures": report["measures"]},
     }
-    if config.output_format != "tfrecord":
-        merged["output_format"] = config.output_format
     if found.failed:
         merged["failed"] = found.failed
     shards.write_json(files.join(folder, shards.MERGED_STATS), merged)
@@ -428,4 +389,5 @@ def _describe_output(
 def _show(folder: str, num_shards: int) -> None:
     report = read_report(folder)
     print_funnel(report)
-    print(f"{report.funnel.kept:,} pairs in {num_shards} shards: {folder}; look at {folder}/{PAGE}")
+    kept = report["counts"]["kept"]
+    print(f"{kept:,} pairs in {num_shards} shards: {folder}; look at {folder}/{PAGE}")

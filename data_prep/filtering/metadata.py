@@ -21,10 +21,11 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from data_prep.decisions import lists, table
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions, stale_outputs
 from data_prep.filtering import job as filter_job
 from data_prep.filtering import parts as filter_parts
+from data_prep.filtering import stale_outputs
 from data_prep.filtering.rows import PARQUET, filter_rows
 from data_prep.jobs import shards
 from data_prep.jobs.crash_search import after_death
@@ -37,7 +38,6 @@ from data_prep.jobs.failures import (
     survey,
     with_output,
 )
-from data_prep.reports.merging import GROUPS
 from data_prep.reports.page import PAGE, write_report
 from data_prep.sources import list as source_list
 from data_prep.steps import registry
@@ -75,7 +75,7 @@ def run(
     source_list.check_not_input(folder, units)
     files.make_folder(folder)
     settings = filter_config.describe_settings(config)
-    config_hash = filter_config.hash_settings(settings)
+    config_hash = shards.hash_config(settings)
     names = name_outputs(units)
     tasks = [
         shards.ShardTask(unit, files.join(folder, name), config_hash, config.input_identity)
@@ -100,7 +100,7 @@ def run(
     if pending:
         filter_parts.forget_output(folder)
         names = [os.path.basename(task.output) for task in pending]
-        for where in (folder, files.join(folder, decisions.FOLDER)):
+        for where in (folder, files.join(folder, table.FOLDER)):
             files.make_folder(where)
             shards.remove_temporary_files(where, names)
     function = functools.partial(filter_rows, config=config, steps=registry.active_steps(config))
@@ -113,7 +113,7 @@ def run(
             print(f"{folder}: another job has written the output")
             failures = with_output(failures, merged.get("failed", ()))
         else:
-            failures = _end(config, tasks, mine, folder, engine, failures, done)
+            failures = _end(config, tasks, mine, folder, failures, done)
     return print_failures(failures)
 
 
@@ -122,44 +122,43 @@ def _end(
     tasks: Sequence[shards.ShardTask],
     mine: Sequence[shards.ShardTask],
     folder: str,
-    engine: str,
     failures: Failures,
     known: Mapping[str, dict[str, Any]],
 ) -> Failures:
     """Describes the folder if all jobs are done; returns the failures to report."""
     found = survey(tasks, known)
     if not is_unfinished(config.max_failed_shards, found, len(tasks)):
-        _finish(config, found, folder, engine)
+        _finish(config, found, folder)
         return with_output(failures, found.failed)
     has_all = len(mine) == len(tasks)
-    filter_job.report_unfinished(config, found, folder, engine, has_all=has_all)
+    filter_job.report_unfinished(config, found, folder, has_all=has_all)
     return failures
 
 
-def _finish(config: ml_collections.ConfigDict, found: Survey, folder: str, engine: str) -> None:
+def _finish(config: ml_collections.ConfigDict, found: Survey, folder: str) -> None:
     """Prints the funnel, and writes what describes the whole folder."""
     tasks = [task for task, _ in found.parts]
-    report = filter_job.merge_parts(config, found, engine)
+    report = filter_job.merge_parts(config, found)
     filter_job.print_funnel(report)
     merged_path = files.join(folder, shards.MERGED_STATS)
     if not files.exists(merged_path):
-        described = [*filter_parts.MERGED_FILES, stale_outputs.SETTINGS, GROUPS]
+        described = [*filter_parts.MERGED_FILES, filter_config.SETTINGS]
         shards.remove_temporary_files(folder, described)
-        filter_job.write_lists(config, [task.output for task in tasks], folder, engine)
+        lists.write_lists(folder, lists.read_kept(task.output for task in tasks))
         write_report(folder, report)
-        counts = report.funnel.to_json() | {"measures": report.measures.to_json()}
         merged = {
             "config": filter_config.record_settings(config),
             "input": config.input,
             "config_hash": tasks[0].config_hash,
             "inputs": len(tasks) + len(found.failed),
-            "versions": report.versions_json(),
-            "counts": counts,
+            "versions": report["versions"],
+            "counts": report["counts"] | {"measures": report["measures"]},
         }
         if found.failed:
             merged["failed"] = found.failed
         shards.write_json(merged_path, merged)
-    print(f"{report.funnel.kept:,} rows in {len(tasks)} files: {folder}; look at {folder}/{PAGE}")
+    kept = report["counts"]["kept"]
+    print(f"{kept:,} rows in {len(tasks)} files: {folder}; look at {folder}/{PAGE}")
 
 
 def list_units(pairs: str | None, source: ml_collections.ConfigDict) -> list[SourceShard]:

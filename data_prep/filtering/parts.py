@@ -16,8 +16,10 @@ from typing import Any
 import ml_collections
 from absl import logging
 
+from data_prep.decisions import lists, table
+from data_prep.decisions.report import REPORT
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions, kept, resharding, reuse, stale_outputs
+from data_prep.filtering import resharding, reuse, stale_outputs
 from data_prep.filtering import shard as filter_shard_module
 from data_prep.jobs import manifest, shards
 from data_prep.jobs.crash_search import after_death
@@ -26,7 +28,6 @@ from data_prep.jobs.failures import Failures, run_noting_failures
 from data_prep.jobs.manifest import Input
 from data_prep.jobs.packed import PackedList
 from data_prep.reports.page import PAGE
-from data_prep.reports.summary import REPORT
 from data_prep.steps import registry
 from diht_jax.records import dataset_info
 from diht_jax.records.dataset_index import INDEX_NAME
@@ -36,7 +37,7 @@ from diht_jax.storage import files
 # What describes the whole output.
 MERGED_FILES = (
     *(shards.MERGED_STATS, INDEX_NAME, *dataset_info.FILES, dataset_info.SIZES),
-    *(kept.KEYS_FILE, kept.UIDS_FILE, REPORT, PAGE),
+    *(lists.KEYS_FILE, lists.UIDS_FILE, REPORT, PAGE),
 )
 
 
@@ -153,7 +154,7 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
     """
     are_output = config.examples_per_shard is None
     other = files.join(folder, resharding.PARTS) if are_output else folder
-    if not files.exists(files.join(other, stale_outputs.SETTINGS)):
+    if not files.exists(files.join(other, filter_config.SETTINGS)):
         return
     if not overwrite:
         before = "a number" if are_output else "None"
@@ -170,9 +171,9 @@ def _settle_layout(config: ml_collections.ConfigDict, folder: str, overwrite: bo
     else:
         names = [entry.name for entry in manifest.read_manifest(folder)]
         stale = shards.names_below(files.list_names(folder), names)
-        stale += [manifest.NAME, stale_outputs.SETTINGS]
+        stale += [manifest.NAME, filter_config.SETTINGS]
     # The settings last: until then the folder is known for what it is.
-    for name in sorted(stale, key=lambda name: name == stale_outputs.SETTINGS):
+    for name in sorted(stale, key=lambda name: name == filter_config.SETTINGS):
         files.remove(files.join(other, name))
 
 
@@ -186,7 +187,7 @@ def _find_foreign(config: ml_collections.ConfigDict, folder: str) -> list[str]:
 
     def is_ours(name: str) -> bool:
         # Or half-done: killed before its statistics.
-        whole = name + decisions.SUFFIX in present or name + shards.STATS_SUFFIX not in present
+        whole = name + table.SUFFIX in present or name + shards.STATS_SUFFIX not in present
         return named.fullmatch(name) is not None and whole
 
     return [n for n in shards.read_shards(folder, config.output_format) if not is_ours(n)]
@@ -214,8 +215,7 @@ def _check_records(
     is_copied = before["output_format"] in reuse.COPIED_FORMATS
 
     def is_lost(name: str) -> bool:
-        is_listed = not present.isdisjoint((name + decisions.SUFFIX, name + kept.KEPT_SUFFIX))
-        return name not in present and not (is_copied and is_listed)
+        return name not in present and not (is_copied and name + table.SUFFIX in present)
 
     lost = [output for output in done if is_lost(os.path.basename(output))]
     if lost:
@@ -227,14 +227,8 @@ def _check_records(
         )
         raise ValueError(
             f"'{folder}' is complete, and {what}: {len(lost)} input shards would have to be "
-            "read again, since "
-            + (
-                "the folder is from before decisions were recorded"
-                if is_copied
-                else "records cannot be copied out of tars"
-            )
-            + ". Choose another output, or make it again with --overwrite; config.keep_parts=True "
-            "would have kept what is needed"
+            "read again, since records cannot be copied out of tars. Choose another output, or "
+            "make it again with --overwrite; config.keep_parts=True would have kept what is needed"
         )
 
 
@@ -257,9 +251,6 @@ def read_written(
 
 
 def layout(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides which output shards the parts make, of a config or of merged statistics.
-
-    Statistics of TFRecords do not state their format: older ones had no other.
-    """
+    """What decides which output shards the parts make, of a config or of merged statistics."""
     names = ("inputs", "examples_per_shard", "output_format")
-    return {"output_format": "tfrecord"} | {n: settings[n] for n in names if n in settings}
+    return {name: settings[name] for name in names if name in settings}

@@ -1,9 +1,9 @@
 """Decides anew by other limits what a finished folder has decided, without reading its input.
 
-The decisions of a folder (`decisions`) hold what the steps measured of every pair. Each step
-decides from them again, in order, and a pair for which more would have to be known, such as the
-text in the picture of a pair whose caption was not good enough then, is counted as not known.
-Nothing is guessed: of all other pairs the filter itself would decide the same.
+Decisions hold what the steps have measured of every pair. The steps decide from these columns
+again, in order, by the same `decide` as in the filter. A pair for which more would have to be
+known, such as the text in the picture of a pair whose caption was not good enough then, is counted
+as not known. Nothing is guessed: of all other pairs the filter itself would decide the same.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import ml_collections
 import numpy as np
 import pyarrow
 
+from data_prep.decisions import lists
+from data_prep.decisions.funnel import Funnel
+from data_prep.decisions.table import KEPT, SOURCE, find_decisions, make_schema, read_decisions
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions, kept, resharding
-from data_prep.filtering.score_quantiles import score_quantiles
-from data_prep.filtering.stale_outputs import SETTINGS, compare_settings
-from data_prep.jobs import manifest, shards
-from data_prep.reports.funnel import KEPT, SOURCE, Funnel
-from data_prep.steps import clip, models, recorded, registry
+from data_prep.steps import clip, models, registry
+from data_prep.steps.columns import Columns
 from diht_jax.records.escaping import escape_lines
 from diht_jax.storage import files
-from diht_jax.storage.retries import StorageError
 
 DROPPED_FILE = "dropped.tsv"  # a line for each dropped pair: its key, and "stage/reason"
 NOT_KNOWN_FILE = "not_known.txt"  # keys of the pairs that would have to be filtered
+QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 _NOT_KNOWN = "not known"
-QUANTILES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+_NO_DECISION_COLUMNS = ("key", "uid", "label", "words", "format", "looked")
+_NO_DECISION_COLUMNS += ("object_names", "action_names")
 _AHEAD = 4  # files that are read before they are needed
 
 Outcome = tuple[str, str | None]
@@ -44,7 +44,7 @@ Outcome = tuple[str, str | None]
 
 @dataclasses.dataclass
 class Result:
-    """What a replay has decided.
+    """Outcomes of a replay.
 
     Attributes:
         funnel: of the pairs that are known; `read` counts all.
@@ -56,7 +56,7 @@ class Result:
     funnel: Funnel
     not_known: collections.Counter[str]
     changes: list[str]
-    scores: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    scores: dict[str, list[float]]
 
     def format_table(self) -> str:
         """The changes, the funnel and what is not known, for people."""
@@ -81,103 +81,93 @@ class Replay:
 
         Args:
             folder: output of a finished job of `data_prep.filter`.
-            config: of `config.default_config`; None for that of the folder.
+            config: of `filtering.config.default_config`; None for that of the folder.
 
         Raises:
-            ValueError: the folder is not finished, or was filtered before decisions were recorded.
+            ValueError: the folder is not finished.
         """
-        self.paths, stats = _find_decisions(folder)
+        self.paths, stats = find_decisions(folder, "--replay")
         self._pairs = stats["counts"]["read"]
         self._before = _restore_config(stats["config"])
         self._now = self._before if config is None else config
-        was_active = registry.active_steps(self._before)
-        scores = [name for step in was_active for name in step.scores]
-        self._columns = decisions.make_schema(scores).names
-        self._steps = [(step, step in was_active) for step in registry.active_steps(self._now)]
-        order = [SOURCE, *(step.name for step in registry.ordered_steps()), decisions.KEPT]
+        self._was_active = registry.active_steps(self._before)
+        self._steps = registry.active_steps(self._now)
+        self._scores = [name for step in self._was_active for name in step.scores]
+        asked = [name for step in self._steps for name in step.scores]
+        self._shown_scores = [name for name in asked if name in self._scores]
+        order = [SOURCE, *(step.name for step in registry.ordered_steps()), KEPT]
         self._rank = {stage: rank for rank, stage in enumerate(order)}
-        self._outcomes: list[Outcome] = [(KEPT, None), (_NOT_KNOWN, None)]
-        self._codes = {outcome: code for code, outcome in enumerate(self._outcomes)}
+        self._codes: dict[Outcome, int] = {(KEPT, None): 0}
 
-    def run(self, lists: str | None = None) -> Result:
+    def run(self, folder: str | None = None) -> Result:
         """Decides about all pairs.
 
         Args:
-            lists: folder for the lists of kept, dropped and unknown pairs; None writes none.
+            folder: for the lists of kept, dropped and unknown pairs; None writes none.
 
         Raises:
             ValueError: files are missing or damaged.
         """
-        counts: collections.Counter[Outcome] = collections.Counter()
-        if lists is None:
-            columns = [name for name in self._columns if name not in ("key", "uid")]
-            for _, codes in self._decide_all(columns):
-                self._count(codes, counts)
+        counts: collections.Counter[int] = collections.Counter()
+        columns = make_schema(self._scores).names
+        if folder is None:
+            columns = [name for name in columns if name not in _NO_DECISION_COLUMNS]
+            collections.deque(self._decide_all(columns, counts), maxlen=0)
         else:
-            files.make_folder(lists)
-            self._write_lists(lists, counts)
+            files.make_folder(folder)
+            self._write_lists(folder, self._decide_all(columns, counts))
         if counts.total() != self._pairs:
             raise ValueError(
                 f"{len(self.paths)} files of decisions hold {counts.total():,} pairs, and the job "
                 f"has read {self._pairs:,}; some are missing: run the same filter once more"
             )
-        return self._describe(counts)
+        return self._describe({outcome: counts[code] for outcome, code in self._codes.items()})
 
-    def decide(self, rows: pyarrow.RecordBatch) -> np.ndarray:
-        """The outcomes of some rows, as numbers of `outcomes`, int64 [n]."""
-        pairs = recorded.Recorded(rows)
-        then, rank = self._read_outcomes(pairs)
-        result = np.where(rank == self._rank[SOURCE], then, -1)
-        for step, was_active in self._steps:
+    def decide(self, rows: pyarrow.RecordBatch) -> list[Outcome]:
+        """How some pairs end: stage and reason, or "not known" and the step."""
+        codes, names = self._decide(rows).tolist(), list(self._codes)
+        return [names[code] for code in codes]
+
+    def _decide(self, rows: pyarrow.RecordBatch) -> np.ndarray:
+        """The outcomes of some rows as numbers of `_codes`, int64 [n]."""
+        columns = Columns(dict(zip(rows.schema.names, rows.columns, strict=True)), len(rows))
+        rank = self._read_ranks(columns)
+        result = np.full(len(rows), -1)
+        for reason, holds in columns.reasons(SOURCE).items():
+            result[holds] = self._code(SOURCE, reason)
+        for step in self._steps:
             is_open = result < 0
-            if not was_active:
+            if step not in self._was_active:
                 result[is_open] = self._code(_NOT_KNOWN, step.name)
                 break
-            answers = step.replay(pairs, self._before, self._now)
-            own, as_recorded = self._rank[step.name], answers == recorded.AS_RECORDED
-            is_unknown = (answers == recorded.NOT_KNOWN) | (as_recorded & (rank < own))
+            is_unknown = step.find_unknown(columns, self._before, self._now)
+            is_unknown |= rank < self._rank[step.name]
             result[is_open & is_unknown] = self._code(_NOT_KNOWN, step.name)
-            as_then = is_open & as_recorded & (rank == own)
-            result[as_then] = then[as_then]
-            for number, reason in enumerate(step.reasons, 1):
-                drops = is_open & (answers == number)
+            for reason, holds in step.decide(columns, self._now).items():
+                drops = (result < 0) & holds
                 if drops.any():
                     result[drops] = self._code(step.name, reason)
         result[result < 0] = self._code(KEPT, None)
         return result
 
-    def outcome(self, code: int) -> Outcome:
-        """Stage and reason of a number; of a pair that is not known "not known" and the step."""
-        return self._outcomes[code]
-
     def _code(self, stage: str, reason: str | None) -> int:
-        code = self._codes.setdefault((stage, reason), len(self._outcomes))
-        if code == len(self._outcomes):
-            self._outcomes.append((stage, reason))
-        return code
+        return self._codes.setdefault((stage, reason), len(self._codes))
 
-    def _read_outcomes(self, pairs: recorded.Recorded) -> tuple[np.ndarray, np.ndarray]:
-        """How each pair ended then: the number of the outcome, and the rank of the stage."""
-        stages, reasons = pairs.texts("outcome"), pairs.texts("reason")
+    def _read_ranks(self, columns: Columns) -> np.ndarray:
+        """Rank of the stage at which each pair ended then, int64 [n]."""
+        stages, codes = columns.codes("outcome")
         unknown = [stage for stage in stages if stage not in self._rank]
         if unknown:
             raise ValueError(f"the folder was filtered with a step '{unknown[0]}' that is not here")
-        ranks = np.array([self._rank[stage] for stage in stages], np.int64)
-        joint = pairs.codes("outcome") * (len(reasons) + 1) + pairs.codes("reason") + 1
-        found, inverse = np.unique(joint, return_inverse=True)
-        codes = []
-        for pair in found.tolist():
-            stage, reason = divmod(pair, len(reasons) + 1)
-            codes.append(self._code(stages[stage], [None, *reasons][reason]))
-        return np.array(codes, np.int64)[inverse], ranks[pairs.codes("outcome")]
+        return np.array([self._rank[stage] for stage in stages], np.int64)[codes]
 
     def _decide_all(
-        self, columns: Sequence[str]
+        self, columns: Sequence[str], counts: collections.Counter[int]
     ) -> Iterator[tuple[pyarrow.RecordBatch, np.ndarray]]:
-        """All rows in order with their outcomes; the next files are read at the same time."""
+        """All rows in order with their outcomes, counted; the next files are read meanwhile."""
 
         def read(path: str) -> list[pyarrow.RecordBatch]:
-            return list(decisions.read_decisions(path, columns))
+            return list(read_decisions(path, columns))
 
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             paths = iter(self.paths)
@@ -188,13 +178,13 @@ class Replay:
                 batches = waiting.popleft().result()
                 waiting.extend(pool.submit(read, path) for path in itertools.islice(paths, 1))
                 for rows in batches:
-                    yield rows, self.decide(rows)
+                    codes = self._decide(rows)
+                    counts.update(dict(enumerate(np.bincount(codes).tolist())))
+                    yield rows, codes
 
-    def _count(self, codes: np.ndarray, counts: collections.Counter[Outcome]) -> None:
-        found = np.bincount(codes)
-        counts.update({self._outcomes[i]: int(found[i]) for i in np.flatnonzero(found)})
-
-    def _write_lists(self, folder: str, counts: collections.Counter[Outcome]) -> None:
+    def _write_lists(
+        self, folder: str, decided: Iterator[tuple[pyarrow.RecordBatch, np.ndarray]]
+    ) -> None:
         with contextlib.ExitStack() as stack:
             dropped, unknown = (
                 stack.enter_context(
@@ -202,46 +192,53 @@ class Replay:
                 )
                 for name in (DROPPED_FILE, NOT_KNOWN_FILE)
             )
+            kept = self._code(KEPT, None)
 
-            def decide() -> Iterator[kept.KeptPairs]:
-                for rows, codes in self._decide_all(self._columns):
-                    self._count(codes, counts)
-                    names = pyarrow.array([f"{stage}/{reason}" for stage, reason in self._outcomes])
-                    is_unknown = np.array([stage == _NOT_KNOWN for stage, _ in self._outcomes])
-                    is_dropped = ~is_unknown[codes] & (codes != 0)
-                    drops = pyarrow.array(is_dropped)
-                    kept.write_lines(
-                        dropped,
-                        rows["key"].filter(drops),
-                        names.take(pyarrow.array(codes[is_dropped])),
-                    )
-                    kept.write_lines(unknown, rows["key"].filter(pyarrow.array(is_unknown[codes])))
-                    some = rows.filter(pyarrow.array(codes == 0))
-                    yield kept.KeptPairs(some["key"], some["uid"], some["format"])
+            def write_others() -> Iterator[pyarrow.RecordBatch]:
+                for rows, codes in decided:
+                    names = pyarrow.array([f"{stage}/{reason}" for stage, reason in self._codes])
+                    is_unknown = np.array([stage == _NOT_KNOWN for stage, _ in self._codes])[codes]
+                    is_dropped = ~is_unknown & (codes != kept)
+                    drops = rows["key"].filter(pyarrow.array(is_dropped))
+                    outcomes = names.take(pyarrow.array(codes[is_dropped]))
+                    lists.write_lines(dropped, drops, outcomes)
+                    lists.write_lines(unknown, rows["key"].filter(pyarrow.array(is_unknown)))
+                    yield rows.filter(pyarrow.array(codes == kept))
 
-            kept.write_lists(folder, decide())
+            lists.write_lists(folder, write_others())
 
-    def _describe(self, counts: collections.Counter[Outcome]) -> Result:
-        funnel = Funnel(read=counts.total(), kept=counts[KEPT, None])
-        not_known: collections.Counter[str] = collections.Counter()
-        for (stage, reason), pairs in counts.items():
-            if stage == _NOT_KNOWN:
-                not_known[reason] += pairs
-            elif stage != KEPT:
-                funnel.dropped.setdefault(stage, collections.Counter())[reason] += pairs
-        names = [name for step, _ in self._steps for name in step.scores]
-        found = {n: score_quantiles(self.paths, n, QUANTILES) for n in names if self._has(n)}
-        scores = {name: values for name, values in found.items() if values is not None}
-        changes = compare_settings(
-            *(
-                json.loads(json.dumps(filter_config.record_settings(config)))
-                for config in (self._before, self._now)
-            )
+    def _describe(self, counts: dict[Outcome, int]) -> Result:
+        not_known = {step: n for (stage, step), n in counts.items() if stage == _NOT_KNOWN and n}
+        known = {o: n for o, n in counts.items() if o[0] != _NOT_KNOWN and (n or o[0] == KEPT)}
+        found = {name: score_quantiles(self.paths, name, QUANTILES) for name in self._shown_scores}
+        before, now = (
+            json.loads(json.dumps(filter_config.record_settings(config)))
+            for config in (self._before, self._now)
         )
-        return Result(funnel, not_known, list(changes), scores)
+        return Result(
+            Funnel(known, read=sum(counts.values())),
+            collections.Counter(not_known),
+            list(filter_config.compare_settings(before, now)),
+            {name: values for name, values in found.items() if values is not None},
+        )
 
-    def _has(self, score: str) -> bool:
-        return any(score in step.scores for step in registry.active_steps(self._before))
+
+def score_quantiles(paths: Sequence[str], name: str, shares: Sequence[float]) -> list[float] | None:
+    """The least scores that are as high as a share of all; held are 4 bytes for each pair.
+
+    Args:
+        paths: files of decisions.
+        name: of the score.
+        shares: in [0, 1].
+
+    Returns:
+        For each share the value as of `numpy.quantile` with method "inverted_cdf", of the pairs
+        that have the score; None where none has.
+    """
+    found = [rows[name].drop_null().to_numpy() for p in paths for rows in read_decisions(p, [name])]
+    values = np.concatenate(found) if found else np.zeros(0, np.float32)
+    values = values[~np.isnan(values)]
+    return np.quantile(values, shares, method="inverted_cdf").tolist() if len(values) else None
 
 
 def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
@@ -256,7 +253,7 @@ def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
     c = config.clip
     if c.quantile is None:
         return
-    paths, stats = _find_decisions(c.scores, "config.clip.scores")
+    paths, stats = find_decisions(c.scores, "config.clip.scores")
     try:
         found = score_quantiles(paths, clip.SCORE, [c.quantile])
     except KeyError:
@@ -271,14 +268,14 @@ def set_quantile_limit(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_model(config: ml_collections.ConfigDict, scored_by: str) -> None:
-    """Refuses the scores of a model that is another one than `config.clip.model`.
+    """Refuses the scores of another model than `config.clip.model`.
 
     A model is known by its files; where they are not here, or were not recorded, by its name.
     """
     c = config.clip
     settings = [
-        files.read_object(files.join(c.scores, *below, SETTINGS)) or {}
-        for below in ((resharding.PARTS,), ())
+        files.read_object(files.join(c.scores, *below, filter_config.SETTINGS)) or {}
+        for below in (("parts",), ())
     ]
     before = next((known["clip_model"] for known in settings if "clip_model" in known), None)
     now = None
@@ -294,44 +291,21 @@ def _check_model(config: ml_collections.ConfigDict, scored_by: str) -> None:
         )
 
 
-def run(folder: str, config: ml_collections.ConfigDict | None, lists: str | None) -> Result:
-    """Replays a folder and prints what comes of it; arguments of `Replay`."""
-    replay = Replay(folder, config)
-    result = replay.run(lists)
+def run(folder: str, config: ml_collections.ConfigDict | None, to: str | None) -> Result:
+    """Replays a folder and prints what comes of it.
+
+    Args:
+        folder: finished output of the filter.
+        config: by which the pairs are decided; None for that of the folder.
+        to: folder of the lists; None writes none.
+    """
+    result = Replay(folder, config).run(to)
     print(escape_lines(result.format_table()))
     return result
 
 
-def _find_decisions(folder: str, named: str = "--replay") -> tuple[list[str], dict[str, Any]]:
-    try:
-        stats = json.loads(files.read_bytes(files.join(folder, shards.MERGED_STATS)))
-        stats["config"], stats["counts"]["read"]
-    except StorageError:
-        raise
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{named}='{folder}': no finished folder of `python -m data_prep.filter` "
-            f"({type(error).__name__}: {error}); run the filter to its end first"
-        ) from error
-    for where, suffix in (
-        (files.join(folder, "parts"), decisions.SUFFIX),
-        (files.join(folder, decisions.FOLDER), ".parquet"),
-        (folder, decisions.SUFFIX),
-    ):
-        names = {name: None for name in files.list_names(where) if name.endswith(suffix)}
-        # Parts stand in the order of their inputs, not in that of their names.
-        ordered = [entry.name + suffix for entry in manifest.read_manifest(where)]
-        names = [name for name in ordered or names if name in names]
-        if names:
-            return [files.join(where, name) for name in names], stats
-    raise ValueError(
-        f"{named}='{folder}': no decisions; it was filtered before they were recorded. Filter it "
-        "again with --overwrite"
-    )
-
-
 def _restore_config(settings: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The config by which a folder was filtered; keys that are newer have their defaults."""
+    """The config by which a folder was filtered; keys that it did not record have defaults."""
     config = filter_config.default_config()
     for name, value in settings.items():
         if isinstance(value, dict):

@@ -26,8 +26,8 @@ from data_prep.captions.mentions import (
     concept_path,
     read_mentions,
 )
-from data_prep.filtering import decisions
-from data_prep.filtering.kept import KEPT_SUFFIX, read_formats
+from data_prep.decisions.lists import read_kept
+from data_prep.decisions.table import decisions_path
 from data_prep.jobs import shards
 from data_prep.jobs.engine import Report
 from data_prep.jobs.fingerprint import LOCATION_SUFFIX
@@ -170,10 +170,10 @@ def hash_plan(
         output_format: as of `plan_shards`.
         with_concepts: whether the parts have files of concepts.
     """
-    # Folders of TFRecords were hashed before there were other formats.
-    identity = {} if output_format == "tfrecord" else {"output_format": output_format}
     rows = [[_identify(stats), start, stop] for stats, start, stop in slices]
-    return shards.hash_config(identity | {"slices": rows, "with_concepts": with_concepts})
+    return shards.hash_config(
+        {"output_format": output_format, "slices": rows, "with_concepts": with_concepts}
+    )
 
 
 def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def write_shard(shard: BalancedShard, report: Report) -> dict[str, Any]:
                 if shard.with_concepts:
                     for mentions in _read_mentions(piece):
                         concepts.add(mentions)
-            formats.update(read_formats(part.path)[part.start : part.stop])
+            formats.update(_read_formats(part.path)[part.start : part.stop])
         counts: dict[str, Any] = {"image_formats": dict(sorted(formats.items()))}
         if shard.with_concepts:
             concepts.write(concept_path(shard.output))
@@ -357,8 +357,7 @@ def _is_ours(path: str) -> bool:
 
 def remove_output(path: str) -> None:
     """Removes a shard with its index, lists and statistics; the statistics first."""
-    suffixes = (shards.STATS_SUFFIX, LOCATION_SUFFIX, KEPT_SUFFIX)
-    for name in (*(path + suffix for suffix in suffixes), decisions.decisions_path(path)):
+    for name in (path + shards.STATS_SUFFIX, path + LOCATION_SUFFIX, decisions_path(path)):
         files.remove(name)
     for suffix in _OF_RECORDS:
         files.remove(path + suffix)
@@ -381,15 +380,15 @@ def remove_records(folder: str, tasks: Sequence[shards.ShardTask]) -> None:
 
 
 def _identify(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """What the records of a part are, not where they lay.
-
-    Parts of before records were hashed are known by their input, which was hashed then.
-    """
+    """What the records of a part are, not where they were read from."""
     output = stats["output"]
     found = {"config": stats["config_hash"], "records": output["records"]}
-    if "digest" in output:
-        return found | {"digest": output["digest"]}
-    return found | {"input": stats["input"]}
+    return found | {"digest": output["digest"]}
+
+
+def _read_formats(part: str) -> list[str | None]:
+    """The image formats of the records of a part, in order."""
+    return [name for rows in read_kept([part], ["format"]) for name in rows["format"].to_pylist()]
 
 
 def _read_mentions(piece: Piece) -> Iterator[Mentions]:

@@ -145,7 +145,7 @@ def _index_old_shards(parts: Sequence[resharding.Part], folder: str) -> dict[str
     stretches: dict[str, list[_Stretch]] = collections.defaultdict(list)
     for shard in _old_shards(folder):
         rows = shard.stats["input"]["parts"]
-        first, known = 0, _knows_parts(rows, shard.stats, stats_of)
+        first, known = 0, _knows_parts(rows, stats_of)
         for (name, start, stop, *_), is_known in zip(rows, known, strict=True):
             if is_known:
                 stretches[name].append(_Stretch(start, stop, shard.path, first))
@@ -175,21 +175,13 @@ def _old_shards(folder: str) -> Iterable[_OldShard]:
 
 
 def _knows_parts(
-    rows: Sequence[Sequence[Any]], stats: Mapping[str, Any], stats_of: Mapping[str, dict[str, Any]]
+    rows: Sequence[Sequence[Any]], stats_of: Mapping[str, dict[str, Any]]
 ) -> list[bool]:
     """Of each slice of an old shard, whether its part is still the one that it was made of."""
-    if all(len(row) == 4 for row in rows):
-        return [
-            name in stats_of and resharding.hash_part(stats_of[name]) == identity
-            for name, _, _, identity in rows
-        ]
-    # Older statistics do not state it, but their hash is of all parts together.
-    if not all(row[0] in stats_of for row in rows):
-        return [False] * len(rows)
-    slices = [(stats_of[name], start, stop) for name, start, stop in rows]
-    output_format = name_format(stats["output"]["file"])
-    hashes = [resharding.hash_plan(slices, output_format, with_concepts=w) for w in (True, False)]
-    return [stats["config_hash"] in hashes] * len(rows)
+    return [
+        name in stats_of and resharding.hash_part(stats_of[name]) == identity
+        for name, _, _, identity in rows
+    ]
 
 
 def _cover(piece: Slice, stretches: Sequence[_Stretch]) -> tuple[Piece, ...] | None:

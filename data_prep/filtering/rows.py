@@ -13,12 +13,13 @@ from typing import Any
 
 import ml_collections
 
+from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
-from data_prep.filtering.shard_log import ShardLog
+from data_prep.filtering.chain import Chain
 from data_prep.jobs import fingerprint, shards
-from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
+from data_prep.jobs.crash_search import CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
-from data_prep.steps.base import Candidate, Drop, Step, begin
+from data_prep.steps.base import Candidate, Step
 from diht_jax.readers.base import Skipped, SourceShard, clean_text, parse_json_object, pick_captions
 from diht_jax.readers.parquet import explain_errors, open_parquet
 from diht_jax.records.schema import Pair
@@ -62,9 +63,9 @@ def filter_rows(
     with WorkRecord(task.output, task.search) as work, files.local_output(task.output) as path:
         rows = RowFilter(task.source, config, steps, log, task.search or CrashSearch(), work)
         filter_table(task.source, path, rows, report)
-        rows.finish()
-    counts = log.write(task.output)
-    return shards.finish_task(task, described, counts, log.funnel.kept)
+        facts = rows.close()
+    counts = log.write(task.output) | facts
+    return shards.finish_task(task, described, counts, log.kept)
 
 
 class RowFilter:
@@ -89,7 +90,7 @@ class RowFilter:
             search: for rows that end their worker.
             work: gets the batch that is worked on.
         """
-        self._search, self._work, self._row = search, work, 0
+        self._search, self._row = search, 0
         self._stem = clean_text(pathlib.Path(source.path).stem)
         self._number = source.options.get("first_row", 0)
         # A table that states options of its own has them in its units.
@@ -97,10 +98,9 @@ class RowFilter:
             name: source.options.get(name, config.source[name])
             for name in ("caption_column", "key_column")
         }
-        self._log = log
-        with log.clock("loading"):
-            self._steps = [step(config, source) for step in steps]
-        self._open_steps = lambda: [step(config, source) for step in steps]
+        self._kept: set[int] = set()
+        self._chain = Chain(config, steps, source, log, self._keep, work=work, search=search)
+        self._versions = filter_config.package_versions(config)
         self._reads_all = any("metadata" in step.reads for step in steps)
         self._caption_columns = filter_config.caption_columns(config)
         self._fields = [*self._columns.values(), "key", "uid", config.label_field]
@@ -112,57 +112,25 @@ class RowFilter:
         Args:
             rows: in order; a text explains what is wrong with a row that could not be read.
         """
-        batch = self._row, self._row + len(rows)
+        first = self._row
         self._row += len(rows)
         pairs = (self._make_pair(row) for row in rows)
-        entries = list(without_crashed(pairs, self._search.crashed, batch[0]))
-        if self._search.suspects == batch:
-            self._try_one_by_one(entries, batch[0])
-        self._work.write(BATCH, *batch)
-        kept = []
-        good = [entry for entry in entries if isinstance(entry, Pair)]
-        remaining = iter(self._judge(good, self._steps))
-        # All is recorded in the order of the rows.
-        for entry in entries:
-            name, outcome = (None, None) if isinstance(entry, Skipped) else next(remaining)
-            if outcome is None:
-                self._log.skip(entry)
-            elif isinstance(outcome, Drop):
-                self._log.drop_candidate(name, outcome)
-            else:
-                self._log.keep(outcome, written=entry)
-            kept.append(isinstance(outcome, Candidate))
-        return kept
+        self._kept = set()
+        self._chain.run(list(without_crashed(pairs, self._search.crashed, first)))
+        return [number in self._kept for number in range(first, self._row)]
 
-    def _judge(
-        self, pairs: Sequence[Pair], steps: Sequence[Step]
-    ) -> list[tuple[str, Candidate | Drop]]:
-        """What became of each pair, and the name of the last step that saw it."""
-        outcomes: list[tuple[str, Candidate | Drop]] = [("", c) for c in begin(pairs)]
-        for step in steps:
-            going = [i for i, (_, found) in enumerate(outcomes) if isinstance(found, Candidate)]
-            with self._log.clock(step.timer or step.name):
-                results = list(step.judge([outcomes[i][1] for i in going]))
-            for i, result in zip(going, results, strict=True):
-                outcomes[i] = step.name, result
-        return outcomes
-
-    def _try_one_by_one(self, entries: Sequence[Pair | Skipped], first: int) -> None:
-        """Does to each pair alone what is done to a batch, and keeps nothing: it may be the end."""
-        steps = self._open_steps()
-        for number, entry in enumerate(entries, first):
-            if isinstance(entry, Pair):
-                self._work.write(PAIR, number, number + 1)
-                self._judge([entry], steps)
+    def _keep(self, candidates: Sequence[Candidate], log: ShardLog, is_real: bool) -> None:
+        for candidate in candidates:
+            log.keep(candidate)
+        self._kept.update(candidate.row for candidate in candidates if is_real)
 
     def wants(self, column: str) -> bool:
         """Whether a column is read; of a step that reads the metadata every one is."""
         return self._reads_all or column in self._fields
 
-    def finish(self) -> None:
-        """Records what the steps counted, once all rows are done."""
-        for step in self._steps:
-            step.record(self._log)
+    def close(self) -> dict[str, Any]:
+        """Ends the unit; returns the facts for its statistics."""
+        return {"versions": self._versions} | self._chain.close()
 
     def _make_pair(self, row: dict[str, Any] | str) -> Pair | Skipped:
         default_key = f"{self._stem}-{self._number:08d}"

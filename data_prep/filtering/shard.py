@@ -1,7 +1,6 @@
-"""CAT filtering of one shard: every pair goes through the steps, and what is left is written.
+"""CAT filtering of one shard: every pair goes through the steps, and the others are written.
 
-Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)". What a step decides
-belongs in `steps`, what is recorded in `shard_log`, the config in `config`.
+Method: DiHT, arXiv 2301.02280, "Complexity, Action, and Text-spotting (CAT)".
 """
 
 from __future__ import annotations
@@ -10,23 +9,24 @@ import dataclasses
 import functools
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ml_collections
 from absl import logging
 
 from data_prep.captions.mentions import CONCEPTS_SUFFIX
+from data_prep.decisions import table
+from data_prep.decisions.log import ShardLog
 from data_prep.filtering import config as filter_config
-from data_prep.filtering import decisions
+from data_prep.filtering.chain import Chain
 from data_prep.filtering.resharding import CommonImageWriter
-from data_prep.filtering.shard_log import ShardLog
 from data_prep.jobs import shards
-from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord, without_crashed
+from data_prep.jobs.crash_search import CrashSearch, WorkRecord, without_crashed
 from data_prep.jobs.engine import Report
 from data_prep.sources import img2dataset
 from data_prep.sources.list import read_pairs
-from data_prep.steps.base import Candidate, Drop, Step, begin
+from data_prep.steps.base import IMAGE_ERROR, Candidate, Step
 from data_prep.steps.image import ImageStep
 from diht_jax.input import decode
 from diht_jax.readers.base import held_bytes
@@ -37,8 +37,7 @@ from diht_jax.records.formats.tar_members import DamagedTarError
 from diht_jax.records.formats.writer import RecordWriter
 from diht_jax.records.schema import Pair
 
-# Of pairs that are held at once; an ordinary batch takes a tenth of it.
-_CHUNK_BYTES = 2**28
+_CHUNK_BYTES = 2**28  # of pairs that are held at once; an ordinary batch takes a tenth of it
 
 
 def filter_shard(
@@ -77,7 +76,7 @@ def filter_shard(
         return shards.run_task(
             task,
             process,
-            beside=(decisions.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
+            beside=(table.SUFFIX, *((CONCEPTS_SUFFIX,) if config.concepts else ())),
         )
 
 
@@ -91,112 +90,41 @@ def _process(
     search: CrashSearch,
     work: WorkRecord,
 ) -> dict[str, Any]:
-    if search.unexplained:  # it may have been a dropped picture that the report would show
-        config = ml_collections.ConfigDict(config.to_dict() | {"report_samples": 0})
     if name_format(os.fspath(writer.path)) == "webdataset":
         writer = CommonImageWriter(writer)
-    log = ShardLog(config)
-    log.download = img2dataset.read_download_stats(source)
-    with log.clock("loading"):
-        opened = [step(config, source) for step in steps]
+    # A death that led to no pair may have been that of a dropped picture, shown in the report.
+    log = ShardLog(config, pictures=0 if search.unexplained else None)
+    facts: dict[str, Any] = {
+        "download": img2dataset.read_download_stats(source),
+        "versions": filter_config.package_versions(config),
+    }
 
-    def finish(candidates: Sequence[Candidate]) -> None:
-        with log.clock("writing"):
-            for candidate in candidates:
-                _write(candidate, writer, config, log)
-        report(len(candidates))
+    def finish(candidates: Sequence[Candidate], log: ShardLog, is_real: bool) -> None:
+        for candidate in candidates:
+            record = _encode(candidate, config, log)
+            if is_real and record is not None:
+                writer.write(record)
 
+    chain = Chain(config, steps, source, log, finish, work=work, search=search, report=report)
     entries = _with_more_captions(_with_sidecar(source), source, config)
     if config.keep_before_damage:
-        entries = _until_damage(entries, log)
+        entries = _until_damage(entries, facts)
     entries = without_crashed(entries, search.crashed)
-    first_row = 0
     while chunk := _next_chunk(entries, config.batch_size, log):
-        batch = first_row, first_row + len(chunk)
-        if search.suspects == batch:
-            _try_one_by_one(chunk, first_row, config, steps, source, work)
-        work.write(BATCH, *batch)
-        pairs, rows = [], []
-        for row, entry in enumerate(chunk, first_row):
-            if isinstance(entry, Skipped):
-                log.skip(entry, row)
-            else:
-                pairs.append(entry)
-                rows.append(row)
-        first_row += len(chunk)
-        report(len(chunk) - len(pairs))
-        _advance(begin(pairs, rows), opened, finish, config, log, report)
-    for step in opened:
-        step.record(log)
-    return log.write(os.fspath(writer.path))
+        chain.run(chunk)
+    facts |= chain.close()
+    return log.write(os.fspath(writer.path)) | facts
 
 
-def _until_damage(entries: Iterator[Pair | Skipped], log: ShardLog) -> Iterator[Pair | Skipped]:
+def _until_damage(
+    entries: Iterator[Pair | Skipped], facts: dict[str, Any]
+) -> Iterator[Pair | Skipped]:
     """The entries before the damage of an archive, which is recorded and no error."""
     try:
         yield from entries
     except DamagedTarError as error:
-        log.damaged = str(error)
+        facts["damaged"] = str(error)
         logging.warning("%s; the pairs before the damage are kept", error)
-
-
-class _NoWriter:
-    """Takes records and writes nothing."""
-
-    def write(self, record: bytes) -> None:
-        """Nothing."""
-
-
-def _try_one_by_one(
-    chunk: Sequence[Pair | Skipped],
-    first: int,
-    config: ml_collections.ConfigDict,
-    steps: Sequence[type[Step]],
-    source: SourceShard,
-    work: WorkRecord,
-) -> None:
-    """Does to each pair alone what is done to a batch, and keeps nothing: this process may die."""
-    log = ShardLog(config)
-    opened = [step(config, source) for step in steps]
-
-    def finish(candidates: Sequence[Candidate]) -> None:
-        for candidate in candidates:
-            _write(candidate, _NoWriter(), config, log)
-
-    for number, entry in enumerate(chunk, first):
-        if isinstance(entry, Pair):
-            work.write(PAIR, number, number + 1)
-            _advance(begin([entry], [number]), opened, finish, config, log, lambda pairs: None)
-
-
-def _advance(
-    candidates: Sequence[Candidate],
-    steps: Sequence[Step],
-    finish: Callable[[Sequence[Candidate]], None],
-    config: ml_collections.ConfigDict,
-    log: ShardLog,
-    report: Report,
-) -> None:
-    """Takes candidates through the steps that are left, and `finish` takes those that remain.
-
-    From a step with a batch size on they go in groups, so that a slow step shows its progress.
-    """
-    for number, step in enumerate(steps):
-        size = step.batch_size(config)
-        if size is not None and size < len(candidates):
-            for start in range(0, len(candidates), size):
-                group = candidates[start : start + size]
-                _advance(group, steps[number:], finish, config, log, report)
-            return
-        with log.clock(step.timer or step.name):
-            results = list(step.judge(candidates))
-            for result in results:
-                if isinstance(result, Drop):
-                    log.drop_candidate(step.name, result)
-        remaining = [result for result in results if isinstance(result, Candidate)]
-        report(len(candidates) - len(remaining))
-        candidates = remaining
-    finish(candidates)
 
 
 def _next_chunk(
@@ -246,26 +174,21 @@ def _with_sidecar(source: SourceShard) -> Iterator[Pair | Skipped]:
         yield entry
 
 
-def _write(
-    candidate: Candidate,
-    writer: RecordWriter,
-    config: ml_collections.ConfigDict,
-    log: ShardLog,
-) -> None:
-    """Writes the pair, unless it turns out that its image cannot be shrunk."""
-    pair = _narrow(candidate)
-    name, *size = candidate.header
-    original = pair
-    if config.image.max_side is not None and max(size) > config.image.max_side:
+def _encode(candidate: Candidate, config: ml_collections.ConfigDict, log: ShardLog) -> bytes | None:
+    """The record of a pair, which is logged; None if its image turns out to be damaged."""
+    pair, image_format = _narrow(candidate), candidate.values["format"]
+    longer = max(candidate.values["width"], candidate.values["height"])
+    if config.image.max_side is not None and longer > config.image.max_side:
         try:
-            name, data = "JPEG", _shrink(pair.image, config)
+            image_format, data = "JPEG", _shrink(pair.image, config)
         except decode.ImageError as error:
-            log.drop_candidate(ImageStep.name, Drop(candidate, error.reason))
-            return
+            candidate.values[IMAGE_ERROR] = error.reason
+            log.drop(candidate, ImageStep.name, error.reason)
+            return None
         pair = dataclasses.replace(pair, image=data)
+    log.keep(candidate, image_format)
     metadata = {k: v for k, v in pair.metadata.items() if k not in config.drop_metadata}
-    writer.write(schema.encode_record(dataclasses.replace(pair, metadata=metadata)))
-    log.keep(candidate, name, original)
+    return schema.encode_record(dataclasses.replace(pair, metadata=metadata))
 
 
 def _narrow(candidate: Candidate) -> Pair:

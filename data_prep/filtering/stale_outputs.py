@@ -10,19 +10,17 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from absl import logging
 
-from data_prep.filtering.config import DECIDING_PACKAGES, upgrade_settings
+from data_prep.filtering.config import DECIDING_PACKAGES, SETTINGS, compare_settings
 from data_prep.filtering.resharding import remove_output
 from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.failures import allowed_number
 from data_prep.jobs.packed import PackedList
 from diht_jax.storage import files
-
-SETTINGS = "settings.json"
 
 _SHOWN = 4
 
@@ -201,18 +199,4 @@ def _location_path(folder: str, name: str) -> str:
 
 
 def _read_settings(folder: str) -> dict[str, Any]:
-    return upgrade_settings(files.read_object(files.join(folder, SETTINGS)) or {})
-
-
-def compare_settings(
-    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[str]:
-    """What differs, as "image.min_side 1 -> 2"."""
-    if not before:
-        return
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from compare_settings(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name} {old} -> {new}"
+    return files.read_object(files.join(folder, SETTINGS)) or {}

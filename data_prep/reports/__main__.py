@@ -4,15 +4,15 @@
     python -m data_prep.reports --input=/data/kept_a,/data/kept_b --output=/data/both
 
 It prints the funnel and some pairs of every outcome. The output folder gets `report.json` and
-`report.html`, as those of one job.
+`report.html`, as those of one job. Several jobs are merged by reading their decisions again.
 """
 
 from __future__ import annotations
 
 from absl import flags, logging
 
+from data_prep.decisions.report import format_samples, get_funnel, merge_reports
 from data_prep.reports.page import PAGE, write_report
-from data_prep.reports.summary import merge_reports
 from diht_jax import command_line
 from diht_jax.storage import files
 
@@ -29,8 +29,8 @@ def define_flags() -> None:
 def main() -> None:
     """Shows the reports that the flags name as one, and writes it."""
     report = merge_reports(flags.FLAGS.input)
-    print(f"{report.funnel.format_table()}\n\n{report.format_samples(_SHOWN_PAIRS)}")
-    for warning in report.warnings():
+    print(f"{get_funnel(report).format_table()}\n\n{format_samples(report, _SHOWN_PAIRS)}")
+    for warning in report["warnings"]:
         logging.warning("%s", warning)
     folder = flags.FLAGS.output
     if folder is not None:

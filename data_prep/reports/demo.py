@@ -9,7 +9,6 @@ to others.
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
 import pathlib
@@ -18,18 +17,11 @@ from typing import Any
 
 from absl import flags
 
-from data_prep.reports.funnel import spell_outcome
-from data_prep.reports.html import data_uri, render_page, render_table
-from data_prep.reports.page import (
-    PAGE_STYLE,
-    render_card,
-    render_funnel,
-    render_noise,
-)
-from data_prep.reports.summary import FilterReport, read_report
+from data_prep.decisions.report import Report, read_report
+from data_prep.reports.page import funnel_data, pairs_to_show
 from diht_jax import command_line
 from diht_jax.evaluation.bootstrap import paired_samples, percentile_interval
-from diht_jax.storage.files import write_bytes
+from diht_jax.pages.render import data_uri, render
 
 # Folder of a student -> what it is; each changes one thing of the one before.
 STUDENTS = {
@@ -48,11 +40,6 @@ METRICS = {
     ("scenes", "i2t_r10"): "R@10",
 }
 _SHOWN_PAIRS = 4  # of each outcome
-_STYLE = """
-figure { margin: 0; } figure img { width: 100%; border: 1px solid #d0d7de; border-radius: 6px; }
-iframe { width: 100%; height: 90vh; border: 1px solid #d0d7de; border-radius: 6px; }
-.beyond { font-weight: 600; }
-"""
 
 
 def define_flags() -> None:
@@ -64,50 +51,38 @@ def define_flags() -> None:
 def main() -> None:
     """Writes the page."""
     folder = pathlib.Path(flags.FLAGS.input)
-    page = render_demo(folder, read_report(folder / "filtered"))
-    write_bytes(pathlib.Path(flags.FLAGS.output), page.encode())
+    render_demo(folder, read_report(folder / "filtered"), flags.FLAGS.output)
 
 
-def render_demo(folder: pathlib.Path, report: FilterReport) -> str:
-    """The page, as text.
+def render_demo(folder: pathlib.Path, report: Report, path: str | None = None) -> str:
+    """The page, as text; written when a path is given.
 
     Args:
         folder: with the work directories and the results files of `STUDENTS`.
         report: of the filter.
+        path: of the page.
 
     Raises:
         ValueError: a results file or a picture is missing.
     """
     results = {name: _read_results(folder / f"{name}.json") for name in STUDENTS}
-    pairs = "".join(
-        f"<h3>{html.escape(spell_outcome(outcome))}</h3>"
-        f'<div class="images">{"".join(map(render_card, samples[:_SHOWN_PAIRS]))}</div>'
-        for outcome, samples in report.samples_by_outcome()
-    )
-    curves = "".join(
-        _picture(folder / name / "curves.png", title) for name, title in STUDENTS.items()
-    )
-    last = list(STUDENTS)[-1]
-    page = folder / f"{last}.html"
+    page = folder / f"{list(STUDENTS)[-1]}.html"
     if not page.is_file():
         raise ValueError(f"{page}: no such page; run bash run_demo.sh to the end")
-    examples = f'<iframe srcdoc="{html.escape(page.read_text("utf-8"))}"></iframe>'
-    parts = [
-        "<h1>The demo</h1><p>Noisy pairs are filtered and labelled, and four tiny students are "
-        "trained for the same number of samples. Each row of the first table changes one thing of "
-        "the row above it.</p>",
-        f'<h2>Results</h2><div class="wide">{_results_table(results)}</div>'
-        "<p class=note>Zero-shot, on clean scenes that are not in the training data; percent, with "
-        "95% intervals over pictures. One seed: the spread between seeds is not in them.</p>",
-        f'<h2>What each step changed</h2><div class="wide">{_differences_table(results)}</div>'
-        "<p class=note>Points against the row above, with the 95% interval of the paired "
-        "bootstrap; bold where 0 lies outside.</p>",
-        f"<h2>Funnel</h2>{render_funnel(report)}{render_noise(report)}",
-        f"<h2>Pairs</h2>{pairs}",
-        f"<h2>Training</h2>{curves}",
-        f"<h2>Retrieval and classification, last student</h2>{examples}",
-    ]
-    return render_page("The demo of diht_jax", parts, PAGE_STYLE + _STYLE)
+    return render(
+        "demo.html",
+        path,
+        title="The demo of diht_jax",
+        header=["", *METRICS.values()],
+        results=_describe_results(results),
+        differences=_describe_differences(results),
+        report=funnel_data(report),
+        outcomes=pairs_to_show(report, _SHOWN_PAIRS),
+        curves=[
+            (title, _picture(folder / name / "curves.png")) for name, title in STUDENTS.items()
+        ],
+        examples=page.read_text("utf-8"),
+    )
 
 
 def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:
@@ -118,42 +93,47 @@ def _read_results(path: pathlib.Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path}: no such results file; run bash run_demo.sh to the end") from None
 
 
-def _results_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def _describe_results(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """The rows of the first table: values with their intervals."""
+    from markupsafe import Markup
+
+    cell = Markup('{:.1f} <span class="note">({:.1f} to {:.1f})</span>')
     rows = []
     for name, tasks in results.items():
-        cells = [STUDENTS[name]]
+        cells: list[Any] = [STUDENTS[name]]
         for task, metric in METRICS:
             low, high = (100 * bound for bound in tasks[task]["intervals"][metric])
-            value = 100 * tasks[task]["metrics"][metric]
-            cells.append(f"{value:.1f} <span class=note>({low:.1f} to {high:.1f})</span>")
+            cells.append(cell.format(100 * tasks[task]["metrics"][metric], low, high))
         rows.append(cells)
-    return render_table(["", *METRICS.values()], rows)
+    return rows
 
 
-def _differences_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+def _describe_differences(results: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
+    """The rows of the second table: points against the row above."""
     rows = []
     for before, after in itertools.pairwise(results):
         pairs = [(results[before][task], results[after][task], name) for task, name in METRICS]
         rows.append([STUDENTS[after], *(_difference(*pair) for pair in pairs)])
-    return render_table(["", *METRICS.values()], rows)
+    return rows
 
 
 def _difference(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> str:
+    from markupsafe import Markup
+
     change = f"{100 * (second['metrics'][metric] - first['metrics'][metric]):+.1f}"
     samples = paired_samples(first, second, metric)
     if samples is None:
         return change
     low, high = percentile_interval(100 * (samples[1].astype(float) - samples[0]))
     css = "beyond" if low > 0 or high < 0 else ""
-    return f'<span class="{css}">{change} ({low:+.1f} to {high:+.1f})</span>'
+    cell = Markup('<span class="{}">{} ({:+.1f} to {:+.1f})</span>')
+    return cell.format(css, change, low, high)
 
 
-def _picture(path: pathlib.Path, title: str) -> str:
+def _picture(path: pathlib.Path) -> str:
     if not path.is_file():
         raise ValueError(f"{path}: no such picture; run bash run_demo.sh to the end")
-    text = html.escape(title)
-    uri = data_uri(path.read_bytes(), "png")
-    return f'<figure><h3>{text}</h3><img src="{uri}" alt="{text}"></figure>'
+    return data_uri(path.read_bytes())
 
 
 if __name__ == "__main__":

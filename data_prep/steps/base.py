@@ -1,101 +1,82 @@
-"""The form of a filter step: what it is called, what it reads, why it drops pairs, how it decides.
+"""The form of a filter step: its name and reasons, what it measures, and how it decides.
 
-A step decides about candidates and records nothing: counts, samples and lists are made by whoever
-runs it, so that every step is counted in the same way.
+A step measures a batch of pairs into columns, and decides from columns and config. The columns are
+recorded (`data_prep.decisions`), so that the same `decide` runs while pairs are filtered and when a
+finished folder is replayed with other limits. Steps record and count nothing themselves.
 """
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import ml_collections
 import numpy as np
 
 from data_prep.captions.graph import CaptionGraph
 from data_prep.jobs.manifest import Input
-from data_prep.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
+from data_prep.steps.columns import Columns
 from data_prep.text_spotting.spotter import Spot
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.captions import all_captions
 from diht_jax.records.schema import Pair
 
+EVIDENCE = "evidence"  # column of texts for people: what of the pair decides; shown in the report
+IMAGE_ERROR = "image_error"  # column: why the image cannot be decoded, whichever step finds out
 
-class Candidate(NamedTuple):
+
+@dataclasses.dataclass(slots=True)
+class Candidate:
     """A pair on its way through the steps.
 
     Attributes:
-        pair: as it came.
+        pair: as read.
         captions: those that are still good, at least one.
-        graphs: of these captions; none where captions are not parsed.
-        all_graphs: of all captions of the pair, its first one first, also those that were not good.
-        header: format, width and height of the image once it was checked.
+        row: number of the pair among the entries of its shard.
+        graphs: parsed captions, parallel to `captions`; empty where captions are not parsed.
+        first_graph: of the pair's first caption, also where that one was not good.
         spots: the text that was spotted in the image.
-        scores: what steps have measured, by the names of their `Step.scores`.
-        matches: for each caption that text was spotted for, the text that repeats it, or None.
-        row: number of the pair among the entries of its shard; None where nobody counts them.
+        values: column -> what was measured, None for nothing.
+        of_captions: what the step at work has measured of each of `captions`, column by column; it
+            decides which of several captions stay.
     """
 
     pair: Pair
     captions: list[str]
+    row: int = 0
     graphs: Sequence[CaptionGraph] = ()
-    all_graphs: Sequence[CaptionGraph] = ()
-    header: tuple[str, int, int] | None = None
+    first_graph: CaptionGraph | None = None
     spots: tuple[Spot, ...] = ()
-    scores: Mapping[str, float] = {}  # never changed in place
-    matches: Sequence[str | None] = ()
-    row: int | None = None
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    of_captions: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
 
-    @property
-    def first_graph(self) -> CaptionGraph | None:
-        """Of the first caption of all; None where captions are not parsed."""
-        return self.all_graphs[0] if self.all_graphs else None
+    @classmethod
+    def of(cls, pair: Pair, row: int = 0) -> Candidate:
+        """A pair before the first step."""
+        captions = all_captions(pair)
+        return cls(pair, captions, row, values={"captions": len(captions)})
 
-    def choose(self, is_good: Sequence[bool]) -> Candidate:
-        """The candidate with its good captions only."""
-        graphs = self.graphs and list(itertools.compress(self.graphs, is_good))
-        return self._replace(
-            captions=list(itertools.compress(self.captions, is_good)), graphs=graphs
-        )
-
-
-class Drop(NamedTuple):
-    """A candidate that does not go on.
-
-    Attributes:
-        candidate: with what is known of it.
-        reason: one of the step's reasons.
-        stage: name of the step that it is counted at; None for the one that dropped it.
-        match: the spotted text that repeats the caption.
-        evidence: for people, what of the pair decided, such as "punsafe = 0.83".
-        match_chars: the longest run that could have been asked for to drop the pair by its text.
-    """
-
-    candidate: Candidate
-    reason: str
-    stage: str | None = None
-    match: str | None = None
-    evidence: str | None = None
-    match_chars: int | None = None
+    def keep_captions(self, is_good: Sequence[bool]) -> None:
+        """Drops the captions that are not good."""
+        if self.graphs:
+            self.graphs = [g for g, good in zip(self.graphs, is_good, strict=True) if good]
+        self.captions = [c for c, good in zip(self.captions, is_good, strict=True) if good]
 
 
 class Step:
-    """One step. The class describes it, an instance works on one shard.
-
-    A step that looks at one candidate at a time overrides `find_reason`; one that narrows or
-    completes candidates, or works on many together, overrides `judge`.
+    """A filter step. The class describes it and decides; an instance measures one shard.
 
     Attributes:
         name: of the stage, in the statistics and the funnel.
-        order: steps run from the lowest to the highest; those of today have from 5
-            (conditions on the metadata) to 30 (text-spotting), the cheapest first.
-        reads: of "caption", "image" and "metadata". Only steps that do not read the image run where
-            tables are filtered without images (`config.metadata_only`).
+        order: steps run from the lowest to the highest: 5 (conditions on the metadata) to 30
+            (text-spotting), the cheapest first.
+        reads: some of "caption", "image" and "metadata". Only steps that do not read the image run
+            where tables are filtered without images (`config.metadata_only`).
         reasons: why it drops pairs -> the words for people, in the order in which it asks.
-        scores: what it measures of every pair that comes to it, a number each -> the words for
-            people; it puts them into `Candidate.scores`, and they are recorded.
+        scores: columns of numbers that it adds to the decisions -> the words for people.
+        limits: settings that only `decide` reads; a replay may change them.
         timer: its name among the times; None for `name`.
         section: its section of the config, if it has one; hashed only where the step is active.
         not_hashed: keys of the section that do not decide what is written.
@@ -107,6 +88,7 @@ class Step:
     reads: ClassVar[tuple[str, ...]] = ("caption",)
     reasons: ClassVar[Mapping[str, str]]
     scores: ClassVar[Mapping[str, str]] = types.MappingProxyType({})
+    limits: ClassVar[tuple[str, ...]] = ()
     timer: ClassVar[str | None] = None
     section: ClassVar[str | None] = None
     not_hashed: ClassVar[tuple[str, ...]] = ()
@@ -126,12 +108,12 @@ class Step:
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
-        """Whether the step runs. One that is off by default leaves folders of before valid."""
+        """Whether the step runs; finished folders stay valid if a new step is off by default."""
         return True
 
     @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        """What decides beside the config; hashed where the step is active."""
+        """What decides besides the config; hashed where the step is active."""
         return {f"{cls.name}_rules": cls.rules_version}
 
     @classmethod
@@ -145,42 +127,11 @@ class Step:
 
     @classmethod
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
-        """At most so many candidates at a time, where the step takes long; None for all."""
+        """Largest batch for `measure`, where the step takes long; None for any."""
         return None
 
-    @classmethod
-    def settings(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        """The step's keys of a config that decide."""
-        own = ml_collections.ConfigDict()
-        cls.add_defaults(own)
-        found = {name: value for name, value in config.to_dict().items() if name in own}
-        if cls.section is not None:
-            section = found[cls.section].items()
-            found[cls.section] = {k: v for k, v in section if k not in cls.not_hashed}
-        return found
-
-    @classmethod
-    def replay(
-        cls,
-        recorded: Recorded,
-        before: ml_collections.ConfigDict,
-        now: ml_collections.ConfigDict,
-    ) -> np.ndarray:
-        """Decides anew about pairs by what was recorded of them; a step with limits overrides it.
-
-        Args:
-            recorded: of n pairs.
-            before: the config by which they were filtered; the step was active.
-            now: another one; the step is active.
-
-        Returns:
-            int64 [n], see `recorded`. Never a guess: what the columns do not decide is `NOT_KNOWN`.
-        """
-        is_same = cls.settings(before) == cls.settings(now)
-        return np.full(len(recorded), AS_RECORDED if is_same else NOT_KNOWN)
-
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
-        """Loads what the step needs.
+        """Loads what the step needs to measure.
 
         Args:
             config: of `filtering.config.default_config`.
@@ -188,18 +139,60 @@ class Step:
         """
         self.config = config
 
-    def find_reason(self, candidate: Candidate) -> str | None:
-        """Why the candidate is dropped; None where it goes on."""
-        raise NotImplementedError
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+        """Measures pairs.
 
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        """Decides about candidates: each in order as it goes on, or a `Drop` of it."""
-        for candidate in candidates:
-            reason = self.find_reason(candidate)
-            yield candidate if reason is None else Drop(candidate, reason)
+        Args:
+            batch: the pairs; the step may set their `graphs`, `spots` and `of_captions`.
 
-    def record(self, log: Any) -> None:
-        """Adds what the step counted beside its drops to a `ShardLog`, once the shard is done."""
+        Returns:
+            Columns with a value for each pair: some of `decisions.table.COLUMNS` and of `scores`,
+            `EVIDENCE`, and the step's own name for the reason of a step without `decide`.
+        """
+        return {}
+
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        """Decides about n pairs by what is known of them.
+
+        Without an own `decide` a step measures the reason itself, in a column of its name.
+
+        Returns:
+            Reason -> where it holds, bool [n]; the first that holds counts.
+        """
+        return columns.reasons(cls.name)
+
+    @classmethod
+    def find_unknown(
+        cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+    ) -> np.ndarray:
+        """Where columns that were measured with one config do not suffice to decide by another.
+
+        Args:
+            columns: of n pairs that came to the step then.
+            before: the config with which they were measured; the step was active.
+            now: another one; the step is active.
+
+        Returns:
+            bool [n]. By default all pairs, where settings differ that are no limits.
+        """
+        old, new = cls.settings(before), cls.settings(now)
+        differ = any(new[name] != old[name] for name in new if name not in cls.limits)
+        return np.full(len(columns), differ)
+
+    @classmethod
+    def settings(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
+        """The step's keys that decide, those of its section without the section's name."""
+        own = ml_collections.ConfigDict()
+        cls.add_defaults(own)
+        values = config.to_dict()
+        found = {name: values[name] for name in own if name != cls.section}
+        section = values[cls.section] if cls.section is not None else {}
+        return found | {k: v for k, v in section.items() if k not in cls.not_hashed}
+
+    def close(self) -> dict[str, Any]:
+        """Ends the shard: gives warnings, and returns facts for its statistics."""
+        return {}
 
 
 def check_integers(least: Mapping[str, tuple[Any, int]]) -> None:
@@ -211,16 +204,3 @@ def check_integers(least: Mapping[str, tuple[Any, int]]) -> None:
     for name, (value, minimum) in least.items():
         if value is not None and (not isinstance(value, int) or value < minimum):
             raise ValueError(f"config.{name}={value!r}; expected an integer of at least {minimum}")
-
-
-def begin(pairs: Iterable[Pair], rows: Iterable[int | None] | None = None) -> list[Candidate]:
-    """Pairs before the first step.
-
-    Args:
-        pairs: of the input.
-        rows: their numbers among all its entries.
-    """
-    rows = itertools.repeat(None) if rows is None else rows
-    return [
-        Candidate(pair, all_captions(pair), row=row) for pair, row in zip(pairs, rows, strict=False)
-    ]

@@ -1,26 +1,25 @@
 """Complexity and action of the captions: C and A of CAT (DiHT, arXiv 2301.02280).
 
-Of a pair with several captions the good ones are kept. How captions are parsed belongs in
-`data_prep.captions`.
+Good captions of a pair are kept. How captions are parsed belongs in `data_prep.captions`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from data_prep.batches.captions import CaptionFilter
 from data_prep.captions import versions
-from data_prep.captions.graph import GATE_REASONS
-from data_prep.steps.base import Candidate, Drop, Step, check_integers
-from data_prep.steps.recorded import NOT_KNOWN, PASSES, Recorded
+from data_prep.captions.cache import CaptionMemo
+from data_prep.captions.graph import GATE_REASONS, CaptionGraph
+from data_prep.steps.base import Candidate, Step, check_integers
+from data_prep.steps.columns import Columns
 from diht_jax.readers.base import SourceShard
 
-_MOST_RECORDED = 255  # a larger complexity is recorded as this one
+_MOST = 255  # a larger complexity is recorded, and decided about, as this one
 
 
 class CaptionStep(Step):
@@ -28,7 +27,6 @@ class CaptionStep(Step):
 
     name = "caption"
     order = 10
-    reads = ("caption",)
     reasons = {
         "empty": "no words",
         "file_name": "file name",
@@ -37,6 +35,7 @@ class CaptionStep(Step):
         "complexity": "C: complexity",
         "no_action": "A: no action",
     }
+    limits = ("complexity", "min_complexity", "action")
     timer = "captions"
 
     @classmethod
@@ -48,6 +47,10 @@ class CaptionStep(Step):
     @classmethod
     def check(cls, config: ml_collections.ConfigDict) -> None:
         check_integers({"min_complexity": (config.min_complexity, 0)})
+        if config.min_complexity > _MOST:
+            raise ValueError(
+                f"config.min_complexity={config.min_complexity}; expected {_MOST} at most"
+            )
 
     @classmethod
     def is_active(cls, config: ml_collections.ConfigDict) -> bool:
@@ -62,66 +65,98 @@ class CaptionStep(Step):
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
         return versions.package_versions()
 
-    @classmethod
-    def replay(
-        cls,
-        recorded: Recorded,
-        before: ml_collections.ConfigDict,
-        now: ml_collections.ConfigDict,
-    ) -> np.ndarray:
-        first, has_action = recorded.numbers("complexity"), recorded.numbers("actions") > 0
-        is_gate = {
-            reason: recorded.is_text("gate", reason)
-            | (recorded.is_text("outcome", cls.name) & recorded.is_text("reason", reason))
-            for reason in GATE_REASONS
-        }
-        is_parsed = np.logical_or.reduce([~np.isnan(first), *is_gate.values()])
-        if not _drops(now):
-            return np.where(is_parsed, PASSES, NOT_KNOWN)
-        limits = caption_limits(now)
-        least = limits["min_complexity"]
-        several = recorded.numbers("captions") > 1
-        if limits["require_action"]:
-            best = np.where(has_action, first, np.nan)
-            best = np.where(several, recorded.numbers("best_active_complexity"), best)
-        else:
-            best = np.where(several, recorded.numbers("best_complexity"), first)
-        number = {reason: i for i, reason in enumerate(cls.reasons, 1)}
-        found = np.where(first < least, number["complexity"], number["no_action"])
-        for reason, holds in is_gate.items():
-            found[holds] = number[reason]
-        found[best >= least] = PASSES
-        found[~is_parsed | ((best == _MOST_RECORDED) & (least > best))] = NOT_KNOWN
-        return found
-
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
-        self._filter = CaptionFilter(**caption_limits(config))
+        self._memo = CaptionMemo()
+        self._memo.parse([])  # loads the parser
 
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        texts = [candidate.captions for candidate in candidates]
-        judged = iter(self._filter.judge(list(itertools.chain(*texts))))
-        for candidate in candidates:
-            own = list(itertools.islice(judged, len(candidate.captions)))
-            graphs, reasons = ([one[i] for one in own] for i in range(2))
-            if not _drops(self.config):
-                reasons = [None] * len(graphs)
-            candidate = candidate._replace(graphs=graphs, all_graphs=graphs)
-            good = candidate.choose([reason is None for reason in reasons])
-            yield good if good.captions else Drop(candidate, reasons[0])
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+        texts = [candidate.captions for candidate in batch]
+        parsed = iter(self._memo.parse(list(itertools.chain(*texts))))
+        rows = []
+        for candidate in batch:
+            graphs = list(itertools.islice(parsed, len(candidate.captions)))
+            candidate.graphs, candidate.first_graph = graphs, graphs[0]
+            if len(graphs) > 1:
+                candidate.of_captions = _as_columns([_describe(graph) for graph in graphs])
+            rows.append(_describe_pair(graphs))
+        return _as_columns(rows)
+
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        if not drops_captions(config):
+            return {}
+        limits = caption_limits(config)
+        complexity, actions = columns.numbers("complexity"), columns.numbers("actions")
+        best = np.where(actions > 0, complexity, np.nan) if limits["require_action"] else complexity
+        name = "best_active_complexity" if limits["require_action"] else "best_complexity"
+        best = np.where(columns.numbers("captions") > 1, columns.numbers(name), best)
+        is_bad = ~(best >= limits["min_complexity"])
+        is_simple = complexity < limits["min_complexity"]
+        reasons = {reason: is_bad & columns.is_text("gate", reason) for reason in GATE_REASONS}
+        return reasons | {"complexity": is_bad & is_simple, "no_action": is_bad}
 
 
 def caption_limits(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """C and A as arguments of `CaptionFilter` and of `captions.graph.cat_reason`."""
+    """C and A as arguments of `batches.CaptionFilter` and of `captions.graph.cat_reason`."""
     return {
         "min_complexity": config.min_complexity if config.complexity else 0,
         "require_action": config.action,
     }
 
 
-def _drops(config: ml_collections.ConfigDict) -> bool:
+def drops_captions(config: ml_collections.ConfigDict) -> bool:
+    """Whether captions are dropped, if only by the gates."""
     return config.complexity or config.action
 
 
+def compare_captions(
+    before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+) -> tuple[bool, bool]:
+    """Whether fewer, and whether more of several captions may pass this step now."""
+    old, new = (
+        tuple(caption_limits(config).values()) if drops_captions(config) else (-1, False)
+        for config in (before, now)
+    )
+    return (
+        any(b > a for a, b in zip(old, new, strict=True)),
+        any(b < a for a, b in zip(old, new, strict=True)),
+    )
+
+
 def _is_wanted(config: ml_collections.ConfigDict) -> bool:
-    return _drops(config) or config.concepts
+    return drops_captions(config) or config.concepts
+
+
+def _describe(graph: CaptionGraph) -> dict[str, Any]:
+    """The columns of one caption."""
+    if graph.drop_reason is not None:
+        return {"captions": 1, "gate": graph.drop_reason, "complexity": None, "actions": None}
+    complexity, actions = min(graph.complexity, _MOST), min(len(graph.actions), _MOST)
+    return {"captions": 1, "gate": None, "complexity": complexity, "actions": actions}
+
+
+def _describe_pair(graphs: Sequence[CaptionGraph]) -> dict[str, Any]:
+    """The columns of a pair: its first caption, and the best of several."""
+    first = graphs[0]
+    values = _describe(first) | {
+        "captions": min(len(graphs), _MOST),
+        "best_complexity": None,
+        "best_active_complexity": None,
+        "object_names": None,
+        "action_names": None,
+    }
+    if first.drop_reason is None:
+        values["object_names"] = list(first.objects)
+        values["action_names"] = sorted({edge.predicate for edge in first.actions})
+    if len(graphs) > 1:
+        parsed = [graph for graph in graphs if graph.drop_reason is None]
+        active = [graph for graph in parsed if graph.has_action]
+        for name, found in (("best_complexity", parsed), ("best_active_complexity", active)):
+            if found:
+                values[name] = min(max(graph.complexity for graph in found), _MOST)
+    return values
+
+
+def _as_columns(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}

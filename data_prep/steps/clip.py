@@ -1,13 +1,13 @@
 """CLIP score: the cosine of picture and caption, by any model that `diht_jax.load_model` reads.
 
 What DataComp and LAION filter by (arXiv 2304.14108, 2210.08402). A limit is a cosine, or comes from
-a share of the scores that an earlier run has recorded (`filtering.score_quantiles`).
+a share of the scores that an earlier run has recorded (`filtering.replay.set_quantile_limit`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -15,9 +15,9 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from data_prep.steps import models
-from data_prep.steps.base import Candidate, Drop, Step, check_integers
-from data_prep.steps.image import ImageStep
-from data_prep.steps.recorded import NOT_KNOWN, PASSES, Recorded
+from data_prep.steps.base import EVIDENCE, IMAGE_ERROR, Candidate, Step, check_integers
+from data_prep.steps.captions import compare_captions
+from data_prep.steps.columns import Columns
 from diht_jax.readers.base import SourceShard
 
 SCORE = "clip_score"
@@ -34,6 +34,7 @@ class ClipStep(Step):
     reads = ("caption", "image")
     reasons = {"low_score": "CLIP score"}
     scores = {SCORE: "CLIP score of the best caption"}
+    limits = ("min_score",)
     section = "clip"
     not_hashed = ("batch_size", "quantile", "scores")  # the limit they lead to is min_score
 
@@ -78,48 +79,43 @@ class ClipStep(Step):
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
         return models.BATCHES * config.clip.batch_size
 
-    @classmethod
-    def replay(
-        cls,
-        recorded: Recorded,
-        before: ml_collections.ConfigDict,
-        now: ml_collections.ConfigDict,
-    ) -> np.ndarray:
-        found = np.full(len(recorded), NOT_KNOWN)
-        if before.clip.model == now.clip.model:
-            scores = recorded.numbers(SCORE)
-            found[~np.isnan(scores)] = PASSES
-            if now.clip.min_score is not None:
-                found[scores < now.clip.min_score] = 1
-        return found
-
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
         self._model = models.Encoder(config.clip.model, config.clip.batch_size)
 
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        images = self._model.embed_images([candidate.pair.image for candidate in candidates])
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+        images = self._model.embed_images([candidate.pair.image for candidate in batch])
         is_readable = [not isinstance(image, str) for image in images]
-        readable = itertools.compress(candidates, is_readable)
+        readable = itertools.compress(batch, is_readable)
         texts = iter(
             self._model.embed_texts([text for candidate in readable for text in candidate.captions])
         )
-        for candidate, image in zip(candidates, images, strict=True):
-            if isinstance(image, str):
-                # Its size was read from a header that lied.
-                yield Drop(candidate._replace(header=None), image, stage=ImageStep.name)
-            else:
-                of_captions = list(itertools.islice(texts, len(candidate.captions)))
+        columns: dict[str, list] = {SCORE: [], EVIDENCE: [], IMAGE_ERROR: []}
+        least = self.config.clip.min_score
+        for candidate, image in zip(batch, images, strict=True):
+            score, evidence, error = None, None, image if isinstance(image, str) else None
+            if error is None:
+                own = np.stack(list(itertools.islice(texts, len(candidate.captions))))
                 # Row by row, so that a score does not depend on the others of its batch.
-                yield self._decide(candidate, (image * np.stack(of_captions)).sum(axis=1))
+                scores = (image * own).sum(axis=1).tolist()
+                candidate.of_captions = {SCORE: scores}
+                score = max(scores)
+                if least is not None:
+                    evidence = f"CLIP score {score:.3f}, least {least:.3f}"
+            for name, value in zip(columns, (score, evidence, error), strict=True):
+                columns[name].append(value)
+        return columns
 
-    def _decide(self, candidate: Candidate, cosines: np.ndarray) -> Candidate | Drop:
-        best = float(cosines.max())
-        candidate = candidate._replace(scores={**candidate.scores, SCORE: best})
-        limit = self.config.clip.min_score
-        if limit is None:
-            return candidate
-        good = candidate.choose([cosine >= limit for cosine in cosines.tolist()])
-        if good.captions:
-            return good
-        return Drop(candidate, "low_score", evidence=f"CLIP score {best:.3f}, least {limit:.3f}")
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        least = config.clip.min_score
+        return {} if least is None else {"low_score": columns.numbers(SCORE) < least}
+
+    @classmethod
+    def find_unknown(
+        cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+    ) -> np.ndarray:
+        # Of several captions others may come here than those that were scored.
+        several = columns.numbers("captions") > 1
+        is_other = any(compare_captions(before, now))
+        return super().find_unknown(columns, before, now) | (several & is_other)

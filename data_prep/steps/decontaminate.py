@@ -19,7 +19,7 @@ from ml_collections.config_dict import placeholder
 from data_prep.duplicates import given
 from data_prep.duplicates.image_hashes import SUFFIX, Index, open_index, try_hash
 from data_prep.steps import models
-from data_prep.steps.base import Candidate, Drop, Step, check_integers
+from data_prep.steps.base import EVIDENCE, Candidate, Step, check_integers
 from diht_jax.config.checks import TextOrSections
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage.copies import local_copy
@@ -82,15 +82,6 @@ class DecontaminateStep(Step):
         return bool(_sets(config) or _embedded_sets(config))
 
     @classmethod
-    def settings(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
-        found = super().settings(config)
-        # Folders of before embeddings were compared stay valid; what the sets hold is in the rules.
-        del found[cls.name]["embeddings"]
-        if _embedded_sets(config):
-            found[cls.name]["min_cosine"] = config.decontaminate.embeddings.min_cosine
-        return found
-
-    @classmethod
     def describe_rules(cls, config: ml_collections.ConfigDict) -> dict[str, Any]:
         digests = {name: _open_index(path).digest() for name, path in _sets(config).items()}
         rules = super().describe_rules(config) | {"decontaminate_sets": digests}
@@ -121,18 +112,16 @@ class DecontaminateStep(Step):
         self._given = None if c.pairs is None else given.read_of_shard(c.pairs, source)
         self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
 
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        found = [None] * len(candidates)
-        for matches in (*self._find_embedded(candidates), *self._find_hashed(candidates)):
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+        found: list[_Match | None] = [None] * len(batch)
+        for matches in (*self._find_embedded(batch), *self._find_hashed(batch)):
             found = [match or before for match, before in zip(matches, found, strict=True)]
-        for candidate, match in zip(candidates, found, strict=True):
-            if match is None:
-                yield candidate
-            else:
-                name, key, how = match
-                yield Drop(candidate, name, evidence=f"{key} of {name}: {how}")
+        return {
+            self.name: [match and match[0] for match in found],
+            EVIDENCE: [match and f"{match[1]} of {match[0]}: {match[2]}" for match in found],
+        }
 
-    def record(self, log: Any) -> None:
+    def close(self) -> dict[str, Any]:
         if self._without_embedding:
             logging.warning(
                 "%s: %d pairs have no embedding in %s.pairs='%s', and went on without a comparison",
@@ -141,6 +130,7 @@ class DecontaminateStep(Step):
                 _EMBEDDINGS,
                 self.config.decontaminate.embeddings.pairs,
             )
+        return {}
 
     def _find_hashed(self, candidates: Sequence[Candidate]) -> Iterator[list[_Match | None]]:
         """What each candidate is a copy of, by its hashes; set by set, the first one last."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -11,7 +11,7 @@ from ml_collections.config_dict import placeholder
 
 from data_prep.duplicates.table import Lookup, hash_input, read_inputs, read_summary
 from data_prep.jobs.manifest import Input
-from data_prep.steps.base import Candidate, Drop, Step
+from data_prep.steps.base import EVIDENCE, Candidate, Step
 from diht_jax.readers.base import SourceShard
 
 _LOOKED_AT = 32  # inputs that are compared with those of the table
@@ -65,13 +65,16 @@ class DuplicateStep(Step):
         super().__init__(config, source)
         self._lookup = Lookup(config.duplicates.table)
 
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        found = self._lookup.find([candidate.pair.key for candidate in candidates])
-        for candidate, known in zip(candidates, found, strict=True):
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+        found = self._lookup.find([candidate.pair.key for candidate in batch])
+        columns: dict[str, list] = {self.name: [], EVIDENCE: []}
+        for known in found:
+            columns[self.name].append(None if known is None else known.kind)
             if known is None:
-                yield candidate
+                columns[EVIDENCE].append(None)
+            elif known.kind == "exact":
+                columns[EVIDENCE].append(f"equal bytes: {known.duplicate_of}")
             else:
-                evidence = f"similarity {known.similarity:.3f} with {known.duplicate_of}"
-                if known.kind == "exact":
-                    evidence = f"equal bytes: {known.duplicate_of}"
-                yield Drop(candidate, known.kind, evidence=evidence)
+                similarity = f"similarity {known.similarity:.3f} with {known.duplicate_of}"
+                columns[EVIDENCE].append(similarity)
+        return columns

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
-from data_prep.steps.base import Candidate, Drop, Step, check_integers
-from data_prep.steps.recorded import AS_RECORDED, NOT_KNOWN, PASSES, Recorded
+from data_prep.steps.base import IMAGE_ERROR, Candidate, Step, check_integers
+from data_prep.steps.columns import Columns
 from diht_jax.input import decode
 
 
@@ -55,41 +55,42 @@ class ImageStep(Step):
     def package_versions(cls, config: ml_collections.ConfigDict) -> dict[str, str]:
         return {"pillow": importlib.metadata.version("pillow")}
 
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+        columns: dict[str, list] = {n: [] for n in ("format", "width", "height", IMAGE_ERROR)}
+        for candidate in batch:
+            data, error, header = candidate.pair.image, None, (None, None, None)
+            try:
+                header = decode.check_readable(data, max_pixels=self.config.image.max_pixels)
+            except decode.ImageError as found:
+                error = found.reason
+            for name, value in zip(columns, (*header, error), strict=True):
+                columns[name].append(value)
+        return columns
+
     @classmethod
-    def replay(
-        cls,
-        recorded: Recorded,
-        before: ml_collections.ConfigDict,
-        now: ml_collections.ConfigDict,
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        width, height = columns.numbers("width"), columns.numbers("height")
+        too_large = columns.is_text(IMAGE_ERROR, "too_large")
+        return {
+            "too_large": too_large | (width * height > config.image.max_pixels),
+            "empty": columns.is_text(IMAGE_ERROR, "empty"),
+            "unreadable": columns.is_text(IMAGE_ERROR, "unreadable"),
+            "too_small": np.fmin(width, height) < config.image.min_side,
+        }
+
+    @classmethod
+    def find_unknown(
+        cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
     ) -> np.ndarray:
         old, new = before.image, now.image
-        width, height = recorded.numbers("width"), recorded.numbers("height")
-        longer, is_sized = np.fmax(width, height), ~np.isnan(width)
-        dropped = recorded.is_text("outcome", cls.name)
-        too_large = dropped & recorded.is_text("reason", "too_large")
-        unreadable = dropped & recorded.is_text("reason", "unreadable")
-        number = {reason: i for i, reason in enumerate(cls.reasons, 1)}
-        found = np.full(len(recorded), AS_RECORDED)
-        if new.max_pixels > old.max_pixels:
-            found[too_large] = NOT_KNOWN
-        is_read = is_sized & ~unreadable
-        found[is_read] = PASSES
-        found[is_read & (np.fmin(width, height) < new.min_side)] = number["too_small"]
-        if new.max_side != old.max_side:
-            # Only an image that is to be shrunk is decoded at its full size.
-            shrinks = is_sized & (longer > (new.max_side or np.inf))
-            was_shrunk = recorded.is_text("outcome", "kept") & (longer > (old.max_side or np.inf))
-            found[(shrinks & ~was_shrunk & (found == PASSES)) | (unreadable & is_sized)] = NOT_KNOWN
-        found[is_sized & (width * height > new.max_pixels)] = number["too_large"]
-        return found
-
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        limits = self.config.image
-        for candidate in candidates:
-            try:
-                header = decode.check_readable(candidate.pair.image, max_pixels=limits.max_pixels)
-            except decode.ImageError as error:
-                yield Drop(candidate, error.reason)
-                continue
-            candidate = candidate._replace(header=header)
-            yield candidate if min(header[1:]) >= limits.min_side else Drop(candidate, "too_small")
+        unknown = np.zeros(len(columns), bool)
+        if new.max_pixels > old.max_pixels:  # nobody has tried to decode these
+            unknown |= columns.is_text(IMAGE_ERROR, "too_large")
+        if new.max_side != old.max_side:  # only an image to be shrunk is decoded at its full size
+            dropped = cls.decide(columns, now)
+            longer = np.fmax(columns.numbers("width"), columns.numbers("height"))
+            was_shrunk = columns.is_text("outcome", "kept") & (longer > (old.max_side or np.inf))
+            shrinks = (longer > (new.max_side or np.inf)) & ~was_shrunk
+            unknown |= (shrinks & ~dropped["too_small"]) | (dropped["unreadable"] & (longer > 0))
+            unknown &= ~dropped["too_large"]
+        return unknown

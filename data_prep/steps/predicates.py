@@ -7,13 +7,13 @@ the conditions belongs in `expressions`.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 from absl import logging
 
-from data_prep.steps.base import Candidate, Drop, Step
+from data_prep.steps.base import EVIDENCE, Candidate, Step
 from data_prep.steps.expressions import Condition, parse_condition
 from diht_jax.readers.base import SourceShard
 from diht_jax.records.schema import Pair
@@ -67,13 +67,12 @@ class PredicateStep(Step):
         self._unknown: collections.Counter[str] = collections.Counter()
         self._seen = 0
 
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
-        for candidate in candidates:
-            fields = _fields(candidate.pair)
-            self._seen += 1
-            yield self._find_drop(candidate, fields) or candidate
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
+        self._seen += len(batch)
+        found = [self._find_reason(_fields(candidate.pair)) for candidate in batch]
+        return {self.name: [reason for reason, _ in found], EVIDENCE: [shown for _, shown in found]}
 
-    def record(self, log: Any) -> None:
+    def close(self) -> dict[str, Any]:
         """Warns of conditions that no pair of the shard decides: a field's name may be wrong."""
         for condition in self._conditions:
             if self._seen and self._unknown[condition.text] == self._seen:
@@ -81,21 +80,19 @@ class PredicateStep(Step):
                     "%s: '%s' is unknown for all %d pairs; is a field missing (%s)?",
                     self._source, condition.text, self._seen, ", ".join(condition.fields),
                 )  # fmt: skip
+        return {}
 
-    def _find_drop(self, candidate: Candidate, fields: Mapping[str, Any]) -> Drop | None:
+    def _find_reason(self, fields: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """Why a pair is dropped, and what of it decides."""
         for condition in self._conditions:
             holds = condition.holds(fields)
             if holds is None:
                 self._unknown[condition.text] += 1
                 if self._drops_unknown:
-                    return Drop(
-                        candidate, f"{condition.text} is unknown", evidence=_show(condition, fields)
-                    )
+                    return f"{condition.text} is unknown", _show(condition, fields)
             elif not holds:
-                return Drop(
-                    candidate, f"{condition.text} is false", evidence=_show(condition, fields)
-                )
-        return None
+                return f"{condition.text} is false", _show(condition, fields)
+        return None, None
 
 
 def _parse(texts: Sequence[str]) -> list[Condition]:

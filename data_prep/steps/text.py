@@ -5,23 +5,24 @@ How text is spotted and matched belongs in `data_prep.text_spotting`.
 
 from __future__ import annotations
 
-import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
 from data_prep.batches.text import TextSpotter
-from data_prep.steps.base import Candidate, Drop, Step
-from data_prep.steps.captions import CaptionStep, caption_limits
-from data_prep.steps.image import ImageStep
-from data_prep.steps.recorded import AS_RECORDED, NOT_KNOWN, Recorded
+from data_prep.steps.base import IMAGE_ERROR, Candidate, Step
+from data_prep.steps.captions import compare_captions
+from data_prep.steps.columns import Columns
 from data_prep.text_spotting import config as spotter_config
 from data_prep.text_spotting.cache import name_shard
 from data_prep.text_spotting.looks import longest_match
+from data_prep.text_spotting.spotter import Verdict
 from data_prep.text_spotting.weights import easyocr_version
 from diht_jax.readers.base import SourceShard
+
+_COLUMNS = ("matches", "looked", "match", "match_chars", "match_confidence", IMAGE_ERROR)
 
 
 class TextStep(Step):
@@ -31,6 +32,7 @@ class TextStep(Step):
     order = 30
     reads = ("caption", "image")
     reasons = {"shows_caption": "T: shows its caption"}
+    limits = ("min_chars", "min_confidence")
     section = "spotter"
     not_hashed = spotter_config.NOT_HASHED
 
@@ -59,41 +61,6 @@ class TextStep(Step):
     def batch_size(cls, config: ml_collections.ConfigDict) -> int | None:
         return config.spotter.window
 
-    @classmethod
-    def replay(
-        cls,
-        recorded: Recorded,
-        before: ml_collections.ConfigDict,
-        now: ml_collections.ConfigDict,
-    ) -> np.ndarray:
-        old, new = (cls.settings(config)["spotter"] for config in (before, now))
-        differing = [name for name in new if new[name] != old[name]]
-        found = np.full(len(recorded), AS_RECORDED)
-        dropped = recorded.is_text("outcome", cls.name)
-        several = recorded.numbers("captions") > 1
-        if set(differing) - {"min_chars", "min_confidence"}:
-            found[:] = NOT_KNOWN
-        # By stricter limits of a match only pairs that were dropped may pass, by laxer ones only
-        # pairs that passed may be dropped.
-        if "min_chars" in differing:
-            if new["min_chars"] < old["min_chars"]:
-                found[~dropped] = NOT_KNOWN
-            found[dropped & (recorded.numbers("match_chars") < new["min_chars"])] = NOT_KNOWN
-        if "min_confidence" in differing:
-            if new["min_confidence"] < old["min_confidence"]:
-                found[~dropped] = NOT_KNOWN
-            confidence = recorded.numbers("match_confidence")
-            is_sure = (confidence >= np.float32(new["min_confidence"])) & ~several
-            found[dropped & ~is_sure] = NOT_KNOWN
-        # Of several captions others may come here now than those that were looked for.
-        fewer, more = _compare_captions(before, now)
-        if more:
-            found[several & dropped] = NOT_KNOWN
-        if fewer:
-            unmatched = recorded.numbers("matches") == 0
-            found[several & ~dropped & ~(unmatched & (not more))] = NOT_KNOWN
-        return found
-
     def __init__(self, config: ml_collections.ConfigDict, source: SourceShard):
         super().__init__(config, source)
         self._spotter = TextSpotter(
@@ -101,55 +68,74 @@ class TextStep(Step):
             max_pixels=config.image.max_pixels,
             shard=name_shard(source.path, source.start, source.stop),
         )
-        self._counts: collections.Counter[str] = collections.Counter()
         self._machine: dict[str, str] | None = None
 
-    def judge(self, candidates: Sequence[Candidate]) -> Iterator[Candidate | Drop]:
+    def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
         verdicts = self._spotter.judge(
-            [candidate.pair.image for candidate in candidates],
-            [candidate.captions for candidate in candidates],
+            [candidate.pair.image for candidate in batch],
+            [candidate.captions for candidate in batch],
         )
-        counts = spotter_config.count_verdicts(verdicts)
-        self._counts.update(counts)
-        if self._machine is None and (counts["gated"] or counts["read"]):
+        columns: dict[str, list] = {name: [] for name in _COLUMNS}
+        for candidate, verdict in zip(batch, verdicts, strict=True):
+            values = self._describe(candidate, verdict)
+            for name, column in columns.items():
+                column.append(values.get(name))
+        return columns
+
+    @classmethod
+    def decide(cls, columns: Columns, config: ml_collections.ConfigDict) -> dict[str, np.ndarray]:
+        return {"shows_caption": columns.has("match")}
+
+    @classmethod
+    def find_unknown(
+        cls, columns: Columns, before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
+    ) -> np.ndarray:
+        old, new = before.spotter, now.spotter
+        unknown = super().find_unknown(columns, before, now)
+        several, dropped = columns.numbers("captions") > 1, columns.has("match")
+        # By stricter limits of a match only pairs that were dropped may pass, by laxer ones only
+        # pairs that passed may be dropped.
+        if new.min_chars < old.min_chars or new.min_confidence < old.min_confidence:
+            unknown |= ~dropped
+        if new.min_chars != old.min_chars:
+            unknown |= dropped & (columns.numbers("match_chars") < new.min_chars)
+        if new.min_confidence != old.min_confidence:
+            least = np.float32(new.min_confidence)
+            is_sure = (columns.numbers("match_confidence") >= least) & ~several
+            unknown |= dropped & ~is_sure
+        # Of several captions others may come here now than those that were looked for.
+        fewer, more = compare_captions(before, now)
+        if more:
+            unknown |= several & dropped
+        if fewer:
+            unmatched = columns.numbers("matches") == 0
+            unknown |= several & ~dropped & ~(unmatched & (not more))
+        return unknown
+
+    def close(self) -> dict[str, Any]:
+        return {"spotter": self._machine}
+
+    def _describe(self, candidate: Candidate, verdict: Verdict) -> dict[str, Any]:
+        """The columns of one pair."""
+        if verdict.error is not None:
+            return {IMAGE_ERROR: verdict.error.reason}
+        if self._machine is None and verdict.looked != "no_run":
             self._machine = spotter_config.describe_machine(self._spotter.settings)
-        for candidate, verdict in zip(candidates, verdicts, strict=True):
-            if verdict.error is not None:
-                # Its size was read from a header that lied.
-                without_size = candidate._replace(header=None)
-                yield Drop(without_size, verdict.error.reason, stage=ImageStep.name)
-                continue
-            candidate = candidate._replace(spots=verdict.spots, matches=verdict.matches)
-            good = candidate.choose([match is None for match in verdict.matches])
-            if good.captions:
-                yield good
-            else:
-                longest = min(
-                    longest_match(text, caption, self._spotter.settings)
-                    for text, caption in zip(verdict.matches, candidate.captions, strict=True)
-                )
-                yield Drop(
-                    candidate, "shows_caption", match=verdict.matches[0], match_chars=longest
-                )
-
-    def record(self, log: Any) -> None:
-        log.funnel.text_spotting.update(self._counts)
-        log.spotter = self._machine
-
-
-def _compare_captions(
-    before: ml_collections.ConfigDict, now: ml_collections.ConfigDict
-) -> tuple[bool, bool]:
-    """Whether fewer, and whether more of several captions may pass the caption step now."""
-    if CaptionStep.settings(before) == CaptionStep.settings(now):
-        return False, False
-    old, new = (
-        (limits["min_complexity"], limits["require_action"])
-        if CaptionStep.is_active(config) and (config.complexity or config.action)
-        else (-1, False)  # not even a gate drops any
-        for config, limits in ((config, caption_limits(config)) for config in (before, now))
-    )
-    return (
-        any(b > a for a, b in zip(old, new, strict=True)),
-        any(b < a for a, b in zip(old, new, strict=True)),
-    )
+        candidate.spots = verdict.spots
+        candidate.of_captions = {"match": verdict.matches}
+        looked = "missed" if verdict.missed else "audited" if verdict.audited else verdict.looked
+        shown = [match for match in verdict.matches if match is not None]
+        values = {"matches": len(shown), "looked": looked}
+        if len(shown) < len(verdict.matches):
+            return values
+        # What the longest of several captions shares with the picture does not decide alone.
+        shared = [
+            longest_match(text, caption, self._spotter.settings)
+            for text, caption in zip(verdict.matches, candidate.captions, strict=True)
+        ]
+        confidence = next((s.confidence for s in verdict.spots if s.text == shown[0]), None)
+        return values | {
+            "match": shown[0],
+            "match_chars": min(shared),
+            "match_confidence": confidence,
+        }

@@ -8,9 +8,10 @@ import tarfile
 import pytest
 from PIL import Image
 
+from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
-from data_prep.reports.summary import read_report
+from data_prep.filtering.replay import Replay
 from data_prep.steps import registry
 from tests.contributing.blocks import load_example
 from tests.data_prep.filtering.jobs import job_config, read_outcomes, read_records, snapshot
@@ -51,7 +52,8 @@ def test_extreme_shapes_are_dropped_and_counted(tmp_path, num_workers, capsys):
     assert [record.caption for record in read_records(output)] == kept
     assert "aspect   extreme shape     2   40.0%" in capsys.readouterr().out
     report = read_report(output)
-    assert report.funnel.rows() == [("read", "", 5), ("aspect", "extreme", 2), ("kept", "", 3)]
+    rows = [(row["stage"], row["reason"], row["pairs"]) for row in report["funnel"]]
+    assert rows == [("read", "", 5), ("aspect", "extreme", 2), ("kept", "", 3)]
     page = (output / "report.html").read_text()
     assert "<td>extreme shape</td>" in page and "Dropped, aspect: extreme shape" in page
     assert [key for key, stage, _ in read_outcomes(output) if stage == "aspect"] == ["1", "3"]
@@ -62,11 +64,25 @@ def test_extreme_shapes_are_dropped_and_counted(tmp_path, num_workers, capsys):
     assert snapshot(output) == before
 
 
-def test_the_step_is_off_by_default_and_old_folders_stay_valid(tmp_path):
+def test_the_step_is_off_by_default_and_finished_folders_stay_valid(tmp_path, monkeypatch):
     config = job_config("in.tar", tmp_path)
-    assert filter_config.hash_config(config) == "2312dd6c85107ec9"  # as without the step
+    hashes = [filter_config.hash_config(config)]
     config.aspect.max_ratio = 3.0
-    assert filter_config.hash_config(config) != "2312dd6c85107ec9"
+    hashes.append(filter_config.hash_config(config))
+    monkeypatch.delitem(registry.STEPS, "aspect")
+    hashes.append(filter_config.hash_config(job_config("in.tar", tmp_path)))
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+def test_a_replay_decides_by_another_ratio(tmp_path):
+    source = _write_tar(tmp_path / "in.tar")
+    assert run_filter(job_config(source, tmp_path / "out", aspect__max_ratio=3.0)) == {}
+    for ratio in (1.5, 3.05, 20.0):
+        config = job_config(source, tmp_path / "new", aspect__max_ratio=ratio)
+        result = Replay(str(tmp_path / "out"), config).run()
+        expected = sum(max(w, h) > ratio * min(w, h) for w, h, _ in _SIZES)
+        assert result.funnel.dropped()["aspect"] == ({"extreme": expected} if expected else {})
+        assert not result.not_known
 
 
 def test_its_key_is_checked(tmp_path):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from data_prep.reports.summary import read_report
 from diht_jax import load_model
 from diht_jax.config import load_recipe
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source, list_inputs
@@ -94,7 +94,7 @@ def test_filter_reads_it(sources, tmp_path):
     # Named by its folder as well, and what is no pair is counted.
     assert found == _filter(str(pathlib.Path(text).parent), tmp_path / "c")
     for output in ("a", "b"):
-        assert read_report(tmp_path / output).funnel.dropped["source"] == {"no_caption": 1}
+        assert read_report(tmp_path / output)["counts"]["dropped"]["source"] == {"no_caption": 1}
     # Run again, it is complete: nothing is read twice.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("*.tfrecord")}
     _filter(text, tmp_path / "a")

@@ -10,13 +10,13 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from data_prep.decisions.report import read_report
 from data_prep.duplicates import block_table, job, kmeans, mapped, stages
 from data_prep.duplicates import config as duplicates_config
 from data_prep.duplicates.__main__ import main
 from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
-from data_prep.reports.summary import read_report
 from data_prep.sources.list import default_source, list_sources
 from diht_jax.config import load_recipe
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records
@@ -147,10 +147,10 @@ def test_the_filter_drops_what_the_table_names(pairs, found, tmp_path):
     assert kept == {"large", *(f"s{i:02d}" for i in range(12) if i != 4)}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "near-duplicate of another image" in page and "equal bytes: s00" in page
-    evidence = {s["key"]: s.get("evidence") for s in read_report(tmp_path / "out").samples}
+    evidence = {s["key"]: s.get("evidence") for s in read_report(tmp_path / "out")["samples"]}
     assert evidence["s04"].endswith(" with large")
     again = Replay(str(tmp_path / "out")).run()  # without the table
-    assert again.funnel.dropped["duplicates"] == {"exact": 2, "near": 4}
+    assert again.funnel.dropped()["duplicates"] == {"exact": 2, "near": 4}
     with pytest.raises(ValueError, match="no complete output of python -m data_prep.duplicates"):
         run_filter(job_config(str(pairs / "*.tar"), tmp_path / "b", duplicates__table=str(pairs)))
 

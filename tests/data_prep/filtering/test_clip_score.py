@@ -2,18 +2,21 @@
 
 import io
 import tarfile
+import types
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.decisions.report import read_report
+from data_prep.decisions.table import SUFFIX, read_decisions
 from data_prep.filter import run_filter
-from data_prep.filtering import decisions, replay
+from data_prep.filtering import replay
+from data_prep.filtering.chain import apply_step
 from data_prep.jobs import models as jobs_models
-from data_prep.reports.summary import read_report
 from data_prep.steps import clip
-from data_prep.steps.base import Candidate, Drop
+from data_prep.steps.base import Candidate
 from diht_jax import load_model
 from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import job_config, read_dropped, read_records, write_clip
@@ -67,8 +70,8 @@ def scored(source, weights, tmp_path_factory):
 
 
 def _read_scores(output) -> list[float]:
-    (path,) = (output / "parts").glob(f"*{decisions.SUFFIX}")
-    batches = decisions.read_decisions(str(path), [clip.SCORE])
+    (path,) = (output / "parts").glob(f"*{SUFFIX}")
+    batches = read_decisions(str(path), [clip.SCORE])
     return [value for rows in batches for value in rows[clip.SCORE].to_pylist()]
 
 
@@ -98,12 +101,12 @@ def test_a_quantile_of_recorded_scores_is_a_limit(scored, source, weights, expec
     assert kept == [caption for caption in _CAPTIONS if caption not in dropped]
     assert read_dropped(tmp_path / "out") == {"clip": {"low_score": 3}}
     assert config.clip.min_score == pytest.approx(expected[lowest[3]], abs=1e-5)
-    samples = read_report(tmp_path / "out").samples
+    samples = read_report(tmp_path / "out")["samples"]
     assert sum("evidence" in s and s["evidence"].startswith("CLIP score ") for s in samples) == 3
     # The replay of the recorded scores decides the same, without the model.
     again = replay.Replay(str(scored), config).run()
     assert (again.funnel.kept, again.not_known.total()) == (5, 0)
-    assert again.funnel.dropped["clip"] == {"low_score": 3}
+    assert again.funnel.dropped()["clip"] == {"low_score": 3}
     config.clip.model = "another"
     assert replay.Replay(str(scored), config).run().not_known.total() == 8
 
@@ -138,17 +141,23 @@ def test_of_several_captions_the_good_ones_stay(source, weights, tmp_path, pictu
         source, tmp_path, clip__model=str(weights), clip__min_score=limit, clip__batch_size=3
     )
     step = clip.ClipStep(config, None)
-    pair = Pair("k", buffer.getvalue(), _CAPTIONS[0], {})
-    broken = Pair("b", b"<html>", "x", {})
     worst = _CAPTIONS[int(cosines.argmin())]
-    several, single, unreadable = step.judge(
-        [Candidate(pair, list(_CAPTIONS)), Candidate(pair, [worst]), Candidate(broken, ["x"])]
-    )
+    pairs = [
+        Pair("k", buffer.getvalue(), _CAPTIONS[0], {"captions": list(_CAPTIONS)}),
+        Pair("k", buffer.getvalue(), worst, {}),
+        Pair("b", b"<html>", "x", {}),
+    ]
+    candidates = [Candidate.of(pair) for pair in pairs]
+    for candidate in candidates:  # as the image step leaves them
+        candidate.values |= {"width": 24, "height": 20, "image_error": None}
+    drops = []
+    log = types.SimpleNamespace(drop=lambda candidate, *drop, evidence: drops.append(drop))
+    (several,) = apply_step(step, candidates, config, log)
     assert several.captions == [c for c, s in zip(_CAPTIONS, cosines[0], strict=True) if s >= limit]
-    assert several.scores[clip.SCORE] == pytest.approx(float(cosines.max()), abs=1e-5)
-    assert isinstance(single, Drop) and single.reason == "low_score"
-    assert single.candidate.scores[clip.SCORE] == pytest.approx(float(cosines.min()), abs=1e-5)
-    assert (unreadable.stage, unreadable.reason) == ("image", "unreadable")
+    assert several.values[clip.SCORE] == pytest.approx(float(cosines.max()), abs=1e-5)
+    assert candidates[1].values[clip.SCORE] == pytest.approx(float(cosines.min()), abs=1e-5)
+    assert drops == [("clip", "low_score"), ("image", "unreadable")]
+    assert candidates[2].values["width"] is None  # its header lied
 
 
 def test_models_are_those_that_workers_share(

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import tarfile
 
+from data_prep.decisions.table import decisions_path, read_decisions
 from data_prep.filter import run_filter
 from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import crash_search
@@ -14,7 +15,7 @@ from data_prep.jobs.engine import run_tasks
 from data_prep.jobs.outcome import ProcessDeath
 from data_prep.jobs.shards import ShardTask
 from data_prep.steps import registry
-from data_prep.steps.base import Candidate, Step
+from data_prep.steps.base import Step
 from data_prep.steps.image import ImageStep
 from diht_jax.readers.registry import SourceShard
 from tests.data_prep.filtering.jobs import job_config, read_counts, read_records, write_tars
@@ -31,12 +32,13 @@ class DeadlyStep(Step):
     def describe_rules(cls, config) -> dict:
         return {}  # so that the folders of both tests belong to one config
 
-    def find_reason(self, candidate: Candidate) -> str | None:
-        if candidate.pair.caption == "name 0 1":
+    def measure(self, batch):
+        captions = {candidate.pair.caption for candidate in batch}
+        if "name 0 1" in captions:
             os._exit(7)
-        if candidate.pair.caption == "name 0 6":
+        if "name 0 6" in captions:
             os.kill(os.getpid(), signal.SIGKILL)
-        return None
+        return {}
 
 
 def _copy_without(folder: pathlib.Path, source: pathlib.Path, keys: set[str]) -> None:
@@ -99,10 +101,10 @@ class DeadlyModelStep(Step):
     order = 15
     reasons = {}
 
-    def find_reason(self, candidate: Candidate) -> str | None:
-        if candidate.pair.caption == "name 0 2":
+    def measure(self, batch):
+        if any(candidate.pair.caption == "name 0 2" for candidate in batch):
             raise ProcessDeath("3 model actors died of one batch")
-        return None
+        return {}
 
 
 def test_a_pair_that_kills_a_process_beside_the_worker_is_found_as_well(tmp_path):
@@ -122,8 +124,10 @@ def test_a_pair_that_kills_a_process_beside_the_worker_is_found_as_well(tmp_path
         ),
     )
     assert outcome.error is None and calls == [True] * 3
-    assert outcome.result["counts"]["dropped"]["source"] == {"crashed": 1}
-    assert outcome.result["counts"]["kept"] == 3
+    counts = outcome.result["counts"]
+    assert (counts["read"], counts["kept"]) == (4, 3)
+    (rows,) = read_decisions(decisions_path(task.output), ["reason"])
+    assert rows["reason"].to_pylist() == [None, None, "crashed", None]
 
 
 def _record(stage, first, last):

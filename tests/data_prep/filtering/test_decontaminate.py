@@ -9,13 +9,13 @@ import pytest
 import scipy.fft
 from PIL import Image
 
+from data_prep.decisions.report import read_report
 from data_prep.duplicates import given, image_hashes
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
-from data_prep.reports.summary import read_report
 from data_prep.steps import decontaminate, models
-from data_prep.steps.base import Drop, begin
+from data_prep.steps.base import Candidate
 from data_prep.steps.decontaminate import DecontaminateStep
 from diht_jax import load_model, loading
 from diht_jax.evaluation.embedding.files import EmbedOptions, embed_source
@@ -129,7 +129,7 @@ def test_pictures_of_evaluation_sets_are_dropped_and_counted_by_set(tmp_path):
         "blue.png",
         "other.png",
     ]
-    samples = {s["caption"]: s.get("evidence") for s in read_report(tmp_path / "out").samples}
+    samples = {s["caption"]: s.get("evidence") for s in read_report(tmp_path / "out")["samples"]}
     assert samples["same.bmp"].endswith(" of first: equal pixels")
     assert " of second: " in samples["mirror.png"]
     page = (tmp_path / "out" / "report.html").read_text()
@@ -141,7 +141,7 @@ def test_pictures_of_evaluation_sets_are_dropped_and_counted_by_set(tmp_path):
     assert run_filter(config) == {}
     assert read_dropped(tmp_path / "exact")["decontaminate"] == {"first": 2}
     again = Replay(str(tmp_path / "exact")).run()  # without the sets
-    assert again.funnel.dropped["decontaminate"] == {"first": 2}
+    assert again.funnel.dropped()["decontaminate"] == {"first": 2}
 
 
 def test_keys_are_checked(tmp_path):
@@ -203,10 +203,10 @@ def test_pairs_without_an_embedding_are_reported(tmp_path, monkeypatch):
     config = job_config("in.tar", tmp_path)
     config.decontaminate.embeddings.update({"sets": "of_two=/x", "pairs": "/embedded"})
     step = DecontaminateStep(config, SourceShard("webdataset", "in.tar"))
-    candidates = begin([Pair(key, b"", "a caption") for key in ("same", "absent", "absent too")])
-    results = list(step.judge(candidates))
-    assert [isinstance(result, Drop) for result in results] == [True, False, False]
-    step.record(None)
+    pairs = [Pair(key, b"", "a caption") for key in ("same", "absent", "absent too")]
+    measured = step.measure([Candidate.of(pair) for pair in pairs])
+    assert measured["decontaminate"] == ["of_two", None, None]
+    step.close()
     (warning,) = warnings
     assert warning.startswith("in.tar: 2 pairs have no embedding in config.decontaminate.embedd")
     decontaminate._open_set.cache_clear()
@@ -272,10 +272,12 @@ def test_edited_copies_are_found_by_embeddings_and_counted_by_set(tmp_path, mode
     assert read_dropped(tmp_path / "by_files")["decontaminate"] == {"first": 2, "second": 2}
     kept = {record.caption for record in read_records(tmp_path / "by_files")}
     assert kept == {f"other{i}.png" for i in range(12, 24)}
-    evidence = {s["caption"]: s.get("evidence") for s in read_report(tmp_path / "by_files").samples}
+    evidence = {
+        s["caption"]: s.get("evidence") for s in read_report(tmp_path / "by_files")["samples"]
+    }
     assert " of second: cosine 0.99" in evidence["crop7.png"]
     again = Replay(str(tmp_path / "by_files")).run()  # without the sets
-    assert again.funnel.dropped["decontaminate"] == {"first": 2, "second": 2}
+    assert again.funnel.dropped()["decontaminate"] == {"first": 2, "second": 2}
     other = _write_folder(tmp_path / "elsewhere", pictures)
     by_files.update({"input": other, "output": str(tmp_path / "elsewhere_out")})
     (error,) = run_filter(by_files).values()

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data_prep.filter import run_filter
 from data_prep.filtering import shard
+from data_prep.filtering.chain import Chain
 from diht_jax.readers.base import held_bytes
 from diht_jax.records.schema import Pair
 from tests.data_prep.filtering.jobs import (
@@ -150,12 +151,12 @@ def test_pairs_that_take_much_memory_are_held_in_smaller_numbers(tmp_path, monke
     run_filter(job_config(source, tmp_path / "whole"))
     held = []
 
-    def begin(pairs, rows):
-        held.append(len(pairs))
-        return steps_begin(pairs, rows)
+    def run_and_count(self, entries):
+        held.append(len(entries))
+        run(self, entries)
 
-    steps_begin = shard.begin
-    monkeypatch.setattr(shard, "begin", begin)
+    run = Chain.run
+    monkeypatch.setattr(Chain, "run", run_and_count)
     monkeypatch.setattr(shard, "_CHUNK_BYTES", 1000)
     run_filter(job_config(source, tmp_path / "small"))
     assert sum(held) == 18

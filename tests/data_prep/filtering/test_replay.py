@@ -11,10 +11,12 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from data_prep.decisions import lists, table
 from data_prep.filter import run_filter
-from data_prep.filtering import decisions, kept, replay
-from data_prep.filtering.score_quantiles import score_quantiles
-from data_prep.steps import recorded, text
+from data_prep.filtering import replay
+from data_prep.filtering.replay import score_quantiles
+from data_prep.steps import text
+from data_prep.steps.columns import Columns
 from data_prep.text_spotting.match import caption_matches
 from data_prep.text_spotting.settings import Settings
 from data_prep.text_spotting.spotter import Spot, Verdict
@@ -126,10 +128,10 @@ def work(tmp_path_factory):
 
 def _decide_all(found: replay.Replay) -> list[tuple[str, str | None]]:
     return [
-        found.outcome(int(code))
+        outcome
         for path in found.paths
-        for rows in decisions.read_decisions(path)
-        for code in found.decide(rows)
+        for rows in table.read_decisions(path)
+        for outcome in found.decide(rows)
     ]
 
 
@@ -177,7 +179,7 @@ def test_the_lists_are_those_of_the_filter(work, capsys):
     assert "not known" not in printed
     truth = json.loads((other / "stats.json").read_text())["counts"]
     assert result.funnel.kept == truth["kept"] and result.funnel.read == 132
-    assert {stage: found.total() for stage, found in result.funnel.dropped.items()} == {
+    assert {stage: sum(found.values()) for stage, found in result.funnel.dropped().items()} == {
         stage: sum(found.values()) for stage, found in truth["dropped"].items()
     }
     for name in ("kept_keys.txt", "kept_uids.npy"):
@@ -198,8 +200,8 @@ def test_the_lists_are_those_of_the_filter(work, capsys):
 def test_a_line_of_a_list_is_one_pair_whatever_its_key_holds():
     keys = pyarrow.array(["a\tb", "c\nd", "e\u2028f\tg", "h"])
     table, column = io.BytesIO(), io.BytesIO()
-    kept.write_lines(table, keys, pyarrow.array(["x/1", "x/2", "x/3", "x/4"]))
-    kept.write_lines(column, keys)
+    lists.write_lines(table, keys, pyarrow.array(["x/1", "x/2", "x/3", "x/4"]))
+    lists.write_lines(column, keys)
     assert table.getvalue() == b"a b\tx/1\nc d\tx/2\ne f g\tx/3\nh\tx/4\n"
     assert column.getvalue() == b"a\tb\nc d\ne f\tg\nh\n"
 
@@ -237,7 +239,7 @@ def test_folders_that_cannot_be_replayed(work, tmp_path):
         replay.Replay(str(tmp_path)).run()
     paths[0].unlink()
     paths[2].unlink()
-    with pytest.raises(ValueError, match="no decisions; .* --overwrite"):
+    with pytest.raises(ValueError, match="no files of decisions; .* --overwrite"):
         replay.Replay(str(tmp_path))
 
 
@@ -271,21 +273,20 @@ def test_the_columns_hold_what_was_measured(work):
 
 
 def test_rows_are_written_in_the_order_of_the_input(tmp_path):
-    log = decisions.DecisionLog(["clip"])
+    log = table.DecisionWriter(["clip"])
     for row in (2, 0, 3, 1):
         log.add(row, {"key": f"k{row}", "outcome": "kept", "clip": row / 7})
     log.write(str(tmp_path / "a"))
-    again = decisions.DecisionLog(["clip"])
+    again = table.DecisionWriter(["clip"])
     for row in range(4):
-        again.add(None, {"key": f"k{row}", "outcome": "kept", "clip": row / 7})
+        again.add(row, {"key": f"k{row}", "outcome": "kept", "clip": row / 7})
     again.write(str(tmp_path / "b"))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    (rows,) = decisions.read_decisions(str(tmp_path / "a"))
-    np.testing.assert_array_equal(
-        recorded.Recorded(rows).numbers("clip"), np.float32(np.arange(4) / 7)
-    )
+    (rows,) = table.read_decisions(str(tmp_path / "a"))
+    columns = Columns({"clip": rows["clip"]}, 4)
+    np.testing.assert_array_equal(columns.numbers("clip"), np.float32(np.arange(4) / 7))
     with pytest.raises(ValueError, match="score 'width'"):
-        decisions.DecisionLog(["width"])
+        table.DecisionWriter(["width"])
 
 
 def test_quantiles_of_scores_are_exact(tmp_path):
@@ -294,10 +295,10 @@ def test_quantiles_of_scores_are_exact(tmp_path):
     values = np.float32(values)
     paths = []
     for number, some in enumerate(np.array_split(values, 3)):
-        log = decisions.DecisionLog(["clip", "none"])
-        for value in some:
-            log.add(None, {"key": "k", "outcome": "kept", "clip": float(value)})
-            log.add(None, {"key": "k", "outcome": "caption", "reason": "url"})
+        log = table.DecisionWriter(["clip", "none"])
+        for row, value in enumerate(some):
+            log.add(2 * row, {"key": "k", "outcome": "kept", "clip": float(value)})
+            log.add(2 * row + 1, {"key": "k", "outcome": "caption", "reason": "url"})
         paths.append(str(tmp_path / str(number)))
         log.write(paths[-1])
     shares = (0.0, 0.01, 0.5, 0.507, 0.99, 1.0)

@@ -1,6 +1,5 @@
 """Output shards of equal size, and the lists of what was kept."""
 
-import json
 import pathlib
 
 import numpy as np
@@ -8,22 +7,13 @@ import pytest
 import tensorflow_datasets as tfds
 
 from data_prep.captions.mentions import ConceptLog, concept_path, read_mentions
-from data_prep.filtering import kept as kept_keys
+from data_prep.decisions.table import DecisionWriter, decisions_path
 from data_prep.filtering import resharding
-from data_prep.filtering.decisions import DecisionLog, decisions_path, pack_uid
 from data_prep.jobs import shards
 from diht_jax.readers.registry import SourceShard
 from diht_jax.records.dataset_info import write_dataset_info
 from diht_jax.records.schema import Pair, decode_record, encode_record
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
-
-_DROPPED = "0123456789abcdef" * 2
-_UIDS = ["ffffffffffffffff0000000000000001", "00000000000000020000000000000003"]
-
-
-def _keep(log: DecisionLog, key: str, uid: str | None, image_format: str | None) -> None:
-    values = {"key": key, "uid": pack_uid(uid), "format": image_format}
-    log.add(None, values | {"outcome": "kept"})
 
 
 def _make_parts(folder: pathlib.Path, counts, offset: int = 0) -> list:
@@ -39,11 +29,12 @@ def _make_parts(folder: pathlib.Path, counts, offset: int = 0) -> list:
         )
 
         def process(source, writer, first=number, count=count):
-            log, concepts = DecisionLog(), ConceptLog()
+            log, concepts = DecisionWriter(), ConceptLog()
             for n in range(first, first + count):
                 writer.write(encode_record(Pair(f"k{n}", b"image", f"caption {n}")))
-                log.add(None, {"key": "dropped", "outcome": "image", "reason": "empty"})
-                _keep(log, f"k{n}", _UIDS[n] if n < 2 else None, "PNG" if n % 2 else "JPEG")
+                log.add(2 * n, {"key": "dropped", "outcome": "image", "reason": "empty"})
+                kept = {"key": f"k{n}", "outcome": "kept", "format": "PNG" if n % 2 else "JPEG"}
+                log.add(2 * n + 1, kept)
                 concepts.add({"objects": frozenset({f"o{n}", "all"}), "attributes": frozenset()})
             log.write(decisions_path(str(writer.path)))
             concepts.write(concept_path(writer.path))
@@ -131,57 +122,3 @@ def test_foreign_shards_are_found(tmp_path):
     with TFRecordWriter(tmp_path / "pairs-train-00000.tfrecord"):
         pass
     assert resharding.find_foreign(str(tmp_path)) == ["pairs-train-00000.tfrecord"]
-
-
-def _write_old(path: pathlib.Path, rows) -> None:
-    """The list of a part from before decisions were recorded."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def test_lists_of_keys_and_uids(tmp_path, monkeypatch):
-    rng = np.random.default_rng(0)
-    uids = ["".join(rng.choice(list("0123456789abcdef"), 32)) for _ in range(300)] + _UIDS
-    outputs, paths = [], []
-    for i in range(3):
-        rows = [
-            (f"key {n}", uids[n].upper() if n % 2 else uids[n], "PNG")
-            for n in range(i, len(uids), 3)
-        ]
-        rows += [("repeated", uids[0], None), ("without\na uid", "no uid", None)]
-        outputs.append(str(tmp_path / f"{i}.tfrecord"))
-        if i == 2:
-            paths.append(tmp_path / "2.tfrecord.kept.json")
-            _write_old(paths[-1], [(k, u.lower() if " " not in u else None, f) for k, u, f in rows])
-            continue
-        log = DecisionLog()
-        for row in rows:
-            log.add(None, {"key": "dropped", "outcome": "caption", "uid": pack_uid(_DROPPED)})
-            _keep(log, *row)
-        paths.append(pathlib.Path(decisions_path(outputs[-1])))
-        log.write(str(paths[-1]))
-    for most in (2**24, 40):  # sorted in one go, and range by range
-        monkeypatch.setattr(kept_keys, "_MAX_SORTED", most)
-        kept_keys.write_lists(str(tmp_path), kept_keys.read_kept(outputs))
-        found = np.load(tmp_path / "kept_uids.npy")
-        # As DataComp's own tools make the file.
-        expected = np.array(
-            sorted({(int(uid[:16], 16), int(uid[16:32], 16)) for uid in uids}), np.dtype("u8,u8")
-        )
-        assert found.dtype == expected.dtype
-        np.testing.assert_array_equal(found, expected)
-    keys = (tmp_path / "kept_keys.txt").read_text().splitlines()
-    assert keys[:2] == ["key 0", "key 3"]
-    assert len(keys) == len(uids) + 6 and keys.count("without a uid") == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        ["kept_keys.txt", "kept_uids.npy", *(path.name for path in paths)]
-    )
-    assert kept_keys.read_formats(outputs[0])[-3:] == ["PNG", None, None]
-    assert kept_keys.read_formats(outputs[2])[-3:] == ["PNG", None, None]
-
-
-def test_without_uids_there_is_no_array(tmp_path):
-    _write_old(tmp_path / "x.kept.json", [("a", None, "PNG")])
-    (tmp_path / "kept_uids.npy").write_bytes(b"old")
-    kept_keys.write_lists(str(tmp_path), kept_keys.read_kept([str(tmp_path / "x")]))
-    assert not (tmp_path / "kept_uids.npy").exists()
-    assert (tmp_path / "kept_keys.txt").read_text() == "a\n"

@@ -1,22 +1,24 @@
 """The steps: their table, what they decide by themselves, and how a shard goes through them."""
 
-import collections
 import io
+import itertools
 import json
 
 import pytest
 from PIL import Image
 
-from data_prep.captions.graph import CAT_REASONS, GATE_REASONS
+from data_prep.captions.graph import CAT_REASONS, GATE_REASONS, cat_reason
+from data_prep.decisions.funnel import stage_reasons
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
+from data_prep.filtering.chain import apply_step
 from data_prep.filtering.shard import filter_shard
 from data_prep.jobs import shards
-from data_prep.reports.funnel import Funnel, stage_reasons
 from data_prep.sources.list import list_sources
 from data_prep.steps import registry
-from data_prep.steps.base import Candidate, Drop, Step, begin
-from data_prep.steps.captions import CaptionStep
+from data_prep.steps.base import Candidate, Step
+from data_prep.steps.captions import CaptionStep, caption_limits
+from data_prep.steps.columns import Columns
 from data_prep.steps.image import ImageStep
 from diht_jax.input.decode import REASONS as DECODE_REASONS
 from diht_jax.readers.base import SourceShard
@@ -39,16 +41,28 @@ class _ShortStep(Step):
     def batch_size(cls, config):
         return 2
 
-    def find_reason(self, candidate):
-        too_short = len(candidate.captions[0]) < candidate.pair.metadata.get("n", 8)
-        return "too_short" if too_short else None
+    def measure(self, batch):
+        self.batches.append(len(batch))
+        return {
+            self.name: [
+                "too_short" if len(c.captions[0]) < c.pair.metadata.get("n", 8) else None
+                for c in batch
+            ]
+        }
 
-    def judge(self, candidates):
-        self.batches.append(len(candidates))
-        return super().judge(candidates)
-
-    def record(self, log):
+    def close(self):
         self.batches.append(0)
+        return {}
+
+
+class _Log:
+    """Takes the drops of a step."""
+
+    def __init__(self):
+        self.drops = []
+
+    def drop(self, candidate, stage, reason, evidence):
+        self.drops.append((candidate.pair.key, stage, reason, evidence))
 
 
 def test_the_table_is_consistent():
@@ -72,27 +86,52 @@ def test_active_steps_follow_the_config(tmp_path):
 
 
 def test_captions_are_narrowed_and_the_first_reason_counts(tmp_path):
-    step = CaptionStep(job_config("a", tmp_path, "cat"), _SOURCE)
+    config = job_config("a", tmp_path, "cat")
     several = {"captions": ["a red car", "a dog runs", "a cat sleeps"]}
     pairs = [Pair("k", b"", "a red car", several), Pair("l", b"", "sunset", {})]
-    good, dropped = step.judge(begin(pairs))
+    log = _Log()
+    batch = [Candidate.of(pair) for pair in pairs]
+    (good,) = apply_step(CaptionStep(config, _SOURCE), batch, config, log)
     assert good.captions == ["a dog runs", "a cat sleeps"]
     assert [list(graph.objects) for graph in good.graphs] == [["dog"], ["cat"]]
     assert list(good.first_graph.objects) == ["car"]
-    assert (dropped.reason, dropped.candidate.pair.key) == ("complexity", "l")
+    assert log.drops == [("l", "caption", "complexity", None)]
+
+
+def test_captions_decide_from_columns_as_their_graphs_do(tmp_path):
+    """The reasons of `cat_reason`, for every caption alone, and the best of several for a pair."""
+    texts = ["sunset", "a red car", "a dog runs", "IMG_1.jpg", "", "a black cat is chasing a bird"]
+    config = job_config("a", tmp_path, "cat")
+    step = CaptionStep(config, _SOURCE)
+    for complexity, least, action in itertools.product((True, False), (0, 1, 2, 3), (True, False)):
+        config.update({"complexity": complexity, "min_complexity": least, "action": action})
+        batch = [Candidate.of(Pair("k", b"", t, {"captions": [t, *texts]})) for t in texts]
+        batch += [Candidate.of(Pair("k", b"", t, {})) for t in texts]
+        measured = step.measure(batch)
+        found = [None] * len(batch)
+        for reason, holds in step.decide(Columns(measured, len(batch)), config).items():
+            found = [f or (reason if h else None) for f, h in zip(found, holds, strict=True)]
+        limits = caption_limits(config)
+        for candidate, reason in zip(batch, found, strict=True):
+            truth = [cat_reason(graph, **limits) for graph in candidate.graphs]
+            is_asked = complexity or action
+            assert reason == (None if None in truth or not is_asked else truth[0])
 
 
 def test_images_are_measured_and_dropped(tmp_path):
-    step = ImageStep(job_config("a", tmp_path, image__min_side=20), _SOURCE)
+    config, log = job_config("a", tmp_path, image__min_side=20), _Log()
     buffer = io.BytesIO()
     Image.new("RGB", (40, 20)).save(buffer, "PNG")
     small = io.BytesIO()
     Image.new("RGB", (40, 19)).save(small, "JPEG")
-    images = (buffer.getvalue(), small.getvalue(), b"", b"<html>")
-    results = list(step.judge(begin(Pair("k", data, "c", {}) for data in images)))
-    assert results[0].header == ("PNG", 40, 20)
-    assert [result.reason for result in results[1:]] == ["too_small", "empty", "unreadable"]
-    assert results[1].candidate.header == ("JPEG", 40, 19)
+    images = {"good": buffer.getvalue(), "small": small.getvalue(), "none": b"", "text": b"<html>"}
+    batch = [Candidate.of(Pair(key, data, "c", {})) for key, data in images.items()]
+    (good,) = apply_step(ImageStep(config, _SOURCE), batch, config, log)
+    assert good.values | {"format": "PNG", "width": 40, "height": 20} == good.values
+    assert [(key, reason) for key, _, reason, _ in log.drops] == [
+        ("small", "too_small"), ("none", "empty"), ("text", "unreadable")
+    ]  # fmt: skip
+    assert batch[1].values | {"format": "JPEG", "width": 40, "height": 19} == batch[1].values
 
 
 def test_a_slow_step_gets_small_batches_and_all_is_reported(tmp_path, monkeypatch):
@@ -134,22 +173,6 @@ def test_a_step_without_images_runs_on_tables(tmp_path, monkeypatch):
         ("t-00000001", "kept", None),
         ("t-00000002", "caption", "no_action"),
     ]
-
-
-def test_reasons_of_unknown_steps_come_last_in_plain_words():
-    funnel = Funnel()
-    funnel.drop("blur", "too_soft", "k", "")
-    funnel.drop("text", "shows_caption", "l", "")
-    again = Funnel.from_json(json.loads(json.dumps(funnel.to_json())), 0, 0)
-    assert again.rows()[1:3] == [("text", "shows_caption", 1), ("blur", "too_soft", 1)]
-    assert "blur     too soft" in again.format_table()
-    assert again.dropped["blur"] == collections.Counter({"too_soft": 1})
-
-
-def test_a_drop_is_no_candidate():
-    candidate = Candidate(Pair("k", b"", "c", {}), ["c"])
-    assert not isinstance(Drop(candidate, "reason"), Candidate)
-    assert candidate.choose([False]).captions == []
 
 
 def test_keys_of_steps_are_in_the_default_config():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.decisions.report import format_samples
+from data_prep.decisions.samples import Sample, SampleLog
 from data_prep.reports import demo
-from data_prep.reports.funnel import Funnel
 from data_prep.reports.page import write_report
-from data_prep.reports.samples import SampleLog, read_samples
-from data_prep.reports.summary import FilterReport
 from diht_jax.evaluation.bootstrap import describe_samples
+from tests.data_prep.decisions.parts import gather_parts, write_part
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
 _OUTCOMES = {"kept": "a red star sits on a <blue> ring", "caption/no_action": "Leather Wallet"}
@@ -46,15 +46,12 @@ def _results(shift: float, items: str = "same") -> dict:
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
     """Two pairs, four students that differ by 0, 10 and 0 points, and their pictures."""
-    funnel, log = Funnel(5, seed=0), SampleLog(5, 10**6)
+    log, rows = SampleLog(5, 5, 0, 10**6), []
     for outcome, caption in _OUTCOMES.items():
-        if outcome == "kept":
-            funnel.keep("k", caption, "PNG")
-        else:
-            funnel.drop(*outcome.split("/"), "d", caption)
-        log.add(outcome, "00", key=outcome, caption=caption, image=_png("red"))
-    log.write(str(tmp_path / "samples"))
-    report = FilterReport([], funnel, samples=list(read_samples(str(tmp_path / "samples"))))
+        log.add(outcome, Sample(outcome, caption, _png("red")))
+        stage, _, reason = outcome.partition("/")
+        rows.append({"outcome": stage, "reason": reason or None})
+    report = gather_parts(write_part(tmp_path / "part", rows, log=log))
     (tmp_path / "filtered").mkdir()
     write_report(tmp_path / "filtered", report)
     for name, shift in zip(demo.STUDENTS, (0.0, 0.0, 0.1, 0.1), strict=True):
@@ -78,8 +75,9 @@ def test_the_page_shows_everything_without_links(folder):
 def test_differences_are_to_the_row_above_with_paired_intervals(folder):
     """Resamples of one draw differ by the noise of 0.028 alone, though each spreads by 0.1."""
     results = {n: demo._read_results(folder / f"{n}.json") for n in demo.STUDENTS}
-    rows = re.findall(r"<tr>(.*?)</tr>", demo._differences_table(results))[1:]
-    changes = [re.findall(r'class="(\w*)">([+-][\d.]+) \((.+?) to (.+?)\)', row) for row in rows]
+    rows = [cells[1:] for cells in demo._describe_differences(results)]
+    cell = re.compile(r'class="(\w*)">([+-][\d.]+) \((.+?) to (.+?)\)')
+    changes = [[cell.search(text).groups() for text in row] for row in rows]
     assert [{change for _, change, _, _ in row} for row in changes] == [
         {"+0.0"},
         {"+10.0"},
@@ -91,7 +89,7 @@ def test_differences_are_to_the_row_above_with_paired_intervals(folder):
 
 
 def test_pairs_are_printed_with_their_reasons(folder):
-    lines = demo.read_report(folder / "filtered").format_samples(2).splitlines()
+    lines = format_samples(demo.read_report(folder / "filtered"), 2).splitlines()
     assert [re.split(r"  +", line) for line in lines] == [
         ["Kept", _OUTCOMES["kept"]],
         ["Dropped, caption: A: no action", "Leather Wallet"],

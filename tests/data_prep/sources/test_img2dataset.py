@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from data_prep.decisions.report import read_report
 from data_prep.filter import run_filter
-from data_prep.reports.summary import read_report
 from data_prep.sources import img2dataset
 from diht_jax.config import load_recipe
 from diht_jax.input.examples import DecodeExample
@@ -109,7 +109,7 @@ def test_tars_with_statistics_and_metadata(tmp_path, capsys, with_json):
     # Without json members the metadata is the parquet file's.
     assert records[1].metadata["url"] == "http://x/1.jpg"
     assert records[1].metadata["similarity"] == 1.25
-    assert read_report(tmp_path / "out").download == {
+    assert read_report(tmp_path / "out")["download"] == {
         k: v for k, v in _STATS.items() if k != "duration"
     }
     assert (
@@ -126,8 +126,8 @@ def test_parquet_with_images(tmp_path):
     assert records[0].caption == "a dog number 0 runs"
     assert (records[2].metadata["width"], "jpg" in records[2].metadata) == (60, False)
     report = read_report(tmp_path / "out")
-    assert report.funnel.dropped["source"] == {"no_image": 1}
-    assert report.download["successes"] == 3
+    assert report["counts"]["dropped"]["source"] == {"no_image": 1}
+    assert report["download"]["successes"] == 3
     entries = list(read_pairs(SourceShard("parquet", str(tmp_path / "in/00000.parquet"))))
     assert entries[2] == Skipped("000000002", "no_image", "HTTP Error 404: Not Found")
 
@@ -142,7 +142,7 @@ def test_tfrecords_are_filtered_as_the_tars_are(tmp_path):
         dataclasses.replace(record, metadata=dict(record.metadata) | {"error_message": ""})
         for record in expected
     ]
-    assert read_report(tmp_path / "out").download["failed_to_download"] == 1
+    assert read_report(tmp_path / "out")["download"]["failed_to_download"] == 1
     assert (tmp_path / "out" / "kept_uids.npy").read_bytes() == (
         tmp_path / "expected" / "kept_uids.npy"
     ).read_bytes()
@@ -161,7 +161,7 @@ def test_tfrecords_that_are_no_pairs_are_counted(tmp_path):
     rows[3]["key"] = "0"
     _write_tfrecord(tmp_path / "in", rows)
     assert [record.key for record in _run(str(tmp_path / "in"), tmp_path / "out")] == ["0", "4"]
-    dropped = read_report(tmp_path / "out").funnel.dropped
+    dropped = read_report(tmp_path / "out")["counts"]["dropped"]
     assert dropped["source"] == {"no_caption": 2, "duplicate": 1}
 
 

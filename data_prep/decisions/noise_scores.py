@@ -10,7 +10,8 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from data_prep.reports.funnel import KEPT, spell_reason, stage_reasons
+from data_prep.decisions.funnel import spell_reason, stage_reasons
+from data_prep.decisions.table import KEPT
 from diht_jax.records.escaping import escape
 
 _RECALL = "recall: "
@@ -42,7 +43,7 @@ def score_filters(
     """Scores every filter that dropped something, in their order, and all of them together.
 
     Args:
-        labels: outcome -> label -> pairs, of `Measures.labels`.
+        labels: outcome -> label -> pairs, as in the measures of a report.
         clean_label: the label of good pairs; all others are noise.
 
     Returns:

@@ -1,8 +1,7 @@
-"""Reports of many parts: merged as a tree, and from statistics that are read seldom."""
+"""Jobs of an array: statistics are read seldom, and one job writes the output."""
 
 import collections
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -10,8 +9,7 @@ from concurrent import futures
 
 from data_prep.filter import run_filter
 from data_prep.filtering import parts
-from data_prep.reports import merging
-from tests.data_prep.filtering.jobs import job_config, snapshot, write_tars
+from tests.data_prep.filtering.jobs import job_config, write_tars
 
 # What this process opens while somebody listens; a hook cannot be taken away again.
 _listeners = []
@@ -33,39 +31,6 @@ def _listen():
         yield found
     finally:
         _listeners.pop()
-
-
-def _read_report(folder):
-    report = json.loads((folder / "report.json").read_text())
-    for name in ("seconds", "throughput", "jobs"):
-        del report[name]
-    return report
-
-
-def test_a_tree_of_groups_gives_the_report_of_one(tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    captions = ["a dog runs", "a black cat is chasing a small bird", "sunset", "", "a red car"]
-    for number in range(10):
-        lines = [
-            {"key": f"{number}-{i}", "caption": c} for i, c in enumerate(captions[number % 3 :])
-        ]
-        (tmp_path / "in" / f"{number}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    source = str(tmp_path / "in" / "*.jsonl")
-    assert run_filter(job_config(source, tmp_path / "flat", "metadata", report_samples=2)) == {}
-    monkeypatch.setattr(merging, "FAN_OUT", 2)
-    sizes = []
-
-    def merge(members, *args):
-        sizes.append(len(members))
-        return whole(members, *args)
-
-    whole = merging._merge
-    monkeypatch.setattr(merging, "_merge", merge)
-    assert run_filter(job_config(source, tmp_path / "tree", "metadata", report_samples=2)) == {}
-    # 10 parts, 5 groups, 3 of these, 2 of those, and the last two here.
-    assert sizes == [2] * 5 + [2, 2, 1] + [2, 1] + [2]
-    assert _read_report(tmp_path / "tree") == _read_report(tmp_path / "flat")
-    assert snapshot(tmp_path / "tree") == snapshot(tmp_path / "flat")
 
 
 def test_jobs_of_an_array_read_each_statistic_twice_at_most(tmp_path):

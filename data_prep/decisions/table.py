@@ -1,9 +1,8 @@
-"""What was decided about each entry of the input of a part: a parquet file with a row for each.
+"""Decisions about the entries of an input shard: a parquet file with a row for each.
 
 Rows stand in the order of the input; those that were kept are the records of the part, in order.
 `COLUMNS` describes the columns, and each score of a filter step is one more, of float32. A value is
-null where it was not measured, since an earlier step had dropped the pair. Without keys, uids and
-scores a row takes some 2 bytes (docs/benchmarks.md).
+null where it was not measured, since an earlier step had dropped the pair.
 
 The file of `parts/NAME` is `parts/NAME.decisions.parquet`. The output of a filtered table is itself
 a table, and has its file in a folder of its own, so that nobody reads it as a part of the output:
@@ -12,6 +11,7 @@ a table, and has its file in a folder of its own, so that nobody reads it as a p
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -20,33 +20,44 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from data_prep.jobs import manifest, shards
 from diht_jax.storage import files
+from diht_jax.storage.retries import StorageError
 
 SUFFIX = ".decisions.parquet"
 FOLDER = "decisions"  # of those of tables
 KEPT = "kept"
+SOURCE = "source"  # the stage of entries that are no pairs
 
 COLUMNS: dict[str, pyarrow.DataType] = {
     "key": pyarrow.string(),
     "uid": pyarrow.binary(16),  # DataComp's, from its 32 hexadecimal digits
     "outcome": pyarrow.string(),  # "kept", or the stage that dropped the pair
     "reason": pyarrow.string(),  # of the stage; null for what was kept
-    # Why the first caption was refused before the parse, where `reason` does not have it.
+    "label": pyarrow.string(),  # value of `config.label_field`
+    "captions": pyarrow.uint8(),  # number of captions; 0 of an entry that is no pair
+    "words": pyarrow.uint16(),  # of the first caption
+    # The first caption: why it was refused before the parse, or what the parse gave. Small numbers
+    # stop at the largest of their type.
     "gate": pyarrow.string(),
-    "captions": pyarrow.uint8(),  # of the pair; 0 of an entry that is no pair
-    # Of the first caption, where it was parsed. These and other small numbers stop at 255.
     "complexity": pyarrow.uint8(),
     "actions": pyarrow.uint8(),
+    "object_names": pyarrow.list_(pyarrow.string()),
+    "action_names": pyarrow.list_(pyarrow.string()),
     # The highest of all captions, and of those with an action; null for a pair with one caption.
     "best_complexity": pyarrow.uint8(),
     "best_active_complexity": pyarrow.uint8(),
     "width": pyarrow.uint32(),  # px, as the image is stored
     "height": pyarrow.uint32(),
     "format": pyarrow.string(),  # of the image of a kept pair, such as "JPEG"
+    "image_error": pyarrow.string(),  # why it could not be decoded
+    # Text-spotting: "no_run" (a caption that no spotter reads), "read", or "gated" (no trace of
+    # text at the first look), where those that were read all the same are "audited" or "missed".
+    "looked": pyarrow.string(),
     # Of the captions that passed the steps before text-spotting, how many the picture shows.
     "matches": pyarrow.uint8(),
-    # Of a pair that text-spotting dropped: the text that repeats its first caption, and the
-    # greatest `spotter.min_chars` that would have dropped the pair by the same texts.
+    # If all of them: the text that repeats the first, and the greatest `spotter.min_chars` that
+    # would have dropped the pair by the same texts.
     "match": pyarrow.string(),
     "match_chars": pyarrow.uint8(),
     "match_confidence": pyarrow.float32(),
@@ -57,11 +68,12 @@ _UID = re.compile(r"[0-9a-f]{32}", re.IGNORECASE)
 _ROWS = 2**16  # of a row group
 # Keys of a shard often begin alike; what repeats is written once.
 _ENCODINGS = {"key": "DELTA_BYTE_ARRAY", "uid": "PLAIN"}
-_TEXTS = ("outcome", "reason", "gate", "format", "match")
+_TEXTS = ("outcome", "reason", "label", "gate", "format", "image_error", "looked", "match")
+_LARGEST = {pyarrow.uint8(): 2**8 - 1, pyarrow.uint16(): 2**16 - 1}
 
 
 def decisions_path(output: str) -> str:
-    """Where the decisions about an input lie.
+    """Path of the decisions about an input shard.
 
     Args:
         output: path or URL of the part, or of the filtered table.
@@ -72,7 +84,7 @@ def decisions_path(output: str) -> str:
     return files.join(f"{folder}{slash}" or ".", FOLDER, f"{name}.parquet")
 
 
-class DecisionLog:
+class DecisionWriter:
     """Collects the rows of one part."""
 
     def __init__(self, scores: Sequence[str] = ()):
@@ -81,20 +93,20 @@ class DecisionLog:
         Args:
             scores: names of the steps' scores.
         """
-        self._schema = make_schema(scores)
+        self.schema = make_schema(scores)
         self._rows: list[tuple] = []
         self._numbers: list[int] = []
         self._tables: list[pyarrow.Table] = []
 
-    def add(self, row: int | None, values: Mapping[str, Any]) -> None:
+    def add(self, row: int, values: Mapping[str, Any]) -> None:
         """Takes a row.
 
         Args:
-            row: its number in the input; None for the one after the last that was taken.
-            values: those of its columns that are not null.
+            row: its number in the input.
+            values: those of its columns that are not null; others are left out.
         """
-        self._numbers.append(len(self._numbers) if row is None else row)
-        self._rows.append(tuple(values.get(name) for name in self._schema.names))
+        self._numbers.append(row)
+        self._rows.append(tuple(values.get(name) for name in self.schema.names))
         if len(self._rows) == _ROWS:
             self._tables.append(self._pack())
 
@@ -104,14 +116,17 @@ class DecisionLog:
         order = np.argsort(np.array(self._numbers, np.int64), kind="stable")
         if (np.diff(order) != 1).any():
             table = table.take(pyarrow.array(order))
+        floats = [f.name for f in self.schema if pyarrow.types.is_floating(f.type)]
+        small = [n for n in self.schema.names if n not in _ENCODINGS and n not in floats]
+        small += [f"{f.name}.list.element" for f in self.schema if pyarrow.types.is_list(f.type)]
         sink = pyarrow.BufferOutputStream()
         # Without Arrow's own schema: the types are those of parquet, and small files stay small.
         with pyarrow.parquet.ParquetWriter(
             sink,
-            self._schema,
+            self.schema,
             compression="zstd",
-            use_dictionary=[name for name in self._schema.names if _is_small(self._schema, name)],
-            column_encoding=_ENCODINGS | dict.fromkeys(_floats(self._schema), "BYTE_STREAM_SPLIT"),
+            use_dictionary=small,
+            column_encoding=_ENCODINGS | dict.fromkeys(floats, "BYTE_STREAM_SPLIT"),
             write_statistics=False,
             store_schema=False,
         ) as writer:
@@ -120,13 +135,14 @@ class DecisionLog:
         files.write_bytes(path, sink.getvalue().to_pybytes())
 
     def _pack(self) -> pyarrow.Table:
-        columns = list(zip(*self._rows, strict=True)) or [()] * len(self._schema)
+        columns = list(zip(*self._rows, strict=True)) or [()] * len(self.schema)
         self._rows = []
-        arrays = [
-            pyarrow.array(column, field.type)
-            for column, field in zip(columns, self._schema, strict=True)
-        ]
-        return pyarrow.Table.from_arrays(arrays, schema=self._schema)
+        arrays = []
+        for column, field in zip(columns, self.schema, strict=True):
+            if most := _LARGEST.get(field.type):
+                column = [value if value is None else min(value, most) for value in column]
+            arrays.append(pyarrow.array(column, field.type))
+        return pyarrow.Table.from_arrays(arrays, schema=self.schema)
 
 
 def make_schema(scores: Sequence[str] = ()) -> pyarrow.Schema:
@@ -169,20 +185,39 @@ def read_decisions(
         raise ValueError(f"{path}: no whole file of decisions ({error}); filter again") from error
 
 
-def is_kept(outcome: pyarrow.Array) -> np.ndarray:
-    """Which rows were kept, bool [n].
+def find_decisions(folder: str, named: str) -> tuple[list[str], dict[str, Any]]:
+    """The files of decisions of a finished folder.
 
     Args:
-        outcome: the column of a batch of `read_decisions`.
+        folder: output of the filter.
+        named: flag or key that names the folder, for errors.
+
+    Returns:
+        paths: in the order of the inputs.
+        stats: merged statistics of the folder.
+
+    Raises:
+        ValueError: the folder is not finished.
     """
-    names = outcome.dictionary.to_pylist()
-    codes = outcome.indices.to_numpy(zero_copy_only=False)
-    return codes == names.index(KEPT) if KEPT in names else np.zeros(len(codes), bool)
-
-
-def _is_small(schema: pyarrow.Schema, name: str) -> bool:
-    return name not in _ENCODINGS and not pyarrow.types.is_floating(schema.field(name).type)
-
-
-def _floats(schema: pyarrow.Schema) -> list[str]:
-    return [field.name for field in schema if pyarrow.types.is_floating(field.type)]
+    try:
+        stats = json.loads(files.read_bytes(files.join(folder, shards.MERGED_STATS)))
+        stats["config"], stats["counts"]["read"]
+    except StorageError:
+        raise
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{named}='{folder}': no finished folder of `python -m data_prep.filter` "
+            f"({type(error).__name__}: {error}); run the filter to its end first"
+        ) from error
+    for where, suffix in (
+        (files.join(folder, "parts"), SUFFIX),
+        (files.join(folder, FOLDER), ".parquet"),
+        (folder, SUFFIX),
+    ):
+        names = {name: None for name in files.list_names(where) if name.endswith(suffix)}
+        # Parts stand in the order of their inputs, not in that of their names.
+        ordered = [entry.name + suffix for entry in manifest.read_manifest(where)]
+        names = [name for name in ordered or names if name in names]
+        if names:
+            return [files.join(where, name) for name in names], stats
+    raise ValueError(f"{named}='{folder}': no files of decisions; filter it again with --overwrite")

@@ -1,0 +1,259 @@
+"""The report of a filter job, or of several: queries over their decisions, as plain data.
+
+`report.json` holds it. How it looks belongs in `data_prep.reports`.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow
+
+from data_prep.decisions import samples
+from data_prep.decisions.counts import COLUMNS, Counts
+from data_prep.decisions.funnel import Funnel, spell_outcome
+from data_prep.decisions.log import SECONDS_SUFFIX
+from data_prep.decisions.table import (
+    FOLDER,
+    KEPT,
+    SOURCE,
+    SUFFIX,
+    decisions_path,
+    find_decisions,
+    read_decisions,
+)
+from data_prep.jobs import shards
+from data_prep.sources.img2dataset import merge_download_stats
+from data_prep.steps.registry import ordered_steps
+from data_prep.text_spotting.config import name_machine, warn_of_machines
+from diht_jax.storage import files
+
+REPORT = "report.json"
+
+_VERSION = 3
+_BLOCK_ROWS = 2**17  # that are counted at a time
+_MAX_DAMAGED = 100
+_PRINTED_CHARS = 80  # of a caption
+
+Report = dict[str, Any]
+
+
+def gather(
+    outputs: Sequence[str],
+    jobs: Sequence[Mapping[str, Any]],
+    *,
+    samples_per_outcome: int,
+    report_samples: int,
+    clean_label: str = "clean",
+) -> Report:
+    """Asks the decisions of parts, and what lies next to them, for all that the report shows.
+
+    Args:
+        outputs: of the parts.
+        jobs: of every job its "input", "settings", "config_hash", "failed" and number of "shards".
+        samples_per_outcome: samples of each outcome in "counts", as [rank, key, caption].
+        report_samples: samples of each outcome with pictures.
+        clean_label: the label of good pairs.
+    """
+    counts, facts, seconds = Counts(), _Facts(), collections.Counter()
+    waiting: list[pyarrow.RecordBatch] = []
+
+    def read_parts() -> Iterator[bytes]:
+        for batches, stats, times, content in _read_all(outputs):
+            waiting.extend(batches)
+            if sum(map(len, waiting)) >= _BLOCK_ROWS:
+                counts.add(pyarrow.Table.from_batches(waiting).unify_dictionaries())
+                waiting.clear()
+            facts.add(stats["counts"])
+            for name in ("pairs", "wall_secs", "cpu_secs"):
+                seconds[name] += times.get(name, 0)
+            for stage, secs in times.get("cpu_secs_of_stages", {}).items():
+                seconds[f"stage/{stage}"] += secs
+            yield content
+
+    most = max(samples_per_outcome, report_samples)
+    chosen = samples.choose_samples(read_parts(), most)
+    if waiting:
+        counts.add(pyarrow.Table.from_batches(waiting).unify_dictionaries())
+    funnel = counts.funnel()
+    texts = {
+        outcome: [[s["rank"], s["key"], s["caption"]] for s in found[:samples_per_outcome]]
+        for outcome, found in chosen.items()
+    }
+    report: Report = {
+        "version": _VERSION,
+        "jobs": list(jobs),
+        "funnel": [
+            {"stage": stage, "reason": reason, "pairs": pairs, "share": funnel.share(pairs)}
+            for stage, reason, pairs in funnel.rows()
+        ],
+        "throughput": _throughput(funnel, seconds),
+        "counts": funnel.to_json() | {"image_formats": counts.image_formats(), "samples": texts},
+        "measures": counts.measures(),
+        "download": facts.download,
+        "versions": {k: dict(sorted(v.items())) for k, v in sorted(facts.versions.items())},
+        "failed": [failed for job in jobs for failed in job.get("failed", ())],
+        "warnings": [],
+        "seconds": {k: round(v, 4) for k, v in sorted(seconds.items())},
+        "samples": [
+            {"outcome": outcome} | sample
+            for outcome, found in chosen.items()
+            for sample in found[:report_samples]
+        ],
+        "samples_per_outcome": samples_per_outcome,
+        "report_samples": report_samples,
+        "clean_label": clean_label,
+    }
+    report["warnings"] = facts.warnings() + _warn_of_failed(report["failed"])
+    return report
+
+
+class _Facts:
+    """What the statistics of parts state besides counts."""
+
+    def __init__(self) -> None:
+        self.download: dict[str, Any] = {}
+        self.versions: dict[str, collections.Counter[str]] = {}
+        self._spotters: collections.Counter[str] = collections.Counter()
+        self._damaged: list[str] = []
+        self._num_damaged = 0
+
+    def add(self, stated: Mapping[str, Any]) -> None:
+        """Adds the counts in the statistics of a part."""
+        merge_download_stats(self.download, stated.get("download"))
+        if stated.get("spotter") is not None:
+            self._spotters[name_machine(stated["spotter"])] += 1
+        for name, version in stated.get("versions", {}).items():
+            self.versions.setdefault(name, collections.Counter())[version] += 1
+        if "damaged" in stated:
+            self._num_damaged += 1
+            self._damaged = [*self._damaged, stated["damaged"]][:_MAX_DAMAGED]
+
+    def warnings(self) -> list[str]:
+        """What a person should know before the pairs are used."""
+        found = [
+            f"shards were made with unlike versions of {name}: "
+            + ", ".join(f"{v} ({count:,} shards)" for v, count in sorted(of_version.items()))
+            for name, of_version in sorted(self.versions.items())
+            if len(of_version) > 1
+        ]
+        if self._damaged:
+            found.append(
+                f"{self._num_damaged:,} archives are damaged, and only the pairs before the damage "
+                f"are here, such as those of {self._damaged[0]}"
+            )
+        return [*filter(None, [warn_of_machines(self._spotters)]), *found]
+
+
+def _warn_of_failed(failed: Sequence[Mapping[str, str]]) -> list[str]:
+    if not failed:
+        return []
+    return [
+        f"{len(failed):,} input shards failed, and nothing of them is here, such as "
+        f"{failed[0]['source']}: {failed[0]['error']}"
+    ]
+
+
+def _read_all(outputs: Sequence[str]) -> Iterator[tuple[list, dict, dict, bytes]]:
+    """Decisions, statistics, times and samples of each part, in order."""
+    yield from files.map_many(_read_part, outputs, outputs[0] if outputs else "")
+
+
+def _read_part(output: str) -> tuple[list[pyarrow.RecordBatch], dict, dict, bytes]:
+    batches = list(read_decisions(decisions_path(output), list(COLUMNS)))
+    stats = shards.read_json(output + shards.STATS_SUFFIX)
+    seconds = files.read_object(output + SECONDS_SUFFIX) or {}
+    return batches, stats, seconds, files.read_bytes(output + samples.SUFFIX)
+
+
+def _throughput(funnel: Funnel, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Pairs per second of processor time, in all and by stage; stages count what they did."""
+    dropped = {stage: sum(found.values()) for stage, found in funnel.dropped().items()}
+    arrived = funnel.read - dropped[SOURCE]
+    pairs_of = {"writing": funnel.kept}
+    for step in ordered_steps():
+        pairs_of[step.timer or step.name] = arrived
+        arrived -= dropped.get(step.name, 0)
+    found = {}
+    for name, secs in sorted(seconds.items()):
+        stage = name.removeprefix("stage/")
+        if name == "cpu_secs" or (stage != name and stage != "loading"):  # once in a process
+            pairs = pairs_of.get(stage, funnel.read)
+            if secs > 0 and pairs:
+                found[stage] = round(pairs / secs, 2)
+    return found
+
+
+def get_funnel(report: Report) -> Funnel:
+    """The funnel of a report."""
+    return Funnel.from_json(report["counts"])
+
+
+def samples_by_outcome(report: Report) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The samples of each outcome: what was kept first, then the order of the funnel."""
+    found = {
+        outcome: list(group)
+        for outcome, group in itertools.groupby(report["samples"], lambda s: s["outcome"])
+    }
+    order = [KEPT, *(f"{row['stage']}/{row['reason']}" for row in report["funnel"])]
+    return [(name, found[name]) for name in dict.fromkeys(order) if name in found]
+
+
+def format_samples(report: Report, per_outcome: int) -> str:
+    """Some pairs of each outcome for a terminal, a line each: outcome and caption."""
+    return "\n".join(
+        f"{spell_outcome(outcome):36} {sample['caption'][:_PRINTED_CHARS]}"
+        for outcome, found in samples_by_outcome(report)
+        for sample in found[:per_outcome]
+    )
+
+
+def read_report(folder: str | os.PathLike[str]) -> Report:
+    """Reads `report.json` of a folder.
+
+    Raises:
+        ValueError: there is none, or another version's.
+    """
+    path = files.join(os.fspath(folder), REPORT)
+    try:
+        report = shards.read_json(path)
+        if report["version"] != _VERSION:
+            raise ValueError(f"version {report['version']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: no report of `python -m data_prep.filter` ({type(error).__name__}: {error}); "
+            "run that command on the folder's input once more"
+        ) from error
+    return report
+
+
+def merge_reports(folders: Sequence[str | os.PathLike[str]]) -> Report:
+    """The report of several finished folders as one; of one folder, what it holds."""
+    reports = [read_report(folder) for folder in folders]
+    if len(reports) == 1:
+        return reports[0]
+    outputs: list[str] = []
+    for folder, report in zip(folders, reports, strict=True):
+        merged = [job["output"] for job in report["jobs"]]  # where this one was merged of others
+        for part_of in merged if len(merged) > 1 else [os.fspath(folder)]:
+            outputs += _find_outputs(part_of)
+    return gather(
+        outputs,
+        [job for report in reports for job in report["jobs"]],
+        samples_per_outcome=reports[0]["samples_per_outcome"],
+        report_samples=reports[0]["report_samples"],
+        clean_label=reports[0]["clean_label"],
+    )
+
+
+def _find_outputs(folder: str) -> Iterable[str]:
+    """The parts, or filtered tables, of a finished folder."""
+    for path in find_decisions(folder, "--input")[0]:
+        if path.endswith(SUFFIX):
+            yield path.removesuffix(SUFFIX)
+        else:
+            yield files.join(folder, path.rpartition(f"{FOLDER}/")[2].removesuffix(".parquet"))

@@ -1,0 +1,73 @@
+"""The funnel: its order, the table for a terminal, and the scores against known noise."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from data_prep.decisions.funnel import Funnel, spell_reason, stage_reasons
+from data_prep.decisions.noise_scores import score_filters, table_rows
+
+
+def test_funnel_table():
+    outcomes = {("image", "unreadable"): 1200, ("caption", "url"): 1, ("kept", None): 1}
+    assert Funnel(outcomes).format_table().splitlines() == [
+        "stage    reason     pairs   share",
+        "read                1,202  100.0%",
+        "caption  url            1    0.1%",
+        "image    unreadable 1,200   99.8%",
+        "kept                    1    0.1%",
+    ]
+
+
+def test_reasons_stand_in_the_order_of_the_work_and_unknown_ones_come_last():
+    outcomes = {
+        ("blur", "too_soft"): 2,
+        ("text", "shows_caption"): 9,
+        ("image", "unreadable"): 1,
+        ("caption", "no_action"): 7,
+        ("caption", "odd"): 1,
+        ("caption", "complexity"): 3,
+        ("caption", "empty"): 5,
+        ("source", "no_caption"): 1,
+    }
+    funnel = Funnel.from_json(json.loads(json.dumps(Funnel(outcomes).to_json())))
+    assert (funnel.read, funnel.kept) == (29, 0)
+    assert [(stage, spell_reason(stage, reason)) for stage, reason, _ in funnel.rows()] == [
+        ("read", ""), ("source", "no caption"), ("caption", "no words"),
+        ("caption", "C: complexity"), ("caption", "A: no action"), ("caption", "odd"),
+        ("image", "unreadable"), ("text", "T: shows its caption"), ("blur", "too soft"),
+        ("kept", ""),
+    ]  # fmt: skip
+
+
+def test_the_guide_lists_the_reasons_of_all_steps():
+    guide = pathlib.Path(__file__).resolve().parents[3] / "docs" / "filter.md"
+    rows = re.findall(r"^\| (\w+) \| (`.*`) \|$", guide.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {stage: re.findall(r"`(\w+)`", reasons) for stage, reasons in rows}
+    known = {stage: list(reasons) for stage, reasons in stage_reasons().items()}
+    assert {stage: listed.get(stage) for stage in known} == known
+
+
+def test_filters_are_scored_against_the_labels():
+    labels = {
+        "kept": {"clean": 90, "text": 2, "title": 1},
+        "text/shows_caption": {"clean": 2, "text": 18},
+        "caption/complexity": {"title": 4, "clean": 6},
+        "caption/no_action": {"title": 5},
+    }
+    scores, kinds = score_filters(labels, "clean")
+    assert kinds == ["text", "title"]
+    assert [s.name for s in scores] == [
+        "C: complexity", "A: no action", "T: shows its caption", "all filters"
+    ]  # fmt: skip
+    c, a, t, everything = scores
+    assert (c.drops, c.precision, c.recall["title"]) == (10, 0.4, 0.4)
+    assert c.clean_lost == pytest.approx(6 / 98)
+    assert (a.precision, a.recall["title"]) == (1.0, 5 / 6)  # of the six that came to it
+    assert (t.precision, t.recall) == (0.9, {"text": 0.9, "title": 0.0})
+    assert everything.recall == {"text": 0.9, "title": 0.9}
+    assert everything.precision == pytest.approx(27 / 35)
+    assert table_rows(labels, "clean")[3][:3] == ["T: shows its caption", "20", "90.0%"]
+    assert everything.clean_lost == pytest.approx(8 / 98)

@@ -1,0 +1,270 @@
+"""The report: numbers against a hand-made table, parts against the whole, and the page itself."""
+
+import collections
+import html.parser
+import importlib.metadata
+import io
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+
+from data_prep.captions.graph import CaptionGraph, Edge, ObjectNode
+from data_prep.decisions import counts as counts_module
+from data_prep.decisions.counts import BINS, COLUMNS, Counts
+from data_prep.decisions.report import merge_reports, read_report
+from data_prep.decisions.samples import Sample, SampleLog, choose_samples, rank
+from data_prep.decisions.table import COLUMNS as ALL_COLUMNS
+from data_prep.decisions.table import make_schema
+from data_prep.filter import run_filter
+from data_prep.filtering.job import print_funnel
+from data_prep.reports.page import render_report
+from data_prep.text_spotting.spotter import Spot
+from diht_jax.config import load_recipe
+from tests.data_prep.decisions.parts import gather_parts, write_part
+
+_REPOSITORY = pathlib.Path(__file__).resolve().parents[3]
+_ROWS = [
+    ("A black cat is chasing a small brown bird", "good"),
+    ("a man riding a horse", "good"),
+    ("a red car <b>& more</b>", "good"),
+    ("sunset", "bad"),
+    ("IMG_2041.JPG", "bad"),
+    ("a boy throws a red ball", "bad"),
+]
+
+
+def _make_source(folder: pathlib.Path) -> str:
+    folder.mkdir()
+    Image.new("RGB", (300, 90), "red").save(folder / "i.jpg")
+    rows = [{"image": "i.jpg", "caption": text, "quality": kind} for text, kind in _ROWS]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "t.jsonl")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> pathlib.Path:
+    """`whole`: all rows in one job; `parts`: the same in shards of two rows."""
+    folder = tmp_path_factory.mktemp("report")
+    source = _make_source(folder / "in")
+    for output, rows_per_shard in (("whole", 100), ("parts", 2)):
+        config = load_recipe(_REPOSITORY / "configs" / "prep" / "cat.py")
+        config.update({"input": source, "output": str(folder / output), "num_workers": 0})
+        config.update({"text_spotting": False, "label_field": "quality", "clean_label": "good"})
+        config.source.rows_per_shard = rows_per_shard
+        assert run_filter(config) == {}
+    return folder
+
+
+def test_numbers_are_those_of_the_pairs(work):
+    data = json.loads((work / "whole" / "report.json").read_text())
+    assert data["funnel"] == [
+        {"stage": "read", "reason": "", "pairs": 6, "share": 1.0},
+        *(
+            {"stage": "caption", "reason": reason, "pairs": 1, "share": 1 / 6}
+            for reason in ("file_name", "complexity", "no_action")
+        ),
+        {"stage": "kept", "reason": "", "pairs": 3, "share": 0.5},
+    ]
+    histograms = data["measures"]["histograms"]
+    assert histograms["complexity"] == {
+        "dropped": {"0": 1, "1": 1},
+        "kept": {"1": 1, "2": 1, "3": 1},
+    }
+    assert histograms["actions"] == {"dropped": {"0": 2}, "kept": {"1": 3}}
+    assert histograms["image_side"] == {"dropped": {}, "kept": {"64": 3}}  # 90 px
+    assert histograms["caption_words"] == {
+        "dropped": {"0": 2, "4": 1}, "kept": {"4": 1, "6": 1, "8": 1}
+    }  # fmt: skip
+    assert data["measures"]["names"]["actions"] == {
+        "kept": {"chase": 1, "ride": 1, "throw": 1}, "dropped": {}
+    }  # fmt: skip
+    assert data["measures"]["names"]["objects"]["dropped"]["sunset"] == 1
+    assert data["measures"]["labels"]["kept"] == {"bad": 1, "good": 2}
+    assert {"captions", "images", "reading", "writing"} < data["throughput"].keys()
+    assert data["jobs"][0]["settings"]["label_field"] == "quality"
+    assert data["jobs"][0]["shards"] == 1
+
+
+def test_parts_make_the_whole(work):
+    whole, parts = (
+        json.loads((work / name / "report.json").read_text()) for name in ("whole", "parts")
+    )
+    for name in ("funnel", "measures"):
+        assert parts[name] == whole[name]
+    samples = [[s["outcome"], s["key"], s["graph"], s["image"]] for s in whole["samples"]]
+    assert [[s["outcome"], s["key"], s["graph"], s["image"]] for s in parts["samples"]] == samples
+    assert len(samples) == 6
+    # Jobs merge as shards do; the command is the way to it.
+    command = [sys.executable, "-m", "data_prep.reports", f"--output={work}/both"]
+    command += [f"--inputs={work}/whole,{work}/parts"]
+    done = subprocess.run(command, cwd=_REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    both = read_report(work / "both")
+    assert (both["counts"]["read"], both["counts"]["kept"], len(both["jobs"])) == (12, 6, 2)
+    assert both["measures"]["histograms"]["complexity"]["kept"] == {"1": 2, "2": 2, "3": 2}
+    installed = {name: importlib.metadata.version(name) for name in ("spacy", "pillow")}
+    for name, version in installed.items():
+        assert both["versions"][name] == {version: 4}  # shards
+        assert f"{name} {version}" in (work / "both" / "report.html").read_text()
+    assert both == merge_reports([work / "whole", work / "parts"])
+    assert merge_reports([work / "both", work / "whole"])["counts"]["read"] == 18
+    with pytest.raises(ValueError, match="report.json: no report of"):
+        read_report(work / "in")
+
+
+class _Tags(html.parser.HTMLParser):
+    """Counts tags, and checks that all are closed in order."""
+
+    _OPEN = {"meta", "br", "img", "rect", "line", "polygon"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.stack: list[str] = []
+        self.found: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+        assert self.stack == []
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        # A paragraph and the cells of a table may stay open.
+        if tag not in self._OPEN:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in self._OPEN:
+            assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_whole_and_needs_nothing_else(work):
+    text = (work / "whole" / "report.html").read_text()
+    tags = _Tags(text)
+    assert not re.search(r"""(src|href|url)\s*[=(]\s*["']?(?!data:)\w""", text)
+    pictures = [attrs for tag, attrs in tags.found if tag == "img"]
+    assert len(pictures) == 6 and all(p["src"].startswith("data:image/jpeg") for p in pictures)
+    assert "a red car <b>& more</b>" in tags.text  # as text, not as markup
+    labels = re.findall(r'<text x="([\d.]+)" y="150" text-anchor="(\w+)">([\d+]+)<', text)
+    assert "2048+" in {label for _, _, label in labels}
+    for x, anchor, label in labels:
+        width = 7 * len(label)  # px; no digit of 11 px is wider
+        right = float(x) + {"end": 0, "middle": width / 2}[anchor]
+        assert right - width >= 0 and right <= 400, label
+    for shown in (
+        "chase(cat,bird)",
+        "Dropped, caption: A: no action",
+        "cat[black]:2",
+        "recall: bad",
+    ):
+        assert shown in tags.text
+
+
+def test_spotted_boxes_are_drawn(tmp_path):
+    log = SampleLog(4, 4, 0, 10**6)
+    buffer = io.BytesIO()
+    Image.new("RGB", (400, 200), "white").save(buffer, "PNG")
+    spots = (
+        Spot((10.0, 110.0, 20.0, 50.0), "hello there", 0.9),
+        Spot((0.0, 0.0, 40.0, 10.0, 40.0, 30.0, 0.0, 20.0), None, None),
+    )
+    graph = CaptionGraph({"dog": ObjectNode((), 1)}, [Edge("dog", "run", None)])
+    shown = Sample("k", "hello there", buffer.getvalue(), graph, spots, "hello there")
+    log.add("text/shows_caption", shown)
+    log.add("image/unreadable", Sample("u", "a dog", b"no image"))
+    rows = [
+        {"outcome": "text", "reason": "shows_caption", "looked": "read"},
+        {"outcome": "image", "reason": "unreadable", "looked": None},
+        {"outcome": "kept", "looked": "missed"},
+        {"outcome": "kept", "looked": "gated"},
+    ]
+    report = gather_parts(write_part(tmp_path / "p", rows, log=log))
+    assert [s["error"] for s in report["samples"]] == ["unreadable", None]
+    assert report["counts"]["text_spotting"] == {"read": 1, "gated": 2, "audited": 1, "missed": 1}
+    tags = _Tags(render_report(report))
+    polygons = [attrs for tag, attrs in tags.found if tag == "polygon"]
+    assert [(p["points"], p.get("class")) for p in polygons] == [
+        ("10,20 110,20 110,50 10,50", "m"),
+        ("0,0 40,10 40,30 0,20", None),
+    ]
+    assert ("svg", {"viewbox": "0 0 400 200", "preserveaspectratio": "none"}) in tags.found
+    text = " ".join(tags.text.split())
+    assert "hello there 0.90" in text and "picture: unreadable" in text and "run(dog)" in text
+
+
+def test_the_lowest_ranks_are_chosen(tmp_path):
+    ranks = {f"k{i}": rank(3, f"k{i}", "c") for i in range(40)}
+    expected = sorted(ranks, key=ranks.get)[:5]
+    logs = [SampleLog(5, 2, 3, 10**6) for _ in range(3)]
+    for i, key in enumerate(ranks):
+        logs[i % 3].add("kept", Sample(key, "c"))
+    for number, log in enumerate(logs):
+        log.write(str(tmp_path / str(number)))
+    found = choose_samples(((tmp_path / n).read_bytes() for n in "201"), 5)["kept"]
+    assert [(s["key"], s["rank"]) for s in found] == [(key, ranks[key]) for key in expected]
+    assert ["graph" in sample for sample in found[:2]] == [True, True]
+    assert any("graph" not in sample for sample in found)  # held without pictures
+
+
+def test_histograms_and_names_are_those_of_a_count_by_hand(monkeypatch):
+    """However the rows are divided into tables, and however often the names are summed."""
+    monkeypatch.setattr(counts_module, "_MAX_NAMES", 20)
+    monkeypatch.setattr(counts_module, "_COMPACT_ROWS", 50)
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(1000):
+        row = dict.fromkeys(ALL_COLUMNS) | {"outcome": "caption", "reason": "no_action"}
+        if rng.random() < 0.5:
+            row |= {"outcome": "kept", "reason": None, "width": 4000, "format": "PNG"}
+            row["height"] = int(rng.integers(1, 3000))
+        row["words"], row["complexity"] = int(rng.integers(60)), int(rng.integers(40))
+        row["object_names"] = [f"n{i}" for i in set(rng.zipf(1.6, 20)) if i < 10**6]
+        rows.append(row)
+    rows.append(dict.fromkeys(ALL_COLUMNS) | {"outcome": "source", "reason": "bad_row"})
+    table = pyarrow.Table.from_pylist(rows, schema=make_schema()).select(COLUMNS)
+    counts = Counts()
+    for start in range(0, len(table), 77):
+        counts.add(table.slice(start, 77))
+    found = counts.measures()
+    for name, column in (("complexity", "complexity"), ("caption_words", "words")):
+        values = [row[column] for row in rows if row["outcome"] == "kept"]
+        expected, _ = np.histogram(np.minimum(values, BINS[name][-1]), [*BINS[name], 10**6])
+        shown = found["histograms"][name]["kept"]
+        assert [shown.get(str(start), 0) for start in BINS[name]] == expected.tolist()
+    heights = [row["height"] for row in rows if row["outcome"] == "kept"]
+    expected, _ = np.histogram(heights, [*BINS["image_side"], 10**6])
+    assert sum(found["histograms"]["image_side"]["kept"].values()) == len(heights) == expected.sum()
+    exact = collections.Counter(
+        name for row in rows if row["outcome"] == "kept" for name in row["object_names"]
+    )
+    order = sorted(exact.items(), key=lambda item: (-item[1], item[0]))
+    assert list(found["names"]["objects"]["kept"].items()) == order[:20]
+    assert counts.image_formats() == {"PNG": len(heights)}
+    assert counts.funnel().outcomes["source", "bad_row"] == 1
+
+
+def test_shards_of_unlike_machines_are_reported(tmp_path, caplog):
+    def part(name: str, precision: str | None) -> str:
+        machine = precision and {"precision": precision, "device": "cpu"}
+        return write_part(tmp_path / name, [{"outcome": "kept"}], {"spotter": machine})
+
+    alike = [part("a", "float32"), part("b", "float32"), part("c", None)]
+    assert gather_parts(*alike)["warnings"] == []
+    report = gather_parts(*alike, part("d", "bfloat16"))
+    (warning,) = report["warnings"]
+    assert "bfloat16 on cpu (1 shards), float32 on cpu (2 shards)" in warning
+    tags = _Tags(render_report(report))
+    assert ("p", {"class": "warning"}) in tags.found and warning in tags.text
+    print_funnel(report)
+    assert warning in caplog.text

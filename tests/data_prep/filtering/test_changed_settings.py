@@ -1,0 +1,50 @@
+"""A folder that was made with other rules, another config or another model is not mixed up."""
+
+import json
+
+import pytest
+
+from data_prep.filter import run_filter
+from data_prep.filtering import config as filter_config
+from data_prep.steps import captions
+from tests.data_prep.filtering.jobs import job_config, part_names, write_tars
+
+
+def test_other_rules_and_configs_are_refused_and_named(tmp_path, monkeypatch):
+    source = write_tars(tmp_path / "in", 2)
+    assert run_filter(job_config(source, tmp_path / "out", concepts=True)) == {}
+    with pytest.raises(ValueError) as refused:
+        run_filter(job_config(source, tmp_path / "out", concepts=True, image__min_side=2))
+    assert "In the config: image.min_side 1 -> 2. Choose" in str(refused.value)
+    assert "--overwrite" in str(refused.value)
+    version = captions.versions.RULES_VERSION
+    monkeypatch.setattr(captions.versions, "RULES_VERSION", version + 1)
+    with pytest.raises(ValueError, match=f"caption_rules {version} -> {version + 1}"):
+        run_filter(job_config(source, tmp_path / "out", concepts=True))
+
+
+def test_another_model_is_refused_and_other_packages_are_reported(tmp_path, monkeypatch, caplog):
+    source = write_tars(tmp_path / "in", 2)
+    config = job_config(source, tmp_path / "out", concepts=True, keep_parts=True)
+    run_filter(config)
+    versions = filter_config.package_versions(config)
+    assert set(versions) == {"spacy", "spacy_model", "py3langid", "pillow"}
+
+    def install(**other: str) -> None:
+        monkeypatch.setattr(filter_config, "package_versions", lambda _: versions | other)
+
+    install(spacy_model="en_core_web_sm 9.0.0")
+    with pytest.raises(ValueError, match=r"spacy_model \(en_core_web_sm .*, now .* 9.0.0\)"):
+        run_filter(config)
+    assert run_filter(config, overwrite=True) == {}
+    stats = json.loads((tmp_path / "out" / "stats.json").read_bytes())
+    assert stats["versions"]["spacy_model"] == {"en_core_web_sm 9.0.0": 2}
+
+    install(spacy_model="en_core_web_sm 9.0.0", pillow="99")
+    name = part_names(tmp_path / "out")["00001.tar"]
+    (tmp_path / "out" / "parts" / f"{name}.stats.json").unlink()
+    assert run_filter(config) == {}
+    assert f"unlike versions of pillow: {versions['pillow']} (1 shards), 99 (1 shards)" in (
+        caplog.text
+    )
+    assert run_filter(config) == {}
