@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from absl import logging
 
 from data_prep.decisions.table import KEPT, decisions_path, read_decisions
-from diht_jax.records.remote import is_remote
 from diht_jax.storage import files
+from diht_jax.storage.stores import is_remote
 
 KEYS_FILE = "kept_keys.txt"
 UIDS_FILE = "kept_uids.npy"
