@@ -1,7 +1,4 @@
-"""Parses the captions of one shard, each text once however often it comes.
-
-How a caption is parsed belongs in `parse`.
-"""
+"""A memo of the caption graphs of one shard: equal texts are parsed once."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ class CaptionMemo:
         self._graphs: dict[str, CaptionGraph] = {}
 
     def parse(self, captions: Sequence[str]) -> list[CaptionGraph]:
-        """One graph per caption, in order; as `captions.parse_captions`."""
+        """One graph per caption, in order; like `captions.parse_captions`."""
         from data_prep.captions.parse import parse_captions
 
         new = list(dict.fromkeys(text for text in captions if text not in self._graphs))

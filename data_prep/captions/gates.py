@@ -287,7 +287,7 @@ def fold_case(text: str) -> str:
 
 
 def is_english(text: str, lexicon: frozenset[str] = frozenset()) -> bool:
-    """Whether a caption is written in English.
+    """Returns whether a caption is written in English.
 
     Function words of English and of other languages and the words of the lexicon are counted; where
     they do not settle it, py3langid decides. A short text without evidence (a name) passes, since

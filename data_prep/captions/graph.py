@@ -37,7 +37,7 @@ class ObjectNode(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CaptionGraph:
-    """What a caption says: objects with attributes, actions and other relations.
+    """The graph of a caption: objects with attributes, actions and other relations.
 
     Ours: objects with the same name are one node (a caption seldom distinguishes them), and an
     edge counts once.
@@ -62,6 +62,7 @@ class CaptionGraph:
 
     @property
     def has_action(self) -> bool:
+        """Whether the caption holds at least one action."""
         return bool(self.actions)
 
 

@@ -74,7 +74,7 @@ def correct_hidden_verb(sentence: Sentence, i: int, words: CaptionLemmatizer) ->
 
 
 def _has_own_subject(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
-    """Whether a form in -s has a singular subject: "the branch of a bush moves in the wind"."""
+    """Returns whether a form in -s has a singular subject: "the branch moves in the wind"."""
     subjects = sentence.kids_of(i, "nsubj")
     return (
         bool(subjects)
@@ -117,7 +117,7 @@ def _correct_deed(sentence: Sentence, noun: int, i: int, words: CaptionLemmatize
 
 
 def _is_second_of_pair(sentence: Sentence, i: int) -> bool:
-    """Whether a noun is joined to a living thing before it ("person and groom embrace")."""
+    """Returns whether a noun is joined to a living thing before it ("person and groom embrace")."""
     partner = sentence.head[i]
     return (
         sentence.dep[i] == "conj"
@@ -127,12 +127,12 @@ def _is_second_of_pair(sentence: Sentence, i: int) -> bool:
 
 
 def _is_name(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
-    """Whether a word at the beginning is no English word, and so most likely a name."""
+    """Returns whether a word at the beginning is no English word, and so most likely a name."""
     return i == 0 and sentence.low[i].isalpha() and sentence.low[i] not in words.lexicon
 
 
 def _may_be_shape(sentence: Sentence, i: int, words: CaptionLemmatizer) -> bool:
-    """Whether an adjective may be the noun before a misread verb ("a red square rests on")."""
+    """Returns whether an adjective may be the noun of a misread verb ("a red square rests on")."""
     if _is_name(sentence, i, words):
         return True
     return sentence.tag[i] == "JJ" and sentence.head[i] == i + 1 and sentence.low[i] in words.nouns
@@ -158,7 +158,7 @@ def _guess_tag(sentence: Sentence, i: int, words: CaptionLemmatizer) -> str | No
 
 
 def _takes_subject(sentence: Sentence, noun: int, i: int) -> bool:
-    """Whether the noun before a token is its modifier, and no subject stands there already."""
+    """Returns whether the noun before a token is its modifier, with no subject there already."""
     return (
         sentence.head[noun] == i
         and sentence.dep[noun] not in ("nsubj", "nsubjpass")
@@ -169,7 +169,7 @@ def _takes_subject(sentence: Sentence, noun: int, i: int) -> bool:
 
 
 def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmatizer) -> bool:
-    """Whether a token tagged as a noun is rather a verb; one tagged as a verb stays one."""
+    """Returns whether a token tagged as a noun is rather a verb; one tagged as a verb stays one."""
     noun, tag = i - 1, sentence.tag[i]
     if tag == "NNS":
         if sentence.tag[noun] == "JJ":
@@ -183,7 +183,7 @@ def _reads_as_verb(sentence: Sentence, i: int, lemma: str, words: CaptionLemmati
 
 
 def _reads_as_plural(sentence: Sentence, noun: int, i: int, nouns: frozenset[str]) -> bool:
-    """Whether a base form follows its plural subject: "firefighters battle a blaze"."""
+    """Returns whether a base form follows its plural subject: "firefighters battle a blaze"."""
     if has_thing(sentence, i) and sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
         return True
     if sentence.low[i] not in nouns and sentence.lemma[noun] in lexicon.ANIMATE_NOUNS:
@@ -204,7 +204,7 @@ def _reads_as_plural(sentence: Sentence, noun: int, i: int, nouns: frozenset[str
 
 
 def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
-    """Whether a form in -s is a verb: after a singular determiner or a living thing."""
+    """Returns whether a form in -s is a verb: after a singular determiner or a living thing."""
     if sentence.tag[noun] == "NNS" or sentence.dep[i] not in (*NOMINAL, "ccomp"):
         return False
     if _is_singular(sentence, i):
@@ -217,7 +217,7 @@ def _reads_as_finite(sentence: Sentence, noun: int, i: int) -> bool:
 
 
 def has_thing(sentence: Sentence, i: int) -> bool:
-    """Whether a verb has an object, a number not counted ("Size 42")."""
+    """Returns whether a verb has an object, a number not counted ("Size 42")."""
     return any(sentence.tag[kid] != "CD" for kid in sentence.kids_of(i, "dobj"))
 
 
@@ -228,7 +228,7 @@ def _is_followed(sentence: Sentence, i: int) -> bool:
 
 
 def _is_singular(sentence: Sentence, i: int) -> bool:
-    """Whether the phrase of a token begins as only a singular does ("a", but not "a few")."""
+    """Returns whether the phrase of a token begins as a singular does ("a", not "a few")."""
     words = {sentence.low[kid] for kid in sentence.kids[i]}
     return bool(words & _SINGULAR_DETERMINERS) and not words & _PLURAL_WORDS
 

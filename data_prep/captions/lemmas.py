@@ -101,6 +101,7 @@ class CaptionLemmatizer:
         self._cache: dict[tuple[int, int], str] = {}
 
     def __call__(self, doc: Doc) -> Doc:
+        """Sets the lemmas of a tagged document."""
         cache = self._cache
         if len(cache) > _CACHE_SIZE:
             cache.clear()

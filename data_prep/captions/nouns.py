@@ -20,7 +20,7 @@ _PARTING = frozenset((",", ":"))
 
 
 def is_absorbed(sentence: Sentence, i: int) -> bool:
-    """Whether a noun is a part of a longer name or description ("ice" in "ice cream")."""
+    """Returns whether a noun is a part of a longer name or description ("ice" in "ice cream")."""
     head = sentence.head[i]
     return (
         sentence.dep[i] in MODIFIERS
@@ -60,7 +60,7 @@ def _is_thing(sentence: Sentence, i: int) -> bool:
 
 
 def _leads_on(sentence: Sentence, i: int) -> bool:
-    """Whether a word before "of" stands for what follows.
+    """Returns whether a word before "of" stands for what follows.
 
     "photo of" and "group of" do; a picture that somebody holds or makes (a direct object), or that
     a thing is with ("a room with a view of the sea"), is a thing of its own. So does the middle of
@@ -82,7 +82,7 @@ def _leads_on(sentence: Sentence, i: int) -> bool:
 
 
 def is_person_pronoun(sentence: Sentence, i: int) -> bool:
-    """Whether a pronoun stands for a person who is not named elsewhere in the clause.
+    """Returns whether a pronoun stands for a person who is not named elsewhere in the clause.
 
     Ours: "they" and "you" are persons; "it", "this", "that", "one" and reflexives are no objects.
     """
@@ -104,7 +104,7 @@ def name_object(sentence: Sentence, i: int) -> str:
 
 
 def _joins_participle(sentence: Sentence, i: int) -> bool:
-    """Whether a modifier makes one word with the next: "gold plated", "good looking"."""
+    """Returns whether a modifier makes one word with the next: "gold plated", "good looking"."""
     after, head = i + 1, sentence.head[i]
     if after > head:
         return False
@@ -132,7 +132,7 @@ def _compound_parts(sentence: Sentence, i: int) -> list[int]:
 
 
 def describes(sentence: Sentence, i: int) -> bool:
-    """Whether a modifier of a noun is an attribute (else it counts, points or names a kind)."""
+    """Returns whether a modifier is an attribute (else it counts, points or names a kind)."""
     low, tag = sentence.low[i], sentence.tag[i]
     if low in lexicon.NO_ATTRIBUTES or low in lexicon.COUNTING_WORDS:
         return False
@@ -144,7 +144,7 @@ def describes(sentence: Sentence, i: int) -> bool:
 
 
 def list_attributes(sentence: Sentence, i: int) -> list[str]:
-    """Attributes of a noun: adjectives and participles beside it and their coordinations."""
+    """Attributes of a noun: adjectives and participles next to it and their coordinations."""
     found: list[int] = []
     for kid in sentence.kids[i]:
         dep = sentence.dep[kid]
@@ -193,12 +193,12 @@ def _name_attribute(sentence: Sentence, i: int) -> str:
 
 
 def is_picture(sentence: Sentence, i: int) -> bool:
-    """Whether a noun names the picture itself ("photo", "close-up")."""
+    """Returns whether a noun names the picture itself ("photo", "close-up")."""
     return sentence.lemma[i] in lexicon.PICTURE_NOUNS
 
 
 def is_place_noun(sentence: Sentence, i: int) -> bool:
-    """Whether a noun is the middle of a compound preposition ("front" in "in front of")."""
+    """Returns whether a noun is the middle of a compound preposition ("front" in "in front of")."""
     return (
         sentence.is_hidden[i]
         and sentence.dep[i] == "pobj"
@@ -224,7 +224,7 @@ def find_referents(sentence: Sentence, i: int) -> list[int]:
 
 
 def find_content(sentence: Sentence, i: int) -> list[int]:
-    """As `find_referents`, without the coordinations of the head itself."""
+    """Like `find_referents`, without the coordinations of the head itself."""
     if sentence.low[i] in lexicon.RELATIVE_PRONOUNS and sentence.tag[i] in ("WDT", "WP", "IN"):
         clause = find_clause(sentence, i)
         antecedent = i - 1 if clause is None else sentence.head[clause]
@@ -249,7 +249,7 @@ def find_clause(sentence: Sentence, i: int) -> int | None:
 
 
 def is_animate(sentence: Sentence, i: int) -> bool:
-    """Whether an object is a living thing, by its head noun."""
+    """Returns whether an object is a living thing, by its head noun."""
     lemma = sentence.lemma[i]
     if lemma in lexicon.ANIMATE_NOUNS or is_person_pronoun(sentence, i):
         return True
@@ -268,6 +268,7 @@ def find_prep_targets(sentence: Sentence, i: int) -> list[tuple[str, int]]:
 
 
 def find_adjective_targets(sentence: Sentence, adjective: int) -> list[tuple[str, int]]:
+    """(predicate, object) for each phrase of an adjective: "full of water", "close to a wall"."""
     found = find_prep_targets(sentence, adjective)
     if sentence.low[adjective] in lexicon.RELATIONAL_ADJECTIVES:
         return [(f"{sentence.low[adjective]} {name}", target) for name, target in found]

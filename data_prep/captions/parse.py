@@ -58,7 +58,7 @@ def load_parser() -> Language:
 
 
 def _use_numpy_blas(nlp: Language) -> None:
-    """Lets all models of a pipeline, which this changes, compute with `_NumpyBlasOps`."""
+    """Replaces the operations of all models of a pipeline by `_NumpyBlasOps`, in place."""
     ops = _NumpyBlasOps()
     for _, component in nlp.pipeline:
         model = getattr(component, "model", None)
@@ -122,9 +122,9 @@ def parse_captions(
 
 
 def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[object]:
-    """Web text brings new words without end; from so many on the vocabulary forgets new ones.
+    """Caps spaCy's string store: a full vocabulary forgets the words of a call after it.
 
-    Not from the first: words met in a memory zone are not cached, and frequent ones should be.
+    Words met in a memory zone are not cached, so frequent ones should come in before.
     """
     if nlp.vocab.in_memory_zone or len(nlp.vocab) < _MAX_LEXEMES:
         return contextlib.nullcontext()
@@ -133,10 +133,7 @@ def _bounded_vocabulary(nlp: Language) -> contextlib.AbstractContextManager[obje
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Within it nobody looks for cycles: every look walks over the model and all graphs so far.
-
-    Hardly anything here has cycles, and what has is found afterwards.
-    """
+    """Pauses the garbage collector, whose every pass walks over the model and all graphs so far."""
     if not gc.isenabled():
         yield
         return

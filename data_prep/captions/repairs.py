@@ -214,7 +214,7 @@ def _name_plural(sentence: Sentence, i: int, words: CaptionLemmatizer) -> None:
 
 
 def _begins_with_thing(sentence: Sentence, i: int) -> bool:
-    """Whether a base form at the beginning is a thing with a phrase: "design for a shop"."""
+    """Returns whether a base form at the beginning is a thing: "design for a shop"."""
     if i or sentence.low[i] not in lexicon.FIRST_NOUNS or len(sentence) == 1:
         return False
     begins = sentence.tag[1] in ("IN", "TO") and sentence.low[1] not in ("out", "up", "through")
@@ -222,7 +222,7 @@ def _begins_with_thing(sentence: Sentence, i: int) -> bool:
 
 
 def _names_part(sentence: Sentence, i: int) -> bool:
-    """Whether a finite form has an article, or "of" behind it: "the stone ruins of a villa"."""
+    """Returns whether a finite form has an article, or "of" behind it: "stone ruins of"."""
     if sentence.has_kid(i, "det") and sentence.tag[i] in ("VB", "VBP", "VBZ"):
         return True
     subjects = sentence.kids_of(i, "nsubj")
@@ -236,7 +236,7 @@ def _names_part(sentence: Sentence, i: int) -> bool:
 
 
 def _reads_as_name(sentence: Sentence, i: int) -> bool:
-    """Whether a base form behind a singular thing is a noun with it ("logo design for a shop")."""
+    """Returns whether a base form makes one noun with the thing before it ("logo design for")."""
     return (
         i > 0
         and sentence.dep[i - 1] == "nsubj"
@@ -250,7 +250,7 @@ def _reads_as_name(sentence: Sentence, i: int) -> bool:
 
 
 def _describes_thing(sentence: Sentence, i: int, thing: int, words: CaptionLemmatizer) -> bool:
-    """Whether a verb without a subject is a description of the bare noun read as its object."""
+    """Returns whether a verb without a subject describes the bare noun read as its object."""
     if sentence.has_kid(thing, "det", "poss") or thing < i:
         return False
     listed = sentence.dep[i] == "conj" and sentence.tag[sentence.head[i]] in NOUN_TAGS

@@ -53,6 +53,7 @@ class Sentence:
         return len(self.low)
 
     def has_kid(self, i: int, *labels: str) -> bool:
+        """Returns whether a token has a dependent with one of the labels."""
         dep = self.dep
         for kid in self.kids[i]:  # noqa: SIM110 (half the time of a generator, and called most)
             if dep[kid] in labels:
@@ -60,6 +61,7 @@ class Sentence:
         return False
 
     def kids_of(self, i: int, *labels: str) -> list[int]:
+        """Dependents of a token with one of the labels, ascending."""
         dep = self.dep
         return [kid for kid in self.kids[i] if dep[kid] in labels]
 

@@ -109,7 +109,7 @@ class SubjectFinder:
         return self.share(i, before)
 
     def _carries(self, base: int) -> bool:
-        """Whether who is in or on a thing does what it does: "girl in a kayak floating"."""
+        """Returns whether who is in or on a thing does what it does: "girl in a kayak floating"."""
         sentence = self.sentence
         if sentence.dep[base] == "pobj":
             worn = sentence.lemma[base] in lexicon.CLOTHES
@@ -149,6 +149,7 @@ class SubjectFinder:
         return found
 
     def find_agents(self, i: int) -> list[int]:
+        """The agents of a passive verb: "played by a woman"."""
         sentence = self.sentence
         return [
             j

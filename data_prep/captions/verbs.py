@@ -84,7 +84,7 @@ class _GraphBuilder:
     # Verbs
 
     def is_clause(self, i: int) -> bool:
-        """Whether a verb heads a clause and is no auxiliary and no participle of a noun."""
+        """Returns whether a verb heads a clause and is no auxiliary and no participle of a noun."""
         sentence = self.sentence
         if sentence.lemma[i].rpartition("-")[2] not in self.verbs:
             return False
@@ -155,7 +155,7 @@ class _GraphBuilder:
                     self.edges[_ACTION].append((subject, name, target))
 
     def classify(self, i: int, passive: bool, agents: list[int], subjects: list[int]) -> str | None:
-        """Whether a verb is an action or a state; None if it adds nothing to the graph."""
+        """Returns whether a verb is an action or a state; None if it adds nothing to the graph."""
         sentence = self.sentence
         lemma = sentence.lemma[i]
         animate = any(nouns.is_animate(sentence, j) for j in (agents if passive else subjects))
@@ -191,7 +191,7 @@ class _GraphBuilder:
         return _RELATION if lemma in lexicon.STATE_VERBS else _ACTION
 
     def has_picture_subject(self, i: int) -> bool:
-        """Whether the subject, as written, is a word for the picture."""
+        """Returns whether the subject, as written, is a word for the picture."""
         sentence = self.sentence
         heads = sentence.kids_of(i, "nsubj", "nsubjpass")
         if not heads and sentence.dep[i] in ("acl", "relcl", "advcl", "conj"):
@@ -219,7 +219,7 @@ class _GraphBuilder:
         return sentence.tag[i] == "VBN" or sentence.dep[i] == "acl"
 
     def is_unreal(self, i: int, grounded: bool, passive: bool) -> bool:
-        """Whether nobody does the deed: negations, commands, headings, infinitives of a noun.
+        """Returns whether nobody does the deed: negations, commands, headings, infinitives.
 
         Args:
           i: the verb.
@@ -261,7 +261,7 @@ class _GraphBuilder:
         return sentence.tag[i] in ("VB", "VBP")
 
     def hangs_on_unreal(self, i: int) -> bool:
-        """Whether what a verb hangs on is not done, and so it is not done either.
+        """Returns whether what a verb hangs on is not done, and so it is not done either.
 
         "Ideas to help you decorate", "does not want to go", "mix until all is incorporated".
         """
@@ -316,7 +316,7 @@ class _GraphBuilder:
         return [j for kid in phrases for j in nouns.find_referents(self.sentence, kid)]
 
     def is_setting(self, i: int) -> bool:
-        """Whether a relative clause says what happens there: "a space where they meet"."""
+        """Returns whether a relative clause says what happens there: "a space where they meet"."""
         sentence = self.sentence
         return any(
             sentence.low[kid] in ("how", "when", "where", "why")
@@ -328,7 +328,7 @@ class _GraphBuilder:
         )
 
     def takes_object(self, i: int) -> bool:
-        """Whether the noun before a relative clause is what its verb is done to."""
+        """Returns whether the noun before a relative clause is what its verb is done to."""
         sentence = self.sentence
         if not sentence.kids_of(i, "prep"):
             return True
@@ -368,7 +368,7 @@ class _GraphBuilder:
     # Relations
 
     def is_bare_pair(self, i: int) -> bool:
-        """Whether a noun is joined to one before it and both are bare: "leaves and fruit of"."""
+        """Returns whether a noun and the one it is joined to are bare: "leaves and fruit of"."""
         sentence = self.sentence
         partner = sentence.head[i]
         return (

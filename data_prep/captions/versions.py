@@ -1,4 +1,4 @@
-"""The version of the caption rules, and the packages whose versions are recorded beside it.
+"""Versions of the caption rules and of the packages that decide what they give.
 
 Nothing here imports spaCy or py3langid.
 """

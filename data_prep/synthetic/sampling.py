@@ -42,7 +42,7 @@ def kinds(scene: Scene) -> tuple[tuple[str, str], ...]:
 
 
 def signature(relation: str, pair: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
-    """What full captions distinguish: the relation and the (shape, colour) of each object.
+    """The relation and the (shape, colour) of each object, which full captions distinguish.
 
     "Beside" is symmetric, so that both orders have one signature.
     """
@@ -51,7 +51,7 @@ def signature(relation: str, pair: tuple[tuple[str, str], ...]) -> tuple[str, ..
 
 
 def is_held_out(names: tuple[str, ...]) -> bool:
-    """Whether a signature of two objects is kept for evaluation (one in eight, by its hash)."""
+    """Returns whether a signature of two objects is held out (one in eight, by its hash)."""
     digest = hashlib.blake2b("/".join(names).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") % _HELD_OUT_ONE_IN == 0
 
@@ -80,7 +80,7 @@ def sample_single(
 
 
 def can_show(relation: str, subject: tuple[str, str], other: tuple[str, str]) -> bool:
-    """Whether two (shape, colour) can show the relation so that a person would see it."""
+    """Returns whether two (shape, colour) can show the relation so that a person would see it."""
     if subject == other:
         return False
     (shape, color), (other_shape, other_color) = subject, other
@@ -113,7 +113,7 @@ def sample_pair(
 
 
 def count_held_out(seed: int) -> int:
-    """How many scenes of different signature `sample_held_out` can give."""
+    """Number of scenes of different signature that `sample_held_out` can give."""
     return len(_shuffled_held_out(seed))
 
 

@@ -135,14 +135,14 @@ def place(
 
 
 def rasterize(outline: np.ndarray, side: int = GRID) -> np.ndarray:
-    """The filled placed outline as bool [side, side]; what lies outside the image is cut off."""
+    """The filled placed outline as bool [side, side]; cut off at the borders of the image."""
     mask = Image.new("L", (side, side))
     ImageDraw.Draw(mask).polygon((outline * side).ravel().tolist(), fill=1)
     return np.asarray(mask, dtype=bool)
 
 
 def gap_below(upper: np.ndarray, lower: np.ndarray) -> int | None:
-    """How many rows the upper mask can move down until it meets the lower one.
+    """Number of rows that the upper mask can move down until it meets the lower one.
 
     Args:
         upper: bool [h, w].

@@ -152,7 +152,7 @@ def _draw_chunk(seed: int, indices: range) -> tuple[np.ndarray, np.ndarray]:
 
 
 def concepts_in(scene: Scene) -> np.ndarray:
-    """Which of `CONCEPTS` a scene shows, float32 zeros and ones."""
+    """Marks the `CONCEPTS` that a scene shows, float32 zeros and ones."""
     shown = {
         name for item in scene.objects for name in (item.shape, item.color, item.size, item.texture)
     }
@@ -160,7 +160,7 @@ def concepts_in(scene: Scene) -> np.ndarray:
 
 
 def shrink(picture: Image.Image) -> np.ndarray:
-    """What the network sees of a picture."""
+    """Shrinks a picture to the input of the network."""
     return np.asarray(picture.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX))
 
 
@@ -176,7 +176,9 @@ def write_embeddings(
     Args:
         source: of `diht_jax.readers.registry.open_source`.
         output: npz file with `key` [n] and `image_emb` float32 [n, d].
-        num_scenes, epochs, seed: of `train_teacher`.
+        num_scenes: of `train_teacher`.
+        epochs: of `train_teacher`.
+        seed: of `train_teacher`.
 
     Returns:
         The number of pictures.

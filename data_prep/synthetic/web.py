@@ -66,7 +66,7 @@ _TEMPLATES = {_SHAPE: captions.SHAPE_TEMPLATES, _COLOR: captions.COLOR_TEMPLATES
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is written; equal settings give equal bytes.
+    """Settings of the written data; equal settings give equal bytes.
 
     `noise` holds the share of each kind of `NOISE_KINDS` among the training pairs; kinds left out
     do not occur, and the rest of the pairs is clean.

@@ -1,7 +1,7 @@
-"""What was spotted in each picture, kept on disk, so that thresholds can be replayed.
+"""A cache on disk of the text read in each picture, so that thresholds can be replayed.
 
-A file belongs to one input shard and to one set of OCR
-settings; an entry belongs to the bytes of one picture. Thresholds of the decision are no part of
+A file belongs to one input shard and one set of OCR settings; an entry belongs to the bytes of one
+picture. Thresholds of the decision are no part of
 it. The files are appended to and never rewritten: a killed run keeps what it had spotted.
 """
 
@@ -34,7 +34,7 @@ class Lines:
 
 @dataclasses.dataclass
 class Reading:
-    """What is known of one picture.
+    """Everything read in one picture.
 
     Attributes:
         peaks: px of the longer side -> highest character score at that resolution.
@@ -56,7 +56,7 @@ def hash_image(data: bytes) -> str:
 
 
 def name_shard(path: str, start: int, stop: int | None) -> str:
-    """The name of a shard's file; it does not depend on the folder in which the shard lies.
+    """The name of a shard's file; independent of the folder of the shard.
 
     Args:
         path: of the input shard.

@@ -53,7 +53,7 @@ def default_spotter() -> ml_collections.ConfigDict:
     # The closer look at pictures of whose text hardly any could be read.
     c.closer_size = s.closer_size  # px of the longer side; up to canvas_size: no closer look
     c.closer_score = s.closer_score  # 0 to 1; character score of detection that shows text
-    c.closer_chars = s.closer_chars  # so many characters read with confidence are enough
+    c.closer_chars = s.closer_chars  # characters read with confidence that are enough
     # Speed.
     c.precision = s.ocr.precision  # "bfloat16", "float32"; "auto": what the device is fast at
     c.device = s.ocr.device  # "cpu", "cuda", "cuda:N", "mps"; "auto": a GPU where there is one
@@ -139,7 +139,7 @@ def describe_machine(settings: Settings) -> dict[str, str]:
 
 
 def name_machine(described: Mapping[str, str]) -> str:
-    """What `describe_machine` gave, for people: "bfloat16 on cpu"."""
+    """Formats the result of `describe_machine`, such as "bfloat16 on cpu"."""
     return f"{described['precision']} on {described['device']}"
 
 

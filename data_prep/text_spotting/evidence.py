@@ -60,18 +60,18 @@ _COMMON_WORDS = word_set(
 )
 # A word that is not common weighs so much, a common one half of it, and so does half of a word.
 _RARE, _COMMON = 2, 1
-# So much is evidence, whatever else the picture shows.
+# Evidence on its own, independent of the rest of the picture.
 _ENOUGH = 3
 # Less is evidence where the picture shows hardly anything else: (weight, characters in the caption,
 # their share of what was read with confidence), each at least.
 _ENOUGH_ALONE = ((2, 5, 0.33), (1, 8, 0.6))
 # Confidence from which a text that is not in the caption speaks against it.
 SURE = 0.5
-# A word counts if a run holds this share of it, or so many of its characters.
+# A word counts if a run holds this share of it, or this number of its characters.
 _MOST_OF_WORD = 0.75
 _LONG_PIECE = 7
 _SHORT_RUN = 4
-# Of a whole text this share may be misread, if it has so many characters.
+# Share of a whole text that may be misread, and the least length of such a text.
 _MISREAD = 0.3
 _MISREAD_MIN_CHARS = 6
 _MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
@@ -111,7 +111,7 @@ def weigh_texts(
     *,
     is_all: bool = True,
 ) -> bool:
-    """Whether the texts of a picture are evidence that it shows its caption.
+    """Returns whether the texts of a picture are evidence that it shows its caption.
 
     The words of the caption that stand in the texts are added up, each once: one that is common
     (`_COMMON_WORDS`) as half of one that is not, those between ("in", "the") as nothing. Three
@@ -153,7 +153,7 @@ def weigh_texts(
 
 @functools.lru_cache(maxsize=4096)
 def compare(text: str, caption: str, min_chars: int) -> Shared:
-    """What a text shares with a caption; runs under `min_chars` count for words only."""
+    """Compares a text with a caption; runs under `min_chars` count for words only."""
     spotted, target = _split_words(text), _split_words(caption)
     weights: dict[str, int] = {}
     inside: set[int] = set()
@@ -194,7 +194,7 @@ class _Words:
         self.words = [part.strip(_MARKS) for part in parts]
 
     def splits(self, i: int) -> bool:
-        """Whether a word begins at a character, or the text ends before it."""
+        """Returns whether a word begins at a character, or the text ends before it."""
         if not 0 < i < len(self.text):
             return True
         before, after = self.text[i - 1], self.text[i]

@@ -66,7 +66,7 @@ def find_match(look: Lines, caption: str, settings: Settings) -> str | None:
 
 
 def longest_match(text: str, caption: str, settings: Settings) -> int:
-    """The greatest `min_chars` with which a match remains one, whatever else the picture shows.
+    """The greatest `min_chars` with which a match remains one, by itself.
 
     Args:
         text: of `find_match` at the settings.

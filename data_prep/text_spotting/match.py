@@ -22,9 +22,9 @@ def caption_matches(
     misread_min_chars: int | None = None,
     weigh_words: bool = False,
 ) -> bool:
-    """Whether any spotted text shares a long enough run of characters with the caption.
+    """Returns whether any spotted text shares a long enough run of characters with the caption.
 
-    Ours: both sides are NFKC-normalised, case-folded and freed of white space; a run lies within
+    Ours: both sides are NFKC-normalised, case-folded and freed of white space; a run is within
     one spotted text, which is one box of the spotter.
 
     Ours, with `weigh_words`: the texts are all that a picture shows, and the words that they share
@@ -56,13 +56,13 @@ def caption_matches(
 
 
 def shares_misread_run(spotted_texts: Iterable[str], caption: str, min_chars: int) -> bool:
-    """Whether any text shares a run of so many characters with the caption, one of them misread."""
+    """Returns whether any text and the caption share `min_chars` characters, one misread."""
     folded = fold_text(caption)
     return any(_has_misread_run(fold_text(text), folded, min_chars) for text in spotted_texts)
 
 
 def can_match(caption: str, min_chars: int = 5) -> bool:
-    """Whether the caption has a run that a spotter could read; else no picture need be read.
+    """Returns whether the caption has a run that a spotter could read.
 
     Args:
         caption: of the pair.

@@ -26,7 +26,7 @@ _TARGET_CONTRAST = 0.5
 
 @dataclasses.dataclass(frozen=True)
 class OcrSettings:
-    """What boxes and texts depend on.
+    """Settings that boxes and texts depend on.
 
     Attributes:
         canvas_size: px of the longer side at which text is detected; larger pictures are shrunk,

@@ -32,7 +32,7 @@ _GROUPING = {
     "add_margin": 0.1,
 }
 
-# A line that lies level is x_min, x_max, y_min, y_max; any other is x, y of its four corners.
+# A level line is x_min, x_max, y_min, y_max; any other is x, y of its four corners.
 Box = tuple[float, ...]
 
 
@@ -230,7 +230,7 @@ def box_size(box: Box) -> tuple[float, float]:
 
 
 def canvas_shape(size: tuple[int, int], side: int | None) -> tuple[int, int]:
-    """Height and width of the canvas on which a shrunk picture lies.
+    """Height and width of the canvas that holds a shrunk picture.
 
     Ours: half, three quarters and all of the longer side, rounded up to the detector's multiple of
     32, so that there are nine canvases and batches fill. The common shapes (1:1, 4:3, 3:2 and

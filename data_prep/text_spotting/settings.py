@@ -1,7 +1,4 @@
-"""How pictures are read and what counts as a match.
-
-The section of the config is in `config`.
-"""
+"""Settings of the text spotter."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from diht_jax.input import decode as images
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How pictures are read and what counts as a match; the defaults are calibrated.
+    """Settings of reading and matching; the defaults are calibrated.
 
     docs/benchmarks.md shows the curves that they come from.
 

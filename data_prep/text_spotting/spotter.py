@@ -50,7 +50,7 @@ class Spot:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was found out about one picture and its captions.
+    """The decision about one picture and its captions.
 
     Attributes:
         matches: for every caption, the spotted text that repeats it, of one line or of several, or
@@ -73,7 +73,7 @@ class Verdict:
 
     @property
     def missed(self) -> bool:
-        """Whether the first look would have let a match through."""
+        """Returns whether the first look would have let a match through."""
         return self.audited and any(match is not None for match in self.matches)
 
 
@@ -209,7 +209,7 @@ class _Picture:
         self._shrunk: dict[int, Shrunk] = {}
 
     def shrink(self, size: int) -> Shrunk:
-        """The picture with at most so many px on its longer side, once it is decoded."""
+        """The decoded picture with a longer side of at most `size` px."""
         if size in self._shrunk:
             return self._shrunk[size]
         # Few need a closer look: decoding them again is cheaper than to hold all of all.
@@ -228,7 +228,7 @@ class _Picture:
 
     @property
     def shows_text(self) -> bool:
-        """Whether the first look saw text; True without a first look."""
+        """Returns whether the first look saw text; True without a first look."""
         s = self._settings
         return not s.gate_size or self.reading.peaks.get(s.gate_size, 0.0) >= s.gate_score
 
@@ -241,7 +241,7 @@ class _Picture:
         return int(self.hash, 16) < self._settings.audit_share * 2**128
 
     def needs_look(self, size: int) -> bool:
-        """Whether lines are looked for at a resolution, given what is known of those before."""
+        """Returns whether a look at a resolution is needed, given those before."""
         s = self._settings
         first = s.ocr.canvas_size
         if self.error is not None or not (self.shows_text or self.is_audited):
@@ -259,7 +259,7 @@ class _Picture:
         )
 
     def is_open(self) -> bool:
-        """Whether more lines have to be read."""
+        """Returns whether more lines have to be read."""
         return not (self._settings.stop_at_match and self._is_matched(self.reading.looks.values()))
 
     def next_lines(self, size: int, count: int) -> list[int]:
@@ -270,7 +270,7 @@ class _Picture:
         return [i for i in rank_lines(look) if look.texts[i] is None][:count]
 
     def verdict(self) -> Verdict:
-        """What is known now."""
+        """The verdict by what has been read so far."""
         if not self.captions:
             return Verdict((None,) * len(self._all_captions), "no_run")
         if self.error is not None:
@@ -300,7 +300,7 @@ class _Picture:
 
 
 def _windows(pictures: Iterable[_Picture], size: int) -> Iterable[list[_Picture]]:
-    """In order; as many together as the memory should hold, `size` at most."""
+    """Groups pictures, in order, by what memory should hold; at most `size` together."""
     window, pixels = [], 0
     for picture in pictures:
         more = math.prod(picture.read_size())
