@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 # Ours. Two lines belong together where the lower one begins at most this number of line heights
-# under the upper one, where so much of the narrower one stands under the wider, and where neither is more
-# than this many times as high as the other.
+# under the upper one, where this share of the narrower one stands under the wider, and where
+# neither is more than this many times as high as the other.
 _MAX_GAP = 1.0
 _MIN_OVERLAP = 0.5
 _MAX_RATIO = 2.0
