@@ -24,8 +24,8 @@ from data_prep.jobs.models import is_shared
 from data_prep.teachers.base import Embedded, Teacher, TeacherInfo
 from data_prep.teachers.registry import SharedTeacher
 from diht_jax.input import transforms
+from diht_jax.input.choices import crop_box, with_boxes
 from diht_jax.input.decode import ImageError, decode_rgb
-from diht_jax.input.fixed_crops import crop_box, with_boxes
 from diht_jax.records.labels.clip_embeddings import DTYPES, ClipTeacher, Crops, Manifest
 from diht_jax.records.schema import Record
 

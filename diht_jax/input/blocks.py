@@ -13,6 +13,7 @@ A file has the places of the block's records, and the bytes of its extent as the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
@@ -142,6 +143,7 @@ class BlockStore:
         if self.folder is None:
             self.folder = pathlib.Path(self._prefix + secrets.token_hex(8))
             self.folder.mkdir(0o700)
+            atexit.register(remove_folder, self.folder)
 
     def stop(self) -> None:
         """Deletes all blocks; threads of this process that wait for one end with an error."""

@@ -16,8 +16,7 @@ import numpy as np
 from diht_jax.data import tokenizer
 from diht_jax.input import decode as images
 from diht_jax.input import fast_crops, transforms
-from diht_jax.input.caption_choice import CaptionChoice
-from diht_jax.input.fixed_crops import take_view
+from diht_jax.input.choices import CaptionChoice, take_view
 from diht_jax.records import schema
 from diht_jax.records.labels.clip_embeddings import ClipRows, Manifest, decode_embedded
 from diht_jax.records.labels.rows import LabelRows, decode_joined
@@ -129,7 +128,7 @@ class DecodeExample(grain.transforms.RandomMap):
             `images` uint8 [size, size, 3] and `tokens` int32 [t]; with concepts also
             `object_ids` int32 [k], `object_probs` float32 [k], `attribute_ids` and
             `attribute_probs`. Probabilities are 0 behind the last label of a record, and all 0
-            where it has none. With a width of teachers also what `fixed_crops.take_view` gives;
+            where it has none. With a width of teachers also what `choices.take_view` gives;
             with ids also `pair_ids` uint32 [2].
 
         Raises:

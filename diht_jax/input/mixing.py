@@ -12,8 +12,8 @@ import ml_collections
 import numpy as np
 
 from diht_jax.input.blocks import BlockStore, read_patiently
+from diht_jax.input.choices import check_crops
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.fixed_crops import check_crops
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder, count_streams, make_order
 from diht_jax.records.catalog import Share

@@ -213,8 +213,10 @@ def _quota_cores() -> int | None:
     """The processor time that a container may take, in whole cores; None where it has no bound."""
     for names in _CPU_QUOTAS:
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-            text = " ".join((CGROUP / name).read_text() for name in names)
-            quota, period = map(int, text.split())
+            words: list[str] = []
+            for name in names:
+                words += (CGROUP / name).read_text().split()
+            quota, period = map(int, words)
             if quota > 0 and period > 0:  # without a bound, -1
                 return math.ceil(quota / period)
     return None
@@ -252,27 +254,28 @@ def available_memory() -> int | None:
     Returns:
         None where the system does not tell.
     """
-    found = [_available_in_group(*names) for names in _MEMORY_LIMITS]
+    found = []
+    for limit, use, statistics in _MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            left = int((CGROUP / limit).read_text()) - int((CGROUP / use).read_text())
+            fields = _read_fields(CGROUP / statistics)
+            # Files that were read count as used until somebody needs the memory; shared memory
+            # does count.
+            cached = fields.get("file", fields.get("cache", 0)) - fields.get("shmem", 0)
+            found.append(max(0, left + max(0, cached)))
     with contextlib.suppress(OSError, KeyError):
         found.append(1024 * _read_fields(_MEMINFO)["MemAvailable:"])
-    return min((size for size in found if size is not None), default=None)
-
-
-def _available_in_group(limit: str, use: str, statistics: str) -> int | None:
-    try:
-        limit_bytes, used_bytes = (int((CGROUP / name).read_text()) for name in (limit, use))
-        fields = _read_fields(CGROUP / statistics)
-    except (OSError, ValueError):  # no such group, or "max"
-        return None
-    # Files that were read count as used until somebody needs the memory; shared memory does count.
-    cached = fields.get("file", fields.get("cache", 0)) - fields.get("shmem", 0)
-    return max(0, limit_bytes - used_bytes + max(0, cached))
+    return min(found, default=None)
 
 
 def _read_fields(path: pathlib.Path) -> dict[str, int]:
     """The lines "name number ..." of a file."""
-    lines = (line.split() for line in path.read_text().splitlines())
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
+    fields = {}
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if len(words) > 1 and words[1].isdigit():
+            fields[words[0]] = int(words[1])
+    return fields
 
 
 def describe_bytes(size: float) -> str:

@@ -1,7 +1,7 @@
 """NumPy's `.npy` and `.npz` from anywhere, read without trusting what their headers claim.
 
-For arrays that others made. `numpy.load` would reserve whatever shape a header states, and its
-parser of headers raises nearly any type.
+They are for arrays that others made: `numpy.load` would reserve the memory for any shape that a
+header states, and its parser of headers raises nearly any type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all readers of pairs share: the form of a source format, the unit of work, cleaned input.
+"""The common part of all readers of pairs: source formats, units of work, images of a folder.
 
 Every reader ends with a `Format`, which stands in the table of `registry.py`; that module is the
 way in for everybody else.
@@ -48,28 +48,10 @@ __all__ = [
 ]
 
 # In folders people keep other pictures, too.
-FOLDER_EXTENSIONS = (
-    *IMAGE_EXTENSIONS,
-    *(
-        "gif",
-        "bmp",
-        "tif",
-        "tiff",
-        "jfif",
-        "jpe",
-        "avif",
-        "jp2",
-        "j2k",
-        "apng",
-        "ppm",
-        "pgm",
-        "pbm",
-    ),
-)
-UNSUPPORTED_EXTENSIONS = (
-    *("heic", "heif", "jxl", "svg", "svgz", "psd", "ico", "tga", "eps", "hdr", "exr", "dng"),
-    *("cr2", "nef", "arw", "raw", "wmf", "emf", "xcf", "pcx", "dds", "jxr", "mng"),
-)
+_OTHERS = "gif bmp tif tiff jfif jpe avif jp2 j2k apng ppm pgm pbm"
+_UNSUPPORTED = "heic heif jxl svg svgz psd ico tga eps hdr exr dng cr2 nef arw raw wmf emf xcf pcx"
+FOLDER_EXTENSIONS = (*IMAGE_EXTENSIONS, *_OTHERS.split())
+UNSUPPORTED_EXTENSIONS = (*_UNSUPPORTED.split(), "dds", "jxr", "mng")
 # Why an entry is no pair, in the order of a funnel. "too_large" is the image's reason, and what has
 # crashed is skipped by whoever works on it.
 SOURCE_REASONS = (
@@ -94,7 +76,7 @@ class SourceShard:
 
     Attributes:
         kind: name of the format in `registry.FORMATS`.
-        path: of the file or folder; a URL where it lies in an object store.
+        path: of the file or folder; a URL where it is in an object store.
         start: where the part begins: a byte of a table, a record of a TFDS file.
         stop: where it ends (exclusive); None for the end of the file.
         options: what else its reader needs, JSON-able.
@@ -115,7 +97,7 @@ class SourceShard:
     @property
     def root(self) -> str:
         """The folder of the source that the path of a folder belongs to."""
-        # A class lies in the folder that was named, pictures are that folder themselves.
+        # A class is a folder in the one that was named, pictures are that folder itself.
         return os.path.dirname(self.path) if self.kind == "folder" else self.path
 
     def identity(self) -> dict[str, Any]:
@@ -158,7 +140,7 @@ class Format:
         suffixes: endings of the names of its files.
         matches: whether a path is such a file, where the ending alone does not decide it.
         prefix: start of texts that name a data set rather than files, such as "tfds:".
-        is_folder: reads folders in which no file of any other format lies.
+        is_folder: reads folders without any file of another format.
         list_shards: divides a path (or a text with the prefix) into units of work; takes an
             instance of `options` as second argument. None: one unit for each file.
         options: dataclass of the options that a user may set; each has a default, and the type of
@@ -166,7 +148,8 @@ class Format:
         count: entries of a shard, exactly or nearly, without reading images; None if unknown.
         count_reads_file: counting goes through the whole file, so that only the first shard is
             counted, and the others are estimated by their bytes.
-        metadata_of: kinds of the files beside which the files of this format hold metadata only.
+        metadata_of: kinds of files; in a folder with some of them, files of this format hold their
+            metadata only.
         list_linked_files: of a shard, the files that its own file only names, such as the images
             of a table, as `read_image` takes them: folder, path in it. They may be missing. None
             where there are no such files.
@@ -185,7 +168,7 @@ class Format:
     list_linked_files: Callable[[SourceShard], Iterable[tuple[str, str]]] | None = None
 
     def is_file(self, path: str) -> bool:
-        """Whether a path is a file of this format, by its name."""
+        """True for the path of a file of this format, by its name."""
         if self.matches is not None:
             return self.matches(path)
         return path.endswith(self.suffixes)
@@ -242,7 +225,7 @@ def read_image(root: str, name: str, key: str) -> bytes | Skipped:
 
 
 def _read_stored_image(root: str, name: str, key: str) -> bytes | Skipped:
-    """As `read_image`, below a folder in a store."""
+    """Does what `read_image` does, below a folder in a store."""
     folder = f"{root.rstrip('/')}/"
     inner = name.removeprefix(folder)
     path = posixpath.normpath(inner)
@@ -280,7 +263,7 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
 
     Returns:
         Paths, and the reason for which one cannot be read: "unsupported_format", or
-        "refused_path" for a link that leads out, whatever is behind it; None for the others.
+        "refused_path" for any link that leads out; None for the others.
 
     Raises:
         ValueError: a link makes a folder hold itself.
@@ -299,7 +282,7 @@ def walk_images(folder: str, root: str) -> Iterator[tuple[str, str | None]]:
 
 
 def walk_files(folder: str, root: str) -> Iterator[tuple[str, bool]]:
-    """Yields the path of every file that is not hidden, and whether it lies inside of `root`.
+    """Yields the path of every file that is not hidden, and whether it is inside of `root`.
 
     A link that leads out of `root` is yielded, and not followed.
 

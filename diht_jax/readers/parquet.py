@@ -3,7 +3,8 @@
 Images stand in a column named by their extension, or in one of the name "image", as bytes or as
 Hugging Face's struct of bytes and path; captions in one of `CAPTION_COLUMNS`; the other columns
 become metadata. A number in a column "label" gets its name from Hugging Face's description in the
-file, where there is one. Beside tars, img2dataset's parquet files hold metadata only.
+file, where there is one. In a folder with tars,
+img2dataset's parquet files hold metadata only.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ IMAGE_COLUMNS = (*IMAGE_EXTENSIONS, "image")
 CAPTION_COLUMNS = ("txt", "caption", "text", "TEXT")
 LABEL_COLUMN = "label"
 
-# Arrow reads so much of a column at once, instead of all that a row group has of it.
+# Bytes of a column that Arrow reads at once, instead of all of it in a row group.
 _BUFFER_BYTES = 2**20
 
 
@@ -47,7 +48,7 @@ _BUFFERED_BYTES = 2**16
 
 
 def open_parquet(path: str, row_groups: tuple[int, int] | None = None) -> Any:
-    """The `pyarrow.parquet.ParquetFile` at a path; its reads are tried again as of `retries`.
+    """The `pyarrow.parquet.ParquetFile` at a path; its reads are tried again.
 
     Args:
         path: of the file, or its URL.
@@ -221,7 +222,7 @@ def _class_name(label: Any, names: list[str]) -> dict[str, str]:
 
 
 def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
-    """Of the column of labels, in Hugging Face's description of the columns; maybe none."""
+    """The names in Hugging Face's description of the column of labels; maybe none."""
     try:
         described = json.loads((metadata or {})[b"huggingface"])
         names = described["info"]["features"][LABEL_COLUMN]["names"]

@@ -51,7 +51,7 @@ def _read_bytes(path: str) -> Iterator[bytes]:
 
 
 def _count_records(shard: SourceShard) -> int | None:
-    """Records of a TFRecord shard; of one in a store by the index beside it, if there is one."""
+    """Counts the records of a TFRecord shard; in a store by its index, if there is one."""
     if not is_remote(shard.path):
         return len(TFRecordSource([shard.path]))
     offsets = INDEX.load(shard.path, input_size(shard.path))

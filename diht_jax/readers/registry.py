@@ -1,10 +1,10 @@
 """Pairs from anywhere: the table of source formats, `open_source`, and `list_shards`.
 
 `open_source` iterates over all pairs; `list_shards` divides a source into units of work, each of
-which `read_pairs` reads, in whatever process. What the text of a source may be:
+which `read_pairs` reads, in any process. Texts that name a source:
 
     PATH.tar, GLOB/*.tar             webdataset, as img2dataset writes it
-    PATH.jsonl, PATH.csv, PATH.tsv   a table beside a folder of images
+    PATH.jsonl, PATH.csv, PATH.tsv   a table, and a folder of images
     PATH.parquet                     images and captions in columns
     FOLDER                           shards, tars, tables or parquet files in it; else classes
     PATH.tfrecord, GLOB              our own records, and img2dataset's
@@ -12,7 +12,7 @@ which `read_pairs` reads, in whatever process. What the text of a source may be:
     URL of one of these              the same, in an object store; but folders of classes
     tfds:NAME[/CONFIG][:VERSION]:SPLIT, tfds:FOLDER:SPLIT   TensorFlow Datasets
 
-Options of one source of several stand behind it: "a.csv?image_column=file&caption_column=title".
+Options of one source of several come after it: "a.csv?image_column=file&caption_column=title".
 
 Images are not decoded here.
 """
@@ -112,7 +112,7 @@ def open_source(spec: str | Sequence[str], **options: Any) -> PairSource:
 
 
 def names_files(source: SourceShard) -> bool:
-    """Whether an input is a table that names other files, which are read with it."""
+    """True for an input that is a table which names other files, which are read with it."""
     form = FORMATS.get(source.kind)
     return source.reads_linked and form is not None and form.list_linked_files is not None
 

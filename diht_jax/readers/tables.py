@@ -1,7 +1,7 @@
-"""Tables of captions beside a folder of images: jsonl, csv and tsv.
+"""Tables of captions of the images of a folder: jsonl, csv and tsv.
 
-A table is cut into parts of so many rows, so that many workers can share a large one; for that it
-is read once more. One in an object store is a single part, and read once.
+A table is cut into parts of `rows_per_shard` rows, so that many workers can share a large one; for
+that it is read once more. One in an object store is a single part, and read once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _OTHER_ENCODINGS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_B
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """How to read a table.
+    """The form of a table.
 
     Attributes:
         image_column: holds the image's path, relative to `image_root`.

@@ -28,7 +28,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclasses.dataclass(frozen=True)
 class TfdsOptions:
-    """Where a TFDS data set lies, and which of its features make a pair.
+    """The folder of a TFDS data set, and the features of it that make a pair.
 
     Attributes:
         data_dir: of TFDS; its default (~/tensorflow_datasets) where it is None.
@@ -209,7 +209,7 @@ def _find_features(features: Any, kind: type, *, nested: bool = False) -> dict[s
 
 
 def _is_plain_string(feature: Any) -> bool:
-    """Whether a text is declared as a bare string tensor, as in COCO's captions."""
+    """True for a text that is declared as a bare string tensor, as in COCO's captions."""
     import tensorflow_datasets as tfds
 
     is_scalar = type(feature) in (tfds.features.Tensor, tfds.features.Scalar)

@@ -53,7 +53,7 @@ def count_images(path: str) -> int | None:
     """Image members of a plain local tar, by their headers; None where these cannot be read."""
     suffixes = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
     try:
-        # No contents are wanted, of whatever size.
+        # No contents are wanted, of any size.
         members = read_members(path, lambda name: -1 if name.lower().endswith(suffixes) else None)
         return sum(1 for _ in members)
     except (ValueError, OSError):

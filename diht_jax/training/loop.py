@@ -21,7 +21,7 @@ from etils import epath
 from diht_jax import sharding
 from diht_jax.input.batch_wait import BatchWait, Position, StoppedWaiting
 from diht_jax.input.blocks import ReadAheadOptions
-from diht_jax.input.caption_choice import open_caption_choice
+from diht_jax.input.choices import open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import Mixture, open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records

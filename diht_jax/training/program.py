@@ -14,7 +14,7 @@ import ml_collections
 from absl import logging
 
 from diht_jax import sharding
-from diht_jax.input.fixed_crops import IMAGE_FIELD, TEXT_FIELD
+from diht_jax.input.choices import IMAGE_FIELD, TEXT_FIELD
 from diht_jax.losses.choice import Choice, choose_impl
 from diht_jax.models.attention import TowerAttention, kernel_difference
 from diht_jax.models.lora import lora_of

@@ -1,14 +1,12 @@
 """Bad records in the training input: skipped, counted, named; the same with workers."""
 
 import errno
-import io
 import os
 import pathlib
 
 import numpy as np
 import pytest
 from absl import logging
-from PIL import Image
 
 from diht_jax.config import default_config
 from diht_jax.input.examples import DecodeExample
@@ -20,6 +18,7 @@ from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.tfrecord import TFRecordError, TFRecordWriter
 from diht_jax.storage import retries
 from diht_jax.storage.retries import StorageError
+from tests.make import encoded, noise, plain
 
 DECODE = DecodeExample(4, 8, (0.9, 1.0), "{caption}")
 BAD = {3: b"no picture", 11: b"", 17: b"\xff\xd8\xff"}
@@ -31,9 +30,7 @@ def shard(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("records") / "pairs-train-00000.tfrecord"
     with TFRecordWriter(path) as writer:
         for number in range(24):
-            buffer = io.BytesIO()
-            Image.new("RGB", (6, 5), (number,) * 3).save(buffer, "PNG")
-            image = BAD.get(number, buffer.getvalue())
+            image = BAD.get(number, encoded(plain((number,) * 3, (6, 5))))
             record = Record(key=f"key{number}", image=image, caption="text")
             writer.write(encode_record(record) if image else b"no record")
     return path
@@ -132,12 +129,7 @@ def test_a_stand_in_comes_from_a_later_batch():
 
 def mixed_records(count):
     """Serialised records of which those of `BAD_AT` fail, each in another step."""
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
-    files = {}
-    for name in ("JPEG", "PNG"):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, name)
-        files[name] = buffer.getvalue()
+    files = {name: encoded(noise(0, (50, 40)), name) for name in ("JPEG", "PNG")}
     files["no picture"] = b"no picture"
     files["cut off"] = files["JPEG"][: len(files["JPEG"]) // 2]
     records = []

@@ -1,6 +1,5 @@
 """Training from an object store gives the batches of local files, and asks for each block once."""
 
-import io
 import pathlib
 import threading
 import types
@@ -9,7 +8,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from absl import logging
-from PIL import Image
 
 from benchmarks import slow_store
 from diht_jax.input import blocks
@@ -21,10 +19,11 @@ from diht_jax.input.mixing import Mixture, Source
 from diht_jax.input.mixture_weights import MixtureWeights
 from diht_jax.input.order import BlockOrder, GlobalOrder
 from diht_jax.input.pipeline import TrainIterator
-from diht_jax.records.schema import Record, encode_record
+from diht_jax.records.schema import Record
 from diht_jax.records.tfrecord import DamagedRecordError, TFRecordSource, TFRecordWriter
 from diht_jax.storage import retries
 from diht_jax.storage.retries import StorageError
+from tests.make import encoded, plain, write_records
 
 RECORDS, BATCH, BLOCK, BAD = 300, 20, 10, 7
 EPOCH, BLOCKS = RECORDS // BATCH, RECORDS // BLOCK
@@ -34,16 +33,12 @@ DECODE = DecodeExample(8, 16, (0.9, 1.0), "{caption}")
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> pathlib.Path:
     """A folder of pictures that all look different; one cannot be decoded. Requests are counted."""
-    folder, counts = tmp_path / "records", tmp_path / "counts"
-    folder.mkdir()
+    counts = tmp_path / "counts"
     counts.mkdir()
-    for shard in range(2):
-        with TFRecordWriter(folder / f"a-{shard}.tfrecord") as writer:
-            for number in range(shard, RECORDS, 2):
-                buffer = io.BytesIO()
-                Image.new("RGB", (9, 7), (number % 256, number // 256, 0)).save(buffer, "PNG")
-                image = b"no picture" if number == BAD else buffer.getvalue()
-                writer.write(encode_record(Record(str(number), image, "grey")))
+    images = [encoded(plain((n % 256, n // 256, 0), (9, 7))) for n in range(RECORDS)]
+    images[BAD] = b"no picture"
+    records = [Record(str(number), image, "grey") for number, image in enumerate(images)]
+    folder = write_records(tmp_path / "records", records, lengths=[RECORDS // 2] * 2)
     monkeypatch.setenv(slow_store.COUNTS, str(counts))
     return folder
 
@@ -290,6 +285,19 @@ def test_a_damaged_record_is_named_and_those_around_it_are_read(tmp_path, cache)
         with pytest.raises(DamagedRecordError, match="record 1"):
             read(1)
         blocks_of.stop()
+
+
+def test_what_a_dead_worker_has_left_does_not_hinder(store, cache):
+    source = TFRecordSource(store)
+    fetched = BlockStore(source, block_order(source), ReadAheadOptions(cache_dir=str(cache)))
+    fetched.start()
+    for name in ("0.lock", "0.part"):
+        (fetched.folder / name).write_bytes(b"half")
+    fetched.fetch([0])
+    assert fetched.read(0) == source[0] and fetched.read(BLOCK) is None
+    fetched.delete(0)
+    assert fetched.read(0) is None and not list(fetched.folder.glob("0.*"))
+    fetched.stop()
 
 
 def test_a_full_disk_is_an_error_that_names_the_keys(store, cache, monkeypatch, hang_guard):

@@ -11,12 +11,7 @@ import pytest
 from PIL import Image
 
 from diht_jax.input.decode import MAX_PIXELS, ImageError, check_readable, decode_rgb
-
-
-def _encode(image: Image.Image, name: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, name, **options)
-    return buffer.getvalue()
+from tests.make import encoded
 
 
 def _decode(data: bytes) -> np.ndarray:
@@ -57,7 +52,7 @@ def test_alpha_is_composed_on_white():
     rgba[0, :, 3], rgba[1, :, 3] = 0, 255
     expected = _on_white(rgba[..., :3] / 255, rgba[..., 3] / 255)
     for name, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})):
-        got = _decode(_encode(Image.fromarray(rgba), name, **options))
+        got = _decode(encoded(Image.fromarray(rgba), name, **options))
         assert np.abs(got - expected).max() <= 1
         assert (got[0] == 255).all()
         np.testing.assert_array_equal(got[1], rgba[1, :, :3])
@@ -95,17 +90,17 @@ def test_colour_key(colour_type, key, samples, expected):
 
 def test_gif_takes_the_first_frame_and_its_transparency():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    data = _encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert (_decode(data) == [255, 0, 0]).all()
     still = Image.new("P", (2, 1))
     still.putpalette([255, 0, 0, 0, 255, 0])
     still.putpixel((1, 0), 1)
-    assert _decode(_encode(still, "GIF", transparency=0))[0].tolist() == [[255] * 3, [0, 255, 0]]
+    assert _decode(encoded(still, "GIF", transparency=0))[0].tolist() == [[255] * 3, [0, 255, 0]]
 
 
 def test_animated_webp_takes_the_first_frame():
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
-    data = _encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    data = encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
     assert (_decode(data) == [255, 0, 0]).all()
 
 
@@ -115,7 +110,7 @@ def test_sixteen_bits_are_scaled():
     files = {
         "png": _png(8, 8, 16, 0, values),
         "pgm": b"P5 8 8 65535\n" + values.astype(">u2").tobytes(),
-        "tiff": _encode(Image.fromarray(values), "TIFF"),
+        "tiff": encoded(Image.fromarray(values), "TIFF"),
     }
     for name, data in files.items():
         got = _decode(data)
@@ -136,7 +131,7 @@ def test_dark_sixteen_bit_picture_stays_dark():
 def test_grey(depth_mode, expected):
     image = Image.new("L", (2, 1))
     image.putpixel((1, 0), 200)
-    got = _decode(_encode(image.convert(depth_mode, dither=0), "PNG"))
+    got = _decode(encoded(image.convert(depth_mode, dither=0), "PNG"))
     assert got[0].tolist() == [[value] * 3 for value in expected]
 
 
@@ -145,7 +140,7 @@ def test_cmyk(name):
     inks = np.array([0, 255, 128, 64], np.uint8)
     image = Image.fromarray(np.broadcast_to(inks, (16, 16, 4)).copy(), mode="CMYK")
     options = {"quality": 100} if name == "JPEG" else {}
-    data = _encode(image, name, **options)
+    data = encoded(image, name, **options)
     assert name != "JPEG" or b"Adobe" in data
     expected = 255 * (1 - inks[:3] / 255) * (1 - inks[3] / 255)
     assert np.abs(_decode(data) - expected).max() <= 3
@@ -172,7 +167,7 @@ def test_exif_orientation(orientation):
     exif[0x0112] = orientation
     sharp = {"quality": 100, "subsampling": 0}
     for name, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", sharp)):
-        got = _decode(_encode(Image.fromarray(stored), name, exif=exif, **options))
+        got = _decode(encoded(Image.fromarray(stored), name, exif=exif, **options))
         difference = np.abs(got.astype(int) - _UPRIGHT[orientation](stored))
         assert difference.mean() < (1 if name == "JPEG" else 1e-9), name
 
@@ -180,7 +175,7 @@ def test_exif_orientation(orientation):
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_does_not_matter():
     image = Image.new("RGB", (8, 8), (0, 255, 0))
-    data = _encode(image, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
+    data = encoded(image, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert _decode(data).shape == (8, 8, 3)
 
 
@@ -188,8 +183,8 @@ def _bomb(width, height) -> bytes:
     return _png(width, height, 8, 2, np.zeros((height, 0)))
 
 
-_FLOAT = _encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
-_INT32 = _encode(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF")
+_FLOAT = encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
+_INT32 = encoded(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +217,7 @@ def test_bomb_is_too_large_where_warnings_are_errors():
 
 
 def test_limit_of_pixels():
-    data = _encode(Image.new("RGB", (20, 10)), "PNG")
+    data = encoded(Image.new("RGB", (20, 10)), "PNG")
     assert decode_rgb(data, max_pixels=200).size == (20, 10)
     for function in (decode_rgb, check_readable):
         with pytest.raises(ImageError, match="20 x 10 pixels; at most 199"):
@@ -233,7 +228,7 @@ def test_limit_of_pixels():
 def test_check_reports_format_and_size():
     image = Image.new("RGB", (50, 30), "green")
     for name in ("JPEG", "PNG", "WEBP"):
-        assert check_readable(_encode(image, name)) == (name, 50, 30)
+        assert check_readable(encoded(image, name)) == (name, 50, 30)
 
 
 def _textured(side: int) -> Image.Image:
@@ -245,7 +240,7 @@ def _textured(side: int) -> Image.Image:
     [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("GIF", {})],
 )
 def test_truncation_is_found_by_both(name, options):
-    data = _encode(_textured(64), name, **options)
+    data = encoded(_textured(64), name, **options)
     for share in (0.1, 0.5, 0.9):
         for function in (decode_rgb, check_readable):
             with pytest.raises(ImageError) as error:
@@ -257,8 +252,8 @@ def test_truncation_is_found_by_both(name, options):
 def test_damaged_bytes_never_raise_anything_else():
     rng = random.Random(0)
     palette = _textured(24).quantize(16)
-    files = [_encode(_textured(24), name) for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")]
-    files += [_encode(palette, "PNG", transparency=bytes(range(16))), _png(4, 4, 16, 0, [[9] * 16])]
+    files = [encoded(_textured(24), name) for name in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")]
+    files += [encoded(palette, "PNG", transparency=bytes(range(16))), _png(4, 4, 16, 0, [[9] * 16])]
     outcomes = set()
     for data in files:
         for _ in range(60):

@@ -1,6 +1,5 @@
 """The fast crops of training: how near to exact they are, and what they leave to the exact way."""
 
-import io
 import random
 import tarfile
 from concurrent import futures
@@ -11,14 +10,13 @@ from PIL import Image
 
 from diht_jax.input import decode, fast_crops, transforms
 from diht_jax.input.decode import ImageError
+from tests import make
 
 RATIO = (3 / 4, 4 / 3)
 
 
-def encode(image, name="JPEG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, name, **options)
-    return buffer.getvalue()
+def encoded(image, name="JPEG", **options):
+    return make.encoded(image, name, **options)
 
 
 def textured(width, height, seed=0):
@@ -103,7 +101,7 @@ def test_fidelity_on_photos_decoded_smaller(photos, size, reduction, mean, least
 
 def test_fidelity_where_a_picture_is_enlarged():
     for seed, side in enumerate((40, 100, 223)):
-        data = encode(textured(side + 9, side, seed), quality=95)
+        data = encoded(textured(side + 9, side, seed), quality=95)
         assert psnr(fast_crop(data, 224, seed), exact_crop(data, 224, seed)) > 40
 
 
@@ -128,17 +126,17 @@ def test_reduction_leaves_five_pixels_for_four(sides, size, reduction):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: encode(textured(300, 200)),
-        lambda: encode(textured(300, 200), progressive=True),
-        lambda: encode(textured(300, 200), subsampling=0),
-        lambda: encode(textured(300, 200), subsampling="4:2:2", optimize=True),
-        lambda: encode(textured(300, 200), keep_rgb=True),
-        lambda: encode(textured(300, 200).convert("L")),
-        lambda: encode(textured(300, 200), exif=exif_with_orientation(1)),
-        lambda: encode(textured(300, 200), exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage"),
-        lambda: encode(textured(300, 200), "MPO", save_all=True, append_images=[textured(9, 9)]),
-        lambda: encode(textured(300, 200), icc_profile=b"x" * 70_000, comment=b"long"),
-        lambda: encode(textured(300, 200)) + b"bytes after the end",
+        lambda: encoded(textured(300, 200)),
+        lambda: encoded(textured(300, 200), progressive=True),
+        lambda: encoded(textured(300, 200), subsampling=0),
+        lambda: encoded(textured(300, 200), subsampling="4:2:2", optimize=True),
+        lambda: encoded(textured(300, 200), keep_rgb=True),
+        lambda: encoded(textured(300, 200).convert("L")),
+        lambda: encoded(textured(300, 200), exif=exif_with_orientation(1)),
+        lambda: encoded(textured(300, 200), exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage"),
+        lambda: encoded(textured(300, 200), "MPO", save_all=True, append_images=[textured(9, 9)]),
+        lambda: encoded(textured(300, 200), icc_profile=b"x" * 70_000, comment=b"long"),
+        lambda: encoded(textured(300, 200)) + b"bytes after the end",
     ],
     ids=[
         "plain",
@@ -179,18 +177,18 @@ def transparent():
 
 
 ODD = {
-    "png": lambda: encode(textured(90, 60), "PNG"),
-    "transparent": lambda: encode(transparent(), "PNG"),
-    "palette": lambda: encode(textured(90, 60).quantize(16), "PNG", transparency=bytes(range(16))),
-    "sixteen_bits": lambda: encode(
+    "png": lambda: encoded(textured(90, 60), "PNG"),
+    "transparent": lambda: encoded(transparent(), "PNG"),
+    "palette": lambda: encoded(textured(90, 60).quantize(16), "PNG", transparency=bytes(range(16))),
+    "sixteen_bits": lambda: encoded(
         Image.fromarray(np.asarray(textured(90, 60))[..., 0].astype(np.uint16) * 257), "PNG"
     ),
-    "cmyk": lambda: encode(textured(90, 60).convert("CMYK")),
-    "rotated": lambda: encode(textured(90, 60), exif=exif_with_orientation(6)),
-    "mirrored": lambda: encode(textured(90, 60), exif=exif_with_orientation(2)),
-    "webp": lambda: encode(textured(90, 60), "WEBP"),
-    "gif": lambda: encode(textured(90, 60), "GIF"),
-    "needs_a_warning": lambda: insert_zeros(encode(textured(90, 60))),
+    "cmyk": lambda: encoded(textured(90, 60).convert("CMYK")),
+    "rotated": lambda: encoded(textured(90, 60), exif=exif_with_orientation(6)),
+    "mirrored": lambda: encoded(textured(90, 60), exif=exif_with_orientation(2)),
+    "webp": lambda: encoded(textured(90, 60), "WEBP"),
+    "gif": lambda: encoded(textured(90, 60), "GIF"),
+    "needs_a_warning": lambda: insert_zeros(encoded(textured(90, 60))),
 }
 
 
@@ -213,14 +211,14 @@ def test_orientation_in_xmp_is_seen():
         b'xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description '
         b'xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
     )
-    data = encode(textured(90, 60), xmp=xmp)
+    data = encoded(textured(90, 60), xmp=xmp)
     assert decode.decode_rgb(data).size == (60, 90)
     np.testing.assert_array_equal(fast_crop(data, 32, 0), exact_crop(data, 32, 0))
 
 
 def bomb():
     """A JPEG header of 60000 x 60000 pixels."""
-    data = bytearray(encode(Image.new("RGB", (16, 16))))
+    data = bytearray(encoded(Image.new("RGB", (16, 16))))
     frame = data.index(b"\xff\xc0") + 5
     data[frame : frame + 4] = b"\xea\x60\xea\x60"
     return bytes(data)
@@ -231,10 +229,10 @@ def bomb():
     [
         (b"", "empty"),
         (b"<html>404</html>", "unreadable"),
-        (encode(textured(64, 64))[:900], "unreadable"),
-        (encode(textured(64, 64), progressive=True)[:900], "unreadable"),
+        (encoded(textured(64, 64))[:900], "unreadable"),
+        (encoded(textured(64, 64), progressive=True)[:900], "unreadable"),
         (bomb(), "too_large"),
-        (encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "unreadable"),
     ],
     ids=["empty", "html", "truncated", "truncated_progressive", "bomb", "float"],
 )
@@ -251,7 +249,7 @@ def test_refusals_are_those_of_exact_decoding(data, reason):
 def test_damaged_jpegs_are_refused_or_read_as_exact_decoding_does():
     """Damage that only spoils pixels must give the same pixels, whoever decodes them."""
     rng = random.Random(0)
-    files = [encode(textured(64, 48)), encode(textured(64, 48), progressive=True)]
+    files = [encoded(textured(64, 48)), encoded(textured(64, 48), progressive=True)]
     readable = refused = 0
     for data in files:
         for _ in range(150):
@@ -283,7 +281,7 @@ def test_scaling_is_pillows_to_a_rounding_with_and_without_the_fast_resizer(monk
 
 
 def test_a_crop_stays_what_it_is_while_the_next_one_is_decoded(monkeypatch):
-    files = [encode(textured(300 + 40 * n, 280, n)) for n in range(3)]
+    files = [encoded(textured(300 + 40 * n, 280, n)) for n in range(3)]
     expected = [fast_crop(data, 64, 0).copy() for data in files]
     np.testing.assert_array_equal([fast_crop(data, 64, 0) for data in files], expected)
     monkeypatch.setattr(fast_crops, "_MOST_KEPT_BYTES", 0)

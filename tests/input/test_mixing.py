@@ -1,12 +1,10 @@
 """Mixtures of sources in a run: shares, epochs, captions, hosts, resume and read-ahead."""
 
 import collections
-import io
 import pickle
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
@@ -17,6 +15,7 @@ from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.schema import Record, encode_record
 from diht_jax.records.sharded import block_starts
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
+from tests.make import encoded, plain
 
 
 class Grey:
@@ -37,9 +36,8 @@ class Grey:
         return block_starts([self._size], block_records)
 
     def __getitem__(self, index):
-        buffer = io.BytesIO()
-        Image.new("RGB", (2, 2), (self._first + index,) * 3).save(buffer, "PNG")
-        image = b"no picture" if index in self._bad else buffer.getvalue()
+        grey = encoded(plain((self._first + index,) * 3, (2, 2)))
+        image = b"no picture" if index in self._bad else grey
         return encode_record(Record(key=f"{self._first}+{index}", image=image, caption="text"))
 
 

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import io
 import os
 import signal
 
@@ -10,7 +9,6 @@ import grain
 import numpy as np
 import pytest
 from absl import logging
-from PIL import Image
 
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.input import decode as images
@@ -19,51 +17,32 @@ from diht_jax.input.examples import DecodeExample
 from diht_jax.input.order import BlockOrder
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.schema import Record, decode_record, encode_record
+from tests.make import encoded, noise, plain
 
 
-class Numbered:
-    """Twenty-three records whose images are one flat grey of the record's number."""
-
-    def __init__(self, size=23):
-        self._records = []
-        for number in range(size):
-            buffer = io.BytesIO()
-            Image.new("RGB", (9, 7), (number, number, number)).save(buffer, "PNG")
-            self._records.append(
-                encode_record(
-                    Record(key=str(number), image=buffer.getvalue(), caption=f"number {number}")
-                )
-            )
-
-    def __len__(self):
-        return len(self._records)
-
-    def __getitem__(self, index):
-        return self._records[index]
+class Records(list):
+    """Records in memory, as a source of a run."""
 
     def __repr__(self):
-        return f"Numbered({len(self)})"
+        return f"Records({len(self)})"
 
 
-class Textured:
+def numbered(size=23):
+    """Records whose images are one flat grey of the record's number."""
+    images = [encoded(plain((number,) * 3, (9, 7))) for number in range(size)]
+    return Records(
+        encode_record(Record(key=str(number), image=image, caption=f"number {number}"))
+        for number, image in enumerate(images)
+    )
+
+
+def textured():
     """Nine JPEG records of noise, so that a crop shows where it was taken."""
-
-    def __init__(self):
-        rng = np.random.default_rng(0)
-        self._records = []
-        for number in range(9):
-            buffer = io.BytesIO()
-            noise = rng.integers(0, 256, (8, 10, 3), dtype=np.uint8)
-            Image.fromarray(noise).resize((100, 80)).save(buffer, "JPEG")
-            self._records.append(
-                encode_record(Record(key=str(number), image=buffer.getvalue(), caption="noise"))
-            )
-
-    def __len__(self):
-        return len(self._records)
-
-    def __getitem__(self, index):
-        return self._records[index]
+    images = [encoded(noise(number, (100, 80), cell=10), "JPEG") for number in range(9)]
+    return Records(
+        encode_record(Record(key=str(number), image=image, caption="noise"))
+        for number, image in enumerate(images)
+    )
 
 
 DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
@@ -71,7 +50,7 @@ DECODE = DecodeExample(8, 16, (0.9, 1.0), "the {caption}")
 
 def iterator(**options):
     settings = {"batch_size": 4, "seed": 0, "num_workers": 0, **options}
-    return TrainIterator(Numbered(), DECODE, **settings)
+    return TrainIterator(numbered(), DECODE, **settings)
 
 
 def numbers(batches):
@@ -94,7 +73,7 @@ def test_every_epoch_holds_each_record_once_in_a_new_order():
 
 def test_the_global_order_and_its_crops_are_those_of_grains_own_graph():
     """What all runs have had so far; one of them may go on at any time."""
-    source = Textured()
+    source = textured()
     graph = grain.MapDataset.source(source).seed(17).shuffle().repeat().random_map(DECODE)
     batches = TrainIterator(source, DECODE, batch_size=4, seed=17, num_workers=0)
     for step, batch in enumerate(take(batches, 6)):
@@ -113,7 +92,7 @@ def in_blocks(size, streams=4):
 def test_any_number_of_hosts_reads_the_same_rows_and_resumes_them(process_count):
     def batches(process_index, process_count):
         return TrainIterator(
-            Textured(),
+            textured(),
             DECODE,
             batch_size=64,
             seed=2,
@@ -163,7 +142,7 @@ def test_hosts_share_each_global_batch(process_count):
 def test_worker_processes_change_nothing(monkeypatch):
     def batches(num_workers, max_rows):
         monkeypatch.setattr(sub_batches, "MAX_ROWS", max_rows)
-        return TrainIterator(Textured(), DECODE, batch_size=4, seed=0, num_workers=num_workers)
+        return TrainIterator(textured(), DECODE, batch_size=4, seed=0, num_workers=num_workers)
 
     for a, b in zip(take(batches(0, 256), 7), take(batches(2, 2), 7), strict=True):
         np.testing.assert_array_equal(a["images"], b["images"])
@@ -193,8 +172,8 @@ def test_fast_decoding_can_be_switched_off(fast_decode):
     """The same crop of the same picture; Pillow's own pixels where it is off."""
     decode = DecodeExample(48, 16, (0.3, 0.9), "{caption}", fast_decode=fast_decode)
     for seed in range(4):
-        example = decode.random_map(Textured()[seed], np.random.default_rng(seed))
-        data = decode_record(Textured()[seed]).image
+        example = decode.random_map(textured()[seed], np.random.default_rng(seed))
+        data = decode_record(textured()[seed]).image
         exact = transforms.train_transform(
             images.decode_rgb(data), 48, np.random.default_rng(seed), (0.3, 0.9)
         )
@@ -241,7 +220,7 @@ def deadly_batches(directory, deaths, count):
     for number in range(deaths):
         (directory / str(number)).touch()
     iterator = TrainIterator(
-        Numbered(), Deadly(directory), batch_size=4, seed=3, num_workers=1, prefetch_batches=1
+        numbered(), Deadly(directory), batch_size=4, seed=3, num_workers=1, prefetch_batches=1
     )
     try:
         return [next(iterator)["images"] for _ in range(count)]
@@ -301,7 +280,7 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
 
     def read(kind, num_workers):
         batches = TrainIterator(
-            Numbered(),
+            numbered(),
             kind(8, 8, (1.0, 1.0), "{caption}"),
             batch_size=4,
             seed=3,
@@ -311,7 +290,7 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
         )
         try:
             # Two epochs: the second one knows the record.
-            images = [next(batches)["images"] for _ in range(2 * -(-len(Numbered()) // 4))]
+            images = [next(batches)["images"] for _ in range(2 * -(-len(numbered()) // 4))]
         finally:
             batches.close()
         return images, batches.skipped_records
@@ -327,7 +306,7 @@ def test_a_picture_that_crashes_its_decoder_is_skipped_as_a_bad_one(monkeypatch)
 
 
 def test_labels_beyond_the_vocabulary_make_a_bad_record():
-    image = decode_record(Numbered()[0]).image
+    image = decode_record(numbered()[0]).image
     decode = DecodeExample(8, 8, (1.0, 1.0), "{caption}", num_concepts=1, vocabulary_sizes=(4, 2))
 
     def example(objects, attributes):
@@ -353,7 +332,7 @@ def test_labels_beyond_the_vocabulary_make_a_bad_record():
 def test_concepts_are_cut_to_k_renormalised_and_padded():
     record = Record(
         key="a",
-        image=decode_record(Numbered()[0]).image,
+        image=decode_record(numbered()[0]).image,
         caption="a cat",
         object_ids=np.int32([7, 3, 5]),
         object_probs=np.float32([0.5, 0.25, 0.25]),

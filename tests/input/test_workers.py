@@ -1,7 +1,6 @@
 """Decoding workers: nothing of them outlives a killed parent; shared memory is checked."""
 
 import fcntl
-import io
 import multiprocessing
 import os
 import pathlib
@@ -14,14 +13,13 @@ import types
 import numpy as np
 import pytest
 from absl import logging
-from PIL import Image
 
 from diht_jax.input import workers
 from diht_jax.input.batch_wait import BatchWait, StoppedWaiting
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.records.schema import Record, encode_record
-from diht_jax.records.tfrecord import TFRecordWriter
+from tests.make import encoded, plain, write_records
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 
@@ -75,9 +73,7 @@ if __name__ == "__main__":
 
 
 def grey_square(number: int) -> Record:
-    buffer = io.BytesIO()
-    Image.new("RGB", (9, 7), (number,) * 3).save(buffer, "PNG")
-    return Record(key=str(number), image=buffer.getvalue(), caption="grey")
+    return Record(key=str(number), image=encoded(plain((number,) * 3, (9, 7))), caption="grey")
 
 
 def segments_of(pid: int) -> set[pathlib.Path]:
@@ -96,12 +92,7 @@ def is_running(pid: int) -> bool:
 
 @pytest.fixture
 def records(tmp_path) -> pathlib.Path:
-    folder = tmp_path / "records"
-    folder.mkdir()
-    with TFRecordWriter(folder / "grey-0.tfrecord") as writer:
-        for number in range(20):
-            writer.write(encode_record(grey_square(number)))
-    return folder
+    return write_records(tmp_path / "records", [grey_square(number) for number in range(20)])
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs Linux")
@@ -200,7 +191,7 @@ def test_stopped_workers_are_reported_and_do_not_keep_a_run_from_stopping(
     assert raised.value.position.get_state() == {"next_example": 4 * taken}
     last = said[-1]
     assert f"waiting for examples {4 * taken} to {4 * taken + 3} of the run's order" in last
-    assert f"in {records}/grey-0.tfrecord, from worker {taken % 2} of 2; worker proc" in last
+    assert f"in {records}/train-00000.tfrecord, from worker {taken % 2} of 2; worker proc" in last
     assert all(text in last for text in stopped)
     assert not multiprocessing.active_children()
     batches.close()
@@ -232,23 +223,6 @@ def shared_memory(monkeypatch, tmp_path):
 def iterator(**settings) -> TrainIterator:
     decode = DecodeExample(64, 77, (0.9, 1.0), "{caption}", num_concepts=5)
     return TrainIterator([b"record"], decode, batch_size=512, seed=0, **settings)
-
-
-def test_too_little_shared_memory_is_an_error_with_both_numbers(shared_memory):
-    # Pixels, token ids, and ids and probabilities of objects and attributes.
-    batch_bytes = 256 * (64 * 64 * 3 + 77 * 4 + 2 * 5 * (4 + 4))
-    needed = (8 * (2 * 1 + 2) + 2) * batch_bytes  # 110 MB
-    blocks = -(-needed // 4096)
-    shared_memory(blocks, cores=8)
-    settings = {"num_workers": 8, "prefetch_batches": 2, "process_count": 2}
-    iterator(**settings)
-    shared_memory(64 * 2**20 // 4096, cores=8)
-    with pytest.raises(ValueError, match=r"67\.1 MB free.*need 110\.3 MB") as error:
-        iterator(**settings)
-    for advice in ("--shm-size", "medium: Memory", "config.data.num_workers=0"):
-        assert advice in str(error.value)
-    shared_memory(0, cores=8)
-    iterator(num_workers=0)  # threads need none
 
 
 def test_the_bytes_of_an_example_are_those_of_its_arrays():

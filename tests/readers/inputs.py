@@ -1,31 +1,17 @@
 """Small inputs of the readers' tests, and what is read of them."""
 
-import io
-import pathlib
-import tarfile
-
-from PIL import Image
-
 from diht_jax.readers.registry import Skipped, list_shards, read_pairs
 from diht_jax.records.schema import Pair
+from tests.make import encoded, plain, write_tar
+
+__all__ = ["JPEG", "PNG", "encoded_image", "read_entries", "skip_reasons", "write_tar"]
 
 
 def encoded_image(name: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 3), "red").save(buffer, name)
-    return buffer.getvalue()
+    return encoded(plain("red", (4, 3)), name)
 
 
 PNG, JPEG = encoded_image(), encoded_image("JPEG")
-
-
-def write_tar(path: pathlib.Path, members: list[tuple[str, bytes]], mode: str = "w") -> str:
-    with tarfile.open(path, mode) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def read_entries(spec, **options) -> list[Pair | Skipped]:

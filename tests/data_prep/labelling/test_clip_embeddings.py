@@ -17,8 +17,8 @@ from diht_jax import load_model
 from diht_jax.config import default_config
 from diht_jax.data.index import update_index
 from diht_jax.data.tokenizer import tokenize
+from diht_jax.input.choices import with_boxes
 from diht_jax.input.examples import DecodeExample
-from diht_jax.input.fixed_crops import with_boxes
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
 from diht_jax.models.parameters import model_definition

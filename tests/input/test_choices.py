@@ -1,18 +1,16 @@
 """Which of a record's captions an example has: shares by kind, steps, hosts, formats, errors."""
 
 import collections
-import io
 import json
 import pathlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data_prep.filter import run_filter
 from diht_jax.config import default_config, load_recipe
 from diht_jax.data.tokenizer import decode, tokenize
-from diht_jax.input.caption_choice import CaptionChoice, open_caption_choice
+from diht_jax.input.choices import CaptionChoice, open_caption_choice
 from diht_jax.input.examples import DecodeExample
 from diht_jax.input.mixing import open_mixture
 from diht_jax.input.pipeline import TrainIterator, open_records
@@ -20,6 +18,7 @@ from diht_jax.readers.base import merge_captions, pick_captions
 from diht_jax.records.captions import add_columns, all_captions, caption_kinds
 from diht_jax.records.schema import Pair, Record, decode_record, encode_record
 from diht_jax.records.sharded import block_starts
+from tests.make import png
 from tests.readers.inputs import JPEG, write_tar
 
 _CONVERT = pathlib.Path(__file__).resolve().parents[2] / "configs" / "prep" / "convert.py"
@@ -83,13 +82,10 @@ class Colours:
         return block_starts([self._size], block_records)
 
     def __getitem__(self, index):
-        image = np.random.default_rng(index).integers(0, 255, (9, 9, 3), np.uint8)
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
         texts = [f"{index} {word}" for word in ("one", "two", "three")]
         kinds = ["alt", "synthetic", "synthetic"]
         metadata = {"captions": texts, "caption_kinds": kinds}
-        return encode_record(Record(f"{index}", buffer.getvalue(), texts[0], metadata))
+        return encode_record(Record(f"{index}", png(index, (9, 9)), texts[0], metadata))
 
 
 def batches(count, first=0, process_count=1, process_index=0, order="global", **values):
