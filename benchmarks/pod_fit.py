@@ -29,10 +29,11 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 from absl import app, flags, logging
 
 from benchmarks.record import RESULTS, command_line, utc_now, write_result
+from diht_jax.compile import compile_step
 from diht_jax.config import load_recipe
+from diht_jax.hardware.report import StepReport
 from diht_jax.hardware.topologies import LOCAL, get_topology
 from diht_jax.models.zoo import get_architecture
-from diht_jax.training.aot_compile import StepReport, compile_step, roofline
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[1] / "configs"
 NAME, GPU_NAME = "pod_fit", "pod_fit_gpus"
@@ -121,8 +122,8 @@ def measure_on_gpus(path: pathlib.Path, topology: str) -> dict[str, Any]:
         "recipe": path.stem,
         "scan_layers": config.model.scan_layers,
         "attention": report.attention,
-        "loss_form": report.loss_form.impl,
-        "loss_form_reason": report.loss_form.reason,
+        "loss_form": report.loss_form[0],
+        "loss_form_reason": report.loss_form[1],
     }
 
 
@@ -137,7 +138,7 @@ def measure_growth(chips: int) -> dict[str, Any]:
 
 def as_row(report: StepReport) -> dict[str, Any]:
     """A report as JSON."""
-    estimate = roofline(report)
+    estimate = report.roofline
     collectives = report.traffic.collectives if report.traffic else ()
     return {
         "topology": report.topology.name,
@@ -147,7 +148,7 @@ def as_row(report: StepReport) -> dict[str, Any]:
         "micro_batch": report.micro_batch,
         "remat": report.remat,
         "attention": report.attention,
-        "loss_form": report.loss_form.impl,
+        "loss_form": report.loss_form[0],
         "fits": report.fits,
         "memory_limit_bytes": report.memory_limit_bytes,
         "argument_bytes": report.argument_bytes,

@@ -25,7 +25,7 @@ from diht_jax.records.escaping import escape_lines
 
 if TYPE_CHECKING:
     from diht_jax.evaluation.protocols.base import Metric, Task
-    from diht_jax.weights.average import Ingredient
+    from diht_jax.extras.soups import Ingredient
 
 METHODS = ("uniform", "greedy", "wise_ft")
 RECORD_FILE = "average.json"
@@ -129,7 +129,7 @@ def average_models(
         ValueError: a model cannot be read, the models are not of one architecture, the method
             lacks what it needs, or `ema` or `architecture` applies to none of the models.
     """
-    from diht_jax.weights import average
+    from diht_jax.extras import soups
     from diht_jax.weights.export import check_target
 
     output = pathlib.Path(output)
@@ -146,7 +146,7 @@ def average_models(
     )
     found: dict[str, Any] = {}
     if method == "greedy":
-        model, trials = average.greedy_soup(
+        model, trials = soups.greedy_soup(
             models,
             read,
             lambda candidate: measure(candidate)[target],
@@ -159,7 +159,7 @@ def average_models(
         members = list(zip(models, weights, strict=True))
         if method == "wise_ft" and tasks:
             found["grid"] = _measure_alphas(models, alphas, read, measure)
-        model = average.average_models(models, weights, read)
+        model = soups.average_models(models, weights, read)
     if tasks:
         found["metrics"] = measure(model)
     record = {
@@ -232,8 +232,8 @@ class _Reader:
         import jax
         import numpy as np
 
+        from diht_jax.extras.soups import Ingredient
         from diht_jax.loading import read_model
-        from diht_jax.weights.average import Ingredient
 
         is_run = name in self._runs
         model = read_model(
@@ -284,7 +284,7 @@ def _measure_alphas(
     read: Callable[[str], Ingredient],
     measure: Callable[[Ingredient], dict[str, float]],
 ) -> list[dict[str, Any]]:
-    from diht_jax.weights.average import average_models as mean_of
+    from diht_jax.extras.soups import average_models as mean_of
 
     grid = []
     for alpha in alphas:
@@ -340,7 +340,7 @@ def _write(
 
 
 def _format(record: dict[str, Any], metrics: dict[str, Metric]) -> str:
-    """What was measured, as tables."""
+    """Formats the measurements as tables."""
     from diht_jax.evaluation.results import format_table, format_value
 
     def value(name: str, number: float) -> str:

@@ -7,8 +7,8 @@
 records have the new captions behind their own, of the kind `--kind`; training draws one of them
 with `config.data.captions=sample`. Shards that are there are left alone, so that the same command
 goes on where it was stopped; `--task_index` and `--num_tasks` divide the shards over the jobs of an
-array. What the records have beside their captions stays as it is, concept labels within them too,
-whose vocabulary is copied; labels in files beside the shards are of the records as they were.
+array. All else in the records stays as it is, concept labels within them too,
+whose vocabulary is copied; labels in files next to the shards are of the records as they were.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _AT_ONCE = 1024
 
 @dataclasses.dataclass(frozen=True)
 class CaptionOptions:
-    """How captions are written; `LoadedModel.caption` describes the last four.
+    """Settings of the captions to write; `LoadedModel.caption` describes the last four.
 
     Attributes:
         kind: of the new captions, as `config.data.caption_weights` names it.
@@ -83,7 +83,7 @@ def define_flags() -> None:
     flags.DEFINE_string("kind", "synthetic", "Of the new captions.")
     flags.DEFINE_integer("num_captions", 1, "New captions of a picture; several need --top_k.")
     flags.DEFINE_integer("max_tokens", None, "Most tokens of a caption; unset: as in training.")
-    flags.DEFINE_integer("top_k", None, "Draw of so many likeliest tokens; unset: the likeliest.")
+    flags.DEFINE_integer("top_k", None, "Likeliest tokens to draw from; unset: the likeliest.")
     flags.DEFINE_float("temperature", 1.0, "Logits are divided by it before a draw.")
     flags.DEFINE_integer("seed", 0, "Of the draws.")
 
@@ -131,7 +131,7 @@ def caption_shards(
         num_threads: that decode pictures.
 
     Raises:
-        ValueError: the model has no decoder, two shards have one name, a shard of the input lies in
+        ValueError: the model has no decoder, two shards have one name, a shard of the input is in
             `output`, `output` has captions of another model or of other options, or a whole shard
             is damaged.
     """
@@ -213,10 +213,10 @@ def _read_records(
 
 
 def _copy_vocabulary(shards: Sequence[str], targets: Iterable[str], output: pathlib.Path) -> None:
-    """Writes what the concept labels within records mean beside the new shards.
+    """Writes what the concept labels within records mean next to the new shards.
 
     Args:
-        shards: of the input. Labels in files beside them are of these shards alone.
+        shards: of the input. Labels in files next to them are of these shards alone.
         targets: new shards, each of which gets statistics that name the vocabulary.
         output: folder, which gets the vocabulary.
     """

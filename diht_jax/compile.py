@@ -1,22 +1,38 @@
-"""Command: compile the training step of a recipe for a machine that is not here.
+"""Command: compile the training step of a recipe for another machine, without that machine.
 
     python -m diht_jax.compile --config configs/diht_vitl14.py --topology v5e:16x16
 
 Prints, for one device and one step, memory, floating-point operations, traffic, communication and a
 roofline estimate. Exits with 1 when the step does not fit, after having looked for settings of
-`config.micro_batch` and `config.model.remat` that do.
+`config.micro_batch` and `config.model.remat` that do. Nothing is run and no array is made.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
 from diht_jax import command_line
+from diht_jax.hardware.flops import count_jaxpr_flops
+from diht_jax.hardware.hlo_traffic import count_traffic
+from diht_jax.hardware.report import StepReport, describe_settings, describe_step, describe_try
+from diht_jax.hardware.topologies import Topology, get_topology
+from diht_jax.training.durations import duration_in_steps
+from diht_jax.training.monitoring.throughput import model_flops
+from diht_jax.training.program import TrainProgram
 from diht_jax.training.recipe import check_config, default_config
+
+# Policies of `model.remat` by the FLOPs of what they compute again.
+_CHEAPEST_FIRST = ("none", "dots", "minimal", "full")
 
 
 def define_flags() -> None:
@@ -48,15 +64,9 @@ def main() -> None:
         )
     if values.batch_size is not None:
         config.data.batch_size = values.batch_size
-    import jax
-
     if name != "local":
         # The machine's own devices are of no use here.
         jax.config.update("jax_platforms", "cpu")
-
-    from diht_jax.hardware.topologies import get_topology
-    from diht_jax.training.aot_compile import compile_step, settings_that_fit
-    from diht_jax.training.step_report import describe_settings, describe_step
 
     topology = get_topology(name)
     logging.info("compiling for %d devices; minutes for a large model", len(topology.devices))
@@ -66,15 +76,187 @@ def main() -> None:
         return
     if values.search:
         print("\nlooking for settings that fit:")
-        found = settings_that_fit(config, topology, report, on_try=_print_try)
+        found = settings_that_fit(config, topology, report)
         print(describe_settings(found))
     sys.exit(1)
 
 
-def _print_try(report: Any) -> None:
-    from diht_jax.training.step_report import describe_try
+def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> StepReport:
+    """Compiles the training step of a recipe for a topology.
 
-    print(describe_try(report), flush=True)
+    Args:
+        config: the whole training config; `data.train` is not needed.
+        topology: of `topologies.get_topology`.
+
+    Raises:
+        ValueError: the config does not fit the topology's devices, or is wrong, or the compiler
+            fails for another reason than memory.
+    """
+    program = TrainProgram(config, _total_steps(config), topology.devices)
+    start = time.perf_counter()
+    state = program.abstract_state()
+    traced = program.step(state).trace(state, program.abstract_batch())
+    flops = count_jaxpr_flops(traced.jaxpr.jaxpr)
+    lowered = traced.lower()
+    traced_at = time.perf_counter()
+    try:
+        compiled = lowered.compile(compiler_options=topology.compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        arguments = _local_bytes((state, program.abstract_batch()))
+        memory = _out_of_memory(error, arguments, topology)
+        traffic = None
+    else:
+        memory = _memory(compiled, topology)
+        traffic = count_traffic(compiled.as_text())
+    size = program.mesh.size
+    return StepReport(
+        topology=topology,
+        mesh=dict(program.mesh.shape),
+        batch_size=config.data.batch_size,
+        attention={name: tower.kernel for name, tower in program.attention().items()},
+        loss_form=tuple(program.loss_form()),
+        micro_batch=config.micro_batch,
+        remat=config.model.remat,
+        **memory,
+        flops=flops // size,
+        model_flops=model_flops(config, topology.devices, traced) // size,
+        traffic=traffic,
+        trace_secs=traced_at - start,
+        compile_secs=time.perf_counter() - traced_at,
+    )
+
+
+def settings_that_fit(
+    config: ml_collections.ConfigDict, topology: Topology, too_large: StepReport
+) -> StepReport | None:
+    """The cheapest settings of `micro_batch` and `model.remat` that fit, or None.
+
+    Tries the policies without micro-batches and then with them, which cost another forward pass of
+    the towers, each from the cheapest policy on and with the largest micro-batches first. Prints
+    every attempt.
+
+    Args:
+        config: the recipe that does not fit.
+        topology: the machine that it does not fit.
+        too_large: its report.
+    """
+    for micro_batch in dict.fromkeys((None, _largest_micro_batch(config, len(topology.devices)))):
+        for remat in _CHEAPEST_FIRST:
+            if (remat, micro_batch) == (config.model.remat, config.micro_batch):
+                continue
+            candidate = config.copy_and_resolve_references()
+            candidate.model.remat, candidate.micro_batch = remat, micro_batch
+            attempts = [candidate] if micro_batch is None else _halvings(candidate, too_large)
+            for attempt in attempts:
+                report = compile_step(attempt, topology)
+                print(describe_try(report), flush=True)
+                if report.fits:
+                    return report
+    return None
+
+
+def _largest_micro_batch(config: ml_collections.ConfigDict, num_devices: int) -> int | None:
+    """The largest one below what the config has; None if there is none."""
+    batch_size = config.micro_batch or config.data.batch_size
+    for parts in range(2, batch_size // num_devices + 1):
+        if batch_size % parts == 0 and batch_size // parts % num_devices == 0:
+            return batch_size // parts
+    return None
+
+
+def _halvings(
+    candidate: ml_collections.ConfigDict, too_large: StepReport
+) -> Iterator[ml_collections.ConfigDict]:
+    """The candidate with ever smaller micro-batches, from the first with a chance to fit."""
+    num_devices = len(too_large.topology.devices)
+    examples_before = too_large.micro_batch or too_large.batch_size
+    excess_bytes = too_large.needed_bytes - too_large.argument_bytes
+    while True:
+        share = candidate.micro_batch / examples_before
+        # Intermediate values shrink with the micro-batch; another policy may halve them again.
+        if too_large.argument_bytes + share * excess_bytes / 2 < too_large.memory_limit_bytes:
+            yield candidate.copy_and_resolve_references()
+        smaller = candidate.micro_batch // 2
+        if smaller % num_devices or smaller == 0:
+            return
+        candidate.micro_batch = smaller
+
+
+def _total_steps(config: ml_collections.ConfigDict) -> int:
+    """Length of the schedule, a constant of the program without influence on its cost."""
+    if config.total_epochs is not None:
+        return duration_in_steps(
+            config,
+            "total",
+            batch_size=config.data.batch_size,
+            num_examples=1000 * config.data.batch_size,  # the data set is not looked at
+        )
+    return duration_in_steps(
+        config, "total", batch_size=config.data.batch_size, num_examples=config.data.batch_size
+    )
+
+
+def _local_bytes(tree: object) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return sum(
+        leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape))
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _memory(compiled: jax.stages.Compiled, topology: Topology) -> dict[str, Any]:
+    """The fields of `StepReport` about memory."""
+    memory, limit = compiled.memory_analysis(), topology.memory_limit_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    needed = memory.peak_memory_in_bytes
+    allocated = (
+        memory.argument_size_in_bytes
+        + results
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+    )
+    if topology.devices[0].platform != "tpu":
+        needed = max(needed, allocated)
+    return {
+        "memory_limit_bytes": limit,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "needed_bytes": needed,
+        "fits": limit is None or needed <= limit,
+    }
+
+
+def _out_of_memory(
+    error: jax.errors.JaxRuntimeError, argument_bytes: int, topology: Topology
+) -> dict[str, Any]:
+    """The same fields from the TPU compiler's error; any other error is no verdict on memory."""
+    size = r"([\d.]+[KMGT]?)"
+    whole = re.search(rf"Used {size} of {size} hbm", str(error))
+    temporaries = re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", str(error))
+    found = whole or temporaries
+    if not found:
+        raise ValueError(
+            f"the compiler for {topology.name} gave up, for another reason than memory: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    needed_bytes, limit_bytes = (_parse_size(text) for text in found.groups())
+    if not whole:
+        needed_bytes += argument_bytes
+    return {
+        "memory_limit_bytes": limit_bytes,
+        "argument_bytes": argument_bytes,
+        "temporary_bytes": None,
+        "peak_bytes": needed_bytes,
+        "needed_bytes": needed_bytes,
+        "fits": False,
+    }
+
+
+def _parse_size(text: str) -> int:
+    """Parses a size such as 15.75G to bytes."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+    return round(float(text.rstrip("KMGT")) * units.get(text[-1], 1))
 
 
 if __name__ == "__main__":

@@ -33,12 +33,12 @@ from diht_jax.weights.source import read_weights
 
 @dataclasses.dataclass(frozen=True)
 class ModelFiles:
-    """A model as it lies in files, with where it came from.
+    """A model as read from files, with its origin.
 
     Attributes:
         arch: sizes, activation and the like.
         params: nested dict of arrays of `models.parameters`.
-        heads: concept heads that the source holds beside the dual encoder, by name.
+        heads: concept heads that the source holds besides the dual encoder, by name.
         decoder: parameters of the caption decoder of a run that trained one.
         config: the training config; for others' weights the defaults with their architecture.
         preprocessing: mean and deviation of the pictures.
@@ -218,7 +218,7 @@ def _read_whole(
     architecture: Mapping[str, Any] | None,
     mesh: Mesh | None,
 ) -> ModelFiles:
-    """As `read_model`, with all numbers of the embeddings."""
+    """Like `read_model`, with all numbers of the embeddings."""
     folder = local_run(name, step, mesh)
     if is_run(folder):
         if architecture:

@@ -21,7 +21,17 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags(8)}".strip()
 
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes and dtypes in the signatures of these modules are checked at every call.
+jaxtyping.install_import_hook(
+    [
+        f"diht_jax.losses.{name}"
+        for name in ("dense", "ring", "row_statistics", "sigmoid", "softmax", "streaming")
+    ],
+    "beartype.beartype",
+)
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 

@@ -14,10 +14,10 @@ from PIL import Image
 from diht_jax.average import average_models as run
 from diht_jax.evaluation.task_parsing import parse_tasks
 from diht_jax.evaluation.tasks import evaluate_task
+from diht_jax.extras.soups import Ingredient, average_models, greedy_soup
 from diht_jax.loading import load_model, read_model
 from diht_jax.models import Architecture
 from diht_jax.models.parameters import model_definition
-from diht_jax.weights.average import Ingredient, average_models, greedy_soup
 from diht_jax.weights.export import write_model
 from diht_jax.weights.settings import Preprocessing
 
@@ -198,31 +198,6 @@ def test_command_writes_models_with_what_was_measured(two_models, pictures, tmp_
     found = read_model(tmp_path / "soup").params["text"]["projection"]["kernel"]
     kernels = [read_model(name).params["text"]["projection"]["kernel"] for name in members]
     np.testing.assert_allclose(found, np.mean(kernels, 0), rtol=1e-6, atol=1e-8)
-
-
-def test_flags_are_for_the_models_that_they_apply_to(two_models, tmp_path, monkeypatch, caplog):
-    """A work directory has an average, a weight file takes an architecture."""
-    run_folder, weights = tmp_path / "run", str(two_models / "a")
-    (run_folder / "checkpoints").mkdir(parents=True)
-    (run_folder / "config.json").write_text("{}")
-    given = {}
-
-    def read(name, **options):
-        given[name] = options
-        decoder = {"kernel": np.zeros(1)} if name == str(run_folder) else None
-        return dataclasses.replace(read_model(weights), decoder=decoder)
-
-    monkeypatch.setattr("diht_jax.loading.read_model", read)
-    names, flags = [weights, str(run_folder)], {"ema": True, "architecture": {"vision_heads": 1}}
-    run(names, "uniform", tmp_path / "out", **flags)
-    assert given == {
-        weights: {"ema": False, "architecture": {"vision_heads": 1}},
-        str(run_folder): {"ema": True, "architecture": None},
-    }
-    assert f"{run_folder}: the caption decoder is left out" in caplog.text
-    assert caplog.text.count("decoder") == 1
-    with pytest.raises(ValueError, match="--architecture: work directories know theirs; give none"):
-        run([str(run_folder)] * 2, "uniform", tmp_path / "none", architecture={"vision_heads": 1})
 
 
 @pytest.mark.parametrize(

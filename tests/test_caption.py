@@ -13,7 +13,7 @@ from flax import nnx
 from PIL import Image
 
 from diht_jax import sharding
-from diht_jax.caption import CaptionOptions, add_captions, caption_shards
+from diht_jax.caption import CaptionOptions, caption_shards
 from diht_jax.config import default_config
 from diht_jax.extras.caption_decoder import CaptionDecoder
 from diht_jax.input.decode import decode_rgb
@@ -197,10 +197,3 @@ def test_what_is_no_pair_is_left_out_and_counted(model, tmp_path, caplog):
     assert found["r1"].metadata == {"punsafe": 0.1, "caption_kinds": ["synthetic"]}
     assert "2 records are left out: damaged 1, no_caption 1" in caplog.text
     assert f"{shard}: record 1: record 'r2': expected the kind of each" in caplog.text
-
-
-def test_captions_that_add_nothing_are_left_out():
-    (record,) = records(1)
-    assert add_captions(record, ["", record.caption], "new") is record
-    found = add_captions(record, ["b", "a", "b"], "new")
-    assert found.metadata["captions"] == [record.caption, "b", "a"]

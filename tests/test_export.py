@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from diht_jax import load_model, sharding
-from diht_jax.config import default_config, parse_fields
+from diht_jax.config import default_config
 from diht_jax.data.tokenizer import tokenize
 from diht_jax.export import export_model
 from diht_jax.models import Architecture, get_architecture
@@ -21,7 +21,7 @@ from diht_jax.training.workdir.checkpoint import Checkpointer
 from diht_jax.training.workdir.config_file import write_config
 from diht_jax.weights import clip_layout
 from diht_jax.weights.source import read_weights
-from diht_jax.weights.tensor_files import read_tensors, write_safetensors
+from diht_jax.weights.tensor_files import write_safetensors
 
 ARCH = Architecture(
     image_size=32,
@@ -106,14 +106,6 @@ def test_round_trip_is_bit_for_bit(source, exported, format):
         assert tensors[name].tobytes() == value.tobytes(), name
 
 
-def test_clip_format_is_the_official_state_dict(source, exported):
-    state = torch.load(exported / "clip" / "model.pt", weights_only=True)
-    assert {name: tuple(v.shape) for name, v in state.items()} == clip_layout.expected_shapes(
-        source[1]
-    )
-    assert {value.dtype for value in state.values()} == {torch.float32}
-
-
 def test_open_clip_loads_it_and_agrees(exported, pictures, source):
     open_clip = pytest.importorskip("open_clip")
     name = f"local-dir:{exported / 'open_clip'}"
@@ -192,18 +184,6 @@ def test_other_parts_of_an_architecture_reach_the_configs(tmp_path):
         output = tmp_path / format
         export_model(str(tmp_path / "a.safetensors"), format, output, architecture=fields)
         assert read_weights(output).arch == arch, format
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("format", ["clip", "huggingface"])
-def test_half_precision_on_demand(source, tmp_path, format, dtype):
-    path, _, fields = source
-    export_model(str(path), format, tmp_path / "out", architecture=fields, dtype=dtype)
-    file = tmp_path / "out" / ("model.pt" if format == "clip" else "model.safetensors")
-    assert {str(v.dtype) for v in read_tensors(file).tensors.values()} == {dtype}
-    exact = read_weights(path, architecture=fields).params["vision"]["projection"]["kernel"]
-    half = read_weights(tmp_path / "out").params["vision"]["projection"]["kernel"]
-    assert 0 < np.abs(exact - half).max() < (1e-4 if dtype == "float16" else 1e-3)
 
 
 def test_concept_heads_are_left_out_or_kept(tmp_path):
@@ -327,15 +307,6 @@ def test_the_first_numbers_of_the_embeddings_are_a_model_of_their_own(source, tm
         load_model(path, architecture=fields, dim=41)
 
 
-def test_card_of_foreign_weights_says_what_is_not_known(source, exported):
-    card = (exported / "huggingface" / "README.md").read_text()
-    sha256 = read_weights(source[0], architecture=source[2]).sha256
-    assert f"SHA-256 `{sha256}`" in card and "Not trained by `diht_jax`" in card
-    assert "None were given to the export" in card
-    num_parameters = sum(value.size for value in random_tensors(source[1]).values())
-    assert f"| parameters | {num_parameters:,} |" in card
-
-
 @pytest.mark.parametrize(
     "changed, message",
     [
@@ -353,15 +324,3 @@ def test_wrong_requests(source, tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):
         export_model(str(source[0]), format, output, architecture=source[2], **arguments)
     assert not (tmp_path / "out").exists()
-
-
-def test_architecture_on_the_command_line():
-    fields = parse_fields(["activation=quick_gelu", "vision_heads=16", "layer_norm_epsilon=1e-6"])
-    assert fields == {"activation": "quick_gelu", "vision_heads": 16, "layer_norm_epsilon": 1e-6}
-    for wrong in ("activation", "vision_heads=many"):
-        with pytest.raises(ValueError, match=f"--architecture: expected a pair.*'{wrong}'"):
-            parse_fields([wrong])
-    with pytest.raises(ValueError, match="--architecture head=3: no field 'head'; known: image_si"):
-        parse_fields(["head=3"])
-    with pytest.raises(ValueError, match="no field 'vision_head'; did you mean 'vision_heads'"):
-        parse_fields(["vision_head=3"])

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from diht_jax.models.linear import Linear
+from diht_jax.models.layers import Linear
 from diht_jax.models.remat import ATTENTION_OUT, QKV, checkpointed
 from diht_jax.models.transformer import (
     Attention,
@@ -100,7 +100,7 @@ class DecoderBlock(nnx.Module):
     def at(
         self, x: jax.Array, position: jax.Array, cache: dict[str, jax.Array]
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """As a call for one token, [b, 1, width], with what the tokens before it have left."""
+        """Like a call, for one token [b, 1, width], with the cache of the tokens before it."""
         b, _, width = x.shape
         layer = self.attention
         qkv = layer.in_proj(self.attention_norm(x)).reshape(b, 1, 3, layer.heads, -1)
@@ -191,7 +191,7 @@ class CaptionDecoder(nnx.Module):
         return self.token_embedding.embedding[...].T
 
     def start(self, image_tokens: jax.Array, length: int) -> Cache:
-        """What `step` needs of the pictures, with room for captions of `length` tokens.
+        """The cache of `step` for some pictures, with room for captions of `length` tokens.
 
         Args:
             image_tokens: float [b, s, image_width].
@@ -267,7 +267,7 @@ def decode_captions(
         start_id: first token of every caption; it is not drawn again.
         end_id: last token of a caption.
         length: most tokens, start and end included; up to the context length.
-        top_k: draw of so many likeliest tokens; None takes the likeliest.
+        top_k: number of likeliest tokens to draw from; None takes the likeliest.
         temperature: what logits are divided by before a draw.
 
     Returns:

@@ -22,7 +22,7 @@ DECODER = "caption_decoder"
 class Captioning(Term):
     """Cross-entropy of each next token of a caption, the mean over all tokens of the global batch.
 
-    The end of a text is a token to be predicted, what follows it is not. The decoder lies beside
+    The end of a text is a token to be predicted, what follows it is not. The decoder is stored with
     the parameters of the model; `LoadedModel.caption` writes captions with it.
 
     Source: CoCa, arXiv 2205.01917, which weighs it by 2 and the contrastive loss by 1.
@@ -90,7 +90,7 @@ def is_predicted(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
     """int32 [b, t] -> bool [b, t - 1]: which of the tokens behind the first count.
 
     Args:
-        tokens: a start, the text, an end, and whatever fills up.
+        tokens: a start, the text, an end, and padding.
         end_of_text_id: see `find_end_of_text`.
     """
     end = find_end_of_text(tokens, end_of_text_id)

@@ -37,7 +37,7 @@ _HIGHEST_NOISE = 0.5
 def right_probabilities(
     image_emb: Float[Array, "N d"], text_emb: Float[Array, "N d"], noise_share: float
 ) -> Float[Array, " N"]:
-    """p of the pairs of a global batch, without gradient, in at least float32.
+    """Probabilities p of the pairs of a global batch, without gradient, in at least float32.
 
     Divided by their mean they are `pair_weights` of `losses.contrastive_objective`.
 

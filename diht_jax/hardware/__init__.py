@@ -1,1 +1,1 @@
-"""What a training step costs on a machine that is not here: memory, traffic, FLOPs."""
+"""Chips, topologies, FLOPs, traffic of compiled programs, and bounds on their time."""

@@ -1,4 +1,4 @@
-"""What accelerators can do: peak rates and memory, one row per device.
+"""Peak rates and memory of accelerators, one row per device.
 
 Numbers only, all public:
 

@@ -18,7 +18,7 @@ import re
 import jax
 from absl import logging
 
-# NVIDIA GPUs. Collectives run beside the computation (the scheduler hides their latency, on a
+# NVIDIA GPUs. Collectives run next to the computation (the scheduler hides their latency, on a
 # stream that goes first, also those between the trips of a loop), and small ones as one.
 # From JAX's GPU performance tips and MaxText's settings for H100s, without
 # xla_gpu_enable_pipelined_all_gather: with split parameters and micro-batches it pulls a whole
@@ -104,7 +104,7 @@ def accelerator() -> str | None:
 
 
 def has_tpu() -> bool:
-    """Whether this host has TPUs and the package that drives them."""
+    """True if this host has TPUs and the package that drives them."""
     found = _has_device("accel[0-9]*") or _has_device("vfio/[0-9]*")
     return found and importlib.util.find_spec("libtpu") is not None
 
@@ -147,7 +147,7 @@ def keep_programs(folder: str | None, max_gib: float = math.inf) -> None:
 def _add_times_of_use(folder: pathlib.Path) -> None:
     """Gives a time of last use to the programs that lack one: those kept without a bound.
 
-    JAX writes that time beside each program of a cache with a bound. Where one is missing, as also
+    JAX writes that time next to each program of a cache with a bound. Where one is missing, as also
     after a process was killed between the two, it can make no room and keeps nothing any more.
     """
     for program in folder.glob("*-cache"):

@@ -1,4 +1,4 @@
-"""What a compiled program moves: memory traffic and collectives, read from its optimised HLO.
+"""Memory traffic and collectives of a compiled program, read from its optimised HLO.
 
 XLA's cost analysis counts the body of a loop once; here every instruction counts as often as it
 runs, by the trip counts of the loops around it. FLOPs are counted by `flops`, on the jaxpr.
@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
-from collections.abc import Iterator
 
-from diht_jax.hardware.replica_groups import read_groups
+from diht_jax.hardware.hlo_text import (
+    Instruction,
+    Module,
+    all_bytes,
+    arrays_of,
+    main_memory_bytes,
+    parse_module,
+    read_groups,
+)
 
 COLLECTIVES = (
     "all-reduce",
@@ -24,7 +30,6 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 
-_BITS = {"pred": 8, "bf16": 16, "f8": 8, "token": 0, "tuple": 0, "opaque": 0}
 _PRODUCTS = ("dot", "convolution")
 # Instructions that read and write nothing themselves.
 _FREE = frozenset(
@@ -70,7 +75,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a program moves on one device.
+    """Memory traffic and communication of one device.
 
     Attributes:
         memory_bytes: read from and written to the device's main memory (HBM), by the operands and
@@ -98,103 +103,14 @@ def count_traffic(hlo_text: str) -> Traffic:
     Args:
         hlo_text: `compiled.as_text()` of one program.
     """
-    return _Counter(_parse_module(hlo_text)).run()
+    return _Counter(parse_module(hlo_text)).run()
 
 
-@dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    type_text: str
-    opcode: str
-    operands: tuple[str, ...]
-    text: str  # what follows the operands
-    is_root: bool
-
-    def called(self, attribute: str) -> str | None:
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
-        return found.group(1) if found else None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Module:
-    computations: dict[str, dict[str, _Instruction]]
-    entry: str
-    num_devices: int
-
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
-
-
-def _parse_module(text: str) -> _Module:
-    computations, entry, current = {}, None, None
-    for line in text.splitlines():
-        header = _COMPUTATION.match(line)
-        if header:
-            current = computations[header.group(2)] = {}
-            entry = header.group(2) if header.group(1) else entry
-            continue
-        found = _INSTRUCTION.match(line)
-        if found and current is not None:
-            instruction = _parse_instruction(line[found.end() :], found.group(2), found.group(1))
-            current[instruction.name] = instruction
-    partitions, replicas = (
-        re.search(rf"\b{name}=(\d+)", text[: text.find("\n")])
-        for name in ("num_partitions", "replica_count")
-    )
-    num_devices = math.prod(int(found.group(1)) for found in (partitions, replicas) if found)
-    return _Module(computations, entry, num_devices)
-
-
-def _parse_instruction(text: str, name: str, root: str | None) -> _Instruction:
-    type_end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
-    type_text, rest = text[:type_end], text[type_end:].lstrip()
-    opcode, _, _ = rest.partition("(")
-    end = _closing(rest, len(opcode))
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : end]))
-    if opcode in ("constant", "parameter"):
-        operands = (rest[len(opcode) + 1 : end],)
-    return _Instruction(name, type_text, opcode, operands, rest[end + 1 :], root is not None)
-
-
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis opened at `start` closes."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
-            return index
-    raise ValueError(f"HLO line without its closing parenthesis: {text[:80]}")
-
-
-def _arrays(type_text: str) -> Iterator[tuple[int, bool]]:
-    """(bytes, whether in main memory) of the arrays of a type, which may be a tuple."""
-    pattern = r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?"
-    for dtype, sizes, layout in re.findall(pattern, type_text):
-        elements = math.prod(int(size) for size in sizes.split(",") if size)
-        yield elements * _bits(dtype) // 8, not re.search(r"S\([1-9]", layout)
-
-
-def _bits(dtype: str) -> int:
-    for prefix in (dtype, dtype[:2]):
-        if prefix in _BITS:
-            return _BITS[prefix]
-    return int(re.search(r"\d+", dtype).group())
-
-
-def _all_bytes(type_text: str) -> int:
-    return sum(size for size, _ in _arrays(type_text))
-
-
-def _main_memory_bytes(type_text: str) -> int:
-    return sum(size for size, in_main_memory in _arrays(type_text) if in_main_memory)
-
-
-def _is_collective(instruction: _Instruction) -> bool:
+def _is_collective(instruction: Instruction) -> bool:
     return instruction.opcode.removesuffix("-start") in COLLECTIVES
 
 
-def _is_bookkeeping(instruction: _Instruction) -> bool:
+def _is_bookkeeping(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and bool(
         re.search(r"AllocateBuffer|AsyncCollective", instruction.text)
     )
@@ -203,7 +119,7 @@ def _is_bookkeeping(instruction: _Instruction) -> bool:
 class _Counter:
     """Walks the computations from the entry, with how often each is run."""
 
-    def __init__(self, module: _Module):
+    def __init__(self, module: Module):
         self._module = module
         self._bytes_by_kind: collections.Counter[str] = collections.Counter()
         self._unknown_loops = 0
@@ -249,7 +165,7 @@ class _Counter:
             if touches_memory and (size := self._instruction_bytes(instruction, computation)):
                 self._bytes_by_kind[self._kind(instruction)] += times * size
 
-    def _kind(self, instruction: _Instruction) -> str:
+    def _kind(self, instruction: Instruction) -> str:
         if instruction.opcode == "custom-call":
             is_attention = re.search(r"tpu_custom_call|fmha", instruction.text)
             return "kernels" if is_attention else "products"
@@ -261,37 +177,37 @@ class _Counter:
         return "copies" if is_copy else "element-wise"
 
     def _has_product(self, name: str) -> bool:
-        """Whether a computation holds a matrix product, at any depth."""
+        """True if a computation holds a matrix product, at any depth."""
         return any(
             instruction.opcode in _PRODUCTS
             or (instruction.opcode == "fusion" and self._has_product(instruction.called("calls")))
             for instruction in self._module.computations[name].values()
         )
 
-    def _instruction_bytes(self, instruction: _Instruction, computation) -> int:
+    def _instruction_bytes(self, instruction: Instruction, computation) -> int:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith(("-done", "-update")):
             return 0
         if _is_bookkeeping(instruction):
             return 0
         operands = [computation[name] for name in instruction.operands if name in computation]
-        written = _main_memory_bytes(instruction.type_text)
+        written = main_memory_bytes(instruction.type_text)
         if opcode == "copy-start":
             # (destination, source, context)
-            arrays = list(_arrays(instruction.type_text))[:2]
+            arrays = list(arrays_of(instruction.type_text))[:2]
             return sum(size for size, in_main_memory in arrays if in_main_memory)
         if opcode.endswith("-start"):
-            written = _main_memory_bytes(operands[0].type_text) if operands else 0
+            written = main_memory_bytes(operands[0].type_text) if operands else 0
         if opcode in ("dynamic-slice", "slice", "gather", "broadcast"):
             return 2 * written if opcode != "broadcast" else written
         if opcode == "dynamic-update-slice":
-            return 2 * _main_memory_bytes(operands[1].type_text)
-        read = [_main_memory_bytes(operand.type_text) for operand in operands]
+            return 2 * main_memory_bytes(operands[1].type_text)
+        read = [main_memory_bytes(operand.type_text) for operand in operands]
         if opcode == "fusion":
             return self._fusion_bytes(self._module.computations[instruction.called("calls")], read)
         return sum(read) + written
 
-    def _fusion_bytes(self, body: dict[str, _Instruction], read: list[int]) -> int:
+    def _fusion_bytes(self, body: dict[str, Instruction], read: list[int]) -> int:
         """Like its parts: a slice of an operand reads the slice, an update in place writes it."""
         total = 0
         users = collections.defaultdict(list)
@@ -314,7 +230,7 @@ class _Counter:
                 if user.opcode in ("bitcast", "copy", "get-tuple-element"):
                     pending.append(user)
                 elif user.opcode in ("dynamic-slice", "slice", "gather") and position == 0:
-                    used += _all_bytes(user.type_text)
+                    used += all_bytes(user.type_text)
                 elif (
                     user.opcode == "dynamic-update-slice"
                     and position == 0
@@ -327,7 +243,7 @@ class _Counter:
                     return whole
         return used
 
-    def _bytes_made(self, root: _Instruction, body) -> int:
+    def _bytes_made(self, root: Instruction, body) -> int:
         if root.opcode == "tuple":
             return sum(self._bytes_made(body[name], body) for name in root.operands)
         if root.opcode in ("bitcast", "copy") and root.operands[0] in body:
@@ -335,13 +251,13 @@ class _Counter:
             if inner.opcode == "dynamic-update-slice":
                 return self._bytes_made(inner, body)
         if root.opcode == "dynamic-update-slice":
-            return _all_bytes(body[root.operands[1]].type_text)
+            return all_bytes(body[root.operands[1]].type_text)
         if root.opcode == "parameter" or _is_collective(root) or _is_bookkeeping(root):
             return 0
-        return _main_memory_bytes(root.type_text)
+        return main_memory_bytes(root.type_text)
 
     def _add_collective(
-        self, kind: str, instruction: _Instruction, computation_name: str, times: int
+        self, kind: str, instruction: Instruction, computation_name: str, times: int
     ) -> None:
         # The TPU compiler spreads one collective over several fusions, each a link of a chain.
         chain = re.search(r'chain_id="(\d+)"', instruction.text)
@@ -351,8 +267,8 @@ class _Counter:
             self._chains.add(chain.group(1))
         computation = self._module.computations[computation_name]
         operands = [computation[name] for name in instruction.operands if name in computation]
-        read = sum(_main_memory_bytes(operand.type_text) for operand in operands)
-        written = _main_memory_bytes(instruction.type_text)
+        read = sum(main_memory_bytes(operand.type_text) for operand in operands)
+        written = main_memory_bytes(instruction.type_text)
         if instruction.opcode == "collective-permute-start":
             written = read
         elif instruction.opcode == "all-gather-start":
@@ -360,7 +276,7 @@ class _Counter:
         if read + written:
             self._bytes_by_kind["collectives"] += times * (read + written)
 
-        payload = sum(_all_bytes(operand.type_text) for operand in operands)
+        payload = sum(all_bytes(operand.type_text) for operand in operands)
         groups = read_groups(instruction.text, self._module.num_devices)
         size = 2 if kind == "collective-permute" else groups.shape[1]
         span = int((groups.max(1) - groups.min(1)).max()) + 1
@@ -380,7 +296,7 @@ class _Counter:
         row[1] += times * payload
         row[2] += times * round(sent)
 
-    def _trip_count(self, loop: _Instruction, computation) -> int:
+    def _trip_count(self, loop: Instruction, computation) -> int:
         known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.text)
         if known:
             return int(known.group(1))
@@ -402,7 +318,7 @@ class _Counter:
         start = self._start_value(loop, index, computation)
         return self._unknown_loop() if start is None else int(ends[1].operands[0]) - start
 
-    def _start_value(self, loop: _Instruction, index: int, computation) -> int | None:
+    def _start_value(self, loop: Instruction, index: int, computation) -> int | None:
         """The constant that a loop's counter starts from."""
         state = computation.get(loop.operands[0])
         if state is None or state.opcode != "tuple":

@@ -1,4 +1,4 @@
-"""Devices of machines that are not here, to compile for.
+"""Topologies of other machines, for ahead-of-time compilation.
 
 A topology is named as Google Cloud names slices, `v5e:16x16`, and GPUs after the same pattern,
 `h100:8` (one host) or `h100:4x8` (hosts x GPUs of a host). Its devices can be put into a mesh,
@@ -47,11 +47,11 @@ class Topology:
 
 @dataclasses.dataclass(frozen=True)
 class _TpuFamily:
-    """How the compiler is asked for a slice, and which slices Google Cloud's pages list."""
+    """A family of slices: its name for the compiler, and the slices that Google Cloud lists."""
 
     config: str  # a "megacore" is one device for the two cores of a chip
     largest: tuple[int, ...]
-    small: tuple[str, ...]  # beside these: multiples of 4 along every axis of a 3D torus
+    small: tuple[str, ...]  # besides these: multiples of 4 along every axis of a 3D torus
 
 
 _SMALL_2D = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -85,7 +85,7 @@ def known_topologies() -> str:
 
 
 def parse_topology(name: str) -> tuple[str, tuple[int, ...]]:
-    """Family and shape of a topology that is not this machine; needs no compiler for it.
+    """Family and shape of another machine's topology; needs no compiler for it.
 
     Args:
         name: such as "v5e:16x16" or "h100:8".

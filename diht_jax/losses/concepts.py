@@ -1,8 +1,4 @@
-"""The concept-distillation loss: a student's concept logits against a teacher's few labels.
-
-Objects and attributes each have one. No heads, no vocabularies and no weights between losses may
-come in here.
-"""
+"""The concept-distillation loss: a student's concept logits against a teacher's few labels."""
 
 from __future__ import annotations
 
@@ -11,18 +7,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
 
 
-def concept_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Array:
+def concept_loss(
+    logits: Float[Array, "b v"], ids: Integer[Array, "b k"], probs: Float[Array, "b k"]
+) -> Float[Array, ""]:
     """Soft-target cross-entropy, the mean over the labelled rows.
 
     Args:
-        logits: float [b, v].
-        ids: int [b, k], concepts in [0, v); an id with a probability of 0 does not matter.
-        probs: float [b, k], of a row that sums to 1, or all 0: an unlabelled row.
+        logits: of the student.
+        ids: concepts in [0, v); an id with a probability of 0 does not matter.
+        probs: those of a row sum to 1, or are all 0: an unlabelled row.
 
     Returns:
-        Scalar, at least float32; 0 if no row is labelled.
+        At least float32; 0 if no row is labelled.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -34,15 +33,15 @@ def concept_loss(logits: jax.Array, ids: jax.Array, probs: jax.Array) -> jax.Arr
 
 
 def concept_losses(
-    logits: jax.Array, ids: jax.Array, probs: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    logits: Float[Array, "b v"], ids: Integer[Array, "b k"], probs: Float[Array, "b k"]
+) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
     """The loss of every row by itself; arguments as for `concept_loss`.
 
     `-sum_k p_k log softmax(z)_{id_k} = logsumexp(z) - sum_k p_k z_{id_k}`: the targets never
     become an array [b, v].
 
     Returns:
-        Losses [b], at least float32, 0 for unlabelled rows; and bool [b], true for labelled ones.
+        Losses, at least float32, 0 for unlabelled rows; and which rows are labelled.
     """
     if logits.ndim != 2 or ids.ndim != 2 or ids.shape != probs.shape or len(ids) != len(logits):
         raise ValueError(
@@ -60,27 +59,25 @@ def concept_losses(
 
 
 def concept_losses_in_chunks(
-    features: jax.Array,
-    kernel: jax.Array,
-    bias: jax.Array,
-    ids: jax.Array,
-    probs: jax.Array,
+    features: Float[Array, "b width"],
+    kernel: Float[Array, "width v"],
+    bias: Float[Array, " v"] | Float[Array, ""],
+    ids: Integer[Array, "b k"],
+    probs: Float[Array, "b k"],
     *,
     chunk_rows: int,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Float[Array, " b"], Bool[Array, " b"]]:
     """`concept_losses` of a linear head, with the logits of `chunk_rows` rows at a time.
 
     The backward pass makes the logits of a chunk again; a single chunk keeps them.
 
     Args:
-        features: float [b, width].
-        kernel: float [width, v].
-        bias: float [v].
+        features, kernel, bias: of the head.
         ids, probs: see `concept_loss`.
         chunk_rows: at most; the largest divisor of b up to it is taken.
 
     Returns:
-        As `concept_losses`.
+        See `concept_losses`.
     """
 
     def of_chunk(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
@@ -115,6 +112,8 @@ def map_in_chunks(function: Callable[[Any], Any], rows: Any, chunk_rows: int) ->
     return jax.tree.map(lambda x: x.reshape(num_rows), found)
 
 
-def mean_over_labelled(losses: jax.Array, is_labelled: jax.Array) -> jax.Array:
-    """[b], [b] -> scalar: the mean over labelled rows, 0 if there are none."""
+def mean_over_labelled(
+    losses: Float[Array, " b"], is_labelled: Bool[Array, " b"]
+) -> Float[Array, ""]:
+    """The mean over labelled rows, 0 if there are none."""
     return jnp.sum(losses) / jnp.maximum(jnp.sum(is_labelled), 1)

@@ -7,7 +7,7 @@ formulas are in `softmax.py` and `sigmoid.py`, the two ways to compute them in `
 How gradients come out, for a loss taken inside `jax.shard_map` over `axis_name`:
 
   * differentiated from outside of `shard_map` (a jitted step on global arrays): exact, for every
-    argument, whatever `check_vma` is.
+    argument, with `check_vma` and without.
   * `jax.grad` inside `shard_map(check_vma=True)`, the default: exact. Each device holds the
     gradient of its own rows; the gradient of a replicated value (`logit_scale`, parameters) is
     already summed over devices. Reduce nothing.
@@ -202,6 +202,9 @@ def mean_loss(
     check_scalar("logit_scale", logit_scale)
     if impl not in ("auto", *IMPLS):
         raise ValueError(f"impl: expected one of auto, {', '.join(IMPLS)}, got {impl!r}")
+    image_emb, text_emb = jnp.asarray(image_emb), jnp.asarray(text_emb)
+    if row_weights is not None:
+        row_weights = jnp.asarray(row_weights)
     if objective.equal_pairs == "negative":
         pair_ids = None
     else:
@@ -248,7 +251,7 @@ def _ids_as_columns(pair_ids: jax.Array | None, num_rows: int) -> jax.Array:
             f"pair_ids: expected integer [{num_rows}] or [{num_rows}, k], got {dtype} {shape}"
         )
     if shape[0] != num_rows:
-        raise ValueError(f"pair_ids: expected {num_rows} rows, as of image_emb, got {shape[0]}")
+        raise ValueError(f"pair_ids: expected {num_rows} rows, as image_emb has, got {shape[0]}")
     return jnp.reshape(pair_ids, (num_rows, -1))
 
 

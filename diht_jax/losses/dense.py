@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Integer
 
 from diht_jax.losses.objective import Objective, PairStatistics, Scalars
 
@@ -16,17 +17,17 @@ AxisName = str | tuple[str, ...] | None
 
 
 def dense_loss(
-    image_emb: jax.Array,
-    text_emb: jax.Array,
-    logit_scale: jax.Array,
+    image_emb: Float[Array, "b d"],
+    text_emb: Float[Array, "b d"],
+    logit_scale: ArrayLike,
     scalars: Scalars,
     *,
     objective: Objective,
     axis_name: AxisName,
-    pair_ids: jax.Array | None = None,
-    row_weights: jax.Array | None = None,
-) -> tuple[jax.Array, PairStatistics]:
-    """The losses of the local rows in both directions, summed; see `streaming.streaming_loss`."""
+    pair_ids: Integer[Array, "b k"] | None = None,
+    row_weights: Float[Array, " b"] | None = None,
+) -> tuple[Float[Array, ""], PairStatistics]:
+    """Sums the losses of the local rows in both directions; see `streaming.streaming_loss`."""
     i2t, t2i, is_positive = similarity_blocks(image_emb, text_emb, axis_name)
     scale = jnp.asarray(logit_scale, i2t.dtype)
     is_negative, num_negatives, more = ~is_positive, None, ()
@@ -47,25 +48,24 @@ def dense_loss(
     )
 
 
-def _is_equal(pair_ids: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Integer [b, k], local -> bool [b, N]: whether all columns agree."""
+def _is_equal(pair_ids: Integer[Array, "b k"], axis_name: AxisName) -> Bool[Array, "b N"]:
+    """Equality of the ids of local rows and of the global batch, in all columns."""
     all_ids = jax.lax.all_gather(pair_ids, axis_name, tiled=True) if axis_name else pair_ids
     return jnp.all(pair_ids[:, None] == all_ids[None, :], axis=-1)
 
 
 def similarity_blocks(
-    image_emb: jax.Array, text_emb: jax.Array, axis_name: AxisName = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    image_emb: Float[Array, "b d"], text_emb: Float[Array, "b d"], axis_name: AxisName = None
+) -> tuple[Float[Array, "b N"], Float[Array, "b N"], Bool[Array, "b N"]]:
     """Similarities of the local rows with the global batch.
 
     Args:
-        image_emb: float [b, d], local.
-        text_emb: float [b, d], local.
-        axis_name: as for `contrastive_loss`.
+        image_emb, text_emb: local rows.
+        axis_name: see `contrastive.contrastive_loss`.
 
     Returns:
-        image-to-text [b, N] and text-to-image [b, N], at least float32; and bool [b, N], true
-        where the column is the row's own pair.
+        Image to text, and text to image, at least float32; and where the column is the row's own
+        pair.
     """
     all_images, all_texts = image_emb, text_emb
     first_row = 0
@@ -78,8 +78,8 @@ def similarity_blocks(
     return inner_products(image_emb, all_texts), inner_products(text_emb, all_images), is_positive
 
 
-def inner_products(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    """`rows @ columns.T`, [b, d] x [N, d] -> [b, N], accumulated in at least float32.
+def inner_products(rows: Float[Array, "m d"], columns: Float[Array, "n d"]) -> Float[Array, "m n"]:
+    """`rows @ columns.T`, accumulated in at least float32.
 
     At scale 100 a product rounded to bfloat16 would be wrong by whole units of the logit, hence
     the highest precision (it costs nothing for bfloat16 inputs, whose products are exact).
@@ -105,8 +105,10 @@ def product(
     )
 
 
-def _hardest(block: jax.Array, is_negative: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[b, N] -> [b], [b]: the highest similarity with a wrong partner, and how many reach it."""
+def _hardest(
+    block: Float[Array, "b N"], is_negative: Bool[Array, "b N"]
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """The highest similarity with a wrong partner, and how many reach it."""
     block = jax.lax.stop_gradient(block)
     hardest = jnp.max(block, axis=1, where=is_negative, initial=-jnp.inf)
     return hardest, jnp.sum(is_negative & (block == hardest[:, None]), axis=1).astype(block.dtype)

@@ -1,4 +1,4 @@
-"""What a contrastive loss provides: its settings, its learnt scalars, and its rule for one row.
+"""Contrastive losses: their settings, their learnt scalars, and their rule for one row.
 
 A loss over pairs is a sum over rows i of the logits `s_ij = logit_scale * <image_i, text_j>` and,
 by the same rule, over columns. For one row, the streaming form needs sums over tiles of negatives
@@ -21,15 +21,22 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 # Scalars of an objective, in its own order: those of the config and the learnt ones.
 Scalars = tuple[jax.Array | float, ...]
 # What pairs with equal ids are to one another.
 EQUAL_PAIRS = ("negative", "mask", "positive")
 
+# Values of the rows (or columns) of a tile, of a device, or of all tiles of a device.
+Rows = Float[Array, "*tiles rows"]
+# Logits of a tile; [..., rows, 0] for an empty one.
+Tile = Float[Array, "*tiles m n"]
+TileMask = Bool[Array, "*tiles m n"]
+
 
 class PairStatistics(NamedTuple):
-    """Cosine similarities of the local rows with the global batch; all arrays are [b].
+    """Cosine similarities of the local rows with the global batch.
 
     Attributes:
         positive: of the pair.
@@ -38,16 +45,16 @@ class PairStatistics(NamedTuple):
         num_negatives: of the image, and so of the text; None where all others are negatives.
     """
 
-    positive: jax.Array
-    image_hardest: jax.Array
-    image_ties: jax.Array
-    text_hardest: jax.Array
-    text_ties: jax.Array
-    num_negatives: jax.Array | None = None
+    positive: Rows
+    image_hardest: Rows
+    image_ties: Rows
+    text_hardest: Rows
+    text_ties: Rows
+    num_negatives: Rows | None = None
 
 
 class Masks(NamedTuple):
-    """What the logits of a tile are; bool arrays of its shape. All false is no logit at all.
+    """Kinds of the logits of a tile. One that is of none of them is no logit at all.
 
     Attributes:
         is_positive: the pair itself.
@@ -55,13 +62,13 @@ class Masks(NamedTuple):
         is_equal: an equal pair that is neither; None where equal pairs are negatives.
     """
 
-    is_positive: jax.Array
-    is_negative: jax.Array
-    is_equal: jax.Array | None = None
+    is_positive: TileMask
+    is_negative: TileMask
+    is_equal: TileMask | None = None
 
 
 class RowStatistics(NamedTuple):
-    """Running statistics of rows (or columns), each [b].
+    """Running statistics of rows (or columns).
 
     Attributes:
         highest: highest negative logit so far; finite from the start.
@@ -71,15 +78,15 @@ class RowStatistics(NamedTuple):
         equal: the same of equal pairs, where these are positives.
     """
 
-    highest: jax.Array
-    ties: jax.Array
-    sums: tuple[jax.Array, ...]
-    num_negatives: jax.Array | None = None
+    highest: Rows
+    ties: Rows
+    sums: tuple[Rows, ...]
+    num_negatives: Rows | None = None
     equal: RowStatistics | None = None
 
 
 class RowSlopes(NamedTuple):
-    """What the backward pass keeps of rows (or columns), each [b].
+    """Values of rows (or columns) that the backward pass needs.
 
     Attributes:
         positive: derivative of the row's loss by its positive logit.
@@ -89,11 +96,11 @@ class RowSlopes(NamedTuple):
         equal: factors of the derivative by the logit of an equal pair, where these are positives.
     """
 
-    positive: jax.Array
-    negative: jax.Array
-    offsets: tuple[jax.Array, ...]
-    scalars: tuple[jax.Array, ...]
-    equal: tuple[jax.Array, ...] = ()
+    positive: Rows
+    negative: Rows
+    offsets: tuple[Rows, ...]
+    scalars: tuple[Rows, ...]
+    equal: tuple[Rows, ...] = ()
 
 
 class Objective:
@@ -135,88 +142,84 @@ class Objective:
     def accumulate(
         self,
         statistics: RowStatistics,
-        highest: jax.Array,
-        logits: jax.Array,
-        is_negative: jax.Array,
+        highest: Rows,
+        logits: Tile,
+        is_negative: TileMask,
         axis: int,
         scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Rows, ...]:
         """The sums of rows with the negatives of one more tile.
 
         The ring adds up sums of different negatives, once an empty tile has made them relative to
         the same `highest`.
 
         Args:
-            statistics: of the tiles before, [t].
-            highest: [t], the highest negative with this tile.
-            logits: [t, t]; [..., t, 0] for an empty one.
-            is_negative: bool [t, t]; nothing else counts.
+            statistics: of the tiles before.
+            highest: the highest negative with this tile.
+            logits, is_negative: of the tile; nothing else counts.
             axis: of the tile, to sum over: 1 for rows, 0 for columns; -1 where it is empty.
             scalars: of `create`.
         """
         raise NotImplementedError
 
     def finish(
-        self, statistics: RowStatistics, positives: jax.Array, scalars: Scalars, num_pairs: int
-    ) -> tuple[jax.Array, RowSlopes]:
-        """Losses [b] and slopes, once all negatives are in.
+        self, statistics: RowStatistics, positives: Rows, scalars: Scalars, num_pairs: int
+    ) -> tuple[Rows, RowSlopes]:
+        """Losses and slopes, once all negatives are in.
 
         Args:
-            statistics: of all negatives, [b].
-            positives: [b], logits.
+            statistics: of all negatives.
+            positives: logits of the pairs.
             scalars: of `create`.
             num_pairs: N, of the global batch.
         """
         raise NotImplementedError
 
     def negative_slope(
-        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[Tile, tuple[Tile, ...]]:
         """Derivatives of the loss by a tile of negative logits, and by the `second_pass` scalars.
 
         Args:
-            logits: [t, t]; what is returned for positives is not used.
-            slopes: of `finish`, [t].
+            logits: of the tile; what is returned for positives is not used.
+            slopes: of `finish`.
             axis: the rows' values are to be expanded along it: 1 for rows, 0 for columns.
             scalars: of `create`.
-
-        Returns:
-            Arrays [t, t].
         """
         raise NotImplementedError
 
     def accumulate_equal(
         self,
         statistics: RowStatistics,
-        highest: jax.Array,
-        logits: jax.Array,
-        is_equal: jax.Array,
+        highest: Rows,
+        logits: Tile,
+        is_equal: TileMask,
         axis: int,
         scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
-        """As `accumulate`, of the equal pairs of a tile: for `equal_pairs="positive"`."""
+    ) -> tuple[Rows, ...]:
+        """Like `accumulate`, for the equal pairs of a tile, where these are positives."""
         raise NotImplementedError
 
     def equal_slope(
-        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """As `negative_slope`, by a tile of logits of equal pairs."""
+        self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[Tile, tuple[Tile | int, ...]]:
+        """Like `negative_slope`, by a tile of logits of equal pairs."""
         raise NotImplementedError
 
     def loss_of_rows(
         self,
-        logits: jax.Array,
-        is_positive: jax.Array,
+        logits: Float[Array, "b N"],
+        is_positive: Bool[Array, "b N"],
         scalars: Scalars,
-        is_equal: jax.Array | None = None,
-    ) -> jax.Array:
-        """The dense form of one direction, differentiated by JAX: [b, N] -> [b].
+        is_equal: Bool[Array, "b N"] | None = None,
+    ) -> Float[Array, " b"]:
+        """The dense form of one direction, differentiated by JAX.
 
         Args:
-            logits: [b, N].
-            is_positive: bool [b, N], one in every row.
+            logits: of the local rows with the global batch.
+            is_positive: one in every row.
             scalars: of `create`.
-            is_equal: bool [b, N], the equal pairs; given unless these are negatives.
+            is_equal: the equal pairs; given unless these are negatives.
         """
         raise NotImplementedError
 

@@ -1,4 +1,4 @@
-"""The devices of the streaming loss: who sends what to whom, and how their rows are tiled.
+"""The ring of devices of the streaming loss: transfers between them, and tiles of their rows.
 
 Two levels. Neighbours along the last mesh axis of the batch (`fsdp`: inside a host, or inside a
 block of a torus) form groups of G. Once for each pass a group gathers its images; then the texts of
@@ -25,9 +25,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Integer, Shaped
 
 from diht_jax.hardware.chips import Chip, find_chip
 from diht_jax.losses.objective import Masks, Objective
+
+Index = Integer[Array, ""] | int
 
 # Sides of tiles, at most; every device launches a few kernels for each tile.
 TILES = (2048, 1024, 512)
@@ -43,7 +46,7 @@ def tile_of_block(num_rows: int, width: int) -> int:
 
 
 def group_size(axis_sizes: tuple[int, ...], block_bytes: int, chip: Chip | None) -> int:
-    """How many neighbours along the last axis gather their images; 1 is a ring of all devices.
+    """Number of neighbours along the last axis that gather their images; 1: a ring of all devices.
 
     Args:
         axis_sizes: of the mesh axes that the batch is split over, in the mesh's order. With a
@@ -61,7 +64,7 @@ def group_size(axis_sizes: tuple[int, ...], block_bytes: int, chip: Chip | None)
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Rows as [num_tiles, tile, ...], zeros at the end."""
+    """A division of rows into tiles of one size."""
 
     num_rows: int
     num_tiles: int
@@ -75,21 +78,22 @@ class Tiling:
 
     @property
     def is_padded(self) -> bool:
+        """True if the last tile has zeros at its end."""
         return self.num_tiles * self.tile > self.num_rows
 
-    def split(self, rows: jax.Array) -> jax.Array:
-        """[num_rows, ...] -> [num_tiles, tile, ...]."""
+    def split(self, rows: Shaped[Array, "rows ..."]) -> Shaped[Array, "tiles tile ..."]:
+        """Rows as tiles, with zeros at the end."""
         if self.is_padded:
             missing = self.num_tiles * self.tile - self.num_rows
             rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
         return rows.reshape(self.num_tiles, self.tile, *rows.shape[1:])
 
-    def join(self, tiles: jax.Array) -> jax.Array:
+    def join(self, tiles: Shaped[Array, "tiles tile ..."]) -> Shaped[Array, "rows ..."]:
         """The inverse of `split`."""
         return tiles.reshape(-1, *tiles.shape[2:])[: self.num_rows]
 
-    def indices(self, tile_index: jax.Array) -> jax.Array:
-        """int [tile]: which rows a tile has."""
+    def indices(self, tile_index: Index) -> Integer[Array, " tile"]:
+        """Indices of the rows of a tile."""
         return tile_index * self.tile + jnp.arange(self.tile)
 
 
@@ -141,10 +145,12 @@ class Ring:
 
     @property
     def num_pairs(self) -> int:
+        """N, of the global batch."""
         return self.num_devices * self.texts.num_rows
 
     @property
     def num_rounds(self) -> int:
+        """Groups of devices, and so blocks of texts that a device meets."""
         return self.num_devices // self.group
 
     def blocks(self, image_emb: jax.Array, text_emb: jax.Array, pair_ids: jax.Array | None) -> Any:
@@ -181,7 +187,7 @@ class Ring:
         return _as_one(lambda stacked: self.gather(stacked, axis=1), rows)
 
     def exchange_rows(self, parts: Any) -> Any:
-        """What all members have of the own rows: a tree of [G b] becomes one of [G, b]."""
+        """Collects what all members have of the own rows: a tree of [G b] becomes one of [G, b]."""
 
         def exchange(stacked: jax.Array) -> jax.Array:
             stacked = stacked.reshape(-1, self.group, self.texts.num_rows)
@@ -189,8 +195,8 @@ class Ring:
 
         return _as_one(exchange, parts)
 
-    def sum_of_members(self, parts: jax.Array) -> jax.Array:
-        """[G b, d] -> [b, d], the own rows summed over the members."""
+    def sum_of_members(self, parts: Shaped[Array, "G_b d"]) -> Shaped[Array, "b d"]:
+        """The own rows, summed over the members of the group."""
         if self.group == 1:
             return parts
         return jax.lax.psum_scatter(parts, tiled=True, **self._members())
@@ -243,18 +249,18 @@ class Ring:
 
     def masks(
         self,
-        rounds: jax.Array,
-        row_tile: jax.Array,
-        column_tile: jax.Array,
-        row_ids: jax.Array | None = None,
-        column_ids: jax.Array | None = None,
+        rounds: Index,
+        row_tile: Index,
+        column_tile: Index,
+        row_ids: Integer[Array, "m k"] | None = None,
+        column_ids: Integer[Array, "n k"] | None = None,
     ) -> Masks:
-        """What the logits of a tile are.
+        """Masks of the logits of a tile.
 
         Args:
-            rounds: of the ring.
+            rounds: of the ring, so far.
             row_tile, column_tile: indices of the tile.
-            row_ids, column_ids: integer [tile, k], where equal pairs are no negatives.
+            row_ids, column_ids: where equal pairs are no negatives.
         """
         rows = self.images.indices(row_tile)[:, None]
         columns = self.texts.indices(column_tile)[None, :]
@@ -323,12 +329,12 @@ def varying_axes(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
 
 
-def at(tree: Any, index: jax.Array | int) -> Any:
+def at(tree: Any, index: Index) -> Any:
     """Takes one tile of each array [num_tiles, ...] of a tree."""
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), tree)
 
 
-def put(tree: Any, part: Any, index: jax.Array | int) -> Any:
+def put(tree: Any, part: Any, index: Index) -> Any:
     """Replaces one tile of each array of a tree; the inverse of `at`."""
     return jax.tree.map(
         lambda x, p: jax.lax.dynamic_update_index_in_dim(x, p, index, 0), tree, part

@@ -1,4 +1,4 @@
-"""What the streaming form keeps of rows and columns: begun, added to tile by tile, and merged.
+"""Statistics of rows and columns in the streaming form: begun, added to tile by tile, and merged.
 
 All of it is elementwise or a sum over one axis of a tile; no products and no devices here.
 """
@@ -11,14 +11,23 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from diht_jax.losses.objective import Masks, Objective, PairStatistics, RowStatistics, Scalars
+from diht_jax.losses.objective import (
+    Masks,
+    Objective,
+    PairStatistics,
+    Rows,
+    RowStatistics,
+    Scalars,
+    Tile,
+    TileMask,
+)
 from diht_jax.losses.ring import zeros
 
 _Accumulate = Callable[..., tuple[jax.Array, ...]]
 
 
 def no_statistics(objective: Objective, nothing: jax.Array) -> RowStatistics:
-    """Of rows without any tile; `nothing` is zeros of their shape and dtype."""
+    """Statistics of rows without any tile; `nothing` is zeros of their shape and dtype."""
     # The lowest finite number, not -inf: differences of two of them must not be NaN.
     lowest = nothing + jnp.finfo(nothing.dtype).min
     statistics = RowStatistics(lowest, nothing, (nothing,) * objective.num_sums)
@@ -33,18 +42,17 @@ def no_statistics(objective: Objective, nothing: jax.Array) -> RowStatistics:
 def add_tile(
     objective: Objective,
     statistics: RowStatistics,
-    logits: jax.Array,
+    logits: Tile,
     masks: Masks,
     axis: int,
     scalars: Scalars,
 ) -> RowStatistics:
-    """The statistics with one more tile.
+    """Adds one more tile to statistics.
 
     Args:
-        objective: the loss, one row of it.
-        statistics: of the tiles before, [t].
-        logits: [t, t].
-        masks: of the tile.
+        objective: the loss of one row.
+        statistics: of the tiles before.
+        logits, masks: of the tile.
         axis: of the tile, to sum over: 1 for rows, 0 for columns.
         scalars: of the objective.
     """
@@ -61,7 +69,7 @@ def add_tile(
 def merge(
     objective: Objective, one: RowStatistics, other: RowStatistics, scalars: Scalars
 ) -> RowStatistics:
-    """The statistics of two disjoint sets of partners, of both together."""
+    """Joins the statistics of two disjoint sets of partners."""
     found = _merge_part(objective.accumulate, one, other, scalars)
     num_negatives = equal = None
     if one.num_negatives is not None:
@@ -72,9 +80,9 @@ def merge(
 
 
 def pair_statistics(
-    positives: jax.Array, images: RowStatistics, texts: RowStatistics, scale: jax.Array
+    positives: Rows, images: RowStatistics, texts: RowStatistics, scale: jax.Array
 ) -> PairStatistics:
-    """As cosines; with a scale of 0 all logits are 0, and so are these."""
+    """Cosines from logits; with a scale of 0 all logits are 0, and so are these."""
     inverse = jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
     return PairStatistics(
         positive=positives * inverse,
@@ -89,8 +97,8 @@ def pair_statistics(
 def _add_part(
     accumulate: _Accumulate,
     statistics: RowStatistics,
-    logits: jax.Array,
-    is_part: jax.Array,
+    logits: Tile,
+    is_part: TileMask,
     axis: int,
     scalars: Scalars,
 ) -> RowStatistics:

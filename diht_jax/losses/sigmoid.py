@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from diht_jax.losses.objective import (
     Objective,
+    Rows,
     RowSlopes,
     RowStatistics,
     Scalars,
+    Tile,
+    TileMask,
     check_equal_pairs,
     check_scalar,
 )
@@ -44,7 +48,7 @@ class Sigmoid(Objective):
     @classmethod
     def create(
         cls, logit_bias: jax.Array | float, equal_pairs: str = "negative"
-    ) -> tuple[Self, Scalars]:
+    ) -> tuple[Sigmoid, Scalars]:
         """See `Objective.create`."""
         check_scalar("logit_bias", logit_bias)
         check_equal_pairs(equal_pairs)
@@ -53,19 +57,19 @@ class Sigmoid(Objective):
     def accumulate(
         self,
         statistics: RowStatistics,
-        highest: jax.Array,
-        logits: jax.Array,
-        is_negative: jax.Array,
+        highest: Rows,
+        logits: Tile,
+        is_negative: TileMask,
         axis: int,
         scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Rows, ...]:
         """See `Objective.accumulate`."""
         losses = jnp.where(is_negative, jax.nn.softplus(logits + scalars[0]), 0)
         return (statistics.sums[0] + jnp.sum(losses, axis),)
 
     def finish(
-        self, statistics: RowStatistics, positives: jax.Array, scalars: Scalars, num_pairs: int
-    ) -> tuple[jax.Array, RowSlopes]:
+        self, statistics: RowStatistics, positives: Rows, scalars: Scalars, num_pairs: int
+    ) -> tuple[Rows, RowSlopes]:
         """See `Objective.finish`."""
         losses = statistics.sums[0] + jax.nn.softplus(-(positives + scalars[0]))
         if statistics.equal is not None:
@@ -74,8 +78,8 @@ class Sigmoid(Objective):
         return losses, RowSlopes(slope, jnp.ones_like(slope), (), (slope,))
 
     def negative_slope(
-        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[Tile, tuple[Tile, ...]]:
         """See `Objective.negative_slope`."""
         slope = jnp.expand_dims(slopes.negative, axis) * jax.nn.sigmoid(logits + scalars[0])
         return slope, (slope,)
@@ -83,30 +87,30 @@ class Sigmoid(Objective):
     def accumulate_equal(
         self,
         statistics: RowStatistics,
-        highest: jax.Array,
-        logits: jax.Array,
-        is_equal: jax.Array,
+        highest: Rows,
+        logits: Tile,
+        is_equal: TileMask,
         axis: int,
         scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Rows, ...]:
         """See `Objective.accumulate_equal`."""
         losses = jnp.where(is_equal, jax.nn.softplus(-(logits + scalars[0])), 0)
         return (statistics.sums[0] + jnp.sum(losses, axis),)
 
     def equal_slope(
-        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[Tile, tuple[Tile | int, ...]]:
         """See `Objective.equal_slope`."""
         slope = -jnp.expand_dims(slopes.negative, axis) * jax.nn.sigmoid(-(logits + scalars[0]))
         return slope, (slope,)
 
     def loss_of_rows(
         self,
-        logits: jax.Array,
-        is_positive: jax.Array,
+        logits: Float[Array, "b N"],
+        is_positive: Bool[Array, "b N"],
         scalars: Scalars,
-        is_equal: jax.Array | None = None,
-    ) -> jax.Array:
+        is_equal: Bool[Array, "b N"] | None = None,
+    ) -> Float[Array, " b"]:
         """See `Objective.loss_of_rows`."""
         if self.equal_pairs == "positive":
             is_positive = is_positive | is_equal

@@ -5,17 +5,21 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from diht_jax.config.keys import NOT_NEGATIVE, Key, Range
 from diht_jax.losses.objective import (
     Objective,
+    Rows,
     RowSlopes,
     RowStatistics,
     Scalars,
+    Tile,
+    TileMask,
     check_equal_pairs,
     check_scalar,
 )
@@ -76,7 +80,7 @@ class Softmax(Objective):
         beta: jax.Array | float,
         stop_weight_gradient: bool,
         equal_pairs: str = "negative",
-    ) -> tuple[Self, Scalars]:
+    ) -> tuple[Softmax, Scalars]:
         """See `Objective.create`; traced values are not checked and take the general path."""
         check_equal_pairs(equal_pairs)
         check_scalar("alpha", alpha)
@@ -93,7 +97,7 @@ class Softmax(Objective):
 
     @property
     def num_sums(self) -> int:
-        """Of `e^{(1+beta) s}` and, for weights, of `e^{beta s}`."""
+        """Number of sums: `e^{(1+beta) s}` and, for weights, `e^{beta s}`."""
         return 2 if self.weighted else 1
 
     @property
@@ -105,12 +109,12 @@ class Softmax(Objective):
     def accumulate(
         self,
         statistics: RowStatistics,
-        highest: jax.Array,
-        logits: jax.Array,
-        is_negative: jax.Array,
+        highest: Rows,
+        logits: Tile,
+        is_negative: TileMask,
         axis: int,
         scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Rows, ...]:
         """See `Objective.accumulate`."""
         below = jnp.where(is_negative, logits - jnp.expand_dims(highest, axis), -jnp.inf)
         shrink = statistics.highest - highest
@@ -120,8 +124,8 @@ class Softmax(Objective):
         )
 
     def finish(
-        self, statistics: RowStatistics, positives: jax.Array, scalars: Scalars, num_pairs: int
-    ) -> tuple[jax.Array, RowSlopes]:
+        self, statistics: RowStatistics, positives: Rows, scalars: Scalars, num_pairs: int
+    ) -> tuple[Rows, RowSlopes]:
         """See `Objective.finish`."""
         log_alpha = jnp.log(scalars[0])
         log_count, has_negatives = math.log(num_pairs - 1), None
@@ -152,8 +156,8 @@ class Softmax(Objective):
         return losses, slopes
 
     def negative_slope(
-        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[Tile, tuple[Tile, ...]]:
         """See `Objective.negative_slope`."""
         beta = scalars[1]
         factor = jnp.expand_dims(slopes.negative, axis)
@@ -170,12 +174,12 @@ class Softmax(Objective):
     def accumulate_equal(
         self,
         statistics: RowStatistics,
-        highest: jax.Array,
-        logits: jax.Array,
-        is_equal: jax.Array,
+        highest: Rows,
+        logits: Tile,
+        is_equal: TileMask,
         axis: int,
         scalars: Scalars,
-    ) -> tuple[jax.Array, ...]:
+    ) -> tuple[Rows, ...]:
         """See `Objective.accumulate_equal`."""
         below = jnp.where(is_equal, logits - jnp.expand_dims(highest, axis), -jnp.inf)
         shrunk = statistics.sums[0] * jnp.exp(statistics.highest - highest)
@@ -186,8 +190,8 @@ class Softmax(Objective):
         )
 
     def equal_slope(
-        self, logits: jax.Array, slopes: RowSlopes, axis: int, scalars: Scalars
-    ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        self, logits: Tile, slopes: RowSlopes, axis: int, scalars: Scalars
+    ) -> tuple[Tile, tuple[Tile | int, ...]]:
         """See `Objective.equal_slope`."""
         share, constant = (jnp.expand_dims(factor, axis) for factor in slopes.equal)
         slope = share * jnp.exp(logits - jnp.expand_dims(slopes.offsets[-1], axis)) + constant
@@ -195,11 +199,11 @@ class Softmax(Objective):
 
     def loss_of_rows(
         self,
-        logits: jax.Array,
-        is_positive: jax.Array,
+        logits: Float[Array, "b N"],
+        is_positive: Bool[Array, "b N"],
         scalars: Scalars,
-        is_equal: jax.Array | None = None,
-    ) -> jax.Array:
+        is_equal: Bool[Array, "b N"] | None = None,
+    ) -> Float[Array, " b"]:
         """See `Objective.loss_of_rows`."""
         alpha, beta = scalars
         positives = jnp.sum(logits, axis=1, where=is_positive)
@@ -237,7 +241,7 @@ class Softmax(Objective):
 
 
 def is_known_zero(value: jax.Array | float) -> bool:
-    """Whether `value` is 0 and not traced."""
+    """Returns true for a 0 that is not traced."""
     return not isinstance(value, jax.core.Tracer) and float(value) == 0
 
 
@@ -246,9 +250,9 @@ def _check_range(name: str, value: Any, expected: str, is_right: Callable[[float
         raise ValueError(f"{name}: expected {expected}, got {value}")
 
 
-def _exp(factor: jax.Array | float, below: jax.Array, is_negative: jax.Array) -> jax.Array:
-    """e^(factor * below), and 0 where there is no negative, even for a factor of 0."""
-    return jnp.where(is_negative, jnp.exp(factor * below), 0)
+def _exp(factor: jax.Array | float, below: Tile, is_part: TileMask) -> Tile:
+    """e^(factor * below), and 0 elsewhere, even for a factor of 0."""
+    return jnp.where(is_part, jnp.exp(factor * below), 0)
 
 
 def _with_some_negative(statistics: RowStatistics, has_negatives: jax.Array) -> RowStatistics:
@@ -260,14 +264,12 @@ def _with_some_negative(statistics: RowStatistics, has_negatives: jax.Array) -> 
     )
 
 
-def _with_equal(
-    equal: RowStatistics, own: jax.Array
-) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+def _with_equal(equal: RowStatistics, own: Rows) -> tuple[Rows, Rows, tuple[Rows, Rows, Rows]]:
     """The mean and the spread of all positives of rows, and what their slopes need.
 
     Args:
         equal: of the positives but the pairs themselves.
-        own: [b], logits of the pairs themselves.
+        own: logits of the pairs themselves.
     """
     exponentials, total, others = equal.sums
     mean = (own + total) / (others + 1)
@@ -278,7 +280,7 @@ def _with_equal(
 
 
 def _with_equal_slopes(
-    slopes: RowSlopes, own: jax.Array, count: jax.Array, log_sum: jax.Array, share: jax.Array
+    slopes: RowSlopes, own: Rows, count: Rows, log_sum: Rows, share: Rows
 ) -> RowSlopes:
     """The slopes by all positives; `share` is what they have of the denominator."""
     return slopes._replace(
@@ -289,8 +291,8 @@ def _with_equal_slopes(
 
 
 def _without_empty_rows(
-    losses: jax.Array, slopes: RowSlopes, has_negatives: jax.Array
-) -> tuple[jax.Array, RowSlopes]:
+    losses: Rows, slopes: RowSlopes, has_negatives: Bool[Array, " rows"]
+) -> tuple[Rows, RowSlopes]:
     def keep(values: Any) -> Any:
         return jax.tree.map(lambda x: jnp.where(has_negatives, x, 0), values)
 

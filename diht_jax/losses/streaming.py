@@ -30,10 +30,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from diht_jax.losses.dense import AxisName, inner_products, product
-from diht_jax.losses.objective import Masks, Objective, PairStatistics, RowSlopes, Scalars
+from diht_jax.losses.objective import (
+    Masks,
+    Objective,
+    PairStatistics,
+    RowSlopes,
+    Scalars,
+    Tile,
+)
 from diht_jax.losses.ring import Ring, at, put, varying_axes, varying_over, zeros
 from diht_jax.losses.row_statistics import add_tile, merge, no_statistics, pair_statistics
 
@@ -41,7 +49,7 @@ from diht_jax.losses.row_statistics import add_tile, merge, no_statistics, pair_
 def streaming_loss(
     image_emb: Float[Array, "b d"],
     text_emb: Float[Array, "b d"],
-    logit_scale: Float[Array, ""] | float,
+    logit_scale: ArrayLike,
     scalars: Scalars,
     *,
     objective: Objective,
@@ -221,12 +229,12 @@ def _scaled(slopes: RowSlopes, factor: jax.Array) -> RowSlopes:
 
 def _tile_slopes(
     objective: Objective,
-    logits: jax.Array,
+    logits: Tile,
     masks: Masks,
     image_slopes: RowSlopes,
     text_slopes: RowSlopes,
     scalars: Scalars,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+) -> tuple[Tile, tuple[Tile, ...]]:
     """Derivatives of both directions by a tile of logits, and by the `second_pass` scalars."""
 
     def add_part(slope: Callable, is_part: jax.Array, others: Any) -> Any:

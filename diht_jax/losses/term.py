@@ -1,4 +1,4 @@
-"""What a term of the objective provides: its settings, its parameters and its losses.
+"""A term of the objective: its settings, its parameters and its losses.
 
 A new term is a subclass of `Term` in a file of its own and a line in `registry.py`. Its name there
 is the name of its section in the config.
@@ -67,7 +67,7 @@ class Term:
 
     @property
     def is_active(self) -> bool:
-        """Whether the term counts in this run."""
+        """True if the term counts in this run."""
         return self.section.weight > 0
 
     def bind_data(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -94,7 +94,7 @@ class Term:
     def of_examples(
         self, params: Parameters, features: dict[str, jax.Array], examples: dict[str, jax.Array]
     ) -> dict[str, jax.Array]:
-        """What is computed of one example alone, on one device and in one micro-batch.
+        """Losses that depend on one example alone, on one device and in one micro-batch.
 
         Args:
             params: all parameters; those of the towers' blocks may be split over devices.

@@ -27,7 +27,7 @@ _TOKENS_MULTIPLE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What has to be known of the devices that a program is for.
+    """Facts about the devices that a program is for.
 
     Attributes:
         platform: "cpu", "tpu", "cuda" or "rocm".
@@ -222,7 +222,7 @@ class TowerAttention:
 
 
 def kernel_difference(attention: TowerAttention, device: jax.Device) -> float:
-    """How far a tower's kernel is from XLA's attention on a device, on four random sequences.
+    """Difference of a tower's kernel from XLA's attention on a device, on four random sequences.
 
     Args:
         attention: of the tower.

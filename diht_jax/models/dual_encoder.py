@@ -52,27 +52,27 @@ class DualEncoder(nnx.Module):
         self.log_logit_scale = nnx.Param(jnp.asarray(INITIAL_LOG_LOGIT_SCALE, jnp.float32))
 
     def encode_image(self, images: jax.Array) -> jax.Array:
-        """float [b, size, size, 3], normalised -> float32 [b, d], L2-normalised."""
+        """Embeds normalised images, float [b, size, size, 3] -> float32 [b, d], L2-normalised."""
         return self.embed_features(self.vision.features(images))
 
     def embed_features(self, features: jax.Array) -> jax.Array:
-        """[b, width], of `vision.features` -> float32 [b, d], L2-normalised."""
+        """Projects `vision.features`, [b, width] -> float32 [b, d], L2-normalised."""
         return l2_normalize(self.vision.projection(features))
 
     def encode_text(self, tokens: jax.Array, *, gather: Gather | None = None) -> jax.Array:
-        """int32 [b, t] -> float32 [b, d], L2-normalised."""
+        """Embeds texts, int32 [b, t] -> float32 [b, d], L2-normalised."""
         return l2_normalize(self.text(tokens, gather=gather))
 
     def encode_packed_texts(
         self, tokens: jax.Array, *, gather: Gather | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """As `encode_text`, several texts in a row; and whether they fitted: see `text.packed`."""
+        """Like `encode_text`, with several texts in a row; see `text.packed`."""
         embeddings, fits = self.text.packed(tokens, gather=gather)
         return l2_normalize(embeddings), fits
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-    """[b, d] of any float dtype -> float32 [b, d] of unit length; zero vectors stay zero."""
+    """Divides rows by their lengths, in float32; zero vectors stay zero."""
     x = x.astype(jnp.float32)
     # The floor keeps the gradient of an all-zero vector finite.
     squared = jnp.sum(x * x, axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
 """Low-rank adapters on the linear layers of the towers' blocks: LoRA (Hu et al. 2021, 2106.09685).
 
 An adapted layer computes `x W + b + (alpha / rank) (x A) B` with A [in, rank] and B [rank, out]
-beside its own W; B starts at 0, so that the model starts as it was. Once merged, `W + (alpha /
+next to its own W; B starts at 0, so that the model starts as it was. Once merged, `W + (alpha /
 rank) A B` is an ordinary kernel, and nothing of the adapters is left.
 
 Adapters are parameters of the layer, `vision/blocks/0/mlp/fc_in/lora_a` and `lora_b`. Where there
@@ -32,7 +32,7 @@ _OF_THE_MODEL = (*(f"{tower}/" for tower in _TOWERS), "log_logit_scale")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which layers have adapters, and of what size.
+    """The layers that have adapters, and the size of these.
 
     Attributes:
         rank: of `A B`.
@@ -71,7 +71,7 @@ def add_adapters(model: DualEncoder, lora: Lora, key: jax.Array) -> None:
     """Puts adapters on the layers of a model, in place.
 
     A is drawn from U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code, and B is 0. Each A follows
-    from the key and the name of its layer, whatever other layers have one.
+    from the key and the name of its layer, independently of other layers.
 
     Args:
         model: with blocks layer by layer, or stacked (for its structure; all then draw alike).
@@ -122,9 +122,9 @@ def merge_adapters(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
 
 
 def frozen_by_adapters(names: Iterable[str]) -> set[str]:
-    """Of parameters by name, those that stay as they are beside adapters; empty without any.
+    """Names of the parameters that adapters freeze; empty without adapters.
 
-    All of the model but its adapters: what the objective learns beside the model is trained.
+    All of the model but its adapters: what the objective adds to the model is trained.
     """
     names = list(names)
     if not any(map(_is_adapter, names)):

@@ -1,4 +1,4 @@
-"""Several texts in one row of the text tower: where each lies, in shapes that never change.
+"""Several texts in one row of the text tower, in shapes that never change.
 
 A batch of texts padded to the context length is mostly padding where the context is long and most
 texts are short. Packed, `b` texts share `b / texts_per_row` rows: a token sees those of its own
@@ -24,7 +24,7 @@ class PackedRows(NamedTuple):
     Attributes:
         tokens: int32 [r, t]; 0 behind the end of a text.
         positions: int32 [r, t], of each token in its text; at most t - 1.
-        texts: int32 [r, t], the number of the text that a token belongs to. What lies behind the
+        texts: int32 [r, t], the number of the text that a token belongs to. What follows the
             end of a text counts as the text's, as padding does: it comes later, so nobody sees it.
         ends: int32 [b], the last token of each text, as an index in the flattened rows.
     """
@@ -36,7 +36,7 @@ class PackedRows(NamedTuple):
 
 
 def find_starts(lengths: jax.Array, num_rows: int, row_length: int) -> tuple[jax.Array, jax.Array]:
-    """Where each text begins: the longest first, each in the first row with room for it.
+    """Starts of the texts: the longest first, each in the first row with room for it.
 
     Args:
         lengths: int32 [b], tokens of each text, from 1 to `row_length`.

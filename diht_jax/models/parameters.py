@@ -1,9 +1,9 @@
 """NNX models and their parameters as plain nested dicts, which checkpoints and steps work on.
 
-Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), whatever way the model is
-run: names, optimiser rules and checkpoints know nothing of scanned layers. A model that scans takes
-the blocks of a tower stacked along a new first axis (`vision/blocks/mlp/fc_in/kernel`);
-`stack_blocks` makes that form when a step begins.
+Parameters are stored layer by layer (`vision/blocks/0/mlp/fc_in/kernel`), also where the model
+scans its layers: names, optimiser rules and checkpoints know nothing of scanned layers. A model
+that scans takes the blocks of a tower stacked along a new first axis
+(`vision/blocks/mlp/fc_in/kernel`); `stack_blocks` makes that form when a step begins.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which intermediate values of a block are kept for the backward pass, by name.
+"""Policies of the intermediate values that a block keeps for the backward pass.
 
 The policies, with what a block keeps for each token (w is its
 width, t the number of tokens) and what the backward pass computes again:
@@ -27,7 +27,7 @@ QKV = "qkv"
 ATTENTION_OUT = "attention_out"
 
 # Element-wise, so computed again in less time than a read from memory takes: XLA fuses them into
-# whatever needs them. The gather of a split parameter is the exception: it costs communication,
+# their users. The gather of a split parameter is the exception: it costs communication,
 # and keeping its result would keep every layer whole.
 _COMPUTED_AGAIN = frozenset(
     {

@@ -96,7 +96,7 @@ class SwagTransformer(nnx.Module):
         self.final_norm = layer_norm(arch.width, _EPSILON, **dtypes)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float [b, size, size, 3], normalised -> [b, width] in the compute dtype."""
+        """Features of normalised images -> [b, width] in the compute dtype."""
         expected = (self.image_size, self.image_size, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"expected images of shape [b, {expected}], got {images.shape}")

@@ -123,11 +123,11 @@ class TextTransformer(nnx.Module):
         together, because the parameters may have to be gathered on the way.
 
         Args:
-            tokens: int32 [b, t] as of a call, b a multiple of `texts_per_row`.
+            tokens: int32 [b, t] as for a call, b a multiple of `texts_per_row`.
             gather: see `run_blocks`.
 
         Returns:
-            [b, d] as of a call; and whether the texts have fitted, a bool.
+            [b, d] as for a call; and whether the texts have fitted, a bool.
         """
         b, t = tokens.shape
         num_rows = b // self.texts_per_row
@@ -164,7 +164,7 @@ class TextTransformer(nnx.Module):
 
 
 def find_end_of_text(tokens: jax.Array, end_of_text_id: int | None) -> jax.Array:
-    """Where texts end.
+    """Indices of the end-of-text tokens.
 
     Args:
         tokens: int32 [b, t].

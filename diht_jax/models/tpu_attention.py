@@ -144,7 +144,7 @@ def _run(
 
 
 def _vmem_bytes(num_tokens: int, width: int, itemsize: int) -> int:
-    """What the backward kernel needs, the larger one: two rows at a time of input and output."""
+    """Memory of the backward kernel, the larger one: two rows at a time of input and output."""
     tokens = -(-num_tokens // 16) * 16
     lanes = -(-num_tokens // 128) * 128
     rows = 2 * 7 * tokens * width * itemsize
@@ -191,7 +191,7 @@ def _for_each_group(run: Callable[..., None], num_heads: int, head_dim: int) -> 
 
     A loop, since the compiler takes minutes for the heads one after the other. `read` gives for
     each head of the group its [t, d] in every `width` columns of a row, a bias added; `write`
-    puts the [t, d] of the group's heads beside each other, from a first column on.
+    puts the [t, d] of the group's heads next to each other, from a first column on.
     """
     width = num_heads * head_dim
     group = math.lcm(head_dim, _LANES) // head_dim

@@ -19,7 +19,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from diht_jax.models.activations import activate
 from diht_jax.models.attention import (
     Target,
     attend,
@@ -27,7 +26,7 @@ from diht_jax.models.attention import (
     attention_implementation,
     check_attention,
 )
-from diht_jax.models.linear import Linear, apply_columns, product_and_bias
+from diht_jax.models.layers import Linear, activate, apply_columns, product_and_bias
 from diht_jax.models.remat import ATTENTION_OUT, QKV, check_remat, checkpointed
 from diht_jax.models.tpu_attention import attend_short
 
@@ -36,7 +35,7 @@ Gather = Callable[[dict[str, Any]], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """How a model computes, with the same results whatever is chosen.
+    """Ways to compute a model that do not change its results.
 
     Attributes:
         scan_layers: keep the parameters of a tower's blocks stacked, and compile one block.
@@ -98,7 +97,7 @@ def normal_init(stddev: float) -> nnx.Initializer:
 def layer_norm(
     width: int, epsilon: float, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
 ):
-    """LayerNorm over the last axis; statistics in float32 whatever `dtype` is."""
+    """LayerNorm over the last axis; statistics in float32 for every `dtype`."""
     return nnx.LayerNorm(
         width,
         epsilon=epsilon,
@@ -288,7 +287,7 @@ class Block(nnx.Module):
 
 
 def in_shard_map() -> bool:
-    """Whether a device computes its own share: no compiler can split a kernel over devices."""
+    """True inside `shard_map`: outside, no compiler could split a kernel over devices."""
     return jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 

@@ -89,7 +89,7 @@ class VisionTransformer(nnx.Module):
         )
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """float [b, size, size, 3], normalised -> [b, d] in the compute dtype, not normalised."""
+        """Embeds normalised images -> [b, d] in the compute dtype, not normalised."""
         return self.projection(self.features(images))
 
     def features(
@@ -128,7 +128,7 @@ class VisionTransformer(nnx.Module):
         return self.post_norm(run_blocks(self.blocks, x, remat=self.remat, gather=gather))
 
     def _embed(self, images: jax.Array, kept_patches: jax.Array | None) -> jax.Array:
-        """What the blocks get, [b, 1 + patches, width]."""
+        """The input of the blocks, [b, 1 + patches, width]."""
         expected = (self.image_size, self.image_size, 3)
         if images.shape[1:] != expected:
             raise ValueError(f"expected images of shape [b, {expected}], got {images.shape}")
@@ -163,5 +163,5 @@ def choose_patches(
 
 
 def num_kept_patches(num_patches: int, dropped_share: float) -> int:
-    """How many of an image's patches are kept: max(1, floor(t * (1 - dropped_share)))."""
+    """Number of an image's patches that are kept: max(1, floor(t * (1 - dropped_share)))."""
     return max(1, math.floor(num_patches * (1.0 - dropped_share)))

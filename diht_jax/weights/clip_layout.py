@@ -4,7 +4,7 @@ OpenAI's, open_clip's and DiHT's state dicts share one layout: this one. Works o
 files belong in `tensor_files.py`.
 
 Our kernels are torch's transposed, and convolutions are HWIO where torch has OIHW; embeddings,
-positions and the two projections lie alike.
+positions and the two projections are alike.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from diht_jax.models.parameters import model_definition, parameter_shapes
 from diht_jax.models.zoo import Architecture
 
-# Scalars that OpenAI's archives carry beside the parameters.
+# Scalars that OpenAI's archives carry besides the parameters.
 EXTRAS = frozenset(("input_resolution", "context_length", "vocab_size"))
 # Not parameters: the causal mask that some versions of CLIP save.
 _BUFFERS = frozenset(("attn_mask",))
@@ -53,12 +53,12 @@ def normalize_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a name is that of a mask, which is no parameter."""
+    """True for the name of a mask, which is no parameter."""
     return name.rpartition(".")[2] in _BUFFERS
 
 
 def is_openai_release(tensors: Mapping[str, np.ndarray]) -> bool:
-    """Whether the names are those of OpenAI's own archives, whose models have QuickGELU."""
+    """True for the names of OpenAI's own archives, whose models have QuickGELU."""
     return tensors.keys() >= EXTRAS
 
 

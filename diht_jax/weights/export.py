@@ -18,7 +18,7 @@ import numpy as np
 from diht_jax.data import tokenizer
 from diht_jax.models.zoo import Architecture
 from diht_jax.storage.files import write_bytes
-from diht_jax.weights import clip_layout, huggingface, settings, tokenizer_file
+from diht_jax.weights import clip_layout, huggingface, open_clip_config, tokenizer_file
 from diht_jax.weights.settings import Preprocessing
 from diht_jax.weights.source import (
     HUGGINGFACE_CONFIG,
@@ -78,13 +78,13 @@ def write_model(
     if format == "huggingface":
         _write_huggingface(output, tensors, arch, preprocessing, dtype)
     elif format == "open_clip":
-        config = settings.open_clip_config(arch, preprocessing)
+        config = open_clip_config.make_config(arch, preprocessing)
         _write_json(output / OPEN_CLIP_CONFIG, {**config, "tokenizer": _tokenizer_settings(arch)})
         write_safetensors(output / "open_clip_model.safetensors", tensors, {"format": "pt"})
     else:
         config = {
             "architecture": dataclasses.asdict(arch),
-            "preprocessing": settings.open_clip_config(arch, preprocessing)["preprocess_cfg"],
+            "preprocessing": open_clip_config.make_config(arch, preprocessing)["preprocess_cfg"],
             "tokenizer": _tokenizer_settings(arch),
         }
         _write_json(output / OWN_CONFIG, config)
@@ -95,7 +95,7 @@ def write_model(
 
 
 def check_target(output: pathlib.Path, format: str, dtype: str) -> None:
-    """Whether `write_model` could write there and so.
+    """Checks that `write_model` could write this format there.
 
     Raises:
         ValueError: unknown format or dtype, or files in the way.
@@ -115,8 +115,8 @@ def _write_huggingface(
     preprocessing: Preprocessing,
     dtype: str,
 ) -> None:
-    _write_json(output / HUGGINGFACE_CONFIG, settings.huggingface_config(arch, dtype))
-    preprocessor = settings.huggingface_preprocessor(arch, preprocessing)
+    _write_json(output / HUGGINGFACE_CONFIG, huggingface.make_config(arch, dtype))
+    preprocessor = huggingface.make_preprocessor(arch, preprocessing)
     _write_json(output / HUGGINGFACE_PREPROCESSOR, preprocessor)
     # A text tower with another vocabulary has another tokenizer, which we do not know.
     if arch.vocab_size == tokenizer.VOCAB_SIZE:
@@ -155,7 +155,7 @@ def _write_huggingface_tokenizer(output: pathlib.Path, context_length: int) -> N
 
 
 def _tokenizer_settings(arch: Architecture) -> dict[str, Any]:
-    """For the reader; the formats that carry them have no tokenizer files of their own."""
+    """Facts about the tokenizer, for formats that have no tokenizer files."""
     if arch.vocab_size != tokenizer.VOCAB_SIZE:
         return {"context_length": arch.context_length, "vocab_size": arch.vocab_size}
     return {

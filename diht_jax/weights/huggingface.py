@@ -1,16 +1,25 @@
-"""The parameter names of transformers' `CLIPModel`, to and from CLIP's.
+"""transformers' `CLIPModel`: its parameter names and its configs, to and from ours.
 
 transformers keeps query, key and value apart and has both projections as linear layers, that is
-transposed; the rest is renaming. Its configs belong in `settings.py`.
+transposed; the rest is renaming.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from diht_jax.models.zoo import Architecture
+from diht_jax.weights.settings import (
+    ConfigSection,
+    Preprocessing,
+    make_architecture,
+    make_preprocessing,
+    mlp_width_unless_usual,
+    only_value,
+)
 
 # Index vectors that versions before 4.31 saved.
 BUFFERS = frozenset(("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
@@ -42,6 +51,33 @@ _IN_BLOCK = {
 }
 _IN_PROJ = ("q_proj", "k_proj", "v_proj")
 
+# Hugging Face writes only what differs from these defaults of its CLIPConfig.
+_TEXT_DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "eos_token_id": 49407,
+}
+_VISION_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+# Of configs older than transformers' fix of the text pooling: the largest id is meant.
+_LEGACY_EOS = 2
+_BICUBIC_IN_PIL = 3
+
 
 def drop_buffers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The parameters alone."""
@@ -49,7 +85,7 @@ def drop_buffers(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def to_huggingface(tensors: Mapping[str, np.ndarray], arch: Architecture) -> dict[str, np.ndarray]:
-    """transformers' names and shapes of a state dict in CLIP's layout.
+    """Renames a state dict in CLIP's layout to transformers' names and shapes.
 
     Args:
         tensors: all parameters of `arch`, float [...]; results are views of them.
@@ -92,7 +128,7 @@ def from_huggingface(
 def expected_shapes(
     clip_shapes: Mapping[str, tuple[int, ...]], arch: Architecture
 ) -> dict[str, tuple[int, ...]]:
-    """transformers' name -> shape, from those of CLIP's layout."""
+    """Shapes by transformers' names, from those of CLIP's layout."""
     empty = {name: np.broadcast_to(np.float32(0), shape) for name, shape in clip_shapes.items()}
     return {name: value.shape for name, value in to_huggingface(empty, arch).items()}
 
@@ -107,3 +143,130 @@ def _blocks(arch: Architecture) -> list[tuple[str, str]]:
         for prefix, model, layers in towers
         for i in range(layers)
     ]
+
+
+def read_architecture(config: Mapping[str, Any], path: str) -> Architecture:
+    """The architecture of a `config.json` of transformers' `CLIPModel`.
+
+    Raises:
+        ValueError: another kind of model, or a setting that our model does not have.
+    """
+    if config.get("model_type") != "clip":
+        raise ValueError(
+            f"{path}: expected model_type 'clip' (transformers' CLIPModel), got "
+            f"{config.get('model_type')!r}"
+        )
+    text = _tower(config, "text_config", _TEXT_DEFAULTS, path)
+    vision = _tower(config, "vision_config", _VISION_DEFAULTS, path)
+    acts = {str(tower.values["hidden_act"]) for tower in (text, vision)}
+    act = only_value(acts, "activations", path)
+    if act not in ("gelu", "quick_gelu"):
+        raise ValueError(f"{path}: hidden_act '{act:.80}'; our model has gelu and quick_gelu")
+    if vision.integer("num_channels") != 3:
+        raise ValueError(f"{path}: {vision.values['num_channels']} image channels; ours takes 3")
+    end_of_text = text.integer("eos_token_id", least=0)
+    # At the largest id there is, the first position of the id and the largest id are one.
+    is_largest = end_of_text in (_LEGACY_EOS, text.integer("vocab_size") - 1)
+    vision_width, text_width = vision.integer("hidden_size"), text.integer("hidden_size")
+    return make_architecture(
+        path,
+        image_size=vision.side("image_size"),
+        patch_size=vision.side("patch_size"),
+        vision_layers=vision.integer("num_hidden_layers"),
+        vision_width=vision_width,
+        vision_heads=vision.integer("num_attention_heads"),
+        text_layers=text.integer("num_hidden_layers"),
+        text_width=text_width,
+        text_heads=text.integer("num_attention_heads"),
+        embed_dim=ConfigSection(config, "", path).integer("projection_dim", 512),
+        context_length=text.integer("max_position_embeddings"),
+        vocab_size=text.integer("vocab_size"),
+        activation=act,
+        layer_norm_epsilon=only_value(
+            {tower.number("layer_norm_eps") for tower in (text, vision)}, "LayerNorm epsilons", path
+        ),
+        vision_mlp_width=mlp_width_unless_usual(vision.integer("intermediate_size"), vision_width),
+        text_mlp_width=mlp_width_unless_usual(text.integer("intermediate_size"), text_width),
+        end_of_text_id=None if is_largest else end_of_text,
+    )
+
+
+def make_config(arch: Architecture, dtype: str) -> dict[str, Any]:
+    """Contents of `config.json` for transformers' `CLIPModel`, parameters stored as `dtype`."""
+    common = {
+        "hidden_act": arch.activation,
+        "layer_norm_eps": arch.layer_norm_epsilon,
+        "projection_dim": arch.embed_dim,
+    }
+    end_of_text = arch.end_of_text_id
+    return {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "projection_dim": arch.embed_dim,
+        "dtype": dtype,
+        "text_config": {
+            "model_type": "clip_text_model",
+            "vocab_size": arch.vocab_size,
+            "hidden_size": arch.text_width,
+            "intermediate_size": arch.text_mlp_width or 4 * arch.text_width,
+            "num_hidden_layers": arch.text_layers,
+            "num_attention_heads": arch.text_heads,
+            "max_position_embeddings": arch.context_length,
+            "bos_token_id": arch.vocab_size - 2,
+            "eos_token_id": arch.vocab_size - 1 if end_of_text is None else end_of_text,
+            **common,
+        },
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": arch.vision_width,
+            "intermediate_size": arch.vision_mlp_width or 4 * arch.vision_width,
+            "num_hidden_layers": arch.vision_layers,
+            "num_attention_heads": arch.vision_heads,
+            "num_channels": 3,
+            "image_size": arch.image_size,
+            "patch_size": arch.patch_size,
+            **common,
+        },
+    }
+
+
+def read_preprocessing(config: Mapping[str, Any], path: str) -> Preprocessing:
+    """The preprocessing in `preprocessor_config.json`; CLIP's where a field is missing.
+
+    Raises:
+        ValueError: a step is left out, or pictures are resized by another filter.
+    """
+    steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True)
+    wanted = {**steps, "resample": _BICUBIC_IN_PIL}
+    mean, std = config.get("image_mean"), config.get("image_std")
+    return make_preprocessing(config, mean, std, wanted, path)
+
+
+def make_preprocessor(arch: Architecture, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Contents of `preprocessor_config.json` for transformers' `CLIPImageProcessor`."""
+    size = arch.image_size
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": _BICUBIC_IN_PIL,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
+
+
+def _tower(
+    config: Mapping[str, Any], name: str, defaults: Mapping[str, Any], path: str
+) -> ConfigSection:
+    """The values of one tower; older files keep those that count in *_config_dict."""
+    values = dict(defaults)
+    for part in (name, f"{name}_dict"):
+        found = ConfigSection(config.get(part), part, path).values
+        values |= {k: v for k, v in found.items() if v is not None}
+    return ConfigSection(values, name, path)

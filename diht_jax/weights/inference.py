@@ -58,7 +58,7 @@ class LoadedModel:
         std: Sequence[float] = transforms.CLIP_STD,
         decoder: dict[str, Any] | None = None,
     ):
-        """Wraps parameters that lie on `mesh`.
+        """Wraps parameters that are on `mesh`.
 
         Args:
             definition, params: of `models.parameters`.
@@ -129,7 +129,7 @@ class LoadedModel:
         self.step = step
 
     def own_rows(self, size: int) -> np.ndarray | None:
-        """Which rows of a batch this process embeds, in a job of several processes.
+        """Rows of a batch that this process embeds, in a job of several processes.
 
         Of the other rows it does not look at the values, so they need not be decoded here.
 
@@ -152,7 +152,7 @@ class LoadedModel:
     def fingerprint(self, *, decoder: bool = False) -> str:
         """SHA-256 over names, shapes and float32 values of all parameters, in hex.
 
-        Equal for the same parameters whatever file, format or placement they came from.
+        Equal for the same parameters from any file, format or placement.
 
         Args:
             decoder: of the caption decoder as well, on which embeddings do not depend.
@@ -186,7 +186,7 @@ class LoadedModel:
                 through `preprocess`.
 
         Returns:
-            float32 [b, d], rows of unit length; b is 1 for a single picture. Where the model lies
+            float32 [b, d], rows of unit length; b is 1 for a single picture. Where the model is
             on several processes, all call with as many rows, each row is taken from the process
             that `own_rows` names, and all get the whole result.
 
@@ -244,8 +244,8 @@ class LoadedModel:
             images: see `encode_image`.
             max_tokens: most tokens of a caption, its end not counted; as many as in training by
                 default.
-            top_k: draw each token of so many likeliest ones, by their probabilities; None takes
-                the likeliest one (greedy).
+            top_k: number of likeliest tokens that each is drawn from, by their probabilities;
+                None takes the likeliest one (greedy).
             temperature: what logits are divided by before a token is drawn.
             seed: of the draws; a picture at the same index gets the same caption.
 

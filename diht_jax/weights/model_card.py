@@ -63,7 +63,7 @@ _SHOWN_CONCEPTS = 40
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where the parameters come from.
+    """The origin of the parameters.
 
     Attributes:
         name: how the user called the model.
@@ -125,7 +125,7 @@ def model_card(
 
 @dataclasses.dataclass(frozen=True)
 class SourceFacts:
-    """What is known of one source of the training data.
+    """Facts about one source of the training data.
 
     Attributes:
         name: its key in `config.data.train`; "" of the only one.
@@ -141,7 +141,7 @@ class SourceFacts:
 
 
 def read_data_facts(train: Any, labels: str | None) -> list[SourceFacts]:
-    """The statistics beside the training data, as far as the paths in the config lead to them.
+    """Reads the statistics next to the training data, where the config leads to them.
 
     A folder of labels or of labelled records leads on to the records that were labelled.
 
@@ -172,7 +172,7 @@ def read_concepts(train: Any, labels: str | None) -> Vocabulary | None:
 
 
 def _folders_of(source: TrainSource) -> list[str]:
-    """Where statistics of a source may lie: its labels, its records, and what was labelled."""
+    """Folders that may have statistics of a source: its labels, its records, the labelled ones."""
     if not isinstance(source.path, str):
         return []
     folders = [source.labels, source.path] if source.labels else [source.path]

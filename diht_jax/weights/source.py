@@ -7,7 +7,7 @@ The files at a path decide how it is read:
     diht_jax_config.json             our export, in CLIP's layout
     one weight file                  CLIP's layout (OpenAI, open_clip, DiHT)
 
-For a weight file by itself, a config beside it counts in the same way.
+For a weight file by itself, a config next to it counts in the same way.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from diht_jax.config.architecture import ARCHITECTURE_FIELDS
 from diht_jax.config.checks import nearest_name
 from diht_jax.models.positions import fit_model
 from diht_jax.models.zoo import Architecture
-from diht_jax.weights import clip_layout, huggingface, settings
+from diht_jax.weights import clip_layout, huggingface, open_clip_config
 from diht_jax.weights.releases import hash_file
-from diht_jax.weights.settings import Preprocessing
+from diht_jax.weights.settings import Preprocessing, architecture_from_own
 from diht_jax.weights.tensor_files import INDEX_SUFFIX, WEIGHT_SUFFIXES, read_tensors
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
@@ -85,7 +85,7 @@ def read_weights(
 
     Args:
         path: of a weight file or a model directory, see above.
-        architecture: fields of `Architecture` that neither shapes nor a config beside the file
+        architecture: fields of `Architecture` that neither shapes nor a config next to the file
             tell, such as `{"activation": "quick_gelu", "vision_heads": 16}`.
         image_size: pixels; image positions are resized to it. None keeps the file's.
         context_length: tokens; text positions are stretched to it. None keeps the file's.
@@ -106,7 +106,7 @@ def read_weights(
         if is_huggingface:
             raise ValueError(
                 f"{file}: names are those of transformers' CLIPModel, whose {HUGGINGFACE_CONFIG} "
-                "must lie beside the file; it does not"
+                "must be in the same folder; it is not"
             )
         arch = _infer_architecture(tensors, str(file), "activation" in (architecture or {}))
     arch = _replace_fields(arch, architecture or {})
@@ -138,10 +138,10 @@ def _exists(path: pathlib.Path) -> bool:
 
 def _check_types(tensors: Mapping[str, np.ndarray], where: str) -> None:
     """Refuses parameters that are no floating-point numbers; masks and the like may be."""
-    beside = clip_layout.EXTRAS | huggingface.BUFFERS
+    others = clip_layout.EXTRAS | huggingface.BUFFERS
     for name, value in tensors.items():
         is_number = np.issubdtype(value.dtype, np.floating) or value.dtype == ml_dtypes.bfloat16
-        if not is_number and name not in beside and not clip_layout.is_buffer(name):
+        if not is_number and name not in others and not clip_layout.is_buffer(name):
             raise ValueError(
                 f"{where}: parameter '{name[:200]}' is {value.dtype}; expected floating point"
             )
@@ -212,31 +212,27 @@ def _read_settings(
     folder: pathlib.Path, is_huggingface: bool
 ) -> tuple[Architecture | None, Preprocessing]:
     """The settings in the configs of the file's directory; no architecture without a config."""
-    own, open_clip = folder / OWN_CONFIG, folder / OPEN_CLIP_CONFIG
     if is_huggingface:
         config, preprocessor = folder / HUGGINGFACE_CONFIG, folder / HUGGINGFACE_PREPROCESSOR
         arch, preprocessing = None, Preprocessing()
         if config.is_file():
-            arch = settings.architecture_from_huggingface(_read_json(config), str(config))
+            arch = huggingface.read_architecture(_read_json(config), str(config))
         if preprocessor.is_file():
-            preprocessing = settings.preprocessing_from_huggingface(
-                _read_json(preprocessor), str(preprocessor)
-            )
+            found = _read_json(preprocessor)
+            preprocessing = huggingface.read_preprocessing(found, str(preprocessor))
         return arch, preprocessing
-    if own.is_file():
-        content = _read_json(own)
-        arch = settings.architecture_from_own(content.get("architecture"), str(own))
+    path = folder / OWN_CONFIG
+    if path.is_file():
+        content = _read_json(path)
+        arch = architecture_from_own(content.get("architecture"), str(path))
         preprocessing = content.get("preprocessing", {})
-        return arch, settings.preprocessing_from_open_clip(preprocessing, str(own))
-    if open_clip.is_file():
-        content = _read_json(open_clip)
-        model = content.get("model_cfg", content)
-        return (
-            settings.architecture_from_open_clip(model, str(open_clip)),
-            settings.preprocessing_from_open_clip(
-                content.get("preprocess_cfg", {}), str(open_clip)
-            ),
-        )
+        return arch, open_clip_config.read_preprocessing(preprocessing, str(path))
+    path = folder / OPEN_CLIP_CONFIG
+    if path.is_file():
+        content = _read_json(path)
+        arch = open_clip_config.read_architecture(content.get("model_cfg", content), str(path))
+        preprocessing = content.get("preprocess_cfg", {})
+        return arch, open_clip_config.read_preprocessing(preprocessing, str(path))
     return None, Preprocessing()
 
 

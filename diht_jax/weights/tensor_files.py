@@ -43,7 +43,7 @@ _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 @dataclasses.dataclass(frozen=True)
 class TensorFile:
-    """What a weight file holds.
+    """Contents of a weight file.
 
     Attributes:
         tensors: name -> array, in the file's dtype.
@@ -223,7 +223,7 @@ def _import_torch(path: pathlib.Path) -> Any:
 
 
 def _refused_part(error: pickle.UnpicklingError) -> str:
-    """What torch refused, such as " (posix.system)"; its advice to load the file is left out."""
+    """The name that torch refused, such as " (posix.system)", without its advice."""
     found = re.search(r"GLOBAL ([\w.]+)|(Unsupported operand \d+)", str(error))
     return f" ({(found[1] or found[2])[:200]})" if found else ""
 

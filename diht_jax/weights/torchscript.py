@@ -92,7 +92,7 @@ def check_sizes(path: pathlib.Path, total_bytes: int) -> None:
     """Checks that tensors take about as much memory as their file has bytes.
 
     Raises:
-        ValueError: so many share a storage that they would take a multiple of it.
+        ValueError: they share storages, and would take a multiple of these as copies.
     """
     limit = _MAX_COPIES * path.stat().st_size + _FREE_BYTES
     if total_bytes > limit:
@@ -103,7 +103,7 @@ def check_sizes(path: pathlib.Path, total_bytes: int) -> None:
 
 
 def is_torchscript(path: pathlib.Path) -> bool:
-    """Whether the file is a zip archive with TorchScript constants in it."""
+    """True for a zip archive with TorchScript constants in it."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -205,7 +205,7 @@ def _check_memo(data: bytes) -> None:
 
 
 def _view_of_storage(storage: np.ndarray, offset: int, shape: tuple, strides: tuple) -> np.ndarray:
-    """A strided view, which must lie inside of its storage."""
+    """A strided view, which must be inside of its storage."""
     if any(size < 0 for size in shape) or any(stride < 0 for stride in strides) or offset < 0:
         raise ValueError(f"tensor of shape {shape}, strides {strides}, offset {offset}")
     last = offset + sum((s - 1) * stride for s, stride in zip(shape, strides, strict=True))

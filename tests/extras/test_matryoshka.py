@@ -26,10 +26,9 @@ def pairs():
 def infonce_of_sizes(image_emb, text_emb, scale):
     total = 0
     for size, weight in SIZES.items():
-        x, t = (
-            emb[..., :size] / np.sqrt(np.sum(emb[..., :size] ** 2, axis=-1, keepdims=True))
-            for emb in (image_emb, text_emb)
-        )
+        x, t = image_emb[..., :size], text_emb[..., :size]
+        if size < 16:  # the whole embeddings are taken as they are
+            x, t = (emb / np.sqrt(np.sum(emb**2, axis=-1, keepdims=True)) for emb in (x, t))
         for s in (scale * x @ np.swapaxes(t, -1, -2), scale * t @ np.swapaxes(x, -1, -2)):
             diagonal = np.diagonal(s, axis1=-2, axis2=-1)
             total += weight / 2 * np.mean(np.log(np.exp(s).sum(-1)) - diagonal, axis=-1)

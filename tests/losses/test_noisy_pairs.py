@@ -184,7 +184,7 @@ def test_equal_texts_are_no_wrong_partners_in_the_metrics():
     [
         (np.zeros(4, np.int32), "masked", "equal_pairs: expected one of 'negative', 'mask'"),
         (np.zeros(4, np.float32), "mask", r"pair_ids: expected integer \[4\] or \[4, k\], got"),
-        (np.zeros((3, 2), np.int32), "mask", "pair_ids: expected 4 rows, as of image_emb, got 3"),
+        (np.zeros((3, 2), np.int32), "mask", "pair_ids: expected 4 rows, as image_emb has, got 3"),
     ],
 )
 def test_wrong_ids_are_named(ids, equal_pairs, message):

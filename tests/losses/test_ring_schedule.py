@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from diht_jax.hardware.chips import find_chip
 from diht_jax.hardware.topologies import get_topology
 from diht_jax.losses import contrastive_loss, ring
-from diht_jax.losses.ring import group_size, tile_of_block
+from diht_jax.losses.ring import group_size
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -179,11 +179,3 @@ def test_memory_on_a_pod(num_pairs, fsdp, most_mb):
     step = jax.jit(value_and_grads(mesh), out_shardings=shardings)
     memory = step.lower(*arguments).compile().memory_analysis()
     assert memory.peak_memory_in_bytes <= most_mb * 1e6
-
-
-@pytest.mark.parametrize(
-    "num_rows, width, tile",
-    [(256, 512, 512), (1024, 1024, 1024), (4096, 768, 1024), (8192, 512, 2048), (65536, 768, 2048)],
-)
-def test_tiles_are_as_large_as_the_block_affords(num_rows, width, tile):
-    assert tile_of_block(num_rows, width) == tile

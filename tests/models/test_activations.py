@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diht_jax.models.activations import activate
+from diht_jax.models.layers import activate
 
 REFERENCES = {
     "gelu": torch.nn.functional.gelu,

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diht_jax import loading, sharding
 from diht_jax.config import load_recipe
-from diht_jax.loading import ModelFiles, config_of
 from diht_jax.models import attention
 from diht_jax.models.attention import (
     Target,
@@ -22,12 +20,8 @@ from diht_jax.models.attention import (
     kernel_difference,
     target_of,
 )
-from diht_jax.models.zoo import get_architecture
-from diht_jax.training import task_evaluation
 from diht_jax.training.program import TrainProgram, with_trusted_attention
 from diht_jax.training.step import training_execution
-from diht_jax.training.task_evaluation import RunEvaluation
-from diht_jax.weights.settings import Preprocessing
 from tests.make import REPOSITORY
 
 
@@ -96,17 +90,6 @@ def test_attention_implementation_on_tpus(choice, dtype, num_tokens, expected):
     target = Target("tpu", "TPU v5 lite")
     options = {"num_tokens": num_tokens, "num_heads": 12}
     assert attention_implementation(choice, dtype, 64, target, **options) == expected
-
-
-@pytest.mark.parametrize(
-    "num_tokens, message",
-    [(1025, "at most 640 tokens, and there are 1025"), (None, "a fixed number of tokens")],
-)
-def test_the_kernel_for_tpus_is_refused_where_it_does_not_apply(num_tokens, message):
-    target = Target("tpu", "TPU v5 lite")
-    options = {"num_tokens": num_tokens, "num_heads": 12}
-    with pytest.raises(ValueError, match=message):
-        attention_implementation("pallas", "bfloat16", 64, target, **options)
 
 
 @pytest.mark.parametrize(
@@ -224,17 +207,6 @@ def test_kernel_difference_is_relative_to_the_largest_number(monkeypatch, factor
     assert low <= kernel_difference(TOWER, jax.devices()[0]) <= high
 
 
-def test_kernel_difference_of_nan_is_infinite(monkeypatch):
-    pretend_cudnn(monkeypatch, float("nan"))
-    assert kernel_difference(TOWER, jax.devices()[0]) == float("inf")
-
-
-def test_a_kernel_that_does_not_compile_is_infinitely_far(caplog):
-    tower = dataclasses.replace(TOWER, kernel="pallas")  # which no CPU can run
-    assert kernel_difference(tower, jax.devices()[0]) == float("inf")
-    assert "pallas" in caplog.text
-
-
 @pytest.mark.parametrize("factor, expected", [(1.0, "auto"), (1.1, "xla"), (np.nan, "xla")])
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog, factor, expected):
     config = load_recipe(REPOSITORY / "configs" / "demo.py", "debug=True")
@@ -279,35 +251,3 @@ def test_the_kernel_for_tpus_has_to_agree_in_values_and_gradients(
         assert with_trusted_attention(config, 10_000).model.attention == expected
     assert ("XLA's is used" in caplog.text) == (expected == "xla")
     assert "attention of the text tower: pallas" in caplog.text
-
-
-class _Taken:
-    """Stands for a `LoadedModel`, and knows by which choice of a kernel it would compute."""
-
-    def __init__(self, definition, params, **_):
-        self.attention = definition.execution.attention
-
-    def update(self, params, step):
-        pass
-
-
-@pytest.mark.parametrize("factor, expected", [(1.0, "auto"), (1.1, "xla")])
-def test_evaluation_within_a_run_takes_the_kernel_that_is_trusted(monkeypatch, factor, expected):
-    config = load_recipe(REPOSITORY / "configs" / "demo.py", "debug=True")
-    pretend_cudnn(monkeypatch, factor)
-    monkeypatch.setattr(TrainProgram, "attention", lambda self: {"text": TOWER})
-    monkeypatch.setattr(task_evaluation, "LoadedModel", _Taken)
-    program = TrainProgram(with_trusted_attention(config, 10_000), 10_000)
-    evaluation = RunEvaluation(config, [], program, writer=None, total_steps=10_000)
-    assert evaluation._updated_model(types.SimpleNamespace(params={}), 0).attention == expected
-
-
-@pytest.mark.parametrize("of_run, expected", [("auto", "auto"), ("xla", "xla"), ("cudnn", "auto")])
-def test_a_loaded_model_computes_as_its_run_where_that_applies(monkeypatch, of_run, expected):
-    arch = get_architecture("tiny_32px")
-    config = config_of(arch)
-    config.model.attention = of_run
-    files = ModelFiles(arch, {}, {}, config, Preprocessing(), "run", is_run=True)
-    monkeypatch.setattr(loading, "LoadedModel", _Taken)
-    loaded = loading.put_on_devices(files, sharding.create_mesh(8, 1))
-    assert loaded.attention == expected

@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from diht_jax.models import Architecture
 from diht_jax.models.parameters import (
@@ -93,8 +92,3 @@ def test_a_scanned_model_has_the_parameters_of_the_unrolled_one():
         merge_model(DEFINITION, parameters()).encode_text(tokens),
         atol=1e-6,
     )
-
-
-def test_unknown_remat_is_refused():
-    with pytest.raises(ValueError, match="config.model.remat='most': expected one of none, full"):
-        Execution(remat="most")

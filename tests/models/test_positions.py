@@ -10,7 +10,7 @@ import torch
 
 from diht_jax import load_model
 from diht_jax.export import export_model
-from diht_jax.models.positions import fit_positions, stretch_positions
+from diht_jax.models.positions import stretch_positions
 from diht_jax.weights.source import read_weights
 from tests.weights.conftest import SMALL, open_clip_config, open_clip_model
 
@@ -52,17 +52,6 @@ def test_positions_are_stretched_as_long_clip_does():
         stretch_positions(table[:21], 30)
     half = stretch_positions(table.astype("bfloat16"), 248)
     assert half.dtype == "bfloat16"
-
-
-def test_both_towers_are_fitted():
-    params = {
-        "vision": {"positional_embedding": np.zeros((1 + 4, 3), np.float32), "other": 1},
-        "text": {"positional_embedding": np.zeros((30, 3), np.float32)},
-    }
-    fitted = fit_positions(params, 9, 50)
-    assert fitted["vision"]["positional_embedding"].shape == (10, 3)
-    assert fitted["text"]["positional_embedding"].shape == (50, 3)
-    assert fit_positions(params, 4)["text"]["positional_embedding"].shape == (30, 3)
 
 
 def test_a_stretched_model_embeds_as_open_clip_with_its_table(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diht_jax import load_model
-from diht_jax.weights import settings
+from diht_jax.weights import huggingface
 from diht_jax.weights.source import read_weights
 
 transformers = pytest.importorskip("transformers")
@@ -133,10 +133,8 @@ def test_old_directory_with_a_torch_file_and_index_buffers(reference, tmp_path):
 
 
 def test_defaults_are_those_of_transformers():
-    arch = settings.architecture_from_huggingface({"model_type": "clip"}, "config.json")
-    assert arch == settings.architecture_from_huggingface(
-        transformers.CLIPConfig().to_dict(), "config.json"
-    )
+    arch = huggingface.read_architecture({"model_type": "clip"}, "config.json")
+    assert arch == huggingface.read_architecture(transformers.CLIPConfig().to_dict(), "config.json")
     assert arch.activation == "quick_gelu" and arch.vision_width == 768
 
 
@@ -147,7 +145,7 @@ def test_wrong_parameters_are_listed_by_their_names_there(reference, tmp_path):
     state["classifier.weight"] = torch.zeros(3)
     state["visual_projection.weight"] = state["visual_projection.weight"][:9]
     torch.save(state, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="whose config.json must lie beside the file"):
+    with pytest.raises(ValueError, match="whose config.json must be in the same folder"):
         load_model(tmp_path)
     other.config.save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
@@ -175,10 +173,10 @@ def test_wrong_parameters_are_listed_by_their_names_there(reference, tmp_path):
 )
 def test_settings_that_our_model_lacks_are_refused(changed, message):
     with pytest.raises(ValueError, match=message):
-        settings.architecture_from_huggingface({"model_type": "clip", **changed}, "config.json")
+        huggingface.read_architecture({"model_type": "clip", **changed}, "config.json")
 
 
 def test_preprocessor_of_another_kind_is_refused():
     config = {"do_resize": True, "resample": 2, "image_mean": [0.5, 0.5, 0.5]}
     with pytest.raises(ValueError, match="resample=2; our preprocessing has 3 only"):
-        settings.preprocessing_from_huggingface(config, "preprocessor_config.json")
+        huggingface.read_preprocessing(config, "preprocessor_config.json")

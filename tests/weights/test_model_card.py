@@ -60,14 +60,6 @@ def test_labels_lead_to_the_statistics_of_what_was_labelled(folders, given):
     assert "ftfy" in text and "Compose transparent pictures on white" in text
 
 
-def test_merged_labels_lead_there_by_their_config(folders):
-    (folders / "labelled/labels.json").unlink()
-    stats = LABELLED | {"config": {"input": str(folders / "filtered")}}
-    (folders / "labelled/stats.json").write_text(json.dumps(stats))
-    facts = read_data_facts(str(folders / "labelled"), None)
-    assert [fact.filtered for fact in facts] == [FILTERED] and facts[0].labelled == stats
-
-
 def test_the_recipe_has_what_is_switched_on():
     defaults = default_config()
     sections = ("matryoshka", *TERMS, "lora")
@@ -87,14 +79,3 @@ def test_the_recipe_has_what_is_switched_on():
         "| lora.rank | 3 |",
     ):
         assert line in on, on
-
-
-def test_sources_have_sections_of_their_own_and_what_is_gone_is_named(folders):
-    train = {
-        "web": {"path": str(folders / "filtered"), "weight": 1},
-        "gone": {"path": str(folders / "gone"), "weight": 1},
-    }
-    text = card(train)
-    assert f"web: `{folders}/filtered`" in text and "| pairs kept | 60 |" in text
-    assert f"gone: `{folders}/gone`. Statistics of the set were not found" in text
-    assert "Labelled with" not in text

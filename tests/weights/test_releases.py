@@ -116,28 +116,12 @@ def test_damaged_cache_is_replaced(server, tmp_path):
     assert path.read_bytes() == CONTENT
 
 
-def test_a_part_of_another_file_is_no_part(server, tmp_path):
-    part = tmp_path / "model.ckpt.part"
-    part.write_bytes(b"x" * 2 * len(CONTENT))
-    with pytest.raises(ValueError, match="expected SHA-256"):
-        download(server.url, tmp_path / "model.ckpt", SHA256)
-    download(server.url, tmp_path / "model.ckpt", SHA256)
-    assert (tmp_path / "model.ckpt").read_bytes() == CONTENT
-
-
 def test_missing_file_and_dead_server(server, tmp_path):
     server.status = 404
     with pytest.raises(ValueError, match="the server answered 404"):
         download(server.url, tmp_path / "model.ckpt", SHA256)
     with pytest.raises(ValueError, match="refused.*DIHT_JAX_WEIGHTS"):
         download("http://127.0.0.1:9/model.ckpt", tmp_path / "model.ckpt", SHA256)
-
-
-def test_released_names_are_those_of_the_architectures():
-    assert {name for name in ARCHITECTURES if name.startswith("diht_")} == set(RELEASES)
-    for name, release in RELEASES.items():
-        assert len(release.sha256) == 64
-        assert release.url.endswith(f"/diht/{name}_{release.sha256}.ckpt")
 
 
 @pytest.fixture
@@ -166,7 +150,7 @@ def test_load_model_by_name_downloads_once(reference, small_release, server):
     assert model.config.model.name == small_release
 
 
-@pytest.mark.parametrize("place", ["file", "published", "named", "model_directory", "cased"])
+@pytest.mark.parametrize("place", ["file", "published", "model_directory"])
 def test_environment_variable_names_a_local_copy(
     small_release, server, tmp_path, monkeypatch, place
 ):
@@ -175,9 +159,7 @@ def test_environment_variable_names_a_local_copy(
     path = {
         "file": folder / "anything.pt",
         "published": folder / release.url.rpartition("/")[2],
-        "named": folder / f"{small_release}.ckpt",
         "model_directory": folder / "model.pt",
-        "cased": folder / small_release / "model.pt",
     }[place]
     path.parent.mkdir(parents=True)
     path.write_bytes(server.content)

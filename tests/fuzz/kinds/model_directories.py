@@ -10,7 +10,7 @@ import safetensors.numpy
 from hypothesis.strategies import integers
 from hypothesis.strategies import sampled_from as one
 
-from diht_jax.weights import huggingface, settings
+from diht_jax.weights import huggingface, open_clip_config, settings
 from diht_jax.weights.source import read_weights
 from tests.fuzz.damage import Draw, changed_json, damage_folder
 from tests.fuzz.judge import ERROR, SUCCESS, must_refuse, require
@@ -30,7 +30,7 @@ def _write(draw: Draw, folder: pathlib.Path) -> pathlib.Path:
         path = folder / "model.safetensors.index.json"
         path.write_text(json.dumps({"weight_map": weight_map}))
         return path
-    files = {"open_clip_config.json": settings.open_clip_config(ARCH, settings.Preprocessing())}
+    files = {"open_clip_config.json": open_clip_config.make_config(ARCH, settings.Preprocessing())}
     weights, name = safetensors_file(), "open_clip_model.safetensors"
     if form == 1:
         values = huggingface.to_huggingface(tensors(), ARCH)
@@ -38,8 +38,8 @@ def _write(draw: Draw, folder: pathlib.Path) -> pathlib.Path:
         name, files = (
             "model.safetensors",
             {
-                "config.json": settings.huggingface_config(ARCH, "float32"),
-                "preprocessor_config.json": settings.huggingface_preprocessor(
+                "config.json": huggingface.make_config(ARCH, "float32"),
+                "preprocessor_config.json": huggingface.make_preprocessor(
                     ARCH, settings.Preprocessing()
                 ),
             },

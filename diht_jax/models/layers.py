@@ -1,8 +1,11 @@
-"""The linear layers of the transformer blocks."""
+"""Linear layers and activations of the transformer blocks."""
 
 from __future__ import annotations
 
+import math
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,12 +28,12 @@ class Linear(nnx.Linear):
 
 
 def has_adapter(layer: Linear) -> bool:
-    """Whether `models.lora` has put an adapter on the layer."""
+    """True if `models.lora` has put an adapter on the layer."""
     return hasattr(layer, "lora_a")
 
 
 def adapter_product(layer: Linear, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-    """What the adapter of a layer adds, [..., len(columns)] in the layer's dtype."""
+    """The contribution of a layer's adapter, [..., len(columns)] in the layer's dtype."""
     a, b = layer.lora_a[...], layer.lora_b[...][:, columns]
     x, a, b = (value.astype(layer.dtype) for value in (x, a, b))
     return (layer.lora_scale * (x @ a)) @ b
@@ -93,3 +96,44 @@ def _dot_general(x, kernel, dimension_numbers, precision=None, out_sharding=None
     assert dimension_numbers == (((x.ndim - 1,), (0,)), ((), ())), dimension_numbers
     assert precision is None and out_sharding is None
     return checkpoint_name(_product(x, kernel), LINEAR_OUT)
+
+
+def activate(name: str, x: jax.Array) -> jax.Array:
+    """Applies "gelu" (exact) or "quick_gelu" (OpenAI's `x sigmoid(1.702 x)`)."""
+    if name == "quick_gelu":
+        return x * jax.nn.sigmoid(1.702 * x)
+    return gelu(x)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Exact GELU, `x Phi(x)` with the normal distribution function, computed in at least float32.
+
+    `jax.nn.gelu` has the same values. Two things are cheaper here: `erf` takes a third of the time
+    of `erfc` (which is more exact only where the result is nearly zero), and the backward pass
+    needs `x` alone, not two more arrays of its size in float32.
+    """
+    wide = _widen(x)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    wide = _widen(x)
+    density = jnp.exp(-0.5 * wide * wide) * (1 / math.sqrt(2 * math.pi))
+    slope = _normal_cdf(wide) + wide * density
+    return ((gradient * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))

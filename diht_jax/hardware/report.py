@@ -1,14 +1,80 @@
-"""Formats what is known of a compiled step as text; the numbers are `aot_compile`'s."""
+"""A compiled training step in numbers, and as text.
+
+The numbers are collected by `diht_jax.compile`.
+"""
 
 from __future__ import annotations
 
-from diht_jax.training.aot_compile import Roofline, StepReport, crosses_hosts, roofline
+import dataclasses
+
+from diht_jax.hardware.flops import FlopCount
+from diht_jax.hardware.hlo_traffic import Traffic
+from diht_jax.hardware.roofline import Roofline, crosses_hosts, roofline
+from diht_jax.hardware.topologies import Topology
 
 _GIB = 1 << 30
 
 
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """A compiled training step. Everything is for one device and one step.
+
+    Attributes:
+        topology: what it was compiled for.
+        mesh: size of each axis.
+        batch_size: global, in examples.
+        attention: kernel of each tower.
+        loss_form: how the contrastive loss is computed, and why.
+        micro_batch, remat: the config's settings that trade FLOPs for memory.
+        memory_limit_bytes: what a program may use; None where not known.
+        argument_bytes: state and batch; the state is donated: its result needs no other room.
+        temporary_bytes: set aside for intermediate values; None where the compiler gave up.
+        peak_bytes: all values that are alive at once, the program included.
+        needed_bytes: what must fit. On a TPU the peak, which is what its compiler's own limit
+            follows (its size of the temporaries counts more than is ever held); elsewhere, where
+            the peak leaves temporaries out, arguments, results, temporaries and the program.
+        fits: whether it runs within the memory.
+        flops: floating-point operations, recomputation included.
+        model_flops: operations of the model's matrix products without recomputation, which MFU is
+            measured by.
+        traffic: memory and communication; None where the compiler gave up.
+        trace_secs, compile_secs: time spent on this machine.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    batch_size: int
+    attention: dict[str, str]
+    loss_form: tuple[str, str]
+    micro_batch: int | None
+    remat: str
+    memory_limit_bytes: int | None
+    argument_bytes: int
+    temporary_bytes: int | None
+    peak_bytes: int
+    needed_bytes: int
+    fits: bool
+    flops: FlopCount
+    model_flops: int
+    traffic: Traffic | None
+    trace_secs: float
+    compile_secs: float
+
+    @property
+    def roofline(self) -> Roofline | None:
+        """The bound on the step's time; None where chip or traffic are not known."""
+        if self.traffic is None:
+            return None
+        return roofline(
+            self.topology,
+            self.traffic,
+            matmul_flops=self.flops.matmul_flops,
+            model_flops=self.model_flops,
+        )
+
+
 def describe_step(report: StepReport) -> str:
-    """Memory, FLOPs, traffic, communication, roofline and verdict, on a page."""
+    """Formats memory, FLOPs, traffic, communication, roofline and verdict as a page."""
     devices = report.topology.devices
     lines = [
         f"{report.topology.name}: {len(devices)} x {devices[0].device_kind}, mesh "
@@ -17,7 +83,7 @@ def describe_step(report: StepReport) -> str:
         f"micro-batch {_micro_batch(report)}, remat {report.remat}",
         "attention kernels: "
         + ", ".join(f"{kernel} ({tower})" for tower, kernel in report.attention.items()),
-        f"form of the loss: {report.loss_form.impl} ({report.loss_form.reason})",
+        "form of the loss: {} ({})".format(*report.loss_form),
         f"compiler options: {_options(report)}",
         f"traced in {report.trace_secs:.0f} s, compiled in {report.compile_secs:.0f} s",
         "",
@@ -27,13 +93,13 @@ def describe_step(report: StepReport) -> str:
     ]
     if report.traffic is not None:
         lines += _traffic_lines(report)
-        lines += ["", *_roofline_lines(report, roofline(report))]
+        lines += ["", *_roofline_lines(report, report.roofline)]
     lines += ["", _verdict(report)]
     return "\n".join(lines)
 
 
 def describe_try(report: StepReport) -> str:
-    """One line about an attempt to make a step fit."""
+    """Formats an attempt to make a step fit as one line."""
     outcome = "fits" if report.fits else "too large"
     return (
         f"  config.model.remat={report.remat} config.micro_batch={report.micro_batch}: "
@@ -42,7 +108,7 @@ def describe_try(report: StepReport) -> str:
 
 
 def describe_settings(found: StepReport | None) -> str:
-    """What to change, after the search."""
+    """Formats the result of the search as flags."""
     if found is None:
         return (
             "no setting of config.model.remat and config.micro_batch fits; take more devices, a "
@@ -90,7 +156,7 @@ def _traffic_lines(report: StepReport) -> list[str]:
     for row in traffic.collectives:
         where = ""
         if _has_hosts(report):
-            where = " between hosts" if crosses_hosts(row, report) else " in a host"
+            where = " between hosts" if crosses_hosts(report.topology, row) else " in a host"
         who = "neighbours" if row.kind == "collective-permute" else f"{row.group_size} devices"
         lines.append(
             _row(
@@ -157,7 +223,7 @@ def _verdict(report: StepReport) -> str:
 
 
 def _has_hosts(report: StepReport) -> bool:
-    """Whether the topology is GPUs of several hosts."""
+    """True for GPUs of several hosts."""
     chip, shape = report.topology.chip, report.topology.shape
     return chip is not None and not chip.num_links and len(shape) > 1
 

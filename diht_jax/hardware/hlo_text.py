@@ -1,0 +1,155 @@
+"""The text of optimised HLO: instructions, sizes of arrays, and groups of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_BITS = {"pred": 8, "bf16": 16, "f8": 8, "token": 0, "tuple": 0, "opaque": 0}
+# Devices in HLO's notation: [4,8]T(1,0) is 0, 1, ... 31 as [4, 8], transposed.
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    type_text: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str  # what follows the operands
+    is_root: bool
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute such as `body` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
+        return found.group(1) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: its computations by name, each with its instructions by name."""
+
+    computations: dict[str, dict[str, Instruction]]
+    entry: str
+    num_devices: int
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+
+
+def parse_module(text: str) -> Module:
+    """Parses `compiled.as_text()`."""
+    computations, entry, current = {}, None, None
+    for line in text.splitlines():
+        header = _COMPUTATION.match(line)
+        if header:
+            current = computations[header.group(2)] = {}
+            entry = header.group(2) if header.group(1) else entry
+            continue
+        found = _INSTRUCTION.match(line)
+        if found and current is not None:
+            instruction = _parse_instruction(line[found.end() :], found.group(2), found.group(1))
+            current[instruction.name] = instruction
+    partitions, replicas = (
+        re.search(rf"\b{name}=(\d+)", text[: text.find("\n")])
+        for name in ("num_partitions", "replica_count")
+    )
+    num_devices = math.prod(int(found.group(1)) for found in (partitions, replicas) if found)
+    return Module(computations, entry, num_devices)
+
+
+def _parse_instruction(text: str, name: str, root: str | None) -> Instruction:
+    type_end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    type_text, rest = text[:type_end], text[type_end:].lstrip()
+    opcode, _, _ = rest.partition("(")
+    end = _closing(rest, len(opcode))
+    operands = tuple(re.findall(r"%([\w.\-]+)", rest[len(opcode) : end]))
+    if opcode in ("constant", "parameter"):
+        operands = (rest[len(opcode) + 1 : end],)
+    return Instruction(name, type_text, opcode, operands, rest[end + 1 :], root is not None)
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if depth == 0:
+            return index
+    raise ValueError(f"HLO line without its closing parenthesis: {text[:80]}")
+
+
+def arrays_of(type_text: str) -> Iterator[tuple[int, bool]]:
+    """Yields (bytes, whether in main memory) for each array of a type, which may be a tuple."""
+    pattern = r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?"
+    for dtype, sizes, layout in re.findall(pattern, type_text):
+        elements = math.prod(int(size) for size in sizes.split(",") if size)
+        yield elements * _bits(dtype) // 8, not re.search(r"S\([1-9]", layout)
+
+
+def _bits(dtype: str) -> int:
+    for prefix in (dtype, dtype[:2]):
+        if prefix in _BITS:
+            return _BITS[prefix]
+    return int(re.search(r"\d+", dtype).group())
+
+
+def all_bytes(type_text: str) -> int:
+    """Size of all arrays of a type."""
+    return sum(size for size, _ in arrays_of(type_text))
+
+
+def main_memory_bytes(type_text: str) -> int:
+    """Size of the arrays of a type that are in main memory."""
+    return sum(size for size, in_main_memory in arrays_of(type_text) if in_main_memory)
+
+
+def read_groups(text: str, num_devices: int) -> np.ndarray:
+    """Reads `replica_groups`, in any of its three notations, or the pairs of a permutation.
+
+    Args:
+        text: of the instruction, with its attributes.
+        num_devices: of the program.
+
+    Returns:
+        int [groups, devices], positions in the mesh; one group of all devices where the text names
+        none.
+    """
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]([^{]*)\{([^}]*)\}", text)
+    if mesh:
+        return _mesh_groups(*mesh.groups())
+    iota = re.search(rf"replica_groups=\[(\d+),(\d+)\]<={_IOTA}", text)
+    if iota:
+        return _iota(*iota.groups()[2:]).reshape(int(iota.group(1)), int(iota.group(2)))
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,{}]+)\}\}", text)
+    if listed:
+        return np.array([_integers(group) for group in listed.group(1).split("},{")])
+    return np.arange(num_devices)[None]
+
+
+def _mesh_groups(axes_text: str, devices_text: str, together_text: str) -> np.ndarray:
+    """Reads ("'a'=4,'b'=8", ", device_ids=([4,8])", "'b'") as groups along the axis b."""
+    axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", axes_text)}
+    together = re.findall(r"'([^']+)'", together_text)
+    order = sorted(range(len(axes)), key=lambda axis: list(axes)[axis] in together)
+    named = re.search(rf"device_ids=\({_IOTA}\)", devices_text)
+    devices = _iota(*named.groups()) if named else np.arange(math.prod(axes.values()))
+    grid = devices.reshape(*axes.values()).transpose(order)
+    return grid.reshape(-1, math.prod(axes[name] for name in together))
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    sizes = _integers(shape)
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose(_integers(order) if order else None)
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
