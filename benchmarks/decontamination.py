@@ -26,8 +26,8 @@ from absl import flags
 from benchmarks.duplicates import EDITS, plant
 from benchmarks.record import write_result
 from data_prep.batches import Teacher
-from data_prep.duplicates.given import EmbeddedSet
 from data_prep.duplicates.image_hashes import Index, PictureHash, make_index, try_hash
+from data_prep.duplicates.precomputed import EmbeddedSet
 from diht_jax import command_line
 from diht_jax.readers.registry import open_source
 

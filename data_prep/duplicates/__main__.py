@@ -3,12 +3,12 @@
     python -m data_prep.duplicates --config configs/prep/duplicates.py \\
         --config.input='/data/raw/*.tar' --config.output=/data/duplicates
 
-Exact copies are found by their bytes, near-duplicates by embeddings: k-means on all devices, then
-cosines within each cluster (SemDeDup, arXiv 2303.09540), and thumbnails laid over one another. Run
-again it does only what is not done yet; with another threshold it goes on from the clusters. The
-filter drops what the table names with --config.duplicates.table=/data/duplicates. On several hosts
-the same command runs on each, and they share it (see `diht_jax.distributed`); or it is a job array,
-by --task_index=I --num_tasks=N.
+Exact copies are found by their bytes, near-duplicates by embeddings: k-means on the devices of one
+process, then cosines within each cluster (SemDeDup, arXiv 2303.09540), and thumbnails laid over one
+another. Run again it does only what is not done yet; with another threshold it goes on from the
+clusters. The filter drops what the table names with --config.duplicates.table=/data/duplicates. On
+several hosts the same command runs on each (see `diht_jax.distributed`), or as a job array, by
+--task_index=I --num_tasks=N: they share the scan, and one of them searches.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def main() -> None:
 
     from diht_jax import distributed
 
-    given = flags.FLAGS
-    config = given.config
+    values = flags.FLAGS
+    config = values.config
     if config is None:
         raise ValueError("--config is not set: expected a file such as configs/prep/duplicates.py")
     validate_config(config, duplicates_config.default_config())
     duplicates_config.check_config(config)
-    index, count, engine = given.task_index, given.num_tasks, given.engine
+    index, count, engine = values.task_index, values.num_tasks, values.engine
     if count == 1:
         distributed.start_from_flags()
-    elif given.coordinator_address is not None:
+    elif values.coordinator_address is not None:
         raise ValueError("--num_tasks and --coordinator_address: expected one of them")
     in_step = jax.distributed.is_initialized() and jax.process_count() > 1
     if in_step:

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from data_prep.duplicates.near import KEEP
+from data_prep.duplicates.semdedup import KEEP
 from data_prep.jobs.engine import RaySettings
 from data_prep.jobs.failures import check_limit
 from data_prep.jobs.fingerprint import check_identity
@@ -33,8 +33,8 @@ def default_config() -> ml_collections.ConfigDict:
 
     c.exact = True  # images of equal bytes are copies
     c.embeddings = ml_collections.ConfigDict()
-    # "descriptor": colours and shapes at 8 x 8, for copies that were edited; "files": given ones,
-    # see `files`; "none": exact copies only.
+    # "descriptor": colours and shapes at 8 x 8, for copies that were edited; "files": those of
+    # `files`; "none": exact copies only.
     c.embeddings.kind = "descriptor"
     c.embeddings.mirrored = True  # of the descriptor: a picture and its mirror image are alike
     # With an input the --output of diht_jax.embed on the same input. Without one a glob of .npz or
@@ -54,13 +54,13 @@ def default_config() -> ml_collections.ConfigDict:
     c.clusters.probes = 1  # nearest clusters in which each row is compared; more find more
     c.clusters.iterations = 20  # of k-means, at most
     c.clusters.train_rows_per_cluster = 256  # that k-means looks at, drawn at random
-    c.clusters.chunk_rows = 65_536  # that lie on the devices at a time
+    c.clusters.chunk_rows = 65_536  # on the devices at a time
     c.seed = 0
 
-    # The table is made without so many failed units: a share below 1 (0: none; else one at
-    # least), or a number.
+    # Failed units without which the table is made: a share below 1 (0: none; else one at least),
+    # or a number.
     c.max_failed_shards = 0.01
-    # So many scanned inputs may be gone or replaced, as a share or a number; more are refused.
+    # Scanned inputs that may be gone or replaced, as a share or a number; more are refused.
     c.max_changed_shards = 0.01
     c.report_pairs = 24  # pairs of pictures on the page
     c.num_workers = placeholder(int)  # processes; None: one per core, 0: no other process
@@ -68,7 +68,7 @@ def default_config() -> ml_collections.ConfigDict:
     # Seconds after which the scan of a unit is stopped; the second time the unit has failed.
     c.shard_timeout_secs = placeholder(float)
     c.keep_before_damage = False  # of a tar that is cut off or damaged, scan the pairs before that
-    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # as of data_prep.filter
+    c.ray = ml_collections.ConfigDict(dataclasses.asdict(RaySettings()))  # see data_prep.filter
     return c
 
 

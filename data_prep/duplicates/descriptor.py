@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from data_prep.duplicates.aligned import SIDE
+from data_prep.duplicates.crop_match import SIDE
 from diht_jax.input.decode import load_rgb, open_image
 
 # Raised whenever equal pictures come to have other numbers.

@@ -1,42 +1,199 @@
-"""One unit of the input: the keys, content hashes, sizes and embeddings of its pairs, to files.
+"""Scan of the input: the keys, content hashes, sizes and embeddings of its pairs, unit by unit.
 
-A unit is a source shard, or a file of given embeddings. NAME.arrow has a row for each pair. Beside
-it lie NAME.arrow.npy, float16 [n, d], and NAME.arrow.greys.npy, uint8 [n, 32, 32]; the statistics,
-with what the input was, are written last, and the unit is done with them.
+A unit is a source shard, or a file of precomputed embeddings. It is named by a hash of its input's
+path below its root, so that one that is added, removed or replaced costs itself. NAME.arrow has a
+row for each pair; next to it are NAME.arrow.npy, float16 [n, d], and NAME.arrow.greys.npy, uint8
+[n, 32, 32]. The statistics, with what the input was, are written last.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 from absl import logging
 
-from data_prep.duplicates import aligned, mapped
+from data_prep.duplicates import crop_match, precomputed
 from data_prep.duplicates.descriptor import describe_picture, shrink_picture
-from data_prep.duplicates.given import read_embeddings
-from data_prep.duplicates.table import hash_keys
-from data_prep.duplicates.units import EMBEDDED, Unit
+from data_prep.duplicates.rows import EMBEDDINGS, GREYS, hash_keys, write_columns
 from data_prep.jobs import fingerprint, shards
 from data_prep.jobs.crash_search import BATCH, PAIR, CrashSearch, WorkRecord
 from data_prep.jobs.engine import Report
-from data_prep.sources.list import read_pairs
+from data_prep.jobs.failures import allowed_number
+from data_prep.jobs.manifest import Input, hash_inputs
+from data_prep.jobs.shards import ShardTask
+from data_prep.sources.list import find_root, list_inputs, read_pairs
 from diht_jax.input.decode import MAX_PIXELS, ImageError, open_image
-from diht_jax.readers.base import Skipped
+from diht_jax.readers.base import Skipped, SourceShard
 from diht_jax.records.formats.tar_members import DamagedTarError
 from diht_jax.records.schema import Pair
 from diht_jax.storage import files
 
-EMBEDDINGS, GREYS = ".npy", ".greys.npy"  # behind the name of the file with the rows
+EMBEDDED = "embeddings"  # kind of a source that is a file of keys and vectors
+FOLDER = "scan"
 
+_ROWS = ".arrow"
+_OURS = re.compile(rf"[0-9a-f]{{16}}{re.escape(_ROWS)}(\..+)?")
+_SHOWN = 4
 _BATCH = 256  # entries after which progress is reported, and among which a crash is searched for
-_OPEN_UNITS = 512
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unit(ShardTask):
+    """What is scanned: a shard of pairs, or a file of embeddings.
+
+    Attributes:
+        embeddings: files with the embeddings of the shard's pairs.
+    """
+
+    embeddings: tuple[str, ...] = ()
+
+
+def find_inputs(config: ml_collections.ConfigDict) -> Sequence[Input]:
+    """The shards of `config.input`, or the files of embeddings where there is none.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if config.input is not None:
+        return list_inputs(config.input, config.source)
+    pattern = config.embeddings.files
+    paths = precomputed.find_files(pattern)
+    if not paths:
+        raise ValueError(
+            f"config.embeddings.files='{pattern}': no such file; expected .npz or .parquet files"
+        )
+    return [Input(SourceShard(EMBEDDED, path), find_root(pattern)) for path in paths]
+
+
+def plan_units(
+    config: ml_collections.ConfigDict, inputs: Sequence[Input], folder: str
+) -> list[Unit]:
+    """The unit of every input.
+
+    Args:
+        config: of `duplicates.config.default_config`.
+        inputs: of `find_inputs`.
+        folder: of the output.
+
+    Raises:
+        ValueError: the precomputed embeddings are of other shards.
+    """
+    files_of: Sequence[tuple[str, ...]] = [()] * len(inputs)
+    if config.input is not None and config.embeddings.kind == "files":
+        files_of = _find_embeddings(config, [found.shard for found in inputs])
+    return [
+        Unit(
+            found.shard,
+            files.join(folder, FOLDER, name + _ROWS),
+            shards.hash_config({"embeddings": [_identify(path) for path in embeddings]}),
+            config.input_identity,
+            embeddings=embeddings,
+        )
+        for found, name, embeddings in zip(inputs, hash_inputs(inputs), files_of, strict=True)
+    ]
+
+
+def _identify(path: str) -> dict[str, Any]:
+    return SourceShard(EMBEDDED, path).identity()
+
+
+def _find_embeddings(
+    config: ml_collections.ConfigDict, sources: Sequence[SourceShard]
+) -> list[tuple[str, ...]]:
+    """The files of `diht_jax.embed` of each shard; it may have embedded more shards."""
+    folder = config.embeddings.files
+    try:
+        listed = precomputed.list_shards(folder)
+    except ValueError as error:
+        raise ValueError(f"config.embeddings.files={error}") from error
+    known = dict(zip(listed, precomputed.files_of_shards(folder, len(listed)), strict=True))
+    identities = (source.identity() for source in sources)
+    found = [known.get((identity["path"], identity["start"]), ()) for identity in identities]
+    if not all(found):
+        raise ValueError(
+            f"config.embeddings.files='{folder}' is of another input than "
+            f"config.input='{config.input}': it has no embeddings of {sources[found.index(())]}"
+        )
+    return found
+
+
+def reject_or_remove_stale(
+    units: Sequence[Unit], folder: str, max_changed: float
+) -> dict[str, dict[str, Any]]:
+    """Removes scans of inputs that are gone or were replaced, while they are few.
+
+    Args:
+        units: of all inputs.
+        folder: of the output.
+        max_changed: `config.max_changed_shards`.
+
+    Returns:
+        Output of each unit that is scanned -> what is held of its statistics.
+
+    Raises:
+        ValueError: they are more than `max_changed` allows.
+    """
+    fingerprint.forget_linked()  # as an earlier run of this process saw them
+    where = files.join(folder, FOLDER)
+    present = files.list_names(where, lambda name: _OURS.fullmatch(name) is not None)
+    ending = shards.STATS_SUFFIX
+    scanned = {name.removesuffix(ending) for name in present if name.endswith(ending)}
+    own = {os.path.basename(unit.output) for unit in units}
+    gone = sorted(scanned - own)
+    done, changed = {}, []
+    there = [unit for unit in units if os.path.basename(unit.output) in scanned]
+    for unit, stats, change in shards.check_all(there):
+        if stats is not None and change is None:
+            done[unit.output] = unit, shards.trim_stats(stats)
+        elif stats is not None:
+            changed.append(unit)
+    allowed = allowed_number(max_changed, len(scanned))
+    if len(gone) + len(changed) > allowed:
+        raise ValueError(_describe_changes(where, gone, changed, max_changed, allowed))
+    for unit in changed:
+        logging.warning("%s: scanned again, since it or its embeddings changed", unit.source)
+    for path in shards.damaged_outputs(list(done.values())):
+        changed.append(done.pop(path)[0])
+    for unit in changed:
+        files.remove(unit.stats_path)
+    # The statistics first: without them a unit is not scanned.
+    stale = set(present) - set(shards.names_below(present, own))
+    for name in sorted(stale, key=lambda name: not name.endswith(ending)):
+        files.remove(files.join(where, name))
+    if gone:
+        logging.warning("%s: %d scans of inputs that are gone are removed", where, len(gone))
+    return {path: stats for path, (_, stats) in done.items()}
+
+
+def _describe_changes(
+    folder: str, gone: Sequence[str], changed: Sequence[Unit], max_changed: float, allowed: int
+) -> str:
+    paths = [
+        fingerprint.read_location(files.join(folder, name + fingerprint.LOCATION_SUFFIX))
+        for name in gone[:_SHOWN]
+    ]
+    names = [found["path"] for found in paths if found] + [str(unit.source) for unit in changed]
+    count = len(gone) + len(changed)
+    return (
+        f"'{folder}' holds {len(gone)} scans of inputs that config.input or "
+        f"config.embeddings.files no longer names, and {len(changed)} of inputs that were "
+        f"replaced, such as {', '.join(names[:_SHOWN])}; config.max_changed_shards="
+        f"{max_changed:g} allows {allowed} together. Choose another config.output, or have them "
+        f"removed or scanned again with --config.max_changed_shards={count}"
+    )
+
+
+def list_scans(parts: Sequence[tuple[ShardTask, Mapping[str, Any]]]) -> list[list[str]]:
+    """Name and hash of the scan of each unit, in order: what the search is made of."""
+    return [[os.path.basename(unit.output), stats["output"]["digest"]] for unit, stats in parts]
 
 
 def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) -> None:
@@ -57,7 +214,7 @@ def scan_unit(unit: Unit, report: Report, *, config: ml_collections.ConfigDict) 
     described = fingerprint.describe(unit.source, unit.identity)
     with WorkRecord(unit.output, unit.search) as work:
         if unit.source.kind == EMBEDDED:
-            keys, found = read_embeddings(unit.source.path)
+            keys, found = precomputed.read_embeddings(unit.source.path)
             report(len(keys))
             nothing = np.zeros((len(keys), 2), np.uint64)
             columns = keys, nothing, np.zeros(len(keys), np.int64), found, None
@@ -72,16 +229,15 @@ def _scan_pairs(
     unit: Unit, report: Report, work: WorkRecord, config: ml_collections.ConfigDict
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, list[np.ndarray | None]]:
     """Keys, halves of the content hashes, pixels, embeddings and greys of the pairs of a shard."""
-    given: dict[str, np.ndarray] = {}
+    known: dict[str, np.ndarray] = {}
     for path in unit.embeddings:
-        names, found = read_embeddings(path)
-        given |= dict(zip(names, found, strict=True))
+        known |= dict(zip(*precomputed.read_embeddings(path), strict=True))
     keys, digests, pixels, rows, greys = [], [], [], [], []
     for entry, is_deadly in _entries(unit, report, work, config):
         if isinstance(entry, Pair):
             keys.append(entry.key)
             digests.append(hashlib.blake2b(entry.image, digest_size=16).digest())
-            looks = (0, None, None) if is_deadly else _look_at(entry, given, config)
+            looks = (0, None, None) if is_deadly else _look_at(entry, known, config)
             for column, value in zip((pixels, rows, greys), looks, strict=True):
                 column.append(value)
     width = max((len(row) for row in rows if row is not None), default=0)
@@ -127,7 +283,7 @@ def _entries(
 
 
 def _look_at(
-    pair: Pair, given: dict[str, np.ndarray], config: ml_collections.ConfigDict
+    pair: Pair, known: Mapping[str, np.ndarray], config: ml_collections.ConfigDict
 ) -> tuple[int, np.ndarray | None, np.ndarray | None]:
     """Pixels of the picture, embedding and greys; 0 and None where there is none."""
     greys = None
@@ -141,7 +297,7 @@ def _look_at(
             greys, (width, height) = shrink_picture(pair.image, max_pixels=MAX_PIXELS)
         else:
             width, height = open_image(pair.image).size
-        return width * height, given.get(pair.key), greys
+        return width * height, known.get(pair.key), greys
     except ImageError:
         return 0, None, None
 
@@ -154,14 +310,14 @@ def _write(
     embeddings: np.ndarray,
     greys: Sequence[np.ndarray | None] | None,
 ) -> str:
-    """Writes the rows and what lies beside them; returns a hash of all."""
+    """Writes the files of a unit; returns a hash of all they hold."""
     import pyarrow
 
     embeddings = embeddings.astype(np.float16)
     hashed = [hashes, pixels, embeddings]
     _save(path + EMBEDDINGS, embeddings)
     if greys is not None:
-        flat = np.zeros((aligned.SIDE, aligned.SIDE), np.uint8)
+        flat = np.zeros((crop_match.SIDE, crop_match.SIDE), np.uint8)
         rows = np.array([flat if row is None else row for row in greys], np.uint8)
         hashed.append(rows.reshape(-1, *flat.shape))
         _save(path + GREYS, hashed[-1])
@@ -172,7 +328,7 @@ def _write(
         "low": np.ascontiguousarray(hashes[:, 1]),
         "pixels": pixels,
     }
-    mapped.write_columns(path, columns)
+    write_columns(path, columns)
     digest = hashlib.blake2b(json.dumps(list(keys)).encode(), digest_size=16)
     for array in hashed:
         digest.update(repr(array.shape).encode() + array.tobytes())
@@ -182,108 +338,3 @@ def _write(
 def _save(path: str, array: np.ndarray) -> None:
     with files.local_output(path) as local, open(local, "wb") as file:
         np.save(file, array)
-
-
-class Rows:
-    """The rows of all units, numbered in their order; what is read lies in mapped files.
-
-    Attributes:
-        units: that were scanned.
-        starts: int64 [units + 1], the number of each unit's first row.
-    """
-
-    def __init__(self, units: Sequence[Unit], cache: str, starts: np.ndarray):
-        """Opens what was scanned.
-
-        Args:
-            units: that were scanned.
-            cache: the folder of `mapped.fetch`.
-            starts: see above.
-        """
-        self.units = list(units)
-        self._cache = cache
-        self._width: int | None = None
-        keep = functools.lru_cache(maxsize=_OPEN_UNITS)
-        self._table = keep(lambda unit: mapped.open_batch(self.units[unit].output, cache))
-        self._matrix = keep(lambda unit: self._map(unit, EMBEDDINGS))
-        self.starts = starts
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def take(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A column of numbers, of some rows."""
-        found = np.empty(len(rows), self.unit_column(0, name).dtype)
-        for unit, positions, local in self._by_unit(rows):
-            found[positions] = self.unit_column(unit, name)[local]
-        return found
-
-    def unit_column(self, number: int, name: str) -> np.ndarray:
-        """A column of numbers, of the rows of a unit."""
-        return self._table(number).column(name).to_numpy()
-
-    def unit_keys(self, number: int) -> list[str]:
-        """The keys of a unit."""
-        return self._table(number).column("key").to_pylist()
-
-    def unit_has_embedding(self, number: int) -> np.ndarray:
-        """bool [n]: whose embedding is not missing, and has a direction."""
-        return np.any(self._matrix(number) != 0, axis=1)
-
-    def keys(self, rows: np.ndarray) -> Any:
-        """The keys of rows, as a pyarrow array."""
-        import pyarrow
-
-        parts = [pyarrow.array([], pyarrow.large_string())]
-        numbers = [np.empty(0, np.int64)]
-        for unit, positions, local in self._by_unit(rows):
-            column = self._table(unit).column("key")
-            parts.append(column.take(pyarrow.array(local)))
-            numbers.append(positions)
-        order = np.argsort(np.concatenate(numbers))
-        return pyarrow.concat_arrays(parts).take(pyarrow.array(order))
-
-    def embeddings(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [n, d] of rows, each of length 1.
-
-        Raises:
-            ValueError: units have embeddings of another size.
-        """
-        parts = self._by_unit(rows)
-        if self._width is None and parts:
-            self._width = self._matrix(parts[0][0]).shape[1]
-        found = np.empty((len(rows), self._width or 0), np.float32)
-        for unit, positions, local in parts:
-            matrix = self._matrix(unit)
-            if matrix.shape[1] != self._width:
-                raise ValueError(
-                    f"embeddings of several sizes: {matrix.shape[1]} of '{self.units[unit].source}'"
-                    f", {self._width} of others; expected those of one model"
-                )
-            found[positions] = matrix[local]
-        found /= np.linalg.norm(found, axis=1, keepdims=True)
-        return found
-
-    def greys(self, rows: np.ndarray) -> np.ndarray:
-        """uint8 [n, side, side], the thumbnails of rows."""
-        found = np.empty((len(rows), aligned.SIDE, aligned.SIDE), np.uint8)
-        for unit, positions, local in self._by_unit(rows):
-            found[positions] = self._map(unit, GREYS)[local]
-        return found
-
-    def _map(self, unit: int, ending: str) -> np.ndarray:
-        path = mapped.fetch(self.units[unit].output + ending, self._cache)
-        return np.load(path, mmap_mode="r")
-
-    def _by_unit(self, rows: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Unit, positions in `rows`, and numbers within the unit."""
-        if not len(rows):
-            return []
-        units = np.searchsorted(self.starts, rows, side="right") - 1
-        order = np.argsort(units, kind="stable")
-        found, first = np.unique(units[order], return_index=True)
-        groups = np.split(order, first[1:])
-        return [
-            (int(unit), positions, rows[positions] - self.starts[unit])
-            for unit, positions in zip(found, groups, strict=True)
-        ]

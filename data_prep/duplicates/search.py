@@ -1,9 +1,8 @@
-"""A search in its folder, and how its processes share the tasks of a stage.
+"""Search for duplicates in the rows of all units: exact copies, clusters, near-duplicates in them.
 
-A task writes one file and is done when it is there, so that a search that was stopped goes on.
-Tasks are run by an engine. With `jax.distributed` each process runs its share of a stage, and all
-wait for one another behind it. The jobs of an array do not wait: each runs its share of a stage
-first, then what others have not done.
+One process holds the columns of numbers and has the devices for k-means; the clusters are compared
+by workers, of this machine or of a cluster. A search that was stopped goes on from the round of
+k-means, and from the groups of clusters, that were done.
 """
 
 from __future__ import annotations
@@ -11,197 +10,280 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ml_collections
 import numpy as np
+from absl import logging
 
-from data_prep.duplicates import mapped
-from data_prep.duplicates.scan import Rows
-from data_prep.duplicates.units import Unit
+from data_prep.duplicates.crop_match import Aligner, verify
+from data_prep.duplicates.rows import Rows, open_columns, write_columns
+from data_prep.duplicates.semdedup import Near, best_partners, find_candidates, rank_rows
 from data_prep.jobs.engine import Report, run_pending
-from data_prep.sources.list import shards_of_task
 from diht_jax.storage import files
+from diht_jax.storage.copies import local_copy
 
-_BLOCK_ROWS = 2**22
-_SUFFIX = ".arrow"
+CENTROIDS, CLUSTERS, GROUPS = "centroids.npz", "clusters.npz", "groups"
+
+_GROUP_ROWS = 50_000  # of whole clusters, in a task
+
+
+class Clusters(NamedTuple):
+    """Rows in the clusters whose centroids they are nearest.
+
+    Attributes:
+        rows: int64 [n], those that are compared.
+        members: int32 [n, probes], the clusters of each, the nearest first.
+        cosines: float32 [n], with the nearest centroid.
+    """
+
+    rows: np.ndarray
+    members: np.ndarray
+    cosines: np.ndarray
+
+    def sizes(self) -> np.ndarray:
+        """int64 [k]: rows of each cluster that it is the nearest of."""
+        return np.bincount(self.members[:, 0]) if len(self.rows) else np.zeros(0, np.int64)
+
+
+class Found(NamedTuple):
+    """All duplicates, by their row.
+
+    Attributes:
+        dropped: int64 [m].
+        alike: int64 [m], the row that each is a copy of.
+        similarity: float32 [m], 1 for an exact copy.
+        kind: uint8 [m], a position in `table.KINDS`.
+    """
+
+    dropped: np.ndarray
+    alike: np.ndarray
+    similarity: np.ndarray
+    kind: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A task of a stage.
+class Group:
+    """Whole clusters that a task compares.
 
     Attributes:
         source: what it is called in messages.
         output: path of its file.
-        number: of the task, from 0.
-        start: of what it looks at.
-        stop: behind it.
+        rows: int64 [n], by cluster.
+        cosines: float32 [n], with the nearest centroid.
+        pixels: int64 [n], of the pictures; 0 where that does not decide which one stays.
+        sizes: of its clusters.
     """
 
     source: str
     output: str
-    number: int
-    start: int = 0
-    stop: int = 0
+    rows: np.ndarray
+    cosines: np.ndarray
+    pixels: np.ndarray
+    sizes: tuple[int, ...]
 
 
-class StageFailedError(Exception):
-    """Tasks of a stage have failed; `failures` says which, and why."""
+def find_duplicates(
+    rows: Rows, config: ml_collections.ConfigDict, options: Mapping[str, Any]
+) -> tuple[Found, Clusters, dict[str, str]]:
+    """Runs all stages.
 
-    def __init__(self, failures: dict[str, str]):
-        """Of this process."""
-        super().__init__(failures)
-        self.failures = failures
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """The processes that share a search, and this one of them.
-
-    Attributes:
-        index: of this process.
-        count: of processes.
-        in_step: whether they are those of `jax.distributed`, which wait for one another.
-        engine: keywords of `run_pending`.
-    """
-
-    index: int
-    count: int
-    in_step: bool
-    engine: Mapping[str, Any]
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process does what one must do alone."""
-        return not self.in_step or self.index == 0
-
-    def agree(self, failures: dict[str, str]) -> None:
-        """Waits for the other processes of `jax.distributed`.
-
-        Args:
-            failures: of this process.
-
-        Raises:
-            StageFailedError: there are some, here or in another process.
-        """
-        count = len(failures)
-        if self.in_step:
-            from jax.experimental import multihost_utils
-
-            count = int(np.sum(multihost_utils.process_allgather(np.array(count))))
-        if count:
-            raise StageFailedError(failures or {"another process": "see its messages"})
-
-    def run(
-        self, function: Callable[..., Any], tasks: Sequence[Task], label: str, **engine: Any
-    ) -> None:
-        """Runs the tasks of a stage that are not done.
-
-        Args:
-            function: of a task and its report; writes the file of the task at the end.
-            tasks: of all processes; their files lie in one folder.
-            label: of the progress bar.
-            **engine: keywords of `run_pending` that replace those of `engine`.
-
-        Raises:
-            StageFailedError: see `agree`.
-        """
-        if not tasks:
-            return
-        folder = tasks[0].output.rpartition("/")[0]
-        files.make_folder(folder)
-        done = set(files.list_names(folder))
-        pending = shards_of_task(tasks, self.index, self.count)
-        if not self.in_step:
-            mine = {task.number for task in pending}
-            pending += [task for task in reversed(tasks) if task.number not in mine]
-        pending = [task for task in pending if os.path.basename(task.output) not in done]
-        engine = dict(self.engine) | engine
-        if len(pending) == 1 and engine.get("ray") is None:
-            engine["num_workers"] = 0  # sooner done than a worker has started
-        function = functools.partial(_unless_done, function=function)
-        self.agree(run_pending(function, pending, label=label, **engine))
-
-
-def _unless_done(task: Task, report: Report, *, function: Callable[..., Any]) -> None:
-    if not files.exists(task.output):
-        function(task, report)
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """What the tasks of all stages know.
-
-    Attributes:
+    Args:
+        rows: of all units.
         config: of `duplicates.config.default_config`.
-        folder: of the output.
-        units: that were scanned.
-        starts: int64 [units + 1], the number of each unit's first row.
+        options: keywords of `run_pending`.
+
+    Returns:
+        The duplicates, the clusters, and tasks that failed, with the reason.
+
+    Raises:
+        ValueError: embeddings of several sizes.
     """
+    dropped = kept = np.empty(0, np.int64)
+    if config.exact and config.input is not None:
+        dropped, kept = find_exact(rows)
+    is_compared = rows.has_embedding()
+    is_compared[dropped] = False
+    clusters = find_clusters(rows, np.flatnonzero(is_compared), config)
+    near, failures = compare_clusters(rows, clusters, config, options)
+    found = Found(
+        np.concatenate([dropped, near.dropped]),
+        np.concatenate([kept, near.alike]),
+        np.concatenate([np.ones(len(dropped), np.float32), near.similarity]),
+        np.repeat(np.array([0, 1], np.uint8), [len(dropped), len(near.dropped)]),
+    )
+    order = np.argsort(found.dropped)
+    return Found(*(column[order] for column in found)), clusters, failures
 
-    config: ml_collections.ConfigDict
-    folder: str
-    units: tuple[Unit, ...]
-    starts: np.ndarray
 
-    @functools.cached_property
-    def rows(self) -> Rows:
-        """The rows of all units."""
-        return Rows(self.units, self.cache, self.starts)
+def find_exact(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of equal bytes: the first one of the input stays.
 
-    @functools.cached_property
-    def cache(self) -> str:
-        """The folder of `mapped.fetch`."""
-        return mapped.cache_folder(self.folder)
+    Returns:
+        int64 [m] and int64 [m]: the dropped rows, and for each the row that stays.
+    """
+    high, low = rows.column("high"), rows.column("low")
+    is_picture = rows.column("pixels") > 0
+    order = np.lexsort((low, high))  # equal ones stay in the order of the input
+    order = order[is_picture[order]]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = np.diff(high[order]).astype(bool) | np.diff(low[order]).astype(bool)
+    first = order[is_first][np.cumsum(is_first) - 1]
+    return order[~is_first], first[~is_first]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is open."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
-    def path(self, *names: str) -> str:
-        """Of a file of the folder."""
-        return files.join(self.folder, *names)
+def find_clusters(rows: Rows, chosen: np.ndarray, config: ml_collections.ConfigDict) -> Clusters:
+    """Clusters of some rows, by k-means on the devices of this process.
 
-    def open(self, stage: str, number: int) -> dict[str, np.ndarray]:
-        """The columns that a task of a stage wrote."""
-        return mapped.open_columns(self.path(stage, file_name(number)), self.cache)
+    Args:
+        rows: of all units.
+        chosen: int64 [n], with embeddings.
+        config: of `duplicates.config.default_config`.
+    """
+    path, c = files.join(rows.output, CLUSTERS), config.clusters
+    if files.exists(path):
+        return Clusters(**_load(path))
+    if not len(chosen):
+        return Clusters(chosen, np.empty((0, 1), np.int32), np.empty(0, np.float32))
+    from data_prep.duplicates import kmeans  # it needs JAX, which no worker should wait for
 
-    @functools.cached_property
-    def blocks(self) -> list[tuple[int, int]]:
-        """First unit and the one behind the last of each block: whole units, 4 million rows."""
-        number = (np.maximum(self.starts[1:], 1) - 1) // _BLOCK_ROWS
-        edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(self.units)]
-        return list(zip(edges[:-1], edges[1:], strict=True))
+    centroids = _make_centroids(rows, chosen, config)
+    means = kmeans.KMeans(min(c.chunk_rows, len(chosen)), probes=min(c.probes, len(centroids)))
+    parts = list(means.assign(centroids, chosen, rows.embeddings))
+    members, cosines = (np.concatenate(column) for column in zip(*parts, strict=True))
+    found = Clusters(chosen, members, np.ascontiguousarray(cosines[:, 0]))
+    _save(path, found._asdict())
+    return found
 
-    def tasks(self, stage: str, count: int) -> list[Task]:
-        """So many tasks of a stage."""
-        return [
-            Task(f"{stage} {number}", self.path(stage, file_name(number)), number)
-            for number in range(count)
-        ]
 
-    def block_tasks(self, stage: str, suffix: str = _SUFFIX) -> list[Task]:
-        """The tasks of a stage that looks at blocks; `start` and `stop` are of their rows."""
-        return [
-            Task(
-                f"{stage} {number}",
-                self.path(stage, file_name(number, suffix)),
-                number,
-                int(self.starts[first]),
-                int(self.starts[last]),
+def _make_centroids(
+    rows: Rows, chosen: np.ndarray, config: ml_collections.ConfigDict
+) -> np.ndarray:
+    """Centroids of a sample of the rows: float32 [k, d]."""
+    from data_prep.duplicates import kmeans
+
+    c, path = config.clusters, files.join(rows.output, CENTROIDS)
+    count = min(c.count or max(1, round(len(chosen) / c.rows_per_cluster)), len(chosen))
+    sample = chosen
+    if len(chosen) > count * c.train_rows_per_cluster:
+        generator = np.random.default_rng((config.seed, 1))
+        size = count * c.train_rows_per_cluster
+        sample = np.sort(generator.choice(chosen, size, replace=False))
+    if files.exists(path):
+        state = _load(path)
+        centroids, done = state["centroids"], int(state["done"])
+    else:
+        centroids = kmeans.choose_centroids(sample, count, rows.embeddings, config.seed)
+        done = 0 if count > 1 else c.iterations - 1  # the mean, at once
+    logging.info("k-means: %d rows, %d clusters, %d rounds done before", len(sample), count, done)
+    return kmeans.fit(
+        kmeans.KMeans(min(c.chunk_rows, len(sample))),
+        centroids,
+        sample,
+        rows.embeddings,
+        iterations=c.iterations,
+        done=done,
+        save=lambda centroids, done: _save(path, {"centroids": centroids, "done": done}),
+    )
+
+
+def compare_clusters(
+    rows: Rows,
+    clusters: Clusters,
+    config: ml_collections.ConfigDict,
+    options: Mapping[str, Any],
+) -> tuple[Near, dict[str, str]]:
+    """Near-duplicates within each cluster, and tasks that failed, with the reason."""
+    folder = files.join(rows.output, GROUPS)
+    files.make_folder(folder)
+    pixels = np.zeros(len(clusters.rows), np.int64)
+    if config.keep == "largest":
+        pixels = rows.column("pixels")[clusters.rows]
+    groups = _divide(clusters, pixels, folder)
+    done = set(files.list_names(folder))
+    pending = [group for group in groups if os.path.basename(group.output) not in done]
+    options = dict(options)
+    if len(pending) == 1 and options["ray"] is None:
+        options["num_workers"] = 0  # sooner done than a worker has started
+    function = functools.partial(find_in_group, rows=rows, config=config)
+    failures = run_pending(function, pending, label="compare", **options)
+    if failures:
+        return best_partners([]), failures
+    parts = [open_columns(group.output, rows.output) for group in groups]
+    return best_partners([Near(**part) for part in parts]), {}
+
+
+def _divide(clusters: Clusters, pixels: np.ndarray, folder: str) -> list[Group]:
+    """Divides whole clusters into tasks of about equally many rows."""
+    probes = clusters.members.shape[1]
+    order = np.argsort(clusters.members, axis=None, kind="stable")
+    sizes = np.bincount(clusters.members.ravel())
+    numbers = (np.cumsum(sizes) - sizes) // _GROUP_ROWS
+    edges = np.flatnonzero(np.diff(numbers, prepend=-1)).tolist()
+    groups, start = [], 0
+    for index, (first, last) in enumerate(zip(edges, [*edges[1:], len(sizes)], strict=True)):
+        stop = start + int(sizes[first:last].sum())
+        own = order[start:stop] // probes
+        groups.append(
+            Group(
+                source=f"clusters {first} to {last - 1}",
+                output=files.join(folder, f"{index:08d}.arrow"),
+                rows=clusters.rows[own],
+                cosines=clusters.cosines[own],
+                pixels=pixels[own],
+                sizes=tuple(sizes[first:last].tolist()),
             )
-            for number, (first, last) in enumerate(self.blocks)
-        ]
+        )
+        start = stop
+    return groups
 
 
-def file_name(number: int, suffix: str = _SUFFIX) -> str:
-    """Of the file of a task."""
-    return f"{number:08d}{suffix}"
+def find_in_group(
+    group: Group, report: Report, *, rows: Rows, config: ml_collections.ConfigDict
+) -> None:
+    """Writes the near-duplicates of the clusters of a group."""
+    parts, start = [], 0
+    for size in group.sizes:
+        own = slice(start, start + size)
+        order = rank_rows(config.keep, group.cosines[own], group.pixels[own])
+        near = _find_near(rows, group.rows[own], order, config)
+        members = group.rows[own]
+        parts.append(Near(members[near.dropped], members[near.alike], near.similarity))
+        start += size
+        report(size)
+    write_columns(group.output, best_partners(parts)._asdict())
 
 
-def rows_between(columns: dict[str, np.ndarray], name: str, start: int, stop: int) -> slice:
-    """Where a sorted column is at least `start` and below `stop`."""
-    first, last = np.searchsorted(columns[name], [start, stop])
-    return slice(int(first), int(last))
+def _find_near(
+    rows: Rows, members: np.ndarray, order: np.ndarray, config: ml_collections.ConfigDict
+) -> Near:
+    """The near-duplicates of a cluster, as positions in its rows."""
+    least = config.verify.correlation
+    count = 1 if least is None else config.verify.candidates
+    found = find_candidates(rows.embeddings(members), order, config.threshold, count)
+    if least is None:
+        return next(found)
+    aligner = Aligner(rows.greys(members), mirrored=config.embeddings.mirrored)
+    return verify(found, aligner, least)
+
+
+def follow_to_kept(found: Found, rows: np.ndarray) -> np.ndarray:
+    """The kept row at the end of the chain of duplicates that begins at each of some rows."""
+    roots, moving = rows.copy(), np.arange(len(rows))
+    while len(moving):
+        position = np.searchsorted(found.dropped, roots[moving]).clip(max=len(found.dropped) - 1)
+        is_dropped = found.dropped[position] == roots[moving]
+        moving, position = moving[is_dropped], position[is_dropped]
+        roots[moving] = found.alike[position]
+    return roots
+
+
+def _load(path: str) -> dict[str, np.ndarray]:
+    with local_copy(path) as local, np.load(local, allow_pickle=False) as file:
+        return dict(file)
+
+
+def _save(path: str, arrays: Mapping[str, Any]) -> None:
+    with files.local_output(path) as local, open(local, "wb") as file:
+        np.savez(file, **arrays)

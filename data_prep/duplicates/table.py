@@ -1,12 +1,12 @@
 """The table that other programs look keys up in: which pairs are duplicates, and of which.
 
-`dropped.arrow` has a row for each dropped pair, in the order of a hash of its key, so that it is
-searched where it lies: it is mapped into memory, and all workers of a machine share it.
+duplicates/    a row for each pair of a unit, in the unit's file, NNNNN.parquet
+dropped.arrow  a row for each dropped pair whose key no other pair has, in the order of a hash
+               of the key: it is mapped into memory, and all workers of a machine share it
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep.duplicates import mapped
+from data_prep.duplicates.rows import Rows, hash_keys, open_batch, write_columns
+from data_prep.duplicates.search import Clusters, Found, follow_to_kept
 from diht_jax.readers.base import SourceShard
 from diht_jax.storage import files
 
+TABLE = "duplicates"
 LOOKUP = "dropped.arrow"
 SUMMARY = "duplicates.json"  # written last: the folder is complete with it
 INPUTS = "inputs.json"  # hashes of names and sizes of the shards whose pairs are in the table
@@ -26,7 +28,7 @@ EXACT, NEAR = "exact", "near"
 KINDS = (EXACT, NEAR)
 
 
-class Found(NamedTuple):
+class Copy(NamedTuple):
     """What the table holds of a dropped pair.
 
     Attributes:
@@ -40,39 +42,85 @@ class Found(NamedTuple):
     duplicate_of: str
 
 
-def hash_keys(keys: Sequence[str]) -> np.ndarray:
-    """uint64 [n]."""
-    texts = (key.encode("utf-8", "surrogatepass") for key in keys)
-    data = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in texts)
-    return np.frombuffer(data, "<u8")
-
-
-def write_lookup(folder: str, parts: Iterable[Any]) -> str:
-    """Writes `dropped.arrow`.
-
-    Args:
-        folder: where it goes.
-        parts: record batches with the columns "hash", of `hash_keys`, "kind", a position in
-            `KINDS`, "similarity" and "duplicate_of". Each has a range of the hashes, of equal size
-            and in their order, and is sorted by them. One is held at a time.
+def write_tables(rows: Rows, found: Found, clusters: Clusters) -> dict[str, Any]:
+    """Writes the table of each unit, and `dropped.arrow`.
 
     Returns:
-        A hash of what it holds.
+        For the summary: "pairs_of_repeated_keys", which a filter by keys cannot tell apart, and
+        "digest", a hash of what `dropped.arrow` holds.
     """
     import pyarrow
 
-    digest = hashlib.blake2b(digest_size=16)
-    with contextlib.ExitStack() as stack:
-        path = stack.enter_context(files.local_output(files.join(folder, LOOKUP)))
-        writer = None
-        for batch in parts:
-            if writer is None:
-                writer = stack.enter_context(pyarrow.ipc.new_file(str(path), batch.schema))
-            writer.write_batch(batch)
-            for column in batch.columns:
-                for buffer in column.buffers():
-                    digest.update(buffer or b"")
-    return digest.hexdigest()
+    folder = files.join(rows.output, TABLE)
+    files.make_folder(folder)
+    alike = rows.keys(found.alike)
+    kept = rows.keys(follow_to_kept(found, found.alike))
+    cluster_of = np.full(len(rows), -1, np.int32)
+    cluster_of[clusters.rows] = clusters.members[:, 0]
+    edges = np.searchsorted(found.dropped, rows.starts)
+    for unit in range(len(rows.paths)):
+        own = slice(int(edges[unit]), int(edges[unit + 1]))
+        columns = (found.kind[own], found.similarity[own], alike[own], kept[own])
+        _write_unit(
+            files.join(folder, f"{unit:05d}.parquet"),
+            rows.unit_keys(unit),
+            cluster_of[rows.starts[unit] : rows.starts[unit + 1]],
+            found.dropped[own] - rows.starts[unit],
+            columns,
+        )
+    hashes = rows.column("hash")
+    values, counts = np.unique(hashes, return_counts=True)
+    dropped = hashes[found.dropped]
+    order = np.argsort(dropped, kind="stable")
+    order = order[~np.isin(dropped[order], values[counts > 1])]
+    columns = {
+        "hash": dropped[order],
+        "kind": found.kind[order],
+        "similarity": found.similarity[order],
+        "duplicate_of": alike.take(pyarrow.array(order)),
+    }
+    write_columns(files.join(rows.output, LOOKUP), columns)
+    digest = hashlib.blake2b(json.dumps(columns["duplicate_of"].to_pylist()).encode())
+    for name in ("hash", "kind", "similarity"):
+        digest.update(columns[name].tobytes())
+    repeated = int(counts[counts > 1].sum())
+    return {"pairs_of_repeated_keys": repeated, "digest": digest.hexdigest()[:32]}
+
+
+def _write_unit(
+    path: str, keys: Any, clusters: np.ndarray, dropped: np.ndarray, columns: tuple[Any, ...]
+) -> None:
+    """Writes a row for each pair of a unit, in their order.
+
+    Args:
+        path: of the file.
+        keys: of all pairs.
+        clusters: int32 [n], -1 for none.
+        dropped: numbers of the dropped pairs.
+        columns: of the dropped pairs: kind, similarity, keys of the other and of the kept pair.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    kind, similarity, alike, kept = columns
+    kinds = np.full(len(keys), len(KINDS), np.int8)
+    kinds[dropped] = kind
+    places = np.full(len(keys), -1)
+    places[dropped] = np.arange(len(dropped))
+    places = pyarrow.array(places, mask=places < 0)
+    names = pyarrow.array([*KINDS, "kept"])
+    table = pyarrow.table(
+        {
+            "key": keys.cast(pyarrow.string()),
+            "kind": pyarrow.DictionaryArray.from_arrays(kinds, names),
+            "cluster": pyarrow.array(clusters, mask=clusters < 0),
+            "similarity": pyarrow.array(similarity).take(places),
+            "duplicate_of": alike.take(places).cast(pyarrow.string()),
+            "kept_key": kept.take(places).cast(pyarrow.string()),
+        }
+    )
+    with files.local_output(path) as local:
+        pyarrow.parquet.write_table(table, local)
 
 
 def write_summary(folder: str, summary: dict[str, Any]) -> None:
@@ -87,7 +135,7 @@ def read_summary(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
 
 
 def hash_input(source: SourceShard) -> str:
-    """16 hexadecimal digits of the name and size of a shard's file, wherever it lies."""
+    """16 hexadecimal digits of the name and size of a shard's file."""
     row = [os.path.basename(source.path), source.identity()["size_bytes"]]
     return hashlib.blake2b(json.dumps(row).encode(), digest_size=8).hexdigest()
 
@@ -104,15 +152,6 @@ def read_inputs(folder: str | os.PathLike[str]) -> set[str] | None:
     return None if found is None else set(found["inputs"])
 
 
-def random_ranks(rows: np.ndarray, seed: int) -> np.ndarray:
-    """float64 [n] in [0, 1): a random number of each row, whatever lies beside it."""
-    x = rows.astype(np.uint64) + np.uint64(seed % 2**64) * np.uint64(0x9E3779B97F4A7C15)
-    # The finaliser of splitmix64 (Steele et al. 2014).
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-
-
 class Lookup:
     """Finds keys in the table of a folder."""
 
@@ -122,36 +161,21 @@ class Lookup:
         Raises:
             FileNotFoundError: there is none.
         """
-        import pyarrow
-
         folder = os.fspath(folder)
-        path = mapped.fetch(files.join(folder, LOOKUP), mapped.cache_folder(folder))
-        file = pyarrow.ipc.open_file(pyarrow.memory_map(path))
-        self._parts = [file.get_batch(number) for number in range(file.num_record_batches)]
+        self._table = open_batch(files.join(folder, LOOKUP), folder)
+        self._hashes = self._table.column("hash").to_numpy()
 
-    def find(self, keys: Sequence[str]) -> list[Found | None]:
+    def find(self, keys: Sequence[str]) -> list[Copy | None]:
         """What is known of each key; None for pairs that are no duplicates."""
         hashes = hash_keys(keys)
-        found: list[Found | None] = [None] * len(keys)
-        buckets = bucket_of(hashes, len(self._parts))
-        for number in np.unique(buckets):
-            part, mine = self._parts[number], np.flatnonzero(buckets == number)
-            known = part.column("hash").to_numpy()
-            rows = np.searchsorted(known, hashes[mine])
-            for position, row in zip(mine.tolist(), rows.tolist(), strict=True):
-                if row < len(known) and known[row] == hashes[position]:
-                    found[position] = _read_row(part, row)
+        found: list[Copy | None] = []
+        for row, wanted in zip(np.searchsorted(self._hashes, hashes), hashes, strict=True):
+            is_there = row < len(self._hashes) and self._hashes[row] == wanted
+            found.append(self._read(int(row)) if is_there else None)
         return found
 
-
-def bucket_of(hashes: np.ndarray, buckets: int) -> np.ndarray:
-    """The range of uint64 hashes, of so many of equal size, in which each of them lies."""
-    return (hashes >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32)
-
-
-def _read_row(part: Any, row: int) -> Found:
-    return Found(
-        KINDS[part.column("kind")[row].as_py()],
-        part.column("similarity")[row].as_py(),
-        part.column("duplicate_of")[row].as_py(),
-    )
+    def _read(self, row: int) -> Copy:
+        kind, similarity, alike = (
+            self._table.column(name)[row].as_py() for name in ("kind", "similarity", "duplicate_of")
+        )
+        return Copy(KINDS[kind], similarity, alike)

@@ -1,7 +1,7 @@
 """Pictures that are in an evaluation set: by their pixels, a perceptual hash, or embeddings.
 
 How pictures are hashed belongs in `data_prep.duplicates.image_hashes`, how embeddings are read in
-`data_prep.duplicates.given`.
+`data_prep.duplicates.precomputed`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from absl import logging
 from ml_collections.config_dict import placeholder
 
-from data_prep.duplicates import given
+from data_prep.duplicates import precomputed
 from data_prep.duplicates.image_hashes import SUFFIX, Index, open_index, try_hash
 from data_prep.steps import models
 from data_prep.steps.base import EVIDENCE, Candidate, Step, check_integers
@@ -94,7 +94,7 @@ class DecontaminateStep(Step):
             rules["decontaminate_embeddings"] = (
                 models.fingerprint(c.model, f"{_EMBEDDINGS}.model")
                 if c.model is not None
-                else given.describe(c.pairs)
+                else precomputed.describe(c.pairs)
             )
         return rules
 
@@ -109,7 +109,7 @@ class DecontaminateStep(Step):
         self._embedded = _open_embedded(config)
         c = config.decontaminate.embeddings
         self._source, self._without_embedding = source, 0
-        self._given = None if c.pairs is None else given.read_of_shard(c.pairs, source)
+        self._given = None if c.pairs is None else precomputed.read_of_shard(c.pairs, source)
         self._model = None if c.model is None else models.Encoder(c.model, c.batch_size)
 
     def measure(self, batch: Sequence[Candidate]) -> dict[str, Sequence[Any]]:
@@ -190,9 +190,9 @@ def _embedded_sets(config: ml_collections.ConfigDict) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _open_set(path: str) -> given.EmbeddedSet:
-    """As `given.open_set`; it is kept for the next shard."""
-    return given.open_set(path)
+def _open_set(path: str) -> precomputed.EmbeddedSet:
+    """As `precomputed.open_set`; it is kept for the next shard."""
+    return precomputed.open_set(path)
 
 
 @functools.lru_cache(maxsize=64)
@@ -207,7 +207,7 @@ def _open_index(path: str) -> Index:
             raise ValueError(str(error).replace(copy, path)) from error
 
 
-def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, given.EmbeddedSet]:
+def _open_embedded(config: ml_collections.ConfigDict) -> dict[str, precomputed.EmbeddedSet]:
     """Name -> embeddings of the evaluation sets."""
     found = {}
     for name, path in _embedded_sets(config).items():

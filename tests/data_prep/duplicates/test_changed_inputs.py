@@ -126,39 +126,11 @@ def test_only_inputs_that_came_or_changed_are_scanned(tars, tmp_path, scanned):
     assert sorted((out / "scan").iterdir()) == before
 
 
-def test_a_search_that_has_begun_is_finished_before_more_units_count(tars, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    whole = _cut(tars / "1.tar")
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(job.block_table, "write_all", stop)
-        with pytest.raises(KeyboardInterrupt):
-            job.run(_config(tars, out))
-    (tars / "1.tar").write_bytes(whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(job.stages, "find_in_group", pytest.fail)  # what another job may be at
-        failures = job.run(_config(tars, out))
-    assert failures == {str(tars / "1.tar"): job._LATE}
-    assert failures.exit_status == INCOMPLETE_STATUS
-    assert _dropped(out) == (8, {"2-0": "0-0"})
-    assert job.run(_config(tars, out)) == {}
-    assert _dropped(out) == (12, {"1-0": "0-0", "2-0": "0-0"})
-
-
 def test_pairs_before_the_damage_of_a_tar_are_compared(tars, tmp_path):
     _cut(tars / "1.tar")
     assert job.run(_config(tars, tmp_path / "out", keep_before_damage=True)) == {}
     count, dropped = _dropped(tmp_path / "out")
     assert 8 < count < 12 and dropped == {"1-0": "0-0", "2-0": "0-0"}
-
-
-def test_a_folder_with_numbered_scans_is_refused(tars, tmp_path):
-    (tmp_path / "settings.json").write_text('{"units": []}')
-    with pytest.raises(ValueError, match="made by an older version"):
-        job.run(_config(tars, tmp_path))
 
 
 def _scan_or_die(unit, report, *, config):

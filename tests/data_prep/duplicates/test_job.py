@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from data_prep.decisions.report import read_report
-from data_prep.duplicates import block_table, job, kmeans, mapped, stages
 from data_prep.duplicates import config as duplicates_config
-from data_prep.duplicates.__main__ import main
+from data_prep.duplicates import job, kmeans, search
+from data_prep.duplicates.rows import forget_copies
 from data_prep.duplicates.table import Lookup, read_summary
 from data_prep.filter import run_filter
 from data_prep.filtering.replay import Replay
@@ -221,39 +221,44 @@ def test_settings_are_checked(pairs, tmp_path, changes, message):
         _config(pairs, tmp_path, **changes)
 
 
-def test_the_command_is_there():
-    assert callable(main)
-
-
 def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
     emb = np.random.default_rng(0).standard_normal((60, 8)).astype(np.float32)
     emb[50:] = emb[:10]
     np.savez(tmp_path / "a.npz", key=np.array([f"k{i}" for i in range(60)]), image_emb=emb)
     changes = {"input": None, "embeddings__kind": "files", "keep": "first", "clusters__count": 3}
-    config = _config(
-        tmp_path, tmp_path / "out", embeddings__files=str(tmp_path / "*.npz"), **changes
-    )
+    out = tmp_path / "out"
+    config = _config(tmp_path, out, embeddings__files=str(tmp_path / "*.npz"), **changes)
+    monkeypatch.setattr(search, "_GROUP_ROWS", 1)  # a task for each cluster
+    improve, compare = kmeans.KMeans.improve, search.find_in_group
+    calls = []
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
+    def stop_at(number, function):
+        def counted(*arguments, **named):
+            calls.append(function)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return function(*arguments, **named)
 
-    done = []
-    for module, name in ((stages, "_divide"), (block_table, "write_all"), (job, "_describe_all")):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, stop)
-            with pytest.raises(KeyboardInterrupt):
-                job.run(config)
-        done.append({str(path.relative_to(tmp_path)) for path in (tmp_path / "out").rglob("*.*")})
-    name = "00000000.arrow"
-    assert {"out/centroids.npz", f"out/clusters/{name}"} <= done[0]
-    assert f"out/found/{name}" in done[1] - done[0] and f"out/keys/{name}" in done[2] - done[1]
-    for module, name in (
-        (job, "scan_unit"), (kmeans, "fit"), (stages, "find_in_group"),
-        (block_table, "describe_block"), (block_table, "collect_keys"),
-    ):  # fmt: skip
-        monkeypatch.setattr(module, name, pytest.fail)  # nothing is made again
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kmeans.KMeans, "improve", stop_at(3, improve))
+        with pytest.raises(KeyboardInterrupt):
+            job.run(config)
+    with np.load(out / "centroids.npz") as state:
+        assert state["done"] == 2 and len(state["centroids"]) == 3
+    calls.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "find_in_group", stop_at(2, compare))
+        with pytest.raises(KeyboardInterrupt):
+            job.run(config)
+    assert [path.name for path in (out / "groups").iterdir()] == ["00000000.arrow"]
+    calls.clear()
+    monkeypatch.setattr(job, "scan_unit", pytest.fail)  # nothing is made again
+    monkeypatch.setattr(kmeans, "fit", pytest.fail)
+    monkeypatch.setattr(search, "find_in_group", stop_at(3, compare))
     assert job.run(config) == {}
-    found = Lookup(tmp_path / "out").find([f"k{i}" for i in range(60)])
+    found = Lookup(out).find([f"k{i}" for i in range(60)])
     assert [i for i, row in enumerate(found) if row] == list(range(50, 60))
 
 
@@ -325,4 +330,4 @@ def test_crops_are_found_from_store_to_store_by_an_array_of_jobs(cropped, tmp_pa
     assert (found[0].duplicate_of, found[1]) == ("s03", None)
     assert job.run(_config(cropped, f"{url}/out", input=f"{url}/in/*.tar", **changes)) == {}
     system.rm("bucket/duplicates", recursive=True)
-    mapped.forget(mapped.cache_folder(f"{url}/out"))
+    forget_copies(f"{url}/out")

@@ -10,7 +10,7 @@ import scipy.fft
 from PIL import Image
 
 from data_prep.decisions.report import read_report
-from data_prep.duplicates import given, image_hashes
+from data_prep.duplicates import image_hashes, precomputed
 from data_prep.filter import run_filter
 from data_prep.filtering import config as filter_config
 from data_prep.filtering.replay import Replay
@@ -178,8 +178,8 @@ def test_an_index_may_lie_in_a_store(tmp_path):
 def test_a_worker_reads_sets_and_models_once(tmp_path, monkeypatch):
     """Of several steps, each with a model of its own, none pushes out that of another."""
     loaded, opened = [], []
-    known = given.EmbeddedSet(["k"], np.ones((1, 4)))
-    monkeypatch.setattr(given, "open_set", lambda path: opened.append(path) or known)
+    known = precomputed.EmbeddedSet(["k"], np.ones((1, 4)))
+    monkeypatch.setattr(precomputed, "open_set", lambda path: opened.append(path) or known)
     sized = types.SimpleNamespace(image_size=16)
     monkeypatch.setattr(loading, "load_model", lambda model, **_: loaded.append(model) or sized)
     models._load.cache_clear()
@@ -195,8 +195,10 @@ def test_a_worker_reads_sets_and_models_once(tmp_path, monkeypatch):
 
 def test_pairs_without_an_embedding_are_reported(tmp_path, monkeypatch):
     warnings = []
-    monkeypatch.setattr(given, "open_set", lambda _: given.EmbeddedSet(["s"], np.ones((1, 4))))
-    monkeypatch.setattr(given, "read_of_shard", lambda *_: {"same": np.ones(4, np.float32)})
+    monkeypatch.setattr(
+        precomputed, "open_set", lambda _: precomputed.EmbeddedSet(["s"], np.ones((1, 4)))
+    )
+    monkeypatch.setattr(precomputed, "read_of_shard", lambda *_: {"same": np.ones(4, np.float32)})
     monkeypatch.setattr(
         decontaminate.logging, "warning", lambda text, *args: warnings.append(text % args)
     )

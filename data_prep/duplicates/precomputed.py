@@ -1,4 +1,4 @@
-"""Embeddings that were made before: files of keys and vectors, by `diht_jax.embed` or by others.
+"""Precomputed embeddings: files of keys and vectors, by `diht_jax.embed` or by others.
 
 A folder of `diht_jax.embed` has files for each shard of its input, and `embeddings.json`, which
 names the shards.

@@ -6,7 +6,7 @@ cosine with any row of a better rank is at least the threshold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -93,17 +93,15 @@ def _highest(values: np.ndarray, numbers: np.ndarray, count: int) -> tuple[np.nd
     return np.take_along_axis(values, chosen, axis=1), np.take_along_axis(numbers, chosen, axis=1)
 
 
-def find_roots(rows: np.ndarray, follow: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """The kept row at the end of the chain that begins at each row.
+def best_partners(parts: Sequence[Near]) -> Near:
+    """Near-duplicates of several clusters by dropped row, each once: with its most similar partner.
 
     Args:
-        rows: int64 [n].
-        follow: rows -> the row that each is alike, or -1 where it stays; a chain leads to better
-            ranks, so that it ends.
+        parts: of rows numbered alike; a row may be in several.
     """
-    roots, moving = rows.copy(), np.arange(len(rows))
-    while len(moving):
-        following = follow(roots[moving])
-        moving, following = moving[following >= 0], following[following >= 0]
-        roots[moving] = following
-    return roots
+    nothing = Near(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
+    found = Near(*map(np.concatenate, zip(nothing, *parts, strict=True)))
+    order = np.lexsort((found.alike, -found.similarity, found.dropped))
+    found = Near(*(column[order] for column in found))
+    _, first = np.unique(found.dropped, return_index=True)
+    return Near(*(column[first] for column in found))

@@ -10,11 +10,11 @@ docs/benchmarks.md.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep.duplicates.near import Near
+from data_prep.duplicates.semdedup import Near
 
 SIDE = 32  # px of a thumbnail
 
@@ -23,9 +23,6 @@ _SIZES = (1.0, 0.95, 0.9, 0.85)
 _STEP = 0.025
 _LEAST_SPREAD = 2.0  # standard deviation of the greys; of flatter pictures noise would decide
 _CACHED = 2048  # pictures whose windows are kept: 86 kB each
-
-# int64 [m] numbers of pictures -> uint8 [m, SIDE, SIDE].
-Read = Callable[[np.ndarray], np.ndarray]
 
 
 class Aligner:
@@ -71,7 +68,8 @@ def verify(candidates: Iterator[Near], aligner: Aligner, least: float) -> Near:
     """Of the candidates of each row, the first that is a copy, with the correlation as similarity.
 
     Args:
-        candidates: of `near.find_candidates`: the best partner of every row, then the second best.
+        candidates: of `semdedup.find_candidates`: the best partner of every row, then the second
+            best.
         aligner: of the same rows.
         least: correlation from which two pictures are copies.
     """
