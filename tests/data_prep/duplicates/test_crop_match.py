@@ -5,9 +5,9 @@ import io
 import numpy as np
 from PIL import Image
 
-from data_prep.duplicates.aligned import SIDE, Aligner, verify
+from data_prep.duplicates.crop_match import SIDE, Aligner, verify
 from data_prep.duplicates.descriptor import shrink_picture
-from data_prep.duplicates.near import Near
+from data_prep.duplicates.semdedup import Near
 
 
 def _picture(seed: int, side: int = 320) -> Image.Image:
