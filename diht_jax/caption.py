@@ -30,8 +30,9 @@ from diht_jax import command_line
 from diht_jax.input.decode import ImageError, decode_rgb
 from diht_jax.progress import ProgressBar
 from diht_jax.records.captions import all_captions, caption_kinds, check_kind, with_captions
+from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.formats.registry import find_shards, open_source, open_writer
+from diht_jax.records.formats.registry import open_source, open_writer
 from diht_jax.records.labels.files import MANIFEST
 from diht_jax.records.samples import SampleError
 from diht_jax.records.schema import Record, encode_record

@@ -21,7 +21,7 @@ from data_prep.filtering.resharding import BalancedShard, Piece, Slice
 from data_prep.jobs import shards
 from data_prep.jobs.packed import PackedList
 from diht_jax.records.formats.registry import name_format
-from diht_jax.records.shard_index import INDEX_SUFFIX
+from diht_jax.records.formats.shard_index import INDEX_SUFFIX
 from diht_jax.storage import files
 from diht_jax.storage.stores import is_remote
 

@@ -19,11 +19,11 @@ from data_prep.labelling.shard import LabelTask, label_path
 from data_prep.teachers.base import TeacherInfo
 from data_prep.teachers.registry import settle_precision
 from diht_jax.readers.registry import SourceShard
+from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_info import shard_name
 from diht_jax.records.fingerprint import fingerprint_records
 from diht_jax.records.formats.registry import (
     FORMATS,
-    find_shards,
     format_of,
     name_format,
     open_source,

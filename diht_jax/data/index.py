@@ -31,7 +31,7 @@ from absl import flags, logging
 from diht_jax import command_line
 from diht_jax.progress import ProgressBar
 from diht_jax.records import tfrecord
-from diht_jax.records.catalog import IndexedOffsets, describe_stale, has_shard_name, list_folder
+from diht_jax.records.catalog import describe_stale, has_shard_name, list_folder
 from diht_jax.records.dataset_index import (
     ANCHOR_RECORDS,
     END_BYTES,
@@ -50,7 +50,8 @@ from diht_jax.records.format import (
     framed_length,
 )
 from diht_jax.records.formats import tar_records
-from diht_jax.records.shard_index import INDEX_SUFFIX, wrong_index
+from diht_jax.records.formats.shard_index import INDEX_SUFFIX, wrong_index
+from diht_jax.records.indexed_offsets import IndexedOffsets
 from diht_jax.records.sharded import LocalFile, RemoteFile
 from diht_jax.records.vocabulary import folder_vocabulary
 from diht_jax.storage.files import local_output, upload, write_bytes

@@ -29,7 +29,7 @@ from diht_jax.input.sub_batches import (
     SubBatches,
     find_crashing_index,
 )
-from diht_jax.records.catalog import Share
+from diht_jax.records.catalog import ShardsNotFoundError, Share
 from diht_jax.records.dataset_index import INDEX_NAME, rebuild_command
 from diht_jax.records.formats import registry as formats
 from diht_jax.records.sharded import ShardedRecords
@@ -377,10 +377,9 @@ def open_records(train: str | Sequence[str] | None, share: Share | None = None) 
     """
     check_is_set(train)
     try:
-        form = formats.shared_format(train, share)
-    except ValueError as error:
+        source = formats.open_source(train, share)
+    except ShardsNotFoundError as error:
         raise ValueError(f"config.data.train: {error}") from error
-    source = formats.FORMATS[form].source(train, share=share)
     unindexed = source.unindexed_urls
     if len(unindexed) > _MANY_SHARDS:
         folder = os.path.dirname(unindexed[0])

@@ -17,10 +17,10 @@ from concurrent import futures
 import numpy as np
 
 from diht_jax.records import schema
-from diht_jax.records.catalog import Paths, Shard, Share, open_catalog
+from diht_jax.records.catalog import Catalog, Paths, Shard, Share, open_catalog
 from diht_jax.records.dataset_index import rebuild_command
 from diht_jax.records.format import TFRecordError
-from diht_jax.records.shard_index import ShardIndex, wrong_index
+from diht_jax.records.formats.shard_index import ShardIndex, wrong_index
 from diht_jax.storage.files import input_size
 from diht_jax.storage.retries import retry
 from diht_jax.storage.stores import is_remote, read_range
@@ -42,21 +42,23 @@ class ShardedRecords(Sequence[bytes]):
         paths: of the shards.
     """
 
-    kind: str  # of the shards, one of `catalog.KINDS`
+    kind: str  # of the shards, a key of `catalog.SUFFIXES`
     index: ShardIndex  # of a shard that no `dataset.index` describes
 
-    def __init__(self, paths: Paths, *, share: Share | None = None):
+    def __init__(self, paths: Paths | Catalog, *, share: Share | None = None):
         """Finds the shards, and counts the records of those that no `dataset.index` describes.
 
         Args:
             paths: a shard, a folder of shards, a glob, or a list of any of them; also their URLs
-                in an object store.
+                in an object store; or what `catalog.open_catalog` has found.
             share: see `catalog.open_catalog`.
 
         Raises:
             ValueError: nothing is found, or (`TFRecordError`) a shard or an index is broken.
         """
-        self._shards = open_catalog(paths, self.kind, share)
+        if not isinstance(paths, Catalog):
+            paths = open_catalog(paths, self.kind, share)
+        self._shards = paths.shards
         self.paths = [shard.path for shard in self._shards]
         others = [n for n, shard in enumerate(self._shards) if shard.index is None]
         with futures.ThreadPoolExecutor(_OPENING_THREADS) as pool:

@@ -22,8 +22,8 @@ from diht_jax.records.format import (
     scan_offsets,
     unframe,
 )
+from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.writer import RecordWriter
-from diht_jax.records.shard_index import ShardIndex
 from diht_jax.records.sharded import OpenShard, ShardedRecords
 from diht_jax.storage.stores import is_remote
 

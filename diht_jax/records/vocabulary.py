@@ -24,9 +24,9 @@ from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
+from diht_jax.records.catalog import find_shards
 from diht_jax.records.dataset_index import INDEX_NAME, read_table
 from diht_jax.records.dataset_info import STATS_SUFFIX
-from diht_jax.records.formats.registry import find_shards
 from diht_jax.records.labels.files import MANIFEST, read_manifest
 from diht_jax.records.labels.rows import resolve_source
 from diht_jax.records.train_data import parse_train

@@ -12,8 +12,8 @@ import pytest
 
 from diht_jax.data.index import update_index
 from diht_jax.records.fingerprint import fingerprint_records
+from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.tar_records import TarRecordSource
-from diht_jax.records.shard_index import ShardIndex
 from diht_jax.records.tfrecord import TFRecordSource, TFRecordWriter
 from tests.records.stores import CountingStore
 

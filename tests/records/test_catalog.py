@@ -193,20 +193,26 @@ def test_a_shard_of_the_same_size_that_was_written_again_is_noticed_when_it_is_r
 def test_other_processes_look_at_their_own_copy_of_the_index(folder, tmp_path):
     share = Broadcast()
     TFRecordSource(folder, share=share)
-    # Mounted under another name, and read without a listing.
-    mounted = tmp_path / "mounted"
-    shutil.copytree(folder, mounted)
-    _watched.append(str(mounted))
-    source = TFRecordSource(mounted, share=share)
+    # Another host has a copy of the folder on its disk, which is read without a listing.
+    _watched.append(str(folder))
+    source = TFRecordSource(folder, share=share)
     assert OPENED == ["dataset.index"]
-    assert source[499] == RECORDS[499] and source.paths[3] == str(mounted / "part-3.tfrecord")
-    (mounted / "dataset.index").unlink()
-    with pytest.raises(ValueError, match=r"mounted/dataset.index is missing on this host"):
-        TFRecordSource(mounted, share=share)
-    (mounted / "part-3.tfrecord").unlink()
-    update_index(mounted)
-    with pytest.raises(ValueError, match=r"mounted/dataset.index is another index than the first"):
-        TFRecordSource(mounted, share=share)
+    assert source[499] == RECORDS[499] and source.paths[3] == str(folder / "part-3.tfrecord")
+    (folder / "dataset.index").unlink()
+    with pytest.raises(ValueError, match=r"kept/dataset.index is missing on this host"):
+        TFRecordSource(folder, share=share)
+    (folder / "part-3.tfrecord").unlink()
+    update_index(folder)
+    with pytest.raises(ValueError, match=r"kept/dataset.index is another index than the first"):
+        TFRecordSource(folder, share=share)
+
+
+def test_a_folder_that_is_mounted_under_another_name_is_looked_at_there(folder, tmp_path):
+    share = Broadcast()
+    first = TFRecordSource(folder, share=share)
+    shutil.copytree(folder, tmp_path / "mounted")
+    other = TFRecordSource(tmp_path / "mounted", share=share)
+    assert repr(other) == repr(first) and other[499] == RECORDS[499]
 
 
 def test_folders_without_an_index_are_looked_at_by_every_process(folder, tmp_path):

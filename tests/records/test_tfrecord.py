@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from diht_jax.records import sharded
-from diht_jax.records.shard_index import ShardIndex
+from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.tfrecord import TFRecordError, TFRecordSource, TFRecordWriter, read_records
 
 _REPOSITORY = pathlib.Path(__file__).resolve().parents[2]

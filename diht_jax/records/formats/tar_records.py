@@ -20,9 +20,9 @@ from absl import logging
 from diht_jax.records import schema
 from diht_jax.records.format import DamagedRecordError, TFRecordError
 from diht_jax.records.formats import tar_samples
+from diht_jax.records.formats.shard_index import ShardIndex
 from diht_jax.records.formats.tar_members import walk_members
 from diht_jax.records.samples import SampleError, Skipped
-from diht_jax.records.shard_index import ShardIndex
 from diht_jax.records.sharded import ShardedRecords
 from diht_jax.storage.stores import check_failure, is_remote, open_file
 

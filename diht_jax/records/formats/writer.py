@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from diht_jax.records.shard_index import INDEX_SUFFIX, ShardIndex
+from diht_jax.records.formats.shard_index import INDEX_SUFFIX, ShardIndex
 from diht_jax.storage import files
 
 

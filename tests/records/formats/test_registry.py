@@ -4,10 +4,10 @@ import fsspec
 import pytest
 
 from diht_jax.records import schema
+from diht_jax.records.catalog import find_shards
 from diht_jax.records.formats.registry import (
     FORMATS,
     check_format,
-    find_shards,
     format_of,
     is_shard,
     name_format,
@@ -50,7 +50,7 @@ def test_folders_globs_and_lists(tmp_path):
     assert is_shard(str(tmp_path / "both" / "a.tar")) and not is_shard(str(tmp_path / "b.tar"))
     with pytest.raises(ValueError, match=r"no TFRecord shard at '.*/odd', nor one of another form"):
         format_of(tmp_path / "odd")
-    with pytest.raises(ValueError, match="are webdataset, tfrecord; name those of one format"):
+    with pytest.raises(ValueError, match="are tar, tfrecord; name those of one format"):
         format_of([str(tmp_path / "tar"), str(tmp_path / "both")])
 
 
